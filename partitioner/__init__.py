@@ -1,0 +1,109 @@
+"""partitioner: a model-parallelism compiler for inference on Hugging Face models.
+
+    from partitioner import Plan, partition
+
+    parts = partition(model, Plan(tp=2))
+    print(parts.report)                        what was split, what was not and why
+    parts.simulate(input_ids=input_ids)        all ranks in this process
+    parts.rank(1).graph_module                 what rank 1 runs
+
+Names are imported when first used, so that importing a leaf module (`partitioner.errors`, `partitioner.mesh`,
+`partitioner.layout`) pulls in nothing else: `runtime` and `passes` import those without a circle.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from partitioner.errors import (
+        CaptureError,
+        CommunicationError,
+        InputError,
+        LayoutError,
+        PartitionerError,
+        PlanError,
+        RankLost,
+        RankMismatch,
+        WeightError,
+    )
+    from partitioner.parts import Parts, partition
+    from partitioner.plan import Plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "CommunicationError",
+    "InputError",
+    "LayoutError",
+    "PartitionerError",
+    "Parts",
+    "Plan",
+    "PlanError",
+    "RankLost",
+    "RankMismatch",
+    "WeightError",
+    "__version__",
+    "partition",
+]
+
+_HOMES = {
+    "CaptureError": "partitioner.errors",
+    "CommunicationError": "partitioner.errors",
+    "InputError": "partitioner.errors",
+    "LayoutError": "partitioner.errors",
+    "PartitionerError": "partitioner.errors",
+    "Parts": "partitioner.parts",
+    "Plan": "partitioner.plan",
+    "PlanError": "partitioner.errors",
+    "RankLost": "partitioner.errors",
+    "RankMismatch": "partitioner.errors",
+    "WeightError": "partitioner.errors",
+    "partition": "partitioner.parts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'partitioner' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _check_companions() -> None:
+    """Raise ImportError where `runtime` or `passes` is not the folder installed beside this one.
+
+    Both are plain names: someone's own `runtime/` earlier on sys.path would be imported in place of ours, and fail
+    later with an error that says nothing.
+    """
+    ours = Path(__file__).resolve().parent.parent
+    for name in ("runtime", "passes"):
+        spec = sys.modules[name].__spec__ if name in sys.modules else importlib.util.find_spec(name)
+        origin = None if spec is None else spec.origin or next(iter(spec.submodule_search_locations or ()), None)
+        wanted = ours / name / "__init__.py"
+        if origin is None:
+            raise ImportError(
+                f"partitioner needs its package {name!r} at {wanted}, which is not on sys.path", name=name
+            )
+        if Path(origin).resolve() != wanted:
+            raise ImportError(
+                f"partitioner needs its own package {name!r}, but another one of that name comes first on sys.path:\n"
+                f"  found:    {origin}\n"
+                f"  required: {wanted}\n"
+                f"Rename yours, or start Python elsewhere (python -P keeps the working folder off sys.path).",
+                name=name,
+                path=origin,
+            )
+
+
+_check_companions()

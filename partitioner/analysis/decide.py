@@ -1,0 +1,281 @@
+"""The placement: which rank owns which indices of which weight, found by labels, owners and a few repairs.
+
+    repeat: run the labels; divide the atoms of every site over the ranks
+            where a site has fewer atoms than ranks, keep the earliest weight among its sources whole, with its class
+    then:   where that was due to a whole-row reduction, see whether reducing in parts is cheaper, class by class
+
+Keeping the *earliest* source whole brings the alternation of column- and row-parallel back in phase after a lone linear.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from partitioner.analysis.arguments import operation
+from partitioner.analysis.blocks import Blocks, find_blocks
+from partitioner.analysis.labels import Collapse, LabelRun, Labels, Site
+from partitioner.analysis.owners import Atom, divide
+from partitioner.layout import IndexSet, Split
+from partitioner.program import Program
+
+__all__ = ["Decisions", "decide"]
+
+_FULL_REDUCTION = 0.10
+"""Price of one more all-reduce of an activation per layer, as a share of the layer's weights kept whole."""
+_SMALL_REDUCTION = 0.02
+"""Price of one more all-reduce of one number per token per layer."""
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """splits: weight -> (dim, owners). partial: reductions done in parts. pinned: weight kept whole -> the reason."""
+
+    splits: dict[str, tuple[int, Split]]
+    partial: frozenset[str]
+    pinned: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Offence:
+    weight: str
+    reason: str
+    collapse: Collapse | None
+
+
+@dataclass
+class _Solution:
+    splits: dict[str, tuple[int, Split]]
+    pinned: dict[str, str]
+    partial: frozenset[str]
+    cost: float
+    collapses: dict[str, Collapse] = field(default_factory=dict)
+    """Whole-row reductions that led to a weight kept whole, by that weight."""
+
+
+class _Search:
+    def __init__(
+        self, program: Program, blocks: Blocks, axis: str, keep_whole: dict[str, str], together: dict[str, int]
+    ) -> None:
+        self.program, self.blocks, self.axis, self.keep_whole = program, blocks, axis, keep_whole
+        self.together = {same: n for name, n in together.items() for same in blocks.same_nodes(name)}
+        self.ranks = program.mesh.size(axis)
+        self.bytes: dict[str, int] = {}
+        """Weights that some run could split, with their sizes: what keeping whole is measured against."""
+        self.order = {str(n.target): i for i, n in reversed(list(enumerate(program.graph.nodes))) if n.op == "get_attr"}
+
+    def labels(self, pinned: dict[str, str], partial: frozenset[str]) -> Labels:
+        run = LabelRun(self.program, self.ranks, pinned=pinned.keys(), partial=partial, together=self.together)
+        for step in self.blocks.steps():
+            if isinstance(step, fx.Node):
+                run.run([step])
+            else:
+                run.states[step[0]] = run.states.get(step[1])
+        return run.labels
+
+    def resolve(self, partial: frozenset[str], allowed: int = 200) -> _Solution:
+        """Keeps weights whole until every site can be divided."""
+        pinned = dict(self.keep_whole)
+        collapses: dict[str, Collapse] = {}
+        while True:
+            labels = self.labels(pinned, partial)
+            found = _divide_sites(self.program, labels, self.axis)
+            self._note_sizes(labels)
+            if not isinstance(found, _Offence):
+                for name in [name for name, (dim, split) in found.items() if self._is_whole(name, dim, split)]:
+                    del found[name]
+                    pinned[name], collapse = _why_everywhere(labels, name)
+                    if collapse is not None:
+                        collapses[name] = collapse
+                return _Solution(found, pinned, partial, self._cost(labels, pinned), collapses)
+            for name in self.blocks.same_weights(found.weight):
+                pinned[name] = found.reason
+            if found.collapse is not None:
+                collapses[found.weight] = found.collapse
+            allowed -= 1
+            assert allowed, f"keeping weights whole does not end; last: {found}"
+
+    def _note_sizes(self, labels: Labels) -> None:
+        """Sizes of the weights of layers: look-up tables and what makes the outputs weigh too much in small models."""
+        outside = {s.weight.name for s in labels.sites if s.weight and s.letter == "v"}
+        for site in labels.sites:
+            if site.kind == "gather":
+                outside |= labels.weights_of({label for i in site.ids.tolist() for label in labels.lattice.sets[i]})
+        for name in [*labels.starts, *(s.weight.name for s in labels.sites if s.weight)]:
+            if name not in outside:
+                self.bytes.setdefault(name, self.program.weights[name].bytes)
+
+    def _is_whole(self, name: str, dim: int, split: Split) -> bool:
+        return all(indices.size == self.program.weights[name].shape[dim] for indices in split.owned)
+
+    def _cost(self, labels: Labels, pinned: dict[str, str]) -> float:
+        layers = max(self.blocks.analysed, 1)
+        whole = sum(size for name, size in self.bytes.items() if name in pinned and name not in self.keep_whole)
+        full = sum(s.kind == "contract" and s.letter != "v" for s in labels.sites)
+        small = sum(s.kind == "reduce" for s in labels.sites)
+        share = whole / max(sum(self.bytes.values()), 1)
+        return share + (_FULL_REDUCTION * full + _SMALL_REDUCTION * small) / layers
+
+    def best(self) -> _Solution:
+        best = self.resolve(frozenset())
+        tried: set[str] = set()
+        for weight, collapse in list(best.collapses.items()):
+            share = self.bytes.get(weight, 0) * max(self.blocks.analysed, 1) / max(sum(self.bytes.values()), 1)
+            if collapse.node.name in tried or not collapse.can_be_partial or share < _SMALL_REDUCTION:
+                continue
+            same = frozenset(self.blocks.same_nodes(collapse.node.name))
+            tried |= same
+            other = self.resolve(best.partial | same)
+            if other.cost < best.cost:
+                best = other
+        return best
+
+
+def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tuple[int, Split]] | _Offence:
+    """Owners of every labelled weight index, or the first site that cannot be divided."""
+    ranks = program.mesh.size(axis)
+    starts = sorted((base, name, dim) for (name, dim), base in labels.bases.items())
+    firsts = [base for base, _, _ in starts]
+    costs = [program.weights[name].bytes / max(program.weights[name].shape[dim], 1) for _, name, dim in starts]
+    order = {name: i for i, name in enumerate(labels.starts)}
+
+    def place(label: int) -> int:
+        return bisect_right(firsts, label) - 1
+
+    def cost(label: int) -> float:
+        return costs[place(label)]
+
+    def sources(atoms: list[Atom]) -> list[str]:
+        places = {place(label) for atom in atoms for label in (atom if len(atom) < 64 else sorted(atom)[:: len(atom) // 64])}
+        exact = places if len(places) == 1 else {place(label) for atom in atoms for label in atom}
+        return sorted({starts[p][1] for p in exact}, key=lambda name: order.get(name, 0))
+
+    owned: dict[int, int] = {}
+    columns: dict[str, tuple[int, Split]] = {}
+    sized = []
+    for site in labels.sites:
+        ids, inverse = _distinct_in_order(site.ids)
+        atoms = [labels.lattice.sets[i] for i in ids]
+        sized.append((-max((len(a) for a in atoms), default=0), site, atoms, inverse))
+    for _, site, atoms, inverse in sorted(sized, key=lambda s: s[0]):
+        labelled = [a for a in atoms if a]
+        if len(labelled) < ranks:
+            names = sources(labelled)
+            return _offence(site, labels, names[0], set(names), len(labelled), ranks)
+        places = _assign(site, atoms, inverse, owned, ranks, cost, program)
+        for atom, rank in zip(atoms, places.atoms, strict=True):
+            for label in atom:
+                owned[label] = owned.get(label, 0) | 1 << rank
+        if site.weight is not None:
+            sets = tuple(
+                IndexSet.of(site.weight.indices[places.indices == rank].tolist()) for rank in range(ranks)
+            )
+            found = (site.weight.dim, Split((axis,), sets))
+            if columns.setdefault(site.weight.name, found) != found:
+                return _Offence(site.weight.name, "is contracted twice, in ways that cannot be split alike", None)
+    splits = dict(columns)
+    for (name, dim), base in labels.bases.items():
+        size = program.weights[name].shape[dim]
+        masks = [owned.get(base + i, 0) for i in range(size)]
+        rows = Split((axis,), tuple(IndexSet.of(i for i, m in enumerate(masks) if m >> r & 1) for r in range(ranks)))
+        if splits.setdefault(name, (dim, rows)) != (dim, rows):
+            return _Offence(name, "has two uses that cannot be split alike", None)
+    return splits
+
+
+@dataclass(frozen=True)
+class _Places:
+    atoms: list[int]
+    indices: torch.Tensor
+
+
+def _assign(
+    site: Site, atoms: list[Atom], inverse: torch.Tensor, owned: dict[int, int], ranks: int, cost, program: Program  # type: ignore[no-untyped-def]
+) -> _Places:
+    """The rank of each atom: where a coarser site has put its sources already, else by load."""
+    counts = torch.bincount(inverse, minlength=len(atoms)).tolist()
+    column = 0.0
+    if site.weight is not None:
+        weight = program.weights[site.weight.name]
+        column = weight.bytes / max(weight.shape[site.weight.dim], 1)
+    found: list[int | None] = []
+    for atom in atoms:
+        common = (1 << ranks) - 1 if atom else 0
+        for label in atom:
+            common &= owned.get(label, 0)
+            if not common:
+                break
+        found.append((common & -common).bit_length() - 1 if common else None)
+    new = [i for i, rank in enumerate(found) if rank is None]
+    if len(new) >= ranks:
+        dealt = divide([atoms[i] for i in new], [column * counts[i] for i in new], ranks, cost)
+    else:
+        dealt = [i % ranks for i in range(len(new))]
+    for i, rank in zip(new, dealt, strict=True):
+        found[i] = rank
+    ranks_of = [r for r in found if r is not None]
+    return _Places(ranks_of, torch.tensor(ranks_of)[inverse])
+
+
+def _distinct_in_order(ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+    """Distinct ids by first appearance, each free index (id 0) by itself, and the place of each index among them."""
+    seen: dict[int, int] = {}
+    found: list[int] = []
+    inverse = []
+    for i in ids.tolist():
+        if i == 0 or i not in seen:
+            seen[i] = len(found)
+            found.append(i)
+        inverse.append(seen[i])
+    return found, torch.tensor(inverse, dtype=torch.int64)
+
+
+def _why_everywhere(labels: Labels, name: str) -> tuple[str, Collapse | None]:
+    """Why every rank needs all of a weight although what is made of it is split."""
+    for collapse in labels.collapses:
+        if name in collapse.weights:
+            return _collapsed(collapse), collapse
+    return "shared by the parts of every rank", None
+
+
+def _collapsed(collapse: Collapse) -> str:
+    at = collapse.node.meta.get("path") or collapse.node.name
+    name = getattr(operation(collapse.node), "__name__", str(operation(collapse.node)))
+    return f"has no rule ({name} in {at})" if collapse.opaque else f"{name} in {at} needs the whole row"
+
+
+def _offence(site: Site, labels: Labels, weight: str, names: set[str], count: int, ranks: int) -> _Offence:
+    where = site.node.meta.get("path") or site.node.name
+    for collapse in labels.collapses:
+        if names & collapse.weights:
+            return _Offence(weight, _collapsed(collapse), collapse)
+    groups = "1 group" if count == 1 else f"{count} groups"
+    return _Offence(weight, f"only {groups} of indices can be told apart at {where}, for {ranks} ranks", None)
+
+
+def decide(
+    program: Program,
+    axis: str,
+    *,
+    keep_whole: dict[str, str],
+    together: dict[str, int] | None = None,
+    compress: bool = True,
+) -> Decisions:
+    """Splits of the program's weights over `axis`.
+
+    keep_whole: weights to leave whole, with the reason. together: what an earlier attempt could not lay out (see
+    `LabelRun`). compress: analyse identical layers once.
+    """
+    blocks = find_blocks(program, compress=compress)
+    found = _Search(program, blocks, axis, keep_whole, together or {}).best()
+    splits = dict(found.splits)
+    for block in blocks.blocks:
+        if block.model is not None:
+            for mine, theirs in zip(block.weights, block.model.weights, strict=True):
+                if theirs in splits and mine not in found.pinned:
+                    splits[mine] = splits[theirs]
+    pinned = {name: reason for name, reason in found.pinned.items() if name not in splits}
+    return Decisions(splits, found.partial, pinned)

@@ -1,0 +1,344 @@
+"""Which weight indices must stay together: labels pushed through the graph, op by op.
+
+Activations start free (the same on every rank). A contraction of a free input with a weight starts labels, one per output
+index of the weight (column-parallel). A contraction of a labelled input with a weight ends them (row-parallel): the *site*
+records, for each contracted index, the set of weight indices it depends on. In between, moves run as themselves on the
+label tensors and every other op follows its index notation. Symbolic dims have size 1.
+
+Column then row is Megatron-LM's scheme (arXiv:1909.08053, section 3); finding it from labels needs no table of modules.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from partitioner.analysis.arguments import evaluate, map_nodes, node_values, shape_at
+from partitioner.analysis.lattice import Lattice, compact
+from partitioner.analysis.moves import is_move, run_move
+from partitioner.analysis.notation import Letters, Notation, Operand, notation
+from partitioner.program import Program, Value
+
+__all__ = ["Collapse", "LabelRun", "Labels", "Site", "WeightSlice"]
+
+_LARGEST_COPY = 1 << 24
+"""Index tensors of weights are expanded views; a move that would copy more elements than this makes the weight opaque."""
+
+
+@dataclass(frozen=True)
+class WeightState:
+    """A weight reached through moves: for each dim of the weight, the index along it that each element came from."""
+
+    name: str
+    indices: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class WeightSlice:
+    """Indices along one dim of a weight."""
+
+    name: str
+    dim: int
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where labels end: kind "contract" (with a weight: row-parallel), "reduce" (a sum) or "gather" (an output)."""
+
+    node: fx.Node
+    kind: str
+    letter: str
+    ids: Tensor
+    """ids[K]: the set of labels that each index along the letter depends on."""
+    weight: WeightSlice | None = None
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """An op that needs a whole labelled row, so that all its labels become one."""
+
+    node: fx.Node
+    can_be_partial: bool
+    opaque: bool
+    weights: frozenset[str]
+    """Those whose labels became one."""
+
+
+@dataclass
+class Labels:
+    """The result of one run."""
+
+    lattice: Lattice
+    sites: list[Site] = field(default_factory=list)
+    collapses: list[Collapse] = field(default_factory=list)
+    starts: dict[str, fx.Node] = field(default_factory=dict)
+    """Weights whose indices are labels, in graph order, with the node that started them."""
+    bases: dict[tuple[str, int], int] = field(default_factory=dict)
+    count: int = 0
+
+    def base(self, weight: str, dim: int, size: int) -> int:
+        """First label of the weight's dim; its index i has label base + i."""
+        if (weight, dim) not in self.bases:
+            self.bases[weight, dim] = self.count
+            self.count += size
+        return self.bases[weight, dim]
+
+    def weights_of(self, labels: Set[int]) -> frozenset[str]:
+        starts = sorted((base, name) for (name, _), base in self.bases.items())
+        firsts = [base for base, _ in starts]
+        return frozenset(starts[bisect_right(firsts, label) - 1][1] for label in labels)
+
+
+class LabelRun:
+    """One pass of the labels over a program's graph for `ranks` ranks.
+
+    pinned: weights that stay whole. partial: names of linear reductions that are carried out as partial sums.
+    together: names of nodes whose innermost labelled dim (1), or all of whose dims (2), must stay on one rank.
+    """
+
+    def __init__(
+        self, program: Program, ranks: int, *, pinned: Set[str], partial: Set[str], together: Mapping[str, int]
+    ) -> None:
+        self.program, self.ranks, self.pinned, self.partial, self.together = program, ranks, pinned, partial, together
+        self.ones: dict[sympy.Symbol, int] = dict.fromkeys(program.symbols.values(), 1)
+        self.states: dict[fx.Node, Any] = {}
+        self.labels = Labels(Lattice())
+        self.sequence = program.symbols.get("sequence")
+
+    def run(self, nodes: list[fx.Node]) -> Labels:
+        for node in nodes:
+            if node.op == "get_attr":
+                self.states[node] = self._whole_weight(str(node.target))
+            elif node.op == "output":
+                for source in node.all_input_nodes:
+                    self._output(source)
+            elif node.op == "call_function" and node_values(node):
+                self.states[node] = self._move(node) if is_move(node) else self._compute(node)
+                if node.name in self.together:
+                    self._keep_together(node)
+        return self.labels
+
+    def _keep_together(self, node: fx.Node) -> None:
+        state = self.states[node]
+        if isinstance(state, Tensor):
+            varying = [i for i, size in enumerate(compact(state).shape) if size > 1]
+            dims = varying[-1:] if self.together[node.name] == 1 else varying
+            self.states[node] = self.labels.lattice.reduce(state, dims).expand(state.shape)
+
+    def _whole_weight(self, name: str) -> WeightState:
+        shape = self.program.weights[name].shape
+        indices = []
+        for dim, size in enumerate(shape):
+            view = [1] * len(shape)
+            view[dim] = size
+            indices.append(torch.arange(size).view(view).expand(shape))
+        return WeightState(name, tuple(indices))
+
+    # -- moves ---------------------------------------------------------------------------------------------------------
+
+    def _move(self, node: fx.Node) -> Any:
+        sources = [n for n in node.all_input_nodes if node_values(n)]
+        states = [self.states.get(n) for n in sources]
+        none = None if isinstance(node.meta["val"], Value) else (None,) * len(node_values(node))
+        if all(state is None for state in states):
+            return none
+        if len(sources) == 1 and isinstance(states[0], WeightState):
+            return self._move_weight(node, states[0], none)
+        if all(state is None or isinstance(state, WeightState) for state in states):
+            return none
+
+        def ids(source: fx.Node) -> Any:
+            state = self.states.get(source)
+            if isinstance(state, tuple):
+                return state
+            if isinstance(state, Tensor):
+                return state
+            if isinstance(source.meta.get("val"), Value):
+                return torch.zeros(shape_at(source.meta["val"], self.ones), dtype=torch.int64)
+            return evaluate(source.meta["val"], self.ones)
+
+        found = run_move(node, map_nodes(node.args, ids), map_nodes(node.kwargs, ids))
+        return tuple(found) if isinstance(found, (list, tuple)) else found
+
+    def _move_weight(self, node: fx.Node, state: WeightState, none: Any) -> Any:
+        def run(indices: Tensor) -> Any:
+            args = map_nodes(
+                (node.args, node.kwargs),
+                lambda n: indices if node_values(n) else evaluate(n.meta["val"], self.ones),
+            )
+            return run_move(node, args[0], args[1])
+
+        large = self.program.weights[state.name].numel > _LARGEST_COPY
+        found = []
+        for indices in state.indices:
+            moved = run(indices)
+            if large and any(t.untyped_storage().nbytes() > 8 * _LARGEST_COPY for t in _tensors(moved)):
+                return none
+            found.append(moved)
+        if found and isinstance(found[0], (tuple, list)):
+            return tuple(WeightState(state.name, piece) for piece in zip(*found, strict=True))
+        return WeightState(state.name, tuple(found))
+
+    # -- computation ---------------------------------------------------------------------------------------------------
+
+    def _compute(self, node: fx.Node) -> Any:
+        rule = notation(node)
+        values = node_values(node)
+        labelled = [o for o in rule.operands if isinstance(self.states.get(o.node), Tensor)]
+        weights = [o for o in rule.operands if isinstance(self.states.get(o.node), WeightState)]
+        single = isinstance(node.meta["val"], Value)
+        if not labelled:
+            found = self._start(node, rule, weights)
+            return found if single else (found,) * len(values)
+        for letter in sorted(rule.sums):
+            if self._end(node, letter, labelled, weights):
+                return None if single else (None,) * len(values)
+        merged = [self._merged(rule, labelled, outputs, value) for outputs, value in zip(rule.outputs, values, strict=True)]
+        self._note_collapse(node, rule, labelled, merged[0])
+        return merged[0] if single else tuple(merged)
+
+    def _along(self, operand: Operand, letter: str) -> WeightSlice | None:
+        """The weight indices along one letter of an operand that is a weight; None where they do not line up with a dim."""
+        state = self.states[operand.node]
+        if state.name in self.pinned or letter not in operand.letters:
+            return None
+        at = operand.letters.index(letter)
+        for dim, indices in enumerate(state.indices):
+            vector = indices[tuple(slice(None) if i == at else 0 for i in range(indices.ndim))] if indices.numel() else None
+            if vector is None or (vector.numel() > 1 and int(vector[0]) == int(vector[-1])):
+                continue
+            view = [-1 if i == at else 1 for i in range(indices.ndim)]
+            if _varies_only(indices, at) or torch.equal(indices, vector.view(view).expand_as(indices)):
+                return WeightSlice(state.name, dim, vector)
+        return None
+
+    def _start(self, node: fx.Node, rule: Notation, weights: list[Operand]) -> Tensor | None:
+        """Labels that begin at this node; None where none do."""
+        if len(weights) == len(rule.operands) or not rule.sums:
+            return None
+        free = [o for o in rule.operands if o not in weights]
+        for operand in weights:
+            for letter in sorted(rule.sums & set(operand.letters)):
+                shared = any(letter in o.letters for o in free)
+                if not shared:
+                    if self._worth_splitting(node, operand) and (slice_ := self._along(operand, letter)) is not None:
+                        ids = self._fresh(node, slice_)
+                        self.labels.sites.append(Site(node, "contract", letter, ids, slice_))
+                    return None
+                for start in operand.letters:
+                    if start is None or start not in rule.outputs[0] or any(start in o.letters for o in free):
+                        continue
+                    slice_ = self._along(operand, start)
+                    if slice_ is None or slice_.indices.numel() < self.ranks:
+                        continue
+                    shape = shape_at(node_values(node)[0], self.ones)
+                    at = rule.outputs[0].index(start)
+                    return self._fresh(node, slice_).view([-1 if i == at else 1 for i in range(len(shape))]).expand(shape)
+        return None
+
+    def _worth_splitting(self, node: fx.Node, table: Operand) -> bool:
+        """A look-up table is split where its partial sums are no larger than an activation (not a bias per pair of tokens)."""
+        rows = node_values(table.node)[0].shape[0]
+        size = sympy.Mul(*node_values(node)[0].shape)
+        return evaluate(rows, self.ones) >= self.ranks and (
+            self.sequence is None or sympy.degree(sympy.expand(size), self.sequence) <= 1
+        )
+
+    def _fresh(self, node: fx.Node, slice_: WeightSlice) -> Tensor:
+        base = self.labels.base(slice_.name, slice_.dim, self.program.weights[slice_.name].shape[slice_.dim])
+        self.labels.starts.setdefault(slice_.name, node)
+        return self.labels.lattice.singletons((slice_.indices + base).tolist())
+
+    def _ids(self, operand: Operand) -> Tensor:
+        """Ids of an operand with its letters' own indices (heads that read a shared kv head see that head's ids)."""
+        ids: Tensor = self.states[operand.node]
+        for letter, via in operand.via:
+            ids = ids.index_select(operand.letters.index(letter), torch.tensor(via, dtype=torch.int64))
+        return ids
+
+    def _end(self, node: fx.Node, letter: str, labelled: list[Operand], weights: list[Operand]) -> bool:
+        """Whether labels end here because `letter` is summed over ranks; records the site."""
+        along = [o for o in labelled if letter in o.letters]
+        with_letter = [o for o in weights if letter in o.letters]
+        if len(along) != 1 or len(with_letter) > 1:
+            return False
+        operand = along[0]
+        ids = self._ids(operand)
+        at = operand.letters.index(letter)
+        if with_letter:
+            slice_ = self._along(with_letter[0], letter)
+            if slice_ is None:
+                return False
+            merged = self.labels.lattice.reduce(ids, [at])
+            if _distinct(merged) >= max(self.ranks, 2):
+                return False  # heads stay apart: the weight is shared by all of them and stays whole
+        elif node.name in self.partial:
+            slice_ = None
+        else:
+            return False
+        if not _varies_only(ids, at):
+            return False
+        vector = compact(ids).reshape(-1).expand(ids.shape[at])
+        kind = "contract" if slice_ else "reduce"
+        self.labels.sites.append(Site(node, kind, letter, vector, slice_))
+        return True
+
+    def _merged(self, rule: Notation, labelled: list[Operand], names: Letters, value: Value) -> Tensor | None:
+        shape = shape_at(value, self.ones)
+        total = torch.zeros([1] * len(shape), dtype=torch.int64)
+        for operand in labelled:
+            ids = self._ids(operand)
+            gone = [
+                i for i, name in enumerate(operand.letters) if name is None or name not in names or name in rule.whole
+            ]
+            ids = self.labels.lattice.reduce(ids, gone)
+            if any(name is not None and name not in rule.whole and name not in names for name in operand.letters) or gone:
+                ids = compact(ids)
+            order = [operand.letters.index(name) for name in names if name is not None and name in operand.letters]
+            rest = [i for i in range(ids.ndim) if i not in order]
+            ids = ids.permute([*order, *rest]).reshape([ids.shape[i] for i in order]) if rest else ids.permute(order)
+            places = iter(ids.shape)
+            ids = ids.reshape([next(places) if name is not None and name in operand.letters else 1 for name in names])
+            total = self.labels.lattice.merge(total, ids)
+        return total.expand(shape) if bool(total.any()) else None
+
+    def _note_collapse(self, node: fx.Node, rule: Notation, labelled: list[Operand], merged: Tensor | None) -> None:
+        if merged is None or _distinct(merged) >= self.ranks:
+            return
+        if max(_distinct(self.states[o.node]) for o in labelled) >= self.ranks:
+            linear = bool(rule.sums) and not rule.whole and len(rule.operands) == 1
+            ids = [int(i) for i in torch.unique(compact(merged)) if i]
+            names = self.labels.weights_of({label for i in ids for label in self.labels.lattice.sets[i]})
+            self.labels.collapses.append(Collapse(node, linear, rule.opaque, names))
+
+    def _output(self, source: fx.Node) -> None:
+        ids = self.states.get(source)
+        if isinstance(ids, Tensor):
+            varying = [i for i, size in enumerate(compact(ids).shape) if size > 1]
+            if len(varying) == 1:
+                at = varying[0]
+                vector = compact(ids).reshape(-1)
+            else:
+                at, vector = 0, self.labels.lattice.reduce(ids, list(range(ids.ndim))).reshape(-1)
+            self.labels.sites.append(Site(source, "gather", str(at), vector))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _varies_only(ids: Tensor, at: int) -> bool:
+    shape = compact(ids).shape
+    return all(size == 1 for i, size in enumerate(shape) if i != at)
+
+
+def _distinct(ids: Tensor) -> int:
+    found = torch.unique(compact(ids))
+    return int((found != 0).sum())

@@ -1,0 +1,68 @@
+"""Dividing atoms over ranks: contracted indices with the same source set go together, balanced by the largest load.
+
+An atom is a set of weight indices that must meet on one rank (a head with its kv head, a gate row with its up row). Atoms
+are dealt in graph order to ranks in order, every rank at least one; a weight index belongs to every rank that has an atom
+which needs it, so that a kv head shared by more query heads than one rank holds lives on several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+__all__ = ["divide"]
+
+Atom = frozenset[int]
+
+
+def divide(atoms: list[Atom], extra: list[float], ranks: int, cost: Callable[[int], float]) -> list[int]:
+    """The rank of each atom, non-decreasing. `extra[i]`: the load of atom i beside its sources; `cost(label)`: of a source.
+
+    Minimises the largest load, where a rank's load counts each source once. Needs at least as many atoms as ranks.
+    """
+    count = len(atoms)
+    assert count >= ranks
+    loads = [sum(map(cost, atom)) + e for atom, e in zip(atoms, extra, strict=True)]
+    disjoint = sum(map(len, atoms)) == len(frozenset[int]().union(*atoms))
+    if disjoint and max(loads) - min(loads) <= 1e-9 * max(loads):
+        small, larger = divmod(count, ranks)
+        return [rank for rank in range(ranks) for _ in range(small + (rank < larger))]
+    low, high = max(loads), sum(loads)
+    best = _fill(atoms, extra, ranks, cost, high)
+    assert best is not None
+    for _ in range(24):
+        middle = (low + high) / 2
+        found = _fill(atoms, extra, ranks, cost, middle)
+        if found is None:
+            low = middle
+        else:
+            best, high = found, middle
+        if high - low <= 1e-6 * high:
+            break
+    return best
+
+
+def _fill(
+    atoms: list[Atom], extra: list[float], ranks: int, cost: Callable[[int], float], limit: float
+) -> list[int] | None:
+    """Ranks filled one after the other up to `limit`, leaving at least one atom for each later rank; None if too small."""
+    found: list[int] = []
+    rank, load = 0, 0.0
+    held: set[int] = set()
+    for i, atom in enumerate(atoms):
+        more = sum(map(cost, _missing(atom, held))) + extra[i]
+        full = load + more > limit * (1 + 1e-12)
+        needed_later = len(atoms) - i <= ranks - 1 - rank
+        if found and found[-1] == rank and (full or needed_later):
+            rank += 1
+            if rank == ranks:
+                return None
+            held, load = set(), 0.0
+            more = sum(map(cost, atom)) + extra[i]
+        held |= atom
+        load += more
+        found.append(rank)
+    return found
+
+
+def _missing(atom: Atom, held: set[int]) -> Iterable[int]:
+    return (label for label in atom if label not in held)

@@ -1,0 +1,56 @@
+"""Spellings made one: what a trace writes in several ways is written in one, so that each rule is needed once.
+
+    x[:, :, [4]] with a constant index    ->  reorder(x, [4], dim=2): a move, where indexing needs the whole dim
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from partitioner.analysis.arguments import arguments, operation
+from partitioner.program import Program, Value
+from runtime.ops.local import reorder
+
+aten = torch.ops.aten
+
+__all__ = ["canonicalize"]
+
+
+def canonicalize(program: Program) -> None:
+    """Rewrites the graph in place."""
+    for node in list(program.graph.nodes):
+        if node.op == "call_function" and operation(node) in (aten.index, aten.index_select):
+            _constant_index(program, node)
+    for node in reversed(list(program.graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            program.graph.erase_node(node)
+            if all(n.target != node.target for n in program.graph.nodes if n.op == "get_attr"):
+                del program.weights[str(node.target)]
+
+
+def _constant_index(program: Program, node: fx.Node) -> None:
+    a = arguments(node)
+    if operation(node) is aten.index:
+        given = [(dim, index) for dim, index in enumerate(a["indices"]) if index is not None]
+        if len(given) != 1:
+            return
+        dim, index = given[0]
+    else:
+        dim, index = a["dim"], a["index"]
+    if not isinstance(index, fx.Node) or index.op != "get_attr":
+        return
+    weight = program.weights[str(index.target)]
+    value = program.values[weight.name]
+    source = a["self"].meta["val"]
+    size = source.shape[dim]
+    if weight.source != "constant" or value.dtype is not torch.int64 or value.ndim > 1 or not isinstance(size, int):
+        return
+    assert isinstance(source, Value)
+    order = [i + size if i < 0 else i for i in value.reshape(-1).tolist()]
+    path = node.meta.get("path", "")
+    if value.ndim == 0 and operation(node) is aten.index:
+        node.target, node.args, node.kwargs = aten.select.int, (a["self"], dim, order[0]), {}
+    else:
+        node.target, node.args, node.kwargs = reorder, (a["self"], order), {"dim": dim}
+    node.meta["path"] = path

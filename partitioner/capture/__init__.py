@@ -1,0 +1,5 @@
+"""Capture: a Hugging Face model becomes one graph."""
+
+from partitioner.capture.model import capture
+
+__all__ = ["capture"]

@@ -1,0 +1,77 @@
+"""`capture`: one Hugging Face model in, one Program out.
+
+    twin       a copy without weights, free to change            twin.py, rope.py
+    probe      one eager run: masks, positions, inputs            probe.py, masks.py, inputs.py
+    export     torch.export, through transformers' seams          trace.py, seams.py
+    build      functional, clean, named; runtime ops              functional.py, build.py, fold.py
+    weights    canonical names, computed values                   weights.py
+"""
+
+from __future__ import annotations
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from partitioner.capture.build import Builder
+from partitioner.capture.fold import fold_masks
+from partitioner.capture.functional import functionalize
+from partitioner.capture.inputs import choose_inputs
+from partitioner.capture.rope import fix_rope
+from partitioner.capture.trace import export
+from partitioner.capture.twin import make_twin
+from partitioner.capture.weights import ModelWeights, check_constant
+from partitioner.errors import CaptureError
+from partitioner.mesh import Mesh
+from partitioner.program import Input, Program, Weight
+
+__all__ = ["capture"]
+
+
+def capture(
+    model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None, length: int | None = None
+) -> Program:
+    """The model as one graph whose output is its logits (the last hidden state where it has no head).
+
+    The model may hold its weights or be on the meta device; it is not modified. `max_length` is the longest sequence that will be
+    run: RoPE variants that depend on the length are fixed by it. `length` captures for that one length only.
+    """
+    if model.config.is_encoder_decoder:
+        raise CaptureError(
+            f"cannot capture {type(model).__name__}: it is an encoder-decoder, and only decoders and encoders are supported"
+        )
+    fake = FakeTensorMode()
+    twin = make_twin(model, fake)
+    known = ModelWeights(model)
+    notes = fix_rope(twin, known, max_length=max_length)
+    example = choose_inputs(twin, fake, known.indices(), length=length)
+    kinds = example.probe.kinds
+    exported = functionalize(export(twin, example.tensors, kinds, static=length is not None))
+    builder = Builder(exported, tuple(example.tensors), known.canonical.__getitem__)
+    graph = builder.build()
+    fold_masks(graph, kinds)
+
+    used = {node.target for node in graph.nodes if node.op == "get_attr"}
+    names = [name for name in builder.weights if name in used]
+    values = known.data([name for name in names if name not in builder.constants])
+    weights: dict[str, Weight] = {}
+    for name in names:
+        if name in builder.constants:
+            values[name] = check_constant(name, builder.constants[name])
+            weights[name] = Weight(name, tuple(values[name].shape), values[name].dtype, "constant")
+        else:
+            tensor = values[name]
+            weights[name] = Weight(name, tuple(tensor.shape), tensor.dtype, known.source(name), known.aliases[name])
+    placeholders = {node.target: node for node in graph.nodes if node.op == "placeholder"}
+    inputs = tuple(
+        Input(name, placeholders[name].meta["val"], example.defaults[name]) for name in example.tensors
+    )
+    return Program(
+        graph=graph,
+        inputs=inputs,
+        weights=weights,
+        values=values,
+        symbols=builder.symbols,
+        mesh=mesh,
+        name=type(model).__name__,
+        notes=[*notes, *builder.limits(), *([] if length is None else [f"static length {length}"])],
+    )

@@ -1,0 +1,167 @@
+"""What transformers' official seams call while the twin is traced: ops that carry the meaning of what they stand for.
+
+`AttentionInterface`, `AttentionMaskInterface` and `ExpertsInterface` let anyone register an implementation by name. Ours
+stand under "eager" for the length of a capture, because some models ask for that name; what was there is put back.
+The ops below have shapes but no kernels: after the trace each is rewritten to a function of `runtime.ops`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ExpertsInterface
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from partitioner.errors import CaptureError
+
+__all__ = ["ATTENTION", "COMBINE", "DISPATCH", "GROUPED_LINEAR", "MASK", "Masks", "installed"]
+
+_NAMESPACE = "partitioner_capture"
+_SCHEMAS = {
+    "attention": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, Tensor? sinks, float scale, bool causal,"
+    " float? softcap) -> Tensor",
+    "mask": "(SymInt batch, SymInt q_length, SymInt kv_length, Tensor? padding, int kind, ScalarType dtype) -> Tensor",
+    "dispatch": "(Tensor hidden, Tensor index, int num_experts) -> (Tensor, Tensor, Tensor)",
+    "grouped_linear": "(Tensor rows, Tensor weight, Tensor counts, Tensor? bias, bool transposed) -> Tensor",
+    "combine": "(Tensor rows, Tensor order, Tensor gates) -> Tensor",
+}
+_library = torch.library.Library(_NAMESPACE, "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::attention")
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, sinks: Any, scale: float, causal: bool, softcap: Any) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::mask")
+def _(batch: int, q_length: int, kv_length: int, padding: Any, kind: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(batch, 1, q_length, kv_length, dtype=dtype)
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::dispatch")
+def _(hidden: Tensor, index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows = index.shape[0] * index.shape[1]
+    return hidden.new_empty(rows, hidden.shape[1]), index.new_empty(rows), index.new_empty(num_experts)
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::grouped_linear")
+def _(rows: Tensor, weight: Tensor, counts: Tensor, bias: Any, transposed: bool) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[2 if transposed else 1])
+
+
+@torch.library.register_fake(f"{_NAMESPACE}::combine")
+def _(rows: Tensor, order: Tensor, gates: Tensor) -> Tensor:
+    return rows.new_empty(gates.shape[0], rows.shape[1])
+
+
+_ops = getattr(torch.ops, _NAMESPACE)
+ATTENTION = _ops.attention.default
+MASK = _ops.mask.default
+DISPATCH = _ops.dispatch.default
+GROUPED_LINEAR = _ops.grouped_linear.default
+COMBINE = _ops.combine.default
+
+
+class Masks(Protocol):
+    """Who answers the calls to the mask seam: the probe at first, then the trace."""
+
+    def __call__(self, **call: Any) -> Tensor | None: ...
+
+
+_ONE_CAPTURE_AT_A_TIME = threading.RLock()
+_MISSING = object()
+
+
+@contextlib.contextmanager
+def installed(masks: Masks) -> Iterator[None]:
+    """Within this context "eager" attention, masks and experts are ours; afterwards what was there before."""
+    ours: list[tuple[dict[str, Any], Callable[..., Any]]] = [
+        (AttentionInterface._global_mapping, _attention),
+        (AttentionMaskInterface._global_mapping, masks),
+        (ExpertsInterface._global_mapping, _experts),
+    ]
+    with _ONE_CAPTURE_AT_A_TIME:
+        before = [mapping.get("eager", _MISSING) for mapping, _ in ours]
+        try:
+            for mapping, function in ours:
+                mapping["eager"] = function
+            yield
+        finally:
+            for (mapping, _), function in zip(ours, before, strict=True):
+                if function is _MISSING:
+                    mapping.pop("eager", None)
+                else:
+                    mapping["eager"] = function
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    for name, given in others.items():
+        if given is not None and given is not False and _matters(module, name):
+            raise CaptureError(
+                f"cannot capture the attention of {type(module).__name__}: it is called with {name}={_describe(given)}, "
+                "which capture does not know; it knows scaling, softcap, sinks, position_bias and the mask"
+            )
+    if dropout:
+        raise CaptureError(f"cannot capture the attention of {type(module).__name__}: dropout {dropout} in evaluation")
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        smallest = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, smallest)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    # the model's mask is all there is to know, except where the model leaves causality to the implementation
+    causal = attention_mask is None and bool(vars(module).get("is_causal", False) if is_causal is None else is_causal)
+    if attention_mask is None and sliding_window is not None and causal:
+        raise CaptureError(
+            f"cannot capture the attention of {type(module).__name__}: a sliding window of {sliding_window} and no mask"
+        )
+    sinks = s_aux if sinks is None else sinks
+    out = ATTENTION(query, key, value, attention_mask, position_bias, sinks, scale, causal, softcap)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _matters(module: nn.Module, name: str) -> bool:
+    """Whether the model's own attention reads the keyword; by transformers' convention that function stands beside the module."""
+    eager = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
+    return eager is None or name in inspect.signature(eager).parameters
+
+
+def _describe(given: Any) -> str:
+    return f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
+
+
+def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    transposed = self.is_transposed
+    rows, order, counts = DISPATCH(hidden_states, top_k_index, self.num_experts)
+    first = "gate_up_proj" if self.has_gate else "up_proj"
+    for projection in (first, "down_proj"):
+        bias = getattr(self, f"{projection}_bias") if self.has_bias else None
+        rows = GROUPED_LINEAR(rows, getattr(self, projection), counts, bias, transposed)
+        if projection == first:
+            rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
+    if vars(self).get("has_post_expert_norm", False):  # newer than the oldest transformers we support
+        rows = self.post_expert_norm(rows)
+    return COMBINE(rows, order, top_k_weights).to(hidden_states.dtype)

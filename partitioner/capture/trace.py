@@ -1,0 +1,95 @@
+"""Trace the twin with `torch.export`, batch and sequence symbolic.
+
+Non-strict export runs the model's Python on fake tensors and records the ops (torch.export, "non-strict mode").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from transformers import PreTrainedModel
+
+from partitioner.capture.masks import MaskKind
+from partitioner.capture.seams import MASK, installed
+from partitioner.errors import CaptureError
+
+__all__ = ["WRAPPER", "export"]
+
+WRAPPER = "model"
+"""The attribute under which the traced module holds the model: the first part of every name in the export."""
+
+
+class _Traced(nn.Module):
+    """The model with positional inputs and one output: its logits, or the last hidden state where it has no head."""
+
+    def __init__(self, model: PreTrainedModel, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        output = self.model(**dict(zip(self.names, tensors, strict=True)))
+        for name in ("logits", "last_hidden_state"):
+            value = output.get(name)
+            if isinstance(value, Tensor):
+                return value
+        raise CaptureError(
+            f"cannot capture {type(self.model).__name__}: its output has neither logits nor last_hidden_state; "
+            f"it has {', '.join(output.keys())}"
+        )
+
+
+class _Masks:
+    """The mask seam during the trace: the k-th mask has the kind that the probe found for the k-th."""
+
+    def __init__(self, kinds: list[MaskKind | None]) -> None:
+        self.kinds = kinds
+        self.asked = 0
+
+    def __call__(self, **call: Any) -> Tensor | None:
+        index, self.asked = self.asked, self.asked + 1
+        if index >= len(self.kinds) or self.kinds[index] is None:
+            return _written_out(call)
+        padding = call.get("attention_mask")
+        return MASK(call["batch_size"], call["q_length"], call["kv_length"], padding, index, call["dtype"])
+
+
+def _written_out(call: dict[str, Any]) -> Tensor | None:
+    from transformers.masking_utils import eager_mask
+
+    return eager_mask(**{**call, "allow_is_bidirectional_skip": False})
+
+
+def export(
+    twin: PreTrainedModel, example: Mapping[str, Tensor], kinds: list[MaskKind | None], *, static: bool
+) -> ExportedProgram:
+    masks = _Masks(kinds)
+    # one symbol each for all inputs: the same size is proved equal by the model's own arithmetic
+    dims = {} if static else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    try:
+        with installed(masks), torch.no_grad():
+            return torch.export.export(
+                _Traced(twin, tuple(example)),
+                # a failed export leaves marks on its inputs
+                tuple(tensor.clone() for tensor in example.values()),
+                dynamic_shapes=(tuple(dict(dims) for _ in example),),
+                strict=False,
+            )
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(_explain(twin, error, static=static)) from error
+
+
+def _explain(twin: PreTrainedModel, error: Exception, *, static: bool) -> str:
+    reason = " ".join(str(error).split())[:1500]
+    advice = (
+        "the model decides something in Python on a value that only real weights have"
+        if static
+        else "capture(..., length=N) captures it for prompts of exactly N tokens, if that is enough"
+    )
+    return f"cannot capture {type(twin).__name__}: torch.export failed with {type(error).__name__}: {reason}\n{advice}"

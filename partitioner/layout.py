@@ -1,0 +1,117 @@
+"""Layouts: which part of a tensor each rank holds, and over which axes it is still a partial sum.
+
+    None                      this dim is whole on every rank
+    Split(("tp",), owned)     coordinate i along tp holds the indices owned[i] of this dim
+    partial={"tp"}            the tensor is the sum over tp of what the ranks hold
+
+Owned index sets may be uneven, may consist of several intervals (a fused projection) and may overlap (a kv head shared by
+several ranks). A local tensor holds its owned indices in ascending order. Where a dim's size is a symbol times a constant
+(`batch * heads` merged by a reshape), the split is that of the constant, inner factor.
+
+The idea of one layout type for every sharding follows GSPMD (arXiv:2105.04663, section 3.1) and DTensor's placements;
+index sets in place of even shards are what uneven and partially replicated splits need.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+__all__ = ["REPLICATED", "IndexSet", "Layout", "Split"]
+
+
+@dataclass(frozen=True)
+class IndexSet:
+    """A set of non-negative integers as ascending, disjoint, non-touching half-open intervals."""
+
+    intervals: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def range(cls, start: int, stop: int) -> IndexSet:
+        return cls(((start, stop),) if stop > start else ())
+
+    @classmethod
+    def of(cls, indices: Iterable[int]) -> IndexSet:
+        intervals: list[list[int]] = []
+        for i in sorted(set(indices)):
+            if intervals and intervals[-1][1] == i:
+                intervals[-1][1] = i + 1
+            else:
+                intervals.append([i, i + 1])
+        return cls(tuple((a, b) for a, b in intervals))
+
+    @cached_property
+    def size(self) -> int:
+        return sum(b - a for a, b in self.intervals)
+
+    @property
+    def is_interval(self) -> bool:
+        return len(self.intervals) <= 1
+
+    def indices(self) -> list[int]:
+        return [i for a, b in self.intervals for i in range(a, b)]
+
+    def __contains__(self, index: int) -> bool:
+        at = bisect.bisect_right(self.intervals, (index, float("inf"))) - 1
+        return at >= 0 and self.intervals[at][0] <= index < self.intervals[at][1]
+
+    def __and__(self, other: IndexSet) -> IndexSet:
+        found = []
+        for a, b in self.intervals:
+            for c, d in other.intervals:
+                if max(a, c) < min(b, d):
+                    found.append((max(a, c), min(b, d)))
+        return IndexSet(tuple(found))
+
+    def __le__(self, other: IndexSet) -> bool:
+        return (self & other).size == self.size
+
+    def __str__(self) -> str:
+        return "+".join(f"{a}:{b}" for a, b in self.intervals) or "none"
+
+
+@dataclass(frozen=True)
+class Split:
+    """One dim divided over mesh axes: `owned[i]` belongs to the i-th coordinate (row-major) of `axes`."""
+
+    axes: tuple[str, ...]
+    owned: tuple[IndexSet, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(indices.size for indices in self.owned)
+
+    def __str__(self) -> str:
+        return f"{'x'.join(self.axes)}({', '.join(map(str, self.owned))})"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of one tensor; see the module's docstring."""
+
+    dims: tuple[Split | None, ...]
+    partial: frozenset[str] = frozenset()
+
+    @cached_property
+    def is_replicated(self) -> bool:
+        return not self.partial and all(dim is None for dim in self.dims)
+
+    @property
+    def split_dims(self) -> tuple[int, ...]:
+        return tuple(i for i, dim in enumerate(self.dims) if dim is not None)
+
+    def with_dim(self, dim: int, split: Split | None) -> Layout:
+        dims = list(self.dims)
+        dims[dim] = split
+        return Layout(tuple(dims), self.partial)
+
+    def __str__(self) -> str:
+        text = "[" + ", ".join("*" if dim is None else str(dim) for dim in self.dims) + "]"
+        return text + (f" partial over {', '.join(sorted(self.partial))}" if self.partial else "")
+
+
+def REPLICATED(rank: int) -> Layout:  # noqa: N802 - reads as a constant of the given number of dims
+    """Whole on every rank."""
+    return Layout((None,) * rank)

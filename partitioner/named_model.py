@@ -1,0 +1,115 @@
+"""MODEL on the command line, as a module.
+
+    a folder            a checkpoint: its configuration and weights
+    config:FILE.json    a configuration file; weights drawn from a seed
+    a model type        "llama", "gpt2": its default configuration, or that shrunk to run anywhere; weights drawn from a seed
+
+The shrunk configuration changes sizes by the names that transformers' configurations share (`attribute_map` included);
+no model is known by name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from partitioner.errors import CaptureError
+
+__all__ = ["load_config", "load_model"]
+
+_SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 112,
+    "moe_intermediate_size": 48,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "vocab_size": 131,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def load_config(name: str, *, small: bool = False) -> Any:
+    """The configuration of MODEL; `small` shrinks that of a model type."""
+    path = Path(name)
+    if name.startswith("config:"):
+        return _from_file(Path(name.removeprefix("config:")))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CaptureError(f"{name} is a folder, but no checkpoint: it has no config.json")
+        return _from_file(path / "config.json")
+    if name in CONFIG_MAPPING:
+        return _small(name) if small else CONFIG_MAPPING[name]()
+    near = difflib.get_close_matches(name, list(CONFIG_MAPPING), n=3)
+    hint = f"; near: {', '.join(near)}" if near else ""
+    raise CaptureError(
+        f"{name!r} is neither a checkpoint folder, nor config:FILE.json, nor a model type that transformers knows{hint}"
+    )
+
+
+def load_model(name: str, *, dtype: torch.dtype, seed: int = 0, meta: bool = False) -> Any:
+    """MODEL in eval mode; `meta`: its default size, without data."""
+    if not meta and Path(name).is_dir():
+        config = load_config(name)
+        return _class_of(config).from_pretrained(name, dtype=dtype, local_files_only=True).eval()
+    config = load_config(name, small=not meta)
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
+        torch.manual_seed(seed)
+        model_class = _class_of(config)
+        try:
+            model = model_class._from_config(config, dtype=torch.float32)
+        except Exception as error:
+            raise CaptureError(f"transformers cannot build {model_class.__name__} for {name!r}: {error}") from error
+    return model.to(dtype).eval()
+
+
+def _from_file(path: Path) -> Any:
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CaptureError(f"cannot read the configuration {path}: {error}") from error
+    if not isinstance(fields, dict) or fields.get("model_type") not in CONFIG_MAPPING:
+        kind = fields.get("model_type") if isinstance(fields, dict) else None
+        raise CaptureError(f"{path} must name a model_type that transformers knows, got {kind!r}")
+    return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+
+
+def _class_of(config: Any) -> Any:
+    """What the checkpoint says it is; for a bare configuration the causal language model, else the base model."""
+    for architecture in config.architectures or ():
+        if hasattr(transformers, architecture):
+            return getattr(transformers, architecture)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return transformers.MODEL_MAPPING[type(config)]
+
+
+def _small(model_type: str) -> Any:
+    config_class = CONFIG_MAPPING[model_type]
+    default = config_class()
+    sizes = {}
+    for field, size in _SMALL.items():
+        value = getattr(default, field) if hasattr(default, field) else None
+        # smaller only: one expert stays one, and a size that the model derives (None) stays derived
+        if isinstance(value, int) and value > size:
+            sizes[field] = size
+    try:
+        return config_class(**sizes)
+    except Exception as error:
+        raise CaptureError(
+            f"the default configuration of {model_type!r} cannot be shrunk ({error}): give config:FILE.json"
+        ) from error

@@ -1,0 +1,89 @@
+"""Parts: a partitioned model. One program per rank, the report, and ways to run it.
+
+parts.simulate(input_ids=ids)       all ranks in this process, one thread each
+parts.rank(1).graph_module          what rank 1 runs
+parts.engine(1, communicator)       rank 1 loaded, over a communicator of your own
+Engine.connect(parts)               this process's rank, under torchrun
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from partitioner.emit import Emitter
+from partitioner.errors import CommunicationError
+from partitioner.mesh import Mesh
+from partitioner.program import Program
+from runtime.communicator import Communicator
+from runtime.engine import Engine
+from runtime.rank_program import RankProgram
+from runtime.simulate import Simulator
+from runtime.weights import WeightSource
+
+__all__ = ["Parts"]
+
+Report = TypeVar("Report")
+
+
+class Parts(Generic[Report]):
+    """See the module's docstring; `traced` is the program before any pass, for `partitioner.compare`."""
+
+    def __init__(self, program: Program, report: Report, *, traced: Program | None = None) -> None:
+        self.program = program
+        self.report = report
+        self.traced = traced
+        self._ranks: dict[int, RankProgram] = {}
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.program.mesh
+
+    def rank(self, rank: int) -> RankProgram:
+        if rank not in self._ranks:
+            self._ranks[rank] = self._emitter.rank(self.mesh.coordinates(rank))
+        return self._ranks[rank]
+
+    @cached_property
+    def _emitter(self) -> Emitter:
+        return Emitter(self.program)
+
+    def engine(
+        self,
+        rank: int,
+        communicator: Communicator,
+        *,
+        weights: WeightSource | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Engine:
+        return Engine(self.rank(rank), communicator, weights=weights, device=device)
+
+    @cached_property
+    def _simulator(self) -> Simulator:
+        return Simulator([self.rank(rank) for rank in range(self.mesh.world_size)])
+
+    def simulate(self, **inputs: Tensor | None) -> Tensor:
+        """Run all ranks in this process with the model's own weights, and return rank 0's result.
+
+        Raises where the ranks do not return the same, bit by bit: they ran the same sums in the same order.
+        """
+        return same_on_all_ranks(self._simulator(**inputs))
+
+
+def same_on_all_ranks(results: list[Tensor]) -> Tensor:
+    first = results[0]
+    for rank, other in enumerate(results[1:], start=1):
+        if other.shape != first.shape:
+            raise CommunicationError(
+                f"ranks 0 and {rank} return different shapes: {list(first.shape)} and {list(other.shape)}"
+            )
+        if not torch.equal(first.nan_to_num(), other.nan_to_num()):
+            worst = (first - other).abs().max().item()
+            raise CommunicationError(
+                f"ranks 0 and {rank} return different results (by up to {worst:.3g}): a collective is missing, or a "
+                "weight that every rank should hold whole differs"
+            )
+    return first

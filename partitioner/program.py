@@ -1,0 +1,146 @@
+"""Program: the captured model as one graph for all ranks, with its inputs, weights and table of integers.
+
+    graph     torch.fx.Graph: placeholders (the inputs, in order), get_attr (weights, by canonical name), call_function, output
+    node      node.meta["val"]    Value (shape, dtype), a tuple of Values (several outputs), or a sympy.Expr (an integer)
+              node.meta["layout"] Layout, or a tuple of Layouts; set by the passes and re-inferred by the verifier
+              node.meta["path"]   the module it came from ("model.layers.0.self_attn")
+              node.meta["why"]    the reason for what a pass did to it
+    table     what differs between ranks: integers (or tuples of them) that stand in the graph as `Local(name)`
+
+Passes describe weights and never slice them; one graph serves every coordinate, and `emit` substitutes the integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from partitioner.layout import Layout
+from partitioner.mesh import Mesh
+
+__all__ = ["Entry", "Input", "Local", "Program", "Value", "Weight"]
+
+Integers = int | tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Value:
+    """Shape (ints, or sympy expressions in the batch and sequence symbols) and dtype of a tensor."""
+
+    shape: tuple[int | sympy.Expr, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Input:
+    """An explicit input: its name (a keyword of the run), its value, and what stands in where the user gives none.
+
+    default: "required" | "arange" (0..S-1 per row) | "ones" | "zeros"
+    """
+
+    name: str
+    value: Value
+    default: str
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter or buffer: described, never sliced.
+
+    source: "checkpoint" (saved with the model), "computed" (a non-persistent buffer: absent from checkpoints) or
+    "constant" (made by the trace). aliases: other names of the same tensor (tied weights).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    source: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table: the value on one whole model, and per coordinate of `axes` (row-major)."""
+
+    whole: Integers
+    axes: tuple[str, ...]
+    values: tuple[Integers, ...]
+
+
+@dataclass(frozen=True)
+class Local:
+    """Stands in a node's arguments for an integer that differs between ranks; `name` is a row of the table."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return f"local({self.name!r})"
+
+
+@dataclass
+class Program:
+    """See the module's docstring."""
+
+    graph: fx.Graph
+    inputs: tuple[Input, ...]
+    weights: dict[str, Weight]
+    values: Mapping[str, torch.Tensor]
+    """Data of the weights by canonical name; meta tensors where the model has none."""
+    symbols: dict[str, sympy.Symbol]
+    """The symbols in shapes by meaning: "batch", "sequence"."""
+    mesh: Mesh
+    name: str = ""
+    """Class name of the model, for reports only."""
+    table: dict[str, Entry] = field(default_factory=dict)
+    weight_layouts: dict[str, Layout] = field(default_factory=dict)
+    """Layout of each weight that is not whole on every rank."""
+    kept_whole: dict[str, str] = field(default_factory=dict)
+    """Weights that could have been split and stay whole, with the reason."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know: variants fixed at capture, inputs refused."""
+
+    def local(self, hint: str, entry: Entry) -> Local | Integers:
+        """A stand-in for `entry`; the plain integers where all coordinates and the whole agree."""
+        if all(value == entry.whole for value in entry.values):
+            return entry.whole
+        for name, known in self.table.items():
+            if known == entry and name.rstrip("0123456789_") == hint:
+                return Local(name)
+        name = f"{hint}_{sum(known.rstrip('0123456789_') == hint for known in self.table)}"
+        self.table[name] = entry
+        return Local(name)
+
+    def whole(self, value: Any) -> Any:
+        """`value` with every stand-in replaced by its integers on the whole model."""
+        return _substitute(value, lambda name: self.table[name].whole)
+
+    def at(self, value: Any, coordinates: Mapping[str, int]) -> Any:
+        """`value` with every stand-in replaced by its integers at `coordinates`."""
+
+        def pick(name: str) -> Integers:
+            entry = self.table[name]
+            return entry.values[self.mesh.index(entry.axes, coordinates)]
+
+        return _substitute(value, pick)
+
+
+def _substitute(value: Any, pick: Any) -> Any:
+    if isinstance(value, Local):
+        return pick(value.name)
+    return fx.node.map_aggregate(value, lambda leaf: pick(leaf.name) if isinstance(leaf, Local) else leaf)

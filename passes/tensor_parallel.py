@@ -1,0 +1,215 @@
+"""The tensor-parallel pass: column- and row-parallel linears, and the collectives between them.
+
+    y[B,S,F/n] = linear(x, w[F/n, H])       column-parallel: each rank holds rows of w
+    z[B,S,H]   = linear(y, w[H, F/n])       row-parallel: each rank holds columns of w, z is a partial sum
+    z          = all_reduce(z, "tp")
+
+Which weights are split, where, and into which (uneven, shared) parts the label analysis decides; this pass carries it out.
+Megatron-LM (arXiv:1909.08053, section 3), without tables of modules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from partitioner.analysis.arguments import arguments, node_values, operation
+from partitioner.analysis.decide import Decisions, decide
+from partitioner.analysis.localise import Scaled
+from partitioner.analysis.notation import notation
+from partitioner.analysis.placement import Placement, Unplaceable, place
+from partitioner.errors import PlanError
+from partitioner.layout import REPLICATED, IndexSet, Layout, Split
+from partitioner.program import Entry, Program
+from partitioner.rewrite import Rewriter
+from runtime.ops.attention import attention
+from runtime.ops.embedding import vocab_parallel_embedding
+
+aten = torch.ops.aten
+
+__all__ = ["TensorParallel"]
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """keep_whole: weight name -> why it stays whole on every rank."""
+
+    name: ClassVar[str] = "tensor-parallel"
+    axis: str = "tp"
+    keep_whole: tuple[tuple[str, str], ...] = ()
+
+    def run(self, program: Program) -> Program:
+        if program.mesh.size(self.axis) == 1:
+            return program
+        decisions, placement = self._place(program)
+        program.weight_layouts.update({n: w for n, w in placement.weights.items() if not w.is_replicated})
+        program.kept_whole.update(decisions.pinned)
+        _Rewriting(program, placement, self.axis).run()
+        return program
+
+    def _place(self, program: Program) -> tuple[Decisions, Placement]:
+        """Decides and lays out, keeping more together where a local version of an op would not be right."""
+        together: dict[str, int] = {}
+        parts: frozenset[str] = frozenset()
+        compress = True
+        while True:
+            decisions = decide(
+                program, self.axis, keep_whole=dict(self.keep_whole), together=together, compress=compress
+            )
+            renamed = _reduce_in_parts(program, decisions.partial - parts)
+            if renamed:
+                parts |= renamed
+                continue  # the means that are done in parts are sums now
+            weights = {
+                name: REPLICATED(len(program.weights[name].shape)).with_dim(dim, split)
+                for name, (dim, split) in decisions.splits.items()
+            }
+            try:
+                return decisions, place(program, weights)
+            except Unplaceable as trouble:
+                level = together.get(trouble.node.name, 0)
+                if level == 2 and not compress:
+                    raise PlanError(f"no placement over {self.axis!r} found: {trouble}") from trouble
+                if level == 2:
+                    together, compress = {}, False
+                else:
+                    together[trouble.node.name] = level + 1
+
+
+def _reduce_in_parts(program: Program, names: frozenset[str]) -> frozenset[str]:
+    """Rewrites means that will be reduced in parts as a sum and a division; returns whether there were any."""
+    found = set()
+    for node in list(program.graph.nodes):
+        if node.name not in names or operation(node) is not aten.mean:
+            continue
+        a = arguments(node)
+        source = a["self"].meta["val"].shape
+        dims = [d % len(source) for d in (a["dim"] or range(len(source)))]
+        count = 1
+        for dim in dims:
+            count *= source[dim]
+        with program.graph.inserting_before(node):
+            total = program.graph.call_function(
+                aten.sum.dim_IntList, (a["self"], dims, bool(a["keepdim"])), {"dtype": a["dtype"]}
+            )
+        total.meta = dict(node.meta)
+        node.target, node.args, node.kwargs = aten.div.Tensor, (total, count), {}
+        found.add(node.name)
+    return frozenset(found)
+
+
+class _Rewriting(Rewriter):
+    def __init__(self, program: Program, placement: Placement, axis: str) -> None:
+        super().__init__(program, placement.layouts)
+        self.placement, self.axis = placement, axis
+
+    def run(self) -> None:
+        for node in list(self.program.graph.nodes):
+            for source, layout in self.placement.requires.get(node, ()):
+                self.provide(node, source, layout)
+            if node.op == "call_function":
+                self._rewrite(node)
+            layout = self.layouts.get(node)
+            axes = self.placement.reduced.get(node)
+            if layout is not None:
+                node.meta["layout"] = layout if not axes else _as_partial(layout, axes)
+            if axes:
+                self.complete(node, axes)
+        self.program.graph.lint()
+
+    def _rewrite(self, node: fx.Node) -> None:
+        done = self.placement.localised.get(node)
+        if done is not None:
+            # the operands may have been replaced since the placement: keep the node's own
+            replaced = dict(zip((n for n, _ in self.placement.requires[node]), self.provided(node), strict=True))
+            node.target = done.target
+            node.args = self._insert(node, done.args, replaced)
+            node.kwargs = self._insert(node, done.kwargs, replaced)
+        op = operation(node)
+        if op is aten.embedding:
+            self._embedding(node)
+        elif op is attention:
+            self._kv_map(node)
+        elif op in (aten.conv1d, aten.conv2d, aten.convolution):
+            self._groups(node)
+        self._explain(node)
+
+    def _insert(self, node: fx.Node, value: Any, replaced: dict[fx.Node, fx.Node]) -> Any:
+        def leaf(v: Any) -> Any:
+            if isinstance(v, fx.Node):
+                return replaced.get(v, v)
+            if isinstance(v, Scaled):
+                return self.scaled(node, v)
+            return v
+
+        return fx.node.map_aggregate(value, leaf)
+
+    def _embedding(self, node: fx.Node) -> None:
+        a = arguments(node)
+        split = self.layouts[a["weight"]].dims[0]
+        if split is None:
+            return
+        assert all(rows.is_interval for rows in split.owned), "rows of a table are dealt in order"
+        starts = tuple(rows.intervals[0][0] if rows.intervals else 0 for rows in split.owned)
+        start = self.program.local("vocab_start", Entry(0, split.axes, starts))
+        node.target, node.args, node.kwargs = vocab_parallel_embedding, (a["indices"], a["weight"]), {"start": start}
+
+    def _kv_map(self, node: fx.Node) -> None:
+        a = arguments(node)
+        q, k = (self.layouts[a[name]].dims[1] for name in ("q", "k"))
+        via = dict(notation(node).operands[1].via).get("h")
+        if q is None or via is None and q == k:
+            return
+        heads = a["q"].meta["val"].shape[1]
+        via = via or tuple(range(heads))
+        every = IndexSet.range(0, a["k"].meta["val"].shape[1])
+        maps, uniform = [], True
+        for i, mine in enumerate(q.owned):
+            place = {g: j for j, g in enumerate((k.owned[i] if k is not None else every).indices())}
+            found = tuple(place[via[h]] for h in mine.indices())
+            maps.append(found)
+            uniform &= found == tuple(j * len(place) // len(found) for j in range(len(found)))
+        if not uniform or a["kv_map"] is not None:
+            entry = self.program.local("kv_map", Entry(via, q.axes, tuple(maps)))
+            node.kwargs = {**node.kwargs, "kv_map": entry}
+
+    def _groups(self, node: fx.Node) -> None:
+        a = arguments(node)
+        layout = self.layouts[node]
+        if isinstance(layout, Layout) and layout.dims[1] is not None and a["groups"] != 1:
+            split = layout.dims[1]
+            groups = self.program.local("groups", Entry(a["groups"], split.axes, split.sizes))
+            self.set_argument(node, "groups", groups)
+
+    def _explain(self, node: fx.Node) -> None:
+        """The reason, for whoever reads the graph."""
+        if not node_values(node):
+            return
+        rule = None
+        for source in node.all_input_nodes:
+            layout = self.layouts.get(source)
+            if source.op != "get_attr" or not isinstance(layout, Layout) or not layout.split_dims:
+                continue
+            rule = rule or notation(node)
+            for operand in rule.operands:
+                if operand.node is not source:
+                    continue
+                for letter, split in zip(operand.letters, layout.dims, strict=True):
+                    if split is None:
+                        continue
+                    kind = "row-parallel" if letter in rule.sums else "column-parallel"
+                    if rule.sums:
+                        node.meta["why"] = f"{kind} over {self.axis}: {source.target} split as {_sizes(split)}"
+
+
+def _sizes(split: Split) -> str:
+    return "/".join(map(str, split.sizes))
+
+
+def _as_partial(layout: Any, axes: frozenset[str]) -> Any:
+    return Layout(layout.dims, axes) if isinstance(layout, Layout) else tuple(Layout(x.dims, axes) for x in layout)
+
+

@@ -1,0 +1,108 @@
+"""Attention of one layer as one op, with everything that its meaning depends on as arguments.
+
+    q     [B, H, S, D]      mask   additive, broadcastable to [B, H, S, T]
+    k     [B, G, T, D]      sinks  [H], or broadcastable to [B, H, S, 1]
+    v     [B, G, T, Dv]     result [B, H, S, Dv]
+
+Scaled dot-product attention (arXiv:1706.03762, 3.2.1) with grouped heads (arXiv:2305.13245), logit soft-capping
+(arXiv:2408.00118, 2) and attention sinks (arXiv:2309.17453, 3.2: one more logit per head that takes weight but has no value).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["allowed", "attention"]
+
+
+def allowed(
+    queries: Tensor, keys: Tensor, *, causal: bool = False, window: int | None = None, chunk: int | None = None
+) -> Tensor:
+    """Which key positions each query position may see: bool, broadcast over the two index tensors.
+
+    causal: key <= query. window n: key > query - n, and without causal also key < query + n. chunk n: query and key
+    lie in the same chunk of n positions.
+    """
+    seen = torch.ones((), dtype=torch.bool, device=queries.device).expand(
+        torch.broadcast_shapes(queries.shape, keys.shape)
+    )
+    if causal:
+        seen = seen & (keys <= queries)
+    if window is not None:
+        seen = seen & (keys > queries - window)
+        if not causal:
+            seen = seen & (keys < queries + window)
+    if chunk is not None:
+        seen = seen & (keys // chunk == queries // chunk)
+    return seen
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    kv_map: list[int] | None = None,
+) -> Tensor:
+    """See the module's docstring; `kv_map[h]` is the kv head of query head h, None where each serves H / G in order."""
+    batch, heads, q_length, _ = q.shape
+    kv_length = k.shape[2]
+    if heads == 0:
+        return q.new_empty(batch, 0, q_length, v.shape[-1])
+    if kv_map is not None:
+        k, v = k[:, kv_map], v[:, kv_map]
+    longest = max(q_length, kv_length)
+    # a limit that no position reaches would only keep the fast kernels away
+    window = None if window is not None and window >= longest else window
+    chunk = None if chunk is not None and chunk >= longest else chunk
+    explicit = softcap is not None or sinks is not None
+    if window is not None or chunk is not None or (causal and (explicit or mask is not None)):
+        positions = torch.arange(longest, device=q.device)
+        seen = allowed(positions[:q_length, None], positions[:kv_length], causal=causal, window=window, chunk=chunk)
+        minus_infinity = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
+        mask = minus_infinity if mask is None else mask.to(q.dtype) + minus_infinity
+        causal = False
+    elif mask is not None:
+        mask = mask.to(q.dtype)
+    if explicit:
+        return _written_out(q, k, v, mask, sinks, scale, softcap)
+    grouped = k.shape[1] != heads
+    if grouped and mask is not None and q.device.type == "cuda":
+        # with a mask, grouped heads would fall back to the slow kernel
+        k, v, grouped = _per_query_head(k, heads), _per_query_head(v, heads), False
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def _written_out(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    heads = q.shape[1]
+    scores = q @ _per_query_head(k, heads).transpose(-2, -1) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores + mask
+    if sinks is not None:
+        sinks = sinks.reshape(1, -1, 1, 1) if sinks.dim() == 1 else sinks
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+    # float16 and bfloat16 are too coarse for the sum over all keys
+    exact = torch.float32 if scores.dtype.itemsize < 4 else scores.dtype
+    weights = torch.softmax(scores, dim=-1, dtype=exact).to(q.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return weights @ _per_query_head(v, heads)
+
+
+def _per_query_head(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)

@@ -1,0 +1,70 @@
+"""Routed experts as three ops: sort the tokens by expert, one linear per expert, and the weighted sum per token.
+
+    hidden [T, H]   index [T, K]   ->  rows [T*K, H], order [T*K], counts [E]
+    rows [N, in]    weight [E, out, in] or, transposed, [E, in, out]    ->  [N, out]
+    rows [T*K, H]   order [T*K]    gates [T, K]    ->  [T, H]
+
+Row i of the sorted rows is slot `order[i]` of the flattened [T, K]; the first counts[0] rows go to expert 0, and so on. An index
+of num_experts or more means "no expert": those rows sort last, belong to no count, and stay zero.
+Sparsely gated experts: arXiv:1701.06538; sorting them into groups: MegaBlocks, arXiv:2211.15841, section 5.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["expert_combine", "expert_dispatch", "grouped_linear"]
+
+
+def expert_dispatch(hidden: Tensor, index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See the module's docstring."""
+    experts, order = torch.sort(index.reshape(-1), stable=True)
+    bounds = torch.arange(num_experts + 1, device=index.device, dtype=experts.dtype)
+    counts = torch.searchsorted(experts, bounds).diff()
+    return hidden[order // index.shape[1]], order, counts
+
+
+def grouped_linear(
+    rows: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+) -> Tensor:
+    """See the module's docstring."""
+    matrix = weight if transposed else weight.transpose(-2, -1)
+    if _has_kernel(rows, matrix):
+        ends = counts.cumsum(0)
+        out = torch._grouped_mm(rows, matrix, offs=ends.to(torch.int32))
+        row = torch.arange(rows.shape[0], device=rows.device)
+        if bias is not None:
+            expert = torch.searchsorted(ends, row, right=True).clamp(max=bias.shape[0] - 1)
+            out = out + bias[expert]
+        # the kernel leaves the rows of no expert uninitialised
+        return torch.where((row < ends[-1])[:, None], out, 0)
+    out = rows.new_zeros(rows.shape[0], matrix.shape[-1])
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            mine = rows[start : start + count]
+            extra = None if bias is None else bias[expert]
+            out[start : start + count] = F.linear(mine, matrix[expert].transpose(0, 1), extra)
+            start += count
+    return out
+
+
+def expert_combine(rows: Tensor, order: Tensor, gates: Tensor) -> Tensor:
+    """See the module's docstring."""
+    slots = torch.empty_like(rows)
+    slots[order] = rows
+    weighted = slots.view(*gates.shape, rows.shape[-1]) * gates[..., None]
+    return weighted.sum(dim=1).to(rows.dtype)
+
+
+def _has_kernel(rows: Tensor, matrix: Tensor) -> bool:
+    """Whether torch's grouped matmul takes these: bfloat16 on a GPU, rows of whole 16-byte units."""
+    return (
+        rows.is_cuda
+        and rows.dtype == matrix.dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+        and rows.shape[-1] % 8 == 0
+        and matrix.shape[-1] % 8 == 0
+    )

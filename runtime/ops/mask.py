@@ -1,0 +1,36 @@
+"""The attention mask as an additive tensor, for the models that do more with it than attend.
+
+    reference [B, ...]   padding [B, T], non-zero where a key is a token   result [B, 1, S, T]
+
+The values are those of transformers' eager mask: 0 where a key is seen, the smallest finite number elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from runtime.ops.attention import allowed
+
+__all__ = ["attention_mask"]
+
+
+def attention_mask(
+    reference: Tensor,
+    q_length: int,
+    kv_length: int,
+    padding: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    causal: bool = False,
+    window: int | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """See the module's docstring; `reference` gives the batch size and the device, the rest is as in `attention`."""
+    positions = torch.arange(max(q_length, kv_length), device=reference.device)
+    seen = allowed(positions[:q_length, None], positions[:kv_length], causal=causal, window=window, chunk=chunk)
+    if padding is not None:
+        seen = seen & padding.bool()[:, None, None, :kv_length]
+    zero = torch.zeros((), dtype=dtype, device=reference.device)
+    mask = torch.where(seen, zero, torch.finfo(dtype).min)
+    return mask.expand(reference.shape[0], 1, q_length, kv_length)

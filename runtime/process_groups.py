@@ -1,0 +1,224 @@
+"""The communicator over torch.distributed: NCCL on CUDA, gloo elsewhere; one process per rank.
+
+    default       each collective costs what torch.distributed's costs
+    checked run   before each collective the ranks compare a fingerprint of it (one small gather); the first run of
+                  every new input shape is checked, all runs with check=True
+
+No wait is unbounded: every group has `timeout_s` (torch's own default is 30 minutes for gloo, 10 for NCCL).
+Uneven all_gather goes through all_to_all_single, which gloo and NCCL both take with uneven sizes; on gloo it was
+also the quickest of five ways (docs/benchmarks.md).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from partitioner.errors import CommunicationError, PlanError, RankLost
+from partitioner.mesh import AXES, Mesh
+from runtime.agreement import FINGERPRINT_BYTES, Call, check_agreement
+from runtime.communicator import require_axis, require_op, require_piece
+from runtime.notices import Notices
+from runtime.ops.collectives import all_gather, all_reduce
+
+__all__ = ["ProcessGroups"]
+
+# renamed in torch 2.13
+_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
+# gloo has no exception type of its own; other RuntimeErrors are this rank's own mistakes
+_BROKEN = re.compile("connection|timed? ?out|socket|broken pipe|nccl", re.IGNORECASE)
+
+
+class ProcessGroups:
+    """One rank of `mesh`, over a process group that is already initialised; `connect` does that too."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        *,
+        device: torch.device,
+        timeout_s: float = 60.0,
+        check: bool = False,
+        store: Store | None = None,
+        store_on_rank_0: bool = False,
+    ) -> None:
+        self.mesh = mesh
+        self.rank = dist.get_rank()
+        self.device = device
+        self.timeout_s = timeout_s
+        self._always = check
+        self._checking = check
+        self._notices = Notices(store, self.rank, hosted=store_on_rank_0)
+        self._owned = False
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        if dist.get_world_size() != mesh.world_size:
+            raise _wrong_world(dist.get_world_size(), mesh)
+        # for every axis, in the mesh's order: members of overlapping groups must create them in one order
+        for axis in AXES:
+            ranks = mesh.group((axis,), self.rank)
+            if len(ranks) > 1 and ranks not in self._groups:
+                self._groups[ranks] = dist.new_group(
+                    list(ranks), timeout=timedelta(seconds=timeout_s), use_local_synchronization=True
+                )
+
+    @classmethod
+    def connect(
+        cls, mesh: Mesh, *, device: str | torch.device = "cpu", timeout_s: float = 60.0, check: bool = False
+    ) -> ProcessGroups:
+        """Join the other ranks, in a process that torchrun started; the device "cuda" means the local rank's own."""
+        missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise CommunicationError(f"not started by torchrun: {', '.join(missing)} not set. Run it with torchrun")
+        world_size = int(os.environ["WORLD_SIZE"])
+        # before joining: with the wrong number of ranks everything after would only time out
+        if world_size != mesh.world_size:
+            raise _wrong_world(world_size, mesh)
+        device = torch.device(device)
+        if str(device) == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=PrefixStore("groups", store),
+                rank=rank,
+                world_size=world_size,
+                timeout=timeout,
+            )
+        except RuntimeError as error:
+            raise RankLost(
+                f"rank {os.environ['RANK']} could not meet the others within {timeout_s:g} s: {error}"
+            ) from error
+        self = cls(
+            mesh,
+            device=device,
+            timeout_s=timeout_s,
+            check=check,
+            store=PrefixStore("notices", store),
+            store_on_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        )
+        self._owned = True
+        return self
+
+    def begin_run(self, *, new_shapes: bool) -> None:
+        self._checking = self._always or new_shapes
+
+    def bind(
+        self,
+        op: Callable[..., Tensor],
+        axis: str,
+        *,
+        node: str,
+        options: dict[str, Any],
+        overwrite: bool = False,
+    ) -> Callable[[Tensor], Tensor]:
+        require_axis(axis, node)
+        make = require_op(op, _OPERATIONS, node)
+        ranks = self.mesh.group((axis,), self.rank)
+        coordinate = ranks.index(self.rank)
+        if len(ranks) == 1:
+            return _alone
+        group = self._groups[ranks]
+        run: Callable[[Tensor], Tensor] = make(group, len(ranks), overwrite=overwrite, **options)
+        call = Call(self.rank, node, op.__name__, axis, options)
+
+        def collective(x: Tensor) -> Tensor:
+            try:
+                if self._checking:
+                    require_piece(x, options, coordinate, node=node, rank=self.rank)
+                    self._compare(call.on(x), group, len(ranks))
+                return run(x)
+            except RuntimeError as error:
+                if not _BROKEN.search(str(error)):
+                    raise
+                raise self._notices.conclude(call.on(x), ranks, error) from error
+
+        return collective
+
+    def _compare(self, call: Call, group: dist.ProcessGroup, size: int) -> None:
+        self._notices.about_to(call)
+        mine = torch.frombuffer(bytearray(call.encode()), dtype=torch.uint8).to(self.device)
+        everyone = torch.empty(size * FINGERPRINT_BYTES, dtype=torch.uint8, device=self.device)
+        _gather_single(everyone, mine, group=group)
+        received = everyone.cpu().numpy().tobytes()
+        check_agreement(
+            [Call.decode(received[at : at + FINGERPRINT_BYTES]) for at in range(0, len(received), FINGERPRINT_BYTES)]
+        )
+
+    def abort(self, error: BaseException) -> None:
+        """Tell the others why; they notice as soon as this process ends or closes."""
+        if not isinstance(error, CommunicationError):
+            self._notices.failed(error)
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def close(self) -> None:
+        if self._owned and dist.is_initialized():
+            dist.destroy_process_group()
+            self._owned = False
+
+
+def _wrong_world(world_size: int, mesh: Mesh) -> PlanError:
+    sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, mesh.sizes, strict=True) if size > 1) or "one rank"
+    return PlanError(
+        f"the plan ({sizes}) needs {mesh.world_size} processes, got {world_size}: "
+        f"start it with torchrun --nproc-per-node {mesh.world_size} on one machine, or change the plan"
+    )
+
+
+def _alone(x: Tensor) -> Tensor:
+    """Along an axis of size 1 every collective here is the identity."""
+    return x
+
+
+def _all_reduce(group: dist.ProcessGroup, size: int, *, overwrite: bool) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        if not (overwrite and x.is_contiguous()):
+            x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    return run
+
+
+def _all_gather(
+    group: dist.ProcessGroup, size: int, *, overwrite: bool, dim: int, sizes: list[int] | None = None
+) -> Callable[[Tensor], Tensor]:
+    def even(x: Tensor) -> Tensor:
+        flat = x.new_empty(size * x.numel())
+        _gather_single(flat, x.reshape(-1), group=group)
+        return torch.cat(flat.view(size, *x.shape).unbind(0), dim=dim)
+
+    def uneven(x: Tensor) -> Tensor:
+        assert sizes is not None
+        at = dim % x.dim()
+        rest = math.prod(x.shape[:at]) * math.prod(x.shape[at + 1 :])
+        counts = [piece * rest for piece in sizes]
+        flat = x.new_empty(sum(counts))
+        dist.all_to_all_single(flat, x.reshape(-1).repeat(size), counts, [x.numel()] * size, group=group)
+        shapes = [(*x.shape[:at], piece, *x.shape[at + 1 :]) for piece in sizes]
+        return torch.cat(
+            [part.view(shape) for part, shape in zip(torch.split(flat, counts), shapes, strict=True)], dim=at
+        )
+
+    return even if sizes is None or len(set(sizes)) == 1 else uneven
+
+
+_OPERATIONS: dict[Callable[..., Tensor], Callable[..., Callable[[Tensor], Tensor]]] = {
+    all_reduce: _all_reduce,
+    all_gather: _all_gather,
+}

@@ -1,0 +1,111 @@
+"""What one rank runs: its graph, the slices of the weights it needs, and its inputs.
+
+The compiler makes it, the engine runs it.
+
+    RankProgram   graph, coordinates, weights, inputs
+    WeightShard   one tensor of the rank: its shape, and the pieces it is put together from
+    Piece         a block of a source tensor and the block of the local tensor it fills
+    RunInput      a keyword of the run: dims are integers, or names shared with the other inputs ("batch")
+
+Weights are described, never held: the device, the dtype's storage and the source of the data are chosen at load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, fx
+
+from partitioner.layout import IndexSet
+from partitioner.mesh import Mesh
+
+__all__ = ["Block", "Piece", "RankProgram", "RunInput", "WeightShard"]
+
+Block = tuple[tuple[int, int], ...]
+"""A half-open range per dim."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`local[destination] = tensor[source]`."""
+
+    tensor: str
+    source: Block
+    destination: Block
+
+
+@dataclass(frozen=True)
+class WeightShard:
+    """One weight of a rank; `indices[d]` are the indices of dim d that the rank holds, None for all of them.
+
+    source: "checkpoint", "computed" (a buffer absent from checkpoints) or "constant".
+    """
+
+    name: str
+    dtype: torch.dtype
+    global_shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    indices: tuple[IndexSet | None, ...]
+    source: str
+    aliases: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        return self.local_shape == self.global_shape
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.local_shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class RunInput:
+    """An input of the run; default: "required" | "arange" | "ones" | "zeros"."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | str, ...]
+    default: str
+
+
+@dataclass(frozen=True)
+class RankProgram:
+    """See the module's docstring."""
+
+    build_graph: Callable[[], fx.Graph] = field(repr=False, compare=False)
+    mesh: Mesh
+    coordinates: Mapping[str, int]
+    weights: tuple[WeightShard, ...]
+    inputs: tuple[RunInput, ...]
+    values: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """Data known to the compiler, whole: what no checkpoint has, and the rest where the model had it."""
+
+    @property
+    def rank(self) -> int:
+        return self.mesh.rank(self.coordinates)
+
+    @cached_property
+    def graph(self) -> fx.Graph:
+        """Weights are get_attr nodes by canonical name; node.meta keeps "path", "why" and "layout".
+
+        Built when first asked for, and shared with other ranks where they run the same: not to be changed in place.
+        """
+        return self.build_graph()
+
+    @cached_property
+    def graph_module(self) -> fx.GraphModule:
+        """The graph with its weights as meta tensors of the local shapes, under their own names."""
+        parameters = {
+            weight.name: torch.nn.Parameter(
+                torch.empty(weight.local_shape, dtype=weight.dtype, device="meta"), requires_grad=False
+            )
+            for weight in self.weights
+        }
+        # a copy: whoever edits the module must not edit what the other ranks run
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        return fx.GraphModule(parameters, graph, class_name=f"Rank{self.rank}")

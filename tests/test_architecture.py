@@ -1,0 +1,284 @@
+"""The architecture as tests: who may import whom, no model known by name, small documented files.
+
+Each rule is a function from source text to complaints, and each has a negative control: text that breaks it.
+"""
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("partitioner", "passes", "runtime")
+MAX_LINES = 400
+
+LEAVES = ("partitioner.errors", "partitioner.layout", "partitioner.mesh")
+STANDARD = tuple(sys.stdlib_module_names)
+MAY_IMPORT = {
+    "leaf": (*STANDARD, *LEAVES),
+    "partitioner": (
+        *STANDARD,
+        "torch",
+        "transformers",
+        "safetensors",
+        "sympy",
+        "typer",
+        "rich",
+        "partitioner",
+        "runtime",
+    ),
+    "passes": (*STANDARD, "torch", "sympy", "partitioner", "runtime.ops"),
+    "runtime": (*STANDARD, "torch", *LEAVES, "runtime"),
+}
+
+# Names of models that are ordinary words here.
+ENGLISH = {
+    "align": "as in: aligned ranges",
+    "encoder-decoder": "the kind of model",
+}
+# Names of weights that are somebody's interface.
+PROMISED = {
+    "partitioner.capture.seams": ("gate_up_proj", "up_proj", "down_proj"),  # what transformers' experts interface holds
+}
+WEIGHT_NAMES = re.compile(
+    r"\b(?:[qkvo]_proj|(?:gate|up|down|gate_up|in|out)_proj|qkv(?:_proj)?|gate_up|lm_head|embed_tokens|embed_out|wte|wpe"
+    r"|c_attn|c_fc|c_proj|fc[12]|query_key_value|self_attn|self_attention|input_layernorm|post_attention_layernorm"
+    r"|dense_h_to_4h|dense_4h_to_h|word_embeddings|score)\b"
+)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources() -> Iterator[Path]:
+    for package in PACKAGES:
+        yield from sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(module: str, source: str) -> Iterator[tuple[int, str]]:
+    """Every module name that `source` imports, at any depth, with `from a import b` as both `a` and `a.b`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                # an __init__.py is its own parent: seen as one level too high here, which is never more permissive
+                parents = module.split(".")[: -node.level]
+                base = ".".join([*parents, *filter(None, [node.module])])
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+
+
+def within(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def wrong_imports(module: str, source: str) -> list[str]:
+    kind = "leaf" if module in LEAVES else module.split(".")[0]
+    complaints = []
+    for line, name in imported(module, source):
+        if not within(name, MAY_IMPORT[kind]) and not (module == "passes" or within(name, (module,))):
+            complaints.append(f"{module}:{line} imports {name}")
+        elif kind != "runtime" and within(name, ("torch.distributed",)):
+            complaints.append(f"{module}:{line} imports {name}; only runtime talks to other ranks")
+    return complaints
+
+
+def wrong_distributed(module: str, source: str) -> list[str]:
+    """`torch.distributed` reached as an attribute; as an import it is found by `wrong_imports`."""
+    if within(module, ("runtime",)):
+        return []
+    return [
+        f"{module}:{node.lineno} touches torch.distributed"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute)
+        and node.attr == "distributed"
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "torch"
+    ]
+
+
+def words(line: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", line.lower())
+
+
+def camel_words(line: str) -> list[str]:
+    return words(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", line))
+
+
+MODEL_NAMES = {tuple(words(name)): name for name in CONFIG_MAPPING_NAMES if len(name) > 3 and name not in ENGLISH}
+
+
+def model_names(module: str, source: str) -> list[str]:
+    """Names of models anywhere in the text, comments included, as words or as parts of snake_case and CamelCase."""
+    complaints = []
+    for number, line in enumerate(source.splitlines(), 1):
+        found = set()
+        for split in (words(line), camel_words(line)):
+            for start in range(len(split)):
+                for stop in range(start + 1, min(start + 6, len(split)) + 1):
+                    found.add(MODEL_NAMES.get(tuple(split[start:stop])))
+        complaints += [f"{module}:{number} names the model {name!r}" for name in sorted(filter(None, found))]
+    return complaints
+
+
+def docstrings(tree: ast.AST) -> set[int]:
+    found = set()
+    for node in ast.walk(tree):
+        body = node.body if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) else []
+        for statement in body:  # strings that stand alone: docstrings of modules, functions, classes and fields
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                found.add(id(statement.value))
+    return found
+
+
+def weight_names(module: str, source: str) -> list[str]:
+    """Names of weights in what is executed: strings that are no docstrings, and identifiers."""
+    tree = ast.parse(source)
+    prose = docstrings(tree)
+    complaints = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            text = node.value
+        elif isinstance(node, ast.Name):
+            text = node.id
+        elif isinstance(node, ast.Attribute):
+            text = node.attr
+        else:
+            continue
+        names = [name for name in WEIGHT_NAMES.findall(text) if name not in PROMISED.get(module, ())]
+        complaints += [f"{module}:{node.lineno} names the weight {name!r}" for name in names]
+    return complaints
+
+
+def too_long(module: str, source: str) -> list[str]:
+    lines = source.count("\n")
+    return [f"{module} has {lines} lines, more than {MAX_LINES}: find its second idea"] if lines > MAX_LINES else []
+
+
+def undocumented(module: str, source: str) -> list[str]:
+    private = any(part.startswith("_") for part in module.split("."))
+    if private or not source.strip() or ast.get_docstring(ast.parse(source)):
+        return []
+    return [f"{module} has no docstring"]
+
+
+RULES: list[Callable[[str, str], list[str]]] = [
+    wrong_imports,
+    wrong_distributed,
+    model_names,
+    weight_names,
+    too_long,
+    undocumented,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule(rule: Callable[[str, str], list[str]]) -> None:
+    paths = list(sources())
+    assert len(paths) > 10
+    complaints = [text for path in paths for text in rule(module_name(path), path.read_text(encoding="utf-8"))]
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("runtime.engine", "from partitioner.program import Program"),
+        ("runtime.engine", "import partitioner"),
+        ("runtime.engine", "def f():\n    from transformers import AutoModel"),
+        ("runtime.engine", "import numpy"),
+        ("runtime.engine", "import passes.tensor_parallel"),
+        ("passes.one", "from passes.two import Two"),
+        ("passes.one", "from passes import two"),
+        ("passes.one", "from . import two"),
+        ("passes.one", "from .two import Two"),
+        ("passes.one", "from runtime.engine import Engine"),
+        ("passes.one", "import torch.distributed as dist"),
+        ("passes.one", "from torch import distributed"),
+        ("partitioner.parts", "import passes"),
+        ("partitioner.parts", "from passes.tensor_parallel import TensorParallel"),
+        ("partitioner.parts", "from torch.distributed import all_reduce"),
+        ("partitioner.mesh", "import torch"),
+        ("partitioner.mesh", "from partitioner import Plan"),
+    ],
+)
+def test_wrong_import_is_found(module: str, source: str) -> None:
+    assert wrong_imports(module, source)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        (
+            "runtime.engine",
+            "import torch.distributed as dist\nfrom partitioner.errors import RankLost\nimport threading",
+        ),
+        ("runtime.engine", "from runtime.ops import attention\nfrom .ops import attention"),
+        ("passes.one", "from partitioner.program import Program\nfrom runtime.ops.collectives import all_reduce"),
+        ("partitioner.parts", "from runtime.engine import Engine\nimport torch"),
+        ("partitioner.mesh", "from partitioner.errors import PlanError\nimport math"),
+    ],
+)
+def test_right_import_is_not_found(module: str, source: str) -> None:
+    assert not wrong_imports(module, source)
+
+
+def test_distributed_as_attribute_is_found() -> None:
+    assert wrong_distributed("partitioner.parts", "import torch\ntorch.distributed.barrier()")
+    assert not wrong_distributed("runtime.engine", "import torch\ntorch.distributed.barrier()")
+
+
+@pytest.mark.parametrize("line", ["# like Llama", "class LlamaRule: ...", "if name == 'gpt_neox':", "qwen3_rotary = 1"])
+def test_model_name_is_found(line: str) -> None:
+    assert model_names("passes.one", line)
+    assert not model_names("passes.one", line.translate(str.maketrans("aeiouw", "xxxxxx")))
+
+
+@pytest.mark.parametrize("line", ["if path.endswith('q_proj.weight'): ...", "x = layer.lm_head", "gate_up = 1"])
+def test_weight_name_is_found(line: str) -> None:
+    assert weight_names("passes.one", line)
+
+
+def test_weight_name_in_prose_is_not_found() -> None:
+    assert not weight_names("passes.one", '"""Such as q_proj.weight."""\n# or lm_head\n')
+
+
+def test_ordinary_words_are_names_of_models() -> None:
+    assert set(ENGLISH) <= set(CONFIG_MAPPING_NAMES)
+
+
+def test_long_file_is_found() -> None:
+    assert too_long("passes.one", "x = 1\n" * (MAX_LINES + 1))
+    assert not too_long("passes.one", "x = 1\n" * MAX_LINES)
+
+
+def test_docstring_is_asked_of_every_module_with_text() -> None:
+    assert undocumented("runtime.engine", "import torch\n")
+    assert not undocumented("runtime.engine", '"""What it is."""\n')
+    assert not undocumented("runtime", "")
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    """One without would be missing from the wheel, and nothing would say so."""
+    assert [] == [path for path in sources() if not (path.parent / "__init__.py").exists()]
+
+
+def test_a_pass_has_one_file_one_test_and_one_name() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = project["entry-points"]["partitioner.passes"]
+    files = {path.stem for path in (ROOT / "passes").glob("*.py") if path.stem != "__init__"}
+    assert files == {name.replace("-", "_") for name in declared}
+    for name, target in declared.items():
+        stem = name.replace("-", "_")
+        assert target == f"passes.{stem}:{stem.title().replace('_', '')}"
+        assert (ROOT / "tests" / "passes" / f"test_{stem}.py").exists(), f"{name} has no test of its own"
