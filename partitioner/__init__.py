@@ -31,7 +31,8 @@ if TYPE_CHECKING:
         RankMismatch,
         WeightError,
     )
-    from partitioner.parts import Parts, partition
+    from partitioner.compile import partition
+    from partitioner.parts import Parts
     from partitioner.plan import Plan
 
 __version__ = "0.1.0"
@@ -64,7 +65,7 @@ _HOMES = {
     "RankLost": "partitioner.errors",
     "RankMismatch": "partitioner.errors",
     "WeightError": "partitioner.errors",
-    "partition": "partitioner.parts",
+    "partition": "partitioner.compile",
 }
 
 

@@ -1,6 +1,7 @@
 """Spellings made one: what a trace writes in several ways is written in one, so that each rule is needed once.
 
     x[:, :, [4]] with a constant index    ->  reorder(x, [4], dim=2): a move, where indexing needs the whole dim
+    cat([x, y[.., 0 elements]], dim)      ->  x
 """
 
 from __future__ import annotations
@@ -22,11 +23,21 @@ def canonicalize(program: Program) -> None:
     for node in list(program.graph.nodes):
         if node.op == "call_function" and operation(node) in (aten.index, aten.index_select):
             _constant_index(program, node)
-    for node in reversed(list(program.graph.nodes)):
-        if node.op == "get_attr" and not node.users:
-            program.graph.erase_node(node)
-            if all(n.target != node.target for n in program.graph.nodes if n.op == "get_attr"):
-                del program.weights[str(node.target)]
+        elif node.op == "call_function" and operation(node) is aten.cat:
+            _empty_pieces(node)
+    program.graph.eliminate_dead_code()
+    used = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
+    for name in [name for name in program.weights if name not in used]:
+        del program.weights[name]
+
+
+def _empty_pieces(node: fx.Node) -> None:
+    a = arguments(node)
+    pieces = [x for x in a["tensors"] if x.meta["val"].shape[a["dim"] or 0] != 0]
+    if len(pieces) == 1:
+        node.replace_all_uses_with(pieces[0])
+    elif pieces and len(pieces) < len(a["tensors"]):
+        node.args, node.kwargs = (pieces, a["dim"] or 0), {}
 
 
 def _constant_index(program: Program, node: fx.Node) -> None:

@@ -108,7 +108,9 @@ def first_divergence(
 def _first_of(
     names: list[str], traced: Program, program: Program, inputs: Mapping[str, Tensor | None], limit: float | None
 ) -> tuple[Divergence | None, int]:
-    wholes = _probe(traced, names, inputs)[0]
+    alone = copy.copy(traced)
+    alone.mesh = Mesh.of()
+    wholes = _probe(alone, names, inputs)[0]
     ranks = _probe(program, names, inputs)
     nodes = {node.name: node for node in program.graph.nodes}
     for at, (name, whole) in enumerate(zip(names, wholes, strict=True)):

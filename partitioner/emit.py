@@ -137,7 +137,6 @@ def _run_input(program: Program, given: Input) -> RunInput:
         elif dim in names:
             dims.append(names[dim])
         else:
-            raise CaptureError(
-                f"input {given.name!r} has a dim of {dim}; required: a whole number or one of {', '.join(program.symbols)}"
-            )
+            known = ", ".join(program.symbols)
+            raise CaptureError(f"input {given.name!r} has a dim of {dim}; required: a whole number or one of {known}")
     return RunInput(given.name, given.value.dtype, tuple(dims), given.default)

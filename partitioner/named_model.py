@@ -2,7 +2,7 @@
 
     a folder            a checkpoint: its configuration and weights
     config:FILE.json    a configuration file; weights drawn from a seed
-    a model type        "llama", "gpt2": its default configuration, or that shrunk to run anywhere; weights drawn from a seed
+    a model type        its default configuration, or that shrunk to run anywhere; weights drawn from a seed
 
 The shrunk configuration changes sizes by the names that transformers' configurations share (`attribute_map` included);
 no model is known by name.
@@ -10,6 +10,7 @@ no model is known by name.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from pathlib import Path
@@ -42,6 +43,9 @@ _SMALL = {
     "eos_token_id": 2,
 }
 
+_LARGEST = 300_000_000
+"""Parameters that are still drawn at random in a few seconds."""
+
 
 def load_config(name: str, *, small: bool = False) -> Any:
     """The configuration of MODEL; `small` shrinks that of a model type."""
@@ -65,16 +69,36 @@ def load_model(name: str, *, dtype: torch.dtype, seed: int = 0, meta: bool = Fal
     """MODEL in eval mode; `meta`: its default size, without data."""
     if not meta and Path(name).is_dir():
         config = load_config(name)
-        return _class_of(config).from_pretrained(name, dtype=dtype, local_files_only=True).eval()
+        model = _class_of(config).from_pretrained(name, dtype=dtype, local_files_only=True)
+        return _without_grouped_mm(model.eval())
     config = load_config(name, small=not meta)
-    with torch.random.fork_rng(devices=[]), torch.device("meta" if meta else "cpu"):
+    if not meta:
+        num_parameters = sum(parameter.numel() for parameter in _build(name, config, "meta").parameters())
+        if num_parameters > _LARGEST:
+            raise CaptureError(
+                f"{name!r} would have {num_parameters / 1e6:.0f} million parameters, drawn at random: "
+                "give config:FILE.json with smaller sizes"
+            )
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model_class = _class_of(config)
-        try:
-            model = model_class._from_config(config, dtype=torch.float32)
-        except Exception as error:
-            raise CaptureError(f"transformers cannot build {model_class.__name__} for {name!r}: {error}") from error
-    return model.to(dtype).eval()
+        model = _build(name, config, "meta" if meta else "cpu").to(dtype).eval()
+    return _without_grouped_mm(model)
+
+
+def _without_grouped_mm(model: Any) -> Any:
+    """transformers' default for routed experts knows no float64."""
+    if model.dtype == torch.float64:
+        model.set_experts_implementation("eager")
+    return model
+
+
+def _build(name: str, config: Any, device: str) -> Any:
+    model_class = _class_of(config)
+    try:
+        with torch.device(device):
+            return model_class._from_config(copy.deepcopy(config), dtype=torch.float32)
+    except Exception as error:
+        raise CaptureError(f"transformers cannot build {model_class.__name__} for {name!r}: {error}") from error
 
 
 def _from_file(path: Path) -> Any:

@@ -13,7 +13,7 @@ Passes describe weights and never slice them; one graph serves every coordinate,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -114,6 +114,24 @@ class Program:
     """Weights that could have been split and stay whole, with the reason."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: variants fixed at capture, inputs refused."""
+
+    def copy(self, mesh: Mesh | None = None) -> Program:
+        """The same program with a graph of its own, before anything is laid out; on another mesh if one is given."""
+        graph = fx.Graph()
+        output = graph.graph_copy(self.graph, copied := {})
+        graph.output(output).meta = dict(self.graph.output_node().meta)
+        for node, copy in copied.items():
+            copy.name = node.name
+        return replace(
+            self,
+            graph=graph,
+            weights=dict(self.weights),
+            mesh=mesh or self.mesh,
+            table=dict(self.table),
+            weight_layouts=dict(self.weight_layouts),
+            kept_whole=dict(self.kept_whole),
+            notes=list(self.notes),
+        )
 
     def local(self, hint: str, entry: Entry) -> Local | Integers:
         """A stand-in for `entry`; the plain integers where all coordinates and the whole agree."""

@@ -10,6 +10,7 @@ Megatron-LM (arXiv:1909.08053, section 3), without tables of modules.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,16 +54,16 @@ class TensorParallel:
     def _place(self, program: Program) -> tuple[Decisions, Placement]:
         """Decides and lays out, keeping more together where a local version of an op would not be right."""
         together: dict[str, int] = {}
-        parts: frozenset[str] = frozenset()
+        partial: frozenset[str] | None = None
         compress = True
         while True:
             decisions = decide(
-                program, self.axis, keep_whole=dict(self.keep_whole), together=together, compress=compress
+                program, self.axis, keep_whole=dict(self.keep_whole), together=together, partial=partial, compress=compress
             )
-            renamed = _reduce_in_parts(program, decisions.partial - parts)
-            if renamed:
-                parts |= renamed
-                continue  # the means that are done in parts are sums now
+            if partial is None:
+                partial = _reduce_in_parts(program, decisions.partial)
+                if partial:
+                    continue  # the means among them are sums now
             weights = {
                 name: REPLICATED(len(program.weights[name].shape)).with_dim(dim, split)
                 for name, (dim, split) in decisions.splits.items()
@@ -80,24 +81,25 @@ class TensorParallel:
 
 
 def _reduce_in_parts(program: Program, names: frozenset[str]) -> frozenset[str]:
-    """Rewrites means that will be reduced in parts as a sum and a division; returns whether there were any."""
+    """Rewrites the means among these reductions as a sum and a division; returns the names of the sums."""
     found = set()
     for node in list(program.graph.nodes):
-        if node.name not in names or operation(node) is not aten.mean:
+        if node.name not in names:
+            continue
+        if operation(node) is not aten.mean:
+            found.add(node.name)
             continue
         a = arguments(node)
-        source = a["self"].meta["val"].shape
-        dims = [d % len(source) for d in (a["dim"] or range(len(source)))]
-        count = 1
-        for dim in dims:
-            count *= source[dim]
+        shape = a["self"].meta["val"].shape
+        dims = [d % len(shape) for d in (a["dim"] or range(len(shape)))]
+        count = math.prod(shape[dim] for dim in dims)
         with program.graph.inserting_before(node):
             total = program.graph.call_function(
                 aten.sum.dim_IntList, (a["self"], dims, bool(a["keepdim"])), {"dtype": a["dtype"]}
             )
         total.meta = dict(node.meta)
         node.target, node.args, node.kwargs = aten.div.Tensor, (total, count), {}
-        found.add(node.name)
+        found.add(total.name)
     return frozenset(found)
 
 

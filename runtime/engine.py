@@ -86,7 +86,9 @@ class Engine:
             name = failing_node(error)
             for node in self.program.graph.nodes:
                 if node.name == name:
-                    error.add_note(f"at node {name!r} of {node.meta.get('path') or 'the graph'}, rank {self.program.rank}")
+                    error.add_note(
+                        f"at node {name!r} of {node.meta.get('path') or 'the graph'}, rank {self.program.rank}"
+                    )
             self.communicator.abort(error)
             raise
         self._seen.add(shapes)

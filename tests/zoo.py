@@ -110,11 +110,14 @@ _MAMBA_HYBRID = {"num_hidden_layers": 4, "layer_types": ["mamba", "attention"] *
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_hidden_layers": 4, "layer_group_size": 2},
     "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
-    "cohere_compass_text": {"num_hidden_layers": 4},
-    "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2}, "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2}},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"],
+                            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4},
+                                                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2}},
+    "dots1": {"n_shared_experts": 1},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "esm": {"vocab_size": 33},
+    "esm": {"vocab_size": 33, "mask_token_id": 32},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
                      "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0]},
@@ -126,17 +129,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "kimi_linear": {"num_hidden_layers": 4, "num_key_value_heads": 4},
     "lfm2_moe": {"num_dense_layers": 1, "num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
     "lfm3": {"num_hidden_layers": 4},
+    "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2},
     "ministral": {"head_dim": 16},
     "qwen3_5_text": _HYBRID,
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_next": _HYBRID,
-    "qwen4_exp_text": _HYBRID,
+    "qwen4_exp_text": {**_HYBRID, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
+                       "indexer_budget": 16, "indexer_compress_ratio": 4, "ngram_vocab_size_base": 100},
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8], "hidden_size": 64},
-    "xmod": {"default_language": "en_XX"},
+    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8], "hidden_size": 64, "attention_head_size": 16},
+    "xlstm": {"chunk_size": 16},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
-    "zamba2": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
 """What single models need beyond `SIZES`."""
@@ -177,9 +183,12 @@ def _build(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     masked = name.startswith("masked:")
     mapping = MODEL_FOR_MASKED_LM_MAPPING if masked else MODEL_FOR_CAUSAL_LM_MAPPING
     cls = mapping[type(config)]
+    cls = cls[0] if isinstance(cls, tuple) else cls
+    if not isinstance(config, cls.config_class):
+        config = config.get_text_config()  # the text model of a composite one
     if not masked and "is_decoder" in vars(config):
         config.is_decoder = True
-    return (cls[0] if isinstance(cls, tuple) else cls)(config)
+    return cls(config)
 
 
 def _config(cls: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedConfig:
@@ -197,7 +206,7 @@ def _config(cls: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTraine
         if isinstance(inner, dict):
             sub_cls = _default_sub_config(cls, name) if sub is AutoConfig else sub
             if sub_cls is not None:
-                chosen[name] = _config(sub_cls, inner)
+                chosen[name] = _config(sub_cls, {**OVERRIDES.get(sub_cls.model_type, {}), **inner})
     chosen.update({key: value for key, value in overrides.items() if key not in cls.sub_configs})
     for name in [name for name, value in chosen.items() if value is DEFAULT]:
         del chosen[name]

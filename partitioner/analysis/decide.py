@@ -10,7 +10,7 @@ Keeping the *earliest* source whole brings the alternation of column- and row-pa
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -18,6 +18,7 @@ from torch import fx
 from partitioner.analysis.arguments import operation
 from partitioner.analysis.blocks import Blocks, find_blocks
 from partitioner.analysis.labels import Collapse, LabelRun, Labels, Site
+from partitioner.analysis.notation import Notation
 from partitioner.analysis.owners import Atom, divide
 from partitioner.layout import IndexSet, Split
 from partitioner.program import Program
@@ -43,7 +44,8 @@ class Decisions:
 class _Offence:
     weight: str
     reason: str
-    collapse: Collapse | None
+    collapse: Collapse | None = None
+    sites: tuple[fx.Node, ...] = ()
 
 
 @dataclass
@@ -63,12 +65,13 @@ class _Search:
         self.program, self.blocks, self.axis, self.keep_whole = program, blocks, axis, keep_whole
         self.together = {same: n for name, n in together.items() for same in blocks.same_nodes(name)}
         self.ranks = program.mesh.size(axis)
+        self.rules: dict[fx.Node, Notation] = {}
         self.bytes: dict[str, int] = {}
         """Weights that some run could split, with their sizes: what keeping whole is measured against."""
         self.order = {str(n.target): i for i, n in reversed(list(enumerate(program.graph.nodes))) if n.op == "get_attr"}
 
     def labels(self, pinned: dict[str, str], partial: frozenset[str]) -> Labels:
-        run = LabelRun(self.program, self.ranks, pinned=pinned.keys(), partial=partial, together=self.together)
+        run = LabelRun(self.program, self.ranks, pinned=pinned.keys(), partial=partial, together=self.together, rules=self.rules)
         for step in self.blocks.steps():
             if isinstance(step, fx.Node):
                 run.run([step])
@@ -84,19 +87,35 @@ class _Search:
             labels = self.labels(pinned, partial)
             found = _divide_sites(self.program, labels, self.axis)
             self._note_sizes(labels)
-            if not isinstance(found, _Offence):
+            if isinstance(found, dict):
                 for name in [name for name, (dim, split) in found.items() if self._is_whole(name, dim, split)]:
                     del found[name]
                     pinned[name], collapse = _why_everywhere(labels, name)
                     if collapse is not None:
                         collapses[name] = collapse
                 return _Solution(found, pinned, partial, self._cost(labels, pinned), collapses)
-            for name in self.blocks.same_weights(found.weight):
-                pinned[name] = found.reason
-            if found.collapse is not None:
-                collapses[found.weight] = found.collapse
+            for offence in self._causes(labels, found):
+                for name in self.blocks.same_weights(offence.weight):
+                    pinned[name] = offence.reason
+                if offence.collapse is not None:
+                    collapses[offence.weight] = offence.collapse
             allowed -= 1
             assert allowed, f"keeping weights whole does not end; last: {found}"
+
+    def _causes(self, labels: Labels, offences: list[_Offence]) -> list[_Offence]:
+        """The first offence, and those that do not come after another: what follows one may be out of phase only.
+
+        Behind an offending contraction everything is suspect, up to a contraction that is in order.
+        """
+        bad = {node for offence in offences for node in offence.sites}
+        good = {site.node for site in labels.sites if site.kind == "contract"} - bad
+        suspect: set[fx.Node] = set()
+        for step in self.blocks.steps():
+            if isinstance(step, tuple):
+                suspect.update(step[:1] if step[1] in suspect else ())
+            elif step in bad or (step not in good and any(n in suspect for n in step.all_input_nodes)):
+                suspect.add(step)
+        return [o for i, o in enumerate(offences) if i == 0 or labels.starts[o.weight] not in suspect]
 
     def _note_sizes(self, labels: Labels) -> None:
         """Sizes of the weights of layers: look-up tables and what makes the outputs weigh too much in small models."""
@@ -119,7 +138,9 @@ class _Search:
         share = whole / max(sum(self.bytes.values()), 1)
         return share + (_FULL_REDUCTION * full + _SMALL_REDUCTION * small) / layers
 
-    def best(self) -> _Solution:
+    def best(self, partial: frozenset[str] | None) -> _Solution:
+        if partial is not None:
+            return self.resolve(partial)
         best = self.resolve(frozenset())
         tried: set[str] = set()
         for weight, collapse in list(best.collapses.items()):
@@ -134,8 +155,11 @@ class _Search:
         return best
 
 
-def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tuple[int, Split]] | _Offence:
-    """Owners of every labelled weight index, or the first site that cannot be divided."""
+def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tuple[int, Split]] | list[_Offence]:
+    """Owners of every labelled weight index, or what keeps sites from being divided.
+
+    Of sites that share weights only the earliest weight is reported: keeping it whole may bring the others right.
+    """
     ranks = program.mesh.size(axis)
     starts = sorted((base, name, dim) for (name, dim), base in labels.bases.items())
     firsts = [base for base, _, _ in starts]
@@ -156,6 +180,7 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
     owned: dict[int, int] = {}
     columns: dict[str, tuple[int, Split]] = {}
     sized = []
+    offences: list[tuple[int, frozenset[str], _Offence]] = []
     for site in labels.sites:
         ids, inverse = _distinct_in_order(site.ids)
         atoms = [labels.lattice.sets[i] for i in ids]
@@ -164,7 +189,9 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
         labelled = [a for a in atoms if a]
         if len(labelled) < ranks:
             names = sources(labelled)
-            return _offence(site, labels, names[0], set(names), len(labelled), ranks)
+            found = _offence(site, labels, names[0], set(names), len(labelled), ranks)
+            offences.append((order.get(names[0], 0), frozenset(names), found))
+            continue
         places = _assign(site, atoms, inverse, owned, ranks, cost, program)
         for atom, rank in zip(atoms, places.atoms, strict=True):
             for label in atom:
@@ -173,17 +200,31 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
             sets = tuple(
                 IndexSet.of(site.weight.indices[places.indices == rank].tolist()) for rank in range(ranks)
             )
-            found = (site.weight.dim, Split((axis,), sets))
-            if columns.setdefault(site.weight.name, found) != found:
-                return _Offence(site.weight.name, "is contracted twice, in ways that cannot be split alike", None)
+            columns_of = (site.weight.dim, Split((axis,), sets))
+            if columns.setdefault(site.weight.name, columns_of) != columns_of:
+                return [_Offence(site.weight.name, "is contracted twice, in ways that cannot be split alike")]
+    if offences:
+        return _earliest(offences)
     splits = dict(columns)
     for (name, dim), base in labels.bases.items():
         size = program.weights[name].shape[dim]
         masks = [owned.get(base + i, 0) for i in range(size)]
         rows = Split((axis,), tuple(IndexSet.of(i for i, m in enumerate(masks) if m >> r & 1) for r in range(ranks)))
         if splits.setdefault(name, (dim, rows)) != (dim, rows):
-            return _Offence(name, "has two uses that cannot be split alike", None)
+            return [_Offence(name, "has two uses that cannot be split alike")]
     return splits
+
+
+def _earliest(offences: list[tuple[int, frozenset[str], _Offence]]) -> list[_Offence]:
+    """The first in graph order of each group that shares weights."""
+    groups: list[tuple[set[str], _Offence]] = []
+    for _, names, offence in sorted(offences, key=lambda o: o[0]):
+        shared = [group for group in groups if group[0] & names]
+        groups = [group for group in groups if group not in shared]
+        first = shared[0][1] if shared else offence
+        sites = tuple(site for _, other in shared for site in other.sites) + offence.sites
+        groups.append((set(names).union(*(group[0] for group in shared)), replace(first, sites=sites)))
+    return [offence for _, offence in groups]
 
 
 @dataclass(frozen=True)
@@ -251,9 +292,9 @@ def _offence(site: Site, labels: Labels, weight: str, names: set[str], count: in
     where = site.node.meta.get("path") or site.node.name
     for collapse in labels.collapses:
         if names & collapse.weights:
-            return _Offence(weight, _collapsed(collapse), collapse)
+            return _Offence(weight, _collapsed(collapse), collapse, (site.node,))
     groups = "1 group" if count == 1 else f"{count} groups"
-    return _Offence(weight, f"only {groups} of indices can be told apart at {where}, for {ranks} ranks", None)
+    return _Offence(weight, f"only {groups} of indices can be told apart at {where}, for {ranks} ranks", None, (site.node,))
 
 
 def decide(
@@ -262,15 +303,16 @@ def decide(
     *,
     keep_whole: dict[str, str],
     together: dict[str, int] | None = None,
+    partial: frozenset[str] | None = None,
     compress: bool = True,
 ) -> Decisions:
     """Splits of the program's weights over `axis`.
 
     keep_whole: weights to leave whole, with the reason. together: what an earlier attempt could not lay out (see
-    `LabelRun`). compress: analyse identical layers once.
+    `LabelRun`). partial: the reductions to do in parts; None: find out. compress: analyse identical layers once.
     """
     blocks = find_blocks(program, compress=compress)
-    found = _Search(program, blocks, axis, keep_whole, together or {}).best()
+    found = _Search(program, blocks, axis, keep_whole, together or {}).best(partial)
     splits = dict(found.splits)
     for block in blocks.blocks:
         if block.model is not None:

@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from partitioner.analysis.arguments import evaluate, map_nodes, node_values, shape_at
+from partitioner.analysis.arguments import arguments, evaluate, map_nodes, node_values, operation, shape_at
 from partitioner.analysis.lattice import compact
 from partitioner.analysis.moves import run_move
 from partitioner.analysis.notation import Notation, Operand, notation
 from partitioner.layout import REPLICATED, IndexSet, Layout, Split
 from partitioner.program import Program, Value
+
+aten = torch.ops.aten
 
 __all__ = ["Inference", "Layouts", "disjoint", "infer_compute", "infer_move"]
 
@@ -158,7 +160,7 @@ def _carried(rule: Notation, layouts: Layouts) -> frozenset[str]:
     partial = {i: _layout(layouts, o.node).partial for i, o in enumerate(rule.operands)}
     axes = frozenset[str]().union(*partial.values())
     linear_in = frozenset[int]().union(*rule.terms) - rule.denominators if rule.terms else frozenset[int]()
-    if rule.averages or any(p and (p != axes or i not in linear_in) for i, p in partial.items()):
+    if any(p and (p != axes or i not in linear_in) for i, p in partial.items()):
         return frozenset()
     return axes if all(sum(bool(partial[i]) for i in term) <= 1 for term in rule.terms) else frozenset()
 
@@ -195,7 +197,8 @@ def infer_move(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
         def argument(n: fx.Node, marks: dict[fx.Node, Tensor] = marks) -> Any:
             return marks[n] if n in marks else evaluate(n.meta["val"], ones)
 
-        found = run_move(node, map_nodes(node.args, argument), map_nodes(node.kwargs, argument))
+        args, kwargs = program.whole((node.args, dict(node.kwargs)))
+        found = run_move(node, map_nodes(args, argument), map_nodes(kwargs, argument))
         outputs = list(found) if isinstance(found, (list, tuple)) else [found]
         sets = [_product(output) for output in outputs]
         if any(s is None for s in sets):
@@ -208,7 +211,23 @@ def infer_move(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
             owned = tuple(rank[i][dim] for rank in per_rank)  # type: ignore[index]
             dims.append(None if all(o.size == size for o in owned) else Split(split_axis, owned))
         layouts_out.append(Layout(tuple(dims), axes))
+    if len(sources) > 1:
+        requires = tuple((n, _beside(node, n, layout, layouts_out[0])) for n, layout in requires)
     return Inference(tuple(layouts_out), requires)
+
+
+def _beside(node: fx.Node, source: fx.Node, layout: Layout, output: Layout) -> Layout:
+    """What one of several operands must be: split as the result is, except along the dim where they are put together."""
+    op, a = operation(node), arguments(node)
+    if "dim" not in a:  # expand_as and its like: the second operand gives the shape
+        return Layout(output.dims, layout.partial) if source is a.get("other") else layout
+    dim = a["dim"] % len(output.dims)
+    dims = list(output.dims)
+    if op is aten.stack or (op is aten.select_scatter and source is a["src"]):
+        del dims[dim]
+    elif dim < len(layout.dims):
+        dims[dim] = layout.dims[dim]
+    return Layout(tuple(dims), layout.partial)
 
 
 def _marks(layout: Layout, value: Value, index: int, ones: Any) -> Tensor:

@@ -101,14 +101,17 @@ class LabelRun:
 
     pinned: weights that stay whole. partial: names of linear reductions that are carried out as partial sums.
     together: names of nodes whose innermost labelled dim (1), or all of whose dims (2), must stay on one rank.
+    rules: notations found by earlier runs, added to.
     """
 
     def __init__(
-        self, program: Program, ranks: int, *, pinned: Set[str], partial: Set[str], together: Mapping[str, int]
+        self, program: Program, ranks: int, *, pinned: Set[str], partial: Set[str], together: Mapping[str, int],
+        rules: dict[fx.Node, Notation],
     ) -> None:
         self.program, self.ranks, self.pinned, self.partial, self.together = program, ranks, pinned, partial, together
         self.ones: dict[sympy.Symbol, int] = dict.fromkeys(program.symbols.values(), 1)
         self.states: dict[fx.Node, Any] = {}
+        self.rules = rules
         self.labels = Labels(Lattice())
         self.sequence = program.symbols.get("sequence")
 
@@ -189,7 +192,11 @@ class LabelRun:
     # -- computation ---------------------------------------------------------------------------------------------------
 
     def _compute(self, node: fx.Node) -> Any:
-        rule = notation(node)
+        if all(self.states.get(n) is None for n in node.all_input_nodes):
+            return None if isinstance(node.meta["val"], Value) else (None,) * len(node_values(node))
+        rule = self.rules.get(node)
+        if rule is None:
+            rule = self.rules[node] = notation(node)
         values = node_values(node)
         labelled = [o for o in rule.operands if isinstance(self.states.get(o.node), Tensor)]
         weights = [o for o in rule.operands if isinstance(self.states.get(o.node), WeightState)]

@@ -52,7 +52,7 @@ class Lattice:
 
     def merge(self, a: Tensor, b: Tensor) -> Tensor:
         """Element-wise union, with broadcasting."""
-        shape = torch.broadcast_shapes(a.shape, b.shape)
+        shape = a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape)
         a, b = compact(a), compact(b)
         if not bool(a.any()):
             return b.expand(shape)

@@ -180,7 +180,7 @@ def moves_alike(
         count = int(torch.Size(shape).numel())
         wholes[n] = torch.arange(base, base + count).view(shape)
         base += count
-    whole_out = _run(node, wholes, lambda n: evaluate(n.meta["val"], symbols))
+    whole_out = _run(program, node, wholes, lambda n: evaluate(n.meta["val"], symbols))
     axes = next((s.axes for layout in outputs for s in layout.dims if s is not None), None) or next(
         (s.axes for n in sources for s in layouts[n].dims if s is not None), None
     )
@@ -221,8 +221,11 @@ def _numel(value: Any, program: Program) -> int:
     return int(torch.Size(shape_at(value, _ones(program))).numel()) if isinstance(value, Value) else 0
 
 
-def _run(node: fx.Node, tensors: dict[fx.Node, Tensor], integer: Callable[[fx.Node], int]) -> list[Tensor]:
-    args, kwargs = map_nodes((node.args, node.kwargs), lambda n: tensors[n] if n in tensors else integer(n))
+def _run(
+    program: Program, node: fx.Node, tensors: dict[fx.Node, Tensor], integer: Callable[[fx.Node], int]
+) -> list[Tensor]:
+    given = program.whole((node.args, dict(node.kwargs)))
+    args, kwargs = map_nodes(given, lambda n: tensors[n] if n in tensors else integer(n))
     found = run_move(node, args, dict(kwargs))
     return list(found) if isinstance(found, (list, tuple)) else [found]
 

@@ -33,14 +33,6 @@ def _repeat_interleave(x: Tensor, repeats: int, dim: int | None = None, *, outpu
     return x.repeat_interleave(repeats, dim)
 
 
-def _complex(x: Tensor) -> Tensor:
-    return x[..., 0]
-
-
-def _real(x: Tensor) -> Tensor:
-    return torch.stack([x, x], -1)
-
-
 def _split(x: Tensor, size: int, dim: int = 0) -> list[Tensor]:
     return list(x.split(size, dim))
 
@@ -57,7 +49,6 @@ IDENTITIES: set[Any] = {
     aten.type_as,
     aten.dropout,
     aten.native_dropout,
-    aten.view_as,
 }
 """Same elements in the same places, perhaps in another dtype."""
 
@@ -86,6 +77,7 @@ MOVES: dict[Any, Callable[..., Any]] = {
     aten.cat: aten.cat,
     aten.stack: aten.stack,
     aten.expand: aten.expand,
+    aten.view_as: lambda x, other: x.reshape(other.shape),
     aten.expand_as: lambda x, other: x.expand(other.shape),
     aten.repeat: aten.repeat,
     aten.tile: aten.tile,
@@ -98,8 +90,6 @@ MOVES: dict[Any, Callable[..., Any]] = {
     aten.pad: lambda x, pad, mode="constant", value=None: _pad(x, pad),
     aten.slice_scatter: aten.slice_scatter,
     aten.select_scatter: aten.select_scatter,
-    aten.view_as_complex: _complex,
-    aten.view_as_real: _real,
     operator.getitem: operator.getitem,
     reorder: reorder,
 }

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from partitioner.analysis.arguments import arguments, node_values, operation
-from partitioner.program import Value
+from partitioner.program import Local, Value
 
 aten = torch.ops.aten
 Letters = tuple[str | None, ...]
@@ -283,6 +283,18 @@ def _group_norm(node: fx.Node, a: dict[str, Any]) -> Notation:
     return Notation(tuple(operands), (names,), frozenset(names[1:]))
 
 
+@rule(aten.view_as_complex)
+def _view_as_complex(node: fx.Node, a: dict[str, Any]) -> Notation:
+    names = letters(len(value_of(node).shape))
+    return Notation((Operand(a["self"], (*names, "w")),), (names,), frozenset("w"))
+
+
+@rule(aten.view_as_real)
+def _view_as_real(node: fx.Node, a: dict[str, Any]) -> Notation:
+    names = letters(len(value_of(node).shape))
+    return Notation((Operand(a["self"], names[:-1]),), (names,))
+
+
 # -- contractions ------------------------------------------------------------------------------------------------------
 
 
@@ -364,7 +376,7 @@ def _convolution(node: fx.Node, a: dict[str, Any]) -> Notation | None:
     if a["groups"] == 1:
         operands = [Operand(x, ("b", "k", *space)), Operand(weight, ("c", "k", *window))]
         sums = frozenset("k")
-    elif a["groups"] == channels == value_of(x).shape[1]:
+    elif isinstance(a["groups"], Local) or a["groups"] == channels == value_of(x).shape[1]:
         operands = [Operand(x, ("b", "c", *space)), Operand(weight, ("c", None, *window))]
         sums = frozenset()
     else:

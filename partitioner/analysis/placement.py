@@ -146,7 +146,8 @@ class _Placing:
             return sum(bool(node_values(n)) for n in user.all_input_nodes) == 1
         rule = notation(user)
         places = [i for i, o in enumerate(rule.operands) if o.node is operand]
-        if len(places) != 1 or rule.sums or places[0] in rule.denominators:
+        contracts = rule.sums and len(rule.operands) > 1
+        if len(places) != 1 or contracts or places[0] in rule.denominators:
             return False
         return any(places[0] in term for term in rule.terms)
 

@@ -15,8 +15,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.utils._sympy.numbers import int_oo
 
+from partitioner.capture.limits import decisions, interval
 from partitioner.capture.seams import ATTENTION, COMBINE, DISPATCH, GROUPED_LINEAR
 from partitioner.capture.trace import WRAPPER
 from partitioner.errors import CaptureError
@@ -73,6 +73,7 @@ class Builder:
         self.constants: dict[str, torch.Tensor] = {}
         self.symbols: dict[str, sympy.Symbol] = {}
         self._symbol_of: dict[sympy.Symbol, sympy.Expr] = {}
+        self._sizes: dict[sympy.Symbol, torch.SymInt] = {}
         self._exprs: dict[sympy.Expr, sympy.Expr | int] = {}
         self._inputs = iter(inputs)
         self._asserted: set[str] = set()
@@ -101,17 +102,22 @@ class Builder:
                 # all inputs have the same two sizes, whether or not the trace could prove it
                 symbol = self.symbols.setdefault(name, sympy.Symbol(name, integer=True, positive=True))
                 self._symbol_of[size.node.expr] = symbol
+                self._sizes[size.node.expr] = size
 
     def limits(self) -> list[str]:
         """The sizes of inputs for which the trace holds, where that is not all of them."""
+        if not self._symbol_of:
+            return []
+        environment = next(iter(self._sizes.values())).node.shape_env
+        guards = [expr.xreplace(self._symbol_of) for expr in decisions(environment.guards)]
+        hints = {self._symbol_of[symbol]: size.node.hint for symbol, size in self._sizes.items()}
         found = []
-        for symbol, interval in self.exported.range_constraints.items():
-            name = self._symbol_of.get(symbol)
-            # two is the least that export considers: it takes one for a size that broadcasts
-            if name is not None and (interval.lower > 2 or interval.upper != int_oo):
-                low = 1 if interval.lower <= 2 else interval.lower
-                found.append(f"{name} from {low}" + ("" if interval.upper == int_oo else f" to {interval.upper}"))
-        return sorted(set(found)) + sorted(self._asserted)
+        for name, symbol in self.symbols.items():
+            others = {other: hint for other, hint in hints.items() if other != symbol}
+            low, high = interval(guards, symbol, hints[symbol], others)
+            if (low, high) != (1, None):
+                found.append(f"{name} from {low}" + ("" if high is None else f" to {high}"))
+        return found + sorted(self._asserted)
 
     def _weight(self, node: fx.Node, spec: Any) -> fx.Node:
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
@@ -185,7 +191,8 @@ class Builder:
         value = node.args[0].meta.get("val")
         if isinstance(value, torch.SymBool):
             claim = value.node.expr.xreplace(self._symbol_of)
-            if claim is not sympy.true and claim.free_symbols:
+            # sizes that depend on data (how many tokens an expert gets) are not known before they are met
+            if claim is not sympy.true and claim.free_symbols and claim.free_symbols <= set(self.symbols.values()):
                 self._asserted.add(f"assumes {claim}")
 
     def _inline(self, node: fx.Node, module: Any, env: dict[fx.Node, Any]) -> Any:

@@ -1,12 +1,15 @@
-"""Rewrite in-place ops to pure ones where nobody else looks at the memory they write.
+"""Rewrite in-place ops to pure ones, so that no node depends on which tensors share memory.
 
-`y = x.add_(1)` may become `y = x + 1` if, after it, no other node reads the storage of x: then every later reader of x reads y.
-Where a base or a view of it is read later, that is not so, and the graph is functionalised by torch (`run_decompositions`),
-which is general, keeps the ops, and takes as long as the trace itself.
+Every node is a base (its own memory) or a view of one. A write to a view becomes a pure op, and its result is put back into the base
+(`select` -> `select_scatter`, and so on up the chain of views); whoever reads the base or another view of it later reads a new
+version, made when it is first needed. What nobody reads again is dead code. The method is torch's functionalization; done on the
+finished graph it needs no second trace, which would take as long as the first.
 """
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,20 +18,30 @@ from torch.export import ExportedProgram
 
 from partitioner.errors import CaptureError
 
-__all__ = ["functionalize", "is_in_place"]
+__all__ = ["functionalize"]
 
 aten = torch.ops.aten
 
 
+class _Unsupported(Exception):
+    """A view or a write that the tables below do not hold."""
+
+
 def functionalize(exported: ExportedProgram) -> ExportedProgram:
-    """`exported`, changed in place where that suffices, without in-place ops."""
+    """`exported` without in-place ops; changed in place where the tables below suffice."""
     module = exported.graph_module
-    if _rewrite(module.graph, _inputs_of(module.graph)):
+    names = {spec.arg.name for spec in exported.graph_signature.input_specs if spec.target is not None}
+    if not any(is_in_place(node) or _hides_writes(node) for node in module.graph.nodes):
         return exported
+    try:
+        _Functionalizer(module.graph, weights=names).run()
+        return exported
+    except _Unsupported:
+        pass
     exported = exported.run_decompositions({})
     for node in exported.graph.nodes:
         if is_in_place(node):
-            raise CaptureError(f"cannot make {node.target} functional, at {_path(node)}: torch left it in place")
+            raise CaptureError(f"cannot make {node.target} functional: it writes to {node.args[0]}")
     return exported
 
 
@@ -45,56 +58,189 @@ def _mutates(target: torch._ops.OpOverload) -> bool:
     return _known[target]
 
 
-def _inputs_of(graph: fx.Graph) -> set[fx.Node]:
-    return {node for node in graph.nodes if node.op in ("placeholder", "get_attr")}
-
-
-def _rewrite(graph: fx.Graph, inputs: set[fx.Node]) -> bool:
-    nodes = list(graph.nodes)
-    writes = [node for node in nodes if is_in_place(node)]
-    if any(isinstance(node.target, torch._ops.HigherOrderOperator) and _hides_writes(node) for node in nodes):
-        return False
-    if not writes:
-        return True
-    position = {node: i for i, node in enumerate(nodes)}
-    sharing: dict[int, list[fx.Node]] = {}
-    for node in nodes:
-        for storage in _storages(node):
-            sharing.setdefault(storage, []).append(node)
-    for node in writes:
-        written = node.args[0]
-        pure = _pure(node.target)
-        if not isinstance(written, fx.Node) or written in inputs or pure is None:
-            return False
-        here = position[node]
-        for storage in _storages(written):
-            for other in sharing[storage]:
-                if other is written or position[other] >= here:
-                    continue
-                if other in inputs or any(position[user] > here for user in other.users):
-                    return False
-    for node in writes:
-        written, here = node.args[0], position[node]
-        for user in list(written.users):
-            if position[user] > here:
-                user.replace_input_with(written, node)
-        _purify(graph, node)
-    return True
-
-
 def _hides_writes(node: fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return False
     module = node.graph.owning_module
     bodies = [getattr(module, arg.target) for arg in node.args if isinstance(arg, fx.Node) and arg.op == "get_attr"]
     return any(is_in_place(inner) for body in bodies if isinstance(body, fx.GraphModule) for inner in body.graph.nodes)
 
 
-def _storages(node: fx.Node) -> set[int]:
-    found: set[int] = set()
-    fx.node.map_aggregate(
-        node.meta.get("val"),
-        lambda leaf: found.add(leaf.untyped_storage()._cdata) if isinstance(leaf, torch.Tensor) else None,
-    )
-    return found
+class _Functionalizer:
+    """`parent[n]` is what n is a view of; `current[n]` is the node that holds n's value now, as of `stamp[n]` writes to its base."""
+
+    def __init__(self, graph: fx.Graph, weights: set[str]) -> None:
+        if any(_hides_writes(node) for node in graph.nodes):
+            raise _Unsupported
+        self.graph = graph
+        self.weights = weights
+        self.parent: dict[fx.Node, fx.Node] = {}
+        self.current: dict[fx.Node, fx.Node] = {}
+        self.stamp: dict[fx.Node, int] = {}
+        self.writes: dict[fx.Node, int] = {}
+
+    def run(self) -> None:
+        # a trial first: the graph is only changed once every write is known to be supported
+        nodes = list(self.graph.nodes)
+        for node in nodes:
+            self._find_parent(node)
+        for node in nodes:
+            if is_in_place(node):
+                self._check(node)
+        for node in nodes:
+            if node.op not in ("call_function", "output"):
+                continue
+            with self.graph.inserting_before(node):
+                fresh = fx.node.map_arg((node.args, node.kwargs), self._latest)
+            written = node.args[0] if is_in_place(node) else None
+            node.args, node.kwargs = fresh
+            if written is not None:
+                self._write(node, written)
+        self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+
+    def _find_parent(self, node: fx.Node) -> None:
+        if node.op != "call_function":
+            return
+        if is_in_place(node):
+            self.parent[node] = node.args[0]  # type: ignore[assignment]
+            return
+        storage = _storage(node)
+        if storage is None or not node.args or not isinstance(node.args[0], fx.Node):
+            return
+        source = node.args[0]
+        if node.target is operator.getitem and source.target in _PIECES:
+            source = source.all_input_nodes[0]
+        if _storage(source) == storage:
+            self.parent[node] = source
+        elif any(_storage(arg) == storage for arg in node.all_input_nodes):
+            raise _Unsupported
+
+    def _base(self, node: fx.Node) -> fx.Node:
+        while node in self.parent:
+            node = self.parent[node]
+        return node
+
+    def _check(self, node: fx.Node) -> None:
+        if _pure(node.target) is None or not isinstance(node.args[0], fx.Node):
+            raise _Unsupported
+        view = node.args[0]
+        while view in self.parent:
+            if not is_in_place(view) and _view_op(view) not in _PUT_BACK:
+                raise _Unsupported
+            view = self.parent[view]
+        if view.name in self.weights:
+            raise CaptureError(
+                f"cannot capture {node.target}: it writes to the weight or buffer {view.name!r}, and a graph keeps no state"
+            )
+
+    def _latest(self, node: fx.Node) -> fx.Node:
+        base = self._base(node)
+        writes = self.writes.get(base, 0)
+        if self.stamp.get(node, 0) == writes:
+            return self.current.get(node, node)
+        parent = self._latest(self.parent[node])  # a base is always up to date: a write updates it
+        if is_in_place(node) or node in self._pure_writes:
+            fresh = parent
+        else:
+            fresh = self._replay(node, parent)
+        self.current[node], self.stamp[node] = fresh, writes
+        return fresh
+
+    _pure_writes: set[fx.Node] = set()
+
+    def _replay(self, node: fx.Node, parent: fx.Node) -> fx.Node:
+        if node.target is operator.getitem:
+            pieces = node.args[0]
+            made = self.graph.call_function(pieces.target, (parent, *pieces.args[1:]), pieces.kwargs)  # type: ignore[union-attr]
+            made.meta = dict(pieces.meta)  # type: ignore[union-attr]
+            fresh = self.graph.call_function(operator.getitem, (made, node.args[1]))
+        else:
+            old = self.parent[node]
+            args, kwargs = fx.node.map_arg(
+                (self._original_args(node)), lambda arg: parent if arg is old else arg
+            )
+            fresh = self.graph.call_function(node.target, args, kwargs)
+        fresh.meta = dict(node.meta)
+        return fresh
+
+    def _original_args(self, node: fx.Node) -> Any:
+        """The node's arguments with the node it is a view of in its first version."""
+        first = self.parent[node]
+        replaced = node.args[0]
+        return fx.node.map_arg((node.args, node.kwargs), lambda arg: first if arg is replaced else arg)
+
+    def _write(self, node: fx.Node, written: fx.Node) -> None:
+        self._pure_writes = self._pure_writes | {node}
+        last = _purify(self.graph, node)
+        base = self._base(written)
+        chain, view, value = [(node, last), (written, last)], written, last
+        while view in self.parent:
+            parent = self.parent[view]
+            if not (view in self._pure_writes):
+                at = value.next
+                with self.graph.inserting_before(at):
+                    before = self._latest(parent)
+                    value = self._put_back(view, before, value)
+                value.meta = dict(parent.meta)
+            chain.append((parent, value))
+            view = parent
+        self.writes[base] = self.writes.get(base, 0) + 1
+        for alias, now in chain:
+            self.current[alias], self.stamp[alias] = now, self.writes[base]
+
+    def _put_back(self, view: fx.Node, before: fx.Node, value: fx.Node) -> fx.Node:
+        target, args = _PUT_BACK[_view_op(view)](view, before, value)
+        return value if target is None else self.graph.call_function(target, args)
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def _view_op(node: fx.Node) -> Any:
+    return (operator.getitem, node.args[0].target) if node.target is operator.getitem else node.target  # type: ignore[union-attr]
+
+
+PutBack = Callable[[fx.Node, fx.Node, fx.Node], tuple[Any, tuple[Any, ...]]]
+
+
+def _same(view: fx.Node, before: fx.Node, value: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+    return None, ()
+
+
+def _reshape(view: fx.Node, before: fx.Node, value: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+    return aten.reshape_as.default, (value, before)
+
+
+def _piece(view: fx.Node, before: fx.Node, value: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+    pieces, index = view.args
+    dim = pieces.args[2] if len(pieces.args) > 2 else pieces.kwargs.get("dim", 0)  # type: ignore[union-attr]
+    shapes = [piece.shape[dim] for piece in pieces.meta["val"]]  # type: ignore[union-attr]
+    if not all(isinstance(size, int) for size in shapes):
+        raise CaptureError(f"cannot make a write to a piece of {pieces} functional: its sizes are not constants")
+    start = sum(shapes[:index])  # type: ignore[misc]
+    return aten.slice_scatter.default, (before, value, dim, start, start + shapes[index])  # type: ignore[index]
+
+
+def _inverse_permute(view: fx.Node, before: fx.Node, value: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+    order = [dim % len(view.args[1]) for dim in view.args[1]]  # type: ignore[arg-type, union-attr]
+    return aten.permute.default, (value, [order.index(dim) for dim in range(len(order))])
+
+
+_PIECES = {aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default}
+_PUT_BACK: dict[Any, PutBack] = {
+    **dict.fromkeys((aten.alias.default, aten.detach.default, aten.detach_.default, aten.contiguous.default), _same),
+    **dict.fromkeys((aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.lift_fresh_copy.default), _same),
+    **dict.fromkeys((aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim), _reshape),
+    **dict.fromkeys((aten.flatten.using_ints, aten.unflatten.int, aten.squeeze.default), _reshape),
+    **{(operator.getitem, target): _piece for target in _PIECES},
+    aten.permute.default: _inverse_permute,
+    aten.select.int: lambda view, before, value: (aten.select_scatter.default, (before, value, *view.args[1:])),
+    aten.slice.Tensor: lambda view, before, value: (aten.slice_scatter.default, (before, value, *view.args[1:])),
+    aten.transpose.int: lambda view, before, value: (aten.transpose.int, (value, *view.args[1:])),
+}
+"""How the new value of a view goes back into what it is a view of: (op, arguments), None where both are the same."""
 
 
 def _pure(target: Any) -> torch._ops.OpOverload | None:
@@ -111,39 +257,33 @@ def _pure(target: Any) -> torch._ops.OpOverload | None:
     return None if pure._schema.is_mutable else pure
 
 
-def _purify(graph: fx.Graph, node: fx.Node) -> None:
+def _purify(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Make the write a pure op; returns the node with the value that was written, in the dtype of what was written to."""
     name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+    written = node.args[0]
     if name == "zero_":
-        node.target, node.args = aten.zeros_like.default, (node.args[0],)
-    elif name == "fill_":
-        if isinstance(node.args[1], fx.Node):
-            node.target = aten.copy.default
-        else:
-            node.target = aten.full_like.default
-    elif name == "copy_":
-        node.target, node.args = aten.copy.default, node.args[:2]
+        node.target, node.args = aten.zeros_like.default, (written,)
+    elif name == "fill_" and not isinstance(node.args[1], fx.Node):
+        node.target = aten.full_like.default
+    elif name in ("copy_", "fill_"):
+        node.target, node.args, node.kwargs = aten.copy.default, node.args[:2], {}
     else:
         node.target = _pure(node.target)
         # x.add_(y) keeps the dtype of x, x + y may not
-        before = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
+        before = node.meta["val"].dtype
         if _result_dtype(node) != before:
-            users = list(node.users)
             with graph.inserting_after(node):
                 cast = graph.call_function(aten.to.dtype, (node, before))
             cast.meta = dict(node.meta)
-            for user in users:
-                user.replace_input_with(node, cast)
+            return cast
+    return node
 
 
 def _result_dtype(node: fx.Node) -> torch.dtype:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     values = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    if all(value.dtype == values[0].dtype for value in values):
+    if all(value.dtype == values[0].dtype for value in values) and values[0].is_floating_point():
         return values[0].dtype
     with values[0].fake_mode:  # type: ignore[attr-defined]
         result: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
     return result.dtype
-
-
-def _path(node: fx.Node) -> str:
-    return next(reversed([path for path, _ in node.meta.get("nn_module_stack", {}).values()] or ["the model"]))

@@ -1,0 +1,109 @@
+"""partition(model, plan): capture, analyse, rewrite, check; in that order and in one direction.
+
+    capture        the model becomes one Program
+    canonicalize   spellings made one
+    passes         those that the plan asks for, in the order of `BUILT_IN`, then the user's own
+    check          layouts inferred anew after every pass
+    report         what was split, what was not and why
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from importlib.metadata import entry_points
+from typing import Protocol
+
+from transformers import PreTrainedModel
+
+import partitioner.analysis.runtime_rules  # noqa: F401 - the runtime ops' rows of the rule table
+from partitioner.canonicalize import canonicalize
+from partitioner.capture import capture
+from partitioner.check import check
+from partitioner.errors import PlanError
+from partitioner.parts import Parts
+from partitioner.plan import Plan
+from partitioner.program import Program
+from partitioner.report import Report, make_report
+
+__all__ = ["Pass", "partition"]
+
+GROUP = "partitioner.passes"
+"""The entry points that passes are declared under, ours as well as anyone's."""
+
+
+class Pass(Protocol):
+    """A frozen dataclass: a name, its options as fields, and `run`, which may change the program it is given."""
+
+    name: str
+
+    def run(self, program: Program) -> Program: ...
+
+
+def partition(
+    model: PreTrainedModel, plan: Plan, *, max_length: int | None = None, length: int | None = None
+) -> Parts[Report]:
+    """Compiles a Hugging Face model for `plan`.
+
+    The model may hold its weights or be on the meta device, and is not changed. `max_length` is the longest sequence that
+    will be run, for position encodings that depend on it; `length` compiles for that one length, for models whose code
+    cannot be traced for all lengths at once.
+
+    Raises `CaptureError` where the model cannot be traced, `PlanError` where the plan does not fit it.
+    """
+    traced = capture(model, mesh=plan.mesh, max_length=max_length, length=length)
+    canonicalize(traced)
+    return compile_program(traced, plan)
+
+
+def compile_program(traced: Program, plan: Plan) -> Parts[Report]:
+    """The same from a captured, canonical program, which is not changed."""
+    program = traced.copy(plan.mesh)
+    for pass_ in _passes(program, plan):
+        program = pass_.run(program)
+        check(program)
+    return Parts(program, make_report(program, plan=str(plan)), traced=traced)
+
+
+def _passes(program: Program, plan: Plan) -> list[Pass]:
+    found: list[Pass] = []
+    keep = _keep_whole(program, plan.keep_whole)
+    if plan.tp > 1:
+        found.append(_load("tensor-parallel")(keep_whole=keep))  # type: ignore[operator]
+    found += [_load(name)() for name in plan.passes]  # type: ignore[operator]
+    return found
+
+
+def _load(name: str) -> object:
+    declared = {point.name: point for point in entry_points(group=GROUP)}
+    if name not in declared:
+        near = difflib.get_close_matches(name, declared, n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"installed: {', '.join(sorted(declared))}"
+        raise PlanError(f"no pass named {name!r} is installed; {hint}")
+    try:
+        return declared[name].load()
+    except Exception as error:
+        raise PlanError(f"the pass {name!r} ({declared[name].value}) cannot be loaded: {error}") from error
+
+
+def _keep_whole(program: Program, globs: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """The weights that globs of names (or of modules, or of aliases) select, each with the glob as its reason."""
+    found: dict[str, str] = {}
+    for glob in globs:
+        names = {w.name: (w.name, *w.aliases) for w in program.weights.values()}
+        hits = [n for n, known in names.items() if any(_matches(name, glob) for name in known)]
+        if not hits:
+            known = sorted({part for aliases in names.values() for name in aliases for part in _prefixes(name)})
+            near = difflib.get_close_matches(glob, known, n=3, cutoff=0.4)
+            raise PlanError(f"keep_whole={glob!r} matches no weight; near it: {', '.join(near) or 'nothing'}")
+        found.update(dict.fromkeys(hits, f"kept whole by the plan ({glob})"))
+    return tuple(sorted(found.items()))
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _matches(name: str, glob: str) -> bool:
+    return any(fnmatch.fnmatchcase(part, glob) for part in _prefixes(name))

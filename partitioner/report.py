@@ -1,0 +1,211 @@
+"""The report: what was split over which axis, what stayed whole and why, the collectives, and the bytes per rank."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from partitioner.analysis.arguments import node_values, operation
+from partitioner.analysis.notation import notation
+from partitioner.analysis.moves import is_move
+from partitioner.layout import Layout
+from partitioner.program import Program, Weight
+from runtime.ops.collectives import COLLECTIVES
+
+__all__ = ["Collective", "Report", "WeightRow", "make_report"]
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """Weights in the same place of several layers, split (or not) alike. bytes: of one of them, whole."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    bytes: int
+    split: str
+    """"" for a whole weight; otherwise the axis, the dim and the sizes."""
+    reason: str
+    """Why it is whole, or why some of it is on several ranks."""
+    is_matrix: bool
+
+    @property
+    def pattern(self) -> str:
+        return _pattern(self.names[0]) if len(self.names) > 1 else self.names[0]
+
+
+@dataclass(frozen=True)
+class Collective:
+    op: str
+    axis: str
+    path: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """bytes_per_rank: of weights. matrix_share: the largest rank's share of the elements of linears, tables and experts."""
+
+    model: str
+    plan: str
+    rows: tuple[WeightRow, ...]
+    collectives: tuple[Collective, ...]
+    bytes_whole: int
+    bytes_per_rank: tuple[int, ...]
+    matrix_share: float
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def whole(self) -> tuple[WeightRow, ...]:
+        """Matrices that every rank holds whole."""
+        return tuple(row for row in self.rows if row.is_matrix and not row.split)
+
+    def per_layer(self, op: str) -> dict[str, int]:
+        """How many collectives of a kind each layer has, by the layer's path ("" for those outside layers)."""
+        found: Counter[str] = Counter()
+        for collective in self.collectives:
+            if collective.op == op:
+                found[_layer(collective.path)] += 1
+        return dict(found)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}, {self.plan}"]
+        lines.append("")
+        lines.append("split:")
+        for row in self.rows:
+            if row.split and row.is_matrix:
+                count = f"{len(row.names)} x " if len(row.names) > 1 else ""
+                why = f"   ({row.reason})" if row.reason else ""
+                lines.append(f"  {count}{row.pattern} {list(row.shape)}: {row.split}{why}")
+        lines.append("whole on every rank:" if self.whole else "whole on every rank: nothing that is a matrix")
+        for row in self.whole:
+            count = f"{len(row.names)} x " if len(row.names) > 1 else ""
+            lines.append(f"  {count}{row.pattern} {list(row.shape)}, {_size(row.bytes)}: {row.reason}")
+        lines.append("collectives:")
+        for op in sorted({c.op for c in self.collectives}):
+            layers = self.per_layer(op)
+            inside = Counter(n for layer, n in layers.items() if layer)
+            parts = [f"{n} in each of {count} layers" for n, count in sorted(inside.items())]
+            parts += [f"{layers['']} outside layers"] if "" in layers else []
+            lines.append(f"  {op}: {', '.join(parts)}")
+        if not self.collectives:
+            lines.append("  none")
+        ranks = ", ".join(map(_size, self.bytes_per_rank[:8])) + (", ..." if len(self.bytes_per_rank) > 8 else "")
+        lines.append(f"weights: {_size(self.bytes_whole)} whole; per rank {ranks}")
+        lines.append(f"matrices: the fullest rank holds {self.matrix_share:.1%}")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _layer(path: str) -> str:
+    found = re.match(r"^((?:[^.]+\.)*?\d+)(?:\.|$)", path)
+    return found.group(1) if found else ""
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def make_report(program: Program, *, plan: str) -> Report:
+    """Describes a program after its passes."""
+    groups: dict[tuple[str, ...], list[Weight]] = defaultdict(list)
+    users = _matrix_users(program)
+    for weight in program.weights.values():
+        layout = program.weight_layouts.get(weight.name)
+        split = _split(layout) if layout is not None else ""
+        reason = _reason(program, weight, layout, users)
+        groups[_pattern(weight.name), str(weight.shape), split, _pattern(reason)].append(weight)
+    rows = []
+    for weights in groups.values():
+        weight = weights[0]
+        layout = program.weight_layouts.get(weight.name)
+        rows.append(
+            WeightRow(
+                tuple(w.name for w in weights),
+                weight.shape,
+                weight.bytes,
+                _split(layout) if layout is not None else "",
+                _reason(program, weight, layout, users),
+                weight.name in users,
+            )
+        )
+    collectives = tuple(
+        Collective(COLLECTIVES[node.target], str(node.args[1]), node.meta.get("path", ""), str(node.meta["val"]))
+        for node in program.graph.nodes
+        if node.op == "call_function" and node.target in COLLECTIVES
+    )
+    ranks = [program.mesh.coordinates(rank) for rank in range(program.mesh.world_size)]
+    held = [[_held(program, weight, at) for weight in program.weights.values()] for at in ranks]
+    is_matrix = [name in users for name in program.weights]
+    matrices = sum(w.bytes for w, yes in zip(program.weights.values(), is_matrix, strict=True) if yes)
+    fullest = max(sum(b for b, yes in zip(rank, is_matrix, strict=True) if yes) for rank in held)
+    return Report(
+        model=program.name,
+        plan=plan,
+        rows=tuple(rows),
+        collectives=collectives,
+        bytes_whole=sum(weight.bytes for weight in program.weights.values()),
+        bytes_per_rank=tuple(map(sum, held)),
+        matrix_share=fullest / matrices if matrices else 1.0,
+        notes=tuple(program.notes),
+    )
+
+
+def _held(program: Program, weight: Weight, coordinates: dict[str, int]) -> int:
+    layout = program.weight_layouts.get(weight.name)
+    size = weight.bytes
+    for dim, split in enumerate(layout.dims if layout is not None else ()):
+        if split is not None:
+            size = size // weight.shape[dim] * split.owned[program.mesh.index(split.axes, coordinates)].size
+    return size
+
+
+def _split(layout: Layout) -> str:
+    found = []
+    for dim, split in enumerate(layout.dims):
+        if split is not None:
+            found.append(f"{'x'.join(split.axes)} over dim {dim} as {'/'.join(map(str, split.sizes))}")
+    return ", ".join(found)
+
+
+def _matrix_users(program: Program) -> dict[str, fx.Node]:
+    """Weights that a contraction reads (linears, look-up tables, experts, convolutions), with the op that does."""
+    found: dict[str, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.op != "call_function" or is_move(node) or not node_values(node):
+            continue
+        if node.target in COLLECTIVES or not notation(node).sums:
+            continue
+        for operand in notation(node).operands:
+            source = operand.node
+            while is_move(source) and source.all_input_nodes:
+                source = source.all_input_nodes[0]
+            if source.op == "get_attr" and notation(node).sums & set(operand.letters) and len(notation(node).operands) > 1:
+                found.setdefault(str(source.target), node)
+    return found
+
+
+def _reason(program: Program, weight: Weight, layout: Layout | None, users: dict[str, fx.Node]) -> str:
+    if layout is not None:
+        for dim, split in enumerate(layout.dims):
+            if split is not None and sum(split.sizes) > weight.shape[dim]:
+                return "some of it is needed, and held, by several ranks"
+        return ""
+    if weight.name in program.kept_whole:
+        return program.kept_whole[weight.name]
+    if program.mesh.world_size == 1:
+        return "one rank"
+    user = users.get(weight.name)
+    if user is None:
+        return "not a matrix"
+    return f"{operation(user).__name__} in {user.meta.get('path') or user.name} starts or ends no split"

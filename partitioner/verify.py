@@ -1,0 +1,134 @@
+"""Verify: the partitioned model against the original, at several lengths and precisions.
+
+    verify(Case("config:tiny.json", tp=2))                              all ranks in this process
+    verify_in_processes(Case("config:tiny.json", tp=2), timeout_s=60)   one process per rank, over gloo
+
+The original in eager mode is the reference; where an outcome is not within its tolerance, `explain` names the first
+node that differs. Comparing in float64 separates a wrong result from a rounded one.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partitioner.compare import Divergence, difference, first_divergence, tolerance
+from partitioner.compile import partition
+from partitioner.errors import CaptureError
+from partitioner.named_model import load_config, load_model
+from partitioner.plan import Plan
+from runtime.launch import launch
+
+__all__ = ["Case", "Outcome", "dtype_named", "explain", "outcomes_of", "parse_lengths", "verify", "verify_in_processes"]
+
+_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to verify: MODEL as in `named_model`, and at which lengths and precisions."""
+
+    model: str
+    tp: int
+    dtypes: tuple[str, ...] = ("float64", "float32")
+    lengths: tuple[int, ...] = (1, 5, 40)
+    seed: int = 0
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(tp=self.tp)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Case:
+        fields: dict[str, Any] = json.loads(text)
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One comparison: the largest absolute difference over the largest magnitude of the original's result."""
+
+    dtype: str
+    length: int
+    error: float
+    accepted: float
+
+    @property
+    def equal(self) -> bool:
+        return self.error <= self.accepted
+
+
+def verify(case: Case) -> Iterator[Outcome]:
+    """Simulate every rank in this process."""
+    for dtype in case.dtypes:
+        model = load_model(case.model, dtype=dtype_named(dtype), seed=case.seed)
+        parts = partition(model, case.plan)
+        yield from outcomes_of(case, dtype, model, parts.simulate)
+
+
+def verify_in_processes(case: Case, *, timeout_s: float) -> list[Outcome]:
+    """Start one process per rank; each builds the model, partitions it, and runs its part over gloo."""
+    # here once, rather than on every rank: a wrong name should be one line
+    load_config(case.model, small=True)
+    with tempfile.TemporaryDirectory(prefix="partitioner-") as folder:
+        question, answer = Path(folder, "case.json"), Path(folder, "outcomes.json")
+        question.write_text(case.to_json())
+        launch(
+            ["partitioner.verify_rank", str(question), str(answer)],
+            num_ranks=case.plan.mesh.world_size,
+            timeout_s=timeout_s,
+        )
+        return [Outcome(**fields) for fields in json.loads(answer.read_text())]
+
+
+def outcomes_of(case: Case, dtype: str, model: Any, run: Callable[..., Tensor]) -> Iterator[Outcome]:
+    """Compare `run` with `model` at every length."""
+    for length in case.lengths:
+        input_ids = _input_ids(case, model, length)
+        with torch.no_grad():
+            expected = model(input_ids=input_ids, use_cache=False)[0]
+        error = difference(run(input_ids=input_ids), expected)
+        yield Outcome(dtype, length, error, tolerance(dtype_named(dtype)))
+
+
+def explain(case: Case, outcome: Outcome) -> Divergence | None:
+    """The first node that differs; None: the partitioned graph does what the traced one does, the trace is at fault."""
+    model = load_model(case.model, dtype=dtype_named(outcome.dtype), seed=case.seed)
+    parts = partition(model, case.plan)
+    return first_divergence(parts, input_ids=_input_ids(case, model, outcome.length))
+
+
+def dtype_named(name: str) -> torch.dtype:
+    known = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise CaptureError(f"unknown dtype {name!r}; the dtypes are {', '.join(known)}")
+    return known[name]
+
+
+def _input_ids(case: Case, model: Any, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(case.seed + length)
+    vocabulary: int = model.config.get_text_config().vocab_size
+    # the first few are special tokens, which some models treat as padding
+    lowest = min(3, vocabulary - 1)
+    return torch.randint(lowest, vocabulary, (_BATCH, length), generator=generator)
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """Numbers with commas between, as on the command line."""
+    try:
+        lengths: Sequence[int] = [int(part) for part in text.split(",")]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 1:
+        raise CaptureError(f"--lengths must be whole numbers of at least 1 with commas between, got {text!r}")
+    return tuple(lengths)

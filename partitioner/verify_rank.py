@@ -1,0 +1,38 @@
+"""One rank of `partitioner verify`: the launcher starts `partitioner.verify_rank CASE.json OUTCOMES.json` per rank."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from partitioner.compile import partition
+from partitioner.errors import PartitionerError
+from partitioner.named_model import load_model
+from partitioner.verify import Case, Outcome, dtype_named, outcomes_of
+from runtime.engine import Engine
+from runtime.launch import begin_worker
+
+
+def main() -> None:
+    begin_worker()
+    question, answer = Path(sys.argv[1]), Path(sys.argv[2])
+    case = Case.from_json(question.read_text())
+    outcomes: list[Outcome] = []
+    rank = None
+    for dtype in case.dtypes:
+        model = load_model(case.model, dtype=dtype_named(dtype), seed=case.seed)
+        with Engine.connect(partition(model, case.plan)) as engine:
+            rank = engine.program.rank
+            # every rank compares, so that all take the same time; rank 0 writes
+            outcomes += outcomes_of(case, dtype, model, engine)
+    if rank == 0:
+        answer.write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except PartitionerError as error:
+        sys.exit(f"{type(error).__name__}: {error}")

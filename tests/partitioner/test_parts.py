@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from partitioner.errors import CommunicationError
+from partitioner.parts import Parts
+from runtime.rendezvous import Rendezvous
+from tests import handmade
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_simulate_returns_what_the_whole_returns(n: int) -> None:
+    ids = handmade.input_ids()
+    whole = Parts(handmade.traced(), None).simulate(input_ids=ids)
+    parts = Parts(handmade.partitioned(n), "a report")
+    for length in (1, 3, 3):
+        ids = handmade.input_ids(length=length)
+        whole = Parts(handmade.traced(), None).simulate(input_ids=ids)
+        torch.testing.assert_close(parts.simulate(input_ids=ids), whole, rtol=1e-12, atol=1e-12)
+    assert parts.report == "a report"
+    assert parts.mesh.world_size == n
+
+
+def test_ranks_are_emitted_once_and_engines_are_yours_to_make() -> None:
+    parts = Parts(handmade.partitioned(1), None)
+    assert parts.rank(0) is parts.rank(0)
+    engine = parts.engine(0, Rendezvous(parts.mesh).communicator(0))
+    ids = handmade.input_ids()
+    assert torch.equal(engine(input_ids=ids), parts.simulate(input_ids=ids))
+
+
+def test_ranks_that_return_different_results_are_refused() -> None:
+    broken = handmade.partitioned(2)
+    for node in broken.graph.nodes:
+        if node.name == "reduced":
+            node.replace_all_uses_with(node.args[0])
+    output = next(node for node in broken.graph.nodes if node.op == "output")
+    output.args = (next(node for node in broken.graph.nodes if node.name == "residual"),)
+    with pytest.raises(CommunicationError, match="ranks 0 and 1 return different results"):
+        Parts(broken, None).simulate(input_ids=handmade.input_ids())
+    output.args = (next(node for node in broken.graph.nodes if node.name == "logits"),)
+    with pytest.raises(CommunicationError, match=r"different shapes: \[2, 3, 5\] and \[2, 3, 6\]"):
+        Parts(broken, None).simulate(input_ids=handmade.input_ids())

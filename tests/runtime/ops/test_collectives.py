@@ -1,0 +1,19 @@
+import pytest
+import torch
+
+from partitioner.errors import CommunicationError
+from runtime.ops.collectives import COLLECTIVES, all_gather, all_reduce
+
+
+def test_unbound_collectives_say_what_to_do() -> None:
+    with pytest.raises(CommunicationError, match=r"all_reduce over 'tp' is not bound.*Engine"):
+        all_reduce(torch.ones(2), "tp")
+    with pytest.raises(CommunicationError, match="all_gather over 'tp' is not bound"):
+        all_gather(torch.ones(2), "tp", dim=0)
+
+
+def test_every_collective_is_listed_under_its_name() -> None:
+    assert {op.__name__: name for op, name in COLLECTIVES.items()} == {
+        "all_reduce": "all_reduce",
+        "all_gather": "all_gather",
+    }

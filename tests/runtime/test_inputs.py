@@ -1,0 +1,48 @@
+import pytest
+import torch
+
+from partitioner.errors import InputError
+from runtime.inputs import complete_inputs
+from runtime.rank_program import RunInput
+
+CPU = torch.device("cpu")
+INPUTS = (
+    RunInput("input_ids", torch.int64, ("batch", "sequence"), "required"),
+    RunInput("position_ids", torch.int64, ("batch", "sequence"), "arange"),
+    RunInput("attention_mask", torch.int64, ("batch", "sequence"), "ones"),
+    RunInput("token_type_ids", torch.int64, ("batch", 3), "zeros"),
+)
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+def test_defaults_follow_the_inputs_given() -> None:
+    _, positions, mask, types = complete_inputs(INPUTS, {"input_ids": ids(2, 4), "attention_mask": None}, CPU)
+    assert positions.tolist() == [[0, 1, 2, 3]] * 2
+    assert mask.tolist() == [[1] * 4] * 2
+    assert types.tolist() == [[0] * 3] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input_idz": ids(1, 2)}, "unknown input 'input_idz'; did you mean 'input_ids'?"),
+        ({}, r"'input_ids' is required: \[batch, sequence\], torch.int64"),
+        ({"input_ids": [[1]]}, "must be a tensor, got list"),
+        ({"input_ids": ids(1, 2).int()}, "must have the dtype torch.int64, got torch.int32"),
+        ({"input_ids": ids(4)}, r"must have the shape \[batch, sequence\], got \[4\]"),
+        ({"input_ids": ids(1, 2), "token_type_ids": ids(1, 2)}, r"must have the shape \[batch, 3\], got \[1, 2\]"),
+        ({"input_ids": ids(1, 0)}, "is empty: its sequence is 0"),
+        ({"input_ids": ids(1, 2), "position_ids": ids(1, 3)}, "'position_ids' has sequence 3, but 'input_ids' has"),
+    ],
+)
+def test_what_is_wrong_is_said(given, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        complete_inputs(INPUTS, given, CPU)
+
+
+def test_a_default_needs_its_size() -> None:
+    with pytest.raises(InputError, match="no default without an input that tells the batch"):
+        complete_inputs(INPUTS[1:], {}, CPU)
