@@ -14,10 +14,10 @@ import torch
 from torch import fx
 
 from partitioner.analysis.arguments import arguments, evaluate, node_values, operation
-from partitioner.analysis.infer import Layouts, disjoint, infer_compute, infer_move
-from partitioner.analysis.localise import Localised, moves_alike
+from partitioner.analysis.infer import Layouts, disjoint
 from partitioner.analysis.moves import is_move
 from partitioner.analysis.notation import notation
+from partitioner.analysis.remember import Inferrer
 from partitioner.errors import LayoutError
 from partitioner.layout import REPLICATED, IndexSet, Layout, Split
 from partitioner.program import Entry, Local, Program, Value
@@ -34,6 +34,7 @@ __all__ = ["check"]
 def check(program: Program) -> None:
     """Raises `LayoutError` at the first node, in graph order, whose operands are not laid out as it requires."""
     layouts: Layouts = {}
+    inferrer = Inferrer(program)
     for node in program.graph.nodes:
         if node.op == "placeholder":
             layouts[node] = REPLICATED(len(node.meta["val"].shape))
@@ -44,24 +45,23 @@ def check(program: Program) -> None:
             for source in node.all_input_nodes:
                 _require(node, source, layouts[source], REPLICATED(len(layouts[source].dims)))
         elif node.op == "call_function" and node_values(node):
-            layouts[node] = _infer(program, node, layouts)
+            layouts[node] = _infer(program, node, layouts, inferrer)
             stated = node.meta.get("layout")
             if stated is not None and stated != layouts[node]:
                 raise LayoutError(f"{_at(node)}: the pass says {stated}, its operands give {layouts[node]}")
 
 
-def _infer(program: Program, node: fx.Node, layouts: Layouts) -> Any:
+def _infer(program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer) -> Any:
     special = _RULES.get(node.target)
     if special is not None:
         return special(program, node, layouts)
-    found = infer_move(program, node, layouts) if is_move(node) else infer_compute(node, layouts)
+    found = inferrer.infer(node, layouts)
     if found.problem:
         raise LayoutError(f"{_at(node)}: {found.problem}")
     for source, wanted in found.requires:
         _require(node, source, layouts[source], wanted)
-    if is_move(node):
-        done = Localised(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
-        if not moves_alike(program, node, done, layouts, found.outputs):
+    if is_move(node) and any(layouts[n].split_dims for n, _ in found.requires):
+        if not inferrer.moves_alike(node, layouts, found.outputs):
             raise LayoutError(f"{_at(node)}: on some rank the move does not give {found.outputs[0]} of the whole result")
     _check_integers(program, node, layouts)
     return found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs
@@ -100,7 +100,8 @@ def _all_gather(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     layout: Layout = layouts[source]  # type: ignore[index]
     dim, sizes = node.kwargs["dim"], node.kwargs["sizes"]
     split = layout.dims[dim]  # type: ignore[index]
-    if split is None or split.axes != (axis,) or layout.partial:
+    others = [s for i, s in enumerate(layout.dims) if s is not None and i != dim % len(layout.dims)]  # type: ignore[operator]
+    if split is None or split.axes != (axis,) or layout.partial or any(axis in s.axes for s in others):
         raise LayoutError(f"{_at(node)} gathers dim {dim} of {source} over {axis!r}, but it is {layout}")
     if disjoint(split) != split or split.sizes != tuple(sizes):  # type: ignore[arg-type]
         raise LayoutError(f"{_at(node)}: pieces of sizes {sizes} do not make up dim {dim} of {source}, which is {layout}")

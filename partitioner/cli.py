@@ -76,7 +76,8 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except PartitionerError as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        hint = " (--simulate shows at which node)" if isinstance(error, CommunicationError) else ""
+        Console(stderr=True).print(f"error: {error}{hint}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1 if isinstance(error, CommunicationError) else 2) from None
 
 

@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from partitioner.errors import LayoutError
+
 __all__ = ["REPLICATED", "IndexSet", "Layout", "Split"]
 
 
@@ -41,6 +43,13 @@ class IndexSet:
             else:
                 intervals.append([i, i + 1])
         return cls(tuple((a, b) for a, b in intervals))
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.intervals)
+
+    def __hash__(self) -> int:
+        return self._hash
 
     @cached_property
     def size(self) -> int:
@@ -79,6 +88,13 @@ class Split:
     axes: tuple[str, ...]
     owned: tuple[IndexSet, ...]
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.axes, self.owned))
+
+    def __hash__(self) -> int:
+        return self._hash
+
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(indices.size for indices in self.owned)
@@ -93,6 +109,17 @@ class Layout:
 
     dims: tuple[Split | None, ...]
     partial: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.partial and not self.partial.isdisjoint(axis for dim in self.dims if dim is not None for axis in dim.axes):
+            raise LayoutError(f"no tensor is both split and a partial sum over one axis: {self}")
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.dims, self.partial))
+
+    def __hash__(self) -> int:  # layouts are looked up far more often than made
+        return self._hash
 
     @cached_property
     def is_replicated(self) -> bool:

@@ -86,7 +86,7 @@ def load_model(name: str, *, dtype: torch.dtype, seed: int = 0, meta: bool = Fal
 
 
 def _without_grouped_mm(model: Any) -> Any:
-    """transformers' default for routed experts knows no float64."""
+    """The default implementation of routed experts knows no float64."""
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")
     return model

@@ -70,7 +70,11 @@ class Parts(Generic[Report]):
 
         Raises where the ranks do not return the same, bit by bit: they ran the same sums in the same order.
         """
-        return same_on_all_ranks(self._simulator(**inputs))
+        return same_on_all_ranks(self.simulate_ranks(**inputs))
+
+    def simulate_ranks(self, **inputs: Tensor | None) -> list[Tensor]:
+        """The same, with every rank's own result."""
+        return self._simulator(**inputs)
 
 
 def same_on_all_ranks(results: list[Tensor]) -> Tensor:

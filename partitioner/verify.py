@@ -9,6 +9,7 @@ node that differs. Comparing in float64 separates a wrong result from a rounded 
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from partitioner.compare import Divergence, difference, first_divergence, tolerance
 from partitioner.compile import partition
-from partitioner.errors import CaptureError
+from partitioner.errors import CaptureError, InputError, WeightError
 from partitioner.named_model import load_config, load_model
+from partitioner.parts import Parts
 from partitioner.plan import Plan
 from runtime.launch import launch
 
@@ -51,7 +53,9 @@ class Case:
     @classmethod
     def from_json(cls, text: str) -> Case:
         fields: dict[str, Any] = json.loads(text)
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        for name in ("dtypes", "lengths"):
+            fields[name] = tuple(fields[name])
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def verify(case: Case) -> Iterator[Outcome]:
     for dtype in case.dtypes:
         model = load_model(case.model, dtype=dtype_named(dtype), seed=case.seed)
         parts = partition(model, case.plan)
-        yield from outcomes_of(case, dtype, model, parts.simulate)
+        yield from outcomes_of(case, dtype, model, functools.partial(_simulated, parts))
 
 
 def verify_in_processes(case: Case, *, timeout_s: float) -> list[Outcome]:
@@ -81,23 +85,36 @@ def verify_in_processes(case: Case, *, timeout_s: float) -> list[Outcome]:
     # here once, rather than on every rank: a wrong name should be one line
     load_config(case.model, small=True)
     with tempfile.TemporaryDirectory(prefix="partitioner-") as folder:
-        question, answer = Path(folder, "case.json"), Path(folder, "outcomes.json")
+        question = Path(folder, "case.json")
         question.write_text(case.to_json())
         launch(
-            ["partitioner.verify_rank", str(question), str(answer)],
+            ["partitioner.verify_rank", str(question), folder],
             num_ranks=case.plan.mesh.world_size,
             timeout_s=timeout_s,
         )
-        return [Outcome(**fields) for fields in json.loads(answer.read_text())]
+        answers = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("outcomes-*.json"))]
+    ranks = [[Outcome(**fields) for fields in answer] for answer in answers]
+    return [max(same, key=lambda outcome: outcome.error) for same in zip(*ranks, strict=True)]
 
 
-def outcomes_of(case: Case, dtype: str, model: Any, run: Callable[..., Tensor]) -> Iterator[Outcome]:
-    """Compare `run` with `model` at every length."""
+def _simulated(parts: Parts[Any], input_ids: Tensor) -> list[Tensor]:
+    try:
+        return parts.simulate_ranks(input_ids=input_ids)
+    except (InputError, WeightError):
+        raise
+    except Exception:
+        # ranks that fail differ from the original: no result, and `explain` says at which node
+        return []
+
+
+def outcomes_of(case: Case, dtype: str, model: Any, run: Callable[[Tensor], list[Tensor]]) -> Iterator[Outcome]:
+    """Compare the results of `run`, one per rank, with that of `model` at every length."""
     for length in case.lengths:
         input_ids = _input_ids(case, model, length)
         with torch.no_grad():
             expected = model(input_ids=input_ids, use_cache=False)[0]
-        error = difference(run(input_ids=input_ids), expected)
+        results = run(input_ids)
+        error = max((difference(result, expected) for result in results), default=float("inf"))
         yield Outcome(dtype, length, error, tolerance(dtype_named(dtype)))
 
 

@@ -1,11 +1,14 @@
-"""One rank of `partitioner verify`: the launcher starts `partitioner.verify_rank CASE.json OUTCOMES.json` per rank."""
+"""One rank of `partitioner verify`: the launcher starts `partitioner.verify_rank CASE.json FOLDER` per rank."""
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+
+from torch import Tensor
 
 from partitioner.compile import partition
 from partitioner.errors import PartitionerError
@@ -17,18 +20,22 @@ from runtime.launch import begin_worker
 
 def main() -> None:
     begin_worker()
-    question, answer = Path(sys.argv[1]), Path(sys.argv[2])
+    question, answers = Path(sys.argv[1]), Path(sys.argv[2])
     case = Case.from_json(question.read_text())
     outcomes: list[Outcome] = []
-    rank = None
+    rank = 0
     for dtype in case.dtypes:
         model = load_model(case.model, dtype=dtype_named(dtype), seed=case.seed)
         with Engine.connect(partition(model, case.plan)) as engine:
             rank = engine.program.rank
-            # every rank compares, so that all take the same time; rank 0 writes
-            outcomes += outcomes_of(case, dtype, model, engine)
-    if rank == 0:
-        answer.write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
+            run = functools.partial(_run, engine)
+            outcomes += outcomes_of(case, dtype, model, run)
+    text = json.dumps([asdict(outcome) for outcome in outcomes])
+    (answers / f"outcomes-{rank}.json").write_text(text)
+
+
+def _run(engine: Engine, input_ids: Tensor) -> list[Tensor]:
+    return [engine(input_ids=input_ids)]
 
 
 if __name__ == "__main__":

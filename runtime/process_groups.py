@@ -164,7 +164,7 @@ class ProcessGroups:
             self._notices.failed(error)
 
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def close(self) -> None:
         if self._owned and dist.is_initialized():

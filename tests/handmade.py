@@ -3,6 +3,8 @@
 embedding, position, up (column-parallel), relu, down (row-parallel), residual, head (gathered, uneven)
 """
 
+import itertools
+
 import sympy
 import torch
 from torch import fx
@@ -21,11 +23,11 @@ BATCH, SEQUENCE = sympy.Symbol("batch"), sympy.Symbol("sequence")
 
 def cut(total: int, n: int) -> tuple[IndexSet, ...]:
     ends = [total * i // n for i in range(n + 1)]
-    return tuple(IndexSet.range(a, b) for a, b in zip(ends, ends[1:], strict=False))
+    return tuple(IndexSet.range(a, b) for a, b in itertools.pairwise(ends))
 
 
 def input_ids(batch: int = 2, length: int = 3) -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length))
+    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(length), device="cpu")
 
 
 def _empty(mesh: Mesh) -> Program:

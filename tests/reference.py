@@ -1,4 +1,5 @@
-"""The model's own output without its float32 detours: attention written out in the dtype of its inputs, HF's own eager masks.
+"""The model's own output without its float32 detours: attention written out in the dtype of its inputs, HF's own
+eager masks.
 
 transformers' eager attention takes its softmax in float32, which costs nine digits in float64. This one is written
 from the definition, shares no code with `runtime`, and stands in for it through the same public seam.
@@ -21,8 +22,8 @@ from transformers.modeling_utils import AttentionInterface
 def forward(model: PreTrainedModel, *, exact: bool = True, lifted: bool = False, **inputs: Tensor) -> Tensor:
     """Logits (or the last hidden state) by the model's own code.
 
-    exact: its attention is replaced by the one below. lifted: its casts to float32 (norms, routers) go to float64; without
-    that, a difference in the 16th digit may vanish in a cast, or flip its last bit.
+    exact: its attention is replaced by the one below. lifted: its casts to float32 (norms, routers) go to float64;
+    without that, a difference in the 16th digit may vanish in a cast, or flip its last bit.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -31,6 +32,8 @@ def forward(model: PreTrainedModel, *, exact: bool = True, lifted: bool = False,
             stack.enter_context(_attention_in_full_precision())
         if lifted:
             stack.enter_context(_Lifted())
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(torch.float64)
         output = model(**inputs)
     value = output.get("logits", output.get("last_hidden_state"))
     assert isinstance(value, Tensor)

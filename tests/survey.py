@@ -1,8 +1,10 @@
 """Capture every architecture of the zoo and compare the graph with the model, one line each.
 
-    python tests/zoo.py survey [names]      columns: verdict, relative difference at lengths 1, 5, 40, 64, 150 (batch 1 and 2), nodes, seconds
+python -m tests.zoo survey [names]      columns: verdict, relative difference at lengths 1, 5, 40, 64, 150 (batch 1
+and 2), nodes, seconds
 
-equal: within 1e-10 in float64, casts to float32 lifted, at every length (and to 1e-4 of the unchanged model). wrong: captured, and different: must never happen. refused: an error says why.
+equal: within 1e-10 in float64, casts to float32 lifted, at every length (and to 1e-4 of the unchanged model). wrong:
+captured, and different: must never happen. refused: an error says why.
 """
 
 from __future__ import annotations
@@ -11,10 +13,7 @@ import logging
 import time
 import warnings
 
-import reference
 import torch
-import zoo
-from interpret import run
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,13 +21,18 @@ from partitioner.capture import capture
 from partitioner.errors import PartitionerError
 from partitioner.mesh import Mesh
 from partitioner.program import Program
+from tests import reference, zoo
+from tests.interpret import run
 
 LENGTHS = (1, 5, 40, 64, 150)
 TOLERANCE = 1e-10
 
 
-def difference(model: PreTrainedModel, program: Program, ids: Tensor, *, exact: bool = True, lifted: bool = False) -> float:
-    """The largest difference between graph and model, relative to the largest logit; padding on the right where masks are taken."""
+def difference(
+    model: PreTrainedModel, program: Program, ids: Tensor, *, exact: bool = True, lifted: bool = False
+) -> float:
+    """The largest difference between graph and model, relative to the largest logit; padding on the right where masks
+    are taken."""
     given = {"input_ids": ids}
     if any(i.name == "attention_mask" for i in program.inputs):
         mask = torch.ones_like(ids)
@@ -55,7 +59,7 @@ def survey(name: str, *, odd: bool = False) -> tuple[str, str]:
     """(verdict, line)."""
     try:
         model, ids = zoo.odd(name) if odd else zoo.tiny(name)
-        reference.forward(model, input_ids=ids, lifted=True)
+        reference.forward(model, input_ids=ids, lifted=model.dtype == torch.float64)
     except Exception as error:
         return "unbuilt", f"{type(error).__name__}: {error}"
     start = time.perf_counter()
@@ -67,7 +71,9 @@ def survey(name: str, *, odd: bool = False) -> tuple[str, str]:
         return "crashed", f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - start
     model.double()
-    program.values = {name: value.double() if value.dtype == torch.float32 else value for name, value in program.values.items()}
+    program.values = {
+        name: value.double() if value.dtype == torch.float32 else value for name, value in program.values.items()
+    }
     differences, notes = [], [*program.notes]
     ids = torch.randint(3, model.get_input_embeddings().weight.shape[0], (2, max(LENGTHS)))
     for length in LENGTHS:
@@ -79,6 +85,8 @@ def survey(name: str, *, odd: bool = False) -> tuple[str, str]:
         except Exception as error:
             differences.append(float("nan"))
             notes.append(f"length {length}: {type(error).__name__}: {error}")
+    if not differences:
+        return "refused", f"no length of {LENGTHS} is within its limits: {program.notes}"
     worst = max(differences, key=lambda value: float("inf") if value != value else value)
     try:
         eager = difference(model, program, ids[:, :40], exact=False)

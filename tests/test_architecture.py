@@ -270,7 +270,7 @@ def test_docstring_is_asked_of_every_module_with_text() -> None:
 
 def test_every_folder_with_code_is_a_package() -> None:
     """One without would be missing from the wheel, and nothing would say so."""
-    assert [] == [path for path in sources() if not (path.parent / "__init__.py").exists()]
+    assert not [path for path in sources() if not (path.parent / "__init__.py").exists()]
 
 
 def test_a_pass_has_one_file_one_test_and_one_name() -> None:

@@ -5,8 +5,9 @@
     zoo.odd(name)          the same with sizes that divide by little: 6 heads over 3, FFN 100, vocabulary 127
     zoo.default_on_meta    the default configuration on the meta device
 
-Sizes are set by field name on whichever fields a config has (`SIZES`); `OVERRIDES` holds what single models need beyond that.
-Run as a program, `python tests/zoo.py survey [names]` captures each and compares the graph with the model.
+Sizes are set by field name on whichever fields a config has (`SIZES`); `OVERRIDES` holds what single models need
+beyond that. Run as a program, `python -m tests.zoo survey [names]` captures each and compares the graph with the
+model.
 """
 
 from __future__ import annotations
@@ -25,56 +26,121 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+
 VOCABULARY, HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, EXPERTS = 128, 64, 96, 2, 4, 2, 16, 4
 WINDOW = 8
 
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "unpadded_vocab_size"), VOCABULARY),
     **dict.fromkeys(
-        ("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "emb_dim", "word_embed_proj_dim", "lru_width")
-        + ("attention_hidden_size", "input_embedding_size", "output_embedding_size"),
+        ("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size", "unpadded_vocab_size"), VOCABULARY
+    ),
+    **dict.fromkeys(
+        (
+            "hidden_size",
+            "n_embd",
+            "d_model",
+            "dim",
+            "embedding_size",
+            "emb_dim",
+            "word_embed_proj_dim",
+            "lru_width",
+            "attention_hidden_size",
+            "input_embedding_size",
+            "output_embedding_size",
+        ),
         HIDDEN,
     ),
     **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "n_inner", "dff", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim")
-        + ("hidden_dim", "d_inner", "feed_forward_size", "dense_intermediate_size", "intermediate_size_mlp"),
+        (
+            "intermediate_size",
+            "ffn_dim",
+            "n_inner",
+            "dff",
+            "ffn_hidden_size",
+            "decoder_ffn_dim",
+            "encoder_ffn_dim",
+            "hidden_dim",
+            "d_inner",
+            "feed_forward_size",
+            "dense_intermediate_size",
+            "intermediate_size_mlp",
+        ),
         FFN,
     ),
     **dict.fromkeys(
-        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
-        + ("num_decoder_layers", "num_encoder_layers"),
+        (
+            "num_hidden_layers",
+            "n_layer",
+            "n_layers",
+            "num_layers",
+            "decoder_layers",
+            "encoder_layers",
+            "num_decoder_layers",
+            "num_encoder_layers",
+        ),
         LAYERS,
     ),
     **dict.fromkeys(
-        ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads")
-        + ("num_decoder_attention_heads", "num_encoder_attention_heads", "swa_num_attention_heads", "attention_heads")
-        + ("linear_num_value_heads", "index_n_heads"),
+        (
+            "num_attention_heads",
+            "n_head",
+            "n_heads",
+            "num_heads",
+            "decoder_attention_heads",
+            "encoder_attention_heads",
+            "num_decoder_attention_heads",
+            "num_encoder_attention_heads",
+            "swa_num_attention_heads",
+            "attention_heads",
+            "linear_num_value_heads",
+            "index_n_heads",
+        ),
         HEADS,
     ),
     **dict.fromkeys(
         ("num_key_value_heads", "swa_num_key_value_heads", "linear_num_key_heads", "num_kv_heads"), KV_HEADS
     ),
     **dict.fromkeys(
-        ("head_dim", "swa_head_dim", "v_head_dim", "qk_nope_head_dim", "index_head_dim", "linear_key_head_dim")
-        + ("linear_value_head_dim", "global_head_dim", "kv_channels", "d_head", "hidden_size_per_layer_input"),
+        (
+            "head_dim",
+            "swa_head_dim",
+            "v_head_dim",
+            "qk_nope_head_dim",
+            "index_head_dim",
+            "linear_key_head_dim",
+            "linear_value_head_dim",
+            "global_head_dim",
+            "kv_channels",
+            "d_head",
+            "hidden_size_per_layer_input",
+        ),
         HEAD_DIM,
     ),
     **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 8),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), EXPERTS),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k"), 2),
     **dict.fromkeys(
-        ("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size")
-        + ("expert_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_latent_size")
-        + ("shared_experts_intermediate_size", "prefix_dense_intermediate_size"),
+        (
+            "moe_intermediate_size",
+            "shared_expert_intermediate_size",
+            "shared_intermediate_size",
+            "expert_ffn_hidden_size",
+            "moe_shared_expert_intermediate_size",
+            "moe_latent_size",
+            "shared_experts_intermediate_size",
+            "prefix_dense_intermediate_size",
+        ),
         48,
     ),
     **dict.fromkeys(("n_group", "topk_group"), 1),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank"), 24),
     **dict.fromkeys(
-        ("sliding_window", "attention_chunk_size", "attention_window_size", "sliding_window_size", "local_attention"), WINDOW
+        ("sliding_window", "attention_chunk_size", "attention_window_size", "sliding_window_size", "local_attention"),
+        WINDOW,
     ),
     **dict.fromkeys(
-        ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length", "max_target_positions"), 256
+        ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length", "max_target_positions"),
+        256,
     ),
     "first_k_dense_replace": 1,
     "index_topk": 8,
@@ -102,7 +168,7 @@ ALWAYS = {"num_key_value_heads", "num_experts_per_tok", "n_routed_experts"}
 DEFAULT = object()
 """As an override: leave this field at the config's own default."""
 
-FLOAT32 = {"inkling2_text", "masked:mra"}
+FLOAT32 = {"inkling2_text", "masked:mra", "xglm"}
 """Models that mix float32 into their linears and so run in no other dtype."""
 
 _HYBRID = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
@@ -110,17 +176,28 @@ _MAMBA_HYBRID = {"num_hidden_layers": 4, "layer_types": ["mamba", "attention"] *
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_hidden_layers": 4, "layer_group_size": 2},
     "bamba": {"num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"],
-                            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4},
-                                                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {"attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2}},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    },
+    "dbrx": {
+        "attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 1e4},
+        "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2},
+    },
     "dots1": {"n_shared_experts": 1},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     "dots3_note_text": {"num_key_value_heads": 4},
     "esm": {"vocab_size": 33, "mask_token_id": 32},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
-    "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2,
-                     "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0]},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 8},
     "granitemoehybrid": _MAMBA_HYBRID,
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -135,10 +212,22 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _HYBRID,
     "qwen3_5_moe_text": _HYBRID,
     "qwen3_next": _HYBRID,
-    "qwen4_exp_text": {**_HYBRID, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
-                       "indexer_budget": 16, "indexer_compress_ratio": 4, "ngram_vocab_size_base": 100},
+    "qwen4_exp_text": {
+        **_HYBRID,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+        "ngram_vocab_size_base": 100,
+    },
     "recurrent_gemma": {"num_hidden_layers": 3},
-    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8], "hidden_size": 64, "attention_head_size": 16},
+    "reformer": {
+        "axial_pos_embds_dim": [16, 48],
+        "axial_pos_shape": [8, 8],
+        "hidden_size": 64,
+        "attention_head_size": 16,
+    },
     "xlstm": {"chunk_size": 16},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
@@ -168,7 +257,11 @@ def tiny(name: str, **overrides: Any) -> tuple[PreTrainedModel, Tensor]:
 def odd(name: str) -> tuple[PreTrainedModel, Tensor]:
     fields = {field.name for field in dataclasses.fields(CONFIG_MAPPING[name.removeprefix("masked:")])}
     sizes: dict[str, Any] = {"vocab_size": 127}
-    for value, group in ((6, "num_attention_heads n_head n_heads"), (96, "hidden_size n_embd d_model"), (3, "num_key_value_heads")):
+    for value, group in (
+        (6, "num_attention_heads n_head n_heads"),
+        (96, "hidden_size n_embd d_model"),
+        (3, "num_key_value_heads"),
+    ):
         sizes.update(dict.fromkeys(group.split(), value))
     sizes.update(dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size"), 100))
     return tiny(name, **{key: value for key, value in sizes.items() if key in fields})
@@ -233,6 +326,6 @@ def _randomize(model: PreTrainedModel) -> None:
 
 
 if __name__ == "__main__":
-    from survey import main
+    from tests.survey import main
 
     sys.exit(main(sys.argv[1:]))

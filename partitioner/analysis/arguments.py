@@ -60,12 +60,13 @@ _cache: dict[tuple[Any, tuple[int, ...]], int] = {}
 
 
 def evaluate(expression: int | sympy.Expr, symbols: Symbols) -> int:
-    """An integer expression at the given values of the symbols."""
+    """An integer expression at the given values of the symbols; sizes that depend on data count as 1."""
     if isinstance(expression, int):
         return expression
     key = (expression, tuple(symbols.values()))
     if key not in _cache:
-        _cache[key] = int(expression.subs(symbols))
+        others = {symbol: 1 for symbol in expression.free_symbols if symbol not in symbols}
+        _cache[key] = int(expression.subs({**symbols, **others}))
     return _cache[key]
 
 

@@ -75,7 +75,10 @@ def infer_compute(node: fx.Node, layouts: Layouts) -> Inference:
     splits = {letter: _combined(letter, rule, layouts) for letter in _letters(rule)}
     for letter in rule.whole | (rule.sums if rule.averages else frozenset()):
         splits[letter] = None
+    _one_per_axis(rule, layouts, splits)
     partial = _carried(rule, layouts)
+    if any(partial & set(split.axes) for split in splits.values() if split is not None):
+        partial = frozenset()
     for letter in rule.sums:
         split = splits[letter]
         if split is not None:
@@ -94,6 +97,29 @@ def infer_compute(node: fx.Node, layouts: Layouts) -> Inference:
         for names in rule.outputs
     )
     return Inference(outputs, requires)
+
+
+def _one_per_axis(rule: Notation, layouts: Layouts, splits: dict[str, Split | None]) -> None:
+    """Leaves at most one letter split over each axis, unless one operand holds just that product of index sets.
+
+    Rank r would compute rows r of columns r only: the blocks beside the diagonal would be computed by nobody.
+    """
+    axes = {split.axes for split in splits.values() if split is not None}
+    for axis in axes:
+        split_letters = {letter for letter, split in splits.items() if split is not None and split.axes == axis}
+        if len(split_letters) < 2:
+            continue
+        together = any(
+            all(splits[n] == own for n, own in zip(o.letters, _layout(layouts, o.node).dims, strict=True) if n in split_letters)
+            and split_letters <= set(o.letters)
+            and not o.via
+            for o in rule.operands
+        )
+        if together and not split_letters & rule.sums:
+            continue
+        kept = next((n for names in rule.outputs for n in names if n in split_letters), min(split_letters))
+        for letter in split_letters - {kept}:
+            splits[letter] = None
 
 
 def _letters(rule: Notation) -> set[str]:
@@ -198,7 +224,10 @@ def infer_move(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
             return marks[n] if n in marks else evaluate(n.meta["val"], ones)
 
         args, kwargs = program.whole((node.args, dict(node.kwargs)))
-        found = run_move(node, map_nodes(args, argument), map_nodes(kwargs, argument))
+        try:
+            found = run_move(node, map_nodes(args, argument), map_nodes(kwargs, argument))
+        except (RuntimeError, IndexError, ValueError) as error:
+            return Inference((), requires, f"sizes that depend on data: {error}")
         outputs = list(found) if isinstance(found, (list, tuple)) else [found]
         sets = [_product(output) for output in outputs]
         if any(s is None for s in sets):

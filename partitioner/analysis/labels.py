@@ -123,7 +123,8 @@ class LabelRun:
                 for source in node.all_input_nodes:
                     self._output(source)
             elif node.op == "call_function" and node_values(node):
-                self.states[node] = self._move(node) if is_move(node) else self._compute(node)
+                state = self._move(node) if is_move(node) else self._compute(node)
+                self.states[node] = tuple(map(_unless_free, state)) if isinstance(state, tuple) else _unless_free(state)
                 if node.name in self.together:
                     self._keep_together(node)
         return self.labels
@@ -167,8 +168,22 @@ class LabelRun:
                 return torch.zeros(shape_at(source.meta["val"], self.ones), dtype=torch.int64)
             return evaluate(source.meta["val"], self.ones)
 
-        found = run_move(node, map_nodes(node.args, ids), map_nodes(node.kwargs, ids))
+        try:
+            found = run_move(node, map_nodes(node.args, ids), map_nodes(node.kwargs, ids))
+        except (RuntimeError, IndexError, ValueError):  # sizes that depend on data: nothing is known of the result
+            return self._mixed(node)
         return tuple(found) if isinstance(found, (list, tuple)) else found
+
+    def _mixed(self, node: fx.Node) -> Any:
+        """Every element of what `node` yields depends on every element of its operands."""
+        total = torch.zeros(1, dtype=torch.int64)
+        for source in node.all_input_nodes:
+            state = self.states.get(source)
+            for ids in state if isinstance(state, tuple) else (state,):
+                if isinstance(ids, Tensor):
+                    total = self.labels.lattice.merge(total, self.labels.lattice.reduce(ids.reshape(-1), [0]))
+        found = tuple(total.view([1] * len(v.shape)).expand(shape_at(v, self.ones)) for v in node_values(node))
+        return found[0] if isinstance(node.meta["val"], Value) else found
 
     def _move_weight(self, node: fx.Node, state: WeightState, none: Any) -> Any:
         def run(indices: Tensor) -> Any:
@@ -335,6 +350,10 @@ class LabelRun:
             else:
                 at, vector = 0, self.labels.lattice.reduce(ids, list(range(ids.ndim))).reshape(-1)
             self.labels.sites.append(Site(source, "gather", str(at), vector))
+
+
+def _unless_free(state: Any) -> Any:
+    return None if isinstance(state, Tensor) and not bool(compact(state).any()) else state
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -29,6 +29,7 @@ class Lattice:
     def __init__(self) -> None:
         self.sets: list[frozenset[int]] = [frozenset()]
         self._ids: dict[frozenset[int], int] = {frozenset(): 0}
+        self._singletons: dict[int, int] = {}
         self._unions: dict[tuple[int, int], int] = {}
 
     def intern(self, labels: frozenset[int]) -> int:
@@ -40,7 +41,11 @@ class Lattice:
 
     def singletons(self, labels: range | list[int]) -> Tensor:
         """One set per label."""
-        return torch.tensor([self.intern(frozenset((label,))) for label in labels], dtype=torch.int64)
+        found = [self._singletons.get(label) for label in labels]
+        for i, label in enumerate(labels):
+            if found[i] is None:
+                found[i] = self._singletons[label] = self.intern(frozenset((label,)))
+        return torch.tensor(found, dtype=torch.int64)
 
     def _union(self, a: int, b: int) -> int:
         if a > b:

@@ -160,7 +160,7 @@ for _op in (
     RULES[_op] = _pointwise
 
 
-@rule(aten.add, aten.sub, aten.rsub)
+@rule(aten.add, aten.sub, aten.rsub, aten.subtract)
 def _add(node: fx.Node, a: dict[str, Any]) -> Notation:
     sources = [v for v in (a["self"], a["other"]) if is_tensor(v)]
     found = elementwise(node, sources)
@@ -169,13 +169,13 @@ def _add(node: fx.Node, a: dict[str, Any]) -> Notation:
     return Notation(found.operands, found.outputs, terms=terms)
 
 
-@rule(aten.mul)
+@rule(aten.mul, aten.multiply)
 def _mul(node: fx.Node, a: dict[str, Any]) -> Notation:
     found = elementwise(node, [v for v in (a["self"], a["other"]) if is_tensor(v)])
     return Notation(found.operands, found.outputs, terms=(frozenset(range(len(found.operands))),))
 
 
-@rule(aten.div)
+@rule(aten.div, aten.divide, aten.true_divide)
 def _div(node: fx.Node, a: dict[str, Any]) -> Notation:
     found = elementwise(node, [v for v in (a["self"], a["other"]) if is_tensor(v)])
     if not is_tensor(a["self"]) or a.get("rounding_mode"):
@@ -184,7 +184,7 @@ def _div(node: fx.Node, a: dict[str, Any]) -> Notation:
     return Notation(found.operands, found.outputs, terms=(frozenset(range(len(found.operands))),), denominators=below)
 
 
-@rule(aten.neg)
+@rule(aten.neg, aten.negative)
 def _neg(node: fx.Node, a: dict[str, Any]) -> Notation:
     found = elementwise(node, [a["self"]])
     return Notation(found.operands, found.outputs, terms=(frozenset((0,)),))
@@ -423,7 +423,8 @@ def mask_operand(mask: fx.Node, out: Value) -> Operand:
 
 @rule(aten.scaled_dot_product_attention)
 def _sdpa(node: fx.Node, a: dict[str, Any]) -> Notation | None:
-    if len(value_of(a["query"]).shape) != 4:
+    shapes = [value_of(a[name]).shape for name in ("query", "key", "value")]
+    if any(len(shape) != 4 or not isinstance(shape[1], int) for shape in shapes):
         return None
     extras = [mask_operand(a["attn_mask"], value_of(node))] if is_tensor(a.get("attn_mask")) else []
     return grouped_attention(a["query"], a["key"], a["value"], extras)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from partitioner.analysis.arguments import evaluate, node_values
-from partitioner.analysis.infer import Inference, Layouts, infer_compute, infer_move
-from partitioner.analysis.localise import Localised, localise, moves_alike
+from partitioner.analysis.infer import Inference, Layouts
+from partitioner.analysis.localise import Localised
 from partitioner.analysis.moves import is_move
 from partitioner.analysis.notation import notation
+from partitioner.analysis.remember import Inferrer
 from partitioner.layout import REPLICATED, Layout
 from partitioner.program import Program, Value
 
@@ -58,6 +59,7 @@ def place(program: Program, weights: dict[str, Layout]) -> Placement:
 class _Placing:
     def __init__(self, program: Program, done: Placement) -> None:
         self.program, self.done = program, done
+        self.inferrer = Inferrer(program)
         self.carried_to: dict[fx.Node, fx.Node] = {}
         self.typical = dict.fromkeys(program.symbols.values(), _TYPICAL)
         self.of_weights: set[fx.Node] = set()
@@ -84,9 +86,11 @@ class _Placing:
         elif node.op == "output":
             self.done.requires[node] = tuple((n, REPLICATED(len(layouts[n].dims))) for n in node.all_input_nodes)
         elif node.op == "call_function" and node_values(node):
-            found = infer_move(self.program, node, layouts) if is_move(node) else infer_compute(node, layouts)
+            found = self.inferrer.infer(node, layouts)
             if found.problem:
                 raise Unplaceable(node, found.problem)
+            for source, want in found.requires:
+                self._check_gathers(source, want)
             self.done.requires[node] = found.requires
             if is_move(node):
                 self._localise(node, found)
@@ -96,13 +100,19 @@ class _Placing:
                 outputs = tuple(Layout(o.dims) for o in outputs)
             layouts[node] = outputs[0] if isinstance(node.meta["val"], Value) else outputs
 
+    def _check_gathers(self, source: fx.Node, want: Layout) -> None:
+        """A gather puts one dim together; pieces that differ in two dims would need more than that."""
+        have = self.done.layouts[source]
+        for old, new in zip(have.dims, want.dims, strict=True):
+            if old is not None and new is None and sum(s is not None and s.axes == old.axes for s in have.dims) > 1:
+                raise Unplaceable(source, "is split in two dims and needed whole")
+
     def _localise(self, node: fx.Node, found: Inference) -> None:
         given = dict(found.requires)
         if not any(layout.split_dims for layout in given.values()):
             return
-        done = localise(self.program, node, given, found.outputs)
-        as_is = Localised(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
-        if not moves_alike(self.program, node, done or as_is, given, found.outputs):
+        alike, done = self.inferrer.localise(node, given, found.outputs)
+        if not alike:
             raise Unplaceable(node, "the local move would not give the part of the whole that it should")
         if done is not None:
             self.done.localised[node] = done
@@ -226,15 +236,14 @@ class _Placing:
             localised: dict[fx.Node, Localised] = {}
             try:
                 for node in chain[1:]:
-                    found = infer_move(self.program, node, layouts) if is_move(node) else infer_compute(node, layouts)
+                    found = self.inferrer.infer(node, layouts)
                     if found.problem or any(layouts[n] != layout for n, layout in found.requires):
                         break
                     layouts[node] = found.outputs[0]
                     requires[node] = found.requires
                     if is_move(node):
-                        done = localise(self.program, node, dict(found.requires), found.outputs)
-                        as_is = done or Localised(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
-                        if not moves_alike(self.program, node, as_is, dict(found.requires), found.outputs):
+                        alike, done = self.inferrer.localise(node, dict(found.requires), found.outputs)
+                        if not alike:
                             break
                         if done is not None:
                             localised[node] = done

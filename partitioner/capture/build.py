@@ -1,7 +1,7 @@
 """Build the Program's graph from the export: weights by name, our runtime ops, and nothing that computes nothing.
 
-One walk in order. Left out: asserts, grad-mode wrappers (their bodies are inlined), dropout, and copies, casts and views that change
-nothing. `view` becomes `reshape`, because the copies that made a tensor viewable are gone.
+One walk in order. Left out: asserts, grad-mode wrappers (their bodies are inlined), dropout, and copies, casts and
+views that change nothing. `view` becomes `reshape`, because the copies that made a tensor viewable are gone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from partitioner.capture.limits import decisions, interval
-from partitioner.capture.seams import ATTENTION, COMBINE, DISPATCH, GROUPED_LINEAR
+from partitioner.capture.seams import COMBINE, DISPATCH, GROUPED_LINEAR
 from partitioner.capture.trace import WRAPPER
 from partitioner.errors import CaptureError
 from partitioner.program import Value
@@ -27,7 +27,13 @@ __all__ = ["Builder"]
 
 aten = torch.ops.aten
 _END = 2**63 - 1
-_ASSERTS = {"_assert_scalar", "_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size", "_assert_async"}
+_ASSERTS = {
+    "_assert_scalar",
+    "_assert_tensor_metadata",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+    "_assert_async",
+}
 _SAME = {
     aten.alias.default,
     aten.clone.default,
@@ -96,7 +102,7 @@ class Builder:
         self.graph.lint()
         return self.graph
 
-    def _name_symbols(self, tensor: torch.Tensor) -> None:
+    def _name_symbols(self, tensor: Any) -> None:
         for name, size in zip(("batch", "sequence"), tensor.shape, strict=True):
             if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
                 # all inputs have the same two sizes, whether or not the trace could prove it
@@ -141,7 +147,7 @@ class Builder:
                 return fx.node.map_arg(node.args[0], lambda n: env[n])
         raise AssertionError("a graph without an output")
 
-    def _call(self, node: fx.Node, module: Any, env: dict[fx.Node, Any]) -> Any:
+    def _call(self, node: Any, module: Any, env: dict[fx.Node, Any]) -> Any:
         target = node.target
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self._inline(node, module, env)
@@ -167,25 +173,27 @@ class Builder:
             return self.graph.call_function(aten.clone.default, args[:1], {"memory_format": torch.contiguous_format})
         return self.graph.call_function(_RENAMED.get(target, target), args, kwargs)
 
-    def _changes_nothing(self, node: fx.Node) -> bool:
+    def _changes_nothing(self, node: Any) -> bool:
         target = node.target
         if target in _SAME:
             return not any(user.target in _NEEDS_STRIDES for user in node.users)
         if target is aten.dropout.default:
             return node.args[2] is False
         if target is aten.slice.Tensor:
-            dim, start, end, step = (*node.args[1:], *(0, 0, _END, 1)[len(node.args) - 1 :])
-            whole = node.args[0].meta["val"].shape[dim]  # type: ignore[union-attr]
+            given: list[Any] = list(node.args[1:])
+            dim, start, end, step = given + [0, 0, _END, 1][len(given) :]
+            whole = node.args[0].meta["val"].shape[dim]
             return start in (0, None) and (end in (_END, None) or _equal(end, whole)) and step == 1
         if target in _IF_UNCHANGED:
-            before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
-            return before.dtype == after.dtype and len(before.shape) == len(after.shape) and all(
-                map(_equal, before.shape, after.shape)
-            )
+            before, after = node.args[0].meta["val"], node.meta["val"]
+            same_shape = len(before.shape) == len(after.shape) and all(map(_equal, before.shape, after.shape))
+            return before.dtype == after.dtype and same_shape
         return False
 
     def _note_assert(self, node: fx.Node) -> None:
-        """What the trace takes for granted about sizes; that all inputs have the same two is checked when they come in."""
+        """What the trace takes for granted about sizes; that all inputs have the same two is checked when they come
+        in.
+        """
         if node.target is not aten._assert_scalar.default or not isinstance(node.args[0], fx.Node):
             return
         value = node.args[0].meta.get("val")
@@ -195,13 +203,13 @@ class Builder:
             if claim is not sympy.true and claim.free_symbols and claim.free_symbols <= set(self.symbols.values()):
                 self._asserted.add(f"assumes {claim}")
 
-    def _inline(self, node: fx.Node, module: Any, env: dict[fx.Node, Any]) -> Any:
+    def _inline(self, node: Any, module: Any, env: dict[fx.Node, Any]) -> Any:
         name = str(node.target)
         bodies = [i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr"]
         grad_mode = "set_grad_enabled" in name
         if not bodies or not (grad_mode or ("autocast" in name and node.args[2] is False)):
             raise CaptureError(f"cannot capture {node.target}, at {path_of(node)}: not an op that a rank can run")
-        body = getattr(module, node.args[bodies[0]].target)  # type: ignore[union-attr]
+        body = getattr(module, node.args[bodies[0]].target)
         given = fx.node.map_arg(list(node.args[bodies[0] + 1 :]), lambda n: env[n])
         inputs = [inner for inner in body.graph.nodes if inner.op == "placeholder"]
         return self._walk(body.graph, body, dict(zip(inputs, given, strict=True)))

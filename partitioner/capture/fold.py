@@ -1,7 +1,8 @@
 """Put the meaning of each mask on the attention that uses it, and rewrite both to our runtime ops.
 
-An attention whose mask is one we recognised gets keywords (causal, window, chunk) in place of a [B, 1, S, T] operand. Whatever else
-a model does with a mask (mixing it with an index, slicing it per layer) sees it as a tensor, made at run time.
+An attention whose mask is one we recognised gets keywords (causal, window, chunk) in place of a [B, 1, S, T] operand.
+Whatever else a model does with a mask (mixing it with an index, slicing it per layer) sees it as a tensor, made at
+run time.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Rewrite in-place ops to pure ones, so that no node depends on which tensors share memory.
 
-Every node is a base (its own memory) or a view of one. A write to a view becomes a pure op, and its result is put back into the base
-(`select` -> `select_scatter`, and so on up the chain of views); whoever reads the base or another view of it later reads a new
-version, made when it is first needed. What nobody reads again is dead code. The method is torch's functionalization; done on the
-finished graph it needs no second trace, which would take as long as the first.
+Every node is a base (its own memory) or a view of one. A write to a view becomes a pure op, and its result is put
+back into the base (`select` -> `select_scatter`, and so on up the chain of views); whoever reads the base or another
+view of it later reads a new version, made when it is first needed. What nobody reads again is dead code. The method
+is torch's functionalization; done on the finished graph it needs no second trace, which would take as long as the
+first.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["functionalize"]
 aten = torch.ops.aten
 
 
-class _Unsupported(Exception):
+class _UnsupportedError(Exception):
     """A view or a write that the tables below do not hold."""
 
 
@@ -36,7 +37,7 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
     try:
         _Functionalizer(module.graph, weights=names).run()
         return exported
-    except _Unsupported:
+    except _UnsupportedError:
         pass
     exported = exported.run_decompositions({})
     for node in exported.graph.nodes:
@@ -58,26 +59,30 @@ def _mutates(target: torch._ops.OpOverload) -> bool:
     return _known[target]
 
 
-def _hides_writes(node: fx.Node) -> bool:
+def _hides_writes(node: Any) -> bool:
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return False
     module = node.graph.owning_module
-    bodies = [getattr(module, arg.target) for arg in node.args if isinstance(arg, fx.Node) and arg.op == "get_attr"]
+    bodies = [getattr(module, str(arg.target)) for arg in node.args if isinstance(arg, fx.Node) and arg.op == "get_attr"]
     return any(is_in_place(inner) for body in bodies if isinstance(body, fx.GraphModule) for inner in body.graph.nodes)
 
 
 class _Functionalizer:
-    """`parent[n]` is what n is a view of; `current[n]` is the node that holds n's value now, as of `stamp[n]` writes to its base."""
+    """`parent[n]` is what n is a view of; `current[n]` is the node that holds n's value now, as of `stamp[n]` writes
+    to its base.
+    """
 
     def __init__(self, graph: fx.Graph, weights: set[str]) -> None:
         if any(_hides_writes(node) for node in graph.nodes):
-            raise _Unsupported
+            raise _UnsupportedError
         self.graph = graph
         self.weights = weights
         self.parent: dict[fx.Node, fx.Node] = {}
         self.current: dict[fx.Node, fx.Node] = {}
         self.stamp: dict[fx.Node, int] = {}
         self.writes: dict[fx.Node, int] = {}
+        self.done: set[fx.Node] = set()
+        """Writes already made pure."""
 
     def run(self) -> None:
         # a trial first: the graph is only changed once every write is known to be supported
@@ -98,11 +103,11 @@ class _Functionalizer:
                 self._write(node, written)
         self.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
 
-    def _find_parent(self, node: fx.Node) -> None:
+    def _find_parent(self, node: Any) -> None:
         if node.op != "call_function":
             return
         if is_in_place(node):
-            self.parent[node] = node.args[0]  # type: ignore[assignment]
+            self.parent[node] = node.args[0]
             return
         storage = _storage(node)
         if storage is None or not node.args or not isinstance(node.args[0], fx.Node):
@@ -113,24 +118,24 @@ class _Functionalizer:
         if _storage(source) == storage:
             self.parent[node] = source
         elif any(_storage(arg) == storage for arg in node.all_input_nodes):
-            raise _Unsupported
+            raise _UnsupportedError
 
     def _base(self, node: fx.Node) -> fx.Node:
         while node in self.parent:
             node = self.parent[node]
         return node
 
-    def _check(self, node: fx.Node) -> None:
+    def _check(self, node: Any) -> None:
         if _pure(node.target) is None or not isinstance(node.args[0], fx.Node):
-            raise _Unsupported
+            raise _UnsupportedError
         view = node.args[0]
         while view in self.parent:
             if not is_in_place(view) and _view_op(view) not in _PUT_BACK:
-                raise _Unsupported
+                raise _UnsupportedError
             view = self.parent[view]
         if view.name in self.weights:
             raise CaptureError(
-                f"cannot capture {node.target}: it writes to the weight or buffer {view.name!r}, and a graph keeps no state"
+                f"cannot capture {node.target}: it writes to the weight {view.name!r}, but a graph keeps no state"
             )
 
     def _latest(self, node: fx.Node) -> fx.Node:
@@ -139,26 +144,22 @@ class _Functionalizer:
         if self.stamp.get(node, 0) == writes:
             return self.current.get(node, node)
         parent = self._latest(self.parent[node])  # a base is always up to date: a write updates it
-        if is_in_place(node) or node in self._pure_writes:
+        if is_in_place(node) or node in self.done:
             fresh = parent
         else:
             fresh = self._replay(node, parent)
         self.current[node], self.stamp[node] = fresh, writes
         return fresh
 
-    _pure_writes: set[fx.Node] = set()
-
-    def _replay(self, node: fx.Node, parent: fx.Node) -> fx.Node:
+    def _replay(self, node: Any, parent: fx.Node) -> fx.Node:
         if node.target is operator.getitem:
             pieces = node.args[0]
-            made = self.graph.call_function(pieces.target, (parent, *pieces.args[1:]), pieces.kwargs)  # type: ignore[union-attr]
-            made.meta = dict(pieces.meta)  # type: ignore[union-attr]
+            made = self.graph.call_function(pieces.target, (parent, *pieces.args[1:]), pieces.kwargs)
+            made.meta = dict(pieces.meta)
             fresh = self.graph.call_function(operator.getitem, (made, node.args[1]))
         else:
             old = self.parent[node]
-            args, kwargs = fx.node.map_arg(
-                (self._original_args(node)), lambda arg: parent if arg is old else arg
-            )
+            args, kwargs = fx.node.map_arg((self._original_args(node)), lambda arg: parent if arg is old else arg)
             fresh = self.graph.call_function(node.target, args, kwargs)
         fresh.meta = dict(node.meta)
         return fresh
@@ -169,14 +170,14 @@ class _Functionalizer:
         replaced = node.args[0]
         return fx.node.map_arg((node.args, node.kwargs), lambda arg: first if arg is replaced else arg)
 
-    def _write(self, node: fx.Node, written: fx.Node) -> None:
-        self._pure_writes = self._pure_writes | {node}
+    def _write(self, node: fx.Node, written: Any) -> None:
+        self.done.add(node)
         last = _purify(self.graph, node)
         base = self._base(written)
         chain, view, value = [(node, last), (written, last)], written, last
         while view in self.parent:
             parent = self.parent[view]
-            if not (view in self._pure_writes):
+            if view not in self.done:
                 at = value.next
                 with self.graph.inserting_before(at):
                     before = self._latest(parent)
@@ -198,33 +199,34 @@ def _storage(node: fx.Node) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
-def _view_op(node: fx.Node) -> Any:
-    return (operator.getitem, node.args[0].target) if node.target is operator.getitem else node.target  # type: ignore[union-attr]
+def _view_op(node: Any) -> Any:
+    return (operator.getitem, node.args[0].target) if node.target is operator.getitem else node.target
 
 
-PutBack = Callable[[fx.Node, fx.Node, fx.Node], tuple[Any, tuple[Any, ...]]]
+Arguments = tuple[Any, ...]
+PutBack = Callable[[Any, fx.Node, fx.Node], tuple[Any, Arguments]]
 
 
-def _same(view: fx.Node, before: fx.Node, value: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+def _same(view: Any, before: fx.Node, value: fx.Node) -> tuple[Any, Arguments]:
     return None, ()
 
 
-def _reshape(view: fx.Node, before: fx.Node, value: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+def _reshape(view: Any, before: fx.Node, value: fx.Node) -> tuple[Any, Arguments]:
     return aten.reshape_as.default, (value, before)
 
 
-def _piece(view: fx.Node, before: fx.Node, value: fx.Node) -> tuple[Any, tuple[Any, ...]]:
+def _piece(view: Any, before: fx.Node, value: fx.Node) -> tuple[Any, Arguments]:
     pieces, index = view.args
-    dim = pieces.args[2] if len(pieces.args) > 2 else pieces.kwargs.get("dim", 0)  # type: ignore[union-attr]
-    shapes = [piece.shape[dim] for piece in pieces.meta["val"]]  # type: ignore[union-attr]
+    dim = pieces.args[2] if len(pieces.args) > 2 else pieces.kwargs.get("dim", 0)
+    shapes = [piece.shape[dim] for piece in pieces.meta["val"]]
     if not all(isinstance(size, int) for size in shapes):
         raise CaptureError(f"cannot make a write to a piece of {pieces} functional: its sizes are not constants")
-    start = sum(shapes[:index])  # type: ignore[misc]
-    return aten.slice_scatter.default, (before, value, dim, start, start + shapes[index])  # type: ignore[index]
+    start = sum(shapes[:index])
+    return aten.slice_scatter.default, (before, value, dim, start, start + shapes[index])
 
 
-def _inverse_permute(view: fx.Node, before: fx.Node, value: fx.Node) -> tuple[Any, tuple[Any, ...]]:
-    order = [dim % len(view.args[1]) for dim in view.args[1]]  # type: ignore[arg-type, union-attr]
+def _inverse_permute(view: Any, before: fx.Node, value: fx.Node) -> tuple[Any, Arguments]:
+    order = [dim % len(view.args[1]) for dim in view.args[1]]
     return aten.permute.default, (value, [order.index(dim) for dim in range(len(order))])
 
 
@@ -243,7 +245,7 @@ _PUT_BACK: dict[Any, PutBack] = {
 """How the new value of a view goes back into what it is a view of: (op, arguments), None where both are the same."""
 
 
-def _pure(target: Any) -> torch._ops.OpOverload | None:
+def _pure(target: Any) -> Any:
     """The op that computes what an in-place op writes: `add_.Tensor` -> `add.Tensor`."""
     name = target._schema.name.removeprefix("aten::")
     if target.namespace != "aten" or not name.endswith("_"):
@@ -253,13 +255,15 @@ def _pure(target: Any) -> torch._ops.OpOverload | None:
     packet = getattr(aten, name.removesuffix("_"), None)
     if packet is None or target._overloadname not in packet.overloads():
         return None
-    pure: torch._ops.OpOverload = getattr(packet, target._overloadname)
+    pure = getattr(packet, target._overloadname)
     return None if pure._schema.is_mutable else pure
 
 
-def _purify(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    """Make the write a pure op; returns the node with the value that was written, in the dtype of what was written to."""
-    name = node.target._schema.name.removeprefix("aten::")  # type: ignore[union-attr]
+def _purify(graph: fx.Graph, node: Any) -> Any:
+    """Make the write a pure op; returns the node with the value that was written, in the dtype of what was written
+    to.
+    """
+    name = node.target._schema.name.removeprefix("aten::")
     written = node.args[0]
     if name == "zero_":
         node.target, node.args = aten.zeros_like.default, (written,)
@@ -279,11 +283,11 @@ def _purify(graph: fx.Graph, node: fx.Node) -> fx.Node:
     return node
 
 
-def _result_dtype(node: fx.Node) -> torch.dtype:
+def _result_dtype(node: Any) -> Any:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    values = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+    values: list[Any] = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if all(value.dtype == values[0].dtype for value in values) and values[0].is_floating_point():
         return values[0].dtype
-    with values[0].fake_mode:  # type: ignore[attr-defined]
-        result: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
-    return result.dtype
+    with values[0].fake_mode:
+        return node.target(*args, **kwargs).dtype

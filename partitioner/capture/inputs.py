@@ -1,8 +1,9 @@
 """Which inputs the graph takes: the tokens, and what else the model's forward would otherwise make up by itself.
 
-Positions are passed explicitly wherever forward takes them (an arange of the local length is wrong under a cache, a ring and a
-pipeline), unless the model counts differently from 0, 1, 2 (RoBERTa starts after its padding index): the probe shows that.
-Models that see the whole text take a padding mask; for decoders, causality already hides padding on the right.
+Positions are passed explicitly wherever forward takes them (an arange of the local length is wrong under a cache, a
+ring and a pipeline), unless the model counts differently from 0, 1, 2 (some start after their padding index): the
+probe shows that. Models that see the whole text take a padding mask; for decoders, causality already hides padding on
+the right.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ def choose_inputs(
     found = probe(twin, tensors, fake, indices)
     if "position_ids" in accepted:
         positions = torch.arange(shape[1]).expand(shape).contiguous()
-        explicit = probe(twin, {**tensors, "position_ids": positions}, fake, indices)
-        if _same_lookups(found, explicit):
+        # a second run only where the first has not shown that the model counts from 0
+        if found.failure is None and found.counted:
+            tensors["position_ids"], defaults["position_ids"] = positions, "arange"
+        elif _same_lookups(found, explicit := probe(twin, {**tensors, "position_ids": positions}, fake, indices)):
             tensors["position_ids"], defaults["position_ids"] = positions, "arange"
             found = explicit
     if _sees_the_whole_text(twin, found):
@@ -67,7 +70,7 @@ def choose_inputs(
 def _same_lookups(one: Probe, other: Probe) -> bool:
     def same(a: Tensor, b: Tensor) -> bool:
         try:
-            a, b = torch.broadcast_tensors(a, b)
+            a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
         except RuntimeError:
             return False
         return torch.equal(a, b)

@@ -1,10 +1,12 @@
-"""For which batch sizes and sequence lengths the trace holds: the sizes at which every decision of the trace comes out the same.
+"""For which batch sizes and sequence lengths the trace holds: the sizes at which every decision of the trace comes
+out the same.
 
-While it traces, torch records each comparison of sizes that was made ("guards"). Export refuses those that pin a size to a number, but
-not those like `padded(s) // 64 == 1`, which hold for 1 to 64 only. So the guards are asked, size by size. Two kinds do not count:
+While it traces, torch records each comparison of sizes that was made ("guards"). Export refuses those that pin a size
+to a number, but not those like `padded(s) // 64 == 1`, which hold for 1 to 64 only. So the guards are asked, size by
+size. Two kinds do not count:
 
-    made inside an op, and not an equality     is this tensor contiguous, do these strides tie: the graph holds the op either way
-    fails only where both neighbours hold      `if padding > 0`: at the sizes between, what it guards does nothing
+    made inside an op, and not an equality   is this tensor contiguous, do these strides tie: the op stands either way
+    fails only where both neighbours hold    `if padding > 0`: at the sizes between, what it guards does nothing
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ _LIKE_A_MODEL = (_TORCH / "nn", _TORCH / "functional.py")
 """Parts of torch whose Python decides as a model's does."""
 
 _DENSE = 4096
-_POINTS = sorted({*range(2, 10), *(2**i + j for i in range(4, 21) for j in (-1, 0, 1)), 37, 97, 211, 1000, 10007, 10**6 + 3})
+_POINTS = sorted(
+    {*range(2, 10), *(2**i + j for i in range(4, 21) for j in (-1, 0, 1)), 37, 97, 211, 1000, 10007, 10**6 + 3}
+)
 """Sizes to try first: around powers of two, because chunks are; primes, because they divide by nothing."""
 
 

@@ -1,8 +1,9 @@
 """Recognise the kind of an attention mask from its mask function, by asking it about positions.
 
-transformers describes a mask by a pure function `mask_function(batch, head, query, key) -> bool`. Asked along the first column
-and the last row of a very long sequence it gives away its window or chunk; asked around all the edges of that guess, it
-confirms it. A function that reads tensors of the batch (blocks, packing) cannot answer beyond them and is not recognised.
+transformers describes a mask by a pure function `mask_function(batch, head, query, key) -> bool`. Asked along the
+first column and the last row of a very long sequence it gives away its window or chunk; asked around all the edges of
+that guess, it confirms it. A function that reads tensors of the batch (blocks, packing) cannot answer beyond them and
+is not recognised.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def recognize(function: MaskFunction, *, batch: int) -> MaskKind | None:
 
 def _ask(function: MaskFunction, queries: Tensor, keys: Tensor, batch: int = 0) -> Tensor:
     rows = torch.full((1, 1, 1, 1), batch)
-    seen = function(rows, torch.zeros(1, 1, 1, 1, dtype=torch.long), queries[None, None, :, None], keys[None, None, None, :])
+    seen = function(
+        rows, torch.zeros(1, 1, 1, 1, dtype=torch.long), queries[None, None, :, None], keys[None, None, None, :]
+    )
     return seen.expand(1, 1, len(queries), len(keys))[0, 0]
 
 

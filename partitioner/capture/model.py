@@ -1,10 +1,10 @@
 """`capture`: one Hugging Face model in, one Program out.
 
-    twin       a copy without weights, free to change            twin.py, rope.py
-    probe      one eager run: masks, positions, inputs            probe.py, masks.py, inputs.py
-    export     torch.export, through transformers' seams          trace.py, seams.py
-    build      functional, clean, named; runtime ops              functional.py, build.py, fold.py
-    weights    canonical names, computed values                   weights.py
+twin       a copy without weights, free to change            twin.py, rope.py
+probe      one eager run: masks, positions, inputs            probe.py, masks.py, inputs.py
+export     torch.export, through transformers' seams          trace.py, seams.py
+build      functional, clean, named; runtime ops              functional.py, build.py, fold.py
+weights    canonical names, computed values                   weights.py
 """
 
 from __future__ import annotations
@@ -27,17 +27,16 @@ from partitioner.program import Input, Program, Weight
 __all__ = ["capture"]
 
 
-def capture(
-    model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None, length: int | None = None
-) -> Program:
+def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None, length: int | None = None) -> Program:
     """The model as one graph whose output is its logits (the last hidden state where it has no head).
 
-    The model may hold its weights or be on the meta device; it is not modified. `max_length` is the longest sequence that will be
-    run: RoPE variants that depend on the length are fixed by it. `length` captures for that one length only.
+    The model may hold its weights or be on the meta device; it is not modified. `max_length` is the longest sequence
+    that will be run: RoPE variants that depend on the length are fixed by it. `length` captures for that one length
+    only.
     """
     if model.config.is_encoder_decoder:
         raise CaptureError(
-            f"cannot capture {type(model).__name__}: it is an encoder-decoder, and only decoders and encoders are supported"
+            f"cannot capture {type(model).__name__}: it is an encoder-decoder; only decoders and encoders are supported"
         )
     fake = FakeTensorMode()
     twin = make_twin(model, fake)
@@ -62,9 +61,7 @@ def capture(
             tensor = values[name]
             weights[name] = Weight(name, tuple(tensor.shape), tensor.dtype, known.source(name), known.aliases[name])
     placeholders = {node.target: node for node in graph.nodes if node.op == "placeholder"}
-    inputs = tuple(
-        Input(name, placeholders[name].meta["val"], example.defaults[name]) for name in example.tensors
-    )
+    inputs = tuple(Input(name, placeholders[name].meta["val"], example.defaults[name]) for name in example.tensors)
     return Program(
         graph=graph,
         inputs=inputs,

@@ -1,8 +1,9 @@
-"""Run the twin once, eagerly, with real token indices and fake weights: what is only known by running is found out here.
+"""Run the twin once, eagerly, with real token indices and fake weights: what is only known by running is found out
+here.
 
-Integers (indices, positions, masks) are real tensors and keep their values; whatever meets a weight is fake and costs no memory
-or arithmetic. So one forward of any model size takes milliseconds per layer, and mask functions can be asked about concrete
-positions, which inside `torch.export` fails on data-dependent guards.
+Integers (indices, positions, masks) are real tensors and keep their values; whatever meets a weight is fake and costs
+no memory or arithmetic. So one forward of any model size takes milliseconds per layer, and mask functions can be
+asked about concrete positions, which inside `torch.export` fails on data-dependent guards.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Probe:
     """The kind of each mask, in the order in which the model asked for them; None where it is not one we know."""
     lookups: list[Tensor] = field(default_factory=list)
     """The indices of each lookup in a table of weights."""
+    counted: bool = True
+    """Whether all that met a weight, one number per token, were the tokens themselves or 0, 1, 2 and so on."""
     failure: Exception | None = None
     """Why the forward stopped early, if it did: a decision on a value that only real weights have."""
 
@@ -46,13 +49,14 @@ class Probe:
         return torch.zeros(call["batch_size"], 1, call["q_length"], call["kv_length"], dtype=call["dtype"])
 
 
-class _Mixed(TorchDispatchMode):
+class _Mixed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Real tensors stay real until they meet a fake one."""
 
-    def __init__(self, fake: FakeTensorMode, found: Probe) -> None:
-        super().__init__()
+    def __init__(self, fake: FakeTensorMode, found: Probe, tokens: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake = fake
         self.found = found
+        self.known = (tokens, torch.arange(tokens.shape[1]).expand_as(tokens))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -62,11 +66,21 @@ class _Mixed(TorchDispatchMode):
             tree_map_only(Tensor, self._note, args[1:])
 
         def to_fake(tensor: Tensor) -> Tensor:
-            return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
+            if isinstance(tensor, FakeTensor):
+                return tensor
+            self.found.counted &= self._is_known(tensor)
+            return self.fake.from_tensor(tensor)
 
         args, kwargs = tree_map_only(Tensor, to_fake, (args, kwargs))
         with self.fake:
             return func(*args, **kwargs)
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        rows = self.known[0]
+        if tensor.dtype == torch.bool or tensor.numel() not in (rows.numel(), rows.shape[1]):
+            return True
+        values = tensor.reshape(-1, rows.shape[1])
+        return any(bool((values == row[: len(values)]).all()) for row in self.known)
 
     def _note(self, tensor: Tensor) -> None:
         if not isinstance(tensor, FakeTensor) and not tensor.is_floating_point():
@@ -91,7 +105,7 @@ def probe(
 ) -> Probe:
     """Run `twin` on `inputs`; `indices` are the real values of its integer buffers, by name."""
     found = Probe()
-    with installed(found), torch.no_grad(), _replaced(twin, indices), _Mixed(fake, found):
+    with installed(found), torch.no_grad(), _replaced(twin, indices), _Mixed(fake, found, inputs["input_ids"]):
         try:
             twin(**inputs)
         except Exception as error:  # what was seen up to here still counts; the trace gives the reason if it matters

@@ -1,8 +1,8 @@
 """Fix the rotary embeddings that change their frequencies with the length of the sequence.
 
-transformers recomputes the frequencies of "dynamic" (NTK scaling) and "longrope" (arXiv:2402.13753) embeddings inside forward, from the
-largest position it sees. A graph cannot, and a model whose keys are cached must not: so the frequencies are those of the
-longest sequence that will be run, computed by the module's own rule.
+transformers recomputes the frequencies of "dynamic" (NTK scaling) and "longrope" (arXiv:2402.13753) embeddings inside
+forward, from the largest position it sees. A graph cannot, and a model whose keys are cached must not: so the
+frequencies are those of the longest sequence that will be run, computed by the module's own rule.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def fix_rope(twin: PreTrainedModel, weights: ModelWeights, *, max_length: int | 
     for path, module in twin.named_modules():
         kinds = vars(module).get("rope_type")
         by_layer = kinds if isinstance(kinds, dict) else {None: kinds}
-        changing = {layer: kind for layer, kind in by_layer.items() if kind and ("dynamic" in kind or kind == "longrope")}
+        changing = {
+            layer: kind for layer, kind in by_layer.items() if kind and ("dynamic" in kind or kind == "longrope")
+        }
         if not changing:
             continue
         shell = _with_values(module, path, weights)
@@ -78,4 +80,3 @@ def _original_length(module: Any, layer: str | None) -> int:
     parameters = parameters if layer is None else parameters[layer]
     found = parameters.get("original_max_position_embeddings") or module.config.max_position_embeddings
     return int(found)
-

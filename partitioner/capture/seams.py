@@ -1,8 +1,8 @@
 """What transformers' official seams call while the twin is traced: ops that carry the meaning of what they stand for.
 
-`AttentionInterface`, `AttentionMaskInterface` and `ExpertsInterface` let anyone register an implementation by name. Ours
-stand under "eager" for the length of a capture, because some models ask for that name; what was there is put back.
-The ops below have shapes but no kernels: after the trace each is rewritten to a function of `runtime.ops`.
+`AttentionInterface`, `AttentionMaskInterface` and `ExpertsInterface` let anyone register an implementation by name.
+Ours stand under "eager" for the length of a capture, because some models ask for that name; what was there is put
+back. The ops below have shapes but no kernels: after the trace each is rewritten to a function of `runtime.ops`.
 """
 
 from __future__ import annotations
@@ -33,36 +33,44 @@ _SCHEMAS = {
     "grouped_linear": "(Tensor rows, Tensor weight, Tensor counts, Tensor? bias, bool transposed) -> Tensor",
     "combine": "(Tensor rows, Tensor order, Tensor gates) -> Tensor",
 }
-_library = torch.library.Library(_NAMESPACE, "DEF")
+_library: Any = torch.library.Library(_NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema)
 
 
-@torch.library.register_fake(f"{_NAMESPACE}::attention")
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, sinks: Any, scale: float, causal: bool, softcap: Any) -> Tensor:
+def _attention_shape(
+    q: Tensor, k: Tensor, v: Tensor, mask: Any, bias: Any, sinks: Any, scale: float, causal: bool, softcap: Any
+) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
 
 
-@torch.library.register_fake(f"{_NAMESPACE}::mask")
-def _(batch: int, q_length: int, kv_length: int, padding: Any, kind: int, dtype: torch.dtype) -> Tensor:
+def _mask_shape(batch: int, q_length: int, kv_length: int, padding: Any, kind: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(batch, 1, q_length, kv_length, dtype=dtype)
 
 
-@torch.library.register_fake(f"{_NAMESPACE}::dispatch")
-def _(hidden: Tensor, index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _dispatch_shape(hidden: Tensor, index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = index.shape[0] * index.shape[1]
     return hidden.new_empty(rows, hidden.shape[1]), index.new_empty(rows), index.new_empty(num_experts)
 
 
-@torch.library.register_fake(f"{_NAMESPACE}::grouped_linear")
-def _(rows: Tensor, weight: Tensor, counts: Tensor, bias: Any, transposed: bool) -> Tensor:
+def _grouped_linear_shape(rows: Tensor, weight: Tensor, counts: Tensor, bias: Any, transposed: bool) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[2 if transposed else 1])
 
 
-@torch.library.register_fake(f"{_NAMESPACE}::combine")
-def _(rows: Tensor, order: Tensor, gates: Tensor) -> Tensor:
+def _combine_shape(rows: Tensor, order: Tensor, gates: Tensor) -> Tensor:
     return rows.new_empty(gates.shape[0], rows.shape[1])
 
+
+_register: Any = torch.library.register_fake
+_SHAPES = {
+    "attention": _attention_shape,
+    "mask": _mask_shape,
+    "dispatch": _dispatch_shape,
+    "grouped_linear": _grouped_linear_shape,
+    "combine": _combine_shape,
+}
+for _name, _shape in _SHAPES.items():
+    _register(f"{_NAMESPACE}::{_name}", _shape)
 
 _ops = getattr(torch.ops, _NAMESPACE)
 ATTENTION = _ops.attention.default
@@ -123,7 +131,8 @@ def _attention(
     for name, given in others.items():
         if given is not None and given is not False and _matters(module, name):
             raise CaptureError(
-                f"cannot capture the attention of {type(module).__name__}: it is called with {name}={_describe(given)}, "
+                f"cannot capture the attention of {type(module).__name__}: "
+                f"it is called with {name}={_describe(given)}, "
                 "which capture does not know; it knows scaling, softcap, sinks, position_bias and the mask"
             )
     if dropout:
@@ -144,7 +153,9 @@ def _attention(
 
 
 def _matters(module: nn.Module, name: str) -> bool:
-    """Whether the model's own attention reads the keyword; by transformers' convention that function stands beside the module."""
+    """Whether the model's own attention reads the keyword; by transformers' convention that function stands beside
+    the module.
+    """
     eager = vars(sys.modules[type(module).__module__]).get("eager_attention_forward")
     return eager is None or name in inspect.signature(eager).parameters
 
@@ -164,4 +175,5 @@ def _experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
             rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
     if vars(self).get("has_post_expert_norm", False):  # newer than the oldest transformers we support
         rows = self.post_expert_norm(rows)
-    return COMBINE(rows, order, top_k_weights).to(hidden_states.dtype)
+    combined: Tensor = COMBINE(rows, order, top_k_weights).to(hidden_states.dtype)
+    return combined

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
+from transformers.masking_utils import eager_mask
 
 from partitioner.capture.masks import MaskKind
 from partitioner.capture.seams import MASK, installed
@@ -55,13 +56,13 @@ class _Masks:
         if index >= len(self.kinds) or self.kinds[index] is None:
             return _written_out(call)
         padding = call.get("attention_mask")
-        return MASK(call["batch_size"], call["q_length"], call["kv_length"], padding, index, call["dtype"])
+        mask: Tensor = MASK(call["batch_size"], call["q_length"], call["kv_length"], padding, index, call["dtype"])
+        return mask
 
 
 def _written_out(call: dict[str, Any]) -> Tensor | None:
-    from transformers.masking_utils import eager_mask
-
-    return eager_mask(**{**call, "allow_is_bidirectional_skip": False})
+    mask: Tensor | None = eager_mask(**{**call, "allow_is_bidirectional_skip": False})
+    return mask
 
 
 def export(
@@ -69,7 +70,7 @@ def export(
 ) -> ExportedProgram:
     masks = _Masks(kinds)
     # one symbol each for all inputs: the same size is proved equal by the model's own arithmetic
-    dims = {} if static else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    dims = {0: Dim.DYNAMIC} if static else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     try:
         with installed(masks), torch.no_grad():
             return torch.export.export(

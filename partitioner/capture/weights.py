@@ -1,8 +1,9 @@
 """The weights by canonical name, and the values of those that no checkpoint holds.
 
-Tied weights are one tensor under several names; the canonical one is the name under which transformers saves it. Buffers that are
-not saved ("non-persistent": rotary frequencies, position tables) have no values in a model built on the meta device; they are
-recomputed as `from_pretrained` does it, by the model's own `_init_weights` on a copy of the one module that owns them.
+Tied weights are one tensor under several names; the canonical one is the name under which transformers saves it.
+Buffers that are not saved ("non-persistent": rotary frequencies, position tables) have no values in a model built on
+the meta device; they are recomputed as `from_pretrained` does it, by the model's own `_init_weights` on a copy of the
+one module that owns them.
 """
 
 from __future__ import annotations

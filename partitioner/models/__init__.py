@@ -1,4 +1,4 @@
-"""The model that comes with the package: a small trained decoder, so that every example runs on a laptop with no network.
+"""The model that comes with the package: a small trained decoder, so that examples run on a laptop with no network.
 
 EMBEDDED   its checkpoint folder, as `AutoModelForCausalLM.from_pretrained` takes it; see the README.md inside
 """

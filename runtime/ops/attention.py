@@ -5,14 +5,15 @@
     v     [B, G, T, Dv]     result [B, H, S, Dv]
 
 Scaled dot-product attention (arXiv:1706.03762, 3.2.1) with grouped heads (arXiv:2305.13245), logit soft-capping
-(arXiv:2408.00118, 2) and attention sinks (arXiv:2309.17453, 3.2: one more logit per head that takes weight but has no value).
+(arXiv:2408.00118, 2) and attention sinks (arXiv:2309.17453, 3.2: one more logit per head that takes weight but has no
+value).
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = ["allowed", "attention"]
 
@@ -25,9 +26,7 @@ def allowed(
     causal: key <= query. window n: key > query - n, and without causal also key < query + n. chunk n: query and key
     lie in the same chunk of n positions.
     """
-    seen = torch.ones((), dtype=torch.bool, device=queries.device).expand(
-        torch.broadcast_shapes(queries.shape, keys.shape)
-    )
+    seen = (queries >= 0) & (keys >= 0)
     if causal:
         seen = seen & (keys <= queries)
     if window is not None:
@@ -79,7 +78,7 @@ def attention(
     if grouped and mask is not None and q.device.type == "cuda":
         # with a mask, grouped heads would fall back to the slow kernel
         k, v, grouped = _per_query_head(k, heads), _per_query_head(v, heads), False
-    return F.scaled_dot_product_attention(
+    return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
 

@@ -4,16 +4,16 @@
     rows [N, in]    weight [E, out, in] or, transposed, [E, in, out]    ->  [N, out]
     rows [T*K, H]   order [T*K]    gates [T, K]    ->  [T, H]
 
-Row i of the sorted rows is slot `order[i]` of the flattened [T, K]; the first counts[0] rows go to expert 0, and so on. An index
-of num_experts or more means "no expert": those rows sort last, belong to no count, and stay zero.
+Row i of the sorted rows is slot `order[i]` of the flattened [T, K]; the first counts[0] rows go to expert 0, and so
+on. An index of num_experts or more means "no expert": those rows sort last, belong to no count, and stay zero.
 Sparsely gated experts: arXiv:1701.06538; sorting them into groups: MegaBlocks, arXiv:2211.15841, section 5.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = ["expert_combine", "expert_dispatch", "grouped_linear"]
 
@@ -42,11 +42,10 @@ def grouped_linear(
         return torch.where((row < ends[-1])[:, None], out, 0)
     out = rows.new_zeros(rows.shape[0], matrix.shape[-1])
     start = 0
-    for expert, count in enumerate(counts.tolist()):
+    for i, count in enumerate(counts.tolist()):
         if count:
-            mine = rows[start : start + count]
-            extra = None if bias is None else bias[expert]
-            out[start : start + count] = F.linear(mine, matrix[expert].transpose(0, 1), extra)
+            mine, extra = rows[start : start + count], None if bias is None else bias[i]
+            out[start : start + count] = functional.linear(mine, matrix[i].transpose(0, 1), extra)
             start += count
     return out
 

@@ -18,12 +18,12 @@ from tests import handmade
 
 def main(fault: str, pids: Path) -> None:
     begin_worker()
+    (pids / str(os.getpid())).touch()
     victim = 0 if fault == "kill-host" else 1
     deadline_s = 3.0 if fault == "hang" else 30.0
     parts = Parts(handmade.partitioned(int(os.environ["WORLD_SIZE"])), None)
     with Engine.connect(parts, timeout_s=deadline_s) as engine:
         engine(input_ids=handmade.input_ids())
-        (pids / str(os.getpid())).touch()
         if fault == "linger":
             time.sleep(60)
         for step in range(10_000):

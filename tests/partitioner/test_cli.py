@@ -57,8 +57,6 @@ def test_a_difference_is_exit_code_1_and_names_the_node(small: str, monkeypatch:
         parts = real(model, plan)
         reduction = [node for node in parts.program.graph.nodes if "all_reduce" in str(node.target)][-1]
         reduction.replace_all_uses_with(reduction.args[0])
-        # the ranks' results differ too, so that only rank 0's is taken
-        monkeypatch.setattr("partitioner.parts.same_on_all_ranks", lambda results: results[0])
         return parts
 
     monkeypatch.setattr(verify, "partition", broken)
@@ -66,6 +64,22 @@ def test_a_difference_is_exit_code_1_and_names_the_node(small: str, monkeypatch:
     assert code == 1
     assert "differs" in output
     assert "first difference (float64, length 5): node 'add" in output
+
+
+def test_a_rank_that_fails_is_a_difference_at_its_node(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = verify.partition
+
+    def broken(model, plan):
+        parts = real(model, plan)
+        reshape = next(node for node in parts.program.graph.nodes if "reshape" in str(node.target))
+        reshape.args = (reshape.args[0], [7, 7, 7])
+        return parts
+
+    monkeypatch.setattr(verify, "partition", broken)
+    code, output = run("verify", small, "--simulate", "--lengths", "5", "--dtype", "float64")
+    assert code == 1
+    assert "first difference (float64, length 5): node 'reshape" in output
+    assert "invalid for input of size" in output
 
 
 def test_report_needs_no_data(small: str) -> None:
@@ -109,6 +123,9 @@ def test_weights_are_those_of_the_seed(small: str) -> None:
     assert load_model("llama", dtype=torch.float32).lm_head.weight.numel() < 1e6
 
 
-def test_a_checkpoint_folder(embedded_folder: Path) -> None:
-    model = load_model(str(embedded_folder), dtype=torch.float64)
-    assert model.dtype == torch.float64
+def test_a_checkpoint_folder(small: str, tmp_path: Path) -> None:
+    saved = load_model(small, dtype=torch.float32)
+    saved.save_pretrained(tmp_path / "checkpoint")
+    loaded = load_model(str(tmp_path / "checkpoint"), dtype=torch.float64)
+    assert type(loaded) is type(saved)
+    assert torch.equal(loaded.lm_head.weight, saved.lm_head.weight.double())

@@ -39,7 +39,7 @@ def test_the_program_is_left_alone_and_meta_is_kept() -> None:
 def test_ranks_with_the_same_integers_share_one_graph() -> None:
     program = handmade.partitioned(2)
     entry = Entry(8, ("tp",), (4, 4))
-    program.table = {name: entry for name in program.table}
+    program.table = dict.fromkeys(program.table, entry)
     emitter = Emitter(program)
     first, second = (emitter.rank({"tp": i}) for i in range(2))
     assert first.graph is second.graph
@@ -113,9 +113,7 @@ index_sets = st.sets(st.integers(0, 9)).map(IndexSet.of)
 def test_pieces_put_together_are_the_indexed_tensor(rows, columns) -> None:
     value = torch.arange(100).reshape(10, 10)
     weight = Weight("w", (10, 10), torch.int64, "checkpoint")
-    program = Program(
-        handmade.traced().graph, (), {"w": weight}, {"w": value}, {}, Mesh.of(dp=2, tp=2)
-    )
+    program = Program(handmade.traced().graph, (), {"w": weight}, {"w": value}, {}, Mesh.of(dp=2, tp=2))
     program.weight_layouts["w"] = Layout((Split(("tp",), rows), Split(("dp",), columns)))
     for coordinates in program.mesh:
         shard = weight_shard(program, weight, coordinates)

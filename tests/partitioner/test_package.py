@@ -1,4 +1,4 @@
-"""`import partitioner`: lazy names, light leaves, and a plain word where another `runtime` or `passes` is in the way."""
+"""`import partitioner`: lazy names, light leaves, a plain word where another `runtime` or `passes` is in the way."""
 
 import subprocess
 import sys

@@ -118,9 +118,7 @@ def test_a_rank_that_raises_wakes_the_others() -> None:
 
 
 def test_a_rank_that_hangs_is_named_at_the_deadline() -> None:
-    results = run(
-        Rendezvous(Mesh.of(tp=2), timeout_s=0.1), reduce(torch.ones(1)), lambda comm: time.sleep(0.4)
-    )
+    results = run(Rendezvous(Mesh.of(tp=2), timeout_s=0.1), reduce(torch.ones(1)), lambda comm: time.sleep(0.4))
     assert isinstance(results[0], RankLost)
     assert "no answer from rank 1 within 0.1 s" in str(results[0])
 

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional
@@ -8,9 +10,7 @@ from runtime.ops.embedding import vocab_parallel_embedding
 @pytest.mark.parametrize("ends", [[0, 4, 7], [0, 3, 3, 7], [0, 0, 7], [0, 7, 7]])
 def test_the_ranks_sum_to_the_whole(ends: list[int]) -> None:
     weight, ids = torch.randn(7, 3, dtype=torch.float64), torch.randint(0, 7, (2, 5))
-    parts = [
-        vocab_parallel_embedding(ids, weight[a:b], start=a) for a, b in zip(ends, ends[1:], strict=False)
-    ]
+    parts = [vocab_parallel_embedding(ids, weight[a:b], start=a) for a, b in itertools.pairwise(ends)]
     assert torch.equal(sum(parts), functional.embedding(ids, weight))
 
 
