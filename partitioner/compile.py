@@ -21,12 +21,13 @@ from partitioner.canonicalize import canonicalize
 from partitioner.capture import capture
 from partitioner.check import check
 from partitioner.errors import PlanError
+from partitioner.mesh import Mesh
 from partitioner.parts import Parts
 from partitioner.plan import Plan
 from partitioner.program import Program
 from partitioner.report import Report, make_report
 
-__all__ = ["Pass", "partition"]
+__all__ = ["Pass", "compile_program", "partition", "trace"]
 
 GROUP = "partitioner.passes"
 """The entry points that passes are declared under, ours as well as anyone's."""
@@ -51,13 +52,18 @@ def partition(
 
     Raises `CaptureError` where the model cannot be traced, `PlanError` where the plan does not fit it.
     """
-    traced = capture(model, mesh=plan.mesh, max_length=max_length, length=length)
+    return compile_program(trace(model, max_length=max_length, length=length), plan)
+
+
+def trace(model: PreTrainedModel, *, max_length: int | None = None, length: int | None = None) -> Program:
+    """The model as one canonical program, before any pass; it can be compiled for several plans."""
+    traced = capture(model, mesh=Mesh.of(), max_length=max_length, length=length)
     canonicalize(traced)
-    return compile_program(traced, plan)
+    return traced
 
 
 def compile_program(traced: Program, plan: Plan) -> Parts[Report]:
-    """The same from a captured, canonical program, which is not changed."""
+    """Compiles what `trace` yields, which is not changed."""
     program = traced.copy(plan.mesh)
     for pass_ in _passes(program, plan):
         program = pass_.run(program)

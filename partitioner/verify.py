@@ -9,6 +9,7 @@ node that differs. Comparing in float64 separates a wrong result from a rounded 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import tempfile
@@ -21,14 +22,16 @@ import torch
 from torch import Tensor
 
 from partitioner.compare import Divergence, difference, first_divergence, tolerance
-from partitioner.compile import partition
+from partitioner.compile import compile_program, trace
 from partitioner.errors import CaptureError, InputError, WeightError
+from partitioner.exact import ExactArithmetic, in_float64
 from partitioner.named_model import load_config, load_model
 from partitioner.parts import Parts
 from partitioner.plan import Plan
+from partitioner.report import Report
 from runtime.launch import launch
 
-__all__ = ["Case", "Outcome", "dtype_named", "explain", "outcomes_of", "parse_lengths", "verify", "verify_in_processes"]
+__all__ = ["Case", "Outcome", "compiled", "dtype_named", "explain", "outcomes_of", "parse_lengths", "verify", "verify_in_processes"]
 
 _BATCH = 2
 
@@ -76,7 +79,7 @@ def verify(case: Case) -> Iterator[Outcome]:
     """Simulate every rank in this process."""
     for dtype in case.dtypes:
         model = load_model(case.model, dtype=dtype_named(dtype), seed=case.seed)
-        parts = partition(model, case.plan)
+        parts = compiled(model, case.plan)
         yield from outcomes_of(case, dtype, model, functools.partial(_simulated, parts))
 
 
@@ -111,17 +114,24 @@ def outcomes_of(case: Case, dtype: str, model: Any, run: Callable[[Tensor], list
     """Compare the results of `run`, one per rank, with that of `model` at every length."""
     for length in case.lengths:
         input_ids = _input_ids(case, model, length)
-        with torch.no_grad():
+        exact = ExactArithmetic() if model.dtype is torch.float64 else contextlib.nullcontext()
+        with torch.no_grad(), exact:
             expected = model(input_ids=input_ids, use_cache=False)[0]
         results = run(input_ids)
         error = max((difference(result, expected) for result in results), default=float("inf"))
         yield Outcome(dtype, length, error, tolerance(dtype_named(dtype)))
 
 
+def compiled(model: Any, plan: Plan) -> Parts[Report]:
+    """The partitioned model; in float64 without the model's detours through float32, as the reference is taken."""
+    traced = trace(model)
+    return compile_program(in_float64(traced) if model.dtype is torch.float64 else traced, plan)
+
+
 def explain(case: Case, outcome: Outcome) -> Divergence | None:
     """The first node that differs; None: the partitioned graph does what the traced one does, the trace is at fault."""
     model = load_model(case.model, dtype=dtype_named(outcome.dtype), seed=case.seed)
-    parts = partition(model, case.plan)
+    parts = compiled(model, case.plan)
     return first_divergence(parts, input_ids=_input_ids(case, model, outcome.length))
 
 

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from partitioner.compile import partition
 from partitioner.errors import PartitionerError
 from partitioner.named_model import load_model
-from partitioner.verify import Case, Outcome, dtype_named, outcomes_of
+from partitioner.verify import Case, Outcome, compiled, dtype_named, outcomes_of
 from runtime.engine import Engine
 from runtime.launch import begin_worker
 
@@ -26,7 +25,7 @@ def main() -> None:
     rank = 0
     for dtype in case.dtypes:
         model = load_model(case.model, dtype=dtype_named(dtype), seed=case.seed)
-        with Engine.connect(partition(model, case.plan)) as engine:
+        with Engine.connect(compiled(model, case.plan)) as engine:
             rank = engine.program.rank
             run = functools.partial(_run, engine)
             outcomes += outcomes_of(case, dtype, model, run)

@@ -12,6 +12,7 @@ also the quickest of five ways (docs/benchmarks.md).
 from __future__ import annotations
 
 import math
+import itertools
 import os
 import re
 from collections.abc import Callable
@@ -38,6 +39,10 @@ _gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") el
 
 # gloo has no exception type of its own; other RuntimeErrors are this rank's own mistakes
 _BROKEN = re.compile("connection|timed? ?out|socket|broken pipe|nccl", re.IGNORECASE)
+
+
+_MEETINGS = itertools.count()
+"""Every rank meets the others equally often, so that all count alike."""
 
 
 class ProcessGroups:
@@ -89,11 +94,13 @@ class ProcessGroups:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         timeout = timedelta(seconds=timeout_s)
+        # the launcher's store outlives our groups: without a number, a second meeting would find the first one's addresses
+        meeting = next(_MEETINGS)
         try:
             store, rank, world_size = next(rendezvous("env://", timeout=timeout))
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                store=PrefixStore("groups", store),
+                store=PrefixStore(f"groups/{meeting}", store),
                 rank=rank,
                 world_size=world_size,
                 timeout=timeout,
@@ -107,7 +114,7 @@ class ProcessGroups:
             device=device,
             timeout_s=timeout_s,
             check=check,
-            store=PrefixStore("notices", store),
+            store=PrefixStore(f"notices/{meeting}", store),
             store_on_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         )
         self._owned = True

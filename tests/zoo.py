@@ -190,6 +190,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots1": {"n_shared_experts": 1},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     "dots3_note_text": {"num_key_value_heads": 4},
+    "esmc": {"num_key_value_heads": 4},
     "esm": {"vocab_size": 33, "mask_token_id": 32},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32},
     "gemma3n_text": {
@@ -250,7 +251,7 @@ def tiny(name: str, **overrides: Any) -> tuple[PreTrainedModel, Tensor]:
     model = _build(name, config).to(torch.float32 if name in FLOAT32 else torch.float64).eval()
     _randomize(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(3, vocabulary, (2, 40), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, vocabulary, (2, 40), generator=torch.Generator().manual_seed(1), device="cpu")
     return model, ids
 
 
@@ -321,8 +322,8 @@ def _randomize(model: PreTrainedModel) -> None:
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name in saved and tensor.is_floating_point():
-                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-                tensor.add_(noise * 0.1)
+                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
+                tensor.add_(noise.to(tensor.device) * 0.1)
 
 
 if __name__ == "__main__":

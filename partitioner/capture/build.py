@@ -121,6 +121,11 @@ class Builder:
         for name, symbol in self.symbols.items():
             others = {other: hint for other, hint in hints.items() if other != symbol}
             low, high = interval(guards, symbol, hints[symbol], others)
+            if low == high:
+                raise CaptureError(
+                    f"cannot capture the model for more than one {name} size: what it decides at {low} it does not at "
+                    f"{low + 1} or {low - 1}; capture(..., length=N) captures it for prompts of exactly N tokens"
+                )
             if (low, high) != (1, None):
                 found.append(f"{name} from {low}" + ("" if high is None else f" to {high}"))
         return found + sorted(self._asserted)

@@ -63,7 +63,9 @@ def _hides_writes(node: Any) -> bool:
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return False
     module = node.graph.owning_module
-    bodies = [getattr(module, str(arg.target)) for arg in node.args if isinstance(arg, fx.Node) and arg.op == "get_attr"]
+    bodies = [
+        getattr(module, str(arg.target)) for arg in node.args if isinstance(arg, fx.Node) and arg.op == "get_attr"
+    ]
     return any(is_in_place(inner) for body in bodies if isinstance(body, fx.GraphModule) for inner in body.graph.nodes)
 
 

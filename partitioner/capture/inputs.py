@@ -61,9 +61,13 @@ def choose_inputs(
     if _sees_the_whole_text(twin, found):
         if "attention_mask" in accepted:
             tensors["attention_mask"], defaults["attention_mask"] = torch.ones(shape, dtype=torch.long), "ones"
-        if "token_type_ids" in accepted:
-            tensors["token_type_ids"], defaults["token_type_ids"] = torch.zeros(shape, dtype=torch.long), "zeros"
         found = probe(twin, tensors, fake, indices)
+        if "token_type_ids" in accepted:
+            with_types = {**tensors, "token_type_ids": torch.zeros(shape, dtype=torch.long)}
+            typed = probe(twin, with_types, fake, indices)
+            # some want several types per token, and make them up by themselves
+            if typed.failure is None or found.failure is not None:
+                tensors, defaults["token_type_ids"], found = with_types, "zeros", typed
     return Example(tensors, defaults, found)
 
 
