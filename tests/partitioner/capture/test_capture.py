@@ -21,7 +21,7 @@ from tests.interpret import run
 from tests.survey import TOLERANCE, difference
 
 ONE = Mesh.of()
-WIDE = ["llama", "gpt2", "mixtral", "gpt_oss", "deepseek_v3", "mistral", "llama4_text", "bloom", "gemma3_text", "phi3"]
+WIDE = ["llama", "gpt2", "mixtral", "gpt_oss", "deepseek_v3", "llama4_text", "bloom"]
 
 
 def captured(name: str, **sizes: object) -> tuple[PreTrainedModel, torch.Tensor, Program]:
@@ -91,7 +91,7 @@ def test_batch_and_sequence_are_symbols() -> None:
     assert program.notes == []
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral", "deepseek_v3", "mamba2", "bloom"])
+@pytest.mark.parametrize("name", ["gpt2", "deepseek_v32", "bloom"])
 def test_the_graph_is_functional_and_has_no_leftovers(name: str) -> None:
     _, _, program = captured(name)
     for node in program.graph.nodes:

@@ -1,10 +1,12 @@
 """The sizes for which a trace holds are read off its guards."""
 
+import pytest
 import sympy
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from partitioner.capture import capture
 from partitioner.capture.limits import interval
+from partitioner.errors import CaptureError
 from partitioner.mesh import Mesh
 from tests import zoo
 from tests.survey import difference
@@ -28,7 +30,13 @@ def test_what_holds_everywhere_but_at_single_sizes_is_no_limit() -> None:
 
 
 def test_a_table_of_positions_limits_the_length() -> None:
-    model, ids = zoo.tiny("gpt_neo")
+    model, ids = zoo.tiny("mpt")  # its ALiBi slopes are made for 256 positions
     program = capture(model, mesh=Mesh.of())
     assert difference(model, program, ids, lifted=True) < 1e-10
-    assert program.notes == []
+    assert program.notes == ["sequence from 1 to 256"]
+
+
+def test_one_size_only_is_refused() -> None:
+    model, _ = zoo.tiny("xlstm")
+    with pytest.raises(CaptureError, match=r"what it decides at 37 it does not at 38 or 36.*length=N"):
+        capture(model, mesh=Mesh.of())

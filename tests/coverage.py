@@ -1,0 +1,230 @@
+"""Partition every architecture of the zoo, compare it with the model, and write `docs/coverage.md`.
+
+    python -m tests.coverage run [names] [--to coverage.jsonl] [--minutes 4]    one line of JSON per architecture
+    python -m tests.coverage write [--from coverage.jsonl] [--to docs/coverage.md]
+
+Per architecture, built tiny: captured or why not; the partitioned model against the model's own code at tp = 2, 3 and 4 and
+lengths 1, 5 and 40, in float64 (detours through float32 lifted on both sides, 1e-10) and in float32 (1e-5). On the default
+configuration, on the meta device: the fullest rank's share of the matrices, and the all-reduces per layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import re
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from partitioner.compare import difference
+from partitioner.compile import compile_program, trace
+from partitioner.errors import PartitionerError
+from partitioner.exact import in_float64
+from partitioner.plan import Plan
+from partitioner.report import Report
+from tests import reference, zoo
+
+DEGREES = (2, 3, 4)
+LENGTHS = (1, 5, 40)
+BATCH = 2
+
+
+class OutOfTime(Exception):
+    pass
+
+
+def measure(name: str, *, minutes: float, odd: bool = False, shares: bool = True) -> dict[str, Any]:
+    """The row of one architecture."""
+    row: dict[str, Any] = {"name": name, "odd": odd}
+    try:
+        model, _ = zoo.odd(name) if odd else zoo.tiny(name)
+    except Exception as error:
+        return {**row, "verdict": "not built", "why": _short(error)}
+    start = time.perf_counter()
+    try:
+        with _limit(minutes):
+            traced = trace(model)
+            row["static"] = [note for note in traced.notes if note.startswith("s")]
+            row["equal64"] = _compare(model, traced, 1e-10, exact=True)
+            single = zoo.odd(name)[0] if odd else zoo.tiny(name)[0]
+            single.float()
+            row["equal32"] = _compare(single, trace(single), 1e-5, exact=False)
+    except (PartitionerError, OutOfTime) as error:
+        return {**row, "verdict": "refused", "why": _short(error)}
+    except Exception as error:
+        return {**row, "verdict": "crashed", "why": _short(error)}
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    right = all(worst <= 1e-10 for worst in row["equal64"].values())
+    right32 = all(worst <= 1e-5 for worst in row["equal32"].values())
+    row["verdict"] = "equal" if right and right32 else "wrong"
+    if shares:
+        try:
+            with _limit(minutes):
+                row["default"] = _shares(zoo.default_on_meta(name))
+        except Exception as error:
+            row["default"] = {"why": _short(error)}
+    return row
+
+
+def _compare(model: Any, traced: Any, limit: float, *, exact: bool) -> dict[str, float]:
+    found = {}
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(3, vocabulary, (BATCH, max(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    expected = {
+        n: reference.forward(model, exact=exact, lifted=exact, input_ids=ids[:, :n]) for n in LENGTHS if _admits(traced, n)
+    }
+    program = in_float64(traced) if exact else traced
+    for tp in DEGREES:
+        parts = compile_program(program, Plan(tp=tp))
+        found[str(tp)] = max(
+            (difference(parts.simulate(input_ids=ids[:, :n]), logits) for n, logits in expected.items()), default=0.0
+        )
+    return found
+
+
+def _admits(program: Any, length: int) -> bool:
+    """Whether the program's notes allow this length."""
+    for note in program.notes:
+        if found := re.match(r"sequence from (\d+)(?: to (\d+))?", note):
+            return int(found[1]) <= length <= int(found[2] or length)
+    return True
+
+
+def _shares(model: Any) -> dict[str, Any]:
+    traced = trace(model)
+    found: dict[str, Any] = {}
+    for tp in DEGREES:
+        report: Report = compile_program(traced, Plan(tp=tp)).report
+        found[str(tp)] = round(report.matrix_share, 4)
+        if tp == 2:
+            layers = Counter(n for layer, n in report.per_layer("all_reduce").items() if layer)
+            found["all_reduces"] = sorted(layers)
+            found["outside"] = report.per_layer("all_reduce").get("", 0)
+            found["whole"] = sorted({f"{re.sub('[0-9]+', '*', r.pattern)}: {_generic(r.reason)}" for r in report.whole})
+    return found
+
+
+def _generic(reason: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$|\b)", "*", reason)
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".split("\n")[0][:300]
+
+
+class _limit:
+    """Raises OutOfTime in the main thread after so many minutes."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = max(int(minutes * 60), 1)
+
+    def __enter__(self) -> None:
+        def stop(*_: Any) -> None:
+            raise OutOfTime(f"not done after {self.seconds} s")
+
+        signal.signal(signal.SIGALRM, stop)
+        signal.alarm(self.seconds)
+
+    def __exit__(self, *_: Any) -> None:
+        signal.alarm(0)
+
+
+def _worker(task: tuple[str, float, bool]) -> dict[str, Any]:
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    name, minutes, odd = task
+    return measure(name, minutes=minutes, odd=odd, shares=not odd)
+
+
+def run(names: list[str], to: Path, *, minutes: float, jobs: int, odd: bool) -> int:
+    """Appends one line per architecture that the file does not have yet; returns how many are wrong."""
+    done = {(row["name"], row["odd"]) for row in _rows(to)} if to.exists() else set()
+    tasks = [(name, minutes, odd) for name in names or zoo.names() if (name, odd) not in done]
+    wrong = 0
+    with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=12) as pool, to.open("a") as out:
+        for row in pool.imap_unordered(_worker, tasks):
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+            wrong += row["verdict"] in ("wrong", "crashed")
+            print(_line(row), flush=True)
+    return wrong
+
+
+def _line(row: dict[str, Any]) -> str:
+    worst = {k: f"{max(row[k].values()):.0e}" for k in ("equal64", "equal32") if row.get(k)}
+    share = row.get("default", {})
+    return f"{row['name']:30} {row['verdict']:9} {worst} {share.get('2', share.get('why', ''))} {row.get('why', '')}"[:240]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(source: Path, to: Path) -> None:
+    """The table, with its counts on top."""
+    rows = sorted(_rows(source), key=lambda row: (row["odd"], row["name"]))
+    plain = [row for row in rows if not row["odd"] and not row["name"].startswith("masked:")]
+    masked = [row for row in rows if not row["odd"] and row["name"].startswith("masked:")]
+    odd = [row for row in rows if row["odd"]]
+    text = ["# Coverage", "", "Made by `python -m tests.coverage run` and `python -m tests.coverage write`. " + (__doc__ or "").split("\n\n")[-1].replace("\n", " ").strip(), ""]
+    for title, chosen in (("causal language models", plain), ("encoders", masked), ("odd sizes", odd)):
+        counts = Counter(row["verdict"] for row in chosen)
+        text.append(f"- {title}: {len(chosen)}; " + ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items())))
+    for tp in (2, 4):
+        shares = [row["default"][str(tp)] for row in plain if str(tp) in row.get("default", {})]
+        near = sum(share <= 1.15 / tp for share in shares)
+        text.append(f"- share within 15% of 1/{tp} on the default configuration: {near} of {len(shares)} causal language models")
+    text += ["", "## Causal language models", "", *_table(plain), "", "## Encoders", "", *_table(masked)]
+    text += ["", "## Odd sizes: 6 heads over 3, FFN 100, vocabulary 127", "", *_table(odd), ""]
+    to.write_text("\n".join(text))
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| architecture | verdict | float64, worst of tp 2, 3, 4 | float32 | share tp=2 | share tp=4 | all-reduces per layer | whole, and why |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        default = row.get("default", {})
+        cells = [
+            row["name"].removeprefix("masked:"),
+            row["verdict"],
+            f"{max(row['equal64'].values()):.0e}" if row.get("equal64") else "",
+            f"{max(row['equal32'].values()):.0e}" if row.get("equal32") else "",
+            f"{default['2']:.3f}" if "2" in default else "",
+            f"{default['4']:.3f}" if "4" in default else "",
+            ", ".join(map(str, default.get("all_reduces", []))),
+            "; ".join([row.get("why", ""), default.get("why", ""), *default.get("whole", []), *row.get("static", [])]).strip("; ").replace("|", "/"),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("run", "write"))
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--from", dest="source", type=Path, default=Path("coverage.jsonl"))
+    parser.add_argument("--to", type=Path)
+    parser.add_argument("--minutes", type=float, default=4.0, help="limit per architecture and step")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--odd", action="store_true", help="sizes that divide by little")
+    given = parser.parse_args()
+    if given.action == "write":
+        write(given.source, given.to or Path("docs/coverage.md"))
+        return 0
+    return min(run(given.names, given.to or given.source, minutes=given.minutes, jobs=given.jobs, odd=given.odd), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

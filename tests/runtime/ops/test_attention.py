@@ -1,0 +1,106 @@
+"""Attention against its definition, element by element."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from runtime.ops.attention import allowed, attention
+from runtime.ops.mask import attention_mask
+
+
+def definition(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, *, scale: float, mask=None, sinks=None, softcap=None, heads
+):
+    out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype)
+    for b, h, s in itertools.product(*map(range, q.shape[:3])):
+        scores = (k[b, heads[h]] @ q[b, h, s]) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if mask is not None:
+            scores = scores + mask.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])[b, h, s]
+        weights = torch.where(seen[s], scores.exp(), 0)
+        total = weights.sum() + (0 if sinks is None else sinks[h].exp())
+        out[b, h, s] = (weights / total) @ v[b, heads[h]]
+    return out
+
+
+def tensors(
+    heads: int = 4, groups: int = 2, q_length: int = 6, kv_length: int = 6, width: int = 3
+) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    return normal(2, heads, q_length, 5), normal(2, groups, kv_length, 5), normal(2, groups, kv_length, width)
+
+
+LIMITS = [
+    {},
+    {"causal": True},
+    {"causal": True, "window": 3},
+    {"window": 2},
+    {"causal": True, "chunk": 4},
+    {"chunk": 4},
+]
+EXTRAS = ["plain", "mask", "sinks", "softcap"]
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_definition(limits: dict[str, object], extra: str) -> None:
+    q, k, v = tensors()
+    more = {
+        "plain": {},
+        "mask": {"mask": torch.randn(2, 1, 6, 6, dtype=torch.float64)},
+        "sinks": {"sinks": torch.randn(4, dtype=torch.float64)},
+        "softcap": {"softcap": 1.5},
+    }[extra]
+    positions = torch.arange(6)
+    seen = allowed(positions[:, None], positions, **limits)
+    expected = definition(q, k, v, seen, scale=0.3, heads=[0, 0, 1, 1], **more)
+    torch.testing.assert_close(attention(q, k, v, scale=0.3, **limits, **more), expected, rtol=1e-12, atol=1e-12)
+    wider = {**limits, "window": 5} if "window" in limits else {**limits, "chunk": 6 if "chunk" in limits else 2}
+    assert not torch.allclose(attention(q, k, v, scale=0.3, **wider, **more), expected)
+
+
+def test_kv_map_of_uneven_groups() -> None:
+    q, k, v = tensors(heads=3)
+    everything = torch.ones(6, 6, dtype=torch.bool)
+    expected = definition(q, k, v, everything, scale=1.0, heads=[0, 1, 1])
+    torch.testing.assert_close(attention(q, k, v, scale=1.0, kv_map=[0, 1, 1]), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_keys_before_and_after_the_queries() -> None:
+    q, k, v = tensors(q_length=2)
+    positions = torch.arange(6)
+    seen = allowed(positions[:2, None], positions, causal=True)
+    expected = definition(q, k, v, seen, scale=1.0, heads=[0, 0, 1, 1])
+    torch.testing.assert_close(attention(q, k, v, scale=1.0, causal=True), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_one_sink_per_query() -> None:
+    q, k, v = tensors()
+    sinks = torch.randn(4, dtype=torch.float64)
+    spread = sinks.view(1, 4, 1, 1).expand(2, 4, 6, 1)
+    assert torch.equal(attention(q, k, v, None, spread, scale=1.0), attention(q, k, v, None, sinks, scale=1.0))
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_no_heads_and_one_token(limits: dict[str, object]) -> None:
+    q, k, v = tensors(heads=0, groups=0)
+    assert attention(q, k, v, scale=1.0, **limits).shape == (2, 0, 6, 3)
+    q, k, v = tensors(q_length=1, kv_length=1)
+    expected = v.repeat_interleave(2, dim=1)
+    torch.testing.assert_close(attention(q, k, v, scale=1.0, **limits), expected)
+
+
+def test_mask_has_the_values_of_transformers() -> None:
+    padding = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    mask = attention_mask(padding, 4, 4, padding, dtype=torch.float32, causal=True, window=2)
+    assert mask.shape == (2, 1, 4, 4)
+    low = torch.finfo(torch.float32).min
+    assert mask[0, 0].tolist() == [[0, low, low, low], [0, 0, low, low], [low, 0, 0, low], [low, low, 0, low]]
+    assert mask[1, 0, 3].tolist() == [low, low, 0, 0]
