@@ -124,6 +124,8 @@ def _shard(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     old = layout.dims[a["dim"]]
     if entry.whole != (0, size) or (old is not None and old.axes != entry.axes):
         raise LayoutError(f"{_at(node)}: ranges {entry} do not fit dim {a['dim']} of {layout}")
+    if size != a["x"].meta["val"].shape[a["dim"]]:
+        _expect(program, node, "period", a["period"], size if old is None else old.sizes)
     owned = []
     for i, ranges in enumerate(entry.values):
         held = old.owned[i].indices() if old is not None else range(size)

@@ -19,6 +19,7 @@ from torch import fx
 
 from partitioner.errors import CaptureError, LayoutError
 from partitioner.layout import IndexSet
+from partitioner.lower import lower
 from partitioner.program import Input, Local, Program, Weight
 from runtime.rank_program import Piece, RankProgram, RunInput, WeightShard
 
@@ -62,7 +63,7 @@ class Emitter:
 
 
 def _substituted(graph: fx.Graph, integers: Mapping[str, Any]) -> fx.Graph:
-    """A copy of `graph` with every stand-in replaced; this is also where a graph is lowered for execution."""
+    """A copy of `graph` with every stand-in replaced, lowered for execution."""
     copy = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     found = False
@@ -84,6 +85,9 @@ def _substituted(graph: fx.Graph, integers: Mapping[str, Any]) -> fx.Graph:
             args, kwargs = fx.node.map_aggregate((new.args, new.kwargs), replace)
             if found:
                 new.args, new.kwargs = args, kwargs
+            copied[node] = lowered = lower(new)
+            if lowered is not new:
+                copy.erase_node(new)
     return copy
 
 

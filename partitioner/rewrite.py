@@ -113,9 +113,10 @@ class Rewriter:
         if new is not None:
             whole = source.meta["val"].shape[dim]
             size = evaluate(whole, dict.fromkeys(self.program.symbols.values(), 1))
-            kwargs: dict[str, Any] = {"dim": dim} if size == whole else {"dim": dim, "period": size}
-            if size != whole and old is not None:
-                raise LayoutError(f"{source.name}: cannot divide dim {dim} of size {whole} further")
+            kwargs: dict[str, Any] = {"dim": dim}
+            if size != whole:
+                local = size if old is None else self.program.local("period", Entry(size, old.axes, old.sizes))
+                kwargs["period"] = local
             if old is not None and old.axes != new.axes:
                 raise LayoutError(f"{source.name}: cannot go from {old} to {new} in dim {dim}")
             ranges = tuple(

@@ -17,7 +17,8 @@ from torch import fx
 
 from partitioner.analysis.arguments import operation
 from partitioner.analysis.blocks import Blocks, find_blocks
-from partitioner.analysis.labels import Collapse, LabelRun, Labels, Site
+from partitioner.analysis.label_state import Collapse, Labels, Site
+from partitioner.analysis.labels import LabelRun
 from partitioner.analysis.notation import Notation
 from partitioner.analysis.owners import Atom, divide
 from partitioner.layout import IndexSet, Split
@@ -122,7 +123,7 @@ class _Search:
         outside = {s.weight.name for s in labels.sites if s.weight and s.letter == "v"}
         for site in labels.sites:
             if site.kind == "gather":
-                outside |= labels.weights_of({label for i in site.ids.tolist() for label in labels.lattice.sets[i]})
+                outside |= labels.weights_of(site.ids.unique().tolist())
         for name in [*labels.starts, *(s.weight.name for s in labels.sites if s.weight)]:
             if name not in outside:
                 self.bytes.setdefault(name, self.program.weights[name].bytes)
@@ -161,41 +162,28 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
     Of sites that share weights only the earliest weight is reported: keeping it whole may bring the others right.
     """
     ranks = program.mesh.size(axis)
-    starts = sorted((base, name, dim) for (name, dim), base in labels.bases.items())
-    firsts = [base for base, _, _ in starts]
-    costs = [program.weights[name].bytes / max(program.weights[name].shape[dim], 1) for _, name, dim in starts]
+    cost = _Cost(program, labels)
     order = {name: i for i, name in enumerate(labels.starts)}
-
-    def place(label: int) -> int:
-        return bisect_right(firsts, label) - 1
-
-    def cost(label: int) -> float:
-        return costs[place(label)]
-
-    def sources(atoms: list[Atom]) -> list[str]:
-        places = {place(label) for atom in atoms for label in (atom if len(atom) < 64 else sorted(atom)[:: len(atom) // 64])}
-        exact = places if len(places) == 1 else {place(label) for atom in atoms for label in atom}
-        return sorted({starts[p][1] for p in exact}, key=lambda name: order.get(name, 0))
-
     owned: dict[int, int] = {}
     columns: dict[str, tuple[int, Split]] = {}
     sized = []
     offences: list[tuple[int, frozenset[str], _Offence]] = []
     for site in labels.sites:
         ids, inverse = _distinct_in_order(site.ids)
-        atoms = [labels.lattice.sets[i] for i in ids]
-        sized.append((-max((len(a) for a in atoms), default=0), site, atoms, inverse))
-    for _, site, atoms, inverse in sorted(sized, key=lambda s: s[0]):
-        labelled = [a for a in atoms if a]
-        if len(labelled) < ranks:
-            names = sources(labelled)
-            found = _offence(site, labels, names[0], set(names), len(labelled), ranks)
-            offences.append((order.get(names[0], 0), frozenset(names), found))
+        atoms = [labels.lattice.labels(i) for i in ids]
+        sized.append((-max((cost.size(atom) for atom in atoms), default=0), site, ids, atoms, inverse))
+    for _, site, ids, atoms, inverse in sorted(sized, key=lambda s: s[0]):
+        count = sum(map(bool, atoms))
+        if count < ranks:
+            names = labels.weights_of(ids)
+            first = min(names, key=lambda name: order.get(name, 0))
+            offences.append((order.get(first, 0), names, _offence(site, labels, first, names, count, ranks)))
             continue
         places = _assign(site, atoms, inverse, owned, ranks, cost, program)
         for atom, rank in zip(atoms, places.atoms, strict=True):
             for label in atom:
-                owned[label] = owned.get(label, 0) | 1 << rank
+                for member in (label, *cost.group(label)):
+                    owned[member] = owned.get(member, 0) | 1 << rank
         if site.weight is not None:
             sets = tuple(
                 IndexSet.of(site.weight.indices[places.indices == rank].tolist()) for rank in range(ranks)
@@ -227,6 +215,32 @@ def _earliest(offences: list[tuple[int, frozenset[str], _Offence]]) -> list[_Off
     return [offence for _, offence in groups]
 
 
+class _Cost:
+    """Bytes of weights per label; a group costs what its members do."""
+
+    def __init__(self, program: Program, labels: Labels) -> None:
+        self.lattice = labels.lattice
+        starts = sorted((base, name, dim) for (name, dim), base in labels.bases.items())
+        self._firsts = [base for base, _, _ in starts]
+        shapes = [(program.weights[name], dim) for _, name, dim in starts]
+        self._bytes = [weight.bytes / max(weight.shape[dim], 1) for weight, dim in shapes]
+        self._known: dict[int, float] = {}
+
+    def __call__(self, label: int) -> float:
+        if label not in self._known:
+            members = self.lattice.members(label)
+            self._known[label] = sum(self._bytes[bisect_right(self._firsts, member) - 1] for member in members)
+        return self._known[label]
+
+    def group(self, label: int) -> frozenset[int]:
+        """A group's members; nothing for other labels."""
+        members = self.lattice.members(label)
+        return frozenset() if label in members else members
+
+    def size(self, atom: Atom) -> int:
+        return sum(len(self.lattice.members(label)) for label in atom)
+
+
 @dataclass(frozen=True)
 class _Places:
     atoms: list[int]
@@ -234,7 +248,7 @@ class _Places:
 
 
 def _assign(
-    site: Site, atoms: list[Atom], inverse: torch.Tensor, owned: dict[int, int], ranks: int, cost, program: Program  # type: ignore[no-untyped-def]
+    site: Site, atoms: list[Atom], inverse: torch.Tensor, owned: dict[int, int], ranks: int, cost: _Cost, program: Program
 ) -> _Places:
     """The rank of each atom: where a coarser site has put its sources already, else by load."""
     counts = torch.bincount(inverse, minlength=len(atoms)).tolist()
@@ -288,7 +302,7 @@ def _collapsed(collapse: Collapse) -> str:
     return f"has no rule ({name} in {at})" if collapse.opaque else f"{name} in {at} needs the whole row"
 
 
-def _offence(site: Site, labels: Labels, weight: str, names: set[str], count: int, ranks: int) -> _Offence:
+def _offence(site: Site, labels: Labels, weight: str, names: frozenset[str], count: int, ranks: int) -> _Offence:
     where = site.node.meta.get("path") or site.node.name
     for collapse in labels.collapses:
         if names & collapse.weights:

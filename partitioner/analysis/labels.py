@@ -10,9 +10,7 @@ Column then row is Megatron-LM's scheme (arXiv:1909.08053, section 3); finding i
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -20,80 +18,16 @@ import torch
 from torch import Tensor, fx
 
 from partitioner.analysis.arguments import evaluate, map_nodes, node_values, shape_at
-from partitioner.analysis.lattice import Lattice, compact
+from partitioner.analysis.label_state import Collapse, Labels, Site, WeightSlice, WeightState
+from partitioner.analysis.lattice import Ids, Lattice, compact
 from partitioner.analysis.moves import is_move, run_move
 from partitioner.analysis.notation import Letters, Notation, Operand, notation
 from partitioner.program import Program, Value
 
-__all__ = ["Collapse", "LabelRun", "Labels", "Site", "WeightSlice"]
+__all__ = ["LabelRun"]
 
 _LARGEST_COPY = 1 << 24
 """Index tensors of weights are expanded views; a move that would copy more elements than this makes the weight opaque."""
-
-
-@dataclass(frozen=True)
-class WeightState:
-    """A weight reached through moves: for each dim of the weight, the index along it that each element came from."""
-
-    name: str
-    indices: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class WeightSlice:
-    """Indices along one dim of a weight."""
-
-    name: str
-    dim: int
-    indices: Tensor
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where labels end: kind "contract" (with a weight: row-parallel), "reduce" (a sum) or "gather" (an output)."""
-
-    node: fx.Node
-    kind: str
-    letter: str
-    ids: Tensor
-    """ids[K]: the set of labels that each index along the letter depends on."""
-    weight: WeightSlice | None = None
-
-
-@dataclass(frozen=True)
-class Collapse:
-    """An op that needs a whole labelled row, so that all its labels become one."""
-
-    node: fx.Node
-    can_be_partial: bool
-    opaque: bool
-    weights: frozenset[str]
-    """Those whose labels became one."""
-
-
-@dataclass
-class Labels:
-    """The result of one run."""
-
-    lattice: Lattice
-    sites: list[Site] = field(default_factory=list)
-    collapses: list[Collapse] = field(default_factory=list)
-    starts: dict[str, fx.Node] = field(default_factory=dict)
-    """Weights whose indices are labels, in graph order, with the node that started them."""
-    bases: dict[tuple[str, int], int] = field(default_factory=dict)
-    count: int = 0
-
-    def base(self, weight: str, dim: int, size: int) -> int:
-        """First label of the weight's dim; its index i has label base + i."""
-        if (weight, dim) not in self.bases:
-            self.bases[weight, dim] = self.count
-            self.count += size
-        return self.bases[weight, dim]
-
-    def weights_of(self, labels: Set[int]) -> frozenset[str]:
-        starts = sorted((base, name) for (name, _), base in self.bases.items())
-        firsts = [base for base, _ in starts]
-        return frozenset(starts[bisect_right(firsts, label) - 1][1] for label in labels)
 
 
 class LabelRun:
@@ -123,18 +57,17 @@ class LabelRun:
                 for source in node.all_input_nodes:
                     self._output(source)
             elif node.op == "call_function" and node_values(node):
-                state = self._move(node) if is_move(node) else self._compute(node)
-                self.states[node] = tuple(map(_unless_free, state)) if isinstance(state, tuple) else _unless_free(state)
+                self.states[node] = self._move(node) if is_move(node) else self._compute(node)
                 if node.name in self.together:
                     self._keep_together(node)
         return self.labels
 
     def _keep_together(self, node: fx.Node) -> None:
         state = self.states[node]
-        if isinstance(state, Tensor):
-            varying = [i for i, size in enumerate(compact(state).shape) if size > 1]
-            dims = varying[-1:] if self.together[node.name] == 1 else varying
-            self.states[node] = self.labels.lattice.reduce(state, dims).expand(state.shape)
+        if isinstance(state, Ids):
+            dims = state.varying[-1:] if self.together[node.name] == 1 else state.varying
+            merged = self.labels.lattice.union(state, dims)
+            self.states[node] = merged and merged.each(lambda term: term.expand(state.shape))
 
     def _whole_weight(self, name: str) -> WeightState:
         shape = self.program.weights[name].shape
@@ -158,31 +91,47 @@ class LabelRun:
         if all(state is None or isinstance(state, WeightState) for state in states):
             return none
 
-        def ids(source: fx.Node) -> Any:
-            state = self.states.get(source)
-            if isinstance(state, tuple):
-                return state
-            if isinstance(state, Tensor):
-                return state
-            if isinstance(source.meta.get("val"), Value):
-                return torch.zeros(shape_at(source.meta["val"], self.ones), dtype=torch.int64)
-            return evaluate(source.meta["val"], self.ones)
-
         try:
-            found = run_move(node, map_nodes(node.args, ids), map_nodes(node.kwargs, ids))
+            rounds = max(len(ids.terms) for state in states for ids in _ids_in(state))
+            found = [self._move_terms(node, i) for i in range(rounds)]
         except (RuntimeError, IndexError, ValueError):  # sizes that depend on data: nothing is known of the result
             return self._mixed(node)
-        return tuple(found) if isinstance(found, (list, tuple)) else found
+        joined = tuple(self.labels.lattice.join(*(Ids((term,)) for term in terms)) for terms in zip(*found, strict=True))
+        return joined[0] if isinstance(node.meta["val"], Value) else joined
+
+    def _move_terms(self, node: fx.Node, i: int) -> list[Tensor]:
+        """The move on the i-th term of each operand."""
+
+        def free(value: Value) -> Tensor:
+            return torch.zeros([1] * len(value.shape), dtype=torch.int64).expand(shape_at(value, self.ones))
+
+        def term(state: Any, value: Value) -> Tensor:
+            return state.terms[i] if isinstance(state, Ids) and i < len(state.terms) else free(value)
+
+        def argument(source: fx.Node) -> Any:
+            state, value = self.states.get(source), source.meta.get("val")
+            if isinstance(value, Value):
+                return term(state, value)
+            if isinstance(value, (tuple, list)):
+                return tuple(map(term, state if state is not None else (None,) * len(value), value))
+            return evaluate(value, self.ones)
+
+        found = run_move(node, map_nodes(node.args, argument), map_nodes(node.kwargs, argument))
+        return list(found) if isinstance(found, (list, tuple)) else [found]
 
     def _mixed(self, node: fx.Node) -> Any:
         """Every element of what `node` yields depends on every element of its operands."""
-        total = torch.zeros(1, dtype=torch.int64)
-        for source in node.all_input_nodes:
-            state = self.states.get(source)
-            for ids in state if isinstance(state, tuple) else (state,):
-                if isinstance(ids, Tensor):
-                    total = self.labels.lattice.merge(total, self.labels.lattice.reduce(ids.reshape(-1), [0]))
-        found = tuple(total.view([1] * len(v.shape)).expand(shape_at(v, self.ones)) for v in node_values(node))
+        everything = self.labels.lattice.join(
+            *(
+                self.labels.lattice.union(ids.each(lambda term: term.reshape(-1)), [0])
+                for source in node.all_input_nodes
+                for ids in _ids_in(self.states.get(source))
+            )
+        )
+        found = tuple(
+            everything and everything.each(lambda t, v=v: t.view([1] * len(v.shape)).expand(shape_at(v, self.ones)))  # type: ignore[misc]
+            for v in node_values(node)
+        )
         return found[0] if isinstance(node.meta["val"], Value) else found
 
     def _move_weight(self, node: fx.Node, state: WeightState, none: Any) -> Any:
@@ -213,7 +162,7 @@ class LabelRun:
         if rule is None:
             rule = self.rules[node] = notation(node)
         values = node_values(node)
-        labelled = [o for o in rule.operands if isinstance(self.states.get(o.node), Tensor)]
+        labelled = [o for o in rule.operands if isinstance(self.states.get(o.node), Ids)]
         weights = [o for o in rule.operands if isinstance(self.states.get(o.node), WeightState)]
         single = isinstance(node.meta["val"], Value)
         if not labelled:
@@ -241,7 +190,7 @@ class LabelRun:
                 return WeightSlice(state.name, dim, vector)
         return None
 
-    def _start(self, node: fx.Node, rule: Notation, weights: list[Operand]) -> Tensor | None:
+    def _start(self, node: fx.Node, rule: Notation, weights: list[Operand]) -> Ids | None:
         """Labels that begin at this node; None where none do."""
         if len(weights) == len(rule.operands) or not rule.sums:
             return None
@@ -262,7 +211,8 @@ class LabelRun:
                         continue
                     shape = shape_at(node_values(node)[0], self.ones)
                     at = rule.outputs[0].index(start)
-                    return self._fresh(node, slice_).view([-1 if i == at else 1 for i in range(len(shape))]).expand(shape)
+                    view = [-1 if i == at else 1 for i in range(len(shape))]
+                    return Ids((self._fresh(node, slice_).view(view).expand(shape),))
         return None
 
     def _worth_splitting(self, node: fx.Node, table: Operand) -> bool:
@@ -276,13 +226,14 @@ class LabelRun:
     def _fresh(self, node: fx.Node, slice_: WeightSlice) -> Tensor:
         base = self.labels.base(slice_.name, slice_.dim, self.program.weights[slice_.name].shape[slice_.dim])
         self.labels.starts.setdefault(slice_.name, node)
-        return self.labels.lattice.singletons((slice_.indices + base).tolist())
+        return self.labels.lattice.singletons(slice_.indices + base)
 
-    def _ids(self, operand: Operand) -> Tensor:
+    def _ids(self, operand: Operand) -> Ids:
         """Ids of an operand with its letters' own indices (heads that read a shared kv head see that head's ids)."""
-        ids: Tensor = self.states[operand.node]
+        ids: Ids = self.states[operand.node]
         for letter, via in operand.via:
-            ids = ids.index_select(operand.letters.index(letter), torch.tensor(via, dtype=torch.int64))
+            dim, heads = operand.letters.index(letter), torch.tensor(via, dtype=torch.int64)
+            ids = ids.each(lambda term, dim=dim, heads=heads: term.index_select(dim, heads))  # type: ignore[misc]
         return ids
 
     def _end(self, node: fx.Node, letter: str, labelled: list[Operand], weights: list[Operand]) -> bool:
@@ -298,62 +249,63 @@ class LabelRun:
             slice_ = self._along(with_letter[0], letter)
             if slice_ is None:
                 return False
-            merged = self.labels.lattice.reduce(ids, [at])
-            if _distinct(merged) >= max(self.ranks, 2):
+            merged = self.labels.lattice.union(ids, [at])
+            if merged is not None and merged.distinct >= max(self.ranks, 2):
                 return False  # heads stay apart: the weight is shared by all of them and stays whole
         elif node.name in self.partial:
             slice_ = None
         else:
             return False
-        if not _varies_only(ids, at):
+        vector = self.labels.lattice.vector(ids, at)
+        if vector is None:
             return False
-        vector = compact(ids).reshape(-1).expand(ids.shape[at])
         kind = "contract" if slice_ else "reduce"
         self.labels.sites.append(Site(node, kind, letter, vector, slice_))
         return True
 
-    def _merged(self, rule: Notation, labelled: list[Operand], names: Letters, value: Value) -> Tensor | None:
+    def _merged(self, rule: Notation, labelled: list[Operand], names: Letters, value: Value) -> Ids | None:
         shape = shape_at(value, self.ones)
-        total = torch.zeros([1] * len(shape), dtype=torch.int64)
+        found = []
         for operand in labelled:
-            ids = self._ids(operand)
             gone = [
                 i for i, name in enumerate(operand.letters) if name is None or name not in names or name in rule.whole
             ]
-            ids = self.labels.lattice.reduce(ids, gone)
-            if any(name is not None and name not in rule.whole and name not in names for name in operand.letters) or gone:
-                ids = compact(ids)
-            order = [operand.letters.index(name) for name in names if name is not None and name in operand.letters]
-            rest = [i for i in range(ids.ndim) if i not in order]
-            ids = ids.permute([*order, *rest]).reshape([ids.shape[i] for i in order]) if rest else ids.permute(order)
-            places = iter(ids.shape)
-            ids = ids.reshape([next(places) if name is not None and name in operand.letters else 1 for name in names])
-            total = self.labels.lattice.merge(total, ids)
-        return total.expand(shape) if bool(total.any()) else None
+            ids = self.labels.lattice.union(self._ids(operand), gone)
+            found.append(ids and ids.each(lambda term, operand=operand: _placed(term, operand, names).expand(shape)))  # type: ignore[misc]
+        return self.labels.lattice.join(*found)
 
-    def _note_collapse(self, node: fx.Node, rule: Notation, labelled: list[Operand], merged: Tensor | None) -> None:
-        if merged is None or _distinct(merged) >= self.ranks:
+    def _note_collapse(self, node: fx.Node, rule: Notation, labelled: list[Operand], merged: Ids | None) -> None:
+        if merged is None or merged.distinct >= self.ranks:
             return
-        if max(_distinct(self.states[o.node]) for o in labelled) >= self.ranks:
+        if max(self.states[o.node].distinct for o in labelled) >= self.ranks:
             linear = bool(rule.sums) and not rule.whole and len(rule.operands) == 1
-            ids = [int(i) for i in torch.unique(compact(merged)) if i]
-            names = self.labels.weights_of({label for i in ids for label in self.labels.lattice.sets[i]})
+            names = self.labels.weights_of(i for term in merged.terms for i in compact(term).unique().tolist())
             self.labels.collapses.append(Collapse(node, linear, rule.opaque, names))
 
     def _output(self, source: fx.Node) -> None:
         ids = self.states.get(source)
-        if isinstance(ids, Tensor):
-            varying = [i for i, size in enumerate(compact(ids).shape) if size > 1]
-            if len(varying) == 1:
-                at = varying[0]
-                vector = compact(ids).reshape(-1)
-            else:
-                at, vector = 0, self.labels.lattice.reduce(ids, list(range(ids.ndim))).reshape(-1)
+        if isinstance(ids, Ids):
+            at = ids.varying[0] if len(ids.varying) == 1 else 0
+            vector = self.labels.lattice.vector(ids, at)
+            if vector is None:
+                everything = self.labels.lattice.union(ids, list(range(len(ids.shape))))
+                vector = torch.zeros(1, dtype=torch.int64) if everything is None else everything.terms[0].reshape(-1)
             self.labels.sites.append(Site(source, "gather", str(at), vector))
 
 
-def _unless_free(state: Any) -> Any:
-    return None if isinstance(state, Tensor) and not bool(compact(state).any()) else state
+def _ids_in(state: Any) -> list[Ids]:
+    return [ids for ids in (state if isinstance(state, tuple) else (state,)) if isinstance(ids, Ids)]
+
+
+def _placed(ids: Tensor, operand: Operand, names: Letters) -> Tensor:
+    """The operand's dims in the order of `names`, size 1 where it does not have the letter or has it no more."""
+    order = [operand.letters.index(name) for name in names if name is not None and name in operand.letters]
+    rest = [i for i in range(ids.ndim) if i not in order]
+    ids = ids.permute([*order, *rest])[(..., *(0 for _ in rest))]
+    missing = [i for i, name in enumerate(names) if name is None or name not in operand.letters]
+    for i in missing:
+        ids = ids.unsqueeze(i)
+    return ids
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -363,8 +315,3 @@ def _tensors(value: Any) -> list[Tensor]:
 def _varies_only(ids: Tensor, at: int) -> bool:
     shape = compact(ids).shape
     return all(size == 1 for i, size in enumerate(shape) if i != at)
-
-
-def _distinct(ids: Tensor) -> int:
-    found = torch.unique(compact(ids))
-    return int((found != 0).sum())

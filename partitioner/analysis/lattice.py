@@ -1,18 +1,31 @@
 """Hash-consed sets over tensors: every element of an id tensor names the set of weight indices it depends on.
 
-    0          the empty set: the element is the same on every rank ("free")
-    id > 0     an interned frozenset of labels
+    0                    the empty set: the element is the same on every rank ("free")
+    1 + label            the set of one label; labels are numbered from 0
+    _COMPOSITE + i       an interned set of several labels
+
+A large set that a reduction yields (a head, a whole row) is given a *group* label that stands for its members, and absorbs
+them when they meet it again. So sets stay small, however often what depends on a whole row is merged with a whole row.
 
 Id tensors are ordinary int64 tensors, so that data-movement ops run on them as themselves. Dims along which nothing
-varies are kept as expanded (stride 0) views; merging and reducing work on the compact form.
+varies are kept as expanded (stride 0) views; merging and reducing work on the compact form. A value that depends on one
+set by its head and on another by its state index is kept as two tensors (`Ids.terms`), not as all pairs of sets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-__all__ = ["Lattice", "compact"]
+__all__ = ["Ids", "Lattice", "compact"]
+
+_GROUP = 1 << 29
+"""Labels from here on are groups."""
+_COMPOSITE = 1 << 30
+_LARGE = 24
 
 
 def compact(ids: Tensor) -> Tensor:
@@ -23,37 +36,117 @@ def compact(ids: Tensor) -> Tensor:
     return ids
 
 
+@dataclass(frozen=True)
+class Ids:
+    """Each element's set is the union over `terms`: tensors of ids of one shape, at least one."""
+
+    terms: tuple[Tensor, ...]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.terms[0].shape
+
+    @property
+    def varying(self) -> list[int]:
+        """Dims along which some term varies."""
+        return sorted(set().union(*map(_varying, self.terms)))
+
+    @property
+    def distinct(self) -> int:
+        """How many different sets there are, at least."""
+        return max(int((torch.unique(compact(term)) != 0).sum()) for term in self.terms)
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Ids:
+        return Ids(tuple(map(function, self.terms)))
+
+
+def _varying(ids: Tensor) -> set[int]:
+    return {dim for dim, size in enumerate(compact(ids).shape) if size > 1}
+
+
 class Lattice:
     """Interned sets with union, element by element and along dims."""
 
     def __init__(self) -> None:
-        self.sets: list[frozenset[int]] = [frozenset()]
-        self._ids: dict[frozenset[int], int] = {frozenset(): 0}
-        self._singletons: dict[int, int] = {}
+        self._sets: list[frozenset[int]] = []
+        self._ids: dict[frozenset[int], int] = {}
         self._unions: dict[tuple[int, int], int] = {}
+        self._members: list[frozenset[int]] = []
+        self._groups: dict[frozenset[int], int] = {}
 
-    def intern(self, labels: frozenset[int]) -> int:
+    def labels(self, identity: int) -> frozenset[int]:
+        """The labels of a set, groups unexpanded."""
+        if identity == 0:
+            return frozenset()
+        return self._sets[identity - _COMPOSITE] if identity >= _COMPOSITE else frozenset((identity - 1,))
+
+    def members(self, label: int) -> frozenset[int]:
+        """The labels that a label stands for: itself, or a group's members."""
+        return self._members[label - _GROUP] if label >= _GROUP else frozenset((label,))
+
+    @staticmethod
+    def singletons(labels: Tensor) -> Tensor:
+        """One set per label."""
+        return labels + 1
+
+    def _intern(self, labels: frozenset[int]) -> int:
+        if len(labels) == 1:
+            return next(iter(labels)) + 1
         known = self._ids.get(labels)
         if known is None:
-            known = self._ids[labels] = len(self.sets)
-            self.sets.append(labels)
+            known = self._ids[labels] = _COMPOSITE + len(self._sets)
+            self._sets.append(labels)
         return known
-
-    def singletons(self, labels: range | list[int]) -> Tensor:
-        """One set per label."""
-        found = [self._singletons.get(label) for label in labels]
-        for i, label in enumerate(labels):
-            if found[i] is None:
-                found[i] = self._singletons[label] = self.intern(frozenset((label,)))
-        return torch.tensor(found, dtype=torch.int64)
 
     def _union(self, a: int, b: int) -> int:
         if a > b:
             a, b = b, a
+        if a in (0, b):
+            return b
         known = self._unions.get((a, b))
         if known is None:
-            known = self._unions[a, b] = self.intern(self.sets[a] | self.sets[b])
+            known = self._unions[a, b] = self._intern(self._absorbed(self.labels(a) | self.labels(b)))
         return known
+
+    def _absorbed(self, labels: frozenset[int]) -> frozenset[int]:
+        """Without what a group among them stands for already."""
+        groups = [label for label in labels if label >= _GROUP]
+        for group in groups:
+            inside = self._members[group - _GROUP]
+            labels = frozenset(
+                n for n in labels if n == group or not (n in inside if n < _GROUP else self.members(n) <= inside)
+            )
+            if len(labels) == 1:
+                break
+        return labels
+
+    def join(self, *given: Ids | None) -> Ids | None:
+        """Element-wise union of values of one shape; None is free, and so is the result if it is None."""
+        found: list[Tensor] = []
+        for term in (term for ids in given if ids is not None for term in ids.terms):
+            if not bool(compact(term).any()):
+                continue
+            varying = _varying(term)
+            for other in list(found):
+                if _varying(other) <= varying or varying <= _varying(other):
+                    found = [kept for kept in found if kept is not other]
+                    term = self.merge(other, term)
+                    varying = _varying(term)
+            found.append(term)
+        return Ids(tuple(found)) if found else None
+
+    def union(self, ids: Ids, dims: list[int]) -> Ids | None:
+        """Union along `dims`, which keep size 1; large sets become groups."""
+        return self.join(*(Ids((self.reduce(term, dims),)) for term in ids.terms))
+
+    def vector(self, ids: Ids, dim: int) -> Tensor | None:
+        """Ids along `dim`, if nothing varies along another dim."""
+        if any(other != dim for other in ids.varying):
+            return None
+        total = torch.zeros(ids.shape[dim], dtype=torch.int64)
+        for term in ids.terms:
+            total = self.merge(total, compact(term).reshape(-1).expand(ids.shape[dim]))
+        return total
 
     def merge(self, a: Tensor, b: Tensor) -> Tensor:
         """Element-wise union, with broadcasting."""
@@ -66,13 +159,14 @@ class Lattice:
         a, b = torch.broadcast_tensors(a, b)
         if torch.equal(a, b):
             return a.expand(shape)
-        pairs, places = torch.unique(a * len(self.sets) + b, return_inverse=True)
-        left, right = pairs // len(self.sets), pairs % len(self.sets)
+        pairs, places = torch.unique((a << 31) + b, return_inverse=True)
+        left, right = pairs >> 31, pairs & ((1 << 31) - 1)
         merged = torch.tensor([self._union(x, y) for x, y in zip(left.tolist(), right.tolist(), strict=True)])
         return merged[places].expand(shape)
 
     def reduce(self, ids: Tensor, dims: list[int]) -> Tensor:
-        """Union along `dims`, which keep size 1."""
+        """Union along `dims`, which keep size 1; large sets become groups."""
+        before = ids
         for dim in dims:
             ids = ids.narrow(dim, 0, 1) if ids.stride(dim) == 0 and ids.shape[dim] else ids
             while ids.shape[dim] > 1:
@@ -83,4 +177,19 @@ class Lattice:
                     ids = torch.cat([ids, rest], dim)
             if not ids.shape[dim]:
                 ids = ids.new_zeros([1 if d == dim else size for d, size in enumerate(ids.shape)])
-        return ids
+        return ids if ids is before else self._grouped(ids)
+
+    def _grouped(self, ids: Tensor) -> Tensor:
+        small = compact(ids)
+        found, places = torch.unique(small, return_inverse=True)
+        exchanged = [self._as_group(identity) for identity in found.tolist()]
+        return torch.tensor(exchanged, dtype=torch.int64)[places].expand(ids.shape)
+
+    def _as_group(self, identity: int) -> int:
+        labels = self.labels(identity)
+        if len(labels) <= _LARGE:
+            return identity
+        if labels not in self._groups:
+            self._groups[labels] = _GROUP + len(self._members)
+            self._members.append(frozenset().union(*map(self.members, labels)))
+        return self._groups[labels] + 1

@@ -10,6 +10,7 @@ first.
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,9 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
         return exported
     except _UnsupportedError:
         pass
-    exported = exported.run_decompositions({})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 warns about its own use of a deprecated class
+        exported = exported.run_decompositions({})
     for node in exported.graph.nodes:
         if is_in_place(node):
             raise CaptureError(f"cannot make {node.target} functional: it writes to {node.args[0]}")

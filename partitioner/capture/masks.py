@@ -71,5 +71,11 @@ def _confirmed(function: MaskFunction, kind: MaskKind, batch: int) -> bool:
     edges = {i * limit + j for i in (0, 1, 2, 3, 7) for j in range(-3, 4)} | set(range(64))
     edges |= {LONGEST - 1 - i for i in range(64)} | {i * LONGEST // 17 for i in range(17)}
     positions = torch.tensor(sorted(i for i in edges if 0 <= i < LONGEST))
+    # whole lines as well: a hole between the edges is seen from the last query and from the first key
+    line, first, last = torch.arange(LONGEST), torch.zeros(1, dtype=torch.long), torch.tensor([LONGEST - 1])
+    for queries, keys in ((last, line), (line, first)):
+        expected = allowed(queries[:, None], keys, causal=kind.causal, window=kind.window, chunk=kind.chunk)
+        if not torch.equal(_ask(function, queries, keys), expected):
+            return False
     expected = allowed(positions[:, None], positions, causal=kind.causal, window=kind.window, chunk=kind.chunk)
     return all(torch.equal(_ask(function, positions, positions, b), expected) for b in {0, batch - 1})

@@ -67,9 +67,14 @@ class ModelWeights:
                 continue
             tensor = self._tensors[name].detach()
             if tensor.is_meta and name in self.computed:
-                owner = name.rpartition(".")[0]
-                for other, value in _recompute(self.model, owner).items():
-                    found.setdefault(other, value)
+                found[name] = tensor
+                path = name.rpartition(".")[0]
+                # usually a module fills its own buffers; sometimes the model around it does
+                while found[name].is_meta:
+                    found.update(_recompute(self.model, path))
+                    if not path:
+                        break
+                    path = path.rpartition(".")[0]
             else:
                 found[name] = tensor
         for name in names:
@@ -88,38 +93,30 @@ def _non_persistent(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield (f"{path}.{name}" if path else name), module
 
 
-def _recompute(model: PreTrainedModel, owner_path: str) -> dict[str, Tensor]:
-    """The non-persistent buffers of one module, by full name; those that stay unset are left on meta."""
-    owner = model.get_submodule(owner_path)
-    memo: dict[int, object] = {}
-    for _, tensor in named_tensors(owner):
-        memo[id(tensor)] = tensor  # nothing is written to these: they are flagged as initialised below
-    fresh = {name: torch.zeros_like(owner._buffers[name], device="cpu") for name in owner._non_persistent_buffers_set}
-    memo.update({id(owner._buffers[name]): value for name, value in fresh.items()})
-    shell = copy.copy(owner)
-    shell.__dict__ = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(owner).items()}
-    shell._parameters = {
-        name: None if parameter is None else _Untouchable.of(parameter) for name, parameter in owner._parameters.items()
-    }
-    shell._buffers = {**owner._buffers, **fresh}
+def _recompute(model: PreTrainedModel, path: str) -> dict[str, Tensor]:
+    """The non-persistent buffers that the module's own initialisation sets, in it or below it, by full name."""
+    module = model.get_submodule(path)
+    prefix = f"{path}." if path else ""
+    fresh: dict[str, Tensor] = {}
+    memo: dict[int, object] = {id(tensor): _untouchable(tensor) for _, tensor in named_tensors(module)}
+    for name, owner in _non_persistent(module):
+        buffer = owner._buffers[name.rpartition(".")[2]]
+        assert buffer is not None
+        fresh[name] = torch.zeros_like(buffer, device="cpu")
+        memo[id(buffer)] = fresh[name]
+    shell = copy.deepcopy(module, memo)
     versions = {name: value._version for name, value in fresh.items()}
     with torch.no_grad(), torch.device("cpu"):
-        _nearest_pretrained(model, owner_path)._init_weights(shell)
-    prefix = f"{owner_path}." if owner_path else ""
-    return {
-        prefix + name: shell._buffers[name] if value._version != versions[name] else owner._buffers[name]
-        for name, value in fresh.items()
-    }
+        _nearest_pretrained(model, path)._init_weights(shell)
+    return {prefix + name: value for name, value in fresh.items() if value._version != versions[name]}
 
 
-class _Untouchable:
-    """Meta stand-ins for parameters, flagged so that transformers' initialisation skips them."""
-
-    @staticmethod
-    def of(parameter: Tensor) -> nn.Parameter:
-        stand_in = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
-        stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
-        return stand_in
+def _untouchable(tensor: Tensor) -> Tensor:
+    """A stand-in on meta, flagged so that transformers' initialisation skips it."""
+    empty = torch.empty_like(tensor, device="meta")
+    stand_in = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
+    return stand_in
 
 
 def _nearest_pretrained(model: PreTrainedModel, path: str) -> PreTrainedModel:

@@ -1,12 +1,10 @@
 """The sizes for which a trace holds are read off its guards."""
 
-import pytest
 import sympy
 from torch.utils._sympy.functions import FloorDiv, Mod
 
 from partitioner.capture import capture
 from partitioner.capture.limits import interval
-from partitioner.errors import CaptureError
 from partitioner.mesh import Mesh
 from tests import zoo
 from tests.survey import difference
@@ -18,6 +16,7 @@ CHUNKS = FloorDiv(s + Mod(64 - Mod(s, 64), 64), 64)
 def test_one_chunk_ends_where_the_second_begins() -> None:
     assert interval([sympy.Eq(CHUNKS, 1)], s, 37, {b: 3}) == (1, 64)
     assert interval([sympy.Eq(CHUNKS, 3)], s, 150, {}) == (129, 192)
+    assert interval([sympy.Eq(s, 37)], s, 37, {}) == (37, 37)
 
 
 def test_thresholds() -> None:
@@ -34,9 +33,3 @@ def test_a_table_of_positions_limits_the_length() -> None:
     program = capture(model, mesh=Mesh.of())
     assert difference(model, program, ids, lifted=True) < 1e-10
     assert program.notes == ["sequence from 1 to 256"]
-
-
-def test_one_size_only_is_refused() -> None:
-    model, _ = zoo.tiny("xlstm")
-    with pytest.raises(CaptureError, match=r"what it decides at 37 it does not at 38 or 36.*length=N"):
-        capture(model, mesh=Mesh.of())

@@ -43,7 +43,7 @@ def test_a_buffer_that_nobody_initialises_is_an_error() -> None:
 
 def test_a_constant_without_a_value_is_an_error() -> None:
     check_constant("constants.x", torch.zeros(2))
-    with pytest.raises(CaptureError, match="constants.x"):
+    with pytest.raises(CaptureError, match=r"constants\.x"):
         check_constant("constants.x", torch.zeros(2, device="meta"))
 
 
