@@ -5,9 +5,9 @@
     w * (x * rsqrt(mean(x ** 2) + eps))                               ->  rms_norm(x, [n], w, eps)
     cat([-x[h:], x[:h]]) * s                                          ->  roll(x, -h) * cat([-s[:n-h], s[n-h:]])
 
-The third is a norm written out; the last is how rotary embeddings turn halves of a head. What it makes of `s` is made once
-for all layers, where before each layer cut, negated and joined its own queries and keys. A norm that goes through float32
-keeps doing so. RMSNorm: arXiv:1910.07467, section 3; rotary embedding: arXiv:2104.09864, section 3.4.2.
+The third is a norm written out, which keeps its detour through float32 if it has one. The last is how rotary embeddings
+turn halves of a head: what becomes of `s` is computed once for all layers, where each layer had cut, negated and joined
+its own queries and keys. RMSNorm: arXiv:1910.07467, section 3; rotary embedding: arXiv:2104.09864, section 3.4.2.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _fuse_norm(node: fx.Node) -> None:
 
 
 def _root_mean_square(node: fx.Node) -> tuple[fx.Node, float] | None:
-    """x and eps where `node` is x * rsqrt(mean(x ** 2) + eps) over its last dim."""
+    """The x and eps where `node` is x * rsqrt(mean(x ** 2) + eps) over its last dim."""
     for root in node.args:
         x = _other_factor(node, root)
         added = _operand(root, aten.rsqrt)
@@ -195,7 +195,7 @@ def _fuse_rotation(node: fx.Node, scales: dict[tuple[fx.Node, int], fx.Node]) ->
 
 
 def _turned(node: fx.Node) -> tuple[fx.Node, int] | None:
-    """x and h where `node` is cat([-x[.., h:], x[.., :h]])."""
+    """The x and h where `node` is cat([-x[.., h:], x[.., :h]])."""
     if node.op != "call_function" or operation(node) is not aten.cat:
         return None
     a = arguments(node)
@@ -210,7 +210,7 @@ def _turned(node: fx.Node) -> tuple[fx.Node, int] | None:
 
 
 def _part(node: fx.Node | None) -> tuple[fx.Node, int, int] | None:
-    """x, start and stop where `node` is x[.., start:stop], cut by itself or as one of several pieces."""
+    """The x, start and stop where `node` is x[.., start:stop], cut by itself or as one of several pieces."""
     if node is None or node.op != "call_function":
         return None
     if node.target is operator.getitem:

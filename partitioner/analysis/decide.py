@@ -9,7 +9,6 @@ Keeping the *earliest* source whole brings the alternation of column- and row-pa
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -162,27 +161,23 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
     Of sites that share weights only the earliest weight is reported: keeping it whole may bring the others right.
     """
     ranks = program.mesh.size(axis)
+    offences = _offences(labels, ranks)
+    if offences:
+        return _earliest(offences)
     cost = _Cost(program, labels)
-    order = {name: i for i, name in enumerate(labels.starts)}
     owned: dict[int, int] = {}
     columns: dict[str, tuple[int, Split]] = {}
     sized = []
-    offences: list[tuple[int, frozenset[str], _Offence]] = []
     for site in labels.sites:
         ids, inverse = _distinct_in_order(site.ids)
         atoms = [labels.lattice.labels(i) for i in ids]
-        sized.append((-max((cost.size(atom) for atom in atoms), default=0), site, ids, atoms, inverse))
-    for _, site, ids, atoms, inverse in sorted(sized, key=lambda s: s[0]):
-        count = sum(map(bool, atoms))
-        if count < ranks:
-            names = labels.weights_of(ids)
-            first = min(names, key=lambda name: order.get(name, 0))
-            offences.append((order.get(first, 0), names, _offence(site, labels, first, names, count, ranks)))
-            continue
+        sized.append((-max((cost.size(atom) for atom in atoms), default=0), site, atoms, inverse))
+    for _, site, atoms, inverse in sorted(sized, key=lambda s: s[0]):
         places = _assign(site, atoms, inverse, owned, ranks, cost, program)
         for atom, rank in zip(atoms, places.atoms, strict=True):
             for label in atom:
-                for member in (label, *cost.group(label)):
+                owned[label] = owned.get(label, 0) | 1 << rank
+                for member in cost.group(label):
                     owned[member] = owned.get(member, 0) | 1 << rank
         if site.weight is not None:
             sets = tuple(
@@ -191,8 +186,6 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
             columns_of = (site.weight.dim, Split((axis,), sets))
             if columns.setdefault(site.weight.name, columns_of) != columns_of:
                 return [_Offence(site.weight.name, "is contracted twice, in ways that cannot be split alike")]
-    if offences:
-        return _earliest(offences)
     splits = dict(columns)
     for (name, dim), base in labels.bases.items():
         size = program.weights[name].shape[dim]
@@ -201,6 +194,19 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
         if splits.setdefault(name, (dim, rows)) != (dim, rows):
             return [_Offence(name, "has two uses that cannot be split alike")]
     return splits
+
+
+def _offences(labels: Labels, ranks: int) -> list[tuple[int, frozenset[str], _Offence]]:
+    """Sites with fewer atoms than ranks: the place of their first weight, all their weights, and what to report."""
+    order = {name: i for i, name in enumerate(labels.starts)}
+    found = []
+    for site in labels.sites:
+        ids = [i for i in site.ids.unique().tolist() if i]
+        if len(ids) < ranks:
+            names = labels.weights_of(ids)
+            first = min(names, key=lambda name: order.get(name, 0))
+            found.append((order.get(first, 0), names, _offence(site, labels, first, names, len(ids), ranks)))
+    return found
 
 
 def _earliest(offences: list[tuple[int, frozenset[str], _Offence]]) -> list[_Offence]:
@@ -220,25 +226,26 @@ class _Cost:
 
     def __init__(self, program: Program, labels: Labels) -> None:
         self.lattice = labels.lattice
-        starts = sorted((base, name, dim) for (name, dim), base in labels.bases.items())
-        self._firsts = [base for base, _, _ in starts]
-        shapes = [(program.weights[name], dim) for _, name, dim in starts]
-        self._bytes = [weight.bytes / max(weight.shape[dim], 1) for weight, dim in shapes]
-        self._known: dict[int, float] = {}
+        self._bytes: list[float] = []
+        """By label."""
+        for (name, dim), _ in sorted(labels.bases.items(), key=lambda item: item[1]):
+            weight = program.weights[name]
+            self._bytes += [weight.bytes / max(weight.shape[dim], 1)] * weight.shape[dim]
+        self._groups: dict[int, float] = {}
 
     def __call__(self, label: int) -> float:
-        if label not in self._known:
-            members = self.lattice.members(label)
-            self._known[label] = sum(self._bytes[bisect_right(self._firsts, member) - 1] for member in members)
-        return self._known[label]
+        if label < len(self._bytes):
+            return self._bytes[label]
+        if label not in self._groups:
+            self._groups[label] = sum(map(self, self.lattice.members(label)))
+        return self._groups[label]
 
     def group(self, label: int) -> frozenset[int]:
         """A group's members; nothing for other labels."""
-        members = self.lattice.members(label)
-        return frozenset() if label in members else members
+        return self.lattice.members(label) if label >= len(self._bytes) else frozenset()
 
     def size(self, atom: Atom) -> int:
-        return sum(len(self.lattice.members(label)) for label in atom)
+        return sum(1 if label < len(self._bytes) else len(self.lattice.members(label)) for label in atom)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ class Lattice:
         self._sets: list[frozenset[int]] = []
         self._ids: dict[frozenset[int], int] = {}
         self._unions: dict[tuple[int, int], int] = {}
+        self._reduced: dict[frozenset[int], int] = {}
         self._members: list[frozenset[int]] = []
         self._groups: dict[frozenset[int], int] = {}
 
@@ -90,8 +91,8 @@ class Lattice:
         return labels + 1
 
     def _intern(self, labels: frozenset[int]) -> int:
-        if len(labels) == 1:
-            return next(iter(labels)) + 1
+        if len(labels) <= 1:
+            return next(iter(labels)) + 1 if labels else 0
         known = self._ids.get(labels)
         if known is None:
             known = self._ids[labels] = _COMPOSITE + len(self._sets)
@@ -110,6 +111,8 @@ class Lattice:
 
     def _absorbed(self, labels: frozenset[int]) -> frozenset[int]:
         """Without what a group among them stands for already."""
+        if not labels or max(labels) < _GROUP:
+            return labels
         groups = [label for label in labels if label >= _GROUP]
         for group in groups:
             inside = self._members[group - _GROUP]
@@ -166,24 +169,24 @@ class Lattice:
 
     def reduce(self, ids: Tensor, dims: list[int]) -> Tensor:
         """Union along `dims`, which keep size 1; large sets become groups."""
-        before = ids
-        for dim in dims:
-            ids = ids.narrow(dim, 0, 1) if ids.stride(dim) == 0 and ids.shape[dim] else ids
-            while ids.shape[dim] > 1:
-                half, odd = divmod(ids.shape[dim], 2)
-                rest = ids.narrow(dim, 2 * half, odd)
-                ids = self.merge(ids.narrow(dim, 0, half), ids.narrow(dim, half, half))
-                if odd:
-                    ids = torch.cat([ids, rest], dim)
-            if not ids.shape[dim]:
-                ids = ids.new_zeros([1 if d == dim else size for d, size in enumerate(ids.shape)])
-        return ids if ids is before else self._grouped(ids)
-
-    def _grouped(self, ids: Tensor) -> Tensor:
+        kept_shape = [1 if dim in dims else size for dim, size in enumerate(ids.shape)]
+        if all(ids.shape[dim] == 1 for dim in dims):
+            return ids
+        if 0 in ids.shape:
+            return ids.new_zeros(kept_shape)
         small = compact(ids)
-        found, places = torch.unique(small, return_inverse=True)
-        exchanged = [self._as_group(identity) for identity in found.tolist()]
-        return torch.tensor(exchanged, dtype=torch.int64)[places].expand(ids.shape)
+        kept = [dim for dim in range(ids.ndim) if dim not in dims]
+        rows = small.permute([*kept, *dims]).reshape([*(small.shape[dim] for dim in kept), -1])
+        found = [self._union_of(frozenset(row)) for row in rows.reshape(-1, rows.shape[-1]).tolist()]
+        merged = torch.tensor(found, dtype=torch.int64)
+        return merged.view([1 if dim in dims else small.shape[dim] for dim in range(ids.ndim)]).expand(kept_shape)
+
+    def _union_of(self, identities: frozenset[int]) -> int:
+        known = self._reduced.get(identities)
+        if known is None:
+            labels = frozenset().union(*map(self.labels, identities))
+            known = self._reduced[identities] = self._as_group(self._intern(self._absorbed(labels)))
+        return known
 
     def _as_group(self, identity: int) -> int:
         labels = self.labels(identity)

@@ -5,7 +5,12 @@ Non-strict export runs the model's Python on fake tensors and records the ops (t
 
 from __future__ import annotations
 
+import contextlib
+import io
+import sys
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,11 +74,11 @@ def export(
     twin: PreTrainedModel, example: Mapping[str, Tensor], kinds: list[MaskKind | None], *, static: bool
 ) -> ExportedProgram:
     masks = _Masks(kinds)
-    # one symbol each for all inputs: the same size is proved equal by the model's own arithmetic
     dims = {0: Dim.DYNAMIC} if static else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    said = io.StringIO()  # on failure torch prints the graph so far, thousands of lines
     try:
-        with installed(masks), torch.no_grad():
-            return torch.export.export(
+        with installed(masks), torch.no_grad(), contextlib.redirect_stderr(said):
+            exported = torch.export.export(
                 _Traced(twin, tuple(example)),
                 # a failed export leaves marks on its inputs
                 tuple(tensor.clone() for tensor in example.values()),
@@ -84,13 +89,34 @@ def export(
         raise
     except Exception as error:
         raise CaptureError(_explain(twin, error, static=static)) from error
+    sys.stderr.write(said.getvalue())
+    if masks.asked < len(kinds):
+        raise CaptureError(
+            f"cannot capture {type(twin).__name__}: it asked for {len(kinds)} masks in a plain run and {masks.asked} in "
+            "the trace, so which is which is unknown"
+        )
+    return exported
 
 
 def _explain(twin: PreTrainedModel, error: Exception, *, static: bool) -> str:
     reason = " ".join(str(error).split())[:1500]
-    advice = (
-        "the model decides something in Python on a value that only real weights have"
-        if static
-        else "capture(..., length=N) captures it for prompts of exactly N tokens, if that is enough"
+    if static or "data-dependent" in reason:
+        advice = "the model decides something in Python on a value that only real weights have; no length helps"
+    else:
+        advice = "capture(..., length=N) captures it for prompts of exactly N tokens, if that is enough"
+    where = _where(twin, error)
+    return (
+        f"cannot capture {type(twin).__name__}{where}: torch.export failed with {type(error).__name__}: "
+        f"{reason}\n{advice}"
     )
-    return f"cannot capture {type(twin).__name__}: torch.export failed with {type(error).__name__}: {reason}\n{advice}"
+
+
+def _where(twin: PreTrainedModel, error: Exception) -> str:
+    """The innermost module of the model that was running, and its line."""
+    paths = {id(module): path for path, module in twin.named_modules()}
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        running = frame.f_locals.get("self")
+        if isinstance(running, nn.Module) and paths.get(id(running)):
+            found = f", at {paths[id(running)]} ({Path(frame.f_code.co_filename).name}:{line})"
+    return found
