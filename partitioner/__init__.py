@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from partitioner.compile import partition
     from partitioner.errors import (
         CaptureError,
         CommunicationError,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
         RankMismatch,
         WeightError,
     )
-    from partitioner.compile import partition
     from partitioner.parts import Parts
     from partitioner.plan import Plan
 

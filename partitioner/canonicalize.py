@@ -1,7 +1,7 @@
 """Spellings made one: what a trace writes in several ways is written in one, so that each rule is needed once.
 
-    x[:, :, [4]] with a constant index    ->  reorder(x, [4], dim=2): a move, where indexing needs the whole dim
-    cat([x, y[.., 0 elements]], dim)      ->  x
+x[:, :, [4]] with a constant index    ->  reorder(x, [4], dim=2): a move, where indexing needs the whole dim
+cat([x, y[.., 0 elements]], dim)      ->  x
 """
 
 from __future__ import annotations

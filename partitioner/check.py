@@ -16,8 +16,8 @@ from torch import fx
 from partitioner.analysis.arguments import arguments, evaluate, node_values, operation
 from partitioner.analysis.infer import Layouts, disjoint
 from partitioner.analysis.moves import is_move
-from partitioner.analysis.notation import notation
 from partitioner.analysis.remember import Inferrer
+from partitioner.analysis.rules import notation
 from partitioner.errors import LayoutError
 from partitioner.layout import REPLICATED, IndexSet, Layout, Split
 from partitioner.program import Entry, Local, Program, Value
@@ -62,7 +62,9 @@ def _infer(program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer
         _require(node, source, layouts[source], wanted)
     if is_move(node) and any(layouts[n].split_dims for n, _ in found.requires):
         if not inferrer.moves_alike(node, layouts, found.outputs):
-            raise LayoutError(f"{_at(node)}: on some rank the move does not give {found.outputs[0]} of the whole result")
+            raise LayoutError(
+                f"{_at(node)}: on some rank the move does not give {found.outputs[0]} of the whole result"
+            )
     _check_integers(program, node, layouts)
     return found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs
 
@@ -91,7 +93,9 @@ def _all_reduce(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     source, axis = node.args[:2]
     layout: Layout = layouts[source]  # type: ignore[index]
     if axis not in layout.partial:
-        raise LayoutError(f"{_at(node)} sums {source} over {axis!r}, but it is {layout}: not a partial sum over that axis")
+        raise LayoutError(
+            f"{_at(node)} sums {source} over {axis!r}, but it is {layout}: not a partial sum over that axis"
+        )
     return Layout(layout.dims, layout.partial - {axis})
 
 
@@ -104,7 +108,9 @@ def _all_gather(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     if split is None or split.axes != (axis,) or layout.partial or any(axis in s.axes for s in others):
         raise LayoutError(f"{_at(node)} gathers dim {dim} of {source} over {axis!r}, but it is {layout}")
     if disjoint(split) != split or split.sizes != tuple(sizes):  # type: ignore[arg-type]
-        raise LayoutError(f"{_at(node)}: pieces of sizes {sizes} do not make up dim {dim} of {source}, which is {layout}")
+        raise LayoutError(
+            f"{_at(node)}: pieces of sizes {sizes} do not make up dim {dim} of {source}, which is {layout}"
+        )
     order = [i for owned in split.owned for i in owned.indices()]
     if order != sorted(order):
         users = list(node.users)
@@ -130,7 +136,9 @@ def _shard(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     for i, ranges in enumerate(entry.values):
         held = old.owned[i].indices() if old is not None else range(size)
         assert isinstance(ranges, tuple)
-        owned.append(IndexSet.of(held[j] for a_, b in zip(ranges[::2], ranges[1::2], strict=True) for j in range(a_, b)))
+        owned.append(
+            IndexSet.of(held[j] for a_, b in zip(ranges[::2], ranges[1::2], strict=True) for j in range(a_, b))
+        )
     return layout.with_dim(a["dim"], Split(entry.axes, tuple(owned)))
 
 
@@ -183,7 +191,11 @@ def _check_kv_map(program: Program, node: fx.Node, layouts: Layouts) -> None:
         return
     heads, kv_heads = a["q"].meta["val"].shape[1], a["k"].meta["val"].shape[1]
     via = dict(notation(node).operands[1].via).get("h") or tuple(range(heads))
-    entry = program.table[a["kv_map"].name] if isinstance(a["kv_map"], Local) else Entry(None, q.axes, (None,) * len(q.owned))
+    entry = (
+        program.table[a["kv_map"].name]
+        if isinstance(a["kv_map"], Local)
+        else Entry(None, q.axes, (None,) * len(q.owned))
+    )
     for i, mine in enumerate(q.owned):
         held = (k.owned[i] if k is not None else IndexSet.range(0, kv_heads)).indices()
         wanted = tuple(held.index(via[h]) for h in mine.indices())

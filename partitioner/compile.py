@@ -1,10 +1,10 @@
 """partition(model, plan): capture, analyse, rewrite, check; in that order and in one direction.
 
-    capture        the model becomes one Program
-    canonicalize   spellings made one
-    passes         those that the plan asks for, in the order of `BUILT_IN`, then the user's own
-    check          layouts inferred anew after every pass
-    report         what was split, what was not and why
+capture        the model becomes one Program
+canonicalize   spellings made one
+passes         those that the plan asks for, in the order of `BUILT_IN`, then the user's own
+check          layouts inferred anew after every pass
+report         what was split, what was not and why
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Protocol
 
 from transformers import PreTrainedModel
 
-import partitioner.analysis.runtime_rules  # noqa: F401 - the runtime ops' rows of the rule table
 from partitioner.canonicalize import canonicalize
 from partitioner.capture import capture
 from partitioner.check import check

@@ -1,14 +1,14 @@
 """The exceptions a user of partitioner can meet, as a tree.
 
-    PartitionerError
-    ├── PlanError            the plan asks for what this model or mesh cannot give (also a ValueError)
-    ├── CaptureError         the model could not be turned into one graph: where and why
-    ├── LayoutError          a value's layout is not what its user requires (a collective is missing, say)
-    ├── WeightError          a weight is missing, has no data (meta device) or the wrong shape or dtype
-    ├── InputError           the inputs given at run time do not fit the program (also a ValueError)
-    └── CommunicationError   what went wrong between ranks
-        ├── RankMismatch     ranks disagree on operation, shape or dtype; names both nodes
-        └── RankLost         another rank died, or did not answer before the deadline
+PartitionerError
+├── PlanError            the plan asks for what this model or mesh cannot give (also a ValueError)
+├── CaptureError         the model could not be turned into one graph: where and why
+├── LayoutError          a value's layout is not what its user requires (a collective is missing, say)
+├── WeightError          a weight is missing, has no data (meta device) or the wrong shape or dtype
+├── InputError           the inputs given at run time do not fit the program (also a ValueError)
+└── CommunicationError   what went wrong between ranks
+├── RankMismatch     ranks disagree on operation, shape or dtype; names both nodes
+└── RankLost         another rank died, or did not answer before the deadline
 """
 
 __all__ = [

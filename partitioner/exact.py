@@ -37,7 +37,7 @@ class ExactArithmetic(TorchFunctionMode):
 
 
 def in_float64(program: Program) -> Program:
-    """A copy of a captured float64 program whose casts to float32, and whose float32 buffers, are float64."""
+    """A copy of a captured program in which everything that is float32 is float64: casts, buffers, weights."""
 
     def value(found: Any) -> Any:
         if isinstance(found, Value):

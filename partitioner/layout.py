@@ -111,7 +111,9 @@ class Layout:
     partial: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.partial and not self.partial.isdisjoint(axis for dim in self.dims if dim is not None for axis in dim.axes):
+        if self.partial and not self.partial.isdisjoint(
+            axis for dim in self.dims if dim is not None for axis in dim.axes
+        ):
             raise LayoutError(f"no tensor is both split and a partial sum over one axis: {self}")
 
     @cached_property

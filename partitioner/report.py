@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from partitioner.analysis.arguments import node_values, operation
-from partitioner.analysis.notation import notation
 from partitioner.analysis.moves import is_move
+from partitioner.analysis.rules import notation
 from partitioner.layout import Layout
 from partitioner.program import Program, Weight
 from runtime.ops.collectives import COLLECTIVES
@@ -190,7 +190,11 @@ def _matrix_users(program: Program) -> dict[str, fx.Node]:
             source = operand.node
             while is_move(source) and source.all_input_nodes:
                 source = source.all_input_nodes[0]
-            if source.op == "get_attr" and notation(node).sums & set(operand.letters) and len(notation(node).operands) > 1:
+            if (
+                source.op == "get_attr"
+                and notation(node).sums & set(operand.letters)
+                and len(notation(node).operands) > 1
+            ):
                 found.setdefault(str(source.target), node)
     return found
 

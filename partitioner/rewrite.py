@@ -55,7 +55,9 @@ class Rewriter:
     def complete(self, node: fx.Node, axes: frozenset[str]) -> None:
         """All-reduces what `node` yields, for every user."""
         if not isinstance(node.meta["val"], Value):
-            raise LayoutError(f"{node.name} yields several tensors that are partial sums over {sorted(axes)}: not supported")
+            raise LayoutError(
+                f"{node.name} yields several tensors that are partial sums over {sorted(axes)}: not supported"
+            )
         users = list(node.users)
         reduced = node
         for axis in sorted(axes):

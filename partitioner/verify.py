@@ -31,7 +31,17 @@ from partitioner.plan import Plan
 from partitioner.report import Report
 from runtime.launch import launch
 
-__all__ = ["Case", "Outcome", "compiled", "dtype_named", "explain", "outcomes_of", "parse_lengths", "verify", "verify_in_processes"]
+__all__ = [
+    "Case",
+    "Outcome",
+    "compiled",
+    "dtype_named",
+    "explain",
+    "outcomes_of",
+    "parse_lengths",
+    "verify",
+    "verify_in_processes",
+]
 
 _BATCH = 2
 

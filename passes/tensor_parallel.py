@@ -20,8 +20,8 @@ from torch import fx
 from partitioner.analysis.arguments import arguments, node_values, operation
 from partitioner.analysis.decide import Decisions, decide
 from partitioner.analysis.localise import Scaled
-from partitioner.analysis.notation import notation
 from partitioner.analysis.placement import Placement, Unplaceable, place
+from partitioner.analysis.rules import notation
 from partitioner.errors import PlanError
 from partitioner.layout import REPLICATED, IndexSet, Layout, Split
 from partitioner.program import Entry, Program
@@ -58,7 +58,12 @@ class TensorParallel:
         compress = True
         while True:
             decisions = decide(
-                program, self.axis, keep_whole=dict(self.keep_whole), together=together, partial=partial, compress=compress
+                program,
+                self.axis,
+                keep_whole=dict(self.keep_whole),
+                together=together,
+                partial=partial,
+                compress=compress,
             )
             if partial is None:
                 partial = _reduce_in_parts(program, decisions.partial)
@@ -163,7 +168,7 @@ class _Rewriting(Rewriter):
         a = arguments(node)
         q, k = (self.layouts[a[name]].dims[1] for name in ("q", "k"))
         via = dict(notation(node).operands[1].via).get("h")
-        if q is None or via is None and q == k:
+        if q is None or (via is None and q == k):
             return
         heads = a["q"].meta["val"].shape[1]
         via = via or tuple(range(heads))
@@ -213,5 +218,3 @@ def _sizes(split: Split) -> str:
 
 def _as_partial(layout: Any, axes: frozenset[str]) -> Any:
     return Layout(layout.dims, axes) if isinstance(layout, Layout) else tuple(Layout(x.dims, axes) for x in layout)
-
-

@@ -71,7 +71,9 @@ class _Search:
         self.order = {str(n.target): i for i, n in reversed(list(enumerate(program.graph.nodes))) if n.op == "get_attr"}
 
     def labels(self, pinned: dict[str, str], partial: frozenset[str]) -> Labels:
-        run = LabelRun(self.program, self.ranks, pinned=pinned.keys(), partial=partial, together=self.together, rules=self.rules)
+        run = LabelRun(
+            self.program, self.ranks, pinned=pinned.keys(), partial=partial, together=self.together, rules=self.rules
+        )
         for step in self.blocks.steps():
             if isinstance(step, fx.Node):
                 run.run([step])
@@ -180,9 +182,7 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
                 for member in cost.group(label):
                     owned[member] = owned.get(member, 0) | 1 << rank
         if site.weight is not None:
-            sets = tuple(
-                IndexSet.of(site.weight.indices[places.indices == rank].tolist()) for rank in range(ranks)
-            )
+            sets = tuple(IndexSet.of(site.weight.indices[places.indices == rank].tolist()) for rank in range(ranks))
             columns_of = (site.weight.dim, Split((axis,), sets))
             if columns.setdefault(site.weight.name, columns_of) != columns_of:
                 return [_Offence(site.weight.name, "is contracted twice, in ways that cannot be split alike")]
@@ -255,7 +255,13 @@ class _Places:
 
 
 def _assign(
-    site: Site, atoms: list[Atom], inverse: torch.Tensor, owned: dict[int, int], ranks: int, cost: _Cost, program: Program
+    site: Site,
+    atoms: list[Atom],
+    inverse: torch.Tensor,
+    owned: dict[int, int],
+    ranks: int,
+    cost: _Cost,
+    program: Program,
 ) -> _Places:
     """The rank of each atom: where a coarser site has put its sources already, else by load."""
     counts = torch.bincount(inverse, minlength=len(atoms)).tolist()
@@ -315,7 +321,9 @@ def _offence(site: Site, labels: Labels, weight: str, names: frozenset[str], cou
         if names & collapse.weights:
             return _Offence(weight, _collapsed(collapse), collapse, (site.node,))
     groups = "1 group" if count == 1 else f"{count} groups"
-    return _Offence(weight, f"only {groups} of indices can be told apart at {where}, for {ranks} ranks", None, (site.node,))
+    return _Offence(
+        weight, f"only {groups} of indices can be told apart at {where}, for {ranks} ranks", None, (site.node,)
+    )
 
 
 def decide(

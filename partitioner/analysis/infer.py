@@ -20,7 +20,8 @@ from torch import Tensor, fx
 from partitioner.analysis.arguments import arguments, evaluate, map_nodes, node_values, operation, shape_at
 from partitioner.analysis.lattice import compact
 from partitioner.analysis.moves import run_move
-from partitioner.analysis.notation import Notation, Operand, notation
+from partitioner.analysis.notation import Notation, Operand
+from partitioner.analysis.rules import notation
 from partitioner.layout import REPLICATED, IndexSet, Layout, Split
 from partitioner.program import Program, Value
 
@@ -86,7 +87,10 @@ def infer_compute(node: fx.Node, layouts: Layouts) -> Inference:
             partial |= set(split.axes)
     sums = _sum_operands(rule, layouts, splits) if partial else set()
     requires = tuple(
-        (o.node, Layout(tuple(_dim_split(o, letter, splits) for letter in o.letters), partial if i in sums else frozenset()))
+        (
+            o.node,
+            Layout(tuple(_dim_split(o, letter, splits) for letter in o.letters), partial if i in sums else frozenset()),
+        )
         for i, o in enumerate(rule.operands)
     )
     outputs = tuple(
@@ -110,7 +114,11 @@ def _one_per_axis(rule: Notation, layouts: Layouts, splits: dict[str, Split | No
         if len(split_letters) < 2:
             continue
         together = any(
-            all(splits[n] == own for n, own in zip(o.letters, _layout(layouts, o.node).dims, strict=True) if n in split_letters)
+            all(
+                splits[n] == own
+                for n, own in zip(o.letters, _layout(layouts, o.node).dims, strict=True)
+                if n in split_letters
+            )
             and split_letters <= set(o.letters)
             and not o.via
             for o in rule.operands

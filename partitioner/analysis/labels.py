@@ -21,7 +21,8 @@ from partitioner.analysis.arguments import evaluate, map_nodes, node_values, sha
 from partitioner.analysis.label_state import Collapse, Labels, Site, WeightSlice, WeightState
 from partitioner.analysis.lattice import Ids, Lattice, compact
 from partitioner.analysis.moves import is_move, run_move
-from partitioner.analysis.notation import Letters, Notation, Operand, notation
+from partitioner.analysis.notation import Letters, Notation, Operand
+from partitioner.analysis.rules import notation
 from partitioner.program import Program, Value
 
 __all__ = ["LabelRun"]
@@ -39,7 +40,13 @@ class LabelRun:
     """
 
     def __init__(
-        self, program: Program, ranks: int, *, pinned: Set[str], partial: Set[str], together: Mapping[str, int],
+        self,
+        program: Program,
+        ranks: int,
+        *,
+        pinned: Set[str],
+        partial: Set[str],
+        together: Mapping[str, int],
         rules: dict[fx.Node, Notation],
     ) -> None:
         self.program, self.ranks, self.pinned, self.partial, self.together = program, ranks, pinned, partial, together
@@ -96,7 +103,9 @@ class LabelRun:
             found = [self._move_terms(node, i) for i in range(rounds)]
         except (RuntimeError, IndexError, ValueError):  # sizes that depend on data: nothing is known of the result
             return self._mixed(node)
-        joined = tuple(self.labels.lattice.join(*(Ids((term,)) for term in terms)) for terms in zip(*found, strict=True))
+        joined = tuple(
+            self.labels.lattice.join(*(Ids((term,)) for term in terms)) for terms in zip(*found, strict=True)
+        )
         return joined[0] if isinstance(node.meta["val"], Value) else joined
 
     def _move_terms(self, node: fx.Node, i: int) -> list[Tensor]:
@@ -171,7 +180,9 @@ class LabelRun:
         for letter in sorted(rule.sums):
             if self._end(node, letter, labelled, weights):
                 return None if single else (None,) * len(values)
-        merged = [self._merged(rule, labelled, outputs, value) for outputs, value in zip(rule.outputs, values, strict=True)]
+        merged = [
+            self._merged(rule, labelled, outputs, value) for outputs, value in zip(rule.outputs, values, strict=True)
+        ]
         self._note_collapse(node, rule, labelled, merged[0])
         return merged[0] if single else tuple(merged)
 
@@ -182,7 +193,9 @@ class LabelRun:
             return None
         at = operand.letters.index(letter)
         for dim, indices in enumerate(state.indices):
-            vector = indices[tuple(slice(None) if i == at else 0 for i in range(indices.ndim))] if indices.numel() else None
+            vector = (
+                indices[tuple(slice(None) if i == at else 0 for i in range(indices.ndim))] if indices.numel() else None
+            )
             if vector is None or (vector.numel() > 1 and int(vector[0]) == int(vector[-1])):
                 continue
             view = [-1 if i == at else 1 for i in range(indices.ndim)]

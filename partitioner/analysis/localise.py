@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from partitioner.analysis.arguments import arguments, evaluate, map_nodes, node_values, operation, shape_at
 from partitioner.analysis.infer import Layouts
 from partitioner.analysis.moves import MOVES, run_move
-from partitioner.layout import Layout, Split
+from partitioner.layout import Layout
 from partitioner.program import Entry, Local, Program, Value
 from runtime.ops.local import reorder
 
@@ -59,9 +59,7 @@ def localise(program: Program, node: fx.Node, layouts: Layouts, outputs: tuple[L
     a = arguments(node)
     if op is aten.unflatten:
         dim = a["dim"] % len(node_values(node)[0].shape)
-        return _sizes(
-            program, node, outputs[0], a["sizes"], lambda sizes: (a["self"], a["dim"], sizes), offset=dim
-        )
+        return _sizes(program, node, outputs[0], a["sizes"], lambda sizes: (a["self"], a["dim"], sizes), offset=dim)
     if op is aten.repeat_interleave and a.get("output_size") is not None:
         return Localised(aten.repeat_interleave.self_int, (a["self"], a["repeats"], a["dim"]), {})
     if "dim" not in a or op in (aten.unsqueeze, aten.cat, aten.stack, aten.repeat_interleave, operator.getitem):
@@ -136,7 +134,12 @@ def _ones(program: Program) -> dict[Any, int]:
 
 
 def _sizes(
-    program: Program, node: fx.Node, output: Layout, sizes: Any, build: Callable[[Any], tuple[Any, ...]], offset: int = 0
+    program: Program,
+    node: fx.Node,
+    output: Layout,
+    sizes: Any,
+    build: Callable[[Any], tuple[Any, ...]],
+    offset: int = 0,
 ) -> Localised | None:
     """Sizes of split dims made local, those of the others left."""
     value = node_values(node)[0]
@@ -193,7 +196,9 @@ def moves_alike(
         def integer(n: fx.Node, coordinates: Mapping[str, int] = coordinates) -> int:
             return _integer(program, n, symbols, coordinates)
 
-        def argument(value: Any, mine: dict[fx.Node, Tensor] = mine, coordinates: Mapping[str, int] = coordinates) -> Any:
+        def argument(
+            value: Any, mine: dict[fx.Node, Tensor] = mine, coordinates: Mapping[str, int] = coordinates
+        ) -> Any:
             if isinstance(value, Scaled):
                 local = program.at(value.local, coordinates)
                 return evaluate(value.node.meta["val"], symbols) // value.whole * local
@@ -265,11 +270,13 @@ def _integer(program: Program, node: fx.Node, symbols: Mapping[Any, int], coordi
     if node.op == "call_function" and node.target in _ARITHMETIC:
         args = fx.node.map_aggregate(
             node.args,
-            lambda v: _integer(program, v, symbols, coordinates)
-            if isinstance(v, fx.Node)
-            else program.at(v, coordinates)
-            if isinstance(v, Local)
-            else v,
+            lambda v: (
+                _integer(program, v, symbols, coordinates)
+                if isinstance(v, fx.Node)
+                else program.at(v, coordinates)
+                if isinstance(v, Local)
+                else v
+            ),
         )
         return int(node.target(*args))  # type: ignore[operator]
     return evaluate(node.meta["val"], symbols)

@@ -15,8 +15,8 @@ from partitioner.analysis.arguments import evaluate, node_values
 from partitioner.analysis.infer import Inference, Layouts
 from partitioner.analysis.localise import Localised
 from partitioner.analysis.moves import is_move
-from partitioner.analysis.notation import notation
 from partitioner.analysis.remember import Inferrer
+from partitioner.analysis.rules import notation
 from partitioner.layout import REPLICATED, Layout
 from partitioner.program import Program, Value
 

@@ -164,6 +164,11 @@ class Builder:
             return args[0][args[1]]
         if self._changes_nothing(node):
             return args[0]
+        if target is aten.copy.default and _same_shape(node.args[1], node):
+            # all of it is overwritten: only the dtype of what was there remains
+            if node.args[1].meta["val"].dtype == node.meta["val"].dtype:
+                return args[1]
+            target, args, kwargs = aten.to.dtype, (args[1], node.meta["val"].dtype), {}
         return self._put(node, self._emit(node, target, args, kwargs))
 
     def _emit(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
@@ -190,9 +195,7 @@ class Builder:
             whole = node.args[0].meta["val"].shape[dim]
             return start in (0, None) and (end in (_END, None) or _equal(end, whole)) and step == 1
         if target in _IF_UNCHANGED:
-            before, after = node.args[0].meta["val"], node.meta["val"]
-            same_shape = len(before.shape) == len(after.shape) and all(map(_equal, before.shape, after.shape))
-            return before.dtype == after.dtype and same_shape
+            return _same_shape(node.args[0], node) and node.args[0].meta["val"].dtype == node.meta["val"].dtype
         return False
 
     def _note_assert(self, node: fx.Node) -> None:
@@ -254,6 +257,11 @@ def path_of(node: fx.Node) -> str:
         return ""
     path: str = list(stack.values())[-1][0]
     return path.removeprefix("L['self'].").removeprefix(WRAPPER).removeprefix(".")
+
+
+def _same_shape(one: Any, other: Any) -> bool:
+    shapes = one.meta["val"].shape, other.meta["val"].shape
+    return len(shapes[0]) == len(shapes[1]) and all(map(_equal, *shapes))
 
 
 def _equal(a: Any, b: Any) -> bool:

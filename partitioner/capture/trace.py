@@ -92,8 +92,8 @@ def export(
     sys.stderr.write(said.getvalue())
     if masks.asked < len(kinds):
         raise CaptureError(
-            f"cannot capture {type(twin).__name__}: it asked for {len(kinds)} masks in a plain run and {masks.asked} in "
-            "the trace, so which is which is unknown"
+            f"cannot capture {type(twin).__name__}: it asked for {len(kinds)} masks in a plain run and for "
+            f"{masks.asked} in the trace, so which is which is unknown"
         )
     return exported
 

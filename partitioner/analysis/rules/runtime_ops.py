@@ -1,4 +1,4 @@
-"""The rows of the notation table for the ops that our own runtime adds: attention, routed experts, look-ups, collectives."""
+"""The ops that our own runtime adds: attention, routed experts, the look-up over a split table."""
 
 from __future__ import annotations
 
@@ -6,25 +6,18 @@ from typing import Any
 
 from torch import fx
 
-from partitioner.analysis.notation import (
-    Letters,
-    Notation,
-    Operand,
-    grouped_attention,
-    is_tensor,
-    letters,
-    mask_operand,
-    rule,
-    value_of,
-)
+from partitioner.analysis.notation import Letters, Notation, Operand, Rules, is_tensor, letters, value_of
+from partitioner.analysis.rules.contractions import grouped_attention, mask_operand
 from partitioner.program import Local
 from runtime.ops.attention import attention
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 from runtime.ops.mask import attention_mask
 
+RULES = Rules()
 
-@rule(attention)
+
+@RULES.of(attention)
 def _attention(node: fx.Node, a: dict[str, Any]) -> Notation:
     extras = []
     if is_tensor(a.get("mask")):
@@ -32,34 +25,36 @@ def _attention(node: fx.Node, a: dict[str, Any]) -> Notation:
     if is_tensor(a.get("sinks")):
         shape = value_of(a["sinks"]).shape
         heads = value_of(node).shape[1]
-        names: Letters = ("h",) if len(shape) == 1 else tuple(n if s == heads and n == "h" else None for n, s in zip("bhst", shape, strict=True))
+        names: Letters = (
+            ("h",)
+            if len(shape) == 1
+            else tuple(n if s == heads and n == "h" else None for n, s in zip("bhst", shape, strict=True))
+        )
         extras.append(Operand(a["sinks"], names))
     kv_map = a.get("kv_map")
     return grouped_attention(a["q"], a["k"], a["v"], extras, None if isinstance(kv_map, Local) else kv_map)
 
 
-@rule(attention_mask)
+@RULES.of(attention_mask)
 def _attention_mask(node: fx.Node, a: dict[str, Any]) -> Notation:
     return Notation((), (letters(len(value_of(node).shape), "out"),))
 
 
-@rule(vocab_parallel_embedding)
+@RULES.of(vocab_parallel_embedding)
 def _vocab_parallel_embedding(node: fx.Node, a: dict[str, Any]) -> Notation:
     lead = letters(len(value_of(a["ids"]).shape))
     operands = (Operand(a["ids"], lead), Operand(a["weight"], ("v", "h")))
     return Notation(operands, ((*lead, "h"),), sums=frozenset("v"), terms=(frozenset((1,)),))
 
 
-@rule(expert_dispatch)
+@RULES.of(expert_dispatch)
 def _expert_dispatch(node: fx.Node, a: dict[str, Any]) -> Notation:
     """Rows are tokens in another order: only the hidden dim runs through."""
     operands = (Operand(a["hidden"], ("t", "h")), Operand(a["index"], ("u", "k")))
-    return Notation(
-        operands, (("rows", "h"), ("order",), ("experts",)), frozenset("tuk"), terms=(frozenset((0,)),)
-    )
+    return Notation(operands, (("rows", "h"), ("order",), ("experts",)), frozenset("tuk"), terms=(frozenset((0,)),))
 
 
-@rule(grouped_linear)
+@RULES.of(grouped_linear)
 def _grouped_linear(node: fx.Node, a: dict[str, Any]) -> Notation:
     weight: Letters = ("e", "k", "n") if a.get("transposed") else ("e", "n", "k")
     operands = [Operand(a["rows"], ("t", "k")), Operand(a["weight"], weight), Operand(a["counts"], ("e",))]
@@ -70,7 +65,7 @@ def _grouped_linear(node: fx.Node, a: dict[str, Any]) -> Notation:
     return Notation(tuple(operands), (("t", "n"),), frozenset("e"), frozenset("k"), tuple(terms))
 
 
-@rule(expert_combine)
+@RULES.of(expert_combine)
 def _expert_combine(node: fx.Node, a: dict[str, Any]) -> Notation:
     operands = (Operand(a["rows"], ("r", "h")), Operand(a["order"], ("r",)), Operand(a["gates"], ("t", "k")))
     return Notation(operands, (("t", "h"),), frozenset("rk"), terms=(frozenset((0, 2)),))

@@ -1,0 +1,26 @@
+"""The one rule table: what each op computes, in index notation. An op without a row is opaque, and the report says so."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from partitioner.analysis.arguments import arguments, operation
+from partitioner.analysis.notation import Notation, Rules, opaque
+from partitioner.analysis.rules import along_dims, contractions, elementwise, indexed, runtime_ops
+from partitioner.analysis.rules.elementwise import pointwise
+
+__all__ = ["RULES", "notation"]
+
+RULES = Rules()
+for part in (elementwise, along_dims, contractions, indexed, runtime_ops):
+    RULES.update(part.RULES)
+
+
+def notation(node: fx.Node) -> Notation:
+    """The notation of a call_function node that is not a move."""
+    rule = RULES.get(operation(node))
+    if rule is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+        rule = pointwise
+    found = rule(node, arguments(node)) if rule else None
+    return found or opaque(node)
