@@ -48,7 +48,7 @@ def check(program: Program) -> None:
             layouts[node] = _infer(program, node, layouts, inferrer)
             stated = node.meta.get("layout")
             if stated is not None and stated != layouts[node]:
-                raise LayoutError(f"{_at(node)}: the pass says {stated}, its operands give {layouts[node]}")
+                raise LayoutError(f"{_at(node)}: the pass says {stated}, its operands give {layouts[node]}{_cure(node)}")
 
 
 def _infer(program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer) -> Any:
@@ -69,6 +69,10 @@ def _infer(program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer
     return found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs
 
 
+def _cure(node: fx.Node) -> str:
+    return f": complete {', '.join(map(str, node.all_input_nodes))} with an all_reduce, if a partial sum was not meant"
+
+
 def _at(node: fx.Node) -> str:
     path = node.meta.get("path")
     return f"node {node.name!r}" + (f" in {path}" if path else "")
@@ -80,7 +84,10 @@ def _require(node: fx.Node, source: fx.Node, got: Any, wanted: Layout) -> None:
     if isinstance(got, Layout) and got.partial - wanted.partial:
         cure = "complete it with an all_reduce before this use"
     elif isinstance(got, Layout) and wanted.partial - got.partial:
-        cure = "it is the same on every rank and would be summed once per rank: add it after the sum, or once"
+        cure = (
+            "it is the same on every rank and would be summed once per rank: complete the partial sum that it is added "
+            "to with an all_reduce first, or add it on one rank only (once)"
+        )
     else:
         cure = "insert an all_gather or a shard before this use"
     raise LayoutError(f"{_at(node)} requires its operand {source.name!r} to be {wanted}, got {got}: {cure}")

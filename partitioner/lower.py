@@ -19,6 +19,8 @@ import torch
 from torch import fx
 from torch.nn import functional
 
+from partitioner.analysis.arguments import arguments
+from partitioner.layout import Layout
 from partitioner.program import Value
 from runtime.ops.local import once
 
@@ -29,14 +31,10 @@ __all__ = ["FUNCTIONS", "METHODS", "lower"]
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
     # element by element, two operands
     aten.add.Tensor: torch.add,
-    aten.add.Scalar: torch.add,
     aten.sub.Tensor: torch.sub,
-    aten.sub.Scalar: torch.sub,
     aten.rsub.Scalar: torch.rsub,
     aten.mul.Tensor: torch.mul,
-    aten.mul.Scalar: torch.mul,
     aten.div.Tensor: torch.div,
-    aten.div.Scalar: torch.div,
     aten.div.Tensor_mode: torch.div,
     aten.pow.Tensor_Scalar: torch.pow,
     aten.pow.Tensor_Tensor: torch.pow,
@@ -175,14 +173,13 @@ def _is_tensor(argument: Any) -> bool:
 
 
 def _narrow(node: fx.Node) -> None:
-    names = ("self", "dim", "start", "end", "step")
-    given = {"dim": 0, "start": 0, "end": None, "step": 1, **dict(zip(names, node.args, strict=False)), **node.kwargs}
-    source, dim, start, end = (given[name] for name in names[:4])
-    layout = source.meta.get("layout")
+    a = arguments(node)
+    source, dim, start, end = a["self"], a["dim"], a["start"] or 0, a["end"]
+    layout: Layout | None = source.meta.get("layout")
     size = source.meta["val"].shape[dim]
     # a split dim is shorter on a rank than in the value's shape
-    if given["step"] != 1 or not isinstance(size, int) or (layout is not None and layout.dims[dim] is not None):
+    if a["step"] != 1 or not isinstance(size, int) or (layout is not None and layout.dims[dim] is not None):
         return
-    start, end = start or 0, size if end is None else end
+    end = size if end is None else end
     if isinstance(start, int) and isinstance(end, int) and 0 <= start <= size and end >= start:
         node.target, node.args, node.kwargs = torch.narrow, (source, dim, start, min(end, size) - start), {}

@@ -67,10 +67,9 @@ def _handed_on(node: fx.Node) -> fx.Node | None:
             return None
     elif op not in (aten.to, aten._to_copy):
         return None
-    source = node.args[0]
-    if isinstance(source, fx.Node) and isinstance(node.meta["val"], Value) and source.meta["val"] == node.meta["val"]:
-        return source
-    return None
+    source, value = node.args[0], node.meta.get("val")
+    unchanged = isinstance(source, fx.Node) and isinstance(value, Value) and source.meta.get("val") == value
+    return source if unchanged and isinstance(source, fx.Node) else None
 
 
 def _compute_once(graph: fx.Graph) -> None:
@@ -174,8 +173,9 @@ def _is_narrowed(x: fx.Node) -> bool:
 
 def _fuse_rotation(node: fx.Node, scales: dict[tuple[fx.Node, int], fx.Node]) -> None:
     for turned in node.args:
-        scale = _other_factor(node, turned)
-        halves = _turned(turned) if isinstance(turned, fx.Node) else None
+        if not isinstance(turned, fx.Node):
+            continue
+        scale, halves = _other_factor(node, turned), _turned(turned)
         if halves is None or scale is None or scale.op != "call_function" or len(turned.users) != 1:
             continue
         x, half = halves

@@ -8,13 +8,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads 
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from partitioner.models import EMBEDDED
 
 torch.set_num_threads(1)  # several ranks share few cores
 
-settings.register_profile("partitioner", deadline=None, derandomize=True)  # the same examples on every machine
+# the same examples on every machine; a model is traced per example
+settings.register_profile("partitioner", deadline=None, derandomize=True, max_examples=12)
+settings.register_profile("full", deadline=None, max_examples=1000, suppress_health_check=list(HealthCheck))
 settings.load_profile("partitioner")
 
 

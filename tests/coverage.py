@@ -1,7 +1,9 @@
 """Partition every architecture of the zoo, compare it with the model, and write `docs/coverage.md`.
 
-    python -m tests.coverage run [names] [--to coverage.jsonl] [--minutes 4]    one line of JSON per architecture
-    python -m tests.coverage write [--from coverage.jsonl] [--to docs/coverage.md]
+    python -m tests.coverage run [names]       each architecture, built tiny: one line of JSON in coverage.jsonl
+    python -m tests.coverage run --odd         the same with sizes that divide by little
+    python -m tests.coverage shares [names]    each default configuration, on the meta device
+    python -m tests.coverage write             coverage.jsonl becomes docs/coverage.md
 
 Per architecture, built tiny: captured or why not; the partitioned model against the model's own code at tp = 2, 3 and 4 and
 lengths 1, 5 and 40, in float64 (detours through float32 lifted on both sides, 1e-10) and in float32 (1e-5). On the default
@@ -42,8 +44,17 @@ class OutOfTime(Exception):
     pass
 
 
-def measure(name: str, *, minutes: float, odd: bool = False, shares: bool = True) -> dict[str, Any]:
-    """The row of one architecture."""
+def measure_shares(name: str, *, minutes: float) -> dict[str, Any]:
+    """What the default configuration adds to a row."""
+    try:
+        with _limit(minutes):
+            return {"name": name, "odd": False, "default": _shares(zoo.default_on_meta(name))}
+    except Exception as error:
+        return {"name": name, "odd": False, "default": {"why": _short(error)}}
+
+
+def measure(name: str, *, minutes: float, odd: bool = False) -> dict[str, Any]:
+    """Whether one architecture, built tiny, computes what its own code does."""
     row: dict[str, Any] = {"name": name, "odd": odd}
     try:
         model, _ = zoo.odd(name) if odd else zoo.tiny(name)
@@ -65,12 +76,6 @@ def measure(name: str, *, minutes: float, odd: bool = False, shares: bool = True
     right = all(worst <= 1e-10 for worst in row["equal64"].values())
     right32 = all(worst <= 1e-5 for worst in row["equal32"].values())
     row["verdict"] = "equal" if right and right32 else "wrong"
-    if shares:
-        try:
-            with _limit(minutes):
-                row["default"] = _shares(zoo.default_on_meta(name))
-        except Exception as error:
-            row["default"] = {"why": _short(error)}
     return row
 
 
@@ -136,24 +141,25 @@ class _limit:
         signal.alarm(0)
 
 
-def _worker(task: tuple[str, float, bool]) -> dict[str, Any]:
+def _worker(task: tuple[str, str, float, bool]) -> dict[str, Any]:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    name, minutes, odd = task
-    return measure(name, minutes=minutes, odd=odd, shares=not odd)
+    what, name, minutes, odd = task
+    return measure_shares(name, minutes=minutes) if what == "shares" else measure(name, minutes=minutes, odd=odd)
 
 
-def run(names: list[str], to: Path, *, minutes: float, jobs: int, odd: bool) -> int:
+def run(what: str, names: list[str], to: Path, *, minutes: float, jobs: int, odd: bool) -> int:
     """Appends one line per architecture that the file does not have yet; returns how many are wrong."""
-    done = {(row["name"], row["odd"]) for row in _rows(to)} if to.exists() else set()
-    tasks = [(name, minutes, odd) for name in names or zoo.names() if (name, odd) not in done]
+    key = "default" if what == "shares" else "verdict"
+    done = {(row["name"], row["odd"]) for row in _rows(to) if key in row} if to.exists() else set()
+    tasks = [(what, name, minutes, odd) for name in names or zoo.names() if (name, odd) not in done]
     wrong = 0
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=12) as pool, to.open("a") as out:
         for row in pool.imap_unordered(_worker, tasks):
             out.write(json.dumps(row) + "\n")
             out.flush()
-            wrong += row["verdict"] in ("wrong", "crashed")
+            wrong += row.get("verdict") in ("wrong", "crashed")
             print(_line(row), flush=True)
     return wrong
 
@@ -161,7 +167,7 @@ def run(names: list[str], to: Path, *, minutes: float, jobs: int, odd: bool) -> 
 def _line(row: dict[str, Any]) -> str:
     worst = {k: f"{max(row[k].values()):.0e}" for k in ("equal64", "equal32") if row.get(k)}
     share = row.get("default", {})
-    return f"{row['name']:30} {row['verdict']:9} {worst} {share.get('2', share.get('why', ''))} {row.get('why', '')}"[:240]
+    return f"{row['name']:30} {row.get('verdict', ''):9} {worst} {share.get('2', share.get('why', ''))} {row.get('why', '')}"[:240]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -170,7 +176,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def write(source: Path, to: Path) -> None:
     """The table, with its counts on top."""
-    rows = sorted(_rows(source), key=lambda row: (row["odd"], row["name"]))
+    merged: dict[Any, dict[str, Any]] = {}
+    for row in _rows(source):
+        merged.setdefault((row["odd"], row["name"]), {}).update(row)
+    rows = [{"verdict": "not tried", **merged[key]} for key in sorted(merged)]
     plain = [row for row in rows if not row["odd"] and not row["name"].startswith("masked:")]
     masked = [row for row in rows if not row["odd"] and row["name"].startswith("masked:")]
     odd = [row for row in rows if row["odd"]]
@@ -210,7 +219,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "write"))
+    parser.add_argument("action", choices=("run", "shares", "write"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--from", dest="source", type=Path, default=Path("coverage.jsonl"))
     parser.add_argument("--to", type=Path)
@@ -221,7 +230,7 @@ def main() -> int:
     if given.action == "write":
         write(given.source, given.to or Path("docs/coverage.md"))
         return 0
-    return min(run(given.names, given.to or given.source, minutes=given.minutes, jobs=given.jobs, odd=given.odd), 1)
+    return min(run(given.action, given.names, given.to or given.source, minutes=given.minutes, jobs=given.jobs, odd=given.odd), 1)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ class Labels:
     collapses: list[Collapse] = field(default_factory=list)
     starts: dict[str, fx.Node] = field(default_factory=dict)
     """Weights whose indices are labels, in graph order, with the node that started them."""
+    unsplit: dict[str, str] = field(default_factory=dict)
+    """Weights that could start no labels, with the reason."""
     bases: dict[tuple[str, int], int] = field(default_factory=dict)
     count: int = 0
     _weights_of_label: dict[int, frozenset[str]] = field(default_factory=dict)

@@ -212,21 +212,32 @@ class LabelRun:
             for letter in sorted(rule.sums & set(operand.letters)):
                 shared = any(letter in o.letters for o in free)
                 if not shared:
-                    if self._worth_splitting(node, operand) and (slice_ := self._along(operand, letter)) is not None:
-                        ids = self._fresh(node, slice_)
-                        self.labels.sites.append(Site(node, "contract", letter, ids, slice_))
-                    return None
+                    return self._start_table(node, operand, letter)
                 for start in operand.letters:
                     if start is None or start not in rule.outputs[0] or any(start in o.letters for o in free):
                         continue
                     slice_ = self._along(operand, start)
-                    if slice_ is None or slice_.indices.numel() < self.ranks:
+                    if slice_ is None:
+                        continue
+                    if slice_.indices.numel() < self.ranks:
+                        few = f"{slice_.indices.numel()} indices are too few for {self.ranks} ranks"
+                        self.labels.unsplit.setdefault(slice_.name, few)
                         continue
                     shape = shape_at(node_values(node)[0], self.ones)
                     at = rule.outputs[0].index(start)
                     view = [-1 if i == at else 1 for i in range(len(shape))]
                     return Ids((self._fresh(node, slice_).view(view).expand(shape),))
         return None
+
+    def _start_table(self, node: fx.Node, table: Operand, letter: str) -> None:
+        """A look-up contracts the table's rows with nothing else: labels start and end in one place."""
+        slice_ = self._along(table, letter)
+        if slice_ is None:
+            return
+        if self._worth_splitting(node, table):
+            self.labels.sites.append(Site(node, "contract", letter, self._fresh(node, slice_), slice_))
+        else:
+            self.labels.unsplit.setdefault(slice_.name, "too few rows, or partial sums larger than an activation")
 
     def _worth_splitting(self, node: fx.Node, table: Operand) -> bool:
         """A look-up table is split where its partial sums are no larger than an activation (not a bias per pair of tokens)."""

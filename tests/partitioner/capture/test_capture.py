@@ -197,3 +197,12 @@ def test_positions_are_used() -> None:
     _, ids, program = captured("gpt2")
     shifted = torch.arange(40).expand(2, 40) + 3
     assert not torch.allclose(run(program, input_ids=ids), run(program, input_ids=ids, position_ids=shifted))
+
+
+def test_an_error_says_where() -> None:
+    model, _ = zoo.tiny("dbrx")  # its experts are a Python loop over those that were hit
+    with pytest.raises(
+        CaptureError, match=r"at transformer\.blocks\.0\.ffn\.experts \(modeling_dbrx\.py:\d+\)"
+    ) as error:
+        capture(model, mesh=ONE)
+    assert "no length helps" in str(error.value)

@@ -1,0 +1,220 @@
+"""One forward pass: the emitted graph against transformers, in one process and split over two.
+
+    one process    Engine at tp=1                    against  model(input_ids, use_cache=False), sdpa attention
+    two processes  Engine at tp=2 over gloo          against  transformers' tp_plan="auto",
+                   (one thread each)                          DTensor (parallelize_module, column- and row-wise),
+                                                              and the model in one process
+
+Llama-shaped models with random weights (fixed seeds), float32, CPU, no KV cache; inputs of one token, the size of a
+decode step, and of some hundred. The contestants take turns in the same processes, and what is printed is the ratio of
+the medians, ours / theirs: below 1 we are faster. In brackets are the quartiles of that ratio within a round. Every
+contestant's logits are compared with the model's. Without accelerate, which tp_plan needs, tp_plan is left out.
+
+    python -m benchmarks.forward                     both, about three minutes
+    python -m benchmarks.forward --only two          the second part
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.rounds import Ratio, rounds_in, take_turns
+from partitioner import Plan, partition
+from partitioner.mesh import Mesh
+from runtime.engine import Engine
+from runtime.launch import begin_worker, launch
+from runtime.rendezvous import Rendezvous
+
+Run = Callable[[], Tensor]
+
+ONE = {
+    "hidden 512, 8 layers": {
+        "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "intermediate_size": 1376, "vocab_size": 4096,
+    },
+    "hidden 2048, 4 layers": {
+        "hidden_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "intermediate_size": 5504, "vocab_size": 4096,
+    },
+}  # fmt: skip
+ONE_LENGTHS = (1, 512)
+TWO = {
+    "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 8,
+    "intermediate_size": 2752, "vocab_size": 4096,
+}  # fmt: skip
+TWO_LENGTHS = (1, 128)
+ALONE, OURS, AUTO, DTENSOR = "one process", "ours", 'tp_plan="auto"', "DTensor"
+TOLERANCE = 1e-4  # float32, relative to the largest logit
+
+console = Console(width=None if sys.stdout.isatty() else 110)
+
+
+def build(sizes: dict[str, int]) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa")).eval()
+
+
+def tokens(length: int) -> Tensor:
+    return torch.randint(0, 4096, (1, length), generator=torch.Generator().manual_seed(length))
+
+
+def eager(model: Any, ids: Tensor) -> Run:
+    return lambda: model(input_ids=ids, use_cache=False).logits
+
+
+def emitted(engine: Engine, ids: Tensor) -> Run:
+    return lambda: engine(input_ids=ids)
+
+
+def require_equal(name: str, found: Tensor, expected: Tensor) -> None:
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not error <= TOLERANCE:
+        sys.exit(f"{name} computes something else: relative error {error:.1e}")
+
+
+# -- one process -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def one_process(seconds: float) -> None:
+    table = Table(title="one process, one thread: ours / transformers", title_justify="left")
+    for column in ("model", "tokens", "ours ms", "transformers ms", "ratio"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for name, sizes in ONE.items():
+        model = build(sizes)
+        parts = partition(model, Plan())
+        engine = parts.engine(0, Rendezvous(Mesh.of()).communicator(0))
+        for length in ONE_LENGTHS:
+            ids = tokens(length)
+            contestants: dict[str, Run] = {OURS: emitted(engine, ids), ALONE: eager(model, ids)}
+            require_equal(OURS, contestants[OURS](), contestants[ALONE]())
+            times = take_turns(contestants, rounds=rounds_in(seconds, contestants))
+            ratio = Ratio.of(times[OURS], times[ALONE])
+            table.add_row(name, str(length), milliseconds(times[OURS]), milliseconds(times[ALONE]), str(ratio))
+    console.print(table)
+
+
+def milliseconds(times: list[float]) -> str:
+    return f"{statistics.median(times) * 1e3:.1f}"
+
+
+# -- two processes -----------------------------------------------------------------------------------------------------
+
+
+def dtensor(model: Any) -> Any:
+    """What PyTorch's own tutorial does: q, k, v, gate and up column-wise, o and down row-wise, the head gathered."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    columns, rows = ColwiseParallel(), RowwiseParallel()
+    plan: dict[str, Any] = {f"self_attn.{name}_proj": columns for name in "qkv"}
+    plan |= {"self_attn.o_proj": rows, "mlp.gate_proj": columns, "mlp.up_proj": columns, "mlp.down_proj": rows}
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, plan)
+    parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    return model
+
+
+def tp_plan_auto(folder: Path) -> Any:
+    if importlib.util.find_spec("accelerate") is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the spelling that every supported version takes
+        return LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa", tp_plan="auto").eval()
+
+
+@torch.no_grad()
+def rank_main(folder: Path, seconds: float) -> None:
+    """One of the two ranks: every contestant lives in both."""
+    begin_worker()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    alone = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    # our weights are slices of their own; the other three load the checkpoint for themselves
+    with Engine.connect(partition(alone, Plan(tp=2))) as engine:
+        rank = engine.program.rank
+        auto = tp_plan_auto(folder)
+        parallel = dtensor(LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval())
+        found: dict[str, dict[str, list[float]]] = {}
+        for length in TWO_LENGTHS:
+            ids = tokens(length)
+            contestants: dict[str, Run] = {
+                ALONE: eager(alone, ids) if rank == 0 else lambda: torch.empty(0),  # the other rank waits
+                OURS: emitted(engine, ids),
+                DTENSOR: eager(parallel, ids),
+            }
+            if auto is not None:
+                contestants[AUTO] = eager(auto, ids)
+            results = {name: run() for name, run in contestants.items()}
+            if rank == 0:
+                for name, result in results.items():
+                    require_equal(name, result, results[ALONE])
+            rounds = torch.tensor(rounds_in(seconds, contestants, meet=dist.barrier))
+            dist.broadcast(rounds, 0)
+            found[str(length)] = take_turns(contestants, rounds=int(rounds), meet=dist.barrier)
+        if rank == 0:
+            (folder / "times.json").write_text(json.dumps(found))
+
+
+def two_processes(seconds: float) -> None:
+    # where the ranks find this file
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path[1:]])
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.utils.logging.disable_progress_bar()
+        build(TWO).save_pretrained(folder)
+        launch(["benchmarks.forward", "--rank", folder, "--seconds", str(seconds)], num_ranks=2, timeout_s=300)
+        found = json.loads(Path(folder, "times.json").read_text())
+    title = "two processes: hidden 1024, 8 layers"
+    table = Table(title=title, title_justify="left")
+    for column in ("tokens", "contestant", "ms", "ours / it"):
+        table.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
+    for length, times in found.items():
+        table.add_section()
+        for name, of_one in times.items():
+            ratio = "" if name == OURS else str(Ratio.of(times[OURS], of_one))
+            table.add_row(length, name, milliseconds(of_one), ratio)
+    console.print(table)
+    if AUTO not in found[str(TWO_LENGTHS[0])]:
+        console.print(f"left out: transformers' {AUTO}, which needs accelerate (pip install accelerate)", markup=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="One forward pass, against transformers.")
+    parser.add_argument("--only", choices=["one", "two"])
+    parser.add_argument("--seconds", type=float, default=15.0, help="per case; at least 5 rounds are run")
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.rank is not None:
+        rank_main(given.rank, given.seconds)
+        return
+    if given.only != "two":
+        one_process(given.seconds)
+    if given.only != "one":
+        two_processes(given.seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The tensor-parallel pass on real architectures: equal in float64, split as it should be, no more collectives than needed."""
+
+from __future__ import annotations
+
+import pytest
+
+from partitioner.errors import PlanError
+from partitioner.report import Report, WeightRow
+from tests.partitioned import EXACT, compiled, error
+
+
+def row(report: Report, part: str) -> WeightRow:
+    found = [r for r in report.rows if any(part in name for name in r.names)]
+    assert found, f"no weight has {part!r} in its name"
+    return found[0]
+
+
+def per_layer(report: Report) -> set[int]:
+    return {count for layer, count in report.per_layer("all_reduce").items() if layer}
+
+
+SEQUENTIAL = ["llama", "gpt2", "phi3", "bloom", "qwen3", "gemma2", "mixtral", "gpt_oss", "deepseek_v3", "minicpm3", "opt"]
+PARALLEL = ["gptj", "cohere", "falcon", "phi", "gpt_neox"]
+
+
+@pytest.mark.parametrize("tp", [2, 3, 4])
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_sequential_layers_reduce_twice(name: str, tp: int) -> None:
+    parts = compiled(name, tp)
+    assert per_layer(parts.report) == {2}
+    assert parts.report.per_layer("all_reduce")[""] == 1  # the embedding's
+    assert [c.op for c in parts.report.collectives].count("all_gather") == 1  # the logits'
+    assert error(name, parts, 9) < EXACT
+
+
+@pytest.mark.parametrize("tp", [2, 3, 4])
+@pytest.mark.parametrize("name", PARALLEL)
+def test_attention_and_mlp_side_by_side_share_one_reduction(name: str, tp: int) -> None:
+    parts = compiled(name, tp)
+    assert per_layer(parts.report) == {1}
+    assert error(name, parts, 9) < EXACT
+
+
+@pytest.mark.parametrize("length", [1, 2, 40])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_graph_serves_every_length_and_batch(length: int, batch: int) -> None:
+    assert error("llama", compiled("llama", 3), length, batch=batch) < EXACT
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gpt_neox", "bloom", "gpt_oss", "olmo2"])
+def test_sizes_that_divide_by_little(name: str) -> None:
+    for tp in (2, 3, 4):
+        assert error(name, compiled(name, tp, odd=True), 7, odd=True) < EXACT
+
+
+def test_kv_heads_fewer_than_ranks_live_where_they_are_needed() -> None:
+    report: Report = compiled("llama", 4).report
+    assert row(report, "q_proj").split == "tp over dim 0 as 16/16/16/16"
+    # two kv heads of 16 rows on four ranks: each on two, nothing else twice
+    assert row(report, "k_proj").split == row(report, "v_proj").split == "tp over dim 0 as 16/16/16/16"
+    assert "several ranks" in row(report, "k_proj").reason
+    assert row(report, "up_proj").reason == row(report, "o_proj").reason == ""
+    assert report.whole == ()
+
+
+def test_one_kv_head_is_on_every_rank_and_its_query_heads_are_not() -> None:
+    report: Report = compiled("falcon", 2).report
+    # fused: four query heads, then one key and one value head, of 16 rows each
+    assert row(report, "query_key_value").split == "tp over dim 0 as 64/64"
+
+
+def test_six_heads_on_four_ranks() -> None:
+    report: Report = compiled("llama", 4, odd=True).report
+    assert row(report, "q_proj").split == "tp over dim 0 as 32/32/16/16"
+    assert row(report, "down_proj").split == "tp over dim 1 as 25/25/25/25"
+    assert row(report, "embed_tokens").split == "tp over dim 0 as 32/32/32/31"
+
+
+def test_norm_across_heads_is_reduced_in_parts() -> None:
+    report: Report = compiled("olmo2", 2).report
+    assert report.whole == ()
+    assert per_layer(report) == {4}  # two of them are one number per token
+    small = [c for c in report.collectives if c.shape.endswith("sequence, 1]")]
+    assert len(small) == 2 * 2
+
+
+def test_low_rank_projections_are_kept_whole_and_the_rest_is_not() -> None:
+    report: Report = compiled("deepseek_v3", 2).report
+    whole = {r.pattern.rpartition("layers.")[2] for r in report.whole}
+    assert whole == {
+        "*.self_attn.q_a_proj.weight",
+        "*.self_attn.kv_a_proj_with_mqa.weight",
+        "1.mlp.gate.weight",
+    }
+    assert all("needs the whole row" in r.reason for r in report.whole)
+
+
+def test_tied_embedding_is_split_once_for_both_uses() -> None:
+    report: Report = compiled("gpt2", 3).report
+    assert row(report, "wte").split == "tp over dim 0 as 43/43/42"
+    assert error("gpt2", compiled("gpt2", 3), 5) < EXACT
+
+
+def test_a_lone_linear_is_kept_whole_and_what_follows_stays_in_phase() -> None:
+    report: Report = compiled("masked:bert", 2).report
+    assert [r.names[0] for r in report.whole] == ["cls.predictions.transform.dense.weight"]
+    assert per_layer(report) == {2}
+
+
+def test_bias_of_a_row_parallel_linear_counts_once() -> None:
+    parts = compiled("gpt2", 3)
+    targets = [getattr(node.target, "__name__", "") for node in parts.program.graph.nodes]
+    assert targets.count("once") == 2 * 2
+    assert error("gpt2", parts, 5) < EXACT
+
+
+def test_what_a_graph_says() -> None:
+    parts = compiled("llama", 2)
+    why = [node.meta.get("why", "") for node in parts.rank(1).graph.nodes]
+    assert sum("column-parallel" in reason for reason in why) == 2 * 5 + 1
+    assert sum("row-parallel" in reason for reason in why) == 2 * 2 + 1
+    assert "all_reduce" in parts.rank(1).graph_module.print_readable(print_output=False)
+
+
+def test_one_rank_is_left_alone() -> None:
+    parts = compiled("llama", 1)
+    assert parts.report.collectives == ()
+    assert error("llama", parts, 5) < EXACT
+
+
+def test_keep_whole() -> None:
+    parts = compiled("llama", 2, keep_whole=("lm_head", "*.mlp"))
+    assert {r.pattern for r in parts.report.whole} == {
+        "lm_head.weight",
+        "model.layers.*.mlp.gate_proj.weight",
+        "model.layers.*.mlp.up_proj.weight",
+        "model.layers.*.mlp.down_proj.weight",
+    }
+    assert all("by the plan" in r.reason for r in parts.report.whole)
+    assert per_layer(parts.report) == {1}
+    assert error("llama", parts, 5) < EXACT
+
+
+def test_keep_whole_that_matches_nothing() -> None:
+    with pytest.raises(PlanError, match=r"keep_whole='lm_haed' matches no weight; near it: lm_head"):
+        compiled("llama", 2, keep_whole=("lm_haed",))
+
+
+def test_more_ranks_than_anything_can_be_split_over() -> None:
+    parts = compiled("llama", 100)
+    assert error("llama", parts, 3) < EXACT
+    reasons = {r.pattern.rpartition(".")[0].rpartition(".")[2]: r.reason for r in parts.report.whole}
+    assert reasons["q_proj"] == "64 indices are too few for 100 ranks"
