@@ -40,6 +40,7 @@ class Fuse:
         for node in list(graph.nodes):
             if node.op == "call_function" and (source := _handed_on(node)) is not None:
                 node.replace_all_uses_with(source)
+                graph.erase_node(node)
         _compute_once(graph)
         scales: dict[tuple[fx.Node, int], fx.Node] = {}
         for node in list(graph.nodes):

@@ -84,7 +84,9 @@ def _compare(model: Any, traced: Any, *, exact: bool) -> dict[str, float]:
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(3, vocabulary, (BATCH, max(LENGTHS)), generator=torch.Generator().manual_seed(0))
     expected = {
-        n: reference.forward(model, exact=exact, lifted=exact, input_ids=ids[:, :n]) for n in LENGTHS if _admits(traced, n)
+        n: reference.forward(model, exact=exact, lifted=exact, input_ids=ids[:, :n])
+        for n in LENGTHS
+        if _admits(traced, n)
     }
     for tp in DEGREES:
         parts = compile_program(traced, Plan(tp=tp))
@@ -167,7 +169,9 @@ def run(what: str, names: list[str], to: Path, *, minutes: float, jobs: int, odd
 def _line(row: dict[str, Any]) -> str:
     worst = {k: f"{max(row[k].values()):.0e}" for k in ("equal64", "equal32") if row.get(k)}
     share = row.get("default", {})
-    return f"{row['name']:30} {row.get('verdict', ''):9} {worst} {share.get('2', share.get('why', ''))} {row.get('why', '')}"[:240]
+    return f"{row['name']:30} {row.get('verdict', ''):9} {worst} {share.get('2', share.get('why', ''))} {row.get('why', '')}"[
+        :240
+    ]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -183,14 +187,24 @@ def write(source: Path, to: Path) -> None:
     plain = [row for row in rows if not row["odd"] and not row["name"].startswith("masked:")]
     masked = [row for row in rows if not row["odd"] and row["name"].startswith("masked:")]
     odd = [row for row in rows if row["odd"]]
-    text = ["# Coverage", "", "Made by `python -m tests.coverage run` and `python -m tests.coverage write`. " + (__doc__ or "").split("\n\n")[-1].replace("\n", " ").strip(), ""]
+    text = [
+        "# Coverage",
+        "",
+        "Made by `python -m tests.coverage run` and `python -m tests.coverage write`. "
+        + (__doc__ or "").split("\n\n")[-1].replace("\n", " ").strip(),
+        "",
+    ]
     for title, chosen in (("causal language models", plain), ("encoders", masked), ("odd sizes", odd)):
         counts = Counter(row["verdict"] for row in chosen)
-        text.append(f"- {title}: {len(chosen)}; " + ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items())))
+        text.append(
+            f"- {title}: {len(chosen)}; " + ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
+        )
     for tp in (2, 4):
         shares = [row["default"][str(tp)] for row in plain if str(tp) in row.get("default", {})]
         near = sum(share <= 1.15 / tp for share in shares)
-        text.append(f"- share within 15% of 1/{tp} on the default configuration: {near} of {len(shares)} causal language models")
+        text.append(
+            f"- share within 15% of 1/{tp} on the default configuration: {near} of {len(shares)} causal language models"
+        )
     text += ["", "## Causal language models", "", *_table(plain), "", "## Encoders", "", *_table(masked)]
     text += ["", "## Odd sizes: 6 heads over 3, FFN 100, vocabulary 127", "", *_table(odd), ""]
     to.write_text("\n".join(text))
@@ -211,7 +225,9 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             f"{default['2']:.3f}" if "2" in default else "",
             f"{default['4']:.3f}" if "4" in default else "",
             ", ".join(map(str, default.get("all_reduces", []))),
-            "; ".join([row.get("why", ""), default.get("why", ""), *default.get("whole", []), *row.get("static", [])]).strip("; ").replace("|", "/"),
+            "; ".join([row.get("why", ""), default.get("why", ""), *default.get("whole", []), *row.get("static", [])])
+            .strip("; ")
+            .replace("|", "/"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -230,7 +246,10 @@ def main() -> int:
     if given.action == "write":
         write(given.source, given.to or Path("docs/coverage.md"))
         return 0
-    return min(run(given.action, given.names, given.to or given.source, minutes=given.minutes, jobs=given.jobs, odd=given.odd), 1)
+    return min(
+        run(given.action, given.names, given.to or given.source, minutes=given.minutes, jobs=given.jobs, odd=given.odd),
+        1,
+    )
 
 
 if __name__ == "__main__":

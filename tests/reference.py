@@ -22,12 +22,13 @@ from transformers.modeling_utils import AttentionInterface
 def forward(model: PreTrainedModel, *, exact: bool = True, lifted: bool = False, **inputs: Tensor) -> Tensor:
     """Logits (or the last hidden state) by the model's own code.
 
-    exact: its attention is replaced by the one below. lifted: its casts to float32 (norms, routers) go to float64;
-    without that, a difference in the 16th digit may vanish in a cast, or flip its last bit.
+    exact: its attention is replaced by the one below; otherwise it is transformers' own, by default sdpa. lifted: its
+    casts to float32 (norms, routers) go to float64; without that, a difference in the 16th digit may vanish in a
+    cast, or flip its last bit.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_eager(model))
+        stack.enter_context(_set(model, "eager" if exact or not model._supports_sdpa else "sdpa"))
         if exact:
             stack.enter_context(_attention_in_full_precision())
         if lifted:
@@ -49,7 +50,7 @@ class _Lifted(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
+def _set(model: PreTrainedModel, attention: str) -> Iterator[None]:
     configs: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         for value in vars(module).values():
@@ -61,13 +62,13 @@ def _eager(model: PreTrainedModel) -> Iterator[None]:
     ]
     try:
         for config in configs.values():
-            config._attn_implementation_internal = "eager"
+            config._attn_implementation_internal = attention
             config._experts_implementation_internal = "eager"
             config.use_cache = False
         yield
     finally:
-        for config, attention, experts, use_cache in before:
-            config._attn_implementation_internal = attention
+        for config, old_attention, experts, use_cache in before:
+            config._attn_implementation_internal = old_attention
             config._experts_implementation_internal = experts
             config.use_cache = use_cache
 
@@ -92,6 +93,9 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention
         scores = scores + kwargs["position_bias"]
     if attention_mask is not None:
         scores = scores + attention_mask
+    elif kwargs.get("is_causal", vars(module).get("is_causal")):  # as sdpa takes it; eager forgets it
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
     sinks = kwargs.get("s_aux") if kwargs.get("sinks") is None else kwargs["sinks"]
     if sinks is not None:
         sinks = sinks.view(1, -1, 1, 1) if sinks.dim() == 1 else sinks

@@ -109,17 +109,17 @@ def survey(name: str, *, odd: bool = False, meta: bool = False) -> tuple[str, st
         return "refused", f"no length of {LENGTHS} is within its limits: {program.notes}"
     worst = max(differences, key=lambda value: float("inf") if value != value else value)
     try:
-        eager = difference(model, program, ids[:, :40], exact=False)
+        own = difference(model, program, ids[:, :40], exact=False)
     except Exception:
-        eager = float("nan")
+        own = float("nan")
     # some models mix dtypes and run only in float32 without the lifting
-    verdict = "equal" if worst < TOLERANCE and not eager > 1e-4 else "wrong"
+    verdict = "equal" if worst < TOLERANCE and not own > 1e-4 else "wrong"
     if meta and verdict == "equal":
         complaint = _on_meta(name, program)
         verdict, notes = ("meta", [complaint]) if complaint else (verdict, notes)
     kinds = "dynamic" if "sequence" in program.symbols else "static"
     shown = " ".join(f"{value:.0e}" for value in differences)
-    line = f"{kinds} [{shown}] eager {eager:.0e} {len(program.graph.nodes)} nodes {seconds:.1f} s {' | '.join(notes)}"
+    line = f"{kinds} [{shown}] own {own:.0e} {len(program.graph.nodes)} nodes {seconds:.1f} s {' | '.join(notes)}"
     return verdict, line
 
 

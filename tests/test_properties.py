@@ -1,7 +1,7 @@
 """Random small models, ranks and inputs: the simulated ranks compute what the model computes, in float64.
 
-    pytest tests/test_properties.py                                    a few examples of each property
-    pytest tests/test_properties.py --hypothesis-profile=full          1,000
+pytest tests/test_properties.py                                    a few examples of each property
+pytest tests/test_properties.py --hypothesis-profile=full          1,000
 """
 
 from __future__ import annotations

@@ -95,7 +95,10 @@ class _Search:
                     pinned[name], collapse = _why_everywhere(labels, name)
                     if collapse is not None:
                         collapses[name] = collapse
-                pinned |= {n: why for n, why in labels.unsplit.items() if n not in found and n not in pinned}
+                for name, why in labels.unsplit.items():
+                    for same in self.blocks.same_weights(name):
+                        if same not in found:
+                            pinned.setdefault(same, why)
                 return _Solution(found, pinned, partial, self._cost(labels, pinned), collapses)
             for offence in self._causes(labels, found):
                 for name in self.blocks.same_weights(offence.weight):
