@@ -7,8 +7,9 @@
 
 Llama-shaped models with random weights (fixed seeds), float32, CPU, no KV cache; inputs of one token, the size of a
 decode step, and of some hundred. The contestants take turns in the same processes, and what is printed is the ratio of
-the medians, ours / theirs: below 1 we are faster. In brackets are the quartiles of that ratio within a round. Every
-contestant's logits are compared with the model's. Without accelerate, which tp_plan needs, tp_plan is left out.
+the medians, ours / theirs: below 1 we are faster. In brackets are the quartiles of that ratio within a round, then the
+ratio of the fastest rounds, which a busy machine disturbs least. Every contestant's logits are compared with those of
+the model. Without accelerate, which transformers' tp_plan needs, that contestant is left out.
 
     python -m benchmarks.forward                     both, about three minutes
     python -m benchmarks.forward --only two          the second part
@@ -102,7 +103,7 @@ def require_equal(name: str, found: Tensor, expected: Tensor) -> None:
 @torch.no_grad()
 def one_process(seconds: float) -> None:
     table = Table(title="one process, one thread: ours / transformers", title_justify="left")
-    for column in ("model", "tokens", "ours ms", "transformers ms", "ratio"):
+    for column in ("model", "tokens", "ours ms", "transformers ms", "ratio", "of best"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for name, sizes in ONE.items():
         model = build(sizes)
@@ -114,12 +115,17 @@ def one_process(seconds: float) -> None:
             require_equal(OURS, contestants[OURS](), contestants[ALONE]())
             times = take_turns(contestants, rounds=rounds_in(seconds, contestants))
             ratio = Ratio.of(times[OURS], times[ALONE])
-            table.add_row(name, str(length), milliseconds(times[OURS]), milliseconds(times[ALONE]), str(ratio))
+            both = (milliseconds(times[OURS]), milliseconds(times[ALONE]))
+            table.add_row(name, str(length), *both, str(ratio), of_best(times[OURS], times[ALONE]))
     console.print(table)
 
 
 def milliseconds(times: list[float]) -> str:
     return f"{statistics.median(times) * 1e3:.1f}"
+
+
+def of_best(ours: list[float], theirs: list[float]) -> str:
+    return f"{min(ours) / min(theirs):.3f}"
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
@@ -188,13 +194,13 @@ def two_processes(seconds: float) -> None:
         found = json.loads(Path(folder, "times.json").read_text())
     title = "two processes: hidden 1024, 8 layers"
     table = Table(title=title, title_justify="left")
-    for column in ("tokens", "contestant", "ms", "ours / it"):
+    for column in ("tokens", "contestant", "ms", "ours / it", "of best"):
         table.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
     for length, times in found.items():
         table.add_section()
         for name, of_one in times.items():
-            ratio = "" if name == OURS else str(Ratio.of(times[OURS], of_one))
-            table.add_row(length, name, milliseconds(of_one), ratio)
+            ratios = (str(Ratio.of(times[OURS], of_one)), of_best(times[OURS], of_one)) if name != OURS else ()
+            table.add_row(length, name, milliseconds(of_one), *ratios)
     console.print(table)
     if AUTO not in found[str(TWO_LENGTHS[0])]:
         console.print(f"left out: transformers' {AUTO}, which needs accelerate (pip install accelerate)", markup=False)

@@ -1,4 +1,4 @@
-"""Contestants take turns: round after round each runs once, so that whatever else the machine does meets all alike.
+"""Contestants take turns: in every round each runs once, so that whatever else the machine does meets all alike.
 
 take_turns({"ours": f, "theirs": g}, rounds=50)   seconds per contestant, one entry a round
 Ratio.of(times["ours"], times["theirs"])          of the medians; the quartiles of ours / theirs per round are the noise
@@ -25,8 +25,11 @@ def nothing() -> None:
 def take_turns(contestants: Mapping[str, Run], *, rounds: int, meet: Run = nothing) -> dict[str, list[float]]:
     """`meet` comes before each turn and is not counted: a barrier, where several ranks run together."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, run in contestants.items():
+    names = list(contestants)
+    for at in range(rounds):
+        # another one begins each round: what a turn leaves in caches and schedulers meets all alike too
+        for name in names[at % len(names) :] + names[: at % len(names)]:
+            run = contestants[name]
             meet()
             start = time.perf_counter()
             run()

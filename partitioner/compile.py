@@ -75,6 +75,7 @@ def _passes(program: Program, plan: Plan) -> list[Pass]:
     keep = _keep_whole(program, plan.keep_whole)
     if plan.tp > 1:
         found.append(_load("tensor-parallel")(keep_whole=keep))  # type: ignore[operator]
+    found.append(_load("fuse")())  # type: ignore[operator]
     found += [_load(name)() for name in plan.passes]  # type: ignore[operator]
     return found
 

@@ -51,7 +51,7 @@ def test_verify_over_processes(small: str, monkeypatch: pytest.MonkeyPatch, pyte
 
 
 def test_a_difference_is_exit_code_1_and_names_the_node(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = verify.partition
+    real = verify.compiled
 
     def broken(model, plan):
         parts = real(model, plan)
@@ -59,7 +59,7 @@ def test_a_difference_is_exit_code_1_and_names_the_node(small: str, monkeypatch:
         reduction.replace_all_uses_with(reduction.args[0])
         return parts
 
-    monkeypatch.setattr(verify, "partition", broken)
+    monkeypatch.setattr(verify, "compiled", broken)
     code, output = run("verify", small, "--simulate", "--lengths", "5", "--dtype", "float64")
     assert code == 1
     assert "differs" in output
@@ -67,7 +67,7 @@ def test_a_difference_is_exit_code_1_and_names_the_node(small: str, monkeypatch:
 
 
 def test_a_rank_that_fails_is_a_difference_at_its_node(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = verify.partition
+    real = verify.compiled
 
     def broken(model, plan):
         parts = real(model, plan)
@@ -75,7 +75,7 @@ def test_a_rank_that_fails_is_a_difference_at_its_node(small: str, monkeypatch: 
         reshape.args = (reshape.args[0], [7, 7, 7])
         return parts
 
-    monkeypatch.setattr(verify, "partition", broken)
+    monkeypatch.setattr(verify, "compiled", broken)
     code, output = run("verify", small, "--simulate", "--lengths", "5", "--dtype", "float64")
     assert code == 1
     assert "first difference (float64, length 5): node 'reshape" in output
