@@ -102,7 +102,7 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, *, steps: int, batch: i
     for step in range(steps):
         loss = loss_on(tokens, torch.randint(len(tokens) - length - 1, (batch,)))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -1,9 +1,10 @@
-"""The static check: layouts inferred anew from the rewritten graph, so that a missing collective is an error, not a hang.
+"""The static check: layouts inferred anew from the rewritten graph, so that a missing collective is an error, not a
+hang.
 
-Nothing that a pass wrote about layouts is believed. Each node's layout is inferred from its operands by the rule table,
-each requirement must be met as it stands, each move with local sizes is proved on element numbers, and the integers that
-differ between ranks must be those that the layouts imply. All ranks of a mesh axis run one graph, in one order, with the
-same shapes at every collective: so they cannot wait for one another in a circle.
+Nothing that a pass wrote about layouts is believed. Each node's layout is inferred from its operands by the rule
+table, each requirement must be met as it stands, each move with local sizes is proved on element numbers, and the
+integers that differ between ranks must be those that the layouts imply. All ranks of a mesh axis run one graph, in
+one order, with the same shapes at every collective: so they cannot wait for one another in a circle.
 """
 
 from __future__ import annotations
@@ -48,11 +49,13 @@ def check(program: Program) -> None:
             layouts[node] = _infer(program, node, layouts, inferrer)
             stated = node.meta.get("layout")
             if stated is not None and stated != layouts[node]:
-                raise LayoutError(f"{_at(node)}: the pass says {stated}, its operands give {layouts[node]}{_cure(node)}")
+                raise LayoutError(
+                    f"{_at(node)}: the pass says {stated}, its operands give {layouts[node]}{_cure(node)}"
+                )
 
 
 def _infer(program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer) -> Any:
-    special = _RULES.get(node.target)
+    special = _RULES.get(node.target)  # type: ignore[arg-type]
     if special is not None:
         return special(program, node, layouts)
     found = inferrer.infer(node, layouts)
@@ -60,7 +63,7 @@ def _infer(program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer
         raise LayoutError(f"{_at(node)}: {found.problem}")
     for source, wanted in found.requires:
         _require(node, source, layouts[source], wanted)
-    if is_move(node) and any(layouts[n].split_dims for n, _ in found.requires):
+    if is_move(node) and any(layouts[n].split_dims for n, _ in found.requires):  # noqa: SIM102 - two questions
         if not inferrer.moves_alike(node, layouts, found.outputs):
             raise LayoutError(
                 f"{_at(node)}: on some rank the move does not give {found.outputs[0]} of the whole result"
@@ -150,10 +153,11 @@ def _shard(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
 
 
 def _once(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
-    source, first = node.args[:2]
-    layout: Layout = layouts[source]  # type: ignore[index]
+    source = node.all_input_nodes[0]
+    first: Any = node.args[1]
+    layout: Layout = layouts[source]
     entry = program.table[first.name] if isinstance(first, Local) else None
-    if entry is None or layout.partial or sorted(entry.values) != [0] * (len(entry.values) - 1) + [1]:  # type: ignore[type-var]
+    if entry is None or layout.partial or sorted(map(str, entry.values)) != ["0"] * (len(entry.values) - 1) + ["1"]:
         raise LayoutError(f"{_at(node)} must count {source} ({layout}) on exactly one rank, got {entry}")
     return Layout(layout.dims, frozenset(entry.axes))
 
@@ -174,7 +178,7 @@ def _check_integers(program: Program, node: fx.Node, layouts: Layouts) -> None:
     elif op is attention:
         _check_kv_map(program, node, layouts)
     elif op in (aten.conv1d, aten.conv2d, aten.convolution):
-        split = layouts[node.args[0]].dims[1] if arguments(node)["groups"] != 1 else None
+        split = layouts[node.all_input_nodes[0]].dims[1] if arguments(node)["groups"] != 1 else None
         if split is not None:
             _expect(program, node, "groups", arguments(node)["groups"], split.sizes)
 

@@ -45,9 +45,9 @@ def partition(
 ) -> Parts[Report]:
     """Compiles a Hugging Face model for `plan`.
 
-    The model may hold its weights or be on the meta device, and is not changed. `max_length` is the longest sequence that
-    will be run, for position encodings that depend on it; `length` compiles for that one length, for models whose code
-    cannot be traced for all lengths at once.
+    The model may hold its weights or be on the meta device, and is not changed. `max_length` is the longest sequence
+    that will be run, for position encodings that depend on it; `length` compiles for that one length, for models
+    whose code cannot be traced for all lengths at once.
 
     Raises `CaptureError` where the model cannot be traced, `PlanError` where the plan does not fit it.
     """

@@ -1,7 +1,7 @@
 """Comparing in float64: the float32 detours inside models (norms, softmaxes, rotary angles) taken in float64 instead.
 
-A reduction that is done in parts adds in another order. In float32 that costs 1e-7, however precise the rest is; with the
-detours lifted on both sides, what remains of a difference is an error and not rounding.
+A reduction that is done in parts adds in another order. In float32 that costs 1e-7, however precise the rest is; with
+the detours lifted on both sides, what remains of a difference is an error and not rounding.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     Split(("tp",), owned)     coordinate i along tp holds the indices owned[i] of this dim
     partial={"tp"}            the tensor is the sum over tp of what the ranks hold
 
-Owned index sets may be uneven, may consist of several intervals (a fused projection) and may overlap (a kv head shared by
-several ranks). A local tensor holds its owned indices in ascending order. Where a dim's size is a symbol times a constant
-(`batch * heads` merged by a reshape), the split is that of the constant, inner factor.
+Owned index sets may be uneven, may consist of several intervals (a fused projection) and may overlap (a kv head
+shared by several ranks). A local tensor holds its owned indices in ascending order. Where a dim's size is a symbol
+times a constant (`batch * heads` merged by a reshape), the split is that of the constant, inner factor.
 
 The idea of one layout type for every sharding follows GSPMD (arXiv:2105.04663, section 3.1) and DTensor's placements;
 index sets in place of even shards are what uneven and partially replicated splits need.

@@ -1,7 +1,8 @@
 """The mesh: which rank has which coordinates along the parallelism axes.
 
-An *axis* belongs to the mesh, a *dim* to a tensor. Ranks are numbered row-major over `AXES`, so that neighbouring ranks
-differ in `tp` first: tensor parallelism talks most and belongs on the fastest links (Megatron-LM, arXiv:2104.04473, 3.2).
+An *axis* belongs to the mesh, a *dim* to a tensor. Ranks are numbered row-major over `AXES`, so that neighbouring
+ranks differ in `tp` first: tensor parallelism talks most and belongs on the fastest links (Megatron-LM,
+arXiv:2104.04473, 3.2).
 """
 
 from __future__ import annotations

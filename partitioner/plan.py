@@ -13,7 +13,8 @@ __all__ = ["Plan"]
 class Plan:
     """tp: tensor-parallel ranks. keep_whole: globs of weight names that stay whole on every rank.
 
-    passes: names of further passes (entry points of the group "partitioner.passes"), run in order after the built-in ones.
+    passes: names of further passes (entry points of the group "partitioner.passes"), run in order after the built-in
+    ones.
     """
 
     tp: int = 1

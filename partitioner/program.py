@@ -1,7 +1,7 @@
 """Program: the captured model as one graph for all ranks, with its inputs, weights and table of integers.
 
-    graph     torch.fx.Graph: placeholders (the inputs, in order), get_attr (weights, by canonical name), call_function, output
-    node      node.meta["val"]    Value (shape, dtype), a tuple of Values (several outputs), or a sympy.Expr (an integer)
+    graph     torch.fx.Graph: placeholders (the inputs, in order), get_attr (weights by name), call_function, output
+    node      node.meta["val"]    Value (shape, dtype), a tuple of Values (several outputs), a sympy.Expr (an integer)
               node.meta["layout"] Layout, or a tuple of Layouts; set by the passes and re-inferred by the verifier
               node.meta["path"]   the module it came from ("model.layers.0.self_attn")
               node.meta["why"]    the reason for what a pass did to it
@@ -117,8 +117,8 @@ class Program:
 
     def copy(self, mesh: Mesh | None = None) -> Program:
         """The same program with a graph of its own, before anything is laid out; on another mesh if one is given."""
-        graph = fx.Graph()
-        output = graph.graph_copy(self.graph, copied := {})
+        graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+        output = graph.graph_copy(self.graph, copied)
         graph.output(output).meta = dict(self.graph.output_node().meta)
         for node, copy in copied.items():
             copy.name = node.name

@@ -46,7 +46,9 @@ class Collective:
 
 @dataclass(frozen=True)
 class Report:
-    """bytes_per_rank: of weights. matrix_share: the largest rank's share of the elements of linears, tables and experts."""
+    """bytes_per_rank: of weights. matrix_share: the largest rank's share of the elements of linears, tables and
+    experts.
+    """
 
     model: str
     plan: str

@@ -84,7 +84,10 @@ class Rewriter:
         if place < len(node.args):
             node.args = (*node.args[:place], value, *node.args[place + 1 :])
         else:
-            node.kwargs = {**node.kwargs, name: value}
+            self.set_keyword(node, name, value)
+
+    def set_keyword(self, node: fx.Node, name: str, value: Any) -> None:
+        node.kwargs = {**node.kwargs, name: value}
 
     # -- conversions ---------------------------------------------------------------------------------------------------
 
@@ -152,7 +155,8 @@ class Rewriter:
         return made
 
     def _last_placeholder(self) -> fx.Node:
-        return [n for n in self.program.graph.nodes if n.op == "placeholder"][-1]
+        found: list[fx.Node] = [n for n in self.program.graph.nodes if n.op == "placeholder"]
+        return found[-1]
 
 
 def _ranges(have: IndexSet, want: IndexSet) -> tuple[int, ...]:

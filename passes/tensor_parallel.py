@@ -4,8 +4,8 @@
     z[B,S,H]   = linear(y, w[H, F/n])       row-parallel: each rank holds columns of w, z is a partial sum
     z          = all_reduce(z, "tp")
 
-Which weights are split, where, and into which (uneven, shared) parts the label analysis decides; this pass carries it out.
-Megatron-LM (arXiv:1909.08053, section 3), without tables of modules.
+Which weights are split, where, and into which (uneven, shared) parts the label analysis decides; this pass carries it
+out. Megatron-LM (arXiv:1909.08053, section 3), without tables of modules.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class _Rewriting(Rewriter):
 
     def run(self) -> None:
         for node in list(self.program.graph.nodes):
-            for source, layout in self.placement.requires.get(node, ()):
-                self.provide(node, source, layout)
+            for source, required in self.placement.requires.get(node, ()):
+                self.provide(node, source, required)
             if node.op == "call_function":
                 self._rewrite(node)
             layout = self.layouts.get(node)
@@ -162,7 +162,8 @@ class _Rewriting(Rewriter):
         assert all(rows.is_interval for rows in split.owned), "rows of a table are dealt in order"
         starts = tuple(rows.intervals[0][0] if rows.intervals else 0 for rows in split.owned)
         start = self.program.local("vocab_start", Entry(0, split.axes, starts))
-        node.target, node.args, node.kwargs = vocab_parallel_embedding, (a["indices"], a["weight"]), {"start": start}
+        node.target, node.args, node.kwargs = vocab_parallel_embedding, (a["indices"], a["weight"]), {}
+        self.set_keyword(node, "start", start)
 
     def _kv_map(self, node: fx.Node) -> None:
         a = arguments(node)
@@ -181,7 +182,7 @@ class _Rewriting(Rewriter):
             uniform &= found == tuple(j * len(place) // len(found) for j in range(len(found)))
         if not uniform or a["kv_map"] is not None:
             entry = self.program.local("kv_map", Entry(via, q.axes, tuple(maps)))
-            node.kwargs = {**node.kwargs, "kv_map": entry}
+            self.set_keyword(node, "kv_map", entry)
 
     def _groups(self, node: fx.Node) -> None:
         a = arguments(node)

@@ -11,8 +11,8 @@ also the quickest of five ways (docs/benchmarks.md).
 
 from __future__ import annotations
 
-import math
 import itertools
+import math
 import os
 import re
 from collections.abc import Callable
@@ -94,7 +94,7 @@ class ProcessGroups:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         timeout = timedelta(seconds=timeout_s)
-        # the launcher's store outlives our groups: without a number, a second meeting would find the first one's addresses
+        # the launcher's store outlives our groups: without a number, a second meeting would find the first's addresses
         meeting = next(_MEETINGS)
         try:
             store, rank, world_size = next(rendezvous("env://", timeout=timeout))

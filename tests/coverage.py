@@ -5,9 +5,9 @@
     python -m tests.coverage shares [names]    each default configuration, on the meta device
     python -m tests.coverage write             coverage.jsonl becomes docs/coverage.md
 
-Per architecture, built tiny: captured or why not; the partitioned model against the model's own code at tp = 2, 3 and 4 and
-lengths 1, 5 and 40, in float64 (detours through float32 lifted on both sides, 1e-10) and in float32 (1e-5). On the default
-configuration, on the meta device: the fullest rank's share of the matrices, and the all-reduces per layer.
+Per architecture, built tiny: captured or why not; the partitioned model against the model's own code at tp = 2, 3 and 4
+and lengths 1, 5 and 40, in float64 (detours through float32 lifted on both sides, 1e-10) and in float32 (1e-5). On the
+default configuration, on the meta device: the fullest rank's share of the matrices, and the all-reduces per layer.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class OutOfTime(Exception):
 def measure_shares(name: str, *, minutes: float) -> dict[str, Any]:
     """What the default configuration adds to a row."""
     try:
-        with _limit(minutes):
+        with _Limit(minutes):
             return {"name": name, "odd": False, "default": _shares(zoo.default_on_meta(name))}
     except Exception as error:
         return {"name": name, "odd": False, "default": {"why": _short(error)}}
@@ -62,7 +62,7 @@ def measure(name: str, *, minutes: float, odd: bool = False) -> dict[str, Any]:
         return {**row, "verdict": "not built", "why": _short(error)}
     start = time.perf_counter()
     try:
-        with _limit(minutes):
+        with _Limit(minutes):
             traced = trace(model.float())
             row["static"] = [note for note in traced.notes if note.startswith("s")]
             row["equal32"] = _compare(model, traced, exact=False)
@@ -126,7 +126,7 @@ def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0][:300]
 
 
-class _limit:
+class _Limit:
     """Raises OutOfTime in the main thread after so many minutes."""
 
     def __init__(self, minutes: float) -> None:
@@ -169,9 +169,8 @@ def run(what: str, names: list[str], to: Path, *, minutes: float, jobs: int, odd
 def _line(row: dict[str, Any]) -> str:
     worst = {k: f"{max(row[k].values()):.0e}" for k in ("equal64", "equal32") if row.get(k)}
     share = row.get("default", {})
-    return f"{row['name']:30} {row.get('verdict', ''):9} {worst} {share.get('2', share.get('why', ''))} {row.get('why', '')}"[
-        :240
-    ]
+    line = f"{row['name']:30} {row.get('verdict', ''):9} {worst} {share.get('2', share.get('why', ''))}"
+    return f"{line} {row.get('why', '')}"[:240]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -212,7 +211,8 @@ def write(source: Path, to: Path) -> None:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| architecture | verdict | float64, worst of tp 2, 3, 4 | float32 | share tp=2 | share tp=4 | all-reduces per layer | whole, and why |",
+        "| architecture | verdict | float64, worst of tp 2, 3, 4 | float32 | share tp=2 | share tp=4 "
+        "| all-reduces per layer | whole, and why |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

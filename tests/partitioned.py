@@ -1,4 +1,6 @@
-"""What the equivalence tests share: a zoo model traced once, compiled for several plans, compared with the model's own code."""
+"""What the equivalence tests share: a zoo model traced once, compiled for several plans, compared with the model's
+own code.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Reading a node: its arguments by name, and its shapes and integers at given values of the batch and sequence symbols."""
+"""Reading a node: its arguments by name, and its shapes and integers at given values of the batch and sequence
+symbols.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Identical layers, found by structure: the analysis looks at the first two of each kind and repeats what it learned.
 
-A block is a contiguous run of nodes whose module paths share a prefix up to their first number ("model.layers.7"). Two
-blocks are of one kind when their ops, constants, shapes and wiring agree. A later block of a known kind is bypassed: its
-outputs stand for its inputs of the same shape. What is learned is checked on the whole graph afterwards (see `infer`).
+A block is a contiguous run of nodes whose module paths share a prefix up to their first number ("model.layers.7").
+Two blocks are of one kind when their ops, constants, shapes and wiring agree. A later block of a known kind is
+bypassed: its outputs stand for its inputs of the same shape. What is learned is checked on the whole graph afterwards
+(see `infer`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _KEPT = 2
 
 @dataclass
 class Block:
-    """nodes: in graph order, without weights. weights: names in order of first use. kind: equal for identical layers."""
+    """nodes: in graph order, without weights. weights: names in order of first use. kind: equal for identical
+    layers.
+    """
 
     nodes: list[fx.Node]
     weights: list[str]

@@ -4,7 +4,8 @@
             where a site has fewer atoms than ranks, keep the earliest weight among its sources whole, with its class
     then:   where that was due to a whole-row reduction, see whether reducing in parts is cheaper, class by class
 
-Keeping the *earliest* source whole brings the alternation of column- and row-parallel back in phase after a lone linear.
+Keeping the *earliest* source whole brings the alternation of column- and row-parallel back in phase after a lone
+linear.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class _Search:
         outside = {s.weight.name for s in labels.sites if s.weight and s.letter == "v"}
         for site in labels.sites:
             if site.kind == "gather":
-                outside |= labels.weights_of(site.ids.unique().tolist())
+                outside |= labels.weights_of(torch.unique(site.ids).tolist())
         for name in [*labels.starts, *(s.weight.name for s in labels.sites if s.weight)]:
             if name not in outside:
                 self.bytes.setdefault(name, self.program.weights[name].bytes)
@@ -205,7 +206,7 @@ def _offences(labels: Labels, ranks: int) -> list[tuple[int, frozenset[str], _Of
     order = {name: i for i, name in enumerate(labels.starts)}
     found = []
     for site in labels.sites:
-        ids = [i for i in site.ids.unique().tolist() if i]
+        ids = [i for i in torch.unique(site.ids).tolist() if i]
         if len(ids) < ranks:
             names = labels.weights_of(ids)
             first = min(names, key=lambda name: order.get(name, 0))

@@ -1,11 +1,11 @@
 """The layout of what an op yields, from the layouts of its operands; and the layout it requires of each.
 
-Ops in index notation combine splits letter by letter: a dim that two operands split differently is held where both are. A
-summed letter that is split leaves a partial sum. Moves run as themselves on marks (present, absent, don't care), per
-coordinate, and what comes out must be a product of index sets again.
+Ops in index notation combine splits letter by letter: a dim that two operands split differently is held where both
+are. A summed letter that is split leaves a partial sum. Moves run as themselves on marks (present, absent, don't
+care), per coordinate, and what comes out must be a product of index sets again.
 
-One function serves three ends: it infers layouts while a pass rewrites, checks them afterwards (a requirement that is not
-met is an error), and says where a collective is needed, which is what a plan costs.
+One function serves three ends: it infers layouts while a pass rewrites, checks them afterwards (a requirement that is
+not met is an error), and says where a collective is needed, which is what a plan costs.
 """
 
 from __future__ import annotations
@@ -186,7 +186,9 @@ def _dim_split(operand: Operand, letter: str | None, splits: dict[str, Split | N
     via = dict(operand.via).get(letter or "")
     if via is None:
         return split
-    return Split(split.axes, tuple(IndexSet.of(via[i] for i in indices.indices()) for indices in split.owned))
+    owned = tuple(IndexSet.of(via[i] for i in indices.indices()) for indices in split.owned)
+    size = operand.node.meta["val"].shape[operand.letters.index(letter)]
+    return None if all(indices.size == size for indices in owned) else Split(split.axes, owned)
 
 
 def _carried(rule: Notation, layouts: Layouts) -> frozenset[str]:
@@ -254,7 +256,9 @@ def infer_move(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
 
 
 def _beside(node: fx.Node, source: fx.Node, layout: Layout, output: Layout) -> Layout:
-    """What one of several operands must be: split as the result is, except along the dim where they are put together."""
+    """What one of several operands must be: split as the result is, except along the dim where they are put
+    together.
+    """
     op, a = operation(node), arguments(node)
     if "dim" not in a:  # expand_as and its like: the second operand gives the shape
         return Layout(output.dims, layout.partial) if source is a.get("other") else layout

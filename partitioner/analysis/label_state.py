@@ -79,7 +79,7 @@ class Labels:
         """The weights whose indices are in these sets."""
         starts = sorted((base, name) for (name, _), base in self.bases.items())
         firsts = [base for base, _ in starts]
-        found = set()
+        found: set[str] = set()
         for label in {label for i in ids for label in self.lattice.labels(i)}:
             if label not in self._weights_of_label:
                 names = {starts[bisect_right(firsts, member) - 1][1] for member in self.lattice.members(label)}

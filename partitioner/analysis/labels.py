@@ -1,9 +1,9 @@
 """Which weight indices must stay together: labels pushed through the graph, op by op.
 
-Activations start free (the same on every rank). A contraction of a free input with a weight starts labels, one per output
-index of the weight (column-parallel). A contraction of a labelled input with a weight ends them (row-parallel): the *site*
-records, for each contracted index, the set of weight indices it depends on. In between, moves run as themselves on the
-label tensors and every other op follows its index notation. Symbolic dims have size 1.
+Activations start free (the same on every rank). A contraction of a free input with a weight starts labels, one per
+output index of the weight (column-parallel). A contraction of a labelled input with a weight ends them
+(row-parallel): the *site* records, for each contracted index, the set of weight indices it depends on. In between,
+moves run as themselves on the label tensors and every other op follows its index notation. Symbolic dims have size 1.
 
 Column then row is Megatron-LM's scheme (arXiv:1909.08053, section 3); finding it from labels needs no table of modules.
 """
@@ -28,7 +28,9 @@ from partitioner.program import Program, Value
 __all__ = ["LabelRun"]
 
 _LARGEST_COPY = 1 << 24
-"""Index tensors of weights are expanded views; a move that would copy more elements than this makes the weight opaque."""
+"""Index tensors of weights are expanded views; a move that would copy more elements than this makes the weight
+opaque.
+"""
 
 
 class LabelRun:
@@ -187,7 +189,9 @@ class LabelRun:
         return merged[0] if single else tuple(merged)
 
     def _along(self, operand: Operand, letter: str) -> WeightSlice | None:
-        """The weight indices along one letter of an operand that is a weight; None where they do not line up with a dim."""
+        """The weight indices along one letter of an operand that is a weight; None where they do not line up with a
+        dim.
+        """
         state = self.states[operand.node]
         if state.name in self.pinned or letter not in operand.letters:
             return None
@@ -212,7 +216,8 @@ class LabelRun:
             for letter in sorted(rule.sums & set(operand.letters)):
                 shared = any(letter in o.letters for o in free)
                 if not shared:
-                    return self._start_table(node, operand, letter)
+                    self._start_table(node, operand, letter)
+                    return None
                 for start in operand.letters:
                     if start is None or start not in rule.outputs[0] or any(start in o.letters for o in free):
                         continue
@@ -240,7 +245,9 @@ class LabelRun:
             self.labels.unsplit.setdefault(slice_.name, "too few rows, or partial sums larger than an activation")
 
     def _worth_splitting(self, node: fx.Node, table: Operand) -> bool:
-        """A look-up table is split where its partial sums are no larger than an activation (not a bias per pair of tokens)."""
+        """A look-up table is split where its partial sums are no larger than an activation (not a bias per pair of
+        tokens).
+        """
         rows = node_values(table.node)[0].shape[0]
         size = sympy.Mul(*node_values(node)[0].shape)
         return evaluate(rows, self.ones) >= self.ranks and (
@@ -303,7 +310,7 @@ class LabelRun:
             return
         if max(self.states[o.node].distinct for o in labelled) >= self.ranks:
             linear = bool(rule.sums) and not rule.whole and len(rule.operands) == 1
-            names = self.labels.weights_of(i for term in merged.terms for i in compact(term).unique().tolist())
+            names = self.labels.weights_of(i for term in merged.terms for i in torch.unique(compact(term)).tolist())
             self.labels.collapses.append(Collapse(node, linear, rule.opaque, names))
 
     def _output(self, source: fx.Node) -> None:
@@ -325,7 +332,7 @@ def _placed(ids: Tensor, operand: Operand, names: Letters) -> Tensor:
     """The operand's dims in the order of `names`, size 1 where it does not have the letter or has it no more."""
     order = [operand.letters.index(name) for name in names if name is not None and name in operand.letters]
     rest = [i for i in range(ids.ndim) if i not in order]
-    ids = ids.permute([*order, *rest])[(..., *(0 for _ in rest))]
+    ids = ids.permute([*order, *rest])[(..., *(0 for _ in rest))]  # type: ignore[index]
     missing = [i for i, name in enumerate(names) if name is None or name not in operand.letters]
     for i in missing:
         ids = ids.unsqueeze(i)

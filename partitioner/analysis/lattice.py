@@ -4,8 +4,9 @@
     1 + label            the set of one label; labels are numbered from 0
     _COMPOSITE + i       an interned set of several labels
 
-A large set that a reduction yields (a head, a whole row) is given a *group* label that stands for its members, and absorbs
-them when they meet it again. So sets stay small, however often what depends on a whole row is merged with a whole row.
+A large set that a reduction yields (a head, a whole row) is given a *group* label that stands for its members, and
+absorbs them when they meet it again. So sets stay small, however often what depends on a whole row is merged with a
+whole row.
 
 Id tensors are ordinary int64 tensors, so that data-movement ops run on them as themselves. Dims along which nothing
 varies are kept as expanded (stride 0) views; merging and reducing work on the compact form. A value that depends on one
@@ -153,13 +154,13 @@ class Lattice:
 
     def merge(self, a: Tensor, b: Tensor) -> Tensor:
         """Element-wise union, with broadcasting."""
-        shape = a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape)
+        shape = a.shape if a.shape == b.shape else torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]
         a, b = compact(a), compact(b)
         if not bool(a.any()):
             return b.expand(shape)
         if not bool(b.any()):
             return a.expand(shape)
-        a, b = torch.broadcast_tensors(a, b)
+        a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
         if torch.equal(a, b):
             return a.expand(shape)
         pairs, places = torch.unique((a << 31) + b, return_inverse=True)

@@ -3,8 +3,8 @@
     view(x, [b, s, 32, 128])  with dim 2 split   ->  view(x, [b, s, local("view_2_0"), 128])
     split(x, [64, 32, 32])    along a split dim  ->  the sizes that each rank holds of each piece
 
-The proof runs the move on tensors of element numbers: what each rank gets must be exactly the elements of the whole result
-that its layout says, in order. A size that was missed, or rows that would be swapped, cannot pass.
+The proof runs the move on tensors of element numbers: what each rank gets must be exactly the elements of the whole
+result that its layout says, in order. A size that was missed, or rows that would be swapped, cannot pass.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def localise(program: Program, node: fx.Node, layouts: Layouts, outputs: tuple[L
         return Localised(aten.split_with_sizes.default, (a["self"], _listed(sizes), dim), {})
     if op is reorder:
         output = outputs[0].dims[dim]
-        every = range(len(a["order"]))
+        every = list(range(len(a["order"])))
         orders = []
         for rank, owned in enumerate(split.owned):
             place = {index: i for i, index in enumerate(owned.indices())}
@@ -278,5 +278,5 @@ def _integer(program: Program, node: fx.Node, symbols: Mapping[Any, int], coordi
                 else v
             ),
         )
-        return int(node.target(*args))  # type: ignore[operator]
+        return int(node.target(*args))
     return evaluate(node.meta["val"], symbols)

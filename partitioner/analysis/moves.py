@@ -1,7 +1,8 @@
 """Ops that only move data: they run as themselves on tensors of ids, so they need no rule of their own.
 
-That covers fused QKV in any order, gate and up in one matrix, rotary halves and interleaved heads (see docs/architecture.md).
-What a move does to local shapes is in `localise`; here is only which ops are moves, and how to run one.
+That covers fused QKV in any order, gate and up in one matrix, rotary halves and interleaved heads (see
+docs/architecture.md). What a move does to local shapes is in `localise`; here is only which ops are moves, and how to
+run one.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _repeat_interleave(x: Tensor, repeats: int, dim: int | None = None, *, outpu
 
 
 def _split(x: Tensor, size: int, dim: int = 0) -> list[Tensor]:
-    return list(x.split(size, dim))
+    return list(torch.split(x, size, dim))
 
 
 IDENTITIES: set[Any] = {

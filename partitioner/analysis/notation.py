@@ -4,10 +4,10 @@
     softmax     x[a b c] -> [a b c]                       whole {c}
     attention   q[b h s d] k[b h' t d] v[b h' t e] -> [b h s e]    whole {s t d e}, h' = via[h]
 
-Dims with the same letter run together. A *summed* letter is contracted linearly: split over ranks it leaves a partial sum.
-A *whole* letter is needed entirely by each output element, or by the kernel. `terms` says in which operands the output is
-linear: it is the sum over terms of the product of the term's operands, so partial sums may pass through them.
-The notation is that of einsum and of GSPMD's dot dimension numbers (arXiv:2105.04663, section 3.2).
+Dims with the same letter run together. A *summed* letter is contracted linearly: split over ranks it leaves a partial
+sum. A *whole* letter is needed entirely by each output element, or by the kernel. `terms` says in which operands the
+output is linear: it is the sum over terms of the product of the term's operands, so partial sums may pass through
+them. The notation is that of einsum and of GSPMD's dot dimension numbers (arXiv:2105.04663, section 3.2).
 
 An op that is not in the table is opaque: it needs all of every operand, and the report says so.
 """
@@ -30,7 +30,9 @@ __all__ = ["Letters", "Notation", "Operand", "Rules", "is_tensor", "letters", "o
 
 @dataclass(frozen=True)
 class Operand:
-    """One tensor operand. `via`: for a letter, the operand's index that each index of the letter reads (grouped heads)."""
+    """One tensor operand. `via`: for a letter, the operand's index that each index of the letter reads (grouped
+    heads).
+    """
 
     node: fx.Node
     letters: Letters
@@ -84,7 +86,8 @@ def letters(count: int, prefix: str = "") -> tuple[str, ...]:
 
 def opaque(node: fx.Node) -> Notation:
     """Needs all of every operand; what comes out depends on all of it."""
-    operands, whole = [], set()
+    operands: list[Operand] = []
+    whole: set[str] = set()
     for i, source in enumerate(node.all_input_nodes):
         if is_tensor(source):
             names = letters(len(value_of(source).shape), f"in{i}.")

@@ -1,8 +1,8 @@
 """Dividing atoms over ranks: contracted indices with the same source set go together, balanced by the largest load.
 
-An atom is a set of weight indices that must meet on one rank (a head with its kv head, a gate row with its up row). Atoms
-are dealt in graph order to ranks in order, every rank at least one; a weight index belongs to every rank that has an atom
-which needs it, so that a kv head shared by more query heads than one rank holds lives on several.
+An atom is a set of weight indices that must meet on one rank (a head with its kv head, a gate row with its up row).
+Atoms are dealt in graph order to ranks in order, every rank at least one; a weight index belongs to every rank that
+has an atom which needs it, so that a kv head shared by more query heads than one rank holds lives on several.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ Atom = frozenset[int]
 
 
 def divide(atoms: list[Atom], extra: list[float], ranks: int, cost: Callable[[int], float]) -> list[int]:
-    """The rank of each atom, non-decreasing. `extra[i]`: the load of atom i beside its sources; `cost(label)`: of a source.
+    """The rank of each atom, non-decreasing. `extra[i]`: the load of atom i beside its sources; `cost(label)`: of a
+    source.
 
     Minimises the largest load, where a rank's load counts each source once. Needs at least as many atoms as ranks.
     """
@@ -44,7 +45,9 @@ def divide(atoms: list[Atom], extra: list[float], ranks: int, cost: Callable[[in
 def _fill(
     atoms: list[Atom], extra: list[float], ranks: int, cost: Callable[[int], float], limit: float
 ) -> list[int] | None:
-    """Ranks filled one after the other up to `limit`, leaving at least one atom for each later rank; None if too small."""
+    """Ranks filled one after the other up to `limit`, leaving at least one atom for each later rank; None if too
+    small.
+    """
     found: list[int] = []
     rank, load = 0, 0.0
     held: set[int] = set()

@@ -1,8 +1,8 @@
 """The layout of every value once the weights are placed, and where collectives go, before anything is rewritten.
 
 Partial sums travel along chains of linear ops with a single user, to the point where another partial sum joins them
-(attention and MLP in parallel, routed and shared experts) or where the tensor is smallest; there one all-reduce completes
-them. Elsewhere they are completed where they arise.
+(attention and MLP in parallel, routed and shared experts) or where the tensor is smallest; there one all-reduce
+completes them. Elsewhere they are completed where they arise.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Unplaceable(Exception):
 
 @dataclass
 class Placement:
-    """layouts: as users see each value. requires: per node, what each operand must be. reduced: all-reduce after these."""
+    """layouts: as users see each value. requires: per node, what each operand must be. reduced: all-reduce after
+    these.
+    """
 
     layouts: Layouts = field(default_factory=dict)
     requires: dict[fx.Node, tuple[tuple[fx.Node, Layout], ...]] = field(default_factory=dict)
@@ -194,8 +196,8 @@ class _Placing:
         """A bias or a norm's weight that every user needs in part is held in part."""
         wanted: dict[fx.Node, set[Layout]] = {}
         for requires in self.done.requires.values():
-            for source, layout in requires:
-                wanted.setdefault(source, set()).add(layout)
+            for source, required in requires:
+                wanted.setdefault(source, set()).add(required)
         for node in reversed(nodes):
             layout = self.done.layouts.get(node)
             wants = wanted.get(node, set())

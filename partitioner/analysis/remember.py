@@ -1,7 +1,7 @@
 """Layouts of identical nodes inferred once: layers repeat, and what holds for one holds for all.
 
-A node is known by its op, its arguments and the layouts and shapes of its operands. What is remembered names operands by
-their place, so that it serves any node that is known by the same.
+A node is known by its op, its arguments and the layouts and shapes of its operands. What is remembered names operands
+by their place, so that it serves any node that is known by the same.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import fx
 
+from partitioner.analysis.arguments import map_nodes
 from partitioner.analysis.infer import Inference, Layouts, infer_compute, infer_move
 from partitioner.analysis.localise import Localised, Scaled, localise, moves_alike
 from partitioner.analysis.moves import is_move
@@ -61,7 +62,7 @@ class Inferrer:
     def _remember(self, question: str, node: fx.Node, layouts: Layouts, work: Callable[[], T]) -> T:
         inputs = node.all_input_nodes
         place = {source: i for i, source in enumerate(inputs)}
-        shape = fx.node.map_arg((node.args, tuple(sorted(node.kwargs.items()))), lambda n: _Operand(place[n]))
+        shape = map_nodes((node.args, tuple(sorted(node.kwargs.items()))), lambda n: _Operand(place[n]))
         operands = tuple((layouts.get(n), _hashable(n.meta.get("val"))) for n in inputs)
         local = tuple(n.args for n in inputs if n not in layouts and n.op == "call_function")
         key = (question, node.target, repr(shape), operands, repr(local) if local else "")
@@ -70,7 +71,8 @@ class Inferrer:
             found = work()
             self._known[key] = _exchange(found, lambda n: _Operand(place[n]) if isinstance(n, fx.Node) else n)
             return found
-        return _exchange(known, lambda n: inputs[n.place] if isinstance(n, _Operand) else n)
+        answer: T = _exchange(known, lambda n: inputs[n.place] if isinstance(n, _Operand) else n)
+        return answer
 
 
 def _hashable(value: Any) -> Any:

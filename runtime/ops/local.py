@@ -1,8 +1,8 @@
 """Ops that act differently on each rank through their integer arguments, without communication.
 
-    shard      x, ranges in its own positions along one dim  ->  those positions, in order
-    reorder    x, a permutation of one dim                   ->  x[order]
-    once       y, the same on every rank                     ->  y on one rank, zeros on the others: y as a partial sum
+shard      x, ranges in its own positions along one dim  ->  those positions, in order
+reorder    x, a permutation of one dim                   ->  x[order]
+once       y, the same on every rank                     ->  y on one rank, zeros on the others: y as a partial sum
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def shard(x: Tensor, ranges: list[int], *, dim: int, period: int | None = None) 
     With a `period`, `dim` is a multiple of it (batch * heads), and the ranges are taken from each period.
     """
     if period is not None:
-        return shard(x.unflatten(dim, (-1, period)), ranges, dim=dim + 1).flatten(dim, dim + 1)
+        return shard(torch.unflatten(x, dim, (-1, period)), ranges, dim=dim + 1).flatten(dim, dim + 1)
     if len(ranges) == 2:
         return x.narrow(dim, ranges[0], ranges[1] - ranges[0])
     pieces = [x.narrow(dim, a, b - a) for a, b in zip(ranges[::2], ranges[1::2], strict=True)]

@@ -1,4 +1,6 @@
-"""The tensor-parallel pass on real architectures: equal in float64, split as it should be, no more collectives than needed."""
+"""The tensor-parallel pass on real architectures: equal in float64, split as it should be, no more collectives than
+needed.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,19 @@ def per_layer(report: Report) -> set[int]:
     return {count for layer, count in report.per_layer("all_reduce").items() if layer}
 
 
-SEQUENTIAL = ["llama", "gpt2", "phi3", "bloom", "qwen3", "gemma2", "mixtral", "gpt_oss", "deepseek_v3", "minicpm3", "opt"]
+SEQUENTIAL = [
+    "llama",
+    "gpt2",
+    "phi3",
+    "bloom",
+    "qwen3",
+    "gemma2",
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v3",
+    "minicpm3",
+    "opt",
+]
 PARALLEL = ["gptj", "cohere", "falcon", "phi", "gpt_neox"]
 
 
@@ -67,6 +81,12 @@ def test_one_kv_head_is_on_every_rank_and_its_query_heads_are_not() -> None:
     report: Report = compiled("falcon", 2).report
     # fused: four query heads, then one key and one value head, of 16 rows each
     assert row(report, "query_key_value").split == "tp over dim 0 as 64/64"
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize("name", ["gpt_bigcode", "diffllama"])
+def test_a_head_that_every_rank_needs_is_whole(name: str, tp: int) -> None:
+    assert error(name, compiled(name, tp), 6) < EXACT
 
 
 def test_six_heads_on_four_ranks() -> None:

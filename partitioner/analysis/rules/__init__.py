@@ -1,4 +1,6 @@
-"""The one rule table: what each op computes, in index notation. An op without a row is opaque, and the report says so."""
+"""The one rule table: what each op computes, in index notation. An op without a row is opaque, and the report says
+so.
+"""
 
 from __future__ import annotations
 

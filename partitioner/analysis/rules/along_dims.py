@@ -26,8 +26,10 @@ def along(node: fx.Node, dims: Iterable[int], source: fx.Node | None = None) -> 
     )
 
 
-@RULES.of(aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax, aten.cumsum, aten.cumprod, aten.logcumsumexp,
-      aten.topk, aten.sort, aten.argsort, aten.cummax, aten.cummin, aten.glu)  # fmt: skip
+@RULES.of(
+    aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax, aten.cumsum, aten.cumprod, aten.logcumsumexp,
+    aten.topk, aten.sort, aten.argsort, aten.cummax, aten.cummin, aten.glu,
+)  # fmt: skip
 def _along(node: fx.Node, a: dict[str, Any]) -> Notation:
     default = 0 if operation(node) is aten.cumsum else -1
     dim = a["dim"] if isinstance(a.get("dim"), int) else default

@@ -117,7 +117,8 @@ def _embedding(node: fx.Node, a: dict[str, Any]) -> Notation:
 def grouped_attention(q: fx.Node, k: fx.Node, v: fx.Node, extras: list[Operand], kv_map: Any = None) -> Notation:
     """q[b h s d] k[b g t d] v[b g t e] -> [b h s e]: query head h reads kv head via[h]."""
     heads, kv_heads = value_of(q).shape[1], value_of(k).shape[1]
-    assert isinstance(heads, int) and isinstance(kv_heads, int)
+    assert isinstance(heads, int)
+    assert isinstance(kv_heads, int)
     via = tuple(kv_map) if kv_map is not None else tuple(h * kv_heads // heads for h in range(heads))
     grouped = (("h", via),) if heads != kv_heads or kv_map is not None else ()
     operands = (

@@ -74,7 +74,7 @@ def _scatter(node: fx.Node, a: dict[str, Any]) -> Notation | None:
     operands = []
     for key in ("self", "index", "src", "source", "value"):
         operand = a.get(key)
-        if not is_tensor(operand):
+        if not isinstance(operand, fx.Node) or not is_tensor(operand):
             continue
         shape = value_of(operand).shape
         if len(shape) == len(names):
