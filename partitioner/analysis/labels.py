@@ -105,6 +105,9 @@ class LabelRun:
             found = [self._move_terms(node, i) for i in range(rounds)]
         except (RuntimeError, IndexError, ValueError):  # sizes that depend on data: nothing is known of the result
             return self._mixed(node)
+        shapes = [shape_at(value, self.ones) for value in node_values(node)]
+        if any(term.shape != shape for terms in found for term, shape in zip(terms, shapes, strict=True)):
+            return self._mixed(node)  # likewise
         joined = tuple(
             self.labels.lattice.join(*(Ids((term,)) for term in terms)) for terms in zip(*found, strict=True)
         )
@@ -182,9 +185,13 @@ class LabelRun:
         for letter in sorted(rule.sums):
             if self._end(node, letter, labelled, weights):
                 return None if single else (None,) * len(values)
-        merged = [
-            self._merged(rule, labelled, outputs, value) for outputs, value in zip(rule.outputs, values, strict=True)
-        ]
+        try:
+            merged = [
+                self._merged(rule, labelled, outputs, value)
+                for outputs, value in zip(rule.outputs, values, strict=True)
+            ]
+        except RuntimeError:  # sizes that depend on data do not agree at these values of the symbols
+            return self._mixed(node)
         self._note_collapse(node, rule, labelled, merged[0])
         return merged[0] if single else tuple(merged)
 
