@@ -272,6 +272,21 @@ def default_on_meta(name: str) -> PreTrainedModel:
         return _build(name, CONFIG_MAPPING[name.removeprefix("masked:")]()).eval()
 
 
+def default_with_few_layers(name: str, layers: int = 8) -> tuple[PreTrainedModel, float]:
+    """The default configuration on the meta device, with fewer layers where that can be set, and how many times."""
+    cls = CONFIG_MAPPING[name.removeprefix("masked:")]
+    depth = cls().get_text_config().num_hidden_layers
+    if depth > layers and not cls.sub_configs:
+        try:
+            config = cls(num_hidden_layers=layers)
+            if config.num_hidden_layers == layers:
+                with torch.device("meta"):
+                    return _build(name, config).eval(), depth / layers
+        except Exception:  # a pattern of layers that this depth does not fit
+            pass
+    return default_on_meta(name), 1.0
+
+
 def _build(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     masked = name.startswith("masked:")
     mapping = MODEL_FOR_MASKED_LM_MAPPING if masked else MODEL_FOR_CAUSAL_LM_MAPPING
