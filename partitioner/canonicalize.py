@@ -33,7 +33,9 @@ def canonicalize(program: Program) -> None:
 
 def _empty_pieces(node: fx.Node) -> None:
     a = arguments(node)
-    pieces = [x for x in a["tensors"] if x.meta["val"].shape[a["dim"] or 0] != 0]
+    shapes = {x: x.meta["val"].shape for x in a["tensors"]}
+    # torch lets a 1-d tensor without elements stand beside tensors of any shape
+    pieces = [x for x in a["tensors"] if shapes[x] != (0,) and shapes[x][a["dim"] or 0] != 0]
     if len(pieces) == 1:
         node.replace_all_uses_with(pieces[0])
     elif pieces and len(pieces) < len(a["tensors"]):

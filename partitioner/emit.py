@@ -50,6 +50,7 @@ class Emitter:
             coordinates=coordinates,
             weights=tuple(weight_shard(self.program, weight, coordinates) for weight in self._weights),
             inputs=self._inputs,
+            limits=self.program.limits,
             values=self.program.values,
         )
 

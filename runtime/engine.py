@@ -75,7 +75,7 @@ class Engine:
 
     def __call__(self, **inputs: Tensor | None) -> Any:
         """Run once. Every rank must be given the same inputs."""
-        values = complete_inputs(self.program.inputs, inputs, self.device)
+        values = complete_inputs(self.program.inputs, inputs, self.device, self.program.limits)
         shapes = tuple(value.shape for value in values)
         self.communicator.begin_run(new_shapes=shapes not in self._seen)
         try:

@@ -19,9 +19,12 @@ __all__ = ["complete_inputs"]
 
 
 def complete_inputs(
-    inputs: tuple[RunInput, ...], given: Mapping[str, Tensor | None], device: torch.device
+    inputs: tuple[RunInput, ...],
+    given: Mapping[str, Tensor | None],
+    device: torch.device,
+    limits: Mapping[str, tuple[int, int | None]] | None = None,
 ) -> list[Tensor]:
-    """One tensor per input, in order, on `device`."""
+    """One tensor per input, in order, on `device`. `limits`: by dim, the smallest and largest size."""
     names = [wanted.name for wanted in inputs]
     for name in given:
         if name not in names:
@@ -33,6 +36,11 @@ def complete_inputs(
         value = given.get(wanted.name)
         if value is not None:
             _check(wanted, value, sizes)
+    for dim, (low, high) in (limits or {}).items():
+        size, name = sizes.get(dim, (low, ""))
+        if size < low or (high is not None and size > high):
+            most = "" if high is None else f" to {high}"
+            raise InputError(f"input {name!r} has {dim} {size}, but this model was compiled for {dim} {low}{most}")
     completed = []
     for wanted in inputs:
         value = given.get(wanted.name)

@@ -77,6 +77,8 @@ class Builder:
         self.graph = fx.Graph()
         self.weights: dict[str, fx.Node] = {}
         self.constants: dict[str, torch.Tensor] = {}
+        self.ranges: dict[str, tuple[int, int | None]] = {}
+        """By name of a symbol: its smallest and largest size, where not all are right; set by `limits`."""
         self.symbols: dict[str, sympy.Symbol] = {}
         self._symbol_of: dict[sympy.Symbol, sympy.Expr] = {}
         self._sizes: dict[sympy.Symbol, torch.SymInt] = {}
@@ -127,6 +129,7 @@ class Builder:
                     f"{low + 1} or {low - 1}; capture(..., length=N) captures it for prompts of exactly N tokens"
                 )
             if (low, high) != (1, None):
+                self.ranges[name] = (low, high)
                 found.append(f"{name} from {low}" + ("" if high is None else f" to {high}"))
         return found + sorted(self._asserted)
 

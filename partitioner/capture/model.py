@@ -41,7 +41,7 @@ def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None
     fake = FakeTensorMode()
     twin = make_twin(model, fake)
     known = ModelWeights(model)
-    notes = fix_rope(twin, known, max_length=max_length)
+    notes, longest = fix_rope(twin, known, max_length=max_length)
     example = choose_inputs(twin, fake, known.indices(), length=length)
     kinds = example.probe.kinds
     exported = functionalize(export(twin, example.tensors, kinds, static=length is not None))
@@ -62,6 +62,7 @@ def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None
             weights[name] = Weight(name, tuple(tensor.shape), tensor.dtype, known.source(name), known.aliases[name])
     placeholders = {node.target: node for node in graph.nodes if node.op == "placeholder"}
     inputs = tuple(Input(name, placeholders[name].meta["val"], example.defaults[name]) for name in example.tensors)
+    notes += [*builder.limits(), *([] if length is None else [f"static length {length}"])]
     return Program(
         graph=graph,
         inputs=inputs,
@@ -70,5 +71,14 @@ def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None
         symbols=builder.symbols,
         mesh=mesh,
         name=type(model).__name__,
-        notes=[*notes, *builder.limits(), *([] if length is None else [f"static length {length}"])],
+        limits=_limits(builder.ranges, longest),
+        notes=notes,
     )
+
+
+def _limits(ranges: dict[str, tuple[int, int | None]], longest: int | None) -> dict[str, tuple[int, int | None]]:
+    """The sizes that inputs may have: those that the trace holds for, within the length that RoPE is fixed for."""
+    if longest is None:
+        return dict(ranges)
+    low, high = ranges.get("sequence", (1, None))
+    return {**ranges, "sequence": (low, longest if high is None else min(high, longest))}

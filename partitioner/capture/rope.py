@@ -23,9 +23,10 @@ _FIXED = "default"
 """The rope_type under which transformers' forward leaves the frequencies alone."""
 
 
-def fix_rope(twin: PreTrainedModel, weights: ModelWeights, *, max_length: int | None) -> list[str]:
+def fix_rope(twin: PreTrainedModel, weights: ModelWeights, *, max_length: int | None) -> tuple[list[str], int | None]:
     """Fix every such module of `twin`, put its frequencies into `weights`, and say so: one note each."""
-    notes = []
+    notes: list[str] = []
+    longest: int | None = None
     for path, module in twin.named_modules():
         kinds = vars(module).get("rope_type")
         by_layer = kinds if isinstance(kinds, dict) else {None: kinds}
@@ -38,6 +39,7 @@ def fix_rope(twin: PreTrainedModel, weights: ModelWeights, *, max_length: int | 
         for layer, kind in changing.items():
             limit = _original_length(module, layer) if max_length is None else max_length
             _run(shell, path, layer, limit)
+            longest = limit if longest is None else min(longest, limit)
             notes.append(f"RoPE {kind!r} of {path} is fixed for sequences of up to {limit} tokens")
         for name, value in shell._buffers.items():
             if value is not None and name in module._buffers:
@@ -46,7 +48,7 @@ def fix_rope(twin: PreTrainedModel, weights: ModelWeights, *, max_length: int | 
             if "attention_scaling" in name:
                 setattr(module, name, value)
         module.rope_type = {**by_layer, **dict.fromkeys(changing, _FIXED)} if isinstance(kinds, dict) else _FIXED
-    return notes
+    return notes, longest
 
 
 def _with_values(module: nn.Module, path: str, weights: ModelWeights) -> nn.Module:

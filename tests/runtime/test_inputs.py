@@ -46,3 +46,13 @@ def test_what_is_wrong_is_said(given, message: str) -> None:
 def test_a_default_needs_its_size() -> None:
     with pytest.raises(InputError, match="no default without an input that tells the batch"):
         complete_inputs(INPUTS[1:], {}, CPU)
+
+
+def test_sizes_that_the_graph_is_not_right_for() -> None:
+    inputs = (RunInput("input_ids", torch.int64, ("batch", "sequence"), "required"),)
+    ids = torch.zeros(1, 65, dtype=torch.int64)
+    with pytest.raises(
+        InputError, match=r"'input_ids' has sequence 65, but this model was compiled for sequence 1 to 64"
+    ):
+        complete_inputs(inputs, {"input_ids": ids}, torch.device("cpu"), {"sequence": (1, 64)})
+    assert len(complete_inputs(inputs, {"input_ids": ids}, torch.device("cpu"), {"sequence": (2, None)})) == 1
