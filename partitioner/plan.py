@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from partitioner.errors import PlanError
 from partitioner.mesh import Mesh
 
 __all__ = ["Plan"]
@@ -22,8 +23,11 @@ class Plan:
     passes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep_whole", tuple(self.keep_whole))
-        object.__setattr__(self, "passes", tuple(self.passes))
+        for name in ("keep_whole", "passes"):
+            given = getattr(self, name)
+            if not isinstance(given, (tuple, list)) or not all(isinstance(each, str) for each in given):
+                raise PlanError(f"{name} must be a list or tuple of names, such as [{str(given)!r}]; got {given!r}")
+            object.__setattr__(self, name, tuple(given))
         self.mesh  # noqa: B018 - checks the degrees
 
     @property

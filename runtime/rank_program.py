@@ -81,10 +81,10 @@ class RankProgram:
     coordinates: Mapping[str, int]
     weights: tuple[WeightShard, ...]
     inputs: tuple[RunInput, ...]
-    limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
-    """By name of a dim: the smallest and the largest size that the graph is right for, where not all are."""
     values: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """Data known to the compiler, whole: what no checkpoint has, and the rest where the model had it."""
+    limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    """By name of a dim: the smallest and the largest size that the graph is right for, where not all are."""
 
     @property
     def rank(self) -> int:

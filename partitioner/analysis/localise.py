@@ -58,7 +58,7 @@ def localise(program: Program, node: fx.Node, layouts: Layouts, outputs: tuple[L
         return _sizes(program, node, outputs[0], node.args[1], lambda sizes: (node.args[0], sizes))
     a = arguments(node)
     if op is aten.unflatten:
-        dim = a["dim"] % len(node_values(node)[0].shape)
+        dim = a["dim"] % len(node_values(a["self"])[0].shape)
         return _sizes(program, node, outputs[0], a["sizes"], lambda sizes: (a["self"], a["dim"], sizes), offset=dim)
     if op is aten.repeat_interleave and a.get("output_size") is not None:
         return Localised(aten.repeat_interleave.self_int, (a["self"], a["repeats"], a["dim"]), {})

@@ -171,3 +171,8 @@ def test_more_ranks_than_anything_can_be_split_over() -> None:
     assert error("llama", parts, 3) < EXACT
     reasons = {r.pattern.rpartition(".")[0].rpartition(".")[2]: r.reason for r in parts.report.whole}
     assert reasons["q_proj"] == "64 indices are too few for 100 ranks"
+
+
+def test_keep_whole_is_a_list_of_globs() -> None:
+    with pytest.raises(PlanError, match="must be a list or tuple of names"):
+        compiled("llama", 2, keep_whole="lm_head")
