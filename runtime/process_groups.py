@@ -6,7 +6,7 @@
 
 No wait is unbounded: every group has `timeout_s` (torch's own default is 30 minutes for gloo, 10 for NCCL).
 Uneven all_gather goes through all_to_all_single, which gloo and NCCL both take with uneven sizes; on gloo it was
-quicker than padding; at two ranks, broadcasts were a little quicker still.
+quicker than padding for all but small pieces; at two ranks, broadcasts were a little quicker still.
 """
 
 from __future__ import annotations
