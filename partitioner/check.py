@@ -23,6 +23,7 @@ from partitioner.errors import LayoutError
 from partitioner.layout import REPLICATED, IndexSet, Layout, Split
 from partitioner.program import Entry, Local, Program, Value
 from runtime.ops.attention import attention
+from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.local import once, reorder, shard
@@ -44,7 +45,7 @@ def check(program: Program) -> None:
             layouts[node] = program.weight_layouts.get(name, REPLICATED(len(program.weights[name].shape)))
         elif node.op == "output":
             for source in node.all_input_nodes:
-                _require(node, source, layouts[source], REPLICATED(len(layouts[source].dims)))
+                _require(node, source, layouts[source], program.output or REPLICATED(len(layouts[source].dims)))
         elif node.op == "call_function" and node_values(node):
             layouts[node] = _infer(program, node, layouts, inferrer)
             stated = node.meta.get("layout")
@@ -175,12 +176,25 @@ def _check_integers(program: Program, node: fx.Node, layouts: Layouts) -> None:
         rows = layouts[a["weight"]].dims[0]
         expected = _starts(rows) if rows is not None else 0
         _expect(program, node, "start", a["start"], expected)
-    elif op is attention:
+    elif op in (attention, cached_attention):
         _check_kv_map(program, node, layouts)
+        if op is cached_attention:
+            _check_states(program, node, layouts)
     elif op in (aten.conv1d, aten.conv2d, aten.convolution):
         split = layouts[node.all_input_nodes[0]].dims[1] if arguments(node)["groups"] != 1 else None
         if split is not None:
             _expect(program, node, "groups", arguments(node)["groups"], split.sizes)
+
+
+def _check_states(program: Program, node: fx.Node, layouts: Layouts) -> None:
+    """A cache must hold what the rank writes to it: the same heads."""
+    a = arguments(node)
+    for operand, part in (("k", "key"), ("v", "value")):
+        name, layout = f"{a['state']}.{part}", layouts[a[operand]]
+        state = program.states.get(name)
+        if state is None or state.layout != Layout((layout.dims[1], layout.dims[3])):
+            got = "no such state" if state is None else str(state.layout)
+            raise LayoutError(f"{_at(node)} writes {layout} to the state {name!r}, which is {got}")
 
 
 def _starts(rows: Split) -> tuple[int, ...]:

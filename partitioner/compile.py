@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 from importlib.metadata import entry_points
 from typing import Protocol
 
 from transformers import PreTrainedModel
 
+from partitioner.analysis.tokens import why_tokens_mix
 from partitioner.canonicalize import canonicalize
 from partitioner.capture import capture
 from partitioner.check import check
@@ -26,7 +28,7 @@ from partitioner.plan import Plan
 from partitioner.program import Program
 from partitioner.report import Report, make_report
 
-__all__ = ["Pass", "compile_program", "partition", "trace"]
+__all__ = ["Pass", "compile_generation", "compile_program", "partition", "trace"]
 
 GROUP = "partitioner.passes"
 """The entry points that passes are declared under, ours as well as anyone's."""
@@ -67,16 +69,41 @@ def compile_program(traced: Program, plan: Plan) -> Parts[Report]:
     for pass_ in _passes(program, plan):
         program = pass_.run(program)
         check(program)
-    return Parts(program, make_report(program, plan=str(plan)), traced=traced)
+    return Parts(
+        program,
+        make_report(program, plan=str(plan)),
+        traced=traced,
+        generation=functools.partial(compile_generation, traced, plan),
+    )
 
 
-def _passes(program: Program, plan: Plan) -> list[Pass]:
+def compile_generation(traced: Program, plan: Plan) -> Program:
+    """What `trace` yields as a program that continues sequences: with a cache, and logits of last tokens only.
+
+    It reads the weights as the program for whole texts does, and shares them. Raises `PlanError` where the model's
+    tokens depend on each other by more than causal attention.
+    """
+    reason = why_tokens_mix(traced)
+    if reason is not None:
+        raise PlanError(f"{traced.name} cannot generate with a cache: {reason}")
+    program = traced.copy(plan.mesh)
+    for pass_ in _passes(program, plan, _GENERATION):
+        program = pass_.run(program)
+        check(program)
+    return program
+
+
+_GENERATION = ("kv-cache", "last-token")
+"""The passes that turn a program for whole texts into one that continues them."""
+
+
+def _passes(program: Program, plan: Plan, further: tuple[str, ...] = ()) -> list[Pass]:
+    """In the order in which they run."""
     found: list[Pass] = []
     keep = _keep_whole(program, plan.keep_whole)
     if plan.tp > 1:
         found.append(_load("tensor-parallel")(keep_whole=keep))  # type: ignore[operator]
-    found.append(_load("fuse")())  # type: ignore[operator]
-    found += [_load(name)() for name in plan.passes]  # type: ignore[operator]
+    found += [_load(name)() for name in (*further, "fuse", *plan.passes)]  # type: ignore[operator]
     return found
 
 

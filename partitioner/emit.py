@@ -20,10 +20,10 @@ from torch import fx
 from partitioner.errors import CaptureError, LayoutError
 from partitioner.layout import IndexSet
 from partitioner.lower import lower
-from partitioner.program import Input, Local, Program, Weight
-from runtime.rank_program import Piece, RankProgram, RunInput, WeightShard
+from partitioner.program import Input, Local, Program, State, Weight
+from runtime.rank_program import Piece, RankProgram, RunInput, StateShard, WeightShard
 
-__all__ = ["Emitter", "Piece", "RankProgram", "RunInput", "WeightShard", "emit"]
+__all__ = ["Emitter", "Piece", "RankProgram", "RunInput", "StateShard", "WeightShard", "emit"]
 
 
 def emit(program: Program, coordinates: Mapping[str, int]) -> RankProgram:
@@ -50,6 +50,9 @@ class Emitter:
             coordinates=coordinates,
             weights=tuple(weight_shard(self.program, weight, coordinates) for weight in self._weights),
             inputs=self._inputs,
+            eos_token_id=self.program.eos_token_id,
+            states=tuple(_state_shard(self.program, state, coordinates) for state in self.program.states.values()),
+            vocabulary=_vocabulary(self.program),
             limits=self.program.limits,
             values=self.program.values,
         )
@@ -125,6 +128,19 @@ def weight_shard(program: Program, weight: Weight, coordinates: Mapping[str, int
     return WeightShard(
         weight.name, weight.dtype, weight.shape, local_shape, indices, weight.source, weight.aliases, pieces
     )
+
+
+def _state_shard(program: Program, state: State, coordinates: Mapping[str, int]) -> StateShard:
+    shape = tuple(
+        size if split is None else split.owned[program.mesh.index(split.axes, coordinates)].size
+        for size, split in zip(state.shape, state.layout.dims, strict=True)
+    )
+    return StateShard(state.name, shape, state.dtype, state.sees)
+
+
+def _vocabulary(program: Program) -> tuple[IndexSet, ...] | None:
+    split = None if program.output is None else program.output.dims[-1]
+    return None if split is None else split.owned
 
 
 def _weight(program: Program, name: str) -> Weight:

@@ -1,6 +1,7 @@
 """Parts: a partitioned model. One program per rank, the report, and ways to run it.
 
 parts.simulate(input_ids=ids)       all ranks in this process, one thread each
+parts.generate(ids, max_new_tokens=20)
 parts.rank(1).graph_module          what rank 1 runs
 parts.engine(1, communicator)       rank 1 loaded, over a communicator of your own
 Engine.connect(parts)               this process's rank, under torchrun
@@ -8,20 +9,25 @@ Engine.connect(parts)               this process's rank, under torchrun
 
 from __future__ import annotations
 
+import functools
+import threading
+from collections.abc import Callable
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, Unpack
 
 import torch
 from torch import Tensor
 
 from partitioner.emit import Emitter
-from partitioner.errors import CommunicationError
+from partitioner.errors import CommunicationError, PlanError
 from partitioner.mesh import Mesh
 from partitioner.program import Program
 from runtime.communicator import Communicator
 from runtime.engine import Engine
+from runtime.options import Options
 from runtime.rank_program import RankProgram
 from runtime.simulate import Simulator
+from runtime.task import Generated, Prompts
 from runtime.weights import WeightSource
 
 __all__ = ["Parts"]
@@ -32,11 +38,20 @@ Report = TypeVar("Report")
 class Parts(Generic[Report]):
     """See the module's docstring; `traced` is the program before any pass, for `partitioner.compare`."""
 
-    def __init__(self, program: Program, report: Report, *, traced: Program | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        report: Report,
+        *,
+        traced: Program | None = None,
+        generation: Callable[[], Program] | None = None,
+    ) -> None:
         self.program = program
         self.report = report
         self.traced = traced
+        self._compile_generation = generation
         self._ranks: dict[int, RankProgram] = {}
+        self._lock = threading.RLock()
 
     @property
     def mesh(self) -> Mesh:
@@ -51,6 +66,25 @@ class Parts(Generic[Report]):
     def _emitter(self) -> Emitter:
         return Emitter(self.program)
 
+    @property
+    def generation(self) -> Program:
+        """The program that continues sequences, compiled when first asked for.
+
+        Raises `PlanError` where the model's tokens depend on each other by more than causal attention.
+        """
+        return self._generation.program
+
+    @cached_property
+    def _generation(self) -> Emitter:
+        if self._compile_generation is None:
+            raise PlanError("these parts were made without a program for generation")
+        return Emitter(self._compile_generation())
+
+    def generation_rank(self, rank: int) -> RankProgram:
+        """What `rank` runs to continue sequences; it reads the weights of `rank(rank)`."""
+        with self._lock:  # simulated ranks ask at the same time
+            return self._generation.rank(self.mesh.coordinates(rank))
+
     def engine(
         self,
         rank: int,
@@ -59,11 +93,17 @@ class Parts(Generic[Report]):
         weights: WeightSource | None = None,
         device: str | torch.device = "cpu",
     ) -> Engine:
-        return Engine(self.rank(rank), communicator, weights=weights, device=device)
+        return Engine(
+            self.rank(rank),
+            communicator,
+            weights=weights,
+            device=device,
+            generation=functools.partial(self.generation_rank, rank),
+        )
 
     @cached_property
     def _simulator(self) -> Simulator:
-        return Simulator([self.rank(rank) for rank in range(self.mesh.world_size)])
+        return Simulator(self)
 
     def simulate(self, **inputs: Tensor | None) -> Tensor:
         """Run all ranks in this process with the model's own weights, and return rank 0's result.
@@ -75,6 +115,14 @@ class Parts(Generic[Report]):
     def simulate_ranks(self, **inputs: Tensor | None) -> list[Tensor]:
         """The same, with every rank's own result."""
         return self._simulator(**inputs)
+
+    def generate(
+        self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
+    ) -> Tensor | Generated:
+        """Continue `prompts` on all ranks in this process; see `Engine.generate`."""
+        results = self._simulator.run(lambda engine: engine.generate(prompts, attention_mask=attention_mask, **options))
+        same_on_all_ranks([r.sequences if isinstance(r, Generated) else r for r in results])
+        return results[0]
 
 
 def same_on_all_ranks(results: list[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from torch import fx
 from partitioner.layout import Layout
 from partitioner.mesh import Mesh
 
-__all__ = ["Entry", "Input", "Local", "Program", "Value", "Weight"]
+__all__ = ["Entry", "Input", "Local", "Program", "State", "Value", "Weight"]
 
 Integers = int | tuple[int, ...] | None
 
@@ -75,6 +75,20 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class State:
+    """What a rank remembers of each sequence between runs: `shape` per position, split as `layout` says.
+
+    sees: how many positions back (the token's own included) a later token may look; None: all of them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: Layout
+    sees: int | None = None
+
+
+@dataclass(frozen=True)
 class Entry:
     """One row of the table: the value on one whole model, and per coordinate of `axes` (row-major)."""
 
@@ -110,6 +124,12 @@ class Program:
     table: dict[str, Entry] = field(default_factory=dict)
     weight_layouts: dict[str, Layout] = field(default_factory=dict)
     """Layout of each weight that is not whole on every rank."""
+    eos_token_id: tuple[int, ...] = ()
+    """The tokens after which the model's text ends, by its own generation config."""
+    states: dict[str, State] = field(default_factory=dict)
+    """What ranks remember between runs, by name; empty where the whole text is run at once."""
+    output: Layout | None = None
+    """How the ranks hold the result; None: all of it on every rank."""
     kept_whole: dict[str, str] = field(default_factory=dict)
     """Weights that could have been split and stay whole, with the reason."""
     limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
@@ -131,6 +151,7 @@ class Program:
             mesh=mesh or self.mesh,
             table=dict(self.table),
             weight_layouts=dict(self.weight_layouts),
+            states=dict(self.states),
             kept_whole=dict(self.kept_whole),
             notes=list(self.notes),
         )

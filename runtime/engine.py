@@ -2,6 +2,7 @@
 
     engine = Engine(parts.rank(1), communicator, weights=state_dict)
     logits = engine(input_ids=input_ids)
+    tokens = engine.generate(input_ids, max_new_tokens=20)
 
 The same engine runs a rank in a process of its own and in a thread of the simulator; only the communicator differs.
 """
@@ -9,19 +10,23 @@ The same engine runs a rank in a process of its own and in a thread of the simul
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, Unpack
 
 import torch
 from torch import Tensor
 
-from partitioner.errors import CommunicationError
+from partitioner.errors import CommunicationError, InputError
 from partitioner.mesh import Mesh
 from runtime.communicator import Communicator
-from runtime.executable import build_executable, failing_node
+from runtime.continuation import Continuation, Step
+from runtime.executable import Executable
 from runtime.inputs import complete_inputs
+from runtime.options import Options
 from runtime.process_groups import ProcessGroups
 from runtime.rank_program import RankProgram
+from runtime.task import Generated, Prompts, Task
 from runtime.weights import WeightSource, load_weights
 
 __all__ = ["Engine", "RankPrograms"]
@@ -35,9 +40,14 @@ class RankPrograms(Protocol):
 
     def rank(self, rank: int) -> RankProgram: ...
 
+    def generation_rank(self, rank: int) -> RankProgram: ...
+
 
 class Engine:
-    """One rank, loaded; `weights` as in `runtime.weights`, None: the data of the model that was partitioned."""
+    """One rank, loaded; `weights` as in `runtime.weights`, None: the data of the model that was partitioned.
+
+    `generation` makes the rank's program for continuing sequences, when it is first asked to.
+    """
 
     def __init__(
         self,
@@ -46,6 +56,7 @@ class Engine:
         *,
         weights: WeightSource | None = None,
         device: str | torch.device = "cpu",
+        generation: Callable[[], RankProgram] | None = None,
     ) -> None:
         if communicator.rank != program.rank or communicator.mesh != program.mesh:
             raise CommunicationError(
@@ -55,9 +66,10 @@ class Engine:
         self.program = program
         self.communicator = communicator
         self.device = torch.device(device)
-        self.weights = load_weights(program, weights, self.device)
-        self._run = functools.partial(build_executable(program, communicator, self.device), *self.weights)
-        self._seen: set[tuple[torch.Size, ...]] = set()
+        self._source = weights
+        self.weights = load_weights(program.weights, program.values, weights, self.device)
+        self._run = Executable(program, self.weights, communicator, self.device)
+        self._generation = generation
 
     @classmethod
     def connect(
@@ -71,28 +83,47 @@ class Engine:
     ) -> Engine:
         """The rank of a process that torchrun started; `check`: compare the ranks before every collective."""
         communicator = ProcessGroups.connect(parts.mesh, device=device, timeout_s=timeout_s, check=check)
-        return cls(parts.rank(communicator.rank), communicator, weights=weights, device=communicator.device)
+        return cls(
+            parts.rank(communicator.rank),
+            communicator,
+            weights=weights,
+            device=communicator.device,
+            generation=functools.partial(parts.generation_rank, communicator.rank),
+        )
 
     def __call__(self, **inputs: Tensor | None) -> Any:
         """Run once. Every rank must be given the same inputs."""
-        values = complete_inputs(self.program.inputs, inputs, self.device, self.program.limits)
-        shapes = tuple(value.shape for value in values)
-        self.communicator.begin_run(new_shapes=shapes not in self._seen)
-        try:
-            # not inference_mode: the caller may write to what comes back
-            with torch.no_grad():
-                result = self._run(*values)
-        except BaseException as error:
-            name = failing_node(error)
-            for node in self.program.graph.nodes:
-                if node.name == name:
-                    error.add_note(
-                        f"at node {name!r} of {node.meta.get('path') or 'the graph'}, rank {self.program.rank}"
-                    )
-            self.communicator.abort(error)
-            raise
-        self._seen.add(shapes)
-        return result
+        return self._run(complete_inputs(self.program.inputs, inputs, self.device, self.program.limits))
+
+    def generate(
+        self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
+    ) -> Tensor | Generated:
+        """Prompts and what follows them, [B, L + new tokens], as transformers' `generate` returns it.
+
+        `prompts`: ids [B, L], with an attention_mask where they are padded (on either side), or a list of rows of any
+        lengths, which are returned padded on the left. `options`: see `runtime.options`. Every rank must be given the
+        same, and returns the same.
+        """
+        task = Task.of(prompts, attention_mask, options, eos_token_id=self._continuation.program.eos_token_id)
+        return task.result(list(self._continuation.steps(task)))
+
+    def stream(
+        self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
+    ) -> Iterator[Step]:
+        """The same, a step at a time: one token per sequence."""
+        task = Task.of(prompts, attention_mask, options, eos_token_id=self._continuation.program.eos_token_id)
+        return self._continuation.steps(task)
+
+    @functools.cached_property
+    def _continuation(self) -> Continuation:
+        if self._generation is None:
+            raise InputError("this engine was made without a program for generation: give it generation=")
+        program = self._generation()
+        mine = dict(zip(self.program.weights, self.weights, strict=True))
+        # the same slices of the same weights, unless a user's pass saw to something else
+        missing = [weight for weight in program.weights if weight not in mine]
+        mine |= zip(missing, load_weights(missing, program.values, self._source, self.device), strict=True)
+        return Continuation(program, [mine[weight] for weight in program.weights], self.communicator, self.device)
 
     def close(self) -> None:
         self.communicator.close()

@@ -1,7 +1,8 @@
-"""From a rank's graph to the function that runs it: weights as leading arguments, collectives bound to a communicator.
+"""From a rank's graph to what runs it: weights as leading arguments, collectives bound to a communicator.
 
     get_attr "model.norm.weight"     -> an argument: no module attributes are looked up while running
     all_reduce(x, "tp")              -> the communicator's own function of x
+    cached_attention(.., state=..)   -> the cache's own function of the tensors
     device=... in the graph          -> the engine's device
 
 Values are dropped after their last use, as torch.fx's generated code does.
@@ -9,27 +10,70 @@ Values are dropped after their last use, as torch.fx's generated code does.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import linecache
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from runtime.cache import Cache
 from runtime.communicator import Communicator
+from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import COLLECTIVES
 from runtime.rank_program import RankProgram
 
-__all__ = ["build_executable", "failing_node"]
+__all__ = ["Executable", "failing_node"]
 
 # operations that always return memory of their own, which a collective may therefore overwrite
 _FRESH = frozenset({"add", "addmm", "baddbmm", "bmm", "embedding", "linear", "matmul", "mm", "mul"})
 _FRESH_OWN = frozenset({"vocab_parallel_embedding"})
 
 
-def build_executable(program: RankProgram, communicator: Communicator, device: torch.device) -> Callable[..., Any]:
+class Executable:
+    """The graph of one rank, ready to run: called with its inputs, in their order, it returns the result.
+
+    `weights` in the order of `program.weights`. A failure names its node, and wakes the ranks that wait for this one.
+    """
+
+    def __init__(
+        self,
+        program: RankProgram,
+        weights: Sequence[Tensor],
+        communicator: Communicator,
+        device: torch.device,
+        cache: Cache | None = None,
+    ) -> None:
+        self.program, self.communicator = program, communicator
+        self._run = functools.partial(_build(program, communicator, device, cache), *weights)
+        self._seen: set[tuple[torch.Size, ...]] = set()
+
+    def __call__(self, values: Sequence[Tensor]) -> Any:
+        shapes = tuple(value.shape for value in values)
+        self.communicator.begin_run(new_shapes=shapes not in self._seen)
+        try:
+            # not inference_mode: the caller may write to what comes back
+            with torch.no_grad():
+                result = self._run(*values)
+        except BaseException as error:
+            name = failing_node(error)
+            for node in self.program.graph.nodes:
+                if node.name == name:
+                    error.add_note(
+                        f"at node {name!r} of {node.meta.get('path') or 'the graph'}, rank {self.program.rank}"
+                    )
+            self.communicator.abort(error)
+            raise
+        self._seen.add(shapes)
+        return result
+
+
+def _build(
+    program: RankProgram, communicator: Communicator, device: torch.device, cache: Cache | None
+) -> Callable[..., Any]:
     """A function of the weights in the order of `program.weights`, then of the inputs in their order."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -43,6 +87,9 @@ def build_executable(program: RankProgram, communicator: Communicator, device: t
             assert callable(node.target)
             if node.target in COLLECTIVES:
                 _bind(new, node.target, node, communicator)
+            elif node.target is cached_attention and cache is not None:
+                options = dict(new.kwargs)
+                new.target, new.kwargs = cache.bind(str(options.pop("state")), options), {}
             else:
                 new.args = fx.node.map_aggregate(new.args, lambda leaf: _moved(leaf, device))
                 new.kwargs = fx.node.map_aggregate(new.kwargs, lambda leaf: _moved(leaf, device))

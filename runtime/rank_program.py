@@ -5,6 +5,7 @@ The compiler makes it, the engine runs it.
     RankProgram   graph, coordinates, weights, inputs
     WeightShard   one tensor of the rank: its shape, and the pieces it is put together from
     Piece         a block of a source tensor and the block of the local tensor it fills
+    StateShard    what the rank remembers of each sequence between runs, such as a layer's keys
     RunInput      a keyword of the run: dims are integers, or names shared with the other inputs ("batch")
 
 Weights are described, never held: the device, the dtype's storage and the source of the data are chosen at load.
@@ -22,7 +23,7 @@ from torch import Tensor, fx
 from partitioner.layout import IndexSet
 from partitioner.mesh import Mesh
 
-__all__ = ["Block", "Piece", "RankProgram", "RunInput", "WeightShard"]
+__all__ = ["Block", "Piece", "RankProgram", "RunInput", "StateShard", "WeightShard"]
 
 Block = tuple[tuple[int, int], ...]
 """A half-open range per dim."""
@@ -63,6 +64,20 @@ class WeightShard:
 
 
 @dataclass(frozen=True)
+class StateShard:
+    """`shape`: of this rank, per position; `sees`: how many positions back a later token may look, None for all."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sees: int | None
+
+    @property
+    def bytes_per_position(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class RunInput:
     """An input of the run; default: "required" | "arange" | "ones" | "zeros"."""
 
@@ -83,6 +98,11 @@ class RankProgram:
     inputs: tuple[RunInput, ...]
     values: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """Data known to the compiler, whole: what no checkpoint has, and the rest where the model had it."""
+    eos_token_id: tuple[int, ...] = ()
+    """The tokens after which the model's text ends, by its own configuration."""
+    states: tuple[StateShard, ...] = ()
+    vocabulary: tuple[IndexSet, ...] | None = None
+    """Which indices of the result's last dim each rank along "tp" holds; None: all of them."""
     limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     """By name of a dim: the smallest and the largest size that the graph is right for, where not all are."""
 

@@ -5,40 +5,57 @@ The simulator is not a second interpreter: the engines, graphs and weights are t
 
 from __future__ import annotations
 
+import functools
+import queue
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from partitioner.errors import CommunicationError
-from runtime.engine import Engine
-from runtime.rank_program import RankProgram
+from runtime.engine import Engine, RankPrograms
 from runtime.rendezvous import Rendezvous
 from runtime.weights import WeightSource
 
 __all__ = ["Simulator"]
+
+T = TypeVar("T")
 
 
 class Simulator:
     """Loads every rank once; each call runs all of them and returns their results in order of rank."""
 
     def __init__(
-        self, programs: Sequence[RankProgram], *, weights: WeightSource | None = None, timeout_s: float = 60.0
+        self,
+        parts: RankPrograms,
+        *,
+        weights: WeightSource | None = None,
+        timeout_s: float = 60.0,
     ) -> None:
-        self._rendezvous = Rendezvous(programs[0].mesh, timeout_s=timeout_s)
+        self._rendezvous = Rendezvous(parts.mesh, timeout_s=timeout_s)
         self.engines = [
-            Engine(program, self._rendezvous.communicator(program.rank), weights=weights) for program in programs
+            Engine(
+                parts.rank(rank),
+                self._rendezvous.communicator(rank),
+                weights=weights,
+                generation=functools.partial(parts.generation_rank, rank),
+            )
+            for rank in range(parts.mesh.world_size)
         ]
 
     def __call__(self, **inputs: Tensor | None) -> list[Any]:
+        return self.run(lambda engine: engine(**inputs))
+
+    def run(self, work: Callable[[Engine], T]) -> list[T]:
+        """What `work` returns on each rank, all of them at once."""
         self._rendezvous.reset()
         results: list[Any] = [None] * len(self.engines)
         errors: list[tuple[int, BaseException]] = []
 
         def run(rank: int) -> None:
             try:
-                results[rank] = self.engines[rank](**inputs)
+                results[rank] = work(self.engines[rank])
             except BaseException as error:
                 errors.append((rank, error))
                 self._rendezvous.abort(rank, error)

@@ -8,26 +8,30 @@ A slice of a tensor keeps the whole of it in memory, so slices are copied; a wei
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from partitioner.errors import WeightError
-from runtime.rank_program import Block, RankProgram, WeightShard
+from runtime.rank_program import Block, WeightShard
 
 __all__ = ["WeightSource", "load_weights"]
 
 WeightSource = Mapping[str, Tensor] | Callable[[str, Block], Tensor]
 
 
-def load_weights(program: RankProgram, source: WeightSource | None, device: torch.device) -> list[Tensor]:
-    """One tensor per `program.weights`; None: the data that the program came with."""
-    return [_load(program, weight, source, device) for weight in program.weights]
+def load_weights(
+    weights: Sequence[WeightShard], values: Mapping[str, Tensor], source: WeightSource | None, device: torch.device
+) -> list[Tensor]:
+    """One tensor per weight, from `source`; None: from `values`, the data that the program came with."""
+    return [_load(weight, values, source, device) for weight in weights]
 
 
-def _load(program: RankProgram, weight: WeightShard, source: WeightSource | None, device: torch.device) -> Tensor:
-    known = _find(program.values, weight)
+def _load(
+    weight: WeightShard, values: Mapping[str, Tensor], source: WeightSource | None, device: torch.device
+) -> Tensor:
+    known = _find(values, weight)
     has_data = known is not None and not known.is_meta
     if callable(source) and (weight.source == "checkpoint" or not has_data):
         return _assemble(weight, source, device)

@@ -72,8 +72,16 @@ def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None
         mesh=mesh,
         name=type(model).__name__,
         limits=_limits(builder.ranges, longest),
+        eos_token_id=_ends(model),
         notes=notes,
     )
+
+
+def _ends(model: PreTrainedModel) -> tuple[int, ...]:
+    """The ids after which text of this model ends."""
+    config = model.generation_config if model.can_generate() else None
+    found = None if config is None else config.eos_token_id
+    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
 
 def _limits(ranges: dict[str, tuple[int, int | None]], longest: int | None) -> dict[str, tuple[int, int | None]]:

@@ -60,6 +60,7 @@ for _op in (
     aten.square,
     aten.bernoulli,
     aten.complex,
+    aten.polar,
 ):
     RULES[_op] = pointwise
 

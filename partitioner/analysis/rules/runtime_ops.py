@@ -10,6 +10,7 @@ from partitioner.analysis.notation import Letters, Notation, Operand, Rules, is_
 from partitioner.analysis.rules.contractions import grouped_attention, mask_operand
 from partitioner.program import Local
 from runtime.ops.attention import attention
+from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 from runtime.ops.mask import attention_mask
@@ -17,7 +18,7 @@ from runtime.ops.mask import attention_mask
 RULES = Rules()
 
 
-@RULES.of(attention)
+@RULES.of(attention, cached_attention)
 def _attention(node: fx.Node, a: dict[str, Any]) -> Notation:
     extras = []
     if is_tensor(a.get("mask")):
@@ -31,8 +32,16 @@ def _attention(node: fx.Node, a: dict[str, Any]) -> Notation:
             else tuple(n if s == heads and n == "h" else None for n, s in zip("bhst", shape, strict=True))
         )
         extras.append(Operand(a["sinks"], names))
+    if is_tensor(a.get("positions")):
+        extras.append(Operand(a["positions"], ("b", "s")))
     kv_map = a.get("kv_map")
     return grouped_attention(a["q"], a["k"], a["v"], extras, None if isinstance(kv_map, Local) else kv_map)
+
+
+@RULES.of(last_token)
+def _last_token(node: fx.Node, a: dict[str, Any]) -> Notation:
+    operands = (Operand(a["x"], ("b", "s", "h")), Operand(a["last"], ("b",)))
+    return Notation(operands, (("b", "one", "h"),), frozenset("s"), terms=(frozenset((0,)),))
 
 
 @RULES.of(attention_mask)

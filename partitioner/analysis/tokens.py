@@ -1,0 +1,161 @@
+"""Which ops mix tokens: the layout rules, asked about the sequence instead of the ranks.
+
+A graph whose attention reads a cache is right only if nothing else looks from one token at another. So the sequence is
+split, as if over two ranks, in a copy of the program with sizes of its own; every layout is inferred as for any split.
+An op that would need a collective is one that mixes tokens, or that knows where in the sequence it stands by itself.
+
+    input_ids  [B, S]              split along S
+    attention  q[b h s d]          its queries may be split, whatever it reads: the cache holds the rest
+    dispatch   hidden [T, H]       rows keep to their tokens, in whatever order they lie
+    output     logits [B, S, V]    must be split as the tokens are
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from partitioner.analysis.arguments import arguments, node_values, operation
+from partitioner.analysis.infer import Layouts
+from partitioner.analysis.remember import Inferrer
+from partitioner.layout import REPLICATED, IndexSet, Layout, Split
+from partitioner.mesh import Mesh
+from partitioner.program import Program, Value
+from runtime.ops.attention import attention
+from runtime.ops.experts import expert_combine, expert_dispatch
+
+aten = torch.ops.aten
+
+__all__ = ["why_tokens_mix"]
+
+_BATCH, _SEQUENCE = 2, 6
+_AXIS = "sp"
+_HALVES = Split((_AXIS,), (IndexSet.range(0, _SEQUENCE // 2), IndexSet.range(_SEQUENCE // 2, _SEQUENCE)))
+
+
+def why_tokens_mix(program: Program) -> str | None:
+    """The first op, in graph order, that looks from one token at another other than by causal attention; None: none
+    does, and each token's logits follow from it, its position and what attention reads.
+    """
+    if "sequence" not in program.symbols:
+        return "the model was captured for one length only"
+    concrete = _with_sizes(program)
+    layouts: Layouts = {}
+    inferrer = Inferrer(concrete)
+    for node in concrete.graph.nodes:
+        if node.op == "placeholder":
+            dims = program.inputs[len(layouts)].value.shape
+            layouts[node] = Layout(tuple(_HALVES if dim == program.symbols["sequence"] else None for dim in dims))
+        elif node.op == "get_attr":
+            layouts[node] = REPLICATED(len(node.meta["val"].shape))
+        elif node.op == "output":
+            (logits,) = node.all_input_nodes
+            if layouts[logits] != Layout((None, _HALVES, None)):
+                return f"the output is not one row per token: it is {layouts[logits]}"
+        elif node.op == "call_function" and node_values(node):
+            problem = _infer(node, layouts, inferrer)
+            if problem:
+                path = node.meta.get("path")
+                return f"{operation(node).__name__} at {node.name!r}{f' in {path}' if path else ''} {problem}"
+    return None
+
+
+def _with_sizes(program: Program) -> Program:
+    """The program with numbers for the batch and the sequence, on a mesh that splits the sequence in two."""
+    copy = program.copy(Mesh.of(**{_AXIS: 2}))
+    sizes = {program.symbols.get("batch"): _BATCH, program.symbols["sequence"]: _SEQUENCE}
+    known: dict[Any, Any] = {}
+
+    def size(expression: Any) -> Any:
+        if not isinstance(expression, sympy.Expr):
+            return expression
+        if expression not in known:
+            found = expression.subs(sizes)
+            known[expression] = int(found) if found.is_Integer else found
+        return known[expression]
+
+    def value(given: Any) -> Any:
+        if isinstance(given, Value):
+            return Value(tuple(map(size, given.shape)), given.dtype)
+        if isinstance(given, (tuple, list)):
+            return tuple(map(value, given))
+        return size(given)
+
+    for node in copy.graph.nodes:
+        if "val" in node.meta:
+            node.meta = {**node.meta, "val": value(node.meta["val"])}
+    return replace(copy, symbols={}, weight_layouts={})
+
+
+def _infer(node: fx.Node, layouts: Layouts, inferrer: Inferrer) -> str | None:
+    """Sets the layout of `node`; the problem, if it would need more than its own tokens."""
+    special = _RULES.get(node.target)  # type: ignore[arg-type]
+    if special is not None:
+        return special(node, layouts)
+    found = inferrer.infer(node, layouts)
+    if found.problem:
+        return f"cannot be told apart by token: {found.problem}"
+    for source, wanted in found.requires:
+        if layouts[source] == wanted or _is_constant(source):
+            continue
+        if layouts[source].split_dims:
+            return "reads other tokens than its own"
+        return f"combines each token with a row of {source.name!r}, which counts tokens from the start of the input"
+    layouts[node] = found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs
+    return "sums over tokens" if any(layout.partial for layout in found.outputs) else None
+
+
+_FILLED = {aten.empty, aten.full, aten.new_empty, aten.new_full, aten.new_ones, aten.new_zeros, aten.ones, aten.zeros}
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Whether all elements are the same, so that it matters to nobody which tokens they stand for."""
+    return node.op == "call_function" and operation(node) in _FILLED
+
+
+def _attention(node: fx.Node, layouts: Layouts) -> str | None:
+    a = arguments(node)
+    layouts[node] = wanted = Layout((None, None, _HALVES, None))
+    if not a["causal"]:
+        return "is not causal: each token sees those after it"
+    if any(layouts[a[name]] != wanted for name in ("q", "k", "v")):
+        return "attends over something other than one row per token"
+    for name in ("mask", "sinks"):
+        operand = a[name]
+        if operand is not None and layouts[operand].split_dims:
+            return f"has {'a bias' if name == 'mask' else 'sinks'} that depends on the tokens"
+        if name == "mask" and operand is not None and operand.meta["val"].shape[-1] != 1:
+            return "has a bias by position, which would have to grow with the cache"
+    return None
+
+
+def _dispatch(node: fx.Node, layouts: Layouts) -> str | None:
+    a = arguments(node)
+    tokens = layouts[a["index"]].dims[0]
+    if layouts[a["hidden"]] != Layout((tokens, None)) or layouts[a["index"]] != Layout((tokens, None)):
+        return "sends something other than one row per token to experts"
+    rows = None if tokens is None else _times(tokens, a["index"].meta["val"].shape[1])
+    layouts[node] = (Layout((rows, None)), Layout((rows,)), REPLICATED(1))
+    return None
+
+
+def _combine(node: fx.Node, layouts: Layouts) -> str | None:
+    a = arguments(node)
+    tokens, choices = layouts[a["gates"]].dims[0], a["gates"].meta["val"].shape[1]
+    rows = None if tokens is None else _times(tokens, choices)
+    if layouts[a["rows"]] != Layout((rows, None)) or layouts[a["order"]] != Layout((rows,)):
+        return "combines other experts' rows than those of its own tokens"
+    layouts[node] = Layout((tokens, None))
+    return None
+
+
+def _times(split: Split, count: int) -> Split:
+    """Each index as `count` in its place."""
+    return Split(split.axes, tuple(IndexSet(tuple((a * count, b * count) for a, b in o.intervals)) for o in split.owned))
+
+
+_RULES = {attention: _attention, expert_dispatch: _dispatch, expert_combine: _combine}

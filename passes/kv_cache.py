@@ -1,0 +1,81 @@
+"""The kv-cache pass: attention reads keys and values of earlier tokens from a cache instead of computing them again.
+
+    attention(q, k, v, causal=True)   ->   cached_attention(q, k, v, positions, state="model.layers.0.self_attn")
+
+Which positions a query may see says everything, so one graph serves a prompt (S tokens), part of a prompt, and one
+token. A layer's cache holds the heads that the rank computes: a split one is sized by the local heads. Layers that see
+no further than a window or a chunk say so, and keep no more. Key-value caching: arXiv:1911.02150, section 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from partitioner.analysis.arguments import arguments
+from partitioner.layout import REPLICATED, Layout
+from partitioner.program import Input, Program, State, Value
+from runtime.ops.attention import attention
+from runtime.ops.cached_attention import cached_attention
+
+__all__ = ["KVCache"]
+
+_POSITIONS = "position_ids"
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Runs after the pass that splits heads, on a program whose tokens meet in causal attention only."""
+
+    name: ClassVar[str] = "kv-cache"
+
+    def run(self, program: Program) -> Program:
+        nodes = [node for node in program.graph.nodes if node.target is attention]
+        positions = _positions(program)
+        for node in nodes:
+            self._cache(program, node, positions)
+        program.graph.lint()
+        return program
+
+    def _cache(self, program: Program, node: fx.Node, positions: fx.Node) -> None:
+        a = arguments(node)
+        name = str(node.meta.get("path") or node.name)
+        if f"{name}.key" in program.states:  # a module that attends twice
+            name = f"{name}.{node.name}"
+        sees = min((a[limit] for limit in ("window", "chunk") if a[limit] is not None), default=None)
+        for operand, part in (("k", "key"), ("v", "value")):
+            source = a[operand]
+            value, layout = source.meta["val"], source.meta.get("layout") or REPLICATED(4)
+            state = State(
+                f"{name}.{part}",
+                (value.shape[1], value.shape[3]),
+                value.dtype,
+                Layout((layout.dims[1], layout.dims[3])),
+                sees,
+            )
+            program.states[state.name] = state
+        node.target = cached_attention
+        mask, sinks = a["mask"], a["sinks"]
+        node.args = (a["q"], a["k"], a["v"], positions, *(() if mask is sinks is None else (mask, sinks)))
+        node.kwargs = {**{k: v for k, v in node.kwargs.items() if k not in ("mask", "sinks")}, "state": name}
+        far = "all earlier tokens" if sees is None else f"the last {sees} tokens"
+        node.meta["why"] = f"keys and values of {far} come from the cache"
+
+
+def _positions(program: Program) -> fx.Node:
+    """The input with each token's position; made where the model itself has no use for it."""
+    for node, given in zip(program.graph.nodes, program.inputs, strict=False):
+        if given.name == _POSITIONS:
+            return node  # type: ignore[no-any-return]
+    first: fx.Node = next(iter(program.graph.nodes))
+    last: fx.Node = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
+    with program.graph.inserting_after(last):
+        made = program.graph.placeholder(_POSITIONS)
+    value = Value(first.meta["val"].shape, torch.int64)
+    made.meta = {"val": value, "layout": REPLICATED(2)}
+    program.inputs = (*program.inputs, Input(_POSITIONS, value, "arange"))
+    return made
+

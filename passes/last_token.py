@@ -1,0 +1,117 @@
+"""The last-token pass: the logits of each sequence's last token only, and each rank keeps its part of the vocabulary.
+
+    hidden[B, S, H] -> lm_head -> logits[B, S, V]     ->     last_token(hidden, last)[B, 1, H] -> logits[B, 1, V/n]
+
+`last` [B] is where in its row each last token stands. A prompt of 8192 tokens over a vocabulary of 128256 would
+otherwise yield 4 GB of float32 logits, of which generation reads one row. The gather of vocabulary-parallel logits is
+taken out: the sampler reads them where they are (Megatron-LM, arXiv:1909.08053, section 3, does so for its loss).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from partitioner.analysis.arguments import operation
+from partitioner.layout import REPLICATED, Layout
+from partitioner.program import Input, Program, Value
+from runtime.ops.cached_attention import last_token
+from runtime.ops.collectives import all_gather, all_reduce
+from runtime.ops.local import reorder
+
+aten = torch.ops.aten
+
+__all__ = ["LastToken"]
+
+_ROW_BY_ROW = {
+    aten.linear, aten.add, aten.sub, aten.mul, aten.div, aten.tanh, aten.to, aten._to_copy, aten.neg,
+    all_reduce, all_gather, reorder,
+}  # fmt: skip
+"""Ops that may stand between the last hidden state and the logits: each row of the result comes from one row."""
+
+
+@dataclass(frozen=True)
+class LastToken:
+    """Runs after the pass that splits the vocabulary. Adds the input `last`."""
+
+    name: ClassVar[str] = "last-token"
+
+    def run(self, program: Program) -> Program:
+        output = program.graph.output_node()
+        (logits,) = output.all_input_nodes
+        place = _pick(program, logits)
+        value, layout = place.meta["val"], place.meta.get("layout") or REPLICATED(3)
+        last = _input(program, value.shape[0])
+        with program.graph.inserting_before(_next(place)):
+            picked = program.graph.call_function(last_token, (place, last))
+        picked.meta = {
+            **place.meta,
+            "val": Value((value.shape[0], 1, value.shape[2]), value.dtype),
+            "why": "logits are only needed of each sequence's last token",
+            "layout": layout,
+        }
+        place.replace_all_uses_with(picked, delete_user_cb=lambda user: user is not picked)
+        node = picked
+        while node is not output:
+            (node,) = node.users
+            if isinstance(node.meta.get("val"), Value):
+                shape = node.meta["val"].shape
+                node.meta = {**node.meta, "val": Value((shape[0], 1, shape[2]), node.meta["val"].dtype)}
+        _keep_parts(program)
+        program.graph.eliminate_dead_code()
+        program.graph.lint()
+        return program
+
+
+def _pick(program: Program, logits: fx.Node) -> fx.Node:
+    """The earliest value [B, S, H] from which on every op works row by row."""
+    node = logits
+    while node.op == "call_function" and operation(node) in _ROW_BY_ROW:
+        rows = [n for n in node.all_input_nodes if _is_per_token(program, n)]
+        if len(rows) != 1 or len(rows[0].users) != 1 or len(rows[0].meta["val"].shape) != 3 or node.args[0] is not rows[0]:
+            break
+        (node,) = rows
+    return node
+
+
+def _is_per_token(program: Program, node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, Value):
+        return True  # an integer such as the length: not something to look behind
+    return any(program.symbols["sequence"] in getattr(size, "free_symbols", ()) for size in value.shape)
+
+
+def _next(node: fx.Node) -> fx.Node:
+    following = node.next
+    while following.op == "placeholder":
+        following = following.next
+    return following
+
+
+def _input(program: Program, batch: Any) -> fx.Node:
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    with program.graph.inserting_after(placeholders[-1]):
+        made = program.graph.placeholder("last")
+    value = Value((batch,), torch.int64)
+    made.meta = {"val": value, "layout": REPLICATED(1)}
+    program.inputs = (*program.inputs, Input("last", value, "required"))
+    return made
+
+
+def _keep_parts(program: Program) -> None:
+    """Takes out the gather of the logits, and says how they are held."""
+    output = program.graph.output_node()
+    (node,) = output.all_input_nodes
+    while node.target is reorder or node.target is all_gather:
+        source = node.all_input_nodes[0]
+        if node.target is all_gather:
+            if node.kwargs["dim"] not in (2, -1):
+                return
+            layout: Layout = source.meta["layout"]
+            output.replace_input_with(output.all_input_nodes[0], source)
+            program.output = layout
+            return
+        node = source

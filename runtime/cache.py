@@ -1,0 +1,191 @@
+"""The cache of one rank: keys and values of the tokens so far, in memory set aside once.
+
+    state      what the compiler says of a layer's keys or values: heads and dims of this rank, how far back is seen
+    slots      positions that are kept: all up to max_length, or as many as a window (or chunk) and one call's tokens need
+    buffer     [max_batch, heads, slots, dim]; position p lies in slot p % slots
+
+bytes = max_batch * sum over states of heads * slots * dim * itemsize
+
+A layer that sees `n` positions back, in calls of at most `step` tokens, needs n + step - 1 slots: the first token of a
+call still sees n - 1 before it when the last one has been written.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partitioner.errors import InputError
+from runtime.ops.attention import allowed, attention
+from runtime.rank_program import StateShard
+
+__all__ = ["Batch", "Cache", "cache_bytes", "slots_of"]
+
+
+def slots_of(state: StateShard, *, max_length: int, step: int) -> int:
+    return max_length if state.sees is None else min(max_length, state.sees + step - 1)
+
+
+def cache_bytes(states: Sequence[StateShard], *, max_batch: int, max_length: int, step: int) -> int:
+    """What a Cache of these sizes takes on this rank."""
+    return sum(
+        max_batch * slots_of(state, max_length=max_length, step=step) * state.bytes_per_position for state in states
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is known about one run before it starts: the first position and the number of tokens of each row.
+
+    positions  [B, S] on the device; rows with fewer than S tokens repeat their last one
+    """
+
+    positions: Tensor
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+
+    @functools.cached_property
+    def end(self) -> int:
+        """One more than the largest position."""
+        return max(start + count for start, count in zip(self.starts, self.counts, strict=True))
+
+    @functools.cached_property
+    def start(self) -> int | None:
+        """The position at which every row starts, if that is the same one and no row is filled up."""
+        size = self.positions.shape[1]
+        alike = len(set(self.starts)) == 1 and all(count == size for count in self.counts)
+        return self.starts[0] if alike else None
+
+
+class Cache:
+    """Buffers for `max_batch` sequences of up to `max_length` tokens, at most `step` of which come in one call."""
+
+    def __init__(
+        self, states: Sequence[StateShard], *, max_batch: int, max_length: int, step: int, device: torch.device
+    ) -> None:
+        self.max_batch, self.max_length, self.step = max_batch, max_length, step
+        self.buffers = {
+            state.name: torch.zeros(
+                max_batch,
+                state.shape[0],
+                slots_of(state, max_length=max_length, step=step),
+                state.shape[1],
+                dtype=state.dtype,
+                device=device,
+            )
+            for state in states
+        }
+        self._rows = torch.arange(max_batch, device=device)[:, None]
+        self._batch: Batch | None = None
+        self._masks: dict[Any, Tensor | None] = {}
+        self._slots: dict[int, Tensor] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def begin(self, tokens: Batch) -> None:
+        """Before each run: what the run's tokens are."""
+        batch, size = tokens.positions.shape
+        if batch > self.max_batch or tokens.end > self.max_length or size > self.step:
+            raise InputError(
+                f"the cache holds {self.max_batch} sequences of {self.max_length} tokens, {self.step} of them in one "
+                f"run; got {batch} sequences up to position {tokens.end - 1}, {size} tokens in this run"
+            )
+        self._batch = tokens
+        self._masks.clear()
+        self._slots.clear()
+
+    def bind(self, state: str, options: dict[str, Any]) -> Callable[..., Tensor]:
+        """The function that takes the place of the `cached_attention` of `state`."""
+        keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
+
+        def cached_attention(*tensors: Any) -> Tensor:
+            return self._attend(keys, values, *tensors, **options)
+
+        return cached_attention
+
+    def _attend(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        sinks: Tensor | None = None,
+        *,
+        scale: float,
+        causal: bool = True,
+        window: int | None = None,
+        chunk: int | None = None,
+        softcap: float | None = None,
+        kv_map: list[int] | None = None,
+    ) -> Tensor:
+        tokens = self._batch
+        assert tokens is not None
+        batch, _, size, _ = q.shape
+        slots = keys.shape[2]
+        wraps = slots < tokens.end
+        if tokens.start is not None and not wraps:
+            keys[:batch, :, tokens.start : tokens.end] = k
+            values[:batch, :, tokens.start : tokens.end] = v
+        else:
+            at = self._at(slots)
+            keys[self._rows[:batch], :, at] = k.transpose(1, 2)
+            values[self._rows[:batch], :, at] = v.transpose(1, 2)
+        if tokens.start == 0:
+            # nothing came before: the tokens of this call are all there is to see
+            return attention(
+                q, k, v, mask, sinks,
+                scale=scale, causal=causal, window=window, chunk=chunk, softcap=softcap, kv_map=kv_map,
+            )  # fmt: skip
+        seen = slots if wraps else tokens.end
+        hidden = self._hidden(seen, slots, window, chunk, q.dtype)
+        if hidden is not None:
+            mask = hidden if mask is None else mask.to(q.dtype) + hidden
+        return attention(
+            q, keys[:batch, :, :seen], values[:batch, :, :seen], mask, sinks,
+            scale=scale, softcap=softcap, kv_map=kv_map,
+        )  # fmt: skip
+
+    def _at(self, slots: int) -> Tensor:
+        """The slots of this call's tokens, the same for all layers with as many."""
+        if slots not in self._slots:
+            assert self._batch is not None
+            self._slots[slots] = self._batch.positions % slots
+        return self._slots[slots]
+
+    def _hidden(
+        self, seen: int, slots: int, window: int | None, chunk: int | None, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Minus infinity where a query must not look, [B, 1, S, seen]; None where it may look everywhere."""
+        key = (seen, slots, window, chunk, dtype)
+        if key not in self._masks:
+            self._masks[key] = self._make_hidden(seen, slots, window, chunk, dtype)
+        return self._masks[key]
+
+    def _make_hidden(
+        self, seen: int, slots: int, window: int | None, chunk: int | None, dtype: torch.dtype
+    ) -> Tensor | None:
+        tokens = self._batch
+        assert tokens is not None
+        positions, wraps = tokens.positions, slots < tokens.end
+        one_token = tokens.start is not None and positions.shape[1] == 1
+        near = (window is None or window >= tokens.end) and (chunk is None or chunk >= tokens.end)
+        if one_token and near and not wraps:
+            return None
+        held = torch.arange(seen, device=positions.device)
+        if wraps:
+            # the latest position that lies in each slot; negative where there is none yet
+            last = positions[:, -1:]
+            held = (last - (last - held) % slots)[:, None, :]
+        visible = allowed(positions[:, :, None], held, causal=True, window=window, chunk=chunk)
+        zero = torch.zeros(visible.shape, dtype=dtype, device=positions.device)
+        return zero.masked_fill(~visible, -torch.inf)[:, None]
