@@ -6,6 +6,9 @@
 
 bytes = max_batch * sum over states of heads * slots * dim * itemsize
 
+What is appended by an op of its own (`cache_append`) is handed out as it lies, one slot per position. A state per sequence
+has no slots: [batch, ...], replaced by each token that a row takes, zero before the first.
+
 A layer that sees `n` positions back, in calls of at most `step` tokens, needs n + step - 1 slots: the first token of a
 call still sees n - 1 before it when the last one has been written.
 """
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.ops.attention import allowed, attention
+from runtime.ops.state import cache_append, state_read, state_write
 from runtime.rank_program import StateShard
 
 __all__ = ["Batch", "Cache", "cache_bytes", "slots_of"]
@@ -34,7 +38,8 @@ def slots_of(state: StateShard, *, max_length: int, step: int) -> int:
 def cache_bytes(states: Sequence[StateShard], *, max_batch: int, max_length: int, step: int) -> int:
     """What a Cache of these sizes takes on this rank."""
     return sum(
-        max_batch * slots_of(state, max_length=max_length, step=step) * state.bytes_per_position for state in states
+        max_batch * (slots_of(state, max_length=max_length, step=step) if state.per_token else 1) * state.bytes
+        for state in states
     )
 
 
@@ -48,6 +53,8 @@ class Batch:
     positions: Tensor
     starts: tuple[int, ...]
     counts: tuple[int, ...]
+    active: tuple[bool, ...] = ()
+    """Rows that take tokens in this run; the others repeat what they have. Empty: all do."""
 
     @functools.cached_property
     def end(self) -> int:
@@ -62,6 +69,12 @@ class Batch:
         return self.starts[0] if alike else None
 
 
+def _shape(state: StateShard, *, max_batch: int, max_length: int, step: int) -> tuple[int, ...]:
+    if not state.per_token:
+        return (max_batch, *state.shape)
+    return (max_batch, *state.shape[:-1], slots_of(state, max_length=max_length, step=step), state.shape[-1])
+
+
 class Cache:
     """Buffers for `max_batch` sequences of up to `max_length` tokens, at most `step` of which come in one call."""
 
@@ -71,15 +84,12 @@ class Cache:
         self.max_batch, self.max_length, self.step = max_batch, max_length, step
         self.buffers = {
             state.name: torch.zeros(
-                max_batch,
-                state.shape[0],
-                slots_of(state, max_length=max_length, step=step),
-                state.shape[1],
-                dtype=state.dtype,
-                device=device,
+                _shape(state, max_batch=max_batch, max_length=max_length, step=step), dtype=state.dtype, device=device
             )
             for state in states
         }
+        self._remembered = [state.name for state in states if not state.per_token]
+        self._appended: set[str] = set()
         self._rows = torch.arange(max_batch, device=device)[:, None]
         self._batch: Batch | None = None
         self._masks: dict[Any, Tensor | None] = {}
@@ -101,8 +111,22 @@ class Cache:
         self._masks.clear()
         self._slots.clear()
 
-    def bind(self, state: str, options: dict[str, Any]) -> Callable[..., Tensor]:
-        """The function that takes the place of the `cached_attention` of `state`."""
+    def start(self) -> None:
+        """Before the first run of new sequences: nothing is remembered."""
+        for name in self._remembered:
+            self.buffers[name] = torch.zeros_like(self.buffers[name])
+        for name in self._appended:
+            self.buffers[name].zero_()  # hidden slots are multiplied by 0, which not every number survives
+
+    def bind(self, op: Callable[..., Any], state: str, options: dict[str, Any]) -> Callable[..., Tensor]:
+        """The function that takes the place of an op that uses `state`: it takes the op's tensors."""
+        if op is cache_append:
+            self._appended.add(state)
+            return functools.partial(self._append, state)
+        if op is state_read:
+            return functools.partial(self._read, state)
+        if op is state_write:
+            return functools.partial(self._write, state)
         keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
 
         def cached_attention(*tensors: Any) -> Tensor:
@@ -154,6 +178,29 @@ class Cache:
             q, keys[:batch, :, :seen], values[:batch, :, :seen], mask, sinks,
             scale=scale, softcap=softcap, kv_map=kv_map,
         )  # fmt: skip
+
+    def _append(self, state: str, x: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        tokens, buffer = self._batch, self.buffers[state][: len(x)]
+        assert tokens is not None
+        if tokens.start is not None:
+            buffer[..., tokens.start : tokens.end, :] = x
+        else:
+            # rows and positions first: [B, S, .., D]
+            buffer.movedim(-2, 1)[self._rows[: len(x)], positions] = x.movedim(-2, 1)
+        return buffer[..., : len(slots), :]
+
+    def _read(self, state: str, batch: Tensor) -> Tensor:
+        return self.buffers[state][: len(batch)]
+
+    def _write(self, state: str, value: Tensor, active: Tensor) -> Tensor:
+        """Replaces what is remembered: who has read the old state may still use it."""
+        tokens = self._batch
+        assert tokens is not None
+        if not all(tokens.active):
+            active = active.view(-1, *([1] * (value.dim() - 1)))
+            value = torch.where(active, value, self.buffers[state][: len(value)])
+        self.buffers[state] = value
+        return value
 
     def _at(self, slots: int) -> Tensor:
         """The slots of this call's tokens, the same for all layers with as many."""

@@ -23,7 +23,7 @@ from partitioner.capture.masks import MaskKind
 from partitioner.capture.seams import MASK, installed
 from partitioner.errors import CaptureError
 
-__all__ = ["WRAPPER", "export"]
+__all__ = ["WRAPPER", "export", "export_module", "result_of"]
 
 WRAPPER = "model"
 """The attribute under which the traced module holds the model: the first part of every name in the export."""
@@ -38,15 +38,19 @@ class _Traced(nn.Module):
         self.names = names
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        output = self.model(**dict(zip(self.names, tensors, strict=True)))
-        for name in ("logits", "last_hidden_state"):
-            value = output.get(name)
-            if isinstance(value, Tensor):
-                return value
-        raise CaptureError(
-            f"cannot capture {type(self.model).__name__}: its output has neither logits nor last_hidden_state; "
-            f"it has {', '.join(output.keys())}"
-        )
+        return result_of(self.model, self.model(**dict(zip(self.names, tensors, strict=True))))
+
+
+def result_of(model: PreTrainedModel, output: Any) -> Tensor:
+    """The logits of a model's output, or the last hidden state where it has no head."""
+    for name in ("logits", "last_hidden_state"):
+        value = output.get(name)
+        if isinstance(value, Tensor):
+            return value
+    raise CaptureError(
+        f"cannot capture {type(model).__name__}: its output has neither logits nor last_hidden_state; "
+        f"it has {', '.join(output.keys())}"
+    )
 
 
 class _Masks:
@@ -73,16 +77,30 @@ def _written_out(call: dict[str, Any]) -> Tensor | None:
 def export(
     twin: PreTrainedModel, example: Mapping[str, Tensor], kinds: list[MaskKind | None], *, static: bool
 ) -> ExportedProgram:
-    masks = _Masks(kinds)
     dims = {0: Dim.DYNAMIC} if static else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    traced = _Traced(twin, tuple(example))
+    return export_module(traced, twin, example, kinds, dims={name: dims for name in example}, static=static)
+
+
+def export_module(
+    traced: nn.Module,
+    twin: PreTrainedModel,
+    example: Mapping[str, Tensor],
+    kinds: list[MaskKind | None],
+    *,
+    dims: Mapping[str, Mapping[int, Any]],
+    static: bool,
+) -> ExportedProgram:
+    """`traced` holds the twin as `model` and takes the examples in their order; `dims`: those that are symbolic."""
+    masks = _Masks(kinds)
     said = io.StringIO()  # on failure torch prints the graph so far, thousands of lines
     try:
         with installed(masks), torch.no_grad(), contextlib.redirect_stderr(said):
             exported = torch.export.export(
-                _Traced(twin, tuple(example)),
+                traced,
                 # a failed export leaves marks on its inputs
                 tuple(tensor.clone() for tensor in example.values()),
-                dynamic_shapes=(tuple(dict(dims) for _ in example),),
+                dynamic_shapes=(tuple(dict(dims[name]) for name in example),),
                 strict=False,
             )
     except CaptureError:
