@@ -63,6 +63,8 @@ _NEEDS_STRIDES = {aten.as_strided.default, aten.view_as_complex.default, aten.vi
 _RENAMED: dict[Any, Callable[..., Any]] = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
+    aten.concat.default: aten.cat.default,
+    aten.concatenate.default: aten.cat.default,
     DISPATCH: expert_dispatch,
     COMBINE: expert_combine,
 }
