@@ -133,7 +133,7 @@ class Sampler:
         return self._among_all(own, keys, scored=scored)
 
     def _penalised(self, own: Tensor, history: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """The penalty of arXiv:1909.05858, section 4.1, once per token: divides what is positive, multiplies the rest."""
+        """Repetition penalty (arXiv:1909.05858, 4.1), once per token: divide what is positive, multiply the rest."""
         penalty = self.sampling.repetition_penalty
         if penalty == 1:
             return own

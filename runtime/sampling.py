@@ -42,7 +42,7 @@ class Sampling:
         _require(
             self.top_k is None or (_is_whole(self.top_k) and self.top_k >= 0),
             "top_k",
-            "None or a whole number",
+            "None or a whole number, 0 for off",
             self.top_k,
         )
         for name, share in (("top_p", self.top_p), ("min_p", self.min_p)):
