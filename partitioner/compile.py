@@ -2,6 +2,7 @@
 
 capture        the model becomes one Program
 canonicalize   spellings made one
+bound_inputs   which values the inputs may have
 passes         those that the plan asks for, in the order of `BUILT_IN`, then the user's own
 check          layouts inferred anew after every pass
 report         what was split, what was not and why
@@ -16,10 +17,11 @@ from typing import Protocol
 
 from transformers import PreTrainedModel
 
+from partitioner.bounds import bound_inputs
 from partitioner.canonicalize import canonicalize
 from partitioner.capture import capture
 from partitioner.check import check
-from partitioner.errors import PlanError
+from partitioner.errors import CaptureError, PlanError
 from partitioner.mesh import Mesh
 from partitioner.parts import Parts
 from partitioner.plan import Plan
@@ -51,23 +53,36 @@ def partition(
 
     Raises `CaptureError` where the model cannot be traced, `PlanError` where the plan does not fit it.
     """
+    _check_plan(plan)  # before the trace, which takes longer
     return compile_program(trace(model, max_length=max_length, length=length), plan)
 
 
 def trace(model: PreTrainedModel, *, max_length: int | None = None, length: int | None = None) -> Program:
     """The model as one canonical program, before any pass; it can be compiled for several plans."""
+    if not isinstance(model, PreTrainedModel):
+        raise CaptureError(
+            f"cannot capture a {type(model).__name__}: required is a model of transformers (a PreTrainedModel with its "
+            "config), such as AutoModelForCausalLM.from_pretrained(...) yields"
+        )
     traced = capture(model, mesh=Mesh.of(), max_length=max_length, length=length)
     canonicalize(traced)
+    bound_inputs(traced)
     return traced
 
 
 def compile_program(traced: Program, plan: Plan) -> Parts[Report]:
     """Compiles what `trace` yields, which is not changed."""
+    _check_plan(plan)
     program = traced.copy(plan.mesh)
     for pass_ in _passes(program, plan):
         program = pass_.run(program)
         check(program)
     return Parts(program, make_report(program, plan=str(plan)), traced=traced)
+
+
+def _check_plan(plan: object) -> None:
+    if not isinstance(plan, Plan):
+        raise PlanError(f"the plan must be a Plan, such as Plan(tp=2); got {plan!r}")
 
 
 def _passes(program: Program, plan: Plan) -> list[Pass]:
@@ -99,8 +114,9 @@ def _keep_whole(program: Program, globs: tuple[str, ...]) -> tuple[tuple[str, st
         names = {w.name: (w.name, *w.aliases) for w in program.weights.values()}
         hits = [n for n, known in names.items() if any(_matches(name, glob) for name in known)]
         if not hits:
-            known = sorted({part for aliases in names.values() for name in aliases for part in _prefixes(name)})
-            near = difflib.get_close_matches(glob, known, n=3, cutoff=0.4)
+            parts = sorted({part for aliases in names.values() for name in aliases for part in _prefixes(name)})
+            lowered = {part.lower(): part for part in parts}
+            near = [lowered[hit] for hit in difflib.get_close_matches(glob.lower(), lowered, n=3, cutoff=0.4)]
             raise PlanError(f"keep_whole={glob!r} matches no weight; near it: {', '.join(near) or 'nothing'}")
         found.update(dict.fromkeys(hits, f"kept whole by the plan ({glob})"))
     return tuple(sorted(found.items()))

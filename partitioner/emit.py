@@ -144,4 +144,4 @@ def _run_input(program: Program, given: Input) -> RunInput:
         else:
             known = ", ".join(program.symbols)
             raise CaptureError(f"input {given.name!r} has a dim of {dim}; required: a whole number or one of {known}")
-    return RunInput(given.name, given.value.dtype, tuple(dims), given.default)
+    return RunInput(given.name, given.value.dtype, tuple(dims), given.default, given.bound)

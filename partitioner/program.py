@@ -22,6 +22,7 @@ from torch import fx
 
 from partitioner.layout import Layout
 from partitioner.mesh import Mesh
+from runtime.rank_program import Bound
 
 __all__ = ["Entry", "Input", "Local", "Program", "Value", "Weight"]
 
@@ -44,11 +45,13 @@ class Input:
     """An explicit input: its name (a keyword of the run), its value, and what stands in where the user gives none.
 
     default: "required" | "arange" (0..S-1 per row) | "ones" | "zeros"
+    bound: the values that it may have; see `partitioner.bounds`
     """
 
     name: str
     value: Value
     default: str
+    bound: Bound | None = None
 
 
 @dataclass(frozen=True)

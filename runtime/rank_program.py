@@ -6,6 +6,7 @@ The compiler makes it, the engine runs it.
     WeightShard   one tensor of the rank: its shape, and the pieces it is put together from
     Piece         a block of a source tensor and the block of the local tensor it fills
     RunInput      a keyword of the run: dims are integers, or names shared with the other inputs ("batch")
+    Bound         the values that an input may have
 
 Weights are described, never held: the device, the dtype's storage and the source of the data are chosen at load.
 """
@@ -22,7 +23,7 @@ from torch import Tensor, fx
 from partitioner.layout import IndexSet
 from partitioner.mesh import Mesh
 
-__all__ = ["Block", "Piece", "RankProgram", "RunInput", "WeightShard"]
+__all__ = ["Block", "Bound", "Piece", "RankProgram", "RunInput", "WeightShard"]
 
 Block = tuple[tuple[int, int], ...]
 """A half-open range per dim."""
@@ -63,13 +64,27 @@ class WeightShard:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """The smallest and the largest value of an input, because it is looked up in `table`, which has `rows` rows."""
+
+    low: int
+    high: int
+    rows: int
+    table: str
+
+    def __str__(self) -> str:
+        return f"from {self.low} to {self.high}: they are looked up in the {self.rows} rows of {self.table!r}"
+
+
+@dataclass(frozen=True)
 class RunInput:
-    """An input of the run; default: "required" | "arange" | "ones" | "zeros"."""
+    """An input of the run; default: "required" | "arange" | "ones" | "zeros"; bound: None where any value will do."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int | str, ...]
     default: str
+    bound: Bound | None = None
 
 
 @dataclass(frozen=True)
