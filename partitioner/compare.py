@@ -33,6 +33,14 @@ __all__ = ["Divergence", "difference", "first_divergence", "tolerance"]
 
 PROBES_PER_ROUND = 256
 
+aten = torch.ops.aten
+_SET = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+    aten.new_empty.default: aten.new_zeros.default,
+}
+"""What stands in for memory that is not set yet, which is never the same twice."""
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -137,6 +145,9 @@ def _probe(program: Program, names: list[str], inputs: Mapping[str, Tensor | Non
         if len(wanted) == len(names) and node.op != "placeholder":
             break
         new = copied[node] = graph.node_copy(node, copied.__getitem__)
+        if node.target in _SET:
+            new.target = _SET[node.target]
+            new.kwargs = {name: value for name, value in new.kwargs.items() if name != "memory_format"}
         if node.name in names:
             wanted[node.name] = new
     graph.output(tuple(wanted[name] for name in names))

@@ -72,7 +72,9 @@ def load_model(name: str, *, dtype: torch.dtype, seed: int = 0, meta: bool = Fal
         try:
             model = model_class.from_pretrained(name, dtype=dtype, local_files_only=True)
         except Exception as error:
-            raise CaptureError(f"transformers cannot load {model_class.__name__} from {name!r}: {_line(error)}") from error
+            raise CaptureError(
+                f"transformers cannot load {model_class.__name__} from {name!r}: {_line(error)}"
+            ) from error
         return _without_grouped_mm(model.eval())
     config = load_config(name, small=not meta)
     if not meta:

@@ -59,14 +59,14 @@ def complete_inputs(
 
 
 def _unknown(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    known = f"he inputs are {', '.join(names)}"
     if name == _MASK:
-        hint = (
-            "this model is causal and takes no padding: pad on the right, where no token sees it, and ignore what comes"
-            " out at the padding. "
+        return (
+            f"unknown input {name!r}; this model is causal and takes no padding: pad on the right, where no token sees "
+            f"it, and ignore what comes out at the padding. T{known}"
         )
-    return f"unknown input {name!r}; {hint}The inputs are {', '.join(names)}"
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"unknown input {name!r}; " + (f"did you mean {near[0]!r}? T{known}" if near else f"t{known}")
 
 
 def _check(wanted: RunInput, value: Tensor, sizes: dict[str, tuple[int, str]]) -> None:
@@ -124,7 +124,7 @@ def _default(wanted: RunInput, sizes: Mapping[str, tuple[int, str]], device: tor
             last = wanted.shape[-1]
             whose = f"input {sizes[last][1]!r} has {last} {shape[-1]}" if isinstance(last, str) else "too long"
             raise InputError(
-                f"{whose}, of which this model has at most {wanted.bound.high + 1}: the values of {wanted.name!r}, "
+                f"{whose}, and this model takes at most {wanted.bound.high + 1}: the values of {wanted.name!r}, "
                 f"0, 1, 2 and so on, must be {wanted.bound}"
             )
         return torch.arange(shape[-1], dtype=wanted.dtype, device=device).expand(shape)
