@@ -52,6 +52,7 @@ class Emitter:
             inputs=self._inputs,
             eos_token_id=self.program.eos_token_id,
             states=tuple(_state_shard(self.program, state, coordinates) for state in self.program.states.values()),
+            vocab_size=int(self.program.graph.output_node().meta["val"].shape[-1]),
             vocabulary=_vocabulary(self.program),
             limits=self.program.limits,
             values=self.program.values,
@@ -160,4 +161,4 @@ def _run_input(program: Program, given: Input) -> RunInput:
         else:
             known = ", ".join(program.symbols)
             raise CaptureError(f"input {given.name!r} has a dim of {dim}; required: a whole number or one of {known}")
-    return RunInput(given.name, given.value.dtype, tuple(dims), given.default)
+    return RunInput(given.name, given.value.dtype, tuple(dims), given.default, given.bound)

@@ -58,8 +58,9 @@ class Parts(Generic[Report]):
         return self.program.mesh
 
     def rank(self, rank: int) -> RankProgram:
+        coordinates = self.mesh.coordinates(rank)
         if rank not in self._ranks:
-            self._ranks[rank] = self._emitter.rank(self.mesh.coordinates(rank))
+            self._ranks[rank] = self._emitter.rank(coordinates)
         return self._ranks[rank]
 
     @cached_property

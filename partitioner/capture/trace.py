@@ -74,21 +74,15 @@ def export(
     twin: PreTrainedModel, example: Mapping[str, Tensor], kinds: list[MaskKind | None], *, static: bool
 ) -> ExportedProgram:
     masks = _Masks(kinds)
-    dims = {0: Dim.DYNAMIC} if static else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     said = io.StringIO()  # on failure torch prints the graph so far, thousands of lines
     try:
-        with installed(masks), torch.no_grad(), contextlib.redirect_stderr(said):
-            exported = torch.export.export(
-                _Traced(twin, tuple(example)),
-                # a failed export leaves marks on its inputs
-                tuple(tensor.clone() for tensor in example.values()),
-                dynamic_shapes=(tuple(dict(dims) for _ in example),),
-                strict=False,
-            )
+        with contextlib.redirect_stderr(said):
+            exported = _exported(twin, example, masks, static=static)
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(_explain(twin, error, static=static)) from error
+        helps = not static and _works_static(twin, example, kinds)
+        raise CaptureError(_explain(twin, error, static=static, static_helps=helps)) from error
     sys.stderr.write(said.getvalue())
     if masks.asked < len(kinds):
         raise CaptureError(
@@ -98,12 +92,38 @@ def export(
     return exported
 
 
-def _explain(twin: PreTrainedModel, error: Exception, *, static: bool) -> str:
+def _exported(twin: PreTrainedModel, example: Mapping[str, Tensor], masks: _Masks, *, static: bool) -> ExportedProgram:
+    dims = {0: Dim.DYNAMIC} if static else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    with installed(masks), torch.no_grad():
+        return torch.export.export(
+            _Traced(twin, tuple(example)),
+            # a failed export leaves marks on its inputs
+            tuple(tensor.clone() for tensor in example.values()),
+            dynamic_shapes=(tuple(dict(dims) for _ in example),),
+            strict=False,
+        )
+
+
+def _works_static(twin: PreTrainedModel, example: Mapping[str, Tensor], kinds: list[MaskKind | None]) -> bool:
+    """Whether one length can be traced where all cannot: tried, rather than guessed from the words of an error."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            _exported(twin, example, _Masks(kinds), static=True)
+    except Exception:
+        return False
+    return True
+
+
+def _explain(twin: PreTrainedModel, error: Exception, *, static: bool, static_helps: bool) -> str:
     reason = " ".join(str(error).split())[:1500]
-    if static or "data-dependent" in reason:
+    if static_helps:
+        advice = "partition(..., length=N) compiles it for prompts of exactly N tokens, if that is enough"
+    elif "data-dependent" in reason:
         advice = "the model decides something in Python on a value that only real weights have; no length helps"
+    elif static:
+        advice = "the error is not about lengths: this one length alone cannot be traced either"
     else:
-        advice = "capture(..., length=N) captures it for prompts of exactly N tokens, if that is enough"
+        advice = "the error is not about lengths: with length=N it is the same"
     where = _where(twin, error)
     return (
         f"cannot capture {type(twin).__name__}{where}: torch.export failed with {type(error).__name__}: "
