@@ -136,7 +136,10 @@ class Program:
     kept_whole: dict[str, str] = field(default_factory=dict)
     """Weights that could have been split and stay whole, with the reason."""
     limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
-    """By name of a symbol: the smallest and the largest size that the graph is right for, where not all are."""
+    """By name of a symbol: the smallest and the largest size that the graph is right for, where not all are.
+
+    "positions": how long a text may become, where parts of it are run.
+    """
     notes: list[str] = field(default_factory=list)
     """What the user should know: variants fixed at capture, inputs refused."""
 

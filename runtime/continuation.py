@@ -104,6 +104,12 @@ class Continuation:
 
     def _check(self, task: Task, length: int) -> None:
         """Tokens and positions must be ones that the model's tables have."""
+        _, longest = self.program.limits.get("positions", (1, None))
+        if longest is not None and length > longest:
+            raise InputError(
+                f"prompt and new tokens make up to {length}, but this model was compiled for up to {longest}: "
+                "partition(..., max_length=) says how many"
+            )
         for wanted in self.program.inputs:
             if wanted.bound is None:
                 continue

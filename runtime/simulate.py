@@ -71,6 +71,36 @@ class Simulator:
             raise _cause(errors)
         return results
 
+    def stream(self, work: Callable[[Engine], Iterator[T]]) -> Iterator[T]:
+        """What `work` yields on rank 0, while all ranks run it; a consumer that stops early stops them all."""
+        said: queue.Queue[tuple[str, Any]] = queue.Queue()
+
+        def follow(engine: Engine) -> None:
+            for item in work(engine):
+                if engine.program.rank == 0:
+                    said.put(("item", item))
+
+        def run() -> None:
+            try:
+                self.run(follow)
+                said.put(("end", None))
+            except BaseException as error:
+                said.put(("error", error))
+
+        thread = threading.Thread(target=run, name="ranks")
+        thread.start()
+        try:
+            while True:
+                kind, item = said.get()
+                if kind == "error":
+                    raise item
+                if kind == "end":
+                    return
+                yield item
+        finally:
+            self._rendezvous.abort(0, CommunicationError("nobody reads the stream any more"))
+            thread.join()
+
 
 def _cause(errors: list[tuple[int, BaseException]]) -> BaseException:
     """The failure that the others follow from: a rank's own error rather than what the ranks waiting for it met."""

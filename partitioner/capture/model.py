@@ -89,4 +89,5 @@ def _limits(ranges: dict[str, tuple[int, int | None]], longest: int | None) -> d
     if longest is None:
         return dict(ranges)
     low, high = ranges.get("sequence", (1, None))
-    return {**ranges, "sequence": (low, longest if high is None else min(high, longest))}
+    most = longest if high is None else min(high, longest)
+    return {**ranges, "sequence": (low, most), "positions": (1, longest)}
