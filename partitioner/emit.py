@@ -52,8 +52,7 @@ class Emitter:
             inputs=self._inputs,
             eos_token_id=self.program.eos_token_id,
             states=tuple(_state_shard(self.program, state, coordinates) for state in self.program.states.values()),
-            vocab_size=int(self.program.graph.output_node().meta["val"].shape[-1]),
-            vocabulary=_vocabulary(self.program),
+            **_vocabulary(self.program),
             limits=self.program.limits,
             values=self.program.values,
         )
@@ -139,9 +138,13 @@ def _state_shard(program: Program, state: State, coordinates: Mapping[str, int])
     return StateShard(state.name, shape, state.dtype, state.sees)
 
 
-def _vocabulary(program: Program) -> tuple[IndexSet, ...] | None:
+def _vocabulary(program: Program) -> dict[str, Any]:
+    """How large the vocabulary is and which rank holds what of it, where the program continues sequences."""
+    if not program.states:
+        return {}
+    (logits,) = program.graph.output_node().all_input_nodes
     split = None if program.output is None else program.output.dims[-1]
-    return None if split is None else split.owned
+    return {"vocab_size": int(logits.meta["val"].shape[-1]), "vocabulary": None if split is None else split.owned}
 
 
 def _weight(program: Program, name: str) -> Weight:

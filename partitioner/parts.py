@@ -105,7 +105,9 @@ class Parts(Generic[Report]):
 
     @cached_property
     def _simulator(self) -> Simulator:
-        return Simulator(self)
+        return Simulator(
+            [self.rank(rank) for rank in range(self.mesh.world_size)], generation=self.generation_rank
+        )
 
     def simulate(self, **inputs: Tensor | None) -> Tensor:
         """Run all ranks in this process with the model's own weights, and return rank 0's result.

@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from partitioner.errors import CommunicationError
-from runtime.engine import Engine, RankPrograms
+from runtime.engine import Engine
+from runtime.rank_program import RankProgram
 from runtime.rendezvous import Rendezvous
 from runtime.weights import WeightSource
 
@@ -24,24 +25,28 @@ T = TypeVar("T")
 
 
 class Simulator:
-    """Loads every rank once; each call runs all of them and returns their results in order of rank."""
+    """Loads every rank once; each call runs all of them and returns their results in order of rank.
+
+    `generation(rank)` makes a rank's program for continuing sequences, when that is first asked for.
+    """
 
     def __init__(
         self,
-        parts: RankPrograms,
+        programs: Sequence[RankProgram],
         *,
+        generation: Callable[[int], RankProgram] | None = None,
         weights: WeightSource | None = None,
         timeout_s: float = 60.0,
     ) -> None:
-        self._rendezvous = Rendezvous(parts.mesh, timeout_s=timeout_s)
+        self._rendezvous = Rendezvous(programs[0].mesh, timeout_s=timeout_s)
         self.engines = [
             Engine(
-                parts.rank(rank),
-                self._rendezvous.communicator(rank),
+                program,
+                self._rendezvous.communicator(program.rank),
                 weights=weights,
-                generation=functools.partial(parts.generation_rank, rank),
+                generation=None if generation is None else functools.partial(generation, program.rank),
             )
-            for rank in range(parts.mesh.world_size)
+            for program in programs
         ]
 
     def __call__(self, **inputs: Tensor | None) -> list[Any]:
