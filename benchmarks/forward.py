@@ -18,13 +18,10 @@ the model. Without accelerate, which transformers' tp_plan needs, that contestan
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
-import statistics
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,11 +35,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
+from benchmarks.peers import ALONE, AUTO, DTENSOR, OURS, TWO, build, dtensor, milliseconds, of_best, tp_plan_auto
 from benchmarks.rounds import Ratio, rounds_in, take_turns
 from partitioner import Plan, partition
 from partitioner.mesh import Mesh
@@ -63,20 +58,10 @@ ONE = {
     },
 }  # fmt: skip
 ONE_LENGTHS = (1, 512)
-TWO = {
-    "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 8,
-    "intermediate_size": 2752, "vocab_size": 4096,
-}  # fmt: skip
 TWO_LENGTHS = (1, 128)
-ALONE, OURS, AUTO, DTENSOR = "one process", "ours", 'tp_plan="auto"', "DTensor"
 TOLERANCE = 1e-4  # float32, relative to the largest logit
 
 console = Console(width=None if sys.stdout.isatty() else 110)
-
-
-def build(sizes: dict[str, int]) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="sdpa")).eval()
 
 
 def tokens(length: int) -> Tensor:
@@ -120,35 +105,7 @@ def one_process(seconds: float) -> None:
     console.print(table)
 
 
-def milliseconds(times: list[float]) -> str:
-    return f"{statistics.median(times) * 1e3:.1f}"
-
-
-def of_best(ours: list[float], theirs: list[float]) -> str:
-    return f"{min(ours) / min(theirs):.3f}"
-
-
 # -- two processes -----------------------------------------------------------------------------------------------------
-
-
-def dtensor(model: Any) -> Any:
-    """What PyTorch's own tutorial does: q, k, v, gate and up column-wise, o and down row-wise, the head gathered."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    columns, rows = ColwiseParallel(), RowwiseParallel()
-    plan: dict[str, Any] = {f"self_attn.{name}_proj": columns for name in "qkv"}
-    plan |= {"self_attn.o_proj": rows, "mlp.gate_proj": columns, "mlp.up_proj": columns, "mlp.down_proj": rows}
-    for layer in model.model.layers:
-        parallelize_module(layer, mesh, plan)
-    parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
-    return model
-
-
-def tp_plan_auto(folder: Path) -> Any:
-    if importlib.util.find_spec("accelerate") is None:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the spelling that every supported version takes
-        return LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa", tp_plan="auto").eval()
 
 
 @torch.no_grad()

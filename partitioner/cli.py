@@ -52,7 +52,8 @@ def verify_command(
         worst = next((outcome for outcome in outcomes if not outcome.equal), None)
         if worst is not None:
             divergence = explain(case, worst)
-            at = "the trace: the partitioned graph equals it" if divergence is None else str(divergence)
+            equal = "in the trace, or in rounding: in float64 the partitioned graph equals the traced one"
+            at = equal if divergence is None else str(divergence)
             console.print(
                 f"first difference ({worst.dtype}, length {worst.length}): {at}", markup=False, highlight=False
             )

@@ -4,7 +4,8 @@
 
 The traced graph and every rank's graph run on the same inputs, and each node that both have is compared: what a rank
 holds of it (its layout says which indices, and over which axes it is still a sum) against the same part of the whole
-value. Only a few hundred values are held at a time: each round samples nodes evenly and narrows to the first interval
+value. Both run in float64, whatever the model's dtype: rounding differs with the order of sums and is amplified where
+large values cancel, so that in bfloat16 no limit tells it from an error. Only a few hundred values are held at a time: each round samples nodes evenly and narrows to the first interval
 that ends in a difference. Where a rank fails, the nodes before the failing one are compared first.
 """
 
@@ -20,6 +21,7 @@ from torch import Tensor, fx
 
 from partitioner.emit import Emitter
 from partitioner.errors import LayoutError
+from partitioner.exact import in_float64
 from partitioner.layout import REPLICATED, Layout
 from partitioner.mesh import Mesh
 from partitioner.parts import Parts
@@ -30,6 +32,14 @@ from runtime.simulate import Simulator
 __all__ = ["Divergence", "difference", "first_divergence", "tolerance"]
 
 PROBES_PER_ROUND = 256
+
+aten = torch.ops.aten
+_SET = {
+    aten.empty.memory_format: aten.zeros.default,
+    aten.empty_like.default: aten.zeros_like.default,
+    aten.new_empty.default: aten.new_zeros.default,
+}
+"""What stands in for memory that is not set yet, which is never the same twice."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ def difference(result: Tensor, reference: Tensor) -> float:
         return float("inf")
     if result.numel() == 0 or torch.equal(result, reference):
         return 0.0
-    exact = torch.float64
+    exact = torch.complex128 if reference.is_complex() else torch.float64
     a, b = result.to(exact), reference.to(exact)
     # masks hold infinities on purpose: equal ones do not differ
     same = (a == b) | (a.isnan() & b.isnan())
@@ -78,14 +88,20 @@ def difference(result: Tensor, reference: Tensor) -> float:
 def first_divergence(
     parts: Parts[Any], *, limit: float | None = None, probes: int = PROBES_PER_ROUND, **inputs: Tensor | None
 ) -> Divergence | None:
-    """See the module's docstring; `limit` is the relative error to accept, by default that of each value's dtype."""
+    """See the module's docstring. The weights in float64 must fit in memory.
+
+    `limit`: run in the model's own dtypes instead, and accept this relative error; for what only those show (an
+    overflow, a cast that is missing).
+    """
     if parts.traced is None:
         raise LayoutError(
             "these Parts do not hold the traced program, so there is nothing to compare node by node with"
         )
+    found = _failure(parts.program, inputs)
     traced, program = parts.traced, parts.program
+    if limit is None:
+        traced, program = in_float64(traced), in_float64(program)
     names = _common(traced.graph, program.graph)
-    found = _failure(program, inputs)
     if found is not None:
         order = [node.name for node in program.graph.nodes]
         before = set(order[: order.index(found.node)])
@@ -129,6 +145,9 @@ def _probe(program: Program, names: list[str], inputs: Mapping[str, Tensor | Non
         if len(wanted) == len(names) and node.op != "placeholder":
             break
         new = copied[node] = graph.node_copy(node, copied.__getitem__)
+        if node.target in _SET:
+            new.target = _SET[node.target]
+            new.kwargs = {name: value for name, value in new.kwargs.items() if name != "memory_format"}
         if node.name in names:
             wanted[node.name] = new
     graph.output(tuple(wanted[name] for name in names))
@@ -180,11 +199,15 @@ def _compare(node: fx.Node, whole: Tensor, locals_: list[Tensor], mesh: Mesh, li
         detail = ""
         if local.shape != part.shape:
             detail = f"shape {list(local.shape)} where the layout says {list(part.shape)}"
-        accepted = (tolerance(whole.dtype) if whole.is_floating_point() else 0.0) if limit is None else limit
+        accepted = _accepted(whole.dtype) if limit is None else limit
         error = difference(local, part)
         if error > accepted:
             return _divergence(node, rank, error, detail)
     return None
+
+
+def _accepted(dtype: torch.dtype) -> float:
+    return tolerance(dtype.to_real()) if dtype.is_floating_point or dtype.is_complex else 0.0
 
 
 def _held(layout: Layout, whole: Tensor, mesh: Mesh, coordinates: Mapping[str, int]) -> Iterator[Tensor | None]:

@@ -2,6 +2,7 @@
 
 capture        the model becomes one Program
 canonicalize   spellings made one
+bound_inputs   which values the inputs may have
 passes         those that the plan asks for, in the order of `BUILT_IN`, then the user's own
 check          layouts inferred anew after every pass
 report         what was split, what was not and why
@@ -17,18 +18,20 @@ from typing import Protocol
 
 from transformers import PreTrainedModel
 
+from partitioner.analysis.steps import why_steps_differ
 from partitioner.analysis.tokens import why_tokens_mix
+from partitioner.bounds import bound_inputs
 from partitioner.canonicalize import canonicalize
-from partitioner.capture import capture
+from partitioner.capture import capture, capture_step
 from partitioner.check import check
-from partitioner.errors import PlanError
+from partitioner.errors import CaptureError, PlanError
 from partitioner.mesh import Mesh
 from partitioner.parts import Parts
 from partitioner.plan import Plan
 from partitioner.program import Program
 from partitioner.report import Report, make_report
 
-__all__ = ["Pass", "compile_generation", "compile_program", "partition", "trace"]
+__all__ = ["Pass", "compile_program", "partition", "trace", "trace_step"]
 
 GROUP = "partitioner.passes"
 """The entry points that passes are declared under, ours as well as anyone's."""
@@ -53,58 +56,93 @@ def partition(
 
     Raises `CaptureError` where the model cannot be traced, `PlanError` where the plan does not fit it.
     """
-    return compile_program(trace(model, max_length=max_length, length=length), plan)
+    _check_plan(plan)  # before the trace, which takes longer
+    traced = trace(model, max_length=max_length, length=length)
+    return compile_program(traced, plan, step=functools.partial(trace_step, model, max_length=max_length))
 
 
 def trace(model: PreTrainedModel, *, max_length: int | None = None, length: int | None = None) -> Program:
     """The model as one canonical program, before any pass; it can be compiled for several plans."""
+    if not isinstance(model, PreTrainedModel):
+        raise CaptureError(
+            f"cannot capture a {type(model).__name__}: required is a model of transformers (a PreTrainedModel with its "
+            "config), such as AutoModelForCausalLM.from_pretrained(...) yields"
+        )
     traced = capture(model, mesh=Mesh.of(), max_length=max_length, length=length)
     canonicalize(traced)
+    bound_inputs(traced)
     return traced
 
 
-def compile_program(traced: Program, plan: Plan) -> Parts[Report]:
-    """Compiles what `trace` yields, which is not changed."""
-    program = traced.copy(plan.mesh)
-    for pass_ in _passes(program, plan):
-        program = pass_.run(program)
-        check(program)
+def trace_step(model: PreTrainedModel, *, max_length: int | None = None) -> Program:
+    """The model as one program that takes some tokens at a time, with what it remembers of those before as states."""
+    traced = capture_step(model, mesh=Mesh.of(), max_length=max_length)
+    canonicalize(traced)
+    bound_inputs(traced)
+    return traced
+
+
+def compile_program(traced: Program, plan: Plan, *, step: Callable[[], Program] | None = None) -> Parts[Report]:
+    """Compiles what `trace` yields, which is not changed.
+
+    `step` yields what `trace_step` does: called when generation is first asked for, of a model whose tokens meet in
+    more than attention.
+    """
+    _check_plan(plan)
+    split = _run(traced.copy(plan.mesh), _splitting(traced, plan))
+    program = _run(split.copy(), _named("fuse", *plan.passes))
     return Parts(
         program,
         make_report(program, plan=str(plan)),
         traced=traced,
-        generation=functools.partial(compile_generation, traced, plan),
+        generation=functools.partial(_compile_generation, traced, split, plan, step),
     )
 
 
-def compile_generation(traced: Program, plan: Plan) -> Program:
-    """What `trace` yields as a program that continues sequences: with a cache, and logits of last tokens only.
+def _compile_generation(traced: Program, split: Program, plan: Plan, step: Callable[[], Program] | None) -> Program:
+    """A program that continues sequences: with a cache, and logits of last tokens only.
 
-    It reads the weights as the program for whole texts does, and shares them. Raises `PlanError` where the model's
-    tokens depend on each other by more than causal attention.
+    It reads the weights as the program for whole texts does, and shares them. Where the model's tokens depend on each
+    other by more than causal attention, it is the model's own use of a cache. Raises `PlanError` where that cannot be
+    had either.
     """
     reason = why_tokens_mix(traced)
+    if reason is None:
+        return _run(split.copy(), _named("kv-cache", "last-token", "fuse", *plan.passes))
+    refusal = f"{traced.name} cannot generate with a cache: {reason}"
+    if step is None:
+        raise PlanError(refusal)
+    try:
+        stepping = step()
+    except CaptureError as error:
+        raise PlanError(f"{refusal}; and its own cache cannot be captured: {error}") from error
+    reason = why_steps_differ(stepping)
     if reason is not None:
-        raise PlanError(f"{traced.name} cannot generate with a cache: {reason}")
-    program = traced.copy(plan.mesh)
-    for pass_ in _passes(program, plan, _GENERATION):
+        raise PlanError(f"{refusal}; and with its own cache, {reason}")
+    passes = [*_splitting(stepping, plan), *_named("kv-cache", "last-token", "fuse", *plan.passes)]
+    return _run(stepping.copy(plan.mesh), passes)
+
+
+def _check_plan(plan: object) -> None:
+    if not isinstance(plan, Plan):
+        raise PlanError(f"the plan must be a Plan, such as Plan(tp=2); got {plan!r}")
+
+
+def _run(program: Program, passes: list[Pass]) -> Program:
+    for pass_ in passes:
         program = pass_.run(program)
         check(program)
     return program
 
 
-_GENERATION = ("kv-cache", "last-token")
-"""The passes that turn a program for whole texts into one that continues them."""
+def _splitting(traced: Program, plan: Plan) -> list[Pass]:
+    """The passes that divide the weights, which all programs of one plan have in common."""
+    keep = _keep_whole(traced, plan.keep_whole)
+    return [_load("tensor-parallel")(keep_whole=keep)] if plan.tp > 1 else []  # type: ignore[operator]
 
 
-def _passes(program: Program, plan: Plan, further: tuple[str, ...] = ()) -> list[Pass]:
-    """In the order in which they run."""
-    found: list[Pass] = []
-    keep = _keep_whole(program, plan.keep_whole)
-    if plan.tp > 1:
-        found.append(_load("tensor-parallel")(keep_whole=keep))  # type: ignore[operator]
-    found += [_load(name)() for name in (*further, "fuse", *plan.passes)]  # type: ignore[operator]
-    return found
+def _named(*names: str) -> list[Pass]:
+    return [_load(name)() for name in names]  # type: ignore[operator]
 
 
 def _load(name: str) -> object:
@@ -126,8 +164,9 @@ def _keep_whole(program: Program, globs: tuple[str, ...]) -> tuple[tuple[str, st
         names = {w.name: (w.name, *w.aliases) for w in program.weights.values()}
         hits = [n for n, known in names.items() if any(_matches(name, glob) for name in known)]
         if not hits:
-            known = sorted({part for aliases in names.values() for name in aliases for part in _prefixes(name)})
-            near = difflib.get_close_matches(glob, known, n=3, cutoff=0.4)
+            parts = sorted({part for aliases in names.values() for name in aliases for part in _prefixes(name)})
+            lowered = {part.lower(): part for part in parts}
+            near = [lowered[hit] for hit in difflib.get_close_matches(glob.lower(), lowered, n=3, cutoff=0.4)]
             raise PlanError(f"keep_whole={glob!r} matches no weight; near it: {', '.join(near) or 'nothing'}")
         found.update(dict.fromkeys(hits, f"kept whole by the plan ({glob})"))
     return tuple(sorted(found.items()))

@@ -52,7 +52,7 @@ class Emitter:
             inputs=self._inputs,
             eos_token_id=self.program.eos_token_id,
             states=tuple(_state_shard(self.program, state, coordinates) for state in self.program.states.values()),
-            vocabulary=_vocabulary(self.program),
+            **_vocabulary(self.program),
             limits=self.program.limits,
             values=self.program.values,
         )
@@ -138,9 +138,13 @@ def _state_shard(program: Program, state: State, coordinates: Mapping[str, int])
     return StateShard(state.name, shape, state.dtype, state.sees, state.per_token)
 
 
-def _vocabulary(program: Program) -> tuple[IndexSet, ...] | None:
+def _vocabulary(program: Program) -> dict[str, Any]:
+    """How large the vocabulary is and which rank holds what of it, where the program continues sequences."""
+    if not program.states:
+        return {}
+    (logits,) = program.graph.output_node().all_input_nodes
     split = None if program.output is None else program.output.dims[-1]
-    return None if split is None else split.owned
+    return {"vocab_size": int(logits.meta["val"].shape[-1]), "vocabulary": None if split is None else split.owned}
 
 
 def _weight(program: Program, name: str) -> Weight:
@@ -160,4 +164,4 @@ def _run_input(program: Program, given: Input) -> RunInput:
         else:
             known = ", ".join(program.symbols)
             raise CaptureError(f"input {given.name!r} has a dim of {dim}; required: a whole number or one of {known}")
-    return RunInput(given.name, given.value.dtype, tuple(dims), given.default)
+    return RunInput(given.name, given.value.dtype, tuple(dims), given.default, given.bound)

@@ -6,6 +6,7 @@ PartitionerError
 ├── LayoutError          a value's layout is not what its user requires (a collective is missing, say)
 ├── WeightError          a weight is missing, has no data (meta device) or the wrong shape or dtype
 ├── InputError           the inputs given at run time do not fit the program (also a ValueError)
+├── SamplingError        sampling options out of range, or logits that leave no token to choose (also a ValueError)
 └── CommunicationError   what went wrong between ranks
 ├── RankMismatch     ranks disagree on operation, shape or dtype; names both nodes
 └── RankLost         another rank died, or did not answer before the deadline
@@ -20,6 +21,7 @@ __all__ = [
     "PlanError",
     "RankLost",
     "RankMismatch",
+    "SamplingError",
     "WeightError",
 ]
 
@@ -46,6 +48,10 @@ class WeightError(PartitionerError):
 
 class InputError(PartitionerError, ValueError):
     """The inputs given at run time do not fit the program."""
+
+
+class SamplingError(PartitionerError, ValueError):
+    """Options of sampling are out of range, or no token can be chosen from the logits."""
 
 
 class CommunicationError(PartitionerError):

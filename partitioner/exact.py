@@ -1,4 +1,5 @@
-"""Comparing in float64: the float32 detours inside models (norms, softmaxes, rotary angles) taken in float64 instead.
+"""Comparing in float64: whatever a model computes in less (all of it, or the detours through float32 inside norms,
+softmaxes and rotary angles) computed in float64 instead.
 
 A reduction that is done in parts adds in another order. In float32 that costs 1e-7, however precise the rest is; with
 the detours lifted on both sides, what remains of a difference is an error and not rounding.
@@ -20,24 +21,33 @@ from partitioner.program import Program, Value
 __all__ = ["ExactArithmetic", "in_float64"]
 
 
+_LIFTED = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}
+_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+
+
 def _lifted(leaf: Any) -> Any:
-    return torch.float64 if leaf is torch.float32 else leaf
+    return _LIFTED.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
 
 
 class ExactArithmetic(TorchFunctionMode):
-    """`with ExactArithmetic(): model(...)` runs a float64 model without going through float32."""
+    """`with ExactArithmetic(): model(...)` runs a float64 model without going through anything less."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is Tensor.float:
+        if func in _CASTS:
             return args[0].double()
         args, kwargs = tree_map(_lifted, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 def in_float64(program: Program) -> Program:
-    """A copy of a captured program in which everything that is float32 is float64: casts, buffers, weights."""
+    """A copy of a program in which all floating numbers are float64: casts, buffers, weights."""
 
     def value(found: Any) -> Any:
         if isinstance(found, Value):
@@ -51,5 +61,5 @@ def in_float64(program: Program) -> Program:
             node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _lifted)
     copy.weights = {name: replace(weight, dtype=_lifted(weight.dtype)) for name, weight in copy.weights.items()}
     copy.states = {name: replace(state, dtype=_lifted(state.dtype)) for name, state in copy.states.items()}
-    copy.values = {name: v.double() if v.dtype is torch.float32 else v for name, v in copy.values.items()}
+    copy.values = {name: value.to(_lifted(value.dtype)) for name, value in copy.values.items()}
     return copy

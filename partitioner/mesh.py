@@ -41,8 +41,8 @@ class Mesh:
         return math.prod(self.sizes[AXES.index(axis)] for axis in axes)
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        if not 0 <= rank < self.world_size:
-            raise PlanError(f"rank {rank} is not on a mesh of world size {self.world_size}")
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank < self.world_size:
+            raise PlanError(f"the ranks of this mesh are 0 to {self.world_size - 1}; got {rank!r}")
         found: dict[str, int] = {}
         for axis, size in zip(reversed(AXES), reversed(self.sizes), strict=True):
             rank, found[axis] = divmod(rank, size)

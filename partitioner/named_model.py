@@ -57,7 +57,7 @@ def load_config(name: str, *, small: bool = False) -> Any:
             raise CaptureError(f"{name} is a folder, but no checkpoint: it has no config.json")
         return _from_file(path / "config.json")
     if name in CONFIG_MAPPING:
-        return _small(name) if small else CONFIG_MAPPING[name]()
+        return _small(name) if small else _configured(name, {}, f"the default configuration of {name!r}")
     near = difflib.get_close_matches(name, list(CONFIG_MAPPING), n=3)
     hint = f"; near: {', '.join(near)}" if near else ""
     raise CaptureError(
@@ -68,8 +68,13 @@ def load_config(name: str, *, small: bool = False) -> Any:
 def load_model(name: str, *, dtype: torch.dtype, seed: int = 0, meta: bool = False) -> Any:
     """MODEL in eval mode; `meta`: its default size, without data."""
     if not meta and Path(name).is_dir():
-        config = load_config(name)
-        model = _class_of(config).from_pretrained(name, dtype=dtype, local_files_only=True)
+        model_class = _class_of(load_config(name))
+        try:
+            model = model_class.from_pretrained(name, dtype=dtype, local_files_only=True)
+        except Exception as error:
+            raise CaptureError(
+                f"transformers cannot load {model_class.__name__} from {name!r}: {_line(error)}"
+            ) from error
         return _without_grouped_mm(model.eval())
     config = load_config(name, small=not meta)
     if not meta:
@@ -98,7 +103,7 @@ def _build(name: str, config: Any, device: str) -> Any:
         with torch.device(device):
             return model_class._from_config(copy.deepcopy(config), dtype=torch.float32)
     except Exception as error:
-        raise CaptureError(f"transformers cannot build {model_class.__name__} for {name!r}: {error}") from error
+        raise CaptureError(f"transformers cannot build {model_class.__name__} for {name!r}: {_line(error)}") from error
 
 
 def _from_file(path: Path) -> Any:
@@ -109,22 +114,39 @@ def _from_file(path: Path) -> Any:
     if not isinstance(fields, dict) or fields.get("model_type") not in CONFIG_MAPPING:
         kind = fields.get("model_type") if isinstance(fields, dict) else None
         raise CaptureError(f"{path} must name a model_type that transformers knows, got {kind!r}")
-    return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    return _configured(fields["model_type"], fields, str(path))
+
+
+def _configured(model_type: str, fields: dict[str, Any], where: str) -> Any:
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(fields)
+    except Exception as error:  # each configuration checks its fields in its own way
+        raise CaptureError(f"transformers does not accept {where}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line; its type where it says nothing else."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 def _class_of(config: Any) -> Any:
     """What the checkpoint says it is; for a bare configuration the causal language model, else the base model."""
-    for architecture in config.architectures or ():
-        if hasattr(transformers, architecture):
+    named = config.architectures or ()
+    for architecture in [named] if isinstance(named, str) else named:
+        if isinstance(architecture, str) and hasattr(transformers, architecture):
             return getattr(transformers, architecture)
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return transformers.MODEL_MAPPING[type(config)]
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise CaptureError(
+        f"transformers has no model for a bare configuration of type {config.model_type!r}: name one in its "
+        "'architectures'"
+    )
 
 
 def _small(model_type: str) -> Any:
     config_class = CONFIG_MAPPING[model_type]
-    default = config_class()
+    default = _configured(model_type, {}, f"the default configuration of {model_type!r}")
     sizes = {}
     for field, size in _SMALL.items():
         value = getattr(default, field) if hasattr(default, field) else None
@@ -135,5 +157,5 @@ def _small(model_type: str) -> Any:
         return config_class(**sizes)
     except Exception as error:
         raise CaptureError(
-            f"the default configuration of {model_type!r} cannot be shrunk ({error}): give config:FILE.json"
+            f"the default configuration of {model_type!r} cannot be shrunk ({_line(error)}): give config:FILE.json"
         ) from error

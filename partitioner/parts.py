@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Generic, TypeVar, Unpack
 
@@ -22,12 +22,13 @@ from partitioner.emit import Emitter
 from partitioner.errors import CommunicationError, PlanError
 from partitioner.mesh import Mesh
 from partitioner.program import Program
+from runtime.cache import cache_bytes
 from runtime.communicator import Communicator
 from runtime.engine import Engine
 from runtime.options import Options
 from runtime.rank_program import RankProgram
 from runtime.simulate import Simulator
-from runtime.task import Generated, Prompts
+from runtime.task import Generated, Prompts, Step
 from runtime.weights import WeightSource
 
 __all__ = ["Parts"]
@@ -58,8 +59,9 @@ class Parts(Generic[Report]):
         return self.program.mesh
 
     def rank(self, rank: int) -> RankProgram:
+        coordinates = self.mesh.coordinates(rank)
         if rank not in self._ranks:
-            self._ranks[rank] = self._emitter.rank(self.mesh.coordinates(rank))
+            self._ranks[rank] = self._emitter.rank(coordinates)
         return self._ranks[rank]
 
     @cached_property
@@ -103,7 +105,9 @@ class Parts(Generic[Report]):
 
     @cached_property
     def _simulator(self) -> Simulator:
-        return Simulator(self)
+        return Simulator(
+            [self.rank(rank) for rank in range(self.mesh.world_size)], generation=self.generation_rank
+        )
 
     def simulate(self, **inputs: Tensor | None) -> Tensor:
         """Run all ranks in this process with the model's own weights, and return rank 0's result.
@@ -123,6 +127,23 @@ class Parts(Generic[Report]):
         results = self._simulator.run(lambda engine: engine.generate(prompts, attention_mask=attention_mask, **options))
         same_on_all_ranks([r.sequences if isinstance(r, Generated) else r for r in results])
         return results[0]
+
+    def stream(
+        self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
+    ) -> Iterator[Step]:
+        """The same, a step at a time; see `Engine.stream`."""
+        return self._simulator.stream(
+            lambda engine: engine.stream(prompts, attention_mask=attention_mask, **options)
+        )
+
+    def cache_bytes(self, *, max_batch: int, max_length: int, prefill_step: int = 512) -> list[int]:
+        """Per rank, the bytes of the cache for `max_batch` sequences of up to `max_length` tokens, prompt included."""
+        ranks = range(self.mesh.world_size)
+        step = min(prefill_step, max_length)
+        return [
+            cache_bytes(self.generation_rank(rank).states, max_batch=max_batch, max_length=max_length, step=step)
+            for rank in ranks
+        ]
 
 
 def same_on_all_ranks(results: list[Tensor]) -> Tensor:

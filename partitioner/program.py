@@ -22,6 +22,7 @@ from torch import fx
 
 from partitioner.layout import Layout
 from partitioner.mesh import Mesh
+from runtime.rank_program import Bound
 
 __all__ = ["Entry", "Input", "Local", "Program", "State", "Value", "Weight"]
 
@@ -44,11 +45,13 @@ class Input:
     """An explicit input: its name (a keyword of the run), its value, and what stands in where the user gives none.
 
     default: "required" | "arange" (0..S-1 per row) | "ones" | "zeros"
+    bound: the values that it may have; see `partitioner.bounds`
     """
 
     name: str
     value: Value
     default: str
+    bound: Bound | None = None
 
 
 @dataclass(frozen=True)
@@ -135,12 +138,15 @@ class Program:
     kept_whole: dict[str, str] = field(default_factory=dict)
     """Weights that could have been split and stay whole, with the reason."""
     limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
-    """By name of a symbol: the smallest and the largest size that the graph is right for, where not all are."""
+    """By name of a symbol: the smallest and the largest size that the graph is right for, where not all are.
+
+    "positions": how long a text may become, where parts of it are run.
+    """
     notes: list[str] = field(default_factory=list)
     """What the user should know: variants fixed at capture, inputs refused."""
 
     def copy(self, mesh: Mesh | None = None) -> Program:
-        """The same program with a graph of its own, before anything is laid out; on another mesh if one is given."""
+        """The same program with a graph of its own; on another mesh if one is given, before anything is laid out."""
         graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
         output = graph.graph_copy(self.graph, copied)
         graph.output(output).meta = dict(self.graph.output_node().meta)

@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 _BATCH = 2
+LARGEST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,10 @@ class Case:
     dtypes: tuple[str, ...] = ("float64", "float32")
     lengths: tuple[int, ...] = (1, 5, 40)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise InputError(f"the seed must be a whole number from 0 to {LARGEST_SEED}, got {self.seed}")
 
     @property
     def plan(self) -> Plan:
@@ -124,10 +129,10 @@ def outcomes_of(case: Case, dtype: str, model: Any, run: Callable[[Tensor], list
     """Compare the results of `run`, one per rank, with that of `model` at every length."""
     for length in case.lengths:
         input_ids = _input_ids(case, model, length)
+        results = run(input_ids)  # first, because it refuses what does not fit in words
         exact = ExactArithmetic() if model.dtype is torch.float64 else contextlib.nullcontext()
         with torch.no_grad(), exact:
             expected = model(input_ids=input_ids, use_cache=False)[0]
-        results = run(input_ids)
         error = max((difference(result, expected) for result in results), default=float("inf"))
         yield Outcome(dtype, length, error, tolerance(dtype_named(dtype)))
 
@@ -139,7 +144,7 @@ def compiled(model: Any, plan: Plan) -> Parts[Report]:
 
 
 def explain(case: Case, outcome: Outcome) -> Divergence | None:
-    """The first node that differs; None: the partitioned graph does what the traced one does, the trace is at fault."""
+    """The first node that differs; None: in float64 the partitioned graph does what the traced one does."""
     model = load_model(case.model, dtype=dtype_named(outcome.dtype), seed=case.seed)
     parts = compiled(model, case.plan)
     return first_divergence(parts, input_ids=_input_ids(case, model, outcome.length))

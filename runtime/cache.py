@@ -69,22 +69,30 @@ class Batch:
         return self.starts[0] if alike else None
 
 
-def _shape(state: StateShard, *, max_batch: int, max_length: int, step: int) -> tuple[int, ...]:
-    if not state.per_token:
-        return (max_batch, *state.shape)
-    return (max_batch, *state.shape[:-1], slots_of(state, max_length=max_length, step=step), state.shape[-1])
+def _shape(state: StateShard, max_batch: int, slots: int) -> tuple[int, ...]:
+    return (max_batch, *state.shape[:-1], slots, state.shape[-1]) if state.per_token else (max_batch, *state.shape)
 
 
 class Cache:
-    """Buffers for `max_batch` sequences of up to `max_length` tokens, at most `step` of which come in one call."""
+    """Buffers for `max_batch` sequences of up to `max_length` tokens, at most `step` of which come in one call.
+
+    slots: how many there are at least where all positions are kept, which may be more than there are positions.
+    """
 
     def __init__(
-        self, states: Sequence[StateShard], *, max_batch: int, max_length: int, step: int, device: torch.device
+        self,
+        states: Sequence[StateShard],
+        *,
+        max_batch: int,
+        max_length: int,
+        step: int,
+        device: torch.device,
+        slots: int = 0,
     ) -> None:
         self.max_batch, self.max_length, self.step = max_batch, max_length, step
         self.buffers = {
             state.name: torch.zeros(
-                _shape(state, max_batch=max_batch, max_length=max_length, step=step), dtype=state.dtype, device=device
+                _shape(state, max_batch, slots_of(state, max_length=max(max_length, slots), step=step)), dtype=state.dtype, device=device
             )
             for state in states
         }

@@ -10,6 +10,7 @@ rank does the same on the host and draws the same tokens, so nobody has to tell 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,10 +20,13 @@ from runtime.cache import Batch, Cache
 from runtime.communicator import Communicator
 from runtime.executable import Executable
 from runtime.rank_program import RankProgram
-from runtime.sampling import Sampler
+from runtime.sampler import Sampler
+from runtime.sampling import Sampling
 from runtime.task import Step, Task
 
-__all__ = ["Continuation", "Step"]
+__all__ = ["Continuation"]
+
+T = TypeVar("T")
 
 
 class Continuation:
@@ -42,22 +46,30 @@ class Continuation:
         """One `Step` per token, until every sequence has ended."""
         settings = task.settings
         size = min(settings.prefill_step, max(map(len, task.prompts)), self._most_at_once())
-        self.reserve(
-            max_batch=len(task.prompts),
-            max_length=max(map(len, task.prompts)) + settings.max_new_tokens - 1,
-            step=size,
-        )
+        length = max(map(len, task.prompts)) + settings.max_new_tokens - 1  # the last token is never run
+        self._check(task, length)
+        self.reserve(max_batch=len(task.prompts), max_length=length, step=size)
+        assert self.cache is not None
+        self.cache.start()
         texts = [list(prompt) for prompt in task.prompts]
         ended = [False] * len(texts)
-        requests = torch.tensor(settings.request_ids or range(len(texts)), device=self.device)
-        sampler = Sampler(settings.sampling, self.program, self.communicator, logprobs=settings.logprobs)
+        requests = torch.tensor(settings.request_ids or list(range(len(texts))), device=self.device)
+        sampler = Sampler(
+            settings.sampling,
+            self.communicator,
+            vocab_size=self.program.vocab_size,
+            owned=self.program.vocabulary,
+            device=self.device,
+        )
+        choose = sampler.scored if settings.logprobs else lambda *given, **keys: (sampler(*given, **keys), None)
         logits = self._prefill(texts, size)
         for count in range(1, settings.max_new_tokens + 1):
-            tokens, logprobs = sampler(logits, request_ids=requests, step=count - 1, texts=texts)
-            yield Step(
-                tuple(None if over else token for token, over in zip(tokens, ended, strict=True)),
-                tuple(None if over else value for value, over in zip(logprobs, ended, strict=True)),
+            history, lengths = self._history(texts, settings.sampling)
+            chosen, scores = choose(
+                logits, request_ids=requests, step=count - 1, history=history, lengths=lengths
             )
+            tokens, logprobs = chosen.tolist(), None if scores is None else scores.tolist()
+            yield Step(_unless(ended, tokens), None if logprobs is None else _unless(ended, logprobs))
             for row, token in enumerate(tokens):
                 if not ended[row]:
                     texts[row].append(token)
@@ -65,19 +77,32 @@ class Continuation:
             if all(ended) or count == settings.max_new_tokens:
                 return
             # a sequence that has ended stays at its last token and position
-            logits = self._run([text[-1:] for text in texts], [len(text) - 1 for text in texts])
+            going = tuple(not over for over in ended)
+            logits = self._run([text[-1:] for text in texts], [len(text) - 1 for text in texts], going)
+
+    def _history(self, texts: list[list[int]], sampling: Sampling) -> tuple[Tensor | None, Tensor | None]:
+        """The tokens so far [B, L], of which the first [B] count; only the repetition penalty asks for them."""
+        if sampling.repetition_penalty == 1:
+            return None, None
+        lengths = torch.tensor([len(text) for text in texts], device=self.device)
+        most = max(map(len, texts))
+        return torch.tensor([text + [0] * (most - len(text)) for text in texts], device=self.device), lengths
 
     def reserve(self, *, max_batch: int, max_length: int, step: int) -> None:
         """Sets memory aside, unless what there is suffices."""
         cache = self.cache
         if cache and cache.max_batch >= max_batch and cache.max_length >= max_length and cache.step >= step:
             return
-        self._check_length(max_length)
         self.cache = self._execute = None  # the old one is given back first
+        slots = max(max_length + 1, self._least_slots)
         self.cache = Cache(
-            self.program.states, max_batch=max_batch, max_length=max_length, step=step, device=self.device
+            self.program.states, max_batch=max_batch, max_length=max_length, step=step, device=self.device, slots=slots
         )
         self._execute = Executable(self.program, self.weights, self.communicator, self.device, self.cache)
+
+    @property
+    def _least_slots(self) -> int:
+        return self.program.limits.get("slots", (1, None))[0]
 
     def _most_at_once(self) -> int:
         low, high = self.program.limits.get("sequence", (1, None))
@@ -85,8 +110,28 @@ class Continuation:
             raise InputError(f"this model was compiled for {low} tokens at a time or more: it cannot decode")
         return high or 1 << 62
 
-    def _check_length(self, length: int) -> None:
-        """Positions must stay within what the model was compiled for."""
+    def _check(self, task: Task, length: int) -> None:
+        """Tokens and positions must be ones that the model's tables have."""
+        _, longest = self.program.limits.get("positions", (1, None))
+        _, slots = self.program.limits.get("slots", (1, None))
+        longest = longest if slots is None else min(slots - 1, longest or slots)
+        if longest is not None and length > longest:
+            raise InputError(
+                f"prompt and new tokens make up to {length}, but this model was compiled for up to {longest}: "
+                "partition(..., max_length=) says how many"
+            )
+        for wanted in self.program.inputs:
+            if wanted.bound is None:
+                continue
+            if wanted.name == "position_ids" and length - 1 > wanted.bound.high:
+                raise InputError(
+                    f"prompt and new tokens make up to {length}, and this model takes at most {wanted.bound.high + 1}: "
+                    f"its positions must be {wanted.bound}"
+                )
+            if wanted.name == "input_ids":
+                for row, prompt in enumerate(task.prompts):
+                    if min(prompt) < wanted.bound.low or max(prompt) > wanted.bound.high:
+                        raise InputError(f"prompt {row} holds a token out of range; ids must be {wanted.bound}")
 
     def _prefill(self, texts: list[list[int]], size: int) -> Tensor:
         """The logits [B, V/n] of each prompt's last token."""
@@ -94,14 +139,17 @@ class Continuation:
         for start in range(0, max(map(len, texts)), size):
             # a prompt that is through repeats its last token at its position, which changes nothing
             starts = [min(start, len(text) - 1) for text in texts]
-            logits = self._run([text[at : start + size] or text[at:] for text, at in zip(texts, starts, strict=True)], starts)
+            rows = [text[at : start + size] or text[at:] for text, at in zip(texts, starts, strict=True)]
+            logits = self._run(rows, starts, tuple(start < len(text) for text in texts))
             through = torch.tensor([start < len(text) <= start + size for text in texts], device=self.device)
             found = logits if found is None else torch.where(through[:, None], logits, found)
         assert found is not None
         return found
 
-    def _run(self, rows: list[list[int]], starts: list[int]) -> Tensor:
-        """The logits of each row's last token; `starts`: the position of its first."""
+    def _run(self, rows: list[list[int]], starts: list[int], active: tuple[bool, ...]) -> Tensor:
+        """The logits of each row's last token; `starts`: the position of its first; `active`: rows that are not
+        repeated.
+        """
         assert self.cache is not None
         assert self._execute is not None
         counts = [len(row) for row in rows]
@@ -110,10 +158,18 @@ class Continuation:
         last = torch.tensor(counts, device=self.device) - 1
         offsets = torch.arange(size, device=self.device).minimum(last[:, None])
         positions = torch.tensor(starts, device=self.device)[:, None] + offsets
-        self.cache.begin(Batch(positions, tuple(starts), tuple(counts)))
+        batch = Batch(positions, tuple(starts), tuple(counts), active)
+        self.cache.begin(batch)
         given = {"input_ids": ids, "position_ids": positions, "last": last}
+        given["active"] = torch.tensor(active, device=self.device)
+        # a graph for single steps may decide by whether there are slots besides those of its tokens
+        given["slots"] = torch.arange(max(batch.end + 1, self._least_slots), device=self.device)
         for wanted in self.program.inputs:
             if wanted.name not in given:
                 raise InputError(f"generation knows nothing to give the input {wanted.name!r} of this model")
         logits: Tensor = self._execute([given[wanted.name] for wanted in self.program.inputs])
         return logits[:, 0]
+
+
+def _unless(ended: list[bool], values: Sequence[T]) -> tuple[T | None, ...]:
+    return tuple(None if over else value for value, over in zip(values, ended, strict=True))

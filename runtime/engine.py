@@ -20,13 +20,13 @@ from torch import Tensor
 from partitioner.errors import CommunicationError, InputError
 from partitioner.mesh import Mesh
 from runtime.communicator import Communicator
-from runtime.continuation import Continuation, Step
+from runtime.continuation import Continuation
 from runtime.executable import Executable
 from runtime.inputs import complete_inputs
 from runtime.options import Options
 from runtime.process_groups import ProcessGroups
 from runtime.rank_program import RankProgram
-from runtime.task import Generated, Prompts, Task
+from runtime.task import Generated, Prompts, Step, Task
 from runtime.weights import WeightSource, load_weights
 
 __all__ = ["Engine", "RankPrograms"]

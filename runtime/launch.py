@@ -27,13 +27,18 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from partitioner.errors import RankLost
+from partitioner.errors import InputError, RankLost
 
 __all__ = ["begin_worker", "launch"]
+
+LONGEST_S = 1e7
+"""Some months; timers of the operating system end somewhere beyond."""
 
 
 def launch(module: Sequence[str], *, num_ranks: int, timeout_s: float = 600.0) -> None:
     """Run `python -P -m module[0] module[1:]` once per rank; call from the main thread (it handles signals)."""
+    if not 0 < timeout_s <= LONGEST_S:  # to a timer, 0 is no limit
+        raise InputError(f"the timeout must be more than 0 and at most {LONGEST_S:g} seconds, got {timeout_s:g}")
     with tempfile.TemporaryDirectory(prefix="partitioner-") as logs, _deadline(timeout_s), _quiet():
         config = LaunchConfig(
             min_nodes=1,

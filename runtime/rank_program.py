@@ -7,6 +7,7 @@ The compiler makes it, the engine runs it.
     Piece         a block of a source tensor and the block of the local tensor it fills
     StateShard    what the rank remembers of each sequence between runs, such as a layer's keys
     RunInput      a keyword of the run: dims are integers, or names shared with the other inputs ("batch")
+    Bound         the values that an input may have
 
 Weights are described, never held: the device, the dtype's storage and the source of the data are chosen at load.
 """
@@ -23,7 +24,7 @@ from torch import Tensor, fx
 from partitioner.layout import IndexSet
 from partitioner.mesh import Mesh
 
-__all__ = ["Block", "Piece", "RankProgram", "RunInput", "StateShard", "WeightShard"]
+__all__ = ["Block", "Bound", "Piece", "RankProgram", "RunInput", "StateShard", "WeightShard"]
 
 Block = tuple[tuple[int, int], ...]
 """A half-open range per dim."""
@@ -82,13 +83,27 @@ class StateShard:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """The smallest and the largest value of an input, because it is looked up in `table`, which has `rows` rows."""
+
+    low: int
+    high: int
+    rows: int
+    table: str
+
+    def __str__(self) -> str:
+        return f"from {self.low} to {self.high}: they are looked up in the {self.rows} rows of {self.table!r}"
+
+
+@dataclass(frozen=True)
 class RunInput:
-    """An input of the run; default: "required" | "arange" | "ones" | "zeros"."""
+    """An input of the run; default: "required" | "arange" | "ones" | "zeros"; bound: None where any value will do."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int | str, ...]
     default: str
+    bound: Bound | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,8 @@ class RankProgram:
     eos_token_id: tuple[int, ...] = ()
     """The tokens after which the model's text ends, by its own configuration."""
     states: tuple[StateShard, ...] = ()
+    vocab_size: int = 0
+    """Size of the result's last dim, whole."""
     vocabulary: tuple[IndexSet, ...] | None = None
     """Which indices of the result's last dim each rank along "tp" holds; None: all of them."""
     limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)

@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from partitioner.errors import CommunicationError
-from runtime.engine import Engine, RankPrograms
+from runtime.engine import Engine
+from runtime.rank_program import RankProgram
 from runtime.rendezvous import Rendezvous
 from runtime.weights import WeightSource
 
@@ -24,24 +25,28 @@ T = TypeVar("T")
 
 
 class Simulator:
-    """Loads every rank once; each call runs all of them and returns their results in order of rank."""
+    """Loads every rank once; each call runs all of them and returns their results in order of rank.
+
+    `generation(rank)` makes a rank's program for continuing sequences, when that is first asked for.
+    """
 
     def __init__(
         self,
-        parts: RankPrograms,
+        programs: Sequence[RankProgram],
         *,
+        generation: Callable[[int], RankProgram] | None = None,
         weights: WeightSource | None = None,
         timeout_s: float = 60.0,
     ) -> None:
-        self._rendezvous = Rendezvous(parts.mesh, timeout_s=timeout_s)
+        self._rendezvous = Rendezvous(programs[0].mesh, timeout_s=timeout_s)
         self.engines = [
             Engine(
-                parts.rank(rank),
-                self._rendezvous.communicator(rank),
+                program,
+                self._rendezvous.communicator(program.rank),
                 weights=weights,
-                generation=functools.partial(parts.generation_rank, rank),
+                generation=None if generation is None else functools.partial(generation, program.rank),
             )
-            for rank in range(parts.mesh.world_size)
+            for program in programs
         ]
 
     def __call__(self, **inputs: Tensor | None) -> list[Any]:
@@ -70,6 +75,36 @@ class Simulator:
         if errors:
             raise _cause(errors)
         return results
+
+    def stream(self, work: Callable[[Engine], Iterator[T]]) -> Iterator[T]:
+        """What `work` yields on rank 0, while all ranks run it; a consumer that stops early stops them all."""
+        said: queue.Queue[tuple[str, Any]] = queue.Queue()
+
+        def follow(engine: Engine) -> None:
+            for item in work(engine):
+                if engine.program.rank == 0:
+                    said.put(("item", item))
+
+        def run() -> None:
+            try:
+                self.run(follow)
+                said.put(("end", None))
+            except BaseException as error:
+                said.put(("error", error))
+
+        thread = threading.Thread(target=run, name="ranks")
+        thread.start()
+        try:
+            while True:
+                kind, item = said.get()
+                if kind == "error":
+                    raise item
+                if kind == "end":
+                    return
+                yield item
+        finally:
+            self._rendezvous.abort(0, CommunicationError("nobody reads the stream any more"))
+            thread.join()
 
 
 def _cause(errors: list[tuple[int, BaseException]]) -> BaseException:

@@ -22,7 +22,7 @@ class Step:
     """One token per sequence, None where it has ended; and its log-probability, where asked for."""
 
     tokens: tuple[int | None, ...]
-    logprobs: tuple[float | None, ...]
+    logprobs: tuple[float | None, ...] | None
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Task:
         sequences = torch.cat([self.ids, torch.tensor(new, dtype=torch.int64, device=self.ids.device).t()], dim=1)
         if not self.settings.logprobs:
             return sequences
-        said = [[float("nan") if value is None else value for value in step.logprobs] for step in steps]
+        said = [[float("nan") if value is None else value for value in step.logprobs or ()] for step in steps]
         return Generated(sequences, torch.tensor(said, dtype=torch.float64).t())
 
 

@@ -21,6 +21,7 @@ from torch import fx
 
 from partitioner.analysis.arguments import arguments, node_values, operation
 from partitioner.analysis.infer import Layouts
+from partitioner.analysis.moves import IDENTITIES
 from partitioner.analysis.remember import Inferrer
 from partitioner.layout import REPLICATED, IndexSet, Layout, Split
 from partitioner.mesh import Mesh
@@ -46,6 +47,7 @@ def why_tokens_mix(program: Program) -> str | None:
     concrete = _with_sizes(program)
     layouts: Layouts = {}
     inferrer = Inferrer(concrete)
+    alike: set[fx.Node] = set()
     for node in concrete.graph.nodes:
         if node.op == "placeholder":
             dims = program.inputs[len(layouts)].value.shape
@@ -57,7 +59,9 @@ def why_tokens_mix(program: Program) -> str | None:
             if layouts[logits] != Layout((None, _HALVES, None)):
                 return f"the output is not one row per token: it is {layouts[logits]}"
         elif node.op == "call_function" and node_values(node):
-            problem = _infer(node, layouts, inferrer)
+            if _is_alike(node, alike):
+                alike.add(node)
+            problem = _infer(node, layouts, inferrer, alike)
             if problem:
                 path = node.meta.get("path")
                 return f"{operation(node).__name__} at {node.name!r}{f' in {path}' if path else ''} {problem}"
@@ -91,8 +95,11 @@ def _with_sizes(program: Program) -> Program:
     return replace(copy, symbols={}, weight_layouts={})
 
 
-def _infer(node: fx.Node, layouts: Layouts, inferrer: Inferrer) -> str | None:
-    """Sets the layout of `node`; the problem, if it would need more than its own tokens."""
+def _infer(node: fx.Node, layouts: Layouts, inferrer: Inferrer, alike: set[fx.Node]) -> str | None:
+    """Sets the layout of `node`; the problem, if it would need more than its own tokens.
+
+    `alike`: values that are the same for every token, so that it matters to nobody which ones they stand for.
+    """
     special = _RULES.get(node.target)  # type: ignore[arg-type]
     if special is not None:
         return special(node, layouts)
@@ -100,7 +107,7 @@ def _infer(node: fx.Node, layouts: Layouts, inferrer: Inferrer) -> str | None:
     if found.problem:
         return f"cannot be told apart by token: {found.problem}"
     for source, wanted in found.requires:
-        if layouts[source] == wanted or _is_constant(source):
+        if layouts[source] == wanted or source in alike:
             continue
         if layouts[source].split_dims:
             return "reads other tokens than its own"
@@ -109,12 +116,17 @@ def _infer(node: fx.Node, layouts: Layouts, inferrer: Inferrer) -> str | None:
     return "sums over tokens" if any(layout.partial for layout in found.outputs) else None
 
 
+_PER_TOKEN = {aten.embedding, *IDENTITIES, aten.expand, aten.unsqueeze, aten.reshape, aten.view}
 _FILLED = {aten.empty, aten.full, aten.new_empty, aten.new_full, aten.new_ones, aten.new_zeros, aten.ones, aten.zeros}
 
 
-def _is_constant(node: fx.Node) -> bool:
-    """Whether all elements are the same, so that it matters to nobody which tokens they stand for."""
-    return node.op == "call_function" and operation(node) in _FILLED
+def _is_alike(node: fx.Node, alike: set[fx.Node]) -> bool:
+    """Whether a value is filled with one number, or made of such a value element by element or row by row."""
+    if operation(node) in _FILLED:
+        return True
+    operands = [n for n in node.all_input_nodes if node_values(n) and n.op != "get_attr"]
+    is_pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return bool(operands) and alike.issuperset(operands) and (is_pointwise or operation(node) in _PER_TOKEN)
 
 
 def _attention(node: fx.Node, layouts: Layouts) -> str | None:

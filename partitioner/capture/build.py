@@ -63,6 +63,8 @@ _NEEDS_STRIDES = {aten.as_strided.default, aten.view_as_complex.default, aten.vi
 _RENAMED: dict[Any, Callable[..., Any]] = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
+    aten.concat.default: aten.cat.default,
+    aten.concatenate.default: aten.cat.default,
     DISPATCH: expert_dispatch,
     COMBINE: expert_combine,
 }
@@ -142,7 +144,7 @@ class Builder:
             if low == high:
                 raise CaptureError(
                     f"cannot capture the model for more than one {name} size: what it decides at {low} it does not at "
-                    f"{low + 1} or {low - 1}; capture(..., length=N) captures it for prompts of exactly N tokens"
+                    f"{low + 1} or {low - 1}; partition(..., length=N) compiles it for prompts of exactly N tokens"
                 )
             if (low, high) != (1, None):
                 self.ranges[name] = (low, high)

@@ -45,7 +45,7 @@ def choose_inputs(
             f"cannot capture {type(twin).__name__}: its forward takes no input_ids; it takes {', '.join(accepted)}"
         )
     shape = (BATCH, LENGTH if length is None else length)
-    vocabulary = twin.get_input_embeddings().weight.shape[0]
+    vocabulary = _vocabulary(twin)
     # ids from the upper half: low ones are special (padding) in many models
     ids = torch.arange(shape[0] * shape[1]).reshape(shape) % max(vocabulary // 2, 1) + vocabulary // 2
     tensors, defaults = {"input_ids": ids}, {"input_ids": "required"}
@@ -69,6 +69,19 @@ def choose_inputs(
             if typed.failure is None or found.failure is not None:
                 tensors, defaults["token_type_ids"], found = with_types, "zeros", typed
     return Example(tensors, defaults, found)
+
+
+def _vocabulary(twin: PreTrainedModel) -> int:
+    try:
+        weight = twin.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):
+        weight = None
+    if not isinstance(weight, Tensor):
+        raise CaptureError(
+            f"cannot capture {type(twin).__name__}: which token indices it knows is unknown, because its "
+            "get_input_embeddings() yields no embedding with a weight; override it to return the token embedding"
+        )
+    return weight.shape[0]
 
 
 def _same_lookups(one: Probe, other: Probe) -> bool:

@@ -98,4 +98,5 @@ def limits_of(ranges: dict[str, tuple[int, int | None]], longest: int | None) ->
     if longest is None:
         return dict(ranges)
     low, high = ranges.get("sequence", (1, None))
-    return {**ranges, "sequence": (low, longest if high is None else min(high, longest))}
+    most = longest if high is None else min(high, longest)
+    return {**ranges, "sequence": (low, most), "positions": (1, longest)}

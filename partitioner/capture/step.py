@@ -16,7 +16,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from transformers import PreTrainedModel
@@ -31,7 +31,7 @@ from partitioner.capture.probe import Probe, probe
 from partitioner.capture.rope import fix_rope
 from partitioner.capture.seams import APPEND, READ
 from partitioner.capture.step_fold import fold_steps
-from partitioner.capture.trace import export_module, result_of
+from partitioner.capture.trace import export_step, result_of
 from partitioner.capture.twin import configs, make_twin
 from partitioner.capture.weights import ModelWeights
 from partitioner.errors import CaptureError
@@ -65,7 +65,7 @@ def capture_step(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None =
     symbols: dict[int, Any] = {0: Dim.DYNAMIC} if recurrent else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     dims = {name: {0: Dim.DYNAMIC} if name in _DIMS else symbols for name in example}
     traced = _Stepping(twin, tuple(example), cache, states)
-    exported = functionalize(export_module(traced, twin, example, kinds, dims=dims, static=recurrent))
+    exported = functionalize(export_step(traced, twin, example, kinds, dims))
     builder = Builder(exported, tuple(example), known.canonical.__getitem__, _DIMS)
     graph = builder.build()
     notes += builder.limits()
@@ -85,9 +85,17 @@ def capture_step(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None =
         name=type(model).__name__,
         limits=limits_of(builder.ranges, longest),
         eos_token_id=ends_of(model),
-        states={s.name: State(s.name, s.shape, s.dtype, REPLICATED(len(s.shape)), per_token=s.per_token) for s in states},
+        states={
+            s.name: State(s.name, s.shape, s.dtype, REPLICATED(len(s.shape)), per_token=s.per_token)
+            for s in states
+            if s.name in _used(graph)
+        },
         notes=notes,
     )
+
+
+def _used(graph: fx.Graph) -> set[str]:
+    return {str(node.kwargs["state"]) for node in graph.nodes if "state" in node.kwargs}
 
 
 _DEFAULTS = {"position_ids": "arange"}

@@ -23,7 +23,7 @@ from partitioner.capture.masks import MaskKind
 from partitioner.capture.seams import MASK, installed
 from partitioner.errors import CaptureError
 
-__all__ = ["WRAPPER", "export", "export_module", "result_of"]
+__all__ = ["WRAPPER", "export", "export_step", "result_of"]
 
 WRAPPER = "model"
 """The attribute under which the traced module holds the model: the first part of every name in the export."""
@@ -77,36 +77,16 @@ def _written_out(call: dict[str, Any]) -> Tensor | None:
 def export(
     twin: PreTrainedModel, example: Mapping[str, Tensor], kinds: list[MaskKind | None], *, static: bool
 ) -> ExportedProgram:
-    dims = {0: Dim.DYNAMIC} if static else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    traced = _Traced(twin, tuple(example))
-    return export_module(traced, twin, example, kinds, dims={name: dims for name in example}, static=static)
-
-
-def export_module(
-    traced: nn.Module,
-    twin: PreTrainedModel,
-    example: Mapping[str, Tensor],
-    kinds: list[MaskKind | None],
-    *,
-    dims: Mapping[str, Mapping[int, Any]],
-    static: bool,
-) -> ExportedProgram:
-    """`traced` holds the twin as `model` and takes the examples in their order; `dims`: those that are symbolic."""
     masks = _Masks(kinds)
     said = io.StringIO()  # on failure torch prints the graph so far, thousands of lines
     try:
-        with installed(masks), torch.no_grad(), contextlib.redirect_stderr(said):
-            exported = torch.export.export(
-                traced,
-                # a failed export leaves marks on its inputs
-                tuple(tensor.clone() for tensor in example.values()),
-                dynamic_shapes=(tuple(dict(dims[name]) for name in example),),
-                strict=False,
-            )
+        with contextlib.redirect_stderr(said):
+            exported = _exported(twin, example, masks, static=static)
     except CaptureError:
         raise
     except Exception as error:
-        raise CaptureError(_explain(twin, error, static=static)) from error
+        helps = not static and _works_static(twin, example, kinds)
+        raise CaptureError(_explain(twin, error, static=static, static_helps=helps)) from error
     sys.stderr.write(said.getvalue())
     if masks.asked < len(kinds):
         raise CaptureError(
@@ -116,12 +96,69 @@ def export_module(
     return exported
 
 
-def _explain(twin: PreTrainedModel, error: Exception, *, static: bool) -> str:
+def _exported(twin: PreTrainedModel, example: Mapping[str, Tensor], masks: _Masks, *, static: bool) -> ExportedProgram:
+    dims = {0: Dim.DYNAMIC} if static else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    return run_export(_Traced(twin, tuple(example)), example, masks, dict.fromkeys(example, dims))
+
+
+def export_step(
+    stepping: nn.Module,
+    twin: PreTrainedModel,
+    example: Mapping[str, Tensor],
+    kinds: list[MaskKind | None],
+    dims: Mapping[str, Mapping[int, Any]],
+) -> ExportedProgram:
+    """`stepping` holds the twin as `model`, takes the examples in order, and returns a tuple; `dims`: the symbolic."""
+    masks = _Masks(kinds)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            exported = run_export(stepping, example, masks, dims)
+    except CaptureError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:500]
+        raise CaptureError(
+            f"{type(twin).__name__}{_where(twin, error)} cannot be traced with a cache: torch.export failed with "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    if masks.asked != len(kinds):
+        raise CaptureError(f"{type(twin).__name__} asked for {len(kinds)} masks in a plain run, {masks.asked} in the trace")
+    return exported
+
+
+def run_export(
+    traced: nn.Module, example: Mapping[str, Tensor], masks: _Masks, dims: Mapping[str, Mapping[int, Any]]
+) -> ExportedProgram:
+    with installed(masks), torch.no_grad():
+        return torch.export.export(
+            traced,
+            # a failed export leaves marks on its inputs
+            tuple(tensor.clone() for tensor in example.values()),
+            dynamic_shapes=(tuple(dict(dims[name]) for name in example),),
+            strict=False,
+        )
+
+
+def _works_static(twin: PreTrainedModel, example: Mapping[str, Tensor], kinds: list[MaskKind | None]) -> bool:
+    """Whether one length can be traced where all cannot: tried, rather than guessed from the words of an error."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            _exported(twin, example, _Masks(kinds), static=True)
+    except Exception:
+        return False
+    return True
+
+
+def _explain(twin: PreTrainedModel, error: Exception, *, static: bool, static_helps: bool) -> str:
     reason = " ".join(str(error).split())[:1500]
-    if static or "data-dependent" in reason:
+    if static_helps:
+        advice = "partition(..., length=N) compiles it for prompts of exactly N tokens, if that is enough"
+    elif "data-dependent" in reason:
         advice = "the model decides something in Python on a value that only real weights have; no length helps"
+    elif static:
+        advice = "the error is not about lengths: this one length alone cannot be traced either"
     else:
-        advice = "capture(..., length=N) captures it for prompts of exactly N tokens, if that is enough"
+        advice = "the error is not about lengths: with length=N it is the same"
     where = _where(twin, error)
     return (
         f"cannot capture {type(twin).__name__}{where}: torch.export failed with {type(error).__name__}: "

@@ -1,11 +1,13 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import fx
 from typer.testing import CliRunner
 
-from partitioner import verify
+from partitioner import named_model, verify
 from partitioner.cli import app
 from partitioner.errors import CaptureError
 from partitioner.named_model import load_config, load_model
@@ -50,32 +52,40 @@ def test_verify_over_processes(small: str, monkeypatch: pytest.MonkeyPatch, pyte
     assert output.count("equal") == 1
 
 
-def test_a_difference_is_exit_code_1_and_names_the_node(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def damaged(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[fx.Graph], None]], None]:
+    """Damages the graph of every model that `verify` compiles from now on."""
     real = verify.compiled
 
-    def broken(model, plan):
-        parts = real(model, plan)
-        reduction = [node for node in parts.program.graph.nodes if "all_reduce" in str(node.target)][-1]
-        reduction.replace_all_uses_with(reduction.args[0])
-        return parts
+    def install(damage: Callable[[fx.Graph], None]) -> None:
+        def broken(model, plan):
+            parts = real(model, plan)
+            damage(parts.program.graph)
+            return parts
 
-    monkeypatch.setattr(verify, "compiled", broken)
-    code, output = run("verify", small, "--simulate", "--lengths", "5", "--dtype", "float64")
+        monkeypatch.setattr(verify, "compiled", broken)
+
+    return install
+
+
+def test_a_difference_is_exit_code_1_and_names_the_node(small: str, damaged) -> None:
+    def skip_the_last_reduction(graph: fx.Graph) -> None:
+        reduction = [node for node in graph.nodes if "all_reduce" in str(node.target)][-1]
+        reduction.replace_all_uses_with(reduction.args[0])
+
+    damaged(skip_the_last_reduction)
+    code, output = run("verify", small, "--simulate", "--lengths", "5", "--dtype", "bfloat16")
     assert code == 1
     assert "differs" in output
-    assert "first difference (float64, length 5): node 'add" in output
+    assert "first difference (bfloat16, length 5): node 'add" in output
 
 
-def test_a_rank_that_fails_is_a_difference_at_its_node(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = verify.compiled
-
-    def broken(model, plan):
-        parts = real(model, plan)
-        reshape = next(node for node in parts.program.graph.nodes if "reshape" in str(node.target))
+def test_a_rank_that_fails_is_a_difference_at_its_node(small: str, damaged) -> None:
+    def resize_a_view(graph: fx.Graph) -> None:
+        reshape = next(node for node in graph.nodes if "reshape" in str(node.target))
         reshape.args = (reshape.args[0], [7, 7, 7])
-        return parts
 
-    monkeypatch.setattr(verify, "compiled", broken)
+    damaged(resize_a_view)
     code, output = run("verify", small, "--simulate", "--lengths", "5", "--dtype", "float64")
     assert code == 1
     assert "first difference (float64, length 5): node 'reshape" in output
@@ -99,6 +109,11 @@ def test_report_needs_no_data(small: str) -> None:
         (["verify", "llama", "--lengths", "1,x"], "--lengths must be whole numbers of at least 1"),
         (["verify", "llama", "--dtype", "int8"], "unknown dtype 'int8'; the dtypes are float64"),
         (["report", "lama"], "near: llama"),
+        (["verify", "llama", "--timeout", "0"], "the timeout must be more than 0 and at most 1e+07 seconds, got 0"),
+        (["verify", "llama", "--timeout", "-3"], "the timeout must be more than 0 and at most 1e+07 seconds, got -3"),
+        (["verify", "llama", "--seed", "-1"], "the seed must be a whole number from 0 to 4294967295, got -1"),
+        (["verify", "llama", "--seed", str(10**30)], "the seed must be a whole number from 0 to 4294967295, got 1000"),
+        (["verify", "gpt2", "--simulate", "--lengths", "1025"], "'input_ids' has sequence 1025, and this model takes"),
     ],
 )
 def test_a_wrong_question_is_one_line_and_exit_code_2(arguments: list[str], message: str) -> None:
@@ -113,6 +128,32 @@ def test_a_configuration_must_name_its_type(tmp_path: Path) -> None:
     path.write_text('{"model_type": "unheard_of"}')
     with pytest.raises(CaptureError, match="must name a model_type that transformers knows, got 'unheard_of'"):
         load_config(f"config:{path}")
+
+
+@pytest.mark.parametrize("command", ["report", "verify"])
+@pytest.mark.parametrize("fields", [{"hidden_size": "x"}, {"num_attention_heads": 5, "hidden_size": 32}], ids=str)
+def test_a_configuration_that_transformers_refuses_is_one_line(command: str, fields: dict, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", **fields}))
+    code, output = run(command, f"config:{path}")
+    assert code == 2
+    assert "error: transformers does not accept" in output
+    assert len(output.strip().splitlines()) == 1
+
+
+def test_a_checkpoint_without_weights(small: str, tmp_path: Path) -> None:
+    load_config(small).save_pretrained(tmp_path / "empty")
+    code, output = run("verify", str(tmp_path / "empty"), "--simulate")
+    assert code == 2
+    assert "error: transformers cannot load" in output
+    assert len(output.strip().splitlines()) == 1
+
+
+def test_a_type_without_a_model_names_what_to_give() -> None:
+    config = load_config("llama")
+    config.architectures, config.__class__ = None, type("Unheard", (type(config),), {})
+    with pytest.raises(CaptureError, match="no model for a bare configuration .*'architectures'"):
+        named_model._class_of(config)
 
 
 def test_weights_are_those_of_the_seed(small: str) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from partitioner.errors import CommunicationError
+from partitioner.errors import CommunicationError, PlanError
 from partitioner.parts import Parts
 from runtime.rendezvous import Rendezvous
 from tests import handmade
@@ -26,6 +26,12 @@ def test_ranks_are_emitted_once_and_engines_are_yours_to_make() -> None:
     engine = parts.engine(0, Rendezvous(parts.mesh).communicator(0))
     ids = handmade.input_ids()
     assert torch.equal(engine(input_ids=ids), parts.simulate(input_ids=ids))
+
+
+@pytest.mark.parametrize("rank", [3, -1, "a", None, 1.0, True])
+def test_a_rank_that_is_none_is_refused(rank: object) -> None:
+    with pytest.raises(PlanError, match="the ranks of this mesh are 0 to 2; got"):
+        Parts(handmade.partitioned(3), None).rank(rank)
 
 
 def test_ranks_that_return_different_results_are_refused() -> None:

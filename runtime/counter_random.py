@@ -1,0 +1,59 @@
+"""Random numbers as a function of what they are for: no state, so no rank, batch or order can change them.
+
+    random_bits(seed, a[..], b[..], ..)             64 bits for every (seed, a, b, ..), counters broadcast
+    gumbel(seed, requests, steps, tokens)           standard Gumbel noise, float64
+
+Counter-based generation follows Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011). The mixer is
+SplitMix64's (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014): with one counter
+this is that generator. Each further counter starts a new stream from the bits so far, as its `split` does; for equal
+leading counters, streams of different last counters never meet, because every stage is a bijection.
+
+Everything up to the 64 bits is integer arithmetic modulo 2^64 (two's complement wraps alike on CPU and CUDA), so the
+bits are the same everywhere; the two logarithms may differ in the last digit between kinds of device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["gumbel", "mix", "random_bits"]
+
+
+def _signed(word: int) -> int:
+    """The 64-bit `word` as torch's int64 holds it."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+_GAMMA = _signed(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
+_FIRST = _signed(0xBF58476D1CE4E5B9)
+_SECOND = _signed(0x94D049BB133111EB)
+
+
+def mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser: a bijection of 64 bits in which every bit of the input moves half of the output's."""
+    x = (x ^ _shift_right(x, 30)) * _FIRST
+    x = (x ^ _shift_right(x, 27)) * _SECOND
+    return x ^ _shift_right(x, 31)
+
+
+def random_bits(seed: int, *counters: Tensor) -> Tensor:
+    """64 random bits (int64) for every combination of counters[..] (int64, broadcast against each other)."""
+    state = torch.tensor(_signed(seed))  # a CPU scalar, which torch combines with tensors of any device
+    for counter in counters:
+        state = mix(state + (counter + 1) * _GAMMA)
+    return state
+
+
+def gumbel(seed: int, requests: Tensor, steps: Tensor, tokens: Tensor) -> Tensor:
+    """Standard Gumbel noise (float64) for each (request, step, token), int64 tensors that broadcast."""
+    # 52 bits and a fixed last one: the middles of 2^52 equal parts of (0, 1), exact in float64. With 53 free bits the
+    # last middle would round to 1, and its token would always win
+    odd = _shift_right(random_bits(seed, requests, steps, tokens), 11) | 1
+    uniform = odd.double() * 2.0**-53
+    return -torch.log(-torch.log(uniform))
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Shift in zeros; int64's own shift repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

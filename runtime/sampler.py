@@ -1,0 +1,250 @@
+"""The next token of each sequence, from logits whose vocabulary is split over ranks; the same on every plan.
+
+    greedy                     local maximum                   one gather of [B, 4] numbers per rank
+    top-k, top-p, min-p        local top m, m a little over k  one gather of [B, m + 1, 2] per rank
+    sampling without a filter  noise for every local token     two gathers: [B], then [B, 4]
+
+Sampling is Gumbel-max (Maddison et al., arXiv:1411.0030, section 2): argmax of logit / temperature + noise, where the
+noise is a function of (seed, request id, step, token) alone (`runtime/counter_random.py`). So neither the plan nor the
+batch changes a token, and with a filter only its survivors need noise.
+
+What of a choice depends on the split, given the same logits: nothing but the rounding of float64 logarithms (which may
+differ in the last digit between places in a vector, and between kinds of device) and of top-p's sums, whose order is
+the split's where no top-k comes before. So a race, or an edge of the nucleus, closer than about 1e-15 may fall either
+way. All ranks decide from the same gathered numbers: on devices of one kind they always agree with each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from partitioner.errors import SamplingError
+from partitioner.layout import IndexSet
+from runtime.candidates import rank_candidates, softmax_mass, survivors
+from runtime.communicator import Communicator
+from runtime.counter_random import gumbel
+from runtime.ops.collectives import all_gather
+from runtime.sampling import Sampling
+from runtime.vocabulary import Share, shares
+
+__all__ = ["Sampler"]
+
+_SPARE = 16  # candidates beyond the k-th, for those that tie with it: common in bfloat16
+_FIRST_LOOK = 128  # candidates of each rank where only mass or ratio says how many are needed
+_GROWTH = 8  # how many times more are looked at when those were too few
+_RACE_BYTES = 2**25  # of float64 noise at a time, which bounds the temporaries of an unfiltered step
+
+
+class Sampler:
+    """One rank's sampler; all ranks along `axis` call theirs together, with the same arguments beside the logits.
+
+    `owned[i]` is what coordinate i holds of the vocabulary, as a layout's Split has it; None: each holds all of it.
+    Raises SamplingError on every rank where the largest logit of a row is not finite. Each call waits for the device.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        communicator: Communicator,
+        *,
+        vocab_size: int,
+        owned: Sequence[IndexSet] | None = None,
+        axis: str = "tp",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        mesh = communicator.mesh
+        coordinate = mesh.index((axis,), mesh.coordinates(communicator.rank))
+        if owned is None:
+            owned = [IndexSet.range(0, vocab_size)] * mesh.size(axis)
+        if len(owned) != mesh.size(axis):
+            raise SamplingError(
+                f"owned must say what each of {mesh.size(axis)} ranks along {axis!r} holds, got {len(owned)}"
+            )
+        parts = shares(owned, vocab_size)
+        self.sampling = sampling
+        self._num_local = owned[coordinate].size
+        self._share = Share(owned[coordinate], parts[coordinate], vocab_size=vocab_size, device=torch.device(device))
+        self._sizes = torch.tensor([part.size for part in parts], device=device)
+        self._largest_size = max(part.size for part in parts)
+        self._gather = communicator.bind(all_gather, axis, node="sampler", options={"dim": 0})
+
+    def __call__(
+        self,
+        logits: Tensor,
+        *,
+        request_ids: Tensor,
+        step: int | Tensor,
+        history: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """The next tokens [B], int64, from this rank's logits [B, owned] of each sequence's last position.
+
+        request_ids[B] and step (a number or [B]) key the noise: same seed, id, step and logits, same token.
+        history[B, L] holds each row's tokens so far, of which the first lengths[B] count; only the repetition penalty
+        asks for them. Ids outside the vocabulary, which the model cannot choose, are passed over there.
+        """
+        return self._choose(logits, request_ids, step, history, lengths, scored=False)[0]
+
+    def scored(
+        self,
+        logits: Tensor,
+        *,
+        request_ids: Tensor,
+        step: int | Tensor,
+        history: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [B] and their log-probabilities [B], float64, in the distribution that they were drawn from.
+
+        That is log_softmax of the processed logits, as transformers' compute_transition_scores has it with
+        normalize_logits=True (its default leaves generate's `scores` unnormalised). Greedy search: temperature 1.
+        """
+        return self._choose(logits, request_ids, step, history, lengths, scored=True)
+
+    def _choose(
+        self,
+        logits: Tensor,
+        request_ids: Tensor,
+        step: int | Tensor,
+        history: Tensor | None,
+        lengths: Tensor | None,
+        *,
+        scored: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if logits.dim() != 2 or logits.shape[1] != self._num_local:
+            raise SamplingError(f"logits must be [batch, {self._num_local}] on this rank, got {list(logits.shape)}")
+        batch = logits.shape[0]
+        steps = step if isinstance(step, Tensor) else torch.full_like(request_ids, step)
+        for name, given in (("request_ids", request_ids), ("step", steps)):
+            if given.shape != (batch,) or given.dtype != torch.int64:
+                raise SamplingError(f"{name} must be int64 [{batch}], got {given.dtype} {list(given.shape)}")
+        if not batch:
+            return torch.empty_like(request_ids), logits.new_empty(0, dtype=torch.float64)
+        own = self._penalised(self._share.of(logits), history, lengths)
+        if not self.sampling.do_sample:
+            return self._greedy(own, scored=scored)
+        keys = (request_ids[:, None], steps[:, None])
+        if any(value is not None for value in self.sampling.filters.values()):
+            return self._among_candidates(own, keys)
+        return self._among_all(own, keys, scored=scored)
+
+    def _penalised(self, own: Tensor, history: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """Repetition penalty (arXiv:1909.05858, 4.1), once per token: divide what is positive, multiply the rest."""
+        penalty = self.sampling.repetition_penalty
+        if penalty == 1:
+            return own
+        if history is None or lengths is None:
+            raise SamplingError(f"repetition_penalty={penalty} needs history and lengths: the tokens so far")
+        if history.dim() != 2 or not len(history) == len(lengths) == len(own):
+            raise SamplingError(
+                f"history must be [{len(own)}, length] and lengths [{len(own)}], "
+                f"got {list(history.shape)} and {list(lengths.shape)}"
+            )
+        past = torch.arange(history.shape[1], device=history.device) >= lengths[:, None]
+        columns = self._share.locate(history.masked_fill(past, -1))
+        # one more column for tokens that are not this rank's; float32 as in transformers
+        wide = torch.promote_types(own.dtype, torch.float32)
+        padded = torch.cat([own.to(wide), torch.zeros(len(own), 1, dtype=wide, device=own.device)], dim=1)
+        seen = padded.gather(1, columns)
+        padded.scatter_(1, columns, torch.where(seen < 0, seen * penalty, seen / penalty))
+        return padded[:, :-1]
+
+    def _greedy(self, own: Tensor, *, scored: bool) -> tuple[Tensor, Tensor]:
+        largest, column = own.max(dim=1)
+        largest = largest.double()
+        mass = softmax_mass(own, largest, 1.0) if scored else torch.zeros_like(largest)
+        gathered = self._gather(torch.stack([largest, self._share.tokens[column].double(), mass], dim=1)[None])
+        values, tokens, masses = gathered.unbind(dim=2)
+        best = values.amax(dim=0)
+        _require_finite(best.isfinite(), best)
+        total = (masses * (values - best).exp()).sum(dim=0)
+        return _first_best(values, tokens)[0], -total.log()
+
+    def _among_all(self, own: Tensor, keys: tuple[Tensor, Tensor], *, scored: bool) -> tuple[Tensor, Tensor]:
+        # the maximum first: a key must not depend on how large the other logits of its rank are
+        best = self._gather(own.amax(dim=1).double()[None]).amax(dim=0)
+        _require_finite(best.isfinite(), best)
+        rows = max(1, _RACE_BYTES // (8 * own.shape[1]))
+        mine = [
+            self._race(*part, scored=scored)
+            for part in zip(*(torch.split(x, rows) for x in (own, best, *keys)), strict=True)
+        ]
+        values, tokens, logits, masses = self._gather(torch.cat(mine)[None]).unbind(dim=2)
+        token, winner = _first_best(values, tokens)
+        return token, logits.gather(0, winner[None])[0] - masses.sum(dim=0).log()
+
+    def _race(self, own: Tensor, best: Tensor, requests: Tensor, steps: Tensor, *, scored: bool) -> Tensor:
+        """[b, 4] of this rank's winners: noisy logit, token, logit, and the mass of all."""
+        scaled = (own.double() - best[:, None]) / self.sampling.temperature
+        noisy, column = (scaled + gumbel(self.sampling.seed, requests, steps, self._share.tokens)).max(dim=1)
+        mass = scaled.exp().sum(dim=1) if scored else torch.zeros_like(noisy)
+        won = scaled.gather(1, column[:, None])[:, 0]
+        return torch.stack([noisy, self._share.tokens[column].double(), won, mass], dim=1)
+
+    def _among_candidates(self, own: Tensor, keys: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        filters, temperature = self.sampling.filters, self.sampling.temperature
+        mass = torch.zeros(len(own), dtype=torch.float64, device=own.device)
+        if filters["top_k"] is None and filters["top_p"] is not None:
+            mass = softmax_mass(own, own.amax(dim=1).double(), temperature)
+        num = filters["top_k"] + _SPARE if filters["top_k"] is not None else _FIRST_LOOK
+        while True:
+            num = min(num, self._largest_size)
+            gathered = self._gather(self._top(own, num, mass)[None])
+            logits, tokens, floor, total = self._unpack(gathered, num)
+            kept, certain = survivors(logits, floor, total, temperature=temperature, **filters)
+            best = logits[:, 0]
+            # one wait for the device for all that the host must know
+            finite, enough, width = torch.stack([best.isfinite().all(), certain.all(), kept.max()]).tolist()
+            if not finite:
+                _require_finite(best.isfinite(), best)
+            if enough:
+                break
+            num *= _GROWTH
+        scaled = (logits[:, :width] - best[:, None]) / temperature
+        scaled = scaled.masked_fill(torch.arange(width, device=own.device) >= kept[:, None], -math.inf)
+        noisy = scaled + gumbel(self.sampling.seed, *keys, tokens[:, :width])
+        winner = noisy.argmax(dim=1, keepdim=True)
+        return tokens.gather(1, winner)[:, 0], scaled.gather(1, winner)[:, 0] - scaled.exp().sum(dim=1).log()
+
+    def _top(self, own: Tensor, num: int, mass: Tensor) -> Tensor:
+        """[B, num + 1, 2]: the largest logits with their tokens, descending; then the mass."""
+        values, columns = own.topk(min(num, own.shape[1]), dim=1)
+        message = torch.full((len(own), num + 1, 2), -math.inf, dtype=torch.float64, device=own.device)
+        message[:, : values.shape[1], 0] = values
+        message[:, : values.shape[1], 1] = self._share.tokens[columns]
+        message[:, num, 0] = mass
+        return message
+
+    def _unpack(self, gathered: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ranked candidates [B, ranks * num], the floor under which others may be [B], the vocabulary's mass [B]."""
+        values, masses = gathered[:, :, :num, 0], gathered[:, :, num, 0]
+        tokens = gathered[:, :, :num, 1].nan_to_num(neginf=-1).long()
+        shown_all = self._sizes[:, None] <= num
+        floor = values[:, :, -1].masked_fill(shown_all, -math.inf).amax(dim=0)
+        largest = values[:, :, 0]
+        best = largest.amax(dim=0)
+        total = (masses * ((largest - best) / self.sampling.temperature).exp()).sum(dim=0)
+        flat_values, flat_tokens = (x.transpose(0, 1).reshape(x.shape[1], -1) for x in (values, tokens))
+        return *rank_candidates(flat_values, flat_tokens), floor, total
+
+
+def _first_best(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """[ranks, B] of candidates -> the best one's token and rank; of equal ones the lowest token, as argmax has it."""
+    ties = tokens.masked_fill(values < values.amax(dim=0), math.inf)
+    token, rank = ties.min(dim=0)
+    return token.long(), rank
+
+
+def _require_finite(finite: Tensor, best: Tensor) -> None:
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        value = float(best[row])
+        cause = "every logit is -inf" if value == -math.inf else f"its largest logit is {value}"
+        raise SamplingError(
+            f"no token can be chosen for row {row}: {cause}; the largest of each row must be finite. Look for an "
+            f"overflow in the model's dtype, or a mask that leaves nothing"
+        )
