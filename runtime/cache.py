@@ -128,13 +128,15 @@ class Cache:
 
     def bind(self, op: Callable[..., Any], state: str, options: dict[str, Any]) -> Callable[..., Tensor]:
         """The function that takes the place of an op that uses `state`: it takes the op's tensors."""
-        if op is cache_append:
-            self._appended.add(state)
-            return functools.partial(self._append, state)
-        if op is state_read:
-            return functools.partial(self._read, state)
-        if op is state_write:
-            return functools.partial(self._write, state)
+        plain = {cache_append: self._append, state_read: self._read, state_write: self._write}.get(op)
+        if plain is not None:
+            if op is cache_append:
+                self._appended.add(state)
+
+            def with_state(*tensors: Tensor) -> Tensor:
+                return plain(state, *tensors)
+
+            return with_state
         keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
 
         def cached_attention(*tensors: Any) -> Tensor:
