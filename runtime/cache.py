@@ -63,9 +63,9 @@ class Batch:
 
     @functools.cached_property
     def start(self) -> int | None:
-        """The position at which every row starts, if that is the same one and no row is filled up."""
+        """The position at which every row starts, if that is the same one, all are active and none is filled up."""
         size = self.positions.shape[1]
-        alike = len(set(self.starts)) == 1 and all(count == size for count in self.counts)
+        alike = len(set(self.starts)) == 1 and all(count == size for count in self.counts) and all(self.active)
         return self.starts[0] if alike else None
 
 
@@ -100,6 +100,8 @@ class Cache:
         self._appended: set[str] = set()
         self._rows = torch.arange(max_batch, device=device)[:, None]
         self._batch: Batch | None = None
+        self._active: Tensor | None = None
+        """The numbers of the active rows, where not all are."""
         self._masks: dict[Any, Tensor | None] = {}
         self._slots: dict[int, Tensor] = {}
 
@@ -116,6 +118,8 @@ class Cache:
                 f"run; got {batch} sequences up to position {tokens.end - 1}, {size} tokens in this run"
             )
         self._batch = tokens
+        numbers = [row for row, active in enumerate(tokens.active) if active]
+        self._active = None if all(tokens.active) else torch.tensor(numbers, device=tokens.positions.device)
         self._masks.clear()
         self._slots.clear()
 
@@ -171,9 +175,9 @@ class Cache:
             keys[:batch, :, tokens.start : tokens.end] = k
             values[:batch, :, tokens.start : tokens.end] = v
         else:
-            at = self._at(slots)
-            keys[self._rows[:batch], :, at] = k.transpose(1, 2)
-            values[self._rows[:batch], :, at] = v.transpose(1, 2)
+            rows, at = self._written_rows, self._at(slots)
+            keys[rows, :, at] = self._active_rows(k).transpose(1, 2)
+            values[rows, :, at] = self._active_rows(v).transpose(1, 2)
         if tokens.start == 0:
             # nothing came before: the tokens of this call are all there is to see
             return attention(
@@ -196,7 +200,7 @@ class Cache:
             buffer[..., tokens.start : tokens.end, :] = x
         else:
             # rows and positions first: [B, S, .., D]
-            buffer.movedim(-2, 1)[self._rows[: len(x)], positions] = x.movedim(-2, 1)
+            buffer.movedim(-2, 1)[self._written_rows, self._at(buffer.shape[-2])] = self._active_rows(x).movedim(-2, 1)
         return buffer[..., : len(slots), :]
 
     def _read(self, state: str, batch: Tensor) -> Tensor:
@@ -216,8 +220,17 @@ class Cache:
         """The slots of this call's tokens, the same for all layers with as many."""
         if slots not in self._slots:
             assert self._batch is not None
-            self._slots[slots] = self._batch.positions % slots
+            self._slots[slots] = self._active_rows(self._batch.positions) % slots
         return self._slots[slots]
+
+    def _active_rows(self, x: Tensor) -> Tensor:
+        """Without the rows that repeat a token: what else is remembered has moved on, so that its keys would differ."""
+        return x if self._active is None else x[self._active]
+
+    @property
+    def _written_rows(self) -> Tensor:
+        assert self._batch is not None
+        return self._active_rows(self._rows[: len(self._batch.starts)])
 
     def _hidden(
         self, seen: int, slots: int, window: int | None, chunk: int | None, dtype: torch.dtype

@@ -5,9 +5,9 @@
     state_write(value[B, *shape], active[B])      -> value         remembered from now on, by the active rows
     position_mask(positions[B, S], slots[T])      -> [B, 1, S, T]  additive: which slots each token may see
 
-A slot that holds nothing yet lies behind every token, so that a causal mask hides it. A row that is filled up with its
-last token again writes what a cache by position holds already; a state that sums up all tokens would count it twice,
-which is why such a row is not active.
+A slot that holds nothing yet lies behind every token, so that a causal mask hides it. A row that has no token left in a
+run takes its last one again and is not active: a state that sums up all tokens would count it twice, and keys made of
+such a state would not be those that its position has.
 """
 
 from __future__ import annotations
