@@ -149,6 +149,7 @@ class _Step:
     past: Any
     append: Callable[[Tensor, int], Tensor]
     added: Any = 0
+    taken: bool = False
 
     def put(self, part: str, tensor: Tensor) -> Tensor:
         if part not in self.numbers:
@@ -163,9 +164,9 @@ class _Appending:
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         step = self._step
-        if step.added is not 0:  # noqa: F632 - a symbol compares as a guard
+        if step.taken:
             raise CaptureError("a layer of the cache is added to twice in one step")
-        step.added = key_states.shape[-2]
+        step.taken, step.added = True, key_states.shape[-2]
         return step.put("key", key_states), step.put("value", value_states)
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
