@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from partitioner.analysis.arguments import arguments, node_values, operation
+from partitioner.analysis.blocks import find_blocks
 from partitioner.analysis.decide import Decisions, decide
 from partitioner.analysis.localise import Scaled
 from partitioner.analysis.placement import Placement, Unplaceable, place
@@ -58,11 +59,12 @@ class TensorParallel:
         together: dict[str, int] = {}
         partial: frozenset[str] | None = None
         compress = True
+        keep = dict(self.keep_whole)
         while True:
             decisions = decide(
                 program,
                 self.axis,
-                keep_whole=dict(self.keep_whole),
+                keep_whole=keep,
                 together=together,
                 partial=partial,
                 compress=compress,
@@ -80,11 +82,33 @@ class TensorParallel:
             except Unplaceable as trouble:
                 level = together.get(trouble.node.name, 0)
                 if level == 2 and not compress:
-                    raise PlanError(f"no placement over {self.axis!r} found: {trouble}") from trouble
-                if level == 2:
+                    found = _split_sources(program, trouble)
+                    if not found:
+                        raise PlanError(f"no placement over {self.axis!r} found: {trouble}") from trouble
+                    keep |= dict.fromkeys(found, f"{trouble.node.name} takes one of its parts, which one rank has")
+                    together, compress = {}, True
+                elif level == 2:
                     together, compress = {}, False
                 else:
                     together[trouble.node.name] = level + 1
+
+
+def _split_sources(program: Program, trouble: Unplaceable) -> set[str]:
+    """The weights whose parts meet in the node that could not be placed, in all layers of its kind."""
+    blocks = find_blocks(program)
+    seen, todo = set[fx.Node](), list(trouble.node.all_input_nodes)
+    found: set[str] = set()
+    while todo:
+        node = todo.pop()
+        layout = trouble.layouts.get(node)
+        pieces = layout if isinstance(layout, tuple) else (layout,)
+        if node in seen or not any(isinstance(piece, Layout) and piece.split_dims for piece in pieces):
+            continue
+        seen.add(node)
+        todo += node.all_input_nodes
+        if node.op == "get_attr":
+            found.update(blocks.same_weights(str(node.target)))
+    return found
 
 
 def _reduce_in_parts(program: Program, names: frozenset[str]) -> frozenset[str]:

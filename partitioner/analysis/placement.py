@@ -28,11 +28,11 @@ _TYPICAL = 64
 
 
 class Unplaceable(Exception):
-    """A node whose local version would not be the part of the whole that its layout says."""
+    """A node whose local version would not be the part of the whole that its layout says; the layouts up to it."""
 
-    def __init__(self, node: fx.Node, why: str) -> None:
+    def __init__(self, node: fx.Node, why: str, layouts: Layouts) -> None:
         super().__init__(f"{node.name}: {why}")
-        self.node = node
+        self.node, self.layouts = node, layouts
 
 
 @dataclass
@@ -114,7 +114,7 @@ class _Placing:
         elif node.op == "call_function" and node_values(node):
             found = self.inferrer.infer(node, layouts)
             if found.problem:
-                raise Unplaceable(node, found.problem)
+                raise Unplaceable(node, found.problem, layouts)
             found = self._through_state(node, found)
             for source, want in found.requires:
                 self._check_gathers(source, want)
@@ -149,7 +149,7 @@ class _Placing:
         have = self.done.layouts[source]
         for old, new in zip(have.dims, want.dims, strict=True):
             if old is not None and new is None and sum(s is not None and s.axes == old.axes for s in have.dims) > 1:
-                raise Unplaceable(source, "is split in two dims and needed whole")
+                raise Unplaceable(source, "is split in two dims and needed whole", self.done.layouts)
 
     def _localise(self, node: fx.Node, found: Inference) -> None:
         given = dict(found.requires)
@@ -157,7 +157,7 @@ class _Placing:
             return
         alike, done = self.inferrer.localise(node, given, found.outputs)
         if not alike:
-            raise Unplaceable(node, "the local move would not give the part of the whole that it should")
+            raise Unplaceable(node, "the local move would not give the part of the whole that it should", self.done.layouts)
         if done is not None:
             self.done.localised[node] = done
 
