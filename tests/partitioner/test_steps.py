@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from partitioner import PlanError
-from partitioner.compile import compile_program, trace_step
+from partitioner.compile import compile_program, compile_steps, trace, trace_step
+from partitioner.exact import in_float64
 from partitioner.plan import Plan
 from runtime.cache import Cache
-from tests import partitioned, stepping, zoo
+from tests import partitioned, reference, stepping, zoo
 
 BY_POSITION = ["bloom", "gptj", "mpt", "falcon", "codegen", "gpt_neox_japanese", "deepseek_v32"]
 BY_SEQUENCE = ["mamba", "lfm2_moe", "bamba"]
@@ -54,10 +55,11 @@ def test_keys_made_of_a_state_that_has_moved_on_are_not_written(monkeypatch: pyt
 
 
 def test_a_plain_partition_finds_the_steps_by_itself() -> None:
-    model, program = partitioned.traced("bloom")
-    parts = compile_program(program, Plan(tp=2), step=lambda: stepping.traced("bloom")[1])
+    model, program = stepping.traced("bloom")
+    whole = in_float64(trace(model))
+    parts = compile_program(whole, Plan(tp=2), step=lambda: program)
     assert stepping.error("bloom", parts) < 1e-9
-    without = compile_program(program, Plan(tp=2))
+    without = compile_program(whole, Plan(tp=2))
     with pytest.raises(PlanError, match=r"BloomForCausalLM cannot generate with a cache: baddbmm at .* reads other"):
         _ = without.generation
 
@@ -89,10 +91,6 @@ def test_a_cache_class_of_the_models_own(tp: int) -> None:
             for buffer, value in zip((module.query_decay, module.key_decay, module.diagonal_decay), decays, strict=True):
                 buffer.copy_(value)
     ids = torch.arange(3, 12)[None]
-    from partitioner.compile import compile_steps
-    from partitioner.exact import in_float64
-    from tests import reference
-
     parts = stepping.parts_of(compile_steps(in_float64(trace_step(model)), Plan(tp=tp)))
     text = ids
     for _ in range(stepping.NEW):
