@@ -1,7 +1,8 @@
 """Which ops mix tokens: the layout rules, asked about the sequence instead of the ranks.
 
 A graph whose attention reads a cache is right only if nothing else looks from one token at another. So the sequence is
-split, as if over two ranks, in a copy of the program with sizes of its own; every layout is inferred as for any split.
+split, as if each token had a rank of its own, in a copy of the program with sizes of its own; every layout is inferred
+as for any split.
 An op that would need a collective is one that mixes tokens, or that knows where in the sequence it stands by itself.
 
     input_ids  [B, S]              split along S
@@ -33,9 +34,9 @@ aten = torch.ops.aten
 
 __all__ = ["why_tokens_mix"]
 
-_BATCH, _SEQUENCE = 2, 6
+_BATCH, _SEQUENCE = 2, 5  # a prime, so that no op divides it
 _AXIS = "sp"
-_HALVES = Split((_AXIS,), (IndexSet.range(0, _SEQUENCE // 2), IndexSet.range(_SEQUENCE // 2, _SEQUENCE)))
+_TOKENS = Split((_AXIS,), tuple(IndexSet.range(i, i + 1) for i in range(_SEQUENCE)))
 
 
 def why_tokens_mix(program: Program) -> str | None:
@@ -51,12 +52,12 @@ def why_tokens_mix(program: Program) -> str | None:
     for node in concrete.graph.nodes:
         if node.op == "placeholder":
             dims = program.inputs[len(layouts)].value.shape
-            layouts[node] = Layout(tuple(_HALVES if dim == program.symbols["sequence"] else None for dim in dims))
+            layouts[node] = Layout(tuple(_TOKENS if dim == program.symbols["sequence"] else None for dim in dims))
         elif node.op == "get_attr":
             layouts[node] = REPLICATED(len(node.meta["val"].shape))
         elif node.op == "output":
             (logits,) = node.all_input_nodes
-            if layouts[logits] != Layout((None, _HALVES, None)):
+            if layouts[logits] != Layout((None, _TOKENS, None)):
                 return f"the output is not one row per token: it is {layouts[logits]}"
         elif node.op == "call_function" and node_values(node):
             if _is_alike(node, alike):
@@ -69,8 +70,8 @@ def why_tokens_mix(program: Program) -> str | None:
 
 
 def _with_sizes(program: Program) -> Program:
-    """The program with numbers for the batch and the sequence, on a mesh that splits the sequence in two."""
-    copy = program.copy(Mesh.of(**{_AXIS: 2}))
+    """The program with numbers for the batch and the sequence, on a mesh with a rank for each token."""
+    copy = program.copy(Mesh.of(**{_AXIS: _SEQUENCE}))
     sizes = {program.symbols.get("batch"): _BATCH, program.symbols["sequence"]: _SEQUENCE}
     known: dict[Any, Any] = {}
 
@@ -131,7 +132,7 @@ def _is_alike(node: fx.Node, alike: set[fx.Node]) -> bool:
 
 def _attention(node: fx.Node, layouts: Layouts) -> str | None:
     a = arguments(node)
-    layouts[node] = wanted = Layout((None, None, _HALVES, None))
+    layouts[node] = wanted = Layout((None, None, _TOKENS, None))
     if not a["causal"]:
         return "is not causal: each token sees those after it"
     if any(layouts[a[name]] != wanted for name in ("q", "k", "v")):
