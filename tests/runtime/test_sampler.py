@@ -15,6 +15,7 @@ from partitioner.errors import LayoutError, SamplingError
 from partitioner.layout import IndexSet
 from partitioner.mesh import Mesh
 from runtime import sampler as sampler_module
+from runtime.launch import launch
 from runtime.rendezvous import Rendezvous
 from runtime.sampler import Sampler
 from runtime.sampling import Sampling
@@ -407,3 +408,29 @@ def test_wrong_arguments_are_named() -> None:
         Sampler(Sampling(), communicator, vocab_size=4, owned=even(4, 2))
     with pytest.raises(LayoutError, match="nobody holds 3:4"):
         Sampler(Sampling(), communicator, vocab_size=4, owned=[IndexSet.range(0, 3)])
+
+
+@pytest.mark.processes
+def test_processes_over_gloo(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
+    launch(["tests.runtime.sampler_processes"], num_ranks=3, timeout_s=60)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_cuda_draws_what_the_cpu_draws(name: str) -> None:
+    generator = torch.Generator().manual_seed(10)
+    logits = torch.randn(64, 5000, generator=generator) * 2
+    history = torch.randint(0, 5000, (64, 9), generator=generator)
+    arguments = {"request_ids": torch.arange(64), "history": history, "lengths": torch.full((64,), 9)}
+    samplers = {
+        device: Sampler(options(name), Rendezvous(Mesh.of()).communicator(0), vocab_size=5000, device=device)
+        for device in ("cpu", "cuda")
+    }
+    for step in range(5):
+        on = {
+            device: sampler(logits.to(device), step=step, **{k: v.to(device) for k, v in arguments.items()})
+            for device, sampler in samplers.items()
+        }
+        assert torch.equal(on["cuda"].cpu(), on["cpu"])
