@@ -106,7 +106,7 @@ def test_mask_has_the_values_of_transformers() -> None:
     assert mask[1, 0, 3].tolist() == [low, low, 0, 0]
 
 
-@pytest.mark.parametrize("shape", [None, (7,), (1, 7), (4, 1, 7), (2, 1, 1, 7), (2, 4, 1, 7), (1, 4, 1, 7)])
+@pytest.mark.parametrize("shape", [None, (1, 7), (4, 1, 7), (2, 1, 1, 7), (2, 4, 1, 7), (1, 4, 1, 7)])
 def test_one_query_of_grouped_heads(shape: tuple[int, ...] | None) -> None:
     q, k, v = tensors(q_length=1, kv_length=7)
     mask = None if shape is None else torch.randn(shape, dtype=torch.float64)
