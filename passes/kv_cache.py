@@ -33,7 +33,8 @@ class KVCache:
     name: ClassVar[str] = "kv-cache"
 
     def run(self, program: Program) -> Program:
-        nodes = [node for node in program.graph.nodes if node.target is attention]
+        # attention that is not causal by itself reads what a graph for single steps has appended and masked already
+        nodes = [node for node in program.graph.nodes if node.target is attention and arguments(node)["causal"]]
         positions = _positions(program)
         for node in nodes:
             self._cache(program, node, positions)

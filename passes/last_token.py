@@ -42,6 +42,10 @@ class LastToken:
     def run(self, program: Program) -> Program:
         output = program.graph.output_node()
         (logits,) = output.all_input_nodes
+        if "sequence" not in program.symbols:  # a graph for one token at a time
+            _keep_parts(program)
+            program.graph.eliminate_dead_code()
+            return program
         place = _pick(program, logits)
         value, layout = place.meta["val"], place.meta.get("layout") or REPLICATED(3)
         last = _input(program, value.shape[0])

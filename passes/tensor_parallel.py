@@ -11,7 +11,7 @@ out. Megatron-LM (arXiv:1909.08053, section 3), without tables of modules.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +48,8 @@ class TensorParallel:
         decisions, placement = self._place(program)
         program.weight_layouts.update({n: w for n, w in placement.weights.items() if not w.is_replicated})
         program.kept_whole.update(decisions.pinned)
+        for name, layout in placement.states.items():
+            program.states[name] = replace(program.states[name], layout=layout)
         _Rewriting(program, placement, self.axis).run()
         return program
 

@@ -140,7 +140,9 @@ def _signature(program: Program, nodes: list[fx.Node]) -> tuple[Any, list[fx.Nod
 
     lines = []
     for node in nodes:
-        args = fx.node.map_arg((node.args, tuple(sorted(node.kwargs.items()))), refer)
+        # layers differ in the names of their states, if in nothing else
+        keywords = {key: value for key, value in node.kwargs.items() if key != "state"}
+        args = fx.node.map_arg((node.args, tuple(sorted(keywords.items()))), refer)
         lines.append((str(node.target), repr(args), str(node.meta.get("val"))))
     return tuple(lines), list(outside), list(weights)
 

@@ -19,8 +19,9 @@ from partitioner.analysis.remember import Inferrer
 from partitioner.analysis.rules import notation
 from partitioner.layout import REPLICATED, Layout
 from partitioner.program import Program, Value
+from runtime.ops.state import cache_append, state_read, state_write
 
-__all__ = ["Placement", "Unplaceable", "place"]
+__all__ = ["Placement", "Unplaceable", "batched", "place", "state_layout"]
 
 _TYPICAL = 64
 """Stands for batch and sequence where sizes of activations are compared."""
@@ -45,17 +46,38 @@ class Placement:
     reduced: dict[fx.Node, frozenset[str]] = field(default_factory=dict)
     localised: dict[fx.Node, Localised] = field(default_factory=dict)
     weights: dict[str, Layout] = field(default_factory=dict)
+    states: dict[str, Layout] = field(default_factory=dict)
 
 
 def place(program: Program, weights: dict[str, Layout]) -> Placement:
-    """Raises `Unplaceable` where the analysis has to keep more together."""
-    run = _Placing(program, Placement(weights=dict(weights)))
+    """Raises `Unplaceable` where the analysis has to keep more together.
+
+    A state is held as what is written to it comes out, which depends on how it is read: whole at first, then as it was
+    written, until both agree.
+    """
+    states = {name: state.layout for name, state in program.states.items()}
     nodes = list(program.graph.nodes)
-    run.place_weights(nodes)
-    for node in nodes:
-        run.place(node)
+    for last in (False, False, False, True):
+        run = _Placing(program, Placement(weights=dict(weights), states=dict(states)))
+        run.place_weights(nodes)
+        for node in nodes:
+            run.place(node)
+        if run.written == states or last:
+            break
+        states = run.written
     run.push_to_weights(nodes)
     return run.done
+
+
+def batched(state: Layout) -> Layout:
+    """How a state per sequence is held, with the batch as its first dim."""
+    return Layout((None, *state.dims))
+
+
+def state_layout(value: Layout, *, per_token: bool) -> Layout:
+    """How a state is held whose values, with batch and tokens, are laid out so."""
+    dims = value.dims[1:]
+    return Layout((*dims[:-2], dims[-1]) if per_token else dims)
 
 
 class _Placing:
@@ -65,6 +87,8 @@ class _Placing:
         self.carried_to: dict[fx.Node, fx.Node] = {}
         self.typical = dict.fromkeys(program.symbols.values(), _TYPICAL)
         self.of_weights: set[fx.Node] = set()
+        self.written = dict(done.states)
+        """How each state is laid out where it is written."""
 
     def place_weights(self, nodes: list[fx.Node]) -> None:
         """Weights and what moves make of them, first: their layouts tell which contractions leave partial sums."""
@@ -91,6 +115,7 @@ class _Placing:
             found = self.inferrer.infer(node, layouts)
             if found.problem:
                 raise Unplaceable(node, found.problem)
+            found = self._through_state(node, found)
             for source, want in found.requires:
                 self._check_gathers(source, want)
             self.done.requires[node] = found.requires
@@ -101,6 +126,23 @@ class _Placing:
                 self.done.reduced[node] = outputs[0].partial
                 outputs = tuple(Layout(o.dims) for o in outputs)
             layouts[node] = outputs[0] if isinstance(node.meta["val"], Value) else outputs
+
+    def _through_state(self, node: fx.Node, found: Inference) -> Inference:
+        """A state is read and written as the ranks hold it."""
+        if node.target is state_read:
+            layout = batched(self.done.states[str(node.kwargs["state"])])
+            return Inference((layout,), found.requires)
+        if node.target in (state_write, cache_append):
+            name = str(node.kwargs["state"])
+            (value, natural), *others = found.requires
+            natural = Layout(natural.dims)
+            per_token = node.target is cache_append
+            self.written[name] = state_layout(natural, per_token=per_token)
+            wanted = natural if per_token else batched(self.done.states[name])
+            if per_token:
+                self.done.states[name] = self.written[name]
+            return Inference((wanted,), ((value, wanted), *others))
+        return found
 
     def _check_gathers(self, source: fx.Node, want: Layout) -> None:
         """A gather puts one dim together; pieces that differ in two dims would need more than that."""

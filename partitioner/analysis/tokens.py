@@ -7,6 +7,7 @@ An op that would need a collective is one that mixes tokens, or that knows where
 
     input_ids  [B, S]              split along S
     attention  q[b h s d]          its queries may be split, whatever it reads: the cache holds the rest
+    append     x[b g s d]          a cache by position: whole, whoever put in what
     dispatch   hidden [T, H]       rows keep to their tokens, in whatever order they lie
     output     logits [B, S, V]    must be split as the tokens are
 """
@@ -29,12 +30,13 @@ from partitioner.mesh import Mesh
 from partitioner.program import Program, Value
 from runtime.ops.attention import attention
 from runtime.ops.experts import expert_combine, expert_dispatch
+from runtime.ops.state import cache_append
 
 aten = torch.ops.aten
 
 __all__ = ["why_tokens_mix"]
 
-_BATCH, _SEQUENCE = 2, 5  # a prime, so that no op divides it
+_BATCH, _SEQUENCE, _SLOTS = 2, 5, 11  # primes, so that no op divides them
 _AXIS = "sp"
 _TOKENS = Split((_AXIS,), tuple(IndexSet.range(i, i + 1) for i in range(_SEQUENCE)))
 
@@ -72,7 +74,8 @@ def why_tokens_mix(program: Program) -> str | None:
 def _with_sizes(program: Program) -> Program:
     """The program with numbers for the batch and the sequence, on a mesh with a rank for each token."""
     copy = program.copy(Mesh.of(**{_AXIS: _SEQUENCE}))
-    sizes = {program.symbols.get("batch"): _BATCH, program.symbols["sequence"]: _SEQUENCE}
+    numbers = {"batch": _BATCH, "sequence": _SEQUENCE, "slots": _SLOTS}
+    sizes = {symbol: numbers[name] for name, symbol in program.symbols.items()}
     known: dict[Any, Any] = {}
 
     def size(expression: Any) -> Any:
@@ -133,6 +136,8 @@ def _is_alike(node: fx.Node, alike: set[fx.Node]) -> bool:
 def _attention(node: fx.Node, layouts: Layouts) -> str | None:
     a = arguments(node)
     layouts[node] = wanted = Layout((None, None, _TOKENS, None))
+    if not a["causal"] and _is_appended(a["k"]) and _is_appended(a["v"]):
+        return _masked_attention(a, layouts)
     if not a["causal"]:
         return "is not causal: each token sees those after it"
     if any(layouts[a[name]] != wanted for name in ("q", "k", "v")):
@@ -143,6 +148,29 @@ def _attention(node: fx.Node, layouts: Layouts) -> str | None:
             return f"has {'a bias' if name == 'mask' else 'sinks'} that depends on the tokens"
         if name == "mask" and operand is not None and operand.meta["val"].shape[-1] != 1:
             return "has a bias by position, which would have to grow with the cache"
+    return None
+
+
+def _is_appended(operand: fx.Node) -> bool:
+    """Whether it is one row per slot of a cache, which `analysis.slots` proves to be read in order."""
+    return bool(operand.meta["val"].shape[2] == _SLOTS)
+
+
+def _masked_attention(a: dict[str, Any], layouts: Layouts) -> str | None:
+    if layouts[a["q"]] != Layout((None, None, _TOKENS, None)) or any(layouts[a[k]].split_dims for k in ("k", "v")):
+        return "attends over something other than a cache, one query per token"
+    mask, sinks = a["mask"], a["sinks"]
+    if mask is None or layouts[mask].dims[-2] != _TOKENS or layouts[mask].split_dims != (len(layouts[mask].dims) - 2,):
+        return "has a mask that is not one row per token"
+    return "has sinks that depend on the tokens" if sinks is not None and layouts[sinks].split_dims else None
+
+
+def _append(node: fx.Node, layouts: Layouts) -> str | None:
+    a = arguments(node)
+    rank = len(node.meta["val"].shape)
+    if layouts[a["x"]] != REPLICATED(rank).with_dim(rank - 2, _TOKENS) or layouts[a["positions"]].dims[1] != _TOKENS:
+        return "appends something other than one row per token"
+    layouts[node] = REPLICATED(rank)
     return None
 
 
@@ -171,4 +199,4 @@ def _times(split: Split, count: int) -> Split:
     return Split(split.axes, tuple(IndexSet(tuple((a * count, b * count) for a, b in o.intervals)) for o in split.owned))
 
 
-_RULES = {attention: _attention, expert_dispatch: _dispatch, expert_combine: _combine}
+_RULES = {attention: _attention, cache_append: _append, expert_dispatch: _dispatch, expert_combine: _combine}
