@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from partitioner.analysis.arguments import arguments, node_values, operation
+from partitioner.analysis.blocks import find_blocks
 from partitioner.analysis.decide import Decisions, decide
 from partitioner.analysis.localise import Scaled
 from partitioner.analysis.placement import Placement, Unplaceable, place
@@ -52,18 +53,23 @@ class TensorParallel:
         return program
 
     def _place(self, program: Program) -> tuple[Decisions, Placement]:
-        """Decides and lays out, keeping more together where a local version of an op would not be right."""
+        """Decides and lays out; where an op cannot be made local, keeps more together, and in the end its weights
+        whole.
+        """
+        keep_whole = dict(self.keep_whole)
+        blocks = find_blocks(program, apart=keep_whole)
         together: dict[str, int] = {}
+        misfits: dict[str, str] = {}
         partial: frozenset[str] | None = None
-        compress = True
         while True:
             decisions = decide(
                 program,
                 self.axis,
-                keep_whole=dict(self.keep_whole),
+                blocks=blocks,
+                keep_whole=keep_whole,
+                misfits=misfits,
                 together=together,
                 partial=partial,
-                compress=compress,
             )
             if partial is None:
                 partial = _reduce_in_parts(program, decisions.partial)
@@ -77,12 +83,16 @@ class TensorParallel:
                 return decisions, place(program, weights)
             except Unplaceable as trouble:
                 level = together.get(trouble.node.name, 0)
-                if level == 2 and not compress:
-                    raise PlanError(f"no placement over {self.axis!r} found: {trouble}") from trouble
-                if level == 2:
-                    together, compress = {}, False
-                else:
+                if level < 2:
                     together[trouble.node.name] = level + 1
+                elif not blocks.is_analysed(trouble.node):
+                    # what was learned from an identical layer does not hold in this one
+                    together, blocks = {}, find_blocks(program, apart=keep_whole, compress=False)
+                else:
+                    # each round keeps at least one more weight whole, so this ends
+                    misfits |= dict.fromkeys(trouble.weights or weights, trouble.reason)
+                    if not weights:
+                        raise PlanError(f"no placement over {self.axis!r} found: {trouble}") from trouble
 
 
 def _reduce_in_parts(program: Program, names: frozenset[str]) -> frozenset[str]:

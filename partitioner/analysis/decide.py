@@ -10,13 +10,15 @@ linear.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 from torch import fx
 
 from partitioner.analysis.arguments import operation
-from partitioner.analysis.blocks import Blocks, find_blocks
+from partitioner.analysis.blocks import Blocks
 from partitioner.analysis.label_state import Collapse, Labels, Site
 from partitioner.analysis.labels import LabelRun
 from partitioner.analysis.notation import Notation
@@ -61,7 +63,7 @@ class _Solution:
 
 class _Search:
     def __init__(
-        self, program: Program, blocks: Blocks, axis: str, keep_whole: dict[str, str], together: dict[str, int]
+        self, program: Program, blocks: Blocks, axis: str, keep_whole: dict[str, str], together: Mapping[str, int]
     ) -> None:
         self.program, self.blocks, self.axis, self.keep_whole = program, blocks, axis, keep_whole
         self.together = {same: n for name, n in together.items() for same in blocks.same_nodes(name)}
@@ -335,18 +337,20 @@ def decide(
     program: Program,
     axis: str,
     *,
-    keep_whole: dict[str, str],
-    together: dict[str, int] | None = None,
+    blocks: Blocks,
+    keep_whole: Mapping[str, str],
+    misfits: Mapping[str, str] = MappingProxyType({}),
+    together: Mapping[str, int] = MappingProxyType({}),
     partial: frozenset[str] | None = None,
-    compress: bool = True,
 ) -> Decisions:
     """Splits of the program's weights over `axis`.
 
-    keep_whole: weights to leave whole, with the reason. together: what an earlier attempt could not lay out (see
-    `LabelRun`). partial: the reductions to do in parts; None: find out. compress: analyse identical layers once.
+    keep_whole: weights to leave whole, with the reason. misfits: those that an earlier attempt could not lay out;
+    they stay whole in all identical layers. together: nodes that it could not lay out (see `LabelRun`). partial: the
+    reductions to do in parts; None: find out.
     """
-    blocks = find_blocks(program, compress=compress)
-    found = _Search(program, blocks, axis, keep_whole, together or {}).best(partial)
+    whole = {same: why for name, why in misfits.items() for same in blocks.same_weights(name)} | dict(keep_whole)
+    found = _Search(program, blocks, axis, whole, together).best(partial)
     splits = dict(found.splits)
     for block in blocks.blocks:
         if block.model is not None:
