@@ -10,6 +10,7 @@ linear.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -19,7 +20,7 @@ from torch import fx
 
 from partitioner.analysis.arguments import operation
 from partitioner.analysis.blocks import Blocks
-from partitioner.analysis.label_state import Collapse, Labels, Site
+from partitioner.analysis.label_state import Collapse, Labels, Site, WeightSlice
 from partitioner.analysis.labels import LabelRun
 from partitioner.analysis.notation import Notation
 from partitioner.analysis.owners import Atom, divide
@@ -174,7 +175,7 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
     if offences:
         return _earliest(offences)
     cost = _Cost(program, labels)
-    owned: dict[int, int] = {}
+    owned = _Owned(labels)
     columns: dict[str, tuple[int, Split]] = {}
     sized = []
     for site in labels.sites:
@@ -184,23 +185,61 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
     for _, site, atoms, inverse in sorted(sized, key=lambda s: s[0]):
         places = _assign(site, atoms, inverse, owned, ranks, cost, program)
         for atom, rank in zip(atoms, places.atoms, strict=True):
-            for label in atom:
-                owned[label] = owned.get(label, 0) | 1 << rank
-                for member in cost.group(label):
-                    owned[member] = owned.get(member, 0) | 1 << rank
+            owned.give(atom, rank)
         if site.weight is not None:
-            sets = tuple(IndexSet.of(site.weight.indices[places.indices == rank].tolist()) for rank in range(ranks))
-            columns_of = (site.weight.dim, Split((axis,), sets))
+            columns_of = (site.weight.dim, Split((axis,), _columns(site.weight, places.indices, ranks)))
             if columns.setdefault(site.weight.name, columns_of) != columns_of:
                 return [_Offence(site.weight.name, "is contracted twice, in ways that cannot be split alike")]
     splits = dict(columns)
     for (name, dim), base in labels.bases.items():
-        size = program.weights[name].shape[dim]
-        masks = [owned.get(base + i, 0) for i in range(size)]
-        rows = Split((axis,), tuple(IndexSet.of(i for i, m in enumerate(masks) if m >> r & 1) for r in range(ranks)))
+        rows = Split((axis,), owned.sets(base, base + program.weights[name].shape[dim], ranks))
         if splits.setdefault(name, (dim, rows)) != (dim, rows):
             return [_Offence(name, "has two uses that cannot be split alike")]
     return splits
+
+
+class _Owned:
+    """The ranks that own each label, as bits; a group's owners own its members."""
+
+    def __init__(self, labels: Labels) -> None:
+        self._lattice = labels.lattice
+        self._masks = [0] * labels.count
+        self._groups: dict[int, int] = {}
+
+    def give(self, atom: Atom, rank: int) -> None:
+        for label in atom:
+            if label >= len(self._masks):
+                self._groups[label] = self._groups.get(label, 0) | 1 << rank
+            for member in (label,) if label < len(self._masks) else self._lattice.members(label):
+                self._masks[member] |= 1 << rank
+
+    def common(self, atom: Atom, ranks: int) -> int:
+        """The ranks that own all of an atom already."""
+        common = (1 << ranks) - 1 if atom else 0
+        for label in atom:
+            common &= self._masks[label] if label < len(self._masks) else self._groups.get(label, 0)
+            if not common:
+                break
+        return common
+
+    def sets(self, start: int, stop: int, ranks: int) -> tuple[IndexSet, ...]:
+        """Per rank the labels from `start` to `stop` that it owns, counted from `start`."""
+        intervals: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+        end = 0
+        for mask, run in itertools.groupby(self._masks[start:stop]):
+            begin, end = end, end + sum(1 for _ in run)
+            for rank, mine in enumerate(intervals):
+                if mask >> rank & 1:
+                    touches = bool(mine) and mine[-1][1] == begin
+                    mine.append((mine.pop()[0] if touches else begin, end))
+        return tuple(IndexSet(tuple(mine)) for mine in intervals)
+
+
+def _columns(weight: WeightSlice, rank_of: torch.Tensor, ranks: int) -> tuple[IndexSet, ...]:
+    """Per rank the indices of a contracted dim that it holds."""
+    flags = torch.zeros(ranks, int(weight.indices.max()) + 1, dtype=torch.bool)
+    flags[rank_of, weight.indices] = True
+    return tuple(map(IndexSet.where, flags))
 
 
 def _offences(labels: Labels, ranks: int) -> list[tuple[int, frozenset[str], _Offence]]:
@@ -265,7 +304,7 @@ def _assign(
     site: Site,
     atoms: list[Atom],
     inverse: torch.Tensor,
-    owned: dict[int, int],
+    owned: _Owned,
     ranks: int,
     cost: _Cost,
     program: Program,
@@ -278,11 +317,7 @@ def _assign(
         column = weight.bytes / max(weight.shape[site.weight.dim], 1)
     found: list[int | None] = []
     for atom in atoms:
-        common = (1 << ranks) - 1 if atom else 0
-        for label in atom:
-            common &= owned.get(label, 0)
-            if not common:
-                break
+        common = owned.common(atom, ranks)
         found.append((common & -common).bit_length() - 1 if common else None)
     new = [i for i, rank in enumerate(found) if rank is None]
     if len(new) >= ranks:
@@ -297,6 +332,8 @@ def _assign(
 
 def _distinct_in_order(ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
     """Distinct ids by first appearance, each free index (id 0) by itself, and the place of each index among them."""
+    if ids.numel() == torch.unique(ids).numel():
+        return ids.tolist(), torch.arange(ids.numel())
     seen: dict[int, int] = {}
     found: list[int] = []
     inverse = []

@@ -298,7 +298,7 @@ def _product(marks: Tensor) -> list[IndexSet] | None:
         others = [d for d in range(marks.ndim) if d != dim]
         present = (small == _PRESENT).amax(others) if others else small == _PRESENT
         taken = (small != _FREE).amax(others) if others else small != _FREE
-        keep.append(_index_set(present | ~taken))
+        keep.append(IndexSet.where(present | ~taken))
     held = small
     for dim, indices in enumerate(keep):
         if indices.size != held.shape[dim] and small.shape[dim] == marks.shape[dim]:
@@ -317,11 +317,3 @@ def _nothing(small: Tensor, marks: Tensor) -> list[IndexSet]:
     own = [d for d in range(marks.ndim) if small.shape[d] == marks.shape[d]]
     empty = max((d for d in own if marks.shape[d] > 1), default=own[-1])
     return [IndexSet.range(0, 0 if d == empty else size) for d, size in enumerate(marks.shape)]
-
-
-def _index_set(flags: Tensor) -> IndexSet:
-    found = torch.nonzero(flags).flatten()
-    if found.numel() == 0:
-        return IndexSet(())
-    first, last = int(found[0]), int(found[-1])
-    return IndexSet.range(first, last + 1) if last - first + 1 == found.numel() else IndexSet.of(found.tolist())
