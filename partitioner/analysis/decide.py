@@ -18,7 +18,7 @@ from types import MappingProxyType
 import torch
 from torch import fx
 
-from partitioner.analysis.arguments import operation
+from partitioner.analysis.arguments import describe
 from partitioner.analysis.blocks import Blocks
 from partitioner.analysis.label_state import Collapse, Labels, Site, WeightSlice
 from partitioner.analysis.labels import LabelRun
@@ -94,11 +94,16 @@ class _Search:
             found = _divide_sites(self.program, labels, self.axis)
             self._note_sizes(labels)
             if isinstance(found, dict):
-                for name in [name for name, (dim, split) in found.items() if self._is_whole(name, dim, split)]:
+                everywhere = [name for name, (dim, split) in found.items() if self._is_whole(name, dim, split)]
+                for name in everywhere:
                     del found[name]
-                    pinned[name], collapse = _why_everywhere(labels, name)
+                for name in everywhere:
+                    why, collapse = _why_everywhere(labels, name)
                     if collapse is not None:
                         collapses[name] = collapse
+                    for same in self.blocks.same_weights(name):
+                        if same not in found:
+                            pinned.setdefault(same, why)
                 for name, why in labels.unsplit.items():
                     for same in self.blocks.same_weights(name):
                         if same not in found:
@@ -348,22 +353,20 @@ def _distinct_in_order(ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
 def _why_everywhere(labels: Labels, name: str) -> tuple[str, Collapse | None]:
     """Why every rank needs all of a weight although what is made of it is split."""
     for collapse in labels.collapses:
-        if name in collapse.weights:
-            return _collapsed(collapse), collapse
+        if name in collapse.weights and collapse.can_be_partial:
+            return collapse.why, collapse
+    for site in labels.sites:
+        if name in labels.weights_of(torch.unique(site.ids).tolist()):
+            where = site.weight.name if site.weight else describe(site.node)
+            return f"all of it is needed by every rank's part of {where}", None
     return "shared by the parts of every rank", None
-
-
-def _collapsed(collapse: Collapse) -> str:
-    at = collapse.node.meta.get("path") or collapse.node.name
-    name = getattr(operation(collapse.node), "__name__", str(operation(collapse.node)))
-    return f"has no rule ({name} in {at})" if collapse.opaque else f"{name} in {at} needs the whole row"
 
 
 def _offence(site: Site, labels: Labels, weight: str, names: frozenset[str], count: int, ranks: int) -> _Offence:
     where = site.node.meta.get("path") or site.node.name
     for collapse in labels.collapses:
         if names & collapse.weights:
-            return _Offence(weight, _collapsed(collapse), collapse, (site.node,))
+            return _Offence(weight, collapse.why, collapse, (site.node,))
     groups = "1 group" if count == 1 else f"{count} groups"
     return _Offence(
         weight, f"only {groups} of indices can be told apart at {where}, for {ranks} ranks", None, (site.node,)

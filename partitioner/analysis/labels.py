@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from partitioner.analysis.arguments import evaluate, map_nodes, node_values, shape_at
+from partitioner.analysis.arguments import describe, evaluate, map_nodes, node_values, shape_at
 from partitioner.analysis.label_state import Collapse, Labels, Site, WeightSlice, WeightState
 from partitioner.analysis.lattice import Ids, Lattice, compact
 from partitioner.analysis.moves import is_move, run_move
@@ -76,6 +76,10 @@ class LabelRun:
         if isinstance(state, Ids):
             dims = state.varying[-1:] if self.together[node.name] == 1 else state.varying
             merged = self.labels.lattice.union(state, dims)
+            if merged is not None and merged.distinct < self.ranks:
+                names = self.labels.weights_of(i for t in merged.terms for i in torch.unique(compact(t)).tolist())
+                why = f"{describe(node)}: a rank's part of it cannot be made from the rank's part of its input"
+                self.labels.collapses.append(Collapse(node, False, why, names))
             self.states[node] = merged and merged.each(lambda term: term.expand(state.shape))
 
     def _whole_weight(self, name: str) -> WeightState:
@@ -318,7 +322,15 @@ class LabelRun:
         if max(self.states[o.node].distinct for o in labelled) >= self.ranks:
             linear = bool(rule.sums) and not rule.whole and len(rule.operands) == 1
             names = self.labels.weights_of(i for term in merged.terms for i in torch.unique(compact(term)).tolist())
-            self.labels.collapses.append(Collapse(node, linear, rule.opaque, names))
+            self.labels.collapses.append(Collapse(node, linear, self._why_whole(node, rule), names))
+
+    def _why_whole(self, node: fx.Node, rule: Notation) -> str:
+        weights = [self.states[o.node].name for o in rule.operands if isinstance(self.states.get(o.node), WeightState)]
+        if rule.opaque:
+            return f"has no rule ({describe(node)})"
+        if rule.sums and self.pinned & set(weights):
+            return f"feeds {describe(node)}, whose weight is whole"
+        return f"{describe(node)} needs the whole row"
 
     def _output(self, source: fx.Node) -> None:
         ids = self.states.get(source)

@@ -106,4 +106,5 @@ def test_a_model_is_never_refused_for_one_op(tp: int) -> None:
     assert error < EXACT
     reasons = {row.pattern: row.reason for row in parts.report.whole}
     assert reasons["layers.*.up.weight"].startswith("select in layers.0: a rank's part of it cannot be made")
-    assert set(reasons) == {"layers.*.up.weight", "layers.*.down.weight"}
+    assert reasons["layers.*.down.weight"] == "feeds linear in layers.1.up, whose weight is whole"
+    assert len(reasons) == 2
