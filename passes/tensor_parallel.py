@@ -10,7 +10,6 @@ out. Megatron-LM (arXiv:1909.08053, section 3), without tables of modules.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +22,7 @@ from partitioner.analysis.decide import Decisions, decide
 from partitioner.analysis.localise import Scaled
 from partitioner.analysis.placement import Placement, Unplaceable, place
 from partitioner.analysis.rules import notation
+from partitioner.analysis.spelled_out import can_spell_out, spell_out
 from partitioner.errors import PlanError
 from partitioner.layout import REPLICATED, IndexSet, Layout, Split
 from partitioner.program import Entry, Program
@@ -74,7 +74,8 @@ class TensorParallel:
             if partial is None:
                 partial = _reduce_in_parts(program, decisions.partial)
                 if partial:
-                    continue  # the means among them are sums now
+                    blocks = find_blocks(program, apart=keep_whole)
+                    continue  # the means and norms among them are sums now
             weights = {
                 name: REPLICATED(len(program.weights[name].shape)).with_dim(dim, split)
                 for name, (dim, split) in decisions.splits.items()
@@ -96,25 +97,11 @@ class TensorParallel:
 
 
 def _reduce_in_parts(program: Program, names: frozenset[str]) -> frozenset[str]:
-    """Rewrites the means among these reductions as a sum and a division; returns the names of the sums."""
-    found = set()
+    """Writes these reductions out as sums, and returns the names of the sums."""
+    found: set[str] = set()
     for node in list(program.graph.nodes):
-        if node.name not in names:
-            continue
-        if operation(node) is not aten.mean:
-            found.add(node.name)
-            continue
-        a = arguments(node)
-        shape = a["self"].meta["val"].shape
-        dims = [d % len(shape) for d in (a["dim"] or range(len(shape)))]
-        count = math.prod(shape[dim] for dim in dims)
-        with program.graph.inserting_before(node):
-            total = program.graph.call_function(
-                aten.sum.dim_IntList, (a["self"], dims, bool(a["keepdim"])), {"dtype": a["dtype"]}
-            )
-        total.meta = dict(node.meta)
-        node.target, node.args, node.kwargs = aten.div.Tensor, (total, count), {}
-        found.add(total.name)
+        if node.name in names:
+            found.update(spell_out(program, node) if can_spell_out(node) else [node.name])
     return frozenset(found)
 
 
