@@ -133,9 +133,7 @@ def find_blocks(program: Program, *, apart: Container[str] = (), compress: bool 
     return Blocks(blocks, program)
 
 
-def _signature(
-    program: Program, nodes: list[fx.Node], apart: Container[str]
-) -> tuple[Any, list[fx.Node], list[str]]:
+def _signature(program: Program, nodes: list[fx.Node], apart: Container[str]) -> tuple[Any, list[fx.Node], list[str]]:
     local = {node: i for i, node in enumerate(nodes)}
     outside: dict[fx.Node, int] = {}
     weights: dict[str, int] = {}

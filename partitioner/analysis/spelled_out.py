@@ -80,9 +80,7 @@ class _Writing:
         value: Value = x.meta["val"]
         dims = _dims(dim, len(value.shape))
         shape = tuple(1 if i in dims else s for i, s in enumerate(value.shape) if keepdim or i not in dims)
-        made = self.put(
-            aten.sum.dim_IntList, (x, dims, keepdim), {"dtype": dtype}, Value(shape, dtype or value.dtype)
-        )
+        made = self.put(aten.sum.dim_IntList, (x, dims, keepdim), {"dtype": dtype}, Value(shape, dtype or value.dtype))
         self.sums.append(made.name)
         return made
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tests.layers import layered, partitioned
 from tests.partitioned import EXACT
@@ -20,7 +20,9 @@ class _Heads(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, x: Tensor) -> Tensor:
         q, k, v = (y.unflatten(-1, (6, 3)).transpose(1, 2) for y in (q, k, self.v(x)))
-        found: Tensor = self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        found: Tensor = self.o(
+            functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
         return found
 
 
@@ -31,15 +33,15 @@ class LayerNorms(_Heads):
 
 class RMSNorms(_Heads):
     def forward(self, x: Tensor) -> Tensor:
-        q = F.rms_norm(self.q(x), (18,), self.q_norm.weight, 1e-5)
-        return self.attend(q, F.rms_norm(self.k(x), (18,), eps=1e-5), x)
+        q = functional.rms_norm(self.q(x), (18,), self.q_norm.weight, 1e-5)
+        return self.attend(q, functional.rms_norm(self.k(x), (18,), eps=1e-5), x)
 
 
 class VectorNorms(_Heads):
     def forward(self, x: Tensor) -> Tensor:
         k = self.k(x)
         k = k / (1 + torch.linalg.vector_norm(k, dim=-1, keepdim=True))
-        return self.attend(F.normalize(self.q(x), dim=-1), k, x)
+        return self.attend(functional.normalize(self.q(x), dim=-1), k, x)
 
 
 @pytest.mark.parametrize("tp", [2, 3])
@@ -58,7 +60,7 @@ class GatedLinearUnit(nn.Module):
         self.up, self.down = nn.Linear(hidden, 34), nn.Linear(17, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.glu(self.up(x), dim=-1))
+        return self.down(functional.glu(self.up(x), dim=-1))
 
 
 @pytest.mark.parametrize("tp", [2, 3])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tests.layers import layered, partitioned
 from tests.partitioned import EXACT
@@ -53,8 +53,8 @@ class SlicesAssigned(_Wide):
 class HeadsPutTogether(_Wide):
     def forward(self, x: Tensor) -> Tensor:
         y = self.up(x).unflatten(-1, (6, 6)).transpose(1, 2)
-        one = F.scaled_dot_product_attention(y[:, :4], y[:, :4], y[:, :4], is_causal=True)
-        other = F.scaled_dot_product_attention(y[:, 4:], y[:, 4:], y[:, 4:])
+        one = functional.scaled_dot_product_attention(y[:, :4], y[:, :4], y[:, :4], is_causal=True)
+        other = functional.scaled_dot_product_attention(y[:, 4:], y[:, 4:], y[:, 4:])
         return self.down(torch.cat([other, one], 1).transpose(1, 2).flatten(2))
 
 
@@ -86,7 +86,7 @@ class DelayedByOne(nn.Module):
         self.gate, self.up, self.out = nn.Linear(hidden, 9), nn.Linear(hidden, 9), nn.Linear(9, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        before = F.pad(self.before(x)[:, :-1], (0, 0, 1, 0))
+        before = functional.pad(self.before(x)[:, :-1], (0, 0, 1, 0))
         x = x + self.down(self.now(x) * before)
         return self.out(self.gate(x).sigmoid() * self.up(x))
 

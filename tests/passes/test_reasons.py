@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tests.layers import layered, partitioned
 from tests.partitioned import EXACT
@@ -20,7 +20,7 @@ class OneKeyHead(nn.Module):
         q = self.q(x).unflatten(-1, (6, 4)).transpose(1, 2)
         k, v = self.k(x), self.v(x)
         k = (k + k.flip(-1)).unsqueeze(1)  # mixes the indices of the head, as a rotary embedding does
-        found = F.scaled_dot_product_attention(
+        found = functional.scaled_dot_product_attention(
             q, k.expand(-1, 6, -1, -1), v.unsqueeze(1).expand(-1, 6, -1, -1), is_causal=True
         )
         return self.o(found.transpose(1, 2).flatten(2))
@@ -32,7 +32,7 @@ class MergedWeights(nn.Module):
         self.low, self.high = nn.Linear(hidden, 4, bias=False), nn.Linear(4, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.high.weight @ self.low.weight).relu()
+        return functional.linear(x, self.high.weight @ self.low.weight).relu()
 
 
 class NormThenDown(nn.Module):
