@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 from torch import Tensor
 
 import runtime.cache
-from partitioner.compile import trace
+from partitioner import Plan
+from partitioner.compile import compile_program, trace
+from partitioner.errors import InputError
 from partitioner.exact import in_float64
 from runtime.cache import Cache
 from tests import generating, partitioned, zoo
@@ -76,6 +79,25 @@ def test_an_encoder_is_refused_with_the_reason() -> None:
     found = compare("masked:bert")
     assert found["verdict"] == "refused"
     assert "is not causal: each token sees those after it" in found["why"]
+
+
+def test_a_text_becomes_no_longer_than_the_graph_is_right_for() -> None:
+    model, program = partitioned.traced("llama")
+    short = dataclasses.replace(program, limits={"sequence": (1, 60)})
+    parts = compile_program(short, Plan(tp=2))
+    assert parts.generate([[3] * 40], max_new_tokens=21).shape == (1, 61)
+    with pytest.raises(InputError, match="make up to 61, but this model was compiled for up to 60"):
+        parts.generate([[3] * 40], max_new_tokens=22)
+    found = generating.compare_generation(model, short)
+    assert (found["verdict"], found["tokens"]) == ("equal", 21)
+
+
+@pytest.mark.slow
+def test_where_the_model_itself_does_something_else_for_longer_texts() -> None:
+    # from 128 tokens on, its attention also reads a summary of every 128
+    parts = partitioned.compiled("deepseek_v4", 2)
+    with pytest.raises(InputError, match="compiled for up to 127"):
+        parts.generate([[3] * 100], max_new_tokens=64)
 
 
 def test_fewer_tokens_where_positions_end() -> None:
