@@ -150,7 +150,7 @@ class Continuation:
         if longest is not None and length > longest:
             raise InputError(
                 f"prompt and new tokens make up to {length}, but this model was compiled for up to {longest}: "
-                "partition(..., max_length=) says how many"
+                "by partition(..., max_length=), or because its own code does something else for longer texts"
             )
         for wanted in self.program.inputs:
             if wanted.bound is None:

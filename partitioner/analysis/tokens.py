@@ -23,6 +23,7 @@ from torch import fx
 
 from partitioner.analysis.arguments import arguments, node_values, operation
 from partitioner.analysis.infer import Layouts
+from partitioner.analysis.lengths import why_length_counts
 from partitioner.analysis.moves import IDENTITIES
 from partitioner.analysis.remember import Inferrer
 from partitioner.layout import REPLICATED, IndexSet, Layout, Split
@@ -47,6 +48,9 @@ def why_tokens_mix(program: Program) -> str | None:
     """
     if "sequence" not in program.symbols:
         return "the model was captured for one length only"
+    counts = why_length_counts(program)
+    if counts is not None:
+        return counts
     concrete = _with_sizes(program)
     layouts: Layouts = {}
     inferrer = Inferrer(concrete)
