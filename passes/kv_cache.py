@@ -38,12 +38,14 @@ class KVCache:
     def run(self, program: Program) -> Program:
         # attention that is not causal by itself reads what a graph for single steps has appended and masked already
         nodes = [node for node in program.graph.nodes if node.target is attention and arguments(node)["causal"]]
+        takes_steps = bool(program.states)  # with the model's own cache: it is right for any text already
         positions = _positions(program)
         for node in nodes:
             self._cache(program, node, positions)
-        known = [program.limits.get(size, (1, None))[1] for size in ("sequence", "positions")]
-        longest = min((most for most in known if most is not None), default=None)
-        program.limits = {**program.limits, "positions": (1, longest)}
+        if not takes_steps:
+            known = [program.limits.get(size, (1, None))[1] for size in ("sequence", "positions")]
+            longest = min((most for most in known if most is not None), default=None)
+            program.limits = {**program.limits, "positions": (1, longest)}
         program.graph.lint()
         return program
 
