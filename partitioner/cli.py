@@ -2,6 +2,7 @@
 
     partitioner verify MODEL --tp 4      compare the partitioned model with the original; exit code 1 where they differ
     partitioner report MODEL --tp 4      what would be split and what not, without any data
+    partitioner run MODEL --prompt "..." write what follows
 
 Exit codes: 0 equal, 1 a difference or a lost rank, 2 something in the question is wrong (one line says what).
 """
@@ -19,9 +20,12 @@ from rich.table import Table
 
 from partitioner.compile import partition
 from partitioner.errors import CommunicationError, PartitionerError
-from partitioner.named_model import load_model
+from partitioner.models import EMBEDDED
+from partitioner.named_model import dtype_named, load_model
 from partitioner.plan import Plan
-from partitioner.verify import Case, Outcome, dtype_named, explain, parse_lengths, verify, verify_in_processes
+from partitioner.run import Question, answer, answer_here, is_rank, run_in_processes
+from partitioner.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
+from runtime.options import Settings
 
 __all__ = ["app", "main"]
 
@@ -66,6 +70,49 @@ def report_command(model: Model, tp: Tp = 2) -> None:
     with _errors():
         parts = partition(load_model(model, dtype=torch.float32, meta=True), Plan(tp=tp))
         Console().print(str(parts.report), markup=False, highlight=False)
+
+
+@app.command("run")
+def run_command(
+    prompt: Annotated[list[str], typer.Option(help="what to continue; given several times, a batch")],
+    model: Annotated[str, typer.Argument(help="a checkpoint folder with a tokenizer; by default the small model inside")]
+    = str(EMBEDDED),
+    tp: Tp = 1,
+    dtype: Annotated[str, typer.Option(help="to load the weights in")] = "float32",
+    max_new_tokens: int = 64,
+    sample: Annotated[bool, typer.Option("--sample", help="draw tokens; otherwise the likeliest each time")] = False,
+    temperature: float = 1.0,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: Annotated[int, typer.Option(help="the same seed says the same on any number of ranks")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="text after which to stop; may be given several times")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the tokenizer's chat template")] = False,
+    simulate: Annotated[bool, typer.Option("--simulate", help="all ranks in this process, one thread each")] = False,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="seconds until the processes are stopped")] = 3600.0,
+) -> None:
+    """Write what follows a prompt, over one process per rank: of this machine, or those that torchrun started."""
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p or None,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop_strings": stop or [],
+    }
+    with _errors():
+        question = Question(model, tp, tuple(prompt), dtype, chat, options)
+        Settings.of({**options, "tokenizer": ...}, eos_token_id=())  # here once, rather than on every rank
+        if is_rank():
+            answer(question)
+        elif simulate or question.plan.mesh.world_size == 1:
+            answer_here(question)
+        else:
+            run_in_processes(question, timeout_s=timeout_s)
 
 
 def main() -> None:

@@ -5,8 +5,9 @@
 The traced graph and every rank's graph run on the same inputs, and each node that both have is compared: what a rank
 holds of it (its layout says which indices, and over which axes it is still a sum) against the same part of the whole
 value. Both run in float64, whatever the model's dtype: rounding differs with the order of sums and is amplified where
-large values cancel, so that in bfloat16 no limit tells it from an error. Only a few hundred values are held at a time: each round samples nodes evenly and narrows to the first interval
-that ends in a difference. Where a rank fails, the nodes before the failing one are compared first.
+large values cancel, so that in bfloat16 no limit tells it from an error. Only a few hundred values are held at a
+time: each round samples nodes evenly and narrows to the first interval that ends in a difference. Where a rank fails,
+the nodes before the failing one are compared first.
 """
 
 from __future__ import annotations

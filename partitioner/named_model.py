@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from partitioner.errors import CaptureError
 
-__all__ = ["load_config", "load_model"]
+__all__ = ["dtype_named", "load_config", "load_model"]
 
 _SMALL = {
     "hidden_size": 64,
@@ -159,3 +159,10 @@ def _small(model_type: str) -> Any:
         raise CaptureError(
             f"the default configuration of {model_type!r} cannot be shrunk ({_line(error)}): give config:FILE.json"
         ) from error
+
+
+def dtype_named(name: str) -> torch.dtype:
+    known = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise CaptureError(f"unknown dtype {name!r}; the dtypes are {', '.join(known)}")
+    return known[name]

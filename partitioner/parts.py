@@ -94,6 +94,8 @@ class Parts(Generic[Report]):
         *,
         weights: WeightSource | None = None,
         device: str | torch.device = "cpu",
+        compile: bool = False,
+        cuda_graph: bool = False,
     ) -> Engine:
         return Engine(
             self.rank(rank),
@@ -101,6 +103,8 @@ class Parts(Generic[Report]):
             weights=weights,
             device=device,
             generation=functools.partial(self.generation_rank, rank),
+            compile=compile,
+            cuda_graph=cuda_graph,
         )
 
     @cached_property

@@ -25,7 +25,7 @@ from partitioner.compare import Divergence, difference, first_divergence, tolera
 from partitioner.compile import compile_program, trace
 from partitioner.errors import CaptureError, InputError, WeightError
 from partitioner.exact import ExactArithmetic, in_float64
-from partitioner.named_model import load_config, load_model
+from partitioner.named_model import dtype_named, load_config, load_model
 from partitioner.parts import Parts
 from partitioner.plan import Plan
 from partitioner.report import Report
@@ -35,7 +35,6 @@ __all__ = [
     "Case",
     "Outcome",
     "compiled",
-    "dtype_named",
     "explain",
     "outcomes_of",
     "parse_lengths",
@@ -148,13 +147,6 @@ def explain(case: Case, outcome: Outcome) -> Divergence | None:
     model = load_model(case.model, dtype=dtype_named(outcome.dtype), seed=case.seed)
     parts = compiled(model, case.plan)
     return first_divergence(parts, input_ids=_input_ids(case, model, outcome.length))
-
-
-def dtype_named(name: str) -> torch.dtype:
-    known = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise CaptureError(f"unknown dtype {name!r}; the dtypes are {', '.join(known)}")
-    return known[name]
 
 
 def _input_ids(case: Case, model: Any, length: int) -> Tensor:

@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from partitioner.errors import PartitionerError
-from partitioner.named_model import load_model
-from partitioner.verify import Case, Outcome, compiled, dtype_named, outcomes_of
+from partitioner.named_model import dtype_named, load_model
+from partitioner.verify import Case, Outcome, compiled, outcomes_of
 from runtime.engine import Engine
 from runtime.launch import begin_worker
 

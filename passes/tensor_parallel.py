@@ -10,7 +10,6 @@ out. Megatron-LM (arXiv:1909.08053, section 3), without tables of modules.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -23,6 +22,7 @@ from partitioner.analysis.decide import Decisions, decide
 from partitioner.analysis.localise import Scaled
 from partitioner.analysis.placement import Placement, Unplaceable, place
 from partitioner.analysis.rules import notation
+from partitioner.analysis.spelled_out import can_spell_out, spell_out
 from partitioner.errors import PlanError
 from partitioner.layout import REPLICATED, IndexSet, Layout, Split
 from partitioner.program import Entry, Program
@@ -55,24 +55,29 @@ class TensorParallel:
         return program
 
     def _place(self, program: Program) -> tuple[Decisions, Placement]:
-        """Decides and lays out, keeping more together where a local version of an op would not be right."""
+        """Decides and lays out; where an op cannot be made local, keeps more together, and in the end its weights
+        whole.
+        """
+        keep_whole = dict(self.keep_whole)
+        blocks = find_blocks(program, apart=keep_whole)
         together: dict[str, int] = {}
+        misfits: dict[str, str] = {}
         partial: frozenset[str] | None = None
-        compress = True
-        keep = dict(self.keep_whole)
         while True:
             decisions = decide(
                 program,
                 self.axis,
-                keep_whole=keep,
+                blocks=blocks,
+                keep_whole=keep_whole,
+                misfits=misfits,
                 together=together,
                 partial=partial,
-                compress=compress,
             )
             if partial is None:
                 partial = _reduce_in_parts(program, decisions.partial)
                 if partial:
-                    continue  # the means among them are sums now
+                    blocks = find_blocks(program, apart=keep_whole)
+                    continue  # the means and norms among them are sums now
             weights = {
                 name: REPLICATED(len(program.weights[name].shape)).with_dim(dim, split)
                 for name, (dim, split) in decisions.splits.items()
@@ -81,56 +86,24 @@ class TensorParallel:
                 return decisions, place(program, weights)
             except Unplaceable as trouble:
                 level = together.get(trouble.node.name, 0)
-                if level == 2 and not compress:
-                    found = _split_sources(program, trouble)
-                    if not found:
-                        raise PlanError(f"no placement over {self.axis!r} found: {trouble}") from trouble
-                    keep |= dict.fromkeys(found, f"{trouble.node.name} takes one of its parts, which one rank has")
-                    together, compress = {}, True
-                elif level == 2:
-                    together, compress = {}, False
-                else:
+                if level < 2:
                     together[trouble.node.name] = level + 1
-
-
-def _split_sources(program: Program, trouble: Unplaceable) -> set[str]:
-    """The weights whose parts meet in the node that could not be placed, in all layers of its kind."""
-    blocks = find_blocks(program)
-    seen, todo = set[fx.Node](), list(trouble.node.all_input_nodes)
-    found: set[str] = set()
-    while todo:
-        node = todo.pop()
-        layout = trouble.layouts.get(node)
-        pieces = layout if isinstance(layout, tuple) else (layout,)
-        if node in seen or not any(isinstance(piece, Layout) and piece.split_dims for piece in pieces):
-            continue
-        seen.add(node)
-        todo += node.all_input_nodes
-        if node.op == "get_attr":
-            found.update(blocks.same_weights(str(node.target)))
-    return found
+                elif not blocks.is_analysed(trouble.node):
+                    # what was learned from an identical layer does not hold in this one
+                    together, blocks = {}, find_blocks(program, apart=keep_whole, compress=False)
+                else:
+                    # each round keeps at least one more weight whole, so this ends
+                    misfits |= dict.fromkeys(trouble.weights or weights, trouble.reason)
+                    if not weights:
+                        raise PlanError(f"no placement over {self.axis!r} found: {trouble}") from trouble
 
 
 def _reduce_in_parts(program: Program, names: frozenset[str]) -> frozenset[str]:
-    """Rewrites the means among these reductions as a sum and a division; returns the names of the sums."""
-    found = set()
+    """Writes these reductions out as sums, and returns the names of the sums."""
+    found: set[str] = set()
     for node in list(program.graph.nodes):
-        if node.name not in names:
-            continue
-        if operation(node) is not aten.mean:
-            found.add(node.name)
-            continue
-        a = arguments(node)
-        shape = a["self"].meta["val"].shape
-        dims = [d % len(shape) for d in (a["dim"] or range(len(shape)))]
-        count = math.prod(shape[dim] for dim in dims)
-        with program.graph.inserting_before(node):
-            total = program.graph.call_function(
-                aten.sum.dim_IntList, (a["self"], dims, bool(a["keepdim"])), {"dtype": a["dtype"]}
-            )
-        total.meta = dict(node.meta)
-        node.target, node.args, node.kwargs = aten.div.Tensor, (total, count), {}
-        found.add(total.name)
+        if node.name in names:
+            found.update(spell_out(program, node) if can_spell_out(node) else [node.name])
     return frozenset(found)
 
 

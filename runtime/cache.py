@@ -104,6 +104,10 @@ class Cache:
         """The numbers of the active rows, where not all are."""
         self._masks: dict[Any, Tensor | None] = {}
         self._slots: dict[int, Tensor] = {}
+        self._kinds: set[tuple[int, int | None, int | None]] = set()
+        """Slots, window and chunk of the attentions bound to this cache."""
+        self._fixed: int | None = None
+        """How many slots are looked at in runs of one token whose positions only the device knows."""
 
     @property
     def bytes(self) -> int:
@@ -117,11 +121,26 @@ class Cache:
                 f"the cache holds {self.max_batch} sequences of {self.max_length} tokens, {self.step} of them in one "
                 f"run; got {batch} sequences up to position {tokens.end - 1}, {size} tokens in this run"
             )
-        self._batch = tokens
+        self._batch, self._fixed = tokens, None
         numbers = [row for row, active in enumerate(tokens.active) if active]
         self._active = None if all(tokens.active) else torch.tensor(numbers, device=tokens.positions.device)
         self._masks.clear()
         self._slots.clear()
+
+    def begin_fixed(self, positions: Tensor, seen: int) -> None:
+        """Before a run of one token per row at `positions` [B, 1], of which the host only knows that all are < `seen`.
+
+        All that such a run does with the cache are the same ops on the same memory, whatever the positions: it can be
+        captured once and replayed.
+        """
+        self._fixed = seen
+        self._slots = {slots: positions % slots for slots, _, _ in self._kinds}
+        for slots, window, chunk in self._kinds:
+            held = torch.arange(min(slots, seen), device=positions.device)
+            if slots < self.max_length:
+                held = _latest(positions, held, slots)
+            dtype = next(iter(self.buffers.values())).dtype
+            self._masks[slots, window, chunk] = _minus_infinity(positions, held, window, chunk, dtype)
 
     def start(self) -> None:
         """Before the first run of new sequences: nothing is remembered."""
@@ -142,6 +161,7 @@ class Cache:
 
             return with_state
         keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
+        self._kinds.add((keys.shape[2], options.get("window"), options.get("chunk")))
 
         def cached_attention(*tensors: Any) -> Tensor:
             return self._attend(keys, values, *tensors, **options)
@@ -166,10 +186,19 @@ class Cache:
         softcap: float | None = None,
         kv_map: list[int] | None = None,
     ) -> Tensor:
+        batch, slots = q.shape[0], keys.shape[2]
+        if self._fixed is not None:
+            rows, at = self._rows[:batch], self._slots[slots]
+            keys[rows, :, at] = k.transpose(1, 2)
+            values[rows, :, at] = v.transpose(1, 2)
+            seen, hidden = min(slots, self._fixed), self._masks[slots, window, chunk]
+            mask = hidden if mask is None else mask.to(q.dtype) + hidden
+            return attention(
+                q, keys[:batch, :, :seen], values[:batch, :, :seen], mask, sinks,
+                scale=scale, softcap=softcap, kv_map=kv_map,
+            )  # fmt: skip
         tokens = self._batch
         assert tokens is not None
-        batch, _, size, _ = q.shape
-        slots = keys.shape[2]
         wraps = slots < tokens.end
         if tokens.start is not None and not wraps:
             keys[:batch, :, tokens.start : tokens.end] = k
@@ -253,9 +282,20 @@ class Cache:
             return None
         held = torch.arange(seen, device=positions.device)
         if wraps:
-            # the latest position that lies in each slot; negative where there is none yet
-            last = positions[:, -1:]
-            held = (last - (last - held) % slots)[:, None, :]
-        visible = allowed(positions[:, :, None], held, causal=True, window=window, chunk=chunk)
-        zero = torch.zeros(visible.shape, dtype=dtype, device=positions.device)
-        return zero.masked_fill(~visible, -torch.inf)[:, None]
+            held = _latest(positions, held, slots)
+        return _minus_infinity(positions, held, window, chunk, dtype)
+
+
+def _latest(positions: Tensor, slot: Tensor, slots: int) -> Tensor:
+    """The latest position that lies in each slot, [B, 1, slots]; negative where there is none yet."""
+    last = positions[:, -1:]
+    return (last - (last - slot) % slots)[:, None, :]
+
+
+def _minus_infinity(
+    positions: Tensor, held: Tensor, window: int | None, chunk: int | None, dtype: torch.dtype
+) -> Tensor:
+    """[B, 1, S, T]: added to the scores; `held`: the position of each slot."""
+    visible = allowed(positions[:, :, None], held, causal=True, window=window, chunk=chunk)
+    zero = torch.zeros(visible.shape, dtype=dtype, device=positions.device)
+    return zero.masked_fill(~visible, -torch.inf)[:, None]

@@ -18,6 +18,7 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.cache import Batch, Cache
 from runtime.communicator import Communicator
+from runtime.decoder import Decoder, require_fixed_shapes
 from runtime.executable import Executable
 from runtime.rank_program import RankProgram
 from runtime.sampler import Sampler
@@ -27,6 +28,7 @@ from runtime.task import Step, Task
 __all__ = ["Continuation"]
 
 T = TypeVar("T")
+_ROUND_TO = 64
 
 
 class Continuation:
@@ -36,11 +38,22 @@ class Continuation:
     """
 
     def __init__(
-        self, program: RankProgram, weights: Sequence[Tensor], communicator: Communicator, device: torch.device
+        self,
+        program: RankProgram,
+        weights: Sequence[Tensor],
+        communicator: Communicator,
+        device: torch.device,
+        *,
+        compile: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         self.program, self.weights, self.communicator, self.device = program, weights, communicator, device
+        if compile or cuda_graph:
+            require_fixed_shapes(program, device, cuda_graph=cuda_graph)
+        self._compile, self._cuda_graph = compile, cuda_graph
         self.cache: Cache | None = None
         self._execute: Executable | None = None
+        self._decoder: Decoder | None = None
 
     def steps(self, task: Task) -> Iterator[Step]:
         """One `Step` per token, until every sequence has ended."""
@@ -78,7 +91,7 @@ class Continuation:
                 return
             # a sequence that has ended stays at its last token and position
             going = tuple(not over for over in ended)
-            logits = self._run([text[-1:] for text in texts], [len(text) - 1 for text in texts], going)
+            logits = self._decode([text[-1] for text in texts], [len(text) - 1 for text in texts], going)
 
     def _history(self, texts: list[list[int]], sampling: Sampling) -> tuple[Tensor | None, Tensor | None]:
         """The tokens so far [B, L], of which the first [B] count; only the repetition penalty asks for them."""
@@ -93,12 +106,31 @@ class Continuation:
         cache = self.cache
         if cache and cache.max_batch >= max_batch and cache.max_length >= max_length and cache.step >= step:
             return
-        self.cache = self._execute = None  # the old one is given back first
+        self.cache = self._execute = self._decoder = None  # the old one is given back first
+        # lengths that kernels like, and that the next task may share
+        max_length = -(-max_length // _ROUND_TO) * _ROUND_TO
         slots = max(max_length + 1, self._least_slots)
         self.cache = Cache(
             self.program.states, max_batch=max_batch, max_length=max_length, step=step, device=self.device, slots=slots
         )
         self._execute = Executable(self.program, self.weights, self.communicator, self.device, self.cache)
+
+    def _decode(self, tokens: list[int], positions: list[int], going: tuple[bool, ...]) -> Tensor:
+        if not self._compile and not self._cuda_graph:
+            return self._run([[token] for token in tokens], positions, going)
+        assert self.cache is not None
+        assert self._execute is not None
+        if self._decoder is None or self._decoder.batch != len(tokens):
+            self._decoder = Decoder(
+                self.program,
+                self._execute,
+                self.cache,
+                batch=len(tokens),
+                device=self.device,
+                compile=self._compile,
+                cuda_graph=self._cuda_graph,
+            )
+        return self._decoder(tokens, positions)
 
     @property
     def _least_slots(self) -> int:
@@ -118,7 +150,7 @@ class Continuation:
         if longest is not None and length > longest:
             raise InputError(
                 f"prompt and new tokens make up to {length}, but this model was compiled for up to {longest}: "
-                "partition(..., max_length=) says how many"
+                "by partition(..., max_length=), or because its own code does something else for longer texts"
             )
         for wanted in self.program.inputs:
             if wanted.bound is None:

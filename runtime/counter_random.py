@@ -1,7 +1,7 @@
 """Random numbers as a function of what they are for: no state, so no rank, batch or order can change them.
 
-    random_bits(seed, a[..], b[..], ..)             64 bits for every (seed, a, b, ..), counters broadcast
-    gumbel(seed, requests, steps, tokens)           standard Gumbel noise, float64
+    random_bits(seed, a[..], b[..], ..)   64 bits for every (seed, a, b, ..); the counters broadcast
+    gumbel(bits[..], c[..])               standard Gumbel noise (float64) for every (seed, a, b, .., c)
 
 Counter-based generation follows Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011). The mixer is
 SplitMix64's (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014): with one counter
@@ -39,19 +39,26 @@ def mix(x: Tensor) -> Tensor:
 
 def random_bits(seed: int, *counters: Tensor) -> Tensor:
     """64 random bits (int64) for every combination of counters[..] (int64, broadcast against each other)."""
-    state = torch.tensor(_signed(seed))  # a CPU scalar, which torch combines with tensors of any device
+    bits = torch.tensor(_signed(seed))  # a CPU scalar, which torch combines with tensors of any device
     for counter in counters:
-        state = mix(state + (counter + 1) * _GAMMA)
-    return state
+        bits = _next(bits, counter)
+    return bits
 
 
-def gumbel(seed: int, requests: Tensor, steps: Tensor, tokens: Tensor) -> Tensor:
-    """Standard Gumbel noise (float64) for each (request, step, token), int64 tensors that broadcast."""
+def gumbel(bits: Tensor, counter: Tensor) -> Tensor:
+    """Standard Gumbel noise, float64, with `counter` as the last one after those that `bits` come from.
+
+    In two halves, so that what a whole row has in common is hashed once per row, on the CPU if it is known there.
+    """
     # 52 bits and a fixed last one: the middles of 2^52 equal parts of (0, 1), exact in float64. With 53 free bits the
     # last middle would round to 1, and its token would always win
-    odd = _shift_right(random_bits(seed, requests, steps, tokens), 11) | 1
+    odd = _shift_right(_next(bits, counter), 11) | 1
     uniform = odd.double() * 2.0**-53
     return -torch.log(-torch.log(uniform))
+
+
+def _next(bits: Tensor, counter: Tensor) -> Tensor:
+    return mix(torch.add(bits + _GAMMA, counter, alpha=_GAMMA))
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -52,7 +52,8 @@ class Executable:
         cache: Cache | None = None,
     ) -> None:
         self.program, self.communicator = program, communicator
-        self._run = functools.partial(_build(program, communicator, device, cache), *weights)
+        self.function = functools.partial(_build(program, communicator, device, cache), *weights)
+        """What runs, bare: of the inputs in their order."""
         self._seen: set[tuple[torch.Size, ...]] = set()
 
     def __call__(self, values: Sequence[Tensor]) -> Any:
@@ -61,7 +62,7 @@ class Executable:
         try:
             # not inference_mode: the caller may write to what comes back
             with torch.no_grad():
-                result = self._run(*values)
+                result = self.function(*values)
         except BaseException as error:
             name = failing_node(error)
             for node in self.program.graph.nodes:

@@ -62,8 +62,8 @@ def _unknown(name: str, names: list[str]) -> str:
     known = f"he inputs are {', '.join(names)}"
     if name == _MASK:
         return (
-            f"unknown input {name!r}; this model is causal and takes no padding: pad on the right, where no token sees "
-            f"it, and ignore what comes out at the padding. T{known}"
+            f"unknown input {name!r}; this model takes no mask: in a decoder, pad on the right, where no token of "
+            f"the prompt sees it, and ignore what comes out at the padding; else give prompts of one length. T{known}"
         )
     near = difflib.get_close_matches(name, names, n=1)
     return f"unknown input {name!r}; " + (f"did you mean {near[0]!r}? T{known}" if near else f"t{known}")

@@ -1,8 +1,8 @@
 """The next token of each sequence, from logits whose vocabulary is split over ranks; the same on every plan.
 
-    greedy                     local maximum                   one gather of [B, 4] numbers per rank
-    top-k, top-p, min-p        local top m, m a little over k  one gather of [B, m + 1, 2] per rank
-    sampling without a filter  noise for every local token     two gathers: [B], then [B, 4]
+    greedy                     local maximum                   one gather of [B, 2] numbers per rank
+    top-k, top-p, min-p        local top m, m a little over k  one gather of [B, m, 2]; another where m was too small
+    sampling without a filter  noise for every local token     two gathers: [B], then [B, 3]
 
 Sampling is Gumbel-max (Maddison et al., arXiv:1411.0030, section 2): argmax of logit / temperature + noise, where the
 noise is a function of (seed, request id, step, token) alone (`runtime/counter_random.py`). So neither the plan nor the
@@ -26,7 +26,7 @@ from partitioner.errors import SamplingError
 from partitioner.layout import IndexSet
 from runtime.candidates import rank_candidates, softmax_mass, survivors
 from runtime.communicator import Communicator
-from runtime.counter_random import gumbel
+from runtime.counter_random import gumbel, random_bits
 from runtime.ops.collectives import all_gather
 from runtime.sampling import Sampling
 from runtime.vocabulary import Share, shares
@@ -83,7 +83,8 @@ class Sampler:
     ) -> Tensor:
         """The next tokens [B], int64, from this rank's logits [B, owned] of each sequence's last position.
 
-        request_ids[B] and step (a number or [B]) key the noise: same seed, id, step and logits, same token.
+        request_ids[B] and step (a number or [B]) key the noise: same seed, id, step and logits, same token. With logits
+        on a GPU they may be on the CPU, where hashing them is quicker.
         history[B, L] holds each row's tokens so far, of which the first lengths[B] count; only the repetition penalty
         asks for them. Ids outside the vocabulary, which the model cannot choose, are passed over there.
         """
@@ -103,7 +104,9 @@ class Sampler:
         That is log_softmax of the processed logits, as transformers' compute_transition_scores has it with
         normalize_logits=True (its default leaves generate's `scores` unnormalised). Greedy search: temperature 1.
         """
-        return self._choose(logits, request_ids, step, history, lengths, scored=True)
+        tokens, log_probabilities = self._choose(logits, request_ids, step, history, lengths, scored=True)
+        assert log_probabilities is not None
+        return tokens, log_probabilities
 
     def _choose(
         self,
@@ -114,7 +117,7 @@ class Sampler:
         lengths: Tensor | None,
         *,
         scored: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         if logits.dim() != 2 or logits.shape[1] != self._num_local:
             raise SamplingError(f"logits must be [batch, {self._num_local}] on this rank, got {list(logits.shape)}")
         batch = logits.shape[0]
@@ -123,14 +126,14 @@ class Sampler:
             if given.shape != (batch,) or given.dtype != torch.int64:
                 raise SamplingError(f"{name} must be int64 [{batch}], got {given.dtype} {list(given.shape)}")
         if not batch:
-            return torch.empty_like(request_ids), logits.new_empty(0, dtype=torch.float64)
+            return request_ids.new_empty(0, device=logits.device), logits.new_empty(0, dtype=torch.float64)
         own = self._penalised(self._share.of(logits), history, lengths)
         if not self.sampling.do_sample:
             return self._greedy(own, scored=scored)
-        keys = (request_ids[:, None], steps[:, None])
+        bits = random_bits(self.sampling.seed, request_ids, steps).to(logits.device)[:, None]
         if any(value is not None for value in self.sampling.filters.values()):
-            return self._among_candidates(own, keys)
-        return self._among_all(own, keys, scored=scored)
+            return self._among_candidates(own, bits)
+        return self._among_all(own, bits, scored=scored)
 
     def _penalised(self, own: Tensor, history: Tensor | None, lengths: Tensor | None) -> Tensor:
         """Repetition penalty (arXiv:1909.05858, 4.1), once per token: divide what is positive, multiply the rest."""
@@ -153,83 +156,87 @@ class Sampler:
         padded.scatter_(1, columns, torch.where(seen < 0, seen * penalty, seen / penalty))
         return padded[:, :-1]
 
-    def _greedy(self, own: Tensor, *, scored: bool) -> tuple[Tensor, Tensor]:
+    def _greedy(self, own: Tensor, *, scored: bool) -> tuple[Tensor, Tensor | None]:
         largest, column = own.max(dim=1)
-        largest = largest.double()
-        mass = softmax_mass(own, largest, 1.0) if scored else torch.zeros_like(largest)
-        gathered = self._gather(torch.stack([largest, self._share.tokens[column].double(), mass], dim=1)[None])
-        values, tokens, masses = gathered.unbind(dim=2)
+        message = [largest.double(), self._share.tokens[column].double()]
+        if scored:
+            message.append(softmax_mass(own, largest.double(), 1.0))
+        values, tokens, *masses = self._gather(torch.stack(message, dim=1)[None]).unbind(dim=2)
         best = values.amax(dim=0)
-        _require_finite(best.isfinite(), best)
-        total = (masses * (values - best).exp()).sum(dim=0)
-        return _first_best(values, tokens)[0], -total.log()
+        _require_finite(best)
+        log_probabilities = -_joined(masses[0], values, 1.0).log() if scored else None
+        return _first_best(values, tokens)[0], log_probabilities
 
-    def _among_all(self, own: Tensor, keys: tuple[Tensor, Tensor], *, scored: bool) -> tuple[Tensor, Tensor]:
-        # the maximum first: a key must not depend on how large the other logits of its rank are
+    def _among_all(self, own: Tensor, bits: Tensor, *, scored: bool) -> tuple[Tensor, Tensor | None]:
+        # the maximum first: a token's chances must not be rounded by what else its rank holds
         best = self._gather(own.amax(dim=1).double()[None]).amax(dim=0)
-        _require_finite(best.isfinite(), best)
+        _require_finite(best)
         rows = max(1, _RACE_BYTES // (8 * own.shape[1]))
-        mine = [
-            self._race(*part, scored=scored)
-            for part in zip(*(torch.split(x, rows) for x in (own, best, *keys)), strict=True)
-        ]
-        values, tokens, logits, masses = self._gather(torch.cat(mine)[None]).unbind(dim=2)
+        parts = zip(*(torch.split(x, rows) for x in (own, best, bits)), strict=True)
+        mine = torch.cat([self._race(*part, scored=scored) for part in parts])
+        values, tokens, *scores = self._gather(mine[None]).unbind(dim=2)
         token, winner = _first_best(values, tokens)
+        if not scored:
+            return token, None
+        logits, masses = scores
         return token, logits.gather(0, winner[None])[0] - masses.sum(dim=0).log()
 
-    def _race(self, own: Tensor, best: Tensor, requests: Tensor, steps: Tensor, *, scored: bool) -> Tensor:
-        """[b, 4] of this rank's winners: noisy logit, token, logit, and the mass of all."""
+    def _race(self, own: Tensor, best: Tensor, bits: Tensor, *, scored: bool) -> Tensor:
+        """[b, 2] of this rank's winners: noisy logit and token; [b, 4] with their logits and the mass of all."""
         scaled = (own.double() - best[:, None]) / self.sampling.temperature
-        noisy, column = (scaled + gumbel(self.sampling.seed, requests, steps, self._share.tokens)).max(dim=1)
-        mass = scaled.exp().sum(dim=1) if scored else torch.zeros_like(noisy)
-        won = scaled.gather(1, column[:, None])[:, 0]
-        return torch.stack([noisy, self._share.tokens[column].double(), won, mass], dim=1)
+        noisy, column = (scaled + gumbel(bits, self._share.tokens)).max(dim=1)
+        message = [noisy, self._share.tokens[column].double()]
+        if scored:
+            message += [scaled.gather(1, column[:, None])[:, 0], scaled.exp().sum(dim=1)]
+        return torch.stack(message, dim=1)
 
-    def _among_candidates(self, own: Tensor, keys: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _among_candidates(self, own: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
         filters, temperature = self.sampling.filters, self.sampling.temperature
-        mass = torch.zeros(len(own), dtype=torch.float64, device=own.device)
-        if filters["top_k"] is None and filters["top_p"] is not None:
+        top_k = filters["top_k"]
+        mass = None
+        if top_k is None and filters["top_p"] is not None:
             mass = softmax_mass(own, own.amax(dim=1).double(), temperature)
-        num = filters["top_k"] + _SPARE if filters["top_k"] is not None else _FIRST_LOOK
+        num = _FIRST_LOOK if top_k is None else top_k + _SPARE
         while True:
             num = min(num, self._largest_size)
-            gathered = self._gather(self._top(own, num, mass)[None])
-            logits, tokens, floor, total = self._unpack(gathered, num)
+            logits, tokens, floor, total = self._gather_top(own, num, mass)
             kept, certain = survivors(logits, floor, total, temperature=temperature, **filters)
             best = logits[:, 0]
-            # one wait for the device for all that the host must know
+            # one wait for the device, for all that the host must know
             finite, enough, width = torch.stack([best.isfinite().all(), certain.all(), kept.max()]).tolist()
             if not finite:
-                _require_finite(best.isfinite(), best)
+                _require_finite(best)
             if enough:
                 break
             num *= _GROWTH
         scaled = (logits[:, :width] - best[:, None]) / temperature
         scaled = scaled.masked_fill(torch.arange(width, device=own.device) >= kept[:, None], -math.inf)
-        noisy = scaled + gumbel(self.sampling.seed, *keys, tokens[:, :width])
-        winner = noisy.argmax(dim=1, keepdim=True)
+        winner = (scaled + gumbel(bits, tokens[:, :width])).argmax(dim=1, keepdim=True)
         return tokens.gather(1, winner)[:, 0], scaled.gather(1, winner)[:, 0] - scaled.exp().sum(dim=1).log()
 
-    def _top(self, own: Tensor, num: int, mass: Tensor) -> Tensor:
-        """[B, num + 1, 2]: the largest logits with their tokens, descending; then the mass."""
+    def _gather_top(self, own: Tensor, num: int, mass: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The `num` largest logits of every rank with their tokens, ranked, [B, ranks * num].
+
+        Then the floor [B] that no other logit exceeds, and the ranks' masses as that of the vocabulary [B].
+        """
         values, columns = own.topk(min(num, own.shape[1]), dim=1)
-        message = torch.full((len(own), num + 1, 2), -math.inf, dtype=torch.float64, device=own.device)
+        message = torch.full((len(own), num + (mass is not None), 2), -math.inf, dtype=torch.float64, device=own.device)
         message[:, : values.shape[1], 0] = values
         message[:, : values.shape[1], 1] = self._share.tokens[columns]
-        message[:, num, 0] = mass
-        return message
+        if mass is not None:
+            message[:, num, 0] = mass
+        gathered = self._gather(message[None])
+        values, tokens = gathered[:, :, :num].unbind(dim=3)
+        floor = values[:, :, -1].masked_fill(self._sizes[:, None] <= num, -math.inf).amax(dim=0)
+        total = None if mass is None else _joined(gathered[:, :, num, 0], values[:, :, 0], self.sampling.temperature)
+        flat_values, flat_tokens = (x.transpose(0, 1).reshape(len(own), -1) for x in (values, tokens))
+        logits, ranked = rank_candidates(flat_values, flat_tokens)
+        return logits, ranked.clamp(min=0).long(), floor, total
 
-    def _unpack(self, gathered: Tensor, num: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Ranked candidates [B, ranks * num], the floor under which others may be [B], the vocabulary's mass [B]."""
-        values, masses = gathered[:, :, :num, 0], gathered[:, :, num, 0]
-        tokens = gathered[:, :, :num, 1].nan_to_num(neginf=-1).long()
-        shown_all = self._sizes[:, None] <= num
-        floor = values[:, :, -1].masked_fill(shown_all, -math.inf).amax(dim=0)
-        largest = values[:, :, 0]
-        best = largest.amax(dim=0)
-        total = (masses * ((largest - best) / self.sampling.temperature).exp()).sum(dim=0)
-        flat_values, flat_tokens = (x.transpose(0, 1).reshape(x.shape[1], -1) for x in (values, tokens))
-        return *rank_candidates(flat_values, flat_tokens), floor, total
+
+def _joined(masses: Tensor, largest: Tensor, temperature: float) -> Tensor:
+    """Masses [ranks, B], each relative to its rank's largest logit, as one relative to the largest of all."""
+    return (masses * ((largest - largest.amax(dim=0)) / temperature).exp()).sum(dim=0)
 
 
 def _first_best(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,7 +246,9 @@ def _first_best(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return token.long(), rank
 
 
-def _require_finite(finite: Tensor, best: Tensor) -> None:
+def _require_finite(best: Tensor) -> None:
+    """`best`[B], the largest logit of each row; NaN where one of the row is."""
+    finite = best.isfinite()
     if not finite.all():
         row = int((~finite).nonzero()[0])
         value = float(best[row])

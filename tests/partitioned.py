@@ -47,9 +47,13 @@ def sized(name: str, **sizes: int) -> Any:
     return zoo.tiny(name, **given)[0]
 
 
-@functools.cache
 def traced(name: str, *, odd: bool = False) -> tuple[Any, Program]:
-    """A small model in float64, and its trace without detours through float32."""
+    """A small model in float64, and its trace without detours through float32; one of each, whoever asks."""
+    return _traced(name, odd)
+
+
+@functools.cache
+def _traced(name: str, odd: bool) -> tuple[Any, Program]:
     model, _ = zoo.odd(name) if odd else zoo.tiny(name)
     return model, in_float64(trace(model))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from partitioner.analysis.arguments import evaluate, node_values
+from partitioner.analysis.arguments import describe, evaluate, node_values
 from partitioner.analysis.infer import Inference, Layouts
 from partitioner.analysis.localise import Localised
 from partitioner.analysis.moves import is_move
@@ -28,11 +28,19 @@ _TYPICAL = 64
 
 
 class Unplaceable(Exception):
-    """A node whose local version would not be the part of the whole that its layout says; the layouts up to it."""
+    """A node whose local version would not be the part of the whole that its layout says.
 
-    def __init__(self, node: fx.Node, why: str, layouts: Layouts) -> None:
+    weights: the split weights that its operands are made of.
+    """
+
+    def __init__(self, node: fx.Node, why: str, weights: tuple[str, ...]) -> None:
         super().__init__(f"{node.name}: {why}")
-        self.node, self.layouts = node, layouts
+        self.node, self.why, self.weights = node, why, weights
+
+    @property
+    def reason(self) -> str:
+        """For the report."""
+        return f"{describe(self.node)}: {self.why}"
 
 
 @dataclass
@@ -114,7 +122,7 @@ class _Placing:
         elif node.op == "call_function" and node_values(node):
             found = self.inferrer.infer(node, layouts)
             if found.problem:
-                raise Unplaceable(node, found.problem, layouts)
+                raise self._unplaceable(node, found.problem)
             found = self._through_state(node, found)
             for source, want in found.requires:
                 self._check_gathers(source, want)
@@ -144,12 +152,25 @@ class _Placing:
             return Inference((wanted,), ((value, wanted), *others))
         return found
 
+    def _unplaceable(self, node: fx.Node, why: str) -> Unplaceable:
+        """Goes back from the node along what is split, to the weights that started it."""
+        seen, stack = {node}, [node]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                layout = self.done.layouts.get(source)
+                several = layout if isinstance(layout, tuple) else (layout,)
+                if source not in seen and any(x is not None and x.split_dims for x in several):
+                    seen.add(source)
+                    stack.append(source)
+        weights = {str(n.target) for n in seen if n.op == "get_attr"} & self.done.weights.keys()
+        return Unplaceable(node, why, tuple(sorted(weights)))
+
     def _check_gathers(self, source: fx.Node, want: Layout) -> None:
         """A gather puts one dim together; pieces that differ in two dims would need more than that."""
         have = self.done.layouts[source]
         for old, new in zip(have.dims, want.dims, strict=True):
             if old is not None and new is None and sum(s is not None and s.axes == old.axes for s in have.dims) > 1:
-                raise Unplaceable(source, "is split in two dims and needed whole", self.done.layouts)
+                raise self._unplaceable(source, "split in two dims and needed whole")
 
     def _localise(self, node: fx.Node, found: Inference) -> None:
         given = dict(found.requires)
@@ -157,7 +178,7 @@ class _Placing:
             return
         alike, done = self.inferrer.localise(node, given, found.outputs)
         if not alike:
-            raise Unplaceable(node, "the local move would not give the part of the whole that it should", self.done.layouts)
+            raise self._unplaceable(node, "a rank's part of it cannot be made from the rank's part of its input")
         if done is not None:
             self.done.localised[node] = done
 

@@ -1,7 +1,8 @@
 """Which ops mix tokens: the layout rules, asked about the sequence instead of the ranks.
 
 A graph whose attention reads a cache is right only if nothing else looks from one token at another. So the sequence is
-split, as if over two ranks, in a copy of the program with sizes of its own; every layout is inferred as for any split.
+split, as if each token had a rank of its own, in a copy of the program with sizes of its own; every layout is inferred
+as for any split.
 An op that would need a collective is one that mixes tokens, or that knows where in the sequence it stands by itself.
 
     input_ids  [B, S]              split along S
@@ -22,6 +23,7 @@ from torch import fx
 
 from partitioner.analysis.arguments import arguments, node_values, operation
 from partitioner.analysis.infer import Layouts
+from partitioner.analysis.lengths import why_length_counts
 from partitioner.analysis.moves import IDENTITIES
 from partitioner.analysis.remember import Inferrer
 from partitioner.layout import REPLICATED, IndexSet, Layout, Split
@@ -35,9 +37,9 @@ aten = torch.ops.aten
 
 __all__ = ["why_tokens_mix"]
 
-_BATCH, _SEQUENCE, _SLOTS = 2, 6, 11
+_BATCH, _SEQUENCE, _SLOTS = 2, 5, 11  # primes, so that no op divides them
 _AXIS = "sp"
-_HALVES = Split((_AXIS,), (IndexSet.range(0, _SEQUENCE // 2), IndexSet.range(_SEQUENCE // 2, _SEQUENCE)))
+_TOKENS = Split((_AXIS,), tuple(IndexSet.range(i, i + 1) for i in range(_SEQUENCE)))
 
 
 def why_tokens_mix(program: Program) -> str | None:
@@ -46,6 +48,9 @@ def why_tokens_mix(program: Program) -> str | None:
     """
     if "sequence" not in program.symbols:
         return "the model was captured for one length only"
+    counts = why_length_counts(program)
+    if counts is not None:
+        return counts
     concrete = _with_sizes(program)
     layouts: Layouts = {}
     inferrer = Inferrer(concrete)
@@ -53,12 +58,12 @@ def why_tokens_mix(program: Program) -> str | None:
     for node in concrete.graph.nodes:
         if node.op == "placeholder":
             dims = program.inputs[len(layouts)].value.shape
-            layouts[node] = Layout(tuple(_HALVES if dim == program.symbols["sequence"] else None for dim in dims))
+            layouts[node] = Layout(tuple(_TOKENS if dim == program.symbols["sequence"] else None for dim in dims))
         elif node.op == "get_attr":
             layouts[node] = REPLICATED(len(node.meta["val"].shape))
         elif node.op == "output":
             (logits,) = node.all_input_nodes
-            if layouts[logits] != Layout((None, _HALVES, None)):
+            if layouts[logits] != Layout((None, _TOKENS, None)):
                 return f"the output is not one row per token: it is {layouts[logits]}"
         elif node.op == "call_function" and node_values(node):
             if _is_alike(node, alike):
@@ -71,8 +76,8 @@ def why_tokens_mix(program: Program) -> str | None:
 
 
 def _with_sizes(program: Program) -> Program:
-    """The program with numbers for the batch and the sequence, on a mesh that splits the sequence in two."""
-    copy = program.copy(Mesh.of(**{_AXIS: 2}))
+    """The program with numbers for the batch and the sequence, on a mesh with a rank for each token."""
+    copy = program.copy(Mesh.of(**{_AXIS: _SEQUENCE}))
     numbers = {"batch": _BATCH, "sequence": _SEQUENCE, "slots": _SLOTS}
     sizes = {symbol: numbers[name] for name, symbol in program.symbols.items()}
     known: dict[Any, Any] = {}
@@ -134,7 +139,7 @@ def _is_alike(node: fx.Node, alike: set[fx.Node]) -> bool:
 
 def _attention(node: fx.Node, layouts: Layouts) -> str | None:
     a = arguments(node)
-    layouts[node] = wanted = Layout((None, None, _HALVES, None))
+    layouts[node] = wanted = Layout((None, None, _TOKENS, None))
     if not a["causal"] and _is_appended(a["k"]) and _is_appended(a["v"]):
         return _masked_attention(a, layouts)
     if not a["causal"]:
@@ -169,10 +174,10 @@ def _is_appended(operand: fx.Node) -> bool:
 
 
 def _masked_attention(a: dict[str, Any], layouts: Layouts) -> str | None:
-    if layouts[a["q"]] != Layout((None, None, _HALVES, None)) or any(layouts[a[k]].split_dims for k in ("k", "v")):
+    if layouts[a["q"]] != Layout((None, None, _TOKENS, None)) or any(layouts[a[k]].split_dims for k in ("k", "v")):
         return "attends over something other than a cache, one query per token"
     mask, sinks = a["mask"], a["sinks"]
-    if mask is None or layouts[mask].dims[-2] != _HALVES or layouts[mask].split_dims != (len(layouts[mask].dims) - 2,):
+    if mask is None or layouts[mask].dims[-2] != _TOKENS or layouts[mask].split_dims != (len(layouts[mask].dims) - 2,):
         return "has a mask that is not one row per token"
     return "has sinks that depend on the tokens" if sinks is not None and layouts[sinks].split_dims else None
 
@@ -180,7 +185,7 @@ def _masked_attention(a: dict[str, Any], layouts: Layouts) -> str | None:
 def _append(node: fx.Node, layouts: Layouts) -> str | None:
     a = arguments(node)
     rank = len(node.meta["val"].shape)
-    if layouts[a["x"]] != REPLICATED(rank).with_dim(rank - 2, _HALVES) or layouts[a["positions"]].dims[1] != _HALVES:
+    if layouts[a["x"]] != REPLICATED(rank).with_dim(rank - 2, _TOKENS) or layouts[a["positions"]].dims[1] != _TOKENS:
         return "appends something other than one row per token"
     layouts[node] = REPLICATED(rank)
     return None

@@ -152,7 +152,7 @@ def test_a_checkpoint_without_weights(small: str, tmp_path: Path) -> None:
 def test_a_type_without_a_model_names_what_to_give() -> None:
     config = load_config("llama")
     config.architectures, config.__class__ = None, type("Unheard", (type(config),), {})
-    with pytest.raises(CaptureError, match="no model for a bare configuration .*'architectures'"):
+    with pytest.raises(CaptureError, match=r"no model for a bare configuration .*'architectures'"):
         named_model._class_of(config)
 
 

@@ -66,6 +66,16 @@ def test_the_same_tokens_survive_as_in_transformers(values: list[float], samplin
     assert fewer == [expected] or certain == [False]
 
 
+def test_mass_that_is_reached_exactly_needs_no_more() -> None:
+    logits = torch.zeros(1, 4, dtype=torch.float64)
+    sampling = Sampling(do_sample=True, top_k=0, top_p=0.5)
+    assert (
+        filtered(logits, sampling)[0]
+        == [{2, 3}]
+        == [set(processed(logits, sampling)[0].isfinite().nonzero()[:, 0].tolist())]
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "certain"),
     [

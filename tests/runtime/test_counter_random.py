@@ -103,14 +103,20 @@ def test_mix_is_a_bijection_on_a_sample() -> None:
 
 @pytest.mark.parametrize("word", [0, -1, 2**63 - 1, -(2**63)])
 def test_noise_is_finite_for_every_word(monkeypatch: pytest.MonkeyPatch, word: int) -> None:
-    monkeypatch.setattr(counter_random, "random_bits", lambda *_: torch.tensor([word]))
+    monkeypatch.setattr(counter_random, "mix", lambda _: torch.tensor([word]))
     zero = torch.zeros(1, dtype=torch.int64)
-    assert gumbel(0, zero, zero, zero).isfinite().all()
+    assert gumbel(zero, zero).isfinite().all()
+
+
+def test_noise_comes_from_the_bits_of_all_counters() -> None:
+    rows, run = torch.arange(3)[:, None], torch.arange(50)
+    middles = (((random_bits(1, rows, run) >> 11) & (2**53 - 1)) | 1).double() / 2**53
+    assert torch.equal(gumbel(random_bits(1, rows), run), -torch.log(-torch.log(middles)))
 
 
 def test_noise_has_gumbels_distribution() -> None:
     run = torch.arange(2**17)
-    noise = gumbel(11, torch.tensor(0), torch.tensor(0), run)
+    noise = gumbel(random_bits(11, torch.tensor(0)), run)
     assert noise.dtype == torch.float64
     assert abs(float(noise.mean()) - 0.5772156649) < 0.015
     assert abs(float(noise.var()) - math.pi**2 / 6) < 0.05
@@ -123,4 +129,5 @@ def test_noise_has_gumbels_distribution() -> None:
 def test_cuda_gives_the_same_bits() -> None:
     counters = torch.randint(-(2**62), 2**62, (3, 10_000))
     assert torch.equal(random_bits(9, *counters), random_bits(9, *counters.cuda()).cpu())
-    torch.testing.assert_close(gumbel(9, *counters), gumbel(9, *counters.cuda()).cpu(), rtol=1e-14, atol=1e-14)
+    on_cpu, on_cuda = gumbel(counters[0], counters[1]), gumbel(*counters[:2].cuda()).cpu()
+    torch.testing.assert_close(on_cpu, on_cuda, rtol=1e-14, atol=1e-14)

@@ -101,6 +101,6 @@ def test_counting_past_the_last_row() -> None:
     inputs = (INPUTS[0], RunInput("position_ids", torch.int64, ("batch", "sequence"), "arange", BOUND))
     assert complete_inputs(inputs, {"input_ids": ids(1, 11)}, CPU)[1].max() == 10
     with pytest.raises(
-        InputError, match="'input_ids' has sequence 12, and this model takes at most 11: .*position_ids"
+        InputError, match=r"'input_ids' has sequence 12, and this model takes at most 11: .*position_ids"
     ):
         complete_inputs(inputs, {"input_ids": ids(1, 12)}, CPU)

@@ -15,6 +15,7 @@ from partitioner.errors import LayoutError, SamplingError
 from partitioner.layout import IndexSet
 from partitioner.mesh import Mesh
 from runtime import sampler as sampler_module
+from runtime.launch import launch
 from runtime.rendezvous import Rendezvous
 from runtime.sampler import Sampler
 from runtime.sampling import Sampling
@@ -30,9 +31,10 @@ def each_rank(
     num_ranks: int,
     owned: Owned,
     messages: list[tuple[int, ...]] | None = None,
+    method: str = "scored",
     **arguments: Any,
 ) -> list[Any]:
-    """What each rank's `scored` returns, or raises; `messages` takes the shapes that rank 0 gathers."""
+    """What each rank's `method` returns, or raises; `messages` takes the shapes that rank 0 gathers."""
     whole = logits if isinstance(logits, list) else [logits] * num_ranks
     vocab_size = whole[0].shape[1]
     meeting = Rendezvous(Mesh.of(tp=num_ranks), timeout_s=20)
@@ -45,7 +47,7 @@ def each_rank(
             if rank == 0 and messages is not None:
                 gather = sampler._gather
                 sampler._gather = lambda x: (messages.append(tuple(x.shape)), gather(x))[1]
-            results[rank] = sampler.scored(whole[rank][:, held], **arguments)
+            results[rank] = getattr(sampler, method)(whole[rank][:, held], **arguments)
         except Exception as error:
             results[rank] = error
             if not isinstance(error, SamplingError):
@@ -231,16 +233,16 @@ def test_draws_follow_transformers_distribution(name: str, keys: str) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLED)
-@pytest.mark.parametrize("fault", ["uniform noise", "one noise for all tokens", "steps only"])
+@pytest.mark.parametrize("fault", ["uniform noise", "one noise for all tokens", "one noise for all rows"])
 def test_the_chi_square_notices_wrong_noise(monkeypatch: pytest.MonkeyPatch, name: str, fault: str) -> None:
     right = sampler_module.gumbel
 
-    def wrong(seed: int, requests: Tensor, steps: Tensor, tokens: Tensor) -> Tensor:
+    def wrong(bits: Tensor, tokens: Tensor) -> Tensor:
         if fault == "uniform noise":
-            return torch.exp(-torch.exp(-right(seed, requests, steps, tokens)))
+            return torch.exp(-torch.exp(-right(bits, tokens)))
         if fault == "one noise for all tokens":
-            return right(seed, requests, steps, torch.zeros_like(tokens))
-        return right(seed, torch.zeros_like(requests), steps, tokens)
+            return right(bits, torch.zeros_like(tokens))
+        return right(torch.zeros_like(bits), tokens)
 
     monkeypatch.setattr(sampler_module, "gumbel", wrong)
     assert chi_square_p(options(name), 1, None) < 1e-9
@@ -299,23 +301,29 @@ def test_a_nucleus_larger_than_the_first_look_is_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "shapes"),
+    ("name", "shapes", "scored"),
     [
-        ("greedy", [(1, 2, 3)]),
-        ("top_k", [(1, 2, 21, 2)]),
-        ("all", [(1, 2, 25, 2)]),
-        ("top_p", [(1, 2, 129, 2)]),
-        ("min_p", [(1, 2, 129, 2)]),
-        ("unfiltered", [(1, 2), (1, 2, 4)]),
+        ("greedy", [(1, 2, 2)], [(1, 2, 3)]),
+        ("top_k", [(1, 2, 20, 2)], None),
+        ("all", [(1, 2, 24, 2)], None),
+        ("top_p", [(1, 2, 129, 2)], None),
+        ("min_p", [(1, 2, 128, 2)], None),
+        ("unfiltered", [(1, 2), (1, 2, 2)], [(1, 2), (1, 2, 4)]),
     ],
 )
-def test_how_much_is_gathered(name: str, shapes: list[tuple[int, ...]]) -> None:
+def test_how_much_is_gathered(name: str, shapes: list[tuple[int, ...]], scored: list[tuple[int, ...]] | None) -> None:
     """The full logits would be 32,000 wide."""
     logits = torch.randn(2, 32_000, generator=torch.Generator().manual_seed(5)) * 4
-    messages: list[tuple[int, ...]] = []
-    arguments = {"history": torch.zeros(2, 1, dtype=torch.int64), "lengths": torch.tensor([1, 1])}
-    each_rank(logits, options(name), 2, even(32_000, 2), messages, request_ids=torch.arange(2), step=0, **arguments)
-    assert messages == shapes
+    arguments = {
+        "request_ids": torch.arange(2),
+        "step": 0,
+        "history": torch.zeros(2, 1, dtype=torch.int64),
+        "lengths": torch.tensor([1, 1]),
+    }
+    for method, expected in (("__call__", shapes), ("scored", scored or shapes)):
+        messages: list[tuple[int, ...]] = []
+        each_rank(logits, options(name), 2, even(32_000, 2), messages, method=method, **arguments)
+        assert messages == expected
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -407,3 +415,29 @@ def test_wrong_arguments_are_named() -> None:
         Sampler(Sampling(), communicator, vocab_size=4, owned=even(4, 2))
     with pytest.raises(LayoutError, match="nobody holds 3:4"):
         Sampler(Sampling(), communicator, vocab_size=4, owned=[IndexSet.range(0, 3)])
+
+
+@pytest.mark.processes
+def test_processes_over_gloo(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
+    launch(["tests.runtime.sampler_processes"], num_ranks=3, timeout_s=60)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_cuda_draws_what_the_cpu_draws(name: str) -> None:
+    generator = torch.Generator().manual_seed(10)
+    logits = torch.randn(64, 5000, generator=generator) * 2
+    history = torch.randint(0, 5000, (64, 9), generator=generator)
+    arguments = {"request_ids": torch.arange(64), "history": history, "lengths": torch.full((64,), 9)}
+    samplers = {
+        device: Sampler(options(name), Rendezvous(Mesh.of()).communicator(0), vocab_size=5000, device=device)
+        for device in ("cpu", "cuda")
+    }
+    for step in range(5):
+        on = {
+            device: sampler(logits.to(device), step=step, **{k: v.to(device) for k, v in arguments.items()})
+            for device, sampler in samplers.items()
+        }
+        assert torch.equal(on["cuda"].cpu(), on["cpu"])

@@ -1,0 +1,59 @@
+"""The proof that only attention mixes tokens, on modules made to break it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from partitioner.analysis.tokens import why_tokens_mix
+from partitioner.compile import trace
+from tests import zoo
+
+
+class _Meddling(nn.Module):
+    """Stands in for a layer's MLP."""
+
+    def __init__(self, inner: nn.Module, meddle: Any) -> None:
+        super().__init__()
+        self.inner, self.meddle = inner, meddle
+        self.table = nn.Parameter(torch.ones(200, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.meddle(self.inner(x), self.table)
+
+
+def _verdict(meddle: Any) -> str | None:
+    model = zoo.tiny("llama")[0]
+    model.model.layers[1].mlp = _Meddling(model.model.layers[1].mlp, meddle).double()
+    return why_tokens_mix(trace(model))
+
+
+def test_each_token_by_itself_is_fine() -> None:
+    assert _verdict(lambda x, table: torch.tanh(x) * 2 + table[0]) is None
+    assert _verdict(lambda x, table: x + x.new_zeros(x.shape[0], x.shape[1], 1)) is None
+    assert _verdict(lambda x, table: (x.flatten(0, 1) * 3).view(x.shape)) is None
+
+
+@pytest.mark.parametrize(
+    "meddle",
+    [
+        lambda x, table: x + x.mean(1, keepdim=True),
+        lambda x, table: x.cumsum(1),
+        lambda x, table: torch.cat([x[:, :1] * 0, x[:, :-1]], 1),
+        lambda x, table: x.flip(1),
+        lambda x, table: torch.softmax(x, 1),
+        lambda x, table: x * table[: x.shape[1]],
+        lambda x, table: x + torch.arange(x.shape[1])[None, :, None],
+        lambda x, table: x.roll(1, 1),
+        lambda x, table: torch.cat([x[:, 1:2], x[:, 1:]], 1),
+        lambda x, table: x @ (x.transpose(1, 2) @ x),
+    ],
+    ids=["mean", "cumsum", "shift", "flip", "softmax", "index", "arange", "roll", "neighbour", "linear attention"],
+)
+def test_what_looks_at_other_tokens_is_found(meddle: Any) -> None:
+    found = _verdict(meddle)
+    assert found is not None
+    assert "model.layers.1" in found
