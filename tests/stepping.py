@@ -18,12 +18,15 @@ from tests import reference, zoo
 
 LENGTHS = (1, 5, 11, 23)
 NEW = 6
+INDEXED = {"deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "dots3_note_text"}
+"""Models that choose by an index which tokens to attend to."""
 
 
 @functools.cache
 def traced(name: str) -> tuple[Any, Program]:
     """A small model in float64, and the trace of its steps without detours through float32."""
-    model, _ = zoo.tiny(name)
+    # a few index heads score many tokens exactly 0, and which of equals are the best is not defined
+    model, _ = zoo.tiny(name, **({"index_n_heads": 24} if name in INDEXED else {}))
     return model, in_float64(trace_step(model))
 
 
