@@ -16,7 +16,7 @@ from torch import Tensor
 from partitioner.analysis.lattice import Lattice
 from partitioner.layout import IndexSet
 
-__all__ = ["Owned", "dealt_indices", "divide"]
+__all__ = ["Owned", "dealt_indices", "divide", "index_set"]
 
 Atom = frozenset[int]
 
@@ -119,4 +119,15 @@ def dealt_indices(indices: Tensor, rank_of: Tensor, ranks: int) -> tuple[IndexSe
     """Per rank the indices that were dealt to it: `rank_of[i]` has `indices[i]`."""
     flags = torch.zeros(ranks, int(indices.max()) + 1, dtype=torch.bool)
     flags[rank_of, indices] = True
-    return tuple(map(IndexSet.where, flags))
+    return tuple(map(index_set, flags))
+
+
+def index_set(flags: Tensor) -> IndexSet:
+    """The places where a vector is true."""
+    found = torch.nonzero(flags).flatten()
+    if not found.numel():
+        return IndexSet(())
+    gaps = torch.nonzero(found.diff() > 1).flatten()
+    starts = torch.cat([found[:1], found[gaps + 1]]).tolist()
+    stops = torch.cat([found[gaps], found[-1:]]).tolist()
+    return IndexSet(tuple((a, b + 1) for a, b in zip(starts, stops, strict=True)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from partitioner.analysis.lattice import Lattice
-from partitioner.analysis.owners import Owned, dealt_indices
+from partitioner.analysis.owners import Owned, dealt_indices, index_set
 from partitioner.layout import IndexSet
 
 
@@ -28,4 +28,4 @@ def test_dealt_indices() -> None:
 def test_index_sets_from_flags() -> None:
     for flags in ([0, 1, 1, 0, 1], [1], [0, 0], [1, 1, 1], [1, 0, 1]):
         expected = IndexSet.of(i for i, flag in enumerate(flags) if flag)
-        assert IndexSet.where(torch.tensor(flags, dtype=torch.bool)) == expected
+        assert index_set(torch.tensor(flags, dtype=torch.bool)) == expected
