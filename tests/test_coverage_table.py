@@ -50,7 +50,7 @@ def test_everything_refused_has_a_reason() -> None:
 
 def test_nothing_generates_wrong_tokens() -> None:
     found = Counter(row["generates"].split(",")[0] for row in rows("Causal language models"))
-    assert found.keys() == {"equal", "refused", "not built"}
+    assert found.keys() <= {"equal", "refused", "not built"}
     assert found["equal"] >= GENERATE
 
 
