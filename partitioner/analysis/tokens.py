@@ -48,9 +48,6 @@ def why_tokens_mix(program: Program) -> str | None:
     """
     if "sequence" not in program.symbols:
         return "the model was captured for one length only"
-    counts = why_length_counts(program)
-    if counts is not None:
-        return counts
     concrete = _with_sizes(program)
     layouts: Layouts = {}
     inferrer = Inferrer(concrete)
@@ -72,7 +69,7 @@ def why_tokens_mix(program: Program) -> str | None:
             if problem:
                 path = node.meta.get("path")
                 return f"{operation(node).__name__} at {node.name!r}{f' in {path}' if path else ''} {problem}"
-    return None
+    return why_length_counts(program)
 
 
 def _with_sizes(program: Program) -> Program:
