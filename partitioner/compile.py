@@ -31,7 +31,7 @@ from partitioner.plan import Plan
 from partitioner.program import Program
 from partitioner.report import Report, make_report
 
-__all__ = ["Pass", "compile_program", "partition", "trace", "trace_step"]
+__all__ = ["Pass", "compile_program", "compile_steps", "partition", "trace", "trace_step"]
 
 GROUP = "partitioner.passes"
 """The entry points that passes are declared under, ours as well as anyone's."""
@@ -119,6 +119,11 @@ def _compile_generation(traced: Program, split: Program, plan: Plan, step: Calla
     reason = why_steps_differ(stepping)
     if reason is not None:
         raise PlanError(f"{refusal}; and with its own cache, {reason}")
+    return compile_steps(stepping, plan)
+
+
+def compile_steps(stepping: Program, plan: Plan) -> Program:
+    """What `trace_step` yields, for `plan`."""
     passes = [*_splitting(stepping, plan), *_named("kv-cache", "last-token", "fuse", *plan.passes)]
     return _run(stepping.copy(plan.mesh), passes)
 

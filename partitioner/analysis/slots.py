@@ -7,8 +7,9 @@ its batch need more of them. Values with a dim of slots (size T) are followed fr
     mask      0 where a token may look, else very small        position_mask
     masked    very small where it may not                      raw + mask, masked_fill(raw, mask != 0, -big)
     weights   0 where it may not                               softmax(masked) over the slots
+    chosen    the best few, as numbers                         topk(masked) over the slots
 
-Only weights may be contracted over the slots, and only masked values compared along them. Values made from sizes alone
+Only weights may be contracted over the slots, only masked values compared along them, and what is chosen only be marked. Values made from sizes alone
 (ALiBi's distances, say: arXiv:2108.12409) are made for two numbers of slots, and must be the same for the slots that
 both have; or differ by one number throughout where all that happens is a softmax, which does not notice.
 """
@@ -37,9 +38,12 @@ __all__ = ["why_slots_matter"]
 
 RAW, MASK, BLOCKED, SEEN, MASKED, WEIGHTS = "raw", "mask", "blocked", "seen", "masked", "weights"
 """blocked, seen: booleans made of a mask, true where a token may not look, or may."""
-_SMALL = -1e4
+CHOSEN = "chosen"
+"""The numbers of the best slots; those that hold no token only where fewer do than are chosen."""
+_SMALL, _MODERATE = -1e4, 100.0
 _BATCH, _SEQUENCE = 2, 3
 _FEW, _MANY = 7, 11
+_POINTS, _PLENTY = (1, 2, 3, 7, 64, 1000, 4097), 1 << 40
 _LARGEST = 1 << 22
 _SIZED = {
     aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.unflatten, aten.repeat, aten.new_zeros, aten.new_ones,
@@ -87,7 +91,8 @@ class _Following:
         problem = self._integers(node)
         if problem or node.target is cached_attention:
             return problem
-        if not any(self._has_slots(n) for n in (node, *node.all_input_nodes)):
+        chosen = any(self.kind.get(n) == CHOSEN for n in node.all_input_nodes)
+        if not chosen and not any(self._has_slots(n) for n in (node, *node.all_input_nodes)):
             return None
         return self._follow(node)
 
@@ -104,6 +109,10 @@ class _Following:
 
     def _follow(self, node: fx.Node) -> str | None:
         op = operation(node)
+        if op is aten.topk:
+            return self._choose(node)
+        if any(self.kind.get(n) == CHOSEN for n in node.all_input_nodes):
+            return self._use_choice(node, op)
         for value in node_values(node):
             if any(value.shape[i] != self.slots for i in self._places(value)) or len(self._places(value)) > 1:
                 return "mixes slots with another dim"
@@ -131,6 +140,49 @@ class _Following:
         self.kind[node] = self._pointwise(node, op)
         return None
 
+    def _choose(self, node: fx.Node) -> str | None:
+        """The k best of the slots are the same with more slots, if those without a token come last."""
+        a = arguments(node)
+        source, k = a["self"], a["k"]
+        rank = len(node_values(source)[0].shape)
+        if self._places(node_values(source)[0]) != [a["dim"] % rank] or not a["largest"]:
+            return "chooses among something other than slots"
+        if self.kind.get(source) not in (MASK, MASKED):
+            return "chooses among slots that hold no token"
+        count = k.meta["val"] if isinstance(k, fx.Node) else sympy.Integer(k)
+        counts = {size: count.xreplace({self.slots: sympy.Integer(size)}) for size in (*_POINTS, _PLENTY)}
+        # with fewer slots than are to be chosen, all are
+        if not count.is_Integer and any(got != min(size, counts[_PLENTY]) for size, got in counts.items()):
+            return "depends on how many slots there are"
+        self.kind[node] = CHOSEN
+        return None
+
+    def _use_choice(self, node: fx.Node, op: Any) -> str | None:
+        """Which are chosen may be marked, one mark per slot: for those without a token no mark counts."""
+        if op is operator.getitem and self.kind.get(node.args[0]) == CHOSEN:  # type: ignore[arg-type]
+            if node.args[1] != 1:
+                return "reads the values of slots that may hold no token"
+            self.kind[node] = CHOSEN
+            return None
+        if op in IDENTITIES:
+            self.kind[node] = CHOSEN
+            return None
+        if op in (aten.new_ones, aten.new_zeros, aten.new_full) and self._places(node_values(node)[0]):
+            self.kind[node] = RAW
+            return None
+        a = arguments(node)
+        rank = len(node_values(node)[0].shape)
+        if (
+            op is aten.scatter
+            and self.kind.get(a["index"]) == CHOSEN
+            and not isinstance(a.get("value", a.get("src")), fx.Node)
+            and self.kind.get(a["self"], RAW) != CHOSEN
+            and self._places(node_values(node)[0]) == [a["dim"] % rank]
+        ):
+            self.kind[node] = RAW
+            return None
+        return "does more with the choice of slots than to mark them"
+
     def _attention(self, node: fx.Node) -> str | None:
         a = arguments(node)
         mask = a["mask"]
@@ -144,6 +196,8 @@ class _Following:
         for value in node_values(node):
             if not self._places(value):
                 return "takes some of the slots"
+        if kind == MASK and node_values(node)[0].dtype is torch.bool:
+            kind = BLOCKED
         self.kind[node] = kind
         if op in IDENTITIES or op in _SIZED or op is operator.getitem:
             return None
@@ -181,8 +235,9 @@ class _Following:
             return MASKED if kinds & {MASK, MASKED} else RAW
         if op is aten.sub:
             return MASKED if of(a["self"]) in (MASK, MASKED) and of(a["other"]) not in (MASK, MASKED) else RAW
-        if op is aten.masked_fill and of(a["mask"]) == BLOCKED and self._is_small(a["value"]):
-            return MASKED
+        if op is aten.masked_fill and self._is_small(a["value"]):
+            hidden = of(a["self"]) if of(a["self"]) in (MASK, MASKED) else RAW  # hides more of them
+            return MASKED if of(a["mask"]) == BLOCKED else hidden or RAW
         if op is aten.where:
             if of(a["condition"]) == SEEN and self._is_small(a["other"]):
                 return MASKED
@@ -196,8 +251,9 @@ class _Following:
             return {BLOCKED: SEEN, SEEN: BLOCKED}.get(of(a["self"], RAW), RAW)
         if op in (aten.maximum, aten.clamp_min) or op is aten.clamp:
             return RAW
-        if op is aten.mul and of(a["self"]) == WEIGHTS:
-            return WEIGHTS
+        if op in (aten.mul, aten.div) and of(a["self"]) in (MASKED, WEIGHTS):
+            by = a["other"]
+            return of(a["self"], RAW) if of(a["self"]) == WEIGHTS or self._is_moderate(by, op) else RAW
         return RAW
 
     def _is_small(self, value: Any) -> bool:
@@ -208,11 +264,24 @@ class _Following:
         found = self._make(value, 0)
         return isinstance(found, Tensor) and bool((found <= _SMALL).all())
 
+    def _is_moderate(self, value: Any, op: Any) -> bool:
+        """Whether what is very small stays so, times or divided by it."""
+        if isinstance(value, fx.Node):
+            if value in self.varies or not node_values(value):
+                return False
+            data = self.program.values.get(str(value.target)) if value.op == "get_attr" else self._make(value, 0)
+            if not isinstance(data, Tensor) or data.is_meta or not data.numel():
+                return False
+            low, high = float(data.min()), float(data.max())
+        else:
+            low = high = float(value)
+        return low >= 1 / _MODERATE if op is aten.mul else 0 < low <= high <= _MODERATE
+
     # -- values made of sizes ------------------------------------------------------------------------------------------
 
     def _integers(self, node: fx.Node) -> str | None:
         """A number of slots may be the size of something; nothing else may be made of it."""
-        if operation(node) in _SIZED or not any(self._counts(n.meta.get("val")) for n in node.all_input_nodes):
+        if operation(node) in _SIZED or operation(node) is aten.topk or not any(self._counts(n.meta.get("val")) for n in node.all_input_nodes):
             return None
         if operation(node) is aten.slice:
             a = arguments(node)
@@ -254,13 +323,12 @@ class _Following:
         values = node_values(source)
         if not isinstance(few, Tensor) or not isinstance(many, Tensor) or len(values) != 1:
             return what
-        for place in self._places(values[0]):
-            if values[0].shape[place] != self.slots:
-                return what
+        places = [i for i, sizes in enumerate(zip(few.shape, many.shape, strict=True)) if sizes == (_FEW, _MANY)]
+        for place in places:
             many = many.narrow(place, 0, _FEW)
         if few.shape == many.shape and torch.equal(few, many):
             return None
-        if few.shape == many.shape and few.is_floating_point() and self._places(values[0]) == [few.dim() - 1]:
+        if few.shape == many.shape and few.is_floating_point() and places == [few.dim() - 1]:
             moved = (few - many).double()
             if bool((moved - moved[..., :1]).abs().max() <= 1e-6 * moved.abs().max()) and self._only_weighed(source):
                 return None  # the same for all slots: a softmax does not notice

@@ -152,6 +152,19 @@ def _attention(node: fx.Node, layouts: Layouts) -> str | None:
     return None
 
 
+def _expand_as(node: fx.Node, layouts: Layouts) -> str | None:
+    """Only the shape of the second operand counts: what has one row for all tokens is as good as split."""
+    x, other = node.args[:2]
+    shape, out = x.meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    offset = len(out) - len(shape)
+    dims = list(layouts[other].dims)  # type: ignore[index]
+    for i, size in enumerate(shape):
+        if size == out[offset + i] and layouts[x].dims[i] != dims[offset + i]:  # type: ignore[index]
+            return "combines each token with a row that counts tokens from the start of the input"
+    layouts[node] = Layout(tuple(dims))
+    return None
+
+
 def _is_appended(operand: fx.Node) -> bool:
     """Whether it is one row per slot of a cache, which `analysis.slots` proves to be read in order."""
     return bool(operand.meta["val"].shape[2] == _SLOTS)
@@ -200,4 +213,10 @@ def _times(split: Split, count: int) -> Split:
     return Split(split.axes, tuple(IndexSet(tuple((a * count, b * count) for a, b in o.intervals)) for o in split.owned))
 
 
-_RULES = {attention: _attention, cache_append: _append, expert_dispatch: _dispatch, expert_combine: _combine}
+_RULES = {
+    attention: _attention,
+    aten.expand_as.default: _expand_as,
+    cache_append: _append,
+    expert_dispatch: _dispatch,
+    expert_combine: _combine,
+}

@@ -9,6 +9,8 @@ is empty and one that holds zeros are the same to a recurrent state: zeros are w
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,8 @@ from partitioner.errors import CaptureError
 __all__ = ["Remembered", "StepCache", "find_states"]
 
 _LAYERS = "transformers.cache_utils"
+_BESIDE = -1
+"""The layer of a state that the cache itself holds."""
 _PER_SEQUENCE = {"conv": "conv_states", "recurrent": "recurrent_states"}
 
 
@@ -41,7 +45,7 @@ class Remembered:
 
 def find_states(model: PreTrainedModel, run: Callable[[Any], None]) -> list[Remembered]:
     """What the layers of a cache hold after `run(cache)`, in order; raises where that is not all that the model keeps."""
-    cache = DynamicCache(config=model.config)
+    cache = _empty_cache(model)
     before = _tensors_of_modules(model)
     run(cache)
     kept = [name for name in _tensors_of_modules(model) if name not in before]
@@ -50,6 +54,7 @@ def find_states(model: PreTrainedModel, run: Callable[[Any], None]) -> list[Reme
     found: list[Remembered] = []
     for number, layer in enumerate(cache.layers):
         found += _states_of(number, layer)
+    found += _states_beside_layers(cache)
     if not found:
         raise CaptureError("the model does not use the cache that it is given")
     return found
@@ -82,6 +87,54 @@ def _states_of(number: int, layer: Any) -> Iterable[Remembered]:
             raise CaptureError(f"layer {number} keeps {name}, which capture does not know ({type(layer).__name__})")
 
 
+def _states_beside_layers(cache: Any) -> Iterable[Remembered]:
+    """A cache class of the model's own may hold lists of states, one per layer that has one."""
+    for name, value in vars(cache).items():
+        if name == "layers":
+            continue
+        if isinstance(value, list) and _has_tensors(value):
+            for index, tensor in enumerate(value):
+                if isinstance(tensor, Tensor):
+                    shape = tuple(tensor.shape[1:])
+                    yield Remembered(f"cache.{index}.{name}", _BESIDE, name, index, shape, tensor.dtype, per_token=False)
+        elif isinstance(value, (Tensor, dict)):
+            raise CaptureError(f"the cache keeps {name}, which capture does not know ({type(cache).__name__})")
+
+
+def _empty_cache(model: PreTrainedModel) -> Any:
+    """A cache of the kind that the model makes for itself: one that its own file defines, or transformers' own."""
+    beside = vars(sys.modules[type(model).__module__])
+    own = [kind for kind in beside.values() if _is_cache(kind) and kind.__module__ == type(model).__module__]
+    if len(own) > 1:
+        raise CaptureError(f"the model has several caches of its own: {', '.join(kind.__name__ for kind in own)}")
+    kind = own[0] if own else DynamicCache
+    counting = type(kind)(f"Step{kind.__name__}", (_Counting, kind), {})
+    takes_config = "config" in inspect.signature(kind).parameters
+    return counting(config=model.config) if takes_config else counting()
+
+
+def _is_cache(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, DynamicCache)
+
+
+class _Counting:
+    """Knows how many tokens came before where no layer does, because all keep one state for all tokens."""
+
+    past: Any = 0
+    layers: list[Any]
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return super().get_seq_length(layer_idx) if self._has_attention() else self.past  # type: ignore[misc]
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> Any:
+        if self._has_attention():
+            return super().get_mask_sizes(query_length, layer_idx)  # type: ignore[misc]
+        return self.past + query_length, 0
+
+    def _has_attention(self) -> bool:
+        return not self.layers or any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
+
+
 def _tensors_of_modules(model: PreTrainedModel) -> set[str]:
     return {
         f"{path}.{name}"
@@ -108,7 +161,8 @@ class StepCache:
         read: Callable[[Remembered, int], Tensor],
     ) -> None:
         self.states = states
-        self.cache = DynamicCache(config=model.config)
+        self.cache = _empty_cache(model)
+        self.cache.past = past
         number = {(s.layer, s.part): i for i, s in enumerate(states)}
         replicated = self.cache.layer_class_to_replicate
         while len(self.cache.layers) <= max(state.layer for state in states):
@@ -123,6 +177,11 @@ class StepCache:
                 self._preset(state, read(state, i))
 
     def _preset(self, state: Remembered, tensor: Tensor) -> None:
+        if state.layer == _BESIDE:
+            held = vars(self.cache)[state.part]
+            held += [[] for _ in range(len(held), state.index + 1)]  # as the model fills it up
+            held[state.index] = tensor
+            return
         layer: Any = self.cache.layers[state.layer]
         vars(layer)[_PER_SEQUENCE[state.part]][state.index] = tensor
         vars(layer)[f"is_{_PER_SEQUENCE[state.part]}_initialized"][state.index] = True
@@ -134,11 +193,14 @@ class StepCache:
 
     def written(self) -> list[Tensor]:
         """What the states per sequence hold now, in their order."""
-        return [
-            vars(self.cache.layers[state.layer])[_PER_SEQUENCE[state.part]][state.index]
-            for state in self.states
-            if not state.per_token
-        ]
+        return [self._held(state) for state in self.states if not state.per_token]
+
+    def _held(self, state: Remembered) -> Tensor:
+        if state.layer == _BESIDE:
+            held: Tensor = vars(self.cache)[state.part][state.index]
+        else:
+            held = vars(self.cache.layers[state.layer])[_PER_SEQUENCE[state.part]][state.index]
+        return held
 
 
 @dataclass
@@ -149,6 +211,7 @@ class _Step:
     past: Any
     append: Callable[[Tensor, int], Tensor]
     added: Any = 0
+    taken: bool = False
 
     def put(self, part: str, tensor: Tensor) -> Tensor:
         if part not in self.numbers:
@@ -163,9 +226,9 @@ class _Appending:
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         step = self._step
-        if step.added is not 0:  # noqa: F632 - a symbol compares as a guard
+        if step.taken:
             raise CaptureError("a layer of the cache is added to twice in one step")
-        step.added = key_states.shape[-2]
+        step.taken, step.added = True, key_states.shape[-2]
         return step.put("key", key_states), step.put("value", value_states)
 
     def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
