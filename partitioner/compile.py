@@ -19,7 +19,7 @@ from typing import Protocol
 from transformers import PreTrainedModel
 
 from partitioner.analysis.steps import why_steps_differ
-from partitioner.analysis.tokens import why_tokens_mix
+from partitioner.analysis.tokens import why_rows_mix, why_tokens_mix
 from partitioner.bounds import bound_inputs
 from partitioner.canonicalize import canonicalize
 from partitioner.capture import capture, capture_step
@@ -106,7 +106,7 @@ def _compile_generation(traced: Program, split: Program, plan: Plan, step: Calla
     other by more than causal attention, it is the model's own use of a cache. Raises `PlanError` where that cannot be
     had either.
     """
-    reason = why_tokens_mix(traced)
+    reason = why_tokens_mix(traced) or why_rows_mix(traced)
     if reason is None:
         return _run(split.copy(), _named("kv-cache", "last-token", "fuse", *plan.passes))
     refusal = f"{traced.name} cannot generate with a cache: {reason}"

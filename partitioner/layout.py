@@ -19,9 +19,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-from torch import Tensor
-
 from partitioner.errors import LayoutError
 
 __all__ = ["REPLICATED", "IndexSet", "Layout", "Split"]
@@ -46,17 +43,6 @@ class IndexSet:
             else:
                 intervals.append([i, i + 1])
         return cls(tuple((a, b) for a, b in intervals))
-
-    @classmethod
-    def where(cls, flags: Tensor) -> IndexSet:
-        """The places where a vector is true."""
-        found = torch.nonzero(flags).flatten()
-        if not found.numel():
-            return cls(())
-        gaps = torch.nonzero(found.diff() > 1).flatten()
-        starts = torch.cat([found[:1], found[gaps + 1]]).tolist()
-        stops = torch.cat([found[gaps], found[-1:]]).tolist()
-        return cls(tuple((a, b + 1) for a, b in zip(starts, stops, strict=True)))
 
     @cached_property
     def _hash(self) -> int:

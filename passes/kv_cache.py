@@ -87,4 +87,3 @@ def _positions(program: Program) -> fx.Node:
     made.meta = {"val": value, "layout": REPLICATED(2)}
     program.inputs = (*program.inputs, Input(_POSITIONS, value, "arange"))
     return made
-

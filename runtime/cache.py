@@ -92,7 +92,9 @@ class Cache:
         self.max_batch, self.max_length, self.step = max_batch, max_length, step
         self.buffers = {
             state.name: torch.zeros(
-                _shape(state, max_batch, slots_of(state, max_length=max(max_length, slots), step=step)), dtype=state.dtype, device=device
+                _shape(state, max_batch, slots_of(state, max_length=max(max_length, slots), step=step)),
+                dtype=state.dtype,
+                device=device,
             )
             for state in states
         }

@@ -78,9 +78,7 @@ class Continuation:
         logits = self._prefill(texts, size)
         for count in range(1, settings.max_new_tokens + 1):
             history, lengths = self._history(texts, settings.sampling)
-            chosen, scores = choose(
-                logits, request_ids=requests, step=count - 1, history=history, lengths=lengths
-            )
+            chosen, scores = choose(logits, request_ids=requests, step=count - 1, history=history, lengths=lengths)
             tokens, logprobs = chosen.tolist(), None if scores is None else scores.tolist()
             yield Step(_unless(ended, tokens), None if logprobs is None else _unless(ended, logprobs))
             for row, token in enumerate(tokens):

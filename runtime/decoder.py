@@ -96,7 +96,7 @@ class Decoder:
         self._execute.communicator.begin_run(new_shapes=True)
         self._run(seen)
         self._execute.communicator.begin_run(new_shapes=False)
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):

@@ -232,7 +232,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--odd", action="store_true", help="sizes that divide by little")
     parser.add_argument("--again", action="store_true", help="also those that have a row, which is then replaced")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if given.action == "write":
         write(given.source, given.to or Path("docs/coverage.md"), made_by=(__doc__ or "").split("\n\n")[-1])
         return 0

@@ -13,7 +13,7 @@ from tests import coverage
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
 
 EQUAL = 140
-GENERATE = 0
+GENERATE = 101
 """How many causal language models are at least equal to their own code, and generate what it does."""
 
 NEAR = {2: 23, 4: 23}
@@ -44,13 +44,13 @@ def test_how_many_are_equal() -> None:
 
 def test_everything_refused_has_a_reason() -> None:
     for row in rows("Causal language models"):
-        if row["verdict"] != "equal" or not row["generates"].startswith("equal"):
+        if row["verdict"] != "equal" or row["generates"] == "refused":
             assert len(row["whole, and why"]) > 10, row
 
 
 def test_nothing_generates_wrong_tokens() -> None:
     found = Counter(row["generates"].split(",")[0] for row in rows("Causal language models"))
-    assert found.keys() == {"equal", "refused", "not built"}
+    assert found.keys() <= {"equal", "refused", "not built", ""}  # empty: not measured yet
     assert found["equal"] >= GENERATE
 
 

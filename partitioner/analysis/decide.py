@@ -10,7 +10,6 @@ linear.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -20,11 +19,11 @@ from torch import fx
 
 from partitioner.analysis.arguments import describe
 from partitioner.analysis.blocks import Blocks
-from partitioner.analysis.label_state import Collapse, Labels, Site, WeightSlice
+from partitioner.analysis.label_state import Collapse, Labels, Site
 from partitioner.analysis.labels import LabelRun
 from partitioner.analysis.notation import Notation
-from partitioner.analysis.owners import Atom, divide
-from partitioner.layout import IndexSet, Split
+from partitioner.analysis.owners import Atom, Owned, dealt_indices, divide
+from partitioner.layout import Split
 from partitioner.program import Program
 
 __all__ = ["Decisions", "decide"]
@@ -180,7 +179,7 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
     if offences:
         return _earliest(offences)
     cost = _Cost(program, labels)
-    owned = _Owned(labels)
+    owned = Owned(labels.lattice, labels.count)
     columns: dict[str, tuple[int, Split]] = {}
     sized = []
     for site in labels.sites:
@@ -192,7 +191,7 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
         for atom, rank in zip(atoms, places.atoms, strict=True):
             owned.give(atom, rank)
         if site.weight is not None:
-            columns_of = (site.weight.dim, Split((axis,), _columns(site.weight, places.indices, ranks)))
+            columns_of = (site.weight.dim, Split((axis,), dealt_indices(site.weight.indices, places.indices, ranks)))
             if columns.setdefault(site.weight.name, columns_of) != columns_of:
                 return [_Offence(site.weight.name, "is contracted twice, in ways that cannot be split alike")]
     splits = dict(columns)
@@ -201,50 +200,6 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
         if splits.setdefault(name, (dim, rows)) != (dim, rows):
             return [_Offence(name, "has two uses that cannot be split alike")]
     return splits
-
-
-class _Owned:
-    """The ranks that own each label, as bits; a group's owners own its members."""
-
-    def __init__(self, labels: Labels) -> None:
-        self._lattice = labels.lattice
-        self._masks = [0] * labels.count
-        self._groups: dict[int, int] = {}
-
-    def give(self, atom: Atom, rank: int) -> None:
-        for label in atom:
-            if label >= len(self._masks):
-                self._groups[label] = self._groups.get(label, 0) | 1 << rank
-            for member in (label,) if label < len(self._masks) else self._lattice.members(label):
-                self._masks[member] |= 1 << rank
-
-    def common(self, atom: Atom, ranks: int) -> int:
-        """The ranks that own all of an atom already."""
-        common = (1 << ranks) - 1 if atom else 0
-        for label in atom:
-            common &= self._masks[label] if label < len(self._masks) else self._groups.get(label, 0)
-            if not common:
-                break
-        return common
-
-    def sets(self, start: int, stop: int, ranks: int) -> tuple[IndexSet, ...]:
-        """Per rank the labels from `start` to `stop` that it owns, counted from `start`."""
-        intervals: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
-        end = 0
-        for mask, run in itertools.groupby(self._masks[start:stop]):
-            begin, end = end, end + sum(1 for _ in run)
-            for rank, mine in enumerate(intervals):
-                if mask >> rank & 1:
-                    touches = bool(mine) and mine[-1][1] == begin
-                    mine.append((mine.pop()[0] if touches else begin, end))
-        return tuple(IndexSet(tuple(mine)) for mine in intervals)
-
-
-def _columns(weight: WeightSlice, rank_of: torch.Tensor, ranks: int) -> tuple[IndexSet, ...]:
-    """Per rank the indices of a contracted dim that it holds."""
-    flags = torch.zeros(ranks, int(weight.indices.max()) + 1, dtype=torch.bool)
-    flags[rank_of, weight.indices] = True
-    return tuple(map(IndexSet.where, flags))
 
 
 def _offences(labels: Labels, ranks: int) -> list[tuple[int, frozenset[str], _Offence]]:
@@ -309,7 +264,7 @@ def _assign(
     site: Site,
     atoms: list[Atom],
     inverse: torch.Tensor,
-    owned: _Owned,
+    owned: Owned,
     ranks: int,
     cost: _Cost,
     program: Program,

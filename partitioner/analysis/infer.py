@@ -21,6 +21,7 @@ from partitioner.analysis.arguments import arguments, evaluate, map_nodes, node_
 from partitioner.analysis.lattice import compact
 from partitioner.analysis.moves import run_move
 from partitioner.analysis.notation import Notation, Operand
+from partitioner.analysis.owners import index_set
 from partitioner.analysis.rules import notation
 from partitioner.layout import REPLICATED, IndexSet, Layout, Split
 from partitioner.program import Program, Value
@@ -298,7 +299,7 @@ def _product(marks: Tensor) -> list[IndexSet] | None:
         others = [d for d in range(marks.ndim) if d != dim]
         present = (small == _PRESENT).amax(others) if others else small == _PRESENT
         taken = (small != _FREE).amax(others) if others else small != _FREE
-        keep.append(IndexSet.where(present | ~taken))
+        keep.append(index_set(present | ~taken))
     held = small
     for dim, indices in enumerate(keep):
         if indices.size != held.shape[dim] and small.shape[dim] == marks.shape[dim]:

@@ -24,7 +24,8 @@ aten = torch.ops.aten
 __all__ = ["why_length_counts"]
 
 _SIZES = {
-    "size", "sizes", "shape", "start", "end", "length", "split_size", "split_sizes", "repeats", "output_size", "pad",
+    "size", "sizes", "shape", "start", "end", "length", "q_length", "kv_length", "split_size", "split_sizes", "repeats",
+    "output_size", "pad",
 }  # fmt: skip
 """Arguments that say how many rows there are, or which: what comes of it has a row per token, or is refused."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from partitioner.analysis.arguments import arguments, evaluate, map_nodes, node_values, operation, shape_at
 from partitioner.analysis.infer import Layouts
-from partitioner.analysis.moves import MOVES, run_move
+from partitioner.analysis.moves import IDENTITIES, MOVES, run_move
 from partitioner.layout import IndexSet, Layout
 from partitioner.program import Entry, Local, Program, Value
 from runtime.ops.local import reorder
@@ -29,7 +29,17 @@ aten = torch.ops.aten
 __all__ = ["Localised", "Scaled", "localise", "moves_alike"]
 
 _LARGEST_CHECK = 1 << 24
-_DIM_ONLY = {aten.permute, aten.transpose, aten.t, aten.mT, aten.unsqueeze, aten.squeeze, aten.movedim, aten.swapaxes}
+_DIM_ONLY = {
+    aten.permute,
+    aten.transpose,
+    aten.t,
+    aten.mT,
+    aten.numpy_T,
+    aten.unsqueeze,
+    aten.squeeze,
+    aten.movedim,
+    aten.swapaxes,
+}
 """Moves of whole dims: they have no sizes that could be wrong."""
 
 
@@ -174,7 +184,7 @@ def moves_alike(
     if node.target is operator.getitem:
         return True
     if any(_numel(n.meta["val"], program) > _LARGEST_CHECK for n in sources):
-        return operation(node) in _DIM_ONLY
+        return operation(node) in _DIM_ONLY or operation(node) in IDENTITIES
     symbols = {s: 2 + i for i, s in enumerate(program.symbols.values())}
     ones = _ones(program)
     wholes: dict[fx.Node, Tensor] = {}

@@ -104,9 +104,7 @@ _DEFAULTS = {"position_ids": "arange"}
 class _Stepping(nn.Module):
     """The model with positional inputs; what it returns, and what its states per sequence have become."""
 
-    def __init__(
-        self, model: PreTrainedModel, names: tuple[str, ...], cache: str, states: list[Remembered]
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, names: tuple[str, ...], cache: str, states: list[Remembered]) -> None:
         super().__init__()
         self.model = model
         self.names, self.cache, self.states = names, cache, states
@@ -118,9 +116,7 @@ class _Stepping(nn.Module):
         return (result_of(self.model, output), *step.written())
 
 
-def _step_cache(
-    model: PreTrainedModel, states: list[Remembered], given: dict[str, Tensor], batch: Tensor
-) -> StepCache:
+def _step_cache(model: PreTrainedModel, states: list[Remembered], given: dict[str, Tensor], batch: Tensor) -> StepCache:
     """Takes `slots` out of the inputs that are given to the model; `batch` has as many rows as they."""
     slots, ids = given.pop("slots"), given["input_ids"]
     return StepCache(
@@ -136,7 +132,9 @@ def _parameter(twin: PreTrainedModel) -> str:
     accepted = inspect.signature(type(twin).forward).parameters
     found = next((name for name in _CACHES if name in accepted), None)
     if found is None or "input_ids" not in accepted:
-        raise CaptureError(f"{type(twin).__name__} takes no transformers Cache: its forward takes {', '.join(accepted)}")
+        raise CaptureError(
+            f"{type(twin).__name__} takes no transformers Cache: its forward takes {', '.join(accepted)}"
+        )
     return found
 
 

@@ -1,16 +1,15 @@
 """From the trace of a step to our runtime ops.
 
-    attention(q, append(k), append(v), mask)   ->  attention(q, k, v, causal=True)    the kv-cache pass gives it its cache
-    append(x, slots)                           ->  cache_append(x, position_ids, slots)
-    read, and what became of it                ->  state_read, state_write(value, active)
-    mask                                       ->  position_mask(position_ids, slots)
+attention(q, append(k), append(v), mask)   ->  attention(q, k, v, causal=True)    the kv-cache pass gives it its cache
+append(x, slots)                           ->  cache_append(x, position_ids, slots)
+read, and what became of it                ->  state_read, state_write(value, active)
+mask                                       ->  position_mask(position_ids, slots)
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 

@@ -122,7 +122,9 @@ def export_step(
             f"{type(error).__name__}: {reason}"
         ) from error
     if masks.asked != len(kinds):
-        raise CaptureError(f"{type(twin).__name__} asked for {len(kinds)} masks in a plain run, {masks.asked} in the trace")
+        raise CaptureError(
+            f"{type(twin).__name__} asked for {len(kinds)} masks in a plain run, {masks.asked} in the trace"
+        )
     return exported
 
 
