@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import functools
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Protocol
 
