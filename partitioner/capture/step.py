@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from partitioner.capture.build import Builder
 from partitioner.capture.cache import Remembered, StepCache, find_states
 from partitioner.capture.functional import functionalize
-from partitioner.capture.inputs import BATCH, LENGTH
+from partitioner.capture.inputs import BATCH, LENGTH, choose_inputs
 from partitioner.capture.limits import check_together
 from partitioner.capture.model import describe_weights, ends_of, limits_of
 from partitioner.capture.probe import Probe, probe
@@ -52,10 +52,11 @@ def capture_step(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None =
     """Raises `CaptureError` where the model keeps what it remembers other than in a transformers Cache."""
     fake = FakeTensorMode()
     twin = make_twin(model, fake)
-    for config in configs(twin):
-        config.use_cache = True
     known = ModelWeights(model)
     notes, longest = fix_rope(twin, known, max_length=max_length)
+    _require_counting_from_zero(twin, fake, known)
+    for config in configs(twin):
+        config.use_cache = True
     cache = _parameter(twin)
     states = _find_states(twin, cache, fake, known)
     recurrent = any(not state.per_token for state in states)
@@ -136,6 +137,14 @@ def _parameter(twin: PreTrainedModel) -> str:
             f"{type(twin).__name__} takes no transformers Cache: its forward takes {', '.join(accepted)}"
         )
     return found
+
+
+def _require_counting_from_zero(twin: PreTrainedModel, fake: FakeTensorMode, known: ModelWeights) -> None:
+    """Positions are given as 0, 1, 2 ...: a model that makes others of its tokens would be given wrong ones."""
+    if "position_ids" not in inspect.signature(type(twin).forward).parameters:
+        return
+    if "position_ids" not in choose_inputs(twin, fake, known.indices(), length=None).tensors:
+        raise CaptureError(f"{type(twin).__name__} counts positions by a rule of its own, not 0, 1, 2 and so on")
 
 
 def _example(twin: PreTrainedModel, length: int) -> dict[str, Tensor]:

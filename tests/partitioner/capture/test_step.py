@@ -57,6 +57,7 @@ def test_states_are_read_and_written_once_and_take_one_token() -> None:
         ("recurrent_gemma", r"keeps tensors of its own between tokens \(model.layers"),
         ("xlstm", "cannot be run with a cache"),
         ("deepseek_v4", "in a cache of its own kind"),
+        ("roberta", "counts positions by a rule of its own"),
     ],
 )
 def test_what_is_kept_elsewhere_is_refused(name: str, why: str) -> None:
