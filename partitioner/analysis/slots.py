@@ -188,7 +188,7 @@ class _Following:
         if kind == MASK and node_values(node)[0].dtype is torch.bool:
             kind = BLOCKED
         self.kind[node] = kind
-        if op in IDENTITIES or op in _SIZED or op is operator.getitem:
+        if op in IDENTITIES or op in _SIZED or op is operator.getitem or not operands:
             return None
         a = arguments(node)
         if op in (aten.slice, aten.narrow, aten.select, aten.flip, aten.roll, aten.unfold, aten.diagonal, aten.cat,
@@ -278,8 +278,7 @@ class _Following:
             return None
         if operation(node) is aten.slice:
             a = arguments(node)
-            start, end = a["start"], a["end"]
-            whole = node_values(a["self"])[0].shape[a["dim"]]
-            if start in (0, None) and isinstance(end, fx.Node) and end.meta["val"] == whole:
+            # the first slots of a table: what stands there does not depend on where it is cut off
+            if a["start"] in (0, None) and isinstance(a["end"], fx.Node) and a["end"].meta["val"] == self.slots:
                 return None
         return "depends on how many slots there are"

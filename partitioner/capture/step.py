@@ -31,6 +31,7 @@ from partitioner.capture.probe import Probe, probe
 from partitioner.capture.rope import fix_rope
 from partitioner.capture.seams import APPEND, READ
 from partitioner.capture.step_fold import fold_steps
+from partitioner.capture.step_tables import most_slots
 from partitioner.capture.trace import export_step, result_of
 from partitioner.capture.twin import configs, make_twin
 from partitioner.capture.weights import ModelWeights
@@ -71,7 +72,11 @@ def capture_step(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None =
     graph = builder.build()
     notes += builder.limits()
     check_together(builder.guards, builder.symbols, name=type(model).__name__)
-    inputs = fold_steps(graph, kinds, states, builder.further)
+    inputs = fold_steps(graph, kinds, states, builder.further, builder.symbols)
+    most = most_slots(graph, builder.symbols)
+    if most is not None:
+        low, high = builder.ranges.get("slots", (1, None))
+        builder.ranges["slots"] = (low, most if high is None else min(high, most))
     weights, values = describe_weights(graph, builder, known)
     if recurrent:
         builder.ranges["sequence"] = (1, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -17,6 +18,7 @@ from partitioner.capture.cache import Remembered
 from partitioner.capture.fold import keywords, kind_of, rewrite_attention
 from partitioner.capture.masks import MaskKind
 from partitioner.capture.seams import APPEND, ATTENTION, MASK, READ
+from partitioner.capture.step_tables import cut_by_position
 from partitioner.errors import CaptureError
 from partitioner.program import Value
 from runtime.ops.state import cache_append, position_mask, state_read, state_write
@@ -30,7 +32,11 @@ _CASTS = {aten.to.dtype, aten.to.device, aten._to_copy.default, aten.expand.defa
 
 
 def fold_steps(
-    graph: fx.Graph, kinds: list[MaskKind | None], states: list[Remembered], written: tuple[fx.Node, ...]
+    graph: fx.Graph,
+    kinds: list[MaskKind | None],
+    states: list[Remembered],
+    written: tuple[fx.Node, ...],
+    symbols: dict[str, sympy.Symbol],
 ) -> dict[str, fx.Node]:
     """Rewrites `graph`; `written`: the new values of the states per sequence, in order. Returns the inputs by name."""
     inputs = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
@@ -63,6 +69,7 @@ def fold_steps(
             kind = kinds[index]
             node.target, node.args = position_mask, (inputs["position_ids"], inputs["slots"], padding)
             node.kwargs = {"dtype": dtype, **keywords(kind)}
+    cut_by_position(graph, inputs["position_ids"], symbols)
     graph.eliminate_dead_code()
     for name, node in list(inputs.items()):
         if name in ("slots", "active") and not node.users:

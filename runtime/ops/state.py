@@ -4,6 +4,7 @@
     state_read(batch)                             -> [B, *shape]   what a layer remembers of all tokens before
     state_write(value[B, *shape], active[B])      -> value         remembered from now on, by the active rows
     position_mask(positions[B, S], slots[T])      -> [B, 1, S, T]  additive: which slots each token may see
+    rows_at(table[1, .., P, ..], positions, dim)  -> [B, .., S, ..] what a table says of each token's position
 
 A slot that holds nothing yet lies behind every token, so that a causal mask hides it. A row that has no token left in a
 run takes its last one again and is not active: a state that sums up all tokens would count it twice, and keys made of
@@ -19,7 +20,7 @@ from torch.fx.node import has_side_effect
 from partitioner.errors import InputError
 from runtime.ops.attention import allowed
 
-__all__ = ["cache_append", "position_mask", "state_read", "state_write"]
+__all__ = ["cache_append", "position_mask", "rows_at", "state_read", "state_write"]
 
 
 @has_side_effect
@@ -60,3 +61,8 @@ def position_mask(
         seen = seen & padding.bool()[:, None, None]
     zero = torch.zeros((), dtype=dtype, device=positions.device)
     return torch.where(seen, zero, torch.finfo(dtype).min)
+
+
+def rows_at(table: Tensor, positions: Tensor, dim: int) -> Tensor:
+    found = table[0].index_select(dim - 1, positions.reshape(-1))
+    return found.unflatten(dim - 1, positions.shape).movedim(dim - 1, 0)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.cache import Batch, Cache, cache_bytes
-from runtime.ops.state import cache_append, position_mask, state_read, state_write
+from runtime.ops.state import cache_append, position_mask, rows_at, state_read, state_write
 from runtime.rank_program import StateShard
 
 KEYS = StateShard("keys", (2, 3), torch.float64, None)
@@ -80,6 +80,15 @@ def test_a_mask_by_position_hides_slots_without_a_token() -> None:
     assert (window[1, 0, 0] == 0).int().tolist() == [0, 0, 1, 1, 0]
     padded = position_mask(positions, torch.arange(5), torch.tensor([[0, 1, 1, 1, 1]] * 2), dtype=torch.float32)
     assert (padded[0, 0, 0] == 0).int().tolist() == [0, 1, 1, 1, 1]
+
+
+def test_rows_of_a_table_by_position() -> None:
+    table = torch.arange(2 * 5 * 3).view(1, 2, 5, 3)
+    positions = torch.tensor([[0, 4], [2, 2], [1, 3]])
+    found = rows_at(table, positions, 2)
+    assert found.shape == (3, 2, 2, 3)
+    for row, where in enumerate(positions.tolist()):
+        assert torch.equal(found[row], table[0][:, where])
 
 
 def test_ops_without_a_cache_say_so() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from partitioner.analysis.notation import Notation, Operand, Rules, is_tensor, letters, value_of
-from runtime.ops.state import cache_append, position_mask, state_read, state_write
+from runtime.ops.state import cache_append, position_mask, rows_at, state_read, state_write
 
 RULES = Rules()
 
@@ -41,3 +41,12 @@ def _position_mask(node: fx.Node, a: dict[str, Any]) -> Notation:
     if is_tensor(a.get("padding")):
         operands.append(Operand(a["padding"], ("b", "t")))
     return Notation(tuple(operands), (("b", "h", "s", "t"),))
+
+
+@RULES.of(rows_at)
+def _rows_at(node: fx.Node, a: dict[str, Any]) -> Notation:
+    names = letters(len(value_of(node).shape))
+    dim = a["dim"]
+    table = (None, *("p" if i == dim else name for i, name in enumerate(names) if i))
+    operands = (Operand(a["table"], table), Operand(a["positions"], (names[0], names[dim])))
+    return Notation(operands, (names,), frozenset("p"), terms=(frozenset((0,)),))

@@ -9,7 +9,7 @@ from partitioner.errors import CaptureError
 from partitioner.mesh import Mesh
 from partitioner.program import Program
 from runtime.ops.attention import attention
-from runtime.ops.state import cache_append, position_mask, state_read, state_write
+from runtime.ops.state import cache_append, position_mask, rows_at, state_read, state_write
 from tests import stepping, zoo
 
 
@@ -32,6 +32,15 @@ def test_attention_as_one_op_stays_what_it_is() -> None:
     assert all(node.kwargs["causal"] for node in nodes(program, attention))
     assert not program.states  # the kv-cache pass makes them
     assert "slots" not in [given.name for given in program.inputs]
+
+
+def test_a_mask_kept_as_a_table_is_cut_by_position() -> None:
+    program = stepping.traced("gpt_neo")[1]
+    cuts = nodes(program, rows_at)
+    assert len(cuts) == 2
+    batch, sequence = program.symbols["batch"], program.symbols["sequence"]
+    assert all(node.meta["val"].shape == (batch, 1, sequence, 256) for node in cuts)
+    assert program.limits["slots"] == (1, 256)  # no more than the table has
 
 
 def test_windows_are_kept() -> None:
