@@ -6,8 +6,8 @@
 
 bytes = max_batch * sum over states of heads * slots * dim * itemsize
 
-What is appended by an op of its own (`cache_append`) is handed out as it lies, one slot per position. A state per sequence
-has no slots: [batch, ...], replaced by each token that a row takes, zero before the first.
+What is appended by an op of its own (`cache_append`) is handed out as it lies, one slot per position. A state per
+sequence has no slots: [batch, ...], replaced by each token that a row takes, zero before the first.
 
 A layer that sees `n` positions back, in calls of at most `step` tokens, needs n + step - 1 slots: the first token of a
 call still sees n - 1 before it when the last one has been written.
@@ -98,7 +98,7 @@ class Cache:
             )
             for state in states
         }
-        self._remembered = [state.name for state in states if not state.per_token]
+        self._remembered = {s.name: self.buffers[s.name].shape for s in states if not s.per_token}
         self._appended: set[str] = set()
         self._rows = torch.arange(max_batch, device=device)[:, None]
         self._batch: Batch | None = None
@@ -146,20 +146,24 @@ class Cache:
 
     def start(self) -> None:
         """Before the first run of new sequences: nothing is remembered."""
-        for name in self._remembered:
-            self.buffers[name] = torch.zeros_like(self.buffers[name])
+        for name, shape in self._remembered.items():
+            self.buffers[name] = self.buffers[name].new_zeros(shape)  # the last one may have had fewer rows
         for name in self._appended:
             self.buffers[name].zero_()  # hidden slots are multiplied by 0, which not every number survives
 
     def bind(self, op: Callable[..., Any], state: str, options: dict[str, Any]) -> Callable[..., Tensor]:
         """The function that takes the place of an op that uses `state`: it takes the op's tensors."""
-        plain = {cache_append: self._append, state_read: self._read, state_write: self._write}.get(op)
-        if plain is not None:
+        by_op: dict[Any, Callable[..., Tensor]] = {
+            cache_append: self._append,
+            state_read: self._read,
+            state_write: self._write,
+        }
+        if op in by_op:
             if op is cache_append:
                 self._appended.add(state)
 
             def with_state(*tensors: Tensor) -> Tensor:
-                return plain(state, *tensors)
+                return by_op[op](state, *tensors)
 
             return with_state
         keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]

@@ -9,24 +9,23 @@ its batch need more of them. Values with a dim of slots (size T) are followed fr
     weights   0 where it may not                               softmax(masked) over the slots
     chosen    the best few, as numbers                         topk(masked) over the slots
 
-Only weights may be contracted over the slots, only masked values compared along them, and what is chosen only be marked. Values made from sizes alone
-(ALiBi's distances, say: arXiv:2108.12409) are made for two numbers of slots, and must be the same for the slots that
-both have; or differ by one number throughout where all that happens is a softmax, which does not notice.
+Only weights may be contracted over the slots, only masked values compared along them, and what is chosen only be
+marked. Values made from sizes alone are the business of `analysis.sizes`.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx
 
-from partitioner.analysis.arguments import arguments, evaluate, map_nodes, node_values, operation
+from partitioner.analysis.arguments import arguments, node_values, operation
 from partitioner.analysis.moves import IDENTITIES, is_move
 from partitioner.analysis.rules import notation
+from partitioner.analysis.sizes import MadeOfSizes, counts, has_slots
 from partitioner.program import Program, Value
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
@@ -41,10 +40,7 @@ RAW, MASK, BLOCKED, SEEN, MASKED, WEIGHTS = "raw", "mask", "blocked", "seen", "m
 CHOSEN = "chosen"
 """The numbers of the best slots; those that hold no token only where fewer do than are chosen."""
 _SMALL, _MODERATE = -1e4, 100.0
-_BATCH, _SEQUENCE = 2, 3
-_FEW, _MANY = 7, 11
 _POINTS, _PLENTY = (1, 2, 3, 7, 64, 1000, 4097), 1 << 40
-_LARGEST = 1 << 22
 _SIZED = {
     aten.view, aten.reshape, aten._unsafe_view, aten.expand, aten.unflatten, aten.repeat, aten.new_zeros, aten.new_ones,
     aten.new_full, aten.new_empty, aten.zeros, aten.ones, aten.full, aten.empty,
@@ -73,8 +69,7 @@ class _Following:
         """Of values with a dim of slots that depend on tokens."""
         self.varies: set[fx.Node] = {n for n in program.graph.nodes if n.op == "placeholder" and n.target != "slots"}
         """Nodes that depend on more than sizes and weights."""
-        self.checked: dict[fx.Node, str | None] = {}
-        self.made: tuple[dict[fx.Node, Any], dict[fx.Node, Any]] = ({}, {})
+        self.sizes = MadeOfSizes(program)
 
     def step(self, node: fx.Node) -> str | None:
         values = node_values(node)
@@ -85,25 +80,19 @@ class _Following:
         self.varies.add(node)
         for source in node.all_input_nodes:
             if source not in self.varies and node_values(source):
-                problem = self._made_of_sizes(source, node)
+                problem = self.sizes.problem(source, node)
                 if problem:
                     return problem
         problem = self._integers(node)
         if problem or node.target is cached_attention:
             return problem
         chosen = any(self.kind.get(n) == CHOSEN for n in node.all_input_nodes)
-        if not chosen and not any(self._has_slots(n) for n in (node, *node.all_input_nodes)):
+        if not chosen and not any(has_slots(self.slots, n) for n in (node, *node.all_input_nodes)):
             return None
         return self._follow(node)
 
-    def _has_slots(self, node: fx.Node) -> bool:
-        return any(self._counts(size) for value in node_values(node) for size in value.shape)
-
-    def _counts(self, size: Any) -> bool:
-        return isinstance(size, sympy.Basic) and self.slots in size.free_symbols
-
     def _places(self, value: Value) -> list[int]:
-        return [i for i, size in enumerate(value.shape) if self._counts(size)]
+        return [i for i, size in enumerate(value.shape) if counts(self.slots, size)]
 
     # -- values with a dim of slots ------------------------------------------------------------------------------------
 
@@ -124,7 +113,7 @@ class _Following:
             return None
         if op is attention:
             return self._attention(node)
-        operands = [n for n in node.all_input_nodes if self._has_slots(n)]
+        operands = [n for n in node.all_input_nodes if has_slots(self.slots, n)]
         kinds = {self.kind.get(n, RAW) for n in operands}
         if is_move(node):
             return self._move(node, operands, kinds)
@@ -261,7 +250,7 @@ class _Following:
             return value <= _SMALL
         if not isinstance(value, fx.Node) or value in self.varies:
             return False
-        found = self._make(value, 0)
+        found = self.sizes.make(value, 0)
         return isinstance(found, Tensor) and bool((found <= _SMALL).all())
 
     def _is_moderate(self, value: Any, op: Any) -> bool:
@@ -269,7 +258,9 @@ class _Following:
         if isinstance(value, fx.Node):
             if value in self.varies or not node_values(value):
                 return False
-            data = self.program.values.get(str(value.target)) if value.op == "get_attr" else self._make(value, 0)
+            if value.op == "get_attr" and self.program.weights[str(value.target)].source == "checkpoint":
+                return False  # another may be loaded
+            data = self.program.values[str(value.target)] if value.op == "get_attr" else self.sizes.make(value, 0)
             if not isinstance(data, Tensor) or data.is_meta or not data.numel():
                 return False
             low, high = float(data.min()), float(data.max())
@@ -277,11 +268,13 @@ class _Following:
             low = high = float(value)
         return low >= 1 / _MODERATE if op is aten.mul else 0 < low <= high <= _MODERATE
 
-    # -- values made of sizes ------------------------------------------------------------------------------------------
-
     def _integers(self, node: fx.Node) -> str | None:
         """A number of slots may be the size of something; nothing else may be made of it."""
-        if operation(node) in _SIZED or operation(node) is aten.topk or not any(self._counts(n.meta.get("val")) for n in node.all_input_nodes):
+        if (
+            operation(node) in _SIZED
+            or operation(node) is aten.topk
+            or not any(counts(self.slots, n.meta.get("val")) for n in node.all_input_nodes)
+        ):
             return None
         if operation(node) is aten.slice:
             a = arguments(node)
@@ -290,95 +283,3 @@ class _Following:
             if start in (0, None) and isinstance(end, fx.Node) and end.meta["val"] == whole:
                 return None
         return "depends on how many slots there are"
-
-    def _made_of_sizes(self, source: fx.Node, user: fx.Node) -> str | None:
-        """`source` depends on sizes and weights only; its values must not change with the number of slots."""
-        if source in self.checked:
-            return self.checked[source]
-        self.checked[source] = problem = self._compare(source, user)
-        return problem
-
-    def _involved(self, node: fx.Node) -> bool:
-        seen, todo = set(), [node]
-        while todo:
-            found = todo.pop()
-            if found in seen:
-                continue
-            seen.add(found)
-            if self._has_slots(found) or self._counts(found.meta.get("val")):
-                return True
-            todo += found.all_input_nodes
-        return False
-
-    def _compare(self, source: fx.Node, user: fx.Node) -> str | None:
-        if source.op == "get_attr" or not self._involved(source):
-            return None
-        if source.op == "placeholder":
-            return None if operation_or_none(user) in (cache_append, position_mask) else "reads the slots themselves"
-        what = f"reads {source.name!r}, which cannot be followed for different numbers of slots"
-        try:
-            few, many = self._make(source, 0), self._make(source, 1)
-        except Exception:  # an op that needs more than sizes
-            return what
-        values = node_values(source)
-        if not isinstance(few, Tensor) or not isinstance(many, Tensor) or len(values) != 1:
-            return what
-        places = [i for i, sizes in enumerate(zip(few.shape, many.shape, strict=True)) if sizes == (_FEW, _MANY)]
-        for place in places:
-            many = many.narrow(place, 0, _FEW)
-        if few.shape == many.shape and torch.equal(few, many):
-            return None
-        if few.shape == many.shape and few.is_floating_point() and places == [few.dim() - 1]:
-            moved = (few - many).double()
-            if bool((moved - moved[..., :1]).abs().max() <= 1e-6 * moved.abs().max()) and self._only_weighed(source):
-                return None  # the same for all slots: a softmax does not notice
-        return f"reads {source.name!r}, whose values change with the number of slots"
-
-    def _only_weighed(self, source: fx.Node) -> bool:
-        """Whether all that becomes of it is to be added to scores, of which a softmax over the slots is taken."""
-        for user in source.users:
-            op = operation(user)
-            if op in (aten.softmax, aten._softmax):
-                if arguments(user)["dim"] not in (-1, len(node_values(user)[0].shape) - 1):
-                    return False
-            elif (op in (aten.add, aten.baddbmm, aten.masked_fill) and arguments(user).get("alpha", 1) == 1) or (
-                op in IDENTITIES or op in (aten.expand, aten.unsqueeze)
-            ):
-                if arguments(user).get("beta", 1) != 1 or not self._only_weighed(user):
-                    return False
-            elif op is not attention or arguments(user)["mask"] is not source:
-                return False
-        return bool(source.users)
-
-    def _make(self, node: fx.Node, which: int) -> Any:
-        """The value of a node made of sizes and weights, with few slots or many."""
-        made = self.made[which]
-        if node not in made:
-            sizes = {"batch": _BATCH, "sequence": _SEQUENCE, "slots": (_FEW, _MANY)[which]}
-            symbols = {symbol: sizes[name] for name, symbol in self.program.symbols.items()}
-            values = node_values(node)
-            if not values:
-                made[node] = evaluate(node.meta["val"], symbols)
-            elif node.op == "get_attr":
-                made[node] = self._weight(str(node.target))
-            elif node.op == "placeholder":
-                made[node] = torch.arange(sizes["slots"])
-            else:
-                run: Callable[..., Any] = node.target  # type: ignore[assignment]
-                args, kwargs = map_nodes((node.args, dict(node.kwargs)), lambda n: self._make(n, which))
-                made[node] = run(*args, **kwargs)
-        return made[node]
-
-    def _weight(self, name: str) -> Tensor:
-        """Its data, or numbers that are all different where there is none."""
-        weight = self.program.weights[name]
-        if weight.numel > _LARGEST:
-            raise ValueError(name)
-        data = self.program.values[name]
-        if not data.is_meta:
-            return data.cpu()
-        return torch.arange(weight.numel).reshape(weight.shape).to(weight.dtype)
-
-
-def operation_or_none(node: fx.Node) -> Any:
-    return operation(node) if node.op == "call_function" else None

@@ -137,7 +137,9 @@ def _infer(
             continue
         if layouts[source].split_dims:
             return "reads other {what}s than its own"
-        return f"combines each {{what}} with a row of {source.name!r}, which counts {{what}}s from the start of the input"
+        return (
+            f"combines each {{what}} with a row of {source.name!r}, which counts {{what}}s from the start of the input"
+        )
     layouts[node] = found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs
     return "sums over {what}s" if any(layout.partial for layout in found.outputs) else None
 
@@ -231,7 +233,9 @@ def _combine(node: fx.Node, layouts: Layouts) -> str | None:
 
 def _times(split: Split, count: int) -> Split:
     """Each index as `count` in its place."""
-    return Split(split.axes, tuple(IndexSet(tuple((a * count, b * count) for a, b in o.intervals)) for o in split.owned))
+    return Split(
+        split.axes, tuple(IndexSet(tuple((a * count, b * count) for a, b in o.intervals)) for o in split.owned)
+    )
 
 
 _EXPERTS: dict[Any, _Rule] = {

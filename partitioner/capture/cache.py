@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -44,13 +45,15 @@ class Remembered:
 
 
 def find_states(model: PreTrainedModel, run: Callable[[Any], None]) -> list[Remembered]:
-    """What the layers of a cache hold after `run(cache)`, in order; raises where that is not all that the model keeps."""
+    """What the layers of a cache hold after `run(cache)`, in order; raises where the model keeps more than that."""
     cache = _empty_cache(model)
     before = _tensors_of_modules(model)
     run(cache)
     kept = [name for name in _tensors_of_modules(model) if name not in before]
     if kept:
-        raise CaptureError(f"the model keeps tensors of its own between tokens ({kept[0]}), not in a transformers Cache")
+        raise CaptureError(
+            f"the model keeps tensors of its own between tokens ({kept[0]}), not in a transformers Cache"
+        )
     found: list[Remembered] = []
     for number, layer in enumerate(cache.layers):
         found += _states_of(number, layer)
@@ -96,7 +99,9 @@ def _states_beside_layers(cache: Any) -> Iterable[Remembered]:
             for index, tensor in enumerate(value):
                 if isinstance(tensor, Tensor):
                     shape = tuple(tensor.shape[1:])
-                    yield Remembered(f"cache.{index}.{name}", _BESIDE, name, index, shape, tensor.dtype, per_token=False)
+                    yield Remembered(
+                        f"cache.{index}.{name}", _BESIDE, name, index, shape, tensor.dtype, per_token=False
+                    )
         elif isinstance(value, (Tensor, dict)):
             raise CaptureError(f"the cache keeps {name}, which capture does not know ({type(cache).__name__})")
 
@@ -108,7 +113,7 @@ def _empty_cache(model: PreTrainedModel) -> Any:
     if len(own) > 1:
         raise CaptureError(f"the model has several caches of its own: {', '.join(kind.__name__ for kind in own)}")
     kind = own[0] if own else DynamicCache
-    counting = type(kind)(f"Step{kind.__name__}", (_Counting, kind), {})
+    counting: Any = types.new_class(f"Step{kind.__name__}", (_Counting, kind))
     takes_config = "config" in inspect.signature(kind).parameters
     return counting(config=model.config) if takes_config else counting()
 
@@ -247,8 +252,8 @@ _classes: dict[type, type] = {}
 def _appending(layer: Any, step: _Step) -> Any:
     kind = type(layer)
     if kind not in _classes:
-        _classes[kind] = type(kind)(f"Step{kind.__name__}", (_Appending, kind), {})
-    made = object.__new__(_classes[kind])
+        _classes[kind] = types.new_class(f"Step{kind.__name__}", (_Appending, kind))
+    made: Any = object.__new__(_classes[kind])
     made.__dict__.update(vars(layer))
     made._step, made.is_initialized = step, True
     return made

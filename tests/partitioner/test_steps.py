@@ -67,7 +67,9 @@ def test_a_plain_partition_finds_the_steps_by_itself() -> None:
 def test_a_model_without_a_cache_is_refused_with_both_reasons() -> None:
     model, program = partitioned.traced("openai-gpt")
     parts = compile_program(program, Plan(tp=2), step=lambda: trace_step(model))
-    with pytest.raises(PlanError, match=r"cannot generate with a cache: .*; and its own cache cannot be captured: .*takes no"):
+    with pytest.raises(
+        PlanError, match=r"cannot generate with a cache: .*; and its own cache cannot be captured: .*takes no"
+    ):
         _ = parts.generation
 
 
@@ -88,7 +90,9 @@ def test_a_cache_class_of_the_models_own(tp: int) -> None:
         if hasattr(module, "decay_factors"):
             module.slope_rate.copy_(module.get_slope_rate())
             decays = module.decay_factors(module.slope_rate)
-            for buffer, value in zip((module.query_decay, module.key_decay, module.diagonal_decay), decays, strict=True):
+            for buffer, value in zip(
+                (module.query_decay, module.key_decay, module.diagonal_decay), decays, strict=True
+            ):
                 buffer.copy_(value)
     ids = torch.arange(3, 12)[None]
     parts = stepping.parts_of(compile_steps(in_float64(trace_step(model)), Plan(tp=tp)))

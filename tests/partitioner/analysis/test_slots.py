@@ -51,9 +51,7 @@ class Sketch:
 
     def why(self, result: fx.Node) -> str | None:
         self.graph.output(result)
-        inputs = [
-            Input(str(n.target), n.meta["val"], "required") for n in self.graph.nodes if n.op == "placeholder"
-        ]
+        inputs = [Input(str(n.target), n.meta["val"], "required") for n in self.graph.nodes if n.op == "placeholder"]
         symbols = {"batch": B, "sequence": S, "slots": T}
         return why_slots_matter(Program(self.graph, tuple(inputs), {}, {}, symbols, Mesh.of()))
 

@@ -65,7 +65,9 @@ def test_what_looks_at_other_tokens_is_found(meddle: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "meddle", [lambda x, table: x - x.mean(0), lambda x, table: x.flip(0)], ids=["mean of the batch", "flip of the batch"]
+    "meddle",
+    [lambda x, table: x - x.mean(0), lambda x, table: x.flip(0)],
+    ids=["mean of the batch", "flip of the batch"],
 )
 def test_what_looks_at_other_sequences_is_found(meddle: Any) -> None:
     program = _traced(meddle)

@@ -1,4 +1,4 @@
-"""The trace of a step: what the model keeps becomes states, and attention that reads its cache as it stands is plain."""
+"""The trace of a step: what the model keeps becomes states, and attention over its cache as it stands is plain."""
 
 import pytest
 import torch
