@@ -50,7 +50,7 @@ class Segment:
         name = f"partitioner-{secrets.token_hex(8)}"
         descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
         try:
-            # all of it now: where memory is short later, writing would end the process by a signal
+            # all of it now, not page by page in the midst of collectives
             os.posix_fallocate(descriptor, 0, num_bytes)
             return cls(descriptor, Address(os.getpid(), descriptor, name, num_bytes))
         except BaseException:

@@ -7,7 +7,9 @@
 // the slot of part n again: one meeting per part is enough. Longer tensors take several parts.
 //
 // Waiting ends after `patience_ns` at the latest and goes on when called again, so that the caller, in Python, can see to
-// signals, deadlines and lost ranks. A waiting rank spins for a moment, then sleeps on its peer's sequence (a futex).
+// signals, deadlines and lost ranks. A waiting rank spins for a moment, then sleeps on its peer's sequence (a futex). How
+// long it spins is learned: with a core for every rank it saves the wake-up; where ranks outnumber cores, or others keep
+// the cores busy, the awaited rank may need this very core.
 //
 // Plain functions of pointers and numbers: loaded with ctypes, so neither Python's nor torch's headers are needed.
 
@@ -126,12 +128,16 @@ void store(Float16* to, float x) {
   to->bits = static_cast<uint16_t>(sign | found);
 }
 
+constexpr int64_t SHORTEST_SPIN_NS = 2000, LONGEST_SPIN_NS = 100000;
+constexpr uint32_t PROBE_EVERY = 32;  // waits: try the longest, lest a busy moment shorten it for good
+
 struct Group {
   char* base;
   int size;
   int me;
   int64_t slot_bytes;
-  int64_t spin_ns;
+  int64_t spin_ns = LONGEST_SPIN_NS;
+  uint32_t num_waits;
   uint32_t sequence;  // of the part that is under way
   bool under_way;     // stays so where an operation was given up: its results, and the order of parts, are lost
 
@@ -170,22 +176,32 @@ void put(Group* g) {
   if (mine->sleepers.load(std::memory_order_seq_cst) > 0) wake_all(&mine->sequence);
 }
 
-int wait_for(Group* g, int rank, int64_t start, int64_t patience_ns) {
-  Line* line = g->line(rank);
-  for (bool spin = true;; spin = false) {
-    if (spin) {
-      while (now_ns() - start < g->spin_ns) {
-        for (int i = 0; i < 16; ++i) {
-          if (g->arrived(rank, std::memory_order_acquire)) return DONE;
-          relax();
-        }
+bool spin_for(Group* g, int rank) {
+  bool probe = ++g->num_waits % PROBE_EVERY == 0;
+  int64_t limit = probe ? LONGEST_SPIN_NS : g->spin_ns, start = now_ns(), passed = 0;
+  do {
+    for (int i = 0; i < 16; ++i) {
+      if (g->arrived(rank, std::memory_order_acquire)) {
+        g->spin_ns = std::min(std::max(g->spin_ns, 2 * passed), LONGEST_SPIN_NS);
+        return true;
       }
+      relax();
     }
+    passed = now_ns() - start;
+  } while (passed < limit);
+  g->spin_ns = std::max(g->spin_ns / 2, SHORTEST_SPIN_NS);
+  return false;
+}
+
+int wait_for(Group* g, int rank, int64_t deadline_ns) {
+  if (spin_for(g, rank)) return DONE;
+  Line* line = g->line(rank);
+  for (;;) {
     // read before the sequence: a rank that has put its last part may leave
     bool left = line->left.load(std::memory_order_acquire) != 0;
     if (g->arrived(rank, std::memory_order_acquire)) return DONE;
     if (left) return LEFT;
-    int64_t rest = patience_ns - (now_ns() - start);
+    int64_t rest = deadline_ns - now_ns();
     if (rest <= 0) return WAITING;
     line->sleepers.fetch_add(1, std::memory_order_seq_cst);
     uint32_t seen = line->sequence.load(std::memory_order_seq_cst);
@@ -255,14 +271,13 @@ bool all_agree(const Group* g) {
 extern "C" {
 
 // `base`: a mapped segment, filled with zeros when it was made.
-Group* group_new(void* base, int size, int me, int64_t slot_bytes, int64_t spin_ns) {
+Group* group_new(void* base, int size, int me, int64_t slot_bytes) {
   Group* g = new (std::nothrow) Group{};
   if (g == nullptr) return nullptr;
   g->base = static_cast<char*>(base);
   g->size = size;
   g->me = me;
   g->slot_bytes = slot_bytes;
-  g->spin_ns = spin_ns;
   return g;
 }
 
@@ -271,10 +286,10 @@ void group_free(Group* g) { delete g; }
 // Waits for the others, and goes on to the next parts. WAITING: call it again.
 int group_advance(Group* g, int64_t patience_ns) {
   for (;;) {
-    int64_t start = now_ns();
+    int64_t deadline_ns = now_ns() + patience_ns;
     for (int rank = 0; rank < g->size; ++rank) {
       if (g->arrived(rank, std::memory_order_acquire)) continue;
-      int status = wait_for(g, rank, start, patience_ns);
+      int status = wait_for(g, rank, deadline_ns);
       if (status != DONE) return status;
     }
     if (!all_agree(g)) {

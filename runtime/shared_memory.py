@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-import os
 import platform
 import time
 import weakref
@@ -39,12 +38,11 @@ _TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 
 _KINDS = [f"an all_reduce of {dtype}, elements:" for dtype in _TYPES] + ["an all_gather, bytes:"]
 
 _LINE_BYTES = 128
-SLOT_BYTES = 1 << 19
+SLOT_BYTES = 1 << 20
 """Longer tensors are taken in parts of this; two such slots per rank stay in the processor's caches."""
 
 _PATIENCE_NS = 50_000_000
-_SPIN_S, _SPIN_CROWDED_S = 100e-6, 2e-6
-"""How long to spin before sleeping; where ranks outnumber cores, the awaited one may need this very core."""
+"""How long the C++ waits before it asks here; so soon, too, is an ended process noticed."""
 
 Exchange = Callable[[Any], list[Any]]
 
@@ -72,9 +70,7 @@ class SharedMemory:
         self._coordinate = self.ranks.index(rank)
         self._segment, self._timeout_s = segment, timeout_s
         self._library = library = native.library
-        crowded = int(os.environ.get("LOCAL_WORLD_SIZE", len(ranks))) > len(os.sched_getaffinity(0))
-        spin_ns = int((_SPIN_CROWDED_S if crowded else _SPIN_S) * 1e9)
-        self._group = library.group_new(segment.start, len(ranks), self._coordinate, slot_bytes, spin_ns)
+        self._group = library.group_new(segment.start, len(ranks), self._coordinate, slot_bytes)
         weakref.finalize(self, library.group_free, self._group)
 
     @classmethod
@@ -214,7 +210,7 @@ def _library(timeout_s: float) -> Native:
     pointer, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library = native.library
     library.group_new.restype = pointer
-    library.group_new.argtypes = [pointer, integer, integer, number, number]
+    library.group_new.argtypes = [pointer, integer, integer, number]
     library.group_free.argtypes = library.group_leave.argtypes = [pointer]
     library.group_free.restype = library.group_leave.restype = None
     library.group_advance.argtypes = [pointer, number]
