@@ -95,8 +95,7 @@ def main() -> None:
         command = ["benchmarks.shared_memory", "--rank", folder, "--rounds", str(given.rounds)]
         launch(command, num_ranks=given.ranks, timeout_s=600)
         found = json.loads(Path(folder, "times.json").read_text())
-    load = f"load {before:.1f} before, on {os.cpu_count()} cores"
-    table = Table(title=f"all_reduce, {given.ranks} processes; {load}", title_justify="left")
+    table = Table(title=f"all_reduce, {given.ranks} processes", title_justify="left")
     for column in ("size", f"{OURS}, us", f"{GLOO}, us", "ratio", "of best"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, times in found.items():
@@ -104,6 +103,7 @@ def main() -> None:
         medians = (f"{sorted(of_one)[len(of_one) // 2] * 1e6:.1f}" for of_one in (ours, gloo))
         table.add_row(name, *medians, str(Ratio.of(ours, gloo)), of_best(ours, gloo))
     console.print(table)
+    console.print(f"load {before:.1f} before it began, on {os.cpu_count()} cores", markup=False)
 
 
 if __name__ == "__main__":

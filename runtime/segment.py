@@ -17,7 +17,6 @@ import fcntl
 import mmap
 import os
 import secrets
-import sys
 from dataclasses import dataclass
 
 __all__ = ["Address", "Segment"]
@@ -45,8 +44,6 @@ class Segment:
     @classmethod
     def create(cls, num_bytes: int) -> Segment:
         """Filled with zeros."""
-        if sys.platform != "linux":
-            raise OSError("it needs Linux (memfd, futex)")
         name = f"partitioner-{secrets.token_hex(8)}"
         descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
         try:
@@ -61,7 +58,7 @@ class Segment:
     def open(cls, address: Address) -> Segment:
         path = f"/proc/{address.pid}/fd/{address.descriptor}"
         # a process of the same number in another pid namespace has something else there
-        if (found := os.readlink(path).split()[0]) != f"/memfd:{address.name}":
+        if address.name not in (found := os.readlink(path)):
             raise OSError(f"{path} is {found} here, not the segment {address.name}")
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:

@@ -16,6 +16,7 @@ import ctypes
 import functools
 import math
 import platform
+import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -206,6 +207,8 @@ class SharedMemory:
 
 @functools.cache
 def _library(timeout_s: float) -> Native:
+    if sys.platform != "linux":
+        raise CannotBuild("it needs Linux (memfd, futex)")
     native = load("shared_memory.cpp", timeout_s=timeout_s)
     pointer, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library = native.library
