@@ -3,15 +3,15 @@
 //   segment    one Line per rank, then two slots of `slot_bytes` per rank
 //   one part   put my piece into a slot; count my line's sequence up; wait for everyone's; read everyone's slots
 //
-// The two slots take turns. Who has seen everyone at part n+1 knows that all have finished reading part n, and may write
-// the slot of part n again: one meeting per part is enough. Longer tensors take several parts.
+// The two slots take turns. Who has seen everyone at part n+1 knows that all have finished reading part n, and may
+// write the slot of part n again: one meeting per part is enough. Longer tensors take several parts. Where three ranks
+// or more sum large parts, each sums a share, and puts it into its slot in place of its piece; they meet again and read
+// the shares.
 //
-// Waiting ends after `patience_ns` at the latest and goes on when called again, so that the caller, in Python, can see to
-// signals, deadlines and lost ranks. A waiting rank spins for a moment, then sleeps on its peer's sequence (a futex). How
-// long it spins is learned: with a core for every rank it saves the wake-up; where ranks outnumber cores, or others keep
-// the cores busy, the awaited rank may need this very core.
-//
-// Plain functions of pointers and numbers: loaded with ctypes, so neither Python's nor torch's headers are needed.
+// Waiting ends after `patience_ns` at the latest and goes on when called again, so that the caller, in Python, can see
+// to signals, deadlines and lost ranks. A waiting rank spins for a moment, then sleeps on its peer's sequence, a futex.
+// How long it spins is learned: with a core for every rank it saves the wake-up; where ranks outnumber cores, or others
+// keep the cores busy, the awaited rank may need this very core.
 
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -129,6 +129,7 @@ void store(Float16* to, float x) {
 }
 
 constexpr int64_t SHORTEST_SPIN_NS = 2000, LONGEST_SPIN_NS = 100000;
+constexpr int64_t SMALL_PART = 8;  // of a slot: where there is less, a second meeting costs more than it saves
 constexpr uint32_t PROBE_EVERY = 32;  // waits: try the longest, lest a busy moment shorten it for good
 
 struct Group {
@@ -138,13 +139,15 @@ struct Group {
   int64_t slot_bytes;
   int64_t spin_ns = LONGEST_SPIN_NS;
   uint32_t num_waits;
-  uint32_t sequence;  // of the part that is under way
+  uint32_t sequence;  // of the meeting that is under way
+  uint32_t part;      // of which the slots hold the pieces; counted through all operations
+  bool shares;        // the slots hold shares of the sum
   bool under_way;     // stays so where an operation was given up: its results, and the order of parts, are lost
 
   const char* in;
   char* out;
   int64_t rows;           // of the gathered tensor: all dims before the gathered one
-  const int64_t* widths;  // bytes per row that each rank brings; null where the pieces are summed
+  const int64_t* widths;  // bytes per row that each rank brings
   int64_t stride;         // bytes per row of the result
   int64_t bytes;          // of my own piece
   int64_t longest;        // piece of any rank
@@ -156,7 +159,7 @@ struct Group {
 
   char* slot(int rank) const {
     char* slots = base + size * sizeof(Line);
-    return slots + (rank * 2 + (sequence & 1)) * slot_bytes;
+    return slots + (rank * 2 + (part & 1)) * slot_bytes;
   }
 
   bool arrived(int rank, std::memory_order order) const {
@@ -165,15 +168,21 @@ struct Group {
   }
 };
 
-void put(Group* g) {
+// Tells the others that my slot is filled.
+void show(Group* g) {
   g->sequence += 1;
   Line* mine = g->line(g->me);
-  int64_t part = std::min(g->slot_bytes, g->bytes - g->offset);
-  if (part > 0) std::memcpy(g->slot(g->me), g->in + g->offset, part);
   mine->brought[g->sequence & 1] = g->mine;
   // sequentially consistent, as is the sleeper's side: either it sees the new number, or we see that it sleeps
   mine->sequence.store(g->sequence, std::memory_order_seq_cst);
   if (mine->sleepers.load(std::memory_order_seq_cst) > 0) wake_all(&mine->sequence);
+}
+
+void put(Group* g) {
+  g->part += 1;
+  int64_t bytes = std::min(g->slot_bytes, g->bytes - g->offset);
+  if (bytes > 0) std::memcpy(g->slot(g->me), g->in + g->offset, bytes);
+  show(g);
 }
 
 bool spin_for(Group* g, int rank) {
@@ -210,24 +219,43 @@ int wait_for(Group* g, int rank, int64_t deadline_ns) {
   }
 }
 
+// out[begin:end] = the sum of everyone's slots there; `out` may be my own slot.
 template <typename T>
-void sum(const Group* g, int64_t bytes) {
+void sum(const Group* g, T* out, int64_t begin, int64_t end) {
   using Wide = decltype(load(T{}));
   constexpr int64_t BLOCK = 512;  // sums of a block stay in the nearest cache
   Wide total[BLOCK];
-  T* __restrict out = reinterpret_cast<T*>(g->out + g->offset);
-  int64_t count = bytes / static_cast<int64_t>(sizeof(T));
-  for (int64_t start = 0; start < count; start += BLOCK) {
-    int64_t length = std::min(BLOCK, count - start);
+  for (int64_t start = begin; start < end; start += BLOCK) {
+    int64_t length = std::min(BLOCK, end - start);
     // in order of rank, on every rank: the same bits everywhere
-    const T* __restrict first = reinterpret_cast<const T*>(g->slot(0)) + start;
+    const T* first = reinterpret_cast<const T*>(g->slot(0)) + start;
     for (int64_t i = 0; i < length; ++i) total[i] = load(first[i]);
     for (int rank = 1; rank < g->size; ++rank) {
-      const T* __restrict piece = reinterpret_cast<const T*>(g->slot(rank)) + start;
+      const T* piece = reinterpret_cast<const T*>(g->slot(rank)) + start;
       for (int64_t i = 0; i < length; ++i) total[i] += load(piece[i]);
     }
     for (int64_t i = 0; i < length; ++i) store(out + start + i, total[i]);
   }
+}
+
+// Sums my share into my slot, or all of the part into the result; false: the shares are to be collected.
+template <typename T>
+bool reduce(Group* g) {
+  int64_t bytes = std::min(g->slot_bytes, g->bytes - g->offset), count = bytes / static_cast<int64_t>(sizeof(T));
+  char* out = g->out + g->offset;
+  if (g->shares) {
+    for (int rank = 0; rank < g->size; ++rank) {
+      int64_t begin = count * rank / g->size * sizeof(T), end = count * (rank + 1) / g->size * sizeof(T);
+      std::memcpy(out + begin, g->slot(rank) + begin, end - begin);
+    }
+    g->shares = false;
+  } else if (g->size >= 3 && bytes >= g->slot_bytes / SMALL_PART) {
+    sum(g, reinterpret_cast<T*>(g->slot(g->me)), count * g->me / g->size, count * (g->me + 1) / g->size);
+    g->shares = true;
+  } else {
+    sum(g, reinterpret_cast<T*>(out), 0, count);
+  }
+  return !g->shares;
 }
 
 void gather(const Group* g) {
@@ -246,16 +274,17 @@ void gather(const Group* g) {
   }
 }
 
-void take(const Group* g) {
-  if (g->widths != nullptr) return gather(g);
-  int64_t bytes = std::min(g->slot_bytes, g->bytes - g->offset);
+// What to do when all have come; false: they are to meet again.
+bool take(Group* g) {
   switch (g->type) {
-    case FLOAT64: return sum<double>(g, bytes);
-    case FLOAT32: return sum<float>(g, bytes);
-    case BFLOAT16: return sum<BFloat16>(g, bytes);
-    case FLOAT16: return sum<Float16>(g, bytes);
-    case NONE: return;
+    case FLOAT64: return reduce<double>(g);
+    case FLOAT32: return reduce<float>(g);
+    case BFLOAT16: return reduce<BFloat16>(g);
+    case FLOAT16: return reduce<Float16>(g);
+    case NONE: break;
   }
+  gather(g);
+  return true;
 }
 
 bool all_agree(const Group* g) {
@@ -296,7 +325,10 @@ int group_advance(Group* g, int64_t patience_ns) {
       g->under_way = false;  // everyone sees it, at this part: the next operation finds all together again
       return DISAGREE;
     }
-    take(g);
+    if (!take(g)) {
+      show(g);
+      continue;
+    }
     g->offset += g->slot_bytes;
     if (g->offset >= g->longest) {
       g->under_way = false;
@@ -312,9 +344,9 @@ int group_all_reduce(Group* g, const void* in, void* out, int64_t count, int typ
   g->in = static_cast<const char*>(in);
   g->out = static_cast<char*>(out);
   g->type = static_cast<Type>(type);
-  g->widths = nullptr;
   g->bytes = g->longest = count * ITEM_BYTES[type];
   g->offset = 0;
+  g->shares = false;
   g->under_way = true;
   g->mine = {type, count};
   put(g);
@@ -336,6 +368,7 @@ int group_all_gather(Group* g, const void* in, void* out, int64_t rows, const in
   }
   g->bytes = rows * widths[g->me];
   g->offset = 0;
+  g->shares = false;
   g->under_way = true;
   g->mine = {NONE, rows * g->stride};
   put(g);
