@@ -2,6 +2,7 @@
 
 x[:, :, [4]] with a constant index    ->  reorder(x, [4], dim=2): a move, where indexing needs the whole dim
 cat([x, y[.., 0 elements]], dim)      ->  x
+glu(x, dim)                           ->  a * sigmoid(b), where a, b are the halves of x: each on its own is a move
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def canonicalize(program: Program) -> None:
             _constant_index(program, node)
         elif node.op == "call_function" and operation(node) is aten.cat:
             _empty_pieces(node)
+        elif node.op == "call_function" and operation(node) is aten.glu:
+            _gated(program, node)
     program.graph.eliminate_dead_code()
     used = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
     for name in [name for name in program.weights if name not in used]:
@@ -40,6 +43,22 @@ def _empty_pieces(node: fx.Node) -> None:
         node.replace_all_uses_with(pieces[0])
     elif pieces and len(pieces) < len(a["tensors"]):
         node.args, node.kwargs = (pieces, a["dim"] or 0), {}
+
+
+def _gated(program: Program, node: fx.Node) -> None:
+    a = arguments(node)
+    x, value = a["self"], node.meta["val"]
+    half = value.shape[a["dim"]]
+    if not isinstance(half, int):
+        return
+    with program.graph.inserting_before(node):
+        halves = [
+            program.graph.call_function(aten.slice.Tensor, (x, a["dim"], start, start + half)) for start in (0, half)
+        ]
+        gate = program.graph.call_function(aten.sigmoid.default, (halves[1],))
+    for made in (*halves, gate):
+        made.meta = dict(node.meta)
+    node.target, node.args, node.kwargs = aten.mul.Tensor, (halves[0], gate), {}
 
 
 def _constant_index(program: Program, node: fx.Node) -> None:

@@ -17,6 +17,7 @@ from torch import fx
 from partitioner.analysis.arguments import arguments, evaluate, node_values, operation
 from partitioner.analysis.infer import Layouts, disjoint
 from partitioner.analysis.moves import is_move
+from partitioner.analysis.placement import batched, state_layout
 from partitioner.analysis.remember import Inferrer
 from partitioner.analysis.rules import notation
 from partitioner.errors import LayoutError
@@ -27,6 +28,7 @@ from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.local import once, reorder, shard
+from runtime.ops.state import cache_append, state_read, state_write
 
 aten = torch.ops.aten
 
@@ -163,9 +165,6 @@ def _once(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     return Layout(layout.dims, frozenset(entry.axes))
 
 
-_RULES = {all_reduce: _all_reduce, all_gather: _all_gather, shard: _shard, once: _once}
-
-
 # -- integers that layouts imply ---------------------------------------------------------------------------------------
 
 
@@ -195,6 +194,25 @@ def _check_states(program: Program, node: fx.Node, layouts: Layouts) -> None:
         if state is None or state.layout != Layout((layout.dims[1], layout.dims[3])):
             got = "no such state" if state is None else str(state.layout)
             raise LayoutError(f"{_at(node)} writes {layout} to the state {name!r}, which is {got}")
+
+
+def _through_state(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
+    """A state must be read, and written, as the ranks hold it."""
+    a = arguments(node)
+    name = str(a["state"])
+    state = program.states.get(name)
+    per_token = node.target is cache_append
+    if state is None or state.per_token is not per_token:
+        raise LayoutError(f"{_at(node)} uses the state {name!r}, but the program has no such state of that kind")
+    if node.target is state_read:
+        return batched(state.layout)
+    found = Inferrer(program).infer(node, layouts)
+    layout = layouts[a["x"] if per_token else a["value"]]
+    for source, wanted in found.requires[1:]:
+        _require(node, source, layouts[source], wanted)
+    if layout.partial or layout.dims[0] is not None or state_layout(layout, per_token=per_token) != state.layout:
+        raise LayoutError(f"{_at(node)} writes {layout} to the state {name!r}, which is held as {state.layout}")
+    return layout  # type: ignore[no-any-return]
 
 
 def _starts(rows: Split) -> tuple[int, ...]:
@@ -229,3 +247,14 @@ def _check_kv_map(program: Program, node: fx.Node, layouts: Layouts) -> None:
             given = tuple(j * len(held) // max(len(wanted), 1) for j in range(len(wanted)))
         if given != wanted:
             raise LayoutError(f"{_at(node)}: query heads {mine} must read local kv heads {wanted}, they read {given}")
+
+
+_RULES = {
+    all_reduce: _all_reduce,
+    all_gather: _all_gather,
+    shard: _shard,
+    once: _once,
+    cache_append: _through_state,
+    state_read: _through_state,
+    state_write: _through_state,
+}

@@ -75,8 +75,9 @@ def report_command(model: Model, tp: Tp = 2) -> None:
 @app.command("run")
 def run_command(
     prompt: Annotated[list[str], typer.Option(help="what to continue; given several times, a batch")],
-    model: Annotated[str, typer.Argument(help="a checkpoint folder with a tokenizer; by default the small model inside")]
-    = str(EMBEDDED),
+    model: Annotated[
+        str, typer.Argument(help="a checkpoint folder with a tokenizer; by default the small model inside")
+    ] = str(EMBEDDED),
     tp: Tp = 1,
     dtype: Annotated[str, typer.Option(help="to load the weights in")] = "float32",
     max_new_tokens: int = 64,

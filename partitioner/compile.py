@@ -18,10 +18,11 @@ from typing import Protocol
 
 from transformers import PreTrainedModel
 
-from partitioner.analysis.tokens import why_tokens_mix
+from partitioner.analysis.steps import why_steps_differ
+from partitioner.analysis.tokens import why_rows_mix, why_tokens_mix
 from partitioner.bounds import bound_inputs
 from partitioner.canonicalize import canonicalize
-from partitioner.capture import capture
+from partitioner.capture import capture, capture_step
 from partitioner.check import check
 from partitioner.errors import CaptureError, PlanError
 from partitioner.mesh import Mesh
@@ -30,7 +31,7 @@ from partitioner.plan import Plan
 from partitioner.program import Program
 from partitioner.report import Report, make_report
 
-__all__ = ["Pass", "compile_program", "partition", "trace"]
+__all__ = ["Pass", "compile_program", "compile_steps", "partition", "trace", "trace_step"]
 
 GROUP = "partitioner.passes"
 """The entry points that passes are declared under, ours as well as anyone's."""
@@ -56,7 +57,8 @@ def partition(
     Raises `CaptureError` where the model cannot be traced, `PlanError` where the plan does not fit it.
     """
     _check_plan(plan)  # before the trace, which takes longer
-    return compile_program(trace(model, max_length=max_length, length=length), plan)
+    traced = trace(model, max_length=max_length, length=length)
+    return compile_program(traced, plan, step=functools.partial(trace_step, model, max_length=max_length))
 
 
 def trace(model: PreTrainedModel, *, max_length: int | None = None, length: int | None = None) -> Program:
@@ -72,8 +74,20 @@ def trace(model: PreTrainedModel, *, max_length: int | None = None, length: int 
     return traced
 
 
-def compile_program(traced: Program, plan: Plan) -> Parts[Report]:
-    """Compiles what `trace` yields, which is not changed."""
+def trace_step(model: PreTrainedModel, *, max_length: int | None = None) -> Program:
+    """The model as one program that takes some tokens at a time, with what it remembers of those before as states."""
+    traced = capture_step(model, mesh=Mesh.of(), max_length=max_length)
+    canonicalize(traced)
+    bound_inputs(traced)
+    return traced
+
+
+def compile_program(traced: Program, plan: Plan, *, step: Callable[[], Program] | None = None) -> Parts[Report]:
+    """Compiles what `trace` yields, which is not changed.
+
+    `step` yields what `trace_step` does: called when generation is first asked for, of a model whose tokens meet in
+    more than attention.
+    """
     _check_plan(plan)
     split = _run(traced.copy(plan.mesh), _splitting(traced, plan))
     program = _run(split.copy(), _named("fuse", *plan.passes))
@@ -81,20 +95,37 @@ def compile_program(traced: Program, plan: Plan) -> Parts[Report]:
         program,
         make_report(program, plan=str(plan)),
         traced=traced,
-        generation=functools.partial(_compile_generation, traced, split, plan),
+        generation=functools.partial(_compile_generation, traced, split, plan, step),
     )
 
 
-def _compile_generation(traced: Program, split: Program, plan: Plan) -> Program:
+def _compile_generation(traced: Program, split: Program, plan: Plan, step: Callable[[], Program] | None) -> Program:
     """A program that continues sequences: with a cache, and logits of last tokens only.
 
-    It reads the weights as the program for whole texts does, and shares them. Raises `PlanError` where the model's
-    tokens depend on each other by more than causal attention.
+    It reads the weights as the program for whole texts does, and shares them. Where the model's tokens depend on each
+    other by more than causal attention, it is the model's own use of a cache. Raises `PlanError` where that cannot be
+    had either.
     """
-    reason = why_tokens_mix(traced)
+    reason = why_tokens_mix(traced) or why_rows_mix(traced)
+    if reason is None:
+        return _run(split.copy(), _named("kv-cache", "last-token", "fuse", *plan.passes))
+    refusal = f"{traced.name} cannot generate with a cache: {reason}"
+    if step is None:
+        raise PlanError(refusal)
+    try:
+        stepping = step()
+    except CaptureError as error:
+        raise PlanError(f"{refusal}; and its own cache cannot be captured: {error}") from error
+    reason = why_steps_differ(stepping)
     if reason is not None:
-        raise PlanError(f"{traced.name} cannot generate with a cache: {reason}")
-    return _run(split.copy(), _named("kv-cache", "last-token", "fuse", *plan.passes))
+        raise PlanError(f"{refusal}; and with its own cache, {reason}")
+    return compile_steps(stepping, plan)
+
+
+def compile_steps(stepping: Program, plan: Plan) -> Program:
+    """What `trace_step` yields, for `plan`."""
+    passes = [*_splitting(stepping, plan), *_named("kv-cache", "last-token", "fuse", *plan.passes)]
+    return _run(stepping.copy(plan.mesh), passes)
 
 
 def _check_plan(plan: object) -> None:

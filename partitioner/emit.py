@@ -135,7 +135,7 @@ def _state_shard(program: Program, state: State, coordinates: Mapping[str, int])
         size if split is None else split.owned[program.mesh.index(split.axes, coordinates)].size
         for size, split in zip(state.shape, state.layout.dims, strict=True)
     )
-    return StateShard(state.name, shape, state.dtype, state.sees)
+    return StateShard(state.name, shape, state.dtype, state.sees, state.per_token)
 
 
 def _vocabulary(program: Program) -> dict[str, Any]:

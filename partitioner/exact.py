@@ -60,5 +60,6 @@ def in_float64(program: Program) -> Program:
         if node.op == "call_function":
             node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _lifted)
     copy.weights = {name: replace(weight, dtype=_lifted(weight.dtype)) for name, weight in copy.weights.items()}
+    copy.states = {name: replace(state, dtype=_lifted(state.dtype)) for name, state in copy.states.items()}
     copy.values = {name: value.to(_lifted(value.dtype)) for name, value in copy.values.items()}
     return copy

@@ -94,6 +94,8 @@ class Parts(Generic[Report]):
         *,
         weights: WeightSource | None = None,
         device: str | torch.device = "cpu",
+        compile: bool = False,
+        cuda_graph: bool = False,
     ) -> Engine:
         return Engine(
             self.rank(rank),
@@ -101,13 +103,13 @@ class Parts(Generic[Report]):
             weights=weights,
             device=device,
             generation=functools.partial(self.generation_rank, rank),
+            compile=compile,
+            cuda_graph=cuda_graph,
         )
 
     @cached_property
     def _simulator(self) -> Simulator:
-        return Simulator(
-            [self.rank(rank) for rank in range(self.mesh.world_size)], generation=self.generation_rank
-        )
+        return Simulator([self.rank(rank) for rank in range(self.mesh.world_size)], generation=self.generation_rank)
 
     def simulate(self, **inputs: Tensor | None) -> Tensor:
         """Run all ranks in this process with the model's own weights, and return rank 0's result.
@@ -132,9 +134,7 @@ class Parts(Generic[Report]):
         self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Iterator[Step]:
         """The same, a step at a time; see `Engine.stream`."""
-        return self._simulator.stream(
-            lambda engine: engine.stream(prompts, attention_mask=attention_mask, **options)
-        )
+        return self._simulator.stream(lambda engine: engine.stream(prompts, attention_mask=attention_mask, **options))
 
     def cache_bytes(self, *, max_batch: int, max_length: int, prefill_step: int = 512) -> list[int]:
         """Per rank, the bytes of the cache for `max_batch` sequences of up to `max_length` tokens, prompt included."""

@@ -79,9 +79,10 @@ class Weight:
 
 @dataclass(frozen=True)
 class State:
-    """What a rank remembers of each sequence between runs: `shape` per position, split as `layout` says.
+    """What a rank remembers of each sequence between runs: `shape` per token (or once), split as `layout` says.
 
-    sees: how many positions back (the token's own included) a later token may look; None: all of them.
+    sees: how many positions back (the token's own included) a later token may look; None: all of them. per_token:
+    one for each token; otherwise one for all of them, which each token changes.
     """
 
     name: str
@@ -89,6 +90,7 @@ class State:
     dtype: torch.dtype
     layout: Layout
     sees: int | None = None
+    per_token: bool = True
 
 
 @dataclass(frozen=True)

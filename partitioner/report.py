@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from partitioner.analysis.arguments import node_values, operation
+from partitioner.analysis.arguments import describe, node_values
 from partitioner.analysis.moves import is_move
 from partitioner.analysis.rules import notation
 from partitioner.layout import Layout
@@ -214,4 +214,28 @@ def _reason(program: Program, weight: Weight, layout: Layout | None, users: dict
     user = users.get(weight.name)
     if user is None:
         return "not a matrix"
-    return f"{operation(user).__name__} in {user.meta.get('path') or user.name} starts or ends no split"
+    where = re.sub(r"(?<=\.)\d+\b", "*", describe(user))  # the same in every layer, so that layers stand in one line
+    return f"{where} could neither start nor end a split: {_why_no_split(user, weight)}"
+
+
+def _why_no_split(user: fx.Node, weight: Weight) -> str:
+    others = [n for n in user.all_input_nodes if node_values(n) and str(n.target) != weight.name]
+    if all(_only_weights(n) for n in others):
+        return "it meets other weights and constants there, no activation"
+    layouts = [n.meta.get("layout") for n in others]
+    if any(isinstance(layout, Layout) and layout.split_dims for layout in layouts):
+        return "what it meets there is split already, in a dim that is not summed with it"
+    return "nothing that follows can use its result in parts"
+
+
+def _only_weights(node: fx.Node) -> bool:
+    """Whether a value is made of weights alone."""
+    seen, stack = {node}, [node]
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder":
+            return False
+        new = [n for n in node.all_input_nodes if n not in seen and node_values(n)]
+        seen.update(new)
+        stack += new
+    return True

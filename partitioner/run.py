@@ -71,9 +71,7 @@ def run_in_processes(question: Question, *, timeout_s: float) -> None:
     with tempfile.TemporaryDirectory(prefix="partitioner-") as folder:
         path = Path(folder, "question.json")
         path.write_text(question.to_json())
-        launch(
-            ["partitioner.run_rank", str(path)], num_ranks=question.plan.mesh.world_size, timeout_s=timeout_s
-        )
+        launch(["partitioner.run_rank", str(path)], num_ranks=question.plan.mesh.world_size, timeout_s=timeout_s)
 
 
 def answer(question: Question) -> None:
@@ -106,7 +104,9 @@ def _tokenizer(folder: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"transformers finds no tokenizer in {folder!r}: {' '.join(str(error).split())[:300]}") from error
+        raise InputError(
+            f"transformers finds no tokenizer in {folder!r}: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def _write(question: Question, tokenizer: Any, engine: Engine | Parts[Any], out: TextIO | None) -> None:
@@ -180,5 +180,3 @@ def _text(tokenizer: Any, tokens: list[int]) -> str:
 def _say(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
-
-

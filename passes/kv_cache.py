@@ -5,6 +5,9 @@
 Which positions a query may see says everything, so one graph serves a prompt (S tokens), part of a prompt, and one
 token. A layer's cache holds the heads that the rank computes: a split one is sized by the local heads. Layers that see
 no further than a window or a chunk say so, and keep no more. Key-value caching: arXiv:1911.02150, section 2.
+
+A graph that is right for up to n tokens at once says nothing of longer texts, also in pieces: beyond n the model's own
+code may do something else, such as attend to a summary of every n tokens.
 """
 
 from __future__ import annotations
@@ -33,10 +36,16 @@ class KVCache:
     name: ClassVar[str] = "kv-cache"
 
     def run(self, program: Program) -> Program:
-        nodes = [node for node in program.graph.nodes if node.target is attention]
+        # attention that is not causal by itself reads what a graph for single steps has appended and masked already
+        nodes = [node for node in program.graph.nodes if node.target is attention and arguments(node)["causal"]]
+        takes_steps = bool(program.states)  # with the model's own cache: it is right for any text already
         positions = _positions(program)
         for node in nodes:
             self._cache(program, node, positions)
+        if not takes_steps:
+            known = [program.limits.get(size, (1, None))[1] for size in ("sequence", "positions")]
+            longest = min((most for most in known if most is not None), default=None)
+            program.limits = {**program.limits, "positions": (1, longest)}
         program.graph.lint()
         return program
 
@@ -78,4 +87,3 @@ def _positions(program: Program) -> fx.Node:
     made.meta = {"val": value, "layout": REPLICATED(2)}
     program.inputs = (*program.inputs, Input(_POSITIONS, value, "arange"))
     return made
-

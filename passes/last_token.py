@@ -42,6 +42,10 @@ class LastToken:
     def run(self, program: Program) -> Program:
         output = program.graph.output_node()
         (logits,) = output.all_input_nodes
+        if "sequence" not in program.symbols:  # a graph for one token at a time
+            _keep_parts(program)
+            program.graph.eliminate_dead_code()
+            return program
         place = _pick(program, logits)
         value, layout = place.meta["val"], place.meta.get("layout") or REPLICATED(3)
         last = _input(program, value.shape[0])
@@ -71,7 +75,12 @@ def _pick(program: Program, logits: fx.Node) -> fx.Node:
     node = logits
     while node.op == "call_function" and operation(node) in _ROW_BY_ROW:
         rows = [n for n in node.all_input_nodes if _is_per_token(program, n)]
-        if len(rows) != 1 or len(rows[0].users) != 1 or len(rows[0].meta["val"].shape) != 3 or node.args[0] is not rows[0]:
+        if (
+            len(rows) != 1
+            or len(rows[0].users) != 1
+            or len(rows[0].meta["val"].shape) != 3
+            or node.args[0] is not rows[0]
+        ):
             break
         (node,) = rows
     return node

@@ -10,18 +10,19 @@ out. Megatron-LM (arXiv:1909.08053, section 3), without tables of modules.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from partitioner.analysis.arguments import arguments, node_values, operation
+from partitioner.analysis.blocks import find_blocks
 from partitioner.analysis.decide import Decisions, decide
 from partitioner.analysis.localise import Scaled
 from partitioner.analysis.placement import Placement, Unplaceable, place
 from partitioner.analysis.rules import notation
+from partitioner.analysis.spelled_out import can_spell_out, spell_out
 from partitioner.errors import PlanError
 from partitioner.layout import REPLICATED, IndexSet, Layout, Split
 from partitioner.program import Entry, Program
@@ -48,27 +49,35 @@ class TensorParallel:
         decisions, placement = self._place(program)
         program.weight_layouts.update({n: w for n, w in placement.weights.items() if not w.is_replicated})
         program.kept_whole.update(decisions.pinned)
+        for name, layout in placement.states.items():
+            program.states[name] = replace(program.states[name], layout=layout)
         _Rewriting(program, placement, self.axis).run()
         return program
 
     def _place(self, program: Program) -> tuple[Decisions, Placement]:
-        """Decides and lays out, keeping more together where a local version of an op would not be right."""
+        """Decides and lays out; where an op cannot be made local, keeps more together, and in the end its weights
+        whole.
+        """
+        keep_whole = dict(self.keep_whole)
+        blocks = find_blocks(program, apart=keep_whole)
         together: dict[str, int] = {}
+        misfits: dict[str, str] = {}
         partial: frozenset[str] | None = None
-        compress = True
         while True:
             decisions = decide(
                 program,
                 self.axis,
-                keep_whole=dict(self.keep_whole),
+                blocks=blocks,
+                keep_whole=keep_whole,
+                misfits=misfits,
                 together=together,
                 partial=partial,
-                compress=compress,
             )
             if partial is None:
                 partial = _reduce_in_parts(program, decisions.partial)
                 if partial:
-                    continue  # the means among them are sums now
+                    blocks = find_blocks(program, apart=keep_whole)
+                    continue  # the means and norms among them are sums now
             weights = {
                 name: REPLICATED(len(program.weights[name].shape)).with_dim(dim, split)
                 for name, (dim, split) in decisions.splits.items()
@@ -77,34 +86,24 @@ class TensorParallel:
                 return decisions, place(program, weights)
             except Unplaceable as trouble:
                 level = together.get(trouble.node.name, 0)
-                if level == 2 and not compress:
-                    raise PlanError(f"no placement over {self.axis!r} found: {trouble}") from trouble
-                if level == 2:
-                    together, compress = {}, False
-                else:
+                if level < 2:
                     together[trouble.node.name] = level + 1
+                elif not blocks.is_analysed(trouble.node):
+                    # what was learned from an identical layer does not hold in this one
+                    together, blocks = {}, find_blocks(program, apart=keep_whole, compress=False)
+                else:
+                    # each round keeps at least one more weight whole, so this ends
+                    misfits |= dict.fromkeys(trouble.weights or weights, trouble.reason)
+                    if not weights:
+                        raise PlanError(f"no placement over {self.axis!r} found: {trouble}") from trouble
 
 
 def _reduce_in_parts(program: Program, names: frozenset[str]) -> frozenset[str]:
-    """Rewrites the means among these reductions as a sum and a division; returns the names of the sums."""
-    found = set()
+    """Writes these reductions out as sums, and returns the names of the sums."""
+    found: set[str] = set()
     for node in list(program.graph.nodes):
-        if node.name not in names:
-            continue
-        if operation(node) is not aten.mean:
-            found.add(node.name)
-            continue
-        a = arguments(node)
-        shape = a["self"].meta["val"].shape
-        dims = [d % len(shape) for d in (a["dim"] or range(len(shape)))]
-        count = math.prod(shape[dim] for dim in dims)
-        with program.graph.inserting_before(node):
-            total = program.graph.call_function(
-                aten.sum.dim_IntList, (a["self"], dims, bool(a["keepdim"])), {"dtype": a["dtype"]}
-            )
-        total.meta = dict(node.meta)
-        node.target, node.args, node.kwargs = aten.div.Tensor, (total, count), {}
-        found.add(total.name)
+        if node.name in names:
+            found.update(spell_out(program, node) if can_spell_out(node) else [node.name])
     return frozenset(found)
 
 

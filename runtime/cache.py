@@ -6,6 +6,9 @@
 
 bytes = max_batch * sum over states of heads * slots * dim * itemsize
 
+What is appended by an op of its own (`cache_append`) is handed out as it lies, one slot per position. A state per sequence
+has no slots: [batch, ...], replaced by each token that a row takes, zero before the first.
+
 A layer that sees `n` positions back, in calls of at most `step` tokens, needs n + step - 1 slots: the first token of a
 call still sees n - 1 before it when the last one has been written.
 """
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.ops.attention import allowed, attention
+from runtime.ops.state import cache_append, state_read, state_write
 from runtime.rank_program import StateShard
 
 __all__ = ["Batch", "Cache", "cache_bytes", "slots_of"]
@@ -34,7 +38,8 @@ def slots_of(state: StateShard, *, max_length: int, step: int) -> int:
 def cache_bytes(states: Sequence[StateShard], *, max_batch: int, max_length: int, step: int) -> int:
     """What a Cache of these sizes takes on this rank."""
     return sum(
-        max_batch * slots_of(state, max_length=max_length, step=step) * state.bytes_per_position for state in states
+        max_batch * (slots_of(state, max_length=max_length, step=step) if state.per_token else 1) * state.bytes
+        for state in states
     )
 
 
@@ -48,6 +53,8 @@ class Batch:
     positions: Tensor
     starts: tuple[int, ...]
     counts: tuple[int, ...]
+    active: tuple[bool, ...] = ()
+    """Rows that take tokens in this run; the others repeat what they have. Empty: all do."""
 
     @functools.cached_property
     def end(self) -> int:
@@ -56,34 +63,53 @@ class Batch:
 
     @functools.cached_property
     def start(self) -> int | None:
-        """The position at which every row starts, if that is the same one and no row is filled up."""
+        """The position at which every row starts, if that is the same one, all are active and none is filled up."""
         size = self.positions.shape[1]
-        alike = len(set(self.starts)) == 1 and all(count == size for count in self.counts)
+        alike = len(set(self.starts)) == 1 and all(count == size for count in self.counts) and all(self.active)
         return self.starts[0] if alike else None
 
 
+def _shape(state: StateShard, max_batch: int, slots: int) -> tuple[int, ...]:
+    return (max_batch, *state.shape[:-1], slots, state.shape[-1]) if state.per_token else (max_batch, *state.shape)
+
+
 class Cache:
-    """Buffers for `max_batch` sequences of up to `max_length` tokens, at most `step` of which come in one call."""
+    """Buffers for `max_batch` sequences of up to `max_length` tokens, at most `step` of which come in one call.
+
+    slots: how many there are at least where all positions are kept, which may be more than there are positions.
+    """
 
     def __init__(
-        self, states: Sequence[StateShard], *, max_batch: int, max_length: int, step: int, device: torch.device
+        self,
+        states: Sequence[StateShard],
+        *,
+        max_batch: int,
+        max_length: int,
+        step: int,
+        device: torch.device,
+        slots: int = 0,
     ) -> None:
         self.max_batch, self.max_length, self.step = max_batch, max_length, step
         self.buffers = {
             state.name: torch.zeros(
-                max_batch,
-                state.shape[0],
-                slots_of(state, max_length=max_length, step=step),
-                state.shape[1],
+                _shape(state, max_batch, slots_of(state, max_length=max(max_length, slots), step=step)),
                 dtype=state.dtype,
                 device=device,
             )
             for state in states
         }
+        self._remembered = [state.name for state in states if not state.per_token]
+        self._appended: set[str] = set()
         self._rows = torch.arange(max_batch, device=device)[:, None]
         self._batch: Batch | None = None
+        self._active: Tensor | None = None
+        """The numbers of the active rows, where not all are."""
         self._masks: dict[Any, Tensor | None] = {}
         self._slots: dict[int, Tensor] = {}
+        self._kinds: set[tuple[int, int | None, int | None]] = set()
+        """Slots, window and chunk of the attentions bound to this cache."""
+        self._fixed: int | None = None
+        """How many slots are looked at in runs of one token whose positions only the device knows."""
 
     @property
     def bytes(self) -> int:
@@ -97,13 +123,47 @@ class Cache:
                 f"the cache holds {self.max_batch} sequences of {self.max_length} tokens, {self.step} of them in one "
                 f"run; got {batch} sequences up to position {tokens.end - 1}, {size} tokens in this run"
             )
-        self._batch = tokens
+        self._batch, self._fixed = tokens, None
+        numbers = [row for row, active in enumerate(tokens.active) if active]
+        self._active = None if all(tokens.active) else torch.tensor(numbers, device=tokens.positions.device)
         self._masks.clear()
         self._slots.clear()
 
-    def bind(self, state: str, options: dict[str, Any]) -> Callable[..., Tensor]:
-        """The function that takes the place of the `cached_attention` of `state`."""
+    def begin_fixed(self, positions: Tensor, seen: int) -> None:
+        """Before a run of one token per row at `positions` [B, 1], of which the host only knows that all are < `seen`.
+
+        All that such a run does with the cache are the same ops on the same memory, whatever the positions: it can be
+        captured once and replayed.
+        """
+        self._fixed = seen
+        self._slots = {slots: positions % slots for slots, _, _ in self._kinds}
+        for slots, window, chunk in self._kinds:
+            held = torch.arange(min(slots, seen), device=positions.device)
+            if slots < self.max_length:
+                held = _latest(positions, held, slots)
+            dtype = next(iter(self.buffers.values())).dtype
+            self._masks[slots, window, chunk] = _minus_infinity(positions, held, window, chunk, dtype)
+
+    def start(self) -> None:
+        """Before the first run of new sequences: nothing is remembered."""
+        for name in self._remembered:
+            self.buffers[name] = torch.zeros_like(self.buffers[name])
+        for name in self._appended:
+            self.buffers[name].zero_()  # hidden slots are multiplied by 0, which not every number survives
+
+    def bind(self, op: Callable[..., Any], state: str, options: dict[str, Any]) -> Callable[..., Tensor]:
+        """The function that takes the place of an op that uses `state`: it takes the op's tensors."""
+        plain = {cache_append: self._append, state_read: self._read, state_write: self._write}.get(op)
+        if plain is not None:
+            if op is cache_append:
+                self._appended.add(state)
+
+            def with_state(*tensors: Tensor) -> Tensor:
+                return plain(state, *tensors)
+
+            return with_state
         keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
+        self._kinds.add((keys.shape[2], options.get("window"), options.get("chunk")))
 
         def cached_attention(*tensors: Any) -> Tensor:
             return self._attend(keys, values, *tensors, **options)
@@ -128,18 +188,27 @@ class Cache:
         softcap: float | None = None,
         kv_map: list[int] | None = None,
     ) -> Tensor:
+        batch, slots = q.shape[0], keys.shape[2]
+        if self._fixed is not None:
+            rows, at = self._rows[:batch], self._slots[slots]
+            keys[rows, :, at] = k.transpose(1, 2)
+            values[rows, :, at] = v.transpose(1, 2)
+            seen, hidden = min(slots, self._fixed), self._masks[slots, window, chunk]
+            mask = hidden if mask is None else mask.to(q.dtype) + hidden
+            return attention(
+                q, keys[:batch, :, :seen], values[:batch, :, :seen], mask, sinks,
+                scale=scale, softcap=softcap, kv_map=kv_map,
+            )  # fmt: skip
         tokens = self._batch
         assert tokens is not None
-        batch, _, size, _ = q.shape
-        slots = keys.shape[2]
         wraps = slots < tokens.end
         if tokens.start is not None and not wraps:
             keys[:batch, :, tokens.start : tokens.end] = k
             values[:batch, :, tokens.start : tokens.end] = v
         else:
-            at = self._at(slots)
-            keys[self._rows[:batch], :, at] = k.transpose(1, 2)
-            values[self._rows[:batch], :, at] = v.transpose(1, 2)
+            rows, at = self._written_rows, self._at(slots)
+            keys[rows, :, at] = self._active_rows(k).transpose(1, 2)
+            values[rows, :, at] = self._active_rows(v).transpose(1, 2)
         if tokens.start == 0:
             # nothing came before: the tokens of this call are all there is to see
             return attention(
@@ -155,12 +224,44 @@ class Cache:
             scale=scale, softcap=softcap, kv_map=kv_map,
         )  # fmt: skip
 
+    def _append(self, state: str, x: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        tokens, buffer = self._batch, self.buffers[state][: len(x)]
+        assert tokens is not None
+        if tokens.start is not None:
+            buffer[..., tokens.start : tokens.end, :] = x
+        else:
+            # rows and positions first: [B, S, .., D]
+            buffer.movedim(-2, 1)[self._written_rows, self._at(buffer.shape[-2])] = self._active_rows(x).movedim(-2, 1)
+        return buffer[..., : len(slots), :]
+
+    def _read(self, state: str, batch: Tensor) -> Tensor:
+        return self.buffers[state][: len(batch)]
+
+    def _write(self, state: str, value: Tensor, active: Tensor) -> Tensor:
+        """Replaces what is remembered: who has read the old state may still use it."""
+        tokens = self._batch
+        assert tokens is not None
+        if not all(tokens.active):
+            active = active.view(-1, *([1] * (value.dim() - 1)))
+            value = torch.where(active, value, self.buffers[state][: len(value)])
+        self.buffers[state] = value
+        return value
+
     def _at(self, slots: int) -> Tensor:
         """The slots of this call's tokens, the same for all layers with as many."""
         if slots not in self._slots:
             assert self._batch is not None
-            self._slots[slots] = self._batch.positions % slots
+            self._slots[slots] = self._active_rows(self._batch.positions) % slots
         return self._slots[slots]
+
+    def _active_rows(self, x: Tensor) -> Tensor:
+        """Without the rows that repeat a token: what else is remembered has moved on, so that its keys would differ."""
+        return x if self._active is None else x[self._active]
+
+    @property
+    def _written_rows(self) -> Tensor:
+        assert self._batch is not None
+        return self._active_rows(self._rows[: len(self._batch.starts)])
 
     def _hidden(
         self, seen: int, slots: int, window: int | None, chunk: int | None, dtype: torch.dtype
@@ -183,9 +284,20 @@ class Cache:
             return None
         held = torch.arange(seen, device=positions.device)
         if wraps:
-            # the latest position that lies in each slot; negative where there is none yet
-            last = positions[:, -1:]
-            held = (last - (last - held) % slots)[:, None, :]
-        visible = allowed(positions[:, :, None], held, causal=True, window=window, chunk=chunk)
-        zero = torch.zeros(visible.shape, dtype=dtype, device=positions.device)
-        return zero.masked_fill(~visible, -torch.inf)[:, None]
+            held = _latest(positions, held, slots)
+        return _minus_infinity(positions, held, window, chunk, dtype)
+
+
+def _latest(positions: Tensor, slot: Tensor, slots: int) -> Tensor:
+    """The latest position that lies in each slot, [B, 1, slots]; negative where there is none yet."""
+    last = positions[:, -1:]
+    return (last - (last - slot) % slots)[:, None, :]
+
+
+def _minus_infinity(
+    positions: Tensor, held: Tensor, window: int | None, chunk: int | None, dtype: torch.dtype
+) -> Tensor:
+    """[B, 1, S, T]: added to the scores; `held`: the position of each slot."""
+    visible = allowed(positions[:, :, None], held, causal=True, window=window, chunk=chunk)
+    zero = torch.zeros(visible.shape, dtype=dtype, device=positions.device)
+    return zero.masked_fill(~visible, -torch.inf)[:, None]

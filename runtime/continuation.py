@@ -18,6 +18,7 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.cache import Batch, Cache
 from runtime.communicator import Communicator
+from runtime.decoder import Decoder, require_fixed_shapes
 from runtime.executable import Executable
 from runtime.rank_program import RankProgram
 from runtime.sampler import Sampler
@@ -27,6 +28,7 @@ from runtime.task import Step, Task
 __all__ = ["Continuation"]
 
 T = TypeVar("T")
+_ROUND_TO = 64
 
 
 class Continuation:
@@ -36,11 +38,22 @@ class Continuation:
     """
 
     def __init__(
-        self, program: RankProgram, weights: Sequence[Tensor], communicator: Communicator, device: torch.device
+        self,
+        program: RankProgram,
+        weights: Sequence[Tensor],
+        communicator: Communicator,
+        device: torch.device,
+        *,
+        compile: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         self.program, self.weights, self.communicator, self.device = program, weights, communicator, device
+        if compile or cuda_graph:
+            require_fixed_shapes(program, device, cuda_graph=cuda_graph)
+        self._compile, self._cuda_graph = compile, cuda_graph
         self.cache: Cache | None = None
         self._execute: Executable | None = None
+        self._decoder: Decoder | None = None
 
     def steps(self, task: Task) -> Iterator[Step]:
         """One `Step` per token, until every sequence has ended."""
@@ -49,6 +62,8 @@ class Continuation:
         length = max(map(len, task.prompts)) + settings.max_new_tokens - 1  # the last token is never run
         self._check(task, length)
         self.reserve(max_batch=len(task.prompts), max_length=length, step=size)
+        assert self.cache is not None
+        self.cache.start()
         texts = [list(prompt) for prompt in task.prompts]
         ended = [False] * len(texts)
         requests = torch.tensor(settings.request_ids or list(range(len(texts))), device=self.device)
@@ -63,9 +78,7 @@ class Continuation:
         logits = self._prefill(texts, size)
         for count in range(1, settings.max_new_tokens + 1):
             history, lengths = self._history(texts, settings.sampling)
-            chosen, scores = choose(
-                logits, request_ids=requests, step=count - 1, history=history, lengths=lengths
-            )
+            chosen, scores = choose(logits, request_ids=requests, step=count - 1, history=history, lengths=lengths)
             tokens, logprobs = chosen.tolist(), None if scores is None else scores.tolist()
             yield Step(_unless(ended, tokens), None if logprobs is None else _unless(ended, logprobs))
             for row, token in enumerate(tokens):
@@ -75,7 +88,8 @@ class Continuation:
             if all(ended) or count == settings.max_new_tokens:
                 return
             # a sequence that has ended stays at its last token and position
-            logits = self._run([text[-1:] for text in texts], [len(text) - 1 for text in texts])
+            going = tuple(not over for over in ended)
+            logits = self._decode([text[-1] for text in texts], [len(text) - 1 for text in texts], going)
 
     def _history(self, texts: list[list[int]], sampling: Sampling) -> tuple[Tensor | None, Tensor | None]:
         """The tokens so far [B, L], of which the first [B] count; only the repetition penalty asks for them."""
@@ -90,11 +104,35 @@ class Continuation:
         cache = self.cache
         if cache and cache.max_batch >= max_batch and cache.max_length >= max_length and cache.step >= step:
             return
-        self.cache = self._execute = None  # the old one is given back first
+        self.cache = self._execute = self._decoder = None  # the old one is given back first
+        # lengths that kernels like, and that the next task may share
+        max_length = -(-max_length // _ROUND_TO) * _ROUND_TO
+        slots = max(max_length + 1, self._least_slots)
         self.cache = Cache(
-            self.program.states, max_batch=max_batch, max_length=max_length, step=step, device=self.device
+            self.program.states, max_batch=max_batch, max_length=max_length, step=step, device=self.device, slots=slots
         )
         self._execute = Executable(self.program, self.weights, self.communicator, self.device, self.cache)
+
+    def _decode(self, tokens: list[int], positions: list[int], going: tuple[bool, ...]) -> Tensor:
+        if not self._compile and not self._cuda_graph:
+            return self._run([[token] for token in tokens], positions, going)
+        assert self.cache is not None
+        assert self._execute is not None
+        if self._decoder is None or self._decoder.batch != len(tokens):
+            self._decoder = Decoder(
+                self.program,
+                self._execute,
+                self.cache,
+                batch=len(tokens),
+                device=self.device,
+                compile=self._compile,
+                cuda_graph=self._cuda_graph,
+            )
+        return self._decoder(tokens, positions)
+
+    @property
+    def _least_slots(self) -> int:
+        return self.program.limits.get("slots", (1, None))[0]
 
     def _most_at_once(self) -> int:
         low, high = self.program.limits.get("sequence", (1, None))
@@ -105,10 +143,12 @@ class Continuation:
     def _check(self, task: Task, length: int) -> None:
         """Tokens and positions must be ones that the model's tables have."""
         _, longest = self.program.limits.get("positions", (1, None))
+        _, slots = self.program.limits.get("slots", (1, None))
+        longest = longest if slots is None else min(slots - 1, longest or slots)
         if longest is not None and length > longest:
             raise InputError(
                 f"prompt and new tokens make up to {length}, but this model was compiled for up to {longest}: "
-                "partition(..., max_length=) says how many"
+                "by partition(..., max_length=), or because its own code does something else for longer texts"
             )
         for wanted in self.program.inputs:
             if wanted.bound is None:
@@ -129,14 +169,17 @@ class Continuation:
         for start in range(0, max(map(len, texts)), size):
             # a prompt that is through repeats its last token at its position, which changes nothing
             starts = [min(start, len(text) - 1) for text in texts]
-            logits = self._run([text[at : start + size] or text[at:] for text, at in zip(texts, starts, strict=True)], starts)
+            rows = [text[at : start + size] or text[at:] for text, at in zip(texts, starts, strict=True)]
+            logits = self._run(rows, starts, tuple(start < len(text) for text in texts))
             through = torch.tensor([start < len(text) <= start + size for text in texts], device=self.device)
             found = logits if found is None else torch.where(through[:, None], logits, found)
         assert found is not None
         return found
 
-    def _run(self, rows: list[list[int]], starts: list[int]) -> Tensor:
-        """The logits of each row's last token; `starts`: the position of its first."""
+    def _run(self, rows: list[list[int]], starts: list[int], active: tuple[bool, ...]) -> Tensor:
+        """The logits of each row's last token; `starts`: the position of its first; `active`: rows that are not
+        repeated.
+        """
         assert self.cache is not None
         assert self._execute is not None
         counts = [len(row) for row in rows]
@@ -145,8 +188,12 @@ class Continuation:
         last = torch.tensor(counts, device=self.device) - 1
         offsets = torch.arange(size, device=self.device).minimum(last[:, None])
         positions = torch.tensor(starts, device=self.device)[:, None] + offsets
-        self.cache.begin(Batch(positions, tuple(starts), tuple(counts)))
+        batch = Batch(positions, tuple(starts), tuple(counts), active)
+        self.cache.begin(batch)
         given = {"input_ids": ids, "position_ids": positions, "last": last}
+        given["active"] = torch.tensor(active, device=self.device)
+        # a graph for single steps may decide by whether there are slots besides those of its tokens
+        given["slots"] = torch.arange(max(batch.end + 1, self._least_slots), device=self.device)
         for wanted in self.program.inputs:
             if wanted.name not in given:
                 raise InputError(f"generation knows nothing to give the input {wanted.name!r} of this model")

@@ -46,7 +46,8 @@ class RankPrograms(Protocol):
 class Engine:
     """One rank, loaded; `weights` as in `runtime.weights`, None: the data of the model that was partitioned.
 
-    `generation` makes the rank's program for continuing sequences, when it is first asked to.
+    `generation` makes the rank's program for continuing sequences, when it is first asked to. `compile` puts its decode
+    steps through torch.compile, `cuda_graph` captures them; both take their time at the first steps.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class Engine:
         weights: WeightSource | None = None,
         device: str | torch.device = "cpu",
         generation: Callable[[], RankProgram] | None = None,
+        compile: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         if communicator.rank != program.rank or communicator.mesh != program.mesh:
             raise CommunicationError(
@@ -70,6 +73,7 @@ class Engine:
         self.weights = load_weights(program.weights, program.values, weights, self.device)
         self._run = Executable(program, self.weights, communicator, self.device)
         self._generation = generation
+        self._decoding = {"compile": compile, "cuda_graph": cuda_graph}
 
     @classmethod
     def connect(
@@ -81,6 +85,8 @@ class Engine:
         timeout_s: float = 60.0,
         check: bool = False,
         shared_memory: Sharing = "auto",
+        compile: bool = False,
+        cuda_graph: bool = False,
     ) -> Engine:
         """The rank of a process that torchrun started.
 
@@ -95,6 +101,8 @@ class Engine:
             weights=weights,
             device=communicator.device,
             generation=functools.partial(parts.generation_rank, communicator.rank),
+            compile=compile,
+            cuda_graph=cuda_graph,
         )
 
     def __call__(self, **inputs: Tensor | None) -> Any:
@@ -129,7 +137,8 @@ class Engine:
         # the same slices of the same weights, unless a user's pass saw to something else
         missing = [weight for weight in program.weights if weight not in mine]
         mine |= zip(missing, load_weights(missing, program.values, self._source, self.device), strict=True)
-        return Continuation(program, [mine[weight] for weight in program.weights], self.communicator, self.device)
+        weights = [mine[weight] for weight in program.weights]
+        return Continuation(program, weights, self.communicator, self.device, **self._decoding)
 
     def close(self) -> None:
         self.communicator.close()

@@ -24,6 +24,7 @@ from runtime.cache import Cache
 from runtime.communicator import Communicator
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import COLLECTIVES
+from runtime.ops.state import cache_append, state_read, state_write
 from runtime.rank_program import RankProgram
 
 __all__ = ["Executable", "failing_node"]
@@ -31,6 +32,9 @@ __all__ = ["Executable", "failing_node"]
 # operations that always return memory of their own, which a collective may therefore overwrite
 _FRESH = frozenset({"add", "addmm", "baddbmm", "bmm", "embedding", "linear", "matmul", "mm", "mul"})
 _FRESH_OWN = frozenset({"vocab_parallel_embedding"})
+
+
+_WITH_STATE = frozenset({cached_attention, cache_append, state_read, state_write})
 
 
 class Executable:
@@ -48,7 +52,8 @@ class Executable:
         cache: Cache | None = None,
     ) -> None:
         self.program, self.communicator = program, communicator
-        self._run = functools.partial(_build(program, communicator, device, cache), *weights)
+        self.function = functools.partial(_build(program, communicator, device, cache), *weights)
+        """What runs, bare: of the inputs in their order."""
         self._seen: set[tuple[torch.Size, ...]] = set()
 
     def __call__(self, values: Sequence[Tensor]) -> Any:
@@ -57,7 +62,7 @@ class Executable:
         try:
             # not inference_mode: the caller may write to what comes back
             with torch.no_grad():
-                result = self._run(*values)
+                result = self.function(*values)
         except BaseException as error:
             name = failing_node(error)
             for node in self.program.graph.nodes:
@@ -87,9 +92,9 @@ def _build(
             assert callable(node.target)
             if node.target in COLLECTIVES:
                 _bind(new, node.target, node, communicator)
-            elif node.target is cached_attention and cache is not None:
+            elif node.target in _WITH_STATE and cache is not None:
                 options = dict(new.kwargs)
-                new.target, new.kwargs = cache.bind(str(options.pop("state")), options), {}
+                new.target, new.kwargs = cache.bind(node.target, str(options.pop("state")), options), {}
             else:
                 new.args = fx.node.map_aggregate(new.args, lambda leaf: _moved(leaf, device))
                 new.kwargs = fx.node.map_aggregate(new.kwargs, lambda leaf: _moved(leaf, device))

@@ -1,16 +1,16 @@
 """What a user may ask of generation, under the names of transformers' GenerationConfig.
 
-    max_new_tokens=20        how many tokens to add at most
-    do_sample=False          draw tokens; otherwise the likeliest one each time (greedy)
-    temperature, top_k, top_p, min_p, repetition_penalty    as in `runtime.sampling`
-    seed=0                   the same seed gives the same tokens, on any plan and in any batch
-    request_ids=None         one number per prompt, which tells equal prompts apart; None: their places in the batch
-    eos_token_id=None        an id or several after which a sequence ends; None: the model's own; []: none
-    pad_token_id=None        fills up sequences that ended; None: the first eos id, or 0
-    stop_strings=None        texts after which a sequence ends; needs `tokenizer`
-    tokenizer=None
-    output_logits... are not offered; logprobs=True returns the log-probability of each new token as well
-    prefill_step=512         how many tokens of each prompt are run at a time
+max_new_tokens=20        how many tokens to add at most
+do_sample=False          draw tokens; otherwise the likeliest one each time (greedy)
+temperature, top_k, top_p, min_p, repetition_penalty    as in `runtime.sampling`
+seed=0                   the same seed gives the same tokens, on any plan and in any batch
+request_ids=None         one number per prompt, which tells equal prompts apart; None: their places in the batch
+eos_token_id=None        an id or several after which a sequence ends; None: the model's own; []: none
+pad_token_id=None        fills up sequences that ended; None: the first eos id, or 0
+stop_strings=None        texts after which a sequence ends; needs `tokenizer`
+tokenizer=None
+output_logits... are not offered; logprobs=True returns the log-probability of each new token as well
+prefill_step=512         how many tokens of each prompt are run at a time
 """
 
 from __future__ import annotations

@@ -135,15 +135,19 @@ class ProcessGroups:
             raise RankLost(
                 f"rank {os.environ['RANK']} could not meet the others within {timeout_s:g} s: {error}"
             ) from error
-        self = cls(
-            mesh,
-            device=device,
-            timeout_s=timeout_s,
-            check=check,
-            shared_memory=shared_memory,
-            store=PrefixStore(f"notices/{meeting}", store),
-            store_on_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        )
+        try:
+            self = cls(
+                mesh,
+                device=device,
+                timeout_s=timeout_s,
+                check=check,
+                shared_memory=shared_memory,
+                store=PrefixStore(f"notices/{meeting}", store),
+                store_on_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            )
+        except BaseException:
+            dist.destroy_process_group()
+            raise
         self._owned = True
         return self
 
@@ -187,7 +191,8 @@ class ProcessGroups:
                     raise
                 raise self._notices.conclude(call.on(x), ranks, error) from error
 
-        return collective
+        # torch.compile cannot look into ctypes: without this it tries, and warns
+        return collective if shared is None else torch.compiler.disable(collective)
 
     def _share(self, ranks: tuple[int, ...], axis: str, wanted: Sharing) -> str:
         """Meet the ranks of a group in shared memory, where that is wanted and possible; what carries it then."""

@@ -66,15 +66,19 @@ class WeightShard:
 
 @dataclass(frozen=True)
 class StateShard:
-    """`shape`: of this rank, per position; `sees`: how many positions back a later token may look, None for all."""
+    """`shape`: of this rank, per token or once per sequence; `sees`: how many positions back a later token may look,
+    None for all.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     sees: int | None
+    per_token: bool = True
 
     @property
-    def bytes_per_position(self) -> int:
+    def bytes(self) -> int:
+        """Per token, or of the whole sequence."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 

@@ -84,9 +84,7 @@ class Task:
 def _rows(prompts: Prompts, attention_mask: Tensor | None, pad: int) -> tuple[tuple[tuple[int, ...], ...], Tensor]:
     if isinstance(prompts, Tensor):
         if prompts.dim() != 2 or prompts.dtype not in (torch.int64, torch.int32):
-            raise InputError(
-                f"prompts must be token ids [B, L], int64; got {prompts.dtype} {list(prompts.shape)}"
-            )
+            raise InputError(f"prompts must be token ids [B, L], int64; got {prompts.dtype} {list(prompts.shape)}")
         if attention_mask is None:
             return tuple(map(tuple, prompts.tolist())), prompts.long()
         if attention_mask.shape != prompts.shape:
@@ -94,7 +92,10 @@ def _rows(prompts: Prompts, attention_mask: Tensor | None, pad: int) -> tuple[tu
         mask = attention_mask.bool()
         if bool((mask.int().diff(dim=1) != 0).sum(dim=1).gt(1).any()):
             raise InputError("attention_mask has a hole: pad prompts at one end only")
-        rows = [[t for t, keep in zip(*pair, strict=True) if keep] for pair in zip(prompts.tolist(), mask.tolist(), strict=True)]
+        rows = [
+            [t for t, keep in zip(*pair, strict=True) if keep]
+            for pair in zip(prompts.tolist(), mask.tolist(), strict=True)
+        ]
         return tuple(map(tuple, rows)), prompts.long()
     if attention_mask is not None:
         raise InputError("attention_mask goes with prompts [B, L]; a list of rows needs none")

@@ -2,13 +2,16 @@
 
     python -m tests.coverage run [names]       each architecture, built tiny: one line of JSON in coverage.jsonl
     python -m tests.coverage run --odd         the same with sizes that divide by little
+    python -m tests.coverage generate [names]  each causal one, built tiny, continues texts
+    python -m tests.coverage generate --again  the same where there is a row already, which is then replaced
     python -m tests.coverage shares [names]    each default configuration, on the meta device
     python -m tests.coverage write             coverage.jsonl becomes docs/coverage.md
 
 Per architecture, built tiny: captured or why not; the partitioned model against the model's own code at tp = 2, 3 and 4
-and lengths 1, 5 and 40, in float64 (detours through float32 lifted on both sides, 1e-10) and in float32 (1e-5). On the
-default configuration, on the meta device: the fullest rank's share of the matrices, and the all-reduces per layer. Only
-eight of its layers are built, and their weights counted as often as it has layers.
+and lengths 1, 5 and 40, in float64 (detours through float32 lifted on both sides, 1e-10) and in float32 (1e-5); what it
+generates with a cache at tp = 1, 2 and 3, against the model's own forward without one. On the default configuration, on
+the meta device: the fullest rank's share of the matrices, and the all-reduces per layer. Only eight of its layers are
+built, and their weights counted as often as it has layers.
 """
 
 from __future__ import annotations
@@ -30,12 +33,14 @@ import torch
 
 from partitioner.compare import difference
 from partitioner.compile import compile_program, trace
-from partitioner.errors import PartitionerError
+from partitioner.errors import CaptureError, PartitionerError
 from partitioner.exact import in_float64
 from partitioner.parts import Parts
 from partitioner.plan import Plan
 from partitioner.report import Report
 from tests import reference, zoo
+from tests.coverage_table import read, write
+from tests.generating import compare_generation
 
 DEGREES = (2, 3, 4)
 LENGTHS = (1, 5, 40)
@@ -79,6 +84,27 @@ def measure(name: str, *, minutes: float, odd: bool = False) -> dict[str, Any]:
     right32 = all(worst <= 1e-5 for worst in row["equal32"].values())
     row["verdict"] = "equal" if right and right32 else "wrong"
     return row
+
+
+def measure_generation(name: str, *, minutes: float) -> dict[str, Any]:
+    """What generating adds to a row."""
+    return {"name": name, "odd": False, "generates": _generates(name, minutes)}
+
+
+def _generates(name: str, minutes: float) -> dict[str, Any]:
+    try:
+        model, _ = zoo.tiny(name)
+    except Exception as error:
+        return {"verdict": "not built", "why": _short(error)}
+    try:
+        with _Limit(minutes):
+            traced = trace(model.float())
+            # the same weights, and the same graph with every float32 in it made float64
+            return compare_generation(model.double(), in_float64(traced))
+    except (CaptureError, OutOfTime) as error:
+        return {"verdict": "refused", "why": _short(error)}
+    except Exception as error:
+        return {"verdict": "wrong", "why": _short(error)}
 
 
 def _compare(model: Any, traced: Any, *, exact: bool) -> dict[str, float]:
@@ -161,108 +187,57 @@ def _worker(task: tuple[str, str, float, bool]) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     what, name, minutes, odd = task
-    return measure_shares(name, minutes=minutes) if what == "shares" else measure(name, minutes=minutes, odd=odd)
+    if what == "run":
+        return measure(name, minutes=minutes, odd=odd)
+    return {"shares": measure_shares, "generate": measure_generation}[what](name, minutes=minutes)
 
 
-def run(what: str, names: list[str], to: Path, *, minutes: float, jobs: int, odd: bool) -> int:
-    """Appends one line per architecture that the file does not have yet; returns how many are wrong."""
-    key = "default" if what == "shares" else "verdict"
-    done = {(row["name"], row["odd"]) for row in _rows(to) if key in row} if to.exists() else set()
-    tasks = [(what, name, minutes, odd) for name in names or zoo.names() if (name, odd) not in done]
+_KEYS = {"run": "verdict", "shares": "default", "generate": "generates"}
+"""By action: what tells that a row has its results."""
+
+
+def run(what: str, names: list[str], to: Path, *, minutes: float, jobs: int, odd: bool, again: bool = False) -> int:
+    """Appends one line per architecture that the file does not have yet; returns how many are wrong.
+
+    Later lines of an architecture replace what earlier ones say. again: so those that the file has are done too.
+    """
+    done = {(row["name"], row["odd"]) for row in read(to) if _KEYS[what] in row} if to.exists() and not again else set()
+    chosen = names or [name for name in zoo.names() if what != "generate" or not name.startswith("masked:")]
+    tasks = [(what, name, minutes, odd) for name in chosen if (name, odd) not in done]
     wrong = 0
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=12) as pool, to.open("a") as out:
         for row in pool.imap_unordered(_worker, tasks):
             out.write(json.dumps(row) + "\n")
             out.flush()
-            wrong += row.get("verdict") in ("wrong", "crashed")
+            wrong += {row.get("verdict"), row.get("generates", {}).get("verdict")} & {"wrong", "crashed"} != set()
             print(_line(row), flush=True)
     return wrong
 
 
 def _line(row: dict[str, Any]) -> str:
     worst = {k: f"{max(row[k].values()):.0e}" for k in ("equal64", "equal32") if row.get(k)}
-    share = row.get("default", {})
-    line = f"{row['name']:30} {row.get('verdict', ''):9} {worst} {share.get('2', share.get('why', ''))}"
-    return f"{line} {row.get('why', '')}"[:240]
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write(source: Path, to: Path) -> None:
-    """The table, with its counts on top."""
-    merged: dict[Any, dict[str, Any]] = {}
-    for row in _rows(source):
-        merged.setdefault((row["odd"], row["name"]), {}).update(row)
-    rows = [{"verdict": "not tried", **merged[key]} for key in sorted(merged)]
-    plain = [row for row in rows if not row["odd"] and not row["name"].startswith("masked:")]
-    masked = [row for row in rows if not row["odd"] and row["name"].startswith("masked:")]
-    odd = [row for row in rows if row["odd"]]
-    text = [
-        "# Coverage",
-        "",
-        "Made by `python -m tests.coverage run` and `python -m tests.coverage write`. "
-        + (__doc__ or "").split("\n\n")[-1].replace("\n", " ").strip(),
-        "",
-    ]
-    for title, chosen in (("causal language models", plain), ("encoders", masked), ("odd sizes", odd)):
-        counts = Counter(row["verdict"] for row in chosen)
-        text.append(
-            f"- {title}: {len(chosen)}; " + ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
-        )
-    for tp in (2, 4):
-        shares = [row["default"][str(tp)] for row in plain if str(tp) in row.get("default", {})]
-        near = sum(share <= 1.15 / tp for share in shares)
-        text.append(
-            f"- share within 15% of 1/{tp} on the default configuration: {near} of {len(shares)} causal language models"
-        )
-    text += ["", "## Causal language models", "", *_table(plain), "", "## Encoders", "", *_table(masked)]
-    text += ["", "## Odd sizes: 6 heads over 3, FFN 100, vocabulary 127", "", *_table(odd), ""]
-    to.write_text("\n".join(text))
-
-
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| architecture | verdict | float64, worst of tp 2, 3, 4 | float32 | share tp=2 | share tp=4 "
-        "| all-reduces per layer | whole, and why |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        default = row.get("default", {})
-        cells = [
-            row["name"].removeprefix("masked:"),
-            row["verdict"],
-            f"{max(row['equal64'].values()):.0e}" if row.get("equal64") else "",
-            f"{max(row['equal32'].values()):.0e}" if row.get("equal32") else "",
-            f"{default['2']:.3f}" if "2" in default else "",
-            f"{default['4']:.3f}" if "4" in default else "",
-            ", ".join(map(str, default.get("all_reduces", []))),
-            "; ".join([row.get("why", ""), default.get("why", ""), *default.get("whole", []), *row.get("static", [])])
-            .strip("; ")
-            .replace("|", "/"),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    share, generates = row.get("default", {}), row.get("generates", {})
+    line = f"{row['name']:30} {row.get('verdict', generates.get('verdict', '')):9}"
+    line += f" {worst or generates.get('logprob_error', '')} {share.get('2', share.get('why', ''))}"
+    return f"{line} {row.get('why', generates.get('why', ''))}"[:240]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "shares", "write"))
+    parser.add_argument("action", choices=("run", "shares", "generate", "write"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--from", dest="source", type=Path, default=Path("coverage.jsonl"))
     parser.add_argument("--to", type=Path)
     parser.add_argument("--minutes", type=float, default=4.0, help="limit per architecture and step")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--odd", action="store_true", help="sizes that divide by little")
-    given = parser.parse_args()
+    parser.add_argument("--again", action="store_true", help="also those that have a row, which is then replaced")
+    given = parser.parse_intermixed_args()
     if given.action == "write":
-        write(given.source, given.to or Path("docs/coverage.md"))
+        write(given.source, given.to or Path("docs/coverage.md"), made_by=(__doc__ or "").split("\n\n")[-1])
         return 0
-    return min(
-        run(given.action, given.names, given.to or given.source, minutes=given.minutes, jobs=given.jobs, odd=given.odd),
-        1,
-    )
+    options = {"minutes": given.minutes, "jobs": given.jobs, "odd": given.odd, "again": given.again}
+    return min(run(given.action, given.names, given.to or given.source, **options), 1)
 
 
 if __name__ == "__main__":

@@ -263,6 +263,8 @@ def odd(name: str) -> tuple[PreTrainedModel, Tensor]:
         (3, "num_key_value_heads"),
     ):
         sizes.update(dict.fromkeys(group.split(), value))
+    if "kv_lora_rank" in fields:  # low-rank attention has as many kv heads as query heads
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     sizes.update(dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "moe_intermediate_size"), 100))
     return tiny(name, **{key: value for key, value in sizes.items() if key in fields})
 

@@ -15,7 +15,7 @@ from torch import fx
 
 from partitioner.program import Value
 
-__all__ = ["arguments", "evaluate", "node_values", "operation", "shape_at"]
+__all__ = ["arguments", "describe", "evaluate", "node_values", "operation", "shape_at"]
 
 Symbols = Mapping[sympy.Symbol, int]
 
@@ -24,6 +24,12 @@ def operation(node: fx.Node) -> Any:
     """What a call_function node calls, without the overload: the key of the rule tables."""
     target = node.target
     return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+
+
+def describe(node: fx.Node) -> str:
+    """The op and where it is, for reports: "softmax in model.layers.0.self_attn"."""
+    op = operation(node)
+    return f"{getattr(op, '__name__', op)} in {node.meta.get('path') or node.name}"
 
 
 @cache

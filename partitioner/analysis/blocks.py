@@ -9,7 +9,7 @@ bypassed: its outputs stand for its inputs of the same shape. What is learned is
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,10 @@ class Blocks:
     def same_nodes(self, node: str) -> list[str]:
         return self._node_members[self._node_place[node]] if node in self._node_place else [node]
 
+    def is_analysed(self, node: fx.Node) -> bool:
+        """Whether the node was looked at itself, not only one in the same place of an identical layer."""
+        return node not in self._bypassed
+
     @property
     def analysed(self) -> int:
         return sum(block.bypass is None for block in self.blocks)
@@ -91,8 +95,12 @@ def _prefix(node: fx.Node) -> str | None:
     return None
 
 
-def find_blocks(program: Program, *, compress: bool = True) -> Blocks:
-    """The blocks of a program; with `compress=False` every block is analysed by itself."""
+def find_blocks(program: Program, *, apart: Container[str] = (), compress: bool = True) -> Blocks:
+    """The blocks of a program; with `compress=False` every block is analysed by itself.
+
+    apart: weights that the plan treats unlike those in the same place of other layers, so that their layer is not of
+    the others' kind.
+    """
     order = [n for n in program.graph.nodes if n.op == "call_function"]
     place = {node: i for i, node in enumerate(order)}
     runs: dict[str, list[int]] = defaultdict(list)
@@ -112,7 +120,7 @@ def find_blocks(program: Program, *, compress: bool = True) -> Blocks:
     blocks = []
     for a, b in spans:
         nodes = order[a : b + 1]
-        signature, outside, weights = _signature(program, nodes)
+        signature, outside, weights = _signature(program, nodes, apart)
         if any(not uses[weight] <= set(nodes) for weight in weights):
             continue  # shared with another layer: what is learned here may not hold there
         block = Block(nodes, weights, kinds.setdefault(signature, len(kinds)))
@@ -125,7 +133,7 @@ def find_blocks(program: Program, *, compress: bool = True) -> Blocks:
     return Blocks(blocks, program)
 
 
-def _signature(program: Program, nodes: list[fx.Node]) -> tuple[Any, list[fx.Node], list[str]]:
+def _signature(program: Program, nodes: list[fx.Node], apart: Container[str]) -> tuple[Any, list[fx.Node], list[str]]:
     local = {node: i for i, node in enumerate(nodes)}
     outside: dict[fx.Node, int] = {}
     weights: dict[str, int] = {}
@@ -135,12 +143,14 @@ def _signature(program: Program, nodes: list[fx.Node]) -> tuple[Any, list[fx.Nod
             return ("in", local[node])
         if node.op == "get_attr":
             name = str(node.target)
-            return ("weight", weights.setdefault(name, len(weights)), program.weights[name].shape)
+            return ("weight", weights.setdefault(name, len(weights)), program.weights[name].shape, name in apart)
         return ("out", outside.setdefault(node, len(outside)), str(node.meta.get("val")))
 
     lines = []
     for node in nodes:
-        args = fx.node.map_arg((node.args, tuple(sorted(node.kwargs.items()))), refer)
+        # layers differ in the names of their states, if in nothing else
+        keywords = {key: value for key, value in node.kwargs.items() if key != "state"}
+        args = fx.node.map_arg((node.args, tuple(sorted(keywords.items()))), refer)
         lines.append((str(node.target), repr(args), str(node.meta.get("val"))))
     return tuple(lines), list(outside), list(weights)
 

@@ -10,18 +10,20 @@ linear.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import torch
 from torch import fx
 
-from partitioner.analysis.arguments import operation
-from partitioner.analysis.blocks import Blocks, find_blocks
+from partitioner.analysis.arguments import describe
+from partitioner.analysis.blocks import Blocks
 from partitioner.analysis.label_state import Collapse, Labels, Site
 from partitioner.analysis.labels import LabelRun
 from partitioner.analysis.notation import Notation
-from partitioner.analysis.owners import Atom, divide
-from partitioner.layout import IndexSet, Split
+from partitioner.analysis.owners import Atom, Owned, dealt_indices, divide
+from partitioner.layout import Split
 from partitioner.program import Program
 
 __all__ = ["Decisions", "decide"]
@@ -61,7 +63,7 @@ class _Solution:
 
 class _Search:
     def __init__(
-        self, program: Program, blocks: Blocks, axis: str, keep_whole: dict[str, str], together: dict[str, int]
+        self, program: Program, blocks: Blocks, axis: str, keep_whole: dict[str, str], together: Mapping[str, int]
     ) -> None:
         self.program, self.blocks, self.axis, self.keep_whole = program, blocks, axis, keep_whole
         self.together = {same: n for name, n in together.items() for same in blocks.same_nodes(name)}
@@ -91,11 +93,16 @@ class _Search:
             found = _divide_sites(self.program, labels, self.axis)
             self._note_sizes(labels)
             if isinstance(found, dict):
-                for name in [name for name, (dim, split) in found.items() if self._is_whole(name, dim, split)]:
+                everywhere = [name for name, (dim, split) in found.items() if self._is_whole(name, dim, split)]
+                for name in everywhere:
                     del found[name]
-                    pinned[name], collapse = _why_everywhere(labels, name)
+                for name in everywhere:
+                    why, collapse = _why_everywhere(labels, name)
                     if collapse is not None:
                         collapses[name] = collapse
+                    for same in self.blocks.same_weights(name):
+                        if same not in found:
+                            pinned.setdefault(same, why)
                 for name, why in labels.unsplit.items():
                     for same in self.blocks.same_weights(name):
                         if same not in found:
@@ -172,7 +179,7 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
     if offences:
         return _earliest(offences)
     cost = _Cost(program, labels)
-    owned: dict[int, int] = {}
+    owned = Owned(labels.lattice, labels.count)
     columns: dict[str, tuple[int, Split]] = {}
     sized = []
     for site in labels.sites:
@@ -182,20 +189,14 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
     for _, site, atoms, inverse in sorted(sized, key=lambda s: s[0]):
         places = _assign(site, atoms, inverse, owned, ranks, cost, program)
         for atom, rank in zip(atoms, places.atoms, strict=True):
-            for label in atom:
-                owned[label] = owned.get(label, 0) | 1 << rank
-                for member in cost.group(label):
-                    owned[member] = owned.get(member, 0) | 1 << rank
+            owned.give(atom, rank)
         if site.weight is not None:
-            sets = tuple(IndexSet.of(site.weight.indices[places.indices == rank].tolist()) for rank in range(ranks))
-            columns_of = (site.weight.dim, Split((axis,), sets))
+            columns_of = (site.weight.dim, Split((axis,), dealt_indices(site.weight.indices, places.indices, ranks)))
             if columns.setdefault(site.weight.name, columns_of) != columns_of:
                 return [_Offence(site.weight.name, "is contracted twice, in ways that cannot be split alike")]
     splits = dict(columns)
     for (name, dim), base in labels.bases.items():
-        size = program.weights[name].shape[dim]
-        masks = [owned.get(base + i, 0) for i in range(size)]
-        rows = Split((axis,), tuple(IndexSet.of(i for i, m in enumerate(masks) if m >> r & 1) for r in range(ranks)))
+        rows = Split((axis,), owned.sets(base, base + program.weights[name].shape[dim], ranks))
         if splits.setdefault(name, (dim, rows)) != (dim, rows):
             return [_Offence(name, "has two uses that cannot be split alike")]
     return splits
@@ -263,7 +264,7 @@ def _assign(
     site: Site,
     atoms: list[Atom],
     inverse: torch.Tensor,
-    owned: dict[int, int],
+    owned: Owned,
     ranks: int,
     cost: _Cost,
     program: Program,
@@ -276,11 +277,7 @@ def _assign(
         column = weight.bytes / max(weight.shape[site.weight.dim], 1)
     found: list[int | None] = []
     for atom in atoms:
-        common = (1 << ranks) - 1 if atom else 0
-        for label in atom:
-            common &= owned.get(label, 0)
-            if not common:
-                break
+        common = owned.common(atom, ranks)
         found.append((common & -common).bit_length() - 1 if common else None)
     new = [i for i, rank in enumerate(found) if rank is None]
     if len(new) >= ranks:
@@ -295,6 +292,8 @@ def _assign(
 
 def _distinct_in_order(ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
     """Distinct ids by first appearance, each free index (id 0) by itself, and the place of each index among them."""
+    if ids.numel() == torch.unique(ids).numel():
+        return ids.tolist(), torch.arange(ids.numel())
     seen: dict[int, int] = {}
     found: list[int] = []
     inverse = []
@@ -309,22 +308,20 @@ def _distinct_in_order(ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
 def _why_everywhere(labels: Labels, name: str) -> tuple[str, Collapse | None]:
     """Why every rank needs all of a weight although what is made of it is split."""
     for collapse in labels.collapses:
-        if name in collapse.weights:
-            return _collapsed(collapse), collapse
+        if name in collapse.weights and collapse.can_be_partial:
+            return collapse.why, collapse
+    for site in labels.sites:
+        if name in labels.weights_of(torch.unique(site.ids).tolist()):
+            where = site.weight.name if site.weight else describe(site.node)
+            return f"all of it is needed by every rank's part of {where}", None
     return "shared by the parts of every rank", None
-
-
-def _collapsed(collapse: Collapse) -> str:
-    at = collapse.node.meta.get("path") or collapse.node.name
-    name = getattr(operation(collapse.node), "__name__", str(operation(collapse.node)))
-    return f"has no rule ({name} in {at})" if collapse.opaque else f"{name} in {at} needs the whole row"
 
 
 def _offence(site: Site, labels: Labels, weight: str, names: frozenset[str], count: int, ranks: int) -> _Offence:
     where = site.node.meta.get("path") or site.node.name
     for collapse in labels.collapses:
         if names & collapse.weights:
-            return _Offence(weight, _collapsed(collapse), collapse, (site.node,))
+            return _Offence(weight, collapse.why, collapse, (site.node,))
     groups = "1 group" if count == 1 else f"{count} groups"
     return _Offence(
         weight, f"only {groups} of indices can be told apart at {where}, for {ranks} ranks", None, (site.node,)
@@ -335,18 +332,20 @@ def decide(
     program: Program,
     axis: str,
     *,
-    keep_whole: dict[str, str],
-    together: dict[str, int] | None = None,
+    blocks: Blocks,
+    keep_whole: Mapping[str, str],
+    misfits: Mapping[str, str] = MappingProxyType({}),
+    together: Mapping[str, int] = MappingProxyType({}),
     partial: frozenset[str] | None = None,
-    compress: bool = True,
 ) -> Decisions:
     """Splits of the program's weights over `axis`.
 
-    keep_whole: weights to leave whole, with the reason. together: what an earlier attempt could not lay out (see
-    `LabelRun`). partial: the reductions to do in parts; None: find out. compress: analyse identical layers once.
+    keep_whole: weights to leave whole, with the reason. misfits: those that an earlier attempt could not lay out;
+    they stay whole in all identical layers. together: nodes that it could not lay out (see `LabelRun`). partial: the
+    reductions to do in parts; None: find out.
     """
-    blocks = find_blocks(program, compress=compress)
-    found = _Search(program, blocks, axis, keep_whole, together or {}).best(partial)
+    whole = {same: why for name, why in misfits.items() for same in blocks.same_weights(name)} | dict(keep_whole)
+    found = _Search(program, blocks, axis, whole, together).best(partial)
     splits = dict(found.splits)
     for block in blocks.blocks:
         if block.model is not None:

@@ -21,6 +21,7 @@ from partitioner.analysis.arguments import arguments, evaluate, map_nodes, node_
 from partitioner.analysis.lattice import compact
 from partitioner.analysis.moves import run_move
 from partitioner.analysis.notation import Notation, Operand
+from partitioner.analysis.owners import index_set
 from partitioner.analysis.rules import notation
 from partitioner.layout import REPLICATED, IndexSet, Layout, Split
 from partitioner.program import Program, Value
@@ -298,29 +299,22 @@ def _product(marks: Tensor) -> list[IndexSet] | None:
         others = [d for d in range(marks.ndim) if d != dim]
         present = (small == _PRESENT).amax(others) if others else small == _PRESENT
         taken = (small != _FREE).amax(others) if others else small != _FREE
-        keep.append(_index_set(present | ~taken))
+        keep.append(index_set(present | ~taken))
     held = small
     for dim, indices in enumerate(keep):
         if indices.size != held.shape[dim] and small.shape[dim] == marks.shape[dim]:
             held = held.index_select(dim, torch.tensor(indices.indices(), dtype=torch.int64))
     absent_everywhere = not bool((small == _PRESENT).any())
-    if bool((held == _ABSENT).any()) and not absent_everywhere:
-        return None
     if absent_everywhere and bool((small == _ABSENT).any()):
-        keep = _nothing(small, marks, keep)
-    return keep
+        return _nothing(small, marks)
+    return None if bool((held == _ABSENT).any()) else keep
 
 
-def _nothing(small: Tensor, marks: Tensor, keep: list[IndexSet]) -> list[IndexSet]:
-    """A rank that holds nothing: empty along the dims that tell absent from free, whole along the others."""
-    varying = [d for d in range(marks.ndim) if small.shape[d] == marks.shape[d] and marks.shape[d] > 1]
-    dims = varying or [d for d in range(marks.ndim) if small.shape[d] == marks.shape[d]]
-    return [IndexSet(()) if d in dims[-1:] else k for d, k in enumerate(keep)]
+def _nothing(small: Tensor, marks: Tensor) -> list[IndexSet]:
+    """A rank that holds nothing: empty along the innermost dim that tells absent from free, whole along the others.
 
-
-def _index_set(flags: Tensor) -> IndexSet:
-    found = torch.nonzero(flags).flatten()
-    if found.numel() == 0:
-        return IndexSet(())
-    first, last = int(found[0]), int(found[-1])
-    return IndexSet.range(first, last + 1) if last - first + 1 == found.numel() else IndexSet.of(found.tolist())
+    `symbols are 1`: a dim of size 1 is taken only where no larger one was split, and never an expanded one.
+    """
+    own = [d for d in range(marks.ndim) if small.shape[d] == marks.shape[d]]
+    empty = max((d for d in own if marks.shape[d] > 1), default=own[-1])
+    return [IndexSet.range(0, 0 if d == empty else size) for d, size in enumerate(marks.shape)]

@@ -48,7 +48,8 @@ class Collapse:
 
     node: fx.Node
     can_be_partial: bool
-    opaque: bool
+    why: str
+    """For the report: what needs the row."""
     weights: frozenset[str]
     """Those whose labels became one."""
 

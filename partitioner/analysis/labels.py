@@ -11,13 +11,14 @@ Column then row is Megatron-LM's scheme (arXiv:1909.08053, section 3); finding i
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from dataclasses import replace
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx
 
-from partitioner.analysis.arguments import evaluate, map_nodes, node_values, shape_at
+from partitioner.analysis.arguments import describe, evaluate, map_nodes, node_values, shape_at
 from partitioner.analysis.label_state import Collapse, Labels, Site, WeightSlice, WeightState
 from partitioner.analysis.lattice import Ids, Lattice, compact
 from partitioner.analysis.moves import is_move, run_move
@@ -76,6 +77,10 @@ class LabelRun:
         if isinstance(state, Ids):
             dims = state.varying[-1:] if self.together[node.name] == 1 else state.varying
             merged = self.labels.lattice.union(state, dims)
+            if merged is not None and merged.distinct < self.ranks:
+                names = self.labels.weights_of(i for t in merged.terms for i in torch.unique(compact(t)).tolist())
+                why = f"{describe(node)}: a rank's part of it cannot be made from the rank's part of its input"
+                self.labels.collapses.append(Collapse(node, False, why, names))
             self.states[node] = merged and merged.each(lambda term: term.expand(state.shape))
 
     def _whole_weight(self, name: str) -> WeightState:
@@ -182,6 +187,11 @@ class LabelRun:
         if not labelled:
             found = self._start(node, rule, weights)
             return found if single else (found,) * len(values)
+        if node.name in self.partial and rule.in_parts and self._reduced_in_parts(node, rule, labelled):
+            kept = rule.in_parts & {letter for names in rule.outputs for letter in names}
+            if not kept:
+                return None if single else (None,) * len(values)
+            rule = replace(rule, whole=rule.whole - kept)
         for letter in sorted(rule.sums):
             if self._end(node, letter, labelled, weights):
                 return None if single else (None,) * len(values)
@@ -301,6 +311,17 @@ class LabelRun:
         self.labels.sites.append(Site(node, kind, letter, vector, slice_))
         return True
 
+    def _reduced_in_parts(self, node: fx.Node, rule: Notation, labelled: list[Operand]) -> bool:
+        """Whether a whole-row reduction, once written out, leaves one partial sum; records the site."""
+        (letter,) = rule.in_parts
+        vectors = [
+            self.labels.lattice.vector(self._ids(o), o.letters.index(letter)) for o in labelled if letter in o.letters
+        ]
+        if len(vectors) != 1 or vectors[0] is None:
+            return False
+        self.labels.sites.append(Site(node, "reduce", letter, vectors[0], None))
+        return True
+
     def _merged(self, rule: Notation, labelled: list[Operand], names: Letters, value: Value) -> Ids | None:
         shape = shape_at(value, self.ones)
         found = []
@@ -316,9 +337,17 @@ class LabelRun:
         if merged is None or merged.distinct >= self.ranks:
             return
         if max(self.states[o.node].distinct for o in labelled) >= self.ranks:
-            linear = bool(rule.sums) and not rule.whole and len(rule.operands) == 1
+            linear = bool(rule.in_parts) or (bool(rule.sums) and not rule.whole and len(rule.operands) == 1)
             names = self.labels.weights_of(i for term in merged.terms for i in torch.unique(compact(term)).tolist())
-            self.labels.collapses.append(Collapse(node, linear, rule.opaque, names))
+            self.labels.collapses.append(Collapse(node, linear, self._why_whole(node, rule), names))
+
+    def _why_whole(self, node: fx.Node, rule: Notation) -> str:
+        weights = [self.states[o.node].name for o in rule.operands if isinstance(self.states.get(o.node), WeightState)]
+        if rule.opaque:
+            return f"has no rule ({describe(node)})"
+        if rule.sums and self.pinned & set(weights):
+            return f"feeds {describe(node)}, whose weight is whole"
+        return f"{describe(node)} needs the whole row"
 
     def _output(self, source: fx.Node) -> None:
         ids = self.states.get(source)

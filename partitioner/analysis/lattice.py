@@ -107,7 +107,8 @@ class Lattice:
             return b
         known = self._unions.get((a, b))
         if known is None:
-            known = self._unions[a, b] = self._intern(self._absorbed(self.labels(a) | self.labels(b)))
+            both = frozenset((a - 1, b - 1)) if b <= _GROUP else self._absorbed(self.labels(a) | self.labels(b))
+            known = self._unions[a, b] = self._intern(both)
         return known
 
     def _absorbed(self, labels: frozenset[int]) -> frozenset[int]:
@@ -185,7 +186,8 @@ class Lattice:
     def _union_of(self, identities: frozenset[int]) -> int:
         known = self._reduced.get(identities)
         if known is None:
-            labels = frozenset().union(*map(self.labels, identities))
+            single = (i - 1 for i in identities if 0 < i < _COMPOSITE)
+            labels = frozenset(single).union(*(self.labels(i) for i in identities if i >= _COMPOSITE))
             known = self._reduced[identities] = self._as_group(self._intern(self._absorbed(labels)))
         return known
 
@@ -195,5 +197,6 @@ class Lattice:
             return identity
         if labels not in self._groups:
             self._groups[labels] = _GROUP + len(self._members)
-            self._members.append(frozenset().union(*map(self.members, labels)))
+            plain = labels if max(labels) < _GROUP else frozenset().union(*map(self.members, labels))
+            self._members.append(plain)
         return self._groups[labels] + 1

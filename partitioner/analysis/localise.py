@@ -19,8 +19,8 @@ from torch import Tensor, fx
 
 from partitioner.analysis.arguments import arguments, evaluate, map_nodes, node_values, operation, shape_at
 from partitioner.analysis.infer import Layouts
-from partitioner.analysis.moves import MOVES, run_move
-from partitioner.layout import Layout
+from partitioner.analysis.moves import IDENTITIES, MOVES, run_move
+from partitioner.layout import IndexSet, Layout
 from partitioner.program import Entry, Local, Program, Value
 from runtime.ops.local import reorder
 
@@ -29,7 +29,17 @@ aten = torch.ops.aten
 __all__ = ["Localised", "Scaled", "localise", "moves_alike"]
 
 _LARGEST_CHECK = 1 << 24
-_DIM_ONLY = {aten.permute, aten.transpose, aten.t, aten.mT, aten.unsqueeze, aten.squeeze, aten.movedim, aten.swapaxes}
+_DIM_ONLY = {
+    aten.permute,
+    aten.transpose,
+    aten.t,
+    aten.mT,
+    aten.numpy_T,
+    aten.unsqueeze,
+    aten.squeeze,
+    aten.movedim,
+    aten.swapaxes,
+}
 """Moves of whole dims: they have no sizes that could be wrong."""
 
 
@@ -95,24 +105,25 @@ def localise(program: Program, node: fx.Node, layouts: Layouts, outputs: tuple[L
             orders.append(tuple(place[a["order"][i]] for i in mine))
         order = program.local("order", Entry(tuple(a["order"]), split.axes, tuple(orders)))
         return Localised(reorder, (a["self"], _listed(order)), {"dim": dim})
-    if op is aten.slice and a.get("step", 1) == 1:
+    if op in (aten.slice, aten.slice_scatter, aten.narrow) and a.get("step", 1) == 1:
         whole = evaluate(node_values(a["self"])[0].shape[dim], _ones(program))
-        start, stop = _bounds(a["start"], a["end"], whole)
+        end = a["start"] + a["length"] if op is aten.narrow and isinstance(a["start"], int) else a.get("end")
+        start, stop = _bounds(a["start"], end, whole)
         if start is None or stop is None:
             return None
-        starts = tuple(sum(min(b, start) - x for x, b in o.intervals if x < start) for o in split.owned)
-        stops = tuple(sum(min(b, stop) - x for x, b in o.intervals if x < stop) for o in split.owned)
-        return Localised(
-            aten.slice.Tensor,
-            (
-                a["self"],
-                dim,
-                program.local("start", Entry(start, split.axes, starts)),
-                program.local("stop", Entry(stop, split.axes, stops)),
-            ),
-            {},
+        local = tuple(
+            program.local(hint, Entry(bound, split.axes, tuple(_before(bound, mine) for mine in split.owned)))
+            for hint, bound in (("start", start), ("stop", stop))
         )
+        if op is aten.slice_scatter:
+            return Localised(aten.slice_scatter.default, (a["self"], a["src"], dim, *local), {})
+        return Localised(aten.slice.Tensor, (a["self"], dim, *local), {})
     return None
+
+
+def _before(bound: int, owned: IndexSet) -> int:
+    """How many of the owned indices lie before `bound`: its place among them."""
+    return sum(min(b, bound) - a for a, b in owned.intervals if a < bound)
 
 
 def _listed(sizes: Any) -> Any:
@@ -173,7 +184,7 @@ def moves_alike(
     if node.target is operator.getitem:
         return True
     if any(_numel(n.meta["val"], program) > _LARGEST_CHECK for n in sources):
-        return operation(node) in _DIM_ONLY
+        return operation(node) in _DIM_ONLY or operation(node) in IDENTITIES
     symbols = {s: 2 + i for i, s in enumerate(program.symbols.values())}
     ones = _ones(program)
     wholes: dict[fx.Node, Tensor] = {}

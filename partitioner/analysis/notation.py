@@ -51,6 +51,8 @@ class Notation:
     denominators: frozenset[int] = frozenset()
     averages: bool = False
     """Divides by the number of summed elements: in parts only as a sum and a division."""
+    in_parts: frozenset[str] = frozenset()
+    """Whole letters that sums over them would do for, once the op is written out (a norm's): see `spelled_out`."""
     opaque: bool = False
 
 

@@ -7,9 +7,16 @@ has an atom which needs it, so that a kv head shared by more query heads than on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 
-__all__ = ["divide"]
+import torch
+from torch import Tensor
+
+from partitioner.analysis.lattice import Lattice
+from partitioner.layout import IndexSet
+
+__all__ = ["Owned", "dealt_indices", "divide", "index_set"]
 
 Atom = frozenset[int]
 
@@ -69,3 +76,58 @@ def _fill(
 
 def _missing(atom: Atom, held: set[int]) -> Iterable[int]:
     return (label for label in atom if label not in held)
+
+
+class Owned:
+    """The ranks that own each label, as bits; a group's owners own its members."""
+
+    def __init__(self, lattice: Lattice, count: int) -> None:
+        self._lattice = lattice
+        self._masks = [0] * count
+        self._groups: dict[int, int] = {}
+
+    def give(self, atom: Atom, rank: int) -> None:
+        for label in atom:
+            if label >= len(self._masks):
+                self._groups[label] = self._groups.get(label, 0) | 1 << rank
+            for member in (label,) if label < len(self._masks) else self._lattice.members(label):
+                self._masks[member] |= 1 << rank
+
+    def common(self, atom: Atom, ranks: int) -> int:
+        """The ranks that own all of an atom already."""
+        common = (1 << ranks) - 1 if atom else 0
+        for label in atom:
+            common &= self._masks[label] if label < len(self._masks) else self._groups.get(label, 0)
+            if not common:
+                break
+        return common
+
+    def sets(self, start: int, stop: int, ranks: int) -> tuple[IndexSet, ...]:
+        """Per rank the labels from `start` to `stop` that it owns, counted from `start`."""
+        intervals: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+        end = 0
+        for mask, run in itertools.groupby(self._masks[start:stop]):
+            begin, end = end, end + sum(1 for _ in run)
+            for rank, mine in enumerate(intervals):
+                if mask >> rank & 1:
+                    touches = bool(mine) and mine[-1][1] == begin
+                    mine.append((mine.pop()[0] if touches else begin, end))
+        return tuple(IndexSet(tuple(mine)) for mine in intervals)
+
+
+def dealt_indices(indices: Tensor, rank_of: Tensor, ranks: int) -> tuple[IndexSet, ...]:
+    """Per rank the indices that were dealt to it: `rank_of[i]` has `indices[i]`."""
+    flags = torch.zeros(ranks, int(indices.max()) + 1, dtype=torch.bool)
+    flags[rank_of, indices] = True
+    return tuple(map(index_set, flags))
+
+
+def index_set(flags: Tensor) -> IndexSet:
+    """The places where a vector is true."""
+    found = torch.nonzero(flags).flatten()
+    if not found.numel():
+        return IndexSet(())
+    gaps = torch.nonzero(found.diff() > 1).flatten()
+    starts = torch.cat([found[:1], found[gaps + 1]]).tolist()
+    stops = torch.cat([found[gaps], found[-1:]]).tolist()
+    return IndexSet(tuple((a, b + 1) for a, b in zip(starts, stops, strict=True)))

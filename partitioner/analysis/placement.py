@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from partitioner.analysis.arguments import evaluate, node_values
+from partitioner.analysis.arguments import describe, evaluate, node_values
 from partitioner.analysis.infer import Inference, Layouts
 from partitioner.analysis.localise import Localised
 from partitioner.analysis.moves import is_move
@@ -19,19 +19,28 @@ from partitioner.analysis.remember import Inferrer
 from partitioner.analysis.rules import notation
 from partitioner.layout import REPLICATED, Layout
 from partitioner.program import Program, Value
+from runtime.ops.state import cache_append, state_read, state_write
 
-__all__ = ["Placement", "Unplaceable", "place"]
+__all__ = ["Placement", "Unplaceable", "batched", "place", "state_layout"]
 
 _TYPICAL = 64
 """Stands for batch and sequence where sizes of activations are compared."""
 
 
 class Unplaceable(Exception):
-    """A node whose local version would not be the part of the whole that its layout says."""
+    """A node whose local version would not be the part of the whole that its layout says.
 
-    def __init__(self, node: fx.Node, why: str) -> None:
+    weights: the split weights that its operands are made of.
+    """
+
+    def __init__(self, node: fx.Node, why: str, weights: tuple[str, ...]) -> None:
         super().__init__(f"{node.name}: {why}")
-        self.node = node
+        self.node, self.why, self.weights = node, why, weights
+
+    @property
+    def reason(self) -> str:
+        """For the report."""
+        return f"{describe(self.node)}: {self.why}"
 
 
 @dataclass
@@ -45,17 +54,38 @@ class Placement:
     reduced: dict[fx.Node, frozenset[str]] = field(default_factory=dict)
     localised: dict[fx.Node, Localised] = field(default_factory=dict)
     weights: dict[str, Layout] = field(default_factory=dict)
+    states: dict[str, Layout] = field(default_factory=dict)
 
 
 def place(program: Program, weights: dict[str, Layout]) -> Placement:
-    """Raises `Unplaceable` where the analysis has to keep more together."""
-    run = _Placing(program, Placement(weights=dict(weights)))
+    """Raises `Unplaceable` where the analysis has to keep more together.
+
+    A state is held as what is written to it comes out, which depends on how it is read: whole at first, then as it was
+    written, until both agree.
+    """
+    states = {name: state.layout for name, state in program.states.items()}
     nodes = list(program.graph.nodes)
-    run.place_weights(nodes)
-    for node in nodes:
-        run.place(node)
+    for last in (False, False, False, True):
+        run = _Placing(program, Placement(weights=dict(weights), states=dict(states)))
+        run.place_weights(nodes)
+        for node in nodes:
+            run.place(node)
+        if run.written == states or last:
+            break
+        states = run.written
     run.push_to_weights(nodes)
     return run.done
+
+
+def batched(state: Layout) -> Layout:
+    """How a state per sequence is held, with the batch as its first dim."""
+    return Layout((None, *state.dims))
+
+
+def state_layout(value: Layout, *, per_token: bool) -> Layout:
+    """How a state is held whose values, with batch and tokens, are laid out so."""
+    dims = value.dims[1:]
+    return Layout((*dims[:-2], dims[-1]) if per_token else dims)
 
 
 class _Placing:
@@ -65,6 +95,8 @@ class _Placing:
         self.carried_to: dict[fx.Node, fx.Node] = {}
         self.typical = dict.fromkeys(program.symbols.values(), _TYPICAL)
         self.of_weights: set[fx.Node] = set()
+        self.written = dict(done.states)
+        """How each state is laid out where it is written."""
 
     def place_weights(self, nodes: list[fx.Node]) -> None:
         """Weights and what moves make of them, first: their layouts tell which contractions leave partial sums."""
@@ -90,7 +122,8 @@ class _Placing:
         elif node.op == "call_function" and node_values(node):
             found = self.inferrer.infer(node, layouts)
             if found.problem:
-                raise Unplaceable(node, found.problem)
+                raise self._unplaceable(node, found.problem)
+            found = self._through_state(node, found)
             for source, want in found.requires:
                 self._check_gathers(source, want)
             self.done.requires[node] = found.requires
@@ -102,12 +135,42 @@ class _Placing:
                 outputs = tuple(Layout(o.dims) for o in outputs)
             layouts[node] = outputs[0] if isinstance(node.meta["val"], Value) else outputs
 
+    def _through_state(self, node: fx.Node, found: Inference) -> Inference:
+        """A state is read and written as the ranks hold it."""
+        if node.target is state_read:
+            layout = batched(self.done.states[str(node.kwargs["state"])])
+            return Inference((layout,), found.requires)
+        if node.target in (state_write, cache_append):
+            name = str(node.kwargs["state"])
+            (value, natural), *others = found.requires
+            natural = Layout(natural.dims)
+            per_token = node.target is cache_append
+            self.written[name] = state_layout(natural, per_token=per_token)
+            wanted = natural if per_token else batched(self.done.states[name])
+            if per_token:
+                self.done.states[name] = self.written[name]
+            return Inference((wanted,), ((value, wanted), *others))
+        return found
+
+    def _unplaceable(self, node: fx.Node, why: str) -> Unplaceable:
+        """Goes back from the node along what is split, to the weights that started it."""
+        seen, stack = {node}, [node]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                layout = self.done.layouts.get(source)
+                several = layout if isinstance(layout, tuple) else (layout,)
+                if source not in seen and any(x is not None and x.split_dims for x in several):
+                    seen.add(source)
+                    stack.append(source)
+        weights = {str(n.target) for n in seen if n.op == "get_attr"} & self.done.weights.keys()
+        return Unplaceable(node, why, tuple(sorted(weights)))
+
     def _check_gathers(self, source: fx.Node, want: Layout) -> None:
         """A gather puts one dim together; pieces that differ in two dims would need more than that."""
         have = self.done.layouts[source]
         for old, new in zip(have.dims, want.dims, strict=True):
             if old is not None and new is None and sum(s is not None and s.axes == old.axes for s in have.dims) > 1:
-                raise Unplaceable(source, "is split in two dims and needed whole")
+                raise self._unplaceable(source, "split in two dims and needed whole")
 
     def _localise(self, node: fx.Node, found: Inference) -> None:
         given = dict(found.requires)
@@ -115,7 +178,7 @@ class _Placing:
             return
         alike, done = self.inferrer.localise(node, given, found.outputs)
         if not alike:
-            raise Unplaceable(node, "the local move would not give the part of the whole that it should")
+            raise self._unplaceable(node, "a rank's part of it cannot be made from the rank's part of its input")
         if done is not None:
             self.done.localised[node] = done
 

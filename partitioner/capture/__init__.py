@@ -1,5 +1,6 @@
 """Capture: a Hugging Face model becomes one graph."""
 
 from partitioner.capture.model import capture
+from partitioner.capture.step import capture_step
 
-__all__ = ["capture"]
+__all__ = ["capture", "capture_step"]

@@ -7,7 +7,7 @@ views that change nothing. `view` becomes `reshape`, because the copies that mad
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -71,16 +71,29 @@ _RENAMED: dict[Any, Callable[..., Any]] = {
 
 
 class Builder:
-    """Turns one export into a graph; `rename` gives the canonical name of a parameter or buffer."""
+    """Turns one export into a graph; `rename` gives the canonical name of a parameter or buffer.
 
-    def __init__(self, exported: ExportedProgram, inputs: tuple[str, ...], rename: Callable[[str], str]) -> None:
+    dims: by input, the names of its dims. `further`: what the export returns beside its result, as nodes of the graph.
+    """
+
+    def __init__(
+        self,
+        exported: ExportedProgram,
+        inputs: tuple[str, ...],
+        rename: Callable[[str], str],
+        dims: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
         self.exported = exported
+        self.dims = dims or {}
+        self.further: tuple[fx.Node, ...] = ()
         self.rename = rename
         self.graph = fx.Graph()
         self.weights: dict[str, fx.Node] = {}
         self.constants: dict[str, torch.Tensor] = {}
         self.ranges: dict[str, tuple[int, int | None]] = {}
         """By name of a symbol: its smallest and largest size, where not all are right; set by `limits`."""
+        self.guards: list[sympy.Basic] = []
+        """The comparisons of sizes on which the trace depends; set by `limits`."""
         self.symbols: dict[str, sympy.Symbol] = {}
         self._symbol_of: dict[sympy.Symbol, sympy.Expr] = {}
         self._sizes: dict[sympy.Symbol, torch.SymInt] = {}
@@ -94,22 +107,25 @@ class Builder:
         users = [node for node in self.exported.graph.nodes if node.op == "placeholder"]
         users = [node for node in users if specs[node.name].kind is InputKind.USER_INPUT]
         for node in users:  # inputs come first in the graph, in their order
-            self._name_symbols(node.meta["val"])
-            env[node] = self._put(node, self.graph.placeholder(next(self._inputs)))
+            name = next(self._inputs)
+            self._name_symbols(node.meta["val"], self.dims.get(name, ("batch", "sequence")))
+            env[node] = self._put(node, self.graph.placeholder(name))
         for node in self.exported.graph.nodes:
             if node.op == "placeholder" and node not in env and node.users:
                 env[node] = self._weight(node, specs[node.name])
         result = self._walk(self.exported.graph, self.exported.graph_module, env)
         out = self.graph.output(result[0])
         out.meta["val"] = result[0].meta["val"]
-        self.graph.eliminate_dead_code()
+        self.further = tuple(result[1:])
+        if not self.further:
+            self.graph.eliminate_dead_code()
         self.graph.lint()
         return self.graph
 
-    def _name_symbols(self, tensor: Any) -> None:
-        for name, size in zip(("batch", "sequence"), tensor.shape, strict=True):
+    def _name_symbols(self, tensor: Any, dims: tuple[str, ...]) -> None:
+        for name, size in zip(dims, tensor.shape, strict=True):
             if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                # all inputs have the same two sizes, whether or not the trace could prove it
+                # dims of one name have one size, whether or not the trace could prove it
                 symbol = self.symbols.setdefault(name, sympy.Symbol(name, integer=True, positive=True))
                 self._symbol_of[size.node.expr] = symbol
                 self._sizes[size.node.expr] = size
@@ -119,7 +135,7 @@ class Builder:
         if not self._symbol_of:
             return []
         environment = next(iter(self._sizes.values())).node.shape_env
-        guards = [expr.xreplace(self._symbol_of) for expr in decisions(environment.guards)]
+        guards = self.guards = [expr.xreplace(self._symbol_of) for expr in decisions(environment.guards)]
         hints = {self._symbol_of[symbol]: size.node.hint for symbol, size in self._sizes.items()}
         found = []
         for name, symbol in self.symbols.items():

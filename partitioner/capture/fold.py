@@ -17,7 +17,7 @@ from partitioner.capture.seams import ATTENTION, MASK
 from runtime.ops.attention import attention
 from runtime.ops.mask import attention_mask
 
-__all__ = ["fold_masks"]
+__all__ = ["fold_masks", "keywords", "kind_of", "rewrite_attention"]
 
 aten = torch.ops.aten
 _CASTS = {aten.to.dtype, aten._to_copy.default, aten.expand.default}
@@ -27,22 +27,23 @@ def fold_masks(graph: fx.Graph, kinds: list[MaskKind | None]) -> None:
     reference = next(iter(graph.nodes))
     for node in list(graph.nodes):
         if node.target is ATTENTION:
-            _rewrite_attention(graph, node, kinds)
+            rewrite_attention(graph, node, kinds)
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
         if node.target is MASK:
             _, q_length, kv_length, padding, index, dtype = node.args
-            kwargs: dict[str, Any] = {"dtype": dtype, **_keywords(kinds[index])}
+            kwargs: dict[str, Any] = {"dtype": dtype, **keywords(kinds[index])}
             node.target, node.args, node.kwargs = attention_mask, (reference, q_length, kv_length, padding), kwargs
     graph.eliminate_dead_code()
 
 
-def _rewrite_attention(graph: fx.Graph, node: fx.Node, kinds: list[MaskKind | None]) -> None:
+def rewrite_attention(graph: fx.Graph, node: fx.Node, kinds: list[MaskKind | None], *, fold: bool = True) -> None:
+    """To the runtime op; `fold`: a mask of a known kind becomes keywords."""
     q, k, v, mask, bias, sinks, scale, causal, softcap = node.args
     kwargs: dict[str, Any] = {"scale": scale}
-    kind = _kind_of(mask, kinds)
+    kind = kind_of(mask, kinds) if fold else None
     if kind is not None:
-        kwargs |= _keywords(kind)
+        kwargs |= keywords(kind)
         mask = bias
     elif bias is not None and mask is not None:
         with graph.inserting_before(node):
@@ -59,13 +60,13 @@ def _rewrite_attention(graph: fx.Graph, node: fx.Node, kinds: list[MaskKind | No
     node.args = (q, k, v) if mask is None and sinks is None else (q, k, v, mask, sinks)
 
 
-def _keywords(kind: MaskKind | None) -> dict[str, Any]:
+def keywords(kind: MaskKind | None) -> dict[str, Any]:
     assert kind is not None
     found = {"causal": kind.causal or None, "window": kind.window, "chunk": kind.chunk}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _kind_of(mask: Any, kinds: list[MaskKind | None]) -> MaskKind | None:
+def kind_of(mask: Any, kinds: list[MaskKind | None]) -> MaskKind | None:
     while isinstance(mask, fx.Node) and mask.target in _CASTS:
         mask = mask.args[0]
     if isinstance(mask, fx.Node) and mask.target is MASK and mask.args[3] is None:

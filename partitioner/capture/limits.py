@@ -19,7 +19,9 @@ from typing import Any
 import sympy
 import torch
 
-__all__ = ["decisions", "interval"]
+from partitioner.errors import CaptureError
+
+__all__ = ["check_together", "decisions", "interval"]
 
 _TORCH = Path(torch.__file__).parent
 _LIKE_A_MODEL = (_TORCH / "nn", _TORCH / "functional.py")
@@ -66,6 +68,20 @@ def interval(
     low = _last_good(good, hint, [n for n in reversed(_POINTS) if n < hint], step=-1)
     high = _last_good(good, hint, [n for n in _POINTS if n > hint], step=1)
     return (1 if low == 2 else low), (None if high == _POINTS[-1] else high)
+
+
+def check_together(guards: Iterable[sympy.Basic], symbols: dict[str, sympy.Symbol], *, name: str) -> None:
+    """Raises where a decision depends on how many slots there are to how many tokens, if there is one to spare."""
+    if not {"slots", "sequence"} <= symbols.keys():
+        return
+    slots, sequence = symbols["slots"], symbols["sequence"]
+    both = [guard for guard in dict.fromkeys(guards) if {slots, sequence} <= guard.free_symbols]
+    for guard in both:
+        for size in _POINTS:
+            for spare in (1, 2, size, 1000):
+                at = guard.xreplace({slots: sympy.Integer(size + spare), sequence: sympy.Integer(size)})
+                if at.free_symbols <= {symbols.get("batch")} and at == sympy.false:
+                    raise CaptureError(f"{name} decides by how many tokens came before: {guard}")
 
 
 def _holds(guard: sympy.Basic, symbol: sympy.Symbol, size: int) -> bool:

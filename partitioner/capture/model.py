@@ -9,6 +9,7 @@ weights    canonical names, computed values                   weights.py
 
 from __future__ import annotations
 
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
@@ -24,7 +25,7 @@ from partitioner.errors import CaptureError
 from partitioner.mesh import Mesh
 from partitioner.program import Input, Program, Weight
 
-__all__ = ["capture"]
+__all__ = ["capture", "describe_weights", "ends_of", "limits_of"]
 
 
 def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None, length: int | None = None) -> Program:
@@ -49,17 +50,7 @@ def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None
     graph = builder.build()
     fold_masks(graph, kinds)
 
-    used = {node.target for node in graph.nodes if node.op == "get_attr"}
-    names = [name for name in builder.weights if name in used]
-    values = known.data([name for name in names if name not in builder.constants])
-    weights: dict[str, Weight] = {}
-    for name in names:
-        if name in builder.constants:
-            values[name] = check_constant(name, builder.constants[name])
-            weights[name] = Weight(name, tuple(values[name].shape), values[name].dtype, "constant")
-        else:
-            tensor = values[name]
-            weights[name] = Weight(name, tuple(tensor.shape), tensor.dtype, known.source(name), known.aliases[name])
+    weights, values = describe_weights(graph, builder, known)
     placeholders = {node.target: node for node in graph.nodes if node.op == "placeholder"}
     inputs = tuple(Input(name, placeholders[name].meta["val"], example.defaults[name]) for name in example.tensors)
     notes += [*builder.limits(), *([] if length is None else [f"static length {length}"])]
@@ -71,20 +62,38 @@ def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None
         symbols=builder.symbols,
         mesh=mesh,
         name=type(model).__name__,
-        limits=_limits(builder.ranges, longest),
-        eos_token_id=_ends(model),
+        limits=limits_of(builder.ranges, longest),
+        eos_token_id=ends_of(model),
         notes=notes,
     )
 
 
-def _ends(model: PreTrainedModel) -> tuple[int, ...]:
+def describe_weights(
+    graph: fx.Graph, builder: Builder, known: ModelWeights
+) -> tuple[dict[str, Weight], dict[str, Tensor]]:
+    """The weights that `graph` reads, and their data."""
+    used = {node.target for node in graph.nodes if node.op == "get_attr"}
+    names = [name for name in builder.weights if name in used]
+    values = known.data([name for name in names if name not in builder.constants])
+    weights: dict[str, Weight] = {}
+    for name in names:
+        if name in builder.constants:
+            values[name] = check_constant(name, builder.constants[name])
+            weights[name] = Weight(name, tuple(values[name].shape), values[name].dtype, "constant")
+        else:
+            tensor = values[name]
+            weights[name] = Weight(name, tuple(tensor.shape), tensor.dtype, known.source(name), known.aliases[name])
+    return weights, values
+
+
+def ends_of(model: PreTrainedModel) -> tuple[int, ...]:
     """The ids after which text of this model ends."""
     config = model.generation_config if model.can_generate() else None
     found = None if config is None else config.eos_token_id
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
 
 
-def _limits(ranges: dict[str, tuple[int, int | None]], longest: int | None) -> dict[str, tuple[int, int | None]]:
+def limits_of(ranges: dict[str, tuple[int, int | None]], longest: int | None) -> dict[str, tuple[int, int | None]]:
     """The sizes that inputs may have: those that the trace holds for, within the length that RoPE is fixed for."""
     if longest is None:
         return dict(ranges)

@@ -39,12 +39,14 @@ class Probe:
     """The indices of each lookup in a table of weights."""
     counted: bool = True
     """Whether all that met a weight, one number per token, were the tokens themselves or 0, 1, 2 and so on."""
+    offset: int = 0
+    """How many tokens came before the first one of this run."""
     failure: Exception | None = None
     """Why the forward stopped early, if it did: a decision on a value that only real weights have."""
 
     def __call__(self, **call: Any) -> Tensor | None:
         """The mask seam; see `seams.installed`."""
-        plain = call.get("q_offset", 0) == 0 and call.get("kv_offset", 0) == 0
+        plain = call.get("q_offset", 0) == self.offset and call.get("kv_offset", 0) == 0
         self.kinds.append(recognize(call["mask_function"], batch=call["batch_size"]) if plain else None)
         return torch.zeros(call["batch_size"], 1, call["q_length"], call["kv_length"], dtype=call["dtype"])
 
@@ -101,10 +103,15 @@ def _replaced(twin: PreTrainedModel, buffers: Mapping[str, Tensor]) -> Iterator[
 
 
 def probe(
-    twin: PreTrainedModel, inputs: Mapping[str, Tensor], fake: FakeTensorMode, indices: Mapping[str, Tensor]
+    twin: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    fake: FakeTensorMode,
+    indices: Mapping[str, Tensor],
+    *,
+    offset: int = 0,
 ) -> Probe:
     """Run `twin` on `inputs`; `indices` are the real values of its integer buffers, by name."""
-    found = Probe()
+    found = Probe(offset=offset)
     with installed(found), torch.no_grad(), _replaced(twin, indices), _Mixed(fake, found, inputs["input_ids"]):
         try:
             twin(**inputs)

@@ -22,7 +22,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from partitioner.errors import CaptureError
 
-__all__ = ["ATTENTION", "COMBINE", "DISPATCH", "GROUPED_LINEAR", "MASK", "Masks", "installed"]
+__all__ = ["APPEND", "ATTENTION", "COMBINE", "DISPATCH", "GROUPED_LINEAR", "MASK", "READ", "Masks", "installed"]
 
 _NAMESPACE = "partitioner_capture"
 _SCHEMAS = {
@@ -32,6 +32,8 @@ _SCHEMAS = {
     "dispatch": "(Tensor hidden, Tensor index, int num_experts) -> (Tensor, Tensor, Tensor)",
     "grouped_linear": "(Tensor rows, Tensor weight, Tensor counts, Tensor? bias, bool transposed) -> Tensor",
     "combine": "(Tensor rows, Tensor order, Tensor gates) -> Tensor",
+    "append": "(Tensor x, Tensor slots, int state) -> Tensor",
+    "read": "(Tensor batch, int[] shape, ScalarType dtype, int state) -> Tensor",
 }
 _library: Any = torch.library.Library(_NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 for _name, _schema in _SCHEMAS.items():
@@ -61,6 +63,14 @@ def _combine_shape(rows: Tensor, order: Tensor, gates: Tensor) -> Tensor:
     return rows.new_empty(gates.shape[0], rows.shape[1])
 
 
+def _append_shape(x: Tensor, slots: Tensor, state: int) -> Tensor:
+    return x.new_empty(*x.shape[:-2], slots.shape[0], x.shape[-1])
+
+
+def _read_shape(batch: Tensor, shape: list[int], dtype: torch.dtype, state: int) -> Tensor:
+    return batch.new_empty(batch.shape[0], *shape, dtype=dtype)
+
+
 _register: Any = torch.library.register_fake
 _SHAPES = {
     "attention": _attention_shape,
@@ -68,6 +78,8 @@ _SHAPES = {
     "dispatch": _dispatch_shape,
     "grouped_linear": _grouped_linear_shape,
     "combine": _combine_shape,
+    "append": _append_shape,
+    "read": _read_shape,
 }
 for _name, _shape in _SHAPES.items():
     _register(f"{_NAMESPACE}::{_name}", _shape)
@@ -78,6 +90,10 @@ MASK = _ops.mask.default
 DISPATCH = _ops.dispatch.default
 GROUPED_LINEAR = _ops.grouped_linear.default
 COMBINE = _ops.combine.default
+APPEND = _ops.append.default
+"""x [.., S, D] is added to what a cache holds of earlier tokens: [.., T, D], one row per slot."""
+READ = _ops.read.default
+"""What a layer remembers of all tokens before, [B, *shape]."""
 
 
 class Masks(Protocol):

@@ -23,7 +23,7 @@ from partitioner.capture.masks import MaskKind
 from partitioner.capture.seams import MASK, installed
 from partitioner.errors import CaptureError
 
-__all__ = ["WRAPPER", "export"]
+__all__ = ["WRAPPER", "export", "export_step", "result_of"]
 
 WRAPPER = "model"
 """The attribute under which the traced module holds the model: the first part of every name in the export."""
@@ -38,15 +38,19 @@ class _Traced(nn.Module):
         self.names = names
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        output = self.model(**dict(zip(self.names, tensors, strict=True)))
-        for name in ("logits", "last_hidden_state"):
-            value = output.get(name)
-            if isinstance(value, Tensor):
-                return value
-        raise CaptureError(
-            f"cannot capture {type(self.model).__name__}: its output has neither logits nor last_hidden_state; "
-            f"it has {', '.join(output.keys())}"
-        )
+        return result_of(self.model, self.model(**dict(zip(self.names, tensors, strict=True))))
+
+
+def result_of(model: PreTrainedModel, output: Any) -> Tensor:
+    """The logits of a model's output, or the last hidden state where it has no head."""
+    for name in ("logits", "last_hidden_state"):
+        value = output.get(name)
+        if isinstance(value, Tensor):
+            return value
+    raise CaptureError(
+        f"cannot capture {type(model).__name__}: its output has neither logits nor last_hidden_state; "
+        f"it has {', '.join(output.keys())}"
+    )
 
 
 class _Masks:
@@ -94,12 +98,45 @@ def export(
 
 def _exported(twin: PreTrainedModel, example: Mapping[str, Tensor], masks: _Masks, *, static: bool) -> ExportedProgram:
     dims = {0: Dim.DYNAMIC} if static else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    return run_export(_Traced(twin, tuple(example)), example, masks, dict.fromkeys(example, dims))
+
+
+def export_step(
+    stepping: nn.Module,
+    twin: PreTrainedModel,
+    example: Mapping[str, Tensor],
+    kinds: list[MaskKind | None],
+    dims: Mapping[str, Mapping[int, Any]],
+) -> ExportedProgram:
+    """`stepping` holds the twin as `model`, takes the examples in order, and returns a tuple; `dims`: the symbolic."""
+    masks = _Masks(kinds)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            exported = run_export(stepping, example, masks, dims)
+    except CaptureError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:500]
+        raise CaptureError(
+            f"{type(twin).__name__}{_where(twin, error)} cannot be traced with a cache: torch.export failed with "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    if masks.asked != len(kinds):
+        raise CaptureError(
+            f"{type(twin).__name__} asked for {len(kinds)} masks in a plain run, {masks.asked} in the trace"
+        )
+    return exported
+
+
+def run_export(
+    traced: nn.Module, example: Mapping[str, Tensor], masks: _Masks, dims: Mapping[str, Mapping[int, Any]]
+) -> ExportedProgram:
     with installed(masks), torch.no_grad():
         return torch.export.export(
-            _Traced(twin, tuple(example)),
+            traced,
             # a failed export leaves marks on its inputs
             tuple(tensor.clone() for tensor in example.values()),
-            dynamic_shapes=(tuple(dict(dims) for _ in example),),
+            dynamic_shapes=(tuple(dict(dims[name]) for name in example),),
             strict=False,
         )
 

@@ -75,6 +75,13 @@ def attention(
     if explicit:
         return _written_out(q, k, v, mask, sinks, scale, softcap)
     grouped = k.shape[1] != heads
+    if grouped and q_length == 1 and (not causal or kv_length == 1) and heads % k.shape[1] == 0:
+        # one query per head: those of a kv head are rows of one matrix, and no kernel copies keys or values for them
+        per_group = (batch, k.shape[1], heads // k.shape[1], q.shape[-1])
+        if mask is not None and mask.dim() > 2 and mask.shape[-3] == heads:
+            mask = mask.reshape(*mask.shape[:-3], *per_group[1:3], mask.shape[-1])
+        out = functional.scaled_dot_product_attention(q.reshape(per_group), k, v, attn_mask=mask, scale=scale)
+        return out.reshape(batch, heads, 1, v.shape[-1])
     if grouped and mask is not None and q.device.type == "cuda":
         # with a mask, grouped heads would fall back to the slow kernel
         k, v, grouped = _per_query_head(k, heads), _per_query_head(v, heads), False

@@ -48,6 +48,6 @@ def cached_attention(
 
 
 def last_token(x: Tensor, last: Tensor) -> Tensor:
-    """x [B, S, H], last [B] -> [B, 1, H]: of each sequence the row of its last token."""
+    """X [B, S, H], last [B] -> [B, 1, H]: of each sequence the row of its last token."""
     index: Any = last.reshape(-1, 1, 1).expand(-1, 1, x.shape[-1])
     return x.gather(1, index)

@@ -8,6 +8,7 @@ import pytest
 
 from partitioner.errors import PlanError
 from partitioner.report import Report, WeightRow
+from tests.layers import Gated, layered, partitioned
 from tests.partitioned import EXACT, compiled, error
 
 
@@ -159,6 +160,22 @@ def test_keep_whole() -> None:
     assert all("by the plan" in r.reason for r in parts.report.whole)
     assert per_layer(parts.report) == {1}
     assert error("llama", parts, 5) < EXACT
+
+
+@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize("layer", [0, 2, 3])
+@pytest.mark.parametrize("weight", ["gate", "up", "out"])
+def test_keep_whole_of_one_layer_leaves_the_others_split(weight: str, layer: int, tp: int) -> None:
+    name = f"layers.{layer}.{weight}"
+    parts, error = partitioned(layered(Gated, count=4), tp, keep_whole=(name,))
+    assert error < EXACT
+    reasons = {row.names: row.reason for row in parts.report.whole}
+    whole = ("gate", "up", "out") if weight == "out" else (weight,)  # a whole gate meets a split one in part
+    assert set(reasons) == {(f"layers.{layer}.{each}.weight",) for each in whole}
+    assert reasons[f"{name}.weight",] == f"kept whole by the plan ({name})"
+    assert all(f"layers.{layer}." in reason for reason in reasons.values())
+    split = {row.pattern: len(row.names) for row in parts.report.rows if row.split}
+    assert {split[f"layers.*.{each}.weight"] for each in whole} == {3}
 
 
 def test_keep_whole_that_matches_nothing() -> None:

@@ -118,6 +118,19 @@ def disagreements(groups: ProcessGroups) -> None:
         assert bound(groups, all_reduce)(torch.ones(1)).item() == groups.mesh.world_size, "all are together again"
 
 
+def compiled(groups: ProcessGroups) -> None:
+    """torch.compile leaves the operations as they are, without a word."""
+    groups.begin_run(new_shapes=False)
+    reduce, gather = bound(groups, all_reduce, overwrite=True), bound(groups, all_gather, dim=-1)
+
+    def layer(x: Tensor) -> Tensor:
+        return gather(reduce(x * 2).relu()) + 1
+
+    x = piece(groups.rank, 2, 3)
+    for _ in range(3):
+        assert torch.equal(torch.compile(layer, backend="eager", dynamic=False)(x), layer(x))
+
+
 def nothing_is_left(groups: ProcessGroups) -> None:
     """Not even while it is in use: a crash has nothing to leave behind."""
     assert not [path for path in Path("/dev/shm").iterdir() if "partitioner" in path.name]
@@ -184,7 +197,7 @@ def without_a_compiler() -> None:
     groups.close()
     with pytest.raises(CommunicationError, match=r"along 'tp' cannot talk through shared memory: .*no C\+\+ compiler"):
         ProcessGroups.connect(Mesh.of(tp=2), shared_memory="on")
-    dist.destroy_process_group()
+    assert not dist.is_initialized()
 
 
 def several_hosts() -> None:
@@ -200,7 +213,7 @@ def several_hosts() -> None:
     groups.close()
 
 
-ALIVE = [results, in_a_row, disagreements, nothing_is_left]
+ALIVE = [results, in_a_row, disagreements, compiled, nothing_is_left]
 ALONE = {function.__name__: function for function in (several_axes, without_a_compiler, several_hosts)}
 
 if __name__ == "__main__":

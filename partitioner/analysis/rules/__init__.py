@@ -9,13 +9,13 @@ from torch import fx
 
 from partitioner.analysis.arguments import arguments, operation
 from partitioner.analysis.notation import Notation, Rules, opaque
-from partitioner.analysis.rules import along_dims, contractions, elementwise, indexed, runtime_ops
+from partitioner.analysis.rules import along_dims, contractions, elementwise, indexed, runtime_ops, states
 from partitioner.analysis.rules.elementwise import pointwise
 
 __all__ = ["RULES", "notation"]
 
 RULES = Rules()
-for part in (elementwise, along_dims, contractions, indexed, runtime_ops):
+for part in (elementwise, along_dims, contractions, indexed, runtime_ops, states):
     RULES.update(part.RULES)
 
 

@@ -11,6 +11,7 @@ from torch import fx
 from partitioner.analysis.arguments import node_values, operation
 from partitioner.analysis.notation import Letters, Notation, Operand, Rules, is_tensor, letters, value_of
 from partitioner.analysis.rules.elementwise import pointwise
+from partitioner.analysis.spelled_out import can_spell_out
 
 aten = torch.ops.aten
 RULES = Rules()
@@ -55,6 +56,7 @@ def reduction(node: fx.Node, a: dict[str, Any], *, linear: bool) -> Notation | N
         None if i in reduced else name for i, name in enumerate(names) if a.get("keepdim") or i not in reduced
     )
     over = frozenset(names[i] for i in reduced)
+    in_parts = over if len(over) == 1 and can_spell_out(node) else frozenset[str]()
     return Notation(
         (Operand(source, names),),
         (kept,) * len(node_values(node)),
@@ -62,6 +64,7 @@ def reduction(node: fx.Node, a: dict[str, Any], *, linear: bool) -> Notation | N
         sums=over if linear else frozenset(),
         terms=(frozenset((0,)),) if linear else (),
         averages=operation(node) is aten.mean,
+        in_parts=in_parts,
     )
 
 
@@ -89,7 +92,9 @@ def _norm(node: fx.Node, a: dict[str, Any]) -> Notation:
     operands += [Operand(a[k], names[rank - over :]) for k in ("weight", "bias") if is_tensor(a.get(k))]
     statistics: Letters = names[: rank - over] + (None,) * over
     outputs = (names,) + (statistics,) * (len(node_values(node)) - 1)
-    return Notation(tuple(operands), outputs, frozenset(names[rank - over :]))
+    over_letters = frozenset(names[rank - over :])
+    written_out = over == 1 and can_spell_out(node)
+    return Notation(tuple(operands), outputs, over_letters, in_parts=over_letters if written_out else frozenset())
 
 
 @RULES.of(aten.group_norm)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from partitioner.analysis.tokens import why_tokens_mix
+from partitioner.analysis.tokens import why_rows_mix, why_tokens_mix
 from partitioner.compile import trace
+from partitioner.program import Program
 from tests import zoo
 
 
@@ -25,10 +26,14 @@ class _Meddling(nn.Module):
         return self.meddle(self.inner(x), self.table)
 
 
-def _verdict(meddle: Any) -> str | None:
+def _traced(meddle: Any) -> Program:
     model = zoo.tiny("llama")[0]
     model.model.layers[1].mlp = _Meddling(model.model.layers[1].mlp, meddle).double()
-    return why_tokens_mix(trace(model))
+    return trace(model)
+
+
+def _verdict(meddle: Any) -> str | None:
+    return why_tokens_mix(_traced(meddle))
 
 
 def test_each_token_by_itself_is_fine() -> None:
@@ -57,3 +62,16 @@ def test_what_looks_at_other_tokens_is_found(meddle: Any) -> None:
     found = _verdict(meddle)
     assert found is not None
     assert "model.layers.1" in found
+
+
+@pytest.mark.parametrize(
+    "meddle", [lambda x, table: x - x.mean(0), lambda x, table: x.flip(0)], ids=["mean of the batch", "flip of the batch"]
+)
+def test_what_looks_at_other_sequences_is_found(meddle: Any) -> None:
+    program = _traced(meddle)
+    assert why_tokens_mix(program) is None
+    assert "model.layers.1" in str(why_rows_mix(program))
+
+
+def test_each_sequence_by_itself_is_fine() -> None:
+    assert why_rows_mix(_traced(lambda x, table: torch.softmax(x, 1) + x.cumsum(2))) is None

@@ -104,3 +104,11 @@ def test_mask_has_the_values_of_transformers() -> None:
     low = torch.finfo(torch.float32).min
     assert mask[0, 0].tolist() == [[0, low, low, low], [0, 0, low, low], [low, 0, 0, low], [low, low, 0, low]]
     assert mask[1, 0, 3].tolist() == [low, low, 0, 0]
+
+
+@pytest.mark.parametrize("shape", [None, (1, 7), (4, 1, 7), (2, 1, 1, 7), (2, 4, 1, 7), (1, 4, 1, 7)])
+def test_one_query_of_grouped_heads(shape: tuple[int, ...] | None) -> None:
+    q, k, v = tensors(q_length=1, kv_length=7)
+    mask = None if shape is None else torch.randn(shape, dtype=torch.float64)
+    expected = definition(q, k, v, torch.ones(1, 7, dtype=torch.bool), scale=0.3, mask=mask, heads=[0, 0, 1, 1])
+    torch.testing.assert_close(attention(q, k, v, mask, scale=0.3), expected, rtol=1e-12, atol=1e-12)

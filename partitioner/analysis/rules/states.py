@@ -1,0 +1,43 @@
+"""What is remembered between runs: appending to a cache, reading and writing states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from partitioner.analysis.notation import Notation, Operand, Rules, is_tensor, letters, value_of
+from runtime.ops.state import cache_append, position_mask, state_read, state_write
+
+RULES = Rules()
+
+
+@RULES.of(cache_append)
+def _append(node: fx.Node, a: dict[str, Any]) -> Notation:
+    names = letters(len(value_of(node).shape))
+    batch, tokens = names[0], names[-2]
+    appended = tuple("s" if name == tokens else name for name in names)
+    operands = (Operand(a["x"], appended), Operand(a["positions"], (batch, "s")), Operand(a["slots"], (tokens,)))
+    return Notation(operands, (names,), frozenset(("s", tokens)))
+
+
+@RULES.of(state_read)
+def _read(node: fx.Node, a: dict[str, Any]) -> Notation:
+    # how the ranks hold it is the program's to say: see `placement` and `check`
+    names = letters(len(value_of(node).shape))
+    rows = letters(len(value_of(a["batch"]).shape) - 1, "in")
+    return Notation((Operand(a["batch"], (names[0], *rows)),), (names,))
+
+
+@RULES.of(state_write)
+def _write(node: fx.Node, a: dict[str, Any]) -> Notation:
+    names = letters(len(value_of(node).shape))
+    return Notation((Operand(a["value"], names), Operand(a["active"], names[:1])), (names,))
+
+
+@RULES.of(position_mask)
+def _position_mask(node: fx.Node, a: dict[str, Any]) -> Notation:
+    operands = [Operand(a["positions"], ("b", "s")), Operand(a["slots"], ("t",))]
+    if is_tensor(a.get("padding")):
+        operands.append(Operand(a["padding"], ("b", "t")))
+    return Notation(tuple(operands), (("b", "h", "s", "t"),))

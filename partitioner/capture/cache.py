@@ -1,0 +1,254 @@
+"""A transformers cache for the trace of one step: its layers say what they keep, and our ops stand for what they hold.
+
+    keys, values, indexer keys   [.., S, D]   appended to what came before: `APPEND`, [.., T, D]
+    conv and recurrent states    [B, ...]     read at first (`READ`), overwritten by the model, returned at the end
+
+The layers are transformers' own, so that models find what they expect; only what would grow is replaced. A cache that
+is empty and one that holds zeros are the same to a recurrent state: zeros are what came before the first token.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from partitioner.errors import CaptureError
+
+__all__ = ["Remembered", "StepCache", "find_states"]
+
+_LAYERS = "transformers.cache_utils"
+_BESIDE = -1
+"""The layer of a state that the cache itself holds."""
+_PER_SEQUENCE = {"conv": "conv_states", "recurrent": "recurrent_states"}
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """One tensor that a layer keeps: per token (shape without batch and tokens), or per sequence (without batch)."""
+
+    name: str
+    layer: int
+    part: str
+    index: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    per_token: bool
+
+
+def find_states(model: PreTrainedModel, run: Callable[[Any], None]) -> list[Remembered]:
+    """What the layers of a cache hold after `run(cache)`, in order; raises where that is not all that the model keeps."""
+    cache = _empty_cache(model)
+    before = _tensors_of_modules(model)
+    run(cache)
+    kept = [name for name in _tensors_of_modules(model) if name not in before]
+    if kept:
+        raise CaptureError(f"the model keeps tensors of its own between tokens ({kept[0]}), not in a transformers Cache")
+    found: list[Remembered] = []
+    for number, layer in enumerate(cache.layers):
+        found += _states_of(number, layer)
+    found += _states_beside_layers(cache)
+    if not found:
+        raise CaptureError("the model does not use the cache that it is given")
+    return found
+
+
+def _states_of(number: int, layer: Any) -> Iterable[Remembered]:
+    known: set[int] = set()
+
+    def one(part: str, tensor: Any, index: int, *, per_token: bool) -> Iterable[Remembered]:
+        if isinstance(tensor, Tensor):
+            known.add(id(tensor))
+            dims = tuple(tensor.shape[1:])
+            shape = (*dims[:-2], dims[-1]) if per_token else dims
+            name = f"cache.{number}.{part}" + ("" if per_token else f".{index}")
+            yield Remembered(name, number, part, index, shape, tensor.dtype, per_token)
+
+    if type(layer).__module__ != _LAYERS:
+        raise CaptureError(f"layer {number} keeps its tokens in a cache of its own kind ({type(layer).__name__})")
+    if isinstance(layer, CacheLayerMixin):
+        yield from one("key", layer.keys, 0, per_token=True)
+        yield from one("value", layer.values, 0, per_token=True)
+        yield from one("indexer", vars(layer).get("indexer_keys"), 0, per_token=True)
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        for part, attribute in _PER_SEQUENCE.items():
+            for index, tensor in vars(layer)[attribute].items():
+                yield from one(part, tensor, index, per_token=False)
+    known |= {id(vars(layer).get("_sliding_window_tensor"))}  # a constant
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor) and value.dim() and id(value) not in known:
+            raise CaptureError(f"layer {number} keeps {name}, which capture does not know ({type(layer).__name__})")
+
+
+def _states_beside_layers(cache: Any) -> Iterable[Remembered]:
+    """A cache class of the model's own may hold lists of states, one per layer that has one."""
+    for name, value in vars(cache).items():
+        if name == "layers":
+            continue
+        if isinstance(value, list) and _has_tensors(value):
+            for index, tensor in enumerate(value):
+                if isinstance(tensor, Tensor):
+                    shape = tuple(tensor.shape[1:])
+                    yield Remembered(f"cache.{index}.{name}", _BESIDE, name, index, shape, tensor.dtype, per_token=False)
+        elif isinstance(value, (Tensor, dict)):
+            raise CaptureError(f"the cache keeps {name}, which capture does not know ({type(cache).__name__})")
+
+
+def _empty_cache(model: PreTrainedModel) -> Any:
+    """A cache of the kind that the model makes for itself: one that its own file defines, or transformers' own."""
+    beside = vars(sys.modules[type(model).__module__])
+    own = [kind for kind in beside.values() if _is_cache(kind) and kind.__module__ == type(model).__module__]
+    if len(own) > 1:
+        raise CaptureError(f"the model has several caches of its own: {', '.join(kind.__name__ for kind in own)}")
+    kind = own[0] if own else DynamicCache
+    counting = type(kind)(f"Step{kind.__name__}", (_Counting, kind), {})
+    takes_config = "config" in inspect.signature(kind).parameters
+    return counting(config=model.config) if takes_config else counting()
+
+
+def _is_cache(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, DynamicCache)
+
+
+class _Counting:
+    """Knows how many tokens came before where no layer does, because all keep one state for all tokens."""
+
+    past: Any = 0
+    layers: list[Any]
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return super().get_seq_length(layer_idx) if self._has_attention() else self.past  # type: ignore[misc]
+
+    def get_mask_sizes(self, query_length: Any, layer_idx: int) -> Any:
+        if self._has_attention():
+            return super().get_mask_sizes(query_length, layer_idx)  # type: ignore[misc]
+        return self.past + query_length, 0
+
+    def _has_attention(self) -> bool:
+        return not self.layers or any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
+
+
+def _tensors_of_modules(model: PreTrainedModel) -> set[str]:
+    return {
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name, value in [*vars(module).items(), *module._buffers.items()]
+        if isinstance(value, (Tensor, list, tuple)) and _has_tensors(value)
+    }
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Tensor) or any(isinstance(item, Tensor) for item in value)
+
+
+class StepCache:
+    """A cache (`cache`) whose layers hold `states`, by position of the slots: `append` and `read` make the tensors."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        states: list[Remembered],
+        *,
+        past: Any,
+        append: Callable[[Tensor, int], Tensor],
+        read: Callable[[Remembered, int], Tensor],
+    ) -> None:
+        self.states = states
+        self.cache = _empty_cache(model)
+        self.cache.past = past
+        number = {(s.layer, s.part): i for i, s in enumerate(states)}
+        replicated = self.cache.layer_class_to_replicate
+        while len(self.cache.layers) <= max(state.layer for state in states):
+            assert replicated is not None
+            self.cache.layers.append(replicated())
+        for i, layer in enumerate(self.cache.layers):
+            if isinstance(layer, CacheLayerMixin):
+                step = _Step({part: n for (at, part), n in number.items() if at == i}, past, append)
+                self.cache.layers[i] = _appending(layer, step)
+        for i, state in enumerate(states):
+            if not state.per_token:
+                self._preset(state, read(state, i))
+
+    def _preset(self, state: Remembered, tensor: Tensor) -> None:
+        if state.layer == _BESIDE:
+            held = vars(self.cache)[state.part]
+            held += [[] for _ in range(len(held), state.index + 1)]  # as the model fills it up
+            held[state.index] = tensor
+            return
+        layer: Any = self.cache.layers[state.layer]
+        vars(layer)[_PER_SEQUENCE[state.part]][state.index] = tensor
+        vars(layer)[f"is_{_PER_SEQUENCE[state.part]}_initialized"][state.index] = True
+        layer.has_previous_state[state.index] = True
+        if state.part == "conv":
+            layer.conv_kernel_size[state.index] = tensor.shape[-1]
+        if layer.device is None:
+            layer.dtype, layer.device = tensor.dtype, tensor.device
+
+    def written(self) -> list[Tensor]:
+        """What the states per sequence hold now, in their order."""
+        return [self._held(state) for state in self.states if not state.per_token]
+
+    def _held(self, state: Remembered) -> Tensor:
+        if state.layer == _BESIDE:
+            held: Tensor = vars(self.cache)[state.part][state.index]
+        else:
+            held = vars(self.cache.layers[state.layer])[_PER_SEQUENCE[state.part]][state.index]
+        return held
+
+
+@dataclass
+class _Step:
+    """numbers: of the layer's states by part. past: how many tokens came before. added: in this step, by now."""
+
+    numbers: dict[str, int]
+    past: Any
+    append: Callable[[Tensor, int], Tensor]
+    added: Any = 0
+    taken: bool = False
+
+    def put(self, part: str, tensor: Tensor) -> Tensor:
+        if part not in self.numbers:
+            raise CaptureError(f"a layer keeps a {part} in the trace that it did not keep in a plain run")
+        return self.append(tensor, self.numbers[part])
+
+
+class _Appending:
+    """Goes before a layer's own class: what grows with the tokens is our op."""
+
+    _step: _Step
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        step = self._step
+        if step.taken:
+            raise CaptureError("a layer of the cache is added to twice in one step")
+        step.taken, step.added = True, key_states.shape[-2]
+        return step.put("key", key_states), step.put("value", value_states)
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        return self._step.put("indexer", indexer_key_states)
+
+    def get_seq_length(self) -> Any:
+        return self._step.past + self._step.added
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[Any, int]:
+        return self._step.past + query_length, 0
+
+
+_classes: dict[type, type] = {}
+
+
+def _appending(layer: Any, step: _Step) -> Any:
+    kind = type(layer)
+    if kind not in _classes:
+        _classes[kind] = type(kind)(f"Step{kind.__name__}", (_Appending, kind), {})
+    made = object.__new__(_classes[kind])
+    made.__dict__.update(vars(layer))
+    made._step, made.is_initialized = step, True
+    return made
