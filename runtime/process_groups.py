@@ -192,7 +192,7 @@ class ProcessGroups:
                 raise self._notices.conclude(call.on(x), ranks, error) from error
 
         # torch.compile cannot look into ctypes: without this it tries, and warns
-        return collective if shared is None else torch.compiler.disable(collective)
+        return collective if shared is None else torch.compiler.disable(collective)  # type: ignore[no-untyped-call]
 
     def _share(self, ranks: tuple[int, ...], axis: str, wanted: Sharing) -> str:
         """Meet the ranks of a group in shared memory, where that is wanted and possible; what carries it then."""

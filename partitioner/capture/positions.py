@@ -82,7 +82,9 @@ def _counts_tokens(program: Program, node: fx.Node) -> bool:
 
 
 def _edges(program: Program, counted: set[fx.Node]) -> list[tuple[fx.Node, fx.Node]]:
-    return [(node, user) for node in program.graph.nodes if node in counted for user in node.users if user not in counted]
+    return [
+        (node, user) for node in program.graph.nodes if node in counted for user in node.users if user not in counted
+    ]
 
 
 def _example() -> Tensor:
@@ -132,7 +134,7 @@ class _Rows(nn.Module):
                     env[node] = (mine + (a.get("start") or 0)).to(node.meta["val"].dtype)
                 else:
                     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env.get(n, _number(n, sizes)))
-                    env[node] = _REWRITTEN.get(node.target, node.target)(*args, **kwargs)  # type: ignore[arg-type, operator]
+                    env[node] = _REWRITTEN.get(node.target, node.target)(*args, **kwargs)
             return tuple(env[node] for node in self.wanted)
 
         return torch.vmap(row)(positions)
@@ -144,7 +146,7 @@ def _empty(program: Program, names: list[str], fake: FakeTensorMode) -> list[Ten
 
 
 def _index_select(table: Tensor, dim: int, index: Tensor) -> Tensor:
-    """vmap's own rule fixes the sizes."""
+    """Vmap's own rule fixes the sizes."""
     return table.movedim(dim, 0)[index].movedim(0, dim)
 
 
@@ -163,9 +165,7 @@ def _graft(program: Program, rows: _Rows) -> dict[fx.Node, fx.Node]:
     """Traces the rows and puts them in front of the program's first op; what stands for each wanted node."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exported = torch.export.export(
-            rows, (_example(),), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
-        )
+        exported = torch.export.export(rows, (_example(),), dynamic_shapes=({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},))
     names = rows.names
     builder = Builder(functionalize(exported), (_NAME,), lambda name: names[int(name.removeprefix("weight_"))])
     traced = builder.build()
@@ -198,7 +198,7 @@ def _input(program: Program, value: Value) -> fx.Node:
 
 
 def _aligned(program: Program, made: fx.Node, source: fx.Node, user: fx.Node) -> fx.Node | None:
-    """`made` [B, *shape of source] as `user` takes `source`: the rows of the batch in its first dim. None: it cannot."""
+    """`made` [B, *shape of source] as `user` takes `source`: with the batch as its first dim. None: it cannot."""
     shape, out = source.meta["val"].shape, user.meta.get("val")
     batch = program.symbols["batch"]
     is_pointwise = isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags
