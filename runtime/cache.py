@@ -221,9 +221,9 @@ class Cache:
                 scale=scale, causal=causal, window=window, chunk=chunk, softcap=softcap, kv_map=kv_map,
             )  # fmt: skip
         seen = slots if wraps else tokens.end
-        hidden = self._hidden(seen, slots, window, chunk, q.dtype)
-        if hidden is not None:
-            mask = hidden if mask is None else mask.to(q.dtype) + hidden
+        later = self._hidden(seen, slots, window, chunk, q.dtype)
+        if later is not None:
+            mask = later if mask is None else mask.to(q.dtype) + later
         return attention(
             q, keys[:batch, :, :seen], values[:batch, :, :seen], mask, sinks,
             scale=scale, softcap=softcap, kv_map=kv_map,
