@@ -1,12 +1,13 @@
 """One decoded token, with a KV cache, split over two processes.
 
-    ours                 Engine.generate at tp=2 over gloo, greedy
+    ours                 Engine.generate at tp=2 through shared memory, greedy
+    ours, gloo           the same over gloo
     tp_plan="auto"       transformers' own tensor parallelism, DynamicCache
     DTensor              parallelize_module, column- and row-wise, DynamicCache
     one process          the model by itself, DynamicCache: half of its time is what two processes could reach
 
-A Llama-shaped model with random weights (fixed seed), hidden 1024, 8 layers, float32, CPU, one thread per process, after
-a prompt of 128 tokens. The contestants take turns, one token each, in the same processes; every one's tokens are
+A Llama-shaped model with random weights (fixed seed), hidden 1024, 8 layers, float32, CPU, one thread per process,
+after a prompt of 128 tokens. The contestants take turns, one token each, in the same processes; every one's tokens are
 compared with those of the model. Printed is the ratio of the medians, ours / theirs: below 1 we are faster. In brackets
 are the quartiles of that ratio within a round, then the ratio of the fastest rounds.
 
@@ -17,6 +18,7 @@ are the quartiles of that ratio within a round, then the ratio of the fastest ro
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -41,8 +43,10 @@ from benchmarks.rounds import Ratio, take_turns
 from partitioner import Plan, partition
 from runtime.engine import Engine
 from runtime.launch import begin_worker, launch
+from runtime.process_groups import ProcessGroups
 
 PROMPT = 128
+OURS_GLOO = f"{OURS}, gloo"
 
 console = Console(width=None if sys.stdout.isatty() else 110)
 
@@ -87,13 +91,17 @@ def rank_main(folder: Path, tokens: int) -> None:
     transformers.utils.logging.disable_progress_bar()
     alone = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
     prompt = torch.randint(0, TWO["vocab_size"], (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    with Engine.connect(partition(alone, Plan(tp=2))) as engine:
+    parts = partition(alone, Plan(tp=2))
+    with Engine.connect(parts, shared_memory="on") as engine:
         rank = engine.program.rank
+        gloo = ProcessGroups(parts.mesh, device=engine.device, shared_memory="off")
+        over_gloo = Engine(parts.rank(rank), gloo, generation=functools.partial(parts.generation_rank, rank))
         auto = tp_plan_auto(folder)
         parallel = dtensor(LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval())
         contestants: dict[str, Callable[[], Tensor]] = {
             ALONE: Greedy(alone, prompt) if rank == 0 else lambda: torch.empty(0),  # the other rank waits
             OURS: Ours(engine, prompt, tokens),
+            OURS_GLOO: Ours(over_gloo, prompt, tokens),
             DTENSOR: Greedy(parallel, prompt),
         }
         if auto is not None:
@@ -116,6 +124,7 @@ def main() -> None:
     if given.rank is not None:
         rank_main(given.rank, given.tokens)
         return
+    before = os.getloadavg()[0]
     # where the ranks find this file
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path[1:]])
     with tempfile.TemporaryDirectory() as folder:
@@ -133,6 +142,7 @@ def main() -> None:
     console.print(table)
     half = min(times[OURS]) / (min(times[ALONE]) / 2)
     console.print(f"half of one process's time is {half:.2f} times less than ours (fastest rounds)", markup=False)
+    console.print(f"load {before:.1f} before it began, on {os.cpu_count()} cores", markup=False)
     if AUTO not in times:
         console.print(f"left out: transformers' {AUTO}, which needs accelerate (pip install accelerate)", markup=False)
 

@@ -1,7 +1,7 @@
 """One forward pass: the emitted graph against transformers, in one process and split over two.
 
     one process    Engine at tp=1                    against  model(input_ids, use_cache=False), sdpa attention
-    two processes  Engine at tp=2 over gloo          against  transformers' tp_plan="auto",
+    two processes  Engine at tp=2, shared memory     against  transformers' tp_plan="auto",
                    (one thread each)                          DTensor (parallelize_module, column- and row-wise),
                                                               and the model in one process
 

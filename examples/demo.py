@@ -86,7 +86,9 @@ def rank_main(results: Path) -> None:
         found = run_all(
             lambda ids: first(input_ids=ids), first.generate, prompt, lambda given: second(**given), sentences
         )
-        found["drawn"] = first.generate(prompt, max_new_tokens=NUM_WRITTEN, do_sample=True, seed=1)
+        drawn = first.generate(prompt, max_new_tokens=NUM_WRITTEN, do_sample=True, seed=1)
+        assert isinstance(drawn, Tensor)  # with logprobs=True it is more than that
+        found["drawn"] = drawn
     if rank == 0:
         save_file(found, results)
 

@@ -24,6 +24,7 @@ from partitioner.analysis.tokens import why_rows_mix, why_tokens_mix
 from partitioner.bounds import bound_inputs
 from partitioner.canonicalize import canonicalize
 from partitioner.capture import capture, capture_step
+from partitioner.capture.positions import explicit_positions
 from partitioner.check import check
 from partitioner.errors import CaptureError, PlanError
 from partitioner.mesh import Mesh
@@ -107,8 +108,12 @@ def _compile_generation(traced: Program, split: Program, plan: Plan, step: Calla
     other by more than causal attention, it is the model's own use of a cache. Raises `PlanError` where that cannot be
     had either.
     """
-    reason = why_tokens_mix(traced) or why_rows_mix(traced)
+    continuing = explicit_positions(traced)
+    reason = why_tokens_mix(continuing) or why_rows_mix(continuing)
     if reason is None:
+        if continuing is not traced:  # another graph than that of the whole text
+            bound_inputs(continuing)
+            split = _run(continuing.copy(plan.mesh), _splitting(continuing, plan))
         return _run(split.copy(), _named("kv-cache", "last-token", "fuse", *plan.passes))
     refusal = f"{traced.name} cannot generate with a cache: {reason}"
     if step is None:

@@ -24,13 +24,13 @@ from partitioner.program import Input, Program, State, Value
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
 
-__all__ = ["KVCache"]
+__all__ = ["KvCache"]
 
 _POSITIONS = "position_ids"
 
 
 @dataclass(frozen=True)
-class KVCache:
+class KvCache:
     """Runs after the pass that splits heads, on a program whose tokens meet in causal attention only."""
 
     name: ClassVar[str] = "kv-cache"

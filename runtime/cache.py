@@ -1,7 +1,7 @@
 """The cache of one rank: keys and values of the tokens so far, in memory set aside once.
 
     state      what the compiler says of a layer's keys or values: heads and dims of this rank, how far back is seen
-    slots      positions that are kept: all up to max_length, or as many as a window (or chunk) and one call's tokens need
+    slots      positions that are kept: all up to max_length, or what a window (or chunk) and one call's tokens need
     buffer     [max_batch, heads, slots, dim]; position p lies in slot p % slots
 
 bytes = max_batch * sum over states of heads * slots * dim * itemsize
@@ -105,6 +105,7 @@ class Cache:
         self._active: Tensor | None = None
         """The numbers of the active rows, where not all are."""
         self._masks: dict[Any, Tensor | None] = {}
+        self._fixed_masks: dict[tuple[int, int | None, int | None], Tensor] = {}
         self._slots: dict[int, Tensor] = {}
         self._kinds: set[tuple[int, int | None, int | None]] = set()
         """Slots, window and chunk of the attentions bound to this cache."""
@@ -142,7 +143,7 @@ class Cache:
             if slots < self.max_length:
                 held = _latest(positions, held, slots)
             dtype = next(iter(self.buffers.values())).dtype
-            self._masks[slots, window, chunk] = _minus_infinity(positions, held, window, chunk, dtype)
+            self._fixed_masks[slots, window, chunk] = _minus_infinity(positions, held, window, chunk, dtype)
 
     def start(self) -> None:
         """Before the first run of new sequences: nothing is remembered."""
@@ -197,7 +198,7 @@ class Cache:
             rows, at = self._rows[:batch], self._slots[slots]
             keys[rows, :, at] = k.transpose(1, 2)
             values[rows, :, at] = v.transpose(1, 2)
-            seen, hidden = min(slots, self._fixed), self._masks[slots, window, chunk]
+            seen, hidden = min(slots, self._fixed), self._fixed_masks[slots, window, chunk]
             mask = hidden if mask is None else mask.to(q.dtype) + hidden
             return attention(
                 q, keys[:batch, :, :seen], values[:batch, :, :seen], mask, sinks,
@@ -220,9 +221,9 @@ class Cache:
                 scale=scale, causal=causal, window=window, chunk=chunk, softcap=softcap, kv_map=kv_map,
             )  # fmt: skip
         seen = slots if wraps else tokens.end
-        hidden = self._hidden(seen, slots, window, chunk, q.dtype)
-        if hidden is not None:
-            mask = hidden if mask is None else mask.to(q.dtype) + hidden
+        later = self._hidden(seen, slots, window, chunk, q.dtype)
+        if later is not None:
+            mask = later if mask is None else mask.to(q.dtype) + later
         return attention(
             q, keys[:batch, :, :seen], values[:batch, :, :seen], mask, sinks,
             scale=scale, softcap=softcap, kv_map=kv_map,

@@ -11,7 +11,7 @@ thread per rank). That graphs name axes and the communicator is bound late is wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -61,7 +61,7 @@ def require_axis(axis: str, node: str) -> None:
         raise CommunicationError(f"node {node!r} communicates over {axis!r}, which is no mesh axis; those are {AXES}")
 
 
-def require_piece(x: Tensor, options: dict[str, Any], coordinate: int, *, node: str, rank: int) -> None:
+def require_piece(x: Tensor, options: Mapping[str, Any], coordinate: int, *, node: str, rank: int) -> None:
     """Raise where this rank's piece of an uneven all_gather is not as long as the graph says."""
     sizes, dim = options.get("sizes"), options.get("dim")
     if sizes is not None and dim is not None and x.shape[dim] != sizes[coordinate]:

@@ -24,7 +24,7 @@ from runtime.continuation import Continuation
 from runtime.executable import Executable
 from runtime.inputs import complete_inputs
 from runtime.options import Options
-from runtime.process_groups import ProcessGroups
+from runtime.process_groups import ProcessGroups, Sharing
 from runtime.rank_program import RankProgram
 from runtime.task import Generated, Prompts, Step, Task
 from runtime.weights import WeightSource, load_weights
@@ -84,11 +84,17 @@ class Engine:
         device: str | torch.device = "cpu",
         timeout_s: float = 60.0,
         check: bool = False,
+        shared_memory: Sharing = "auto",
         compile: bool = False,
         cuda_graph: bool = False,
     ) -> Engine:
-        """The rank of a process that torchrun started; `check`: compare the ranks before every collective."""
-        communicator = ProcessGroups.connect(parts.mesh, device=device, timeout_s=timeout_s, check=check)
+        """The rank of a process that torchrun started.
+
+        `check`: compare the ranks before every collective. `shared_memory`: see `runtime.process_groups`.
+        """
+        communicator = ProcessGroups.connect(
+            parts.mesh, device=device, timeout_s=timeout_s, check=check, shared_memory=shared_memory
+        )
         return cls(
             parts.rank(communicator.rank),
             communicator,

@@ -67,7 +67,8 @@ class Notices:
     def _judge(self, call: Call, others: list[int], stopped: dict[int, _Notice], error: str) -> _Notice:
         # gloo's "[file:line] what. This is typically ..."
         cause = re.sub(r"^\[[^]]*\] ", "", error.splitlines()[0]).split(". This is")[0]
-        detail = f"\n  awaited by {call}\n  torch.distributed: {cause}"
+        origin = "" if cause.startswith("shared memory") else "torch.distributed: "
+        detail = f"\n  awaited by {call}\n  {origin}{cause}"
         failed = [f"rank {rank} failed: {notice['failed']}" for rank, notice in stopped.items() if "failed" in notice]
         if failed:
             return {"lost": "; ".join(failed) + detail}

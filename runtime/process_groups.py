@@ -7,17 +7,24 @@
 No wait is unbounded: every group has `timeout_s` (torch's own default is 30 minutes for gloo, 10 for NCCL).
 Uneven all_gather goes through all_to_all_single, which gloo and NCCL both take with uneven sizes; on gloo it was
 quicker than padding for all but small pieces; at two ranks, broadcasts were a little quicker still.
+
+On CPU, a group whose ranks share a host takes shared memory (`runtime/shared_memory.py`) instead of gloo:
+
+    shared_memory="auto"  where it can be had; why not, where it cannot, is logged and stands in `transports`
+    shared_memory="on"    CommunicationError where it cannot; groups across hosts use gloo all the same
+    shared_memory="off"   gloo
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import re
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,8 +38,14 @@ from runtime.agreement import FINGERPRINT_BYTES, Call, check_agreement
 from runtime.communicator import require_axis, require_op, require_piece
 from runtime.notices import Notices
 from runtime.ops.collectives import all_gather, all_reduce
+from runtime.shared_memory import Disconnected, SharedMemory, Unavailable
 
-__all__ = ["ProcessGroups"]
+__all__ = ["ProcessGroups", "Sharing"]
+
+Sharing = Literal["auto", "on", "off"]
+"""Whether ranks of one host talk through shared memory; see the module's docstring."""
+
+_log = logging.getLogger("partitioner")
 
 # renamed in torch 2.13
 _gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -55,9 +68,11 @@ class ProcessGroups:
         device: torch.device,
         timeout_s: float = 60.0,
         check: bool = False,
+        shared_memory: Sharing = "auto",
         store: Store | None = None,
         store_on_rank_0: bool = False,
     ) -> None:
+        _require_sharing(shared_memory, device)
         self.mesh = mesh
         self.rank = dist.get_rank()
         self.device = device
@@ -67,6 +82,9 @@ class ProcessGroups:
         self._notices = Notices(store, self.rank, hosted=store_on_rank_0)
         self._owned = False
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._shared: dict[tuple[int, ...], SharedMemory] = {}
+        self.transports: dict[str, str] = {}
+        """What carries the collectives of every axis with more than one rank, and why."""
         if dist.get_world_size() != mesh.world_size:
             raise _wrong_world(dist.get_world_size(), mesh)
         # for every axis, in the mesh's order: members of overlapping groups must create them in one order
@@ -76,10 +94,17 @@ class ProcessGroups:
                 self._groups[ranks] = dist.new_group(
                     list(ranks), timeout=timedelta(seconds=timeout_s), use_local_synchronization=True
                 )
+                self.transports[axis] = self._share(ranks, axis, shared_memory)
 
     @classmethod
     def connect(
-        cls, mesh: Mesh, *, device: str | torch.device = "cpu", timeout_s: float = 60.0, check: bool = False
+        cls,
+        mesh: Mesh,
+        *,
+        device: str | torch.device = "cpu",
+        timeout_s: float = 60.0,
+        check: bool = False,
+        shared_memory: Sharing = "auto",
     ) -> ProcessGroups:
         """Join the other ranks, in a process that torchrun started; the device "cuda" means the local rank's own."""
         missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -93,6 +118,7 @@ class ProcessGroups:
         if str(device) == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
+        _require_sharing(shared_memory, device)
         timeout = timedelta(seconds=timeout_s)
         # the launcher's store outlives our groups: without a number, a second meeting would find the first's addresses
         meeting = next(_MEETINGS)
@@ -109,14 +135,19 @@ class ProcessGroups:
             raise RankLost(
                 f"rank {os.environ['RANK']} could not meet the others within {timeout_s:g} s: {error}"
             ) from error
-        self = cls(
-            mesh,
-            device=device,
-            timeout_s=timeout_s,
-            check=check,
-            store=PrefixStore(f"notices/{meeting}", store),
-            store_on_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        )
+        try:
+            self = cls(
+                mesh,
+                device=device,
+                timeout_s=timeout_s,
+                check=check,
+                shared_memory=shared_memory,
+                store=PrefixStore(f"notices/{meeting}", store),
+                store_on_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            )
+        except BaseException:
+            dist.destroy_process_group()
+            raise
         self._owned = True
         return self
 
@@ -139,28 +170,68 @@ class ProcessGroups:
         if len(ranks) == 1:
             return _alone
         group = self._groups[ranks]
-        run: Callable[[Tensor], Tensor] = make(group, len(ranks), overwrite=overwrite, **options)
         call = Call(self.rank, node, op.__name__, axis, options)
+        run: Callable[[Tensor], Tensor] = make(group, len(ranks), overwrite=overwrite, **options)
+        gather = _all_gather(group, len(ranks), overwrite=False, dim=0)
+        if (shared := self._shared.get(ranks)) is not None:
+            if op is all_reduce:
+                run = shared.all_reduce(call, overwrite=overwrite, otherwise=run)
+            else:
+                run = shared.all_gather(call, **options)
+            gather = shared.all_gather(Call(self.rank, node, "comparison", axis), dim=0)
 
         def collective(x: Tensor) -> Tensor:
             try:
                 if self._checking:
                     require_piece(x, options, coordinate, node=node, rank=self.rank)
-                    self._compare(call.on(x), group, len(ranks))
+                    self._compare(call.on(x), gather)
                 return run(x)
             except RuntimeError as error:
-                if not _BROKEN.search(str(error)):
+                if not (isinstance(error, Disconnected) or _BROKEN.search(str(error))):
                     raise
                 raise self._notices.conclude(call.on(x), ranks, error) from error
 
-        return collective
+        # torch.compile cannot look into ctypes: without this it tries, and warns
+        return collective if shared is None else torch.compiler.disable(collective)  # type: ignore[no-untyped-call]
 
-    def _compare(self, call: Call, group: dist.ProcessGroup, size: int) -> None:
+    def _share(self, ranks: tuple[int, ...], axis: str, wanted: Sharing) -> str:
+        """Meet the ranks of a group in shared memory, where that is wanted and possible; what carries it then."""
+        if self.device.type != "cpu":
+            return "nccl"
+        if wanted == "off":
+            return "gloo"
+        group = self._groups[ranks]
+
+        def exchange(mine: object) -> list[Any]:
+            everyone: list[Any] = [None] * len(ranks)
+            dist.all_gather_object(everyone, mine, group=group)
+            return everyone
+
+        try:
+            shared = SharedMemory.meet(ranks, self.rank, exchange=exchange, timeout_s=self.timeout_s)
+        except Unavailable as reason:
+            if wanted == "on" and not reason.several_hosts:
+                raise CommunicationError(
+                    f"the ranks along {axis!r} cannot talk through shared memory: {reason}\n"
+                    'shared_memory="auto" takes gloo in such a case, "off" always'
+                ) from None
+            if self.rank == ranks[0]:
+                level = logging.INFO if reason.several_hosts else logging.WARNING
+                _log.log(level, "the ranks along %r talk over gloo, not through shared memory: %s", axis, reason)
+            return f"gloo: {reason}"
+        except RuntimeError as error:
+            raise RankLost(
+                f"rank {self.rank}: another rank along {axis!r} was lost while connecting: {error}"
+            ) from error
+        if shared.build_s:
+            _log.info("compiled what ranks need to talk through shared memory in %.1f s", shared.build_s)
+        self._shared[ranks] = shared
+        return "shared memory"
+
+    def _compare(self, call: Call, gather: Callable[[Tensor], Tensor]) -> None:
         self._notices.about_to(call)
         mine = torch.frombuffer(bytearray(call.encode()), dtype=torch.uint8).to(self.device)
-        everyone = torch.empty(size * FINGERPRINT_BYTES, dtype=torch.uint8, device=self.device)
-        _gather_single(everyone, mine, group=group)
-        received = everyone.cpu().numpy().tobytes()
+        received = gather(mine).cpu().numpy().tobytes()
         check_agreement(
             [Call.decode(received[at : at + FINGERPRINT_BYTES]) for at in range(0, len(received), FINGERPRINT_BYTES)]
         )
@@ -174,9 +245,18 @@ class ProcessGroups:
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def close(self) -> None:
+        for shared in self._shared.values():
+            shared.close()
         if self._owned and dist.is_initialized():
             dist.destroy_process_group()
             self._owned = False
+
+
+def _require_sharing(wanted: Sharing, device: torch.device) -> None:
+    if wanted not in get_args(Sharing):
+        raise CommunicationError(f"shared_memory must be one of {', '.join(get_args(Sharing))}; got {wanted!r}")
+    if wanted == "on" and device.type != "cpu":
+        raise CommunicationError(f'shared_memory="on" is for ranks on CPU, these are on {device}: leave it at "auto"')
 
 
 def _wrong_world(world_size: int, mesh: Mesh) -> PlanError:

@@ -38,6 +38,7 @@ MAY_IMPORT = {
 
 # Names of models that are ordinary words here.
 ENGLISH = {
+    "beam": "as in: beam search",
     "align": "as in: aligned ranges",
     "encoder-decoder": "the kind of model",
 }

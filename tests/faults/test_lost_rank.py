@@ -44,7 +44,7 @@ def running(pid: int) -> bool:
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def run_without_launcher(fault: str, num_ranks: int, pids: Path) -> tuple[list[int], list[str], float]:
+def run_without_launcher(fault: str, num_ranks: int, pids: Path, sharing: str) -> tuple[list[int], list[str], float]:
     """Exit codes, error outputs, and seconds from the fault until the last rank ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -53,7 +53,7 @@ def run_without_launcher(fault: str, num_ranks: int, pids: Path) -> tuple[list[i
     for rank in range(num_ranks):
         place = {"RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
-        command = [sys.executable, "-P", "-m", MODULE, fault, str(pids)]
+        command = [sys.executable, "-P", "-m", MODULE, fault, str(pids), sharing]
         ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     try:
         texts = [rank.communicate(timeout=60)[1] for rank in ranks]
@@ -63,6 +63,7 @@ def run_without_launcher(fault: str, num_ranks: int, pids: Path) -> tuple[list[i
     return [rank.returncode for rank in ranks], texts, time.time() - float((pids / "when").read_text())
 
 
+@pytest.mark.parametrize("sharing", ["on", "off"])
 @pytest.mark.parametrize(
     ("fault", "num_ranks", "victim", "message"),
     [
@@ -72,16 +73,19 @@ def run_without_launcher(fault: str, num_ranks: int, pids: Path) -> tuple[list[i
         ("hang", 2, 1, "RankLost: rank 1 did not answer before the deadline"),
     ],
 )
-def test_the_others_say_who_is_lost(fault: str, num_ranks: int, victim: int, message: str, pids: Path) -> None:
-    codes, texts, seconds = run_without_launcher(fault, num_ranks, pids)
+def test_the_others_say_who_is_lost(
+    fault: str, num_ranks: int, victim: int, message: str, sharing: str, pids: Path
+) -> None:
+    codes, texts, seconds = run_without_launcher(fault, num_ranks, pids, sharing)
     survivors = [rank for rank in range(num_ranks) if rank != victim]
     for rank in survivors:
         assert codes[rank] not in (0, None)
         assert message in texts[rank]
         assert "awaited by rank " in texts[rank]
+        assert ("  shared memory: " in texts[rank]) == (sharing == "on")
     if fault.startswith("kill"):
         assert codes[victim] == -signal.SIGKILL
-    print(f"{fault}: {seconds:.2f} s until all had ended")
+    print(f"{fault}, shared memory {sharing}: {seconds:.2f} s until all had ended")
     # one second is what it takes here alone; a loaded machine gets more, and a hang would take the deadline
     assert seconds < (15 if fault == "hang" else 10)
 
@@ -90,7 +94,7 @@ def test_the_others_say_who_is_lost(fault: str, num_ranks: int, victim: int, mes
 def test_the_launcher_stops_the_others(fault: str, message: str, pids: Path) -> None:
     started = time.monotonic()
     with pytest.raises(RankLost, match=message):
-        launch([MODULE, fault, str(pids)], num_ranks=2, timeout_s=60)
+        launch([MODULE, fault, str(pids), "on"], num_ranks=2, timeout_s=60)
     assert time.monotonic() - started < 30
     assert time.time() - float((pids / "when").read_text()) < 10
 
@@ -98,12 +102,12 @@ def test_the_launcher_stops_the_others(fault: str, message: str, pids: Path) -> 
 def test_the_launcher_stops_all_at_the_deadline(pids: Path) -> None:
     started = time.monotonic()
     with pytest.raises(RankLost, match="did not finish within 8 s and were stopped"):
-        launch([MODULE, "linger", str(pids)], num_ranks=2, timeout_s=8)
+        launch([MODULE, "linger", str(pids), "on"], num_ranks=2, timeout_s=8)
     assert time.monotonic() - started < 20
 
 
 def test_ranks_do_not_outlive_a_killed_launcher(pids: Path) -> None:
-    code = f"from runtime.launch import launch; launch([{MODULE!r}, 'linger', {str(pids)!r}], num_ranks=1)"
+    code = f"from runtime.launch import launch; launch([{MODULE!r}, 'linger', {str(pids)!r}, 'on'], num_ranks=1)"
     launcher = subprocess.Popen([sys.executable, "-P", "-c", code])
     try:
         deadline = time.monotonic() + 40

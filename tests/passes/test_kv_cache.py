@@ -81,7 +81,6 @@ def test_a_decode_step_does_no_work_that_grows_with_the_prefix_but_attention(nam
         ("masked:bert", "not causal"),
         ("mamba2", "conv1d"),
         ("roberta", "cumsum"),
-        ("bart", "counts tokens from the start"),
     ],
 )
 def test_what_mixes_tokens_in_another_way_is_refused_with_the_op(name: str, reason: str) -> None:

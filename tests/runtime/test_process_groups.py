@@ -12,9 +12,10 @@ ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MAST
 
 
 @pytest.mark.processes
-def test_three_processes(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+@pytest.mark.parametrize("sharing", ["on", "off"])
+def test_three_processes(sharing: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
-    launch(["tests.runtime.three_processes", "cpu"], num_ranks=3, timeout_s=60)
+    launch(["tests.runtime.three_processes", "cpu", sharing], num_ranks=3, timeout_s=60)
 
 
 @pytest.mark.gpu
@@ -22,7 +23,7 @@ def test_three_processes(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.C
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_three_processes_over_nccl(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
-    launch(["tests.runtime.three_processes", "cuda"], num_ranks=3, timeout_s=240)
+    launch(["tests.runtime.three_processes", "cuda", "auto"], num_ranks=3, timeout_s=240)
 
 
 def test_the_wrong_number_of_processes_is_refused_before_joining(monkeypatch: pytest.MonkeyPatch) -> None:

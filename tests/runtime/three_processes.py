@@ -1,7 +1,8 @@
 """What each of three processes checks; a failing assert ends the launch. Started by test_process_groups.py.
 
-Its argument is the device. With fewer GPUs than ranks all share the first one: NCCL refuses that on one host, so each
-rank claims to be a host of its own, which proves the results and says nothing about speed.
+Its arguments are the device, and whether to share memory ("on", "off", "auto"). With fewer GPUs than ranks all share
+the first one: NCCL refuses that on one host, so each rank claims to be a host of its own, which proves the results and
+says nothing about speed.
 """
 
 import os
@@ -75,14 +76,17 @@ def whole_model(engine: Engine, parts: Parts[None]) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("error")
     begin_worker()
-    device = sys.argv[1]
+    device, sharing = sys.argv[1:]
     if device == "cuda" and torch.cuda.device_count() < 3:
         device = "cuda:0"
         alone = {"NCCL_HOSTID": os.environ["RANK"], "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
         os.environ.update({**alone, "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"})
     parts = Parts(handmade.partitioned(3), None)
     assert parts.mesh == Mesh.of(tp=3)
-    with Engine.connect(parts, device=device, timeout_s=60) as engine, torch.device(engine.device):
+    with (
+        Engine.connect(parts, device=device, timeout_s=60, shared_memory=sharing) as engine,
+        torch.device(engine.device),
+    ):
         collectives(engine.communicator)
         disagreements(engine.communicator)
         whole_model(engine, parts)
