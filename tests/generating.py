@@ -20,20 +20,22 @@ lifted on both sides.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from partitioner.compile import compile_program
+from partitioner.compile import compile_program, trace_step
 from partitioner.errors import InputError, PlanError
+from partitioner.exact import in_float64
 from partitioner.parts import Parts
 from partitioner.plan import Plan
 from partitioner.program import Program
 from runtime.task import Generated
 from tests import reference
 
-__all__ = ["compare_generation"]
+__all__ = ["PREFILL_STEP", "PROMPTS", "Own", "compare_generation", "prompts_for"]
 
 PROMPTS = (1, 5, 11, 40)
 DEGREES = (1, 2, 3)
@@ -52,14 +54,17 @@ def compare_generation(model: Any, traced: Program) -> dict[str, Any]:
     difference of a log-probability.
     """
     row: dict[str, Any] = {"verdict": "equal", "tokens": 0, "logprob_error": 0.0}
-    own = _Own(model)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in PROMPTS]
+    own = Own(model)
+    prompts = prompts_for(model)
     drawn: dict[int, Tensor] = {}
+
+    @functools.cache
+    def step() -> Program:
+        return in_float64(trace_step(model))
+
     try:
         for tp in DEGREES:
-            parts = compile_program(traced, Plan(tp=tp))
+            parts = compile_program(traced, Plan(tp=tp), step=step)
             new = min(NEW, _positions(parts) - max(PROMPTS) + 1)
             temperature = max(1.0, float(own.logits(prompts[-1])[-1].std()))  # some models' logits are far apart
             greedy = _generate(parts, prompts, new, prefill_step=PREFILL_STEP)
@@ -84,6 +89,12 @@ def compare_generation(model: Any, traced: Program) -> dict[str, Any]:
     return row
 
 
+def prompts_for(model: Any) -> list[list[int]]:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in PROMPTS]
+
+
 def _generate(parts: Parts[Any], prompts: list[list[int]], new: int, **options: Any) -> Generated:
     found = parts.generate(prompts, max_new_tokens=new, eos_token_id=[], logprobs=True, **options)
     assert isinstance(found, Generated)
@@ -98,7 +109,7 @@ def _positions(parts: Parts[Any]) -> int:
     return min(tables + [NEW + max(PROMPTS)] + ([] if longest is None else [longest]))
 
 
-class _Own:
+class Own:
     """What the model's own forward says of a text; each text is run once, as different plans write the same."""
 
     def __init__(self, model: Any) -> None:

@@ -14,6 +14,7 @@ from partitioner.compile import compile_program, trace
 from partitioner.errors import InputError
 from partitioner.exact import in_float64
 from runtime.cache import Cache
+from runtime.launch import launch
 from tests import generating, partitioned, zoo
 
 SAMPLE = ("llama", "gpt2", "gemma2", "gpt_oss", "deepseek_v3", "mixtral")
@@ -104,3 +105,24 @@ def test_fewer_tokens_where_positions_end() -> None:
     model = zoo.tiny("gpt2", n_positions=60)[0]
     found = generating.compare_generation(model, in_float64(trace(model)))
     assert (found["verdict"], found["tokens"]) == ("equal", 21)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("names", "num_ranks"),
+    [
+        pytest.param(["llama", "gemma2", "gpt_oss"], 2),
+        pytest.param(
+            ["gpt2", "bloom", "gptj", "falcon", "phi3", "mixtral", "deepseek_v3", "mamba2", "lfm2_moe", "qwen3_moe"],
+            2,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["llama", "mistral", "bloom"], 3, marks=pytest.mark.slow),
+    ],
+    ids=["three", "ten more", "three ranks"],
+)
+def test_processes_over_gloo(
+    names: list[str], num_ranks: int, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
+    launch(["tests.generating_rank", *names], num_ranks=num_ranks, timeout_s=600)
