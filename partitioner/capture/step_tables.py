@@ -71,7 +71,7 @@ def _is_table(node: Any) -> bool:
         return False
     while node.op == "call_function" and node.target in _UNARY:
         node = node.args[0]
-    return node.op == "get_attr"
+    return isinstance(node, fx.Node) and node.op == "get_attr"
 
 
 def _made_of(node: fx.Node) -> Iterator[fx.Node]:
@@ -84,7 +84,7 @@ def _made_of(node: fx.Node) -> Iterator[fx.Node]:
 def _takes_batch(user: fx.Node, batch: sympy.Symbol) -> bool:
     """Whether the op takes [B, ..] where it took [1, ..], and does with each row what it did with the one."""
     if user.target in _UNARY:
-        return user.target is not aten.slice.Tensor or user.args[1] != 0
+        return not (user.target is aten.slice.Tensor and user.args[1] == 0)
     value = user.meta.get("val")
     pointwise = isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags
-    return pointwise and isinstance(value, Value) and bool(value.shape[0] == batch)
+    return bool(pointwise and isinstance(value, Value) and value.shape[0] == batch)

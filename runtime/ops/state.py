@@ -65,4 +65,5 @@ def position_mask(
 
 def rows_at(table: Tensor, positions: Tensor, dim: int) -> Tensor:
     found = table[0].index_select(dim - 1, positions.reshape(-1))
-    return found.unflatten(dim - 1, positions.shape).movedim(dim - 1, 0)
+    shape = (*found.shape[: dim - 1], *positions.shape, *found.shape[dim:])
+    return found.reshape(shape).movedim(dim - 1, 0)
