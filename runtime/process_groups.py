@@ -191,8 +191,11 @@ class ProcessGroups:
                     raise
                 raise self._notices.conclude(call.on(x), ranks, error) from error
 
+        if shared is None:
+            return collective
         # torch.compile cannot look into ctypes: without this it tries, and warns
-        return collective if shared is None else torch.compiler.disable(collective)  # type: ignore[no-untyped-call]
+        opaque: Callable[[Tensor], Tensor] = torch.compiler.disable(collective)  # type: ignore[no-untyped-call]
+        return opaque
 
     def _share(self, ranks: tuple[int, ...], axis: str, wanted: Sharing) -> str:
         """Meet the ranks of a group in shared memory, where that is wanted and possible; what carries it then."""
