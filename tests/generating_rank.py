@@ -1,6 +1,6 @@
 """One of the processes of test_generating.py: over gloo, each model named continues texts as its own forward does.
 
-    python -m tests.generating_rank NAME ...      started by torchrun, or by runtime.launch
+python -m tests.generating_rank NAME ...      started by torchrun, or by runtime.launch
 """
 
 from __future__ import annotations
