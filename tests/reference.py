@@ -41,6 +41,23 @@ def forward(model: PreTrainedModel, *, exact: bool = True, lifted: bool = False,
     return value
 
 
+def forward_by_token(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Logits [B, S, V] by the model's own cache, one token at a time; exact and lifted as above."""
+    rows, cache = [], {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_set(model, "eager"))
+        stack.enter_context(_attention_in_full_precision())
+        stack.enter_context(_Lifted())
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float64)
+        for token in input_ids.split(1, dim=1):
+            output = model(input_ids=token, use_cache=True, **cache)
+            cache = {name: output[name] for name in ("past_key_values", "cache_params") if name in output}
+            rows.append(output["logits"])
+    return torch.cat(rows, dim=1)
+
+
 class _Lifted(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.float:

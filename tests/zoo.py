@@ -92,7 +92,6 @@ SIZES: dict[str, Any] = {
             "swa_num_attention_heads",
             "attention_heads",
             "linear_num_value_heads",
-            "index_n_heads",
         ),
         HEADS,
     ),
@@ -115,6 +114,8 @@ SIZES: dict[str, Any] = {
         ),
         HEAD_DIM,
     ),
+    # with few, their rectified scores tie at 0, and which of equals is chosen is nobody's promise
+    "index_n_heads": 24,
     **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 8),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), EXPERTS),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k"), 2),
@@ -339,7 +340,10 @@ def _randomize(model: PreTrainedModel) -> None:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name in saved and tensor.is_floating_point():
                 noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
-                tensor.add_(noise.to(tensor.device) * 0.1)
+                # a buffer of several values was computed: tables that belong together, a decay that looks back only
+                computed = not isinstance(tensor, torch.nn.Parameter) and tensor.numel() and tensor.max() > tensor.min()
+                if not computed:
+                    tensor.add_(noise.to(tensor.device) * 0.1)
 
 
 if __name__ == "__main__":
