@@ -70,10 +70,7 @@ def measure(name: str, *, minutes: float, odd: bool = False) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         with _Limit(minutes):
-            try:
-                traced = trace(model.float())
-            except CaptureError:  # for all lengths: a step graph serves generation then
-                traced = trace(model.float(), length=8)
+            traced = trace(model.float())
             row["static"] = [note for note in traced.notes if note.startswith("s")]
             row["equal32"] = _compare(model, traced, exact=False)
             # the same weights, and the same graph with every float32 in it made float64
