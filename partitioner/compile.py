@@ -70,6 +70,9 @@ def trace(model: PreTrainedModel, *, max_length: int | None = None, length: int 
             f"cannot capture a {type(model).__name__}: required is a model of transformers (a PreTrainedModel with its "
             "config), such as AutoModelForCausalLM.from_pretrained(...) yields"
         )
+    for name, given in (("max_length", max_length), ("length", length)):
+        if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
+            raise CaptureError(f"{name} must be a whole number of tokens, at least 1; got {given!r}")
     traced = capture(model, mesh=Mesh.of(), max_length=max_length, length=length)
     canonicalize(traced)
     bound_inputs(traced)
@@ -108,6 +111,8 @@ def _compile_generation(traced: Program, split: Program, plan: Plan, step: Calla
     other by more than causal attention, it is the model's own use of a cache. Raises `PlanError` where that cannot be
     had either.
     """
+    if not traced.has_head:
+        raise PlanError(f"{traced.name} cannot generate: it has no head, so that its result is no logits")
     continuing = explicit_positions(traced)
     reason = why_tokens_mix(continuing) or why_rows_mix(continuing)
     if reason is None:

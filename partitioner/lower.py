@@ -148,6 +148,10 @@ METHODS: dict[Any, str] = {
 }
 
 
+_TO_POSITIONAL = 4
+"""self, dtype, non_blocking, copy"""
+
+
 def lower(node: fx.Node) -> fx.Node:
     """What takes the place of `node`: itself with another call, or the operand that it would only hand on."""
     source = node.args[0] if node.args else None
@@ -161,6 +165,10 @@ def lower(node: fx.Node) -> fx.Node:
     elif node.target in FUNCTIONS:
         node.target = FUNCTIONS[node.target]
     elif node.target in METHODS:
+        if node.target is aten.to.dtype and len(node.args) > _TO_POSITIONAL:
+            # a method takes what an op takes in place by name only
+            node.kwargs = {**node.kwargs, "memory_format": node.args[_TO_POSITIONAL]}
+            node.args = node.args[:_TO_POSITIONAL]
         node.op, node.target = "call_method", METHODS[node.target]
     return node
 

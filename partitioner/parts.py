@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from partitioner.emit import Emitter
-from partitioner.errors import CommunicationError, PlanError
+from partitioner.errors import CommunicationError, InputError, PlanError
 from partitioner.mesh import Mesh
 from partitioner.program import Program
 from runtime.cache import cache_bytes
@@ -138,6 +138,10 @@ class Parts(Generic[Report]):
 
     def cache_bytes(self, *, max_batch: int, max_length: int, prefill_step: int = 512) -> list[int]:
         """Per rank, the bytes of the cache for `max_batch` sequences of up to `max_length` tokens, prompt included."""
+        sizes = {"max_batch": max_batch, "max_length": max_length, "prefill_step": prefill_step}
+        for name, given in sizes.items():
+            if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+                raise InputError(f"{name} must be a whole number, at least 1; got {given!r}")
         ranks = range(self.mesh.world_size)
         step = min(prefill_step, max_length)
         return [

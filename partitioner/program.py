@@ -129,6 +129,8 @@ class Program:
     table: dict[str, Entry] = field(default_factory=dict)
     weight_layouts: dict[str, Layout] = field(default_factory=dict)
     """Layout of each weight that is not whole on every rank."""
+    has_head: bool = True
+    """Whether the result is logits over a vocabulary, and not the last hidden state."""
     eos_token_id: tuple[int, ...] = ()
     """The tokens after which the model's text ends, by its own generation config."""
     states: dict[str, State] = field(default_factory=dict)

@@ -54,6 +54,8 @@ class Continuation:
         self.cache: Cache | None = None
         self._execute: Executable | None = None
         self._decoder: Decoder | None = None
+        self._turn = 0
+        """Counts tasks: a stream that another task has overtaken must not go on."""
 
     def steps(self, task: Task) -> Iterator[Step]:
         """One `Step` per token, until every sequence has ended."""
@@ -64,6 +66,7 @@ class Continuation:
         self.reserve(max_batch=len(task.prompts), max_length=length, step=size)
         assert self.cache is not None
         self.cache.start()
+        self._turn += 1
         texts = [list(prompt) for prompt in task.prompts]
         ended = [False] * len(texts)
         requests = torch.tensor(settings.request_ids or list(range(len(texts))), device=self.device)
@@ -80,7 +83,10 @@ class Continuation:
             history, lengths = self._history(texts, settings.sampling)
             chosen, scores = choose(logits, request_ids=requests, step=count - 1, history=history, lengths=lengths)
             tokens, logprobs = chosen.tolist(), None if scores is None else scores.tolist()
+            mine = self._turn
             yield Step(_unless(ended, tokens), None if logprobs is None else _unless(ended, logprobs))
+            if mine != self._turn:
+                raise InputError("another text was begun on this engine: its cache no longer holds this stream's")
             for row, token in enumerate(tokens):
                 if not ended[row]:
                     texts[row].append(token)

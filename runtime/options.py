@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from torch import Tensor
+
 from partitioner.errors import InputError
 from runtime.sampling import Sampling
 
@@ -88,23 +90,42 @@ class Settings:
                 raise InputError(f"generate() has no option {name!r}; {hint}")
         sampling = Sampling(**{name: given.pop(name) for name in of_sampling & given.keys()})
         ends = given.pop("eos_token_id", None)
-        ends = eos_token_id if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+        ends = eos_token_id if ends is None else _integers("eos_token_id", [ends] if isinstance(ends, int) else ends)
         pad = given.pop("pad_token_id", None)
+        if pad is not None:
+            (pad,) = _integers("pad_token_id", [pad])
         stops = given.pop("stop_strings", None) or ()
+        stops = (stops,) if isinstance(stops, str) else stops
+        if not isinstance(stops, (list, tuple)) or not all(isinstance(stop, str) for stop in stops):
+            raise InputError(f"stop_strings must be a text or a list of texts, got {stops!r}")
         requests = given.pop("request_ids", None)
         return cls(
             **given,
             sampling=sampling,
             eos_token_id=ends,
             pad_token_id=pad if pad is not None else ends[0] if ends else 0,
-            stop_strings=(stops,) if isinstance(stops, str) else tuple(stops),
-            request_ids=None if requests is None else tuple(int(request) for request in requests),
+            stop_strings=tuple(stops),
+            request_ids=None if requests is None else _integers("request_ids", requests),
         )
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "prefill_step"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
                 raise InputError(f"{name} must be a whole number, at least 1; got {value!r}")
+        if not isinstance(self.logprobs, bool):
+            raise InputError(f"logprobs must be True or False, got {self.logprobs!r}")
         if self.stop_strings and self.tokenizer is None:
             raise InputError("stop_strings are texts: give tokenizer= as well, to know what the tokens say")
+
+
+def _integers(name: str, given: Any) -> tuple[int, ...]:
+    """Ids, as Python integers that fit into 64 bits."""
+    if isinstance(given, Tensor):
+        given = given.tolist() if given.dim() == 1 else None
+    right = isinstance(given, (list, tuple, range)) and all(
+        isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**63 for i in given
+    )
+    if not right:
+        raise InputError(f"{name} must be whole numbers from 0 on, got {given!r}")
+    return tuple(given)

@@ -5,6 +5,7 @@ The simulator is not a second interpreter: the engines, graphs and weights are t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import threading
@@ -38,6 +39,7 @@ class Simulator:
         weights: WeightSource | None = None,
         timeout_s: float = 60.0,
     ) -> None:
+        self._busy = threading.Lock()
         self._rendezvous = Rendezvous(programs[0].mesh, timeout_s=timeout_s)
         self.engines = [
             Engine(
@@ -54,6 +56,22 @@ class Simulator:
 
     def run(self, work: Callable[[Engine], T]) -> list[T]:
         """What `work` returns on each rank, all of them at once."""
+        with self._alone():
+            return self._run(work)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The ranks have one rendezvous and one cache each: what runs on them runs by itself."""
+        if not self._busy.acquire(blocking=False):
+            raise CommunicationError(
+                "these ranks are in the middle of something: read an unfinished stream to its end, or close() it, first"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _run(self, work: Callable[[Engine], T]) -> list[T]:
         self._rendezvous.reset()
         results: list[Any] = [None] * len(self.engines)
         errors: list[tuple[int, BaseException]] = []
@@ -78,6 +96,10 @@ class Simulator:
 
     def stream(self, work: Callable[[Engine], Iterator[T]]) -> Iterator[T]:
         """What `work` yields on rank 0, while all ranks run it; a consumer that stops early stops them all."""
+        with self._alone():
+            yield from self._stream(work)
+
+    def _stream(self, work: Callable[[Engine], Iterator[T]]) -> Iterator[T]:
         said: queue.Queue[tuple[str, Any]] = queue.Queue()
 
         def follow(engine: Engine) -> None:
@@ -87,7 +109,7 @@ class Simulator:
 
         def run() -> None:
             try:
-                self.run(follow)
+                self._run(follow)
                 said.put(("end", None))
             except BaseException as error:
                 said.put(("error", error))

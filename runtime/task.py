@@ -85,6 +85,10 @@ def _rows(prompts: Prompts, attention_mask: Tensor | None, pad: int) -> tuple[tu
     if isinstance(prompts, Tensor):
         if prompts.dim() != 2 or prompts.dtype not in (torch.int64, torch.int32):
             raise InputError(f"prompts must be token ids [B, L], int64; got {prompts.dtype} {list(prompts.shape)}")
+        if prompts.is_meta or prompts.layout is not torch.strided:
+            raise InputError("prompts must hold data, as a plain tensor")
+        if attention_mask is not None and not isinstance(attention_mask, Tensor):
+            raise InputError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
         if attention_mask is None:
             return tuple(map(tuple, prompts.tolist())), prompts.long()
         if attention_mask.shape != prompts.shape:
@@ -97,9 +101,19 @@ def _rows(prompts: Prompts, attention_mask: Tensor | None, pad: int) -> tuple[tu
             for pair in zip(prompts.tolist(), mask.tolist(), strict=True)
         ]
         return tuple(map(tuple, rows)), prompts.long()
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(row, (list, tuple, Tensor)) for row in prompts):
+        raise InputError("prompts must be token ids [B, L], or a list with a list of ids for each; " + _got(prompts))
     if attention_mask is not None:
         raise InputError("attention_mask goes with prompts [B, L]; a list of rows needs none")
-    rows = [[int(token) for token in row] for row in prompts]
+    rows = [list(row.tolist() if isinstance(row, Tensor) else row) for row in prompts]
+    for number, row in enumerate(rows):
+        if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**63 for token in row):
+            raise InputError(f"prompt {number} must be token ids, whole numbers from 0 on; {_got(row)}")
     longest = max(map(len, rows), default=0)
     ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], dtype=torch.int64)
     return tuple(map(tuple, rows)), ids
+
+
+def _got(given: object) -> str:
+    text = repr(given)
+    return f"got {text if len(text) < 60 else type(given).__name__}"

@@ -63,6 +63,7 @@ def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None
         mesh=mesh,
         name=type(model).__name__,
         limits=limits_of(builder.ranges, longest),
+        has_head=model.can_generate() or model.get_output_embeddings() is not None,
         eos_token_id=ends_of(model),
         notes=notes,
     )

@@ -223,3 +223,14 @@ def test_what_is_in_no_table_stays() -> None:
     assert node.target is aten.index.Tensor
     number = fx.Graph().call_function(aten.add.Tensor, (2.0, 3.0))
     assert lower(number).target is aten.add.Tensor
+
+
+def test_a_cast_with_a_memory_format_is_a_method_with_a_keyword() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = Value((2, 3, 4), torch.float64)
+    args = (x, torch.float16, False, False, torch.contiguous_format)
+    graph.output(lower(graph.call_function(aten.to.dtype, args)))
+    found = fx.GraphModule({}, graph)(X.transpose(1, 2))
+    assert found.dtype == torch.float16
+    assert found.is_contiguous()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from partitioner.errors import InputError, SamplingError
+from partitioner import Plan, partition
+from partitioner.errors import CommunicationError, InputError, PlanError, SamplingError
+from runtime.rendezvous import Rendezvous
 from runtime.task import Generated
+from tests import zoo
 from tests.generated import prompts
 from tests.partitioned import compiled
 
@@ -81,6 +84,35 @@ def test_a_stream_yields_what_generate_returns_and_may_be_left() -> None:
     assert new(parts, texts, 2).shape == (2, 9)  # and the ranks are free again
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_ranks_that_are_in_the_middle_of_a_stream_say_so(tp: int) -> None:
+    parts = compiled("llama", tp)
+    stream = parts.stream([[5]], max_new_tokens=40, eos_token_id=[])
+    next(stream)
+    with pytest.raises(CommunicationError, match="close"):
+        new(parts, [[9]])
+    with pytest.raises(CommunicationError, match="close"):
+        parts.simulate(input_ids=torch.tensor([[5]]))
+    stream.close()
+    assert new(parts, [[9]]).shape == (1, 7)
+
+
+def test_a_stream_that_another_text_has_overtaken_ends() -> None:
+    parts = compiled("llama", 1)
+    engine = parts.engine(0, Rendezvous(parts.mesh).communicator(0))
+    stream = engine.stream([[5]], max_new_tokens=40, eos_token_id=[])
+    next(stream)
+    engine.generate([[9]], max_new_tokens=3)
+    with pytest.raises(InputError, match="another text"):
+        next(stream)
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    base = zoo.tiny("llama")[0].model
+    with pytest.raises(PlanError, match="no head"):
+        partition(base, Plan(tp=2)).generate([[3, 4]])
+
+
 def test_log_probabilities_go_with_the_tokens() -> None:
     found = new(compiled("llama", 2), prompts("llama", (4,)), 5, logprobs=True)
     assert isinstance(found, Generated)
@@ -106,6 +138,13 @@ def test_the_cache_serves_a_second_and_a_smaller_task() -> None:
         ({"prefill_step": 0}, InputError, "at least 1"),
         ({"temperature": -1.0}, SamplingError, "temperature"),
         ({"request_ids": [1, 2, 3]}, InputError, "request_ids"),
+        ({"request_ids": [1.5]}, InputError, "request_ids"),
+        ({"eos_token_id": "a"}, InputError, "eos_token_id"),
+        ({"eos_token_id": True}, InputError, "eos_token_id"),
+        ({"pad_token_id": -1}, InputError, "pad_token_id"),
+        ({"stop_strings": 5}, InputError, "stop_strings"),
+        ({"logprobs": "a"}, InputError, "logprobs"),
+        ({"max_new_tokens": 10**12}, InputError, "max_new_tokens"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options, error, says) -> None:
@@ -121,6 +160,13 @@ def test_options_that_make_no_sense_are_refused(options, error, says) -> None:
         ([[3, 4, 100_000]], "prompt 0"),
         (torch.zeros(2, 3), "token ids"),
         (torch.zeros(3, dtype=torch.int64), "token ids"),
+        (torch.zeros(2, 3, dtype=torch.int64, device="meta"), "hold data"),
+        ("hello", "token ids"),
+        (None, "token ids"),
+        ([1, 2, 3], "a list with a list"),
+        ([[1.0, 2.0]], "prompt 0 must be token ids"),
+        ([[2**63]], "prompt 0 must be token ids"),
+        ([[1], [None]], "prompt 1 must be token ids"),
     ],
 )
 def test_prompts_that_make_no_sense_are_refused(texts, says) -> None:
