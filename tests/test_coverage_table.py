@@ -13,7 +13,7 @@ from tests import coverage
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
 
 EQUAL = 165
-GENERATE = 140
+GENERATE = 145
 """How many causal language models are at least equal to their own code, and generate what it does."""
 
 NEAR = {2: 144, 4: 142}
