@@ -20,7 +20,7 @@ import sympy
 import torch
 from torch import fx
 
-from partitioner.layout import Layout
+from partitioner.layout import REPLICATED, Layout
 from partitioner.mesh import Mesh
 from runtime.rank_program import Bound
 
@@ -165,6 +165,18 @@ class Program:
             kept_whole=dict(self.kept_whole),
             notes=list(self.notes),
         )
+
+    def add_input(self, name: str, value: Value, default: str) -> fx.Node:
+        """The placeholder of the input `name`; made, as the last one, where the program does not take it yet."""
+        placeholders: list[fx.Node] = [node for node in self.graph.nodes if node.op == "placeholder"]
+        for node in placeholders:
+            if node.target == name:
+                return node
+        with self.graph.inserting_after(placeholders[-1]):
+            made = self.graph.placeholder(name)
+        made.meta = {"val": value, "layout": REPLICATED(len(value.shape))}
+        self.inputs = (*self.inputs, Input(name, value, default))
+        return made
 
     def local(self, hint: str, entry: Entry) -> Local | Integers:
         """A stand-in for `entry`; the plain integers where all coordinates and the whole agree."""

@@ -20,7 +20,7 @@ from torch import fx
 
 from partitioner.analysis.arguments import arguments
 from partitioner.layout import REPLICATED, Layout
-from partitioner.program import Input, Program, State, Value
+from partitioner.program import Program, State, Value
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
 
@@ -39,7 +39,9 @@ class KvCache:
         # attention that is not causal by itself reads what a graph for single steps has appended and masked already
         nodes = [node for node in program.graph.nodes if node.target is attention and arguments(node)["causal"]]
         takes_steps = bool(program.states)  # with the model's own cache: it is right for any text already
-        positions = _positions(program)
+        # made where the model itself has no use for it
+        tokens = next(iter(program.graph.nodes)).meta["val"]
+        positions = program.add_input(_POSITIONS, Value(tokens.shape, torch.int64), "arange")
         for node in nodes:
             self._cache(program, node, positions)
         if not takes_steps:
@@ -72,18 +74,3 @@ class KvCache:
         node.kwargs = {**{k: v for k, v in node.kwargs.items() if k not in ("mask", "sinks")}, "state": name}
         far = "all earlier tokens" if sees is None else f"the last {sees} tokens"
         node.meta["why"] = f"keys and values of {far} come from the cache"
-
-
-def _positions(program: Program) -> fx.Node:
-    """The input with each token's position; made where the model itself has no use for it."""
-    for node, given in zip(program.graph.nodes, program.inputs, strict=False):
-        if given.name == _POSITIONS:
-            return node  # type: ignore[no-any-return]
-    first: fx.Node = next(iter(program.graph.nodes))
-    last: fx.Node = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
-    with program.graph.inserting_after(last):
-        made = program.graph.placeholder(_POSITIONS)
-    value = Value(first.meta["val"].shape, torch.int64)
-    made.meta = {"val": value, "layout": REPLICATED(2)}
-    program.inputs = (*program.inputs, Input(_POSITIONS, value, "arange"))
-    return made

@@ -10,14 +10,14 @@ taken out: the sampler reads them where they are (Megatron-LM, arXiv:1909.08053,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
 
 from partitioner.analysis.arguments import operation
 from partitioner.layout import REPLICATED, Layout
-from partitioner.program import Input, Program, Value
+from partitioner.program import Program, Value
 from runtime.ops.cached_attention import last_token
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.local import reorder
@@ -48,7 +48,7 @@ class LastToken:
             return program
         place = _pick(program, logits)
         value, layout = place.meta["val"], place.meta.get("layout") or REPLICATED(3)
-        last = _input(program, value.shape[0])
+        last = program.add_input("last", Value((value.shape[0],), torch.int64), "required")
         with program.graph.inserting_before(_next(place)):
             picked = program.graph.call_function(last_token, (place, last))
         picked.meta = {
@@ -98,16 +98,6 @@ def _next(node: fx.Node) -> fx.Node:
     while following.op == "placeholder":
         following = following.next
     return following
-
-
-def _input(program: Program, batch: Any) -> fx.Node:
-    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
-    with program.graph.inserting_after(placeholders[-1]):
-        made = program.graph.placeholder("last")
-    value = Value((batch,), torch.int64)
-    made.meta = {"val": value, "layout": REPLICATED(1)}
-    program.inputs = (*program.inputs, Input("last", value, "required"))
-    return made
 
 
 def _keep_parts(program: Program) -> None:

@@ -67,6 +67,7 @@ class Continuation:
         assert self.cache is not None
         self.cache.start()
         self._turn += 1
+        mine = self._turn
         texts = [list(prompt) for prompt in task.prompts]
         ended = [False] * len(texts)
         requests = torch.tensor(settings.request_ids or list(range(len(texts))), device=self.device)
@@ -83,7 +84,6 @@ class Continuation:
             history, lengths = self._history(texts, settings.sampling)
             chosen, scores = choose(logits, request_ids=requests, step=count - 1, history=history, lengths=lengths)
             tokens, logprobs = chosen.tolist(), None if scores is None else scores.tolist()
-            mine = self._turn
             yield Step(_unless(ended, tokens), None if logprobs is None else _unless(ended, logprobs))
             if mine != self._turn:
                 raise InputError("another text was begun on this engine: its cache no longer holds this stream's")
@@ -113,7 +113,8 @@ class Continuation:
         self.cache = self._execute = self._decoder = None  # the old one is given back first
         # lengths that kernels like, and that the next task may share
         max_length = -(-max_length // _ROUND_TO) * _ROUND_TO
-        slots = max(max_length + 1, self._least_slots)
+        # a graph that is told its slots looks at one more than there are tokens
+        slots = max(max_length + 1, self._least_slots) if self._takes_slots else 0
         self.cache = Cache(
             self.program.states, max_batch=max_batch, max_length=max_length, step=step, device=self.device, slots=slots
         )
@@ -135,6 +136,10 @@ class Continuation:
                 cuda_graph=self._cuda_graph,
             )
         return self._decoder(tokens, positions)
+
+    @property
+    def _takes_slots(self) -> bool:
+        return any(wanted.name == "slots" for wanted in self.program.inputs)
 
     @property
     def _least_slots(self) -> int:

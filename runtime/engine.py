@@ -118,15 +118,17 @@ class Engine:
         lengths, which are returned padded on the left. `options`: see `runtime.options`. Every rank must be given the
         same, and returns the same.
         """
-        task = Task.of(prompts, attention_mask, options, eos_token_id=self._continuation.program.eos_token_id)
+        task = self._task(prompts, attention_mask, options)
         return task.result(list(self._continuation.steps(task)))
 
     def stream(
         self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Iterator[Step]:
         """The same, a step at a time: one token per sequence."""
-        task = Task.of(prompts, attention_mask, options, eos_token_id=self._continuation.program.eos_token_id)
-        return self._continuation.steps(task)
+        return self._continuation.steps(self._task(prompts, attention_mask, options))
+
+    def _task(self, prompts: Prompts, attention_mask: Tensor | None, options: Options) -> Task:
+        return Task.of(prompts, attention_mask, options, eos_token_id=self._continuation.program.eos_token_id)
 
     @functools.cached_property
     def _continuation(self) -> Continuation:

@@ -9,8 +9,6 @@ import os
 import sys
 import warnings
 
-import torch
-
 from partitioner.compile import compile_program, trace, trace_step
 from partitioner.exact import in_float64
 from partitioner.plan import Plan
@@ -28,8 +26,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     plan = Plan(tp=int(os.environ["WORLD_SIZE"]))
     for name in sys.argv[1:]:
-        torch.manual_seed(0)  # the same model on every rank
-        model = zoo.tiny(name)[0]
+        model = zoo.tiny(name)[0]  # seeded: the same on every rank
         parts = compile_program(in_float64(trace(model)), plan, step=lambda m=model: in_float64(trace_step(m)))
         prompts = prompts_for(model)
         with Engine.connect(parts) as engine:

@@ -299,7 +299,9 @@ def _build(name: str, config: PreTrainedConfig) -> PreTrainedModel:
         config = config.get_text_config()  # the text model of a composite one
     if not masked and "is_decoder" in vars(config):
         config.is_decoder = True
-    return cls(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the models' own initialisation draws from the global generator
+        return cls(config)
 
 
 def _config(cls: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedConfig:

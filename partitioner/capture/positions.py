@@ -25,7 +25,7 @@ from partitioner.analysis.arguments import arguments, node_values, operation
 from partitioner.capture.build import Builder
 from partitioner.capture.functional import functionalize
 from partitioner.capture.inputs import BATCH, LENGTH
-from partitioner.program import Input, Program, Value
+from partitioner.program import Program, Value
 
 aten = torch.ops.aten
 
@@ -176,25 +176,13 @@ def _graft(program: Program, rows: _Rows) -> dict[fx.Node, fx.Node]:
     with program.graph.inserting_before(first):
         for node in traced.nodes:
             if node.op == "placeholder":
-                known[node] = _input(program, node.meta["val"])
+                known[node] = program.add_input(_NAME, node.meta["val"], "arange")
             elif node.op == "get_attr":
                 known[node] = weights[str(node.target)]
                 first.prepend(known[node])
             elif node.op == "call_function":
                 known[node] = program.graph.node_copy(node, known.__getitem__)
     return {wanted: known[result] for wanted, result in zip(rows.wanted, results, strict=True)}  # type: ignore[index]
-
-
-def _input(program: Program, value: Value) -> fx.Node:
-    for node, given in zip(program.graph.nodes, program.inputs, strict=False):
-        if given.name == _NAME:
-            return node  # type: ignore[no-any-return]
-    last = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
-    with program.graph.inserting_after(last):
-        made = program.graph.placeholder(_NAME)
-    made.meta = {"val": value}
-    program.inputs = (*program.inputs, Input(_NAME, value, "arange"))
-    return made
 
 
 def _aligned(program: Program, made: fx.Node, source: fx.Node, user: fx.Node) -> fx.Node | None:

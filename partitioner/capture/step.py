@@ -16,7 +16,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from transformers import PreTrainedModel
@@ -78,6 +78,7 @@ def capture_step(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None =
         low, high = builder.ranges.get("slots", (1, None))
         builder.ranges["slots"] = (low, most if high is None else min(high, most))
     weights, values = describe_weights(graph, builder, known)
+    used = {str(node.kwargs["state"]) for node in graph.nodes if "state" in node.kwargs}
     if recurrent:
         builder.ranges["sequence"] = (1, 1)
         notes.append("prompts run token by token: what the model remembers is a state that each token changes")
@@ -94,14 +95,10 @@ def capture_step(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None =
         states={
             s.name: State(s.name, s.shape, s.dtype, REPLICATED(len(s.shape)), per_token=s.per_token)
             for s in states
-            if s.name in _used(graph)
+            if s.name in used
         },
         notes=notes,
     )
-
-
-def _used(graph: fx.Graph) -> set[str]:
-    return {str(node.kwargs["state"]) for node in graph.nodes if "state" in node.kwargs}
 
 
 _DEFAULTS = {"position_ids": "arange"}

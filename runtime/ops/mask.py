@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from runtime.ops.attention import allowed
+from runtime.ops.state import position_mask
 
 __all__ = ["attention_mask"]
 
@@ -28,9 +28,14 @@ def attention_mask(
 ) -> Tensor:
     """See the module's docstring; `reference` gives the batch size and the device, the rest is as in `attention`."""
     positions = torch.arange(max(q_length, kv_length), device=reference.device)
-    seen = allowed(positions[:q_length, None], positions[:kv_length], causal=causal, window=window, chunk=chunk)
-    if padding is not None:
-        seen = seen & padding.bool()[:, None, None, :kv_length]
-    zero = torch.zeros((), dtype=dtype, device=reference.device)
-    mask = torch.where(seen, zero, torch.finfo(dtype).min)
+    padding = None if padding is None else padding[:, :kv_length]
+    mask = position_mask(
+        positions[None, :q_length],
+        positions[:kv_length],
+        padding,
+        dtype=dtype,
+        causal=causal,
+        window=window,
+        chunk=chunk,
+    )
     return mask.expand(reference.shape[0], 1, q_length, kv_length)

@@ -186,3 +186,12 @@ def test_a_mask_with_a_hole_or_of_another_shape_is_refused() -> None:
         parts.generate(ids, attention_mask=torch.tensor([[1, 0, 1, 1]]))
     with pytest.raises(InputError, match="must be"):
         parts.generate(ids, attention_mask=torch.ones(1, 3))
+
+
+def test_the_engine_sets_aside_what_cache_bytes_says() -> None:
+    parts = partition(zoo.tiny("gemma2")[0], Plan(tp=2))  # with engines of its own
+    new(parts, prompts("gemma2", (4, 7)), 5)
+    for rank, engine in enumerate(parts._simulator.engines):
+        cache = engine._continuation.cache
+        assert cache is not None
+        assert cache.bytes == parts.cache_bytes(max_batch=2, max_length=64, prefill_step=7)[rank]
