@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from partitioner.compile import partition
     from partitioner.errors import (
+        BundleError,
         CaptureError,
         CommunicationError,
         InputError,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BundleError",
     "CaptureError",
     "CommunicationError",
     "InputError",
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BundleError": "partitioner.errors",
     "CaptureError": "partitioner.errors",
     "CommunicationError": "partitioner.errors",
     "InputError": "partitioner.errors",
