@@ -15,8 +15,10 @@ import fnmatch
 import functools
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Protocol
 
+import torch
 from transformers import PreTrainedModel
 
 from partitioner.analysis.steps import why_steps_differ
@@ -26,6 +28,8 @@ from partitioner.canonicalize import canonicalize
 from partitioner.capture import capture, capture_step
 from partitioner.capture.positions import explicit_positions
 from partitioner.check import check
+from partitioner.checkpoint.folder import open_checkpoint
+from partitioner.checkpoint.origins import Origins
 from partitioner.errors import CaptureError, PlanError
 from partitioner.mesh import Mesh
 from partitioner.parts import Parts
@@ -48,19 +52,42 @@ class Pass(Protocol):
 
 
 def partition(
-    model: PreTrainedModel, plan: Plan, *, max_length: int | None = None, length: int | None = None
+    model: PreTrainedModel | str | Path,
+    plan: Plan,
+    *,
+    dtype: torch.dtype | None = None,
+    max_length: int | None = None,
+    length: int | None = None,
 ) -> Parts[Report]:
     """Compiles a Hugging Face model for `plan`.
 
-    The model may hold its weights or be on the meta device, and is not changed. `max_length` is the longest sequence
+    The model may hold its weights or be on the meta device, and is not changed. A path is a checkpoint folder: its
+    model is built without weights, and each rank reads its own shard from the files when it is loaded, cast to `dtype`
+    (None: that of the checkpoint). `max_length` is the longest sequence
     that will be run, for position encodings that depend on it; `length` compiles for that one length, for models
     whose code cannot be traced for all lengths at once.
 
     Raises `CaptureError` where the model cannot be traced, `PlanError` where the plan does not fit it.
     """
     _check_plan(plan)  # before the trace, which takes longer
+    origins = None
+    if isinstance(model, (str, Path)):
+        opened = open_checkpoint(model, dtype=dtype)
+        model, origins = opened.model, opened.origins
+    elif dtype is not None:
+        raise CaptureError(
+            f"dtype={dtype} casts what is read from a checkpoint folder; this {type(model).__name__} has its weights: "
+            "convert it by model.to(dtype)"
+        )
     traced = trace(model, max_length=max_length, length=length)
-    return compile_program(traced, plan, step=functools.partial(trace_step, model, max_length=max_length))
+    traced.origins = origins
+    return compile_program(traced, plan, step=functools.partial(_step, model, origins, max_length))
+
+
+def _step(model: PreTrainedModel, origins: Origins | None, max_length: int | None) -> Program:
+    stepping = trace_step(model, max_length=max_length)
+    stepping.origins = origins
+    return stepping
 
 
 def trace(model: PreTrainedModel, *, max_length: int | None = None, length: int | None = None) -> Program:

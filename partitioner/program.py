@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch import fx
 
+from partitioner.checkpoint.origins import Origins
 from partitioner.layout import REPLICATED, Layout
 from partitioner.mesh import Mesh
 from runtime.rank_program import Bound
@@ -144,6 +145,8 @@ class Program:
 
     "positions": how long a text may become, where parts of it are run.
     """
+    origins: Origins | None = None
+    """Where the weights lie in the files of a checkpoint; None where the model was given with its weights."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: variants fixed at capture, inputs refused."""
 

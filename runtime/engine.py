@@ -26,7 +26,9 @@ from runtime.inputs import complete_inputs
 from runtime.options import Options
 from runtime.process_groups import ProcessGroups, Sharing
 from runtime.rank_program import RankProgram
+from runtime.reading import Reader
 from runtime.task import Generated, Prompts, Step, Task
+from runtime.tensor_files import TensorFiles
 from runtime.weights import WeightSource, load_weights
 
 __all__ = ["Engine", "RankPrograms"]
@@ -44,7 +46,8 @@ class RankPrograms(Protocol):
 
 
 class Engine:
-    """One rank, loaded; `weights` as in `runtime.weights`, None: the data of the model that was partitioned.
+    """One rank, loaded; `weights` as in `runtime.weights`, None: the data of the model that was partitioned, or the
+    files of the checkpoint.
 
     `generation` makes the rank's program for continuing sequences, when it is first asked to. `compile` puts its decode
     steps through torch.compile, `cuda_graph` captures them; both take their time at the first steps.
@@ -69,8 +72,12 @@ class Engine:
         self.program = program
         self.communicator = communicator
         self.device = torch.device(device)
+        if weights is None and program.checkpoint is not None:
+            weights = Reader(TensorFiles(program.checkpoint))
         self._source = weights
-        self.weights = load_weights(program.weights, program.values, weights, self.device)
+        self.weights = load_weights(
+            program.weights, program.values, weights, self.device, progress=communicator.rank == 0
+        )
         self._run = Executable(program, self.weights, communicator, self.device)
         self._generation = generation
         self._decoding = {"compile": compile, "cuda_graph": cuda_graph}

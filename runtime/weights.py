@@ -1,6 +1,7 @@
 """Loading: the slices of the weights that one rank holds, as tensors of their own.
 
-    source   a mapping of whole tensors by name (a state_dict), or a callable (name, block) -> that block of the tensor
+    source   a mapping of whole tensors by name (a state_dict), a callable (name, block) -> that block of the tensor,
+             or a Reader of a checkpoint's files
 
 A slice of a tensor keeps the whole of it in memory, so slices are copied; a weight that the rank needs whole is shared.
 """
@@ -14,23 +15,35 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import WeightError
-from runtime.rank_program import Block, WeightShard
+from runtime.rank_program import Block, WeightShard, at, extents
+from runtime.reading import Reader
 
 __all__ = ["WeightSource", "load_weights"]
 
-WeightSource = Mapping[str, Tensor] | Callable[[str, Block], Tensor]
+WeightSource = Mapping[str, Tensor] | Callable[[str, Block], Tensor] | Reader
+_Given = Mapping[str, Tensor] | Callable[[str, Block], Tensor] | None
 
 
 def load_weights(
-    weights: Sequence[WeightShard], values: Mapping[str, Tensor], source: WeightSource | None, device: torch.device
+    weights: Sequence[WeightShard],
+    values: Mapping[str, Tensor],
+    source: WeightSource | None,
+    device: torch.device,
+    *,
+    progress: bool = False,
 ) -> list[Tensor]:
-    """One tensor per weight, from `source`; None: from `values`, the data that the program came with."""
-    return [_load(weight, values, source, device) for weight in weights]
+    """One tensor per weight, from `source`; None: from `values`, the data that the program came with.
+
+    `progress`: a Reader says on a terminal how far it is.
+    """
+    if not isinstance(source, Reader):
+        return [_load(weight, values, source, device) for weight in weights]
+    stored = [weight for weight in weights if weight.source == "checkpoint"]
+    found = dict(zip(stored, source.load(stored, device, progress=progress), strict=True))
+    return [found[weight] if weight in found else _load(weight, values, None, device) for weight in weights]
 
 
-def _load(
-    weight: WeightShard, values: Mapping[str, Tensor], source: WeightSource | None, device: torch.device
-) -> Tensor:
+def _load(weight: WeightShard, values: Mapping[str, Tensor], source: _Given, device: torch.device) -> Tensor:
     known = _find(values, weight)
     has_data = known is not None and not known.is_meta
     if callable(source) and (weight.source == "checkpoint" or not has_data):
@@ -46,19 +59,19 @@ def _load(
     _require_data(weight, whole)
     if weight.is_whole:
         return whole.detach().to(device)
-    return _assemble(weight, lambda _, block: whole[tuple(slice(*ends) for ends in block)], device)
+    return _assemble(weight, lambda _, block: whole[at(block)], device)
 
 
 def _assemble(weight: WeightShard, read: Callable[[str, Block], Tensor], device: torch.device) -> Tensor:
     local = torch.empty(weight.local_shape, dtype=weight.dtype, device=device)
-    for piece in weight.pieces:
+    # by the model's own names: those of a checkpoint may differ
+    for piece in weight.own_pieces:
         block = read(piece.tensor, piece.source).detach()
-        required = [stop - start for start, stop in piece.source]
+        required = list(extents(piece.source))
         if list(block.shape) != required:
             raise WeightError(f"block {piece.source} of {piece.tensor!r} must be {required}, got {list(block.shape)}")
         _require_data(weight, block)
-        # () is the whole of a scalar
-        local[tuple(slice(*ends) for ends in piece.destination)] = block
+        local[at(piece.destination)] = block
     return local
 
 
