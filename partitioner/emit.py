@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -21,7 +22,7 @@ from partitioner.errors import CaptureError, LayoutError
 from partitioner.layout import IndexSet
 from partitioner.lower import lower
 from partitioner.program import Input, Local, Program, State, Weight
-from runtime.rank_program import Piece, RankProgram, RunInput, StateShard, WeightShard
+from runtime.rank_program import Made, Piece, RankProgram, RunInput, StateShard, WeightShard
 
 __all__ = ["Emitter", "Piece", "RankProgram", "RunInput", "StateShard", "WeightShard", "emit"]
 
@@ -125,8 +126,12 @@ def weight_shard(program: Program, weight: Weight, coordinates: Mapping[str, int
         Piece(weight.name, tuple(source for source, _ in block), tuple(destination for _, destination in block))
         for block in itertools.product(*runs)
     )
+    made = None
+    if weight.of is not None and weight.make is not None:
+        # all of it, whatever the rank holds of what is made from it
+        made = Made(weight_shard(replace(program, weight_layouts={}), weight.of, coordinates), weight.make)
     return WeightShard(
-        weight.name, weight.dtype, weight.shape, local_shape, indices, weight.source, weight.aliases, pieces
+        weight.name, weight.dtype, weight.shape, local_shape, indices, weight.source, weight.aliases, pieces, made
     )
 
 

@@ -31,6 +31,8 @@ def load_weights(
 def _load(
     weight: WeightShard, values: Mapping[str, Tensor], source: WeightSource | None, device: torch.device
 ) -> Tensor:
+    if weight.made is not None:
+        return _make(weight, values, source, device)
     known = _find(values, weight)
     has_data = known is not None and not known.is_meta
     if callable(source) and (weight.source == "checkpoint" or not has_data):
@@ -46,6 +48,24 @@ def _load(
     _require_data(weight, whole)
     if weight.is_whole:
         return whole.detach().to(device)
+    return _assemble(weight, lambda _, block: whole[tuple(slice(*ends) for ends in block)], device)
+
+
+def _make(
+    weight: WeightShard, values: Mapping[str, Tensor], source: WeightSource | None, device: torch.device
+) -> Tensor:
+    """From the whole tensor that it is made of, one weight at a time; then the rank's part of it."""
+    assert weight.made is not None
+    of = weight.made.of
+    with torch.no_grad():
+        whole = weight.made.make(_load(of, values, source, device))
+    if tuple(whole.shape) != weight.global_shape or whole.dtype != weight.dtype:
+        raise WeightError(
+            f"weight {weight.name!r} must be {weight.dtype} {list(weight.global_shape)}; what "
+            f"{weight.made.make.__qualname__} makes of {of.name!r} is {whole.dtype} {list(whole.shape)}"
+        )
+    if weight.is_whole:
+        return whole
     return _assemble(weight, lambda _, block: whole[tuple(slice(*ends) for ends in block)], device)
 
 
