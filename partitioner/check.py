@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from partitioner.analysis.arguments import arguments, evaluate, node_values, operation
+from partitioner.analysis.arguments import arguments, describe, evaluate, node_values, operation
 from partitioner.analysis.infer import Layouts, disjoint
 from partitioner.analysis.moves import is_move
 from partitioner.analysis.placement import batched, state_layout
@@ -32,7 +32,7 @@ from runtime.ops.state import cache_append, state_read, state_write
 
 aten = torch.ops.aten
 
-__all__ = ["check"]
+__all__ = ["SPECIAL", "check"]
 
 
 def check(program: Program) -> None:
@@ -58,7 +58,7 @@ def check(program: Program) -> None:
 
 
 def _infer(program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer) -> Any:
-    special = _RULES.get(node.target)  # type: ignore[arg-type]
+    special = SPECIAL.get(node.target)  # type: ignore[arg-type]
     if special is not None:
         return special(program, node, layouts)
     found = inferrer.infer(node, layouts)
@@ -96,6 +96,8 @@ def _require(node: fx.Node, source: fx.Node, got: Any, wanted: Layout) -> None:
         )
     else:
         cure = "insert an all_gather or a shard before this use"
+        if node.op == "call_function" and not is_move(node) and notation(node).opaque:
+            cure += f"; {describe(node)} has no layout rule, and so needs all of every operand"
     raise LayoutError(f"{_at(node)} requires its operand {source.name!r} to be {wanted}, got {got}: {cure}")
 
 
@@ -249,7 +251,7 @@ def _check_kv_map(program: Program, node: fx.Node, layouts: Layouts) -> None:
             raise LayoutError(f"{_at(node)}: query heads {mine} must read local kv heads {wanted}, they read {given}")
 
 
-_RULES = {
+SPECIAL = {
     all_reduce: _all_reduce,
     all_gather: _all_gather,
     shard: _shard,
@@ -258,3 +260,4 @@ _RULES = {
     state_read: _through_state,
     state_write: _through_state,
 }
+"""Ops whose layouts are not a matter of index notation."""

@@ -3,7 +3,7 @@
 capture        the model becomes one Program
 canonicalize   spellings made one
 bound_inputs   which values the inputs may have
-passes         those that the plan asks for, in the order of `BUILT_IN`, then the user's own
+passes         those that the plan asks for, in the order in which they stand here, then the user's own
 check          layouts inferred anew after every pass
 report         what was split, what was not and why
 """
@@ -14,9 +14,7 @@ import difflib
 import fnmatch
 import functools
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -27,29 +25,17 @@ from partitioner.bounds import bound_inputs
 from partitioner.canonicalize import canonicalize
 from partitioner.capture import capture, capture_step
 from partitioner.capture.positions import explicit_positions
-from partitioner.check import check
 from partitioner.checkpoint.folder import open_checkpoint
 from partitioner.checkpoint.origins import Origins
 from partitioner.errors import CaptureError, PlanError
+from partitioner.find_passes import Chosen, choose, run_passes, wanted
 from partitioner.mesh import Mesh
 from partitioner.parts import Parts
 from partitioner.plan import Plan
 from partitioner.program import Program
 from partitioner.report import Report, make_report
 
-__all__ = ["Pass", "compile_program", "compile_steps", "partition", "trace", "trace_step"]
-
-GROUP = "partitioner.passes"
-"""The entry points that passes are declared under, ours as well as anyone's."""
-
-
-class Pass(Protocol):
-    """A frozen dataclass: a name, its options as fields, and `run`, which may change the program it is given."""
-
-    name: str
-
-    def run(self, program: Program) -> Program: ...
-
+__all__ = ["compile_program", "compile_steps", "partition", "trace", "trace_step"]
 
 def partition(
     model: PreTrainedModel | str | Path,
@@ -70,6 +56,7 @@ def partition(
     Raises `CaptureError` where the model cannot be traced, `PlanError` where the plan does not fit it.
     """
     _check_plan(plan)  # before the trace, which takes longer
+    wanted(plan)
     origins = None
     if isinstance(model, (str, Path)):
         opened = open_checkpoint(model, dtype=dtype)
@@ -121,8 +108,8 @@ def compile_program(traced: Program, plan: Plan, *, step: Callable[[], Program] 
     more than attention.
     """
     _check_plan(plan)
-    split = _run(traced.copy(plan.mesh), _splitting(traced, plan))
-    program = _run(split.copy(), _named("fuse", *plan.passes))
+    split = run_passes(traced.copy(plan.mesh), _splitting(traced, plan))
+    program = run_passes(split.copy(), [*_named("fuse"), *wanted(plan)])
     return Parts(
         program,
         make_report(program, plan=str(plan)),
@@ -145,8 +132,8 @@ def _compile_generation(traced: Program, split: Program, plan: Plan, step: Calla
     if reason is None:
         if continuing is not traced:  # another graph than that of the whole text
             bound_inputs(continuing)
-            split = _run(continuing.copy(plan.mesh), _splitting(continuing, plan))
-        return _run(split.copy(), _named("kv-cache", "last-token", "fuse", *plan.passes))
+            split = run_passes(continuing.copy(plan.mesh), _splitting(continuing, plan))
+        return run_passes(split.copy(), [*_named("kv-cache", "last-token", "fuse"), *wanted(plan)])
     refusal = f"{traced.name} cannot generate with a cache: {reason}"
     if step is None:
         raise PlanError(refusal)
@@ -162,8 +149,8 @@ def _compile_generation(traced: Program, split: Program, plan: Plan, step: Calla
 
 def compile_steps(stepping: Program, plan: Plan) -> Program:
     """What `trace_step` yields, for `plan`."""
-    passes = [*_splitting(stepping, plan), *_named("kv-cache", "last-token", "fuse", *plan.passes)]
-    return _run(stepping.copy(plan.mesh), passes)
+    passes = [*_splitting(stepping, plan), *_named("kv-cache", "last-token", "fuse"), *wanted(plan)]
+    return run_passes(stepping.copy(plan.mesh), passes)
 
 
 def _check_plan(plan: object) -> None:
@@ -171,33 +158,14 @@ def _check_plan(plan: object) -> None:
         raise PlanError(f"the plan must be a Plan, such as Plan(tp=2); got {plan!r}")
 
 
-def _run(program: Program, passes: list[Pass]) -> Program:
-    for pass_ in passes:
-        program = pass_.run(program)
-        check(program)
-    return program
-
-
-def _splitting(traced: Program, plan: Plan) -> list[Pass]:
+def _splitting(traced: Program, plan: Plan) -> list[Chosen]:
     """The passes that divide the weights, which all programs of one plan have in common."""
     keep = _keep_whole(traced, plan.keep_whole)
-    return [_load("tensor-parallel")(keep_whole=keep)] if plan.tp > 1 else []  # type: ignore[operator]
+    return [choose("tensor-parallel", keep_whole=keep)] if plan.tp > 1 else []
 
 
-def _named(*names: str) -> list[Pass]:
-    return [_load(name)() for name in names]  # type: ignore[operator]
-
-
-def _load(name: str) -> object:
-    declared = {point.name: point for point in entry_points(group=GROUP)}
-    if name not in declared:
-        near = difflib.get_close_matches(name, declared, n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"installed: {', '.join(sorted(declared))}"
-        raise PlanError(f"no pass named {name!r} is installed; {hint}")
-    try:
-        return declared[name].load()
-    except Exception as error:
-        raise PlanError(f"the pass {name!r} ({declared[name].value}) cannot be loaded: {error}") from error
+def _named(*names: str) -> list[Chosen]:
+    return [choose(name) for name in names]
 
 
 def _keep_whole(program: Program, globs: tuple[str, ...]) -> tuple[tuple[str, str], ...]:

@@ -21,7 +21,7 @@ from partitioner.errors import CaptureError, LayoutError
 from partitioner.layout import IndexSet
 from partitioner.lower import lower
 from partitioner.program import Input, Local, Program, State, Weight
-from runtime.rank_program import Piece, RankProgram, RunInput, StateShard, WeightShard
+from runtime.rank_program import Made, Piece, RankProgram, RunInput, StateShard, WeightShard
 
 __all__ = ["Emitter", "Piece", "RankProgram", "RunInput", "StateShard", "WeightShard", "emit"]
 
@@ -117,8 +117,12 @@ def weight_shard(program: Program, weight: Weight, coordinates: Mapping[str, int
         if owned is not None and owned.intervals and owned.intervals[-1][1] > size:
             raise LayoutError(f"weight {weight.name!r}: {owned} of dim {dim} lies outside its {size} indices")
     local_shape = tuple(size if own is None else own.size for size, own in zip(weight.shape, indices, strict=True))
+    made = None
+    if weight.of is not None and weight.make is not None:
+        # all of it, whatever the rank holds of what is made from it
+        made = Made(weight_shard(replace(program, weight_layouts={}), weight.of, coordinates), weight.make)
     shard = WeightShard(
-        weight.name, weight.dtype, weight.shape, local_shape, indices, weight.source, weight.aliases, ()
+        weight.name, weight.dtype, weight.shape, local_shape, indices, weight.source, weight.aliases, (), made
     )
     stored = program.origins is not None and weight.source == "checkpoint"
     return replace(shard, pieces=program.origins.of(shard) if stored else shard.own_pieces)

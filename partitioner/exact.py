@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from partitioner.program import Program, Value
+from partitioner.program import Program, Value, Weight
 
 __all__ = ["ExactArithmetic", "in_float64"]
 
@@ -32,6 +32,11 @@ _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 def _lifted(leaf: Any) -> Any:
     return _LIFTED.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
+
+
+def _lifted_weight(weight: Weight) -> Weight:
+    of = None if weight.of is None else _lifted_weight(weight.of)
+    return replace(weight, dtype=_lifted(weight.dtype), of=of)
 
 
 class ExactArithmetic(TorchFunctionMode):
@@ -59,7 +64,7 @@ def in_float64(program: Program) -> Program:
         node.meta["val"] = value(node.meta.get("val"))
         if node.op == "call_function":
             node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _lifted)
-    copy.weights = {name: replace(weight, dtype=_lifted(weight.dtype)) for name, weight in copy.weights.items()}
+    copy.weights = {name: _lifted_weight(weight) for name, weight in copy.weights.items()}
     copy.states = {name: replace(state, dtype=_lifted(state.dtype)) for name, state in copy.states.items()}
     copy.values = {name: value.to(_lifted(value.dtype)) for name, value in copy.values.items()}
     return copy

@@ -12,7 +12,7 @@ Passes describe weights and never slice them; one graph serves every coordinate,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,8 +59,9 @@ class Input:
 class Weight:
     """A parameter or buffer: described, never sliced.
 
-    source: "checkpoint" (saved with the model), "computed" (a non-persistent buffer: absent from checkpoints) or
-    "constant" (made by the trace). aliases: other names of the same tensor (tied weights).
+    source: "checkpoint" (saved with the model), "computed" (a non-persistent buffer: absent from checkpoints),
+    "constant" (made by the trace) or "made" (from another weight, when a rank is loaded: `make(of)`).
+    aliases: other names of the same tensor (tied weights).
     """
 
     name: str
@@ -68,6 +69,9 @@ class Weight:
     dtype: torch.dtype
     source: str
     aliases: tuple[str, ...] = ()
+    of: Weight | None = None
+    make: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Of the whole tensor `of`, the whole of this one; a function of a module."""
 
     @property
     def numel(self) -> int:

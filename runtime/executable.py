@@ -124,7 +124,7 @@ def _is_last_use(node: fx.Node) -> bool:
     if not callable(source.target) or len(source.users) != 1:
         return False
     name = source.target.__name__.partition(".")[0]
-    is_torch = source.target.__module__ is None or source.target.__module__.startswith("torch")
+    is_torch = source.target.__module__ is None or source.target.__module__.partition(".")[0] == "torch"
     return name in (_FRESH if is_torch else _FRESH_OWN)
 
 

@@ -4,6 +4,7 @@ The compiler makes it, the engine runs it.
 
     RankProgram   graph, coordinates, weights, inputs
     WeightShard   one tensor of the rank: its shape, and the pieces it is put together from
+    Made          how a weight that no source holds is made from one that it does hold
     Piece         a block of a source tensor and the block of the local tensor it fills
     StateShard    what the rank remembers of each sequence between runs, such as a layer's keys
     RunInput      a keyword of the run: dims are integers, or names shared with the other inputs ("batch")
@@ -25,7 +26,7 @@ from torch import Tensor, fx
 from partitioner.layout import IndexSet
 from partitioner.mesh import Mesh
 
-__all__ = ["Block", "Bound", "Piece", "RankProgram", "RunInput", "StateShard", "WeightShard", "at", "extents"]
+__all__ = ["Block", "Bound", "Made", "Piece", "RankProgram", "RunInput", "StateShard", "WeightShard", "at", "extents"]
 
 Block = tuple[tuple[int, int], ...]
 """A half-open range per dim."""
@@ -57,11 +58,23 @@ def at(block: Block) -> tuple[slice, ...]:
 
 
 @dataclass(frozen=True)
+class Made:
+    """`make(the whole tensor of)` is the whole weight: no part of it may depend on which ranks there are.
+
+    `make` is a function of a module, so that two programs that name it agree on what they share.
+    """
+
+    of: WeightShard
+    make: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class WeightShard:
     """One weight of a rank; `indices[d]` are the indices of dim d that the rank holds, None for all of them.
 
-    source: "checkpoint", "computed" (a buffer absent from checkpoints) or "constant". pieces: where its elements lie,
-    in the tensors of the checkpoint where the program comes from one, in the model's own weight otherwise.
+    source: "checkpoint", "computed" (a buffer absent from checkpoints), "constant" or "made" (see `Made`). pieces: where
+    its elements lie, in the tensors of the checkpoint where the program comes from one, in the model's own weight
+    otherwise.
     """
 
     name: str
@@ -72,6 +85,7 @@ class WeightShard:
     source: str
     aliases: tuple[str, ...]
     pieces: tuple[Piece, ...]
+    made: Made | None = None
 
     @property
     def is_whole(self) -> bool:

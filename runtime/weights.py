@@ -21,7 +21,6 @@ from runtime.reading import Reader
 __all__ = ["WeightSource", "load_weights"]
 
 WeightSource = Mapping[str, Tensor] | Callable[[str, Block], Tensor] | Reader
-_Given = Mapping[str, Tensor] | Callable[[str, Block], Tensor] | None
 
 
 def load_weights(
@@ -36,22 +35,32 @@ def load_weights(
 
     `progress`: a Reader says on a terminal how far it is.
     """
-    if not isinstance(source, Reader):
-        return [_load(weight, values, source, device) for weight in weights]
-    stored = [weight for weight in weights if weight.source == "checkpoint"]
-    found = dict(zip(stored, source.load(stored, device, progress=progress), strict=True))
-    return [found[weight] if weight in found else _load(weight, values, None, device) for weight in weights]
+    found: dict[WeightShard, Tensor] = {}
+    if isinstance(source, Reader):
+        stored = [weight for weight in weights if weight.made is None and not _is_known(weight, values)]
+        found = dict(zip(stored, source.load(stored, device, progress=progress), strict=True))
+    return [found[weight] if weight in found else _load(weight, values, source, device) for weight in weights]
 
 
-def _load(weight: WeightShard, values: Mapping[str, Tensor], source: _Given, device: torch.device) -> Tensor:
+def _is_known(weight: WeightShard, values: Mapping[str, Tensor]) -> bool:
+    """Whether no source is asked: no checkpoint holds it, and its data came with the program."""
     known = _find(values, weight)
-    has_data = known is not None and not known.is_meta
-    if callable(source) and (weight.source == "checkpoint" or not has_data):
+    return weight.source != "checkpoint" and known is not None and not known.is_meta
+
+
+def _load(
+    weight: WeightShard, values: Mapping[str, Tensor], source: WeightSource | None, device: torch.device
+) -> Tensor:
+    if weight.made is not None:
+        return _make(weight, values, source, device)
+    if callable(source) and not _is_known(weight, values):
         return _assemble(weight, source, device)
-    found = None if source is None or callable(source) else _find(source, weight)
+    known = _find(values, weight)
+    found = _find(source, weight) if isinstance(source, Mapping) else None
+    has_data = known is not None and not known.is_meta
     whole = found if found is not None else known if has_data or source is None else None
     if whole is None:
-        raise WeightError(_missing(weight, () if source is None or callable(source) else source))
+        raise WeightError(_missing(weight, source if isinstance(source, Mapping) else ()))
     if tuple(whole.shape) != weight.global_shape:
         raise WeightError(
             f"weight {weight.name!r} must have the shape {list(weight.global_shape)}, got {list(whole.shape)}"
@@ -59,6 +68,24 @@ def _load(weight: WeightShard, values: Mapping[str, Tensor], source: _Given, dev
     _require_data(weight, whole)
     if weight.is_whole:
         return whole.detach().to(device)
+    return _assemble(weight, lambda _, block: whole[at(block)], device)
+
+
+def _make(
+    weight: WeightShard, values: Mapping[str, Tensor], source: WeightSource | None, device: torch.device
+) -> Tensor:
+    """From the whole tensor that it is made of, one weight at a time; then the rank's part of it."""
+    assert weight.made is not None
+    of = weight.made.of
+    with torch.no_grad():
+        whole = weight.made.make(load_weights([of], values, source, device)[0])
+    if tuple(whole.shape) != weight.global_shape or whole.dtype != weight.dtype:
+        raise WeightError(
+            f"weight {weight.name!r} must be {weight.dtype} {list(weight.global_shape)}; what "
+            f"{weight.made.make.__qualname__} makes of {of.name!r} is {whole.dtype} {list(whole.shape)}"
+        )
+    if weight.is_whole:
+        return whole
     return _assemble(weight, lambda _, block: whole[at(block)], device)
 
 
