@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     )
     from partitioner.parts import Parts
     from partitioner.plan import Plan
+    from runtime.cache_size import CacheSize
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CacheSize",
     "CaptureError",
     "CommunicationError",
     "InputError",
@@ -54,6 +56,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CacheSize": "runtime.cache_size",
     "CaptureError": "partitioner.errors",
     "CommunicationError": "partitioner.errors",
     "InputError": "partitioner.errors",
