@@ -35,11 +35,13 @@ if TYPE_CHECKING:
     )
     from partitioner.parts import Parts
     from partitioner.plan import Plan
+    from runtime.cache_size import CacheSize
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BundleError",
+    "CacheSize",
     "CaptureError",
     "CommunicationError",
     "InputError",
@@ -57,6 +59,7 @@ __all__ = [
 
 _HOMES = {
     "BundleError": "partitioner.errors",
+    "CacheSize": "runtime.cache_size",
     "CaptureError": "partitioner.errors",
     "CommunicationError": "partitioner.errors",
     "InputError": "partitioner.errors",

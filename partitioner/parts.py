@@ -22,9 +22,10 @@ from partitioner.emit import Emitter
 from partitioner.errors import CommunicationError, InputError, PlanError
 from partitioner.mesh import Mesh
 from partitioner.program import Program
-from runtime.cache import cache_bytes
+from runtime.cache_size import CacheSize, Room, bytes_needed, tokens_that_fit
 from runtime.communicator import Communicator
 from runtime.engine import Engine
+from runtime.memory import Amount
 from runtime.options import Options
 from runtime.rank_program import RankProgram
 from runtime.simulate import Simulator
@@ -136,17 +137,36 @@ class Parts(Generic[Report]):
         """The same, a step at a time; see `Engine.stream`."""
         return self._simulator.stream(lambda engine: engine.stream(prompts, attention_mask=attention_mask, **options))
 
+    def reserve(self, size: CacheSize) -> Room:
+        """Sets the caches of all ranks in this process aside; see `Engine.reserve`."""
+        return self._simulator.run(lambda engine: engine.reserve(size))[0]
+
     def cache_bytes(self, *, max_batch: int, max_length: int, prefill_step: int = 512) -> list[int]:
         """Per rank, the bytes of the cache for `max_batch` sequences of up to `max_length` tokens, prompt included."""
-        sizes = {"max_batch": max_batch, "max_length": max_length, "prefill_step": prefill_step}
-        for name, given in sizes.items():
-            if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-                raise InputError(f"{name} must be a whole number, at least 1; got {given!r}")
-        ranks = range(self.mesh.world_size)
-        step = min(prefill_step, max_length)
+        CacheSize(max_batch=max_batch, max_length=max_length, prefill_step=prefill_step)  # checks them
         return [
-            cache_bytes(self.generation_rank(rank).states, max_batch=max_batch, max_length=max_length, step=step)
-            for rank in ranks
+            bytes_needed(
+                self.generation_rank(rank), max_batch=max_batch, max_length=max_length, prefill_step=prefill_step
+            )
+            for rank in range(self.mesh.world_size)
+        ]
+
+    def tokens_that_fit(self, memory: int | str, *, max_batch: int = 1, prefill_step: int = 512) -> list[int | None]:
+        """Per rank, the most tokens per sequence whose cache fits into `memory`: bytes, or a size such as "4 GB".
+
+        The ranks can use the least of these. None: any number, as what the model remembers does not grow. A share of
+        what is free on a device is for an engine's `reserve`, which runs there.
+        """
+        CacheSize(max_batch=max_batch, memory=memory, prefill_step=prefill_step)
+        room = Amount.of(memory).bytes
+        if room is None:
+            raise InputError(
+                f"memory={memory!r}: what is free is known where a rank runs; give bytes here, or "
+                "engine.reserve(CacheSize(memory=...)) there"
+            )
+        return [
+            tokens_that_fit(self.generation_rank(rank), room, max_batch=max_batch, prefill_step=prefill_step)
+            for rank in range(self.mesh.world_size)
         ]
 
 
