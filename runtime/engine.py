@@ -95,15 +95,21 @@ class Engine:
         communicator = ProcessGroups.connect(
             parts.mesh, device=device, timeout_s=timeout_s, check=check, shared_memory=shared_memory
         )
-        return cls(
-            parts.rank(communicator.rank),
-            communicator,
-            weights=weights,
-            device=communicator.device,
-            generation=functools.partial(parts.generation_rank, communicator.rank),
-            compile=compile,
-            cuda_graph=cuda_graph,
-        )
+        try:
+            return cls(
+                parts.rank(communicator.rank),
+                communicator,
+                weights=weights,
+                device=communicator.device,
+                generation=functools.partial(parts.generation_rank, communicator.rank),
+                compile=compile,
+                cuda_graph=cuda_graph,
+            )
+        except BaseException as error:
+            # the others would wait for this rank as long as its process lives
+            communicator.abort(error)
+            communicator.close()
+            raise
 
     def __call__(self, **inputs: Tensor | None) -> Any:
         """Run once. Every rank must be given the same inputs."""
