@@ -26,16 +26,16 @@ from partitioner.canonicalize import canonicalize
 from partitioner.capture import capture, capture_step
 from partitioner.capture.positions import explicit_positions
 from partitioner.checkpoint.folder import open_checkpoint
-from partitioner.checkpoint.origins import Origins
 from partitioner.errors import CaptureError, PlanError
 from partitioner.find_passes import Chosen, choose, run_passes, wanted
 from partitioner.mesh import Mesh
 from partitioner.parts import Parts
 from partitioner.plan import Plan
-from partitioner.program import Program
+from partitioner.program import Origins, Program
 from partitioner.report import Report, make_report
 
 __all__ = ["compile_program", "compile_steps", "partition", "trace", "trace_step"]
+
 
 def partition(
     model: PreTrainedModel | str | Path,

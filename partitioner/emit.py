@@ -55,7 +55,7 @@ class Emitter:
             **_vocabulary(self.program),
             limits=self.program.limits,
             values=self.program.values,
-            checkpoint=None if self.program.origins is None else self.program.origins.folder,
+            source=None if self.program.origins is None else self.program.origins.source,
         )
 
     def _graph(self, coordinates: Mapping[str, int]) -> fx.Graph:

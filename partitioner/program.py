@@ -14,18 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
 from torch import fx
 
-from partitioner.checkpoint.origins import Origins
 from partitioner.layout import REPLICATED, Layout
 from partitioner.mesh import Mesh
-from runtime.rank_program import Bound
+from runtime.rank_program import Bound, Piece, WeightShard
+from runtime.weights import WeightSource
 
-__all__ = ["Entry", "Input", "Local", "Program", "State", "Value", "Weight"]
+__all__ = ["Entry", "Input", "Local", "Origins", "Program", "State", "Value", "Weight"]
 
 Integers = int | tuple[int, ...] | None
 
@@ -115,6 +115,16 @@ class Local:
 
     def __repr__(self) -> str:
         return f"local({self.name!r})"
+
+
+class Origins(Protocol):
+    """Where weights lie in files, under names and in an order that need not be the model's."""
+
+    @property
+    def source(self) -> WeightSource: ...
+
+    def of(self, shard: WeightShard) -> tuple[Piece, ...]:
+        """The pieces of a rank's part of a weight."""
 
 
 @dataclass

@@ -27,9 +27,7 @@ from runtime.inputs import complete_inputs
 from runtime.options import Options
 from runtime.process_groups import ProcessGroups, Sharing
 from runtime.rank_program import RankProgram
-from runtime.reading import Reader
 from runtime.task import Generated, Prompts, Step, Task
-from runtime.tensor_files import TensorFiles
 from runtime.weights import WeightSource, load_weights
 
 __all__ = ["Engine", "RankPrograms"]
@@ -47,8 +45,7 @@ class RankPrograms(Protocol):
 
 
 class Engine:
-    """One rank, loaded; `weights` as in `runtime.weights`, None: the data of the model that was partitioned, or the
-    files of the checkpoint.
+    """One rank, loaded; `weights` as in `runtime.weights`, None: those that the program came with.
 
     `generation` makes the rank's program for continuing sequences, when it is first asked to. `compile` puts its decode
     steps through torch.compile, `cuda_graph` captures them; both take their time at the first steps.
@@ -73,11 +70,9 @@ class Engine:
         self.program = program
         self.communicator = communicator
         self.device = torch.device(device)
-        if weights is None and program.checkpoint is not None:
-            weights = Reader(TensorFiles(program.checkpoint))
-        self._source = weights
+        self._source = program.source if weights is None else weights
         self.weights = load_weights(
-            program.weights, program.values, weights, self.device, progress=communicator.rank == 0
+            program.weights, program.values, self._source, self.device, progress=communicator.rank == 0
         )
         self._run = Executable(program, self.weights, communicator, self.device)
         self._generation = generation
@@ -118,6 +113,7 @@ class Engine:
             if cache is not None:
                 engine.reserve(cache)
         except BaseException as error:
+            # the others would wait for this rank as long as its process lives
             communicator.abort(error)
             communicator.close()
             raise

@@ -19,12 +19,16 @@ import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
 from partitioner.layout import IndexSet
 from partitioner.mesh import Mesh
+
+if TYPE_CHECKING:
+    from runtime.weights import WeightSource
 
 __all__ = ["Block", "Bound", "Made", "Piece", "RankProgram", "RunInput", "StateShard", "WeightShard", "at", "extents"]
 
@@ -86,6 +90,8 @@ class WeightShard:
     aliases: tuple[str, ...]
     pieces: tuple[Piece, ...]
     made: Made | None = None
+    digest: str | None = None
+    """SHA-256 of its bytes, row-major, where they must be these."""
 
     @property
     def is_whole(self) -> bool:
@@ -169,8 +175,8 @@ class RankProgram:
     """Size of the result's last dim, whole."""
     vocabulary: tuple[IndexSet, ...] | None = None
     """Which indices of the result's last dim each rank along "tp" holds; None: all of them."""
-    checkpoint: str | None = None
-    """The folder whose files hold the weights; None: `values` does."""
+    source: WeightSource | None = field(default=None, repr=False, compare=False)
+    """Where the weights are read from; None: `values` holds them."""
     limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     """By name of a dim: the smallest and the largest size that the graph is right for, where not all are."""
 

@@ -248,7 +248,9 @@ class _Reader:
         if kind == "complex" and isinstance(content, list) and [type(part) for part in content] == [float, float]:
             return complex(*content)
         table = _TABLES.get(kind)
-        return table.get(content, _UNKNOWN) if table is not None and isinstance(content, (str, type(None))) else _UNKNOWN
+        return (
+            table.get(content, _UNKNOWN) if table is not None and isinstance(content, (str, type(None))) else _UNKNOWN
+        )
 
 
 def _is_keyword(name: str) -> bool:

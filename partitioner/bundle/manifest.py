@@ -74,9 +74,7 @@ class Manifest:
             "length": self.length,
             "generation_refused": self.refused,
             "weights": "checkpoint" if self.checkpoint else "here",
-            "files": {
-                name: {"bytes": file.bytes, "sha256": file.digest} for name, file in sorted(self.files.items())
-            },
+            "files": {name: {"bytes": file.bytes, "sha256": file.digest} for name, file in sorted(self.files.items())},
         }
         text = json.dumps(data, indent=1, allow_nan=False).encode() + b"\n"
         return {MANIFEST: text, DIGEST: digest_of(text).encode() + b"\n"}

@@ -1,8 +1,8 @@
 """Reading data that may be hostile: every value is asked for by its kind, and an error names where it lies.
 
-    record = Record.parse(text, "manifest.json")
-    record.integer("schema", low=1)
-    record.done()                            what nobody asked for is refused as well
+record = Record.parse(text, "manifest.json")
+record.integer("schema", low=1)
+record.done()                            what nobody asked for is refused as well
 """
 
 from __future__ import annotations

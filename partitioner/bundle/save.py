@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from partitioner.model_record import ModelRecord
 from safetensors.torch import save_file
-from torch import Tensor
 
 from partitioner.bundle.folder import digest_of, writing
 from partitioner.bundle.graphs import Template, share
 from partitioner.bundle.manifest import File, Manifest
 from partitioner.bundle.ranks import Stored, program_data, weight_data
-from partitioner.errors import BundleError, PlanError
-from partitioner.model_record import ModelRecord
+from partitioner.errors import PlanError
 from partitioner.plan import Plan
 from runtime.engine import RankPrograms
 from runtime.rank_program import RankProgram, WeightShard

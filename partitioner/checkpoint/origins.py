@@ -1,16 +1,19 @@
 """Where the weights of a model lie in the files of its checkpoint.
 
-    origins.pieces(name, block, starts)     the pieces of a block of a weight, to be put where `starts` says
+origins.pieces(name, block, starts)     the pieces of a block of a weight, to be put where `starts` says
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from partitioner.checkpoint.windows import Moved, piece
 from partitioner.errors import WeightError
-from runtime.rank_program import Piece, WeightShard, extents
+from runtime.rank_program import Piece, WeightShard
+from runtime.reading import Reader
+from runtime.tensor_files import TensorFiles
 
 __all__ = ["Origins"]
 
@@ -23,6 +26,10 @@ class Origins:
     moved: Mapping[str, Moved]
     shapes: Mapping[str, tuple[int, ...]]
 
+    @functools.cached_property
+    def source(self) -> Reader:
+        return Reader(TensorFiles(self.folder))
+
     def of(self, shard: WeightShard) -> tuple[Piece, ...]:
         """The pieces of a rank's part of a weight."""
         name = next((name for name in (shard.name, *shard.aliases) if name in self.moved), None)
@@ -34,7 +41,7 @@ class Origins:
         found: list[Piece] = []
         for own in shard.own_pieces:
             starts = [start for start, _ in own.destination]
-            found += (piece(window, self.shapes[window.tensor], starts) for window in self.moved[name].block(own.source))
+            found += (
+                piece(window, self.shapes[window.tensor], starts) for window in self.moved[name].block(own.source)
+            )
         return tuple(found)
-
-
