@@ -70,7 +70,8 @@ class Folder:
             content = file.read(size + 1)
         if digest is not None and digest_of(content) != digest:
             raise BundleError(
-                f"{self.path / name} is damaged or was altered: its SHA-256 is {digest_of(content)}, recorded is {digest}"
+                f"{self.path / name} is damaged or was altered: its SHA-256 is {digest_of(content)}, and recorded is "
+                f"{digest}"
             )
         return content
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import keyword
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ Data = Any
 _DEEPEST, _LONGEST_TEXT = 10, 10_000
 _UNKNOWN = object()
 _TABLES: dict[str, dict[str | None, Any]] = {
-    "dtype": {**DTYPES},
+    "dtype": dict[str | None, Any](DTYPES),
     "device": {None: torch.device("cpu")},
     "float": {text: float(text) for text in ("inf", "-inf", "nan")},
     "layout": {"strided": torch.strided},
@@ -70,24 +70,28 @@ def share(graphs: Sequence[fx.Graph]) -> list[tuple[Template, tuple[int, ...]]]:
     known = {id(graph): _write(graph) for graph in {id(graph): graph for graph in graphs}.values()}
     written = [known[id(graph)] for graph in graphs]
     groups: dict[str, list[int]] = {}
-    for index, (nodes, _) in enumerate(written):
-        groups.setdefault(_lines(nodes, lambda leaf: {"local": leaf.index}), []).append(index)
+    for index, (nodes, integers) in enumerate(written):
+        groups.setdefault(_lines(nodes, [{"local": place} for place in range(len(integers))]), []).append(index)
     found: list[tuple[Template, tuple[int, ...]]] = [(Template(""), ())] * len(graphs)
     for members in groups.values():
         columns = list(zip(*(written[member][1] for member in members), strict=True))
         differing = [place for place, column in enumerate(columns) if len(set(column)) > 1]
-        local = {place: index for index, place in enumerate(differing)}
-        nodes, first = written[members[0]]
-        template = Template(
-            _lines(nodes, lambda leaf: {"local": local[leaf.index]} if leaf.index in local else first[leaf.index])
-        )
+        values: list[Data] = [column[0] for column in columns]
+        for index, place in enumerate(differing):
+            values[place] = {"local": index}
+        template = Template(_lines(written[members[0]][0], values))
         for member in members:
             found[member] = template, tuple(written[member][1][place] for place in differing)
     return found
 
 
-def _lines(nodes: list[Data], integer: Callable[[_Local], Data]) -> str:
-    return "".join(json.dumps(node, default=integer, allow_nan=False, ensure_ascii=False) + "\n" for node in nodes)
+def _lines(nodes: list[Data], integers: Sequence[Data]) -> str:
+    """`integers[i]` is what stands for the graph's i-th integer."""
+
+    def line(node: Data) -> str:
+        return json.dumps(node, default=lambda leaf: integers[leaf.index], allow_nan=False, ensure_ascii=False)
+
+    return "".join(line(node) + "\n" for node in nodes)
 
 
 def _write(graph: fx.Graph) -> tuple[list[Data], list[int]]:

@@ -9,7 +9,7 @@
     report.txt
 
 `SCHEMA` counts up with every change that an older reader would get wrong. A bundle of a newer schema is refused; those
-of all older ones are read, by what `upgrade` makes of their manifests.
+of all older ones are read: there are none yet.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`model_class`: as transformers calls it. `checkpoint`: the weights are those of a checkpoint, which is not here."""
+    """`model_class`: as transformers calls it. `checkpoint`: whether the weights are those of a checkpoint folder, which
+    whoever loads the bundle has to name.
+    """
 
     model_class: str
     plan: dict[str, Any]
@@ -91,8 +93,8 @@ class Manifest:
         versions = record.record("versions")
         if schema > SCHEMA:
             raise BundleError(
-                f"{folder.path} has schema {schema} and was written by partitioner {versions.text('partitioner')}; this "
-                f"is partitioner {partitioner.__version__}, which reads up to schema {SCHEMA}: update it"
+                f"{folder.path} has schema {schema} and was written by partitioner {versions.text('partitioner')}; "
+                f"this is partitioner {partitioner.__version__}, which reads up to schema {SCHEMA}: update it"
             )
         mesh = record.record("mesh")
         files = record.record("files")

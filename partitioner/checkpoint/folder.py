@@ -191,8 +191,6 @@ def _take_stand_ins(model: nn.Module) -> dict[str, Any]:
                     moved[f"{path}.{name}" if path else name] = tensor.moved
                     if id(tensor) not in empty:
                         data = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-                        empty[id(tensor)] = (
-                            nn.Parameter(data, requires_grad=False) if own is module._parameters else data
-                        )
+                        empty[id(tensor)] = nn.Parameter(data, requires_grad=False) if own is module._parameters else data
                     own[name] = empty[id(tensor)]  # type: ignore[assignment]
     return moved

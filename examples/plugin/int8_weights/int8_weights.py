@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import fx
-
-from int8_weights.op import int8_linear, make_codes, make_scales
 from partitioner.plugin import (
     Layout,
     Program,
@@ -25,6 +22,9 @@ from partitioner.plugin import (
     operation,
     weights_named,
 )
+from torch import fx
+
+from int8_weights.op import int8_linear, make_codes, make_scales
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,26 @@
+"""What a model was partitioned from, so far as it takes to partition it again: its class, its configuration, lengths."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+__all__ = ["ModelRecord"]
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """`config`: as config.json has it. `max_length`, `length`: as `partition` was given them."""
+
+    class_name: str
+    config: dict[str, Any]
+    max_length: int | None = None
+    length: int | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, *, max_length: int | None = None, length: int | None = None) -> ModelRecord:
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        return cls(type(model).__name__, {**config, "architectures": [type(model).__name__]}, max_length, length)
