@@ -1,10 +1,11 @@
 """Where the weights of a model lie in the files of its checkpoint.
 
-    origins.pieces(name, block, starts)     the pieces of a block of a weight, to be put where `starts` says
+    origins.of(shard)     the pieces of a rank's part of a weight
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,24 +18,38 @@ __all__ = ["Origins"]
 
 @dataclass(frozen=True)
 class Origins:
-    """`moved`: by the model's names, aliases included; `shapes`: of the stored tensors, by theirs."""
+    """By the model's names, aliases included: `moved`, and `computed`, why a weight lies in no file. By theirs:
+    `shapes` of the stored tensors.
+    """
 
     folder: str
     moved: Mapping[str, Moved]
+    computed: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
+
+    def find(self, name: str, aliases: Sequence[str]) -> Moved:
+        """Raises `WeightError` where the files do not hold the weight."""
+        for known in (name, *aliases):
+            if known in self.moved:
+                return self.moved[known]
+        for known in (name, *aliases):
+            if known in self.computed:
+                raise WeightError(
+                    f"the weight {known!r} is not stored in {self.folder} as the model has it: {self.computed[known]} "
+                    "when transformers loads it; load the model by from_pretrained and partition that"
+                )
+        raise WeightError(
+            f"the checkpoint {self.folder} does not hold the weight {name!r}, and transformers would draw it at random: "
+            "complete the checkpoint, or load the model by from_pretrained and partition that"
+        )
 
     def of(self, shard: WeightShard) -> tuple[Piece, ...]:
         """The pieces of a rank's part of a weight."""
-        name = next((name for name in (shard.name, *shard.aliases) if name in self.moved), None)
-        if name is None:
-            raise WeightError(
-                f"the checkpoint {self.folder} does not hold the weight {shard.name!r}, and transformers would draw it "
-                "at random: complete the checkpoint, or load the model by from_pretrained and partition that"
-            )
+        moved = self.find(shard.name, shard.aliases)
         found: list[Piece] = []
         for own in shard.own_pieces:
             starts = [start for start, _ in own.destination]
-            found += (piece(window, self.shapes[window.tensor], starts) for window in self.moved[name].block(own.source))
+            found += (piece(window, self.shapes[window.tensor], starts) for window in moved.block(own.source))
+        filled = sum(math.prod(extents(p.destination)) for p in found)
+        assert filled == math.prod(shard.local_shape), f"{shard.name}: {filled} elements of {shard.local_shape}"
         return tuple(found)
-
-
