@@ -1,0 +1,227 @@
+"""Loading a checkpoint at tp = 2: time, memory and bytes read, against transformers.
+
+    ours            partition(folder, Plan(tp=2)) and Engine.connect: the trace, the compilation and the shard
+    tp_plan="auto"  transformers' own tensor parallelism, from_pretrained
+
+A Llama-shaped checkpoint in bfloat16 is written into a temporary folder, several files, one after the other so that
+making it takes little memory. Each contestant is two processes over gloo on this machine, started afresh, one thread
+each; they take turns, and per round the two ranks' longest time and highest peak count. Times are from after the imports
+to the loaded shard: ours with everything, and of that the reading. `warm`: the files are in the page cache. `cold`: the
+kernel was asked to drop them before.
+
+Memory is Private_Dirty of /proc/self/smaps_rollup, sampled: what is the process's own and cannot be dropped. Pages of a
+mapped file, which transformers reads through, are not counted. What the imports take is in it, and printed by itself.
+
+    python -m benchmarks.loading                    4.3 GB, three rounds, some minutes
+    python -m benchmarks.loading --gb 0.5
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.peers import AUTO, OURS, tp_plan_auto
+from benchmarks.rounds import Ratio
+from partitioner import Plan, partition
+from runtime.engine import Engine
+from runtime.launch import begin_worker, launch
+from runtime.reading import Reader
+from runtime.tensor_files import TensorFiles
+
+SIZES = {
+    "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 11008,
+    "vocab_size": 32000,
+}  # fmt: skip
+TP = 2
+SAMPLED_EVERY_S = 0.02
+ALLOWED, ALLOWED_BYTES, ALLOWED_READ = 1.05, 250e6, 1.1
+
+console = Console(width=None if sys.stdout.isatty() else 110)
+
+
+def make_checkpoint(folder: Path, gigabytes: float) -> float:
+    """Writes one file per layer; returns the bytes of all."""
+    with torch.device("meta"):
+        layer = sum(p.numel() for p in LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=1)).model.layers[0].parameters())
+        layers = max(1, round((gigabytes * 1e9 / 2 - 2 * SIZES["vocab_size"] * SIZES["hidden_size"]) / layer))
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers, dtype="bfloat16"))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    files: dict[str, dict[str, torch.Size]] = {}
+    for name, tensor in model.state_dict().items():
+        part = name.split(".")[2] if ".layers." in name else name.split(".")[-2]
+        files.setdefault(f"model-{part}.safetensors", {})[name] = tensor.shape
+    values = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16) * 0.02
+    total = 0
+    for file, shapes in files.items():
+        # what the weights are makes no difference to loading them
+        tensors = {name: values.repeat(-(-shape.numel() // len(values)))[: shape.numel()].view(shape) for name, shape in shapes.items()}
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / file, metadata={"format": "pt"})
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    places = {name: file for file, shapes in files.items() for name in shapes}
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def forget(folder: Path) -> None:
+    """Asks the kernel to drop the files from its page cache."""
+    for file in folder.glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+# -- a rank ------------------------------------------------------------------------------------------------------------
+
+
+def private_bytes() -> int:
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Private_Dirty:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/smaps_rollup has no Private_Dirty")
+
+
+@contextmanager
+def peak() -> Iterator[list[int]]:
+    """[highest value so far], sampled by a thread."""
+    highest, ended = [private_bytes()], threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(SAMPLED_EVERY_S):
+            highest[0] = max(highest[0], private_bytes())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield highest
+    finally:
+        ended.set()
+        thread.join()
+        highest[0] = max(highest[0], private_bytes())
+
+
+def rank_main(contestant: str, folder: Path, answers: Path) -> None:
+    begin_worker()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    found: dict[str, Any] = {"imports": private_bytes()}
+    with peak() as highest:
+        started = time.perf_counter()
+        if contestant == OURS:
+            parts = partition(folder, Plan(tp=TP))
+            rank = int(os.environ["RANK"])
+            program = parts.rank(rank)
+            reader = Reader(TensorFiles(folder))
+            compiled = time.perf_counter()
+            engine = Engine.connect(parts, reader)
+            ended = time.perf_counter()
+            stored = [weight for weight in program.weights if weight.source == "checkpoint"]
+            found |= {
+                "reading": ended - compiled,
+                "shard": sum(weight.bytes for weight in stored),
+                "read": reader.bytes_read,
+            }
+            kept: Any = engine
+        else:
+            kept = tp_plan_auto(folder)
+            ended = time.perf_counter()
+            rank = dist.get_rank()
+            found["shard"] = sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for p in kept.parameters())
+        found["seconds"] = ended - started
+    found["peak"] = highest[0]
+    (answers / f"{rank}.json").write_text(json.dumps(found))
+    del kept
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def turn(contestant: str, folder: Path) -> dict[str, float]:
+    """The worse of the two ranks, in each respect."""
+    with tempfile.TemporaryDirectory() as answers:
+        launch(["benchmarks.loading", "--rank", contestant, str(folder), answers], num_ranks=TP, timeout_s=600)
+        ranks = [json.loads(path.read_text()) for path in sorted(Path(answers).iterdir())]
+    return {field: max(rank[field] for rank in ranks) for field in ranks[0]}
+
+
+def compare(folder: Path, rounds: int, *, cold: bool) -> None:
+    contestants = [OURS, AUTO] if importlib.util.find_spec("accelerate") is not None else [OURS]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        for name in contestants[:: 1 if number % 2 == 0 else -1]:
+            if cold:
+                forget(folder)
+            found[name].append(turn(name, folder))
+    table = Table(title="cold: from the disk" if cold else "warm: from the page cache", title_justify="left")
+    for column in ("contestant", "seconds", "of that reading", "shard GB", "peak GB", "of that imports", "read / shard"):
+        table.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
+    for name, turns in found.items():
+        middle = {field: statistics.median(turn[field] for turn in turns) for field in turns[0]}
+        optional = (
+            f"{middle['reading']:.2f}" if "reading" in middle else "",
+            f"{middle['read'] / middle['shard']:.3f}" if "read" in middle else "",
+        )
+        table.add_row(
+            name, f"{middle['seconds']:.2f}", optional[0], f"{middle['shard'] / 1e9:.3f}",
+            f"{middle['peak'] / 1e9:.3f}", f"{middle['imports'] / 1e9:.3f}", optional[1],
+        )  # fmt: skip
+    console.print(table)
+    ours = found[OURS]
+    worst = max(turn["peak"] / (ALLOWED * turn["shard"] + ALLOWED_BYTES) for turn in ours)
+    read = max(turn["read"] / turn["shard"] for turn in ours)
+    console.print(f"ours: peak / (1.05 shard + 250 MB) {worst:.3f}, bytes read / shard {read:.3f} (targets: 1 and 1.1)")
+    if AUTO in found:
+        for field in ("seconds", "peak"):
+            ratio = Ratio.of([turn[field] for turn in ours], [turn[field] for turn in found[AUTO]])
+            console.print(f"ours / {AUTO}, {field}: {ratio}", markup=False)
+    else:
+        console.print(f"left out: transformers' {AUTO}, which needs accelerate (pip install accelerate)", markup=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Loading a checkpoint, against transformers.")
+    parser.add_argument("--gb", type=float, default=4.3)
+    parser.add_argument("--rounds", type=int, default=3, help="at least 2")
+    parser.add_argument("--rank", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.rank is not None:
+        rank_main(given.rank[0], Path(given.rank[1]), Path(given.rank[2]))
+        return
+    # where the ranks find this file
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path[1:]])
+    with tempfile.TemporaryDirectory() as folder:
+        total = make_checkpoint(Path(folder), given.gb)
+        console.print(f"a checkpoint of {total / 1e9:.2f} GB in {len(list(Path(folder).glob('*.safetensors')))} files")
+        for cold in (False, True):
+            compare(Path(folder), max(2, given.rounds), cold=cold)
+
+
+if __name__ == "__main__":
+    main()
