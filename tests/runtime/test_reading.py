@@ -96,6 +96,24 @@ def test_a_large_shard_is_ordinary_memory(reader: Reader, monkeypatch: pytest.Mo
     assert torch.equal(load(reader, shard("w", ((0, 2), (0, COLUMNS))))[0], TENSORS["w"][:2])
 
 
+def test_what_lies_in_the_file_as_needed_can_be_mapped(reader: Reader) -> None:
+    mapped = Reader(reader.files, mapped=True)
+    rows, columns, scalar = load(
+        mapped, shard("w", ((5, 200), (0, COLUMNS))), shard("w", ((0, ROWS), (0, 2500))), shard("scalar", ())
+    )
+    cast, vector = load(mapped, shard("w", ((5, 6), (0, 9)), dtype=torch.bfloat16), shard("v", ((3, 4000),)))
+    assert torch.equal(rows, TENSORS["w"][5:200])
+    assert torch.equal(columns, TENSORS["w"][:, :2500])
+    assert torch.equal(cast, TENSORS["w"][5:6, :9].bfloat16())
+    assert torch.equal(vector, TENSORS["v"][3:4000])
+    assert scalar.item() == 3
+    assert mapped.bytes_read == rows.nbytes + columns.nbytes + 4 + 9 * 4 + vector.nbytes
+    again = load(mapped, shard("w", ((5, 200), (0, COLUMNS))))[0]
+    assert again.data_ptr() == rows.data_ptr(), "no copy"
+    rows.zero_()
+    assert torch.equal(load(reader, shard("w", ((5, 200), (0, COLUMNS))))[0], TENSORS["w"][5:200]), "the file is whole"
+
+
 def test_several_pieces_and_an_order_of_their_own(reader: Reader) -> None:
     pieces = (
         Piece("w", ((0, 4), (0, 3)), ((0, 3), (0, 4)), 0, (1, COLUMNS)),
