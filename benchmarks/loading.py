@@ -71,7 +71,9 @@ console = Console(width=None if sys.stdout.isatty() else 110)
 def make_checkpoint(folder: Path, gigabytes: float) -> float:
     """Writes one file per layer; returns the bytes of all."""
     with torch.device("meta"):
-        layer = sum(p.numel() for p in LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=1)).model.layers[0].parameters())
+        layer = sum(
+            p.numel() for p in LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=1)).model.layers[0].parameters()
+        )
         layers = max(1, round((gigabytes * 1e9 / 2 - 2 * SIZES["vocab_size"] * SIZES["hidden_size"]) / layer))
         model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers, dtype="bfloat16"))
     model.config.architectures = [type(model).__name__]
@@ -84,7 +86,10 @@ def make_checkpoint(folder: Path, gigabytes: float) -> float:
     total = 0
     for file, shapes in files.items():
         # what the weights are makes no difference to loading them
-        tensors = {name: values.repeat(-(-shape.numel() // len(values)))[: shape.numel()].view(shape) for name, shape in shapes.items()}
+        tensors = {
+            name: values.repeat(-(-shape.numel() // len(values)))[: shape.numel()].view(shape)
+            for name, shape in shapes.items()
+        }
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / file, metadata={"format": "pt"})
         total += sum(tensor.nbytes for tensor in tensors.values())
     places = {name: file for file, shapes in files.items() for name in shapes}

@@ -58,11 +58,11 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None) -> 
     stored = {e.name: StandIn.of(e.name, e.shape, e.dtype, same) for e in files.entries.values()}
     model, info = _load(model_class, config, stored, dtype or "auto")
     _require_complete(path, model, info, files.entries)
-    moved, computed = _take_stand_ins(model)
+    moved, computed, cast = _take_stand_ins(model)
     if model.can_generate() and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     shapes = {entry.name: entry.shape for entry in files.entries.values()}
-    return Checkpoint(without_grouped_mm(model.eval()), Origins(str(path.resolve()), moved, computed, shapes))
+    return Checkpoint(without_grouped_mm(model.eval()), Origins(str(path.resolve()), moved, computed, cast, shapes))
 
 
 def _require_readable(path: Path) -> None:
@@ -181,25 +181,30 @@ def _more(of: list[Any]) -> str:
     return f" and {len(of) - _NAMED} more" if len(of) > _NAMED else ""
 
 
-def _take_stand_ins(model: nn.Module) -> tuple[dict[str, Moved], dict[str, str]]:
+def _take_stand_ins(model: nn.Module) -> tuple[dict[str, Moved], dict[str, str], dict[str, torch.dtype]]:
     """Puts empty tensors in place of the stand-ins, one for all names of one.
 
-    Returns where they came from, and of those that came from nowhere, why.
+    Returns what Origins holds of them: where they came from, why from nowhere, and to which dtype they are cast.
     """
     moved: dict[str, Moved] = {}
     computed: dict[str, str] = {}
+    cast: dict[str, torch.dtype] = {}
     empty: dict[int, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for own in (module._parameters, module._buffers):
             for name, tensor in own.items():
                 if isinstance(tensor, StandIn):
                     full = f"{path}.{name}" if path else name
+                    if tensor.dtype != tensor.stored:
+                        cast[full] = tensor.dtype
                     if tensor.computed:
                         computed[full] = tensor.computed[0]
                     else:
                         moved[full] = tensor.moved
                     if id(tensor) not in empty:
                         data = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-                        empty[id(tensor)] = nn.Parameter(data, requires_grad=False) if own is module._parameters else data
+                        empty[id(tensor)] = (
+                            nn.Parameter(data, requires_grad=False) if own is module._parameters else data
+                        )
                     own[name] = empty[id(tensor)]  # type: ignore[assignment]
-    return moved, computed
+    return moved, computed, cast

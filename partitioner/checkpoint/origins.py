@@ -1,6 +1,6 @@
 """Where the weights of a model lie in the files of its checkpoint.
 
-    origins.of(shard)     the pieces of a rank's part of a weight
+origins.of(shard)     the pieces of a rank's part of a weight
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from partitioner.checkpoint.windows import Moved, piece
 from partitioner.errors import WeightError
@@ -18,13 +20,14 @@ __all__ = ["Origins"]
 
 @dataclass(frozen=True)
 class Origins:
-    """By the model's names, aliases included: `moved`, and `computed`, why a weight lies in no file. By theirs:
-    `shapes` of the stored tensors.
+    """By the model's names, aliases included: `moved`, and `computed`, why a weight lies in no file; `cast`, the dtype of
+    those that the files store in another. By the files' names: `shapes` of the stored tensors.
     """
 
     folder: str
     moved: Mapping[str, Moved]
     computed: Mapping[str, str]
+    cast: Mapping[str, torch.dtype]
     shapes: Mapping[str, tuple[int, ...]]
 
     def find(self, name: str, aliases: Sequence[str]) -> Moved:
@@ -46,6 +49,12 @@ class Origins:
     def of(self, shard: WeightShard) -> tuple[Piece, ...]:
         """The pieces of a rank's part of a weight."""
         moved = self.find(shard.name, shard.aliases)
+        cast = self.cast.get(shard.name, shard.dtype)
+        if shard.dtype != cast:  # one cast does not round as two do
+            raise WeightError(
+                f"{shard.name!r} is stored in another dtype, read as {cast}, and cannot be had as {shard.dtype}: "
+                f"partition the folder with dtype={shard.dtype}"
+            )
         found: list[Piece] = []
         for own in shard.own_pieces:
             starts = [start for start, _ in own.destination]

@@ -81,7 +81,9 @@ def _compute(func: Any, args: Any, kwargs: Any) -> Any:
             written.computed.append(f"{func.overloadpacket} writes into it")
         return written
     return tree_map(
-        lambda x: StandIn(Moved(tuple(x.shape), ()), x.dtype, x.dtype, given[0].same, [why]) if isinstance(x, Tensor) else x,
+        lambda x: (
+            StandIn(Moved(tuple(x.shape), ()), x.dtype, x.dtype, given[0].same, [why]) if isinstance(x, Tensor) else x
+        ),
         result,
     )
 

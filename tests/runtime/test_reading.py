@@ -53,7 +53,9 @@ BLOCKS = {
 
 @pytest.mark.parametrize("strip", [1 << 12, 1 << 16, 8 << 20])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_block_is_read_and_little_else(reader: Reader, name: str, strip: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_is_read_and_little_else(
+    reader: Reader, name: str, strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reading, "STRIP_BYTES", strip)
     of, block, factor = BLOCKS[name]
     (found,) = load(reader, shard(of, block))
@@ -126,7 +128,9 @@ def test_several_pieces_and_an_order_of_their_own(reader: Reader) -> None:
 
 def test_another_checkpoint_is_refused(reader: Reader) -> None:
     with pytest.raises(WeightError, match=r"'w' of shape \[300, 5000\] does not hold what 'w' needs of it"):
-        load(reader, WeightShard(**{**vars(shard("w", ((0, 2), (0, 2)))), "pieces": (Piece("w", ((0, 2),), ((0, 2),)),)}))
+        load(
+            reader, WeightShard(**{**vars(shard("w", ((0, 2), (0, 2)))), "pieces": (Piece("w", ((0, 2),), ((0, 2),)),)})
+        )
     with pytest.raises(WeightError, match=r"holds no tensor 'x', needed for 'w'"):
         load(reader, WeightShard(**{**vars(shard("w", ((0, 2), (0, 2)))), "pieces": (Piece("x", (), ()),)}))
 

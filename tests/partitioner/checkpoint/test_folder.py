@@ -109,7 +109,9 @@ def remove(folder: Path) -> None:
 
 
 def rename(folder: Path) -> None:
-    change(folder, lambda t: t.update({"model.layers.1.mlp.upp_proj.weight": t.pop("model.layers.1.mlp.up_proj.weight")}))
+    change(
+        folder, lambda t: t.update({"model.layers.1.mlp.upp_proj.weight": t.pop("model.layers.1.mlp.up_proj.weight")})
+    )
 
 
 def add(folder: Path) -> None:
@@ -130,9 +132,15 @@ def pickle(folder: Path) -> None:
     ("spoil", "message"),
     [
         (remove, r"lacks 1 weights of LlamaForCausalLM: 'model.layers.1.mlp.up_proj.weight'.*near it"),
-        (rename, r"lacks 1 weights.*'model.layers.1.mlp.up_proj.weight' \(near it: 'model.layers.1.mlp.upp_proj.weight'"),
+        (
+            rename,
+            r"lacks 1 weights.*'model.layers.1.mlp.up_proj.weight' \(near it: 'model.layers.1.mlp.upp_proj.weight'",
+        ),
         (add, r"holds 1 tensors that LlamaForCausalLM has no place for: 'model.layers.1.mlp.more.weight'.*drops them"),
-        (lambda f: configure(f, intermediate_size=40), r"'model.layers.0.mlp.down_proj.weight' is \[64, \d+\], required \["),
+        (
+            lambda f: configure(f, intermediate_size=40),
+            r"'model.layers.0.mlp.down_proj.weight' is \[64, \d+\], required \[",
+        ),
         (lambda f: configure(f, quantization_config={"quant_method": "fp8"}), r"is quantised \(fp8\).*dequantised"),
         (lambda f: configure(f, transformers_weights="x.safetensors"), r"names files of its own.*x\.safetensors"),
         (lambda f: configure(f, model_type="unheard_of"), r"model_type that transformers knows, got 'unheard_of'"),
@@ -155,7 +163,9 @@ def test_a_refusal_allocates_nothing(folder: Path, monkeypatch: pytest.MonkeyPat
     """from_pretrained would draw what is missing at random; for a large model that is all memory and minutes."""
     made: list[str] = []
     real = torch.Tensor.normal_
-    monkeypatch.setattr(torch.Tensor, "normal_", lambda self, *a, **k: (made.append(self.device.type), real(self, *a, **k))[1])
+    monkeypatch.setattr(
+        torch.Tensor, "normal_", lambda self, *a, **k: (made.append(self.device.type), real(self, *a, **k))[1]
+    )
     change(folder, lambda tensors: [tensors.pop(name) for name in list(tensors)[1:]])
     with pytest.raises(WeightError, match=r"lacks \d+ weights"):
         open_checkpoint(folder)
@@ -170,7 +180,9 @@ def test_a_folder_that_does_not_exist() -> None:
 def test_a_weight_that_loading_changes_is_refused(tmp_path: Path) -> None:
     """transformers writes into it when it initialises what is missing, so that the file has another value."""
     folder = saved(tmp_path / "changed", "zaya")
-    with pytest.raises(WeightError, match=r"balancing_biases' is not stored in .* as the model has it: aten.copy_ writes"):
+    with pytest.raises(
+        WeightError, match=r"balancing_biases' is not stored in .* as the model has it: aten.copy_ writes"
+    ):
         partition(folder, Plan())
 
 

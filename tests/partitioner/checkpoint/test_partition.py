@@ -14,6 +14,7 @@ import torch
 
 from partitioner import Plan, WeightError, partition
 from partitioner.compile import compile_program, trace
+from partitioner.exact import in_float64
 from partitioner.program import Program
 from runtime.rank_program import RankProgram, at
 from runtime.reading import Reader
@@ -49,7 +50,10 @@ def traced(name: str) -> tuple[Program, Program]:
 def test_every_rank_has_the_slices_of_from_pretrained(name: str, tp: int) -> None:
     folder, model, ids, _ = checkpoint(name)
     parts, whole = (compile_program(program, Plan(tp=tp)) for program in traced(name))
-    known = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    known = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     assert len(list(folder.glob("*.safetensors"))) > 3
     for rank in range(tp):
         program = parts.rank(rank)
@@ -104,6 +108,19 @@ def test_weights_that_are_given_take_the_place_of_the_files() -> None:
 
     load_weights(program.weights, program.values, read, CPU)
     assert set(asked) == {weight.name for weight in program.weights if weight.source == "checkpoint"}
+
+
+def test_a_cast_is_made_once(tmp_path: Path) -> None:
+    """A program lifted to float64 after the trace would be read without the rounding to bfloat16."""
+    model, ids = zoo.tiny("llama")
+    model.float().save_pretrained(tmp_path)
+    rounded = partition(tmp_path, Plan(), dtype=torch.bfloat16).traced
+    stored = partition(tmp_path, Plan()).traced
+    assert rounded is not None
+    assert stored is not None
+    with pytest.raises(WeightError, match=r"read as torch.bfloat16, and cannot be had as torch.float64"):
+        compile_program(in_float64(rounded), Plan()).rank(0)
+    compile_program(in_float64(stored), Plan()).simulate(input_ids=ids)
 
 
 def test_a_folder_that_went_away_is_named(tmp_path: Path) -> None:
