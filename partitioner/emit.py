@@ -120,8 +120,9 @@ def weight_shard(program: Program, weight: Weight, coordinates: Mapping[str, int
     shard = WeightShard(
         weight.name, weight.dtype, weight.shape, local_shape, indices, weight.source, weight.aliases, ()
     )
-    stored = program.origins is not None and weight.source == "checkpoint"
-    return replace(shard, pieces=program.origins.of(shard) if stored else shard.own_pieces)
+    if program.origins is not None and weight.source == "checkpoint":
+        return replace(shard, pieces=program.origins.of(shard))
+    return replace(shard, pieces=shard.own_pieces)
 
 
 def _state_shard(program: Program, state: State, coordinates: Mapping[str, int]) -> StateShard:

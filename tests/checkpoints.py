@@ -2,13 +2,15 @@
 
 python -m tests.checkpoints [names]      one line each: verdict, tensors stored, weights, and why where it is refused
 
-Each is built tiny, saved with small shards, and loaded in its own dtype, in bfloat16 and in float16. equal: every weight and buffer
-has the dtype and, whole and cut in 2 and in 3 along every dim, the bits of the model that from_pretrained yields. wrong:
-must never happen. refused: an error says why. unbuilt: transformers cannot save or load it itself.
+Each is built tiny, saved with small shards, and loaded in its own dtype, in bfloat16 and in float16. equal: every
+weight and buffer has the dtype and, whole and cut in 2 and in 3 along every dim, the bits of the model that
+from_pretrained yields. wrong: must never happen. refused: an error says why. unbuilt: transformers cannot save or load
+it itself.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import tempfile
@@ -50,7 +52,7 @@ def blocks(shape: tuple[int, ...]) -> Iterator[tuple[tuple[int, int], ...]]:
     for dim, size in enumerate(shape):
         for parts in (2, 3):
             ends = [size * i // parts for i in range(parts + 1)]
-            for low, high in zip(ends[:-1], ends[1:], strict=True):
+            for low, high in itertools.pairwise(ends):
                 if low < high:
                     yield (*full[:dim], (low, high), *full[dim + 1 :])
 

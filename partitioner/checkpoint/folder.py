@@ -162,14 +162,14 @@ def _require_complete(path: Path, model: PreTrainedModel, info: Any, stored: Col
         near = {key: difflib.get_close_matches(key, unexpected or stored, n=1) for key in missing[:_NAMED]}
         said = [f"{key!r}" + (f" (near it: {found[0]!r})" if found else "") for key, found in near.items()]
         raise WeightError(
-            f"{path} lacks {len(missing)} weights of {name}: {', '.join(said)}{_more(missing)}; transformers would draw "
-            "them at random: complete the checkpoint, or name the class it was saved from in 'architectures'"
+            f"{path} lacks {len(missing)} weights of {name}: {', '.join(said)}{_more(missing)}; transformers would "
+            "draw them at random: complete the checkpoint, or name the class it was saved from in 'architectures'"
         )
     if unexpected:
         raise WeightError(
-            f"{path} holds {len(unexpected)} tensors that {name} has no place for: {_some(list(map(repr, unexpected)))}; "
-            "name the class it was saved from in 'architectures', or load it by from_pretrained, which drops them, and "
-            "partition that"
+            f"{path} holds {len(unexpected)} tensors that {name} has no place for: "
+            f"{_some(list(map(repr, unexpected)))}; name the class it was saved from in 'architectures', or "
+            "load it by from_pretrained, which drops them, and partition that"
         )
 
 
@@ -206,5 +206,5 @@ def _take_stand_ins(model: nn.Module) -> tuple[dict[str, Moved], dict[str, str],
                         empty[id(tensor)] = (
                             nn.Parameter(data, requires_grad=False) if own is module._parameters else data
                         )
-                    own[name] = empty[id(tensor)]  # type: ignore[assignment]
+                    own[name] = empty[id(tensor)]
     return moved, computed, cast

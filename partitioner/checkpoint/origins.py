@@ -20,8 +20,8 @@ __all__ = ["Origins"]
 
 @dataclass(frozen=True)
 class Origins:
-    """By the model's names, aliases included: `moved`, and `computed`, why a weight lies in no file; `cast`, the dtype of
-    those that the files store in another. By the files' names: `shapes` of the stored tensors.
+    """By the model's names, aliases included: `moved`, and `computed`, why a weight lies in no file; `cast`, the dtype
+    of those that the files store in another. By the files' names: `shapes` of the stored tensors.
     """
 
     folder: str
@@ -42,8 +42,8 @@ class Origins:
                     "when transformers loads it; load the model by from_pretrained and partition that"
                 )
         raise WeightError(
-            f"the checkpoint {self.folder} does not hold the weight {name!r}, and transformers would draw it at random: "
-            "complete the checkpoint, or load the model by from_pretrained and partition that"
+            f"the checkpoint {self.folder} does not hold the weight {name!r}, and transformers would draw it at "
+            "random: complete the checkpoint, or load the model by from_pretrained and partition that"
         )
 
     def of(self, shard: WeightShard) -> tuple[Piece, ...]:

@@ -24,14 +24,14 @@ __all__ = ["Equal", "StandIn"]
 aten = torch.ops.aten
 
 Equal = Callable[["StandIn", "StandIn"], bool]
-"""Whether two stand-ins stand for the same values: transformers asks before it ties two weights that both are stored."""
+"""Whether two stand-ins stand for the same values: transformers asks before it ties weights that both are stored."""
 
 
 class StandIn(Tensor):
     """See the module's docstring.
 
-    moved: where the elements lie. stored: the dtype in the file; that of the tensor is what it is cast to. computed: what
-    was computed of them or written into them, empty where they are as stored; one list for all views of one tensor.
+    moved: where the elements lie. stored: the dtype in the file; that of the tensor is what it is cast to. computed:
+    what was computed of them or written into them, empty where they are as stored; one list for all views of a tensor.
     """
 
     moved: Moved
@@ -43,7 +43,7 @@ class StandIn(Tensor):
     def __new__(
         cls, moved: Moved, dtype: torch.dtype, stored: torch.dtype, same: Equal, computed: list[str] | None = None
     ) -> StandIn:
-        made: StandIn = Tensor._make_wrapper_subclass(cls, moved.shape, dtype=dtype, device="cpu")  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(cls, moved.shape, dtype=dtype, device=torch.device("cpu"))
         made.moved, made.stored, made.same = moved, stored, same
         made.computed = [] if computed is None else computed
         return made
@@ -57,7 +57,9 @@ class StandIn(Tensor):
         return f"StandIn({list(self.shape)}, {self.dtype}, of {', '.join(names[:3])}{'...' if len(names) > 3 else ''})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         move = MOVES.get(func.overloadpacket)
         return _compute(func, args, kwargs) if move is None else move(*args, **kwargs)
@@ -72,8 +74,8 @@ def _compute(func: Any, args: Any, kwargs: Any) -> Any:
         result = func(*empty[0], **empty[1])
     except Exception as error:
         raise WeightError(
-            f"the checkpoint's weights are converted by {func.overloadpacket}, which needs the values of {given[0]}: load "
-            "the model by from_pretrained and partition that"
+            f"the checkpoint's weights are converted by {func.overloadpacket}, which needs the values of {given[0]}: "
+            "load the model by from_pretrained and partition that"
         ) from error
     if func._schema.is_mutable:
         written = args[0]
@@ -188,7 +190,8 @@ def _stack(parts: Sequence[StandIn], dim: int = 0) -> StandIn:
 
 def _pad(x: StandIn, pad: Sequence[int], value: float = 0) -> StandIn:
     # a head's bias is padded to the rows of its weight, usually by none
-    return _copy(x) if not any(pad) else _compute(aten.constant_pad_nd.default, (x, pad, value), {})  # type: ignore[no-any-return]
+    padded: StandIn = _compute(aten.constant_pad_nd.default, (x, pad, value), {}) if any(pad) else _copy(x)
+    return padded
 
 
 def _equal(x: StandIn, y: StandIn) -> bool:

@@ -4,9 +4,9 @@
     stacked = concatenate([reshape(t, (1, 48, 64)) ...], 0)     one window per expert
     stacked.block(((3, 4), (0, 24), (0, 64)))                   the windows within a block
 
-A window is a block of the tensor whose elements lie at regular steps in one stored tensor. Every move of data (transpose,
-slice, stack, concatenate, view) takes windows to windows, some of them cut. So a whole chain of moves becomes a list of
-blocks, whatever it consists of, and nothing has to run when they are read.
+A window is a block of the tensor whose elements lie at regular steps in one stored tensor. Every move of data
+(transpose, slice, stack, concatenate, view) takes windows to windows, some of them cut. So a whole chain of moves
+becomes a list of blocks, whatever it consists of, and nothing has to run when they are read.
 """
 
 from __future__ import annotations

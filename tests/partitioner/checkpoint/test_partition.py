@@ -95,7 +95,7 @@ def test_generating_reads_the_files_too(name: str) -> None:
 
 
 def test_weights_that_are_given_take_the_place_of_the_files() -> None:
-    _, model, ids, _ = checkpoint("mixtral")
+    _, model, _, _ = checkpoint("mixtral")
     program = compile_program(traced("mixtral")[0], Plan()).rank(0)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
     loaded = load_weights(program.weights, program.values, zeros, CPU)
