@@ -17,12 +17,10 @@ process. So it is for the user to choose.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
 import mmap
 import os
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -44,21 +42,6 @@ STRIP_BYTES = 4 << 20
 SHORTEST_RUN_BYTES = 4 << 10
 """Shorter runs are read with what lies between them: from a disk, whole pages come anyway."""
 THREADS = 4
-LARGE_BYTES = 4 << 20
-
-
-def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An empty tensor; a large one in huge pages where the kernel has them.
-
-    Half of the time of reading from the page cache would go into faults of small ones.
-    """
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or num_bytes < LARGE_BYTES or sys.platform != "linux":
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +68,7 @@ class Reader:
         """One tensor per weight, put together from its pieces."""
         found = [self._map(weight) if self.mapped and device.type == "cpu" else None for weight in weights]
         loaded = [
-            tensor if tensor is not None else _room(weight.local_shape, weight.dtype, device)
+            tensor if tensor is not None else torch.empty(weight.local_shape, dtype=weight.dtype, device=device)
             for weight, tensor in zip(weights, found, strict=True)
         ]
         strips = [

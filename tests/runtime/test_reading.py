@@ -89,15 +89,6 @@ def test_a_column_slice_needs_no_more_memory_than_a_strip(reader: Reader, monkey
     assert max(buffers) <= 1 << 16
 
 
-def test_a_large_shard_is_ordinary_memory(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
-    (found,) = load(reader, shard("w", ((0, ROWS), (0, COLUMNS))))
-    assert found.nbytes >= reading.LARGE_BYTES
-    assert torch.equal(found, TENSORS["w"])
-    assert found.untyped_storage().nbytes() == found.nbytes
-    found.zero_()
-    assert torch.equal(load(reader, shard("w", ((0, 2), (0, COLUMNS))))[0], TENSORS["w"][:2])
-
-
 def test_what_lies_in_the_file_as_needed_can_be_mapped(reader: Reader) -> None:
     mapped = Reader(reader.files, mapped=True)
     rows, columns, scalar = load(
