@@ -66,15 +66,21 @@ def partition(
             f"dtype={dtype} casts what is read from a checkpoint folder; this {type(model).__name__} has its weights: "
             "convert it by model.to(dtype)"
         )
-    traced = trace(model, max_length=max_length, length=length)
-    traced.origins = origins
+    traced = _from(origins, trace(model, max_length=max_length, length=length))
     return compile_program(traced, plan, step=functools.partial(_step, model, origins, max_length))
 
 
 def _step(model: PreTrainedModel, origins: Origins | None, max_length: int | None) -> Program:
-    stepping = trace_step(model, max_length=max_length)
-    stepping.origins = origins
-    return stepping
+    return _from(origins, trace_step(model, max_length=max_length))
+
+
+def _from(origins: Origins | None, traced: Program) -> Program:
+    """The same program, its weights to be read from a checkpoint, which must hold them."""
+    traced.origins = origins
+    for weight in traced.weights.values():
+        if origins is not None and weight.source == "checkpoint":
+            origins.find(weight.name, weight.aliases)
+    return traced
 
 
 def trace(model: PreTrainedModel, *, max_length: int | None = None, length: int | None = None) -> Program:

@@ -57,7 +57,7 @@ def load_config(name: str, *, small: bool = False) -> Any:
             raise CaptureError(f"{name} is a folder, but no checkpoint: it has no config.json")
         return _from_file(path / "config.json")
     if name in CONFIG_MAPPING:
-        return _small(name) if small else _configured(name, {}, f"the default configuration of {name!r}")
+        return _small(name) if small else _configured(name, None, f"the default configuration of {name!r}")
     near = difflib.get_close_matches(name, list(CONFIG_MAPPING), n=3)
     hint = f"; near: {', '.join(near)}" if near else ""
     raise CaptureError(
@@ -114,12 +114,14 @@ def _from_file(path: Path) -> Any:
     if not isinstance(fields, dict) or fields.get("model_type") not in CONFIG_MAPPING:
         kind = fields.get("model_type") if isinstance(fields, dict) else None
         raise CaptureError(f"{path} must name a model_type that transformers knows, got {kind!r}")
-    return _configured(fields["model_type"], fields, str(path))
+    return _configured(fields["model_type"], path, str(path))
 
 
-def _configured(model_type: str, fields: dict[str, Any], where: str) -> Any:
+def _configured(model_type: str, path: Path | None, where: str) -> Any:
+    config_class = CONFIG_MAPPING[model_type]
     try:
-        return CONFIG_MAPPING[model_type].from_dict(fields)
+        # not from_dict: files have their own way of writing infinity
+        return config_class() if path is None else config_class.from_pretrained(path, local_files_only=True)
     except Exception as error:  # each configuration checks its fields in its own way
         raise CaptureError(f"transformers does not accept {where}: {_line(error)}") from error
 
@@ -146,7 +148,7 @@ def class_of(config: Any) -> Any:
 
 def _small(model_type: str) -> Any:
     config_class = CONFIG_MAPPING[model_type]
-    default = _configured(model_type, {}, f"the default configuration of {model_type!r}")
+    default = _configured(model_type, None, f"the default configuration of {model_type!r}")
     sizes = {}
     for field, size in _SMALL.items():
         value = getattr(default, field) if hasattr(default, field) else None

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from partitioner.compile import partition
 from partitioner.errors import InputError
-from partitioner.named_model import dtype_named, load_model
+from partitioner.named_model import dtype_named
 from partitioner.parts import Parts
 from partitioner.plan import Plan
 from runtime.cache_size import CacheSize
@@ -85,7 +85,9 @@ def answer(question: Question) -> None:
     """One rank of several."""
     begin_worker()
     parts, tokenizer = _load(question)
+    started = time.perf_counter()
     with Engine.connect(parts) as engine:
+        _say(f"weights loaded in {time.perf_counter() - started:.1f} s")
         is_first = engine.program.rank == 0
         _write(question, tokenizer, engine, sys.stdout if is_first else None)
 
@@ -100,10 +102,9 @@ def _load(question: Question) -> tuple[Parts[Any], Any]:
     transformers_logging.disable_progress_bar()
     started = time.perf_counter()
     tokenizer = _tokenizer(question)
-    model = load_model(question.model, dtype=dtype_named(question.dtype))
-    loaded = time.perf_counter()
-    parts = partition(model, question.plan)
-    _say(f"loaded in {loaded - started:.1f} s, partitioned in {time.perf_counter() - loaded:.1f} s")
+    # no weights yet: each rank reads its own, when it is connected
+    parts = partition(question.model, question.plan, dtype=dtype_named(question.dtype))
+    _say(f"partitioned in {time.perf_counter() - started:.1f} s")
     return parts, tokenizer
 
 

@@ -6,12 +6,20 @@
 
 A piece is read in strips of a few megabytes: straight into its place where the bytes lie there as they do in the file,
 through a buffer of a strip where they are to be cast, rearranged or sent to a device. So memory stays at that of the
-shard and a buffer per thread. Bytes come by pread and not through a map, whose pages would count as the process's own.
+shard and a buffer per thread.
+
+    Reader(files, mapped=True)       on the CPU: what lies in a file as the rank needs it is mapped, not read
+
+Mapped weights cost no memory of the process's own and no time before they are used, and ranks of a machine share them.
+But then the files must stay as they are while the engine lives: who overwrites them changes the weights, or ends the
+process. So it is for the user to choose.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -30,7 +38,7 @@ from runtime.tensor_files import Entry, TensorFiles
 
 __all__ = ["Reader"]
 
-STRIP_BYTES = 8 << 20
+STRIP_BYTES = 4 << 20
 SHORTEST_RUN_BYTES = 4 << 10
 """Shorter runs are read with what lies between them: from a disk, whole pages come anyway."""
 THREADS = 4
@@ -48,17 +56,25 @@ class _Strip:
 class Reader:
     """See the module's docstring."""
 
-    def __init__(self, files: TensorFiles) -> None:
+    def __init__(self, files: TensorFiles, *, mapped: bool = False) -> None:
         self.files = files
+        self.mapped = mapped
         self.bytes_read = 0
+        """Of the files; what is mapped is counted as if it were read."""
         self._lock = threading.Lock()
+        self._maps: dict[Path, mmap.mmap] = {}
 
     def load(self, weights: Sequence[WeightShard], device: torch.device, *, progress: bool = False) -> list[Tensor]:
         """One tensor per weight, put together from its pieces."""
-        loaded = [torch.empty(weight.local_shape, dtype=weight.dtype, device=device) for weight in weights]
+        found = [self._map(weight) if self.mapped and device.type == "cpu" else None for weight in weights]
+        loaded = [
+            tensor if tensor is not None else torch.empty(weight.local_shape, dtype=weight.dtype, device=device)
+            for weight, tensor in zip(weights, found, strict=True)
+        ]
         strips = [
             strip
-            for weight, local in zip(weights, loaded, strict=True)
+            for weight, local, done in zip(weights, loaded, found, strict=True)
+            if done is None
             for piece in weight.pieces
             for strip in self._strips(weight, piece, local)
         ]
@@ -68,7 +84,29 @@ class Reader:
             self._read_all(strips, shown)
         return loaded
 
-    def _strips(self, weight: WeightShard, piece: Piece, local: Tensor) -> Iterator[_Strip]:
+    def _map(self, weight: WeightShard) -> Tensor | None:
+        """The weight where it lies in a file, if it lies there in one run and in its own dtype."""
+        if len(weight.pieces) != 1 or 0 in weight.local_shape:
+            return None
+        entry, spot = self._find(weight, weight.pieces[0])
+        plan, size = spot.plan(1), entry.dtype.itemsize
+        (first, length), *others = plan.runs
+        start = entry.start + first * size
+        in_order = _in_order(plan.strides, weight.local_shape) and length == math.prod(weight.local_shape)
+        if others or not in_order or entry.dtype != weight.dtype or start % size:
+            return None
+        if entry.file not in self._maps:
+            with entry.file.open("rb") as opened:
+                # private: what is written into a weight stays out of the file
+                protection = mmap.PROT_READ | mmap.PROT_WRITE
+                self._maps[entry.file] = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=protection)
+        memory = self._maps[entry.file]
+        begin = start // mmap.PAGESIZE * mmap.PAGESIZE
+        memory.madvise(mmap.MADV_WILLNEED, begin, start + length * size - begin)  # the disk may begin
+        self.bytes_read += length * size
+        return torch.frombuffer(memory, dtype=entry.dtype, count=length, offset=start).view(weight.local_shape)
+
+    def _find(self, weight: WeightShard, piece: Piece) -> tuple[Entry, Strided]:
         entry = self.files.entries.get(piece.tensor)
         if entry is None:
             raise WeightError(f"{self.files.folder} holds no tensor {piece.tensor!r}, needed for {weight.name!r}")
@@ -78,6 +116,10 @@ class Reader:
                 f"{entry.file}: {piece.tensor!r} of shape {list(entry.shape)} does not hold what {weight.name!r} needs "
                 f"of it ({piece}): it is not the checkpoint that was partitioned"
             )
+        return entry, spot
+
+    def _strips(self, weight: WeightShard, piece: Piece, local: Tensor) -> Iterator[_Strip]:
+        entry, spot = self._find(weight, piece)
         if 0 in extents(piece.destination):
             return
         size = entry.dtype.itemsize
@@ -107,10 +149,7 @@ class Reader:
             and target.dtype == entry.dtype
             and target.is_contiguous()
             and plan.elements == target.numel()
-            and all(
-                extent == 1 or step == own
-                for extent, step, own in zip(target.shape, plan.strides, row_major(tuple(target.shape)), strict=True)
-            )
+            and _in_order(plan.strides, tuple(target.shape))
         )
         into = target if in_place else torch.empty(plan.elements, dtype=entry.dtype)
         self._fill(into, entry, plan.runs, opened[entry.file])
@@ -132,3 +171,8 @@ class Reader:
             count += length * size
         with self._lock:
             self.bytes_read += count
+
+
+def _in_order(strides: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether elements at these steps are those of a contiguous tensor."""
+    return all(n == 1 or step == own for n, step, own in zip(shape, strides, row_major(shape), strict=True))

@@ -1,8 +1,8 @@
 """Where the elements of a piece lie in a tensor's file: at regular steps, from which follow the runs to read.
 
-    spot = Strided.of(piece, shape)      extents and strides, in elements of the whole tensor
-    spot.strips(limit)                   parts small enough to be read at once
-    spot.plan(shortest)                  the runs of such a part, and where its elements are in what they read
+spot = Strided.of(piece, shape)      extents and strides, in elements of the whole tensor
+spot.strips(limit)                   parts small enough to be read at once
+spot.plan(shortest)                  the runs of such a part, and where its elements are in what they read
 """
 
 from __future__ import annotations

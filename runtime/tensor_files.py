@@ -81,7 +81,9 @@ class TensorFiles:
                 raise WeightError(f"{index} names the file {name!r}: required is a .safetensors file within the folder")
             if not (self.folder / name).is_file():
                 some = next(tensor for tensor, file in places.items() if file == name)
-                raise WeightError(f"{self.folder} lacks the file {name!r}, which should hold {some!r}, says {index.name}")
+                raise WeightError(
+                    f"{self.folder} lacks the file {name!r}, which should hold {some!r}, says {index.name}"
+                )
             self._add(self.folder / name)
         for tensor, name in places.items():
             if tensor not in self.entries or self.entries[tensor].file != self.folder / name:

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from partitioner.checkpoint.origins import Origins
 from partitioner.checkpoint.same import same_values
 from partitioner.checkpoint.stand_in import StandIn
+from partitioner.checkpoint.windows import Moved
 from partitioner.errors import CaptureError, PartitionerError, WeightError
 from partitioner.named_model import class_of, load_config, without_grouped_mm
 from runtime.tensor_files import INDEX, SINGLE, TensorFiles
@@ -57,11 +58,11 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None) -> 
     stored = {e.name: StandIn.of(e.name, e.shape, e.dtype, same) for e in files.entries.values()}
     model, info = _load(model_class, config, stored, dtype or "auto")
     _require_complete(path, model, info, files.entries)
-    moved = _take_stand_ins(model)
+    moved, computed, cast = _take_stand_ins(model)
     if model.can_generate() and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     shapes = {entry.name: entry.shape for entry in files.entries.values()}
-    return Checkpoint(without_grouped_mm(model.eval()), Origins(str(path.resolve()), moved, shapes))
+    return Checkpoint(without_grouped_mm(model.eval()), Origins(str(path.resolve()), moved, computed, cast, shapes))
 
 
 def _require_readable(path: Path) -> None:
@@ -161,14 +162,14 @@ def _require_complete(path: Path, model: PreTrainedModel, info: Any, stored: Col
         near = {key: difflib.get_close_matches(key, unexpected or stored, n=1) for key in missing[:_NAMED]}
         said = [f"{key!r}" + (f" (near it: {found[0]!r})" if found else "") for key, found in near.items()]
         raise WeightError(
-            f"{path} lacks {len(missing)} weights of {name}: {', '.join(said)}{_more(missing)}; transformers would draw "
-            "them at random: complete the checkpoint, or name the class it was saved from in 'architectures'"
+            f"{path} lacks {len(missing)} weights of {name}: {', '.join(said)}{_more(missing)}; transformers would "
+            "draw them at random: complete the checkpoint, or name the class it was saved from in 'architectures'"
         )
     if unexpected:
         raise WeightError(
-            f"{path} holds {len(unexpected)} tensors that {name} has no place for: {_some(list(map(repr, unexpected)))}; "
-            "name the class it was saved from in 'architectures', or load it by from_pretrained, which drops them, and "
-            "partition that"
+            f"{path} holds {len(unexpected)} tensors that {name} has no place for: "
+            f"{_some(list(map(repr, unexpected)))}; name the class it was saved from in 'architectures', or "
+            "load it by from_pretrained, which drops them, and partition that"
         )
 
 
@@ -180,17 +181,30 @@ def _more(of: list[Any]) -> str:
     return f" and {len(of) - _NAMED} more" if len(of) > _NAMED else ""
 
 
-def _take_stand_ins(model: nn.Module) -> dict[str, Any]:
-    """Puts empty tensors in place of the stand-ins, one for all names of one, and returns where they came from."""
-    moved: dict[str, Any] = {}
+def _take_stand_ins(model: nn.Module) -> tuple[dict[str, Moved], dict[str, str], dict[str, torch.dtype]]:
+    """Puts empty tensors in place of the stand-ins, one for all names of one.
+
+    Returns what Origins holds of them: where they came from, why from nowhere, and to which dtype they are cast.
+    """
+    moved: dict[str, Moved] = {}
+    computed: dict[str, str] = {}
+    cast: dict[str, torch.dtype] = {}
     empty: dict[int, Tensor] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for own in (module._parameters, module._buffers):
             for name, tensor in own.items():
                 if isinstance(tensor, StandIn):
-                    moved[f"{path}.{name}" if path else name] = tensor.moved
+                    full = f"{path}.{name}" if path else name
+                    if tensor.dtype != tensor.stored:
+                        cast[full] = tensor.dtype
+                    if tensor.computed:
+                        computed[full] = tensor.computed[0]
+                    else:
+                        moved[full] = tensor.moved
                     if id(tensor) not in empty:
                         data = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-                        empty[id(tensor)] = nn.Parameter(data, requires_grad=False) if own is module._parameters else data
-                    own[name] = empty[id(tensor)]  # type: ignore[assignment]
-    return moved
+                        empty[id(tensor)] = (
+                            nn.Parameter(data, requires_grad=False) if own is module._parameters else data
+                        )
+                    own[name] = empty[id(tensor)]
+    return moved, computed, cast

@@ -1,17 +1,20 @@
 """Where the weights of a model lie in the files of its checkpoint.
 
-origins.pieces(name, block, starts)     the pieces of a block of a weight, to be put where `starts` says
+origins.of(shard)     the pieces of a rank's part of a weight
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from partitioner.checkpoint.windows import Moved, piece
 from partitioner.errors import WeightError
-from runtime.rank_program import Piece, WeightShard
+from runtime.rank_program import Piece, WeightShard, extents
 from runtime.reading import Reader
 from runtime.tensor_files import TensorFiles
 
@@ -20,28 +23,49 @@ __all__ = ["Origins"]
 
 @dataclass(frozen=True)
 class Origins:
-    """`moved`: by the model's names, aliases included; `shapes`: of the stored tensors, by theirs."""
+    """By the model's names, aliases included: `moved`, and `computed`, why a weight lies in no file; `cast`, the dtype
+    of those that the files store in another. By the files' names: `shapes` of the stored tensors.
+    """
 
     folder: str
     moved: Mapping[str, Moved]
+    computed: Mapping[str, str]
+    cast: Mapping[str, torch.dtype]
     shapes: Mapping[str, tuple[int, ...]]
 
     @functools.cached_property
     def source(self) -> Reader:
         return Reader(TensorFiles(self.folder))
 
+    def find(self, name: str, aliases: Sequence[str]) -> Moved:
+        """Raises `WeightError` where the files do not hold the weight."""
+        for known in (name, *aliases):
+            if known in self.moved:
+                return self.moved[known]
+        for known in (name, *aliases):
+            if known in self.computed:
+                raise WeightError(
+                    f"the weight {known!r} is not stored in {self.folder} as the model has it: {self.computed[known]} "
+                    "when transformers loads it; load the model by from_pretrained and partition that"
+                )
+        raise WeightError(
+            f"the checkpoint {self.folder} does not hold the weight {name!r}, and transformers would draw it at "
+            "random: complete the checkpoint, or load the model by from_pretrained and partition that"
+        )
+
     def of(self, shard: WeightShard) -> tuple[Piece, ...]:
         """The pieces of a rank's part of a weight."""
-        name = next((name for name in (shard.name, *shard.aliases) if name in self.moved), None)
-        if name is None:
+        moved = self.find(shard.name, shard.aliases)
+        cast = self.cast.get(shard.name, shard.dtype)
+        if shard.dtype != cast:  # one cast does not round as two do
             raise WeightError(
-                f"the checkpoint {self.folder} does not hold the weight {shard.name!r}, and transformers would draw it "
-                "at random: complete the checkpoint, or load the model by from_pretrained and partition that"
+                f"{shard.name!r} is stored in another dtype, read as {cast}, and cannot be had as {shard.dtype}: "
+                f"partition the folder with dtype={shard.dtype}"
             )
         found: list[Piece] = []
         for own in shard.own_pieces:
             starts = [start for start, _ in own.destination]
-            found += (
-                piece(window, self.shapes[window.tensor], starts) for window in self.moved[name].block(own.source)
-            )
+            found += (piece(window, self.shapes[window.tensor], starts) for window in moved.block(own.source))
+        filled = sum(math.prod(extents(p.destination)) for p in found)
+        assert filled == math.prod(shard.local_shape), f"{shard.name}: {filled} elements of {shard.local_shape}"
         return tuple(found)

@@ -3,7 +3,8 @@
 transformers converts what a checkpoint stores (one tensor per expert, fused or interleaved projections, other names) to
 what its modules hold, by code of its own that changes from version to version. That code runs here as it is, on
 stand-ins: to it they are tensors on the CPU. What it does to them is read off the ops that arrive, so that no table of
-conversions has to be kept. An op that computes something is no move, and is refused.
+conversions has to be kept. What an op computes, or writes into, lies in no file any more: its stand-in says so, and is
+refused where a weight of the model turns out to be it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from partitioner.checkpoint.windows import Moved, concatenate, narrow, permute, reshape, whole
 from partitioner.errors import WeightError
@@ -22,20 +24,28 @@ __all__ = ["Equal", "StandIn"]
 aten = torch.ops.aten
 
 Equal = Callable[["StandIn", "StandIn"], bool]
-"""Whether two stand-ins stand for the same values: transformers asks before it ties two weights that both are stored."""
+"""Whether two stand-ins stand for the same values: transformers asks before it ties weights that both are stored."""
 
 
 class StandIn(Tensor):
-    """`moved`: where the elements lie. `stored`: the dtype in the file; that of the tensor is what it is cast to."""
+    """See the module's docstring.
+
+    moved: where the elements lie. stored: the dtype in the file; that of the tensor is what it is cast to. computed:
+    what was computed of them or written into them, empty where they are as stored; one list for all views of a tensor.
+    """
 
     moved: Moved
     stored: torch.dtype
     same: Equal
+    computed: list[str]
 
     @staticmethod
-    def __new__(cls, moved: Moved, dtype: torch.dtype, stored: torch.dtype, same: Equal) -> StandIn:
-        made: StandIn = Tensor._make_wrapper_subclass(cls, moved.shape, dtype=dtype, device="cpu")  # type: ignore[attr-defined]
+    def __new__(
+        cls, moved: Moved, dtype: torch.dtype, stored: torch.dtype, same: Equal, computed: list[str] | None = None
+    ) -> StandIn:
+        made = Tensor._make_wrapper_subclass(cls, moved.shape, dtype=dtype, device=torch.device("cpu"))
         made.moved, made.stored, made.same = moved, stored, same
+        made.computed = [] if computed is None else computed
         return made
 
     @classmethod
@@ -47,30 +57,64 @@ class StandIn(Tensor):
         return f"StandIn({list(self.shape)}, {self.dtype}, of {', '.join(names[:3])}{'...' if len(names) > 3 else ''})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
         move = MOVES.get(func.overloadpacket)
-        if move is None:
-            known = [arg for arg in args if isinstance(arg, StandIn)]
-            raise WeightError(
-                f"the checkpoint's weights are converted by {func.overloadpacket}, which computes and does not only "
-                f"move: {known[0] if known else list(types)}; load the model by from_pretrained and partition that"
-            )
-        return move(*args, **(kwargs or {}))
+        return _compute(func, args, kwargs) if move is None else move(*args, **kwargs)
+
+
+def _compute(func: Any, args: Any, kwargs: Any) -> Any:
+    """Anything but a move: the result has a shape and a dtype, and lies nowhere."""
+    given = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, StandIn)]
+    why = f"{func.overloadpacket} computes it"
+    empty = tree_map(lambda x: _on_meta(x), (args, kwargs))
+    try:
+        result = func(*empty[0], **empty[1])
+    except Exception as error:
+        raise WeightError(
+            f"the checkpoint's weights are converted by {func.overloadpacket}, which needs the values of {given[0]}: "
+            "load the model by from_pretrained and partition that"
+        ) from error
+    if func._schema.is_mutable:
+        written = args[0]
+        if isinstance(written, StandIn):
+            written.computed.append(f"{func.overloadpacket} writes into it")
+        return written
+    return tree_map(
+        lambda x: (
+            StandIn(Moved(tuple(x.shape), ()), x.dtype, x.dtype, given[0].same, [why]) if isinstance(x, Tensor) else x
+        ),
+        result,
+    )
+
+
+def _on_meta(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return torch.empty(x.shape, dtype=x.dtype, device="meta")
+    return torch.device("meta") if isinstance(x, torch.device) else x
 
 
 def _like(of: StandIn, moved: Moved) -> StandIn:
-    return StandIn(moved, of.dtype, of.stored, of.same)
+    """A view: what is written into it is written into the other too."""
+    return StandIn(moved, of.dtype, of.stored, of.same, of.computed)
 
 
 def _same(x: StandIn, **_: Any) -> StandIn:
     return _like(x, x.moved)
 
 
-def _cast(x: StandIn, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> StandIn:
+def _copy(x: StandIn, **_: Any) -> StandIn:
+    return StandIn(x.moved, x.dtype, x.stored, x.same, list(x.computed))
+
+
+def _cast(x: StandIn, *, dtype: torch.dtype | None = None, **_: Any) -> StandIn:
     dtype = dtype or x.dtype
+    computed = list(x.computed)
     if dtype != x.dtype and x.dtype != x.stored:
-        raise WeightError(f"{x} is cast twice, from {x.stored} by {x.dtype} to {dtype}, which one cast does not equal")
-    return StandIn(x.moved, dtype, x.stored, x.same)
+        computed.append(f"it is cast twice, from {x.stored} by {x.dtype} to {dtype}")
+    return StandIn(x.moved, dtype, x.stored, x.same, computed)
 
 
 def _view(x: StandIn, size: Sequence[int]) -> StandIn:
@@ -133,24 +177,32 @@ def _unbind(x: StandIn, dim: int = 0) -> list[StandIn]:
 
 
 def _cat(parts: Sequence[StandIn], dim: int = 0) -> StandIn:
-    odd = [part for part in parts if not isinstance(part, StandIn) or part.dtype != parts[0].dtype]
-    stored = {part.stored for part in parts if isinstance(part, StandIn)}
-    if odd or len(stored) > 1:
-        raise WeightError(f"{parts[0]} is joined with {odd or parts[1:]}: required are stored tensors of one dtype")
-    return _like(parts[0], concatenate([part.moved for part in parts], dim % parts[0].ndim))
+    if len({(type(part), part.dtype) for part in parts}) > 1 or len({part.stored for part in parts}) > 1:
+        return _compute(aten.cat.default, (list(parts), dim), {})  # type: ignore[no-any-return]
+    first = parts[0]
+    moved = concatenate([part.moved for part in parts], dim % first.ndim)
+    return StandIn(moved, first.dtype, first.stored, first.same, [why for part in parts for why in part.computed])
 
 
 def _stack(parts: Sequence[StandIn], dim: int = 0) -> StandIn:
     return _cat([_unsqueeze(part, dim) for part in parts], dim)
 
 
+def _pad(x: StandIn, pad: Sequence[int], value: float = 0) -> StandIn:
+    # a head's bias is padded to the rows of its weight, usually by none
+    padded: StandIn = _compute(aten.constant_pad_nd.default, (x, pad, value), {}) if any(pad) else _copy(x)
+    return padded
+
+
 def _equal(x: StandIn, y: StandIn) -> bool:
+    if not isinstance(x, StandIn) or not isinstance(y, StandIn) or x.computed or y.computed:
+        return bool(_compute(aten.equal.default, (x, y), {}))
     return x.shape == y.shape and x.dtype == y.dtype and (x.moved == y.moved or x.same(x, y))
 
 
 MOVES: dict[Any, Callable[..., Any]] = {
     aten.alias: _same,
-    aten.clone: _same,
+    aten.clone: _copy,
     aten.detach: _same,
     aten._to_copy: _cast,
     aten.view: _view,
@@ -168,6 +220,7 @@ MOVES: dict[Any, Callable[..., Any]] = {
     aten.unbind: _unbind,
     aten.cat: _cat,
     aten.stack: _stack,
+    aten.constant_pad_nd: _pad,
     aten.equal: _equal,
 }
 """By op: what it does to where the elements lie."""

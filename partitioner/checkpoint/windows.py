@@ -4,9 +4,9 @@
     stacked = concatenate([reshape(t, (1, 48, 64)) ...], 0)     one window per expert
     stacked.block(((3, 4), (0, 24), (0, 64)))                   the windows within a block
 
-A window is a block of the tensor whose elements lie at regular steps in one stored tensor. Every move of data (transpose,
-slice, stack, concatenate, view) takes windows to windows, some of them cut. So a whole chain of moves becomes a list of
-blocks, whatever it consists of, and nothing has to run when they are read.
+A window is a block of the tensor whose elements lie at regular steps in one stored tensor. Every move of data
+(transpose, slice, stack, concatenate, view) takes windows to windows, some of them cut. So a whole chain of moves
+becomes a list of blocks, whatever it consists of, and nothing has to run when they are read.
 """
 
 from __future__ import annotations
@@ -75,7 +75,12 @@ class Window:
         edges = sorted({a, b, *(edge for edge in (-(-a // size) * size, b // size * size) if a < edge < b)})
         for low, high in itertools.pairwise(edges):
             first, last = low // size, (high - 1) // size
-            block = (*self.block[:dim], (first, last + 1), (low - first * size, high - last * size), *self.block[dim + 1 :])
+            block = (
+                *self.block[:dim],
+                (first, last + 1),
+                (low - first * size, high - last * size),
+                *self.block[dim + 1 :],
+            )
             strides = (*self.strides[:dim], stride * size, stride, *self.strides[dim + 1 :])
             yield replace(self, block=block, strides=strides, offset=self.offset + (low - a) * stride)
 
@@ -134,7 +139,9 @@ def reshape(moved: Moved, shape: Sequence[int]) -> Moved:
             size = math.prod(old[number:])
             windows = [joined for window in windows for joined in window.merged(at + number - 1, size)]
         if not old:
-            windows = [replace(w, block=_inserted(w.block, at, (0, 1)), strides=_inserted(w.strides, at, 0)) for w in windows]
+            windows = [
+                replace(w, block=_inserted(w.block, at, (0, 1)), strides=_inserted(w.strides, at, 0)) for w in windows
+            ]
         if not new:  # a dim of 1 goes
             windows = [replace(w, block=_removed(w.block, at), strides=_removed(w.strides, at)) for w in windows]
         for number in range(len(new) - 1):
@@ -174,9 +181,7 @@ def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> Iterator[tuple[tuple[
 
 def piece(window: Window, shape: tuple[int, ...], starts: Sequence[int]) -> Piece:
     """To be read from a tensor of `shape`, into a block that begins at `starts`."""
-    destination = tuple(
-        (low + start, high + start) for (low, high), start in zip(window.block, starts, strict=True)
-    )
+    destination = tuple((low + start, high + start) for (low, high), start in zip(window.block, starts, strict=True))
     box = _box(window, shape)
     plain = Piece(window.tensor, box, destination)
     if _in_order(window, shape, box):

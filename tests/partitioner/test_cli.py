@@ -153,7 +153,7 @@ def test_a_type_without_a_model_names_what_to_give() -> None:
     config = load_config("llama")
     config.architectures, config.__class__ = None, type("Unheard", (type(config),), {})
     with pytest.raises(CaptureError, match=r"no model for a bare configuration .*'architectures'"):
-        named_model._class_of(config)
+        named_model.class_of(config)
 
 
 def test_weights_are_those_of_the_seed(small: str) -> None:

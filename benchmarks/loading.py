@@ -1,0 +1,253 @@
+"""Loading a checkpoint at tp = 2: time, memory and bytes read, against transformers.
+
+    ours            partition(folder, Plan(tp=2)), then an engine: the trace, the compilation, the shard
+    ours, mapped    the same with Reader(files, mapped=True): rows stay in the page cache
+    tp_plan="auto"  transformers' own tensor parallelism, from_pretrained
+
+A Llama-shaped checkpoint in bfloat16 is written into a temporary folder, a file per layer, so that making it takes
+little memory. Each contestant is two processes over gloo on this machine, started afresh, one thread each; they take
+turns, and of the two ranks the worse counts. Times are from after the imports and the connection until every page of
+the rank's weights has been touched (transformers maps files, which are read only then). `reading` leaves out what ours
+does before: tracing and compiling, which does not grow with the weights. `warm`: the files are in the page cache.
+`cold`: the kernel was asked to drop them.
+
+private: the highest Private_Dirty of /proc/self/smaps_rollup, sampled: what is the process's own and cannot be dropped.
+What the imports take is in it. resident: VmHWM, mapped files included. Both are printed because they are not the same
+for a mapped file: its pages can be dropped, and come from the disk again.
+
+    python -m benchmarks.loading                    4.3 GB, three rounds, some minutes
+    python -m benchmarks.loading --gb 0.5
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.peers import AUTO, OURS, tp_plan_auto
+from benchmarks.rounds import Ratio
+from partitioner import Plan, partition
+from runtime.launch import begin_worker, launch
+from runtime.process_groups import ProcessGroups
+from runtime.reading import Reader
+from runtime.tensor_files import TensorFiles
+
+SIZES = {
+    "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 11008,
+    "vocab_size": 32000,
+}  # fmt: skip
+TP = 2
+MAPPED = "ours, mapped"
+PAGE_BYTES = 4096
+SAMPLED_EVERY_S = 0.05
+ALLOWED, ALLOWED_BYTES, ALLOWED_READ = 1.05, 250e6, 1.1
+
+console = Console(width=None if sys.stdout.isatty() else 110)
+
+
+def make_checkpoint(folder: Path, gigabytes: float) -> float:
+    """Writes one file per layer; returns the bytes of all."""
+    with torch.device("meta"):
+        layer = sum(
+            p.numel() for p in LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=1)).model.layers[0].parameters()
+        )
+        layers = max(1, round((gigabytes * 1e9 / 2 - 2 * SIZES["vocab_size"] * SIZES["hidden_size"]) / layer))
+        model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=layers, dtype="bfloat16"))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    files: dict[str, dict[str, torch.Size]] = {}
+    for name, tensor in model.state_dict().items():
+        part = name.split(".")[2] if ".layers." in name else name.split(".")[-2]
+        files.setdefault(f"model-{part}.safetensors", {})[name] = tensor.shape
+    values = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16) * 0.02
+    total = 0
+    for file, shapes in files.items():
+        # what the weights are makes no difference to loading them
+        tensors = {
+            name: values.repeat(-(-shape.numel() // len(values)))[: shape.numel()].view(shape)
+            for name, shape in shapes.items()
+        }
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / file, metadata={"format": "pt"})
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    places = {name: file for file, shapes in files.items() for name in shapes}
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def forget(folder: Path) -> None:
+    """Asks the kernel to drop the files from its page cache."""
+    for file in folder.glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+# -- a rank ------------------------------------------------------------------------------------------------------------
+
+
+def private_bytes() -> int:
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Private_Dirty:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/smaps_rollup has no Private_Dirty")
+
+
+@contextmanager
+def peak() -> Iterator[list[int]]:
+    """[highest value so far], sampled by a thread."""
+    highest, ended = [private_bytes()], threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(SAMPLED_EVERY_S):
+            highest[0] = max(highest[0], private_bytes())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield highest
+    finally:
+        ended.set()
+        thread.join()
+        highest[0] = max(highest[0], private_bytes())
+
+
+def touch(tensors: list[torch.Tensor]) -> None:
+    """Reads something of every page: a mapped file is only read then."""
+    for tensor in tensors:
+        tensor[..., :: PAGE_BYTES // tensor.dtype.itemsize].sum()
+
+
+def resident_bytes() -> int:
+    """The highest so far, mapped files included."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024
+
+
+def rank_main(contestant: str, folder: Path, answers: Path) -> None:
+    begin_worker()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    mesh = Plan(tp=TP).mesh
+    communicator = ProcessGroups.connect(mesh)  # both use its process group
+    rank = communicator.rank
+    found: dict[str, Any] = {"imports": private_bytes()}
+    with peak() as highest:
+        dist.barrier()
+        started = time.perf_counter()
+        if contestant != AUTO:
+            parts = partition(folder, Plan(tp=TP))
+            program = parts.rank(rank)
+            program.graph  # noqa: B018 - builds it
+            compiled = time.perf_counter()
+            reader = Reader(TensorFiles(folder), mapped=contestant == MAPPED)
+            tensors = parts.engine(rank, communicator, weights=reader).weights
+            stored = sum(weight.bytes for weight in program.weights if weight.source == "checkpoint")
+            found |= {"shard": stored, "read": reader.bytes_read}
+        else:
+            compiled = started
+            model = tp_plan_auto(folder)
+            tensors = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+            tensors = [tensor.detach() for tensor in tensors]
+            found["shard"] = sum(tensor.nbytes for tensor in tensors)
+        touch(tensors)
+        ended = time.perf_counter()
+        found |= {"reading": ended - compiled, "seconds": ended - started}
+    found |= {"peak": highest[0], "resident": resident_bytes()}
+    (answers / f"{rank}.json").write_text(json.dumps(found))
+    dist.barrier()
+    communicator.close()
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def turn(contestant: str, folder: Path) -> dict[str, float]:
+    """The worse of the two ranks, in each respect."""
+    with tempfile.TemporaryDirectory() as answers:
+        launch(["benchmarks.loading", "--rank", contestant, str(folder), answers], num_ranks=TP, timeout_s=600)
+        ranks = [json.loads(path.read_text()) for path in sorted(Path(answers).iterdir())]
+    return {field: max(rank[field] for rank in ranks) for field in ranks[0]}
+
+
+def compare(folder: Path, rounds: int, *, cold: bool) -> None:
+    contestants = [OURS, MAPPED, *([AUTO] if importlib.util.find_spec("accelerate") is not None else [])]
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
+    for number in range(rounds):
+        for name in contestants[:: 1 if number % 2 == 0 else -1]:
+            if cold:
+                forget(folder)
+            found[name].append(turn(name, folder))
+    table = Table(title="cold: from the disk" if cold else "warm: from the page cache", title_justify="left")
+    for column in ("contestant", "reading s", "in all s", "shard GB", "private GB", "resident GB", "read / shard"):
+        table.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
+    for name, turns in found.items():
+        middle = {field: statistics.median(turn[field] for turn in turns) for field in turns[0]}
+        giga = (f"{middle[field] / 1e9:.3f}" for field in ("shard", "peak", "resident"))
+        read = f"{middle['read'] / middle['shard']:.3f}" if "read" in middle else ""
+        table.add_row(name, f"{middle['reading']:.2f}", f"{middle['seconds']:.2f}", *giga, read)
+    console.print(table)
+    ours = found[OURS]
+    worst = max(turn["peak"] / (ALLOWED * turn["shard"] + ALLOWED_BYTES) for turn in ours)
+    read = max(turn["read"] / turn["shard"] for turn in ours)
+    imports = max(turn["imports"] for turn in ours) / 1e9
+    console.print(
+        f"ours: private / (1.05 shard + 250 MB) {worst:.3f}, of it the imports {imports:.3f} GB; "
+        f"bytes read / shard {read:.3f} (at most 1 and {ALLOWED_READ})"
+    )
+    if AUTO in found:
+        for name in (OURS, MAPPED):
+            ratios = {
+                field: Ratio.of(*([turn[field] for turn in found[which]] for which in (name, AUTO)))
+                for field in ("reading", "seconds", "peak", "resident")
+            }
+            said = ", ".join(f"{field} {ratio}" for field, ratio in ratios.items())
+            console.print(f"{name} / {AUTO}: {said}", markup=False)
+    else:
+        console.print(f"left out: transformers' {AUTO}, which needs accelerate (pip install accelerate)", markup=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Loading a checkpoint, against transformers.")
+    parser.add_argument("--gb", type=float, default=4.3)
+    parser.add_argument("--rounds", type=int, default=3, help="at least 2")
+    parser.add_argument("--rank", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.rank is not None:
+        rank_main(given.rank[0], Path(given.rank[1]), Path(given.rank[2]))
+        return
+    # where the ranks find this file
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path[1:]])
+    with tempfile.TemporaryDirectory() as folder:
+        total = make_checkpoint(Path(folder), given.gb)
+        console.print(f"a checkpoint of {total / 1e9:.2f} GB in {len(list(Path(folder).glob('*.safetensors')))} files")
+        for cold in (False, True):
+            compare(Path(folder), max(2, given.rounds), cold=cold)
+
+
+if __name__ == "__main__":
+    main()
