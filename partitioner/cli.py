@@ -76,9 +76,9 @@ def report_command(
     with _errors():
         parts = partition(load_model(model, dtype=torch.float32, meta=True), Plan(tp=tp))
         console = Console()
-        console.print(str(parts.report), markup=False, highlight=False)
+        console.print(str(parts.report), markup=False, highlight=False, soft_wrap=True)
         if generate:
-            console.print(f"\n{parts.generation_report}", markup=False, highlight=False)
+            console.print(f"\n{parts.generation_report}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("run")

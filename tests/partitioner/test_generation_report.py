@@ -71,4 +71,4 @@ def test_it_is_plain_data() -> None:
     read = json.loads(json.dumps(report.to_dict()))
     assert read["states"][0]["bytes_per_rank"] == [128, 128]
     assert read["longest_text"] == report.longest_text
-    assert json.loads(json.dumps(compiled("gemma2", 2).report.to_dict()))["plan"] == "tp=2"
+    assert json.loads(json.dumps(compiled("gemma2", 2).report.to_dict()))["model"] == report.model
