@@ -53,8 +53,8 @@ def compare_steps(traced: Program, stepping: Program) -> str | None:
     tokens = _tokens(whole)
     try:
         at_once = _at_once(whole, tokens[:1])[:TOKENS]
-    except InputError as error:  # the program for whole texts takes more than the ids
-        return f"whether tokens one by one say what the whole text says was not tried out: {error}"
+    except InputError as reason:  # the program for whole texts takes more than the ids
+        return f"whether tokens one by one say what the whole text says was not tried out: {reason}"
     one_by_one = _one_by_one(step, tokens[:, :TOKENS])
     scale = at_once.abs().max().clamp_min(torch.finfo(at_once.dtype).tiny)
     error = ((one_by_one.to(at_once.dtype) - at_once).abs().max() / scale).item()
