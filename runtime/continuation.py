@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import InputError
-from runtime.cache import Batch, Cache
+from runtime.batch import Batch
+from runtime.cache import Cache
 from runtime.cache_size import ANY_LENGTH, CacheSize, Room, slots_for, step_of
 from runtime.communicator import Communicator
 from runtime.decoder import Decoder, require_fixed_shapes

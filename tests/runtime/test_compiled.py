@@ -8,6 +8,7 @@ from partitioner import Plan, partition
 from runtime.launch import launch
 from runtime.rendezvous import Rendezvous
 from tests import zoo
+from tests.generated import prompts
 
 
 @pytest.mark.processes
@@ -37,3 +38,14 @@ def test_a_rank_alone_is_one_graph_too() -> None:
     assert torch.equal(engine.generate([[5, 6, 7]], max_new_tokens=6, eos_token_id=[]), expected)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama"])
+def test_steps_from_fixed_memory_say_what_others_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several lengths, past the window of those layers that have one."""
+    parts = partition(zoo.tiny(name)[0], Plan(tp=1))
+    texts = prompts(name, (3, 11))
+    expected = parts.generate(texts, max_new_tokens=14, eos_token_id=[])
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    engine = parts.engine(0, Rendezvous(parts.mesh).communicator(0), compile=True)
+    assert torch.equal(engine.generate(texts, max_new_tokens=14, eos_token_id=[], prefill_step=4), expected)
