@@ -65,11 +65,20 @@ def verify_command(
 
 
 @app.command("report")
-def report_command(model: Model, tp: Tp = 2) -> None:
+def report_command(
+    model: Model,
+    tp: Tp = 2,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="also of the program that continues texts: what ranks remember")
+    ] = False,
+) -> None:
     """Print what would be split over the ranks and what would not, and why. Needs no weights and little memory."""
     with _errors():
         parts = partition(load_model(model, dtype=torch.float32, meta=True), Plan(tp=tp))
-        Console().print(str(parts.report), markup=False, highlight=False)
+        console = Console()
+        console.print(str(parts.report), markup=False, highlight=False, soft_wrap=True)
+        if generate:
+            console.print(f"\n{parts.generation_report}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("run")

@@ -33,6 +33,7 @@ from partitioner.parts import Parts
 from partitioner.plan import Plan
 from partitioner.program import Origins, Program
 from partitioner.report import Report, make_report
+from partitioner.step_probe import compare_steps
 
 __all__ = ["compile_program", "compile_steps", "partition", "trace", "trace_step"]
 
@@ -150,7 +151,11 @@ def _compile_generation(traced: Program, split: Program, plan: Plan, step: Calla
     reason = why_steps_differ(stepping)
     if reason is not None:
         raise PlanError(f"{refusal}; and with its own cache, {reason}")
-    return compile_steps(stepping, plan)
+    (cached,) = _named("kv-cache")
+    note = compare_steps(traced, cached.run(stepping.copy()))
+    program = compile_steps(stepping, plan)
+    program.notes += [note] if note is not None else []
+    return program
 
 
 def compile_steps(stepping: Program, plan: Plan) -> Program:

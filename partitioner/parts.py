@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from partitioner.emit import Emitter
 from partitioner.errors import PlanError
+from partitioner.generation_report import GenerationReport, make_generation_report
 from partitioner.mesh import Mesh
 from partitioner.program import Program
 from partitioner.ranks import Ranks
@@ -64,6 +65,14 @@ class Parts(Ranks, Generic[Report]):
         if self._compile_generation is None:
             raise PlanError("these parts were made without a program for generation")
         return Emitter(self._compile_generation())
+
+    @cached_property
+    def generation_report(self) -> GenerationReport:
+        """What each rank remembers of a sequence, split or whole and why; raises as `generation` does."""
+        ranks = range(self.mesh.world_size)
+        return make_generation_report(
+            self.generation, [self.generation_rank(rank) for rank in ranks], [self.rank(rank) for rank in ranks]
+        )
 
     def generation_rank(self, rank: int) -> RankProgram:
         """What `rank` runs to continue sequences; it reads the weights of `rank(rank)`."""

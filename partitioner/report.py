@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -13,9 +14,19 @@ from partitioner.analysis.moves import is_move
 from partitioner.analysis.rules import notation
 from partitioner.layout import Layout
 from partitioner.program import Program, Weight
+from runtime.memory import readable
 from runtime.ops.collectives import COLLECTIVES
 
-__all__ = ["Collective", "Report", "WeightRow", "make_report"]
+__all__ = [
+    "Collective",
+    "Report",
+    "WeightRow",
+    "make_report",
+    "matrix_users",
+    "pattern_of",
+    "reason_for",
+    "split_text",
+]
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,7 @@ class WeightRow:
 
     @property
     def pattern(self) -> str:
-        return _pattern(self.names[0]) if len(self.names) > 1 else self.names[0]
+        return pattern_of(self.names[0]) if len(self.names) > 1 else self.names[0]
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,10 @@ class Report:
                 found[_layer(collective.path)] += 1
         return dict(found)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
     def __str__(self) -> str:
         lines = [f"{self.model}, {self.plan}"]
         lines.append("")
@@ -84,7 +99,7 @@ class Report:
         lines.append("whole on every rank:" if self.whole else "whole on every rank: nothing that is a matrix")
         for row in self.whole:
             count = f"{len(row.names)} x " if len(row.names) > 1 else ""
-            lines.append(f"  {count}{row.pattern} {list(row.shape)}, {_size(row.bytes)}: {row.reason}")
+            lines.append(f"  {count}{row.pattern} {list(row.shape)}, {readable(row.bytes)}: {row.reason}")
         lines.append("collectives:")
         for op in sorted({c.op for c in self.collectives}):
             layers = self.per_layer(op)
@@ -94,14 +109,14 @@ class Report:
             lines.append(f"  {op}: {', '.join(parts)}")
         if not self.collectives:
             lines.append("  none")
-        ranks = ", ".join(map(_size, self.bytes_per_rank[:8])) + (", ..." if len(self.bytes_per_rank) > 8 else "")
-        lines.append(f"weights: {_size(self.bytes_whole)} whole; per rank {ranks}")
+        ranks = ", ".join(map(readable, self.bytes_per_rank[:8])) + (", ..." if len(self.bytes_per_rank) > 8 else "")
+        lines.append(f"weights: {readable(self.bytes_whole)} whole; per rank {ranks}")
         lines.append(f"matrices: the fullest rank holds {self.matrix_share:.1%}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
-def _pattern(name: str) -> str:
+def pattern_of(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
@@ -110,23 +125,15 @@ def _layer(path: str) -> str:
     return found.group(1) if found else ""
 
 
-def _size(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
 def make_report(program: Program, *, plan: str) -> Report:
     """Describes a program after its passes."""
     groups: dict[tuple[str, ...], list[Weight]] = defaultdict(list)
-    users = _matrix_users(program)
+    users = matrix_users(program)
     for weight in program.weights.values():
         layout = program.weight_layouts.get(weight.name)
-        split = _split(layout) if layout is not None else ""
-        reason = _reason(program, weight, layout, users)
-        groups[_pattern(weight.name), str(weight.shape), split, _pattern(reason)].append(weight)
+        split = split_text(layout) if layout is not None else ""
+        reason = reason_for(program, weight, layout, users)
+        groups[pattern_of(weight.name), str(weight.shape), split, pattern_of(reason)].append(weight)
     rows = []
     for weights in groups.values():
         weight = weights[0]
@@ -136,8 +143,8 @@ def make_report(program: Program, *, plan: str) -> Report:
                 tuple(w.name for w in weights),
                 weight.shape,
                 weight.bytes,
-                _split(layout) if layout is not None else "",
-                _reason(program, weight, layout, users),
+                split_text(layout) if layout is not None else "",
+                reason_for(program, weight, layout, users),
                 weight.name in users,
             )
         )
@@ -172,7 +179,7 @@ def _held(program: Program, weight: Weight, coordinates: dict[str, int]) -> int:
     return size
 
 
-def _split(layout: Layout) -> str:
+def split_text(layout: Layout) -> str:
     found = []
     for dim, split in enumerate(layout.dims):
         if split is not None:
@@ -180,7 +187,7 @@ def _split(layout: Layout) -> str:
     return ", ".join(found)
 
 
-def _matrix_users(program: Program) -> dict[str, fx.Node]:
+def matrix_users(program: Program) -> dict[str, fx.Node]:
     """Weights that a contraction reads (linears, look-up tables, experts, convolutions), with the op that does."""
     found: dict[str, fx.Node] = {}
     for node in program.graph.nodes:
@@ -201,7 +208,7 @@ def _matrix_users(program: Program) -> dict[str, fx.Node]:
     return found
 
 
-def _reason(program: Program, weight: Weight, layout: Layout | None, users: dict[str, fx.Node]) -> str:
+def reason_for(program: Program, weight: Weight, layout: Layout | None, users: dict[str, fx.Node]) -> str:
     if layout is not None:
         for dim, split in enumerate(layout.dims):
             if split is not None and sum(split.sizes) > weight.shape[dim]:

@@ -15,20 +15,19 @@ call still sees n - 1 before it when the last one has been written.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from partitioner.errors import InputError
+from runtime.batch import Batch
 from runtime.ops.attention import allowed, attention
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.rank_program import StateShard
 
-__all__ = ["Batch", "Cache", "cache_bytes", "slots_of"]
+__all__ = ["Cache", "cache_bytes", "slots_of"]
 
 
 def slots_of(state: StateShard, *, max_length: int, step: int) -> int:
@@ -41,32 +40,6 @@ def cache_bytes(states: Sequence[StateShard], *, max_batch: int, max_length: int
         max_batch * (slots_of(state, max_length=max_length, step=step) if state.per_token else 1) * state.bytes
         for state in states
     )
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What is known about one run before it starts: the first position and the number of tokens of each row.
-
-    positions  [B, S] on the device; rows with fewer than S tokens repeat their last one
-    """
-
-    positions: Tensor
-    starts: tuple[int, ...]
-    counts: tuple[int, ...]
-    active: tuple[bool, ...] = ()
-    """Rows that take tokens in this run; the others repeat what they have. Empty: all do."""
-
-    @functools.cached_property
-    def end(self) -> int:
-        """One more than the largest position."""
-        return max(start + count for start, count in zip(self.starts, self.counts, strict=True))
-
-    @functools.cached_property
-    def start(self) -> int | None:
-        """The position at which every row starts, if that is the same one, all are active and none is filled up."""
-        size = self.positions.shape[1]
-        alike = len(set(self.starts)) == 1 and all(count == size for count in self.counts) and all(self.active)
-        return self.starts[0] if alike else None
 
 
 def _shape(state: StateShard, max_batch: int, slots: int) -> tuple[int, ...]:
@@ -102,6 +75,8 @@ class Cache:
         self._appended: set[str] = set()
         self._rows = torch.arange(max_batch, device=device)[:, None]
         self._batch: Batch | None = None
+        """What the host knows of the run's tokens; None in runs whose positions only the device knows."""
+        self._num_rows = 0
         self._active: Tensor | None = None
         """The numbers of the active rows, where not all are."""
         self._masks: dict[Any, Tensor | None] = {}
@@ -124,7 +99,7 @@ class Cache:
                 f"the cache holds {self.max_batch} sequences of {self.max_length} tokens, {self.step} of them in one "
                 f"run; got {batch} sequences up to position {tokens.end - 1}, {size} tokens in this run"
             )
-        self._batch, self._fixed = tokens, None
+        self._batch, self._fixed, self._num_rows = tokens, None, batch
         numbers = [row for row, active in enumerate(tokens.active) if active]
         self._active = None if all(tokens.active) else torch.tensor(numbers, device=tokens.positions.device)
         self._masks.clear()
@@ -136,7 +111,7 @@ class Cache:
         All that such a run does with the cache are the same ops on the same memory, whatever the positions: it can be
         captured once and replayed.
         """
-        self._fixed = seen
+        self._batch, self._active, self._fixed, self._num_rows = None, None, seen, len(positions)
         self._slots = {slots: positions % slots for slots, _, _ in self._kinds}
         for slots, window, chunk in self._kinds:
             held = torch.arange(min(slots, seen), device=positions.device)
@@ -194,40 +169,42 @@ class Cache:
         kv_map: list[int] | None = None,
     ) -> Tensor:
         batch, slots = q.shape[0], keys.shape[2]
-        if self._fixed is not None:
-            rows, at = self._rows[:batch], self._slots[slots]
-            keys[rows, :, at] = k.transpose(1, 2)
-            values[rows, :, at] = v.transpose(1, 2)
-            seen, hidden = min(slots, self._fixed), self._fixed_masks[slots, window, chunk]
-            mask = hidden if mask is None else mask.to(q.dtype) + hidden
-            return attention(
-                q, keys[:batch, :, :seen], values[:batch, :, :seen], mask, sinks,
-                scale=scale, softcap=softcap, kv_map=kv_map,
-            )  # fmt: skip
-        tokens = self._batch
-        assert tokens is not None
-        wraps = slots < tokens.end
-        if tokens.start is not None and not wraps:
-            keys[:batch, :, tokens.start : tokens.end] = k
-            values[:batch, :, tokens.start : tokens.end] = v
+        start = self._start(slots)
+        if start is not None:
+            keys[:batch, :, start : start + k.shape[2]] = k
+            values[:batch, :, start : start + k.shape[2]] = v
         else:
             rows, at = self._written_rows, self._at(slots)
             keys[rows, :, at] = self._active_rows(k).transpose(1, 2)
             values[rows, :, at] = self._active_rows(v).transpose(1, 2)
-        if tokens.start == 0:
+        if self._batch is not None and self._batch.start == 0:
             # nothing came before: the tokens of this call are all there is to see
             return attention(
                 q, k, v, mask, sinks,
                 scale=scale, causal=causal, window=window, chunk=chunk, softcap=softcap, kv_map=kv_map,
             )  # fmt: skip
-        seen = slots if wraps else tokens.end
-        later = self._hidden(seen, slots, window, chunk, q.dtype)
-        if later is not None:
-            mask = later if mask is None else mask.to(q.dtype) + later
+        seen, hidden = self._sight(slots, window, chunk, q.dtype)
+        if hidden is not None:
+            mask = hidden if mask is None else mask.to(q.dtype) + hidden
         return attention(
             q, keys[:batch, :, :seen], values[:batch, :, :seen], mask, sinks,
             scale=scale, softcap=softcap, kv_map=kv_map,
         )  # fmt: skip
+
+    def _start(self, slots: int) -> int | None:
+        """The slot at which every row's tokens start, if they lie one after the other and the host knows where."""
+        tokens = self._batch
+        return None if tokens is None or slots < tokens.end else tokens.start
+
+    def _sight(
+        self, slots: int, window: int | None, chunk: int | None, dtype: torch.dtype
+    ) -> tuple[int, Tensor | None]:
+        """How many slots are looked at, and what is added to the scores to hide some of them."""
+        if self._fixed is not None:
+            return min(slots, self._fixed), self._fixed_masks[slots, window, chunk]
+        assert self._batch is not None
+        seen = min(slots, self._batch.end)
+        return seen, self._hidden(seen, slots, window, chunk, dtype)
 
     def _append(self, state: str, x: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         tokens, buffer = self._batch, self.buffers[state][: len(x)]
@@ -265,8 +242,7 @@ class Cache:
 
     @property
     def _written_rows(self) -> Tensor:
-        assert self._batch is not None
-        return self._active_rows(self._rows[: len(self._batch.starts)])
+        return self._active_rows(self._rows[: self._num_rows])
 
     def _hidden(
         self, seen: int, slots: int, window: int | None, chunk: int | None, dtype: torch.dtype

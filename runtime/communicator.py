@@ -1,6 +1,7 @@
 """The protocol between the engine and whatever carries its collectives.
 
     bind(op, axis, node=..)   the callable that takes a collective's place in the code of one rank
+    bind_traceable(..)        the same, as torch.compile can follow it
     begin_run(new_shapes=..)  the first run of new shapes compares what the ranks are about to do before each collective
     abort(error)              this rank is failing: wake those that wait for it
     barrier(), close()
@@ -39,7 +40,15 @@ class Communicator(Protocol):
     ) -> Callable[[Tensor], Tensor]:
         """The operation of `node` as a callable on its tensor; `overwrite`: nobody reads that tensor afterwards."""
 
+    def bind_traceable(
+        self, op: Callable[..., Tensor], axis: str, *, node: str, options: dict[str, Any]
+    ) -> Callable[[Tensor], Tensor]:
+        """The same for torch.compile, which takes it into its graph; see `runtime.traceable`."""
+
     def begin_run(self, *, new_shapes: bool) -> None: ...
+
+    def explained(self, error: BaseException) -> BaseException:
+        """What `error` means, where it comes from a collective that is bound to be compiled."""
 
     def abort(self, error: BaseException) -> None: ...
 

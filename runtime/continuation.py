@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import InputError
-from runtime.cache import Batch, Cache
+from runtime.batch import Batch
+from runtime.cache import Cache
 from runtime.cache_size import ANY_LENGTH, CacheSize, Room, slots_for, step_of
 from runtime.communicator import Communicator
 from runtime.decoder import Decoder, require_fixed_shapes
@@ -165,7 +166,7 @@ class Continuation:
 
     def _decode(self, tokens: list[int], positions: list[int], going: tuple[bool, ...]) -> Tensor:
         if not self._compile and not self._cuda_graph:
-            return self._run([[token] for token in tokens], positions, going)
+            return self.run([[token] for token in tokens], positions, going)
         assert self.cache is not None
         assert self._execute is not None
         if self._decoder is None or self._decoder.batch != len(tokens):
@@ -217,13 +218,13 @@ class Continuation:
             # a prompt that is through repeats its last token at its position, which changes nothing
             starts = [min(start, len(text) - 1) for text in texts]
             rows = [text[at : start + size] or text[at:] for text, at in zip(texts, starts, strict=True)]
-            logits = self._run(rows, starts, tuple(start < len(text) for text in texts))
+            logits = self.run(rows, starts, tuple(start < len(text) for text in texts))
             through = torch.tensor([start < len(text) <= start + size for text in texts], device=self.device)
             found = logits if found is None else torch.where(through[:, None], logits, found)
         assert found is not None
         return found
 
-    def _run(self, rows: list[list[int]], starts: list[int], active: tuple[bool, ...]) -> Tensor:
+    def run(self, rows: list[list[int]], starts: list[int], active: tuple[bool, ...]) -> Tensor:
         """The logits of each row's last token; `starts`: the position of its first; `active`: rows that are not
         repeated.
         """

@@ -7,6 +7,7 @@ CUDA graphs: launching a captured step costs the host microseconds instead of th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.cache import Cache
-from runtime.executable import Executable
+from runtime.executable import Executable, build
 from runtime.rank_program import RankProgram
+from runtime.traceable import Traceable
 
 __all__ = ["Decoder", "require_fixed_shapes"]
 
@@ -63,7 +65,10 @@ class Decoder:
         self._order = [wanted.name for wanted in program.inputs]
         self._function: Callable[..., Any] = execute.function
         if compile:
-            self._function = torch.compile(execute.function, dynamic=False)
+            traceable = build(program, Traceable(execute.communicator), device, cache)
+            self._function = torch.compile(functools.partial(traceable, *execute.weights), dynamic=False)
+        self._compared = not compile
+        """Whether the ranks have made sure that they are about to do the same: a compiled step does not."""
         self._graphs: dict[int, tuple[Any, Tensor]] = {}
 
     def __call__(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
@@ -77,6 +82,8 @@ class Decoder:
         # one compiled graph only: compiling takes far longer than looking at empty slots
         most = self.cache.max_length
         seen = most if self._compiled else min(most, -(-(max(positions) + 1) // _ROUND_TO) * _ROUND_TO)
+        if not self._compared:
+            self._compare(seen)
         if not self._captures:
             return self._run(seen)
         if seen not in self._graphs:
@@ -85,10 +92,23 @@ class Decoder:
         graph.replay()
         return logits
 
+    def _compare(self, seen: int) -> None:
+        """One step as it is, with every collective compared; the next one does it again, and writes the same."""
+        self.cache.begin_fixed(self._inputs["position_ids"], seen)
+        self._execute([self._inputs[name] for name in self._order])
+        self._execute.communicator.begin_run(new_shapes=False)
+        self._compared = True
+
     @torch.no_grad()
     def _run(self, seen: int) -> Tensor:
         self.cache.begin_fixed(self._inputs["position_ids"], seen)
-        logits: Tensor = self._function(*(self._inputs[name] for name in self._order))
+        communicator = self._execute.communicator
+        try:
+            logits: Tensor = self._function(*(self._inputs[name] for name in self._order))
+        except BaseException as error:
+            reason = communicator.explained(error)
+            communicator.abort(reason)
+            raise reason from (None if reason is error else error)
         return logits[:, 0]
 
     def _capture(self, seen: int) -> tuple[Any, Tensor]:

@@ -15,7 +15,7 @@ import inspect
 import linecache
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -27,7 +27,7 @@ from runtime.ops.collectives import COLLECTIVES
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.rank_program import RankProgram
 
-__all__ = ["Executable", "failing_node"]
+__all__ = ["Executable", "build", "failing_node"]
 
 # operations that always return memory of their own, which a collective may therefore overwrite
 _FRESH = frozenset({"add", "addmm", "baddbmm", "bmm", "embedding", "linear", "matmul", "mm", "mul"})
@@ -52,7 +52,8 @@ class Executable:
         cache: Cache | None = None,
     ) -> None:
         self.program, self.communicator = program, communicator
-        self.function = functools.partial(_build(program, communicator, device, cache), *weights)
+        self.weights = weights
+        self.function = functools.partial(build(program, communicator, device, cache), *weights)
         """What runs, bare: of the inputs in their order."""
         self._seen: set[tuple[torch.Size, ...]] = set()
 
@@ -76,9 +77,21 @@ class Executable:
         return result
 
 
-def _build(
-    program: RankProgram, communicator: Communicator, device: torch.device, cache: Cache | None
-) -> Callable[..., Any]:
+class Binder(Protocol):
+    """The part of a communicator that a function needs."""
+
+    def bind(
+        self,
+        op: Callable[..., Tensor],
+        axis: str,
+        *,
+        node: str,
+        options: dict[str, Any],
+        overwrite: bool = False,
+    ) -> Callable[[Tensor], Tensor]: ...
+
+
+def build(program: RankProgram, communicator: Binder, device: torch.device, cache: Cache | None) -> Callable[..., Any]:
     """A function of the weights in the order of `program.weights`, then of the inputs in their order."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -111,7 +124,7 @@ def failing_node(error: BaseException) -> str | None:
     return found
 
 
-def _bind(new: fx.Node, op: Callable[..., Tensor], node: fx.Node, communicator: Communicator) -> None:
+def _bind(new: fx.Node, op: Callable[..., Tensor], node: fx.Node, communicator: Binder) -> None:
     given = inspect.signature(op).bind(*new.args, **new.kwargs).arguments
     x, axis = given.pop("x"), given.pop("axis")
     options = {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in given.items()}

@@ -42,6 +42,7 @@ from runtime.notices import Notices
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.peers import Peers
 from runtime.shared_memory import Disconnected, SharedMemory, Unavailable
+from runtime.traceable import functional, opaque
 
 __all__ = ["ProcessGroups", "Sharing"]
 
@@ -86,6 +87,7 @@ class ProcessGroups:
         self._owned = False
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._shared: dict[tuple[int, ...], SharedMemory] = {}
+        self._order = torch.zeros(())
         self.transports: dict[str, str] = {}
         """What carries the collectives of every axis with more than one rank, and why."""
         if dist.get_world_size() != mesh.world_size:
@@ -205,6 +207,25 @@ class ProcessGroups:
         # torch.compile cannot look into ctypes: without this it tries, and warns
         opaque: Callable[[Tensor], Tensor] = torch.compiler.disable(collective)  # type: ignore[no-untyped-call]
         return opaque
+
+    def bind_traceable(
+        self, op: Callable[..., Tensor], axis: str, *, node: str, options: dict[str, Any]
+    ) -> Callable[[Tensor], Tensor]:
+        require_axis(axis, node)
+        require_op(op, _OPERATIONS, node)
+        ranks = self.mesh.group((axis,), self.rank)
+        if len(ranks) == 1:
+            return _alone
+        if ranks in self._shared:  # quicker than gloo, also through an operator of ours
+            run = self.bind(op, axis, node=node, options=options)
+            return opaque(op, run, self._order, len(ranks), **options)
+        return functional(op, self._groups[ranks].group_name, len(ranks), **options)
+
+    def explained(self, error: BaseException) -> BaseException:
+        if not isinstance(error, RuntimeError) or isinstance(error, Disconnected) or not _BROKEN.search(str(error)):
+            return error
+        everyone = tuple(range(self.mesh.world_size))
+        return self._notices.conclude(Call(self.rank, "a compiled step", "collective", "tp"), everyone, error)
 
     def _share(self, ranks: tuple[int, ...], axis: str, wanted: Sharing) -> str:
         """Meet the ranks of a group in shared memory, where that is wanted and possible; what carries it then."""

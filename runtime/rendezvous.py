@@ -21,6 +21,7 @@ from partitioner.mesh import Mesh
 from runtime.agreement import Call, check_agreement
 from runtime.communicator import require_axis, require_op, require_piece
 from runtime.ops.collectives import all_gather, all_reduce
+from runtime.traceable import opaque
 
 __all__ = ["Rendezvous"]
 
@@ -123,6 +124,7 @@ class RendezvousCommunicator:
         self.mesh = rendezvous.mesh
         self.rank = rank
         self._rendezvous = rendezvous
+        self._order = torch.zeros(())
 
     def bind(
         self,
@@ -146,8 +148,17 @@ class RendezvousCommunicator:
 
         return collective
 
+    def bind_traceable(
+        self, op: Callable[..., Tensor], axis: str, *, node: str, options: dict[str, Any]
+    ) -> Callable[[Tensor], Tensor]:
+        run = self.bind(op, axis, node=node, options=options)
+        return opaque(op, run, self._order, self.mesh.size(axis), **options)
+
     def begin_run(self, *, new_shapes: bool) -> None:
         """Comparing costs next to nothing in memory: it is always on."""
+
+    def explained(self, error: BaseException) -> BaseException:
+        return error
 
     def abort(self, error: BaseException) -> None:
         self._rendezvous.abort(self.rank, error)

@@ -98,6 +98,14 @@ def test_report_needs_no_data(small: str) -> None:
     assert "all_reduce" in output or "tp" in output
 
 
+def test_report_of_generation(small: str) -> None:
+    code, output = run("report", small, "--tp", "2", "--generate")
+    assert code == 0, output
+    assert output.index("collectives:") < output.index("remembered, split:")
+    assert "cache per token: per rank 64 B" in output
+    assert "remembered" not in run("report", small, "--tp", "2")[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import InputError
-from runtime.cache import Batch, Cache, cache_bytes
+from runtime.batch import Batch
+from runtime.cache import Cache, cache_bytes
 from runtime.ops.state import cache_append, position_mask, rows_at, state_read, state_write
 from runtime.rank_program import StateShard
 
