@@ -33,6 +33,7 @@ from partitioner.report import Report, make_report
 
 __all__ = ["compile_program", "compile_steps", "partition", "trace", "trace_step"]
 
+
 def partition(
     model: PreTrainedModel, plan: Plan, *, max_length: int | None = None, length: int | None = None
 ) -> Parts[Report]:

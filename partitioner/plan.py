@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -40,14 +40,12 @@ class Plan:
 
     tp: int = 1
     keep_whole: tuple[str, ...] = ()
-    passes: tuple[Choice | tuple[str, Mapping[str, object]], ...] = ()
+    passes: Sequence[Choice | tuple[str, Mapping[str, object]]] = ()
 
     def __post_init__(self) -> None:
         given: Any = self.keep_whole
         if not isinstance(given, (tuple, list)) or not all(isinstance(each, str) for each in given):
-            raise PlanError(
-                f"keep_whole must be a list or tuple of names, such as [{str(given)!r}]; got {given!r}"
-            )
+            raise PlanError(f"keep_whole must be a list or tuple of names, such as [{str(given)!r}]; got {given!r}")
         object.__setattr__(self, "keep_whole", tuple(given))
         given = self.passes
         if not isinstance(given, (tuple, list)):
@@ -93,7 +91,7 @@ def _chosen(given: Any) -> Choice:
     )
 
 
-def _hashed(chosen: Any) -> Any:
+def _hashed(chosen: Choice) -> Choice:
     try:
         hash(chosen)
     except TypeError as error:
