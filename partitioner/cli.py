@@ -92,6 +92,7 @@ def run_command(
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the tokenizer's chat template")] = False,
     simulate: Annotated[bool, typer.Option("--simulate", help="all ranks in this process, one thread each")] = False,
     timeout_s: Annotated[float, typer.Option("--timeout", help="seconds until the processes are stopped")] = 3600.0,
+    profile: Annotated[str, typer.Option(help="write what every rank did, node by node, to this file")] = "",
 ) -> None:
     """Write what follows a prompt, over one process per rank: of this machine, or those that torchrun started."""
     options = {
@@ -106,7 +107,7 @@ def run_command(
         "stop_strings": stop or [],
     }
     with _errors():
-        question = Question(model, tp, tuple(prompt), dtype, chat, options)
+        question = Question(model, tp, tuple(prompt), dtype, chat, options, profile)
         Settings.of({**options, "tokenizer": ...}, eos_token_id=())  # here once, rather than on every rank
         if is_rank():
             answer(question)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Generic, TypeVar, Unpack
 
@@ -29,6 +30,7 @@ from runtime.options import Options
 from runtime.rank_program import RankProgram
 from runtime.simulate import Simulator
 from runtime.task import Generated, Prompts, Step
+from runtime.trace import Trace
 from runtime.weights import WeightSource
 
 __all__ = ["Parts"]
@@ -135,6 +137,10 @@ class Parts(Generic[Report]):
     ) -> Iterator[Step]:
         """The same, a step at a time; see `Engine.stream`."""
         return self._simulator.stream(lambda engine: engine.stream(prompts, attention_mask=attention_mask, **options))
+
+    def profile(self) -> AbstractContextManager[Trace]:
+        """`with parts.profile() as trace:` records what all ranks do in this process; see docs/profiling.md."""
+        return self._simulator.profile()
 
     def cache_bytes(self, *, max_batch: int, max_length: int, prefill_step: int = 512) -> list[int]:
         """Per rank, the bytes of the cache for `max_batch` sequences of up to `max_length` tokens, prompt included."""

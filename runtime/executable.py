@@ -25,6 +25,7 @@ from runtime.communicator import Communicator
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import COLLECTIVES
 from runtime.ops.state import cache_append, state_read, state_write
+from runtime.profile import Profiled, Profiler, Recording
 from runtime.rank_program import RankProgram
 
 __all__ = ["Executable", "failing_node"]
@@ -50,10 +51,14 @@ class Executable:
         communicator: Communicator,
         device: torch.device,
         cache: Cache | None = None,
+        profiler: Profiler | None = None,
     ) -> None:
         self.program, self.communicator = program, communicator
-        self.function = functools.partial(_build(program, communicator, device, cache), *weights)
+        self._graph, self._weights, self._profiler = _bound(program, communicator, device, cache), weights, profiler
+        run: Callable[..., Any] = fx.GraphModule({}, self._graph).forward
+        self.function = functools.partial(run, *weights)
         """What runs, bare: of the inputs in their order."""
+        self._profiled: Profiled | None = None
         self._seen: set[tuple[torch.Size, ...]] = set()
 
     def __call__(self, values: Sequence[Tensor]) -> Any:
@@ -62,7 +67,8 @@ class Executable:
         try:
             # not inference_mode: the caller may write to what comes back
             with torch.no_grad():
-                result = self.function(*values)
+                recording = None if self._profiler is None else self._profiler.recording
+                result = self.function(*values) if recording is None else self._run_profiled(recording, values)
         except BaseException as error:
             name = failing_node(error)
             for node in self.program.graph.nodes:
@@ -75,11 +81,16 @@ class Executable:
         self._seen.add(shapes)
         return result
 
+    def _run_profiled(self, recording: Recording, values: Sequence[Tensor]) -> Any:
+        if self._profiled is None:
+            self._profiled = Profiled(self.program, self._graph, self._weights)
+            # generating code takes longer than many a run: without this the others' first wait would be for that
+            self.communicator.barrier()
+        return self._profiled(recording, values)
 
-def _build(
-    program: RankProgram, communicator: Communicator, device: torch.device, cache: Cache | None
-) -> Callable[..., Any]:
-    """A function of the weights in the order of `program.weights`, then of the inputs in their order."""
+
+def _bound(program: RankProgram, communicator: Communicator, device: torch.device, cache: Cache | None) -> fx.Graph:
+    """The graph of a function of the weights in the order of `program.weights`, then of the inputs in their order."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     arguments = {weight.name: graph.placeholder(f"weight_{index}") for index, weight in enumerate(program.weights)}
@@ -98,8 +109,7 @@ def _build(
             else:
                 new.args = fx.node.map_aggregate(new.args, lambda leaf: _moved(leaf, device))
                 new.kwargs = fx.node.map_aggregate(new.kwargs, lambda leaf: _moved(leaf, device))
-    function: Callable[..., Any] = fx.GraphModule({}, graph).forward
-    return function
+    return graph
 
 
 def failing_node(error: BaseException) -> str | None:
