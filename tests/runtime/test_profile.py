@@ -60,8 +60,8 @@ def test_what_an_event_says() -> None:
     events = [e for e in found.events() if e["ph"] == "X" and e["pid"] == 1]
     linear = next(e for e in events if e["tid"] == 1 and e["args"].get("path") == "model.layers.1.mlp.down_proj")
     assert linear["args"]["op"] == "linear"
-    assert linear["args"]["shape"] == "float32[2, 64, 256]"
-    assert linear["args"]["bytes"] == 2 * 64 * 256 * 4
+    assert linear["args"]["shape"] == "float64[2, 64, 256]"
+    assert linear["args"]["bytes"] == 2 * 64 * 256 * 8
     assert "row-parallel over tp" in linear["args"]["why"]
     reductions = [e for e in events if e["args"].get("op") == "all_reduce over tp" and e["tid"] == 2]
     assert [e["args"]["meeting"] for e in reductions] == list(range(5))
