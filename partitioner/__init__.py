@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from partitioner.compile import partition
     from partitioner.errors import (
+        BundleError,
         CaptureError,
         CommunicationError,
         InputError,
@@ -34,10 +35,13 @@ if TYPE_CHECKING:
     )
     from partitioner.parts import Parts
     from partitioner.plan import Plan
+    from runtime.cache_size import CacheSize
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BundleError",
+    "CacheSize",
     "CaptureError",
     "CommunicationError",
     "InputError",
@@ -54,6 +58,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BundleError": "partitioner.errors",
+    "CacheSize": "runtime.cache_size",
     "CaptureError": "partitioner.errors",
     "CommunicationError": "partitioner.errors",
     "InputError": "partitioner.errors",

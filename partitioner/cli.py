@@ -90,6 +90,9 @@ def run_command(
     seed: Annotated[int, typer.Option(help="the same seed says the same on any number of ranks")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="text after which to stop; may be given several times")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the tokenizer's chat template")] = False,
+    cache_memory: Annotated[
+        str | None, typer.Option(help='the most that a rank may keep for the cache: "4 GB", or "0.9 of free"')
+    ] = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="all ranks in this process, one thread each")] = False,
     timeout_s: Annotated[float, typer.Option("--timeout", help="seconds until the processes are stopped")] = 3600.0,
     profile: Annotated[str, typer.Option(help="write what every rank did, node by node, to this file")] = "",
@@ -107,7 +110,7 @@ def run_command(
         "stop_strings": stop or [],
     }
     with _errors():
-        question = Question(model, tp, tuple(prompt), dtype, chat, options, profile)
+        question = Question(model, tp, tuple(prompt), dtype, chat, cache_memory, options, profile)
         Settings.of({**options, "tokenizer": ...}, eos_token_id=())  # here once, rather than on every rank
         if is_rank():
             answer(question)

@@ -14,7 +14,9 @@ import difflib
 import fnmatch
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from partitioner.analysis.steps import why_steps_differ
@@ -23,23 +25,31 @@ from partitioner.bounds import bound_inputs
 from partitioner.canonicalize import canonicalize
 from partitioner.capture import capture, capture_step
 from partitioner.capture.positions import explicit_positions
+from partitioner.checkpoint.folder import open_checkpoint
 from partitioner.errors import CaptureError, PlanError
 from partitioner.find_passes import Chosen, choose, run_passes, wanted
 from partitioner.mesh import Mesh
 from partitioner.parts import Parts
 from partitioner.plan import Plan
-from partitioner.program import Program
+from partitioner.program import Origins, Program
 from partitioner.report import Report, make_report
 
 __all__ = ["compile_program", "compile_steps", "partition", "trace", "trace_step"]
 
 
 def partition(
-    model: PreTrainedModel, plan: Plan, *, max_length: int | None = None, length: int | None = None
+    model: PreTrainedModel | str | Path,
+    plan: Plan,
+    *,
+    dtype: torch.dtype | None = None,
+    max_length: int | None = None,
+    length: int | None = None,
 ) -> Parts[Report]:
     """Compiles a Hugging Face model for `plan`.
 
-    The model may hold its weights or be on the meta device, and is not changed. `max_length` is the longest sequence
+    The model may hold its weights or be on the meta device, and is not changed. A path is a checkpoint folder: its
+    model is built without weights, and each rank reads its own shard from the files when it is loaded, cast to `dtype`
+    (None: that of the checkpoint). `max_length` is the longest sequence
     that will be run, for position encodings that depend on it; `length` compiles for that one length, for models
     whose code cannot be traced for all lengths at once.
 
@@ -47,8 +57,24 @@ def partition(
     """
     _check_plan(plan)  # before the trace, which takes longer
     wanted(plan)
+    origins = None
+    if isinstance(model, (str, Path)):
+        opened = open_checkpoint(model, dtype=dtype)
+        model, origins = opened.model, opened.origins
+    elif dtype is not None:
+        raise CaptureError(
+            f"dtype={dtype} casts what is read from a checkpoint folder; this {type(model).__name__} has its weights: "
+            "convert it by model.to(dtype)"
+        )
     traced = trace(model, max_length=max_length, length=length)
-    return compile_program(traced, plan, step=functools.partial(trace_step, model, max_length=max_length))
+    traced.origins = origins
+    return compile_program(traced, plan, step=functools.partial(_step, model, origins, max_length))
+
+
+def _step(model: PreTrainedModel, origins: Origins | None, max_length: int | None) -> Program:
+    stepping = trace_step(model, max_length=max_length)
+    stepping.origins = origins
+    return stepping
 
 
 def trace(model: PreTrainedModel, *, max_length: int | None = None, length: int | None = None) -> Program:

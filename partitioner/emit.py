@@ -10,7 +10,6 @@ program (arXiv:2105.04663, section 3.3).
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -56,6 +55,7 @@ class Emitter:
             **_vocabulary(self.program),
             limits=self.program.limits,
             values=self.program.values,
+            source=None if self.program.origins is None else self.program.origins.source,
         )
 
     def _graph(self, coordinates: Mapping[str, int]) -> fx.Graph:
@@ -113,26 +113,19 @@ def weight_shard(program: Program, weight: Weight, coordinates: Mapping[str, int
         indices = tuple(
             None if split is None else split.owned[program.mesh.index(split.axes, coordinates)] for split in layout.dims
         )
-    # a slice of a dim is a run of indices that lie together in the source and in the destination
-    runs: list[list[tuple[tuple[int, int], tuple[int, int]]]] = []
     for dim, (size, owned) in enumerate(zip(weight.shape, indices, strict=True)):
-        intervals = ((0, size),) if owned is None else owned.intervals
-        if intervals and intervals[-1][1] > size:
+        if owned is not None and owned.intervals and owned.intervals[-1][1] > size:
             raise LayoutError(f"weight {weight.name!r}: {owned} of dim {dim} lies outside its {size} indices")
-        ends = [0, *itertools.accumulate(stop - start for start, stop in intervals)]
-        runs.append(list(zip(intervals, itertools.pairwise(ends), strict=True)))
     local_shape = tuple(size if own is None else own.size for size, own in zip(weight.shape, indices, strict=True))
-    pieces = tuple(
-        Piece(weight.name, tuple(source for source, _ in block), tuple(destination for _, destination in block))
-        for block in itertools.product(*runs)
-    )
     made = None
     if weight.of is not None and weight.make is not None:
         # all of it, whatever the rank holds of what is made from it
         made = Made(weight_shard(replace(program, weight_layouts={}), weight.of, coordinates), weight.make)
-    return WeightShard(
-        weight.name, weight.dtype, weight.shape, local_shape, indices, weight.source, weight.aliases, pieces, made
+    shard = WeightShard(
+        weight.name, weight.dtype, weight.shape, local_shape, indices, weight.source, weight.aliases, (), made
     )
+    stored = program.origins is not None and weight.source == "checkpoint"
+    return replace(shard, pieces=program.origins.of(shard) if stored else shard.own_pieces)
 
 
 def _state_shard(program: Program, state: State, coordinates: Mapping[str, int]) -> StateShard:

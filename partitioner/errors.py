@@ -5,6 +5,7 @@ PartitionerError
 ├── CaptureError         the model could not be turned into one graph: where and why
 ├── LayoutError          a value's layout is not what its user requires (a collective is missing, say)
 ├── WeightError          a weight is missing, has no data (meta device) or the wrong shape or dtype
+├── BundleError          a bundle cannot hold this program, or is damaged, altered or of another version
 ├── InputError           the inputs given at run time do not fit the program (also a ValueError)
 ├── SamplingError        sampling options out of range, or logits that leave no token to choose (also a ValueError)
 └── CommunicationError   what went wrong between ranks
@@ -13,6 +14,7 @@ PartitionerError
 """
 
 __all__ = [
+    "BundleError",
     "CaptureError",
     "CommunicationError",
     "InputError",
@@ -44,6 +46,10 @@ class LayoutError(PartitionerError):
 
 class WeightError(PartitionerError):
     """A weight is missing, has no data, or does not fit its description."""
+
+
+class BundleError(PartitionerError):
+    """A bundle cannot hold what it is given, or what it holds is not what it should be."""
 
 
 class InputError(PartitionerError, ValueError):

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from partitioner.errors import CaptureError
 
-__all__ = ["dtype_named", "load_config", "load_model"]
+__all__ = ["class_of", "dtype_named", "load_config", "load_model", "without_grouped_mm"]
 
 _SMALL = {
     "hidden_size": 64,
@@ -68,14 +68,14 @@ def load_config(name: str, *, small: bool = False) -> Any:
 def load_model(name: str, *, dtype: torch.dtype, seed: int = 0, meta: bool = False) -> Any:
     """MODEL in eval mode; `meta`: its default size, without data."""
     if not meta and Path(name).is_dir():
-        model_class = _class_of(load_config(name))
+        model_class = class_of(load_config(name))
         try:
             model = model_class.from_pretrained(name, dtype=dtype, local_files_only=True)
         except Exception as error:
             raise CaptureError(
                 f"transformers cannot load {model_class.__name__} from {name!r}: {_line(error)}"
             ) from error
-        return _without_grouped_mm(model.eval())
+        return without_grouped_mm(model.eval())
     config = load_config(name, small=not meta)
     if not meta:
         num_parameters = sum(parameter.numel() for parameter in _build(name, config, "meta").parameters())
@@ -87,10 +87,10 @@ def load_model(name: str, *, dtype: torch.dtype, seed: int = 0, meta: bool = Fal
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _build(name, config, "meta" if meta else "cpu").to(dtype).eval()
-    return _without_grouped_mm(model)
+    return without_grouped_mm(model)
 
 
-def _without_grouped_mm(model: Any) -> Any:
+def without_grouped_mm(model: Any) -> Any:
     """The default implementation of routed experts knows no float64."""
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")
@@ -98,7 +98,7 @@ def _without_grouped_mm(model: Any) -> Any:
 
 
 def _build(name: str, config: Any, device: str) -> Any:
-    model_class = _class_of(config)
+    model_class = class_of(config)
     try:
         with torch.device(device):
             return model_class._from_config(copy.deepcopy(config), dtype=torch.float32)
@@ -129,7 +129,7 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
-def _class_of(config: Any) -> Any:
+def class_of(config: Any) -> Any:
     """What the checkpoint says it is; for a bare configuration the causal language model, else the base model."""
     named = config.architectures or ()
     for architecture in [named] if isinstance(named, str) else named:

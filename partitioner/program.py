@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import sympy
 import torch
@@ -22,9 +22,10 @@ from torch import fx
 
 from partitioner.layout import REPLICATED, Layout
 from partitioner.mesh import Mesh
-from runtime.rank_program import Bound
+from runtime.rank_program import Bound, Piece, WeightShard
+from runtime.weights import WeightSource
 
-__all__ = ["Entry", "Input", "Local", "Program", "State", "Value", "Weight"]
+__all__ = ["Entry", "Input", "Local", "Origins", "Program", "State", "Value", "Weight"]
 
 Integers = int | tuple[int, ...] | None
 
@@ -116,6 +117,16 @@ class Local:
         return f"local({self.name!r})"
 
 
+class Origins(Protocol):
+    """Where weights lie in files, under names and in an order that need not be the model's."""
+
+    @property
+    def source(self) -> WeightSource: ...
+
+    def of(self, shard: WeightShard) -> tuple[Piece, ...]:
+        """The pieces of a rank's part of a weight."""
+
+
 @dataclass
 class Program:
     """See the module's docstring."""
@@ -148,6 +159,8 @@ class Program:
 
     "positions": how long a text may become, where parts of it are run.
     """
+    origins: Origins | None = None
+    """Where the weights lie in the files of a checkpoint; None where the model was given with its weights."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: variants fixed at capture, inputs refused."""
 

@@ -28,8 +28,10 @@ from partitioner.errors import InputError
 from partitioner.named_model import dtype_named, load_model
 from partitioner.parts import Parts
 from partitioner.plan import Plan
+from runtime.cache_size import CacheSize
 from runtime.engine import Engine
 from runtime.launch import begin_worker, launch
+from runtime.memory import Amount
 
 __all__ = ["Question", "answer", "answer_here", "is_rank", "run_in_processes"]
 
@@ -43,6 +45,8 @@ class Question:
     prompts: tuple[str, ...]
     dtype: str = "float32"
     chat: bool = False
+    cache_memory: str | None = None
+    """The most that the cache may take on a rank, as in `runtime.memory`; None: all that is free."""
     options: dict[str, Any] = field(default_factory=dict)
     profile: str = ""
     """Where to write a trace of what every rank does; "": nowhere."""
@@ -51,6 +55,8 @@ class Question:
         dtype_named(self.dtype)
         if self.profile and (not Path(self.profile).parent.is_dir() or Path(self.profile).is_dir()):
             raise InputError(f"cannot write a trace to {self.profile!r}: give a file in a folder that exists")
+        if self.cache_memory is not None:
+            Amount.of(self.cache_memory)
         if not Path(self.model).is_dir():
             raise InputError(f"{self.model!r} is no folder: to write text, a checkpoint with its tokenizer is needed")
 
@@ -74,6 +80,7 @@ def is_rank() -> bool:
 
 def run_in_processes(question: Question, *, timeout_s: float) -> None:
     """Start one process per rank here."""
+    _tokenizer(question)  # what is wrong with it is said once, before anything is started
     with tempfile.TemporaryDirectory(prefix="partitioner-") as folder:
         path = Path(folder, "question.json")
         path.write_text(question.to_json())
@@ -115,7 +122,7 @@ def _profiled(question: Question, engine: Engine | Parts[Any], *, writes: bool) 
 def _load(question: Question) -> tuple[Parts[Any], Any]:
     transformers_logging.disable_progress_bar()
     started = time.perf_counter()
-    tokenizer = _tokenizer(question.model)
+    tokenizer = _tokenizer(question)
     model = load_model(question.model, dtype=dtype_named(question.dtype))
     loaded = time.perf_counter()
     parts = partition(model, question.plan)
@@ -123,23 +130,33 @@ def _load(question: Question) -> tuple[Parts[Any], Any]:
     return parts, tokenizer
 
 
-def _tokenizer(folder: str) -> Any:
+def _tokenizer(question: Question) -> Any:
+    folder = question.model
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError(
             f"transformers finds no tokenizer in {folder!r}: {' '.join(str(error).split())[:300]}"
         ) from error
+    if question.chat and tokenizer.chat_template is None:
+        raise InputError(
+            f"the tokenizer of {folder!r} has no chat template: leave --chat out, or put the model's "
+            "chat_template.jinja into the folder"
+        )
+    return tokenizer
 
 
 def _write(question: Question, tokenizer: Any, engine: Engine | Parts[Any], out: TextIO | None) -> None:
     prompts = [_ids(question, tokenizer, prompt) for prompt in question.prompts]
+    _reserve(question, engine, longest=max(map(len, prompts)))
     options = dict(question.options)
     if options.get("stop_strings"):
         options["tokenizer"] = tokenizer
     said: list[list[int]] = [[] for _ in prompts]
     # one sequence is written as it comes; several would run into each other
-    stream = _Stream(tokenizer, prompts[0], out) if len(prompts) == 1 else None
+    texts = [_Text(tokenizer, prompt) for prompt in prompts]
+    # a question and its answer are two texts, a prompt and its continuation one
+    stream = _Stream(texts[0], out, with_prompt=not question.chat) if len(prompts) == 1 else None
     started = time.perf_counter()
     first = started
     for count, step in enumerate(engine.stream(prompts, **options)):
@@ -156,48 +173,68 @@ def _write(question: Question, tokenizer: Any, engine: Engine | Parts[Any], out:
     if stream is not None:
         stream.end(said[0])
     else:
-        for prompt, tokens in zip(question.prompts, said, strict=True):
-            out.write(f"{prompt}{_text(tokenizer, tokens)}\n\n")
+        for prompt, text, tokens in zip(question.prompts, texts, said, strict=True):
+            between = "\n" if question.chat else ""
+            out.write(f"{prompt}{between}{text.after(tokens)}\n\n")
     out.flush()
     later = sum(map(len, said)) - len(said)
     rate = f"{later / (ended - first):.1f} tokens/s" if later and ended > first else "one token"
     _say(f"{sum(map(len, said))} tokens, the first after {first - started:.2f} s, then {rate} (tp={question.tp})")
 
 
+def _reserve(question: Question, engine: Engine | Parts[Any], *, longest: int) -> None:
+    """Sets the cache aside, of the size that this question needs, and says how much more would fit."""
+    new: int = question.options.get("max_new_tokens", 1)
+    size = CacheSize(max_batch=len(question.prompts), max_length=longest + new - 1, memory=question.cache_memory)
+    _say(f"cache: {engine.reserve(size)}")
+
+
 def _ids(question: Question, tokenizer: Any, prompt: str) -> list[int]:
     if not question.chat:
         return list(tokenizer(prompt)["input_ids"])
-    if tokenizer.chat_template is None:
-        raise InputError(f"the tokenizer of {question.model!r} has no chat template: leave --chat out")
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    )
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates are programs, and raise what they like
+        raise InputError(f"the chat template of {question.model!r} refuses {prompt!r}: {error}") from error
+    # the template has written the special tokens
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-class _Stream:
-    """Text as far as it is certain: the last bytes of a letter may be still to come."""
+class _Text:
+    """What follows a prompt, as far as it is certain: the last bytes of a letter may be still to come."""
 
-    def __init__(self, tokenizer: Any, prompt: list[int], out: TextIO | None) -> None:
-        self.tokenizer, self.out = tokenizer, out
+    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
+        self.tokenizer, self.ids = tokenizer, prompt
+        self.prompt = self._decoded(prompt).rstrip("\ufffd")
+
+    def after(self, tokens: list[int]) -> str:
+        # together with the prompt: a space between the two belongs to neither alone
+        return self._decoded(self.ids + tokens)[len(self.prompt) :]
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class _Stream:
+    """Writes a text as it comes."""
+
+    def __init__(self, text: _Text, out: TextIO | None, *, with_prompt: bool) -> None:
+        self.text, self.out = text, out
         self.written = 0
-        if out is not None:
-            out.write(_text(tokenizer, prompt))
+        if out is not None and with_prompt:
+            out.write(text.prompt)
 
     def show(self, tokens: list[int]) -> None:
         if self.out is not None:
-            text = _text(self.tokenizer, tokens).rstrip("\ufffd")
+            text = self.text.after(tokens).rstrip("\ufffd")
             self.out.write(text[self.written :])
             self.out.flush()
             self.written = max(self.written, len(text))
 
     def end(self, tokens: list[int]) -> None:
         assert self.out is not None
-        self.out.write(_text(self.tokenizer, tokens)[self.written :] + "\n")
-
-
-def _text(tokenizer: Any, tokens: list[int]) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        self.out.write(self.text.after(tokens)[self.written :] + "\n")
 
 
 def _say(line: str) -> None:

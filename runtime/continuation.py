@@ -10,6 +10,7 @@ rank does the same on the host and draws the same tokens, so nobody has to tell 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.cache import Batch, Cache
+from runtime.cache_size import ANY_LENGTH, CacheSize, Room, slots_for, step_of
 from runtime.communicator import Communicator
 from runtime.decoder import Decoder, require_fixed_shapes
 from runtime.executable import Executable
@@ -35,7 +37,7 @@ _ROUND_TO = 64
 class Continuation:
     """The generation program of one rank, its weights in the order of `program.weights`, and its cache.
 
-    The cache is made for the first task, and anew for a larger one.
+    The cache is made for the first task, and anew for a larger one; or once, by `reserve`, for all tasks.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class Continuation:
             require_fixed_shapes(program, device, cuda_graph=cuda_graph)
         self._compile, self._cuda_graph = compile, cuda_graph
         self.cache: Cache | None = None
+        self.room: Room | None = None
+        """What there is room for, once `reserve` has found out."""
         self._execute: Executable | None = None
         self._decoder: Decoder | None = None
         self._turn = 0
@@ -63,11 +67,12 @@ class Continuation:
     def steps(self, task: Task) -> Iterator[Step]:
         """One `Step` per token, until every sequence has ended."""
         settings = task.settings
-        size = min(settings.prefill_step, max(map(len, task.prompts)), self._most_at_once())
         length = max(map(len, task.prompts)) + settings.max_new_tokens - 1  # the last token is never run
         self._check(task, length)
-        self.reserve(max_batch=len(task.prompts), max_length=length, step=size)
+        size = min(step_of(self.program, settings.prefill_step, length), max(map(len, task.prompts)))
+        self._provide(max_batch=len(task.prompts), max_length=length, step=size)
         assert self.cache is not None
+        size = min(size, self.cache.step)
         self.cache.start()
         self._turn += 1
         mine = self._turn
@@ -111,16 +116,54 @@ class Continuation:
         most = max(map(len, texts))
         return torch.tensor([text + [0] * (most - len(text)) for text in texts], device=self.device), lengths
 
-    def reserve(self, *, max_batch: int, max_length: int, step: int) -> None:
-        """Sets memory aside, unless what there is suffices."""
+    def reserve(self, size: CacheSize) -> Room:
+        """A collective: sets the cache of all later tasks aside, of the same size on all ranks."""
+        self._make_no_cache()
+        room = Room.agreed(self.program, size, self.communicator, self.device)
+        max_length = size.max_length
+        if max_length is None:
+            max_length = ANY_LENGTH if room.tokens is None else room.tokens
+            if room.tokens is not None and room.tokens != room.limit and max_length > _ROUND_TO:
+                max_length -= max_length % _ROUND_TO
+                room = replace(room, tokens=max_length)
+        room.require(max(max_length, 1))
+        self.room = room
+        self._make_cache(
+            max_batch=size.max_batch,
+            max_length=max_length,
+            step=step_of(self.program, size.prefill_step, max_length),
+        )
+        return self.room
+
+    def _provide(self, *, max_batch: int, max_length: int, step: int) -> None:
+        """Sets memory aside for a task, unless what there is suffices."""
         cache = self.cache
+        if self.room is not None and cache is not None:
+            if max_batch > cache.max_batch or max_length > cache.max_length:
+                raise InputError(
+                    f"the cache set aside holds {cache.max_batch} sequences of {cache.max_length} tokens; this task "
+                    f"needs {max_batch} of {max_length}, prompt and new ones ({self.room}). Give fewer or shorter "
+                    "prompts or fewer new tokens, or reserve more"
+                )
+            return
         if cache and cache.max_batch >= max_batch and cache.max_length >= max_length and cache.step >= step:
             return
-        self.cache = self._execute = self._decoder = None  # the old one is given back first
+        self._make_no_cache()
+        size = CacheSize(max_batch=max_batch, max_length=max_length, prefill_step=step)
+        room = Room.agreed(self.program, size, self.communicator, self.device)
+        room.require(max_length)
         # lengths that kernels like, and that the next task may share
         max_length = -(-max_length // _ROUND_TO) * _ROUND_TO
-        # a graph that is told its slots looks at one more than there are tokens
-        slots = max(max_length + 1, self._least_slots) if self._takes_slots else 0
+        if room.tokens is not None:
+            max_length = min(max_length, room.tokens)
+        self._make_cache(max_batch=max_batch, max_length=max_length, step=step)
+
+    def _make_no_cache(self) -> None:
+        """The old one is given back before a new one is made."""
+        self.cache = self._execute = self._decoder = self.room = None
+
+    def _make_cache(self, *, max_batch: int, max_length: int, step: int) -> None:
+        slots = slots_for(self.program, max_length)
         self.cache = Cache(
             self.program.states, max_batch=max_batch, max_length=max_length, step=step, device=self.device, slots=slots
         )
@@ -146,21 +189,14 @@ class Continuation:
         return self._decoder(tokens, positions)
 
     @property
-    def _takes_slots(self) -> bool:
-        return any(wanted.name == "slots" for wanted in self.program.inputs)
-
-    @property
     def _least_slots(self) -> int:
         return self.program.limits.get("slots", (1, None))[0]
 
-    def _most_at_once(self) -> int:
-        low, high = self.program.limits.get("sequence", (1, None))
-        if low > 1:
-            raise InputError(f"this model was compiled for {low} tokens at a time or more: it cannot decode")
-        return high or 1 << 62
-
     def _check(self, task: Task, length: int) -> None:
         """Tokens and positions must be ones that the model's tables have."""
+        low, _ = self.program.limits.get("sequence", (1, None))
+        if low > 1:
+            raise InputError(f"this model was compiled for {low} tokens at a time or more: it cannot decode")
         _, longest = self.program.limits.get("positions", (1, None))
         _, slots = self.program.limits.get("slots", (1, None))
         longest = longest if slots is None else min(slots - 1, longest or slots)

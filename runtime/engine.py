@@ -20,6 +20,7 @@ from torch import Tensor
 
 from partitioner.errors import CommunicationError, InputError
 from partitioner.mesh import Mesh
+from runtime.cache_size import CacheSize, Room
 from runtime.communicator import Communicator
 from runtime.continuation import Continuation
 from runtime.executable import Executable
@@ -47,7 +48,7 @@ class RankPrograms(Protocol):
 
 
 class Engine:
-    """One rank, loaded; `weights` as in `runtime.weights`, None: the data of the model that was partitioned.
+    """One rank, loaded; `weights` as in `runtime.weights`, None: those that the program came with.
 
     `generation` makes the rank's program for continuing sequences, when it is first asked to. `compile` puts its decode
     steps through torch.compile, `cuda_graph` captures them; both take their time at the first steps.
@@ -72,8 +73,10 @@ class Engine:
         self.program = program
         self.communicator = communicator
         self.device = torch.device(device)
-        self._source = weights
-        self.weights = load_weights(program.weights, program.values, weights, self.device)
+        self._source = program.source if weights is None else weights
+        self.weights = load_weights(
+            program.weights, program.values, self._source, self.device, progress=communicator.rank == 0
+        )
         self.profiler = Profiler(program, self.device)
         self._run = Executable(program, self.weights, communicator, self.device, profiler=self.profiler)
         self._generation = generation
@@ -91,23 +94,34 @@ class Engine:
         shared_memory: Sharing = "auto",
         compile: bool = False,
         cuda_graph: bool = False,
+        cache: CacheSize | None = None,
     ) -> Engine:
         """The rank of a process that torchrun started.
 
-        `check`: compare the ranks before every collective. `shared_memory`: see `runtime.process_groups`.
+        `check`: compare the ranks before every collective. `shared_memory`: see `runtime.process_groups`. `cache`: set
+        aside at once, see `reserve`.
         """
         communicator = ProcessGroups.connect(
             parts.mesh, device=device, timeout_s=timeout_s, check=check, shared_memory=shared_memory
         )
-        return cls(
-            parts.rank(communicator.rank),
-            communicator,
-            weights=weights,
-            device=communicator.device,
-            generation=functools.partial(parts.generation_rank, communicator.rank),
-            compile=compile,
-            cuda_graph=cuda_graph,
-        )
+        try:
+            engine = cls(
+                parts.rank(communicator.rank),
+                communicator,
+                weights=weights,
+                device=communicator.device,
+                generation=functools.partial(parts.generation_rank, communicator.rank),
+                compile=compile,
+                cuda_graph=cuda_graph,
+            )
+            if cache is not None:
+                engine.reserve(cache)
+        except BaseException as error:
+            # the others would wait for this rank as long as its process lives
+            communicator.abort(error)
+            communicator.close()
+            raise
+        return engine
 
     def __call__(self, **inputs: Tensor | None) -> Any:
         """Run once. Every rank must be given the same inputs."""
@@ -130,6 +144,18 @@ class Engine:
     ) -> Iterator[Step]:
         """The same, a step at a time: one token per sequence."""
         return self._continuation.steps(self._task(prompts, attention_mask, options))
+
+    def reserve(self, size: CacheSize) -> Room:
+        """Sets the cache of all later tasks aside, and says how many tokens fit; every rank must be given the same.
+
+        Without it each task's is made when it comes. Raises InputError where it does not fit, on all ranks.
+        """
+        return self._continuation.reserve(size)
+
+    @property
+    def room(self) -> Room | None:
+        """How many tokens fit into what `reserve` has set aside; None: nothing is."""
+        return self._continuation.room
 
     def _task(self, prompts: Prompts, attention_mask: Tensor | None, options: Options) -> Task:
         return Task.of(prompts, attention_mask, options, eos_token_id=self._continuation.program.eos_token_id)

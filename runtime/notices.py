@@ -1,11 +1,12 @@
-"""What ranks tell each other through the store once a collective has failed: who stopped where, and why.
+"""What it means that a collective has failed: which rank is lost and how, or that the ranks wait for each other.
 
-    stopped/RANK   {"failed": text} an error of its own, or {"waiting": text} met a failed collective
-    at/RANK        the collective that a rank is about to start (only where runs are checked)
-    verdict        the conclusion of the first rank that reached one: those that fail after it repeat it
+Every rank tells the others (`runtime/peers.py`) why it stops:
 
-A store is torch.distributed's key-value server. It outlives a killed rank unless that rank hosts it: under torchrun the
-agent does, otherwise rank 0.
+    failed    an error of its own
+    waiting   it met a failed collective
+    verdict   its conclusion: those that fail after it repeat the first one
+
+That a process ended, they see for themselves.
 """
 
 from __future__ import annotations
@@ -15,106 +16,94 @@ import re
 import time
 from collections.abc import Sequence
 
-from torch.distributed.distributed_c10d import Store
-
 from partitioner.errors import CommunicationError, RankLost, RankMismatch
 from runtime.agreement import Call
+from runtime.peers import BEAT_S, Peers
 
 __all__ = ["Notices"]
 
 _GRACE_S = 0.5
-"""How long the others have to give a sign of life; a killed rank's connections break within milliseconds for all."""
-
-_Notice = dict[str, str]
+"""How long the others have to say that they wait too."""
+_SETTLE_S = 0.05
+"""After the first rank is known to be lost: others that are lost with it are named too."""
 
 
 class Notices:
-    """One rank's view of the store; where the store is gone too, every method still returns, at once."""
+    """One rank's view; `peers` None: groups that someone else made, where nothing tells who is lost."""
 
-    def __init__(self, store: Store | None, rank: int, *, hosted: bool) -> None:
-        self._store = store
+    def __init__(self, peers: Peers | None, rank: int, *, timeout_s: float) -> None:
+        self._peers = peers
         self._rank = rank
-        self._hosted = hosted
-        """Whether rank 0 hosts the store."""
-        self._gone = False
+        self._timeout_s = timeout_s
 
     def about_to(self, call: Call) -> None:
-        if self._store is not None:
-            self._store.set(f"at/{self._rank}", str(call))
+        if self._peers is not None:
+            self._peers.at = str(call)
 
     def failed(self, error: BaseException) -> None:
-        self._post(f"stopped/{self._rank}", {"failed": f"{type(error).__name__}: {error}"})
+        if self._peers is not None:
+            self._peers.tell("failed", f"{type(error).__name__}: {error}")
 
-    def conclude(self, call: Call, group: Sequence[int], error: Exception) -> CommunicationError:
-        """What it means that a collective failed with `error`; waits up to half a second for the others' notices."""
-        self._post(f"stopped/{self._rank}", {"waiting": str(call)})
+    def conclude(self, call: Call | str, group: Sequence[int], error: BaseException) -> CommunicationError:
+        """What it means that `call` failed with `error`; waits up to half a second for what the others say."""
         others = [rank for rank in group if rank != self._rank]
-        stopped: dict[int, _Notice] = {}
-        deadline = time.monotonic() + _GRACE_S
-        while True:
-            if (verdict := self._read("verdict")) is not None:
-                return _as_error(verdict)
-            for rank in others:
-                if rank not in stopped and (notice := self._read(f"stopped/{rank}")) is not None:
-                    stopped[rank] = notice
-            if self._store is None or self._gone or len(stopped) == len(others) or time.monotonic() > deadline:
-                break
-            time.sleep(0.01)
-        verdict = self._judge(call, others, stopped, str(error))
-        self._post("verdict", verdict)
-        return _as_error(verdict)
-
-    def _judge(self, call: Call, others: list[int], stopped: dict[int, _Notice], error: str) -> _Notice:
         # gloo's "[file:line] what. This is typically ..."
-        cause = re.sub(r"^\[[^]]*\] ", "", error.splitlines()[0]).split(". This is")[0]
+        cause = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0]).split(". This is")[0]
         origin = "" if cause.startswith("shared memory") else "torch.distributed: "
         detail = f"\n  awaited by {call}\n  {origin}{cause}"
-        failed = [f"rank {rank} failed: {notice['failed']}" for rank, notice in stopped.items() if "failed" in notice]
-        if failed:
-            return {"lost": "; ".join(failed) + detail}
-        silent = [rank for rank in others if rank not in stopped]
-        if self._gone and self._hosted:
-            return {"lost": f"rank 0 is lost: neither it nor the store that it hosts answers{detail}"}
-        if silent and (self._gone or self._store is None):
-            return {"lost": f"one of the ranks {_list(others)} is lost, and no store tells which{detail}"}
-        if silent:
-            timed_out = re.search("timed? ?out", error, re.IGNORECASE)
-            how = "did not answer before the deadline" if timed_out else "lost: it broke the connection and is silent"
-            seen = [f"\n  last checked there: {text}" for rank in silent if (text := self._text(f"at/{rank}"))]
-            return {"lost": f"{_list(silent, 'rank')} {how}{''.join(seen)}{detail}"}
-        waits = "".join(f"\n  {notice['waiting']}" for notice in stopped.values())
-        return {"mismatch": f"the ranks wait for each other and none can go on:\n  {call}{waits}"}
+        peers = self._peers
+        if peers is None:
+            return RankLost(f"one of the {_list(others, 'rank')} is lost, and nothing tells which{detail}")
+        peers.tell("waiting", str(call))
+        deadline = time.monotonic() + _GRACE_S
+        while time.monotonic() < deadline and not peers.is_cut_off:
+            if verdicts := peers.known("verdict"):
+                return _as_error(next(iter(verdicts.values())))
+            if peers.lost():
+                deadline = min(deadline, time.monotonic() + _SETTLE_S)
+            elif peers.known("waiting").keys() | peers.known("left").keys() >= set(others):
+                break
+            time.sleep(0.005)
+        verdict = json.dumps(self._judge(peers, call, others, cause, detail))
+        peers.tell("verdict", verdict)
+        return _as_error(verdict)
 
-    def _text(self, key: str) -> str | None:
-        if self._store is None or self._gone:
-            return None
-        try:
-            return self._store.get(key).decode() if self._store.check([key]) else None
-        except RuntimeError:
-            # asking again would cost the store's timeout each time
-            self._gone = True
-            return None
+    def _judge(self, peers: Peers, call: Call | str, others: list[int], cause: str, detail: str) -> tuple[str, str]:
+        if lost := peers.lost():
+            return "lost", "; ".join(f"rank {rank} {how}" for rank, how in lost.items()) + detail
+        waiting = peers.known("waiting")
+        if left := [rank for rank in others if rank in peers.known("left") and rank not in waiting]:
+            return "lost", f"{_list(left, 'rank')} left, by closing the engine, while others wait for it{detail}"
+        if peers.is_cut_off:
+            return "lost", f"one of the {_list(others, 'rank')} is lost, and rank 0, which would know, has left{detail}"
+        silent = [rank for rank in others if rank not in waiting]
+        stopped = [rank for rank in silent if peers.silent_s(rank) > min(5 * BEAT_S, self._timeout_s / 2)]
+        if 0 in stopped:
+            silent = [0]  # of the others nothing is known: it all comes through rank 0
+        at = peers.known("at")
+        seen = "".join(f"\n  last checked there: {at[rank]}" for rank in silent if at.get(rank))
+        if not silent:
+            waits = "".join(f"\n  {text}" for rank, text in waiting.items() if rank in others)
+            return "mismatch", f"the ranks wait for each other and none can go on:\n  {call}{waits}"
+        if not re.search("timed? ?out", cause, re.IGNORECASE):
+            return "lost", f"{_list(silent, 'rank')} broke the connection{seen}{detail}"
+        if stopped:
+            how = "no sign of life comes from its process: it is stopped, or its host cannot be reached"
+        else:
+            how = (
+                "its process is alive: if a step may take that long, give more time, as in "
+                "Engine.connect(..., timeout_s=600); otherwise see what it is doing"
+            )
+        named = [rank for rank in silent if rank in stopped] or silent
+        within = f"within {self._timeout_s:g} s"
+        return "lost", f"{_list(named, 'rank')} did not answer {within}; {how}{seen}{detail}"
 
-    def _read(self, key: str) -> _Notice | None:
-        text = self._text(key)
-        if text is None:
-            return None
-        notice: _Notice = json.loads(text)
-        return notice
 
-    def _post(self, key: str, notice: _Notice) -> None:
-        if self._store is None or self._gone:
-            return
-        try:
-            self._store.set(key, json.dumps(notice))
-        except RuntimeError:
-            self._gone = True
-
-
-def _list(ranks: list[int], word: str = "") -> str:
+def _list(ranks: list[int], word: str) -> str:
     names = ", ".join(map(str, ranks))
-    return names if not word else f"{word} {names}" if len(ranks) == 1 else f"{word}s {names}"
+    return f"{word} {names}" if len(ranks) == 1 else f"{word}s {names}"
 
 
-def _as_error(verdict: _Notice) -> CommunicationError:
-    return RankLost(verdict["lost"]) if "lost" in verdict else RankMismatch(verdict["mismatch"])
+def _as_error(verdict: str) -> CommunicationError:
+    kind, text = json.loads(verdict)
+    return RankLost(text) if kind == "lost" else RankMismatch(text)

@@ -17,6 +17,7 @@ On CPU, a group whose ranks share a host takes shared memory (`runtime/shared_me
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -29,15 +30,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.distributed_c10d import PrefixStore
 
 from partitioner.errors import CommunicationError, PlanError, RankLost
 from partitioner.mesh import AXES, Mesh
 from runtime.agreement import FINGERPRINT_BYTES, Call, check_agreement
 from runtime.communicator import require_axis, require_op, require_piece
+from runtime.device_watch import DeviceWatch
+from runtime.meeting import meet_at_store, watched
 from runtime.notices import Notices
 from runtime.ops.collectives import all_gather, all_reduce
+from runtime.peers import Peers
 from runtime.shared_memory import Disconnected, SharedMemory, Unavailable
 
 __all__ = ["ProcessGroups", "Sharing"]
@@ -69,8 +72,7 @@ class ProcessGroups:
         timeout_s: float = 60.0,
         check: bool = False,
         shared_memory: Sharing = "auto",
-        store: Store | None = None,
-        store_on_rank_0: bool = False,
+        peers: Peers | None = None,
     ) -> None:
         _require_sharing(shared_memory, device)
         self.mesh = mesh
@@ -79,7 +81,8 @@ class ProcessGroups:
         self.timeout_s = timeout_s
         self._always = check
         self._checking = check
-        self._notices = Notices(store, self.rank, hosted=store_on_rank_0)
+        self._peers = peers
+        self._notices = Notices(peers, self.rank, timeout_s=timeout_s)
         self._owned = False
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._shared: dict[tuple[int, ...], SharedMemory] = {}
@@ -91,10 +94,15 @@ class ProcessGroups:
         for axis in AXES:
             ranks = mesh.group((axis,), self.rank)
             if len(ranks) > 1 and ranks not in self._groups:
-                self._groups[ranks] = dist.new_group(
-                    list(ranks), timeout=timedelta(seconds=timeout_s), use_local_synchronization=True
+                self._groups[ranks] = group = dist.new_group(
+                    list(ranks), timeout=_group_timeout(timeout_s, device), use_local_synchronization=True
                 )
+                if device.type == "cuda":
+                    # NCCL connects at the first use: here, where a lost rank is noticed
+                    dist.all_reduce(torch.zeros(1, device=device), group=group)
+                    torch.cuda.synchronize(device)
                 self.transports[axis] = self._share(ranks, axis, shared_memory)
+        self._watch = DeviceWatch(device, peers, timeout_s) if peers and device.type == "cuda" else None
 
     @classmethod
     def connect(
@@ -119,35 +127,32 @@ class ProcessGroups:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         _require_sharing(shared_memory, device)
-        timeout = timedelta(seconds=timeout_s)
+        rank = int(os.environ["RANK"])
         # the launcher's store outlives our groups: without a number, a second meeting would find the first's addresses
         meeting = next(_MEETINGS)
-        try:
-            store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        peers = None
+
+        def join() -> ProcessGroups:
+            # which device is the current one is known to each thread for itself
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 store=PrefixStore(f"groups/{meeting}", store),
                 rank=rank,
                 world_size=world_size,
-                timeout=timeout,
+                timeout=_group_timeout(timeout_s, device),
             )
-        except RuntimeError as error:
-            raise RankLost(
-                f"rank {os.environ['RANK']} could not meet the others within {timeout_s:g} s: {error}"
-            ) from error
+            return cls(mesh, device=device, timeout_s=timeout_s, check=check, shared_memory=shared_memory, peers=peers)
+
         try:
-            self = cls(
-                mesh,
-                device=device,
-                timeout_s=timeout_s,
-                check=check,
-                shared_memory=shared_memory,
-                store=PrefixStore(f"notices/{meeting}", store),
-                store_on_rank_0=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-            )
-        except BaseException:
-            dist.destroy_process_group()
-            raise
+            host = os.environ["MASTER_ADDR"]
+            store = meet_at_store(rank, timeout_s=timeout_s)
+            meet = functools.partial(Peers.meet, PrefixStore(f"peers/{meeting}", store), host, rank, world_size)
+            peers = watched(functools.partial(meet, timeout_s=timeout_s), timeout_s=timeout_s)
+            self = watched(join, peers=peers, timeout_s=timeout_s)
+        except BaseException as error:
+            raise _start_failed(error, peers, rank, timeout_s) from error
         self._owned = True
         return self
 
@@ -180,11 +185,15 @@ class ProcessGroups:
                 run = shared.all_gather(call, **options)
             gather = shared.all_gather(Call(self.rank, node, "comparison", axis), dim=0)
 
+        watch = self._watch
+
         def collective(x: Tensor) -> Tensor:
             try:
                 if self._checking:
                     require_piece(x, options, coordinate, node=node, rank=self.rank)
                     self._compare(call.on(x), gather)
+                if watch is not None and (cause := watch.cause()) is not None:
+                    raise Disconnected(f"connection lost: {cause}")
                 return run(x)
             except RuntimeError as error:
                 if not (isinstance(error, Disconnected) or _BROKEN.search(str(error))):
@@ -223,9 +232,7 @@ class ProcessGroups:
                 _log.log(level, "the ranks along %r talk over gloo, not through shared memory: %s", axis, reason)
             return f"gloo: {reason}"
         except RuntimeError as error:
-            raise RankLost(
-                f"rank {self.rank}: another rank along {axis!r} was lost while connecting: {error}"
-            ) from error
+            raise self._notices.conclude(f"rank {self.rank}: connecting along {axis!r}", ranks, error) from error
         if shared.build_s:
             _log.info("compiled what ranks need to talk through shared memory in %.1f s", shared.build_s)
         self._shared[ranks] = shared
@@ -245,14 +252,25 @@ class ProcessGroups:
             self._notices.failed(error)
 
     def barrier(self) -> None:
-        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        try:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        except RuntimeError as error:
+            if not _BROKEN.search(str(error)):
+                raise
+            everyone = range(self.mesh.world_size)
+            raise self._notices.conclude(f"rank {self.rank}: barrier", everyone, error) from error
 
     def close(self) -> None:
+        """May be called again. CUDA graphs with collectives in them must be gone before."""
         for shared in self._shared.values():
             shared.close()
         if self._owned and dist.is_initialized():
-            dist.destroy_process_group()
+            _leave_groups(abort=self._watch is not None and self._watch.cause() is not None)
             self._owned = False
+        if self._watch is not None:
+            self._watch.close()
+        if self._peers is not None:
+            self._peers.close()
 
 
 def _require_sharing(wanted: Sharing, device: torch.device) -> None:
@@ -260,6 +278,36 @@ def _require_sharing(wanted: Sharing, device: torch.device) -> None:
         raise CommunicationError(f"shared_memory must be one of {', '.join(get_args(Sharing))}; got {wanted!r}")
     if wanted == "on" and device.type != "cpu":
         raise CommunicationError(f'shared_memory="on" is for ranks on CPU, these are on {device}: leave it at "auto"')
+
+
+def _group_timeout(timeout_s: float, device: torch.device) -> timedelta:
+    # NCCL's watchdog ends the process without saying who is lost: DeviceWatch, which says it, comes first
+    return timedelta(seconds=timeout_s + (0.5 if device.type == "cuda" else 0))
+
+
+def _start_failed(error: BaseException, peers: Peers | None, rank: int, timeout_s: float) -> BaseException:
+    """What to raise for `error`, after the others have been told."""
+    if peers is None:
+        if isinstance(error, (RankLost, RuntimeError)):
+            return RankLost(f"rank {rank} could not meet the others within {timeout_s:g} s: {error}")
+        return error
+    notices = Notices(peers, rank, timeout_s=timeout_s)
+    if isinstance(error, RuntimeError):
+        error = notices.conclude(f"rank {rank}: joining the others", range(peers.num_ranks), error)
+    elif not isinstance(error, CommunicationError):
+        notices.failed(error)
+    if dist.is_initialized():
+        _leave_groups(abort=dist.get_backend() == "nccl")
+    peers.close()
+    return error
+
+
+def _leave_groups(*, abort: bool) -> None:
+    if abort:
+        # destroying would wait for kernels that wait for the lost rank
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def _wrong_world(world_size: int, mesh: Mesh) -> PlanError:

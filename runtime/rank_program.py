@@ -15,9 +15,11 @@ Weights are described, never held: the device, the dtype's storage and the sourc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -25,7 +27,10 @@ from torch import Tensor, fx
 from partitioner.layout import IndexSet
 from partitioner.mesh import Mesh
 
-__all__ = ["Block", "Bound", "Made", "Piece", "RankProgram", "RunInput", "StateShard", "WeightShard"]
+if TYPE_CHECKING:
+    from runtime.weights import WeightSource
+
+__all__ = ["Block", "Bound", "Made", "Piece", "RankProgram", "RunInput", "StateShard", "WeightShard", "at", "extents"]
 
 Block = tuple[tuple[int, int], ...]
 """A half-open range per dim."""
@@ -33,11 +38,27 @@ Block = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Piece:
-    """`local[destination] = tensor[source]`."""
+    """`local[destination] = tensor[source]`; with strides, a rearrangement of elements that lie in `tensor[source]`.
+
+    A checkpoint may store a weight in another order: transposed, interleaved, one tensor per expert. Element
+    `[i, j, ...]` of the destination block is then number `offset + i * strides[0] + j * strides[1] + ...` of the
+    tensor, counted in row-major order. Without strides, both blocks have the same extents but for those of 1.
+    """
 
     tensor: str
     source: Block
     destination: Block
+    offset: int = 0
+    strides: tuple[int, ...] | None = None
+
+
+def extents(block: Block) -> tuple[int, ...]:
+    return tuple(stop - start for start, stop in block)
+
+
+def at(block: Block) -> tuple[slice, ...]:
+    """`tensor[at(block)]`; () is the whole of a scalar."""
+    return tuple(slice(*ends) for ends in block)
 
 
 @dataclass(frozen=True)
@@ -55,7 +76,9 @@ class Made:
 class WeightShard:
     """One weight of a rank; `indices[d]` are the indices of dim d that the rank holds, None for all of them.
 
-    source: "checkpoint", "computed" (a buffer absent from checkpoints), "constant" or "made" (see `Made`).
+    source: "checkpoint", "computed" (a buffer absent from checkpoints), "constant" or "made" (see `Made`). pieces: where
+    its elements lie, in the tensors of the checkpoint where the program comes from one, in the model's own weight
+    otherwise.
     """
 
     name: str
@@ -67,10 +90,25 @@ class WeightShard:
     aliases: tuple[str, ...]
     pieces: tuple[Piece, ...]
     made: Made | None = None
+    digest: str | None = None
+    """SHA-256 of its bytes, row-major, where they must be these."""
 
     @property
     def is_whole(self) -> bool:
         return self.local_shape == self.global_shape
+
+    @property
+    def own_pieces(self) -> tuple[Piece, ...]:
+        """Where its elements lie in the model's own weight: one piece per run of indices that lie together."""
+        runs = []
+        for size, owned in zip(self.global_shape, self.indices, strict=True):
+            intervals = ((0, size),) if owned is None else owned.intervals
+            ends = itertools.accumulate((stop - start for start, stop in intervals), initial=0)
+            runs.append(list(zip(intervals, itertools.pairwise(ends), strict=True)))
+        return tuple(
+            Piece(self.name, tuple(source for source, _ in block), tuple(destination for _, destination in block))
+            for block in itertools.product(*runs)
+        )
 
     @property
     def bytes(self) -> int:
@@ -137,6 +175,8 @@ class RankProgram:
     """Size of the result's last dim, whole."""
     vocabulary: tuple[IndexSet, ...] | None = None
     """Which indices of the result's last dim each rank along "tp" holds; None: all of them."""
+    source: WeightSource | None = field(default=None, repr=False, compare=False)
+    """Where the weights are read from; None: `values` holds them."""
     limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     """By name of a dim: the smallest and the largest size that the graph is right for, where not all are."""
 

@@ -1,6 +1,7 @@
 """Loading: the slices of the weights that one rank holds, as tensors of their own.
 
-    source   a mapping of whole tensors by name (a state_dict), or a callable (name, block) -> that block of the tensor
+    source   a mapping of whole tensors by name (a state_dict), a callable (name, block) -> that block of the tensor,
+             or a Reader of a checkpoint's files
 
 A slice of a tensor keeps the whole of it in memory, so slices are copied; a weight that the rank needs whole is shared.
 """
@@ -14,18 +15,37 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import WeightError
-from runtime.rank_program import Block, WeightShard
+from runtime.rank_program import Block, WeightShard, at, extents
+from runtime.reading import Reader
 
 __all__ = ["WeightSource", "load_weights"]
 
-WeightSource = Mapping[str, Tensor] | Callable[[str, Block], Tensor]
+WeightSource = Mapping[str, Tensor] | Callable[[str, Block], Tensor] | Reader
 
 
 def load_weights(
-    weights: Sequence[WeightShard], values: Mapping[str, Tensor], source: WeightSource | None, device: torch.device
+    weights: Sequence[WeightShard],
+    values: Mapping[str, Tensor],
+    source: WeightSource | None,
+    device: torch.device,
+    *,
+    progress: bool = False,
 ) -> list[Tensor]:
-    """One tensor per weight, from `source`; None: from `values`, the data that the program came with."""
-    return [_load(weight, values, source, device) for weight in weights]
+    """One tensor per weight, from `source`; None: from `values`, the data that the program came with.
+
+    `progress`: a Reader says on a terminal how far it is.
+    """
+    found: dict[WeightShard, Tensor] = {}
+    if isinstance(source, Reader):
+        stored = [weight for weight in weights if weight.made is None and not _is_known(weight, values)]
+        found = dict(zip(stored, source.load(stored, device, progress=progress), strict=True))
+    return [found[weight] if weight in found else _load(weight, values, source, device) for weight in weights]
+
+
+def _is_known(weight: WeightShard, values: Mapping[str, Tensor]) -> bool:
+    """Whether no source is asked: no checkpoint holds it, and its data came with the program."""
+    known = _find(values, weight)
+    return weight.source != "checkpoint" and known is not None and not known.is_meta
 
 
 def _load(
@@ -33,14 +53,14 @@ def _load(
 ) -> Tensor:
     if weight.made is not None:
         return _make(weight, values, source, device)
-    known = _find(values, weight)
-    has_data = known is not None and not known.is_meta
-    if callable(source) and (weight.source == "checkpoint" or not has_data):
+    if callable(source) and not _is_known(weight, values):
         return _assemble(weight, source, device)
-    found = None if source is None or callable(source) else _find(source, weight)
+    known = _find(values, weight)
+    found = _find(source, weight) if isinstance(source, Mapping) else None
+    has_data = known is not None and not known.is_meta
     whole = found if found is not None else known if has_data or source is None else None
     if whole is None:
-        raise WeightError(_missing(weight, () if source is None or callable(source) else source))
+        raise WeightError(_missing(weight, source if isinstance(source, Mapping) else ()))
     if tuple(whole.shape) != weight.global_shape:
         raise WeightError(
             f"weight {weight.name!r} must have the shape {list(weight.global_shape)}, got {list(whole.shape)}"
@@ -48,7 +68,7 @@ def _load(
     _require_data(weight, whole)
     if weight.is_whole:
         return whole.detach().to(device)
-    return _assemble(weight, lambda _, block: whole[tuple(slice(*ends) for ends in block)], device)
+    return _assemble(weight, lambda _, block: whole[at(block)], device)
 
 
 def _make(
@@ -58,7 +78,7 @@ def _make(
     assert weight.made is not None
     of = weight.made.of
     with torch.no_grad():
-        whole = weight.made.make(_load(of, values, source, device))
+        whole = weight.made.make(load_weights([of], values, source, device)[0])
     if tuple(whole.shape) != weight.global_shape or whole.dtype != weight.dtype:
         raise WeightError(
             f"weight {weight.name!r} must be {weight.dtype} {list(weight.global_shape)}; what "
@@ -66,19 +86,19 @@ def _make(
         )
     if weight.is_whole:
         return whole
-    return _assemble(weight, lambda _, block: whole[tuple(slice(*ends) for ends in block)], device)
+    return _assemble(weight, lambda _, block: whole[at(block)], device)
 
 
 def _assemble(weight: WeightShard, read: Callable[[str, Block], Tensor], device: torch.device) -> Tensor:
     local = torch.empty(weight.local_shape, dtype=weight.dtype, device=device)
-    for piece in weight.pieces:
+    # by the model's own names: those of a checkpoint may differ
+    for piece in weight.own_pieces:
         block = read(piece.tensor, piece.source).detach()
-        required = [stop - start for start, stop in piece.source]
+        required = list(extents(piece.source))
         if list(block.shape) != required:
             raise WeightError(f"block {piece.source} of {piece.tensor!r} must be {required}, got {list(block.shape)}")
         _require_data(weight, block)
-        # () is the whole of a scalar
-        local[tuple(slice(*ends) for ends in piece.destination)] = block
+        local[at(piece.destination)] = block
     return local
 
 

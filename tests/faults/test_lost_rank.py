@@ -67,10 +67,10 @@ def run_without_launcher(fault: str, num_ranks: int, pids: Path, sharing: str) -
 @pytest.mark.parametrize(
     ("fault", "num_ranks", "victim", "message"),
     [
-        ("kill", 3, 1, "RankLost: rank 1 lost: it broke the connection and is silent"),
-        ("kill-host", 2, 0, "RankLost: rank 0 is lost: neither it nor the store that it hosts answers"),
+        ("kill", 3, 1, "RankLost: rank 1 lost: its process ended"),
+        ("kill-host", 2, 0, "RankLost: rank 0 lost: its process ended"),
         ("raise", 2, 1, "RankLost: rank 1 failed: ValueError: a fault of its own"),
-        ("hang", 2, 1, "RankLost: rank 1 did not answer before the deadline"),
+        ("hang", 2, 1, "RankLost: rank 1 did not answer within 3 s; its process is alive"),
     ],
 )
 def test_the_others_say_who_is_lost(

@@ -1,0 +1,104 @@
+"""The files of a bundle: written whole or not at all, read only as what they are said to be.
+
+A name is a path within the folder; each part of it is opened without following links. A file must be a plain one, of
+the size that is recorded, with the digest that is recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from partitioner.errors import BundleError
+
+__all__ = ["NAME", "Folder", "digest_of", "writing"]
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,120}(/[A-Za-z0-9_][A-Za-z0-9_.\-]{0,120}){0,3}")
+LARGEST_TEXT = 2**30
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a named pipe must not make us wait
+
+
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `target` when all has gone well, and vanishes when not."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BundleError(f"{target} exists and is not an empty folder: name another one, or remove it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class Folder:
+    """A bundle's folder, for reading."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise BundleError(f"{self.path} is no folder")
+
+    def check(self, name: str, *, bytes: int) -> Path:
+        """The path of a plain file within the folder, of that size."""
+        descriptor = self._open(name)
+        try:
+            self._require_size(name, descriptor, bytes)
+        finally:
+            os.close(descriptor)
+        return self.path / name
+
+    def read(self, name: str, *, bytes: int | None = None, digest: str | None = None) -> bytes:
+        descriptor = self._open(name)
+        with os.fdopen(descriptor, "rb") as file:
+            size = self._require_size(name, descriptor, bytes)
+            if size > LARGEST_TEXT:
+                raise BundleError(f"{self.path / name} is too large: {size} bytes")
+            content = file.read(size + 1)
+        if digest is not None and digest_of(content) != digest:
+            raise BundleError(
+                f"{self.path / name} is damaged or was altered: its SHA-256 is {digest_of(content)}, recorded is {digest}"
+            )
+        return content
+
+    def _open(self, name: str) -> int:
+        """A descriptor of a plain file, no part of whose path is a link."""
+        if not NAME.fullmatch(name) or ".." in name:
+            raise BundleError(f"{name[:100]!r} is no name that a file of a bundle can have")
+        *folders, last = name.split("/")
+        at = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+        try:
+            for part in folders:
+                within = os.open(part, _FLAGS | os.O_DIRECTORY, dir_fd=at)
+                os.close(at)
+                at = within
+            found = os.open(last, _FLAGS, dir_fd=at)
+        except OSError as error:
+            reason = "it is missing" if isinstance(error, FileNotFoundError) else f"{error.strerror} (a link, say)"
+            raise BundleError(f"cannot open {name!r} of the bundle {self.path}: {reason}") from None
+        finally:
+            os.close(at)
+        if not stat.S_ISREG(os.fstat(found).st_mode):
+            os.close(found)
+            raise BundleError(f"{name!r} of the bundle {self.path} is no plain file")
+        return found
+
+    def _require_size(self, name: str, descriptor: int, recorded: int | None) -> int:
+        size = os.fstat(descriptor).st_size
+        if recorded is not None and size != recorded:
+            how = "cut short" if size < recorded else "longer than it should be"
+            raise BundleError(f"{self.path / name} is {how}: it has {size} bytes, recorded are {recorded}")
+        return size

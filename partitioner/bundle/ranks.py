@@ -1,0 +1,230 @@
+"""One rank as data: its programs, its integers, and a description of its weights; the graphs are files of their own.
+
+    {"coordinates": {..}, "weights": [..], "text": {..}, "generation": {..} or null}
+
+A weight says which indices of which tensor it holds, so that a bundle can be split anew without the original, and has a
+digest of its bytes, which is checked whenever they are read.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from partitioner.bundle.reading import DOTTED, DTYPES, IDENTIFIER, Record, dtype_name, whole_number
+from partitioner.layout import IndexSet
+from partitioner.mesh import Mesh
+from runtime.rank_program import Bound, Piece, RankProgram, RunInput, StateShard, WeightShard
+
+__all__ = ["Stored", "program_data", "read_program", "read_weight", "weight_data"]
+
+Data = dict[str, Any]
+_DEFAULTS = {name: name for name in ("required", "arange", "ones", "zeros")}
+_SOURCES = {name: name for name in ("checkpoint", "computed", "constant")}
+_MOST_DIMS = 16
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight of a rank, where its bytes lie (a file and the name in it), and their digest."""
+
+    shard: WeightShard
+    file: str
+    key: str
+    digest: str
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def weight_data(stored: Stored) -> Data:
+    shard = stored.shard
+    return {
+        "name": shard.name,
+        "dtype": dtype_name(shard.dtype),
+        "global_shape": list(shard.global_shape),
+        "indices": [None if own is None else [list(ends) for ends in own.intervals] for own in shard.indices],
+        "source": shard.source,
+        "aliases": list(shard.aliases),
+        "file": stored.file,
+        "key": stored.key,
+        "sha256": stored.digest,
+    }
+
+
+def read_weight(record: Record) -> Stored:
+    shape = record.integers("global_shape")
+    given = record.any("indices")
+    if not isinstance(given, list) or len(given) != len(shape) or len(shape) > _MOST_DIMS:
+        record.fail("indices", f"a list with one entry for each of the {len(shape)} dims")
+    indices = tuple(_indices(record, dim, size) for dim, size in enumerate(shape))
+    local = tuple(size if own is None else own.size for size, own in zip(shape, indices, strict=True))
+    key = record.text("key", longest=1000)
+    whole = tuple((0, size) for size in local)
+    digest = record.digest("sha256")
+    shard = WeightShard(
+        name=record.text("name", DOTTED, longest=1000),
+        dtype=record.one_of("dtype", DTYPES),
+        global_shape=shape,
+        local_shape=local,
+        indices=indices,
+        source=record.one_of("source", _SOURCES),
+        aliases=record.texts("aliases", DOTTED),
+        pieces=(Piece(key, whole, whole),),
+        digest=digest,
+    )
+    stored = Stored(shard, record.text("file", longest=200), key, digest)
+    record.done()
+    return stored
+
+
+def _indices(record: Record, dim: int, size: int) -> IndexSet | None:
+    if record.any("indices")[dim] is None:
+        return None
+    owned = record.intervals("indices", dim)
+    if owned and owned[-1][1] > size:
+        record.fail("indices", f"within the {size} indices of dim {dim}")
+    return IndexSet(owned)
+
+
+# -- programs ----------------------------------------------------------------------------------------------------------
+
+
+def program_data(program: RankProgram, *, graph: str, integers: Sequence[int], weights: Sequence[int]) -> Data:
+    """`graph`: the digest of its text; `weights`: places in the rank's list of weights, in the program's order."""
+    return {
+        "graph": graph,
+        "integers": list(integers),
+        "weights": list(weights),
+        "inputs": [_input_data(given) for given in program.inputs],
+        "states": [
+            {
+                "name": state.name,
+                "shape": list(state.shape),
+                "dtype": dtype_name(state.dtype),
+                "sees": state.sees,
+                "per_token": state.per_token,
+            }
+            for state in program.states
+        ],
+        "eos_token_id": list(program.eos_token_id),
+        "vocab_size": program.vocab_size,
+        "vocabulary": None
+        if program.vocabulary is None
+        else [[list(ends) for ends in own.intervals] for own in program.vocabulary],
+        "limits": {name: list(limit) for name, limit in program.limits.items()},
+    }
+
+
+def _input_data(given: RunInput) -> Data:
+    bound = given.bound
+    return {
+        "name": given.name,
+        "dtype": dtype_name(given.dtype),
+        "shape": list(given.shape),
+        "default": given.default,
+        "bound": None
+        if bound is None
+        else {"low": bound.low, "high": bound.high, "rows": bound.rows, "table": bound.table},
+    }
+
+
+def read_program(
+    record: Record,
+    *,
+    mesh: Mesh,
+    coordinates: Mapping[str, int],
+    weights: Sequence[WeightShard],
+    read_graph: Callable[..., fx.Graph],
+    read_weight: Callable[[str, Any], Tensor],
+) -> RankProgram:
+    """`read_graph(digest, integers=, inputs=, weights=)` builds a graph of the bundle, when it is asked for."""
+    digest, integers = record.digest("graph"), record.integers("integers", low=-(2**62))
+    mine = tuple(weights[place] for place in record.integers("weights", high=len(weights) - 1))
+    inputs = tuple(map(_read_input, record.records("inputs")))
+    for what, names in (("inputs", [x.name for x in inputs]), ("weights", [w.name for w in mine])):
+        if len(set(names)) != len(names):
+            record.fail(what, "of different names")
+    program = RankProgram(
+        build_graph=functools.partial(
+            read_graph, digest, integers=integers, inputs=[x.name for x in inputs], weights=[w.name for w in mine]
+        ),
+        mesh=mesh,
+        coordinates=coordinates,
+        weights=mine,
+        inputs=inputs,
+        eos_token_id=record.integers("eos_token_id"),
+        states=tuple(map(_read_state, record.records("states"))),
+        vocab_size=record.integer("vocab_size", high=2**31),
+        vocabulary=_read_vocabulary(record, mesh),
+        limits=_read_limits(record.record("limits")),
+        read=read_weight,
+    )
+    record.done()
+    return program
+
+
+def _read_input(record: Record) -> RunInput:
+    shape = record.any("shape")
+    if not isinstance(shape, list) or len(shape) > _MOST_DIMS:
+        record.fail("shape", "a list of dims")
+    for dim in shape:
+        named = isinstance(dim, str) and IDENTIFIER.fullmatch(dim)
+        if not named and not whole_number(dim, high=2**31):
+            record.fail("shape", "of whole numbers and plain names")
+    found = RunInput(
+        record.text("name", IDENTIFIER),
+        record.one_of("dtype", DTYPES),
+        tuple(shape),
+        record.one_of("default", _DEFAULTS),
+        record.maybe("bound", lambda name: _read_bound(record.record(name))),
+    )
+    record.done()
+    return found
+
+
+def _read_bound(record: Record) -> Bound:
+    low, high = record.integer("low", low=-(2**62)), record.integer("high", low=-(2**62))
+    bound = Bound(low, high, record.integer("rows"), record.text("table", DOTTED, longest=1000))
+    record.done()
+    return bound
+
+
+def _read_state(record: Record) -> StateShard:
+    state = StateShard(
+        record.text("name", DOTTED, longest=1000),
+        record.integers("shape", high=2**31),
+        record.one_of("dtype", DTYPES),
+        record.maybe("sees", functools.partial(record.integer, low=1)),
+        record.flag("per_token"),
+    )
+    if state.bytes > 2**40:
+        record.fail("shape", "of less than a terabyte")
+    record.done()
+    return state
+
+
+def _read_vocabulary(record: Record, mesh: Mesh) -> tuple[IndexSet, ...] | None:
+    given = record.any("vocabulary")
+    if given is None:
+        return None
+    if not isinstance(given, list) or len(given) != mesh.size("tp"):
+        record.fail("vocabulary", f"a list with one entry for each of the {mesh.size('tp')} ranks along tp")
+    return tuple(IndexSet(record.intervals("vocabulary", index)) for index in range(len(given)))
+
+
+def _read_limits(record: Record) -> dict[str, tuple[int, int | None]]:
+    found: dict[str, tuple[int, int | None]] = {}
+    for name in record.fields():
+        ends = record.any(name)
+        if not isinstance(ends, list) or len(ends) != 2 or not IDENTIFIER.fullmatch(name):
+            record.fail(name, "the smallest and the largest size")
+        low, high = ends
+        if not whole_number(low) or not (high is None or whole_number(high, low=low)):
+            record.fail(name, "the smallest and the largest size, or null for no limit")
+        found[name] = (low, high)
+    return found

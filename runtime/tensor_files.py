@@ -1,0 +1,135 @@
+"""The safetensors files of a checkpoint folder: which tensors they hold, and where.
+
+    files = TensorFiles("checkpoint/")     reads the headers only
+    files.entries["model.norm.weight"]     Entry: file, dtype, shape, where its bytes start
+
+A file is 8 bytes with the header's length, the header (JSON) and the tensors' bytes, without gaps and row-major
+(https://github.com/huggingface/safetensors#format). What a header says is checked before it is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from partitioner.errors import WeightError
+
+__all__ = ["INDEX", "SINGLE", "Entry", "TensorFiles"]
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+_LONGEST_HEADER = 100_000_000
+"""As in safetensors itself."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: its bytes are those of `file` from `start` on."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorFiles:
+    """See the module's docstring."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.entries: dict[str, Entry] = {}
+        single, index = self.folder / SINGLE, self.folder / INDEX
+        if single.is_file():  # before the index, as in transformers
+            self._add(single)
+        elif index.is_file():
+            self._add_indexed(index)
+        else:
+            raise WeightError(f"{self.folder} holds no weights: required is {SINGLE} or {INDEX}")
+
+    def _add_indexed(self, index: Path) -> None:
+        listed = _json(index, index.read_bytes())
+        places = listed.get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise WeightError(f"{index} must have a 'weight_map' from the names of tensors to those of files")
+        for name in dict.fromkeys(places.values()):
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or "\\" in name or not name.endswith(".safetensors"):
+                raise WeightError(f"{index} names the file {name!r}: required is a .safetensors file within the folder")
+            if not (self.folder / name).is_file():
+                some = next(tensor for tensor, file in places.items() if file == name)
+                raise WeightError(
+                    f"{self.folder} lacks the file {name!r}, which should hold {some!r}, says {index.name}"
+                )
+            self._add(self.folder / name)
+        for tensor, name in places.items():
+            if tensor not in self.entries or self.entries[tensor].file != self.folder / name:
+                raise WeightError(f"{self.folder / name} does not hold {tensor!r}, although {index.name} says so")
+
+    def _add(self, file: Path) -> None:
+        for entry in _entries(file):
+            if entry.name in self.entries:
+                raise WeightError(f"{entry.name!r} is in two files: {self.entries[entry.name].file} and {file}")
+            self.entries[entry.name] = entry
+
+
+def _entries(file: Path) -> list[Entry]:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+            raise WeightError(f"{file} is cut short or no safetensors file: {size} bytes cannot hold its header")
+        header = _json(file, opened.read(length))
+    header.pop("__metadata__", None)
+    base = 8 + length
+    return [_entry(file, base, size, name, fields) for name, fields in header.items()]
+
+
+def _entry(file: Path, base: int, size: int, name: str, fields: Any) -> Entry:
+    try:
+        kind, shape, (start, stop) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise WeightError(f"{file}: the header's entry for {name!r} has no dtype, shape and data_offsets") from error
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, start, stop)):
+        raise WeightError(f"{file}: the shape and the offsets of {name!r} must be whole numbers, got {fields}")
+    if kind not in _DTYPES:
+        raise WeightError(f"{file}: {name!r} has the dtype {kind}; those that can be loaded are {', '.join(_DTYPES)}")
+    entry = Entry(name, file, _DTYPES[kind], shape, base + start)
+    if stop - start != entry.bytes:
+        raise WeightError(f"{file}: {name!r} of shape {list(shape)} and dtype {kind} cannot have {stop - start} bytes")
+    if base + stop > size:
+        raise WeightError(f"{file} is cut short: {name!r} ends at byte {base + stop}, the file at {size}")
+    return entry
+
+
+def _json(file: Path, text: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise WeightError(f"{file} is damaged: its header is no JSON ({error})") from error
+    if not isinstance(found, Mapping):
+        raise WeightError(f"{file} is damaged: its header must be a JSON object")
+    return dict(found)

@@ -1,0 +1,85 @@
+"""`partitioner run`: what it writes and where, chat templates, the cache's size."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from partitioner.cli import app
+
+TEMPLATE = (
+    "{% for message in messages %}{% if message['content'] == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}"
+    "def {{ message['role'] }}():\n    # {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}    return{% endif %}"
+)
+QUESTIONS = ("the number of items", "a list of strings, sorted")
+
+
+def run(*arguments: str, code: int = 0) -> tuple[str, str]:
+    result = CliRunner().invoke(app, ["run", *arguments, "--max-new-tokens", "6"])
+    assert result.exit_code == code, result.output
+    return result.stdout, result.stderr
+
+
+@pytest.fixture
+def chatting(embedded_folder: Path, tmp_path: Path) -> str:
+    """The embedded model, with a chat template."""
+    folder = shutil.copytree(embedded_folder, tmp_path / "chatting")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return str(folder)
+
+
+def answer(folder: str, question: str) -> str:
+    """What transformers says after a question in the template."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    text = f"def user():\n    # {question}\n    return"
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    found = model.generate(ids, max_new_tokens=6, do_sample=False)
+    said = tokenizer.decode(found[0], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(said[len(text) :])
+
+
+def test_the_prompt_and_what_follows_it_are_written_once() -> None:
+    out, error = run("--prompt", "Return a list of")
+    assert out == "Return a list of strings.\n\nThere\n"
+    assert "6 tokens, the first after" in error
+
+
+def test_a_chat_writes_the_answer_to_what_the_template_makes_of_the_question(chatting: str) -> None:
+    out, _ = run(chatting, "--chat", "--prompt", QUESTIONS[0])
+    assert out == answer(chatting, QUESTIONS[0]) + "\n"
+
+
+def test_several_questions_are_written_with_their_answers(chatting: str) -> None:
+    out, _ = run(chatting, "--chat", "--prompt", QUESTIONS[0], "--prompt", QUESTIONS[1], "--tp", "2", "--simulate")
+    assert out == "".join(f"{question}\n{answer(chatting, question)}\n\n" for question in QUESTIONS)
+
+
+@pytest.mark.parametrize("more", [(), ("--tp", "2")])
+def test_a_tokenizer_without_a_template_is_refused_before_anything_is_started(more: tuple[str, ...]) -> None:
+    out, error = run("--chat", "--prompt", "x", *more, code=2)
+    assert out == ""
+    assert "has no chat template: leave --chat out, or put" in " ".join(error.split())
+    assert "loaded" not in error
+
+
+def test_what_a_template_refuses_is_one_line(chatting: str) -> None:
+    _, error = run(chatting, "--chat", "--prompt", "bad", code=2)
+    assert "refuses 'bad': no bad words" in " ".join(error.split())
+
+
+def test_it_says_how_many_tokens_fit() -> None:
+    _, error = run("--prompt", "Return a list of", "--cache-memory", "200 KB")
+    assert "cache: 97 tokens fit in 200 KB\n" in error
+    _, error = run("--prompt", "Return a list of", "--prompt", "A", "--cache-memory", "200 KB")
+    assert "cache: 48 tokens in each of 2 sequences fit in 200 KB\n" in error
+    _, error = run("--prompt", "Return a list of", "--cache-memory", "9 KB", code=2)
+    assert "does not fit: 4 tokens fit in 9 KB. Give" in " ".join(error.split())
+    _, error = run("--prompt", "x", "--cache-memory", "some", code=2)
+    assert "an amount of memory is" in error
