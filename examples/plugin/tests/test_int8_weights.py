@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,6 +87,13 @@ def test_weights_that_come_later_are_the_ones_rounded() -> None:
     parts = partition(model, Plan(tp=2, passes=[Int8Weights()]))
     simulator = Simulator([parts.rank(rank) for rank in range(2)], weights=other.state_dict())
     assert error(simulator(input_ids=IDS)[0], logits(rounded(other))) < 1e-10
+
+
+def test_codes_are_made_of_what_ranks_read_from_files(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    parts = partition(str(tmp_path), Plan(tp=2, passes=[Int8Weights()]))
+    assert error(parts.simulate(input_ids=IDS), logits(rounded(model))) < 1e-10
 
 
 def test_a_glob_that_selects_nothing() -> None:
