@@ -19,6 +19,7 @@ from partitioner.mesh import Mesh
 from runtime.engine import Engine
 from runtime.launch import launch
 from runtime.ops.collectives import all_reduce
+from runtime.profile import Recording
 from runtime.rank_program import RankProgram
 from runtime.rendezvous import Rendezvous
 from runtime.simulate import Simulator
@@ -220,7 +221,7 @@ def test_what_is_not_profiled_runs_the_plain_function(monkeypatch: pytest.Monkey
 @pytest.mark.processes
 def test_two_processes(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config, tmp_path: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
-    launch(["tests.runtime.profiled_rank", str(tmp_path)], num_ranks=2, timeout_s=240)
+    launch(["tests.runtime.profiled_rank", str(tmp_path), "cpu", "on", "off"], num_ranks=2, timeout_s=240)
     for sharing in ("on", "off"):
         saved = [(tmp_path / f"{sharing}-{rank}.json").read_text() for rank in range(2)]
         assert saved[0] == saved[1], "both ranks have the whole trace"
@@ -249,3 +250,32 @@ def test_on_cuda() -> None:
     assert row.compute + row.recording > 0.9 * row.steps, row
     memory = [e["args"]["allocated"] for e in events if e["ph"] == "C"]
     assert max(memory) >= torch.cuda.memory_allocated() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.processes
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_two_processes_over_nccl(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
+    launch(["tests.runtime.profiled_rank", str(tmp_path), "cuda", "auto"], num_ranks=2, timeout_s=240)
+    assert (tmp_path / "auto-0.json").read_text() == (tmp_path / "auto-1.json").read_text()
+
+
+class FakeEvent:
+    """An event on a stream whose clock counts milliseconds from a beginning of its own."""
+
+    def __init__(self, at_ms: float) -> None:
+        self.at_ms = at_ms
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: FakeEvent) -> float:
+        return later.at_ms - self.at_ms
+
+
+def test_events_of_a_stream_are_put_on_the_host_s_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    recording = Recording(parts(1).rank(0), torch.device("cuda"))
+    monkeypatch.setattr(recording, "now", lambda: FakeEvent(50.0))
+    monkeypatch.setattr("runtime.profile.time.monotonic_ns", lambda: 10**9)
+    assert recording.times([FakeEvent(10.0), FakeEvent(49.5)]) == [10**9 - 40 * 10**6, 10**9 - 500_000]
