@@ -104,6 +104,7 @@ def run_command(
     ] = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="all ranks in this process, one thread each")] = False,
     timeout_s: Annotated[float, typer.Option("--timeout", help="seconds until the processes are stopped")] = 3600.0,
+    profile: Annotated[str, typer.Option(help="write what every rank did, node by node, to this file")] = "",
 ) -> None:
     """Write what follows a prompt, over one process per rank: of this machine, or those that torchrun started."""
     options = {
@@ -118,7 +119,7 @@ def run_command(
         "stop_strings": stop or [],
     }
     with _errors():
-        question = Question(model, tp, tuple(prompt), dtype, chat, cache_memory, options)
+        question = Question(model, tp, tuple(prompt), dtype, chat, cache_memory, options, profile)
         Settings.of({**options, "tokenizer": ...}, eos_token_id=())  # here once, rather than on every rank
         if is_rank():
             answer(question)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -40,7 +40,7 @@ class Plan:
 
     tp: int = 1
     keep_whole: tuple[str, ...] = ()
-    passes: tuple[Choice | tuple[str, Mapping[str, object]], ...] = ()
+    passes: Sequence[Choice | tuple[str, Mapping[str, object]]] = ()
 
     def __post_init__(self) -> None:
         given: Any = self.keep_whole
@@ -93,7 +93,7 @@ def _chosen(given: Any) -> Choice:
     )
 
 
-def _hashed(chosen: Any) -> Any:
+def _hashed(chosen: Choice) -> Choice:
     try:
         hash(chosen)
     except TypeError as error:

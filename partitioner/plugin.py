@@ -5,7 +5,7 @@
     add_made_weight(program, of, ..)     a weight that is made from another when a rank is loaded
     drop_unused_weights(program)         those that nothing reads any more
     weights_named(program, globs)        which weights a user means
-    check_rule(my_op, x, w)              whether the op does what its rule says, on numbers     (partitioner/prove_rule.py)
+    check_rule(my_op, x, w)              whether the op does what its rule says, on numbers
 
 The graph's own vocabulary (Program, Value, Layout, ...) is imported here as well, so that a plugin depends on this
 module and on nothing else of ours.
@@ -62,16 +62,18 @@ def layout_rule(*ops: Callable[..., object]) -> Callable[[Rule], Rule]:
 
     Once per op: what an op means cannot be changed by whoever is imported last.
     """
+    keys: list[object] = []
+    for op in ops:
+        if not callable(op):
+            raise PlanError(f"a layout rule is for functions; got {op!r}")
+        # the table's key is the op without its overload
+        key = op.overloadpacket if isinstance(op, torch._ops.OpOverload) else op
+        if key in RULES or key in MOVES or key in IDENTITIES or key in SPECIAL:
+            raise PlanError(f"the op {_name(key)} has a layout rule already: give yours to an op of your own")
+        keys.append(key)
 
     def register(rule: Rule) -> Rule:
-        for op in ops:
-            if not callable(op):
-                raise PlanError(f"a layout rule is for functions; got {op!r}")
-            # the table's key is the op without its overload
-            key = op.overloadpacket if isinstance(op, torch._ops.OpOverload) else op
-            if key in RULES or key in MOVES or key in IDENTITIES or key in SPECIAL:
-                raise PlanError(f"the op {_name(key)} has a layout rule already: give yours to an op of your own")
-            RULES[key] = rule
+        RULES.update(dict.fromkeys(keys, rule))
         return rule
 
     return register

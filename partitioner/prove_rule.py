@@ -30,7 +30,7 @@ _CLOSE = 1e-9
 
 
 def check_rule(op: Any, *args: Any, **kwargs: Any) -> Notation:
-    """Raises `LayoutError` where `op(*args, **kwargs)` does not do what its rule says; float64 operands, sizes above 1."""
+    """Raises `LayoutError` where `op(*args, **kwargs)` does not do what its rule says. Operands in float64."""
     trial = _Trial(op, args, kwargs)
     rule = trial.rule
     if rule.opaque:
@@ -95,8 +95,12 @@ class _Trial:
             parts.append(self._run_part(tensors, letter))
         for place, names in enumerate(rule.outputs):
             one, other = parts[0][place], parts[1][place]
+            if letter in names and letter in rule.sums:
+                raise LayoutError(f"{self.name}: the rule has {letter!r} in output {place} and says that it is summed")
             if letter in names:
-                together, how = torch.cat([one, other], names.index(letter)), "its parts put together"
+                if names.index(letter) >= one.dim() or one.dim() != other.dim():
+                    raise LayoutError(f"{self.name}: output {place} has {one.dim()} dims, the rule names {len(names)}")
+                together, how = _put_together(one, other, names.index(letter)), "its parts put together"
             elif letter in rule.sums:
                 together, how = one + other, "the sum of its parts"
             else:
@@ -144,3 +148,9 @@ class _Trial:
         gap = (found.double() - whole.double()).abs().max().item() / scale
         if not gap <= _CLOSE:
             raise LayoutError(f"{self.name}: {how} differs from the whole result by {gap:.1e}: the rule is wrong")
+
+
+def _put_together(one: Tensor, other: Tensor, dim: int) -> Tensor:
+    """Along `dim`; where the parts do not fit, one of them, whose shape then differs from the whole's."""
+    alike = [a == b for a, b in zip(one.shape, other.shape, strict=True)]
+    return torch.cat([one, other], dim) if all(alike[:dim] + alike[dim + 1 :]) else one

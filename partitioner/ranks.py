@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Unpack
 
@@ -28,6 +29,7 @@ from runtime.options import Options
 from runtime.rank_program import RankProgram
 from runtime.simulate import Simulator
 from runtime.task import Generated, Prompts, Step
+from runtime.trace import Trace
 from runtime.weights import WeightSource
 
 __all__ = ["Ranks", "same_on_all_ranks"]
@@ -98,6 +100,10 @@ class Ranks(ABC):
     ) -> Iterator[Step]:
         """The same, a step at a time; see `Engine.stream`."""
         return self._simulator.stream(lambda engine: engine.stream(prompts, attention_mask=attention_mask, **options))
+
+    def profile(self) -> AbstractContextManager[Trace]:
+        """`with ranks.profile() as trace:` records what all ranks do in this process; see docs/profiling.md."""
+        return self._simulator.profile()
 
     def reserve(self, size: CacheSize) -> Room:
         """Sets the caches of all ranks in this process aside; see `Engine.reserve`."""

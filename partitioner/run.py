@@ -9,11 +9,13 @@ The text goes to standard output, all else to standard error.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -46,9 +48,13 @@ class Question:
     cache_memory: str | None = None
     """The most that the cache may take on a rank, as in `runtime.memory`; None: all that is free."""
     options: dict[str, Any] = field(default_factory=dict)
+    profile: str = ""
+    """Where to write a trace of what every rank does; "": nowhere."""
 
     def __post_init__(self) -> None:
         dtype_named(self.dtype)
+        if self.profile and (not Path(self.profile).parent.is_dir() or Path(self.profile).is_dir()):
+            raise InputError(f"cannot write a trace to {self.profile!r}: give a file in a folder that exists")
         if self.cache_memory is not None:
             Amount.of(self.cache_memory)
         if not Path(self.model).is_dir():
@@ -89,13 +95,30 @@ def answer(question: Question) -> None:
     with Engine.connect(parts) as engine:
         _say(f"weights loaded in {time.perf_counter() - started:.1f} s")
         is_first = engine.program.rank == 0
-        _write(question, tokenizer, engine, sys.stdout if is_first else None)
+        with _profiled(question, engine, writes=is_first):
+            _write(question, tokenizer, engine, sys.stdout if is_first else None)
 
 
 def answer_here(question: Question) -> None:
     """All ranks in this process, one thread each."""
     parts, tokenizer = _load(question)
-    _write(question, tokenizer, parts, sys.stdout)
+    with _profiled(question, parts, writes=True):
+        _write(question, tokenizer, parts, sys.stdout)
+
+
+@contextlib.contextmanager
+def _profiled(question: Question, engine: Engine | Parts[Any], *, writes: bool) -> Iterator[None]:
+    if not question.profile:
+        yield
+        return
+    with engine.profile() as trace:
+        yield
+    if writes:
+        try:
+            trace.save(question.profile)
+        except OSError as error:
+            raise InputError(f"cannot write a trace to {question.profile!r}: {error}") from error
+        _say(f"{trace}\ntrace in {question.profile}: open it at https://ui.perfetto.dev")
 
 
 def _load(question: Question) -> tuple[Parts[Any], Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 from torch import fx
 
@@ -30,21 +32,26 @@ def fault(program: Program) -> str | None:
 
 
 def _fault(program: Program, node: fx.Node) -> str | None:
-    if node.op in ("output", "placeholder"):
+    if node.op == "output":
         return None
+    value = node.meta.get("val")
+    if node.op == "placeholder":
+        return None if isinstance(value, Value) else f"is an input without a value, got {value!r}"
     if node.op == "get_attr":
         known = str(node.target) in program.weights
         return None if known else f"reads the weight {node.target!r}, which program.weights does not describe"
     if node.op != "call_function":
         return f"is a {node.op}: calls are call_function, of an aten op or a function"
     absent: list[str] = []
-    fx.node.map_aggregate(
-        (node.args, node.kwargs),
-        lambda leaf: absent.append(leaf.name) if isinstance(leaf, Local) and leaf.name not in program.table else None,
-    )
+
+    def see(leaf: Any) -> Any:
+        if isinstance(leaf, Local) and leaf.name not in program.table:
+            absent.append(leaf.name)
+        return leaf
+
+    fx.node.map_aggregate((node.args, node.kwargs), see)
     if absent:
         return f"names the integer {absent[0]!r}, of which program.table has no row"
-    value = node.meta.get("val")
     of = value if isinstance(value, (tuple, list)) else (value,)
     if not of or not all(isinstance(each, (Value, int, sympy.Expr)) for each in of):
         return f'has no value: set node.meta["val"] to Value(shape, dtype), got {value!r}'

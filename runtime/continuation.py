@@ -9,7 +9,7 @@ rank does the same on the host and draws the same tokens, so nobody has to tell 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from runtime.cache_size import ANY_LENGTH, CacheSize, Room, slots_for, step_of
 from runtime.communicator import Communicator
 from runtime.decoder import Decoder, require_fixed_shapes
 from runtime.executable import Executable
+from runtime.profile import Profiler
 from runtime.rank_program import RankProgram
 from runtime.sampler import Sampler
 from runtime.sampling import Sampling
@@ -47,9 +48,11 @@ class Continuation:
         communicator: Communicator,
         device: torch.device,
         *,
+        profiler: Profiler,
         compile: bool = False,
         cuda_graph: bool = False,
     ) -> None:
+        self._profiler = profiler
         self.program, self.weights, self.communicator, self.device = program, weights, communicator, device
         if compile or cuda_graph:
             require_fixed_shapes(program, device, cuda_graph=cuda_graph)
@@ -79,12 +82,15 @@ class Continuation:
         requests = torch.tensor(settings.request_ids or list(range(len(texts))), device=self.device)
         sampler = Sampler(
             settings.sampling,
-            self.communicator,
+            self._profiler.watched(self.communicator),
             vocab_size=self.program.vocab_size,
             owned=self.program.vocabulary,
             device=self.device,
         )
-        choose = sampler.scored if settings.logprobs else lambda *given, **keys: (sampler(*given, **keys), None)
+        draw: Callable[..., tuple[Tensor, Tensor | None]] = (
+            sampler.scored if settings.logprobs else lambda *given, **keys: (sampler(*given, **keys), None)
+        )
+        choose = self._profiler.timed("sampling", draw)
         logits = self._prefill(texts, size)
         for count in range(1, settings.max_new_tokens + 1):
             history, lengths = self._history(texts, settings.sampling)
@@ -162,7 +168,9 @@ class Continuation:
         self.cache = Cache(
             self.program.states, max_batch=max_batch, max_length=max_length, step=step, device=self.device, slots=slots
         )
-        self._execute = Executable(self.program, self.weights, self.communicator, self.device, self.cache)
+        self._execute = Executable(
+            self.program, self.weights, self.communicator, self.device, self.cache, self._profiler
+        )
 
     def _decode(self, tokens: list[int], positions: list[int], going: tuple[bool, ...]) -> Tensor:
         if not self._compile and not self._cuda_graph:

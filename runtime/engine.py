@@ -9,6 +9,7 @@ The same engine runs a rank in a process of its own and in a thread of the simul
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -26,8 +27,10 @@ from runtime.executable import Executable
 from runtime.inputs import complete_inputs
 from runtime.options import Options
 from runtime.process_groups import ProcessGroups, Sharing
+from runtime.profile import Profiler
 from runtime.rank_program import RankProgram
 from runtime.task import Generated, Prompts, Step, Task
+from runtime.trace import Trace, from_all_ranks
 from runtime.weights import WeightSource, load_weights
 
 __all__ = ["Engine", "RankPrograms"]
@@ -74,7 +77,8 @@ class Engine:
         self.weights = load_weights(
             program.weights, program.values, self._source, self.device, progress=communicator.rank == 0
         )
-        self._run = Executable(program, self.weights, communicator, self.device)
+        self.profiler = Profiler(program, self.device)
+        self._run = Executable(program, self.weights, communicator, self.device, profiler=self.profiler)
         self._generation = generation
         self._decoding = {"compile": compile, "cuda_graph": cuda_graph}
 
@@ -166,7 +170,27 @@ class Engine:
         missing = [weight for weight in program.weights if weight not in mine]
         mine |= zip(missing, load_weights(missing, program.values, self._source, self.device), strict=True)
         weights = [mine[weight] for weight in program.weights]
-        return Continuation(program, weights, self.communicator, self.device, **self._decoding)
+        return Continuation(program, weights, self.communicator, self.device, profiler=self.profiler, **self._decoding)
+
+    @contextlib.contextmanager
+    def profile(self) -> Iterator[Trace]:
+        """Records what the ranks do in the block; every rank must enter it, and leaves it with the trace of all.
+
+        Raises InputError where decode steps are compiled or captured: those have no nodes to tell apart.
+        """
+        self.require_nodes()
+        self.profiler.start()
+        trace = Trace()
+        try:
+            yield trace
+        finally:
+            recorded = self.profiler.stop()
+        trace.complete(from_all_ranks(recorded, self.communicator, self.device))
+
+    def require_nodes(self) -> None:
+        used = [name for name, wanted in self._decoding.items() if wanted]
+        if used:
+            raise InputError(f"profiling runs node by node, and this engine was made with {used[0]}=True: leave it out")
 
     def close(self) -> None:
         self.communicator.close()

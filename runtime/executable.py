@@ -25,6 +25,7 @@ from runtime.communicator import Communicator
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import COLLECTIVES
 from runtime.ops.state import cache_append, state_read, state_write
+from runtime.profile import Profiled, Profiler, Recording
 from runtime.rank_program import RankProgram
 
 __all__ = ["Executable", "build", "failing_node"]
@@ -50,11 +51,14 @@ class Executable:
         communicator: Communicator,
         device: torch.device,
         cache: Cache | None = None,
+        profiler: Profiler | None = None,
     ) -> None:
         self.program, self.communicator = program, communicator
-        self.weights = weights
-        self.function = functools.partial(build(program, communicator, device, cache), *weights)
+        self.weights, self._profiler = weights, profiler
+        self._graph = bound_graph(program, communicator, device, cache)
+        self.function = functools.partial(fx.GraphModule({}, self._graph).forward, *weights)
         """What runs, bare: of the inputs in their order."""
+        self._profiled: Profiled | None = None
         self._seen: set[tuple[torch.Size, ...]] = set()
 
     def __call__(self, values: Sequence[Tensor]) -> Any:
@@ -63,7 +67,8 @@ class Executable:
         try:
             # not inference_mode: the caller may write to what comes back
             with torch.no_grad():
-                result = self.function(*values)
+                recording = None if self._profiler is None else self._profiler.recording
+                result = self.function(*values) if recording is None else self._run_profiled(recording, values)
         except BaseException as error:
             name = failing_node(error)
             for node in self.program.graph.nodes:
@@ -75,6 +80,13 @@ class Executable:
             raise
         self._seen.add(shapes)
         return result
+
+    def _run_profiled(self, recording: Recording, values: Sequence[Tensor]) -> Any:
+        if self._profiled is None:
+            self._profiled = Profiled(self.program, self._graph, self.weights)
+            # generating code takes longer than many a run: without this the others' first wait would be for that
+            self.communicator.barrier()
+        return self._profiled(recording, values)
 
 
 class Binder(Protocol):
@@ -93,6 +105,12 @@ class Binder(Protocol):
 
 def build(program: RankProgram, communicator: Binder, device: torch.device, cache: Cache | None) -> Callable[..., Any]:
     """A function of the weights in the order of `program.weights`, then of the inputs in their order."""
+    function: Callable[..., Any] = fx.GraphModule({}, bound_graph(program, communicator, device, cache)).forward
+    return function
+
+
+def bound_graph(program: RankProgram, communicator: Binder, device: torch.device, cache: Cache | None) -> fx.Graph:
+    """The graph of that function."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     arguments = {weight.name: graph.placeholder(f"weight_{index}") for index, weight in enumerate(program.weights)}
@@ -111,8 +129,7 @@ def build(program: RankProgram, communicator: Binder, device: torch.device, cach
             else:
                 new.args = fx.node.map_aggregate(new.args, lambda leaf: _moved(leaf, device))
                 new.kwargs = fx.node.map_aggregate(new.kwargs, lambda leaf: _moved(leaf, device))
-    function: Callable[..., Any] = fx.GraphModule({}, graph).forward
-    return function
+    return graph
 
 
 def failing_node(error: BaseException) -> str | None:

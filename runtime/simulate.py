@@ -18,6 +18,7 @@ from partitioner.errors import CommunicationError
 from runtime.engine import Engine
 from runtime.rank_program import RankProgram
 from runtime.rendezvous import Rendezvous
+from runtime.trace import Trace
 from runtime.weights import WeightSource
 
 __all__ = ["Simulator"]
@@ -70,6 +71,19 @@ class Simulator:
             yield
         finally:
             self._busy.release()
+
+    @contextlib.contextmanager
+    def profile(self) -> Iterator[Trace]:
+        """Records what all ranks do in the block; see `Engine.profile`."""
+        with self._alone():
+            for engine in self.engines:
+                engine.profiler.start()
+        trace = Trace()
+        try:
+            yield trace
+        finally:
+            recorded = [engine.profiler.stop() for engine in self.engines]
+        trace.complete(recorded)
 
     def _run(self, work: Callable[[Engine], T]) -> list[T]:
         self._rendezvous.reset()

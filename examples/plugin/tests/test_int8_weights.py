@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,7 +65,9 @@ def test_generation_continues_with_the_same_weights(tp: int) -> None:
     model = tiny()
     parts = partition(model, Plan(tp=tp, passes=("int8-weights",)))
     expected = rounded(model).generate(IDS, max_new_tokens=8, do_sample=False, use_cache=False, eos_token_id=None)
-    assert torch.equal(parts.generate(IDS, max_new_tokens=8), expected)
+    found = parts.generate(IDS, max_new_tokens=8)
+    assert isinstance(found, Tensor)
+    assert torch.equal(found, expected)
 
 
 def test_some_linears_only() -> None:
@@ -83,6 +86,13 @@ def test_weights_that_come_later_are_the_ones_rounded() -> None:
     parts = partition(model, Plan(tp=2, passes=[Int8Weights()]))
     simulator = Simulator([parts.rank(rank) for rank in range(2)], weights=other.state_dict())
     assert error(simulator(input_ids=IDS)[0], logits(rounded(other))) < 1e-10
+
+
+def test_codes_are_made_of_what_ranks_read_from_files(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    parts = partition(str(tmp_path), Plan(tp=2, passes=[Int8Weights()]))
+    assert error(parts.simulate(input_ids=IDS), logits(rounded(model))) < 1e-10
 
 
 def test_a_glob_that_selects_nothing() -> None:

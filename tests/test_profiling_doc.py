@@ -1,0 +1,58 @@
+"""The command and the code of docs/profiling.md, as typed; and wrong questions in one line."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.findall(
+    r"^```(\w*)\n(.*?)^```$", (ROOT / "docs" / "profiling.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+)
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-P", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def ranks_of(path: Path) -> set[int]:
+    return {event["pid"] for event in json.loads(path.read_text())["traceEvents"]}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("more", [[], ["--simulate"]], ids=["processes", "simulated"])
+def test_the_command(tmp_path: Path, more: list[str]) -> None:
+    (command,) = [text for language, text in BLOCKS if not language]
+    program, *arguments = shlex.split(command)
+    assert program == ".venv/bin/partitioner"
+    done = run("-m", "partitioner", *arguments, *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Return a list of")
+    assert "compute   communication   waiting   recording" in done.stderr
+    assert "trace in trace.json: open it at https://ui.perfetto.dev" in done.stderr
+    assert ranks_of(tmp_path / "trace.json") == {0, 1}
+    plain = [argument for argument in arguments if argument not in ("--profile", "trace.json")]
+    assert run("-m", "partitioner", *plain, *more, cwd=tmp_path).stdout == done.stdout
+
+
+def test_the_code(tmp_path: Path) -> None:
+    (code,) = [text for language, text in BLOCKS if language == "python"]
+    done = run("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 3
+    assert ranks_of(tmp_path / "trace.json") == {0, 1}
+
+
+@pytest.mark.parametrize("path", ["/nowhere/trace.json", "/tmp"])
+def test_where_no_trace_can_be_written(path: str, tmp_path: Path) -> None:
+    done = run("-m", "partitioner", "run", "--prompt", "a", "--profile", path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"error: cannot write a trace to '{path}': give a file in a folder that exists" in done.stderr
