@@ -30,14 +30,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed import PrefixStore, Store
 
 from partitioner.errors import CommunicationError, PlanError, RankLost
 from partitioner.mesh import AXES, Mesh
 from runtime.agreement import FINGERPRINT_BYTES, Call, check_agreement
 from runtime.communicator import require_axis, require_op, require_piece
 from runtime.device_watch import DeviceWatch
-from runtime.meeting import meet_at_store, watched
+from runtime.meeting import WatchedStore, meet, watched
 from runtime.notices import Notices
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.peers import Peers
@@ -84,6 +84,7 @@ class ProcessGroups:
         self._peers = peers
         self._notices = Notices(peers, self.rank, timeout_s=timeout_s)
         self._owned = False
+        self._store: Store | None = None
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._shared: dict[tuple[int, ...], SharedMemory] = {}
         self.transports: dict[str, str] = {}
@@ -130,7 +131,7 @@ class ProcessGroups:
         rank = int(os.environ["RANK"])
         # the launcher's store outlives our groups: without a number, a second meeting would find the first's addresses
         meeting = next(_MEETINGS)
-        peers = None
+        peers: Peers | None = None
 
         def join() -> ProcessGroups:
             # which device is the current one is known to each thread for itself
@@ -138,7 +139,7 @@ class ProcessGroups:
                 torch.cuda.set_device(device)
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                store=PrefixStore(f"groups/{meeting}", store),
+                store=PrefixStore(f"groups/{meeting}", shared_store),
                 rank=rank,
                 world_size=world_size,
                 timeout=_group_timeout(timeout_s, device),
@@ -146,14 +147,16 @@ class ProcessGroups:
             return cls(mesh, device=device, timeout_s=timeout_s, check=check, shared_memory=shared_memory, peers=peers)
 
         try:
-            host = os.environ["MASTER_ADDR"]
-            store = meet_at_store(rank, timeout_s=timeout_s)
-            meet = functools.partial(Peers.meet, PrefixStore(f"peers/{meeting}", store), host, rank, world_size)
-            peers = watched(functools.partial(meet, timeout_s=timeout_s), timeout_s=timeout_s)
+            store, peers = watched(functools.partial(meet, meeting, rank, world_size, timeout_s), timeout_s=timeout_s)
+            # NCCL's own threads ask the store too, and must not have to come to Python for that
+            shared_store = store if device.type == "cuda" else WatchedStore(store, peers, timeout_s=timeout_s)
             self = watched(join, peers=peers, timeout_s=timeout_s)
+            peers.start(timeout_s=timeout_s)
         except BaseException as error:
             raise _start_failed(error, peers, rank, timeout_s) from error
         self._owned = True
+        # not kept alive by the groups, which know it in C++ only
+        self._store = shared_store
         return self
 
     def begin_run(self, *, new_shapes: bool) -> None:
