@@ -11,12 +11,14 @@ thread that is still in C++ when the interpreter ends may take the process down:
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
+from torch import distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from partitioner.errors import RankLost
@@ -26,7 +28,6 @@ __all__ = ["WatchedStore", "meet", "watched"]
 
 T = TypeVar("T")
 _POLL_S = 0.005
-_STORE_POLL = timedelta(milliseconds=100)
 _SPARE_S = 0.3
 """Beyond the deadline, for what is waited for to say itself what is missing."""
 
@@ -45,6 +46,17 @@ def _store(rank: int, *, timeout_s: float) -> Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_host = rank == 0 and not by_launcher
+    deadline = time.monotonic() + timeout_s
+    while not is_host:
+        # the store's own client would log each attempt, and go on after its timeout
+        try:
+            socket.create_connection((host, port), timeout=timeout_s).close()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                who = "the launcher's store is gone" if by_launcher else "rank 0 did not come"
+                raise RankLost(f"{who}: nobody answers at {host}:{port} ({error})") from error
+        time.sleep(0.02)
     try:
         return TCPStore(
             host,
@@ -55,9 +67,8 @@ def _store(rank: int, *, timeout_s: float) -> Store:
             multi_tenant=True,
         )
     except RuntimeError as error:
-        who = "this rank cannot host a store" if is_host else "nobody answers"
-        whose = "" if is_host else ", the launcher's store" if by_launcher else ": rank 0 did not come"
-        raise RankLost(f"{who} at {host}:{port}{whose} ({str(error).partition(chr(10))[0]})") from error
+        who = "rank 0 cannot host a store" if is_host else "no store answers"
+        raise RankLost(f"{who} at {host}:{port} ({str(error).partition(chr(10))[0]})") from error
 
 
 class WatchedStore(Store):
@@ -85,12 +96,14 @@ class WatchedStore(Store):
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
         deadline = time.monotonic() + (self._timeout_s if timeout is None else timeout.total_seconds())
-        while True:
-            try:
-                return self._store.wait(keys, _STORE_POLL)
-            except RuntimeError:
-                if not self._peers.is_well or time.monotonic() > deadline:
-                    raise
+        pause_s = 0.001
+        while not self._store.check(keys):
+            if not self._peers.is_well:
+                raise dist.DistNetworkError("connection lost")
+            if time.monotonic() > deadline:
+                raise dist.DistNetworkError(f"timed out, waiting for {', '.join(keys)}")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.1)  # many ranks ask one store
 
 
 def watched(work: Callable[[], T], *, timeout_s: float, peers: Peers | None = None) -> T:

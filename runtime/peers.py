@@ -216,8 +216,8 @@ class Peers:
                 self._known["at"][rank] = text
             else:
                 self._absent = message["absent"]
-                for other, silent_s in message["silent_s"].items():
-                    self._heard[int(other)] = now - silent_s
+                silent_s = message["silent_s"]
+                self._heard |= {other: now - silent_s.get(str(other), 0) for other in range(1, self.num_ranks)}
             return
         if kind == "all":
             self._complete = True

@@ -153,7 +153,10 @@ class ProcessGroups:
             self = watched(join, peers=peers, timeout_s=timeout_s)
             peers.start(timeout_s=timeout_s)
         except BaseException as error:
-            raise _start_failed(error, peers, rank, timeout_s) from error
+            concluded = _start_failed(error, peers, rank, timeout_s)
+            if concluded is error:
+                raise
+            raise concluded from error
         self._owned = True
         # not kept alive by the groups, which know it in C++ only
         self._store = shared_store
@@ -199,7 +202,7 @@ class ProcessGroups:
                     raise Disconnected(f"connection lost: {cause}")
                 return run(x)
             except RuntimeError as error:
-                if not (isinstance(error, Disconnected) or _BROKEN.search(str(error))):
+                if not _is_broken(error):
                     raise
                 raise self._notices.conclude(call.on(x), ranks, error) from error
 
@@ -235,6 +238,8 @@ class ProcessGroups:
                 _log.log(level, "the ranks along %r talk over gloo, not through shared memory: %s", axis, reason)
             return f"gloo: {reason}"
         except RuntimeError as error:
+            if not _is_broken(error):
+                raise
             raise self._notices.conclude(f"rank {self.rank}: connecting along {axis!r}", ranks, error) from error
         if shared.build_s:
             _log.info("compiled what ranks need to talk through shared memory in %.1f s", shared.build_s)
@@ -258,7 +263,7 @@ class ProcessGroups:
         try:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
         except RuntimeError as error:
-            if not _BROKEN.search(str(error)):
+            if not _is_broken(error):
                 raise
             everyone = range(self.mesh.world_size)
             raise self._notices.conclude(f"rank {self.rank}: barrier", everyone, error) from error
@@ -274,6 +279,11 @@ class ProcessGroups:
             self._watch.close()
         if self._peers is not None:
             self._peers.close()
+
+
+def _is_broken(error: RuntimeError) -> bool:
+    """Whether others are the cause."""
+    return isinstance(error, (Disconnected, dist.DistError)) or bool(_BROKEN.search(str(error)))
 
 
 def _require_sharing(wanted: Sharing, device: torch.device) -> None:
@@ -295,9 +305,10 @@ def _start_failed(error: BaseException, peers: Peers | None, rank: int, timeout_
             return RankLost(f"rank {rank} could not meet the others within {timeout_s:g} s: {error}")
         return error
     notices = Notices(peers, rank, timeout_s=timeout_s)
-    if isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError) and (not peers.is_well or _is_broken(error)):
         error = notices.conclude(f"rank {rank}: joining the others", range(peers.num_ranks), error)
     elif not isinstance(error, CommunicationError):
+        error.add_note(f"rank {rank}, while joining the others")
         notices.failed(error)
     if dist.is_initialized():
         _leave_groups(abort=dist.get_backend() == "nccl")
