@@ -149,6 +149,11 @@ class Engine:
         return Continuation(program, weights, self.communicator, self.device, **self._decoding)
 
     def close(self) -> None:
+        """Ends this rank's part in what the ranks do together; may be called again."""
+        continuation = self.__dict__.pop("_continuation", None)
+        if continuation is not None:
+            # CUDA graphs hold collectives of the groups, which cannot be destroyed before them
+            continuation.release()
         self.communicator.close()
 
     def __enter__(self) -> Engine:
