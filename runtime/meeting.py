@@ -19,7 +19,8 @@ from datetime import timedelta
 from typing import TypeVar
 
 from torch import distributed as dist
-from torch.distributed import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from partitioner.errors import RankLost
 from runtime.peers import Peers
@@ -94,7 +95,7 @@ class WatchedStore(Store):
     def delete_key(self, key: str) -> bool:
         return self._store.delete_key(key)
 
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         deadline = time.monotonic() + (self._timeout_s if timeout is None else timeout.total_seconds())
         pause_s = 0.001
         while not self._store.check(keys):

@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from partitioner.errors import RankLost
 
@@ -174,8 +174,8 @@ class Peers:
             while not self._closing:
                 for key, _ in selector.select(BEAT_S / 2):
                     source: Any = key.fileobj
-                    if source is self._listener:
-                        link, _ = source.accept()
+                    if self._listener is not None and source is self._listener:
+                        link, _ = self._listener.accept()
                         link.settimeout(_SEND_S)
                         selector.register(link, selectors.EVENT_READ)
                     elif source is not self._woken:
