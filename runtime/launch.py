@@ -90,6 +90,8 @@ def _describe(error: ChildFailedError) -> str:
     how = (
         f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}"
     )
+    if failure.exitcode == -signal.SIGKILL and any(each.exitcode > 0 for each in error.failures.values()):
+        how += ", by this launcher if it did not answer the others"
     return f"rank {rank} {how} (process {failure.pid}; its output is above); all other ranks were stopped"
 
 
