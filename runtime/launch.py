@@ -15,12 +15,12 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -34,12 +34,6 @@ __all__ = ["begin_worker", "launch"]
 LONGEST_S = 1e7
 """Some months; timers of the operating system end somewhere beyond."""
 
-# torch 2.11 knows no such field, and gives a stopped rank half a minute before it is killed
-_SHUTDOWN: dict[str, Any] = {
-    name: 0.25 for name in ("shutdown_timeout",) if name in {each.name for each in fields(LaunchConfig)}
-}
-"""Seconds from the request to end until the kill: only a rank that is stopped does not end at once."""
-
 
 def launch(module: Sequence[str], *, num_ranks: int, timeout_s: float = 600.0, folder: str = "") -> None:
     """Run `python -P -m module[0] module[1:]` once per rank; call from the main thread (it handles signals).
@@ -48,7 +42,7 @@ def launch(module: Sequence[str], *, num_ranks: int, timeout_s: float = 600.0, f
     """
     if not 0 < timeout_s <= LONGEST_S:  # to a timer, 0 is no limit
         raise InputError(f"the timeout must be more than 0 and at most {LONGEST_S:g} seconds, got {timeout_s:g}")
-    with tempfile.TemporaryDirectory(prefix="partitioner-") as logs, _deadline(timeout_s), _quiet():
+    with tempfile.TemporaryDirectory(prefix="partitioner-") as logs, _ends_stopped(), _deadline(timeout_s), _quiet():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -60,7 +54,6 @@ def launch(module: Sequence[str], *, num_ranks: int, timeout_s: float = 600.0, f
             max_restarts=0,
             monitor_interval=0.05,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
-            **_SHUTDOWN,
         )
         left_behind = os.pathsep.join(filter(None, [logs, folder]))
         try:
@@ -90,8 +83,6 @@ def _describe(error: ChildFailedError) -> str:
     how = (
         f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}"
     )
-    if failure.exitcode == -signal.SIGKILL and any(each.exitcode > 0 for each in error.failures.values()):
-        how += ", by this launcher if it did not answer the others"
     return f"rank {rank} {how} (process {failure.pid}; its output is above); all other ranks were stopped"
 
 
@@ -107,6 +98,30 @@ def _deadline(timeout_s: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _ends_stopped() -> Iterator[None]:
+    """Lets ranks that are stopped end when they are asked to: torchrun's launcher would wait for half a minute."""
+    over = threading.Event()
+    children = Path(f"/proc/self/task/{os.getpid()}/children")  # those that the main thread started
+
+    def watch() -> None:
+        while children.exists() and not over.wait(0.05):
+            for pid in map(int, children.read_text().split()):
+                with suppress(OSError):
+                    fields = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+                    pending = int(fields["ShdPnd"], 16) >> (signal.SIGTERM - 1) & 1
+                    if fields["State"].startswith("T") and pending:
+                        os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=watch, daemon=True, name="end stopped ranks")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def wait_for(done: object, what: str) -> None:
         ("kill", 1, "rank 1 was ended by SIGKILL"),
         ("raise", 1, r"rank 1 (ended with exit code 1|failed: ValueError)|rank 0 ended with exit code 1"),
         ("exit", 1, "rank 0 ended with exit code 1"),
-        ("stop", 3, "rank 1 was ended by SIGKILL, by this launcher if it did not answer"),
+        ("stop", 3, "rank 0 ended with exit code 1"),
     ],
 )
 def test_it_stops_the_others(
