@@ -47,7 +47,7 @@ if __name__ == "__main__":
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except KeyboardInterrupt:
-        os._exit(130)  # the launcher passes Ctrl-C on: no need for a traceback per rank
+        os._exit(130)  # the launcher passes an interrupt on: no need for a traceback per rank
     except BaseException as error:
         if isinstance(error, SystemExit) and not error.code:
             raise
