@@ -84,7 +84,8 @@ def run_in_processes(question: Question, *, timeout_s: float) -> None:
     with tempfile.TemporaryDirectory(prefix="partitioner-") as folder:
         path = Path(folder, "question.json")
         path.write_text(question.to_json())
-        launch(["partitioner.run_rank", str(path)], num_ranks=question.plan.mesh.world_size, timeout_s=timeout_s)
+        num_ranks = question.plan.mesh.world_size
+        launch(["partitioner.run_rank", str(path)], num_ranks=num_ranks, timeout_s=timeout_s, folder=folder)
 
 
 def answer(question: Question) -> None:

@@ -108,6 +108,7 @@ def verify_in_processes(case: Case, *, timeout_s: float) -> list[Outcome]:
             ["partitioner.verify_rank", str(question), folder],
             num_ranks=case.plan.mesh.world_size,
             timeout_s=timeout_s,
+            folder=folder,
         )
         answers = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("outcomes-*.json"))]
     ranks = [[Outcome(**fields) for fields in answer] for answer in answers]

@@ -172,6 +172,13 @@ class Continuation:
             self.program, self.weights, self.communicator, self.device, self.cache, self._profiler
         )
 
+    def release(self) -> None:
+        """Gives back the cache and the captured steps; a stream that is under way cannot go on."""
+        if self._decoder is not None:
+            self._decoder.release()
+        self.cache = self._execute = self._decoder = None
+        self._turn += 1
+
     def _decode(self, tokens: list[int], positions: list[int], going: tuple[bool, ...]) -> Tensor:
         if not self._compile and not self._cuda_graph:
             return self.run([[token] for token in tokens], positions, going)

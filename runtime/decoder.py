@@ -99,6 +99,12 @@ class Decoder:
         self._execute.communicator.begin_run(new_shapes=False)
         self._compared = True
 
+    def release(self) -> None:
+        """Gives the captured steps back now: an error's traceback may keep this object for long."""
+        for graph, _ in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+
     @torch.no_grad()
     def _run(self, seen: int) -> Tensor:
         self.cache.begin_fixed(self._inputs["position_ids"], seen)

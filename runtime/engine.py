@@ -193,6 +193,11 @@ class Engine:
             raise InputError(f"profiling runs node by node, and this engine was made with {used[0]}=True: leave it out")
 
     def close(self) -> None:
+        """Ends this rank's part in what the ranks do together; may be called again."""
+        continuation = self.__dict__.pop("_continuation", None)
+        if continuation is not None:
+            # CUDA graphs hold collectives of the groups, which cannot be destroyed before them
+            continuation.release()
         self.communicator.close()
 
     def __enter__(self) -> Engine:

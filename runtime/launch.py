@@ -3,9 +3,9 @@
     launch([module, argument, ...], num_ranks=4)   parent: returns when all have succeeded, raises RankLost otherwise
     begin_worker()                                 worker: first thing to call
 
-A failing rank ends the others, and so does the deadline, a signal to the parent, and the parent's death. Their output
-goes straight to the parent's. Workers start with `python -P`, so that a folder named runtime/ where the user stands is
-not imported in place of this one.
+A failing rank ends the others, and so does the deadline, a signal to the parent, and the parent's death
+(`runtime/worker.py`). Their output goes straight to the parent's. Workers start with `python -P`, so that a folder
+named runtime/ where the user stands is not imported in place of this one.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 import torch
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -35,11 +35,14 @@ LONGEST_S = 1e7
 """Some months; timers of the operating system end somewhere beyond."""
 
 
-def launch(module: Sequence[str], *, num_ranks: int, timeout_s: float = 600.0) -> None:
-    """Run `python -P -m module[0] module[1:]` once per rank; call from the main thread (it handles signals)."""
+def launch(module: Sequence[str], *, num_ranks: int, timeout_s: float = 600.0, folder: str = "") -> None:
+    """Run `python -P -m module[0] module[1:]` once per rank; call from the main thread (it handles signals).
+
+    `folder`: one that the workers remove where this process is killed and so cannot.
+    """
     if not 0 < timeout_s <= LONGEST_S:  # to a timer, 0 is no limit
         raise InputError(f"the timeout must be more than 0 and at most {LONGEST_S:g} seconds, got {timeout_s:g}")
-    with tempfile.TemporaryDirectory(prefix="partitioner-") as logs, _deadline(timeout_s), _quiet():
+    with tempfile.TemporaryDirectory(prefix="partitioner-") as logs, _ends_stopped(), _deadline(timeout_s), _quiet():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -52,25 +55,22 @@ def launch(module: Sequence[str], *, num_ranks: int, timeout_s: float = 600.0) -
             monitor_interval=0.05,
             logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
+        left_behind = os.pathsep.join(filter(None, [logs, folder]))
         try:
-            elastic_launch(config, sys.executable)("-P", "-m", *module)
+            elastic_launch(config, sys.executable)("-P", "-m", "runtime.worker", str(os.getpid()), left_behind, *module)
         except ChildFailedError as error:
             raise RankLost(_describe(error)) from None
+        except SignalException as ended:
+            if ended.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            sys.exit(128 + ended.sigval)
 
 
 def begin_worker() -> None:
-    """Share the cores between the ranks of this machine, and end with the parent even where it is killed."""
+    """Share the cores between the ranks of this machine."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks_here))
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="watch the parent").start()
 
 
 def _describe(error: ChildFailedError) -> str:
@@ -98,6 +98,30 @@ def _deadline(timeout_s: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _ends_stopped() -> Iterator[None]:
+    """Lets ranks that are stopped end when they are asked to: torchrun's launcher would wait for half a minute."""
+    over = threading.Event()
+    children = Path(f"/proc/self/task/{os.getpid()}/children")  # those that the main thread started
+
+    def watch() -> None:
+        while children.exists() and not over.wait(0.05):
+            for pid in map(int, children.read_text().split()):
+                with suppress(OSError):
+                    fields = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+                    pending = int(fields["ShdPnd"], 16) >> (signal.SIGTERM - 1) & 1
+                    if fields["State"].startswith("T") and pending:
+                        os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=watch, daemon=True, name="end stopped ranks")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager

@@ -56,17 +56,24 @@ class Notices:
             return RankLost(f"one of the {_list(others, 'rank')} is lost, and nothing tells which{detail}")
         peers.tell("waiting", str(call))
         deadline = time.monotonic() + _GRACE_S
-        while time.monotonic() < deadline and not peers.is_cut_off:
+        while time.monotonic() < deadline:
             if verdicts := peers.known("verdict"):
                 return _as_error(next(iter(verdicts.values())))
+            if peers.is_cut_off:
+                break
             if peers.lost():
                 deadline = min(deadline, time.monotonic() + _SETTLE_S)
-            elif peers.known("waiting").keys() | peers.known("left").keys() >= set(others):
+            elif peers.known("waiting").keys() | peers.known("left").keys() | self._stopped(others) >= set(others):
                 break
             time.sleep(0.005)
         verdict = json.dumps(self._judge(peers, call, others, cause, detail))
         peers.tell("verdict", verdict)
         return _as_error(verdict)
+
+    def _stopped(self, ranks: Sequence[int]) -> set[int]:
+        """Those whose process gives no sign of life."""
+        assert self._peers is not None
+        return {rank for rank in ranks if self._peers.silent_s(rank) > min(5 * BEAT_S, self._timeout_s / 2)}
 
     def _judge(self, peers: Peers, call: Call | str, others: list[int], cause: str, detail: str) -> tuple[str, str]:
         if lost := peers.lost():
@@ -77,7 +84,7 @@ class Notices:
         if peers.is_cut_off:
             return "lost", f"one of the {_list(others, 'rank')} is lost, and rank 0, which would know, has left{detail}"
         silent = [rank for rank in others if rank not in waiting]
-        stopped = [rank for rank in silent if peers.silent_s(rank) > min(5 * BEAT_S, self._timeout_s / 2)]
+        stopped = self._stopped(silent)
         if 0 in stopped:
             silent = [0]  # of the others nothing is known: it all comes through rank 0
         at = peers.known("at")
@@ -86,7 +93,7 @@ class Notices:
             waits = "".join(f"\n  {text}" for rank, text in waiting.items() if rank in others)
             return "mismatch", f"the ranks wait for each other and none can go on:\n  {call}{waits}"
         if not re.search("timed? ?out", cause, re.IGNORECASE):
-            return "lost", f"{_list(silent, 'rank')} broke the connection{seen}{detail}"
+            return "lost", f"{_list(silent, 'rank')} did not say why a connection broke, and still runs{seen}{detail}"
         if stopped:
             how = "no sign of life comes from its process: it is stopped, or its host cannot be reached"
         else:

@@ -21,9 +21,10 @@ import socket
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from partitioner.errors import RankLost
 
@@ -77,7 +78,7 @@ class Peers:
             self = cls(rank, num_ranks, listener=None, link=link, token=token)
             self.tell("hello", token)
         try:
-            self._wait_for_all(deadline)
+            self._wait(lambda: self._complete, deadline)
         except BaseException:
             self.close()
             raise
@@ -91,6 +92,13 @@ class Peers:
         for other in list(self._links):
             self._send(other, message)
 
+    def start(self, *, timeout_s: float) -> None:
+        """Waits until all ranks have come here: one that is quick could be through, and gone, while others connect."""
+        self.tell("joined", "")
+        if self.rank == 0:
+            self._tell_once_all_joined()
+        self._wait(lambda: 0 in self._known["started"], time.monotonic() + timeout_s)
+
     def known(self, kind: str) -> dict[int, str]:
         return dict(self._known[kind])
 
@@ -102,6 +110,11 @@ class Peers:
 
     def silent_s(self, rank: int) -> float:
         return time.monotonic() - self._heard[rank]
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nobody is known to be lost."""
+        return not (self._known["ended"] or self._known["failed"] or self._known["verdict"] or self.is_cut_off)
 
     @property
     def is_cut_off(self) -> bool:
@@ -120,24 +133,33 @@ class Peers:
                 one.close()
         self._links.clear()
 
-    def _wait_for_all(self, deadline: float) -> None:
-        while not self._complete:
+    def _wait(self, done: Callable[[], bool], deadline: float) -> None:
+        while not done():
             if verdicts := self.known("verdict"):
                 raise RankLost(json.loads(next(iter(verdicts.values())))[1])
             if lost := self.lost():
                 raise RankLost("; ".join(f"rank {rank} {how}" for rank, how in lost.items()))
-            if time.monotonic() > deadline:
-                # those that came would only say that we went
+            if time.monotonic() > deadline or self.is_cut_off:
+                # those that came would only say that this rank went
                 why = self._who_is_missing()
                 self.tell("verdict", json.dumps(("lost", why)))
                 raise RankLost(why)
             time.sleep(0.005)
 
     def _who_is_missing(self) -> str:
+        if self.is_cut_off:
+            return "rank 0 left before all had come"
         if self.rank != 0 and self.silent_s(0) > 5 * BEAT_S:
             return "rank 0 has stopped answering"
-        absent = self._absent if self.rank else self._not_here()
-        return f"{'rank' if len(absent) == 1 else 'ranks'} {', '.join(map(str, absent))} did not come"
+        missing = self._missing() if self.rank == 0 else self._absent
+        return f"{'rank' if len(missing) == 1 else 'ranks'} {', '.join(map(str, missing))} did not come"
+
+    def _missing(self) -> list[int]:
+        return self._not_here() or [rank for rank in range(self.num_ranks) if rank not in self._known["joined"]]
+
+    def _tell_once_all_joined(self) -> None:
+        if len(self._known["joined"]) == self.num_ranks:
+            self.tell("started", "")
 
     def _not_here(self) -> list[int]:
         return [rank for rank in range(1, self.num_ranks) if rank not in self._links]
@@ -152,8 +174,8 @@ class Peers:
             while not self._closing:
                 for key, _ in selector.select(BEAT_S / 2):
                     source: Any = key.fileobj
-                    if source is self._listener:
-                        link, _ = source.accept()
+                    if self._listener is not None and source is self._listener:
+                        link, _ = self._listener.accept()
                         link.settimeout(_SEND_S)
                         selector.register(link, selectors.EVENT_READ)
                     elif source is not self._woken:
@@ -194,11 +216,16 @@ class Peers:
                 self._known["at"][rank] = text
             else:
                 self._absent = message["absent"]
-                for other, silent_s in message["silent_s"].items():
-                    self._heard[int(other)] = now - silent_s
+                silent_s = message["silent_s"]
+                self._heard |= {other: now - silent_s.get(str(other), 0) for other in range(1, self.num_ranks)}
             return
         if kind == "all":
             self._complete = True
+            return
+        if kind == "joined" and self.rank == 0:
+            # told once all have: each to each would be many
+            self._known[kind][rank] = text
+            self._tell_once_all_joined()
             return
         # first to the others: what this rank knows may end it
         self._pass_on(message)
@@ -230,7 +257,7 @@ class Peers:
         if self.rank == 0:
             silent = {rank: round(self.silent_s(rank), 2) for rank in self._links}
             message["silent_s"] = {rank: seconds for rank, seconds in silent.items() if seconds > 2 * BEAT_S}
-            message["absent"] = self._not_here() if not self._complete else []
+            message["absent"] = self._missing()
             self._known["at"][0] = self.at
         for other in list(self._links):
             self._send(other, message)

@@ -30,14 +30,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from partitioner.errors import CommunicationError, PlanError, RankLost
 from partitioner.mesh import AXES, Mesh
 from runtime.agreement import FINGERPRINT_BYTES, Call, check_agreement
 from runtime.communicator import require_axis, require_op, require_piece
 from runtime.device_watch import DeviceWatch
-from runtime.meeting import meet_at_store, watched
+from runtime.meeting import WatchedStore, meet, watched
 from runtime.notices import Notices
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.peers import Peers
@@ -85,6 +85,7 @@ class ProcessGroups:
         self._peers = peers
         self._notices = Notices(peers, self.rank, timeout_s=timeout_s)
         self._owned = False
+        self._store: Store | None = None
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._shared: dict[tuple[int, ...], SharedMemory] = {}
         self._order = torch.zeros(())
@@ -132,7 +133,7 @@ class ProcessGroups:
         rank = int(os.environ["RANK"])
         # the launcher's store outlives our groups: without a number, a second meeting would find the first's addresses
         meeting = next(_MEETINGS)
-        peers = None
+        peers: Peers | None = None
 
         def join() -> ProcessGroups:
             # which device is the current one is known to each thread for itself
@@ -140,7 +141,7 @@ class ProcessGroups:
                 torch.cuda.set_device(device)
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                store=PrefixStore(f"groups/{meeting}", store),
+                store=PrefixStore(f"groups/{meeting}", shared_store),
                 rank=rank,
                 world_size=world_size,
                 timeout=_group_timeout(timeout_s, device),
@@ -148,14 +149,19 @@ class ProcessGroups:
             return cls(mesh, device=device, timeout_s=timeout_s, check=check, shared_memory=shared_memory, peers=peers)
 
         try:
-            host = os.environ["MASTER_ADDR"]
-            store = meet_at_store(rank, timeout_s=timeout_s)
-            meet = functools.partial(Peers.meet, PrefixStore(f"peers/{meeting}", store), host, rank, world_size)
-            peers = watched(functools.partial(meet, timeout_s=timeout_s), timeout_s=timeout_s)
+            store, peers = watched(functools.partial(meet, meeting, rank, world_size, timeout_s), timeout_s=timeout_s)
+            # NCCL's own threads ask the store too, and must not have to come to Python for that
+            shared_store = store if device.type == "cuda" else WatchedStore(store, peers, timeout_s=timeout_s)
             self = watched(join, peers=peers, timeout_s=timeout_s)
+            peers.start(timeout_s=timeout_s)
         except BaseException as error:
-            raise _start_failed(error, peers, rank, timeout_s) from error
+            concluded = _start_failed(error, peers, rank, timeout_s)
+            if concluded is error:
+                raise
+            raise concluded from error
         self._owned = True
+        # not kept alive by the groups, which know it in C++ only
+        self._store = shared_store
         return self
 
     def begin_run(self, *, new_shapes: bool) -> None:
@@ -198,7 +204,7 @@ class ProcessGroups:
                     raise Disconnected(f"connection lost: {cause}")
                 return run(x)
             except RuntimeError as error:
-                if not (isinstance(error, Disconnected) or _BROKEN.search(str(error))):
+                if not _is_broken(error):
                     raise
                 raise self._notices.conclude(call.on(x), ranks, error) from error
 
@@ -253,6 +259,8 @@ class ProcessGroups:
                 _log.log(level, "the ranks along %r talk over gloo, not through shared memory: %s", axis, reason)
             return f"gloo: {reason}"
         except RuntimeError as error:
+            if not _is_broken(error):
+                raise
             raise self._notices.conclude(f"rank {self.rank}: connecting along {axis!r}", ranks, error) from error
         if shared.build_s:
             _log.info("compiled what ranks need to talk through shared memory in %.1f s", shared.build_s)
@@ -276,7 +284,7 @@ class ProcessGroups:
         try:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
         except RuntimeError as error:
-            if not _BROKEN.search(str(error)):
+            if not _is_broken(error):
                 raise
             everyone = range(self.mesh.world_size)
             raise self._notices.conclude(f"rank {self.rank}: barrier", everyone, error) from error
@@ -292,6 +300,11 @@ class ProcessGroups:
             self._watch.close()
         if self._peers is not None:
             self._peers.close()
+
+
+def _is_broken(error: RuntimeError) -> bool:
+    """Whether others are the cause."""
+    return isinstance(error, (Disconnected, dist.DistError)) or bool(_BROKEN.search(str(error)))
 
 
 def _require_sharing(wanted: Sharing, device: torch.device) -> None:
@@ -313,9 +326,10 @@ def _start_failed(error: BaseException, peers: Peers | None, rank: int, timeout_
             return RankLost(f"rank {rank} could not meet the others within {timeout_s:g} s: {error}")
         return error
     notices = Notices(peers, rank, timeout_s=timeout_s)
-    if isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError) and (not peers.is_well or _is_broken(error)):
         error = notices.conclude(f"rank {rank}: joining the others", range(peers.num_ranks), error)
     elif not isinstance(error, CommunicationError):
+        error.add_note(f"rank {rank}, while joining the others")
         notices.failed(error)
     if dist.is_initialized():
         _leave_groups(abort=dist.get_backend() == "nccl")

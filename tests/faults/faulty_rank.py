@@ -1,42 +1,205 @@
-"""One of several ranks, of which rank 1 goes wrong: `python -P -m tests.faults.faulty_rank FAULT PIDS_FOLDER SHARING`.
+"""Ranks of which some go wrong, forked from one process that has imported and partitioned everything already.
 
-kill: ends by SIGKILL while the others wait for it. raise: an exception of its own. hang: sleeps past the deadline.
-linger: nothing goes wrong, it only takes a minute. SHARING: "on", through shared memory, or "off", over gloo.
+    python -P -m tests.faults.faulty_rank        reads a Case per line, as JSON; answers each with an Outcome
+
+Every rank is a process of its own that nobody supervises: the others must notice by themselves.
+
+    fault      kill, stop, term, interrupt: that signal        exit: sys.exit(0)         slow: a sleep, well past the
+               raise: an exception of its own                  oom: the allocator fails under a limit          timeout
+               memory: a MemoryError of Python's               close: closes its engine, and ends well
+    phase      absent: never comes       joining: while groups are made      loading: while its weights are
+               prefill, decode: before a collective          sampler: before the gather in which tokens are chosen
 """
 
+import faulthandler
+import gc
+import json
 import os
+import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import runtime.engine
+from partitioner import Plan, partition
 from partitioner.parts import Parts
 from runtime.engine import Engine
-from runtime.launch import begin_worker
-from runtime.process_groups import Sharing
-from tests import handmade
+from runtime.process_groups import ProcessGroups
+
+__all__ = ["Case", "Outcome"]
+
+HERE = os.getpid()
+SLOW_S = 4.0
+"""Past every deadline here."""
 
 
-def main(fault: str, pids: Path, sharing: Sharing) -> None:
-    begin_worker()
-    (pids / str(os.getpid())).touch()
-    victim = 0 if fault == "kill-host" else 1
-    deadline_s = 3.0 if fault == "hang" else 30.0
-    parts = Parts(handmade.partitioned(int(os.environ["WORLD_SIZE"])), None)
-    with Engine.connect(parts, timeout_s=deadline_s, shared_memory=sharing) as engine:
-        engine(input_ids=handmade.input_ids())
-        if fault == "linger":
-            time.sleep(60)
-        for step in range(10_000):
-            if step == 20 and engine.program.rank == victim:
-                (pids / "when").write_text(str(time.time()))
-                if fault == "raise":
-                    raise ValueError("a fault of its own")
-                if fault == "hang":
-                    time.sleep(8)
-                os.kill(os.getpid(), signal.SIGKILL)
-            engine(input_ids=handmade.input_ids())
+@dataclass(frozen=True)
+class Case:
+    fault: str
+    phase: str
+    victims: tuple[int, ...]
+    sharing: str
+    num_ranks: int = 3
+    timeout_s: float = 30.0
+    port: int = 0
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of every rank: exit code (negative: the signal; None: still there), standard error, seconds since the fault.
+
+    `idle_s`: what so many ranks took to begin and to end where they did nothing else, just before.
+    """
+
+    codes: tuple[int | None, ...]
+    texts: tuple[str, ...]
+    seconds: tuple[float, ...]
+    idle_s: float
+
+
+def strike(case: Case) -> None:
+    Path(case.folder, f"struck-{os.getpid()}").write_text(str(time.time()))
+    signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "interrupt": signal.SIGINT}
+    if case.fault in signals:
+        os.kill(os.getpid(), signals[case.fault])
+        time.sleep(60)  # a signal may take a moment
+    if case.fault == "raise":
+        raise ValueError("a fault of its own")
+    if case.fault == "memory":
+        raise MemoryError("no more memory")
+    if case.fault == "exit":
+        sys.exit(0)
+    if case.fault == "slow":
+        time.sleep(SLOW_S)
+    if case.fault == "oom":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+        torch.empty(1 << 30)
+
+
+def arm(case: Case) -> None:
+    """Make this rank go wrong in the phase of the case."""
+    if case.phase == "absent":
+        strike(case)
+    if case.phase == "joining":
+        make_group = dist.new_group
+        dist.new_group = lambda *given, **options: strike(case) or make_group(*given, **options)
+    if case.phase == "loading":
+        load = runtime.engine.load_weights
+        runtime.engine.load_weights = lambda *given: strike(case) or load(*given)
+    bind = ProcessGroups.bind
+    chosen, passed = 0, 0
+
+    def armed(self: ProcessGroups, *given: Any, node: str, **options: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        collective = bind(self, *given, node=node, **options)
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            nonlocal chosen, passed
+            chosen += node == "sampler"
+            passed += node != "sampler"
+            at = "sampler" if node == "sampler" else "decode" if chosen else "prefill"
+            ready = chosen == 2 if at in ("sampler", "decode") else passed == 2
+            if at == case.phase and ready:
+                passed = chosen = 1 << 30
+                strike(case)
+            return collective(x)
+
+        return run
+
+    ProcessGroups.bind = armed  # type: ignore[method-assign, assignment]
+
+
+def rank(case: Case, place: int, parts: Parts[Any]) -> None:
+    os.environ |= {"RANK": str(place), "LOCAL_RANK": str(place), "WORLD_SIZE": str(case.num_ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(case.port)}
+    if place in case.victims:
+        arm(case)
+    with Engine.connect(parts, timeout_s=case.timeout_s, shared_memory=case.sharing) as engine:  # type: ignore[arg-type]
+        if case.fault == "close" and place in case.victims:
+            strike(case)
+            return
+        assert engine.communicator.transports["tp"] == {"on": "shared memory", "off": "gloo"}[case.sharing]
+        engine.generate([[1, 2, 3], [4, 5]], max_new_tokens=200)
+
+
+def run(case: Case, parts: dict[int, Parts[Any]]) -> Outcome | None:
+    """None: in a rank, which is over."""
+    started = time.monotonic()
+    pids = [os.fork() for _ in range(case.num_ranks) if os.getpid() == HERE]
+    if os.getpid() != HERE:
+        return None
+    for pid in pids:
+        os.waitpid(pid, 0)
+    idle_s = time.monotonic() - started
+    pids = []
+    for place in range(case.num_ranks):
+        pid = os.fork()
+        if pid == 0:
+            with Path(case.folder, f"stderr-{place}").open("wb") as file:
+                os.dup2(file.fileno(), 2)
+            os.dup2(2, 1)
+            faulthandler.enable()
+            rank(case, place, parts[case.num_ranks])
+            return None
+        pids.append(pid)
+    codes: dict[int, int] = {}
+    ended: dict[int, float] = {}
+    awaited = set(pids)
+    if case.fault == "stop":
+        awaited -= {pids[victim] for victim in case.victims}
+    deadline = time.monotonic() + 45
+    while awaited - codes.keys() and time.monotonic() < deadline:
+        for pid in pids:
+            if pid not in codes and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                ended[pid] = time.time()
+        time.sleep(0.005)
+    for pid in pids:
+        if pid not in codes:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    struck = [float(path.read_text()) for path in Path(case.folder).glob("struck-*")]
+    since = min(struck, default=float("inf"))
+    return Outcome(
+        tuple(codes.get(pid) for pid in pids),
+        tuple(Path(case.folder, f"stderr-{place}").read_text() for place in range(case.num_ranks)),
+        tuple(ended.get(pid, float("inf")) - since for pid in pids),
+        idle_s,
+    )
+
+
+def tiny(num_ranks: int) -> Parts[Any]:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    parts = partition(LlamaForCausalLM(config).eval(), Plan(tp=num_ranks))
+    parts.generation_rank(0)
+    return parts
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    parts = {num_ranks: tiny(num_ranks) for num_ranks in (3, 4)}
+    gc.freeze()  # a rank that ends would else look at, and so copy, all that was made here
+    for line in sys.stdin:
+        case = Case(**json.loads(line))
+        outcome = run(case, parts)
+        if outcome is None:
+            return
+        answers.write(json.dumps(asdict(outcome)) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])  # type: ignore[arg-type]
+    main()

@@ -1,0 +1,174 @@
+"""The launcher: one rank that goes wrong ends all, and so does the launcher's own end; nothing is left behind.
+
+An ended rank ends all within 1 s, a stopped one within its timeout and 1 s. A machine that does much else at the time
+gets SLACK_S more: the kill itself takes milliseconds, but processes of half a gigabyte need the processor to end.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from partitioner.errors import RankLost
+from runtime.launch import launch
+
+MODULE = "tests.faults.lingering_rank"
+SLACK_S = 4.0
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    # torch keeps a cache for all processes of a user, which is not ours to remove
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def pids(tmp_path: Path) -> Iterator[Path]:
+    """Where every rank leaves its process id; all of them, and what they wrote, must be gone soon after the test."""
+    folder = tmp_path / "pids"
+    folder.mkdir()
+    yield folder
+    deadline = time.monotonic() + 1 + SLACK_S
+    while (left := left_behind(folder)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left
+
+
+def left_behind(folder: Path) -> list[str]:
+    alive = [path.name for path in folder.iterdir() if path.name.isdigit() and running(int(path.name))]
+    return alive + [path.name for path in (folder.parent / "temporary").iterdir()]
+
+
+def running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    try:
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(done: object, what: str) -> None:
+    deadline = time.monotonic() + 30
+    while not done():  # type: ignore[operator]
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("fault", "limit_s", "message"),
+    [
+        ("kill", 1, "rank 1 was ended by SIGKILL"),
+        ("raise", 1, r"rank 1 (ended with exit code 1|failed: ValueError)|rank 0 ended with exit code 1"),
+        ("exit", 1, "rank 0 ended with exit code 1"),
+        ("stop", 3, "rank 0 ended with exit code 1"),
+    ],
+)
+def test_it_stops_the_others(
+    fault: str, limit_s: float, message: str, pids: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(RankLost, match=message):
+        launch([MODULE, fault, str(pids)], num_ranks=2, timeout_s=60)
+    took_s = time.time() - float((pids / "when").read_text())
+    said = capfd.readouterr().err
+    print(f"{fault}: all had ended after {took_s:.2f} s")
+    assert took_s < limit_s + SLACK_S
+    if fault in ("exit", "stop"):
+        assert "RankLost: rank 1 " in said
+
+
+def test_it_stops_all_at_the_deadline(pids: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(RankLost, match="did not finish within 3 s and were stopped"):
+        launch([MODULE, "early", str(pids)], num_ranks=2, timeout_s=3)
+    assert time.monotonic() - started < 3 + 1 + SLACK_S
+
+
+@pytest.mark.parametrize("moment", ["early", "linger"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_ranks_do_not_outlive_it(number: signal.Signals, moment: str, pids: Path) -> None:
+    code = f"from runtime.launch import launch; launch([{MODULE!r}, {moment!r}, {str(pids)!r}], num_ranks=2)"
+    launcher = subprocess.Popen([sys.executable, "-P", "-c", code], stderr=subprocess.PIPE, text=True)
+    try:
+        ready = {"early": lambda: len(list(pids.iterdir())) == 2, "linger": lambda: (pids / "ready").exists()}[moment]
+        wait_for(ready, "the ranks did not begin")
+        launcher.send_signal(number)
+        sent = time.monotonic()
+        _, said = launcher.communicate(timeout=30)
+        wait_for(lambda: not left_behind(pids), "ranks or files are left")
+    finally:
+        launcher.kill()
+        launcher.wait()
+    took_s = time.monotonic() - sent
+    print(f"{number.name}, {moment}: all had ended after {took_s:.2f} s")
+    assert took_s < 1 + SLACK_S
+    assert launcher.returncode == {signal.SIGINT: -2, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
+    assert "ChildFailedError" not in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_the_command_line_leaves_nothing(number: signal.Signals, pids: Path) -> None:
+    command = [sys.executable, "-P", "-m", "partitioner", "run", "--prompt", "def f", "--tp", "2"]
+    run = subprocess.Popen(
+        [*command, "--max-new-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        wait_for(lambda: len(children.read_text().split()) == 2, "no ranks were started")
+        for child in children.read_text().split():
+            (pids / child).touch()
+        assert run.stdout is not None
+        run.stdout.read(6)  # the ranks generate
+        run.send_signal(number)
+        sent = time.monotonic()
+        _, said = run.communicate(timeout=30)
+        wait_for(lambda: not left_behind(pids), "ranks or files are left")
+    finally:
+        run.kill()
+        run.wait()
+    print(f"partitioner run, {number.name}: all had ended after {time.monotonic() - sent:.2f} s")
+    assert time.monotonic() - sent < 1 + SLACK_S
+    assert run.returncode in (-signal.SIGKILL, 130)
+    assert not re.search("Traceback", said)
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_command_line_says_which_rank_was_killed(victim: int, pids: Path) -> None:
+    command = [sys.executable, "-P", "-m", "partitioner", "run", "--prompt", "def f", "--tp", "2"]
+    run = subprocess.Popen(
+        [*command, "--max-new-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert run.stdout is not None
+        run.stdout.read(6)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        ranks = {
+            int(re.search(rb"\0RANK=(\d)", Path(f"/proc/{each}/environ").read_bytes())[1]): each for each in children
+        }  # type: ignore[index]
+        for each in children:
+            (pids / each).touch()
+        os.kill(int(ranks[victim]), signal.SIGKILL)
+        sent = time.monotonic()
+        _, said = run.communicate(timeout=30)
+    finally:
+        run.kill()
+        run.wait()
+    print(f"partitioner run, rank {victim} killed: all had ended after {time.monotonic() - sent:.2f} s")
+    assert time.monotonic() - sent < 1 + SLACK_S
+    assert run.returncode == 1
+    assert f"rank {victim} was ended by SIGKILL" in said

@@ -1,0 +1,108 @@
+"""One NCCL rank: `python -P -m tests.gpu.nccl_rank CASE FOLDER ...`; started by test_nccl.py and test_lost_rank.py.
+
+With fewer GPUs than ranks all share the first one. NCCL refuses that on one host, so each rank claims to be a host of
+its own and talks through sockets: that proves results, and says nothing about speed.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+
+from partitioner import Plan, partition
+from runtime.engine import Engine
+from runtime.launch import begin_worker
+from runtime.process_groups import ProcessGroups
+
+PROMPTS = [[1, 2, 3, 4, 5], [6, 7]]
+NEW = 24
+
+
+def model(family: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Seeded: the same on every rank."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "eos_token_id": None, "bos_token_id": None,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if family == "llama":
+        return LlamaForCausalLM(LlamaConfig(**sizes)).eval().to(dtype)
+    return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)).eval().to(dtype)
+
+
+def own_host() -> str:
+    """The device of this rank."""
+    if torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"]):
+        return "cuda"
+    os.environ |= {"NCCL_HOSTID": os.environ["RANK"], "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
+    os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
+    return "cuda:0"
+
+
+def results(folder: Path, family: str, dtype: str, cuda_graph: str) -> None:
+    """Leaves the logits and tokens of every rank."""
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    parts = partition(model(family, getattr(torch, dtype)), Plan(tp=num_ranks))
+    ids = torch.arange(1, 17).reshape(2, 8)
+    found: dict[str, torch.Tensor] = {}
+    with Engine.connect(parts, device=own_host(), timeout_s=120, cuda_graph=cuda_graph == "graph") as engine:
+        assert engine.communicator.transports == ({"tp": "nccl"} if num_ranks > 1 else {})
+        logits = engine(input_ids=ids)
+        logits = logits[0] if isinstance(logits, tuple | list) else logits
+        found["logits"] = logits.float().cpu()
+        found["tokens"] = torch.as_tensor(engine.generate(PROMPTS, max_new_tokens=NEW)).cpu()
+        rank = engine.program.rank
+    torch.save(found, folder / f"rank-{rank}.pt")
+
+
+def fault(folder: Path, what: str, phase: str, victim: str) -> None:
+    """The victim goes wrong before its second collective of the phase, the others wait on the device."""
+    device = own_host()
+    rank = int(os.environ["RANK"])
+    if rank == int(victim):
+        bind = ProcessGroups.bind
+        chosen, passed = 0, 0
+
+        def armed(self: ProcessGroups, *given: Any, node: str, **options: Any) -> Callable[[Any], Any]:
+            collective = bind(self, *given, node=node, **options)
+
+            def run(x: Any) -> Any:
+                nonlocal chosen, passed
+                chosen += node == "sampler"
+                passed += node != "sampler"
+                if (phase == "prefill" and passed == 2) or (phase == "decode" and chosen == 2 and node != "sampler"):
+                    torch.cuda.synchronize()
+                    (folder / "when").write_text(json.dumps(time.time()))
+                    if what == "raise":
+                        raise ValueError("a fault of its own")
+                    os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
+                return collective(x)
+
+            return run
+
+        ProcessGroups.bind = armed  # type: ignore[method-assign, assignment]
+    parts = partition(model("llama", torch.float32), Plan(tp=int(os.environ["WORLD_SIZE"])))
+    with Engine.connect(parts, device=device, timeout_s=10) as engine:
+        engine.generate(PROMPTS, max_new_tokens=500)
+
+
+def graph_then_error(folder: Path) -> None:
+    """An engine that holds captured graphs is closed by an error of its own, on all ranks at once, and ends."""
+    parts = partition(model("llama", torch.float32), Plan(tp=int(os.environ["WORLD_SIZE"])))
+    with Engine.connect(parts, device=own_host(), timeout_s=30, cuda_graph=True) as engine:
+        engine.generate(PROMPTS, max_new_tokens=8)
+        (folder / "when").write_text(json.dumps(time.time()))
+        raise ValueError("after the graphs")
+
+
+if __name__ == "__main__":
+    begin_worker()
+    case = {"results": results, "fault": fault, "graph_then_error": graph_then_error}[sys.argv[1]]
+    case(Path(sys.argv[2]), *sys.argv[3:])

@@ -1,0 +1,76 @@
+"""Over NCCL, where the others wait on the device: they end with the lost rank's name within the timeout and 1 s."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.processes,
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+TIMEOUT_S = 10
+SLACK_S = 3  # to end a process that holds a CUDA context
+
+
+def run(pytestconfig: pytest.Config, folder: Path, case: list[str]) -> tuple[list[int], list[str], list[float]]:
+    """Exit codes, errors, and when each of two ranks ended, in seconds after the fault; nobody supervises them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    processes: list[subprocess.Popen[bytes]] = []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+        environment = {**os.environ, **{name: str(value) for name, value in place.items()}, "MASTER_ADDR": "127.0.0.1"}
+        environment |= {"PYTHONPATH": str(pytestconfig.rootpath), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-P", "-m", "tests.gpu.nccl_rank", case[0], str(folder), *case[1:]]
+        with (folder / f"stderr-{rank}").open("wb") as stderr:
+            processes.append(subprocess.Popen(command, env=environment, stderr=stderr))
+    ended: dict[int, float] = {}
+    stopped = {int(case[3])} if case[1:2] == ["stop"] else set()
+    deadline = time.monotonic() + 180
+    try:
+        while len(ended.keys() | stopped) < 2 and time.monotonic() < deadline:
+            ended |= {r: time.time() for r, each in enumerate(processes) if r not in ended and each.poll() is not None}
+            time.sleep(0.01)
+    finally:
+        for each in processes:
+            each.kill()
+            each.wait()
+    since = float(json.loads((folder / "when").read_text()))
+    texts = [(folder / f"stderr-{rank}").read_text(errors="replace") for rank in range(2)]
+    return [each.returncode for each in processes], texts, [ended.get(r, float("inf")) - since for r in range(2)]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("fault", ["kill", "raise", "stop"])
+def test_the_other_says_who_is_lost(
+    fault: str, phase: str, victim: int, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    codes, texts, seconds = run(pytestconfig, tmp_path, ["fault", fault, phase, str(victim)])
+    other = 1 - victim
+    said = {"kill": "lost: its process ended", "raise": "failed: ValueError: a fault of its own"}
+    print(f"{fault} of {victim}, {phase}: the other ended after {seconds[other]:.2f} s, with {codes[other]}")
+    assert codes[other] != 0
+    assert "RankLost: " in texts[other], texts[other]
+    assert f"rank {victim} {said.get(fault, '')}" in texts[other], texts[other]
+    # an end is told by the connection, at once; only a stopped process takes the timeout
+    assert seconds[other] < (TIMEOUT_S if fault == "stop" else 0) + 1 + SLACK_S
+    assert codes[victim] == {"kill": -signal.SIGKILL, "stop": -signal.SIGKILL}.get(fault, 1)
+
+
+def test_captured_graphs_are_gone_before_their_groups(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """Destroying a group waits, or crashes, where a graph with its collectives is still there."""
+    codes, texts, seconds = run(pytestconfig, tmp_path, ["graph_then_error"])
+    assert codes == [1, 1], texts
+    assert "ValueError: after the graphs" in texts[0]
+    assert max(seconds) < 5 + SLACK_S
