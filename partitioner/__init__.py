@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from partitioner.bundle.bundle import load
     from partitioner.compile import partition
     from partitioner.errors import (
         BundleError,
@@ -54,6 +55,7 @@ __all__ = [
     "RankMismatch",
     "WeightError",
     "__version__",
+    "load",
     "partition",
 ]
 
@@ -71,6 +73,7 @@ _HOMES = {
     "RankLost": "partitioner.errors",
     "RankMismatch": "partitioner.errors",
     "WeightError": "partitioner.errors",
+    "load": "partitioner.bundle.bundle",
     "partition": "partitioner.compile",
 }
 

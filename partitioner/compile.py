@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from partitioner.analysis.steps import why_steps_differ
 from partitioner.analysis.tokens import why_rows_mix, why_tokens_mix
 from partitioner.bounds import bound_inputs
+from partitioner.bundle.bundle import is_bundle, load
+from partitioner.bundle.opened import open_bundle
 from partitioner.canonicalize import canonicalize
 from partitioner.capture import capture, capture_step
 from partitioner.capture.positions import explicit_positions
@@ -29,6 +31,7 @@ from partitioner.checkpoint.folder import open_checkpoint
 from partitioner.errors import CaptureError, PlanError
 from partitioner.find_passes import Chosen, choose, run_passes, wanted
 from partitioner.mesh import Mesh
+from partitioner.model_record import ModelRecord
 from partitioner.parts import Parts
 from partitioner.plan import Plan
 from partitioner.program import Origins, Program
@@ -50,16 +53,22 @@ def partition(
 
     The model may hold its weights or be on the meta device, and is not changed. A path is a checkpoint folder: its
     model is built without weights, and each rank reads its own shard from the files when it is loaded, cast to `dtype`
-    (None: that of the checkpoint). `max_length` is the longest sequence
-    that will be run, for position encodings that depend on it; `length` compiles for that one length, for models
+    (None: that of the checkpoint). Or it is a bundle, which is split anew in the same way. `max_length` is the longest
+    sequence that will be run, for position encodings that depend on it; `length` compiles for that one length, for models
     whose code cannot be traced for all lengths at once.
 
     Raises `CaptureError` where the model cannot be traced, `PlanError` where the plan does not fit it.
     """
     _check_plan(plan)  # before the trace, which takes longer
     wanted(plan)
-    origins = None
-    if isinstance(model, (str, Path)):
+    origins: Origins | None = None
+    if isinstance(model, (str, Path)) and is_bundle(model):
+        if dtype is not None:
+            raise CaptureError(f"dtype={dtype}: {model} is a bundle, whose weights have been read and cast already")
+        bundle = open_bundle(load(model))
+        model, origins = bundle.model, bundle.origins
+        max_length, length = max_length or bundle.max_length, length or bundle.length
+    elif isinstance(model, (str, Path)):
         opened = open_checkpoint(model, dtype=dtype)
         model, origins = opened.model, opened.origins
     elif dtype is not None:
@@ -68,7 +77,12 @@ def partition(
             "convert it by model.to(dtype)"
         )
     traced = _from(origins, trace(model, max_length=max_length, length=length))
-    return compile_program(traced, plan, step=functools.partial(_step, model, origins, max_length))
+    return compile_program(
+        traced,
+        plan,
+        step=functools.partial(_step, model, origins, max_length),
+        model=ModelRecord.of(model, max_length=max_length, length=length),
+    )
 
 
 def _step(model: PreTrainedModel, origins: Origins | None, max_length: int | None) -> Program:
@@ -108,11 +122,13 @@ def trace_step(model: PreTrainedModel, *, max_length: int | None = None) -> Prog
     return traced
 
 
-def compile_program(traced: Program, plan: Plan, *, step: Callable[[], Program] | None = None) -> Parts[Report]:
+def compile_program(
+    traced: Program, plan: Plan, *, step: Callable[[], Program] | None = None, model: ModelRecord | None = None
+) -> Parts[Report]:
     """Compiles what `trace` yields, which is not changed.
 
     `step` yields what `trace_step` does: called when generation is first asked for, of a model whose tokens meet in
-    more than attention.
+    more than attention. `model`: what a bundle says of it.
     """
     _check_plan(plan)
     split = run_passes(traced.copy(plan.mesh), _splitting(traced, plan))
@@ -122,6 +138,8 @@ def compile_program(traced: Program, plan: Plan, *, step: Callable[[], Program] 
         make_report(program, plan=str(plan)),
         traced=traced,
         generation=functools.partial(_compile_generation, traced, split, plan, step),
+        plan=plan,
+        model=model,
     )
 
 
@@ -151,8 +169,7 @@ def _compile_generation(traced: Program, split: Program, plan: Plan, step: Calla
     reason = why_steps_differ(stepping)
     if reason is not None:
         raise PlanError(f"{refusal}; and with its own cache, {reason}")
-    (cached,) = _named("kv-cache")
-    note = compare_steps(traced, cached.run(stepping.copy()))
+    note = compare_steps(traced, run_passes(stepping.copy(), _named("kv-cache")))
     program = compile_steps(stepping, plan)
     program.notes += [note] if note is not None else []
     return program

@@ -122,7 +122,9 @@ def _declared(name: str) -> EntryPoint:
     if len(found) > 1:
         whose = "".join(f"\n  {point.value}, of {_distribution(point, version=True)}" for point in found)
         shadow = " It is the name of a built-in pass." if any(_distribution(p) == OURS for p in found) else ""
-        raise PlanError(f"several passes are named {name!r}:{whose}\n{shadow.strip()} Uninstall one, or rename it".strip())
+        raise PlanError(
+            f"several passes are named {name!r}:{whose}\n{shadow.strip()} Uninstall one, or rename it".strip()
+        )
     return found[0]
 
 

@@ -74,6 +74,21 @@ class IndexSet:
                     found.append((max(a, c), min(b, d)))
         return IndexSet(tuple(found))
 
+    def __sub__(self, other: IndexSet) -> IndexSet:
+        found = []
+        for start, stop in self.intervals:
+            for low, high in (other & IndexSet(((start, stop),))).intervals:
+                if start < low:
+                    found.append((start, low))
+                start = high
+            if start < stop:
+                found.append((start, stop))
+        return IndexSet(tuple(found))
+
+    def index(self, index: int) -> int:
+        """How many smaller ones the set holds: the place of `index` in a local tensor."""
+        return sum(min(stop, index) - start for start, stop in self.intervals if start < index)
+
     def __le__(self, other: IndexSet) -> bool:
         return (self & other).size == self.size
 

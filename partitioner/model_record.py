@@ -1,4 +1,4 @@
-"""What a model was partitioned from, so far as it takes to partition it again: its class, its configuration, lengths."""
+"""What a model was partitioned from, as far as it takes to partition it again: class, configuration, lengths."""
 
 from __future__ import annotations
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Generic, TypeVar
 
+from partitioner.bundle.save import save_ranks
 from partitioner.emit import Emitter
-from partitioner.errors import PlanError
+from partitioner.errors import BundleError, PlanError
 from partitioner.generation_report import GenerationReport, make_generation_report
 from partitioner.mesh import Mesh
+from partitioner.model_record import ModelRecord
+from partitioner.plan import Plan
 from partitioner.program import Program
 from partitioner.ranks import Ranks
 from runtime.rank_program import RankProgram
@@ -30,11 +34,14 @@ class Parts(Ranks, Generic[Report]):
         *,
         traced: Program | None = None,
         generation: Callable[[], Program] | None = None,
+        plan: Plan | None = None,
+        model: ModelRecord | None = None,
     ) -> None:
         self.program = program
         self.report = report
         self.traced = traced
         self._compile_generation = generation
+        self._plan, self._model = plan, model
         self._ranks: dict[int, RankProgram] = {}
         self._lock = threading.RLock()
 
@@ -78,3 +85,13 @@ class Parts(Ranks, Generic[Report]):
         """What `rank` runs to continue sequences; it reads the weights of `rank(rank)`."""
         with self._lock:  # simulated ranks ask at the same time
             return self._generation.rank(self.mesh.coordinates(rank))
+
+    def save(self, folder: str | Path, *, tokenizer: str | Path | None = None) -> None:
+        """Writes a bundle, which `partitioner.load` reads: graphs as data, and each rank's slices of the weights.
+
+        `folder` must be new or empty. `tokenizer`: a folder whose tokenizer is put beside them. Nothing that is
+        written is ever run when it is read. Raises `BundleError` where the program is not to be written.
+        """
+        if self._plan is None or self._model is None:
+            raise BundleError("these parts were not made by partition(): what they were made from is not known")
+        save_ranks(self, folder, plan=self._plan, model=self._model, report=str(self.report), tokenizer=tokenizer)

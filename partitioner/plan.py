@@ -45,9 +45,7 @@ class Plan:
     def __post_init__(self) -> None:
         given: Any = self.keep_whole
         if not isinstance(given, (tuple, list)) or not all(isinstance(each, str) for each in given):
-            raise PlanError(
-                f"keep_whole must be a list or tuple of names, such as [{str(given)!r}]; got {given!r}"
-            )
+            raise PlanError(f"keep_whole must be a list or tuple of names, such as [{str(given)!r}]; got {given!r}")
         object.__setattr__(self, "keep_whole", tuple(given))
         given = self.passes
         if not isinstance(given, (tuple, list)):

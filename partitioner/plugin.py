@@ -130,7 +130,9 @@ def weights_named(program: Program, globs: Sequence[str], *, among: Sequence[str
     for glob in globs:
         hits = [name for name, names in known.items() if any(_matches(each, glob) for each in names)]
         if not hits:
-            near = difflib.get_close_matches(glob, {part for names in known.values() for n in names for part in _heads(n)})
+            near = difflib.get_close_matches(
+                glob, {part for names in known.values() for n in names for part in _heads(n)}
+            )
             raise PlanError(f"{glob!r} selects no weight that this pass can take; near it: {', '.join(near) or 'none'}")
         found.update(dict.fromkeys(hits))
     return [name for name in among if name in found]

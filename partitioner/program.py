@@ -12,7 +12,7 @@ Passes describe weights and never slice them; one graph serves every coordinate,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -122,6 +122,9 @@ class Origins(Protocol):
 
     @property
     def source(self) -> WeightSource: ...
+
+    def find(self, name: str, aliases: Sequence[str]) -> object:
+        """Raises `WeightError` where the files do not hold the weight."""
 
     def of(self, shard: WeightShard) -> tuple[Piece, ...]:
         """The pieces of a rank's part of a weight."""

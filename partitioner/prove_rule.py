@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from partitioner.analysis.arguments import arguments
 from partitioner.analysis.notation import Notation
 from partitioner.analysis.rules import notation
 from partitioner.errors import LayoutError
@@ -79,7 +78,9 @@ class _Trial:
             if name == letter
         }
         if len(sizes) != 1 or min(sizes) < 2:
-            raise LayoutError(f"{self.name}: the letter {letter!r} must stand for one size above 1, got {sorted(sizes)}")
+            raise LayoutError(
+                f"{self.name}: the letter {letter!r} must stand for one size above 1, got {sorted(sizes)}"
+            )
         (size,) = sizes
         cut = size // 2 or 1
         parts = []

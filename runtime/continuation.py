@@ -48,11 +48,11 @@ class Continuation:
         communicator: Communicator,
         device: torch.device,
         *,
-        profiler: Profiler,
+        profiler: Profiler | None = None,
         compile: bool = False,
         cuda_graph: bool = False,
     ) -> None:
-        self._profiler = profiler
+        self._profiler = profiler or Profiler(program, device)
         self.program, self.weights, self.communicator, self.device = program, weights, communicator, device
         if compile or cuda_graph:
             require_fixed_shapes(program, device, cuda_graph=cuda_graph)

@@ -54,7 +54,7 @@ class Profiler:
 
     def watched(self, communicator: Communicator) -> Communicator:
         """`communicator`, whose operations are recorded if a recording is on now."""
-        return communicator if self.recording is None else _Watched(communicator, self.recording)
+        return communicator if self.recording is None else _Watched(communicator, self.recording)  # type: ignore[return-value]
 
     def timed(self, name: str, function: Callable[..., R]) -> Callable[..., R]:
         """`function` as a step of its own, if a recording is on now."""

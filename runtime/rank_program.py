@@ -76,8 +76,8 @@ class Made:
 class WeightShard:
     """One weight of a rank; `indices[d]` are the indices of dim d that the rank holds, None for all of them.
 
-    source: "checkpoint", "computed" (a buffer absent from checkpoints), "constant" or "made" (see `Made`). pieces: where
-    its elements lie, in the tensors of the checkpoint where the program comes from one, in the model's own weight
+    source: "checkpoint", "computed" (a buffer absent from checkpoints), "constant" or "made" (see `Made`). pieces:
+    where its elements lie, in the tensors of the files where the program comes from such, in the model's own weight
     otherwise.
     """
 

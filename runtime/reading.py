@@ -18,6 +18,7 @@ process. So it is for the user to choose.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import math
 import mmap
 import os
@@ -36,7 +37,7 @@ from runtime.rank_program import Piece, WeightShard, at, extents
 from runtime.strided import Strided, row_major
 from runtime.tensor_files import Entry, TensorFiles
 
-__all__ = ["Reader"]
+__all__ = ["Reader", "digest_of"]
 
 STRIP_BYTES = 4 << 20
 SHORTEST_RUN_BYTES = 4 << 10
@@ -65,10 +66,15 @@ class Reader:
         self._maps: dict[Path, mmap.mmap] = {}
 
     def load(self, weights: Sequence[WeightShard], device: torch.device, *, progress: bool = False) -> list[Tensor]:
-        """One tensor per weight, put together from its pieces."""
+        """One tensor per weight, put together from its pieces; those with a digest must have it."""
+        for weight in weights:
+            for piece in weight.pieces if weight.digest else ():
+                self._find(weight, piece)  # before memory is set aside: a description may be hostile
         found = [self._map(weight) if self.mapped and device.type == "cpu" else None for weight in weights]
         loaded = [
-            tensor if tensor is not None else torch.empty(weight.local_shape, dtype=weight.dtype, device=device)
+            tensor
+            if tensor is not None
+            else torch.empty(weight.local_shape, dtype=weight.dtype, device="cpu" if weight.digest else device)
             for weight, tensor in zip(weights, found, strict=True)
         ]
         strips = [
@@ -82,7 +88,10 @@ class Reader:
         strips.sort(key=lambda strip: (str(strip.entry.file), strip.entry.start, strip.spot.offset))
         with Progress("loading", sum(strip.target.nbytes for strip in strips), show=progress) as shown:
             self._read_all(strips, shown)
-        return loaded
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="check") as pool:
+            for _ in pool.map(_require_digest, weights, loaded):
+                pass
+        return [tensor.to(device) for tensor in loaded]
 
     def _map(self, weight: WeightShard) -> Tensor | None:
         """The weight where it lies in a file, if it lies there in one run and in its own dtype."""
@@ -176,3 +185,17 @@ class Reader:
 def _in_order(strides: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """Whether elements at these steps are those of a contiguous tensor."""
     return all(n == 1 or step == own for n, step, own in zip(shape, strides, row_major(shape), strict=True))
+
+
+def _require_digest(weight: WeightShard, tensor: Tensor) -> None:
+    if weight.digest is not None and (found := digest_of(tensor)) != weight.digest:
+        raise WeightError(
+            f"weight {weight.name!r} is damaged or was altered: the SHA-256 of its bytes is {found}, and recorded is "
+            f"{weight.digest}"
+        )
+
+
+def digest_of(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, row-major; hashing lets other threads run."""
+    flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()

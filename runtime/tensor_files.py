@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,6 +36,8 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
     "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 _LONGEST_HEADER = 100_000_000
 """As in safetensors itself."""
@@ -59,9 +61,14 @@ class Entry:
 class TensorFiles:
     """See the module's docstring."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, files: Sequence[str] | None = None) -> None:
+        """`files`: only these of the folder; None: those that make up a checkpoint."""
         self.folder = Path(folder)
         self.entries: dict[str, Entry] = {}
+        if files is not None:
+            for name in files:
+                self._add(self.folder / name)
+            return
         single, index = self.folder / SINGLE, self.folder / INDEX
         if single.is_file():  # before the index, as in transformers
             self._add(single)
@@ -128,7 +135,7 @@ def _entry(file: Path, base: int, size: int, name: str, fields: Any) -> Entry:
 def _json(file: Path, text: bytes) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightError(f"{file} is damaged: its header is no JSON ({error})") from error
     if not isinstance(found, Mapping):
         raise WeightError(f"{file} is damaged: its header must be a JSON object")

@@ -33,8 +33,8 @@ __all__ = ["Template", "build", "share"]
 Data = Any
 _DEEPEST, _LONGEST_TEXT = 10, 10_000
 _UNKNOWN = object()
-_TABLES: dict[str, dict[str | None, Any]] = {
-    "dtype": dict[str | None, Any](DTYPES),
+_TABLES: dict[str, dict[Any, Any]] = {
+    "dtype": dict(DTYPES),
     "device": {None: torch.device("cpu")},
     "float": {text: float(text) for text in ("inf", "-inf", "nan")},
     "layout": {"strided": torch.strided},

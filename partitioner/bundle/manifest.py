@@ -27,7 +27,7 @@ from partitioner.bundle.reading import Record
 from partitioner.errors import BundleError
 from partitioner.mesh import AXES, Mesh
 
-__all__ = ["SCHEMA", "File", "Manifest"]
+__all__ = ["MANIFEST", "SCHEMA", "File", "Manifest"]
 
 SCHEMA = 1
 FORMAT = "partitioner bundle"
@@ -44,8 +44,8 @@ class File:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`model_class`: as transformers calls it. `checkpoint`: whether the weights are those of a checkpoint folder, which
-    whoever loads the bundle has to name.
+    """`model_class`: as transformers calls it. `checkpoint`: whether the weights are in a checkpoint folder, which
+    whoever loads the bundle names.
     """
 
     model_class: str
@@ -128,6 +128,10 @@ def _read_file(record: Record, name: str) -> File:
 
 def _read_plan(record: Record) -> dict[str, Any]:
     plan = record.record("plan")
-    found = {"tp": plan.integer("tp", low=1, high=_MOST_RANKS), "keep_whole": plan.texts("keep_whole")}
+    found = {
+        "tp": plan.integer("tp", low=1, high=_MOST_RANKS),
+        "keep_whole": plan.texts("keep_whole"),
+        "passes": plan.texts("passes"),
+    }
     plan.done()
     return found

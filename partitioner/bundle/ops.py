@@ -69,22 +69,6 @@ _OWN = (
 _INTEGER = (
     "add", "sub", "mul", "mod", "floordiv", "neg", "pow", "truediv", "getitem", "eq", "ne", "lt", "le", "gt", "ge",
 )  # fmt: skip
-    "add",
-    "sub",
-    "mul",
-    "mod",
-    "floordiv",
-    "neg",
-    "pow",
-    "truediv",
-    "getitem",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-)
 
 
 def _named(functions: dict[Any, Callable[..., Any]]) -> dict[str, Any]:
@@ -93,7 +77,7 @@ def _named(functions: dict[Any, Callable[..., Any]]) -> dict[str, Any]:
 
 _CALLS: dict[str, Callable[..., Any]] = {
     **_named(FUNCTIONS),
-    **{f"op.{op.__name__}": op for op in _OWN},
+    **{f"op.{op.__name__}": op for op in _OWN},  # type: ignore[misc]
     **{f"int.{name}": getattr(operator, name) for name in _INTEGER},
     "int.min": torch.sym_min,
     "int.max": torch.sym_max,

@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from partitioner.bundle.reading import DOTTED, DTYPES, IDENTIFIER, Record, dtype_name, whole_number
 from partitioner.layout import IndexSet
 from partitioner.mesh import Mesh
 from runtime.rank_program import Bound, Piece, RankProgram, RunInput, StateShard, WeightShard
+from runtime.weights import WeightSource
 
 __all__ = ["Stored", "program_data", "read_program", "read_weight", "weight_data"]
 
@@ -140,7 +141,7 @@ def read_program(
     coordinates: Mapping[str, int],
     weights: Sequence[WeightShard],
     read_graph: Callable[..., fx.Graph],
-    read_weight: Callable[[str, Any], Tensor],
+    source: WeightSource,
 ) -> RankProgram:
     """`read_graph(digest, integers=, inputs=, weights=)` builds a graph of the bundle, when it is asked for."""
     digest, integers = record.digest("graph"), record.integers("integers", low=-(2**62))
@@ -162,7 +163,7 @@ def read_program(
         vocab_size=record.integer("vocab_size", high=2**31),
         vocabulary=_read_vocabulary(record, mesh),
         limits=_read_limits(record.record("limits")),
-        read=read_weight,
+        source=source,
     )
     record.done()
     return program

@@ -11,18 +11,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from partitioner.model_record import ModelRecord
 from safetensors.torch import save_file
+from torch import Tensor
 
 from partitioner.bundle.folder import digest_of, writing
 from partitioner.bundle.graphs import Template, share
 from partitioner.bundle.manifest import File, Manifest
 from partitioner.bundle.ranks import Stored, program_data, weight_data
 from partitioner.errors import PlanError
+from partitioner.model_record import ModelRecord
 from partitioner.plan import Plan
 from runtime.engine import RankPrograms
 from runtime.rank_program import RankProgram, WeightShard
-from runtime.weights import digest_of_tensor, load_weights
+from runtime.reading import digest_of as digest_of_tensor
+from runtime.weights import load_weights
 
 __all__ = ["MODEL_FILES", "save_ranks"]
 
@@ -59,19 +61,15 @@ def save_ranks(
         stored = writer.weights([_distinct(programs) for programs in zip(text, generation or text, strict=True)], text)
         graphs = writer.graphs([program.graph for program in (*text, *generation)])
         for rank in everyone:
-            places = {each.shard: place for place, each in enumerate(stored[rank])}
-
-            def data(program: RankProgram, graph: tuple[Template, tuple[int, ...]]) -> object:
-                weights = [places[weight] for weight in program.weights]
-                return program_data(program, graph=graph[0].digest, integers=graph[1], weights=weights)
-
             writer.json(
                 f"ranks/{rank}.json",
                 {
                     "coordinates": dict(text[rank].coordinates),
                     "weights": list(map(weight_data, stored[rank])),
-                    "text": data(text[rank], graphs[rank]),
-                    "generation": data(generation[rank], graphs[len(text) + rank]) if generation else None,
+                    "text": _program(text[rank], graphs[rank], stored[rank]),
+                    "generation": _program(generation[rank], graphs[len(text) + rank], stored[rank])
+                    if generation
+                    else None,
                 },
             )
         writer.json("model/config.json", model.config)
@@ -85,10 +83,17 @@ def save_ranks(
             max_length=model.max_length,
             length=model.length,
             refused=refused,
+            checkpoint=False,
             files=writer.files,
         )
         for name, content in manifest.write().items():
             (partial / name).write_bytes(content)
+
+
+def _program(program: RankProgram, graph: tuple[Template, tuple[int, ...]], stored: Sequence[Stored]) -> object:
+    places = {each.shard: place for place, each in enumerate(stored)}
+    weights = [places[weight] for weight in program.weights]
+    return program_data(program, graph=graph[0].digest, integers=graph[1], weights=weights)
 
 
 def _distinct(programs: Iterable[RankProgram]) -> tuple[WeightShard, ...]:
@@ -141,16 +146,25 @@ class _Writer:
             if batches[-1] and sum(each.bytes for each in batches[-1]) + shard.bytes > FILE_BYTES:
                 batches.append([])
             batches[-1].append(shard)
+        names: dict[str, int] = {}
         for number, batch in enumerate(filter(None, batches)):
             file = f"weights/{owner}-{number:05}.safetensors"
-            names = _names(owner, number, batch)
-            tensors = {
-                name: _plain(tensor)
-                for name, tensor in zip(names, load_weights(batch, program, device=torch.device("cpu")), strict=True)
-            }
+            loaded = load_weights(batch, program.values, program.source, torch.device("cpu"))
+            tensors: dict[str, Tensor] = {}
+            stored = []
+            for shard, tensor in zip(batch, loaded, strict=True):
+                names[shard.name] = count = names.get(shard.name, 0) + 1
+                # one name may stand for several slices, where a pass makes a weight anew for one of the programs
+                key = f"{owner}.{shard.name}" + (f".{count}" if count > 1 else "")
+                # a copy, where the model's own tensor is what was loaded: files hold no two names of one memory
+                tensors[key] = tensor.contiguous().clone() if shard.is_whole else tensor
+                stored.append(Stored(shard, file, key, digest_of_tensor(tensor)))
             path = self.folder / file
             path.parent.mkdir(exist_ok=True)
             save_file(tensors, path)
             self.files[file] = File(path.stat().st_size, None)
-            for shard, name in zip(batch, names, strict=True):
-                yield Stored(shard, file, name, digest_of_tensor(tensors[name]))
+            yield from stored
+
+
+def plan_data(plan: Plan) -> dict[str, object]:
+    return {"tp": plan.tp, "keep_whole": list(plan.keep_whole), "passes": [str(each) for each in plan.passes]}

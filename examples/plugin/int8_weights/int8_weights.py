@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import fx
+
+from int8_weights.op import int8_linear, make_codes, make_scales
 from partitioner.plugin import (
     Layout,
     Program,
@@ -22,9 +25,6 @@ from partitioner.plugin import (
     operation,
     weights_named,
 )
-from torch import fx
-
-from int8_weights.op import int8_linear, make_codes, make_scales
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A linear whose weight is int8 with one scale per output channel, and how both are made of the model's weight.
 
-    x [.., K]   codes int8 [N, K]   scales [N]   bias [N]   ->   (x @ codes.T) * scales + bias   [.., N]
+x [.., K]   codes int8 [N, K]   scales [N]   bias [N]   ->   (x @ codes.T) * scales + bias   [.., N]
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from partitioner.plugin import Notation, Operand, is_tensor, layout_rule, letters, value_of
 from torch import Tensor, fx
 from torch.nn import functional
+
+from partitioner.plugin import Notation, Operand, is_tensor, layout_rule, letters, value_of
 
 LARGEST = 127
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 from int8_weights.int8_weights import Int8Weights
 from int8_weights.op import int8_linear, make_codes, make_scales
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from partitioner import Plan, PlanError, partition
 from partitioner.plugin import check_rule
 from runtime.simulate import Simulator
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 IDS = torch.tensor([[5, 17, 9, 33, 2], [1, 1, 40, 7, 50]])
 
