@@ -54,8 +54,8 @@ def partition(
     The model may hold its weights or be on the meta device, and is not changed. A path is a checkpoint folder: its
     model is built without weights, and each rank reads its own shard from the files when it is loaded, cast to `dtype`
     (None: that of the checkpoint). Or it is a bundle, which is split anew in the same way. `max_length` is the longest
-    sequence that will be run, for position encodings that depend on it; `length` compiles for that one length, for models
-    whose code cannot be traced for all lengths at once.
+    sequence that will be run, for position encodings that depend on it; `length` compiles for that one length, for
+    models whose code cannot be traced for all lengths at once.
 
     Raises `CaptureError` where the model cannot be traced, `PlanError` where the plan does not fit it.
     """

@@ -198,4 +198,4 @@ def _require_digest(weight: WeightShard, tensor: Tensor) -> None:
 def digest_of(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, row-major; hashing lets other threads run."""
     flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(flat.numpy())).hexdigest()
+    return hashlib.sha256(flat.numpy()).hexdigest()  # type: ignore[arg-type]
