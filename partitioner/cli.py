@@ -3,6 +3,8 @@
     partitioner verify MODEL --tp 4      compare the partitioned model with the original; exit code 1 where they differ
     partitioner report MODEL --tp 4      what would be split and what not, without any data
     partitioner run MODEL --prompt "..." write what follows
+    partitioner export MODEL -o FOLDER   write a bundle: every rank's program and slices of the weights
+    partitioner show FOLDER              what is in a bundle
 
 Exit codes: 0 equal, 1 a difference or a lost rank, 2 something in the question is wrong (one line says what).
 """
@@ -18,8 +20,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from partitioner.bundle.bundle import load
+from partitioner.bundle.describe import describe, show_graph
 from partitioner.compile import partition
 from partitioner.errors import CommunicationError, PartitionerError
+from partitioner.export import export
 from partitioner.models import EMBEDDED
 from partitioner.named_model import dtype_named, load_model
 from partitioner.plan import Plan
@@ -33,6 +38,9 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 Model = Annotated[str, typer.Argument(help="a checkpoint folder, config:FILE.json, or a model type of transformers")]
 Tp = Annotated[int, typer.Option(help="tensor-parallel ranks")]
+Checkpoint = Annotated[
+    str | None, typer.Option(help="the folder with the weights, where a bundle was exported with --reference")
+]
 
 
 @app.command("verify")
@@ -85,10 +93,10 @@ def report_command(
 def run_command(
     prompt: Annotated[list[str], typer.Option(help="what to continue; given several times, a batch")],
     model: Annotated[
-        str, typer.Argument(help="a checkpoint folder with a tokenizer; by default the small model inside")
+        str, typer.Argument(help="a checkpoint folder with a tokenizer, or a bundle; by default the small model inside")
     ] = str(EMBEDDED),
-    tp: Tp = 1,
-    dtype: Annotated[str, typer.Option(help="to load the weights in")] = "float32",
+    tp: Annotated[int | None, typer.Option(help="tensor-parallel ranks; by default 1, or those of the bundle")] = None,
+    dtype: Annotated[str | None, typer.Option(help="to load the weights in; by default float32")] = None,
     max_new_tokens: int = 64,
     sample: Annotated[bool, typer.Option("--sample", help="draw tokens; otherwise the likeliest each time")] = False,
     temperature: float = 1.0,
@@ -105,6 +113,7 @@ def run_command(
     simulate: Annotated[bool, typer.Option("--simulate", help="all ranks in this process, one thread each")] = False,
     timeout_s: Annotated[float, typer.Option("--timeout", help="seconds until the processes are stopped")] = 3600.0,
     profile: Annotated[str, typer.Option(help="write what every rank did, node by node, to this file")] = "",
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Write what follows a prompt, over one process per rank: of this machine, or those that torchrun started."""
     options = {
@@ -119,14 +128,51 @@ def run_command(
         "stop_strings": stop or [],
     }
     with _errors():
-        question = Question(model, tp, tuple(prompt), dtype, chat, cache_memory, options, profile)
+        question = Question(model, tp, tuple(prompt), dtype, checkpoint, chat, cache_memory, options, profile)
         Settings.of({**options, "tokenizer": ...}, eos_token_id=())  # here once, rather than on every rank
         if is_rank():
             answer(question)
-        elif simulate or question.plan.mesh.world_size == 1:
+        elif simulate or question.num_ranks == 1:
             answer_here(question)
         else:
             run_in_processes(question, timeout_s=timeout_s)
+
+
+@app.command("export")
+def export_command(
+    model: Annotated[str, typer.Argument(help="a checkpoint folder, a bundle to split anew, or as for report")],
+    out: Annotated[str, typer.Option("--out", "-o", help="a new folder")],
+    tp: Tp = 1,
+    dtype: Annotated[str | None, typer.Option(help="to store the weights in; by default the checkpoint's")] = None,
+    max_length: Annotated[int | None, typer.Option(help="the longest text that will be run")] = None,
+    keep_whole: Annotated[list[str] | None, typer.Option(help="names of weights, with *, that no rank splits")] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="leave the weights in the checkpoint, and say where each rank's are")
+    ] = False,
+) -> None:
+    """Write a bundle: what each rank runs, and its slices of the weights. Loading it runs nothing of what is in it."""
+    with _errors():
+        plan = Plan(tp=tp, keep_whole=tuple(keep_whole or ()))
+        Console(stderr=True).print(export(model, plan, out, dtype=dtype, max_length=max_length, reference=reference))
+
+
+@app.command("show")
+def show_command(
+    folder: Annotated[str, typer.Argument(help="a bundle")],
+    rank: Annotated[int | None, typer.Option(help="print what this rank runs")] = None,
+    generation: Annotated[bool, typer.Option("--generation", help="its program that continues texts")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read all of it, the weights too, and check it")] = False,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Print what is in a bundle."""
+    with _errors():
+        bundle = load(folder, checkpoint=checkpoint)
+        if verify:
+            bundle.verify()
+        said = describe(bundle) if rank is None else show_graph(bundle, rank, generation=generation)
+        Console().print(said, markup=False, highlight=False, soft_wrap=True)
+        if verify:
+            Console().print("all files are as they were written", markup=False, highlight=False)
 
 
 def main() -> None:

@@ -86,12 +86,21 @@ class Parts(Ranks, Generic[Report]):
         with self._lock:  # simulated ranks ask at the same time
             return self._generation.rank(self.mesh.coordinates(rank))
 
-    def save(self, folder: str | Path, *, tokenizer: str | Path | None = None) -> None:
+    def save(self, folder: str | Path, *, tokenizer: str | Path | None = None, reference: bool = False) -> None:
         """Writes a bundle, which `partitioner.load` reads: graphs as data, and each rank's slices of the weights.
 
-        `folder` must be new or empty. `tokenizer`: a folder whose tokenizer is put beside them. Nothing that is
-        written is ever run when it is read. Raises `BundleError` where the program is not to be written.
+        `folder` must be new or empty. `tokenizer`: a folder whose tokenizer is put beside them. `reference`: weights of
+        a checkpoint stay in it, and nothing is copied. Nothing that is written is ever run when it is read.
+        Raises `BundleError` where the program is not to be written.
         """
         if self._plan is None or self._model is None:
             raise BundleError("these parts were not made by partition(): what they were made from is not known")
-        save_ranks(self, folder, plan=self._plan, model=self._model, report=str(self.report), tokenizer=tokenizer)
+        save_ranks(
+            self,
+            folder,
+            plan=self._plan,
+            model=self._model,
+            report=str(self.report),
+            tokenizer=tokenizer,
+            reference=reference,
+        )

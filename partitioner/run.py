@@ -23,11 +23,12 @@ from typing import Any, TextIO
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from partitioner.bundle.bundle import Bundle, is_bundle, load
 from partitioner.compile import partition
 from partitioner.errors import InputError
 from partitioner.named_model import dtype_named
-from partitioner.parts import Parts
 from partitioner.plan import Plan
+from partitioner.ranks import Ranks
 from runtime.cache_size import CacheSize
 from runtime.engine import Engine
 from runtime.launch import begin_worker, launch
@@ -38,12 +39,17 @@ __all__ = ["Question", "answer", "answer_here", "is_rank", "run_in_processes"]
 
 @dataclass(frozen=True)
 class Question:
-    """What to run: MODEL (a checkpoint folder with a tokenizer), the plan, the prompts, and how to continue them."""
+    """What to run: MODEL (a checkpoint folder with a tokenizer, or a bundle), the prompts, and how to continue them.
+
+    tp, dtype: None for what the bundle has, for one rank, and for float32. checkpoint: the folder of the weights that a
+    bundle refers to.
+    """
 
     model: str
-    tp: int
+    tp: int | None
     prompts: tuple[str, ...]
-    dtype: str = "float32"
+    dtype: str | None = None
+    checkpoint: str | None = None
     chat: bool = False
     cache_memory: str | None = None
     """The most that the cache may take on a rank, as in `runtime.memory`; None: all that is free."""
@@ -52,17 +58,34 @@ class Question:
     """Where to write a trace of what every rank does; "": nowhere."""
 
     def __post_init__(self) -> None:
-        dtype_named(self.dtype)
+        if self.dtype is not None:
+            dtype_named(self.dtype)
         if self.profile and (not Path(self.profile).parent.is_dir() or Path(self.profile).is_dir()):
             raise InputError(f"cannot write a trace to {self.profile!r}: give a file in a folder that exists")
         if self.cache_memory is not None:
             Amount.of(self.cache_memory)
         if not Path(self.model).is_dir():
-            raise InputError(f"{self.model!r} is no folder: to write text, a checkpoint with its tokenizer is needed")
+            raise InputError(
+                f"{self.model!r} is no folder: to write text, a checkpoint with its tokenizer, or a bundle, is needed"
+            )
+        if not is_bundle(self.model) and self.checkpoint is not None:
+            raise InputError(f"--checkpoint is for a bundle that refers to one; {self.model!r} is no bundle")
+
+    def ranks(self) -> Ranks:
+        """The model, without its weights: each rank reads its own, when it is connected."""
+        if not is_bundle(self.model):
+            return partition(self.model, Plan(tp=self.tp or 1), dtype=dtype_named(self.dtype or "float32"))
+        bundle = load(self.model, checkpoint=self.checkpoint)
+        if self.tp not in (None, bundle.mesh.world_size) or self.dtype is not None:
+            raise InputError(
+                f"{self.model!r} is a bundle for tp={bundle.mesh.world_size}, as it is: leave --tp and --dtype out, or "
+                "split it anew by partitioner export"
+            )
+        return bundle
 
     @property
-    def plan(self) -> Plan:
-        return Plan(tp=self.tp)
+    def num_ranks(self) -> int:
+        return load(self.model).mesh.world_size if is_bundle(self.model) else Plan(tp=self.tp or 1).mesh.world_size
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -80,12 +103,15 @@ def is_rank() -> bool:
 
 def run_in_processes(question: Question, *, timeout_s: float) -> None:
     """Start one process per rank here."""
-    _tokenizer(question)  # what is wrong with it is said once, before anything is started
+    # what is wrong is said once, before anything is started
+    _tokenizer(question)
+    if is_bundle(question.model):
+        question.ranks().rank(0)
     with tempfile.TemporaryDirectory(prefix="partitioner-") as folder:
         path = Path(folder, "question.json")
         path.write_text(question.to_json())
-        num_ranks = question.plan.mesh.world_size
-        launch(["partitioner.run_rank", str(path)], num_ranks=num_ranks, timeout_s=timeout_s, folder=folder)
+        command = ["partitioner.run_rank", str(path)]
+        launch(command, num_ranks=question.num_ranks, timeout_s=timeout_s, folder=folder)
 
 
 def answer(question: Question) -> None:
@@ -108,7 +134,7 @@ def answer_here(question: Question) -> None:
 
 
 @contextlib.contextmanager
-def _profiled(question: Question, engine: Engine | Parts[Any], *, writes: bool) -> Iterator[None]:
+def _profiled(question: Question, engine: Engine | Ranks, *, writes: bool) -> Iterator[None]:
     if not question.profile:
         yield
         return
@@ -122,20 +148,21 @@ def _profiled(question: Question, engine: Engine | Parts[Any], *, writes: bool) 
         _say(f"{trace}\ntrace in {question.profile}: open it at https://ui.perfetto.dev")
 
 
-def _load(question: Question) -> tuple[Parts[Any], Any]:
+def _load(question: Question) -> tuple[Ranks, Any]:
     transformers_logging.disable_progress_bar()
     started = time.perf_counter()
     tokenizer = _tokenizer(question)
-    # no weights yet: each rank reads its own, when it is connected
-    parts = partition(question.model, question.plan, dtype=dtype_named(question.dtype))
-    _say(f"partitioned in {time.perf_counter() - started:.1f} s")
-    return parts, tokenizer
+    ranks = question.ranks()
+    _say(f"{'bundle read' if isinstance(ranks, Bundle) else 'partitioned'} in {time.perf_counter() - started:.1f} s")
+    return ranks, tokenizer
 
 
 def _tokenizer(question: Question) -> Any:
     folder = question.model
+    if is_bundle(folder):
+        folder = str(load(folder).model_folder())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"transformers finds no tokenizer in {folder!r}: {' '.join(str(error).split())[:300]}"
@@ -148,7 +175,7 @@ def _tokenizer(question: Question) -> Any:
     return tokenizer
 
 
-def _write(question: Question, tokenizer: Any, engine: Engine | Parts[Any], out: TextIO | None) -> None:
+def _write(question: Question, tokenizer: Any, engine: Engine | Ranks, out: TextIO | None) -> None:
     prompts = [_ids(question, tokenizer, prompt) for prompt in question.prompts]
     _reserve(question, engine, longest=max(map(len, prompts)))
     options = dict(question.options)
@@ -181,10 +208,11 @@ def _write(question: Question, tokenizer: Any, engine: Engine | Parts[Any], out:
     out.flush()
     later = sum(map(len, said)) - len(said)
     rate = f"{later / (ended - first):.1f} tokens/s" if later and ended > first else "one token"
-    _say(f"{sum(map(len, said))} tokens, the first after {first - started:.2f} s, then {rate} (tp={question.tp})")
+    total, degree = sum(map(len, said)), engine.mesh.size("tp")
+    _say(f"{total} tokens, the first after {first - started:.2f} s, then {rate} (tp={degree})")
 
 
-def _reserve(question: Question, engine: Engine | Parts[Any], *, longest: int) -> None:
+def _reserve(question: Question, engine: Engine | Ranks, *, longest: int) -> None:
     """Sets the cache aside, of the size that this question needs, and says how much more would fit."""
     new: int = question.options.get("max_new_tokens", 1)
     size = CacheSize(max_batch=len(question.prompts), max_length=longest + new - 1, memory=question.cache_memory)

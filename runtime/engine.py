@@ -123,6 +123,10 @@ class Engine:
             raise
         return engine
 
+    @property
+    def mesh(self) -> Mesh:
+        return self.program.mesh
+
     def __call__(self, **inputs: Tensor | None) -> Any:
         """Run once. Every rank must be given the same inputs."""
         return self._run(complete_inputs(self.program.inputs, inputs, self.device, self.program.limits))

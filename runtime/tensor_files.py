@@ -77,6 +77,15 @@ class TensorFiles:
         else:
             raise WeightError(f"{self.folder} holds no weights: required is {SINGLE} or {INDEX}")
 
+    def joined(self, others: TensorFiles) -> TensorFiles:
+        """These and others, together."""
+        found = TensorFiles(self.folder, ())
+        found.entries = {**others.entries, **self.entries}
+        if len(found.entries) != len(self.entries) + len(others.entries):
+            twice = next(name for name in self.entries if name in others.entries)
+            raise WeightError(f"{self.entries[twice].file} and {others.entries[twice].file} both hold {twice!r}")
+        return found
+
     def _add_indexed(self, index: Path) -> None:
         listed = _json(index, index.read_bytes())
         places = listed.get("weight_map")

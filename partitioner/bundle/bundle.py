@@ -40,16 +40,18 @@ def is_bundle(folder: str | Path) -> bool:
 
 
 @overload
-def load(folder: str | Path) -> Bundle: ...
+def load(folder: str | Path, *, checkpoint: str | Path | None = None) -> Bundle: ...
 @overload
-def load(folder: str | Path, *, rank: int) -> RankProgram: ...
-def load(folder: str | Path, *, rank: int | None = None) -> Bundle | RankProgram:
+def load(folder: str | Path, *, rank: int, checkpoint: str | Path | None = None) -> RankProgram: ...
+def load(folder: str | Path, *, rank: int | None = None, checkpoint: str | Path | None = None) -> Bundle | RankProgram:
     """What `parts.save(folder)` wrote. Nothing in it is run, and all that is read is checked.
+
+    `checkpoint`: the folder with the weights, where the bundle only refers to them; it is never taken from the bundle.
 
     Raises `BundleError` where it is damaged, altered, or of a newer version; `WeightError`, when an engine reads them,
     where the weights are.
     """
-    bundle = Bundle(folder)
+    bundle = Bundle(folder, checkpoint=checkpoint)
     return bundle if rank is None else bundle.rank(rank)
 
 
@@ -62,9 +64,12 @@ class _Rank:
 class Bundle(Ranks):
     """See the module's docstring."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, checkpoint: str | Path | None = None) -> None:
         self.folder = Folder(folder)
         self.manifest = Manifest.read(self.folder)
+        if checkpoint is not None and not self.manifest.checkpoint:
+            raise BundleError(f"{folder} holds its weights itself: leave checkpoint={str(checkpoint)!r} out")
+        self._checkpoint = checkpoint
         self._ranks: dict[int, _Rank] = {}
         self._lock = threading.Lock()  # simulated ranks ask at the same time
 
@@ -96,12 +101,27 @@ class Bundle(Ranks):
         return self._read(rank)[1]
 
     def files(self, stored: Sequence[Stored]) -> TensorFiles:
-        names = dict.fromkeys(each.file for each in stored)
+        names = dict.fromkeys(each.file for each in stored if each.file is not None)
         for name in names:
             if not name.startswith("weights/"):
                 raise BundleError(f"{name!r} is no file of weights")
             self.folder.check(name, bytes=self._file(name).bytes)
-        return TensorFiles(self.folder.path, list(names))
+        files = TensorFiles(self.folder.path, list(names))
+        if all(each.file is not None for each in stored):
+            return files
+        if self._checkpoint is None:
+            raise BundleError(
+                f"the weights of {self.folder.path} are in the checkpoint that it was made from: name its folder "
+                "(checkpoint=, or --checkpoint)"
+            )
+        return files.joined(TensorFiles(self._checkpoint))
+
+    def model_folder(self) -> Path:
+        """What a tokenizer is loaded from, checked."""
+        for name in self.manifest.files:
+            if name.startswith("model/"):
+                self.read(name)
+        return self.folder.path / "model"
 
     def verify(self) -> None:
         """Reads every file of the bundle, and checks it."""

@@ -28,11 +28,11 @@ class Opened:
 
 def open_bundle(bundle: Bundle) -> Opened:
     """Checks all of the bundle first: parts of what has one digest as a whole cannot be checked by themselves."""
+    if bundle.manifest.checkpoint:
+        raise BundleError(f"the weights of {bundle.folder.path} are in a checkpoint: partition that instead")
     bundle.verify()
     stored = [each for rank in range(bundle.mesh.world_size) for each in bundle.stored(rank)]
-    folder = bundle.folder.path / "model"
-    bundle.read("model/config.json")
-    model = load_model(str(folder), dtype=torch.float32, meta=True)
+    model = load_model(str(bundle.model_folder()), dtype=torch.float32, meta=True)
     if type(model).__name__ != bundle.manifest.model_class:
         raise BundleError(
             f"{bundle.folder.path} was made from a {bundle.manifest.model_class}, which transformers does not have: "

@@ -31,10 +31,13 @@ _MOST_DIMS = 16
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight of a rank, where its bytes lie (a file and the name in it), and their digest."""
+    """A weight of a rank, where its bytes lie (a file and the name in it), and their digest.
+
+    file: None where they lie in a checkpoint, of whose tensors `shard.pieces` speaks.
+    """
 
     shard: WeightShard
-    file: str
+    file: str | None
     key: str
     digest: str
 
@@ -53,8 +56,15 @@ def weight_data(stored: Stored) -> Data:
         "aliases": list(shard.aliases),
         "file": stored.file,
         "key": stored.key,
+        "pieces": None if stored.file is not None else [_piece_data(piece) for piece in shard.pieces],
         "sha256": stored.digest,
     }
+
+
+def _piece_data(piece: Piece) -> list[Any]:
+    strides = None if piece.strides is None else list(piece.strides)
+    blocks = ([list(ends) for ends in block] for block in (piece.source, piece.destination))
+    return [piece.tensor, *blocks, piece.offset, strides]
 
 
 def read_weight(record: Record) -> Stored:
@@ -64,8 +74,13 @@ def read_weight(record: Record) -> Stored:
         record.fail("indices", f"a list with one entry for each of the {len(shape)} dims")
     indices = tuple(_indices(record, dim, size) for dim, size in enumerate(shape))
     local = tuple(size if own is None else own.size for size, own in zip(shape, indices, strict=True))
-    key = record.text("key", longest=1000)
+    key, file = record.text("key", longest=1000), record.maybe("file", lambda name: record.text(name, longest=200))
     whole = tuple((0, size) for size in local)
+    pieces = record.maybe(
+        "pieces", lambda name: tuple(_read_piece(record, piece, local) for piece in record.list(name))
+    )
+    if (file is None) != (pieces is not None):
+        record.fail("pieces", "given where there is no file, and only there")
     digest = record.digest("sha256")
     shard = WeightShard(
         name=record.text("name", DOTTED, longest=1000),
@@ -75,12 +90,31 @@ def read_weight(record: Record) -> Stored:
         indices=indices,
         source=record.one_of("source", _SOURCES),
         aliases=record.texts("aliases", DOTTED),
-        pieces=(Piece(key, whole, whole),),
+        pieces=(Piece(key, whole, whole),) if pieces is None else pieces,
         digest=digest,
     )
-    stored = Stored(shard, record.text("file", longest=200), key, digest)
+    stored = Stored(shard, file, key, digest)
     record.done()
     return stored
+
+
+def _read_piece(record: Record, given: Any, local: tuple[int, ...]) -> Piece:
+    if not isinstance(given, list) or len(given) != 5 or not isinstance(given[0], str) or len(given[0]) > 1000:
+        record.fail("pieces", "lists of a tensor, two blocks, an offset and strides")
+    tensor, source, destination, offset, strides = given
+    for block in (source, destination):
+        if not isinstance(block, list) or not all(
+            isinstance(ends, list) and len(ends) == 2 and all(map(whole_number, ends)) and ends[0] <= ends[1]
+            for ends in block
+        ):
+            record.fail("pieces", "with blocks of intervals [start, stop]")
+    if len(destination) != len(local) or any(stop > size for (_, stop), size in zip(destination, local, strict=True)):
+        record.fail("pieces", f"within the rank's part, {list(local)}")
+    plain = strides is None or (isinstance(strides, list) and all(map(whole_number, strides)))
+    if not whole_number(offset) or not plain or (strides is not None and len(strides) != len(local)):
+        record.fail("pieces", f"with an offset, and null or {len(local)} strides")
+    read, filled = (tuple((a, b) for a, b in block) for block in (source, destination))
+    return Piece(tensor, read, filled, offset, None if strides is None else tuple(strides))
 
 
 def _indices(record: Record, dim: int, size: int) -> IndexSet | None:

@@ -106,6 +106,12 @@ class Record:
         """None where the field is null."""
         return None if self.any(name) is None else read(name)
 
+    def list(self, name: str) -> list[Any]:
+        value = self.any(name)
+        if not isinstance(value, list):
+            self.fail(name, "a list")
+        return value
+
     def integers(self, name: str, *, low: int = 0, high: int = _LARGEST) -> tuple[int, ...]:
         value = self.any(name)
         if not isinstance(value, list) or not all(whole_number(item, low=low, high=high) for item in value):

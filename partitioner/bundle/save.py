@@ -18,11 +18,12 @@ from partitioner.bundle.folder import digest_of, writing
 from partitioner.bundle.graphs import Template, share
 from partitioner.bundle.manifest import File, Manifest
 from partitioner.bundle.ranks import Stored, program_data, weight_data
-from partitioner.errors import PlanError
+from partitioner.errors import BundleError, PlanError
 from partitioner.model_record import ModelRecord
 from partitioner.plan import Plan
 from runtime.engine import RankPrograms
 from runtime.rank_program import RankProgram, WeightShard
+from runtime.reading import Reader
 from runtime.reading import digest_of as digest_of_tensor
 from runtime.weights import load_weights
 
@@ -47,8 +48,12 @@ def save_ranks(
     model: ModelRecord,
     report: str,
     tokenizer: str | Path | None = None,
+    reference: bool = False,
 ) -> None:
-    """Writes all ranks to `folder`, which must be new or empty. `tokenizer`: a folder with its files, copied too."""
+    """Writes all ranks to `folder`, which must be new or empty. `tokenizer`: a folder with its files, copied too.
+
+    `reference`: what is in a checkpoint stays there; it is read all the same, for the digests.
+    """
     everyone = range(ranks.mesh.world_size)
     text = [ranks.rank(rank) for rank in everyone]
     refused, generation = None, list[RankProgram]()
@@ -57,7 +62,7 @@ def save_ranks(
     except PlanError as error:
         refused = str(error)
     with writing(Path(folder)) as partial:
-        writer = _Writer(partial)
+        writer = _Writer(partial, reference)
         stored = writer.weights([_distinct(programs) for programs in zip(text, generation or text, strict=True)], text)
         graphs = writer.graphs([program.graph for program in (*text, *generation)])
         for rank in everyone:
@@ -83,7 +88,7 @@ def save_ranks(
             max_length=model.max_length,
             length=model.length,
             refused=refused,
-            checkpoint=False,
+            checkpoint=reference,
             files=writer.files,
         )
         for name, content in manifest.write().items():
@@ -102,8 +107,8 @@ def _distinct(programs: Iterable[RankProgram]) -> tuple[WeightShard, ...]:
 
 
 class _Writer:
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, reference: bool) -> None:
+        self.folder, self.reference = folder, reference
         self.files: dict[str, File] = {}
 
     def add(self, name: str, content: bytes) -> None:
@@ -141,6 +146,9 @@ class _Writer:
         return found
 
     def _write_weights(self, owner: str, shards: Sequence[WeightShard], program: RankProgram) -> Iterator[Stored]:
+        if self.reference:
+            yield from _references(shards, program)
+            shards = [shard for shard in shards if shard.source != "checkpoint"]
         batches: list[list[WeightShard]] = [[]]
         for shard in shards:
             if batches[-1] and sum(each.bytes for each in batches[-1]) + shard.bytes > FILE_BYTES:
@@ -164,6 +172,18 @@ class _Writer:
             save_file(tensors, path)
             self.files[file] = File(path.stat().st_size, None)
             yield from stored
+
+
+def _references(shards: Sequence[WeightShard], program: RankProgram) -> Iterator[Stored]:
+    if not isinstance(program.source, Reader):
+        raise BundleError(
+            "there is no checkpoint to refer to: these weights are in memory; partition a checkpoint folder, or leave "
+            "reference=True out"
+        )
+    for shard in shards:
+        if shard.source == "checkpoint":
+            (tensor,) = load_weights([shard], program.values, program.source, torch.device("cpu"))
+            yield Stored(shard, None, "", digest_of_tensor(tensor))
 
 
 def plan_data(plan: Plan) -> dict[str, object]:
