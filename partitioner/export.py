@@ -19,7 +19,7 @@ def export(
 ) -> str:
     """Writes the bundle, and says what was written.
 
-    `model`: a checkpoint folder or a bundle, of which no more than a file is held at a time; or what `load_model` takes.
+    `model`: a checkpoint folder or a bundle, of which a file at most is held at a time; or what `load_model` takes.
     """
     started = time.perf_counter()
     kind = None if dtype is None else dtype_named(dtype)
@@ -32,8 +32,8 @@ def export(
     parts.save(out, tokenizer=tokenizer, reference=reference)
     bundle = load(out)
     per_rank = [sum(each.shard.bytes for each in bundle.stored(rank)) for rank in range(bundle.mesh.world_size)]
+    written = readable(sum(file.bytes for file in bundle.manifest.files.values()))
     return (
-        f"{out}: {bundle.mesh.world_size} ranks, {readable(min(per_rank))} to {readable(max(per_rank))} of weights each, "
-        f"{readable(sum(file.bytes for file in bundle.manifest.files.values()))} written in "
-        f"{time.perf_counter() - started:.1f} s"
+        f"{out}: {bundle.mesh.world_size} ranks, {readable(min(per_rank))} to {readable(max(per_rank))} of weights each; "
+        f"{written} written in {time.perf_counter() - started:.1f} s"
     )
