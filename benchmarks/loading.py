@@ -1,6 +1,6 @@
 """Loading a checkpoint at tp = 2: time, memory and bytes read, against transformers.
 
-    ours            partition(folder, Plan(tp=2)), then an engine: the trace, the compilation, the shard
+    ours            partition(folder, Plan(tp=2)) and the rank's shard: the trace, the compilation, the reading
     ours, mapped    the same with Reader(files, mapped=True): rows stay in the page cache
     tp_plan="auto"  transformers' own tensor parallelism, from_pretrained
 
@@ -54,6 +54,7 @@ from runtime.launch import begin_worker, launch
 from runtime.process_groups import ProcessGroups
 from runtime.reading import Reader
 from runtime.tensor_files import TensorFiles
+from runtime.weights import load_weights
 
 SIZES = {
     "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 11008,
@@ -165,7 +166,7 @@ def rank_main(contestant: str, folder: Path, answers: Path) -> None:
             program.graph  # noqa: B018 - builds it
             compiled = time.perf_counter()
             reader = Reader(TensorFiles(folder), mapped=contestant == MAPPED)
-            tensors = parts.engine(rank, communicator, weights=reader).weights
+            tensors = load_weights(program.weights, program.values, reader, torch.device("cpu"))
             stored = sum(weight.bytes for weight in program.weights if weight.source == "checkpoint")
             found |= {"shard": stored, "read": reader.bytes_read}
         else:

@@ -22,6 +22,7 @@ import hashlib
 import math
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -43,6 +44,8 @@ STRIP_BYTES = 4 << 20
 SHORTEST_RUN_BYTES = 4 << 10
 """Shorter runs are read with what lies between them: from a disk, whole pages come anyway."""
 THREADS = 4
+MOSTLY_NEEDED = 2
+"""Of so many bytes one is needed: all of them may be read ahead."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +172,11 @@ class Reader:
     def _fill(self, tensor: Tensor, entry: Entry, runs: list[tuple[int, int]], descriptor: int) -> None:
         """The tensor's memory with these runs, one after the other."""
         size, address, count = entry.dtype.itemsize, tensor.data_ptr(), 0
+        if sys.platform == "linux":
+            # threads that take turns at one file look like no sequence, so that nothing would be read ahead
+            first, span = runs[0][0], sum(runs[-1]) - runs[0][0]
+            if span <= MOSTLY_NEEDED * tensor.numel():
+                os.posix_fadvise(descriptor, entry.start + first * size, span * size, os.POSIX_FADV_WILLNEED)
         for first, length in runs:
             view = memoryview((ctypes.c_char * (length * size)).from_address(address + count)).cast("B")
             position = entry.start + first * size
