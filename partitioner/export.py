@@ -33,7 +33,8 @@ def export(
     bundle = load(out)
     per_rank = [sum(each.shard.bytes for each in bundle.stored(rank)) for rank in range(bundle.mesh.world_size)]
     written = readable(sum(file.bytes for file in bundle.manifest.files.values()))
+    between = f"{readable(min(per_rank))} to {readable(max(per_rank))}"
     return (
-        f"{out}: {bundle.mesh.world_size} ranks, {readable(min(per_rank))} to {readable(max(per_rank))} of weights each; "
-        f"{written} written in {time.perf_counter() - started:.1f} s"
+        f"{out}: {len(per_rank)} ranks, {between} of weights each; {written} written in "
+        f"{time.perf_counter() - started:.1f} s"
     )

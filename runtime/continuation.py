@@ -23,6 +23,7 @@ from runtime.cache_size import ANY_LENGTH, CacheSize, Room, slots_for, step_of
 from runtime.communicator import Communicator
 from runtime.decoder import Decoder, require_fixed_shapes
 from runtime.executable import Executable
+from runtime.options import Settings
 from runtime.profile import Profiler
 from runtime.rank_program import RankProgram
 from runtime.sampler import Sampler
@@ -92,10 +93,15 @@ class Continuation:
         )
         choose = self._profiler.timed("sampling", draw)
         logits = self._prefill(texts, size)
+        chained: Iterator[Tensor] | None = None
         for count in range(1, settings.max_new_tokens + 1):
-            history, lengths = self._history(texts, settings.sampling)
-            chosen, scores = choose(logits, request_ids=requests, step=count - 1, history=history, lengths=lengths)
-            tokens, logprobs = chosen.tolist(), None if scores is None else scores.tolist()
+            logprobs: list[float] | None = None
+            if chained is not None:
+                tokens = sampler.chosen(next(chained))
+            else:
+                history, lengths = self._history(texts, settings.sampling)
+                chosen, scores = choose(logits, request_ids=requests, step=count - 1, history=history, lengths=lengths)
+                tokens, logprobs = chosen.tolist(), None if scores is None else scores.tolist()
             yield Step(_unless(ended, tokens), None if logprobs is None else _unless(ended, logprobs))
             if mine != self._turn:
                 raise InputError("another text was begun on this engine: its cache no longer holds this stream's")
@@ -106,8 +112,18 @@ class Continuation:
             if all(ended) or count == settings.max_new_tokens:
                 return
             # a sequence that has ended stays at its last token and position
-            going = tuple(not over for over in ended)
-            logits = self._decode([text[-1] for text in texts], [len(text) - 1 for text in texts], going)
+            last, at = [text[-1] for text in texts], [len(text) - 1 for text in texts]
+            if count == 1 and self._chains(settings):
+                # those that have ended go on here, and are not listened to
+                chained = self._decoder_for(len(texts)).chain(sampler.best, last, at, settings.max_new_tokens - 1)
+            elif chained is None:
+                logits = self._decode(last, at, tuple(not over for over in ended))
+
+    def _chains(self, settings: Settings) -> bool:
+        """Whether the device can choose tokens by itself: nothing else is asked of a step, and nobody measures it."""
+        sampling = settings.sampling
+        plain = not sampling.do_sample and sampling.repetition_penalty == 1 and not settings.logprobs
+        return self._cuda_graph and plain and self._profiler.recording is None
 
     def _history(self, texts: list[list[int]], sampling: Sampling) -> tuple[Tensor | None, Tensor | None]:
         """The tokens so far [B, L], of which the first [B] count; only the repetition penalty asks for them."""
@@ -182,19 +198,22 @@ class Continuation:
     def _decode(self, tokens: list[int], positions: list[int], going: tuple[bool, ...]) -> Tensor:
         if not self._compile and not self._cuda_graph:
             return self.run([[token] for token in tokens], positions, going)
+        return self._decoder_for(len(tokens))(tokens, positions)
+
+    def _decoder_for(self, batch: int) -> Decoder:
         assert self.cache is not None
         assert self._execute is not None
-        if self._decoder is None or self._decoder.batch != len(tokens):
+        if self._decoder is None or self._decoder.batch != batch:
             self._decoder = Decoder(
                 self.program,
                 self._execute,
                 self.cache,
-                batch=len(tokens),
+                batch=batch,
                 device=self.device,
                 compile=self._compile,
                 cuda_graph=self._cuda_graph,
             )
-        return self._decoder(tokens, positions)
+        return self._decoder
 
     @property
     def _least_slots(self) -> int:

@@ -8,7 +8,7 @@ CUDA graphs: launching a captured step costs the host microseconds instead of th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -66,31 +66,77 @@ class Decoder:
         self._function: Callable[..., Any] = execute.function
         if compile:
             traceable = build(program, Traceable(execute.communicator), device, cache)
-            self._function = torch.compile(functools.partial(traceable, *execute.weights), dynamic=False)
+            # on a GPU a product with one row is a sum over the weights' rows, whose tiles are found by trying
+            options: dict[str, Any] | None = {"coordinate_descent_tuning": True} if device.type == "cuda" else None
+            function = functools.partial(traceable, *execute.weights)
+            self._function = torch.compile(function, dynamic=False, options=options)
         self._compared = not compile
         """Whether the ranks have made sure that they are about to do the same: a compiled step does not."""
-        self._graphs: dict[int, tuple[Any, Tensor]] = {}
+        self._graphs: dict[tuple[int, bool], tuple[Any, Tensor]] = {}
+        self._choose: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """The logits [B, V/n] after one more token per sequence, at its position; valid until the next call."""
+        self._set(tokens, positions)
+        seen = self._seen(max(positions))
+        if not self._compared:
+            self._compare(seen)
+        return self._replayed(seen, chained=False) if self._captures else self._run(seen)
+
+    def chain(
+        self, choose: Callable[[Tensor], Tensor], tokens: Sequence[int], positions: Sequence[int], count: int
+    ) -> Iterator[Tensor]:
+        """What `choose` makes of the logits of each of `count` steps, on the host, where a CUDA graph is captured.
+
+        `choose` yields [2, B] float64, the tokens first, which the next step takes without the host: a step runs
+        while the host reads what the one before it has chosen.
+        """
+        assert self._captures
+        self._choose = self._choose or choose  # whose memory the captured steps use
+        self._set(tokens, positions)
+        latest = max(positions)
+        if not self._compared:
+            self._compare(self._seen(latest))
+        started: list[tuple[Tensor, torch.cuda.Event]] = []
+        for step in range(count):
+            said = self._replayed(self._seen(latest + step), chained=True)
+            copy = torch.empty(said.shape, dtype=said.dtype, pin_memory=True)
+            copy.copy_(said, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+            started.append((copy, event))
+            if step:
+                yield _arrived(*started.pop(0))
+        yield from (_arrived(*each) for each in started)
+
+    def _set(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
         device = self._inputs["input_ids"].device
         both = torch.tensor([tokens, positions])
         if device.type == "cuda":
             both = both.pin_memory().to(device, non_blocking=True)
         self._inputs["input_ids"].copy_(both[0, :, None])
         self._inputs["position_ids"].copy_(both[1, :, None])
-        # one compiled graph only: compiling takes far longer than looking at empty slots
+
+    def _seen(self, latest: int) -> int:
+        """How many slots a step looks at."""
         most = self.cache.max_length
-        seen = most if self._compiled else min(most, -(-(max(positions) + 1) // _ROUND_TO) * _ROUND_TO)
-        if not self._compared:
-            self._compare(seen)
-        if not self._captures:
-            return self._run(seen)
-        if seen not in self._graphs:
-            self._graphs[seen] = self._capture(seen)
-        graph, logits = self._graphs[seen]
+        # one compiled graph only: compiling takes far longer than looking at empty slots
+        return most if self._compiled else min(most, -(-(latest + 1) // _ROUND_TO) * _ROUND_TO)
+
+    def _replayed(self, seen: int, *, chained: bool) -> Tensor:
+        if (seen, chained) not in self._graphs:
+            self._graphs[seen, chained] = self._capture(self._step if chained else self._run, seen)
+        graph, result = self._graphs[seen, chained]
         graph.replay()
-        return logits
+        return result
+
+    def _step(self, seen: int) -> Tensor:
+        """One step, and what it chooses as the input of the next."""
+        assert self._choose is not None
+        said = self._choose(self._run(seen))
+        self._inputs["input_ids"].copy_(said[0, :, None])
+        self._inputs["position_ids"].add_(1)
+        return said
 
     def _compare(self, seen: int) -> None:
         """One step as it is, with every collective compared; the next one does it again, and writes the same."""
@@ -117,18 +163,31 @@ class Decoder:
             raise reason from (None if reason is error else error)
         return logits[:, 0]
 
-    def _capture(self, seen: int) -> tuple[Any, Tensor]:
-        # a step that is run again writes what it has written: the warm-up is free of effects
+    @torch.no_grad()
+    def _capture(self, run: Callable[[int], Tensor], seen: int) -> tuple[Any, Tensor]:
+        # a step that is run again on the same inputs writes what it has written: the warm-up is free of effects
+        before = {name: given.clone() for name, given in self._inputs.items()}
+
+        def warm_up() -> None:
+            run(seen)
+            for name, given in before.items():
+                self._inputs[name].copy_(given)
+
         self._execute.communicator.begin_run(new_shapes=True)
-        self._run(seen)
+        warm_up()
         self._execute.communicator.begin_run(new_shapes=False)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
-                self._run(seen)
+                warm_up()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = self._run(seen)
-        return graph, logits
+            result = run(seen)
+        return graph, result
+
+
+def _arrived(copy: Tensor, event: torch.cuda.Event) -> Tensor:
+    event.synchronize()
+    return copy

@@ -156,16 +156,30 @@ class Sampler:
         padded.scatter_(1, columns, torch.where(seen < 0, seen * penalty, seen / penalty))
         return padded[:, :-1]
 
+    def best(self, logits: Tensor) -> Tensor:
+        """The likeliest tokens and their logits, [2, B] float64, without waiting for the device: see `chosen`."""
+        tokens, best, _ = self._likeliest(self._share.of(logits), scored=False)
+        return torch.stack([tokens.double(), best])
+
+    def chosen(self, best: Tensor) -> list[int]:
+        """The tokens that `best` found, once it lies on the host."""
+        _require_finite(best[1])
+        return [int(token) for token in best[0].tolist()]
+
     def _greedy(self, own: Tensor, *, scored: bool) -> tuple[Tensor, Tensor | None]:
+        tokens, best, log_probabilities = self._likeliest(own, scored=scored)
+        _require_finite(best)
+        return tokens, log_probabilities
+
+    def _likeliest(self, own: Tensor, *, scored: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens, their logits, and log-probabilities, [B] each."""
         largest, column = own.max(dim=1)
         message = [largest.double(), self._share.tokens[column].double()]
         if scored:
             message.append(softmax_mass(own, largest.double(), 1.0))
         values, tokens, *masses = self._gather(torch.stack(message, dim=1)[None]).unbind(dim=2)
-        best = values.amax(dim=0)
-        _require_finite(best)
         log_probabilities = -_joined(masses[0], values, 1.0).log() if scored else None
-        return _first_best(values, tokens)[0], log_probabilities
+        return _first_best(values, tokens)[0], values.amax(dim=0), log_probabilities
 
     def _among_all(self, own: Tensor, bits: Tensor, *, scored: bool) -> tuple[Tensor, Tensor | None]:
         # the maximum first: a token's chances must not be rounded by what else its rank holds

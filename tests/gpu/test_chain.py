@@ -1,0 +1,69 @@
+"""Steps whose tokens are chosen on the device write the same texts as steps that wait for the host."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import runtime.decoder
+from partitioner import Plan, partition
+from runtime.rendezvous import Rendezvous
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def parts():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=61, initializer_range=0.5,
+    )  # fmt: skip
+    return partition(LlamaForCausalLM(config).float().eval(), Plan())
+
+
+def engine(parts, **options):
+    return parts.engine(0, Rendezvous(parts.mesh).communicator(0), device="cuda", **options)
+
+
+PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(20)), [3, 1, 4]]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_chained_steps_write_what_single_steps_write(parts, compile, monkeypatch):
+    monkeypatch.setattr(runtime.decoder, "_ROUND_TO", 16)  # several captured graphs in one text
+    waits, chains = engine(parts), engine(parts, cuda_graph=True, compile=compile)
+    plain = waits.generate(PROMPTS, max_new_tokens=50, eos_token_id=[])
+    assert torch.equal(chains.generate(PROMPTS, max_new_tokens=50, eos_token_id=[]), plain)
+    assert any(chained for _, chained in chains._continuation._decoder._graphs)
+    # texts that end at different steps, and a second task on the same captured steps
+    ends = [int(plain[0, 30]), int(plain[1, 45])]
+    wanted = waits.generate(PROMPTS, max_new_tokens=50, eos_token_id=ends)
+    assert torch.equal(chains.generate(PROMPTS, max_new_tokens=50, eos_token_id=ends), wanted)
+    assert torch.equal(chains.generate(PROMPTS[:2], max_new_tokens=1), waits.generate(PROMPTS[:2], max_new_tokens=1))
+
+
+def test_what_is_asked_of_the_host_is_not_chained(parts):
+    chains, waits = engine(parts, cuda_graph=True), engine(parts)
+    for options in ({"repetition_penalty": 1.3}, {"do_sample": True, "seed": 3}):
+        wanted = waits.generate(PROMPTS, max_new_tokens=20, eos_token_id=[], **options)
+        assert torch.equal(chains.generate(PROMPTS, max_new_tokens=20, eos_token_id=[], **options), wanted)
+    assert not any(chained for _, chained in chains._continuation._decoder._graphs)
+
+
+def test_a_stream_that_is_left_early_harms_no_other(parts):
+    chains, waits = engine(parts, cuda_graph=True), engine(parts)
+    stream = chains.stream(PROMPTS, max_new_tokens=40, eos_token_id=[])
+    for _ in range(5):
+        next(stream)
+    del stream
+    wanted = waits.generate(PROMPTS, max_new_tokens=20, eos_token_id=[])
+    assert torch.equal(chains.generate(PROMPTS, max_new_tokens=20, eos_token_id=[]), wanted)
+
+
+def test_logits_that_leave_no_choice_are_named(parts):
+    broken = engine(parts, cuda_graph=True)
+    broken.generate([[1, 2]], max_new_tokens=3, eos_token_id=[])
+    for weight in broken.weights:
+        weight.fill_(float("nan"))
+    with pytest.raises(Exception, match="no token can be chosen"):
+        broken.generate([[1, 2]], max_new_tokens=3, eos_token_id=[])
