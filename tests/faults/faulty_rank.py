@@ -95,7 +95,7 @@ def arm(case: Case) -> None:
         dist.new_group = lambda *given, **options: strike(case) or make_group(*given, **options)
     if case.phase == "loading":
         load = runtime.engine.load_weights
-        runtime.engine.load_weights = lambda *given: strike(case) or load(*given)
+        runtime.engine.load_weights = lambda *given, **options: strike(case) or load(*given, **options)
     bind = ProcessGroups.bind
     chosen, passed = 0, 0
 

@@ -64,6 +64,7 @@ QUICK = {
     ("exit", "decode", (1,), "off"),
     ("stop", "decode", (0,), "off"),
 }
+assert len(QUICK & {(case.fault, case.phase, case.victims, case.sharing) for case in TABLE}) == len(QUICK)
 
 
 class Ranks:
