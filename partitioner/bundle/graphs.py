@@ -198,8 +198,8 @@ class _Reader:
         self._finish(node, name, record)
 
     def _finish(self, node: fx.Node, name: str, record: Record) -> None:
-        if node.name != name or name == "self":
-            # a keyword, say: torch.fx has chosen another
+        if node.name != name or name == "self" or keyword.iskeyword(name):
+            # that of a built-in function, say: torch.fx has chosen another
             record.fail("name", "one that torch.fx can give to a node")
         for note in ("path", "why"):
             if record.has(note):
