@@ -8,7 +8,7 @@ import runtime.decoder
 from partitioner import Plan, partition
 from runtime.rendezvous import Rendezvous
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.fixture(scope="module")
