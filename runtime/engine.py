@@ -20,6 +20,7 @@ from torch import Tensor
 
 from partitioner.errors import CommunicationError, InputError
 from partitioner.mesh import Mesh
+from runtime.blame import blaming
 from runtime.cache_size import CacheSize, Room
 from runtime.communicator import Communicator
 from runtime.continuation import Continuation
@@ -74,11 +75,12 @@ class Engine:
         self.communicator = communicator
         self.device = torch.device(device)
         self._source = program.source if weights is None else weights
-        self.weights = load_weights(
-            program.weights, program.values, self._source, self.device, progress=communicator.rank == 0
-        )
-        self.profiler = Profiler(program, self.device)
-        self._run = Executable(program, self.weights, communicator, self.device, profiler=self.profiler)
+        with blaming(program):
+            self.weights = load_weights(
+                program.weights, program.values, self._source, self.device, progress=communicator.rank == 0
+            )
+            self.profiler = Profiler(program, self.device)
+            self._run = Executable(program, self.weights, communicator, self.device, profiler=self.profiler)
         self._generation = generation
         self._decoding = {"compile": compile, "cuda_graph": cuda_graph}
 
@@ -129,7 +131,8 @@ class Engine:
 
     def __call__(self, **inputs: Tensor | None) -> Any:
         """Run once. Every rank must be given the same inputs."""
-        return self._run(complete_inputs(self.program.inputs, inputs, self.device, self.program.limits))
+        with blaming(self.program):
+            return self._run(complete_inputs(self.program.inputs, inputs, self.device, self.program.limits))
 
     def generate(
         self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
@@ -141,20 +144,26 @@ class Engine:
         same, and returns the same.
         """
         task = self._task(prompts, attention_mask, options)
-        return task.result(list(self._continuation.steps(task)))
+        with blaming(self.program):
+            return task.result(list(self._continuation.steps(task)))
 
     def stream(
         self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Iterator[Step]:
         """The same, a step at a time: one token per sequence."""
-        return self._continuation.steps(self._task(prompts, attention_mask, options))
+        return self._blamed(self._continuation.steps(self._task(prompts, attention_mask, options)))
+
+    def _blamed(self, steps: Iterator[Step]) -> Iterator[Step]:
+        with blaming(self.program):
+            yield from steps
 
     def reserve(self, size: CacheSize) -> Room:
         """Sets the cache of all later tasks aside, and says how many tokens fit; every rank must be given the same.
 
         Without it each task's is made when it comes. Raises InputError where it does not fit, on all ranks.
         """
-        return self._continuation.reserve(size)
+        with blaming(self.program):
+            return self._continuation.reserve(size)
 
     @property
     def room(self) -> Room | None:
@@ -169,6 +178,10 @@ class Engine:
         if self._generation is None:
             raise InputError("this engine was made without a program for generation: give it generation=")
         program = self._generation()
+        with blaming(program):
+            return self._continue(program)
+
+    def _continue(self, program: RankProgram) -> Continuation:
         mine = dict(zip(self.program.weights, self.weights, strict=True))
         # the same slices of the same weights, unless a user's pass saw to something else
         missing = [weight for weight in program.weights if weight not in mine]

@@ -177,6 +177,8 @@ class RankProgram:
     """Which indices of the result's last dim each rank along "tp" holds; None: all of them."""
     source: WeightSource | None = field(default=None, repr=False, compare=False)
     """Where the weights are read from; None: `values` holds them."""
+    read_from: str | None = field(default=None, compare=False)
+    """The bundle that it was read from; None: it was compiled in this process."""
     limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     """By name of a dim: the smallest and the largest size that the graph is right for, where not all are."""
 

@@ -22,7 +22,7 @@ from partitioner.bundle.folder import Folder
 from partitioner.bundle.graphs import build
 from partitioner.bundle.manifest import MANIFEST, File, Manifest
 from partitioner.bundle.ranks import Stored, read_program, read_weight
-from partitioner.bundle.reading import Record
+from partitioner.bundle.reading import CONTROL, Record
 from partitioner.errors import BundleError, PlanError
 from partitioner.mesh import Mesh
 from partitioner.ranks import Ranks
@@ -80,7 +80,7 @@ class Bundle(Ranks):
     @cached_property
     def report(self) -> str:
         """What was split, what was not and why, as it was when the bundle was written."""
-        return self.read("report.txt").decode().rstrip("\n")
+        return CONTROL.sub("?", self.read("report.txt").decode(errors="replace")).rstrip("\n")
 
     def rank(self, rank: int) -> RankProgram:
         return self._rank(rank).text
@@ -170,6 +170,7 @@ class Bundle(Ranks):
                 weights=[each.shard for each in stored],
                 read_graph=self._graph,
                 source=source,
+                where=f"the bundle {self.folder.path}",
             )
 
         found = _Rank(read("text"), record.maybe("generation", read))

@@ -80,8 +80,9 @@ class Folder:
         if not NAME.fullmatch(name) or ".." in name:
             raise BundleError(f"{name[:100]!r} is no name that a file of a bundle can have")
         *folders, last = name.split("/")
-        at = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+        at = -1
         try:
+            at = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
             for part in folders:
                 within = os.open(part, _FLAGS | os.O_DIRECTORY, dir_fd=at)
                 os.close(at)
@@ -91,7 +92,8 @@ class Folder:
             reason = "it is missing" if isinstance(error, FileNotFoundError) else f"{error.strerror} (a link, say)"
             raise BundleError(f"cannot open {name!r} of the bundle {self.path}: {reason}") from None
         finally:
-            os.close(at)
+            if at != -1:
+                os.close(at)
         if not stat.S_ISREG(os.fstat(found).st_mode):
             os.close(found)
             raise BundleError(f"{name!r} of the bundle {self.path} is no plain file")

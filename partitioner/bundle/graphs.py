@@ -17,6 +17,7 @@ import hashlib
 import json
 import keyword
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,8 +25,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from partitioner.bundle.calls import misfit
 from partitioner.bundle.ops import name_of, op_named
-from partitioner.bundle.reading import DTYPES, IDENTIFIER, Record, dtype_name, whole_number
+from partitioner.bundle.reading import CONTROL, DTYPES, IDENTIFIER, Record, dtype_name, whole_number
 from partitioner.errors import BundleError
 
 __all__ = ["Template", "build", "share"]
@@ -33,6 +35,8 @@ __all__ = ["Template", "build", "share"]
 Data = Any
 _DEEPEST, _LONGEST_TEXT = 10, 10_000
 _UNKNOWN = object()
+_TAKEN = re.compile(r"self|torch|device|inf|nan|NoneType|fx_pytree|pytree|weight_[0-9]+")
+"""What the generated code calls by these names: an input of that name would stand in its place."""
 _TABLES: dict[str, dict[Any, Any]] = {
     "dtype": dict(DTYPES),
     "device": {None: torch.device("cpu")},
@@ -174,40 +178,61 @@ class _Reader:
         self.graph = fx.Graph()
         self.integers, self.weights = integers, weights
         self.nodes: dict[str, fx.Node] = {}
+        self.inputs: set[str] = set()
+        """Their names as the code takes them, which those of their nodes may differ from."""
 
     def read(self, record: Record) -> None:
         name = record.text("name", IDENTIFIER)
-        if name in self.nodes or keyword.iskeyword(name):
+        if name in self.nodes or name in self.inputs:
             record.fail("name", "a name of its own")
         op = record.text("op")
         if op == "input":
-            node = self.graph.create_node("placeholder", record.text("of", IDENTIFIER), name=name)
+            node = self.graph.create_node("placeholder", self._input(record), name=name)
         elif op == "weight":
             of = record.text("of")
             if of not in self.weights:
                 record.fail("of", "a weight that the rank has")
             node = self.graph.create_node("get_attr", of, name=name)
         else:
-            try:
-                kind, target = op_named(op)
-            except KeyError:
-                record.fail("op", "one that a bundle may call")
-            node = self.graph.create_node(kind, target, *self._arguments(record), name=name)
+            node = self._call(op, record, name)
+        self._finish(node, name, record)
+
+    def _finish(self, node: fx.Node, name: str, record: Record) -> None:
+        if node.name != name or name == "self" or keyword.iskeyword(name):
+            # that of a built-in function, say: torch.fx has chosen another
+            record.fail("name", "one that torch.fx can give to a node")
         for note in ("path", "why"):
             if record.has(note):
                 node.meta[note] = record.text(note)
         record.done()
         self.nodes[name] = node
 
+    def _input(self, record: Record) -> str:
+        of = record.text("of", IDENTIFIER)
+        if of in self.nodes or of in self.inputs or keyword.iskeyword(of) or _TAKEN.fullmatch(of):
+            record.fail("of", "a name of its own, and none that Python or the generated code needs")
+        self.inputs.add(of)
+        return of
+
+    def _call(self, op: str, record: Record, name: str) -> fx.Node:
+        try:
+            kind, target = op_named(op)
+        except KeyError:
+            record.fail("op", "one that a bundle may call")
+        args, kwargs = self._arguments(record)
+        wrong = misfit(op, target, args, kwargs)
+        if wrong is not None:
+            raise BundleError(f"{record.where}: {op!r} is not called as it must be: {wrong}")
+        return self.graph.create_node(kind, target, args, kwargs, name=name)
+
     def end(self, record: Record) -> None:
         if record.any("op") != "output":
             record.fail("op", "the output, which ends the graph")
-        record.text("name")
+        name = record.text("name", IDENTIFIER)
         args, kwargs = self._arguments(record)
         if len(args) != 1 or not isinstance(args[0], fx.Node) or kwargs:
             record.fail("args", "the one node that is the result")
-        self.graph.output(args[0])
-        record.done()
+        self._finish(self.graph.create_node("output", "output", args, name=name), name, record)
 
     def _arguments(self, record: Record) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = record.any("args"), record.any("kwargs") if record.has("kwargs") else {}
@@ -225,7 +250,7 @@ class _Reader:
             return value
         if whole_number(value, low=-(2**63), high=2**63 - 1):
             return value
-        if isinstance(value, str) and len(value) <= _LONGEST_TEXT:
+        if isinstance(value, str) and len(value) <= _LONGEST_TEXT and not CONTROL.search(value):
             return value
         if depth < _DEEPEST:
             if isinstance(value, list):

@@ -111,6 +111,11 @@ class Manifest:
         )
         if manifest.mesh.world_size > _MOST_RANKS:
             record.fail("mesh", f"of at most {_MOST_RANKS} ranks")
+        if manifest.mesh != Mesh.of(tp=manifest.plan["tp"]):
+            record.fail("mesh", f"that of the plan, tp={manifest.plan['tp']}")
+        for name in ("report.txt", "model/config.json", *(f"ranks/{n}.json" for n in range(manifest.mesh.world_size))):
+            if name not in manifest.files:
+                raise BundleError(f"{folder.path} has no {name!r}")
         mesh.done()
         record.done()
         return manifest
@@ -120,8 +125,8 @@ def _read_file(record: Record, name: str) -> File:
     if not NAME.fullmatch(name) or ".." in name:
         raise BundleError(f"{record.where} is no name that a file of a bundle can have")
     file = File(record.integer("bytes"), record.maybe("sha256", record.digest))
-    if file.digest is None and not name.startswith("weights/"):
-        record.fail("sha256", "a digest")
+    if (file.digest is None) != name.startswith("weights/"):
+        record.fail("sha256", "a digest, but for files of weights null: their tensors have digests of their own")
     record.done()
     return file
 

@@ -98,8 +98,8 @@ def name_of(node: fx.Node) -> str:
     elif callable(target) and target in _NAMES:
         return _NAMES[target]
     else:
-        for name, op in _plugin_ops().items():
-            if op is target:
+        for name in dict.fromkeys(point.name for point in entry_points(group=GROUP)):
+            if _plugin_op(name) is target:
                 return f"plugin.{name}"
     raise BundleError(
         f"a bundle cannot hold {target} (node {node.name!r}, in {node.meta.get('path') or 'the graph'}): it is none of "
@@ -115,7 +115,7 @@ def op_named(name: str) -> tuple[str, Any]:
         return "call_function", _CALLS[name]
     kind, _, rest = name.partition(".")
     if kind == "plugin":
-        return "call_function", _plugin_ops()[rest]
+        return "call_function", _plugin_op(rest)
     packet, _, overload = rest.partition(".")
     if kind != "aten" or packet not in ATEN or not overload.isidentifier():
         raise KeyError(name)
@@ -126,5 +126,18 @@ def op_named(name: str) -> tuple[str, Any]:
 
 
 @functools.cache
-def _plugin_ops() -> dict[str, Any]:
-    return {point.name: point.load() for point in entry_points(group=GROUP)}
+def _plugin_op(name: str) -> Any:
+    """What an installed package declares by that name; only that is imported."""
+    points = list(entry_points(group=GROUP, name=name))
+    if len(points) != 1:
+        how = "several packages that are" if points else "no package that is"
+        raise BundleError(
+            f"the op {name[:100]!r} is needed, and {how} installed declares it as an entry point of the group "
+            f"{GROUP!r}: install the plugin that the bundle was made with"
+        )
+    try:
+        return points[0].load()
+    except Exception as error:
+        raise BundleError(
+            f"the op {name!r} ({points[0].value}) cannot be loaded: {type(error).__name__}: {error}"
+        ) from error

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from partitioner.bundle.reading import DOTTED, DTYPES, IDENTIFIER, Record, dtype_name, whole_number
+from partitioner.errors import BundleError
 from partitioner.layout import IndexSet
 from partitioner.mesh import Mesh
 from runtime.rank_program import Bound, Piece, RankProgram, RunInput, StateShard, WeightShard
@@ -25,8 +26,10 @@ __all__ = ["Stored", "program_data", "read_program", "read_weight", "weight_data
 
 Data = dict[str, Any]
 _DEFAULTS = {name: name for name in ("required", "arange", "ones", "zeros")}
-_SOURCES = {name: name for name in ("checkpoint", "computed", "constant")}
-_MOST_DIMS = 16
+_SOURCES = {name: name for name in ("checkpoint", "computed", "constant", "made")}
+_MOST_DIMS, _LONGEST = 16, 2**31
+_OF_MODULES = frozenset(dir(nn.Module()))
+"""Weights become attributes of modules, where they must not stand in the place of what a module is made of."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def read_weight(record: Record) -> Stored:
         record.fail("pieces", "given where there is no file, and only there")
     digest = record.digest("sha256")
     shard = WeightShard(
-        name=record.text("name", DOTTED, longest=1000),
+        name=_weight_name(record),
         dtype=record.one_of("dtype", DTYPES),
         global_shape=shape,
         local_shape=local,
@@ -96,6 +99,13 @@ def read_weight(record: Record) -> Stored:
     stored = Stored(shard, file, key, digest)
     record.done()
     return stored
+
+
+def _weight_name(record: Record) -> str:
+    name = record.text("name", DOTTED, longest=1000)
+    if any(part.startswith("__") or part in _OF_MODULES for part in name.split(".")):
+        record.fail("name", "a name that a module can give to a weight")
+    return name
 
 
 def _read_piece(record: Record, given: Any, local: tuple[int, ...]) -> Piece:
@@ -176,6 +186,7 @@ def read_program(
     weights: Sequence[WeightShard],
     read_graph: Callable[..., fx.Graph],
     source: WeightSource,
+    where: str,
 ) -> RankProgram:
     """`read_graph(digest, integers=, inputs=, weights=)` builds a graph of the bundle, when it is asked for."""
     digest, integers = record.digest("graph"), record.integers("integers", low=-(2**62))
@@ -184,6 +195,10 @@ def read_program(
     for what, names in (("inputs", [x.name for x in inputs]), ("weights", [w.name for w in mine])):
         if len(set(names)) != len(names):
             record.fail(what, "of different names")
+    names = {weight.name for weight in mine}
+    inner = [name for name in names if any(outer in names for outer in _outer(name))]
+    if inner:
+        raise BundleError(f"{record.where}: the weight {inner[0][:100]!r} lies within another weight")
     program = RankProgram(
         build_graph=functools.partial(
             read_graph, digest, integers=integers, inputs=[x.name for x in inputs], weights=[w.name for w in mine]
@@ -194,13 +209,19 @@ def read_program(
         inputs=inputs,
         eos_token_id=record.integers("eos_token_id"),
         states=tuple(map(_read_state, record.records("states"))),
-        vocab_size=record.integer("vocab_size", high=2**31),
+        vocab_size=record.integer("vocab_size", high=_LONGEST),
         vocabulary=_read_vocabulary(record, mesh),
         limits=_read_limits(record.record("limits")),
         source=source,
+        read_from=where,
     )
     record.done()
     return program
+
+
+def _outer(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def _read_input(record: Record) -> RunInput:
@@ -249,7 +270,11 @@ def _read_vocabulary(record: Record, mesh: Mesh) -> tuple[IndexSet, ...] | None:
         return None
     if not isinstance(given, list) or len(given) != mesh.size("tp"):
         record.fail("vocabulary", f"a list with one entry for each of the {mesh.size('tp')} ranks along tp")
-    return tuple(IndexSet(record.intervals("vocabulary", index)) for index in range(len(given)))
+    owned = tuple(IndexSet(record.intervals("vocabulary", index)) for index in range(len(given)))
+    size = record.integer("vocab_size", high=_LONGEST)
+    if any(own.intervals and own.intervals[-1][1] > size for own in owned):
+        record.fail("vocabulary", f"within the {size} indices of the vocabulary")
+    return owned
 
 
 def _read_limits(record: Record) -> dict[str, tuple[int, int | None]]:
@@ -259,7 +284,7 @@ def _read_limits(record: Record) -> dict[str, tuple[int, int | None]]:
         if not isinstance(ends, list) or len(ends) != 2 or not IDENTIFIER.fullmatch(name):
             record.fail(name, "the smallest and the largest size")
         low, high = ends
-        if not whole_number(low) or not (high is None or whole_number(high, low=low)):
+        if not whole_number(low, high=_LONGEST) or not (high is None or whole_number(high, low=low, high=_LONGEST)):
             record.fail(name, "the smallest and the largest size, or null for no limit")
         found[name] = (low, high)
     return found

@@ -8,6 +8,7 @@ record.done()                            what nobody asked for is refused as wel
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
@@ -16,13 +17,15 @@ import torch
 
 from partitioner.errors import BundleError
 
-__all__ = ["DOTTED", "DTYPES", "IDENTIFIER", "Record", "dtype_name", "whole_number"]
+__all__ = ["CONTROL", "DOTTED", "DTYPES", "IDENTIFIER", "Record", "dtype_name", "whole_number"]
 
 T = TypeVar("T")
 
 IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,200}")
 DOTTED = re.compile(r"[A-Za-z0-9_]{1,200}(\.[A-Za-z0-9_]{1,200}){0,50}")
 """A name of a weight, or of a module."""
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What would steer a terminal that shows a text, or could not be shown at all."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 DTYPES = {
@@ -34,6 +37,7 @@ DTYPES = {
     )
 }  # fmt: skip
 _LARGEST = 2**62
+_DEEPEST = 40
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -72,8 +76,8 @@ class Record:
 
     def text(self, name: str, pattern: re.Pattern[str] | None = None, *, longest: int = 10_000) -> str:
         value = self.any(name)
-        if not isinstance(value, str) or len(value) > longest:
-            self.fail(name, f"a text of at most {longest} characters")
+        if not isinstance(value, str) or len(value) > longest or CONTROL.search(value):
+            self.fail(name, f"a text of at most {longest} characters, without control characters")
         if pattern is not None and not pattern.fullmatch(value):
             self.fail(name, "a plain name (letters, digits, underscores and dots)")
         return value
@@ -121,7 +125,10 @@ class Record:
     def texts(self, name: str, pattern: re.Pattern[str] | None = None) -> tuple[str, ...]:
         value = self.any(name)
         if not isinstance(value, list) or not all(
-            isinstance(item, str) and len(item) < 10_000 and (pattern is None or pattern.fullmatch(item))
+            isinstance(item, str)
+            and len(item) < 10_000
+            and not CONTROL.search(item)
+            and (pattern is None or pattern.fullmatch(item))
             for item in value
         ):
             self.fail(name, "a list of names" if pattern else "a list of texts")
@@ -163,7 +170,7 @@ class Record:
 
 
 def parse(text: bytes, where: str) -> Any:
-    """Strict JSON: UTF-8, no name twice, no number that JSON does not have."""
+    """Strict JSON: UTF-8, no name twice, no number that JSON does not have or that is infinite, little nesting."""
 
     def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
         data = dict(found)
@@ -179,10 +186,36 @@ def parse(text: bytes, where: str) -> Any:
             raise ValueError("a number is too long")
         return int(digits)
 
+    def real(digits: str) -> float:
+        if len(digits) > 40 or not math.isfinite(float(digits)):
+            raise ValueError("a number is too large or too long")
+        return float(digits)
+
+    hooks: dict[str, Any] = {
+        "object_pairs_hook": pairs, "parse_constant": constant, "parse_int": number, "parse_float": real
+    }  # fmt: skip
     try:
-        return json.loads(text.decode(), object_pairs_hook=pairs, parse_constant=constant, parse_int=number)
+        data = json.loads(text.decode(), **hooks)
+        if text.count(b"[") + text.count(b"{") > _DEEPEST and _is_deep(data):
+            raise ValueError("it is nested too deeply")
+        return data
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{where} is damaged: {error}") from None
+
+
+def _is_deep(data: Any) -> bool:
+    """Deeper than anything that is written; so deep that printing it might fail."""
+    level = [data]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, (list, dict))
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _short(value: object) -> str:
