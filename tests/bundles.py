@@ -3,7 +3,8 @@
     save_tiny(folder)               a small decoder, split over 2 ranks
     forge = Forger(folder)
     forge.json("ranks/0.json")      edit what it yields; on leaving the `with` everything is hashed anew
-    forge.node(0, op=...)           the first node of rank 0's text graph that has this op, to be edited
+    forge.node("torch.mul")         the first node with this op, to be edited
+    python -m tests.bundles DIR     what is kept of a schema, in tests/partitioner/bundle/schema_N
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,3 +141,15 @@ class Forger:
         text = new if isinstance(new, bytes) else json.dumps(header if new is None else new).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
         self.rehash()
+
+
+def write_example(folder: Path) -> None:
+    """A bundle and what comes of it, for a folder `schema_N`: see the README beside it."""
+    save_tiny(folder / "bundle")
+    logits, tokens = use(folder / "bundle")
+    expected = {"input_ids": IDS.tolist(), "logits": logits.tolist(), "tokens": tokens.tolist()}
+    (folder / "expected.json").write_text(json.dumps(expected) + "\n")
+
+
+if __name__ == "__main__":
+    write_example(Path(sys.argv[1]))
