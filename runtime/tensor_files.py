@@ -131,9 +131,11 @@ def _entry(file: Path, base: int, size: int, name: str, fields: Any) -> Entry:
         raise WeightError(f"{file}: the header's entry for {name!r} has no dtype, shape and data_offsets") from error
     # larger ones would be printed in errors, which Python refuses beyond some thousand digits
     if not all(isinstance(number, int) and 0 <= number < 2**63 for number in (*shape, start, stop)):
-        raise WeightError(f"{file}: the shape and the offsets of {name!r} must be whole numbers, got {str(fields)[:200]}")
+        raise WeightError(
+            f"{file}: the shape and the offsets of {name!r} must be whole numbers, got {str(fields)[:200]}"
+        )
     if not isinstance(kind, str) or kind not in _DTYPES:
-        raise WeightError(f"{file}: {name!r} has the dtype {kind}; those that can be loaded are {', '.join(_DTYPES)}")
+        raise WeightError(f"{file}: {name!r} has the dtype {kind}; loaded can be {', '.join(_DTYPES)}")
     entry = Entry(name, file, _DTYPES[kind], shape, base + start)
     if stop - start != entry.bytes:
         raise WeightError(f"{file}: {name!r} of shape {list(shape)} and dtype {kind} cannot have {stop - start} bytes")
