@@ -1,10 +1,10 @@
 """Bundles for tests: small valid ones, and a forger that rewrites one with all its hashes in order.
 
-    save_tiny(folder)               a small decoder, split over 2 ranks
-    forge = Forger(folder)
-    forge.json("ranks/0.json")      edit what it yields; on leaving the `with` everything is hashed anew
-    forge.node("torch.mul")         the first node with this op, to be edited
-    python -m tests.bundles DIR     what is kept of a schema, in tests/partitioner/bundle/schema_N
+save_tiny(folder)               a small decoder, split over 2 ranks
+forge = Forger(folder)
+forge.json("ranks/0.json")      edit what it yields; on leaving the `with` everything is hashed anew
+forge.node("torch.mul")         the first node with this op, to be edited
+python -m tests.bundles DIR     what is kept of a schema, in tests/partitioner/bundle/schema_N
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Forger:
                 text = text.replace(old, new)
             path.write_text(text, errors="surrogateescape")
         files = {}
-        for path in sorted(self.folder.glob("*/*")) + [self.folder / "report.txt"]:
+        for path in [*sorted(self.folder.glob("*/*")), self.folder / "report.txt"]:
             name = path.relative_to(self.folder).as_posix()
             content = path.read_bytes()
             files[name] = {"bytes": len(content), "sha256": None if name.startswith("weights/") else sha(content)}

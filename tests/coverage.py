@@ -4,6 +4,7 @@
     python -m tests.coverage run --odd         the same with sizes that divide by little
     python -m tests.coverage generate [names]  each causal one, built tiny, continues texts
     python -m tests.coverage generate --again  the same where there is a row already, which is then replaced
+    python -m tests.coverage bundles [names]   each, built tiny, saved and loaded again: the same, bit by bit
     python -m tests.coverage shares [names]    each default configuration, on the meta device
     python -m tests.coverage write             coverage.jsonl becomes docs/coverage.md
 
@@ -39,6 +40,7 @@ from partitioner.parts import Parts
 from partitioner.plan import Plan
 from partitioner.report import Report
 from tests import reference, zoo
+from tests.bundled import compare_bundle
 from tests.coverage_table import read, write
 from tests.generating import compare_generation
 
@@ -108,6 +110,24 @@ def _generates(name: str, minutes: float) -> dict[str, Any]:
         return {"verdict": "refused", "why": _short(error)}
     except Exception as error:
         return {"verdict": "wrong", "why": _short(error)}
+
+
+def measure_bundle(name: str, *, minutes: float) -> dict[str, Any]:
+    """What saving it as a bundle adds to a row."""
+    row: dict[str, Any] = {"name": name, "odd": False}
+    try:
+        model, _ = zoo.tiny(name)
+    except Exception as error:
+        return {**row, "bundle": {"verdict": "not built", "why": _short(error)}}
+    start = time.perf_counter()
+    try:
+        with _Limit(minutes):
+            found = compare_bundle(model.float(), lambda traced: [n for n in LENGTHS if _admits(traced, n)])
+    except OutOfTime as error:
+        found = {"verdict": "refused", "why": _short(error)}
+    except Exception as error:
+        found = {"verdict": "crashed", "why": _short(error)}
+    return {**row, "bundle": {**found, "seconds": round(time.perf_counter() - start, 1)}}
 
 
 def _compare(model: Any, traced: Any, *, exact: bool) -> dict[str, float]:
@@ -192,10 +212,11 @@ def _worker(task: tuple[str, str, float, bool]) -> dict[str, Any]:
     what, name, minutes, odd = task
     if what == "run":
         return measure(name, minutes=minutes, odd=odd)
-    return {"shares": measure_shares, "generate": measure_generation}[what](name, minutes=minutes)
+    others = {"shares": measure_shares, "generate": measure_generation, "bundles": measure_bundle}
+    return others[what](name, minutes=minutes)
 
 
-_KEYS = {"run": "verdict", "shares": "default", "generate": "generates"}
+_KEYS = {"run": "verdict", "shares": "default", "generate": "generates", "bundles": "bundle"}
 """By action: what tells that a row has its results."""
 
 
@@ -207,27 +228,34 @@ def run(what: str, names: list[str], to: Path, *, minutes: float, jobs: int, odd
     done = {(row["name"], row["odd"]) for row in read(to) if _KEYS[what] in row} if to.exists() and not again else set()
     chosen = names or [name for name in zoo.names() if what != "generate" or not name.startswith("masked:")]
     tasks = [(what, name, minutes, odd) for name in chosen if (name, odd) not in done]
-    wrong = 0
+    counts: Counter[str] = Counter()
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=12) as pool, to.open("a") as out:
         for row in pool.imap_unordered(_worker, tasks):
             out.write(json.dumps(row) + "\n")
             out.flush()
-            wrong += {row.get("verdict"), row.get("generates", {}).get("verdict")} & {"wrong", "crashed"} != set()
+            counts[_verdict(row)] += 1
             print(_line(row), flush=True)
-    return wrong
+    print(", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()) if verdict))
+    return counts["wrong"] + counts["crashed"]
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    """What a row of one action says; those of shares say none."""
+    found: str = row.get("verdict") or row.get("generates", row.get("bundle", {})).get("verdict", "")
+    return found
 
 
 def _line(row: dict[str, Any]) -> str:
     worst = {k: f"{max(row[k].values()):.0e}" for k in ("equal64", "equal32") if row.get(k)}
-    share, generates = row.get("default", {}), row.get("generates", {})
-    line = f"{row['name']:30} {row.get('verdict', generates.get('verdict', '')):9}"
+    share, generates = row.get("default", {}), row.get("generates", row.get("bundle", {}))
+    line = f"{row['name']:30} {_verdict(row):9}"
     line += f" {worst or generates.get('logprob_error', '')} {share.get('2', share.get('why', ''))}"
     return f"{line} {row.get('why', generates.get('why', ''))}"[:240]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "shares", "generate", "write"))
+    parser.add_argument("action", choices=("run", "shares", "generate", "bundles", "write"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--from", dest="source", type=Path, default=Path("coverage.jsonl"))
     parser.add_argument("--to", type=Path)

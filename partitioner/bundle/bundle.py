@@ -26,6 +26,7 @@ from partitioner.bundle.reading import CONTROL, Record
 from partitioner.errors import BundleError, PlanError
 from partitioner.mesh import Mesh
 from partitioner.ranks import Ranks
+from runtime.blame import blaming
 from runtime.rank_program import RankProgram
 from runtime.reading import Reader
 from runtime.tensor_files import TensorFiles
@@ -134,8 +135,9 @@ class Bundle(Ranks):
                 program.graph  # noqa: B018 - builds it
             stored = self.stored(rank)
             reader = Reader(self.files(stored))
-            for each in stored:
-                reader.load([each.shard], _CPU)
+            with blaming(programs.text):
+                for each in stored:
+                    reader.load([each.shard], _CPU)
 
     def _file(self, name: str) -> File:
         if name not in self.manifest.files:

@@ -9,6 +9,7 @@ digest of its bytes, which is checked whenever they are read.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from partitioner.bundle.reading import DOTTED, DTYPES, IDENTIFIER, Record, dtype
 from partitioner.errors import BundleError
 from partitioner.layout import IndexSet
 from partitioner.mesh import Mesh
-from runtime.rank_program import Bound, Piece, RankProgram, RunInput, StateShard, WeightShard
+from runtime.rank_program import Bound, Piece, RankProgram, RunInput, StateShard, WeightShard, extents
 from runtime.weights import WeightSource
 
 __all__ = ["Stored", "program_data", "read_program", "read_weight", "weight_data"]
@@ -84,6 +85,8 @@ def read_weight(record: Record) -> Stored:
     )
     if (file is None) != (pieces is not None):
         record.fail("pieces", "given where there is no file, and only there")
+    if pieces is not None and sum(math.prod(extents(piece.destination)) for piece in pieces) != math.prod(local):
+        record.fail("pieces", f"of as many elements as the rank's part has, {list(local)}")
     digest = record.digest("sha256")
     shard = WeightShard(
         name=_weight_name(record),

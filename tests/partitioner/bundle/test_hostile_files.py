@@ -15,7 +15,7 @@ import pytest
 import partitioner
 from partitioner import BundleError, PartitionerError, Plan, WeightError, partition
 from partitioner.bundle.manifest import SCHEMA
-from tests.bundles import IDS, Forger, use
+from tests.bundles import IDS, Forger, tiny_model, use
 
 pytestmark = pytest.mark.usefixtures("canary")
 Data = dict[str, Any]
@@ -396,7 +396,8 @@ def test_a_newer_schema_names_both_versions(folder: Path) -> None:
         data["schema"] = SCHEMA + 1
         data["versions"]["partitioner"] = "9.9"
         data["something new"] = {}
-    expected = f"has schema {SCHEMA + 1} and was written by partitioner 9.9; this is partitioner {partitioner.__version__}"
+    this = partitioner.__version__
+    expected = f"has schema {SCHEMA + 1} and was written by partitioner 9.9; this is partitioner {this}"
     with pytest.raises(BundleError, match=re.escape(expected)):
         use(folder)
 
@@ -447,3 +448,63 @@ def test_altered_weights_are_found_before_they_are_split_anew(folder: Path, tmp_
     with pytest.raises(WeightError, match="is damaged or was altered"):
         partition(folder, Plan(tp=1))
     shutil.rmtree(folder)
+
+
+PIECES: dict[str, list[Any]] = {
+    "nothing": [],
+    "a part only": ["x", [[0, 10], [0, 16]], [[0, 10], [0, 16]], 0, None],
+    "a part twice": ["x", [[0, 10], [0, 16]], [[0, 10], [0, 16]], 0, None, "twice"],
+    "no tensor": [None, [[0, 20], [0, 16]], [[0, 20], [0, 16]], 0, None],
+    "another tensor": ["../x", [[0, 20], [0, 16]], [[0, 20], [0, 16]], 0, None],
+    "outside the part": ["x", [[0, 20], [0, 16]], [[10, 30], [0, 16]], 0, None],
+    "outside the tensor": ["x", [[30, 50], [0, 16]], [[0, 20], [0, 16]], 0, None],
+    "of another place": ["x", [[1, 21], [0, 16]], [[0, 20], [0, 16]], 0, None],
+    "backwards": ["x", [[20, 0], [0, 16]], [[0, 20], [0, 16]], 0, None],
+    "below 0": ["x", [[-20, 0], [0, 16]], [[0, 20], [0, 16]], 0, None],
+    "other dims": ["x", [[0, 20]], [[0, 20], [0, 16]], 0, None],
+    "many dims": ["x", [[0, 1]] * 1000, [[0, 20], [0, 16]], 0, None],
+    "an offset below 0": ["x", [[0, 20], [0, 16]], [[0, 20], [0, 16]], -4, [16, 1]],
+    "an offset beyond": ["x", [[0, 20], [0, 16]], [[0, 20], [0, 16]], HUGE, [16, 1]],
+    "strides beyond": ["x", [[0, 20], [0, 16]], [[0, 20], [0, 16]], 0, [HUGE, HUGE]],
+    "strides below 0": ["x", [[0, 20], [0, 16]], [[0, 20], [0, 16]], 0, [-1, 1]],
+    "strides of 0": ["x", [[0, 20], [0, 16]], [[0, 20], [0, 16]], 0, [0, 0]],
+    "strides too few": ["x", [[0, 20], [0, 16]], [[0, 20], [0, 16]], 0, [1]],
+    "a fraction": ["x", [[0, 20.0], [0, 16]], [[0, 20], [0, 16]], 0, None],
+    "text": ["x", "ab", "cd", 0, None],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def referring(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, and a bundle that refers to it."""
+    here = tmp_path_factory.mktemp("referring")
+    tiny_model().save_pretrained(here / "checkpoint")
+    partition(here / "checkpoint", Plan(tp=2)).save(here / "bundle", reference=True)
+    bundle = partitioner.load(here / "bundle", checkpoint=here / "checkpoint")
+    assert bundle.simulate(input_ids=IDS).isfinite().all()
+    return here
+
+
+@pytest.mark.parametrize("what", PIECES)
+def test_forged_references_to_a_checkpoint(what: str, referring: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(referring / "bundle", tmp_path / "bundle"))
+    with Forger(folder).json("ranks/0.json") as data:
+        found = data["weights"][0]
+        assert found["global_shape"] == [40, 16]
+        name, piece = found["pieces"][0][0], PIECES[what]
+        pieces = [piece[:5]] * (2 if "twice" in piece else 1) if piece else []
+        found["pieces"] = [[name if each[0] == "x" else each[0], *each[1:]] for each in pieces]
+    with pytest.raises(PartitionerError):
+        partitioner.load(folder, checkpoint=referring / "checkpoint").verify()
+
+
+def test_a_weight_larger_than_memory_is_blamed_on_the_bundle(referring: Path, tmp_path: Path) -> None:
+    """Steps of 0 make any number of elements out of one."""
+    folder = Path(shutil.copytree(referring / "bundle", tmp_path / "bundle"))
+    with Forger(folder).json("ranks/0.json") as data:
+        size = 2**50
+        data["weights"][0].update(global_shape=[size], indices=[None])
+        piece = data["weights"][0]["pieces"][0]
+        piece[1:] = [[[0, 1], [0, 1]], [[0, size]], 0, [0]]
+    with pytest.raises(BundleError, match="cannot be run like this"):
+        partitioner.load(folder, checkpoint=referring / "checkpoint").verify()

@@ -74,7 +74,7 @@ def test_where_it_is_not(saved: Path, site: Path, monkeypatch: pytest.MonkeyPatc
 def test_declared_twice(saved: Path, site: Path) -> None:
     install(site, "other", {"partitioner.ops": {"int8_linear": "os:system"}})
     _plugin_op.cache_clear()
-    with pytest.raises(BundleError, match="several packages that are installed declares? it"):
+    with pytest.raises(BundleError, match="several packages that are installed declare it"):
         partitioner.load(saved).simulate(input_ids=IDS)
 
 

@@ -123,7 +123,7 @@ def test_a_checkpoint_that_is_not_the_one(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight.mul_(2)
     model.save_pretrained(tmp_path / "other")
-    with pytest.raises(partitioner.WeightError, match="'model.norm.weight' is damaged or was altered"):
+    with pytest.raises(partitioner.WeightError, match=r"'model\.norm\.weight' is damaged or was altered"):
         partitioner.load(tmp_path / "bundle", checkpoint=tmp_path / "other").simulate(input_ids=bundles.IDS)
     with pytest.raises(BundleError, match="are in the checkpoint that it was made from: name its folder"):
         partitioner.load(tmp_path / "bundle").simulate(input_ids=bundles.IDS)
