@@ -110,7 +110,7 @@ class Ranks:
 
 
 def _left_over() -> set[str]:
-    """Shared memory that has a name; not the locks of multiprocessing, which compilers in other tests use at the time."""
+    """Shared memory that has a name; not locks of multiprocessing, which compilers in other tests use meanwhile."""
     names = {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
     return {name for name in names if not name.startswith("sem.mp-")}
 
