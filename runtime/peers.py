@@ -52,7 +52,8 @@ class Peers:
         self._sending = threading.Lock()
         self._known: dict[str, dict[int, str]] = defaultdict(dict)
         self._heard = dict.fromkeys(range(num_ranks), time.monotonic())
-        self._complete = False
+        self._complete = num_ranks == 1
+        """Whether all have come; for others than rank 0, whether it says so."""
         self._absent: list[int] = []
         self._closing = self._has_told_where = False
         self._wake, self._woken = socket.socketpair()

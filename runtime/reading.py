@@ -44,6 +44,7 @@ STRIP_BYTES = 4 << 20
 SHORTEST_RUN_BYTES = 4 << 10
 """Shorter runs are read with what lies between them: from a disk, whole pages come anyway."""
 THREADS = 4
+STAGE_BYTES = 1 << 30
 MOSTLY_NEEDED = 2
 """Of so many bytes one is needed: all of them may be read ahead."""
 
@@ -73,6 +74,10 @@ class Reader:
         for weight in weights:
             for piece in weight.pieces if weight.digest else ():
                 self._find(weight, piece)  # before memory is set aside: a description may be hostile
+        with Progress("loading", sum(weight.bytes for weight in weights), show=progress) as shown:
+            return [tensor for some in _staged(weights, device) for tensor in self._load(some, device, shown)]
+
+    def _load(self, weights: Sequence[WeightShard], device: torch.device, shown: Progress) -> list[Tensor]:
         found = [self._map(weight) if self.mapped and device.type == "cpu" else None for weight in weights]
         loaded = [
             tensor
@@ -89,8 +94,7 @@ class Reader:
         ]
         # in the order of the files, whatever that of the model is
         strips.sort(key=lambda strip: (str(strip.entry.file), strip.entry.start, strip.spot.offset))
-        with Progress("loading", sum(strip.target.nbytes for strip in strips), show=progress) as shown:
-            self._read_all(strips, shown)
+        self._read_all(strips, shown)
         with ThreadPoolExecutor(THREADS, thread_name_prefix="check") as pool:
             for _ in pool.map(_require_digest, weights, loaded):
                 pass
@@ -193,6 +197,18 @@ class Reader:
 def _in_order(strides: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     """Whether elements at these steps are those of a contiguous tensor."""
     return all(n == 1 or step == own for n, step, own in zip(shape, strides, row_major(shape), strict=True))
+
+
+def _staged(weights: Sequence[WeightShard], device: torch.device) -> list[list[WeightShard]]:
+    """Those that wait on the host until they are checked go to a device some at a time."""
+    if device.type == "cpu" or not any(weight.digest for weight in weights):
+        return [list(weights)]
+    stages: list[list[WeightShard]] = [[]]
+    for weight in weights:
+        if stages[-1] and sum(other.bytes for other in stages[-1]) + weight.bytes > STAGE_BYTES:
+            stages.append([])
+        stages[-1].append(weight)
+    return stages
 
 
 def _require_digest(weight: WeightShard, tensor: Tensor) -> None:

@@ -65,6 +65,7 @@ class TensorFiles:
         """`files`: only these of the folder; None: those that make up a checkpoint."""
         self.folder = Path(folder)
         self.entries: dict[str, Entry] = {}
+        self.is_checkpoint = files is None
         if files is not None:
             for name in files:
                 self._add(self.folder / name)

@@ -175,10 +175,10 @@ class _Writer:
 
 
 def _references(shards: Sequence[WeightShard], program: RankProgram) -> Iterator[Stored]:
-    if not isinstance(program.source, Reader):
+    if not isinstance(program.source, Reader) or not program.source.files.is_checkpoint:
         raise BundleError(
-            "there is no checkpoint to refer to: these weights are in memory; partition a checkpoint folder, or leave "
-            "reference=True out"
+            "there is no checkpoint to refer to: these weights are in memory, or in a bundle; partition a checkpoint "
+            "folder, or leave reference=True (--reference) out"
         )
     for shard in shards:
         if shard.source == "checkpoint":

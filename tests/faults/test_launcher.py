@@ -74,8 +74,13 @@ def wait_for(done: object, what: str) -> None:
     ("fault", "limit_s", "message"),
     [
         ("kill", 1, "rank 1 was ended by SIGKILL"),
-        ("raise", 1, r"rank 1 (ended with exit code 1|failed: ValueError)|rank 0 ended with exit code 1"),
-        ("exit", 1, "rank 0 ended with exit code 1"),
+        pytest.param(
+            "raise",
+            1,
+            r"rank 1 (ended with exit code 1|failed: ValueError)|rank 0 ended with exit code 1",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("exit", 1, "rank 0 ended with exit code 1", marks=pytest.mark.slow),
         ("stop", 3, "rank 0 ended with exit code 1"),
     ],
 )
@@ -99,8 +104,17 @@ def test_it_stops_all_at_the_deadline(pids: Path) -> None:
     assert time.monotonic() - started < 3 + 1 + SLACK_S
 
 
-@pytest.mark.parametrize("moment", ["early", "linger"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [
+        (signal.SIGKILL, "linger"),
+        (signal.SIGINT, "early"),
+        (signal.SIGTERM, "early"),
+        pytest.param(signal.SIGKILL, "early", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "linger", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, "linger", marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_do_not_outlive_it(number: signal.Signals, moment: str, pids: Path) -> None:
     code = f"from runtime.launch import launch; launch([{MODULE!r}, {moment!r}, {str(pids)!r}], num_ranks=2)"
     launcher = subprocess.Popen([sys.executable, "-P", "-c", code], stderr=subprocess.PIPE, text=True)
@@ -147,7 +161,8 @@ def test_the_command_line_leaves_nothing(number: signal.Signals, pids: Path) -> 
     assert not re.search("Traceback", said)
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_the_command_line_says_which_rank_was_killed(victim: int, pids: Path) -> None:
     command = [sys.executable, "-P", "-m", "partitioner", "run", "--prompt", "def f", "--tp", "2"]
     run = subprocess.Popen(

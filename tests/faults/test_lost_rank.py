@@ -52,13 +52,19 @@ TABLE = [
     for victim in VICTIMS
     for sharing in ("on", "off")
 ]
+# Every phase, every fault of another kind, rank 0 (whom the others are connected to) and not, both ways to meet.
 QUICK = {
-    *((("kill", phase, (victim,), sharing)) for phase in PHASES for victim, sharing in ((0, "on"), (1, "off"))),
-    *(("raise", phase, (1,), "on") for phase in PHASES),
-    *(("stop", phase, (0,), sharing) for phase, sharing in (("joining", "on"), ("decode", "on"), ("decode", "off"))),
-    *(("oom", phase, (2,), "off") for phase in ("loading", "decode")),
+    ("kill", "joining", (0,), "on"),
+    ("kill", "loading", (1,), "off"),
+    ("kill", "prefill", (0,), "off"),
+    ("kill", "decode", (1,), "on"),
+    ("kill", "sampler", (0,), "on"),
+    ("raise", "decode", (1,), "on"),
+    ("oom", "loading", (2,), "off"),
     ("exit", "decode", (1,), "off"),
+    ("stop", "decode", (0,), "off"),
 }
+assert QUICK <= {(case.fault, case.phase, case.victims, case.sharing) for case in TABLE}
 
 
 class Ranks:
@@ -170,7 +176,7 @@ def test_the_others_say_who_is_lost(case: Case, ranks: Ranks) -> None:
     check(ranks, case)
 
 
-@pytest.mark.parametrize("sharing", ["on", "off"])
+@pytest.mark.parametrize("sharing", ["on", pytest.param("off", marks=pytest.mark.slow)])
 def test_two_at_once(sharing: str, ranks: Ranks) -> None:
     check(ranks, Case("kill", "decode", (1, 3), sharing, num_ranks=4))
 
@@ -181,14 +187,20 @@ def test_two_at_once_of_which_one_passes_on_what_the_others_say(sharing: str, ra
     check(ranks, Case("kill", "decode", (0, 3), sharing, num_ranks=4), named=(0,))
 
 
-@pytest.mark.parametrize("victim", VICTIMS)
-@pytest.mark.parametrize("fault", ["kill", pytest.param("stop", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("fault", "victim"),
+    [
+        pytest.param(fault, victim, marks=() if (fault, victim) == ("kill", 1) else pytest.mark.slow)
+        for fault in ("kill", "stop")
+        for victim in VICTIMS
+    ],
+)
 def test_one_that_never_comes_is_named_at_the_deadline(fault: str, victim: int, ranks: Ranks) -> None:
     """Until a rank has come, nothing tells that it will not."""
     check(ranks, Case(fault, "absent", (victim,), "on", timeout_s=2.0))
 
 
-@pytest.mark.parametrize("sharing", ["on", "off"])
+@pytest.mark.parametrize("sharing", ["on", pytest.param("off", marks=pytest.mark.slow)])
 def test_one_that_is_slow_is_told_apart_from_one_that_is_lost(sharing: str, ranks: Ranks) -> None:
     case = Case("slow", "decode", (1,), sharing, timeout_s=HANG_TIMEOUT_S)
     outcome = check(ranks, case)
@@ -201,7 +213,8 @@ def test_one_that_closes_its_engine_early_is_named(ranks: Ranks) -> None:
     check(ranks, Case("close", "decode", (1,), "on"))
 
 
-def test_nobody_lost_nobody_named(ranks: Ranks) -> None:
-    outcome = ranks.run(Case("none", "none", (), "on"))
-    assert outcome.codes == (0, 0, 0)
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_nobody_lost_nobody_named(num_ranks: int, ranks: Ranks) -> None:
+    outcome = ranks.run(Case("none", "none", (), "on", num_ranks=num_ranks))
+    assert outcome.codes == (0,) * num_ranks
     assert "RankLost" not in "".join(outcome.texts)

@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from partitioner import cli
 from partitioner.cli import app
+from partitioner.errors import RankLost
 
 TEMPLATE = (
     "{% for message in messages %}{% if message['content'] == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}"
@@ -49,6 +51,15 @@ def test_the_prompt_and_what_follows_it_are_written_once() -> None:
     out, error = run("--prompt", "Return a list of")
     assert out == "Return a list of strings.\n\nThere\n"
     assert "6 tokens, the first after" in error
+
+
+def test_a_lost_rank_is_one_line_and_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(*given: object, **options: object) -> None:
+        raise RankLost("rank 1 was ended by SIGKILL")
+
+    monkeypatch.setattr(cli, "run_in_processes", lose)
+    _, error = run("--prompt", "a", "--tp", "2", code=1)
+    assert error == "error: rank 1 was ended by SIGKILL (--simulate shows at which node)\n"
 
 
 def test_a_chat_writes_the_answer_to_what_the_template_makes_of_the_question(chatting: str) -> None:

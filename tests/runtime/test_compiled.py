@@ -28,6 +28,7 @@ def test_a_decode_step_over_nccl_is_one_graph(monkeypatch: pytest.MonkeyPatch, p
     launch(["tests.runtime.compiled_ranks", "cuda", "auto"], num_ranks=2, timeout_s=400)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
 def test_a_rank_alone_is_one_graph_too() -> None:
     parts = partition(zoo.tiny("llama")[0].float(), Plan(tp=1))

@@ -33,6 +33,12 @@ def test_the_wrong_number_of_processes_is_refused_before_joining(monkeypatch: py
         ProcessGroups.connect(Mesh.of(tp=2))
 
 
+@pytest.mark.processes
+def test_one_process_meets_nobody(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
+    launch(["tests.runtime.one_process"], num_ranks=1, timeout_s=30)
+
+
 def test_outside_torchrun_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ENVIRONMENT:
         monkeypatch.delenv(name, raising=False)

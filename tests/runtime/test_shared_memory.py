@@ -147,7 +147,7 @@ def run(case: str, num_ranks: int) -> None:
 
 @pytest.mark.processes
 @pytest.mark.usefixtures("_path")
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_between_processes(num_ranks: int) -> None:
     run("all", num_ranks)
 

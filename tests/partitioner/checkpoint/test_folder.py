@@ -151,7 +151,21 @@ def pickle(folder: Path) -> None:
         (pickle, r"no model.safetensors and no model.safetensors.index.json, but pytorch_model.bin.*save_pretrained"),
         (cut, r"is cut short: '.*' ends at byte \d+, the file at \d+"),
     ],
-    ids=str,
+    ids=[
+        "lacks one",
+        "misspells one",
+        "holds one more",
+        "another shape",
+        "quantised",
+        "files of its own",
+        "unknown type",
+        "adapter",
+        "no configuration",
+        "configuration of another kind",
+        "configuration cut short",
+        "pickle",
+        "file cut short",
+    ],
 )
 def test_what_is_no_checkpoint_of_its_model_is_refused(folder: Path, spoil: Callable, message: str) -> None:
     spoil(folder)

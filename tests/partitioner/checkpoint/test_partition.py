@@ -71,14 +71,15 @@ def test_every_rank_has_the_slices_of_from_pretrained(name: str, tp: int) -> Non
 
 def test_pieces_name_the_tensors_of_the_checkpoint() -> None:
     program = compile_program(traced("mixtral")[0], Plan(tp=2)).rank(1)
-    assert program.checkpoint == str(checkpoint("mixtral")[0].resolve())
+    assert isinstance(program.source, Reader)
+    assert program.source.files.folder == checkpoint("mixtral")[0].resolve()
     experts = next(weight for weight in program.weights if weight.name.endswith("layers.0.mlp.experts.gate_up_proj"))
-    stored = TensorFiles(program.checkpoint).entries
+    stored = program.source.files.entries
     assert len(experts.pieces) == 2 * experts.global_shape[0]
     assert {piece.tensor for piece in experts.pieces} <= stored.keys()
     assert all(piece.strides is None for piece in experts.pieces), "one stored tensor per expert: plain blocks"
     # half of the rows of an expert, and not one byte more
-    reader = Reader(TensorFiles(program.checkpoint))
+    reader = Reader(program.source.files)
     reader.load([experts], CPU)
     assert reader.bytes_read == experts.bytes
     assert json.loads(json.dumps([vars(piece) for piece in experts.pieces]))
@@ -135,6 +136,7 @@ def test_a_folder_that_went_away_is_named(tmp_path: Path) -> None:
 def test_the_runtime_reads_a_shard_without_transformers(pytestconfig: pytest.Config) -> None:
     """What a rank program holds is plain data: a process that only runs ranks needs no conversion tables."""
     program: RankProgram = compile_program(traced("mixtral")[0], Plan(tp=2)).rank(0)
+    assert isinstance(program.source, Reader)
     weight = max(program.weights, key=lambda weight: len(weight.pieces))
     code = (
         "import json, sys, torch\n"
@@ -149,10 +151,11 @@ def test_the_runtime_reads_a_shard_without_transformers(pytestconfig: pytest.Con
         "assert 'transformers' not in sys.modules and 'safetensors' not in sys.modules\n"
         "print(loaded.double().sum().item())\n"
     )
-    given = json.dumps([program.checkpoint, weight.local_shape, [vars(piece) for piece in weight.pieces]])
+    folder = str(program.source.files.folder)
+    given = json.dumps([folder, weight.local_shape, [vars(piece) for piece in weight.pieces]])
     environment = {**os.environ, "PYTHONPATH": str(pytestconfig.rootpath)}
     command = [sys.executable, "-P", "-c", code, given]
     said = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     assert weight.dtype == torch.bfloat16
-    (loaded,) = Reader(TensorFiles(str(program.checkpoint))).load([weight], CPU)
+    (loaded,) = Reader(TensorFiles(folder)).load([weight], CPU)
     assert float(said) == loaded.double().sum().item()
