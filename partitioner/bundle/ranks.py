@@ -198,8 +198,8 @@ def read_program(
     for what, names in (("inputs", [x.name for x in inputs]), ("weights", [w.name for w in mine])):
         if len(set(names)) != len(names):
             record.fail(what, "of different names")
-    names = {weight.name for weight in mine}
-    inner = [name for name in names if any(outer in names for outer in _outer(name))]
+    known = {weight.name for weight in mine}
+    inner = [name for name in sorted(known) if any(outer in known for outer in _outer(name))]
     if inner:
         raise BundleError(f"{record.where}: the weight {inner[0][:100]!r} lies within another weight")
     program = RankProgram(
