@@ -51,6 +51,8 @@ class Stored:
 
 def weight_data(stored: Stored) -> Data:
     shard = stored.shard
+    if not _is_weight_name(shard.name):
+        raise BundleError(f"a bundle cannot hold a weight by the name {shard.name!r}: a module has that for itself")
     return {
         "name": shard.name,
         "dtype": dtype_name(shard.dtype),
@@ -106,9 +108,14 @@ def read_weight(record: Record) -> Stored:
 
 def _weight_name(record: Record) -> str:
     name = record.text("name", DOTTED, longest=1000)
-    if any(part.startswith("__") or part in _OF_MODULES for part in name.split(".")):
+    if not _is_weight_name(name):
         record.fail("name", "a name that a module can give to a weight")
     return name
+
+
+def _is_weight_name(name: str) -> bool:
+    parts = name.split(".")
+    return DOTTED.fullmatch(name) is not None and not any(p.startswith("__") or p in _OF_MODULES for p in parts)
 
 
 def _read_piece(record: Record, given: Any, local: tuple[int, ...]) -> Piece:
