@@ -136,7 +136,9 @@ def _entry(file: Path, base: int, size: int, name: str, fields: Any) -> Entry:
             f"{file}: the shape and the offsets of {name!r} must be whole numbers, got {str(fields)[:200]}"
         )
     if not isinstance(kind, str) or kind not in _DTYPES:
-        raise WeightError(f"{file}: {name!r} has the dtype {kind}; loaded can be {', '.join(_DTYPES)}")
+        raise WeightError(
+            f"{file}: {name!r} has the dtype {str(kind)[:100]}; those that can be loaded are {', '.join(_DTYPES)}"
+        )
     entry = Entry(name, file, _DTYPES[kind], shape, base + start)
     if stop - start != entry.bytes:
         raise WeightError(f"{file}: {name!r} of shape {list(shape)} and dtype {kind} cannot have {stop - start} bytes")

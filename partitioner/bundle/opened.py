@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from partitioner.bundle.bundle import Bundle
+from partitioner.bundle.configuration import require_plain
 from partitioner.bundle.origins import SliceOrigins
 from partitioner.errors import BundleError
 from partitioner.named_model import load_model
@@ -32,6 +33,7 @@ def open_bundle(bundle: Bundle) -> Opened:
         raise BundleError(f"the weights of {bundle.folder.path} are in a checkpoint: partition that instead")
     bundle.verify()
     stored = [each for rank in range(bundle.mesh.world_size) for each in bundle.stored(rank)]
+    require_plain(bundle.read("model/config.json"), str(bundle.folder.path / "model/config.json"))
     model = load_model(str(bundle.model_folder()), dtype=torch.float32, meta=True)
     if type(model).__name__ != bundle.manifest.model_class:
         raise BundleError(

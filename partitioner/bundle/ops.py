@@ -28,7 +28,7 @@ from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.collectives import COLLECTIVES
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
-from runtime.ops.local import once, shard
+from runtime.ops.local import once, reorder, shard
 from runtime.ops.mask import attention_mask
 from runtime.ops.state import cache_append, position_mask, rows_at, state_read, state_write
 
@@ -63,7 +63,7 @@ ATEN = frozenset(
 
 _OWN = (
     attention, attention_mask, cache_append, cached_attention, expert_combine, expert_dispatch, grouped_linear,
-    last_token, once, position_mask, rows_at, shard, state_read, state_write, vocab_parallel_embedding,
+    last_token, once, position_mask, reorder, rows_at, shard, state_read, state_write, vocab_parallel_embedding,
     *COLLECTIVES,
 )  # fmt: skip
 _INTEGER = (

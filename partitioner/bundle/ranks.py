@@ -51,6 +51,8 @@ class Stored:
 
 def weight_data(stored: Stored) -> Data:
     shard = stored.shard
+    if not _is_weight_name(shard.name):
+        raise BundleError(f"a bundle cannot hold a weight by the name {shard.name!r}: a module has that for itself")
     return {
         "name": shard.name,
         "dtype": dtype_name(shard.dtype),
@@ -106,9 +108,14 @@ def read_weight(record: Record) -> Stored:
 
 def _weight_name(record: Record) -> str:
     name = record.text("name", DOTTED, longest=1000)
-    if any(part.startswith("__") or part in _OF_MODULES for part in name.split(".")):
+    if not _is_weight_name(name):
         record.fail("name", "a name that a module can give to a weight")
     return name
+
+
+def _is_weight_name(name: str) -> bool:
+    parts = name.split(".")
+    return DOTTED.fullmatch(name) is not None and not any(p.startswith("__") or p in _OF_MODULES for p in parts)
 
 
 def _read_piece(record: Record, given: Any, local: tuple[int, ...]) -> Piece:
@@ -198,8 +205,8 @@ def read_program(
     for what, names in (("inputs", [x.name for x in inputs]), ("weights", [w.name for w in mine])):
         if len(set(names)) != len(names):
             record.fail(what, "of different names")
-    held = {weight.name: weight for weight in mine}
-    inner = [name for name in held if any(outer in held for outer in _outer(name))]
+    known = {weight.name for weight in mine}
+    inner = [name for name in sorted(known) if any(outer in known for outer in _outer(name))]
     if inner:
         raise BundleError(f"{record.where}: the weight {inner[0][:100]!r} lies within another weight")
     program = RankProgram(

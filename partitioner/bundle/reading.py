@@ -17,7 +17,7 @@ import torch
 
 from partitioner.errors import BundleError
 
-__all__ = ["CONTROL", "DOTTED", "DTYPES", "IDENTIFIER", "Record", "dtype_name", "whole_number"]
+__all__ = ["CONTROL", "DOTTED", "DTYPES", "IDENTIFIER", "Record", "dtype_name", "parse", "whole_number"]
 
 T = TypeVar("T")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -417,6 +416,7 @@ def test_files_that_nobody_listed_are_not_read(folder: Path) -> None:
 
 CONFIGS: dict[str, Callable[[Data], Any]] = {
     "code of its own": lambda d: d.update(auto_map={"AutoModelForCausalLM": "x.Y", "AutoConfig": "x.Y"}),
+    "code of its own, within": lambda d: d.update(text_config=[{"auto_map": {"AutoConfig": "x.Y"}}]),
     "another model": lambda d: d.update(model_type="gpt2", architectures=["GPT2LMHeadModel"]),
     "a model that is none": lambda d: d.update(model_type="../x"),
     "an architecture that is none": lambda d: d.update(architectures=["Trainer"]),
@@ -427,20 +427,20 @@ CONFIGS: dict[str, Callable[[Data], Any]] = {
     "another vocabulary": lambda d: d.update(vocab_size=41),
     "an activation that is none": lambda d: d.update(hidden_act="__import__('os')"),
     "a kernel to fetch": lambda d: d.update(attn_implementation="example/kernel"),
+    "a kernel to fetch, within": lambda d: d.update(_attn_implementation={"": "example/kernel"}),
+    "a kernel that stands in for another": lambda d: d.update(_attn_implementation="flash_attention_2"),
+    "an attribute of the class": lambda d: d.update(__class__="x"),
 }
 
 
 @pytest.mark.parametrize("what", CONFIGS)
 def test_a_forged_configuration(what: str, folder: Path) -> None:
-    """It is read when the bundle is split anew: refused, or what it names is not followed."""
+    """It is read when the bundle is split anew; what it names is not followed."""
     with Forger(folder).json("model/config.json") as data:
         CONFIGS[what](data)
-    try:
-        found = partition(folder, Plan(tp=1)).simulate(input_ids=IDS)
-    except PartitionerError:
-        return
-    assert what in ("code of its own", "a kernel to fetch")
-    assert json.dumps(found.tolist()) == json.dumps(partition(folder, Plan(tp=1)).simulate(input_ids=IDS).tolist())
+    expected = "could bring code of its own" if "code" in what or "kernel" in what else None
+    with pytest.raises(PartitionerError, match=expected):
+        partition(folder, Plan(tp=1)).simulate(input_ids=IDS)
 
 
 def test_altered_weights_are_found_before_they_are_split_anew(folder: Path, tmp_path: Path) -> None:

@@ -171,6 +171,20 @@ def test_ranks_share_graphs_that_differ_in_integers_only(tmp_path: Path) -> None
     assert len(list((tmp_path / "bundle/graphs").iterdir())) == 2  # whole texts, and their continuation
 
 
+@pytest.mark.parametrize("name", ["ipu", "a-b"])
+def test_a_weight_whose_name_cannot_be_read_is_not_written(name: str, tmp_path: Path) -> None:
+    """As an attribute it would take the place of a method, or could be no attribute at all."""
+    model = bundles.tiny_model()
+    layers = model.model.layers[0].mlp
+    layers._modules[name] = layers._modules.pop("down_proj")
+    layers.__dict__["down_proj"] = layers._modules[name]
+    parts = partition(model, Plan(tp=2))
+    assert any(name in weight.name for weight in parts.rank(0).weights)
+    with pytest.raises(BundleError, match=f"cannot hold a weight by the name 'model.layers.0.mlp.{name}.weight'"):
+        parts.save(tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_left_where_saving_fails(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)).eval()
