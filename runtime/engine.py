@@ -183,8 +183,9 @@ class Engine:
 
     def _continue(self, program: RankProgram) -> Continuation:
         mine = dict(zip(self.program.weights, self.weights, strict=True))
-        # the same slices of the same weights, unless a user's pass saw to something else
-        missing = [weight for weight in program.weights if weight not in mine]
+        # the same slices of the same weights, unless a user's pass saw to something else; what no checkpoint holds is
+        # small, and two traces may give one name to two constants
+        missing = [w for w in program.weights if w not in mine or (w.source != "checkpoint" and w.digest is None)]
         mine |= zip(missing, load_weights(missing, program.values, self._source, self.device), strict=True)
         weights = [mine[weight] for weight in program.weights]
         return Continuation(program, weights, self.communicator, self.device, profiler=self.profiler, **self._decoding)

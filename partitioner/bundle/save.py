@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -63,14 +64,14 @@ def save_ranks(
         refused = str(error)
     with writing(Path(folder)) as partial:
         writer = _Writer(partial, reference)
-        stored = writer.weights([_distinct(programs) for programs in zip(text, generation or text, strict=True)], text)
+        stored = writer.weights([_wanted(programs) for programs in zip(text, generation or text, strict=True)])
         graphs = writer.graphs([program.graph for program in (*text, *generation)])
         for rank in everyone:
             writer.json(
                 f"ranks/{rank}.json",
                 {
                     "coordinates": dict(text[rank].coordinates),
-                    "weights": list(map(weight_data, stored[rank])),
+                    "weights": list(map(weight_data, stored[rank].values())),
                     "text": _program(text[rank], graphs[rank], stored[rank]),
                     "generation": _program(generation[rank], graphs[len(text) + rank], stored[rank])
                     if generation
@@ -95,15 +96,32 @@ def save_ranks(
             (partial / name).write_bytes(content)
 
 
-def _program(program: RankProgram, graph: tuple[Template, tuple[int, ...]], stored: Sequence[Stored]) -> object:
-    places = {each.shard: place for place, each in enumerate(stored)}
-    weights = [places[weight] for weight in program.weights]
+@dataclass(frozen=True)
+class _Wanted:
+    """A weight of a rank. program: one of those that want it, which knows where it comes from.
+
+    data: the digest of what is no checkpoint's, as two traces may give one name to two constants.
+    """
+
+    shard: WeightShard
+    data: str
+    program: RankProgram = field(compare=False, repr=False)
+
+    @classmethod
+    def of(cls, shard: WeightShard, program: RankProgram) -> _Wanted:
+        known = shard.source in ("computed", "constant") and shard.name in program.values
+        return cls(shard, digest_of_tensor(program.values[shard.name]) if known else "", program)
+
+
+def _program(program: RankProgram, graph: tuple[Template, tuple[int, ...]], stored: Mapping[_Wanted, Stored]) -> object:
+    places = {wanted: place for place, wanted in enumerate(stored)}
+    weights = [places[_Wanted.of(weight, program)] for weight in program.weights]
     return program_data(program, graph=graph[0].digest, integers=graph[1], weights=weights)
 
 
-def _distinct(programs: Iterable[RankProgram]) -> tuple[WeightShard, ...]:
-    """The weights of one rank; its programs read the same, but for what a pass of the user's own makes anew."""
-    return tuple(dict.fromkeys(itertools.chain.from_iterable(program.weights for program in programs)))
+def _wanted(programs: Iterable[RankProgram]) -> list[_Wanted]:
+    """The weights of one rank, each once; its programs read the same ones for the most part."""
+    return list(dict.fromkeys(_Wanted.of(weight, program) for program in programs for weight in program.weights))
 
 
 class _Writer:
@@ -131,59 +149,64 @@ class _Writer:
             if (source / name).is_file():
                 self.add(f"model/{name}", (source / name).read_bytes())
 
-    def weights(self, wanted: Sequence[tuple[WeightShard, ...]], programs: Sequence[RankProgram]) -> list[list[Stored]]:
+    def weights(self, wanted: Sequence[Sequence[_Wanted]]) -> list[dict[_Wanted, Stored]]:
         """Writes the weights that each rank wants, and says where they are, in the same order."""
         common = set(wanted[0]).intersection(*wanted[1:]) if len(wanted) > 1 else set()
-        everyone = {
-            each.shard: each
-            for each in self._write_weights("every", [w for w in wanted[0] if w in common], programs[0])
-        }
+        everyone = self._write_weights("every", [each for each in wanted[0] if each in common])
         found = []
-        for rank, (shards, program) in enumerate(zip(wanted, programs, strict=True)):
-            own = [shard for shard in shards if shard not in everyone]
-            mine = {each.shard: each for each in self._write_weights(f"rank{rank}", own, program)}
-            found.append([everyone[shard] if shard in everyone else mine[shard] for shard in shards])
+        for rank, mine in enumerate(wanted):
+            own = self._write_weights(f"rank{rank}", [each for each in mine if each not in common])
+            found.append({each: everyone[each] if each in common else own[each] for each in mine})
         return found
 
-    def _write_weights(self, owner: str, shards: Sequence[WeightShard], program: RankProgram) -> Iterator[Stored]:
+    def _write_weights(self, owner: str, wanted: Sequence[_Wanted]) -> dict[_Wanted, Stored]:
+        found: dict[_Wanted, Stored] = {}
         if self.reference:
-            yield from _references(shards, program)
-            shards = [shard for shard in shards if shard.source != "checkpoint"]
-        batches: list[list[WeightShard]] = [[]]
-        for shard in shards:
-            if batches[-1] and sum(each.bytes for each in batches[-1]) + shard.bytes > FILE_BYTES:
+            found = {each: _reference(each) for each in wanted if each.shard.source == "checkpoint"}
+        batches: list[list[_Wanted]] = [[]]
+        for each in wanted:
+            if each in found:
+                continue
+            if batches[-1] and sum(other.shard.bytes for other in batches[-1]) + each.shard.bytes > FILE_BYTES:
                 batches.append([])
-            batches[-1].append(shard)
+            batches[-1].append(each)
         names: dict[str, int] = {}
         for number, batch in enumerate(filter(None, batches)):
             file = f"weights/{owner}-{number:05}.safetensors"
-            loaded = load_weights(batch, program.values, program.source, torch.device("cpu"))
             tensors: dict[str, Tensor] = {}
-            stored = []
-            for shard, tensor in zip(batch, loaded, strict=True):
+            for each, tensor in zip(batch, _loaded(batch), strict=True):
+                shard = each.shard
                 names[shard.name] = count = names.get(shard.name, 0) + 1
                 # one name may stand for several slices, where a pass makes a weight anew for one of the programs
                 key = f"{owner}.{shard.name}" + (f".{count}" if count > 1 else "")
                 # a copy, where the model's own tensor is what was loaded: files hold no two names of one memory
                 tensors[key] = tensor.contiguous().clone() if shard.is_whole else tensor
-                stored.append(Stored(shard, file, key, digest_of_tensor(tensor)))
+                found[each] = Stored(shard, file, key, digest_of_tensor(tensor))
             path = self.folder / file
             path.parent.mkdir(exist_ok=True)
             save_file(tensors, path)
             self.files[file] = File(path.stat().st_size, None)
-            yield from stored
+        return found
 
 
-def _references(shards: Sequence[WeightShard], program: RankProgram) -> Iterator[Stored]:
-    if not isinstance(program.source, Reader) or not program.source.files.is_checkpoint:
+def _loaded(batch: Sequence[_Wanted]) -> list[Tensor]:
+    loaded: list[Tensor] = []
+    for _, some in itertools.groupby(batch, key=lambda each: id(each.program)):
+        group = list(some)
+        program = group[0].program
+        shards = [each.shard for each in group]
+        loaded += load_weights(shards, program.values, program.source, torch.device("cpu"))
+    return loaded
+
+
+def _reference(wanted: _Wanted) -> Stored:
+    source = wanted.program.source
+    if not isinstance(source, Reader) or not source.files.is_checkpoint:
         raise BundleError(
             "there is no checkpoint to refer to: these weights are in memory, or in a bundle; partition a checkpoint "
             "folder, or leave reference=True (--reference) out"
         )
-    for shard in shards:
-        if shard.source == "checkpoint":
-            (tensor,) = load_weights([shard], program.values, program.source, torch.device("cpu"))
-            yield Stored(shard, None, "", digest_of_tensor(tensor))
+    return Stored(wanted.shard, None, "", digest_of_tensor(_loaded([wanted])[0]))
 
 
 def plan_data(plan: Plan) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -210,3 +211,14 @@ def test_different_inputs_on_one_rank_are_seen() -> None:
     assert not any(isinstance(error, RankLost) for error in errors)
     assert "2x3x6" in str(errors[0])
     assert "2x4x6" in str(errors[0])
+
+
+def test_constants_of_one_name_are_each_programs_own() -> None:
+    (program,) = programs(1)
+    weights = tuple(replace(weight, source="constant") for weight in program.weights)
+    text = replace(program, weights=weights)
+    other = {name: value + 1 for name, value in program.values.items()}
+    made = engine(text, generation=lambda: replace(text, values=other))
+    for weight, mine, continued in zip(weights, made.weights, made._continuation.weights, strict=True):
+        assert torch.equal(mine, program.values[weight.name])
+        assert torch.equal(continued, other[weight.name])
