@@ -45,7 +45,7 @@ ATEN = frozenset(
     bitwise_right_shift bitwise_xor bmm broadcast_tensors broadcast_to bucketize cat ceil celu chunk clamp clamp_max
     clamp_min clone complex concat concatenate constant_pad_nd contiguous conv1d conv2d convolution copy copysign
     cos cosh cummax cummin cumprod cumsum detach diag_embed diagonal diff div divide dot einsum elu embedding empty
-    empty_like eq erf erfc exp exp2 expand expand_as expm1 eye fft_fft fft_fftn fft_ifft fft_ifftn fft_irfft
+    empty_like eq erf erfc erfinv exp exp2 expand expand_as expm1 eye fft_fft fft_fftn fft_ifft fft_ifftn fft_irfft
     fft_rfft fill flatten flip floor floor_divide fmod full full_like gather ge gelu glu group_norm gt hardsigmoid
     hardswish hardtanh im2col imag index index_add index_copy index_fill index_put index_select isfinite isinf isnan
     item layer_norm le leaky_relu lerp lift_fresh_copy linalg_vector_norm linear linspace log log10 log1p log2
