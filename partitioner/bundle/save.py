@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -63,7 +64,9 @@ def save_ranks(
         refused = str(error)
     with writing(Path(folder)) as partial:
         writer = _Writer(partial, reference)
-        stored = writer.weights([_distinct(programs) for programs in zip(text, generation or text, strict=True)], text)
+        # the model's own use of a cache may read values that its code for whole texts does not
+        known = [replace(a, values={**b.values, **a.values}) for a, b in zip(text, generation or text, strict=True)]
+        stored = writer.weights([_distinct(programs) for programs in zip(text, generation or text, strict=True)], known)
         graphs = writer.graphs([program.graph for program in (*text, *generation)])
         for rank in everyone:
             writer.json(
