@@ -45,20 +45,20 @@ ATEN = frozenset(
     bitwise_right_shift bitwise_xor bmm broadcast_tensors broadcast_to bucketize cat ceil celu chunk clamp clamp_max
     clamp_min clone complex concat concatenate constant_pad_nd contiguous conv1d conv2d convolution copy copysign
     cos cosh cummax cummin cumprod cumsum detach diag_embed diagonal diff div divide dot einsum elu embedding empty
-    empty_like eq erf erfc erfinv exp exp2 expand expand_as expm1 eye fft_fft fft_fftn fft_ifft fft_ifftn fft_irfft
-    fft_rfft fill flatten flip floor floor_divide fmod full full_like gather ge gelu glu group_norm gt hardsigmoid
-    hardswish hardtanh im2col imag index index_add index_copy index_fill index_put index_select isfinite isinf isnan
-    item layer_norm le leaky_relu lerp lift_fresh_copy linalg_vector_norm linear linspace log log10 log1p log2
-    log_sigmoid log_softmax logaddexp logcumsumexp logical_and logical_not logical_or logical_xor logsumexp lt mH mT
-    masked_fill masked_scatter matmul matrix_H max max_pool2d maximum mean min minimum mish mm movedim mul multiply
-    mv nan_to_num narrow native_group_norm native_layer_norm ne neg negative new_empty new_full new_ones new_zeros
-    norm numpy_T one_hot ones ones_like outer pad permute pixel_shuffle polar positive pow prod real reciprocal
-    reflection_pad1d relu relu6 remainder repeat repeat_interleave reshape reshape_as rms_norm roll round rsqrt rsub
-    scalar_tensor scaled_dot_product_attention scatter scatter_add scatter_reduce searchsorted select select_scatter
-    selu sgn sigmoid sign silu sin sinh slice slice_scatter softmax softplus sort split split_with_sizes sqrt square
-    squeeze stack std sub subtract sum swapaxes sym_size t tan tanh tile to topk transpose tril triu true_divide
-    trunc type_as unbind unflatten unfold unsqueeze upsample_nearest1d upsample_nearest2d var view view_as
-    view_as_complex view_as_real where xlogy zeros zeros_like
+    empty_like eq erf erfc erfinv exp exp2 expand expand_as expm1 eye fft_fft fft_fft2 fft_fftn fft_ifft fft_ifft2
+    fft_ifftn fft_irfft fft_rfft fill flatten flip floor floor_divide fmod full full_like gather ge gelu glu
+    group_norm gt hardsigmoid hardswish hardtanh im2col imag index index_add index_copy index_fill index_put
+    index_select isfinite isinf isnan item layer_norm le leaky_relu lerp lift_fresh_copy linalg_vector_norm linear
+    linspace log log10 log1p log2 log_sigmoid log_softmax logaddexp logcumsumexp logical_and logical_not logical_or
+    logical_xor logsumexp lt mH mT masked_fill masked_scatter matmul matrix_H max max_pool2d maximum mean min
+    minimum mish mm movedim mul multiply mv nan_to_num narrow native_group_norm native_layer_norm ne neg negative
+    new_empty new_full new_ones new_zeros norm numpy_T one_hot ones ones_like outer pad permute pixel_shuffle polar
+    positive pow prod real reciprocal reflection_pad1d relu relu6 remainder repeat repeat_interleave reshape
+    reshape_as rms_norm roll round rsqrt rsub scalar_tensor scaled_dot_product_attention scatter scatter_add
+    scatter_reduce searchsorted select select_scatter selu sgn sigmoid sign silu sin sinh slice slice_scatter
+    softmax softplus sort split split_with_sizes sqrt square squeeze stack std sub subtract sum swapaxes sym_size t
+    tan tanh tile to topk transpose tril triu true_divide trunc type_as unbind unflatten unfold unsqueeze
+    upsample_nearest1d upsample_nearest2d var view view_as view_as_complex view_as_real where xlogy zeros zeros_like
     """.split()  # noqa: SIM905 - a list of one per line is no easier to read
 )
 

@@ -17,6 +17,8 @@ from partitioner.bundle.graphs import build, share
 from tests import bundles, zoo
 
 NAMES = ("llama", "mixtral", "gpt2", "mamba2", "bloom", "deepseek_v3", "masked:bert")
+# falcon: columns in another order; minimax: values that only its own cache needs; the others: ops that few models have
+RARE = ("falcon", "minimax", "masked:fnet", "masked:convbert")
 
 
 def same(one: Tensor, other: Tensor) -> bool:
@@ -50,7 +52,8 @@ def assert_same(parts: Parts[Any], bundle: Bundle, ids: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "mamba2" else name for name in NAMES]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("mamba2", "minimax") else name for name in (*NAMES, *RARE)],
 )
 def test_the_same_before_and_after(name: str, tmp_path: Path) -> None:
     model, ids = zoo.tiny(name)
@@ -171,9 +174,8 @@ def test_ranks_share_graphs_that_differ_in_integers_only(tmp_path: Path) -> None
     assert len(list((tmp_path / "bundle/graphs").iterdir())) == 2  # whole texts, and their continuation
 
 
-@pytest.mark.parametrize("name", ["ipu", "a-b"])
+@pytest.mark.parametrize("name", ["a-b", "__a"])
 def test_a_weight_whose_name_cannot_be_read_is_not_written(name: str, tmp_path: Path) -> None:
-    """As an attribute it would take the place of a method, or could be no attribute at all."""
     model = bundles.tiny_model()
     layers = model.model.layers[0].mlp
     layers._modules[name] = layers._modules.pop("down_proj")
