@@ -49,6 +49,11 @@ def write(source: Path, to: Path, *, made_by: str) -> None:
         f"- generation with a cache: {sum(generated.values())} causal language models; "
         + ", ".join(f"{n} {verdict}" for verdict, n in sorted(generated.items()))
     )
+    kept = Counter(row["bundle"]["verdict"] for row in (*plain, *masked) if "bundle" in row)
+    text.append(
+        f"- saved as a bundle, loaded and run, bit by bit: {sum(kept.values())} causal language models and encoders; "
+        + ", ".join(f"{n} {verdict}" for verdict, n in sorted(kept.items()))
+    )
     for tp in (2, 4):
         shares = [row["default"][str(tp)] for row in plain if str(tp) in row.get("default", {})]
         near = sum(share <= 1.15 / tp for share in shares)
@@ -62,19 +67,20 @@ def write(source: Path, to: Path, *, made_by: str) -> None:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| architecture | verdict | float64, worst of tp 2, 3, 4 | float32 | generates | share tp=2 | share tp=4 "
+        "| architecture | verdict | float64, worst of tp 2, 3, 4 | float32 | generates | bundle | share tp=2 | share tp=4 "
         "| all-reduces per layer | whole, and why |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         default = row.get("default", {})
-        reasons = [row.get("why"), default.get("why"), _why_not(row), *default.get("whole", []), *row.get("static", [])]
+        reasons = [row.get("why"), default.get("why"), _why_not(row), _why_no_bundle(row), *default.get("whole", []), *row.get("static", [])]
         cells = [
             row["name"].removeprefix("masked:"),
             row["verdict"],
             f"{max(row['equal64'].values()):.0e}" if row.get("equal64") else "",
             f"{max(row['equal32'].values()):.0e}" if row.get("equal32") else "",
             _generated(row.get("generates", {})),
+            row.get("bundle", {}).get("verdict", ""),
             f"{default['2']:.3f}" if "2" in default else "",
             f"{default['4']:.3f}" if "4" in default else "",
             ", ".join(map(str, default.get("all_reduces", []))),
@@ -87,6 +93,12 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 def _generated(found: dict[str, Any]) -> str:
     few = found.get("tokens", NEW) < NEW and found["verdict"] == "equal"
     return f"equal, {found['tokens']} tokens" if few else str(found.get("verdict", ""))
+
+
+def _why_no_bundle(row: dict[str, Any]) -> str | None:
+    """Why there is no bundle, where that is not why there is nothing at all."""
+    found = row.get("bundle", {})
+    return f"bundle: {found['why']}" if "why" in found and row["verdict"] == "equal" else None
 
 
 def _why_not(row: dict[str, Any]) -> str | None:

@@ -16,6 +16,9 @@ EQUAL = 165
 GENERATE = 145
 """How many causal language models are at least equal to their own code, and generate what it does."""
 
+BUNDLE = 220
+"""How many of these and of the encoders do the same, bit by bit, when loaded from a bundle."""
+
 NEAR = {2: 144, 4: 142}
 """By tp: for how many default configurations the fullest rank holds at most 1.15 times 1/tp of the matrices."""
 
@@ -52,6 +55,12 @@ def test_nothing_generates_wrong_tokens() -> None:
     found = Counter(row["generates"].split(",")[0] for row in rows("Causal language models"))
     assert found.keys() <= {"equal", "refused", "not built", ""}  # empty: not measured yet
     assert found["equal"] >= GENERATE
+
+
+def test_nothing_differs_when_loaded_from_a_bundle() -> None:
+    found = Counter(row["bundle"] for title in ("Causal language models", "Encoders") for row in rows(title))
+    assert found.keys() <= {"equal", "refused", "not built"}
+    assert found["equal"] >= BUNDLE
 
 
 @pytest.mark.parametrize("tp", NEAR)
