@@ -5,8 +5,6 @@
                   every new input shape is checked, all runs with check=True
 
 No wait is unbounded: every group has `timeout_s` (torch's own default is 30 minutes for gloo, 10 for NCCL).
-Uneven all_gather goes through all_to_all_single, which gloo and NCCL both take with uneven sizes; on gloo it was
-quicker than padding for all but small pieces; at two ranks, broadcasts were a little quicker still.
 
 On CPU, a group whose ranks share a host takes shared memory (`runtime/shared_memory.py`) instead of gloo:
 
@@ -20,7 +18,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import math
 import os
 import re
 from collections.abc import Callable
@@ -37,9 +34,10 @@ from partitioner.mesh import AXES, Mesh
 from runtime.agreement import FINGERPRINT_BYTES, Call, check_agreement
 from runtime.communicator import require_axis, require_op, require_piece
 from runtime.device_watch import DeviceWatch
+from runtime.group_collectives import OPERATIONS, alone
 from runtime.meeting import WatchedStore, meet, watched
 from runtime.notices import Notices
-from runtime.ops.collectives import all_gather, all_reduce
+from runtime.ops.collectives import all_reduce
 from runtime.peers import Peers
 from runtime.shared_memory import Disconnected, SharedMemory, Unavailable
 from runtime.traceable import functional, opaque
@@ -50,9 +48,6 @@ Sharing = Literal["auto", "on", "off"]
 """Whether ranks of one host talk through shared memory; see the module's docstring."""
 
 _log = logging.getLogger("partitioner")
-
-# renamed in torch 2.13
-_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
 # gloo has no exception type of its own; other RuntimeErrors are this rank's own mistakes
 _BROKEN = re.compile("connection|timed? ?out|socket|broken pipe|nccl", re.IGNORECASE)
@@ -177,15 +172,15 @@ class ProcessGroups:
         overwrite: bool = False,
     ) -> Callable[[Tensor], Tensor]:
         require_axis(axis, node)
-        make = require_op(op, _OPERATIONS, node)
+        make = require_op(op, OPERATIONS, node)
         ranks = self.mesh.group((axis,), self.rank)
         coordinate = ranks.index(self.rank)
         if len(ranks) == 1:
-            return _alone
+            return alone
         group = self._groups[ranks]
         call = Call(self.rank, node, op.__name__, axis, options)
         run: Callable[[Tensor], Tensor] = make(group, len(ranks), overwrite=overwrite, **options)
-        gather = _all_gather(group, len(ranks), overwrite=False, dim=0)
+        gather = OPERATIONS[all_gather](group, len(ranks), overwrite=False, dim=0)
         if (shared := self._shared.get(ranks)) is not None:
             if op is all_reduce:
                 run = shared.all_reduce(call, overwrite=overwrite, otherwise=run)
@@ -218,10 +213,10 @@ class ProcessGroups:
         self, op: Callable[..., Tensor], axis: str, *, node: str, options: dict[str, Any]
     ) -> Callable[[Tensor], Tensor]:
         require_axis(axis, node)
-        require_op(op, _OPERATIONS, node)
+        require_op(op, OPERATIONS, node)
         ranks = self.mesh.group((axis,), self.rank)
         if len(ranks) == 1:
-            return _alone
+            return alone
         if ranks in self._shared:  # quicker than gloo, also through an operator of ours
             run = self.bind(op, axis, node=node, options=options)
             return opaque(op, run, self._order, len(ranks), **options)
@@ -351,47 +346,3 @@ def _wrong_world(world_size: int, mesh: Mesh) -> PlanError:
         f"the plan ({sizes}) needs {mesh.world_size} processes, got {world_size}: "
         f"start it with torchrun --nproc-per-node {mesh.world_size} on one machine, or change the plan"
     )
-
-
-def _alone(x: Tensor) -> Tensor:
-    """Along an axis of size 1 every collective here is the identity."""
-    return x
-
-
-def _all_reduce(group: dist.ProcessGroup, size: int, *, overwrite: bool) -> Callable[[Tensor], Tensor]:
-    def run(x: Tensor) -> Tensor:
-        if not (overwrite and x.is_contiguous()):
-            x = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(x, group=group)
-        return x
-
-    return run
-
-
-def _all_gather(
-    group: dist.ProcessGroup, size: int, *, overwrite: bool, dim: int, sizes: list[int] | None = None
-) -> Callable[[Tensor], Tensor]:
-    def even(x: Tensor) -> Tensor:
-        flat = x.new_empty(size * x.numel())
-        _gather_single(flat, x.reshape(-1), group=group)
-        return torch.cat(flat.view(size, *x.shape).unbind(0), dim=dim)
-
-    def uneven(x: Tensor) -> Tensor:
-        assert sizes is not None
-        at = dim % x.dim()
-        rest = math.prod(x.shape[:at]) * math.prod(x.shape[at + 1 :])
-        counts = [piece * rest for piece in sizes]
-        flat = x.new_empty(sum(counts))
-        dist.all_to_all_single(flat, x.reshape(-1).repeat(size), counts, [x.numel()] * size, group=group)
-        shapes = [(*x.shape[:at], piece, *x.shape[at + 1 :]) for piece in sizes]
-        return torch.cat(
-            [part.view(shape) for part, shape in zip(torch.split(flat, counts), shapes, strict=True)], dim=at
-        )
-
-    return even if sizes is None or len(set(sizes)) == 1 else uneven
-
-
-_OPERATIONS: dict[Callable[..., Tensor], Callable[..., Callable[[Tensor], Tensor]]] = {
-    all_reduce: _all_reduce,
-    all_gather: _all_gather,
-}

@@ -67,13 +67,20 @@ def write(source: Path, to: Path, *, made_by: str) -> None:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| architecture | verdict | float64, worst of tp 2, 3, 4 | float32 | generates | bundle | share tp=2 | share tp=4 "
-        "| all-reduces per layer | whole, and why |",
+        "| architecture | verdict | float64, worst of tp 2, 3, 4 | float32 | generates | bundle | share tp=2 "
+        "| share tp=4 | all-reduces per layer | whole, and why |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         default = row.get("default", {})
-        reasons = [row.get("why"), default.get("why"), _why_not(row), _why_no_bundle(row), *default.get("whole", []), *row.get("static", [])]
+        reasons = [
+            row.get("why"),
+            default.get("why"),
+            _why_not(row),
+            _why_no_bundle(row),
+            *default.get("whole", []),
+            *row.get("static", []),
+        ]
         cells = [
             row["name"].removeprefix("masked:"),
             row["verdict"],
