@@ -37,7 +37,7 @@ from runtime.device_watch import DeviceWatch
 from runtime.group_collectives import OPERATIONS, alone
 from runtime.meeting import WatchedStore, meet, watched
 from runtime.notices import Notices
-from runtime.ops.collectives import all_reduce
+from runtime.ops.collectives import all_gather, all_reduce
 from runtime.peers import Peers
 from runtime.shared_memory import Disconnected, SharedMemory, Unavailable
 from runtime.traceable import functional, opaque
