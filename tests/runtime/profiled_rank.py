@@ -38,8 +38,8 @@ if __name__ == "__main__":
             assert torch.equal(result, plain)
             traces.validate(found, num_ranks=2)
             for row in found.totals():
-                # a GPU idles while the host records
-                assert row.told + (row.recording / row.steps if device != "cpu" else 0) > 0.9, row
+                # a GPU idles while the host records, and a busy machine may take the processor away while it does
+                assert row.told + row.recording / row.steps > 0.9, row
                 assert row.told <= 1, row
             found.save(Path(folder, f"{sharing}-{engine.program.rank}.json"))
             with engine.profile() as found:

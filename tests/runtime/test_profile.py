@@ -48,7 +48,8 @@ def test_simulated_ranks(tp: int, tmp_path: Path) -> None:
     assert torch.equal(result, plain)
     events = traces.validate(found, num_ranks=tp)
     for row in found.totals():
-        assert 0.9 < row.told <= 1, row
+        assert row.told <= 1, row
+        assert row.told + row.recording / row.steps > 0.9, row  # recording is slow where the machine is busy
     nodes = [node for node in parts(tp).rank(0).graph.nodes if node.op in ("call_function", "call_method")]
     told = {e["name"] for e in events if e["ph"] == "X" and e["pid"] == 0 and e["tid"]}
     assert told == {node.name for node in nodes}
