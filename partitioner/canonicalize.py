@@ -2,6 +2,7 @@
 
 x[:, :, [4]] with a constant index    ->  reorder(x, [4], dim=2): a move, where indexing needs the whole dim
 cat([x, y[.., 0 elements]], dim)      ->  x
+broadcast_to(x, shape)                ->  expand(x, shape)
 glu(x, dim)                           ->  a * sigmoid(b), where a, b are the halves of x: each on its own is a move
 """
 
@@ -26,6 +27,9 @@ def canonicalize(program: Program) -> None:
             _constant_index(program, node)
         elif node.op == "call_function" and operation(node) is aten.cat:
             _empty_pieces(node)
+        elif node.op == "call_function" and operation(node) is aten.broadcast_to:
+            a = arguments(node)
+            node.target, node.args, node.kwargs = aten.expand.default, (a["self"], a["size"]), {}
         elif node.op == "call_function" and operation(node) is aten.glu:
             _gated(program, node)
     program.graph.eliminate_dead_code()

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from partitioner.bundle.bundle import is_bundle, load
+from partitioner.bundle.save import has_tokenizer
 from partitioner.compile import partition
 from partitioner.named_model import dtype_named, load_model
 from partitioner.plan import Plan
@@ -26,15 +27,17 @@ def export(
     tokenizer: Path | None = None
     if Path(model).is_dir():
         tokenizer = load(model).model_folder() if is_bundle(model) else Path(model)
+        tokenizer = tokenizer if has_tokenizer(tokenizer) else None
         parts = partition(model, plan, dtype=kind, max_length=max_length)
     else:
         parts = partition(load_model(model, dtype=kind or dtype_named("float32")), plan, max_length=max_length)
     parts.save(out, tokenizer=tokenizer, reference=reference)
     bundle = load(out)
     per_rank = [sum(each.shard.bytes for each in bundle.stored(rank)) for rank in range(bundle.mesh.world_size)]
+    without = "" if tokenizer is not None else " (without a tokenizer)"
     written = readable(sum(file.bytes for file in bundle.manifest.files.values()))
     between = f"{readable(min(per_rank))} to {readable(max(per_rank))}"
     return (
-        f"{out}: {len(per_rank)} ranks, {between} of weights each; {written} written in "
+        f"{out}{without}: {len(per_rank)} ranks, {between} of weights each; {written} written in "
         f"{time.perf_counter() - started:.1f} s"
     )

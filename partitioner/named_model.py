@@ -54,7 +54,8 @@ def load_config(name: str, *, small: bool = False) -> Any:
         return _from_file(Path(name.removeprefix("config:")))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise CaptureError(f"{name} is a folder, but no checkpoint: it has no config.json")
+            bundle = "; it is a bundle: partitioner show and run take it" if (path / "manifest.json").is_file() else ""
+            raise CaptureError(f"{name} is a folder, but no checkpoint: it has no config.json{bundle}")
         return _from_file(path / "config.json")
     if name in CONFIG_MAPPING:
         return _small(name) if small else _configured(name, None, f"the default configuration of {name!r}")
@@ -91,9 +92,8 @@ def load_model(name: str, *, dtype: torch.dtype, seed: int = 0, meta: bool = Fal
 
 
 def without_grouped_mm(model: Any) -> Any:
-    """The default implementation of routed experts knows no float64."""
-    if model.dtype == torch.float64:
-        model.set_experts_implementation("eager")
+    """The default implementation of routed experts knows no float64, and no rows that are not multiples of 16 bytes."""
+    model.set_experts_implementation("eager")
     return model
 
 

@@ -64,6 +64,12 @@ class Question:
             raise InputError(f"cannot write a trace to {self.profile!r}: give a file in a folder that exists")
         if self.cache_memory is not None:
             Amount.of(self.cache_memory)
+        self.plan  # noqa: B018 - checks the degree
+        for prompt in self.prompts:
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"the prompt {prompt!r} is no text: {error.reason}") from None
         if not Path(self.model).is_dir():
             raise InputError(
                 f"{self.model!r} is no folder: to write text, a checkpoint with its tokenizer, or a bundle, is needed"
@@ -74,7 +80,7 @@ class Question:
     def ranks(self) -> Ranks:
         """The model, without its weights: each rank reads its own, when it is connected."""
         if not is_bundle(self.model):
-            return partition(self.model, Plan(tp=self.tp or 1), dtype=dtype_named(self.dtype or "float32"))
+            return partition(self.model, self.plan, dtype=dtype_named(self.dtype or "float32"))
         bundle = load(self.model, checkpoint=self.checkpoint)
         if self.tp not in (None, bundle.mesh.world_size) or self.dtype is not None:
             raise InputError(
@@ -85,7 +91,11 @@ class Question:
 
     @property
     def num_ranks(self) -> int:
-        return load(self.model).mesh.world_size if is_bundle(self.model) else Plan(tp=self.tp or 1).mesh.world_size
+        return load(self.model).mesh.world_size if is_bundle(self.model) else self.plan.mesh.world_size
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(tp=1 if self.tp is None else self.tp)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -221,7 +231,13 @@ def _reserve(question: Question, engine: Engine | Ranks, *, longest: int) -> Non
 
 def _ids(question: Question, tokenizer: Any, prompt: str) -> list[int]:
     if not question.chat:
-        return list(tokenizer(prompt)["input_ids"])
+        ids = list(tokenizer(prompt)["input_ids"])
+        if not ids:
+            raise InputError(
+                f"the tokenizer of {question.model!r} makes no tokens of the prompt {prompt!r}: "
+                + ("give a text" if not prompt else "there may be none in the folder (tokenizer.json, for one)")
+            )
+        return ids
     messages = [{"role": "user", "content": prompt}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

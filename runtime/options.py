@@ -98,6 +98,8 @@ class Settings:
         stops = (stops,) if isinstance(stops, str) else stops
         if not isinstance(stops, (list, tuple)) or not all(isinstance(stop, str) for stop in stops):
             raise InputError(f"stop_strings must be a text or a list of texts, got {stops!r}")
+        if "" in stops:
+            raise InputError("stop_strings must not be empty: every text contains one that is")
         requests = given.pop("request_ids", None)
         return cls(
             **given,

@@ -80,7 +80,7 @@ class TensorFiles:
 
     def joined(self, others: TensorFiles) -> TensorFiles:
         """These and others, together."""
-        found = TensorFiles(self.folder, ())
+        found = TensorFiles(others.folder, ())
         found.entries = {**others.entries, **self.entries}
         if len(found.entries) != len(self.entries) + len(others.entries):
             twice = next(name for name in self.entries if name in others.entries)

@@ -32,14 +32,16 @@ def digest_of(content: bytes) -> str:
 @contextlib.contextmanager
 def writing(target: Path) -> Iterator[Path]:
     """A folder to write to, which becomes `target` when all has gone well, and vanishes when not."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BundleError(f"{target} exists and is not an empty folder: name another one, or remove it first")
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.partial"
-    partial.mkdir()
     try:
+        if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+            raise BundleError(f"{target} exists and is not an empty folder: name another one, or remove it first")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
         yield partial
         partial.replace(target)
+    except OSError as error:
+        raise BundleError(f"cannot write the bundle {target}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -28,17 +28,22 @@ from runtime.reading import Reader
 from runtime.reading import digest_of as digest_of_tensor
 from runtime.weights import load_weights
 
-__all__ = ["MODEL_FILES", "save_ranks"]
+__all__ = ["MODEL_FILES", "has_tokenizer", "save_ranks"]
 
 FILE_BYTES = 2**30
 """A file of weights is closed when it holds as much."""
 
-MODEL_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 """What a tokenizer is made of; code and pickles are not."""
+MODEL_FILES = ("generation_config.json", *TOKENIZER_FILES)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def save_ranks(
@@ -145,6 +150,11 @@ class _Writer:
         return found
 
     def copy_model_files(self, source: Path) -> None:
+        if not has_tokenizer(source):
+            raise BundleError(
+                f"{source} holds no tokenizer, none of {', '.join(TOKENIZER_FILES)}: leave tokenizer= out, or name the "
+                "folder that has it"
+            )
         for name in MODEL_FILES:
             if (source / name).is_file():
                 self.add(f"model/{name}", (source / name).read_bytes())

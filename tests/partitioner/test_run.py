@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from partitioner import cli
 from partitioner.cli import app
 from partitioner.errors import RankLost
+from tests import bundles
 
 TEMPLATE = (
     "{% for message in messages %}{% if message['content'] == 'bad' %}{{ raise_exception('no bad words') }}{% endif %}"
@@ -94,3 +95,25 @@ def test_it_says_how_many_tokens_fit() -> None:
     assert "does not fit: 4 tokens fit in 9 KB. Give" in " ".join(error.split())
     _, error = run("--prompt", "x", "--cache-memory", "some", code=2)
     assert "an amount of memory is" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tp", "0", "--prompt", "a"], "tp must be a whole number of ranks, at least 1; got 0"),
+        (["--prompt", "\udcff a"], "is no text: surrogates not allowed"),
+        (["--prompt", "a", "--stop", ""], "stop_strings must not be empty"),
+    ],
+)
+def test_wrong_questions_are_refused_in_a_line(arguments: list[str], said: str) -> None:
+    result = CliRunner().invoke(app, ["run", *arguments])
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    bundles.tiny_model().save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["run", str(tmp_path), "--prompt", "a"])
+    assert result.exit_code == 2
+    assert "tokenizer" in result.output
+    assert str(tmp_path) in result.output

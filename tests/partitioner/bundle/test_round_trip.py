@@ -201,3 +201,28 @@ def test_a_folder_with_something_in_it_is_not_written_to(tmp_path: Path) -> None
     with pytest.raises(BundleError, match="exists and is not an empty folder"):
         bundles.save_tiny(tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(BundleError, match="link exists and is not an empty folder"):
+        bundles.save_tiny(tmp_path / "link")
+    with pytest.raises(BundleError, match=r"cannot write the bundle .*File name too long"):
+        bundles.save_tiny(tmp_path / ("a" * 300))
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_folder_without_a_tokenizer_is_not_copied_from(tmp_path: Path) -> None:
+    parts = partition(bundles.tiny_model(), Plan())
+    with pytest.raises(BundleError, match=r"holds no tokenizer, none of tokenizer\.json, "):
+        parts.save(tmp_path / "bundle", tokenizer=tmp_path)
+
+
+def test_a_checkpoint_that_is_another_is_named(tmp_path: Path) -> None:
+    model = bundles.tiny_model()
+    model.save_pretrained(tmp_path / "checkpoint")
+    partition(tmp_path / "checkpoint", Plan(tp=2)).save(tmp_path / "bundle", reference=True)
+    other = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(partitioner.WeightError, match=r"/other holds no tensor 'model\."):
+        partitioner.load(tmp_path / "bundle", checkpoint=tmp_path / "other").simulate(input_ids=bundles.IDS)
