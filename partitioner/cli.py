@@ -153,7 +153,8 @@ def export_command(
     """Write a bundle: what each rank runs, and its slices of the weights. Loading it runs nothing of what is in it."""
     with _errors():
         plan = Plan(tp=tp, keep_whole=tuple(keep_whole or ()))
-        Console(stderr=True).print(export(model, plan, out, dtype=dtype, max_length=max_length, reference=reference))
+        said = export(model, plan, out, dtype=dtype, max_length=max_length, reference=reference)
+        Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("show")
