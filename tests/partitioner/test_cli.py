@@ -178,3 +178,18 @@ def test_a_checkpoint_folder(small: str, tmp_path: Path) -> None:
     loaded = load_model(str(tmp_path / "checkpoint"), dtype=torch.float64)
     assert type(loaded) is type(saved)
     assert torch.equal(loaded.lm_head.weight, saved.lm_head.weight.double())
+
+
+def test_experts_of_sizes_that_a_grouped_product_refuses(tmp_path: Path) -> None:
+    fields = {
+        "model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "hidden_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40, "moe_intermediate_size": 21,
+        "shared_expert_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 61,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    result = CliRunner().invoke(
+        app,
+        ["verify", f"config:{tmp_path}/config.json", "--tp", "3", "--simulate", "--lengths", "5", "--dtype", "float32"],
+    )
+    assert result.exit_code == 0, result.output
+    assert "equal" in result.output
