@@ -21,6 +21,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from partitioner.bundle.manifest import MANIFEST
 from partitioner.errors import CaptureError
 
 __all__ = ["class_of", "dtype_named", "load_config", "load_model", "without_grouped_mm"]
@@ -54,7 +55,7 @@ def load_config(name: str, *, small: bool = False) -> Any:
         return _from_file(Path(name.removeprefix("config:")))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            bundle = "; it is a bundle: partitioner show and run take it" if (path / "manifest.json").is_file() else ""
+            bundle = "; it is a bundle: partitioner show and run take it" if (path / MANIFEST).is_file() else ""
             raise CaptureError(f"{name} is a folder, but no checkpoint: it has no config.json{bundle}")
         return _from_file(path / "config.json")
     if name in CONFIG_MAPPING:

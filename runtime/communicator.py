@@ -20,14 +20,11 @@ from torch import Tensor
 from partitioner.errors import CommunicationError
 from partitioner.mesh import AXES, Mesh
 
-__all__ = ["Communicator", "require_axis", "require_op", "require_piece"]
+__all__ = ["Binder", "Communicator", "require_axis", "require_op", "require_piece"]
 
 
-class Communicator(Protocol):
-    """See the module's docstring."""
-
-    mesh: Mesh
-    rank: int
+class Binder(Protocol):
+    """The part of a communicator that turns a graph's collectives into functions."""
 
     def bind(
         self,
@@ -39,6 +36,13 @@ class Communicator(Protocol):
         overwrite: bool = False,
     ) -> Callable[[Tensor], Tensor]:
         """The operation of `node` as a callable on its tensor; `overwrite`: nobody reads that tensor afterwards."""
+
+
+class Communicator(Binder, Protocol):
+    """See the module's docstring."""
+
+    mesh: Mesh
+    rank: int
 
     def bind_traceable(
         self, op: Callable[..., Tensor], axis: str, *, node: str, options: dict[str, Any]

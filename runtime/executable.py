@@ -15,13 +15,13 @@ import inspect
 import linecache
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from runtime.cache import Cache
-from runtime.communicator import Communicator
+from runtime.communicator import Binder, Communicator
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import COLLECTIVES
 from runtime.ops.state import cache_append, state_read, state_write
@@ -87,20 +87,6 @@ class Executable:
             # generating code takes longer than many a run: without this the others' first wait would be for that
             self.communicator.barrier()
         return self._profiled(recording, values)
-
-
-class Binder(Protocol):
-    """The part of a communicator that a function needs."""
-
-    def bind(
-        self,
-        op: Callable[..., Tensor],
-        axis: str,
-        *,
-        node: str,
-        options: dict[str, Any],
-        overwrite: bool = False,
-    ) -> Callable[[Tensor], Tensor]: ...
 
 
 def build(program: RankProgram, communicator: Binder, device: torch.device, cache: Cache | None) -> Callable[..., Any]:
