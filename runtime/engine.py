@@ -26,6 +26,7 @@ from runtime.communicator import Communicator
 from runtime.continuation import Continuation
 from runtime.executable import Executable
 from runtime.inputs import complete_inputs
+from runtime.merge_linears import lay_side_by_side, merge_linears
 from runtime.options import Options
 from runtime.process_groups import ProcessGroups, Sharing
 from runtime.profile import Profiler
@@ -52,7 +53,8 @@ class Engine:
     """One rank, loaded; `weights` as in `runtime.weights`, None: those that the program came with.
 
     `generation` makes the rank's program for continuing sequences, when it is first asked to. `compile` puts its decode
-    steps through torch.compile, `cuda_graph` captures them; both take their time at the first steps.
+    steps through torch.compile, `cuda_graph` captures them; both take their time at the first steps, and merge small
+    linears of one input (see `runtime.merge_linears`).
     """
 
     def __init__(
@@ -79,6 +81,8 @@ class Engine:
             self.weights = load_weights(
                 program.weights, program.values, self._source, self.device, progress=communicator.rank == 0
             )
+            if compile or cuda_graph:
+                lay_side_by_side(program, self.weights)
             self.profiler = Profiler(program, self.device)
             self._run = Executable(program, self.weights, communicator, self.device, profiler=self.profiler)
         self._generation = generation
@@ -188,6 +192,8 @@ class Engine:
         missing = [w for w in program.weights if w not in mine or (w.source != "checkpoint" and w.digest is None)]
         mine |= zip(missing, load_weights(missing, program.values, self._source, self.device), strict=True)
         weights = [mine[weight] for weight in program.weights]
+        if any(self._decoding.values()):
+            program, weights = merge_linears(program, weights)
         return Continuation(program, weights, self.communicator, self.device, profiler=self.profiler, **self._decoding)
 
     @contextlib.contextmanager
