@@ -51,8 +51,12 @@ def attention(
     chunk: int | None = None,
     softcap: float | None = None,
     kv_map: list[int] | None = None,
+    written_out: bool = False,
 ) -> Tensor:
-    """See the module's docstring; `kv_map[h]` is the kv head of query head h, None where each serves H / G in order."""
+    """See the module's docstring; `kv_map[h]` is the kv head of query head h, None where each serves H / G in order.
+
+    `written_out`: as products and a softmax, where no kernel for the whole is known to be faster.
+    """
     batch, heads, q_length, _ = q.shape
     kv_length = k.shape[2]
     if heads == 0:
@@ -63,7 +67,7 @@ def attention(
     # a limit that no position reaches would only keep the fast kernels away
     window = None if window is not None and window >= longest else window
     chunk = None if chunk is not None and chunk >= longest else chunk
-    explicit = softcap is not None or sinks is not None
+    explicit = written_out or softcap is not None or sinks is not None
     if window is not None or chunk is not None or (causal and (explicit or mask is not None)):
         positions = torch.arange(longest, device=q.device)
         seen = allowed(positions[:q_length, None], positions[:kv_length], causal=causal, window=window, chunk=chunk)
@@ -72,16 +76,23 @@ def attention(
         causal = False
     elif mask is not None:
         mask = mask.to(q.dtype)
-    if explicit:
-        return _written_out(q, k, v, mask, sinks, scale, softcap)
     grouped = k.shape[1] != heads
     if grouped and q_length == 1 and (not causal or kv_length == 1) and heads % k.shape[1] == 0:
-        # one query per head: those of a kv head are rows of one matrix, and no kernel copies keys or values for them
+        # one query per head: those of a kv head are rows of one matrix, and nothing copies keys or values for them
         per_group = (batch, k.shape[1], heads // k.shape[1], q.shape[-1])
         if mask is not None and mask.dim() > 2 and mask.shape[-3] == heads:
             mask = mask.reshape(*mask.shape[:-3], *per_group[1:3], mask.shape[-1])
-        out = functional.scaled_dot_product_attention(q.reshape(per_group), k, v, attn_mask=mask, scale=scale)
+        if sinks is not None:
+            sinks = sinks.reshape(1, -1, 1, 1) if sinks.dim() == 1 else sinks
+            sinks = sinks.expand(batch, heads, 1, 1).reshape(*per_group[:3], 1)
+        rows = q.reshape(per_group)
+        if explicit:
+            out = _written_out(rows, k, v, mask, sinks, scale, softcap)
+        else:
+            out = functional.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
         return out.reshape(batch, heads, 1, v.shape[-1])
+    if explicit:
+        return _written_out(q, k, v, mask, sinks, scale, softcap)
     if grouped and mask is not None and q.device.type == "cuda":
         # with a mask, grouped heads would fall back to the slow kernel
         k, v, grouped = _per_query_head(k, heads), _per_query_head(v, heads), False

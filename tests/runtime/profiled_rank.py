@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from partitioner.compile import compile_program, trace
-from partitioner.plan import Plan
+from partitioner import Plan, partition
 from runtime.engine import Engine
 from runtime.launch import begin_worker
 from tests import traces
@@ -26,7 +25,7 @@ if __name__ == "__main__":
         device = "cuda:0"
         alone = {"NCCL_HOSTID": os.environ["RANK"], "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
         os.environ.update({**alone, "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"})
-    parts = compile_program(trace(traces.model()), Plan(tp=2))
+    parts = partition(traces.model(), Plan(tp=2))
     ids = torch.randint(3, 500, (2, 64), generator=torch.Generator().manual_seed(0))
     for sharing in sharings:
         with Engine.connect(parts, shared_memory=sharing, device=device, timeout_s=120) as engine:

@@ -107,8 +107,18 @@ def test_mask_has_the_values_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("shape", [None, (1, 7), (4, 1, 7), (2, 1, 1, 7), (2, 4, 1, 7), (1, 4, 1, 7)])
-def test_one_query_of_grouped_heads(shape: tuple[int, ...] | None) -> None:
+@pytest.mark.parametrize("extra", ["plain", "written_out", "softcap", "sinks", "spread sinks"])
+def test_one_query_of_grouped_heads(shape: tuple[int, ...] | None, extra: str) -> None:
     q, k, v = tensors(q_length=1, kv_length=7)
     mask = None if shape is None else torch.randn(shape, dtype=torch.float64)
-    expected = definition(q, k, v, torch.ones(1, 7, dtype=torch.bool), scale=0.3, mask=mask, heads=[0, 0, 1, 1])
-    torch.testing.assert_close(attention(q, k, v, mask, scale=0.3), expected, rtol=1e-12, atol=1e-12)
+    sinks = torch.randn(4, dtype=torch.float64) if "sinks" in extra else None
+    softcap = 1.5 if extra == "softcap" else None
+    expected = definition(
+        q, k, v, torch.ones(1, 7, dtype=torch.bool),
+        scale=0.3, mask=mask, sinks=sinks, softcap=softcap, heads=[0, 0, 1, 1],
+    )  # fmt: skip
+    if extra == "spread sinks":
+        assert sinks is not None
+        sinks = sinks.view(1, 4, 1, 1).expand(2, 4, 1, 1)
+    found = attention(q, k, v, mask, sinks, scale=0.3, softcap=softcap, written_out=extra == "written_out")
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
