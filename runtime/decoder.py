@@ -22,6 +22,14 @@ from runtime.traceable import Traceable
 
 __all__ = ["Decoder", "require_fixed_shapes"]
 
+# a product with one row is a sum over the weights' rows, whose tiles are found by trying. By default the compiler
+# computes again what several kernels use, in each of them: cosines and sines of the position in every layer, and norms
+# in every row of a product
+_ON_GPU: dict[str, Any] = {
+    "coordinate_descent_tuning": True,
+    "realize_reads_threshold": 1,
+    "realize_acc_reads_threshold": 2,
+}
 _ROUND_TO = 256
 _WARM_UP = 3
 
@@ -66,9 +74,8 @@ class Decoder:
         self._function: Callable[..., Any] = execute.function
         if compile:
             traceable = build(program, Traceable(execute.communicator), device, cache)
-            # on a GPU a product with one row is a sum over the weights' rows, whose tiles are found by trying
-            options: dict[str, Any] | None = {"coordinate_descent_tuning": True} if device.type == "cuda" else None
             function = functools.partial(traceable, *execute.weights)
+            options = _ON_GPU if device.type == "cuda" else None
             self._function = torch.compile(function, dynamic=False, options=options)
         self._compared = not compile
         """Whether the ranks have made sure that they are about to do the same: a compiled step does not."""

@@ -36,6 +36,7 @@ __all__ = ["Sampler"]
 _SPARE = 16  # candidates beyond the k-th, for those that tie with it: common in bfloat16
 _FIRST_LOOK = 128  # candidates of each rank where only mass or ratio says how many are needed
 _GROWTH = 8  # how many times more are looked at when those were too few
+_PIECES = 256  # of a row, for each of which a GPU looks for the largest at once
 _RACE_BYTES = 2**25  # of float64 noise at a time, which bounds the temporaries of an unfiltered step
 
 
@@ -173,7 +174,9 @@ class Sampler:
 
     def _likeliest(self, own: Tensor, *, scored: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens, their logits, and log-probabilities, [B] each."""
-        largest, column = own.max(dim=1)
+        largest, column = _largest(own)
+        if not scored and len(self._sizes) == 1:
+            return self._share.tokens[column], largest.double(), None
         message = [largest.double(), self._share.tokens[column].double()]
         if scored:
             message.append(softmax_mass(own, largest.double(), 1.0))
@@ -246,6 +249,21 @@ class Sampler:
         flat_values, flat_tokens = (x.transpose(0, 1).reshape(len(own), -1) for x in (values, tokens))
         logits, ranked = rank_candidates(flat_values, flat_tokens)
         return logits, ranked.clamp(min=0).long(), floor, total
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`logits.max(dim=1)`: the largest of each row and where it first is."""
+    few_rows = logits.device.type == "cuda" and logits.shape[0] * _PIECES < logits.shape[1]
+    return _largest_of_pieces(logits) if few_rows else logits.max(dim=1)
+
+
+def _largest_of_pieces(logits: Tensor) -> tuple[Tensor, Tensor]:
+    # a GPU looks through a row with a single block of threads
+    padded = torch.nn.functional.pad(logits, (0, -logits.shape[1] % _PIECES), value=-math.inf)
+    pieces = padded.reshape(len(padded), _PIECES, -1)
+    values, columns = pieces.max(dim=2)
+    largest, piece = values.max(dim=1)
+    return largest, piece * pieces.shape[2] + columns.gather(1, piece[:, None])[:, 0]
 
 
 def _joined(masses: Tensor, largest: Tensor, temperature: float) -> Tensor:

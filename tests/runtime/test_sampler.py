@@ -17,7 +17,7 @@ from partitioner.mesh import Mesh
 from runtime import sampler as sampler_module
 from runtime.launch import launch
 from runtime.rendezvous import Rendezvous
-from runtime.sampler import Sampler
+from runtime.sampler import Sampler, _largest_of_pieces
 from runtime.sampling import Sampling
 from tests.runtime.transformers_sampling import processed
 
@@ -142,6 +142,18 @@ def test_greedy_is_argmax_on_every_split(data: st.DataObject) -> None:
     assert torch.equal(tokens, logits.argmax(dim=1))
     expected = logits.double().log_softmax(dim=1).gather(1, tokens[:, None])[:, 0]
     torch.testing.assert_close(log_probabilities, expected)
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 257, 5000])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_largest_is_found_in_pieces(width: int, dtype: torch.dtype) -> None:
+    """Ties, which bfloat16 has many of, go to the first; so do rows of -inf, and NaN wins as it does in one look."""
+    logits = torch.randn(5, width, generator=torch.Generator().manual_seed(width)).to(dtype)
+    logits[1] = -torch.inf
+    logits[2, width // 2] = torch.nan
+    logits[3, -1] = torch.inf
+    for found, expected in zip(_largest_of_pieces(logits), logits.max(dim=1), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @settings(max_examples=100)
