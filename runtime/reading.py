@@ -17,6 +17,7 @@ process. So it is for the user to choose.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import math
@@ -45,6 +46,7 @@ SHORTEST_RUN_BYTES = 4 << 10
 """Shorter runs are read with what lies between them: from a disk, whole pages come anyway."""
 THREADS = 4
 STAGE_BYTES = 1 << 30
+HUGE_BYTES = 4 << 20
 MOSTLY_NEEDED = 2
 """Of so many bytes one is needed: all of them may be read ahead."""
 
@@ -80,9 +82,7 @@ class Reader:
     def _load(self, weights: Sequence[WeightShard], device: torch.device, shown: Progress) -> list[Tensor]:
         found = [self._map(weight) if self.mapped and device.type == "cpu" else None for weight in weights]
         loaded = [
-            tensor
-            if tensor is not None
-            else torch.empty(weight.local_shape, dtype=weight.dtype, device="cpu" if weight.digest else device)
+            tensor if tensor is not None else _empty(weight, torch.device("cpu") if weight.digest else device)
             for weight, tensor in zip(weights, found, strict=True)
         ]
         strips = [
@@ -111,16 +111,20 @@ class Reader:
         in_order = _in_order(plan.strides, weight.local_shape) and length == math.prod(weight.local_shape)
         if others or not in_order or entry.dtype != weight.dtype or start % size:
             return None
-        if entry.file not in self._maps:
-            with entry.file.open("rb") as opened:
-                # private: what is written into a weight stays out of the file
-                protection = mmap.PROT_READ | mmap.PROT_WRITE
-                self._maps[entry.file] = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=protection)
-        memory = self._maps[entry.file]
+        memory = self._mapped_file(entry.file)
         begin = start // mmap.PAGESIZE * mmap.PAGESIZE
         memory.madvise(mmap.MADV_WILLNEED, begin, start + length * size - begin)  # the disk may begin
         self.bytes_read += length * size
         return torch.frombuffer(memory, dtype=entry.dtype, count=length, offset=start).view(weight.local_shape)
+
+    def _mapped_file(self, file: Path) -> mmap.mmap:
+        with self._lock:
+            if file not in self._maps:
+                with file.open("rb") as opened:
+                    # private: what is written into a weight stays out of the file
+                    protection = mmap.PROT_READ | mmap.PROT_WRITE
+                    self._maps[file] = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=protection)
+            return self._maps[file]
 
     def _find(self, weight: WeightShard, piece: Piece) -> tuple[Entry, Strided]:
         entry = self.files.entries.get(piece.tensor)
@@ -159,6 +163,10 @@ class Reader:
 
     def _read(self, strip: _Strip, opened: dict[Path, int], shown: Progress) -> None:
         entry, target = strip.entry, strip.target
+        if self.mapped and entry.start % entry.dtype.itemsize == 0:
+            target.copy_(self._where_it_lies(strip))
+            shown.advance(target.nbytes)
+            return
         plan = strip.spot.plan(SHORTEST_RUN_BYTES // entry.dtype.itemsize)
         in_place = (
             target.device.type == "cpu"
@@ -173,25 +181,46 @@ class Reader:
             target.copy_(into.as_strided(target.shape, plan.strides))
         shown.advance(target.nbytes)
 
+    def _where_it_lies(self, strip: _Strip) -> Tensor:
+        """The strip's elements in the mapped file."""
+        entry, shape = strip.entry, tuple(strip.target.shape)
+        span = 1 + sum((n - 1) * step for n, step in zip(shape, strip.spot.strides, strict=True))
+        start = entry.start + strip.spot.offset * entry.dtype.itemsize
+        memory = torch.frombuffer(self._mapped_file(entry.file), dtype=entry.dtype, count=span, offset=start)
+        with self._lock:
+            self.bytes_read += strip.target.numel() * entry.dtype.itemsize
+        return memory.as_strided(shape, strip.spot.strides)
+
     def _fill(self, tensor: Tensor, entry: Entry, runs: list[tuple[int, int]], descriptor: int) -> None:
         """The tensor's memory with these runs, one after the other."""
-        size, address, count = entry.dtype.itemsize, tensor.data_ptr(), 0
+        size, count = entry.dtype.itemsize, 0
         if sys.platform == "linux":
             # threads that take turns at one file look like no sequence, so that nothing would be read ahead
             first, span = runs[0][0], sum(runs[-1]) - runs[0][0]
             if span <= MOSTLY_NEEDED * tensor.numel():
                 os.posix_fadvise(descriptor, entry.start + first * size, span * size, os.POSIX_FADV_WILLNEED)
+        whole = memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
         for first, length in runs:
-            view = memoryview((ctypes.c_char * (length * size)).from_address(address + count)).cast("B")
-            position = entry.start + first * size
-            while view:
-                got = os.preadv(descriptor, [view], position)
+            view, position = whole[count : count + length * size], entry.start + first * size
+            count += length * size
+            while (got := os.preadv(descriptor, [view], position)) < len(view):
                 if got == 0:
                     raise WeightError(f"{entry.file} is cut short: it ends within {entry.name!r}")
                 view, position = view[got:], position + got
-            count += length * size
         with self._lock:
             self.bytes_read += count
+
+
+def _empty(weight: WeightShard, device: torch.device) -> Tensor:
+    """Memory for a weight; on a CPU in huge pages where there are such: to be given small ones takes twice as long as
+    to fill them.
+    """
+    if device.type != "cpu" or sys.platform != "linux" or weight.bytes < HUGE_BYTES:
+        return torch.empty(weight.local_shape, dtype=weight.dtype, device=device)
+    memory = mmap.mmap(-1, weight.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=weight.dtype).view(weight.local_shape)
 
 
 def _in_order(strides: tuple[int, ...], shape: tuple[int, ...]) -> bool:
