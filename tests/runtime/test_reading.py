@@ -107,6 +107,17 @@ def test_what_lies_in_the_file_as_needed_can_be_mapped(reader: Reader) -> None:
     assert torch.equal(load(reader, shard("w", ((5, 200), (0, COLUMNS))))[0], TENSORS["w"][5:200]), "the file is whole"
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_what_is_large_is_read_as_what_is_small(reader: Reader, mapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "HUGE_BYTES", 1)  # into memory of another kind
+    shards = [shard(*BLOCKS[name][:2]) for name in BLOCKS] + [shard("v", ((1, 9),), dtype=torch.float32)]
+    for one, found in zip(shards, load(Reader(reader.files, mapped=mapped), *shards), strict=True):
+        wanted = TENSORS[one.name][at(one.pieces[0].source)].to(one.dtype)
+        assert torch.equal(found, wanted)
+        found.zero_()  # the caller's own
+    assert torch.equal(load(reader, shards[0])[0], TENSORS["w"][100:200])
+
+
 def test_several_pieces_and_an_order_of_their_own(reader: Reader) -> None:
     pieces = (
         Piece("w", ((0, 4), (0, 3)), ((0, 3), (0, 4)), 0, (1, COLUMNS)),
