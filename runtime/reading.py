@@ -120,10 +120,11 @@ class Reader:
     def _mapped_file(self, file: Path) -> mmap.mmap:
         with self._lock:
             if file not in self._maps:
-                with file.open("rb") as opened:
-                    # private: what is written into a weight stays out of the file
-                    protection = mmap.PROT_READ | mmap.PROT_WRITE
-                    self._maps[file] = mmap.mmap(opened.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=protection)
+                descriptor = self.files.open(file)
+                # private: what is written into a weight stays out of the file
+                protection = mmap.PROT_READ | mmap.PROT_WRITE
+                self._maps[file] = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=protection)
+                os.close(descriptor)
             return self._maps[file]
 
     def _find(self, weight: WeightShard, piece: Piece) -> tuple[Entry, Strided]:
@@ -147,8 +148,10 @@ class Reader:
             yield _Strip(entry, strip, local[at(strip.destination)])
 
     def _read_all(self, strips: list[_Strip], shown: Progress) -> None:
-        opened = {file: os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in {strip.entry.file for strip in strips}}
+        opened: dict[Path, int] = {}
         try:
+            for file in {strip.entry.file for strip in strips}:
+                opened[file] = self.files.open(file)
             with ThreadPoolExecutor(THREADS, thread_name_prefix="load") as pool:
                 running = [pool.submit(self._read, strip, opened, shown) for strip in strips]
                 wait(running, return_when=FIRST_EXCEPTION)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -65,12 +66,17 @@ class TensorFiles:
         """`files`: only these of the folder; None: those that make up a checkpoint."""
         self.folder = Path(folder)
         self.entries: dict[str, Entry] = {}
+        self._seen: dict[Path, tuple[int, ...]] = {}
+        """What tells a file from another that has come in its place."""
         self.is_checkpoint = files is None
         if files is not None:
             for name in files:
                 self._add(self.folder / name)
             return
         single, index = self.folder / SINGLE, self.folder / INDEX
+        for file in (single, index):
+            if file.is_symlink() and not file.exists():
+                raise WeightError(f"{file} is a link to {os.readlink(file)}, which is not there")
         if single.is_file():  # before the index, as in transformers
             self._add(single)
         elif index.is_file():
@@ -82,10 +88,25 @@ class TensorFiles:
         """These and others, together."""
         found = TensorFiles(others.folder, ())
         found.entries = {**others.entries, **self.entries}
+        found._seen = {**others._seen, **self._seen}
         if len(found.entries) != len(self.entries) + len(others.entries):
             twice = next(name for name in self.entries if name in others.entries)
             raise WeightError(f"{self.entries[twice].file} and {others.entries[twice].file} both hold {twice!r}")
         return found
+
+    def open(self, file: Path) -> int:
+        """A descriptor to read `file` by. Raises WeightError where it is another than the one whose header was read."""
+        try:
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise WeightError(f"{file} could be read before, and cannot any more: {error.strerror}") from error
+        if _stamp(descriptor) != self._seen[file]:
+            os.close(descriptor)
+            raise WeightError(
+                f"{file} was written anew after it was opened: what is known of its tensors may be wrong now; "
+                "open the folder again"
+            )
+        return descriptor
 
     def _add_indexed(self, index: Path) -> None:
         listed = _json(index, index.read_bytes())
@@ -107,22 +128,29 @@ class TensorFiles:
                 raise WeightError(f"{self.folder / name} does not hold {tensor!r}, although {index.name} says so")
 
     def _add(self, file: Path) -> None:
-        for entry in _entries(file):
+        entries, self._seen[file] = _entries(file)
+        for entry in entries:
             if entry.name in self.entries:
                 raise WeightError(f"{entry.name!r} is in two files: {self.entries[entry.name].file} and {file}")
             self.entries[entry.name] = entry
 
 
-def _entries(file: Path) -> list[Entry]:
-    size = file.stat().st_size
+def _stamp(descriptor: int) -> tuple[int, ...]:
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _entries(file: Path) -> tuple[list[Entry], tuple[int, ...]]:
     with file.open("rb") as opened:
+        stamp = _stamp(opened.fileno())
+        size = os.fstat(opened.fileno()).st_size
         length = int.from_bytes(opened.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
             raise WeightError(f"{file} is cut short or no safetensors file: {size} bytes cannot hold its header")
         header = _json(file, opened.read(length))
     header.pop("__metadata__", None)
     base = 8 + length
-    return [_entry(file, base, size, name, fields) for name, fields in header.items()]
+    return [_entry(file, base, size, name, fields) for name, fields in header.items()], stamp
 
 
 def _entry(file: Path, base: int, size: int, name: str, fields: Any) -> Entry:

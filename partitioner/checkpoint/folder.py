@@ -53,7 +53,7 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None) -> 
     _require_readable(path)
     config = load_config(str(path))
     model_class = class_of(config)
-    files = TensorFiles(path)
+    files = TensorFiles(path.resolve())
     same = same_values(files)
     stored = {e.name: StandIn.of(e.name, e.shape, e.dtype, same) for e in files.entries.values()}
     model, info = _load(model_class, config, stored, dtype or "auto")
@@ -61,8 +61,7 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None) -> 
     moved, computed, cast = _take_stand_ins(model)
     if model.can_generate() and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    shapes = {entry.name: entry.shape for entry in files.entries.values()}
-    return Checkpoint(without_grouped_mm(model.eval()), Origins(str(path.resolve()), moved, computed, cast, shapes))
+    return Checkpoint(without_grouped_mm(model.eval()), Origins(files, moved, computed, cast))
 
 
 def _require_readable(path: Path) -> None:
@@ -88,7 +87,7 @@ def _require_readable(path: Path) -> None:
             f"{path}/config.json names files of its own (transformers_weights={fields['transformers_weights']!r}); "
             f"required are {SINGLE} or {INDEX}"
         )
-    if not (path / SINGLE).is_file() and not (path / INDEX).is_file():
+    if not any((path / name).is_file() or (path / name).is_symlink() for name in (SINGLE, INDEX)):
         others = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
         instead = f", but {', '.join(others[:_NAMED])}" if others else ""
         raise CaptureError(

@@ -24,18 +24,21 @@ __all__ = ["Origins"]
 @dataclass(frozen=True)
 class Origins:
     """By the model's names, aliases included: `moved`, and `computed`, why a weight lies in no file; `cast`, the dtype
-    of those that the files store in another. By the files' names: `shapes` of the stored tensors.
+    of those that the files store in another.
     """
 
-    folder: str
+    files: TensorFiles
     moved: Mapping[str, Moved]
     computed: Mapping[str, str]
     cast: Mapping[str, torch.dtype]
-    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def folder(self) -> str:
+        return str(self.files.folder)
 
     @functools.cached_property
     def source(self) -> Reader:
-        return Reader(TensorFiles(self.folder))
+        return Reader(self.files)
 
     def find(self, name: str, aliases: Sequence[str]) -> Moved:
         """Raises `WeightError` where the files do not hold the weight."""
@@ -55,7 +58,7 @@ class Origins:
 
     def of(self, shard: WeightShard) -> tuple[Piece, ...]:
         """The pieces of a rank's part of a weight."""
-        moved = self.find(shard.name, shard.aliases)
+        moved, stored = self.find(shard.name, shard.aliases), self.files.entries
         cast = self.cast.get(shard.name, shard.dtype)
         if shard.dtype != cast:  # one cast does not round as two do
             raise WeightError(
@@ -65,7 +68,7 @@ class Origins:
         found: list[Piece] = []
         for own in shard.own_pieces:
             starts = [start for start, _ in own.destination]
-            found += (piece(window, self.shapes[window.tensor], starts) for window in moved.block(own.source))
+            found += (piece(window, stored[window.tensor].shape, starts) for window in moved.block(own.source))
         filled = sum(math.prod(extents(p.destination)) for p in found)
         assert filled == math.prod(shard.local_shape), f"{shard.name}: {filled} elements of {shard.local_shape}"
         return tuple(found)

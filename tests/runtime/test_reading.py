@@ -1,4 +1,5 @@
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -128,6 +129,16 @@ def test_several_pieces_and_an_order_of_their_own(reader: Reader) -> None:
     assert torch.equal(found, torch.cat([TENSORS["w"][:4, :3].t().double(), TENSORS["v"][None, :4]]))
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_file_that_was_written_anew_is_refused(tmp_path: Path, mapped: bool) -> None:
+    """Of the same size and header, so that nothing else would tell."""
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    reader = Reader(TensorFiles(tmp_path), mapped=mapped)
+    os.utime(tmp_path / "model.safetensors", ns=(0, 10**9))
+    with pytest.raises(WeightError, match=r"model\.safetensors was written anew after it was opened"):
+        load(reader, shard("w", ((0, 2), (0, COLUMNS))))
+
+
 def test_another_checkpoint_is_refused(reader: Reader) -> None:
     with pytest.raises(WeightError, match=r"'w' of shape \[300, 5000\] does not hold what 'w' needs of it"):
         load(
@@ -137,7 +148,8 @@ def test_another_checkpoint_is_refused(reader: Reader) -> None:
         load(reader, WeightShard(**{**vars(shard("w", ((0, 2), (0, 2)))), "pieces": (Piece("x", (), ()),)}))
 
 
-def test_a_file_that_shrinks_is_seen(reader: Reader) -> None:
+def test_a_file_that_shrinks_while_it_is_read_is_seen(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TensorFiles, "open", lambda self, file: os.open(file, os.O_RDONLY))
     (file,) = {entry.file for entry in reader.files.entries.values()}
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(WeightError, match="is cut short: it ends within"):

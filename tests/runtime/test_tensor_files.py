@@ -110,3 +110,9 @@ def test_a_damaged_file_is_refused(folder: Path, spoil: Callable[[Path], object]
     spoil(folder)
     with pytest.raises(WeightError, match=message):
         TensorFiles(folder)
+
+
+def test_a_link_to_nowhere_is_no_absent_file(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("gone")
+    with pytest.raises(WeightError, match=r"model\.safetensors is a link to gone, which is not there"):
+        TensorFiles(tmp_path)
