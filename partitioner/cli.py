@@ -38,6 +38,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 Model = Annotated[str, typer.Argument(help="a checkpoint folder, config:FILE.json, or a model type of transformers")]
 Tp = Annotated[int, typer.Option(help="tensor-parallel ranks")]
+Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="seconds until the processes are stopped")]
 Checkpoint = Annotated[
     str | None, typer.Option(help="the folder with the weights, where a bundle was exported with --reference")
 ]
@@ -51,7 +52,7 @@ def verify_command(
     lengths: Annotated[str, typer.Option(help="sequence lengths, with commas between")] = "1,5,40",
     simulate: Annotated[bool, typer.Option("--simulate", help="all ranks in this process, one thread each")] = False,
     seed: Annotated[int, typer.Option(help="of random weights and inputs")] = 0,
-    timeout_s: Annotated[float, typer.Option("--timeout", min=0.1, help="seconds until the processes are stopped")] = 600.0,
+    timeout_s: Timeout = 600.0,
 ) -> None:
     """Compare the partitioned model with the original, over one process per rank."""
     with _errors():
@@ -111,7 +112,7 @@ def run_command(
         str | None, typer.Option(help='the most that a rank may keep for the cache: "4 GB", or "0.9 of free"')
     ] = None,
     simulate: Annotated[bool, typer.Option("--simulate", help="all ranks in this process, one thread each")] = False,
-    timeout_s: Annotated[float, typer.Option("--timeout", min=0.1, help="seconds until the processes are stopped")] = 3600.0,
+    timeout_s: Timeout = 3600.0,
     profile: Annotated[str, typer.Option(help="write what every rank did, node by node, to this file")] = "",
     checkpoint: Checkpoint = None,
 ) -> None:

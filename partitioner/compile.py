@@ -203,12 +203,26 @@ def _keep_whole(program: Program, globs: tuple[str, ...]) -> tuple[tuple[str, st
         names = {w.name: (w.name, *w.aliases) for w in program.weights.values()}
         hits = [n for n, known in names.items() if any(_matches(name, glob) for name in known)]
         if not hits:
-            parts = sorted({part for aliases in names.values() for name in aliases for part in _prefixes(name)})
-            lowered = {part.lower(): part for part in parts}
-            near = [lowered[hit] for hit in difflib.get_close_matches(glob.lower(), lowered, n=3, cutoff=0.4)]
-            raise PlanError(f"keep_whole={glob!r} matches no weight; near it: {', '.join(near) or 'nothing'}")
+            known = {part for aliases in names.values() for name in aliases for part in _prefixes(name)}
+            near = ", ".join(_near(glob, known)) or "nothing"
+            raise PlanError(f"keep_whole={glob!r} matches no weight; near it: {near}")
         found.update(dict.fromkeys(hits, f"kept whole by the plan ({glob})"))
     return tuple(sorted(found.items()))
+
+
+def _near(glob: str, names: set[str]) -> list[str]:
+    """What may have been meant: the glob with another name in the place of the first that nothing matches."""
+    parts = glob.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        begin = ".".join(parts[:count])
+        end = None if parts[count - 1] == "*" else count + 1  # which may stand for several
+        deeper = {part for name in names if _matches(name, begin) for part in name.split(".")[count:end]}
+        if hits := difflib.get_close_matches(parts[count], sorted(deeper), n=3, cutoff=0.4):
+            return [".".join([begin, hit, *parts[count + 1 :]]) for hit in hits]
+        if deeper:
+            break
+    lowered = {name.lower(): name for name in sorted(names)}
+    return [lowered[hit] for hit in difflib.get_close_matches(glob.lower(), lowered, n=3, cutoff=0.4)]
 
 
 def _prefixes(name: str) -> list[str]:

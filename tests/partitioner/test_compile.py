@@ -1,5 +1,7 @@
 """What is asked of `partition` in the wrong words is refused in the right ones."""
 
+import re
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,10 +26,18 @@ def test_a_plan_is_a_plan(plan: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("glob", "near"), [("LM_HEAD", "lm_head"), ("Model.Norm.weight", "model.norm.weight"), ("lm_haed", "lm_head")]
+    ("glob", "near"),
+    [
+        ("LM_HEAD", "lm_head"),
+        ("Model.Norm.weight", "model.norm.weight"),
+        ("lm_haed", "lm_head"),
+        ("model.layers.*.self_atn.q_proj", r"model.layers.\*.self_attn.q_proj"),
+        ("*.q_prj", r"\*.q_proj"),
+        ("model.layers.9.mlp", "model.layers.0.mlp"),
+    ],
 )
 def test_a_glob_that_matches_nothing_names_what_is_near_in_any_case(glob: str, near: str) -> None:
-    with pytest.raises(PlanError, match=f"keep_whole='{glob}' matches no weight; near it: .*{near}"):
+    with pytest.raises(PlanError, match=f"keep_whole='{re.escape(glob)}' matches no weight; near it: .*{near}"):
         partitioned.compiled("llama", 2, keep_whole=(glob,))
 
 

@@ -129,9 +129,7 @@ def test_a_folder_that_went_away_is_named(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     parts = partition(tmp_path, Plan(tp=2), dtype=torch.float32)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(
-        WeightError, match=r"model\.safetensors could be read before, and cannot any more"
-    ):
+    with pytest.raises(WeightError, match=r"model\.safetensors could be read before, and cannot any more"):
         parts.simulate(input_ids=ids)
 
 
