@@ -8,6 +8,8 @@ that is not waiting learns of the loss at its next collective.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import sys
 import threading
@@ -15,13 +17,31 @@ import time
 
 import torch
 
+from partitioner.errors import RankLost
 from runtime.peers import Peers
 
-__all__ = ["DeviceWatch"]
+__all__ = ["DeviceWatch", "end_quickly"]
 
 _POLL_S = 0.05
 _PATIENCE_S = 0.4
 """A device that is busy for so long after a rank was lost waits for it."""
+
+
+@functools.cache
+def end_quickly() -> None:
+    """Lets a process that an uncaught RankLost ends be gone at once.
+
+    To clear away all that CUDA and NCCL hold, among it kernels that wait for the lost rank, takes seconds.
+    """
+    atexit.register(_end_if_lost)
+
+
+def _end_if_lost() -> None:
+    # what an uncaught error leaves; its traceback has been printed by now
+    if isinstance(getattr(sys, "last_value", None), RankLost):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 class DeviceWatch:

@@ -33,7 +33,7 @@ from partitioner.errors import CommunicationError, PlanError, RankLost
 from partitioner.mesh import AXES, Mesh
 from runtime.agreement import FINGERPRINT_BYTES, Call, check_agreement
 from runtime.communicator import require_axis, require_op, require_piece
-from runtime.device_watch import DeviceWatch
+from runtime.device_watch import DeviceWatch, end_quickly
 from runtime.group_collectives import OPERATIONS, alone
 from runtime.meeting import WatchedStore, meet, watched
 from runtime.notices import Notices
@@ -134,6 +134,7 @@ class ProcessGroups:
             # which device is the current one is known to each thread for itself
             if device.type == "cuda":
                 torch.cuda.set_device(device)
+                end_quickly()
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 store=PrefixStore(f"groups/{meeting}", shared_store),
