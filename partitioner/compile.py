@@ -216,10 +216,13 @@ def _near(glob: str, names: set[str]) -> list[str]:
     for count in range(len(parts) - 1, 0, -1):
         begin = ".".join(parts[:count])
         end = None if parts[count - 1] == "*" else count + 1  # which may stand for several
-        deeper = {part for name in names if _matches(name, begin) for part in name.split(".")[count:end]}
+        found = [name for name in names if _matches(name, begin)]
+        deeper = {part for name in found for part in name.split(".")[count:end]}
         if hits := difflib.get_close_matches(parts[count], sorted(deeper), n=3, cutoff=0.4):
             return [".".join([begin, hit, *parts[count + 1 :]]) for hit in hits]
-        if deeper:
+        if found and not deeper:
+            return [begin]  # what follows is too much
+        if found:
             break
     lowered = {name.lower(): name for name in sorted(names)}
     return [lowered[hit] for hit in difflib.get_close_matches(glob.lower(), lowered, n=3, cutoff=0.4)]

@@ -9,6 +9,7 @@ that is not waiting learns of the loss at its next collective.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import os
 import sys
@@ -37,10 +38,11 @@ def end_quickly() -> None:
 
 
 def _end_if_lost() -> None:
-    # what an uncaught error leaves; its traceback has been printed by now
-    if isinstance(getattr(sys, "last_value", None), RankLost):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    # what an uncaught error leaves; its traceback has been printed by now. At a prompt it ended no process
+    if isinstance(getattr(sys, "last_value", None), RankLost) and not hasattr(sys, "ps1"):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # it is none, nobody reads it, it is closed
+                stream.flush()
         os._exit(1)
 
 

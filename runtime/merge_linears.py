@@ -24,6 +24,8 @@ __all__ = ["lay_side_by_side", "merge_linears"]
 
 SMALL_BYTES = 32 << 20
 """A matrix of fewer bytes is merged with its neighbours."""
+_PAIRING = (torch.view_as_complex, torch.ops.aten.view_as_complex.default)
+"""Read two neighbours as one number, and refuse them where an odd number of others comes before or between."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,12 @@ def _groups(program: RankProgram) -> Iterator[_Group]:
         if len(weights[0].local_shape) == 2:
             alike = (given["input"], *(weight.dtype for weight in weights))
             found.setdefault(alike, []).append((node, weights))
+    in_pairs = any(node.target in _PAIRING for node in program.graph.nodes)
     for (x, *_), linears in found.items():
         stacks = tuple(zip(*(weights for _, weights in linears), strict=True))
         differ = all(len(set(stack)) == len(stack) > 1 for stack in stacks)
-        if differ and min(matrix.bytes for matrix in stacks[0]) < SMALL_BYTES:
+        fit = not in_pairs or all(matrix.local_shape[0] % 2 == 0 for matrix in stacks[0])
+        if differ and fit and min(matrix.bytes for matrix in stacks[0]) < SMALL_BYTES:
             yield _Group(x, tuple(node for node, _ in linears), stacks)
 
 

@@ -220,7 +220,10 @@ def _empty(weight: WeightShard, device: torch.device) -> Tensor:
     """
     if device.type != "cpu" or sys.platform != "linux" or weight.bytes < HUGE_BYTES:
         return torch.empty(weight.local_shape, dtype=weight.dtype, device=device)
-    memory = mmap.mmap(-1, weight.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, weight.bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError):  # torch says how much there is not
+        return torch.empty(weight.local_shape, dtype=weight.dtype)
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=weight.dtype).view(weight.local_shape)

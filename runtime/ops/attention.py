@@ -105,7 +105,8 @@ def _written_out(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     heads = q.shape[1]
-    scores = q @ _per_query_head(k, heads).transpose(-2, -1) * scale
+    # scaled first: in float16 the products of unscaled heads may be too large
+    scores = (q * scale) @ _per_query_head(k, heads).transpose(-2, -1)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:

@@ -34,6 +34,7 @@ def test_a_plan_is_a_plan(plan: object) -> None:
         ("model.layers.*.self_atn.q_proj", r"model.layers.\*.self_attn.q_proj"),
         ("*.q_prj", r"\*.q_proj"),
         ("model.layers.9.mlp", "model.layers.0.mlp"),
+        ("lm_head.weight.data", "lm_head.weight$"),
     ],
 )
 def test_a_glob_that_matches_nothing_names_what_is_near_in_any_case(glob: str, near: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """
-import atexit, sys, time
+import atexit, os, sys, time
 from partitioner.errors import RankLost
 from runtime.device_watch import end_quickly
 atexit.register(lambda: (print("cleared away"), time.sleep({seconds})))
@@ -28,8 +28,9 @@ def end(folder: Path, root: Path, last: str, *, seconds: float = 0) -> tuple[int
     return done.returncode, done.stdout, done.stderr, time.monotonic() - started
 
 
-def test_a_lost_rank_ends_at_once(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    last = 'raise RankLost("rank 1 lost")'
+@pytest.mark.parametrize("first", ["", "sys.stdout.flush(); os.close(1); print('nobody reads this')"])
+def test_a_lost_rank_ends_at_once(first: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    last = f'{first}\nraise RankLost("rank 1 lost")'
     code, out, err, seconds = end(tmp_path, pytestconfig.rootpath, last, seconds=60)
     assert (code, out) == (1, "before\n")
     assert "RankLost: rank 1 lost" in err
@@ -38,7 +39,13 @@ def test_a_lost_rank_ends_at_once(tmp_path: Path, pytestconfig: pytest.Config) -
 
 @pytest.mark.parametrize(
     ("last", "code"),
-    [("raise ValueError", 1), ("", 0), ("sys.exit(3)", 3), ("try:\n    raise RankLost('')\nexcept RankLost: pass", 0)],
+    [
+        ("raise ValueError", 1),
+        ("", 0),
+        ("sys.exit(3)", 3),
+        ("try:\n    raise RankLost('')\nexcept RankLost: pass", 0),
+        ("sys.ps1 = '>>> '\nraise RankLost('')", 1),  # as at a prompt
+    ],
 )
 def test_all_else_is_cleared_away(last: str, code: int, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     found, out, _, _ = end(tmp_path, pytestconfig.rootpath, last)

@@ -8,7 +8,10 @@ import torch
 import runtime.merge_linears as merging
 import runtime.simulate
 from partitioner import Plan, partition
+from partitioner.mesh import Mesh
 from runtime.engine import Engine
+from runtime.executable import Executable
+from runtime.rank_program import RankProgram, RunInput, WeightShard
 from runtime.rendezvous import Rendezvous
 from runtime.weights import load_weights
 from tests import zoo
@@ -90,6 +93,31 @@ def test_large_matrices_are_left_as_they_are(llama, monkeypatch):
     merged, more = merging.merge_linears(llama, laid_out(llama))
     assert len(linears(merged)) == len(linears(llama))
     assert len(more) == len(llama.weights)
+
+
+@pytest.mark.parametrize(("gates", "count"), [(3, 2), (4, 1)])
+def test_pairs_that_are_read_as_one_number_stay_where_they_can_be(gates, count):
+    """A rotation by complex numbers beside an odd number of gates: behind those, no pair lies where one may."""
+    graph = torch.fx.Graph()
+    x, q, gate = graph.placeholder("x"), graph.get_attr("q"), graph.get_attr("gate")
+    turned, gated = (graph.call_function(torch.nn.functional.linear, (x, weight)) for weight in (q, gate))
+    turned = graph.call_function(
+        torch.ops.aten.view_as_complex.default, (graph.call_method("reshape", (turned, (5, 3, 2))),)
+    )
+    turned = graph.call_method("flatten", (graph.call_function(torch.view_as_real, (turned,)), -2))
+    graph.output(graph.call_function(torch.cat, ([turned, gated], -1)))
+    values = {"q": torch.randn(6, 8), "gate": torch.randn(gates, 8)}
+    shards = tuple(
+        WeightShard(name, torch.float32, value.shape, value.shape, (None, None), "checkpoint", (), ())
+        for name, value in values.items()
+    )
+    inputs = (RunInput("x", torch.float32, (5, 8), "required"),)
+    program = RankProgram(lambda: graph, Mesh.of(), Mesh.of().coordinates(0), shards, inputs, values)
+    merged, weights = merging.merge_linears(program, laid_out(program))
+    assert len(linears(merged)) == count
+    run = Executable(merged, weights, Rendezvous(Mesh.of()).communicator(0), torch.device("cpu"))
+    given = torch.randn(5, 8)
+    torch.testing.assert_close(run([given]), given @ torch.cat([values["q"], values["gate"]]).T)
 
 
 def test_only_compiled_and_captured_steps_take_the_copy():

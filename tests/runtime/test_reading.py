@@ -119,6 +119,13 @@ def test_what_is_large_is_read_as_what_is_small(reader: Reader, mapped: bool, mo
     assert torch.equal(load(reader, shards[0])[0], TENSORS["w"][100:200])
 
 
+def test_memory_that_there_is_not_is_told_in_bytes(reader: Reader) -> None:
+    shape = (1 << 24, 1 << 24)  # beyond the addresses of a process
+    weight = WeightShard("w", torch.float32, shape, shape, (None, None), "checkpoint", (), ())
+    with pytest.raises(RuntimeError, match=str(weight.bytes)):
+        load(reader, weight)
+
+
 def test_several_pieces_and_an_order_of_their_own(reader: Reader) -> None:
     pieces = (
         Piece("w", ((0, 4), (0, 3)), ((0, 3), (0, 4)), 0, (1, COLUMNS)),

@@ -122,3 +122,13 @@ def test_one_query_of_grouped_heads(shape: tuple[int, ...] | None, extra: str) -
         sinks = sinks.view(1, 4, 1, 1).expand(2, 4, 1, 1)
     found = attention(q, k, v, mask, sinks, scale=0.3, softcap=softcap, written_out=extra == "written_out")
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_large_heads_in_float16(queries: int) -> None:
+    """What queries and keys have in common may be too much for float16 before it is scaled, and not after."""
+    q, k, v = torch.randn(1, 4, queries, 64), torch.randn(1, 2, 9, 64), torch.randn(1, 2, 9, 8)
+    q[..., 0], k[..., 0] = 300, 300
+    found = attention(q.half(), k.half(), v.half(), scale=0.125, written_out=True)
+    assert found.isfinite().all()
+    assert found.abs().max() <= v.half().abs().max()
