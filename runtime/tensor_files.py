@@ -74,14 +74,14 @@ class TensorFiles:
                 self._add(self.folder / name)
             return
         single, index = self.folder / SINGLE, self.folder / INDEX
-        for file in (single, index):
-            if file.is_symlink() and not file.exists():
-                raise WeightError(f"{file} is a link to {os.readlink(file)}, which is not there")
         if single.is_file():  # before the index, as in transformers
             self._add(single)
         elif index.is_file():
             self._add_indexed(index)
         else:
+            for file in (single, index):
+                if file.is_symlink():
+                    raise WeightError(f"{file} is a link to {os.readlink(file)}, which is not there")
             raise WeightError(f"{self.folder} holds no weights: required is {SINGLE} or {INDEX}")
 
     def joined(self, others: TensorFiles) -> TensorFiles:

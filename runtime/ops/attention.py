@@ -105,8 +105,7 @@ def _written_out(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     heads = q.shape[1]
-    # scaled first: in float16 the products of unscaled heads may be too large
-    scores = (q * scale) @ _per_query_head(k, heads).transpose(-2, -1)
+    scores = _products(q, _per_query_head(k, heads)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
@@ -114,12 +113,22 @@ def _written_out(
     if sinks is not None:
         sinks = sinks.reshape(1, -1, 1, 1) if sinks.dim() == 1 else sinks
         scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
-    # float16 and bfloat16 are too coarse for the sum over all keys
-    exact = torch.float32 if scores.dtype.itemsize < 4 else scores.dtype
-    weights = torch.softmax(scores, dim=-1, dtype=exact).to(q.dtype)
+    weights = torch.softmax(scores, dim=-1).to(q.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
     return weights @ _per_query_head(v, heads)
+
+
+def _products(q: Tensor, k: Tensor) -> Tensor:
+    """[B, H, S, T], in float32 at least: float16 cannot hold what is not scaled yet, and what all keys have in common
+    would round away in 2 bytes how they differ.
+    """
+    if q.dtype.itemsize >= 4:
+        return q @ k.transpose(-2, -1)
+    if q.device.type == "cpu":  # which has no product of another dtype
+        return q.float() @ k.float().transpose(-2, -1)
+    one_by_one = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(-2, -1), out_dtype=torch.float32)
+    return one_by_one.view(*q.shape[:3], k.shape[2])
 
 
 def _per_query_head(x: Tensor, heads: int) -> Tensor:

@@ -132,3 +132,30 @@ def test_large_heads_in_float16(queries: int) -> None:
     found = attention(q.half(), k.half(), v.half(), scale=0.125, written_out=True)
     assert found.isfinite().all()
     assert found.abs().max() <= v.half().abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_what_keys_have_in_common_hides_no_difference(queries: int, dtype: torch.dtype) -> None:
+    """As where the projection of the keys has large biases: all scores are 300 and a little."""
+    q, k, v = torch.randn(1, 4, queries, 64), torch.randn(1, 2, 50, 64), torch.randn(1, 2, 50, 8)
+    q[..., 0], k[..., 0] = 48, 50
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    exact = attention(q.double(), k.double(), v.double(), scale=0.125)
+    found = attention(q, k, v, scale=0.125, written_out=True).double()
+    assert (found - exact).norm() < 2 * torch.finfo(dtype).eps * exact.norm()
+    assert attention(*(x.to("meta") for x in (q, k, v)), scale=0.125, written_out=True).shape == found.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_on_cuda(dtype: torch.dtype, compiled: bool) -> None:
+    q, k, v = torch.randn(2, 8, 1, 64), torch.randn(2, 2, 300, 64), torch.randn(2, 2, 300, 64)
+    q[..., 0], k[..., 0] = 48, 50
+    q, k, v = (x.to("cuda", dtype) for x in (q, k, v))
+    exact = attention(q.double(), k.double(), v.double(), scale=0.125)
+    run = torch.compile(attention, dynamic=False) if compiled else attention
+    found = run(q, k, v, scale=0.125, written_out=True).double()
+    assert (found - exact).norm() < 4 * max(torch.finfo(dtype).eps, 1e-5) * exact.norm()
