@@ -30,6 +30,7 @@ from partitioner.named_model import dtype_named, load_model
 from partitioner.plan import Plan
 from partitioner.run import Question, answer, answer_here, is_rank, run_in_processes
 from partitioner.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
+from runtime.launch import require_timeout
 from runtime.options import Settings
 
 __all__ = ["app", "main"]
@@ -38,7 +39,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 Model = Annotated[str, typer.Argument(help="a checkpoint folder, config:FILE.json, or a model type of transformers")]
 Tp = Annotated[int, typer.Option(help="tensor-parallel ranks")]
-Timeout = Annotated[float, typer.Option("--timeout", min=0.1, help="seconds until the processes are stopped")]
+Timeout = Annotated[float, typer.Option("--timeout", help="seconds until the processes are stopped")]
 Checkpoint = Annotated[
     str | None, typer.Option(help="the folder with the weights, where a bundle was exported with --reference")
 ]
@@ -57,6 +58,7 @@ def verify_command(
     """Compare the partitioned model with the original, over one process per rank."""
     with _errors():
         case = Case(model, tp, tuple(dtype.split(",")), parse_lengths(lengths), seed)
+        require_timeout(timeout_s)  # also where no process is started
         for name in case.dtypes:
             dtype_named(name)
         outcomes = list(verify(case)) if simulate else verify_in_processes(case, timeout_s=timeout_s)
@@ -129,6 +131,7 @@ def run_command(
         "stop_strings": stop or [],
     }
     with _errors():
+        require_timeout(timeout_s)
         question = Question(model, tp, tuple(prompt), dtype, checkpoint, chat, cache_memory, options, profile)
         Settings.of({**options, "tokenizer": ...}, eos_token_id=())  # here once, rather than on every rank
         if is_rank():

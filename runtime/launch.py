@@ -29,7 +29,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from partitioner.errors import InputError, RankLost
 
-__all__ = ["begin_worker", "launch"]
+__all__ = ["begin_worker", "launch", "require_timeout"]
 
 LONGEST_S = 1e7
 """Some months; timers of the operating system end somewhere beyond."""
@@ -40,8 +40,7 @@ def launch(module: Sequence[str], *, num_ranks: int, timeout_s: float = 600.0, f
 
     `folder`: one that the workers remove where this process is killed and so cannot.
     """
-    if not 0 < timeout_s <= LONGEST_S:  # to a timer, 0 is no limit
-        raise InputError(f"the timeout must be more than 0 and at most {LONGEST_S:g} seconds, got {timeout_s:g}")
+    require_timeout(timeout_s)
     with tempfile.TemporaryDirectory(prefix="partitioner-") as logs, _ends_stopped(), _deadline(timeout_s), _quiet():
         config = LaunchConfig(
             min_nodes=1,
@@ -64,6 +63,11 @@ def launch(module: Sequence[str], *, num_ranks: int, timeout_s: float = 600.0, f
             if ended.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
             sys.exit(128 + ended.sigval)
+
+
+def require_timeout(timeout_s: float) -> None:
+    if not 0 < timeout_s <= LONGEST_S:  # to a timer, 0 is no limit
+        raise InputError(f"the timeout must be more than 0 and at most {LONGEST_S:g} seconds, got {timeout_s:g}")
 
 
 def begin_worker() -> None:

@@ -118,6 +118,10 @@ def test_report_of_generation(small: str) -> None:
         (["verify", "llama", "--dtype", "int8"], "unknown dtype 'int8'; the dtypes are float64"),
         (["report", "lama"], "near: llama"),
         (["verify", "llama", "--timeout", "0"], "the timeout must be more than 0 and at most 1e+07 seconds, got 0"),
+        (
+            ["run", "llama", "--tp", "1", "--prompt", "a", "--timeout", "-1"],
+            "the timeout must be more than 0 and at most",
+        ),
         (["verify", "llama", "--timeout", "-3"], "the timeout must be more than 0 and at most 1e+07 seconds, got -3"),
         (["verify", "llama", "--seed", "-1"], "the seed must be a whole number from 0 to 4294967295, got -1"),
         (["verify", "llama", "--seed", str(10**30)], "the seed must be a whole number from 0 to 4294967295, got 1000"),
