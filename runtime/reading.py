@@ -8,7 +8,7 @@ A piece is read in strips of a few megabytes: straight into its place where the 
 through a buffer of a strip where they are to be cast, rearranged or sent to a device. So memory stays at that of the
 shard and a buffer per thread.
 
-    Reader(files, mapped=True)       on the CPU: what lies in a file as the rank needs it is mapped, not read
+    Reader(files, mapped=True)       on the CPU: rows and columns of a matrix are mapped where they lie, not read
 
 Mapped weights cost no memory of the process's own and no time before they are used, and ranks of a machine share them.
 But then the files must stay as they are while the engine lives: who overwrites them changes the weights, or ends the
@@ -101,21 +101,25 @@ class Reader:
         return [tensor.to(device) for tensor in loaded]
 
     def _map(self, weight: WeightShard) -> Tensor | None:
-        """The weight where it lies in a file, if it lies there in one run and in its own dtype."""
-        if len(weight.pieces) != 1 or 0 in weight.local_shape:
+        """The weight where it lies in a file, if it lies there in its own dtype: in one run, or a matrix's columns."""
+        shape = weight.local_shape
+        if len(weight.pieces) != 1 or 0 in shape:
             return None
         entry, spot = self._find(weight, weight.pieces[0])
-        plan, size = spot.plan(1), entry.dtype.itemsize
-        (first, length), *others = plan.runs
-        start = entry.start + first * size
-        in_order = _in_order(plan.strides, weight.local_shape) and length == math.prod(weight.local_shape)
-        if others or not in_order or entry.dtype != weight.dtype or start % size:
+        if entry.dtype != weight.dtype or entry.start % entry.dtype.itemsize:
             return None
-        memory = self._mapped_file(entry.file)
-        begin = start // mmap.PAGESIZE * mmap.PAGESIZE
-        memory.madvise(mmap.MADV_WILLNEED, begin, start + length * size - begin)  # the disk may begin
-        self.bytes_read += length * size
-        return torch.frombuffer(memory, dtype=entry.dtype, count=length, offset=start).view(weight.local_shape)
+        if _in_order(spot.strides, shape):
+            found = self._where_it_lies(entry, spot, row_major(shape))
+        # products take rows at larger steps as they are; in float16 one row would take three times as long
+        elif len(shape) == 2 and spot.strides[1] == 1 and spot.strides[0] > shape[1] and weight.dtype != torch.float16:
+            found = self._where_it_lies(entry, spot, spot.strides)
+        else:
+            return None
+        first = entry.start + spot.offset * entry.dtype.itemsize
+        begin, end = first // mmap.PAGESIZE * mmap.PAGESIZE, first + _span(shape, found.stride()) * found.itemsize
+        if end - begin <= MOSTLY_NEEDED * weight.bytes + mmap.PAGESIZE:
+            self._mapped_file(entry.file).madvise(mmap.MADV_WILLNEED, begin, end - begin)  # the disk may begin
+        return found
 
     def _mapped_file(self, file: Path) -> mmap.mmap:
         with self._lock:
@@ -167,7 +171,7 @@ class Reader:
     def _read(self, strip: _Strip, opened: dict[Path, int], shown: Progress) -> None:
         entry, target = strip.entry, strip.target
         if self.mapped and entry.start % entry.dtype.itemsize == 0:
-            target.copy_(self._where_it_lies(strip))
+            target.copy_(self._where_it_lies(entry, strip.spot, strip.spot.strides))
             shown.advance(target.nbytes)
             return
         plan = strip.spot.plan(SHORTEST_RUN_BYTES // entry.dtype.itemsize)
@@ -184,15 +188,18 @@ class Reader:
             target.copy_(into.as_strided(target.shape, plan.strides))
         shown.advance(target.nbytes)
 
-    def _where_it_lies(self, strip: _Strip) -> Tensor:
-        """The strip's elements in the mapped file."""
-        entry, shape = strip.entry, tuple(strip.target.shape)
-        span = 1 + sum((n - 1) * step for n, step in zip(shape, strip.spot.strides, strict=True))
-        start = entry.start + strip.spot.offset * entry.dtype.itemsize
-        memory = torch.frombuffer(self._mapped_file(entry.file), dtype=entry.dtype, count=span, offset=start)
+    def _where_it_lies(self, entry: Entry, spot: Strided, strides: tuple[int, ...]) -> Tensor:
+        """The elements of `spot` in the mapped file."""
+        shape, size = extents(spot.destination), entry.dtype.itemsize
+        with_gaps = torch.frombuffer(
+            self._mapped_file(entry.file),
+            dtype=entry.dtype,
+            count=_span(shape, strides),
+            offset=entry.start + spot.offset * size,
+        )
         with self._lock:
-            self.bytes_read += strip.target.numel() * entry.dtype.itemsize
-        return memory.as_strided(shape, strip.spot.strides)
+            self.bytes_read += math.prod(shape) * size
+        return with_gaps.as_strided(shape, strides)
 
     def _fill(self, tensor: Tensor, entry: Entry, runs: list[tuple[int, int]], descriptor: int) -> None:
         """The tensor's memory with these runs, one after the other."""
@@ -227,6 +234,11 @@ def _empty(weight: WeightShard, device: torch.device) -> Tensor:
     with contextlib.suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=weight.dtype).view(weight.local_shape)
+
+
+def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """From the first element to the last."""
+    return 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
 
 
 def _in_order(strides: tuple[int, ...], shape: tuple[int, ...]) -> bool:
