@@ -131,9 +131,7 @@ def test_mapped_weights_run_as_copied_ones_do(dtype: torch.dtype, tmp_path: Path
     model, ids = zoo.tiny("llama")
     model.to(dtype).save_pretrained(tmp_path)
     parts = partition(tmp_path, Plan(tp=2))
-    mapped = Simulator(
-        [parts.rank(rank) for rank in range(2)], weights=Reader(TensorFiles(tmp_path), mapped=True)
-    )
+    mapped = Simulator([parts.rank(rank) for rank in range(2)], weights=Reader(TensorFiles(tmp_path), mapped=True))
     assert torch.equal(mapped(input_ids=ids)[0], parts.simulate(input_ids=ids))
     apart = [weight for weight in mapped.engines[0].weights if not weight.is_contiguous()]
     assert len(apart) == (0 if dtype == torch.float16 else 2 * zoo.LAYERS)
@@ -157,8 +155,7 @@ def test_the_runtime_reads_a_shard_without_transformers(pytestconfig: pytest.Con
         "import json, sys, torch\n"
         "from runtime.rank_program import Piece, WeightShard\n"
         "from runtime.reading import Reader\n"
-        "from runtime.simulate import Simulator
-from runtime.tensor_files import TensorFiles\n"
+        "from runtime.tensor_files import TensorFiles\n"
         "folder, shape, pieces = json.loads(sys.argv[1])\n"
         "deep = lambda x: tuple(map(deep, x)) if isinstance(x, list) else x\n"
         "pieces = tuple(Piece(**{k: deep(v) for k, v in piece.items()}) for piece in pieces)\n"
