@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 TIMEOUT_S = 10
-SLACK_S = 3  # to end a process that holds a CUDA context
+SLACK_S = 0.5  # of a loaded machine
 
 
 def run(pytestconfig: pytest.Config, folder: Path, case: list[str]) -> tuple[list[int], list[str], list[float]]:
@@ -73,4 +73,4 @@ def test_captured_graphs_are_gone_before_their_groups(tmp_path: Path, pytestconf
     codes, texts, seconds = run(pytestconfig, tmp_path, ["graph_then_error"])
     assert codes == [1, 1], texts
     assert "ValueError: after the graphs" in texts[0]
-    assert max(seconds) < 5 + SLACK_S
+    assert max(seconds) < 8  # CUDA and NCCL are cleared away, which takes seconds

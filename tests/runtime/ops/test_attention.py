@@ -158,4 +158,5 @@ def test_on_cuda(dtype: torch.dtype, compiled: bool) -> None:
     exact = attention(q.double(), k.double(), v.double(), scale=0.125)
     run = torch.compile(attention, dynamic=False) if compiled else attention
     found = run(q, k, v, scale=0.125, written_out=True).double()
-    assert (found - exact).norm() < 4 * max(torch.finfo(dtype).eps, 1e-5) * exact.norm()
+    of_scores = 300 * torch.finfo(torch.float32).eps  # scores of 300 are held in float32 at least
+    assert (found - exact).norm() < 4 * max(torch.finfo(dtype).eps, of_scores) * exact.norm()
