@@ -1,21 +1,25 @@
 """Loading a checkpoint at tp = 2: time, memory and bytes read, against transformers.
 
-    ours            partition(folder, Plan(tp=2)) and the rank's shard: the trace, the compilation, the reading
-    ours, mapped    the same with Reader(files, mapped=True): rows stay in the page cache
-    tp_plan="auto"  transformers' own tensor parallelism, from_pretrained
+    ours                 partition(folder, Plan(tp=2)) and the rank's shard: the trace, the compilation, the reading
+    ours, mapped         the same with mapped=True: weights stay in the page cache
+    a bundle             load(bundle, mapped=True): compiled before; it refers to the checkpoint's weights, and they
+                         are compared with their digests
+    a bundle, unchecked  the same without the comparison: nobody else compares either
+    tp_plan="auto"       transformers' own tensor parallelism, from_pretrained
 
 A Llama-shaped checkpoint in bfloat16 is written into a temporary folder, a file per layer, so that making it takes
 little memory. Each contestant is two processes over gloo on this machine, started afresh, one thread each; they take
 turns, and of the two ranks the worse counts. Times are from after the imports and the connection until every page of
 the rank's weights has been touched (transformers maps files, which are read only then). `reading` leaves out what ours
-does before: tracing and compiling, which does not grow with the weights. `warm`: the files are in the page cache.
+does before: tracing and compiling, which does not grow with the weights, or reading the bundle's program. `warm`: the
+files are in the page cache.
 `cold`: the kernel was asked to drop them.
 
 private: the highest Private_Dirty of /proc/self/smaps_rollup, sampled: what is the process's own and cannot be dropped.
 What the imports take is in it. resident: VmHWM, mapped files included. Both are printed because they are not the same
 for a mapped file: its pages can be dropped, and come from the disk again.
 
-    python -m benchmarks.loading                    4.3 GB, three rounds, some minutes
+    python -m benchmarks.loading                    4.3 GB, three rounds, ten minutes
     python -m benchmarks.loading --gb 0.5
 """
 
@@ -49,11 +53,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.peers import AUTO, OURS, tp_plan_auto
 from benchmarks.rounds import Ratio
-from partitioner import Plan, partition
+from partitioner import Plan, load, partition
 from runtime.launch import begin_worker, launch
 from runtime.process_groups import ProcessGroups
+from runtime.rank_program import RankProgram
 from runtime.reading import Reader
-from runtime.tensor_files import TensorFiles
 from runtime.weights import load_weights
 
 SIZES = {
@@ -61,7 +65,7 @@ SIZES = {
     "vocab_size": 32000,
 }  # fmt: skip
 TP = 2
-MAPPED = "ours, mapped"
+MAPPED, BUNDLE, UNCHECKED = "ours, mapped", "a bundle", "a bundle, unchecked"
 PAGE_BYTES = 4096
 SAMPLED_EVERY_S = 0.05
 ALLOWED, ALLOWED_BYTES, ALLOWED_READ = 1.05, 250e6, 1.1
@@ -149,7 +153,13 @@ def resident_bytes() -> int:
     return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024
 
 
-def rank_main(contestant: str, folder: Path, answers: Path) -> None:
+def compiled(contestant: str, folder: Path, bundle: Path, rank: int) -> RankProgram:
+    if contestant in (BUNDLE, UNCHECKED):
+        return load(bundle, rank=rank, checkpoint=folder, mapped=True, checked=contestant == BUNDLE)
+    return partition(folder, Plan(tp=TP), mapped=contestant == MAPPED).rank(rank)
+
+
+def rank_main(contestant: str, folder: Path, bundle: Path, answers: Path) -> None:
     begin_worker()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
@@ -161,23 +171,22 @@ def rank_main(contestant: str, folder: Path, answers: Path) -> None:
         dist.barrier()
         started = time.perf_counter()
         if contestant != AUTO:
-            parts = partition(folder, Plan(tp=TP))
-            program = parts.rank(rank)
+            program = compiled(contestant, folder, bundle, rank)
             program.graph  # noqa: B018 - builds it
-            compiled = time.perf_counter()
-            reader = Reader(TensorFiles(folder), mapped=contestant == MAPPED)
-            tensors = load_weights(program.weights, program.values, reader, torch.device("cpu"))
+            ready = time.perf_counter()
+            assert isinstance(program.source, Reader)
+            tensors = load_weights(program.weights, program.values, program.source, torch.device("cpu"))
             stored = sum(weight.bytes for weight in program.weights if weight.source == "checkpoint")
-            found |= {"shard": stored, "read": reader.bytes_read}
+            found |= {"shard": stored, "read": program.source.bytes_read}
         else:
-            compiled = started
+            ready = started
             model = tp_plan_auto(folder)
             tensors = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
             tensors = [tensor.detach() for tensor in tensors]
             found["shard"] = sum(tensor.nbytes for tensor in tensors)
         touch(tensors)
         ended = time.perf_counter()
-        found |= {"reading": ended - compiled, "seconds": ended - started}
+        found |= {"reading": ended - ready, "seconds": ended - started}
     found |= {"peak": highest[0], "resident": resident_bytes()}
     (answers / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
@@ -187,22 +196,24 @@ def rank_main(contestant: str, folder: Path, answers: Path) -> None:
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
-def turn(contestant: str, folder: Path) -> dict[str, float]:
+def turn(contestant: str, folder: Path, bundle: Path) -> dict[str, float]:
     """The worse of the two ranks, in each respect."""
     with tempfile.TemporaryDirectory() as answers:
-        launch(["benchmarks.loading", "--rank", contestant, str(folder), answers], num_ranks=TP, timeout_s=600)
+        command = ["benchmarks.loading", "--rank", contestant, str(folder), str(bundle), answers]
+        launch(command, num_ranks=TP, timeout_s=600)
         ranks = [json.loads(path.read_text()) for path in sorted(Path(answers).iterdir())]
     return {field: max(rank[field] for rank in ranks) for field in ranks[0]}
 
 
-def compare(folder: Path, rounds: int, *, cold: bool) -> None:
-    contestants = [OURS, MAPPED, *([AUTO] if importlib.util.find_spec("accelerate") is not None else [])]
+def compare(folder: Path, bundle: Path, rounds: int, *, cold: bool) -> None:
+    ours = [OURS, MAPPED, BUNDLE, UNCHECKED]
+    contestants = [*ours, *([AUTO] if importlib.util.find_spec("accelerate") is not None else [])]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     for number in range(rounds):
         for name in contestants[:: 1 if number % 2 == 0 else -1]:
             if cold:
                 forget(folder)
-            found[name].append(turn(name, folder))
+            found[name].append(turn(name, folder, bundle))
     table = Table(title="cold: from the disk" if cold else "warm: from the page cache", title_justify="left")
     for column in ("contestant", "reading s", "in all s", "shard GB", "private GB", "resident GB", "read / shard"):
         table.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
@@ -212,16 +223,16 @@ def compare(folder: Path, rounds: int, *, cold: bool) -> None:
         read = f"{middle['read'] / middle['shard']:.3f}" if "read" in middle else ""
         table.add_row(name, f"{middle['reading']:.2f}", f"{middle['seconds']:.2f}", *giga, read)
     console.print(table)
-    ours = found[OURS]
-    worst = max(turn["peak"] / (ALLOWED * turn["shard"] + ALLOWED_BYTES) for turn in ours)
-    read = max(turn["read"] / turn["shard"] for turn in ours)
-    imports = max(turn["imports"] for turn in ours) / 1e9
+    copied = found[OURS]
+    worst = max(turn["peak"] / (ALLOWED * turn["shard"] + ALLOWED_BYTES) for turn in copied)
+    read = max(turn["read"] / turn["shard"] for turn in copied)
+    imports = max(turn["imports"] for turn in copied) / 1e9
     console.print(
         f"ours: private / (1.05 shard + 250 MB) {worst:.3f}, of it the imports {imports:.3f} GB; "
         f"bytes read / shard {read:.3f} (at most 1 and {ALLOWED_READ})"
     )
     if AUTO in found:
-        for name in (OURS, MAPPED):
+        for name in ours:
             ratios = {
                 field: Ratio.of(*([turn[field] for turn in found[which]] for which in (name, AUTO)))
                 for field in ("reading", "seconds", "peak", "resident")
@@ -236,18 +247,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Loading a checkpoint, against transformers.")
     parser.add_argument("--gb", type=float, default=4.3)
     parser.add_argument("--rounds", type=int, default=3, help="at least 2")
-    parser.add_argument("--rank", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--rank", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank is not None:
-        rank_main(given.rank[0], Path(given.rank[1]), Path(given.rank[2]))
+        rank_main(given.rank[0], *map(Path, given.rank[1:]))
         return
     # where the ranks find this file
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path[1:]])
-    with tempfile.TemporaryDirectory() as folder:
-        total = make_checkpoint(Path(folder), given.gb)
-        console.print(f"a checkpoint of {total / 1e9:.2f} GB in {len(list(Path(folder).glob('*.safetensors')))} files")
+    with tempfile.TemporaryDirectory() as made:
+        folder, bundle = Path(made, "checkpoint"), Path(made, "bundle")
+        folder.mkdir()
+        total = make_checkpoint(folder, given.gb)
+        console.print(f"a checkpoint of {total / 1e9:.2f} GB in {len(list(folder.glob('*.safetensors')))} files")
+        partition(folder, Plan(tp=TP)).save(bundle, reference=True)
         for cold in (False, True):
-            compare(Path(folder), max(2, given.rounds), cold=cold)
+            compare(folder, bundle, max(2, given.rounds), cold=cold)
 
 
 if __name__ == "__main__":

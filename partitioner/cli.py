@@ -117,6 +117,12 @@ def run_command(
     timeout_s: Timeout = 3600.0,
     profile: Annotated[str, typer.Option(help="write what every rank did, node by node, to this file")] = "",
     checkpoint: Checkpoint = None,
+    mapped: Annotated[
+        bool, typer.Option("--mapped", help="use weights where they lie in the files, which must stay as they are")
+    ] = False,
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="do not compare a bundle's weights with their digests")
+    ] = False,
 ) -> None:
     """Write what follows a prompt, over one process per rank: of this machine, or those that torchrun started."""
     options = {
@@ -132,7 +138,19 @@ def run_command(
     }
     with _errors():
         require_timeout(timeout_s)
-        question = Question(model, tp, tuple(prompt), dtype, checkpoint, chat, cache_memory, options, profile)
+        question = Question(
+            model,
+            tp,
+            tuple(prompt),
+            dtype=dtype,
+            checkpoint=checkpoint,
+            mapped=mapped,
+            checked=not unchecked,
+            chat=chat,
+            cache_memory=cache_memory,
+            options=options,
+            profile=profile,
+        )
         Settings.of({**options, "tokenizer": ...}, eos_token_id=())  # here once, rather than on every rank
         if is_rank():
             answer(question)

@@ -46,6 +46,7 @@ def partition(
     plan: Plan,
     *,
     dtype: torch.dtype | None = None,
+    mapped: bool = False,
     max_length: int | None = None,
     length: int | None = None,
 ) -> Parts[Report]:
@@ -53,7 +54,8 @@ def partition(
 
     The model may hold its weights or be on the meta device, and is not changed. A path is a checkpoint folder: its
     model is built without weights, and each rank reads its own shard from the files when it is loaded, cast to `dtype`
-    (None: that of the checkpoint). Or it is a bundle, which is split anew in the same way. `max_length` is the longest
+    (None: that of the checkpoint). Or it is a bundle, which is split anew in the same way. `mapped`: on a CPU, weights
+    are used where they lie in the files, which must stay as they are (`runtime.reading`). `max_length` is the longest
     sequence that will be run, for position encodings that depend on it; `length` compiles for that one length, for
     models whose code cannot be traced for all lengths at once.
 
@@ -65,16 +67,20 @@ def partition(
     if isinstance(model, (str, Path)) and is_bundle(model):
         if dtype is not None:
             raise CaptureError(f"dtype={dtype}: {model} is a bundle, whose weights have been read and cast already")
-        bundle = open_bundle(load(model))
+        bundle = open_bundle(load(model, mapped=mapped))
         model, origins = bundle.model, bundle.origins
         max_length, length = max_length or bundle.max_length, length or bundle.length
     elif isinstance(model, (str, Path)):
-        opened = open_checkpoint(model, dtype=dtype)
+        opened = open_checkpoint(model, dtype=dtype, mapped=mapped)
         model, origins = opened.model, opened.origins
     elif dtype is not None:
         raise CaptureError(
             f"dtype={dtype} casts what is read from a checkpoint folder; this {type(model).__name__} has its weights: "
             "convert it by model.to(dtype)"
+        )
+    elif mapped:
+        raise CaptureError(
+            f"mapped=True is for the files of a folder; this {type(model).__name__} has its weights: leave it out"
         )
     traced = _from(origins, trace(model, max_length=max_length, length=length))
     return compile_program(

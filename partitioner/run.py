@@ -42,7 +42,7 @@ class Question:
     """What to run: MODEL (a checkpoint folder with a tokenizer, or a bundle), the prompts, and how to continue them.
 
     tp, dtype: None for what the bundle has, for one rank, and for float32. checkpoint: the folder of the weights that a
-    bundle refers to.
+    bundle refers to. mapped: weights are used where they lie in the files. checked: a bundle's must have its digests.
     """
 
     model: str
@@ -50,6 +50,8 @@ class Question:
     prompts: tuple[str, ...]
     dtype: str | None = None
     checkpoint: str | None = None
+    mapped: bool = False
+    checked: bool = True
     chat: bool = False
     cache_memory: str | None = None
     """The most that the cache may take on a rank, as in `runtime.memory`; None: all that is free."""
@@ -76,12 +78,14 @@ class Question:
             )
         if not is_bundle(self.model) and self.checkpoint is not None:
             raise InputError(f"--checkpoint is for a bundle that refers to one; {self.model!r} is no bundle")
+        if not is_bundle(self.model) and not self.checked:
+            raise InputError(f"--unchecked is for a bundle, which has digests; {self.model!r} is no bundle")
 
     def ranks(self) -> Ranks:
         """The model, without its weights: each rank reads its own, when it is connected."""
         if not is_bundle(self.model):
-            return partition(self.model, self.plan, dtype=dtype_named(self.dtype or "float32"))
-        bundle = load(self.model, checkpoint=self.checkpoint)
+            return partition(self.model, self.plan, dtype=dtype_named(self.dtype or "float32"), mapped=self.mapped)
+        bundle = load(self.model, checkpoint=self.checkpoint, mapped=self.mapped, checked=self.checked)
         if self.tp not in (None, bundle.mesh.world_size) or self.dtype is not None:
             raise InputError(
                 f"{self.model!r} is a bundle for tp={bundle.mesh.world_size}, as it is: leave --tp and --dtype out, or "

@@ -1,29 +1,16 @@
 """The command and the code of docs/profiling.md, as typed; and wrong questions in one line."""
 
 import json
-import os
-import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from partitioner.cli import app
+from tests import typed
 
-ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = re.findall(
-    r"^```(\w*)\n(.*?)^```$", (ROOT / "docs" / "profiling.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-)
-
-
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-P", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
-    )
+DOC = "profiling.md"
 
 
 def ranks_of(path: Path) -> set[int]:
@@ -32,15 +19,15 @@ def ranks_of(path: Path) -> set[int]:
 
 @pytest.mark.processes
 def test_the_command(tmp_path: Path) -> None:
-    (command,) = [text for language, text in BLOCKS if not language]
+    (command,) = typed.commands(DOC)
     program, *arguments = shlex.split(command)
     assert program == ".venv/bin/partitioner"
     # what ranks write depends neither on being recorded nor on whether they are processes or threads
     plain = [argument for argument in arguments if argument not in ("--profile", "trace.json")]
-    expected = run("-m", "partitioner", *plain, "--simulate", cwd=tmp_path).stdout
+    expected = typed.run("-m", "partitioner", *plain, "--simulate", cwd=tmp_path).stdout
     assert expected.startswith("Return a list of")
     for more in ([], ["--simulate"]):
-        done = run("-m", "partitioner", *arguments, *more, cwd=tmp_path)
+        done = typed.run("-m", "partitioner", *arguments, *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout == expected
         assert "compute   communication   waiting   recording" in done.stderr
@@ -50,8 +37,8 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_the_code(tmp_path: Path) -> None:
-    (code,) = [text for language, text in BLOCKS if language == "python"]
-    done = run("-c", code, cwd=tmp_path)
+    (code,) = typed.code(DOC)
+    done = typed.run("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 3
     assert ranks_of(tmp_path / "trace.json") == {0, 1}

@@ -41,18 +41,32 @@ def is_bundle(folder: str | Path) -> bool:
 
 
 @overload
-def load(folder: str | Path, *, checkpoint: str | Path | None = None) -> Bundle: ...
+def load(
+    folder: str | Path, *, checkpoint: str | Path | None = None, mapped: bool = False, checked: bool = True
+) -> Bundle: ...
 @overload
-def load(folder: str | Path, *, rank: int, checkpoint: str | Path | None = None) -> RankProgram: ...
-def load(folder: str | Path, *, rank: int | None = None, checkpoint: str | Path | None = None) -> Bundle | RankProgram:
+def load(
+    folder: str | Path, *, rank: int, checkpoint: str | Path | None = None, mapped: bool = False, checked: bool = True
+) -> RankProgram: ...
+def load(
+    folder: str | Path,
+    *,
+    rank: int | None = None,
+    checkpoint: str | Path | None = None,
+    mapped: bool = False,
+    checked: bool = True,
+) -> Bundle | RankProgram:
     """What `parts.save(folder)` wrote. Nothing in it is run, and all that is read is checked.
 
     `checkpoint`: the folder with the weights, where the bundle only refers to them; it is never taken from the bundle.
+    `mapped`: on a CPU, weights are used where they lie in the files, which must stay as they are (`runtime.reading`).
+    `checked`: whether weights must have the digests that were recorded, for which all of their bytes are read; shapes,
+    dtypes and offsets are checked in any case.
 
     Raises `BundleError` where it is damaged, altered, or of a newer version; `WeightError`, when an engine reads them,
     where the weights are.
     """
-    bundle = Bundle(folder, checkpoint=checkpoint)
+    bundle = Bundle(folder, checkpoint=checkpoint, mapped=mapped, checked=checked)
     return bundle if rank is None else bundle.rank(rank)
 
 
@@ -65,7 +79,16 @@ class _Rank:
 class Bundle(Ranks):
     """See the module's docstring."""
 
-    def __init__(self, folder: str | Path, *, checkpoint: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        checkpoint: str | Path | None = None,
+        mapped: bool = False,
+        checked: bool = True,
+    ) -> None:
+        self.mapped = mapped
+        self._checked = checked
         self.folder = Folder(folder)
         self.manifest = Manifest.read(self.folder)
         if checkpoint is not None and not self.manifest.checkpoint:
@@ -162,7 +185,7 @@ class Bundle(Ranks):
         return record, tuple(map(read_weight, record.records("weights")))
 
     def _programs(self, rank: int, record: Record, stored: Sequence[Stored]) -> _Rank:
-        source = Reader(self.files(stored))
+        source = Reader(self.files(stored), mapped=self.mapped, checked=self._checked)
 
         def read(name: str) -> RankProgram:
             return read_program(

@@ -45,7 +45,8 @@ def open_bundle(bundle: Bundle) -> Opened:
         ends = list(bundle.rank(0).eos_token_id)
         model.generation_config = GenerationConfig(eos_token_id=ends or None)
     manifest = bundle.manifest
-    return Opened(model.eval(), SliceOrigins(stored, bundle.files(stored)), manifest.max_length, manifest.length)
+    origins = SliceOrigins(stored, bundle.files(stored), mapped=bundle.mapped)
+    return Opened(model.eval(), origins, manifest.max_length, manifest.length)
 
 
 def _give_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:

@@ -24,17 +24,18 @@ Part = tuple[IndexSet, ...]
 
 
 class SliceOrigins:
-    """`stored`: the weights of all ranks; `files`: that hold them."""
+    """`stored`: the weights of all ranks; `files`: that hold them; `mapped`: as in `runtime.reading`."""
 
-    def __init__(self, stored: Iterable[Stored], files: TensorFiles) -> None:
+    def __init__(self, stored: Iterable[Stored], files: TensorFiles, *, mapped: bool = False) -> None:
         self.files = files
+        self._mapped = mapped
         self._slices: dict[str, dict[tuple[str | None, str], Stored]] = {}
         for each in stored:
             self._slices.setdefault(each.shard.name, {})[each.file, each.key] = each
 
     @functools.cached_property
     def source(self) -> Reader:
-        return Reader(self.files)
+        return Reader(self.files, mapped=self._mapped)
 
     def find(self, name: str, aliases: Sequence[str]) -> Mapping[tuple[str | None, str], Stored]:
         """The slices of a weight. Raises `WeightError` where there are none."""

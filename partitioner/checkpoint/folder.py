@@ -43,8 +43,10 @@ class Checkpoint:
     origins: Origins
 
 
-def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None) -> Checkpoint:
+def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None, mapped: bool = False) -> Checkpoint:
     """The model of a checkpoint folder, in `dtype`, or in that which its configuration (else its files) names.
+
+    `mapped`: its weights are used where they lie in the files.
 
     Raises `CaptureError` where the folder is none that can be read, `WeightError` where its tensors are not those of
     the model.
@@ -61,7 +63,7 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None) -> 
     moved, computed, cast = _take_stand_ins(model)
     if model.can_generate() and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    return Checkpoint(without_grouped_mm(model.eval()), Origins(files, moved, computed, cast))
+    return Checkpoint(without_grouped_mm(model.eval()), Origins(files, moved, computed, cast, mapped))
 
 
 def _require_readable(path: Path) -> None:

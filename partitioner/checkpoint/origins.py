@@ -24,13 +24,14 @@ __all__ = ["Origins"]
 @dataclass(frozen=True)
 class Origins:
     """By the model's names, aliases included: `moved`, and `computed`, why a weight lies in no file; `cast`, the dtype
-    of those that the files store in another.
+    of those that the files store in another. `mapped`: as in `runtime.reading`.
     """
 
     files: TensorFiles
     moved: Mapping[str, Moved]
     computed: Mapping[str, str]
     cast: Mapping[str, torch.dtype]
+    mapped: bool = False
 
     @property
     def folder(self) -> str:
@@ -38,7 +39,7 @@ class Origins:
 
     @functools.cached_property
     def source(self) -> Reader:
-        return Reader(self.files)
+        return Reader(self.files, mapped=self.mapped)
 
     def find(self, name: str, aliases: Sequence[str]) -> Moved:
         """Raises `WeightError` where the files do not hold the weight."""

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from partitioner import cli
+from partitioner import Plan, cli, partition
 from partitioner.cli import app
 from partitioner.errors import RankLost
 from tests import bundles
@@ -84,6 +84,20 @@ def test_a_tokenizer_without_a_template_is_refused_before_anything_is_started(mo
 def test_what_a_template_refuses_is_one_line(chatting: str) -> None:
     _, error = run(chatting, "--chat", "--prompt", "bad", code=2)
     assert "refuses 'bad': no bad words" in " ".join(error.split())
+
+
+def test_a_bundle_is_used_where_it_lies(embedded_folder: Path, tmp_path: Path) -> None:
+    bundle = str(tmp_path / "bundle")
+    partition(embedded_folder, Plan(tp=2)).save(bundle, tokenizer=embedded_folder, reference=True)
+    weights = ("--checkpoint", str(embedded_folder), "--simulate")
+    plain, _ = run(bundle, "--prompt", "Return a list of", *weights)
+    mapped, _ = run(bundle, "--prompt", "Return a list of", *weights, "--mapped", "--unchecked")
+    assert plain == mapped
+    assert plain.startswith("Return a list of")
+    from_folder, _ = run(str(embedded_folder), "--prompt", "Return a list of", "--mapped")
+    assert from_folder == plain
+    _, error = run(str(embedded_folder), "--prompt", "a", "--unchecked", code=2)
+    assert "--unchecked is for a bundle, which has digests" in " ".join(error.split())
 
 
 def test_it_says_how_many_tokens_fit() -> None:

@@ -14,6 +14,7 @@ import partitioner
 from partitioner import BundleError, CaptureError, Parts, Plan, PlanError, partition
 from partitioner.bundle.bundle import Bundle
 from partitioner.bundle.graphs import build, share
+from runtime.reading import Reader
 from tests import bundles, zoo
 
 NAMES = ("llama", "mixtral", "gpt2", "mamba2", "bloom", "deepseek_v3", "masked:bert")
@@ -117,6 +118,40 @@ def test_from_a_checkpoint_folder(reference: bool, tmp_path: Path) -> None:
     parts.save(tmp_path / "bundle", reference=reference)
     bundle = partitioner.load(tmp_path / "bundle", checkpoint=tmp_path / "checkpoint" if reference else None)
     assert_same(parts, bundle, bundles.IDS)
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["copied", "referred to"])
+@pytest.mark.parametrize("checked", [False, True])
+def test_used_where_it_lies(reference: bool, checked: bool, tmp_path: Path) -> None:
+    bundles.tiny_model().save_pretrained(tmp_path / "checkpoint")
+    parts = partition(tmp_path / "checkpoint", Plan(tp=2))
+    parts.save(tmp_path / "bundle", reference=reference)
+    checkpoint = tmp_path / "checkpoint" if reference else None
+    bundle = partitioner.load(tmp_path / "bundle", checkpoint=checkpoint, mapped=True, checked=checked)
+    assert_same(parts, bundle, bundles.IDS)
+    source = bundle.rank(1).source
+    assert isinstance(source, Reader)
+    norm = next(weight for weight in bundle.rank(1).weights if weight.name == "model.norm.weight")
+    first, second = (source.load([norm], torch.device("cpu"))[0] for _ in range(2))
+    assert first.data_ptr() == second.data_ptr(), "no copy"
+    if not reference:
+        anew = partition(tmp_path / "bundle", Plan(tp=3), mapped=True)
+        assert_same(partition(tmp_path / "bundle", Plan(tp=3)), anew, bundles.IDS)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_who_asks_for_no_check_gets_what_is_there(mapped: bool, tmp_path: Path) -> None:
+    bundles.save_tiny(tmp_path / "bundle")
+    file = next((tmp_path / "bundle/weights").glob("rank0-*"))
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1  # in the weight that lies last
+    file.write_bytes(data)
+    altered = partitioner.load(tmp_path / "bundle", mapped=mapped, checked=False)
+    altered.simulate(input_ids=bundles.IDS)
+    with pytest.raises(partitioner.WeightError, match="is damaged or was altered"):
+        partitioner.load(tmp_path / "bundle", mapped=mapped).simulate(input_ids=bundles.IDS)
+    with pytest.raises(partitioner.WeightError, match="is damaged or was altered"):
+        altered.verify()  # which is there to check
 
 
 def test_a_checkpoint_that_is_not_the_one(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from partitioner import Plan, WeightError, partition
+from partitioner import CaptureError, Plan, WeightError, partition
 from partitioner.compile import compile_program, trace
 from partitioner.exact import in_float64
 from partitioner.program import Program
@@ -131,10 +131,16 @@ def test_mapped_weights_run_as_copied_ones_do(dtype: torch.dtype, tmp_path: Path
     model, ids = zoo.tiny("llama")
     model.to(dtype).save_pretrained(tmp_path)
     parts = partition(tmp_path, Plan(tp=2))
-    mapped = Simulator([parts.rank(rank) for rank in range(2)], weights=Reader(TensorFiles(tmp_path), mapped=True))
+    where_they_lie = partition(tmp_path, Plan(tp=2), mapped=True)
+    mapped = Simulator([where_they_lie.rank(rank) for rank in range(2)])
     assert torch.equal(mapped(input_ids=ids)[0], parts.simulate(input_ids=ids))
     apart = [weight for weight in mapped.engines[0].weights if not weight.is_contiguous()]
     assert len(apart) == (0 if dtype == torch.float16 else 2 * zoo.LAYERS)
+
+
+def test_a_model_that_has_its_weights_is_not_mapped() -> None:
+    with pytest.raises(CaptureError, match="mapped=True is for the files of a folder; this LlamaForCausalLM has its"):
+        partition(zoo.tiny("llama")[0], Plan(tp=2), mapped=True)
 
 
 def test_a_folder_that_went_away_is_named(tmp_path: Path) -> None:
