@@ -52,10 +52,12 @@ class DeviceWatch:
     def __init__(self, device: torch.device, peers: Peers, timeout_s: float) -> None:
         self._device, self._peers, self._timeout_s = device, peers, timeout_s
         self._closed = threading.Event()
-        threading.Thread(target=self._watch, daemon=True, name="watch the device").start()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watch the device")
+        self._thread.start()
 
     def close(self) -> None:
         self._closed.set()
+        self._thread.join()
 
     def cause(self) -> str | None:
         """Which rank is lost, and how; None: none is."""
