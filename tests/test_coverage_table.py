@@ -12,11 +12,11 @@ from tests import coverage
 
 TABLE = Path(__file__).parents[1] / "docs" / "coverage.md"
 
-EQUAL = 165
-GENERATE = 145
+EQUAL = 169
+GENERATE = 149
 """How many causal language models are at least equal to their own code, and generate what it does."""
 
-BUNDLE = 220
+BUNDLE = 221
 """How many of these and of the encoders do the same, bit by bit, when loaded from a bundle."""
 
 NEAR = {2: 144, 4: 142}
