@@ -51,6 +51,11 @@ class Task:
         eos_token_id: tuple[int, ...],
     ) -> Task:
         settings = Settings.of(options, eos_token_id=eos_token_id)
+        if settings.stop_strings and not callable(getattr(settings.tokenizer, "decode", None)):
+            raise InputError(
+                "stop_strings need a tokenizer to decode with, such as AutoTokenizer.from_pretrained(...) yields; "
+                f"got tokenizer={settings.tokenizer!r}"
+            )
         rows, ids = _rows(prompts, attention_mask, settings.pad_token_id)
         if not rows:
             raise InputError("no prompts: give at least one row of tokens")

@@ -24,6 +24,7 @@ from partitioner.analysis.lattice import Ids, Lattice, compact
 from partitioner.analysis.moves import is_move, run_move
 from partitioner.analysis.notation import Letters, Notation, Operand
 from partitioner.analysis.rules import notation
+from partitioner.errors import PlanError
 from partitioner.program import Program, Value
 
 __all__ = ["LabelRun"]
@@ -147,9 +148,17 @@ class LabelRun:
                 for ids in _ids_in(self.states.get(source))
             )
         )
+        shapes = [shape_at(value, self.ones) for value in node_values(node)]
+        if any(size < 0 for shape in shapes for size in shape):
+            limits = self.program.limits.items()
+            sizes = ", ".join(f"{name} {low}" + ("" if high is None else f" to {high}") for name, (low, high) in limits)
+            raise PlanError(
+                f"cannot split {self.program.name}: its trace holds for {sizes} only, and shorter ones are what splits "
+                f"are found at ({describe(node)}); partition(..., length=N) compiles it for prompts of exactly N tokens"
+            )
         found = tuple(
-            everything and everything.each(lambda t, v=v: t.view([1] * len(v.shape)).expand(shape_at(v, self.ones)))  # type: ignore[misc]
-            for v in node_values(node)
+            everything and everything.each(lambda t, shape=shape: t.view([1] * len(shape)).expand(shape))  # type: ignore[misc]
+            for shape in shapes
         )
         return found[0] if isinstance(node.meta["val"], Value) else found
 

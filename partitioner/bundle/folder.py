@@ -16,6 +16,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from partitioner.errors import BundleError
 
 __all__ = ["NAME", "Folder", "digest_of", "writing"]
@@ -40,7 +42,7 @@ def writing(target: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         partial.replace(target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter of a full disk, where weights are written
         raise BundleError(f"cannot write the bundle {target}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -189,8 +189,10 @@ class _Writer:
                 names[shard.name] = count = names.get(shard.name, 0) + 1
                 # one name may stand for several slices, where a pass makes a weight anew for one of the programs
                 key = f"{owner}.{shard.name}" + (f".{count}" if count > 1 else "")
-                # a copy, where the model's own tensor is what was loaded: files hold no two names of one memory
-                tensors[key] = tensor.contiguous().clone() if shard.is_whole else tensor
+                # a copy, where the model's own tensor is what was loaded: files hold no two names of one memory;
+                # and of columns that are used where they lie, between others
+                copied = shard.is_whole or not tensor.is_contiguous()
+                tensors[key] = tensor.clone(memory_format=torch.contiguous_format) if copied else tensor
                 found[each] = Stored(shard, file, key, digest_of_tensor(tensor))
             path = self.folder / file
             path.parent.mkdir(exist_ok=True)

@@ -131,3 +131,15 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "tokenizer" in result.output
     assert str(tmp_path) in result.output
+
+
+@pytest.mark.parametrize(
+    ("file", "content"), [("tokenizer.json", '{"model": {"type": "BPE"}}'), ("tokenizer_config.json", "[1]")]
+)
+def test_a_tokenizer_that_is_damaged_is_one_line(
+    file: str, content: str, embedded_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(embedded_folder, tmp_path / "model")
+    (tmp_path / "model" / file).write_text(content)
+    _, error = run(str(tmp_path / "model"), "--prompt", "a", code=2)
+    assert "finds no tokenizer in" in error

@@ -5,6 +5,8 @@ needed.
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from partitioner.errors import PlanError
 from partitioner.report import Report, WeightRow
@@ -188,6 +190,23 @@ def test_more_ranks_than_anything_can_be_split_over() -> None:
     assert error("llama", parts, 3) < EXACT
     reasons = {r.pattern.rpartition(".")[0].rpartition(".")[2]: r.reason for r in parts.report.whole}
     assert reasons["q_proj"] == "64 indices are too few for 100 ranks"
+
+
+class InChunks(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.q, self.out = nn.Linear(hidden, 8), nn.Linear(8, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, length = self.q(x), x.shape[1]
+        chunks = [q[:, 5 * i : min(5 * i + 5, length)] for i in range((length + 4) // 5)]
+        found: Tensor = self.out(torch.cat([(chunk @ chunk.mT) @ chunk for chunk in chunks], 1))
+        return found
+
+
+def test_a_trace_for_a_few_lengths_is_refused_with_what_to_do() -> None:
+    with pytest.raises(PlanError, match=r"holds for sequence 36 to 40 only.*length=N\) compiles it"):
+        partitioned(layered(InChunks), 2)
 
 
 def test_keep_whole_is_a_list_of_globs() -> None:

@@ -71,6 +71,8 @@ def test_stop_strings_end_a_sequence() -> None:
     assert found == free[:first]
     with pytest.raises(InputError, match="tokenizer"):
         new(parts, text, stop_strings="x")
+    with pytest.raises(InputError, match=r"need a tokenizer to decode with.*got tokenizer='folder'"):
+        new(parts, text, stop_strings="x", tokenizer="folder")
 
 
 def test_a_stream_yields_what_generate_returns_and_may_be_left() -> None:

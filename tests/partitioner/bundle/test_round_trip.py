@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,15 @@ def test_used_where_it_lies(reference: bool, checked: bool, tmp_path: Path) -> N
         assert_same(partition(tmp_path / "bundle", Plan(tp=3)), anew, bundles.IDS)
 
 
+def test_what_is_used_where_it_lies_can_be_written(tmp_path: Path) -> None:
+    bundles.tiny_model().save_pretrained(tmp_path / "checkpoint")
+    partition(tmp_path / "checkpoint", Plan(tp=2), mapped=True).save(tmp_path / "mapped")
+    partition(tmp_path / "checkpoint", Plan(tp=2)).save(tmp_path / "read")
+    manifests = [(tmp_path / name / "manifest.sha256").read_bytes() for name in ("mapped", "read")]
+    assert manifests[0] == manifests[1]
+    partitioner.load(tmp_path / "mapped").verify()
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 def test_who_asks_for_no_check_gets_what_is_there(mapped: bool, tmp_path: Path) -> None:
     bundles.save_tiny(tmp_path / "bundle")
@@ -245,6 +255,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"cannot write the bundle .*File name too long"):
         bundles.save_tiny(tmp_path / ("a" * 300))
     assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_disk_that_is_full_is_named(tmp_path: Path) -> None:
+    parts = partition(bundles.tiny_model(), Plan(tp=2))
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))
+    try:
+        with pytest.raises(BundleError, match=r"cannot write the bundle .*File too large"):
+            parts.save(tmp_path / "bundle")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_without_a_tokenizer_is_not_copied_from(tmp_path: Path) -> None:
