@@ -69,7 +69,8 @@ def partition(
             raise CaptureError(f"dtype={dtype}: {model} is a bundle, whose weights have been read and cast already")
         bundle = open_bundle(load(model, mapped=mapped))
         model, origins = bundle.model, bundle.origins
-        max_length, length = max_length or bundle.max_length, length or bundle.length
+        max_length = bundle.max_length if max_length is None else max_length
+        length = bundle.length if length is None else length
     elif isinstance(model, (str, Path)):
         opened = open_checkpoint(model, dtype=dtype, mapped=mapped)
         model, origins = opened.model, opened.origins

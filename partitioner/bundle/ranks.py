@@ -9,18 +9,18 @@ digest of its bytes, which is checked whenever they are read.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
+from partitioner.bundle.filled import is_filled
 from partitioner.bundle.reading import DOTTED, DTYPES, IDENTIFIER, Record, dtype_name, whole_number
 from partitioner.errors import BundleError
 from partitioner.layout import IndexSet
 from partitioner.mesh import Mesh
-from runtime.rank_program import Bound, Piece, RankProgram, RunInput, StateShard, WeightShard, extents
+from runtime.rank_program import Bound, Piece, RankProgram, RunInput, StateShard, WeightShard
 from runtime.weights import WeightSource
 
 __all__ = ["Stored", "program_data", "read_program", "read_weight", "weight_data"]
@@ -87,8 +87,8 @@ def read_weight(record: Record) -> Stored:
     )
     if (file is None) != (pieces is not None):
         record.fail("pieces", "given where there is no file, and only there")
-    if pieces is not None and sum(math.prod(extents(piece.destination)) for piece in pieces) != math.prod(local):
-        record.fail("pieces", f"of as many elements as the rank's part has, {list(local)}")
+    if pieces is not None and not is_filled(local, [piece.destination for piece in pieces]):
+        record.fail("pieces", f"blocks that fill the rank's part, {list(local)}, each element once")
     digest = record.digest("sha256")
     shard = WeightShard(
         name=_weight_name(record),

@@ -485,8 +485,7 @@ def referring(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
-@pytest.mark.parametrize("what", PIECES)
-def test_forged_references_to_a_checkpoint(what: str, referring: Path, tmp_path: Path) -> None:
+def forged_references(what: str, referring: Path, tmp_path: Path) -> Path:
     folder = Path(shutil.copytree(referring / "bundle", tmp_path / "bundle"))
     with Forger(folder).json("ranks/0.json") as data:
         found = data["weights"][0]
@@ -494,8 +493,22 @@ def test_forged_references_to_a_checkpoint(what: str, referring: Path, tmp_path:
         name, piece = found["pieces"][0][0], PIECES[what]
         pieces = [piece[:5]] * (2 if "twice" in piece else 1) if piece else []
         found["pieces"] = [[name if each[0] == "x" else each[0], *each[1:]] for each in pieces]
+    return folder
+
+
+@pytest.mark.parametrize("what", PIECES)
+def test_forged_references_to_a_checkpoint(what: str, referring: Path, tmp_path: Path) -> None:
+    folder = forged_references(what, referring, tmp_path)
     with pytest.raises(PartitionerError):
         partitioner.load(folder, checkpoint=referring / "checkpoint").verify()
+
+
+@pytest.mark.parametrize("what", ["nothing", "a part only", "a part twice"])
+def test_what_no_piece_fills_is_refused_although_nobody_checks(what: str, referring: Path, tmp_path: Path) -> None:
+    """It would be what the memory held before."""
+    folder = forged_references(what, referring, tmp_path)
+    with pytest.raises(BundleError, match=r"blocks that fill the rank's part, \[20, 16\], each element once"):
+        partitioner.load(folder, checkpoint=referring / "checkpoint", checked=False).rank(0)
 
 
 def test_a_weight_larger_than_memory_is_blamed_on_the_bundle(referring: Path, tmp_path: Path) -> None:
