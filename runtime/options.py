@@ -124,7 +124,7 @@ class Settings:
 def _integers(name: str, given: Any) -> tuple[int, ...]:
     """Ids, as Python integers that fit into 64 bits."""
     if isinstance(given, Tensor):
-        given = given.tolist() if given.dim() == 1 else None
+        given = given.reshape(-1).tolist() if given.dim() <= 1 else given.tolist()
     right = isinstance(given, (list, tuple, range)) and all(
         isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**63 for i in given
     )

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from partitioner.analysis.arguments import describe, evaluate, map_nodes, node_values, shape_at
 from partitioner.analysis.label_state import Collapse, Labels, Site, WeightSlice, WeightState
-from partitioner.analysis.lattice import Ids, Lattice, compact
+from partitioner.analysis.lattice import Ids, Lattice, compact, expanded
 from partitioner.analysis.moves import is_move, run_move
 from partitioner.analysis.notation import Letters, Notation, Operand
 from partitioner.analysis.rules import notation
@@ -137,7 +137,7 @@ class LabelRun:
             return evaluate(value, self.ones)
 
         found = run_move(node, map_nodes(node.args, argument), map_nodes(node.kwargs, argument))
-        return list(found) if isinstance(found, (list, tuple)) else [found]
+        return list(map(expanded, found if isinstance(found, (list, tuple)) else [found]))
 
     def _mixed(self, node: fx.Node) -> Any:
         """Every element of what `node` yields depends on every element of its operands."""

@@ -15,18 +15,20 @@ set by its head and on another by its state index is kept as two tensors (`Ids.t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Ids", "Lattice", "compact"]
+__all__ = ["Ids", "Lattice", "compact", "expanded"]
 
 _GROUP = 1 << 29
 """Labels from here on are groups."""
 _COMPOSITE = 1 << 30
 _LARGE = 24
+_MANY = 8
+"""Groups of which it takes too long to compare each with each."""
 
 
 def compact(ids: Tensor) -> Tensor:
@@ -34,6 +36,16 @@ def compact(ids: Tensor) -> Tensor:
     for dim, (size, stride) in enumerate(zip(ids.shape, ids.stride(), strict=True)):
         if stride == 0 and size > 1:
             ids = ids.narrow(dim, 0, 1)
+    return ids
+
+
+def expanded(ids: Tensor) -> Tensor:
+    """`ids` with every dim along which nothing varies expanded: what moves them may have written them out."""
+    for dim, (size, stride) in enumerate(zip(ids.shape, ids.stride(), strict=True)):
+        if stride != 0 and size > 1:
+            first, last = ids.narrow(dim, 0, 1), ids.narrow(dim, size - 1, 1)
+            if torch.equal(first, last) and torch.equal(ids, first.expand_as(ids)):
+                ids = first.expand_as(ids)
     return ids
 
 
@@ -116,14 +128,35 @@ class Lattice:
         if not labels or max(labels) < _GROUP:
             return labels
         groups = [label for label in labels if label >= _GROUP]
+        if len(groups) == 1:
+            inside = self.members(groups[0])
+            return frozenset(label for label in labels if label not in inside)
+        groups.sort(key=lambda group: (-len(self.members(group)), group))  # the larger, which may stand for others
+        if len(groups) > _MANY:
+            kept, covered = self._largest(groups)
+        else:
+            kept = []
+            for group in groups:
+                if not any(self.members(group) <= self.members(other) for other in kept):
+                    kept.append(group)
+            plain = (label for label in labels if label < _GROUP)
+            covered = {label for label in plain if any(label in self.members(group) for group in kept)}
+        return frozenset(kept).union(label for label in labels if label < _GROUP and label not in covered)
+
+    def _largest(self, groups: list[int]) -> tuple[list[int], Collection[int]]:
+        """Those of many that no other contains, given the larger first; and all that they stand for."""
+        kept: list[int] = []
+        holders: dict[int, list[int]] = {}
         for group in groups:
-            inside = self._members[group - _GROUP]
-            labels = frozenset(
-                n for n in labels if n == group or not (n in inside if n < _GROUP else self.members(n) <= inside)
-            )
-            if len(labels) == 1:
-                break
-        return labels
+            inside = self.members(group)
+            if all(label in holders for label in inside):
+                rarest = min(inside, key=lambda label: len(holders[label]))
+                if any(inside <= self.members(other) for other in holders[rarest]):
+                    continue
+            kept.append(group)
+            for label in inside:
+                holders.setdefault(label, []).append(group)
+        return kept, holders
 
     def join(self, *given: Ids | None) -> Ids | None:
         """Element-wise union of values of one shape; None is free, and so is the result if it is None."""
