@@ -12,8 +12,7 @@ little memory. Each contestant is two processes over gloo on this machine, start
 turns, and of the two ranks the worse counts. Times are from after the imports and the connection until every page of
 the rank's weights has been touched (transformers maps files, which are read only then). `reading` leaves out what ours
 does before: tracing and compiling, which does not grow with the weights, or reading the bundle's program. `warm`: the
-files are in the page cache.
-`cold`: the kernel was asked to drop them.
+files are in the page cache. `cold`: the kernel was asked to drop them.
 
 private: the highest Private_Dirty of /proc/self/smaps_rollup, sampled: what is the process's own and cannot be dropped.
 What the imports take is in it. resident: VmHWM, mapped files included. Both are printed because they are not the same

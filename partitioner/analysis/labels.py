@@ -149,7 +149,7 @@ class LabelRun:
             )
         )
         shapes = [shape_at(value, self.ones) for value in node_values(node)]
-        if any(size < 0 for shape in shapes for size in shape):
+        if everything is not None and any(size < 0 for shape in shapes for size in shape):
             limits = self.program.limits.items()
             sizes = ", ".join(f"{name} {low}" + ("" if high is None else f" to {high}") for name, (low, high) in limits)
             raise PlanError(

@@ -49,6 +49,7 @@ def test_a_sequence_ends_at_eos_and_is_filled_up() -> None:
     end = int(free[0, 9])  # the third new token
     at = free[0, 7:].tolist().index(end)
     found = new(parts, texts, 8, eos_token_id=end, pad_token_id=1)
+    assert torch.equal(new(parts, texts, 8, eos_token_id=torch.tensor(end), pad_token_id=1), found)
     assert found[0, 7 : 7 + at + 1].tolist() == free[0, 7 : 7 + at + 1].tolist()
     assert set(found[0, 7 + at + 1 :].tolist()) <= {1}
     row = free[1, 7:].tolist()

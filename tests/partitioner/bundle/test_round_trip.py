@@ -110,6 +110,8 @@ def test_a_bundle_is_not_cast(tmp_path: Path) -> None:
     bundles.save_tiny(tmp_path / "bundle")
     with pytest.raises(CaptureError, match="is a bundle, whose weights have been read and cast already"):
         partition(tmp_path / "bundle", Plan(tp=1), dtype=torch.bfloat16)
+    with pytest.raises(CaptureError, match="max_length must be a whole number of tokens, at least 1; got 0"):
+        partition(tmp_path / "bundle", Plan(tp=1), max_length=0)
 
 
 @pytest.mark.parametrize("reference", [False, True], ids=["copied", "referred to"])
