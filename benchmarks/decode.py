@@ -41,9 +41,9 @@ from transformers import DynamicCache, LlamaForCausalLM
 from benchmarks.peers import ALONE, AUTO, DTENSOR, OURS, TWO, build, dtensor, milliseconds, of_best, tp_plan_auto
 from benchmarks.rounds import Ratio, take_turns
 from partitioner import Plan, partition
+from runtime.communication.process_groups import ProcessGroups
 from runtime.engine import Engine
-from runtime.launch import begin_worker, launch
-from runtime.process_groups import ProcessGroups
+from runtime.processes.launch import begin_worker, launch
 
 PROMPT = 128
 OURS_GLOO = f"{OURS}, gloo"

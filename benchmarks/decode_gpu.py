@@ -28,8 +28,8 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from partitioner import Plan, partition
-from partitioner.mesh import Mesh
-from runtime.rendezvous import Rendezvous
+from partitioner.sharding.mesh import Mesh
+from runtime.communication.thread_communicator import Rendezvous
 
 PROMPT, FEW, MANY, ROUNDS = 128, 16, 144, 3
 DATA_SHEET = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}

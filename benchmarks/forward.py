@@ -40,10 +40,10 @@ from transformers import LlamaForCausalLM
 from benchmarks.peers import ALONE, AUTO, DTENSOR, OURS, TWO, build, dtensor, milliseconds, of_best, tp_plan_auto
 from benchmarks.rounds import Ratio, rounds_in, take_turns
 from partitioner import Plan, partition
-from partitioner.mesh import Mesh
+from partitioner.sharding.mesh import Mesh
+from runtime.communication.thread_communicator import Rendezvous
 from runtime.engine import Engine
-from runtime.launch import begin_worker, launch
-from runtime.rendezvous import Rendezvous
+from runtime.processes.launch import begin_worker, launch
 
 Run = Callable[[], Tensor]
 

@@ -53,11 +53,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.peers import AUTO, OURS, tp_plan_auto
 from benchmarks.rounds import Ratio
 from partitioner import Plan, load, partition
-from runtime.launch import begin_worker, launch
-from runtime.process_groups import ProcessGroups
-from runtime.rank_program import RankProgram
-from runtime.reading import Reader
-from runtime.weights import load_weights
+from runtime.communication.process_groups import ProcessGroups
+from runtime.processes.launch import begin_worker, launch
+from runtime.program.rank_program import RankProgram
+from runtime.weights.load_weights import load_weights
+from runtime.weights.read_shards import Reader
 
 SIZES = {
     "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 11008,

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from partitioner import Plan
-from partitioner.compile import compile_program, trace
+from partitioner.compile.partition import compile_program, trace
 
 TP = 8
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0}

@@ -1,6 +1,6 @@
 """all_reduce between processes of one host: through shared memory, and over gloo.
 
-    shared memory    runtime/shared_memory.py, as an engine's collectives use it
+    shared memory    runtime/communication/shared_memory/shared_memory.py, as an engine's collectives use it
     gloo             torch.distributed.all_reduce in place
 
 float32 on CPU, one thread per process; both take turns in the same processes, and the sums are compared. Printed are
@@ -32,10 +32,10 @@ from torch import distributed as dist
 
 from benchmarks.peers import of_best
 from benchmarks.rounds import Ratio, take_turns
-from partitioner.mesh import Mesh
-from runtime.launch import begin_worker, launch
+from partitioner.sharding.mesh import Mesh
+from runtime.communication.process_groups import ProcessGroups
 from runtime.ops.collectives import all_reduce
-from runtime.process_groups import ProcessGroups
+from runtime.processes.launch import begin_worker, launch
 
 OURS, GLOO = "shared memory", "gloo"
 SIZES = {"4 KB": 1 << 12, "64 KB": 1 << 16, "1 MB": 1 << 20, "8 MB": 1 << 23}

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from partitioner import Plan, partition
-from partitioner.models import EMBEDDED
+from partitioner.storage.example import EMBEDDED
 from runtime.engine import Engine
-from runtime.launch import begin_worker, launch
+from runtime.processes.launch import begin_worker, launch
 
 RANKS = (2, 4)
 """Numbers of ranks whose splits are shown; one rank runs too."""

@@ -7,8 +7,8 @@
     parts.simulate(input_ids=input_ids)        all ranks in this process
     parts.rank(1).graph_module                 what rank 1 runs
 
-Names are imported when first used, so that importing a leaf module (`partitioner.errors`, `partitioner.mesh`,
-`partitioner.layout`) pulls in nothing else: `runtime` and `passes` import those without a circle.
+Names are imported when first used, so that importing a leaf module (`partitioner.errors`, `partitioner.sharding.mesh`,
+`partitioner.sharding.layout`) pulls in nothing else: `runtime` and `passes` import those without a circle.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from partitioner.bundle.bundle import load
-    from partitioner.compile import partition
+    from partitioner.compile.partition import partition
+    from partitioner.compile.parts import Parts
     from partitioner.errors import (
         BundleError,
         CaptureError,
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
         RankMismatch,
         WeightError,
     )
-    from partitioner.parts import Parts
-    from partitioner.plan import Plan
-    from runtime.cache_size import CacheSize
+    from partitioner.program.plan import Plan
+    from partitioner.storage.bundle.bundle import load
+    from runtime.kv_cache.cache_size import CacheSize
 
 __version__ = "0.1.0"
 
@@ -61,20 +61,20 @@ __all__ = [
 
 _HOMES = {
     "BundleError": "partitioner.errors",
-    "CacheSize": "runtime.cache_size",
+    "CacheSize": "runtime.kv_cache.cache_size",
     "CaptureError": "partitioner.errors",
     "CommunicationError": "partitioner.errors",
     "InputError": "partitioner.errors",
     "LayoutError": "partitioner.errors",
     "PartitionerError": "partitioner.errors",
-    "Parts": "partitioner.parts",
-    "Plan": "partitioner.plan",
+    "Parts": "partitioner.compile.parts",
+    "Plan": "partitioner.program.plan",
     "PlanError": "partitioner.errors",
     "RankLost": "partitioner.errors",
     "RankMismatch": "partitioner.errors",
     "WeightError": "partitioner.errors",
-    "load": "partitioner.bundle.bundle",
-    "partition": "partitioner.compile",
+    "load": "partitioner.storage.bundle.bundle",
+    "partition": "partitioner.compile.partition",
 }
 
 

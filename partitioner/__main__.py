@@ -1,5 +1,5 @@
 """`python -m partitioner` is the command line."""
 
-from partitioner.cli import main
+from partitioner.cli.app import main
 
 main()

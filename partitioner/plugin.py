@@ -20,16 +20,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
-from partitioner.analysis.arguments import arguments, operation
-from partitioner.analysis.moves import IDENTITIES, MOVES
-from partitioner.analysis.notation import Letters, Notation, Operand, Rule, is_tensor, letters, value_of
 from partitioner.analysis.rules import RULES
-from partitioner.check import SPECIAL
+from partitioner.analysis.rules.data_movement import IDENTITIES, MOVES
+from partitioner.analysis.rules.notation import Letters, Notation, Operand, Rule, is_tensor, letters, value_of
 from partitioner.errors import PlanError
-from partitioner.layout import REPLICATED, IndexSet, Layout, Split
-from partitioner.plan import Pass
-from partitioner.program import Program, Value, Weight
-from partitioner.prove_rule import check_rule
+from partitioner.program.node_arguments import arguments, operation
+from partitioner.program.plan import Pass
+from partitioner.program.program import Program, Value, Weight
+from partitioner.proof.layouts import SPECIAL
+from partitioner.proof.try_rule import check_rule
+from partitioner.sharding.layout import REPLICATED, IndexSet, Layout, Split
 
 __all__ = [
     "REPLICATED",

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from partitioner.analysis.arguments import arguments, operation
-from partitioner.layout import Layout
-from partitioner.program import Program, Value
+from partitioner.program.node_arguments import arguments, operation
+from partitioner.program.program import Program, Value
+from partitioner.sharding.layout import Layout
 from runtime.ops.collectives import COLLECTIVES
 
 aten = torch.ops.aten

@@ -18,9 +18,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from partitioner.analysis.arguments import arguments
-from partitioner.layout import REPLICATED, Layout
-from partitioner.program import Program, State, Value
+from partitioner.program.node_arguments import arguments
+from partitioner.program.program import Program, State, Value
+from partitioner.sharding.layout import REPLICATED, Layout
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
 

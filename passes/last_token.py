@@ -15,9 +15,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from partitioner.analysis.arguments import operation
-from partitioner.layout import REPLICATED, Layout
-from partitioner.program import Program, Value
+from partitioner.program.node_arguments import operation
+from partitioner.program.program import Program, Value
+from partitioner.sharding.layout import REPLICATED, Layout
 from runtime.ops.cached_attention import last_token
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.local import reorder

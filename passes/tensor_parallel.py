@@ -16,17 +16,17 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from partitioner.analysis.arguments import arguments, node_values, operation
-from partitioner.analysis.blocks import find_blocks
-from partitioner.analysis.decide import Decisions, decide
-from partitioner.analysis.localise import Scaled
-from partitioner.analysis.placement import Placement, Unplaceable, place
+from partitioner.analysis.labels.choose_splits import Decisions, decide
+from partitioner.analysis.labels.repeated_blocks import find_blocks
+from partitioner.analysis.layouts.localise import Scaled
+from partitioner.analysis.layouts.propagate_layouts import Placement, Unplaceable, place
 from partitioner.analysis.rules import notation
-from partitioner.analysis.spelled_out import can_spell_out, spell_out
+from partitioner.analysis.rules.decompose_norms import can_spell_out, spell_out
+from partitioner.compile.insert_collectives import Rewriter
 from partitioner.errors import PlanError
-from partitioner.layout import REPLICATED, IndexSet, Layout, Split
-from partitioner.program import Entry, Program
-from partitioner.rewrite import Rewriter
+from partitioner.program.node_arguments import arguments, node_values, operation
+from partitioner.program.program import Entry, Program
+from partitioner.sharding.layout import REPLICATED, IndexSet, Layout, Split
 from runtime.ops.attention import attention
 from runtime.ops.embedding import vocab_parallel_embedding
 

@@ -1,0 +1,1 @@
+"""Runs one rank. Users import `runtime.engine`."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from partitioner.models import EMBEDDED
+from partitioner.storage.example import EMBEDDED
 
 torch.set_num_threads(1)  # several ranks share few cores
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("partitioner", "passes", "runtime")
 MAX_LINES = 400
 
-LEAVES = ("partitioner.errors", "partitioner.layout", "partitioner.mesh")
+LEAVES = ("partitioner.errors", "partitioner.sharding.layout", "partitioner.sharding.mesh")
 STANDARD = tuple(sys.stdlib_module_names)
 MAY_IMPORT = {
     "leaf": (*STANDARD, *LEAVES),
@@ -44,7 +44,11 @@ ENGLISH = {
 }
 # Names of weights that are somebody's interface.
 PROMISED = {
-    "partitioner.capture.seams": ("gate_up_proj", "up_proj", "down_proj"),  # what transformers' experts interface holds
+    "partitioner.capture.trace.transformers_hooks": (
+        "gate_up_proj",
+        "up_proj",
+        "down_proj",
+    ),  # what transformers' experts interface holds
 }
 WEIGHT_NAMES = re.compile(
     r"\b(?:[qkvo]_proj|(?:gate|up|down|gate_up|in|out)_proj|qkv(?:_proj)?|gate_up|lm_head|embed_tokens|embed_out|wte|wpe"
@@ -194,23 +198,23 @@ def test_rule(rule: Callable[[str, str], list[str]]) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("runtime.engine", "from partitioner.program import Program"),
-        ("runtime.engine", "import partitioner"),
-        ("runtime.engine", "def f():\n    from transformers import AutoModel"),
-        ("runtime.engine", "import numpy"),
-        ("runtime.engine", "import passes.tensor_parallel"),
+        ("runtime.engine.engine", "from partitioner.program import Program"),
+        ("runtime.engine.engine", "import partitioner"),
+        ("runtime.engine.engine", "def f():\n    from transformers import AutoModel"),
+        ("runtime.engine.engine", "import numpy"),
+        ("runtime.engine.engine", "import passes.tensor_parallel"),
         ("passes.one", "from passes.two import Two"),
         ("passes.one", "from passes import two"),
         ("passes.one", "from . import two"),
         ("passes.one", "from .two import Two"),
-        ("passes.one", "from runtime.engine import Engine"),
+        ("passes.one", "from runtime.engine.engine import Engine"),
         ("passes.one", "import torch.distributed as dist"),
         ("passes.one", "from torch import distributed"),
-        ("partitioner.parts", "import passes"),
-        ("partitioner.parts", "from passes.tensor_parallel import TensorParallel"),
-        ("partitioner.parts", "from torch.distributed import all_reduce"),
-        ("partitioner.mesh", "import torch"),
-        ("partitioner.mesh", "from partitioner import Plan"),
+        ("partitioner.compile.parts", "import passes"),
+        ("partitioner.compile.parts", "from passes.tensor_parallel import TensorParallel"),
+        ("partitioner.compile.parts", "from torch.distributed import all_reduce"),
+        ("partitioner.sharding.mesh", "import torch"),
+        ("partitioner.sharding.mesh", "from partitioner import Plan"),
     ],
 )
 def test_wrong_import_is_found(module: str, source: str) -> None:
@@ -221,13 +225,13 @@ def test_wrong_import_is_found(module: str, source: str) -> None:
     ("module", "source"),
     [
         (
-            "runtime.engine",
+            "runtime.engine.engine",
             "import torch.distributed as dist\nfrom partitioner.errors import RankLost\nimport threading",
         ),
-        ("runtime.engine", "from runtime.ops import attention\nfrom .ops import attention"),
+        ("runtime.engine.engine", "from runtime.ops import attention\nfrom .ops import attention"),
         ("passes.one", "from partitioner.program import Program\nfrom runtime.ops.collectives import all_reduce"),
-        ("partitioner.parts", "from runtime.engine import Engine\nimport torch"),
-        ("partitioner.mesh", "from partitioner.errors import PlanError\nimport math"),
+        ("partitioner.compile.parts", "from runtime.engine.engine import Engine\nimport torch"),
+        ("partitioner.sharding.mesh", "from partitioner.errors import PlanError\nimport math"),
     ],
 )
 def test_right_import_is_not_found(module: str, source: str) -> None:
@@ -235,8 +239,8 @@ def test_right_import_is_not_found(module: str, source: str) -> None:
 
 
 def test_distributed_as_attribute_is_found() -> None:
-    assert wrong_distributed("partitioner.parts", "import torch\ntorch.distributed.barrier()")
-    assert not wrong_distributed("runtime.engine", "import torch\ntorch.distributed.barrier()")
+    assert wrong_distributed("partitioner.compile.parts", "import torch\ntorch.distributed.barrier()")
+    assert not wrong_distributed("runtime.engine.engine", "import torch\ntorch.distributed.barrier()")
 
 
 @pytest.mark.parametrize("line", ["# like Llama", "class LlamaRule: ...", "if name == 'gpt_neox':", "qwen3_rotary = 1"])
@@ -264,8 +268,8 @@ def test_long_file_is_found() -> None:
 
 
 def test_docstring_is_asked_of_every_module_with_text() -> None:
-    assert undocumented("runtime.engine", "import torch\n")
-    assert not undocumented("runtime.engine", '"""What it is."""\n')
+    assert undocumented("runtime.engine.engine", "import torch\n")
+    assert not undocumented("runtime.engine.engine", '"""What it is."""\n')
     assert not undocumented("runtime", "")
 
 

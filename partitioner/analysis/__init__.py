@@ -1,0 +1,1 @@
+"""What can be split together, and the layout of every value."""

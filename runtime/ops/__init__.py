@@ -1,0 +1,1 @@
+"""The ops that stand in graphs; none communicates by itself."""

@@ -28,11 +28,11 @@ import torch
 from torch import distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import runtime.engine
+import runtime.engine.engine
 from partitioner import Plan, partition
-from partitioner.parts import Parts
+from partitioner.compile.parts import Parts
+from runtime.communication.process_groups import ProcessGroups
 from runtime.engine import Engine
-from runtime.process_groups import ProcessGroups
 
 __all__ = ["Case", "Outcome"]
 
@@ -94,8 +94,8 @@ def arm(case: Case) -> None:
         make_group = dist.new_group
         dist.new_group = lambda *given, **options: strike(case) or make_group(*given, **options)
     if case.phase == "loading":
-        load = runtime.engine.load_weights
-        runtime.engine.load_weights = lambda *given, **options: strike(case) or load(*given, **options)
+        load = runtime.engine.engine.load_weights
+        runtime.engine.engine.load_weights = lambda *given, **options: strike(case) or load(*given, **options)
     bind = ProcessGroups.bind
     chosen, passed = 0, 0
 

@@ -17,10 +17,10 @@ if __name__ == "__main__":
 
 import signal
 
-from partitioner.parts import Parts
+from partitioner.compile.parts import Parts
 from runtime.engine import Engine
-from runtime.launch import begin_worker
-from tests import handmade
+from runtime.processes.launch import begin_worker
+from tests.support import handmade
 
 
 def main(fault: str, folder: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from partitioner.errors import RankLost
-from runtime.launch import launch
+from runtime.processes.launch import launch
 
 MODULE = "tests.faults.lingering_rank"
 SLACK_S = 4.0
@@ -116,7 +116,7 @@ def test_it_stops_all_at_the_deadline(pids: Path) -> None:
     ],
 )
 def test_ranks_do_not_outlive_it(number: signal.Signals, moment: str, pids: Path) -> None:
-    code = f"from runtime.launch import launch; launch([{MODULE!r}, {moment!r}, {str(pids)!r}], num_ranks=2)"
+    code = f"from runtime.processes.launch import launch; launch([{MODULE!r}, {moment!r}, {str(pids)!r}], num_ranks=2)"
     launcher = subprocess.Popen([sys.executable, "-P", "-c", code], stderr=subprocess.PIPE, text=True)
     try:
         ready = {"early": lambda: len(list(pids.iterdir())) == 2, "linger": lambda: (pids / "ready").exists()}[moment]

@@ -17,9 +17,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from partitioner import Plan, partition
+from runtime.communication.process_groups import ProcessGroups
 from runtime.engine import Engine
-from runtime.launch import begin_worker
-from runtime.process_groups import ProcessGroups
+from runtime.processes.launch import begin_worker
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7]]
 NEW = 24

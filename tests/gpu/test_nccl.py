@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.launch import launch
+from runtime.processes.launch import launch
 from tests.gpu.nccl_rank import NEW, model
 
 pytestmark = [

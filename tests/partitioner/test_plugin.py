@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, fx
 
 from partitioner import PlanError
-from partitioner.compile import compile_program
+from partitioner.compile.partition import compile_program
 from partitioner.errors import LayoutError, WeightError
-from partitioner.plan import Plan
 from partitioner.plugin import (
     Layout,
     Notation,
@@ -23,7 +22,8 @@ from partitioner.plugin import (
     operation,
     weights_named,
 )
-from tests import partitioned
+from partitioner.program.plan import Plan
+from tests.support import partitioned
 
 aten = torch.ops.aten
 

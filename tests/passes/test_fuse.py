@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from partitioner.analysis.arguments import operation
-from partitioner.check import check
-from partitioner.compile import trace
-from partitioner.layout import REPLICATED, IndexSet, Layout, Split
-from partitioner.mesh import Mesh
-from partitioner.parts import Parts
-from partitioner.plan import Plan
+from partitioner.compile.partition import trace
+from partitioner.compile.parts import Parts
 from partitioner.program import Input, Program, Value
+from partitioner.program.node_arguments import operation
+from partitioner.program.plan import Plan
+from partitioner.proof.layouts import check
+from partitioner.sharding.layout import REPLICATED, IndexSet, Layout, Split
+from partitioner.sharding.mesh import Mesh
 from passes.fuse import Fuse
 from passes.tensor_parallel import TensorParallel
-from tests import zoo
+from tests.support import zoo
 
 aten = torch.ops.aten
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from partitioner.analysis.tokens import why_tokens_mix
-from partitioner.check import check
+from partitioner.analysis.tokens.token_mixing import why_tokens_mix
 from partitioner.errors import LayoutError, PlanError
-from partitioner.layout import REPLICATED
-from runtime.cache import Cache
+from partitioner.proof.layouts import check
+from partitioner.sharding.layout import REPLICATED
+from runtime.communication.thread_communicator import Rendezvous
+from runtime.kv_cache.cache import Cache
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
-from runtime.rendezvous import Rendezvous
-from tests.generated import error, prompts
-from tests.partitioned import EXACT, compiled, traced
+from tests.support.generated import error, prompts
+from tests.support.partitioned import EXACT, compiled, traced
 
 ARCHITECTURES = ["llama", "gpt2", "gemma2", "gpt_oss", "mixtral", "deepseek_v3", "llama4_text", "olmo2"]
 

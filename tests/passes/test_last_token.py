@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from partitioner.analysis.arguments import operation
-from partitioner.layout import IndexSet
+from partitioner.program.node_arguments import operation
+from partitioner.sharding.layout import IndexSet
 from runtime.ops.cached_attention import last_token
 from runtime.ops.collectives import all_gather
-from tests.partitioned import compiled
+from tests.support.partitioned import compiled
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "gpt2"])

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.layers import layered, partitioned
-from tests.partitioned import EXACT
+from tests.support.layers import layered, partitioned
+from tests.support.partitioned import EXACT
 
 
 class _Wide(nn.Module):

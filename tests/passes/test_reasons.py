@@ -6,8 +6,8 @@ import pytest
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.layers import layered, partitioned
-from tests.partitioned import EXACT
+from tests.support.layers import layered, partitioned
+from tests.support.partitioned import EXACT
 
 
 class OneKeyHead(nn.Module):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from partitioner.errors import PlanError
-from partitioner.report import Report, WeightRow
-from tests.layers import Gated, layered, partitioned
-from tests.partitioned import EXACT, compiled, error
+from partitioner.report.report import Report, WeightRow
+from tests.support.layers import Gated, layered, partitioned
+from tests.support.partitioned import EXACT, compiled, error
 
 
 def row(report: Report, part: str) -> WeightRow:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from partitioner import Plan, PlanError, partition
 from partitioner.plugin import check_rule
-from runtime.simulate import Simulator
+from runtime.engine.simulator import Simulator
 
 IDS = torch.tensor([[5, 17, 9, 33, 2], [1, 1, 40, 7, 50]])
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from partitioner.analysis.arguments import arguments, operation
-from partitioner.analysis.notation import Notation, Rules, opaque
 from partitioner.analysis.rules import along_dims, contractions, elementwise, indexed, runtime_ops, states
 from partitioner.analysis.rules.elementwise import pointwise
+from partitioner.analysis.rules.notation import Notation, Rules, opaque
+from partitioner.program.node_arguments import arguments, operation
 
 __all__ = ["RULES", "notation"]
 

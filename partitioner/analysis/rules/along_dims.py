@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from partitioner.analysis.arguments import node_values, operation
-from partitioner.analysis.notation import Letters, Notation, Operand, Rules, is_tensor, letters, value_of
+from partitioner.analysis.rules.decompose_norms import can_spell_out
 from partitioner.analysis.rules.elementwise import pointwise
-from partitioner.analysis.spelled_out import can_spell_out
+from partitioner.analysis.rules.notation import Letters, Notation, Operand, Rules, is_tensor, letters, value_of
+from partitioner.program.node_arguments import node_values, operation
 
 aten = torch.ops.aten
 RULES = Rules()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from partitioner.analysis.notation import Letters, Notation, Operand, Rules, is_tensor, letters, value_of
-from partitioner.program import Value
+from partitioner.analysis.rules.notation import Letters, Notation, Operand, Rules, is_tensor, letters, value_of
+from partitioner.program.program import Value
 
 aten = torch.ops.aten
 RULES = Rules()

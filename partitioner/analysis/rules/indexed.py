@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from partitioner.analysis.notation import Notation, Operand, Rules, is_tensor, letters, value_of
+from partitioner.analysis.rules.notation import Notation, Operand, Rules, is_tensor, letters, value_of
 
 aten = torch.ops.aten
 RULES = Rules()

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import fx
 
-from partitioner.analysis.notation import Letters, Notation, Operand, Rules, is_tensor, letters, value_of
 from partitioner.analysis.rules.contractions import grouped_attention, mask_operand
-from partitioner.program import Local
+from partitioner.analysis.rules.notation import Letters, Notation, Operand, Rules, is_tensor, letters, value_of
+from partitioner.program.program import Local
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.embedding import vocab_parallel_embedding

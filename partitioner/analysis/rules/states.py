@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from partitioner.analysis.notation import Notation, Operand, Rules, is_tensor, letters, value_of
+from partitioner.analysis.rules.notation import Notation, Operand, Rules, is_tensor, letters, value_of
 from runtime.ops.state import cache_append, position_mask, rows_at, state_read, state_write
 
 RULES = Rules()

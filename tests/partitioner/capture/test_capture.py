@@ -15,13 +15,13 @@ from transformers.modeling_utils import AttentionInterface
 
 from partitioner.capture import capture
 from partitioner.errors import CaptureError
-from partitioner.mesh import Mesh
 from partitioner.program import Program, Value
+from partitioner.sharding.mesh import Mesh
 from runtime.ops.attention import attention
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
-from tests import zoo
-from tests.interpret import run
-from tests.survey import TOLERANCE, difference
+from tests.support import zoo
+from tests.support.interpret import run
+from tests.supported_models.capture_survey import TOLERANCE, difference
 
 ONE = Mesh.of()
 WIDE = ["llama", "gpt2", "mixtral", "gpt_oss", "deepseek_v3", "llama4_text", "bloom"]

@@ -1,0 +1,356 @@
+"""The placement: which rank owns which indices of which weight, found by labels, owners and a few repairs.
+
+    repeat: run the labels; divide the atoms of every site over the ranks
+            where a site has fewer atoms than ranks, keep the earliest weight among its sources whole, with its class
+    then:   where that was due to a whole-row reduction, see whether reducing in parts is cheaper, class by class
+
+Keeping the *earliest* source whole brings the alternation of column- and row-parallel back in phase after a lone
+linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+import torch
+from torch import fx
+
+from partitioner.analysis.labels.assign_owners import Atom, Owned, dealt_indices, divide
+from partitioner.analysis.labels.label_state import Collapse, Labels, Site
+from partitioner.analysis.labels.propagate_labels import LabelRun
+from partitioner.analysis.labels.repeated_blocks import Blocks
+from partitioner.analysis.rules.notation import Notation
+from partitioner.program.node_arguments import describe
+from partitioner.program.program import Program
+from partitioner.sharding.layout import Split
+
+__all__ = ["Decisions", "decide"]
+
+_FULL_REDUCTION = 0.10
+"""Price of one more all-reduce of an activation per layer, as a share of the layer's weights kept whole."""
+_SMALL_REDUCTION = 0.02
+"""Price of one more all-reduce of one number per token per layer."""
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """splits: weight -> (dim, owners). partial: reductions done in parts. pinned: weight kept whole -> the reason."""
+
+    splits: dict[str, tuple[int, Split]]
+    partial: frozenset[str]
+    pinned: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Offence:
+    weight: str
+    reason: str
+    collapse: Collapse | None = None
+    sites: tuple[fx.Node, ...] = ()
+
+
+@dataclass
+class _Solution:
+    splits: dict[str, tuple[int, Split]]
+    pinned: dict[str, str]
+    partial: frozenset[str]
+    cost: float
+    collapses: dict[str, Collapse] = field(default_factory=dict)
+    """Whole-row reductions that led to a weight kept whole, by that weight."""
+
+
+class _Search:
+    def __init__(
+        self, program: Program, blocks: Blocks, axis: str, keep_whole: dict[str, str], together: Mapping[str, int]
+    ) -> None:
+        self.program, self.blocks, self.axis, self.keep_whole = program, blocks, axis, keep_whole
+        self.together = {same: n for name, n in together.items() for same in blocks.same_nodes(name)}
+        self.ranks = program.mesh.size(axis)
+        self.rules: dict[fx.Node, Notation] = {}
+        self.bytes: dict[str, int] = {}
+        """Weights that some run could split, with their sizes: what keeping whole is measured against."""
+        self.order = {str(n.target): i for i, n in reversed(list(enumerate(program.graph.nodes))) if n.op == "get_attr"}
+
+    def labels(self, pinned: dict[str, str], partial: frozenset[str]) -> Labels:
+        run = LabelRun(
+            self.program, self.ranks, pinned=pinned.keys(), partial=partial, together=self.together, rules=self.rules
+        )
+        for step in self.blocks.steps():
+            if isinstance(step, fx.Node):
+                run.run([step])
+            else:
+                run.states[step[0]] = run.states.get(step[1])
+        return run.labels
+
+    def resolve(self, partial: frozenset[str], allowed: int = 200) -> _Solution:
+        """Keeps weights whole until every site can be divided."""
+        pinned = dict(self.keep_whole)
+        collapses: dict[str, Collapse] = {}
+        while True:
+            labels = self.labels(pinned, partial)
+            found = _divide_sites(self.program, labels, self.axis)
+            self._note_sizes(labels)
+            if isinstance(found, dict):
+                everywhere = [name for name, (dim, split) in found.items() if self._is_whole(name, dim, split)]
+                for name in everywhere:
+                    del found[name]
+                for name in everywhere:
+                    why, collapse = _why_everywhere(labels, name)
+                    if collapse is not None:
+                        collapses[name] = collapse
+                    for same in self.blocks.same_weights(name):
+                        if same not in found:
+                            pinned.setdefault(same, why)
+                for name, why in labels.unsplit.items():
+                    for same in self.blocks.same_weights(name):
+                        if same not in found:
+                            pinned.setdefault(same, why)
+                return _Solution(found, pinned, partial, self._cost(labels, pinned), collapses)
+            for offence in self._causes(labels, found):
+                for name in self.blocks.same_weights(offence.weight):
+                    pinned[name] = offence.reason
+                if offence.collapse is not None:
+                    collapses[offence.weight] = offence.collapse
+            allowed -= 1
+            assert allowed, f"keeping weights whole does not end; last: {found}"
+
+    def _causes(self, labels: Labels, offences: list[_Offence]) -> list[_Offence]:
+        """The first offence, and those that do not come after another: what follows one may be out of phase only.
+
+        Behind an offending contraction everything is suspect, up to a contraction that is in order.
+        """
+        bad = {node for offence in offences for node in offence.sites}
+        good = {site.node for site in labels.sites if site.kind == "contract"} - bad
+        suspect: set[fx.Node] = set()
+        for step in self.blocks.steps():
+            if isinstance(step, tuple):
+                suspect.update(step[:1] if step[1] in suspect else ())
+            elif step in bad or (step not in good and any(n in suspect for n in step.all_input_nodes)):
+                suspect.add(step)
+        return [o for i, o in enumerate(offences) if i == 0 or labels.starts[o.weight] not in suspect]
+
+    def _note_sizes(self, labels: Labels) -> None:
+        """Sizes of the weights of layers: look-up tables and what makes the outputs weigh too much in small models."""
+        outside = {s.weight.name for s in labels.sites if s.weight and s.letter == "v"}
+        for site in labels.sites:
+            if site.kind == "gather":
+                outside |= labels.weights_of(torch.unique(site.ids).tolist())
+        for name in [*labels.starts, *(s.weight.name for s in labels.sites if s.weight)]:
+            if name not in outside:
+                self.bytes.setdefault(name, self.program.weights[name].bytes)
+
+    def _is_whole(self, name: str, dim: int, split: Split) -> bool:
+        return all(indices.size == self.program.weights[name].shape[dim] for indices in split.owned)
+
+    def _cost(self, labels: Labels, pinned: dict[str, str]) -> float:
+        layers = max(self.blocks.analysed, 1)
+        whole = sum(size for name, size in self.bytes.items() if name in pinned and name not in self.keep_whole)
+        full = sum(s.kind == "contract" and s.letter != "v" for s in labels.sites)
+        small = sum(s.kind == "reduce" for s in labels.sites)
+        share = whole / max(sum(self.bytes.values()), 1)
+        return share + (_FULL_REDUCTION * full + _SMALL_REDUCTION * small) / layers
+
+    def best(self, partial: frozenset[str] | None) -> _Solution:
+        if partial is not None:
+            return self.resolve(partial)
+        best = self.resolve(frozenset())
+        tried: set[str] = set()
+        for weight, collapse in list(best.collapses.items()):
+            share = self.bytes.get(weight, 0) * max(self.blocks.analysed, 1) / max(sum(self.bytes.values()), 1)
+            if collapse.node.name in tried or not collapse.can_be_partial or share < _SMALL_REDUCTION:
+                continue
+            same = frozenset(self.blocks.same_nodes(collapse.node.name))
+            tried |= same
+            other = self.resolve(best.partial | same)
+            if other.cost < best.cost:
+                best = other
+        return best
+
+
+def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tuple[int, Split]] | list[_Offence]:
+    """Owners of every labelled weight index, or what keeps sites from being divided.
+
+    Of sites that share weights only the earliest weight is reported: keeping it whole may bring the others right.
+    """
+    ranks = program.mesh.size(axis)
+    offences = _offences(labels, ranks)
+    if offences:
+        return _earliest(offences)
+    cost = _Cost(program, labels)
+    owned = Owned(labels.lattice, labels.count)
+    columns: dict[str, tuple[int, Split]] = {}
+    sized = []
+    for site in labels.sites:
+        ids, inverse = _distinct_in_order(site.ids)
+        atoms = [labels.lattice.labels(i) for i in ids]
+        sized.append((-max((cost.size(atom) for atom in atoms), default=0), site, atoms, inverse))
+    for _, site, atoms, inverse in sorted(sized, key=lambda s: s[0]):
+        places = _assign(site, atoms, inverse, owned, ranks, cost, program)
+        for atom, rank in zip(atoms, places.atoms, strict=True):
+            owned.give(atom, rank)
+        if site.weight is not None:
+            columns_of = (site.weight.dim, Split((axis,), dealt_indices(site.weight.indices, places.indices, ranks)))
+            if columns.setdefault(site.weight.name, columns_of) != columns_of:
+                return [_Offence(site.weight.name, "is contracted twice, in ways that cannot be split alike")]
+    splits = dict(columns)
+    for (name, dim), base in labels.bases.items():
+        rows = Split((axis,), owned.sets(base, base + program.weights[name].shape[dim], ranks))
+        if splits.setdefault(name, (dim, rows)) != (dim, rows):
+            return [_Offence(name, "has two uses that cannot be split alike")]
+    return splits
+
+
+def _offences(labels: Labels, ranks: int) -> list[tuple[int, frozenset[str], _Offence]]:
+    """Sites with fewer atoms than ranks: the place of their first weight, all their weights, and what to report."""
+    order = {name: i for i, name in enumerate(labels.starts)}
+    found = []
+    for site in labels.sites:
+        ids = [i for i in torch.unique(site.ids).tolist() if i]
+        if len(ids) < ranks:
+            names = labels.weights_of(ids)
+            first = min(names, key=lambda name: order.get(name, 0))
+            found.append((order.get(first, 0), names, _offence(site, labels, first, names, len(ids), ranks)))
+    return found
+
+
+def _earliest(offences: list[tuple[int, frozenset[str], _Offence]]) -> list[_Offence]:
+    """The first in graph order of each group that shares weights."""
+    groups: list[tuple[set[str], _Offence]] = []
+    for _, names, offence in sorted(offences, key=lambda o: o[0]):
+        shared = [group for group in groups if group[0] & names]
+        groups = [group for group in groups if group not in shared]
+        first = shared[0][1] if shared else offence
+        sites = tuple(site for _, other in shared for site in other.sites) + offence.sites
+        groups.append((set(names).union(*(group[0] for group in shared)), replace(first, sites=sites)))
+    return [offence for _, offence in groups]
+
+
+class _Cost:
+    """Bytes of weights per label; a group costs what its members do."""
+
+    def __init__(self, program: Program, labels: Labels) -> None:
+        self.lattice = labels.lattice
+        self._bytes: list[float] = []
+        """By label."""
+        for (name, dim), _ in sorted(labels.bases.items(), key=lambda item: item[1]):
+            weight = program.weights[name]
+            self._bytes += [weight.bytes / max(weight.shape[dim], 1)] * weight.shape[dim]
+        self._groups: dict[int, float] = {}
+
+    def __call__(self, label: int) -> float:
+        if label < len(self._bytes):
+            return self._bytes[label]
+        if label not in self._groups:
+            self._groups[label] = sum(map(self, self.lattice.members(label)))
+        return self._groups[label]
+
+    def group(self, label: int) -> frozenset[int]:
+        """A group's members; nothing for other labels."""
+        return self.lattice.members(label) if label >= len(self._bytes) else frozenset()
+
+    def size(self, atom: Atom) -> int:
+        return sum(1 if label < len(self._bytes) else len(self.lattice.members(label)) for label in atom)
+
+
+@dataclass(frozen=True)
+class _Places:
+    atoms: list[int]
+    indices: torch.Tensor
+
+
+def _assign(
+    site: Site,
+    atoms: list[Atom],
+    inverse: torch.Tensor,
+    owned: Owned,
+    ranks: int,
+    cost: _Cost,
+    program: Program,
+) -> _Places:
+    """The rank of each atom: where a coarser site has put its sources already, else by load."""
+    counts = torch.bincount(inverse, minlength=len(atoms)).tolist()
+    column = 0.0
+    if site.weight is not None:
+        weight = program.weights[site.weight.name]
+        column = weight.bytes / max(weight.shape[site.weight.dim], 1)
+    found: list[int | None] = []
+    for atom in atoms:
+        common = owned.common(atom, ranks)
+        found.append((common & -common).bit_length() - 1 if common else None)
+    new = [i for i, rank in enumerate(found) if rank is None]
+    if len(new) >= ranks:
+        dealt = divide([atoms[i] for i in new], [column * counts[i] for i in new], ranks, cost)
+    else:
+        dealt = [i % ranks for i in range(len(new))]
+    for i, rank in zip(new, dealt, strict=True):
+        found[i] = rank
+    ranks_of = [r for r in found if r is not None]
+    return _Places(ranks_of, torch.tensor(ranks_of)[inverse])
+
+
+def _distinct_in_order(ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+    """Distinct ids by first appearance, each free index (id 0) by itself, and the place of each index among them."""
+    if ids.numel() == torch.unique(ids).numel():
+        return ids.tolist(), torch.arange(ids.numel())
+    seen: dict[int, int] = {}
+    found: list[int] = []
+    inverse = []
+    for i in ids.tolist():
+        if i == 0 or i not in seen:
+            seen[i] = len(found)
+            found.append(i)
+        inverse.append(seen[i])
+    return found, torch.tensor(inverse, dtype=torch.int64)
+
+
+def _why_everywhere(labels: Labels, name: str) -> tuple[str, Collapse | None]:
+    """Why every rank needs all of a weight although what is made of it is split."""
+    for collapse in labels.collapses:
+        if name in collapse.weights and collapse.can_be_partial:
+            return collapse.why, collapse
+    for site in labels.sites:
+        if name in labels.weights_of(torch.unique(site.ids).tolist()):
+            where = site.weight.name if site.weight else describe(site.node)
+            return f"all of it is needed by every rank's part of {where}", None
+    return "shared by the parts of every rank", None
+
+
+def _offence(site: Site, labels: Labels, weight: str, names: frozenset[str], count: int, ranks: int) -> _Offence:
+    where = site.node.meta.get("path") or site.node.name
+    for collapse in labels.collapses:
+        if names & collapse.weights:
+            return _Offence(weight, collapse.why, collapse, (site.node,))
+    groups = "1 group" if count == 1 else f"{count} groups"
+    return _Offence(
+        weight, f"only {groups} of indices can be told apart at {where}, for {ranks} ranks", None, (site.node,)
+    )
+
+
+def decide(
+    program: Program,
+    axis: str,
+    *,
+    blocks: Blocks,
+    keep_whole: Mapping[str, str],
+    misfits: Mapping[str, str] = MappingProxyType({}),
+    together: Mapping[str, int] = MappingProxyType({}),
+    partial: frozenset[str] | None = None,
+) -> Decisions:
+    """Splits of the program's weights over `axis`.
+
+    keep_whole: weights to leave whole, with the reason. misfits: those that an earlier attempt could not lay out;
+    they stay whole in all identical layers. together: nodes that it could not lay out (see `LabelRun`). partial: the
+    reductions to do in parts; None: find out.
+    """
+    whole = {same: why for name, why in misfits.items() for same in blocks.same_weights(name)} | dict(keep_whole)
+    found = _Search(program, blocks, axis, whole, together).best(partial)
+    splits = dict(found.splits)
+    for block in blocks.blocks:
+        if block.model is not None:
+            for mine, theirs in zip(block.weights, block.model.weights, strict=True):
+                if theirs in splits and mine not in found.pinned:
+                    splits[mine] = splits[theirs]
+    pinned = {name: reason for name, reason in found.pinned.items() if name not in splits}
+    return Decisions(splits, found.partial, pinned)

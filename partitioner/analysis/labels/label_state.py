@@ -1,0 +1,89 @@
+"""What a run of labels knows of values and finds: weights reached through moves, sites where labels end, collapses."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+
+from partitioner.analysis.labels.index_sets import Lattice
+
+__all__ = ["Collapse", "Labels", "Site", "WeightSlice", "WeightState"]
+
+
+@dataclass(frozen=True)
+class WeightState:
+    """A weight reached through moves: for each dim of the weight, the index along it that each element came from."""
+
+    name: str
+    indices: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class WeightSlice:
+    """Indices along one dim of a weight."""
+
+    name: str
+    dim: int
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where labels end: kind "contract" (with a weight: row-parallel), "reduce" (a sum) or "gather" (an output)."""
+
+    node: fx.Node
+    kind: str
+    letter: str
+    ids: Tensor
+    """ids[K]: the set of labels that each index along the letter depends on."""
+    weight: WeightSlice | None = None
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """An op that needs a whole labelled row, so that all its labels become one."""
+
+    node: fx.Node
+    can_be_partial: bool
+    why: str
+    """For the report: what needs the row."""
+    weights: frozenset[str]
+    """Those whose labels became one."""
+
+
+@dataclass
+class Labels:
+    """The result of one run."""
+
+    lattice: Lattice
+    sites: list[Site] = field(default_factory=list)
+    collapses: list[Collapse] = field(default_factory=list)
+    starts: dict[str, fx.Node] = field(default_factory=dict)
+    """Weights whose indices are labels, in graph order, with the node that started them."""
+    unsplit: dict[str, str] = field(default_factory=dict)
+    """Weights that could start no labels, with the reason."""
+    bases: dict[tuple[str, int], int] = field(default_factory=dict)
+    count: int = 0
+    _weights_of_label: dict[int, frozenset[str]] = field(default_factory=dict)
+
+    def base(self, weight: str, dim: int, size: int) -> int:
+        """First label of the weight's dim; its index i has label base + i."""
+        if (weight, dim) not in self.bases:
+            self.bases[weight, dim] = self.count
+            self.count += size
+        return self.bases[weight, dim]
+
+    def weights_of(self, ids: Iterable[int]) -> frozenset[str]:
+        """The weights whose indices are in these sets."""
+        starts = sorted((base, name) for (name, _), base in self.bases.items())
+        firsts = [base for base, _ in starts]
+        found: set[str] = set()
+        for label in {label for i in ids for label in self.lattice.labels(i)}:
+            if label not in self._weights_of_label:
+                names = {starts[bisect_right(firsts, member) - 1][1] for member in self.lattice.members(label)}
+                self._weights_of_label[label] = frozenset(names)
+            found |= self._weights_of_label[label]
+        return frozenset(found)

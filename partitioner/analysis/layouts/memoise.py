@@ -1,0 +1,98 @@
+"""Layouts of identical nodes inferred once: layers repeat, and what holds for one holds for all.
+
+A node is known by its op, its arguments and the layouts and shapes of its operands. What is remembered names operands
+by their place, so that it serves any node that is known by the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import fx
+
+from partitioner.analysis.layouts.infer_layout import Inference, Layouts, infer_compute, infer_move
+from partitioner.analysis.layouts.localise import Localised, Scaled, localise, moves_alike
+from partitioner.analysis.rules.data_movement import is_move
+from partitioner.program.node_arguments import map_nodes
+from partitioner.program.program import Program
+from partitioner.sharding.layout import Layout
+
+__all__ = ["Inferrer"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """Stands for the i-th input node."""
+
+    place: int
+
+
+class Inferrer:
+    """Infers layouts and local moves for one program, remembering by structure."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._known: dict[Any, Any] = {}
+
+    def infer(self, node: fx.Node, layouts: Layouts) -> Inference:
+        def work() -> Inference:
+            return infer_move(self.program, node, layouts) if is_move(node) else infer_compute(node, layouts)
+
+        return self._remember("infer", node, layouts, work)
+
+    def localise(self, node: fx.Node, given: Layouts, outputs: tuple[Layout, ...]) -> tuple[bool, Localised | None]:
+        """Whether a move can run on local tensors, and what it becomes if it is not left as it is."""
+
+        def work() -> tuple[bool, Localised | None]:
+            done = localise(self.program, node, given, outputs)
+            return moves_alike(self.program, node, done or _as_is(node), given, outputs), done
+
+        return self._remember("localise", node, given, work)
+
+    def moves_alike(self, node: fx.Node, given: Layouts, outputs: tuple[Layout, ...]) -> bool:
+        """Whether a move as it stands is right on every rank."""
+        return self._remember(
+            "alike", node, given, lambda: moves_alike(self.program, node, _as_is(node), given, outputs)
+        )
+
+    def _remember(self, question: str, node: fx.Node, layouts: Layouts, work: Callable[[], T]) -> T:
+        inputs = node.all_input_nodes
+        place = {source: i for i, source in enumerate(inputs)}
+        shape = map_nodes((node.args, tuple(sorted(node.kwargs.items()))), lambda n: _Operand(place[n]))
+        operands = tuple((layouts.get(n), _hashable(n.meta.get("val"))) for n in inputs)
+        local = tuple(n.args for n in inputs if n not in layouts and n.op == "call_function")
+        key = (question, node.target, repr(shape), operands, repr(local) if local else "")
+        known = self._known.get(key)
+        if known is None:
+            found = work()
+            self._known[key] = _exchange(found, lambda n: _Operand(place[n]) if isinstance(n, fx.Node) else n)
+            return found
+        answer: T = _exchange(known, lambda n: inputs[n.place] if isinstance(n, _Operand) else n)
+        return answer
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_is(node: fx.Node) -> Localised:
+    return Localised(node.target, node.args, dict(node.kwargs))  # type: ignore[arg-type]
+
+
+def _exchange(found: Any, leaf: Callable[[Any], Any]) -> Any:
+    """`found` with nodes and stand-ins for operands exchanged."""
+    if isinstance(found, Inference):
+        return Inference(found.outputs, tuple((leaf(n), layout) for n, layout in found.requires), found.problem)
+    if isinstance(found, Localised):
+        return Localised(found.target, _exchange(found.args, leaf), _exchange(found.kwargs, leaf))
+    if isinstance(found, Scaled):
+        return Scaled(leaf(found.node), found.whole, found.local)
+    if isinstance(found, (tuple, list)):
+        return type(found)(_exchange(x, leaf) for x in found)
+    if isinstance(found, dict):
+        return {k: _exchange(v, leaf) for k, v in found.items()}
+    return leaf(found)

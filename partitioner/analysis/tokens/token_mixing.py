@@ -1,0 +1,246 @@
+"""Which ops mix tokens: the layout rules, asked about the sequence instead of the ranks.
+
+A graph whose attention reads a cache is right only if nothing else looks from one token at another. So the sequence is
+split, as if each token had a rank of its own, in a copy of the program with sizes of its own; every layout is inferred
+as for any split.
+An op that would need a collective is one that mixes tokens, or that knows where in the sequence it stands by itself.
+
+    input_ids  [B, S]              split along S
+    attention  q[b h s d]          its queries may be split, whatever it reads: the cache holds the rest
+    append     x[b g s d]          a cache by position: whole, whoever put in what
+    dispatch   hidden [T, H]       rows keep to their tokens, in whatever order they lie
+    output     logits [B, S, V]    must be split as the tokens are
+
+The same question about the batch proves that what one sequence yields does not depend on the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from partitioner.analysis.layouts.infer_layout import Layouts
+from partitioner.analysis.layouts.memoise import Inferrer
+from partitioner.analysis.rules.data_movement import IDENTITIES
+from partitioner.analysis.tokens.length_dependence import why_length_counts
+from partitioner.program.node_arguments import arguments, node_values, operation
+from partitioner.program.program import Program, Value
+from partitioner.sharding.layout import REPLICATED, IndexSet, Layout, Split
+from partitioner.sharding.mesh import Mesh
+from runtime.ops.attention import attention
+from runtime.ops.experts import expert_combine, expert_dispatch
+from runtime.ops.state import cache_append
+
+aten = torch.ops.aten
+
+__all__ = ["why_rows_mix", "why_tokens_mix"]
+
+_Rule = Callable[[fx.Node, Layouts], str | None]
+_NOUN = {"sequence": "token", "batch": "sequence"}
+_BATCH, _SEQUENCE, _SLOTS = 2, 5, 11  # primes, so that no op divides them
+_AXIS = "sp"
+_ROWS = Split((_AXIS,), tuple(IndexSet.range(i, i + 1) for i in range(_BATCH)))
+_TOKENS = Split((_AXIS,), tuple(IndexSet.range(i, i + 1) for i in range(_SEQUENCE)))
+
+
+def why_tokens_mix(program: Program) -> str | None:
+    """The first op, in graph order, that looks from one token at another other than by causal attention; None: none
+    does, and each token's logits follow from it, its position and what attention reads.
+    """
+    if "sequence" not in program.symbols:
+        return "the model was captured for one length only"
+    return _why_mixed(program, "sequence", _TOKENS, _RULES) or why_length_counts(program)
+
+
+def why_rows_mix(program: Program) -> str | None:
+    """The first op that looks from one sequence of the batch at another; None: each row is computed by itself."""
+    if "batch" not in program.symbols:
+        return "the model was captured for one batch size only"
+    return _why_mixed(program, "batch", _ROWS, _EXPERTS)
+
+
+def _why_mixed(program: Program, dim: str, split: Split, rules: dict[Any, _Rule]) -> str | None:
+    """The question for `dim` of the inputs, of which `split` gives each index a rank of its own."""
+    concrete = _with_sizes(program, ranks=len(split.owned))
+    layouts: Layouts = {}
+    inferrer = Inferrer(concrete)
+    alike: set[fx.Node] = set()
+    for node in concrete.graph.nodes:
+        if node.op == "placeholder":
+            sizes = program.inputs[len(layouts)].value.shape
+            layouts[node] = Layout(tuple(split if size == program.symbols[dim] else None for size in sizes))
+        elif node.op == "get_attr":
+            layouts[node] = REPLICATED(len(node.meta["val"].shape))
+        elif node.op == "output":
+            (logits,) = node.all_input_nodes
+            if layouts[logits] != REPLICATED(3).with_dim(0 if dim == "batch" else 1, split):
+                return f"the output is not one row per {_NOUN[dim]}: it is {layouts[logits]}"
+        elif node.op == "call_function" and node_values(node):
+            if _is_alike(node, alike):
+                alike.add(node)
+            problem = _infer(node, layouts, inferrer, alike, rules)
+            if problem:
+                path = node.meta.get("path")
+                where = f"{operation(node).__name__} at {node.name!r}{f' in {path}' if path else ''}"
+                return f"{where} {problem.format(what=_NOUN[dim])}"
+    return None
+
+
+def _with_sizes(program: Program, *, ranks: int) -> Program:
+    """The program with numbers for the batch and the sequence, on a mesh of `ranks`."""
+    copy = program.copy(Mesh.of(**{_AXIS: ranks}))
+    numbers = {"batch": _BATCH, "sequence": _SEQUENCE, "slots": _SLOTS}
+    sizes = {symbol: numbers[name] for name, symbol in program.symbols.items()}
+    known: dict[Any, Any] = {}
+
+    def size(expression: Any) -> Any:
+        if not isinstance(expression, sympy.Expr):
+            return expression
+        if expression not in known:
+            found = expression.subs(sizes)
+            known[expression] = int(found) if found.is_Integer else found
+        return known[expression]
+
+    def value(given: Any) -> Any:
+        if isinstance(given, Value):
+            return Value(tuple(map(size, given.shape)), given.dtype)
+        if isinstance(given, (tuple, list)):
+            return tuple(map(value, given))
+        return size(given)
+
+    for node in copy.graph.nodes:
+        if "val" in node.meta:
+            node.meta = {**node.meta, "val": value(node.meta["val"])}
+    return replace(copy, symbols={}, weight_layouts={})
+
+
+def _infer(
+    node: fx.Node, layouts: Layouts, inferrer: Inferrer, alike: set[fx.Node], rules: dict[Any, _Rule]
+) -> str | None:
+    """Sets the layout of `node`; the problem, if it would need more than its own token ({what}).
+
+    `alike`: values that are the same for every token, so that it matters to nobody which ones they stand for.
+    """
+    special = rules.get(node.target)
+    if special is not None:
+        return special(node, layouts)
+    found = inferrer.infer(node, layouts)
+    if found.problem:
+        return "cannot be told apart by {what}: " + found.problem
+    for source, wanted in found.requires:
+        if layouts[source] == wanted or source in alike:
+            continue
+        if layouts[source].split_dims:
+            return "reads other {what}s than its own"
+        return (
+            f"combines each {{what}} with a row of {source.name!r}, which counts {{what}}s from the start of the input"
+        )
+    layouts[node] = found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs
+    return "sums over {what}s" if any(layout.partial for layout in found.outputs) else None
+
+
+_PER_TOKEN = {aten.embedding, *IDENTITIES, aten.expand, aten.unsqueeze, aten.reshape, aten.view}
+_FILLED = {aten.empty, aten.full, aten.new_empty, aten.new_full, aten.new_ones, aten.new_zeros, aten.ones, aten.zeros}
+
+
+def _is_alike(node: fx.Node, alike: set[fx.Node]) -> bool:
+    """Whether a value is filled with one number, or made of such a value element by element or row by row."""
+    if operation(node) in _FILLED:
+        return True
+    operands = [n for n in node.all_input_nodes if node_values(n) and n.op != "get_attr"]
+    is_pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return bool(operands) and alike.issuperset(operands) and (is_pointwise or operation(node) in _PER_TOKEN)
+
+
+def _attention(node: fx.Node, layouts: Layouts) -> str | None:
+    a = arguments(node)
+    layouts[node] = wanted = Layout((None, None, _TOKENS, None))
+    if not a["causal"] and _is_appended(a["k"]) and _is_appended(a["v"]):
+        return _masked_attention(a, layouts)
+    if not a["causal"]:
+        return "is not causal: each token sees those after it"
+    if any(layouts[a[name]] != wanted for name in ("q", "k", "v")):
+        return "attends over something other than one row per token"
+    for name in ("mask", "sinks"):
+        operand = a[name]
+        if operand is not None and layouts[operand].split_dims:
+            return f"has {'a bias' if name == 'mask' else 'sinks'} that depends on the tokens"
+        if name == "mask" and operand is not None and operand.meta["val"].shape[-1] != 1:
+            return "has a bias by position, which would have to grow with the cache"
+    return None
+
+
+def _expand_as(node: fx.Node, layouts: Layouts) -> str | None:
+    """Only the shape of the second operand counts: what has one row for all tokens is as good as split."""
+    x, other = node.args[:2]
+    shape, out = x.meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    offset = len(out) - len(shape)
+    dims = list(layouts[other].dims)  # type: ignore[index]
+    for i, size in enumerate(shape):
+        if size == out[offset + i] and layouts[x].dims[i] != dims[offset + i]:  # type: ignore[index]
+            return "combines each token with a row that counts tokens from the start of the input"
+    layouts[node] = Layout(tuple(dims))
+    return None
+
+
+def _is_appended(operand: fx.Node) -> bool:
+    """Whether it is one row per slot of a cache, which `analysis.slots` proves to be read in order."""
+    return bool(operand.meta["val"].shape[2] == _SLOTS)
+
+
+def _masked_attention(a: dict[str, Any], layouts: Layouts) -> str | None:
+    if layouts[a["q"]] != Layout((None, None, _TOKENS, None)) or any(layouts[a[k]].split_dims for k in ("k", "v")):
+        return "attends over something other than a cache, one query per token"
+    mask, sinks = a["mask"], a["sinks"]
+    if mask is None or layouts[mask].dims[-2] != _TOKENS or layouts[mask].split_dims != (len(layouts[mask].dims) - 2,):
+        return "has a mask that is not one row per token"
+    return "has sinks that depend on the tokens" if sinks is not None and layouts[sinks].split_dims else None
+
+
+def _append(node: fx.Node, layouts: Layouts) -> str | None:
+    a = arguments(node)
+    rank = len(node.meta["val"].shape)
+    if layouts[a["x"]] != REPLICATED(rank).with_dim(rank - 2, _TOKENS) or layouts[a["positions"]].dims[1] != _TOKENS:
+        return "appends something other than one row per token"
+    layouts[node] = REPLICATED(rank)
+    return None
+
+
+def _dispatch(node: fx.Node, layouts: Layouts) -> str | None:
+    a = arguments(node)
+    tokens = layouts[a["index"]].dims[0]
+    if layouts[a["hidden"]] != Layout((tokens, None)) or layouts[a["index"]] != Layout((tokens, None)):
+        return "sends something other than one row per token to experts"
+    rows = None if tokens is None else _times(tokens, a["index"].meta["val"].shape[1])
+    layouts[node] = (Layout((rows, None)), Layout((rows,)), REPLICATED(1))
+    return None
+
+
+def _combine(node: fx.Node, layouts: Layouts) -> str | None:
+    a = arguments(node)
+    tokens, choices = layouts[a["gates"]].dims[0], a["gates"].meta["val"].shape[1]
+    rows = None if tokens is None else _times(tokens, choices)
+    if layouts[a["rows"]] != Layout((rows, None)) or layouts[a["order"]] != Layout((rows,)):
+        return "combines other experts' rows than those of its own tokens"
+    layouts[node] = Layout((tokens, None))
+    return None
+
+
+def _times(split: Split, count: int) -> Split:
+    """Each index as `count` in its place."""
+    return Split(
+        split.axes, tuple(IndexSet(tuple((a * count, b * count) for a, b in o.intervals)) for o in split.owned)
+    )
+
+
+_EXPERTS: dict[Any, _Rule] = {
+    aten.expand_as.default: _expand_as,
+    expert_dispatch: _dispatch,
+    expert_combine: _combine,
+}
+_RULES: dict[Any, _Rule] = {**_EXPERTS, attention: _attention, cache_append: _append}

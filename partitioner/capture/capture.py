@@ -1,0 +1,103 @@
+"""`capture`: one Hugging Face model in, one Program out.
+
+twin       a copy without weights, free to change            twin.py, rope.py
+probe      one eager run: masks, positions, inputs            probe.py, masks.py, inputs.py
+export     torch.export, through transformers' seams          trace.py, seams.py
+build      functional, clean, named; runtime ops              functional.py, build.py, fold.py
+weights    canonical names, computed values                   weights.py
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from partitioner.capture.inputs.graph_inputs import choose_inputs
+from partitioner.capture.inputs.rope import fix_rope
+from partitioner.capture.trace.build_graph import Builder
+from partitioner.capture.trace.export_graph import export
+from partitioner.capture.trace.fake_model import make_twin
+from partitioner.capture.trace.fold_masks import fold_masks
+from partitioner.capture.trace.functionalize import functionalize
+from partitioner.capture.trace.weight_names import ModelWeights, check_constant
+from partitioner.errors import CaptureError
+from partitioner.program.program import Input, Program, Weight
+from partitioner.sharding.mesh import Mesh
+
+__all__ = ["capture", "describe_weights", "ends_of", "limits_of"]
+
+
+def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None, length: int | None = None) -> Program:
+    """The model as one graph whose output is its logits (the last hidden state where it has no head).
+
+    The model may hold its weights or be on the meta device; it is not modified. `max_length` is the longest sequence
+    that will be run: RoPE variants that depend on the length are fixed by it. `length` captures for that one length
+    only.
+    """
+    if model.config.is_encoder_decoder:
+        raise CaptureError(
+            f"cannot capture {type(model).__name__}: it is an encoder-decoder; only decoders and encoders are supported"
+        )
+    fake = FakeTensorMode()
+    twin = make_twin(model, fake)
+    known = ModelWeights(model)
+    notes, longest = fix_rope(twin, known, max_length=max_length)
+    example = choose_inputs(twin, fake, known.indices(), length=length)
+    kinds = example.probe.kinds
+    exported = functionalize(export(twin, example.tensors, kinds, static=length is not None))
+    builder = Builder(exported, tuple(example.tensors), known.canonical.__getitem__)
+    graph = builder.build()
+    fold_masks(graph, kinds)
+
+    weights, values = describe_weights(graph, builder, known)
+    placeholders = {node.target: node for node in graph.nodes if node.op == "placeholder"}
+    inputs = tuple(Input(name, placeholders[name].meta["val"], example.defaults[name]) for name in example.tensors)
+    notes += [*builder.limits(), *([] if length is None else [f"static length {length}"])]
+    return Program(
+        graph=graph,
+        inputs=inputs,
+        weights=weights,
+        values=values,
+        symbols=builder.symbols,
+        mesh=mesh,
+        name=type(model).__name__,
+        limits=limits_of(builder.ranges, longest),
+        has_head=model.can_generate() or model.get_output_embeddings() is not None,
+        eos_token_id=ends_of(model),
+        notes=notes,
+    )
+
+
+def describe_weights(
+    graph: fx.Graph, builder: Builder, known: ModelWeights
+) -> tuple[dict[str, Weight], dict[str, Tensor]]:
+    """The weights that `graph` reads, and their data."""
+    used = {node.target for node in graph.nodes if node.op == "get_attr"}
+    names = [name for name in builder.weights if name in used]
+    values = known.data([name for name in names if name not in builder.constants])
+    weights: dict[str, Weight] = {}
+    for name in names:
+        if name in builder.constants:
+            values[name] = check_constant(name, builder.constants[name])
+            weights[name] = Weight(name, tuple(values[name].shape), values[name].dtype, "constant")
+        else:
+            tensor = values[name]
+            weights[name] = Weight(name, tuple(tensor.shape), tensor.dtype, known.source(name), known.aliases[name])
+    return weights, values
+
+
+def ends_of(model: PreTrainedModel) -> tuple[int, ...]:
+    """The ids after which text of this model ends."""
+    config = model.generation_config if model.can_generate() else None
+    found = None if config is None else config.eos_token_id
+    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+
+
+def limits_of(ranges: dict[str, tuple[int, int | None]], longest: int | None) -> dict[str, tuple[int, int | None]]:
+    """The sizes that inputs may have: those that the trace holds for, within the length that RoPE is fixed for."""
+    if longest is None:
+        return dict(ranges)
+    low, high = ranges.get("sequence", (1, None))
+    most = longest if high is None else min(high, longest)
+    return {**ranges, "sequence": (low, most), "positions": (1, longest)}

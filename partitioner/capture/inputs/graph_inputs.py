@@ -1,0 +1,102 @@
+"""Which inputs the graph takes: the tokens, and what else the model's forward would otherwise make up by itself.
+
+Positions are passed explicitly wherever forward takes them (an arange of the local length is wrong under a cache, a
+ring and a pipeline), unless the model counts differently from 0, 1, 2 (some start after their padding index): the
+probe shows that. Models that see the whole text take a padding mask; for decoders, causality already hides padding on
+the right.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
+
+from partitioner.capture.inputs.probe import Probe, probe
+from partitioner.errors import CaptureError
+
+__all__ = ["Example", "choose_inputs"]
+
+BATCH, LENGTH = 3, 37
+"""Sizes of the example: primes that no model uses, so that no size equals one of the model's by accident."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """The inputs in order, by name: an example of each, what stands in for it, and what the probe found with them."""
+
+    tensors: dict[str, Tensor]
+    defaults: dict[str, str]
+    probe: Probe
+
+
+def choose_inputs(
+    twin: PreTrainedModel, fake: FakeTensorMode, indices: Mapping[str, Tensor], *, length: int | None
+) -> Example:
+    """`indices`: the real values of the twin's integer buffers."""
+    accepted = inspect.signature(type(twin).forward).parameters
+    if "input_ids" not in accepted:
+        raise CaptureError(
+            f"cannot capture {type(twin).__name__}: its forward takes no input_ids; it takes {', '.join(accepted)}"
+        )
+    shape = (BATCH, LENGTH if length is None else length)
+    vocabulary = _vocabulary(twin)
+    # ids from the upper half: low ones are special (padding) in many models
+    ids = torch.arange(shape[0] * shape[1]).reshape(shape) % max(vocabulary // 2, 1) + vocabulary // 2
+    tensors, defaults = {"input_ids": ids}, {"input_ids": "required"}
+    found = probe(twin, tensors, fake, indices)
+    if "position_ids" in accepted:
+        positions = torch.arange(shape[1]).expand(shape).contiguous()
+        # a second run only where the first has not shown that the model counts from 0
+        if found.failure is None and found.counted:
+            tensors["position_ids"], defaults["position_ids"] = positions, "arange"
+        elif _same_lookups(found, explicit := probe(twin, {**tensors, "position_ids": positions}, fake, indices)):
+            tensors["position_ids"], defaults["position_ids"] = positions, "arange"
+            found = explicit
+    if _sees_the_whole_text(twin, found):
+        if "attention_mask" in accepted:
+            tensors["attention_mask"], defaults["attention_mask"] = torch.ones(shape, dtype=torch.long), "ones"
+        found = probe(twin, tensors, fake, indices)
+        if "token_type_ids" in accepted:
+            with_types = {**tensors, "token_type_ids": torch.zeros(shape, dtype=torch.long)}
+            typed = probe(twin, with_types, fake, indices)
+            # some want several types per token, and make them up by themselves
+            if typed.failure is None or found.failure is not None:
+                tensors, defaults["token_type_ids"], found = with_types, "zeros", typed
+    return Example(tensors, defaults, found)
+
+
+def _vocabulary(twin: PreTrainedModel) -> int:
+    try:
+        weight = twin.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):
+        weight = None
+    if not isinstance(weight, Tensor):
+        raise CaptureError(
+            f"cannot capture {type(twin).__name__}: which token indices it knows is unknown, because its "
+            "get_input_embeddings() yields no embedding with a weight; override it to return the token embedding"
+        )
+    return weight.shape[0]
+
+
+def _same_lookups(one: Probe, other: Probe) -> bool:
+    def same(a: Tensor, b: Tensor) -> bool:
+        try:
+            a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            return False
+        return torch.equal(a, b)
+
+    return len(one.lookups) == len(other.lookups) and all(map(same, one.lookups, other.lookups))
+
+
+def _sees_the_whole_text(twin: PreTrainedModel, found: Probe) -> bool:
+    known = [kind for kind in found.kinds if kind is not None]
+    if known:
+        return not any(kind.causal for kind in known)
+    return not twin.can_generate()

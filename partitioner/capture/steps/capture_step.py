@@ -1,0 +1,200 @@
+"""`capture_step`: the model as a graph that continues sequences, by the model's own use of a cache.
+
+    probe      which tensors the model's cache holds, and the kinds of its masks       cache.py, probe.py
+    export     with a cache whose layers are ours                                       trace.py, cache.py
+    fold       attention that reads its cache as it stands is attention again; the rest reads it by ops    step_fold.py
+
+    input_ids, position_ids [B, S]    slots [T]: 0, 1, 2 ...    active [B]: rows whose states move on
+
+A model with states per sequence is traced for one token at a time: its own code has a branch for that, and a state that
+is all zeros stands for no tokens. Others take S tokens at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+from transformers import PreTrainedModel
+
+from partitioner.capture.capture import describe_weights, ends_of, limits_of
+from partitioner.capture.inputs.graph_inputs import BATCH, LENGTH, choose_inputs
+from partitioner.capture.inputs.probe import Probe, probe
+from partitioner.capture.inputs.rope import fix_rope
+from partitioner.capture.steps.fold_states import fold_steps
+from partitioner.capture.steps.position_tables import most_slots
+from partitioner.capture.steps.traced_cache import Remembered, StepCache, find_states
+from partitioner.capture.trace.build_graph import Builder
+from partitioner.capture.trace.export_graph import export_step, result_of
+from partitioner.capture.trace.fake_model import configs, make_twin
+from partitioner.capture.trace.functionalize import functionalize
+from partitioner.capture.trace.shape_limits import check_together
+from partitioner.capture.trace.transformers_hooks import APPEND, READ
+from partitioner.capture.trace.weight_names import ModelWeights
+from partitioner.errors import CaptureError
+from partitioner.program.program import Input, Program, State
+from partitioner.sharding.layout import REPLICATED
+from partitioner.sharding.mesh import Mesh
+
+__all__ = ["capture_step"]
+
+SLOTS = 211
+"""Slots in the example: a prime, and more than tokens, so that there are some before them."""
+_CACHES = ("past_key_values", "cache_params")
+"""The parameters of forward that take a transformers Cache."""
+_DIMS = {"slots": ("slots",)}
+
+
+def capture_step(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None) -> Program:
+    """Raises `CaptureError` where the model keeps what it remembers other than in a transformers Cache."""
+    fake = FakeTensorMode()
+    twin = make_twin(model, fake)
+    known = ModelWeights(model)
+    notes, longest = fix_rope(twin, known, max_length=max_length)
+    _require_counting_from_zero(twin, fake, known)
+    for config in configs(twin):
+        config.use_cache = True
+    cache = _parameter(twin)
+    states = _find_states(twin, cache, fake, known)
+    recurrent = any(not state.per_token for state in states)
+    length = 1 if recurrent else LENGTH
+    example = _example(twin, length)
+    kinds = _probe_masks(twin, cache, states, example, fake, known)
+    symbols: dict[int, Any] = {0: Dim.DYNAMIC} if recurrent else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    dims = {name: {0: Dim.DYNAMIC} if name in _DIMS else symbols for name in example}
+    traced = _Stepping(twin, tuple(example), cache, states)
+    exported = functionalize(export_step(traced, twin, example, kinds, dims))
+    builder = Builder(exported, tuple(example), known.canonical.__getitem__, _DIMS)
+    graph = builder.build()
+    notes += builder.limits()
+    check_together(builder.guards, builder.symbols, name=type(model).__name__)
+    inputs = fold_steps(graph, kinds, states, builder.further, builder.symbols)
+    most = most_slots(graph, builder.symbols)
+    if most is not None:
+        low, high = builder.ranges.get("slots", (1, None))
+        builder.ranges["slots"] = (low, most if high is None else min(high, most))
+    weights, values = describe_weights(graph, builder, known)
+    used = {str(node.kwargs["state"]) for node in graph.nodes if "state" in node.kwargs}
+    if recurrent:
+        builder.ranges["sequence"] = (1, 1)
+        notes.append("prompts run token by token: what the model remembers is a state that each token changes")
+    return Program(
+        graph=graph,
+        inputs=tuple(Input(name, node.meta["val"], _DEFAULTS.get(name, "required")) for name, node in inputs.items()),
+        weights=weights,
+        values=values,
+        symbols=builder.symbols,
+        mesh=mesh,
+        name=type(model).__name__,
+        limits=limits_of(builder.ranges, longest),
+        eos_token_id=ends_of(model),
+        states={
+            s.name: State(s.name, s.shape, s.dtype, REPLICATED(len(s.shape)), per_token=s.per_token)
+            for s in states
+            if s.name in used
+        },
+        notes=notes,
+    )
+
+
+_DEFAULTS = {"position_ids": "arange"}
+
+
+class _Stepping(nn.Module):
+    """The model with positional inputs; what it returns, and what its states per sequence have become."""
+
+    def __init__(self, model: PreTrainedModel, names: tuple[str, ...], cache: str, states: list[Remembered]) -> None:
+        super().__init__()
+        self.model = model
+        self.names, self.cache, self.states = names, cache, states
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.names, tensors, strict=True))
+        step = _step_cache(self.model, self.states, given, given["input_ids"])
+        output = self.model(**given, **{self.cache: step.cache}, use_cache=True)
+        return (result_of(self.model, output), *step.written())
+
+
+def _step_cache(model: PreTrainedModel, states: list[Remembered], given: dict[str, Tensor], batch: Tensor) -> StepCache:
+    """Takes `slots` out of the inputs that are given to the model; `batch` has as many rows as they."""
+    slots, ids = given.pop("slots"), given["input_ids"]
+    return StepCache(
+        model,
+        states,
+        past=slots.shape[0] - ids.shape[1],
+        append=lambda x, number: APPEND(x, slots, number),
+        read=lambda state, number: READ(batch, list(state.shape), state.dtype, number),
+    )
+
+
+def _parameter(twin: PreTrainedModel) -> str:
+    accepted = inspect.signature(type(twin).forward).parameters
+    found = next((name for name in _CACHES if name in accepted), None)
+    if found is None or "input_ids" not in accepted:
+        raise CaptureError(
+            f"{type(twin).__name__} takes no transformers Cache: its forward takes {', '.join(accepted)}"
+        )
+    return found
+
+
+def _require_counting_from_zero(twin: PreTrainedModel, fake: FakeTensorMode, known: ModelWeights) -> None:
+    """Positions are given as 0, 1, 2 ...: a model that makes others of its tokens would be given wrong ones."""
+    if "position_ids" not in inspect.signature(type(twin).forward).parameters:
+        return
+    if "position_ids" not in choose_inputs(twin, fake, known.indices(), length=None).tensors:
+        raise CaptureError(f"{type(twin).__name__} counts positions by a rule of its own, not 0, 1, 2 and so on")
+
+
+def _example(twin: PreTrainedModel, length: int) -> dict[str, Tensor]:
+    accepted = inspect.signature(type(twin).forward).parameters
+    vocabulary = twin.get_input_embeddings().weight.shape[0]
+    shape = (BATCH, length)
+    found = {"input_ids": torch.arange(BATCH * length).reshape(shape) % max(vocabulary // 2, 1) + vocabulary // 2}
+    if "position_ids" in accepted:
+        found["position_ids"] = torch.arange(SLOTS - length, SLOTS).expand(shape).contiguous()
+    found["slots"] = torch.arange(SLOTS)
+    return found
+
+
+def _find_states(twin: PreTrainedModel, cache: str, fake: FakeTensorMode, known: ModelWeights) -> list[Remembered]:
+    given = _example(twin, LENGTH)
+    inputs = {name: value for name, value in given.items() if name != "slots"}
+    if "position_ids" in inputs:
+        inputs["position_ids"] = torch.arange(LENGTH).expand(BATCH, LENGTH).contiguous()
+
+    def run(empty: Any) -> None:
+        found = probe(twin, {**inputs, cache: empty, "use_cache": True}, fake, known.indices())
+        _succeeded(twin, found)
+
+    return find_states(twin, run)
+
+
+def _probe_masks(
+    twin: PreTrainedModel,
+    cache: str,
+    states: list[Remembered],
+    example: dict[str, Tensor],
+    fake: FakeTensorMode,
+    known: ModelWeights,
+) -> list[Any]:
+    given = dict(example)
+    past = SLOTS - given["input_ids"].shape[1]
+    step = _step_cache(twin, states, given, fake.from_tensor(given["input_ids"]))
+    found = probe(twin, {**given, cache: step.cache, "use_cache": True}, fake, known.indices(), offset=past)
+    _succeeded(twin, found)
+    if None in found.kinds:
+        raise CaptureError(f"{type(twin).__name__} masks its attention by a rule that capture does not know")
+    if not all(kind.causal for kind in found.kinds if kind is not None):
+        raise CaptureError(f"{type(twin).__name__} lets tokens see those after them")
+    return found.kinds
+
+
+def _succeeded(twin: PreTrainedModel, found: Probe) -> None:
+    if found.failure is not None:
+        raise CaptureError(
+            f"{type(twin).__name__} cannot be run with a cache: {type(found.failure).__name__}: {found.failure}"
+        ) from found.failure

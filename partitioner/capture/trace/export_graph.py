@@ -1,0 +1,179 @@
+"""Trace the twin with `torch.export`, batch and sequence symbolic.
+
+Non-strict export runs the model's Python on fake tensors and records the ops (torch.export, "non-strict mode").
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from transformers import PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+from partitioner.capture.trace.recognise_masks import MaskKind
+from partitioner.capture.trace.transformers_hooks import MASK, installed
+from partitioner.errors import CaptureError
+
+__all__ = ["WRAPPER", "export", "export_step", "result_of"]
+
+WRAPPER = "model"
+"""The attribute under which the traced module holds the model: the first part of every name in the export."""
+
+
+class _Traced(nn.Module):
+    """The model with positional inputs and one output: its logits, or the last hidden state where it has no head."""
+
+    def __init__(self, model: PreTrainedModel, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return result_of(self.model, self.model(**dict(zip(self.names, tensors, strict=True))))
+
+
+def result_of(model: PreTrainedModel, output: Any) -> Tensor:
+    """The logits of a model's output, or the last hidden state where it has no head."""
+    for name in ("logits", "last_hidden_state"):
+        value = output.get(name)
+        if isinstance(value, Tensor):
+            return value
+    raise CaptureError(
+        f"cannot capture {type(model).__name__}: its output has neither logits nor last_hidden_state; "
+        f"it has {', '.join(output.keys())}"
+    )
+
+
+class _Masks:
+    """The mask seam during the trace: the k-th mask has the kind that the probe found for the k-th."""
+
+    def __init__(self, kinds: list[MaskKind | None]) -> None:
+        self.kinds = kinds
+        self.asked = 0
+
+    def __call__(self, **call: Any) -> Tensor | None:
+        index, self.asked = self.asked, self.asked + 1
+        if index >= len(self.kinds) or self.kinds[index] is None:
+            return _written_out(call)
+        padding = call.get("attention_mask")
+        mask: Tensor = MASK(call["batch_size"], call["q_length"], call["kv_length"], padding, index, call["dtype"])
+        return mask
+
+
+def _written_out(call: dict[str, Any]) -> Tensor | None:
+    mask: Tensor | None = eager_mask(**{**call, "allow_is_bidirectional_skip": False})
+    return mask
+
+
+def export(
+    twin: PreTrainedModel, example: Mapping[str, Tensor], kinds: list[MaskKind | None], *, static: bool
+) -> ExportedProgram:
+    masks = _Masks(kinds)
+    said = io.StringIO()  # on failure torch prints the graph so far, thousands of lines
+    try:
+        with contextlib.redirect_stderr(said):
+            exported = _exported(twin, example, masks, static=static)
+    except CaptureError:
+        raise
+    except Exception as error:
+        helps = not static and _works_static(twin, example, kinds)
+        raise CaptureError(_explain(twin, error, static=static, static_helps=helps)) from error
+    sys.stderr.write(said.getvalue())
+    if masks.asked < len(kinds):
+        raise CaptureError(
+            f"cannot capture {type(twin).__name__}: it asked for {len(kinds)} masks in a plain run and for "
+            f"{masks.asked} in the trace, so which is which is unknown"
+        )
+    return exported
+
+
+def _exported(twin: PreTrainedModel, example: Mapping[str, Tensor], masks: _Masks, *, static: bool) -> ExportedProgram:
+    dims = {0: Dim.DYNAMIC} if static else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    return run_export(_Traced(twin, tuple(example)), example, masks, dict.fromkeys(example, dims))
+
+
+def export_step(
+    stepping: nn.Module,
+    twin: PreTrainedModel,
+    example: Mapping[str, Tensor],
+    kinds: list[MaskKind | None],
+    dims: Mapping[str, Mapping[int, Any]],
+) -> ExportedProgram:
+    """`stepping` holds the twin as `model`, takes the examples in order, and returns a tuple; `dims`: the symbolic."""
+    masks = _Masks(kinds)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            exported = run_export(stepping, example, masks, dims)
+    except CaptureError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:500]
+        raise CaptureError(
+            f"{type(twin).__name__}{_where(twin, error)} cannot be traced with a cache: torch.export failed with "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    if masks.asked != len(kinds):
+        raise CaptureError(
+            f"{type(twin).__name__} asked for {len(kinds)} masks in a plain run, {masks.asked} in the trace"
+        )
+    return exported
+
+
+def run_export(
+    traced: nn.Module, example: Mapping[str, Tensor], masks: _Masks, dims: Mapping[str, Mapping[int, Any]]
+) -> ExportedProgram:
+    with installed(masks), torch.no_grad():
+        return torch.export.export(
+            traced,
+            # a failed export leaves marks on its inputs
+            tuple(tensor.clone() for tensor in example.values()),
+            dynamic_shapes=(tuple(dict(dims[name]) for name in example),),
+            strict=False,
+        )
+
+
+def _works_static(twin: PreTrainedModel, example: Mapping[str, Tensor], kinds: list[MaskKind | None]) -> bool:
+    """Whether one length can be traced where all cannot: tried, rather than guessed from the words of an error."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            _exported(twin, example, _Masks(kinds), static=True)
+    except Exception:
+        return False
+    return True
+
+
+def _explain(twin: PreTrainedModel, error: Exception, *, static: bool, static_helps: bool) -> str:
+    reason = " ".join(str(error).split())[:1500]
+    if static_helps:
+        advice = "partition(..., length=N) compiles it for prompts of exactly N tokens, if that is enough"
+    elif "data-dependent" in reason:
+        advice = "the model decides something in Python on a value that only real weights have; no length helps"
+    elif static:
+        advice = "the error is not about lengths: this one length alone cannot be traced either"
+    else:
+        advice = "the error is not about lengths: with length=N it is the same"
+    where = _where(twin, error)
+    return (
+        f"cannot capture {type(twin).__name__}{where}: torch.export failed with {type(error).__name__}: "
+        f"{reason}\n{advice}"
+    )
+
+
+def _where(twin: PreTrainedModel, error: Exception) -> str:
+    """The innermost module of the model that was running, and its line."""
+    paths = {id(module): path for path, module in twin.named_modules()}
+    found = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        running = frame.f_locals.get("self")
+        if isinstance(running, nn.Module) and paths.get(id(running)):
+            found = f", at {paths[id(running)]} ({Path(frame.f_code.co_filename).name}:{line})"
+    return found

@@ -1,0 +1,222 @@
+"""The command line.
+
+    partitioner verify MODEL --tp 4      compare the partitioned model with the original; exit code 1 where they differ
+    partitioner report MODEL --tp 4      what would be split and what not, without any data
+    partitioner run MODEL --prompt "..." write what follows
+    partitioner export MODEL -o FOLDER   write a bundle: every rank's program and slices of the weights
+    partitioner show FOLDER              what is in a bundle
+
+Exit codes: 0 equal, 1 a difference or a lost rank, 2 something in the question is wrong (one line says what).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from partitioner.cli.export import export
+from partitioner.cli.run import Question, answer, answer_here, is_rank, run_in_processes
+from partitioner.cli.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
+from partitioner.compile.partition import partition
+from partitioner.errors import CommunicationError, PartitionerError
+from partitioner.program.plan import Plan
+from partitioner.storage.bundle.bundle import load
+from partitioner.storage.bundle.describe import describe, show_graph
+from partitioner.storage.example import EMBEDDED
+from partitioner.storage.named_model import dtype_named, load_model
+from runtime.generation.generation_options import Settings
+from runtime.processes.launch import require_timeout
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Model = Annotated[str, typer.Argument(help="a checkpoint folder, config:FILE.json, or a model type of transformers")]
+Tp = Annotated[int, typer.Option(help="tensor-parallel ranks")]
+Timeout = Annotated[float, typer.Option("--timeout", help="seconds until the processes are stopped")]
+Checkpoint = Annotated[
+    str | None, typer.Option(help="the folder with the weights, where a bundle was exported with --reference")
+]
+
+
+@app.command("verify")
+def verify_command(
+    model: Model,
+    tp: Tp = 2,
+    dtype: Annotated[str, typer.Option(help="one or several, with commas between")] = "float64,float32",
+    lengths: Annotated[str, typer.Option(help="sequence lengths, with commas between")] = "1,5,40",
+    simulate: Annotated[bool, typer.Option("--simulate", help="all ranks in this process, one thread each")] = False,
+    seed: Annotated[int, typer.Option(help="of random weights and inputs")] = 0,
+    timeout_s: Timeout = 600.0,
+) -> None:
+    """Compare the partitioned model with the original, over one process per rank."""
+    with _errors():
+        case = Case(model, tp, tuple(dtype.split(",")), parse_lengths(lengths), seed)
+        require_timeout(timeout_s)  # also where no process is started
+        for name in case.dtypes:
+            dtype_named(name)
+        outcomes = list(verify(case)) if simulate else verify_in_processes(case, timeout_s=timeout_s)
+        console = Console()
+        console.print(_table(case, outcomes, "one thread per rank" if simulate else "one process per rank, gloo"))
+        worst = next((outcome for outcome in outcomes if not outcome.equal), None)
+        if worst is not None:
+            divergence = explain(case, worst)
+            equal = "in the trace, or in rounding: in float64 the partitioned graph equals the traced one"
+            at = equal if divergence is None else str(divergence)
+            console.print(
+                f"first difference ({worst.dtype}, length {worst.length}): {at}", markup=False, highlight=False
+            )
+            raise typer.Exit(1)
+
+
+@app.command("report")
+def report_command(
+    model: Model,
+    tp: Tp = 2,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="also of the program that continues texts: what ranks remember")
+    ] = False,
+) -> None:
+    """Print what would be split over the ranks and what would not, and why. Needs no weights and little memory."""
+    with _errors():
+        parts = partition(load_model(model, dtype=torch.float32, meta=True), Plan(tp=tp))
+        console = Console()
+        console.print(str(parts.report), markup=False, highlight=False, soft_wrap=True)
+        if generate:
+            console.print(f"\n{parts.generation_report}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("run")
+def run_command(
+    prompt: Annotated[list[str], typer.Option(help="what to continue; given several times, a batch")],
+    model: Annotated[
+        str, typer.Argument(help="a checkpoint folder with a tokenizer, or a bundle; by default the small model inside")
+    ] = str(EMBEDDED),
+    tp: Annotated[int | None, typer.Option(help="tensor-parallel ranks; by default 1, or those of the bundle")] = None,
+    dtype: Annotated[str | None, typer.Option(help="to load the weights in; by default float32")] = None,
+    max_new_tokens: int = 64,
+    sample: Annotated[bool, typer.Option("--sample", help="draw tokens; otherwise the likeliest each time")] = False,
+    temperature: float = 1.0,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: Annotated[int, typer.Option(help="the same seed says the same on any number of ranks")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="text after which to stop; may be given several times")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the tokenizer's chat template")] = False,
+    cache_memory: Annotated[
+        str | None, typer.Option(help='the most that a rank may keep for the cache: "4 GB", or "0.9 of free"')
+    ] = None,
+    simulate: Annotated[bool, typer.Option("--simulate", help="all ranks in this process, one thread each")] = False,
+    timeout_s: Timeout = 3600.0,
+    profile: Annotated[str, typer.Option(help="write what every rank did, node by node, to this file")] = "",
+    checkpoint: Checkpoint = None,
+    mapped: Annotated[
+        bool, typer.Option("--mapped", help="use weights where they lie in the files, which must stay as they are")
+    ] = False,
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="do not compare a bundle's weights with their digests")
+    ] = False,
+) -> None:
+    """Write what follows a prompt, over one process per rank: of this machine, or those that torchrun started."""
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p or None,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop_strings": stop or [],
+    }
+    with _errors():
+        require_timeout(timeout_s)
+        question = Question(
+            model,
+            tp,
+            tuple(prompt),
+            dtype=dtype,
+            checkpoint=checkpoint,
+            mapped=mapped,
+            checked=not unchecked,
+            chat=chat,
+            cache_memory=cache_memory,
+            options=options,
+            profile=profile,
+        )
+        Settings.of({**options, "tokenizer": ...}, eos_token_id=())  # here once, rather than on every rank
+        if is_rank():
+            answer(question)
+        elif simulate or question.num_ranks == 1:
+            answer_here(question)
+        else:
+            run_in_processes(question, timeout_s=timeout_s)
+
+
+@app.command("export")
+def export_command(
+    model: Annotated[str, typer.Argument(help="a checkpoint folder, a bundle to split anew, or as for report")],
+    out: Annotated[str, typer.Option("--out", "-o", help="a new folder")],
+    tp: Tp = 1,
+    dtype: Annotated[str | None, typer.Option(help="to store the weights in; by default the checkpoint's")] = None,
+    max_length: Annotated[int | None, typer.Option(help="the longest text that will be run")] = None,
+    keep_whole: Annotated[list[str] | None, typer.Option(help="names of weights, with *, that no rank splits")] = None,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="leave the weights in the checkpoint, and say where each rank's are")
+    ] = False,
+) -> None:
+    """Write a bundle: what each rank runs, and its slices of the weights. Loading it runs nothing of what is in it."""
+    with _errors():
+        plan = Plan(tp=tp, keep_whole=tuple(keep_whole or ()))
+        said = export(model, plan, out, dtype=dtype, max_length=max_length, reference=reference)
+        Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("show")
+def show_command(
+    folder: Annotated[str, typer.Argument(help="a bundle")],
+    rank: Annotated[int | None, typer.Option(help="print what this rank runs")] = None,
+    generation: Annotated[bool, typer.Option("--generation", help="its program that continues texts")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read all of it, the weights too, and check it")] = False,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Print what is in a bundle."""
+    with _errors():
+        bundle = load(folder, checkpoint=checkpoint)
+        if verify:
+            bundle.verify()
+        said = describe(bundle) if rank is None else show_graph(bundle, rank, generation=generation)
+        Console().print(said, markup=False, highlight=False, soft_wrap=True)
+        if verify:
+            Console().print("all files are as they were written", markup=False, highlight=False)
+
+
+def main() -> None:
+    app()
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except PartitionerError as error:
+        hint = " (--simulate shows at which node)" if isinstance(error, CommunicationError) else ""
+        Console(stderr=True).print(f"error: {error}{hint}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1 if isinstance(error, CommunicationError) else 2) from None
+
+
+def _table(case: Case, outcomes: list[Outcome], how: str) -> Table:
+    table = Table(title=f"{case.model}, tp={case.tp}, {how}")
+    for heading in ("dtype", "length", "relative error", "accepted", ""):
+        table.add_column(heading, justify="left" if heading in ("dtype", "") else "right")
+    for outcome in outcomes:
+        verdict = "[green]equal[/]" if outcome.equal else "[red]differs[/]"
+        table.add_row(outcome.dtype, str(outcome.length), f"{outcome.error:.1e}", f"{outcome.accepted:.0e}", verdict)
+    return table

@@ -1,0 +1,291 @@
+"""`partitioner run`: text after a prompt, from a model partitioned over processes, streamed as it comes.
+
+    answer(question)                    what one rank does: load, partition, generate; rank 0 prints
+    run_in_processes(question, ...)     start the ranks of this machine and wait for them
+    under torchrun                      the process is a rank already, and answers by itself
+
+The text goes to standard output, all else to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from partitioner.compile.partition import partition
+from partitioner.errors import InputError
+from partitioner.program.plan import Plan
+from partitioner.program.ranks import Ranks
+from partitioner.storage.bundle.bundle import Bundle, is_bundle, load
+from partitioner.storage.named_model import dtype_named
+from runtime.engine.engine import Engine
+from runtime.kv_cache.cache_size import CacheSize
+from runtime.kv_cache.device_memory import Amount
+from runtime.processes.launch import begin_worker, launch
+
+__all__ = ["Question", "answer", "answer_here", "is_rank", "run_in_processes"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What to run: MODEL (a checkpoint folder with a tokenizer, or a bundle), the prompts, and how to continue them.
+
+    tp, dtype: None for what the bundle has, for one rank, and for float32. checkpoint: the folder of the weights that a
+    bundle refers to. mapped: weights are used where they lie in the files. checked: a bundle's must have its digests.
+    """
+
+    model: str
+    tp: int | None
+    prompts: tuple[str, ...]
+    dtype: str | None = None
+    checkpoint: str | None = None
+    mapped: bool = False
+    checked: bool = True
+    chat: bool = False
+    cache_memory: str | None = None
+    """The most that the cache may take on a rank, as in `runtime.kv_cache.device_memory`; None: all that is free."""
+    options: dict[str, Any] = field(default_factory=dict)
+    profile: str = ""
+    """Where to write a trace of what every rank does; "": nowhere."""
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            dtype_named(self.dtype)
+        if self.profile and (not Path(self.profile).parent.is_dir() or Path(self.profile).is_dir()):
+            raise InputError(f"cannot write a trace to {self.profile!r}: give a file in a folder that exists")
+        if self.cache_memory is not None:
+            Amount.of(self.cache_memory)
+        self.plan  # noqa: B018 - checks the degree
+        for prompt in self.prompts:
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"the prompt {prompt!r} is no text: {error.reason}") from None
+        if not Path(self.model).is_dir():
+            raise InputError(
+                f"{self.model!r} is no folder: to write text, a checkpoint with its tokenizer, or a bundle, is needed"
+            )
+        if not is_bundle(self.model) and self.checkpoint is not None:
+            raise InputError(f"--checkpoint is for a bundle that refers to one; {self.model!r} is no bundle")
+        if not is_bundle(self.model) and not self.checked:
+            raise InputError(f"--unchecked is for a bundle, which has digests; {self.model!r} is no bundle")
+
+    def ranks(self) -> Ranks:
+        """The model, without its weights: each rank reads its own, when it is connected."""
+        if not is_bundle(self.model):
+            return partition(self.model, self.plan, dtype=dtype_named(self.dtype or "float32"), mapped=self.mapped)
+        bundle = load(self.model, checkpoint=self.checkpoint, mapped=self.mapped, checked=self.checked)
+        if self.tp not in (None, bundle.mesh.world_size) or self.dtype is not None:
+            raise InputError(
+                f"{self.model!r} is a bundle for tp={bundle.mesh.world_size}, as it is: leave --tp and --dtype out, or "
+                "split it anew by partitioner export"
+            )
+        return bundle
+
+    @property
+    def num_ranks(self) -> int:
+        return load(self.model).mesh.world_size if is_bundle(self.model) else self.plan.mesh.world_size
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(tp=1 if self.tp is None else self.tp)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Question:
+        fields = json.loads(text)
+        return cls(**{**fields, "prompts": tuple(fields["prompts"])})
+
+
+def is_rank() -> bool:
+    """Whether torchrun started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def run_in_processes(question: Question, *, timeout_s: float) -> None:
+    """Start one process per rank here."""
+    # what is wrong is said once, before anything is started
+    _tokenizer(question)
+    if is_bundle(question.model):
+        question.ranks().rank(0)
+    with tempfile.TemporaryDirectory(prefix="partitioner-") as folder:
+        path = Path(folder, "question.json")
+        path.write_text(question.to_json())
+        command = ["partitioner.cli.run_rank", str(path)]
+        launch(command, num_ranks=question.num_ranks, timeout_s=timeout_s, folder=folder)
+
+
+def answer(question: Question) -> None:
+    """One rank of several."""
+    begin_worker()
+    parts, tokenizer = _load(question)
+    started = time.perf_counter()
+    with Engine.connect(parts) as engine:
+        _say(f"weights loaded in {time.perf_counter() - started:.1f} s")
+        is_first = engine.program.rank == 0
+        with _profiled(question, engine, writes=is_first):
+            _write(question, tokenizer, engine, sys.stdout if is_first else None)
+
+
+def answer_here(question: Question) -> None:
+    """All ranks in this process, one thread each."""
+    parts, tokenizer = _load(question)
+    with _profiled(question, parts, writes=True):
+        _write(question, tokenizer, parts, sys.stdout)
+
+
+@contextlib.contextmanager
+def _profiled(question: Question, engine: Engine | Ranks, *, writes: bool) -> Iterator[None]:
+    if not question.profile:
+        yield
+        return
+    with engine.profile() as trace:
+        yield
+    if writes:
+        try:
+            trace.save(question.profile)
+        except OSError as error:
+            raise InputError(f"cannot write a trace to {question.profile!r}: {error}") from error
+        _say(f"{trace}\ntrace in {question.profile}: open it at https://ui.perfetto.dev")
+
+
+def _load(question: Question) -> tuple[Ranks, Any]:
+    transformers_logging.disable_progress_bar()
+    started = time.perf_counter()
+    tokenizer = _tokenizer(question)
+    ranks = question.ranks()
+    _say(f"{'bundle read' if isinstance(ranks, Bundle) else 'partitioned'} in {time.perf_counter() - started:.1f} s")
+    return ranks, tokenizer
+
+
+def _tokenizer(question: Question) -> Any:
+    folder = question.model
+    if is_bundle(folder):
+        folder = str(load(folder).model_folder())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # what its files hold is not checked by who reads them
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise InputError(f"transformers finds no tokenizer in {folder!r}: {why}") from error
+    if question.chat and tokenizer.chat_template is None:
+        raise InputError(
+            f"the tokenizer of {folder!r} has no chat template: leave --chat out, or put the model's "
+            "chat_template.jinja into the folder"
+        )
+    return tokenizer
+
+
+def _write(question: Question, tokenizer: Any, engine: Engine | Ranks, out: TextIO | None) -> None:
+    prompts = [_ids(question, tokenizer, prompt) for prompt in question.prompts]
+    _reserve(question, engine, longest=max(map(len, prompts)))
+    options = dict(question.options)
+    if options.get("stop_strings"):
+        options["tokenizer"] = tokenizer
+    said: list[list[int]] = [[] for _ in prompts]
+    # one sequence is written as it comes; several would run into each other
+    texts = [_Text(tokenizer, prompt) for prompt in prompts]
+    # a question and its answer are two texts, a prompt and its continuation one
+    stream = _Stream(texts[0], out, with_prompt=not question.chat) if len(prompts) == 1 else None
+    started = time.perf_counter()
+    first = started
+    for count, step in enumerate(engine.stream(prompts, **options)):
+        if count == 0:
+            first = time.perf_counter()
+        for row, token in enumerate(step.tokens):
+            if token is not None:
+                said[row].append(token)
+        if stream is not None:
+            stream.show(said[0])
+    ended = time.perf_counter()
+    if out is None:
+        return
+    if stream is not None:
+        stream.end(said[0])
+    else:
+        for prompt, text, tokens in zip(question.prompts, texts, said, strict=True):
+            between = "\n" if question.chat else ""
+            out.write(f"{prompt}{between}{text.after(tokens)}\n\n")
+    out.flush()
+    later = sum(map(len, said)) - len(said)
+    rate = f"{later / (ended - first):.1f} tokens/s" if later and ended > first else "one token"
+    total, degree = sum(map(len, said)), engine.mesh.size("tp")
+    _say(f"{total} tokens, the first after {first - started:.2f} s, then {rate} (tp={degree})")
+
+
+def _reserve(question: Question, engine: Engine | Ranks, *, longest: int) -> None:
+    """Sets the cache aside, of the size that this question needs, and says how much more would fit."""
+    new: int = question.options.get("max_new_tokens", 1)
+    size = CacheSize(max_batch=len(question.prompts), max_length=longest + new - 1, memory=question.cache_memory)
+    _say(f"cache: {engine.reserve(size)}")
+
+
+def _ids(question: Question, tokenizer: Any, prompt: str) -> list[int]:
+    if not question.chat:
+        ids = list(tokenizer(prompt)["input_ids"])
+        if not ids:
+            raise InputError(
+                f"the tokenizer of {question.model!r} makes no tokens of the prompt {prompt!r}: "
+                + ("give a text" if not prompt else "there may be none in the folder (tokenizer.json, for one)")
+            )
+        return ids
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates are programs, and raise what they like
+        raise InputError(f"the chat template of {question.model!r} refuses {prompt!r}: {error}") from error
+    # the template has written the special tokens
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+class _Text:
+    """What follows a prompt, as far as it is certain: the last bytes of a letter may be still to come."""
+
+    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
+        self.tokenizer, self.ids = tokenizer, prompt
+        self.prompt = self._decoded(prompt).rstrip("\ufffd")
+
+    def after(self, tokens: list[int]) -> str:
+        # together with the prompt: a space between the two belongs to neither alone
+        return self._decoded(self.ids + tokens)[len(self.prompt) :]
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class _Stream:
+    """Writes a text as it comes."""
+
+    def __init__(self, text: _Text, out: TextIO | None, *, with_prompt: bool) -> None:
+        self.text, self.out = text, out
+        self.written = 0
+        if out is not None and with_prompt:
+            out.write(text.prompt)
+
+    def show(self, tokens: list[int]) -> None:
+        if self.out is not None:
+            text = self.text.after(tokens).rstrip("\ufffd")
+            self.out.write(text[self.written :])
+            self.out.flush()
+            self.written = max(self.written, len(text))
+
+    def end(self, tokens: list[int]) -> None:
+        assert self.out is not None
+        self.out.write(self.text.after(tokens)[self.written :] + "\n")
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)

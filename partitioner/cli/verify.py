@@ -1,0 +1,169 @@
+"""Verify: the partitioned model against the original, at several lengths and precisions.
+
+    verify(Case("config:tiny.json", tp=2))                              all ranks in this process
+    verify_in_processes(Case("config:tiny.json", tp=2), timeout_s=60)   one process per rank, over gloo
+
+The original in eager mode is the reference; where an outcome is not within its tolerance, `explain` names the first
+node that differs. Comparing in float64 separates a wrong result from a rounded one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partitioner.cli.compare import Divergence, difference, first_divergence, tolerance
+from partitioner.compile.partition import compile_program, trace
+from partitioner.compile.parts import Parts
+from partitioner.errors import CaptureError, InputError, WeightError
+from partitioner.program.plan import Plan
+from partitioner.proof.float64 import ExactArithmetic, in_float64
+from partitioner.report.report import Report
+from partitioner.storage.named_model import dtype_named, load_config, load_model
+from runtime.processes.launch import launch
+
+__all__ = [
+    "Case",
+    "Outcome",
+    "compiled",
+    "explain",
+    "outcomes_of",
+    "parse_lengths",
+    "verify",
+    "verify_in_processes",
+]
+
+_BATCH = 2
+LARGEST_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to verify: MODEL as in `named_model`, and at which lengths and precisions."""
+
+    model: str
+    tp: int
+    dtypes: tuple[str, ...] = ("float64", "float32")
+    lengths: tuple[int, ...] = (1, 5, 40)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise InputError(f"the seed must be a whole number from 0 to {LARGEST_SEED}, got {self.seed}")
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(tp=self.tp)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Case:
+        fields: dict[str, Any] = json.loads(text)
+        for name in ("dtypes", "lengths"):
+            fields[name] = tuple(fields[name])
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One comparison: the largest absolute difference over the largest magnitude of the original's result."""
+
+    dtype: str
+    length: int
+    error: float
+    accepted: float
+
+    @property
+    def equal(self) -> bool:
+        return self.error <= self.accepted
+
+
+def verify(case: Case) -> Iterator[Outcome]:
+    """Simulate every rank in this process."""
+    for dtype in case.dtypes:
+        model = load_model(case.model, dtype=dtype_named(dtype), seed=case.seed)
+        parts = compiled(model, case.plan)
+        yield from outcomes_of(case, dtype, model, functools.partial(_simulated, parts))
+
+
+def verify_in_processes(case: Case, *, timeout_s: float) -> list[Outcome]:
+    """Start one process per rank; each builds the model, partitions it, and runs its part over gloo."""
+    # here once, rather than on every rank: a wrong name should be one line
+    load_config(case.model, small=True)
+    with tempfile.TemporaryDirectory(prefix="partitioner-") as folder:
+        question = Path(folder, "case.json")
+        question.write_text(case.to_json())
+        launch(
+            ["partitioner.cli.verify_rank", str(question), folder],
+            num_ranks=case.plan.mesh.world_size,
+            timeout_s=timeout_s,
+            folder=folder,
+        )
+        answers = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("outcomes-*.json"))]
+    ranks = [[Outcome(**fields) for fields in answer] for answer in answers]
+    return [max(same, key=lambda outcome: outcome.error) for same in zip(*ranks, strict=True)]
+
+
+def _simulated(parts: Parts[Any], input_ids: Tensor) -> list[Tensor]:
+    try:
+        return parts.simulate_ranks(input_ids=input_ids)
+    except (InputError, WeightError):
+        raise
+    except Exception:
+        # ranks that fail differ from the original: no result, and `explain` says at which node
+        return []
+
+
+def outcomes_of(case: Case, dtype: str, model: Any, run: Callable[[Tensor], list[Tensor]]) -> Iterator[Outcome]:
+    """Compare the results of `run`, one per rank, with that of `model` at every length."""
+    for length in case.lengths:
+        input_ids = _input_ids(case, model, length)
+        results = run(input_ids)  # first, because it refuses what does not fit in words
+        exact = ExactArithmetic() if model.dtype is torch.float64 else contextlib.nullcontext()
+        with torch.no_grad(), exact:
+            expected = model(input_ids=input_ids, use_cache=False)[0]
+        error = max((difference(result, expected) for result in results), default=float("inf"))
+        yield Outcome(dtype, length, error, tolerance(dtype_named(dtype)))
+
+
+def compiled(model: Any, plan: Plan) -> Parts[Report]:
+    """The partitioned model; in float64 without the model's detours through float32, as the reference is taken."""
+    traced = trace(model)
+    return compile_program(in_float64(traced) if model.dtype is torch.float64 else traced, plan)
+
+
+def explain(case: Case, outcome: Outcome) -> Divergence | None:
+    """The first node that differs; None: in float64 the partitioned graph does what the traced one does."""
+    model = load_model(case.model, dtype=dtype_named(outcome.dtype), seed=case.seed)
+    parts = compiled(model, case.plan)
+    return first_divergence(parts, input_ids=_input_ids(case, model, outcome.length))
+
+
+def _input_ids(case: Case, model: Any, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(case.seed + length)
+    vocabulary: int = model.config.get_text_config().vocab_size
+    # the first few are special tokens, which some models treat as padding
+    lowest = min(3, vocabulary - 1)
+    return torch.randint(lowest, vocabulary, (_BATCH, length), generator=generator)
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """Numbers with commas between, as on the command line."""
+    try:
+        lengths: Sequence[int] = [int(part) for part in text.split(",")]
+    except ValueError:
+        lengths = []
+    if not lengths or min(lengths) < 1:
+        raise CaptureError(f"--lengths must be whole numbers of at least 1 with commas between, got {text!r}")
+    return tuple(lengths)

@@ -1,0 +1,1 @@
+"""partition(): from a captured program to one program per rank."""

@@ -1,0 +1,92 @@
+"""Spellings made one: what a trace writes in several ways is written in one, so that each rule is needed once.
+
+x[:, :, [4]] with a constant index    ->  reorder(x, [4], dim=2): a move, where indexing needs the whole dim
+cat([x, y[.., 0 elements]], dim)      ->  x
+broadcast_to(x, shape)                ->  expand(x, shape)
+glu(x, dim)                           ->  a * sigmoid(b), where a, b are the halves of x: each on its own is a move
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from partitioner.program.node_arguments import arguments, operation
+from partitioner.program.program import Program, Value
+from runtime.ops.local import reorder
+
+aten = torch.ops.aten
+
+__all__ = ["canonicalize"]
+
+
+def canonicalize(program: Program) -> None:
+    """Rewrites the graph in place."""
+    for node in list(program.graph.nodes):
+        if node.op == "call_function" and operation(node) in (aten.index, aten.index_select):
+            _constant_index(program, node)
+        elif node.op == "call_function" and operation(node) is aten.cat:
+            _empty_pieces(node)
+        elif node.op == "call_function" and operation(node) is aten.broadcast_to:
+            a = arguments(node)
+            node.target, node.args, node.kwargs = aten.expand.default, (a["self"], a["size"]), {}
+        elif node.op == "call_function" and operation(node) is aten.glu:
+            _gated(program, node)
+    program.graph.eliminate_dead_code()
+    used = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
+    for name in [name for name in program.weights if name not in used]:
+        del program.weights[name]
+
+
+def _empty_pieces(node: fx.Node) -> None:
+    a = arguments(node)
+    shapes = {x: x.meta["val"].shape for x in a["tensors"]}
+    # torch lets a 1-d tensor without elements stand beside tensors of any shape
+    pieces = [x for x in a["tensors"] if shapes[x] != (0,) and shapes[x][a["dim"] or 0] != 0]
+    if len(pieces) == 1:
+        node.replace_all_uses_with(pieces[0])
+    elif pieces and len(pieces) < len(a["tensors"]):
+        node.args, node.kwargs = (pieces, a["dim"] or 0), {}
+
+
+def _gated(program: Program, node: fx.Node) -> None:
+    a = arguments(node)
+    x, value = a["self"], node.meta["val"]
+    half = value.shape[a["dim"]]
+    if not isinstance(half, int):
+        return
+    with program.graph.inserting_before(node):
+        halves = [
+            program.graph.call_function(aten.slice.Tensor, (x, a["dim"], start, start + half)) for start in (0, half)
+        ]
+        gate = program.graph.call_function(aten.sigmoid.default, (halves[1],))
+    for made in (*halves, gate):
+        made.meta = dict(node.meta)
+    node.target, node.args, node.kwargs = aten.mul.Tensor, (halves[0], gate), {}
+
+
+def _constant_index(program: Program, node: fx.Node) -> None:
+    a = arguments(node)
+    if operation(node) is aten.index:
+        given = [(dim, index) for dim, index in enumerate(a["indices"]) if index is not None]
+        if len(given) != 1:
+            return
+        dim, index = given[0]
+    else:
+        dim, index = a["dim"], a["index"]
+    if not isinstance(index, fx.Node) or index.op != "get_attr":
+        return
+    weight = program.weights[str(index.target)]
+    value = program.values[weight.name]
+    source = a["self"].meta["val"]
+    size = source.shape[dim]
+    if weight.source != "constant" or value.dtype is not torch.int64 or value.ndim > 1 or not isinstance(size, int):
+        return
+    assert isinstance(source, Value)
+    order = [i + size if i < 0 else i for i in value.reshape(-1).tolist()]
+    path = node.meta.get("path", "")
+    if value.ndim == 0 and operation(node) is aten.index:
+        node.target, node.args, node.kwargs = aten.select.int, (a["self"], dim, order[0]), {}
+    else:
+        node.target, node.args, node.kwargs = reorder, (a["self"], order), {"dim": dim}
+    node.meta["path"] = path

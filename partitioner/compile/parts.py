@@ -1,0 +1,106 @@
+"""Parts: a model just partitioned. One program per rank, with the ways to run it of `Ranks`, and the report."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from partitioner.compile.emit import Emitter
+from partitioner.errors import BundleError, PlanError
+from partitioner.program.model_record import ModelRecord
+from partitioner.program.plan import Plan
+from partitioner.program.program import Program
+from partitioner.program.ranks import Ranks
+from partitioner.report.generation_report import GenerationReport, make_generation_report
+from partitioner.sharding.mesh import Mesh
+from partitioner.storage.bundle.save import save_ranks
+from runtime.program.rank_program import RankProgram
+
+__all__ = ["Parts"]
+
+Report = TypeVar("Report")
+
+
+class Parts(Ranks, Generic[Report]):
+    """See the module's docstring; `traced` is the program before any pass, for `partitioner.cli.compare`."""
+
+    def __init__(
+        self,
+        program: Program,
+        report: Report,
+        *,
+        traced: Program | None = None,
+        generation: Callable[[], Program] | None = None,
+        plan: Plan | None = None,
+        model: ModelRecord | None = None,
+    ) -> None:
+        self.program = program
+        self.report = report
+        self.traced = traced
+        self._compile_generation = generation
+        self._plan, self._model = plan, model
+        self._ranks: dict[int, RankProgram] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.program.mesh
+
+    def rank(self, rank: int) -> RankProgram:
+        coordinates = self.mesh.coordinates(rank)
+        if rank not in self._ranks:
+            self._ranks[rank] = self._emitter.rank(coordinates)
+        return self._ranks[rank]
+
+    @cached_property
+    def _emitter(self) -> Emitter:
+        return Emitter(self.program)
+
+    @property
+    def generation(self) -> Program:
+        """The program that continues sequences, compiled when first asked for.
+
+        Raises `PlanError` where the model's tokens depend on each other by more than causal attention.
+        """
+        return self._generation.program
+
+    @cached_property
+    def _generation(self) -> Emitter:
+        if self._compile_generation is None:
+            raise PlanError("these parts were made without a program for generation")
+        return Emitter(self._compile_generation())
+
+    @cached_property
+    def generation_report(self) -> GenerationReport:
+        """What each rank remembers of a sequence, split or whole and why; raises as `generation` does."""
+        ranks = range(self.mesh.world_size)
+        return make_generation_report(
+            self.generation, [self.generation_rank(rank) for rank in ranks], [self.rank(rank) for rank in ranks]
+        )
+
+    def generation_rank(self, rank: int) -> RankProgram:
+        """What `rank` runs to continue sequences; it reads the weights of `rank(rank)`."""
+        with self._lock:  # simulated ranks ask at the same time
+            return self._generation.rank(self.mesh.coordinates(rank))
+
+    def save(self, folder: str | Path, *, tokenizer: str | Path | None = None, reference: bool = False) -> None:
+        """Writes a bundle, which `partitioner.load` reads: graphs as data, and each rank's slices of the weights.
+
+        `folder` must be new or empty. `tokenizer`: a folder whose tokenizer is put beside them. `reference`: weights of
+        a checkpoint stay in it, and nothing is copied. Nothing that is written is ever run when it is read.
+        Raises `BundleError` where the program is not to be written.
+        """
+        if self._plan is None or self._model is None:
+            raise BundleError("these parts were not made by partition(): what they were made from is not known")
+        save_ranks(
+            self,
+            folder,
+            plan=self._plan,
+            model=self._model,
+            report=str(self.report),
+            tokenizer=tokenizer,
+            reference=reference,
+        )

@@ -1,0 +1,229 @@
+"""Program: the captured model as one graph for all ranks, with its inputs, weights and table of integers.
+
+    graph     torch.fx.Graph: placeholders (the inputs, in order), get_attr (weights by name), call_function, output
+    node      node.meta["val"]    Value (shape, dtype), a tuple of Values (several outputs), a sympy.Expr (an integer)
+              node.meta["layout"] Layout, or a tuple of Layouts; set by the passes and re-inferred by the verifier
+              node.meta["path"]   the module it came from ("model.layers.0.self_attn")
+              node.meta["why"]    the reason for what a pass did to it
+    table     what differs between ranks: integers (or tuples of them) that stand in the graph as `Local(name)`
+
+Passes describe weights and never slice them; one graph serves every coordinate, and `emit` substitutes the integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import sympy
+import torch
+from torch import fx
+
+from partitioner.sharding.layout import REPLICATED, Layout
+from partitioner.sharding.mesh import Mesh
+from runtime.program.rank_program import Bound, Piece, WeightShard
+from runtime.weights.load_weights import WeightSource
+
+__all__ = ["Entry", "Input", "Local", "Origins", "Program", "State", "Value", "Weight"]
+
+Integers = int | tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Value:
+    """Shape (ints, or sympy expressions in the batch and sequence symbols) and dtype of a tensor."""
+
+    shape: tuple[int | sympy.Expr, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Input:
+    """An explicit input: its name (a keyword of the run), its value, and what stands in where the user gives none.
+
+    default: "required" | "arange" (0..S-1 per row) | "ones" | "zeros"
+    bound: the values that it may have; see `partitioner.compile.input_bounds`
+    """
+
+    name: str
+    value: Value
+    default: str
+    bound: Bound | None = None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter or buffer: described, never sliced.
+
+    source: "checkpoint" (saved with the model), "computed" (a non-persistent buffer: absent from checkpoints),
+    "constant" (made by the trace) or "made" (from another weight, when a rank is loaded: `make(of)`).
+    aliases: other names of the same tensor (tied weights).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    source: str
+    aliases: tuple[str, ...] = ()
+    of: Weight | None = None
+    make: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Of the whole tensor `of`, the whole of this one; a function of a module."""
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.shape).numel())
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class State:
+    """What a rank remembers of each sequence between runs: `shape` per token (or once), split as `layout` says.
+
+    sees: how many positions back (the token's own included) a later token may look; None: all of them. per_token:
+    one for each token; otherwise one for all of them, which each token changes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: Layout
+    sees: int | None = None
+    per_token: bool = True
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table: the value on one whole model, and per coordinate of `axes` (row-major)."""
+
+    whole: Integers
+    axes: tuple[str, ...]
+    values: tuple[Integers, ...]
+
+
+@dataclass(frozen=True)
+class Local:
+    """Stands in a node's arguments for an integer that differs between ranks; `name` is a row of the table."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return f"local({self.name!r})"
+
+
+class Origins(Protocol):
+    """Where weights lie in files, under names and in an order that need not be the model's."""
+
+    @property
+    def source(self) -> WeightSource: ...
+
+    def find(self, name: str, aliases: Sequence[str]) -> object:
+        """Raises `WeightError` where the files do not hold the weight."""
+
+    def of(self, shard: WeightShard) -> tuple[Piece, ...]:
+        """The pieces of a rank's part of a weight."""
+
+
+@dataclass
+class Program:
+    """See the module's docstring."""
+
+    graph: fx.Graph
+    inputs: tuple[Input, ...]
+    weights: dict[str, Weight]
+    values: Mapping[str, torch.Tensor]
+    """Data of the weights by canonical name; meta tensors where the model has none."""
+    symbols: dict[str, sympy.Symbol]
+    """The symbols in shapes by meaning: "batch", "sequence"."""
+    mesh: Mesh
+    name: str = ""
+    """Class name of the model, for reports only."""
+    table: dict[str, Entry] = field(default_factory=dict)
+    weight_layouts: dict[str, Layout] = field(default_factory=dict)
+    """Layout of each weight that is not whole on every rank."""
+    has_head: bool = True
+    """Whether the result is logits over a vocabulary, and not the last hidden state."""
+    eos_token_id: tuple[int, ...] = ()
+    """The tokens after which the model's text ends, by its own generation config."""
+    states: dict[str, State] = field(default_factory=dict)
+    """What ranks remember between runs, by name; empty where the whole text is run at once."""
+    output: Layout | None = None
+    """How the ranks hold the result; None: all of it on every rank."""
+    kept_whole: dict[str, str] = field(default_factory=dict)
+    """Weights that could have been split and stay whole, with the reason."""
+    limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    """By name of a symbol: the smallest and the largest size that the graph is right for, where not all are.
+
+    "positions": how long a text may become, where parts of it are run.
+    """
+    origins: Origins | None = None
+    """Where the weights lie in the files of a checkpoint; None where the model was given with its weights."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know: variants fixed at capture, inputs refused."""
+
+    def copy(self, mesh: Mesh | None = None) -> Program:
+        """The same program with a graph of its own; on another mesh if one is given, before anything is laid out."""
+        graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+        output = graph.graph_copy(self.graph, copied)
+        graph.output(output).meta = dict(self.graph.output_node().meta)
+        for node, copy in copied.items():
+            copy.name = node.name
+        return replace(
+            self,
+            graph=graph,
+            weights=dict(self.weights),
+            mesh=mesh or self.mesh,
+            table=dict(self.table),
+            weight_layouts=dict(self.weight_layouts),
+            states=dict(self.states),
+            kept_whole=dict(self.kept_whole),
+            notes=list(self.notes),
+        )
+
+    def add_input(self, name: str, value: Value, default: str) -> fx.Node:
+        """The placeholder of the input `name`; made, as the last one, where the program does not take it yet."""
+        placeholders: list[fx.Node] = [node for node in self.graph.nodes if node.op == "placeholder"]
+        for node in placeholders:
+            if node.target == name:
+                return node
+        with self.graph.inserting_after(placeholders[-1]):
+            made = self.graph.placeholder(name)
+        made.meta = {"val": value, "layout": REPLICATED(len(value.shape))}
+        self.inputs = (*self.inputs, Input(name, value, default))
+        return made
+
+    def local(self, hint: str, entry: Entry) -> Local | Integers:
+        """A stand-in for `entry`; the plain integers where all coordinates and the whole agree."""
+        if all(value == entry.whole for value in entry.values):
+            return entry.whole
+        for name, known in self.table.items():
+            if known == entry and name.rstrip("0123456789_") == hint:
+                return Local(name)
+        name = f"{hint}_{sum(known.rstrip('0123456789_') == hint for known in self.table)}"
+        self.table[name] = entry
+        return Local(name)
+
+    def whole(self, value: Any) -> Any:
+        """`value` with every stand-in replaced by its integers on the whole model."""
+        return _substitute(value, lambda name: self.table[name].whole)
+
+    def at(self, value: Any, coordinates: Mapping[str, int]) -> Any:
+        """`value` with every stand-in replaced by its integers at `coordinates`."""
+
+        def pick(name: str) -> Integers:
+            entry = self.table[name]
+            return entry.values[self.mesh.index(entry.axes, coordinates)]
+
+        return _substitute(value, pick)
+
+
+def _substitute(value: Any, pick: Any) -> Any:
+    if isinstance(value, Local):
+        return pick(value.name)
+    return fx.node.map_aggregate(value, lambda leaf: pick(leaf.name) if isinstance(leaf, Local) else leaf)

@@ -1,0 +1,154 @@
+"""Ranks: a model as one program per rank, whether just compiled (Parts) or loaded (Bundle), and ways to run it.
+
+ranks.simulate(input_ids=ids)            all ranks in this process, one thread each
+ranks.generate(ids, max_new_tokens=20)
+ranks.rank(1).graph_module               what rank 1 runs
+ranks.engine(1, communicator)            rank 1 loaded, over a communicator of your own
+Engine.connect(ranks)                    this process's rank, under torchrun
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from partitioner.errors import CommunicationError, InputError
+from partitioner.sharding.mesh import Mesh
+from runtime.communication.communicator import Communicator
+from runtime.engine.engine import Engine
+from runtime.engine.simulator import Simulator
+from runtime.execution.chrome_trace import Trace
+from runtime.generation.generation_options import Options
+from runtime.generation.generation_request import Generated, Prompts, Step
+from runtime.kv_cache.cache_size import CacheSize, Room, bytes_needed, tokens_that_fit
+from runtime.kv_cache.device_memory import Amount
+from runtime.program.rank_program import RankProgram
+from runtime.weights.load_weights import WeightSource
+
+__all__ = ["Ranks", "same_on_all_ranks"]
+
+
+class Ranks(ABC):
+    """See the module's docstring."""
+
+    @property
+    @abstractmethod
+    def mesh(self) -> Mesh: ...
+
+    @abstractmethod
+    def rank(self, rank: int) -> RankProgram:
+        """What `rank` runs on whole texts."""
+
+    @abstractmethod
+    def generation_rank(self, rank: int) -> RankProgram:
+        """What `rank` runs to continue sequences; it reads the weights of `rank(rank)`. Raises PlanError where there is
+        no such program.
+        """
+
+    def engine(
+        self,
+        rank: int,
+        communicator: Communicator,
+        *,
+        weights: WeightSource | None = None,
+        device: str | torch.device = "cpu",
+        compile: bool = False,
+        cuda_graph: bool = False,
+    ) -> Engine:
+        return Engine(
+            self.rank(rank),
+            communicator,
+            weights=weights,
+            device=device,
+            generation=functools.partial(self.generation_rank, rank),
+            compile=compile,
+            cuda_graph=cuda_graph,
+        )
+
+    @cached_property
+    def _simulator(self) -> Simulator:
+        return Simulator([self.rank(rank) for rank in range(self.mesh.world_size)], generation=self.generation_rank)
+
+    def simulate(self, **inputs: Tensor | None) -> Tensor:
+        """Run all ranks in this process with the model's own weights, and return rank 0's result.
+
+        Raises where the ranks do not return the same, bit by bit: they ran the same sums in the same order.
+        """
+        return same_on_all_ranks(self.simulate_ranks(**inputs))
+
+    def simulate_ranks(self, **inputs: Tensor | None) -> list[Tensor]:
+        """The same, with every rank's own result."""
+        return self._simulator(**inputs)
+
+    def generate(
+        self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
+    ) -> Tensor | Generated:
+        """Continue `prompts` on all ranks in this process; see `Engine.generate`."""
+        results = self._simulator.run(lambda engine: engine.generate(prompts, attention_mask=attention_mask, **options))
+        same_on_all_ranks([r.sequences if isinstance(r, Generated) else r for r in results])
+        return results[0]
+
+    def stream(
+        self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
+    ) -> Iterator[Step]:
+        """The same, a step at a time; see `Engine.stream`."""
+        return self._simulator.stream(lambda engine: engine.stream(prompts, attention_mask=attention_mask, **options))
+
+    def profile(self) -> AbstractContextManager[Trace]:
+        """`with ranks.profile() as trace:` records what all ranks do in this process; see docs/profiling.md."""
+        return self._simulator.profile()
+
+    def reserve(self, size: CacheSize) -> Room:
+        """Sets the caches of all ranks in this process aside; see `Engine.reserve`."""
+        return self._simulator.run(lambda engine: engine.reserve(size))[0]
+
+    def cache_bytes(self, *, max_batch: int, max_length: int, prefill_step: int = 512) -> list[int]:
+        """Per rank, the bytes of the cache for `max_batch` sequences of up to `max_length` tokens, prompt included."""
+        CacheSize(max_batch=max_batch, max_length=max_length, prefill_step=prefill_step)  # checks them
+        return [
+            bytes_needed(
+                self.generation_rank(rank), max_batch=max_batch, max_length=max_length, prefill_step=prefill_step
+            )
+            for rank in range(self.mesh.world_size)
+        ]
+
+    def tokens_that_fit(self, memory: int | str, *, max_batch: int = 1, prefill_step: int = 512) -> list[int | None]:
+        """Per rank, the most tokens per sequence whose cache fits into `memory`: bytes, or a size such as "4 GB".
+
+        The ranks can use the least of these. None: any number, as what the model remembers does not grow. A share of
+        what is free on a device is for an engine's `reserve`, which runs there.
+        """
+        CacheSize(max_batch=max_batch, memory=memory, prefill_step=prefill_step)
+        room = Amount.of(memory).bytes
+        if room is None:
+            raise InputError(
+                f"memory={memory!r}: what is free is known where a rank runs; give bytes here, or "
+                "engine.reserve(CacheSize(memory=...)) there"
+            )
+        return [
+            tokens_that_fit(self.generation_rank(rank), room, max_batch=max_batch, prefill_step=prefill_step)
+            for rank in range(self.mesh.world_size)
+        ]
+
+
+def same_on_all_ranks(results: list[Tensor]) -> Tensor:
+    first = results[0]
+    for rank, other in enumerate(results[1:], start=1):
+        if other.shape != first.shape:
+            raise CommunicationError(
+                f"ranks 0 and {rank} return different shapes: {list(first.shape)} and {list(other.shape)}"
+            )
+        if not torch.equal(first.nan_to_num(), other.nan_to_num()):
+            worst = (first - other).abs().max().item()
+            raise CommunicationError(
+                f"ranks 0 and {rank} return different results (by up to {worst:.3g}): a collective is missing, or a "
+                "weight that every rank should hold whole differs"
+            )
+    return first

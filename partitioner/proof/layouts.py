@@ -1,0 +1,263 @@
+"""The static check: layouts inferred anew from the rewritten graph, so that a missing collective is an error, not a
+hang.
+
+Nothing that a pass wrote about layouts is believed. Each node's layout is inferred from its operands by the rule
+table, each requirement must be met as it stands, each move with local sizes is proved on element numbers, and the
+integers that differ between ranks must be those that the layouts imply. All ranks of a mesh axis run one graph, in
+one order, with the same shapes at every collective: so they cannot wait for one another in a circle.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from partitioner.analysis.layouts.infer_layout import Layouts, disjoint
+from partitioner.analysis.layouts.memoise import Inferrer
+from partitioner.analysis.layouts.propagate_layouts import batched, state_layout
+from partitioner.analysis.rules import notation
+from partitioner.analysis.rules.data_movement import is_move
+from partitioner.errors import LayoutError
+from partitioner.program.node_arguments import arguments, describe, evaluate, node_values, operation
+from partitioner.program.program import Entry, Local, Program, Value
+from partitioner.sharding.layout import REPLICATED, IndexSet, Layout, Split
+from runtime.ops.attention import attention
+from runtime.ops.cached_attention import cached_attention
+from runtime.ops.collectives import all_gather, all_reduce
+from runtime.ops.embedding import vocab_parallel_embedding
+from runtime.ops.local import once, reorder, shard
+from runtime.ops.state import cache_append, state_read, state_write
+
+aten = torch.ops.aten
+
+__all__ = ["SPECIAL", "check"]
+
+
+def check(program: Program) -> None:
+    """Raises `LayoutError` at the first node, in graph order, whose operands are not laid out as it requires."""
+    layouts: Layouts = {}
+    inferrer = Inferrer(program)
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            layouts[node] = REPLICATED(len(node.meta["val"].shape))
+        elif node.op == "get_attr":
+            name = str(node.target)
+            layouts[node] = program.weight_layouts.get(name, REPLICATED(len(program.weights[name].shape)))
+        elif node.op == "output":
+            for source in node.all_input_nodes:
+                _require(node, source, layouts[source], program.output or REPLICATED(len(layouts[source].dims)))
+        elif node.op == "call_function" and node_values(node):
+            layouts[node] = _infer(program, node, layouts, inferrer)
+            stated = node.meta.get("layout")
+            if stated is not None and stated != layouts[node]:
+                raise LayoutError(
+                    f"{_at(node)}: the pass says {stated}, its operands give {layouts[node]}{_cure(node)}"
+                )
+
+
+def _infer(program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer) -> Any:
+    special = SPECIAL.get(node.target)  # type: ignore[arg-type]
+    if special is not None:
+        return special(program, node, layouts)
+    found = inferrer.infer(node, layouts)
+    if found.problem:
+        raise LayoutError(f"{_at(node)}: {found.problem}")
+    for source, wanted in found.requires:
+        _require(node, source, layouts[source], wanted)
+    if is_move(node) and any(layouts[n].split_dims for n, _ in found.requires):  # noqa: SIM102 - two questions
+        if not inferrer.moves_alike(node, layouts, found.outputs):
+            raise LayoutError(
+                f"{_at(node)}: on some rank the move does not give {found.outputs[0]} of the whole result"
+            )
+    _check_integers(program, node, layouts)
+    return found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs
+
+
+def _cure(node: fx.Node) -> str:
+    return f": complete {', '.join(map(str, node.all_input_nodes))} with an all_reduce, if a partial sum was not meant"
+
+
+def _at(node: fx.Node) -> str:
+    path = node.meta.get("path")
+    return f"node {node.name!r}" + (f" in {path}" if path else "")
+
+
+def _require(node: fx.Node, source: fx.Node, got: Any, wanted: Layout) -> None:
+    if got == wanted:
+        return
+    if isinstance(got, Layout) and got.partial - wanted.partial:
+        cure = "complete it with an all_reduce before this use"
+    elif isinstance(got, Layout) and wanted.partial - got.partial:
+        cure = (
+            "it is the same on every rank and would be summed once per rank: complete the partial sum that it is added "
+            "to with an all_reduce first, or add it on one rank only (once)"
+        )
+    else:
+        cure = "insert an all_gather or a shard before this use"
+        if node.op == "call_function" and not is_move(node) and notation(node).opaque:
+            cure += f"; {describe(node)} has no layout rule, and so needs all of every operand"
+    raise LayoutError(f"{_at(node)} requires its operand {source.name!r} to be {wanted}, got {got}: {cure}")
+
+
+# -- what passes insert ------------------------------------------------------------------------------------------------
+
+
+def _all_reduce(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
+    source, axis = node.args[:2]
+    layout: Layout = layouts[source]  # type: ignore[index]
+    if axis not in layout.partial:
+        raise LayoutError(
+            f"{_at(node)} sums {source} over {axis!r}, but it is {layout}: not a partial sum over that axis"
+        )
+    return Layout(layout.dims, layout.partial - {axis})
+
+
+def _all_gather(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
+    source, axis = node.args[:2]
+    layout: Layout = layouts[source]  # type: ignore[index]
+    dim, sizes = node.kwargs["dim"], node.kwargs["sizes"]
+    split = layout.dims[dim]  # type: ignore[index]
+    others = [s for i, s in enumerate(layout.dims) if s is not None and i != dim % len(layout.dims)]  # type: ignore[operator]
+    if split is None or split.axes != (axis,) or layout.partial or any(axis in s.axes for s in others):
+        raise LayoutError(f"{_at(node)} gathers dim {dim} of {source} over {axis!r}, but it is {layout}")
+    if disjoint(split) != split or split.sizes != tuple(sizes):  # type: ignore[arg-type]
+        raise LayoutError(
+            f"{_at(node)}: pieces of sizes {sizes} do not make up dim {dim} of {source}, which is {layout}"
+        )
+    order = [i for owned in split.owned for i in owned.indices()]
+    if order != sorted(order):
+        users = list(node.users)
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        if len(users) != 1 or users[0].target is not reorder or users[0].args[1] != inverse:
+            raise LayoutError(f"{_at(node)}: the pieces interleave and are not put back in order")
+    return layout.with_dim(dim, None)  # type: ignore[arg-type]
+
+
+def _shard(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
+    a = arguments(node)
+    layout: Layout = layouts[a["x"]]
+    entry = program.table[a["ranges"].name] if isinstance(a["ranges"], Local) else None
+    if entry is None:
+        return layout
+    size = evaluate(a["x"].meta["val"].shape[a["dim"]], dict.fromkeys(program.symbols.values(), 1))
+    old = layout.dims[a["dim"]]
+    if entry.whole != (0, size) or (old is not None and old.axes != entry.axes):
+        raise LayoutError(f"{_at(node)}: ranges {entry} do not fit dim {a['dim']} of {layout}")
+    if size != a["x"].meta["val"].shape[a["dim"]]:
+        _expect(program, node, "period", a["period"], size if old is None else old.sizes)
+    owned = []
+    for i, ranges in enumerate(entry.values):
+        held = old.owned[i].indices() if old is not None else range(size)
+        assert isinstance(ranges, tuple)
+        owned.append(
+            IndexSet.of(held[j] for a_, b in zip(ranges[::2], ranges[1::2], strict=True) for j in range(a_, b))
+        )
+    return layout.with_dim(a["dim"], Split(entry.axes, tuple(owned)))
+
+
+def _once(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
+    source = node.all_input_nodes[0]
+    first: Any = node.args[1]
+    layout: Layout = layouts[source]
+    entry = program.table[first.name] if isinstance(first, Local) else None
+    if entry is None or layout.partial or sorted(map(str, entry.values)) != ["0"] * (len(entry.values) - 1) + ["1"]:
+        raise LayoutError(f"{_at(node)} must count {source} ({layout}) on exactly one rank, got {entry}")
+    return Layout(layout.dims, frozenset(entry.axes))
+
+
+# -- integers that layouts imply ---------------------------------------------------------------------------------------
+
+
+def _check_integers(program: Program, node: fx.Node, layouts: Layouts) -> None:
+    op = operation(node)
+    if op is vocab_parallel_embedding:
+        a = arguments(node)
+        rows = layouts[a["weight"]].dims[0]
+        expected = _starts(rows) if rows is not None else 0
+        _expect(program, node, "start", a["start"], expected)
+    elif op in (attention, cached_attention):
+        _check_kv_map(program, node, layouts)
+        if op is cached_attention:
+            _check_states(program, node, layouts)
+    elif op in (aten.conv1d, aten.conv2d, aten.convolution):
+        split = layouts[node.all_input_nodes[0]].dims[1] if arguments(node)["groups"] != 1 else None
+        if split is not None:
+            _expect(program, node, "groups", arguments(node)["groups"], split.sizes)
+
+
+def _check_states(program: Program, node: fx.Node, layouts: Layouts) -> None:
+    """A cache must hold what the rank writes to it: the same heads."""
+    a = arguments(node)
+    for operand, part in (("k", "key"), ("v", "value")):
+        name, layout = f"{a['state']}.{part}", layouts[a[operand]]
+        state = program.states.get(name)
+        if state is None or state.layout != Layout((layout.dims[1], layout.dims[3])):
+            got = "no such state" if state is None else str(state.layout)
+            raise LayoutError(f"{_at(node)} writes {layout} to the state {name!r}, which is {got}")
+
+
+def _through_state(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
+    """A state must be read, and written, as the ranks hold it."""
+    a = arguments(node)
+    name = str(a["state"])
+    state = program.states.get(name)
+    per_token = node.target is cache_append
+    if state is None or state.per_token is not per_token:
+        raise LayoutError(f"{_at(node)} uses the state {name!r}, but the program has no such state of that kind")
+    if node.target is state_read:
+        return batched(state.layout)
+    found = Inferrer(program).infer(node, layouts)
+    layout = layouts[a["x"] if per_token else a["value"]]
+    for source, wanted in found.requires[1:]:
+        _require(node, source, layouts[source], wanted)
+    if layout.partial or layout.dims[0] is not None or state_layout(layout, per_token=per_token) != state.layout:
+        raise LayoutError(f"{_at(node)} writes {layout} to the state {name!r}, which is held as {state.layout}")
+    return layout  # type: ignore[no-any-return]
+
+
+def _starts(rows: Split) -> tuple[int, ...]:
+    if not all(owned.is_interval for owned in rows.owned):
+        raise LayoutError(f"a look-up table is split into {rows}: each rank needs one run of rows")
+    return tuple(owned.intervals[0][0] if owned.intervals else 0 for owned in rows.owned)
+
+
+def _expect(program: Program, node: fx.Node, name: str, given: Any, expected: Any) -> None:
+    values = program.table[given.name].values if isinstance(given, Local) else given
+    if values != expected and not (isinstance(values, int) and expected == (values,) * len(expected)):
+        raise LayoutError(f"{_at(node)}: {name} must be {expected} on the ranks, got {values}")
+
+
+def _check_kv_map(program: Program, node: fx.Node, layouts: Layouts) -> None:
+    a = arguments(node)
+    q, k = (layouts[a[name]].dims[1] for name in ("q", "k"))
+    if q is None:
+        return
+    heads, kv_heads = a["q"].meta["val"].shape[1], a["k"].meta["val"].shape[1]
+    via = dict(notation(node).operands[1].via).get("h") or tuple(range(heads))
+    entry = (
+        program.table[a["kv_map"].name]
+        if isinstance(a["kv_map"], Local)
+        else Entry(None, q.axes, (None,) * len(q.owned))
+    )
+    for i, mine in enumerate(q.owned):
+        held = (k.owned[i] if k is not None else IndexSet.range(0, kv_heads)).indices()
+        wanted = tuple(held.index(via[h]) for h in mine.indices())
+        given = entry.values[i]
+        if given is None:
+            given = tuple(j * len(held) // max(len(wanted), 1) for j in range(len(wanted)))
+        if given != wanted:
+            raise LayoutError(f"{_at(node)}: query heads {mine} must read local kv heads {wanted}, they read {given}")
+
+
+SPECIAL = {
+    all_reduce: _all_reduce,
+    all_gather: _all_gather,
+    shard: _shard,
+    once: _once,
+    cache_append: _through_state,
+    state_read: _through_state,
+    state_write: _through_state,
+}
+"""Ops whose layouts are not a matter of index notation."""

@@ -1,0 +1,205 @@
+"""The report of a program that continues sequences: what each rank remembers of them, split or whole and why.
+
+    way        by the graph of the whole text with a cache, or by the model's own use of one
+    states     how each is split over the ranks, its bytes per rank, how far back it is seen
+    whole      states that every rank keeps all of, with what keeps the weights that they are made with whole
+    prefill    how many tokens of a prompt run at a time
+    notes      what the compiler tells the user of this program
+
+Bytes are per token, or for states that do not grow, per sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import fx
+
+from partitioner.program.node_arguments import arguments, node_values
+from partitioner.program.program import Program, State
+from partitioner.report.report import matrix_users, pattern_of, reason_for, split_text
+from partitioner.sharding.mesh import AXES
+from runtime.kv_cache.cache_size import longest_text
+from runtime.kv_cache.device_memory import readable
+from runtime.ops.cached_attention import cached_attention
+from runtime.ops.collectives import COLLECTIVES
+from runtime.ops.state import cache_append, position_mask, state_write
+from runtime.program.rank_program import RankProgram
+
+__all__ = ["GenerationReport", "StateRow", "make_generation_report"]
+
+
+@dataclass(frozen=True)
+class StateRow:
+    """States in the same place of several layers, kept alike. bytes: of one of them, whole and on each rank."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    per_token: bool
+    sees: int | None
+    """How many positions back a token may look, itself included; None: all."""
+    bytes: int
+    bytes_per_rank: tuple[int, ...]
+    split: str
+    """"" for a state that every rank keeps whole; otherwise the axis, the dim and the sizes."""
+    reason: str
+    """Why it is whole, or why some of it is on several ranks."""
+
+    @property
+    def pattern(self) -> str:
+        return pattern_of(self.names[0]) if len(self.names) > 1 else self.names[0]
+
+    def __str__(self) -> str:
+        count = f"{len(self.names)} x " if len(self.names) > 1 else ""
+        per = "token" if self.per_token else "sequence"
+        far = "" if self.sees is None else f", of the last {self.sees} tokens only"
+        ranks = f"{_sizes(self.bytes_per_rank)} of {readable(self.bytes)}" if self.split else readable(self.bytes)
+        how = f": {self.split}" if self.split else ""
+        why = f": {self.reason}" if self.reason and not self.split else f" ({self.reason})" if self.reason else ""
+        return f"{count}{self.pattern} {list(self.shape)} {self.dtype}, {ranks} per {per}{far}{how}{why}"
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """See the module's docstring. longest_text: prompt and new tokens together, None: any."""
+
+    model: str
+    plan: str
+    way: str
+    states: tuple[StateRow, ...]
+    bytes_per_token: tuple[int, ...]
+    """Of the cache on each rank, for every token of a sequence that is not out of sight yet."""
+    bytes_per_sequence: tuple[int, ...]
+    tokens_at_a_time: int | None
+    """Of a prompt; None: any number."""
+    longest_text: int | None
+    further_weights: tuple[int, ...]
+    """Bytes on each rank of weights that the program for whole texts does not hold in the same way."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> tuple[StateRow, ...]:
+        """States that every rank keeps all of."""
+        return tuple(row for row in self.states if not row.split)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        at_a_time = {None: "as many tokens at a time as wanted", 1: "token by token"}
+        most = at_a_time.get(self.tokens_at_a_time, f"up to {self.tokens_at_a_time} tokens at a time")
+        longest = "any length" if self.longest_text is None else f"up to {self.longest_text} tokens"
+        lines = [f"{self.model}, {self.plan}, generation", "", f"by {self.way}"]
+        lines.append(f"prompts run {most}; texts of {longest}")
+        lines.append("remembered, split:")
+        lines += [f"  {row}" for row in self.states if row.split] or ["  nothing"]
+        lines.append("remembered, whole on every rank:")
+        lines += [f"  {row}" for row in self.whole] or ["  nothing"]
+        if any(self.bytes_per_token):
+            lines.append(f"cache per token: per rank {_sizes(self.bytes_per_token)}")
+        if any(self.bytes_per_sequence):
+            lines.append(f"cache per sequence: per rank {_sizes(self.bytes_per_sequence)}")
+        if any(self.further_weights):
+            lines.append(f"weights besides those of the whole text: per rank {_sizes(self.further_weights)}")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def make_generation_report(
+    program: Program, ranks: Sequence[RankProgram], whole_text: Sequence[RankProgram]
+) -> GenerationReport:
+    """Describes a program that continues sequences, after its passes; `ranks`: what it is on each of them."""
+    makers = _makers(program)
+    users = matrix_users(program)
+    groups: dict[tuple[object, ...], list[State]] = defaultdict(list)
+    reasons: dict[str, str] = {}
+    for state in program.states.values():
+        reasons[state.name] = _reason(program, state, makers.get(state.name), users)
+        alike = (
+            pattern_of(state.name), state.shape, state.dtype, state.layout, state.sees, state.per_token,
+            pattern_of(reasons[state.name]),
+        )  # fmt: skip
+        groups[alike].append(state)
+    shards = [{shard.name: shard for shard in rank.states} for rank in ranks]
+    rows = tuple(
+        StateRow(
+            names=tuple(state.name for state in states),
+            shape=states[0].shape,
+            dtype=str(states[0].dtype).removeprefix("torch."),
+            per_token=states[0].per_token,
+            sees=states[0].sees,
+            bytes=math.prod(states[0].shape) * states[0].dtype.itemsize,
+            bytes_per_rank=tuple(held[states[0].name].bytes for held in shards),
+            split=split_text(states[0].layout),
+            reason=reasons[states[0].name],
+        )
+        for states in groups.values()
+    )
+    own = any(node.target in (cache_append, state_write, position_mask) for node in program.graph.nodes)
+    return GenerationReport(
+        model=program.name,
+        plan=", ".join(f"{axis}={program.mesh.size(axis)}" for axis in AXES if program.mesh.size(axis) > 1) or "tp=1",
+        way="the model's own use of a cache" if own else "attention that reads keys and values from a cache",
+        states=rows,
+        bytes_per_token=tuple(sum(s.bytes for s in rank.states if s.per_token) for rank in ranks),
+        bytes_per_sequence=tuple(sum(s.bytes for s in rank.states if not s.per_token) for rank in ranks),
+        tokens_at_a_time=program.limits.get("sequence", (1, None))[1],
+        longest_text=longest_text(ranks[0]),
+        further_weights=tuple(
+            sum(weight.bytes for weight in rank.weights if weight not in set(known.weights))
+            for rank, known in zip(ranks, whole_text, strict=True)
+        ),
+        notes=tuple(program.notes),
+    )
+
+
+def _makers(program: Program) -> dict[str, fx.Node]:
+    """The value that each state is filled with."""
+    found: dict[str, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.target is cached_attention:
+            a = arguments(node)
+            found[f"{a['state']}.key"], found[f"{a['state']}.value"] = a["k"], a["v"]
+        elif node.target in (cache_append, state_write):
+            found[str(node.kwargs["state"])] = node.args[0]
+    return found
+
+
+def _reason(program: Program, state: State, maker: fx.Node | None, users: dict[str, fx.Node]) -> str:
+    split = [(dim, part) for dim, part in enumerate(state.layout.dims) if part is not None]
+    if split:
+        shared = any(sum(part.sizes) > state.shape[dim] for dim, part in split)
+        return "some of it is needed, and kept, by several ranks" if shared else ""
+    if program.mesh.world_size == 1:
+        return "one rank"
+    cause = None if maker is None else _cause(program, maker, users)
+    return cause or "what fills it is the same on every rank"
+
+
+def _cause(program: Program, node: fx.Node, users: dict[str, fx.Node]) -> str | None:
+    """What comes first, going back from a whole value: a whole weight, or a collective that has put it together."""
+    seen, queue = {node}, deque([node])
+    while queue:
+        node = queue.popleft()
+        if node.op == "call_function" and node.target in COLLECTIVES:
+            why = node.meta.get("why")
+            return f"put together by {COLLECTIVES[node.target]}" + (f": {why}" if why else "")
+        if node.op == "get_attr" and (name := str(node.target)) in users and name not in program.weight_layouts:
+            why = reason_for(program, program.weights[name], None, users)
+            return f"made with {pattern_of(name)}, which is whole: {why}"
+        new = [other for other in node.all_input_nodes if other not in seen and node_values(other)]
+        seen.update(new)
+        queue.extend(new)
+    return None
+
+
+def _sizes(counts: tuple[int, ...]) -> str:
+    if len(set(counts)) == 1:
+        return readable(counts[0])
+    return ", ".join(map(readable, counts[:8])) + (", ..." if len(counts) > 8 else "")

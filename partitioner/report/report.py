@@ -1,0 +1,248 @@
+"""The report: what was split over which axis, what stayed whole and why, the collectives, and the bytes per rank."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import fx
+
+from partitioner.analysis.rules import notation
+from partitioner.analysis.rules.data_movement import is_move
+from partitioner.program.node_arguments import describe, node_values
+from partitioner.program.program import Program, Weight
+from partitioner.sharding.layout import Layout
+from runtime.kv_cache.device_memory import readable
+from runtime.ops.collectives import COLLECTIVES
+
+__all__ = [
+    "Collective",
+    "Report",
+    "WeightRow",
+    "make_report",
+    "matrix_users",
+    "pattern_of",
+    "reason_for",
+    "split_text",
+]
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """Weights in the same place of several layers, split (or not) alike. bytes: of one of them, whole."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    bytes: int
+    split: str
+    """"" for a whole weight; otherwise the axis, the dim and the sizes."""
+    reason: str
+    """Why it is whole, or why some of it is on several ranks."""
+    is_matrix: bool
+
+    @property
+    def pattern(self) -> str:
+        return pattern_of(self.names[0]) if len(self.names) > 1 else self.names[0]
+
+
+@dataclass(frozen=True)
+class Collective:
+    op: str
+    axis: str
+    path: str
+    shape: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """bytes_per_rank: of weights. matrix_share: the largest rank's share of the elements of linears, tables and
+    experts.
+    """
+
+    model: str
+    plan: str
+    rows: tuple[WeightRow, ...]
+    collectives: tuple[Collective, ...]
+    bytes_whole: int
+    bytes_per_rank: tuple[int, ...]
+    matrix_share: float
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def whole(self) -> tuple[WeightRow, ...]:
+        """Matrices that every rank holds whole."""
+        return tuple(row for row in self.rows if row.is_matrix and not row.split)
+
+    def per_layer(self, op: str) -> dict[str, int]:
+        """How many collectives of a kind each layer has, by the layer's path ("" for those outside layers)."""
+        found: Counter[str] = Counter()
+        for collective in self.collectives:
+            if collective.op == op:
+                found[_layer(collective.path)] += 1
+        return dict(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}, {self.plan}"]
+        lines.append("")
+        lines.append("split:")
+        for row in self.rows:
+            if row.split and row.is_matrix:
+                count = f"{len(row.names)} x " if len(row.names) > 1 else ""
+                why = f"   ({row.reason})" if row.reason else ""
+                lines.append(f"  {count}{row.pattern} {list(row.shape)}: {row.split}{why}")
+        lines.append("whole on every rank:" if self.whole else "whole on every rank: nothing that is a matrix")
+        for row in self.whole:
+            count = f"{len(row.names)} x " if len(row.names) > 1 else ""
+            lines.append(f"  {count}{row.pattern} {list(row.shape)}, {readable(row.bytes)}: {row.reason}")
+        lines.append("collectives:")
+        for op in sorted({c.op for c in self.collectives}):
+            layers = self.per_layer(op)
+            inside = Counter(n for layer, n in layers.items() if layer)
+            parts = [f"{n} in each of {count} layers" for n, count in sorted(inside.items())]
+            parts += [f"{layers['']} outside layers"] if "" in layers else []
+            lines.append(f"  {op}: {', '.join(parts)}")
+        if not self.collectives:
+            lines.append("  none")
+        ranks = ", ".join(map(readable, self.bytes_per_rank[:8])) + (", ..." if len(self.bytes_per_rank) > 8 else "")
+        lines.append(f"weights: {readable(self.bytes_whole)} whole; per rank {ranks}")
+        lines.append(f"matrices: the fullest rank holds {self.matrix_share:.1%}")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def pattern_of(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _layer(path: str) -> str:
+    found = re.match(r"^((?:[^.]+\.)*?\d+)(?:\.|$)", path)
+    return found.group(1) if found else ""
+
+
+def make_report(program: Program, *, plan: str) -> Report:
+    """Describes a program after its passes."""
+    groups: dict[tuple[str, ...], list[Weight]] = defaultdict(list)
+    users = matrix_users(program)
+    for weight in program.weights.values():
+        layout = program.weight_layouts.get(weight.name)
+        split = split_text(layout) if layout is not None else ""
+        reason = reason_for(program, weight, layout, users)
+        groups[pattern_of(weight.name), str(weight.shape), split, pattern_of(reason)].append(weight)
+    rows = []
+    for weights in groups.values():
+        weight = weights[0]
+        layout = program.weight_layouts.get(weight.name)
+        rows.append(
+            WeightRow(
+                tuple(w.name for w in weights),
+                weight.shape,
+                weight.bytes,
+                split_text(layout) if layout is not None else "",
+                reason_for(program, weight, layout, users),
+                weight.name in users,
+            )
+        )
+    collectives = tuple(
+        Collective(COLLECTIVES[node.target], str(node.args[1]), node.meta.get("path", ""), str(node.meta["val"]))
+        for node in program.graph.nodes
+        if node.op == "call_function" and node.target in COLLECTIVES
+    )
+    ranks = [program.mesh.coordinates(rank) for rank in range(program.mesh.world_size)]
+    held = [[_held(program, weight, at) for weight in program.weights.values()] for at in ranks]
+    is_matrix = [name in users for name in program.weights]
+    matrices = sum(w.bytes for w, yes in zip(program.weights.values(), is_matrix, strict=True) if yes)
+    fullest = max(sum(b for b, yes in zip(rank, is_matrix, strict=True) if yes) for rank in held)
+    return Report(
+        model=program.name,
+        plan=plan,
+        rows=tuple(rows),
+        collectives=collectives,
+        bytes_whole=sum(weight.bytes for weight in program.weights.values()),
+        bytes_per_rank=tuple(map(sum, held)),
+        matrix_share=fullest / matrices if matrices else 1.0,
+        notes=tuple(program.notes),
+    )
+
+
+def _held(program: Program, weight: Weight, coordinates: dict[str, int]) -> int:
+    layout = program.weight_layouts.get(weight.name)
+    size = weight.bytes
+    for dim, split in enumerate(layout.dims if layout is not None else ()):
+        if split is not None:
+            size = size // weight.shape[dim] * split.owned[program.mesh.index(split.axes, coordinates)].size
+    return size
+
+
+def split_text(layout: Layout) -> str:
+    found = []
+    for dim, split in enumerate(layout.dims):
+        if split is not None:
+            found.append(f"{'x'.join(split.axes)} over dim {dim} as {'/'.join(map(str, split.sizes))}")
+    return ", ".join(found)
+
+
+def matrix_users(program: Program) -> dict[str, fx.Node]:
+    """Weights that a contraction reads (linears, look-up tables, experts, convolutions), with the op that does."""
+    found: dict[str, fx.Node] = {}
+    for node in program.graph.nodes:
+        if node.op != "call_function" or is_move(node) or not node_values(node):
+            continue
+        if node.target in COLLECTIVES or not notation(node).sums:
+            continue
+        for operand in notation(node).operands:
+            source = operand.node
+            while is_move(source) and source.all_input_nodes:
+                source = source.all_input_nodes[0]
+            if (
+                source.op == "get_attr"
+                and notation(node).sums & set(operand.letters)
+                and len(notation(node).operands) > 1
+            ):
+                found.setdefault(str(source.target), node)
+    return found
+
+
+def reason_for(program: Program, weight: Weight, layout: Layout | None, users: dict[str, fx.Node]) -> str:
+    if layout is not None:
+        for dim, split in enumerate(layout.dims):
+            if split is not None and sum(split.sizes) > weight.shape[dim]:
+                return "some of it is needed, and held, by several ranks"
+        return ""
+    if weight.name in program.kept_whole:
+        return program.kept_whole[weight.name]
+    if program.mesh.world_size == 1:
+        return "one rank"
+    user = users.get(weight.name)
+    if user is None:
+        return "not a matrix"
+    where = re.sub(r"(?<=\.)\d+\b", "*", describe(user))  # the same in every layer, so that layers stand in one line
+    return f"{where} could neither start nor end a split: {_why_no_split(user, weight)}"
+
+
+def _why_no_split(user: fx.Node, weight: Weight) -> str:
+    others = [n for n in user.all_input_nodes if node_values(n) and str(n.target) != weight.name]
+    if all(_only_weights(n) for n in others):
+        return "it meets other weights and constants there, no activation"
+    layouts = [n.meta.get("layout") for n in others]
+    if any(isinstance(layout, Layout) and layout.split_dims for layout in layouts):
+        return "what it meets there is split already, in a dim that is not summed with it"
+    return "nothing that follows can use its result in parts"
+
+
+def _only_weights(node: fx.Node) -> bool:
+    """Whether a value is made of weights alone."""
+    seen, stack = {node}, [node]
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder":
+            return False
+        new = [n for n in node.all_input_nodes if n not in seen and node_values(n)]
+        seen.update(new)
+        stack += new
+    return True

@@ -1,0 +1,1 @@
+"""Mesh axes and layouts: leaf modules, which `runtime` and `passes` import too."""

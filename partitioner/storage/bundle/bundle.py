@@ -1,0 +1,210 @@
+"""A bundle, loaded: the ranks of a partitioned model, read when they are asked for.
+
+bundle = load("bundle/")             the manifest
+bundle.generate(ids)                 as `Parts` has it; Engine.connect(bundle) reads this process's rank only
+load("bundle/", rank=2)              one rank's program, which knows where its weights are
+partition("bundle/", Plan(tp=4))     split anew: ranks take what they need out of these files
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import overload
+
+import torch
+from torch import fx
+
+from partitioner.errors import BundleError, PlanError
+from partitioner.program.ranks import Ranks
+from partitioner.sharding.mesh import Mesh
+from partitioner.storage.bundle.format.bundle_files import Folder
+from partitioner.storage.bundle.format.graph_format import build
+from partitioner.storage.bundle.format.manifest import MANIFEST, File, Manifest
+from partitioner.storage.bundle.format.rank_format import Stored, read_program, read_weight
+from partitioner.storage.bundle.format.untrusted_json import CONTROL, Record
+from runtime.program.bundle_errors import blaming
+from runtime.program.rank_program import RankProgram
+from runtime.weights.read_shards import Reader
+from runtime.weights.safetensors_files import TensorFiles
+
+__all__ = ["Bundle", "is_bundle", "load"]
+
+_CPU = torch.device("cpu")
+
+
+def is_bundle(folder: str | Path) -> bool:
+    return (Path(folder) / MANIFEST).exists()
+
+
+@overload
+def load(
+    folder: str | Path, *, checkpoint: str | Path | None = None, mapped: bool = False, checked: bool = True
+) -> Bundle: ...
+@overload
+def load(
+    folder: str | Path, *, rank: int, checkpoint: str | Path | None = None, mapped: bool = False, checked: bool = True
+) -> RankProgram: ...
+def load(
+    folder: str | Path,
+    *,
+    rank: int | None = None,
+    checkpoint: str | Path | None = None,
+    mapped: bool = False,
+    checked: bool = True,
+) -> Bundle | RankProgram:
+    """What `parts.save(folder)` wrote. Nothing in it is run, and all that is read is checked.
+
+    `checkpoint`: the folder with the weights, where the bundle only refers to them; it is never taken from the bundle.
+    `mapped`: on a CPU, weights are used where they lie in the files, which must stay as they are
+    (`runtime.weights.read_shards`). `checked`: whether weights must have the digests that were recorded, for which all
+    of their bytes are read; shapes, dtypes and offsets are checked in any case.
+
+    Raises `BundleError` where it is damaged, altered, or of a newer version; `WeightError`, when an engine reads them,
+    where the weights are.
+    """
+    bundle = Bundle(folder, checkpoint=checkpoint, mapped=mapped, checked=checked)
+    return bundle if rank is None else bundle.rank(rank)
+
+
+@dataclass(frozen=True)
+class _Rank:
+    text: RankProgram
+    generation: RankProgram | None
+
+
+class Bundle(Ranks):
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        checkpoint: str | Path | None = None,
+        mapped: bool = False,
+        checked: bool = True,
+    ) -> None:
+        self.mapped = mapped
+        self._checked = checked
+        self.folder = Folder(folder)
+        self.manifest = Manifest.read(self.folder)
+        if checkpoint is not None and not self.manifest.checkpoint:
+            raise BundleError(f"{folder} holds its weights itself: leave checkpoint={str(checkpoint)!r} out")
+        self._checkpoint = checkpoint
+        self._ranks: dict[int, _Rank] = {}
+        self._lock = threading.Lock()  # simulated ranks ask at the same time
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.manifest.mesh
+
+    @cached_property
+    def report(self) -> str:
+        """What was split, what was not and why, as it was when the bundle was written."""
+        return CONTROL.sub("?", self.read("report.txt").decode(errors="replace")).rstrip("\n")
+
+    def rank(self, rank: int) -> RankProgram:
+        return self._rank(rank).text
+
+    def generation_rank(self, rank: int) -> RankProgram:
+        found = self._rank(rank).generation
+        if found is None:
+            raise PlanError(self.manifest.refused or f"the bundle {self.folder.path} has no program for generation")
+        return found
+
+    def read(self, name: str) -> bytes:
+        """A file of the bundle, as it was written; not for weights."""
+        file = self._file(name)
+        return self.folder.read(name, bytes=file.bytes, digest=file.digest)
+
+    def stored(self, rank: int) -> tuple[Stored, ...]:
+        """The weights of a rank, and where they are."""
+        return self._read(rank)[1]
+
+    def files(self, stored: Sequence[Stored]) -> TensorFiles:
+        names = dict.fromkeys(each.file for each in stored if each.file is not None)
+        for name in names:
+            if not name.startswith("weights/"):
+                raise BundleError(f"{name!r} is no file of weights")
+            self.folder.check(name, bytes=self._file(name).bytes)
+        files = TensorFiles(self.folder.path, list(names))
+        if all(each.file is not None for each in stored):
+            return files
+        if self._checkpoint is None:
+            raise BundleError(
+                f"the weights of {self.folder.path} are in the checkpoint that it was made from: name its folder "
+                "(checkpoint=, or --checkpoint)"
+            )
+        return files.joined(TensorFiles(self._checkpoint))
+
+    def model_folder(self) -> Path:
+        """What a tokenizer is loaded from, checked."""
+        for name in self.manifest.files:
+            if name.startswith("model/"):
+                self.read(name)
+        return self.folder.path / "model"
+
+    def verify(self) -> None:
+        """Reads every file of the bundle, and checks it."""
+        for name, file in self.manifest.files.items():
+            if file.digest is not None:
+                self.read(name)
+        for rank in range(self.mesh.world_size):
+            programs = self._rank(rank)
+            for program in filter(None, (programs.text, programs.generation)):
+                program.graph  # noqa: B018 - builds it
+            stored = self.stored(rank)
+            reader = Reader(self.files(stored))
+            with blaming(programs.text):
+                for each in stored:
+                    reader.load([each.shard], _CPU)
+
+    def _file(self, name: str) -> File:
+        if name not in self.manifest.files:
+            raise BundleError(f"the bundle {self.folder.path} has no {name!r}")
+        return self.manifest.files[name]
+
+    def _rank(self, rank: int) -> _Rank:
+        with self._lock:
+            if rank not in self._ranks:
+                record, stored = self._read(rank)
+                self._ranks[rank] = self._programs(rank, record, stored)
+            return self._ranks[rank]
+
+    def _read(self, rank: int) -> tuple[Record, tuple[Stored, ...]]:
+        coordinates = self.mesh.coordinates(rank)
+        name = f"ranks/{rank}.json"
+        record = Record.parse(self.read(name), str(self.folder.path / name))
+        given = record.record("coordinates")
+        if {axis: given.integer(axis) for axis in coordinates} != coordinates:
+            record.fail("coordinates", f"those of rank {rank}: {coordinates}")
+        given.done()
+        return record, tuple(map(read_weight, record.records("weights")))
+
+    def _programs(self, rank: int, record: Record, stored: Sequence[Stored]) -> _Rank:
+        source = Reader(self.files(stored), mapped=self.mapped, checked=self._checked)
+
+        def read(name: str) -> RankProgram:
+            return read_program(
+                record.record(name),
+                mesh=self.mesh,
+                coordinates=self.mesh.coordinates(rank),
+                weights=[each.shard for each in stored],
+                read_graph=self._graph,
+                source=source,
+                where=f"the bundle {self.folder.path}",
+            )
+
+        found = _Rank(read("text"), record.maybe("generation", read))
+        record.done()
+        return found
+
+    def _graph(
+        self, digest: str, *, integers: Sequence[int], inputs: Sequence[str], weights: Sequence[str]
+    ) -> fx.Graph:
+        name = f"graphs/{digest}.jsonl"
+        where = str(self.folder.path / name)
+        return build(self.read(name), where, integers=integers, inputs=inputs, weights=weights)

@@ -1,0 +1,143 @@
+"""The manifest: what a bundle is, and the size and digest of every other file in it.
+
+    manifest.json            this
+    manifest.sha256          its digest
+    graphs/DIGEST.jsonl      each distinct graph once, named by its content
+    ranks/0.json             one per rank: programs, integers, weights
+    weights/*.safetensors    a rank's slices; "every-*" what all ranks hold alike
+    model/                   config.json, and what a tokenizer needs
+    report.txt
+
+`SCHEMA` counts up with every change that an older reader would get wrong. A bundle of a newer schema is refused; those
+of all older ones are read: there are none yet.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+
+from partitioner.errors import BundleError
+from partitioner.sharding.mesh import AXES, Mesh
+from partitioner.storage.bundle.format.bundle_files import NAME, Folder, digest_of
+from partitioner.storage.bundle.format.untrusted_json import Record
+
+__all__ = ["MANIFEST", "SCHEMA", "File", "Manifest"]
+
+VERSION = importlib.metadata.version("partitioner")
+SCHEMA = 1
+FORMAT = "partitioner bundle"
+MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
+_MOST_RANKS = 65_536
+
+
+@dataclass(frozen=True)
+class File:
+    bytes: int
+    digest: str | None
+    """None: files of weights, whose tensors have digests of their own."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`model_class`: as transformers calls it. `checkpoint`: whether the weights are in a checkpoint folder, which
+    whoever loads the bundle names.
+    """
+
+    model_class: str
+    plan: dict[str, Any]
+    mesh: Mesh
+    max_length: int | None
+    length: int | None
+    refused: str | None
+    """Why the model cannot generate; None: it can."""
+    checkpoint: bool
+    files: dict[str, File]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def write(self) -> dict[str, bytes]:
+        """The two files of a manifest, by name."""
+        data = {
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "versions": {
+                "partitioner": VERSION,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+            "model_class": self.model_class,
+            "plan": self.plan,
+            "mesh": dict(zip(AXES, self.mesh.sizes, strict=True)),
+            "max_length": self.max_length,
+            "length": self.length,
+            "generation_refused": self.refused,
+            "weights": "checkpoint" if self.checkpoint else "here",
+            "files": {name: {"bytes": file.bytes, "sha256": file.digest} for name, file in sorted(self.files.items())},
+        }
+        text = json.dumps(data, indent=1, allow_nan=False).encode() + b"\n"
+        return {MANIFEST: text, DIGEST: digest_of(text).encode() + b"\n"}
+
+    @classmethod
+    def read(cls, folder: Folder) -> Manifest:
+        if not (folder.path / MANIFEST).exists():
+            raise BundleError(f"{folder.path} is no bundle: it has no {MANIFEST}")
+        digest = folder.read(DIGEST, bytes=65).decode("ascii", "replace").strip()
+        record = Record.parse(folder.read(MANIFEST, digest=digest), f"{folder.path / MANIFEST}")
+        if record.any("format") != FORMAT:
+            record.fail("format", repr(FORMAT))
+        schema = record.integer("schema", low=1)
+        versions = record.record("versions")
+        if schema > SCHEMA:
+            raise BundleError(
+                f"{folder.path} has schema {schema} and was written by partitioner {versions.text('partitioner')}; "
+                f"this is partitioner {VERSION}, which reads up to schema {SCHEMA}: update it"
+            )
+        mesh = record.record("mesh")
+        files = record.record("files")
+        manifest = cls(
+            model_class=record.text("model_class", longest=200),
+            plan=_read_plan(record),
+            mesh=Mesh.of(**{axis: mesh.integer(axis, low=1, high=_MOST_RANKS) for axis in AXES}),
+            max_length=record.maybe("max_length", lambda name: record.integer(name, low=1)),
+            length=record.maybe("length", lambda name: record.integer(name, low=1)),
+            refused=record.maybe("generation_refused", record.text),
+            checkpoint=record.one_of("weights", {"here": False, "checkpoint": True}),
+            files={name: _read_file(files.record(name), name) for name in files.fields()},
+            versions={name: versions.text(name, longest=100) for name in versions.fields()},
+        )
+        if manifest.mesh.world_size > _MOST_RANKS:
+            record.fail("mesh", f"of at most {_MOST_RANKS} ranks")
+        if manifest.mesh != Mesh.of(tp=manifest.plan["tp"]):
+            record.fail("mesh", f"that of the plan, tp={manifest.plan['tp']}")
+        for name in ("report.txt", "model/config.json", *(f"ranks/{n}.json" for n in range(manifest.mesh.world_size))):
+            if name not in manifest.files:
+                raise BundleError(f"{folder.path} has no {name!r}")
+        mesh.done()
+        record.done()
+        return manifest
+
+
+def _read_file(record: Record, name: str) -> File:
+    if not NAME.fullmatch(name) or ".." in name:
+        raise BundleError(f"{record.where} is no name that a file of a bundle can have")
+    file = File(record.integer("bytes"), record.maybe("sha256", record.digest))
+    if (file.digest is None) != name.startswith("weights/"):
+        record.fail("sha256", "a digest, but for files of weights null: their tensors have digests of their own")
+    record.done()
+    return file
+
+
+def _read_plan(record: Record) -> dict[str, Any]:
+    plan = record.record("plan")
+    found = {
+        "tp": plan.integer("tp", low=1, high=_MOST_RANKS),
+        "keep_whole": plan.texts("keep_whole"),
+        "passes": plan.texts("passes"),
+    }
+    plan.done()
+    return found

@@ -1,0 +1,307 @@
+"""One rank as data: its programs, its integers, and a description of its weights; the graphs are files of their own.
+
+    {"coordinates": {..}, "weights": [..], "text": {..}, "generation": {..} or null}
+
+A weight says which indices of which tensor it holds, so that a bundle can be split anew without the original, and has a
+digest of its bytes, which is checked whenever they are read.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from partitioner.errors import BundleError
+from partitioner.sharding.layout import IndexSet
+from partitioner.sharding.mesh import Mesh
+from partitioner.storage.bundle.format.tiling import is_filled
+from partitioner.storage.bundle.format.untrusted_json import (
+    DOTTED,
+    DTYPES,
+    IDENTIFIER,
+    Record,
+    dtype_name,
+    whole_number,
+)
+from runtime.program.rank_program import Bound, Piece, RankProgram, RunInput, StateShard, WeightShard
+from runtime.weights.load_weights import WeightSource
+
+__all__ = ["Stored", "program_data", "read_program", "read_weight", "weight_data"]
+
+Data = dict[str, Any]
+_DEFAULTS = {name: name for name in ("required", "arange", "ones", "zeros")}
+_SOURCES = {name: name for name in ("checkpoint", "computed", "constant", "made")}
+_MOST_DIMS, _LONGEST = 16, 2**31
+_OF_MODULES = frozenset(dir(nn.Module()))
+"""Weights become attributes of modules, where they must not stand in the place of what a module is made of."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight of a rank, where its bytes lie (a file and the name in it), and their digest.
+
+    file: None where they lie in a checkpoint, of whose tensors `shard.pieces` speaks.
+    """
+
+    shard: WeightShard
+    file: str | None
+    key: str
+    digest: str
+
+
+# -- weights -----------------------------------------------------------------------------------------------------------
+
+
+def weight_data(stored: Stored) -> Data:
+    shard = stored.shard
+    if not _is_weight_name(shard.name):
+        raise BundleError(f"a bundle cannot hold a weight by the name {shard.name!r}: a module has that for itself")
+    return {
+        "name": shard.name,
+        "dtype": dtype_name(shard.dtype),
+        "global_shape": list(shard.global_shape),
+        "indices": [None if own is None else [list(ends) for ends in own.intervals] for own in shard.indices],
+        "source": shard.source,
+        "aliases": list(shard.aliases),
+        "file": stored.file,
+        "key": stored.key,
+        "pieces": None if stored.file is not None else [_piece_data(piece) for piece in shard.pieces],
+        "sha256": stored.digest,
+    }
+
+
+def _piece_data(piece: Piece) -> list[Any]:
+    strides = None if piece.strides is None else list(piece.strides)
+    blocks = ([list(ends) for ends in block] for block in (piece.source, piece.destination))
+    return [piece.tensor, *blocks, piece.offset, strides]
+
+
+def read_weight(record: Record) -> Stored:
+    shape = record.integers("global_shape")
+    given = record.any("indices")
+    if not isinstance(given, list) or len(given) != len(shape) or len(shape) > _MOST_DIMS:
+        record.fail("indices", f"a list with one entry for each of the {len(shape)} dims")
+    indices = tuple(_indices(record, dim, size) for dim, size in enumerate(shape))
+    local = tuple(size if own is None else own.size for size, own in zip(shape, indices, strict=True))
+    key, file = record.text("key", longest=1000), record.maybe("file", lambda name: record.text(name, longest=200))
+    whole = tuple((0, size) for size in local)
+    pieces = record.maybe(
+        "pieces", lambda name: tuple(_read_piece(record, piece, local) for piece in record.list(name))
+    )
+    if (file is None) != (pieces is not None):
+        record.fail("pieces", "given where there is no file, and only there")
+    if pieces is not None and not is_filled(local, [piece.destination for piece in pieces]):
+        record.fail("pieces", f"blocks that fill the rank's part, {list(local)}, each element once")
+    digest = record.digest("sha256")
+    shard = WeightShard(
+        name=_weight_name(record),
+        dtype=record.one_of("dtype", DTYPES),
+        global_shape=shape,
+        local_shape=local,
+        indices=indices,
+        source=record.one_of("source", _SOURCES),
+        aliases=record.texts("aliases", DOTTED),
+        pieces=(Piece(key, whole, whole),) if pieces is None else pieces,
+        digest=digest,
+    )
+    stored = Stored(shard, file, key, digest)
+    record.done()
+    return stored
+
+
+def _weight_name(record: Record) -> str:
+    name = record.text("name", DOTTED, longest=1000)
+    if not _is_weight_name(name):
+        record.fail("name", "a name that a module can give to a weight")
+    return name
+
+
+def _is_weight_name(name: str) -> bool:
+    parts = name.split(".")
+    return DOTTED.fullmatch(name) is not None and not any(p.startswith("__") or p in _OF_MODULES for p in parts)
+
+
+def _read_piece(record: Record, given: Any, local: tuple[int, ...]) -> Piece:
+    if not isinstance(given, list) or len(given) != 5 or not isinstance(given[0], str) or len(given[0]) > 1000:
+        record.fail("pieces", "lists of a tensor, two blocks, an offset and strides")
+    tensor, source, destination, offset, strides = given
+    for block in (source, destination):
+        if not isinstance(block, list) or not all(
+            isinstance(ends, list) and len(ends) == 2 and all(map(whole_number, ends)) and ends[0] <= ends[1]
+            for ends in block
+        ):
+            record.fail("pieces", "with blocks of intervals [start, stop]")
+    if len(destination) != len(local) or any(stop > size for (_, stop), size in zip(destination, local, strict=True)):
+        record.fail("pieces", f"within the rank's part, {list(local)}")
+    plain = strides is None or (isinstance(strides, list) and all(map(whole_number, strides)))
+    if not whole_number(offset) or not plain or (strides is not None and len(strides) != len(local)):
+        record.fail("pieces", f"with an offset, and null or {len(local)} strides")
+    read, filled = (tuple((a, b) for a, b in block) for block in (source, destination))
+    return Piece(tensor, read, filled, offset, None if strides is None else tuple(strides))
+
+
+def _indices(record: Record, dim: int, size: int) -> IndexSet | None:
+    if record.any("indices")[dim] is None:
+        return None
+    owned = record.intervals("indices", dim)
+    if owned and owned[-1][1] > size:
+        record.fail("indices", f"within the {size} indices of dim {dim}")
+    return IndexSet(owned)
+
+
+# -- programs ----------------------------------------------------------------------------------------------------------
+
+
+def program_data(program: RankProgram, *, graph: str, integers: Sequence[int], weights: Sequence[int]) -> Data:
+    """`graph`: the digest of its text; `weights`: places in the rank's list of weights, in the program's order."""
+    return {
+        "graph": graph,
+        "integers": list(integers),
+        "weights": list(weights),
+        "inputs": [_input_data(given) for given in program.inputs],
+        "states": [
+            {
+                "name": state.name,
+                "shape": list(state.shape),
+                "dtype": dtype_name(state.dtype),
+                "sees": state.sees,
+                "per_token": state.per_token,
+            }
+            for state in program.states
+        ],
+        "eos_token_id": list(program.eos_token_id),
+        "vocab_size": program.vocab_size,
+        "vocabulary": None
+        if program.vocabulary is None
+        else [[list(ends) for ends in own.intervals] for own in program.vocabulary],
+        "limits": {name: list(limit) for name, limit in program.limits.items()},
+    }
+
+
+def _input_data(given: RunInput) -> Data:
+    bound = given.bound
+    return {
+        "name": given.name,
+        "dtype": dtype_name(given.dtype),
+        "shape": list(given.shape),
+        "default": given.default,
+        "bound": None
+        if bound is None
+        else {"low": bound.low, "high": bound.high, "rows": bound.rows, "table": bound.table},
+    }
+
+
+def read_program(
+    record: Record,
+    *,
+    mesh: Mesh,
+    coordinates: Mapping[str, int],
+    weights: Sequence[WeightShard],
+    read_graph: Callable[..., fx.Graph],
+    source: WeightSource,
+    where: str,
+) -> RankProgram:
+    """`read_graph(digest, integers=, inputs=, weights=)` builds a graph of the bundle, when it is asked for."""
+    digest, integers = record.digest("graph"), record.integers("integers", low=-(2**62))
+    mine = tuple(weights[place] for place in record.integers("weights", high=len(weights) - 1))
+    inputs = tuple(map(_read_input, record.records("inputs")))
+    for what, names in (("inputs", [x.name for x in inputs]), ("weights", [w.name for w in mine])):
+        if len(set(names)) != len(names):
+            record.fail(what, "of different names")
+    known = {weight.name for weight in mine}
+    inner = [name for name in sorted(known) if any(outer in known for outer in _outer(name))]
+    if inner:
+        raise BundleError(f"{record.where}: the weight {inner[0][:100]!r} lies within another weight")
+    program = RankProgram(
+        build_graph=functools.partial(
+            read_graph, digest, integers=integers, inputs=[x.name for x in inputs], weights=[w.name for w in mine]
+        ),
+        mesh=mesh,
+        coordinates=coordinates,
+        weights=mine,
+        inputs=inputs,
+        eos_token_id=record.integers("eos_token_id"),
+        states=tuple(map(_read_state, record.records("states"))),
+        vocab_size=record.integer("vocab_size", high=_LONGEST),
+        vocabulary=_read_vocabulary(record, mesh),
+        limits=_read_limits(record.record("limits")),
+        source=source,
+        read_from=where,
+    )
+    record.done()
+    return program
+
+
+def _outer(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def _read_input(record: Record) -> RunInput:
+    shape = record.any("shape")
+    if not isinstance(shape, list) or len(shape) > _MOST_DIMS:
+        record.fail("shape", "a list of dims")
+    for dim in shape:
+        named = isinstance(dim, str) and IDENTIFIER.fullmatch(dim)
+        if not named and not whole_number(dim, high=2**31):
+            record.fail("shape", "of whole numbers and plain names")
+    found = RunInput(
+        record.text("name", IDENTIFIER),
+        record.one_of("dtype", DTYPES),
+        tuple(shape),
+        record.one_of("default", _DEFAULTS),
+        record.maybe("bound", lambda name: _read_bound(record.record(name))),
+    )
+    record.done()
+    return found
+
+
+def _read_bound(record: Record) -> Bound:
+    low, high = record.integer("low", low=-(2**62)), record.integer("high", low=-(2**62))
+    bound = Bound(low, high, record.integer("rows"), record.text("table", DOTTED, longest=1000))
+    record.done()
+    return bound
+
+
+def _read_state(record: Record) -> StateShard:
+    state = StateShard(
+        record.text("name", DOTTED, longest=1000),
+        record.integers("shape", high=2**31),
+        record.one_of("dtype", DTYPES),
+        record.maybe("sees", functools.partial(record.integer, low=1)),
+        record.flag("per_token"),
+    )
+    if state.bytes > 2**40:
+        record.fail("shape", "of less than a terabyte")
+    record.done()
+    return state
+
+
+def _read_vocabulary(record: Record, mesh: Mesh) -> tuple[IndexSet, ...] | None:
+    given = record.any("vocabulary")
+    if given is None:
+        return None
+    if not isinstance(given, list) or len(given) != mesh.size("tp"):
+        record.fail("vocabulary", f"a list with one entry for each of the {mesh.size('tp')} ranks along tp")
+    owned = tuple(IndexSet(record.intervals("vocabulary", index)) for index in range(len(given)))
+    size = record.integer("vocab_size", high=_LONGEST)
+    if any(own.intervals and own.intervals[-1][1] > size for own in owned):
+        record.fail("vocabulary", f"within the {size} indices of the vocabulary")
+    return owned
+
+
+def _read_limits(record: Record) -> dict[str, tuple[int, int | None]]:
+    found: dict[str, tuple[int, int | None]] = {}
+    for name in record.fields():
+        ends = record.any(name)
+        if not isinstance(ends, list) or len(ends) != 2 or not IDENTIFIER.fullmatch(name):
+            record.fail(name, "the smallest and the largest size")
+        low, high = ends
+        if not whole_number(low, high=_LONGEST) or not (high is None or whole_number(high, low=low, high=_LONGEST)):
+            record.fail(name, "the smallest and the largest size, or null for no limit")
+        found[name] = (low, high)
+    return found

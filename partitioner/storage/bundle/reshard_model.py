@@ -1,0 +1,59 @@
+"""A bundle as something to partition: its model without weights, and where its weights lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from partitioner.errors import BundleError
+from partitioner.storage.bundle.bundle import Bundle
+from partitioner.storage.bundle.format.model_config import require_plain
+from partitioner.storage.bundle.reshard_origins import SliceOrigins
+from partitioner.storage.named_model import load_model
+
+__all__ = ["Opened", "open_bundle"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """`model`: on the meta device; `origins`: where its weights lie among the slices of the bundle's ranks."""
+
+    model: PreTrainedModel
+    origins: SliceOrigins
+    max_length: int | None
+    length: int | None
+
+
+def open_bundle(bundle: Bundle) -> Opened:
+    """Checks all of the bundle first: parts of what has one digest as a whole cannot be checked by themselves."""
+    if bundle.manifest.checkpoint:
+        raise BundleError(f"the weights of {bundle.folder.path} are in a checkpoint: partition that instead")
+    bundle.verify()
+    stored = [each for rank in range(bundle.mesh.world_size) for each in bundle.stored(rank)]
+    require_plain(bundle.read("model/config.json"), str(bundle.folder.path / "model/config.json"))
+    model = load_model(str(bundle.model_folder()), dtype=torch.float32, meta=True)
+    if type(model).__name__ != bundle.manifest.model_class:
+        raise BundleError(
+            f"{bundle.folder.path} was made from a {bundle.manifest.model_class}, which transformers does not have: "
+            "partition the model itself instead"
+        )
+    _give_dtypes(model, {each.shard.name: each.shard.dtype for each in stored})
+    if model.can_generate():
+        ends = list(bundle.rank(0).eos_token_id)
+        model.generation_config = GenerationConfig(eos_token_id=ends or None)
+    manifest = bundle.manifest
+    origins = SliceOrigins(stored, bundle.files(stored), mapped=bundle.mapped)
+    return Opened(model.eval(), origins, manifest.max_length, manifest.length)
+
+
+def _give_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Every parameter and buffer in the dtype in which it is stored: a model may keep some of its own."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                dtype = dtypes.get(f"{path}.{name}" if path else name)
+                if tensor is not None and dtype is not None:
+                    tensor.data = tensor.data.to(dtype)

@@ -1,0 +1,211 @@
+"""`open_checkpoint`: a folder as `save_pretrained` writes it becomes a model on the meta device, and its origins.
+
+The model is made by `from_pretrained` itself, given stand-ins in place of the stored tensors: classes, dtypes, names,
+conversions and ties are those of transformers, of whatever version. No byte of a tensor is read for it, except where
+transformers compares two to decide whether they are tied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from partitioner.errors import CaptureError, PartitionerError, WeightError
+from partitioner.storage.checkpoint.equal_tensors import same_values
+from partitioner.storage.checkpoint.recording_tensor import StandIn
+from partitioner.storage.checkpoint.strided_windows import Moved
+from partitioner.storage.checkpoint.weight_origins import Origins
+from partitioner.storage.named_model import class_of, load_config, without_grouped_mm
+from runtime.weights.safetensors_files import INDEX, SINGLE, TensorFiles
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+_NAMED = 5
+"""How many names an error lists."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`model`: on the meta device; `origins`: where its weights lie."""
+
+    model: PreTrainedModel
+    origins: Origins
+
+
+def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None, mapped: bool = False) -> Checkpoint:
+    """The model of a checkpoint folder, in `dtype`, or in that which its configuration (else its files) names.
+
+    `mapped`: its weights are used where they lie in the files.
+
+    Raises `CaptureError` where the folder is none that can be read, `WeightError` where its tensors are not those of
+    the model.
+    """
+    path = Path(folder)
+    _require_readable(path)
+    config = load_config(str(path))
+    model_class = class_of(config)
+    files = TensorFiles(path.resolve())
+    same = same_values(files)
+    stored = {e.name: StandIn.of(e.name, e.shape, e.dtype, same) for e in files.entries.values()}
+    model, info = _load(model_class, config, stored, dtype or "auto")
+    _require_complete(path, model, info, files.entries)
+    moved, computed, cast = _take_stand_ins(model)
+    if model.can_generate() and (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return Checkpoint(without_grouped_mm(model.eval()), Origins(files, moved, computed, cast, mapped))
+
+
+def _require_readable(path: Path) -> None:
+    if not path.is_dir():
+        raise CaptureError(f"{str(path)!r} is no folder: required is a checkpoint, as save_pretrained writes it")
+    if (path / "adapter_config.json").is_file():
+        raise CaptureError(
+            f"{path} holds an adapter (adapter_config.json), not a model: merge it into its base model first "
+            "(merge_and_unload) and save that"
+        )
+    if not (path / "config.json").is_file():
+        raise CaptureError(f"{path} is a folder, but no checkpoint: it has no config.json")
+    fields = _fields(path / "config.json")
+    if fields.get("quantization_config") is not None:
+        method = fields["quantization_config"]
+        named = method.get("quant_method") if isinstance(method, dict) else None
+        raise CaptureError(
+            f"{path} is quantised ({named or 'see quantization_config in its config.json'}): only checkpoints whose "
+            "weights are stored as they are computed with can be read by parts; save it dequantised"
+        )
+    if fields.get("transformers_weights") is not None:
+        raise CaptureError(
+            f"{path}/config.json names files of its own (transformers_weights={fields['transformers_weights']!r}); "
+            f"required are {SINGLE} or {INDEX}"
+        )
+    if not any((path / name).is_file() or (path / name).is_symlink() for name in (SINGLE, INDEX)):
+        others = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
+        instead = f", but {', '.join(others[:_NAMED])}" if others else ""
+        raise CaptureError(
+            f"{path} has no {SINGLE} and no {INDEX}{instead}: load it by from_pretrained, and save it with "
+            "save_pretrained, which writes safetensors"
+        )
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CaptureError(f"cannot read the configuration {path}: {error}") from error
+    if not isinstance(fields, dict):
+        raise CaptureError(f"{path} must be a JSON object")
+    return fields
+
+
+class _Weightless(TorchFunctionMode):
+    """What from_pretrained allocates, to initialise what a checkpoint lacks, is allocated on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty_like:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _load(model_class: Any, config: Any, stored: dict[str, StandIn], dtype: object) -> tuple[PreTrainedModel, Any]:
+    try:
+        with _quiet(), _Weightless():
+            model, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=stored,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,  # reported by us, with the names
+                output_loading_info=True,
+            )
+    except PartitionerError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"transformers cannot load {model_class.__name__} from {len(stored)} tensors: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[-500:]}"
+        ) from error
+    return model, info
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar and its table of what did not fit, which we say ourselves."""
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _require_complete(path: Path, model: PreTrainedModel, info: Any, stored: Collection[str]) -> None:
+    name = type(model).__name__
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if info["mismatched_keys"]:
+        wrong = [f"{key!r} is {list(got)}, required {list(wanted)}" for key, got, wanted in info["mismatched_keys"]]
+        raise WeightError(f"{path} does not fit {name}: {_some(sorted(wrong))}; its config.json has other sizes")
+    if missing:
+        near = {key: difflib.get_close_matches(key, unexpected or stored, n=1) for key in missing[:_NAMED]}
+        said = [f"{key!r}" + (f" (near it: {found[0]!r})" if found else "") for key, found in near.items()]
+        raise WeightError(
+            f"{path} lacks {len(missing)} weights of {name}: {', '.join(said)}{_more(missing)}; transformers would "
+            "draw them at random: complete the checkpoint, or name the class it was saved from in 'architectures'"
+        )
+    if unexpected:
+        raise WeightError(
+            f"{path} holds {len(unexpected)} tensors that {name} has no place for: "
+            f"{_some(list(map(repr, unexpected)))}; name the class it was saved from in 'architectures', or "
+            "load it by from_pretrained, which drops them, and partition that"
+        )
+
+
+def _some(said: list[str]) -> str:
+    return ", ".join(said[:_NAMED]) + _more(said)
+
+
+def _more(of: list[Any]) -> str:
+    return f" and {len(of) - _NAMED} more" if len(of) > _NAMED else ""
+
+
+def _take_stand_ins(model: nn.Module) -> tuple[dict[str, Moved], dict[str, str], dict[str, torch.dtype]]:
+    """Puts empty tensors in place of the stand-ins, one for all names of one.
+
+    Returns what Origins holds of them: where they came from, why from nowhere, and to which dtype they are cast.
+    """
+    moved: dict[str, Moved] = {}
+    computed: dict[str, str] = {}
+    cast: dict[str, torch.dtype] = {}
+    empty: dict[int, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for own in (module._parameters, module._buffers):
+            for name, tensor in own.items():
+                if isinstance(tensor, StandIn):
+                    full = f"{path}.{name}" if path else name
+                    if tensor.dtype != tensor.stored:
+                        cast[full] = tensor.dtype
+                    if tensor.computed:
+                        computed[full] = tensor.computed[0]
+                    else:
+                        moved[full] = tensor.moved
+                    if id(tensor) not in empty:
+                        data = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                        empty[id(tensor)] = (
+                            nn.Parameter(data, requires_grad=False) if own is module._parameters else data
+                        )
+                    own[name] = empty[id(tensor)]
+    return moved, computed, cast

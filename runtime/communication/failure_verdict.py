@@ -1,0 +1,116 @@
+"""What it means that a collective has failed: which rank is lost and how, or that the ranks wait for each other.
+
+Every rank tells the others (`runtime/processes/heartbeat.py`) why it stops:
+
+    failed    an error of its own
+    waiting   it met a failed collective
+    verdict   its conclusion: those that fail after it repeat the first one
+
+That a process ended, they see for themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+
+from partitioner.errors import CommunicationError, RankLost, RankMismatch
+from runtime.communication.matching_calls import Call
+from runtime.processes.heartbeat import BEAT_S, Peers
+
+__all__ = ["Notices"]
+
+_GRACE_S = 0.5
+"""How long the others have to say that they wait too."""
+_SETTLE_S = 0.05
+"""After the first rank is known to be lost: others that are lost with it are named too."""
+
+
+class Notices:
+    """One rank's view; `peers` None: groups that someone else made, where nothing tells who is lost."""
+
+    def __init__(self, peers: Peers | None, rank: int, *, timeout_s: float) -> None:
+        self._peers = peers
+        self._rank = rank
+        self._timeout_s = timeout_s
+
+    def about_to(self, call: Call) -> None:
+        if self._peers is not None:
+            self._peers.at = str(call)
+
+    def failed(self, error: BaseException) -> None:
+        if self._peers is not None:
+            self._peers.tell("failed", f"{type(error).__name__}: {error}")
+
+    def conclude(self, call: Call | str, group: Sequence[int], error: BaseException) -> CommunicationError:
+        """What it means that `call` failed with `error`; waits up to half a second for what the others say."""
+        others = [rank for rank in group if rank != self._rank]
+        # gloo's "[file:line] what. This is typically ..."
+        cause = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0]).split(". This is")[0]
+        origin = "" if cause.startswith("shared memory") else "torch.distributed: "
+        detail = f"\n  awaited by {call}\n  {origin}{cause}"
+        peers = self._peers
+        if peers is None:
+            return RankLost(f"one of the {_list(others, 'rank')} is lost, and nothing tells which{detail}")
+        peers.tell("waiting", str(call))
+        deadline = time.monotonic() + _GRACE_S
+        while time.monotonic() < deadline:
+            if verdicts := peers.known("verdict"):
+                return _as_error(next(iter(verdicts.values())))
+            if peers.is_cut_off:
+                break
+            if peers.lost():
+                deadline = min(deadline, time.monotonic() + _SETTLE_S)
+            elif peers.known("waiting").keys() | peers.known("left").keys() | self._stopped(others) >= set(others):
+                break
+            time.sleep(0.005)
+        verdict = json.dumps(self._judge(peers, call, others, cause, detail))
+        peers.tell("verdict", verdict)
+        return _as_error(verdict)
+
+    def _stopped(self, ranks: Sequence[int]) -> set[int]:
+        """Those whose process gives no sign of life."""
+        assert self._peers is not None
+        return {rank for rank in ranks if self._peers.silent_s(rank) > min(5 * BEAT_S, self._timeout_s / 2)}
+
+    def _judge(self, peers: Peers, call: Call | str, others: list[int], cause: str, detail: str) -> tuple[str, str]:
+        if lost := peers.lost():
+            return "lost", "; ".join(f"rank {rank} {how}" for rank, how in lost.items()) + detail
+        waiting = peers.known("waiting")
+        if left := [rank for rank in others if rank in peers.known("left") and rank not in waiting]:
+            return "lost", f"{_list(left, 'rank')} left, by closing the engine, while others wait for it{detail}"
+        if peers.is_cut_off:
+            return "lost", f"one of the {_list(others, 'rank')} is lost, and rank 0, which would know, has left{detail}"
+        silent = [rank for rank in others if rank not in waiting]
+        stopped = self._stopped(silent)
+        if 0 in stopped:
+            silent = [0]  # of the others nothing is known: it all comes through rank 0
+        at = peers.known("at")
+        seen = "".join(f"\n  last checked there: {at[rank]}" for rank in silent if at.get(rank))
+        if not silent:
+            waits = "".join(f"\n  {text}" for rank, text in waiting.items() if rank in others)
+            return "mismatch", f"the ranks wait for each other and none can go on:\n  {call}{waits}"
+        if not re.search("timed? ?out", cause, re.IGNORECASE):
+            return "lost", f"{_list(silent, 'rank')} did not say why a connection broke, and still runs{seen}{detail}"
+        if stopped:
+            how = "no sign of life comes from its process: it is stopped, or its host cannot be reached"
+        else:
+            how = (
+                "its process is alive: if a step may take that long, give more time, as in "
+                "Engine.connect(..., timeout_s=600); otherwise see what it is doing"
+            )
+        named = [rank for rank in silent if rank in stopped] or silent
+        within = f"within {self._timeout_s:g} s"
+        return "lost", f"{_list(named, 'rank')} did not answer {within}; {how}{seen}{detail}"
+
+
+def _list(ranks: list[int], word: str) -> str:
+    names = ", ".join(map(str, ranks))
+    return f"{word} {names}" if len(ranks) == 1 else f"{word}s {names}"
+
+
+def _as_error(verdict: str) -> CommunicationError:
+    kind, text = json.loads(verdict)
+    return RankLost(text) if kind == "lost" else RankMismatch(text)

@@ -1,0 +1,235 @@
+"""The engine: loads one rank's slices of the weights, binds its collectives, and runs its graph.
+
+    engine = Engine(parts.rank(1), communicator, weights=state_dict)
+    logits = engine(input_ids=input_ids)
+    tokens = engine.generate(input_ids, max_new_tokens=20)
+
+The same engine runs a rank in a process of its own and in a thread of the simulator; only the communicator differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Protocol, Unpack
+
+import torch
+from torch import Tensor
+
+from partitioner.errors import CommunicationError, InputError
+from partitioner.sharding.mesh import Mesh
+from runtime.communication.communicator import Communicator
+from runtime.communication.process_groups import ProcessGroups, Sharing
+from runtime.engine.check_inputs import complete_inputs
+from runtime.execution.chrome_trace import Trace, from_all_ranks
+from runtime.execution.executable import Executable
+from runtime.execution.merge_linears import lay_side_by_side, merge_linears
+from runtime.execution.profile import Profiler
+from runtime.generation.generate_loop import Continuation
+from runtime.generation.generation_options import Options
+from runtime.generation.generation_request import Generated, Prompts, Step, Task
+from runtime.kv_cache.cache_size import CacheSize, Room
+from runtime.program.bundle_errors import blaming
+from runtime.program.rank_program import RankProgram
+from runtime.weights.load_weights import WeightSource, load_weights
+
+__all__ = ["Engine", "RankPrograms"]
+
+
+class RankPrograms(Protocol):
+    """What `Engine.connect` needs of a compiled model: `partitioner.Parts` is one."""
+
+    @property
+    def mesh(self) -> Mesh: ...
+
+    def rank(self, rank: int) -> RankProgram: ...
+
+    def generation_rank(self, rank: int) -> RankProgram: ...
+
+
+class Engine:
+    """One rank, loaded; `weights` as in `runtime.weights.load_weights`, None: those that the program came with.
+
+    `generation` makes the rank's program for continuing sequences, when it is first asked to. `compile` puts its decode
+    steps through torch.compile, `cuda_graph` captures them; both take their time at the first steps, and merge small
+    linears of one input (see `runtime.execution.merge_linears`).
+    """
+
+    def __init__(
+        self,
+        program: RankProgram,
+        communicator: Communicator,
+        *,
+        weights: WeightSource | None = None,
+        device: str | torch.device = "cpu",
+        generation: Callable[[], RankProgram] | None = None,
+        compile: bool = False,
+        cuda_graph: bool = False,
+    ) -> None:
+        if communicator.rank != program.rank or communicator.mesh != program.mesh:
+            raise CommunicationError(
+                f"the program is that of rank {program.rank} on {program.mesh}, "
+                f"the communicator that of rank {communicator.rank} on {communicator.mesh}"
+            )
+        self.program = program
+        self.communicator = communicator
+        self.device = torch.device(device)
+        self._source = program.source if weights is None else weights
+        with blaming(program):
+            self.weights = load_weights(
+                program.weights, program.values, self._source, self.device, progress=communicator.rank == 0
+            )
+            if compile or cuda_graph:
+                lay_side_by_side(program, self.weights)
+            self.profiler = Profiler(program, self.device)
+            self._run = Executable(program, self.weights, communicator, self.device, profiler=self.profiler)
+        self._generation = generation
+        self._decoding = {"compile": compile, "cuda_graph": cuda_graph}
+
+    @classmethod
+    def connect(
+        cls,
+        parts: RankPrograms,
+        weights: WeightSource | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        timeout_s: float = 60.0,
+        check: bool = False,
+        shared_memory: Sharing = "auto",
+        compile: bool = False,
+        cuda_graph: bool = False,
+        cache: CacheSize | None = None,
+    ) -> Engine:
+        """The rank of a process that torchrun started.
+
+        `check`: compare the ranks before every collective. `shared_memory`: see
+        `runtime.communication.process_groups`. `cache`: set aside at once, see `reserve`.
+        """
+        communicator = ProcessGroups.connect(
+            parts.mesh, device=device, timeout_s=timeout_s, check=check, shared_memory=shared_memory
+        )
+        try:
+            engine = cls(
+                parts.rank(communicator.rank),
+                communicator,
+                weights=weights,
+                device=communicator.device,
+                generation=functools.partial(parts.generation_rank, communicator.rank),
+                compile=compile,
+                cuda_graph=cuda_graph,
+            )
+            if cache is not None:
+                engine.reserve(cache)
+        except BaseException as error:
+            # the others would wait for this rank as long as its process lives
+            communicator.abort(error)
+            communicator.close()
+            raise
+        return engine
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.program.mesh
+
+    def __call__(self, **inputs: Tensor | None) -> Any:
+        """Run once. Every rank must be given the same inputs."""
+        with blaming(self.program):
+            return self._run(complete_inputs(self.program.inputs, inputs, self.device, self.program.limits))
+
+    def generate(
+        self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
+    ) -> Tensor | Generated:
+        """Prompts and what follows them, [B, L + new tokens], as transformers' `generate` returns it.
+
+        `prompts`: ids [B, L], with an attention_mask where they are padded (on either side), or a list of rows of any
+        lengths, which are returned padded on the left. `options`: see `runtime.generation.generation_options`. Every
+        rank must be given the same, and returns the same.
+        """
+        task = self._task(prompts, attention_mask, options)
+        with blaming(self.program):
+            return task.result(list(self._continuation.steps(task)))
+
+    def stream(
+        self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
+    ) -> Iterator[Step]:
+        """The same, a step at a time: one token per sequence."""
+        return self._blamed(self._continuation.steps(self._task(prompts, attention_mask, options)))
+
+    def _blamed(self, steps: Iterator[Step]) -> Iterator[Step]:
+        with blaming(self.program):
+            yield from steps
+
+    def reserve(self, size: CacheSize) -> Room:
+        """Sets the cache of all later tasks aside, and says how many tokens fit; every rank must be given the same.
+
+        Without it each task's is made when it comes. Raises InputError where it does not fit, on all ranks.
+        """
+        with blaming(self.program):
+            return self._continuation.reserve(size)
+
+    @property
+    def room(self) -> Room | None:
+        """How many tokens fit into what `reserve` has set aside; None: nothing is."""
+        return self._continuation.room
+
+    def _task(self, prompts: Prompts, attention_mask: Tensor | None, options: Options) -> Task:
+        return Task.of(prompts, attention_mask, options, eos_token_id=self._continuation.program.eos_token_id)
+
+    @functools.cached_property
+    def _continuation(self) -> Continuation:
+        if self._generation is None:
+            raise InputError("this engine was made without a program for generation: give it generation=")
+        program = self._generation()
+        with blaming(program):
+            return self._continue(program)
+
+    def _continue(self, program: RankProgram) -> Continuation:
+        mine = dict(zip(self.program.weights, self.weights, strict=True))
+        # the same slices of the same weights, unless a user's pass saw to something else; what no checkpoint holds is
+        # small, and two traces may give one name to two constants
+        missing = [w for w in program.weights if w not in mine or (w.source != "checkpoint" and w.digest is None)]
+        mine |= zip(missing, load_weights(missing, program.values, self._source, self.device), strict=True)
+        weights = [mine[weight] for weight in program.weights]
+        if any(self._decoding.values()):
+            program, weights = merge_linears(program, weights)
+        return Continuation(program, weights, self.communicator, self.device, profiler=self.profiler, **self._decoding)
+
+    @contextlib.contextmanager
+    def profile(self) -> Iterator[Trace]:
+        """Records what the ranks do in the block; every rank must enter it, and leaves it with the trace of all.
+
+        Raises InputError where decode steps are compiled or captured: those have no nodes to tell apart.
+        """
+        self.require_nodes()
+        self.profiler.start()
+        trace = Trace()
+        try:
+            yield trace
+        finally:
+            recorded = self.profiler.stop()
+        trace.complete(from_all_ranks(recorded, self.communicator, self.device))
+
+    def require_nodes(self) -> None:
+        used = [name for name, wanted in self._decoding.items() if wanted]
+        if used:
+            raise InputError(f"profiling runs node by node, and this engine was made with {used[0]}=True: leave it out")
+
+    def close(self) -> None:
+        """Ends this rank's part in what the ranks do together; may be called again."""
+        continuation = self.__dict__.pop("_continuation", None)
+        if continuation is not None:
+            # CUDA graphs hold collectives of the groups, which cannot be destroyed before them
+            continuation.release()
+        self.communicator.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.communicator.abort(error)
+        self.close()

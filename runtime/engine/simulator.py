@@ -1,0 +1,149 @@
+"""All ranks of a program in this process: one engine and one thread per rank, meeting in a Rendezvous.
+
+The simulator is not a second interpreter: the engines, graphs and weights are those of a real run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from partitioner.errors import CommunicationError
+from runtime.communication.thread_communicator import Rendezvous
+from runtime.engine.engine import Engine
+from runtime.execution.chrome_trace import Trace
+from runtime.program.rank_program import RankProgram
+from runtime.weights.load_weights import WeightSource
+
+__all__ = ["Simulator"]
+
+T = TypeVar("T")
+
+
+class Simulator:
+    """Loads every rank once; each call runs all of them and returns their results in order of rank.
+
+    `generation(rank)` makes a rank's program for continuing sequences, when that is first asked for.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[RankProgram],
+        *,
+        generation: Callable[[int], RankProgram] | None = None,
+        weights: WeightSource | None = None,
+        timeout_s: float = 60.0,
+    ) -> None:
+        self._busy = threading.Lock()
+        self._rendezvous = Rendezvous(programs[0].mesh, timeout_s=timeout_s)
+        self.engines = [
+            Engine(
+                program,
+                self._rendezvous.communicator(program.rank),
+                weights=weights,
+                generation=None if generation is None else functools.partial(generation, program.rank),
+            )
+            for program in programs
+        ]
+
+    def __call__(self, **inputs: Tensor | None) -> list[Any]:
+        return self.run(lambda engine: engine(**inputs))
+
+    def run(self, work: Callable[[Engine], T]) -> list[T]:
+        """What `work` returns on each rank, all of them at once."""
+        with self._alone():
+            return self._run(work)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The ranks have one rendezvous and one cache each: what runs on them runs by itself."""
+        if not self._busy.acquire(blocking=False):
+            raise CommunicationError(
+                "these ranks are in the middle of something: read an unfinished stream to its end, or close() it, first"
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+    @contextlib.contextmanager
+    def profile(self) -> Iterator[Trace]:
+        """Records what all ranks do in the block; see `Engine.profile`."""
+        with self._alone():
+            for engine in self.engines:
+                engine.profiler.start()
+        trace = Trace()
+        try:
+            yield trace
+        finally:
+            recorded = [engine.profiler.stop() for engine in self.engines]
+        trace.complete(recorded)
+
+    def _run(self, work: Callable[[Engine], T]) -> list[T]:
+        self._rendezvous.reset()
+        results: list[Any] = [None] * len(self.engines)
+        errors: list[tuple[int, BaseException]] = []
+
+        def run(rank: int) -> None:
+            try:
+                results[rank] = work(self.engines[rank])
+            except BaseException as error:
+                errors.append((rank, error))
+                self._rendezvous.abort(rank, error)
+            finally:
+                self._rendezvous.end(rank)
+
+        threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(len(results))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise _cause(errors)
+        return results
+
+    def stream(self, work: Callable[[Engine], Iterator[T]]) -> Iterator[T]:
+        """What `work` yields on rank 0, while all ranks run it; a consumer that stops early stops them all."""
+        with self._alone():
+            yield from self._stream(work)
+
+    def _stream(self, work: Callable[[Engine], Iterator[T]]) -> Iterator[T]:
+        said: queue.Queue[tuple[str, Any]] = queue.Queue()
+
+        def follow(engine: Engine) -> None:
+            for item in work(engine):
+                if engine.program.rank == 0:
+                    said.put(("item", item))
+
+        def run() -> None:
+            try:
+                self._run(follow)
+                said.put(("end", None))
+            except BaseException as error:
+                said.put(("error", error))
+
+        thread = threading.Thread(target=run, name="ranks")
+        thread.start()
+        try:
+            while True:
+                kind, item = said.get()
+                if kind == "error":
+                    raise item
+                if kind == "end":
+                    return
+                yield item
+        finally:
+            self._rendezvous.abort(0, CommunicationError("nobody reads the stream any more"))
+            thread.join()
+
+
+def _cause(errors: list[tuple[int, BaseException]]) -> BaseException:
+    """The failure that the others follow from: a rank's own error rather than what the ranks waiting for it met."""
+    own = [pair for pair in errors if not isinstance(pair[1], CommunicationError)]
+    return min(own or errors, key=lambda pair: pair[0])[1]

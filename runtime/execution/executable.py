@@ -1,0 +1,148 @@
+"""From a rank's graph to what runs it: weights as leading arguments, collectives bound to a communicator.
+
+    get_attr "model.norm.weight"     -> an argument: no module attributes are looked up while running
+    all_reduce(x, "tp")              -> the communicator's own function of x
+    cached_attention(.., state=..)   -> the cache's own function of the tensors
+    device=... in the graph          -> the engine's device
+
+Values are dropped after their last use, as torch.fx's generated code does.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import linecache
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from runtime.communication.communicator import Binder, Communicator
+from runtime.execution.profile import Profiled, Profiler, Recording
+from runtime.kv_cache.cache import Cache
+from runtime.ops.cached_attention import cached_attention
+from runtime.ops.collectives import COLLECTIVES
+from runtime.ops.state import cache_append, state_read, state_write
+from runtime.program.rank_program import RankProgram
+
+__all__ = ["Executable", "build", "failing_node"]
+
+# operations that always return memory of their own, which a collective may therefore overwrite
+_FRESH = frozenset({"add", "addmm", "baddbmm", "bmm", "embedding", "linear", "matmul", "mm", "mul"})
+_FRESH_OWN = frozenset({"vocab_parallel_embedding"})
+
+
+_WITH_STATE = frozenset({cached_attention, cache_append, state_read, state_write})
+
+
+class Executable:
+    """The graph of one rank, ready to run: called with its inputs, in their order, it returns the result.
+
+    `weights` in the order of `program.weights`. A failure names its node, and wakes the ranks that wait for this one.
+    """
+
+    def __init__(
+        self,
+        program: RankProgram,
+        weights: Sequence[Tensor],
+        communicator: Communicator,
+        device: torch.device,
+        cache: Cache | None = None,
+        profiler: Profiler | None = None,
+    ) -> None:
+        self.program, self.communicator = program, communicator
+        self.weights, self._profiler = weights, profiler
+        self._graph = bound_graph(program, communicator, device, cache)
+        self.function = functools.partial(fx.GraphModule({}, self._graph).forward, *weights)
+        """What runs, bare: of the inputs in their order."""
+        self._profiled: Profiled | None = None
+        self._seen: set[tuple[torch.Size, ...]] = set()
+
+    def __call__(self, values: Sequence[Tensor]) -> Any:
+        shapes = tuple(value.shape for value in values)
+        self.communicator.begin_run(new_shapes=shapes not in self._seen)
+        try:
+            # not inference_mode: the caller may write to what comes back
+            with torch.no_grad():
+                recording = None if self._profiler is None else self._profiler.recording
+                result = self.function(*values) if recording is None else self._run_profiled(recording, values)
+        except BaseException as error:
+            name = failing_node(error)
+            for node in self.program.graph.nodes:
+                if node.name == name:
+                    error.add_note(
+                        f"at node {name!r} of {node.meta.get('path') or 'the graph'}, rank {self.program.rank}"
+                    )
+            self.communicator.abort(error)
+            raise
+        self._seen.add(shapes)
+        return result
+
+    def _run_profiled(self, recording: Recording, values: Sequence[Tensor]) -> Any:
+        if self._profiled is None:
+            self._profiled = Profiled(self.program, self._graph, self.weights)
+            # generating code takes longer than many a run: without this the others' first wait would be for that
+            self.communicator.barrier()
+        return self._profiled(recording, values)
+
+
+def build(program: RankProgram, communicator: Binder, device: torch.device, cache: Cache | None) -> Callable[..., Any]:
+    """A function of the weights in the order of `program.weights`, then of the inputs in their order."""
+    function: Callable[..., Any] = fx.GraphModule({}, bound_graph(program, communicator, device, cache)).forward
+    return function
+
+
+def bound_graph(program: RankProgram, communicator: Binder, device: torch.device, cache: Cache | None) -> fx.Graph:
+    """The graph of that function."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    arguments = {weight.name: graph.placeholder(f"weight_{index}") for index, weight in enumerate(program.weights)}
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            copied[node] = arguments[str(node.target)]
+            continue
+        new = copied[node] = graph.node_copy(node, copied.__getitem__)
+        if node.op == "call_function":
+            assert callable(node.target)
+            if node.target in COLLECTIVES:
+                _bind(new, node.target, node, communicator)
+            elif node.target in _WITH_STATE and cache is not None:
+                options = dict(new.kwargs)
+                new.target, new.kwargs = cache.bind(node.target, str(options.pop("state")), options), {}
+            else:
+                new.args = fx.node.map_aggregate(new.args, lambda leaf: _moved(leaf, device))
+                new.kwargs = fx.node.map_aggregate(new.kwargs, lambda leaf: _moved(leaf, device))
+    return graph
+
+
+def failing_node(error: BaseException) -> str | None:
+    """The name of the node at which an executable raised `error`, read off the generated line; None: somewhere else."""
+    found = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename.startswith("<eval_with_key>"):
+            found = linecache.getline(frame.f_code.co_filename, line).partition(" = ")[0].strip()
+    return found
+
+
+def _bind(new: fx.Node, op: Callable[..., Tensor], node: fx.Node, communicator: Binder) -> None:
+    given = inspect.signature(op).bind(*new.args, **new.kwargs).arguments
+    x, axis = given.pop("x"), given.pop("axis")
+    options = {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in given.items()}
+    new.target = communicator.bind(op, axis, node=node.name, options=options, overwrite=_is_last_use(node))
+    new.args, new.kwargs = (x,), {}
+
+
+def _is_last_use(node: fx.Node) -> bool:
+    source = node.all_input_nodes[0]
+    if not callable(source.target) or len(source.users) != 1:
+        return False
+    name = source.target.__name__.partition(".")[0]
+    is_torch = source.target.__module__ is None or source.target.__module__.partition(".")[0] == "torch"
+    return name in (_FRESH if is_torch else _FRESH_OWN)
+
+
+def _moved(leaf: Any, device: torch.device) -> Any:
+    return device if isinstance(leaf, torch.device) else leaf

@@ -1,0 +1,310 @@
+"""Recording what one rank does, node by node: another way to run the graph that its executable runs.
+
+    x = linear(a, w)          ->   x = linear(a, w);  stamp(x)
+
+The stamp takes the time before and after its own work, so that a node's time is from the last stamp's end to the next
+one's beginning, and what recording costs is known apart. The same ops run on the same operands in the same order, and
+values live as long as without it. Nothing of this exists until it is asked for.
+
+On CUDA the marks are events on the stream, read when the run is through; elsewhere they are the host's monotonic clock,
+which the processes of one machine share. What the recordings of all ranks say together is in `chrome_trace.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from partitioner.errors import InputError
+from runtime.communication.communicator import Communicator
+from runtime.execution.chrome_trace import Recorded
+from runtime.ops.collectives import COLLECTIVES
+from runtime.program.rank_program import RankProgram
+
+__all__ = ["Profiled", "Profiler", "Recording"]
+
+R = TypeVar("R")
+_CALLS = ("call_function", "call_method")
+
+
+class Profiler:
+    """One rank's switch; `recording` is where its executables write while it is on, None otherwise."""
+
+    def __init__(self, program: RankProgram, device: torch.device) -> None:
+        self.program, self.device = program, device
+        self.recording: Recording | None = None
+
+    def start(self) -> None:
+        if self.recording is not None:
+            raise InputError("this engine is being profiled already: profiles do not nest")
+        self.recording = Recording(self.program, self.device)
+
+    def stop(self) -> Recorded:
+        assert self.recording is not None
+        recorded, self.recording = self.recording.recorded, None
+        return recorded
+
+    def watched(self, communicator: Communicator) -> Communicator:
+        """`communicator`, whose operations are recorded if a recording is on now."""
+        return communicator if self.recording is None else _Watched(communicator, self.recording)  # type: ignore[return-value]
+
+    def timed(self, name: str, function: Callable[..., R]) -> Callable[..., R]:
+        """`function` as a step of its own, if a recording is on now."""
+        recording = self.recording
+        if recording is None:
+            return function
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> R:
+            start = recording.now()
+            result = function(*args, **kwargs)
+            recording.add_step(name, start, recording.now())
+            return result
+
+        return run
+
+
+class Recording:
+    """What one rank has done since `Profiler.start`."""
+
+    def __init__(self, program: RankProgram, device: torch.device) -> None:
+        self.mesh, self.rank = program.mesh, program.rank
+        self._device = device
+        self.on_cuda = device.type == "cuda"
+        at = {axis: at for axis, at in program.coordinates.items() if program.mesh.size(axis) > 1}
+        self.recorded = Recorded(rank=self.rank, coordinates=at, host=_host(), device=str(device))
+        self._graphs: dict[int, int] = {}
+        self._meetings: Counter[tuple[int, ...]] = Counter()
+
+    def now(self) -> Any:
+        """A mark: a time in nanoseconds, or an event that will have one."""
+        if not self.on_cuda:
+            return time.monotonic_ns()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def times(self, marks: Sequence[Any]) -> list[int]:
+        """The times of marks that are past, or soon will be."""
+        if not self.on_cuda:
+            return list(marks)
+        end = self.now()
+        end.synchronize()
+        ended_ns = time.monotonic_ns()
+        return [ended_ns - int(mark.elapsed_time(end) * 1e6) for mark in marks]
+
+    def allocated(self) -> int:
+        return torch.cuda.memory_allocated(self._device)
+
+    def graph(self, profiled: Profiled) -> int:
+        """The number of a graph in this recording."""
+        if id(profiled) not in self._graphs:
+            self._graphs[id(profiled)] = len(self.recorded.graphs)
+            self.recorded.graphs.append(profiled.nodes)
+        return self._graphs[id(profiled)]
+
+    def meeting(self, axis: str) -> list[Any]:
+        """Which ranks meet next along `axis`, and how often they have met before: the same on each of them."""
+        group = self.mesh.group((axis,), self.rank)
+        self._meetings[group] += 1
+        return [list(group), self._meetings[group] - 1]
+
+    def add_step(self, name: str, start: Any, end: Any) -> None:
+        first, last = self.times([start, end])
+        self.recorded.steps.append({"name": name, "start": first, "end": last})
+
+    def add_call(self, name: str, op: str, axis: str, start: Any, end: Any, value: Tensor) -> None:
+        first, last = self.times([start, end])
+        call = {"name": name, "op": op, "axis": axis, "start": first, "end": last, "shape": _said(value)}
+        self.recorded.calls.append({**call, "meeting": self.meeting(axis)})
+
+
+class Profiled:
+    """The bound `graph` of `program`, with a stamp after every call."""
+
+    def __init__(self, program: RankProgram, graph: fx.Graph, weights: Sequence[Tensor]) -> None:
+        self.nodes = [_described(node) for node in program.graph.nodes if node.op in _CALLS]
+        """Of each call: its name, op, module, reason, and axis if it is a collective."""
+        self._dying = _dying(graph)
+        self._kept = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._begins: list[Any] = []
+        self._ends: list[Any] = []
+        self._seen: list[Any] = []
+        self._now: Callable[[], Any] = time.monotonic_ns
+        self._allocated: Callable[[], int] | None = None
+        self._function = functools.partial(_stamped(graph, self._stamp), *weights)
+        assert len(self.nodes) == len(self._dying)
+
+    def __call__(self, recording: Recording, values: Sequence[Tensor]) -> Any:
+        self._begins, self._ends, self._seen = [], [], []
+        self._now, self._allocated = recording.now, recording.allocated if recording.on_cuda else None
+        start = self._now()
+        self._begins.append(self._now())
+        result = self._function(*values)
+        self._write(recording, start, self._now(), values)
+        return result
+
+    def _stamp(self, value: Any) -> None:
+        self._ends.append(self._now())
+        self._seen.append(_memory(value) if self._allocated is None else (_memory(value), self._allocated()))
+        self._begins.append(self._now())
+
+    def _write(self, recording: Recording, start: Any, end: Any, values: Sequence[Tensor]) -> None:
+        num = len(self._ends)
+        first, last, *times = recording.times([start, end, *self._begins, *self._ends])
+        begins, ends = times[: num + 1], times[num + 1 :]
+        seen = self._seen if self._allocated is None else [pieces for pieces, _ in self._seen]
+        if self._allocated is None:
+            kept = self._kept | {value.untyped_storage().data_ptr() for value in values}
+            memory = _live_bytes(seen, self._dying, kept)
+        else:
+            memory = [(allocated, allocated) for _, allocated in self._seen]
+        axes = [node["axis"] for node in self.nodes]
+        recording.recorded.runs.append(
+            {
+                "graph": recording.graph(self),
+                "name": f"run {list(values[0].shape)}" if values else "run",
+                "start": first,
+                "end": last,
+                "begins": begins,
+                "ends": ends,
+                "shapes": [", ".join(piece[0] for piece in pieces) for pieces in map(_texts, seen)],
+                "bytes": [sum(piece[1] for piece in pieces) for pieces in map(_texts, seen)],
+                "memory": memory,
+                "meetings": [recording.meeting(axis) if axis else None for axis in axes],
+            }
+        )
+        self._begins, self._ends, self._seen = [], [], []
+
+
+class _Watched:
+    """A communicator whose operations are recorded, for what communicates outside graphs."""
+
+    def __init__(self, communicator: Communicator, recording: Recording) -> None:
+        self.mesh, self.rank = communicator.mesh, communicator.rank
+        self._communicator, self._recording = communicator, recording
+        self.begin_run, self.abort = communicator.begin_run, communicator.abort
+        self.barrier, self.close = communicator.barrier, communicator.close
+
+    def bind(
+        self, op: Callable[..., Tensor], axis: str, *, node: str, options: dict[str, Any], overwrite: bool = False
+    ) -> Callable[[Tensor], Tensor]:
+        bound = self._communicator.bind(op, axis, node=node, options=options, overwrite=overwrite)
+
+        def run(x: Tensor) -> Tensor:
+            start = self._recording.now()
+            found = bound(x)
+            self._recording.add_call(node, COLLECTIVES[op], axis, start, self._recording.now(), found)
+            return found
+
+        return run
+
+
+def _stamped(graph: fx.Graph, stamp: Callable[[Any], None]) -> Callable[..., Any]:
+    def take(value: Any) -> None:  # generated code calls functions, under their names
+        stamp(value)
+
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    for node in [node for node in copy.nodes if node.op in _CALLS]:
+        with copy.inserting_after(node):
+            copy.call_function(take, (node,))
+    function: Callable[..., Any] = fx.GraphModule({}, copy).forward
+    return function
+
+
+def _described(node: fx.Node) -> dict[str, str]:
+    if isinstance(node.target, str):
+        op = node.target
+    else:
+        assert callable(node.target)
+        op = getattr(node.target, "__name__", None) or str(node.target)
+    axis = str(node.args[1]) if node.target in COLLECTIVES else ""
+    meta = node.meta
+    return {
+        "name": node.name,
+        "op": op,
+        "path": str(meta.get("path") or ""),
+        "why": str(meta.get("why") or ""),
+        "axis": axis,
+    }
+
+
+def _dying(graph: fx.Graph) -> list[list[int]]:
+    """By place of a call: the calls whose values nobody reads after it. The result outlives the run."""
+    calls = [node for node in graph.nodes if node.op in _CALLS]
+    place = {node: i for i, node in enumerate(calls)}
+    dying: list[list[int]] = [[] for _ in calls]
+    for i, node in enumerate(calls):
+        last = max((place.get(user, len(calls)) for user in node.users), default=i)
+        if last < len(calls):
+            dying[last].append(i)
+    return dying
+
+
+Piece = tuple[torch.Size, torch.dtype, int, int]
+"""Shape, dtype, and the place and size of the memory."""
+
+
+def _memory(value: Any) -> list[Piece]:
+    """Of each tensor in `value`; next to nothing, for it is done while the rank runs."""
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        return [(value.shape, value.dtype, storage.data_ptr(), storage.nbytes())]
+    if isinstance(value, (tuple, list)):
+        return [piece for each in value for piece in _memory(each)]
+    return []
+
+
+def _texts(pieces: Sequence[Piece]) -> list[tuple[str, int]]:
+    return [
+        (f"{str(dtype).removeprefix('torch.')}{list(shape)}", shape.numel() * dtype.itemsize)
+        for shape, dtype, _, _ in pieces
+    ]
+
+
+def _said(value: Tensor) -> str:
+    return _texts(_memory(value))[0][0]
+
+
+def _live_bytes(seen: Sequence[Sequence[Piece]], dying: list[list[int]], kept: set[int]) -> list[tuple[int, int]]:
+    """After each call: the bytes of all values that are alive, before and after those that it was the last to read go.
+
+    Values that share memory count once; those that lie in the memory of weights or inputs do not.
+    """
+    holders: Counter[int] = Counter()
+    sizes: dict[int, int] = {}
+    total, found = 0, []
+    for i, pieces in enumerate(seen):
+        for _, _, place, size in pieces:
+            if place in kept or not size:
+                continue
+            if not holders[place]:
+                total += size
+                sizes[place] = size
+            holders[place] += 1
+        most = total
+        for dead in dying[i]:
+            for _, _, place, size in seen[dead]:
+                if place in kept or not size:
+                    continue
+                holders[place] -= 1
+                if not holders[place]:
+                    total -= sizes[place]
+        found.append((most, total))
+    return found
+
+
+@functools.cache
+def _host() -> str:
+    """Names the running kernel, whose monotonic clock its processes share."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else platform.node()

@@ -1,0 +1,124 @@
+"""What is to be continued, and what comes back: prompts as rows of tokens, results as transformers returns them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partitioner.errors import InputError
+from runtime.generation.generation_options import Settings
+
+__all__ = ["Generated", "Prompts", "Step", "Task"]
+
+Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token per sequence, None where it has ended; and its log-probability, where asked for."""
+
+    tokens: tuple[int | None, ...]
+    logprobs: tuple[float | None, ...] | None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """sequences [B, L + N] int64; logprobs [B, N] of the new tokens, nan after the end of a sequence."""
+
+    sequences: Tensor
+    logprobs: Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """prompts: the tokens of each row, without padding. ids [B, L]: the prompts as they will be returned."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    ids: Tensor
+    settings: Settings
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Prompts,
+        attention_mask: Tensor | None,
+        options: Mapping[str, Any],
+        *,
+        eos_token_id: tuple[int, ...],
+    ) -> Task:
+        settings = Settings.of(options, eos_token_id=eos_token_id)
+        if settings.stop_strings and not callable(getattr(settings.tokenizer, "decode", None)):
+            raise InputError(
+                "stop_strings need a tokenizer to decode with, such as AutoTokenizer.from_pretrained(...) yields; "
+                f"got tokenizer={settings.tokenizer!r}"
+            )
+        rows, ids = _rows(prompts, attention_mask, settings.pad_token_id)
+        if not rows:
+            raise InputError("no prompts: give at least one row of tokens")
+        for row, tokens in enumerate(rows):
+            if not tokens:
+                raise InputError(f"prompt {row} is empty: generation starts from at least one token")
+        requests = settings.request_ids
+        if requests is not None and len(requests) != len(rows):
+            raise InputError(f"request_ids must name each of the {len(rows)} prompts, got {len(requests)}")
+        return cls(rows, ids, settings)
+
+    def has_ended(self, tokens: Sequence[int], new: int) -> bool:
+        """`tokens` of one sequence, `new` of which were generated."""
+        if tokens[-1] in self.settings.eos_token_id:
+            return True
+        if not self.settings.stop_strings:
+            return False
+        text = self.settings.tokenizer.decode(list(tokens[-new:]))
+        return any(stop in text for stop in self.settings.stop_strings)
+
+    def result(self, steps: Sequence[Step]) -> Tensor | Generated:
+        pad = self.settings.pad_token_id
+        new = [[pad if token is None else token for token in step.tokens] for step in steps]
+        sequences = torch.cat([self.ids, torch.tensor(new, dtype=torch.int64, device=self.ids.device).t()], dim=1)
+        if not self.settings.logprobs:
+            return sequences
+        said = [[float("nan") if value is None else value for value in step.logprobs or ()] for step in steps]
+        return Generated(sequences, torch.tensor(said, dtype=torch.float64).t())
+
+
+def _rows(prompts: Prompts, attention_mask: Tensor | None, pad: int) -> tuple[tuple[tuple[int, ...], ...], Tensor]:
+    if isinstance(prompts, Tensor):
+        if prompts.dim() != 2 or prompts.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"prompts must be token ids [B, L], int64; got {prompts.dtype} {list(prompts.shape)}")
+        if prompts.is_meta or prompts.layout is not torch.strided:
+            raise InputError("prompts must hold data, as a plain tensor")
+        if attention_mask is not None and not isinstance(attention_mask, Tensor):
+            raise InputError(f"attention_mask must be a tensor, got {type(attention_mask).__name__}")
+        if attention_mask is None:
+            return tuple(map(tuple, prompts.tolist())), prompts.long()
+        if attention_mask.shape != prompts.shape:
+            raise InputError(f"attention_mask must be {list(prompts.shape)}, got {list(attention_mask.shape)}")
+        mask = attention_mask.bool()
+        if bool((mask.int().diff(dim=1) != 0).sum(dim=1).gt(1).any()):
+            raise InputError("attention_mask has a hole: pad prompts at one end only")
+        rows = [
+            [t for t, keep in zip(*pair, strict=True) if keep]
+            for pair in zip(prompts.tolist(), mask.tolist(), strict=True)
+        ]
+        return tuple(map(tuple, rows)), prompts.long()
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(row, (list, tuple, Tensor)) for row in prompts):
+        raise InputError("prompts must be token ids [B, L], or a list with a list of ids for each; " + _got(prompts))
+    if attention_mask is not None:
+        raise InputError("attention_mask goes with prompts [B, L]; a list of rows needs none")
+    rows = [list(row.tolist() if isinstance(row, Tensor) else row) for row in prompts]
+    for number, row in enumerate(rows):
+        if not all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**63 for token in row):
+            raise InputError(f"prompt {number} must be token ids, whole numbers from 0 on; {_got(row)}")
+    longest = max(map(len, rows), default=0)
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], dtype=torch.int64)
+    return tuple(map(tuple, rows)), ids
+
+
+def _got(given: object) -> str:
+    text = repr(given)
+    return f"got {text if len(text) < 60 else type(given).__name__}"

@@ -1,0 +1,1 @@
+"""What a rank keeps between runs, and the memory for it."""

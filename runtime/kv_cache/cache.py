@@ -1,0 +1,287 @@
+"""The cache of one rank: keys and values of the tokens so far, in memory set aside once.
+
+    state      what the compiler says of a layer's keys or values: heads and dims of this rank, how far back is seen
+    slots      positions that are kept: all up to max_length, or what a window (or chunk) and one call's tokens need
+    buffer     [max_batch, heads, slots, dim]; position p lies in slot p % slots
+
+bytes = max_batch * sum over states of heads * slots * dim * itemsize
+
+What is appended by an op of its own (`cache_append`) is handed out as it lies, one slot per position. A state per
+sequence has no slots: [batch, ...], replaced by each token that a row takes, zero before the first.
+
+A layer that sees `n` positions back, in calls of at most `step` tokens, needs n + step - 1 slots: the first token of a
+call still sees n - 1 before it when the last one has been written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partitioner.errors import InputError
+from runtime.kv_cache.batch import Batch
+from runtime.ops.attention import allowed, attention
+from runtime.ops.state import cache_append, state_read, state_write
+from runtime.program.rank_program import StateShard
+
+__all__ = ["Cache", "cache_bytes", "slots_of"]
+
+
+def slots_of(state: StateShard, *, max_length: int, step: int) -> int:
+    return max_length if state.sees is None else min(max_length, state.sees + step - 1)
+
+
+def cache_bytes(states: Sequence[StateShard], *, max_batch: int, max_length: int, step: int) -> int:
+    """What a Cache of these sizes takes on this rank."""
+    return sum(
+        max_batch * (slots_of(state, max_length=max_length, step=step) if state.per_token else 1) * state.bytes
+        for state in states
+    )
+
+
+def _shape(state: StateShard, max_batch: int, slots: int) -> tuple[int, ...]:
+    return (max_batch, *state.shape[:-1], slots, state.shape[-1]) if state.per_token else (max_batch, *state.shape)
+
+
+class Cache:
+    """Buffers for `max_batch` sequences of up to `max_length` tokens, at most `step` of which come in one call.
+
+    slots: how many there are at least where all positions are kept, which may be more than there are positions.
+    """
+
+    def __init__(
+        self,
+        states: Sequence[StateShard],
+        *,
+        max_batch: int,
+        max_length: int,
+        step: int,
+        device: torch.device,
+        slots: int = 0,
+    ) -> None:
+        self.max_batch, self.max_length, self.step = max_batch, max_length, step
+        self.buffers = {
+            state.name: torch.zeros(
+                _shape(state, max_batch, slots_of(state, max_length=max(max_length, slots), step=step)),
+                dtype=state.dtype,
+                device=device,
+            )
+            for state in states
+        }
+        self._remembered = {s.name: self.buffers[s.name].shape for s in states if not s.per_token}
+        self._appended: set[str] = set()
+        self._rows = torch.arange(max_batch, device=device)[:, None]
+        self._batch: Batch | None = None
+        """What the host knows of the run's tokens; None in runs whose positions only the device knows."""
+        self._num_rows = 0
+        self._active: Tensor | None = None
+        """The numbers of the active rows, where not all are."""
+        self._masks: dict[Any, Tensor | None] = {}
+        self._fixed_masks: dict[tuple[int, int | None, int | None], Tensor] = {}
+        self._slots: dict[int, Tensor] = {}
+        self._kinds: set[tuple[int, int | None, int | None]] = set()
+        """Slots, window and chunk of the attentions bound to this cache."""
+        self._fixed: int | None = None
+        """How many slots are looked at in runs of one token whose positions only the device knows."""
+
+    @property
+    def bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.buffers.values())
+
+    def begin(self, tokens: Batch) -> None:
+        """Before each run: what the run's tokens are."""
+        batch, size = tokens.positions.shape
+        if batch > self.max_batch or tokens.end > self.max_length or size > self.step:
+            raise InputError(
+                f"the cache holds {self.max_batch} sequences of {self.max_length} tokens, {self.step} of them in one "
+                f"run; got {batch} sequences up to position {tokens.end - 1}, {size} tokens in this run"
+            )
+        self._batch, self._fixed, self._num_rows = tokens, None, batch
+        numbers = [row for row, active in enumerate(tokens.active) if active]
+        self._active = None if all(tokens.active) else torch.tensor(numbers, device=tokens.positions.device)
+        self._masks.clear()
+        self._slots.clear()
+
+    def begin_fixed(self, positions: Tensor, seen: int) -> None:
+        """Before a run of one token per row at `positions` [B, 1], of which the host only knows that all are < `seen`.
+
+        All that such a run does with the cache are the same ops on the same memory, whatever the positions: it can be
+        captured once and replayed.
+        """
+        self._batch, self._active, self._fixed, self._num_rows = None, None, seen, len(positions)
+        self._slots = {slots: positions % slots for slots, _, _ in self._kinds}
+        for slots, window, chunk in self._kinds:
+            held = torch.arange(min(slots, seen), device=positions.device)
+            if slots < self.max_length:
+                held = _latest(positions, held, slots)
+            dtype = next(iter(self.buffers.values())).dtype
+            self._fixed_masks[slots, window, chunk] = _minus_infinity(positions, held, window, chunk, dtype)
+
+    def start(self) -> None:
+        """Before the first run of new sequences: nothing is remembered."""
+        for name, shape in self._remembered.items():
+            self.buffers[name] = self.buffers[name].new_zeros(shape)  # the last one may have had fewer rows
+        for name in self._appended:
+            self.buffers[name].zero_()  # hidden slots are multiplied by 0, which not every number survives
+
+    def bind(self, op: Callable[..., Any], state: str, options: dict[str, Any]) -> Callable[..., Tensor]:
+        """The function that takes the place of an op that uses `state`: it takes the op's tensors."""
+        by_op: dict[Any, Callable[..., Tensor]] = {
+            cache_append: self._append,
+            state_read: self._read,
+            state_write: self._write,
+        }
+        if op in by_op:
+            if op is cache_append:
+                self._appended.add(state)
+
+            def with_state(*tensors: Tensor) -> Tensor:
+                return by_op[op](state, *tensors)
+
+            return with_state
+        keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
+        self._kinds.add((keys.shape[2], options.get("window"), options.get("chunk")))
+
+        def cached_attention(*tensors: Any) -> Tensor:
+            return self._attend(keys, values, *tensors, **options)
+
+        return cached_attention
+
+    def _attend(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        sinks: Tensor | None = None,
+        *,
+        scale: float,
+        causal: bool = True,
+        window: int | None = None,
+        chunk: int | None = None,
+        softcap: float | None = None,
+        kv_map: list[int] | None = None,
+    ) -> Tensor:
+        batch, slots = q.shape[0], keys.shape[2]
+        start = self._start(slots)
+        if start is not None:
+            keys[:batch, :, start : start + k.shape[2]] = k
+            values[:batch, :, start : start + k.shape[2]] = v
+        else:
+            rows, at = self._written_rows, self._at(slots)
+            keys[rows, :, at] = self._active_rows(k).transpose(1, 2)
+            values[rows, :, at] = self._active_rows(v).transpose(1, 2)
+        if self._batch is not None and self._batch.start == 0:
+            # nothing came before: the tokens of this call are all there is to see
+            return attention(
+                q, k, v, mask, sinks,
+                scale=scale, causal=causal, window=window, chunk=chunk, softcap=softcap, kv_map=kv_map,
+            )  # fmt: skip
+        seen, hidden = self._sight(slots, window, chunk, q.dtype)
+        if hidden is not None:
+            mask = hidden if mask is None else mask.to(q.dtype) + hidden
+        # with a mask, torch's kernels walk through all slots of a head by themselves: 2 times slower on an H200 than
+        # the products for 256 slots, 6 times for 8,192; what they cost the host, a captured step does not pay
+        written_out = self._fixed is not None and q.device.type == "cuda"
+        return attention(
+            q, keys[:batch, :, :seen], values[:batch, :, :seen], mask, sinks,
+            scale=scale, softcap=softcap, kv_map=kv_map, written_out=written_out,
+        )  # fmt: skip
+
+    def _start(self, slots: int) -> int | None:
+        """The slot at which every row's tokens start, if they lie one after the other and the host knows where."""
+        tokens = self._batch
+        return None if tokens is None or slots < tokens.end else tokens.start
+
+    def _sight(
+        self, slots: int, window: int | None, chunk: int | None, dtype: torch.dtype
+    ) -> tuple[int, Tensor | None]:
+        """How many slots are looked at, and what is added to the scores to hide some of them."""
+        if self._fixed is not None:
+            return min(slots, self._fixed), self._fixed_masks[slots, window, chunk]
+        assert self._batch is not None
+        seen = min(slots, self._batch.end)
+        return seen, self._hidden(seen, slots, window, chunk, dtype)
+
+    def _append(self, state: str, x: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        tokens, buffer = self._batch, self.buffers[state][: len(x)]
+        assert tokens is not None
+        if tokens.start is not None:
+            buffer[..., tokens.start : tokens.end, :] = x
+        else:
+            # rows and positions first: [B, S, .., D]
+            buffer.movedim(-2, 1)[self._written_rows, self._at(buffer.shape[-2])] = self._active_rows(x).movedim(-2, 1)
+        return buffer[..., : len(slots), :]
+
+    def _read(self, state: str, batch: Tensor) -> Tensor:
+        return self.buffers[state][: len(batch)]
+
+    def _write(self, state: str, value: Tensor, active: Tensor) -> Tensor:
+        """Replaces what is remembered: who has read the old state may still use it."""
+        tokens = self._batch
+        assert tokens is not None
+        if not all(tokens.active):
+            active = active.view(-1, *([1] * (value.dim() - 1)))
+            value = torch.where(active, value, self.buffers[state][: len(value)])
+        self.buffers[state] = value
+        return value
+
+    def _at(self, slots: int) -> Tensor:
+        """The slots of this call's tokens, the same for all layers with as many."""
+        if slots not in self._slots:
+            assert self._batch is not None
+            self._slots[slots] = self._active_rows(self._batch.positions) % slots
+        return self._slots[slots]
+
+    def _active_rows(self, x: Tensor) -> Tensor:
+        """Without the rows that repeat a token: what else is remembered has moved on, so that its keys would differ."""
+        return x if self._active is None else x[self._active]
+
+    @property
+    def _written_rows(self) -> Tensor:
+        return self._active_rows(self._rows[: self._num_rows])
+
+    def _hidden(
+        self, seen: int, slots: int, window: int | None, chunk: int | None, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Minus infinity where a query must not look, [B, 1, S, seen]; None where it may look everywhere."""
+        key = (seen, slots, window, chunk, dtype)
+        if key not in self._masks:
+            self._masks[key] = self._make_hidden(seen, slots, window, chunk, dtype)
+        return self._masks[key]
+
+    def _make_hidden(
+        self, seen: int, slots: int, window: int | None, chunk: int | None, dtype: torch.dtype
+    ) -> Tensor | None:
+        tokens = self._batch
+        assert tokens is not None
+        positions, wraps = tokens.positions, slots < tokens.end
+        one_token = tokens.start is not None and positions.shape[1] == 1
+        near = (window is None or window >= tokens.end) and (chunk is None or chunk >= tokens.end)
+        if one_token and near and not wraps:
+            return None
+        held = torch.arange(seen, device=positions.device)
+        if wraps:
+            held = _latest(positions, held, slots)
+        return _minus_infinity(positions, held, window, chunk, dtype)
+
+
+def _latest(positions: Tensor, slot: Tensor, slots: int) -> Tensor:
+    """The latest position that lies in each slot, [B, 1, slots]; negative where there is none yet."""
+    last = positions[:, -1:]
+    return (last - (last - slot) % slots)[:, None, :]
+
+
+def _minus_infinity(
+    positions: Tensor, held: Tensor, window: int | None, chunk: int | None, dtype: torch.dtype
+) -> Tensor:
+    """[B, 1, S, T]: added to the scores; `held`: the position of each slot."""
+    visible = allowed(positions[:, :, None], held, causal=True, window=window, chunk=chunk)
+    zero = torch.zeros(visible.shape, dtype=dtype, device=positions.device)
+    return zero.masked_fill(~visible, -torch.inf)[:, None]

@@ -1,0 +1,192 @@
+"""How large a cache is set aside: for so many sequences of so many tokens, or as many tokens as memory has room for.
+
+    CacheSize(max_batch=8, max_length=4096)          exactly that; refused where it does not fit
+    CacheSize(max_batch=8, memory="0.9 of free")     as many tokens per sequence as fit
+
+    bytes_needed(program, ..)     what a cache of these sizes takes on a rank
+    tokens_that_fit(program, ..)  the inverse: the longest sequences that so many bytes have room for
+    Room.agreed(..)               the same numbers on all ranks: the least of what each has room for
+
+Ranks whose memory is the same (threads, processes of one host, one GPU) get an even share of what is free in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from partitioner.errors import InputError
+from partitioner.sharding.mesh import AXES
+from runtime.communication.communicator import Communicator
+from runtime.kv_cache.cache import cache_bytes
+from runtime.kv_cache.device_memory import Amount, free_bytes, readable
+from runtime.ops.collectives import all_gather
+from runtime.program.rank_program import RankProgram
+
+__all__ = ["ANY_LENGTH", "CacheSize", "Room", "bytes_needed", "longest_text", "slots_for", "step_of", "tokens_that_fit"]
+
+ANY_LENGTH = 2**31 - 1
+"""Stands for "as long as you like": what the model remembers does not grow, and it counts no positions in a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSize:
+    """What to set aside; `memory` as in `device_memory`. prefill_step: how many tokens of a prompt run at a time."""
+
+    max_batch: int = 1
+    max_length: int | None = None
+    """Tokens per sequence, of prompt and continuation; None: as many as `memory` has room for."""
+    memory: int | str | None = None
+    prefill_step: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_length", "prefill_step"):
+            given = vars(self)[name]
+            if name == "max_length" and given is None:
+                continue
+            if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given < 2**31:
+                raise InputError(f"{name} must be a whole number, at least 1; got {given!r}")
+        if self.memory is not None:
+            Amount.of(self.memory)
+        elif self.max_length is None:
+            raise InputError('a cache needs a size: give max_length, or memory such as "0.9 of free"')
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is room for on every rank: `tokens` per sequence of `max_batch`, in `bytes` on the fullest rank.
+
+    tokens: None where any number fits, because what the model remembers of a text does not grow with it, or where
+    nobody knows (`bytes` None too). limit: the longest text that the model itself takes, None: any.
+    """
+
+    max_batch: int
+    tokens: int | None
+    bytes: int | None
+    limit: int | None
+
+    def __str__(self) -> str:
+        if self.bytes is None:
+            return "how much memory is free is not known here"
+        if self.tokens is None:
+            fit = "a text of any length fits"
+        else:
+            each = f" in each of {self.max_batch} sequences" if self.max_batch > 1 else ""
+            most = ", as many as the model takes," if self.tokens == self.limit else ""
+            fit = f"{self.tokens} tokens{each}{most} fit"
+        return f"{fit} in {readable(self.bytes)}"
+
+    @classmethod
+    def agreed(cls, program: RankProgram, size: CacheSize, communicator: Communicator, device: torch.device) -> Room:
+        """A collective. Before it, every rank has loaded what it loads; after it, each may set memory aside."""
+        place = _number_of(device)
+        places = _gathered(communicator, torch.tensor([place], device=device))
+        # nobody takes anything between the two meetings
+        free = free_bytes(device)
+        sharing = int((places == place).sum())
+        amount = Amount.of("1 of free" if size.memory is None else size.memory)
+        mine = amount.within(None if free is None else free // sharing)
+        fits = -1 if mine is None else tokens_that_fit(
+            program, mine, max_batch=size.max_batch, prefill_step=size.prefill_step
+        )  # fmt: skip
+        given = torch.tensor([ANY_LENGTH if fits is None else fits, -1 if mine is None else mine], device=device)
+        everyone = _gathered(communicator, given).view(-1, 2).tolist()
+        if any(bytes_ < 0 for _, bytes_ in everyone):
+            if size.memory is not None:
+                raise InputError(
+                    f"memory={size.memory!r}: this system does not say how much of {str(device)!r} is free; "
+                    'give a number of bytes, such as memory="4 GB"'
+                )
+            return cls(size.max_batch, None, None, longest_text(program))
+        least, room = min(tokens for tokens, _ in everyone), min(bytes_ for _, bytes_ in everyone)
+        return cls(size.max_batch, None if least == ANY_LENGTH else least, room, longest_text(program))
+
+    def require(self, max_length: int) -> None:
+        """Raises InputError where sequences of `max_length` tokens do not fit."""
+        if self.limit is not None and max_length > self.limit:
+            raise InputError(
+                f"texts of {max_length} tokens were asked for, prompt and new ones; this model takes up to {self.limit}"
+            )
+        if self.tokens is None or max_length <= self.tokens:
+            return
+        sequences = "one sequence" if self.max_batch == 1 else f"{self.max_batch} sequences"
+        raise InputError(
+            f"a cache for {sequences} of {max_length} tokens, prompt and new ones, does not fit: {self}. "
+            "Give shorter or fewer prompts, fewer new tokens or a smaller prefill_step, partition over more ranks, or "
+            "make more memory free"
+        )
+
+
+def slots_for(program: RankProgram, max_length: int) -> int:
+    """How many slots there must be at least where all positions are kept, for texts of `max_length` tokens."""
+    if all(wanted.name != "slots" for wanted in program.inputs):
+        return max_length
+    # a graph that is told its slots looks at one more than there are tokens
+    return max(max_length + 1, program.limits.get("slots", (1, None))[0])
+
+
+def step_of(program: RankProgram, prefill_step: int, max_length: int) -> int:
+    """How many tokens of a text are run at a time."""
+    most = program.limits.get("sequence", (1, None))[1]
+    return min(prefill_step, max_length, prefill_step if most is None else most)
+
+
+def bytes_needed(program: RankProgram, *, max_batch: int, max_length: int, prefill_step: int) -> int:
+    """What a cache of these sizes takes on this rank."""
+    step = step_of(program, prefill_step, max_length)
+    return cache_bytes(program.states, max_batch=max_batch, max_length=slots_for(program, max_length), step=step)
+
+
+def longest_text(program: RankProgram) -> int | None:
+    """The longest text that the program itself is right for; None: any."""
+    known = [program.limits.get("positions", (1, None))[1]]
+    if (slots := program.limits.get("slots", (1, None))[1]) is not None:
+        known.append(slots - 1)
+    known += [i.bound.high + 1 for i in program.inputs if i.name == "position_ids" and i.bound is not None]
+    return min((most for most in known if most is not None), default=None)
+
+
+def tokens_that_fit(program: RankProgram, room: int, *, max_batch: int, prefill_step: int = 512) -> int | None:
+    """The most tokens per sequence whose cache takes no more than `room` bytes on this rank, 0: not even one.
+
+    None: any number. No more than the model takes.
+    """
+
+    def fits(length: int) -> bool:
+        return bytes_needed(program, max_batch=max_batch, max_length=length, prefill_step=prefill_step) <= room
+
+    limit = longest_text(program)
+    most = ANY_LENGTH if limit is None else limit
+    if fits(most):
+        return limit
+    low, high = 0, most  # what fits, what does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _gathered(communicator: Communicator, mine: Tensor) -> Tensor:
+    """What every rank of the mesh brings, one after the other."""
+    communicator.begin_run(new_shapes=True)
+    for axis in AXES:
+        if communicator.mesh.size(axis) > 1:
+            mine = communicator.bind(all_gather, axis, node="cache size", options={"dim": 0})(mine)
+    return mine
+
+
+def _number_of(device: torch.device) -> int:
+    """The same for ranks that take from the same memory: of one machine, and of one device there."""
+    try:
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        machine = str(uuid.getnode())
+    # the same device has other numbers in processes that see other devices
+    unique = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else device.type
+    digest = hashlib.blake2b(f"{machine} {unique}".encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "big")

@@ -1,0 +1,142 @@
+"""How ranks find each other at the start, without any wait that a lost rank could make unbounded.
+
+    meet(number, rank, ..)      the key-value store that torchrun (or without it, rank 0) hosts, and the others
+    watched(work, ..)           work(), given up as soon as another rank is lost
+    WatchedStore(store, peers)  so that work which waits at the store ends then, too
+
+torch.distributed's own start waits in C++ until its timeout, whatever happens to the others: so it runs in a thread. A
+thread that is still in C++ when the interpreter ends may take the process down: so it is given a way out.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+from torch import distributed as dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from partitioner.errors import RankLost
+from runtime.processes.heartbeat import Peers
+
+__all__ = ["WatchedStore", "meet", "watched"]
+
+T = TypeVar("T")
+_POLL_S = 0.005
+_SPARE_S = 0.3
+"""Beyond the deadline, for what is waited for to say itself what is missing."""
+
+
+def meet(number: int, rank: int, num_ranks: int, timeout_s: float) -> tuple[Store, Peers]:
+    """All ranks together, for the `number`-th time."""
+    deadline = time.monotonic() + timeout_s
+    store = _store(rank, timeout_s=timeout_s)
+    left_s = max(0.1, deadline - time.monotonic())
+    host = os.environ["MASTER_ADDR"]
+    return store, Peers.meet(PrefixStore(f"peers/{number}", store), host, rank, num_ranks, timeout_s=left_s)
+
+
+def _store(rank: int, *, timeout_s: float) -> Store:
+    """As torch.distributed's "env://", but rank 0 does not wait for the others here: it could not say who is late."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_host = rank == 0 and not by_launcher
+    deadline = time.monotonic() + timeout_s
+    while not is_host:
+        # the store's own client would log each attempt, and go on after its timeout
+        try:
+            socket.create_connection((host, port), timeout=timeout_s).close()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                who = "the launcher's store is gone" if by_launcher else "rank 0 did not come"
+                raise RankLost(f"{who}: nobody answers at {host}:{port} ({error})") from error
+        time.sleep(0.02)
+    try:
+        return TCPStore(
+            host,
+            port,
+            is_master=is_host,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except RuntimeError as error:
+        who = "rank 0 cannot host a store" if is_host else "no store answers"
+        raise RankLost(f"{who} at {host}:{port} ({str(error).partition(chr(10))[0]})") from error
+
+
+class WatchedStore(Store):
+    """A store at which nobody waits for a rank that is lost."""
+
+    def __init__(self, store: Store, peers: Peers, *, timeout_s: float) -> None:
+        super().__init__()
+        self._store, self._peers, self._timeout_s = store, peers, timeout_s
+
+    def set(self, key: str, value: bytes | str) -> None:
+        self._store.set(key, value)  # type: ignore[arg-type]
+
+    def get(self, key: str) -> bytes:
+        self.wait([key])
+        return self._store.get(key)
+
+    def add(self, key: str, value: int) -> int:
+        return self._store.add(key, value)
+
+    def check(self, keys: list[str]) -> bool:
+        return self._store.check(keys)
+
+    def delete_key(self, key: str) -> bool:
+        return self._store.delete_key(key)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        deadline = time.monotonic() + (self._timeout_s if timeout is None else timeout.total_seconds())
+        pause_s = 0.001
+        while not self._store.check(keys):
+            if not self._peers.is_well:
+                raise dist.DistNetworkError("connection lost")
+            if time.monotonic() > deadline:
+                raise dist.DistNetworkError(f"timed out, waiting for {', '.join(keys)}")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.1)  # many ranks ask one store
+
+
+def watched(work: Callable[[], T], *, timeout_s: float, peers: Peers | None = None) -> T:
+    """What `work` returns or raises; RuntimeError as soon as a rank is lost, or silent for `timeout_s`.
+
+    Before the ranks know each other (`peers` is None): RankLost after `timeout_s`.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="join the other ranks")
+    deadline = time.monotonic() + timeout_s + _SPARE_S
+    thread.start()
+    while not results and not errors:
+        thread.join(_POLL_S)
+        why = None
+        if peers is None:
+            if time.monotonic() > deadline:
+                raise RankLost("rank 0 has stopped answering")
+        elif not peers.is_well:
+            why = "connection lost"
+        elif any(peers.silent_s(rank) > timeout_s for rank in range(peers.num_ranks) if rank != peers.rank):
+            why = f"timed out after {timeout_s:g} s"
+        if why is not None:
+            thread.join(_SPARE_S)
+            raise RuntimeError(why)
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -1,0 +1,91 @@
+"""Ends a process whose GPU waits for a rank that is lost, and says which.
+
+NCCL's kernels wait on the device: the host, waiting for the device, can be reached by no exception, and what a kernel
+that is aborted leaves behind would be taken for results. So this thread ends the process, as NCCL's own watchdog does
+once its timeout has passed; but within a second, with the lost rank's name, and only while the device is busy. A host
+that is not waiting learns of the loss at its next collective.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import sys
+import threading
+import time
+
+import torch
+
+from partitioner.errors import RankLost
+from runtime.processes.heartbeat import Peers
+
+__all__ = ["DeviceWatch", "end_quickly"]
+
+_POLL_S = 0.05
+_PATIENCE_S = 0.4
+"""A device that is busy for so long after a rank was lost waits for it."""
+
+
+@functools.cache
+def end_quickly() -> None:
+    """Lets a process that an uncaught RankLost ends be gone at once.
+
+    To clear away all that CUDA and NCCL hold, among it kernels that wait for the lost rank, takes seconds.
+    """
+    atexit.register(_end_if_lost)
+
+
+def _end_if_lost() -> None:
+    # what an uncaught error leaves; its traceback has been printed by now. At a prompt it ended no process
+    if isinstance(getattr(sys, "last_value", None), RankLost) and not hasattr(sys, "ps1"):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # it is none, nobody reads it, it is closed
+                stream.flush()
+        os._exit(1)
+
+
+class DeviceWatch:
+    """A thread that runs until `close`."""
+
+    def __init__(self, device: torch.device, peers: Peers, timeout_s: float) -> None:
+        self._device, self._peers, self._timeout_s = device, peers, timeout_s
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watch the device")
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def cause(self) -> str | None:
+        """Which rank is lost, and how; None: none is."""
+        if lost := self._peers.lost():
+            return "; ".join(f"rank {rank} {how}" for rank, how in lost.items())
+        others = (rank for rank in range(self._peers.num_ranks) if rank != self._peers.rank)
+        silent = [str(rank) for rank in others if self._peers.silent_s(rank) > self._timeout_s]
+        if silent:
+            named = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(silent)}"
+            return f"{named} gave no sign of life for {self._timeout_s:g} s: stopped, or its host cannot be reached"
+        return None
+
+    def _watch(self) -> None:
+        busy_since: float | None = None
+        while not self._closed.wait(_POLL_S):
+            if self.cause() is None or self._is_idle():
+                busy_since = None
+                continue
+            busy_since = busy_since or time.monotonic()
+            if time.monotonic() - busy_since > _PATIENCE_S:
+                # standard error as Python has it may be locked by the thread that waits
+                text = f"RankLost: {self.cause()}\n  the device of rank {self._peers.rank} waits for it\n"
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+                os._exit(1)
+
+    def _is_idle(self) -> bool:
+        try:
+            return bool(torch.cuda.default_stream(self._device).query())
+        except RuntimeError:
+            # the device has failed, or a capture is under way that will not end
+            return False

@@ -1,0 +1,1 @@
+"""What one rank runs, as a description."""

@@ -1,0 +1,291 @@
+"""The next token of each sequence, from logits whose vocabulary is split over ranks; the same on every plan.
+
+    greedy                     local maximum                   one gather of [B, 2] numbers per rank
+    top-k, top-p, min-p        local top m, m a little over k  one gather of [B, m, 2]; another where m was too small
+    sampling without a filter  noise for every local token     two gathers: [B], then [B, 3]
+
+Sampling is Gumbel-max (Maddison et al., arXiv:1411.0030, section 2): argmax of logit / temperature + noise, where the
+noise is a function of (seed, request id, step, token) alone (`counter_random.py`). So neither the plan nor the
+batch changes a token, and with a filter only its survivors need noise.
+
+What of a choice depends on the split, given the same logits: nothing but the rounding of float64 logarithms (which may
+differ in the last digit between places in a vector, and between kinds of device) and of top-p's sums, whose order is
+the split's where no top-k comes before. So a race, or an edge of the nucleus, closer than about 1e-15 may fall either
+way. All ranks decide from the same gathered numbers: on devices of one kind they always agree with each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from partitioner.errors import SamplingError
+from partitioner.sharding.layout import IndexSet
+from runtime.communication.communicator import Communicator
+from runtime.ops.collectives import all_gather
+from runtime.sampling.candidates import rank_candidates, softmax_mass, survivors
+from runtime.sampling.counter_random import gumbel, random_bits
+from runtime.sampling.sampling_options import Sampling
+from runtime.sampling.vocabulary_shards import Share, shares
+
+__all__ = ["Sampler"]
+
+_SPARE = 16  # candidates beyond the k-th, for those that tie with it: common in bfloat16
+_FIRST_LOOK = 128  # candidates of each rank where only mass or ratio says how many are needed
+_GROWTH = 8  # how many times more are looked at when those were too few
+_PIECES = 256  # of a row, for each of which a GPU looks for the largest at once
+_RACE_BYTES = 2**25  # of float64 noise at a time, which bounds the temporaries of an unfiltered step
+
+
+class Sampler:
+    """One rank's sampler; all ranks along `axis` call theirs together, with the same arguments beside the logits.
+
+    `owned[i]` is what coordinate i holds of the vocabulary, as a layout's Split has it; None: each holds all of it.
+    Raises SamplingError on every rank where the largest logit of a row is not finite. Each call waits for the device.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        communicator: Communicator,
+        *,
+        vocab_size: int,
+        owned: Sequence[IndexSet] | None = None,
+        axis: str = "tp",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        mesh = communicator.mesh
+        coordinate = mesh.index((axis,), mesh.coordinates(communicator.rank))
+        if owned is None:
+            owned = [IndexSet.range(0, vocab_size)] * mesh.size(axis)
+        if len(owned) != mesh.size(axis):
+            raise SamplingError(
+                f"owned must say what each of {mesh.size(axis)} ranks along {axis!r} holds, got {len(owned)}"
+            )
+        parts = shares(owned, vocab_size)
+        self.sampling = sampling
+        self._num_local = owned[coordinate].size
+        self._share = Share(owned[coordinate], parts[coordinate], vocab_size=vocab_size, device=torch.device(device))
+        self._sizes = torch.tensor([part.size for part in parts], device=device)
+        self._largest_size = max(part.size for part in parts)
+        self._gather = communicator.bind(all_gather, axis, node="sampler", options={"dim": 0})
+
+    def __call__(
+        self,
+        logits: Tensor,
+        *,
+        request_ids: Tensor,
+        step: int | Tensor,
+        history: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """The next tokens [B], int64, from this rank's logits [B, owned] of each sequence's last position.
+
+        request_ids[B] and step (a number or [B]) key the noise: same seed, id, step and logits, same token. With logits
+        on a GPU they may be on the CPU, where hashing them is quicker.
+        history[B, L] holds each row's tokens so far, of which the first lengths[B] count; only the repetition penalty
+        asks for them. Ids outside the vocabulary, which the model cannot choose, are passed over there.
+        """
+        return self._choose(logits, request_ids, step, history, lengths, scored=False)[0]
+
+    def scored(
+        self,
+        logits: Tensor,
+        *,
+        request_ids: Tensor,
+        step: int | Tensor,
+        history: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens [B] and their log-probabilities [B], float64, in the distribution that they were drawn from.
+
+        That is log_softmax of the processed logits, as transformers' compute_transition_scores has it with
+        normalize_logits=True (its default leaves generate's `scores` unnormalised). Greedy search: temperature 1.
+        """
+        tokens, log_probabilities = self._choose(logits, request_ids, step, history, lengths, scored=True)
+        assert log_probabilities is not None
+        return tokens, log_probabilities
+
+    def _choose(
+        self,
+        logits: Tensor,
+        request_ids: Tensor,
+        step: int | Tensor,
+        history: Tensor | None,
+        lengths: Tensor | None,
+        *,
+        scored: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        if logits.dim() != 2 or logits.shape[1] != self._num_local:
+            raise SamplingError(f"logits must be [batch, {self._num_local}] on this rank, got {list(logits.shape)}")
+        batch = logits.shape[0]
+        steps = step if isinstance(step, Tensor) else torch.full_like(request_ids, step)
+        for name, given in (("request_ids", request_ids), ("step", steps)):
+            if given.shape != (batch,) or given.dtype != torch.int64:
+                raise SamplingError(f"{name} must be int64 [{batch}], got {given.dtype} {list(given.shape)}")
+        if not batch:
+            return request_ids.new_empty(0, device=logits.device), logits.new_empty(0, dtype=torch.float64)
+        own = self._penalised(self._share.of(logits), history, lengths)
+        if not self.sampling.do_sample:
+            return self._greedy(own, scored=scored)
+        bits = random_bits(self.sampling.seed, request_ids, steps).to(logits.device)[:, None]
+        if any(value is not None for value in self.sampling.filters.values()):
+            return self._among_candidates(own, bits)
+        return self._among_all(own, bits, scored=scored)
+
+    def _penalised(self, own: Tensor, history: Tensor | None, lengths: Tensor | None) -> Tensor:
+        """Repetition penalty (arXiv:1909.05858, 4.1), once per token: divide what is positive, multiply the rest."""
+        penalty = self.sampling.repetition_penalty
+        if penalty == 1:
+            return own
+        if history is None or lengths is None:
+            raise SamplingError(f"repetition_penalty={penalty} needs history and lengths: the tokens so far")
+        if history.dim() != 2 or not len(history) == len(lengths) == len(own):
+            raise SamplingError(
+                f"history must be [{len(own)}, length] and lengths [{len(own)}], "
+                f"got {list(history.shape)} and {list(lengths.shape)}"
+            )
+        past = torch.arange(history.shape[1], device=history.device) >= lengths[:, None]
+        columns = self._share.locate(history.masked_fill(past, -1))
+        # one more column for tokens that are not this rank's; float32 as in transformers
+        wide = torch.promote_types(own.dtype, torch.float32)
+        padded = torch.cat([own.to(wide), torch.zeros(len(own), 1, dtype=wide, device=own.device)], dim=1)
+        seen = padded.gather(1, columns)
+        padded.scatter_(1, columns, torch.where(seen < 0, seen * penalty, seen / penalty))
+        return padded[:, :-1]
+
+    def best(self, logits: Tensor) -> Tensor:
+        """The likeliest tokens and their logits, [2, B] float64, without waiting for the device: see `chosen`."""
+        tokens, best, _ = self._likeliest(self._share.of(logits), scored=False)
+        return torch.stack([tokens.double(), best])
+
+    def chosen(self, best: Tensor) -> list[int]:
+        """The tokens that `best` found, once it lies on the host."""
+        _require_finite(best[1])
+        return [int(token) for token in best[0].tolist()]
+
+    def _greedy(self, own: Tensor, *, scored: bool) -> tuple[Tensor, Tensor | None]:
+        tokens, best, log_probabilities = self._likeliest(own, scored=scored)
+        _require_finite(best)
+        return tokens, log_probabilities
+
+    def _likeliest(self, own: Tensor, *, scored: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens, their logits, and log-probabilities, [B] each."""
+        largest, column = _largest(own)
+        if not scored and len(self._sizes) == 1:
+            return self._share.tokens[column], largest.double(), None
+        message = [largest.double(), self._share.tokens[column].double()]
+        if scored:
+            message.append(softmax_mass(own, largest.double(), 1.0))
+        values, tokens, *masses = self._gather(torch.stack(message, dim=1)[None]).unbind(dim=2)
+        log_probabilities = -_joined(masses[0], values, 1.0).log() if scored else None
+        return _first_best(values, tokens)[0], values.amax(dim=0), log_probabilities
+
+    def _among_all(self, own: Tensor, bits: Tensor, *, scored: bool) -> tuple[Tensor, Tensor | None]:
+        # the maximum first: a token's chances must not be rounded by what else its rank holds
+        best = self._gather(own.amax(dim=1).double()[None]).amax(dim=0)
+        _require_finite(best)
+        rows = max(1, _RACE_BYTES // (8 * own.shape[1]))
+        parts = zip(*(torch.split(x, rows) for x in (own, best, bits)), strict=True)
+        mine = torch.cat([self._race(*part, scored=scored) for part in parts])
+        values, tokens, *scores = self._gather(mine[None]).unbind(dim=2)
+        token, winner = _first_best(values, tokens)
+        if not scored:
+            return token, None
+        logits, masses = scores
+        return token, logits.gather(0, winner[None])[0] - masses.sum(dim=0).log()
+
+    def _race(self, own: Tensor, best: Tensor, bits: Tensor, *, scored: bool) -> Tensor:
+        """[b, 2] of this rank's winners: noisy logit and token; [b, 4] with their logits and the mass of all."""
+        scaled = (own.double() - best[:, None]) / self.sampling.temperature
+        noisy, column = (scaled + gumbel(bits, self._share.tokens)).max(dim=1)
+        message = [noisy, self._share.tokens[column].double()]
+        if scored:
+            message += [scaled.gather(1, column[:, None])[:, 0], scaled.exp().sum(dim=1)]
+        return torch.stack(message, dim=1)
+
+    def _among_candidates(self, own: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+        filters, temperature = self.sampling.filters, self.sampling.temperature
+        top_k = filters["top_k"]
+        mass = None
+        if top_k is None and filters["top_p"] is not None:
+            mass = softmax_mass(own, own.amax(dim=1).double(), temperature)
+        num = _FIRST_LOOK if top_k is None else top_k + _SPARE
+        while True:
+            num = min(num, self._largest_size)
+            logits, tokens, floor, total = self._gather_top(own, num, mass)
+            kept, certain = survivors(logits, floor, total, temperature=temperature, **filters)
+            best = logits[:, 0]
+            # one wait for the device, for all that the host must know
+            finite, enough, width = torch.stack([best.isfinite().all(), certain.all(), kept.max()]).tolist()
+            if not finite:
+                _require_finite(best)
+            if enough:
+                break
+            num *= _GROWTH
+        scaled = (logits[:, :width] - best[:, None]) / temperature
+        scaled = scaled.masked_fill(torch.arange(width, device=own.device) >= kept[:, None], -math.inf)
+        winner = (scaled + gumbel(bits, tokens[:, :width])).argmax(dim=1, keepdim=True)
+        return tokens.gather(1, winner)[:, 0], scaled.gather(1, winner)[:, 0] - scaled.exp().sum(dim=1).log()
+
+    def _gather_top(self, own: Tensor, num: int, mass: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The `num` largest logits of every rank with their tokens, ranked, [B, ranks * num].
+
+        Then the floor [B] that no other logit exceeds, and the ranks' masses as that of the vocabulary [B].
+        """
+        values, columns = own.topk(min(num, own.shape[1]), dim=1)
+        message = torch.full((len(own), num + (mass is not None), 2), -math.inf, dtype=torch.float64, device=own.device)
+        message[:, : values.shape[1], 0] = values
+        message[:, : values.shape[1], 1] = self._share.tokens[columns]
+        if mass is not None:
+            message[:, num, 0] = mass
+        gathered = self._gather(message[None])
+        values, tokens = gathered[:, :, :num].unbind(dim=3)
+        floor = values[:, :, -1].masked_fill(self._sizes[:, None] <= num, -math.inf).amax(dim=0)
+        total = None if mass is None else _joined(gathered[:, :, num, 0], values[:, :, 0], self.sampling.temperature)
+        flat_values, flat_tokens = (x.transpose(0, 1).reshape(len(own), -1) for x in (values, tokens))
+        logits, ranked = rank_candidates(flat_values, flat_tokens)
+        return logits, ranked.clamp(min=0).long(), floor, total
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`logits.max(dim=1)`: the largest of each row and where it first is."""
+    few_rows = logits.device.type == "cuda" and logits.shape[0] * _PIECES < logits.shape[1]
+    return _largest_of_pieces(logits) if few_rows else logits.max(dim=1)
+
+
+def _largest_of_pieces(logits: Tensor) -> tuple[Tensor, Tensor]:
+    # a GPU looks through a row with a single block of threads
+    padded = torch.nn.functional.pad(logits, (0, -logits.shape[1] % _PIECES), value=-math.inf)
+    pieces = padded.reshape(len(padded), _PIECES, -1)
+    values, columns = pieces.max(dim=2)
+    largest, piece = values.max(dim=1)
+    return largest, piece * pieces.shape[2] + columns.gather(1, piece[:, None])[:, 0]
+
+
+def _joined(masses: Tensor, largest: Tensor, temperature: float) -> Tensor:
+    """Masses [ranks, B], each relative to its rank's largest logit, as one relative to the largest of all."""
+    return (masses * ((largest - largest.amax(dim=0)) / temperature).exp()).sum(dim=0)
+
+
+def _first_best(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """[ranks, B] of candidates -> the best one's token and rank; of equal ones the lowest token, as argmax has it."""
+    ties = tokens.masked_fill(values < values.amax(dim=0), math.inf)
+    token, rank = ties.min(dim=0)
+    return token.long(), rank
+
+
+def _require_finite(best: Tensor) -> None:
+    """`best`[B], the largest logit of each row; NaN where one of the row is."""
+    finite = best.isfinite()
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        value = float(best[row])
+        cause = "every logit is -inf" if value == -math.inf else f"its largest logit is {value}"
+        raise SamplingError(
+            f"no token can be chosen for row {row}: {cause}; the largest of each row must be finite. Look for an "
+            f"overflow in the model's dtype, or a mask that leaves nothing"
+        )

@@ -1,0 +1,93 @@
+"""Layouts of single ops: what comes out, and what each operand must be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+
+from partitioner.analysis.layouts.infer_layout import Inference, disjoint, infer_compute, infer_move
+from partitioner.errors import LayoutError
+from partitioner.program import Program, Value
+from partitioner.sharding.layout import REPLICATED, IndexSet, Layout, Split
+from partitioner.sharding.mesh import Mesh
+
+aten = torch.ops.aten
+
+
+def halves(size: int) -> Split:
+    return Split(("tp",), (IndexSet.range(0, size // 2), IndexSet.range(size // 2, size)))
+
+
+def infer(op: Any, operands: list[tuple[tuple[int, ...], Layout]], out: tuple[int, ...], *rest: Any) -> Inference:
+    graph = fx.Graph()
+    layouts = {}
+    nodes = []
+    for i, (shape, layout) in enumerate(operands):
+        node = graph.placeholder(f"x{i}")
+        node.meta["val"] = Value(shape, torch.float64)
+        layouts[node] = layout
+        nodes.append(node)
+    made = graph.call_function(op, (*nodes, *rest))
+    made.meta["val"] = Value(out, torch.float64)
+    if op in (aten.reshape.default, aten.transpose.int):
+        program = Program(graph, (), {}, {}, {}, Mesh.of(tp=2))
+        return infer_move(program, made, layouts)
+    return infer_compute(made, layouts)
+
+
+def test_column_parallel() -> None:
+    found = infer(aten.linear.default, [((1, 5, 8), REPLICATED(3)), ((6, 8), Layout((halves(6), None)))], (1, 5, 6))
+    assert found.outputs == (Layout((None, None, halves(6))),)
+
+
+def test_row_parallel_leaves_a_partial_sum() -> None:
+    split = Layout((None, None, halves(8)))
+    found = infer(aten.linear.default, [((1, 5, 8), split), ((6, 8), Layout((None, halves(8))))], (1, 5, 6))
+    assert found.outputs == (Layout((None, None, None), frozenset({"tp"})),)
+    assert [layout for _, layout in found.requires] == [split, Layout((None, halves(8)))]
+
+
+def test_bias_must_count_once() -> None:
+    operands = [
+        ((1, 5, 8), Layout((None, None, halves(8)))),
+        ((6, 8), Layout((None, halves(8)))),
+        ((6,), REPLICATED(1)),
+    ]
+    found = infer(aten.linear.default, operands, (1, 5, 6))
+    assert found.requires[2][1] == Layout((None,), frozenset({"tp"}))
+
+
+def test_rows_and_columns_over_one_axis_are_not_a_product() -> None:
+    """Rank r would hold block (r, r) only, and sum rows that other ranks do not have."""
+    operands = [((1, 5, 8), Layout((None, None, halves(8)))), ((6, 8), Layout((halves(6), None)))]
+    found = infer(aten.linear.default, operands, (1, 5, 6))
+    assert found.outputs == (Layout((None, None, halves(6))),)
+    assert found.requires[0][1] == REPLICATED(3)
+    with pytest.raises(LayoutError, match="both split and a partial sum"):
+        Layout((halves(6),), frozenset({"tp"}))
+
+
+def test_a_norm_needs_the_whole_row() -> None:
+    found = infer(aten.softmax.int, [((2, 8), Layout((None, halves(8))))], (2, 8), -1)
+    assert found.requires[0][1] == REPLICATED(2)
+
+
+def test_a_nonlinear_op_needs_the_complete_sum() -> None:
+    found = infer(aten.silu.default, [((2, 8), Layout((None, None), frozenset({"tp"})))], (2, 8))
+    assert found.requires[0][1] == REPLICATED(2)
+    assert found.outputs == (REPLICATED(2),)
+
+
+def test_heads_stay_whole_through_a_reshape_and_half_heads_are_refused() -> None:
+    found = infer(aten.reshape.default, [((2, 8), Layout((None, halves(8))))], (2, 4, 2), [2, 4, 2])
+    assert found.outputs == (Layout((None, halves(4), None)),)
+    uneven = Split(("tp",), (IndexSet.range(0, 3), IndexSet.range(3, 8)))
+    assert infer(aten.reshape.default, [((2, 8), Layout((None, uneven)))], (2, 4, 2), [2, 4, 2]).problem
+
+
+def test_what_several_ranks_hold_counts_on_the_first() -> None:
+    shared = Split(("tp",), (IndexSet.range(0, 4), IndexSet.range(2, 6)))
+    assert disjoint(shared).owned == (IndexSet.range(0, 4), IndexSet.range(4, 6))

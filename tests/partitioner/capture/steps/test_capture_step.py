@@ -1,0 +1,83 @@
+"""The trace of a step: what the model keeps becomes states, and attention over its cache as it stands is plain."""
+
+import pytest
+import torch
+from torch import fx
+
+from partitioner.capture import capture_step
+from partitioner.errors import CaptureError
+from partitioner.program import Program
+from partitioner.sharding.mesh import Mesh
+from runtime.ops.attention import attention
+from runtime.ops.state import cache_append, position_mask, rows_at, state_read, state_write
+from tests.support import stepping, zoo
+
+
+def nodes(program: Program, target: object) -> list[fx.Node]:
+    return [node for node in program.graph.nodes if node.target is target]
+
+
+def test_attention_written_out_appends_and_masks_by_position() -> None:
+    program = stepping.traced("bloom")[1]
+    assert [given.name for given in program.inputs] == ["input_ids", "slots", "position_ids"]
+    assert len(nodes(program, cache_append)) == 2 * 2
+    assert nodes(program, position_mask)
+    assert set(program.states) == {"cache.0.key", "cache.0.value", "cache.1.key", "cache.1.value"}
+    assert all(state.per_token and state.shape == (4, 16) for state in program.states.values())
+
+
+def test_attention_as_one_op_stays_what_it_is() -> None:
+    program = capture_step(zoo.tiny("llama")[0], mesh=Mesh.of())
+    assert not nodes(program, cache_append)
+    assert all(node.kwargs["causal"] for node in nodes(program, attention))
+    assert not program.states  # the kv-cache pass makes them
+    assert "slots" not in [given.name for given in program.inputs]
+
+
+def test_a_mask_kept_as_a_table_is_cut_by_position() -> None:
+    program = stepping.traced("gpt_neo")[1]
+    cuts = nodes(program, rows_at)
+    assert len(cuts) == 2
+    batch, sequence = program.symbols["batch"], program.symbols["sequence"]
+    assert all(node.meta["val"].shape == (batch, 1, sequence, 256) for node in cuts)
+    assert program.limits["slots"] == (1, 256)  # no more than the table has
+
+
+def test_windows_are_kept() -> None:
+    program = capture_step(zoo.tiny("mistral", sliding_window=8)[0], mesh=Mesh.of())
+    assert all(node.kwargs["window"] == 8 for node in nodes(program, attention))
+
+
+def test_states_are_read_and_written_once_and_take_one_token() -> None:
+    program = stepping.traced("lfm2_moe")[1]
+    remembered = {state.name for state in program.states.values() if not state.per_token}
+    assert remembered
+    for target in (state_read, state_write):
+        assert sorted(str(node.kwargs["state"]) for node in nodes(program, target)) == sorted(remembered)
+    assert program.limits["sequence"] == (1, 1)
+    assert any("token by token" in note for note in program.notes)
+    assert "active" in [given.name for given in program.inputs]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("openai-gpt", "takes no transformers Cache: its forward takes"),
+        ("recurrent_gemma", r"keeps tensors of its own between tokens \(model.layers"),
+        ("xlstm", "cannot be run with a cache"),
+        ("deepseek_v4", "in a cache of its own kind"),
+        ("roberta", "counts positions by a rule of its own"),
+    ],
+)
+def test_what_is_kept_elsewhere_is_refused(name: str, why: str) -> None:
+    with pytest.raises(CaptureError, match=why):
+        capture_step(zoo.tiny(name)[0], mesh=Mesh.of())
+
+
+def test_the_model_is_not_changed() -> None:
+    model = zoo.tiny("bloom")[0]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    use_cache = model.config.use_cache
+    capture_step(model, mesh=Mesh.of())
+    assert model.config.use_cache == use_cache
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

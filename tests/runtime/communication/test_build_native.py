@@ -1,0 +1,87 @@
+"""Compiled once, kept, and said plainly where it cannot be."""
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from runtime.communication.shared_memory import build_native as native
+from runtime.communication.shared_memory.build_native import CannotBuild, Native, load
+
+SOURCE = "shared_memory.cpp"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    return tmp_path / "partitioner"
+
+
+def test_it_is_compiled_once(cache: Path) -> None:
+    assert load(SOURCE, timeout_s=60).seconds > 0
+    again = load(SOURCE, timeout_s=60)
+    assert again.seconds == 0
+    assert again.library.group_advance
+    assert len(list(cache.glob("*.so"))) == 1
+    assert {path.suffix for path in cache.iterdir()} == {".so", ".lock"}
+
+
+def test_of_several_at_once_one_compiles(cache: Path) -> None:
+    found: list[Native] = []
+    threads = [threading.Thread(target=lambda: found.append(load(SOURCE, timeout_s=60))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(one.seconds > 0 for one in found) == [False, False, False, True]
+
+
+def test_waiting_for_who_compiles_is_bounded(cache: Path) -> None:
+    cache.mkdir()
+    with (
+        native._lock(cache / "shared_memory.lock", 1),
+        pytest.raises(CannotBuild, match=r"another process has been compiling for 0.1 s"),
+    ):
+        load(SOURCE, timeout_s=0.1)
+
+
+def test_what_does_not_load_is_not_used(cache: Path) -> None:
+    load(SOURCE, timeout_s=60)
+    (library,) = cache.glob("*.so")
+    library.unlink()
+    library.write_bytes(b"not a library")
+    assert load(SOURCE, timeout_s=60).library.group_advance
+
+
+def test_without_a_place_to_keep_it_every_process_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    assert load(SOURCE, timeout_s=60).library.group_advance
+
+
+@pytest.mark.usefixtures("cache")
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CannotBuild, match=r"no C\+\+ compiler found \(g\+\+, c\+\+, clang\+\+\)"):
+        load(SOURCE, timeout_s=60)
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo that is no C++ >&2; exit 1", "/cxx failed on .*shared_memory.cpp:\nthat is no C"),
+        ("exec sleep 20", "/cxx did not finish within 0.5 s"),
+    ],
+)
+def test_what_the_compiler_says_is_passed_on(
+    script: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "cxx"
+    compiler.write_text(f"#!{shutil.which('sh')}\n{script}\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(CannotBuild, match=message):
+        load(SOURCE, timeout_s=0.5 if "sleep" in script else 60)

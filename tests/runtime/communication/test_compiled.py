@@ -1,0 +1,52 @@
+"""torch.compile over several ranks: a decode step is one graph, whatever carries its collectives."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from partitioner import Plan, partition
+from runtime.communication.thread_communicator import Rendezvous
+from runtime.processes.launch import launch
+from tests.support import zoo
+from tests.support.generated import prompts
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("sharing", ["off", pytest.param("on", marks=pytest.mark.slow)])
+def test_a_decode_step_of_two_processes_is_one_graph(
+    sharing: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
+    launch(["tests.runtime.communication.compiled_ranks", "cpu", sharing], num_ranks=2, timeout_s=240)
+
+
+@pytest.mark.gpu
+@pytest.mark.processes
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_decode_step_over_nccl_is_one_graph(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
+    launch(["tests.runtime.communication.compiled_ranks", "cuda", "auto"], num_ranks=2, timeout_s=400)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+def test_a_rank_alone_is_one_graph_too() -> None:
+    parts = partition(zoo.tiny("llama")[0].float(), Plan(tp=1))
+    expected = parts.generate([[5, 6, 7]], max_new_tokens=6, eos_token_id=[])
+    torch._dynamo.reset()
+    counters.clear()
+    engine = parts.engine(0, Rendezvous(parts.mesh).communicator(0), compile=True)
+    assert torch.equal(engine.generate([[5, 6, 7]], max_new_tokens=6, eos_token_id=[]), expected)
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name", ["gemma2", "llama"])
+def test_steps_from_fixed_memory_say_what_others_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of several lengths, past the window of those layers that have one."""
+    parts = partition(zoo.tiny(name)[0], Plan(tp=1))
+    texts = prompts(name, (3, 11))
+    expected = parts.generate(texts, max_new_tokens=14, eos_token_id=[])
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    engine = parts.engine(0, Rendezvous(parts.mesh).communicator(0), compile=True)
+    assert torch.equal(engine.generate(texts, max_new_tokens=14, eos_token_id=[], prefill_step=4), expected)

@@ -1,0 +1,75 @@
+"""What the equivalence tests share: a zoo model traced once, compiled for several plans, compared with the model's
+own code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
+from partitioner import Parts, Plan
+from partitioner.cli.compare import difference
+from partitioner.compile.partition import compile_program, trace
+from partitioner.program import Program
+from partitioner.proof.float64 import in_float64
+from tests.support import reference, zoo
+
+EXACT = 1e-10
+
+
+_SPELLINGS = {
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads"),
+    "num_key_value_heads": (),
+    "hidden_size": ("n_embd", "d_model"),
+    "head_dim": (),
+    "intermediate_size": ("ffn_dim", "n_inner", "moe_intermediate_size", "shared_expert_intermediate_size"),
+    "vocab_size": (),
+}
+
+
+def sized(name: str, **sizes: int) -> Any:
+    """A zoo model of these sizes, however its config spells them."""
+    fields = {field.name for field in dataclasses.fields(CONFIG_MAPPING[name.removeprefix("masked:")])}
+    given = {
+        spelling: sizes[size]
+        for size, spellings in _SPELLINGS.items()
+        for spelling in (size, *spellings)
+        if spelling in fields
+    }
+    if "kv_lora_rank" in fields:
+        given["num_key_value_heads"] = sizes["num_attention_heads"]
+    return zoo.tiny(name, **given)[0]
+
+
+def traced(name: str, *, odd: bool = False) -> tuple[Any, Program]:
+    """A small model in float64, and its trace without detours through float32; one of each, whoever asks."""
+    return _traced(name, odd)
+
+
+@functools.cache
+def _traced(name: str, odd: bool) -> tuple[Any, Program]:
+    model, _ = zoo.odd(name) if odd else zoo.tiny(name)
+    return model, in_float64(trace(model))
+
+
+def compiled(name: str, tp: int, *, odd: bool = False, **plan: Any) -> Parts[Any]:
+    return compile_program(traced(name, odd=odd)[1], Plan(tp=tp, **plan))
+
+
+def tokens(name: str, length: int, *, batch: int = 2, odd: bool = False) -> Tensor:
+    vocabulary = traced(name, odd=odd)[0].get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(3, vocabulary, (batch, length), generator=generator)
+
+
+def error(name: str, parts: Parts[Any], length: int, *, batch: int = 2, odd: bool = False) -> float:
+    """Of the simulated ranks against the model's own code, relative to the largest logit."""
+    ids = tokens(name, length, batch=batch, odd=odd)
+    expected = reference.forward(traced(name, odd=odd)[0], lifted=True, input_ids=ids)
+    return difference(parts.simulate(input_ids=ids), expected)

@@ -1,0 +1,83 @@
+"""The ratchet: what docs/supported_models.md says may get better, not worse; and a sample of it is measured again."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.supported_models import survey
+
+TABLE = Path(__file__).parents[2] / "docs" / "supported_models.md"
+
+EQUAL = 169
+GENERATE = 149
+"""How many causal language models are at least equal to their own code, and generate what it does."""
+
+BUNDLE = 221
+"""How many of these and of the encoders do the same, bit by bit, when loaded from a bundle."""
+
+NEAR = {2: 144, 4: 142}
+"""By tp: for how many default configurations the fullest rank holds at most 1.15 times 1/tp of the matrices."""
+
+
+def rows(title: str) -> list[dict[str, str]]:
+    """One per architecture, by column."""
+    section = TABLE.read_text().split(f"## {title}")[1].split("\n## ")[0]
+    lines = [line[2:].removesuffix(" |") for line in section.splitlines() if line.startswith("| ")]
+    header, *rest = [[cell.strip() for cell in line.split(" | ")] for line in lines]
+    return [dict(zip(header, cells, strict=True)) for cells in rest]
+
+
+def verdicts(title: str) -> Counter[str]:
+    return Counter(row["verdict"] for row in rows(title))
+
+
+@pytest.mark.parametrize("title", ["Causal language models", "Encoders", "Odd sizes"])
+def test_nothing_is_wrong(title: str) -> None:
+    assert verdicts(title)["wrong"] == 0
+    assert verdicts(title)["crashed"] == 0
+
+
+def test_how_many_are_equal() -> None:
+    assert verdicts("Causal language models")["equal"] >= EQUAL
+
+
+def test_everything_refused_has_a_reason() -> None:
+    for row in rows("Causal language models"):
+        if row["verdict"] != "equal" or row["generates"] == "refused":
+            assert len(row["whole, and why"]) > 10, row
+
+
+def test_nothing_generates_wrong_tokens() -> None:
+    found = Counter(row["generates"].split(",")[0] for row in rows("Causal language models"))
+    assert found.keys() <= {"equal", "refused", "not built", ""}  # empty: not measured yet
+    assert found["equal"] >= GENERATE
+
+
+def test_nothing_differs_when_loaded_from_a_bundle() -> None:
+    found = Counter(row["bundle"] for title in ("Causal language models", "Encoders") for row in rows(title))
+    assert found.keys() <= {"equal", "refused", "not built"}
+    assert found["equal"] >= BUNDLE
+
+
+@pytest.mark.parametrize("tp", NEAR)
+def test_how_many_shares_are_near_the_ideal(tp: int) -> None:
+    shares = [row[f"share tp={tp}"] for row in rows("Causal language models")]
+    assert sum(float(share) <= 1.15 / tp for share in shares if share) >= NEAR[tp]
+
+
+def test_a_sample_is_measured_again() -> None:
+    known = {row["architecture"]: row for row in rows("Causal language models")}
+    for name in ("llama", "gpt_bigcode"):
+        row = survey.measure(name, minutes=2)
+        assert row["verdict"] == known[name]["verdict"] == "equal"
+
+
+def test_shares_are_measured_again() -> None:
+    known = {row["architecture"]: row for row in rows("Causal language models")}
+    row = survey.measure_shares("gpt2", minutes=2)
+    assert re.fullmatch(r"0\.5\d\d", known["gpt2"]["share tp=2"])
+    assert row["default"]["2"] <= float(known["gpt2"]["share tp=2"]) + 1e-3
