@@ -29,7 +29,8 @@ from partitioner.program.plan import Pass
 from partitioner.program.program import Program, Value, Weight
 from partitioner.proof.layouts import SPECIAL
 from partitioner.proof.try_rule import check_rule
-from partitioner.sharding.layout import REPLICATED, IndexSet, Layout, Split
+from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.layout import REPLICATED, Layout, Split
 
 __all__ = [
     "REPLICATED",

@@ -26,7 +26,8 @@ from partitioner.compile.insert_collectives import Rewriter
 from partitioner.errors import PlanError
 from partitioner.program.node_arguments import arguments, node_values, operation
 from partitioner.program.program import Entry, Program
-from partitioner.sharding.layout import REPLICATED, IndexSet, Layout, Split
+from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.layout import REPLICATED, Layout, Split
 from runtime.ops.attention import attention
 from runtime.ops.embedding import vocab_parallel_embedding
 

@@ -4,6 +4,7 @@ Each rule is a function from source text to complaints, and each has a negative 
 """
 
 import ast
+import graphlib
 import re
 import sys
 import tomllib
@@ -17,7 +18,38 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("partitioner", "passes", "runtime")
 MAX_LINES = 400
 
-LEAVES = ("partitioner.errors", "partitioner.sharding.layout", "partitioner.sharding.mesh")
+MAX_ENTRIES = 12  # modules and subfolders of a folder, beside __init__.py
+
+LEAVES = ("partitioner.errors", "partitioner.sharding")
+ORDER = {
+    # each imports only what stands before it
+    "partitioner": (
+        "errors",
+        "sharding",
+        "program",
+        "analysis",
+        "capture",
+        "proof",
+        "report",
+        "storage",
+        "compile",
+        "plugin",
+        "cli",
+        "__main__",
+    ),
+    "runtime": (
+        "ops",
+        "program",
+        "weights",
+        "processes",
+        "communication",
+        "kv_cache",
+        "execution",
+        "sampling",
+        "generation",
+        "engine",
+    ),
+}
 STANDARD = tuple(sys.stdlib_module_names)
 MAY_IMPORT = {
     "leaf": (*STANDARD, *LEAVES),
@@ -88,7 +120,7 @@ def within(name: str, prefixes: tuple[str, ...]) -> bool:
 
 
 def wrong_imports(module: str, source: str) -> list[str]:
-    kind = "leaf" if module in LEAVES else module.split(".")[0]
+    kind = "leaf" if within(module, LEAVES) else module.split(".")[0]
     complaints = []
     for line, name in imported(module, source):
         if not within(name, MAY_IMPORT[kind]) and not (module == "passes" or within(name, (module,))):
@@ -96,6 +128,48 @@ def wrong_imports(module: str, source: str) -> list[str]:
         elif kind != "runtime" and within(name, ("torch.distributed",)):
             complaints.append(f"{module}:{line} imports {name}; only runtime talks to other ranks")
     return complaints
+
+
+def wrong_order(module: str, source: str) -> list[str]:
+    """Imports of a room that stands later in `ORDER`."""
+    package, _, rest = module.partition(".")
+    order, room = ORDER.get(package, ()), rest.partition(".")[0]
+    if not order or not rest:
+        return []
+    if room not in order:
+        return [f"{module}: {package}/{room} has no place in the order of rooms"]
+    later = tuple(f"{package}.{name}" for name in order[order.index(room) + 1 :])
+    return [
+        f"{module}:{line} imports {name}, a later room"
+        for line, name in imported(module, source)
+        if within(name, later)
+    ]
+
+
+def circles(imports: dict[str, set[str]]) -> list[str]:
+    """Modules and folders that import each other, in any folder; `imports`: module -> modules."""
+    complaints = []
+    folders = {".".join(module.split(".")[:depth]) for module in imports for depth in range(1, module.count(".") + 1)}
+    for folder in sorted(folders):
+        start = len(folder) + 1
+        below: dict[str, set[str]] = {}
+        for module, names in imports.items():
+            if module.startswith(folder + "."):
+                here = module[start:].partition(".")[0]
+                inside = {name[start:].partition(".")[0] for name in names if name.startswith(folder + ".")}
+                below.setdefault(here, set()).update(inside - {here})
+        try:
+            list(graphlib.TopologicalSorter(below).static_order())
+        except graphlib.CycleError as error:
+            complaints.append(f"{folder}: {' imports '.join(reversed(error.args[1]))}")
+    return complaints
+
+
+def crowded(folder: str, entries: list[str]) -> list[str]:
+    """Folders with too many entries, or with one: a room of one file is none."""
+    if len(entries) > MAX_ENTRIES:
+        return [f"{folder} has {len(entries)} entries, more than {MAX_ENTRIES}: {', '.join(entries)}"]
+    return [f"{folder} holds nothing but {entries[0]}"] if len(entries) == 1 else []
 
 
 def wrong_distributed(module: str, source: str) -> list[str]:
@@ -179,6 +253,7 @@ def undocumented(module: str, source: str) -> list[str]:
 
 RULES: list[Callable[[str, str], list[str]]] = [
     wrong_imports,
+    wrong_order,
     wrong_distributed,
     model_names,
     weight_names,
@@ -219,6 +294,69 @@ def test_rule(rule: Callable[[str, str], list[str]]) -> None:
 )
 def test_wrong_import_is_found(module: str, source: str) -> None:
     assert wrong_imports(module, source)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("runtime.ops.one", "from runtime.program.shards import Piece"),
+        ("runtime.communication.one", "def f():\n    import runtime.kv_cache.cache"),
+        ("partitioner.analysis.labels.one", "from partitioner.compile.emit import Emitter"),
+        ("partitioner.storage.one", "if TYPE_CHECKING:\n    from partitioner.compile import parts"),
+        ("partitioner.elsewhere.one", "import torch"),
+        ("runtime.one", "import torch"),
+    ],
+)
+def test_import_against_the_order_of_rooms_is_found(module: str, source: str) -> None:
+    assert wrong_order(module, source)
+    assert not wrong_order("partitioner.cli.one", source.replace("partitioner.elsewhere", "partitioner.cli"))
+
+
+def test_modules_do_not_import_each_other() -> None:
+    named = {module_name(path): path for path in sources()}
+    imports = {
+        module: {name for _, name in imported(module, path.read_text(encoding="utf-8")) if name.startswith(PACKAGES)}
+        for module, path in named.items()
+        if path.stem != "__init__"
+    }
+    assert not circles(imports), "\n".join(circles(imports))
+
+
+def test_circle_is_found() -> None:
+    assert circles({"runtime.a.x": {"runtime.a.y.f"}, "runtime.a.y": {"runtime.a.z"}, "runtime.a.z": {"runtime.a.x"}})
+    assert circles({"runtime.a.x": {"runtime.b.y"}, "runtime.b.z": {"runtime.a.y"}})
+    assert not circles({"runtime.a.x": {"runtime.b.y"}, "runtime.b.z": {"runtime.b.y"}})
+
+
+def folders() -> Iterator[tuple[str, list[str]]]:
+    for package in (*PACKAGES, "tests", "benchmarks", "examples", "docs"):
+        for folder in [ROOT / package, *(path for path in (ROOT / package).rglob("*") if path.is_dir())]:
+            names = sorted(path.name for path in folder.iterdir() if path.name not in ("__init__.py", "__pycache__"))
+            if folder.name != "__pycache__" and names:
+                yield str(folder.relative_to(ROOT)), names
+
+
+def test_no_folder_is_crowded_and_none_holds_one_file() -> None:
+    complaints = [
+        text
+        for folder, entries in folders()
+        for text in crowded(folder, entries)
+        if len(entries) != 1 or folder.startswith(PACKAGES)
+    ]
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+def test_crowded_folder_is_found() -> None:
+    assert crowded("runtime/ops", [f"op_{index}.py" for index in range(MAX_ENTRIES + 1)])
+    assert crowded("runtime/ops", ["attention.py"])
+    assert not crowded("runtime/ops", [f"op_{index}.py" for index in range(MAX_ENTRIES)])
+
+
+def test_every_room_has_its_line_in_the_documentation() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = {str(path.parent.relative_to(ROOT)) for path in sources() if path.parent.parent != ROOT}
+    missing = sorted(room for room in rooms if f"{room.rpartition('/')[2]}/" not in text)
+    assert not missing
 
 
 @pytest.mark.parametrize(

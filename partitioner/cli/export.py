@@ -7,9 +7,10 @@ from pathlib import Path
 
 from partitioner.compile.partition import partition
 from partitioner.program.plan import Plan
-from partitioner.storage.bundle.bundle import is_bundle, load
+from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.save import has_tokenizer
 from partitioner.storage.named_model import dtype_named, load_model
+from partitioner.storage.recognise import is_bundle
 from runtime.kv_cache.device_memory import readable
 
 __all__ = ["export"]

@@ -27,8 +27,9 @@ from partitioner.compile.partition import partition
 from partitioner.errors import InputError
 from partitioner.program.plan import Plan
 from partitioner.program.ranks import Ranks
-from partitioner.storage.bundle.bundle import Bundle, is_bundle, load
+from partitioner.storage.bundle.bundle import Bundle, load
 from partitioner.storage.named_model import dtype_named
+from partitioner.storage.recognise import is_bundle
 from runtime.engine.engine import Engine
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.kv_cache.device_memory import Amount

@@ -20,8 +20,9 @@ from torch import fx
 from partitioner.errors import CaptureError, LayoutError
 from partitioner.program.program import Input, Local, Program, State, Weight
 from partitioner.program.torch_calls import lower
-from partitioner.sharding.layout import IndexSet
-from runtime.program.rank_program import Made, Piece, RankProgram, RunInput, StateShard, WeightShard
+from partitioner.sharding.index_set import IndexSet
+from runtime.program.rank_program import RankProgram, RunInput
+from runtime.program.shards import Made, Piece, StateShard, WeightShard
 
 __all__ = ["Emitter", "Piece", "RankProgram", "RunInput", "StateShard", "WeightShard", "emit"]
 

@@ -22,7 +22,8 @@ from partitioner.analysis.layouts.localise import Scaled
 from partitioner.errors import LayoutError
 from partitioner.program.node_arguments import evaluate
 from partitioner.program.program import Entry, Program, Value
-from partitioner.sharding.layout import IndexSet, Layout, Split
+from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.layout import Layout, Split
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.local import once, reorder, shard
 

@@ -34,9 +34,10 @@ from partitioner.program.plan import Plan
 from partitioner.program.program import Origins, Program
 from partitioner.report.report import Report, make_report
 from partitioner.sharding.mesh import Mesh
-from partitioner.storage.bundle.bundle import is_bundle, load
+from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.reshard_model import open_bundle
 from partitioner.storage.checkpoint.open_checkpoint import open_checkpoint
+from partitioner.storage.recognise import is_bundle
 
 __all__ = ["compile_program", "compile_steps", "partition", "trace", "trace_step"]
 

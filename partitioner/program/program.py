@@ -22,8 +22,8 @@ from torch import fx
 
 from partitioner.sharding.layout import REPLICATED, Layout
 from partitioner.sharding.mesh import Mesh
-from runtime.program.rank_program import Bound, Piece, WeightShard
-from runtime.weights.load_weights import WeightSource
+from runtime.program.rank_program import Bound
+from runtime.program.shards import Piece, WeightShard, WeightSource
 
 __all__ = ["Entry", "Input", "Local", "Origins", "Program", "State", "Value", "Weight"]
 

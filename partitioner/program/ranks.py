@@ -30,7 +30,7 @@ from runtime.generation.generation_request import Generated, Prompts, Step
 from runtime.kv_cache.cache_size import CacheSize, Room, bytes_needed, tokens_that_fit
 from runtime.kv_cache.device_memory import Amount
 from runtime.program.rank_program import RankProgram
-from runtime.weights.load_weights import WeightSource
+from runtime.program.shards import WeightSource
 
 __all__ = ["Ranks", "same_on_all_ranks"]
 

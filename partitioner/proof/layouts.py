@@ -22,7 +22,8 @@ from partitioner.analysis.rules.data_movement import is_move
 from partitioner.errors import LayoutError
 from partitioner.program.node_arguments import arguments, describe, evaluate, node_values, operation
 from partitioner.program.program import Entry, Local, Program, Value
-from partitioner.sharding.layout import REPLICATED, IndexSet, Layout, Split
+from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.layout import REPLICATED, Layout, Split
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import all_gather, all_reduce

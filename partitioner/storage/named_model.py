@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from partitioner.errors import CaptureError
-from partitioner.storage.bundle.format.manifest import MANIFEST
+from partitioner.storage.recognise import MANIFEST
 
 __all__ = ["class_of", "dtype_named", "load_config", "load_model", "without_grouped_mm"]
 

@@ -33,7 +33,8 @@ from runtime.generation.generation_request import Generated, Prompts, Step, Task
 from runtime.kv_cache.cache_size import CacheSize, Room
 from runtime.program.bundle_errors import blaming
 from runtime.program.rank_program import RankProgram
-from runtime.weights.load_weights import WeightSource, load_weights
+from runtime.program.shards import WeightSource
+from runtime.weights.load_weights import load_weights
 
 __all__ = ["Engine", "RankPrograms"]
 

@@ -19,7 +19,7 @@ from runtime.communication.thread_communicator import Rendezvous
 from runtime.engine.engine import Engine
 from runtime.execution.chrome_trace import Trace
 from runtime.program.rank_program import RankProgram
-from runtime.weights.load_weights import WeightSource
+from runtime.program.shards import WeightSource
 
 __all__ = ["Simulator"]
 

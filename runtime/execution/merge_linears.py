@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from runtime.program.rank_program import RankProgram, WeightShard
+from runtime.program.rank_program import RankProgram
+from runtime.program.shards import WeightShard
 
 __all__ = ["lay_side_by_side", "merge_linears"]
 

@@ -25,7 +25,7 @@ from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch
 from runtime.ops.attention import allowed, attention
 from runtime.ops.state import cache_append, state_read, state_write
-from runtime.program.rank_program import StateShard
+from runtime.program.shards import StateShard
 
 __all__ = ["Cache", "cache_bytes", "slots_of"]
 

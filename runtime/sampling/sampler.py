@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import SamplingError
-from partitioner.sharding.layout import IndexSet
+from partitioner.sharding.index_set import IndexSet
 from runtime.communication.communicator import Communicator
 from runtime.ops.collectives import all_gather
 from runtime.sampling.candidates import rank_candidates, softmax_mass, survivors

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import LayoutError
-from partitioner.sharding.layout import IndexSet
+from partitioner.sharding.index_set import IndexSet
 
 __all__ = ["Share", "shares"]
 

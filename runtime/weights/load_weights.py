@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import WeightError
-from runtime.program.rank_program import Block, WeightShard, at, extents
+from runtime.program.shards import Block, WeightShard, WeightSource, at, extents
 from runtime.weights.read_shards import Reader
 
-__all__ = ["WeightSource", "load_weights"]
-
-WeightSource = Mapping[str, Tensor] | Callable[[str, Block], Tensor] | Reader
+__all__ = ["load_weights"]
 
 
 def load_weights(

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import WeightError
-from runtime.program.rank_program import Piece, WeightShard, at, extents
+from runtime.program.shards import Piece, WeightShard, at, extents
 from runtime.weights.progress import Progress
 from runtime.weights.safetensors_files import Entry, TensorFiles
 from runtime.weights.strided_reads import Strided, row_major

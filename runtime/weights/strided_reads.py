@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from runtime.program.rank_program import Block, Piece, extents
+from runtime.program.shards import Block, Piece, extents
 
 __all__ = ["Plan", "Strided", "row_major"]
 

@@ -19,7 +19,7 @@ from partitioner.cli.compare import difference
 from partitioner.compile.partition import compile_program, trace
 from partitioner.errors import PlanError
 from partitioner.proof.float64 import in_float64
-from partitioner.sharding.layout import IndexSet
+from partitioner.sharding.index_set import IndexSet
 from tests.support import reference
 from tests.support.partitioned import sized
 

@@ -17,7 +17,8 @@ from partitioner.program import Input, Program, Value
 from partitioner.program.node_arguments import operation
 from partitioner.program.plan import Plan
 from partitioner.proof.layouts import check
-from partitioner.sharding.layout import REPLICATED, IndexSet, Layout, Split
+from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.layout import REPLICATED, Layout, Split
 from partitioner.sharding.mesh import Mesh
 from passes.fuse import Fuse
 from passes.tensor_parallel import TensorParallel

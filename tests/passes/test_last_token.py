@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from partitioner.program.node_arguments import operation
-from partitioner.sharding.layout import IndexSet
+from partitioner.sharding.index_set import IndexSet
 from runtime.ops.cached_attention import last_token
 from runtime.ops.collectives import all_gather
 from tests.support.partitioned import compiled

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from partitioner.program import Entry, Input, Program, Value, Weight
-from partitioner.sharding.layout import REPLICATED, IndexSet, Layout, Split
+from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.layout import REPLICATED, Layout, Split
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.embedding import vocab_parallel_embedding

@@ -27,9 +27,9 @@ from transformers.utils import logging as transformers_logging
 from partitioner.capture.trace.fake_model import named_tensors
 from partitioner.capture.trace.weight_names import ModelWeights
 from partitioner.errors import PartitionerError, WeightError
-from partitioner.sharding.layout import IndexSet
+from partitioner.sharding.index_set import IndexSet
 from partitioner.storage.checkpoint.open_checkpoint import Checkpoint, open_checkpoint
-from runtime.program.rank_program import WeightShard, at
+from runtime.program.shards import WeightShard, at
 from runtime.weights.read_shards import Reader
 from runtime.weights.safetensors_files import TensorFiles
 from tests.support import zoo

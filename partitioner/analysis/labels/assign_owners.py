@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from partitioner.analysis.labels.index_sets import Lattice
-from partitioner.sharding.layout import IndexSet
+from partitioner.sharding.index_set import IndexSet
 
 __all__ = ["Owned", "dealt_indices", "divide", "index_set"]
 

@@ -24,7 +24,8 @@ from partitioner.analysis.rules.data_movement import run_move
 from partitioner.analysis.rules.notation import Notation, Operand
 from partitioner.program.node_arguments import arguments, evaluate, map_nodes, node_values, operation, shape_at
 from partitioner.program.program import Program, Value
-from partitioner.sharding.layout import REPLICATED, IndexSet, Layout, Split
+from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.layout import REPLICATED, Layout, Split
 
 aten = torch.ops.aten
 

@@ -21,7 +21,8 @@ from partitioner.analysis.layouts.infer_layout import Layouts
 from partitioner.analysis.rules.data_movement import IDENTITIES, MOVES, run_move
 from partitioner.program.node_arguments import arguments, evaluate, map_nodes, node_values, operation, shape_at
 from partitioner.program.program import Entry, Local, Program, Value
-from partitioner.sharding.layout import IndexSet, Layout
+from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.layout import Layout
 from runtime.ops.local import reorder
 
 aten = torch.ops.aten

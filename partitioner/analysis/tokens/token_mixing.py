@@ -30,7 +30,8 @@ from partitioner.analysis.rules.data_movement import IDENTITIES
 from partitioner.analysis.tokens.length_dependence import why_length_counts
 from partitioner.program.node_arguments import arguments, node_values, operation
 from partitioner.program.program import Program, Value
-from partitioner.sharding.layout import REPLICATED, IndexSet, Layout, Split
+from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.layout import REPLICATED, Layout, Split
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.attention import attention
 from runtime.ops.experts import expert_combine, expert_dispatch

@@ -23,7 +23,7 @@ from partitioner.program.ranks import Ranks
 from partitioner.sharding.mesh import Mesh
 from partitioner.storage.bundle.format.bundle_files import Folder
 from partitioner.storage.bundle.format.graph_format import build
-from partitioner.storage.bundle.format.manifest import MANIFEST, File, Manifest
+from partitioner.storage.bundle.format.manifest import File, Manifest
 from partitioner.storage.bundle.format.rank_format import Stored, read_program, read_weight
 from partitioner.storage.bundle.format.untrusted_json import CONTROL, Record
 from runtime.program.bundle_errors import blaming
@@ -31,13 +31,9 @@ from runtime.program.rank_program import RankProgram
 from runtime.weights.read_shards import Reader
 from runtime.weights.safetensors_files import TensorFiles
 
-__all__ = ["Bundle", "is_bundle", "load"]
+__all__ = ["Bundle", "load"]
 
 _CPU = torch.device("cpu")
-
-
-def is_bundle(folder: str | Path) -> bool:
-    return (Path(folder) / MANIFEST).exists()
 
 
 @overload

@@ -11,9 +11,9 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from partitioner.errors import WeightError
-from partitioner.sharding.layout import IndexSet
+from partitioner.sharding.index_set import IndexSet
 from partitioner.storage.bundle.format.rank_format import Stored
-from runtime.program.rank_program import Piece, WeightShard
+from runtime.program.shards import Piece, WeightShard
 from runtime.weights.read_shards import Reader
 from runtime.weights.safetensors_files import TensorFiles
 

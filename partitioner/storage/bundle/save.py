@@ -23,7 +23,8 @@ from partitioner.storage.bundle.format.graph_format import Template, share
 from partitioner.storage.bundle.format.manifest import File, Manifest
 from partitioner.storage.bundle.format.rank_format import Stored, program_data, weight_data
 from runtime.engine.engine import RankPrograms
-from runtime.program.rank_program import RankProgram, WeightShard
+from runtime.program.rank_program import RankProgram
+from runtime.program.shards import WeightShard
 from runtime.weights.load_weights import load_weights
 from runtime.weights.read_shards import Reader
 from runtime.weights.read_shards import digest_of as digest_of_tensor

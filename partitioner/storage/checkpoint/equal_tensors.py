@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from partitioner.sharding.layout import IndexSet
+from partitioner.sharding.index_set import IndexSet
 from partitioner.storage.checkpoint.recording_tensor import Equal, StandIn
 from partitioner.storage.checkpoint.strided_windows import Moved, piece
-from runtime.program.rank_program import WeightShard
+from runtime.program.shards import WeightShard
 from runtime.weights.read_shards import Reader
 from runtime.weights.safetensors_files import TensorFiles
 

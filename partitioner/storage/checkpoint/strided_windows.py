@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from runtime.program.rank_program import Block, Piece, extents
+from runtime.program.shards import Block, Piece, extents
 from runtime.weights.strided_reads import row_major
 
 __all__ = ["Moved", "Window", "concatenate", "narrow", "permute", "reshape", "whole"]

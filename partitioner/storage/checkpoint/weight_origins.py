@@ -14,7 +14,7 @@ import torch
 
 from partitioner.errors import WeightError
 from partitioner.storage.checkpoint.strided_windows import Moved, piece
-from runtime.program.rank_program import Piece, WeightShard, extents
+from runtime.program.shards import Piece, WeightShard, extents
 from runtime.weights.read_shards import Reader
 from runtime.weights.safetensors_files import TensorFiles
 

@@ -6,7 +6,8 @@ from partitioner.cli.compare import difference, first_divergence, tolerance
 from partitioner.compile.parts import Parts
 from partitioner.errors import LayoutError
 from partitioner.program import Program
-from partitioner.sharding.layout import IndexSet, Layout, Split
+from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.layout import Layout, Split
 from tests.support import handmade, zoo
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from partitioner.compile.emit import Emitter, emit, weight_shard
 from partitioner.errors import CaptureError, LayoutError
 from partitioner.program import Entry, Input, Local, Program, Value, Weight
-from partitioner.sharding.layout import IndexSet, Layout, Split
+from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.layout import Layout, Split
 from partitioner.sharding.mesh import Mesh
 from runtime.program.rank_program import RankProgram
 from runtime.weights.load_weights import load_weights

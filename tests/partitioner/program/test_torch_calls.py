@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map
 from partitioner.compile.emit import emit
 from partitioner.program import Value
 from partitioner.program.torch_calls import FUNCTIONS, METHODS, lower
-from partitioner.sharding.layout import REPLICATED, IndexSet, Layout, Split
+from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.layout import REPLICATED, Layout, Split
 from runtime.engine.simulator import Simulator
 from runtime.ops.local import once
 from tests.support import handmade

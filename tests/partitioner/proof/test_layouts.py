@@ -13,7 +13,7 @@ from partitioner.cli.compare import difference
 from partitioner.errors import CommunicationError, LayoutError
 from partitioner.program import Entry, Program
 from partitioner.proof.layouts import check
-from partitioner.sharding.layout import IndexSet
+from partitioner.sharding.index_set import IndexSet
 from runtime.ops.attention import attention
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.local import once

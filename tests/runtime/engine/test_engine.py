@@ -16,7 +16,8 @@ from runtime.engine import Engine
 from runtime.engine.simulator import Simulator
 from runtime.execution.executable import failing_node
 from runtime.ops.collectives import all_reduce
-from runtime.program.rank_program import RankProgram, WeightShard
+from runtime.program.rank_program import RankProgram
+from runtime.program.shards import WeightShard
 from tests.support import handmade
 
 

@@ -12,7 +12,8 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import Rendezvous
 from runtime.engine import Engine
 from runtime.execution.executable import Executable
-from runtime.program.rank_program import RankProgram, RunInput, WeightShard
+from runtime.program.rank_program import RankProgram, RunInput
+from runtime.program.shards import WeightShard
 from runtime.weights.load_weights import load_weights
 from tests.support import zoo
 from tests.support.generated import prompts

@@ -10,7 +10,7 @@ from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch
 from runtime.kv_cache.cache import Cache, cache_bytes
 from runtime.ops.state import cache_append, position_mask, rows_at, state_read, state_write
-from runtime.program.rank_program import StateShard
+from runtime.program.shards import StateShard
 
 KEYS = StateShard("keys", (2, 3), torch.float64, None)
 INDEX = StateShard("index", (3,), torch.float64, None)

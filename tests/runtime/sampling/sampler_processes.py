@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from partitioner.errors import SamplingError
-from partitioner.sharding.layout import IndexSet
+from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.process_groups import ProcessGroups
 from runtime.communication.thread_communicator import Rendezvous

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from partitioner.errors import LayoutError, SamplingError
-from partitioner.sharding.layout import IndexSet
+from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import Rendezvous
 from runtime.processes.launch import launch

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partitioner.errors import LayoutError
-from partitioner.sharding.layout import IndexSet
+from partitioner.sharding.index_set import IndexSet
 from runtime.sampling.vocabulary_shards import Share, shares
 
 

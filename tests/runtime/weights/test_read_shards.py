@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from partitioner.errors import WeightError
-from partitioner.sharding.layout import IndexSet
-from runtime.program.rank_program import Block, Piece, WeightShard, at, extents
+from partitioner.sharding.index_set import IndexSet
+from runtime.program.shards import Block, Piece, WeightShard, at, extents
 from runtime.weights import read_shards as reading
 from runtime.weights.progress import Progress
 from runtime.weights.read_shards import Reader

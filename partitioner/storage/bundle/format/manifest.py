@@ -26,13 +26,14 @@ from partitioner.errors import BundleError
 from partitioner.sharding.mesh import AXES, Mesh
 from partitioner.storage.bundle.format.bundle_files import NAME, Folder, digest_of
 from partitioner.storage.bundle.format.untrusted_json import Record
+from partitioner.storage.recognise import MANIFEST
 
-__all__ = ["MANIFEST", "SCHEMA", "File", "Manifest"]
+__all__ = ["SCHEMA", "File", "Manifest"]
 
 VERSION = importlib.metadata.version("partitioner")
 SCHEMA = 1
 FORMAT = "partitioner bundle"
-MANIFEST, DIGEST = "manifest.json", "manifest.sha256"
+DIGEST = "manifest.sha256"
 _MOST_RANKS = 65_536
 
 

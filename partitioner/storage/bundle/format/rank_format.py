@@ -16,7 +16,7 @@ from typing import Any
 from torch import fx, nn
 
 from partitioner.errors import BundleError
-from partitioner.sharding.layout import IndexSet
+from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.mesh import Mesh
 from partitioner.storage.bundle.format.tiling import is_filled
 from partitioner.storage.bundle.format.untrusted_json import (
@@ -27,8 +27,8 @@ from partitioner.storage.bundle.format.untrusted_json import (
     dtype_name,
     whole_number,
 )
-from runtime.program.rank_program import Bound, Piece, RankProgram, RunInput, StateShard, WeightShard
-from runtime.weights.load_weights import WeightSource
+from runtime.program.rank_program import Bound, RankProgram, RunInput
+from runtime.program.shards import Piece, StateShard, WeightShard, WeightSource
 
 __all__ = ["Stored", "program_data", "read_program", "read_weight", "weight_data"]
 

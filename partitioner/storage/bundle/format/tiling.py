@@ -6,7 +6,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 
-from runtime.program.rank_program import Block
+from runtime.program.shards import Block
 
 __all__ = ["is_filled"]
 

@@ -6,7 +6,7 @@ import torch
 
 from partitioner.analysis.labels.assign_owners import Owned, dealt_indices, index_set
 from partitioner.analysis.labels.index_sets import Lattice
-from partitioner.sharding.layout import IndexSet
+from partitioner.sharding.index_set import IndexSet
 
 
 def test_owned_labels_as_intervals_per_rank() -> None:

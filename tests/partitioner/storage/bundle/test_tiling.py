@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 
 from partitioner.storage.bundle.format.tiling import is_filled
-from runtime.program.rank_program import Block, at
+from runtime.program.shards import Block, at
 
 
 def counted(shape: tuple[int, ...], blocks: list[Block]) -> bool:

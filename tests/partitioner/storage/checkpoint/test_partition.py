@@ -17,7 +17,8 @@ from partitioner.compile.partition import compile_program, trace
 from partitioner.program import Program
 from partitioner.proof.float64 import in_float64
 from runtime.engine.simulator import Simulator
-from runtime.program.rank_program import RankProgram, at
+from runtime.program.rank_program import RankProgram
+from runtime.program.shards import at
 from runtime.weights.load_weights import load_weights
 from runtime.weights.read_shards import Reader
 from runtime.weights.safetensors_files import TensorFiles

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from partitioner.storage.checkpoint.strided_windows import Moved, concatenate, narrow, permute, piece, reshape, whole
-from runtime.program.rank_program import Piece, at
+from runtime.program.shards import Piece, at
 from runtime.weights.strided_reads import Strided
 
 
