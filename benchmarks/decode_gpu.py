@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
-from runtime.communication.thread_communicator import Rendezvous
+from runtime.communication.thread_communicator import ThreadGroup
 
 PROMPT, FEW, MANY, ROUNDS = 128, 16, 144, 3
 DATA_SHEET = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}
@@ -85,7 +85,7 @@ def main() -> None:
         )
 
     def ours(**options: bool) -> Callable[[int], object]:
-        engine = parts.engine(0, Rendezvous(Mesh.of()).communicator(0), device="cuda", **options)
+        engine = parts.engine(0, ThreadGroup(Mesh.of()).communicator(0), device="cuda", **options)
         engine.generate(prompt, max_new_tokens=MANY, eos_token_id=[])  # the cache for all
         return lambda count: engine.generate(prompt, max_new_tokens=count, eos_token_id=[])
 

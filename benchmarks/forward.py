@@ -31,17 +31,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import transformers
+from benchmarks.heartbeat import ALONE, AUTO, DTENSOR, OURS, TWO, build, dtensor, milliseconds, of_best, tp_plan_auto
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch import distributed as dist
 from transformers import LlamaForCausalLM
 
-from benchmarks.peers import ALONE, AUTO, DTENSOR, OURS, TWO, build, dtensor, milliseconds, of_best, tp_plan_auto
 from benchmarks.rounds import Ratio, rounds_in, take_turns
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
-from runtime.communication.thread_communicator import Rendezvous
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
 from runtime.processes.launch import begin_worker, launch
 
@@ -93,7 +93,7 @@ def one_process(seconds: float) -> None:
     for name, sizes in ONE.items():
         model = build(sizes)
         parts = partition(model, Plan())
-        engine = parts.engine(0, Rendezvous(Mesh.of()).communicator(0))
+        engine = parts.engine(0, ThreadGroup(Mesh.of()).communicator(0))
         for length in ONE_LENGTHS:
             ids = tokens(length)
             contestants: dict[str, Run] = {OURS: emitted(engine, ids), ALONE: eager(model, ids)}

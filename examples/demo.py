@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from partitioner import Plan, partition
-from partitioner.storage.example import EMBEDDED
+from partitioner.storage.example import EXAMPLE_MODEL
 from runtime.engine import Engine
 from runtime.processes.launch import begin_worker, launch
 
@@ -48,7 +48,7 @@ def load(folder: Path, auto_class: Any) -> tuple[Any, Any]:
 
 
 def decoder() -> tuple[Any, Any]:
-    return load(EMBEDDED, transformers.AutoModelForCausalLM)
+    return load(EXAMPLE_MODEL, transformers.AutoModelForCausalLM)
 
 
 def encoder() -> tuple[Any, Any]:

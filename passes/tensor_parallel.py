@@ -21,7 +21,7 @@ from partitioner.analysis.labels.repeated_blocks import find_blocks
 from partitioner.analysis.layouts.localise import Scaled
 from partitioner.analysis.layouts.propagate_layouts import Placement, Unplaceable, place
 from partitioner.analysis.rules import notation
-from partitioner.analysis.rules.decompose_norms import can_spell_out, spell_out
+from partitioner.analysis.rules.decompose_norms import can_decompose, decompose
 from partitioner.compile.insert_collectives import Rewriter
 from partitioner.errors import PlanError
 from partitioner.program.node_arguments import arguments, node_values, operation
@@ -104,7 +104,7 @@ def _reduce_in_parts(program: Program, names: frozenset[str]) -> frozenset[str]:
     found: set[str] = set()
     for node in list(program.graph.nodes):
         if node.name in names:
-            found.update(spell_out(program, node) if can_spell_out(node) else [node.name])
+            found.update(decompose(program, node) if can_decompose(node) else [node.name])
     return frozenset(found)
 
 

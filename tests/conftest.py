@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from partitioner.storage.example import EMBEDDED
+from partitioner.storage.example import EXAMPLE_MODEL
 
 torch.set_num_threads(1)  # several ranks share few cores
 
@@ -23,7 +23,7 @@ settings.load_profile("partitioner")
 @pytest.fixture(scope="session")
 def embedded_folder() -> Path:
     """Checkpoint folder of the small decoder that comes with the package."""
-    return EMBEDDED
+    return EXAMPLE_MODEL
 
 
 @pytest.fixture(scope="session")

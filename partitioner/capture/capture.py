@@ -1,6 +1,6 @@
 """`capture`: one Hugging Face model in, one Program out.
 
-twin       a copy without weights, free to change            twin.py, rope.py
+fake model       a copy without weights, free to change            fake model.py, rope.py
 probe      one eager run: masks, positions, inputs            probe.py, masks.py, inputs.py
 export     torch.export, through transformers' seams          trace.py, seams.py
 build      functional, clean, named; runtime ops              functional.py, build.py, fold.py
@@ -17,7 +17,7 @@ from partitioner.capture.inputs.graph_inputs import choose_inputs
 from partitioner.capture.inputs.rope import fix_rope
 from partitioner.capture.trace.build_graph import Builder
 from partitioner.capture.trace.export_graph import export
-from partitioner.capture.trace.fake_model import make_twin
+from partitioner.capture.trace.fake_model import make_fake_model
 from partitioner.capture.trace.fold_masks import fold_masks
 from partitioner.capture.trace.functionalize import functionalize
 from partitioner.capture.trace.weight_names import ModelWeights, check_constant
@@ -40,12 +40,12 @@ def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None
             f"cannot capture {type(model).__name__}: it is an encoder-decoder; only decoders and encoders are supported"
         )
     fake = FakeTensorMode()
-    twin = make_twin(model, fake)
+    fake_model = make_fake_model(model, fake)
     known = ModelWeights(model)
-    notes, longest = fix_rope(twin, known, max_length=max_length)
-    example = choose_inputs(twin, fake, known.indices(), length=length)
+    notes, longest = fix_rope(fake_model, known, max_length=max_length)
+    example = choose_inputs(fake_model, fake, known.indices(), length=length)
     kinds = example.probe.kinds
-    exported = functionalize(export(twin, example.tensors, kinds, static=length is not None))
+    exported = functionalize(export(fake_model, example.tensors, kinds, static=length is not None))
     builder = Builder(exported, tuple(example.tensors), known.canonical.__getitem__)
     graph = builder.build()
     fold_masks(graph, kinds)

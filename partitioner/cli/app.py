@@ -28,7 +28,7 @@ from partitioner.errors import CommunicationError, PartitionerError
 from partitioner.program.plan import Plan
 from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.describe import describe, show_graph
-from partitioner.storage.example import EMBEDDED
+from partitioner.storage.example import EXAMPLE_MODEL
 from partitioner.storage.named_model import dtype_named, load_model
 from runtime.generation.generation_options import Settings
 from runtime.processes.launch import require_timeout
@@ -97,7 +97,7 @@ def run_command(
     prompt: Annotated[list[str], typer.Option(help="what to continue; given several times, a batch")],
     model: Annotated[
         str, typer.Argument(help="a checkpoint folder with a tokenizer, or a bundle; by default the small model inside")
-    ] = str(EMBEDDED),
+    ] = str(EXAMPLE_MODEL),
     tp: Annotated[int | None, typer.Option(help="tensor-parallel ranks; by default 1, or those of the bundle")] = None,
     dtype: Annotated[str | None, typer.Option(help="to load the weights in; by default float32")] = None,
     max_new_tokens: int = 64,

@@ -18,7 +18,7 @@ import sympy
 from torch import fx
 
 from partitioner.errors import CaptureError, LayoutError
-from partitioner.program.program import Input, Local, Program, State, Weight
+from partitioner.program.program import Input, PerRankInt, Program, State, Weight
 from partitioner.program.torch_calls import lower
 from partitioner.sharding.index_set import IndexSet
 from runtime.program.rank_program import RankProgram, RunInput
@@ -61,7 +61,7 @@ class Emitter:
 
     def _graph(self, coordinates: Mapping[str, int]) -> fx.Graph:
         table = self.program.table
-        row = tuple(self.program.at(Local(name), coordinates) for name in table)
+        row = tuple(self.program.at(PerRankInt(name), coordinates) for name in table)
         if row not in self._graphs:
             integers = dict(zip(table, row, strict=True))
             self._graphs[row] = _substituted(self.program.graph, integers)
@@ -76,7 +76,7 @@ def _substituted(graph: fx.Graph, integers: Mapping[str, Any]) -> fx.Graph:
 
     def replace(leaf: Any) -> Any:
         nonlocal found
-        if not isinstance(leaf, Local):
+        if not isinstance(leaf, PerRankInt):
             return leaf
         found = True
         return _integers(integers, leaf.name)

@@ -20,10 +20,10 @@ from partitioner.errors import InputError, PlanError
 from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64
 from partitioner.sharding.mesh import Mesh
-from runtime.communication.thread_communicator import Rendezvous
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine.check_inputs import complete_inputs
 from runtime.execution.executable import Executable
-from runtime.generation.generate_loop import Continuation
+from runtime.generation.generate_loop import GenerateLoop
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.program.rank_program import RankProgram
 from runtime.weights.load_weights import load_weights
@@ -90,7 +90,7 @@ def _tokens(whole: RankProgram) -> Tensor:
 
 def _at_once(program: RankProgram, tokens: Tensor) -> Tensor:
     """[N, V]."""
-    communicator = Rendezvous(program.mesh).communicator(0)
+    communicator = ThreadGroup(program.mesh).communicator(0)
     device = _device(program)
     execute = Executable(program, load_weights(program.weights, program.values, None, device), communicator, device)
     logits: Tensor = execute(complete_inputs(program.inputs, {"input_ids": tokens}, device, program.limits))
@@ -99,14 +99,14 @@ def _at_once(program: RankProgram, tokens: Tensor) -> Tensor:
 
 def _one_by_one(program: RankProgram, tokens: Tensor) -> Tensor:
     """[N, V] of the first row."""
-    communicator = Rendezvous(program.mesh).communicator(0)
+    communicator = ThreadGroup(program.mesh).communicator(0)
     device = _device(program)
     weights = load_weights(program.weights, program.values, None, device)
-    continuation = Continuation(program, weights, communicator, device)
+    generate_loop = GenerateLoop(program, weights, communicator, device)
     rows, count = tokens.shape
-    continuation.reserve(CacheSize(max_batch=rows, max_length=count, prefill_step=1))
+    generate_loop.reserve(CacheSize(max_batch=rows, max_length=count, prefill_step=1))
     found = [
-        continuation.run([[token] for token in tokens[:, position].tolist()], [position] * rows, (True,) * rows)[0]
+        generate_loop.run([[token] for token in tokens[:, position].tolist()], [position] * rows, (True,) * rows)[0]
         for position in range(count)
     ]
     return torch.stack(found)

@@ -7,7 +7,7 @@ from typing import Any
 import sympy
 from torch import fx
 
-from partitioner.program.program import Local, Program, Value
+from partitioner.program.program import PerRankInt, Program, Value
 
 __all__ = ["fault"]
 
@@ -45,7 +45,7 @@ def _fault(program: Program, node: fx.Node) -> str | None:
     absent: list[str] = []
 
     def see(leaf: Any) -> Any:
-        if isinstance(leaf, Local) and leaf.name not in program.table:
+        if isinstance(leaf, PerRankInt) and leaf.name not in program.table:
             absent.append(leaf.name)
         return leaf
 

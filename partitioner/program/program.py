@@ -25,7 +25,7 @@ from partitioner.sharding.mesh import Mesh
 from runtime.program.rank_program import Bound
 from runtime.program.shards import Piece, WeightShard, WeightSource
 
-__all__ = ["Entry", "Input", "Local", "Origins", "Program", "State", "Value", "Weight"]
+__all__ = ["Entry", "Input", "Origins", "PerRankInt", "Program", "State", "Value", "Weight"]
 
 Integers = int | tuple[int, ...] | None
 
@@ -108,7 +108,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Local:
+class PerRankInt:
     """Stands in a node's arguments for an integer that differs between ranks; `name` is a row of the table."""
 
     name: str
@@ -198,16 +198,16 @@ class Program:
         self.inputs = (*self.inputs, Input(name, value, default))
         return made
 
-    def local(self, hint: str, entry: Entry) -> Local | Integers:
+    def local(self, hint: str, entry: Entry) -> PerRankInt | Integers:
         """A stand-in for `entry`; the plain integers where all coordinates and the whole agree."""
         if all(value == entry.whole for value in entry.values):
             return entry.whole
         for name, known in self.table.items():
             if known == entry and name.rstrip("0123456789_") == hint:
-                return Local(name)
+                return PerRankInt(name)
         name = f"{hint}_{sum(known.rstrip('0123456789_') == hint for known in self.table)}"
         self.table[name] = entry
-        return Local(name)
+        return PerRankInt(name)
 
     def whole(self, value: Any) -> Any:
         """`value` with every stand-in replaced by its integers on the whole model."""
@@ -224,6 +224,6 @@ class Program:
 
 
 def _substitute(value: Any, pick: Any) -> Any:
-    if isinstance(value, Local):
+    if isinstance(value, PerRankInt):
         return pick(value.name)
-    return fx.node.map_aggregate(value, lambda leaf: pick(leaf.name) if isinstance(leaf, Local) else leaf)
+    return fx.node.map_aggregate(value, lambda leaf: pick(leaf.name) if isinstance(leaf, PerRankInt) else leaf)

@@ -21,7 +21,7 @@ from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.data_movement import is_move
 from partitioner.errors import LayoutError
 from partitioner.program.node_arguments import arguments, describe, evaluate, node_values, operation
-from partitioner.program.program import Entry, Local, Program, Value
+from partitioner.program.program import Entry, PerRankInt, Program, Value
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Split
 from runtime.ops.attention import attention
@@ -139,7 +139,7 @@ def _all_gather(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
 def _shard(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     a = arguments(node)
     layout: Layout = layouts[a["x"]]
-    entry = program.table[a["ranges"].name] if isinstance(a["ranges"], Local) else None
+    entry = program.table[a["ranges"].name] if isinstance(a["ranges"], PerRankInt) else None
     if entry is None:
         return layout
     size = evaluate(a["x"].meta["val"].shape[a["dim"]], dict.fromkeys(program.symbols.values(), 1))
@@ -162,7 +162,7 @@ def _once(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     source = node.all_input_nodes[0]
     first: Any = node.args[1]
     layout: Layout = layouts[source]
-    entry = program.table[first.name] if isinstance(first, Local) else None
+    entry = program.table[first.name] if isinstance(first, PerRankInt) else None
     if entry is None or layout.partial or sorted(map(str, entry.values)) != ["0"] * (len(entry.values) - 1) + ["1"]:
         raise LayoutError(f"{_at(node)} must count {source} ({layout}) on exactly one rank, got {entry}")
     return Layout(layout.dims, frozenset(entry.axes))
@@ -225,7 +225,7 @@ def _starts(rows: Split) -> tuple[int, ...]:
 
 
 def _expect(program: Program, node: fx.Node, name: str, given: Any, expected: Any) -> None:
-    values = program.table[given.name].values if isinstance(given, Local) else given
+    values = program.table[given.name].values if isinstance(given, PerRankInt) else given
     if values != expected and not (isinstance(values, int) and expected == (values,) * len(expected)):
         raise LayoutError(f"{_at(node)}: {name} must be {expected} on the ranks, got {values}")
 
@@ -239,7 +239,7 @@ def _check_kv_map(program: Program, node: fx.Node, layouts: Layouts) -> None:
     via = dict(notation(node).operands[1].via).get("h") or tuple(range(heads))
     entry = (
         program.table[a["kv_map"].name]
-        if isinstance(a["kv_map"], Local)
+        if isinstance(a["kv_map"], PerRankInt)
         else Entry(None, q.axes, (None,) * len(q.owned))
     )
     for i, mine in enumerate(q.owned):

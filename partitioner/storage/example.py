@@ -1,10 +1,10 @@
 """The model that comes with the package: a small trained decoder, so that examples run on a laptop with no network.
 
-EMBEDDED   its checkpoint folder, as `AutoModelForCausalLM.from_pretrained` takes it; see the README.md inside
+EXAMPLE_MODEL   its checkpoint folder, as `AutoModelForCausalLM.from_pretrained` takes it; see the README.md inside
 """
 
 from pathlib import Path
 
-__all__ = ["EMBEDDED"]
+__all__ = ["EXAMPLE_MODEL"]
 
-EMBEDDED = Path(__file__).resolve().with_name("example_model")
+EXAMPLE_MODEL = Path(__file__).resolve().with_name("example_model")

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 
 from partitioner.errors import CommunicationError, RankLost, RankMismatch
 from runtime.communication.matching_calls import Call
-from runtime.processes.heartbeat import BEAT_S, Peers
+from runtime.processes.heartbeat import BEAT_S, Heartbeat
 
-__all__ = ["Notices"]
+__all__ = ["FailureVerdict"]
 
 _GRACE_S = 0.5
 """How long the others have to say that they wait too."""
@@ -28,21 +28,21 @@ _SETTLE_S = 0.05
 """After the first rank is known to be lost: others that are lost with it are named too."""
 
 
-class Notices:
+class FailureVerdict:
     """One rank's view; `peers` None: groups that someone else made, where nothing tells who is lost."""
 
-    def __init__(self, peers: Peers | None, rank: int, *, timeout_s: float) -> None:
-        self._peers = peers
+    def __init__(self, heartbeat: Heartbeat | None, rank: int, *, timeout_s: float) -> None:
+        self._heartbeat = heartbeat
         self._rank = rank
         self._timeout_s = timeout_s
 
     def about_to(self, call: Call) -> None:
-        if self._peers is not None:
-            self._peers.at = str(call)
+        if self._heartbeat is not None:
+            self._heartbeat.at = str(call)
 
     def failed(self, error: BaseException) -> None:
-        if self._peers is not None:
-            self._peers.tell("failed", f"{type(error).__name__}: {error}")
+        if self._heartbeat is not None:
+            self._heartbeat.tell("failed", f"{type(error).__name__}: {error}")
 
     def conclude(self, call: Call | str, group: Sequence[int], error: BaseException) -> CommunicationError:
         """What it means that `call` failed with `error`; waits up to half a second for what the others say."""
@@ -51,43 +51,47 @@ class Notices:
         cause = re.sub(r"^\[[^]]*\] ", "", str(error).partition("\n")[0]).split(". This is")[0]
         origin = "" if cause.startswith("shared memory") else "torch.distributed: "
         detail = f"\n  awaited by {call}\n  {origin}{cause}"
-        peers = self._peers
-        if peers is None:
+        heartbeat = self._heartbeat
+        if heartbeat is None:
             return RankLost(f"one of the {_list(others, 'rank')} is lost, and nothing tells which{detail}")
-        peers.tell("waiting", str(call))
+        heartbeat.tell("waiting", str(call))
         deadline = time.monotonic() + _GRACE_S
         while time.monotonic() < deadline:
-            if verdicts := peers.known("verdict"):
+            if verdicts := heartbeat.known("verdict"):
                 return _as_error(next(iter(verdicts.values())))
-            if peers.is_cut_off:
+            if heartbeat.is_cut_off:
                 break
-            if peers.lost():
+            if heartbeat.lost():
                 deadline = min(deadline, time.monotonic() + _SETTLE_S)
-            elif peers.known("waiting").keys() | peers.known("left").keys() | self._stopped(others) >= set(others):
+            elif heartbeat.known("waiting").keys() | heartbeat.known("left").keys() | self._stopped(others) >= set(
+                others
+            ):
                 break
             time.sleep(0.005)
-        verdict = json.dumps(self._judge(peers, call, others, cause, detail))
-        peers.tell("verdict", verdict)
+        verdict = json.dumps(self._judge(heartbeat, call, others, cause, detail))
+        heartbeat.tell("verdict", verdict)
         return _as_error(verdict)
 
     def _stopped(self, ranks: Sequence[int]) -> set[int]:
         """Those whose process gives no sign of life."""
-        assert self._peers is not None
-        return {rank for rank in ranks if self._peers.silent_s(rank) > min(5 * BEAT_S, self._timeout_s / 2)}
+        assert self._heartbeat is not None
+        return {rank for rank in ranks if self._heartbeat.silent_s(rank) > min(5 * BEAT_S, self._timeout_s / 2)}
 
-    def _judge(self, peers: Peers, call: Call | str, others: list[int], cause: str, detail: str) -> tuple[str, str]:
-        if lost := peers.lost():
+    def _judge(
+        self, heartbeat: Heartbeat, call: Call | str, others: list[int], cause: str, detail: str
+    ) -> tuple[str, str]:
+        if lost := heartbeat.lost():
             return "lost", "; ".join(f"rank {rank} {how}" for rank, how in lost.items()) + detail
-        waiting = peers.known("waiting")
-        if left := [rank for rank in others if rank in peers.known("left") and rank not in waiting]:
+        waiting = heartbeat.known("waiting")
+        if left := [rank for rank in others if rank in heartbeat.known("left") and rank not in waiting]:
             return "lost", f"{_list(left, 'rank')} left, by closing the engine, while others wait for it{detail}"
-        if peers.is_cut_off:
+        if heartbeat.is_cut_off:
             return "lost", f"one of the {_list(others, 'rank')} is lost, and rank 0, which would know, has left{detail}"
         silent = [rank for rank in others if rank not in waiting]
         stopped = self._stopped(silent)
         if 0 in stopped:
             silent = [0]  # of the others nothing is known: it all comes through rank 0
-        at = peers.known("at")
+        at = heartbeat.known("at")
         seen = "".join(f"\n  last checked there: {at[rank]}" for rank in silent if at.get(rank))
         if not silent:
             waits = "".join(f"\n  {text}" for rank, text in waiting.items() if rank in others)

@@ -32,15 +32,15 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from partitioner.errors import CommunicationError, PlanError, RankLost
 from partitioner.sharding.mesh import AXES, Mesh
 from runtime.communication.communicator import require_axis, require_op, require_piece
-from runtime.communication.failure_verdict import Notices
+from runtime.communication.failure_verdict import FailureVerdict
 from runtime.communication.group_collectives import OPERATIONS, alone
 from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory, Unavailable
 from runtime.communication.traceable import functional, opaque
 from runtime.ops.collectives import all_gather, all_reduce
-from runtime.processes.bootstrap import WatchedStore, meet, watched
+from runtime.processes.bootstrap import WatchedStore, bootstrap, watched
 from runtime.processes.device_watch import DeviceWatch, end_quickly
-from runtime.processes.heartbeat import Peers
+from runtime.processes.heartbeat import Heartbeat
 
 __all__ = ["ProcessGroups", "Sharing"]
 
@@ -68,7 +68,7 @@ class ProcessGroups:
         timeout_s: float = 60.0,
         check: bool = False,
         shared_memory: Sharing = "auto",
-        peers: Peers | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         _require_sharing(shared_memory, device)
         self.mesh = mesh
@@ -77,8 +77,8 @@ class ProcessGroups:
         self.timeout_s = timeout_s
         self._always = check
         self._checking = check
-        self._peers = peers
-        self._notices = Notices(peers, self.rank, timeout_s=timeout_s)
+        self._heartbeat = heartbeat
+        self._failure_verdict = FailureVerdict(heartbeat, self.rank, timeout_s=timeout_s)
         self._owned = False
         self._store: Store | None = None
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -100,7 +100,7 @@ class ProcessGroups:
                     dist.all_reduce(torch.zeros(1, device=device), group=group)
                     torch.cuda.synchronize(device)
                 self.transports[axis] = self._share(ranks, axis, shared_memory)
-        self._watch = DeviceWatch(device, peers, timeout_s) if peers and device.type == "cuda" else None
+        self._watch = DeviceWatch(device, heartbeat, timeout_s) if heartbeat and device.type == "cuda" else None
 
     @classmethod
     def connect(
@@ -128,7 +128,7 @@ class ProcessGroups:
         rank = int(os.environ["RANK"])
         # the launcher's store outlives our groups: without a number, a second meeting would find the first's addresses
         meeting = next(_MEETINGS)
-        peers: Peers | None = None
+        heartbeat: Heartbeat | None = None
 
         def join() -> ProcessGroups:
             # which device is the current one is known to each thread for itself
@@ -142,16 +142,20 @@ class ProcessGroups:
                 world_size=world_size,
                 timeout=_group_timeout(timeout_s, device),
             )
-            return cls(mesh, device=device, timeout_s=timeout_s, check=check, shared_memory=shared_memory, peers=peers)
+            return cls(
+                mesh, device=device, timeout_s=timeout_s, check=check, shared_memory=shared_memory, heartbeat=heartbeat
+            )
 
         try:
-            store, peers = watched(functools.partial(meet, meeting, rank, world_size, timeout_s), timeout_s=timeout_s)
+            store, heartbeat = watched(
+                functools.partial(bootstrap, meeting, rank, world_size, timeout_s), timeout_s=timeout_s
+            )
             # NCCL's own threads ask the store too, and must not have to come to Python for that
-            shared_store = store if device.type == "cuda" else WatchedStore(store, peers, timeout_s=timeout_s)
-            self = watched(join, peers=peers, timeout_s=timeout_s)
-            peers.start(timeout_s=timeout_s)
+            shared_store = store if device.type == "cuda" else WatchedStore(store, heartbeat, timeout_s=timeout_s)
+            self = watched(join, heartbeat=heartbeat, timeout_s=timeout_s)
+            heartbeat.start(timeout_s=timeout_s)
         except BaseException as error:
-            concluded = _start_failed(error, peers, rank, timeout_s)
+            concluded = _start_failed(error, heartbeat, rank, timeout_s)
             if concluded is error:
                 raise
             raise concluded from error
@@ -202,7 +206,7 @@ class ProcessGroups:
             except RuntimeError as error:
                 if not _is_broken(error):
                     raise
-                raise self._notices.conclude(call.on(x), ranks, error) from error
+                raise self._failure_verdict.conclude(call.on(x), ranks, error) from error
 
         if shared is None:
             return collective
@@ -227,7 +231,7 @@ class ProcessGroups:
         if not isinstance(error, RuntimeError) or isinstance(error, Disconnected) or not _BROKEN.search(str(error)):
             return error
         everyone = tuple(range(self.mesh.world_size))
-        return self._notices.conclude(Call(self.rank, "a compiled step", "collective", "tp"), everyone, error)
+        return self._failure_verdict.conclude(Call(self.rank, "a compiled step", "collective", "tp"), everyone, error)
 
     def _share(self, ranks: tuple[int, ...], axis: str, wanted: Sharing) -> str:
         """Meet the ranks of a group in shared memory, where that is wanted and possible; what carries it then."""
@@ -243,7 +247,7 @@ class ProcessGroups:
             return everyone
 
         try:
-            shared = SharedMemory.meet(ranks, self.rank, exchange=exchange, timeout_s=self.timeout_s)
+            shared = SharedMemory.connect(ranks, self.rank, exchange=exchange, timeout_s=self.timeout_s)
         except Unavailable as reason:
             if wanted == "on" and not reason.several_hosts:
                 raise CommunicationError(
@@ -257,14 +261,16 @@ class ProcessGroups:
         except RuntimeError as error:
             if not _is_broken(error):
                 raise
-            raise self._notices.conclude(f"rank {self.rank}: connecting along {axis!r}", ranks, error) from error
+            raise self._failure_verdict.conclude(
+                f"rank {self.rank}: connecting along {axis!r}", ranks, error
+            ) from error
         if shared.build_s:
             _log.info("compiled what ranks need to talk through shared memory in %.1f s", shared.build_s)
         self._shared[ranks] = shared
         return "shared memory"
 
     def _compare(self, call: Call, gather: Callable[[Tensor], Tensor]) -> None:
-        self._notices.about_to(call)
+        self._failure_verdict.about_to(call)
         mine = torch.frombuffer(bytearray(call.encode()), dtype=torch.uint8).to(self.device)
         received = gather(mine).cpu().numpy().tobytes()
         check_agreement(
@@ -274,7 +280,7 @@ class ProcessGroups:
     def abort(self, error: BaseException) -> None:
         """Tell the others why; they notice as soon as this process ends or closes."""
         if not isinstance(error, CommunicationError):
-            self._notices.failed(error)
+            self._failure_verdict.failed(error)
 
     def barrier(self) -> None:
         try:
@@ -283,7 +289,7 @@ class ProcessGroups:
             if not _is_broken(error):
                 raise
             everyone = range(self.mesh.world_size)
-            raise self._notices.conclude(f"rank {self.rank}: barrier", everyone, error) from error
+            raise self._failure_verdict.conclude(f"rank {self.rank}: barrier", everyone, error) from error
 
     def close(self) -> None:
         """May be called again. CUDA graphs with collectives in them must be gone before."""
@@ -294,8 +300,8 @@ class ProcessGroups:
             self._owned = False
         if self._watch is not None:
             self._watch.close()
-        if self._peers is not None:
-            self._peers.close()
+        if self._heartbeat is not None:
+            self._heartbeat.close()
 
 
 def _is_broken(error: RuntimeError) -> bool:
@@ -315,21 +321,21 @@ def _group_timeout(timeout_s: float, device: torch.device) -> timedelta:
     return timedelta(seconds=timeout_s + (0.5 if device.type == "cuda" else 0))
 
 
-def _start_failed(error: BaseException, peers: Peers | None, rank: int, timeout_s: float) -> BaseException:
+def _start_failed(error: BaseException, heartbeat: Heartbeat | None, rank: int, timeout_s: float) -> BaseException:
     """What to raise for `error`, after the others have been told."""
-    if peers is None:
+    if heartbeat is None:
         if isinstance(error, (RankLost, RuntimeError)):
             return RankLost(f"rank {rank} could not meet the others within {timeout_s:g} s: {error}")
         return error
-    notices = Notices(peers, rank, timeout_s=timeout_s)
-    if isinstance(error, RuntimeError) and (not peers.is_well or _is_broken(error)):
-        error = notices.conclude(f"rank {rank}: joining the others", range(peers.num_ranks), error)
+    failure_verdict = FailureVerdict(heartbeat, rank, timeout_s=timeout_s)
+    if isinstance(error, RuntimeError) and (not heartbeat.is_well or _is_broken(error)):
+        error = failure_verdict.conclude(f"rank {rank}: joining the others", range(heartbeat.num_ranks), error)
     elif not isinstance(error, CommunicationError):
         error.add_note(f"rank {rank}, while joining the others")
-        notices.failed(error)
+        failure_verdict.failed(error)
     if dist.is_initialized():
         _leave_groups(abort=dist.get_backend() == "nccl")
-    peers.close()
+    heartbeat.close()
     return error
 
 

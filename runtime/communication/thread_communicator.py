@@ -23,7 +23,7 @@ from runtime.communication.matching_calls import Call, check_agreement
 from runtime.communication.traceable import opaque
 from runtime.ops.collectives import all_gather, all_reduce
 
-__all__ = ["Rendezvous"]
+__all__ = ["ThreadGroup"]
 
 
 @dataclass
@@ -32,7 +32,7 @@ class _Meeting:
     complete: bool = False
 
 
-class Rendezvous:
+class ThreadGroup:
     """Where the ranks of one mesh meet; `communicator(rank)` gives each its end."""
 
     def __init__(self, mesh: Mesh, *, timeout_s: float = 60.0) -> None:
@@ -44,8 +44,8 @@ class Rendezvous:
         self._ended: set[int] = set()
         self._failure: CommunicationError | None = None
 
-    def communicator(self, rank: int) -> RendezvousCommunicator:
-        return RendezvousCommunicator(self, rank)
+    def communicator(self, rank: int) -> ThreadCommunicator:
+        return ThreadCommunicator(self, rank)
 
     def reset(self) -> None:
         """Forget the last run; call while no rank runs."""
@@ -117,13 +117,13 @@ class Rendezvous:
         return f"while others waited ({waits})" if waits else "while no other rank waited"
 
 
-class RendezvousCommunicator:
-    """One rank's end of a Rendezvous."""
+class ThreadCommunicator:
+    """One rank's end of a ThreadGroup."""
 
-    def __init__(self, rendezvous: Rendezvous, rank: int) -> None:
-        self.mesh = rendezvous.mesh
+    def __init__(self, thread_group: ThreadGroup, rank: int) -> None:
+        self.mesh = thread_group.mesh
         self.rank = rank
-        self._rendezvous = rendezvous
+        self._thread_group = thread_group
         self._order = torch.zeros(())
 
     def bind(
@@ -140,7 +140,7 @@ class RendezvousCommunicator:
         group = self.mesh.group((axis,), self.rank)
         coordinate = group.index(self.rank)
         call = Call(self.rank, node, op.__name__, axis, options)
-        meet = self._rendezvous.exchange
+        meet = self._thread_group.exchange
 
         def collective(x: Tensor) -> Tensor:
             require_piece(x, options, coordinate, node=node, rank=self.rank)
@@ -161,14 +161,14 @@ class RendezvousCommunicator:
         return error
 
     def abort(self, error: BaseException) -> None:
-        self._rendezvous.abort(self.rank, error)
+        self._thread_group.abort(self.rank, error)
 
     def barrier(self) -> None:
         everyone = tuple(range(self.mesh.world_size))
-        self._rendezvous.exchange(everyone, Call(self.rank, "", "barrier", "all"), torch.empty(0))
+        self._thread_group.exchange(everyone, Call(self.rank, "", "barrier", "all"), torch.empty(0))
 
     def close(self) -> None:
-        self._rendezvous.end(self.rank)
+        self._thread_group.end(self.rank)
 
 
 def _sum(pieces: list[Tensor]) -> Tensor:

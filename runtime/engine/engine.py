@@ -27,11 +27,11 @@ from runtime.execution.chrome_trace import Trace, from_all_ranks
 from runtime.execution.executable import Executable
 from runtime.execution.merge_linears import lay_side_by_side, merge_linears
 from runtime.execution.profile import Profiler
-from runtime.generation.generate_loop import Continuation
+from runtime.generation.generate_loop import GenerateLoop
 from runtime.generation.generation_options import Options
-from runtime.generation.generation_request import Generated, Prompts, Step, Task
+from runtime.generation.generation_request import Generated, GenerationRequest, Prompts, Step
 from runtime.kv_cache.cache_size import CacheSize, Room
-from runtime.program.bundle_errors import blaming
+from runtime.program.bundle_errors import attribute_errors
 from runtime.program.rank_program import RankProgram
 from runtime.program.shards import WeightSource
 from runtime.weights.load_weights import load_weights
@@ -78,7 +78,7 @@ class Engine:
         self.communicator = communicator
         self.device = torch.device(device)
         self._source = program.source if weights is None else weights
-        with blaming(program):
+        with attribute_errors(program):
             self.weights = load_weights(
                 program.weights, program.values, self._source, self.device, progress=communicator.rank == 0
             )
@@ -136,7 +136,7 @@ class Engine:
 
     def __call__(self, **inputs: Tensor | None) -> Any:
         """Run once. Every rank must be given the same inputs."""
-        with blaming(self.program):
+        with attribute_errors(self.program):
             return self._run(complete_inputs(self.program.inputs, inputs, self.device, self.program.limits))
 
     def generate(
@@ -148,18 +148,18 @@ class Engine:
         lengths, which are returned padded on the left. `options`: see `runtime.generation.generation_options`. Every
         rank must be given the same, and returns the same.
         """
-        task = self._task(prompts, attention_mask, options)
-        with blaming(self.program):
-            return task.result(list(self._continuation.steps(task)))
+        request = self._request(prompts, attention_mask, options)
+        with attribute_errors(self.program):
+            return request.result(list(self._generate_loop.steps(request)))
 
     def stream(
         self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Iterator[Step]:
         """The same, a step at a time: one token per sequence."""
-        return self._blamed(self._continuation.steps(self._task(prompts, attention_mask, options)))
+        return self._attributed(self._generate_loop.steps(self._request(prompts, attention_mask, options)))
 
-    def _blamed(self, steps: Iterator[Step]) -> Iterator[Step]:
-        with blaming(self.program):
+    def _attributed(self, steps: Iterator[Step]) -> Iterator[Step]:
+        with attribute_errors(self.program):
             yield from steps
 
     def reserve(self, size: CacheSize) -> Room:
@@ -167,26 +167,28 @@ class Engine:
 
         Without it each task's is made when it comes. Raises InputError where it does not fit, on all ranks.
         """
-        with blaming(self.program):
-            return self._continuation.reserve(size)
+        with attribute_errors(self.program):
+            return self._generate_loop.reserve(size)
 
     @property
     def room(self) -> Room | None:
         """How many tokens fit into what `reserve` has set aside; None: nothing is."""
-        return self._continuation.room
+        return self._generate_loop.room
 
-    def _task(self, prompts: Prompts, attention_mask: Tensor | None, options: Options) -> Task:
-        return Task.of(prompts, attention_mask, options, eos_token_id=self._continuation.program.eos_token_id)
+    def _request(self, prompts: Prompts, attention_mask: Tensor | None, options: Options) -> GenerationRequest:
+        return GenerationRequest.of(
+            prompts, attention_mask, options, eos_token_id=self._generate_loop.program.eos_token_id
+        )
 
     @functools.cached_property
-    def _continuation(self) -> Continuation:
+    def _generate_loop(self) -> GenerateLoop:
         if self._generation is None:
             raise InputError("this engine was made without a program for generation: give it generation=")
         program = self._generation()
-        with blaming(program):
+        with attribute_errors(program):
             return self._continue(program)
 
-    def _continue(self, program: RankProgram) -> Continuation:
+    def _continue(self, program: RankProgram) -> GenerateLoop:
         mine = dict(zip(self.program.weights, self.weights, strict=True))
         # the same slices of the same weights, unless a user's pass saw to something else; what no checkpoint holds is
         # small, and two traces may give one name to two constants
@@ -195,7 +197,7 @@ class Engine:
         weights = [mine[weight] for weight in program.weights]
         if any(self._decoding.values()):
             program, weights = merge_linears(program, weights)
-        return Continuation(program, weights, self.communicator, self.device, profiler=self.profiler, **self._decoding)
+        return GenerateLoop(program, weights, self.communicator, self.device, profiler=self.profiler, **self._decoding)
 
     @contextlib.contextmanager
     def profile(self) -> Iterator[Trace]:
@@ -219,10 +221,10 @@ class Engine:
 
     def close(self) -> None:
         """Ends this rank's part in what the ranks do together; may be called again."""
-        continuation = self.__dict__.pop("_continuation", None)
-        if continuation is not None:
+        generate_loop = self.__dict__.pop("_continuation", None)
+        if generate_loop is not None:
             # CUDA graphs hold collectives of the groups, which cannot be destroyed before them
-            continuation.release()
+            generate_loop.release()
         self.communicator.close()
 
     def __enter__(self) -> Engine:

@@ -1,4 +1,4 @@
-"""All ranks of a program in this process: one engine and one thread per rank, meeting in a Rendezvous.
+"""All ranks of a program in this process: one engine and one thread per rank, meeting in a ThreadGroup.
 
 The simulator is not a second interpreter: the engines, graphs and weights are those of a real run.
 """
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from partitioner.errors import CommunicationError
-from runtime.communication.thread_communicator import Rendezvous
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine.engine import Engine
 from runtime.execution.chrome_trace import Trace
 from runtime.program.rank_program import RankProgram
@@ -41,11 +41,11 @@ class Simulator:
         timeout_s: float = 60.0,
     ) -> None:
         self._busy = threading.Lock()
-        self._rendezvous = Rendezvous(programs[0].mesh, timeout_s=timeout_s)
+        self._thread_group = ThreadGroup(programs[0].mesh, timeout_s=timeout_s)
         self.engines = [
             Engine(
                 program,
-                self._rendezvous.communicator(program.rank),
+                self._thread_group.communicator(program.rank),
                 weights=weights,
                 generation=None if generation is None else functools.partial(generation, program.rank),
             )
@@ -86,7 +86,7 @@ class Simulator:
         trace.complete(recorded)
 
     def _run(self, work: Callable[[Engine], T]) -> list[T]:
-        self._rendezvous.reset()
+        self._thread_group.reset()
         results: list[Any] = [None] * len(self.engines)
         errors: list[tuple[int, BaseException]] = []
 
@@ -95,9 +95,9 @@ class Simulator:
                 results[rank] = work(self.engines[rank])
             except BaseException as error:
                 errors.append((rank, error))
-                self._rendezvous.abort(rank, error)
+                self._thread_group.abort(rank, error)
             finally:
-                self._rendezvous.end(rank)
+                self._thread_group.end(rank)
 
         threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(len(results))]
         for thread in threads:
@@ -139,7 +139,7 @@ class Simulator:
                     return
                 yield item
         finally:
-            self._rendezvous.abort(0, CommunicationError("nobody reads the stream any more"))
+            self._thread_group.abort(0, CommunicationError("nobody reads the stream any more"))
             thread.join()
 
 

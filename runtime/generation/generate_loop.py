@@ -22,7 +22,7 @@ from runtime.execution.executable import Executable
 from runtime.execution.profile import Profiler
 from runtime.generation.decode_graphs import Decoder, require_fixed_shapes
 from runtime.generation.generation_options import Settings
-from runtime.generation.generation_request import Step, Task
+from runtime.generation.generation_request import GenerationRequest, Step
 from runtime.kv_cache.batch import Batch
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.cache_size import ANY_LENGTH, CacheSize, Room, slots_for, step_of
@@ -30,13 +30,13 @@ from runtime.program.rank_program import RankProgram
 from runtime.sampling.sampler import Sampler
 from runtime.sampling.sampling_options import Sampling
 
-__all__ = ["Continuation"]
+__all__ = ["GenerateLoop"]
 
 T = TypeVar("T")
 _ROUND_TO = 64
 
 
-class Continuation:
+class GenerateLoop:
     """The generation program of one rank, its weights in the order of `program.weights`, and its cache.
 
     The cache is made for the first task, and anew for a larger one; or once, by `reserve`, for all tasks.
@@ -66,19 +66,19 @@ class Continuation:
         self._turn = 0
         """Counts tasks: a stream that another task has overtaken must not go on."""
 
-    def steps(self, task: Task) -> Iterator[Step]:
+    def steps(self, request: GenerationRequest) -> Iterator[Step]:
         """One `Step` per token, until every sequence has ended."""
-        settings = task.settings
-        length = max(map(len, task.prompts)) + settings.max_new_tokens - 1  # the last token is never run
-        self._check(task, length)
-        size = min(step_of(self.program, settings.prefill_step, length), max(map(len, task.prompts)))
-        self._provide(max_batch=len(task.prompts), max_length=length, step=size)
+        settings = request.settings
+        length = max(map(len, request.prompts)) + settings.max_new_tokens - 1  # the last token is never run
+        self._check(request, length)
+        size = min(step_of(self.program, settings.prefill_step, length), max(map(len, request.prompts)))
+        self._provide(max_batch=len(request.prompts), max_length=length, step=size)
         assert self.cache is not None
         size = min(size, self.cache.step)
         self.cache.start()
         self._turn += 1
         mine = self._turn
-        texts = [list(prompt) for prompt in task.prompts]
+        texts = [list(prompt) for prompt in request.prompts]
         ended = [False] * len(texts)
         requests = torch.tensor(settings.request_ids or list(range(len(texts))), device=self.device)
         sampler = Sampler(
@@ -108,7 +108,7 @@ class Continuation:
             for row, token in enumerate(tokens):
                 if not ended[row]:
                     texts[row].append(token)
-                    ended[row] = task.has_ended(texts[row], count)
+                    ended[row] = request.has_ended(texts[row], count)
             if all(ended) or count == settings.max_new_tokens:
                 return
             # a sequence that has ended stays at its last token and position
@@ -219,7 +219,7 @@ class Continuation:
     def _least_slots(self) -> int:
         return self.program.limits.get("slots", (1, None))[0]
 
-    def _check(self, task: Task, length: int) -> None:
+    def _check(self, request: GenerationRequest, length: int) -> None:
         """Tokens and positions must be ones that the model's tables have."""
         low, _ = self.program.limits.get("sequence", (1, None))
         if low > 1:
@@ -241,7 +241,7 @@ class Continuation:
                     f"its positions must be {wanted.bound}"
                 )
             if wanted.name == "input_ids":
-                for row, prompt in enumerate(task.prompts):
+                for row, prompt in enumerate(request.prompts):
                     if min(prompt) < wanted.bound.low or max(prompt) > wanted.bound.high:
                         raise InputError(f"prompt {row} holds a token out of range; ids must be {wanted.bound}")
 

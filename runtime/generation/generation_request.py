@@ -12,7 +12,7 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.generation.generation_options import Settings
 
-__all__ = ["Generated", "Prompts", "Step", "Task"]
+__all__ = ["Generated", "GenerationRequest", "Prompts", "Step"]
 
 Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
 
@@ -34,7 +34,7 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class Task:
+class GenerationRequest:
     """prompts: the tokens of each row, without padding. ids [B, L]: the prompts as they will be returned."""
 
     prompts: tuple[tuple[int, ...], ...]
@@ -49,7 +49,7 @@ class Task:
         options: Mapping[str, Any],
         *,
         eos_token_id: tuple[int, ...],
-    ) -> Task:
+    ) -> GenerationRequest:
         settings = Settings.of(options, eos_token_id=eos_token_id)
         if settings.stop_strings and not callable(getattr(settings.tokenizer, "decode", None)):
             raise InputError(

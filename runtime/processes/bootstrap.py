@@ -1,6 +1,6 @@
 """How ranks find each other at the start, without any wait that a lost rank could make unbounded.
 
-    meet(number, rank, ..)      the key-value store that torchrun (or without it, rank 0) hosts, and the others
+    bootstrap(number, rank, ..) the key-value store that torchrun (or without it, rank 0) hosts, and the others
     watched(work, ..)           work(), given up as soon as another rank is lost
     WatchedStore(store, peers)  so that work which waits at the store ends then, too
 
@@ -23,9 +23,9 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from partitioner.errors import RankLost
-from runtime.processes.heartbeat import Peers
+from runtime.processes.heartbeat import Heartbeat
 
-__all__ = ["WatchedStore", "meet", "watched"]
+__all__ = ["WatchedStore", "bootstrap", "watched"]
 
 T = TypeVar("T")
 _POLL_S = 0.005
@@ -33,13 +33,13 @@ _SPARE_S = 0.3
 """Beyond the deadline, for what is waited for to say itself what is missing."""
 
 
-def meet(number: int, rank: int, num_ranks: int, timeout_s: float) -> tuple[Store, Peers]:
+def bootstrap(number: int, rank: int, num_ranks: int, timeout_s: float) -> tuple[Store, Heartbeat]:
     """All ranks together, for the `number`-th time."""
     deadline = time.monotonic() + timeout_s
     store = _store(rank, timeout_s=timeout_s)
     left_s = max(0.1, deadline - time.monotonic())
     host = os.environ["MASTER_ADDR"]
-    return store, Peers.meet(PrefixStore(f"peers/{number}", store), host, rank, num_ranks, timeout_s=left_s)
+    return store, Heartbeat.connect(PrefixStore(f"peers/{number}", store), host, rank, num_ranks, timeout_s=left_s)
 
 
 def _store(rank: int, *, timeout_s: float) -> Store:
@@ -75,9 +75,9 @@ def _store(rank: int, *, timeout_s: float) -> Store:
 class WatchedStore(Store):
     """A store at which nobody waits for a rank that is lost."""
 
-    def __init__(self, store: Store, peers: Peers, *, timeout_s: float) -> None:
+    def __init__(self, store: Store, heartbeat: Heartbeat, *, timeout_s: float) -> None:
         super().__init__()
-        self._store, self._peers, self._timeout_s = store, peers, timeout_s
+        self._store, self._heartbeat, self._timeout_s = store, heartbeat, timeout_s
 
     def set(self, key: str, value: bytes | str) -> None:
         self._store.set(key, value)  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ class WatchedStore(Store):
         deadline = time.monotonic() + (self._timeout_s if timeout is None else timeout.total_seconds())
         pause_s = 0.001
         while not self._store.check(keys):
-            if not self._peers.is_well:
+            if not self._heartbeat.is_well:
                 raise dist.DistNetworkError("connection lost")
             if time.monotonic() > deadline:
                 raise dist.DistNetworkError(f"timed out, waiting for {', '.join(keys)}")
@@ -107,7 +107,7 @@ class WatchedStore(Store):
             pause_s = min(2 * pause_s, 0.1)  # many ranks ask one store
 
 
-def watched(work: Callable[[], T], *, timeout_s: float, peers: Peers | None = None) -> T:
+def watched(work: Callable[[], T], *, timeout_s: float, heartbeat: Heartbeat | None = None) -> T:
     """What `work` returns or raises; RuntimeError as soon as a rank is lost, or silent for `timeout_s`.
 
     Before the ranks know each other (`peers` is None): RankLost after `timeout_s`.
@@ -127,12 +127,12 @@ def watched(work: Callable[[], T], *, timeout_s: float, peers: Peers | None = No
     while not results and not errors:
         thread.join(_POLL_S)
         why = None
-        if peers is None:
+        if heartbeat is None:
             if time.monotonic() > deadline:
                 raise RankLost("rank 0 has stopped answering")
-        elif not peers.is_well:
+        elif not heartbeat.is_well:
             why = "connection lost"
-        elif any(peers.silent_s(rank) > timeout_s for rank in range(peers.num_ranks) if rank != peers.rank):
+        elif any(heartbeat.silent_s(rank) > timeout_s for rank in range(heartbeat.num_ranks) if rank != heartbeat.rank):
             why = f"timed out after {timeout_s:g} s"
         if why is not None:
             thread.join(_SPARE_S)

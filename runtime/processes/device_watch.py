@@ -19,7 +19,7 @@ import time
 import torch
 
 from partitioner.errors import RankLost
-from runtime.processes.heartbeat import Peers
+from runtime.processes.heartbeat import Heartbeat
 
 __all__ = ["DeviceWatch", "end_quickly"]
 
@@ -49,8 +49,8 @@ def _end_if_lost() -> None:
 class DeviceWatch:
     """A thread that runs until `close`."""
 
-    def __init__(self, device: torch.device, peers: Peers, timeout_s: float) -> None:
-        self._device, self._peers, self._timeout_s = device, peers, timeout_s
+    def __init__(self, device: torch.device, heartbeat: Heartbeat, timeout_s: float) -> None:
+        self._device, self._heartbeat, self._timeout_s = device, heartbeat, timeout_s
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watch the device")
         self._thread.start()
@@ -61,10 +61,10 @@ class DeviceWatch:
 
     def cause(self) -> str | None:
         """Which rank is lost, and how; None: none is."""
-        if lost := self._peers.lost():
+        if lost := self._heartbeat.lost():
             return "; ".join(f"rank {rank} {how}" for rank, how in lost.items())
-        others = (rank for rank in range(self._peers.num_ranks) if rank != self._peers.rank)
-        silent = [str(rank) for rank in others if self._peers.silent_s(rank) > self._timeout_s]
+        others = (rank for rank in range(self._heartbeat.num_ranks) if rank != self._heartbeat.rank)
+        silent = [str(rank) for rank in others if self._heartbeat.silent_s(rank) > self._timeout_s]
         if silent:
             named = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(silent)}"
             return f"{named} gave no sign of life for {self._timeout_s:g} s: stopped, or its host cannot be reached"
@@ -79,7 +79,7 @@ class DeviceWatch:
             busy_since = busy_since or time.monotonic()
             if time.monotonic() - busy_since > _PATIENCE_S:
                 # standard error as Python has it may be locked by the thread that waits
-                text = f"RankLost: {self.cause()}\n  the device of rank {self._peers.rank} waits for it\n"
+                text = f"RankLost: {self.cause()}\n  the device of rank {self._heartbeat.rank} waits for it\n"
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
                 os._exit(1)
 

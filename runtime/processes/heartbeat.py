@@ -1,6 +1,6 @@
 """Which of the other ranks are still there: a TCP connection from every rank to rank 0, which passes on what it hears.
 
-    Peers.meet(store, ..)   all ranks together; RankLost names those that have not come before the deadline
+    Heartbeat.connect(store, ..) all ranks together; RankLost names those that have not come before the deadline
     tell(kind, text)        all others know it within milliseconds
     known(kind)             {rank: text} of what has been told; `ended` and `left` come from the connections themselves
     silent_s(rank)          how long no sign of life has come
@@ -28,7 +28,7 @@ from torch.distributed.distributed_c10d import Store
 
 from partitioner.errors import RankLost
 
-__all__ = ["BEAT_S", "Peers"]
+__all__ = ["BEAT_S", "Heartbeat"]
 
 BEAT_S = 0.2
 _SEND_S = 1.0
@@ -38,7 +38,7 @@ _LONGEST = 1 << 14
 _Message = dict[str, Any]
 
 
-class Peers:
+class Heartbeat:
     """One rank's connections; a thread listens to them until `close`."""
 
     def __init__(
@@ -61,7 +61,7 @@ class Peers:
         self._thread.start()
 
     @classmethod
-    def meet(cls, store: Store, host: str, rank: int, num_ranks: int, *, timeout_s: float) -> Peers:
+    def connect(cls, store: Store, host: str, rank: int, num_ranks: int, *, timeout_s: float) -> Heartbeat:
         """`host`: where the others find rank 0; `store`: of this meeting alone."""
         deadline = time.monotonic() + timeout_s
         if rank == 0:

@@ -14,11 +14,11 @@ import torch
 from partitioner.errors import BundleError, PartitionerError
 from runtime.program.rank_program import RankProgram
 
-__all__ = ["blaming"]
+__all__ = ["attribute_errors"]
 
 
 @contextlib.contextmanager
-def blaming(program: RankProgram) -> Iterator[None]:
+def attribute_errors(program: RankProgram) -> Iterator[None]:
     """What goes wrong inside is, but for a lack of the device's memory, the fault of the program."""
     try:
         yield

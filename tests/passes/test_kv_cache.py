@@ -10,7 +10,7 @@ from partitioner.analysis.tokens.token_mixing import why_tokens_mix
 from partitioner.errors import LayoutError, PlanError
 from partitioner.proof.layouts import check
 from partitioner.sharding.layout import REPLICATED
-from runtime.communication.thread_communicator import Rendezvous
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.kv_cache.cache import Cache
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
@@ -63,7 +63,7 @@ def test_a_decode_step_does_no_work_that_grows_with_the_prefix_but_attention(nam
     parts = compiled(name, 1)
 
     def flops(length: int) -> dict[str, int]:
-        engine = parts.engine(0, Rendezvous(parts.mesh).communicator(0))  # in this thread, where they are counted
+        engine = parts.engine(0, ThreadGroup(parts.mesh).communicator(0))  # in this thread, where they are counted
         steps = engine.stream(prompts(name, (length,)), max_new_tokens=3, eos_token_id=[])
         next(steps)
         with FlopCounterMode(display=False) as counter:

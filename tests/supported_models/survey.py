@@ -205,11 +205,11 @@ class _Limit:
         signal.alarm(0)
 
 
-def _worker(task: tuple[str, str, float, bool]) -> dict[str, Any]:
+def _worker(request: tuple[str, str, float, bool]) -> dict[str, Any]:
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    what, name, minutes, odd = task
+    what, name, minutes, odd = request
     if what == "run":
         return measure(name, minutes=minutes, odd=odd)
     others = {"shares": measure_shares, "generate": measure_generation, "bundles": measure_bundle}
@@ -227,10 +227,10 @@ def run(what: str, names: list[str], to: Path, *, minutes: float, jobs: int, odd
     """
     done = {(row["name"], row["odd"]) for row in read(to) if _KEYS[what] in row} if to.exists() and not again else set()
     chosen = names or [name for name in zoo.names() if what != "generate" or not name.startswith("masked:")]
-    tasks = [(what, name, minutes, odd) for name in chosen if (name, odd) not in done]
+    requests = [(what, name, minutes, odd) for name in chosen if (name, odd) not in done]
     counts: Counter[str] = Counter()
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=12) as pool, to.open("a") as out:
-        for row in pool.imap_unordered(_worker, tasks):
+        for row in pool.imap_unordered(_worker, requests):
             out.write(json.dumps(row) + "\n")
             out.flush()
             counts[_verdict(row)] += 1

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from partitioner.analysis.layouts.infer_layout import Layouts
 from partitioner.analysis.rules.data_movement import IDENTITIES, MOVES, run_move
 from partitioner.program.node_arguments import arguments, evaluate, map_nodes, node_values, operation, shape_at
-from partitioner.program.program import Entry, Local, Program, Value
+from partitioner.program.program import Entry, PerRankInt, Program, Value
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Layout
 from runtime.ops.local import reorder
@@ -214,7 +214,7 @@ def moves_alike(
             if isinstance(value, Scaled):
                 local = program.at(value.local, coordinates)
                 return evaluate(value.node.meta["val"], symbols) // value.whole * local
-            if isinstance(value, Local):
+            if isinstance(value, PerRankInt):
                 found = program.at(value, coordinates)
                 return list(found) if isinstance(found, tuple) else found
             if isinstance(value, fx.Node):
@@ -286,7 +286,7 @@ def _integer(program: Program, node: fx.Node, symbols: Mapping[Any, int], coordi
                 _integer(program, v, symbols, coordinates)
                 if isinstance(v, fx.Node)
                 else program.at(v, coordinates)
-                if isinstance(v, Local)
+                if isinstance(v, PerRankInt)
                 else v
             ),
         )

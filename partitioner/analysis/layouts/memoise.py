@@ -42,7 +42,7 @@ class Inferrer:
         def work() -> Inference:
             return infer_move(self.program, node, layouts) if is_move(node) else infer_compute(node, layouts)
 
-        return self._remember("infer", node, layouts, work)
+        return self._memoised("infer", node, layouts, work)
 
     def localise(self, node: fx.Node, given: Layouts, outputs: tuple[Layout, ...]) -> tuple[bool, Localised | None]:
         """Whether a move can run on local tensors, and what it becomes if it is not left as it is."""
@@ -51,15 +51,15 @@ class Inferrer:
             done = localise(self.program, node, given, outputs)
             return moves_alike(self.program, node, done or _as_is(node), given, outputs), done
 
-        return self._remember("localise", node, given, work)
+        return self._memoised("localise", node, given, work)
 
     def moves_alike(self, node: fx.Node, given: Layouts, outputs: tuple[Layout, ...]) -> bool:
         """Whether a move as it stands is right on every rank."""
-        return self._remember(
+        return self._memoised(
             "alike", node, given, lambda: moves_alike(self.program, node, _as_is(node), given, outputs)
         )
 
-    def _remember(self, question: str, node: fx.Node, layouts: Layouts, work: Callable[[], T]) -> T:
+    def _memoised(self, question: str, node: fx.Node, layouts: Layouts, work: Callable[[], T]) -> T:
         inputs = node.all_input_nodes
         place = {source: i for i, source in enumerate(inputs)}
         shape = map_nodes((node.args, tuple(sorted(node.kwargs.items()))), lambda n: _Operand(place[n]))

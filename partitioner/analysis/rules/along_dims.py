@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from partitioner.analysis.rules.decompose_norms import can_spell_out
+from partitioner.analysis.rules.decompose_norms import can_decompose
 from partitioner.analysis.rules.elementwise import pointwise
 from partitioner.analysis.rules.notation import Letters, Notation, Operand, Rules, is_tensor, letters, value_of
 from partitioner.program.node_arguments import node_values, operation
@@ -56,7 +56,7 @@ def reduction(node: fx.Node, a: dict[str, Any], *, linear: bool) -> Notation | N
         None if i in reduced else name for i, name in enumerate(names) if a.get("keepdim") or i not in reduced
     )
     over = frozenset(names[i] for i in reduced)
-    in_parts = over if len(over) == 1 and can_spell_out(node) else frozenset[str]()
+    in_parts = over if len(over) == 1 and can_decompose(node) else frozenset[str]()
     return Notation(
         (Operand(source, names),),
         (kept,) * len(node_values(node)),
@@ -93,7 +93,7 @@ def _norm(node: fx.Node, a: dict[str, Any]) -> Notation:
     statistics: Letters = names[: rank - over] + (None,) * over
     outputs = (names,) + (statistics,) * (len(node_values(node)) - 1)
     over_letters = frozenset(names[rank - over :])
-    written_out = over == 1 and can_spell_out(node)
+    written_out = over == 1 and can_decompose(node)
     return Notation(tuple(operands), outputs, over_letters, in_parts=over_letters if written_out else frozenset())
 
 

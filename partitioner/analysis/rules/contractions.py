@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from partitioner.analysis.rules.notation import Letters, Notation, Operand, Rules, is_tensor, letters, value_of
-from partitioner.program.program import Local, Value
+from partitioner.program.program import PerRankInt, Value
 
 aten = torch.ops.aten
 RULES = Rules()
@@ -95,7 +95,7 @@ def _convolution(node: fx.Node, a: dict[str, Any]) -> Notation | None:
     if a["groups"] == 1:
         operands = [Operand(x, ("b", "k", *space)), Operand(weight, ("c", "k", *window))]
         sums = frozenset("k")
-    elif isinstance(a["groups"], Local) or a["groups"] == channels == value_of(x).shape[1]:
+    elif isinstance(a["groups"], PerRankInt) or a["groups"] == channels == value_of(x).shape[1]:
         operands = [Operand(x, ("b", "c", *space)), Operand(weight, ("c", None, *window))]
         sums = frozenset()
     else:

@@ -23,10 +23,10 @@ from partitioner.program.program import Program, Value
 
 aten = torch.ops.aten
 
-__all__ = ["can_spell_out", "spell_out"]
+__all__ = ["can_decompose", "decompose"]
 
 
-def can_spell_out(node: fx.Node) -> bool:
+def can_decompose(node: fx.Node) -> bool:
     """Whether `spell_out` writes the node out."""
     op, a = operation(node), arguments(node)
     if op is aten.linalg_vector_norm:
@@ -34,7 +34,7 @@ def can_spell_out(node: fx.Node) -> bool:
     return op in (aten.mean, aten.layer_norm) or (op is aten.rms_norm and a["eps"] is not None)
 
 
-def spell_out(program: Program, node: fx.Node) -> list[str]:
+def decompose(program: Program, node: fx.Node) -> list[str]:
     """Replaces the node; returns the names of the sums."""
     a = arguments(node)
     writing = _Writing(program, node)

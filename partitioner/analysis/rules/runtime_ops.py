@@ -8,7 +8,7 @@ from torch import fx
 
 from partitioner.analysis.rules.contractions import grouped_attention, mask_operand
 from partitioner.analysis.rules.notation import Letters, Notation, Operand, Rules, is_tensor, letters, value_of
-from partitioner.program.program import Local
+from partitioner.program.program import PerRankInt
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.embedding import vocab_parallel_embedding
@@ -35,7 +35,7 @@ def _attention(node: fx.Node, a: dict[str, Any]) -> Notation:
     if is_tensor(a.get("positions")):
         extras.append(Operand(a["positions"], ("b", "s")))
     kv_map = a.get("kv_map")
-    return grouped_attention(a["q"], a["k"], a["v"], extras, None if isinstance(kv_map, Local) else kv_map)
+    return grouped_attention(a["q"], a["k"], a["v"], extras, None if isinstance(kv_map, PerRankInt) else kv_map)
 
 
 @RULES.of(last_token)

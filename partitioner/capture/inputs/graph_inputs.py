@@ -36,49 +36,50 @@ class Example:
 
 
 def choose_inputs(
-    twin: PreTrainedModel, fake: FakeTensorMode, indices: Mapping[str, Tensor], *, length: int | None
+    fake_model: PreTrainedModel, fake: FakeTensorMode, indices: Mapping[str, Tensor], *, length: int | None
 ) -> Example:
-    """`indices`: the real values of the twin's integer buffers."""
-    accepted = inspect.signature(type(twin).forward).parameters
+    """`indices`: the real values of the fake model's integer buffers."""
+    accepted = inspect.signature(type(fake_model).forward).parameters
     if "input_ids" not in accepted:
         raise CaptureError(
-            f"cannot capture {type(twin).__name__}: its forward takes no input_ids; it takes {', '.join(accepted)}"
+            f"cannot capture {type(fake_model).__name__}: its forward takes no input_ids; "
+            f"it takes {', '.join(accepted)}"
         )
     shape = (BATCH, LENGTH if length is None else length)
-    vocabulary = _vocabulary(twin)
+    vocabulary = _vocabulary(fake_model)
     # ids from the upper half: low ones are special (padding) in many models
     ids = torch.arange(shape[0] * shape[1]).reshape(shape) % max(vocabulary // 2, 1) + vocabulary // 2
     tensors, defaults = {"input_ids": ids}, {"input_ids": "required"}
-    found = probe(twin, tensors, fake, indices)
+    found = probe(fake_model, tensors, fake, indices)
     if "position_ids" in accepted:
         positions = torch.arange(shape[1]).expand(shape).contiguous()
         # a second run only where the first has not shown that the model counts from 0
         if found.failure is None and found.counted:
             tensors["position_ids"], defaults["position_ids"] = positions, "arange"
-        elif _same_lookups(found, explicit := probe(twin, {**tensors, "position_ids": positions}, fake, indices)):
+        elif _same_lookups(found, explicit := probe(fake_model, {**tensors, "position_ids": positions}, fake, indices)):
             tensors["position_ids"], defaults["position_ids"] = positions, "arange"
             found = explicit
-    if _sees_the_whole_text(twin, found):
+    if _sees_the_whole_text(fake_model, found):
         if "attention_mask" in accepted:
             tensors["attention_mask"], defaults["attention_mask"] = torch.ones(shape, dtype=torch.long), "ones"
-        found = probe(twin, tensors, fake, indices)
+        found = probe(fake_model, tensors, fake, indices)
         if "token_type_ids" in accepted:
             with_types = {**tensors, "token_type_ids": torch.zeros(shape, dtype=torch.long)}
-            typed = probe(twin, with_types, fake, indices)
+            typed = probe(fake_model, with_types, fake, indices)
             # some want several types per token, and make them up by themselves
             if typed.failure is None or found.failure is not None:
                 tensors, defaults["token_type_ids"], found = with_types, "zeros", typed
     return Example(tensors, defaults, found)
 
 
-def _vocabulary(twin: PreTrainedModel) -> int:
+def _vocabulary(fake_model: PreTrainedModel) -> int:
     try:
-        weight = twin.get_input_embeddings().weight
+        weight = fake_model.get_input_embeddings().weight
     except (AttributeError, NotImplementedError):
         weight = None
     if not isinstance(weight, Tensor):
         raise CaptureError(
-            f"cannot capture {type(twin).__name__}: which token indices it knows is unknown, because its "
+            f"cannot capture {type(fake_model).__name__}: which token indices it knows is unknown, because its "
             "get_input_embeddings() yields no embedding with a weight; override it to return the token embedding"
         )
     return weight.shape[0]
@@ -95,8 +96,8 @@ def _same_lookups(one: Probe, other: Probe) -> bool:
     return len(one.lookups) == len(other.lookups) and all(map(same, one.lookups, other.lookups))
 
 
-def _sees_the_whole_text(twin: PreTrainedModel, found: Probe) -> bool:
+def _sees_the_whole_text(fake_model: PreTrainedModel, found: Probe) -> bool:
     known = [kind for kind in found.kinds if kind is not None]
     if known:
         return not any(kind.causal for kind in known)
-    return not twin.can_generate()
+    return not fake_model.can_generate()

@@ -1,5 +1,4 @@
-"""Run the twin once, eagerly, with real token indices and fake weights: what is only known by running is found out
-here.
+"""Run the fake model once, eagerly, with real token indices and fake weights: what only a run tells.
 
 Integers (indices, positions, masks) are real tensors and keep their values; whatever meets a weight is fake and costs
 no memory or arithmetic. So one forward of any model size takes milliseconds per layer, and mask functions can be
@@ -90,8 +89,8 @@ class _Mixed(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
-def _replaced(twin: PreTrainedModel, buffers: Mapping[str, Tensor]) -> Iterator[None]:
-    owners = [(twin.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in buffers]
+def _replaced(fake_model: PreTrainedModel, buffers: Mapping[str, Tensor]) -> Iterator[None]:
+    owners = [(fake_model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in buffers]
     before = [owner._buffers[name] for owner, name in owners]
     try:
         for (owner, name), value in zip(owners, buffers.values(), strict=True):
@@ -103,18 +102,18 @@ def _replaced(twin: PreTrainedModel, buffers: Mapping[str, Tensor]) -> Iterator[
 
 
 def probe(
-    twin: PreTrainedModel,
+    fake_model: PreTrainedModel,
     inputs: Mapping[str, Any],
     fake: FakeTensorMode,
     indices: Mapping[str, Tensor],
     *,
     offset: int = 0,
 ) -> Probe:
-    """Run `twin` on `inputs`; `indices` are the real values of its integer buffers, by name."""
+    """Run the fake model on `inputs`; `indices` are the real values of its integer buffers, by name."""
     found = Probe(offset=offset)
-    with installed(found), torch.no_grad(), _replaced(twin, indices), _Mixed(fake, found, inputs["input_ids"]):
+    with installed(found), torch.no_grad(), _replaced(fake_model, indices), _Mixed(fake, found, inputs["input_ids"]):
         try:
-            twin(**inputs)
+            fake_model(**inputs)
         except Exception as error:  # what was seen up to here still counts; the trace gives the reason if it matters
             found.failure = error
     return found

@@ -23,11 +23,13 @@ _FIXED = "default"
 """The rope_type under which transformers' forward leaves the frequencies alone."""
 
 
-def fix_rope(twin: PreTrainedModel, weights: ModelWeights, *, max_length: int | None) -> tuple[list[str], int | None]:
-    """Fix every such module of `twin`, put its frequencies into `weights`, and say so: one note each."""
+def fix_rope(
+    fake_model: PreTrainedModel, weights: ModelWeights, *, max_length: int | None
+) -> tuple[list[str], int | None]:
+    """Fix every such module of the fake model, put its frequencies into `weights`, and say so: one note each."""
     notes: list[str] = []
     longest: int | None = None
-    for path, module in twin.named_modules():
+    for path, module in fake_model.named_modules():
         kinds = vars(module).get("rope_type")
         by_layer = kinds if isinstance(kinds, dict) else {None: kinds}
         changing = {
@@ -52,7 +54,7 @@ def fix_rope(twin: PreTrainedModel, weights: ModelWeights, *, max_length: int | 
 
 
 def _with_values(module: nn.Module, path: str, weights: ModelWeights) -> nn.Module:
-    """A copy of the twin's module with the real values of its buffers, as they are before the first token."""
+    """A copy of the fake model's module with the real values of its buffers, as they are before the first token."""
     shell = copy.copy(module)
     shell.__dict__ = dict(vars(module))
     names = {name: weights.canonical[f"{path}.{name}"] for name, value in module._buffers.items() if value is not None}

@@ -27,10 +27,10 @@ from partitioner.capture.inputs.probe import Probe, probe
 from partitioner.capture.inputs.rope import fix_rope
 from partitioner.capture.steps.fold_states import fold_steps
 from partitioner.capture.steps.position_tables import most_slots
-from partitioner.capture.steps.traced_cache import Remembered, StepCache, find_states
+from partitioner.capture.steps.traced_cache import StepCache, TracedState, find_states
 from partitioner.capture.trace.build_graph import Builder
 from partitioner.capture.trace.export_graph import export_step, result_of
-from partitioner.capture.trace.fake_model import configs, make_twin
+from partitioner.capture.trace.fake_model import configs, make_fake_model
 from partitioner.capture.trace.functionalize import functionalize
 from partitioner.capture.trace.shape_limits import check_together
 from partitioner.capture.trace.transformers_hooks import APPEND, READ
@@ -52,22 +52,22 @@ _DIMS = {"slots": ("slots",)}
 def capture_step(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None) -> Program:
     """Raises `CaptureError` where the model keeps what it remembers other than in a transformers Cache."""
     fake = FakeTensorMode()
-    twin = make_twin(model, fake)
+    fake_model = make_fake_model(model, fake)
     known = ModelWeights(model)
-    notes, longest = fix_rope(twin, known, max_length=max_length)
-    _require_counting_from_zero(twin, fake, known)
-    for config in configs(twin):
+    notes, longest = fix_rope(fake_model, known, max_length=max_length)
+    _require_counting_from_zero(fake_model, fake, known)
+    for config in configs(fake_model):
         config.use_cache = True
-    cache = _parameter(twin)
-    states = _find_states(twin, cache, fake, known)
+    cache = _parameter(fake_model)
+    states = _find_states(fake_model, cache, fake, known)
     recurrent = any(not state.per_token for state in states)
     length = 1 if recurrent else LENGTH
-    example = _example(twin, length)
-    kinds = _probe_masks(twin, cache, states, example, fake, known)
+    example = _example(fake_model, length)
+    kinds = _probe_masks(fake_model, cache, states, example, fake, known)
     symbols: dict[int, Any] = {0: Dim.DYNAMIC} if recurrent else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     dims = {name: {0: Dim.DYNAMIC} if name in _DIMS else symbols for name in example}
-    traced = _Stepping(twin, tuple(example), cache, states)
-    exported = functionalize(export_step(traced, twin, example, kinds, dims))
+    traced = _Stepping(fake_model, tuple(example), cache, states)
+    exported = functionalize(export_step(traced, fake_model, example, kinds, dims))
     builder = Builder(exported, tuple(example), known.canonical.__getitem__, _DIMS)
     graph = builder.build()
     notes += builder.limits()
@@ -107,7 +107,7 @@ _DEFAULTS = {"position_ids": "arange"}
 class _Stepping(nn.Module):
     """The model with positional inputs; what it returns, and what its states per sequence have become."""
 
-    def __init__(self, model: PreTrainedModel, names: tuple[str, ...], cache: str, states: list[Remembered]) -> None:
+    def __init__(self, model: PreTrainedModel, names: tuple[str, ...], cache: str, states: list[TracedState]) -> None:
         super().__init__()
         self.model = model
         self.names, self.cache, self.states = names, cache, states
@@ -119,7 +119,9 @@ class _Stepping(nn.Module):
         return (result_of(self.model, output), *step.written())
 
 
-def _step_cache(model: PreTrainedModel, states: list[Remembered], given: dict[str, Tensor], batch: Tensor) -> StepCache:
+def _step_cache(
+    model: PreTrainedModel, states: list[TracedState], given: dict[str, Tensor], batch: Tensor
+) -> StepCache:
     """Takes `slots` out of the inputs that are given to the model; `batch` has as many rows as they."""
     slots, ids = given.pop("slots"), given["input_ids"]
     return StepCache(
@@ -131,27 +133,27 @@ def _step_cache(model: PreTrainedModel, states: list[Remembered], given: dict[st
     )
 
 
-def _parameter(twin: PreTrainedModel) -> str:
-    accepted = inspect.signature(type(twin).forward).parameters
+def _parameter(fake_model: PreTrainedModel) -> str:
+    accepted = inspect.signature(type(fake_model).forward).parameters
     found = next((name for name in _CACHES if name in accepted), None)
     if found is None or "input_ids" not in accepted:
         raise CaptureError(
-            f"{type(twin).__name__} takes no transformers Cache: its forward takes {', '.join(accepted)}"
+            f"{type(fake_model).__name__} takes no transformers Cache: its forward takes {', '.join(accepted)}"
         )
     return found
 
 
-def _require_counting_from_zero(twin: PreTrainedModel, fake: FakeTensorMode, known: ModelWeights) -> None:
+def _require_counting_from_zero(fake_model: PreTrainedModel, fake: FakeTensorMode, known: ModelWeights) -> None:
     """Positions are given as 0, 1, 2 ...: a model that makes others of its tokens would be given wrong ones."""
-    if "position_ids" not in inspect.signature(type(twin).forward).parameters:
+    if "position_ids" not in inspect.signature(type(fake_model).forward).parameters:
         return
-    if "position_ids" not in choose_inputs(twin, fake, known.indices(), length=None).tensors:
-        raise CaptureError(f"{type(twin).__name__} counts positions by a rule of its own, not 0, 1, 2 and so on")
+    if "position_ids" not in choose_inputs(fake_model, fake, known.indices(), length=None).tensors:
+        raise CaptureError(f"{type(fake_model).__name__} counts positions by a rule of its own, not 0, 1, 2 and so on")
 
 
-def _example(twin: PreTrainedModel, length: int) -> dict[str, Tensor]:
-    accepted = inspect.signature(type(twin).forward).parameters
-    vocabulary = twin.get_input_embeddings().weight.shape[0]
+def _example(fake_model: PreTrainedModel, length: int) -> dict[str, Tensor]:
+    accepted = inspect.signature(type(fake_model).forward).parameters
+    vocabulary = fake_model.get_input_embeddings().weight.shape[0]
     shape = (BATCH, length)
     found = {"input_ids": torch.arange(BATCH * length).reshape(shape) % max(vocabulary // 2, 1) + vocabulary // 2}
     if "position_ids" in accepted:
@@ -160,41 +162,43 @@ def _example(twin: PreTrainedModel, length: int) -> dict[str, Tensor]:
     return found
 
 
-def _find_states(twin: PreTrainedModel, cache: str, fake: FakeTensorMode, known: ModelWeights) -> list[Remembered]:
-    given = _example(twin, LENGTH)
+def _find_states(
+    fake_model: PreTrainedModel, cache: str, fake: FakeTensorMode, known: ModelWeights
+) -> list[TracedState]:
+    given = _example(fake_model, LENGTH)
     inputs = {name: value for name, value in given.items() if name != "slots"}
     if "position_ids" in inputs:
         inputs["position_ids"] = torch.arange(LENGTH).expand(BATCH, LENGTH).contiguous()
 
     def run(empty: Any) -> None:
-        found = probe(twin, {**inputs, cache: empty, "use_cache": True}, fake, known.indices())
-        _succeeded(twin, found)
+        found = probe(fake_model, {**inputs, cache: empty, "use_cache": True}, fake, known.indices())
+        _succeeded(fake_model, found)
 
-    return find_states(twin, run)
+    return find_states(fake_model, run)
 
 
 def _probe_masks(
-    twin: PreTrainedModel,
+    fake_model: PreTrainedModel,
     cache: str,
-    states: list[Remembered],
+    states: list[TracedState],
     example: dict[str, Tensor],
     fake: FakeTensorMode,
     known: ModelWeights,
 ) -> list[Any]:
     given = dict(example)
     past = SLOTS - given["input_ids"].shape[1]
-    step = _step_cache(twin, states, given, fake.from_tensor(given["input_ids"]))
-    found = probe(twin, {**given, cache: step.cache, "use_cache": True}, fake, known.indices(), offset=past)
-    _succeeded(twin, found)
+    step = _step_cache(fake_model, states, given, fake.from_tensor(given["input_ids"]))
+    found = probe(fake_model, {**given, cache: step.cache, "use_cache": True}, fake, known.indices(), offset=past)
+    _succeeded(fake_model, found)
     if None in found.kinds:
-        raise CaptureError(f"{type(twin).__name__} masks its attention by a rule that capture does not know")
+        raise CaptureError(f"{type(fake_model).__name__} masks its attention by a rule that capture does not know")
     if not all(kind.causal for kind in found.kinds if kind is not None):
-        raise CaptureError(f"{type(twin).__name__} lets tokens see those after them")
+        raise CaptureError(f"{type(fake_model).__name__} lets tokens see those after them")
     return found.kinds
 
 
-def _succeeded(twin: PreTrainedModel, found: Probe) -> None:
+def _succeeded(fake_model: PreTrainedModel, found: Probe) -> None:
     if found.failure is not None:
         raise CaptureError(
-            f"{type(twin).__name__} cannot be run with a cache: {type(found.failure).__name__}: {found.failure}"
+            f"{type(fake_model).__name__} cannot be run with a cache: {type(found.failure).__name__}: {found.failure}"
         ) from found.failure

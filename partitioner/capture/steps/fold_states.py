@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from partitioner.capture.steps.position_tables import cut_by_position
-from partitioner.capture.steps.traced_cache import Remembered
+from partitioner.capture.steps.traced_cache import TracedState
 from partitioner.capture.trace.fold_masks import keywords, kind_of, rewrite_attention
 from partitioner.capture.trace.recognise_masks import MaskKind
 from partitioner.capture.trace.transformers_hooks import APPEND, ATTENTION, MASK, READ
@@ -34,7 +34,7 @@ _CASTS = {aten.to.dtype, aten.to.device, aten._to_copy.default, aten.expand.defa
 def fold_steps(
     graph: fx.Graph,
     kinds: list[MaskKind | None],
-    states: list[Remembered],
+    states: list[TracedState],
     written: tuple[fx.Node, ...],
     symbols: dict[str, sympy.Symbol],
 ) -> dict[str, fx.Node]:
@@ -103,7 +103,7 @@ def _attention(graph: fx.Graph, node: fx.Node, kinds: list[MaskKind | None]) -> 
 
 
 def _writes(
-    graph: fx.Graph, states: list[Remembered], written: tuple[fx.Node, ...], inputs: dict[str, fx.Node], batch: Any
+    graph: fx.Graph, states: list[TracedState], written: tuple[fx.Node, ...], inputs: dict[str, fx.Node], batch: Any
 ) -> None:
     inputs["active"] = active = _placeholder(graph, "active", Value((batch,), torch.bool))
     for state, value in zip(states, written, strict=True):

@@ -23,7 +23,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from partitioner.errors import CaptureError
 
-__all__ = ["Remembered", "StepCache", "find_states"]
+__all__ = ["StepCache", "TracedState", "find_states"]
 
 _LAYERS = "transformers.cache_utils"
 _BESIDE = -1
@@ -32,7 +32,7 @@ _PER_SEQUENCE = {"conv": "conv_states", "recurrent": "recurrent_states"}
 
 
 @dataclass(frozen=True)
-class Remembered:
+class TracedState:
     """One tensor that a layer keeps: per token (shape without batch and tokens), or per sequence (without batch)."""
 
     name: str
@@ -44,7 +44,7 @@ class Remembered:
     per_token: bool
 
 
-def find_states(model: PreTrainedModel, run: Callable[[Any], None]) -> list[Remembered]:
+def find_states(model: PreTrainedModel, run: Callable[[Any], None]) -> list[TracedState]:
     """What the layers of a cache hold after `run(cache)`, in order; raises where the model keeps more than that."""
     cache = _empty_cache(model)
     before = _tensors_of_modules(model)
@@ -54,7 +54,7 @@ def find_states(model: PreTrainedModel, run: Callable[[Any], None]) -> list[Reme
         raise CaptureError(
             f"the model keeps tensors of its own between tokens ({kept[0]}), not in a transformers Cache"
         )
-    found: list[Remembered] = []
+    found: list[TracedState] = []
     for number, layer in enumerate(cache.layers):
         found += _states_of(number, layer)
     found += _states_beside_layers(cache)
@@ -63,16 +63,16 @@ def find_states(model: PreTrainedModel, run: Callable[[Any], None]) -> list[Reme
     return found
 
 
-def _states_of(number: int, layer: Any) -> Iterable[Remembered]:
+def _states_of(number: int, layer: Any) -> Iterable[TracedState]:
     known: set[int] = set()
 
-    def one(part: str, tensor: Any, index: int, *, per_token: bool) -> Iterable[Remembered]:
+    def one(part: str, tensor: Any, index: int, *, per_token: bool) -> Iterable[TracedState]:
         if isinstance(tensor, Tensor):
             known.add(id(tensor))
             dims = tuple(tensor.shape[1:])
             shape = (*dims[:-2], dims[-1]) if per_token else dims
             name = f"cache.{number}.{part}" + ("" if per_token else f".{index}")
-            yield Remembered(name, number, part, index, shape, tensor.dtype, per_token)
+            yield TracedState(name, number, part, index, shape, tensor.dtype, per_token)
 
     if type(layer).__module__ != _LAYERS:
         raise CaptureError(f"layer {number} keeps its tokens in a cache of its own kind ({type(layer).__name__})")
@@ -90,7 +90,7 @@ def _states_of(number: int, layer: Any) -> Iterable[Remembered]:
             raise CaptureError(f"layer {number} keeps {name}, which capture does not know ({type(layer).__name__})")
 
 
-def _states_beside_layers(cache: Any) -> Iterable[Remembered]:
+def _states_beside_layers(cache: Any) -> Iterable[TracedState]:
     """A cache class of the model's own may hold lists of states, one per layer that has one."""
     for name, value in vars(cache).items():
         if name == "layers":
@@ -99,7 +99,7 @@ def _states_beside_layers(cache: Any) -> Iterable[Remembered]:
             for index, tensor in enumerate(value):
                 if isinstance(tensor, Tensor):
                     shape = tuple(tensor.shape[1:])
-                    yield Remembered(
+                    yield TracedState(
                         f"cache.{index}.{name}", _BESIDE, name, index, shape, tensor.dtype, per_token=False
                     )
         elif isinstance(value, (Tensor, dict)):
@@ -159,11 +159,11 @@ class StepCache:
     def __init__(
         self,
         model: PreTrainedModel,
-        states: list[Remembered],
+        states: list[TracedState],
         *,
         past: Any,
         append: Callable[[Tensor, int], Tensor],
-        read: Callable[[Remembered, int], Tensor],
+        read: Callable[[TracedState, int], Tensor],
     ) -> None:
         self.states = states
         self.cache = _empty_cache(model)
@@ -181,7 +181,7 @@ class StepCache:
             if not state.per_token:
                 self._preset(state, read(state, i))
 
-    def _preset(self, state: Remembered, tensor: Tensor) -> None:
+    def _preset(self, state: TracedState, tensor: Tensor) -> None:
         if state.layer == _BESIDE:
             held = vars(self.cache)[state.part]
             held += [[] for _ in range(len(held), state.index + 1)]  # as the model fills it up
@@ -200,7 +200,7 @@ class StepCache:
         """What the states per sequence hold now, in their order."""
         return [self._held(state) for state in self.states if not state.per_token]
 
-    def _held(self, state: Remembered) -> Tensor:
+    def _held(self, state: TracedState) -> Tensor:
         if state.layer == _BESIDE:
             held: Tensor = vars(self.cache)[state.part][state.index]
         else:

@@ -1,4 +1,4 @@
-"""Trace the twin with `torch.export`, batch and sequence symbolic.
+"""Trace the fake model with `torch.export`, batch and sequence symbolic.
 
 Non-strict export runs the model's Python on fake tensors and records the ops (torch.export, "non-strict mode").
 """
@@ -75,40 +75,42 @@ def _written_out(call: dict[str, Any]) -> Tensor | None:
 
 
 def export(
-    twin: PreTrainedModel, example: Mapping[str, Tensor], kinds: list[MaskKind | None], *, static: bool
+    fake_model: PreTrainedModel, example: Mapping[str, Tensor], kinds: list[MaskKind | None], *, static: bool
 ) -> ExportedProgram:
     masks = _Masks(kinds)
     said = io.StringIO()  # on failure torch prints the graph so far, thousands of lines
     try:
         with contextlib.redirect_stderr(said):
-            exported = _exported(twin, example, masks, static=static)
+            exported = _exported(fake_model, example, masks, static=static)
     except CaptureError:
         raise
     except Exception as error:
-        helps = not static and _works_static(twin, example, kinds)
-        raise CaptureError(_explain(twin, error, static=static, static_helps=helps)) from error
+        helps = not static and _works_static(fake_model, example, kinds)
+        raise CaptureError(_explain(fake_model, error, static=static, static_helps=helps)) from error
     sys.stderr.write(said.getvalue())
     if masks.asked < len(kinds):
         raise CaptureError(
-            f"cannot capture {type(twin).__name__}: it asked for {len(kinds)} masks in a plain run and for "
+            f"cannot capture {type(fake_model).__name__}: it asked for {len(kinds)} masks in a plain run and for "
             f"{masks.asked} in the trace, so which is which is unknown"
         )
     return exported
 
 
-def _exported(twin: PreTrainedModel, example: Mapping[str, Tensor], masks: _Masks, *, static: bool) -> ExportedProgram:
+def _exported(
+    fake_model: PreTrainedModel, example: Mapping[str, Tensor], masks: _Masks, *, static: bool
+) -> ExportedProgram:
     dims = {0: Dim.DYNAMIC} if static else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    return run_export(_Traced(twin, tuple(example)), example, masks, dict.fromkeys(example, dims))
+    return run_export(_Traced(fake_model, tuple(example)), example, masks, dict.fromkeys(example, dims))
 
 
 def export_step(
     stepping: nn.Module,
-    twin: PreTrainedModel,
+    fake_model: PreTrainedModel,
     example: Mapping[str, Tensor],
     kinds: list[MaskKind | None],
     dims: Mapping[str, Mapping[int, Any]],
 ) -> ExportedProgram:
-    """`stepping` holds the twin as `model`, takes the examples in order, and returns a tuple; `dims`: the symbolic."""
+    """`stepping` holds the fake model as `model`, takes the examples in order, returns a tuple; `dims`: symbolic."""
     masks = _Masks(kinds)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -118,12 +120,12 @@ def export_step(
     except Exception as error:
         reason = " ".join(str(error).split())[:500]
         raise CaptureError(
-            f"{type(twin).__name__}{_where(twin, error)} cannot be traced with a cache: torch.export failed with "
-            f"{type(error).__name__}: {reason}"
+            f"{type(fake_model).__name__}{_where(fake_model, error)} cannot be traced with a cache: "
+            f"torch.export failed with {type(error).__name__}: {reason}"
         ) from error
     if masks.asked != len(kinds):
         raise CaptureError(
-            f"{type(twin).__name__} asked for {len(kinds)} masks in a plain run, {masks.asked} in the trace"
+            f"{type(fake_model).__name__} asked for {len(kinds)} masks in a plain run, {masks.asked} in the trace"
         )
     return exported
 
@@ -141,17 +143,17 @@ def run_export(
         )
 
 
-def _works_static(twin: PreTrainedModel, example: Mapping[str, Tensor], kinds: list[MaskKind | None]) -> bool:
+def _works_static(fake_model: PreTrainedModel, example: Mapping[str, Tensor], kinds: list[MaskKind | None]) -> bool:
     """Whether one length can be traced where all cannot: tried, rather than guessed from the words of an error."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            _exported(twin, example, _Masks(kinds), static=True)
+            _exported(fake_model, example, _Masks(kinds), static=True)
     except Exception:
         return False
     return True
 
 
-def _explain(twin: PreTrainedModel, error: Exception, *, static: bool, static_helps: bool) -> str:
+def _explain(fake_model: PreTrainedModel, error: Exception, *, static: bool, static_helps: bool) -> str:
     reason = " ".join(str(error).split())[:1500]
     if static_helps:
         advice = "partition(..., length=N) compiles it for prompts of exactly N tokens, if that is enough"
@@ -161,16 +163,16 @@ def _explain(twin: PreTrainedModel, error: Exception, *, static: bool, static_he
         advice = "the error is not about lengths: this one length alone cannot be traced either"
     else:
         advice = "the error is not about lengths: with length=N it is the same"
-    where = _where(twin, error)
+    where = _where(fake_model, error)
     return (
-        f"cannot capture {type(twin).__name__}{where}: torch.export failed with {type(error).__name__}: "
+        f"cannot capture {type(fake_model).__name__}{where}: torch.export failed with {type(error).__name__}: "
         f"{reason}\n{advice}"
     )
 
 
-def _where(twin: PreTrainedModel, error: Exception) -> str:
+def _where(fake_model: PreTrainedModel, error: Exception) -> str:
     """The innermost module of the model that was running, and its line."""
-    paths = {id(module): path for path, module in twin.named_modules()}
+    paths = {id(module): path for path, module in fake_model.named_modules()}
     found = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         running = frame.f_locals.get("self")

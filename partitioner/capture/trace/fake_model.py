@@ -1,6 +1,6 @@
-"""A twin of the user's model without weights: same modules, own copies of the configs, fake tensors in place of data.
+"""The user's model without weights: same modules, own copies of the configs, fake tensors in place of data.
 
-Everything that capture changes (attention implementation, RoPE variant, training flag) it changes on the twin, so the
+Whatever capture changes (attention implementation, RoPE variant, training flag) it changes on the fake model: the
 user's model is never touched and needs no restoring. Fake tensors claim to be on the CPU, whatever the model is on: a
 trace over the meta device would lose the values of constants that the model makes on the way.
 """
@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from partitioner.errors import CaptureError
 
-__all__ = ["configs", "make_twin", "named_tensors"]
+__all__ = ["configs", "make_fake_model", "named_tensors"]
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -26,7 +26,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
 
 
-def make_twin(model: PreTrainedModel, fake: FakeTensorMode) -> PreTrainedModel:
+def make_fake_model(model: PreTrainedModel, fake: FakeTensorMode) -> PreTrainedModel:
     memo: dict[int, object] = {}
     for name, tensor in named_tensors(model):
         if id(tensor) in memo:
@@ -38,20 +38,20 @@ def make_twin(model: PreTrainedModel, fake: FakeTensorMode) -> PreTrainedModel:
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     kept = list(memo.values())
     try:
-        twin = copy.deepcopy(model, memo)
+        fake_model = copy.deepcopy(model, memo)
     except Exception as error:
         raise CaptureError(
             f"cannot capture {type(model).__name__}: its modules cannot be copied ({type(error).__name__}: {error}); "
             "remove what was attached to the model (hooks, open files, locks) and try again"
         ) from error
     del kept
-    twin.eval()
-    for config in configs(twin):
+    fake_model.eval()
+    for config in configs(fake_model):
         # the seams take the place of "eager": some models build their masks differently for every other name
         config._attn_implementation_internal = "eager"
         config._experts_implementation_internal = "eager"
         config.use_cache = False
-    return twin
+    return fake_model
 
 
 def configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

@@ -1,4 +1,4 @@
-"""What transformers' official seams call while the twin is traced: ops that carry the meaning of what they stand for.
+"""What transformers' official hooks call while the fake model is traced: ops with the meaning of what they replace.
 
 `AttentionInterface`, `AttentionMaskInterface` and `ExpertsInterface` let anyone register an implementation by name.
 Ours stand under "eager" for the length of a capture, because some models ask for that name; what was there is put

@@ -114,9 +114,9 @@ def _recompute(model: PreTrainedModel, path: str) -> dict[str, Tensor]:
 def _untouchable(tensor: Tensor) -> Tensor:
     """A stand-in on meta, flagged so that transformers' initialisation skips it."""
     empty = torch.empty_like(tensor, device="meta")
-    stand_in = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
-    return stand_in
+    recording_tensor = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    recording_tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    return recording_tensor
 
 
 def _nearest_pretrained(model: PreTrainedModel, path: str) -> PreTrainedModel:

@@ -26,7 +26,7 @@ from partitioner.storage.bundle.format.graph_format import build
 from partitioner.storage.bundle.format.manifest import File, Manifest
 from partitioner.storage.bundle.format.rank_format import Stored, read_program, read_weight
 from partitioner.storage.bundle.format.untrusted_json import CONTROL, Record
-from runtime.program.bundle_errors import blaming
+from runtime.program.bundle_errors import attribute_errors
 from runtime.program.rank_program import RankProgram
 from runtime.weights.read_shards import Reader
 from runtime.weights.safetensors_files import TensorFiles
@@ -154,7 +154,7 @@ class Bundle(Ranks):
                 program.graph  # noqa: B018 - builds it
             stored = self.stored(rank)
             reader = Reader(self.files(stored))
-            with blaming(programs.text):
+            with attribute_errors(programs.text):
                 for each in stored:
                     reader.load([each.shard], _CPU)
 

@@ -14,11 +14,11 @@ from partitioner.storage.bundle.format.model_config import require_plain
 from partitioner.storage.bundle.reshard_origins import SliceOrigins
 from partitioner.storage.named_model import load_model
 
-__all__ = ["Opened", "open_bundle"]
+__all__ = ["ReshardModel", "open_bundle"]
 
 
 @dataclass(frozen=True)
-class Opened:
+class ReshardModel:
     """`model`: on the meta device; `origins`: where its weights lie among the slices of the bundle's ranks."""
 
     model: PreTrainedModel
@@ -27,7 +27,7 @@ class Opened:
     length: int | None
 
 
-def open_bundle(bundle: Bundle) -> Opened:
+def open_bundle(bundle: Bundle) -> ReshardModel:
     """Checks all of the bundle first: parts of what has one digest as a whole cannot be checked by themselves."""
     if bundle.manifest.checkpoint:
         raise BundleError(f"the weights of {bundle.folder.path} are in a checkpoint: partition that instead")
@@ -46,7 +46,7 @@ def open_bundle(bundle: Bundle) -> Opened:
         model.generation_config = GenerationConfig(eos_token_id=ends or None)
     manifest = bundle.manifest
     origins = SliceOrigins(stored, bundle.files(stored), mapped=bundle.mapped)
-    return Opened(model.eval(), origins, manifest.max_length, manifest.length)
+    return ReshardModel(model.eval(), origins, manifest.max_length, manifest.length)
 
 
 def _give_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from partitioner.sharding.index_set import IndexSet
-from partitioner.storage.checkpoint.recording_tensor import Equal, StandIn
+from partitioner.storage.checkpoint.recording_tensor import Equal, RecordingTensor
 from partitioner.storage.checkpoint.strided_windows import Moved, piece
 from runtime.program.shards import WeightShard
 from runtime.weights.read_shards import Reader
@@ -19,7 +19,7 @@ _ROWS_BYTES = 8 << 20
 def same_values(files: TensorFiles) -> Equal:
     reader = Reader(files)
 
-    def same(first: StandIn, second: StandIn) -> bool:
+    def same(first: RecordingTensor, second: RecordingTensor) -> bool:
         if not first.numel():
             return True
         rows = first.shape[0] if first.ndim else 1
@@ -34,7 +34,7 @@ def same_values(files: TensorFiles) -> Equal:
     return same
 
 
-def _read(files: TensorFiles, reader: Reader, of: StandIn, start: int, stop: int) -> torch.Tensor:
+def _read(files: TensorFiles, reader: Reader, of: RecordingTensor, start: int, stop: int) -> torch.Tensor:
     shape = tuple(of.shape)
     block = tuple((0, size) for size in shape) if not shape else ((start, stop), *((0, size) for size in shape[1:]))
     local = tuple(high - low for low, high in block)

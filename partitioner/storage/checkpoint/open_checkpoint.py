@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from partitioner.errors import CaptureError, PartitionerError, WeightError
 from partitioner.storage.checkpoint.equal_tensors import same_values
-from partitioner.storage.checkpoint.recording_tensor import StandIn
+from partitioner.storage.checkpoint.recording_tensor import RecordingTensor
 from partitioner.storage.checkpoint.strided_windows import Moved
 from partitioner.storage.checkpoint.weight_origins import Origins
 from partitioner.storage.named_model import class_of, load_config, without_grouped_mm
@@ -57,10 +57,10 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None, map
     model_class = class_of(config)
     files = TensorFiles(path.resolve())
     same = same_values(files)
-    stored = {e.name: StandIn.of(e.name, e.shape, e.dtype, same) for e in files.entries.values()}
+    stored = {e.name: RecordingTensor.of(e.name, e.shape, e.dtype, same) for e in files.entries.values()}
     model, info = _load(model_class, config, stored, dtype or "auto")
     _require_complete(path, model, info, files.entries)
-    moved, computed, cast = _take_stand_ins(model)
+    moved, computed, cast = _take_recording_tensors(model)
     if model.can_generate() and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     return Checkpoint(without_grouped_mm(model.eval()), Origins(files, moved, computed, cast, mapped))
@@ -118,7 +118,9 @@ class _Weightless(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _load(model_class: Any, config: Any, stored: dict[str, StandIn], dtype: object) -> tuple[PreTrainedModel, Any]:
+def _load(
+    model_class: Any, config: Any, stored: dict[str, RecordingTensor], dtype: object
+) -> tuple[PreTrainedModel, Any]:
     try:
         with _quiet(), _Weightless():
             model, info = model_class.from_pretrained(
@@ -182,7 +184,7 @@ def _more(of: list[Any]) -> str:
     return f" and {len(of) - _NAMED} more" if len(of) > _NAMED else ""
 
 
-def _take_stand_ins(model: nn.Module) -> tuple[dict[str, Moved], dict[str, str], dict[str, torch.dtype]]:
+def _take_recording_tensors(model: nn.Module) -> tuple[dict[str, Moved], dict[str, str], dict[str, torch.dtype]]:
     """Puts empty tensors in place of the stand-ins, one for all names of one.
 
     Returns what Origins holds of them: where they came from, why from nowhere, and to which dtype they are cast.
@@ -194,7 +196,7 @@ def _take_stand_ins(model: nn.Module) -> tuple[dict[str, Moved], dict[str, str],
     for path, module in model.named_modules(remove_duplicate=False):
         for own in (module._parameters, module._buffers):
             for name, tensor in own.items():
-                if isinstance(tensor, StandIn):
+                if isinstance(tensor, RecordingTensor):
                     full = f"{path}.{name}" if path else name
                     if tensor.dtype != tensor.stored:
                         cast[full] = tensor.dtype

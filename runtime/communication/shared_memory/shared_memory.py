@@ -1,6 +1,6 @@
 """Collectives of ranks that share a host, through memory that all of them have mapped: microseconds, not gloo's 0.3 ms.
 
-    meet(ranks, rank, exchange=..)    a SharedMemory on every rank of the group, or Unavailable on every one
+    connect(ranks, rank, exchange=..) a SharedMemory on every rank of the group, or Unavailable on every one
     all_reduce(call, overwrite=..)    the operation of one node, as a callable on its tensor
     all_gather(call, dim=.., sizes=..)
 
@@ -75,7 +75,7 @@ class SharedMemory:
         weakref.finalize(self, library.group_free, self._group)
 
     @classmethod
-    def meet(
+    def connect(
         cls,
         ranks: Sequence[int],
         rank: int,

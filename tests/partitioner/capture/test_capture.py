@@ -40,8 +40,8 @@ def captured(name: str) -> tuple[PreTrainedModel, torch.Tensor, Program]:
     graph.output(graph.graph_copy(program.graph, {}))
     mine = dataclasses.replace(program, graph=graph)
     copies = dict(zip(program.graph.nodes, graph.nodes, strict=True))
-    for node, twin in copies.items():
-        twin.meta = dict(node.meta)
+    for node, fake_model in copies.items():
+        fake_model.meta = dict(node.meta)
     return model, ids, mine
 
 

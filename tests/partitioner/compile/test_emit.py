@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from partitioner.compile.emit import Emitter, emit, weight_shard
 from partitioner.errors import CaptureError, LayoutError
-from partitioner.program import Entry, Input, Local, Program, Value, Weight
+from partitioner.program import Entry, Input, PerRankInt, Program, Value, Weight
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Layout, Split
 from partitioner.sharding.mesh import Mesh
@@ -31,7 +31,7 @@ def test_integers_are_those_of_the_coordinates() -> None:
 def test_the_program_is_left_alone_and_meta_is_kept() -> None:
     program = handmade.partitioned(2)
     rank = emit(program, {"tp": 1})
-    assert any(isinstance(node.kwargs.get("start"), Local) for node in program.graph.nodes)
+    assert any(isinstance(node.kwargs.get("start"), PerRankInt) for node in program.graph.nodes)
     embedding = next(node for node in rank.graph.nodes if node.name == "embedding")
     assert embedding.meta["why"] == "vocabulary over tp"
     assert embedding.meta["layout"].partial == {"tp"}
@@ -52,7 +52,7 @@ def test_a_tuple_becomes_a_list_and_an_unknown_row_is_refused() -> None:
     flat = next(node for node in program.graph.nodes if node.name == "flat")
     flat.args = (flat.args[0], program.local("shape", Entry((1,), ("tp",), ((-1, 1, 5), (1, -1, 5)))))
     assert arguments(emit(program, {"tp": 1}), "flat")[0][1] == [1, -1, 5]
-    flat.args = (flat.args[0], Local("nowhere"))
+    flat.args = (flat.args[0], PerRankInt("nowhere"))
     with pytest.raises(LayoutError, match="'nowhere'"):
         _ = emit(program, {"tp": 0}).graph
 

@@ -3,7 +3,7 @@ import torch
 
 from partitioner.compile.parts import Parts
 from partitioner.errors import CommunicationError, PlanError
-from runtime.communication.thread_communicator import Rendezvous
+from runtime.communication.thread_communicator import ThreadGroup
 from tests.support import handmade
 
 
@@ -23,7 +23,7 @@ def test_simulate_returns_what_the_whole_returns(n: int) -> None:
 def test_ranks_are_emitted_once_and_engines_are_yours_to_make() -> None:
     parts = Parts(handmade.partitioned(1), None)
     assert parts.rank(0) is parts.rank(0)
-    engine = parts.engine(0, Rendezvous(parts.mesh).communicator(0))
+    engine = parts.engine(0, ThreadGroup(parts.mesh).communicator(0))
     ids = handmade.input_ids()
     assert torch.equal(engine(input_ids=ids), parts.simulate(input_ids=ids))
 

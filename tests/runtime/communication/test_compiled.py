@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from partitioner import Plan, partition
-from runtime.communication.thread_communicator import Rendezvous
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.processes.launch import launch
 from tests.support import zoo
 from tests.support.generated import prompts
@@ -35,7 +35,7 @@ def test_a_rank_alone_is_one_graph_too() -> None:
     expected = parts.generate([[5, 6, 7]], max_new_tokens=6, eos_token_id=[])
     torch._dynamo.reset()
     counters.clear()
-    engine = parts.engine(0, Rendezvous(parts.mesh).communicator(0), compile=True)
+    engine = parts.engine(0, ThreadGroup(parts.mesh).communicator(0), compile=True)
     assert torch.equal(engine.generate([[5, 6, 7]], max_new_tokens=6, eos_token_id=[]), expected)
     assert not counters["graph_break"]
     assert counters["stats"]["unique_graphs"] == 1
@@ -48,5 +48,5 @@ def test_steps_from_fixed_memory_say_what_others_say(name: str, monkeypatch: pyt
     texts = prompts(name, (3, 11))
     expected = parts.generate(texts, max_new_tokens=14, eos_token_id=[])
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    engine = parts.engine(0, Rendezvous(parts.mesh).communicator(0), compile=True)
+    engine = parts.engine(0, ThreadGroup(parts.mesh).communicator(0), compile=True)
     assert torch.equal(engine.generate(texts, max_new_tokens=14, eos_token_id=[], prefill_step=4), expected)

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from partitioner.compile.emit import Emitter
 from partitioner.errors import CommunicationError, InputError, RankLost, WeightError
 from partitioner.sharding.mesh import Mesh
-from runtime.communication.thread_communicator import Rendezvous
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
 from runtime.engine.simulator import Simulator
 from runtime.execution.executable import failing_node
@@ -28,7 +28,7 @@ def programs(n: int) -> list[RankProgram]:
 
 
 def engine(program: RankProgram, **options) -> Engine:
-    return Engine(program, Rendezvous(program.mesh).communicator(program.rank), **options)
+    return Engine(program, ThreadGroup(program.mesh).communicator(program.rank), **options)
 
 
 def whole() -> Tensor:
@@ -175,7 +175,7 @@ def test_inputs_and_ranks_are_checked() -> None:
     with pytest.raises(InputError, match="unknown input 'ids'"):
         Simulator(ranks)(ids=handmade.input_ids())
     with pytest.raises(CommunicationError, match="the communicator that of rank 1"):
-        Engine(ranks[0], Rendezvous(ranks[0].mesh).communicator(1))
+        Engine(ranks[0], ThreadGroup(ranks[0].mesh).communicator(1))
 
 
 def test_a_rank_that_raises_is_the_one_reported() -> None:
@@ -193,7 +193,7 @@ def test_a_rank_that_raises_is_the_one_reported() -> None:
 
 def test_different_inputs_on_one_rank_are_seen() -> None:
     ranks = programs(2)
-    meeting = Rendezvous(ranks[0].mesh)
+    meeting = ThreadGroup(ranks[0].mesh)
     engines = [Engine(rank, meeting.communicator(rank.rank)) for rank in ranks]
     import threading
 
@@ -220,6 +220,6 @@ def test_constants_of_one_name_are_each_programs_own() -> None:
     text = replace(program, weights=weights)
     other = {name: value + 1 for name, value in program.values.items()}
     made = engine(text, generation=lambda: replace(text, values=other))
-    for weight, mine, continued in zip(weights, made.weights, made._continuation.weights, strict=True):
+    for weight, mine, continued in zip(weights, made.weights, made._generate_loop.weights, strict=True):
         assert torch.equal(mine, program.values[weight.name])
         assert torch.equal(continued, other[weight.name])

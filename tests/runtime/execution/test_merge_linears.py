@@ -9,7 +9,7 @@ import runtime.engine.simulator
 import runtime.execution.merge_linears as merging
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
-from runtime.communication.thread_communicator import Rendezvous
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
 from runtime.execution.executable import Executable
 from runtime.program.rank_program import RankProgram, RunInput
@@ -43,8 +43,8 @@ def test_merged_linears_write_the_same_texts(name, tp, fixed_memory):
     parts = partition(zoo.odd(name)[0], Plan(tp=tp))
     texts = prompts(name, (3, 11))
     said = parts.generate(texts, max_new_tokens=12, eos_token_id=[], logprobs=True)
-    continuation = parts._simulator.engines[-1]._continuation
-    assert len(linears(continuation.program)) < len(linears(parts.generation_rank(tp - 1)))
+    generate_loop = parts._simulator.engines[-1]._generate_loop
+    assert len(linears(generate_loop.program)) < len(linears(parts.generation_rank(tp - 1)))
     plain = partition(zoo.odd(name)[0], Plan(tp=tp))
     plain._simulator.engines[:] = [
         Engine(each.program, each.communicator, generation=each._generation) for each in plain._simulator.engines
@@ -116,7 +116,7 @@ def test_pairs_that_are_read_as_one_number_stay_where_they_can_be(gates, count):
     program = RankProgram(lambda: graph, Mesh.of(), Mesh.of().coordinates(0), shards, inputs, values)
     merged, weights = merging.merge_linears(program, laid_out(program))
     assert len(linears(merged)) == count
-    run = Executable(merged, weights, Rendezvous(Mesh.of()).communicator(0), torch.device("cpu"))
+    run = Executable(merged, weights, ThreadGroup(Mesh.of()).communicator(0), torch.device("cpu"))
     given = torch.randn(5, 8)
     torch.testing.assert_close(run([given]), given @ torch.cat([values["q"], values["gate"]]).T)
 
@@ -124,5 +124,5 @@ def test_pairs_that_are_read_as_one_number_stay_where_they_can_be(gates, count):
 def test_only_compiled_and_captured_steps_take_the_copy():
     parts = partition(zoo.tiny("llama")[0], Plan())
     model = {w.untyped_storage().data_ptr() for w in parts.rank(0).values.values()}
-    plain = parts.engine(0, Rendezvous(parts.mesh).communicator(0))
+    plain = parts.engine(0, ThreadGroup(parts.mesh).communicator(0))
     assert {w.untyped_storage().data_ptr() for w in plain.weights} <= model

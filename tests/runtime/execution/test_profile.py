@@ -16,7 +16,7 @@ from partitioner import Parts, Plan
 from partitioner.compile.partition import compile_program, trace
 from partitioner.errors import CommunicationError, InputError
 from partitioner.sharding.mesh import Mesh
-from runtime.communication.thread_communicator import Rendezvous
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
 from runtime.engine.simulator import Simulator
 from runtime.execution.chrome_trace import Trace
@@ -155,7 +155,7 @@ def test_memory_is_that_of_live_values() -> None:
     x = graph.call_method("view", (x, -1))
     graph.output(graph.call_function(torch.sum, (x,)))
     program = RankProgram(lambda: graph, Mesh.of(), Mesh.of().coordinates(0), (), ())
-    engine = Engine(program, Rendezvous(Mesh.of()).communicator(0))
+    engine = Engine(program, ThreadGroup(Mesh.of()).communicator(0))
     engine.profiler.start()
     engine._run([torch.ones(4, 8)])
     (run,) = engine.profiler.stop().runs
@@ -205,7 +205,7 @@ def test_a_failing_node_is_named_as_without_a_profile() -> None:
 
 @pytest.mark.parametrize("option", ["compile", "cuda_graph"])
 def test_compiled_steps_have_no_nodes(option: str) -> None:
-    engine = parts(1).engine(0, Rendezvous(Mesh.of()).communicator(0), **{option: True})
+    engine = parts(1).engine(0, ThreadGroup(Mesh.of()).communicator(0), **{option: True})
     with pytest.raises(InputError, match=f"made with {option}=True: leave it out"), engine.profile():
         pass
 
@@ -234,7 +234,7 @@ def test_two_processes(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Con
 def test_on_cuda() -> None:
     """Times by events on the stream: they cover the step, and add up to no more than the host's clock saw."""
     one = parts(1)
-    engine = one.engine(0, Rendezvous(Mesh.of()).communicator(0), device="cuda")
+    engine = one.engine(0, ThreadGroup(Mesh.of()).communicator(0), device="cuda")
     ids = IDS.cuda()
     plain = engine(input_ids=ids)
     for _ in range(2):

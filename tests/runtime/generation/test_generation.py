@@ -7,7 +7,7 @@ import torch
 
 from partitioner import Plan, partition
 from partitioner.errors import CommunicationError, InputError, PlanError, SamplingError
-from runtime.communication.thread_communicator import Rendezvous
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.generation.generation_request import Generated
 from tests.support import zoo
 from tests.support.generated import prompts
@@ -102,7 +102,7 @@ def test_ranks_that_are_in_the_middle_of_a_stream_say_so(tp: int) -> None:
 
 def test_a_stream_that_another_text_has_overtaken_ends() -> None:
     parts = compiled("llama", 1)
-    engine = parts.engine(0, Rendezvous(parts.mesh).communicator(0))
+    engine = parts.engine(0, ThreadGroup(parts.mesh).communicator(0))
     stream = engine.stream([[5]], max_new_tokens=40, eos_token_id=[])
     next(stream)
     engine.generate([[9]], max_new_tokens=3)
@@ -195,6 +195,6 @@ def test_the_engine_sets_aside_what_cache_bytes_says() -> None:
     parts = partition(zoo.tiny("gemma2")[0], Plan(tp=2))  # with engines of its own
     new(parts, prompts("gemma2", (4, 7)), 5)
     for rank, engine in enumerate(parts._simulator.engines):
-        cache = engine._continuation.cache
+        cache = engine._generate_loop.cache
         assert cache is not None
         assert cache.bytes == parts.cache_bytes(max_batch=2, max_length=64, prefill_step=7)[rank]

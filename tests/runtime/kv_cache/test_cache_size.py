@@ -54,11 +54,11 @@ def test_a_cache_sized_by_memory_serves_what_it_says_and_nothing_longer(tp: int)
     said = parts.reserve(CacheSize(memory=max(room)))
     assert said.tokens == 40
     assert str(said).startswith("40 tokens fit in ")
-    held = [engine._continuation.cache for engine in parts._simulator.engines]
+    held = [engine._generate_loop.cache for engine in parts._simulator.engines]
     assert [cache.bytes for cache in held] == room
     assert torch.equal(parts.generate(text, max_new_tokens=8, eos_token_id=[]), expected)
     assert parts.generate(text, max_new_tokens=36, eos_token_id=[]).shape == (1, 41)
-    assert [engine._continuation.cache for engine in parts._simulator.engines] == held
+    assert [engine._generate_loop.cache for engine in parts._simulator.engines] == held
     with pytest.raises(InputError, match=r"holds 1 sequences of 40 tokens; this task needs 1 of 41.*40 tokens fit in"):
         parts.generate(text, max_new_tokens=37, eos_token_id=[])
     with pytest.raises(InputError, match=r"needs 2 of 6, .*fewer or shorter prompts"):

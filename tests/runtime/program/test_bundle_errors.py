@@ -10,7 +10,7 @@ import torch
 
 from partitioner import BundleError, Plan, partition
 from partitioner.errors import InputError
-from runtime.program.bundle_errors import blaming
+from runtime.program.bundle_errors import attribute_errors
 from runtime.program.rank_program import RankProgram
 from tests.support.bundle_forger import tiny_model
 
@@ -21,7 +21,7 @@ def program() -> RankProgram:
 
 
 def raised(program: RankProgram, error: BaseException) -> BaseException:
-    with pytest.raises(BaseException) as caught, blaming(program):
+    with pytest.raises(BaseException) as caught, attribute_errors(program):
         raise error
     return caught.value
 

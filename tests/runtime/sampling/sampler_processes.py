@@ -9,7 +9,7 @@ from partitioner.errors import SamplingError
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.process_groups import ProcessGroups
-from runtime.communication.thread_communicator import Rendezvous
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.processes.launch import begin_worker
 from runtime.sampling.sampler import Sampler
 from runtime.sampling.sampling_options import Sampling
@@ -32,7 +32,7 @@ def same_tokens(groups: ProcessGroups, sampling: Sampling, logits: torch.Tensor)
         "history": torch.arange(len(logits))[:, None],
         "lengths": torch.ones(len(logits), dtype=torch.int64),
     }
-    alone = Sampler(sampling, Rendezvous(Mesh.of()).communicator(0), vocab_size=VOCAB_SIZE)
+    alone = Sampler(sampling, ThreadGroup(Mesh.of()).communicator(0), vocab_size=VOCAB_SIZE)
     sampler = Sampler(sampling, groups, vocab_size=VOCAB_SIZE, owned=OWNED)
     local = logits[:, OWNED[groups.rank].indices()]
     assert torch.equal(sampler(local, **arguments), alone(logits, **arguments))

@@ -14,7 +14,7 @@ from torch import Tensor
 from partitioner.errors import LayoutError, SamplingError
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.mesh import Mesh
-from runtime.communication.thread_communicator import Rendezvous
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.processes.launch import launch
 from runtime.sampling import sampler as sampler_module
 from runtime.sampling.sampler import Sampler, _largest_of_pieces
@@ -37,7 +37,7 @@ def each_rank(
     """What each rank's `method` returns, or raises; `messages` takes the shapes that rank 0 gathers."""
     whole = logits if isinstance(logits, list) else [logits] * num_ranks
     vocab_size = whole[0].shape[1]
-    meeting = Rendezvous(Mesh.of(tp=num_ranks), timeout_s=20)
+    meeting = ThreadGroup(Mesh.of(tp=num_ranks), timeout_s=20)
     results: list[Any] = [None] * num_ranks
 
     def body(rank: int) -> None:
@@ -275,7 +275,7 @@ def test_log_probabilities_are_those_of_the_processed_distribution(name: str) ->
     scores = processed(logits, options(name), history)
     expected = scores.log_softmax(dim=1).gather(1, tokens[:, None])[:, 0]
     torch.testing.assert_close(log_probabilities, expected.double(), rtol=1e-4, atol=1e-5)
-    sampler = Sampler(options(name), Rendezvous(Mesh.of()).communicator(0), vocab_size=90)
+    sampler = Sampler(options(name), ThreadGroup(Mesh.of()).communicator(0), vocab_size=90)
     assert torch.equal(sampler(logits, request_ids=torch.arange(40), step=0, **arguments), tokens)
 
 
@@ -410,7 +410,7 @@ def test_noise_in_chunks_of_rows_is_the_same(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_wrong_arguments_are_named() -> None:
-    communicator = Rendezvous(Mesh.of()).communicator(0)
+    communicator = ThreadGroup(Mesh.of()).communicator(0)
     sampler = Sampler(Sampling(repetition_penalty=1.2), communicator, vocab_size=4)
     ids, logits = torch.arange(2), torch.zeros(2, 4)
     with pytest.raises(SamplingError, match=r"logits must be \[batch, 4\] on this rank, got \[2, 5\]"):
@@ -444,7 +444,7 @@ def test_cuda_draws_what_the_cpu_draws(name: str) -> None:
     history = torch.randint(0, 5000, (64, 9), generator=generator)
     arguments = {"request_ids": torch.arange(64), "history": history, "lengths": torch.full((64,), 9)}
     samplers = {
-        device: Sampler(options(name), Rendezvous(Mesh.of()).communicator(0), vocab_size=5000, device=device)
+        device: Sampler(options(name), ThreadGroup(Mesh.of()).communicator(0), vocab_size=5000, device=device)
         for device in ("cpu", "cuda")
     }
     for step in range(5):

@@ -3,12 +3,12 @@ import torch
 from torch import Tensor, nn
 
 from partitioner.errors import WeightError
-from partitioner.storage.checkpoint.recording_tensor import StandIn
+from partitioner.storage.checkpoint.recording_tensor import RecordingTensor
 from tests.partitioner.storage.checkpoint.test_strided_windows import evaluate
 
 
-def stand_in(name: str = "w", *shape: int, dtype: torch.dtype = torch.float32) -> StandIn:
-    return StandIn.of(name, shape or (4, 6), dtype, lambda one, other: False)
+def recording_tensor(name: str = "w", *shape: int, dtype: torch.dtype = torch.float32) -> RecordingTensor:
+    return RecordingTensor.of(name, shape or (4, 6), dtype, lambda one, other: False)
 
 
 MOVES = {
@@ -37,9 +37,9 @@ MOVES = {
 @torch.no_grad()
 def test_a_move_is_noted_as_it_is_made(name: str) -> None:
     tensor = torch.arange(24).reshape(4, 6)
-    moved = MOVES[name](stand_in())
+    moved = MOVES[name](recording_tensor())
     expected = MOVES[name](tensor.float())
-    assert isinstance(moved, StandIn)
+    assert isinstance(moved, RecordingTensor)
     assert moved.shape == expected.shape
     assert not moved.computed
     assert torch.equal(evaluate(moved.moved, {"w": tensor}), expected.long())
@@ -61,15 +61,15 @@ COMPUTED = {
 @pytest.mark.parametrize("name", COMPUTED)
 @torch.no_grad()
 def test_what_is_computed_says_so(name: str) -> None:
-    made = COMPUTED[name](stand_in())
-    assert isinstance(made, StandIn)
+    made = COMPUTED[name](recording_tensor())
+    assert isinstance(made, RecordingTensor)
     assert made.computed
     assert made.shape == COMPUTED[name](torch.zeros(4, 6)).shape
 
 
 @torch.no_grad()
 def test_a_write_through_a_view_reaches_the_whole_but_no_copy() -> None:
-    whole = stand_in()
+    whole = recording_tensor()
     copy = whole.clone()
     whole[-1][2:].fill_(3.0)
     assert whole.computed == ["aten.fill_ writes into it"]
@@ -78,27 +78,29 @@ def test_a_write_through_a_view_reaches_the_whole_but_no_copy() -> None:
 
 
 def test_the_dtype_is_that_of_the_cast() -> None:
-    cast = stand_in().to(device="cpu", dtype=torch.bfloat16)
+    cast = recording_tensor().to(device="cpu", dtype=torch.bfloat16)
     assert (cast.dtype, cast.stored, cast.computed) == (torch.bfloat16, torch.float32, [])
     assert cast.to(torch.bfloat16).computed == []
 
 
 @torch.no_grad()
 def test_what_needs_values_is_refused_by_name() -> None:
-    with pytest.raises(WeightError, match=r"aten\._local_scalar_dense, which needs the values of StandIn.*of w\)"):
-        stand_in("w", 1).item()
+    with pytest.raises(
+        WeightError, match=r"aten\._local_scalar_dense, which needs the values of RecordingTensor.*of w\)"
+    ):
+        recording_tensor("w", 1).item()
     with pytest.raises(WeightError, match=r"aten\.equal"):
-        torch.equal(stand_in() + 1, stand_in())
+        torch.equal(recording_tensor() + 1, recording_tensor())
 
 
 def test_equal_is_asked_of_the_files() -> None:
     asked: list[tuple[Tensor, Tensor]] = []
 
-    def same(one: StandIn, other: StandIn) -> bool:
+    def same(one: RecordingTensor, other: RecordingTensor) -> bool:
         asked.append((one, other))
         return True
 
-    one, other = (StandIn.of(name, (4, 6), torch.float32, same) for name in "ab")
+    one, other = (RecordingTensor.of(name, (4, 6), torch.float32, same) for name in "ab")
     assert torch.equal(one, other)
     assert len(asked) == 1
     assert torch.equal(one, one.detach())
