@@ -18,7 +18,6 @@ are the quartiles of that ratio within a round, then the ratio of the fastest ro
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import sys
@@ -95,7 +94,7 @@ def rank_main(folder: Path, tokens: int) -> None:
     with Engine.connect(parts, shared_memory="on") as engine:
         rank = engine.program.rank
         gloo = ProcessGroups(parts.mesh, device=engine.device, shared_memory="off")
-        over_gloo = Engine(parts.rank(rank), gloo, generation=functools.partial(parts.generation_rank, rank))
+        over_gloo = Engine(parts.rank(rank), gloo, entries=lambda entry: parts.entry(entry, rank))
         auto = tp_plan_auto(folder)
         parallel = dtensor(LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval())
         contestants: dict[str, Callable[[], Tensor]] = {

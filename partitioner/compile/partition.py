@@ -1,4 +1,4 @@
-"""partition(model, plan): capture, analyse, rewrite, check; in that order and in one direction.
+"""partition(model, plan): capture, analyse, rewrite, check, emit; in that order and in one direction.
 
 capture        the model becomes one Program
 canonicalize   spellings made one
@@ -10,8 +10,6 @@ report         what was split, what was not and why
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +24,9 @@ from partitioner.capture.inputs.explicit_positions import explicit_positions
 from partitioner.compile.canonicalize import canonicalize
 from partitioner.compile.input_bounds import bound_inputs
 from partitioner.compile.parts import Parts
+from partitioner.compile.pass_order import check_plan, passes_of, splitting
 from partitioner.compile.probe_decode import compare_steps
-from partitioner.compile.run_passes import Chosen, choose, run_passes, wanted
+from partitioner.compile.run_passes import choose, run_passes
 from partitioner.errors import CaptureError, PlanError
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.plan import Plan
@@ -62,8 +61,7 @@ def partition(
 
     Raises `CaptureError` where the model cannot be traced, `PlanError` where the plan does not fit it.
     """
-    _check_plan(plan)  # before the trace, which takes longer
-    wanted(plan)
+    check_plan(plan)
     origins: Origins | None = None
     if isinstance(model, (str, Path)) and is_bundle(model):
         if dtype is not None:
@@ -138,12 +136,12 @@ def compile_program(
     `step` yields what `trace_step` does: called when generation is first asked for, of a model whose tokens meet in
     more than attention. `model`: what a bundle says of it.
     """
-    _check_plan(plan)
-    split = run_passes(traced.copy(plan.mesh), _splitting(traced, plan))
-    program = run_passes(split.copy(), [*_named("fuse"), *wanted(plan)])
+    check_plan(plan)
+    split = run_passes(traced.copy(plan.mesh), splitting(traced, plan))
+    text = run_passes(split.copy(), passes_of(plan, "text"))
     return Parts(
-        program,
-        make_report(program, plan=str(plan)),
+        text,
+        make_report(text, plan=repr(plan)),
         traced=traced,
         generation=functools.partial(_compile_generation, traced, split, plan, step),
         plan=plan,
@@ -151,10 +149,13 @@ def compile_program(
     )
 
 
-def _compile_generation(traced: Program, split: Program, plan: Plan, step: Callable[[], Program] | None) -> Program:
-    """A program that continues sequences: with a cache, and logits of last tokens only.
+def _compile_generation(
+    traced: Program, split: Program, plan: Plan, step: Callable[[], Program] | None
+) -> tuple[Program, Program]:
+    """Two programs that continue sequences, with a cache and logits of last tokens only: for prompts, and for single
+    tokens; one and the same where the plan asks the same of both.
 
-    It reads the weights as the program for whole texts does, and shares them. Where the model's tokens depend on each
+    They read the weights as the program for whole texts does, and share them. Where the model's tokens depend on each
     other by more than causal attention, it is the model's own use of a cache. Raises `PlanError` where that cannot be
     had either.
     """
@@ -165,8 +166,8 @@ def _compile_generation(traced: Program, split: Program, plan: Plan, step: Calla
     if reason is None:
         if continuing is not traced:  # another graph than that of the whole text
             bound_inputs(continuing)
-            split = run_passes(continuing.copy(plan.mesh), _splitting(continuing, plan))
-        return run_passes(split.copy(), [*_named("kv-cache", "last-token", "fuse"), *wanted(plan)])
+            split = run_passes(continuing.copy(plan.mesh), splitting(continuing, plan))
+        return _entries(split, plan)
     refusal = f"{traced.name} cannot generate with a cache: {reason}"
     if step is None:
         raise PlanError(refusal)
@@ -177,69 +178,19 @@ def _compile_generation(traced: Program, split: Program, plan: Plan, step: Calla
     reason = why_steps_differ(stepping)
     if reason is not None:
         raise PlanError(f"{refusal}; and with its own cache, {reason}")
-    note = compare_steps(traced, run_passes(stepping.copy(), _named("kv-cache")))
-    program = compile_steps(stepping, plan)
-    program.notes += [note] if note is not None else []
-    return program
+    note = compare_steps(traced, run_passes(stepping.copy(), [choose("kv-cache")]))
+    prefill, decode = compile_steps(stepping, plan)
+    for program in {id(each): each for each in (prefill, decode)}.values():
+        program.notes += [note] if note is not None else []
+    return prefill, decode
 
 
-def compile_steps(stepping: Program, plan: Plan) -> Program:
-    """What `trace_step` yields, for `plan`."""
-    passes = [*_splitting(stepping, plan), *_named("kv-cache", "last-token", "fuse"), *wanted(plan)]
-    return run_passes(stepping.copy(plan.mesh), passes)
+def compile_steps(stepping: Program, plan: Plan) -> tuple[Program, Program]:
+    """What `trace_step` yields, for `plan`: for prompts, and for single tokens."""
+    return _entries(run_passes(stepping.copy(plan.mesh), splitting(stepping, plan)), plan)
 
 
-def _check_plan(plan: object) -> None:
-    if not isinstance(plan, Plan):
-        raise PlanError(f"the plan must be a Plan, such as Plan(tp=2); got {plan!r}")
-
-
-def _splitting(traced: Program, plan: Plan) -> list[Chosen]:
-    """The passes that divide the weights, which all programs of one plan have in common."""
-    keep = _keep_whole(traced, plan.keep_whole)
-    return [choose("tensor-parallel", keep_whole=keep)] if plan.tp > 1 else []
-
-
-def _named(*names: str) -> list[Chosen]:
-    return [choose(name) for name in names]
-
-
-def _keep_whole(program: Program, globs: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """The weights that globs of names (or of modules, or of aliases) select, each with the glob as its reason."""
-    found: dict[str, str] = {}
-    for glob in globs:
-        names = {w.name: (w.name, *w.aliases) for w in program.weights.values()}
-        hits = [n for n, known in names.items() if any(_matches(name, glob) for name in known)]
-        if not hits:
-            known = {part for aliases in names.values() for name in aliases for part in _prefixes(name)}
-            near = ", ".join(_near(glob, known)) or "nothing"
-            raise PlanError(f"keep_whole={glob!r} matches no weight; near it: {near}")
-        found.update(dict.fromkeys(hits, f"kept whole by the plan ({glob})"))
-    return tuple(sorted(found.items()))
-
-
-def _near(glob: str, names: set[str]) -> list[str]:
-    """What may have been meant: the glob with another name in the place of the first that nothing matches."""
-    parts = glob.split(".")
-    for count in range(len(parts) - 1, 0, -1):
-        begin = ".".join(parts[:count])
-        end = None if parts[count - 1] == "*" else count + 1  # which may stand for several
-        found = [name for name in names if _matches(name, begin)]
-        deeper = {part for name in found for part in name.split(".")[count:end]}
-        if hits := difflib.get_close_matches(parts[count], sorted(deeper), n=3, cutoff=0.4):
-            return [".".join([begin, hit, *parts[count + 1 :]]) for hit in hits]
-        if found and not deeper:
-            return [begin]  # what follows is too much
-        if found:
-            break
-    lowered = {name.lower(): name for name in sorted(names)}
-    return [lowered[hit] for hit in difflib.get_close_matches(glob.lower(), lowered, n=3, cutoff=0.4)]
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def _matches(name: str, glob: str) -> bool:
-    return any(fnmatch.fnmatchcase(part, glob) for part in _prefixes(name))
+def _entries(split: Program, plan: Plan) -> tuple[Program, Program]:
+    prefill, decode = passes_of(plan, "prefill"), passes_of(plan, "decode")
+    made = run_passes(split.copy(), prefill)
+    return made, made if decode == prefill else run_passes(split.copy(), decode)

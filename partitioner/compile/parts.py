@@ -13,7 +13,7 @@ from partitioner.errors import BundleError, PlanError
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.plan import Plan
 from partitioner.program.program import Program
-from partitioner.program.ranks import Ranks
+from partitioner.program.ranks import Entry, Ranks
 from partitioner.report.generation_report import GenerationReport, make_generation_report
 from partitioner.sharding.mesh import Mesh
 from partitioner.storage.bundle.save import save_ranks
@@ -25,7 +25,11 @@ Report = TypeVar("Report")
 
 
 class Parts(Ranks, Generic[Report]):
-    """See the module's docstring; `traced` is the program before any pass, for `partitioner.cli.compare`."""
+    """See the module's docstring.
+
+    program: the entry "text". generation: compiles the entries "prefill" and "decode". traced: the program before any
+    pass, for `partitioner.cli.compare`.
+    """
 
     def __init__(
         self,
@@ -33,7 +37,7 @@ class Parts(Ranks, Generic[Report]):
         report: Report,
         *,
         traced: Program | None = None,
-        generation: Callable[[], Program] | None = None,
+        generation: Callable[[], tuple[Program, Program]] | None = None,
         plan: Plan | None = None,
         model: ModelRecord | None = None,
     ) -> None:
@@ -42,49 +46,46 @@ class Parts(Ranks, Generic[Report]):
         self.traced = traced
         self._compile_generation = generation
         self._plan, self._model = plan, model
-        self._ranks: dict[int, RankProgram] = {}
+        self._emitters: dict[int, Emitter] = {}
+        self._ranks: dict[tuple[int, int], RankProgram] = {}
         self._lock = threading.RLock()
 
     @property
     def mesh(self) -> Mesh:
         return self.program.mesh
 
-    def rank(self, rank: int) -> RankProgram:
+    def entry(self, entry: Entry, rank: int) -> RankProgram:
         coordinates = self.mesh.coordinates(rank)
-        if rank not in self._ranks:
-            self._ranks[rank] = self._emitter.rank(coordinates)
-        return self._ranks[rank]
+        with self._lock:  # simulated ranks ask at the same time
+            program = self.program_of(entry)
+            key = id(program), rank
+            if key not in self._ranks:
+                if id(program) not in self._emitters:
+                    self._emitters[id(program)] = Emitter(program)
+                self._ranks[key] = self._emitters[id(program)].rank(coordinates)
+            return self._ranks[key]
 
-    @cached_property
-    def _emitter(self) -> Emitter:
-        return Emitter(self.program)
-
-    @property
-    def generation(self) -> Program:
-        """The program that continues sequences, compiled when first asked for.
+    def program_of(self, entry: Entry) -> Program:
+        """The program of all ranks; "prefill" and "decode" are compiled when first asked for.
 
         Raises `PlanError` where the model's tokens depend on each other by more than causal attention.
         """
-        return self._generation.program
+        if entry == "text":
+            return self.program
+        return self._generation[entry == "decode"]
 
     @cached_property
-    def _generation(self) -> Emitter:
+    def _generation(self) -> tuple[Program, Program]:
         if self._compile_generation is None:
             raise PlanError("these parts were made without a program for generation")
-        return Emitter(self._compile_generation())
+        return self._compile_generation()
 
     @cached_property
     def generation_report(self) -> GenerationReport:
-        """What each rank remembers of a sequence, split or whole and why; raises as `generation` does."""
+        """What each rank remembers of a sequence, split or whole and why; raises as `program_of` does."""
         ranks = range(self.mesh.world_size)
-        return make_generation_report(
-            self.generation, [self.generation_rank(rank) for rank in ranks], [self.rank(rank) for rank in ranks]
-        )
-
-    def generation_rank(self, rank: int) -> RankProgram:
-        """What `rank` runs to continue sequences; it reads the weights of `rank(rank)`."""
-        with self._lock:  # simulated ranks ask at the same time
-            return self._generation.rank(self.mesh.coordinates(rank))
+        decode = [self.entry("decode", rank) for rank in ranks]
+        return make_generation_report(self.program_of("decode"), decode, [self.rank(rank) for rank in ranks])
 
     def save(self, folder: str | Path, *, tokenizer: str | Path | None = None, reference: bool = False) -> None:
         """Writes a bundle, which `partitioner.load` reads: graphs as data, and each rank's slices of the weights.

@@ -23,7 +23,7 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine.check_inputs import complete_inputs
 from runtime.execution.executable import Executable
-from runtime.generation.generate_loop import GenerateLoop
+from runtime.generation.generate_loop import GenerateLoop, Loaded
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.program.rank_program import RankProgram
 from runtime.weights.load_weights import load_weights
@@ -101,8 +101,8 @@ def _one_by_one(program: RankProgram, tokens: Tensor) -> Tensor:
     """[N, V] of the first row."""
     communicator = ThreadGroup(program.mesh).communicator(0)
     device = _device(program)
-    weights = load_weights(program.weights, program.values, None, device)
-    generate_loop = GenerateLoop(program, weights, communicator, device)
+    loaded = Loaded(program, load_weights(program.weights, program.values, None, device))
+    generate_loop = GenerateLoop(loaded, loaded, communicator, device)
     rows, count = tokens.shape
     generate_loop.reserve(CacheSize(max_batch=rows, max_length=count, prefill_step=1))
     found = [

@@ -1,13 +1,20 @@
-"""Plan: how many ranks along each axis, and what the user wants otherwise."""
+"""Plan: how many ranks along each axis, and what the user wants otherwise.
+
+Plan(tp=4, pp=2)                                          from Python
+Plan.parse("tp=4,pp=2")                                   from the command line; str(plan) is its inverse
+Plan.parse("ep=8,expert-parallel.exchange=gather")        options of a pass: NAME.OPTION=VALUE
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from partitioner.errors import PlanError
-from partitioner.sharding.mesh import Mesh
+from partitioner.program.plan_text import items, read_value, write_value
+from partitioner.sharding.mesh import AXES, DEGREES, Mesh
 
 if TYPE_CHECKING:
     from partitioner.program.program import Program
@@ -30,15 +37,26 @@ Choice = str | tuple[str, Options] | Pass
 """A pass by name; by name with options; or the pass itself."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Plan:
-    """tp: tensor-parallel ranks. keep_whole: globs of weight names that stay whole on every rank.
+    """Degrees of parallelism, and passes.
 
-    passes: further passes, run in this order after the built-in ones. Each is the name of an installed one, the name
-    and its options, `("probe", {"every": 2})`, or a pass itself, `Probe(every=2)`.
+    tp: tensor-parallel ranks. pp: pipeline stages. sp: ranks that share out a sequence. dp: replicas of all these; by
+    default as many as the experts' ranks need, otherwise one. ep: ranks that share out the experts of each layer; etp:
+    those that share out each expert's matrices. ep x etp must divide dp x sp x tp: experts use the same ranks.
+    keep_whole: globs of weight names that are replicated.
+
+    passes: the name of an installed pass, the name and its options, `("probe", {"every": 2})`, or a pass itself,
+    `Probe(every=2)`. A built-in pass that is named here runs at its own place, with these options; others run after
+    the built-in ones, in this order.
     """
 
+    dp: int | None = None
+    pp: int = 1
+    sp: int = 1
     tp: int = 1
+    ep: int = 1
+    etp: int = 1
     keep_whole: tuple[str, ...] = ()
     passes: Sequence[Choice | tuple[str, Mapping[str, object]]] = ()
 
@@ -51,21 +69,95 @@ class Plan:
         if not isinstance(given, (tuple, list)):
             raise PlanError(f"passes must be a list or tuple of passes, such as [{_example(given)}]; got {given!r}")
         object.__setattr__(self, "passes", tuple(map(_chosen, given)))
-        self.mesh  # noqa: B018 - checks the degrees
+        Mesh.of(**{axis: self.degree(axis) for axis in AXES})  # checks them one by one, before they are multiplied
+        if self.dp is None:
+            experts = Mesh.of(dp=self.ep, tp=self.etp).world_size
+            object.__setattr__(self, "dp", experts // math.gcd(experts, self.sp * self.tp))
+        self.mesh  # noqa: B018 - checks the degrees together
+
+    def degree(self, axis: str) -> int:
+        """How many ranks along an axis: one of dp, pp, sp, tp, ep, etp."""
+        degree: int | None = getattr(self, axis)
+        return 1 if degree is None else degree
 
     @property
     def mesh(self) -> Mesh:
-        return Mesh.of(tp=self.tp)
+        return Mesh.of(**{axis: self.degree(axis) for axis in DEGREES})
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """The plan that `text` says: items with commas between.
+
+        tp=4                        a degree
+        keep_whole=[lm_head*,wte]   a list; a single one needs no brackets
+        probe                       a pass
+        probe.every=2               an option of a pass: a number, true, false, a text, or a list of these
+        """
+        values: dict[str, Any] = {}
+        passes: dict[str, dict[str, object]] = {}
+        for name, value in items(text):
+            if value is None:
+                passes.setdefault(name, {})
+            elif "." in name:
+                kind, _, option = name.rpartition(".")
+                if option in passes.setdefault(kind, {}):
+                    raise PlanError(f"the plan {text!r} gives {name} twice")
+                passes[kind][option] = read_value(value)
+            elif name not in (*DEGREES, "keep_whole"):
+                raise PlanError(
+                    f"the plan {text!r} has {name!r}; required: {', '.join(DEGREES)} or keep_whole, a pass's name, or "
+                    "PASS.OPTION, such as tp=2,pp=2"
+                )
+            elif name in values:
+                raise PlanError(f"the plan {text!r} gives {name} twice")
+            else:
+                values[name] = _read_field(name, value, text)
+        chosen = [(name, options) if options else name for name, options in passes.items()]
+        return cls(**values, passes=tuple(chosen))
 
     def __str__(self) -> str:
-        said = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "passes" and value:
-                value = f"[{', '.join(map(_said, value))}]"
-            if field.name == "tp" or value != field.default:
-                said.append(f"{field.name}={value}")
+        """What `parse` takes; a pass whose options cannot be written so is written as Python has it."""
+        said = [f"{axis}={n}" for axis, n in self.mesh.degrees.items() if axis != "dp" or not self._dp_follows]
+        if self.keep_whole:
+            said.append(f"keep_whole={write_value(self.keep_whole)}")
+        for chosen in self.passes:
+            name, options = _named(chosen)
+            said += [f"{name}.{option}={write_value(value)}" for option, value in options] or [name]
+        return ",".join(said) or "tp=1"
+
+    @property
+    def _dp_follows(self) -> bool:
+        """Whether dp is what it would be if it had not been given."""
+        experts = self.ep * self.etp
+        return self.dp == experts // math.gcd(experts, self.sp * self.tp)
+
+    def __repr__(self) -> str:
+        said = [f"{axis}={n}" for axis, n in self.mesh.degrees.items() if axis != "dp" or not self._dp_follows]
+        if self.tp == 1:
+            said.append("tp=1")
+        if self.keep_whole:
+            said.append(f"keep_whole={self.keep_whole}")
+        if self.passes:
+            said.append(f"passes=[{', '.join(map(_said, self.passes))}]")
         return f"Plan({', '.join(said)})"
+
+
+def _read_field(name: str, value: str, text: str) -> Any:
+    found = read_value(value)
+    if name == "keep_whole":
+        return tuple(map(str, found)) if isinstance(found, tuple) else (value,)
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise PlanError(f"the plan {text!r} has {name}={value}; required: a whole number of ranks")
+    return found
+
+
+def _named(chosen: Any) -> tuple[str, Options]:
+    if isinstance(chosen, str):
+        return chosen, ()
+    if isinstance(chosen, tuple):
+        return chosen
+    options = [(f.name, getattr(chosen, f.name)) for f in fields(chosen) if f.init] if is_dataclass(chosen) else []
+    return chosen.name, tuple(options)
 
 
 def _example(given: object) -> str:

@@ -29,10 +29,10 @@ from runtime.generation.generation_options import Options
 from runtime.generation.generation_request import Generated, Prompts, Step
 from runtime.kv_cache.cache_size import CacheSize, Room, bytes_needed, tokens_that_fit
 from runtime.kv_cache.device_memory import Amount
-from runtime.program.rank_program import RankProgram
+from runtime.program.rank_program import Entry, RankProgram
 from runtime.program.shards import WeightSource
 
-__all__ = ["Ranks", "same_on_all_ranks"]
+__all__ = ["Entry", "Ranks", "same_on_all_ranks"]
 
 
 class Ranks(ABC):
@@ -43,14 +43,16 @@ class Ranks(ABC):
     def mesh(self) -> Mesh: ...
 
     @abstractmethod
+    def entry(self, entry: Entry, rank: int) -> RankProgram:
+        """What `rank` runs on whole texts ("text"), on prompts ("prefill") or on single tokens ("decode").
+
+        All read the same weights; the last two are the same object where the plan makes no difference between them.
+        Raises PlanError where there is no such program.
+        """
+
     def rank(self, rank: int) -> RankProgram:
         """What `rank` runs on whole texts."""
-
-    @abstractmethod
-    def generation_rank(self, rank: int) -> RankProgram:
-        """What `rank` runs to continue sequences; it reads the weights of `rank(rank)`. Raises PlanError where there is
-        no such program.
-        """
+        return self.entry("text", rank)
 
     def engine(
         self,
@@ -67,14 +69,14 @@ class Ranks(ABC):
             communicator,
             weights=weights,
             device=device,
-            generation=functools.partial(self.generation_rank, rank),
+            entries=functools.partial(_entry_of, self, rank),
             compile=compile,
             cuda_graph=cuda_graph,
         )
 
     @cached_property
     def _simulator(self) -> Simulator:
-        return Simulator([self.rank(rank) for rank in range(self.mesh.world_size)], generation=self.generation_rank)
+        return Simulator([self.rank(rank) for rank in range(self.mesh.world_size)], entries=self.entry)
 
     def simulate(self, **inputs: Tensor | None) -> Tensor:
         """Run all ranks in this process with the model's own weights, and return rank 0's result.
@@ -114,7 +116,7 @@ class Ranks(ABC):
         CacheSize(max_batch=max_batch, max_length=max_length, prefill_step=prefill_step)  # checks them
         return [
             bytes_needed(
-                self.generation_rank(rank), max_batch=max_batch, max_length=max_length, prefill_step=prefill_step
+                self.entry("decode", rank), max_batch=max_batch, max_length=max_length, prefill_step=prefill_step
             )
             for rank in range(self.mesh.world_size)
         ]
@@ -133,9 +135,13 @@ class Ranks(ABC):
                 "engine.reserve(CacheSize(memory=...)) there"
             )
         return [
-            tokens_that_fit(self.generation_rank(rank), room, max_batch=max_batch, prefill_step=prefill_step)
+            tokens_that_fit(self.entry("decode", rank), room, max_batch=max_batch, prefill_step=prefill_step)
             for rank in range(self.mesh.world_size)
         ]
+
+
+def _entry_of(ranks: Ranks, rank: int, entry: Entry) -> RankProgram:
+    return ranks.entry(entry, rank)
 
 
 def same_on_all_ranks(results: list[Tensor]) -> Tensor:

@@ -22,7 +22,6 @@ from torch import fx
 from partitioner.program.node_arguments import arguments, node_values
 from partitioner.program.program import Program, State
 from partitioner.report.report import matrix_users, pattern_of, reason_for, split_text
-from partitioner.sharding.mesh import AXES
 from runtime.kv_cache.cache_size import longest_text
 from runtime.kv_cache.device_memory import readable
 from runtime.ops.cached_attention import cached_attention
@@ -144,7 +143,7 @@ def make_generation_report(
     own = any(node.target in (cache_append, state_write, position_mask) for node in program.graph.nodes)
     return GenerationReport(
         model=program.name,
-        plan=", ".join(f"{axis}={program.mesh.size(axis)}" for axis in AXES if program.mesh.size(axis) > 1) or "tp=1",
+        plan=", ".join(f"{axis}={n}" for axis, n in program.mesh.degrees.items()) or "tp=1",
         way="the model's own use of a cache" if own else "attention that reads keys and values from a cache",
         states=rows,
         bytes_per_token=tuple(sum(s.bytes for s in rank.states if s.per_token) for rank in ranks),

@@ -27,12 +27,12 @@ from runtime.execution.chrome_trace import Trace, from_all_ranks
 from runtime.execution.executable import Executable
 from runtime.execution.merge_linears import lay_side_by_side, merge_linears
 from runtime.execution.profile import Profiler
-from runtime.generation.generate_loop import GenerateLoop
+from runtime.generation.generate_loop import GenerateLoop, Loaded
 from runtime.generation.generation_options import Options
 from runtime.generation.generation_request import Generated, GenerationRequest, Prompts, Step
 from runtime.kv_cache.cache_size import CacheSize, Room
 from runtime.program.bundle_errors import attribute_errors
-from runtime.program.rank_program import RankProgram
+from runtime.program.rank_program import Entry, RankProgram
 from runtime.program.shards import WeightSource
 from runtime.weights.load_weights import load_weights
 
@@ -45,17 +45,15 @@ class RankPrograms(Protocol):
     @property
     def mesh(self) -> Mesh: ...
 
-    def rank(self, rank: int) -> RankProgram: ...
-
-    def generation_rank(self, rank: int) -> RankProgram: ...
+    def entry(self, entry: Entry, rank: int) -> RankProgram: ...
 
 
 class Engine:
     """One rank, loaded; `weights` as in `runtime.weights.load_weights`, None: those that the program came with.
 
-    `generation` makes the rank's program for continuing sequences, when it is first asked to. `compile` puts its decode
-    steps through torch.compile, `cuda_graph` captures them; both take their time at the first steps, and merge small
-    linears of one input (see `runtime.execution.merge_linears`).
+    `entries` makes the rank's programs for continuing sequences, "prefill" and "decode", when it is first asked to.
+    `compile` puts decode steps through torch.compile, `cuda_graph` captures them; both take their time at the first
+    steps, and merge small linears of one input (see `runtime.execution.merge_linears`).
     """
 
     def __init__(
@@ -65,7 +63,7 @@ class Engine:
         *,
         weights: WeightSource | None = None,
         device: str | torch.device = "cpu",
-        generation: Callable[[], RankProgram] | None = None,
+        entries: Callable[[Entry], RankProgram] | None = None,
         compile: bool = False,
         cuda_graph: bool = False,
     ) -> None:
@@ -86,7 +84,7 @@ class Engine:
                 lay_side_by_side(program, self.weights)
             self.profiler = Profiler(program, self.device)
             self._run = Executable(program, self.weights, communicator, self.device, profiler=self.profiler)
-        self._generation = generation
+        self._entries = entries
         self._decoding = {"compile": compile, "cuda_graph": cuda_graph}
 
     @classmethod
@@ -113,11 +111,11 @@ class Engine:
         )
         try:
             engine = cls(
-                parts.rank(communicator.rank),
+                parts.entry("text", communicator.rank),
                 communicator,
                 weights=weights,
                 device=communicator.device,
-                generation=functools.partial(parts.generation_rank, communicator.rank),
+                entries=lambda entry: parts.entry(entry, communicator.rank),
                 compile=compile,
                 cuda_graph=cuda_graph,
             )
@@ -182,13 +180,22 @@ class Engine:
 
     @functools.cached_property
     def _generate_loop(self) -> GenerateLoop:
-        if self._generation is None:
-            raise InputError("this engine was made without a program for generation: give it generation=")
-        program = self._generation()
-        with attribute_errors(program):
-            return self._continue(program)
+        if self._entries is None:
+            raise InputError("this engine was made without programs for generation: give it entries=")
+        prefill, decode = self._entries("prefill"), self._entries("decode")
+        with attribute_errors(prefill):
+            loaded = self._loaded(prefill)
+            return GenerateLoop(
+                loaded,
+                loaded if decode is prefill else self._loaded(decode),
+                self.communicator,
+                self.device,
+                profiler=self.profiler,
+                **self._decoding,
+            )
 
-    def _continue(self, program: RankProgram) -> GenerateLoop:
+    def _loaded(self, program: RankProgram) -> Loaded:
+        """A program with its weights, which are those of the program for whole texts as far as they are the same."""
         mine = dict(zip(self.program.weights, self.weights, strict=True))
         # the same slices of the same weights, unless a user's pass saw to something else; what no checkpoint holds is
         # small, and two traces may give one name to two constants
@@ -197,7 +204,7 @@ class Engine:
         weights = [mine[weight] for weight in program.weights]
         if any(self._decoding.values()):
             program, weights = merge_linears(program, weights)
-        return GenerateLoop(program, weights, self.communicator, self.device, profiler=self.profiler, **self._decoding)
+        return Loaded(program, weights)
 
     @contextlib.contextmanager
     def profile(self) -> Iterator[Trace]:
@@ -221,7 +228,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends this rank's part in what the ranks do together; may be called again."""
-        generate_loop = self.__dict__.pop("_continuation", None)
+        generate_loop = self.__dict__.pop("_generate_loop", None)
         if generate_loop is not None:
             # CUDA graphs hold collectives of the groups, which cannot be destroyed before them
             generate_loop.release()

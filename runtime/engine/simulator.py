@@ -18,7 +18,7 @@ from partitioner.errors import CommunicationError
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine.engine import Engine
 from runtime.execution.chrome_trace import Trace
-from runtime.program.rank_program import RankProgram
+from runtime.program.rank_program import Entry, RankProgram
 from runtime.program.shards import WeightSource
 
 __all__ = ["Simulator"]
@@ -29,14 +29,14 @@ T = TypeVar("T")
 class Simulator:
     """Loads every rank once; each call runs all of them and returns their results in order of rank.
 
-    `generation(rank)` makes a rank's program for continuing sequences, when that is first asked for.
+    `entries(entry, rank)` makes a rank's programs for continuing sequences, when they are first asked for.
     """
 
     def __init__(
         self,
         programs: Sequence[RankProgram],
         *,
-        generation: Callable[[int], RankProgram] | None = None,
+        entries: Callable[[Entry, int], RankProgram] | None = None,
         weights: WeightSource | None = None,
         timeout_s: float = 60.0,
     ) -> None:
@@ -47,7 +47,7 @@ class Simulator:
                 program,
                 self._thread_group.communicator(program.rank),
                 weights=weights,
-                generation=None if generation is None else functools.partial(generation, program.rank),
+                entries=None if entries is None else functools.partial(_at, entries, program.rank),
             )
             for program in programs
         ]
@@ -141,6 +141,10 @@ class Simulator:
         finally:
             self._thread_group.abort(0, CommunicationError("nobody reads the stream any more"))
             thread.join()
+
+
+def _at(entries: Callable[[Entry, int], RankProgram], rank: int, entry: Entry) -> RankProgram:
+    return entries(entry, rank)
 
 
 def _cause(errors: list[tuple[int, BaseException]]) -> BaseException:

@@ -10,7 +10,7 @@ rank does the same on the host and draws the same tokens, so nobody has to tell 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -30,22 +30,30 @@ from runtime.program.rank_program import RankProgram
 from runtime.sampling.sampler import Sampler
 from runtime.sampling.sampling_options import Sampling
 
-__all__ = ["GenerateLoop"]
+__all__ = ["GenerateLoop", "Loaded"]
 
 T = TypeVar("T")
 _ROUND_TO = 64
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A program with its weights, in the order of `program.weights`."""
+
+    program: RankProgram
+    weights: Sequence[Tensor]
+
+
 class GenerateLoop:
-    """The generation program of one rank, its weights in the order of `program.weights`, and its cache.
+    """The programs of one rank that continue sequences, for prompts and for single tokens, and their one cache.
 
     The cache is made for the first task, and anew for a larger one; or once, by `reserve`, for all tasks.
     """
 
     def __init__(
         self,
-        program: RankProgram,
-        weights: Sequence[Tensor],
+        prefill: Loaded,
+        decode: Loaded,
         communicator: Communicator,
         device: torch.device,
         *,
@@ -53,15 +61,19 @@ class GenerateLoop:
         compile: bool = False,
         cuda_graph: bool = False,
     ) -> None:
-        self._profiler = profiler or Profiler(program, device)
-        self.program, self.weights, self.communicator, self.device = program, weights, communicator, device
+        self._profiler = profiler or Profiler(prefill.program, device)
+        self._prefill_by, self._decode_by = prefill, decode
+        self.program = prefill.program
+        """For prompts; that for single tokens has the same inputs, states and limits."""
+        self.communicator, self.device = communicator, device
         if compile or cuda_graph:
-            require_fixed_shapes(program, device, cuda_graph=cuda_graph)
+            require_fixed_shapes(decode.program, device, cuda_graph=cuda_graph)
         self._compile, self._cuda_graph = compile, cuda_graph
         self.cache: Cache | None = None
         self.room: Room | None = None
         """What there is room for, once `reserve` has found out."""
-        self._execute: Executable | None = None
+        self._executables: tuple[Executable, Executable] | None = None
+        """For prompts and for single tokens; one and the same where the programs are."""
         self._decoder: Decoder | None = None
         self._turn = 0
         """Counts tasks: a stream that another task has overtaken must not go on."""
@@ -177,36 +189,39 @@ class GenerateLoop:
 
     def _make_no_cache(self) -> None:
         """The old one is given back before a new one is made."""
-        self.cache = self._execute = self._decoder = self.room = None
+        self.cache = self._executables = self._decoder = self.room = None
 
     def _make_cache(self, *, max_batch: int, max_length: int, step: int) -> None:
         slots = slots_for(self.program, max_length)
         self.cache = Cache(
             self.program.states, max_batch=max_batch, max_length=max_length, step=step, device=self.device, slots=slots
         )
-        self._execute = Executable(
-            self.program, self.weights, self.communicator, self.device, self.cache, self._profiler
-        )
+        prefill = self._executable(self._prefill_by)
+        same = self._decode_by is self._prefill_by
+        self._executables = prefill, prefill if same else self._executable(self._decode_by)
+
+    def _executable(self, loaded: Loaded) -> Executable:
+        return Executable(loaded.program, loaded.weights, self.communicator, self.device, self.cache, self._profiler)
 
     def release(self) -> None:
         """Gives back the cache and the captured steps; a stream that is under way cannot go on."""
         if self._decoder is not None:
             self._decoder.release()
-        self.cache = self._execute = self._decoder = None
+        self.cache = self._executables = self._decoder = None
         self._turn += 1
 
     def _decode(self, tokens: list[int], positions: list[int], going: tuple[bool, ...]) -> Tensor:
         if not self._compile and not self._cuda_graph:
-            return self.run([[token] for token in tokens], positions, going)
+            return self.run([[token] for token in tokens], positions, going, decode=True)
         return self._decoder_for(len(tokens))(tokens, positions)
 
     def _decoder_for(self, batch: int) -> Decoder:
         assert self.cache is not None
-        assert self._execute is not None
+        assert self._executables is not None
         if self._decoder is None or self._decoder.batch != batch:
             self._decoder = Decoder(
-                self.program,
-                self._execute,
+                self._decode_by.program,
+                self._executables[1],
                 self.cache,
                 batch=batch,
                 device=self.device,
@@ -258,12 +273,14 @@ class GenerateLoop:
         assert found is not None
         return found
 
-    def run(self, rows: list[list[int]], starts: list[int], active: tuple[bool, ...]) -> Tensor:
+    def run(
+        self, rows: list[list[int]], starts: list[int], active: tuple[bool, ...], *, decode: bool = False
+    ) -> Tensor:
         """The logits of each row's last token; `starts`: the position of its first; `active`: rows that are not
-        repeated.
+        repeated; `decode`: by the program for single tokens.
         """
         assert self.cache is not None
-        assert self._execute is not None
+        assert self._executables is not None
         counts = [len(row) for row in rows]
         size = max(counts)
         ids = torch.tensor([row + row[-1:] * (size - len(row)) for row in rows], device=self.device)
@@ -279,7 +296,7 @@ class GenerateLoop:
         for wanted in self.program.inputs:
             if wanted.name not in given:
                 raise InputError(f"generation knows nothing to give the input {wanted.name!r} of this model")
-        logits: Tensor = self._execute([given[wanted.name] for wanted in self.program.inputs])
+        logits: Tensor = self._executables[decode]([given[wanted.name] for wanted in self.program.inputs])
         return logits[:, 0]
 
 

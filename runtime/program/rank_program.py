@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -20,7 +21,10 @@ from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.mesh import Mesh
 from runtime.program.shards import StateShard, WeightShard, WeightSource
 
-__all__ = ["Bound", "RankProgram", "RunInput"]
+__all__ = ["Bound", "Entry", "RankProgram", "RunInput"]
+
+Entry = Literal["text", "prefill", "decode"]
+"""Whole texts at once; the tokens of prompts behind what is in the cache; one token per sequence."""
 
 
 @dataclass(frozen=True)

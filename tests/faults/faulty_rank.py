@@ -185,7 +185,7 @@ def tiny(num_ranks: int) -> Parts[Any]:
         num_key_value_heads=4, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
     parts = partition(LlamaForCausalLM(config).eval(), Plan(tp=num_ranks))
-    parts.generation_rank(0)
+    parts.entry("decode", 0)
     return parts
 
 

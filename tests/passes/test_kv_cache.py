@@ -38,17 +38,17 @@ def test_prompts_of_one_length_take_the_way_without_a_mask(tp: int) -> None:
 def test_every_attention_becomes_a_cached_one_with_the_heads_of_its_rank() -> None:
     parts = compiled("llama", 2)
     whole = [node.target for node in parts.program.graph.nodes]
-    cached = [node.target for node in parts.generation.graph.nodes]
+    cached = [node.target for node in parts.program_of("decode").graph.nodes]
     assert whole.count(attention) == cached.count(cached_attention) == 2
     assert cached.count(attention) == 0
-    heads = compiled("llama", 1).generation_rank(0).states[0].shape[0]
-    assert [parts.generation_rank(rank).states[0].shape[0] for rank in (0, 1)] == [heads // 2] * 2
+    heads = compiled("llama", 1).entry("decode", 0).states[0].shape[0]
+    assert [parts.entry("decode", rank).states[0].shape[0] for rank in (0, 1)] == [heads // 2] * 2
 
 
 def test_layers_with_a_window_keep_no_more_than_they_see() -> None:
-    states = compiled("gemma2", 1).generation.states.values()
+    states = compiled("gemma2", 1).program_of("decode").states.values()
     assert {state.sees for state in states} == {None, 8}
-    rank = compiled("gemma2", 1).generation_rank(0)
+    rank = compiled("gemma2", 1).entry("decode", 0)
     cache = Cache(rank.states, max_batch=3, max_length=50, step=4, device=torch.device("cpu"))
     assert {buffer.shape[2] for buffer in cache.buffers.values()} == {50, 8 + 4 - 1}
     assert cache.bytes == compiled("gemma2", 1).cache_bytes(max_batch=3, max_length=50, prefill_step=4)[0]
@@ -92,7 +92,7 @@ def test_what_mixes_tokens_in_another_way_is_refused_with_the_op(name: str, reas
 
 
 def test_a_cache_of_other_heads_than_the_rank_computes_is_refused() -> None:
-    program = compiled("llama", 2).generation
+    program = compiled("llama", 2).program_of("decode")
     name, state = next(iter(program.states.items()))
     broken = program.copy()
     broken.states[name] = type(state)(name, state.shape, state.dtype, REPLICATED(2), state.sees)

@@ -4,7 +4,7 @@ save_tiny(folder)               a small decoder, split over 2 ranks
 forge = Forger(folder)
 forge.json("ranks/0.json")      edit what it yields; on leaving the `with` everything is hashed anew
 forge.node("torch.mul")         the first node with this op, to be edited
-python -m tests.support.bundle_forger DIR     what is kept of a schema, in tests/partitioner/bundle/schema_N
+python -m tests.support.bundle_forger DIR     what is kept of a schema, in tests/partitioner/storage/bundle/schemas
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ class Forger:
 
     def graph(self, rank: int = 0, *, of: str = "text") -> str:
         """The name of a graph's file."""
-        digest = json.loads((self.folder / f"ranks/{rank}.json").read_bytes())[of]["graph"]
+        data = json.loads((self.folder / f"ranks/{rank}.json").read_bytes())
+        digest = data.get("programs", data)[of]["graph"]  # schema 1 had them beside the rest
         return f"graphs/{digest}.jsonl"
 
     @contextlib.contextmanager

@@ -30,13 +30,13 @@ def traced(name: str) -> tuple[Any, Program]:
     return model, in_float64(trace_step(model))
 
 
-def parts_of(program: Program) -> Parts[None]:
-    return Parts(program, None, generation=lambda: program)
+def parts_of(prefill: Program, decode: Program | None = None) -> Parts[None]:
+    return Parts(prefill, None, generation=lambda: (prefill, decode or prefill))
 
 
 @functools.cache
 def compiled(name: str, tp: int) -> Parts[None]:
-    return parts_of(compile_steps(traced(name)[1], Plan(tp=tp)))
+    return parts_of(*compile_steps(traced(name)[1], Plan(tp=tp)))
 
 
 def prompts(name: str) -> list[list[int]]:

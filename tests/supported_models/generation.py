@@ -108,7 +108,7 @@ def _generate(parts: Parts[Any], prompts: list[list[int]], new: int, **options: 
 
 def _positions(parts: Parts[Any]) -> int:
     """How many tokens of a text the model has positions for."""
-    program = parts.generation
+    program = parts.program_of("decode")
     _, longest = program.limits.get("positions", (1, None))
     tables = [given.bound.high + 1 for given in program.inputs if given.name == "position_ids" and given.bound]
     return min(tables + [NEW + max(PROMPTS)] + ([] if longest is None else [longest]))

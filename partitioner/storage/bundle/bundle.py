@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import overload
@@ -20,14 +19,14 @@ from torch import fx
 
 from partitioner.errors import BundleError, PlanError
 from partitioner.program.ranks import Ranks
-from partitioner.sharding.mesh import Mesh
+from partitioner.sharding.mesh import AXES, Mesh
 from partitioner.storage.bundle.format.bundle_files import Folder
 from partitioner.storage.bundle.format.graph_format import build
 from partitioner.storage.bundle.format.manifest import File, Manifest
-from partitioner.storage.bundle.format.rank_format import Stored, read_program, read_weight
+from partitioner.storage.bundle.format.rank_format import Stored, read_entries, read_program, read_weight
 from partitioner.storage.bundle.format.untrusted_json import CONTROL, Record
 from runtime.program.bundle_errors import attribute_errors
-from runtime.program.rank_program import RankProgram
+from runtime.program.rank_program import Entry, RankProgram
 from runtime.weights.read_shards import Reader
 from runtime.weights.safetensors_files import TensorFiles
 
@@ -66,12 +65,6 @@ def load(
     return bundle if rank is None else bundle.rank(rank)
 
 
-@dataclass(frozen=True)
-class _Rank:
-    text: RankProgram
-    generation: RankProgram | None
-
-
 class Bundle(Ranks):
     """See the module's docstring."""
 
@@ -90,7 +83,7 @@ class Bundle(Ranks):
         if checkpoint is not None and not self.manifest.checkpoint:
             raise BundleError(f"{folder} holds its weights itself: leave checkpoint={str(checkpoint)!r} out")
         self._checkpoint = checkpoint
-        self._ranks: dict[int, _Rank] = {}
+        self._ranks: dict[int, dict[Entry, RankProgram]] = {}
         self._lock = threading.Lock()  # simulated ranks ask at the same time
 
     @property
@@ -102,14 +95,11 @@ class Bundle(Ranks):
         """What was split, what was not and why, as it was when the bundle was written."""
         return CONTROL.sub("?", self.read("report.txt").decode(errors="replace")).rstrip("\n")
 
-    def rank(self, rank: int) -> RankProgram:
-        return self._rank(rank).text
-
-    def generation_rank(self, rank: int) -> RankProgram:
-        found = self._rank(rank).generation
-        if found is None:
+    def entry(self, entry: Entry, rank: int) -> RankProgram:
+        programs = self._rank(rank)
+        if entry not in programs:
             raise PlanError(self.manifest.refused or f"the bundle {self.folder.path} has no program for generation")
-        return found
+        return programs[entry]
 
     def read(self, name: str) -> bytes:
         """A file of the bundle, as it was written; not for weights."""
@@ -150,11 +140,11 @@ class Bundle(Ranks):
                 self.read(name)
         for rank in range(self.mesh.world_size):
             programs = self._rank(rank)
-            for program in filter(None, (programs.text, programs.generation)):
+            for program in programs.values():
                 program.graph  # noqa: B018 - builds it
             stored = self.stored(rank)
             reader = Reader(self.files(stored))
-            with attribute_errors(programs.text):
+            with attribute_errors(programs["text"]):
                 for each in stored:
                     reader.load([each.shard], _CPU)
 
@@ -163,7 +153,7 @@ class Bundle(Ranks):
             raise BundleError(f"the bundle {self.folder.path} has no {name!r}")
         return self.manifest.files[name]
 
-    def _rank(self, rank: int) -> _Rank:
+    def _rank(self, rank: int) -> dict[Entry, RankProgram]:
         with self._lock:
             if rank not in self._ranks:
                 record, stored = self._read(rank)
@@ -171,7 +161,7 @@ class Bundle(Ranks):
             return self._ranks[rank]
 
     def _read(self, rank: int) -> tuple[Record, tuple[Stored, ...]]:
-        coordinates = self.mesh.coordinates(rank)
+        coordinates = {axis: index for axis, index in self.mesh.coordinates(rank).items() if axis in AXES}
         name = f"ranks/{rank}.json"
         record = Record.parse(self.read(name), str(self.folder.path / name))
         given = record.record("coordinates")
@@ -180,12 +170,12 @@ class Bundle(Ranks):
         given.done()
         return record, tuple(map(read_weight, record.records("weights")))
 
-    def _programs(self, rank: int, record: Record, stored: Sequence[Stored]) -> _Rank:
+    def _programs(self, rank: int, record: Record, stored: Sequence[Stored]) -> dict[Entry, RankProgram]:
         source = Reader(self.files(stored), mapped=self.mapped, checked=self._checked)
 
-        def read(name: str) -> RankProgram:
+        def read(program: Record) -> RankProgram:
             return read_program(
-                record.record(name),
+                program,
                 mesh=self.mesh,
                 coordinates=self.mesh.coordinates(rank),
                 weights=[each.shard for each in stored],
@@ -194,7 +184,7 @@ class Bundle(Ranks):
                 where=f"the bundle {self.folder.path}",
             )
 
-        found = _Rank(read("text"), record.maybe("generation", read))
+        found = read_entries(record, read, schema=self.manifest.schema)
         record.done()
         return found
 

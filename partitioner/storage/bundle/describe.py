@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from partitioner.sharding.mesh import AXES
 from partitioner.storage.bundle.bundle import Bundle
 from partitioner.storage.bundle.format.graph_format import share
 
@@ -14,7 +13,7 @@ __all__ = ["describe", "show_graph"]
 
 def describe(bundle: Bundle) -> str:
     manifest = bundle.manifest
-    degrees = ", ".join(f"{axis}={n}" for axis, n in zip(AXES, manifest.mesh.sizes, strict=True) if n > 1)
+    degrees = ", ".join(f"{axis}={n}" for axis, n in manifest.mesh.degrees.items())
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     lines = [
         f"{manifest.model_class}, {manifest.mesh.world_size} ranks ({degrees or 'not split'}); written with {versions}",
@@ -33,7 +32,7 @@ def describe(bundle: Bundle) -> str:
 
 def show_graph(bundle: Bundle, rank: int, *, generation: bool = False) -> str:
     """What a rank runs, as `name = op(arguments)`, with its own integers in place."""
-    program = bundle.generation_rank(rank) if generation else bundle.rank(rank)
+    program = bundle.entry("decode" if generation else "text", rank)
     ((template, _),) = share([program.graph])
     return "\n".join(_line(json.loads(line)) for line in template.text.splitlines())
 

@@ -18,12 +18,13 @@ from torch import Tensor
 from partitioner.errors import BundleError, PlanError
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.plan import Plan
+from partitioner.sharding.mesh import AXES, DEGREES
 from partitioner.storage.bundle.format.bundle_files import digest_of, writing
 from partitioner.storage.bundle.format.graph_format import Template, share
 from partitioner.storage.bundle.format.manifest import File, Manifest
 from partitioner.storage.bundle.format.rank_format import Stored, program_data, weight_data
 from runtime.engine.engine import RankPrograms
-from runtime.program.rank_program import RankProgram
+from runtime.program.rank_program import Entry, RankProgram
 from runtime.program.shards import WeightShard
 from runtime.weights.load_weights import load_weights
 from runtime.weights.read_shards import Reader
@@ -62,26 +63,30 @@ def save_ranks(
     `reference`: what is in a checkpoint stays there; it is read all the same, for the digests.
     """
     everyone = range(ranks.mesh.world_size)
-    text = [ranks.rank(rank) for rank in everyone]
-    refused, generation = None, list[RankProgram]()
+    entries: dict[Entry, list[RankProgram]] = {"text": [ranks.entry("text", rank) for rank in everyone]}
+    refused = None
     try:
-        generation = [ranks.generation_rank(rank) for rank in everyone]
+        entries["prefill"] = [ranks.entry("prefill", rank) for rank in everyone]
+        decode = [ranks.entry("decode", rank) for rank in everyone]
+        if any(ranks.entry("decode", rank) is not entries["prefill"][rank] for rank in everyone):
+            entries["decode"] = decode
     except PlanError as error:
         refused = str(error)
     with writing(Path(folder)) as partial:
         writer = _Writer(partial, reference)
-        stored = writer.weights([_wanted(programs) for programs in zip(text, generation or text, strict=True)])
-        graphs = writer.graphs([program.graph for program in (*text, *generation)])
+        stored = writer.weights([_wanted(programs) for programs in zip(*entries.values(), strict=True)])
+        shared = iter(writer.graphs([program.graph for programs in entries.values() for program in programs]))
+        graphs = {entry: [next(shared) for _ in programs] for entry, programs in entries.items()}
         for rank in everyone:
             writer.json(
                 f"ranks/{rank}.json",
                 {
-                    "coordinates": dict(text[rank].coordinates),
+                    "coordinates": {axis: entries["text"][rank].coordinates[axis] for axis in AXES},
                     "weights": list(map(weight_data, stored[rank].values())),
-                    "text": _program(text[rank], graphs[rank], stored[rank]),
-                    "generation": _program(generation[rank], graphs[len(text) + rank], stored[rank])
-                    if generation
-                    else None,
+                    "programs": {
+                        entry: _program(programs[rank], graphs[entry][rank], stored[rank])
+                        for entry, programs in entries.items()
+                    },
                 },
             )
         writer.json("model/config.json", model.config)
@@ -223,4 +228,5 @@ def _reference(wanted: _Wanted) -> Stored:
 
 
 def plan_data(plan: Plan) -> dict[str, object]:
-    return {"tp": plan.tp, "keep_whole": list(plan.keep_whole), "passes": [str(each) for each in plan.passes]}
+    degrees = {axis: plan.degree(axis) for axis in DEGREES}
+    return {"degrees": degrees, "keep_whole": list(plan.keep_whole), "passes": [str(each) for each in plan.passes]}

@@ -68,7 +68,7 @@ def test_a_pass_itself(site: Path) -> None:
 
     parts = compiled(Probe(every=5))
     assert parts.program.notes[-1] == "probed every 5 in ()"
-    assert "Probe(every=5" in str(Plan(passes=[Probe(every=5)]))
+    assert "Probe(every=5" in repr(Plan(passes=[Probe(every=5)]))
     assert hash(Plan(passes=[Probe(every=5)])) == hash(Plan(passes=(Probe(every=5),)))
 
 
@@ -94,8 +94,8 @@ def test_a_plan_is_hashable_and_says_what_it_holds() -> None:
     plan = Plan(tp=2, passes=[("probe", {"where": ["a", ["b"]]})])
     assert plan == Plan(tp=2, passes=(("probe", (("where", ("a", ("b",))),)),))
     assert hash(plan)
-    assert str(plan) == "Plan(tp=2, passes=[probe(where=('a', ('b',)))])"
-    assert str(Plan()) == "Plan(tp=1)"
+    assert repr(plan) == "Plan(tp=2, passes=[probe(where=('a', ('b',)))])"
+    assert repr(Plan()) == "Plan(tp=1)"
 
 
 def test_import_error(site, monkeypatch) -> None:
@@ -157,7 +157,7 @@ RUNS = """
         ("node.op, node.target = 'call_method', 'relu'; return program", "is a call_method: calls are call_function"),
         ("node.append(node.all_input_nodes[0]); return program", "torch.fx finds the graph broken"),
         (
-            "from partitioner.program import Local; node.kwargs = {'start': Local('lost')}; return program",
+            "from partitioner.program import PerRankInt; node.kwargs = {'start': PerRankInt('lost')}; return program",
             "names the integer 'lost', of which program.table has no row",
         ),
     ],

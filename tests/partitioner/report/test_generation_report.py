@@ -16,7 +16,7 @@ def stepped(name: str, tp: int, **plan: object) -> Parts[None]:
     """Parts made of a model's steps alone: what runs the whole text is the same program."""
     if not plan:
         return stepping.compiled(name, tp)
-    return stepping.parts_of(compile_steps(stepping.traced(name)[1], Plan(tp=tp, **plan)))
+    return stepping.parts_of(*compile_steps(stepping.traced(name)[1], Plan(tp=tp, **plan)))
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -62,7 +62,7 @@ def test_states_of_sequences_are_counted_by_themselves() -> None:
     per_token, per_sequence = report.bytes_per_token, report.bytes_per_sequence
     expected = [a * 9 + b for a, b in zip(per_token, per_sequence, strict=True)]
     assert parts.cache_bytes(max_batch=1, max_length=9) == expected
-    assert report.notes == tuple(parts.generation.notes)
+    assert report.notes == tuple(parts.program_of("decode").notes)
     assert f"note: {report.notes[0]}" in str(report)
 
 

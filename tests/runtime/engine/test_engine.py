@@ -219,7 +219,7 @@ def test_constants_of_one_name_are_each_programs_own() -> None:
     weights = tuple(replace(weight, source="constant") for weight in program.weights)
     text = replace(program, weights=weights)
     other = {name: value + 1 for name, value in program.values.items()}
-    made = engine(text, generation=lambda: replace(text, values=other))
-    for weight, mine, continued in zip(weights, made.weights, made._generate_loop.weights, strict=True):
+    made = engine(text, entries=lambda entry: replace(text, values=other))
+    for weight, mine, continued in zip(weights, made.weights, made._generate_loop._prefill_by.weights, strict=True):
         assert torch.equal(mine, program.values[weight.name])
         assert torch.equal(continued, other[weight.name])

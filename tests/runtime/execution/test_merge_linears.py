@@ -44,10 +44,10 @@ def test_merged_linears_write_the_same_texts(name, tp, fixed_memory):
     texts = prompts(name, (3, 11))
     said = parts.generate(texts, max_new_tokens=12, eos_token_id=[], logprobs=True)
     generate_loop = parts._simulator.engines[-1]._generate_loop
-    assert len(linears(generate_loop.program)) < len(linears(parts.generation_rank(tp - 1)))
+    assert len(linears(generate_loop.program)) < len(linears(parts.entry("decode", tp - 1)))
     plain = partition(zoo.odd(name)[0], Plan(tp=tp))
     plain._simulator.engines[:] = [
-        Engine(each.program, each.communicator, generation=each._generation) for each in plain._simulator.engines
+        Engine(each.program, each.communicator, entries=each._entries) for each in plain._simulator.engines
     ]
     expected = plain.generate(texts, max_new_tokens=12, eos_token_id=[], logprobs=True)
     assert torch.equal(said.sequences, expected.sequences)

@@ -40,7 +40,7 @@ def test_what_fits_is_the_most_that_does(name: str, tp: int) -> None:
 
 def test_no_more_fits_than_the_model_takes() -> None:
     parts = compiled("gpt2", 1)
-    limit = cache_size.longest_text(parts.generation_rank(0))
+    limit = cache_size.longest_text(parts.entry("decode", 0))
     assert limit is not None
     assert parts.tokens_that_fit("1 TB") == [limit]
 
@@ -74,7 +74,7 @@ def test_prompts_run_in_pieces_that_the_cache_was_made_for() -> None:
 
 
 def test_a_state_that_does_not_grow_has_room_for_any_text() -> None:
-    parts = stepping.parts_of(stepping.compiled("mamba2", 2).generation)  # with engines of its own
+    parts = stepping.parts_of(stepping.compiled("mamba2", 2).program_of("decode"))  # with engines of its own
     said = parts.reserve(CacheSize(max_batch=2, memory="1 MB"))
     assert said.tokens is None
     assert str(said) == "a text of any length fits in 1 MB"

@@ -9,7 +9,7 @@
     report.txt
 
 `SCHEMA` counts up with every change that an older reader would get wrong. A bundle of a newer schema is refused; those
-of all older ones are read: there are none yet.
+of all older ones are read. Schema 1 knew one axis, and one program for prompts and single tokens.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import transformers
 
-from partitioner.errors import BundleError
-from partitioner.sharding.mesh import AXES, Mesh
+from partitioner.errors import BundleError, PlanError
+from partitioner.sharding.mesh import AXES, DEGREES, Mesh
 from partitioner.storage.bundle.format.bundle_files import NAME, Folder, digest_of
 from partitioner.storage.bundle.format.untrusted_json import Record
 from partitioner.storage.recognise import MANIFEST
@@ -31,7 +31,7 @@ from partitioner.storage.recognise import MANIFEST
 __all__ = ["SCHEMA", "File", "Manifest"]
 
 VERSION = importlib.metadata.version("partitioner")
-SCHEMA = 1
+SCHEMA = 2
 FORMAT = "partitioner bundle"
 DIGEST = "manifest.sha256"
 _MOST_RANKS = 65_536
@@ -60,6 +60,7 @@ class Manifest:
     checkpoint: bool
     files: dict[str, File]
     versions: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
 
     def write(self) -> dict[str, bytes]:
         """The two files of a manifest, by name."""
@@ -73,7 +74,7 @@ class Manifest:
             },
             "model_class": self.model_class,
             "plan": self.plan,
-            "mesh": dict(zip(AXES, self.mesh.sizes, strict=True)),
+            "mesh": {**dict(zip(AXES, self.mesh.sizes, strict=True)), "ep": self.mesh.ep, "etp": self.mesh.etp},
             "max_length": self.max_length,
             "length": self.length,
             "generation_refused": self.refused,
@@ -102,19 +103,21 @@ class Manifest:
         files = record.record("files")
         manifest = cls(
             model_class=record.text("model_class", longest=200),
-            plan=_read_plan(record),
-            mesh=Mesh.of(**{axis: mesh.integer(axis, low=1, high=_MOST_RANKS) for axis in AXES}),
+            plan=_read_plan(record, schema),
+            mesh=_read_mesh(record, mesh, AXES if schema == 1 else DEGREES),
             max_length=record.maybe("max_length", lambda name: record.integer(name, low=1)),
             length=record.maybe("length", lambda name: record.integer(name, low=1)),
             refused=record.maybe("generation_refused", record.text),
             checkpoint=record.one_of("weights", {"here": False, "checkpoint": True}),
             files={name: _read_file(files.record(name), name) for name in files.fields()},
             versions={name: versions.text(name, longest=100) for name in versions.fields()},
+            schema=schema,
         )
         if manifest.mesh.world_size > _MOST_RANKS:
             record.fail("mesh", f"of at most {_MOST_RANKS} ranks")
-        if manifest.mesh != Mesh.of(tp=manifest.plan["tp"]):
-            record.fail("mesh", f"that of the plan, tp={manifest.plan['tp']}")
+        planned = manifest.plan["degrees"]
+        if any(manifest.mesh.size(axis) != planned.get(axis, 1) for axis in DEGREES):
+            record.fail("mesh", f"that of the plan, {', '.join(f'{axis}={n}' for axis, n in planned.items())}")
         for name in ("report.txt", "model/config.json", *(f"ranks/{n}.json" for n in range(manifest.mesh.world_size))):
             if name not in manifest.files:
                 raise BundleError(f"{folder.path} has no {name!r}")
@@ -133,12 +136,25 @@ def _read_file(record: Record, name: str) -> File:
     return file
 
 
-def _read_plan(record: Record) -> dict[str, Any]:
+def _read_mesh(record: Record, mesh: Record, axes: tuple[str, ...]) -> Mesh:
+    sizes = {axis: mesh.integer(axis, low=1, high=_MOST_RANKS) for axis in axes}
+    try:
+        return Mesh.of(**sizes)
+    except PlanError as error:
+        record.fail("mesh", f"sizes that fit each other ({error})")
+
+
+def _read_plan(record: Record, schema: int) -> dict[str, Any]:
     plan = record.record("plan")
+    degrees = plan if schema == 1 else plan.record("degrees")
     found = {
-        "tp": plan.integer("tp", low=1, high=_MOST_RANKS),
+        "degrees": {
+            axis: degrees.integer(axis, low=1, high=_MOST_RANKS) for axis in (("tp",) if schema == 1 else DEGREES)
+        },
         "keep_whole": plan.texts("keep_whole"),
         "passes": plan.texts("passes"),
     }
+    if schema > 1:
+        degrees.done()
     plan.done()
     return found

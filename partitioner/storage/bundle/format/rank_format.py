@@ -1,6 +1,9 @@
 """One rank as data: its programs, its integers, and a description of its weights; the graphs are files of their own.
 
-    {"coordinates": {..}, "weights": [..], "text": {..}, "generation": {..} or null}
+    {"coordinates": {..}, "weights": [..], "programs": {"text": {..}, "prefill": {..}, "decode": {..}}}
+
+"prefill" and "decode" are absent where the model cannot generate, "decode" also where it is the same as "prefill".
+Schema 1 had {.., "text": {..}, "generation": {..} or null} in place of "programs".
 
 A weight says which indices of which tensor it holds, so that a bundle can be split anew without the original, and has a
 digest of its bytes, which is checked whenever they are read.
@@ -27,10 +30,10 @@ from partitioner.storage.bundle.format.untrusted_json import (
     dtype_name,
     whole_number,
 )
-from runtime.program.rank_program import Bound, RankProgram, RunInput
+from runtime.program.rank_program import Bound, Entry, RankProgram, RunInput
 from runtime.program.shards import Piece, StateShard, WeightShard, WeightSource
 
-__all__ = ["Stored", "program_data", "read_program", "read_weight", "weight_data"]
+__all__ = ["Stored", "program_data", "read_entries", "read_program", "read_weight", "weight_data"]
 
 Data = dict[str, Any]
 _DEFAULTS = {name: name for name in ("required", "arange", "ones", "zeros")}
@@ -193,6 +196,22 @@ def _input_data(given: RunInput) -> Data:
         if bound is None
         else {"low": bound.low, "high": bound.high, "rows": bound.rows, "table": bound.table},
     }
+
+
+def read_entries(record: Record, read: Callable[[Record], RankProgram], *, schema: int) -> dict[Entry, RankProgram]:
+    """The programs of a rank by entry; "prefill" and "decode" are one object where the file holds one."""
+    if schema == 1:
+        found: dict[Entry, RankProgram] = {"text": read(record.record("text"))}
+        generation = record.maybe("generation", lambda name: read(record.record(name)))
+        return found if generation is None else {**found, "prefill": generation, "decode": generation}
+    programs = record.record("programs")
+    found = {"text": read(programs.record("text"))}
+    if programs.has("prefill"):
+        found["prefill"] = found["decode"] = read(programs.record("prefill"))
+        if programs.has("decode"):
+            found["decode"] = read(programs.record("decode"))
+    programs.done()
+    return found
 
 
 def read_program(

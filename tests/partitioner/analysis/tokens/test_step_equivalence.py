@@ -30,7 +30,7 @@ def test_rows_of_all_lengths_are_continued_as_each_alone(name: str, tp: int) -> 
 
 
 def test_states_are_split_with_what_they_are_made_of() -> None:
-    states = stepping.compiled("lfm2_moe", 2).generation.states
+    states = stepping.compiled("lfm2_moe", 2).program_of("decode").states
     assert {state.per_token for state in states.values()} == {True, False}
     assert all(any(state.layout.dims) for state in states.values())
 
@@ -64,7 +64,7 @@ def test_a_plain_partition_finds_the_steps_by_itself() -> None:
     assert stepping.error("bloom", parts) < 1e-9
     without = compile_program(whole, Plan(tp=2))
     with pytest.raises(PlanError, match=r"BloomForCausalLM cannot generate with a cache: .*"):
-        _ = without.generation
+        _ = without.program_of("decode")
 
 
 def test_a_model_without_a_cache_is_refused_with_both_reasons() -> None:
@@ -73,7 +73,7 @@ def test_a_model_without_a_cache_is_refused_with_both_reasons() -> None:
     with pytest.raises(
         PlanError, match=r"cannot generate with a cache: .*; and its own cache cannot be captured: .*takes no"
     ):
-        _ = parts.generation
+        _ = parts.program_of("decode")
 
 
 def test_positions_counted_from_the_cache_are_refused() -> None:
@@ -96,7 +96,7 @@ def test_a_cache_class_of_the_models_own(tp: int) -> None:
             ):
                 buffer.copy_(value)
     ids = torch.arange(3, 12)[None]
-    parts = stepping.parts_of(compile_steps(in_float64(trace_step(model)), Plan(tp=tp)))
+    parts = stepping.parts_of(*compile_steps(in_float64(trace_step(model)), Plan(tp=tp)))
     text = ids
     for _ in range(stepping.NEW):
         logits = reference.forward(model, lifted=True, input_ids=text)

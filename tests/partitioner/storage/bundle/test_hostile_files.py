@@ -33,9 +33,9 @@ MANIFEST: dict[str, Callable[[Data], Any]] = {
     "a mesh of another axis": lambda d: d["mesh"].update(ep=2),
     "a mesh without an axis": lambda d: d["mesh"].pop("dp"),
     "a mesh of nothing": lambda d: d["mesh"].update(tp=0),
-    "a mesh of many": lambda d: (d["mesh"].update(tp=65_536), d["plan"].update(tp=65_536)),
-    "a mesh too large": lambda d: (d["mesh"].update(tp=2**40), d["plan"].update(tp=2**40)),
-    "a mesh of fewer": lambda d: (d["mesh"].update(tp=1), d["plan"].update(tp=1)),
+    "a mesh of many": lambda d: (d["mesh"].update(tp=65_536), d["plan"]["degrees"].update(tp=65_536)),
+    "a mesh too large": lambda d: (d["mesh"].update(tp=2**40), d["plan"]["degrees"].update(tp=2**40)),
+    "a mesh of fewer": lambda d: (d["mesh"].update(tp=1), d["plan"]["degrees"].update(tp=1)),
     "a mesh along dp too": lambda d: d["mesh"].update(dp=2),
     "a plan that is none": lambda d: d.update(plan=None),
     "a plan with passes to import": lambda d: d["plan"].update(passes=[{"module": "os"}]),
@@ -116,19 +116,19 @@ def weight(**changes: Any) -> Callable[[Data], None]:
 
 
 def text(**changes: Any) -> Callable[[Data], None]:
-    return lambda d: d["text"].update(changes)
+    return lambda d: d["programs"]["text"].update(changes)
 
 
 def given(**changes: Any) -> Callable[[Data], None]:
-    return lambda d: d["text"]["inputs"][0].update(changes)
+    return lambda d: d["programs"]["text"]["inputs"][0].update(changes)
 
 
 def state(**changes: Any) -> Callable[[Data], None]:
-    return lambda d: d["generation"]["states"][0].update(changes)
+    return lambda d: d["programs"]["prefill"]["states"][0].update(changes)
 
 
 def generation(**changes: Any) -> Callable[[Data], None]:
-    return lambda d: d["generation"].update(changes)
+    return lambda d: d["programs"]["prefill"].update(changes)
 
 
 RANKS: dict[str, Callable[[Data], Any]] = {
@@ -182,17 +182,17 @@ RANKS: dict[str, Callable[[Data], Any]] = {
     "pieces and a file": weight(pieces=[]),
     "another digest": weight(sha256="0" * 64),
     "a digest that is none": weight(sha256=None),
-    "the weight twice": lambda d: d["text"]["weights"].__setitem__(0, d["text"]["weights"][1]),
-    "a weight that is not there": lambda d: d["text"]["weights"].append(10_000),
-    "a weight below 0": lambda d: d["text"]["weights"].__setitem__(0, -1),
-    "a weight too few": lambda d: d["text"]["weights"].pop(),
+    "the weight twice": lambda d: d["programs"]["text"]["weights"].__setitem__(0, d["programs"]["text"]["weights"][1]),
+    "a weight that is not there": lambda d: d["programs"]["text"]["weights"].append(10_000),
+    "a weight below 0": lambda d: d["programs"]["text"]["weights"].__setitem__(0, -1),
+    "a weight too few": lambda d: d["programs"]["text"]["weights"].pop(),
     "a graph that is not there": text(graph="0" * 64),
     "a graph that is a path": text(graph="../../x"),
     "integers that are fractions": text(integers=[0.5]),
     "integers beyond all": text(integers=[2**63]),
     "no integers": text(integers=[]),
     "no inputs": text(inputs=[]),
-    "inputs twice": lambda d: d["text"]["inputs"].append(d["text"]["inputs"][0]),
+    "inputs twice": lambda d: d["programs"]["text"]["inputs"].append(d["programs"]["text"]["inputs"][0]),
     "an input of many dims": given(shape=["a"] * 500),
     "an input of a dim that is code": given(shape=["x; y", "sequence"]),
     "an input beyond all": given(shape=[HUGE, "sequence"]),

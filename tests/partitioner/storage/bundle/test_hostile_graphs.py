@@ -86,7 +86,7 @@ def test_a_name_of_an_input_that_would_be_code(name: str, folder: Path) -> None:
         named(nodes, "input")["of"] = name
     for rank in range(2):
         with forger.json(f"ranks/{rank}.json") as data:
-            data["text"]["inputs"][0]["name"] = name
+            data["programs"]["text"]["inputs"][0]["name"] = name
     with pytest.raises(BundleError):
         partitioner.load(folder).verify()
 
@@ -106,9 +106,9 @@ def test_a_name_of_a_weight_that_would_break_out(name: str, folder: Path) -> Non
     for rank in range(2):
         with forger.json(f"ranks/{rank}.json") as data:
             next(each for each in data["weights"] if each["name"] == old)["name"] = name
-            for program in ("text", "generation"):
-                assert data[program]["weights"]
-    for of in ("text", "generation"):
+            for program in ("text", "prefill"):
+                assert data["programs"][program]["weights"]
+    for of in ("text", "prefill"):
         with forger.nodes(of=of) as nodes:
             next(node for node in nodes if node.get("of") == old)["of"] = name
     base = torch.fx.GraphModule.__dict__.get("forward")
@@ -262,7 +262,7 @@ def test_the_node_is_named(folder: Path) -> None:
 
 @pytest.mark.parametrize("state", ["nowhere", "", 5, None, ["x"]])
 def test_a_state_that_the_rank_has_not(state: Any, folder: Path) -> None:
-    with Forger(folder).node("op.cached_attention", of="generation") as node:
+    with Forger(folder).node("op.cached_attention", of="prefill") as node:
         node["kwargs"]["state"] = state
     bundle = partitioner.load(folder)
     assert bundle.simulate(input_ids=IDS).isfinite().all()

@@ -50,8 +50,8 @@ def assert_same(parts: Parts[Any], bundle: Bundle, ids: Tensor) -> None:
         ]
         assert (ours.inputs, ours.limits, ours.vocabulary) == (theirs.inputs, dict(theirs.limits), theirs.vocabulary)
         if isinstance(one, Tensor):
-            assert str(parts.generation_rank(rank).graph) == str(bundle.generation_rank(rank).graph)
-            assert parts.generation_rank(rank).states == bundle.generation_rank(rank).states
+            assert str(parts.entry("decode", rank).graph) == str(bundle.entry("decode", rank).graph)
+            assert parts.entry("decode", rank).states == bundle.entry("decode", rank).states
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_why_it_cannot_continue_texts_is_stored(tmp_path: Path) -> None:
 def test_the_text_of_a_graph_is_all_of_it(name: str) -> None:
     """Built and written again it is the same text, byte for byte; for each rank, and for all that share it."""
     parts = partition(zoo.tiny(name)[0], Plan(tp=2))
-    programs = [parts.rank(0), parts.rank(1), parts.generation_rank(0), parts.generation_rank(1)]
+    programs = [parts.rank(0), parts.rank(1), parts.entry("decode", 0), parts.entry("decode", 1)]
     built = []
     for program, (template, integers) in zip(programs, share([p.graph for p in programs]), strict=True):
         graph = build(

@@ -14,7 +14,7 @@ from partitioner import BundleError, Plan, partition
 from partitioner.storage.bundle.format.manifest import SCHEMA
 from tests.support.bundle_forger import Forger, use
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "schemas"
 
 
 def folders() -> list[Path]:

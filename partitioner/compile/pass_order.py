@@ -1,0 +1,93 @@
+"""The passes of a plan, in execution order: one literal list, with the condition of each beside it.
+
+    text       whole texts at once
+    prefill    the tokens of prompts, behind what is in the cache
+    decode     one token per sequence
+
+Each of these entries is a program of its own; where a plan asks the same of two, they share one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from partitioner.compile.run_passes import Chosen, choose, wanted
+from partitioner.compile.weight_globs import select
+from partitioner.errors import PlanError
+from partitioner.program.plan import Plan
+from partitioner.program.program import Program
+from partitioner.sharding.mesh import DEGREES
+
+__all__ = ["ORDER", "BuiltIn", "check_plan", "passes_of", "splitting"]
+
+TEXT, GENERATION = ("text",), ("prefill", "decode")
+EVERYWHERE = (*TEXT, *GENERATION)
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A pass of ours. entries: where it runs. when: for which plans. splits: it divides weights, alike in all entries.
+
+    serves: the axes of which it makes use.
+    """
+
+    name: str
+    entries: tuple[str, ...]
+    when: Callable[[Plan], bool]
+    splits: bool = False
+    serves: tuple[str, ...] = ()
+
+
+def _always(plan: Plan) -> bool:
+    return True
+
+
+ORDER = (
+    BuiltIn("tensor-parallel", EVERYWHERE, lambda plan: plan.tp > 1, splits=True, serves=("tp",)),
+    BuiltIn("kv-cache", GENERATION, _always),
+    BuiltIn("last-token", GENERATION, _always),
+    BuiltIn("fuse", EVERYWHERE, _always),
+    # then the user's own, in the plan's order
+)
+
+
+def check_plan(plan: object) -> Plan:
+    """The plan, if it is one and passes serve all that it asks for; before the trace, which takes longer."""
+    if not isinstance(plan, Plan):
+        raise PlanError(f"the plan must be a Plan, such as Plan(tp=2); got {plan!r}")
+    served = {axis for built_in in ORDER for axis in built_in.serves}
+    for axis in DEGREES:
+        degree = plan.degree(axis)
+        if degree > 1 and axis not in served:
+            known = ", ".join(each for each in DEGREES if each in served)
+            raise PlanError(
+                f"{axis}={degree}: no pass divides a model over {axis!r} yet; those that there are serve {known}"
+            )
+    wanted(plan)
+    return plan
+
+
+def splitting(traced: Program, plan: Plan) -> list[Chosen]:
+    """The passes that divide the weights, which all entries of one plan have in common."""
+    return list(_built_in(plan, (each for each in ORDER if each.splits), traced))
+
+
+def passes_of(plan: Plan, entry: str) -> list[Chosen]:
+    """Those that come after `splitting`, for one entry."""
+    names = {each.name for each in ORDER}
+    own = [chosen for chosen in wanted(plan) if chosen.step.name not in names]
+    return [*_built_in(plan, (each for each in ORDER if not each.splits and entry in each.entries)), *own]
+
+
+def _built_in(plan: Plan, built_in: Iterable[BuiltIn], traced: Program | None = None) -> Iterable[Chosen]:
+    """Each that the plan needs, as the plan configures it."""
+    configured = {chosen.step.name: chosen for chosen in wanted(plan)}
+    for each in built_in:
+        if not each.when(plan):
+            continue
+        chosen = configured.get(each.name) or choose(each.name)
+        if traced is not None and plan.keep_whole:
+            keep = select(traced, plan.keep_whole)
+            chosen = replace(chosen, step=replace(chosen.step, keep_whole=(*chosen.step.keep_whole, *keep)))  # type: ignore
+        yield chosen
