@@ -27,7 +27,7 @@ from partitioner.errors import PlanError
 from partitioner.program.node_arguments import arguments, node_values, operation
 from partitioner.program.program import Entry, Program
 from partitioner.sharding.index_set import IndexSet
-from partitioner.sharding.layout import REPLICATED, Layout, Split
+from partitioner.sharding.layout import REPLICATED, Layout, Split, in_order, points
 from runtime.ops.attention import attention
 from runtime.ops.embedding import vocab_parallel_embedding
 
@@ -79,10 +79,7 @@ class TensorParallel:
                 if partial:
                     blocks = find_blocks(program, apart=keep_whole)
                     continue  # the means and norms among them are sums now
-            weights = {
-                name: REPLICATED(len(program.weights[name].shape)).with_dim(dim, split)
-                for name, (dim, split) in decisions.splits.items()
-            }
+            weights = {name: _layout(program, name, splits) for name, splits in decisions.splits.items()}
             try:
                 return decisions, place(program, weights)
             except Unplaceable as trouble:
@@ -97,6 +94,13 @@ class TensorParallel:
                     misfits |= dict.fromkeys(trouble.weights or weights, trouble.reason)
                     if not weights:
                         raise PlanError(f"no placement over {self.axis!r} found: {trouble}") from trouble
+
+
+def _layout(program: Program, name: str, splits: dict[int, Split]) -> Layout:
+    layout = REPLICATED(len(program.weights[name].shape))
+    for dim, split in splits.items():
+        layout = layout.with_dim(dim, split)
+    return layout
 
 
 def _reduce_in_parts(program: Program, names: frozenset[str]) -> frozenset[str]:
@@ -167,7 +171,7 @@ class _Rewriting(Rewriter):
 
     def _kv_map(self, node: fx.Node) -> None:
         a = arguments(node)
-        q, k = (self.layouts[a[name]].dims[1] for name in ("q", "k"))
+        q, k = (self.layouts[a[name]].split(1) for name in ("q", "k"))
         via = dict(notation(node).operands[1].via).get("h")
         if q is None or (via is None and q == k):
             return
@@ -175,20 +179,23 @@ class _Rewriting(Rewriter):
         via = via or tuple(range(heads))
         every = IndexSet.range(0, a["k"].meta["val"].shape[1])
         maps, uniform = [], True
-        for i, mine in enumerate(q.owned):
-            place = {g: j for j, g in enumerate((k.owned[i] if k is not None else every).indices())}
+        mesh = self.program.mesh
+        axes = q.axes if k is None else in_order((*q.axes, *k.axes))
+        for coordinates in points(mesh, axes):
+            mine = q.at(mesh, coordinates)
+            place = {g: j for j, g in enumerate((k.at(mesh, coordinates) if k is not None else every).indices())}
             found = tuple(place[via[h]] for h in mine.indices())
             maps.append(found)
             uniform &= found == tuple(j * len(place) // len(found) for j in range(len(found)))
         if not uniform or a["kv_map"] is not None:
-            entry = self.program.local("kv_map", Entry(via, q.axes, tuple(maps)))
+            entry = self.program.local("kv_map", Entry(via, axes, tuple(maps)))
             self.set_keyword(node, "kv_map", entry)
 
     def _groups(self, node: fx.Node) -> None:
         a = arguments(node)
         layout = self.layouts[node]
-        if isinstance(layout, Layout) and layout.dims[1] is not None and a["groups"] != 1:
-            split = layout.dims[1]
+        split = layout.split(1) if isinstance(layout, Layout) else None
+        if split is not None and a["groups"] != 1:
             groups = self.program.local("groups", Entry(a["groups"], split.axes, split.sizes))
             self.set_argument(node, "groups", groups)
 
@@ -206,7 +213,7 @@ class _Rewriting(Rewriter):
                 if operand.node is not source:
                     continue
                 for letter, split in zip(operand.letters, layout.dims, strict=True):
-                    if split is None:
+                    if not isinstance(split, Split):
                         continue
                     kind = "row-parallel" if letter in rule.sums else "column-parallel"
                     if rule.sums:

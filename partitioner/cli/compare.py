@@ -25,7 +25,7 @@ from partitioner.compile.parts import Parts
 from partitioner.errors import LayoutError
 from partitioner.program.program import Program, Value
 from partitioner.proof.float64 import in_float64
-from partitioner.sharding.layout import REPLICATED, Layout
+from partitioner.sharding.layout import REPLICATED, Layout, Split
 from partitioner.sharding.mesh import Mesh
 from runtime.engine.simulator import Simulator
 from runtime.execution.executable import failing_node
@@ -214,10 +214,10 @@ def _accepted(dtype: torch.dtype) -> float:
 def _held(layout: Layout, whole: Tensor, mesh: Mesh, coordinates: Mapping[str, int]) -> Iterator[Tensor | None]:
     """Per dim, which indices of the whole value the rank holds; None: all."""
     for dim, split in enumerate(layout.dims):
-        if split is None:
+        if not isinstance(split, Split):
             yield None
             continue
-        owned = split.owned[mesh.index(split.axes, coordinates)].indices()
+        owned = split.at(mesh, coordinates).indices()
         # a dim of batch * heads is split by heads, its constant inner factor
         size = 1 + max(i for part in split.owned for i in part.indices())
         outer = whole.shape[dim] // size

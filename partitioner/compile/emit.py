@@ -3,8 +3,9 @@
     graph     Local("heads_0") -> the integers at the rank's coordinates
     weights   a Layout -> the ranges of the source tensor, and where they go in the local one
 
-Ranks whose rows of the table are equal share one graph; that one graph serves many ranks follows GSPMD's single
-program (arXiv:2105.04663, section 3.3).
+Ranks that differ only along axes that nothing is divided over (replicas) share all of it; ranks whose rows of the table
+are equal share one graph. That one graph serves many ranks follows GSPMD's single program (arXiv:2105.04663, section
+3.3).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from partitioner.errors import CaptureError, LayoutError
 from partitioner.program.program import Input, PerRankInt, Program, State, Weight
 from partitioner.program.torch_calls import lower
 from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.layout import in_order
 from runtime.program.rank_program import RankProgram, RunInput
 from runtime.program.shards import Made, Piece, StateShard, WeightShard
 
@@ -38,6 +40,15 @@ class Emitter:
     def __init__(self, program: Program) -> None:
         self.program = program
         self._graphs: dict[tuple[Any, ...], fx.Graph] = {}
+        layouts = [*program.weight_layouts.values(), *(state.layout for state in program.states.values())]
+        self._axes = in_order(
+            (
+                *(axis for entry in program.table.values() for axis in entry.axes),
+                *(axis for layout in layouts for axis in layout.axes),
+            )
+        )
+        """Those along which ranks differ."""
+        self._parts: dict[tuple[int, ...], RankProgram] = {}
         self._inputs = tuple(_run_input(program, given) for given in program.inputs)
         used = {node.target: None for node in program.graph.nodes if node.op == "get_attr" and node.users}
         self._weights = [_weight(program, str(name)) for name in used]
@@ -45,6 +56,12 @@ class Emitter:
     def rank(self, coordinates: Mapping[str, int]) -> RankProgram:
         # every axis, in the mesh's order
         coordinates = self.program.mesh.coordinates(self.program.mesh.rank(coordinates))
+        key = tuple(coordinates[axis] for axis in self._axes)
+        if key not in self._parts:
+            self._parts[key] = self._rank(coordinates)
+        return replace(self._parts[key], coordinates=coordinates)
+
+    def _rank(self, coordinates: Mapping[str, int]) -> RankProgram:
         return RankProgram(
             build_graph=functools.partial(self._graph, coordinates),
             mesh=self.program.mesh,
@@ -112,7 +129,8 @@ def weight_shard(program: Program, weight: Weight, coordinates: Mapping[str, int
         if layout.partial or len(layout.dims) != len(weight.shape):
             raise LayoutError(f"weight {weight.name!r} of shape {list(weight.shape)} cannot have the layout {layout}")
         indices = tuple(
-            None if split is None else split.owned[program.mesh.index(split.axes, coordinates)] for split in layout.dims
+            None if split is None else split.at(program.mesh, coordinates)
+            for split in map(layout.split, range(len(layout.dims)))
         )
     for dim, (size, owned) in enumerate(zip(weight.shape, indices, strict=True)):
         if owned is not None and owned.intervals and owned.intervals[-1][1] > size:
@@ -132,8 +150,8 @@ def weight_shard(program: Program, weight: Weight, coordinates: Mapping[str, int
 
 def _state_shard(program: Program, state: State, coordinates: Mapping[str, int]) -> StateShard:
     shape = tuple(
-        size if split is None else split.owned[program.mesh.index(split.axes, coordinates)].size
-        for size, split in zip(state.shape, state.layout.dims, strict=True)
+        size if split is None else split.at(program.mesh, coordinates).size
+        for size, split in zip(state.shape, map(state.layout.split, range(len(state.shape))), strict=True)
     )
     return StateShard(state.name, shape, state.dtype, state.sees, state.per_token)
 
@@ -143,7 +161,7 @@ def _vocabulary(program: Program) -> dict[str, Any]:
     if not program.states:
         return {}
     (logits,) = program.graph.output_node().all_input_nodes
-    split = None if program.output is None else program.output.dims[-1]
+    split = None if program.output is None else program.output.split(-1)
     return {"vocab_size": int(logits.meta["val"].shape[-1]), "vocabulary": None if split is None else split.owned}
 
 

@@ -12,6 +12,7 @@ Each conversion of a value is made once and shared by all who need it.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from partitioner.errors import LayoutError
 from partitioner.program.node_arguments import evaluate
 from partitioner.program.program import Entry, Program, Value
 from partitioner.sharding.index_set import IndexSet
-from partitioner.sharding.layout import Layout, Split
+from partitioner.sharding.layout import Layout, Rows, Split, in_order, points
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.local import once, reorder, shard
 
@@ -60,10 +61,10 @@ class Rewriter:
                 f"{node.name} yields several tensors that are partial sums over {sorted(axes)}: not supported"
             )
         users = list(node.users)
-        reduced = node
-        for axis in sorted(axes):
-            reduced = self._after(reduced, all_reduce, (reduced, axis), {}, Layout(self.layouts[node].dims), node)
-            reduced.meta["why"] = f"completes the partial sums of {node.name}"
+        layout = self.layouts[node]
+        done = Layout(layout.dims, layout.partial - axes)
+        reduced = self._after(node, all_reduce, (node, _over(axes)), {}, done, node)
+        reduced.meta["why"] = f"completes the partial sums of {node.name}"
         for user in users:
             user.replace_input_with(node, reduced)
         self._completed[node] = reduced
@@ -99,17 +100,21 @@ class Rewriter:
         if (source, want) in self._made:
             return self._made[source, want]
         found = source
-        for axis in sorted(have.partial - want.partial):
-            found = self._after(found, all_reduce, (found, axis), {}, Layout(have.dims, have.partial - {axis}), source)
+        if surplus := have.partial - want.partial:
+            done = Layout(have.dims, have.partial - surplus)
+            found = self._after(found, all_reduce, (found, _over(surplus)), {}, done, source)
             have = self.layouts[found]
         for dim, (old, new) in enumerate(zip(have.dims, want.dims, strict=True)):
             if old != new:
+                if isinstance(old, Rows) or isinstance(new, Rows):
+                    raise LayoutError(f"{source.name}: a rank's own rows cannot be converted from {old} to {new} here")
                 found = self._redivided(found, dim, old, new, source)
         have = self.layouts[found]
-        for axis in sorted(want.partial - have.partial):
-            ranks = self.program.mesh.size(axis)
-            first = self.program.local("first", Entry(1, (axis,), tuple(int(i == 0) for i in range(ranks))))
-            found = self._after(found, once, (found, first), {}, Layout(have.dims, have.partial | {axis}), source)
+        if missing := in_order(want.partial - have.partial):
+            ranks = self.program.mesh.size(*missing)
+            first = self.program.local("first", Entry(1, missing, tuple(int(i == 0) for i in range(ranks))))
+            counted = Layout(have.dims, have.partial | set(missing))
+            found = self._after(found, once, (found, first), {}, counted, source)
             found.meta["why"] = "the same on every rank: counted once in the sum over ranks"
         self._made[source, want] = found
         return found
@@ -123,20 +128,24 @@ class Rewriter:
             if size != whole:
                 local = size if old is None else self.program.local("period", Entry(size, old.axes, old.sizes))
                 kwargs["period"] = local
-            if old is not None and old.axes != new.axes:
+            axes = new.axes if old is None else in_order((*old.axes, *new.axes))
+            if old is not None and axes != new.axes:
                 raise LayoutError(f"{source.name}: cannot go from {old} to {new} in dim {dim}")
+            mesh = self.program.mesh
             ranges = tuple(
-                _ranges(old.owned[i] if old else IndexSet.range(0, size), mine) for i, mine in enumerate(new.owned)
+                _ranges(old.at(mesh, place) if old else IndexSet.range(0, size), new.at(mesh, place))
+                for place in points(mesh, axes)
             )
-            local = self.program.local("ranges", Entry((0, size), new.axes, ranges))
+            local = self.program.local("ranges", Entry((0, size), axes, ranges))
             return self._after(node, shard, (node, local), kwargs, have.with_dim(dim, new), source)
         assert old is not None
         parts = disjoint(old)
         if parts != old:
             node = self._redivided(node, dim, old, parts, source)
-        (axis,) = parts.axes
         kwargs = {"dim": dim, "sizes": list(parts.sizes)}
-        whole = self._after(node, all_gather, (node, axis), kwargs, self.layouts[node].with_dim(dim, None), source)
+        whole = self._after(
+            node, all_gather, (node, _over(parts.axes)), kwargs, self.layouts[node].with_dim(dim, None), source
+        )
         whole.meta["why"] = f"{source.name} is needed whole"
         order = [i for owned in parts.owned for i in owned.indices()]
         if order != sorted(order):
@@ -158,6 +167,12 @@ class Rewriter:
     def _last_placeholder(self) -> fx.Node:
         found: list[fx.Node] = [n for n in self.program.graph.nodes if n.op == "placeholder"]
         return found[-1]
+
+
+def _over(axes: Iterable[str]) -> str | tuple[str, ...]:
+    """As graphs name axes: one by its name, several as a tuple."""
+    found = in_order(axes)
+    return found[0] if len(found) == 1 else found
 
 
 def _ranges(have: IndexSet, want: IndexSet) -> tuple[int, ...]:

@@ -23,12 +23,13 @@ from partitioner.errors import LayoutError
 from partitioner.program.node_arguments import arguments, describe, evaluate, node_values, operation
 from partitioner.program.program import Entry, PerRankInt, Program, Value
 from partitioner.sharding.index_set import IndexSet
-from partitioner.sharding.layout import REPLICATED, Layout, Split
+from partitioner.sharding.layout import REPLICATED, Layout, Rows, Split, in_order, points
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
-from runtime.ops.collectives import all_gather, all_reduce
+from runtime.ops.collectives import all_gather, all_reduce, axes_of
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.local import once, reorder, shard
+from runtime.ops.rows import collect_rows, take_rows
 from runtime.ops.state import cache_append, state_read, state_write
 
 aten = torch.ops.aten
@@ -106,23 +107,24 @@ def _require(node: fx.Node, source: fx.Node, got: Any, wanted: Layout) -> None:
 
 
 def _all_reduce(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
-    source, axis = node.args[:2]
+    source, axes = node.args[0], axes_of(node)
     layout: Layout = layouts[source]  # type: ignore[index]
-    if axis not in layout.partial:
+    if missing := [axis for axis in axes if axis not in layout.partial]:
         raise LayoutError(
-            f"{_at(node)} sums {source} over {axis!r}, but it is {layout}: not a partial sum over that axis"
+            f"{_at(node)} sums {source} over {missing[0]!r}, but it is {layout}: not a partial sum over that axis"
         )
-    return Layout(layout.dims, layout.partial - {axis})
+    return Layout(layout.dims, layout.partial - set(axes))
 
 
 def _all_gather(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
-    source, axis = node.args[:2]
+    source, axes = node.args[0], axes_of(node)
     layout: Layout = layouts[source]  # type: ignore[index]
     dim, sizes = node.kwargs["dim"], node.kwargs["sizes"]
     split = layout.dims[dim]  # type: ignore[index]
-    others = [s for i, s in enumerate(layout.dims) if s is not None and i != dim % len(layout.dims)]  # type: ignore[operator]
-    if split is None or split.axes != (axis,) or layout.partial or any(axis in s.axes for s in others):
-        raise LayoutError(f"{_at(node)} gathers dim {dim} of {source} over {axis!r}, but it is {layout}")
+    others = {a for i, s in enumerate(layout.dims) if s is not None and i != dim % len(layout.dims) for a in s.axes}  # type: ignore[operator]
+    if not isinstance(split, Split) or split.axes != axes or layout.partial or others & set(axes):
+        over = repr(axes[0]) if len(axes) == 1 else axes
+        raise LayoutError(f"{_at(node)} gathers dim {dim} of {source} over {over}, but it is {layout}")
     if disjoint(split) != split or split.sizes != tuple(sizes):  # type: ignore[arg-type]
         raise LayoutError(
             f"{_at(node)}: pieces of sizes {sizes} do not make up dim {dim} of {source}, which is {layout}"
@@ -143,19 +145,21 @@ def _shard(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     if entry is None:
         return layout
     size = evaluate(a["x"].meta["val"].shape[a["dim"]], dict.fromkeys(program.symbols.values(), 1))
-    old = layout.dims[a["dim"]]
-    if entry.whole != (0, size) or (old is not None and old.axes != entry.axes):
+    old = layout.split(a["dim"])
+    axes = entry.axes if old is None else in_order((*old.axes, *entry.axes))
+    others = {axis for i, s in enumerate(layout.dims) if s is not None and i != a["dim"] for axis in s.axes}
+    if entry.whole != (0, size) or entry.axes != axes or (old is None and others & set(axes)):
         raise LayoutError(f"{_at(node)}: ranges {entry} do not fit dim {a['dim']} of {layout}")
     if size != a["x"].meta["val"].shape[a["dim"]]:
-        _expect(program, node, "period", a["period"], size if old is None else old.sizes)
+        _expect(program, node, "period", a["period"], size if old is None else _sizes(old))
     owned = []
-    for i, ranges in enumerate(entry.values):
-        held = old.owned[i].indices() if old is not None else range(size)
+    for ranges, place in zip(entry.values, points(program.mesh, axes), strict=True):
+        held = range(size) if old is None else old.at(program.mesh, place).indices()
         assert isinstance(ranges, tuple)
         owned.append(
             IndexSet.of(held[j] for a_, b in zip(ranges[::2], ranges[1::2], strict=True) for j in range(a_, b))
         )
-    return layout.with_dim(a["dim"], Split(entry.axes, tuple(owned)))
+    return layout.with_dim(a["dim"], Split(axes, tuple(owned)))
 
 
 def _once(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
@@ -163,9 +167,38 @@ def _once(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     first: Any = node.args[1]
     layout: Layout = layouts[source]
     entry = program.table[first.name] if isinstance(first, PerRankInt) else None
-    if entry is None or layout.partial or sorted(map(str, entry.values)) != ["0"] * (len(entry.values) - 1) + ["1"]:
+    if (
+        entry is None
+        or layout.partial & set(entry.axes)
+        or layout.axes & set(entry.axes)
+        or sorted(map(str, entry.values)) != ["0"] * (len(entry.values) - 1) + ["1"]
+    ):
         raise LayoutError(f"{_at(node)} must count {source} ({layout}) on exactly one rank, got {entry}")
-    return Layout(layout.dims, frozenset(entry.axes))
+    return Layout(layout.dims, layout.partial | set(entry.axes))
+
+
+def _take_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
+    a = arguments(node)
+    layout: Layout = layouts[a["x"]]
+    axes = tuple(a["axes"])
+    indices = tuple(range(program.mesh.size(*axes)))
+    if a["parts"] != len(indices):
+        raise LayoutError(f"{_at(node)} deals rows to {a['parts']} ranks, where {axes} has {len(indices)}")
+    _expect(program, node, "index", a["index"], Entry(0, axes, indices))
+    if layout.dims[a["dim"]] is not None or (layout.axes | layout.partial) & set(axes):
+        raise LayoutError(f"{_at(node)} takes rows of dim {a['dim']} of {a['x']} over {axes}, but it is {layout}")
+    return layout.with_dim(a["dim"], Rows(axes, a["kind"]))
+
+
+def _collect_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
+    a = arguments(node)
+    layout: Layout = layouts[a["x"]]
+    rows = layout.dims[a["dim"]]
+    if not isinstance(rows, Rows) or rows.axes != axes_of(node):
+        raise LayoutError(
+            f"{_at(node)} collects rows of {axes_of(node)} along dim {a['dim']} of {a['x']}, which is {layout}"
+        )
+    return layout.with_dim(a["dim"], None)
 
 
 # -- integers that layouts imply ---------------------------------------------------------------------------------------
@@ -176,7 +209,7 @@ def _check_integers(program: Program, node: fx.Node, layouts: Layouts) -> None:
     if op is vocab_parallel_embedding:
         a = arguments(node)
         rows = layouts[a["weight"]].dims[0]
-        expected = _starts(rows) if rows is not None else 0
+        expected = _starts(rows) if isinstance(rows, Split) else 0
         _expect(program, node, "start", a["start"], expected)
     elif op in (attention, cached_attention):
         _check_kv_map(program, node, layouts)
@@ -184,8 +217,8 @@ def _check_integers(program: Program, node: fx.Node, layouts: Layouts) -> None:
             _check_states(program, node, layouts)
     elif op in (aten.conv1d, aten.conv2d, aten.convolution):
         split = layouts[node.all_input_nodes[0]].dims[1] if arguments(node)["groups"] != 1 else None
-        if split is not None:
-            _expect(program, node, "groups", arguments(node)["groups"], split.sizes)
+        if isinstance(split, Split):
+            _expect(program, node, "groups", arguments(node)["groups"], _sizes(split))
 
 
 def _check_states(program: Program, node: fx.Node, layouts: Layouts) -> None:
@@ -218,34 +251,42 @@ def _through_state(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     return layout  # type: ignore[no-any-return]
 
 
-def _starts(rows: Split) -> tuple[int, ...]:
+def _starts(rows: Split) -> Entry:
     if not all(owned.is_interval for owned in rows.owned):
         raise LayoutError(f"a look-up table is split into {rows}: each rank needs one run of rows")
-    return tuple(owned.intervals[0][0] if owned.intervals else 0 for owned in rows.owned)
+    return Entry(0, rows.axes, tuple(owned.intervals[0][0] if owned.intervals else 0 for owned in rows.owned))
 
 
-def _expect(program: Program, node: fx.Node, name: str, given: Any, expected: Any) -> None:
-    values = program.table[given.name].values if isinstance(given, PerRankInt) else given
-    if values != expected and not (isinstance(values, int) and expected == (values,) * len(expected)):
-        raise LayoutError(f"{_at(node)}: {name} must be {expected} on the ranks, got {values}")
+def _sizes(split: Split) -> Entry:
+    return Entry(None, split.axes, split.sizes)
+
+
+def _expect(program: Program, node: fx.Node, name: str, given: Any, expected: Entry | int) -> None:
+    """The integer must be `expected` at all coordinates: right numbers over another axis of equal size are wrong."""
+    entry = program.table[given.name] if isinstance(given, PerRankInt) else Entry(given, (), (given,))
+    wanted = expected if isinstance(expected, Entry) else Entry(expected, (), (expected,))
+    axes = in_order((*entry.axes, *wanted.axes))
+    for place in points(program.mesh, axes):
+        got, want = (each.values[program.mesh.index(each.axes, place)] for each in (entry, wanted))
+        if got != want:
+            where = ", ".join(f"{axis}={at}" for axis, at in place.items())
+            raise LayoutError(f"{_at(node)}: {name} must be {want} at {where or 'every rank'}, got {got}")
 
 
 def _check_kv_map(program: Program, node: fx.Node, layouts: Layouts) -> None:
     a = arguments(node)
-    q, k = (layouts[a[name]].dims[1] for name in ("q", "k"))
+    q, k = (layouts[a[name]].split(1) for name in ("q", "k"))
     if q is None:
         return
     heads, kv_heads = a["q"].meta["val"].shape[1], a["k"].meta["val"].shape[1]
     via = dict(notation(node).operands[1].via).get("h") or tuple(range(heads))
-    entry = (
-        program.table[a["kv_map"].name]
-        if isinstance(a["kv_map"], PerRankInt)
-        else Entry(None, q.axes, (None,) * len(q.owned))
-    )
-    for i, mine in enumerate(q.owned):
-        held = (k.owned[i] if k is not None else IndexSet.range(0, kv_heads)).indices()
+    entry = program.table[a["kv_map"].name] if isinstance(a["kv_map"], PerRankInt) else Entry(None, (), (None,))
+    mesh = program.mesh
+    for place in points(mesh, in_order((*q.axes, *(k.axes if k is not None else ()), *entry.axes))):
+        mine = q.at(mesh, place)
+        held = (k.at(mesh, place) if k is not None else IndexSet.range(0, kv_heads)).indices()
         wanted = tuple(held.index(via[h]) for h in mine.indices())
-        given = entry.values[i]
+        given = entry.values[mesh.index(entry.axes, place)]
         if given is None:
             given = tuple(j * len(held) // max(len(wanted), 1) for j in range(len(wanted)))
         if given != wanted:
@@ -257,6 +298,8 @@ SPECIAL = {
     all_gather: _all_gather,
     shard: _shard,
     once: _once,
+    take_rows: _take_rows,
+    collect_rows: _collect_rows,
     cache_append: _through_state,
     state_read: _through_state,
     state_write: _through_state,

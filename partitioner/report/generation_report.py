@@ -171,7 +171,7 @@ def _makers(program: Program) -> dict[str, fx.Node]:
 
 
 def _reason(program: Program, state: State, maker: fx.Node | None, users: dict[str, fx.Node]) -> str:
-    split = [(dim, part) for dim, part in enumerate(state.layout.dims) if part is not None]
+    split = state.layout.splits
     if split:
         shared = any(sum(part.sizes) > state.shape[dim] for dim, part in split)
         return "some of it is needed, and kept, by several ranks" if shared else ""

@@ -173,18 +173,15 @@ def make_report(program: Program, *, plan: str) -> Report:
 def _held(program: Program, weight: Weight, coordinates: dict[str, int]) -> int:
     layout = program.weight_layouts.get(weight.name)
     size = weight.bytes
-    for dim, split in enumerate(layout.dims if layout is not None else ()):
-        if split is not None:
-            size = size // weight.shape[dim] * split.owned[program.mesh.index(split.axes, coordinates)].size
+    for dim, split in layout.splits if layout is not None else ():
+        size = size // weight.shape[dim] * split.at(program.mesh, coordinates).size
     return size
 
 
 def split_text(layout: Layout) -> str:
-    found = []
-    for dim, split in enumerate(layout.dims):
-        if split is not None:
-            found.append(f"{'x'.join(split.axes)} over dim {dim} as {'/'.join(map(str, split.sizes))}")
-    return ", ".join(found)
+    return ", ".join(
+        f"{'x'.join(split.axes)} over dim {dim} as {'/'.join(map(str, split.sizes))}" for dim, split in layout.splits
+    )
 
 
 def matrix_users(program: Program) -> dict[str, fx.Node]:
@@ -210,10 +207,8 @@ def matrix_users(program: Program) -> dict[str, fx.Node]:
 
 def reason_for(program: Program, weight: Weight, layout: Layout | None, users: dict[str, fx.Node]) -> str:
     if layout is not None:
-        for dim, split in enumerate(layout.dims):
-            if split is not None and sum(split.sizes) > weight.shape[dim]:
-                return "some of it is needed, and held, by several ranks"
-        return ""
+        shared = any(sum(split.sizes) > weight.shape[dim] for dim, split in layout.splits)
+        return "some of it is needed, and held, by several ranks" if shared else ""
     if weight.name in program.kept_whole:
         return program.kept_whole[weight.name]
     if program.mesh.world_size == 1:

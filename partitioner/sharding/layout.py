@@ -2,11 +2,14 @@
 
     None                      this dim is whole on every rank
     Split(("tp",), owned)     coordinate i along tp holds the indices owned[i] of this dim
+    Rows(("sp",), "sequence") this dim runs over the rows that a rank has, of those that the ranks of sp have together
     partial={"tp"}            the tensor is the sum over tp of what the ranks hold
 
 Owned index sets may be uneven, may consist of several intervals (a fused projection) and may overlap (a kv head
 shared by several ranks). A local tensor holds its owned indices in ascending order. Where a dim's size is a symbol
 times a constant (`batch * heads` merged by a reshape), the split is that of the constant, inner factor.
+
+Which rows a rank has, and how many, is known only when it runs: rows are compared by equality, never counted.
 
 The idea of one layout type for every sharding follows GSPMD (arXiv:2105.04663, section 3.1) and DTensor's placements;
 index sets in place of even shards are what uneven and partially replicated splits need.
@@ -14,13 +17,15 @@ index sets in place of even shards are what uneven and partially replicated spli
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from partitioner.errors import LayoutError
 from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.mesh import AXES, EXPERT_AXES, Mesh
 
-__all__ = ["REPLICATED", "Layout", "Split"]
+__all__ = ["REPLICATED", "Layout", "Rows", "Split", "in_order", "points"]
 
 
 @dataclass(frozen=True)
@@ -41,15 +46,34 @@ class Split:
     def sizes(self) -> tuple[int, ...]:
         return tuple(indices.size for indices in self.owned)
 
+    def at(self, mesh: Mesh, coordinates: Mapping[str, int]) -> IndexSet:
+        """What the rank at `coordinates` holds."""
+        return self.owned[mesh.index(self.axes, coordinates)]
+
     def __str__(self) -> str:
         return f"{'x'.join(self.axes)}({', '.join(map(str, self.owned))})"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One dim that runs over a rank's own rows.
+
+    kind: what they are, the name of a symbol in sizes ("sequence", "batch"); or "tokens", those of a flattened batch;
+    or "routed", those that were sent to a rank's experts.
+    """
+
+    axes: tuple[str, ...]
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} rows of {'x'.join(self.axes)}"
 
 
 @dataclass(frozen=True)
 class Layout:
     """The layout of one tensor; see the module's docstring."""
 
-    dims: tuple[Split | None, ...]
+    dims: tuple[Split | Rows | None, ...]
     partial: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -71,9 +95,30 @@ class Layout:
 
     @property
     def split_dims(self) -> tuple[int, ...]:
-        return tuple(i for i, dim in enumerate(self.dims) if dim is not None)
+        return tuple(i for i, dim in enumerate(self.dims) if isinstance(dim, Split))
 
-    def with_dim(self, dim: int, split: Split | None) -> Layout:
+    @property
+    def splits(self) -> tuple[tuple[int, Split], ...]:
+        """Each split dim with how it is split."""
+        return tuple((i, dim) for i, dim in enumerate(self.dims) if isinstance(dim, Split))
+
+    @property
+    def row_dims(self) -> tuple[int, ...]:
+        return tuple(i for i, dim in enumerate(self.dims) if isinstance(dim, Rows))
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """Those over which it is divided; not those of a partial sum."""
+        return frozenset(axis for dim in self.dims if dim is not None for axis in dim.axes)
+
+    def split(self, dim: int) -> Split | None:
+        """How dim `dim` is split; None where it is whole. Raises `LayoutError` for rows, which have no indices."""
+        found = self.dims[dim]
+        if isinstance(found, Rows):
+            raise LayoutError(f"dim {dim} of {self} runs over a rank's own rows, which are no indices of a whole")
+        return found
+
+    def with_dim(self, dim: int, split: Split | Rows | None) -> Layout:
         dims = list(self.dims)
         dims[dim] = split
         return Layout(tuple(dims), self.partial)
@@ -86,3 +131,14 @@ class Layout:
 def REPLICATED(rank: int) -> Layout:  # noqa: N802 - reads as a constant of the given number of dims
     """Whole on every rank."""
     return Layout((None,) * rank)
+
+
+def in_order(axes: Iterable[str]) -> tuple[str, ...]:
+    """Each axis once, slowest-varying first, so that equal sets of axes are written alike."""
+    named = frozenset(axes)
+    return tuple(axis for axis in dict.fromkeys((*AXES, *EXPERT_AXES)) if axis in named)
+
+
+def points(mesh: Mesh, axes: tuple[str, ...]) -> list[dict[str, int]]:
+    """The coordinates along `axes`, which are of one view, in row-major order."""
+    return [mesh.at(axes, index) for index in range(mesh.size(*axes))]

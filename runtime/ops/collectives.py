@@ -12,24 +12,31 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from partitioner.errors import CommunicationError
 
-__all__ = ["COLLECTIVES", "all_gather", "all_reduce"]
+__all__ = ["COLLECTIVES", "all_gather", "all_reduce", "axes_of", "unbound"]
 
 
-def all_reduce(x: Tensor, axis: str) -> Tensor:
+def all_reduce(x: Tensor, axis: str | tuple[str, ...]) -> Tensor:
     """The sum of every rank's `x` over `axis`."""
-    _unbound("all_reduce", axis)
+    unbound("all_reduce", axis)
 
 
-def all_gather(x: Tensor, axis: str, *, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
+def all_gather(x: Tensor, axis: str | tuple[str, ...], *, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
     """Every rank's `x` along `axis`, put together at `dim`; `sizes[i]` is coordinate i's part, None: all alike."""
-    _unbound("all_gather", axis)
+    unbound("all_gather", axis)
 
 
-def _unbound(op: str, axis: str) -> NoReturn:
+def axes_of(node: fx.Node) -> tuple[str, ...]:
+    """The axes over which a node communicates, its second argument."""
+    axes = node.args[1]
+    return (axes,) if isinstance(axes, str) else tuple(axes)  # type: ignore[arg-type]
+
+
+def unbound(op: str, axis: str | tuple[str, ...]) -> NoReturn:
+    """What an op does that is run without a communicator."""
     raise CommunicationError(
         f"{op} over {axis!r} is not bound to a communicator: run the rank through an Engine "
         f"(parts.engine(rank, communicator)) or all ranks in this process (parts.simulate(...))"

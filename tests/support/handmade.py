@@ -54,7 +54,16 @@ class _Builder:
         self.graph = program.graph
 
     def weight(self, name: str) -> fx.Node:
-        return self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
+        node = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
+        weight = self.program.weights[name]
+        node.meta["val"] = Value(weight.shape, weight.dtype)
+        return node
+
+    def inputs(self) -> list[fx.Node]:
+        nodes = [self.graph.placeholder(given.name) for given in self.program.inputs]
+        for node, given in zip(nodes, self.program.inputs, strict=True):
+            node.meta["val"] = given.value
+        return nodes
 
     def call(self, name, target, args, layout=None, size=HIDDEN, dtype=torch.float64, **kwargs) -> fx.Node:
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
@@ -67,7 +76,7 @@ class _Builder:
 def traced() -> Program:
     program = _empty(Mesh.of())
     b = _Builder(program)
-    ids, positions = b.graph.placeholder("input_ids"), b.graph.placeholder("position_ids")
+    ids, positions = b.inputs()
     embedding = b.call("embedding", aten.embedding.default, (b.weight("model.embed.weight"), ids))
     where = b.call("where", aten.unsqueeze.default, (positions, -1), size=1, dtype=torch.int64)
     hidden = b.call("hidden", aten.add.Tensor, (embedding, where))
@@ -97,7 +106,7 @@ def partitioned(n: int) -> Program:
     width = program.local("width", Entry(FFN, ("tp",), ffn.sizes))
     last, partial = Layout((None, None, ffn)), Layout((None,) * 3, frozenset({"tp"}))
     b = _Builder(program)
-    ids, positions = b.graph.placeholder("input_ids"), b.graph.placeholder("position_ids")
+    ids, positions = b.inputs()
     rows = b.weight("model.embed.weight")
     embedding = b.call("embedding", vocab_parallel_embedding, (ids, rows), partial, start=start)
     embedding.meta["why"] = "vocabulary over tp"

@@ -36,9 +36,9 @@ _SMALL_REDUCTION = 0.02
 
 @dataclass(frozen=True)
 class Decisions:
-    """splits: weight -> (dim, owners). partial: reductions done in parts. pinned: weight kept whole -> the reason."""
+    """splits: weight -> how its dims are split. partial: reductions done in parts. pinned: replicated -> the reason."""
 
-    splits: dict[str, tuple[int, Split]]
+    splits: dict[str, dict[int, Split]]
     partial: frozenset[str]
     pinned: dict[str, str]
 
@@ -353,4 +353,4 @@ def decide(
                 if theirs in splits and mine not in found.pinned:
                     splits[mine] = splits[theirs]
     pinned = {name: reason for name, reason in found.pinned.items() if name not in splits}
-    return Decisions(splits, found.partial, pinned)
+    return Decisions({name: {dim: split} for name, (dim, split) in splits.items()}, found.partial, pinned)

@@ -1,8 +1,8 @@
-"""The layout of what an op yields, from the layouts of its operands; and the layout it requires of each.
+"""The layout of what an op in index notation yields, from the layouts of its operands; and what it requires of each.
 
-Ops in index notation combine splits letter by letter: a dim that two operands split differently is held where both
-are. A summed letter that is split leaves a partial sum. Moves run as themselves on marks (present, absent, don't
-care), per coordinate, and what comes out must be a product of index sets again.
+Splits combine letter by letter: a dim that two operands split differently is held where both are, over the axes of
+both. A summed letter that is split leaves a partial sum. A letter along which a rank has its own rows must be the same
+rows in every operand. Data-movement ops are in `infer_move`.
 
 One function serves three ends: it infers layouts while a pass rewrites, checks them afterwards (a requirement that is
 not met is an error), and says where a collective is needed, which is what a plan costs.
@@ -10,27 +10,23 @@ not met is an error), and says where a collective is needed, which is what a pla
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from partitioner.analysis.labels.assign_owners import index_set
-from partitioner.analysis.labels.index_sets import compact
 from partitioner.analysis.rules import notation
-from partitioner.analysis.rules.data_movement import run_move
 from partitioner.analysis.rules.notation import Notation, Operand
-from partitioner.program.node_arguments import arguments, evaluate, map_nodes, node_values, operation, shape_at
-from partitioner.program.program import Program, Value
+from partitioner.errors import PlanError
+from partitioner.program.node_arguments import node_values
+from partitioner.program.program import Program
 from partitioner.sharding.index_set import IndexSet
-from partitioner.sharding.layout import REPLICATED, Layout, Split
+from partitioner.sharding.layout import REPLICATED, Layout, Rows, Split, in_order, points
+from partitioner.sharding.mesh import Mesh
 
-aten = torch.ops.aten
+__all__ = ["Inference", "Layouts", "disjoint", "infer_compute", "layout_of"]
 
-__all__ = ["Inference", "Layouts", "disjoint", "infer_compute", "infer_move"]
-
+Dim = Split | Rows | None
 Layouts = dict[fx.Node, Any]
 """Layout of each node, or a tuple of them for several outputs."""
 
@@ -58,24 +54,24 @@ def disjoint(split: Split) -> Split:
     return Split(split.axes, tuple(owned))
 
 
-def _layout(layouts: Layouts, node: fx.Node) -> Layout:
+def layout_of(layouts: Layouts, node: fx.Node) -> Layout:
     found = layouts[node]
     assert isinstance(found, Layout), node
     return found
 
 
-# -- ops in index notation ---------------------------------------------------------------------------------------------
-
-
-def infer_compute(node: fx.Node, layouts: Layouts) -> Inference:
+def infer_compute(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
     """For a call_function node that is not a move."""
     rule = notation(node)
-    if all(_layout(layouts, o.node).is_replicated for o in rule.operands):
+    if all(layout_of(layouts, o.node).is_replicated for o in rule.operands):
         return Inference(
             tuple(REPLICATED(len(v.shape)) for v in node_values(node)),
             tuple((o.node, layouts[o.node]) for o in rule.operands),
         )
-    splits = {letter: _combined(letter, rule, layouts) for letter in _letters(rule)}
+    for letter in sorted(_letters(rule)):
+        if len(rows := _rows(letter, rule, layouts)) > 1:
+            return Inference((), (), f"rows meet other ranks' rows: {' and '.join(sorted(map(str, rows)))}")
+    splits = {letter: _combined(letter, rule, layouts, program.mesh) for letter in _letters(rule)}
     for letter in rule.whole | (rule.sums if rule.averages else frozenset()):
         splits[letter] = None
     _one_per_axis(rule, layouts, splits)
@@ -85,7 +81,7 @@ def infer_compute(node: fx.Node, layouts: Layouts) -> Inference:
     for letter in rule.sums:
         split = splits[letter]
         if split is not None:
-            splits[letter] = disjoint(split)
+            splits[letter] = disjoint(split) if isinstance(split, Split) else split
             partial |= set(split.axes)
     sums = _sum_operands(rule, layouts, splits) if partial else set()
     requires = tuple(
@@ -105,38 +101,39 @@ def infer_compute(node: fx.Node, layouts: Layouts) -> Inference:
     return Inference(outputs, requires)
 
 
-def _one_per_axis(rule: Notation, layouts: Layouts, splits: dict[str, Split | None]) -> None:
-    """Leaves at most one letter split over each axis, unless one operand holds just that product of index sets.
+def _one_per_axis(rule: Notation, layouts: Layouts, splits: dict[str, Dim]) -> None:
+    """Leaves at most one letter divided over each axis, unless one operand holds just that product of index sets.
 
-    Rank r would compute rows r of columns r only: the blocks beside the diagonal would be computed by nobody.
+    Rank r would compute rows r of columns r only: the blocks beside the diagonal would be computed by nobody. Splits
+    come before rows, which are made whole more cheaply than weights.
     """
-    axes = {split.axes for split in splits.values() if split is not None}
-    for axis in axes:
-        split_letters = {letter for letter, split in splits.items() if split is not None and split.axes == axis}
-        if len(split_letters) < 2:
+    for axis in in_order(axis for split in splits.values() if split is not None for axis in split.axes):
+        divided = {letter for letter, split in splits.items() if split is not None and axis in split.axes}
+        if len(divided) < 2 or _held_together(divided, rule, layouts, splits):
             continue
-        together = any(
-            all(
-                splits[n] == own
-                for n, own in zip(o.letters, _layout(layouts, o.node).dims, strict=True)
-                if n in split_letters
-            )
-            and split_letters <= set(o.letters)
-            and not o.via
-            for o in rule.operands
-        )
-        if together and not split_letters & rule.sums:
-            continue
-        kept = next((n for names in rule.outputs for n in names if n in split_letters), min(split_letters))
-        for letter in split_letters - {kept}:
+        constant = {letter for letter in divided if isinstance(splits[letter], Split)} or divided
+        kept = next((n for names in rule.outputs for n in names if n in constant), min(constant))
+        for letter in divided - {kept}:
             splits[letter] = None
+
+
+def _held_together(letters: set[str], rule: Notation, layouts: Layouts, splits: dict[str, Dim]) -> bool:
+    """Whether some operand is divided along all these letters, and nothing is summed along them."""
+    if letters & rule.sums or any(isinstance(splits[letter], Rows) for letter in letters):
+        return False
+    return any(
+        all(splits[n] == own for n, own in zip(o.letters, layout_of(layouts, o.node).dims, strict=True) if n in letters)
+        and letters <= set(o.letters)
+        and not o.via
+        for o in rule.operands
+    )
 
 
 def _letters(rule: Notation) -> set[str]:
     return {letter for operand in rule.operands for letter in operand.letters if letter is not None}
 
 
-def _sum_operands(rule: Notation, layouts: Layouts, splits: dict[str, Split | None]) -> set[int]:
+def _sum_operands(rule: Notation, layouts: Layouts, splits: dict[str, Dim]) -> set[int]:
     """In each term of a sum that is left partial, the operand that must be (or is) a partial sum itself.
 
     None where the term is contracted over a split letter. Where no operand of a term is partial yet, its first one is
@@ -147,19 +144,34 @@ def _sum_operands(rule: Notation, layouts: Layouts, splits: dict[str, Split | No
         names = {letter for i in term for letter in rule.operands[i].letters if letter is not None}
         if any(splits[letter] is not None for letter in names & rule.sums):
             continue
-        inside = [i for i in sorted(term) if _layout(layouts, rule.operands[i].node).partial]
+        inside = [i for i in sorted(term) if layout_of(layouts, rule.operands[i].node).partial]
         found.add(inside[0] if inside else min(term - rule.denominators))
     return found
 
 
-def _combined(letter: str, rule: Notation, layouts: Layouts) -> Split | None:
+def _rows(letter: str, rule: Notation, layouts: Layouts) -> set[Rows]:
+    """Whose rows the operands run over along a letter."""
+    found = set()
+    for operand in rule.operands:
+        dims = layout_of(layouts, operand.node).dims
+        found |= {
+            dim for name, dim in zip(operand.letters, dims, strict=True) if name == letter and isinstance(dim, Rows)
+        }
+    return found
+
+
+def _combined(letter: str, rule: Notation, layouts: Layouts, mesh: Mesh) -> Dim:
     """What every operand with the letter can agree on; None where something would be held by no rank."""
     found: Split | None = None
+    rows: Rows | None = None
     for operand in rule.operands:
         if letter not in operand.letters:
             continue
-        split = _layout(layouts, operand.node).dims[operand.letters.index(letter)]
+        split = layout_of(layouts, operand.node).dims[operand.letters.index(letter)]
         if split is None:
+            continue
+        if isinstance(split, Rows):
+            rows = split
             continue
         via = dict(operand.via).get(letter)
         if via is not None:
@@ -168,26 +180,36 @@ def _combined(letter: str, rule: Notation, layouts: Layouts) -> Split | None:
         if found is None:
             found = split
         elif found != split:
-            if found.axes != split.axes:
+            found = _both(found, split, mesh)
+            if found is None:
                 return None
-            both = tuple(a & b for a, b in zip(found.owned, split.owned, strict=True))
-            if _union(both) != _union(found.owned) & _union(split.owned):
-                return None
-            found = Split(found.axes, both)
-    return found
+    return None if found is not None and rows is not None else found or rows
+
+
+def _both(one: Split, other: Split, mesh: Mesh) -> Split | None:
+    """Where both are held, over the axes of both; None where an index that both have would be held by no rank."""
+    axes = one.axes if one.axes == other.axes else in_order((*one.axes, *other.axes))
+    try:
+        places = points(mesh, axes)
+    except PlanError:
+        return None  # axes of two views
+    both = tuple(one.at(mesh, place) & other.at(mesh, place) for place in places)
+    return Split(axes, both) if _union(both) == _union(one.owned) & _union(other.owned) else None
 
 
 def _union(sets: tuple[IndexSet, ...]) -> IndexSet:
     return IndexSet.of(i for indices in sets for i in indices.indices())
 
 
-def _dim_split(operand: Operand, letter: str | None, splits: dict[str, Split | None]) -> Split | None:
+def _dim_split(operand: Operand, letter: str | None, splits: dict[str, Dim]) -> Dim:
     split = splits.get(letter) if letter is not None else None
     if split is None:
         return None
     via = dict(operand.via).get(letter or "")
     if via is None:
         return split
+    if isinstance(split, Rows):
+        return None
     owned = tuple(IndexSet.of(via[i] for i in indices.indices()) for indices in split.owned)
     size = operand.node.meta["val"].shape[operand.letters.index(letter)]
     return None if all(indices.size == size for indices in owned) else Split(split.axes, owned)
@@ -195,127 +217,9 @@ def _dim_split(operand: Operand, letter: str | None, splits: dict[str, Split | N
 
 def _carried(rule: Notation, layouts: Layouts) -> frozenset[str]:
     """Axes over which the result stays a partial sum because its operands are, as far as the op is linear in them."""
-    partial = {i: _layout(layouts, o.node).partial for i, o in enumerate(rule.operands)}
+    partial = {i: layout_of(layouts, o.node).partial for i, o in enumerate(rule.operands)}
     axes = frozenset[str]().union(*partial.values())
     linear_in = frozenset[int]().union(*rule.terms) - rule.denominators if rule.terms else frozenset[int]()
     if any(p and (p != axes or i not in linear_in) for i, p in partial.items()):
         return frozenset()
     return axes if all(sum(bool(partial[i]) for i in term) <= 1 for term in rule.terms) else frozenset()
-
-
-# -- moves -------------------------------------------------------------------------------------------------------------
-
-_FREE, _PRESENT, _ABSENT = 0, 1, 2
-
-
-def infer_move(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
-    """For a move."""
-    sources = [n for n in node.all_input_nodes if node_values(n)]
-    values = node_values(node)
-    if node.target is operator.getitem and isinstance(layouts[sources[0]], tuple):
-        picked = layouts[sources[0]][node.args[1]]
-        return Inference((picked,), ())
-    given = {n: _layout(layouts, n) for n in sources}
-    partial = {n: layout.partial for n, layout in given.items()}
-    axes = frozenset().union(*partial.values())
-    if axes and any(p != axes for p in partial.values()):
-        axes = frozenset()  # a partial sum beside a free value: completed first
-    requires = tuple((n, Layout(layout.dims, axes)) for n, layout in given.items())
-    if all(not layout.split_dims for layout in given.values()):
-        return Inference(tuple(Layout((None,) * len(v.shape), axes) for v in values), requires)
-    split_axes = {s.axes for layout in given.values() for s in layout.dims if s is not None}
-    if len(split_axes) > 1:
-        return Inference((), requires, f"operands are split over different axes {sorted(split_axes)}")
-    (split_axis,) = split_axes
-    ones = dict.fromkeys(program.symbols.values(), 1)
-    per_rank = []
-    for index in range(program.mesh.size(*split_axis)):
-        marks = {n: _marks(given[n], n.meta["val"], index, ones) for n in sources}
-
-        def argument(n: fx.Node, marks: dict[fx.Node, Tensor] = marks) -> Any:
-            return marks[n] if n in marks else evaluate(n.meta["val"], ones)
-
-        args, kwargs = program.whole((node.args, dict(node.kwargs)))
-        try:
-            found = run_move(node, map_nodes(args, argument), map_nodes(kwargs, argument))
-        except (RuntimeError, IndexError, ValueError) as error:
-            return Inference((), requires, f"sizes that depend on data: {error}")
-        outputs = list(found) if isinstance(found, (list, tuple)) else [found]
-        sets = [_product(output) for output in outputs]
-        if any(s is None for s in sets):
-            return Inference((), requires, "what a rank would hold is not a product of index sets")
-        per_rank.append(sets)
-    layouts_out = []
-    for i, value in enumerate(values):
-        dims: list[Split | None] = []
-        for dim, size in enumerate(shape_at(value, ones)):
-            owned = tuple(rank[i][dim] for rank in per_rank)  # type: ignore[index]
-            dims.append(None if all(o.size == size for o in owned) else Split(split_axis, owned))
-        layouts_out.append(Layout(tuple(dims), axes))
-    if len(sources) > 1:
-        requires = tuple((n, _beside(node, n, layout, layouts_out[0])) for n, layout in requires)
-    return Inference(tuple(layouts_out), requires)
-
-
-def _beside(node: fx.Node, source: fx.Node, layout: Layout, output: Layout) -> Layout:
-    """What one of several operands must be: split as the result is, except along the dim where they are put
-    together.
-    """
-    op, a = operation(node), arguments(node)
-    if "dim" not in a:  # expand_as and its like: the second operand gives the shape
-        return Layout(output.dims, layout.partial) if source is a.get("other") else layout
-    dim = a["dim"] % len(output.dims)
-    dims = list(output.dims)
-    if op is aten.stack or (op is aten.select_scatter and source is a["src"]):
-        del dims[dim]
-    elif dim < len(layout.dims):
-        dims[dim] = layout.dims[dim]
-    return Layout(tuple(dims), layout.partial)
-
-
-def _marks(layout: Layout, value: Value, index: int, ones: Any) -> Tensor:
-    """Present or absent for each element at the index-th coordinate; all free for a replicated operand."""
-    shape = shape_at(value, ones)
-    marks = torch.full([1] * len(shape), _PRESENT if layout.split_dims else _FREE, dtype=torch.int8)
-    for dim in layout.split_dims:
-        split = layout.dims[dim]
-        assert split is not None
-        vector = torch.full((shape[dim],), _ABSENT, dtype=torch.int8)
-        for a, b in split.owned[index].intervals:
-            vector[a:b] = _PRESENT
-        marks = torch.maximum(marks, vector.view([-1 if d == dim else 1 for d in range(len(shape))]))
-    return marks.expand(shape)
-
-
-def _product(marks: Tensor) -> list[IndexSet] | None:
-    """Per dim the indices to hold: those with a present element, or with nothing but free ones. None: not a product."""
-    if not marks.numel():
-        return [IndexSet.range(0, size) for size in marks.shape]
-    small = compact(marks)
-    keep = []
-    for dim in range(marks.ndim):
-        if small.shape[dim] == 1 and marks.shape[dim] != 1:
-            keep.append(IndexSet.range(0, marks.shape[dim]))
-            continue
-        others = [d for d in range(marks.ndim) if d != dim]
-        present = (small == _PRESENT).amax(others) if others else small == _PRESENT
-        taken = (small != _FREE).amax(others) if others else small != _FREE
-        keep.append(index_set(present | ~taken))
-    held = small
-    for dim, indices in enumerate(keep):
-        if indices.size != held.shape[dim] and small.shape[dim] == marks.shape[dim]:
-            held = held.index_select(dim, torch.tensor(indices.indices(), dtype=torch.int64))
-    absent_everywhere = not bool((small == _PRESENT).any())
-    if absent_everywhere and bool((small == _ABSENT).any()):
-        return _nothing(small, marks)
-    return None if bool((held == _ABSENT).any()) else keep
-
-
-def _nothing(small: Tensor, marks: Tensor) -> list[IndexSet]:
-    """A rank that holds nothing: empty along the innermost dim that tells absent from free, whole along the others.
-
-    `symbols are 1`: a dim of size 1 is taken only where no larger one was split, and never an expanded one.
-    """
-    own = [d for d in range(marks.ndim) if small.shape[d] == marks.shape[d]]
-    empty = max((d for d in own if marks.shape[d] > 1), default=own[-1])
-    return [IndexSet.range(0, 0 if d == empty else size) for d, size in enumerate(marks.shape)]

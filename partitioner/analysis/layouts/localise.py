@@ -22,7 +22,7 @@ from partitioner.analysis.rules.data_movement import IDENTITIES, MOVES, run_move
 from partitioner.program.node_arguments import arguments, evaluate, map_nodes, node_values, operation, shape_at
 from partitioner.program.program import Entry, PerRankInt, Program, Value
 from partitioner.sharding.index_set import IndexSet
-from partitioner.sharding.layout import Layout
+from partitioner.sharding.layout import Layout, Split, in_order, points
 from runtime.ops.local import reorder
 
 aten = torch.ops.aten
@@ -81,30 +81,33 @@ def localise(program: Program, node: fx.Node, layouts: Layouts, outputs: tuple[L
         return None
     dim = a["dim"] % len(source.dims)
     split = source.dims[dim]
-    if split is None:
+    if not isinstance(split, Split):
         return None
+    mesh = program.mesh
     if op in (aten.split, aten.split_with_sizes, aten.chunk):
         wholes = [evaluate(v.shape[dim], _ones(program)) for v in node_values(node)]
-        per_rank = []
-        for rank in range(len(split.owned)):
-            mine = []
-            for layout, whole in zip(outputs, wholes, strict=True):
-                piece = layout.dims[dim]
-                mine.append(whole if piece is None else piece.owned[rank].size)
-            per_rank.append(tuple(mine))
-        sizes = program.local("sizes", Entry(tuple(wholes), split.axes, tuple(per_rank)))
+        pieces = [layout.split(dim) for layout in outputs]
+        axes = in_order((*split.axes, *(axis for piece in pieces if piece is not None for axis in piece.axes)))
+        per_rank = [
+            tuple(
+                whole if piece is None else piece.at(mesh, place).size
+                for piece, whole in zip(pieces, wholes, strict=True)
+            )
+            for place in points(mesh, axes)
+        ]
+        sizes = program.local("sizes", Entry(tuple(wholes), axes, tuple(per_rank)))
         return Localised(aten.split_with_sizes.default, (a["self"], _listed(sizes), dim), {})
     if op is reorder:
-        output = outputs[0].dims[dim]
-        every = list(range(len(a["order"])))
+        output = outputs[0].split(dim)
+        axes = split.axes if output is None else in_order((*split.axes, *output.axes))
         orders = []
-        for rank, owned in enumerate(split.owned):
-            place = {index: i for i, index in enumerate(owned.indices())}
-            mine = every if output is None else output.owned[rank].indices()
+        for coordinates in points(mesh, axes):
+            place = {index: i for i, index in enumerate(split.at(mesh, coordinates).indices())}
+            mine = list(range(len(a["order"]))) if output is None else output.at(mesh, coordinates).indices()
             if any(a["order"][i] not in place for i in mine):
                 return None
             orders.append(tuple(place[a["order"][i]] for i in mine))
-        order = program.local("order", Entry(tuple(a["order"]), split.axes, tuple(orders)))
+        order = program.local("order", Entry(tuple(a["order"]), axes, tuple(orders)))
         return Localised(reorder, (a["self"], _listed(order)), {"dim": dim})
     if op in (aten.slice, aten.slice_scatter, aten.narrow) and a.get("step", 1) == 1:
         whole = evaluate(node_values(a["self"])[0].shape[dim], _ones(program))
@@ -158,7 +161,7 @@ def _sizes(
     found, changed = [], False
     for i, size in enumerate(sizes):
         split = output.dims[offset + i]
-        if split is None or size == -1:
+        if not isinstance(split, Split) or size == -1:
             found.append(size)
             continue
         changed = True
@@ -187,7 +190,6 @@ def moves_alike(
     if any(_numel(n.meta["val"], program) > _LARGEST_CHECK for n in sources):
         return operation(node) in _DIM_ONLY or operation(node) in IDENTITIES
     symbols = {s: 2 + i for i, s in enumerate(program.symbols.values())}
-    ones = _ones(program)
     wholes: dict[fx.Node, Tensor] = {}
     base = 0
     for n in sources:
@@ -196,14 +198,18 @@ def moves_alike(
         wholes[n] = torch.arange(base, base + count).view(shape)
         base += count
     whole_out = _run(program, node, wholes, lambda n: evaluate(n.meta["val"], symbols))
-    axes = next((s.axes for layout in outputs for s in layout.dims if s is not None), None) or next(
-        (s.axes for n in sources for s in layouts[n].dims if s is not None), None
-    )
-    if axes is None:
-        return True
-    for index in range(program.mesh.size(*axes)):
-        coordinates = _coordinates(program, axes, index)
-        mine = {n: _part(wholes[n], layouts[n], index, n.meta["val"], ones) for n in sources}
+    involved = (*outputs, *(layouts[n] for n in sources))
+    axes = in_order(axis for x in involved for dim in x.dims if isinstance(dim, Split) for axis in dim.axes)
+    integers = _integers(done)
+    axes = in_order((*axes, *(axis for name in integers for axis in program.table[name].axes)))
+    seen = set()
+    for coordinates in points(program.mesh, axes) if axes else []:
+        held = tuple(dim.at(program.mesh, coordinates) for x in involved for dim in x.dims if isinstance(dim, Split))
+        case = (held, tuple(program.at(PerRankInt(name), coordinates) for name in integers))
+        if case in seen:
+            continue  # another rank with the same parts
+        seen.add(case)
+        mine = {n: _part(wholes[n], layouts[n], coordinates, n.meta["val"], program) for n in sources}
 
         def integer(n: fx.Node, coordinates: Mapping[str, int] = coordinates) -> int:
             return _integer(program, n, symbols, coordinates)
@@ -228,7 +234,7 @@ def moves_alike(
         except (RuntimeError, IndexError, ValueError):
             return False
         for piece, whole, layout, value in zip(found, whole_out, outputs, node_values(node), strict=True):
-            expected = _part(whole, layout, index, value, ones)
+            expected = _part(whole, layout, coordinates, value, program)
             if piece.shape != expected.shape or not torch.equal(piece, expected):
                 return False
     return True
@@ -255,20 +261,33 @@ def _call(target: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return list(found) if isinstance(found, (list, tuple)) else [found]
 
 
-def _coordinates(program: Program, axes: tuple[str, ...], index: int) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for axis in reversed(axes):
-        index, found[axis] = divmod(index, program.mesh.size(axis))
-    return found
+def _integers(done: Localised) -> list[str]:
+    """The rows of the table that stand in its arguments."""
+    names: dict[str, None] = {}
+
+    def note(value: Any) -> Any:
+        leaf = value.local if isinstance(value, Scaled) else value
+        if isinstance(leaf, PerRankInt):
+            names[leaf.name] = None
+        for source in [value.node] if isinstance(value, Scaled) else [value] if isinstance(value, fx.Node) else []:
+            if source.op == "call_function" and source.target in _ARITHMETIC:
+                fx.node.map_aggregate(source.args, note)
+        return value
+
+    fx.node.map_aggregate((done.args, dict(done.kwargs)), note)
+    return list(names)
 
 
-def _part(whole: Tensor, layout: Layout, index: int, value: Value, ones: Any) -> Tensor:
-    """The elements that the index-th coordinate holds; a symbolic factor of a split dim is outermost."""
+def _part(whole: Tensor, layout: Layout, coordinates: Mapping[str, int], value: Value, program: Program) -> Tensor:
+    """The elements that the rank at `coordinates` holds; a symbolic factor of a split dim is outermost.
+
+    A dim that runs over a rank's own rows has the rank's own size already.
+    """
     for dim, split in enumerate(layout.dims):
-        if split is None:
+        if not isinstance(split, Split):
             continue
-        static = evaluate(value.shape[dim], ones)
-        inner = torch.tensor(split.owned[index].indices(), dtype=torch.int64)
+        static = evaluate(value.shape[dim], _ones(program))
+        inner = torch.tensor(split.at(program.mesh, coordinates).indices(), dtype=torch.int64)
         outer = torch.arange(whole.shape[dim] // max(static, 1)) * static
         whole = whole.index_select(dim, (outer[:, None] + inner).flatten())
     return whole

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from torch import fx
 
-from partitioner.analysis.layouts.infer_layout import Inference, Layouts, infer_compute, infer_move
+from partitioner.analysis.layouts.infer_layout import Inference, Layouts, infer_compute
+from partitioner.analysis.layouts.infer_move import infer_move
 from partitioner.analysis.layouts.localise import Localised, Scaled, localise, moves_alike
 from partitioner.analysis.rules.data_movement import is_move
 from partitioner.program.node_arguments import map_nodes
@@ -40,7 +41,9 @@ class Inferrer:
 
     def infer(self, node: fx.Node, layouts: Layouts) -> Inference:
         def work() -> Inference:
-            return infer_move(self.program, node, layouts) if is_move(node) else infer_compute(node, layouts)
+            return (
+                infer_move(self.program, node, layouts) if is_move(node) else infer_compute(self.program, node, layouts)
+            )
 
         return self._memoised("infer", node, layouts, work)
 

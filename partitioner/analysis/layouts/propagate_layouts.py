@@ -168,8 +168,9 @@ class _Placing:
     def _check_gathers(self, source: fx.Node, want: Layout) -> None:
         """A gather puts one dim together; pieces that differ in two dims would need more than that."""
         have = self.done.layouts[source]
-        for old, new in zip(have.dims, want.dims, strict=True):
-            if old is not None and new is None and sum(s is not None and s.axes == old.axes for s in have.dims) > 1:
+        for dim, (old, new) in enumerate(zip(have.dims, want.dims, strict=True)):
+            others = {axis for i, s in enumerate(have.dims) if s is not None and i != dim for axis in s.axes}
+            if old is not None and new is None and others & set(old.axes):
                 raise self._unplaceable(source, "split in two dims and needed whole")
 
     def _localise(self, node: fx.Node, found: Inference) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import fx
 
-from partitioner.analysis.layouts.infer_layout import Inference, disjoint, infer_compute, infer_move
+from partitioner.analysis.layouts.infer_layout import Inference, disjoint, infer_compute
+from partitioner.analysis.layouts.infer_move import infer_move
 from partitioner.errors import LayoutError
 from partitioner.program import Program, Value
 from partitioner.sharding.index_set import IndexSet
@@ -33,10 +34,10 @@ def infer(op: Any, operands: list[tuple[tuple[int, ...], Layout]], out: tuple[in
         nodes.append(node)
     made = graph.call_function(op, (*nodes, *rest))
     made.meta["val"] = Value(out, torch.float64)
+    program = Program(graph, (), {}, {}, {}, Mesh.of(tp=2))
     if op in (aten.reshape.default, aten.transpose.int):
-        program = Program(graph, (), {}, {}, {}, Mesh.of(tp=2))
         return infer_move(program, made, layouts)
-    return infer_compute(made, layouts)
+    return infer_compute(program, made, layouts)
 
 
 def test_column_parallel() -> None:
