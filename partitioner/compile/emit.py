@@ -153,7 +153,7 @@ def _state_shard(program: Program, state: State, coordinates: Mapping[str, int])
         size if split is None else split.at(program.mesh, coordinates).size
         for size, split in zip(state.shape, map(state.layout.split, range(len(state.shape))), strict=True)
     )
-    return StateShard(state.name, shape, state.dtype, state.sees, state.per_token)
+    return StateShard(state.name, shape, state.dtype, state.sees, state.per_token, state.block, state.token_axes)
 
 
 def _vocabulary(program: Program) -> dict[str, Any]:

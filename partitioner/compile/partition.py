@@ -31,6 +31,7 @@ from partitioner.errors import CaptureError, PlanError
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.plan import Plan
 from partitioner.program.program import Origins, Program
+from partitioner.proof.layouts import check_entries
 from partitioner.report.report import Report, make_report
 from partitioner.sharding.mesh import Mesh
 from partitioner.storage.bundle.bundle import load
@@ -192,5 +193,9 @@ def compile_steps(stepping: Program, plan: Plan) -> tuple[Program, Program]:
 
 def _entries(split: Program, plan: Plan) -> tuple[Program, Program]:
     prefill, decode = passes_of(plan, "prefill"), passes_of(plan, "decode")
-    made = run_passes(split.copy(), prefill)
-    return made, made if decode == prefill else run_passes(split.copy(), decode)
+    for_prompts = run_passes(split.copy(), prefill)
+    if decode == prefill:
+        return for_prompts, for_prompts
+    for_tokens = run_passes(split.copy(), decode)
+    check_entries(for_prompts, for_tokens)
+    return for_prompts, for_tokens

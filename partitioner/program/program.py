@@ -87,7 +87,8 @@ class State:
     """What a rank remembers of each sequence between runs: `shape` per token (or once), split as `layout` says.
 
     sees: how many positions back (the token's own included) a later token may look; None: all of them. per_token:
-    one for each token; otherwise one for all of them, which each token changes.
+    one for each token; otherwise one for all of them, which each token changes. block: how many tokens lie together;
+    None: all of a row's. token_axes: those whose ranks share out the tokens.
     """
 
     name: str
@@ -96,6 +97,8 @@ class State:
     layout: Layout
     sees: int | None = None
     per_token: bool = True
+    block: int | None = None
+    token_axes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

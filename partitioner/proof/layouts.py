@@ -34,7 +34,7 @@ from runtime.ops.state import cache_append, state_read, state_write
 
 aten = torch.ops.aten
 
-__all__ = ["SPECIAL", "check"]
+__all__ = ["SPECIAL", "check", "check_entries"]
 
 
 def check(program: Program) -> None:
@@ -56,6 +56,20 @@ def check(program: Program) -> None:
             if stated is not None and stated != layouts[node]:
                 raise LayoutError(
                     f"{_at(node)}: the pass says {stated}, its operands give {layouts[node]}{_cure(node)}"
+                )
+
+
+def check_entries(prefill: Program, decode: Program) -> None:
+    """Raises `LayoutError` where what one entry writes is not what the other reads: they share states and weights."""
+    for what, one, other in (
+        ("state", prefill.states, decode.states),
+        ("weight", prefill.weight_layouts, decode.weight_layouts),
+    ):
+        for name in sorted({*one, *other}):
+            if one.get(name) != other.get(name):
+                raise LayoutError(
+                    f"the programs for prompts and for single tokens share the {what} {name!r}, but hold it as "
+                    f"{one.get(name)} and as {other.get(name)}"
                 )
 
 

@@ -9,8 +9,8 @@ bytes = max_batch * sum over states of heads * slots * dim * itemsize
 What is appended by an op of its own (`cache_append`) is handed out as it lies, one slot per position. A state per
 sequence has no slots: [batch, ...], replaced by each token that a row takes, zero before the first.
 
-A layer that sees `n` positions back, in calls of at most `step` tokens, needs n + step - 1 slots: the first token of a
-call still sees n - 1 before it when the last one has been written.
+A run may use some of the rows only (`begin(.., rows=slice(8, 16))`): groups of sequences that are run in turn share one
+cache.
 """
 
 from __future__ import annotations
@@ -23,23 +23,12 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch
-from runtime.ops.attention import allowed, attention
+from runtime.kv_cache.slots import Slots, minus_infinity, slots_of
+from runtime.ops.attention import attention
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.program.shards import StateShard
 
-__all__ = ["Cache", "cache_bytes", "slots_of"]
-
-
-def slots_of(state: StateShard, *, max_length: int, step: int) -> int:
-    return max_length if state.sees is None else min(max_length, state.sees + step - 1)
-
-
-def cache_bytes(states: Sequence[StateShard], *, max_batch: int, max_length: int, step: int) -> int:
-    """What a Cache of these sizes takes on this rank."""
-    return sum(
-        max_batch * (slots_of(state, max_length=max_length, step=step) if state.per_token else 1) * state.bytes
-        for state in states
-    )
+__all__ = ["Cache"]
 
 
 def _shape(state: StateShard, max_batch: int, slots: int) -> tuple[int, ...]:
@@ -76,12 +65,14 @@ class Cache:
         self._rows = torch.arange(max_batch, device=device)[:, None]
         self._batch: Batch | None = None
         """What the host knows of the run's tokens; None in runs whose positions only the device knows."""
-        self._num_rows = 0
+        self._group = slice(0, 0)
+        """The rows of the run."""
         self._active: Tensor | None = None
         """The numbers of the active rows, where not all are."""
         self._masks: dict[Any, Tensor | None] = {}
         self._fixed_masks: dict[tuple[int, int | None, int | None], Tensor] = {}
-        self._slots: dict[int, Tensor] = {}
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}
+        """By number of slots: where the tokens of the run lie."""
         self._kinds: set[tuple[int, int | None, int | None]] = set()
         """Slots, window and chunk of the attentions bound to this cache."""
         self._fixed: int | None = None
@@ -91,19 +82,22 @@ class Cache:
     def bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
-    def begin(self, tokens: Batch) -> None:
-        """Before each run: what the run's tokens are."""
+    def begin(self, tokens: Batch, *, rows: slice | None = None) -> None:
+        """Before each run: what the run's tokens are. rows: those of the cache that they belong to; the first ones."""
         batch, size = tokens.positions.shape
-        if batch > self.max_batch or tokens.end > self.max_length or size > self.step:
+        rows = slice(0, batch) if rows is None else rows
+        if rows.stop - rows.start != batch:
+            raise InputError(f"a run of {batch} sequences cannot use the rows {rows.start} to {rows.stop} of a cache")
+        if rows.stop > self.max_batch or tokens.end > self.max_length or size > self.step:
             raise InputError(
                 f"the cache holds {self.max_batch} sequences of {self.max_length} tokens, {self.step} of them in one "
                 f"run; got {batch} sequences up to position {tokens.end - 1}, {size} tokens in this run"
             )
-        self._batch, self._fixed, self._num_rows = tokens, None, batch
+        self._batch, self._fixed, self._group = tokens, None, rows
         numbers = [row for row, active in enumerate(tokens.active) if active]
         self._active = None if all(tokens.active) else torch.tensor(numbers, device=tokens.positions.device)
         self._masks.clear()
-        self._slots.clear()
+        self._found.clear()
 
     def begin_fixed(self, positions: Tensor, seen: int) -> None:
         """Before a run of one token per row at `positions` [B, 1], of which the host only knows that all are < `seen`.
@@ -111,21 +105,24 @@ class Cache:
         All that such a run does with the cache are the same ops on the same memory, whatever the positions: it can be
         captured once and replayed.
         """
-        self._batch, self._active, self._fixed, self._num_rows = None, None, seen, len(positions)
-        self._slots = {slots: positions % slots for slots, _, _ in self._kinds}
+        self._batch, self._active, self._fixed, self._group = None, None, seen, slice(0, len(positions))
+        rows = self._rows[self._group]
+        self._found = {slots: Slots(slots).find(rows, positions) for slots, _, _ in self._kinds}
         for slots, window, chunk in self._kinds:
-            held = torch.arange(min(slots, seen), device=positions.device)
-            if slots < self.max_length:
-                held = _latest(positions, held, slots)
+            held = Slots(slots).held(positions, min(slots, seen), wraps=slots < self.max_length)
             dtype = next(iter(self.buffers.values())).dtype
-            self._fixed_masks[slots, window, chunk] = _minus_infinity(positions, held, window, chunk, dtype)
+            self._fixed_masks[slots, window, chunk] = minus_infinity(positions, held, window, chunk, dtype)
 
-    def start(self) -> None:
-        """Before the first run of new sequences: nothing is remembered."""
+    def start(self, rows: slice | None = None) -> None:
+        """Before the first run of new sequences in `rows`, or in all of them: nothing is remembered."""
         for name, shape in self._remembered.items():
-            self.buffers[name] = self.buffers[name].new_zeros(shape)  # the last one may have had fewer rows
+            if rows is None:
+                self.buffers[name] = self.buffers[name].new_zeros(shape)  # the last one may have had fewer rows
+            else:
+                self.buffers[name][rows] = 0
         for name in self._appended:
-            self.buffers[name].zero_()  # hidden slots are multiplied by 0, which not every number survives
+            # hidden slots are multiplied by 0, which not every number survives
+            self.buffers[name][slice(None) if rows is None else rows] = 0
 
     def bind(self, op: Callable[..., Any], state: str, options: dict[str, Any]) -> Callable[..., Tensor]:
         """The function that takes the place of an op that uses `state`: it takes the op's tensors."""
@@ -168,15 +165,15 @@ class Cache:
         softcap: float | None = None,
         kv_map: list[int] | None = None,
     ) -> Tensor:
-        batch, slots = q.shape[0], keys.shape[2]
+        group, slots = self._group, keys.shape[2]
         start = self._start(slots)
         if start is not None:
-            keys[:batch, :, start : start + k.shape[2]] = k
-            values[:batch, :, start : start + k.shape[2]] = v
+            keys[group, :, start : start + k.shape[2]] = k
+            values[group, :, start : start + k.shape[2]] = v
         else:
-            rows, at = self._written_rows, self._at(slots)
-            keys[rows, :, at] = self._active_rows(k).transpose(1, 2)
-            values[rows, :, at] = self._active_rows(v).transpose(1, 2)
+            blocks, at = self._find(slots)
+            keys[blocks, :, at] = self._active_rows(k).transpose(1, 2)
+            values[blocks, :, at] = self._active_rows(v).transpose(1, 2)
         if self._batch is not None and self._batch.start == 0:
             # nothing came before: the tokens of this call are all there is to see
             return attention(
@@ -190,7 +187,7 @@ class Cache:
         # the products for 256 slots, 6 times for 8,192; what they cost the host, a captured step does not pay
         written_out = self._fixed is not None and q.device.type == "cuda"
         return attention(
-            q, keys[:batch, :, :seen], values[:batch, :, :seen], mask, sinks,
+            q, keys[group, :, :seen], values[group, :, :seen], mask, sinks,
             scale=scale, softcap=softcap, kv_map=kv_map, written_out=written_out,
         )  # fmt: skip
 
@@ -210,17 +207,23 @@ class Cache:
         return seen, self._hidden(seen, slots, window, chunk, dtype)
 
     def _append(self, state: str, x: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-        tokens, buffer = self._batch, self.buffers[state][: len(x)]
+        tokens, buffer = self._batch, self.buffers[state]
         assert tokens is not None
         if tokens.start is not None:
-            buffer[..., tokens.start : tokens.end, :] = x
+            buffer[self._group][..., tokens.start : tokens.end, :] = x
         else:
             # rows and positions first: [B, S, .., D]
-            buffer.movedim(-2, 1)[self._written_rows, self._at(buffer.shape[-2])] = self._active_rows(x).movedim(-2, 1)
-        return buffer[..., : len(slots), :]
+            buffer.movedim(-2, 1)[self._find(buffer.shape[-2])] = self._active_rows(x).movedim(-2, 1)
+        return buffer[self._group][..., : len(slots), :]
 
     def _read(self, state: str, batch: Tensor) -> Tensor:
-        return self.buffers[state][: len(batch)]
+        held = self.buffers[state]
+        # a group's part is written in place, and who has read it may still use it
+        return held[self._group] if self._replaces(state) else held[self._group].clone()
+
+    def _replaces(self, state: str) -> bool:
+        """Whether a write puts a new tensor in the place of the old one: where the run has all rows from the first."""
+        return self._group.start == 0 and self._group.stop >= len(self.buffers[state])
 
     def _write(self, state: str, value: Tensor, active: Tensor) -> Tensor:
         """Replaces what is remembered: who has read the old state may still use it."""
@@ -228,24 +231,24 @@ class Cache:
         assert tokens is not None
         if not all(tokens.active):
             active = active.view(-1, *([1] * (value.dim() - 1)))
-            value = torch.where(active, value, self.buffers[state][: len(value)])
-        self.buffers[state] = value
+            value = torch.where(active, value, self.buffers[state][self._group])
+        if self._replaces(state):
+            self.buffers[state] = value
+        else:
+            self.buffers[state][self._group] = value
         return value
 
-    def _at(self, slots: int) -> Tensor:
-        """The slots of this call's tokens, the same for all layers with as many."""
-        if slots not in self._slots:
+    def _find(self, slots: int) -> tuple[Tensor, Tensor]:
+        """Where this call's tokens lie, the same for all layers with as many slots."""
+        if slots not in self._found:
             assert self._batch is not None
-            self._slots[slots] = self._active_rows(self._batch.positions) % slots
-        return self._slots[slots]
+            rows, positions = self._rows[self._group], self._batch.positions
+            self._found[slots] = Slots(slots).find(self._active_rows(rows), self._active_rows(positions))
+        return self._found[slots]
 
     def _active_rows(self, x: Tensor) -> Tensor:
         """Without the rows that repeat a token: what else is remembered has moved on, so that its keys would differ."""
         return x if self._active is None else x[self._active]
-
-    @property
-    def _written_rows(self) -> Tensor:
-        return self._active_rows(self._rows[: self._num_rows])
 
     def _hidden(
         self, seen: int, slots: int, window: int | None, chunk: int | None, dtype: torch.dtype
@@ -266,22 +269,5 @@ class Cache:
         near = (window is None or window >= tokens.end) and (chunk is None or chunk >= tokens.end)
         if one_token and near and not wraps:
             return None
-        held = torch.arange(seen, device=positions.device)
-        if wraps:
-            held = _latest(positions, held, slots)
-        return _minus_infinity(positions, held, window, chunk, dtype)
-
-
-def _latest(positions: Tensor, slot: Tensor, slots: int) -> Tensor:
-    """The latest position that lies in each slot, [B, 1, slots]; negative where there is none yet."""
-    last = positions[:, -1:]
-    return (last - (last - slot) % slots)[:, None, :]
-
-
-def _minus_infinity(
-    positions: Tensor, held: Tensor, window: int | None, chunk: int | None, dtype: torch.dtype
-) -> Tensor:
-    """[B, 1, S, T]: added to the scores; `held`: the position of each slot."""
-    visible = allowed(positions[:, :, None], held, causal=True, window=window, chunk=chunk)
-    zero = torch.zeros(visible.shape, dtype=dtype, device=positions.device)
-    return zero.masked_fill(~visible, -torch.inf)[:, None]
+        held = Slots(slots).held(positions, seen, wraps=wraps)
+        return minus_infinity(positions, held, window, chunk, dtype)

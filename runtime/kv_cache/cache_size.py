@@ -23,8 +23,8 @@ from torch import Tensor
 from partitioner.errors import InputError
 from partitioner.sharding.mesh import AXES
 from runtime.communication.communicator import Communicator
-from runtime.kv_cache.cache import cache_bytes
 from runtime.kv_cache.device_memory import Amount, free_bytes, readable
+from runtime.kv_cache.slots import cache_bytes
 from runtime.ops.collectives import all_gather
 from runtime.program.rank_program import RankProgram
 

@@ -109,7 +109,8 @@ class WeightShard:
 @dataclass(frozen=True)
 class StateShard:
     """`shape`: of this rank, per token or once per sequence; `sees`: how many positions back a later token may look,
-    None for all.
+    None for all; `block`: how many tokens lie together, None for all of a row's; `token_axes`: those whose ranks share
+    out the tokens.
     """
 
     name: str
@@ -117,6 +118,8 @@ class StateShard:
     dtype: torch.dtype
     sees: int | None
     per_token: bool = True
+    block: int | None = None
+    token_axes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:

@@ -119,9 +119,7 @@ def node_calling(program: Program, op: object) -> fx.Node:
 
 def test_right_numbers_over_the_wrong_axis_are_refused() -> None:
     mesh = Mesh.of(dp=2, tp=2)
-    program = placed(
-        plain(), mesh, {"model.embed.weight": Layout((over(mesh, ("tp",), handmade.VOCABULARY), None))}
-    )
+    program = placed(plain(), mesh, {"model.embed.weight": Layout((over(mesh, ("tp",), handmade.VOCABULARY), None))})
     node = node_calling(program, vocab_parallel_embedding)
     start = node.kwargs["start"]
     assert isinstance(start, PerRankInt)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch
-from runtime.kv_cache.cache import Cache, cache_bytes
+from runtime.kv_cache.cache import Cache
+from runtime.kv_cache.slots import cache_bytes
 from runtime.ops.state import cache_append, position_mask, rows_at, state_read, state_write
 from runtime.program.shards import StateShard
 
@@ -62,7 +63,38 @@ def test_a_state_is_replaced_for_active_rows_only() -> None:
     held.begin(batch((0,), (1,)))
     write(tokens((1, 4, 5), 3), torch.tensor([True]))
     held.start()
+    held.begin(batch((0, 0), (1, 1)))
     assert read(torch.zeros(2, 1)).shape == (2, 4, 5)  # a smaller batch leaves no smaller state behind
+
+
+def test_groups_of_rows_take_turns_in_one_cache() -> None:
+    """What each group of two rows sees is what it would see in a cache of its own."""
+    together = Cache([KEYS, INDEX, MEMORY], max_batch=4, max_length=6, step=2, device=torch.device("cpu"))
+    groups = [(slice(0, 2), cache()), (slice(2, 4), cache())]
+    generator = torch.Generator().manual_seed(0)
+    for held in (together, groups[0][1], groups[1][1]):
+        held.start()
+    for start in (0, 2):
+        for rows, alone in groups:
+            run = batch((start, start // 2), (2, 1 + start // 2))
+            x = torch.randn(2, 2, 2, 3, generator=generator, dtype=torch.float64)
+            value = torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
+            said = []
+            for held, where in ((together, rows), (alone, None)):
+                held.begin(run, rows=where)
+                keys = held.bind(cache_append, "keys", {})(x, run.positions, torch.arange(6)).clone()
+                before = held.bind(state_read, "memory", {})(torch.zeros(2, 1))
+                kept = before.clone()
+                held.bind(state_write, "memory", {})(value, torch.tensor([True, True]))
+                assert torch.equal(before, kept)  # whoever has read it still has what it was
+                said.append((keys, before))
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(*said, strict=True))
+    together.start(slice(2, 4))
+    assert together.buffers["keys"][:2].abs().sum() > 0
+    assert together.buffers["keys"][2:].abs().sum() == 0
+    assert together.buffers["memory"][2:].abs().sum() == 0
+    with pytest.raises(InputError, match="cannot use the rows 3 to 5"):
+        together.begin(batch((0, 0, 0), (1, 1, 1)), rows=slice(3, 5))
 
 
 def test_bytes_are_those_of_the_buffers() -> None:

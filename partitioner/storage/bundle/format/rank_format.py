@@ -173,6 +173,8 @@ def program_data(program: RankProgram, *, graph: str, integers: Sequence[int], w
                 "dtype": dtype_name(state.dtype),
                 "sees": state.sees,
                 "per_token": state.per_token,
+                "block": state.block,
+                "token_axes": list(state.token_axes),
             }
             for state in program.states
         ],
@@ -293,6 +295,9 @@ def _read_state(record: Record) -> StateShard:
         record.one_of("dtype", DTYPES),
         record.maybe("sees", functools.partial(record.integer, low=1)),
         record.flag("per_token"),
+        # schema 1 had neither
+        record.maybe("block", functools.partial(record.integer, low=1)) if record.has("block") else None,
+        record.texts("token_axes", IDENTIFIER) if record.has("token_axes") else (),
     )
     if state.bytes > 2**40:
         record.fail("shape", "of less than a terabyte")
