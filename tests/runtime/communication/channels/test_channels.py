@@ -51,7 +51,6 @@ def test_alone_every_primitive_is_the_identity() -> None:
         pytest.param(2, "off", marks=pytest.mark.slow),
         pytest.param(3, "on", marks=pytest.mark.slow),
         (4, "axes"),
-        (2, "lost"),
     ],
 )
 def test_every_primitive_between_processes(
