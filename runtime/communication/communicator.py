@@ -15,7 +15,6 @@ is what lets one engine serve both.
 from __future__ import annotations
 
 import abc
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -44,7 +43,11 @@ class Binder(abc.ABC):
         row, channel = COMMUNICATING[op], self.channel(axis, node=node)
         if row.primitive is not None:
             return channel.prepare(row.primitive, overwrite=overwrite, **options)
-        return functools.partial(row.run, channel, **options)
+
+        def run(*operands: Any) -> Any:  # generated code calls functions
+            return row.run(channel, *operands, **options)
+
+        return run
 
 
 class Communicator(Binder):

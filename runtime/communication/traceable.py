@@ -63,7 +63,7 @@ class FunctionalChannel(_TracedChannel):
 
     def prepare(self, kind: Kind, *, overwrite: bool = False, **options: Any) -> Callable[..., Any]:
         if kind == "all_reduce":
-            return self._all_reduce
+            return self._all_reduce()
         if kind == "all_gather":
             sizes = options.get("sizes")
             return self._even(options["dim"]) if sizes is None or len(set(sizes)) == 1 else self._uneven(**options)
@@ -75,8 +75,9 @@ class FunctionalChannel(_TracedChannel):
             return self._permute(**options)
         return self._opaque.prepare(kind, **options)
 
-    def _all_reduce(self, x: Tensor) -> Tensor:
-        return _done(_functional.all_reduce(x.contiguous(), "sum", self._name))
+    def _all_reduce(self) -> Callable[[Tensor], Tensor]:
+        name = self._name
+        return lambda x: _done(_functional.all_reduce(x.contiguous(), "sum", name))
 
     def _even(self, dim: int) -> Callable[[Tensor], Tensor]:
         num_ranks, name = len(self.ranks), self._name
