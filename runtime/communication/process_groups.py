@@ -109,6 +109,7 @@ class ProcessGroups(Communicator):
         cls,
         mesh: Mesh,
         *,
+        axes: Collection[tuple[str, ...]] | None = None,
         device: str | torch.device = "cpu",
         timeout_s: float = 60.0,
         check: bool = False,
@@ -145,7 +146,13 @@ class ProcessGroups(Communicator):
                 timeout=_group_timeout(timeout_s, device),
             )
             return cls(
-                mesh, device=device, timeout_s=timeout_s, check=check, shared_memory=shared_memory, heartbeat=heartbeat
+                mesh,
+                axes=axes,
+                device=device,
+                timeout_s=timeout_s,
+                check=check,
+                shared_memory=shared_memory,
+                heartbeat=heartbeat,
             )
 
         try:
