@@ -31,13 +31,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import transformers
-from benchmarks.heartbeat import ALONE, AUTO, DTENSOR, OURS, TWO, build, dtensor, milliseconds, of_best, tp_plan_auto
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch import distributed as dist
 from transformers import LlamaForCausalLM
 
+from benchmarks.peers import ALONE, AUTO, DTENSOR, OURS, TWO, build, dtensor, milliseconds, of_best, tp_plan_auto
 from benchmarks.rounds import Ratio, rounds_in, take_turns
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh

@@ -43,7 +43,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import transformers
-from benchmarks.heartbeat import AUTO, OURS, tp_plan_auto
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -51,6 +50,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.peers import AUTO, OURS, tp_plan_auto
 from benchmarks.rounds import Ratio
 from partitioner import Plan, load, partition
 from runtime.communication.process_groups import ProcessGroups

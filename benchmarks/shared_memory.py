@@ -25,12 +25,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from benchmarks.heartbeat import of_best
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch import distributed as dist
 
+from benchmarks.peers import of_best
 from benchmarks.rounds import Ratio, take_turns
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.process_groups import ProcessGroups

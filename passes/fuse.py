@@ -22,7 +22,7 @@ from torch import fx
 from partitioner.program.node_arguments import arguments, operation
 from partitioner.program.program import Program, Value
 from partitioner.sharding.layout import Layout
-from runtime.ops.collectives import COLLECTIVES
+from runtime.ops.communicating import COMMUNICATING
 
 aten = torch.ops.aten
 
@@ -85,10 +85,10 @@ def _compute_once(graph: fx.Graph) -> None:
 
 
 def _is_pure(target: Any) -> bool:
-    """Whether the result depends on the arguments alone. Collectives stay, each in its place."""
+    """Whether the result depends on the arguments alone. What communicates stays, each in its place."""
     if isinstance(target, torch._ops.OpOverload):
         return not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
-    return target not in COLLECTIVES
+    return target not in COMMUNICATING
 
 
 def _key(leaf: Any) -> Any:

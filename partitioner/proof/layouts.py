@@ -26,7 +26,8 @@ from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Rows, Split, in_order, points
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
-from runtime.ops.collectives import all_gather, all_reduce, axes_of
+from runtime.ops.collectives import all_gather, all_reduce
+from runtime.ops.communicating import read_call
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.rows import collect_rows, take_rows
@@ -121,7 +122,7 @@ def _require(node: fx.Node, source: fx.Node, got: Any, wanted: Layout) -> None:
 
 
 def _all_reduce(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
-    source, axes = node.args[0], axes_of(node)
+    source, axes = node.args[0], read_call(node).axes
     layout: Layout = layouts[source]  # type: ignore[index]
     if missing := [axis for axis in axes if axis not in layout.partial]:
         raise LayoutError(
@@ -131,7 +132,7 @@ def _all_reduce(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
 
 
 def _all_gather(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
-    source, axes = node.args[0], axes_of(node)
+    source, axes = node.args[0], read_call(node).axes
     layout: Layout = layouts[source]  # type: ignore[index]
     dim, sizes = node.kwargs["dim"], node.kwargs["sizes"]
     split = layout.dims[dim]  # type: ignore[index]
@@ -208,9 +209,9 @@ def _collect_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     a = arguments(node)
     layout: Layout = layouts[a["x"]]
     rows = layout.dims[a["dim"]]
-    if not isinstance(rows, Rows) or rows.axes != axes_of(node):
+    if not isinstance(rows, Rows) or rows.axes != read_call(node).axes:
         raise LayoutError(
-            f"{_at(node)} collects rows of {axes_of(node)} along dim {a['dim']} of {a['x']}, which is {layout}"
+            f"{_at(node)} collects rows of {read_call(node).axes} along dim {a['dim']} of {a['x']}, which is {layout}"
         )
     return layout.with_dim(a["dim"], None)
 

@@ -19,13 +19,13 @@ from typing import Any
 
 from torch import fx
 
-from partitioner.program.node_arguments import arguments, node_values
+from partitioner.program.node_arguments import arguments, node_values, operation
 from partitioner.program.program import Program, State
 from partitioner.report.report import matrix_users, pattern_of, reason_for, split_text
 from runtime.kv_cache.cache_size import longest_text
 from runtime.kv_cache.device_memory import readable
 from runtime.ops.cached_attention import cached_attention
-from runtime.ops.collectives import COLLECTIVES
+from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.state import cache_append, position_mask, state_write
 from runtime.program.rank_program import RankProgram
 
@@ -186,9 +186,9 @@ def _cause(program: Program, node: fx.Node, users: dict[str, fx.Node]) -> str | 
     seen, queue = {node}, deque([node])
     while queue:
         node = queue.popleft()
-        if node.op == "call_function" and node.target in COLLECTIVES:
+        if node.op == "call_function" and node.target in COMMUNICATING:
             why = node.meta.get("why")
-            return f"put together by {COLLECTIVES[node.target]}" + (f": {why}" if why else "")
+            return f"put together by {operation(node).__name__}" + (f": {why}" if why else "")
         if node.op == "get_attr" and (name := str(node.target)) in users and name not in program.weight_layouts:
             why = reason_for(program, program.weights[name], None, users)
             return f"made with {pattern_of(name)}, which is whole: {why}"

@@ -11,11 +11,11 @@ from torch import fx
 
 from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.data_movement import is_move
-from partitioner.program.node_arguments import describe, node_values
+from partitioner.program.node_arguments import describe, node_values, operation
 from partitioner.program.program import Program, Weight
 from partitioner.sharding.layout import Layout
 from runtime.kv_cache.device_memory import readable
-from runtime.ops.collectives import COLLECTIVES
+from runtime.ops.communicating import COMMUNICATING, axes_text, read_call
 
 __all__ = [
     "Collective",
@@ -149,9 +149,11 @@ def make_report(program: Program, *, plan: str) -> Report:
             )
         )
     collectives = tuple(
-        Collective(COLLECTIVES[node.target], str(node.args[1]), node.meta.get("path", ""), str(node.meta["val"]))
+        Collective(
+            operation(node).__name__, axes_text(read_call(node).axes), node.meta.get("path", ""), str(node.meta["val"])
+        )
         for node in program.graph.nodes
-        if node.op == "call_function" and node.target in COLLECTIVES
+        if node.op == "call_function" and node.target in COMMUNICATING
     )
     ranks = [program.mesh.coordinates(rank) for rank in range(program.mesh.world_size)]
     held = [[_held(program, weight, at) for weight in program.weights.values()] for at in ranks]
@@ -190,7 +192,7 @@ def matrix_users(program: Program) -> dict[str, fx.Node]:
     for node in program.graph.nodes:
         if node.op != "call_function" or is_move(node) or not node_values(node):
             continue
-        if node.target in COLLECTIVES or not notation(node).sums:
+        if node.target in COMMUNICATING or not notation(node).sums:
             continue
         for operand in notation(node).operands:
             source = operand.node

@@ -16,11 +16,17 @@ import re
 import time
 from collections.abc import Sequence
 
+from torch import distributed as dist
+
 from partitioner.errors import CommunicationError, RankLost, RankMismatch
 from runtime.communication.matching_calls import Call
+from runtime.communication.shared_memory.shared_memory import Disconnected
 from runtime.processes.heartbeat import BEAT_S, Heartbeat
 
-__all__ = ["FailureVerdict"]
+__all__ = ["FailureVerdict", "is_broken"]
+
+# gloo has no exception type of its own; other RuntimeErrors are this rank's own mistakes
+_BROKEN = re.compile("connection|timed? ?out|socket|broken pipe|nccl", re.IGNORECASE)
 
 _GRACE_S = 0.5
 """How long the others have to say that they wait too."""
@@ -108,6 +114,11 @@ class FailureVerdict:
         named = [rank for rank in silent if rank in stopped] or silent
         within = f"within {self._timeout_s:g} s"
         return "lost", f"{_list(named, 'rank')} did not answer {within}; {how}{seen}{detail}"
+
+
+def is_broken(error: RuntimeError) -> bool:
+    """Whether others are the cause."""
+    return isinstance(error, (Disconnected, dist.DistError)) or bool(_BROKEN.search(str(error)))
 
 
 def _list(ranks: list[int], word: str) -> str:

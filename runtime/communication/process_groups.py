@@ -19,25 +19,26 @@ import functools
 import itertools
 import logging
 import os
-import re
-from collections.abc import Callable
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from partitioner.errors import CommunicationError, PlanError, RankLost
 from partitioner.sharding.mesh import AXES, Mesh
-from runtime.communication.communicator import require_axis, require_op, require_piece
+from runtime.communication.channels import AloneChannel, Channel
+from runtime.communication.communicator import Communicator, require_axes
 from runtime.communication.failure_verdict import FailureVerdict
-from runtime.communication.group_collectives import OPERATIONS, alone
-from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement
+from runtime.communication.failure_verdict import is_broken as _is_broken
+from runtime.communication.group_channel import GroupChannel, RankState
+from runtime.communication.group_collectives import Group
+from runtime.communication.matching_calls import Call
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory, Unavailable
-from runtime.communication.traceable import functional, opaque
-from runtime.ops.collectives import all_gather, all_reduce
+from runtime.communication.traceable import FunctionalChannel, OpaqueChannel
+from runtime.ops.communicating import Axes, axes_text
 from runtime.processes.bootstrap import WatchedStore, bootstrap, watched
 from runtime.processes.device_watch import DeviceWatch, end_quickly
 from runtime.processes.heartbeat import Heartbeat
@@ -49,21 +50,21 @@ Sharing = Literal["auto", "on", "off"]
 
 _log = logging.getLogger("partitioner")
 
-# gloo has no exception type of its own; other RuntimeErrors are this rank's own mistakes
-_BROKEN = re.compile("connection|timed? ?out|socket|broken pipe|nccl", re.IGNORECASE)
-
-
 _MEETINGS = itertools.count()
 """Every rank meets the others equally often, so that all count alike."""
 
 
-class ProcessGroups:
-    """One rank of `mesh`, over a process group that is already initialised; `connect` does that too."""
+class ProcessGroups(Communicator):
+    """One rank of `mesh`, over a process group that is already initialised; `connect` does that too.
+
+    `axes`: the axis tuples to make a group for, the same on every rank; None: each single axis.
+    """
 
     def __init__(
         self,
         mesh: Mesh,
         *,
+        axes: Collection[tuple[str, ...]] | None = None,
         device: torch.device,
         timeout_s: float = 60.0,
         check: bool = False,
@@ -76,21 +77,21 @@ class ProcessGroups:
         self.device = device
         self.timeout_s = timeout_s
         self._always = check
-        self._checking = check
         self._heartbeat = heartbeat
         self._failure_verdict = FailureVerdict(heartbeat, self.rank, timeout_s=timeout_s)
+        self._state = RankState(self.rank, device, self._failure_verdict, checking=check)
         self._owned = False
         self._store: Store | None = None
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._shared: dict[tuple[int, ...], SharedMemory] = {}
         self._order = torch.zeros(())
         self.transports: dict[str, str] = {}
-        """What carries the collectives of every axis with more than one rank, and why."""
+        """What carries the collectives of every group with more than one rank, by its axes, and why."""
         if dist.get_world_size() != mesh.world_size:
             raise _wrong_world(dist.get_world_size(), mesh)
-        # for every axis, in the mesh's order: members of overlapping groups must create them in one order
-        for axis in AXES:
-            ranks = mesh.group((axis,), self.rank)
+        # members of overlapping groups must create them in one order
+        for named in _in_one_order([(axis,) for axis in AXES] if axes is None else axes):
+            axis, ranks = axes_text(named), mesh.group(named, self.rank)
             if len(ranks) > 1 and ranks not in self._groups:
                 self._groups[ranks] = group = dist.new_group(
                     list(ranks), timeout=_group_timeout(timeout_s, device), use_local_synchronization=True
@@ -101,12 +102,14 @@ class ProcessGroups:
                     torch.cuda.synchronize(device)
                 self.transports[axis] = self._share(ranks, axis, shared_memory)
         self._watch = DeviceWatch(device, heartbeat, timeout_s) if heartbeat and device.type == "cuda" else None
+        self._state.watch = self._watch
 
     @classmethod
     def connect(
         cls,
         mesh: Mesh,
         *,
+        axes: Collection[tuple[str, ...]] | None = None,
         device: str | torch.device = "cpu",
         timeout_s: float = 60.0,
         check: bool = False,
@@ -143,7 +146,13 @@ class ProcessGroups:
                 timeout=_group_timeout(timeout_s, device),
             )
             return cls(
-                mesh, device=device, timeout_s=timeout_s, check=check, shared_memory=shared_memory, heartbeat=heartbeat
+                mesh,
+                axes=axes,
+                device=device,
+                timeout_s=timeout_s,
+                check=check,
+                shared_memory=shared_memory,
+                heartbeat=heartbeat,
             )
 
         try:
@@ -165,73 +174,38 @@ class ProcessGroups:
         return self
 
     def begin_run(self, *, new_shapes: bool) -> None:
-        self._checking = self._always or new_shapes
+        self._state.checking = self._always or new_shapes
 
-    def bind(
-        self,
-        op: Callable[..., Tensor],
-        axis: str,
-        *,
-        node: str,
-        options: dict[str, Any],
-        overwrite: bool = False,
-    ) -> Callable[[Tensor], Tensor]:
-        require_axis(axis, node)
-        make = require_op(op, OPERATIONS, node)
-        ranks = self.mesh.group((axis,), self.rank)
-        coordinate = ranks.index(self.rank)
+    def channel(self, axes: Axes, *, node: str) -> Channel:
+        named = require_axes(axes, node)
+        ranks = self.mesh.group(named, self.rank)
         if len(ranks) == 1:
-            return alone
-        group = self._groups[ranks]
-        call = Call(self.rank, node, op.__name__, axis, options)
-        run: Callable[[Tensor], Tensor] = make(group, len(ranks), overwrite=overwrite, **options)
-        gather = OPERATIONS[all_gather](group, len(ranks), overwrite=False, dim=0)
-        if (shared := self._shared.get(ranks)) is not None:
-            if op is all_reduce:
-                run = shared.all_reduce(call, overwrite=overwrite, otherwise=run)
-            else:
-                run = shared.all_gather(call, **options)
-            gather = shared.all_gather(Call(self.rank, node, "comparison", axis), dim=0)
+            return AloneChannel(named, ranks, self.rank, node=node)
+        return GroupChannel(named, self._group(named, ranks, node), self._state, self._shared.get(ranks), node=node)
 
-        watch = self._watch
+    def traceable_channel(self, axes: Axes, *, node: str) -> Channel:
+        eager = self.channel(axes, node=node)
+        if len(eager.ranks) == 1:
+            return eager
+        opaque = OpaqueChannel(eager, self._order, device=self.device)
+        if eager.ranks in self._shared:  # quicker than gloo, also through an operator of ours
+            return opaque
+        return FunctionalChannel(self._group(eager.axes, eager.ranks, node), opaque)
 
-        def collective(x: Tensor) -> Tensor:
-            try:
-                if self._checking:
-                    require_piece(x, options, coordinate, node=node, rank=self.rank)
-                    self._compare(call.on(x), gather)
-                if watch is not None and (cause := watch.cause()) is not None:
-                    raise Disconnected(f"connection lost: {cause}")
-                return run(x)
-            except RuntimeError as error:
-                if not _is_broken(error):
-                    raise
-                raise self._failure_verdict.conclude(call.on(x), ranks, error) from error
-
-        if shared is None:
-            return collective
-        # torch.compile cannot look into ctypes: without this it tries, and warns
-        opaque: Callable[[Tensor], Tensor] = torch.compiler.disable(collective)  # type: ignore[no-untyped-call]
-        return opaque
-
-    def bind_traceable(
-        self, op: Callable[..., Tensor], axis: str, *, node: str, options: dict[str, Any]
-    ) -> Callable[[Tensor], Tensor]:
-        require_axis(axis, node)
-        require_op(op, OPERATIONS, node)
-        ranks = self.mesh.group((axis,), self.rank)
-        if len(ranks) == 1:
-            return alone
-        if ranks in self._shared:  # quicker than gloo, also through an operator of ours
-            run = self.bind(op, axis, node=node, options=options)
-            return opaque(op, run, self._order, len(ranks), **options)
-        return functional(op, self._groups[ranks].group_name, len(ranks), **options)
+    def _group(self, axes: tuple[str, ...], ranks: tuple[int, ...], node: str) -> Group:
+        if ranks not in self._groups:
+            raise CommunicationError(
+                f"node {node!r} communicates over {axes_text(axes)!r}, for which no process group was made; there are "
+                f"{', '.join(self.transports) or 'none'}: name it in ProcessGroups(axes=...)"
+            )
+        return Group(self._groups[ranks], ranks, ranks.index(self.rank), self.device.type == "cuda")
 
     def explained(self, error: BaseException) -> BaseException:
-        if not isinstance(error, RuntimeError) or isinstance(error, Disconnected) or not _BROKEN.search(str(error)):
+        if not isinstance(error, RuntimeError) or isinstance(error, Disconnected) or not _is_broken(error):
             return error
         everyone = tuple(range(self.mesh.world_size))
-        return self._failure_verdict.conclude(Call(self.rank, "a compiled step", "collective", "tp"), everyone, error)
+        call = Call(self.rank, "a compiled step", "collective", ", ".join(self.transports))
+        return self._failure_verdict.conclude(call, everyone, error)
 
     def _share(self, ranks: tuple[int, ...], axis: str, wanted: Sharing) -> str:
         """Meet the ranks of a group in shared memory, where that is wanted and possible; what carries it then."""
@@ -269,14 +243,6 @@ class ProcessGroups:
         self._shared[ranks] = shared
         return "shared memory"
 
-    def _compare(self, call: Call, gather: Callable[[Tensor], Tensor]) -> None:
-        self._failure_verdict.about_to(call)
-        mine = torch.frombuffer(bytearray(call.encode()), dtype=torch.uint8).to(self.device)
-        received = gather(mine).cpu().numpy().tobytes()
-        check_agreement(
-            [Call.decode(received[at : at + FINGERPRINT_BYTES]) for at in range(0, len(received), FINGERPRINT_BYTES)]
-        )
-
     def abort(self, error: BaseException) -> None:
         """Tell the others why; they notice as soon as this process ends or closes."""
         if not isinstance(error, CommunicationError):
@@ -304,9 +270,10 @@ class ProcessGroups:
             self._heartbeat.close()
 
 
-def _is_broken(error: RuntimeError) -> bool:
-    """Whether others are the cause."""
-    return isinstance(error, (Disconnected, dist.DistError)) or bool(_BROKEN.search(str(error)))
+def _in_one_order(axes: Collection[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Single axes first, in the mesh's order, then tuples: the same on every rank, in whatever order they are given."""
+    required = {require_axes(named, "a process group") for named in axes}
+    return sorted(required, key=lambda named: (len(named), [AXES.index(axis) for axis in named]))
 
 
 def _require_sharing(wanted: Sharing, device: torch.device) -> None:

@@ -45,16 +45,20 @@ class Recorded:
     coordinates: dict[str, int]
     host: str
     device: str
-    graphs: list[list[dict[str, str]]] = field(default_factory=list)
+    graphs: list[list[dict[str, Any]]] = field(default_factory=list)
     runs: list[dict[str, Any]] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     def meetings(self) -> Iterator[tuple[tuple[tuple[int, ...], int], int, int]]:
-        """Every collective: which ranks met for which time, when this one came and when it left."""
+        """Every collective: which ranks met for which time, when this one came and when it left.
+
+        Without the nodes that meet others several times: between begin and end of those, nothing is known.
+        """
         for run in self.runs:
-            for at, meeting in enumerate(run["meetings"]):
-                if meeting is not None:
+            for at, meetings in enumerate(run["meetings"]):
+                if len(meetings) == 1:
+                    (meeting,) = meetings
                     yield (tuple(meeting[0]), meeting[1]), run["begins"][at], run["ends"][at]
         for call in self.calls:
             yield (tuple(call["meeting"][0]), call["meeting"][1]), call["start"], call["end"]
@@ -155,17 +159,20 @@ class Trace:
             yield from self._met(recorded, call["name"], call["start"], call["end"], call["meeting"], told)
 
     def _of_node(
-        self, recorded: Recorded, run: dict[str, Any], at: int, node: dict[str, str]
+        self, recorded: Recorded, run: dict[str, Any], at: int, node: dict[str, Any]
     ) -> Iterator[dict[str, Any]]:
-        start, end, meeting = run["begins"][at], run["ends"][at], run["meetings"][at]
+        start, end, meetings = run["begins"][at], run["ends"][at], run["meetings"][at]
         over = f" over {node['axis']}" if node["axis"] else ""
         told = {"op": node["op"] + over, "path": node["path"], "why": node["why"]}
         told = {**{name: text for name, text in told.items() if text}, "shape": run["shapes"][at]}
         told_all = {**told, "bytes": run["bytes"][at]}
-        if meeting is None:
+        if not meetings:
             yield _span(recorded.rank, 1, node["name"], start, end, told_all)
+        elif len(meetings) == 1:
+            yield from self._met(recorded, node["name"], start, end, meetings[0], told_all)
         else:
-            yield from self._met(recorded, node["name"], start, end, meeting, told_all)
+            told_all["waiting"] = f"cannot be told apart: {len(meetings)} meetings in one node"
+            yield _span(recorded.rank, 2, node["name"], start, end, {**told_all, "meetings": meetings})
         name = "live values" if recorded.device == "cpu" else "allocated"
         most, after = run["memory"][at]
         yield {"ph": "C", "name": "memory", "pid": recorded.rank, "tid": 0, "ts": end, "args": {name: most}}
@@ -225,7 +232,7 @@ def _span(rank: int, track: int, name: str, start: int, end: int, told: dict[str
     return {**span, "args": told}
 
 
-def _modules(rank: int, nodes: Sequence[dict[str, str]], run: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _modules(rank: int, nodes: Sequence[dict[str, Any]], run: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Spans of the modules that nodes came from, inside one another."""
     open_: list[tuple[str, int]] = []
     ended = run["start"]

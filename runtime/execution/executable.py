@@ -1,4 +1,4 @@
-"""From a rank's graph to what runs it: weights as leading arguments, collectives bound to a communicator.
+"""From a rank's graph to what runs it: weights as leading arguments, communicating ops bound to a communicator.
 
     get_attr "model.norm.weight"     -> an argument: no module attributes are looked up while running
     all_reduce(x, "tp")              -> the communicator's own function of x
@@ -11,7 +11,6 @@ Values are dropped after their last use, as torch.fx's generated code does.
 from __future__ import annotations
 
 import functools
-import inspect
 import linecache
 import traceback
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from runtime.communication.communicator import Binder, Communicator
 from runtime.execution.profile import Profiled, Profiler, Recording
 from runtime.kv_cache.cache import Cache
 from runtime.ops.cached_attention import cached_attention
-from runtime.ops.collectives import COLLECTIVES
+from runtime.ops.communicating import COMMUNICATING, read_call
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.program.rank_program import RankProgram
 
@@ -107,8 +106,8 @@ def bound_graph(program: RankProgram, communicator: Binder, device: torch.device
         new = copied[node] = graph.node_copy(node, copied.__getitem__)
         if node.op == "call_function":
             assert callable(node.target)
-            if node.target in COLLECTIVES:
-                _bind(new, node.target, node, communicator)
+            if node.target in COMMUNICATING:
+                _bind(new, node, communicator)
             elif node.target in _WITH_STATE and cache is not None:
                 options = dict(new.kwargs)
                 new.target, new.kwargs = cache.bind(node.target, str(options.pop("state")), options), {}
@@ -127,12 +126,13 @@ def failing_node(error: BaseException) -> str | None:
     return found
 
 
-def _bind(new: fx.Node, op: Callable[..., Tensor], node: fx.Node, communicator: Binder) -> None:
-    given = inspect.signature(op).bind(*new.args, **new.kwargs).arguments
-    x, axis = given.pop("x"), given.pop("axis")
-    options = {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in given.items()}
-    new.target = communicator.bind(op, axis, node=node.name, options=options, overwrite=_is_last_use(node))
-    new.args, new.kwargs = (x,), {}
+def _bind(new: fx.Node, node: fx.Node, communicator: Binder) -> None:
+    call = read_call(new)
+    assert callable(node.target)
+    new.target = communicator.bind(
+        node.target, call.axes, node=node.name, options=call.options, overwrite=_is_last_use(node)
+    )
+    new.args, new.kwargs = call.operands, {}
 
 
 def _is_last_use(node: fx.Node) -> bool:

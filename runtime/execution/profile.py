@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, fx
 
 from partitioner.errors import InputError
+from runtime.communication.channels import Channel
 from runtime.communication.communicator import Communicator
 from runtime.execution.chrome_trace import Recorded
-from runtime.ops.collectives import COLLECTIVES
+from runtime.ops.communicating import COMMUNICATING, Axes, Kind, as_axes, axes_text
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["Profiled", "Profiler", "Recording"]
@@ -54,7 +55,7 @@ class Profiler:
 
     def watched(self, communicator: Communicator) -> Communicator:
         """`communicator`, whose operations are recorded if a recording is on now."""
-        return communicator if self.recording is None else _Watched(communicator, self.recording)  # type: ignore[return-value]
+        return communicator if self.recording is None else _Watched(communicator, self.recording)
 
     def timed(self, name: str, function: Callable[..., R]) -> Callable[..., R]:
         """`function` as a step of its own, if a recording is on now."""
@@ -111,9 +112,14 @@ class Recording:
             self.recorded.graphs.append(profiled.nodes)
         return self._graphs[id(profiled)]
 
-    def meeting(self, axis: str) -> list[Any]:
-        """Which ranks meet next along `axis`, and how often they have met before: the same on each of them."""
-        group = self.mesh.group((axis,), self.rank)
+    def meeting(self, axes: Axes, peer: int | None = None) -> list[Any]:
+        """Which ranks meet next along `axes`, and how often they have met before: the same on each of them.
+
+        `peer`: the coordinate of the one other rank, of a send or receive.
+        """
+        group = self.mesh.group(as_axes(axes), self.rank)
+        if peer is not None:
+            group = tuple(sorted((self.rank, group[peer])))
         self._meetings[group] += 1
         return [list(group), self._meetings[group] - 1]
 
@@ -121,10 +127,12 @@ class Recording:
         first, last = self.times([start, end])
         self.recorded.steps.append({"name": name, "start": first, "end": last})
 
-    def add_call(self, name: str, op: str, axis: str, start: Any, end: Any, value: Tensor) -> None:
+    def add_call(
+        self, name: str, op: str, axes: Axes, start: Any, end: Any, shape: str, *, peer: int | None = None
+    ) -> None:
         first, last = self.times([start, end])
-        call = {"name": name, "op": op, "axis": axis, "start": first, "end": last, "shape": _said(value)}
-        self.recorded.calls.append({**call, "meeting": self.meeting(axis)})
+        call = {"name": name, "op": op, "axis": axes_text(axes), "start": first, "end": last, "shape": shape}
+        self.recorded.calls.append({**call, "meeting": self.meeting(axes, peer)})
 
 
 class Profiled:
@@ -132,7 +140,7 @@ class Profiled:
 
     def __init__(self, program: RankProgram, graph: fx.Graph, weights: Sequence[Tensor]) -> None:
         self.nodes = [_described(node) for node in program.graph.nodes if node.op in _CALLS]
-        """Of each call: its name, op, module, reason, and axis if it is a collective."""
+        """Of each call: its name, op, module, reason, and the axes and meetings of one that communicates."""
         self._dying = _dying(graph)
         self._kept = {weight.untyped_storage().data_ptr() for weight in weights}
         self._begins: list[Any] = []
@@ -167,7 +175,6 @@ class Profiled:
             memory = _live_bytes(seen, self._dying, kept)
         else:
             memory = [(allocated, allocated) for _, allocated in self._seen]
-        axes = [node["axis"] for node in self.nodes]
         recording.recorded.runs.append(
             {
                 "graph": recording.graph(self),
@@ -179,30 +186,58 @@ class Profiled:
                 "shapes": [", ".join(piece[0] for piece in pieces) for pieces in map(_texts, seen)],
                 "bytes": [sum(piece[1] for piece in pieces) for pieces in map(_texts, seen)],
                 "memory": memory,
-                "meetings": [recording.meeting(axis) if axis else None for axis in axes],
+                "meetings": [[recording.meeting(*meeting) for meeting in node["meetings"]] for node in self.nodes],
             }
         )
         self._begins, self._ends, self._seen = [], [], []
 
 
-class _Watched:
+class _Watched(Communicator):
     """A communicator whose operations are recorded, for what communicates outside graphs."""
 
     def __init__(self, communicator: Communicator, recording: Recording) -> None:
         self.mesh, self.rank = communicator.mesh, communicator.rank
         self._communicator, self._recording = communicator, recording
-        self.begin_run, self.abort = communicator.begin_run, communicator.abort
-        self.barrier, self.close = communicator.barrier, communicator.close
 
-    def bind(
-        self, op: Callable[..., Tensor], axis: str, *, node: str, options: dict[str, Any], overwrite: bool = False
-    ) -> Callable[[Tensor], Tensor]:
-        bound = self._communicator.bind(op, axis, node=node, options=options, overwrite=overwrite)
+    def channel(self, axes: Axes, *, node: str) -> Channel:
+        return _WatchedChannel(self._communicator.channel(axes, node=node), self._recording)
 
-        def run(x: Tensor) -> Tensor:
-            start = self._recording.now()
-            found = bound(x)
-            self._recording.add_call(node, COLLECTIVES[op], axis, start, self._recording.now(), found)
+    def traceable_channel(self, axes: Axes, *, node: str) -> Channel:
+        return self._communicator.traceable_channel(axes, node=node)
+
+    def begin_run(self, *, new_shapes: bool) -> None:
+        self._communicator.begin_run(new_shapes=new_shapes)
+
+    def explained(self, error: BaseException) -> BaseException:
+        return self._communicator.explained(error)
+
+    def abort(self, error: BaseException) -> None:
+        self._communicator.abort(error)
+
+    def barrier(self) -> None:
+        self._communicator.barrier()
+
+    def close(self) -> None:
+        self._communicator.close()
+
+
+class _WatchedChannel(Channel):
+    """Of what is begun, the begin is recorded: the meeting."""
+
+    def __init__(self, channel: Channel, recording: Recording) -> None:
+        super().__init__(channel.axes, channel.ranks, channel.rank, node=channel.node)
+        self._channel, self._recording = channel, recording
+
+    def prepare(self, kind: Kind, *, overwrite: bool = False, **options: Any) -> Callable[..., Any]:
+        bound, recording = self._channel.prepare(kind, overwrite=overwrite, **options), self._recording
+        peer = {"send": options.get("to"), "receive": options.get("from_")}.get(kind)
+
+        def run(*operands: Any) -> Any:
+            start = recording.now()
+            found = bound(*operands)
+            tensor = next((each for each in (found, *operands) if isinstance(each, Tensor)), None)
+            shape = str(list(operands[0])) if tensor is None else _said(tensor)
+            recording.add_call(self.node, kind, self.axes, start, recording.now(), shape, peer=peer)
             return found
 
         return run
@@ -221,20 +256,21 @@ def _stamped(graph: fx.Graph, stamp: Callable[[Any], None]) -> Callable[..., Any
     return function
 
 
-def _described(node: fx.Node) -> dict[str, str]:
+def _described(node: fx.Node) -> dict[str, Any]:
     if isinstance(node.target, str):
         op = node.target
     else:
         assert callable(node.target)
         op = getattr(node.target, "__name__", None) or str(node.target)
-    axis = str(node.args[1]) if node.target in COLLECTIVES else ""
+    meetings = COMMUNICATING[node.target].meetings(node) if node.target in COMMUNICATING else ()
     meta = node.meta
     return {
         "name": node.name,
         "op": op,
         "path": str(meta.get("path") or ""),
         "why": str(meta.get("why") or ""),
-        "axis": axis,
+        "axis": ", ".join(dict.fromkeys(axes_text(meeting.axes) for meeting in meetings)),
+        "meetings": [(list(meeting.axes), meeting.peer) for meeting in meetings],
     }
 
 

@@ -32,6 +32,6 @@ def take_rows(x: Tensor, index: int, *, parts: int, axes: Sequence[str], dim: in
     return x.narrow(dim, sum(counts[:index]), counts[index])
 
 
-def collect_rows(x: Tensor, axes: str | tuple[str, ...], *, dim: int, total: int) -> Tensor:
-    """The rows of all ranks of `axes` along `dim`; `total`: how many they have together."""
-    unbound("collect_rows", axes)
+def collect_rows(x: Tensor, total: int, axis: str | tuple[str, ...], *, dim: int) -> Tensor:
+    """The rows of all ranks of `axis` along `dim`; `total`: how many they have together."""
+    unbound("collect_rows", axis)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import RankMismatch
-from runtime.communication.communicator import require_piece
+from runtime.communication.channels import require_piece
 from runtime.communication.matching_calls import Call
 from runtime.communication.shared_memory.build_native import CannotBuild, Native, load
 from runtime.communication.shared_memory.segment import Address, Segment

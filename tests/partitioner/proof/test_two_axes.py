@@ -32,9 +32,10 @@ def plain() -> Program:
     return program
 
 
-def over(mesh: Mesh, axes: tuple[str, ...], size: int) -> Split:
-    """Uneven where the sizes do not divide."""
-    return Split(axes, handmade.cut(size, mesh.size(*axes)))
+def over(mesh: Mesh, axes: tuple[str, ...], size: int) -> Split | None:
+    """Uneven where the sizes do not divide; whole where the axes have one rank."""
+    axes = tuple(axis for axis in axes if mesh.size(axis) > 1)
+    return Split(axes, handmade.cut(size, mesh.size(*axes))) if axes else None
 
 
 def placed(traced: Program, mesh: Mesh, weights: dict[str, Layout]) -> Program:
@@ -163,7 +164,7 @@ def rows_program(first: tuple[str, ...], second: tuple[str, ...], *, collected: 
         if collected:
             length = program.graph.call_function(aten.sym_size.int, (logits, 1))
             length.meta = {"val": logits.meta["val"].shape[1]}
-            whole = program.graph.call_function(collect_rows, (total, first), {"dim": 1, "total": length})
+            whole = program.graph.call_function(collect_rows, (total, length, first), {"dim": 1})
             whole.meta = {"val": logits.meta["val"], "path": "model"}
             total = whole
     program.graph.output_node().args = (total,)

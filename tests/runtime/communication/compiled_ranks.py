@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from partitioner import Parts, Plan, partition
 from partitioner.errors import RankLost
 from runtime.communication.process_groups import ProcessGroups, Sharing
+from runtime.communication.traceable import Traceable
 from runtime.engine import Engine
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.ops.collectives import all_gather, all_reduce
@@ -40,7 +41,8 @@ def collectives(groups: ProcessGroups) -> None:
         (all_gather, {"dim": 0, "sizes": [2, 2]}, x.long()),
     ]
     eager = [groups.bind(op, "tp", node="n", options=options) for op, options, _ in cases]
-    traceable = [groups.bind_traceable(op, "tp", node="n", options=options) for op, options, _ in cases]
+    following = Traceable(groups)
+    traceable = [following.bind(op, "tp", node="n", options=options) for op, options, _ in cases]
 
     def twice(given: list[Tensor]) -> list[Tensor]:
         return [2 * run(x + 0) for run, x in zip(traceable, given, strict=True)]
@@ -54,7 +56,7 @@ def collectives(groups: ProcessGroups) -> None:
 
 def in_order(groups: ProcessGroups) -> None:
     """Collectives that do not depend on each other, one of them unused: none is dropped, none overtakes another."""
-    first, second, third = (groups.bind_traceable(all_reduce, "tp", node=f"n{i}", options={}) for i in range(3))
+    first, second, third = (Traceable(groups).bind(all_reduce, "tp", node=f"n{i}", options={}) for i in range(3))
 
     @torch.compile(fullgraph=True)
     def run(x: Tensor) -> Tensor:

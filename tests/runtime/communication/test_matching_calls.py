@@ -5,8 +5,8 @@ from partitioner.errors import RankMismatch
 from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement
 
 
-def call(rank: int, *, node: str = "sum", op: str = "all_reduce", axis: str = "tp", **options: object) -> Call:
-    return Call(rank, node, op, axis, options).on(torch.zeros(2, 3))
+def call(rank: int, *, node: str = "sum", kind: str = "all_reduce", axis: str = "tp", **options: object) -> Call:
+    return Call(rank, node, kind, axis, options).on(torch.zeros(2, 3))
 
 
 def over_the_wire(*calls: Call) -> list[Call]:
@@ -17,7 +17,7 @@ def over_the_wire(*calls: Call) -> list[Call]:
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        (call(1, op="all_gather", node="join"), "node 'join', all_gather"),
+        (call(1, kind="all_gather", node="join"), "node 'join', all_gather"),
         (call(1, axis="dp"), "over 'dp'"),
         (call(1).on(torch.zeros(2, 4)), "2x4"),
         (call(1).on(torch.zeros(2, 3, dtype=torch.float64)), "float64"),
@@ -34,7 +34,7 @@ def test_each_disagreement_names_both_nodes(transport, other: Call, named: str) 
 
 def test_node_names_may_differ_and_uneven_pieces_too() -> None:
     check_agreement([call(0), call(1, node="sum_1")])
-    a = call(0, op="all_gather", dim=1, sizes=[3, 4])
+    a = call(0, kind="all_gather", dim=1, sizes=[3, 4])
     check_agreement(over_the_wire(a, Call(1, "b", "all_gather", "tp", a.options).on(torch.zeros(2, 4))))
     with pytest.raises(RankMismatch):
         check_agreement([a, Call(1, "b", "all_gather", "tp", a.options).on(torch.zeros(1, 4))])

@@ -1,6 +1,4 @@
-import threading
 import time
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,28 +7,7 @@ from partitioner.errors import CommunicationError, RankLost, RankMismatch
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadCommunicator, ThreadGroup
 from runtime.ops.collectives import all_gather, all_reduce
-
-
-def run(meeting: ThreadGroup, *ranks: Callable[[ThreadCommunicator], object]) -> list[object]:
-    """Each function in a thread of its own; its result, or its exception."""
-    results: list[object] = [None] * len(ranks)
-
-    def body(rank: int) -> None:
-        try:
-            results[rank] = ranks[rank](meeting.communicator(rank))
-        except Exception as error:
-            results[rank] = error
-            meeting.abort(rank, error)
-        finally:
-            meeting.end(rank)
-
-    threads = [threading.Thread(target=body, args=(rank,)) for rank in range(len(ranks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-        assert not thread.is_alive()
-    return results
+from tests.runtime.communication.channels.threads import run
 
 
 def reduce(x: torch.Tensor, axis: str = "tp", node: str = "sum"):

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from partitioner.errors import CommunicationError
-from runtime.ops.collectives import COLLECTIVES, all_gather, all_reduce
+from runtime.ops.collectives import all_gather, all_reduce
+from runtime.ops.communicating import COMMUNICATING
 
 
 def test_unbound_collectives_say_what_to_do() -> None:
@@ -13,7 +14,7 @@ def test_unbound_collectives_say_what_to_do() -> None:
 
 
 def test_every_collective_is_listed_under_its_name() -> None:
-    assert {op.__name__: name for op, name in COLLECTIVES.items()} == {
+    assert {op.__name__: row.primitive for op, row in COMMUNICATING.items()} == {
         "all_reduce": "all_reduce",
         "all_gather": "all_gather",
     }

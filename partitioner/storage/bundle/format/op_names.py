@@ -25,11 +25,12 @@ from partitioner.errors import BundleError
 from partitioner.program.torch_calls import FUNCTIONS, METHODS
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention, last_token
-from runtime.ops.collectives import COLLECTIVES
+from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.mask import attention_mask
+from runtime.ops.rows import take_rows
 from runtime.ops.state import cache_append, position_mask, rows_at, state_read, state_write
 
 __all__ = ["GROUP", "name_of", "op_named"]
@@ -64,8 +65,9 @@ ATEN = frozenset(
 
 _OWN = (
     attention, attention_mask, cache_append, cached_attention, expert_combine, expert_dispatch, grouped_linear,
-    last_token, once, position_mask, reorder, rows_at, shard, state_read, state_write, vocab_parallel_embedding,
-    *COLLECTIVES,
+    last_token, once, position_mask, reorder, rows_at, shard, state_read, state_write, take_rows,
+    vocab_parallel_embedding,
+    *COMMUNICATING,
 )  # fmt: skip
 _INTEGER = (
     "add", "sub", "mul", "mod", "floordiv", "neg", "pow", "truediv", "getitem", "eq", "ne", "lt", "le", "gt", "ge",
@@ -78,7 +80,7 @@ def _named(functions: dict[Any, Callable[..., Any]]) -> dict[str, Any]:
 
 _CALLS: dict[str, Callable[..., Any]] = {
     **_named(FUNCTIONS),
-    **{f"op.{op.__name__}": op for op in _OWN},  # type: ignore[misc]
+    **{f"op.{op.__name__}": op for op in _OWN},
     **{f"int.{name}": getattr(operator, name) for name in _INTEGER},
     "int.min": torch.sym_min,
     "int.max": torch.sym_max,

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import partitioner
 from partitioner import BundleError, CaptureError, Parts, Plan, PlanError, partition
 from partitioner.storage.bundle.bundle import Bundle
 from partitioner.storage.bundle.format.graph_format import build, share
+from runtime.ops.collectives import all_reduce
+from runtime.ops.communicating import named_axes
 from runtime.weights.read_shards import Reader
 from tests.support import bundle_forger as bundles
 from tests.support import zoo
@@ -215,6 +217,15 @@ def test_the_text_of_a_graph_is_all_of_it(name: str) -> None:
         assert str(graph) == str(program.graph)
         built.append(graph)
     assert [t.text for t, _ in share(built)] == [t.text for t, _ in share([p.graph for p in programs])]
+
+
+def test_a_group_of_several_axes_is_stored() -> None:
+    graph = fx.Graph()
+    graph.output(graph.call_function(all_reduce, (graph.placeholder("x"), ("dp", "tp"))))
+    ((template, integers),) = share([graph])
+    built = build(template.text.encode(), "here", integers=integers, inputs=["x"], weights=[])
+    assert str(built) == str(graph)
+    assert named_axes([built]) == (("dp", "tp"),)
 
 
 def test_ranks_share_graphs_that_differ_in_integers_only(tmp_path: Path) -> None:

@@ -1,0 +1,213 @@
+"""The primitives over one process group, or over shared memory where it has them.
+
+    default       each costs what torch.distributed's costs
+    checked run   before each the ranks that take part compare a fingerprint of it: all ranks of the group in one small
+                  gather, the two of a send and receive between themselves
+
+A checked send therefore waits for its receive, as without buffers: what would need buffers is told. No wait is
+unbounded: the group has a timeout, and what fails because of others becomes RankLost or RankMismatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from runtime.communication.channels import Channel, Handle, piece_sizes, require_counts, require_piece
+from runtime.communication.failure_verdict import FailureVerdict, is_broken
+from runtime.communication.group_collectives import PRIMITIVES, Group
+from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement, check_counts
+from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory
+from runtime.ops.communicating import Kind, axes_text
+from runtime.processes.device_watch import DeviceWatch
+
+__all__ = ["GroupChannel", "RankState"]
+
+
+@dataclass
+class RankState:
+    """What all channels of a rank share."""
+
+    rank: int
+    device: torch.device
+    verdict: FailureVerdict
+    checking: bool = False
+    """Whether ranks compare what they are about to do."""
+    watch: DeviceWatch | None = None
+
+
+class GroupChannel(Channel):
+    """See the module's docstring; `shared`: the memory that the ranks of `group` share, None: they do not."""
+
+    def __init__(
+        self, axes: tuple[str, ...], group: Group, state: RankState, shared: SharedMemory | None, *, node: str
+    ) -> None:
+        super().__init__(axes, group.ranks, state.rank, node=node)
+        self._group, self._state, self._shared = group, state, shared
+
+    def prepare(self, kind: Kind, *, overwrite: bool = False, **options: Any) -> Callable[..., Any]:
+        call = Call(self.rank, self.node, kind, axes_text(self.axes), options)
+        run: Callable[..., Any]
+        if kind in ("send", "receive"):
+            peer = self.peer(options["to" if kind == "send" else "from_"])
+            run = self._between_two(replace(call, options={}, peer=peer), kind, options)
+        elif kind == "permute":
+            run = self._permute(call, options)
+        elif kind == "all_to_all":
+            run = self._all_to_all(replace(call, options={}, sizes_from=options.get("sizes_from")))
+        else:
+            run = self._collective(call, kind, overwrite, options)
+        if self._shared is None:
+            return run
+        # torch.compile cannot look into ctypes: without this it tries, and warns
+        opaque: Callable[..., Any] = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
+        return opaque
+
+    def _collective(
+        self, call: Call, kind: Kind, overwrite: bool, options: dict[str, Any]
+    ) -> Callable[[Tensor], Tensor]:
+        run: Callable[[Tensor], Tensor] = PRIMITIVES[kind](self._group, overwrite=overwrite, **options)
+        if self._shared is not None:
+            # it has these two only; all others stay with gloo
+            if kind == "all_reduce":
+                run = self._shared.all_reduce(call, overwrite=overwrite, otherwise=run)
+            elif kind == "all_gather":
+                run = self._shared.all_gather(call, **options)
+        state, watch, ranks, coordinate = self._state, self._state.watch, self.ranks, self.coordinate
+        gather = self._comparison()
+
+        def collective(x: Tensor) -> Tensor:
+            try:
+                if state.checking:
+                    if kind == "all_gather":
+                        require_piece(x, options, coordinate, node=call.node, rank=call.rank)
+                    self._compare(call.on(x), gather)
+                if watch is not None and (cause := watch.cause()) is not None:
+                    raise Disconnected(f"connection lost: {cause}")
+                return run(x)
+            except RuntimeError as error:
+                if not is_broken(error):
+                    raise
+                raise state.verdict.conclude(call.on(x), ranks, error) from error
+
+        def scatter(x: Tensor) -> Tensor:
+            piece_sizes(x, options["dim"], options.get("sizes"), self)
+            return collective(x)
+
+        return scatter if kind == "reduce_scatter" else collective
+
+    def _all_to_all(self, call: Call) -> Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]:
+        run, gather = PRIMITIVES["all_to_all"](self._group), self._comparison()
+
+        def exchange(x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
+            require_counts(x, send_counts, receive_counts, self)
+            counts = (tuple(send_counts), tuple(receive_counts))
+
+            def compare(own: Call) -> None:
+                everyone = self._compare(own, gather)
+                sent = torch.tensor([*send_counts, *receive_counts], device=self._state.device)
+                rows = gather(sent).view(len(self.ranks), 2, len(self.ranks)).tolist()
+                told = zip(everyone, rows, strict=True)
+                check_counts([replace(each, counts=(tuple(out), tuple(back))) for each, (out, back) in told])
+
+            return self._guarded(  # type: ignore[no-any-return]
+                replace(call.on(x), counts=counts), self.ranks, compare, lambda: run(x, send_counts, receive_counts)
+            )
+
+        return exchange
+
+    def _permute(self, call: Call, options: dict[str, Any]) -> Callable[[Tensor], Handle]:
+        run, gather = PRIMITIVES["permute"](self._group, **options), self._comparison()
+
+        def begin(x: Tensor) -> Handle:
+            own = call.on(x)
+            handle = self._guarded(own, self.ranks, lambda own: self._compare(own, gather), lambda: run(x))
+            return self._finishing(handle, own, self.ranks)
+
+        return begin
+
+    def _between_two(self, call: Call, kind: Kind, options: dict[str, Any]) -> Callable[..., Handle]:
+        assert call.peer is not None
+        both = tuple(sorted((call.rank, call.peer)))
+        if kind == "send":
+            send = PRIMITIVES["send"](self._group, **options)
+
+            def send_begin(x: Tensor) -> Handle:
+                own = call.on(x)
+                return self._finishing(self._guarded(own, both, self._compare_two, lambda: send(x)), own, both)
+
+            return send_begin
+        receive = PRIMITIVES["receive"](self._group, device=self._state.device, **options)
+
+        def receive_begin(shape: Sequence[int], dtype: torch.dtype) -> Handle:
+            own = call.of(shape, dtype)
+            return self._finishing(
+                self._guarded(own, both, self._compare_two, lambda: receive(shape, dtype)), own, both
+            )
+
+        return receive_begin
+
+    # -- failures ------------------------------------------------------------------------------------------------------
+
+    def _guarded(
+        self, call: Call, ranks: tuple[int, ...], compare: Callable[[Call], Any], run: Callable[[], Any]
+    ) -> Any:
+        """`run`, compared before if this run is checked; a failure that others cause says who they are."""
+        state = self._state
+        try:
+            if state.checking:
+                compare(call)
+            if state.watch is not None and (cause := state.watch.cause()) is not None:
+                raise Disconnected(f"connection lost: {cause}")
+            return run()
+        except RuntimeError as error:
+            if not is_broken(error):
+                raise
+            raise state.verdict.conclude(call, ranks, error) from error
+
+    def _finishing(self, handle: Handle, call: Call, ranks: tuple[int, ...]) -> Handle:
+        return Handle(lambda: self._guarded(call, ranks, _nothing_to_compare, handle.finish))
+
+    # -- comparing -----------------------------------------------------------------------------------------------------
+
+    def _comparison(self) -> Callable[[Tensor], Tensor]:
+        """Brings what every rank of the group has to say to all of them."""
+        if self._shared is not None:
+            return self._shared.all_gather(Call(self.rank, self.node, "comparison", axes_text(self.axes)), dim=0)
+        return PRIMITIVES["all_gather"](self._group, dim=0)
+
+    def _compare(self, call: Call, gather: Callable[[Tensor], Tensor]) -> list[Call]:
+        self._state.verdict.about_to(call)
+        received = gather(self._fingerprint(call)).cpu().numpy().tobytes()
+        calls = [
+            Call.decode(received[at : at + FINGERPRINT_BYTES]) for at in range(0, len(received), FINGERPRINT_BYTES)
+        ]
+        check_agreement(calls)
+        return calls
+
+    def _compare_two(self, call: Call) -> None:
+        """Between the two of a send and receive; each has sent all that came before, so that these meet."""
+        assert call.peer is not None
+        self._state.verdict.about_to(call)
+        sent = self._fingerprint(call)
+        received = torch.empty_like(sent)
+        group = self._group.handle
+        operations = [
+            dist.P2POp(dist.isend, sent, call.peer, group),
+            dist.P2POp(dist.irecv, received, call.peer, group),
+        ]
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+        check_agreement(sorted([call, Call.decode(received.cpu().numpy().tobytes())], key=lambda each: each.rank))
+
+    def _fingerprint(self, call: Call) -> Tensor:
+        return torch.frombuffer(bytearray(call.encode()), dtype=torch.uint8).to(self._state.device)
+
+
+def _nothing_to_compare(call: Call) -> None:
+    """What has begun was compared then."""

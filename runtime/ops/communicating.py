@@ -1,0 +1,160 @@
+"""The ops that communicate: one table that execution, proof, report and profile read.
+
+    COMMUNICATING[op].run(channel, *operands, **options)   what the op does over a group of ranks
+    COMMUNICATING[op].meetings(node)                       what it exchanges with them, in order, before anything runs
+
+The signature of such an op says what is known when:
+
+    positional parameters   operands, known when the graph runs
+    axis                    the group: a mesh axis, or a tuple of axes for the ranks that differ in any of them
+    keyword-only ones       options, fixed in the graph
+
+A `channel` (`runtime.communication.channels`) offers the primitives, which are those of the MPI standard.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, fx
+
+from partitioner.errors import CommunicationError
+from runtime.ops.collectives import all_gather, all_reduce
+from runtime.ops.rows import collect_rows, row_counts
+
+__all__ = [
+    "COMMUNICATING",
+    "Axes",
+    "Communicating",
+    "Kind",
+    "Meeting",
+    "as_axes",
+    "axes_text",
+    "named_axes",
+    "read_call",
+]
+
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "permute", "send", "receive"]
+"""A primitive of a channel."""
+
+Axes = str | tuple[str, ...]
+"""One mesh axis or several."""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """One primitive that a node performs together with other ranks.
+
+    `shape` and `dtype` are those of what a rank brings, as the graph has them: sizes may be expressions, and what a
+    rank holds of a split dim is said by the layout. Both are None where the graph does not record them. `peer`: of a
+    send or receive, the other rank's coordinate in the group. `sizes_from`: the node whose result holds the sizes,
+    where they depend on data; both sides must read the same one.
+    """
+
+    kind: Kind
+    axes: tuple[str, ...]
+    shape: tuple[Any, ...] | None
+    dtype: Any
+    peer: int | None = None
+    sizes_from: str | None = None
+
+
+@dataclass(frozen=True)
+class Communicating:
+    """One row of the table. `primitive`: the one primitive that the op is, with the same operands and options.
+
+    Such an op is bound to the primitive itself, without `run` in between.
+    """
+
+    run: Callable[..., Any]
+    meetings: Callable[[fx.Node], tuple[Meeting, ...]]
+    primitive: Kind | None = None
+
+
+class CommunicatingCall(NamedTuple):
+    """The arguments of a node, as the op's signature sorts them."""
+
+    operands: tuple[Any, ...]
+    axes: tuple[str, ...]
+    options: dict[str, Any]
+
+
+def as_axes(axis: Axes) -> tuple[str, ...]:
+    found = (axis,) if isinstance(axis, str) else axis
+    if not isinstance(found, (tuple, list)) or not all(isinstance(each, str) for each in found):
+        raise CommunicationError(f"a group is named by a mesh axis or a tuple of axes, got {axis!r}")
+    return tuple(found)
+
+
+def axes_text(axis: Axes) -> str:
+    """As messages name a group: tp, or dp x tp."""
+    return " x ".join(as_axes(axis))
+
+
+def read_call(node: fx.Node) -> CommunicatingCall:
+    """How `node` calls its communicating op."""
+    assert callable(node.target)
+    signature = inspect.signature(node.target)
+    given = signature.bind(*node.args, **node.kwargs).arguments
+    axes = as_axes(given.pop("axis"))
+    operands: list[Any] = []
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        if signature.parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY:
+            operands.append(value)
+            continue
+        if any(isinstance(leaf, fx.Node) for leaf in (value if isinstance(value, (list, tuple)) else [value])):
+            raise CommunicationError(
+                f"node {node.name!r}: the option {name!r} of {node.target.__name__} must be fixed in the graph, "
+                f"got {value}: what is known only at run time must be a positional parameter of the op"
+            )
+        options[name] = list(value) if isinstance(value, (list, tuple)) else value
+    return CommunicatingCall(tuple(operands), axes, options)
+
+
+def named_axes(graphs: Iterable[fx.Graph]) -> tuple[tuple[str, ...], ...]:
+    """The axis tuples that the communicating nodes of `graphs` name, sorted: the groups that a rank needs."""
+    found = {
+        meeting.axes
+        for graph in graphs
+        for node in graph.nodes
+        if node.op == "call_function" and node.target in COMMUNICATING
+        for meeting in COMMUNICATING[node.target].meetings(node)
+    }
+    return tuple(sorted(found))
+
+
+def _one(kind: Kind) -> Callable[[fx.Node], tuple[Meeting, ...]]:
+    """The meeting of an op that brings its first operand to one primitive."""
+
+    def meetings(node: fx.Node) -> tuple[Meeting, ...]:
+        operands, axes, _ = read_call(node)
+        value = operands[0].meta.get("val") if isinstance(operands[0], fx.Node) else None
+        shape = None if value is None else tuple(value.shape)
+        return (Meeting(kind, axes, shape, None if value is None else value.dtype),)
+
+    return meetings
+
+
+def _primitive(kind: Kind) -> Communicating:
+    """The row of an op that is one primitive."""
+
+    def run(channel: Any, x: Tensor, **options: Any) -> Tensor:
+        return getattr(channel, kind)(x, **options)  # type: ignore[no-any-return]
+
+    return Communicating(run, _one(kind), kind)
+
+
+def _collect_rows(channel: Any, x: Tensor, total: int, *, dim: int) -> Tensor:
+    return channel.all_gather(x, dim=dim, sizes=row_counts(total, len(channel.ranks)))  # type: ignore[no-any-return]
+
+
+COMMUNICATING: dict[Any, Communicating] = {
+    all_reduce: _primitive("all_reduce"),
+    all_gather: _primitive("all_gather"),
+    collect_rows: Communicating(_collect_rows, _one("all_gather")),
+}
+"""Every op of the graph that communicates."""
