@@ -6,6 +6,7 @@
     drop_unused_weights(program)         those that nothing reads any more
     weights_named(program, globs)        which weights a user means
     check_rule(my_op, x, w)              whether the op does what its rule says, on numbers
+    COMMUNICATING                        the ops that communicate, and what they exchange
 
 The graph's own vocabulary (Program, Value, Layout, ...) is imported here as well, so that a plugin depends on this
 module and on nothing else of ours.
@@ -31,12 +32,16 @@ from partitioner.proof.layouts import SPECIAL
 from partitioner.proof.try_rule import check_rule
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Split
+from runtime.ops.communicating import COMMUNICATING, Communicating, Meeting
 
 __all__ = [
+    "COMMUNICATING",
     "REPLICATED",
+    "Communicating",
     "IndexSet",
     "Layout",
     "Letters",
+    "Meeting",
     "Notation",
     "Operand",
     "Pass",
