@@ -328,10 +328,15 @@ def test_circle_is_found() -> None:
     assert not circles({"runtime.a.x": {"runtime.b.y"}, "runtime.b.z": {"runtime.b.y"}})
 
 
+def holds_files(path: Path) -> bool:
+    """Whether it is a file, or a folder with more in it than what Python left behind."""
+    return path.is_file() or any(each.is_file() and "__pycache__" not in each.parts for each in path.rglob("*"))
+
+
 def folders() -> Iterator[tuple[str, list[str]]]:
     for package in (*PACKAGES, "tests", "benchmarks", "examples", "docs"):
         for folder in [ROOT / package, *(path for path in (ROOT / package).rglob("*") if path.is_dir())]:
-            names = sorted(path.name for path in folder.iterdir() if path.name not in ("__init__.py", "__pycache__"))
+            names = sorted(path.name for path in folder.iterdir() if path.name != "__init__.py" and holds_files(path))
             if folder.name != "__pycache__" and names:
                 yield str(folder.relative_to(ROOT)), names
 

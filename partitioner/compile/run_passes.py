@@ -22,6 +22,7 @@ from partitioner.errors import PlanError
 from partitioner.program.plan import Pass, Plan
 from partitioner.program.program import Program
 from partitioner.proof.layouts import check
+from partitioner.proof.meetings import events_of, play
 
 __all__ = ["GROUP", "Chosen", "choose", "run_passes", "wanted"]
 
@@ -81,13 +82,16 @@ def choose(name: str, **options: object) -> Chosen:
 
 
 def run_passes(program: Program, steps: Sequence[Chosen]) -> Program:
-    """All of `steps`, in order; the program is checked after each."""
+    """All of `steps`, in order; the program's layouts are checked after each, the ranks' order of communication at the
+    end.
+    """
     for chosen in steps:
         if chosen.origin:
             program = _run_other(program, chosen)
         else:
             program = chosen.step.run(program)
             check(program)
+    play(program.mesh, dict.fromkeys(range(program.mesh.world_size), events_of(program.graph)))
     return program
 
 

@@ -19,6 +19,7 @@ from torch import fx
 
 from partitioner.errors import BundleError, PlanError
 from partitioner.program.ranks import Ranks
+from partitioner.proof.meetings import check_meetings
 from partitioner.sharding.mesh import AXES, Mesh
 from partitioner.storage.bundle.format.bundle_files import Folder
 from partitioner.storage.bundle.format.graph_format import build
@@ -138,8 +139,10 @@ class Bundle(Ranks):
         for name, file in self.manifest.files.items():
             if file.digest is not None:
                 self.read(name)
-        for rank in range(self.mesh.world_size):
-            programs = self._rank(rank)
+        everyone = [self._rank(rank) for rank in range(self.mesh.world_size)]
+        for entry in everyone[0]:
+            check_meetings(programs[entry] for programs in everyone)
+        for rank, programs in enumerate(everyone):
             for program in programs.values():
                 program.graph  # noqa: B018 - builds it
             stored = self.stored(rank)
