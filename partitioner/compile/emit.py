@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import sympy
 from torch import fx
 
-from partitioner.errors import CaptureError, LayoutError
-from partitioner.program.program import Input, PerRankInt, Program, State, Weight
+from partitioner.compile.cut_stages import StageParts
+from partitioner.errors import LayoutError
+from partitioner.program.program import PerRankInt, Program, State, Weight
+from partitioner.program.stages import crossings
 from partitioner.program.torch_calls import lower
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import in_order
@@ -40,18 +41,23 @@ class Emitter:
     def __init__(self, program: Program) -> None:
         self.program = program
         self._graphs: dict[tuple[Any, ...], fx.Graph] = {}
+        pp = program.mesh.size("pp")
+        # on a mesh without stages the program is run whole, as whoever looks for a difference does
+        count = program.stages.count if program.stages is not None and pp > 1 else 1
         layouts = [*program.weight_layouts.values(), *(state.layout for state in program.states.values())]
         self._axes = in_order(
             (
+                *(("pp",) if count > 1 else ()),
                 *(axis for entry in program.table.values() for axis in entry.axes),
                 *(axis for layout in layouts for axis in layout.axes),
             )
         )
         """Those along which ranks differ."""
         self._parts: dict[tuple[int, ...], RankProgram] = {}
-        self._inputs = tuple(_run_input(program, given) for given in program.inputs)
-        used = {node.target: None for node in program.graph.nodes if node.op == "get_attr" and node.users}
-        self._weights = [_weight(program, str(name)) for name in used]
+        if count > 1 and pp != count:
+            raise LayoutError(f"the program has {count} stages, and the mesh pp={pp}")
+        cuts = crossings(program.graph, count)
+        self._stages = [StageParts.of(program, stage, count, cuts) for stage in range(count)]
 
     def rank(self, coordinates: Mapping[str, int]) -> RankProgram:
         # every axis, in the mesh's order
@@ -62,16 +68,18 @@ class Emitter:
         return replace(self._parts[key], coordinates=coordinates)
 
     def _rank(self, coordinates: Mapping[str, int]) -> RankProgram:
+        parts = self._stages[coordinates["pp"] if len(self._stages) > 1 else 0]
         return RankProgram(
             build_graph=functools.partial(self._graph, coordinates),
             mesh=self.program.mesh,
             coordinates=coordinates,
-            weights=tuple(weight_shard(self.program, weight, coordinates) for weight in self._weights),
-            inputs=self._inputs,
+            weights=tuple(weight_shard(self.program, weight, coordinates) for weight in parts.weights),
+            inputs=parts.inputs,
             eos_token_id=self.program.eos_token_id,
-            states=tuple(_state_shard(self.program, state, coordinates) for state in self.program.states.values()),
+            states=tuple(_state_shard(self.program, state, coordinates) for state in parts.states),
             **_vocabulary(self.program),
             limits=self.program.limits,
+            stage=parts.stage,
             values=self.program.values,
             source=None if self.program.origins is None else self.program.origins.source,
         )
@@ -79,10 +87,11 @@ class Emitter:
     def _graph(self, coordinates: Mapping[str, int]) -> fx.Graph:
         table = self.program.table
         row = tuple(self.program.at(PerRankInt(name), coordinates) for name in table)
-        if row not in self._graphs:
+        stage = coordinates["pp"] if len(self._stages) > 1 else 0
+        if (stage, row) not in self._graphs:
             integers = dict(zip(table, row, strict=True))
-            self._graphs[row] = _substituted(self.program.graph, integers)
-        return self._graphs[row]
+            self._graphs[stage, row] = _substituted(self._stages[stage].graph, integers)
+        return self._graphs[stage, row]
 
 
 def _substituted(graph: fx.Graph, integers: Mapping[str, Any]) -> fx.Graph:
@@ -163,23 +172,3 @@ def _vocabulary(program: Program) -> dict[str, Any]:
     (logits,) = program.graph.output_node().all_input_nodes
     split = None if program.output is None else program.output.split(-1)
     return {"vocab_size": int(logits.meta["val"].shape[-1]), "vocabulary": None if split is None else split.owned}
-
-
-def _weight(program: Program, name: str) -> Weight:
-    if name not in program.weights:
-        raise CaptureError(f"the graph uses the weight {name!r}, which the program does not describe")
-    return program.weights[name]
-
-
-def _run_input(program: Program, given: Input) -> RunInput:
-    names = {symbol: name for name, symbol in program.symbols.items()}
-    dims: list[int | str] = []
-    for dim in given.value.shape:
-        if isinstance(dim, (int, sympy.Integer)):
-            dims.append(int(dim))
-        elif dim in names:
-            dims.append(names[dim])
-        else:
-            known = ", ".join(program.symbols)
-            raise CaptureError(f"input {given.name!r} has a dim of {dim}; required: a whole number or one of {known}")
-    return RunInput(given.name, given.value.dtype, tuple(dims), given.default, given.bound)

@@ -5,6 +5,7 @@
               node.meta["layout"] Layout, or a tuple of Layouts; set by the passes and re-inferred by the verifier
               node.meta["path"]   the module it came from ("model.layers.0.self_attn")
               node.meta["why"]    the reason for what a pass did to it
+              node.meta["stages"] the pipeline stages that compute it, where there are several
     table     what differs between ranks: integers (or tuples of them) that stand in the graph as `Local(name)`
 
 Passes describe weights and never slice them; one graph serves every coordinate, and `emit` substitutes the integers.
@@ -20,6 +21,7 @@ import sympy
 import torch
 from torch import fx
 
+from partitioner.program.stages import StageTable
 from partitioner.sharding.layout import REPLICATED, Layout
 from partitioner.sharding.mesh import Mesh
 from runtime.program.rank_program import Bound
@@ -158,6 +160,8 @@ class Program:
     """What ranks remember between runs, by name; empty where the whole text is run at once."""
     output: Layout | None = None
     """How the ranks hold the result; None: all of it on every rank."""
+    stages: StageTable | None = None
+    """Which stages hold which weights; None where there is one stage. Nodes say theirs in node.meta["stages"]."""
     kept_whole: dict[str, str] = field(default_factory=dict)
     """Weights that could have been split and stay whole, with the reason."""
     limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)

@@ -5,6 +5,7 @@ The compiler makes it, the engine runs it.
     RankProgram   graph, coordinates, weights, inputs
     RunInput      a keyword of the run: dims are integers, or names shared with the other inputs ("batch")
     Bound         the values that an input may have
+    Stage         which pipeline stage, what it takes from the one before and hands to the next
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.mesh import Mesh
 from runtime.program.shards import StateShard, WeightShard, WeightSource
 
-__all__ = ["Bound", "Entry", "RankProgram", "RunInput"]
+__all__ = ["Bound", "Crossing", "Entry", "RankProgram", "RunInput", "Stage"]
 
 Entry = Literal["text", "prefill", "decode"]
 """Whole texts at once; the tokens of prompts behind what is in the cache; one token per sequence."""
@@ -52,6 +53,29 @@ class RunInput:
 
 
 @dataclass(frozen=True)
+class Crossing:
+    """A value that goes from a stage to the next: the name of its node, dims as those of a `RunInput`, dtype."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Which of `count` pipeline stages a rank runs.
+
+    Its graph takes `receives` after its inputs, under the names "receive_0", "receive_1" and so on, and yields a tuple
+    of `sends`; the last one yields the result.
+    """
+
+    index: int
+    count: int
+    receives: tuple[Crossing, ...] = ()
+    sends: tuple[Crossing, ...] = ()
+
+
+@dataclass(frozen=True)
 class RankProgram:
     """See the module's docstring."""
 
@@ -73,6 +97,8 @@ class RankProgram:
     """Where the weights are read from; None: `values` holds them."""
     read_from: str | None = field(default=None, compare=False)
     """The bundle that it was read from; None: it was compiled in this process."""
+    stage: Stage | None = None
+    """None where there is one stage."""
     limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     """By name of a dim: the smallest and the largest size that the graph is right for, where not all are."""
 

@@ -25,7 +25,7 @@ def test_integers_are_those_of_the_coordinates() -> None:
     assert [arguments(rank, "embedding")[1]["start"] for rank in ranks] == [0, 3, 7]
     assert [arguments(rank, "flat")[0][1] for rank in ranks] == [[-1, 1, 3], [-1, 1, 3], [-1, 1, 4]]
     assert [rank.rank for rank in ranks] == [0, 1, 2]
-    assert ranks[1].coordinates == {"dp": 0, "pp": 0, "sp": 0, "tp": 1}
+    assert ranks[1].coordinates == {"dp": 0, "pp": 0, "sp": 0, "tp": 1, "edp": 1, "ep": 0, "etp": 0}
 
 
 def test_the_program_is_left_alone_and_meta_is_kept() -> None:

@@ -237,8 +237,13 @@ class _Reader:
             record.fail("op", "the output, which ends the graph")
         name = record.text("name", IDENTIFIER)
         args, kwargs = self._arguments(record)
-        if len(args) != 1 or not isinstance(args[0], fx.Node) or kwargs:
-            record.fail("args", "the one node that is the result")
+        several = (
+            isinstance(args[0], tuple) and args[0] and all(isinstance(arg, fx.Node) for arg in args[0])
+            if args
+            else False
+        )
+        if len(args) != 1 or not (several or isinstance(args[0], fx.Node)) or kwargs:
+            record.fail("args", "the node that is the result, or a tuple of those that a stage hands on")
         self._finish(self.graph.create_node("output", "output", args, name=name), name, record)
 
     def _arguments(self, record: Record) -> tuple[tuple[Any, ...], dict[str, Any]]:

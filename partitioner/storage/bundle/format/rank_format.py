@@ -30,7 +30,7 @@ from partitioner.storage.bundle.format.untrusted_json import (
     dtype_name,
     whole_number,
 )
-from runtime.program.rank_program import Bound, Entry, RankProgram, RunInput
+from runtime.program.rank_program import Bound, Crossing, Entry, RankProgram, RunInput, Stage
 from runtime.program.shards import Piece, StateShard, WeightShard, WeightSource
 
 __all__ = ["Stored", "program_data", "read_entries", "read_program", "read_weight", "weight_data"]
@@ -184,6 +184,7 @@ def program_data(program: RankProgram, *, graph: str, integers: Sequence[int], w
         if program.vocabulary is None
         else [[list(ends) for ends in own.intervals] for own in program.vocabulary],
         "limits": {name: list(limit) for name, limit in program.limits.items()},
+        "stage": None if program.stage is None else _stage_data(program.stage),
     }
 
 
@@ -227,6 +228,7 @@ def read_program(
     where: str,
 ) -> RankProgram:
     """`read_graph(digest, integers=, inputs=, weights=)` builds a graph of the bundle, when it is asked for."""
+    has_stage = record.has("stage")  # schema 1 knew none
     digest, integers = record.digest("graph"), record.integers("integers", low=-(2**62))
     mine = tuple(weights[place] for place in record.integers("weights", high=len(weights) - 1))
     inputs = tuple(map(_read_input, record.records("inputs")))
@@ -237,9 +239,15 @@ def read_program(
     inner = [name for name in sorted(known) if any(outer in known for outer in _outer(name))]
     if inner:
         raise BundleError(f"{record.where}: the weight {inner[0][:100]!r} lies within another weight")
+    stage = record.maybe("stage", lambda name: _read_stage(record.record(name), coordinates)) if has_stage else None
+    received = [f"receive_{i}" for i in range(len(stage.receives))] if stage is not None else []
     program = RankProgram(
         build_graph=functools.partial(
-            read_graph, digest, integers=integers, inputs=[x.name for x in inputs], weights=[w.name for w in mine]
+            read_graph,
+            digest,
+            integers=integers,
+            inputs=[*(x.name for x in inputs), *received],
+            weights=[w.name for w in mine],
         ),
         mesh=mesh,
         coordinates=coordinates,
@@ -250,6 +258,7 @@ def read_program(
         vocab_size=record.integer("vocab_size", high=_LONGEST),
         vocabulary=_read_vocabulary(record, mesh),
         limits=_read_limits(record.record("limits")),
+        stage=stage,
         source=source,
         read_from=where,
     )
@@ -257,12 +266,44 @@ def read_program(
     return program
 
 
+def _stage_data(stage: Stage) -> Data:
+    return {
+        "count": stage.count,
+        "receives": list(map(_crossing_data, stage.receives)),
+        "sends": list(map(_crossing_data, stage.sends)),
+    }
+
+
+def _crossing_data(crossing: Crossing) -> Data:
+    return {"name": crossing.name, "shape": list(crossing.shape), "dtype": dtype_name(crossing.dtype)}
+
+
+def _read_stage(record: Record, coordinates: Mapping[str, int]) -> Stage:
+    """Which one it is, the rank's coordinate says."""
+    stage = Stage(
+        coordinates["pp"],
+        record.integer("count", low=2, high=2**16),
+        tuple(map(_read_crossing, record.records("receives"))),
+        tuple(map(_read_crossing, record.records("sends"))),
+    )
+    if stage.index >= stage.count:
+        record.fail("count", f"more than the rank's own stage, {stage.index}")
+    record.done()
+    return stage
+
+
+def _read_crossing(record: Record) -> Crossing:
+    crossing = Crossing(record.text("name", IDENTIFIER), _read_dims(record), record.one_of("dtype", DTYPES))
+    record.done()
+    return crossing
+
+
 def _outer(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
-def _read_input(record: Record) -> RunInput:
+def _read_dims(record: Record) -> tuple[int | str, ...]:
     shape = record.any("shape")
     if not isinstance(shape, list) or len(shape) > _MOST_DIMS:
         record.fail("shape", "a list of dims")
@@ -270,10 +311,14 @@ def _read_input(record: Record) -> RunInput:
         named = isinstance(dim, str) and IDENTIFIER.fullmatch(dim)
         if not named and not whole_number(dim, high=2**31):
             record.fail("shape", "of whole numbers and plain names")
+    return tuple(shape)
+
+
+def _read_input(record: Record) -> RunInput:
     found = RunInput(
         record.text("name", IDENTIFIER),
         record.one_of("dtype", DTYPES),
-        tuple(shape),
+        _read_dims(record),
         record.one_of("default", _DEFAULTS),
         record.maybe("bound", lambda name: _read_bound(record.record(name))),
     )

@@ -1,0 +1,77 @@
+"""Stages: which nodes and weights of a program belong to which pipeline stage, and what crosses between them.
+
+    node.meta["stages"]   the stages that compute a node: one, or several where computing it again is cheaper than
+                          sending it (what is made of inputs alone)
+    StageTable            weight -> stages, decided once for all entries: names of weights are what their graphs share
+    crossings(program)    per boundary, the values that go from a stage to the next
+
+A value crosses every boundary between the stage that makes it and the last one that uses it. The whole graph stays one
+program, which layouts, reports and proofs read; `compile.emit` cuts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+
+from partitioner.errors import LayoutError
+
+__all__ = ["StageTable", "crossings", "stages_of", "table_of"]
+
+
+@dataclass(frozen=True)
+class StageTable:
+    """of_weight: the stages that hold a weight, several where it is tied or shared. count: of stages."""
+
+    of_weight: Mapping[str, frozenset[int]]
+    count: int
+
+
+def stages_of(node: fx.Node) -> frozenset[int]:
+    """The stages that compute `node`: as marked; of a weight or an input, those that use it."""
+    if node.op in ("get_attr", "placeholder"):
+        return frozenset[int]().union(*(stages_of(user) for user in node.users))
+    found: frozenset[int] = node.meta["stages"]
+    return found
+
+
+def table_of(graph: fx.Graph, count: int) -> StageTable:
+    """The table that a marked graph says."""
+    return StageTable(
+        {str(node.target): stages_of(node) for node in graph.nodes if node.op == "get_attr" and node.users}, count
+    )
+
+
+def crossings(graph: fx.Graph, count: int) -> tuple[tuple[fx.Node, ...], ...]:
+    """For each k below count - 1, what goes from stage k to stage k + 1, in graph order.
+
+    Raises `LayoutError`, naming both nodes, where a stage would need what only a later one computes.
+    """
+    found: list[list[fx.Node]] = [[] for _ in range(count - 1)]
+    if count == 1:
+        return ()
+    for node in graph.nodes:
+        if node.op in ("get_attr", "placeholder", "output"):
+            continue
+        made = stages_of(node)
+        if not made or not made <= set(range(count)):
+            raise LayoutError(f"node {node.name!r} belongs to the stages {sorted(made)}; there are 0 to {count - 1}")
+        wanted: set[int] = set()
+        for user in node.users:
+            for stage in [count - 1] if user.op == "output" else stages_of(user):
+                if stage not in made:
+                    if min(made) > stage:
+                        raise LayoutError(
+                            f"node {user.name!r} of stage {stage} needs {node.name!r}, which is computed on stage "
+                            f"{min(made)} only: values go from a stage to later ones"
+                        )
+                    wanted.add(stage)
+        for stage in wanted:
+            # from the latest stage that has it
+            start = max(each for each in made if each < stage)
+            for boundary in range(start, stage):
+                if node not in found[boundary]:
+                    found[boundary].append(node)
+    return tuple(map(tuple, found))
