@@ -83,6 +83,11 @@ class Mesh:
         """What was asked for: the axes with more than one rank, without those that follow from others."""
         return {axis: self._size(axis) for axis in DEGREES if self._size(axis) > 1}
 
+    @property
+    def single_axes(self) -> tuple[tuple[str, ...], ...]:
+        """Each axis of attention's view with more than one rank, by itself."""
+        return tuple((axis,) for axis, size in zip(AXES, self.sizes, strict=True) if size > 1)
+
     def size(self, *axes: str) -> int:
         """How many coordinates the given axes, of one view, have together."""
         view_of(axes)

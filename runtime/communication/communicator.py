@@ -18,10 +18,10 @@ import abc
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from partitioner.errors import CommunicationError
-from partitioner.sharding.mesh import AXES, Mesh
+from partitioner.errors import CommunicationError, PlanError
+from partitioner.sharding.mesh import Mesh, view_of
 from runtime.communication.channels import Channel
-from runtime.ops.communicating import COMMUNICATING, Axes, as_axes
+from runtime.ops.communicating import COMMUNICATING, Axes, as_axes, axes_text
 
 __all__ = ["Binder", "Communicator", "require_axes"]
 
@@ -80,11 +80,10 @@ class Communicator(Binder):
 def require_axes(axes: Axes, node: str) -> tuple[str, ...]:
     """`axes` as a tuple, or an error that lists what axes there are."""
     found = as_axes(axes)
-    for axis in found:
-        if axis not in AXES:
-            raise CommunicationError(
-                f"node {node!r} communicates over {axis!r}, which is no mesh axis; those are {AXES}"
-            )
-    if not found or len(set(found)) != len(found):
-        raise CommunicationError(f"node {node!r} communicates over {found!r}: it must name each axis once")
+    try:
+        view_of(found)
+    except PlanError as error:
+        raise CommunicationError(f"node {node!r} communicates over {axes_text(found)}: {error}") from None
+    if not found:
+        raise CommunicationError(f"node {node!r} communicates over no axis: it must name one")
     return found

@@ -28,7 +28,8 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from partitioner.errors import CommunicationError, PlanError, RankLost
-from partitioner.sharding.mesh import AXES, Mesh
+from partitioner.sharding.layout import in_order
+from partitioner.sharding.mesh import AXES, EXPERT_AXES, Mesh
 from runtime.communication.channels import AloneChannel, Channel
 from runtime.communication.communicator import Communicator, require_axes
 from runtime.communication.failure_verdict import FailureVerdict
@@ -90,7 +91,7 @@ class ProcessGroups(Communicator):
         if dist.get_world_size() != mesh.world_size:
             raise _wrong_world(dist.get_world_size(), mesh)
         # members of overlapping groups must create them in one order
-        for named in _in_one_order([(axis,) for axis in AXES] if axes is None else axes):
+        for named in _in_one_order(mesh.single_axes if axes is None else axes):
             axis, ranks = axes_text(named), mesh.group(named, self.rank)
             if len(ranks) > 1 and ranks not in self._groups:
                 self._groups[ranks] = group = dist.new_group(
@@ -273,7 +274,8 @@ class ProcessGroups(Communicator):
 def _in_one_order(axes: Collection[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Single axes first, in the mesh's order, then tuples: the same on every rank, in whatever order they are given."""
     required = {require_axes(named, "a process group") for named in axes}
-    return sorted(required, key=lambda named: (len(named), [AXES.index(axis) for axis in named]))
+    place = {axis: i for i, axis in enumerate(in_order((*AXES, *EXPERT_AXES)))}
+    return sorted(required, key=lambda named: (len(named), [place[axis] for axis in named]))
 
 
 def _require_sharing(wanted: Sharing, device: torch.device) -> None:
@@ -315,8 +317,7 @@ def _leave_groups(*, abort: bool) -> None:
 
 
 def _wrong_world(world_size: int, mesh: Mesh) -> PlanError:
-    sizes = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, mesh.sizes, strict=True) if size > 1) or "one rank"
     return PlanError(
-        f"the plan ({sizes}) needs {mesh.world_size} processes, got {world_size}: "
+        f"the plan ({mesh}) needs {mesh.world_size} processes, got {world_size}: "
         f"start it with torchrun --nproc-per-node {mesh.world_size} on one machine, or change the plan"
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Protocol, Unpack
@@ -31,6 +32,7 @@ from runtime.generation.generate_loop import GenerateLoop, Loaded
 from runtime.generation.generation_options import Options
 from runtime.generation.generation_request import Generated, GenerationRequest, Prompts, Step
 from runtime.kv_cache.cache_size import CacheSize, Room
+from runtime.ops.communicating import named_axes
 from runtime.program.bundle_errors import attribute_errors
 from runtime.program.rank_program import Entry, RankProgram
 from runtime.program.shards import WeightSource
@@ -106,8 +108,16 @@ class Engine:
         `check`: compare the ranks before every collective. `shared_memory`: see
         `runtime.communication.process_groups`. `cache`: set aside at once, see `reserve`.
         """
+        # a group for each axis, and for the tuples of axes that the program names
+        rank = int(os.environ.get("RANK", -1))  # where it is none, `connect` says so
+        named = named_axes([parts.entry("text", rank).graph]) if 0 <= rank < parts.mesh.world_size else ()
         communicator = ProcessGroups.connect(
-            parts.mesh, device=device, timeout_s=timeout_s, check=check, shared_memory=shared_memory
+            parts.mesh,
+            axes={*parts.mesh.single_axes, *named},
+            device=device,
+            timeout_s=timeout_s,
+            check=check,
+            shared_memory=shared_memory,
         )
         try:
             engine = cls(

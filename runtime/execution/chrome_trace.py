@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import InputError
-from partitioner.sharding.mesh import AXES
 from runtime.communication.communicator import Communicator
 from runtime.ops.collectives import all_gather
 
@@ -264,14 +263,13 @@ def _names(recorded: Recorded) -> Iterator[dict[str, Any]]:
 def from_all_ranks(mine: Recorded, communicator: Communicator, device: torch.device) -> list[Recorded]:
     """Every rank's recording, on every rank: a collective along each axis in turn."""
     known = [asdict(mine)]
-    for axis in AXES:
-        if communicator.mesh.size(axis) > 1:
-            gather = communicator.bind(all_gather, axis, node="profile", options={"dim": 0})
-            message = torch.frombuffer(bytearray(json.dumps(known).encode()), dtype=torch.uint8).to(device)
-            sizes: list[int] = gather(torch.tensor([message.numel()], device=device)).tolist()
-            # of one size, for which every communicator has its quickest way
-            padded = torch.cat([message, message.new_zeros(max(sizes) - message.numel())])
-            everyone: Tensor = gather(padded).view(len(sizes), -1).cpu()
-            texts = [row[:size].numpy().tobytes() for row, size in zip(everyone, sizes, strict=True)]
-            known = [recorded for text in texts for recorded in json.loads(text)]
+    for axes in communicator.mesh.single_axes:
+        gather = communicator.bind(all_gather, axes, node="profile", options={"dim": 0})
+        message = torch.frombuffer(bytearray(json.dumps(known).encode()), dtype=torch.uint8).to(device)
+        sizes: list[int] = gather(torch.tensor([message.numel()], device=device)).tolist()
+        # of one size, for which every communicator has its quickest way
+        padded = torch.cat([message, message.new_zeros(max(sizes) - message.numel())])
+        everyone: Tensor = gather(padded).view(len(sizes), -1).cpu()
+        texts = [row[:size].numpy().tobytes() for row, size in zip(everyone, sizes, strict=True)]
+        known = [recorded for text in texts for recorded in json.loads(text)]
     return [Recorded(**recorded) for recorded in known]

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import InputError
-from partitioner.sharding.mesh import AXES
 from runtime.communication.communicator import Communicator
 from runtime.kv_cache.device_memory import Amount, free_bytes, readable
 from runtime.kv_cache.slots import cache_bytes
@@ -174,9 +173,8 @@ def tokens_that_fit(program: RankProgram, room: int, *, max_batch: int, prefill_
 def _gathered(communicator: Communicator, mine: Tensor) -> Tensor:
     """What every rank of the mesh brings, one after the other."""
     communicator.begin_run(new_shapes=True)
-    for axis in AXES:
-        if communicator.mesh.size(axis) > 1:
-            mine = communicator.bind(all_gather, axis, node="cache size", options={"dim": 0})(mine)
+    for axes in communicator.mesh.single_axes:
+        mine = communicator.bind(all_gather, axes, node="cache size", options={"dim": 0})(mine)
     return mine
 
 
