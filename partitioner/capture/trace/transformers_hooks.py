@@ -2,8 +2,8 @@
 
 `AttentionInterface`, `AttentionMaskInterface` and `ExpertsInterface` let anyone register an implementation by name.
 For the length of a capture ours stand under the names that models branch on: "sdpa", the default of most models, and
-"eager". So a model's own code takes the branch that it takes for its user, and still calls ours. Code that calls torch's
-`scaled_dot_product_attention` itself is given the same op. What was there is put back.
+"eager". So a model's own code takes the branch that it takes for its user, and still calls ours. Code that calls
+torch's `scaled_dot_product_attention` itself is given the same op. What was there is put back.
 The ops below have shapes but no kernels: after the trace each is rewritten to a function of `runtime.ops`.
 """
 
@@ -161,7 +161,9 @@ def _direct(
 ) -> Tensor | None:
     """None where the call broadcasts more than the op does."""
     alike = query.dim() == key.dim() == value.dim() == 4 and (attn_mask is None or attn_mask.dim() == 4)
-    if not alike or dropout_p or not (enable_gqa or query.shape[1] == key.shape[1] == value.shape[1]):
+    if not alike or dropout_p or key.shape[1] != value.shape[1]:
+        return None
+    if not enable_gqa and key.shape[1] not in (1, query.shape[1]):  # one for all heads is broadcast
         return None
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     out: Tensor = ATTENTION(query, key, value, _additive(attn_mask, query), None, None, scale, bool(is_causal), None)
