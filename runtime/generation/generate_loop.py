@@ -108,7 +108,7 @@ class GenerateLoop:
             for row, token in enumerate(tokens):
                 if not ended[row]:
                     texts[row].append(token)
-                    ended[row] = request.has_ended(texts[row], count)
+                    ended[row] = request.has_ended(texts[row])
             if all(ended) or count == settings.max_new_tokens:
                 return
             # a sequence that has ended stays at its last token and position

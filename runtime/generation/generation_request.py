@@ -11,6 +11,7 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.generation.generation_options import Settings
+from runtime.generation.stop_strings import StopStrings
 
 __all__ = ["Generated", "GenerationRequest", "Prompts", "Step"]
 
@@ -40,6 +41,7 @@ class GenerationRequest:
     prompts: tuple[tuple[int, ...], ...]
     ids: Tensor
     settings: Settings
+    stops: StopStrings | None = None
 
     @classmethod
     def of(
@@ -51,11 +53,7 @@ class GenerationRequest:
         eos_token_id: tuple[int, ...],
     ) -> GenerationRequest:
         settings = Settings.of(options, eos_token_id=eos_token_id)
-        if settings.stop_strings and not callable(getattr(settings.tokenizer, "decode", None)):
-            raise InputError(
-                "stop_strings need a tokenizer to decode with, such as AutoTokenizer.from_pretrained(...) yields; "
-                f"got tokenizer={settings.tokenizer!r}"
-            )
+        stops = StopStrings(settings.stop_strings, settings.tokenizer) if settings.stop_strings else None
         rows, ids = _rows(prompts, attention_mask, settings.pad_token_id)
         if not rows:
             raise InputError("no prompts: give at least one row of tokens")
@@ -65,16 +63,13 @@ class GenerationRequest:
         requests = settings.request_ids
         if requests is not None and len(requests) != len(rows):
             raise InputError(f"request_ids must name each of the {len(rows)} prompts, got {len(requests)}")
-        return cls(rows, ids, settings)
+        return cls(rows, ids, settings, stops)
 
-    def has_ended(self, tokens: Sequence[int], new: int) -> bool:
-        """`tokens` of one sequence, `new` of which were generated."""
+    def has_ended(self, tokens: Sequence[int]) -> bool:
+        """`tokens` of one sequence, its prompt's first."""
         if tokens[-1] in self.settings.eos_token_id:
             return True
-        if not self.settings.stop_strings:
-            return False
-        text = self.settings.tokenizer.decode(list(tokens[-new:]))
-        return any(stop in text for stop in self.settings.stop_strings)
+        return self.stops is not None and self.stops.end(tokens)
 
     def result(self, steps: Sequence[Step]) -> Tensor | Generated:
         pad = self.settings.pad_token_id
