@@ -52,6 +52,7 @@ class Emitter:
             weights=tuple(weight_shard(self.program, weight, coordinates) for weight in self._weights),
             inputs=self._inputs,
             eos_token_id=self.program.eos_token_id,
+            generation=self.program.generation,
             states=tuple(_state_shard(self.program, state, coordinates) for state in self.program.states.values()),
             **_vocabulary(self.program),
             limits=self.program.limits,

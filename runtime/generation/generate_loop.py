@@ -23,6 +23,7 @@ from runtime.execution.profile import Profiler
 from runtime.generation.decode_graphs import Decoder, require_fixed_shapes
 from runtime.generation.generation_options import Settings
 from runtime.generation.generation_request import GenerationRequest, Step
+from runtime.generation.token_rules import TokenRules
 from runtime.kv_cache.batch import Batch
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.cache_size import ANY_LENGTH, CacheSize, Room, slots_for, step_of
@@ -92,6 +93,8 @@ class GenerateLoop:
             sampler.scored if settings.logprobs else lambda *given, **keys: (sampler(*given, **keys), None)
         )
         choose = self._profiler.timed("sampling", draw)
+        settings.rules.check(self.program.vocab_size)
+        watcher = request.watcher()
         logits = self._prefill(texts, size)
         chained: Iterator[Tensor] | None = None
         for count in range(1, settings.max_new_tokens + 1):
@@ -100,7 +103,14 @@ class GenerateLoop:
                 tokens = sampler.chosen(next(chained))
             else:
                 history, lengths = self._history(texts, settings.sampling)
-                chosen, scores = choose(logits, request_ids=requests, step=count - 1, history=history, lengths=lengths)
+                chosen, scores = choose(
+                    logits,
+                    request_ids=requests,
+                    step=count - 1,
+                    history=history,
+                    lengths=lengths,
+                    edits=watcher.edits(texts, count),
+                )
                 tokens, logprobs = chosen.tolist(), None if scores is None else scores.tolist()
             yield Step(_unless(ended, tokens), None if logprobs is None else _unless(ended, logprobs))
             if mine != self._turn:
@@ -122,7 +132,8 @@ class GenerateLoop:
     def _chains(self, settings: Settings) -> bool:
         """Whether the device can choose tokens by itself: nothing else is asked of a step, and nobody measures it."""
         sampling = settings.sampling
-        plain = not sampling.do_sample and sampling.repetition_penalty == 1 and not settings.logprobs
+        plain = not sampling.do_sample and sampling.repetition_penalty == 1 and settings.rules == TokenRules()
+        plain &= not settings.logprobs
         return self._cuda_graph and plain and self._profiler.recording is None
 
     def _history(self, texts: list[list[int]], sampling: Sampling) -> tuple[Tensor | None, Tensor | None]:

@@ -7,7 +7,7 @@ writes it after those that stand before it: alone, many drop the space that they
 from __future__ import annotations
 
 import inspect
-import os
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +41,7 @@ class StopStrings:
         """Whether one of the strings ends in the last of `tokens`."""
         recent = list(tokens[-self._looks_at :])
         text, before = self._decode(recent, **self._options), self._decode(recent[:-1], **self._options)
-        start = len(os.path.commonprefix([text, before]))
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, before, strict=False))
+        start = sum(1 for _ in alike)
         # an occurrence that ends after `start` begins after start - length
         return any(text.find(string, max(start - len(string) + 1, 0)) >= 0 for string in self.strings)

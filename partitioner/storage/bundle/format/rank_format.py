@@ -174,6 +174,7 @@ def program_data(program: RankProgram, *, graph: str, integers: Sequence[int], w
             for state in program.states
         ],
         "eos_token_id": list(program.eos_token_id),
+        "generation": dict(program.generation),
         "vocab_size": program.vocab_size,
         "vocabulary": None
         if program.vocabulary is None
@@ -225,6 +226,7 @@ def read_program(
         weights=mine,
         inputs=inputs,
         eos_token_id=record.integers("eos_token_id"),
+        generation=_read_generation(record),
         states=tuple(map(_read_state, record.records("states"))),
         vocab_size=record.integer("vocab_size", high=_LONGEST),
         vocabulary=_read_vocabulary(record, mesh),
@@ -234,6 +236,17 @@ def read_program(
     )
     record.done()
     return program
+
+
+def _read_generation(record: Record) -> dict[str, Any]:
+    """By names that `generate` checks, values with them; bundles that are older do not have it."""
+    if not record.has("generation"):
+        return {}
+    said = record.record("generation")
+    for name in said.fields():
+        if not IDENTIFIER.fullmatch(name):
+            record.fail("generation", "values by plain names")
+    return {name: said.any(name) for name in said.fields()}
 
 
 def _outer(name: str) -> list[str]:
