@@ -93,8 +93,7 @@ class GenerateLoop:
             sampler.scored if settings.logprobs else lambda *given, **keys: (sampler(*given, **keys), None)
         )
         choose = self._profiler.timed("sampling", draw)
-        settings.rules.check(self.program.vocab_size)
-        watcher = request.watcher()
+        watcher = request.watcher(self.program.vocab_size)
         logits = self._prefill(texts, size)
         chained: Iterator[Tensor] | None = None
         for count in range(1, settings.max_new_tokens + 1):

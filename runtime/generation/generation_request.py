@@ -69,7 +69,7 @@ class GenerationRequest:
             raise InputError(f"request_ids must name each of the {len(rows)} prompts, got {len(requests)}")
         return cls(rows, ids, settings, stops)
 
-    def watcher(self) -> Watcher:
+    def watcher(self, vocab_size: int) -> Watcher:
         """Which tokens the steps must and must not take, from the first on."""
         settings = self.settings
         return Watcher(
@@ -77,6 +77,7 @@ class GenerationRequest:
             width=self.ids.shape[1],
             eos_token_id=settings.eos_token_id,
             max_new_tokens=settings.max_new_tokens,
+            vocab_size=vocab_size,
         )
 
     def has_ended(self, tokens: Sequence[int]) -> bool:

@@ -48,8 +48,11 @@ class TokenRules:
 class Watcher:
     """Applies the rules to sequences that grow; `width`: of the prompts as they were given, padding included."""
 
-    def __init__(self, rules: TokenRules, *, width: int, eos_token_id: Sequence[int], max_new_tokens: int) -> None:
-        self.rules, self._width, self._last = rules, width, max_new_tokens
+    def __init__(
+        self, rules: TokenRules, *, width: int, eos_token_id: Sequence[int], max_new_tokens: int, vocab_size: int
+    ) -> None:
+        rules.check(vocab_size)
+        self.rules, self._width, self._last, self._vocab_size = rules, width, max_new_tokens, vocab_size
         self._eos = tuple(eos_token_id)
         words = [word for word in rules.bad_words_ids if word not in {(end,) for end in self._eos}]
         self._always = rules.suppress_tokens + tuple(word[0] for word in words if len(word) == 1)
@@ -79,7 +82,20 @@ class Watcher:
             pairs = repeated + self._completed(texts)
         if not (forced or banned or pairs):
             return None
-        return TokenEdits(forced, tuple(dict.fromkeys(banned)), tuple(pairs))
+        edits = TokenEdits(forced, tuple(dict.fromkeys(banned)), tuple(pairs))
+        self._require_some(edits, len(texts), count)
+        return edits
+
+    def _require_some(self, edits: TokenEdits, rows: int, count: int) -> None:
+        """Raises InputError where the rules leave no token."""
+        left = edits.forced or range(self._vocab_size)
+        if len(edits.banned) + len(edits.pairs) < len(left):
+            return
+        for row in range(rows):
+            out = {*edits.banned, *(token for of, token in edits.pairs if of == row)}
+            if out.issuperset(left):
+                used = [name for name, value in vars(self.rules).items() if value]
+                raise InputError(f"{', '.join(used)} together leave no token for row {row}, new token {count}")
 
     def _repeated(self, texts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         size = self.rules.no_repeat_ngram_size
