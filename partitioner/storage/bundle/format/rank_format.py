@@ -174,7 +174,7 @@ def program_data(program: RankProgram, *, graph: str, integers: Sequence[int], w
             for state in program.states
         ],
         "eos_token_id": list(program.eos_token_id),
-        "generation": dict(program.generation),
+        "generation_config": dict(program.generation),
         "vocab_size": program.vocab_size,
         "vocabulary": None
         if program.vocabulary is None
@@ -240,12 +240,12 @@ def read_program(
 
 def _read_generation(record: Record) -> dict[str, Any]:
     """By names that `generate` checks, values with them; bundles that are older do not have it."""
-    if not record.has("generation"):
+    if not record.has("generation_config"):
         return {}
-    said = record.record("generation")
+    said = record.record("generation_config")
     for name in said.fields():
         if not IDENTIFIER.fullmatch(name):
-            record.fail("generation", "values by plain names")
+            record.fail("generation_config", "values by plain names")
     return {name: said.any(name) for name in said.fields()}
 
 
