@@ -157,6 +157,9 @@ def _complete(options: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str,
         rest = {name: value for name, value in rest.items() if name not in _LENGTHS}
     if not options.get("do_sample", rest.get("do_sample", False)):
         rest = {name: value for name, value in rest.items() if name not in SAMPLING_ONLY}
+    pad = rest.get("pad_token_id")
+    if isinstance(pad, int) and pad < 0:  # how configurations say that there is none
+        del rest["pad_token_id"]
     refuse_not_offered(rest, of_the_model=True)
     given = {**{name: value for name, value in rest.items() if name in known}, **options}
     return {name: value for name, value in given.items() if name in known}

@@ -166,13 +166,7 @@ def _direct(
     if not enable_gqa and key.shape[1] not in (1, query.shape[1]):  # one for all heads is broadcast
         return None
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    out: Tensor
-    if attn_mask is not None and attn_mask.shape[1] != 1 and key.shape[1] == query.shape[1] and not is_causal:
-        # a mask per head is a bias and a mask in one: written out, what it does at slots without a token can be proved
-        scores = query @ key.transpose(-2, -1) * scale + _additive(attn_mask, query)
-        out = scores.softmax(dim=-1) @ value
-        return out
-    out = ATTENTION(query, key, value, _additive(attn_mask, query), None, None, scale, bool(is_causal), None)
+    out: Tensor = ATTENTION(query, key, value, _additive(attn_mask, query), None, None, scale, bool(is_causal), None)
     return out
 
 

@@ -179,3 +179,13 @@ def test_the_models_own_config_is_obeyed_or_named() -> None:
         assert torch.equal(parts.generate(PROMPTS, num_beams=1), _transformers(model, num_beams=1))
     finally:
         model.generation_config = before
+
+
+def test_what_a_config_says_of_sampling_alone_is_left_out_of_greedy_search() -> None:
+    model = {"temperature": 0.0, "top_p": 7, "pad_token_id": -1, "max_length": 4}
+    settings = Settings.of({"max_new_tokens": 3}, eos_token_id=(9,), model=model, width=5)
+    assert (settings.max_new_tokens, settings.pad_token_id, settings.sampling.temperature) == (3, 9, 1.0)
+    with pytest.raises(SamplingError, match="temperature"):
+        Settings.of({"max_new_tokens": 3, "do_sample": True}, eos_token_id=(), model=model)
+    with pytest.raises(InputError, match=r"max_length must be .* above the 5 that the prompts have; got 4"):
+        Settings.of({}, eos_token_id=(), model=model, width=5)
