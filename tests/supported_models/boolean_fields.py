@@ -153,6 +153,7 @@ def write(source: Path, to: Path) -> None:
     """The table; of several lines for one field the last counts."""
     rows = {(row["name"], row["field"]): row for row in read(source)}
     counts = Counter(row["verdict"] for row in rows.values())
+    every = len({*rows, *((name, field) for name in zoo.names() for field in (AS_IT_IS, *dict(fields(name))))})
     text = [
         "# Boolean fields",
         "",
@@ -161,7 +162,7 @@ def write(source: Path, to: Path) -> None:
         "attention implementation that transformers gives it by default, in float64 (detours through float32 lifted on "
         "both sides), to 1e-10.",
         "",
-        f"{len(rows)} rows of {len({name for name, _ in rows})} architectures: "
+        f"{len(rows)} of {every} rows, of {len({name for name, _ in rows})} architectures: "
         + ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) + ".",
         "",
         "*No effect*: the model's own logits are the same, bit by bit. *Fails*: transformers itself cannot build or "
