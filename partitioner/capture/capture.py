@@ -9,9 +9,12 @@ weights    canonical names, computed values                   weights.py
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from partitioner.capture.inputs.graph_inputs import choose_inputs
 from partitioner.capture.inputs.rope import fix_rope
@@ -25,7 +28,7 @@ from partitioner.errors import CaptureError
 from partitioner.program.program import Input, Program, Weight
 from partitioner.sharding.mesh import Mesh
 
-__all__ = ["capture", "describe_weights", "ends_of", "limits_of"]
+__all__ = ["capture", "describe_weights", "ends_of", "generation_of", "limits_of"]
 
 
 def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None, length: int | None = None) -> Program:
@@ -65,6 +68,7 @@ def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None
         limits=limits_of(builder.ranges, longest),
         has_head=model.can_generate() or model.get_output_embeddings() is not None,
         eos_token_id=ends_of(model),
+        generation=generation_of(model),
         notes=notes,
     )
 
@@ -92,6 +96,28 @@ def ends_of(model: PreTrainedModel) -> tuple[int, ...]:
     config = model.generation_config if model.can_generate() else None
     found = None if config is None else config.eos_token_id
     return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+
+
+def generation_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What else its generation config says, beside what is transformers' own default; plain data."""
+    if not model.can_generate() or model.generation_config is None:
+        return {}
+    known = set(vars(GenerationConfig())) - {"eos_token_id", "transformers_version"}
+    said = model.generation_config.to_diff_dict()
+    return {
+        name: _plain(value)
+        for name, value in said.items()
+        if name in known and not name.startswith("_") and value is not None
+    }
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, or the words for it: enough to be named."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return repr(value)
 
 
 def limits_of(ranges: dict[str, tuple[int, int | None]], longest: int | None) -> dict[str, tuple[int, int | None]]:

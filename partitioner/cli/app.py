@@ -45,6 +45,9 @@ Checkpoint = Annotated[
 ]
 
 
+_OF_CONFIG = typer.Option(help="by default as the model's generation config says")
+
+
 @app.command("verify")
 def verify_command(
     model: Model,
@@ -101,12 +104,17 @@ def run_command(
     tp: Annotated[int | None, typer.Option(help="tensor-parallel ranks; by default 1, or those of the bundle")] = None,
     dtype: Annotated[str | None, typer.Option(help="to load the weights in; by default float32")] = None,
     max_new_tokens: int = 64,
-    sample: Annotated[bool, typer.Option("--sample", help="draw tokens; otherwise the likeliest each time")] = False,
-    temperature: float = 1.0,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
+    sample: Annotated[
+        bool | None,
+        typer.Option(
+            "--sample/--greedy", help="draw tokens, or take the likeliest; by default as the model's config says"
+        ),
+    ] = None,
+    temperature: Annotated[float | None, _OF_CONFIG] = None,
+    top_k: Annotated[int | None, _OF_CONFIG] = None,
+    top_p: Annotated[float | None, _OF_CONFIG] = None,
+    min_p: Annotated[float | None, _OF_CONFIG] = None,
+    repetition_penalty: Annotated[float | None, _OF_CONFIG] = None,
     seed: Annotated[int, typer.Option(help="the same seed says the same on any number of ranks")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="text after which to stop; may be given several times")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the tokenizer's chat template")] = False,
@@ -131,11 +139,13 @@ def run_command(
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
-        "min_p": min_p or None,
+        "min_p": min_p,
         "repetition_penalty": repetition_penalty,
         "seed": seed,
-        "stop_strings": stop or [],
+        "stop_strings": stop or None,
     }
+    # what is not given is what the model's generation config says
+    options = {name: value for name, value in options.items() if value is not None}
     with _errors():
         require_timeout(timeout_s)
         question = Question(

@@ -192,9 +192,7 @@ def _tokenizer(question: Question) -> Any:
 def _write(question: Question, tokenizer: Any, engine: Engine | Ranks, out: TextIO | None) -> None:
     prompts = [_ids(question, tokenizer, prompt) for prompt in question.prompts]
     _reserve(question, engine, longest=max(map(len, prompts)))
-    options = dict(question.options)
-    if options.get("stop_strings"):
-        options["tokenizer"] = tokenizer
+    options = {**question.options, "tokenizer": tokenizer}  # for stop strings, the model's own as well
     said: list[list[int]] = [[] for _ in prompts]
     # one sequence is written as it comes; several would run into each other
     texts = [_Text(tokenizer, prompt) for prompt in prompts]

@@ -4,6 +4,7 @@ x[:, :, [4]] with a constant index    ->  reorder(x, [4], dim=2): a move, where 
 cat([x, y[.., 0 elements]], dim)      ->  x
 broadcast_to(x, shape)                ->  expand(x, shape)
 glu(x, dim)                           ->  a * sigmoid(b), where a, b are the halves of x: each on its own is a move
+baddbmm(e, x, y, beta=0, alpha=a)     ->  a * bmm(x, y): e is not read, but would need a rank's size
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def canonicalize(program: Program) -> None:
             node.target, node.args, node.kwargs = aten.expand.default, (a["self"], a["size"]), {}
         elif node.op == "call_function" and operation(node) is aten.glu:
             _gated(program, node)
+        elif node.op == "call_function" and operation(node) in _PRODUCTS:
+            _product_alone(program, node)
     program.graph.eliminate_dead_code()
     used = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
     for name in [name for name in program.weights if name not in used]:
@@ -63,6 +66,26 @@ def _gated(program: Program, node: fx.Node) -> None:
     for made in (*halves, gate):
         made.meta = dict(node.meta)
     node.target, node.args, node.kwargs = aten.mul.Tensor, (halves[0], gate), {}
+
+
+_PRODUCTS = {
+    aten.addmm: ("mat1", "mat2", aten.mm.default),
+    aten.baddbmm: ("batch1", "batch2", aten.bmm.default),
+}
+
+
+def _product_alone(program: Program, node: fx.Node) -> None:
+    a = arguments(node)
+    if a["beta"] != 0:
+        return
+    first, second, product = _PRODUCTS[operation(node)]
+    if a["alpha"] == 1:
+        node.target, node.args, node.kwargs = product, (a[first], a[second]), {}
+        return
+    with program.graph.inserting_before(node):
+        made = program.graph.call_function(product, (a[first], a[second]))
+    made.meta = dict(node.meta)
+    node.target, node.args, node.kwargs = aten.mul.Tensor, (made, a["alpha"]), {}
 
 
 def _constant_index(program: Program, node: fx.Node) -> None:

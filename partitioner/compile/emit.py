@@ -77,6 +77,7 @@ class Emitter:
             inputs=parts.inputs,
             eos_token_id=self.program.eos_token_id,
             states=tuple(_state_shard(self.program, state, coordinates) for state in parts.states),
+            generation=self.program.generation,
             **_vocabulary(self.program),
             limits=self.program.limits,
             stage=parts.stage,

@@ -156,6 +156,8 @@ class Program:
     """Whether the result is logits over a vocabulary, and not the last hidden state."""
     eos_token_id: tuple[int, ...] = ()
     """The tokens after which the model's text ends, by its own generation config."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """What else that config says, plain data by the names of transformers' GenerationConfig."""
     states: dict[str, State] = field(default_factory=dict)
     """What ranks remember between runs, by name; empty where the whole text is run at once."""
     output: Layout | None = None

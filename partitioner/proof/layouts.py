@@ -9,12 +9,13 @@ one order, with the same shapes at every collective: so they cannot wait for one
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
-from partitioner.analysis.layouts.infer_layout import Layouts, disjoint
+from partitioner.analysis.layouts.infer_layout import Inference, Layouts, disjoint
 from partitioner.analysis.layouts.memoise import Inferrer
 from partitioner.analysis.layouts.propagate_layouts import batched, state_layout
 from partitioner.analysis.rules import notation
@@ -83,6 +84,7 @@ def _infer(program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer
         raise LayoutError(f"{_at(node)}: {found.problem}")
     for source, wanted in found.requires:
         _require(node, source, layouts[source], wanted)
+    _require_all_named(node, found, layouts)
     if is_move(node) and any(layouts[n].split_dims for n, _ in found.requires):  # noqa: SIM102 - two questions
         if not inferrer.moves_alike(node, layouts, found.outputs):
             raise LayoutError(
@@ -90,6 +92,19 @@ def _infer(program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer
             )
     _check_integers(program, node, layouts)
     return found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs
+
+
+def _require_all_named(node: fx.Node, found: Inference, layouts: Layouts) -> None:
+    """An operand that the rule does not speak of must not matter to a rank's part, not by its size either."""
+    if node.target is operator.getitem or not any(output.split_dims for output in found.outputs):
+        return
+    named = {source for source, _ in found.requires}
+    for source in node.all_input_nodes:
+        if source not in named and isinstance(layouts.get(source), Layout):
+            raise LayoutError(
+                f"{_at(node)}: its result is {found.outputs[0]}, and the layout rule of {describe(node)} does not say "
+                f"how its operand {source.name!r} ({layouts[source]}) must be held: add the operand to the rule"
+            )
 
 
 def _cure(node: fx.Node) -> str:

@@ -184,8 +184,9 @@ class Engine:
         return self._generate_loop.room
 
     def _request(self, prompts: Prompts, attention_mask: Tensor | None, options: Options) -> GenerationRequest:
+        program = self._generate_loop.program
         return GenerationRequest.of(
-            prompts, attention_mask, options, eos_token_id=self._generate_loop.program.eos_token_id
+            prompts, attention_mask, options, eos_token_id=program.eos_token_id, model=program.generation
         )
 
     @functools.cached_property

@@ -23,6 +23,7 @@ from runtime.execution.profile import Profiler
 from runtime.generation.decode_graphs import Decoder, require_fixed_shapes
 from runtime.generation.generation_options import Settings
 from runtime.generation.generation_request import GenerationRequest, Step
+from runtime.generation.token_rules import TokenRules
 from runtime.kv_cache.batch import Batch
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.cache_size import ANY_LENGTH, CacheSize, Room, slots_for, step_of
@@ -104,6 +105,7 @@ class GenerateLoop:
             sampler.scored if settings.logprobs else lambda *given, **keys: (sampler(*given, **keys), None)
         )
         choose = self._profiler.timed("sampling", draw)
+        watcher = request.watcher(self.program.vocab_size)
         logits = self._prefill(texts, size)
         chained: Iterator[Tensor] | None = None
         for count in range(1, settings.max_new_tokens + 1):
@@ -112,7 +114,14 @@ class GenerateLoop:
                 tokens = sampler.chosen(next(chained))
             else:
                 history, lengths = self._history(texts, settings.sampling)
-                chosen, scores = choose(logits, request_ids=requests, step=count - 1, history=history, lengths=lengths)
+                chosen, scores = choose(
+                    logits,
+                    request_ids=requests,
+                    step=count - 1,
+                    history=history,
+                    lengths=lengths,
+                    edits=watcher.edits(texts, count),
+                )
                 tokens, logprobs = chosen.tolist(), None if scores is None else scores.tolist()
             yield Step(_unless(ended, tokens), None if logprobs is None else _unless(ended, logprobs))
             if mine != self._turn:
@@ -120,7 +129,7 @@ class GenerateLoop:
             for row, token in enumerate(tokens):
                 if not ended[row]:
                     texts[row].append(token)
-                    ended[row] = request.has_ended(texts[row], count)
+                    ended[row] = request.has_ended(texts[row])
             if all(ended) or count == settings.max_new_tokens:
                 return
             # a sequence that has ended stays at its last token and position
@@ -134,7 +143,8 @@ class GenerateLoop:
     def _chains(self, settings: Settings) -> bool:
         """Whether the device can choose tokens by itself: nothing else is asked of a step, and nobody measures it."""
         sampling = settings.sampling
-        plain = not sampling.do_sample and sampling.repetition_penalty == 1 and not settings.logprobs
+        plain = not sampling.do_sample and sampling.repetition_penalty == 1 and settings.rules == TokenRules()
+        plain &= not settings.logprobs
         return self._cuda_graph and plain and self._profiler.recording is None
 
     def _history(self, texts: list[list[int]], sampling: Sampling) -> tuple[Tensor | None, Tensor | None]:

@@ -1,16 +1,22 @@
 """What a user may ask of generation, under the names of transformers' GenerationConfig.
 
-max_new_tokens=20        how many tokens to add at most
+max_new_tokens=20        how many tokens to add at most; or max_length, with the prompt
 do_sample=False          draw tokens; otherwise the likeliest one each time (greedy)
-temperature, top_k, top_p, min_p, repetition_penalty    as in `runtime.sampling.sampling_options`
+temperature, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, repetition_penalty
+                         as in `runtime.sampling.sampling_options`
+no_repeat_ngram_size, bad_words_ids, suppress_tokens, begin_suppress_tokens, min_new_tokens, min_length,
+forced_bos_token_id, forced_eos_token_id    as in `runtime.generation.token_rules`
 seed=0                   the same seed gives the same tokens, on any plan and in any batch
 request_ids=None         one number per prompt, which tells equal prompts apart; None: their places in the batch
 eos_token_id=None        an id or several after which a sequence ends; None: the model's own; []: none
-pad_token_id=None        fills up sequences that ended; None: the first eos id, or 0
+pad_token_id=None        fills up sequences that ended; None: the model's own, the first eos id, or 0
 stop_strings=None        texts after which a sequence ends; needs `tokenizer`
 tokenizer=None
-output_logits... are not offered; logprobs=True returns the log-probability of each new token as well
+logprobs=False           True: the log-probability of each new token as well
 prefill_step=512         how many tokens of each prompt are run at a time
+
+What is not given is what the model's generation config says (generation_config.json), as transformers takes it. Other
+names of GenerationConfig are taken where their values change nothing, and refused otherwise: `not_offered.py`.
 """
 
 from __future__ import annotations
@@ -24,6 +30,8 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from partitioner.errors import InputError
+from runtime.generation.not_offered import NOT_OFFERED, SAMPLING_ONLY, refuse_not_offered
+from runtime.generation.token_rules import TokenRules
 from runtime.sampling.sampling_options import Sampling
 
 __all__ = ["Options", "Settings"]
@@ -38,7 +46,19 @@ class Options(TypedDict, total=False):
     top_k: int | None
     top_p: float
     min_p: float | None
+    typical_p: float | None
+    epsilon_cutoff: float | None
+    eta_cutoff: float | None
     repetition_penalty: float
+    max_length: int | None
+    min_length: int | None
+    min_new_tokens: int | None
+    no_repeat_ngram_size: int | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    suppress_tokens: Sequence[int] | None
+    begin_suppress_tokens: Sequence[int] | None
+    forced_bos_token_id: int | None
+    forced_eos_token_id: int | Sequence[int] | None
     seed: int
     request_ids: Sequence[int] | None
     eos_token_id: int | Sequence[int] | None
@@ -49,24 +69,13 @@ class Options(TypedDict, total=False):
     prefill_step: int
 
 
-_NOT_OFFERED = {
-    "num_beams": "beam search", "num_return_sequences": "several sequences per prompt", "penalty_alpha":
-    "contrastive search", "assistant_model": "assisted generation", "constraints": "constrained beam search",
-    "prompt_lookup_num_tokens": "prompt lookup", "typical_p": "typical sampling", "epsilon_cutoff": "epsilon sampling",
-    "eta_cutoff": "eta sampling", "no_repeat_ngram_size": "forbidding n-grams", "bad_words_ids": "forbidding words",
-    "logits_processor": "processors of your own", "stopping_criteria": "criteria of your own",
-    "guidance_scale": "classifier-free guidance", "streamer": "streamers: use stream()",
-    "max_length": "a total length: give max_new_tokens", "min_new_tokens": "a least number of tokens",
-    "generation_config": "a GenerationConfig: give its fields as keywords",
-}  # fmt: skip
-
-
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The options of one call, complete and checked."""
 
     max_new_tokens: int = 20
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
+    rules: TokenRules = dataclasses.field(default_factory=TokenRules)
     request_ids: tuple[int, ...] | None = None
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int = 0
@@ -76,21 +85,25 @@ class Settings:
     prefill_step: int = 512
 
     @classmethod
-    def of(cls, options: Mapping[str, Any], *, eos_token_id: tuple[int, ...]) -> Settings:
-        """`eos_token_id`: the model's own."""
-        given = dict(options)
-        of_sampling = {field.name for field in dataclasses.fields(Sampling)}
-        own = {field.name for field in dataclasses.fields(cls)} - {"sampling"}
-        for name in given:
-            if name in _NOT_OFFERED:
-                raise InputError(f"generate() does not offer {name!r} ({_NOT_OFFERED[name]})")
-            if name not in own | of_sampling:
-                near = difflib.get_close_matches(name, own | of_sampling, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(sorted(own | of_sampling))}"
-                raise InputError(f"generate() has no option {name!r}; {hint}")
-        sampling = Sampling(**{name: given.pop(name) for name in of_sampling & given.keys()})
+    def of(
+        cls,
+        options: Mapping[str, Any],
+        *,
+        eos_token_id: tuple[int, ...],
+        model: Mapping[str, Any] | None = None,
+        width: int = 1,
+    ) -> Settings:
+        """`eos_token_id`: the model's own; `model`: what else its generation config says. width: of the prompts."""
+        given = _complete(options, model or {})
+        names = {field.name for field in dataclasses.fields(Sampling)}
+        sampling = Sampling(**{name: given.pop(name) for name in names & given.keys()})
         ends = given.pop("eos_token_id", None)
-        ends = eos_token_id if ends is None else _integers("eos_token_id", [ends] if isinstance(ends, int) else ends)
+        if ends is None:
+            ends = eos_token_id
+        elif isinstance(ends, int) and not isinstance(ends, bool):
+            ends = () if ends < 0 else (ends,)  # no token has an id below 0: nothing ends a sequence
+        else:
+            ends = _integers("eos_token_id", ends)
         pad = given.pop("pad_token_id", None)
         if pad is not None:
             (pad,) = _integers("pad_token_id", [pad])
@@ -101,8 +114,12 @@ class Settings:
         if "" in stops:
             raise InputError("stop_strings must not be empty: every text contains one that is")
         requests = given.pop("request_ids", None)
+        longest = given.pop("max_length", None)
+        if longest is not None and given.get("max_new_tokens") is None:
+            given["max_new_tokens"] = _new_tokens(longest, width)
         return cls(
-            **given,
+            rules=_rules(given),
+            **{name: value for name, value in given.items() if name != "max_new_tokens" or value is not None},
             sampling=sampling,
             eos_token_id=ends,
             pad_token_id=pad if pad is not None else ends[0] if ends else 0,
@@ -119,6 +136,60 @@ class Settings:
             raise InputError(f"logprobs must be True or False, got {self.logprobs!r}")
         if self.stop_strings and self.tokenizer is None:
             raise InputError("stop_strings are texts: give tokenizer= as well, to know what the tokens say")
+
+
+_LENGTHS = ("max_new_tokens", "max_length")
+_RULES = {field.name for field in dataclasses.fields(TokenRules)}
+
+
+def _complete(options: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are offered: as they are given, or else as the model's generation config has them."""
+    own = {field.name for field in dataclasses.fields(Settings)} - {"sampling", "rules"}
+    known = own | _RULES | {field.name for field in dataclasses.fields(Sampling)} | {"max_length"}
+    for name in options:
+        if name not in known and name not in NOT_OFFERED:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"options: {', '.join(sorted(known))}"
+            raise InputError(f"generate() has no option {name!r}; {hint}")
+    refuse_not_offered(options, of_the_model=False)
+    rest = {name: value for name, value in model.items() if name not in options and value is not None}
+    if any(options.get(name) is not None for name in _LENGTHS):
+        rest = {name: value for name, value in rest.items() if name not in _LENGTHS}
+    if not options.get("do_sample", rest.get("do_sample", False)):
+        rest = {name: value for name, value in rest.items() if name not in SAMPLING_ONLY}
+    pad = rest.get("pad_token_id")
+    if isinstance(pad, int) and pad < 0:  # how configurations say that there is none
+        del rest["pad_token_id"]
+    refuse_not_offered(rest, of_the_model=True)
+    given = {**{name: value for name, value in rest.items() if name in known}, **options}
+    return {name: value for name, value in given.items() if name in known}
+
+
+def _new_tokens(longest: Any, width: int) -> int:
+    if not isinstance(longest, int) or isinstance(longest, bool) or longest <= width:
+        raise InputError(
+            f"max_length must be a whole number of tokens, above the {width} that the prompts have; got {longest!r}: "
+            "give max_new_tokens"
+        )
+    return longest - width
+
+
+def _rules(given: dict[str, Any]) -> TokenRules:
+    """Takes its options out of `given`."""
+    found: dict[str, Any] = {}
+    for name in _RULES & given.keys():
+        value = given.pop(name)
+        if value is None:
+            continue
+        if name in ("no_repeat_ngram_size", "min_new_tokens", "min_length"):
+            (found[name],) = _integers(name, [value])
+        elif name == "bad_words_ids":
+            if not isinstance(value, (list, tuple)) or not all(value):
+                raise InputError(f"bad_words_ids must be a list of lists of ids, none of them empty; got {value!r}")
+            found[name] = tuple(_integers(name, word) for word in value)
+        else:
+            found[name] = _integers(name, [value] if isinstance(value, int) else value)
+    return TokenRules(**found)
 
 
 def _integers(name: str, given: Any) -> tuple[int, ...]:

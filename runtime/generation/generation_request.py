@@ -11,6 +11,8 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.generation.generation_options import Settings
+from runtime.generation.stop_strings import StopStrings
+from runtime.generation.token_rules import Watcher
 
 __all__ = ["Generated", "GenerationRequest", "Prompts", "Step"]
 
@@ -40,6 +42,7 @@ class GenerationRequest:
     prompts: tuple[tuple[int, ...], ...]
     ids: Tensor
     settings: Settings
+    stops: StopStrings | None = None
 
     @classmethod
     def of(
@@ -49,13 +52,12 @@ class GenerationRequest:
         options: Mapping[str, Any],
         *,
         eos_token_id: tuple[int, ...],
+        model: Mapping[str, Any] | None = None,
     ) -> GenerationRequest:
-        settings = Settings.of(options, eos_token_id=eos_token_id)
-        if settings.stop_strings and not callable(getattr(settings.tokenizer, "decode", None)):
-            raise InputError(
-                "stop_strings need a tokenizer to decode with, such as AutoTokenizer.from_pretrained(...) yields; "
-                f"got tokenizer={settings.tokenizer!r}"
-            )
+        """`model`: what its generation config says besides `eos_token_id`."""
+        width = _width(prompts)
+        settings = Settings.of(options, eos_token_id=eos_token_id, model=model, width=width)
+        stops = StopStrings(settings.stop_strings, settings.tokenizer) if settings.stop_strings else None
         rows, ids = _rows(prompts, attention_mask, settings.pad_token_id)
         if not rows:
             raise InputError("no prompts: give at least one row of tokens")
@@ -65,16 +67,24 @@ class GenerationRequest:
         requests = settings.request_ids
         if requests is not None and len(requests) != len(rows):
             raise InputError(f"request_ids must name each of the {len(rows)} prompts, got {len(requests)}")
-        return cls(rows, ids, settings)
+        return cls(rows, ids, settings, stops)
 
-    def has_ended(self, tokens: Sequence[int], new: int) -> bool:
-        """`tokens` of one sequence, `new` of which were generated."""
+    def watcher(self, vocab_size: int) -> Watcher:
+        """Which tokens the steps must and must not take, from the first on."""
+        settings = self.settings
+        return Watcher(
+            settings.rules,
+            width=self.ids.shape[1],
+            eos_token_id=settings.eos_token_id,
+            max_new_tokens=settings.max_new_tokens,
+            vocab_size=vocab_size,
+        )
+
+    def has_ended(self, tokens: Sequence[int]) -> bool:
+        """`tokens` of one sequence, its prompt's first."""
         if tokens[-1] in self.settings.eos_token_id:
             return True
-        if not self.settings.stop_strings:
-            return False
-        text = self.settings.tokenizer.decode(list(tokens[-new:]))
-        return any(stop in text for stop in self.settings.stop_strings)
+        return self.stops is not None and self.stops.end(tokens)
 
     def result(self, steps: Sequence[Step]) -> Tensor | Generated:
         pad = self.settings.pad_token_id
@@ -84,6 +94,14 @@ class GenerationRequest:
             return sequences
         said = [[float("nan") if value is None else value for value in step.logprobs or ()] for step in steps]
         return Generated(sequences, torch.tensor(said, dtype=torch.float64).t())
+
+
+def _width(prompts: Prompts) -> int:
+    """How many tokens the longest has, as far as that can be said of what is not checked yet."""
+    if isinstance(prompts, Tensor):
+        return prompts.shape[1] if prompts.dim() == 2 else 1
+    rows = prompts if isinstance(prompts, (list, tuple)) else ()
+    return max((len(row) for row in rows if isinstance(row, (list, tuple, Tensor))), default=1)
 
 
 def _rows(prompts: Prompts, attention_mask: Tensor | None, pad: int) -> tuple[tuple[tuple[int, ...], ...], Tensor]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -88,6 +88,8 @@ class RankProgram:
     """Data known to the compiler, whole: what no checkpoint has, and the rest where the model had it."""
     eos_token_id: tuple[int, ...] = ()
     """The tokens after which the model's text ends, by its own configuration."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """What else that configuration says of generation, by the names of transformers' GenerationConfig."""
     states: tuple[StateShard, ...] = ()
     vocab_size: int = 0
     """Size of the result's last dim, whole."""

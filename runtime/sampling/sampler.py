@@ -2,6 +2,7 @@
 
     greedy                     local maximum                   one gather of [B, 2] numbers per rank
     top-k, top-p, min-p        local top m, m a little over k  one gather of [B, m, 2]; another where m was too small
+    typical, epsilon, eta      on what those leave             all logits, where none of those is asked for
     sampling without a filter  noise for every local token     two gathers: [B], then [B, 3]
 
 Sampling is Gumbel-max (Maddison et al., arXiv:1411.0030, section 2): argmax of logit / temperature + noise, where the
@@ -28,7 +29,9 @@ from runtime.communication.communicator import Communicator
 from runtime.ops.collectives import all_gather
 from runtime.sampling.candidates import rank_candidates, softmax_mass, survivors
 from runtime.sampling.counter_random import gumbel, random_bits
+from runtime.sampling.cutoffs import cut_off
 from runtime.sampling.sampling_options import Sampling
+from runtime.sampling.token_edits import TokenEdits
 from runtime.sampling.vocabulary_shards import Share, shares
 
 __all__ = ["Sampler"]
@@ -81,6 +84,7 @@ class Sampler:
         step: int | Tensor,
         history: Tensor | None = None,
         lengths: Tensor | None = None,
+        edits: TokenEdits | None = None,
     ) -> Tensor:
         """The next tokens [B], int64, from this rank's logits [B, owned] of each sequence's last position.
 
@@ -88,8 +92,9 @@ class Sampler:
         on a GPU they may be on the CPU, where hashing them is quicker.
         history[B, L] holds each row's tokens so far, of which the first lengths[B] count; only the repetition penalty
         asks for them. Ids outside the vocabulary, which the model cannot choose, are passed over there.
+        edits: which tokens the choice must or must not take.
         """
-        return self._choose(logits, request_ids, step, history, lengths, scored=False)[0]
+        return self._choose(logits, request_ids, step, history, lengths, edits, scored=False)[0]
 
     def scored(
         self,
@@ -99,13 +104,14 @@ class Sampler:
         step: int | Tensor,
         history: Tensor | None = None,
         lengths: Tensor | None = None,
+        edits: TokenEdits | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Tokens [B] and their log-probabilities [B], float64, in the distribution that they were drawn from.
 
         That is log_softmax of the processed logits, as transformers' compute_transition_scores has it with
         normalize_logits=True (its default leaves generate's `scores` unnormalised). Greedy search: temperature 1.
         """
-        tokens, log_probabilities = self._choose(logits, request_ids, step, history, lengths, scored=True)
+        tokens, log_probabilities = self._choose(logits, request_ids, step, history, lengths, edits, scored=True)
         assert log_probabilities is not None
         return tokens, log_probabilities
 
@@ -116,6 +122,7 @@ class Sampler:
         step: int | Tensor,
         history: Tensor | None,
         lengths: Tensor | None,
+        edits: TokenEdits | None,
         *,
         scored: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -129,10 +136,12 @@ class Sampler:
         if not batch:
             return request_ids.new_empty(0, device=logits.device), logits.new_empty(0, dtype=torch.float64)
         own = self._penalised(self._share.of(logits), history, lengths)
+        own = own if edits is None else edits.applied(own, self._share)
         if not self.sampling.do_sample:
             return self._greedy(own, scored=scored)
         bits = random_bits(self.sampling.seed, request_ids, steps).to(logits.device)[:, None]
-        if any(value is not None for value in self.sampling.filters.values()):
+        narrowing = {**self.sampling.filters, **self.sampling.cutoffs}
+        if any(value is not None for value in narrowing.values()):
             return self._among_candidates(own, bits)
         return self._among_all(own, bits, scored=scored)
 
@@ -214,10 +223,17 @@ class Sampler:
         if top_k is None and filters["top_p"] is not None:
             mass = softmax_mass(own, own.amax(dim=1).double(), temperature)
         num = _FIRST_LOOK if top_k is None else top_k + _SPARE
+        filtered = any(value is not None for value in filters.values())
+        if not filtered:  # a cut-off alone looks at all of the vocabulary
+            num = self._largest_size
         while True:
             num = min(num, self._largest_size)
             logits, tokens, floor, total = self._gather_top(own, num, mass)
-            kept, certain = survivors(logits, floor, total, temperature=temperature, **filters)
+            if filtered:
+                kept, certain = survivors(logits, floor, total, temperature=temperature, **filters)
+            else:
+                kept = (logits > -math.inf).sum(dim=1)
+                certain = torch.ones_like(kept, dtype=torch.bool)
             best = logits[:, 0]
             # one wait for the device, for all that the host must know
             finite, enough, width = torch.stack([best.isfinite().all(), certain.all(), kept.max()]).tolist()
@@ -228,6 +244,7 @@ class Sampler:
             num *= _GROWTH
         scaled = (logits[:, :width] - best[:, None]) / temperature
         scaled = scaled.masked_fill(torch.arange(width, device=own.device) >= kept[:, None], -math.inf)
+        scaled = cut_off(scaled, **self.sampling.cutoffs)
         winner = (scaled + gumbel(bits, tokens[:, :width])).argmax(dim=1, keepdim=True)
         return tokens.gather(1, winner)[:, 0], scaled.gather(1, winner)[:, 0] - scaled.exp().sum(dim=1).log()
 
@@ -287,5 +304,5 @@ def _require_finite(best: Tensor) -> None:
         cause = "every logit is -inf" if value == -math.inf else f"its largest logit is {value}"
         raise SamplingError(
             f"no token can be chosen for row {row}: {cause}; the largest of each row must be finite. Look for an "
-            f"overflow in the model's dtype, or a mask that leaves nothing"
+            f"overflow in the model's dtype, a mask that leaves nothing, or options that forbid every token"
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
 
 
@@ -28,7 +29,7 @@ def forward(model: PreTrainedModel, *, exact: bool = True, lifted: bool = False,
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_set(model, "eager" if exact or not model._supports_sdpa else "sdpa"))
+        stack.enter_context(_set(model, "sdpa" if model._supports_sdpa else "eager"))
         if exact:
             stack.enter_context(_attention_in_full_precision())
         if lifted:
@@ -46,7 +47,7 @@ def forward_by_token(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     rows, cache = [], {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_set(model, "eager"))
+        stack.enter_context(_set(model, "sdpa" if model._supports_sdpa else "eager"))
         stack.enter_context(_attention_in_full_precision())
         stack.enter_context(_Lifted())
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
@@ -92,11 +93,16 @@ def _set(model: PreTrainedModel, attention: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attention_in_full_precision() -> Iterator[None]:
-    AttentionInterface._global_mapping["eager"] = _attention
+    """Under the name of the model's own implementation, on which its code may branch; masks as numbers to be added."""
+    attention, masks = AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
+    before = attention["sdpa"], masks["sdpa"]
+    attention["eager"] = attention["sdpa"] = _attention
+    masks["sdpa"] = eager_mask
     try:
         yield
     finally:
-        del AttentionInterface._global_mapping["eager"]
+        del attention["eager"]
+        attention["sdpa"], masks["sdpa"] = before
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:

@@ -56,10 +56,10 @@ class OutOfTime(Exception):
 def measure_shares(name: str, *, minutes: float) -> dict[str, Any]:
     """What the default configuration adds to a row."""
     try:
-        with _Limit(minutes):
+        with TimeLimit(minutes):
             return {"name": name, "odd": False, "default": _shares(*zoo.default_with_few_layers(name))}
     except Exception as error:
-        return {"name": name, "odd": False, "default": {"why": _short(error)}}
+        return {"name": name, "odd": False, "default": {"why": short(error)}}
 
 
 def measure(name: str, *, minutes: float, odd: bool = False) -> dict[str, Any]:
@@ -68,19 +68,19 @@ def measure(name: str, *, minutes: float, odd: bool = False) -> dict[str, Any]:
     try:
         model, _ = zoo.odd(name) if odd else zoo.tiny(name)
     except Exception as error:
-        return {**row, "verdict": "not built", "why": _short(error)}
+        return {**row, "verdict": "not built", "why": short(error)}
     start = time.perf_counter()
     try:
-        with _Limit(minutes):
+        with TimeLimit(minutes):
             traced = trace(model.float())
             row["static"] = [note for note in traced.notes if note.startswith("s")]
             row["equal32"] = _compare(model, traced, exact=False)
             # the same weights, and the same graph with every float32 in it made float64
             row["equal64"] = _compare(model.double(), in_float64(traced), exact=True)
     except (PartitionerError, OutOfTime) as error:
-        return {**row, "verdict": "refused", "why": _short(error)}
+        return {**row, "verdict": "refused", "why": short(error)}
     except Exception as error:
-        return {**row, "verdict": "crashed", "why": _short(error)}
+        return {**row, "verdict": "crashed", "why": short(error)}
     row["seconds"] = round(time.perf_counter() - start, 1)
     right = all(worst <= 1e-10 for worst in row["equal64"].values())
     right32 = all(worst <= 1e-5 for worst in row["equal32"].values())
@@ -97,9 +97,9 @@ def _generates(name: str, minutes: float) -> dict[str, Any]:
     try:
         model, _ = zoo.tiny(name)
     except Exception as error:
-        return {"verdict": "not built", "why": _short(error)}
+        return {"verdict": "not built", "why": short(error)}
     try:
-        with _Limit(minutes):
+        with TimeLimit(minutes):
             try:
                 traced = trace(model.float())
             except CaptureError:  # not for all lengths at once: texts are continued a token at a time
@@ -107,9 +107,9 @@ def _generates(name: str, minutes: float) -> dict[str, Any]:
             # the same weights, and the same graph with every float32 in it made float64
             return compare_generation(model.double(), in_float64(traced))
     except (CaptureError, OutOfTime) as error:
-        return {"verdict": "refused", "why": _short(error)}
+        return {"verdict": "refused", "why": short(error)}
     except Exception as error:
-        return {"verdict": "wrong", "why": _short(error)}
+        return {"verdict": "wrong", "why": short(error)}
 
 
 def measure_bundle(name: str, *, minutes: float) -> dict[str, Any]:
@@ -118,15 +118,15 @@ def measure_bundle(name: str, *, minutes: float) -> dict[str, Any]:
     try:
         model, _ = zoo.tiny(name)
     except Exception as error:
-        return {**row, "bundle": {"verdict": "not built", "why": _short(error)}}
+        return {**row, "bundle": {"verdict": "not built", "why": short(error)}}
     start = time.perf_counter()
     try:
-        with _Limit(minutes):
+        with TimeLimit(minutes):
             found = compare_bundle(model.float(), lambda traced: [n for n in LENGTHS if _admits(traced, n)])
     except OutOfTime as error:
-        found = {"verdict": "refused", "why": _short(error)}
+        found = {"verdict": "refused", "why": short(error)}
     except Exception as error:
-        found = {"verdict": "crashed", "why": _short(error)}
+        found = {"verdict": "crashed", "why": short(error)}
     return {**row, "bundle": {**found, "seconds": round(time.perf_counter() - start, 1)}}
 
 
@@ -184,11 +184,11 @@ def _generic(reason: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$|\b)", "*", reason)
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".split("\n")[0][:300]
 
 
-class _Limit:
+class TimeLimit:
     """Raises OutOfTime in the main thread after so many minutes."""
 
     def __init__(self, minutes: float) -> None:

@@ -63,7 +63,7 @@ def _matmul(node: fx.Node, a: dict[str, Any]) -> Notation:
 @RULES.of(aten.addmm, aten.baddbmm)
 def _addmm(node: fx.Node, a: dict[str, Any]) -> Notation:
     extra, first, second = (v for v in a.values() if is_tensor(v))
-    return matmul(first, second, extra if a.get("beta", 1) != 0 else None, value_of(node))
+    return matmul(first, second, extra, value_of(node))
 
 
 @RULES.of(aten.einsum)

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from transformers import PreTrainedModel
 
-from partitioner.capture.capture import describe_weights, ends_of, limits_of
+from partitioner.capture.capture import describe_weights, ends_of, generation_of, limits_of
 from partitioner.capture.inputs.graph_inputs import BATCH, LENGTH, choose_inputs
 from partitioner.capture.inputs.probe import Probe, probe
 from partitioner.capture.inputs.rope import fix_rope
@@ -92,6 +92,7 @@ def capture_step(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None =
         name=type(model).__name__,
         limits=limits_of(builder.ranges, longest),
         eos_token_id=ends_of(model),
+        generation=generation_of(model),
         states={
             s.name: State(s.name, s.shape, s.dtype, REPLICATED(len(s.shape)), per_token=s.per_token)
             for s in states

@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from partitioner.capture.trace.transformers_hooks import IMPLEMENTATIONS
 from partitioner.errors import CaptureError
 
 __all__ = ["configs", "make_fake_model", "named_tensors"]
@@ -47,8 +48,9 @@ def make_fake_model(model: PreTrainedModel, fake: FakeTensorMode) -> PreTrainedM
     del kept
     fake_model.eval()
     for config in configs(fake_model):
-        # the seams take the place of "eager": some models build their masks differently for every other name
-        config._attn_implementation_internal = "eager"
+        # ours stand under these names; a kernel of another name computes what torch's own does
+        if config._attn_implementation_internal not in IMPLEMENTATIONS:
+            config._attn_implementation_internal = "sdpa" if model._supports_sdpa else "eager"
         config._experts_implementation_internal = "eager"
         config.use_cache = False
     return fake_model

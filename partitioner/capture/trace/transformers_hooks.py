@@ -1,8 +1,10 @@
 """What transformers' official hooks call while the fake model is traced: ops with the meaning of what they replace.
 
 `AttentionInterface`, `AttentionMaskInterface` and `ExpertsInterface` let anyone register an implementation by name.
-Ours stand under "eager" for the length of a capture, because some models ask for that name; what was there is put
-back. The ops below have shapes but no kernels: after the trace each is rewritten to a function of `runtime.ops`.
+For the length of a capture ours stand under the names that models branch on: "sdpa", the default of most models, and
+"eager". So a model's own code takes the branch that it takes for its user, and still calls ours. Code that calls
+torch's `scaled_dot_product_attention` itself is given the same op. What was there is put back.
+The ops below have shapes but no kernels: after the trace each is rewritten to a function of `runtime.ops`.
 """
 
 from __future__ import annotations
@@ -16,13 +18,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.integrations.moe import ExpertsInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from partitioner.errors import CaptureError
 
-__all__ = ["APPEND", "ATTENTION", "COMBINE", "DISPATCH", "GROUPED_LINEAR", "MASK", "READ", "Masks", "installed"]
+__all__ = [
+    "APPEND", "ATTENTION", "COMBINE", "DISPATCH", "GROUPED_LINEAR", "IMPLEMENTATIONS", "MASK", "READ", "Masks",
+    "installed",
+]  # fmt: skip
 
 _NAMESPACE = "partitioner_capture"
 _SCHEMAS = {
@@ -102,30 +108,73 @@ class Masks(Protocol):
     def __call__(self, **call: Any) -> Tensor | None: ...
 
 
+IMPLEMENTATIONS = ("sdpa", "eager")
+"""The attention implementations whose branch in a model's code can be captured."""
 _ONE_CAPTURE_AT_A_TIME = threading.RLock()
 _MISSING = object()
 
 
 @contextlib.contextmanager
 def installed(masks: Masks) -> Iterator[None]:
-    """Within this context "eager" attention, masks and experts are ours; afterwards what was there before."""
-    ours: list[tuple[dict[str, Any], Callable[..., Any]]] = [
-        (AttentionInterface._global_mapping, _attention),
-        (AttentionMaskInterface._global_mapping, masks),
-        (ExpertsInterface._global_mapping, _experts),
-    ]
+    """Within this context attention, masks and experts are ours; afterwards what was there before."""
+    ours: list[tuple[dict[str, Any], str, Callable[..., Any]]] = [(ExpertsInterface._global_mapping, "eager", _experts)]
+    for name in IMPLEMENTATIONS:
+        ours += [
+            (AttentionInterface._global_mapping, name, _attention),
+            (AttentionMaskInterface._global_mapping, name, masks),
+        ]
     with _ONE_CAPTURE_AT_A_TIME:
-        before = [mapping.get("eager", _MISSING) for mapping, _ in ours]
+        before = [mapping.get(name, _MISSING) for mapping, name, _ in ours]
         try:
-            for mapping, function in ours:
-                mapping["eager"] = function
-            yield
+            for mapping, name, function in ours:
+                mapping[name] = function
+            with _DirectCalls():
+                yield
         finally:
-            for (mapping, _), function in zip(ours, before, strict=True):
+            for (mapping, name, _), function in zip(ours, before, strict=True):
                 if function is _MISSING:
-                    mapping.pop("eager", None)
+                    mapping.pop(name, None)
                 else:
-                    mapping["eager"] = function
+                    mapping[name] = function
+
+
+class _DirectCalls(TorchFunctionMode):
+    """Attention that a model asks torch for by itself becomes the same op."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            found = _direct(*args, **(kwargs or {}))
+            if found is not None:
+                return found
+        return func(*args, **(kwargs or {}))
+
+
+def _direct(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """None where the call broadcasts more than the op does."""
+    alike = query.dim() == key.dim() == value.dim() == 4 and (attn_mask is None or attn_mask.dim() == 4)
+    if not alike or dropout_p or key.shape[1] != value.shape[1]:
+        return None
+    if not enable_gqa and key.shape[1] not in (1, query.shape[1]):  # one for all heads is broadcast
+        return None
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    out: Tensor = ATTENTION(query, key, value, _additive(attn_mask, query), None, None, scale, bool(is_causal), None)
+    return out
+
+
+def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    smallest = torch.finfo(query.dtype).min
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, smallest)
 
 
 def _attention(
@@ -153,9 +202,7 @@ def _attention(
             )
     if dropout:
         raise CaptureError(f"cannot capture the attention of {type(module).__name__}: dropout {dropout} in evaluation")
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        smallest = torch.finfo(query.dtype).min
-        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, smallest)
+    attention_mask = _additive(attention_mask, query)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     # the model's mask is all there is to know, except where the model leaves causality to the implementation
     causal = attention_mask is None and bool(vars(module).get("is_causal", False) if is_causal is None else is_causal)

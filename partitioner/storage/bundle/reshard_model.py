@@ -42,8 +42,8 @@ def open_bundle(bundle: Bundle) -> ReshardModel:
         )
     _give_dtypes(model, {each.shard.name: each.shard.dtype for each in stored})
     if model.can_generate():
-        ends = list(bundle.rank(0).eos_token_id)
-        model.generation_config = GenerationConfig(eos_token_id=ends or None)
+        rank = bundle.rank(0)
+        model.generation_config = GenerationConfig(eos_token_id=list(rank.eos_token_id) or None, **rank.generation)
     manifest = bundle.manifest
     origins = SliceOrigins(stored, bundle.files(stored), mapped=bundle.mapped)
     return ReshardModel(model.eval(), origins, manifest.max_length, manifest.length)

@@ -25,6 +25,9 @@ def processed(logits: Tensor, sampling: Sampling, history: Tensor | None = None)
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         min_p=sampling.min_p,
+        typical_p=sampling.typical_p,
+        epsilon_cutoff=sampling.epsilon_cutoff,
+        eta_cutoff=sampling.eta_cutoff,
         repetition_penalty=sampling.repetition_penalty,
     )
     return _Model()._get_logits_processor(config, input_ids_seq_length=max(1, history.shape[1]))(history, logits)

@@ -179,6 +179,7 @@ def program_data(program: RankProgram, *, graph: str, integers: Sequence[int], w
             for state in program.states
         ],
         "eos_token_id": list(program.eos_token_id),
+        "generation_config": dict(program.generation),
         "vocab_size": program.vocab_size,
         "vocabulary": None
         if program.vocabulary is None
@@ -254,6 +255,7 @@ def read_program(
         weights=mine,
         inputs=inputs,
         eos_token_id=record.integers("eos_token_id"),
+        generation=_read_generation(record),
         states=tuple(map(_read_state, record.records("states"))),
         vocab_size=record.integer("vocab_size", high=_LONGEST),
         vocabulary=_read_vocabulary(record, mesh),
@@ -296,6 +298,17 @@ def _read_crossing(record: Record) -> Crossing:
     crossing = Crossing(record.text("name", IDENTIFIER), _read_dims(record), record.one_of("dtype", DTYPES))
     record.done()
     return crossing
+
+
+def _read_generation(record: Record) -> dict[str, Any]:
+    """By names that `generate` checks, values with them; bundles that are older do not have it."""
+    if not record.has("generation_config"):
+        return {}
+    said = record.record("generation_config")
+    for name in said.fields():
+        if not IDENTIFIER.fullmatch(name):
+            record.fail("generation_config", "values by plain names")
+    return {name: said.any(name) for name in said.fields()}
 
 
 def _outer(name: str) -> list[str]:

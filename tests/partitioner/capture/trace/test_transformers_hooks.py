@@ -13,13 +13,15 @@ from partitioner.errors import CaptureError
 
 
 def test_only_while_installed() -> None:
-    assert "eager" not in AttentionInterface._global_mapping
+    before = dict(AttentionInterface._global_mapping)
+    assert "eager" not in before
     with installed(Probe()):
-        assert "eager" in AttentionInterface._global_mapping
-    assert "eager" not in AttentionInterface._global_mapping
+        for name in ("eager", "sdpa"):
+            assert AttentionInterface._global_mapping[name] is not before.get(name)
+    assert AttentionInterface._global_mapping == before
     with contextlib.suppress(KeyError), installed(Probe()):
         raise KeyError
-    assert "eager" not in AttentionInterface._global_mapping
+    assert AttentionInterface._global_mapping == before
 
 
 @pytest.mark.parametrize(
