@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -33,6 +32,7 @@ from partitioner.storage.recognise import is_bundle
 from runtime.engine.engine import Engine
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.kv_cache.device_memory import Amount
+from runtime.processes.bootstrap import missing_variables
 from runtime.processes.launch import begin_worker, launch
 
 __all__ = ["Question", "answer", "answer_here", "is_rank", "run_in_processes"]
@@ -113,7 +113,7 @@ class Question:
 
 def is_rank() -> bool:
     """Whether torchrun started this process."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    return not missing_variables()
 
 
 def run_in_processes(question: Question, *, timeout_s: float) -> None:
@@ -122,11 +122,9 @@ def run_in_processes(question: Question, *, timeout_s: float) -> None:
     _tokenizer(question)
     if is_bundle(question.model):
         question.ranks().rank(0)
-    with tempfile.TemporaryDirectory(prefix="partitioner-") as folder:
-        path = Path(folder, "question.json")
-        path.write_text(question.to_json())
-        command = ["partitioner.cli.run_rank", str(path)]
-        launch(command, num_ranks=question.num_ranks, timeout_s=timeout_s, folder=folder)
+    # not by a file, which others might read, and which would stay where this process is killed
+    given = question.to_json().encode()
+    launch(["partitioner.cli.run_rank"], num_ranks=question.num_ranks, timeout_s=timeout_s, given=given)
 
 
 def answer(question: Question) -> None:

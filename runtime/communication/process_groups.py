@@ -32,15 +32,17 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from partitioner.errors import CommunicationError, PlanError, RankLost
 from partitioner.sharding.mesh import AXES, Mesh
 from runtime.communication.communicator import require_axis, require_op, require_piece
+from runtime.communication.exchange import exchange_json, shut_out_strangers
 from runtime.communication.failure_verdict import FailureVerdict
 from runtime.communication.group_collectives import OPERATIONS, alone
 from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory, Unavailable
 from runtime.communication.traceable import functional, opaque
 from runtime.ops.collectives import all_gather, all_reduce
-from runtime.processes.bootstrap import WatchedStore, bootstrap, watched
+from runtime.processes.bootstrap import WatchedStore, bootstrap, missing_variables, watched
 from runtime.processes.device_watch import DeviceWatch, end_quickly
 from runtime.processes.heartbeat import Heartbeat
+from runtime.processes.listening import listening_sockets
 
 __all__ = ["ProcessGroups", "Sharing"]
 
@@ -113,8 +115,7 @@ class ProcessGroups:
         shared_memory: Sharing = "auto",
     ) -> ProcessGroups:
         """Join the other ranks, in a process that torchrun started; the device "cuda" means the local rank's own."""
-        missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
+        if missing := missing_variables():
             raise CommunicationError(f"not started by torchrun: {', '.join(missing)} not set. Run it with torchrun")
         world_size = int(os.environ["WORLD_SIZE"])
         # before joining: with the wrong number of ranks everything after would only time out
@@ -142,11 +143,17 @@ class ProcessGroups:
                 world_size=world_size,
                 timeout=_group_timeout(timeout_s, device),
             )
-            return cls(
+            made = cls(
                 mesh, device=device, timeout_s=timeout_s, check=check, shared_memory=shared_memory, heartbeat=heartbeat
             )
+            if device.type == "cpu":
+                assert heartbeat is not None
+                everyone = (range(world_size), dist.distributed_c10d._get_default_group())
+                shut_out_strangers(listening, heartbeat, [everyone, *made._groups.items()])
+            return made
 
         try:
+            listening = listening_sockets()
             store, heartbeat = watched(
                 functools.partial(bootstrap, meeting, rank, world_size, timeout_s), timeout_s=timeout_s
             )
@@ -241,11 +248,7 @@ class ProcessGroups:
             return "gloo"
         group = self._groups[ranks]
 
-        def exchange(mine: object) -> list[Any]:
-            everyone: list[Any] = [None] * len(ranks)
-            dist.all_gather_object(everyone, mine, group=group)
-            return everyone
-
+        exchange = functools.partial(exchange_json, group=group, num_ranks=len(ranks))
         try:
             shared = SharedMemory.connect(ranks, self.rank, exchange=exchange, timeout_s=self.timeout_s)
         except Unavailable as reason:
