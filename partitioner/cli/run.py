@@ -22,6 +22,7 @@ from typing import Any, TextIO
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from partitioner.cli.chat_template import TemplateFailed, render
 from partitioner.compile.partition import partition
 from partitioner.errors import InputError
 from partitioner.program.plan import Plan
@@ -172,13 +173,12 @@ def _load(question: Question) -> tuple[Ranks, Any]:
 
 def _tokenizer(question: Question) -> Any:
     folder = question.model
-    if is_bundle(folder):
-        folder = str(load(folder).model_folder())
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # what its files hold is not checked by who reads them
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise InputError(f"transformers finds no tokenizer in {folder!r}: {why}") from error
+    with load(folder).model_folder() if is_bundle(folder) else contextlib.nullcontext(Path(folder)) as files:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(files), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # what its files hold is not checked by who reads them
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise InputError(f"transformers finds no tokenizer in {folder!r}: {why}") from error
     if question.chat and tokenizer.chat_template is None:
         raise InputError(
             f"the tokenizer of {folder!r} has no chat template: leave --chat out, or put the model's "
@@ -240,10 +240,9 @@ def _ids(question: Question, tokenizer: Any, prompt: str) -> list[int]:
                 + ("give a text" if not prompt else "there may be none in the folder (tokenizer.json, for one)")
             )
         return ids
-    messages = [{"role": "user", "content": prompt}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates are programs, and raise what they like
+        text = render(tokenizer, [{"role": "user", "content": prompt}])
+    except TemplateFailed as error:
         raise InputError(f"the chat template of {question.model!r} refuses {prompt!r}: {error}") from error
     # the template has written the special tokens
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
