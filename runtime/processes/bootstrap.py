@@ -86,7 +86,7 @@ def _store(rank: int, *, timeout_s: float) -> Store:
         listener = None
         if is_host:
             try:
-                listener = listen_at(host, port, backlog=2048)
+                listener = listen_at(host, port)
                 port = listener.getsockname()[1]
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:  # by this process itself, for an earlier meeting: that one is taken

@@ -73,7 +73,7 @@ class Heartbeat:
         if rank == 0:
             token = secrets.token_hex(16)
             key = key_of(token)
-            listener = listen(host, num_ranks)
+            listener = listen(host)
             listener.setblocking(False)
             self = cls(rank, num_ranks, key=key, listener=listener)
             store.set("rank 0", f"{token} {address_of(listener, host)}")
@@ -205,20 +205,23 @@ class Heartbeat:
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
         assert self._listener is not None
-        try:
-            link = Link.accept(self._listener.accept()[0])
-        except BlockingIOError:
-            return
-        except Refused:
-            return
-        except OSError:
-            # no descriptors are left, say: it would be tried again at once, and forever
-            selector.unregister(self._listener)
-            return
-        self._strangers.append(link)
-        selector.register(link.socket, selectors.EVENT_READ, link)
-        if len(self._strangers) > _MOST_STRANGERS:
-            self._drop(selector, self._strangers[0])
+        for _ in range(_MOST_STRANGERS):
+            try:
+                link = Link.accept(self._listener.accept()[0])
+            except BlockingIOError:
+                return
+            except Refused:
+                continue
+            except OSError:
+                # no descriptors are left, say: it would be tried again at once, and forever
+                selector.unregister(self._listener)
+                return
+            self._strangers.append(link)
+            selector.register(link.socket, selectors.EVENT_READ, link)
+            if not self._hear(link):  # what a rank has to say comes at once
+                self._drop(selector, link)
+            if len(self._strangers) > _MOST_STRANGERS:
+                self._drop(selector, self._strangers[0])
 
     def _see_to_the_door(self, selector: selectors.BaseSelector) -> None:
         """Opens it again after a while, and shuts it once all have come."""

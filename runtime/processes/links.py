@@ -57,6 +57,8 @@ _HELLO = re.compile(rb"HELLO ([0-9]{1,9}) ([0-9a-f]{32}) ([0-9a-f]{32})")
 _WELCOME = b"WELCOME"
 _CODE_BYTES = 16
 _SIOCGIFADDR = 0x8915
+_BACKLOG = 2048
+"""A crowd of strangers must not keep the ranks out."""
 
 
 class Refused(Exception):
@@ -86,20 +88,20 @@ def _secret() -> bytes:
 # -- where -------------------------------------------------------------------------------------------------------------
 
 
-def listen(host: str, num_ranks: int) -> socket.socket:
+def listen(host: str) -> socket.socket:
     """`host`: "" where all ranks are on this one; else how the others call it."""
     if not host:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind("")  # the kernel chooses an abstract address
-        listener.listen(num_ranks)
+        listener.listen(_BACKLOG)
         return listener
     interface = os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME", "")
     if re.fullmatch(r"[A-Za-z0-9_.:-]{1,15}", interface) and (given := _address_of_interface(interface)):
-        return socket.create_server((given, 0), backlog=num_ranks)
-    return listen_at(host, 0, backlog=num_ranks)
+        return socket.create_server((given, 0), backlog=_BACKLOG)
+    return listen_at(host, 0)
 
 
-def listen_at(host: str, port: int, *, backlog: int) -> socket.socket:
+def listen_at(host: str, port: int) -> socket.socket:
     """On the address that `host` has here; on all where that is not what the others know it by."""
     try:
         family, _, _, _, found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -110,14 +112,14 @@ def listen_at(host: str, port: int, *, backlog: int) -> socket.socket:
     is_loopback = address.startswith("127.") or address == "::1"
     if address and (not is_loopback or host in ("localhost", address)):
         try:
-            return socket.create_server((address, port), family=family, backlog=backlog)
+            return socket.create_server((address, port), family=family, backlog=_BACKLOG)
         except OSError as error:
             if error.errno != errno.EADDRNOTAVAIL:
                 raise
     # a name that is the loopback's here and another's elsewhere, or an address that is translated on the way
     if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=backlog)
-    return socket.create_server(("", port), backlog=backlog)
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
+    return socket.create_server(("", port), backlog=_BACKLOG)
 
 
 def _address_of_interface(name: str) -> str | None:
@@ -155,7 +157,11 @@ class Link:
     @classmethod
     def accept(cls, connection: socket.socket) -> Link:
         """Raises Refused where another user is at the other end."""
-        _require_same_user(connection)
+        try:
+            _require_same_user(connection)
+        except Refused:
+            connection.close()
+            raise
         return cls(connection, ours=b"", theirs=b"", rank=None)
 
     def introduce(self, line: bytes, key: bytes, is_awaited: Callable[[int], bool]) -> int:
@@ -181,7 +187,9 @@ class Link:
     def receive(self) -> list[bytes] | None:
         """What has come; None: nothing will any more. Raises Refused where that is longer than it may be."""
         try:
-            received = self.socket.recv(1 << 16)
+            received = self.socket.recv(1 << 16, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
         except OSError:
             return None
         if not received:

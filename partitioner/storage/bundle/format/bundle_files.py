@@ -91,8 +91,8 @@ class Folder:
             with os.scandir(path) as entries:
                 for entry in entries:
                     name = f"{folder}/{entry.name}" if folder else entry.name
-                    if name in (folders if entry.is_dir(follow_symlinks=False) else names):
-                        continue
+                    if name in names or name in folders:
+                        continue  # of what kind it is shows when it is opened
                     raise BundleError(
                         f"{self.path} has {name[:200]!r}, which its manifest does not list: remove what was added later"
                     )
