@@ -43,7 +43,7 @@ _DTYPES = {
 }
 _LONGEST_HEADER = 100_000_000
 """As in safetensors itself."""
-_MOST_DIMS, _LONGEST_NAME = 16, 1000
+_MOST_DIMS, _LONGEST_NAME, _LONGEST_FILE_NAME = 16, 1000, 255
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,16 @@ class TensorFiles:
         places = listed.get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise WeightError(f"{index} must have a 'weight_map' from the names of tensors to those of files")
+        for name in (*places, *places.values()):
+            if len(name) > _LONGEST_NAME or "\0" in name:
+                raise WeightError(
+                    f"{index} has the name {name[:100]!r}, which no file has: it is too long, or holds a zero byte"
+                )
         for name in dict.fromkeys(places.values()):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name or not name.endswith(".safetensors"):
                 raise WeightError(f"{index} names the file {name!r}: required is a .safetensors file within the folder")
-            if not (self.folder / name).is_file():
+            if len(path.name) > _LONGEST_FILE_NAME or not (self.folder / name).is_file():
                 some = next(tensor for tensor, file in places.items() if file == name)
                 raise WeightError(
                     f"{self.folder} lacks the file {name!r}, which should hold {some!r}, says {index.name}"

@@ -70,7 +70,7 @@ def test_it_says_what_counting_says() -> None:
     draw = random.Random(1)
     filled = 0
     for _ in range(300):
-        shape = [draw.randrange(0, 4) for _ in range(draw.randrange(0, 4))]
+        shape = [draw.randrange(1, 5) for _ in range(draw.randrange(1, 4))]
         ends = [sorted({0, size, *(draw.randrange(size + 1) for _ in range(draw.randrange(2)))}) for size in shape]
         blocks: list[Block] = list(itertools.product(*([*itertools.pairwise(each)] for each in ends)))
         if blocks and draw.random() < 0.5:
@@ -79,7 +79,7 @@ def test_it_says_what_counting_says() -> None:
         expected = sorted(cells) == sorted(itertools.product(*map(range, shape)))
         assert is_filled(shape, blocks) == expected, (shape, blocks)
         filled += expected
-    assert 50 < filled < 280
+    assert 50 < filled < 250
 
 
 # -- headers of tensors ------------------------------------------------------------------------------------------------
@@ -210,10 +210,10 @@ MESSAGES = [{"role": "user", "content": "hello"}]
     ("template", "message"),
     [
         (LOOPS, "did not end within 0.5 s"),
-        ("{{ 9**9**9**9 }}", "did not end within 0.5 s|ValueError|MemoryError"),
+        ("{{ 9**(9**(9**9)) }}", "did not end within 0.5 s|ValueError|MemoryError"),
         ("{{ 'a' * 10**10 }}", "MemoryError|too much memory"),
         ("{{ (range(99999)|list) * 99999 }}", "MemoryError|too much memory"),
-        ("{{ 'a' * 99999999 }}", "wrote more than 64 MB"),
+        ("{{ 'a' * 99999999 }}", "wrote more than 64 MB|did not end within 4 s"),
         ("{{ raise_exception('not so') }}", "TemplateError: not so"),
         ("{{ ''.__class__.__mro__ }}", "SecurityError"),
         ("{% for", "TemplateSyntaxError"),
