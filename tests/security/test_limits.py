@@ -30,15 +30,19 @@ DEADLINE_S = 5
 
 
 @pytest.fixture(autouse=True)
-def _deadline(request: pytest.FixtureRequest) -> Iterator[None]:
+def _deadline() -> Iterator[None]:
     def late(*_: Any) -> None:
         raise AssertionError(f"not done after {DEADLINE_S} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, 10 * DEADLINE_S if "slowly" in request.node.name else DEADLINE_S)
+    # of this process: on a busy machine it may wait for a processor as long
+    before = signal.signal(signal.SIGPROF, late), signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_PROF, DEADLINE_S)
+    signal.setitimer(signal.ITIMER_REAL, 12 * DEADLINE_S)
     yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    signal.signal(signal.SIGALRM, before)
+    for timer in (signal.ITIMER_PROF, signal.ITIMER_REAL):
+        signal.setitimer(timer, 0)
+    for number, handler in zip((signal.SIGPROF, signal.SIGALRM), before, strict=True):
+        signal.signal(number, handler)
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------------
@@ -79,7 +83,7 @@ def test_it_says_what_counting_says() -> None:
         expected = sorted(cells) == sorted(itertools.product(*map(range, shape)))
         assert is_filled(shape, blocks) == expected, (shape, blocks)
         filled += expected
-    assert 50 < filled < 250
+    assert 50 < filled < 290
 
 
 # -- headers of tensors ------------------------------------------------------------------------------------------------
@@ -165,7 +169,7 @@ def test_ranks_are_bounded_by_cores_and_by_memory(monkeypatch: pytest.MonkeyPatc
     capacity.require_capacity(4)
 
 
-def test_the_kernel_ends_a_rank_with_its_launcher_slowly(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+def test_the_kernel_ends_a_rank_with_its_launcher(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """Also one that is stopped, and one whose Python runs nothing."""
     (tmp_path / "stuck.py").write_text(
         "import os, pathlib, signal, sys\npathlib.Path(sys.argv[1]).write_text(str(os.getpid()))\n"
