@@ -43,8 +43,9 @@ _LOOPBACK = {
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
     "NCCL_RAS_ENABLE": "0",  # a port that tells anyone about the job
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
 }
+"""Whatever the user has set for jobs over hosts."""
+_DEFAULTS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}  # as torchrun has it
 _NOT_INHERITED = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_", "PARTITIONER_SECRET")
 """Where this process is a rank of something itself."""
 
@@ -131,7 +132,7 @@ def _start(
     meeting = {LOCAL_STORE: f"/proc/self/fd/{store}", _GIVEN: given, _ANSWER: answer}
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "runtime.processes.worker", str(os.getpid()), *module],
-        env={**_LOOPBACK, **inherited, **{name: str(value) for name, value in (place | meeting).items()}},
+        env={**_DEFAULTS, **inherited, **_LOOPBACK, **{name: str(value) for name, value in (place | meeting).items()}},
         stdin=subprocess.DEVNULL,
         pass_fds=(store, given, answer),
         start_new_session=True,
