@@ -26,7 +26,7 @@ from runtime.weights.safetensors_files import INDEX, TensorFiles
 from tests.support.bundle_forger import Forger, save_tiny
 
 DEADLINE_S = 5.0
-QUICK, ALL = 100, 2000
+QUICK, ALL = 60, 2000
 DEEP = ["[" * 5000, '{"a":' * 5000, "[" * 30 + "]" * 30]
 NUMBERS = [
     "0",

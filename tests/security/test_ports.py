@@ -156,7 +156,7 @@ def documented(root: Path) -> dict[tuple[str, str, str], int]:
 GARBAGE = [b"", b"\n", b"[" * 60_000 + b"\n", b"\0" * 8, b"\1" + b"\0" * 7 + b"x" * 1000, b"HELLO 1 2 3\n", b"x" * 300]
 
 
-@pytest.mark.parametrize("sharing", ["on", "off"])
+@pytest.mark.parametrize("sharing", ["on", pytest.param("off", marks=pytest.mark.slow)])
 def test_a_job_and_a_stranger(sharing: str, start: Callable[[str], Job], pytestconfig: pytest.Config) -> None:
     as_stranger = os.geteuid() == 0
     job = start(sharing)
