@@ -13,6 +13,9 @@ Names are imported when first used, so that importing a leaf module (`partitione
 
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -116,4 +119,42 @@ def _check_companions() -> None:
             )
 
 
+def _check_contents(ours: Path) -> None:
+    """Raise ImportError where a file of `runtime` or `passes` is not the one that was installed.
+
+    The names are plain, so another distribution may have them too: installed after this one its files overwrite ours,
+    and uninstalled it takes them away, both without a word. A wheel's RECORD has the digest of each. A working copy has
+    none, and is not checked.
+    """
+    for record in ours.glob("partitioner-*.dist-info/RECORD"):
+        for name, digest in _recorded(record):
+            path = ours / name
+            content = path.read_bytes() if path.is_file() else None
+            if content is not None and hashlib.sha256(content).digest() == digest:
+                continue
+            others = {
+                other.parent.name.partition("-")[0]
+                for other in ours.glob("*.dist-info/RECORD")
+                if other != record and any(name == theirs for theirs, _ in _recorded(other))
+            }
+            by = f" by {', '.join(sorted(others))}, which brings a file of that name" if others else ""
+            raise ImportError(
+                f"{path} is not the file that was installed with partitioner: it was "
+                f"{'removed' if content is None else 'overwritten'}{by}.\n"
+                "Uninstall what brought it, and install partitioner again (pip install --force-reinstall --no-deps).",
+                name=name.partition("/")[0],
+                path=str(path),
+            )
+
+
+def _recorded(record: Path) -> list[tuple[str, bytes]]:
+    """The modules of `runtime` and `passes` in a RECORD, and their digests."""
+    found = []
+    for row in csv.reader(record.read_text(encoding="utf-8").splitlines()):
+        if len(row) == 3 and row[0].startswith(("runtime/", "passes/")) and row[1].startswith("sha256="):
+            found.append((row[0], base64.urlsafe_b64decode(row[1].removeprefix("sha256=") + "=")))
+    return found
+
+
 _check_companions()
+_check_contents(Path(__file__).resolve().parent.parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -26,13 +27,14 @@ def export(
     started = time.perf_counter()
     kind = None if dtype is None else dtype_named(dtype)
     tokenizer: Path | None = None
-    if Path(model).is_dir():
-        tokenizer = load(model).model_folder() if is_bundle(model) else Path(model)
-        tokenizer = tokenizer if has_tokenizer(tokenizer) else None
-        parts = partition(model, plan, dtype=kind, max_length=max_length)
-    else:
-        parts = partition(load_model(model, dtype=kind or dtype_named("float32")), plan, max_length=max_length)
-    parts.save(out, tokenizer=tokenizer, reference=reference)
+    with contextlib.ExitStack() as stack:
+        if Path(model).is_dir():
+            tokenizer = stack.enter_context(load(model).model_folder()) if is_bundle(model) else Path(model)
+            tokenizer = tokenizer if has_tokenizer(tokenizer) else None
+            parts = partition(model, plan, dtype=kind, max_length=max_length)
+        else:
+            parts = partition(load_model(model, dtype=kind or dtype_named("float32")), plan, max_length=max_length)
+        parts.save(out, tokenizer=tokenizer, reference=reference)
     bundle = load(out)
     per_rank = [sum(each.shard.bytes for each in bundle.stored(rank)) for rank in range(bundle.mesh.world_size)]
     without = "" if tokenizer is not None else " (without a tokenizer)"

@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ from typing import Any, TextIO
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from partitioner.cli.chat_template import TemplateFailed, render
 from partitioner.compile.partition import partition
 from partitioner.errors import InputError
 from partitioner.program.plan import Plan
@@ -33,6 +33,7 @@ from partitioner.storage.recognise import is_bundle
 from runtime.engine.engine import Engine
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.kv_cache.device_memory import Amount
+from runtime.processes.bootstrap import missing_variables
 from runtime.processes.launch import begin_worker, launch
 
 __all__ = ["Question", "answer", "answer_here", "is_rank", "run_in_processes"]
@@ -113,7 +114,7 @@ class Question:
 
 def is_rank() -> bool:
     """Whether torchrun started this process."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+    return not missing_variables()
 
 
 def run_in_processes(question: Question, *, timeout_s: float) -> None:
@@ -122,11 +123,9 @@ def run_in_processes(question: Question, *, timeout_s: float) -> None:
     _tokenizer(question)
     if is_bundle(question.model):
         question.ranks().rank(0)
-    with tempfile.TemporaryDirectory(prefix="partitioner-") as folder:
-        path = Path(folder, "question.json")
-        path.write_text(question.to_json())
-        command = ["partitioner.cli.run_rank", str(path)]
-        launch(command, num_ranks=question.num_ranks, timeout_s=timeout_s, folder=folder)
+    # not by a file, which others might read, and which would stay where this process is killed
+    given = question.to_json().encode()
+    launch(["partitioner.cli.run_rank"], num_ranks=question.num_ranks, timeout_s=timeout_s, given=given)
 
 
 def answer(question: Question) -> None:
@@ -174,13 +173,12 @@ def _load(question: Question) -> tuple[Ranks, Any]:
 
 def _tokenizer(question: Question) -> Any:
     folder = question.model
-    if is_bundle(folder):
-        folder = str(load(folder).model_folder())
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # what its files hold is not checked by who reads them
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise InputError(f"transformers finds no tokenizer in {folder!r}: {why}") from error
+    with load(folder).model_folder() if is_bundle(folder) else contextlib.nullcontext(Path(folder)) as files:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(files), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # what its files hold is not checked by who reads them
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise InputError(f"transformers finds no tokenizer in {folder!r}: {why}") from error
     if question.chat and tokenizer.chat_template is None:
         raise InputError(
             f"the tokenizer of {folder!r} has no chat template: leave --chat out, or put the model's "
@@ -240,10 +238,9 @@ def _ids(question: Question, tokenizer: Any, prompt: str) -> list[int]:
                 + ("give a text" if not prompt else "there may be none in the folder (tokenizer.json, for one)")
             )
         return ids
-    messages = [{"role": "user", "content": prompt}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # templates are programs, and raise what they like
+        text = render(tokenizer, [{"role": "user", "content": prompt}])
+    except TemplateFailed as error:
         raise InputError(f"the chat template of {question.model!r} refuses {prompt!r}: {error}") from error
     # the template has written the special tokens
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

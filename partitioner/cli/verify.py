@@ -12,10 +12,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,17 +99,13 @@ def verify_in_processes(case: Case, *, timeout_s: float) -> list[Outcome]:
     """Start one process per rank; each builds the model, partitions it, and runs its part over gloo."""
     # here once, rather than on every rank: a wrong name should be one line
     load_config(case.model, small=True)
-    with tempfile.TemporaryDirectory(prefix="partitioner-") as folder:
-        question = Path(folder, "case.json")
-        question.write_text(case.to_json())
-        launch(
-            ["partitioner.cli.verify_rank", str(question), folder],
-            num_ranks=case.plan.mesh.world_size,
-            timeout_s=timeout_s,
-            folder=folder,
-        )
-        answers = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("outcomes-*.json"))]
-    ranks = [[Outcome(**fields) for fields in answer] for answer in answers]
+    answers = launch(
+        ["partitioner.cli.verify_rank"],
+        num_ranks=case.plan.mesh.world_size,
+        timeout_s=timeout_s,
+        given=case.to_json().encode(),
+    )
+    ranks = [[Outcome(**fields) for fields in json.loads(answer)] for answer in answers]
     return [max(same, key=lambda outcome: outcome.error) for same in zip(*ranks, strict=True)]
 
 

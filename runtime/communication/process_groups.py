@@ -21,7 +21,7 @@ import logging
 import os
 from collections.abc import Collection
 from datetime import timedelta
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import distributed as dist
@@ -32,6 +32,7 @@ from partitioner.sharding.layout import in_order
 from partitioner.sharding.mesh import AXES, EXPERT_AXES, Mesh
 from runtime.communication.channels import AloneChannel, Channel
 from runtime.communication.communicator import Communicator, require_axes
+from runtime.communication.exchange import exchange_json, shut_out_strangers
 from runtime.communication.failure_verdict import FailureVerdict
 from runtime.communication.failure_verdict import is_broken as _is_broken
 from runtime.communication.group_channel import GroupChannel, RankState
@@ -40,9 +41,10 @@ from runtime.communication.matching_calls import Call
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory, Unavailable
 from runtime.communication.traceable import FunctionalChannel, OpaqueChannel
 from runtime.ops.communicating import Axes, axes_text
-from runtime.processes.bootstrap import WatchedStore, bootstrap, watched
+from runtime.processes.bootstrap import WatchedStore, bootstrap, missing_variables, watched
 from runtime.processes.device_watch import DeviceWatch, end_quickly
 from runtime.processes.heartbeat import Heartbeat
+from runtime.processes.listening import listening_sockets
 
 __all__ = ["ProcessGroups", "Sharing"]
 
@@ -117,8 +119,7 @@ class ProcessGroups(Communicator):
         shared_memory: Sharing = "auto",
     ) -> ProcessGroups:
         """Join the other ranks, in a process that torchrun started; the device "cuda" means the local rank's own."""
-        missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
+        if missing := missing_variables():
             raise CommunicationError(f"not started by torchrun: {', '.join(missing)} not set. Run it with torchrun")
         world_size = int(os.environ["WORLD_SIZE"])
         # before joining: with the wrong number of ranks everything after would only time out
@@ -146,7 +147,7 @@ class ProcessGroups(Communicator):
                 world_size=world_size,
                 timeout=_group_timeout(timeout_s, device),
             )
-            return cls(
+            made = cls(
                 mesh,
                 axes=axes,
                 device=device,
@@ -155,8 +156,14 @@ class ProcessGroups(Communicator):
                 shared_memory=shared_memory,
                 heartbeat=heartbeat,
             )
+            if device.type == "cpu":
+                assert heartbeat is not None
+                everyone = (range(world_size), dist.distributed_c10d._get_default_group())
+                shut_out_strangers(listening, heartbeat, [everyone, *made._groups.items()])
+            return made
 
         try:
+            listening = listening_sockets()
             store, heartbeat = watched(
                 functools.partial(bootstrap, meeting, rank, world_size, timeout_s), timeout_s=timeout_s
             )
@@ -216,11 +223,7 @@ class ProcessGroups(Communicator):
             return "gloo"
         group = self._groups[ranks]
 
-        def exchange(mine: object) -> list[Any]:
-            everyone: list[Any] = [None] * len(ranks)
-            dist.all_gather_object(everyone, mine, group=group)
-            return everyone
-
+        exchange = functools.partial(exchange_json, group=group, num_ranks=len(ranks))
         try:
             shared = SharedMemory.connect(ranks, self.rank, exchange=exchange, timeout_s=self.timeout_s)
         except Unavailable as reason:

@@ -1,8 +1,11 @@
 """How ranks find each other at the start, without any wait that a lost rank could make unbounded.
 
-    bootstrap(number, rank, ..) the key-value store that torchrun (or without it, rank 0) hosts, and the others
+    bootstrap(number, rank, ..) the key-value store at which the ranks meet, and the others
     watched(work, ..)           work(), given up as soon as another rank is lost
     WatchedStore(store, peers)  so that work which waits at the store ends then, too
+
+The store is memory that our launcher (`launch.py`) lets all ranks inherit: nobody else can come to it. Under torchrun
+it is torchrun's, and without any launcher rank 0's, which listens where MASTER_ADDR says: who reaches it is believed.
 
 torch.distributed's own start waits in C++ until its timeout, whatever happens to the others: so it runs in a thread. A
 thread that is still in C++ when the interpreter ends may take the process down: so it is given a way out.
@@ -10,8 +13,10 @@ thread that is still in C++ when the interpreter ends may take the process down:
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,13 +24,17 @@ from datetime import timedelta
 from typing import TypeVar
 
 from torch import distributed as dist
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import FileStore, TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from partitioner.errors import RankLost
 from runtime.processes.heartbeat import Heartbeat
+from runtime.processes.links import listen_at
 
-__all__ = ["WatchedStore", "bootstrap", "watched"]
+__all__ = ["LOCAL_STORE", "WatchedStore", "bootstrap", "missing_variables", "watched"]
+
+LOCAL_STORE = "PARTITIONER_LOCAL_STORE"
+"""Where our launcher says which memory the ranks meet in."""
 
 T = TypeVar("T")
 _POLL_S = 0.005
@@ -33,13 +42,27 @@ _SPARE_S = 0.3
 """Beyond the deadline, for what is waited for to say itself what is missing."""
 
 
+def missing_variables() -> list[str]:
+    """What a launcher would have set, and is not set."""
+    where = () if LOCAL_STORE in os.environ else ("MASTER_ADDR", "MASTER_PORT")
+    return [name for name in ("RANK", "WORLD_SIZE", *where) if name not in os.environ]
+
+
 def bootstrap(number: int, rank: int, num_ranks: int, timeout_s: float) -> tuple[Store, Heartbeat]:
     """All ranks together, for the `number`-th time."""
     deadline = time.monotonic() + timeout_s
-    store = _store(rank, timeout_s=timeout_s)
+    is_local = LOCAL_STORE in os.environ
+    store = _local_store(timeout_s=timeout_s) if is_local else _store(rank, timeout_s=timeout_s)
     left_s = max(0.1, deadline - time.monotonic())
-    host = os.environ["MASTER_ADDR"]
+    one_host = is_local or os.environ.get("LOCAL_WORLD_SIZE") == str(num_ranks)
+    host = "" if one_host and sys.platform == "linux" else os.environ["MASTER_ADDR"]
     return store, Heartbeat.connect(PrefixStore(f"peers/{number}", store), host, rank, num_ranks, timeout_s=left_s)
+
+
+def _local_store(*, timeout_s: float) -> Store:
+    store = FileStore(os.environ[LOCAL_STORE], -1)
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store
 
 
 def _store(rank: int, *, timeout_s: float) -> Store:
@@ -59,6 +82,15 @@ def _store(rank: int, *, timeout_s: float) -> Store:
                 raise RankLost(f"{who}: nobody answers at {host}:{port} ({error})") from error
         time.sleep(0.02)
     try:
+        # torch's own would listen on every interface
+        listener = None
+        if is_host:
+            try:
+                listener = listen_at(host, port)
+                port = listener.getsockname()[1]
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:  # by this process itself, for an earlier meeting: that one is taken
+                    raise
         return TCPStore(
             host,
             port,
@@ -66,8 +98,9 @@ def _store(rank: int, *, timeout_s: float) -> Store:
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
             multi_tenant=True,
+            master_listen_fd=None if listener is None else listener.detach(),
         )
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         who = "rank 0 cannot host a store" if is_host else "no store answers"
         raise RankLost(f"{who} at {host}:{port} ({str(error).partition(chr(10))[0]})") from error
 

@@ -1,4 +1,4 @@
-"""Which of the other ranks are still there: a TCP connection from every rank to rank 0, which passes on what it hears.
+"""Which of the other ranks are still there: a connection from every rank to rank 0, which passes on what it hears.
 
     Heartbeat.connect(store, ..) all ranks together; RankLost names those that have not come before the deadline
     tell(kind, text)        all others know it within milliseconds
@@ -9,11 +9,13 @@ A connection breaks when its process ends, however that happens and on whatever 
 collective to fail, and a rank that is merely slow is not taken for a lost one. A process that is stopped, or whose host
 is unreachable, keeps its connection: it is known by the beats that do not come.
 
-One line of JSON per message: {"rank": 2, "kind": "failed", "text": "..."}.
+One line of JSON per message: {"rank": 2, "kind": "failed", "text": "..."}. How a line proves its sender: `links.py`.
+Who knocks and proves nothing loses that one connection, whatever it sent, and the door is shut once all have come.
 """
 
 from __future__ import annotations
 
+import hmac
 import json
 import secrets
 import selectors
@@ -22,18 +24,21 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch.distributed.distributed_c10d import Store
 
 from partitioner.errors import RankLost
+from runtime.processes.links import LONGEST, Link, Refused, address_of, connect, key_of, listen
 
 __all__ = ["BEAT_S", "Heartbeat"]
 
 BEAT_S = 0.2
-_SEND_S = 1.0
-"""A line is a few hundred bytes: only a process that is stopped for minutes lets so many pile up."""
-_LONGEST = 1 << 14
+_HELLO_S = 2.0
+"""How long who has connected may take to say who it is."""
+_MOST_STRANGERS = 64
+"""How many at a time may have said nothing yet; beyond, the oldest goes. Ranks say it at once, and try again."""
 
 _Message = dict[str, Any]
 
@@ -42,13 +47,14 @@ class Heartbeat:
     """One rank's connections; a thread listens to them until `close`."""
 
     def __init__(
-        self, rank: int, num_ranks: int, *, listener: socket.socket | None, link: socket.socket | None, token: str
+        self, rank: int, num_ranks: int, *, key: bytes, listener: socket.socket | None = None, link: Link | None = None
     ) -> None:
         self.rank, self.num_ranks = rank, num_ranks
         self.at = ""
         """What this rank is about to do; told to the others once one of them waits in vain."""
-        self._listener, self._token = listener, token
-        self._links: dict[int, socket.socket] = {} if link is None else {0: link}
+        self._listener, self._key = listener, key
+        self._links: dict[int, Link] = {} if link is None else {0: link}
+        self._strangers: list[Link] = []
         self._sending = threading.Lock()
         self._known: dict[str, dict[int, str]] = defaultdict(dict)
         self._heard = dict.fromkeys(range(num_ranks), time.monotonic())
@@ -62,22 +68,24 @@ class Heartbeat:
 
     @classmethod
     def connect(cls, store: Store, host: str, rank: int, num_ranks: int, *, timeout_s: float) -> Heartbeat:
-        """`host`: where the others find rank 0; `store`: of this meeting alone."""
+        """`host`: where the others find rank 0, "" on one host; `store`: of this meeting alone."""
         deadline = time.monotonic() + timeout_s
         if rank == 0:
             token = secrets.token_hex(16)
-            listener = _listener(host, num_ranks)
-            self = cls(rank, num_ranks, listener=listener, link=None, token=token)
-            store.set("rank 0", f"{listener.getsockname()[1]} {token}")
+            key = key_of(token)
+            listener = listen(host)
+            listener.setblocking(False)
+            self = cls(rank, num_ranks, key=key, listener=listener)
+            store.set("rank 0", f"{token} {address_of(listener, host)}")
         else:
             try:
-                port, token = store.get("rank 0").decode().split()
-                link = socket.create_connection((host, int(port)), timeout=timeout_s)
-            except (RuntimeError, OSError) as error:
-                raise RankLost(f"rank 0 has not come, or cannot be reached on {host}: {_line(error)}") from error
-            link.settimeout(_SEND_S)
-            self = cls(rank, num_ranks, listener=None, link=link, token=token)
-            self.tell("hello", token)
+                token, _, address = store.get("rank 0").decode().partition(" ")
+                key = key_of(token)
+                link = connect(address, key, rank, timeout_s=max(0.1, deadline - time.monotonic()))
+            except (RuntimeError, OSError, ValueError) as error:
+                where = f" on {host}" if host else ""
+                raise RankLost(f"rank 0 has not come, or cannot be reached{where}: {_line(error)}") from error
+            self = cls(rank, num_ranks, key=key, link=link)
         try:
             self._wait(lambda: self._complete, deadline)
         except BaseException:
@@ -87,7 +95,7 @@ class Heartbeat:
 
     def tell(self, kind: str, text: str) -> None:
         """Never raises: a rank that fails has nobody to turn to."""
-        text = text[:_LONGEST]
+        text = text[:LONGEST]
         self._known[kind].setdefault(self.rank, text)
         message = {"rank": self.rank, "kind": kind, "text": text}
         for other in list(self._links):
@@ -112,6 +120,10 @@ class Heartbeat:
     def silent_s(self, rank: int) -> float:
         return time.monotonic() - self._heard[rank]
 
+    def proof(self, sender: int, receiver: int) -> bytes:
+        """What the one can show to the other of having the key of this meeting."""
+        return hmac.digest(self._key, f"from {sender} to {receiver}".encode(), "sha256")
+
     @property
     def is_well(self) -> bool:
         """Whether nobody is known to be lost."""
@@ -129,7 +141,7 @@ class Heartbeat:
         self._closing = True
         self._wake.send(b".")
         self._thread.join()
-        for one in (*self._links.values(), self._listener, self._wake, self._woken):
+        for one in (*self._links.values(), *self._strangers, self._listener, self._wake, self._woken):
             if one is not None:
                 one.close()
         self._links.clear()
@@ -166,49 +178,96 @@ class Heartbeat:
         return [rank for rank in range(1, self.num_ranks) if rank not in self._links]
 
     def _listen(self) -> None:
-        unread: dict[socket.socket, bytes] = defaultdict(bytes)
+        try:
+            self._watch()
+        except BaseException as error:  # deaf from here on: better said than waited for
+            self.tell("failed", f"the watch over the other ranks ended: {type(error).__name__}: {error}")
+            raise
+
+    def _watch(self) -> None:
         next_beat = 0.0
         with selectors.DefaultSelector() as selector:
-            for one in (self._woken, self._listener, *self._links.values()):
-                if one is not None:
-                    selector.register(one, selectors.EVENT_READ)
+            selector.register(self._woken, selectors.EVENT_READ)
+            for link in self._links.values():
+                selector.register(link.socket, selectors.EVENT_READ, link)
+            if self._listener is not None:
+                selector.register(self._listener, selectors.EVENT_READ)
             while not self._closing:
                 for key, _ in selector.select(BEAT_S / 2):
-                    source: Any = key.fileobj
-                    if self._listener is not None and source is self._listener:
-                        link, _ = self._listener.accept()
-                        link.settimeout(_SEND_S)
-                        selector.register(link, selectors.EVENT_READ)
-                    elif source is not self._woken:
-                        try:
-                            received = source.recv(1 << 16)
-                        except OSError:
-                            received = b""
-                        *lines, unread[source] = (unread[source] + received).split(b"\n")
-                        try:
-                            for line in lines:
-                                self._take(source, line)
-                        except (ValueError, KeyError, TypeError):
-                            received = b""  # a stranger that knocks at an open port
-                        if not received or len(unread[source]) > 16 * _LONGEST:
-                            selector.unregister(source)
-                            self._broken(source)
+                    if key.fileobj is self._listener:
+                        self._accept(selector)
+                    elif isinstance(key.data, Link) and not self._hear(key.data):
+                        self._drop(selector, key.data)
                 if time.monotonic() >= next_beat:
                     next_beat = time.monotonic() + BEAT_S
                     self._beat()
+                    self._see_to_the_door(selector)
 
-    def _take(self, source: socket.socket, line: bytes) -> None:
+    def _accept(self, selector: selectors.BaseSelector) -> None:
+        assert self._listener is not None
+        for _ in range(_MOST_STRANGERS):
+            try:
+                link = Link.accept(self._listener.accept()[0])
+            except BlockingIOError:
+                return
+            except Refused:
+                continue
+            except OSError:
+                # no descriptors are left, say: it would be tried again at once, and forever
+                selector.unregister(self._listener)
+                return
+            self._strangers.append(link)
+            selector.register(link.socket, selectors.EVENT_READ, link)
+            if not self._hear(link):  # what a rank has to say comes at once
+                self._drop(selector, link)
+            if len(self._strangers) > _MOST_STRANGERS:
+                self._drop(selector, self._strangers[0])
+
+    def _see_to_the_door(self, selector: selectors.BaseSelector) -> None:
+        """Opens it again after a while, and shuts it once all have come."""
+        for link in list(self._strangers):
+            if self._complete or time.monotonic() - link.since > _HELLO_S:
+                self._drop(selector, link)
+        if self._listener is None:
+            return
+        is_watched = self._listener in selector.get_map()
+        if self._complete:
+            if is_watched:
+                selector.unregister(self._listener)
+            self._listener.close()
+            self._listener = None
+        elif not is_watched:
+            selector.register(self._listener, selectors.EVENT_READ)
+
+    def _hear(self, link: Link) -> bool:
+        """Takes what has come; False: this connection is over."""
+        try:
+            lines = link.receive()
+            if lines is None:
+                return False
+            for line in lines:
+                if link.rank is None:
+                    self._come(link, line)
+                else:
+                    self._take(link, link.opened(line))
+        except Exception:  # whatever a stranger has sent; of a rank this shows as its loss
+            return False
+        return True
+
+    def _come(self, link: Link, line: bytes) -> None:
+        with self._sending:
+            rank = link.introduce(line, self._key, lambda rank: rank in self._not_here())
+            self._heard[rank] = time.monotonic()
+            self._strangers.remove(link)
+            self._links[rank] = link
+        if not self._not_here():
+            self._complete = True
+            self.tell("all", "")
+
+    def _take(self, source: Link, line: bytes) -> None:
         message: _Message = json.loads(line)
         rank, kind, text = message["rank"], message["kind"], message["text"]
-        if kind == "hello":
-            if secrets.compare_digest(text, self._token) and rank in self._not_here():
-                self._links[rank] = source
-                self._heard[rank] = time.monotonic()
-                if not self._not_here():
-                    self._complete = True
-                    self.tell("all", "")
-            return
-        if self.rank == 0 and self._links.get(rank) is not source:
+        if self.rank == 0 and source.rank != rank:
             return
         now = time.monotonic()
         self._heard[rank] = now
@@ -236,7 +295,11 @@ class Heartbeat:
                 self._pass_on({"rank": other, "kind": "at", "text": at})
         self._known[kind].setdefault(rank, text)
 
-    def _broken(self, source: socket.socket) -> None:
+    def _drop(self, selector: selectors.BaseSelector, source: Link) -> None:
+        with suppress(KeyError, ValueError):
+            selector.unregister(source.socket)
+        if source in self._strangers:
+            self._strangers.remove(source)
         for rank, link in list(self._links.items()):
             if link is source:
                 # whoever is in the midst of sending has it until then
@@ -267,18 +330,10 @@ class Heartbeat:
         try:
             with self._sending:
                 if (link := self._links.get(other)) is not None:
-                    link.sendall(json.dumps(message).encode() + b"\n")
+                    link.send(json.dumps(message).encode())
         except (OSError, MemoryError):
             # the listening thread finds out what it means
             return
-
-
-def _listener(host: str, num_ranks: int) -> socket.socket:
-    if host == "localhost" or host.startswith("127."):
-        return socket.create_server((host, 0), backlog=num_ranks)
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=num_ranks)
-    return socket.create_server(("", 0), backlog=num_ranks)
 
 
 def _line(error: BaseException) -> str:

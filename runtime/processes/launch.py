@@ -1,70 +1,88 @@
-"""Start the ranks of one machine as local processes, with torchrun's own launcher, and see that all of them end.
+"""Start the ranks of one machine as local processes, and see that all of them end.
 
     launch([module, argument, ...], num_ranks=4)   parent: returns when all have succeeded, raises RankLost otherwise
     begin_worker()                                 worker: first thing to call
+    read_given()                                   worker: the bytes that the parent gave to launch(.., given=..)
+    write_answer(b"...")                           worker: what launch returns, in the order of ranks
 
 A failing rank ends the others, and so does the deadline, a signal to the parent, and the parent's death
 (`worker.py`). Their output goes straight to the parent's. Workers start with `python -P`, so that a folder
 named runtime/ where the user stands is not imported in place of this one.
+
+Nobody else has a part in it: the ranks meet through memory that they inherit (a memfd: it has no name and no port,
+other users may not open it, and it is gone with the last process), and what is given and answered goes the same way.
 """
 
 from __future__ import annotations
 
-import logging
 import os
+import selectors
 import signal
+import subprocess
 import sys
-import tempfile
-import threading
-import uuid
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 
 import torch
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from partitioner.errors import InputError, RankLost
+from runtime.processes.bootstrap import LOCAL_STORE
+from runtime.processes.capacity import require_capacity
 
-__all__ = ["begin_worker", "launch", "require_timeout"]
+__all__ = ["begin_worker", "launch", "read_given", "require_timeout", "write_answer"]
 
 LONGEST_S = 1e7
 """Some months; timers of the operating system end somewhere beyond."""
 
+_GIVEN, _ANSWER = "PARTITIONER_GIVEN", "PARTITIONER_ANSWER"
+_PATIENCE_S = 5.0
+"""How long a rank has between being asked to end and being made to."""
+_LOOPBACK = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_RAS_ENABLE": "0",  # a port that tells anyone about the job
+}
+"""Whatever the user has set for jobs over hosts."""
+_DEFAULTS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}  # as torchrun has it
+_NOT_INHERITED = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_", "PARTITIONER_SECRET")
+"""Where this process is a rank of something itself."""
 
-def launch(module: Sequence[str], *, num_ranks: int, timeout_s: float = 600.0, folder: str = "") -> None:
+
+def launch(module: Sequence[str], *, num_ranks: int, timeout_s: float = 600.0, given: bytes = b"") -> list[bytes]:
     """Run `python -P -m module[0] module[1:]` once per rank; call from the main thread (it handles signals).
 
-    `folder`: one that the workers remove where this process is killed and so cannot.
+    Returns what each rank answered. Refuses more ranks than this machine has room for, before it starts any.
     """
     require_timeout(timeout_s)
-    with tempfile.TemporaryDirectory(prefix="partitioner-") as logs, _ends_stopped(), _deadline(timeout_s), _quiet():
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=num_ranks,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
-            max_restarts=0,
-            monitor_interval=0.05,
-            logs_specs=DefaultLogsSpecs(log_dir=logs),
-        )
-        left_behind = os.pathsep.join(filter(None, [logs, folder]))
-        try:
-            elastic_launch(config, sys.executable)(
-                "-P", "-m", "runtime.processes.worker", str(os.getpid()), left_behind, *module
-            )
-        except ChildFailedError as error:
-            raise RankLost(_describe(error)) from None
-        except SignalException as ended:
-            if ended.sigval == signal.SIGINT:
-                raise KeyboardInterrupt from None
-            sys.exit(128 + ended.sigval)
+    if sys.platform != "linux":
+        raise InputError("ranks are started by us on Linux only; use torchrun here, or --simulate")
+    require_capacity(num_ranks)
+    deadline = time.monotonic() + timeout_s
+    files: list[int] = []
+    try:
+        for name in ("store", "given", *("answer" for _ in range(num_ranks))):
+            files.append(os.memfd_create(f"partitioner-{name}", os.MFD_CLOEXEC))
+        store, question, *answers = files
+        _write(question, given)
+        ranks: list[subprocess.Popen[bytes]] = []
+        with _signals() as signals:
+            try:
+                for rank, answer in enumerate(answers):
+                    ranks.append(_start(module, rank, num_ranks, store=store, given=question, answer=answer))
+                number = _wait(ranks, signals, deadline, timeout_s)
+                _end(ranks, number)
+            finally:
+                _end(ranks, signal.SIGTERM)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number:
+            sys.exit(128 + number)
+        return [_read(answer) for answer in answers]
+    finally:
+        for file in files:
+            os.close(file)
 
 
 def require_timeout(timeout_s: float) -> None:
@@ -79,64 +97,128 @@ def begin_worker() -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // ranks_here))
 
 
-def _describe(error: ChildFailedError) -> str:
-    def order(pair: tuple[int, ProcessFailure]) -> tuple[int, int, int]:
-        # a signal is a cause, the peers' errors are its consequences, and SIGTERM is what the launcher sends
-        code = pair[1].exitcode
-        return (0 if code < 0 and code != -signal.SIGTERM else 1 if code > 0 else 2, pair[1].timestamp, pair[0])
+def read_given() -> bytes:
+    """In a rank that `launch` started: what it was given."""
+    return _read(_inherited(_GIVEN))
 
-    rank, failure = min(error.failures.items(), key=order)
-    how = (
-        f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with exit code {failure.exitcode}"
+
+def write_answer(answer: bytes) -> None:
+    """In a rank that `launch` started: what it returns for this rank."""
+    _write(_inherited(_ANSWER), answer)
+
+
+def _inherited(name: str) -> int:
+    if name not in os.environ:
+        raise InputError(f"{name} is not set: this process was not started by runtime.processes.launch")
+    return int(os.environ[name])
+
+
+def _read(file: int) -> bytes:
+    return os.pread(file, os.fstat(file).st_size, 0)
+
+
+def _write(file: int, content: bytes) -> None:
+    os.ftruncate(file, 0)
+    at = 0
+    while at < len(content):
+        at += os.pwrite(file, content[at:], at)
+
+
+def _start(
+    module: Sequence[str], rank: int, num_ranks: int, *, store: int, given: int, answer: int
+) -> subprocess.Popen[bytes]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "GROUP_RANK": 0}
+    meeting = {LOCAL_STORE: f"/proc/self/fd/{store}", _GIVEN: given, _ANSWER: answer}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "runtime.processes.worker", str(os.getpid()), *module],
+        env={**_DEFAULTS, **inherited, **_LOOPBACK, **{name: str(value) for name, value in (place | meeting).items()}},
+        stdin=subprocess.DEVNULL,
+        pass_fds=(store, given, answer),
+        start_new_session=True,
     )
-    return f"rank {rank} {how} (process {failure.pid}; its output is above); all other ranks were stopped"
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: int, deadline: float, timeout_s: float) -> int:
+    """0: all have succeeded, or the signal that came before; RankLost as soon as one rank has not succeeded."""
+    with selectors.DefaultSelector() as selector:
+        handles = [os.pidfd_open(rank.pid) for rank in ranks]
+        try:
+            for handle, rank in zip(handles, ranks, strict=True):
+                selector.register(handle, selectors.EVENT_READ, rank)
+            selector.register(signals, selectors.EVENT_READ)
+            while len(selector.get_map()) > 1:
+                left_s = deadline - time.monotonic()
+                if left_s <= 0:
+                    raise RankLost(f"the ranks did not finish within {timeout_s:g} s and were stopped")
+                for key, _ in selector.select(min(left_s, 3600)):
+                    if key.fd == signals:
+                        return os.read(signals, 1)[0]
+                    if key.data.wait() == 0:
+                        selector.unregister(key.fd)
+                if failed := {place: rank for place, rank in enumerate(ranks) if rank.poll()}:
+                    raise RankLost(_describe(failed))
+            return 0
+        finally:
+            for handle in handles:
+                os.close(handle)
+
+
+def _describe(failed: dict[int, subprocess.Popen[bytes]]) -> str:
+    def order(rank: int) -> tuple[bool, int]:
+        return failed[rank].returncode > 0, rank  # a signal is a cause, the others' errors are its consequences
+
+    rank = min(failed, key=order)
+    code = failed[rank].returncode
+    how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+    return f"rank {rank} {how} (process {failed[rank].pid}; its output is above); all other ranks were stopped"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _end(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+    """Asks those that still run to end, with all that they started, and after a while makes them; a stopped one too."""
+    deadline = time.monotonic() + _PATIENCE_S
+    for rank in ranks:
+        if rank.poll() is None:
+            _signal(rank, number)
+            _signal(rank, signal.SIGCONT)
+    for rank in ranks:
+        try:
+            rank.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _signal(rank, signal.SIGKILL)
+            rank.wait()
+
+
+def _signal(rank: subprocess.Popen[bytes], number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(rank.pid, number)
 
 
 @contextmanager
-def _deadline(timeout_s: float) -> Iterator[None]:
-    def expire(number: int, frame: FrameType | None) -> None:
-        raise RankLost(f"the ranks did not finish within {timeout_s:g} s and were stopped")
+def _signals() -> Iterator[int]:
+    """A pipe with a byte for every signal that asks this process to end.
 
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    None of them raises where it comes: a rank that is just being started would be forgotten.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def take(number: int, frame: FrameType | None) -> None:
+        with suppress(BlockingIOError):
+            os.write(writer, bytes([number]))
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.signal(number, take) for number in numbers}
     try:
-        yield
+        yield reader
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-@contextmanager
-def _ends_stopped() -> Iterator[None]:
-    """Lets ranks that are stopped end when they are asked to: torchrun's launcher would wait for half a minute."""
-    over = threading.Event()
-    children = Path(f"/proc/self/task/{os.getpid()}/children")  # those that the main thread started
-
-    def watch() -> None:
-        while children.exists() and not over.wait(0.05):
-            for pid in map(int, children.read_text().split()):
-                with suppress(OSError):
-                    fields = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-                    pending = int(fields["ShdPnd"], 16) >> (signal.SIGTERM - 1) & 1
-                    if fields["State"].startswith("T") and pending:
-                        os.kill(pid, signal.SIGCONT)
-
-    thread = threading.Thread(target=watch, daemon=True, name="end stopped ranks")
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The launcher reports a failed rank in forty lines; `_describe` says it in one."""
-    logger = logging.getLogger("torch.distributed.elastic")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)

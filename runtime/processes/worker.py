@@ -1,30 +1,31 @@
-"""What the launcher starts: a module under watch.
+"""What the launcher starts: a module that ends with it.
 
-    python -P -m runtime.processes.worker PARENT FOLDERS MODULE ARGUMENT...
+    python -P -m runtime.processes.worker PARENT MODULE ARGUMENT...
 
-The process ends within moments of its parent's death, from its first line on: importing torch takes seconds, in which
-the parent may be killed. FOLDERS (with ":" between) are removed then: a parent that is killed cannot.
+The kernel ends the process with its parent, from the first line on: importing torch takes seconds, in which the parent
+may be killed. Nothing has to be removed then: what the ranks share has no name.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import runpy
-import shutil
+import signal
 import sys
-import threading
-import time
 from typing import NoReturn
 
 __all__: list[str] = []
 
+_PR_SET_PDEATHSIG = 1
 
-def _watch(parent: int, folders: list[str]) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.1)
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
-    os._exit(1)
+
+def _end_with(parent: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        sys.exit(f"this process cannot be tied to its launcher: {os.strerror(ctypes.get_errno())}")
+    if os.getppid() != parent:  # it ended before that
+        os._exit(1)
 
 
 def _fail(error: BaseException) -> NoReturn:
@@ -42,10 +43,9 @@ def _fail(error: BaseException) -> NoReturn:
 
 
 if __name__ == "__main__":
-    parent, folders, module, *arguments = sys.argv[1:]
-    watched = (int(parent), list(filter(None, folders.split(os.pathsep))))
-    threading.Thread(target=_watch, args=watched, daemon=True, name="watch the parent").start()
-    sys.argv = [module, *arguments]
+    _end_with(int(sys.argv[1]))
+    module = sys.argv[2]
+    sys.argv = sys.argv[2:]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     except KeyboardInterrupt:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -42,6 +43,7 @@ _DTYPES = {
 }
 _LONGEST_HEADER = 100_000_000
 """As in safetensors itself."""
+_MOST_DIMS, _LONGEST_NAME, _LONGEST_FILE_NAME = 16, 1000, 255
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,14 @@ class TensorFiles:
     """See the module's docstring."""
 
     def __init__(self, folder: str | Path, files: Sequence[str] | None = None) -> None:
-        """`files`: only these of the folder; None: those that make up a checkpoint."""
+        """`files`: only these of the folder, which must be no links; None: those that make up a checkpoint."""
         self.folder = Path(folder)
         self.entries: dict[str, Entry] = {}
-        self._seen: dict[Path, tuple[int, ...]] = {}
-        """What tells a file from another that has come in its place."""
+        self._seen: dict[Path, tuple[int, tuple[int, ...]]] = {}
+        """How to open a file, and what tells it from another that has come in its place."""
         self.is_checkpoint = files is None
+        # a checkpoint's may be links, as in the hub's cache; a named pipe must not make us wait
+        self._flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if self.is_checkpoint else os.O_NOFOLLOW)
         if files is not None:
             for name in files:
                 self._add(self.folder / name)
@@ -97,10 +101,10 @@ class TensorFiles:
     def open(self, file: Path) -> int:
         """A descriptor to read `file` by. Raises WeightError where it is another than the one whose header was read."""
         try:
-            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(file, self._seen[file][0])
         except OSError as error:
             raise WeightError(f"{file} could be read before, and cannot any more: {error.strerror}") from error
-        if _stamp(descriptor) != self._seen[file]:
+        if _stamp(descriptor) != self._seen[file][1]:
             os.close(descriptor)
             raise WeightError(
                 f"{file} was written anew after it was opened: what is known of its tensors may be wrong now; "
@@ -113,11 +117,16 @@ class TensorFiles:
         places = listed.get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
             raise WeightError(f"{index} must have a 'weight_map' from the names of tensors to those of files")
+        for name in (*places, *places.values()):
+            if len(name) > _LONGEST_NAME or "\0" in name:
+                raise WeightError(
+                    f"{index} has the name {name[:100]!r}, which no file has: it is too long, or holds a zero byte"
+                )
         for name in dict.fromkeys(places.values()):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name or not name.endswith(".safetensors"):
                 raise WeightError(f"{index} names the file {name!r}: required is a .safetensors file within the folder")
-            if not (self.folder / name).is_file():
+            if len(path.name) > _LONGEST_FILE_NAME or not (self.folder / name).is_file():
                 some = next(tensor for tensor, file in places.items() if file == name)
                 raise WeightError(
                     f"{self.folder} lacks the file {name!r}, which should hold {some!r}, says {index.name}"
@@ -128,7 +137,12 @@ class TensorFiles:
                 raise WeightError(f"{self.folder / name} does not hold {tensor!r}, although {index.name} says so")
 
     def _add(self, file: Path) -> None:
-        entries, self._seen[file] = _entries(file)
+        try:
+            descriptor = os.open(file, self._flags)
+        except OSError as error:
+            raise WeightError(f"cannot open {file}: {error.strerror}") from None
+        entries, stamp = _entries(file, descriptor)
+        self._seen[file] = self._flags, stamp
         for entry in entries:
             if entry.name in self.entries:
                 raise WeightError(f"{entry.name!r} is in two files: {self.entries[entry.name].file} and {file}")
@@ -140,8 +154,10 @@ def _stamp(descriptor: int) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _entries(file: Path) -> tuple[list[Entry], tuple[int, ...]]:
-    with file.open("rb") as opened:
+def _entries(file: Path, descriptor: int) -> tuple[list[Entry], tuple[int, ...]]:
+    with os.fdopen(descriptor, "rb") as opened:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise WeightError(f"{file} is no plain file")
         stamp = _stamp(opened.fileno())
         size = os.fstat(opened.fileno()).st_size
         length = int.from_bytes(opened.read(8), "little")
@@ -150,16 +166,36 @@ def _entries(file: Path) -> tuple[list[Entry], tuple[int, ...]]:
         header = _json(file, opened.read(length))
     header.pop("__metadata__", None)
     base = 8 + length
-    return [_entry(file, base, size, name, fields) for name, fields in header.items()], stamp
+    entries = [_entry(file, base, size, name, fields) for name, fields in header.items()]
+    _require_adjoining(file, entries, base, size)
+    return entries, stamp
+
+
+def _require_adjoining(file: Path, entries: Sequence[Entry], base: int, size: int) -> None:
+    """Each byte after the header is one tensor's: none is shared, and nothing is hidden between them."""
+    at = base
+    for entry in sorted(entries, key=lambda entry: (entry.start, entry.bytes)):
+        if entry.start != at:
+            how = "shares bytes with the tensor before it" if entry.start < at else "follows a gap"
+            raise WeightError(
+                f"{file} is damaged: {entry.name!r} {how}, it starts at byte {entry.start}, required is {at}"
+            )
+        at += entry.bytes
+    if at != size:
+        raise WeightError(f"{file} is damaged: its tensors end at byte {at}, the file at {size}")
 
 
 def _entry(file: Path, base: int, size: int, name: str, fields: Any) -> Entry:
+    if len(name) > _LONGEST_NAME:
+        raise WeightError(f"{file}: the name {name[:100]!r}... has {len(name)} characters, more than {_LONGEST_NAME}")
+    if isinstance(fields, dict) and isinstance(fields.get("shape"), list) and len(fields["shape"]) > _MOST_DIMS:
+        raise WeightError(f"{file}: {name!r} has {len(fields['shape'])} dims, more than {_MOST_DIMS}")
     try:
         kind, shape, (start, stop) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise WeightError(f"{file}: the header's entry for {name!r} has no dtype, shape and data_offsets") from error
     # larger ones would be printed in errors, which Python refuses beyond some thousand digits
-    if not all(isinstance(number, int) and 0 <= number < 2**63 for number in (*shape, start, stop)):
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop)):
         raise WeightError(
             f"{file}: the shape and the offsets of {name!r} must be whole numbers, got {str(fields)[:200]}"
         )
@@ -175,9 +211,16 @@ def _entry(file: Path, base: int, size: int, name: str, fields: Any) -> Entry:
     return entry
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return found
+
+
 def _json(file: Path, text: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise WeightError(f"{file} is damaged: its header is no JSON ({error})") from error
     if not isinstance(found, Mapping):

@@ -64,7 +64,7 @@ def running(pid: int) -> bool:
 
 
 def wait_for(done: object, what: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not done():  # type: ignore[operator]
         assert time.monotonic() < deadline, what
         time.sleep(0.01)

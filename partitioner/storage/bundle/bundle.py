@@ -8,8 +8,10 @@ partition("bundle/", Plan(tp=4))     split anew: ranks take what they need out o
 
 from __future__ import annotations
 
+import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import overload
@@ -23,9 +25,10 @@ from partitioner.proof.meetings import check_meetings
 from partitioner.sharding.mesh import AXES, Mesh
 from partitioner.storage.bundle.format.bundle_files import Folder
 from partitioner.storage.bundle.format.graph_format import build
-from partitioner.storage.bundle.format.manifest import File, Manifest
+from partitioner.storage.bundle.format.manifest import DIGEST, File, Manifest
 from partitioner.storage.bundle.format.rank_format import Stored, read_entries, read_program, read_weight
 from partitioner.storage.bundle.format.untrusted_json import CONTROL, Record
+from partitioner.storage.recognise import MANIFEST
 from runtime.program.bundle_errors import attribute_errors
 from runtime.program.rank_program import Entry, RankProgram
 from runtime.weights.read_shards import Reader
@@ -127,15 +130,20 @@ class Bundle(Ranks):
             )
         return files.joined(TensorFiles(self._checkpoint))
 
-    def model_folder(self) -> Path:
-        """What a tokenizer is loaded from, checked."""
-        for name in self.manifest.files:
-            if name.startswith("model/"):
-                self.read(name)
-        return self.folder.path / "model"
+    @contextmanager
+    def model_folder(self) -> Iterator[Path]:
+        """What a tokenizer is loaded from: a folder of this process alone, with the bytes that were checked."""
+        with tempfile.TemporaryDirectory(prefix="partitioner-") as own:
+            for name in self.manifest.files:
+                if name.startswith("model/"):
+                    path = Path(own, name.removeprefix("model/"))
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(self.read(name))
+            yield Path(own)
 
     def verify(self) -> None:
         """Reads every file of the bundle, and checks it."""
+        self.folder.require_only({MANIFEST, DIGEST, *self.manifest.files})
         for name, file in self.manifest.files.items():
             if file.digest is not None:
                 self.read(name)

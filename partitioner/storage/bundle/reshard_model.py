@@ -34,7 +34,8 @@ def open_bundle(bundle: Bundle) -> ReshardModel:
     bundle.verify()
     stored = [each for rank in range(bundle.mesh.world_size) for each in bundle.stored(rank)]
     require_plain(bundle.read("model/config.json"), str(bundle.folder.path / "model/config.json"))
-    model = load_model(str(bundle.model_folder()), dtype=torch.float32, meta=True)
+    with bundle.model_folder() as folder:
+        model = load_model(str(folder), dtype=torch.float32, meta=True)
     if type(model).__name__ != bundle.manifest.model_class:
         raise BundleError(
             f"{bundle.folder.path} was made from a {bundle.manifest.model_class}, which transformers does not have: "

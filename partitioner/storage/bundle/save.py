@@ -19,7 +19,7 @@ from partitioner.errors import BundleError, PlanError
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.plan import Plan
 from partitioner.sharding.mesh import AXES, DEGREES
-from partitioner.storage.bundle.format.bundle_files import digest_of, writing
+from partitioner.storage.bundle.format.bundle_files import digest_of, read_within, writing
 from partitioner.storage.bundle.format.graph_format import Template, share
 from partitioner.storage.bundle.format.manifest import File, Manifest
 from partitioner.storage.bundle.format.rank_format import Stored, program_data, weight_data
@@ -163,7 +163,7 @@ class _Writer:
             )
         for name in MODEL_FILES:
             if (source / name).is_file():
-                self.add(f"model/{name}", (source / name).read_bytes())
+                self.add(f"model/{name}", read_within(source, name))
 
     def weights(self, wanted: Sequence[Sequence[_Wanted]]) -> list[dict[_Wanted, Stored]]:
         """Writes the weights that each rank wants, and says where they are, in the same order."""

@@ -4,14 +4,15 @@ load("shared_memory.cpp", timeout_s=60)   -> Native: the library, and the second
 
 It is kept in the user's cache (TORCH_EXTENSIONS_DIR, or torch_extensions in XDG_CACHE_HOME or ~/.cache) under a hash of
 its source and of how it is built. Of several processes that come at once, one compiles and the others wait for it. Only
-a compiler is needed: no headers of Python or torch, no build system.
+a compiler is needed: no headers of Python or torch, no build system. What is in the cache is code that will run: it is
+used only where nobody else can have put it there (`own_folder.py`).
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -24,10 +25,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.communication.shared_memory.own_folder import Busy, NotOurs, OwnFolder
+
 __all__ = ["CannotBuild", "Native", "load"]
 
 _COMPILERS = ("g++", "c++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
+_log = logging.getLogger("partitioner")
 
 
 class CannotBuild(Exception):
@@ -49,20 +53,30 @@ def load(source: str, *, timeout_s: float) -> Native:
     text = path.read_bytes()
     name = _name(path.stem, text)
     try:
-        folder = _cache()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _lock(folder / f"{path.stem}.lock", timeout_s):
-            if (library := folder / name).exists():
-                return Native(_open(library), 0.0)
-            seconds = _compile(path, library, timeout_s)
-        return Native(_open(library), seconds)
-    except OSError:
-        # nowhere to keep it, or what is kept there does not load here: one for this process alone
+        with OwnFolder.open(_cache()) as folder, folder.locked(f"{path.stem}.lock", timeout_s):
+            if (library := folder.library(name)) is not None:
+                return Native(library, 0.0)
+            with _compiled(path, timeout_s) as (content, seconds):
+                folder.add(name, content)
+            library = folder.library(name)
+            if library is None:
+                raise OSError(f"{name} is gone as soon as it was written")
+            return Native(library, seconds)
+    except Busy as error:
+        raise CannotBuild(f"another process is compiling: {error}") from None
+    except (NotOurs, OSError) as error:
+        # nowhere to keep it, or what is kept there is not ours or does not load here: one for this process alone
+        if isinstance(error, NotOurs):
+            _log.warning("%s; so the library is compiled for this process alone", error)
         try:
-            with tempfile.TemporaryDirectory(prefix="partitioner-") as own:
-                seconds = _compile(path, Path(own, name), timeout_s)
-                return Native(_open(Path(own, name)), seconds)
-        except OSError as error:
+            with tempfile.TemporaryDirectory(prefix="partitioner-") as own, OwnFolder.open(Path(own)) as folder:
+                with _compiled(path, timeout_s) as (content, seconds):
+                    folder.add(name, content)
+                library = folder.library(name)
+                if library is None:
+                    raise OSError(f"{name} is gone as soon as it was written")
+                return Native(library, seconds)
+        except (NotOurs, OSError) as error:
             raise CannotBuild(f"{source} cannot be built or loaded: {error}") from error
 
 
@@ -74,53 +88,33 @@ def _name(stem: str, text: bytes) -> str:
 def _cache() -> Path:
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(given, "partitioner")
-    # expanduser raises where there is no home
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "torch_extensions", "partitioner")
-
-
-def _open(library: Path) -> ctypes.CDLL:
-    return ctypes.CDLL(str(library))
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(home):  # there is no home: it would be where this process happens to stand
+        raise OSError(f"there is no folder for caches: {home!r} is not absolute")
+    return Path(home, "torch_extensions", "partitioner")
 
 
 @contextmanager
-def _lock(path: Path, timeout_s: float) -> Iterator[None]:
-    """One process at a time; the kernel lets go of it when a process ends, however that happens."""
-    deadline = time.monotonic() + timeout_s
-    with path.open("wb") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise CannotBuild(f"another process has been compiling for {timeout_s:g} s ({path})") from None
-                time.sleep(0.02)
-        yield
-
-
-def _compile(source: Path, library: Path, timeout_s: float) -> float:
+def _compiled(source: Path, timeout_s: float) -> Iterator[tuple[bytes, float]]:
+    """The library's bytes, and the seconds that it took."""
     start = time.monotonic()
     given = shlex.split(os.environ.get("CXX", ""))
     found = given or [name for name in _COMPILERS if shutil.which(name)][:1]
     if not found or shutil.which(found[0]) is None:
         raise CannotBuild(f"no C++ compiler found ({', '.join(given[:1] or _COMPILERS)})")
-    # under a name of its own first: nobody ever loads half a file
-    unfinished = library.with_name(f"{library.name}.{os.getpid()}")
-    try:
-        done = subprocess.run(
-            [*found, *_FLAGS, "-o", str(unfinished), str(source)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout_s,
-            check=False,
-        )
+    with tempfile.TemporaryDirectory(prefix="partitioner-") as own, OwnFolder.open(Path(own)) as folder:
+        try:
+            done = subprocess.run(
+                [*found, *_FLAGS, "-o", str(Path(own, "library.so")), str(source)],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout_s,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise CannotBuild(f"{found[0]} did not finish within {timeout_s:g} s") from None
         if done.returncode != 0:
             raise CannotBuild(f"{found[0]} failed on {source}:\n{done.stderr.strip()[-2000:]}")
-        os.replace(unfinished, library)
-    except subprocess.TimeoutExpired:
-        raise CannotBuild(f"{found[0]} did not finish within {timeout_s:g} s") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return time.monotonic() - start
+        yield folder.read("library.so"), time.monotonic() - start

@@ -16,8 +16,11 @@ import ctypes
 import fcntl
 import mmap
 import os
+import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["Address", "Segment"]
 
@@ -30,6 +33,13 @@ class Address:
     descriptor: int
     name: str
     num_bytes: int
+
+    @classmethod
+    def of(cls, fields: Sequence[Any]) -> Address:
+        """From what another rank says; OSError where that is no address."""
+        if [type(field) for field in fields] != [int, int, str, int] or not re.fullmatch(r"[\w.-]{1,80}", fields[2]):
+            raise OSError(f"no address of a segment: {str(fields)[:100]}")
+        return cls(*fields)
 
 
 class Segment:

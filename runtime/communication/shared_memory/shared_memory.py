@@ -20,6 +20,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class SharedMemory:
         timeout_s: float,
         slot_bytes: int = SLOT_BYTES,
     ) -> SharedMemory:
-        """Called by all `ranks` at once; `exchange(x)` brings every rank's x to all, in their order."""
+        """Called by all `ranks` at once; `exchange(x)` brings every rank's x, plain data, to all, in their order."""
         native, segment, why = None, None, ""
         coordinate = ranks.index(rank)
         try:
@@ -93,7 +94,7 @@ class SharedMemory:
                 segment = Segment.create(len(ranks) * (_LINE_BYTES + 2 * slot_bytes))
         except (CannotBuild, OSError) as error:
             why = str(error)
-        everyone: list[tuple[str, str, Address | None]] = exchange((_host(), why, segment and segment.address))
+        everyone = _met(exchange([_host(), why, segment and astuple(segment.address)]))
         if not (unavailable := _unavailable(ranks, everyone)):
             address = everyone[0][2]
             assert address is not None
@@ -102,7 +103,7 @@ class SharedMemory:
                 segment.hold(coordinate)
             except OSError as error:
                 why = f"the memory of rank {ranks[0]} cannot be opened: {error}"
-            unavailable = _unavailable(ranks, exchange((_host(), why, None)))
+            unavailable = _unavailable(ranks, _met(exchange([_host(), why, None])))
         if unavailable:
             if segment is not None:
                 segment.close()
@@ -229,6 +230,10 @@ def _host() -> str:
     """Names the running kernel: hosts may have the same name, containers of one host may not."""
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else platform.node()
+
+
+def _met(everyone: list[Any]) -> list[tuple[str, str, Address | None]]:
+    return [(host, why, None if address is None else Address.of(address)) for host, why, address in everyone]
 
 
 def _unavailable(ranks: Sequence[int], everyone: list[tuple[str, str, Address | None]]) -> Unavailable | None:

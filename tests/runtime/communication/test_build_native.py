@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.communication.shared_memory import build_native as native
 from runtime.communication.shared_memory.build_native import CannotBuild, Native, load
+from runtime.communication.shared_memory.own_folder import OwnFolder
 
 SOURCE = "shared_memory.cpp"
 
@@ -38,10 +38,10 @@ def test_of_several_at_once_one_compiles(cache: Path) -> None:
 
 
 def test_waiting_for_who_compiles_is_bounded(cache: Path) -> None:
-    cache.mkdir()
     with (
-        native._lock(cache / "shared_memory.lock", 1),
-        pytest.raises(CannotBuild, match=r"another process has been compiling for 0.1 s"),
+        OwnFolder.open(cache) as folder,
+        folder.locked("shared_memory.lock", 1),
+        pytest.raises(CannotBuild, match=r"another process is compiling: .*for 0.1 s"),
     ):
         load(SOURCE, timeout_s=0.1)
 

@@ -1,7 +1,7 @@
 """The files of a bundle: written whole or not at all, read only as what they are said to be.
 
 A name is a path within the folder; each part of it is opened without following links. A file must be a plain one, of
-the size that is recorded, with the digest that is recorded.
+the size that is recorded, with the digest that is recorded. What is not recorded may not be there: `require_only`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from partitioner.errors import BundleError
 
-__all__ = ["NAME", "Folder", "digest_of", "writing"]
+__all__ = ["NAME", "Folder", "digest_of", "read_within", "writing"]
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,120}(/[A-Za-z0-9_][A-Za-z0-9_.\-]{0,120}){0,3}")
 LARGEST_TEXT = 2**30
@@ -48,6 +48,29 @@ def writing(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def read_within(folder: Path, name: str) -> bytes:
+    """A file of a folder that others may have made, to be passed on: a link must not lead out of the folder.
+
+    Those of the hub's cache lead from snapshots/REVISION/ to blobs/, which is the same model's.
+    """
+    path, home = (folder / name).resolve(), folder.resolve()
+    homes = [home, *([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])]
+    if not any(path.is_relative_to(each) for each in homes):
+        raise BundleError(
+            f"{folder / name} is a link that leads out of its folder, to {path}: what is there would become part of "
+            "the bundle. Put a copy in its place if that is meant"
+        )
+    try:
+        descriptor = os.open(path, _FLAGS)
+    except OSError as error:
+        raise BundleError(f"cannot open {path}: {error.strerror}") from None
+    with os.fdopen(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST_TEXT:
+            raise BundleError(f"{path} is no plain file of at most {LARGEST_TEXT} bytes")
+        return file.read(LARGEST_TEXT + 1)
+
+
 class Folder:
     """A bundle's folder, for reading."""
 
@@ -55,6 +78,24 @@ class Folder:
         self.path = Path(path)
         if not self.path.is_dir():
             raise BundleError(f"{self.path} is no folder")
+
+    def require_only(self, names: Collection[str]) -> None:
+        """Raises BundleError where there is anything beside the files `names`, and the folders that they lie in.
+
+        Who reads a folder of a model takes what is there, by name: an added file would be used, and nothing tell it.
+        """
+        folders = {name[:end] for name in names for end, letter in enumerate(name) if letter == "/"}
+        for folder in ("", *sorted(folders)):
+            if not (path := self.path / folder).is_dir():
+                continue  # what is missing is said when it is read
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    name = f"{folder}/{entry.name}" if folder else entry.name
+                    if name in names or name in folders:
+                        continue  # of what kind it is shows when it is opened
+                    raise BundleError(
+                        f"{self.path} has {name[:200]!r}, which its manifest does not list: remove what was added later"
+                    )
 
     def check(self, name: str, *, bytes: int) -> Path:
         """The path of a plain file within the folder, of that size."""

@@ -28,7 +28,7 @@ from partitioner.storage.bundle.format.bundle_files import NAME, Folder, digest_
 from partitioner.storage.bundle.format.untrusted_json import Record
 from partitioner.storage.recognise import MANIFEST
 
-__all__ = ["SCHEMA", "File", "Manifest"]
+__all__ = ["DIGEST", "SCHEMA", "File", "Manifest"]
 
 VERSION = importlib.metadata.version("partitioner")
 SCHEMA = 2
@@ -123,6 +123,7 @@ class Manifest:
                 raise BundleError(f"{folder.path} has no {name!r}")
         mesh.done()
         record.done()
+        folder.require_only({MANIFEST, DIGEST, *manifest.files})
         return manifest
 
 

@@ -21,7 +21,7 @@ from torch import fx, nn
 from partitioner.errors import BundleError
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.mesh import Mesh
-from partitioner.storage.bundle.format.tiling import is_filled
+from partitioner.storage.bundle.format.tiling import MOST_BLOCKS, is_filled
 from partitioner.storage.bundle.format.untrusted_json import (
     DOTTED,
     DTYPES,
@@ -97,6 +97,8 @@ def read_weight(record: Record) -> Stored:
     )
     if (file is None) != (pieces is not None):
         record.fail("pieces", "given where there is no file, and only there")
+    if pieces is not None and len(pieces) > MOST_BLOCKS:
+        record.fail("pieces", f"at most {MOST_BLOCKS} blocks")
     if pieces is not None and not is_filled(local, [piece.destination for piece in pieces]):
         record.fail("pieces", f"blocks that fill the rank's part, {list(local)}, each element once")
     digest = record.digest("sha256")

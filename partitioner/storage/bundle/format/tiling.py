@@ -1,14 +1,22 @@
-"""Whether blocks fill a shape, each element once: what no block fills would be whatever the memory held before."""
+"""Whether blocks fill a shape, each element once: what no block fills would be whatever the memory held before.
+
+Blocks that lie within a shape and have its volume together fill it if no two of them meet. That takes a time that is
+bounded by the square of their number, whatever they are.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
+import math
 from collections.abc import Sequence
+
+import torch
 
 from runtime.program.shards import Block
 
-__all__ = ["is_filled"]
+__all__ = ["MOST_BLOCKS", "is_filled"]
+
+MOST_BLOCKS = 8192
+"""More are not looked at. A weight of a model has as many as it was stacked from: its experts, or its heads."""
 
 
 def is_filled(shape: Sequence[int], blocks: Sequence[Block]) -> bool:
@@ -17,19 +25,22 @@ def is_filled(shape: Sequence[int], blocks: Sequence[Block]) -> bool:
         return len(blocks) == 1
     if 0 in shape:
         return True
-    inner: dict[tuple[int, int], list[Block]] = defaultdict(list)
-    for (start, stop), *rest in blocks:
-        if start < stop:
-            inner[start, stop].append(tuple(rest))
-    if any(stop > start for (_, stop), (start, _) in itertools.pairwise(sorted(inner))):
-        # they overlap in this dim, and may not in the others: cut all at every end
-        ends = sorted({end for interval in inner for end in interval})
-        cut = {
-            (a, b): [block for (start, stop), some in inner.items() if start <= a and b <= stop for block in some]
-            for a, b in itertools.pairwise(ends)
-        }
-        inner = defaultdict(list, cut)
-    meet = [(0, 0), *sorted(inner), (shape[0], shape[0])]
-    return all(one[1] == other[0] for one, other in itertools.pairwise(meet)) and all(
-        is_filled(shape[1:], some) for some in inner.values()
-    )
+    volumes = [math.prod(stop - start for start, stop in block) for block in blocks]
+    solid = [block for block, volume in zip(blocks, volumes, strict=True) if volume]
+    return sum(volumes) == math.prod(shape) and len(solid) <= MOST_BLOCKS and _are_apart(solid)
+
+
+def _are_apart(blocks: Sequence[Block]) -> bool:
+    """None of them is empty."""
+    # in the dim in which most start at a place of their own, few have to be compared
+    dim = max(range(len(blocks[0])), key=lambda dim: len({block[dim] for block in blocks}))
+    ends = torch.tensor(sorted(blocks, key=lambda block: block[dim]), dtype=torch.int64)  # [block, dim, 2]
+    starts, stops = ends[..., 0], ends[..., 1]
+    first = starts[:, dim].contiguous()
+    for index in range(len(blocks) - 1):
+        beyond = int(torch.searchsorted(first, stops[index, dim]))
+        later = slice(index + 1, beyond)
+        meets = (starts[later] < stops[index]) & (starts[index] < stops[later])
+        if bool(meets.all(dim=1).any()):
+            return False
+    return True

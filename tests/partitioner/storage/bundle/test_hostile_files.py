@@ -410,10 +410,11 @@ def test_a_rank_that_there_is_not(rank: Any, folder: Path) -> None:
         bundle.rank(rank)
 
 
-def test_files_that_nobody_listed_are_not_read(folder: Path) -> None:
-    (folder / "model" / "tokenizer.py").write_text("raise SystemExit")
-    (folder / "setup.py").write_text("raise SystemExit")
-    use(folder)
+@pytest.mark.parametrize("name", ["model/tokenizer.py", "setup.py"])
+def test_files_that_nobody_listed_are_refused(name: str, folder: Path) -> None:
+    (folder / name).write_text("raise SystemExit")
+    with pytest.raises(BundleError, match="which its manifest does not list"):
+        use(folder)
 
 
 CONFIGS: dict[str, Callable[[Data], Any]] = {

@@ -1,0 +1,78 @@
+"""What ranks tell each other over gloo before they share anything, and who may listen.
+
+    exchange_json(x, group=.., num_ranks=..)    every rank's x, plain data, in their order: JSON, never pickle
+    shut_out_strangers(before, heartbeat, ..)   once all groups are made: nobody else is in them, or can come
+
+gloo listens on one port per group and process. It takes the first connection that names a peer's number, a small
+integer, for that peer. So every pair of ranks proves to each other that both have the key of this meeting, and the
+ports are shut.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from partitioner.errors import CommunicationError
+from runtime.processes.heartbeat import Heartbeat
+from runtime.processes.listening import listening_sockets, shut
+
+__all__ = ["exchange_json", "shut_out_strangers"]
+
+_LARGEST = 1 << 20
+_PROOF_BYTES = 32
+_log = logging.getLogger("partitioner")
+
+
+def exchange_json(mine: Any, *, group: dist.ProcessGroup, num_ranks: int) -> list[Any]:
+    text = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(num_ranks)]
+    dist.all_gather(sizes, torch.tensor([text.numel()]), group=group)
+    longest = max(map(int, sizes))
+    if longest > _LARGEST or min(map(int, sizes)) < 0:
+        raise CommunicationError(f"a rank sent {longest} bytes where a few hundred are expected")
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: text.numel()] = text
+    texts = [torch.empty_like(padded) for _ in range(num_ranks)]
+    dist.all_gather(texts, padded, group=group)
+    return [json.loads(each[: int(size)].numpy().tobytes()) for each, size in zip(texts, sizes, strict=True)]
+
+
+def shut_out_strangers(
+    before: frozenset[tuple[int, int]], heartbeat: Heartbeat, groups: Iterable[tuple[Sequence[int], dist.ProcessGroup]]
+) -> None:
+    """`before`: the sockets that listened before `groups` (of ranks, in order) were made."""
+    if os.environ.get("TORCH_GLOO_LAZY_INIT", "").lower() in ("1", "true", "yes", "y", "on"):
+        _log.warning("TORCH_GLOO_LAZY_INIT is set: the ports of gloo stay open to anyone who reaches them")
+        return
+    try:
+        shut(listening_sockets() - before)
+    except OSError as error:
+        _log.warning("the ports of gloo cannot be shut, and stay open to anyone who reaches them: %s", error)
+    for ranks, group in groups:
+        if len(ranks) > 1:
+            _prove(heartbeat, ranks, group)
+
+
+def _prove(heartbeat: Heartbeat, ranks: Sequence[int], group: dist.ProcessGroup) -> None:
+    """Every pair in both directions: over each goes what only a rank of this meeting can know."""
+    me = heartbeat.rank
+    mine = b"".join(heartbeat.proof(me, other) for other in ranks)
+    sent = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    proofs = received.numpy().tobytes()
+    for place, other in enumerate(ranks):
+        got = proofs[place * _PROOF_BYTES : (place + 1) * _PROOF_BYTES]
+        if not hmac.compare_digest(got, heartbeat.proof(other, me)):
+            raise CommunicationError(
+                f"rank {me}: who is connected in the place of rank {other} is not that rank. A stranger came first to "
+                "gloo's port: see who else may connect to this host (docs/security.md)"
+            )
