@@ -65,6 +65,7 @@ def partition(
     _check_plan(plan)  # before the trace, which takes longer
     wanted(plan)
     origins: Origins | None = None
+    notes: tuple[str, ...] = ()
     if isinstance(model, (str, Path)) and is_bundle(model):
         if dtype is not None:
             raise CaptureError(f"dtype={dtype}: {model} is a bundle, whose weights have been read and cast already")
@@ -74,7 +75,7 @@ def partition(
         length = bundle.length if length is None else length
     elif isinstance(model, (str, Path)):
         opened = open_checkpoint(model, dtype=dtype, mapped=mapped)
-        model, origins = opened.model, opened.origins
+        model, origins, notes = opened.model, opened.origins, opened.notes
     elif dtype is not None:
         raise CaptureError(
             f"dtype={dtype} casts what is read from a checkpoint folder; this {type(model).__name__} has its weights: "
@@ -85,6 +86,7 @@ def partition(
             f"mapped=True is for the files of a folder; this {type(model).__name__} has its weights: leave it out"
         )
     traced = _from(origins, trace(model, max_length=max_length, length=length))
+    traced.notes = [*notes, *traced.notes]
     return compile_program(
         traced,
         plan,

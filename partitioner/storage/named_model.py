@@ -21,7 +21,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from partitioner.errors import CaptureError
+from partitioner.errors import CaptureError, WeightError
 from partitioner.storage.recognise import MANIFEST
 
 __all__ = ["class_of", "dtype_named", "load_config", "load_model", "without_grouped_mm"]
@@ -72,11 +72,18 @@ def load_model(name: str, *, dtype: torch.dtype, seed: int = 0, meta: bool = Fal
     if not meta and Path(name).is_dir():
         model_class = class_of(load_config(name))
         try:
-            model = model_class.from_pretrained(name, dtype=dtype, local_files_only=True)
+            model, info = model_class.from_pretrained(
+                name, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
         except Exception as error:
             raise CaptureError(
                 f"transformers cannot load {model_class.__name__} from {name!r}: {_line(error)}"
             ) from error
+        if missing := sorted(info["missing_keys"]):
+            raise WeightError(
+                f"{name} lacks {len(missing)} weights of {model_class.__name__}, {missing[0]!r} for one, which "
+                "transformers draws at random: complete the checkpoint, or name its class in 'architectures'"
+            )
         return without_grouped_mm(model.eval())
     config = load_config(name, small=not meta)
     if not meta:

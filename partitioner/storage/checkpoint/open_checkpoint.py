@@ -37,10 +37,11 @@ _NAMED = 5
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`model`: on the meta device; `origins`: where its weights lie."""
+    """`model`: on the meta device; `origins`: where its weights lie; `notes`: what of the folder is not used."""
 
     model: PreTrainedModel
     origins: Origins
+    notes: tuple[str, ...] = ()
 
 
 def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None, mapped: bool = False) -> Checkpoint:
@@ -63,7 +64,8 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None, map
     moved, computed, cast = _take_recording_tensors(model)
     if model.can_generate() and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    return Checkpoint(without_grouped_mm(model.eval()), Origins(files, moved, computed, cast, mapped))
+    notes = _left_out(model, sorted(info["unexpected_keys"]))
+    return Checkpoint(without_grouped_mm(model.eval()), Origins(files, moved, computed, cast, mapped), notes)
 
 
 def _require_readable(path: Path) -> None:
@@ -168,12 +170,17 @@ def _require_complete(path: Path, model: PreTrainedModel, info: Any, stored: Col
             f"{path} lacks {len(missing)} weights of {name}: {', '.join(said)}{_more(missing)}; transformers would "
             "draw them at random: complete the checkpoint, or name the class it was saved from in 'architectures'"
         )
-    if unexpected:
-        raise WeightError(
-            f"{path} holds {len(unexpected)} tensors that {name} has no place for: "
-            f"{_some(list(map(repr, unexpected)))}; name the class it was saved from in 'architectures', or "
-            "load it by from_pretrained, which drops them, and partition that"
-        )
+
+
+def _left_out(model: PreTrainedModel, unexpected: list[str]) -> tuple[str, ...]:
+    """A note on the tensors that the class has no place for: other heads, old buffers. transformers drops them too."""
+    if not unexpected:
+        return ()
+    tensors = "1 tensor" if len(unexpected) == 1 else f"{len(unexpected)} tensors"
+    return (
+        f"{tensors} of the checkpoint not loaded, as {type(model).__name__} has no place for them: "
+        f"{_some(list(map(repr, unexpected)))}",
+    )
 
 
 def _some(said: list[str]) -> str:
