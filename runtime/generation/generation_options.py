@@ -5,11 +5,13 @@ do_sample=False          draw tokens; otherwise the likeliest one each time (gre
 temperature, top_k, top_p, min_p, repetition_penalty    as in `runtime.sampling.sampling_options`
 seed=0                   the same seed gives the same tokens, on any plan and in any batch
 request_ids=None         one number per prompt, which tells equal prompts apart; None: their places in the batch
-eos_token_id=None        an id or several after which a sequence ends; None: the model's own; []: none
+eos_token_id=None        an id or several after which a sequence ends; None: the model's own; [] or -1: none
 pad_token_id=None        fills up sequences that ended; None: the first eos id, or 0
 stop_strings=None        texts after which a sequence ends; needs `tokenizer`
 tokenizer=None
 output_logits... are not offered; logprobs=True returns the log-probability of each new token as well
+input_ids, inputs        the prompts, by transformers' names
+num_beams=1, ...         what changes no token is taken too: see `runtime.generation.neutral_options`
 prefill_step=512         how many tokens of each prompt are run at a time
 """
 
@@ -24,6 +26,7 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from partitioner.errors import InputError
+from runtime.generation.neutral_options import without_neutral
 from runtime.sampling.sampling_options import Sampling
 
 __all__ = ["Options", "Settings"]
@@ -32,6 +35,8 @@ __all__ = ["Options", "Settings"]
 class Options(TypedDict, total=False):
     """The keywords of `generate`; see the module's docstring."""
 
+    input_ids: Any
+    inputs: Any
     max_new_tokens: int
     do_sample: bool
     temperature: float
@@ -47,6 +52,9 @@ class Options(TypedDict, total=False):
     tokenizer: Any
     logprobs: bool
     prefill_step: int
+    num_beams: int
+    num_return_sequences: int
+    use_cache: bool
 
 
 _NOT_OFFERED = {
@@ -58,6 +66,8 @@ _NOT_OFFERED = {
     "guidance_scale": "classifier-free guidance", "streamer": "streamers: use stream()",
     "max_length": "a total length: give max_new_tokens", "min_new_tokens": "a least number of tokens",
     "generation_config": "a GenerationConfig: give its fields as keywords",
+    "token_type_ids": "types of tokens: call the tokenizer with return_token_type_ids=False",
+    "position_ids": "positions of your own: they follow from the prompts",
 }  # fmt: skip
 
 
@@ -78,9 +88,9 @@ class Settings:
     @classmethod
     def of(cls, options: Mapping[str, Any], *, eos_token_id: tuple[int, ...]) -> Settings:
         """`eos_token_id`: the model's own."""
-        given = dict(options)
         of_sampling = {field.name for field in dataclasses.fields(Sampling)}
         own = {field.name for field in dataclasses.fields(cls)} - {"sampling"}
+        given = without_neutral(options, own | of_sampling)
         for name in given:
             if name in _NOT_OFFERED:
                 raise InputError(f"generate() does not offer {name!r} ({_NOT_OFFERED[name]})")
@@ -90,7 +100,7 @@ class Settings:
                 raise InputError(f"generate() has no option {name!r}; {hint}")
         sampling = Sampling(**{name: given.pop(name) for name in of_sampling & given.keys()})
         ends = given.pop("eos_token_id", None)
-        ends = eos_token_id if ends is None else _integers("eos_token_id", [ends] if isinstance(ends, int) else ends)
+        ends = eos_token_id if ends is None else _ends(ends)
         pad = given.pop("pad_token_id", None)
         if pad is not None:
             (pad,) = _integers("pad_token_id", [pad])
@@ -119,6 +129,16 @@ class Settings:
             raise InputError(f"logprobs must be True or False, got {self.logprobs!r}")
         if self.stop_strings and self.tokenizer is None:
             raise InputError("stop_strings are texts: give tokenizer= as well, to know what the tokens say")
+
+
+def _ends(given: Any) -> tuple[int, ...]:
+    """Ids; -1 is that of no token, so that nothing ends there."""
+    if isinstance(given, Tensor):
+        given = given.reshape(-1).tolist() if given.dim() <= 1 else given.tolist()
+    given = [given] if isinstance(given, int) else given
+    if isinstance(given, (list, tuple)):
+        given = [end for end in given if end != -1]
+    return _integers("eos_token_id", given)
 
 
 def _integers(name: str, given: Any) -> tuple[int, ...]:

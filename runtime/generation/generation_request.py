@@ -44,12 +44,13 @@ class GenerationRequest:
     @classmethod
     def of(
         cls,
-        prompts: Prompts,
+        prompts: Prompts | None,
         attention_mask: Tensor | None,
         options: Mapping[str, Any],
         *,
         eos_token_id: tuple[int, ...],
     ) -> GenerationRequest:
+        prompts, options = _named(prompts, options)
         settings = Settings.of(options, eos_token_id=eos_token_id)
         if settings.stop_strings and not callable(getattr(settings.tokenizer, "decode", None)):
             raise InputError(
@@ -84,6 +85,17 @@ class GenerationRequest:
             return sequences
         said = [[float("nan") if value is None else value for value in step.logprobs or ()] for step in steps]
         return Generated(sequences, torch.tensor(said, dtype=torch.float64).t())
+
+
+def _named(prompts: Prompts | None, options: Mapping[str, Any]) -> tuple[Prompts, dict[str, Any]]:
+    """The prompts, wherever they were given, and the other options."""
+    others = dict(options)
+    given = {name: others.pop(name) for name in ("input_ids", "inputs") if name in others}
+    named = {"prompts": prompts, **given}
+    named = {name: value for name, value in named.items() if value is not None}
+    if len(named) > 1:
+        raise InputError(f"prompts are given twice, as {' and '.join(named)}: give one of them")
+    return next(iter(named.values()), None), others  # type: ignore[return-value]  # None is refused with the rest
 
 
 def _rows(prompts: Prompts, attention_mask: Tensor | None, pad: int) -> tuple[tuple[tuple[int, ...], ...], Tensor]:
