@@ -25,7 +25,7 @@ def main() -> None:
     rank = 0
     for dtype in case.dtypes:
         model = load_model(case.model, dtype=dtype_named(dtype), seed=case.seed)
-        with Engine.connect(compiled(model, case.plan)) as engine:
+        with Engine.connect(compiled(model, case.compile)) as engine:
             rank = engine.program.rank
             run = functools.partial(_run, engine)
             outcomes += outcomes_of(case, dtype, model, run)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,21 @@ import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import hub
 
 from partitioner.errors import CaptureError, WeightError
 from partitioner.storage.recognise import MANIFEST
 
-__all__ = ["class_of", "dtype_named", "load_config", "load_model", "without_grouped_mm"]
+__all__ = [
+    "class_notes",
+    "class_of",
+    "dtype_named",
+    "hub_hint",
+    "load_config",
+    "load_model",
+    "own_code",
+    "without_grouped_mm",
+]
 
 _SMALL = {
     "hidden_size": 64,
@@ -61,14 +73,31 @@ def load_config(name: str, *, small: bool = False) -> Any:
     if name in CONFIG_MAPPING:
         return _small(name) if small else _configured(name, None, f"the default configuration of {name!r}")
     near = difflib.get_close_matches(name, list(CONFIG_MAPPING), n=3)
-    hint = f"; near: {', '.join(near)}" if near else ""
+    hint = hub_hint(name) or (f"; near: {', '.join(near)}" if near else "")
     raise CaptureError(
         f"{name!r} is neither a checkpoint folder, nor config:FILE.json, nor a model type that transformers knows{hint}"
     )
 
 
-def load_model(name: str, *, dtype: torch.dtype, seed: int = 0, meta: bool = False) -> Any:
-    """MODEL in eval mode; `meta`: its default size, without data."""
+def hub_hint(name: str) -> str:
+    """Where the snapshot of a hub's repository lies, if `name` may be one; "" otherwise. Nothing is fetched."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        return ""
+    found = hub.try_to_load_from_cache(name, "config.json")
+    if isinstance(found, str):
+        return f"; it is the name of a repository, whose snapshot is in {Path(found).parent}: give that folder"
+    place = Path(hub.constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots")
+    return (
+        "; it may be the name of a repository on a hub: nothing is fetched from there, and its snapshot would be a "
+        f"folder in {place} (hf download {name} puts it there)"
+    )
+
+
+def load_model(name: str, *, dtype: torch.dtype | None, seed: int = 0, meta: bool = False) -> Any:
+    """MODEL in eval mode; `dtype`: None for that of its configuration, float32 where it names none.
+
+    `meta`: its default size, without data.
+    """
     if not meta and Path(name).is_dir():
         model_class = class_of(load_config(name))
         try:
@@ -95,7 +124,7 @@ def load_model(name: str, *, dtype: torch.dtype, seed: int = 0, meta: bool = Fal
             )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _build(name, config, "meta" if meta else "cpu").to(dtype).eval()
+        model = _build(name, config, "meta" if meta else "cpu").to(dtype or _named_dtype(config)).eval()
     return without_grouped_mm(model)
 
 
@@ -103,6 +132,11 @@ def without_grouped_mm(model: Any) -> Any:
     """The default implementation of routed experts knows no float64, and no rows that are not multiples of 16 bytes."""
     model.set_experts_implementation("eager")
     return model
+
+
+def _named_dtype(config: Any) -> torch.dtype:
+    named = config.dtype
+    return named if isinstance(named, torch.dtype) and named.is_floating_point else torch.float32
 
 
 def _build(name: str, config: Any, device: str) -> Any:
@@ -119,10 +153,33 @@ def _from_file(path: Path) -> Any:
         fields = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CaptureError(f"cannot read the configuration {path}: {error}") from error
-    if not isinstance(fields, dict) or fields.get("model_type") not in CONFIG_MAPPING:
-        kind = fields.get("model_type") if isinstance(fields, dict) else None
-        raise CaptureError(f"{path} must name a model_type that transformers knows, got {kind!r}")
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        own = own_code(fields) if isinstance(fields, dict) else ""
+        own = f"; its own code ({own}) is not run" if own else ""
+        raise CaptureError(f"{path} must name a model_type that transformers knows, got {kind!r}{own}")
     return _configured(fields["model_type"], path, str(path))
+
+
+def own_code(fields: Mapping[str, Any]) -> str:
+    """The code of its own that a configuration asks to be run, as it names it; "": none."""
+    code = fields.get("auto_map")
+    if not code:
+        return ""
+    named = list(code.values()) if isinstance(code, dict) else [code]
+    flat = [str(each) for name in named for each in (name if isinstance(name, (list, tuple)) else [name]) if each]
+    return f"auto_map: {', '.join(dict.fromkeys(flat))}"[:200]
+
+
+def class_notes(fields: Mapping[str, Any], model_class: Any) -> tuple[str, ...]:
+    """What is not done of what a configuration says of the model's class."""
+    own = own_code(fields)
+    notes = [f"its own code ({own}) is not run: the model is {model_class.__name__} of transformers"] if own else []
+    named = fields.get("architectures") or ()
+    named = [named] if isinstance(named, str) else list(named)
+    if not own and named and model_class.__name__ not in named:
+        notes.append(f"transformers has no {named[0]!r}, which 'architectures' names: {model_class.__name__} is used")
+    return tuple(notes)
 
 
 def _configured(model_type: str, path: Path | None, where: str) -> Any:

@@ -90,9 +90,9 @@ def _unknown(name: str, names: list[str]) -> str:
     known = f"he inputs are {', '.join(names)}"
     if name == _MASK:
         return (
-            f"unknown input {name!r}; this model takes no mask but one of ones: in a decoder, pad on the right, where no "
-            "token of the prompt sees it, and ignore what comes out at the padding; else give prompts of one length. "
-            f"T{known}"
+            f"unknown input {name!r}; this model takes no mask but one of ones: in a decoder, pad on the right, where "
+            "no token of the prompt sees it, and ignore what comes out at the padding; else give prompts of one "
+            f"length. T{known}"
         )
     near = difflib.get_close_matches(name, names, n=1)
     return f"unknown input {name!r}; " + (f"did you mean {near[0]!r}? T{known}" if near else f"t{known}")

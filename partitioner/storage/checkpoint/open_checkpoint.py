@@ -26,10 +26,10 @@ from partitioner.storage.checkpoint.equal_tensors import same_values
 from partitioner.storage.checkpoint.recording_tensor import RecordingTensor
 from partitioner.storage.checkpoint.strided_windows import Moved
 from partitioner.storage.checkpoint.weight_origins import Origins
-from partitioner.storage.named_model import class_of, load_config, without_grouped_mm
+from partitioner.storage.named_model import class_notes, class_of, hub_hint, load_config, without_grouped_mm
 from runtime.weights.safetensors_files import INDEX, SINGLE, TensorFiles
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "can_open", "open_checkpoint"]
 
 _NAMED = 5
 """How many names an error lists."""
@@ -64,13 +64,27 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None, map
     moved, computed, cast = _take_recording_tensors(model)
     if model.can_generate() and (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    notes = _left_out(model, sorted(info["unexpected_keys"]))
+    notes = (
+        *class_notes(_fields(path / "config.json"), model_class),
+        *_left_out(model, sorted(info["unexpected_keys"])),
+    )
     return Checkpoint(without_grouped_mm(model.eval()), Origins(files, moved, computed, cast, mapped), notes)
+
+
+def can_open(folder: str | Path) -> bool:
+    """Whether `folder` is a checkpoint that is read by parts; what it holds may still be refused."""
+    try:
+        _require_readable(Path(folder))
+    except CaptureError:
+        return False
+    return True
 
 
 def _require_readable(path: Path) -> None:
     if not path.is_dir():
-        raise CaptureError(f"{str(path)!r} is no folder: required is a checkpoint, as save_pretrained writes it")
+        raise CaptureError(
+            f"{str(path)!r} is no folder: required is a checkpoint, as save_pretrained writes it{hub_hint(str(path))}"
+        )
     if (path / "adapter_config.json").is_file():
         raise CaptureError(
             f"{path} holds an adapter (adapter_config.json), not a model: merge it into its base model first "
