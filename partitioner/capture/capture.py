@@ -91,7 +91,12 @@ def ends_of(model: PreTrainedModel) -> tuple[int, ...]:
     """The ids after which text of this model ends."""
     config = model.generation_config if model.can_generate() else None
     found = None if config is None else config.eos_token_id
-    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+    ends = [] if found is None else [found] if isinstance(found, int) else found
+    if not isinstance(ends, (list, tuple)) or not all(type(end) is int for end in ends):
+        raise CaptureError(
+            f"eos_token_id of {type(model).__name__}'s generation configuration must be whole numbers, got {found!r}"
+        )
+    return tuple(ends)
 
 
 def limits_of(ranges: dict[str, tuple[int, int | None]], longest: int | None) -> dict[str, tuple[int, int | None]]:

@@ -222,7 +222,8 @@ def _errors() -> Iterator[None]:
         yield
     except PartitionerError as error:
         hint = " (--simulate shows at which node)" if isinstance(error, CommunicationError) else ""
-        Console(stderr=True).print(f"error: {error}{hint}", markup=False, highlight=False, soft_wrap=True)
+        said = " ".join(str(error).split("\n"))
+        Console(stderr=True).print(f"error: {said}{hint}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1 if isinstance(error, CommunicationError) else 2) from None
 
 

@@ -25,11 +25,11 @@ from transformers.utils import logging as transformers_logging
 
 from partitioner.cli.options import Compile
 from partitioner.compile.parts import Parts
-from partitioner.errors import InputError
+from partitioner.errors import CaptureError, InputError
 from partitioner.program.plan import Plan
 from partitioner.program.ranks import Ranks
 from partitioner.storage.bundle.bundle import Bundle, load
-from partitioner.storage.named_model import dtype_named, hub_hint, own_code
+from partitioner.storage.named_model import dtype_named, hub_hint, own_code, read_fields
 from partitioner.storage.recognise import is_bundle
 from runtime.engine.engine import Engine
 from runtime.kv_cache.cache_size import CacheSize
@@ -205,10 +205,9 @@ def _tokenizer(question: Question) -> Any:
 
 def _own_code(folder: str) -> str:
     try:
-        fields = json.loads(Path(folder, "tokenizer_config.json").read_text())
-    except (OSError, ValueError):
+        return own_code(read_fields(Path(folder, "tokenizer_config.json")))
+    except CaptureError:  # the tokenizer's own reader says more of a file that cannot be read
         return ""
-    return own_code(fields) if isinstance(fields, dict) else ""
 
 
 def _write(question: Question, tokenizer: Any, engine: Engine | Ranks, out: TextIO | None) -> None:

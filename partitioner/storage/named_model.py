@@ -35,6 +35,7 @@ __all__ = [
     "load_config",
     "load_model",
     "own_code",
+    "read_fields",
     "without_grouped_mm",
 ]
 
@@ -148,17 +149,24 @@ def _build(name: str, config: Any, device: str) -> Any:
         raise CaptureError(f"transformers cannot build {model_class.__name__} for {name!r}: {_line(error)}") from error
 
 
-def _from_file(path: Path) -> Any:
+def read_fields(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a folder. Raises `CaptureError` where there is none."""
     try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CaptureError(f"cannot read the configuration {path}: {error}") from error
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
+        fields = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CaptureError(f"cannot read the configuration {path}: {_line(error)}") from error
+    if not isinstance(fields, dict):
+        raise CaptureError(f"{path} must be a JSON object, got a {type(fields).__name__}")
+    return fields
+
+
+def _from_file(path: Path) -> Any:
+    fields = read_fields(path)
+    kind = fields.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        own = own_code(fields) if isinstance(fields, dict) else ""
-        own = f"; its own code ({own}) is not run" if own else ""
-        raise CaptureError(f"{path} must name a model_type that transformers knows, got {kind!r}{own}")
-    return _configured(fields["model_type"], path, str(path))
+        own = f"; its own code ({own}) is not run" if (own := own_code(fields)) else ""
+        raise CaptureError(f"{path} must name a model_type that transformers knows, got {str(kind)[:100]!r}{own}")
+    return _configured(kind, path, str(path))
 
 
 def own_code(fields: Mapping[str, Any]) -> str:
@@ -175,8 +183,7 @@ def class_notes(fields: Mapping[str, Any], model_class: Any) -> tuple[str, ...]:
     """What is not done of what a configuration says of the model's class."""
     own = own_code(fields)
     notes = [f"its own code ({own}) is not run: the model is {model_class.__name__} of transformers"] if own else []
-    named = fields.get("architectures") or ()
-    named = [named] if isinstance(named, str) else list(named)
+    named = _architectures(fields.get("architectures"))
     if not own and named and model_class.__name__ not in named:
         notes.append(f"transformers has no {named[0]!r}, which 'architectures' names: {model_class.__name__} is used")
     return tuple(notes)
@@ -198,10 +205,10 @@ def _line(error: Exception) -> str:
 
 def class_of(config: Any) -> Any:
     """What the checkpoint says it is; for a bare configuration the causal language model, else the base model."""
-    named = config.architectures or ()
-    for architecture in [named] if isinstance(named, str) else named:
-        if isinstance(architecture, str) and hasattr(transformers, architecture):
-            return getattr(transformers, architecture)
+    for architecture in _architectures(config.architectures):
+        found = getattr(transformers, architecture) if hasattr(transformers, architecture) else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
         if type(config) in mapping:
             return mapping[type(config)]
@@ -209,6 +216,12 @@ def class_of(config: Any) -> Any:
         f"transformers has no model for a bare configuration of type {config.model_type!r}: name one in its "
         "'architectures'"
     )
+
+
+def _architectures(named: object) -> list[str]:
+    """What a configuration gives there, which may be anything."""
+    named = [named] if isinstance(named, str) else named
+    return [each for each in named if isinstance(each, str)] if isinstance(named, (list, tuple)) else []
 
 
 def _small(model_type: str) -> Any:
