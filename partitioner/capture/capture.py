@@ -9,6 +9,8 @@ weights    canonical names, computed values                   weights.py
 
 from __future__ import annotations
 
+import inspect
+
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
@@ -35,7 +37,9 @@ def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None
     that will be run: RoPE variants that depend on the length are fixed by it. `length` captures for that one length
     only.
     """
-    if model.config.is_encoder_decoder:
+    accepted = inspect.signature(type(model).forward).parameters
+    # an encoder that was taken out of one has the same configuration
+    if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
         raise CaptureError(
             f"cannot capture {type(model).__name__}: it is an encoder-decoder; only decoders and encoders are supported"
         )

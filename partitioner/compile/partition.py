@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from partitioner.analysis.tokens.step_equivalence import why_steps_differ
@@ -113,7 +114,7 @@ def trace(model: PreTrainedModel, *, max_length: int | None = None, length: int 
     if not isinstance(model, PreTrainedModel):
         raise CaptureError(
             f"cannot capture a {type(model).__name__}: required is a model of transformers (a PreTrainedModel with its "
-            "config), such as AutoModelForCausalLM.from_pretrained(...) yields"
+            "config), such as AutoModelForCausalLM.from_pretrained(...) yields" + _within(model)
         )
     for name, given in (("max_length", max_length), ("length", length)):
         if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
@@ -122,6 +123,14 @@ def trace(model: PreTrainedModel, *, max_length: int | None = None, length: int 
     canonicalize(traced)
     bound_inputs(traced)
     return traced
+
+
+def _within(wrapper: object) -> str:
+    """What a wrapper (compiled, parallel, with adapters) is wrapped around."""
+    for path, module in wrapper.named_modules() if isinstance(wrapper, nn.Module) else ():
+        if isinstance(module, PreTrainedModel):
+            return f"; it is wrapped around one, a {type(module).__name__}: give that, its .{path}"
+    return ""
 
 
 def trace_step(model: PreTrainedModel, *, max_length: int | None = None) -> Program:
