@@ -23,6 +23,7 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch
+from runtime.kv_cache.untouched import untouched_zeros
 from runtime.ops.attention import allowed, attention
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.program.shards import StateShard
@@ -64,7 +65,7 @@ class Cache:
     ) -> None:
         self.max_batch, self.max_length, self.step = max_batch, max_length, step
         self.buffers = {
-            state.name: torch.zeros(
+            state.name: untouched_zeros(
                 _shape(state, max_batch, slots_of(state, max_length=max(max_length, slots), step=step)),
                 dtype=state.dtype,
                 device=device,
@@ -73,6 +74,10 @@ class Cache:
         }
         self._remembered = {s.name: self.buffers[s.name].shape for s in states if not s.per_token}
         self._appended: set[str] = set()
+        self._used = 0
+        """How many slots runs may have written to since all were zero."""
+        self._replayed = 0
+        """How many the captured runs may write to whenever they are replayed, of which nobody tells."""
         self._rows = torch.arange(max_batch, device=device)[:, None]
         self._batch: Batch | None = None
         """What the host knows of the run's tokens; None in runs whose positions only the device knows."""
@@ -100,6 +105,7 @@ class Cache:
                 f"run; got {batch} sequences up to position {tokens.end - 1}, {size} tokens in this run"
             )
         self._batch, self._fixed, self._num_rows = tokens, None, batch
+        self._used = max(self._used, tokens.end)
         numbers = [row for row, active in enumerate(tokens.active) if active]
         self._active = None if all(tokens.active) else torch.tensor(numbers, device=tokens.positions.device)
         self._masks.clear()
@@ -112,6 +118,7 @@ class Cache:
         captured once and replayed.
         """
         self._batch, self._active, self._fixed, self._num_rows = None, None, seen, len(positions)
+        self._replayed = max(self._replayed, seen)
         self._slots = {slots: positions % slots for slots, _, _ in self._kinds}
         for slots, window, chunk in self._kinds:
             held = torch.arange(min(slots, seen), device=positions.device)
@@ -125,7 +132,9 @@ class Cache:
         for name, shape in self._remembered.items():
             self.buffers[name] = self.buffers[name].new_zeros(shape)  # the last one may have had fewer rows
         for name in self._appended:
-            self.buffers[name].zero_()  # hidden slots are multiplied by 0, which not every number survives
+            # hidden slots are multiplied by 0, which not every number survives
+            self.buffers[name][..., : max(self._used, self._replayed), :].zero_()
+        self._used = 0
 
     def bind(self, op: Callable[..., Any], state: str, options: dict[str, Any]) -> Callable[..., Tensor]:
         """The function that takes the place of an op that uses `state`: it takes the op's tensors."""
