@@ -35,6 +35,7 @@ from partitioner.cli.options import (
 from partitioner.cli.run import Question, answer, answer_here, is_rank, run_in_processes
 from partitioner.cli.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
 from partitioner.errors import CommunicationError, PartitionerError
+from partitioner.report.explain import explain as explain_weight
 from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.describe import describe, show_graph
 from partitioner.storage.example import EXAMPLE_MODEL
@@ -89,6 +90,9 @@ def report_command(
     passes: Passes = None,
     max_length: MaxLength = None,
     dtype: Dtype = None,
+    explain: Annotated[
+        str | None, typer.Option(help="instead: why this weight (by name, or with *) is held as it is")
+    ] = None,
     generate: Annotated[
         bool, typer.Option("--generate", help="also of the program that continues texts: what ranks remember")
     ] = False,
@@ -97,6 +101,9 @@ def report_command(
     with _errors():
         parts = Compile.of(tp, keep_whole, passes, max_length).compile(model, dtype=dtype, meta=True)
         console = Console()
+        if explain is not None:
+            console.print(explain_weight(parts.program, explain), markup=False, highlight=False, soft_wrap=True)
+            return
         console.print(str(parts.report), markup=False, highlight=False, soft_wrap=True)
         if generate:
             console.print(f"\n{parts.generation_report}", markup=False, highlight=False, soft_wrap=True)
