@@ -67,7 +67,10 @@ class Compile:
     @classmethod
     def from_data(cls, fields: Mapping[str, Any]) -> Compile:
         """What `dataclasses.asdict` made, after JSON."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        return cls(**given)
 
     @property
     def plan(self) -> Plan:

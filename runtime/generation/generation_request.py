@@ -91,8 +91,8 @@ def _named(prompts: Prompts | None, options: Mapping[str, Any]) -> tuple[Prompts
     """The prompts, wherever they were given, and the other options."""
     others = dict(options)
     given = {name: others.pop(name) for name in ("input_ids", "inputs") if name in others}
-    named = {"prompts": prompts, **given}
-    named = {name: value for name, value in named.items() if value is not None}
+    every: dict[str, Any] = {"prompts": prompts, **given}
+    named = {name: value for name, value in every.items() if value is not None}
     if len(named) > 1:
         raise InputError(f"prompts are given twice, as {' and '.join(named)}: give one of them")
     return next(iter(named.values()), None), others  # type: ignore[return-value]  # None is refused with the rest
