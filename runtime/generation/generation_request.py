@@ -90,8 +90,8 @@ class GenerationRequest:
 def _named(prompts: Prompts | None, options: Mapping[str, Any]) -> tuple[Prompts, dict[str, Any]]:
     """The prompts, wherever they were given, and the other options."""
     others = dict(options)
-    given = {name: others.pop(name) for name in ("input_ids", "inputs") if name in others}
-    every: dict[str, Any] = {"prompts": prompts, **given}
+    every: dict[str, Any] = {"prompts": prompts}
+    every |= {name: others.pop(name) for name in ("input_ids", "inputs") if name in others}
     named = {name: value for name, value in every.items() if value is not None}
     if len(named) > 1:
         raise InputError(f"prompts are given twice, as {' and '.join(named)}: give one of them")
