@@ -9,6 +9,7 @@ weights    canonical names, computed values                   weights.py
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -38,7 +39,9 @@ def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None
     that will be run: RoPE variants that depend on the length are fixed by it. `length` captures for that one length
     only.
     """
-    if model.config.is_encoder_decoder:
+    accepted = inspect.signature(type(model).forward).parameters
+    # an encoder that was taken out of one has the same configuration
+    if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
         raise CaptureError(
             f"cannot capture {type(model).__name__}: it is an encoder-decoder; only decoders and encoders are supported"
         )
@@ -95,7 +98,12 @@ def ends_of(model: PreTrainedModel) -> tuple[int, ...]:
     """The ids after which text of this model ends."""
     config = model.generation_config if model.can_generate() else None
     found = None if config is None else config.eos_token_id
-    return () if found is None else (found,) if isinstance(found, int) else tuple(found)
+    ends = [] if found is None else [found] if isinstance(found, int) else found
+    if not isinstance(ends, (list, tuple)) or not all(type(end) is int for end in ends):
+        raise CaptureError(
+            f"eos_token_id of {type(model).__name__}'s generation configuration must be whole numbers, got {found!r}"
+        )
+    return tuple(ends)
 
 
 def generation_of(model: PreTrainedModel) -> dict[str, Any]:

@@ -15,34 +15,38 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from partitioner.cli.export import export
+from partitioner.cli.options import (
+    Checkpoint,
+    Compile,
+    Dtype,
+    KeepWhole,
+    MaxLength,
+    Model,
+    Passes,
+    PlanText,
+    Simulate,
+    Timeout,
+    Tp,
+)
 from partitioner.cli.run import Question, answer, answer_here, is_rank, run_in_processes
 from partitioner.cli.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
-from partitioner.compile.partition import partition
 from partitioner.errors import CommunicationError, PartitionerError
-from partitioner.program.plan import Plan
+from partitioner.report.explain import explain as explain_weight
 from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.describe import describe, show_graph
 from partitioner.storage.example import EXAMPLE_MODEL
-from partitioner.storage.named_model import dtype_named, load_model
+from partitioner.storage.named_model import dtype_named
 from runtime.generation.generation_options import Settings
 from runtime.processes.launch import require_timeout
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-
-Model = Annotated[str, typer.Argument(help="a checkpoint folder, config:FILE.json, or a model type of transformers")]
-Tp = Annotated[int, typer.Option(help="tensor-parallel ranks")]
-Timeout = Annotated[float, typer.Option("--timeout", help="seconds until the processes are stopped")]
-Checkpoint = Annotated[
-    str | None, typer.Option(help="the folder with the weights, where a bundle was exported with --reference")
-]
 
 
 _OF_CONFIG = typer.Option(help="by default as the model's generation config says")
@@ -51,16 +55,21 @@ _OF_CONFIG = typer.Option(help="by default as the model's generation config says
 @app.command("verify")
 def verify_command(
     model: Model,
-    tp: Tp = 2,
-    dtype: Annotated[str, typer.Option(help="one or several, with commas between")] = "float64,float32",
+    tp: Tp = None,
+    plan: PlanText = None,
+    keep_whole: KeepWhole = None,
+    passes: Passes = None,
+    max_length: MaxLength = None,
+    dtype: Annotated[str, typer.Option(help="to compare in: one or several, with commas between")] = "float64,float32",
     lengths: Annotated[str, typer.Option(help="sequence lengths, with commas between")] = "1,5,40",
-    simulate: Annotated[bool, typer.Option("--simulate", help="all ranks in this process, one thread each")] = False,
+    simulate: Simulate = False,
     seed: Annotated[int, typer.Option(help="of random weights and inputs")] = 0,
     timeout_s: Timeout = 600.0,
 ) -> None:
     """Compare the partitioned model with the original, over one process per rank."""
     with _errors():
-        case = Case(model, tp, tuple(dtype.split(",")), parse_lengths(lengths), seed)
+        how = Compile.of(tp, keep_whole, passes, max_length, plan)
+        case = Case(model, how, tuple(dtype.split(",")), parse_lengths(lengths), seed)
         require_timeout(timeout_s)  # also where no process is started
         for name in case.dtypes:
             dtype_named(name)
@@ -81,15 +90,26 @@ def verify_command(
 @app.command("report")
 def report_command(
     model: Model,
-    tp: Tp = 2,
+    tp: Tp = None,
+    plan: PlanText = None,
+    keep_whole: KeepWhole = None,
+    passes: Passes = None,
+    max_length: MaxLength = None,
+    dtype: Dtype = None,
+    explain: Annotated[
+        str | None, typer.Option(help="instead: why this weight (by name, or with *) is held as it is")
+    ] = None,
     generate: Annotated[
         bool, typer.Option("--generate", help="also of the program that continues texts: what ranks remember")
     ] = False,
 ) -> None:
     """Print what would be split over the ranks and what would not, and why. Needs no weights and little memory."""
     with _errors():
-        parts = partition(load_model(model, dtype=torch.float32, meta=True), Plan(tp=tp))
+        parts = Compile.of(tp, keep_whole, passes, max_length, plan).compile(model, dtype=dtype, meta=True)
         console = Console()
+        if explain is not None:
+            console.print(explain_weight(parts.program, explain), markup=False, highlight=False, soft_wrap=True)
+            return
         console.print(str(parts.report), markup=False, highlight=False, soft_wrap=True)
         if generate:
             console.print(f"\n{parts.generation_report}", markup=False, highlight=False, soft_wrap=True)
@@ -101,8 +121,12 @@ def run_command(
     model: Annotated[
         str, typer.Argument(help="a checkpoint folder with a tokenizer, or a bundle; by default the small model inside")
     ] = str(EXAMPLE_MODEL),
-    tp: Annotated[int | None, typer.Option(help="tensor-parallel ranks; by default 1, or those of the bundle")] = None,
-    dtype: Annotated[str | None, typer.Option(help="to load the weights in; by default float32")] = None,
+    tp: Tp = None,
+    plan: PlanText = None,
+    keep_whole: KeepWhole = None,
+    passes: Passes = None,
+    max_length: MaxLength = None,
+    dtype: Dtype = None,
     max_new_tokens: int = 64,
     sample: Annotated[
         bool | None,
@@ -121,7 +145,7 @@ def run_command(
     cache_memory: Annotated[
         str | None, typer.Option(help='the most that a rank may keep for the cache: "4 GB", or "0.9 of free"')
     ] = None,
-    simulate: Annotated[bool, typer.Option("--simulate", help="all ranks in this process, one thread each")] = False,
+    simulate: Simulate = False,
     timeout_s: Timeout = 3600.0,
     profile: Annotated[str, typer.Option(help="write what every rank did, node by node, to this file")] = "",
     checkpoint: Checkpoint = None,
@@ -150,8 +174,8 @@ def run_command(
         require_timeout(timeout_s)
         question = Question(
             model,
-            tp,
             tuple(prompt),
+            Compile.of(tp, keep_whole, passes, max_length, plan),
             dtype=dtype,
             checkpoint=checkpoint,
             mapped=mapped,
@@ -172,20 +196,22 @@ def run_command(
 
 @app.command("export")
 def export_command(
-    model: Annotated[str, typer.Argument(help="a checkpoint folder, a bundle to split anew, or as for report")],
+    model: Model,
     out: Annotated[str, typer.Option("--out", "-o", help="a new folder")],
-    tp: Tp = 1,
-    dtype: Annotated[str | None, typer.Option(help="to store the weights in; by default the checkpoint's")] = None,
-    max_length: Annotated[int | None, typer.Option(help="the longest text that will be run")] = None,
-    keep_whole: Annotated[list[str] | None, typer.Option(help="names of weights, with *, that no rank splits")] = None,
+    tp: Tp = None,
+    plan: PlanText = None,
+    keep_whole: KeepWhole = None,
+    passes: Passes = None,
+    max_length: MaxLength = None,
+    dtype: Dtype = None,
     reference: Annotated[
         bool, typer.Option("--reference", help="leave the weights in the checkpoint, and say where each rank's are")
     ] = False,
 ) -> None:
     """Write a bundle: what each rank runs, and its slices of the weights. Loading it runs nothing of what is in it."""
     with _errors():
-        plan = Plan(tp=tp, keep_whole=tuple(keep_whole or ()))
-        said = export(model, plan, out, dtype=dtype, max_length=max_length, reference=reference)
+        how = Compile.of(tp, keep_whole, passes, max_length, plan)
+        said = export(model, how, out, dtype=dtype, reference=reference)
         Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -218,12 +244,13 @@ def _errors() -> Iterator[None]:
         yield
     except PartitionerError as error:
         hint = " (--simulate shows at which node)" if isinstance(error, CommunicationError) else ""
-        Console(stderr=True).print(f"error: {error}{hint}", markup=False, highlight=False, soft_wrap=True)
+        said = " ".join(str(error).split("\n"))
+        Console(stderr=True).print(f"error: {said}{hint}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1 if isinstance(error, CommunicationError) else 2) from None
 
 
 def _table(case: Case, outcomes: list[Outcome], how: str) -> Table:
-    table = Table(title=f"{case.model}, tp={case.tp}, {how}")
+    table = Table(title=f"{case.model}, {case.plan}, {how}")
     for heading in ("dtype", "length", "relative error", "accepted", ""):
         table.add_column(heading, justify="left" if heading in ("dtype", "") else "right")
     for outcome in outcomes:

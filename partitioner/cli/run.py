@@ -23,12 +23,13 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from partitioner.cli.chat_template import TemplateFailed, render
-from partitioner.compile.partition import partition
-from partitioner.errors import InputError
+from partitioner.cli.options import Compile
+from partitioner.compile.parts import Parts
+from partitioner.errors import CaptureError, InputError
 from partitioner.program.plan import Plan
 from partitioner.program.ranks import Ranks
 from partitioner.storage.bundle.bundle import Bundle, load
-from partitioner.storage.named_model import dtype_named
+from partitioner.storage.named_model import dtype_named, hub_hint, own_code, read_fields
 from partitioner.storage.recognise import is_bundle
 from runtime.engine.engine import Engine
 from runtime.kv_cache.cache_size import CacheSize
@@ -39,17 +40,22 @@ from runtime.processes.launch import begin_worker, launch
 __all__ = ["Question", "answer", "answer_here", "is_rank", "run_in_processes"]
 
 
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+"""Where a chat template may stand, in the order in which transformers looks."""
+
+
 @dataclass(frozen=True)
 class Question:
     """What to run: MODEL (a checkpoint folder with a tokenizer, or a bundle), the prompts, and how to continue them.
 
-    tp, dtype: None for what the bundle has, for one rank, and for float32. checkpoint: the folder of the weights that a
-    bundle refers to. mapped: weights are used where they lie in the files. checked: a bundle's must have its digests.
+    compile: its `tp` is None for what the bundle has, or one rank. dtype: None for that of the weights. checkpoint: the
+    folder of the weights that a bundle refers to. mapped: weights are used where they lie in the files. checked: a
+    bundle's must have its digests.
     """
 
     model: str
-    tp: int | None
     prompts: tuple[str, ...]
+    compile: Compile = field(default_factory=Compile)
     dtype: str | None = None
     checkpoint: str | None = None
     mapped: bool = False
@@ -77,6 +83,7 @@ class Question:
         if not Path(self.model).is_dir():
             raise InputError(
                 f"{self.model!r} is no folder: to write text, a checkpoint with its tokenizer, or a bundle, is needed"
+                + hub_hint(self.model)
             )
         if not is_bundle(self.model) and self.checkpoint is not None:
             raise InputError(f"--checkpoint is for a bundle that refers to one; {self.model!r} is no bundle")
@@ -86,11 +93,12 @@ class Question:
     def ranks(self) -> Ranks:
         """The model, without its weights: each rank reads its own, when it is connected."""
         if not is_bundle(self.model):
-            return partition(self.model, self.plan, dtype=dtype_named(self.dtype or "float32"), mapped=self.mapped)
+            return self.compile.compile(self.model, dtype=self.dtype, mapped=self.mapped)
+        self.compile.require_none(self.model)
         bundle = load(self.model, checkpoint=self.checkpoint, mapped=self.mapped, checked=self.checked)
-        if self.tp not in (None, bundle.mesh.world_size) or self.dtype is not None:
+        if self.compile.plan_of(self.model).mesh != bundle.mesh or self.dtype is not None:
             raise InputError(
-                f"{self.model!r} is a bundle for tp={bundle.mesh.world_size}, as it is: leave --tp and --dtype out, or "
+                f"{self.model!r} is a bundle for {bundle.mesh}, as it is: leave --tp, --plan and --dtype out, or "
                 "split it anew by partitioner export"
             )
         return bundle
@@ -101,7 +109,7 @@ class Question:
 
     @property
     def plan(self) -> Plan:
-        return Plan(tp=1 if self.tp is None else self.tp)
+        return self.compile.plan
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -109,7 +117,7 @@ class Question:
     @classmethod
     def from_json(cls, text: str) -> Question:
         fields = json.loads(text)
-        return cls(**{**fields, "prompts": tuple(fields["prompts"])})
+        return cls(**{**fields, "prompts": tuple(fields["prompts"]), "compile": Compile.from_data(fields["compile"])})
 
 
 def is_rank() -> bool:
@@ -168,23 +176,37 @@ def _load(question: Question) -> tuple[Ranks, Any]:
     tokenizer = _tokenizer(question)
     ranks = question.ranks()
     _say(f"{'bundle read' if isinstance(ranks, Bundle) else 'partitioned'} in {time.perf_counter() - started:.1f} s")
+    if isinstance(ranks, Parts):
+        for note in ranks.report.notes:
+            _say(f"note: {note}")
     return ranks, tokenizer
 
 
 def _tokenizer(question: Question) -> Any:
     folder = question.model
     with load(folder).model_folder() if is_bundle(folder) else contextlib.nullcontext(Path(folder)) as files:
+        own = _own_code(files)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(files), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # what its files hold is not checked by who reads them
             why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise InputError(f"transformers finds no tokenizer in {folder!r}: {why}") from error
+            not_run = f" (code of its own, {own}, is not run)" if own else ""
+            raise InputError(f"transformers finds no tokenizer in {folder!r}{not_run}: {why}") from error
+    if own:
+        _say(f"note: the tokenizer's own code ({own}) is not run: it is {type(tokenizer).__name__} of transformers")
     if question.chat and tokenizer.chat_template is None:
         raise InputError(
             f"the tokenizer of {folder!r} has no chat template: leave --chat out, or put the model's "
             "chat_template.jinja into the folder"
         )
     return tokenizer
+
+
+def _own_code(folder: str | Path) -> str:
+    try:
+        return own_code(read_fields(Path(folder, "tokenizer_config.json")))
+    except CaptureError:  # the tokenizer's own reader says more of a file that cannot be read
+        return ""
 
 
 def _write(question: Question, tokenizer: Any, engine: Engine | Ranks, out: TextIO | None) -> None:
@@ -218,8 +240,8 @@ def _write(question: Question, tokenizer: Any, engine: Engine | Ranks, out: Text
     out.flush()
     later = sum(map(len, said)) - len(said)
     rate = f"{later / (ended - first):.1f} tokens/s" if later and ended > first else "one token"
-    total, degree = sum(map(len, said)), engine.mesh.size("tp")
-    _say(f"{total} tokens, the first after {first - started:.2f} s, then {rate} (tp={degree})")
+    total = sum(map(len, said))
+    _say(f"{total} tokens, the first after {first - started:.2f} s, then {rate} ({engine.mesh})")
 
 
 def _reserve(question: Question, engine: Engine | Ranks, *, longest: int) -> None:
@@ -243,7 +265,14 @@ def _ids(question: Question, tokenizer: Any, prompt: str) -> list[int]:
     except TemplateFailed as error:
         raise InputError(f"the chat template of {question.model!r} refuses {prompt!r}: {error}") from error
     # the template has written the special tokens
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        file = next((name for name in _TEMPLATES if Path(question.model, name).is_file()), "the tokenizer's files")
+        raise InputError(
+            f"the chat template of {question.model!r} (in {file}) makes no text of the prompt {prompt!r}: it must "
+            "write the messages it is given; leave --chat out to continue the prompt as it is"
+        )
+    return ids
 
 
 class _Text:

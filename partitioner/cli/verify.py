@@ -1,7 +1,7 @@
 """Verify: the partitioned model against the original, at several lengths and precisions.
 
-    verify(Case("config:tiny.json", tp=2))                              all ranks in this process
-    verify_in_processes(Case("config:tiny.json", tp=2), timeout_s=60)   one process per rank, over gloo
+    verify(Case("config:tiny.json", Compile(tp=2)))                              all ranks in this process
+    verify_in_processes(Case("config:tiny.json", Compile(tp=2)), timeout_s=60)   one process per rank, over gloo
 
 The original in eager mode is the reference; where an outcome is not within its tolerance, `explain` names the first
 node that differs. Comparing in float64 separates a wrong result from a rounded one.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from partitioner.cli.compare import Divergence, difference, first_divergence, tolerance
+from partitioner.cli.options import Compile
 from partitioner.compile.partition import compile_program, trace
 from partitioner.compile.parts import Parts
 from partitioner.errors import CaptureError, InputError, WeightError
@@ -49,7 +50,7 @@ class Case:
     """What to verify: MODEL as in `named_model`, and at which lengths and precisions."""
 
     model: str
-    tp: int
+    compile: Compile
     dtypes: tuple[str, ...] = ("float64", "float32")
     lengths: tuple[int, ...] = (1, 5, 40)
     seed: int = 0
@@ -57,10 +58,11 @@ class Case:
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= LARGEST_SEED:
             raise InputError(f"the seed must be a whole number from 0 to {LARGEST_SEED}, got {self.seed}")
+        self.plan  # noqa: B018 - checks the degrees
 
     @property
     def plan(self) -> Plan:
-        return Plan(tp=self.tp)
+        return self.compile.plan
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -70,7 +72,7 @@ class Case:
         fields: dict[str, Any] = json.loads(text)
         for name in ("dtypes", "lengths"):
             fields[name] = tuple(fields[name])
-        return cls(**fields)
+        return cls(**{**fields, "compile": Compile.from_data(fields["compile"])})
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def verify(case: Case) -> Iterator[Outcome]:
     """Simulate every rank in this process."""
     for dtype in case.dtypes:
         model = load_model(case.model, dtype=dtype_named(dtype), seed=case.seed)
-        parts = compiled(model, case.plan)
+        parts = compiled(model, case.compile)
         yield from outcomes_of(case, dtype, model, functools.partial(_simulated, parts))
 
 
@@ -131,16 +133,16 @@ def outcomes_of(case: Case, dtype: str, model: Any, run: Callable[[Tensor], list
         yield Outcome(dtype, length, error, tolerance(dtype_named(dtype)))
 
 
-def compiled(model: Any, plan: Plan) -> Parts[Report]:
+def compiled(model: Any, how: Compile) -> Parts[Report]:
     """The partitioned model; in float64 without the model's detours through float32, as the reference is taken."""
-    traced = trace(model)
-    return compile_program(in_float64(traced) if model.dtype is torch.float64 else traced, plan)
+    traced = trace(model, max_length=how.max_length)
+    return compile_program(in_float64(traced) if model.dtype is torch.float64 else traced, how.plan)
 
 
 def explain(case: Case, outcome: Outcome) -> Divergence | None:
     """The first node that differs; None: in float64 the partitioned graph does what the traced one does."""
     model = load_model(case.model, dtype=dtype_named(outcome.dtype), seed=case.seed)
-    parts = compiled(model, case.plan)
+    parts = compiled(model, case.compile)
     return first_divergence(parts, input_ids=_input_ids(case, model, outcome.length))
 
 

@@ -22,7 +22,7 @@ def main() -> None:
     outcomes: list[Outcome] = []
     for dtype in case.dtypes:
         model = load_model(case.model, dtype=dtype_named(dtype), seed=case.seed)
-        with Engine.connect(compiled(model, case.plan)) as engine:
+        with Engine.connect(compiled(model, case.compile)) as engine:
             run = functools.partial(_run, engine)
             outcomes += outcomes_of(case, dtype, model, run)
     write_answer(json.dumps([asdict(outcome) for outcome in outcomes]).encode())

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from partitioner.analysis.tokens.step_equivalence import why_steps_differ
@@ -64,6 +65,7 @@ def partition(
     """
     check_plan(plan)
     origins: Origins | None = None
+    notes: tuple[str, ...] = ()
     if isinstance(model, (str, Path)) and is_bundle(model):
         if dtype is not None:
             raise CaptureError(f"dtype={dtype}: {model} is a bundle, whose weights have been read and cast already")
@@ -73,7 +75,7 @@ def partition(
         length = bundle.length if length is None else length
     elif isinstance(model, (str, Path)):
         opened = open_checkpoint(model, dtype=dtype, mapped=mapped)
-        model, origins = opened.model, opened.origins
+        model, origins, notes = opened.model, opened.origins, opened.notes
     elif dtype is not None:
         raise CaptureError(
             f"dtype={dtype} casts what is read from a checkpoint folder; this {type(model).__name__} has its weights: "
@@ -84,6 +86,7 @@ def partition(
             f"mapped=True is for the files of a folder; this {type(model).__name__} has its weights: leave it out"
         )
     traced = _from(origins, trace(model, max_length=max_length, length=length))
+    traced.notes = [*notes, *traced.notes]
     return compile_program(
         traced,
         plan,
@@ -110,7 +113,7 @@ def trace(model: PreTrainedModel, *, max_length: int | None = None, length: int 
     if not isinstance(model, PreTrainedModel):
         raise CaptureError(
             f"cannot capture a {type(model).__name__}: required is a model of transformers (a PreTrainedModel with its "
-            "config), such as AutoModelForCausalLM.from_pretrained(...) yields"
+            "config), such as AutoModelForCausalLM.from_pretrained(...) yields" + _within(model)
         )
     for name, given in (("max_length", max_length), ("length", length)):
         if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
@@ -119,6 +122,14 @@ def trace(model: PreTrainedModel, *, max_length: int | None = None, length: int 
     canonicalize(traced)
     bound_inputs(traced)
     return traced
+
+
+def _within(wrapper: object) -> str:
+    """What a wrapper (compiled, parallel, with adapters) is wrapped around."""
+    for path, module in wrapper.named_modules() if isinstance(wrapper, nn.Module) else ():
+        if isinstance(module, PreTrainedModel):
+            return f"; it is wrapped around one, a {type(module).__name__}: give that, its .{path}"
+    return ""
 
 
 def trace_step(model: PreTrainedModel, *, max_length: int | None = None) -> Program:

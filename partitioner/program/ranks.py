@@ -78,19 +78,19 @@ class Ranks(ABC):
     def _simulator(self) -> Simulator:
         return Simulator([self.rank(rank) for rank in range(self.mesh.world_size)], entries=self.entry)
 
-    def simulate(self, **inputs: Tensor | None) -> Tensor:
+    def simulate(self, **inputs: Tensor | bool | None) -> Tensor:
         """Run all ranks in this process with the model's own weights, and return rank 0's result.
 
         Raises where the ranks do not return the same, bit by bit: they ran the same sums in the same order.
         """
         return same_on_all_ranks(self.simulate_ranks(**inputs))
 
-    def simulate_ranks(self, **inputs: Tensor | None) -> list[Tensor]:
+    def simulate_ranks(self, **inputs: Tensor | bool | None) -> list[Tensor]:
         """The same, with every rank's own result."""
         return self._simulator(**inputs)
 
     def generate(
-        self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
+        self, prompts: Prompts | None = None, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Tensor | Generated:
         """Continue `prompts` on all ranks in this process; see `Engine.generate`."""
         results = self._simulator.run(lambda engine: engine.generate(prompts, attention_mask=attention_mask, **options))
@@ -98,7 +98,7 @@ class Ranks(ABC):
         return results[0]
 
     def stream(
-        self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
+        self, prompts: Prompts | None = None, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Iterator[Step]:
         """The same, a step at a time; see `Engine.stream`."""
         return self._simulator.stream(lambda engine: engine.stream(prompts, attention_mask=attention_mask, **options))

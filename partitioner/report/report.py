@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,7 @@ from torch import fx
 from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.data_movement import is_move
 from partitioner.program.node_arguments import describe, node_values, operation
-from partitioner.program.program import Program, Weight
+from partitioner.program.program import Program, Value, Weight
 from partitioner.sharding.layout import Layout
 from runtime.kv_cache.device_memory import readable
 from runtime.ops.communicating import COMMUNICATING, axes_text, read_call
@@ -49,16 +50,19 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class Collective:
+    """bytes_per_token: of its value, whole."""
+
     op: str
     axis: str
     path: str
     shape: str
+    bytes_per_token: int
 
 
 @dataclass(frozen=True)
 class Report:
-    """bytes_per_rank: of weights. matrix_share: the largest rank's share of the elements of linears, tables and
-    experts.
+    """bytes_per_rank: of weights. replicated_per_rank: those of them that other ranks hold too. matrix_share: the
+    largest rank's share of the elements of linears, tables and experts.
     """
 
     model: str
@@ -67,6 +71,9 @@ class Report:
     collectives: tuple[Collective, ...]
     bytes_whole: int
     bytes_per_rank: tuple[int, ...]
+    replicated_per_rank: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    """Of the weights, from most bytes to least."""
     matrix_share: float
     notes: tuple[str, ...] = field(default=())
 
@@ -106,11 +113,16 @@ class Report:
             inside = Counter(n for layer, n in layers.items() if layer)
             parts = [f"{n} in each of {count} layers" for n, count in sorted(inside.items())]
             parts += [f"{layers['']} outside layers"] if "" in layers else []
-            lines.append(f"  {op}: {', '.join(parts)}")
+            sizes = dict.fromkeys(readable(c.bytes_per_token) for c in self.collectives if c.op == op)
+            lines.append(f"  {op}: {', '.join(parts)}; {' or '.join(sizes)} per token each")
         if not self.collectives:
             lines.append("  none")
         ranks = ", ".join(map(readable, self.bytes_per_rank[:8])) + (", ..." if len(self.bytes_per_rank) > 8 else "")
-        lines.append(f"weights: {readable(self.bytes_whole)} whole; per rank {ranks}")
+        kinds = " and ".join(self.dtypes)
+        lines.append(f"weights, {kinds}: {readable(self.bytes_whole)} whole; per rank {ranks}")
+        if len(self.bytes_per_rank) > 1:
+            held, shared = max(zip(self.bytes_per_rank, self.replicated_per_rank, strict=True))
+            lines.append(f"replicated: {readable(shared)} of {readable(held)} per rank are held by other ranks too")
         lines.append(f"matrices: the fullest rank holds {self.matrix_share:.1%}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -150,16 +162,22 @@ def make_report(program: Program, *, plan: str) -> Report:
         )
     collectives = tuple(
         Collective(
-            operation(node).__name__, axes_text(read_call(node).axes), node.meta.get("path", ""), str(node.meta["val"])
+            operation(node).__name__,
+            axes_text(read_call(node).axes),
+            node.meta.get("path", ""),
+            str(node.meta["val"]),
+            _per_token(node.meta["val"]),
         )
         for node in program.graph.nodes
         if node.op == "call_function" and node.target in COMMUNICATING
     )
     ranks = [program.mesh.coordinates(rank) for rank in range(program.mesh.world_size)]
     held = [[_held(program, weight, at) for weight in program.weights.values()] for at in ranks]
+    shared = tuple(sum(_replicated(program, weight, at) for weight in program.weights.values()) for at in ranks)
     is_matrix = [name in users for name in program.weights]
     matrices = sum(w.bytes for w, yes in zip(program.weights.values(), is_matrix, strict=True) if yes)
     fullest = max(sum(b for b, yes in zip(rank, is_matrix, strict=True) if yes) for rank in held)
+    share = fullest / matrices if matrices else 1.0
     return Report(
         model=program.name,
         plan=plan,
@@ -167,9 +185,67 @@ def make_report(program: Program, *, plan: str) -> Report:
         collectives=collectives,
         bytes_whole=sum(weight.bytes for weight in program.weights.values()),
         bytes_per_rank=tuple(map(sum, held)),
-        matrix_share=fullest / matrices if matrices else 1.0,
-        notes=tuple(program.notes),
+        replicated_per_rank=shared if len(ranks) > 1 else (0,),
+        dtypes=_dtypes(program),
+        matrix_share=share,
+        notes=(*map(_explained, program.notes), *_too_many_ranks(len(ranks), share)),
     )
+
+
+def _per_token(value: Value) -> int:
+    """Bytes, without the dims that are the batch's or the sequence's."""
+    sizes = [size for size in value.shape if isinstance(size, int)]
+    return math.prod(sizes) * value.dtype.itemsize
+
+
+def _dtypes(program: Program) -> tuple[str, ...]:
+    found: Counter[str] = Counter()
+    for weight in program.weights.values():
+        found[str(weight.dtype).removeprefix("torch.")] += weight.bytes
+    return tuple(name for name, _ in found.most_common())
+
+
+def _explained(note: str) -> str:
+    """A bound on the sequence that the trace found, with what it limits."""
+    if not re.fullmatch(r"sequence from \d+( to \d+)?", note):
+        return note
+    return (
+        f"{note}, as the model's code does something else for other lengths: this limits runs of whole texts "
+        "(simulate, an engine's call), and how many tokens generate runs at a time; partition(..., length=N) compiles "
+        "the model for runs of exactly N tokens"
+    )
+
+
+_FAR = 4
+"""How many times its even share the fullest rank may hold before the report says that there are too many ranks."""
+
+
+def _too_many_ranks(ranks: int, share: float) -> list[str]:
+    if share * ranks <= _FAR:
+        return []
+    return [
+        f"{ranks} ranks are far more than this model divides into: the fullest holds {share:.1%} of the matrices, "
+        f"where {1 / ranks:.1%} would be even; the reasons above say how many ranks could share each"
+    ]
+
+
+def _replicated(program: Program, weight: Weight, coordinates: dict[str, int]) -> int:
+    """How many bytes of its part of a weight a rank has in common with others."""
+    layout = program.weight_layouts.get(weight.name)
+    splits = layout.splits if layout is not None else ()
+    if not splits:
+        return weight.bytes
+    held = _held(program, weight, coordinates)
+    for dim, split in splits:
+        if sum(split.sizes) == weight.shape[dim]:
+            return 0  # nobody else has these indices
+        mine = split.at(program.mesh, coordinates)
+        own = mine
+        for at, other in enumerate(split.owned):
+            if at != program.mesh.index(split.axes, coordinates):
+                own = own - other
+        held = held // max(mine.size, 1) * (mine.size - own.size)
+    return held
 
 
 def _held(program: Program, weight: Weight, coordinates: dict[str, int]) -> int:

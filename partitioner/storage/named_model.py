@@ -13,6 +13,8 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,22 @@ import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import hub
 
-from partitioner.errors import CaptureError
+from partitioner.errors import CaptureError, WeightError
 from partitioner.storage.recognise import MANIFEST
 
-__all__ = ["class_of", "dtype_named", "load_config", "load_model", "without_grouped_mm"]
+__all__ = [
+    "class_notes",
+    "class_of",
+    "dtype_named",
+    "hub_hint",
+    "load_config",
+    "load_model",
+    "own_code",
+    "read_fields",
+    "without_grouped_mm",
+]
 
 _SMALL = {
     "hidden_size": 64,
@@ -61,22 +74,46 @@ def load_config(name: str, *, small: bool = False) -> Any:
     if name in CONFIG_MAPPING:
         return _small(name) if small else _configured(name, None, f"the default configuration of {name!r}")
     near = difflib.get_close_matches(name, list(CONFIG_MAPPING), n=3)
-    hint = f"; near: {', '.join(near)}" if near else ""
+    hint = hub_hint(name) or (f"; near: {', '.join(near)}" if near else "")
     raise CaptureError(
         f"{name!r} is neither a checkpoint folder, nor config:FILE.json, nor a model type that transformers knows{hint}"
     )
 
 
-def load_model(name: str, *, dtype: torch.dtype, seed: int = 0, meta: bool = False) -> Any:
-    """MODEL in eval mode; `meta`: its default size, without data."""
+def hub_hint(name: str) -> str:
+    """Where the snapshot of a hub's repository lies, if `name` may be one; "" otherwise. Nothing is fetched."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        return ""
+    found = hub.try_to_load_from_cache(name, "config.json")
+    if isinstance(found, str):
+        return f"; it is the name of a repository, whose snapshot is in {Path(found).parent}: give that folder"
+    place = Path(hub.constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots")
+    return (
+        "; it may be the name of a repository on a hub: nothing is fetched from there, and its snapshot would be a "
+        f"folder in {place} (hf download {name} puts it there)"
+    )
+
+
+def load_model(name: str, *, dtype: torch.dtype | None, seed: int = 0, meta: bool = False) -> Any:
+    """MODEL in eval mode; `dtype`: None for that of its configuration, float32 where it names none.
+
+    `meta`: its default size, without data.
+    """
     if not meta and Path(name).is_dir():
         model_class = class_of(load_config(name))
         try:
-            model = model_class.from_pretrained(name, dtype=dtype, local_files_only=True)
+            model, info = model_class.from_pretrained(
+                name, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
         except Exception as error:
             raise CaptureError(
                 f"transformers cannot load {model_class.__name__} from {name!r}: {_line(error)}"
             ) from error
+        if missing := sorted(info["missing_keys"]):
+            raise WeightError(
+                f"{name} lacks {len(missing)} weights of {model_class.__name__}, {missing[0]!r} for one, which "
+                "transformers draws at random: complete the checkpoint, or name its class in 'architectures'"
+            )
         return without_grouped_mm(model.eval())
     config = load_config(name, small=not meta)
     if not meta:
@@ -88,7 +125,7 @@ def load_model(name: str, *, dtype: torch.dtype, seed: int = 0, meta: bool = Fal
             )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _build(name, config, "meta" if meta else "cpu").to(dtype).eval()
+        model = _build(name, config, "meta" if meta else "cpu").to(dtype or _named_dtype(config)).eval()
     return without_grouped_mm(model)
 
 
@@ -96,6 +133,11 @@ def without_grouped_mm(model: Any) -> Any:
     """The default implementation of routed experts knows no float64, and no rows that are not multiples of 16 bytes."""
     model.set_experts_implementation("eager")
     return model
+
+
+def _named_dtype(config: Any) -> torch.dtype:
+    named = config.dtype
+    return named if isinstance(named, torch.dtype) and named.is_floating_point else torch.float32
 
 
 def _build(name: str, config: Any, device: str) -> Any:
@@ -107,15 +149,44 @@ def _build(name: str, config: Any, device: str) -> Any:
         raise CaptureError(f"transformers cannot build {model_class.__name__} for {name!r}: {_line(error)}") from error
 
 
-def _from_file(path: Path) -> Any:
+def read_fields(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a folder. Raises `CaptureError` where there is none."""
     try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CaptureError(f"cannot read the configuration {path}: {error}") from error
-    if not isinstance(fields, dict) or fields.get("model_type") not in CONFIG_MAPPING:
-        kind = fields.get("model_type") if isinstance(fields, dict) else None
-        raise CaptureError(f"{path} must name a model_type that transformers knows, got {kind!r}")
-    return _configured(fields["model_type"], path, str(path))
+        fields = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CaptureError(f"cannot read the configuration {path}: {_line(error)}") from error
+    if not isinstance(fields, dict):
+        raise CaptureError(f"{path} must be a JSON object, got a {type(fields).__name__}")
+    return fields
+
+
+def _from_file(path: Path) -> Any:
+    fields = read_fields(path)
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        own = f"; its own code ({own}) is not run" if (own := own_code(fields)) else ""
+        raise CaptureError(f"{path} must name a model_type that transformers knows, got {str(kind)[:100]!r}{own}")
+    return _configured(kind, path, str(path))
+
+
+def own_code(fields: Mapping[str, Any]) -> str:
+    """The code of its own that a configuration asks to be run, as it names it; "": none."""
+    code = fields.get("auto_map")
+    if not code:
+        return ""
+    named = list(code.values()) if isinstance(code, dict) else [code]
+    flat = [str(each) for name in named for each in (name if isinstance(name, (list, tuple)) else [name]) if each]
+    return f"auto_map: {', '.join(dict.fromkeys(flat))}"[:200]
+
+
+def class_notes(fields: Mapping[str, Any], model_class: Any) -> tuple[str, ...]:
+    """What is not done of what a configuration says of the model's class."""
+    own = own_code(fields)
+    notes = [f"its own code ({own}) is not run: the model is {model_class.__name__} of transformers"] if own else []
+    named = _architectures(fields.get("architectures"))
+    if not own and named and model_class.__name__ not in named:
+        notes.append(f"transformers has no {named[0]!r}, which 'architectures' names: {model_class.__name__} is used")
+    return tuple(notes)
 
 
 def _configured(model_type: str, path: Path | None, where: str) -> Any:
@@ -134,10 +205,10 @@ def _line(error: Exception) -> str:
 
 def class_of(config: Any) -> Any:
     """What the checkpoint says it is; for a bare configuration the causal language model, else the base model."""
-    named = config.architectures or ()
-    for architecture in [named] if isinstance(named, str) else named:
-        if isinstance(architecture, str) and hasattr(transformers, architecture):
-            return getattr(transformers, architecture)
+    for architecture in _architectures(config.architectures):
+        found = getattr(transformers, architecture) if hasattr(transformers, architecture) else None
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
         if type(config) in mapping:
             return mapping[type(config)]
@@ -145,6 +216,12 @@ def class_of(config: Any) -> Any:
         f"transformers has no model for a bare configuration of type {config.model_type!r}: name one in its "
         "'architectures'"
     )
+
+
+def _architectures(named: object) -> list[str]:
+    """What a configuration gives there, which may be anything."""
+    named = [named] if isinstance(named, str) else named
+    return [each for each in named if isinstance(each, str)] if isinstance(named, (list, tuple)) else []
 
 
 def _small(model_type: str) -> Any:

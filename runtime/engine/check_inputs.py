@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,19 +24,32 @@ from runtime.program.rank_program import Bound, RunInput
 __all__ = ["complete_inputs"]
 
 _MASK = "attention_mask"
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "use_cache": (None, True, False),
+    "return_dict": (None, True),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+    "output_router_logits": (None, False),
+    "logits_to_keep": (None, 0),
+    **dict.fromkeys(("past_key_values", "inputs_embeds", "labels", "head_mask", "cache_position"), (None,)),
+    **dict.fromkeys((_MASK, "position_ids", "token_type_ids"), (None,)),
+}
+"""Keywords of transformers' forward, and the values at which they change nothing of the result."""
+_NARROWER = {torch.uint8, torch.int8, torch.int16, torch.int32}
 
 
 def complete_inputs(
     inputs: tuple[RunInput, ...],
-    given: Mapping[str, Tensor | None],
+    given: Mapping[str, Any],
     device: torch.device,
     limits: Mapping[str, tuple[int, int | None]] | None = None,
 ) -> list[Tensor]:
     """One tensor per input, in order, on `device`. `limits`: by dim, the smallest and largest size."""
     names = [wanted.name for wanted in inputs]
-    for name in given:
-        if name not in names:
+    for name, value in given.items():
+        if name not in names and not _is_neutral(name, value, given):
             raise InputError(_unknown(name, names))
+    given = {wanted.name: _widened(wanted, given.get(wanted.name)) for wanted in inputs}
     sizes: dict[str, tuple[int, str]] = {}
     for wanted in inputs:
         value = given.get(wanted.name)
@@ -58,12 +72,27 @@ def complete_inputs(
     return completed
 
 
+def _is_neutral(name: str, value: Any, given: Mapping[str, Any]) -> bool:
+    if name == _MASK and isinstance(value, Tensor) and not value.is_meta:
+        ids = given.get("input_ids")
+        return isinstance(ids, Tensor) and value.shape == ids.shape and bool((value == 1).all())
+    return any(value is same or (type(value) is int and value == same) for same in _NEUTRAL.get(name, ()))
+
+
+def _widened(wanted: RunInput, value: Any) -> Any:
+    if isinstance(value, Tensor) and wanted.dtype is torch.int64:
+        is_mask = wanted.default == "ones" and value.dtype is torch.bool
+        return value.long() if is_mask or value.dtype in _NARROWER else value
+    return value
+
+
 def _unknown(name: str, names: list[str]) -> str:
     known = f"he inputs are {', '.join(names)}"
     if name == _MASK:
         return (
-            f"unknown input {name!r}; this model takes no mask: in a decoder, pad on the right, where no token of "
-            f"the prompt sees it, and ignore what comes out at the padding; else give prompts of one length. T{known}"
+            f"unknown input {name!r}; this model takes no mask but one of ones: in a decoder, pad on the right, where "
+            "no token of the prompt sees it, and ignore what comes out at the padding; else give prompts of one "
+            f"length. T{known}"
         )
     near = difflib.get_close_matches(name, names, n=1)
     return f"unknown input {name!r}; " + (f"did you mean {near[0]!r}? T{known}" if near else f"t{known}")

@@ -142,26 +142,26 @@ class Engine:
     def mesh(self) -> Mesh:
         return self.program.mesh
 
-    def __call__(self, **inputs: Tensor | None) -> Any:
+    def __call__(self, **inputs: Tensor | bool | None) -> Any:
         """Run once. Every rank must be given the same inputs."""
         with attribute_errors(self.program):
             return self._run(complete_inputs(self.program.inputs, inputs, self.device, self.program.limits))
 
     def generate(
-        self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
+        self, prompts: Prompts | None = None, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Tensor | Generated:
         """Prompts and what follows them, [B, L + new tokens], as transformers' `generate` returns it.
 
-        `prompts`: ids [B, L], with an attention_mask where they are padded (on either side), or a list of rows of any
-        lengths, which are returned padded on the left. `options`: see `runtime.generation.generation_options`. Every
-        rank must be given the same, and returns the same.
+        `prompts` (or `input_ids`): ids [B, L], with an attention_mask where they are padded (on either side), or a list
+        of rows of any lengths, which are returned padded on the left. `options`: see
+        `runtime.generation.generation_options`. Every rank must be given the same, and returns the same.
         """
         request = self._request(prompts, attention_mask, options)
         with attribute_errors(self.program):
             return request.result(list(self._generate_loop.steps(request)))
 
     def stream(
-        self, prompts: Prompts, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
+        self, prompts: Prompts | None = None, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Iterator[Step]:
         """The same, a step at a time: one token per sequence."""
         return self._attributed(self._generate_loop.steps(self._request(prompts, attention_mask, options)))
@@ -183,7 +183,7 @@ class Engine:
         """How many tokens fit into what `reserve` has set aside; None: nothing is."""
         return self._generate_loop.room
 
-    def _request(self, prompts: Prompts, attention_mask: Tensor | None, options: Options) -> GenerationRequest:
+    def _request(self, prompts: Prompts | None, attention_mask: Tensor | None, options: Options) -> GenerationRequest:
         program = self._generate_loop.program
         return GenerationRequest.of(
             prompts, attention_mask, options, eos_token_id=program.eos_token_id, model=program.generation

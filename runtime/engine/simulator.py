@@ -52,7 +52,7 @@ class Simulator:
             for program in programs
         ]
 
-    def __call__(self, **inputs: Tensor | None) -> list[Any]:
+    def __call__(self, **inputs: Tensor | bool | None) -> list[Any]:
         return self.run(lambda engine: engine(**inputs))
 
     def run(self, work: Callable[[Engine], T]) -> list[T]:

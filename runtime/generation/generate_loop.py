@@ -255,7 +255,8 @@ class GenerateLoop:
         if longest is not None and length > longest:
             raise InputError(
                 f"prompt and new tokens make up to {length}, but this model was compiled for up to {longest}: "
-                "by partition(..., max_length=), or because its own code does something else for longer texts"
+                "by partition(..., max_length=), --max-length on the command line, or because its own code does "
+                "something else for longer texts"
             )
         for wanted in self.program.inputs:
             if wanted.bound is None:

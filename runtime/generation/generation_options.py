@@ -8,11 +8,12 @@ no_repeat_ngram_size, bad_words_ids, suppress_tokens, begin_suppress_tokens, min
 forced_bos_token_id, forced_eos_token_id    as in `runtime.generation.token_rules`
 seed=0                   the same seed gives the same tokens, on any plan and in any batch
 request_ids=None         one number per prompt, which tells equal prompts apart; None: their places in the batch
-eos_token_id=None        an id or several after which a sequence ends; None: the model's own; []: none
+eos_token_id=None        an id or several after which a sequence ends; None: the model's own; [] or -1: none
 pad_token_id=None        fills up sequences that ended; None: the model's own, the first eos id, or 0
 stop_strings=None        texts after which a sequence ends; needs `tokenizer`
 tokenizer=None
 logprobs=False           True: the log-probability of each new token as well
+input_ids, inputs        the prompts, by transformers' names
 prefill_step=512         how many tokens of each prompt are run at a time
 
 What is not given is what the model's generation config says (generation_config.json), as transformers takes it. Other
@@ -40,6 +41,8 @@ __all__ = ["Options", "Settings"]
 class Options(TypedDict, total=False):
     """The keywords of `generate`; see the module's docstring."""
 
+    input_ids: Any
+    inputs: Any
     max_new_tokens: int
     do_sample: bool
     temperature: float
@@ -67,6 +70,9 @@ class Options(TypedDict, total=False):
     tokenizer: Any
     logprobs: bool
     prefill_step: int
+    num_beams: int
+    num_return_sequences: int
+    use_cache: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +104,7 @@ class Settings:
         names = {field.name for field in dataclasses.fields(Sampling)}
         sampling = Sampling(**{name: given.pop(name) for name in names & given.keys()})
         ends = given.pop("eos_token_id", None)
-        if ends is None:
-            ends = eos_token_id
-        elif isinstance(ends, int) and not isinstance(ends, bool):
-            ends = () if ends < 0 else (ends,)  # no token has an id below 0: nothing ends a sequence
-        else:
-            ends = _integers("eos_token_id", ends)
+        ends = eos_token_id if ends is None else _ends(ends)
         pad = given.pop("pad_token_id", None)
         if pad is not None:
             (pad,) = _integers("pad_token_id", [pad])
@@ -190,6 +191,16 @@ def _rules(given: dict[str, Any]) -> TokenRules:
         else:
             found[name] = _integers(name, [value] if isinstance(value, int) else value)
     return TokenRules(**found)
+
+
+def _ends(given: Any) -> tuple[int, ...]:
+    """Ids; -1 is that of no token, so that nothing ends there."""
+    if isinstance(given, Tensor):
+        given = given.reshape(-1).tolist() if given.dim() <= 1 else given.tolist()
+    given = [given] if isinstance(given, int) else given
+    if isinstance(given, (list, tuple)):
+        given = [end for end in given if end != -1]
+    return _integers("eos_token_id", given)
 
 
 def _integers(name: str, given: Any) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ class GenerationRequest:
     @classmethod
     def of(
         cls,
-        prompts: Prompts,
+        prompts: Prompts | None,
         attention_mask: Tensor | None,
         options: Mapping[str, Any],
         *,
@@ -55,6 +55,7 @@ class GenerationRequest:
         model: Mapping[str, Any] | None = None,
     ) -> GenerationRequest:
         """`model`: what its generation config says besides `eos_token_id`."""
+        prompts, options = _named(prompts, options)
         width = _width(prompts)
         settings = Settings.of(options, eos_token_id=eos_token_id, model=model, width=width)
         stops = StopStrings(settings.stop_strings, settings.tokenizer) if settings.stop_strings else None
@@ -102,6 +103,17 @@ def _width(prompts: Prompts) -> int:
         return prompts.shape[1] if prompts.dim() == 2 else 1
     rows = prompts if isinstance(prompts, (list, tuple)) else ()
     return max((len(row) for row in rows if isinstance(row, (list, tuple, Tensor))), default=1)
+
+
+def _named(prompts: Prompts | None, options: Mapping[str, Any]) -> tuple[Prompts, dict[str, Any]]:
+    """The prompts, wherever they were given, and the other options."""
+    others = dict(options)
+    every: dict[str, Any] = {"prompts": prompts}
+    every |= {name: others.pop(name) for name in ("input_ids", "inputs") if name in others}
+    named = {name: value for name, value in every.items() if value is not None}
+    if len(named) > 1:
+        raise InputError(f"prompts are given twice, as {' and '.join(named)}: give one of them")
+    return next(iter(named.values()), None), others  # type: ignore[return-value]  # None is refused with the rest
 
 
 def _rows(prompts: Prompts, attention_mask: Tensor | None, pad: int) -> tuple[tuple[tuple[int, ...], ...], Tensor]:

@@ -75,6 +75,14 @@ NOT_OFFERED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "generation_config": ("a GenerationConfig: give its fields as keywords", ()),
     "synced_gpus": ("ranks always run together", (_ANY,)),
     "trust_remote_code": ("code from elsewhere", (False,)),
+    "past_key_values": ("a cache of your own", ()),
+    "use_model_defaults": ("the model's generation config is obeyed", (True,)),
+    "negative_prompt_attention_mask": ("classifier-free guidance", ()),
+    "assistant_tokenizer": ("assisted generation", ()),
+    "custom_generate": ("code from elsewhere", ()),
+    "inputs_embeds": ("embeddings in place of ids", ()),
+    "token_type_ids": ("types of tokens: call the tokenizer with return_token_type_ids=False", ()),
+    "position_ids": ("positions of your own: they follow from the prompts", ()),
 }  # fmt: skip
 """By name: what it is, and the values that change nothing; None never does."""
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch
 from runtime.kv_cache.slots import Slots, minus_infinity, slots_of
+from runtime.kv_cache.untouched import untouched_zeros
 from runtime.ops.attention import attention
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.program.shards import StateShard
@@ -53,7 +54,7 @@ class Cache:
     ) -> None:
         self.max_batch, self.max_length, self.step = max_batch, max_length, step
         self.buffers = {
-            state.name: torch.zeros(
+            state.name: untouched_zeros(
                 _shape(state, max_batch, slots_of(state, max_length=max(max_length, slots), step=step)),
                 dtype=state.dtype,
                 device=device,
@@ -62,6 +63,10 @@ class Cache:
         }
         self._remembered = {s.name: self.buffers[s.name].shape for s in states if not s.per_token}
         self._appended: set[str] = set()
+        self._used = 0
+        """How many slots runs may have written to since all were zero."""
+        self._replayed = 0
+        """How many the captured runs may write to whenever they are replayed, of which nobody tells."""
         self._rows = torch.arange(max_batch, device=device)[:, None]
         self._batch: Batch | None = None
         """What the host knows of the run's tokens; None in runs whose positions only the device knows."""
@@ -94,6 +99,7 @@ class Cache:
                 f"run; got {batch} sequences up to position {tokens.end - 1}, {size} tokens in this run"
             )
         self._batch, self._fixed, self._group = tokens, None, rows
+        self._used = max(self._used, tokens.end)
         numbers = [row for row, active in enumerate(tokens.active) if active]
         self._active = None if all(tokens.active) else torch.tensor(numbers, device=tokens.positions.device)
         self._masks.clear()
@@ -106,6 +112,7 @@ class Cache:
         captured once and replayed.
         """
         self._batch, self._active, self._fixed, self._group = None, None, seen, slice(0, len(positions))
+        self._replayed = max(self._replayed, seen)
         rows = self._rows[self._group]
         self._found = {slots: Slots(slots).find(rows, positions) for slots, _, _ in self._kinds}
         for slots, window, chunk in self._kinds:
@@ -122,7 +129,10 @@ class Cache:
                 self.buffers[name][rows] = 0
         for name in self._appended:
             # hidden slots are multiplied by 0, which not every number survives
-            self.buffers[name][slice(None) if rows is None else rows] = 0
+            group = slice(None) if rows is None else rows
+            self.buffers[name][group][..., : max(self._used, self._replayed), :] = 0
+        if rows is None:
+            self._used = 0
 
     def bind(self, op: Callable[..., Any], state: str, options: dict[str, Any]) -> Callable[..., Tensor]:
         """The function that takes the place of an op that uses `state`: it takes the op's tensors."""

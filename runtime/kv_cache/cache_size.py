@@ -109,7 +109,9 @@ class Room:
         """Raises InputError where sequences of `max_length` tokens do not fit."""
         if self.limit is not None and max_length > self.limit:
             raise InputError(
-                f"texts of {max_length} tokens were asked for, prompt and new ones; this model takes up to {self.limit}"
+                f"texts of {max_length} tokens were asked for, prompt and new ones; this model takes up to "
+                f"{self.limit}. Where its rotary embeddings are the reason, compile it for more: "
+                "partition(..., max_length=), or --max-length on the command line"
             )
         if self.tokens is None or max_length <= self.tokens:
             return

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from torch import Tensor, nn
 from torch.nn import functional
 
+from partitioner import PlanError
+from partitioner.report.explain import explain
+from runtime.kv_cache.device_memory import readable
 from tests.support.layers import layered, partitioned
 from tests.support.partitioned import EXACT
 
@@ -68,3 +73,74 @@ def test_what_feeds_a_whole_weight() -> None:
     found = reasons(NormThenDown, keep_whole=("layers.*.down",))
     assert found["up"] == "softmax in layers.0 needs the whole row"
     assert found["down"] == "kept whole by the plan (layers.*.down)"
+
+
+class GatedNorm(nn.Module):
+    """Two values that every head contracts come out of the same weight as the heads, whose norm is over all of them."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(hidden, 24 + 24 + 8, bias=False), nn.Linear(24, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, heads, b, c = self.into(x).split([24, 24, 4, 4], dim=-1)
+        heads = heads.unflatten(-1, (6, 4)) * (b * c).sum(-1)[..., None, None]
+        found = heads.flatten(-2) * functional.silu(gate)
+        return self.out(found * (found.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt())
+
+
+def test_the_norm_is_the_cause_and_not_the_contraction_before_it() -> None:
+    """So that it is reduced in parts, and the weights are split."""
+    parts, error = partitioned(layered(GatedNorm, count=3), 2)
+    assert error < EXACT
+    assert parts.report.matrix_share < 0.65
+    split = {row.pattern for row in parts.report.rows if row.split}
+    assert {"layers.*.into.weight", "layers.*.out.weight"} <= split
+
+
+class SixHeads(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(hidden, 72), nn.Linear(24, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 6, 4)).permute(2, 0, 3, 1, 4)
+        found = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(found.transpose(1, 2).flatten(2))
+
+
+def test_fewer_heads_than_ranks_are_the_reason() -> None:
+    found = reasons(SixHeads, 8)
+    assert found["qkv"].startswith("6 groups on 8 ranks (")
+    assert found["qkv"].endswith("at most 6 ranks could share it")
+
+
+def test_a_weight_is_explained_up_to_the_op_that_decides() -> None:
+    parts, _ = partitioned(layered(NormThenDown, count=3), 2, keep_whole=("layers.*.down",))
+    said = explain(parts.program, "layers.*.up")
+    size = parts.program.weights["layers.0.up.weight"].bytes
+    assert said.splitlines()[0].startswith("layers.0.up.weight [18, ")
+    assert f"lost: {readable(size // 2)} on each of 2 ranks" in said
+    assert "because: softmax in layers.0 needs the whole row" in said
+    assert re.search(r"\n  linear in layers.0.up.*\n  softmax in layers.0 \(test_reasons.py:\d+\)", said)
+    with pytest.raises(PlanError, match=r"no weight is named 'layers.0.upp'; near it: layers.0.up"):
+        explain(parts.program, "layers.0.upp")
+
+
+def test_what_is_replicated_is_added_up() -> None:
+    parts, _ = partitioned(layered(SixHeads, count=2), 8)
+    report = parts.report
+    whole = sum(row.bytes * len(row.names) for row in report.rows if not row.split)
+    assert report.replicated_per_rank == (whole,) * 8
+    assert f"replicated: {readable(whole)} of {readable(max(report.bytes_per_rank))} per rank" in str(report)
+    assert any(note.startswith("8 ranks are far more than this model divides into") for note in report.notes)
+    assert "weights, float64: " in str(report)
+
+
+def test_a_collective_says_its_bytes() -> None:
+    parts, _ = partitioned(layered(SixHeads, count=2), 2)
+    first = parts.report.collectives[0]
+    assert first.op == "all_reduce"
+    assert first.bytes_per_token == parts.program.weights["layers.0.o.weight"].shape[0] * 8
+    assert f"{readable(first.bytes_per_token)} per token each" in str(parts.report)
+    assert not [note for note in parts.report.notes if "far more" in note]

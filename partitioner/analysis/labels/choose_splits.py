@@ -211,7 +211,7 @@ def _offences(labels: Labels, ranks: int) -> list[tuple[int, frozenset[str], _Of
         if len(ids) < ranks:
             names = labels.weights_of(ids)
             first = min(names, key=lambda name: order.get(name, 0))
-            found.append((order.get(first, 0), names, _offence(site, labels, first, names, len(ids), ranks)))
+            found.append((order.get(first, 0), names, _offence(site, labels, first, names, ids, ranks)))
     return found
 
 
@@ -317,15 +317,20 @@ def _why_everywhere(labels: Labels, name: str) -> tuple[str, Collapse | None]:
     return "shared by the parts of every rank", None
 
 
-def _offence(site: Site, labels: Labels, weight: str, names: frozenset[str], count: int, ranks: int) -> _Offence:
+def _offence(site: Site, labels: Labels, weight: str, names: frozenset[str], ids: list[int], ranks: int) -> _Offence:
+    """Why `site` cannot be divided: of the ops that need a whole row, the one that joined most of what meets there."""
+    mine = labels.joined(ids)
+    causes = [collapse for collapse in labels.collapses if names & collapse.weights]
+    cause = max(causes, key=lambda collapse: len(collapse.labels & mine), default=None)
+    groups = "1 group" if len(ids) == 1 else f"{len(ids)} groups"
+    if cause is not None and len(ids) == 1:
+        return _Offence(weight, cause.why, cause, (site.node,))
+    if cause is not None:
+        why = f"{groups} on {ranks} ranks ({cause.why} of each): at most {len(ids)} ranks could share it"
+        return _Offence(weight, why, cause, (site.node,))
     where = site.node.meta.get("path") or site.node.name
-    for collapse in labels.collapses:
-        if names & collapse.weights:
-            return _Offence(weight, collapse.why, collapse, (site.node,))
-    groups = "1 group" if count == 1 else f"{count} groups"
-    return _Offence(
-        weight, f"only {groups} of indices can be told apart at {where}, for {ranks} ranks", None, (site.node,)
-    )
+    why = f"only {groups} of indices can be told apart at {where}, for {ranks} ranks"
+    return _Offence(weight, why, None, (site.node,))
 
 
 def decide(

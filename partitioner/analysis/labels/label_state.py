@@ -52,6 +52,8 @@ class Collapse:
     """For the report: what needs the row."""
     weights: frozenset[str]
     """Those whose labels became one."""
+    labels: frozenset[int] = frozenset()
+    """The labels that became one, or are together in fewer groups than there are ranks."""
 
 
 @dataclass
@@ -75,6 +77,11 @@ class Labels:
             self.bases[weight, dim] = self.count
             self.count += size
         return self.bases[weight, dim]
+
+    def joined(self, ids: Iterable[int]) -> frozenset[int]:
+        """The labels in these sets, groups expanded."""
+        found = {label for i in ids for label in self.lattice.labels(i)}
+        return frozenset(member for label in found for member in self.lattice.members(label))
 
     def weights_of(self, ids: Iterable[int]) -> frozenset[str]:
         """The weights whose indices are in these sets."""

@@ -347,8 +347,10 @@ class LabelRun:
             return
         if max(self.states[o.node].distinct for o in labelled) >= self.ranks:
             linear = bool(rule.in_parts) or (bool(rule.sums) and not rule.whole and len(rule.operands) == 1)
-            names = self.labels.weights_of(i for term in merged.terms for i in torch.unique(compact(term)).tolist())
-            self.labels.collapses.append(Collapse(node, linear, self._why_whole(node, rule), names))
+            ids = {i for term in merged.terms for i in torch.unique(compact(term)).tolist()}
+            labels = self.labels.joined(ids)
+            why = self._why_whole(node, rule)
+            self.labels.collapses.append(Collapse(node, linear, why, self.labels.weights_of(ids), labels))
 
     def _why_whole(self, node: fx.Node, rule: Notation) -> str:
         weights = [self.states[o.node].name for o in rule.operands if isinstance(self.states.get(o.node), WeightState)]

@@ -25,6 +25,11 @@ __all__ = ["Example", "choose_inputs"]
 BATCH, LENGTH = 3, 37
 """Sizes of the example: primes that no model uses, so that no size equals one of the model's by accident."""
 
+_SHORTER = (29, 23, 19, 13, 7, 5, 3)
+"""Other primes."""
+_SPARE = 4
+"""Rows of a table of positions that are not for tokens: some models count from 2."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -45,7 +50,7 @@ def choose_inputs(
             f"cannot capture {type(fake_model).__name__}: its forward takes no input_ids; "
             f"it takes {', '.join(accepted)}"
         )
-    shape = (BATCH, LENGTH if length is None else length)
+    shape = (BATCH, _length(fake_model) if length is None else length)
     vocabulary = _vocabulary(fake_model)
     # ids from the upper half: low ones are special (padding) in many models
     ids = torch.arange(shape[0] * shape[1]).reshape(shape) % max(vocabulary // 2, 1) + vocabulary // 2
@@ -70,6 +75,15 @@ def choose_inputs(
             if typed.failure is None or found.failure is not None:
                 tensors, defaults["token_type_ids"], found = with_types, "zeros", typed
     return Example(tensors, defaults, found)
+
+
+def _length(fake_model: PreTrainedModel) -> int:
+    """That of the example; where the model has few positions, a prime that they surely suffice for."""
+    config = fake_model.config.get_text_config()
+    most = config.max_position_embeddings if hasattr(config, "max_position_embeddings") else None
+    if not isinstance(most, int) or most >= LENGTH + _SPARE:
+        return LENGTH
+    return next((length for length in _SHORTER if length + _SPARE <= most), _SHORTER[-1])
 
 
 def _vocabulary(fake_model: PreTrainedModel) -> int:

@@ -39,7 +39,7 @@ def fix_rope(
             continue
         shell = _with_values(module, path, weights)
         for layer, kind in changing.items():
-            limit = _original_length(module, layer) if max_length is None else max_length
+            limit = _original_length(module, path, layer) if max_length is None else max_length
             _run(shell, path, layer, limit)
             longest = limit if longest is None else min(longest, limit)
             notes.append(f"RoPE {kind!r} of {path} is fixed for sequences of up to {limit} tokens")
@@ -79,8 +79,13 @@ def _run(shell: nn.Module, path: str, layer: str | None, limit: int) -> None:
         ) from error
 
 
-def _original_length(module: Any, layer: str | None) -> int:
-    parameters = module.config.rope_parameters
-    parameters = parameters if layer is None else parameters[layer]
-    found = parameters.get("original_max_position_embeddings") or module.config.max_position_embeddings
-    return int(found)
+def _original_length(module: Any, path: str, layer: str | None) -> int:
+    try:
+        parameters = module.config.rope_parameters
+        parameters = parameters if layer is None else parameters[layer]
+        return int(parameters.get("original_max_position_embeddings") or module.config.max_position_embeddings)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CaptureError(
+            f"cannot fix the rotary embedding {path!r}: for which length it is made is unknown ({error}); give "
+            "partition(..., max_length=), or rope_parameters with original_max_position_embeddings in its config"
+        ) from error

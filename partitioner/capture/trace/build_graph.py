@@ -7,7 +7,10 @@ views that change nothing. `view` becomes `reshape`, because the copies that mad
 from __future__ import annotations
 
 import operator
+import os
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -248,6 +251,9 @@ class Builder:
         path = path_of(node)
         if path:
             made.meta["path"] = path
+        source = _source(node)
+        if source:
+            made.meta["source"] = source
         return made
 
     def _convert(self, value: Any, node: fx.Node) -> Any:
@@ -278,6 +284,14 @@ def path_of(node: fx.Node) -> str:
         return ""
     path: str = list(stack.values())[-1][0]
     return path.removeprefix("L['self'].").removeprefix(WRAPPER).removeprefix(".")
+
+
+def _source(node: fx.Node) -> str:
+    """The line of the model's code that a node came from, "file.py:12"; "" where the trace does not say."""
+    trace = node.meta.get("stack_trace")
+    lines = re.findall(r'File "([^"]+)", line (\d+)', trace) if isinstance(trace, str) else []
+    mine = [(file, line) for file, line in lines if f"{os.sep}torch{os.sep}" not in file]
+    return f"{Path(mine[-1][0]).name}:{mine[-1][1]}" if mine else ""
 
 
 def _same_shape(one: Any, other: Any) -> bool:

@@ -43,6 +43,11 @@ class _Traced(nn.Module):
 
 def result_of(model: PreTrainedModel, output: Any) -> Tensor:
     """The logits of a model's output, or the last hidden state where it has no head."""
+    if not isinstance(output, Mapping):  # a ModelOutput is one
+        raise CaptureError(
+            f"cannot capture {type(model).__name__}: its forward returns a {type(output).__name__}; required is an "
+            "output of transformers, such as CausalLMOutput(logits=...), or a dict with logits or last_hidden_state"
+        )
     for name in ("logits", "last_hidden_state"):
         value = output.get(name)
         if isinstance(value, Tensor):
@@ -85,8 +90,8 @@ def export(
     except CaptureError:
         raise
     except Exception as error:
-        helps = not static and _works_static(fake_model, example, kinds)
-        raise CaptureError(_explain(fake_model, error, static=static, static_helps=helps)) from error
+        advice = _advice(fake_model, example, kinds, error, static=static)
+        raise CaptureError(_explain(fake_model, error, advice)) from error
     sys.stderr.write(said.getvalue())
     if masks.asked < len(kinds):
         raise CaptureError(
@@ -143,6 +148,10 @@ def run_export(
         )
 
 
+_SHORT = 3
+"""A length that every model takes."""
+
+
 def _works_static(fake_model: PreTrainedModel, example: Mapping[str, Tensor], kinds: list[MaskKind | None]) -> bool:
     """Whether one length can be traced where all cannot: tried, rather than guessed from the words of an error."""
     try:
@@ -153,16 +162,48 @@ def _works_static(fake_model: PreTrainedModel, example: Mapping[str, Tensor], ki
     return True
 
 
-def _explain(fake_model: PreTrainedModel, error: Exception, *, static: bool, static_helps: bool) -> str:
+def _works_padded(fake_model: PreTrainedModel, example: Mapping[str, Tensor], kinds: list[MaskKind | None]) -> bool:
+    """Whether a padding token is all that is missing."""
+    config = fake_model.config.get_text_config()
+    if not hasattr(config, "pad_token_id") or config.pad_token_id is not None:
+        return False
+    config.pad_token_id = 0
+    try:
+        return _works_static(fake_model, example, kinds)
+    finally:
+        config.pad_token_id = None
+
+
+def _advice(
+    fake_model: PreTrainedModel,
+    example: Mapping[str, Tensor],
+    kinds: list[MaskKind | None],
+    error: Exception,
+    *,
+    static: bool,
+) -> str:
+    if not static and _works_static(fake_model, example, kinds):
+        return "partition(..., length=N) compiles it for prompts of exactly N tokens, if that is enough"
+    if "data-dependent" in str(error):
+        return "the model decides something in Python on a value that only real weights have; no length helps"
+    if _works_padded(fake_model, example, kinds):
+        return (
+            "it works with a padding token, which its configuration does not name: set model.config.pad_token_id, or "
+            "pad_token_id in config.json"
+        )
+    length = next(iter(example.values())).shape[1]
+    if _works_static(fake_model, {name: tensor[:, :_SHORT] for name, tensor in example.items()}, kinds):
+        return (
+            f"it was traced with texts of {length} tokens, which is more than it takes: "
+            f"partition(..., length=N) with a smaller N compiles it for exactly N tokens"
+        )
+    return (
+        f"the error is not about lengths: it is the same for texts of exactly {length}, and of exactly {_SHORT} tokens"
+    )
+
+
+def _explain(fake_model: PreTrainedModel, error: Exception, advice: str) -> str:
     reason = " ".join(str(error).split())[:1500]
-    if static_helps:
-        advice = "partition(..., length=N) compiles it for prompts of exactly N tokens, if that is enough"
-    elif "data-dependent" in reason:
-        advice = "the model decides something in Python on a value that only real weights have; no length helps"
-    elif static:
-        advice = "the error is not about lengths: this one length alone cannot be traced either"
-    else:
-        advice = "the error is not about lengths: with length=N it is the same"
     where = _where(fake_model, error)
     return (
         f"cannot capture {type(fake_model).__name__}{where}: torch.export failed with {type(error).__name__}: "

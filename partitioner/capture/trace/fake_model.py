@@ -28,6 +28,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def make_fake_model(model: PreTrainedModel, fake: FakeTensorMode) -> PreTrainedModel:
+    _require_plain(model)
     memo: dict[int, object] = {}
     for name, tensor in named_tensors(model):
         if id(tensor) in memo:
@@ -53,7 +54,21 @@ def make_fake_model(model: PreTrainedModel, fake: FakeTensorMode) -> PreTrainedM
             config._attn_implementation_internal = "sdpa" if model._supports_sdpa else "eager"
         config._experts_implementation_internal = "eager"
         config.use_cache = False
+        config.return_dict = True
     return fake_model
+
+
+def _require_plain(model: PreTrainedModel) -> None:
+    """Raises where a module keeps its weights where no parameter and no buffer shows them."""
+    for path, module in model.named_modules():
+        packed = [name for name, value in vars(module).items() if isinstance(value, torch.ScriptObject)]
+        if packed or isinstance(module, torch.jit.ScriptModule) or type(module).__module__.startswith("torch.ao."):
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise CaptureError(
+                f"cannot capture {type(model).__name__}: {path or 'it'} is a {kind}, whose weights are packed or "
+                "compiled; required are plain modules, with dense weights as parameters and buffers: give the model "
+                "as it was before it was quantised or scripted"
+            )
 
 
 def configs(model: PreTrainedModel) -> list[PreTrainedConfig]:

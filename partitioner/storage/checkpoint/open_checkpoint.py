@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +25,17 @@ from partitioner.storage.checkpoint.equal_tensors import same_values
 from partitioner.storage.checkpoint.recording_tensor import RecordingTensor
 from partitioner.storage.checkpoint.strided_windows import Moved
 from partitioner.storage.checkpoint.weight_origins import Origins
-from partitioner.storage.named_model import class_of, load_config, without_grouped_mm
+from partitioner.storage.named_model import (
+    class_notes,
+    class_of,
+    hub_hint,
+    load_config,
+    read_fields,
+    without_grouped_mm,
+)
 from runtime.weights.safetensors_files import INDEX, SINGLE, TensorFiles
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "can_open", "open_checkpoint"]
 
 _NAMED = 5
 """How many names an error lists."""
@@ -37,10 +43,11 @@ _NAMED = 5
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`model`: on the meta device; `origins`: where its weights lie."""
+    """`model`: on the meta device; `origins`: where its weights lie; `notes`: what of the folder is not used."""
 
     model: PreTrainedModel
     origins: Origins
+    notes: tuple[str, ...] = ()
 
 
 def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None, mapped: bool = False) -> Checkpoint:
@@ -58,17 +65,53 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None, map
     files = TensorFiles(path.resolve())
     same = same_values(files)
     stored = {e.name: RecordingTensor.of(e.name, e.shape, e.dtype, same) for e in files.entries.values()}
+    _require_few_layers(path, config, len(stored))
     model, info = _load(model_class, config, stored, dtype or "auto")
     _require_complete(path, model, info, files.entries)
     moved, computed, cast = _take_recording_tensors(model)
-    if model.can_generate() and (path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-    return Checkpoint(without_grouped_mm(model.eval()), Origins(files, moved, computed, cast, mapped))
+    if model.can_generate() and (path / "generation_config.json").exists():
+        model.generation_config = _generation_config(path / "generation_config.json")
+    notes = (
+        *class_notes(read_fields(path / "config.json"), model_class),
+        *_left_out(model, sorted(info["unexpected_keys"])),
+    )
+    return Checkpoint(without_grouped_mm(model.eval()), Origins(files, moved, computed, cast, mapped), notes)
+
+
+def _generation_config(path: Path) -> GenerationConfig:
+    fields = read_fields(path)
+    try:
+        return GenerationConfig.from_dict(fields)
+    except Exception as error:  # it checks some of its fields, each in its own way
+        raise CaptureError(
+            f"transformers does not accept {path}: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        ) from error
+
+
+def _require_few_layers(path: Path, config: Any, stored: int) -> None:
+    """Each layer has a tensor at least: a number that is far too large would take all memory there is."""
+    inner = config.get_text_config()
+    layers = inner.num_hidden_layers if hasattr(inner, "num_hidden_layers") else 0
+    if isinstance(layers, int) and layers > stored:
+        raise WeightError(
+            f"{path} does not fit its config.json: that has {layers} layers, and the files hold {stored} tensors"
+        )
+
+
+def can_open(folder: str | Path) -> bool:
+    """Whether `folder` is a checkpoint that is read by parts; what it holds may still be refused."""
+    try:
+        _require_readable(Path(folder))
+    except CaptureError:
+        return False
+    return True
 
 
 def _require_readable(path: Path) -> None:
     if not path.is_dir():
-        raise CaptureError(f"{str(path)!r} is no folder: required is a checkpoint, as save_pretrained writes it")
+        raise CaptureError(
+            f"{str(path)!r} is no folder: required is a checkpoint, as save_pretrained writes it{hub_hint(str(path))}"
+        )
     if (path / "adapter_config.json").is_file():
         raise CaptureError(
             f"{path} holds an adapter (adapter_config.json), not a model: merge it into its base model first "
@@ -76,7 +119,7 @@ def _require_readable(path: Path) -> None:
         )
     if not (path / "config.json").is_file():
         raise CaptureError(f"{path} is a folder, but no checkpoint: it has no config.json")
-    fields = _fields(path / "config.json")
+    fields = read_fields(path / "config.json")
     if fields.get("quantization_config") is not None:
         method = fields["quantization_config"]
         named = method.get("quant_method") if isinstance(method, dict) else None
@@ -96,16 +139,6 @@ def _require_readable(path: Path) -> None:
             f"{path} has no {SINGLE} and no {INDEX}{instead}: load it by from_pretrained, and save it with "
             "save_pretrained, which writes safetensors"
         )
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CaptureError(f"cannot read the configuration {path}: {error}") from error
-    if not isinstance(fields, dict):
-        raise CaptureError(f"{path} must be a JSON object")
-    return fields
 
 
 class _Weightless(TorchFunctionMode):
@@ -168,12 +201,17 @@ def _require_complete(path: Path, model: PreTrainedModel, info: Any, stored: Col
             f"{path} lacks {len(missing)} weights of {name}: {', '.join(said)}{_more(missing)}; transformers would "
             "draw them at random: complete the checkpoint, or name the class it was saved from in 'architectures'"
         )
-    if unexpected:
-        raise WeightError(
-            f"{path} holds {len(unexpected)} tensors that {name} has no place for: "
-            f"{_some(list(map(repr, unexpected)))}; name the class it was saved from in 'architectures', or "
-            "load it by from_pretrained, which drops them, and partition that"
-        )
+
+
+def _left_out(model: PreTrainedModel, unexpected: list[str]) -> tuple[str, ...]:
+    """A note on the tensors that the class has no place for: other heads, old buffers. transformers drops them too."""
+    if not unexpected:
+        return ()
+    tensors = "1 tensor" if len(unexpected) == 1 else f"{len(unexpected)} tensors"
+    return (
+        f"{tensors} of the checkpoint not loaded, as {type(model).__name__} has no place for them: "
+        f"{_some(list(map(repr, unexpected)))}",
+    )
 
 
 def _some(said: list[str]) -> str:

@@ -1,3 +1,4 @@
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -5,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import fx
+from transformers.utils.hub import try_to_load_from_cache
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from partitioner.cli import verify
@@ -75,7 +78,7 @@ def test_a_difference_is_exit_code_1_and_names_the_node(small: str, damaged) -> 
         reduction.replace_all_uses_with(reduction.args[0])
 
     damaged(skip_the_last_reduction)
-    code, output = run("verify", small, "--simulate", "--lengths", "5", "--dtype", "bfloat16")
+    code, output = run("verify", small, "--tp", "2", "--simulate", "--lengths", "5", "--dtype", "bfloat16")
     assert code == 1
     assert "differs" in output
     assert "first difference (bfloat16, length 5): node 'add" in output
@@ -87,7 +90,7 @@ def test_a_rank_that_fails_is_a_difference_at_its_node(small: str, damaged) -> N
         reshape.args = (reshape.args[0], [7, 7, 7])
 
     damaged(resize_a_view)
-    code, output = run("verify", small, "--simulate", "--lengths", "5", "--dtype", "float64")
+    code, output = run("verify", small, "--tp", "2", "--simulate", "--lengths", "5", "--dtype", "float64")
     assert code == 1
     assert "first difference (float64, length 5): node 'reshape" in output
     assert "invalid for input of size" in output
@@ -118,6 +121,13 @@ def test_report_of_generation(small: str) -> None:
         (["verify", "llama", "--lengths", "1,x"], "--lengths must be whole numbers of at least 1"),
         (["verify", "llama", "--dtype", "int8"], "unknown dtype 'int8'; the dtypes are float64"),
         (["report", "lama"], "near: llama"),
+        (["report", "someone/some-model"], "models--someone--some-model/snapshots (hf download someone/some-model"),
+        (["verify", "someone/some-model"], "it may be the name of a repository on a hub: nothing is fetched"),
+        (["export", "someone/some-model", "-o", "/nowhere/x"], "models--someone--some-model/snapshots"),
+        (["run", "someone/some-model", "--prompt", "a"], "models--someone--some-model/snapshots"),
+        (["report", "llama", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["report", "llama", "--keep-whole", "nothing"], "keep_whole='nothing' matches no weight"),
+        (["verify", "llama", "--pass", "nothing"], "no pass named 'nothing' is installed"),
         (["verify", "llama", "--timeout", "0"], "the timeout must be more than 0 and at most 1e+07 seconds, got 0"),
         (
             ["run", "llama", "--tp", "1", "--prompt", "a", "--timeout", "-1"],
@@ -198,3 +208,66 @@ def test_experts_of_sizes_that_a_grouped_product_refuses(tmp_path: Path) -> None
     )
     assert result.exit_code == 0, result.output
     assert "equal" in result.output
+
+
+def test_a_snapshot_of_a_hub_that_is_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--someone--some-model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(
+        named_model.hub, "try_to_load_from_cache", functools.partial(try_to_load_from_cache, cache_dir=str(tmp_path))
+    )
+    assert f"whose snapshot is in {snapshot}: give that folder" in run("report", "someone/some-model")[1]
+
+
+SHARED = {"--tp", "--keep-whole", "--pass", "--max-length"}
+
+
+def test_commands_that_compile_share_their_options() -> None:
+    """Under one name, with one default and one help text."""
+    commands = {command.name: command for command in get_command(app).commands.values()}  # type: ignore[attr-defined]
+    options = {
+        name: {option.opts[0]: (option.default, option.help) for option in commands[name].params if option.opts}
+        for name in ("verify", "report", "run", "export")
+    }
+    for option in SHARED:
+        assert len({str(found[option]) for found in options.values()}) == 1, option
+    assert len({str(found["--dtype"]) for name, found in options.items() if name != "verify"}) == 1
+
+
+@pytest.mark.parametrize("option", ["--keep-whole", "--max-length", "--tp"])
+def test_what_is_shared_has_an_effect_in_report(option: str, small: str) -> None:
+    given = {"--keep-whole": "*.up_proj.weight", "--max-length": "50", "--tp": "2"}
+    plain, other = run("report", small), run("report", small, option, given[option])
+    assert plain[0] == other[0] == 0
+    assert (plain[1] == other[1]) == (option == "--max-length")  # this model has no length to fix
+
+
+def test_a_bundle_that_runs_as_it_is_takes_no_plan(small: str, tmp_path: Path) -> None:
+    bundle = str(tmp_path / "bundle")
+    assert run("export", small, "--tp", "2", "-o", bundle)[0] == 0
+    for option, value in (("--keep-whole", "*"), ("--max-length", "9"), ("--pass", "fuse")):
+        code, output = run("run", bundle, "--prompt", "a", option, value)
+        assert code == 2
+        assert f"leave {option} out, or split it anew by partitioner export" in output or "no tokenizer" in output
+    code, output = run("report", bundle)
+    assert code == 0
+    assert "Plan(tp=2)" in output
+
+
+def test_code_of_its_own_is_said_not_to_be_run(small: str, tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    load_model(small, dtype=torch.float32).save_pretrained(folder)
+    fields = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps({**fields, "auto_map": own}))
+    said = "note: its own code (auto_map: configuration_own.OwnConfig, modeling_own.OwnForCausalLM) is not run"
+    assert f"{said}: the model is LlamaForCausalLM of transformers" in run("report", str(folder))[1]
+    (folder / "config.json").write_text(json.dumps({**fields, "architectures": ["OwnForCausalLM"]}))
+    assert "no 'OwnForCausalLM', which 'architectures' names: LlamaForCausalLM is used" in run("report", str(folder))[1]
+    (folder / "config.json").write_text(json.dumps({**fields, "model_type": "own", "auto_map": own}))
+    code, output = run("report", str(folder))
+    assert code == 2
+    assert "got 'own'; its own code (auto_map: configuration_own.OwnConfig" in output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -144,3 +145,45 @@ def test_a_tokenizer_that_is_damaged_is_one_line(
     (tmp_path / "model" / file).write_text(content)
     _, error = run(str(tmp_path / "model"), "--prompt", "a", code=2)
     assert "finds no tokenizer in" in error
+
+
+def test_a_template_that_makes_no_text_is_named(chatting: str) -> None:
+    Path(chatting, "chat_template.jinja").write_text("{% if false %}{{ messages }}{% endif %}")
+    _, error = run(chatting, "--chat", "--prompt", "x", code=2)
+    assert "(in chat_template.jinja) makes no text of the prompt 'x'" in " ".join(error.split())
+
+
+def test_the_length_for_rotary_embeddings_is_an_option_that_errors_name(embedded_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(embedded_folder, tmp_path / "long")
+    fields = json.loads((folder / "config.json").read_text())
+    factors = [1.0] * (fields["head_dim"] // 2)
+    fields["rope_parameters"] = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": factors,
+        "long_factor": [4.0 * factor for factor in factors],
+        "original_max_position_embeddings": 6,
+        "factor": 4.0,
+    }
+    (folder / "config.json").write_text(json.dumps(fields))
+    _, error = run(str(folder), "--prompt", "Return a list of", code=2)
+    assert "--max-length on the command line" in " ".join(error.split())
+    out, error = run(str(folder), "--prompt", "Return a list of", "--max-length", "20")
+    assert out.startswith("Return a list of")
+    assert "is fixed for sequences of up to 20 tokens" in error
+
+
+def test_a_tokenizers_own_code_is_said_not_to_be_run(chatting: str) -> None:
+    path = Path(chatting, "tokenizer_config.json")
+    own = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": own}))
+    _, error = run(chatting, "--prompt", "Return")
+    assert "note: the tokenizer's own code (auto_map: tokenization_own.OwnTokenizer) is not run" in error
+
+
+def test_what_was_left_out_of_a_checkpoint_is_said(embedded_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(embedded_folder, tmp_path / "fewer")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "num_hidden_layers": 1}))
+    _, error = run(str(folder), "--prompt", "Return")
+    assert "note: 27 tensors of the checkpoint not loaded, as LlamaForCausalLM has no place for them" in error

@@ -33,7 +33,11 @@ def test_defaults_follow_the_inputs_given() -> None:
         ({"input_ids": ids(1, 2).to("meta")}, "'input_ids' must hold data, got a tensor on the meta device"),
         ({}, r"'input_ids' is required: \[batch, sequence\], torch.int64"),
         ({"input_ids": [[1]]}, "must be a tensor, got list"),
-        ({"input_ids": ids(1, 2).int()}, "must have the dtype torch.int64, got torch.int32"),
+        ({"input_ids": ids(1, 2).bool()}, "must have the dtype torch.int64, got torch.bool"),
+        ({"input_ids": ids(1, 2).float()}, "must have the dtype torch.int64, got torch.float32"),
+        ({"input_ids": ids(1, 2), "use_cache": 5}, "unknown input 'use_cache'"),
+        ({"input_ids": ids(1, 2), "output_attentions": True}, "unknown input 'output_attentions'"),
+        ({"input_ids": ids(1, 2), "past_key_values": ids(1, 2)}, "unknown input 'past_key_values'"),
         ({"input_ids": ids(4)}, r"must have the shape \[batch, sequence\], got \[4\]"),
         ({"input_ids": ids(1, 2), "token_type_ids": ids(1, 2)}, r"must have the shape \[batch, 3\], got \[1, 2\]"),
         ({"input_ids": ids(1, 0)}, "is empty: its sequence is 0"),
@@ -104,3 +108,38 @@ def test_counting_past_the_last_row() -> None:
         InputError, match=r"'input_ids' has sequence 12, and this model takes at most 11: .*position_ids"
     ):
         complete_inputs(inputs, {"input_ids": ids(1, 12)}, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_narrower_integers_are_widened(dtype: torch.dtype) -> None:
+    given, *_ = complete_inputs(INPUTS, {"input_ids": torch.tensor([[3, 5]], dtype=dtype)}, CPU)
+    assert given.dtype == torch.int64
+    assert given.tolist() == [[3, 5]]
+
+
+def test_a_mask_of_booleans_is_a_mask() -> None:
+    mask = torch.tensor([[True, False]])
+    assert complete_inputs(INPUTS, {"input_ids": ids(1, 2), "attention_mask": mask}, CPU)[2].tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize(
+    "usual",
+    [
+        {"use_cache": True},
+        {"use_cache": False, "return_dict": True, "output_attentions": False, "output_hidden_states": None},
+        {"past_key_values": None, "labels": None, "logits_to_keep": 0, "attention_mask": None, "token_type_ids": None},
+        {"attention_mask": torch.ones(2, 3, dtype=torch.int64)},
+        {"attention_mask": torch.ones(2, 3, dtype=torch.bool)},
+    ],
+    ids=lambda usual: ", ".join(usual),
+)
+def test_keywords_that_change_nothing_are_taken(usual: dict) -> None:
+    plain = complete_inputs(INPUTS[:2], {"input_ids": ids(2, 3)}, CPU)
+    found = complete_inputs(INPUTS[:2], {"input_ids": ids(2, 3), **usual}, CPU)
+    assert all(map(torch.equal, found, plain))
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (1, 3)])
+def test_a_mask_of_ones_of_another_shape_is_not_the_prompts(shape: tuple[int, int]) -> None:
+    with pytest.raises(InputError, match="unknown input 'attention_mask'"):
+        complete_inputs(INPUTS[:2], {"input_ids": ids(2, 3), "attention_mask": torch.ones(shape)}, CPU)

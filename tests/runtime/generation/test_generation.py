@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from partitioner import Plan, partition
 from partitioner.errors import CommunicationError, InputError, PlanError, SamplingError
@@ -136,6 +139,12 @@ def test_the_cache_serves_a_second_and_a_smaller_task() -> None:
     ("options", "error", "says"),
     [
         ({"num_beams": 4}, InputError, "beam search"),
+        ({"num_return_sequences": 2}, InputError, "several sequences"),
+        ({"no_repeat_ngram_size": 2}, InputError, "no_repeat_ngram_size"),
+        ({"return_dict_in_generate": True}, InputError, "return_dict_in_generate"),
+        ({"token_type_ids": torch.zeros(1, 3)}, InputError, "return_token_type_ids=False"),
+        ({"input_ids": [[1]]}, InputError, "given twice, as prompts and input_ids"),
+        ({"eos_token_id": -2}, InputError, "eos_token_id"),
         ({"temprature": 1.0}, InputError, "temperature"),
         ({"max_new_tokens": 0}, InputError, "at least 1"),
         ({"prefill_step": 0}, InputError, "at least 1"),
@@ -198,3 +207,46 @@ def test_the_engine_sets_aside_what_cache_bytes_says() -> None:
         cache = engine._generate_loop.cache
         assert cache is not None
         assert cache.bytes == parts.cache_bytes(max_batch=2, max_length=64, prefill_step=7)[rank]
+
+
+USUAL = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "eos_token_id": -1,
+    "typical_p": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": None,
+    "streamer": None,
+    "logits_processor": [],
+    "return_dict_in_generate": False,
+    "cache_implementation": "dynamic",
+    "renormalize_logits": True,
+}
+
+
+@pytest.mark.parametrize("option", USUAL)
+def test_an_option_that_changes_nothing_is_taken(option: str) -> None:
+    text = prompts("llama", (5,))
+    found = compiled("llama", 2).generate(text, max_new_tokens=3, **{"eos_token_id": [], option: USUAL[option]})
+    assert torch.equal(found, new(compiled("llama", 2), text, 3))
+
+
+@pytest.mark.parametrize("name", ["input_ids", "inputs"])
+def test_prompts_go_by_transformers_names(name: str) -> None:
+    parts = compiled("llama", 2)
+    ids = torch.tensor(prompts("llama", (5,)))
+    given = {name: ids.int(), "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(new(parts, None, 3, **given), new(parts, ids, 3))
+    steps = list(parts.stream(max_new_tokens=3, eos_token_id=[], **given))
+    assert [step.tokens[0] for step in steps] == new(parts, ids, 3)[0, -3:].tolist()
+
+
+def test_what_a_tokenizer_returns_is_what_generate_and_simulate_take(embedded_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(embedded_folder)
+    parts = partition(embedded_folder, Plan(tp=2))
+    model = AutoModelForCausalLM.from_pretrained(embedded_folder).eval()
+    given = tokenizer(["Return a list of", "Return"], return_tensors="pt", padding=True, padding_side="left")
+    assert torch.equal(parts.generate(**given, max_new_tokens=4), model.generate(**given, max_new_tokens=4))
+    given = tokenizer(["Return a list of"], return_tensors="pt")
+    torch.testing.assert_close(parts.simulate(**given, use_cache=False), model(**given, use_cache=False).logits)

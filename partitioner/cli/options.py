@@ -1,0 +1,130 @@
+"""The options that commands share: each has one name, one default and one help text, wherever it stands.
+
+A new one gets a type here, a field of `Compile`, and a parameter of the commands in `app.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from partitioner.compile.partition import partition
+from partitioner.compile.parts import Parts
+from partitioner.compile.pass_order import check_plan
+from partitioner.errors import InputError
+from partitioner.program.plan import Plan
+from partitioner.report.report import Report
+from partitioner.sharding.mesh import DEGREES
+from partitioner.storage.bundle.bundle import load
+from partitioner.storage.checkpoint.open_checkpoint import can_open
+from partitioner.storage.named_model import dtype_named, load_model
+from partitioner.storage.recognise import is_bundle
+
+__all__ = [
+    "Checkpoint",
+    "Compile",
+    "Dtype",
+    "KeepWhole",
+    "MaxLength",
+    "Model",
+    "Passes",
+    "PlanText",
+    "Simulate",
+    "Timeout",
+    "Tp",
+]
+
+Model = Annotated[
+    str,
+    typer.Argument(help="a checkpoint folder, a bundle to split anew, config:FILE.json, or a model type"),
+]
+PlanText = Annotated[
+    str | None, typer.Option("--plan", help='degrees and options of passes: "tp=2", "tp=4,keep_whole=[lm_head*]"')
+]
+Tp = Annotated[int | None, typer.Option(help="tensor-parallel ranks; by default 1, or those of the bundle")]
+Dtype = Annotated[
+    str | None, typer.Option(help="of the weights; by default the checkpoint's, or what the configuration names")
+]
+KeepWhole = Annotated[list[str] | None, typer.Option(help="names of weights, with *, that no rank splits")]
+Passes = Annotated[list[str] | None, typer.Option("--pass", help="an installed pass to run as well, by its name")]
+MaxLength = Annotated[
+    int | None, typer.Option(help="the longest text that will be run, for rotary embeddings that depend on it")
+]
+Simulate = Annotated[bool, typer.Option("--simulate", help="all ranks in this process, one thread each")]
+Timeout = Annotated[float, typer.Option("--timeout", help="seconds after which the processes are stopped")]
+Checkpoint = Annotated[
+    str | None, typer.Option(help="the folder with the weights, where a bundle was exported with --reference")
+]
+
+
+@dataclass(frozen=True)
+class Compile:
+    """How a model is compiled. None and (): the default of every command. text: a plan, as `Plan.parse` reads it."""
+
+    tp: int | None = None
+    keep_whole: tuple[str, ...] = ()
+    passes: tuple[str, ...] = ()
+    max_length: int | None = None
+    text: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tp: int | None,
+        keep_whole: list[str] | None,
+        passes: list[str] | None,
+        max_length: int | None,
+        text: str | None,
+    ) -> Compile:
+        """What the command line was given; its passes are installed, and serve what it asks for."""
+        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, text)
+        check_plan(how.plan)
+        return how
+
+    @classmethod
+    def from_data(cls, fields: Mapping[str, Any]) -> Compile:
+        """What `dataclasses.asdict` made, after JSON."""
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+        }
+        return cls(**given)
+
+    @property
+    def plan(self) -> Plan:
+        return self.plan_of(None)
+
+    def plan_of(self, model: str | None) -> Plan:
+        """The plan for MODEL, which may be a bundle with a number of ranks of its own."""
+        plan = Plan.parse(self.text or "")
+        if self.text and self.tp not in (None, plan.tp):
+            raise InputError(f"--tp {self.tp} and --plan {self.text!r} say two things: give one of them")
+        degrees = {axis: plan.degree(axis) for axis in DEGREES}
+        if not self.text and self.tp is None and model is not None and is_bundle(model):
+            mesh = load(model).mesh
+            degrees = {axis: mesh.size(axis) for axis in DEGREES}
+        if self.tp is not None:
+            degrees["tp"] = self.tp
+        return Plan(**degrees, keep_whole=(*plan.keep_whole, *self.keep_whole), passes=(*plan.passes, *self.passes))
+
+    def require_none(self, model: str) -> None:
+        """Raises where anything is asked for that a bundle, which runs as it is, has decided already."""
+        given = {"--keep-whole": self.keep_whole, "--pass": self.passes, "--max-length": self.max_length}
+        for option, value in given.items():
+            if value:
+                raise InputError(
+                    f"{model!r} is a bundle, compiled already: leave {option} out, or split it anew by partitioner "
+                    f"export, which takes it"
+                )
+
+    def compile(self, model: str, *, dtype: str | None, meta: bool = False, mapped: bool = False) -> Parts[Report]:
+        """MODEL compiled. `meta`: where it is no folder, without data."""
+        kind: torch.dtype | None = None if dtype is None else dtype_named(dtype)
+        plan = self.plan_of(model)
+        if is_bundle(model) or (can_open(model) if meta else Path(model).is_dir()):
+            return partition(model, plan, dtype=kind, max_length=self.max_length, mapped=mapped)
+        return partition(load_model(model, dtype=kind, meta=meta), plan, max_length=self.max_length)

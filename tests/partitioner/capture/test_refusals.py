@@ -1,0 +1,133 @@
+"""What cannot be captured is refused by what is required; what only looks so is captured."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutput
+
+from partitioner import CaptureError, Plan, partition
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+}  # fmt: skip
+
+
+def llama(kind: type[PreTrainedModel] = LlamaForCausalLM, **fields: Any) -> PreTrainedModel:
+    return kind(LlamaConfig(**SIZES, **fields)).eval()
+
+
+def returning(change: Callable[[Any], Any]) -> PreTrainedModel:
+    class Changed(LlamaForCausalLM):
+        def forward(self, input_ids: torch.Tensor, **given: Any) -> Any:
+            return change(super().forward(input_ids, **given).logits)
+
+    return llama(Changed)
+
+
+def packed() -> PreTrainedModel:
+    model = llama()
+    model.lm_head = torch.ao.nn.quantized.dynamic.Linear(32, 64)
+    return model
+
+
+class Bare(PreTrainedModel):
+    """Its configuration has none of the usual fields."""
+
+    config_class = type("BareConfig", (PreTrainedConfig,), {"model_type": "bare"})
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.table, self.head = nn.Embedding(64, 32), nn.Linear(32, 64)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+    def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.head(self.table(input_ids)))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: returning(lambda logits: (logits,)), r"its forward returns a tuple; required is an output"),
+        (lambda: returning(lambda logits: logits), r"its forward returns a \w*Tensor; required is an output"),
+        (lambda: returning(lambda logits: None), r"its forward returns a NoneType; required is"),
+        (lambda: returning(lambda logits: {"out": logits}), r"neither logits nor last_hidden_state; it has out"),
+        (packed, r"lm_head is a torch.ao.*Linear, whose weights are packed.*before it was quantised"),
+        (lambda: nn.DataParallel(llama()), r"cannot capture a DataParallel.*give that, its \.module"),
+        (lambda: llama(LlamaForSequenceClassification), r"set model.config.pad_token_id, or pad_token_id in config"),
+    ],
+    ids=["tuple", "tensor", "nothing", "other names", "packed", "wrapped", "no padding token"],
+)
+def test_a_refusal_says_what_is_required(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        partition(make(), Plan(tp=2))
+
+
+def encoder_of(kind: str) -> PreTrainedModel:
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "d_model": 32}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    model = BartModel(BartConfig(vocab_size=64, max_position_embeddings=64, **sizes, **heads)).eval()
+    part: PreTrainedModel = model.get_submodule(kind)
+    return part
+
+
+def short() -> PreTrainedModel:
+    return BertForMaskedLM(BertConfig(**SIZES, max_position_embeddings=16)).eval()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(encoder_of, "encoder"),
+        functools.partial(encoder_of, "decoder"),
+        short,
+        lambda: Bare(Bare.config_class()).eval(),
+        lambda: llama(LlamaForSequenceClassification, pad_token_id=0),
+    ],
+    ids=["an encoder", "a decoder", "few positions", "a bare configuration", "padding"],
+)
+def test_what_only_looks_so_is_captured(make: Callable[[], PreTrainedModel]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    ids = torch.randint(3, 64, (2, 9))
+    with torch.no_grad():
+        expected = model(input_ids=ids)[0]
+    torch.testing.assert_close(partition(model, Plan(tp=2)).simulate(input_ids=ids), expected, rtol=1e-4, atol=1e-5)
+
+
+class FewRows(Bare):
+    """Fails for more tokens than it has rows."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.rows = nn.Parameter(torch.ones(16, 32))
+
+    def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.head(self.table(input_ids) + self.rows[: input_ids.shape[1]]))
+
+
+def test_a_length_that_is_too_long_is_said_to_be() -> None:
+    model = FewRows(FewRows.config_class()).eval()
+    with pytest.raises(CaptureError, match=r"with texts of 37 tokens, which is more than it takes: .*smaller N"):
+        partition(model, Plan(tp=2))
+    assert partition(model, Plan(tp=2), length=9).simulate(input_ids=torch.ones(1, 9, dtype=torch.int64)).shape[1] == 9
