@@ -44,7 +44,7 @@ Model = Annotated[
     typer.Argument(help="a checkpoint folder, a bundle to split anew, config:FILE.json, or a model type"),
 ]
 PlanText = Annotated[
-    str | None, typer.Option("--plan", help='degrees and options of passes: "tp=2", "tp=4,keep_whole=[lm_head*]"')
+    str | None, typer.Option("--plan", help='degrees and options of passes: "tp=2", "tp=4,keep_whole=[*.head]"')
 ]
 Tp = Annotated[int | None, typer.Option(help="tensor-parallel ranks; by default 1, or those of the bundle")]
 Dtype = Annotated[
