@@ -13,8 +13,8 @@
 
 The larger of two times is the roofline model (Williams, Waterman, Patterson 2009). The costs of the primitives are
 those of Thakur, Rabenseifner, Gropp: "Optimization of Collective Communication Operations in MPICH" (2005), sections 3
-and 4, without the term for adding. Alpha and beta are what these formulas give back for the two measured sizes, so that they
-hold what a call costs beside the link. A group that crosses hosts is priced as if all its links did.
+and 4, without the term for adding. Alpha and beta are what these formulas give back for the two measured sizes, so
+that they hold what a call costs beside the link. A group that crosses hosts is priced as if all its links did.
 """
 
 from __future__ import annotations

@@ -48,6 +48,11 @@ class RankSizes:
                 f"the cost of {program.name or 'this program'} is a matter of the sizes {', '.join(program.symbols)}, "
                 f"each at least 1, and of past, the tokens in the cache before the run; got {dict(sizes)}"
             )
+        if self.past and not program.states:
+            raise InputError(
+                f"past is {self.past}, and {program.name or 'this program'} remembers nothing between runs: take the "
+                "program of the entry prefill or decode, or leave past out"
+            )
         self.symbols = {symbol: given[name] for name, symbol in program.symbols.items()}
         self._ones = dict.fromkeys(program.symbols.values(), 1)
         self._shapes: dict[tuple[Value, Layout, int], Shape] = {}

@@ -79,7 +79,7 @@ class MemoryTraffic:
             if tuple(tuple(each.shape) for each in made) != self.sizes.shapes(node):
                 raise ValueError("shapes")
         except (RuntimeError, IndexError, ValueError, TypeError):
-            found, unsure = self._fresh(node), "sizes that only a run knows: counted as a copy"
+            found, unsure = self._fresh(node), "does not fit these sizes: counted as a copy"
         self._tensors[node] = found
         if operation(node) is operator.getitem:
             return Traffic(0, 0)
