@@ -23,6 +23,7 @@ from partitioner.analysis.rules import notation
 from partitioner.program.node_arguments import describe, node_values
 from partitioner.program.program import Program, Value
 from partitioner.program.stages import stages_of
+from partitioner.sharding.layout import REPLICATED
 from runtime.ops.communicating import COMMUNICATING, Kind, Meeting, read_call
 
 __all__ = ["MeetingCost", "NodeCost", "node_costs"]
@@ -118,4 +119,6 @@ def _meeting(node: fx.Node, meeting: Meeting, at: RankSizes, unsure: list[str]) 
             layout = at.layouts(operand)[0]
             brought = {rank: bytes_of(at.shape(value, layout, rank), value) for rank in ranks}
             return MeetingCost(meeting.kind, ranks, brought[at.rank], max(brought.values()))
-    raise AssertionError(f"{node.name}: no operand has the shape of its meeting {meeting}")
+    unsure.append(f"how ranks hold what {describe(node)} sends is not known: counted whole")
+    whole = bytes_of(at.shape(value, REPLICATED(len(value.shape))), value)
+    return MeetingCost(meeting.kind, ranks, whole, whole)

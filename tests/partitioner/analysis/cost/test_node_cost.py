@@ -1,5 +1,6 @@
 """The cost of single ops, on programs made by hand: uneven splits, views and copies, rows, stages, no rule."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -10,12 +11,15 @@ from partitioner.analysis.cost.node_cost import NodeCost, node_costs
 from partitioner.analysis.cost.products import pairs_seen
 from partitioner.analysis.cost.program_cost import program_cost
 from partitioner.errors import InputError
-from partitioner.program import Program, Value
+from partitioner.program import Entry, Program, Value
 from partitioner.program.stages import StageTable
 from partitioner.sharding.layout import Layout, Rows
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.attention import allowed
+from runtime.ops.collectives import all_reduce
+from runtime.ops.communicating import COMMUNICATING, Communicating, Meeting
 from runtime.ops.local import once, shard
+from runtime.ops.rows import collect_rows, take_rows
 from tests.support import handmade
 from tests.support.handmade import BATCH, FFN, HIDDEN, SEQUENCE, VOCABULARY
 
@@ -134,6 +138,43 @@ def test_rows_are_the_ranks_share() -> None:
     tokens = Layout((Rows(("dp", "sp"), "tokens"), None))
     dealt = [RankSizes(program, at, {"batch": 3, "sequence": 7}).shape(merged, tokens)[0] for at in program.mesh]
     assert dealt == [4, 4, 4, 4, 4, 1]
+
+
+def test_rows_are_taken_for_nothing_and_collected_by_a_gather() -> None:
+    program = handmade.traced().copy(Mesh.of(sp=3))
+    nodes = {node.name: node for node in program.graph.nodes}
+    index = program.local("row", Entry(0, ("sp",), (0, 1, 2)))
+    options = {"parts": 3, "axes": ["sp"], "dim": 1, "kind": "sequence"}
+    taken = program.graph.call_function(take_rows, (nodes["hidden"], index), options)
+    squares = program.graph.call_function(aten.mul.Tensor, (taken, taken))
+    length = program.graph.call_function(aten.sym_size.int, (nodes["hidden"], 1))
+    collected = program.graph.call_function(collect_rows, (squares, length, "sp"), {"dim": 1})
+    nodes["logits"].append(taken)
+    for before, after in itertools.pairwise((taken, squares, length, collected)):
+        before.append(after)
+    length.meta["val"] = SEQUENCE
+    for node in (taken, squares, collected):
+        node.meta["val"] = Value((BATCH, SEQUENCE, HIDDEN), torch.float64)
+    for node in (taken, squares):
+        node.meta["layout"] = Layout((None, Rows(("sp",), "sequence"), None))
+    row = 2 * HIDDEN * 8
+    for rank, own in enumerate((3, 3, 1)):
+        costs = by_name(program, rank, sequence=7)
+        assert (costs[taken.name].bytes_written, costs[taken.name].unsure) == (0, "")
+        assert (costs[squares.name].bytes_read, costs[squares.name].bytes_written) == (own * row, own * row)
+        (meeting,) = costs[collected.name].meetings
+        assert (meeting.kind, meeting.bytes, meeting.most) == ("all_gather", own * row, 3 * row)
+
+
+def test_what_is_sent_in_a_way_that_is_not_known_is_counted_whole_and_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(shape: Any) -> Communicating:
+        return Communicating(all_reduce, lambda node: (Meeting("send", ("tp",), shape, torch.float64, peer=1),))
+
+    for shape, size, why in (((7, 5), 280, "counted whole"), (None, 0, "counted as 0 bytes")):
+        monkeypatch.setitem(COMMUNICATING, all_reduce, told(shape))
+        cost = by_name(handmade.partitioned(2))["reduced"]
+        assert cost.meetings[0].bytes == size
+        assert why in cost.unsure
 
 
 def test_stages_share_out_the_costs() -> None:
