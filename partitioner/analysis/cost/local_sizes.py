@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from partitioner.errors import InputError
-from partitioner.program.node_arguments import evaluate, node_values
+from partitioner.program.node_arguments import arguments, evaluate, map_nodes, node_values, operation
 from partitioner.program.program import Program, Value
 from partitioner.sharding.layout import REPLICATED, Layout, Rows, Split
 from runtime.ops.rows import row_counts
@@ -55,6 +55,7 @@ class RankSizes:
             )
         self.symbols = {symbol: given[name] for name, symbol in program.symbols.items()}
         self._ones = dict.fromkeys(program.symbols.values(), 1)
+        self._integers: dict[fx.Node, int] = {}
         self._shapes: dict[tuple[Value, Layout, int], Shape] = {}
 
     def layouts(self, node: fx.Node) -> tuple[Layout, ...]:
@@ -104,15 +105,21 @@ class RankSizes:
             return factor * row_counts(whole // factor, parts)[index]
         return -(-whole // parts)
 
-    def local_symbols(self, layouts: tuple[Layout, ...]) -> dict[sympy.Symbol, int]:
-        """The symbols as a rank's code meets them where its tensors run over rows of its own."""
-        found = dict(self.symbols)
-        for layout in layouts:
-            for dim in layout.dims:
-                if isinstance(dim, Rows) and dim.kind in self.program.symbols:
-                    symbol = self.program.symbols[dim.kind]
-                    found[symbol] = self._rows(symbol, self.symbols[symbol], dim, self.coordinates)
-        return found
+    def integer(self, node: fx.Node) -> int:
+        """What an integer of the graph is on this rank: sizes of its tensors, and what is reckoned from these."""
+        if node not in self._integers:
+            self._integers[node] = self._reckoned(node)
+        return self._integers[node]
+
+    def _reckoned(self, node: fx.Node) -> int:
+        if operation(node) is torch.ops.aten.sym_size:
+            a = arguments(node)
+            return int(self.shapes(a["self"])[0][a["dim"]])
+        if node.op != "call_function" or any(node_values(source) for source in node.all_input_nodes):
+            return evaluate(node.meta["val"], self.symbols)
+        args, kwargs = self.program.at((node.args, dict(node.kwargs)), self.coordinates)
+        assert callable(node.target)
+        return int(node.target(*map_nodes(args, self.integer), **map_nodes(kwargs, self.integer)))
 
     def unknown(self, node: fx.Node) -> str:
         """The sizes of the node that only a run knows, as text; "" where there are none."""

@@ -24,7 +24,7 @@ from partitioner.analysis.cost.local_sizes import RankSizes, bytes_of, elements
 from partitioner.analysis.cost.products import ATTENTION, keys_read
 from partitioner.analysis.rules.data_movement import IDENTITIES, is_move, run_move
 from partitioner.analysis.rules.notation import Notation
-from partitioner.program.node_arguments import arguments, evaluate, map_nodes, node_values, operation
+from partitioner.program.node_arguments import arguments, map_nodes, node_values, operation
 from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.experts import expert_dispatch, grouped_linear
@@ -144,11 +144,9 @@ class MemoryTraffic:
             if op is aten.contiguous:
                 return source.contiguous()
             return self._fresh(node) if op in _ALWAYS_COPY or not same else source
-        layouts = tuple(layout for n in (*sources, node) for layout in self.sizes.layouts(n))
-        symbols = self.sizes.local_symbols(layouts)
 
         def argument(n: fx.Node) -> Any:
-            return self._tensors[n] if node_values(n) else evaluate(n.meta["val"], symbols)
+            return self._tensors[n] if node_values(n) else self.sizes.integer(n)
 
         args, kwargs = self.sizes.program.at((node.args, dict(node.kwargs)), self.sizes.coordinates)
         args, kwargs = map_nodes(args, argument), map_nodes(kwargs, argument)

@@ -1,6 +1,7 @@
 """The cost of single ops, on programs made by hand: uneven splits, views and copies, rows, stages, no rule."""
 
 import itertools
+import operator
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from partitioner.analysis.cost.program_cost import program_cost
 from partitioner.errors import InputError
 from partitioner.program import Entry, Program, Value
 from partitioner.program.stages import StageTable
-from partitioner.sharding.layout import Layout, Rows
+from partitioner.sharding.layout import Layout, Rows, Split
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.attention import allowed
 from runtime.ops.collectives import all_reduce
@@ -190,6 +191,27 @@ def test_stages_share_out_the_costs() -> None:
     assert (first.flops, second.flops) == (2 * TOKENS * HIDDEN * FFN, 2 * TOKENS * HIDDEN * (FFN + VOCABULARY))
     assert first.flops + second.flops == cost.flops
     assert cost.crossing_bytes == (TOKENS * (HIDDEN + FFN) * 8,)  # the residual stream, and what the cut goes through
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_integers_are_those_of_the_rank(n: int) -> None:
+    """Batch times heads, say, as a reshape has it where dims are merged: what a rank's own integers make."""
+    program = handmade.partitioned(n)
+    nodes = {node.name: node for node in program.graph.nodes}
+    widths = [owned.size for owned in handmade.cut(FFN, n)]
+    batch = program.graph.call_function(aten.sym_size.int, (nodes["input_ids"], 0))
+    merged = program.graph.call_function(operator.mul, (batch, nodes["flat"].args[1][-1]))
+    flat = program.graph.call_function(aten.reshape.default, (nodes["up"], [merged, -1]))
+    for before, after in itertools.pairwise((nodes["up"], batch, merged, flat)):
+        before.append(after)
+    batch.meta["val"], merged.meta["val"] = BATCH, BATCH * FFN
+    flat.meta["val"] = Value((BATCH * FFN, SEQUENCE), torch.float64)
+    flat.meta["layout"] = Layout((Split(("tp",), handmade.cut(FFN, n)), None))
+    for rank, width in enumerate(widths):
+        cost = by_name(program, rank)[flat.name]
+        assert (cost.unsure, cost.bytes_written) == ("", 0)
+        sizes = RankSizes(program, program.mesh.coordinates(rank), SIZES)
+        assert (sizes.integer(batch), sizes.integer(merged)) == (2, 2 * width)
 
 
 @pytest.mark.parametrize("causal", [True, False])
