@@ -5,6 +5,7 @@ symbols.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -15,7 +16,7 @@ from torch import fx
 
 from partitioner.program.program import Value
 
-__all__ = ["arguments", "describe", "evaluate", "node_values", "operation", "shape_at"]
+__all__ = ["arguments", "describe", "evaluate", "layer_of", "node_values", "operation", "shape_at"]
 
 Symbols = Mapping[sympy.Symbol, int]
 
@@ -30,6 +31,12 @@ def describe(node: fx.Node) -> str:
     """The op and where it is, for reports: "softmax in model.layers.0.self_attn"."""
     op = operation(node)
     return f"{getattr(op, '__name__', op)} in {node.meta.get('path') or node.name}"
+
+
+def layer_of(path: str) -> str:
+    """The path up to the first number: "model.layers.0" of "model.layers.0.mlp"; "" outside layers."""
+    found = re.match(r"^((?:[^.]+\.)*?\d+)(?:\.|$)", path)
+    return found.group(1) if found else ""
 
 
 @cache
@@ -64,14 +71,14 @@ def node_values(node: fx.Node) -> tuple[Value, ...]:
     return ()
 
 
-_cache: dict[tuple[Any, tuple[int, ...]], int] = {}
+_cache: dict[tuple[Any, tuple[tuple[sympy.Symbol, int], ...]], int] = {}
 
 
 def evaluate(expression: int | sympy.Expr, symbols: Symbols) -> int:
     """An integer expression at the given values of the symbols; sizes that depend on data count as 1."""
     if isinstance(expression, int):
         return expression
-    key = (expression, tuple(symbols.values()))
+    key = (expression, tuple(symbols.items()))
     if key not in _cache:
         others = {symbol: 1 for symbol in expression.free_symbols if symbol not in symbols}
         _cache[key] = int(expression.subs({**symbols, **others}))

@@ -12,7 +12,7 @@ from torch import fx
 
 from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.data_movement import is_move
-from partitioner.program.node_arguments import describe, node_values, operation
+from partitioner.program.node_arguments import describe, layer_of, node_values, operation
 from partitioner.program.program import Program, Value, Weight
 from partitioner.sharding.layout import Layout
 from runtime.kv_cache.device_memory import readable
@@ -87,7 +87,7 @@ class Report:
         found: Counter[str] = Counter()
         for collective in self.collectives:
             if collective.op == op:
-                found[_layer(collective.path)] += 1
+                found[layer_of(collective.path)] += 1
         return dict(found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,11 +130,6 @@ class Report:
 
 def pattern_of(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-
-
-def _layer(path: str) -> str:
-    found = re.match(r"^((?:[^.]+\.)*?\d+)(?:\.|$)", path)
-    return found.group(1) if found else ""
 
 
 def make_report(program: Program, *, plan: str) -> Report:

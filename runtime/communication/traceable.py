@@ -161,11 +161,12 @@ class OpaqueChannel(_TracedChannel):
         _channels[self._number] = eager
 
     def prepare(self, kind: Kind, *, overwrite: bool = False, **options: Any) -> Callable[..., Any]:
-        order, number, device = self._order, self._number, self._device
+        order, device = self._order, self._device
         own, num_ranks = self.coordinate, len(self.ranks)
 
         def communicate(x: Tensor, numbers: Sequence[int], shape: Sequence[int]) -> Tensor:
-            found: Tensor = _communicate(x, order, number, kind, list(numbers), list(shape))
+            # by `self`, which keeps the channel alive as long as what calls it
+            found: Tensor = _communicate(x, order, self._number, kind, list(numbers), list(shape))
             return found
 
         def all_reduce(x: Tensor) -> Tensor:
@@ -205,9 +206,7 @@ class OpaqueChannel(_TracedChannel):
             "send": send,
             "receive": receive,
         }
-        found = functions[kind]
-        vars(found)["channel"] = self._eager  # lives as long as what calls it
-        return found
+        return functions[kind]
 
 
 def _resized(x: Tensor, dim: int, size: int) -> list[int]:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from partitioner.errors import CommunicationError, RankMismatch
 from partitioner.sharding.mesh import Mesh
@@ -95,10 +94,9 @@ def a_group_that_nobody_made(groups: ProcessGroups) -> None:
 def several_axes(device: str) -> None:
     """A product group, and the single ones beside it, named in another order on every rank."""
     mesh = Mesh.of(dp=2, tp=2)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     named = [("dp",), ("tp",), ("dp", "tp")]
-    turned = dist.get_rank() % 3
-    groups = ProcessGroups(mesh, device=torch.device(device), axes=named[turned:] + named[:turned], timeout_s=60)
+    turned = int(os.environ["RANK"]) % 3
+    groups = ProcessGroups.connect(mesh, device=device, axes=named[turned:] + named[:turned], timeout_s=60)
     assert list(groups.transports) == ["dp", "tp", "dp x tp"]
     for checked in (False, True):
         groups.begin_run(new_shapes=checked)
@@ -109,7 +107,7 @@ def several_axes(device: str) -> None:
         assert groups.bind(all_gather, ("dp", "tp"), node="join", options={"dim": 0})(x).tolist() == [0, 1, 2, 3]
         assert groups.bind(all_reduce, ("dp",), node="sum", options={})(x).item() == 2 + 2 * (groups.rank % 2)
     groups.barrier()
-    dist.destroy_process_group()
+    groups.close()
 
 
 def peers_that_never_send() -> None:
