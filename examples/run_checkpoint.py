@@ -31,7 +31,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--max-length", type=int, default=512, help="of a prompt and what follows it, in tokens")
     parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--timeout-s", type=float, default=60.0, help="how long ranks wait for one that does not answer")
+    parser.add_argument(
+        "--timeout-s", type=float, default=60.0, help="how long ranks wait for one that does not answer"
+    )
     return parser.parse_args()
 
 
@@ -47,7 +49,7 @@ def main() -> None:
         written = engine.generate(prompts, max_new_tokens=given.max_new_tokens)
         assert isinstance(written, Tensor)  # with logprobs=True it is more than that
         if engine.program.rank == 0:
-            print(f"{plan} on {engine.device.type}, over {engine.communicator.transports or 'one rank'}")
+            print(f"{plan} on {engine.device.type}")
             longest = max(map(len, prompts))
             for row, prompt in zip(written.tolist(), prompts, strict=True):
                 # shorter prompts are padded on the left

@@ -2,34 +2,46 @@
 
 import runpy
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = ROOT / "docs" / "reference" / "pictures"
+UPDATE = "run python docs/reference/pictures/draw.py"
 
 
 @pytest.fixture(scope="module")
-def drawn() -> dict[str, str]:
-    pictures: dict[str, str] = runpy.run_path(str(PICTURES / "draw.py"))["pictures"]()
-    return pictures
+def drawing() -> dict[str, Any]:
+    return runpy.run_path(str(PICTURES / "draw.py"))
 
 
-def test_pictures_are_up_to_date(drawn: dict[str, str]) -> None:
-    kept = {path.name: path.read_text(encoding="utf-8") for path in PICTURES.glob("*.svg")}
-    assert kept == drawn, "run python docs/reference/pictures/draw.py"
+def kept(name: str) -> str:
+    return (PICTURES / name).read_text(encoding="utf-8")
 
 
-def test_pictures_are_shown(drawn: dict[str, str]) -> None:
+def test_the_pipeline_is_that_of_the_architecture(drawing: dict[str, Any]) -> None:
+    assert kept("pipeline.svg") == drawing["pipeline"](), UPDATE
+
+
+@pytest.mark.slow
+def test_all_pictures_are_up_to_date(drawing: dict[str, Any]) -> None:
+    drawn = drawing["pictures"]()
+    assert {path.name: kept(path.name) for path in PICTURES.glob("*.svg")} == drawn, UPDATE
+
+
+def test_pictures_are_shown() -> None:
     pages = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
-    for name, text in drawn.items():
-        ElementTree.fromstring(text)
-        assert f"reference/pictures/{name})" in pages
+    pictures = list(PICTURES.glob("*.svg"))
+    assert len(pictures) == 2
+    for picture in pictures:
+        ElementTree.fromstring(kept(picture.name))
+        assert f"reference/pictures/{picture.name})" in pages
 
 
-def test_every_query_head_is_on_one_rank_with_its_kv_head(drawn: dict[str, str]) -> None:
-    words = [each.text or "" for each in ElementTree.fromstring(drawn["uneven_heads.svg"]).iter()]
+def test_every_query_head_is_on_one_rank_with_its_kv_head() -> None:
+    words = [each.text or "" for each in ElementTree.fromstring(kept("uneven_heads.svg")).iter()]
     rows: list[list[str]] = []
     for word in words:
         if word.startswith("rank "):
@@ -40,6 +52,5 @@ def test_every_query_head_is_on_one_rank_with_its_kv_head(drawn: dict[str, str])
     queries = [int(head[1:]) for row in rows for head in row if head.startswith("q")]
     assert sorted(queries) == list(range(6))
     for row in rows:
-        assert {f"kv{int(head[1:]) // 3}" for head in row if head.startswith("q")} == {
-            head for head in row if head.startswith("kv")
-        }
+        needed = {f"kv{int(head[1:]) // 3}" for head in row if head.startswith("q")}
+        assert needed == {head for head in row if head.startswith("kv")}

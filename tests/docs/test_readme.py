@@ -1,4 +1,4 @@
-"""The code of README.md and docs/generation.md as typed, in this process's stead; the commands for torchrun."""
+"""The code of README.md and docs/generation.md as typed; the commands for torchrun."""
 
 import os
 import re
@@ -18,6 +18,7 @@ TORCHRUN = re.compile(r"^\.venv/bin/torchrun (.*)$", re.MULTILINE)
 TEXT = "Return a list of strings."
 
 
+@pytest.mark.slow
 def test_the_code_of_the_readme(tmp_path: Path) -> None:
     first, in_processes = PYTHON.findall(README)
     assert 'device="cuda"' in in_processes
@@ -33,6 +34,7 @@ def test_the_code_of_the_readme(tmp_path: Path) -> None:
     assert "written torch.Size([1, " in done.stdout
 
 
+@pytest.mark.slow
 def test_the_code_about_generation(tmp_path: Path) -> None:
     first, *_ = typed.code("generation.md")
     done = typed.run("-c", first, cwd=tmp_path)

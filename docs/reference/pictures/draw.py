@@ -54,7 +54,10 @@ def uneven_heads() -> str:
     # the query's rows are as many as all heads have, those of keys and values as all kv heads
     queries = next(each for each in first if held_rows(each) == num_heads * size)
     keys = next(each for each in first if held_rows(each) == num_kv_heads * size)
-    shapes = [text(110, 24, f"{num_heads} query heads", bold=True), text(110 + 62 * num_heads, 24, "kv heads", bold=True)]
+    shapes = [
+        text(110, 24, f"{num_heads} query heads", bold=True),
+        text(110 + 62 * num_heads, 24, "kv heads", bold=True),
+    ]
     per_kv_head = num_heads // num_kv_heads
     for rank in range(NUM_RANKS):
         top = 40 + 44 * rank
@@ -63,7 +66,7 @@ def uneven_heads() -> str:
             shapes.append(box(110 + 56 * head, top, 48, 34, f"q{head}", COLOURS[head // per_kv_head]))
         for head in heads(keys, rank, size):
             shapes.append(box(110 + 62 * num_heads + 56 * head, top, 48, 34, f"kv{head}", COLOURS[head]))
-    note = "Colours: a query head and the kv head that it reads. A kv head is on every rank that has one of its query heads."
+    note = "Colours: a query head and its kv head. A kv head is on every rank that has one of its query heads."
     bottom = 40 + 44 * NUM_RANKS
     return svg(800, bottom + 30, [*shapes, text(20, bottom + 16, note)])
 
