@@ -11,8 +11,8 @@
 Per architecture, built tiny: captured or why not; the partitioned model against the model's own code at tp = 2, 3 and 4
 and lengths 1, 5 and 40, in float64 (internal float32 casts raised to float64 in both models, 1e-10) and in float32
 (1e-5); what it generates with a cache at tp = 1, 2 and 3, against the model's own forward without one. On the default
-configuration, on the meta device: the fullest rank's share of the matrices, and the all-reduces per layer. Only eight of its layers are
-built, and their weights counted as often as it has layers.
+configuration, on the meta device: the fullest rank's share of the matrices, and the all-reduces per layer. Only eight
+of its layers are built, and their weights counted as often as it has layers.
 """
 
 from __future__ import annotations
