@@ -61,19 +61,19 @@ def torchrun(commands: list[str], folder: Path) -> list[str]:
         port = str(free.getsockname()[1])
     environment = {**os.environ, "PYTHONPATH": str(typed.ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     started = []
-    for command in commands:
-        arguments = shlex.split(command.replace("$HOST", "127.0.0.1").replace("29500", port))
-        launcher = [sys.executable, "-P", "-m", "torch.distributed.run"]
-        started.append(
-            subprocess.Popen(
-                [*launcher, *arguments],
-                cwd=typed.ROOT,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=(folder / "stderr").open("ab"),
-                text=True,
+    with (folder / "stderr").open("wb") as stderr:
+        for command in commands:
+            arguments = shlex.split(command.replace("$HOST", "127.0.0.1").replace("29500", port))
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-P", "-m", "torch.distributed.run", *arguments],
+                    cwd=typed.ROOT,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    text=True,
+                )
             )
-        )
     said = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0] * len(commands), (folder / "stderr").read_text()
     return said
