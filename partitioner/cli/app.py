@@ -6,7 +6,7 @@
     partitioner export MODEL -o FOLDER   write a bundle: every rank's program and slices of the weights
     partitioner show FOLDER              what is in a bundle
 
-Exit codes: 0 equal, 1 a difference or a lost rank, 2 something in the question is wrong (one line says what).
+Exit codes: 0 equal, 1 a difference or a lost rank, 2 invalid arguments (one line says which).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def report_command(
         str | None, typer.Option(help="instead: why this weight (by name, or with *) is held as it is")
     ] = None,
     generate: Annotated[
-        bool, typer.Option("--generate", help="also of the program that continues texts: what ranks remember")
+        bool, typer.Option("--generate", help="also of the decode graph: what ranks keep of each sequence")
     ] = False,
 ) -> None:
     """Print what would be split over the ranks and what would not, and why. Needs no weights and little memory."""
@@ -150,7 +150,7 @@ def run_command(
     profile: Annotated[str, typer.Option(help="write what every rank did, node by node, to this file")] = "",
     checkpoint: Checkpoint = None,
     mapped: Annotated[
-        bool, typer.Option("--mapped", help="use weights where they lie in the files, which must stay as they are")
+        bool, typer.Option("--mapped", help="memory-map the weights; the files must not change meanwhile")
     ] = False,
     unchecked: Annotated[
         bool, typer.Option("--unchecked", help="do not compare a bundle's weights with their digests")
@@ -219,7 +219,7 @@ def export_command(
 def show_command(
     folder: Annotated[str, typer.Argument(help="a bundle")],
     rank: Annotated[int | None, typer.Option(help="print what this rank runs")] = None,
-    generation: Annotated[bool, typer.Option("--generation", help="its program that continues texts")] = False,
+    generation: Annotated[bool, typer.Option("--generation", help="its decode graph")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="read all of it, the weights too, and check it")] = False,
     checkpoint: Checkpoint = None,
 ) -> None:

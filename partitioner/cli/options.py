@@ -56,7 +56,7 @@ MaxLength = Annotated[
     int | None, typer.Option(help="the longest text that will be run, for rotary embeddings that depend on it")
 ]
 Simulate = Annotated[bool, typer.Option("--simulate", help="all ranks in this process, one thread each")]
-Timeout = Annotated[float, typer.Option("--timeout", help="seconds after which the processes are stopped")]
+Timeout = Annotated[float, typer.Option("--timeout", help="kill the whole run after so many seconds")]
 Checkpoint = Annotated[
     str | None, typer.Option(help="the folder with the weights, where a bundle was exported with --reference")
 ]

@@ -1,7 +1,7 @@
 """Flip every boolean field of every configuration of the zoo once, and compare what is captured with the model.
 
     python -m tests.supported_models.boolean_fields run [names]    a line per architecture and field in fields.jsonl
-    python -m tests.supported_models.boolean_fields write          fields.jsonl becomes docs/boolean_fields.md
+    python -m tests.supported_models.boolean_fields write          fields.jsonl becomes docs/reference/boolean_fields.md
 
 Each architecture is built tiny in float64, once as it is and once per field. The model's own forward, with the
 attention implementation that transformers gives it by default, is compared with the graph that is traced from it,
@@ -197,7 +197,7 @@ def main() -> int:
     parser.add_argument("--without", nargs="*", default=[], help="fields (or 'as it is') to leave for a later run")
     given = parser.parse_intermixed_args()
     if given.action == "write":
-        write(given.source, given.to or Path("docs/boolean_fields.md"))
+        write(given.source, given.to or Path("docs/reference/boolean_fields.md"))
         return 0
     return min(run(given.names, given.to or given.source, minutes=given.minutes, without=frozenset(given.without)), 1)
 

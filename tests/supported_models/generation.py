@@ -14,8 +14,8 @@ agree up to token i + 1; so by induction the loop writes the same text. The log-
 loop: tiny models with random weights tend to repeat a token, which wrong logits would choose too. That the model is
 causal is not assumed: the rows of each prompt run by itself must be those of the whole text.
 
-Where two logits are equal to within rounding, either token will do. All in float64, with detours through float32
-lifted on both sides.
+Where two logits are equal to within rounding, either token will do. All in float64, with internal float32
+casts raised to float64 in both models.
 """
 
 from __future__ import annotations

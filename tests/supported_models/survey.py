@@ -1,4 +1,4 @@
-"""Partition every architecture of the zoo, compare it with the model, and write `docs/supported_models.md`.
+"""Partition every architecture of the zoo, compare it with the model, and write `docs/reference/supported_models.md`.
 
     python -m tests.supported_models.survey run [names]       each architecture, built tiny: a line in coverage.jsonl
     python -m tests.supported_models.survey run --odd         the same with sizes that divide by little
@@ -6,13 +6,13 @@
     python -m tests.supported_models.survey generate --again  the same where there is a row already
     python -m tests.supported_models.survey bundles [names]   each, built tiny, saved and loaded: the same, bit by bit
     python -m tests.supported_models.survey shares [names]    each default configuration, on the meta device
-    python -m tests.supported_models.survey write             coverage.jsonl becomes docs/supported_models.md
+    python -m tests.supported_models.survey write             coverage.jsonl becomes docs/reference/supported_models.md
 
 Per architecture, built tiny: captured or why not; the partitioned model against the model's own code at tp = 2, 3 and 4
-and lengths 1, 5 and 40, in float64 (detours through float32 lifted on both sides, 1e-10) and in float32 (1e-5); what it
-generates with a cache at tp = 1, 2 and 3, against the model's own forward without one. On the default configuration, on
-the meta device: the fullest rank's share of the matrices, and the all-reduces per layer. Only eight of its layers are
-built, and their weights counted as often as it has layers.
+and lengths 1, 5 and 40, in float64 (internal float32 casts raised to float64 in both models, 1e-10) and in float32
+(1e-5); what it generates with a cache at tp = 1, 2 and 3, against the model's own forward without one. On the default
+configuration, on the meta device: the fullest rank's share of the matrices, and the all-reduces per layer. Only eight
+of its layers are built, and their weights counted as often as it has layers.
 """
 
 from __future__ import annotations
@@ -265,7 +265,11 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="also those that have a row, which is then replaced")
     given = parser.parse_intermixed_args()
     if given.action == "write":
-        write(given.source, given.to or Path("docs/supported_models.md"), made_by=(__doc__ or "").split("\n\n")[-1])
+        write(
+            given.source,
+            given.to or Path("docs/reference/supported_models.md"),
+            made_by=(__doc__ or "").split("\n\n")[-1],
+        )
         return 0
     options = {"minutes": given.minutes, "jobs": given.jobs, "odd": given.odd, "again": given.again}
     return min(run(given.action, given.names, given.to or given.source, **options), 1)

@@ -1,4 +1,4 @@
-"""What `tests.supported_models.survey` found, as `docs/supported_models.md`: counts, and a row per architecture."""
+"""What `tests.supported_models.survey` found, as `supported_models.md`: counts, and a row per architecture."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(source: Path, to: Path, *, made_by: str) -> None:
     masked = [row for row in rows if not row["odd"] and row["name"].startswith("masked:")]
     odd = [row for row in rows if row["odd"]]
     text = [
-        "# Coverage",
+        "# Supported models",
         "",
         "Made by `python -m tests.supported_models.survey run` and `... survey write`. "
         + made_by.replace("\n", " ").strip(),

@@ -1,4 +1,4 @@
-"""The ratchet: what docs/supported_models.md says may get better, not worse; and a sample of it is measured again."""
+"""The ratchet: what supported_models.md says may get better, not worse; and a sample of it is measured again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from tests.supported_models import survey
 
-TABLE = Path(__file__).parents[2] / "docs" / "supported_models.md"
+TABLE = Path(__file__).parents[2] / "docs" / "reference" / "supported_models.md"
 
 EQUAL = 169
 GENERATE = 149

@@ -27,7 +27,7 @@ __all__ = ["can_decompose", "decompose"]
 
 
 def can_decompose(node: fx.Node) -> bool:
-    """Whether `spell_out` writes the node out."""
+    """Whether `decompose` can write the node as sums."""
     op, a = operation(node), arguments(node)
     if op is aten.linalg_vector_norm:
         return a["ord"] in (None, 2, 2.0) and a["dim"] is not None

@@ -52,7 +52,7 @@ class Notation:
     averages: bool = False
     """Divides by the number of summed elements: in parts only as a sum and a division."""
     in_parts: frozenset[str] = frozenset()
-    """Whole letters that sums over them would do for, once the op is written out (a norm's): see `spelled_out`."""
+    """Whole letters that sums over them would do for, once the op is decomposed (a norm's): see `decompose_norms`."""
     opaque: bool = False
 
 
