@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from partitioner.compile.run_passes import Chosen, choose, wanted
 from partitioner.compile.weight_globs import select
@@ -23,6 +24,7 @@ __all__ = ["ORDER", "BuiltIn", "check_plan", "passes_of", "splitting"]
 
 TEXT, GENERATION = ("text",), ("prefill", "decode")
 EVERYWHERE = (*TEXT, *GENERATION)
+Reasons = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def check_plan(plan: object) -> Plan:
 
 def splitting(traced: Program, plan: Plan) -> list[Chosen]:
     """The passes that divide the weights, which all entries of one plan have in common."""
-    return list(_built_in(plan, (each for each in ORDER if each.splits), traced))
+    keep = select(traced, plan.keep_whole)  # what matches nothing is refused on one rank too
+    return list(_built_in(plan, (each for each in ORDER if each.splits), keep))
 
 
 def passes_of(plan: Plan, entry: str) -> list[Chosen]:
@@ -80,14 +83,14 @@ def passes_of(plan: Plan, entry: str) -> list[Chosen]:
     return [*_built_in(plan, (each for each in ORDER if not each.splits and entry in each.entries)), *own]
 
 
-def _built_in(plan: Plan, built_in: Iterable[BuiltIn], traced: Program | None = None) -> Iterable[Chosen]:
-    """Each that the plan needs, as the plan configures it."""
+def _built_in(plan: Plan, built_in: Iterable[BuiltIn], keep: Reasons = ()) -> Iterable[Chosen]:
+    """Each that the plan needs, as the plan configures it. keep: weights that none of them may split, with reasons."""
     configured = {chosen.step.name: chosen for chosen in wanted(plan)}
     for each in built_in:
         if not each.when(plan):
             continue
         chosen = configured.get(each.name) or choose(each.name)
-        if traced is not None and plan.keep_whole:
-            keep = select(traced, plan.keep_whole)
-            chosen = replace(chosen, step=replace(chosen.step, keep_whole=(*chosen.step.keep_whole, *keep)))  # type: ignore
+        if keep:
+            step: Any = chosen.step  # every pass that splits has the field
+            chosen = replace(chosen, step=replace(step, keep_whole=(*step.keep_whole, *keep)))
         yield chosen
