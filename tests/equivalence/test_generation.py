@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import runtime.kv_cache.cache
+import runtime.kv_cache.slots
 from partitioner import Plan
 from partitioner.compile.partition import compile_program, trace
 from partitioner.errors import InputError
@@ -35,12 +35,12 @@ def test_generates_what_the_model_would(name: str) -> None:
 
 
 def test_a_window_that_is_one_too_wide_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = runtime.kv_cache.cache.allowed
+    right = runtime.kv_cache.slots.allowed
 
     def wider(*positions: Tensor, window: int | None = None, **options: Any) -> Tensor:
         return right(*positions, window=None if window is None else window + 1, **options)
 
-    monkeypatch.setattr(runtime.kv_cache.cache, "allowed", wider)
+    monkeypatch.setattr(runtime.kv_cache.slots, "allowed", wider)
     found = compare("gemma2")
     assert found["verdict"] == "wrong"
     assert "tp=1, greedy, prompt of" in found["why"]

@@ -41,6 +41,12 @@ def open_bundle(bundle: Bundle) -> ReshardModel:
             f"{bundle.folder.path} was made from a {bundle.manifest.model_class}, which transformers does not have: "
             "partition the model itself instead"
         )
+    named = model.config.architectures
+    if named and bundle.manifest.model_class not in named:
+        raise BundleError(
+            f"{bundle.folder.path}: model/config.json names {str(named)[:100]}, and the manifest "
+            f"{bundle.manifest.model_class}: the bundle was altered; partition the model itself instead"
+        )
     _give_dtypes(model, {each.shard.name: each.shard.dtype for each in stored})
     if model.can_generate():
         rank = bundle.rank(0)

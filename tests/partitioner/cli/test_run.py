@@ -85,7 +85,7 @@ def test_a_tokenizer_without_a_template_is_refused_before_anything_is_started(mo
 
 def test_what_a_template_refuses_is_one_line(chatting: str) -> None:
     _, error = run(chatting, "--chat", "--prompt", "bad", code=2)
-    assert "refuses 'bad': no bad words" in " ".join(error.split())
+    assert "refuses 'bad': TemplateError: no bad words" in " ".join(error.split())
 
 
 def test_a_bundle_is_used_where_it_lies(embedded_folder: Path, tmp_path: Path) -> None:

@@ -178,8 +178,7 @@ def test_emitted_graphs_keep_names_and_meta_and_call_torch() -> None:
     assert [node.name for node in rank.graph.nodes] == [node.name for node in program.graph.nodes]
     assert [node.meta.get("layout") for node in rank.graph.nodes] == [n.meta.get("layout") for n in program.graph.nodes]
     code = rank.graph_module.code
-    # handmade inputs do not say that they are tensors
-    assert code.count("torch.ops") == code.count("torch.ops.aten.unsqueeze.default(position_ids, -1)") == 1
+    assert "torch.ops" not in code
     assert "up.reshape([-1, 1, 5])" in code
     ids = handmade.input_ids()
     whole = Simulator([emit(handmade.traced(), {})])(input_ids=ids)[0]

@@ -13,7 +13,7 @@ from partitioner import BundleError
 from partitioner.program.torch_calls import FUNCTIONS, METHODS
 from partitioner.storage.bundle.format.op_names import _CALLS, _METHODS, ATEN, name_of, op_named
 
-NOT_IN_GRAPHS = {"allowed"}
+NOT_IN_GRAPHS = {"allowed", "row_counts", "unbound"}
 
 
 def test_every_packet_is_there_and_has_an_overload_that_only_computes() -> None:
@@ -55,6 +55,8 @@ def test_names_and_what_they_stand_for() -> None:
 def test_all_ops_of_ours_are_in_the_list() -> None:
     for info in pkgutil.iter_modules(runtime.ops.__path__):
         module = importlib.import_module(f"runtime.ops.{info.name}")
+        if info.name == "communicating":
+            continue  # the table of ops, and what reads it
         for name in set(module.__all__) - NOT_IN_GRAPHS:
             if not name.isupper():
                 assert f"op.{name}" in _CALLS, name
