@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -301,7 +301,12 @@ def _build(name: str, config: PreTrainedConfig) -> PreTrainedModel:
         config.is_decoder = True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the models' own initialisation draws from the global generator
-        return cls(config)
+        model = cls(config)
+    if model.can_generate():  # what some would force or forbid is no part of a model's forward, the tests' reference
+        said = model.generation_config
+        ids = {name: getattr(said, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = GenerationConfig(**ids)
+    return model
 
 
 def _config(cls: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedConfig:

@@ -112,7 +112,7 @@ def test_the_graph_is_functional_and_has_no_leftovers(name: str) -> None:
     _, _, program = captured(name)
     for node in program.graph.nodes:
         assert node.op in ("placeholder", "get_attr", "call_function", "output")
-        assert set(node.meta) <= {"val", "path"}
+        assert set(node.meta) <= {"val", "path", "source"}
         assert "device" not in node.kwargs
         if isinstance(node.target, torch._ops.OpOverload):
             assert not node.target._schema.is_mutable
