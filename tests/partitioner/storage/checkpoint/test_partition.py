@@ -160,7 +160,7 @@ def test_the_runtime_reads_a_shard_without_transformers(pytestconfig: pytest.Con
     weight = max(program.weights, key=lambda weight: len(weight.pieces))
     code = (
         "import json, sys, torch\n"
-        "from runtime.program.rank_program import Piece, WeightShard\n"
+        "from runtime.program.shards import Piece, WeightShard\n"
         "from runtime.weights.read_shards import Reader\n"
         "from runtime.weights.safetensors_files import TensorFiles\n"
         "folder, shape, pieces = json.loads(sys.argv[1])\n"
