@@ -17,7 +17,7 @@ def python(code: str, *folders: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-P", "-c", start + code], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("leaf", ["errors", "mesh", "layout"])
+@pytest.mark.parametrize("leaf", ["errors", "sharding.mesh", "sharding.layout"])
 def test_leaf_pulls_in_nothing_else(leaf: str) -> None:
     done = python(f"import partitioner.{leaf}; print(*sys.modules, sep='\\n')", ROOT)
     assert done.returncode == 0, done.stderr
@@ -25,7 +25,9 @@ def test_leaf_pulls_in_nothing_else(leaf: str) -> None:
     assert "torch" not in loaded
     assert "transformers" not in loaded
     ours = {name for name in loaded if name.split(".")[0] in ("partitioner", "passes", "runtime")}
-    assert ours <= {"partitioner", "partitioner.errors", f"partitioner.{leaf}"}
+    leaves = {f"partitioner.sharding.{name}" for name in ("index_set", "layout", "mesh")}
+    assert ours <= {"partitioner", "partitioner.errors", "partitioner.sharding", *leaves}
+    assert f"partitioner.{leaf}" in ours
 
 
 def test_every_exported_name_is_there() -> None:
