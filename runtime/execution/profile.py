@@ -80,7 +80,7 @@ class Recording:
         self.mesh, self.rank = program.mesh, program.rank
         self._device = device
         self.on_cuda = device.type == "cuda"
-        at = {axis: at for axis, at in program.coordinates.items() if program.mesh.size(axis) > 1}
+        at = {axis: program.coordinates[axis] for axis in program.mesh.degrees}
         self.recorded = Recorded(rank=self.rank, coordinates=at, host=_host(), device=str(device))
         self._graphs: dict[int, int] = {}
         self._meetings: Counter[tuple[int, ...]] = Counter()

@@ -67,8 +67,8 @@ NOT_OFFERED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "compile_config": ("see Engine.connect(compile=True)", (_ANY,)),
     "disable_compile": ("see Engine.connect(compile=True)", (_ANY,)),
     "continuous_batching_config": ("continuous batching", (_ANY,)),
-    "logits_processor": ("processors of your own", ()),
-    "stopping_criteria": ("criteria of your own", ()),
+    "logits_processor": ("processors of your own", ([],)),
+    "stopping_criteria": ("criteria of your own", ([],)),
     "prefix_allowed_tokens_fn": ("functions of your own", ()),
     "negative_prompt_ids": ("classifier-free guidance", ()),
     "streamer": ("streamers: use stream()", ()),
@@ -98,7 +98,7 @@ def refuse_not_offered(given: Mapping[str, Any], *, of_the_model: bool) -> None:
         if name not in NOT_OFFERED or value is None:
             continue
         what, neutral = NOT_OFFERED[name]
-        plain = isinstance(value, (int, float, str))
+        plain = isinstance(value, (int, float, str, list, tuple))
         if any(known is _ANY or (plain and value == known) for known in neutral):
             continue
         if not of_the_model:

@@ -140,7 +140,6 @@ def test_the_cache_serves_a_second_and_a_smaller_task() -> None:
     [
         ({"num_beams": 4}, InputError, "beam search"),
         ({"num_return_sequences": 2}, InputError, "several sequences"),
-        ({"no_repeat_ngram_size": 2}, InputError, "no_repeat_ngram_size"),
         ({"return_dict_in_generate": True}, InputError, "return_dict_in_generate"),
         ({"token_type_ids": torch.zeros(1, 3)}, InputError, "return_token_type_ids=False"),
         ({"input_ids": [[1]]}, InputError, "given twice, as prompts and input_ids"),

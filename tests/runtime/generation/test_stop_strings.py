@@ -63,7 +63,7 @@ def test_random_strings_of_random_texts() -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     said = tokenizer.decode(ids)
     hits = 0
-    for _ in range(150):
+    for _ in range(400):
         start = chosen.randrange(1, len(said) - 1)
         stop = said[start : start + chosen.randint(1, 9)]
         length = chosen.randint(2, len(ids))

@@ -17,4 +17,5 @@ def test_every_collective_is_listed_under_its_name() -> None:
     assert {op.__name__: row.primitive for op, row in COMMUNICATING.items()} == {
         "all_reduce": "all_reduce",
         "all_gather": "all_gather",
+        "collect_rows": None,
     }

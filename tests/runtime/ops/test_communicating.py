@@ -117,7 +117,13 @@ def test_what_names_no_axes_is_refused(axis: Any) -> None:
 
 @pytest.mark.parametrize(
     ("axis", "why"),
-    [("px", "no mesh axis"), (("tp", "px"), "no mesh axis"), ((), "each axis once"), (("tp", "tp"), "each axis once")],
+    [
+        ("px", "unknown mesh axis 'px'"),
+        (("tp", "px"), "unknown mesh axis 'px'"),
+        ((), "no axis"),
+        (("tp", "tp"), "stands twice"),
+        (("tp", "ep"), "two views"),
+    ],
 )
 def test_axes_that_a_mesh_has_not_are_refused(axis: Any, why: str) -> None:
     with pytest.raises(CommunicationError, match=why):
