@@ -87,7 +87,7 @@ class Heartbeat:
                 raise RankLost(f"rank 0 has not come, or cannot be reached{where}: {_line(error)}") from error
             self = cls(rank, num_ranks, key=key, link=link)
         try:
-            self._wait(lambda: self._complete, deadline)
+            self._wait(lambda: self._complete and self._listener is None, deadline)
         except BaseException:
             self.close()
             raise
@@ -202,6 +202,8 @@ class Heartbeat:
                     next_beat = time.monotonic() + BEAT_S
                     self._beat()
                     self._see_to_the_door(selector)
+                elif self._complete and self._listener is not None:
+                    self._see_to_the_door(selector)  # nobody else is expected
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
         assert self._listener is not None
