@@ -3,7 +3,7 @@
     graph     torch.fx.Graph: placeholders (the inputs, in order), get_attr (weights by name), call_function, output
     node      node.meta["val"]    Value (shape, dtype), a tuple of Values (several outputs), a sympy.Expr (an integer)
               node.meta["layout"] Layout, or a tuple of Layouts; set by the passes and re-inferred by the verifier
-              node.meta["path"]   the module it came from ("model.layers.0.self_attn"); "source": the line of its code
+              node.meta["path"]   the module it came from ("model.layers.0.self_attn")
               node.meta["source"] the line of its code, where the trace tells
               node.meta["why"]    the reason for what a pass did to it
               node.meta["stages"] the pipeline stages that compute it, where there are several
