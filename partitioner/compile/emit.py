@@ -68,7 +68,7 @@ class Emitter:
         return replace(self._parts[key], coordinates=coordinates)
 
     def _rank(self, coordinates: Mapping[str, int]) -> RankProgram:
-        parts = self._stages[coordinates["pp"] if len(self._stages) > 1 else 0]
+        parts = self._stages[self._stage(coordinates)]
         return RankProgram(
             build_graph=functools.partial(self._graph, coordinates),
             mesh=self.program.mesh,
@@ -85,10 +85,14 @@ class Emitter:
             source=None if self.program.origins is None else self.program.origins.source,
         )
 
+    def _stage(self, coordinates: Mapping[str, int]) -> int:
+        """0 where the program is run whole, whatever the mesh."""
+        return coordinates["pp"] if len(self._stages) > 1 else 0
+
     def _graph(self, coordinates: Mapping[str, int]) -> fx.Graph:
         table = self.program.table
         row = tuple(self.program.at(PerRankInt(name), coordinates) for name in table)
-        stage = coordinates["pp"] if len(self._stages) > 1 else 0
+        stage = self._stage(coordinates)
         if (stage, row) not in self._graphs:
             integers = dict(zip(table, row, strict=True))
             self._graphs[stage, row] = _substituted(self._stages[stage].graph, integers)

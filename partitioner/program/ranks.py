@@ -9,7 +9,6 @@ Engine.connect(ranks)                    this process's rank, under torchrun
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -69,7 +68,7 @@ class Ranks(ABC):
             communicator,
             weights=weights,
             device=device,
-            entries=functools.partial(_entry_of, self, rank),
+            entries=lambda entry: self.entry(entry, rank),
             compile=compile,
             cuda_graph=cuda_graph,
         )
@@ -138,10 +137,6 @@ class Ranks(ABC):
             tokens_that_fit(self.entry("decode", rank), room, max_batch=max_batch, prefill_step=prefill_step)
             for rank in range(self.mesh.world_size)
         ]
-
-
-def _entry_of(ranks: Ranks, rank: int, entry: Entry) -> RankProgram:
-    return ranks.entry(entry, rank)
 
 
 def same_on_all_ranks(results: list[Tensor]) -> Tensor:
