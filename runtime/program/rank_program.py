@@ -66,13 +66,14 @@ class Stage:
     """Which of `count` pipeline stages a rank runs.
 
     Its graph takes `receives` after its inputs, under the names "receive_0", "receive_1" and so on, and yields a tuple
-    of `sends`; the last one yields the result.
+    of `sends`; the last one yields the result. rows_apart: whether rows of a batch may be run one after the other.
     """
 
     index: int
     count: int
     receives: tuple[Crossing, ...] = ()
     sends: tuple[Crossing, ...] = ()
+    rows_apart: bool = False
 
 
 @dataclass(frozen=True)
