@@ -28,9 +28,10 @@ from runtime.execution.chrome_trace import Trace, from_all_ranks
 from runtime.execution.executable import Executable
 from runtime.execution.merge_linears import lay_side_by_side, merge_linears
 from runtime.execution.profile import Profiler
-from runtime.generation.generate_loop import GenerateLoop, Loaded
+from runtime.generation.generate_loop import GenerateLoop
 from runtime.generation.generation_options import Options
 from runtime.generation.generation_request import Generated, GenerationRequest, Prompts, Step
+from runtime.generation.steps import Loaded
 from runtime.kv_cache.cache_size import CacheSize, Room
 from runtime.ops.communicating import named_axes
 from runtime.pipeline.perform import Staged
