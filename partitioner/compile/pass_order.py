@@ -83,11 +83,9 @@ def passes_of(plan: Plan, entry: str) -> list[Chosen]:
     """Those that come after `splitting`, for one entry."""
     names = {each.name for each in ORDER}
     own = [chosen for chosen in wanted(plan) if chosen.step.name not in names]
-    before, after = (
-        _built_in(plan, (each for each in ORDER if not each.splits and each.last is last and entry in each.entries))
-        for last in (False, True)
-    )
-    return [*before, *own, *after]
+    here = [each for each in ORDER if not each.splits and entry in each.entries]
+    before, after = ([each for each in here if each.last is last] for last in (False, True))
+    return [*_built_in(plan, before), *own, *_built_in(plan, after)]
 
 
 def _built_in(plan: Plan, built_in: Iterable[BuiltIn], keep: Reasons = ()) -> Iterable[Chosen]:

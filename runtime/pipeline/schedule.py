@@ -25,6 +25,7 @@ __all__ = [
     "Timelines",
     "bubble",
     "chain",
+    "groups_of",
     "naive_ring",
     "one_by_one",
     "pieces_of",
@@ -76,6 +77,13 @@ def pieces_of(rows: int, stages: int) -> list[slice]:
     """A batch in equal pieces, as far as that goes."""
     count = min(rows, PIECES_PER_STAGE * stages)
     return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+
+
+def groups_of(rows: int, stages: int) -> list[slice]:
+    """The rows of each of as many groups as there are stages; none in the last ones where rows are fewer."""
+    used = min(rows, stages)
+    found = [slice(rows * i // used, rows * (i + 1) // used) for i in range(used)]
+    return found + [slice(rows, rows)] * (stages - used)
 
 
 def chain(stages: int, pieces: int) -> Timelines:
