@@ -120,7 +120,10 @@ class Steps:
     def execute(
         self, piece: Piece, received: Sequence[Tensor] = (), *, decode: bool = False, rows: slice | None = None
     ) -> Any:
-        """What the rank's graph yields: logits [B, 1, V/n], or what its stage hands on. received: from the stage before."""
+        """What the rank's graph yields: logits [B, 1, V/n], or what its stage hands on.
+
+        received: what comes from the stage before.
+        """
         counts = [len(row) for row in piece.tokens]
         size = max(counts)
         ids = torch.tensor([row + row[-1:] * (size - len(row)) for row in piece.tokens], device=self._device)

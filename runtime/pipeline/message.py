@@ -51,9 +51,7 @@ class Message:
         return packed
 
     @classmethod
-    def unpack(
-        cls, packed: Tensor, rows: int, *, count: int, crossings: Sequence[Crossing], scored: bool
-    ) -> Message:
+    def unpack(cls, packed: Tensor, rows: int, *, count: int, crossings: Sequence[Crossing], scored: bool) -> Message:
         """count: how many rows the group has. crossings: what the stage before hands on."""
         head = packed[: 8 * (2 + 2 * rows)].cpu()
         numbers = head[: 8 * (2 + rows)].view(torch.int64).tolist()
