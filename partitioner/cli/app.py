@@ -5,6 +5,7 @@
     partitioner run MODEL --prompt "..." write what follows
     partitioner export MODEL -o FOLDER   write a bundle: every rank's program and slices of the weights
     partitioner show FOLDER              what is in a bundle
+    partitioner schedule MODEL --pp 4    what each pipeline stage does when, as a picture
 
 Exit codes: 0 equal, 1 a difference or a lost rank, 2 invalid arguments (one line says which).
 """
@@ -29,11 +30,13 @@ from partitioner.cli.options import (
     Model,
     Passes,
     PlanText,
+    Pp,
     Simulate,
     Timeout,
     Tp,
 )
 from partitioner.cli.run import Question, answer, answer_here, is_rank, run_in_processes
+from partitioner.cli.schedule import schedule
 from partitioner.cli.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
 from partitioner.errors import CommunicationError, PartitionerError
 from partitioner.report.explain import explain as explain_weight
@@ -56,6 +59,7 @@ _OF_CONFIG = typer.Option(help="by default as the model's generation config says
 def verify_command(
     model: Model,
     tp: Tp = None,
+    pp: Pp = None,
     plan: PlanText = None,
     keep_whole: KeepWhole = None,
     passes: Passes = None,
@@ -68,7 +72,7 @@ def verify_command(
 ) -> None:
     """Compare the partitioned model with the original, over one process per rank."""
     with _errors():
-        how = Compile.of(tp, keep_whole, passes, max_length, plan)
+        how = Compile.of(tp, pp, keep_whole, passes, max_length, plan)
         case = Case(model, how, tuple(dtype.split(",")), parse_lengths(lengths), seed)
         require_timeout(timeout_s)  # also where no process is started
         for name in case.dtypes:
@@ -91,6 +95,7 @@ def verify_command(
 def report_command(
     model: Model,
     tp: Tp = None,
+    pp: Pp = None,
     plan: PlanText = None,
     keep_whole: KeepWhole = None,
     passes: Passes = None,
@@ -105,7 +110,7 @@ def report_command(
 ) -> None:
     """Print what would be split over the ranks and what would not, and why. Needs no weights and little memory."""
     with _errors():
-        parts = Compile.of(tp, keep_whole, passes, max_length, plan).compile(model, dtype=dtype, meta=True)
+        parts = Compile.of(tp, pp, keep_whole, passes, max_length, plan).compile(model, dtype=dtype, meta=True)
         console = Console()
         if explain is not None:
             console.print(explain_weight(parts.program, explain), markup=False, highlight=False, soft_wrap=True)
@@ -122,6 +127,7 @@ def run_command(
         str, typer.Argument(help="a checkpoint folder with a tokenizer, or a bundle; by default the small model inside")
     ] = str(EXAMPLE_MODEL),
     tp: Tp = None,
+    pp: Pp = None,
     plan: PlanText = None,
     keep_whole: KeepWhole = None,
     passes: Passes = None,
@@ -175,7 +181,7 @@ def run_command(
         question = Question(
             model,
             tuple(prompt),
-            Compile.of(tp, keep_whole, passes, max_length, plan),
+            Compile.of(tp, pp, keep_whole, passes, max_length, plan),
             dtype=dtype,
             checkpoint=checkpoint,
             mapped=mapped,
@@ -199,6 +205,7 @@ def export_command(
     model: Model,
     out: Annotated[str, typer.Option("--out", "-o", help="a new folder")],
     tp: Tp = None,
+    pp: Pp = None,
     plan: PlanText = None,
     keep_whole: KeepWhole = None,
     passes: Passes = None,
@@ -210,7 +217,7 @@ def export_command(
 ) -> None:
     """Write a bundle: what each rank runs, and its slices of the weights. Loading it runs nothing of what is in it."""
     with _errors():
-        how = Compile.of(tp, keep_whole, passes, max_length, plan)
+        how = Compile.of(tp, pp, keep_whole, passes, max_length, plan)
         said = export(model, how, out, dtype=dtype, reference=reference)
         Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
 
@@ -232,6 +239,25 @@ def show_command(
         Console().print(said, markup=False, highlight=False, soft_wrap=True)
         if verify:
             Console().print("all files are as they were written", markup=False, highlight=False)
+
+
+@app.command("schedule")
+def schedule_command(
+    model: Model,
+    tp: Tp = None,
+    pp: Pp = None,
+    plan: PlanText = None,
+    passes: Passes = None,
+    max_length: MaxLength = None,
+    dtype: Dtype = None,
+    microbatches: Annotated[int, typer.Option(help="into how many pieces a batch or prompt is divided")] = 8,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="write the picture to this file, as SVG")] = None,
+) -> None:
+    """Print how long pipeline stages are idle, from their predicted times; needs no weights."""
+    with _errors():
+        parts = Compile.of(tp, pp, None, passes, max_length, plan).compile(model, dtype=dtype, meta=True)
+        said = schedule(parts, microbatches=microbatches, out=out)
+        Console().print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -27,7 +27,6 @@ __all__ = [
     "chain",
     "groups_of",
     "naive_ring",
-    "one_by_one",
     "pieces_of",
     "ring",
 ]
@@ -97,19 +96,6 @@ def chain(stages: int, pieces: int) -> Timelines:
             actions.append(Run(piece))
             if stage + 1 < stages:
                 actions.append(Send(piece))
-        found.append(tuple(actions))
-    return tuple(found)
-
-
-def one_by_one(stages: int, pieces: int) -> Timelines:
-    """As a pipeline without pieces in flight does it: the next piece starts when the last stage has the one before."""
-    found = []
-    for stage in range(stages):
-        actions: list[Action] = []
-        for piece in range(pieces):
-            actions += [Receive(piece)] if stage else []
-            actions.append(Run(piece))
-            actions += [Send(piece)] if stage + 1 < stages else []
         found.append(tuple(actions))
     return tuple(found)
 

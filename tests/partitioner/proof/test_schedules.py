@@ -10,7 +10,7 @@ from partitioner.errors import RankMismatch
 from partitioner.proof.meetings import Event, events_of
 from partitioner.proof.schedules import boundaries_of, play_schedule
 from runtime.ops.communicating import Meeting
-from runtime.pipeline.schedule import Receive, Send, bubble, chain, naive_ring, one_by_one, pieces_of, ring
+from runtime.pipeline.schedule import Receive, Send, bubble, chain, naive_ring, pieces_of, ring
 from tests.support.partitioned import compiled
 
 
@@ -26,7 +26,6 @@ def boundaries(count: int) -> tuple[tuple[Event, ...], ...]:
 @pytest.mark.parametrize("pieces", [1, 2, 7])
 def test_chains_and_rings_need_no_buffers(stages: int, pieces: int) -> None:
     play_schedule(chain(stages, pieces), boundaries(stages))
-    play_schedule(one_by_one(stages, pieces), boundaries(stages))
     play_schedule(ring(stages, stages, pieces * stages), boundaries(stages))
 
 
