@@ -173,14 +173,19 @@ def make_report(program: Program, *, plan: str) -> Report:
         if node.op == "call_function" and node.target in COMMUNICATING
     )
     ranks = [program.mesh.coordinates(rank) for rank in range(program.mesh.world_size)]
+    # many layers and many ranks: weights that are divided alike are reckoned once
     on = _stages_holding(program)
-    held = [[_held(program, w, at) if at["pp"] in on(w) else 0 for w in program.weights.values()] for at in ranks]
+    alike: dict[tuple[object, ...], list[Weight]] = defaultdict(list)
+    for weight in program.weights.values():
+        layout = program.weight_layouts.get(weight.name)
+        alike[layout, weight.shape, weight.dtype, weight.name in users, on(weight)].append(weight)
+    counted = [(len(weights), weights[0]) for weights in alike.values()]
+    held = [[n * _held(program, w, at) if at["pp"] in on(w) else 0 for n, w in counted] for at in ranks]
     shared = tuple(
-        sum(_replicated(program, w, at, len(on(w))) for w in program.weights.values() if at["pp"] in on(w))
-        for at in ranks
+        sum(n * _replicated(program, w, at, len(on(w))) for n, w in counted if at["pp"] in on(w)) for at in ranks
     )
-    is_matrix = [name in users for name in program.weights]
-    matrices = sum(w.bytes for w, yes in zip(program.weights.values(), is_matrix, strict=True) if yes)
+    is_matrix = [weight.name in users for _, weight in counted]
+    matrices = sum(weight.bytes for weight in program.weights.values() if weight.name in users)
     fullest = max(sum(b for b, yes in zip(rank, is_matrix, strict=True) if yes) for rank in held)
     share = fullest / matrices if matrices else 1.0
     return Report(
