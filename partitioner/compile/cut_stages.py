@@ -48,6 +48,7 @@ class StageParts:
                 tuple(_crossing(program, n) for n in received),
                 tuple(_crossing(program, n) for n in sent),
                 rows_apart=program.stages is not None and program.stages.rows_apart,
+                pairs_per_token=program.stages.pairs_per_token if program.stages is not None else 0,
             )
         read = [str(node.target) for node in graph.nodes if node.op == "get_attr" and node.users]
         used = {str(node.kwargs["state"]) for node in graph.nodes if "state" in node.kwargs}

@@ -27,7 +27,7 @@ class StageTable:
 
     costs: what each stage was expected to take, in units of one; crossing_bytes: over each boundary, at the sizes that
     the costs were counted for; places: how many there were to choose from; balance: for what it was chosen; rows_apart:
-    whether rows of a batch may be run one after the other.
+    whether rows of a batch may be run one after the other; pairs_per_token: see `runtime.program.rank_program.Stage`.
     """
 
     of_weight: Mapping[str, frozenset[int]]
@@ -37,6 +37,7 @@ class StageTable:
     places: int = 0
     balance: str = ""
     rows_apart: bool = False
+    pairs_per_token: int = 0
 
 
 def stages_of(node: fx.Node) -> frozenset[int]:

@@ -24,7 +24,7 @@ from runtime.generation.steps import Steps
 from runtime.pipeline.links import Links
 from runtime.pipeline.message import Message, message_bytes
 from runtime.pipeline.perform import perform
-from runtime.pipeline.schedule import Run, Shift, chain, groups_of, in_slot
+from runtime.pipeline.schedule import PIECES_PER_STAGE, Run, Shift, chain, chunk_ends, groups_of, in_slot
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["StagedLoop"]
@@ -58,8 +58,11 @@ class StagedLoop:
 
     def _prefill(self, groups: list[Conversation], rows: list[slice], size: int) -> dict[int, Tensor]:
         """On the last stage: the logits [B, V/n] of each prompt's last token, by group."""
-        pieces: list[tuple[int, Piece]] = [
-            (number, piece) for number, group in enumerate(groups) if group.texts for piece in group.prompt_pieces(size)
+        pieces = [
+            (number, piece)
+            for number, group in enumerate(groups)
+            if group.texts
+            for piece in group.pieces_between(self._ends(group, sum(bool(each.texts) for each in groups), size))
         ]
         found: dict[int, Tensor] = {}
 
@@ -77,6 +80,15 @@ class StagedLoop:
         timeline = chain(self._stage.count, len(pieces))[self._stage.index]
         perform(timeline, self._links, [self._run.sizes(piece) for _, piece in pieces], run)
         return found
+
+    def _ends(self, group: Conversation, groups: int, size: int) -> list[int]:
+        """Chunks of one group: enough of them to keep all stages busy, `size` tokens at most."""
+        return chunk_ends(
+            max(map(len, group.texts)),
+            least=-(-PIECES_PER_STAGE * self._stage.count // groups),
+            longest=size,
+            pairs_per_token=self._stage.pairs_per_token,
+        )
 
     def _tell_first(
         self,

@@ -13,6 +13,8 @@ not. Pipelines of pieces: GPipe, arXiv:1811.06965, section 2.3.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,12 +27,15 @@ __all__ = [
     "Timelines",
     "bubble",
     "chain",
+    "chunk_ends",
     "groups_of",
     "naive_ring",
     "pieces_of",
     "ring",
 ]
 
+_FEWEST_TOKENS = 64
+"""Of a chunk, where it is not the prompt that is short."""
 PIECES_PER_STAGE = 8
 """Into how many pieces a batch is divided at most: with m pieces, p stages are idle for (p - 1) / (m + p - 1)."""
 
@@ -83,6 +88,29 @@ def groups_of(rows: int, stages: int) -> list[slice]:
     used = min(rows, stages)
     found = [slice(rows * i // used, rows * (i + 1) // used) for i in range(used)]
     return found + [slice(rows, rows)] * (stages - used)
+
+
+def chunk_ends(tokens: int, *, least: int, longest: int, pairs_per_token: int) -> list[int]:
+    """Where a prompt is cut into chunks that take equally long: later ones are shorter, as they see more.
+
+    least: how many chunks, unless they would have fewer than 64 tokens. longest: the most tokens of one.
+    pairs_per_token: how many pairs of a query and a key cost what a token costs elsewhere, 0: nobody knows.
+    """
+    count = max(1, min(least, tokens // _FEWEST_TOKENS), -(-tokens // longest))
+    while True:
+        ends = [_tokens_of(tokens, i / count, pairs_per_token) for i in range(1, count)] + [tokens]
+        ends = sorted(set(ends))
+        if max(b - a for a, b in itertools.pairwise([0, *ends])) <= longest:
+            return ends
+        count += 1
+
+
+def _tokens_of(tokens: int, share: float, pairs_per_token: int) -> int:
+    """How many of the first tokens cost this share of all: of n, n + n^2 / 2 / pairs_per_token."""
+    if not pairs_per_token:
+        return max(1, round(tokens * share))
+    cost = share * (tokens + tokens**2 / 2 / pairs_per_token)
+    return max(1, round(pairs_per_token * (math.sqrt(1 + 2 * cost / pairs_per_token) - 1)))
 
 
 def chain(stages: int, pieces: int) -> Timelines:

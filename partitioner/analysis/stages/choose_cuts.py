@@ -26,6 +26,7 @@ from partitioner.program.node_arguments import node_values
 from partitioner.program.program import Program
 from partitioner.program.stages import StageTable
 from partitioner.sharding.layout import Layout
+from runtime.ops.attention import attention
 
 __all__ = ["Balance", "choose_cuts"]
 
@@ -50,6 +51,7 @@ class _Places:
     costs: tuple[float, ...]
     crossing: tuple[int | None, ...]
     weights: tuple[frozenset[str], ...]
+    pairs_per_token: int
 
 
 def choose_cuts(
@@ -91,6 +93,7 @@ def choose_cuts(
         crossing_bytes=tuple(places.crossing[cut] or 0 for cut in cuts),
         places=possible,
         balance="stage_starts" if starts else balance,
+        pairs_per_token=places.pairs_per_token,
     )
 
 
@@ -105,10 +108,15 @@ def _places(program: Program, classes: NodeClasses, balance: Balance) -> _Places
     sizes = _sizes(program, PREFILL_TOKENS if balance == "prefill" else 1)
     by_name = {node.name: level for node, level in levels.items()}
     once = _after_last_token(program, classes) if balance == "prefill" else frozenset[str]()
+    attends = {node.name for node in classes.ordered if node.target is attention}
+    attending = other = 0
     for number, found in ((0, sizes), (1, _sizes(program, 1))):
         if number and not once:
             continue
         for cost in node_costs(program, at, found):
+            if not number:
+                attending += cost.flops if cost.name in attends else 0
+                other += 0 if cost.name in attends else cost.flops
             if cost.name in by_name and (cost.name in once) == bool(number):
                 costs[by_name[cost.name]] += _read_as(cost)
     rank = RankSizes(program, at, sizes)
@@ -130,7 +138,9 @@ def _places(program: Program, classes: NodeClasses, balance: Balance) -> _Places
     for place in range(places):
         total, blocked = total + bytes_[place], blocked + refused[place]
         crossing.append(None if blocked else total)
-    return _Places(readers, tuple(costs), tuple(crossing), tuple(classes.weights_of[node] for node in readers))
+    # of a causal text of n tokens: n (n + 1) / 2 pairs, n tokens
+    pairs = other * (sizes.get("sequence", 1) + 1) // (2 * attending) if attending else 0
+    return _Places(readers, tuple(costs), tuple(crossing), tuple(classes.weights_of[node] for node in readers), pairs)
 
 
 def _read_as(cost: NodeCost) -> float:
