@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from partitioner import Parts, Plan
+from partitioner import Parts, Plan, partition
 from partitioner.errors import LayoutError, PlanError
 from partitioner.program.stages import crossings, table_of
+from partitioner.proof.layouts import check_entries
 from tests.support.partitioned import EXACT, compiled, error, sized, tokens
 
 
@@ -114,11 +115,30 @@ def test_what_cannot_be_is_refused(pp: int, options: dict[str, Any], said: str) 
 def test_more_stages_than_one_model_of_many_layers_needs() -> None:
     model = sized("llama", num_hidden_layers=8, hidden_size=32, num_attention_heads=2, num_key_value_heads=1,
                   head_dim=16, intermediate_size=48, vocab_size=64)  # fmt: skip
-    from partitioner import partition
-
     parts = partition(model, Plan(pp=4))
     assert parts.report.stages.evenness > 0.85
     with torch.no_grad():
         ids = torch.randint(0, 64, (5, 6))
         expected = model(input_ids=ids).logits
     torch.testing.assert_close(parts.simulate(input_ids=ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_state_that_two_entries_keep_on_different_stages_is_refused() -> None:
+    parts = staged("llama", 2)
+    prefill = parts.program_of("prefill")
+    decode = prefill.copy()
+    check_entries(prefill, decode)
+    moved = next(n for n in decode.graph.nodes if "state" in n.kwargs)
+    moved.meta["stages"] = frozenset({1 - min(moved.meta["stages"])})
+    with pytest.raises(LayoutError, match=r"keep it on the stages \[0\] and \[1\]"):
+        check_entries(prefill, decode)
+
+
+def test_what_stages_remember_is_reported_and_what_they_do_is_recorded() -> None:
+    parts = staged("llama", 2, stage_starts=("model.layers.1",))
+    report = parts.generation_report
+    assert report.bytes_per_token == (report.bytes_per_token[0],) * 2
+    assert "one rank in each stage" in str(report)
+    with parts.profile() as trace:
+        parts.generate([[3, 4, 5], [6, 7]], max_new_tokens=3, eos_token_id=[])
+    assert str(trace)
