@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-STRANGER = 65534
-"127.0.0.1".encode("idna")  # a stranger may not read what Python would import for that
+from tests.security.doors import Listening, knock, listening, why_no_namespaces
+
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.skipif(sys.platform != "linux", reason="the sockets are read from /proc"),
@@ -30,71 +30,6 @@ from runtime.processes.launch import launch
 answers = launch(["tests.security.job_rank", {sharing!r}, {folder!r}], num_ranks=2, timeout_s=120)
 print(json.dumps([json.loads(answer) for answer in answers]))
 """
-
-
-@dataclass(frozen=True)
-class Listening:
-    kind: str
-    address: str
-    port: str
-
-
-def listening(pid: int) -> list[Listening]:
-    """All sockets of a process to which anybody could connect, as the kernel lists them."""
-    own = set()
-    for path in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            own.add(os.readlink(path))
-        except OSError:
-            continue
-    found = []
-    for table in ("tcp", "tcp6", "udp", "udp6", "unix"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if table == "unix":
-                inode, is_open = fields[6], int(fields[3], 16) & 0x10000  # __SO_ACCEPTCON
-                place = (fields[7] if len(fields) > 7 else "", "")
-            else:
-                inode, is_open = fields[9], fields[3] == "0A" or table.startswith("udp")
-                at, port = fields[1].split(":")
-                place = (".".join(str(byte) for byte in reversed(bytes.fromhex(at))), str(int(port, 16)))
-            if is_open and f"socket:[{inode}]" in own:
-                found.append(Listening(table, *place))
-    return found
-
-
-def knock(door: Listening, content: bytes, *, as_stranger: bool) -> bytes | None:
-    """What who sends `content` there gets; None: not even a connection."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            if as_stranger:
-                os.setgroups([])
-                os.setgid(STRANGER)
-                os.setuid(STRANGER)
-            if door.kind == "unix":
-                connection = socket.socket(socket.AF_UNIX)
-                connection.settimeout(3)
-                connection.connect("\0" + door.address[1:])
-            else:
-                connection = socket.create_connection((door.address, int(door.port)), timeout=1)
-            os.write(writer, b"connected ")
-            try:
-                connection.sendall(content)
-                connection.settimeout(1)
-                os.write(writer, connection.recv(1000))
-            except OSError:
-                pass
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as answer:
-        said = answer.read()
-    os.waitpid(child, 0)
-    return said.removeprefix(b"connected ") if said else None
 
 
 @dataclass
@@ -156,9 +91,24 @@ def documented(root: Path) -> dict[tuple[str, str, str], int]:
 GARBAGE = [b"", b"\n", b"[" * 60_000 + b"\n", b"\0" * 8, b"\1" + b"\0" * 7 + b"x" * 1000, b"HELLO 1 2 3\n", b"x" * 300]
 
 
+@dataclass(frozen=True)
+class Visitor:
+    is_stranger: bool
+    where: Literal["here", "own"]
+
+
+@pytest.fixture(scope="module")
+def visitors() -> list[Visitor]:
+    """Who connects: of this user and of another one, in the job's network namespace and in one of their own."""
+    users = (False, True) if os.geteuid() == 0 else (False,)
+    places: tuple[Literal["here", "own"], ...] = ("here",) if why_no_namespaces() else ("here", "own")
+    return [Visitor(is_stranger, where) for is_stranger in users for where in places]
+
+
 @pytest.mark.parametrize("sharing", ["on", pytest.param("off", marks=pytest.mark.slow)])
-def test_a_job_and_a_stranger(sharing: str, start: Callable[[str], Job], pytestconfig: pytest.Config) -> None:
-    as_stranger = os.geteuid() == 0
+def test_a_job_and_a_stranger(
+    sharing: str, start: Callable[[str], Job], visitors: list[Visitor], pytestconfig: pytest.Config
+) -> None:
     job = start(sharing)
     job.wait_for("pid-0", "pid-1")
     deadline = time.monotonic() + 60
@@ -172,8 +122,10 @@ def test_a_job_and_a_stranger(sharing: str, start: Callable[[str], Job], pytestc
     assert door.address.startswith("@")
     seen["rank 0", "meeting", "Unix socket, abstract"] = 1
     for content in GARBAGE:
-        assert knock(door, content, as_stranger=as_stranger) == b""
-        assert knock(door, content, as_stranger=False) == b""  # and of this user, without the key
+        for visitor in visitors:
+            said = knock(door, content, is_stranger=visitor.is_stranger, where=visitor.where)
+            # from another namespace it cannot even be called; here nobody gets an answer without the key
+            assert said == (b"" if visitor.where == "here" else None), visitor
     job.let("come")
     job.wait_for("ready-0", "ready-1")
     seen["launcher", "running", "none"] = len(listening(job.process.pid))
@@ -182,8 +134,9 @@ def test_a_job_and_a_stranger(sharing: str, start: Callable[[str], Job], pytestc
         assert {(door.kind, door.address) for door in doors} == {("tcp", "127.0.0.1")}
         seen[name, "running", "TCP on 127.0.0.1, shut"] = len(doors)
         for door in doors:
-            for user in (as_stranger, False):
-                assert knock(door, GARBAGE[4], as_stranger=user) is None, f"{door} answers"
+            for visitor in visitors:
+                said = knock(door, GARBAGE[4], is_stranger=visitor.is_stranger, where=visitor.where)
+                assert said is None, f"{door} answers {visitor}"
     assert seen == documented(pytestconfig.rootpath)
     job.let("go")
     answers = job.end()
@@ -192,9 +145,11 @@ def test_a_job_and_a_stranger(sharing: str, start: Callable[[str], Job], pytestc
     assert [answer["unpickled"] for answer in answers] == [[], []]
 
 
-def test_an_open_port_is_found() -> None:
+def test_an_open_port_is_found(visitors: list[Visitor]) -> None:
     """The control: what this test would see if there were one, and that its strangers do connect."""
     with socket.create_server(("127.0.0.1", 0)) as door:
         port = str(door.getsockname()[1])
         assert Listening("tcp", "127.0.0.1", port) in listening(os.getpid())
-        assert knock(Listening("tcp", "127.0.0.1", port), b"", as_stranger=os.geteuid() == 0) is not None
+        for visitor in visitors:
+            said = knock(Listening("tcp", "127.0.0.1", port), b"", is_stranger=visitor.is_stranger, where=visitor.where)
+            assert (said is not None) == (visitor.where == "here"), visitor
