@@ -1,7 +1,8 @@
 """A job whose ranks are on two hosts, and a stranger on a third: network namespaces, joined by a bridge.
 
-Without our launcher, as `torchrun` would start it. What is on loopback is out of the stranger's reach; what is bound to
-the interface between the hosts is not. Who does not have the job's secret is dropped, and the job ends as it would have.
+Without our launcher, as `torchrun` would start it. What is on loopback is out of the stranger's reach; what is bound
+to the interface between the hosts is not. Who does not have the job's secret is dropped, and the job ends as it would
+have.
 """
 
 import json
@@ -21,7 +22,7 @@ from torch.distributed import TCPStore
 from partitioner.compile.parts import Parts
 from runtime.processes.links import connect, key_of
 from tests.security.doors import Listening, Network, go_to, in_child, knock, listening, why_no_namespaces
-from tests.security.test_ports import GARBAGE
+from tests.security.local_job import GARBAGE
 from tests.support import handmade
 
 WHY_NOT = why_no_namespaces()

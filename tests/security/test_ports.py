@@ -3,80 +3,23 @@
 The table in docs/security.md is compared with the sockets of every process, as the kernel lists them.
 """
 
-import json
 import os
 import re
-import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 
 from tests.security.doors import Listening, knock, listening, why_no_namespaces
+from tests.security.local_job import GARBAGE, Job, started
 
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.skipif(sys.platform != "linux", reason="the sockets are read from /proc"),
 ]
-CODE = """
-import json, sys
-from runtime.processes.launch import launch
-answers = launch(["tests.security.job_rank", {sharing!r}, {folder!r}], num_ranks=2, timeout_s=120)
-print(json.dumps([json.loads(answer) for answer in answers]))
-"""
-
-
-@dataclass
-class Job:
-    process: subprocess.Popen[str]
-    folder: Path
-
-    def pid(self, rank: int) -> int:
-        return int((self.folder / f"pid-{rank}").read_text())
-
-    def wait_for(self, *names: str) -> None:
-        deadline = time.monotonic() + 90
-        while not all((self.folder / name).exists() and self.ready(name) for name in names):
-            assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < deadline, names
-            time.sleep(0.01)
-
-    def ready(self, name: str) -> bool:
-        return not name.startswith("pid") or bool((self.folder / name).read_text())
-
-    def let(self, name: str) -> None:
-        (self.folder / name).touch()
-
-    def end(self) -> list[dict[str, Any]]:
-        out, err = self.process.communicate(timeout=90)
-        assert self.process.returncode == 0, err
-        return list(json.loads(out))
-
-
-@pytest.fixture
-def start(tmp_path: Path, pytestconfig: pytest.Config) -> Iterator[Callable[[str], Job]]:
-    started: list[subprocess.Popen[str]] = []
-
-    def begin(sharing: str) -> Job:
-        environment = {**os.environ, "PYTHONPATH": str(pytestconfig.rootpath), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-P", "-c", CODE.format(sharing=sharing, folder=str(tmp_path))]
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        started.append(process)
-        return Job(process, tmp_path)
-
-    yield begin
-    for process in started:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        process.communicate()
 
 
 def documented(root: Path) -> dict[tuple[str, str, str], int]:
@@ -86,9 +29,6 @@ def documented(root: Path) -> dict[tuple[str, str, str], int]:
         if found := re.fullmatch(r"\| (launcher|rank 0|other ranks) \| (\w+) \| (.+?) \| (\d+) \|.*\|", line):
             rows[found[1], found[2], found[3]] = int(found[4])
     return rows
-
-
-GARBAGE = [b"", b"\n", b"[" * 60_000 + b"\n", b"\0" * 8, b"\1" + b"\0" * 7 + b"x" * 1000, b"HELLO 1 2 3\n", b"x" * 300]
 
 
 @dataclass(frozen=True)
@@ -107,17 +47,17 @@ def visitors() -> list[Visitor]:
 
 @pytest.mark.parametrize("sharing", ["on", pytest.param("off", marks=pytest.mark.slow)])
 def test_a_job_and_a_stranger(
-    sharing: str, start: Callable[[str], Job], visitors: list[Visitor], pytestconfig: pytest.Config
+    sharing: str, tmp_path: Path, visitors: list[Visitor], pytestconfig: pytest.Config
 ) -> None:
-    job = start(sharing)
+    with started("tests.security.job_rank", sharing, tmp_path, pytestconfig.rootpath) as job:
+        check(job, sharing, visitors, documented(pytestconfig.rootpath))
+
+
+def check(job: Job, sharing: str, visitors: list[Visitor], expected: dict[tuple[str, str, str], int]) -> None:
     job.wait_for("pid-0", "pid-1")
-    deadline = time.monotonic() + 60
-    while not (doors := listening(job.pid(0))):  # rank 0 waits for rank 1
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    (door,) = job.wait_for_doors()
     seen = {("launcher", "meeting", "none"): len(listening(job.process.pid))}
-    seen["other ranks", "meeting", "none"] = len(listening(job.pid(1)))
-    (door,) = doors
+    seen["other ranks", "meeting", "none"] = len(job.doors(1))
     assert door.kind == "unix"
     assert door.address.startswith("@")
     seen["rank 0", "meeting", "Unix socket, abstract"] = 1
@@ -130,14 +70,14 @@ def test_a_job_and_a_stranger(
     job.wait_for("ready-0", "ready-1")
     seen["launcher", "running", "none"] = len(listening(job.process.pid))
     for rank, name in enumerate(("rank 0", "other ranks")):
-        doors = listening(job.pid(rank))
+        doors = job.doors(rank)
         assert {(door.kind, door.address) for door in doors} == {("tcp", "127.0.0.1")}
         seen[name, "running", "TCP on 127.0.0.1, shut"] = len(doors)
         for door in doors:
             for visitor in visitors:
                 said = knock(door, GARBAGE[4], is_stranger=visitor.is_stranger, where=visitor.where)
                 assert said is None, f"{door} answers {visitor}"
-    assert seen == documented(pytestconfig.rootpath)
+    assert seen == expected
     job.let("go")
     answers = job.end()
     assert answers[0]["result"] == answers[1]["result"]

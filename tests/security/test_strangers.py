@@ -18,6 +18,7 @@ from partitioner.errors import CommunicationError, RankLost
 from runtime.processes import heartbeat as module
 from runtime.processes import links
 from runtime.processes.heartbeat import Heartbeat
+from tests.security.garbage import LINES
 
 HOSTS = ["", "127.0.0.1"]
 
@@ -91,30 +92,6 @@ def job(request: pytest.FixtureRequest) -> Iterator[Job]:
     for one in [*job.came.values(), *job.strangers]:
         if isinstance(one, Heartbeat | socket.socket):
             one.close()
-
-
-LINES = st.one_of(
-    st.binary(max_size=400),
-    st.text(max_size=100).map(str.encode),
-    st.builds(
-        lambda head, n: head * n, st.sampled_from([b"[", b"{", b'{"a":', b"\n", b"\0", b"9"]), st.integers(1, 70_000)
-    ),
-    st.builds(
-        lambda rank, nonce, code, end: b"HELLO %d %s %s" % (rank, nonce.hex().encode(), code.hex().encode()) + end,
-        st.integers(0, 10**9),
-        st.binary(min_size=16, max_size=16),
-        st.binary(min_size=16, max_size=16),
-        st.sampled_from([b"\n", b"", b"\n\n", b"\r\n"]),
-    ),
-    st.sampled_from(
-        [
-            b'{"rank": 2, "kind": "hello", "text": ""}\n',
-            b'{"rank": 1, "kind": "failed", "text": "not true"}\n',
-            b'{"rank": 0, "kind": "verdict", "text": "[\\"lost\\", \\"not true\\"]"}\n',
-            b"[" * 60_000 + b"\n",
-        ]
-    ),
-)
 
 
 @pytest.mark.parametrize("host", HOSTS)
