@@ -21,8 +21,8 @@ from torch.distributed import TCPStore
 
 from partitioner.compile.parts import Parts
 from runtime.processes.links import connect, key_of
-from tests.security.doors import Listening, Network, go_to, in_child, knock, listening, why_no_namespaces
-from tests.security.local_job import GARBAGE
+from tests.security.jobs.doors import Listening, Network, go_to, in_child, knock, listening, why_no_namespaces
+from tests.security.jobs.local_job import GARBAGE
 from tests.support import handmade
 
 WHY_NOT = why_no_namespaces()
@@ -76,7 +76,7 @@ class Job:
                 sys.executable,
                 "-P",
                 "-m",
-                "tests.security.job_rank",
+                "tests.security.jobs.job_rank",
                 "off",
                 self.folder,
             ],

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.security.doors import Listening
-from tests.security.garbage import LINES
-from tests.security.generating_rank import NUM_TOKENS, PROMPTS, tiny
-from tests.security.local_job import Job, started
+from tests.security.jobs.doors import Listening
+from tests.security.jobs.garbage import LINES
+from tests.security.jobs.generating_rank import NUM_TOKENS, PROMPTS, tiny
+from tests.security.jobs.local_job import Job, started
 
 pytestmark = pytest.mark.processes
 MEETING, RUNNING = 300, 700
@@ -52,7 +52,7 @@ def throw_many(job: Job, count: int, ranks: tuple[int, ...]) -> tuple[int, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("sharing", ["on", "off"])
 def test_a_running_job_ends_as_it_would_have(sharing: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    with started("tests.security.generating_rank", sharing, tmp_path, pytestconfig.rootpath) as job:
+    with started("tests.security.jobs.generating_rank", sharing, tmp_path, pytestconfig.rootpath) as job:
         job.wait_for("pid-0", "pid-1")
         job.wait_for_doors()
         meeting = throw_many(job, MEETING, (0,))

@@ -1,4 +1,4 @@
-"""One rank of a job that is looked at: `python -P -m tests.security.job_rank SHARING FOLDER`.
+"""One rank of a job that is looked at: `python -P -m tests.security.jobs.job_rank SHARING FOLDER`.
 
 Our launcher starts it, or somebody who sets what torchrun would. It leaves FOLDER/pid-RANK; rank 1 connects once
 FOLDER/come is there. Then it leaves FOLDER/ready-RANK, and goes on when FOLDER/go is there. It answers with its result,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.security.doors import Listening, listening
+from tests.security.jobs.doors import Listening, listening
 
 GARBAGE = [b"", b"\n", b"[" * 60_000 + b"\n", b"\0" * 8, b"\1" + b"\0" * 7 + b"x" * 1000, b"HELLO 1 2 3\n", b"x" * 300]
 """What a stranger may send; `test_strangers.py` has more of it."""

@@ -18,7 +18,7 @@ from partitioner.errors import CommunicationError, RankLost
 from runtime.processes import heartbeat as module
 from runtime.processes import links
 from runtime.processes.heartbeat import Heartbeat
-from tests.security.garbage import LINES
+from tests.security.jobs.garbage import LINES
 
 HOSTS = ["", "127.0.0.1"]
 

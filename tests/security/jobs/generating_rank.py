@@ -1,4 +1,4 @@
-"""One rank that generates until it is told to stop: `python -P -m tests.security.generating_rank SHARING FOLDER`.
+"""One rank that generates until it is told to stop: `python -P -m tests.security.jobs.generating_rank SHARING FOLDER`.
 
 It leaves FOLDER/pid-RANK; rank 1 connects once FOLDER/come is there. It generates the same tokens again and again, and
 leaves FOLDER/ready-RANK after the first time; the ranks stop together once FOLDER/go is there. It answers with the

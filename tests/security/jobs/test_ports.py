@@ -13,8 +13,8 @@ from typing import Literal
 
 import pytest
 
-from tests.security.doors import Listening, knock, listening, why_no_namespaces
-from tests.security.local_job import GARBAGE, Job, started
+from tests.security.jobs.doors import Listening, knock, listening, why_no_namespaces
+from tests.security.jobs.local_job import GARBAGE, Job, started
 
 pytestmark = [
     pytest.mark.processes,
@@ -49,7 +49,7 @@ def visitors() -> list[Visitor]:
 def test_a_job_and_a_stranger(
     sharing: str, tmp_path: Path, visitors: list[Visitor], pytestconfig: pytest.Config
 ) -> None:
-    with started("tests.security.job_rank", sharing, tmp_path, pytestconfig.rootpath) as job:
+    with started("tests.security.jobs.job_rank", sharing, tmp_path, pytestconfig.rootpath) as job:
         check(job, sharing, visitors, documented(pytestconfig.rootpath))
 
 
