@@ -126,7 +126,7 @@ def test_ranks_do_not_outlive_it(number: signal.Signals, moment: str, pids: Path
         sent = time.monotonic()
         wait_for(lambda: not left_behind(pids), "ranks or files are left")
         took_s = time.monotonic() - sent
-        _, said = launcher.communicate(timeout=30)
+        _, said = launcher.communicate(timeout=120)
     finally:
         launcher.kill()
         launcher.wait()
@@ -153,7 +153,7 @@ def test_the_command_line_leaves_nothing(number: signal.Signals, pids: Path) -> 
         sent = time.monotonic()
         wait_for(lambda: not left_behind(pids), "ranks or files are left")
         took_s = time.monotonic() - sent
-        _, said = run.communicate(timeout=30)
+        _, said = run.communicate(timeout=120)
     finally:
         run.kill()
         run.wait()
@@ -183,7 +183,7 @@ def test_the_command_line_says_which_rank_was_killed(victim: int, pids: Path) ->
         sent = time.monotonic()
         wait_for(lambda: not left_behind(pids), "ranks or files are left")
         took_s = time.monotonic() - sent
-        _, said = run.communicate(timeout=30)
+        _, said = run.communicate(timeout=120)
     finally:
         run.kill()
         run.wait()
