@@ -318,16 +318,22 @@ def _why_everywhere(labels: Labels, name: str) -> tuple[str, Collapse | None]:
 
 
 def _offence(site: Site, labels: Labels, weight: str, names: frozenset[str], ids: list[int], ranks: int) -> _Offence:
-    """Why `site` cannot be divided: of the ops that need a whole row, the one that joined most of what meets there."""
-    mine = labels.joined(ids)
-    causes = [collapse for collapse in labels.collapses if names & collapse.weights]
-    cause = max(causes, key=lambda collapse: len(collapse.labels & mine), default=None)
+    """Why `site` cannot be divided: of the ops that need a whole row, the one that joined most of what meets there.
+
+    What could be reduced in parts instead is of these the one that can be, whether or not it joined the most.
+    """
+    meeting = labels.joined(ids)
+    causes = sorted(
+        (collapse for collapse in labels.collapses if names & collapse.weights),
+        key=lambda collapse: -len(collapse.labels & meeting),
+    )
     groups = "1 group" if len(ids) == 1 else f"{len(ids)} groups"
-    if cause is not None and len(ids) == 1:
-        return _Offence(weight, cause.why, cause, (site.node,))
-    if cause is not None:
-        why = f"{groups} on {ranks} ranks ({cause.why} of each): at most {len(ids)} ranks could share it"
-        return _Offence(weight, why, cause, (site.node,))
+    if causes:
+        to_reduce = next((collapse for collapse in causes if collapse.can_be_partial), causes[0])
+        why = causes[0].why
+        if len(ids) > 1:
+            why = f"{groups} on {ranks} ranks ({why} of each): at most {len(ids)} ranks could share it"
+        return _Offence(weight, why, to_reduce, (site.node,))
     where = site.node.meta.get("path") or site.node.name
     why = f"only {groups} of indices can be told apart at {where}, for {ranks} ranks"
     return _Offence(weight, why, None, (site.node,))
