@@ -212,8 +212,8 @@ def _explained(note: str) -> str:
         return note
     return (
         f"{note}, as the model's code does something else for other lengths: this limits runs of whole texts "
-        "(simulate, an engine's call), and how many tokens generate runs at a time; partition(..., length=N) compiles "
-        "the model for runs of exactly N tokens"
+        "(simulate, an engine's call), and how many tokens generate runs at a time; "
+        "partition(..., fixed_length=N) compiles the model for runs of exactly N tokens"
     )
 
 
