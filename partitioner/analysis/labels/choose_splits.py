@@ -10,6 +10,7 @@ linear.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -181,17 +182,21 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
     cost = _Cost(program, labels)
     owned = Owned(labels.lattice, labels.count)
     columns: dict[str, tuple[int, Split]] = {}
-    sized = []
+    sized: list[tuple[int, Site, _Atoms | None]] = []
     for site in labels.sites:
-        ids, inverse = _distinct_in_order(site.ids)
-        atoms = [labels.lattice.labels(i) for i in ids]
-        sized.append((-max((cost.size(atom) for atom in atoms), default=0), site, atoms, inverse))
-    for _, site, atoms, inverse in sorted(sized, key=lambda s: s[0]):
-        places = _assign(site, atoms, inverse, owned, ranks, cost, program)
-        for atom, rank in zip(atoms, places.atoms, strict=True):
-            owned.give(atom, rank)
+        run = _is_run(site, labels)
+        atoms = None if run else _Atoms.of(site, labels)
+        sized.append((-1 if atoms is None else -max(map(cost.size, atoms.sets), default=0), site, atoms))
+    for _, site, atoms in sorted(sized, key=lambda s: s[0]):
+        indices = owned.give_run(int(site.ids[0]) - 1, len(site.ids), ranks) if atoms is None else None
+        if indices is None:
+            atoms = atoms or _Atoms.of(site, labels)
+            places = _assign(site, atoms, owned, ranks, cost, program)
+            for atom, rank in zip(atoms.sets, places, strict=True):
+                owned.give(atom, rank)
+            indices = torch.tensor(places)[atoms.inverse]
         if site.weight is not None:
-            columns_of = (site.weight.dim, Split((axis,), dealt_indices(site.weight.indices, places.indices, ranks)))
+            columns_of = (site.weight.dim, Split((axis,), dealt_indices(site.weight.indices, indices, ranks)))
             if columns.setdefault(site.weight.name, columns_of) != columns_of:
                 return [_Offence(site.weight.name, "is contracted twice, in ways that cannot be split alike")]
     splits = dict(columns)
@@ -254,22 +259,33 @@ class _Cost:
         return sum(1 if label < len(self._bytes) else len(self.lattice.members(label)) for label in atom)
 
 
+def _is_run(site: Site, labels: Labels) -> bool:
+    """Whether the site's indices are some of one weight's, in order and each by itself, such as a vocabulary: too many
+    to look at one by one.
+    """
+    first, count = int(site.ids.reshape(-1)[0]) - 1, site.ids.numel()
+    bases = sorted(labels.bases.values())
+    if first < 0 or first + count > labels.count or bisect_right(bases, first) != bisect_left(bases, first + count):
+        return False
+    return torch.equal(site.ids, torch.arange(first + 1, first + 1 + count))
+
+
 @dataclass(frozen=True)
-class _Places:
-    atoms: list[int]
-    indices: torch.Tensor
+class _Atoms:
+    """The distinct atoms of a site by first appearance, and the place of each index among them."""
+
+    sets: list[Atom]
+    inverse: torch.Tensor
+
+    @classmethod
+    def of(cls, site: Site, labels: Labels) -> _Atoms:
+        ids, inverse = _distinct_in_order(site.ids)
+        return cls([labels.lattice.labels(i) for i in ids], inverse)
 
 
-def _assign(
-    site: Site,
-    atoms: list[Atom],
-    inverse: torch.Tensor,
-    owned: Owned,
-    ranks: int,
-    cost: _Cost,
-    program: Program,
-) -> _Places:
+def _assign(site: Site, found_atoms: _Atoms, owned: Owned, ranks: int, cost: _Cost, program: Program) -> list[int]:
     """The rank of each atom: where a coarser site has put its sources already, else by load."""
+    atoms, inverse = found_atoms.sets, found_atoms.inverse
     counts = torch.bincount(inverse, minlength=len(atoms)).tolist()
     column = 0.0
     if site.weight is not None:
@@ -286,8 +302,7 @@ def _assign(
         dealt = [i % ranks for i in range(len(new))]
     for i, rank in zip(new, dealt, strict=True):
         found[i] = rank
-    ranks_of = [r for r in found if r is not None]
-    return _Places(ranks_of, torch.tensor(ranks_of)[inverse])
+    return [rank for rank in found if rank is not None]
 
 
 def _distinct_in_order(ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
