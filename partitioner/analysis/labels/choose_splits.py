@@ -12,18 +12,18 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
 from torch import fx
 
 from partitioner.analysis.labels.assign_owners import Atom, Owned, dealt_indices, divide
+from partitioner.analysis.labels.causes import Offence, earliest, offences_of, price_of_parts, why_everywhere
 from partitioner.analysis.labels.label_state import Collapse, Labels, Site
 from partitioner.analysis.labels.propagate_labels import LabelRun
 from partitioner.analysis.labels.repeated_blocks import Blocks
 from partitioner.analysis.rules.notation import Notation
-from partitioner.program.node_arguments import describe
 from partitioner.program.program import Program
 from partitioner.sharding.layout import Split
 
@@ -44,20 +44,16 @@ class Decisions:
     pinned: dict[str, str]
 
 
-@dataclass(frozen=True)
-class _Offence:
-    weight: str
-    reason: str
-    collapse: Collapse | None = None
-    sites: tuple[fx.Node, ...] = ()
-
-
 @dataclass
 class _Solution:
     splits: dict[str, tuple[int, Split]]
     pinned: dict[str, str]
     partial: frozenset[str]
     cost: float
+    whole: int
+    """Bytes of the analysed layers' weights that stay whole."""
+    sums: tuple[int, int]
+    """All-reduces in the analysed layers: of activations, of one number per token."""
     collapses: dict[str, Collapse] = field(default_factory=dict)
     """Whole-row reductions that led to a weight kept whole, by that weight."""
 
@@ -89,6 +85,8 @@ class _Search:
         """Keeps weights whole until every site can be divided."""
         pinned = dict(self.keep_whole)
         collapses: dict[str, Collapse] = {}
+        met: dict[str, str] = {}
+        """Weights that could have ended a split, by now whole, with the cause: it is theirs too if they start none."""
         while True:
             labels = self.labels(pinned, partial)
             found = _divide_sites(self.program, labels, self.axis)
@@ -98,7 +96,7 @@ class _Search:
                 for name in everywhere:
                     del found[name]
                 for name in everywhere:
-                    why, collapse = _why_everywhere(labels, name)
+                    why, collapse = why_everywhere(labels, name)
                     if collapse is not None:
                         collapses[name] = collapse
                     for same in self.blocks.same_weights(name):
@@ -108,16 +106,20 @@ class _Search:
                     for same in self.blocks.same_weights(name):
                         if same not in found:
                             pinned.setdefault(same, why)
-                return _Solution(found, pinned, partial, self._cost(labels, pinned), collapses)
+                return self._solution(found, pinned, partial, labels, collapses)
             for offence in self._causes(labels, found):
+                reason = met.get(offence.weight, offence.reason)
                 for name in self.blocks.same_weights(offence.weight):
-                    pinned[name] = offence.reason
+                    pinned[name] = reason
+                for site in labels.sites:
+                    if site.node in offence.sites and site.weight is not None:
+                        met.setdefault(site.weight.name, f"what it contracts stays whole: {reason}")
                 if offence.collapse is not None:
                     collapses[offence.weight] = offence.collapse
             allowed -= 1
             assert allowed, f"keeping weights whole does not end; last: {found}"
 
-    def _causes(self, labels: Labels, offences: list[_Offence]) -> list[_Offence]:
+    def _causes(self, labels: Labels, offences: list[Offence]) -> list[Offence]:
         """The first offence, and those that do not come after another: what follows one may be out of phase only.
 
         Behind an offending contraction everything is suspect, up to a contraction that is in order.
@@ -145,40 +147,62 @@ class _Search:
     def _is_whole(self, name: str, dim: int, split: Split) -> bool:
         return all(indices.size == self.program.weights[name].shape[dim] for indices in split.owned)
 
-    def _cost(self, labels: Labels, pinned: dict[str, str]) -> float:
-        layers = max(self.blocks.analysed, 1)
+    def _solution(
+        self,
+        splits: dict[str, tuple[int, Split]],
+        pinned: dict[str, str],
+        partial: frozenset[str],
+        labels: Labels,
+        collapses: dict[str, Collapse],
+    ) -> _Solution:
         whole = sum(size for name, size in self.bytes.items() if name in pinned and name not in self.keep_whole)
         full = sum(s.kind == "contract" and s.letter != "v" for s in labels.sites)
         small = sum(s.kind == "reduce" for s in labels.sites)
         share = whole / max(sum(self.bytes.values()), 1)
-        return share + (_FULL_REDUCTION * full + _SMALL_REDUCTION * small) / layers
+        cost = share + (_FULL_REDUCTION * full + _SMALL_REDUCTION * small) / self._layers
+        return _Solution(splits, pinned, partial, cost, whole, (full, small), collapses)
+
+    @property
+    def _layers(self) -> int:
+        return max(self.blocks.analysed, 1)
 
     def best(self, partial: frozenset[str] | None) -> _Solution:
         if partial is not None:
             return self.resolve(partial)
         best = self.resolve(frozenset())
         tried: set[str] = set()
+        refused: dict[str, str] = {}
         for weight, collapse in list(best.collapses.items()):
-            share = self.bytes.get(weight, 0) * max(self.blocks.analysed, 1) / max(sum(self.bytes.values()), 1)
-            if collapse.node.name in tried or not collapse.can_be_partial or share < _SMALL_REDUCTION:
+            share = self.bytes.get(weight, 0) * self._layers / max(sum(self.bytes.values()), 1)
+            if collapse.node.name in tried or not collapse.can_be_partial:
                 continue
             same = frozenset(self.blocks.same_nodes(collapse.node.name))
+            if share < _SMALL_REDUCTION:
+                refused[weight] = price_of_parts(self.bytes.get(weight, 0), (0, 1), self.ranks)
+                continue
             tried |= same
             other = self.resolve(best.partial | same)
             if other.cost < best.cost:
                 best = other
+                continue
+            more = [(b - a) / self._layers for a, b in zip(best.sums, other.sums, strict=True)]
+            refused[weight] = price_of_parts((best.whole - other.whole) / self._layers, (more[0], more[1]), self.ranks)
+        for weight, price in refused.items():
+            for name in self.blocks.same_weights(weight):
+                if name in best.pinned:
+                    best.pinned[name] += price
         return best
 
 
-def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tuple[int, Split]] | list[_Offence]:
+def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tuple[int, Split]] | list[Offence]:
     """Owners of every labelled weight index, or what keeps sites from being divided.
 
     Of sites that share weights only the earliest weight is reported: keeping it whole may bring the others right.
     """
     ranks = program.mesh.size(axis)
-    offences = _offences(labels, ranks)
+    offences = offences_of(labels, ranks)
     if offences:
-        return _earliest(offences)
+        return earliest(offences)
     cost = _Cost(program, labels)
     owned = Owned(labels.lattice, labels.count)
     columns: dict[str, tuple[int, Split]] = {}
@@ -198,38 +222,13 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
         if site.weight is not None:
             columns_of = (site.weight.dim, Split((axis,), dealt_indices(site.weight.indices, indices, ranks)))
             if columns.setdefault(site.weight.name, columns_of) != columns_of:
-                return [_Offence(site.weight.name, "is contracted twice, in ways that cannot be split alike")]
+                return [Offence(site.weight.name, "is contracted twice, in ways that cannot be split alike")]
     splits = dict(columns)
     for (name, dim), base in labels.bases.items():
         rows = Split((axis,), owned.sets(base, base + program.weights[name].shape[dim], ranks))
         if splits.setdefault(name, (dim, rows)) != (dim, rows):
-            return [_Offence(name, "has two uses that cannot be split alike")]
+            return [Offence(name, "has two uses that cannot be split alike")]
     return splits
-
-
-def _offences(labels: Labels, ranks: int) -> list[tuple[int, frozenset[str], _Offence]]:
-    """Sites with fewer atoms than ranks: the place of their first weight, all their weights, and what to report."""
-    order = {name: i for i, name in enumerate(labels.starts)}
-    found = []
-    for site in labels.sites:
-        ids = [i for i in torch.unique(site.ids).tolist() if i]
-        if len(ids) < ranks:
-            names = labels.weights_of(ids)
-            first = min(names, key=lambda name: order.get(name, 0))
-            found.append((order.get(first, 0), names, _offence(site, labels, first, names, ids, ranks)))
-    return found
-
-
-def _earliest(offences: list[tuple[int, frozenset[str], _Offence]]) -> list[_Offence]:
-    """The first in graph order of each group that shares weights."""
-    groups: list[tuple[set[str], _Offence]] = []
-    for _, names, offence in sorted(offences, key=lambda o: o[0]):
-        shared = [group for group in groups if group[0] & names]
-        groups = [group for group in groups if group not in shared]
-        first = shared[0][1] if shared else offence
-        sites = tuple(site for _, other in shared for site in other.sites) + offence.sites
-        groups.append((set(names).union(*(group[0] for group in shared)), replace(first, sites=sites)))
-    return [offence for _, offence in groups]
 
 
 class _Cost:
@@ -318,34 +317,6 @@ def _distinct_in_order(ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
             found.append(i)
         inverse.append(seen[i])
     return found, torch.tensor(inverse, dtype=torch.int64)
-
-
-def _why_everywhere(labels: Labels, name: str) -> tuple[str, Collapse | None]:
-    """Why every rank needs all of a weight although what is made of it is split."""
-    for collapse in labels.collapses:
-        if name in collapse.weights and collapse.can_be_partial:
-            return collapse.why, collapse
-    for site in labels.sites:
-        if name in labels.weights_of(torch.unique(site.ids).tolist()):
-            where = site.weight.name if site.weight else describe(site.node)
-            return f"all of it is needed by every rank's part of {where}", None
-    return "shared by the parts of every rank", None
-
-
-def _offence(site: Site, labels: Labels, weight: str, names: frozenset[str], ids: list[int], ranks: int) -> _Offence:
-    """Why `site` cannot be divided: of the ops that need a whole row, the one that joined most of what meets there."""
-    mine = labels.joined(ids)
-    causes = [collapse for collapse in labels.collapses if names & collapse.weights]
-    cause = max(causes, key=lambda collapse: len(collapse.labels & mine), default=None)
-    groups = "1 group" if len(ids) == 1 else f"{len(ids)} groups"
-    if cause is not None and len(ids) == 1:
-        return _Offence(weight, cause.why, cause, (site.node,))
-    if cause is not None:
-        why = f"{groups} on {ranks} ranks ({cause.why} of each): at most {len(ids)} ranks could share it"
-        return _Offence(weight, why, cause, (site.node,))
-    where = site.node.meta.get("path") or site.node.name
-    why = f"only {groups} of indices can be told apart at {where}, for {ranks} ranks"
-    return _Offence(weight, why, None, (site.node,))
 
 
 def decide(
