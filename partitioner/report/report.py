@@ -294,7 +294,10 @@ def matrix_users(program: Program) -> dict[str, fx.Node]:
 def reason_for(program: Program, weight: Weight, layout: Layout | None, users: dict[str, fx.Node]) -> str:
     if layout is not None:
         shared = any(sum(split.sizes) > weight.shape[dim] for dim, split in layout.splits)
-        return "some of it is needed, and held, by several ranks" if shared else ""
+        if not shared:
+            return ""
+        why = program.kept_whole.get(weight.name)
+        return "some of it is needed, and held, by several ranks" + (f": {why}" if why else "")
     if weight.name in program.kept_whole:
         return program.kept_whole[weight.name]
     if program.mesh.world_size == 1:

@@ -42,6 +42,8 @@ class Decisions:
     splits: dict[str, dict[int, Split]]
     partial: frozenset[str]
     pinned: dict[str, str]
+    shared: dict[str, str]
+    """Split weights that several ranks hold some of, where that is due to a whole row -> what needs the row."""
 
 
 @dataclass
@@ -51,11 +53,12 @@ class _Solution:
     partial: frozenset[str]
     cost: float
     whole: int
-    """Bytes of the analysed layers' weights that stay whole."""
+    """Bytes of the analysed layers' weights that every rank holds."""
     sums: tuple[int, int]
     """All-reduces in the analysed layers: of activations, of one number per token."""
+    shared: dict[str, str] = field(default_factory=dict)
     collapses: dict[str, Collapse] = field(default_factory=dict)
-    """Whole-row reductions that led to a weight kept whole, by that weight."""
+    """Whole-row reductions that led to a weight kept whole, or shared by several ranks, by that weight."""
 
 
 class _Search:
@@ -102,6 +105,10 @@ class _Search:
                     for same in self.blocks.same_weights(name):
                         if same not in found:
                             pinned.setdefault(same, why)
+                for name in found:
+                    collapse = why_everywhere(labels, name)[1] if self._shared(found, name) else None
+                    if collapse is not None:
+                        collapses.setdefault(name, collapse)
                 for name, why in labels.unsplit.items():
                     for same in self.blocks.same_weights(name):
                         if same not in found:
@@ -156,11 +163,21 @@ class _Search:
         collapses: dict[str, Collapse],
     ) -> _Solution:
         whole = sum(size for name, size in self.bytes.items() if name in pinned and name not in self.keep_whole)
+        whole += round(sum(self._shared(splits, name) for name in splits if name in self.bytes))
         full = sum(s.kind == "contract" and s.letter != "v" for s in labels.sites)
         small = sum(s.kind == "reduce" for s in labels.sites)
         share = whole / max(sum(self.bytes.values()), 1)
         cost = share + (_FULL_REDUCTION * full + _SMALL_REDUCTION * small) / self._layers
-        return _Solution(splits, pinned, partial, cost, whole, (full, small), collapses)
+        return _Solution(splits, pinned, partial, cost, whole, (full, small), collapses=collapses)
+
+    def _shared(self, splits: Mapping[str, tuple[int, Split]], name: str) -> float:
+        """Bytes that ranks hold beside an even part, as if every rank held these; all of a weight that is whole."""
+        weight = self.program.weights[name]
+        if name not in splits:
+            return weight.bytes
+        dim, split = splits[name]
+        size = weight.shape[dim]
+        return weight.bytes / size * (sum(split.sizes) - size) / (self.ranks - 1)
 
     @property
     def _layers(self) -> int:
@@ -172,13 +189,15 @@ class _Search:
         best = self.resolve(frozenset())
         tried: set[str] = set()
         refused: dict[str, str] = {}
-        for weight, collapse in list(best.collapses.items()):
-            share = self.bytes.get(weight, 0) * self._layers / max(sum(self.bytes.values()), 1)
+        causes = dict(best.collapses)
+        for weight, collapse in causes.items():
+            size = self._shared(best.splits, weight) if weight in self.bytes else 0.0
+            share = size * self._layers / max(sum(self.bytes.values()), 1)
             if collapse.node.name in tried or not collapse.can_be_partial:
                 continue
             same = frozenset(self.blocks.same_nodes(collapse.node.name))
             if share < _SMALL_REDUCTION:
-                refused[weight] = price_of_parts(self.bytes.get(weight, 0), (0, 1), self.ranks)
+                refused[weight] = price_of_parts(size, (0, 1), self.ranks)
                 continue
             tried |= same
             other = self.resolve(best.partial | same)
@@ -186,11 +205,16 @@ class _Search:
                 best = other
                 continue
             more = [(b - a) / self._layers for a, b in zip(best.sums, other.sums, strict=True)]
-            refused[weight] = price_of_parts((best.whole - other.whole) / self._layers, (more[0], more[1]), self.ranks)
+            saved = (best.whole - other.whole) / self._layers
+            refused[weight] = price_of_parts(saved, (more[0], more[1]), self.ranks)
+        told: set[str] = set()  # of identical layers, the first speaks for all
         for weight, price in refused.items():
-            for name in self.blocks.same_weights(weight):
+            for name in set(self.blocks.same_weights(weight)) - told:
                 if name in best.pinned:
                     best.pinned[name] += price
+                elif weight in best.splits:
+                    best.shared[name] = f"{causes[weight].why}{price}"
+                told.add(name)
         return best
 
 
@@ -344,4 +368,4 @@ def decide(
                 if theirs in splits and mine not in found.pinned:
                     splits[mine] = splits[theirs]
     pinned = {name: reason for name, reason in found.pinned.items() if name not in splits}
-    return Decisions({name: {dim: split} for name, (dim, split) in splits.items()}, found.partial, pinned)
+    return Decisions({name: {dim: split} for name, (dim, split) in splits.items()}, found.partial, pinned, found.shared)
