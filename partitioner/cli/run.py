@@ -35,6 +35,7 @@ from runtime.engine.engine import Engine
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.kv_cache.device_memory import Amount
 from runtime.processes.bootstrap import missing_variables
+from runtime.processes.capacity import require_threads
 from runtime.processes.launch import begin_worker, launch
 
 __all__ = ["Question", "answer", "answer_here", "is_rank", "run_in_processes"]
@@ -150,6 +151,7 @@ def answer(question: Question) -> None:
 
 def answer_here(question: Question) -> None:
     """All ranks in this process, one thread each."""
+    require_threads(question.num_ranks)
     parts, tokenizer = _load(question)
     with _profiled(question, parts, writes=True):
         _write(question, tokenizer, parts, sys.stdout)

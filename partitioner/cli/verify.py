@@ -28,6 +28,7 @@ from partitioner.program.plan import Plan
 from partitioner.proof.float64 import ExactArithmetic, in_float64
 from partitioner.report.report import Report
 from partitioner.storage.named_model import dtype_named, load_config, load_model
+from runtime.processes.capacity import require_threads
 from runtime.processes.launch import launch
 
 __all__ = [
@@ -91,6 +92,7 @@ class Outcome:
 
 def verify(case: Case) -> Iterator[Outcome]:
     """Simulate every rank in this process."""
+    require_threads(case.plan.mesh.world_size)
     for dtype in case.dtypes:
         model = load_model(case.model, dtype=dtype_named(dtype), seed=case.seed)
         parts = compiled(model, case.compile)

@@ -23,8 +23,11 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine.check_inputs import complete_inputs
 from runtime.execution.executable import Executable
-from runtime.generation.generate_loop import GenerateLoop, Loaded
-from runtime.kv_cache.cache_size import CacheSize
+from runtime.execution.profile import Profiler
+from runtime.generation.conversation import Piece
+from runtime.generation.steps import Loaded, Steps
+from runtime.kv_cache.cache import Cache
+from runtime.kv_cache.cache_size import CacheSize, Room, slots_for
 from runtime.program.rank_program import RankProgram
 from runtime.weights.load_weights import load_weights
 
@@ -102,14 +105,17 @@ def _one_by_one(program: RankProgram, tokens: Tensor) -> Tensor:
     communicator = ThreadGroup(program.mesh).communicator(0)
     device = _device(program)
     loaded = Loaded(program, load_weights(program.weights, program.values, None, device))
-    generate_loop = GenerateLoop(loaded, loaded, communicator, device)
     rows, count = tokens.shape
-    generate_loop.reserve(CacheSize(max_batch=rows, max_length=count, prefill_step=1))
-    found = [
-        generate_loop.run([[token] for token in tokens[:, position].tolist()], [position] * rows, (True,) * rows)[0]
+    size = CacheSize(max_batch=rows, max_length=count, prefill_step=1)
+    Room.agreed(program, size, communicator, device).require(count)
+    slots = slots_for(program, count)
+    cache = Cache(program.states, max_batch=rows, max_length=count, step=1, device=device, slots=slots)
+    steps = Steps(loaded, loaded, cache, communicator, device, Profiler(program, device))
+    pieces = [
+        Piece([[token] for token in tokens[:, position].tolist()], [position] * rows, (True,) * rows)
         for position in range(count)
     ]
-    return torch.stack(found)
+    return torch.stack([steps.run(piece)[0] for piece in pieces])
 
 
 def _device(program: RankProgram) -> torch.device:

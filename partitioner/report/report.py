@@ -168,10 +168,16 @@ def make_report(program: Program, *, plan: str) -> Report:
         if node.op == "call_function" and node.target in COMMUNICATING
     )
     ranks = [program.mesh.coordinates(rank) for rank in range(program.mesh.world_size)]
-    held = [[_held(program, weight, at) for weight in program.weights.values()] for at in ranks]
-    shared = tuple(sum(_replicated(program, weight, at) for weight in program.weights.values()) for at in ranks)
-    is_matrix = [name in users for name in program.weights]
-    matrices = sum(w.bytes for w, yes in zip(program.weights.values(), is_matrix, strict=True) if yes)
+    # many layers and many ranks: weights that are divided alike are reckoned once
+    alike: dict[tuple[object, ...], list[Weight]] = defaultdict(list)
+    for weight in program.weights.values():
+        layout = program.weight_layouts.get(weight.name)
+        alike[layout, weight.shape, weight.dtype, weight.name in users].append(weight)
+    counted = [(len(weights), weights[0]) for weights in alike.values()]
+    held = [[count * _held(program, weight, at) for count, weight in counted] for at in ranks]
+    shared = tuple(sum(count * _replicated(program, weight, at) for count, weight in counted) for at in ranks)
+    is_matrix = [weight.name in users for _, weight in counted]
+    matrices = sum(weight.bytes for weight in program.weights.values() if weight.name in users)
     fullest = max(sum(b for b, yes in zip(rank, is_matrix, strict=True) if yes) for rank in held)
     share = fullest / matrices if matrices else 1.0
     return Report(

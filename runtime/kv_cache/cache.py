@@ -26,6 +26,7 @@ from runtime.kv_cache.batch import Batch
 from runtime.kv_cache.slots import Slots, minus_infinity, slots_of
 from runtime.kv_cache.untouched import untouched_zeros
 from runtime.ops.attention import attention
+from runtime.ops.cached_attention import cached_attention
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.program.shards import StateShard
 
@@ -150,31 +151,29 @@ class Cache:
 
             return with_state
         keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
-        self._kinds.add((keys.shape[2], options.get("window"), options.get("chunk")))
+        defaults = cached_attention.__kwdefaults__
+        assert defaults is not None
+        options = {**defaults, **options}
+        self._kinds.add((keys.shape[2], options["window"], options["chunk"]))
 
-        def cached_attention(*tensors: Any) -> Tensor:
-            return self._attend(keys, values, *tensors, **options)
+        def attend(*tensors: Any) -> Tensor:
+            return self._attend(keys, values, options, *tensors)
 
-        return cached_attention
+        return attend
 
     def _attend(
         self,
         keys: Tensor,
         values: Tensor,
+        options: dict[str, Any],
         q: Tensor,
         k: Tensor,
         v: Tensor,
         positions: Tensor,
         mask: Tensor | None = None,
         sinks: Tensor | None = None,
-        *,
-        scale: float,
-        causal: bool = True,
-        window: int | None = None,
-        chunk: int | None = None,
-        softcap: float | None = None,
-        kv_map: list[int] | None = None,
     ) -> Tensor:
+        """`cached_attention` over the buffers of one state, `options` being its keywords but for the state's name."""
         group, slots = self._group, keys.shape[2]
         start = self._start(slots)
         if start is not None:
@@ -186,11 +185,8 @@ class Cache:
             values[blocks, :, at] = self._active_rows(v).transpose(1, 2)
         if self._batch is not None and self._batch.start == 0:
             # nothing came before: the tokens of this call are all there is to see
-            return attention(
-                q, k, v, mask, sinks,
-                scale=scale, causal=causal, window=window, chunk=chunk, softcap=softcap, kv_map=kv_map,
-            )  # fmt: skip
-        seen, hidden = self._sight(slots, window, chunk, q.dtype)
+            return attention(q, k, v, mask, sinks, **options)
+        seen, hidden = self._sight(slots, options["window"], options["chunk"], q.dtype)
         if hidden is not None:
             mask = hidden if mask is None else mask.to(q.dtype) + hidden
         # with a mask, torch's kernels walk through all slots of a head by themselves: 2 times slower on an H200 than
@@ -198,7 +194,7 @@ class Cache:
         written_out = self._fixed is not None and q.device.type == "cuda"
         return attention(
             q, keys[group, :, :seen], values[group, :, :seen], mask, sinks,
-            scale=scale, softcap=softcap, kv_map=kv_map, written_out=written_out,
+            scale=options["scale"], softcap=options["softcap"], kv_map=options["kv_map"], written_out=written_out,
         )  # fmt: skip
 
     def _start(self, slots: int) -> int | None:

@@ -107,6 +107,14 @@ def test_norm_across_heads_is_reduced_in_parts() -> None:
     assert len(small) == 2 * 2
 
 
+def test_norm_across_heads_is_reduced_in_parts_where_key_heads_are_shared() -> None:
+    """Attention joins more of what meets there than the norm does; the norm is still what can be reduced in parts."""
+    report: Report = compiled("olmo2", 3).report
+    assert report.whole == ()
+    assert row(report, "q_proj").split == "tp over dim 0 as 32/16/16"
+    assert row(report, "k_proj").split == "tp over dim 0 as 16/16/16"
+
+
 def test_low_rank_projections_are_kept_whole_and_the_rest_is_not() -> None:
     report: Report = compiled("deepseek_v3", 2).report
     whole = {r.pattern.rpartition("layers.")[2] for r in report.whole}

@@ -64,6 +64,42 @@ def why_everywhere(labels: Labels, name: str) -> tuple[str, Collapse | None]:
 
 
 def _offence(site: Site, labels: Labels, weight: str, names: frozenset[str], ids: list[int], ranks: int) -> Offence:
+    """Why `site` cannot be divided: of the ops that need a whole row, the one that joined most of what meets there.
+
+    What could be reduced in parts instead is of these the one that can be, whether or not it joined the most.
+    """
+    meeting = labels.joined(ids)
+    causes = sorted(
+        (collapse for collapse in labels.collapses if names & collapse.weights),
+        key=lambda collapse: -len(collapse.labels & meeting),
+    )
+    groups = "1 group" if len(ids) == 1 else f"{len(ids)} groups"
+    if causes:
+        to_reduce = next((collapse for collapse in causes if collapse.can_be_partial), causes[0])
+        why = causes[0].why
+        if len(ids) > 1:
+            if operation(causes[0].node) in (attention, cached_attention):
+                groups = f"{len(ids)} heads"
+            why = f"{groups} do not divide over {ranks} ranks: {why} of each; at most {len(ids)} ranks could share it"
+        return Offence(weight, why, to_reduce, (site.node,))
+    where = site.node.meta.get("path") or site.node.name
+    why = f"only {groups} of indices can be told apart at {where}, for {ranks} ranks"
+    return Offence(weight, why, None, (site.node,))
+
+
+def why_everywhere(labels: Labels, name: str) -> tuple[str, Collapse | None]:
+    """Why every rank needs all of a weight although what is made of it is split."""
+    for collapse in labels.collapses:
+        if name in collapse.weights and collapse.can_be_partial:
+            return collapse.why, collapse
+    for site in labels.sites:
+        if name in labels.weights_of(torch.unique(site.ids).tolist()):
+            where = site.weight.name if site.weight else describe(site.node)
+            return f"all of it is needed by every rank's part of {where}", None
+    return "shared by the parts of every rank", None
+
+
+def _offence(site: Site, labels: Labels, weight: str, names: frozenset[str], ids: list[int], ranks: int) -> Offence:
     """Why `site` cannot be divided: of the ops that need a whole row, the one that joined most of what meets there."""
     mine = labels.joined(ids)
     causes = [collapse for collapse in labels.collapses if names & collapse.weights]

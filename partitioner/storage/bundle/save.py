@@ -18,12 +18,12 @@ from torch import Tensor
 from partitioner.errors import BundleError, PlanError
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.plan import Plan
+from partitioner.program.ranks import Ranks
 from partitioner.sharding.mesh import AXES, DEGREES
 from partitioner.storage.bundle.format.bundle_files import digest_of, read_within, writing
 from partitioner.storage.bundle.format.graph_format import Template, share
 from partitioner.storage.bundle.format.manifest import File, Manifest
 from partitioner.storage.bundle.format.rank_format import Stored, program_data, weight_data
-from runtime.engine.engine import RankPrograms
 from runtime.program.rank_program import Entry, RankProgram
 from runtime.program.shards import WeightShard
 from runtime.weights.load_weights import load_weights
@@ -49,7 +49,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def save_ranks(
-    ranks: RankPrograms,
+    ranks: Ranks,
     folder: str | Path,
     *,
     plan: Plan,
@@ -62,7 +62,7 @@ def save_ranks(
 
     `reference`: what is in a checkpoint stays there; it is read all the same, for the digests.
     """
-    everyone = range(ranks.mesh.world_size)
+    everyone = ranks.everyone()
     entries: dict[Entry, list[RankProgram]] = {"text": [ranks.entry("text", rank) for rank in everyone]}
     refused = None
     try:

@@ -1,18 +1,23 @@
 """The engine, its executable and its loader, through a program partitioned by hand."""
 
 import gc
+import itertools
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx
 
 from partitioner.compile.emit import Emitter
-from partitioner.errors import CommunicationError, InputError, RankLost, WeightError
+from partitioner.errors import CommunicationError, InputError, PlanError, RankLost, WeightError
 from partitioner.sharding.mesh import Mesh
+from runtime.communication.process_groups import _in_one_order
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
+from runtime.engine.engine import group_axes
 from runtime.engine.simulator import Simulator
 from runtime.execution.executable import failing_node
 from runtime.ops.collectives import all_reduce
@@ -223,3 +228,48 @@ def test_constants_of_one_name_are_each_programs_own() -> None:
     for weight, mine, continued in zip(weights, made.weights, made._generate_loop._prefill_by.weights, strict=True):
         assert torch.equal(mine, program.values[weight.name])
         assert torch.equal(continued, other[weight.name])
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+class Entries:
+    """Programs of which each entry communicates over axes of its own; `missing`: cannot be had."""
+
+    def __init__(self, mesh: Mesh, axes: dict[str, Any], missing: tuple[str, ...] = ()) -> None:
+        self.mesh, self.axes, self.missing = mesh, axes, missing
+        self.asked: list[str] = []
+
+    def entry(self, entry: str, rank: int) -> Any:
+        self.asked.append(entry)
+        if entry in self.missing:
+            raise PlanError("cannot generate")
+        graph = fx.Graph()
+        graph.output(graph.call_function(all_reduce, (graph.placeholder("x"), self.axes[entry])))
+        return SimpleNamespace(graph=graph)
+
+
+def test_groups_are_made_for_what_any_entry_names() -> None:
+    mesh = Mesh.of(dp=2, sp=2, tp=2)
+    parts = Entries(mesh, {"text": "tp", "prefill": ("sp", "tp"), "decode": ("dp", "sp")})
+    singles = {("dp",), ("sp",), ("tp",)}
+    for rank in range(8):
+        assert group_axes(parts, rank) == {*singles, ("sp", "tp"), ("dp", "sp")}
+    parts.missing = ("prefill", "decode")
+    assert group_axes(parts, 0) == singles
+
+
+def test_one_axis_needs_no_entry_compiled() -> None:
+    parts = Entries(Mesh.of(tp=4), {})
+    assert group_axes(parts, 0) == {("tp",)}
+    assert not parts.asked
+    parts = Entries(Mesh.of(tp=4, ep=2), dict.fromkeys(("text", "prefill", "decode"), "ep"))
+    assert group_axes(parts, 0) == {("tp",), ("ep",)}
+
+
+def test_groups_are_made_in_one_order_on_all_ranks() -> None:
+    named = [("sp", "tp"), ("tp",), ("dp", "tp"), ("ep",), ("dp",)]
+    orders = {tuple(_in_one_order(each)) for each in itertools.permutations(named)}
+    assert len(orders) == 1
+    (order,) = orders
+    assert order[-2:] == (("dp", "tp"), ("sp", "tp"))
