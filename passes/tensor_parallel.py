@@ -49,7 +49,7 @@ class TensorParallel:
             return program
         decisions, placement = self._place(program)
         program.weight_layouts.update({n: w for n, w in placement.weights.items() if not w.is_replicated})
-        program.kept_whole.update(decisions.pinned)
+        program.kept_whole.update(decisions.pinned | decisions.shared)
         for name, layout in placement.states.items():
             program.states[name] = replace(program.states[name], layout=layout)
         _Rewriting(program, placement, self.axis).run()

@@ -96,16 +96,23 @@ def describe_weights(
     return weights, values
 
 
+_LARGEST_ID = 2**62
+"""What a bundle's files take."""
+
+
 def ends_of(model: PreTrainedModel) -> tuple[int, ...]:
-    """The ids after which text of this model ends."""
+    """The ids after which text of this model ends. A negative one is that of no token: how files say that there is
+    none.
+    """
     config = model.generation_config if model.can_generate() else None
     found = None if config is None else config.eos_token_id
     ends = [] if found is None else [found] if isinstance(found, int) else found
-    if not isinstance(ends, (list, tuple)) or not all(type(end) is int for end in ends):
+    if not isinstance(ends, (list, tuple)) or not all(type(end) is int and end <= _LARGEST_ID for end in ends):
         raise CaptureError(
-            f"eos_token_id of {type(model).__name__}'s generation configuration must be whole numbers, got {found!r}"
+            f"eos_token_id of {type(model).__name__}'s generation configuration must be whole numbers of at most 62 "
+            f"bits, got {found!r}"
         )
-    return tuple(ends)
+    return tuple(end for end in ends if end >= 0)
 
 
 def generation_of(model: PreTrainedModel) -> dict[str, Any]:
