@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from partitioner import Parts, Plan, partition
+from partitioner.analysis.tokens.token_mixing import why_rows_mix
 from partitioner.errors import LayoutError, PlanError
 from partitioner.program.stages import crossings, table_of
 from partitioner.proof.layouts import check_entries
-from tests.support.partitioned import EXACT, compiled, error, sized, tokens
+from runtime.ops.mask import attention_mask
+from tests.support import reference
+from tests.support.partitioned import EXACT, compiled, error, sized, tokens, traced
 
 
 def staged(name: str, pp: int, *, tp: int = 1, odd: bool = False, **options: Any) -> Parts[Any]:
@@ -142,3 +145,23 @@ def test_what_stages_remember_is_reported_and_what_they_do_is_recorded() -> None
     with parts.profile() as trace:
         parts.generate([[3, 4, 5], [6, 7]], max_new_tokens=3, eos_token_id=[])
     assert str(trace)
+
+
+def test_an_encoder_runs_its_rows_in_pieces_each_with_its_own_mask() -> None:
+    parts = staged("masked:bert", 2)
+    assert parts.rank(0).stage.rows_apart
+    model, program = traced("masked:bert")
+    ids = tokens("masked:bert", 7, batch=5)
+    mask = (torch.arange(7) < torch.tensor([[7], [3], [5], [1], [6]])).long()
+    expected = reference.forward(model, lifted=True, input_ids=ids, attention_mask=mask)
+    found = parts.simulate(input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(found, expected, rtol=EXACT, atol=EXACT)
+    # a mask that is made of other rows is seen
+    turned = program.copy()
+    (made,) = (node for node in turned.graph.nodes if node.target is attention_mask)
+    padding = made.args[3]
+    with turned.graph.inserting_before(made):
+        flipped = turned.graph.call_function(torch.ops.aten.flip.default, (padding, [0]))
+    flipped.meta = dict(padding.meta)
+    made.replace_input_with(padding, flipped)
+    assert why_rows_mix(turned) is not None

@@ -37,6 +37,7 @@ from runtime.ops.attention import attention
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.experts import expert_combine, expert_dispatch
 from runtime.ops.local import once, reorder, shard
+from runtime.ops.mask import attention_mask
 from runtime.ops.rows import collect_rows, take_rows
 from runtime.ops.state import cache_append
 
@@ -68,7 +69,7 @@ def why_rows_mix(program: Program) -> str | None:
     """The first op that looks from one sequence of the batch at another; None: each row is computed by itself."""
     if "batch" not in program.symbols:
         return "the model was captured for one batch size only"
-    return first_mixing(program, "batch", BATCH_RULES)
+    return first_mixing(program, "batch", {**BATCH_RULES, attention_mask: _mask_of_rows})
 
 
 def first_mixing(
@@ -198,6 +199,16 @@ def _attention(node: fx.Node, layouts: Layouts) -> str | None:
             return f"has {'a bias' if name == 'mask' else 'sinks'} that depends on the tokens"
         if name == "mask" and operand is not None and operand.meta["val"].shape[-1] != 1:
             return "has a bias by position, which would have to grow with the cache"
+    return None
+
+
+def _mask_of_rows(node: fx.Node, layouts: Layouts) -> str | None:
+    """Row i of a mask is made of row i of the padding; of the reference, the number of rows counts."""
+    a = arguments(node)
+    reference, padding = layouts[a["reference"]], None if a["padding"] is None else layouts[a["padding"]]
+    if reference.split_dims != (0,) or (padding is not None and padding.dims != (reference.dims[0], None)):
+        return "makes a mask of other {what}s than its own"
+    layouts[node] = REPLICATED(4).with_dim(0, reference.dims[0])
     return None
 
 
