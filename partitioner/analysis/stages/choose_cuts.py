@@ -20,12 +20,11 @@ from torch import fx
 
 from partitioner.analysis.cost.local_sizes import RankSizes, bytes_of
 from partitioner.analysis.cost.node_cost import NodeCost, node_costs
-from partitioner.analysis.stages.order_nodes import NodeClasses, classify, is_tensor, levels_of, settle
+from partitioner.analysis.stages.order_nodes import NodeClasses, can_cross, classify, levels_of, settle
 from partitioner.errors import PlanError
 from partitioner.program.node_arguments import node_values
 from partitioner.program.program import Program
 from partitioner.program.stages import StageTable
-from partitioner.sharding.layout import Layout
 from runtime.ops.attention import attention
 
 __all__ = ["Balance", "choose_cuts"]
@@ -128,7 +127,7 @@ def _places(program: Program, classes: NodeClasses, balance: Balance) -> _Places
         if last <= start:
             continue
         # a difference at both ends, summed up below
-        can = _can_cross(program, node)
+        can = can_cross(program, node)
         size = bytes_of(rank.shapes(node)[0], node_values(node)[0]) if can else 0
         for change, values in ((size, bytes_), (int(not can), refused)):
             values[start] += change
@@ -172,15 +171,6 @@ def _after_last_token(program: Program, classes: NodeClasses) -> frozenset[str]:
             break
         (node,) = before
     return frozenset()
-
-
-def _can_cross(program: Program, node: fx.Node) -> bool:
-    """A tensor that every rank of a stage has all of, in sizes that inputs tell."""
-    layout = node.meta.get("layout")
-    if not is_tensor(node) or (isinstance(layout, Layout) and (layout.partial or any(layout.dims))):
-        return False
-    known = set(program.symbols.values())
-    return all(isinstance(size, int) or size in known or size.is_Integer for size in node.meta["val"].shape)
 
 
 # -- cuts --------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from partitioner.sharding.layout import Layout
 __all__ = [
     "NodeClasses",
     "by_state",
+    "can_cross",
     "canonical",
     "classify",
     "is_tensor",
@@ -127,7 +128,8 @@ def settle(program: Program, classes: NodeClasses, places: dict[fx.Node, int], l
     """`places` (levels, or stages) with nodes moved back towards their users where fewer bytes cross that way.
 
     A norm's first half moves behind the cut, since the residual that it reads crosses anyway; attention stays in front
-    of it, for its result is smaller than what it reads. What reads weights or states stays, whatever its size.
+    of it, for its result is smaller than what it reads. What cannot cross, such as a flattened batch, moves where what
+    it is made of can and is no larger. What reads weights or states stays, whatever its size.
     """
     found = dict(places)
     for node in reversed(classes.ordered):
@@ -137,7 +139,10 @@ def settle(program: Program, classes: NodeClasses, places: dict[fx.Node, int], l
         before = classes.before(node)
         # what does not cross already would have to, in place of the node
         new = [s for s in before if not any(found.get(u, 0) >= wanted for u in s.users if u is not node)]
-        if all(map(is_tensor, before)) and sum(_bytes(program, s) for s in new) < _bytes(program, node):
+        if not all(can_cross(program, source) for source in new):
+            continue
+        instead, size = sum(_bytes(program, source) for source in new), _bytes(program, node)
+        if instead < size or (instead == size and not can_cross(program, node)):
             found[node] = wanted
     return found
 
@@ -190,6 +195,15 @@ def by_state(classes: NodeClasses) -> dict[str, list[fx.Node]]:
         if state is not None:
             found[state].append(node)
     return dict(found)
+
+
+def can_cross(program: Program, node: fx.Node) -> bool:
+    """A tensor that every rank of a stage has all of, in sizes that inputs tell."""
+    layout = node.meta.get("layout")
+    if not is_tensor(node) or (isinstance(layout, Layout) and (layout.partial or any(layout.dims))):
+        return False
+    known = set(program.symbols.values())
+    return all(isinstance(size, int) or size in known or size.is_Integer for size in node.meta["val"].shape)
 
 
 def is_tensor(node: fx.Node) -> bool:
