@@ -65,7 +65,7 @@ MAY_IMPORT = {
         "runtime",
     ),
     "passes": (*STANDARD, "torch", "sympy", "partitioner", "runtime.ops"),
-    "runtime": (*STANDARD, "torch", *LEAVES, "runtime"),
+    "runtime": (*STANDARD, "torch", "triton", *LEAVES, "runtime"),
 }
 
 # Names of models that are ordinary words here.
