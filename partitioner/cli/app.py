@@ -23,8 +23,11 @@ from partitioner.cli.export import export
 from partitioner.cli.options import (
     Checkpoint,
     Compile,
+    CompileSteps,
+    Device,
     Dtype,
     KeepWhole,
+    MaxBatch,
     MaxLength,
     Model,
     Passes,
@@ -33,9 +36,9 @@ from partitioner.cli.options import (
     Timeout,
     Tp,
 )
-from partitioner.cli.run import Question, answer, answer_here, is_rank, run_in_processes
+from partitioner.cli.run import Question, answer, answer_alone, answer_here, is_rank, run_in_processes
 from partitioner.cli.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
-from partitioner.errors import CommunicationError, PartitionerError
+from partitioner.errors import CommunicationError, InputError, PartitionerError
 from partitioner.report.explain import explain as explain_weight
 from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.describe import describe, show_graph
@@ -63,19 +66,21 @@ def verify_command(
     dtype: Annotated[str, typer.Option(help="to compare in: one or several, with commas between")] = "float64,float32",
     lengths: Annotated[str, typer.Option(help="sequence lengths, with commas between")] = "1,5,40",
     simulate: Simulate = False,
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="of random weights and inputs")] = 0,
     timeout_s: Timeout = 600.0,
 ) -> None:
     """Compare the partitioned model with the original, over one process per rank."""
     with _errors():
         how = Compile.of(tp, keep_whole, passes, max_length, plan)
-        case = Case(model, how, tuple(dtype.split(",")), parse_lengths(lengths), seed)
+        case = Case(model, how, tuple(dtype.split(",")), parse_lengths(lengths), seed, "cpu" if simulate else device)
         require_timeout(timeout_s)  # also where no process is started
         for name in case.dtypes:
             dtype_named(name)
         outcomes = list(verify(case)) if simulate else verify_in_processes(case, timeout_s=timeout_s)
         console = Console()
-        console.print(_table(case, outcomes, "one thread per rank" if simulate else "one process per rank, gloo"))
+        over = "one process per rank, gloo" if case.placed.type == "cpu" else "one process and GPU per rank"
+        console.print(_table(case, outcomes, "one thread per rank" if simulate else over))
         worst = next((outcome for outcome in outcomes if not outcome.equal), None)
         if worst is not None:
             divergence = explain(case, worst)
@@ -146,6 +151,9 @@ def run_command(
         str | None, typer.Option(help='the most that a rank may keep for the cache: "4 GB", or "0.9 of free"')
     ] = None,
     simulate: Simulate = False,
+    device: Device = "auto",
+    compile_steps: CompileSteps = False,
+    max_batch: MaxBatch = None,
     timeout_s: Timeout = 3600.0,
     profile: Annotated[str, typer.Option(help="write what every rank did, node by node, to this file")] = "",
     checkpoint: Checkpoint = None,
@@ -184,12 +192,19 @@ def run_command(
             cache_memory=cache_memory,
             options=options,
             profile=profile,
+            device="cpu" if simulate and device == "auto" else device,
+            compile_steps=compile_steps,
+            max_batch=max_batch,
         )
+        if simulate and (question.placed.type != "cpu" or compile_steps):
+            raise InputError("--simulate runs on cpu, node by node: leave --device and --compile out")
         Settings.of({**options, "tokenizer": ...}, eos_token_id=())  # here once, rather than on every rank
         if is_rank():
             answer(question)
-        elif simulate or question.num_ranks == 1:
+        elif simulate:
             answer_here(question)
+        elif question.num_ranks == 1:
+            answer_alone(question)
         else:
             run_in_processes(question, timeout_s=timeout_s)
 

@@ -28,6 +28,7 @@ from partitioner.program.plan import Plan
 from partitioner.proof.float64 import ExactArithmetic, in_float64
 from partitioner.report.report import Report
 from partitioner.storage.named_model import dtype_named, load_config, load_model
+from runtime.processes.choose_device import choose_device
 from runtime.processes.launch import launch
 
 __all__ = [
@@ -54,15 +55,21 @@ class Case:
     dtypes: tuple[str, ...] = ("float64", "float32")
     lengths: tuple[int, ...] = (1, 5, 40)
     seed: int = 0
+    device: str = "cpu"
+    """Of the ranks, as in `runtime.processes.choose_device`; the original runs on cpu."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= LARGEST_SEED:
             raise InputError(f"the seed must be a whole number from 0 to {LARGEST_SEED}, got {self.seed}")
-        self.plan  # noqa: B018 - checks the degrees
+        self.placed  # noqa: B018 - checks the degrees and the device
 
     @property
     def plan(self) -> Plan:
         return self.compile.plan
+
+    @property
+    def placed(self) -> torch.device:
+        return choose_device(self.device, num_ranks=self.plan.mesh.world_size)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -48,6 +48,7 @@ from runtime.communication.shared_memory.shared_memory import Disconnected, Shar
 from runtime.communication.traceable import FunctionalChannel, OpaqueChannel
 from runtime.ops.communicating import Axes, axes_text
 from runtime.processes.bootstrap import WatchedStore, bootstrap, missing_variables, watched
+from runtime.processes.choose_device import choose_device
 from runtime.processes.device_watch import DeviceWatch, end_quickly
 from runtime.processes.heartbeat import Heartbeat
 from runtime.processes.listening import listening_sockets
@@ -128,14 +129,17 @@ class ProcessGroups(Communicator):
         check: bool = False,
         shared_memory: Sharing = "auto",
     ) -> ProcessGroups:
-        """Join the other ranks, in a process that torchrun started; the device "cuda" means the local rank's own."""
+        """Join the other ranks, in a process that torchrun started.
+
+        device: "cuda" means the local rank's own; "auto" that, where this host has one for each of its ranks, or "cpu".
+        """
         if missing := missing_variables():
             raise CommunicationError(f"not started by torchrun: {', '.join(missing)} not set. Run it with torchrun")
         world_size = int(os.environ["WORLD_SIZE"])
         # before joining: with the wrong number of ranks everything after would only time out
         if world_size != mesh.world_size:
             raise _wrong_world(world_size, mesh)
-        device = torch.device(device)
+        device = choose_device(device, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
         if str(device) == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)

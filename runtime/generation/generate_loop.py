@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from runtime.generation.generation_request import GenerationRequest, Step
 from runtime.generation.token_rules import TokenRules
 from runtime.kv_cache.batch import Batch
 from runtime.kv_cache.cache import Cache
-from runtime.kv_cache.cache_size import ANY_LENGTH, CacheSize, Room, slots_for, step_of
+from runtime.kv_cache.cache_size import ANY_LENGTH, CacheSize, Room, default_step, slots_for, step_of
 from runtime.program.rank_program import RankProgram
 from runtime.sampling.sampler import Sampler
 from runtime.sampling.sampling_options import Sampling
@@ -75,7 +75,10 @@ class GenerateLoop:
         """What there is room for, once `reserve` has found out."""
         self._executables: tuple[Executable, Executable] | None = None
         """For prompts and for single tokens; one and the same where the programs are."""
-        self._decoder: Decoder | None = None
+        self._decoders: dict[int, Decoder] = {}
+        """By the number of sequences."""
+        self._pool: Any = None
+        self._default_steps: dict[int, int] = {}
         self._turn = 0
         """Counts tasks: a stream that another task has overtaken must not go on."""
 
@@ -84,7 +87,8 @@ class GenerateLoop:
         settings = request.settings
         length = max(map(len, request.prompts)) + settings.max_new_tokens - 1  # the last token is never run
         self._check(request, length)
-        size = min(step_of(self.program, settings.prefill_step, length), max(map(len, request.prompts)))
+        wanted = settings.prefill_step or self._default_step(len(request.prompts))
+        size = min(step_of(self.program, wanted, length), max(map(len, request.prompts)))
         self._provide(max_batch=len(request.prompts), max_length=length, step=size)
         assert self.cache is not None
         size = min(size, self.cache.step)
@@ -158,6 +162,9 @@ class GenerateLoop:
     def reserve(self, size: CacheSize) -> Room:
         """A collective: sets the cache of all later tasks aside, of the same size on all ranks."""
         self._make_no_cache()
+        if size.prefill_step is None:
+            size = replace(size, prefill_step=self._default_step(size.max_batch))
+        assert size.prefill_step is not None
         room = Room.agreed(self.program, size, self.communicator, self.device)
         max_length = size.max_length
         if max_length is None:
@@ -174,6 +181,12 @@ class GenerateLoop:
         )
         return self.room
 
+    def _default_step(self, max_batch: int) -> int:
+        if max_batch not in self._default_steps:
+            step = default_step(self.program, self.communicator, self.device, max_batch=max_batch)
+            self._default_steps[max_batch] = step
+        return self._default_steps[max_batch]
+
     def _provide(self, *, max_batch: int, max_length: int, step: int) -> None:
         """Sets memory aside for a task, unless what there is suffices."""
         cache = self.cache
@@ -187,22 +200,41 @@ class GenerateLoop:
             return
         if cache and cache.max_batch >= max_batch and cache.max_length >= max_length and cache.step >= step:
             return
-        self._make_no_cache()
+        if not self._keeps_steps():
+            self._make_no_cache()
+        elif cache is not None:
+            for decoder in self._decoders.values():
+                decoder.release()
+            cache.drop()
         size = CacheSize(max_batch=max_batch, max_length=max_length, prefill_step=step)
         room = Room.agreed(self.program, size, self.communicator, self.device)
-        room.require(max_length)
+        try:
+            room.require(max_length)
+        except InputError:
+            self._make_no_cache()
+            raise
         # lengths that kernels like, and that the next task may share
         max_length = -(-max_length // _ROUND_TO) * _ROUND_TO
         if room.tokens is not None:
             max_length = min(max_length, room.tokens)
         self._make_cache(max_batch=max_batch, max_length=max_length, step=step)
 
+    def _keeps_steps(self) -> bool:
+        """Whether what is compiled serves a cache of another size as well."""
+        return self.cache is not None and bool(self._decoders) and self.cache.any_length
+
     def _make_no_cache(self) -> None:
         """The old one is given back before a new one is made."""
-        self.cache = self._executables = self._decoder = self.room = None
+        if self.cache is not None:
+            self.cache.drop()  # what is bound to it may keep it for a while
+        self._decoders.clear()
+        self.cache = self._executables = self.room = None
 
     def _make_cache(self, *, max_batch: int, max_length: int, step: int) -> None:
         slots = slots_for(self.program, max_length)
+        if self._keeps_steps() and self.cache is not None:
+            self.cache.resize(max_batch=max_batch, max_length=max_length, step=step, slots=slots)
+            return
         self.cache = Cache(
             self.program.states, max_batch=max_batch, max_length=max_length, step=step, device=self.device, slots=slots
         )
@@ -215,9 +247,9 @@ class GenerateLoop:
 
     def release(self) -> None:
         """Gives back the cache and the captured steps; a stream that is under way cannot go on."""
-        if self._decoder is not None:
-            self._decoder.release()
-        self.cache = self._executables = self._decoder = None
+        for decoder in self._decoders.values():
+            decoder.release()
+        self._make_no_cache()
         self._turn += 1
 
     def _decode(self, tokens: list[int], positions: list[int], going: tuple[bool, ...]) -> Tensor:
@@ -228,8 +260,10 @@ class GenerateLoop:
     def _decoder_for(self, batch: int) -> Decoder:
         assert self.cache is not None
         assert self._executables is not None
-        if self._decoder is None or self._decoder.batch != batch:
-            self._decoder = Decoder(
+        if batch not in self._decoders:
+            if self._cuda_graph and self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            self._decoders[batch] = Decoder(
                 self._decode_by.program,
                 self._executables[1],
                 self.cache,
@@ -237,8 +271,9 @@ class GenerateLoop:
                 device=self.device,
                 compile=self._compile,
                 cuda_graph=self._cuda_graph,
+                pool=self._pool,
             )
-        return self._decoder
+        return self._decoders[batch]
 
     @property
     def _least_slots(self) -> int:
