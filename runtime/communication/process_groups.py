@@ -299,10 +299,13 @@ class ProcessGroups(Communicator):
         """May be called again. CUDA graphs with collectives in them must be gone before."""
         for shared in self._shared.values():
             shared.close()
+        lost = self._watch is not None and self._watch.cause() is not None
         for peers in self.peers.values():
+            if lost:
+                peers.abandon()
             peers.close()
         if self._owned and dist.is_initialized():
-            _leave_groups(abort=self._watch is not None and self._watch.cause() is not None)
+            _leave_groups(abort=lost)
             self._owned = False
         if self._watch is not None:
             self._watch.close()

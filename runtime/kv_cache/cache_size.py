@@ -42,7 +42,7 @@ __all__ = [
 
 LEAST_STEP = 512
 """Enough for a processor."""
-_MOST_ROWS, _LIVE = 8192, 8
+_MOST_ROWS, _LIVE = 16384, 8
 ANY_LENGTH = 2**31 - 1
 """Stands for "as long as you like": what the model remembers does not grow, and it counts no positions in a table."""
 
@@ -151,15 +151,16 @@ def default_step(program: RankProgram, communicator: Communicator, device: torch
     """How many tokens of each prompt to run at a time; a collective on GPUs, where it is the least of all ranks.
 
     A GPU wants thousands of rows in a product, and launches as many kernels for few. What runs takes memory while it
-    does: an eighth of the device may go to the widest layer's values, several of which live at once.
+    does, several values as wide as the widest layer for each row: an eighth of the device may go there, or a quarter of
+    what is free.
     """
     if device.type != "cuda":
         return LEAST_STEP
     rows = [weight.local_shape[0] * weight.dtype.itemsize for weight in program.weights if len(weight.local_shape) == 2]
     # the two largest may be those of the vocabulary, which runs for one row of a prompt
     widest = max(1, sorted(rows)[-3:][0]) if rows else 1
-    memory = torch.cuda.get_device_properties(device).total_memory
-    fits = memory // 8 // (_LIVE * widest)
+    whole, free = torch.cuda.get_device_properties(device).total_memory, free_bytes(device) or 0
+    fits = min(whole // 8, free // 4) // (_LIVE * widest)
     mine = torch.tensor([min(_MOST_ROWS, fits) // max_batch], device=device)
     least = int(_gathered(communicator, mine).min())
     return max(LEAST_STEP, 1 << max(0, least.bit_length() - 1))

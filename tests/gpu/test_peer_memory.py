@@ -4,6 +4,7 @@ On one GPU: all ranks in this process, each on a stream of its own, with memory 
 each other as those of several GPUs do. On several: a process for each, and real links.
 """
 
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,8 @@ class Ranks:
             PeerMemory(Group(nobody, ranks, rank, True), memory, handle, timeout_s=20)  # type: ignore[arg-type]
             for rank, memory in enumerate(memories)
         ]
+        for peers in self.peers:
+            peers._blocks = 16  # all blocks of all ranks must run at once: those that wait hold their processor
         self.streams = [torch.cuda.Stream() for _ in ranks]
         torch.cuda.synchronize()
 
@@ -136,11 +139,9 @@ def test_who_does_not_come_is_named_while_the_kernel_waits() -> None:
         with torch.cuda.stream(ranks.streams[0]):
             first = waiting.prepare("all_reduce", otherwise=not_by_nccl)(parts[0])
             begun.record()
-        for _ in range(200):
-            torch.cuda._sleep(1_000_000)
-            torch.cuda.current_stream().synchronize()
-            if waiting.late():
-                break
+        deadline = time.monotonic() + 10
+        while not waiting.late() and time.monotonic() < deadline:
+            time.sleep(0.001)
         assert waiting.late() == [1]
         assert not begun.query()  # it goes on waiting: the host decides what follows
         with torch.cuda.stream(ranks.streams[1]):
@@ -149,6 +150,19 @@ def test_who_does_not_come_is_named_while_the_kernel_waits() -> None:
         assert torch.equal(first, summed(parts))
         assert torch.equal(second, first)
         waiting._late.zero_()
+
+
+def test_a_kernel_that_waits_ends_when_it_is_abandoned() -> None:
+    for way in ("small", "large"):
+        ranks = Ranks(2)
+        x = brought(0, (4096,), torch.bfloat16, 0)
+        run(Case("all_reduce", [x, x], [summed([x, x])] * 2), way, ranks)
+        with torch.cuda.stream(ranks.streams[0]):
+            ranks.peers[0].prepare("all_reduce", otherwise=not_by_nccl)(x)
+        time.sleep(0.05)
+        assert not ranks.streams[0].query()
+        ranks.peers[0].abandon()
+        ranks.streams[0].synchronize()
 
 
 @several

@@ -93,6 +93,7 @@ def large(
     table,
     counters,
     late,
+    abandoned,
     patience_ns,
     total,
     piece,
@@ -157,9 +158,9 @@ def large(
                     flag = own_area + start_of_flags + (peer * BLOCKS + block) * 4
                     if COUNTED:
                         if turn <= _counted_rounds(sent_counts, received_counts, peer, piece, block, CHUNK, BLOCKS):
-                            await_flag(flag, number, late + 4 * peer, patience_ns)
+                            await_flag(flag, number, late + 4 * peer, abandoned, patience_ns)
                     else:
-                        await_flag(flag, number, late + 4 * peer, patience_ns)
+                        await_flag(flag, number, late + 4 * peer, abandoned, patience_ns)
             tl.debug_barrier()
             for peer in tl.static_range(RANKS):
                 start = 0

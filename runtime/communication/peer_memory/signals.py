@@ -1,6 +1,7 @@
 """What a kernel says to the same kernel on another GPU, and how it waits for that: PTX, which Triton has no words for.
 
-No wait goes on in silence: beyond `patience_ns` it writes 1 to `late`, memory that the host reads.
+No wait goes on in silence: beyond `patience_ns` it writes 1 to `late`, memory that the host reads. And none goes on
+once the host has written something to `abandoned`: what the kernel returns is of no use then.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def put_words(address, low, high, number, ok):
 
 
 @triton.jit
-def await_words(address, number, ok, late, patience_ns):
+def await_words(address, number, ok, late, abandoned, patience_ns):
     return tl.inline_asm_elementwise(
         """
         {
@@ -60,16 +61,18 @@ def await_words(address, number, ok, late, patience_ns):
             @tries bra words_again;
             mov.u64 now, %globaltimer;
             sub.u64 now, now, since;
-            setp.gt.u64 over, now, $6;
+            setp.gt.u64 over, now, $7;
             @over st.relaxed.sys.global.u32 [$5], 1;
-            bra words_again;
+            ld.relaxed.sys.global.u32 few, [$6];
+            setp.ne.u32 over, few, 0;
+            @!over bra words_again;
         words_done:
             mov.u32 $0, low;
             mov.u32 $1, high;
         }
         """,
-        "=r,=r,l,r,r,l,l",
-        [address, number, ok, late, tl.cast(patience_ns, tl.int64)],
+        "=r,=r,l,r,r,l,l,l",
+        [address, number, ok, late, abandoned, tl.cast(patience_ns, tl.int64)],
         dtype=(tl.int32, tl.int32),
         is_pure=False,
         pack=1,
@@ -99,7 +102,7 @@ def raise_flag(address, number):
 
 
 @triton.jit
-def await_flag(address, number, late, patience_ns):
+def await_flag(address, number, late, abandoned, patience_ns):
     """Until the flag is `number` or beyond; by one thread, all others wait at the next barrier."""
     tl.inline_asm_elementwise(
         """
@@ -123,15 +126,17 @@ def await_flag(address, number, late, patience_ns):
             @tries bra flag_again;
             mov.u64 now, %globaltimer;
             sub.u64 now, now, since;
-            setp.gt.u64 over, now, $4;
+            setp.gt.u64 over, now, $5;
             @over st.relaxed.sys.global.u32 [$3], 1;
-            bra flag_again;
+            ld.relaxed.sys.global.u32 few, [$4];
+            setp.ne.u32 over, few, 0;
+            @!over bra flag_again;
         flag_done:
             mov.u32 $0, 0;
         }
         """,
-        "=r,l,r,l,l",
-        [address, number, late, tl.cast(patience_ns, tl.int64)],
+        "=r,l,r,l,l,l",
+        [address, number, late, abandoned, tl.cast(patience_ns, tl.int64)],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

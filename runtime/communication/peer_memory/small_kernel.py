@@ -51,6 +51,7 @@ def small(
     table,
     counters,
     late,
+    abandoned,
     patience_ns,
     total,
     piece,
@@ -95,7 +96,7 @@ def small(
             if SHIFT != 0:
                 if peer != (RANK - SHIFT) % RANKS:
                     expected = (lane < 1).to(tl.int32)
-            low, high = await_words(own_area + peer * area + inside, number, expected, late + 4 * peer, patience_ns)
+            low, high = await_words(own_area + peer * area + inside, number, expected, late + 4 * peer, abandoned, patience_ns)
         if KIND == "":
             if SHIFT != 0:
                 if peer == (RANK - SHIFT) % RANKS:

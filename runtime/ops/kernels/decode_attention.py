@@ -23,7 +23,8 @@ from torch import Tensor
 
 __all__ = ["Attending", "can_decode", "decode_attention", "registered"]
 
-_TILE = 64
+_TILE, _LEAST_TILES = 64, 4
+"""Keys at a time, and how many such times a part is worth: putting parts together costs as much as a few."""
 _WIDEST = 256
 _LOG2_E = 1.4426950408889634
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,10 +48,10 @@ def _counters(device: torch.device) -> Tensor:
 
 
 def _splits(pairs: int, slots: int, device: torch.device) -> int:
-    """So many parts that the device is full, however long rows are."""
+    """So many parts that each processor has one or two, however long rows are."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = min(4 * processors / pairs, 64, slots / _TILE)
-    return int(2 ** max(0, math.ceil(math.log2(max(1.0, wanted)))))
+    wanted = min(2 * processors / pairs, 64, slots / (_TILE * _LEAST_TILES))
+    return int(2 ** max(0, math.floor(math.log2(max(1.0, wanted)))))
 
 
 def decode_attention(
@@ -88,7 +89,7 @@ def decode_attention(
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=max(16, _power_of_2(group)),
         D=width, D_PADDED=max(16, _power_of_2(width)), DV=value_width, DV_PADDED=max(16, _power_of_2(value_width)),
-        TILE=_TILE, SPLITS=splits, WINDOWED=window is not None, CHUNKED=chunk is not None, CAPPED=capped,
+        TILE=_TILE, LEAST_TILES=_LEAST_TILES, SPLITS=splits, WINDOWED=window is not None, CHUNKED=chunk is not None, CAPPED=capped,
         SINKS=sinks is not None, LSE=return_lse, EXACT=q.dtype == torch.float32,
         num_warps=4, num_stages=2 if width > 128 or q.dtype == torch.float32 else 3,
     )  # fmt: skip

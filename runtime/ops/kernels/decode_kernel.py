@@ -45,6 +45,7 @@ def decode(
     DV: tl.constexpr,
     DV_PADDED: tl.constexpr,
     TILE: tl.constexpr,
+    LEAST_TILES: tl.constexpr,
     SPLITS: tl.constexpr,
     WINDOWED: tl.constexpr,
     CHUNKED: tl.constexpr,
@@ -70,7 +71,7 @@ def decode(
         first = tl.maximum(first, position // chunk * chunk)
     first_tile = tl.where(wraps, 0, first // TILE)
     tiles = tl.cdiv(held, TILE)
-    each = tl.cdiv(tiles - first_tile, SPLITS)
+    each = tl.maximum(tl.cdiv(tiles - first_tile, SPLITS), LEAST_TILES)
     active = tl.cdiv(tiles - first_tile, each)
     if split < active:
         heads = tl.arange(0, GROUP_PADDED)
@@ -148,12 +149,12 @@ def decode(
             if came == active - 1:
                 splits = tl.arange(0, SPLITS)
                 for one in tl.static_range(GROUP):
-                    part = (pair * SPLITS + splits) * GROUP + one
+                    one_of_all = (pair * SPLITS + splits) * GROUP + one
                     there = splits < active
-                    tops_of = tl.load(tops + part, mask=there, other=float("-inf"), cache_modifier=".cg")
-                    sums_of = tl.load(sums + part, mask=there, other=0.0, cache_modifier=".cg")
+                    tops_of = tl.load(tops + one_of_all, mask=there, other=float("-inf"), cache_modifier=".cg")
+                    sums_of = tl.load(sums + one_of_all, mask=there, other=0.0, cache_modifier=".cg")
                     results = tl.load(
-                        parts + part[:, None] * DV + value_dims[None, :],
+                        parts + one_of_all[:, None] * DV + value_dims[None, :],
                         mask=there[:, None] & (value_dims[None, :] < DV),
                         other=0.0,
                         cache_modifier=".cg",
