@@ -81,7 +81,7 @@ class ProcessGroups(Communicator):
         shared_memory: Sharing = "auto",
         heartbeat: Heartbeat | None = None,
     ) -> None:
-        _require_sharing(shared_memory)
+        _require_sharing(shared_memory, device)
         self.mesh = mesh
         self.rank = dist.get_rank()
         self.device = device
@@ -143,7 +143,7 @@ class ProcessGroups(Communicator):
         if str(device) == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        _require_sharing(shared_memory)
+        _require_sharing(shared_memory, device)
         rank = int(os.environ["RANK"])
         # the launcher's store outlives our groups: without a number, a second meeting would find the first's addresses
         meeting = next(_MEETINGS)
@@ -320,9 +320,13 @@ def _in_one_order(axes: Collection[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return sorted(required, key=lambda named: (len(named), [place[axis] for axis in named]))
 
 
-def _require_sharing(wanted: Sharing) -> None:
+def _require_sharing(wanted: Sharing, device: torch.device) -> None:
     if wanted not in get_args(Sharing):
         raise CommunicationError(f"shared_memory must be one of {', '.join(get_args(Sharing))}; got {wanted!r}")
+    if wanted == "on" and device.type not in ("cpu", "cuda"):
+        raise CommunicationError(
+            f'shared_memory="on" is for ranks on CPU or CUDA, these are on {device}: leave it at "auto"'
+        )
 
 
 def _group_timeout(timeout_s: float, device: torch.device) -> timedelta:

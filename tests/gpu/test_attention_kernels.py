@@ -109,12 +109,16 @@ def test_tokens_behind_a_past(dtype, window, starts, counts):
 
 @pytest.fixture(scope="module")
 def parts():
+    return compiled_for(torch.bfloat16)
+
+
+def compiled_for(dtype: torch.dtype):
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=256, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=61, initializer_range=0.2, max_position_embeddings=4096,
     )  # fmt: skip
-    return partition(LlamaForCausalLM(config).to(torch.bfloat16).eval(), Plan())
+    return partition(LlamaForCausalLM(config).to(dtype).eval(), Plan())
 
 
 def engine(parts, **options):
@@ -129,7 +133,8 @@ def test_prompts_in_pieces_say_what_prompts_in_one_piece_say(parts):
     assert torch.allclose(whole.logprobs[:, 0], pieces.logprobs[:, 0], atol=0.05)
 
 
-def test_a_longer_text_compiles_nothing(parts):
+def test_a_longer_text_compiles_nothing():
+    parts = compiled_for(torch.float32)  # in bfloat16 near ties fall either way
     compiled = engine(parts, compile=True, cuda_graph=True)
     plain = engine(parts)
     short, long = [[5, 6, 7]], [list(range(1, 60)) * 20]
@@ -138,7 +143,7 @@ def test_a_longer_text_compiles_nothing(parts):
     assert counted > 0
     found = compiled.generate(long, max_new_tokens=20, eos_token_id=[])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted
-    assert torch.equal(found[:, : 1180 + 5], plain.generate(long, max_new_tokens=20, eos_token_id=[])[:, : 1180 + 5])
+    assert torch.equal(found, plain.generate(long, max_new_tokens=20, eos_token_id=[]))
     # other numbers of sequences keep their steps as well
     compiled.generate(short * 3, max_new_tokens=5, eos_token_id=[])
     counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]

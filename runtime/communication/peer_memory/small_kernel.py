@@ -96,7 +96,9 @@ def small(
             if SHIFT != 0:
                 if peer != (RANK - SHIFT) % RANKS:
                     expected = (lane < 1).to(tl.int32)
-            low, high = await_words(own_area + peer * area + inside, number, expected, late + 4 * peer, abandoned, patience_ns)
+            low, high = await_words(
+                own_area + peer * area + inside, number, expected, late + 4 * peer, abandoned, patience_ns
+            )
         if KIND == "":
             if SHIFT != 0:
                 if peer == (RANK - SHIFT) % RANKS:

@@ -89,7 +89,8 @@ def decode_attention(
         keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
         KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=max(16, _power_of_2(group)),
         D=width, D_PADDED=max(16, _power_of_2(width)), DV=value_width, DV_PADDED=max(16, _power_of_2(value_width)),
-        TILE=_TILE, LEAST_TILES=_LEAST_TILES, SPLITS=splits, WINDOWED=window is not None, CHUNKED=chunk is not None, CAPPED=capped,
+        TILE=_TILE, LEAST_TILES=_LEAST_TILES, SPLITS=splits,
+        WINDOWED=window is not None, CHUNKED=chunk is not None, CAPPED=capped,
         SINKS=sinks is not None, LSE=return_lse, EXACT=q.dtype == torch.float32,
         num_warps=4, num_stages=2 if width > 128 or q.dtype == torch.float32 else 3,
     )  # fmt: skip
