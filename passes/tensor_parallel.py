@@ -49,7 +49,7 @@ class TensorParallel:
             return program
         decisions, placement = self._place(program)
         program.weight_layouts.update({n: w for n, w in placement.weights.items() if not w.is_replicated})
-        program.kept_whole.update(decisions.pinned)
+        program.kept_whole.update(decisions.pinned | decisions.shared)
         for name, layout in placement.states.items():
             program.states[name] = replace(program.states[name], layout=layout)
         _Rewriting(program, placement, self.axis).run()
@@ -119,6 +119,9 @@ class _Rewriting(Rewriter):
 
     def run(self) -> None:
         for node in list(self.program.graph.nodes):
+            held = self.placement.held.get(node)
+            if held is not None:
+                wanted, self.layouts[node] = self.layouts[node], held
             for source, required in self.placement.requires.get(node, ()):
                 self.provide(node, source, required)
             if node.op == "call_function":
@@ -129,6 +132,8 @@ class _Rewriting(Rewriter):
                 node.meta["layout"] = layout if not axes else _as_partial(layout, axes)
             if axes:
                 self.complete(node, axes)
+            if held is not None:
+                self.hold(node, wanted)
         self.program.graph.lint()
 
     def _rewrite(self, node: fx.Node) -> None:

@@ -13,21 +13,21 @@ import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from partitioner.cli.compare import Divergence, difference, first_divergence, tolerance
-from partitioner.cli.options import Compile
+from partitioner.cli.options import Compile, Job
 from partitioner.compile.partition import compile_program, trace
 from partitioner.compile.parts import Parts
 from partitioner.errors import CaptureError, InputError, WeightError
-from partitioner.program.plan import Plan
 from partitioner.proof.float64 import ExactArithmetic, in_float64
 from partitioner.report.report import Report
 from partitioner.storage.named_model import dtype_named, load_config, load_model
+from runtime.processes.capacity import require_threads
 from runtime.processes.choose_device import choose_device
 from runtime.processes.launch import launch
 
@@ -47,11 +47,9 @@ LARGEST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Job):
     """What to verify: MODEL as in `named_model`, and at which lengths and precisions."""
 
-    model: str
-    compile: Compile
     dtypes: tuple[str, ...] = ("float64", "float32")
     lengths: tuple[int, ...] = (1, 5, 40)
     seed: int = 0
@@ -61,25 +59,12 @@ class Case:
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= LARGEST_SEED:
             raise InputError(f"the seed must be a whole number from 0 to {LARGEST_SEED}, got {self.seed}")
-        self.placed  # noqa: B018 - checks the degrees and the device
-
-    @property
-    def plan(self) -> Plan:
-        return self.compile.plan
+        super().__post_init__()
+        self.placed  # noqa: B018 - checks the device
 
     @property
     def placed(self) -> torch.device:
         return choose_device(self.device, num_ranks=self.plan.mesh.world_size)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Case:
-        fields: dict[str, Any] = json.loads(text)
-        for name in ("dtypes", "lengths"):
-            fields[name] = tuple(fields[name])
-        return cls(**{**fields, "compile": Compile.from_data(fields["compile"])})
 
 
 @dataclass(frozen=True)
@@ -98,6 +83,7 @@ class Outcome:
 
 def verify(case: Case) -> Iterator[Outcome]:
     """Simulate every rank in this process."""
+    require_threads(case.plan.mesh.world_size)
     for dtype in case.dtypes:
         model = load_model(case.model, dtype=dtype_named(dtype), seed=case.seed)
         parts = compiled(model, case.compile)

@@ -83,7 +83,7 @@ class Parts(Ranks, Generic[Report]):
     @cached_property
     def generation_report(self) -> GenerationReport:
         """What each rank remembers of a sequence, split or whole and why; raises as `program_of` does."""
-        ranks = range(self.mesh.world_size)
+        ranks = self.everyone()
         decode = [self.entry("decode", rank) for rank in ranks]
         return make_generation_report(self.program_of("decode"), decode, [self.rank(rank) for rank in ranks])
 

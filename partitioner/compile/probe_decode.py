@@ -23,8 +23,11 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine.check_inputs import complete_inputs
 from runtime.execution.executable import Executable
-from runtime.generation.generate_loop import GenerateLoop, Loaded
-from runtime.kv_cache.cache_size import CacheSize
+from runtime.execution.profile import Profiler
+from runtime.generation.conversation import Piece
+from runtime.generation.steps import Loaded, Steps
+from runtime.kv_cache.cache import Cache
+from runtime.kv_cache.cache_size import CacheSize, Room, slots_for
 from runtime.program.rank_program import RankProgram
 from runtime.weights.load_weights import load_weights
 
@@ -47,7 +50,7 @@ def compare_steps(traced: Program, stepping: Program) -> str | None:
     """
     if not all(_has_data(program) for program in (traced, stepping)):
         return "whether tokens one by one say what the whole text says was not tried out: the model holds no data"
-    if sum(value.nbytes for value in traced.values.values()) <= EXACT_BYTES:
+    if sum(value.nbytes for value in traced.weight_data.values()) <= EXACT_BYTES:
         traced, stepping = in_float64(traced), in_float64(stepping)
     whole, step = (Emitter(program).rank(Mesh.of().coordinates(0)) for program in (traced, stepping))
     tokens = _tokens(whole)
@@ -74,7 +77,7 @@ def compare_steps(traced: Program, stepping: Program) -> str | None:
 
 def _has_data(program: Program) -> bool:
     used = {str(node.target) for node in program.graph.nodes if node.op == "get_attr" and node.users}
-    return all(name in program.values and not program.values[name].is_meta for name in used)
+    return all(name in program.weight_data and not program.weight_data[name].is_meta for name in used)
 
 
 def _tokens(whole: RankProgram) -> Tensor:
@@ -92,7 +95,9 @@ def _at_once(program: RankProgram, tokens: Tensor) -> Tensor:
     """[N, V]."""
     communicator = ThreadGroup(program.mesh).communicator(0)
     device = _device(program)
-    execute = Executable(program, load_weights(program.weights, program.values, None, device), communicator, device)
+    execute = Executable(
+        program, load_weights(program.weights, program.weight_data, None, device), communicator, device
+    )
     logits: Tensor = execute(complete_inputs(program.inputs, {"input_ids": tokens}, device, program.limits))
     return logits[0]
 
@@ -101,20 +106,23 @@ def _one_by_one(program: RankProgram, tokens: Tensor) -> Tensor:
     """[N, V] of the first row."""
     communicator = ThreadGroup(program.mesh).communicator(0)
     device = _device(program)
-    loaded = Loaded(program, load_weights(program.weights, program.values, None, device))
-    generate_loop = GenerateLoop(loaded, loaded, communicator, device)
+    loaded = Loaded(program, load_weights(program.weights, program.weight_data, None, device))
     rows, count = tokens.shape
-    generate_loop.reserve(CacheSize(max_batch=rows, max_length=count, prefill_step=1))
-    found = [
-        generate_loop.run([[token] for token in tokens[:, position].tolist()], [position] * rows, (True,) * rows)[0]
+    size = CacheSize(max_batch=rows, max_length=count, prefill_step=1)
+    Room.agreed(program, size, communicator, device).require(count)
+    slots = slots_for(program, count)
+    cache = Cache(program.states, max_batch=rows, max_length=count, step=1, device=device, slots=slots)
+    steps = Steps(loaded, loaded, cache, communicator, device, Profiler(program, device))
+    pieces = [
+        Piece([[token] for token in tokens[:, position].tolist()], [position] * rows, (True,) * rows)
         for position in range(count)
     ]
-    return torch.stack(found)
+    return torch.stack([steps.run(piece)[0] for piece in pieces])
 
 
 def _device(program: RankProgram) -> torch.device:
     """Where the model's weights are."""
-    return next((value.device for value in program.values.values()), torch.device("cpu"))
+    return next((value.device for value in program.weight_data.values()), torch.device("cpu"))
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from partitioner.errors import PlanError
 from partitioner.program.plan_text import items, read_value, write_value
-from partitioner.sharding.mesh import AXES, DEGREES, Mesh
+from partitioner.sharding.mesh import DEGREES, Mesh, require_degrees
 
 if TYPE_CHECKING:
     from partitioner.program.program import Program
@@ -69,9 +69,9 @@ class Plan:
         if not isinstance(given, (tuple, list)):
             raise PlanError(f"passes must be a list or tuple of passes, such as [{_example(given)}]; got {given!r}")
         object.__setattr__(self, "passes", tuple(map(_chosen, given)))
-        Mesh.of(**{axis: self.degree(axis) for axis in AXES})  # checks them one by one, before they are multiplied
+        require_degrees({axis: self.degree(axis) for axis in DEGREES})
         if self.dp is None:
-            experts = Mesh.of(dp=self.ep, tp=self.etp).world_size
+            experts = self.ep * self.etp
             object.__setattr__(self, "dp", experts // math.gcd(experts, self.sp * self.tp))
         self.mesh  # noqa: B018 - checks the degrees together
 

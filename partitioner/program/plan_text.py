@@ -12,7 +12,7 @@ from partitioner.errors import PlanError
 
 __all__ = ["items", "read_value", "write_value"]
 
-_INTEGER = re.compile(r"[+-]?\d+\Z")
+_INTEGER = re.compile(r"[+-]?\d{1,1000}\Z")  # Python reads no more than some 4000
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\Z", re.IGNORECASE)
 _PLAIN = re.compile(r"[^\[\],=\s\"']+\Z")
 _WORDS = {"true": True, "false": False, "none": None}

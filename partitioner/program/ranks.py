@@ -28,10 +28,14 @@ from runtime.generation.generation_options import Options
 from runtime.generation.generation_request import Generated, Prompts, Step
 from runtime.kv_cache.cache_size import CacheSize, Room, bytes_needed, tokens_that_fit
 from runtime.kv_cache.device_memory import Amount
+from runtime.processes.capacity import require_memory, require_threads
 from runtime.program.rank_program import Entry, RankProgram
 from runtime.program.shards import WeightSource
 
 __all__ = ["Entry", "Ranks", "same_on_all_ranks"]
+
+_NODE_BYTES = 128
+"""What a node of a graph takes for each rank at the least, where it shares all that it can with other ranks."""
 
 
 class Ranks(ABC):
@@ -52,6 +56,13 @@ class Ranks(ABC):
     def rank(self, rank: int) -> RankProgram:
         """What `rank` runs on whole texts."""
         return self.entry("text", rank)
+
+    def everyone(self) -> range:
+        """The number of each rank. Raises InputError where this machine has no memory for a program of each."""
+        num_ranks = self.mesh.world_size
+        each = len(self.rank(0).graph.nodes) * _NODE_BYTES
+        require_memory(num_ranks, num_ranks * each, f"each rank's program takes at least {each >> 10} KB")
+        return range(num_ranks)
 
     def engine(
         self,
@@ -75,7 +86,8 @@ class Ranks(ABC):
 
     @cached_property
     def _simulator(self) -> Simulator:
-        return Simulator([self.rank(rank) for rank in range(self.mesh.world_size)], entries=self.entry)
+        require_threads(self.mesh.world_size)
+        return Simulator([self.rank(rank) for rank in self.everyone()], entries=self.entry)
 
     def simulate(self, **inputs: Tensor | bool | None) -> Tensor:
         """Run all ranks in this process with the model's own weights, and return rank 0's result.
@@ -117,7 +129,7 @@ class Ranks(ABC):
             bytes_needed(
                 self.entry("decode", rank), max_batch=max_batch, max_length=max_length, prefill_step=prefill_step
             )
-            for rank in range(self.mesh.world_size)
+            for rank in self.everyone()
         ]
 
     def tokens_that_fit(self, memory: int | str, *, max_batch: int = 1, prefill_step: int = 512) -> list[int | None]:
@@ -135,7 +147,7 @@ class Ranks(ABC):
             )
         return [
             tokens_that_fit(self.entry("decode", rank), room, max_batch=max_batch, prefill_step=prefill_step)
-            for rank in range(self.mesh.world_size)
+            for rank in self.everyone()
         ]
 
 

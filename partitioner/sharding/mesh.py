@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from partitioner.errors import PlanError
 
-__all__ = ["AXES", "DEGREES", "EXPERT_AXES", "Mesh", "view_of"]
+__all__ = ["AXES", "DEGREES", "EXPERT_AXES", "MOST_RANKS", "Mesh", "require_degrees", "view_of"]
 
 AXES = ("dp", "pp", "sp", "tp")
 """Mesh axes, slowest-varying first."""
@@ -27,6 +27,8 @@ EXPERT_AXES = ("pp", "edp", "ep", "etp")
 """The experts' view of the same ranks, in the order of their numbers within a stage."""
 DEGREES = (*AXES, "ep", "etp")
 """What a plan says; `edp` follows."""
+MOST_RANKS = 16_384
+"""Of one mesh: what is computed rank by rank, as a report is, ends within seconds."""
 
 
 def view_of(axes: tuple[str, ...]) -> tuple[str, ...]:
@@ -45,6 +47,17 @@ def view_of(axes: tuple[str, ...]) -> tuple[str, ...]:
     )
 
 
+def require_degrees(sizes: Mapping[str, object]) -> None:
+    """Raises `PlanError` where one of them, by itself, is no number of ranks along its axis."""
+    for axis, size in sizes.items():
+        if axis not in DEGREES:
+            raise PlanError(f"unknown mesh axis {axis!r}; the axes are {', '.join(DEGREES)}")
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise PlanError(f"{axis} must be a whole number of ranks, at least 1; got {size!r}")
+        if size > MOST_RANKS:  # it may have more digits than Python prints
+            raise PlanError(f"{axis} must be a whole number of ranks, at most {MOST_RANKS}; got a larger one")
+
+
 @dataclass(frozen=True, slots=True)
 class Mesh:
     """Sizes of the axes in the order of `AXES`; axes that are not named have size 1.
@@ -57,6 +70,9 @@ class Mesh:
     etp: int = 1
 
     def __post_init__(self) -> None:
+        if self.world_size > MOST_RANKS:
+            degrees = " x ".join(f"{axis} {size}" for axis, size in self.degrees.items())
+            raise PlanError(f"{degrees} is more than the {MOST_RANKS} ranks that a mesh may have")
         within = self.world_size // self.sizes[AXES.index("pp")]
         if within % (self.ep * self.etp):
             dp, _, sp, tp = self.sizes
@@ -67,11 +83,7 @@ class Mesh:
 
     @classmethod
     def of(cls, **sizes: int) -> Mesh:
-        for axis, size in sizes.items():
-            if axis not in DEGREES:
-                raise PlanError(f"unknown mesh axis {axis!r}; the axes are {', '.join(DEGREES)}")
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise PlanError(f"{axis} must be a whole number of ranks, at least 1; got {size!r}")
+        require_degrees(sizes)
         return cls(tuple(sizes.get(axis, 1) for axis in AXES), sizes.get("ep", 1), sizes.get("etp", 1))
 
     @property

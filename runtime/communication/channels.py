@@ -31,6 +31,9 @@ from runtime.ops.communicating import Kind, axes_text
 __all__ = ["AloneChannel", "Channel", "Handle", "piece_sizes", "require_counts", "require_piece"]
 
 
+_MOST_PREPARED = 16
+
+
 class Handle:
     """What has begun and is not finished. It keeps the tensors that are on their way alive."""
 
@@ -65,6 +68,7 @@ class Channel(abc.ABC):
         self.node = node
         """On whose behalf, for errors."""
         self._prepared: dict[Any, Callable[..., Any]] = {}
+        """What was called last, the latest at the end: sizes that follow the length of a text are ever new."""
 
     @abc.abstractmethod
     def prepare(self, kind: Kind, *, overwrite: bool = False, **options: Any) -> Callable[..., Any]:
@@ -116,14 +120,17 @@ class Channel(abc.ABC):
 
     def _ready(self, kind: Kind, **options: Any) -> Callable[..., Any]:
         key = (kind, *(tuple(value) if isinstance(value, list) else value for value in options.values()))
-        run = self._prepared.get(key)
+        run = self._prepared.pop(key, None)
         if run is None:
             given: dict[str, Any] = {
                 name: list(value) if isinstance(value, tuple) else value
                 for name, value in options.items()
                 if value is not None
             }
-            run = self._prepared[key] = self.prepare(kind, **given)
+            run = self.prepare(kind, **given)
+            if len(self._prepared) == _MOST_PREPARED:
+                del self._prepared[next(iter(self._prepared))]
+        self._prepared[key] = run
         return run
 
 

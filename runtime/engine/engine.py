@@ -14,12 +14,12 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, Protocol, Unpack
+from typing import Any, Protocol, Unpack, get_args
 
 import torch
 from torch import Tensor
 
-from partitioner.errors import CommunicationError, InputError
+from partitioner.errors import CommunicationError, InputError, PlanError
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.communicator import Communicator
 from runtime.communication.process_groups import ProcessGroups, Sharing
@@ -28,9 +28,10 @@ from runtime.execution.chrome_trace import Trace, from_all_ranks
 from runtime.execution.executable import Executable
 from runtime.execution.merge_linears import lay_side_by_side, merge_linears
 from runtime.execution.profile import Profiler
-from runtime.generation.generate_loop import GenerateLoop, Loaded
+from runtime.generation.generate_loop import GenerateLoop
 from runtime.generation.generation_options import Options
 from runtime.generation.generation_request import Generated, GenerationRequest, Prompts, Step
+from runtime.generation.steps import Loaded
 from runtime.kv_cache.cache_size import CacheSize, Room
 from runtime.ops.communicating import named_axes
 from runtime.program.bundle_errors import attribute_errors
@@ -48,6 +49,18 @@ class RankPrograms(Protocol):
     def mesh(self) -> Mesh: ...
 
     def entry(self, entry: Entry, rank: int) -> RankProgram: ...
+
+
+def group_axes(parts: RankPrograms, rank: int) -> set[tuple[str, ...]]:
+    """The axes, and tuples of axes, that any entry of `rank` communicates over: groups are made before all runs."""
+    mesh = parts.mesh
+    axes = set(mesh.single_axes)
+    if len(mesh.degrees) < 2:
+        return axes  # any other tuple has the same ranks as the one axis
+    for entry in get_args(Entry):
+        with contextlib.suppress(PlanError):  # a model that cannot generate: who asks it to is told so
+            axes.update(named_axes([parts.entry(entry, rank).graph]))
+    return axes
 
 
 class Engine:
@@ -80,7 +93,7 @@ class Engine:
         self._source = program.source if weights is None else weights
         with attribute_errors(program):
             self.weights = load_weights(
-                program.weights, program.values, self._source, self.device, progress=communicator.rank == 0
+                program.weights, program.weight_data, self._source, self.device, progress=communicator.rank == 0
             )
             if compile or cuda_graph:
                 lay_side_by_side(program, self.weights)
@@ -109,12 +122,10 @@ class Engine:
         `check`: compare the ranks before every collective. `shared_memory`: see
         `runtime.communication.process_groups`. `cache`: set aside at once, see `reserve`.
         """
-        # a group for each axis, and for the tuples of axes that the program names
         rank = int(os.environ.get("RANK", -1))  # where it is none, `connect` says so
-        named = named_axes([parts.entry("text", rank).graph]) if 0 <= rank < parts.mesh.world_size else ()
         communicator = ProcessGroups.connect(
             parts.mesh,
-            axes={*parts.mesh.single_axes, *named},
+            axes=group_axes(parts, rank) if 0 <= rank < parts.mesh.world_size else None,
             device=device,
             timeout_s=timeout_s,
             check=check,
@@ -212,7 +223,7 @@ class Engine:
         # the same slices of the same weights, unless a user's pass saw to something else; what no checkpoint holds is
         # small, and two traces may give one name to two constants
         missing = [w for w in program.weights if w not in mine or (w.source != "checkpoint" and w.digest is None)]
-        mine |= zip(missing, load_weights(missing, program.values, self._source, self.device), strict=True)
+        mine |= zip(missing, load_weights(missing, program.weight_data, self._source, self.device), strict=True)
         weights = [mine[weight] for weight in program.weights]
         if any(self._decoding.values()):
             program, weights = merge_linears(program, weights)

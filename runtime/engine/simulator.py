@@ -14,12 +14,14 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from partitioner.errors import CommunicationError
+from partitioner.errors import CommunicationError, InputError
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine.engine import Engine
 from runtime.execution.chrome_trace import Trace
+from runtime.processes.capacity import require_threads
 from runtime.program.rank_program import Entry, RankProgram
 from runtime.program.shards import WeightSource
+from runtime.weights.read_shards import Reader
 
 __all__ = ["Simulator"]
 
@@ -40,6 +42,7 @@ class Simulator:
         weights: WeightSource | None = None,
         timeout_s: float = 60.0,
     ) -> None:
+        require_threads(len(programs), weights_bytes=_copied(programs, weights))
         self._busy = threading.Lock()
         self._thread_group = ThreadGroup(programs[0].mesh, timeout_s=timeout_s)
         self.engines = [
@@ -100,10 +103,18 @@ class Simulator:
                 self._thread_group.end(rank)
 
         threads = [threading.Thread(target=run, args=(rank,), name=f"rank {rank}") for rank in range(len(results))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        begun = []
+        try:
+            for thread in threads:
+                thread.start()
+                begun.append(thread)
+        except RuntimeError as error:  # the system has no more threads: those that there are would wait for the rest
+            refused = InputError(f"no more than {len(begun)} of {len(threads)} threads can be started: {error}")
+            self._thread_group.abort(len(begun), refused)
+            raise refused from error
+        finally:
+            for thread in begun:
+                thread.join()
         if errors:
             raise _cause(errors)
         return results
@@ -141,6 +152,18 @@ class Simulator:
         finally:
             self._thread_group.abort(0, CommunicationError("nobody reads the stream any more"))
             thread.join()
+
+
+def _copied(programs: Sequence[RankProgram], weights: WeightSource | None) -> int:
+    """How many bytes of weights are made for these ranks, beside those that are there already."""
+    total = 0
+    for program in programs:
+        source = program.source if weights is None else weights
+        if isinstance(source, Reader) and source.mapped:
+            continue
+        is_shared = not callable(source) and not isinstance(source, Reader)
+        total += sum(weight.bytes for weight in program.weights if not (is_shared and weight.is_whole))
+    return total
 
 
 def _at(entries: Callable[[Entry, int], RankProgram], rank: int, entry: Entry) -> RankProgram:

@@ -13,6 +13,7 @@ from partitioner.errors import InputError
 from runtime.generation.generation_options import Settings
 from runtime.generation.stop_strings import StopStrings
 from runtime.generation.token_rules import Watcher
+from runtime.program.rank_program import RankProgram
 
 __all__ = ["Generated", "GenerationRequest", "Prompts", "Step"]
 
@@ -69,6 +70,33 @@ class GenerationRequest:
         if requests is not None and len(requests) != len(rows):
             raise InputError(f"request_ids must name each of the {len(rows)} prompts, got {len(requests)}")
         return cls(rows, ids, settings, stops)
+
+    def require_fits(self, program: RankProgram, length: int) -> None:
+        """Raises InputError where the model's tables lack a token or a position of texts of `length` tokens."""
+        low, _ = program.limits.get("sequence", (1, None))
+        if low > 1:
+            raise InputError(f"this model was compiled for {low} tokens at a time or more: it cannot decode")
+        _, longest = program.limits.get("positions", (1, None))
+        _, slots = program.limits.get("slots", (1, None))
+        longest = longest if slots is None else min(slots - 1, longest or slots)
+        if longest is not None and length > longest:
+            raise InputError(
+                f"prompt and new tokens make up to {length}, but this model was compiled for up to {longest}: "
+                "by partition(..., max_length=), --max-length on the command line, or because its own code does "
+                "something else for longer texts"
+            )
+        for wanted in program.inputs:
+            if wanted.bound is None:
+                continue
+            if wanted.name == "position_ids" and length - 1 > wanted.bound.high:
+                raise InputError(
+                    f"prompt and new tokens make up to {length}, and this model takes at most {wanted.bound.high + 1}: "
+                    f"its positions must be {wanted.bound}"
+                )
+            if wanted.name == "input_ids":
+                for row, prompt in enumerate(self.prompts):
+                    if min(prompt) < wanted.bound.low or max(prompt) > wanted.bound.high:
+                        raise InputError(f"prompt {row} holds a token out of range; ids must be {wanted.bound}")
 
     def watcher(self, vocab_size: int) -> Watcher:
         """Which tokens the steps must and must not take, from the first on."""

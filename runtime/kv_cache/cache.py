@@ -27,6 +27,7 @@ from runtime.kv_cache.batch import Batch
 from runtime.kv_cache.slots import Slots, minus_infinity, slots_of
 from runtime.kv_cache.untouched import untouched_zeros
 from runtime.ops.attention import attention
+from runtime.ops.cached_attention import cached_attention
 from runtime.ops.kernels.decode_attention import Attending, can_decode, decode_attention, registered
 from runtime.ops.kernels.flash_attention import can_flash, flash_rows
 from runtime.ops.state import cache_append, state_read, state_write
@@ -176,15 +177,18 @@ class Cache:
 
             return with_state
         keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
+        defaults = cached_attention.__kwdefaults__
+        assert defaults is not None
+        options = {**defaults, **options}
         by_kernel = None
-        if not masked and options.get("kv_map") is None and options.get("causal", True) and can_decode(keys, values):
+        if not masked and options["kv_map"] is None and options["causal"] and can_decode(keys, values):
             attending = Attending(functools.partial(self._attend_one, state, options), values.shape[-1])
             self._attending.append(attending)
             by_kernel = registered(attending)
         else:
-            self._kinds.add((keys.shape[2], options.get("window"), options.get("chunk")))
+            self._kinds.add((keys.shape[2], options["window"], options["chunk"]))
 
-        def cached_attention(
+        def attend(
             q: Tensor,
             k: Tensor,
             v: Tensor,
@@ -195,9 +199,9 @@ class Cache:
             if by_kernel is not None and q.shape[2] == 1 and (self._is_fixed or self._active is None):
                 return by_kernel(q, k, v, positions, sinks)
             keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
-            return self._attend(keys, values, q, k, v, mask, sinks, **options)
+            return self._attend(keys, values, options, q, k, v, mask, sinks)
 
-        return cached_attention
+        return attend
 
     def _attend_one(
         self,
@@ -211,8 +215,7 @@ class Cache:
     ) -> Tensor:
         """One token of each row."""
         keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
-        names = ("scale", "window", "chunk", "softcap")
-        given: dict[str, Any] = {name: options[name] for name in names if name in options}
+        given: dict[str, Any] = {name: options[name] for name in ("scale", "window", "chunk", "softcap")}
         found: Tensor = decode_attention(q, k, v, positions, keys[self._group], values[self._group], sinks, **given)
         return found
 
@@ -220,19 +223,14 @@ class Cache:
         self,
         keys: Tensor,
         values: Tensor,
+        options: dict[str, Any],
         q: Tensor,
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
         sinks: Tensor | None,
-        *,
-        scale: float,
-        causal: bool = True,
-        window: int | None = None,
-        chunk: int | None = None,
-        softcap: float | None = None,
-        kv_map: list[int] | None = None,
     ) -> Tensor:
+        """`cached_attention` over the buffers of one state, `options` being its keywords but for the state's name."""
         group, slots = self._group, keys.shape[2]
         start = self._start(slots)
         if start is not None:
@@ -242,19 +240,17 @@ class Cache:
             blocks, at = self._find(slots)
             keys[blocks, :, at] = self._active_rows(k).transpose(1, 2)
             values[blocks, :, at] = self._active_rows(v).transpose(1, 2)
-        plain = mask is None and sinks is None and softcap is None and chunk is None and kv_map is None and causal
-        if plain and self._can_flash(q, v, slots, window):
+        plain = mask is None and sinks is None and options["causal"]
+        plain = plain and all(options[name] is None for name in ("softcap", "chunk", "kv_map"))
+        if plain and self._can_flash(q, v, slots, options["window"]):
             tokens = self._batch
             assert tokens is not None
-            rows = keys[group], values[group]
+            rows, (scale, window) = (keys[group], values[group]), (options["scale"], options["window"])
             return flash_rows(q, *rows, tokens.starts, tokens.counts, scale=scale, window=window)
         if self._batch is not None and self._batch.start == 0:
             # nothing came before: the tokens of this call are all there is to see
-            return attention(
-                q, k, v, mask, sinks,
-                scale=scale, causal=causal, window=window, chunk=chunk, softcap=softcap, kv_map=kv_map,
-            )  # fmt: skip
-        seen, hidden = self._sight(slots, window, chunk, q.dtype)
+            return attention(q, k, v, mask, sinks, **options)
+        seen, hidden = self._sight(slots, options["window"], options["chunk"], q.dtype)
         if hidden is not None:
             mask = hidden if mask is None else mask.to(q.dtype) + hidden
         # with a mask, torch's kernels walk through all slots of a head by themselves: 2 times slower on an H200 than
@@ -262,7 +258,7 @@ class Cache:
         written_out = self._fixed is not None and q.device.type == "cuda"
         return attention(
             q, keys[group, :, :seen], values[group, :, :seen], mask, sinks,
-            scale=scale, softcap=softcap, kv_map=kv_map, written_out=written_out,
+            scale=options["scale"], softcap=options["softcap"], kv_map=options["kv_map"], written_out=written_out,
         )  # fmt: skip
 
     def _can_flash(self, q: Tensor, v: Tensor, slots: int, window: int | None) -> bool:

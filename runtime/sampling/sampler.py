@@ -85,7 +85,8 @@ class Sampler:
         history: Tensor | None = None,
         lengths: Tensor | None = None,
         edits: TokenEdits | None = None,
-    ) -> Tensor:
+        scored: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
         """The next tokens [B], int64, from this rank's logits [B, owned] of each sequence's last position.
 
         request_ids[B] and step (a number or [B]) key the noise: same seed, id, step and logits, same token. With logits
@@ -93,39 +94,11 @@ class Sampler:
         history[B, L] holds each row's tokens so far, of which the first lengths[B] count; only the repetition penalty
         asks for them. Ids outside the vocabulary, which the model cannot choose, are passed over there.
         edits: which tokens the choice must or must not take.
+        scored: also the tokens' log-probabilities [B], float64, in the distribution that they were drawn from, which
+        may be None otherwise. That is log_softmax of the processed logits, as transformers' compute_transition_scores
+        has it with normalize_logits=True (its default leaves generate's `scores` unnormalised). Greedy search:
+        temperature 1.
         """
-        return self._choose(logits, request_ids, step, history, lengths, edits, scored=False)[0]
-
-    def scored(
-        self,
-        logits: Tensor,
-        *,
-        request_ids: Tensor,
-        step: int | Tensor,
-        history: Tensor | None = None,
-        lengths: Tensor | None = None,
-        edits: TokenEdits | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Tokens [B] and their log-probabilities [B], float64, in the distribution that they were drawn from.
-
-        That is log_softmax of the processed logits, as transformers' compute_transition_scores has it with
-        normalize_logits=True (its default leaves generate's `scores` unnormalised). Greedy search: temperature 1.
-        """
-        tokens, log_probabilities = self._choose(logits, request_ids, step, history, lengths, edits, scored=True)
-        assert log_probabilities is not None
-        return tokens, log_probabilities
-
-    def _choose(
-        self,
-        logits: Tensor,
-        request_ids: Tensor,
-        step: int | Tensor,
-        history: Tensor | None,
-        lengths: Tensor | None,
-        edits: TokenEdits | None,
-        *,
-        scored: bool,
-    ) -> tuple[Tensor, Tensor | None]:
         if logits.dim() != 2 or logits.shape[1] != self._num_local:
             raise SamplingError(f"logits must be [batch, {self._num_local}] on this rank, got {list(logits.shape)}")
         batch = logits.shape[0]

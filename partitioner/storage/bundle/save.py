@@ -18,12 +18,12 @@ from torch import Tensor
 from partitioner.errors import BundleError, PlanError
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.plan import Plan
+from partitioner.program.ranks import Ranks
 from partitioner.sharding.mesh import AXES, DEGREES
 from partitioner.storage.bundle.format.bundle_files import digest_of, read_within, writing
 from partitioner.storage.bundle.format.graph_format import Template, share
 from partitioner.storage.bundle.format.manifest import File, Manifest
 from partitioner.storage.bundle.format.rank_format import Stored, program_data, weight_data
-from runtime.engine.engine import RankPrograms
 from runtime.program.rank_program import Entry, RankProgram
 from runtime.program.shards import WeightShard
 from runtime.weights.load_weights import load_weights
@@ -49,7 +49,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def save_ranks(
-    ranks: RankPrograms,
+    ranks: Ranks,
     folder: str | Path,
     *,
     plan: Plan,
@@ -62,7 +62,7 @@ def save_ranks(
 
     `reference`: what is in a checkpoint stays there; it is read all the same, for the digests.
     """
-    everyone = range(ranks.mesh.world_size)
+    everyone = ranks.everyone()
     entries: dict[Entry, list[RankProgram]] = {"text": [ranks.entry("text", rank) for rank in everyone]}
     refused = None
     try:
@@ -98,7 +98,7 @@ def save_ranks(
             plan=plan_data(plan),
             mesh=ranks.mesh,
             max_length=model.max_length,
-            length=model.length,
+            fixed_length=model.fixed_length,
             refused=refused,
             checkpoint=reference,
             files=writer.files,
@@ -120,8 +120,8 @@ class _Wanted:
 
     @classmethod
     def of(cls, shard: WeightShard, program: RankProgram) -> _Wanted:
-        known = shard.source in ("computed", "constant") and shard.name in program.values
-        return cls(shard, digest_of_tensor(program.values[shard.name]) if known else "", program)
+        known = shard.source in ("computed", "constant") and shard.name in program.weight_data
+        return cls(shard, digest_of_tensor(program.weight_data[shard.name]) if known else "", program)
 
 
 def _program(program: RankProgram, graph: tuple[Template, tuple[int, ...]], stored: Mapping[_Wanted, Stored]) -> object:
@@ -213,7 +213,7 @@ def _loaded(batch: Sequence[_Wanted]) -> list[Tensor]:
         group = list(some)
         program = group[0].program
         shards = [each.shard for each in group]
-        loaded += load_weights(shards, program.values, program.source, torch.device("cpu"))
+        loaded += load_weights(shards, program.weight_data, program.source, torch.device("cpu"))
     return loaded
 
 

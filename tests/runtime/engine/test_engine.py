@@ -1,18 +1,23 @@
 """The engine, its executable and its loader, through a program partitioned by hand."""
 
 import gc
+import itertools
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx
 
 from partitioner.compile.emit import Emitter
-from partitioner.errors import CommunicationError, InputError, RankLost, WeightError
+from partitioner.errors import CommunicationError, InputError, PlanError, RankLost, WeightError
 from partitioner.sharding.mesh import Mesh
+from runtime.communication.process_groups import _in_one_order
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
+from runtime.engine.engine import group_axes
 from runtime.engine.simulator import Simulator
 from runtime.execution.executable import failing_node
 from runtime.ops.collectives import all_reduce
@@ -52,7 +57,7 @@ def test_a_missing_reduction_is_seen() -> None:
 
 
 def test_a_rank_holds_its_slices_and_not_the_whole() -> None:
-    source = {name: value.clone() for name, value in handmade.partitioned(2).values.items()}
+    source = {name: value.clone() for name, value in handmade.partitioned(2).weight_data.items()}
     rank = programs(2)[1]
     bare = RankProgram(rank.build_graph, rank.mesh, rank.coordinates, rank.weights, rank.inputs)
     loaded = engine(bare, weights=source)
@@ -67,7 +72,7 @@ def test_a_rank_holds_its_slices_and_not_the_whole() -> None:
 
 
 def test_weights_may_come_as_blocks() -> None:
-    values = handmade.partitioned(2).values
+    values = handmade.partitioned(2).weight_data
     asked: list[tuple[str, tuple[tuple[int, int], ...]]] = []
 
     def read(name: str, block: tuple[tuple[int, int], ...]) -> Tensor:
@@ -91,7 +96,7 @@ def test_weights_may_come_as_blocks() -> None:
     ids=["meta", "shape", "dtype", "missing"],
 )
 def test_unfit_weights_are_refused(change, message: str) -> None:
-    values = dict(handmade.partitioned(2).values)
+    values = dict(handmade.partitioned(2).weight_data)
     change(values)
     rank = programs(2)[0]
     bare = RankProgram(rank.build_graph, rank.mesh, rank.coordinates, rank.weights, rank.inputs)
@@ -101,11 +106,11 @@ def test_unfit_weights_are_refused(change, message: str) -> None:
 
 def test_a_program_from_a_model_without_data_needs_weights() -> None:
     rank = programs(2)[0]
-    empty = {name: value.to("meta") for name, value in rank.values.items()}
+    empty = {name: value.to("meta") for name, value in rank.weight_data.items()}
     on_meta = RankProgram(rank.build_graph, rank.mesh, rank.coordinates, rank.weights, rank.inputs, empty)
     with pytest.raises(WeightError, match=r"model\.embed\.weight.*meta device.*give weights="):
         engine(on_meta)
-    assert engine(on_meta, weights=rank.values).weights
+    assert engine(on_meta, weights=rank.weight_data).weights
 
 
 def test_a_computed_buffer_comes_with_the_program() -> None:
@@ -218,8 +223,53 @@ def test_constants_of_one_name_are_each_programs_own() -> None:
     (program,) = programs(1)
     weights = tuple(replace(weight, source="constant") for weight in program.weights)
     text = replace(program, weights=weights)
-    other = {name: value + 1 for name, value in program.values.items()}
-    made = engine(text, entries=lambda entry: replace(text, values=other))
+    other = {name: value + 1 for name, value in program.weight_data.items()}
+    made = engine(text, entries=lambda entry: replace(text, weight_data=other))
     for weight, mine, continued in zip(weights, made.weights, made._generate_loop._prefill_by.weights, strict=True):
-        assert torch.equal(mine, program.values[weight.name])
+        assert torch.equal(mine, program.weight_data[weight.name])
         assert torch.equal(continued, other[weight.name])
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+
+class Entries:
+    """Programs of which each entry communicates over axes of its own; `missing`: cannot be had."""
+
+    def __init__(self, mesh: Mesh, axes: dict[str, Any], missing: tuple[str, ...] = ()) -> None:
+        self.mesh, self.axes, self.missing = mesh, axes, missing
+        self.asked: list[str] = []
+
+    def entry(self, entry: str, rank: int) -> Any:
+        self.asked.append(entry)
+        if entry in self.missing:
+            raise PlanError("cannot generate")
+        graph = fx.Graph()
+        graph.output(graph.call_function(all_reduce, (graph.placeholder("x"), self.axes[entry])))
+        return SimpleNamespace(graph=graph)
+
+
+def test_groups_are_made_for_what_any_entry_names() -> None:
+    mesh = Mesh.of(dp=2, sp=2, tp=2)
+    parts = Entries(mesh, {"text": "tp", "prefill": ("sp", "tp"), "decode": ("dp", "sp")})
+    singles = {("dp",), ("sp",), ("tp",)}
+    for rank in range(8):
+        assert group_axes(parts, rank) == {*singles, ("sp", "tp"), ("dp", "sp")}
+    parts.missing = ("prefill", "decode")
+    assert group_axes(parts, 0) == singles
+
+
+def test_one_axis_needs_no_entry_compiled() -> None:
+    parts = Entries(Mesh.of(tp=4), {})
+    assert group_axes(parts, 0) == {("tp",)}
+    assert not parts.asked
+    parts = Entries(Mesh.of(tp=4, ep=2), dict.fromkeys(("text", "prefill", "decode"), "ep"))
+    assert group_axes(parts, 0) == {("tp",), ("ep",)}
+
+
+def test_groups_are_made_in_one_order_on_all_ranks() -> None:
+    named = [("sp", "tp"), ("tp",), ("dp", "tp"), ("ep",), ("dp",)]
+    orders = {tuple(_in_one_order(each)) for each in itertools.permutations(named)}
+    assert len(orders) == 1
+    (order,) = orders
+    assert order[-2:] == (("dp", "tp"), ("sp", "tp"))

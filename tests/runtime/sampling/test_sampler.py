@@ -31,10 +31,9 @@ def each_rank(
     num_ranks: int,
     owned: Owned,
     messages: list[tuple[int, ...]] | None = None,
-    method: str = "scored",
     **arguments: Any,
 ) -> list[Any]:
-    """What each rank's `method` returns, or raises; `messages` takes the shapes that rank 0 gathers."""
+    """What each rank's sampler returns, or raises; `messages` takes the shapes that rank 0 gathers."""
     whole = logits if isinstance(logits, list) else [logits] * num_ranks
     vocab_size = whole[0].shape[1]
     meeting = ThreadGroup(Mesh.of(tp=num_ranks), timeout_s=20)
@@ -47,7 +46,7 @@ def each_rank(
             if rank == 0 and messages is not None:
                 gather = sampler._gather
                 sampler._gather = lambda x: (messages.append(tuple(x.shape)), gather(x))[1]
-            results[rank] = getattr(sampler, method)(whole[rank][:, held], **arguments)
+            results[rank] = sampler(whole[rank][:, held], **{"scored": True, **arguments})
         except Exception as error:
             results[rank] = error
             if not isinstance(error, SamplingError):
@@ -276,7 +275,7 @@ def test_log_probabilities_are_those_of_the_processed_distribution(name: str) ->
     expected = scores.log_softmax(dim=1).gather(1, tokens[:, None])[:, 0]
     torch.testing.assert_close(log_probabilities, expected.double(), rtol=1e-4, atol=1e-5)
     sampler = Sampler(options(name), ThreadGroup(Mesh.of()).communicator(0), vocab_size=90)
-    assert torch.equal(sampler(logits, request_ids=torch.arange(40), step=0, **arguments), tokens)
+    assert torch.equal(sampler(logits, request_ids=torch.arange(40), step=0, **arguments)[0], tokens)
 
 
 def test_penalty_counts_what_lengths_say_and_passes_over_other_ids() -> None:
@@ -332,9 +331,9 @@ def test_how_much_is_gathered(name: str, shapes: list[tuple[int, ...]], scored: 
         "history": torch.zeros(2, 1, dtype=torch.int64),
         "lengths": torch.tensor([1, 1]),
     }
-    for method, expected in (("__call__", shapes), ("scored", scored or shapes)):
+    for with_scores, expected in ((False, shapes), (True, scored or shapes)):
         messages: list[tuple[int, ...]] = []
-        each_rank(logits, options(name), 2, even(32_000, 2), messages, method=method, **arguments)
+        each_rank(logits, options(name), 2, even(32_000, 2), messages, scored=with_scores, **arguments)
         assert messages == expected
 
 
@@ -449,7 +448,7 @@ def test_cuda_draws_what_the_cpu_draws(name: str) -> None:
     }
     for step in range(5):
         on = {
-            device: sampler(logits.to(device), step=step, **{k: v.to(device) for k, v in arguments.items()})
+            device: sampler(logits.to(device), step=step, **{k: v.to(device) for k, v in arguments.items()})[0]
             for device, sampler in samplers.items()
         }
         assert torch.equal(on["cuda"].cpu(), on["cpu"])

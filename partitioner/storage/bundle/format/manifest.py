@@ -23,7 +23,7 @@ import torch
 import transformers
 
 from partitioner.errors import BundleError, PlanError
-from partitioner.sharding.mesh import AXES, DEGREES, Mesh
+from partitioner.sharding.mesh import AXES, DEGREES, MOST_RANKS, Mesh
 from partitioner.storage.bundle.format.bundle_files import NAME, Folder, digest_of
 from partitioner.storage.bundle.format.untrusted_json import Record
 from partitioner.storage.recognise import MANIFEST
@@ -34,7 +34,6 @@ VERSION = importlib.metadata.version("partitioner")
 SCHEMA = 2
 FORMAT = "partitioner bundle"
 DIGEST = "manifest.sha256"
-_MOST_RANKS = 65_536
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Manifest:
     plan: dict[str, Any]
     mesh: Mesh
     max_length: int | None
-    length: int | None
+    fixed_length: int | None
     refused: str | None
     """Why the model cannot generate; None: it can."""
     checkpoint: bool
@@ -76,7 +75,7 @@ class Manifest:
             "plan": self.plan,
             "mesh": {**dict(zip(AXES, self.mesh.sizes, strict=True)), "ep": self.mesh.ep, "etp": self.mesh.etp},
             "max_length": self.max_length,
-            "length": self.length,
+            "length": self.fixed_length,
             "generation_refused": self.refused,
             "weights": "checkpoint" if self.checkpoint else "here",
             "files": {name: {"bytes": file.bytes, "sha256": file.digest} for name, file in sorted(self.files.items())},
@@ -106,15 +105,13 @@ class Manifest:
             plan=_read_plan(record, schema),
             mesh=_read_mesh(record, mesh, AXES if schema == 1 else DEGREES),
             max_length=record.maybe("max_length", lambda name: record.integer(name, low=1)),
-            length=record.maybe("length", lambda name: record.integer(name, low=1)),
+            fixed_length=record.maybe("length", lambda name: record.integer(name, low=1)),
             refused=record.maybe("generation_refused", record.text),
             checkpoint=record.one_of("weights", {"here": False, "checkpoint": True}),
             files={name: _read_file(files.record(name), name) for name in files.fields()},
             versions={name: versions.text(name, longest=100) for name in versions.fields()},
             schema=schema,
         )
-        if manifest.mesh.world_size > _MOST_RANKS:
-            record.fail("mesh", f"of at most {_MOST_RANKS} ranks")
         planned = manifest.plan["degrees"]
         if any(manifest.mesh.size(axis) != planned.get(axis, 1) for axis in DEGREES):
             record.fail("mesh", f"that of the plan, {', '.join(f'{axis}={n}' for axis, n in planned.items())}")
@@ -138,7 +135,7 @@ def _read_file(record: Record, name: str) -> File:
 
 
 def _read_mesh(record: Record, mesh: Record, axes: tuple[str, ...]) -> Mesh:
-    sizes = {axis: mesh.integer(axis, low=1, high=_MOST_RANKS) for axis in axes}
+    sizes = {axis: mesh.integer(axis, low=1, high=MOST_RANKS) for axis in axes}
     try:
         return Mesh.of(**sizes)
     except PlanError as error:
@@ -150,7 +147,7 @@ def _read_plan(record: Record, schema: int) -> dict[str, Any]:
     degrees = plan if schema == 1 else plan.record("degrees")
     found = {
         "degrees": {
-            axis: degrees.integer(axis, low=1, high=_MOST_RANKS) for axis in (("tp",) if schema == 1 else DEGREES)
+            axis: degrees.integer(axis, low=1, high=MOST_RANKS) for axis in (("tp",) if schema == 1 else DEGREES)
         },
         "keep_whole": plan.texts("keep_whole"),
         "passes": plan.texts("passes"),

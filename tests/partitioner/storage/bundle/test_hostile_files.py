@@ -33,7 +33,7 @@ MANIFEST: dict[str, Callable[[Data], Any]] = {
     "a mesh of another axis": lambda d: d["mesh"].update(ep=2),
     "a mesh without an axis": lambda d: d["mesh"].pop("dp"),
     "a mesh of nothing": lambda d: d["mesh"].update(tp=0),
-    "a mesh of many": lambda d: (d["mesh"].update(tp=65_536), d["plan"]["degrees"].update(tp=65_536)),
+    "a mesh of many": lambda d: (d["mesh"].update(tp=16_384), d["plan"]["degrees"].update(tp=16_384)),
     "a mesh too large": lambda d: (d["mesh"].update(tp=2**40), d["plan"]["degrees"].update(tp=2**40)),
     "a mesh of fewer": lambda d: (d["mesh"].update(tp=1), d["plan"]["degrees"].update(tp=1)),
     "a mesh along dp too": lambda d: d["mesh"].update(dp=2),

@@ -1,11 +1,14 @@
 """Every primitive, over everything that carries it; what is refused, and what is told of ranks that do not fit."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.channels import Channel
 from runtime.communication.thread_communicator import ThreadGroup
+from runtime.ops.communicating import Kind
 from runtime.processes.launch import launch
 from tests.runtime.communication.channels.channel_cases import every_primitive
 from tests.runtime.communication.channels.threads import run
@@ -40,6 +43,27 @@ def test_alone_every_primitive_is_the_identity() -> None:
         channel.permute_begin(x, 1).finish(),
     ):
         assert torch.equal(found, x)
+
+
+def test_a_channel_keeps_few_prepared_primitives() -> None:
+    """Rows of ever new lengths are collected by one node; those in use are not made anew."""
+    channel = ThreadGroup(Mesh.of()).communicator(0).channel("tp", node="n")
+    made: list[str] = []
+    prepare = channel.prepare
+
+    def counted(kind: Kind, **options: Any) -> Any:
+        made.append(kind)
+        return prepare(kind, **options)
+
+    channel.prepare = counted  # type: ignore[method-assign]
+    for length in range(100):
+        channel.all_reduce(torch.zeros(1))
+        channel.all_gather(torch.zeros(length), 0, [length])
+    assert made.count("all_reduce") == 1
+    assert made.count("all_gather") == 100
+    assert len(channel._prepared) == 16
+    channel.all_gather(torch.zeros(99), 0, [99])
+    assert len(made) == 101
 
 
 @pytest.mark.processes

@@ -1,0 +1,92 @@
+"""The sequences of a group of rows as the host knows them: their tokens, which have ended, and what runs next.
+
+    prompt_pieces(size)   [B, up to size] tokens at a time; shorter rows repeat their last token, at its position
+    next_piece()          [B, 1], the token learnt last
+    learn(tokens)         what was chosen after the piece before
+
+A repeated token writes to the cache what is there already, so padding reaches neither a cache nor another token.
+Nothing here communicates: every rank that learns the same tokens knows the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from runtime.generation.generation_request import GenerationRequest, Step
+from runtime.sampling.token_edits import TokenEdits
+
+__all__ = ["Conversation", "Piece"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of a group for one run: those of each row, and the position of its first.
+
+    active: rows that take tokens; the others repeat what they have.
+    """
+
+    tokens: list[list[int]]
+    starts: list[int]
+    active: tuple[bool, ...]
+    completes: tuple[bool, ...] = ()
+    """Rows whose prompt ends in this piece."""
+
+
+class Conversation:
+    """The rows of a request, or a group of them, from their prompts to their last tokens."""
+
+    def __init__(self, request: GenerationRequest, *, vocab_size: int, rows: slice = slice(None)) -> None:
+        self.texts = [list(prompt) for prompt in request.prompts[rows]]
+        """Prompts and what followed them; a sequence that has ended grows no more."""
+        self.ended = [False] * len(self.texts)
+        self.step = 0
+        """How many tokens each sequence has been given, or would have been but for its end."""
+        self.request_ids = list(request.settings.request_ids or range(len(request.prompts)))[rows]
+        self._request = request
+        self._watcher = request.watcher(vocab_size)
+
+    @property
+    def is_over(self) -> bool:
+        return all(self.ended) or self.step == self._request.settings.max_new_tokens
+
+    def prompt_pieces(self, size: int) -> Iterator[Piece]:
+        """The prompts, `size` tokens at a time."""
+        for start in range(0, max(map(len, self.texts)), size):
+            # a prompt that is through repeats its last token at its position, which changes nothing
+            starts = [min(start, len(text) - 1) for text in self.texts]
+            yield Piece(
+                [text[at : start + size] or text[at:] for text, at in zip(self.texts, starts, strict=True)],
+                starts,
+                active=tuple(start < len(text) for text in self.texts),
+                completes=tuple(start < len(text) <= start + size for text in self.texts),
+            )
+
+    def next_piece(self) -> Piece:
+        """The last token of each row; one that has ended stays at its last token and position."""
+        return Piece(
+            [text[-1:] for text in self.texts],
+            [len(text) - 1 for text in self.texts],
+            active=tuple(not over for over in self.ended),
+        )
+
+    def edits(self) -> TokenEdits | None:
+        """Which tokens the next choice must and must not take. Once for each step, in their order."""
+        return self._watcher.edits(self.texts, self.step + 1)
+
+    def learn(self, tokens: Sequence[int], logprobs: Sequence[float] | None = None) -> Step:
+        """Adds the tokens chosen for all rows; what those that have ended were given counts for nothing."""
+        step = Step(_unless(self.ended, tokens), None if logprobs is None else _unless(self.ended, logprobs))
+        self.step += 1
+        for row, token in enumerate(tokens):
+            if not self.ended[row]:
+                self.texts[row].append(token)
+                self.ended[row] = self._request.has_ended(self.texts[row])
+        return step
+
+
+def _unless(ended: list[bool], values: Sequence[T]) -> tuple[T | None, ...]:
+    return tuple(None if over else value for value, over in zip(values, ended, strict=True))

@@ -1,0 +1,141 @@
+"""Runs of one rank over its cache: pieces of prompts by one program, single tokens by another.
+
+prefill(pieces)   -> logits [B, V/n] of each prompt's last token
+decode(piece)     -> the same, one token further: node by node, compiled, or as a captured CUDA graph
+run(piece)        -> the same of any piece; `rows`: those of the cache that its sequences own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partitioner.errors import InputError
+from runtime.communication.communicator import Communicator
+from runtime.execution.executable import Executable
+from runtime.execution.profile import Profiler
+from runtime.generation.conversation import Piece
+from runtime.generation.decode_graphs import Decoder
+from runtime.kv_cache.batch import Batch
+from runtime.kv_cache.cache import Cache
+from runtime.program.rank_program import RankProgram
+
+__all__ = ["Loaded", "Steps"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A program with its weights, in the order of `program.weights`."""
+
+    program: RankProgram
+    weights: Sequence[Tensor]
+
+
+class Steps:
+    """The programs for prompts and for single tokens, bound to one cache.
+
+    compile, cuda_graph: whether steps of single tokens are compiled, or captured.
+    """
+
+    def __init__(
+        self,
+        prefill: Loaded,
+        decode: Loaded,
+        cache: Cache,
+        communicator: Communicator,
+        device: torch.device,
+        profiler: Profiler,
+        *,
+        compile: bool = False,
+        cuda_graph: bool = False,
+    ) -> None:
+        self.cache = cache
+        self._program, self._decode_program = prefill.program, decode.program
+        self._device = device
+        self._compile, self._cuda_graph = compile, cuda_graph
+
+        def bound(loaded: Loaded) -> Executable:
+            return Executable(loaded.program, loaded.weights, communicator, device, cache, profiler)
+
+        self._prefill = bound(prefill)
+        self._decode = self._prefill if decode is prefill else bound(decode)
+        self._decoders: dict[int, Decoder] = {}
+        """By the number of sequences."""
+        self._pool: Any = None
+
+    def prefill(self, pieces: Iterable[Piece]) -> Tensor:
+        """The logits [B, V/n] of each prompt's last token."""
+        found: Tensor | None = None
+        for piece in pieces:
+            logits = self.run(piece)
+            completes = torch.tensor(piece.completes, device=self._device)
+            found = logits if found is None else torch.where(completes[:, None], logits, found)
+        assert found is not None
+        return found
+
+    def decode(self, piece: Piece) -> Tensor:
+        """The logits [B, V/n] after one more token per row."""
+        if not self._compile and not self._cuda_graph:
+            return self.run(piece, decode=True)
+        return self.decoder(len(piece.tokens))([row[0] for row in piece.tokens], piece.starts)
+
+    def decoder(self, batch: int) -> Decoder:
+        """The steps of `batch` sequences from fixed memory, which captured ones share: one is replayed at a time."""
+        if batch not in self._decoders:
+            if self._cuda_graph and self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            self._decoders[batch] = Decoder(
+                self._decode_program,
+                self._decode,
+                self.cache,
+                batch=batch,
+                device=self._device,
+                compile=self._compile,
+                cuda_graph=self._cuda_graph,
+                pool=self._pool,
+            )
+        return self._decoders[batch]
+
+    @property
+    def serve_any_cache(self) -> bool:
+        """Whether there are steps whose compiled code does not depend on the cache's size."""
+        return bool(self._decoders) and self.cache.any_length
+
+    def run(self, piece: Piece, *, decode: bool = False, rows: slice | None = None) -> Tensor:
+        """The logits [B, V/n] of each row's last token.
+
+        decode: by the program for single tokens. rows: those of the cache; by default the first.
+        """
+        counts = [len(row) for row in piece.tokens]
+        size = max(counts)
+        ids = torch.tensor([row + row[-1:] * (size - len(row)) for row in piece.tokens], device=self._device)
+        last = torch.tensor(counts, device=self._device) - 1
+        offsets = torch.arange(size, device=self._device).minimum(last[:, None])
+        positions = torch.tensor(piece.starts, device=self._device)[:, None] + offsets
+        batch = Batch(positions, tuple(piece.starts), tuple(counts), piece.active)
+        self.cache.begin(batch, rows=rows)
+        # a graph for single steps may decide by whether there are slots besides those of its tokens
+        least_slots = self._program.limits.get("slots", (1, None))[0]
+        known = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "last": last,
+            "active": torch.tensor(piece.active, device=self._device),
+            "slots": torch.arange(max(batch.end + 1, least_slots), device=self._device),
+        }
+        for wanted in self._program.inputs:
+            if wanted.name not in known:
+                raise InputError(f"generation knows nothing to give the input {wanted.name!r} of this model")
+        execute = self._decode if decode else self._prefill
+        logits: Tensor = execute([known[wanted.name] for wanted in self._program.inputs])
+        return logits[:, 0]
+
+    def release(self) -> None:
+        """Gives back what captured steps hold, and the cache's memory; what is compiled stays."""
+        for decoder in self._decoders.values():
+            decoder.release()
+        self.cache.drop()
