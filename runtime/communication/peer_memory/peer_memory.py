@@ -87,7 +87,7 @@ class PeerMemory:
         memory = handle = None
         try:
             memory, handle = mapped(group, device, name)
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError, ImportError, TypeError) as error:  # it is not torch's stable interface
             why = f"torch's symmetric memory: {str(error).partition(chr(10))[0]}"
         if why := first_obstacle(group.ranks, exchange({"why": why})):
             raise Unavailable(why)
@@ -244,11 +244,11 @@ class PeerMemory:
     ) -> Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]:
         # by one kernel whatever the counts: no rank knows those of two others
         def run(x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
-            if x.element_size() > 8 or x.shape[1:].numel() >= _MOST_ELEMENTS:
+            if x.element_size() > 8:
                 return otherwise(x, send_counts, receive_counts)
             out = x.new_empty((sum(receive_counts), *x.shape[1:]))
             width = x.shape[1:].numel()
-            if len({*send_counts, *receive_counts}) == 1:
+            if len({*send_counts, *receive_counts}) == 1 and out.numel() < _MOST_ELEMENTS:
                 self._exchange("large", x, out, piece=send_counts[0] * width, total=out.numel(), spreads=True)
                 return out
             counts = self._counts(tuple(send_counts), tuple(receive_counts))
