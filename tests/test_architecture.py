@@ -58,6 +58,7 @@ MAY_IMPORT = {
         "torch",
         "transformers",
         "safetensors",
+        "huggingface_hub",
         "sympy",
         "typer",
         "rich",

@@ -27,6 +27,7 @@ from partitioner.cli.options import (
     Dtype,
     MaxBatch,
     Model,
+    Revision,
     Simulate,
     Timeout,
 )
@@ -37,6 +38,7 @@ from partitioner.report.explain import explain as explain_weight
 from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.describe import describe, show_graph
 from partitioner.storage.example import EXAMPLE_MODEL
+from partitioner.storage.hub import fetched
 from partitioner.storage.named_model import dtype_named
 from runtime.generation.generation_options import Settings
 from runtime.processes.launch import require_timeout
@@ -57,10 +59,12 @@ def verify_command(
     lengths: Annotated[str, typer.Option(help="sequence lengths, with commas between")] = "1,5,40",
     simulate: Simulate = False,
     device: Device = "auto",
+    revision: Revision = None,
     seed: Annotated[int, typer.Option(help="of random weights and inputs")] = 0,
     timeout_s: Timeout = 600.0,
 ) -> None:
     """Compare the partitioned model with the original, over one process per rank."""
+    model = fetched(model, revision=revision)
     place = "cpu" if simulate else device
     case = Case(model, how, tuple(dtype.split(",")), parse_lengths(lengths), seed, place)
     require_timeout(timeout_s)  # also where no process is started
@@ -107,7 +111,10 @@ def run_command(
     prompt: Annotated[list[str], typer.Option(help="what to continue; given several times, a batch")],
     how: Compile,
     model: Annotated[
-        str, typer.Argument(help="a checkpoint folder with a tokenizer, or a bundle; by default the small model inside")
+        str,
+        typer.Argument(
+            help="a checkpoint folder with a tokenizer, a hub's org/name, or a bundle; by default the small model inside"
+        ),
     ] = str(EXAMPLE_MODEL),
     dtype: Dtype = None,
     max_new_tokens: int = 64,
@@ -129,6 +136,7 @@ def run_command(
         str | None, typer.Option(help='the most that a rank may keep for the cache: "4 GB", or "0.9 of free"')
     ] = None,
     simulate: Simulate = False,
+    revision: Revision = None,
     device: Device = "auto",
     compile_steps: CompileSteps = False,
     max_batch: MaxBatch = None,
@@ -158,7 +166,7 @@ def run_command(
     options = {name: value for name, value in options.items() if value is not None}
     require_timeout(timeout_s)
     question = Question(
-        model,
+        fetched(model, revision=revision),
         how,
         prompts=tuple(prompt),
         dtype=dtype,
@@ -195,9 +203,10 @@ def export_command(
     reference: Annotated[
         bool, typer.Option("--reference", help="leave the weights in the checkpoint, and say where each rank's are")
     ] = False,
+    revision: Revision = None,
 ) -> None:
     """Write a bundle: what each rank runs, and its slices of the weights. Loading it runs nothing of what is in it."""
-    said = export(model, how, out, dtype=dtype, reference=reference)
+    said = export(fetched(model, revision=revision), how, out, dtype=dtype, reference=reference)
     Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
 
 

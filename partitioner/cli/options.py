@@ -39,6 +39,7 @@ __all__ = [
     "Model",
     "Passes",
     "PlanText",
+    "Revision",
     "Simulate",
     "Timeout",
     "Tp",
@@ -46,7 +47,9 @@ __all__ = [
 
 Model = Annotated[
     str,
-    typer.Argument(help="a checkpoint folder, a bundle to split anew, config:FILE.json, or a model type"),
+    typer.Argument(
+        help="a checkpoint folder, a hub's org/name, a bundle to split anew, config:FILE.json, or a model type"
+    ),
 ]
 PlanText = Annotated[
     str | None, typer.Option("--plan", help='degrees and options of passes: "tp=2", "tp=4,keep_whole=[*.head]"')
@@ -61,6 +64,9 @@ Device = Annotated[
 ]
 CompileSteps = Annotated[
     bool, typer.Option("--compile/--no-compile", help="put decode steps through torch.compile, which takes a minute")
+]
+Revision = Annotated[
+    str | None, typer.Option(help="of a repository on a hub: a branch, tag or commit; by default its main branch")
 ]
 MaxBatch = Annotated[int | None, typer.Option(help="the most prompts to run at a time; by default all")]
 KeepWhole = Annotated[list[str] | None, typer.Option(help="names of weights, with *, that no rank splits")]

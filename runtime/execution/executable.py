@@ -34,6 +34,7 @@ _FRESH = frozenset({"add", "addmm", "baddbmm", "bmm", "embedding", "linear", "ma
 _FRESH_OWN = frozenset({"vocab_parallel_embedding"})
 
 
+_TENSORS = ("mask", "sinks")
 _MASK = 4
 """Its place among the operands of a cached attention."""
 _WITH_STATE = frozenset({cached_attention, cache_append, state_read, state_write})
@@ -113,9 +114,9 @@ def bound_graph(program: RankProgram, communicator: Binder, device: torch.device
             elif node.target in _WITH_STATE and cache is not None:
                 options = dict(new.kwargs)
                 masked = options.get("mask") is not None or (len(new.args) > _MASK and new.args[_MASK] is not None)
-                given = {name: options.pop(name) for name in ("mask", "sinks") if name in options}
                 state = str(options.pop("state"))
-                new.target, new.kwargs = cache.bind(node.target, state, options, masked=masked), given
+                tensors = {name: options.pop(name) for name in list(options) if name in _TENSORS}
+                new.target, new.kwargs = cache.bind(node.target, state, options, masked=masked), tensors
             else:
                 new.args = fx.node.map_aggregate(new.args, lambda leaf: _moved(leaf, device))
                 new.kwargs = fx.node.map_aggregate(new.kwargs, lambda leaf: _moved(leaf, device))

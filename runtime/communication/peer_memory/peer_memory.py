@@ -110,9 +110,9 @@ class PeerMemory:
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         deadline = time.monotonic() + timeout_s
-        while not done.query() and time.monotonic() < deadline:
+        while not (has_ended := bool(done.query())) and time.monotonic() < deadline:  # type: ignore[no-untyped-call]
             time.sleep(0.001)
-        if not done.query():
+        if not has_ended:
             self.abandon()
             torch.cuda.synchronize(self.device)
             return "what one GPU wrote into another's memory did not come there"
