@@ -113,7 +113,7 @@ def run_command(
     model: Annotated[
         str,
         typer.Argument(
-            help="a checkpoint folder with a tokenizer, a hub's org/name, or a bundle; by default the small model inside"
+            help="a checkpoint folder with its tokenizer, a hub's org/name, or a bundle; by default a small model inside"
         ),
     ] = str(EXAMPLE_MODEL),
     dtype: Dtype = None,
