@@ -113,7 +113,7 @@ def run_command(
     model: Annotated[
         str,
         typer.Argument(
-            help="a checkpoint folder with its tokenizer, a hub's org/name, or a bundle; by default a small model inside"
+            help="a checkpoint folder with its tokenizer, a hub's org/name, or a bundle; by default a small one inside"
         ),
     ] = str(EXAMPLE_MODEL),
     dtype: Dtype = None,

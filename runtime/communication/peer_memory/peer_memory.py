@@ -78,8 +78,7 @@ class PeerMemory:
     def connect(cls, group: Group, device: torch.device, *, exchange: Exchange, timeout_s: float) -> PeerMemory:
         """Called by all ranks of `group` at once; `exchange(x)` brings every rank's x, plain data, to all, in order."""
         everyone = exchange(standing(device))
-        if why := obstacle(group.ranks, everyone, device):
-            everyone[group.coordinate]["why"] = why
+        why = obstacle(group.ranks, everyone, device)
         if why := first_obstacle(group.ranks, exchange({"why": why})):
             raise Unavailable(why)
         # not by the name of the group, which torch uses again after the group is gone
