@@ -31,6 +31,7 @@ from partitioner.program.ranks import Ranks
 from partitioner.storage.bundle.bundle import Bundle, load
 from partitioner.storage.named_model import dtype_named, hub_hint, own_code, read_fields
 from partitioner.storage.recognise import is_bundle
+from runtime.communication.process_groups import ProcessGroups
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine.engine import Engine
 from runtime.generation.decode_graphs import require_fixed_shapes
@@ -181,6 +182,9 @@ def _answer_by(question: Question, tokenizer: Any, engine: Engine, steps: Steps)
     where = "cpu" if engine.device.type == "cpu" else torch.cuda.get_device_name(engine.device)
     how = [name for name, on in (("compiled", steps["compile"]), ("captured", steps["cuda_graph"])) if on]
     _say(f"{engine.mesh} on {where}, {dtype}" + (f", decode steps {' and '.join(how)}" if how else ""))
+    if isinstance(engine.communicator, ProcessGroups) and engine.device.type == "cuda":
+        for axis, carrier in engine.communicator.transports.items():
+            _say(f"{axis}: by {carrier}")
     with _profiled(question, engine, writes=is_first):
         _write(question, tokenizer, engine, sys.stdout if is_first else None)
     if engine.device.type == "cuda":
