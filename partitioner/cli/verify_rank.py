@@ -28,9 +28,9 @@ def main() -> None:
     write_answer(json.dumps([asdict(outcome) for outcome in outcomes]).encode())
 
 
-def _run(engine: Engine, input_ids: Tensor) -> list[Tensor]:
-    result: Tensor = engine(input_ids=input_ids)
-    return [result.cpu()]
+def _run(engine: Engine, input_ids: Tensor) -> list[Tensor | None]:
+    result = engine(input_ids=input_ids)
+    return [None if result is None else result.cpu()]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,8 +33,10 @@ from partitioner.errors import CaptureError, PlanError
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.plan import Plan
 from partitioner.program.program import Origins, Program
+from partitioner.program.stages import StageTable
 from partitioner.proof.layouts import check_entries
 from partitioner.proof.rows import check_rows
+from partitioner.proof.schedules import prove_stages
 from partitioner.report.report import Report, make_report
 from partitioner.sharding.mesh import Mesh
 from partitioner.storage.bundle.bundle import load
@@ -152,6 +155,10 @@ def compile_program(
     check_plan(plan)
     split = run_passes(traced.copy(plan.mesh), splitting(traced, plan))
     text = run_passes(split.copy(), passes_of(plan, "text"))
+    if text.stages is not None:
+        text.stages = replace(text.stages, rows_apart=_rows_apart(traced))
+    split.stages = text.stages
+    prove_stages(text)
     return Parts(
         text,
         make_report(text, plan=repr(plan)),
@@ -160,6 +167,15 @@ def compile_program(
         plan=plan,
         model=model,
     )
+
+
+def _rows_apart(traced: Program) -> bool:
+    """Whether a batch may be run in pieces, rows first in all that is given and in the result."""
+    (result,) = traced.graph.output_node().all_input_nodes
+    batch = traced.symbols.get("batch")
+    shapes = [result.meta["val"].shape, *(given.value.shape for given in traced.inputs)]
+    first = all(batch not in shape[1:] for shape in shapes) and shapes[0][:1] == (batch,)
+    return first and why_rows_mix(traced) is None
 
 
 def _compile_generation(
@@ -179,7 +195,9 @@ def _compile_generation(
     if reason is None:
         if continuing is not traced:  # another graph than that of the whole text
             bound_inputs(continuing)
+            stages = split.stages
             split = run_passes(continuing.copy(plan.mesh), splitting(continuing, plan))
+            split.stages = stages
         prefill, decode = _entries(split, plan)
         for program in {id(each): each for each in (prefill, decode)}.values():
             check_rows(program)
@@ -195,22 +213,26 @@ def _compile_generation(
     if reason is not None:
         raise PlanError(f"{refusal}; and with its own cache, {reason}")
     note = compare_steps(traced, run_passes(stepping.copy(), [choose("kv-cache")]))
-    prefill, decode = compile_steps(stepping, plan)
+    prefill, decode = compile_steps(stepping, plan, stages=split.stages)
     for program in {id(each): each for each in (prefill, decode)}.values():
         program.notes += [note] if note is not None else []
     return prefill, decode
 
 
-def compile_steps(stepping: Program, plan: Plan) -> tuple[Program, Program]:
-    """What `trace_step` yields, for `plan`: for prompts, and for single tokens."""
-    return _entries(run_passes(stepping.copy(plan.mesh), splitting(stepping, plan)), plan)
+def compile_steps(stepping: Program, plan: Plan, *, stages: StageTable | None = None) -> tuple[Program, Program]:
+    """What `trace_step` yields, for `plan`: for prompts, and for single tokens; cut as the whole text's program is."""
+    split = run_passes(stepping.copy(plan.mesh), splitting(stepping, plan))
+    split.stages = stages
+    return _entries(split, plan)
 
 
 def _entries(split: Program, plan: Plan) -> tuple[Program, Program]:
     prefill, decode = passes_of(plan, "prefill"), passes_of(plan, "decode")
     for_prompts = run_passes(split.copy(), prefill)
+    prove_stages(for_prompts)
     if decode == prefill:
         return for_prompts, for_prompts
     for_tokens = run_passes(split.copy(), decode)
+    prove_stages(for_tokens)
     check_entries(for_prompts, for_tokens)
     return for_prompts, for_tokens

@@ -5,6 +5,7 @@
     python -m tests.supported_models.survey generate [names]  each causal one, built tiny, continues texts
     python -m tests.supported_models.survey generate --again  the same where there is a row already
     python -m tests.supported_models.survey bundles [names]   each, built tiny, saved and loaded: the same, bit by bit
+    python -m tests.supported_models.survey stages [names]    each, built tiny, as pipeline stages
     python -m tests.supported_models.survey shares [names]    each default configuration, on the meta device
     python -m tests.supported_models.survey write             coverage.jsonl becomes docs/reference/supported_models.md
 
@@ -42,6 +43,7 @@ from partitioner.report.report import Report
 from tests.support import reference, zoo
 from tests.supported_models.bundles import compare_bundle
 from tests.supported_models.generation import compare_generation
+from tests.supported_models.stages import compare_stages
 from tests.supported_models.table import read, write
 
 DEGREES = (2, 3, 4)
@@ -130,6 +132,27 @@ def measure_bundle(name: str, *, minutes: float) -> dict[str, Any]:
     return {**row, "bundle": {**found, "seconds": round(time.perf_counter() - start, 1)}}
 
 
+def measure_stages(name: str, *, minutes: float) -> dict[str, Any]:
+    """What running it as pipeline stages adds to a row."""
+    row: dict[str, Any] = {"name": name, "odd": False}
+    start = time.perf_counter()
+    try:
+        model, _ = zoo.tiny(name)
+        with TimeLimit(minutes):
+            try:
+                traced, lengths = trace(model.float()), list(LENGTHS)
+            except CaptureError:
+                traced, lengths = trace(model.float(), length=8), [8]
+            lengths = [n for n in lengths if _admits(traced, n)]
+            causal = not name.startswith("masked:")
+            found = compare_stages(model.double(), in_float64(traced), lengths, generates=causal)
+    except (PartitionerError, OutOfTime) as error:
+        found = {"verdict": "refused", "why": short(error)}
+    except Exception as error:
+        found = {"verdict": "crashed", "why": short(error)}
+    return {**row, "stages": {**found, "seconds": round(time.perf_counter() - start, 1)}}
+
+
 def _compare(model: Any, traced: Any, *, exact: bool) -> dict[str, float]:
     found = {}
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -212,11 +235,16 @@ def _worker(request: tuple[str, str, float, bool]) -> dict[str, Any]:
     what, name, minutes, odd = request
     if what == "run":
         return measure(name, minutes=minutes, odd=odd)
-    others = {"shares": measure_shares, "generate": measure_generation, "bundles": measure_bundle}
+    others = {
+        "shares": measure_shares,
+        "generate": measure_generation,
+        "bundles": measure_bundle,
+        "stages": measure_stages,
+    }
     return others[what](name, minutes=minutes)
 
 
-_KEYS = {"run": "verdict", "shares": "default", "generate": "generates", "bundles": "bundle"}
+_KEYS = {"run": "verdict", "shares": "default", "generate": "generates", "bundles": "bundle", "stages": "stages"}
 """By action: what tells that a row has its results."""
 
 
@@ -241,13 +269,13 @@ def run(what: str, names: list[str], to: Path, *, minutes: float, jobs: int, odd
 
 def _verdict(row: dict[str, Any]) -> str:
     """What a row of one action says; those of shares say none."""
-    found: str = row.get("verdict") or row.get("generates", row.get("bundle", {})).get("verdict", "")
+    found: str = row.get("verdict") or row.get("generates", row.get("bundle", row.get("stages", {}))).get("verdict", "")
     return found
 
 
 def _line(row: dict[str, Any]) -> str:
     worst = {k: f"{max(row[k].values()):.0e}" for k in ("equal64", "equal32") if row.get(k)}
-    share, generates = row.get("default", {}), row.get("generates", row.get("bundle", {}))
+    share, generates = row.get("default", {}), row.get("generates", row.get("bundle", row.get("stages", {})))
     line = f"{row['name']:30} {_verdict(row):9}"
     line += f" {worst or generates.get('logprob_error', '')} {share.get('2', share.get('why', ''))}"
     return f"{line} {row.get('why', generates.get('why', ''))}"[:240]
@@ -255,7 +283,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "shares", "generate", "bundles", "write"))
+    parser.add_argument("action", choices=("run", "shares", "generate", "bundles", "stages", "write"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--from", dest="source", type=Path, default=Path("coverage.jsonl"))
     parser.add_argument("--to", type=Path)
