@@ -6,8 +6,8 @@
 
 On several GPUs (`--ranks`) tensor parallelism, and on each GPU all of the model besides; the slowest rank counts.
 
-    python -m benchmarks.prefill_gpu                  one GPU, a minute
-    python -m benchmarks.prefill_gpu --ranks 2
+    python -m benchmarks.gpu.prefill                  one GPU, a minute
+    python -m benchmarks.gpu.prefill --ranks 2
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     if given.ranks > 1 and "RANK" not in os.environ:
         options = [f"--{name}={value}" for name, value in vars(given).items()]
-        launch(["benchmarks.prefill_gpu", *options], num_ranks=given.ranks, timeout_s=600)
+        launch(["benchmarks.gpu.prefill", *options], num_ranks=given.ranks, timeout_s=600)
         return
     if given.ranks > 1:
         begin_worker()

@@ -5,7 +5,7 @@
 
 In CUDA graphs, the median of some rounds; each call reads another layer's cache, so that nothing is read from L2.
 
-    python -m benchmarks.attention_gpu
+    python -m benchmarks.gpu.attention
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 Microseconds of one call, in a CUDA graph of several; the ways take turns, and of the rounds the median counts, of the
 ranks the longest.
 
-    python -m benchmarks.all_reduce_gpu              two ranks, a GPU each; half a minute
+    python -m benchmarks.gpu.all_reduce              two ranks, a GPU each; half a minute
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main() -> None:
         begin_worker()
         rank(given)
     else:
-        launch(["benchmarks.all_reduce_gpu", "--ranks", str(given.ranks)], num_ranks=given.ranks, timeout_s=300)
+        launch(["benchmarks.gpu.all_reduce", "--ranks", str(given.ranks)], num_ranks=given.ranks, timeout_s=300)
 
 
 if __name__ == "__main__":
