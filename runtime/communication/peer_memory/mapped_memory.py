@@ -11,7 +11,6 @@ flags           per source BLOCKS of 32 bits
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import platform
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore
 
 from runtime.communication.group_collectives import Group
+from runtime.ops.kernels.triton_needs import missing_for_triton
 
 __all__ = [
     "BLOCKS",
@@ -89,7 +89,7 @@ def standing(device: torch.device) -> dict[str, Any]:
         "gpu": str(properties.uuid),
         "name": properties.name,
         "capability": [properties.major, properties.minor],
-        "triton": importlib.util.find_spec("triton") is not None,
+        "missing": missing_for_triton(),
         "token": f"{torch.randint(2**62, ()).item():x}{Path('/proc/self').resolve().name}",
     }
 
@@ -100,8 +100,8 @@ def obstacle(ranks: Sequence[int], everyone: list[dict[str, Any]], device: torch
     if len({each["gpu"] for each in everyone}) < len(everyone):
         return "several ranks share a GPU"
     for rank, each in zip(ranks, everyone, strict=True):
-        if not each["triton"]:
-            return f"rank {rank} has no triton"
+        if each["missing"]:
+            return f"rank {rank} has {each['missing']}"
         if tuple(each["capability"]) < (7, 0):
             return f"the GPU of rank {rank} ({each['name']}) is older than compute capability 7.0"
     visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}

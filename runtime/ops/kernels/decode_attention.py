@@ -11,7 +11,6 @@ number: so that the compiled step does not know how long the cache is.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import math
 import weakref
@@ -20,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from runtime.ops.kernels.triton_needs import missing_for_triton
 
 __all__ = ["Attending", "can_decode", "decode_attention", "registered"]
 
@@ -31,15 +32,10 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_COUNTERS = 65536
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def can_decode(keys: Tensor, values: Tensor) -> bool:
     """Whether the kernel takes a cache like this."""
     narrow = max(keys.shape[-1], values.shape[-1]) <= _WIDEST and min(keys.shape) > 0
-    return keys.device.type == "cuda" and keys.dtype in _DTYPES and narrow and _has_triton()
+    return keys.device.type == "cuda" and keys.dtype in _DTYPES and narrow and not missing_for_triton()
 
 
 @functools.cache

@@ -74,7 +74,7 @@ def test_without_a_table_large_tensors_are_left_to_nccl() -> None:
 
 
 def rank(**other: Any) -> dict[str, Any]:
-    return {"host": "h", "gpu": "a", "name": "GPU", "capability": [9, 0], "triton": True, **other}
+    return {"host": "h", "gpu": "a", "name": "GPU", "capability": [9, 0], "missing": "", **other}
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def rank(**other: Any) -> dict[str, Any]:
         ({"gpu": "b"}, ""),
         ({"gpu": "b", "host": "other"}, "the ranks 0, 2 are on several hosts"),
         ({}, "several ranks share a GPU"),
-        ({"gpu": "b", "triton": False}, "rank 2 has no triton"),
+        ({"gpu": "b", "missing": "no triton"}, "rank 2 has no triton"),
         ({"gpu": "b", "capability": [6, 1]}, "the GPU of rank 2 (GPU) is older than compute capability 7.0"),
     ],
 )
