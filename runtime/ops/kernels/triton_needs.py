@@ -17,7 +17,7 @@ def missing_for_triton() -> str:
     """What is missing; "": nothing."""
     if importlib.util.find_spec("triton") is None:
         return "no triton"
-    if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang", "cc") if name):
+    if not any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang") if name):
         return "no C compiler, which triton needs"
     scheme = sysconfig.get_default_scheme()
     # as triton has it: Debian's own scheme names a folder that holds no headers
