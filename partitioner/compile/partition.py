@@ -149,7 +149,7 @@ def compile_program(
     more than attention. `model`: what a bundle says of it.
     """
     check_plan(plan)
-    split = run_passes(traced.copy(plan.mesh), splitting(traced, plan))
+    split = _split(traced, plan, "text")
     text = run_passes(split.copy(), passes_of(plan, "text"))
     return Parts(
         text,
@@ -178,8 +178,8 @@ def _compile_generation(
     if reason is None:
         if continuing is not traced:  # another graph than that of the whole text
             bound_inputs(continuing)
-            split = run_passes(continuing.copy(plan.mesh), splitting(continuing, plan))
-        return _entries(split, plan)
+            return _entries(continuing, plan)
+        return _entries(traced, plan, text=split)
     refusal = f"{traced.name} cannot generate with a cache: {reason}"
     if step is None:
         raise PlanError(refusal)
@@ -199,14 +199,24 @@ def _compile_generation(
 
 def compile_steps(stepping: Program, plan: Plan) -> tuple[Program, Program]:
     """What `trace_step` yields, for `plan`: for prompts, and for single tokens."""
-    return _entries(run_passes(stepping.copy(plan.mesh), splitting(stepping, plan)), plan)
+    return _entries(stepping, plan)
 
 
-def _entries(split: Program, plan: Plan) -> tuple[Program, Program]:
+def _split(traced: Program, plan: Plan, entry: str) -> Program:
+    """With its weights divided, as the plan has it for this entry."""
+    return run_passes(traced.copy(plan.mesh), splitting(traced, plan, entry))
+
+
+def _entries(traced: Program, plan: Plan, *, text: Program | None = None) -> tuple[Program, Program]:
+    """For prompts, and for single tokens. `text`: what `traced` was split to for whole texts."""
+    for_text, for_prefill, for_decode = (splitting(traced, plan, entry) for entry in ("text", "prefill", "decode"))
     prefill, decode = passes_of(plan, "prefill"), passes_of(plan, "decode")
+    split = text if text is not None and for_text == for_prefill else _split(traced, plan, "prefill")
     for_prompts = run_passes(split.copy(), prefill)
-    if decode == prefill:
+    if (for_decode, decode) == (for_prefill, prefill):
         return for_prompts, for_prompts
+    if for_decode != for_prefill:
+        split = text if text is not None and for_text == for_decode else _split(traced, plan, "decode")
     for_tokens = run_passes(split.copy(), decode)
     check_entries(for_prompts, for_tokens)
     return for_prompts, for_tokens
