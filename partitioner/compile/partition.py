@@ -4,7 +4,7 @@ capture        the model becomes one Program
 canonicalize   spellings made one
 bound_inputs   which values the inputs may have
 passes         those that the plan asks for, in the order in which they stand here, then the user's own
-check          layouts inferred anew after every pass
+check          layouts inferred anew after every pass; that no pass mixes tokens of a model that has a cache
 report         what was split, what was not and why
 """
 
@@ -33,6 +33,7 @@ from partitioner.program.model_record import ModelRecord
 from partitioner.program.plan import Plan
 from partitioner.program.program import Origins, Program
 from partitioner.proof.layouts import check_entries
+from partitioner.proof.rows import check_rows
 from partitioner.report.report import Report, make_report
 from partitioner.sharding.mesh import Mesh
 from partitioner.storage.bundle.bundle import load
@@ -178,8 +179,12 @@ def _compile_generation(
     if reason is None:
         if continuing is not traced:  # another graph than that of the whole text
             bound_inputs(continuing)
-            return _entries(continuing, plan)
-        return _entries(traced, plan, text=split)
+            prefill, decode = _entries(continuing, plan)
+        else:
+            prefill, decode = _entries(traced, plan, text=split)
+        for program in {id(each): each for each in (prefill, decode)}.values():
+            check_rows(program)
+        return prefill, decode
     refusal = f"{traced.name} cannot generate with a cache: {reason}"
     if step is None:
         raise PlanError(refusal)

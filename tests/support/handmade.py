@@ -15,6 +15,7 @@ from partitioner.sharding.layout import REPLICATED, Layout, Split
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.embedding import vocab_parallel_embedding
+from runtime.ops.rows import take_rows
 
 aten = torch.ops.aten
 
@@ -88,6 +89,30 @@ def traced() -> Program:
     residual = b.call("residual", aten.add.Tensor, (hidden, back))
     b.graph.output(b.call("logits", aten.linear.default, (residual, b.weight("head.weight")), size=VOCABULARY))
     return program
+
+
+def plain() -> Program:
+    """The same without its reshapes, which hold for a batch of 2 only."""
+    program = traced()
+    for node in list(program.graph.nodes):
+        if node.target is aten.reshape.default:
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    return program
+
+
+def insert(program: Program, target: object, args: tuple[object, ...], value: Value, **options: object) -> fx.Node:
+    """A call at the insertion point, in the module "model"."""
+    node = program.graph.call_function(target, args, options)
+    node.meta = {"val": value, "path": "model"}
+    return node
+
+
+def rows_of(program: Program, x: fx.Node, axes: tuple[str, ...], *, dim: int = 1, kind: str = "sequence") -> fx.Node:
+    """Each rank's rows of `x`, taken at the insertion point."""
+    parts = program.mesh.size(*axes)
+    index = program.local("row_index", Entry(0, axes, tuple(range(parts))))
+    return insert(program, take_rows, (x, index), x.meta["val"], parts=parts, axes=list(axes), dim=dim, kind=kind)
 
 
 def partitioned(n: int) -> Program:

@@ -16,9 +16,9 @@ The same question about the batch proves that what one sequence yields does not 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -39,14 +39,17 @@ from runtime.ops.state import cache_append
 
 aten = torch.ops.aten
 
-__all__ = ["why_rows_mix", "why_tokens_mix"]
+__all__ = ["BATCH_RULES", "SEQUENCE_RULES", "TOKENS", "Rule", "first_mixing", "why_rows_mix", "why_tokens_mix"]
 
-_Rule = Callable[[fx.Node, Layouts], str | None]
+Rule = Callable[[fx.Node, Layouts], str | None]
+"""Sets the layout of a node, and returns the problem, if there is one: text in which {what} is a token or sequence."""
 _NOUN = {"sequence": "token", "batch": "sequence"}
 _BATCH, _SEQUENCE, _SLOTS = 2, 5, 11  # primes, so that no op divides them
 _AXIS = "sp"
 _ROWS = Split((_AXIS,), tuple(IndexSet.range(i, i + 1) for i in range(_BATCH)))
-_TOKENS = Split((_AXIS,), tuple(IndexSet.range(i, i + 1) for i in range(_SEQUENCE)))
+TOKENS = Split((_AXIS,), tuple(IndexSet.range(i, i + 1) for i in range(_SEQUENCE)))
+"""The sequence, with a rank for each token."""
+_SPLITS = {"sequence": TOKENS, "batch": _ROWS}
 
 
 def why_tokens_mix(program: Program) -> str | None:
@@ -55,18 +58,30 @@ def why_tokens_mix(program: Program) -> str | None:
     """
     if "sequence" not in program.symbols:
         return "the model was captured for one length only"
-    return _why_mixed(program, "sequence", _TOKENS, _RULES) or why_length_counts(program)
+    return first_mixing(program, "sequence", SEQUENCE_RULES) or why_length_counts(program)
 
 
 def why_rows_mix(program: Program) -> str | None:
     """The first op that looks from one sequence of the batch at another; None: each row is computed by itself."""
     if "batch" not in program.symbols:
         return "the model was captured for one batch size only"
-    return _why_mixed(program, "batch", _ROWS, _EXPERTS)
+    return first_mixing(program, "batch", BATCH_RULES)
 
 
-def _why_mixed(program: Program, dim: str, split: Split, rules: dict[Any, _Rule]) -> str | None:
-    """The question for `dim` of the inputs, of which `split` gives each index a rank of its own."""
+def first_mixing(
+    program: Program,
+    dim: Literal["sequence", "batch"],
+    rules: Mapping[Any, Rule],
+    *,
+    also: Rule | None = None,
+    picked: Collection[Any] = (),
+) -> str | None:
+    """The first op that looks from one index along `dim` of the inputs at another.
+
+    also: asked of every op that has passed. picked: ops that keep one token of each sequence, so that the output has
+    one row in place of one per token.
+    """
+    split = _SPLITS[dim]
     concrete = _with_sizes(program, ranks=len(split.owned))
     layouts: Layouts = {}
     inferrer = Inferrer(concrete)
@@ -79,12 +94,16 @@ def _why_mixed(program: Program, dim: str, split: Split, rules: dict[Any, _Rule]
             layouts[node] = REPLICATED(len(node.meta["val"].shape))
         elif node.op == "output":
             (logits,) = node.all_input_nodes
-            if layouts[logits] != REPLICATED(3).with_dim(0 if dim == "batch" else 1, split):
+            one_row = dim == "sequence" and any(n.target in picked for n in concrete.graph.nodes)
+            wanted = REPLICATED(3) if one_row else REPLICATED(3).with_dim(0 if dim == "batch" else 1, split)
+            if layouts[logits] != wanted:
                 return f"the output is not one row per {_NOUN[dim]}: it is {layouts[logits]}"
         elif node.op == "call_function" and node_values(node):
             if _is_alike(node, alike):
                 alike.add(node)
             problem = _infer(node, layouts, inferrer, alike, rules)
+            if problem is None and also is not None:
+                problem = also(node, layouts)
             if problem:
                 path = node.meta.get("path")
                 where = f"{operation(node).__name__} at {node.name!r}{f' in {path}' if path else ''}"
@@ -121,7 +140,7 @@ def _with_sizes(program: Program, *, ranks: int) -> Program:
 
 
 def _infer(
-    node: fx.Node, layouts: Layouts, inferrer: Inferrer, alike: set[fx.Node], rules: dict[Any, _Rule]
+    node: fx.Node, layouts: Layouts, inferrer: Inferrer, alike: set[fx.Node], rules: Mapping[Any, Rule]
 ) -> str | None:
     """Sets the layout of `node`; the problem, if it would need more than its own token ({what}).
 
@@ -160,7 +179,7 @@ def _is_alike(node: fx.Node, alike: set[fx.Node]) -> bool:
 
 def _attention(node: fx.Node, layouts: Layouts) -> str | None:
     a = arguments(node)
-    layouts[node] = wanted = Layout((None, None, _TOKENS, None))
+    layouts[node] = wanted = Layout((None, None, TOKENS, None))
     if not a["causal"] and _is_appended(a["k"]) and _is_appended(a["v"]):
         return _masked_attention(a, layouts)
     if not a["causal"]:
@@ -195,10 +214,10 @@ def _is_appended(operand: fx.Node) -> bool:
 
 
 def _masked_attention(a: dict[str, Any], layouts: Layouts) -> str | None:
-    if layouts[a["q"]] != Layout((None, None, _TOKENS, None)) or any(layouts[a[k]].split_dims for k in ("k", "v")):
+    if layouts[a["q"]] != Layout((None, None, TOKENS, None)) or any(layouts[a[k]].split_dims for k in ("k", "v")):
         return "attends over something other than a cache, one query per token"
     mask, sinks = a["mask"], a["sinks"]
-    if mask is None or layouts[mask].dims[-2] != _TOKENS or layouts[mask].split_dims != (len(layouts[mask].dims) - 2,):
+    if mask is None or layouts[mask].dims[-2] != TOKENS or layouts[mask].split_dims != (len(layouts[mask].dims) - 2,):
         return "has a mask that is not one row per token"
     return "has sinks that depend on the tokens" if sinks is not None and layouts[sinks].split_dims else None
 
@@ -206,7 +225,7 @@ def _masked_attention(a: dict[str, Any], layouts: Layouts) -> str | None:
 def _append(node: fx.Node, layouts: Layouts) -> str | None:
     a = arguments(node)
     rank = len(node.meta["val"].shape)
-    if layouts[a["x"]] != REPLICATED(rank).with_dim(rank - 2, _TOKENS) or layouts[a["positions"]].dims[1] != _TOKENS:
+    if layouts[a["x"]] != REPLICATED(rank).with_dim(rank - 2, TOKENS) or layouts[a["positions"]].dims[1] != TOKENS:
         return "appends something other than one row per token"
     layouts[node] = REPLICATED(rank)
     return None
@@ -239,9 +258,9 @@ def _times(split: Split, count: int) -> Split:
     )
 
 
-_EXPERTS: dict[Any, _Rule] = {
+BATCH_RULES: dict[Any, Rule] = {
     aten.expand_as.default: _expand_as,
     expert_dispatch: _dispatch,
     expert_combine: _combine,
 }
-_RULES: dict[Any, _Rule] = {**_EXPERTS, attention: _attention, cache_append: _append}
+SEQUENCE_RULES: dict[Any, Rule] = {**BATCH_RULES, attention: _attention, cache_append: _append}

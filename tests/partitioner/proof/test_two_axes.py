@@ -16,20 +16,10 @@ from partitioner.sharding.mesh import Mesh
 from passes.tensor_parallel import _Rewriting
 from runtime.ops.collectives import all_reduce
 from runtime.ops.embedding import vocab_parallel_embedding
-from runtime.ops.rows import collect_rows, take_rows
+from runtime.ops.rows import collect_rows
 from tests.support import handmade, partitioned
 
 aten = torch.ops.aten
-
-
-def plain() -> Program:
-    """The small model without its reshapes, which hold for a batch of 2 only."""
-    program = handmade.traced()
-    for node in list(program.graph.nodes):
-        if node.target is aten.reshape.default:
-            node.replace_all_uses_with(node.args[0])
-            program.graph.erase_node(node)
-    return program
 
 
 def over(mesh: Mesh, axes: tuple[str, ...], size: int) -> Split | None:
@@ -53,7 +43,7 @@ def two_axes(mesh: Mesh) -> Program:
     vocabulary = over(mesh, ("dp", "tp"), handmade.VOCABULARY)
     hidden, ffn = over(mesh, ("dp",), handmade.HIDDEN), over(mesh, ("tp",), handmade.FFN)
     return placed(
-        plain(),
+        handmade.plain(),
         mesh,
         {
             "model.embed.weight": Layout((vocabulary, None)),
@@ -68,7 +58,7 @@ def two_axes(mesh: Mesh) -> Program:
 def test_weights_over_two_axes_equal_the_whole(dp: int, tp: int) -> None:
     program = two_axes(Mesh.of(dp=dp, tp=tp))
     ids = handmade.input_ids(batch=3, length=5)
-    expected = Parts(plain(), None).simulate(input_ids=ids)
+    expected = Parts(handmade.plain(), None).simulate(input_ids=ids)
     found = Parts(program, None).simulate(input_ids=ids)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
@@ -120,7 +110,9 @@ def node_calling(program: Program, op: object) -> fx.Node:
 
 def test_right_numbers_over_the_wrong_axis_are_refused() -> None:
     mesh = Mesh.of(dp=2, tp=2)
-    program = placed(plain(), mesh, {"model.embed.weight": Layout((over(mesh, ("tp",), handmade.VOCABULARY), None))})
+    program = placed(
+        handmade.plain(), mesh, {"model.embed.weight": Layout((over(mesh, ("tp",), handmade.VOCABULARY), None))}
+    )
     node = node_calling(program, vocab_parallel_embedding)
     start = node.kwargs["start"]
     assert isinstance(start, PerRankInt)
@@ -140,26 +132,16 @@ def test_a_sum_completed_over_one_of_two_axes_is_refused() -> None:
         check(program)
 
 
-def rows_of(axes: tuple[str, ...], x: fx.Node, mesh: Mesh, program: Program) -> fx.Node:
-    parts = mesh.size(*axes)
-    index = program.local("row_index", Entry(0, axes, tuple(range(parts))))
-    node = program.graph.call_function(
-        take_rows, (x, index), {"parts": parts, "axes": list(axes), "dim": 1, "kind": "sequence"}
-    )
-    node.meta = {"val": x.meta["val"], "path": "model"}
-    return node
-
-
 def rows_program(first: tuple[str, ...], second: tuple[str, ...], *, collected: bool = True) -> Program:
     """relu(rows of x) + rows of x, collected."""
     mesh = Mesh.of(sp=2, tp=2)
-    program = plain().copy(mesh)
+    program = handmade.plain().copy(mesh)
     logits = program.graph.output_node().args[0]
     with program.graph.inserting_before(program.graph.output_node()):
-        mine = rows_of(first, logits, mesh, program)
+        mine = handmade.rows_of(program, logits, first)
         act = program.graph.call_function(aten.relu.default, (mine,))
         act.meta = {"val": logits.meta["val"], "path": "model"}
-        total = program.graph.call_function(aten.add.Tensor, (act, rows_of(second, logits, mesh, program)))
+        total = program.graph.call_function(aten.add.Tensor, (act, handmade.rows_of(program, logits, second)))
         total.meta = {"val": logits.meta["val"], "path": "model"}
         if collected:
             length = program.graph.call_function(aten.sym_size.int, (logits, 1))

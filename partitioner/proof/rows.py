@@ -1,0 +1,183 @@
+"""The proof of rows: in the rewritten graph, too, nothing but attention looks from one token or sequence at another.
+
+    all_reduce, once, shard, all_gather, reorder    each token by itself, along any dim but that of the tokens
+    take_rows      x[.., T, ..] -> x[.., T_i, ..]   the tokens are dealt out over axes of the mesh
+    collect_rows   x[.., T_i, ..] -> x[.., T, ..]   and come together again, over the same axes
+    cached_attention, last_token                    one query per token; one token per sequence
+
+It is the proof of `analysis/tokens/token_mixing.py`, about what a pass has made of the traced graph. While tokens are
+dealt out over an axis, ranks along it have different ones: a collective over that axis would mix them, and so would an
+op with an operand that is dealt out otherwise. A communicating op without a rule here is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import fx
+
+from partitioner.analysis.layouts.infer_layout import Layouts
+from partitioner.analysis.tokens.token_mixing import BATCH_RULES, SEQUENCE_RULES, TOKENS, Rule, first_mixing
+from partitioner.errors import LayoutError
+from partitioner.program.node_arguments import arguments
+from partitioner.program.program import Program
+from partitioner.sharding.layout import REPLICATED, Layout
+from runtime.ops.attention import attention
+from runtime.ops.cached_attention import cached_attention, last_token
+from runtime.ops.collectives import all_gather, all_reduce
+from runtime.ops.communicating import COMMUNICATING, axes_text, read_call
+from runtime.ops.local import once, reorder, shard
+from runtime.ops.rows import collect_rows, take_rows
+
+__all__ = ["check_rows"]
+
+Dim = Literal["sequence", "batch"]
+
+
+def check_rows(program: Program) -> None:
+    """Raises `LayoutError` at the first node that mixes tokens other than by attention, or sequences at all.
+
+    For programs of which that was proven before they were rewritten.
+    """
+    whole = _of_the_whole(program)
+    dims: tuple[Dim, ...] = ("sequence", "batch")
+    for dim in dims:
+        if dim in program.symbols:
+            proof = _Proof(dim)
+            found = first_mixing(whole, dim, proof.rules, also=proof.also, picked=(last_token,))
+            if found is not None:
+                raise LayoutError(f"{found}: the rewritten graph may not mix {_PLURAL[dim]} there")
+
+
+_PLURAL = {"sequence": "tokens", "batch": "sequences"}
+
+
+def _of_the_whole(program: Program) -> Program:
+    """A copy in which integers that differ between ranks are those of the whole model."""
+    copy = program.copy()
+    for node in copy.graph.nodes:
+        node.args, node.kwargs = program.whole(node.args), program.whole(dict(node.kwargs))
+    return replace(copy, table={}, weight_layouts={})
+
+
+class _Proof:
+    """The rules for one question, and over which axes the rows of each value are dealt out."""
+
+    def __init__(self, dim: Dim) -> None:
+        self.dealt: dict[fx.Node, tuple[str, ...]] = {}
+        # every communicating op is refused but for those that have a rule
+        self.rules: dict[Any, Rule] = dict.fromkeys(COMMUNICATING, _unknown)
+        self.rules |= SEQUENCE_RULES if dim == "sequence" else BATCH_RULES
+        self.rules |= {
+            all_reduce: self._all_reduce,
+            all_gather: self._along_another_dim,
+            collect_rows: self._collect_rows,
+            take_rows: self._take_rows,
+            once: _row_by_row,
+            shard: self._along_another_dim,
+            reorder: self._along_another_dim,
+        }
+        if dim == "sequence":
+            self.rules |= {cached_attention: _cached_attention, last_token: _last_token}
+
+    def also(self, node: fx.Node, layouts: Layouts) -> str | None:
+        """After any op: its operands have the same rows, and so has its result."""
+        if node.target in (take_rows, collect_rows):
+            return None
+        dealt = {self.dealt.get(n, ()) for n in node.all_input_nodes if _has_rows(layouts.get(n))}
+        if len(dealt) > 1:
+            each = " and ".join(sorted(f"over {axes_text(axes)}" if axes else "on every rank" for axes in dealt))
+            return f"brings {{what}}s together that ranks have otherwise: {each}"
+        axes = dealt.pop() if dealt else ()
+        if axes and node.target in (attention, cached_attention) and node.target in self.rules:
+            return f"attends to a rank's own {{what}}s only, which are dealt out over {axes_text(axes)}"
+        if axes and node.target is last_token:
+            return f"picks one of a rank's own {{what}}s only, which are dealt out over {axes_text(axes)}"
+        if axes and _has_rows(layouts.get(node)):
+            self.dealt[node] = axes
+        return None
+
+    # -- rules ---------------------------------------------------------------------------------------------------------
+
+    def _all_reduce(self, node: fx.Node, layouts: Layouts) -> str | None:
+        return self._of_other_ranks(node) or _row_by_row(node, layouts)
+
+    def _along_another_dim(self, node: fx.Node, layouts: Layouts) -> str | None:
+        """What works along one dim: not along that of the rows."""
+        a = arguments(node)
+        layout: Layout = layouts[a["x"]]
+        if layout.dims[a["dim"]] is not None:
+            return "works along the dim of the {what}s"
+        return self._of_other_ranks(node) or _row_by_row(node, layouts)
+
+    def _of_other_ranks(self, node: fx.Node) -> str | None:
+        if node.target not in COMMUNICATING:
+            return None
+        call = read_call(node)
+        dealt = self.dealt.get(call.operands[0], ())
+        if shared := [axis for axis in call.axes if axis in dealt]:
+            return f"mixes {{what}}s of different ranks: they are dealt out over {axes_text(tuple(shared))}"
+        return None
+
+    def _take_rows(self, node: fx.Node, layouts: Layouts) -> str | None:
+        a = arguments(node)
+        layout: Layout = layouts[a["x"]]
+        layouts[node] = layout
+        before = self.dealt.get(a["x"], ())
+        along = layout.dims[a["dim"]] is not None
+        if along and before:
+            return f"deals {{what}}s out that are dealt out over {axes_text(before)} already"
+        self._set(node, tuple(a["axes"]) if along else before)
+        return None
+
+    def _collect_rows(self, node: fx.Node, layouts: Layouts) -> str | None:
+        a, axes = arguments(node), read_call(node).axes
+        layout: Layout = layouts[a["x"]]
+        layouts[node] = layout
+        before = self.dealt.get(a["x"], ())
+        if layout.dims[a["dim"]] is None:  # rows of the other question
+            self._set(node, before)
+            return self._of_other_ranks(node)
+        if before != axes:
+            how = f"dealt out over {axes_text(before)}" if before else "on every rank"
+            return f"collects {{what}}s over {axes_text(axes)}, which are {how}"
+        return None
+
+    def _set(self, node: fx.Node, axes: tuple[str, ...]) -> None:
+        if axes:
+            self.dealt[node] = axes
+
+
+def _has_rows(layout: Any) -> bool:
+    each = layout if isinstance(layout, tuple) else (layout,)
+    return any(isinstance(one, Layout) and bool(one.split_dims) for one in each)
+
+
+def _row_by_row(node: fx.Node, layouts: Layouts) -> str | None:
+    layouts[node] = layouts[arguments(node)["y" if node.target is once else "x"]]
+    return None
+
+
+def _unknown(node: fx.Node, layouts: Layouts) -> str | None:
+    return "communicates, and no rule of `partitioner/proof/rows.py` says what it does with {what}s: add one"
+
+
+def _cached_attention(node: fx.Node, layouts: Layouts) -> str | None:
+    a = arguments(node)
+    layouts[node] = per_token = Layout((None, None, TOKENS, None))
+    if any(layouts[a[name]] != per_token for name in ("q", "k", "v")) or layouts[a["positions"]].dims[1] != TOKENS:
+        return "attends over something other than one row per token"
+    if not a["causal"]:
+        return "is not causal: each token sees those after it"
+    for name in ("mask", "sinks"):
+        if a[name] is not None and layouts[a[name]].split_dims:
+            return f"has {'a bias' if name == 'mask' else 'sinks'} that depends on the tokens"
+    return None
+
+
+def _last_token(node: fx.Node, layouts: Layouts) -> str | None:
+    if layouts[arguments(node)["x"]] != Layout((None, TOKENS, None)):
+        return "picks from something other than one row per token"
+    layouts[node] = REPLICATED(3)
+    return None
