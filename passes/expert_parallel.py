@@ -48,9 +48,7 @@ class ExpertParallel:
 
     def __post_init__(self) -> None:
         if self.exchange not in EXCHANGES:
-            raise PlanError(
-                f"expert-parallel: exchange must be one of {', '.join(EXCHANGES)}; got {self.exchange!r}"
-            )
+            raise PlanError(f"expert-parallel: exchange must be one of {', '.join(EXCHANGES)}; got {self.exchange!r}")
 
     def for_entry(self, entry: str, program: Program) -> ExpertParallel:
         """With the exchange that this entry gets, of a program whose mesh is the plan's."""
@@ -63,9 +61,12 @@ class ExpertParallel:
     def run(self, program: Program) -> Program:
         ranks = program.mesh.size("ep")
         program.unplaced = True
-        if ranks == 1:
-            return program
         axes = _axes(program)
+        if ranks == 1:  # only their own matrices are divided, by the placement of all axes
+            for region in find_regions(program, axes):
+                for name in region.weights:
+                    program.weight_layouts[name] = REPLICATED(len(program.weights[name].shape))
+            return program
         exchange = self.for_entry(self.entry, program).exchange
         regions = find_regions(program, axes)
         if not regions:
@@ -88,7 +89,11 @@ class ExpertParallel:
     def _owners(self, region: Region, ranks: int) -> Owners:
         owners = self.owners or deal(region.num_experts, ranks)
         held = {expert for mine in owners for expert in mine}
-        if len(owners) != ranks or held != set(range(region.num_experts)) or any(list(m) != sorted(set(m)) for m in owners):
+        if (
+            len(owners) != ranks
+            or held != set(range(region.num_experts))
+            or any(list(m) != sorted(set(m)) for m in owners)
+        ):
             raise PlanError(
                 f"expert-parallel: owners must be {ranks} ascending lists that have each of the {region.num_experts} "
                 f"experts of {region.path} at least once; got {len(owners)} lists with {len(held)} experts"
@@ -125,7 +130,9 @@ class _Deal:
                 tokens = Value(hidden.meta["val"].shape[:1], torch.int64)
                 values = (*(each.meta["val"] for each in (hidden, index, gates)), tokens)
                 sent = self._call(expert_send, (hidden, index, gates, axis), self.options, values)
-                hidden, index, gates, back = (self._call(operator.getitem, (sent, i), {}, v) for i, v in enumerate(values))
+                hidden, index, gates, back = (
+                    self._call(operator.getitem, (sent, i), {}, v) for i, v in enumerate(values)
+                )
             else:
                 ranks = tuple(range(len(self.options["counts"])))
                 rank = self.program.local("expert_rank", Entry(0, self.axes, ranks))

@@ -48,8 +48,10 @@ class TensorParallel:
         if program.mesh.size(self.axis) == 1 and not program.unplaced:
             return program
         decisions, placement = self._place(program)
+        program.weight_layouts = {n: w for n, w in program.weight_layouts.items() if not w.is_replicated}
         program.weight_layouts.update({n: w for n, w in placement.weights.items() if not w.is_replicated})
-        program.kept_whole.update({n: why for n, why in decisions.pinned.items() if n not in program.weight_layouts})
+        whole = {n: why for n, why in decisions.pinned.items() if n not in program.weight_layouts}
+        program.kept_whole.update(whole)
         program.unplaced = False
         for name, layout in placement.states.items():
             program.states[name] = replace(program.states[name], layout=layout)

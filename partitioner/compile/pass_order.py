@@ -52,9 +52,7 @@ def _has_experts(plan: Plan) -> bool:
 
 ORDER = (
     BuiltIn("expert-parallel", EVERYWHERE, _has_experts, splits=True, by_entry=True, serves=("ep", "etp")),
-    BuiltIn(
-        "tensor-parallel", EVERYWHERE, lambda plan: plan.tp > 1 or _has_experts(plan), splits=True, serves=("tp",)
-    ),
+    BuiltIn("tensor-parallel", EVERYWHERE, lambda plan: plan.tp > 1 or _has_experts(plan), splits=True, serves=("tp",)),
     BuiltIn("kv-cache", GENERATION, _always),
     BuiltIn("last-token", GENERATION, _always),
     BuiltIn("fuse", EVERYWHERE, _always),

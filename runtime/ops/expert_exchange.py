@@ -92,7 +92,8 @@ def send_to_experts(
 
     widths = [part.shape[1] * part.element_size() for part in parts]
     rows, local, weights = (
-        piece.contiguous().view(part.dtype) for piece, part in zip(received.split(widths, dim=1), parts, strict=True)
+        piece.clone(memory_format=torch.contiguous_format).view(part.dtype)  # a part of a row need not be aligned
+        for piece, part in zip(received.split(widths, dim=1), parts, strict=True)
     )
     size = torch.tensor([num_tokens], device=index.device)
     back = torch.cat([size, send_counts, receive_counts, sent])

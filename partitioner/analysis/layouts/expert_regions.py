@@ -157,4 +157,3 @@ def _dim_of_experts(
             if last == REPLICATED(len(last.dims)).with_dim(0, Split(axes, owned)):
                 return dim, layouts
     return None
-

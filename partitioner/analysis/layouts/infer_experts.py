@@ -27,7 +27,7 @@ from runtime.ops.communicating import as_axes
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 
-__all__ = ["infer_experts", "is_routed"]
+__all__ = ["ROUTED", "infer_experts", "is_routed"]
 
 ROUTED, TOKENS = "routed", "tokens"
 
@@ -100,7 +100,7 @@ def _grouped(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
     if not isinstance(routed, Rows) or experts is None or experts.axes != routed.axes:
         return Inference((), (), f"rows of {routed} meet the experts {experts or 'of all ranks'}")
     every = [a["rows"], a["counts"], *weights]
-    found = _without(program, node, layouts, {n: (0,) for n in every})
+    found = _without(program, node, layouts, dict.fromkeys(every, (0,)))
     back = {a["rows"]: {0: routed}, a["counts"]: {0: routed}, **{n: {0: experts} for n in weights}}
     outputs = tuple(layout.with_dim(0, routed) for layout in found.outputs)
     return Inference(outputs, _put_back(found, back), found.problem)
@@ -111,9 +111,7 @@ def _combine(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
     tokens, choices = layouts[a["gates"]].dims
     routed = layouts[a["rows"]].dims[0]
     found = _without(program, node, layouts, {a["rows"]: (0,), a["order"]: (0,), a["gates"]: (0, 1)})
-    requires = _put_back(
-        found, {a["rows"]: {0: routed}, a["order"]: {0: routed}, a["gates"]: {0: tokens, 1: choices}}
-    )
+    requires = _put_back(found, {a["rows"]: {0: routed}, a["order"]: {0: routed}, a["gates"]: {0: tokens, 1: choices}})
     (output,) = found.outputs
     summed = frozenset() if choices is None else frozenset(choices.axes)
     return Inference((Layout(output.with_dim(0, tokens).dims, output.partial | summed),), requires, found.problem)
@@ -128,9 +126,7 @@ def _without(program: Program, node: fx.Node, layouts: Layouts, routed: dict[fx.
     return infer_compute(program, node, plain)
 
 
-def _put_back(
-    found: Inference, dims: dict[fx.Node, dict[int, Any]]
-) -> tuple[tuple[fx.Node, Layout], ...]:
+def _put_back(found: Inference, dims: dict[fx.Node, dict[int, Any]]) -> tuple[tuple[fx.Node, Layout], ...]:
     requires = []
     for source, layout in found.requires:
         for dim, rows in dims.get(source, {}).items():

@@ -20,9 +20,9 @@ from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.data_movement import is_move
 from partitioner.program.node_arguments import arguments, describe, evaluate, node_values
 from partitioner.program.program import Program, Value
+from partitioner.sharding.layout import REPLICATED, Layout, Rows
 from runtime.ops.expert_exchange import localise_experts
 from runtime.ops.experts import expert_combine
-from partitioner.sharding.layout import REPLICATED, Layout, Rows
 from runtime.ops.state import cache_append, state_read, state_write
 
 __all__ = ["Placement", "Unplaceable", "batched", "place", "state_layout"]
