@@ -174,7 +174,7 @@ def rank_main(contestant: str, folder: Path, bundle: Path, answers: Path) -> Non
             program.graph  # noqa: B018 - builds it
             ready = time.perf_counter()
             assert isinstance(program.source, Reader)
-            tensors = load_weights(program.weights, program.values, program.source, torch.device("cpu"))
+            tensors = load_weights(program.weights, program.weight_data, program.source, torch.device("cpu"))
             stored = sum(weight.bytes for weight in program.weights if weight.source == "checkpoint")
             found |= {"shard": stored, "read": program.source.bytes_read}
         else:

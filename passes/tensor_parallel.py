@@ -48,10 +48,11 @@ class TensorParallel:
         if program.mesh.size(self.axis) == 1 and not program.unplaced:
             return program
         decisions, placement = self._place(program)
+        dealt = {name for name, layout in program.weight_layouts.items() if not layout.is_replicated}
         program.weight_layouts = {n: w for n, w in program.weight_layouts.items() if not w.is_replicated}
         program.weight_layouts.update({n: w for n, w in placement.weights.items() if not w.is_replicated})
-        whole = {n: why for n, why in decisions.pinned.items() if n not in program.weight_layouts}
-        program.kept_whole.update(whole)
+        kept = decisions.pinned | decisions.shared
+        program.kept_whole.update({n: why for n, why in kept.items() if n not in dealt})
         program.unplaced = False
         for name, layout in placement.states.items():
             program.states[name] = replace(program.states[name], layout=layout)
@@ -103,7 +104,7 @@ class TensorParallel:
         """Splits over tp; those of experts' own matrices over etp."""
         mesh = program.mesh
         experts = mesh.in_attention_view("etp")
-        found = Decisions({}, frozenset(), {})
+        found = Decisions({}, frozenset(), {}, {})
         dealt = dict.fromkeys(program.weight_layouts, "dealt out by experts")
         for axis in dict.fromkeys((self.axis, *experts)):
             if mesh.size(axis) == 1:
@@ -114,7 +115,12 @@ class TensorParallel:
                 program, axis, blocks=blocks, keep_whole=whole, misfits=misfits, together=together, partial=partial
             )
             pinned = {name: why for name, why in more.pinned.items() if name not in apart}
-            found = Decisions(found.splits | more.splits, found.partial | more.partial, found.pinned | pinned)
+            found = Decisions(
+                found.splits | more.splits,
+                found.partial | more.partial,
+                found.pinned | pinned,
+                found.shared | more.shared,
+            )
         return found
 
 
@@ -141,6 +147,9 @@ class _Rewriting(Rewriter):
 
     def run(self) -> None:
         for node in list(self.program.graph.nodes):
+            held = self.placement.held.get(node)
+            if held is not None:
+                wanted, self.layouts[node] = self.layouts[node], held
             for source, required in self.placement.requires.get(node, ()):
                 self.provide(node, source, required)
             if node.op == "call_function":
@@ -151,6 +160,8 @@ class _Rewriting(Rewriter):
                 node.meta["layout"] = layout if not axes else _as_partial(layout, axes)
             if axes:
                 self.complete(node, axes)
+            if held is not None:
+                self.hold(node, wanted)
         self.program.graph.lint()
 
     def _rewrite(self, node: fx.Node) -> None:

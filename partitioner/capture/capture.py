@@ -32,12 +32,14 @@ from partitioner.sharding.mesh import Mesh
 __all__ = ["capture", "describe_weights", "ends_of", "generation_of", "limits_of"]
 
 
-def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None, length: int | None = None) -> Program:
+def capture(
+    model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None, fixed_length: int | None = None
+) -> Program:
     """The model as one graph whose output is its logits (the last hidden state where it has no head).
 
     The model may hold its weights or be on the meta device; it is not modified. `max_length` is the longest sequence
-    that will be run: RoPE variants that depend on the length are fixed by it. `length` captures for that one length
-    only.
+    that will be run: RoPE variants that depend on the length are fixed by it. `fixed_length` captures for that one
+    length only.
     """
     accepted = inspect.signature(type(model).forward).parameters
     # an encoder that was taken out of one has the same configuration
@@ -49,9 +51,9 @@ def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None
     fake_model = make_fake_model(model, fake)
     known = ModelWeights(model)
     notes, longest = fix_rope(fake_model, known, max_length=max_length)
-    example = choose_inputs(fake_model, fake, known.indices(), length=length)
+    example = choose_inputs(fake_model, fake, known.indices(), length=fixed_length)
     kinds = example.probe.kinds
-    exported = functionalize(export(fake_model, example.tensors, kinds, static=length is not None))
+    exported = functionalize(export(fake_model, example.tensors, kinds, static=fixed_length is not None))
     builder = Builder(exported, tuple(example.tensors), known.canonical.__getitem__)
     graph = builder.build()
     fold_masks(graph, kinds)
@@ -59,12 +61,12 @@ def capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None
     weights, values = describe_weights(graph, builder, known)
     placeholders = {node.target: node for node in graph.nodes if node.op == "placeholder"}
     inputs = tuple(Input(name, placeholders[name].meta["val"], example.defaults[name]) for name in example.tensors)
-    notes += [*builder.limits(), *([] if length is None else [f"static length {length}"])]
+    notes += [*builder.limits(), *([] if fixed_length is None else [f"static length {fixed_length}"])]
     return Program(
         graph=graph,
         inputs=inputs,
         weights=weights,
-        values=values,
+        weight_data=values,
         symbols=builder.symbols,
         mesh=mesh,
         name=type(model).__name__,
@@ -94,16 +96,23 @@ def describe_weights(
     return weights, values
 
 
+_LARGEST_ID = 2**62
+"""What a bundle's files take."""
+
+
 def ends_of(model: PreTrainedModel) -> tuple[int, ...]:
-    """The ids after which text of this model ends."""
+    """The ids after which text of this model ends. A negative one is that of no token: how files say that there is
+    none.
+    """
     config = model.generation_config if model.can_generate() else None
     found = None if config is None else config.eos_token_id
     ends = [] if found is None else [found] if isinstance(found, int) else found
-    if not isinstance(ends, (list, tuple)) or not all(type(end) is int for end in ends):
+    if not isinstance(ends, (list, tuple)) or not all(type(end) is int and end <= _LARGEST_ID for end in ends):
         raise CaptureError(
-            f"eos_token_id of {type(model).__name__}'s generation configuration must be whole numbers, got {found!r}"
+            f"eos_token_id of {type(model).__name__}'s generation configuration must be whole numbers of at most 62 "
+            f"bits, got {found!r}"
         )
-    return tuple(ends)
+    return tuple(end for end in ends if end >= 0)
 
 
 def generation_of(model: PreTrainedModel) -> dict[str, Any]:

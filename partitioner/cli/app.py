@@ -11,31 +11,24 @@ Exit codes: 0 equal, 1 a difference or a lost rank, 2 invalid arguments (one lin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from partitioner.cli.command import command
 from partitioner.cli.export import export
 from partitioner.cli.options import (
     Checkpoint,
     Compile,
     Dtype,
-    KeepWhole,
-    MaxLength,
     Model,
-    Passes,
-    PlanText,
     Simulate,
     Timeout,
-    Tp,
 )
 from partitioner.cli.run import Question, answer, answer_here, is_rank, run_in_processes
 from partitioner.cli.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
-from partitioner.errors import CommunicationError, PartitionerError
 from partitioner.report.explain import explain as explain_weight
 from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.describe import describe, show_graph
@@ -52,14 +45,10 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 _OF_CONFIG = typer.Option(help="by default as the model's generation config says")
 
 
-@app.command("verify")
+@command(app, "verify")
 def verify_command(
     model: Model,
-    tp: Tp = None,
-    plan: PlanText = None,
-    keep_whole: KeepWhole = None,
-    passes: Passes = None,
-    max_length: MaxLength = None,
+    how: Compile,
     dtype: Annotated[str, typer.Option(help="to compare in: one or several, with commas between")] = "float64,float32",
     lengths: Annotated[str, typer.Option(help="sequence lengths, with commas between")] = "1,5,40",
     simulate: Simulate = False,
@@ -67,34 +56,26 @@ def verify_command(
     timeout_s: Timeout = 600.0,
 ) -> None:
     """Compare the partitioned model with the original, over one process per rank."""
-    with _errors():
-        how = Compile.of(tp, keep_whole, passes, max_length, plan)
-        case = Case(model, how, tuple(dtype.split(",")), parse_lengths(lengths), seed)
-        require_timeout(timeout_s)  # also where no process is started
-        for name in case.dtypes:
-            dtype_named(name)
-        outcomes = list(verify(case)) if simulate else verify_in_processes(case, timeout_s=timeout_s)
-        console = Console()
-        console.print(_table(case, outcomes, "one thread per rank" if simulate else "one process per rank, gloo"))
-        worst = next((outcome for outcome in outcomes if not outcome.equal), None)
-        if worst is not None:
-            divergence = explain(case, worst)
-            equal = "in the trace, or in rounding: in float64 the partitioned graph equals the traced one"
-            at = equal if divergence is None else str(divergence)
-            console.print(
-                f"first difference ({worst.dtype}, length {worst.length}): {at}", markup=False, highlight=False
-            )
-            raise typer.Exit(1)
+    case = Case(model, how, tuple(dtype.split(",")), parse_lengths(lengths), seed)
+    require_timeout(timeout_s)  # also where no process is started
+    for name in case.dtypes:
+        dtype_named(name)
+    outcomes = list(verify(case)) if simulate else verify_in_processes(case, timeout_s=timeout_s)
+    console = Console()
+    console.print(_table(case, outcomes, "one thread per rank" if simulate else "one process per rank, gloo"))
+    worst = next((outcome for outcome in outcomes if not outcome.equal), None)
+    if worst is not None:
+        divergence = explain(case, worst)
+        equal = "in the trace, or in rounding: in float64 the partitioned graph equals the traced one"
+        at = equal if divergence is None else str(divergence)
+        console.print(f"first difference ({worst.dtype}, length {worst.length}): {at}", markup=False, highlight=False)
+        raise typer.Exit(1)
 
 
-@app.command("report")
+@command(app, "report")
 def report_command(
     model: Model,
-    tp: Tp = None,
-    plan: PlanText = None,
-    keep_whole: KeepWhole = None,
-    passes: Passes = None,
-    max_length: MaxLength = None,
+    how: Compile,
     dtype: Dtype = None,
     explain: Annotated[
         str | None, typer.Option(help="instead: why this weight (by name, or with *) is held as it is")
@@ -104,28 +85,23 @@ def report_command(
     ] = False,
 ) -> None:
     """Print what would be split over the ranks and what would not, and why. Needs no weights and little memory."""
-    with _errors():
-        parts = Compile.of(tp, keep_whole, passes, max_length, plan).compile(model, dtype=dtype, meta=True)
-        console = Console()
-        if explain is not None:
-            console.print(explain_weight(parts.program, explain), markup=False, highlight=False, soft_wrap=True)
-            return
-        console.print(str(parts.report), markup=False, highlight=False, soft_wrap=True)
-        if generate:
-            console.print(f"\n{parts.generation_report}", markup=False, highlight=False, soft_wrap=True)
+    parts = how.compile(model, dtype=dtype, meta=True)
+    console = Console()
+    if explain is not None:
+        console.print(explain_weight(parts.program, explain), markup=False, highlight=False, soft_wrap=True)
+        return
+    console.print(str(parts.report), markup=False, highlight=False, soft_wrap=True)
+    if generate:
+        console.print(f"\n{parts.generation_report}", markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command("run")
+@command(app, "run")
 def run_command(
     prompt: Annotated[list[str], typer.Option(help="what to continue; given several times, a batch")],
+    how: Compile,
     model: Annotated[
         str, typer.Argument(help="a checkpoint folder with a tokenizer, or a bundle; by default the small model inside")
     ] = str(EXAMPLE_MODEL),
-    tp: Tp = None,
-    plan: PlanText = None,
-    keep_whole: KeepWhole = None,
-    passes: Passes = None,
-    max_length: MaxLength = None,
     dtype: Dtype = None,
     max_new_tokens: int = 64,
     sample: Annotated[
@@ -170,52 +146,45 @@ def run_command(
     }
     # what is not given is what the model's generation config says
     options = {name: value for name, value in options.items() if value is not None}
-    with _errors():
-        require_timeout(timeout_s)
-        question = Question(
-            model,
-            tuple(prompt),
-            Compile.of(tp, keep_whole, passes, max_length, plan),
-            dtype=dtype,
-            checkpoint=checkpoint,
-            mapped=mapped,
-            checked=not unchecked,
-            chat=chat,
-            cache_memory=cache_memory,
-            options=options,
-            profile=profile,
-        )
-        Settings.of({**options, "tokenizer": ...}, eos_token_id=())  # here once, rather than on every rank
-        if is_rank():
-            answer(question)
-        elif simulate or question.num_ranks == 1:
-            answer_here(question)
-        else:
-            run_in_processes(question, timeout_s=timeout_s)
+    require_timeout(timeout_s)
+    question = Question(
+        model,
+        how,
+        prompts=tuple(prompt),
+        dtype=dtype,
+        checkpoint=checkpoint,
+        mapped=mapped,
+        checked=not unchecked,
+        chat=chat,
+        cache_memory=cache_memory,
+        options=options,
+        profile=profile,
+    )
+    Settings.of({**options, "tokenizer": ...}, eos_token_id=())  # here once, rather than on every rank
+    if is_rank():
+        answer(question)
+    elif simulate or question.num_ranks == 1:
+        answer_here(question)
+    else:
+        run_in_processes(question, timeout_s=timeout_s)
 
 
-@app.command("export")
+@command(app, "export")
 def export_command(
     model: Model,
     out: Annotated[str, typer.Option("--out", "-o", help="a new folder")],
-    tp: Tp = None,
-    plan: PlanText = None,
-    keep_whole: KeepWhole = None,
-    passes: Passes = None,
-    max_length: MaxLength = None,
+    how: Compile,
     dtype: Dtype = None,
     reference: Annotated[
         bool, typer.Option("--reference", help="leave the weights in the checkpoint, and say where each rank's are")
     ] = False,
 ) -> None:
     """Write a bundle: what each rank runs, and its slices of the weights. Loading it runs nothing of what is in it."""
-    with _errors():
-        how = Compile.of(tp, keep_whole, passes, max_length, plan)
-        said = export(model, how, out, dtype=dtype, reference=reference)
-        Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
+    said = export(model, how, out, dtype=dtype, reference=reference)
+    Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
 
 
-@app.command("show")
+@command(app, "show")
 def show_command(
     folder: Annotated[str, typer.Argument(help="a bundle")],
     rank: Annotated[int | None, typer.Option(help="print what this rank runs")] = None,
@@ -224,29 +193,17 @@ def show_command(
     checkpoint: Checkpoint = None,
 ) -> None:
     """Print what is in a bundle."""
-    with _errors():
-        bundle = load(folder, checkpoint=checkpoint)
-        if verify:
-            bundle.verify()
-        said = describe(bundle) if rank is None else show_graph(bundle, rank, generation=generation)
-        Console().print(said, markup=False, highlight=False, soft_wrap=True)
-        if verify:
-            Console().print("all files are as they were written", markup=False, highlight=False)
+    bundle = load(folder, checkpoint=checkpoint)
+    if verify:
+        bundle.verify()
+    said = describe(bundle) if rank is None else show_graph(bundle, rank, generation=generation)
+    Console().print(said, markup=False, highlight=False, soft_wrap=True)
+    if verify:
+        Console().print("all files are as they were written", markup=False, highlight=False)
 
 
 def main() -> None:
     app()
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        yield
-    except PartitionerError as error:
-        hint = " (--simulate shows at which node)" if isinstance(error, CommunicationError) else ""
-        said = " ".join(str(error).split("\n"))
-        Console(stderr=True).print(f"error: {said}{hint}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1 if isinstance(error, CommunicationError) else 2) from None
 
 
 def _table(case: Case, outcomes: list[Outcome], how: str) -> Table:

@@ -5,10 +5,11 @@ A new one gets a type here, a field of `Compile`, and a parameter of the command
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
 import typer
@@ -29,6 +30,7 @@ __all__ = [
     "Checkpoint",
     "Compile",
     "Dtype",
+    "Job",
     "KeepWhole",
     "MaxLength",
     "Model",
@@ -75,14 +77,15 @@ class Compile:
     @classmethod
     def of(
         cls,
+        *,
         tp: int | None,
+        plan: str | None,
         keep_whole: list[str] | None,
         passes: list[str] | None,
         max_length: int | None,
-        text: str | None,
     ) -> Compile:
         """What the command line was given; its passes are installed, and serve what it asks for."""
-        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, text)
+        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, plan)
         check_plan(how.plan)
         return how
 
@@ -128,3 +131,27 @@ class Compile:
         if is_bundle(model) or (can_open(model) if meta else Path(model).is_dir()):
             return partition(model, plan, dtype=kind, max_length=self.max_length, mapped=mapped)
         return partition(load_model(model, dtype=kind, meta=meta), plan, max_length=self.max_length)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is done with MODEL, as the ranks that do it are told: plain data, lists as tuples."""
+
+    model: str
+    compile: Compile = field(default_factory=Compile)
+
+    def __post_init__(self) -> None:
+        self.plan  # noqa: B018 - checks the degrees
+
+    @property
+    def plan(self) -> Plan:
+        return self.compile.plan
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        told: dict[str, Any] = json.loads(text)
+        fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in told.items()}
+        return cls(**{**fields, "compile": Compile.from_data(told["compile"])})

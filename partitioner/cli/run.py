@@ -10,12 +10,11 @@ The text goes to standard output, all else to standard error.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,10 +22,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from partitioner.cli.chat_template import TemplateFailed, render
-from partitioner.cli.options import Compile
+from partitioner.cli.options import Job
 from partitioner.compile.parts import Parts
 from partitioner.errors import CaptureError, InputError
-from partitioner.program.plan import Plan
 from partitioner.program.ranks import Ranks
 from partitioner.storage.bundle.bundle import Bundle, load
 from partitioner.storage.named_model import dtype_named, hub_hint, own_code, read_fields
@@ -46,7 +44,7 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.jso
 
 
 @dataclass(frozen=True)
-class Question:
+class Question(Job):
     """What to run: MODEL (a checkpoint folder with a tokenizer, or a bundle), the prompts, and how to continue them.
 
     compile: its `tp` is None for what the bundle has, or one rank. dtype: None for that of the weights. checkpoint: the
@@ -54,9 +52,7 @@ class Question:
     bundle's must have its digests.
     """
 
-    model: str
-    prompts: tuple[str, ...]
-    compile: Compile = field(default_factory=Compile)
+    prompts: tuple[str, ...] = ()
     dtype: str | None = None
     checkpoint: str | None = None
     mapped: bool = False
@@ -75,7 +71,7 @@ class Question:
             raise InputError(f"cannot write a trace to {self.profile!r}: give a file in a folder that exists")
         if self.cache_memory is not None:
             Amount.of(self.cache_memory)
-        self.plan  # noqa: B018 - checks the degree
+        super().__post_init__()
         for prompt in self.prompts:
             try:
                 prompt.encode()
@@ -107,18 +103,6 @@ class Question:
     @property
     def num_ranks(self) -> int:
         return load(self.model).mesh.world_size if is_bundle(self.model) else self.plan.mesh.world_size
-
-    @property
-    def plan(self) -> Plan:
-        return self.compile.plan
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Question:
-        fields = json.loads(text)
-        return cls(**{**fields, "prompts": tuple(fields["prompts"]), "compile": Compile.from_data(fields["compile"])})
 
 
 def is_rank() -> bool:

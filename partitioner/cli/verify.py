@@ -13,18 +13,17 @@ import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from partitioner.cli.compare import Divergence, difference, first_divergence, tolerance
-from partitioner.cli.options import Compile
+from partitioner.cli.options import Compile, Job
 from partitioner.compile.partition import compile_program, trace
 from partitioner.compile.parts import Parts
 from partitioner.errors import CaptureError, InputError, WeightError
-from partitioner.program.plan import Plan
 from partitioner.proof.float64 import ExactArithmetic, in_float64
 from partitioner.report.report import Report
 from partitioner.storage.named_model import dtype_named, load_config, load_model
@@ -47,11 +46,9 @@ LARGEST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Job):
     """What to verify: MODEL as in `named_model`, and at which lengths and precisions."""
 
-    model: str
-    compile: Compile
     dtypes: tuple[str, ...] = ("float64", "float32")
     lengths: tuple[int, ...] = (1, 5, 40)
     seed: int = 0
@@ -59,21 +56,7 @@ class Case:
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= LARGEST_SEED:
             raise InputError(f"the seed must be a whole number from 0 to {LARGEST_SEED}, got {self.seed}")
-        self.plan  # noqa: B018 - checks the degrees
-
-    @property
-    def plan(self) -> Plan:
-        return self.compile.plan
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Case:
-        fields: dict[str, Any] = json.loads(text)
-        for name in ("dtypes", "lengths"):
-            fields[name] = tuple(fields[name])
-        return cls(**{**fields, "compile": Compile.from_data(fields["compile"])})
+        super().__post_init__()
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def _constant_index(program: Program, node: fx.Node) -> None:
     if not isinstance(index, fx.Node) or index.op != "get_attr":
         return
     weight = program.weights[str(index.target)]
-    value = program.values[weight.name]
+    value = program.weight_data[weight.name]
     source = a["self"].meta["val"]
     size = source.shape[dim]
     if weight.source != "constant" or value.dtype is not torch.int64 or value.ndim > 1 or not isinstance(size, int):

@@ -81,7 +81,7 @@ class Emitter:
             **_vocabulary(self.program),
             limits=self.program.limits,
             stage=parts.stage,
-            values=self.program.values,
+            weight_data=self.program.weight_data,
             source=None if self.program.origins is None else self.program.origins.source,
         )
 

@@ -5,6 +5,8 @@
     split       -> whole           all_gather(x, axis, dim=, sizes=)     (and reorder, where the pieces interleave)
     whole       -> split           shard(x, ranges, dim=)
     split       -> smaller parts   shard(x, ranges, dim=)
+    whole       -> own rows        take_rows(x, index, dim=)             no communication
+    own rows    -> whole           collect_rows(x, total, axis, dim=)    `total`: a size of the whole, from an input
 
 Each conversion of a value is made once and shared by all who need it.
 """
@@ -15,18 +17,22 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from partitioner.analysis.layouts.infer_layout import Layouts, disjoint
 from partitioner.analysis.layouts.localise import Scaled
 from partitioner.errors import LayoutError
-from partitioner.program.node_arguments import evaluate
+from partitioner.program.node_arguments import evaluate, operation
 from partitioner.program.program import Entry, Program, Value
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Layout, Rows, Split, in_order, points
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.local import once, reorder, shard
+from runtime.ops.rows import collect_rows, take_rows
+
+aten = torch.ops.aten
 
 __all__ = ["Rewriter"]
 
@@ -41,6 +47,9 @@ class Rewriter:
         self._last: dict[fx.Node, fx.Node] = {}
         """The node after which conversions of a value go: itself, or its all-reduce."""
         self._completed: dict[fx.Node, fx.Node] = {}
+        self._sizes: dict[Any, fx.Node | int] = {}
+        """Nodes with sizes of the whole, behind the inputs."""
+        self._latest_size: fx.Node | None = None
 
     def provide(self, user: fx.Node, source: fx.Node, layout: Layout) -> None:
         """Makes `user` read `source` in the given layout."""
@@ -68,6 +77,17 @@ class Rewriter:
         for user in users:
             user.replace_input_with(node, reduced)
         self._completed[node] = reduced
+
+    def hold(self, node: fx.Node, layout: Layout) -> None:
+        """Makes every user of `node` see it in the given layout; who needs it as it comes still gets that."""
+        current = self._completed.get(node, node)
+        # who reads a size keeps that of the whole
+        users = [user for user in current.users if operation(user) is not aten.sym_size]
+        held = self._converted(current, layout)
+        for user in users:
+            user.replace_input_with(current, held)
+        self._completed[node] = held
+        self._made[held, self.layouts[current]] = current
 
     def scaled(self, node: fx.Node, size: Scaled) -> fx.Node:
         """Inserts local * (symbolic size // whole) before `node`."""
@@ -106,9 +126,13 @@ class Rewriter:
             have = self.layouts[found]
         for dim, (old, new) in enumerate(zip(have.dims, want.dims, strict=True)):
             if old != new:
-                if isinstance(old, Rows) or isinstance(new, Rows):
-                    raise LayoutError(f"{source.name}: a rank's own rows cannot be converted from {old} to {new} here")
-                found = self._redivided(found, dim, old, new, source)
+                if isinstance(old, Rows):
+                    found, old = self._collected(found, dim, old, source), None
+                if isinstance(new, Rows):
+                    found = found if old is None else self._redivided(found, dim, old, None, source)
+                    found = self._taken(found, dim, new, source)
+                elif old != new:
+                    found = self._redivided(found, dim, old, new, source)
         have = self.layouts[found]
         if missing := in_order(want.partial - have.partial):
             ranks = self.program.mesh.size(*missing)
@@ -153,20 +177,61 @@ class Rewriter:
             whole = self._after(whole, reorder, (whole, inverse), {"dim": dim}, self.layouts[whole], source)
         return whole
 
+    def _collected(self, node: fx.Node, dim: int, rows: Rows, source: fx.Node) -> fx.Node:
+        total = self._size(source.meta["val"].shape[dim], source)
+        layout: Layout = self.layouts[node].with_dim(dim, None)
+        whole = self._after(node, collect_rows, (node, total, _over(rows.axes)), {"dim": dim}, layout, source)
+        whole.meta["why"] = f"{source.name} is needed with the rows of all ranks"
+        return whole
+
+    def _taken(self, node: fx.Node, dim: int, rows: Rows, source: fx.Node) -> fx.Node:
+        parts = self.program.mesh.size(*rows.axes)
+        index = self.program.local("row_index", Entry(0, rows.axes, tuple(range(parts))))
+        options = {"parts": parts, "axes": list(rows.axes), "dim": dim, "kind": rows.kind}
+        layout: Layout = self.layouts[node].with_dim(dim, rows)
+        return self._after(node, take_rows, (node, index), options, layout, source)
+
+    def _size(self, size: Any, source: fx.Node) -> fx.Node | int:
+        """A node with this size of the whole, read from an input, which every rank has all of."""
+        if size not in self._sizes:
+            graph = self.program.graph
+            factors = sympy.sympify(size).as_ordered_factors()
+            made = [int(factor) if factor.is_Integer else self._symbol(factor, source) for factor in factors]
+            product, value = made[0], factors[0]
+            for factor, node in zip(factors[1:], made[1:], strict=True):
+                value = value * factor
+                with graph.inserting_after(self._end_of_inputs()):
+                    product = self._latest_size = graph.call_function(operator.mul, (product, node))
+                product.meta = {"val": value, "path": ""}
+            self._sizes[size] = product
+        return self._sizes[size]
+
+    def _symbol(self, symbol: Any, source: fx.Node) -> fx.Node | int:
+        for placeholder in [node for node in self.program.graph.nodes if node.op == "placeholder"]:
+            shape = placeholder.meta["val"].shape
+            if symbol in shape:
+                if symbol not in self._sizes:
+                    with self.program.graph.inserting_after(self._end_of_inputs()):
+                        made = self.program.graph.call_function(aten.sym_size.int, (placeholder, shape.index(symbol)))
+                    made.meta = {"val": symbol, "path": ""}
+                    self._sizes[symbol] = self._latest_size = made
+                return self._sizes[symbol]
+        raise LayoutError(f"{source.name}: how many rows all ranks have together, {symbol}, is no size of an input")
+
     def _after(
         self, node: fx.Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout, origin: fx.Node
     ) -> fx.Node:
         place = self._last.get(origin, node)
-        with self.program.graph.inserting_after(place if place.op != "placeholder" else self._last_placeholder()):
+        with self.program.graph.inserting_after(place if place.op != "placeholder" else self._end_of_inputs()):
             made = self.program.graph.call_function(target, args, kwargs)
         made.meta = {"val": origin.meta["val"], "path": origin.meta.get("path", ""), "layout": layout}
         self.layouts[made] = layout
         self._last[origin] = made
         return made
 
-    def _last_placeholder(self) -> fx.Node:
-        found: list[fx.Node] = [n for n in self.program.graph.nodes if n.op == "placeholder"]
-        return found[-1]
+    def _end_of_inputs(self) -> fx.Node:
+        """The last placeholder, or the last of the sizes read from them."""
+        return self._latest_size or [n for n in self.program.graph.nodes if n.op == "placeholder"][-1]
 
 
 def _over(axes: Iterable[str]) -> str | tuple[str, ...]:

@@ -51,7 +51,7 @@ def partition(
     dtype: torch.dtype | None = None,
     mapped: bool = False,
     max_length: int | None = None,
-    length: int | None = None,
+    fixed_length: int | None = None,
 ) -> Parts[Report]:
     """Compiles a Hugging Face model for `plan`.
 
@@ -59,8 +59,8 @@ def partition(
     model is built without weights, and each rank reads its own shard from the files when it is loaded, cast to `dtype`
     (None: that of the checkpoint). Or it is a bundle, which is split anew in the same way. `mapped`: on a CPU, weights
     are used where they lie in the files, which must stay as they are (`runtime.weights.read_shards`). `max_length` is
-    the longest sequence that will be run, for position encodings that depend on it; `length` compiles for that one
-    length, for models whose code cannot be traced for all lengths at once.
+    the longest sequence that will be run, for position encodings that depend on it; `fixed_length` compiles for that
+    one length, for models whose code cannot be traced for all lengths at once.
 
     Raises `CaptureError` where the model cannot be traced, `PlanError` where the plan does not fit it.
     """
@@ -73,7 +73,7 @@ def partition(
         bundle = open_bundle(load(model, mapped=mapped))
         model, origins = bundle.model, bundle.origins
         max_length = bundle.max_length if max_length is None else max_length
-        length = bundle.length if length is None else length
+        fixed_length = bundle.fixed_length if fixed_length is None else fixed_length
     elif isinstance(model, (str, Path)):
         opened = open_checkpoint(model, dtype=dtype, mapped=mapped)
         model, origins, notes = opened.model, opened.origins, opened.notes
@@ -86,13 +86,13 @@ def partition(
         raise CaptureError(
             f"mapped=True is for the files of a folder; this {type(model).__name__} has its weights: leave it out"
         )
-    traced = _from(origins, trace(model, max_length=max_length, length=length))
+    traced = _from(origins, trace(model, max_length=max_length, fixed_length=fixed_length))
     traced.notes = [*notes, *traced.notes]
     return compile_program(
         traced,
         plan,
         step=functools.partial(_step, model, origins, max_length),
-        model=ModelRecord.of(model, max_length=max_length, length=length),
+        model=ModelRecord.of(model, max_length=max_length, fixed_length=fixed_length),
     )
 
 
@@ -109,17 +109,17 @@ def _from(origins: Origins | None, traced: Program) -> Program:
     return traced
 
 
-def trace(model: PreTrainedModel, *, max_length: int | None = None, length: int | None = None) -> Program:
+def trace(model: PreTrainedModel, *, max_length: int | None = None, fixed_length: int | None = None) -> Program:
     """The model as one canonical program, before any pass; it can be compiled for several plans."""
     if not isinstance(model, PreTrainedModel):
         raise CaptureError(
             f"cannot capture a {type(model).__name__}: required is a model of transformers (a PreTrainedModel with its "
             "config), such as AutoModelForCausalLM.from_pretrained(...) yields" + _within(model)
         )
-    for name, given in (("max_length", max_length), ("length", length)):
+    for name, given in (("max_length", max_length), ("fixed_length", fixed_length)):
         if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
             raise CaptureError(f"{name} must be a whole number of tokens, at least 1; got {given!r}")
-    traced = capture(model, mesh=Mesh.of(), max_length=max_length, length=length)
+    traced = capture(model, mesh=Mesh.of(), max_length=max_length, fixed_length=fixed_length)
     canonicalize(traced)
     bound_inputs(traced)
     return traced

@@ -31,7 +31,7 @@ Reasons = tuple[tuple[str, str], ...]
 class BuiltIn:
     """A pass of ours. entries: where it runs. when: for which plans. splits: it divides weights, alike in all entries.
 
-    by_entry: what else it does differs between entries, as its `for_entry` says. serves: the axes of which it makes use.
+    by_entry: what else it does differs between entries, as its `for_entry` says. serves: axes of which it makes use.
     """
 
     name: str

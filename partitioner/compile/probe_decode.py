@@ -50,7 +50,7 @@ def compare_steps(traced: Program, stepping: Program) -> str | None:
     """
     if not all(_has_data(program) for program in (traced, stepping)):
         return "whether tokens one by one say what the whole text says was not tried out: the model holds no data"
-    if sum(value.nbytes for value in traced.values.values()) <= EXACT_BYTES:
+    if sum(value.nbytes for value in traced.weight_data.values()) <= EXACT_BYTES:
         traced, stepping = in_float64(traced), in_float64(stepping)
     whole, step = (Emitter(program).rank(Mesh.of().coordinates(0)) for program in (traced, stepping))
     tokens = _tokens(whole)
@@ -77,7 +77,7 @@ def compare_steps(traced: Program, stepping: Program) -> str | None:
 
 def _has_data(program: Program) -> bool:
     used = {str(node.target) for node in program.graph.nodes if node.op == "get_attr" and node.users}
-    return all(name in program.values and not program.values[name].is_meta for name in used)
+    return all(name in program.weight_data and not program.weight_data[name].is_meta for name in used)
 
 
 def _tokens(whole: RankProgram) -> Tensor:
@@ -95,7 +95,9 @@ def _at_once(program: RankProgram, tokens: Tensor) -> Tensor:
     """[N, V]."""
     communicator = ThreadGroup(program.mesh).communicator(0)
     device = _device(program)
-    execute = Executable(program, load_weights(program.weights, program.values, None, device), communicator, device)
+    execute = Executable(
+        program, load_weights(program.weights, program.weight_data, None, device), communicator, device
+    )
     logits: Tensor = execute(complete_inputs(program.inputs, {"input_ids": tokens}, device, program.limits))
     return logits[0]
 
@@ -104,7 +106,7 @@ def _one_by_one(program: RankProgram, tokens: Tensor) -> Tensor:
     """[N, V] of the first row."""
     communicator = ThreadGroup(program.mesh).communicator(0)
     device = _device(program)
-    loaded = Loaded(program, load_weights(program.weights, program.values, None, device))
+    loaded = Loaded(program, load_weights(program.weights, program.weight_data, None, device))
     rows, count = tokens.shape
     size = CacheSize(max_batch=rows, max_length=count, prefill_step=1)
     Room.agreed(program, size, communicator, device).require(count)
@@ -120,7 +122,7 @@ def _one_by_one(program: RankProgram, tokens: Tensor) -> Tensor:
 
 def _device(program: RankProgram) -> torch.device:
     """Where the model's weights are."""
-    return next((value.device for value in program.values.values()), torch.device("cpu"))
+    return next((value.device for value in program.weight_data.values()), torch.device("cpu"))
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -13,14 +13,16 @@ __all__ = ["ModelRecord"]
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """`config`: as config.json has it. `max_length`, `length`: as `partition` was given them."""
+    """`config`: as config.json has it. `max_length`, `fixed_length`: as `partition` was given them."""
 
     class_name: str
     config: dict[str, Any]
     max_length: int | None = None
-    length: int | None = None
+    fixed_length: int | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, *, max_length: int | None = None, length: int | None = None) -> ModelRecord:
+    def of(
+        cls, model: PreTrainedModel, *, max_length: int | None = None, fixed_length: int | None = None
+    ) -> ModelRecord:
         config = json.loads(model.config.to_json_string(use_diff=False))
-        return cls(type(model).__name__, {**config, "architectures": [type(model).__name__]}, max_length, length)
+        return cls(type(model).__name__, {**config, "architectures": [type(model).__name__]}, max_length, fixed_length)

@@ -143,7 +143,7 @@ class Program:
     graph: fx.Graph
     inputs: tuple[Input, ...]
     weights: dict[str, Weight]
-    values: Mapping[str, torch.Tensor]
+    weight_data: Mapping[str, torch.Tensor]
     """Data of the weights by canonical name; meta tensors where the model has none."""
     symbols: dict[str, sympy.Symbol]
     """The symbols in shapes by meaning: "batch", "sequence"."""

@@ -1,4 +1,4 @@
-"""That ranks which share out experts speak of the same ones: where tokens are sent, whose weights are held, what counts.
+"""That ranks which share out experts speak of the same ones: where tokens go, who holds which weights, what counts.
 
     localise_experts, expert_send    every expert on at least one rank; of the mesh's axes, as many ranks as they have
     expert_dispatch                  as many experts as the rank has

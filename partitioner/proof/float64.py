@@ -66,5 +66,5 @@ def in_float64(program: Program) -> Program:
             node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _lifted)
     copy.weights = {name: _lifted_weight(weight) for name, weight in copy.weights.items()}
     copy.states = {name: replace(state, dtype=_lifted(state.dtype)) for name, state in copy.states.items()}
-    copy.values = {name: value.to(_lifted(value.dtype)) for name, value in copy.values.items()}
+    copy.weight_data = {name: value.to(_lifted(value.dtype)) for name, value in copy.weight_data.items()}
     return copy

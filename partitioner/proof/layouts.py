@@ -17,6 +17,7 @@ from torch import fx
 
 from partitioner.analysis.layouts.infer_experts import ROUTED
 from partitioner.analysis.layouts.infer_layout import Inference, Layouts, disjoint
+from partitioner.analysis.layouts.infer_move import sizes_read
 from partitioner.analysis.layouts.memoise import Inferrer
 from partitioner.analysis.layouts.propagate_layouts import batched, state_layout
 from partitioner.analysis.rules import notation
@@ -87,6 +88,7 @@ def _infer(program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer
     for source, wanted in found.requires:
         _require(node, source, layouts[source], wanted)
     _require_all_named(node, found, layouts)
+    _require_own_sizes(node, layouts)
     if is_move(node) and any(layouts[n].split_dims for n, _ in found.requires):  # noqa: SIM102 - two questions
         if not inferrer.moves_alike(node, layouts, found.outputs):
             raise LayoutError(
@@ -106,6 +108,24 @@ def _require_all_named(node: fx.Node, found: Inference, layouts: Layouts) -> Non
             raise LayoutError(
                 f"{_at(node)}: its result is {found.outputs[0]}, and the layout rule of {describe(node)} does not say "
                 f"how its operand {source.name!r} ({layouts[source]}) must be held: add the operand to the rule"
+            )
+
+
+def _require_own_sizes(node: fx.Node, layouts: Layouts) -> None:
+    """What has the rows of all ranks must not be as long as those of one."""
+    rows = {
+        each
+        for source in node.all_input_nodes
+        if isinstance(layout := layouts.get(source), Layout)
+        for each in layout.dims
+        if isinstance(each, Rows)
+    }
+    for read, dim in sizes_read(node):
+        own = layouts[read].dims[dim]
+        if isinstance(own, Rows) and own not in rows:
+            raise LayoutError(
+                f"{_at(node)} takes a size from {read.name!r}, of which each rank has {own} of its own, but none of "
+                "its operands has those rows: read the size from what has the rows of all ranks"
             )
 
 
@@ -230,6 +250,10 @@ def _collect_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
         raise LayoutError(
             f"{_at(node)} collects rows of {read_call(node).axes} along dim {a['dim']} of {a['x']}, which is {layout}"
         )
+    total, size = a["total"], a["x"].meta["val"].shape[a["dim"]]
+    found = total.meta["val"] if isinstance(total, fx.Node) else total
+    if found != size or any(isinstance(layouts[read].dims[dim], Rows) for read, dim in sizes_read(node)):
+        raise LayoutError(f"{_at(node)} collects {size} rows of all ranks together, but its total {total} is {found}")
     return layout.with_dim(a["dim"], None)
 
 

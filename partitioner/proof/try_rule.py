@@ -5,6 +5,7 @@ of its claims is tried: the op on parts of the operands, against the parts of it
 
     letter in the output          computed in two parts, put together along that dim
     summed letter                 computed in two parts, added up; a term without the letter counted once
+    averages                      of a summed letter: each part counts by its share of the letter
     letter in neither             the rule is silent about what becomes of it: only a whole letter may be left out
     terms                         linear: f(u) + f(x - u) = f(x), one operand of each term at a time
 
@@ -90,7 +91,7 @@ class _Trial:
                 for dim, name in enumerate(operand.letters):
                     if name == letter:
                         tensors[operand.node] = tensors[operand.node].narrow(dim, start, stop - start)
-            if part and letter in rule.sums:
+            if part and letter in rule.sums and not rule.averages:
                 for term in self._without(letter):
                     tensors[term] = torch.zeros_like(tensors[term])
             parts.append(self._run_part(tensors, letter))
@@ -102,6 +103,8 @@ class _Trial:
                 if names.index(letter) >= one.dim() or one.dim() != other.dim():
                     raise LayoutError(f"{self.name}: output {place} has {one.dim()} dims, the rule names {len(names)}")
                 together, how = _put_together(one, other, names.index(letter)), "its parts put together"
+            elif letter in rule.sums and rule.averages:
+                together, how = (one * cut + other * (size - cut)) / size, "the average of its parts"
             elif letter in rule.sums:
                 together, how = one + other, "the sum of its parts"
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -212,8 +213,8 @@ def _explained(note: str) -> str:
         return note
     return (
         f"{note}, as the model's code does something else for other lengths: this limits runs of whole texts "
-        "(simulate, an engine's call), and how many tokens generate runs at a time; partition(..., length=N) compiles "
-        "the model for runs of exactly N tokens"
+        "(simulate, an engine's call), and how many tokens generate runs at a time; "
+        "partition(..., fixed_length=N) compiles the model for runs of exactly N tokens"
     )
 
 
@@ -257,10 +258,22 @@ def _held(program: Program, weight: Weight, coordinates: dict[str, int]) -> int:
     return size
 
 
+_MOST_SIZES = 16
+
+
 def split_text(layout: Layout) -> str:
     return ", ".join(
-        f"{'x'.join(split.axes)} over dim {dim} as {'/'.join(map(str, split.sizes))}" for dim, split in layout.splits
+        f"{'x'.join(split.axes)} over dim {dim} as {_sizes_text(split.sizes)}" for dim, split in layout.splits
     )
+
+
+def _sizes_text(sizes: tuple[int, ...]) -> str:
+    """Of each part; of many, how many there are of a size."""
+    if len(sizes) <= _MOST_SIZES:
+        return "/".join(map(str, sizes))
+    runs = [(size, sum(1 for _ in run)) for size, run in itertools.groupby(sizes)]
+    shown = ", ".join(f"{count} x {size}" for size, count in runs[:_MOST_SIZES])
+    return shown + (", ..." if len(runs) > _MOST_SIZES else "")
 
 
 def matrix_users(program: Program) -> dict[str, fx.Node]:
@@ -287,7 +300,10 @@ def matrix_users(program: Program) -> dict[str, fx.Node]:
 def reason_for(program: Program, weight: Weight, layout: Layout | None, users: dict[str, fx.Node]) -> str:
     if layout is not None:
         shared = any(sum(split.sizes) > weight.shape[dim] for dim, split in layout.splits)
-        return "some of it is needed, and held, by several ranks" if shared else ""
+        if not shared:
+            return ""
+        why = program.kept_whole.get(weight.name)
+        return "some of it is needed, and held, by several ranks" + (f": {why}" if why else "")
     if weight.name in program.kept_whole:
         return program.kept_whole[weight.name]
     if program.mesh.world_size == 1:

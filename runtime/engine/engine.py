@@ -93,7 +93,7 @@ class Engine:
         self._source = program.source if weights is None else weights
         with attribute_errors(program):
             self.weights = load_weights(
-                program.weights, program.values, self._source, self.device, progress=communicator.rank == 0
+                program.weights, program.weight_data, self._source, self.device, progress=communicator.rank == 0
             )
             if compile or cuda_graph:
                 lay_side_by_side(program, self.weights)
@@ -222,7 +222,7 @@ class Engine:
         # the same slices of the same weights, unless a user's pass saw to something else; what no checkpoint holds is
         # small, and two traces may give one name to two constants
         missing = [w for w in program.weights if w not in mine or (w.source != "checkpoint" and w.digest is None)]
-        mine |= zip(missing, load_weights(missing, program.values, self._source, self.device), strict=True)
+        mine |= zip(missing, load_weights(missing, program.weight_data, self._source, self.device), strict=True)
         weights = [mine[weight] for weight in program.weights]
         if any(self._decoding.values()):
             program, weights = merge_linears(program, weights)

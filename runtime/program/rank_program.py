@@ -84,7 +84,7 @@ class RankProgram:
     coordinates: Mapping[str, int]
     weights: tuple[WeightShard, ...]
     inputs: tuple[RunInput, ...]
-    values: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    weight_data: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     """Data known to the compiler, whole: what no checkpoint has, and the rest where the model had it."""
     eos_token_id: tuple[int, ...] = ()
     """The tokens after which the model's text ends, by its own configuration."""
@@ -96,7 +96,7 @@ class RankProgram:
     vocabulary: tuple[IndexSet, ...] | None = None
     """Which indices of the result's last dim each rank along "tp" holds; None: all of them."""
     source: WeightSource | None = field(default=None, repr=False, compare=False)
-    """Where the weights are read from; None: `values` holds them."""
+    """Where the weights are read from; None: `weight_data` holds them."""
     read_from: str | None = field(default=None, compare=False)
     """The bundle that it was read from; None: it was compiled in this process."""
     stage: Stage | None = None

@@ -1,7 +1,8 @@
 """The launcher: one rank that goes wrong ends all, and so does the launcher's own end; nothing is left behind.
 
 An ended rank ends all within 1 s, a stopped one within its timeout and 1 s. A machine that does much else at the time
-gets SLACK_S more: the kill itself takes milliseconds, but processes of half a gigabyte need the processor to end.
+gets SLACK_S more: the kill itself takes milliseconds, but processes of half a gigabyte need the processor to end. The
+launcher's own process goes last, with all of torch that it has imported: that is waited for, but not timed.
 """
 
 import os
@@ -123,12 +124,12 @@ def test_ranks_do_not_outlive_it(number: signal.Signals, moment: str, pids: Path
         wait_for(ready, "the ranks did not begin")
         launcher.send_signal(number)
         sent = time.monotonic()
-        _, said = launcher.communicate(timeout=30)
         wait_for(lambda: not left_behind(pids), "ranks or files are left")
+        took_s = time.monotonic() - sent
+        _, said = launcher.communicate(timeout=120)
     finally:
         launcher.kill()
         launcher.wait()
-    took_s = time.monotonic() - sent
     print(f"{number.name}, {moment}: all had ended after {took_s:.2f} s")
     assert took_s < 1 + SLACK_S
     assert launcher.returncode == {signal.SIGINT: -2, signal.SIGTERM: 143, signal.SIGKILL: -9}[number]
@@ -150,13 +151,14 @@ def test_the_command_line_leaves_nothing(number: signal.Signals, pids: Path) -> 
         run.stdout.read(6)  # the ranks generate
         run.send_signal(number)
         sent = time.monotonic()
-        _, said = run.communicate(timeout=30)
         wait_for(lambda: not left_behind(pids), "ranks or files are left")
+        took_s = time.monotonic() - sent
+        _, said = run.communicate(timeout=120)
     finally:
         run.kill()
         run.wait()
-    print(f"partitioner run, {number.name}: all had ended after {time.monotonic() - sent:.2f} s")
-    assert time.monotonic() - sent < 1 + SLACK_S
+    print(f"partitioner run, {number.name}: all had ended after {took_s:.2f} s")
+    assert took_s < 1 + SLACK_S
     assert run.returncode in (-signal.SIGKILL, 130)
     assert not re.search("Traceback", said)
 
@@ -179,11 +181,13 @@ def test_the_command_line_says_which_rank_was_killed(victim: int, pids: Path) ->
             (pids / each).touch()
         os.kill(int(ranks[victim]), signal.SIGKILL)
         sent = time.monotonic()
-        _, said = run.communicate(timeout=30)
+        wait_for(lambda: not left_behind(pids), "ranks or files are left")
+        took_s = time.monotonic() - sent
+        _, said = run.communicate(timeout=120)
     finally:
         run.kill()
         run.wait()
-    print(f"partitioner run, rank {victim} killed: all had ended after {time.monotonic() - sent:.2f} s")
-    assert time.monotonic() - sent < 1 + SLACK_S
+    print(f"partitioner run, rank {victim} killed: all had ended after {took_s:.2f} s")
+    assert took_s < 1 + SLACK_S
     assert run.returncode == 1
     assert f"rank {victim} was ended by SIGKILL" in said

@@ -70,7 +70,8 @@ def test_equal_to_the_whole(degrees: str, exchange: str) -> None:
 
 def test_seven_experts_on_four_ranks() -> None:
     found = experts_of(seven()[1], Plan(ep=4))
-    assert found and all(split.endswith("over dim 0 as 2/2/2/1") for split in found.values()), found
+    assert found
+    assert all(split.endswith("over dim 0 as 2/2/2/1") for split in found.values()), found
 
 
 @pytest.mark.parametrize("exchange", ["replicate", "exchange"])

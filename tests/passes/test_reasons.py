@@ -8,8 +8,12 @@ import pytest
 from torch import Tensor, nn
 from torch.nn import functional
 
-from partitioner import PlanError
+from partitioner import Plan, PlanError
+from partitioner.compile.partition import compile_program, trace
 from partitioner.report.explain import explain
+from partitioner.report.report import split_text
+from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.layout import Layout, Split
 from runtime.kv_cache.device_memory import readable
 from tests.support.layers import layered, partitioned
 from tests.support.partitioned import EXACT
@@ -47,6 +51,17 @@ class NormThenDown(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(x).softmax(-1))
+
+
+class SmallNorm(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(hidden, 600), nn.Linear(600, hidden)
+        self.small, self.back = nn.Linear(hidden, 4), nn.Linear(4, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = functional.rms_norm(self.small(x), (4,), eps=1e-6)
+        return self.down(self.up(x).relu()) + self.back(normed)
 
 
 def reasons(layer: type[nn.Module], tp: int = 2, **plan: object) -> dict[str, str]:
@@ -98,6 +113,38 @@ def test_the_norm_is_the_cause_and_not_the_contraction_before_it() -> None:
     assert {"layers.*.into.weight", "layers.*.out.weight"} <= split
 
 
+class GateAfterNorm(nn.Module):
+    """Every rank's part of the gated product needs all of the heads, for their norm; the gate it does not."""
+
+    def __init__(self, hidden: int, others: int) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(hidden, 48, bias=False), nn.Linear(24, hidden, bias=False)
+        self.up, self.down = nn.Linear(hidden, others), nn.Linear(others, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, heads = self.into(x).split([24, 24], dim=-1)
+        normed = heads * (heads.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return self.out(normed * functional.silu(gate)) + self.down(self.up(x).relu())
+
+
+def test_a_weight_that_is_shared_for_a_norm_is_split_by_reducing_it_in_parts() -> None:
+    parts, error = partitioned(layered(lambda hidden: GateAfterNorm(hidden, 8), count=3), 2)
+    assert error < EXACT
+    (row,) = [row for row in parts.report.rows if row.pattern == "layers.*.into.weight"]
+    assert row.split.endswith("24/24")
+    assert not row.reason
+
+
+def test_a_weight_that_is_shared_for_a_norm_says_what_parts_would_have_cost() -> None:
+    """Beside a large layer, where that is not worth it."""
+    parts, error = partitioned(layered(lambda hidden: GateAfterNorm(hidden, 3000), count=3), 2)
+    assert error < EXACT
+    (row,) = [row for row in parts.report.rows if row.pattern == "layers.*.into.weight"]
+    assert row.split.endswith("36/36")
+    assert row.reason.startswith("some of it is needed, and held, by several ranks: mean in layers.0 needs the whole ")
+    assert "not reduced in parts: all-reduces in each layer, 1 more of one number per token, for " in row.reason
+
+
 class SixHeads(nn.Module):
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -111,8 +158,36 @@ class SixHeads(nn.Module):
 
 def test_fewer_heads_than_ranks_are_the_reason() -> None:
     found = reasons(SixHeads, 8)
-    assert found["qkv"].startswith("6 groups on 8 ranks (")
-    assert found["qkv"].endswith("at most 6 ranks could share it")
+    cause = "6 heads do not divide over 8 ranks: attention in layers.0 needs the whole row of each; at most 6 ranks"
+    assert found["qkv"].startswith(cause)
+    assert found["o"].startswith(f"what it contracts stays whole: {cause}")
+
+
+def test_what_a_reduction_in_parts_would_have_cost() -> None:
+    """Where it is worth less than its all-reduces: a norm of a few numbers beside a large layer."""
+    found = reasons(SmallNorm)
+    assert found["small"].startswith("rms_norm in layers.0 needs the whole row (")
+    assert "not reduced in parts: all-reduces in each layer, " in found["small"]
+    assert found["small"].count("more of one number per token, for ") == 1
+    assert found["small"].endswith("less on each rank)")
+
+
+def test_many_ranks_are_warned_of_and_stand_in_a_line() -> None:
+    parts = compile_program(trace(layered(SixHeads, count=2)), Plan(tp=500))
+    (note,) = [note for note in parts.report.notes if note.startswith("500 ranks are far more than this model divides")]
+    assert "0.2% would be even" in note
+    assert max(map(len, str(parts.report).splitlines())) < 400
+    assert "72 indices are too few for 500 ranks" in str(parts.report)
+
+
+def test_sizes_of_many_ranks_are_counted() -> None:
+    def text(*sizes: int) -> str:
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        owned = tuple(IndexSet(((a, a + size),)) for a, size in zip(starts, sizes, strict=True))
+        return split_text(Layout((Split(("tp",), owned), None)))
+
+    assert text(3, 2, 2) == "tp over dim 0 as 3/2/2"
+    assert text(*[23] * 8, *[22] * 492) == "tp over dim 0 as 8 x 23, 492 x 22"
 
 
 def test_a_weight_is_explained_up_to_the_op_that_decides() -> None:

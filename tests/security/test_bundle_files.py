@@ -11,21 +11,6 @@ from partitioner import BundleError, Plan, partition
 from partitioner.storage.bundle.bundle import Bundle
 from partitioner.storage.bundle.save import MODEL_FILES
 from partitioner.storage.example import EXAMPLE_MODEL
-from tests.support.bundle_forger import save_tiny
-
-
-@pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("valid") / "bundle"
-    save_tiny(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(valid: Path, tmp_path: Path) -> Path:
-    import shutil
-
-    return Path(shutil.copytree(valid, tmp_path / "bundle"))
 
 
 def link(folder: Path, name: str) -> None:

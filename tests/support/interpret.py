@@ -18,7 +18,7 @@ class _Interpreter(fx.Interpreter):
         self.lifted = lifted
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Tensor:
-        return self.program.values[target]
+        return self.program.weight_data[target]
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if self.lifted:

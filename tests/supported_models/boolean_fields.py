@@ -117,10 +117,10 @@ def _difference(model: PreTrainedModel, ids: Tensor) -> float:
     try:
         program = capture(model, mesh=Mesh.of())
     except PartitionerError:  # not for all lengths at once
-        program = capture(model, mesh=Mesh.of(), length=LENGTH)
+        program = capture(model, mesh=Mesh.of(), fixed_length=LENGTH)
     model.double()
-    values = program.values.items()
-    program.values = {name: value.double() if value.dtype == torch.float32 else value for name, value in values}
+    values = program.weight_data.items()
+    program.weight_data = {name: value.double() if value.dtype == torch.float32 else value for name, value in values}
     return difference(model, program, ids, exact=False, lifted=True)
 
 

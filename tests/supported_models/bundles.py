@@ -33,7 +33,7 @@ def compare_bundle(model: Any, lengths: Callable[[Any], list[int]]) -> dict[str,
         try:
             parts = partition(model, Plan(tp=TP))
         except CaptureError:  # not for all lengths at once
-            parts = partition(model, Plan(tp=TP), length=8)
+            parts = partition(model, Plan(tp=TP), fixed_length=8)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "bundle"
             parts.save(folder)

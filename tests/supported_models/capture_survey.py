@@ -66,10 +66,10 @@ def _on_meta(name: str, program: Program) -> str:
     if str(other.graph) != str(program.graph):
         return "the graph on meta is another one"
     for weight in other.weights.values():
-        value = other.values[weight.name]
+        value = other.weight_data[weight.name]
         # a real model rounds to float32 before it becomes float64
         if weight.source != "checkpoint" and not torch.allclose(
-            value.double(), program.values[weight.name].double(), rtol=1e-6
+            value.double(), program.weight_data[weight.name].double(), rtol=1e-6
         ):
             return f"{weight.name} has other values on meta"
     return ""
@@ -91,8 +91,8 @@ def survey(name: str, *, odd: bool = False, meta: bool = False) -> tuple[str, st
         return "crashed", f"{type(error).__name__}: {error}"
     seconds = time.perf_counter() - start
     model.double()
-    program.values = {
-        name: value.double() if value.dtype == torch.float32 else value for name, value in program.values.items()
+    program.weight_data = {
+        name: value.double() if value.dtype == torch.float32 else value for name, value in program.weight_data.items()
     }
     differences, notes = [], [*program.notes]
     ids = torch.randint(3, model.get_input_embeddings().weight.shape[0], (2, max(LENGTHS)))

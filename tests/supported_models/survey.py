@@ -103,7 +103,7 @@ def _generates(name: str, minutes: float) -> dict[str, Any]:
             try:
                 traced = trace(model.float())
             except CaptureError:  # not for all lengths at once: texts are continued a token at a time
-                traced = trace(model.float(), length=8)
+                traced = trace(model.float(), fixed_length=8)
             # the same weights, and the same graph with every float32 in it made float64
             return compare_generation(model.double(), in_float64(traced))
     except (CaptureError, OutOfTime) as error:

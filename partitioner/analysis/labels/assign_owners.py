@@ -32,8 +32,7 @@ def divide(atoms: list[Atom], extra: list[float], ranks: int, cost: Callable[[in
     loads = [sum(map(cost, atom)) + e for atom, e in zip(atoms, extra, strict=True)]
     disjoint = sum(map(len, atoms)) == len(frozenset[int]().union(*atoms))
     if disjoint and max(loads) - min(loads) <= 1e-9 * max(loads):
-        small, larger = divmod(count, ranks)
-        return [rank for rank in range(ranks) for _ in range(small + (rank < larger))]
+        return [rank for rank, size in enumerate(_even(count, ranks)) for _ in range(size)]
     low, high = max(loads), sum(loads)
     best = _fill(atoms, extra, ranks, cost, high)
     assert best is not None
@@ -47,6 +46,12 @@ def divide(atoms: list[Atom], extra: list[float], ranks: int, cost: Callable[[in
         if high - low <= 1e-6 * high:
             break
     return best
+
+
+def _even(count: int, ranks: int) -> list[int]:
+    """How many each rank has of `count`: the first ones have one more."""
+    small, larger = divmod(count, ranks)
+    return [small + (rank < larger) for rank in range(ranks)]
 
 
 def _fill(
@@ -92,6 +97,17 @@ class Owned:
                 self._groups[label] = self._groups.get(label, 0) | 1 << rank
             for member in (label,) if label < len(self._masks) else self._lattice.members(label):
                 self._masks[member] |= 1 << rank
+
+    def give_run(self, first: int, count: int, ranks: int) -> Tensor | None:
+        """Deals labels from `first` on as `divide` does atoms of equal loads: the rank of each.
+
+        None, and nothing is dealt, where there are fewer than ranks or some rank owns one already.
+        """
+        if count < ranks or any(self._masks[first : first + count]):
+            return None
+        sizes = _even(count, ranks)
+        self._masks[first : first + count] = [1 << rank for rank, size in enumerate(sizes) for _ in range(size)]
+        return torch.arange(ranks).repeat_interleave(torch.tensor(sizes))
 
     def common(self, atom: Atom, ranks: int) -> int:
         """The ranks that own all of an atom already."""

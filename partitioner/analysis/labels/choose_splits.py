@@ -10,19 +10,20 @@ linear.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
 from torch import fx
 
 from partitioner.analysis.labels.assign_owners import Atom, Owned, dealt_indices, divide
+from partitioner.analysis.labels.causes import Offence, earliest, offences_of, price_of_parts, why_everywhere
 from partitioner.analysis.labels.label_state import Collapse, Labels, Site
 from partitioner.analysis.labels.propagate_labels import LabelRun
 from partitioner.analysis.labels.repeated_blocks import Blocks
 from partitioner.analysis.rules.notation import Notation
-from partitioner.program.node_arguments import describe
 from partitioner.program.program import Program
 from partitioner.sharding.layout import Split
 
@@ -41,14 +42,8 @@ class Decisions:
     splits: dict[str, dict[int, Split]]
     partial: frozenset[str]
     pinned: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Offence:
-    weight: str
-    reason: str
-    collapse: Collapse | None = None
-    sites: tuple[fx.Node, ...] = ()
+    shared: dict[str, str]
+    """Split weights that several ranks hold some of, where that is due to a whole row -> what needs the row."""
 
 
 @dataclass
@@ -57,8 +52,13 @@ class _Solution:
     pinned: dict[str, str]
     partial: frozenset[str]
     cost: float
+    whole: int
+    """Bytes of the analysed layers' weights that every rank holds."""
+    sums: tuple[int, int]
+    """All-reduces in the analysed layers: of activations, of one number per token."""
+    shared: dict[str, str] = field(default_factory=dict)
     collapses: dict[str, Collapse] = field(default_factory=dict)
-    """Whole-row reductions that led to a weight kept whole, by that weight."""
+    """Whole-row reductions that led to a weight kept whole, or shared by several ranks, by that weight."""
 
 
 class _Search:
@@ -88,6 +88,8 @@ class _Search:
         """Keeps weights whole until every site can be divided."""
         pinned = dict(self.keep_whole)
         collapses: dict[str, Collapse] = {}
+        met: dict[str, str] = {}
+        """Weights that could have ended a split, by now whole, with the cause: it is theirs too if they start none."""
         while True:
             labels = self.labels(pinned, partial)
             found = _divide_sites(self.program, labels, self.axis)
@@ -97,26 +99,34 @@ class _Search:
                 for name in everywhere:
                     del found[name]
                 for name in everywhere:
-                    why, collapse = _why_everywhere(labels, name)
+                    why, collapse = why_everywhere(labels, name)
                     if collapse is not None:
                         collapses[name] = collapse
                     for same in self.blocks.same_weights(name):
                         if same not in found:
                             pinned.setdefault(same, why)
+                for name in found:
+                    collapse = why_everywhere(labels, name)[1] if self._shared(found, name) else None
+                    if collapse is not None:
+                        collapses.setdefault(name, collapse)
                 for name, why in labels.unsplit.items():
                     for same in self.blocks.same_weights(name):
                         if same not in found:
                             pinned.setdefault(same, why)
-                return _Solution(found, pinned, partial, self._cost(labels, pinned), collapses)
+                return self._solution(found, pinned, partial, labels, collapses)
             for offence in self._causes(labels, found):
+                reason = met.get(offence.weight, offence.reason)
                 for name in self.blocks.same_weights(offence.weight):
-                    pinned[name] = offence.reason
+                    pinned[name] = reason
+                for site in labels.sites:
+                    if site.node in offence.sites and site.weight is not None:
+                        met.setdefault(site.weight.name, f"what it contracts stays whole: {reason}")
                 if offence.collapse is not None:
                     collapses[offence.weight] = offence.collapse
             allowed -= 1
             assert allowed, f"keeping weights whole does not end; last: {found}"
 
-    def _causes(self, labels: Labels, offences: list[_Offence]) -> list[_Offence]:
+    def _causes(self, labels: Labels, offences: list[Offence]) -> list[Offence]:
         """The first offence, and those that do not come after another: what follows one may be out of phase only.
 
         Behind an offending contraction everything is suspect, up to a contraction that is in order.
@@ -144,87 +154,105 @@ class _Search:
     def _is_whole(self, name: str, dim: int, split: Split) -> bool:
         return all(indices.size == self.program.weights[name].shape[dim] for indices in split.owned)
 
-    def _cost(self, labels: Labels, pinned: dict[str, str]) -> float:
-        layers = max(self.blocks.analysed, 1)
+    def _solution(
+        self,
+        splits: dict[str, tuple[int, Split]],
+        pinned: dict[str, str],
+        partial: frozenset[str],
+        labels: Labels,
+        collapses: dict[str, Collapse],
+    ) -> _Solution:
         whole = sum(size for name, size in self.bytes.items() if name in pinned and name not in self.keep_whole)
+        whole += round(sum(self._shared(splits, name) for name in splits if name in self.bytes))
         full = sum(s.kind == "contract" and s.letter != "v" for s in labels.sites)
         small = sum(s.kind == "reduce" for s in labels.sites)
         share = whole / max(sum(self.bytes.values()), 1)
-        return share + (_FULL_REDUCTION * full + _SMALL_REDUCTION * small) / layers
+        cost = share + (_FULL_REDUCTION * full + _SMALL_REDUCTION * small) / self._layers
+        return _Solution(splits, pinned, partial, cost, whole, (full, small), collapses=collapses)
+
+    def _shared(self, splits: Mapping[str, tuple[int, Split]], name: str) -> float:
+        """Bytes that ranks hold beside an even part, as if every rank held these; all of a weight that is whole."""
+        weight = self.program.weights[name]
+        if name not in splits:
+            return weight.bytes
+        dim, split = splits[name]
+        size = weight.shape[dim]
+        return weight.bytes / size * (sum(split.sizes) - size) / (self.ranks - 1)
+
+    @property
+    def _layers(self) -> int:
+        return max(self.blocks.analysed, 1)
 
     def best(self, partial: frozenset[str] | None) -> _Solution:
         if partial is not None:
             return self.resolve(partial)
         best = self.resolve(frozenset())
         tried: set[str] = set()
-        for weight, collapse in list(best.collapses.items()):
-            share = self.bytes.get(weight, 0) * max(self.blocks.analysed, 1) / max(sum(self.bytes.values()), 1)
-            if collapse.node.name in tried or not collapse.can_be_partial or share < _SMALL_REDUCTION:
+        refused: dict[str, str] = {}
+        causes = dict(best.collapses)
+        for weight, collapse in causes.items():
+            size = self._shared(best.splits, weight) if weight in self.bytes else 0.0
+            share = size * self._layers / max(sum(self.bytes.values()), 1)
+            if collapse.node.name in tried or not collapse.can_be_partial:
                 continue
             same = frozenset(self.blocks.same_nodes(collapse.node.name))
+            if share < _SMALL_REDUCTION:
+                refused[weight] = price_of_parts(size, (0, 1), self.ranks)
+                continue
             tried |= same
             other = self.resolve(best.partial | same)
             if other.cost < best.cost:
                 best = other
+                continue
+            more = [(b - a) / self._layers for a, b in zip(best.sums, other.sums, strict=True)]
+            saved = (best.whole - other.whole) / self._layers
+            refused[weight] = price_of_parts(saved, (more[0], more[1]), self.ranks)
+        told: set[str] = set()  # of identical layers, the first speaks for all
+        for weight, price in refused.items():
+            for name in set(self.blocks.same_weights(weight)) - told:
+                if name in best.pinned:
+                    best.pinned[name] += price
+                elif weight in best.splits:
+                    best.shared[name] = f"{causes[weight].why}{price}"
+                told.add(name)
         return best
 
 
-def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tuple[int, Split]] | list[_Offence]:
+def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tuple[int, Split]] | list[Offence]:
     """Owners of every labelled weight index, or what keeps sites from being divided.
 
     Of sites that share weights only the earliest weight is reported: keeping it whole may bring the others right.
     """
     ranks = program.mesh.size(axis)
-    offences = _offences(labels, ranks)
+    offences = offences_of(labels, ranks)
     if offences:
-        return _earliest(offences)
+        return earliest(offences)
     cost = _Cost(program, labels)
     owned = Owned(labels.lattice, labels.count)
     columns: dict[str, tuple[int, Split]] = {}
-    sized = []
+    sized: list[tuple[int, Site, _Atoms | None]] = []
     for site in labels.sites:
-        ids, inverse = _distinct_in_order(site.ids)
-        atoms = [labels.lattice.labels(i) for i in ids]
-        sized.append((-max((cost.size(atom) for atom in atoms), default=0), site, atoms, inverse))
-    for _, site, atoms, inverse in sorted(sized, key=lambda s: s[0]):
-        places = _assign(site, atoms, inverse, owned, ranks, cost, program)
-        for atom, rank in zip(atoms, places.atoms, strict=True):
-            owned.give(atom, rank)
+        run = _is_run(site, labels)
+        atoms = None if run else _Atoms.of(site, labels)
+        sized.append((-1 if atoms is None else -max(map(cost.size, atoms.sets), default=0), site, atoms))
+    for _, site, atoms in sorted(sized, key=lambda s: s[0]):
+        indices = owned.give_run(int(site.ids[0]) - 1, len(site.ids), ranks) if atoms is None else None
+        if indices is None:
+            atoms = atoms or _Atoms.of(site, labels)
+            places = _assign(site, atoms, owned, ranks, cost, program)
+            for atom, rank in zip(atoms.sets, places, strict=True):
+                owned.give(atom, rank)
+            indices = torch.tensor(places)[atoms.inverse]
         if site.weight is not None:
-            columns_of = (site.weight.dim, Split((axis,), dealt_indices(site.weight.indices, places.indices, ranks)))
+            columns_of = (site.weight.dim, Split((axis,), dealt_indices(site.weight.indices, indices, ranks)))
             if columns.setdefault(site.weight.name, columns_of) != columns_of:
-                return [_Offence(site.weight.name, "is contracted twice, in ways that cannot be split alike")]
+                return [Offence(site.weight.name, "is contracted twice, in ways that cannot be split alike")]
     splits = dict(columns)
     for (name, dim), base in labels.bases.items():
         rows = Split((axis,), owned.sets(base, base + program.weights[name].shape[dim], ranks))
         if splits.setdefault(name, (dim, rows)) != (dim, rows):
-            return [_Offence(name, "has two uses that cannot be split alike")]
+            return [Offence(name, "has two uses that cannot be split alike")]
     return splits
-
-
-def _offences(labels: Labels, ranks: int) -> list[tuple[int, frozenset[str], _Offence]]:
-    """Sites with fewer atoms than ranks: the place of their first weight, all their weights, and what to report."""
-    order = {name: i for i, name in enumerate(labels.starts)}
-    found = []
-    for site in labels.sites:
-        ids = [i for i in torch.unique(site.ids).tolist() if i]
-        if len(ids) < ranks:
-            names = labels.weights_of(ids)
-            first = min(names, key=lambda name: order.get(name, 0))
-            found.append((order.get(first, 0), names, _offence(site, labels, first, names, ids, ranks)))
-    return found
-
-
-def _earliest(offences: list[tuple[int, frozenset[str], _Offence]]) -> list[_Offence]:
-    """The first in graph order of each group that shares weights."""
-    groups: list[tuple[set[str], _Offence]] = []
-    for _, names, offence in sorted(offences, key=lambda o: o[0]):
-        shared = [group for group in groups if group[0] & names]
-        groups = [group for group in groups if group not in shared]
-        first = shared[0][1] if shared else offence
-        sites = tuple(site for _, other in shared for site in other.sites) + offence.sites
-        groups.append((set(names).union(*(group[0] for group in shared)), replace(first, sites=sites)))
-    return [offence for _, offence in groups]
 
 
 class _Cost:
@@ -254,22 +282,33 @@ class _Cost:
         return sum(1 if label < len(self._bytes) else len(self.lattice.members(label)) for label in atom)
 
 
+def _is_run(site: Site, labels: Labels) -> bool:
+    """Whether the site's indices are some of one weight's, in order and each by itself, such as a vocabulary: too many
+    to look at one by one.
+    """
+    first, count = int(site.ids.reshape(-1)[0]) - 1, site.ids.numel()
+    bases = sorted(labels.bases.values())
+    if first < 0 or first + count > labels.count or bisect_right(bases, first) != bisect_left(bases, first + count):
+        return False
+    return torch.equal(site.ids, torch.arange(first + 1, first + 1 + count))
+
+
 @dataclass(frozen=True)
-class _Places:
-    atoms: list[int]
-    indices: torch.Tensor
+class _Atoms:
+    """The distinct atoms of a site by first appearance, and the place of each index among them."""
+
+    sets: list[Atom]
+    inverse: torch.Tensor
+
+    @classmethod
+    def of(cls, site: Site, labels: Labels) -> _Atoms:
+        ids, inverse = _distinct_in_order(site.ids)
+        return cls([labels.lattice.labels(i) for i in ids], inverse)
 
 
-def _assign(
-    site: Site,
-    atoms: list[Atom],
-    inverse: torch.Tensor,
-    owned: Owned,
-    ranks: int,
-    cost: _Cost,
-    program: Program,
-) -> _Places:
+def _assign(site: Site, found_atoms: _Atoms, owned: Owned, ranks: int, cost: _Cost, program: Program) -> list[int]:
     """The rank of each atom: where a coarser site has put its sources already, else by load."""
+    atoms, inverse = found_atoms.sets, found_atoms.inverse
     counts = torch.bincount(inverse, minlength=len(atoms)).tolist()
     column = 0.0
     if site.weight is not None:
@@ -286,8 +325,7 @@ def _assign(
         dealt = [i % ranks for i in range(len(new))]
     for i, rank in zip(new, dealt, strict=True):
         found[i] = rank
-    ranks_of = [r for r in found if r is not None]
-    return _Places(ranks_of, torch.tensor(ranks_of)[inverse])
+    return [rank for rank in found if rank is not None]
 
 
 def _distinct_in_order(ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
@@ -303,40 +341,6 @@ def _distinct_in_order(ids: torch.Tensor) -> tuple[list[int], torch.Tensor]:
             found.append(i)
         inverse.append(seen[i])
     return found, torch.tensor(inverse, dtype=torch.int64)
-
-
-def _why_everywhere(labels: Labels, name: str) -> tuple[str, Collapse | None]:
-    """Why every rank needs all of a weight although what is made of it is split."""
-    for collapse in labels.collapses:
-        if name in collapse.weights and collapse.can_be_partial:
-            return collapse.why, collapse
-    for site in labels.sites:
-        if name in labels.weights_of(torch.unique(site.ids).tolist()):
-            where = site.weight.name if site.weight else describe(site.node)
-            return f"all of it is needed by every rank's part of {where}", None
-    return "shared by the parts of every rank", None
-
-
-def _offence(site: Site, labels: Labels, weight: str, names: frozenset[str], ids: list[int], ranks: int) -> _Offence:
-    """Why `site` cannot be divided: of the ops that need a whole row, the one that joined most of what meets there.
-
-    What could be reduced in parts instead is of these the one that can be, whether or not it joined the most.
-    """
-    meeting = labels.joined(ids)
-    causes = sorted(
-        (collapse for collapse in labels.collapses if names & collapse.weights),
-        key=lambda collapse: -len(collapse.labels & meeting),
-    )
-    groups = "1 group" if len(ids) == 1 else f"{len(ids)} groups"
-    if causes:
-        to_reduce = next((collapse for collapse in causes if collapse.can_be_partial), causes[0])
-        why = causes[0].why
-        if len(ids) > 1:
-            why = f"{groups} on {ranks} ranks ({why} of each): at most {len(ids)} ranks could share it"
-        return _Offence(weight, why, to_reduce, (site.node,))
-    where = site.node.meta.get("path") or site.node.name
-    why = f"only {groups} of indices can be told apart at {where}, for {ranks} ranks"
-    return _Offence(weight, why, None, (site.node,))
 
 
 def decide(
@@ -364,4 +368,4 @@ def decide(
                 if theirs in splits and mine not in found.pinned:
                     splits[mine] = splits[theirs]
     pinned = {name: reason for name, reason in found.pinned.items() if name not in splits}
-    return Decisions({name: {dim: split} for name, (dim, split) in splits.items()}, found.partial, pinned)
+    return Decisions({name: {dim: split} for name, (dim, split) in splits.items()}, found.partial, pinned, found.shared)

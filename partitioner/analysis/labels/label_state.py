@@ -88,7 +88,15 @@ class Labels:
         starts = sorted((base, name) for (name, _), base in self.bases.items())
         firsts = [base for base, _ in starts]
         found: set[str] = set()
-        for label in {label for i in ids for label in self.lattice.labels(i)}:
+        ends = 0  # labels of one weight follow each other: one look-up for all of them
+        for label in sorted({label for i in ids for label in self.lattice.labels(i)}):
+            if label < ends:
+                continue
+            if label < self.count:
+                place = bisect_right(firsts, label)
+                ends = firsts[place] if place < len(firsts) else self.count
+                found.add(starts[place - 1][1])
+                continue
             if label not in self._weights_of_label:
                 names = {starts[bisect_right(firsts, member) - 1][1] for member in self.lattice.members(label)}
                 self._weights_of_label[label] = frozenset(names)

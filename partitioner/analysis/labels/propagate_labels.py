@@ -154,7 +154,8 @@ class LabelRun:
             sizes = ", ".join(f"{name} {low}" + ("" if high is None else f" to {high}") for name, (low, high) in limits)
             raise PlanError(
                 f"cannot split {self.program.name}: its trace holds for {sizes} only, and shorter ones are what splits "
-                f"are found at ({describe(node)}); partition(..., length=N) compiles it for prompts of exactly N tokens"
+                f"are found at ({describe(node)}); "
+                "partition(..., fixed_length=N) compiles it for prompts of exactly N tokens"
             )
         found = tuple(
             everything and everything.each(lambda t, shape=shape: t.view([1] * len(shape)).expand(shape))  # type: ignore[misc]

@@ -81,10 +81,9 @@ def _region(program: Program, dispatch: fx.Node, axes: tuple[str, ...], inferrer
         for source in node.all_input_nodes:
             if source not in inside:
                 layouts.setdefault(source, _beside(program, source))
-        if node.target is grouped_linear:
-            if why := _weights(program, node, layouts, region, inferrer, axes):
-                region.why = why
-                return region
+        if node.target is grouped_linear and (why := _weights(program, node, layouts, region, inferrer, axes)):
+            region.why = why
+            return region
         found = inferrer.infer(node, layouts)
         changed = [s.name for s, want in found.requires if s in inside and layouts[s].row_dims != want.row_dims]
         if found.problem or changed:

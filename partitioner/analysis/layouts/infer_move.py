@@ -8,6 +8,7 @@ rows               a dim that runs over a rank's own rows goes where its symbol 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import sympy
@@ -27,7 +28,7 @@ from partitioner.sharding.mesh import Mesh
 
 aten = torch.ops.aten
 
-__all__ = ["infer_move"]
+__all__ = ["infer_move", "sizes_read"]
 
 _FREE, _PRESENT, _ABSENT = 0, 1, 2
 
@@ -204,22 +205,29 @@ def _symbols(size: Any) -> frozenset[Any]:
 def _whole_size(program: Program, node: fx.Node, rows: Rows, layouts: Layouts) -> fx.Node | None:
     """A tensor from which an argument of the move takes a number of rows, and that has those of all ranks."""
     symbol = program.symbols.get(rows.kind)
+    for read, dim in sizes_read(node):
+        size = read.meta["val"].shape[dim]
+        if (symbol is None or symbol in _symbols(size)) and layout_of(layouts, read).dims[dim] != rows:
+            return read
+    return None
+
+
+def sizes_read(node: fx.Node) -> Iterator[tuple[fx.Node, int]]:
+    """The tensors and dims whose sizes the integers among a node's arguments are made of."""
     seen: set[fx.Node] = set()
     stack = [n for n in node.all_input_nodes if not node_values(n)]
     while stack:
         integer = stack.pop()
-        if integer in seen or (symbol is not None and symbol not in _symbols(integer.meta.get("val"))):
+        if integer in seen:
             continue
         seen.add(integer)
         if operation(integer) is aten.sym_size:
             read, dim = integer.args
             assert isinstance(read, fx.Node)
             assert isinstance(dim, int)
-            if layout_of(layouts, read).dims[dim] != rows:
-                return read
+            yield read, dim
         else:
             stack += [n for n in integer.all_input_nodes if not node_values(n)]
-    return None
 
 
 def _with_rows(layout: Layout, rows: dict[int, Rows]) -> Layout:

@@ -130,7 +130,7 @@ class MadeOfSizes:
         weight = self.program.weights[name]
         if weight.numel > _LARGEST:
             raise ValueError(name)
-        data = self.program.values[name]
+        data = self.program.weight_data[name]
         if not data.is_meta and weight.source != "checkpoint":
             return data.cpu()
         return torch.arange(weight.numel).reshape(weight.shape).to(weight.dtype)

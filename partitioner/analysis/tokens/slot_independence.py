@@ -260,7 +260,7 @@ class _Following:
                 return False
             if value.op == "get_attr" and self.program.weights[str(value.target)].source == "checkpoint":
                 return False  # another may be loaded
-            data = self.program.values[str(value.target)] if value.op == "get_attr" else self.sizes.make(value, 0)
+            data = self.program.weight_data[str(value.target)] if value.op == "get_attr" else self.sizes.make(value, 0)
             if not isinstance(data, Tensor) or data.is_meta or not data.numel():
                 return False
             low, high = float(data.min()), float(data.max())

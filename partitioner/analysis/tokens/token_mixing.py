@@ -34,7 +34,10 @@ from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Split
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.attention import attention
+from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.experts import expert_combine, expert_dispatch
+from runtime.ops.local import once, reorder, shard
+from runtime.ops.rows import collect_rows, take_rows
 from runtime.ops.state import cache_append
 
 aten = torch.ops.aten
@@ -164,7 +167,10 @@ def _infer(
     return "sums over {what}s" if any(layout.partial for layout in found.outputs) else None
 
 
-_PER_TOKEN = {aten.embedding, *IDENTITIES, aten.expand, aten.unsqueeze, aten.reshape, aten.view}
+_PER_TOKEN = {
+    aten.embedding, *IDENTITIES, aten.expand, aten.unsqueeze, aten.reshape, aten.view,
+    all_gather, all_reduce, collect_rows, once, reorder, shard, take_rows,
+}  # fmt: skip
 _FILLED = {aten.empty, aten.full, aten.new_empty, aten.new_full, aten.new_ones, aten.new_zeros, aten.ones, aten.zeros}
 
 

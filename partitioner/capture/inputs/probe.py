@@ -8,7 +8,7 @@ asked about concrete positions, which inside `torch.export` fails on data-depend
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_any, tree_map_only
+from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from partitioner.capture.trace.recognise_masks import MaskKind, recognize
@@ -50,6 +50,16 @@ class Probe:
         return torch.zeros(call["batch_size"], 1, call["q_length"], call["kv_length"], dtype=call["dtype"])
 
 
+def _has_real(values: Iterable[Any]) -> bool:
+    """Whether some tensor among an op's arguments, or within a list among them, is not fake."""
+    for value in values:
+        if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+            return True
+        if isinstance(value, (list, tuple)) and _has_real(value):
+            return True
+    return False
+
+
 class _Mixed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Real tensors stay real until they meet a fake one."""
 
@@ -61,20 +71,20 @@ class _Mixed(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not tree_any(lambda leaf: isinstance(leaf, FakeTensor), (args, kwargs)):
+        if FakeTensor not in types:
             return func(*args, **kwargs)
         if func in _LOOKUPS:
             tree_map_only(Tensor, self._note, args[1:])
-
-        def to_fake(tensor: Tensor) -> Tensor:
-            if isinstance(tensor, FakeTensor):
-                return tensor
-            self.found.counted &= self._is_known(tensor)
-            return self.fake.from_tensor(tensor)
-
-        args, kwargs = tree_map_only(Tensor, to_fake, (args, kwargs))
+        if _has_real(args) or _has_real(kwargs.values()):  # most ops of a layer have none
+            args, kwargs = tree_map_only(Tensor, self._to_fake, (args, kwargs))
         with self.fake:
             return func(*args, **kwargs)
+
+    def _to_fake(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        self.found.counted &= self._is_known(tensor)
+        return self.fake.from_tensor(tensor)
 
     def _is_known(self, tensor: Tensor) -> bool:
         rows = self.known[0]

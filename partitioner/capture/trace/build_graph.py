@@ -147,7 +147,8 @@ class Builder:
             if low == high:
                 raise CaptureError(
                     f"cannot capture the model for more than one {name} size: what it decides at {low} it does not at "
-                    f"{low + 1} or {low - 1}; partition(..., length=N) compiles it for prompts of exactly N tokens"
+                    f"{low + 1} or {low - 1}; "
+                    "partition(..., fixed_length=N) compiles it for prompts of exactly N tokens"
                 )
             if (low, high) != (1, None):
                 self.ranges[name] = (low, high)

@@ -183,7 +183,7 @@ def _advice(
     static: bool,
 ) -> str:
     if not static and _works_static(fake_model, example, kinds):
-        return "partition(..., length=N) compiles it for prompts of exactly N tokens, if that is enough"
+        return "partition(..., fixed_length=N) compiles it for prompts of exactly N tokens, if that is enough"
     if "data-dependent" in str(error):
         return "the model decides something in Python on a value that only real weights have; no length helps"
     if _works_padded(fake_model, example, kinds):
@@ -195,7 +195,7 @@ def _advice(
     if _works_static(fake_model, {name: tensor[:, :_SHORT] for name, tensor in example.items()}, kinds):
         return (
             f"it was traced with texts of {length} tokens, which is more than it takes: "
-            f"partition(..., length=N) with a smaller N compiles it for exactly N tokens"
+            f"partition(..., fixed_length=N) with a smaller N compiles it for exactly N tokens"
         )
     return (
         f"the error is not about lengths: it is the same for texts of exactly {length}, and of exactly {_SHORT} tokens"

@@ -24,7 +24,7 @@ class ReshardModel:
     model: PreTrainedModel
     origins: SliceOrigins
     max_length: int | None
-    length: int | None
+    fixed_length: int | None
 
 
 def open_bundle(bundle: Bundle) -> ReshardModel:
@@ -53,7 +53,7 @@ def open_bundle(bundle: Bundle) -> ReshardModel:
         model.generation_config = GenerationConfig(eos_token_id=list(rank.eos_token_id) or None, **rank.generation)
     manifest = bundle.manifest
     origins = SliceOrigins(stored, bundle.files(stored), mapped=bundle.mapped)
-    return ReshardModel(model.eval(), origins, manifest.max_length, manifest.length)
+    return ReshardModel(model.eval(), origins, manifest.max_length, manifest.fixed_length)
 
 
 def _give_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:

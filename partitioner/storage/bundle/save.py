@@ -98,7 +98,7 @@ def save_ranks(
             plan=plan_data(plan),
             mesh=ranks.mesh,
             max_length=model.max_length,
-            length=model.length,
+            fixed_length=model.fixed_length,
             refused=refused,
             checkpoint=reference,
             files=writer.files,
@@ -120,8 +120,8 @@ class _Wanted:
 
     @classmethod
     def of(cls, shard: WeightShard, program: RankProgram) -> _Wanted:
-        known = shard.source in ("computed", "constant") and shard.name in program.values
-        return cls(shard, digest_of_tensor(program.values[shard.name]) if known else "", program)
+        known = shard.source in ("computed", "constant") and shard.name in program.weight_data
+        return cls(shard, digest_of_tensor(program.weight_data[shard.name]) if known else "", program)
 
 
 def _program(program: RankProgram, graph: tuple[Template, tuple[int, ...]], stored: Mapping[_Wanted, Stored]) -> object:
@@ -213,7 +213,7 @@ def _loaded(batch: Sequence[_Wanted]) -> list[Tensor]:
         group = list(some)
         program = group[0].program
         shards = [each.shard for each in group]
-        loaded += load_weights(shards, program.values, program.source, torch.device("cpu"))
+        loaded += load_weights(shards, program.weight_data, program.source, torch.device("cpu"))
     return loaded
 
 

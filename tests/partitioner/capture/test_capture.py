@@ -68,7 +68,7 @@ def test_a_wrong_graph_is_noticed() -> None:
 def test_a_wrong_weight_is_noticed() -> None:
     model, ids, program = captured("llama")
     name = "model.layers.1.self_attn.k_proj.weight"
-    program.values = {**program.values, name: program.values[name] * 1.001}
+    program.weight_data = {**program.weight_data, name: program.weight_data[name] * 1.001}
     assert difference(model, program, ids, lifted=True) > 1e-6
 
 
@@ -158,7 +158,7 @@ def test_a_model_that_counts_tokens_in_python_needs_a_length() -> None:
     model, ids = zoo.tiny("mamba")
     with pytest.raises(CaptureError, match=r"MambaForCausalLM: .*specialized.*\n.*length=N"):
         capture(model, mesh=ONE)
-    program = capture(model, mesh=ONE, length=6)
+    program = capture(model, mesh=ONE, fixed_length=6)
     assert program.notes == ["static length 6"]
     assert set(program.symbols) == {"batch"}
     assert difference(model, program, ids[:, :6], lifted=True) < TOLERANCE
@@ -174,9 +174,11 @@ def test_a_model_on_meta_gives_the_same_graph_and_computed_values(name: str) -> 
     assert str(other.graph) == str(program.graph)
     assert other.weights == program.weights
     for name, weight in other.weights.items():
-        assert other.values[name].is_meta == (weight.source == "checkpoint")
-    filled = {name: value if not value.is_meta else program.values[name] for name, value in other.values.items()}
-    other.values = filled
+        assert other.weight_data[name].is_meta == (weight.source == "checkpoint")
+    filled = {
+        name: value if not value.is_meta else program.weight_data[name] for name, value in other.weight_data.items()
+    }
+    other.weight_data = filled
     assert torch.equal(run(other, input_ids=ids), run(program, input_ids=ids))
 
 

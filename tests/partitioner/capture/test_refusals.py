@@ -130,4 +130,7 @@ def test_a_length_that_is_too_long_is_said_to_be() -> None:
     model = FewRows(FewRows.config_class()).eval()
     with pytest.raises(CaptureError, match=r"with texts of 37 tokens, which is more than it takes: .*smaller N"):
         partition(model, Plan(tp=2))
-    assert partition(model, Plan(tp=2), length=9).simulate(input_ids=torch.ones(1, 9, dtype=torch.int64)).shape[1] == 9
+    assert (
+        partition(model, Plan(tp=2), fixed_length=9).simulate(input_ids=torch.ones(1, 9, dtype=torch.int64)).shape[1]
+        == 9
+    )

@@ -74,7 +74,7 @@ def compiled(name: str, *, starts: list[str], tp: int = 1) -> Program:
 
 
 def run_rank(rank: RankProgram, group: ThreadGroup, ids: Tensor, received: list[Tensor]) -> object:
-    weights = load_weights(rank.weights, rank.values, rank.source, CPU)
+    weights = load_weights(rank.weights, rank.weight_data, rank.source, CPU)
     positions = torch.arange(ids.shape[1])[None].expand(ids.shape)
     given = {"input_ids": ids, "position_ids": positions}
     known = {each.name: given[each.name] for each in rank.inputs}
@@ -180,7 +180,7 @@ def test_a_mesh_of_another_number_of_stages_is_refused() -> None:
 def test_stages_go_into_a_bundle_and_come_back(tmp_path) -> None:
     model = zoo.tiny("llama")[0]
     program = staged(trace(model).copy(Mesh.of(pp=2)), ["model.layers.1"])
-    parts = Parts(program, "by hand", plan=Plan(pp=2), model=ModelRecord.of(model, max_length=None, length=None))
+    parts = Parts(program, "by hand", plan=Plan(pp=2), model=ModelRecord.of(model, max_length=None, fixed_length=None))
     parts.save(tmp_path / "bundle")
     bundle = partitioner.load(tmp_path / "bundle")
     bundle.verify()

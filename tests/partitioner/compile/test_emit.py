@@ -121,4 +121,4 @@ def test_pieces_put_together_are_the_indexed_tensor(rows, columns) -> None:
         own = rows[coordinates["tp"]].indices(), columns[coordinates["dp"]].indices()
         expected = value[own[0]][:, own[1]]
         assert shard.local_shape == tuple(expected.shape)
-        assert torch.equal(load_weights((shard,), program.values, None, torch.device("cpu"))[0], expected)
+        assert torch.equal(load_weights((shard,), program.weight_data, None, torch.device("cpu"))[0], expected)

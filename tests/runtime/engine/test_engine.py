@@ -57,7 +57,7 @@ def test_a_missing_reduction_is_seen() -> None:
 
 
 def test_a_rank_holds_its_slices_and_not_the_whole() -> None:
-    source = {name: value.clone() for name, value in handmade.partitioned(2).values.items()}
+    source = {name: value.clone() for name, value in handmade.partitioned(2).weight_data.items()}
     rank = programs(2)[1]
     bare = RankProgram(rank.build_graph, rank.mesh, rank.coordinates, rank.weights, rank.inputs)
     loaded = engine(bare, weights=source)
@@ -72,7 +72,7 @@ def test_a_rank_holds_its_slices_and_not_the_whole() -> None:
 
 
 def test_weights_may_come_as_blocks() -> None:
-    values = handmade.partitioned(2).values
+    values = handmade.partitioned(2).weight_data
     asked: list[tuple[str, tuple[tuple[int, int], ...]]] = []
 
     def read(name: str, block: tuple[tuple[int, int], ...]) -> Tensor:
@@ -96,7 +96,7 @@ def test_weights_may_come_as_blocks() -> None:
     ids=["meta", "shape", "dtype", "missing"],
 )
 def test_unfit_weights_are_refused(change, message: str) -> None:
-    values = dict(handmade.partitioned(2).values)
+    values = dict(handmade.partitioned(2).weight_data)
     change(values)
     rank = programs(2)[0]
     bare = RankProgram(rank.build_graph, rank.mesh, rank.coordinates, rank.weights, rank.inputs)
@@ -106,11 +106,11 @@ def test_unfit_weights_are_refused(change, message: str) -> None:
 
 def test_a_program_from_a_model_without_data_needs_weights() -> None:
     rank = programs(2)[0]
-    empty = {name: value.to("meta") for name, value in rank.values.items()}
+    empty = {name: value.to("meta") for name, value in rank.weight_data.items()}
     on_meta = RankProgram(rank.build_graph, rank.mesh, rank.coordinates, rank.weights, rank.inputs, empty)
     with pytest.raises(WeightError, match=r"model\.embed\.weight.*meta device.*give weights="):
         engine(on_meta)
-    assert engine(on_meta, weights=rank.values).weights
+    assert engine(on_meta, weights=rank.weight_data).weights
 
 
 def test_a_computed_buffer_comes_with_the_program() -> None:
@@ -223,10 +223,10 @@ def test_constants_of_one_name_are_each_programs_own() -> None:
     (program,) = programs(1)
     weights = tuple(replace(weight, source="constant") for weight in program.weights)
     text = replace(program, weights=weights)
-    other = {name: value + 1 for name, value in program.values.items()}
-    made = engine(text, entries=lambda entry: replace(text, values=other))
+    other = {name: value + 1 for name, value in program.weight_data.items()}
+    made = engine(text, entries=lambda entry: replace(text, weight_data=other))
     for weight, mine, continued in zip(weights, made.weights, made._generate_loop._prefill_by.weights, strict=True):
-        assert torch.equal(mine, program.values[weight.name])
+        assert torch.equal(mine, program.weight_data[weight.name])
         assert torch.equal(continued, other[weight.name])
 
 

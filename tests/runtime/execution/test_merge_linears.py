@@ -24,7 +24,7 @@ def linears(program):
 
 
 def laid_out(program):
-    weights = load_weights(program.weights, program.values, None, torch.device("cpu"))
+    weights = load_weights(program.weights, program.weight_data, None, torch.device("cpu"))
     merging.lay_side_by_side(program, weights)
     return weights
 
@@ -68,11 +68,11 @@ def test_the_merged_matrices_cost_no_memory(llama):
     assert len(more) == len(merged.weights)
     # per layer: q, k and v; gate and up
     assert len(linears(llama)) - len(linears(merged)) == 3 * zoo.LAYERS
-    assert all(torch.equal(w, llama.values[s.name]) for s, w in zip(llama.weights, weights, strict=True))
+    assert all(torch.equal(w, llama.weight_data[s.name]) for s, w in zip(llama.weights, weights, strict=True))
 
 
 def test_weights_that_lie_apart_are_not_merged(llama):
-    weights = load_weights(llama.weights, llama.values, None, torch.device("cpu"))
+    weights = load_weights(llama.weights, llama.weight_data, None, torch.device("cpu"))
     merged, more = merging.merge_linears(llama, weights)
     assert merged.weights == llama.weights
     assert len(more) == len(weights)

@@ -53,7 +53,7 @@ class Manifest:
     plan: dict[str, Any]
     mesh: Mesh
     max_length: int | None
-    length: int | None
+    fixed_length: int | None
     refused: str | None
     """Why the model cannot generate; None: it can."""
     checkpoint: bool
@@ -75,7 +75,7 @@ class Manifest:
             "plan": self.plan,
             "mesh": {**dict(zip(AXES, self.mesh.sizes, strict=True)), "ep": self.mesh.ep, "etp": self.mesh.etp},
             "max_length": self.max_length,
-            "length": self.length,
+            "length": self.fixed_length,
             "generation_refused": self.refused,
             "weights": "checkpoint" if self.checkpoint else "here",
             "files": {name: {"bytes": file.bytes, "sha256": file.digest} for name, file in sorted(self.files.items())},
@@ -105,7 +105,7 @@ class Manifest:
             plan=_read_plan(record, schema),
             mesh=_read_mesh(record, mesh, AXES if schema == 1 else DEGREES),
             max_length=record.maybe("max_length", lambda name: record.integer(name, low=1)),
-            length=record.maybe("length", lambda name: record.integer(name, low=1)),
+            fixed_length=record.maybe("length", lambda name: record.integer(name, low=1)),
             refused=record.maybe("generation_refused", record.text),
             checkpoint=record.one_of("weights", {"here": False, "checkpoint": True}),
             files={name: _read_file(files.record(name), name) for name in files.fields()},

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from partitioner.analysis.labels.assign_owners import Owned, dealt_indices, index_set
+from partitioner.analysis.labels.assign_owners import Owned, dealt_indices, divide, index_set
 from partitioner.analysis.labels.index_sets import Lattice
 from partitioner.sharding.index_set import IndexSet
 
@@ -29,3 +30,24 @@ def test_index_sets_from_flags() -> None:
     for flags in ([0, 1, 1, 0, 1], [1], [0, 0], [1, 1, 1], [1, 0, 1]):
         expected = IndexSet.of(i for i, flag in enumerate(flags) if flag)
         assert index_set(torch.tensor(flags, dtype=torch.bool)) == expected
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(7, 3), (6, 3), (3, 3), (1, 1), (100, 64)])
+def test_a_run_is_dealt_as_its_labels_one_by_one_would_be(count: int, ranks: int) -> None:
+    run, single = Owned(Lattice(), count + 2), Owned(Lattice(), count + 2)
+    atoms = [frozenset({label}) for label in range(1, count + 1)]
+    places = divide(atoms, [0.0] * count, ranks, lambda label: 8.0)
+    for atom, rank in zip(atoms, places, strict=True):
+        single.give(atom, rank)
+    found = run.give_run(1, count, ranks)
+    assert found is not None
+    assert found.tolist() == places
+    assert run.sets(0, count + 2, ranks) == single.sets(0, count + 2, ranks)
+
+
+def test_a_run_that_is_dealt_in_part_already_is_left() -> None:
+    owned = Owned(Lattice(), 5)
+    owned.give(frozenset({3}), 1)
+    assert owned.give_run(0, 5, 2) is None
+    assert owned.give_run(0, 2, 3) is None  # fewer than ranks
+    assert owned.sets(0, 5, 2) == (IndexSet(()), IndexSet(((3, 4),)))

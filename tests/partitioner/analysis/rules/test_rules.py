@@ -34,6 +34,8 @@ CASES: list[tuple[Rules, Any, tuple[Any, ...], int, int]] = [
     (along_dims.RULES, aten.softmax.int, (real(2, 3), -1), 0, 1),
     (along_dims.RULES, aten.cumsum.default, (real(2, 3), 0), 0, 1),
     (along_dims.RULES, aten.sum.dim_IntList, (real(2, 3, 4), [1]), 1, 0),
+    (along_dims.RULES, aten.mean.dim, (real(2, 3, 4), [1]), 1, 0),
+    (along_dims.RULES, aten.mean.dim, (real(2, 3, 5), [1, 2], True), 2, 0),
     (along_dims.RULES, aten.amax.default, (real(2, 3, 4), [1, 2]), 0, 2),
     (along_dims.RULES, aten.layer_norm.default, (real(2, 3), [3], real(3), real(3)), 0, 1),
     (along_dims.RULES, aten.rms_norm.default, (real(2, 3), [3], real(3), 1e-6), 0, 1),
@@ -139,3 +141,25 @@ def test_a_wrong_rule_is_found(rule: Any, complaint: str | None, monkeypatch: py
         return
     with pytest.raises(LayoutError, match=complaint):
         check_rule(aten.addmv.default, real(5), real(5, 4), real(4))
+
+
+def last_dim_summed(averages: bool) -> Callable[[fx.Node, dict[str, Any]], Notation]:
+    def rule(node: fx.Node, a: dict[str, Any]) -> Notation:
+        operands = (Operand(a["self"], ("m", "k")),)
+        return Notation(operands, (("m",),), sums=frozenset("k"), terms=(frozenset({0}),), averages=averages)
+
+    return rule
+
+
+@pytest.mark.parametrize("size", [4, 5])
+@pytest.mark.parametrize(("op", "averages"), [(aten.mean, True), (aten.sum, False)])
+def test_what_a_rule_says_of_averages_is_tried(
+    op: Any, averages: bool, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overload = op.dim if averages else op.dim_IntList
+    monkeypatch.setitem(RULES, op, last_dim_summed(averages))
+    check_rule(overload, real(3, size), [1])
+    monkeypatch.setitem(RULES, op, last_dim_summed(not averages))
+    wrong = "the sum of its parts" if averages else "the average of its parts"
+    with pytest.raises(LayoutError, match=f"split along 'k', {wrong} differs"):
+        check_rule(overload, real(3, size), [1])

@@ -51,5 +51,5 @@ def test_computed_on_meta_as_well() -> None:
     with torch.device("meta"):
         empty = model(LONG)
     name = "model.rotary_emb.inv_freq"
-    values = capture(empty, mesh=Mesh.of(), max_length=40).values
-    assert torch.equal(values[name], capture(model(LONG), mesh=Mesh.of(), max_length=40).values[name])
+    values = capture(empty, mesh=Mesh.of(), max_length=40).weight_data
+    assert torch.equal(values[name], capture(model(LONG), mesh=Mesh.of(), max_length=40).weight_data[name])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.bundle_forger import save_tiny
+from tests.support.bundle_fixtures import folder, valid
 
-
-@pytest.fixture(scope="session")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("valid") / "bundle"
-    save_tiny(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(valid: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(valid, tmp_path / "bundle"))
+__all__ = ["canary", "folder", "valid"]
 
 
 @pytest.fixture

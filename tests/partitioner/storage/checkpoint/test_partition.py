@@ -60,7 +60,7 @@ def test_every_rank_has_the_slices_of_from_pretrained(name: str, tp: int) -> Non
     for rank in range(tp):
         program = parts.rank(rank)
         reader = Reader(TensorFiles(folder))
-        loaded = load_weights(program.weights, program.values, reader, CPU)
+        loaded = load_weights(program.weights, program.weight_data, reader, CPU)
         for weight, tensor in zip(program.weights, loaded, strict=True):
             if weight.source == "checkpoint":
                 expected = torch.empty_like(tensor)
@@ -91,7 +91,7 @@ def test_pieces_name_the_tensors_of_the_checkpoint() -> None:
 def test_generating_reads_the_files_too(name: str) -> None:
     """The second has states per sequence: its program for generation is a trace of its own."""
     folder, model, ids, _ = checkpoint(name)
-    by_parts, in_memory = partition(folder, Plan(tp=2), length=8), partition(model, Plan(tp=2), length=8)
+    by_parts, in_memory = partition(folder, Plan(tp=2), fixed_length=8), partition(model, Plan(tp=2), fixed_length=8)
     options = {"max_new_tokens": 6, "eos_token_id": []}
     found = by_parts.generate(ids[:, :4], **options)
     assert torch.equal(found, in_memory.generate(ids[:, :4], **options))
@@ -101,7 +101,7 @@ def test_weights_that_are_given_take_the_place_of_the_files() -> None:
     _, model, _, _ = checkpoint("mixtral")
     program = compile_program(traced("mixtral")[0], Plan()).rank(0)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
-    loaded = load_weights(program.weights, program.values, zeros, CPU)
+    loaded = load_weights(program.weights, program.weight_data, zeros, CPU)
     assert all(not t.any() for w, t in zip(program.weights, loaded, strict=True) if w.source == "checkpoint")
     asked: list[str] = []
 
@@ -109,7 +109,7 @@ def test_weights_that_are_given_take_the_place_of_the_files() -> None:
         asked.append(name)
         return zeros[name][at(block)]
 
-    load_weights(program.weights, program.values, read, CPU)
+    load_weights(program.weights, program.weight_data, read, CPU)
     assert set(asked) == {weight.name for weight in program.weights if weight.source == "checkpoint"}
 
 

@@ -1,7 +1,8 @@
-"""One rank of a job that is looked at: `python -P -m tests.security.job_rank SHARING FOLDER`, started by our launcher.
+"""One rank of a job that is looked at: `python -P -m tests.security.jobs.job_rank SHARING FOLDER`.
 
-It leaves FOLDER/pid-RANK; rank 1 connects once FOLDER/come is there. Then it leaves FOLDER/ready-RANK, and goes
-on when FOLDER/go is there. It answers with its result, and with every call of pickle that ours made.
+Our launcher starts it, or somebody who sets what torchrun would. It leaves FOLDER/pid-RANK; rank 1 connects once
+FOLDER/come is there. Then it leaves FOLDER/ready-RANK, and goes on when FOLDER/go is there. It answers with its result,
+and with every call of pickle that ours made; without our launcher, in FOLDER/answer-RANK.
 """
 
 import json
@@ -18,6 +19,7 @@ from torch.distributed import distributed_c10d
 import partitioner
 from partitioner.compile.parts import Parts
 from runtime.engine import Engine
+from runtime.processes.bootstrap import LOCAL_STORE
 from runtime.processes.launch import begin_worker, write_answer
 from tests.support import handmade
 
@@ -67,7 +69,11 @@ def main(sharing: Any, folder: Path) -> None:
         second = engine(input_ids=handmade.input_ids())
         assert first.equal(second)
         transport = engine.communicator.transports["tp"]
-    write_answer(json.dumps({"result": first.tolist(), "unpickled": unpickled, "transport": transport}).encode())
+    answer = json.dumps({"result": first.tolist(), "unpickled": unpickled, "transport": transport}).encode()
+    if LOCAL_STORE in os.environ:
+        write_answer(answer)
+    else:
+        (folder / f"answer-{rank}").write_bytes(answer)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from partitioner.errors import CommunicationError, RankLost
 from runtime.processes import heartbeat as module
 from runtime.processes import links
 from runtime.processes.heartbeat import Heartbeat
+from tests.security.jobs.garbage import LINES
 
 HOSTS = ["", "127.0.0.1"]
 
@@ -93,35 +94,14 @@ def job(request: pytest.FixtureRequest) -> Iterator[Job]:
             one.close()
 
 
-LINES = st.one_of(
-    st.binary(max_size=400),
-    st.text(max_size=100).map(str.encode),
-    st.builds(
-        lambda head, n: head * n, st.sampled_from([b"[", b"{", b'{"a":', b"\n", b"\0", b"9"]), st.integers(1, 70_000)
-    ),
-    st.builds(
-        lambda rank, nonce, code, end: b"HELLO %d %s %s" % (rank, nonce.hex().encode(), code.hex().encode()) + end,
-        st.integers(0, 10**9),
-        st.binary(min_size=16, max_size=16),
-        st.binary(min_size=16, max_size=16),
-        st.sampled_from([b"\n", b"", b"\n\n", b"\r\n"]),
-    ),
-    st.sampled_from(
-        [
-            b'{"rank": 2, "kind": "hello", "text": ""}\n',
-            b'{"rank": 1, "kind": "failed", "text": "not true"}\n',
-            b'{"rank": 0, "kind": "verdict", "text": "[\\"lost\\", \\"not true\\"]"}\n',
-            b"[" * 60_000 + b"\n",
-        ]
-    ),
+@pytest.mark.parametrize(
+    ("host", "count"),
+    [*((host, 100) for host in HOSTS), *(pytest.param(host, 1000, marks=pytest.mark.slow) for host in HOSTS)],
 )
-
-
-@pytest.mark.parametrize("host", HOSTS)
-def test_a_thousand_lines_of_garbage_change_nothing(host: str) -> None:
+def test_lines_of_garbage_change_nothing(host: str, count: int) -> None:
     job = Job(host)
 
-    @settings(max_examples=1000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.lists(LINES, min_size=1, max_size=3), st.booleans())
     def send(lines: list[bytes], ends: bool) -> None:
         with job.knock() as stranger, contextlib.suppress(OSError):

@@ -1,0 +1,57 @@
+"""What all commands have in common: how their errors are told, and the options that say how a model is compiled."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from partitioner.cli.options import Compile, KeepWhole, MaxLength, Passes, PlanText, Tp
+from partitioner.errors import CommunicationError, PartitionerError
+
+__all__ = ["command"]
+
+_COMPILE = {"tp": Tp, "plan": PlanText, "keep_whole": KeepWhole, "passes": Passes, "max_length": MaxLength}
+"""The options that a command has in the place of its parameter `how`."""
+
+
+def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a function a command of `app`: exit codes for its errors, and options in place of `how: Compile`."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        known = inspect.signature(function, eval_str=True)
+        takes_how = "how" in known.parameters
+
+        @functools.wraps(function)
+        def run(**arguments: Any) -> None:
+            with _errors():
+                if takes_how:
+                    arguments["how"] = Compile.of(**{option: arguments.pop(option) for option in _COMPILE})
+                function(**arguments)
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        options = [inspect.Parameter(o, kind, default=None, annotation=a) for o, a in _COMPILE.items()]
+        parameters = [p for each in known.parameters.values() for p in (options if each.name == "how" else [each])]
+        # typer reads both
+        run.__signature__ = known.replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        app.command(name)(run)
+        return run
+
+    return register
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except PartitionerError as error:
+        hint = " (--simulate shows at which node)" if isinstance(error, CommunicationError) else ""
+        line = " ".join(str(error).split("\n"))
+        Console(stderr=True).print(f"error: {line}{hint}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1 if isinstance(error, CommunicationError) else 2) from None
