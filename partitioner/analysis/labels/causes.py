@@ -87,36 +87,6 @@ def _offence(site: Site, labels: Labels, weight: str, names: frozenset[str], ids
     return Offence(weight, why, None, (site.node,))
 
 
-def why_everywhere(labels: Labels, name: str) -> tuple[str, Collapse | None]:
-    """Why every rank needs all of a weight although what is made of it is split."""
-    for collapse in labels.collapses:
-        if name in collapse.weights and collapse.can_be_partial:
-            return collapse.why, collapse
-    for site in labels.sites:
-        if name in labels.weights_of(torch.unique(site.ids).tolist()):
-            where = site.weight.name if site.weight else describe(site.node)
-            return f"all of it is needed by every rank's part of {where}", None
-    return "shared by the parts of every rank", None
-
-
-def _offence(site: Site, labels: Labels, weight: str, names: frozenset[str], ids: list[int], ranks: int) -> Offence:
-    """Why `site` cannot be divided: of the ops that need a whole row, the one that joined most of what meets there."""
-    mine = labels.joined(ids)
-    causes = [collapse for collapse in labels.collapses if names & collapse.weights]
-    cause = max(causes, key=lambda collapse: len(collapse.labels & mine), default=None)
-    groups = "1 group" if len(ids) == 1 else f"{len(ids)} groups"
-    if cause is not None and len(ids) == 1:
-        return Offence(weight, cause.why, cause, (site.node,))
-    if cause is not None:
-        if operation(cause.node) in (attention, cached_attention):
-            groups = f"{len(ids)} heads"
-        why = f"{groups} do not divide over {ranks} ranks: {cause.why} of each; at most {len(ids)} ranks could share it"
-        return Offence(weight, why, cause, (site.node,))
-    where = site.node.meta.get("path") or site.node.name
-    why = f"only {groups} of indices can be told apart at {where}, for {ranks} ranks"
-    return Offence(weight, why, None, (site.node,))
-
-
 def price_of_parts(size: float, sums: tuple[float, float], ranks: int) -> str:
     """What a reduction in parts that was not done would have cost: bytes of weights that would be split by it, and
     all-reduces (of activations, of one number per token), in each layer.
