@@ -142,7 +142,8 @@ class _Deal:
                 index, gates = (self._call(operator.getitem, (mine, i), {}, v) for i, v in enumerate(values))
         counts = tuple(self.options["counts"])
         local = self.program.local("num_experts", Entry(self.num_experts, self.axes, counts))
-        self.dispatch.args, self.dispatch.kwargs = (hidden, index, local), {}
+        args: Any = (hidden, index, local)
+        self.dispatch.args, self.dispatch.kwargs = args, {}
         b = arguments(self.combine)
         self.combine.args, self.combine.kwargs = (b["rows"], b["order"], gates), {}
         if back is not None:

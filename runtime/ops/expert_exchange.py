@@ -103,10 +103,9 @@ def send_to_experts(
 def receive_from_experts(channel: Any, rows: Tensor, back: Tensor) -> Tensor:
     """`expert_return` over a channel. What comes back to a token is summed in order of coordinate."""
     num_ranks = len(channel.ranks)
-    size, given, taken = (part.tolist() for part in back[: 1 + 2 * num_ranks].split([1, num_ranks, num_ranks]))
-    sent = back[1 + 2 * num_ranks :]
-    returned = channel.all_to_all(rows.contiguous(), taken, given, sizes_from=channel.node)
-    return rows.new_zeros(size[0], rows.shape[1]).index_add_(0, sent, returned)
+    size, given, taken, sent = torch.split(back, [1, num_ranks, num_ranks, back.shape[0] - 1 - 2 * num_ranks])
+    returned = channel.all_to_all(rows.contiguous(), taken.tolist(), given.tolist(), sizes_from=channel.node)
+    return rows.new_zeros(int(size), rows.shape[1]).index_add_(0, sent, returned)
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -150,5 +149,9 @@ def _owners(experts: tuple[int, ...], counts: tuple[int, ...], device: torch.dev
     most = max(map(len, held))
     ranks = [*(each + [num_ranks] * (most - len(each)) for each in held), [num_ranks] * most]
     copies = [*map(len, held), 1]
-    tables = (torch.tensor(table, device=device) for table in (local, ranks, copies))
-    return _Owners(*tables, has_copies=most > 1)
+    return _Owners(
+        torch.tensor(local, device=device),
+        torch.tensor(ranks, device=device),
+        torch.tensor(copies, device=device),
+        has_copies=most > 1,
+    )

@@ -48,7 +48,7 @@ def is_routed(node: fx.Node, layouts: Layouts) -> bool:
 
 def infer_experts(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
     """For a node that `is_routed`."""
-    return _RULES[node.target](program, node, layouts)  # type: ignore[index]
+    return _RULES[node.target](program, node, layouts)
 
 
 def _localise(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
