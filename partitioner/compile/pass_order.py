@@ -50,9 +50,17 @@ def _has_experts(plan: Plan) -> bool:
     return plan.ep * plan.etp > 1
 
 
+def _named(plan: Plan) -> set[str]:
+    """The passes that the plan names."""
+    return {
+        each if isinstance(each, str) else each[0] if isinstance(each, tuple) else each.name for each in plan.passes
+    }
+
+
 ORDER = (
     BuiltIn("expert-parallel", EVERYWHERE, _has_experts, splits=True, by_entry=True, serves=("ep", "etp")),
     BuiltIn("tensor-parallel", EVERYWHERE, lambda plan: plan.tp > 1 or _has_experts(plan), splits=True, serves=("tp",)),
+    BuiltIn("sequence-parallel", ("text", "prefill"), lambda plan: "sequence-parallel" in _named(plan), serves=("tp",)),
     BuiltIn("kv-cache", GENERATION, _always),
     BuiltIn("last-token", GENERATION, _always),
     BuiltIn("fuse", EVERYWHERE, _always),

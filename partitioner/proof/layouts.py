@@ -251,6 +251,9 @@ def _collect_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
             f"{_at(node)} collects rows of {read_call(node).axes} along dim {a['dim']} of {a['x']}, which is {layout}"
         )
     total, size = a["total"], a["x"].meta["val"].shape[a["dim"]]
+    symbol = program.symbols.get(rows.kind)
+    if symbol is not None and size != symbol:  # each row of a batch has a part of its own: they do not lie in order
+        raise LayoutError(f"{_at(node)} collects {rows} along dim {a['dim']} of {a['x']}, which is {size} and more")
     found = total.meta["val"] if isinstance(total, fx.Node) else total
     if found != size or any(isinstance(layouts[read].dims[dim], Rows) for read, dim in sizes_read(node)):
         raise LayoutError(f"{_at(node)} collects {size} rows of all ranks together, but its total {total} is {found}")
