@@ -168,7 +168,7 @@ class _Run:
         """A number of tokens stays that of all ranks."""
         if operation(node) is not aten.sym_size:
             return
-        source = node.args[0]
+        source: Any = node.args[0]
         if source in self.whole and self._has_rows(source) and node.meta["val"] == self.symbol:
             node.replace_input_with(source, self._input())
             node.args = (node.args[0], self._tokens(node.args[0].meta["val"]))  # type: ignore[union-attr]

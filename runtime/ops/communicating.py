@@ -162,18 +162,23 @@ def _scatter_rows(channel: Any, x: Tensor, *, dim: int, kind: str) -> Tensor:
 
 def _meetings_of_send(node: fx.Node) -> tuple[Meeting, ...]:
     """The counts, and rows of bytes as many as they say."""
-    (hidden, index, gates, *_), axes, options = read_call(node)
-    hidden, index, gates = (each.meta["val"] for each in (hidden, index, gates))
-    choices = index.shape[1] * (torch.int32.itemsize + gates.dtype.itemsize)
-    width = hidden.shape[1] * hidden.dtype.itemsize + choices
+    operands, axes, options = read_call(node)
+    values = [operand.meta.get("val") for operand in operands[:3]]
+    shape = None
+    if None not in values:  # a bundle's graph does not record them
+        hidden, index, gates = values
+        choices = index.shape[1] * (torch.int32.itemsize + gates.dtype.itemsize)
+        shape = (hidden.shape[0], hidden.shape[1] * hidden.dtype.itemsize + choices)
     counts = Meeting("all_to_all", axes, (len(options["counts"]),), torch.int64)
-    return counts, Meeting("all_to_all", axes, (hidden.shape[0], width), torch.uint8, sizes_from=node.name)
+    return counts, Meeting("all_to_all", axes, shape, torch.uint8, sizes_from=node.name)
 
 
 def _meetings_of_return(node: fx.Node) -> tuple[Meeting, ...]:
     (rows, back), axes, _ = read_call(node)
     send = back.args[0] if back.target is operator.getitem else back
-    return (Meeting("all_to_all", axes, tuple(rows.meta["val"].shape), rows.meta["val"].dtype, sizes_from=send.name),)
+    value = rows.meta.get("val")
+    shape, dtype = (None, None) if value is None else (tuple(value.shape), value.dtype)
+    return (Meeting("all_to_all", axes, shape, dtype, sizes_from=send.name),)
 
 
 COMMUNICATING: dict[Any, Communicating] = {
