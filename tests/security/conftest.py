@@ -1,5 +1,5 @@
 """What the tests of bundles as files share with those of their format."""
 
-from tests.support.bundle_fixtures import folder, valid
+from tests.support.bundle_forger import folder, valid
 
 __all__ = ["folder", "valid"]

@@ -62,6 +62,24 @@ def test_blocks_that_overlap_everywhere(num_dims: int, num_blocks: int) -> None:
     assert not is_filled([100] * num_dims, staggered(num_dims, num_blocks))
 
 
+def cut_in_turn(num_dims: int, pieces: int) -> list[Block]:
+    """A slab of the last dim for each other dim, cut along that one: cells of all ends are pieces ** (num_dims - 1)."""
+    blocks: list[Block] = []
+    for dim in range(num_dims - 1):
+        for piece in range(pieces):
+            bounds = [(0, pieces)] * (num_dims - 1) + [(dim, dim + 1)]
+            bounds[dim] = (piece, piece + 1)
+            blocks.append(tuple(bounds))
+    return blocks
+
+
+@pytest.mark.parametrize(("num_dims", "pieces"), [(12, 6), (16, 100)])
+def test_blocks_that_fill_and_overlap_in_every_dim(num_dims: int, pieces: int) -> None:
+    shape, blocks = [*[pieces] * (num_dims - 1), num_dims - 1], cut_in_turn(num_dims, pieces)
+    assert is_filled(shape, blocks)
+    assert not is_filled(shape, [*blocks[:-1], blocks[-2]])
+
+
 def test_many_blocks_whose_volumes_are_right() -> None:
     """The pairs have to be looked at, and only the last two meet."""
     rows = [((row, row + 1), (0, 1000)) for row in range(4000)]

@@ -12,11 +12,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -150,6 +152,21 @@ def write_example(folder: Path) -> None:
     logits, tokens = use(folder / "bundle")
     expected = {"input_ids": IDS.tolist(), "logits": logits.tolist(), "tokens": tokens.tolist()}
     (folder / "expected.json").write_text(json.dumps(expected) + "\n")
+
+
+# -- fixtures, for conftest files to import ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("valid") / "bundle"
+    save_tiny(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(valid: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(valid, tmp_path / "bundle"))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
 """Draw the pictures of the docs, beside this file; a test compares them with what this draws.
 
     python docs/reference/pictures/draw.py
+    python docs/reference/pictures/draw.py trace.json      trace.svg alone, of a trace that `--profile` wrote
 
 pipeline.svg       from a model to what each rank runs: the compiler's steps, as docs/architecture.md names them
 uneven_heads.svg   who gets which heads of the model that comes along: 6 query heads over 2 kv heads, on 4 ranks
+report.svg         the report of that model on 2 ranks, as a terminal shows it
+trace.svg          the first layer of one decode step on two ranks: what was measured once, so that no test compares it
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from partitioner import Plan, partition
 from partitioner.sharding.layout import Layout
@@ -20,13 +25,14 @@ from partitioner.storage.example import EXAMPLE_MODEL
 HERE = Path(__file__).resolve().parent
 ARCHITECTURE = HERE.parents[1] / "architecture.md"
 NUM_RANKS = 4
+TRACKS = {"compute": "#9ecae1", "communication": "#fdd0a2", "waiting": "#dadaeb"}
 COLOURS = ("#9ecae1", "#fdd0a2", "#a1d99b", "#dadaeb")
 FONT = 'font-family="sans-serif" font-size="13"'
 
 
 def pictures() -> dict[str, str]:
     """The text of each picture, by file name."""
-    return {"pipeline.svg": pipeline(), "uneven_heads.svg": uneven_heads()}
+    return {"pipeline.svg": pipeline(), "uneven_heads.svg": uneven_heads(), "report.svg": report()}
 
 
 def pipeline() -> str:
@@ -71,6 +77,47 @@ def uneven_heads() -> str:
     return svg(800, bottom + 30, [*shapes, text(20, bottom + 16, note)])
 
 
+def report() -> str:
+    """What `partitioner report --tp 2` prints of the model that comes along."""
+    lines = str(partition(EXAMPLE_MODEL, Plan(tp=2)).report).splitlines()
+    style = 'font-family="monospace" font-size="12" xml:space="preserve"'
+    shapes = [
+        f'<text x="10" y="{22 + 17 * number}" {style}>{escape(line)}</text>' for number, line in enumerate(lines)
+    ]
+    return svg(20 + 8 * max(map(len, lines)), 17 * len(lines) + 20, shapes)
+
+
+def trace(events: list[dict[str, Any]]) -> str:
+    """A row per rank and track, to scale; the first layer of the last step but one, which no start disturbs."""
+    spans = [event for event in events if event["ph"] == "X"]
+    runs = sorted((e["ts"], e["dur"]) for e in spans if e["pid"] == 0 and e["name"].startswith("run "))
+    begins, lasts = runs[-2]
+    layer = [
+        event
+        for event in spans
+        if event["cat"] in TRACKS
+        and begins <= event["ts"] < begins + lasts
+        and ".layers.0." in event["args"].get("path", "")
+    ]
+    start, stop = min(event["ts"] for event in layer), max(event["ts"] + event["dur"] for event in layer)
+    scale = 640 / (stop - start)
+    ranks = sorted({event["pid"] for event in layer})
+    shapes = [text(110, 20, f"layer 0 of one decode step: {(stop - start) / 1000:.1f} ms", bold=True)]
+    for number, rank in enumerate(ranks):
+        for place, (track, colour) in enumerate(TRACKS.items()):
+            top = 34 + number * 100 + place * 28
+            shapes.append(text(10, top + 16, f"rank {rank} {track}" if place == 0 else track))
+            for event in layer:
+                if event["pid"] == rank and event["cat"] == track:
+                    left, width = 140 + (event["ts"] - start) * scale, max(event["dur"] * scale, 0.5)
+                    label = escape(f"{event['args'].get('op', event['name'])}, {event['dur']:.0f} microseconds")
+                    shapes.append(
+                        f'<rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="24" fill="{colour}" '
+                        f'stroke="#555" stroke-width="0.3"><title>{label}</title></rect>'
+                    )
+    return svg(800, 34 + 100 * len(ranks), shapes)
+
+
 def held_rows(layout: Layout) -> int:
     """How many rows all ranks hold together, each counted once; 0 where rows are not split."""
     split = layout.split(0)
@@ -105,5 +152,6 @@ def svg(width: int, height: int, shapes: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    for file, drawn in pictures().items():
+    measured = {"trace.svg": trace(json.loads(Path(path).read_text())["traceEvents"]) for path in sys.argv[1:]}
+    for file, drawn in (measured or pictures()).items():
         (HERE / file).write_text(drawn, encoding="utf-8")

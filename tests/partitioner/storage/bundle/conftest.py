@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.bundle_fixtures import folder, valid
+from tests.support.bundle_forger import folder, valid
 
 __all__ = ["canary", "folder", "valid"]
 
