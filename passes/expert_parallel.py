@@ -6,8 +6,8 @@
 
 The pass writes these ops around the dispatch, grouped linears and combine that were captured, and deals the weights;
 the one placement of all axes, in tensor-parallel, lays out everything else and puts collectives where layouts differ.
-GShard (arXiv:2006.16668, section 3.2) deals experts this way; that each token goes once to each rank is DeepSeek-V3's
-(arXiv:2412.19437, section 3.2.2).
+GShard (arXiv:2006.16668, section 3.2) deals experts this way; that each token goes once to each rank is from
+arXiv:2412.19437, section 3.2.2.
 """
 
 from __future__ import annotations

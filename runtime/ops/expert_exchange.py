@@ -10,7 +10,7 @@ them. A choice whose expert is elsewhere becomes "no expert" (the number of the 
 an activation makes of rows of zeros must not count.
 
 A token goes once to each rank that has one of its experts, whatever their number, and one row comes back from there
-(DeepSeek-V3, arXiv:2412.19437, section 3.2.2, limits the number of nodes per token for the same reason).
+(arXiv:2412.19437, section 3.2.2, limits the number of nodes per token for the same reason).
 """
 
 from __future__ import annotations
