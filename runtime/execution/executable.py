@@ -69,8 +69,12 @@ class Executable:
         try:
             # not inference_mode: the caller may write to what comes back
             with torch.no_grad():
-                recording = None if self._profiler is None else self._profiler.recording
-                result = self.function(*values) if recording is None else self._run_profiled(recording, values)
+                profiler = self._profiler
+                recording = None if profiler is None else profiler.recording
+                if profiler is not None and profiler.routing is not None:
+                    result = profiler.routing.run(self.program, self._graph, (*self.weights, *values))
+                else:
+                    result = self.function(*values) if recording is None else self._run_profiled(recording, values)
         except BaseException as error:
             name = failing_node(error)
             for node in self.program.graph.nodes:
