@@ -46,6 +46,7 @@ ORDER = {
         "kv_cache",
         "execution",
         "sampling",
+        "pipeline",
         "generation",
         "engine",
     ),

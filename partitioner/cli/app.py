@@ -5,6 +5,7 @@
     partitioner run MODEL --prompt "..." write what follows
     partitioner export MODEL -o FOLDER   write a bundle: every rank's program and slices of the weights
     partitioner show FOLDER              what is in a bundle
+    partitioner schedule MODEL --pp 4    what each pipeline stage does when, as a picture
 
 Exit codes: 0 equal, 1 a difference or a lost rank, 2 invalid arguments (one line says which).
 """
@@ -28,6 +29,7 @@ from partitioner.cli.options import (
     Timeout,
 )
 from partitioner.cli.run import Question, answer, answer_here, is_rank, run_in_processes
+from partitioner.cli.schedule import schedule
 from partitioner.cli.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
 from partitioner.report.explain import explain as explain_weight
 from partitioner.storage.bundle.bundle import load
@@ -200,6 +202,20 @@ def show_command(
     Console().print(said, markup=False, highlight=False, soft_wrap=True)
     if verify:
         Console().print("all files are as they were written", markup=False, highlight=False)
+
+
+@command(app, "schedule")
+def schedule_command(
+    model: Model,
+    how: Compile,
+    dtype: Dtype = None,
+    microbatches: Annotated[int, typer.Option(help="into how many pieces a batch or prompt is divided")] = 8,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="write the picture to this file, as SVG")] = None,
+) -> None:
+    """Print how long pipeline stages are idle, from their predicted times; needs no weights."""
+    parts = how.compile(model, dtype=dtype, meta=True)
+    said = schedule(parts, microbatches=microbatches, out=out)
+    Console().print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "Model",
     "Passes",
     "PlanText",
+    "Pp",
     "Simulate",
     "Timeout",
     "Tp",
@@ -46,9 +47,26 @@ Model = Annotated[
     typer.Argument(help="a checkpoint folder, a bundle to split anew, config:FILE.json, or a model type"),
 ]
 PlanText = Annotated[
-    str | None, typer.Option("--plan", help='degrees and options of passes: "tp=2", "tp=4,keep_whole=[*.head]"')
+    str | None, typer.Option("--plan", help='degrees and options of passes: "tp=2,pp=2", "tp=4,keep_whole=[*.head]"')
 ]
-Tp = Annotated[int | None, typer.Option(help="tensor-parallel ranks; by default 1, or those of the bundle")]
+Tp = Annotated[
+    int | None,
+    typer.Option(
+        "--tp",
+        "--tensor-parallel-size",
+        "--tensor_parallel_size",
+        help="tensor-parallel ranks; by default 1, or those of the bundle",
+    ),
+]
+Pp = Annotated[
+    int | None,
+    typer.Option(
+        "--pp",
+        "--pipeline-parallel-size",
+        "--pipeline_parallel_size",
+        help="pipeline stages; by default 1, or those of the bundle",
+    ),
+]
 Dtype = Annotated[
     str | None, typer.Option(help="of the weights; by default the checkpoint's, or what the configuration names")
 ]
@@ -73,19 +91,21 @@ class Compile:
     passes: tuple[str, ...] = ()
     max_length: int | None = None
     text: str | None = None
+    pp: int | None = None
 
     @classmethod
     def of(
         cls,
         *,
         tp: int | None,
+        pp: int | None,
         plan: str | None,
         keep_whole: list[str] | None,
         passes: list[str] | None,
         max_length: int | None,
     ) -> Compile:
         """What the command line was given; its passes are installed, and serve what it asks for."""
-        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, plan)
+        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, plan, pp)
         check_plan(how.plan)
         return how
 
@@ -104,15 +124,17 @@ class Compile:
     def plan_of(self, model: str | None) -> Plan:
         """The plan for MODEL, which may be a bundle with a number of ranks of its own."""
         plan = Plan.parse(self.text or "")
-        if self.text and self.tp not in (None, plan.tp):
-            raise InputError(f"--tp {self.tp} and --plan {self.text!r} say two things: give one of them")
+        given = {axis: size for axis, size in (("tp", self.tp), ("pp", self.pp)) if size is not None}
+        for axis, size in given.items():
+            if self.text and size != plan.degree(axis):
+                raise InputError(f"--{axis} {size} and --plan {self.text!r} say two things: give one of them")
         degrees = {axis: plan.degree(axis) for axis in DEGREES}
-        if not self.text and self.tp is None and model is not None and is_bundle(model):
+        if not self.text and not given and model is not None and is_bundle(model):
             mesh = load(model).mesh
             degrees = {axis: mesh.size(axis) for axis in DEGREES}
-        if self.tp is not None:
-            degrees["tp"] = self.tp
-        return Plan(**degrees, keep_whole=(*plan.keep_whole, *self.keep_whole), passes=(*plan.passes, *self.passes))
+        return Plan(
+            **{**degrees, **given}, keep_whole=(*plan.keep_whole, *self.keep_whole), passes=(*plan.passes, *self.passes)
+        )
 
     def require_none(self, model: str) -> None:
         """Raises where anything is asked for that a bundle, which runs as it is, has decided already."""

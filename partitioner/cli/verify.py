@@ -13,7 +13,7 @@ import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,8 @@ __all__ = [
 ]
 
 _BATCH = 2
+_NO_RESULT = -1.0
+"""The error on a rank whose stage is not the last: the last one's ranks have what is compared."""
 LARGEST_SEED = 2**32 - 1
 
 
@@ -93,10 +95,11 @@ def verify_in_processes(case: Case, *, timeout_s: float) -> list[Outcome]:
         given=case.to_json().encode(),
     )
     ranks = [[Outcome(**fields) for fields in json.loads(answer)] for answer in answers]
-    return [max(same, key=lambda outcome: outcome.error) for same in zip(*ranks, strict=True)]
+    worst = [max(same, key=lambda outcome: outcome.error) for same in zip(*ranks, strict=True)]
+    return [replace(each, error=float("inf")) if each.error == _NO_RESULT else each for each in worst]
 
 
-def _simulated(parts: Parts[Any], input_ids: Tensor) -> list[Tensor]:
+def _simulated(parts: Parts[Any], input_ids: Tensor) -> list[Tensor | None]:
     try:
         return parts.simulate_ranks(input_ids=input_ids)
     except (InputError, WeightError):
@@ -106,15 +109,16 @@ def _simulated(parts: Parts[Any], input_ids: Tensor) -> list[Tensor]:
         return []
 
 
-def outcomes_of(case: Case, dtype: str, model: Any, run: Callable[[Tensor], list[Tensor]]) -> Iterator[Outcome]:
-    """Compare the results of `run`, one per rank, with that of `model` at every length."""
+def outcomes_of(case: Case, dtype: str, model: Any, run: Callable[[Tensor], list[Tensor | None]]) -> Iterator[Outcome]:
+    """Compare the results of `run`, one per rank, with that of `model` at every length; None: another stage's."""
     for length in case.lengths:
         input_ids = _input_ids(case, model, length)
         results = run(input_ids)  # first, because it refuses what does not fit in words
         exact = ExactArithmetic() if model.dtype is torch.float64 else contextlib.nullcontext()
         with torch.no_grad(), exact:
             expected = model(input_ids=input_ids, use_cache=False)[0]
-        error = max((difference(result, expected) for result in results), default=float("inf"))
+        errors = [_NO_RESULT if result is None else difference(result, expected) for result in results]
+        error = max(errors, default=float("inf"))
         yield Outcome(dtype, length, error, tolerance(dtype_named(dtype)))
 
 

@@ -28,7 +28,7 @@ def main() -> None:
     write_answer(json.dumps([asdict(outcome) for outcome in outcomes]).encode())
 
 
-def _run(engine: Engine, input_ids: Tensor) -> list[Tensor]:
+def _run(engine: Engine, input_ids: Tensor) -> list[Tensor | None]:
     return [engine(input_ids=input_ids)]
 
 

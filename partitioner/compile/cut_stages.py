@@ -1,8 +1,9 @@
 """Cut a program into its pipeline stages: the graph, inputs, weights and states of each, and what crosses.
 
-    stage graph    its inputs, "receive_0" and so on for what the stage before hands on, its nodes; it yields a tuple of
+    stage graph    all inputs, "receive_0" and so on for what the stage before hands on, its nodes; it yields a tuple of
                    what it hands to the next stage, or the result
 
+Inputs are given to every stage, used or not: all of them check the same, and know the sizes of what crosses.
 What crosses must be complete: a partial sum would have to be completed by ranks of another stage.
 """
 
@@ -35,7 +36,6 @@ class StageParts:
 
     @classmethod
     def of(cls, program: Program, index: int, count: int, cuts: Sequence[Sequence[fx.Node]]) -> StageParts:
-        inputs = {given.name: given for given in program.inputs}
         if count == 1:
             graph, stage = program.graph, None
         else:
@@ -43,15 +43,19 @@ class StageParts:
             sent = cuts[index] if index + 1 < count else ()
             graph = _cut(program.graph, index, received, sent)
             stage = Stage(
-                index, count, tuple(_crossing(program, n) for n in received), tuple(_crossing(program, n) for n in sent)
+                index,
+                count,
+                tuple(_crossing(program, n) for n in received),
+                tuple(_crossing(program, n) for n in sent),
+                rows_apart=program.stages is not None and program.stages.rows_apart,
+                pairs_per_token=program.stages.pairs_per_token if program.stages is not None else 0,
             )
-        taken = [str(node.target) for node in graph.nodes if node.op == "placeholder"]
         read = [str(node.target) for node in graph.nodes if node.op == "get_attr" and node.users]
         used = {str(node.kwargs["state"]) for node in graph.nodes if "state" in node.kwargs}
         states = program.states.items()
         return cls(
             graph,
-            tuple(_run_input(program, inputs[name]) for name in (inputs if count == 1 else taken) if name in inputs),
+            tuple(_run_input(program, given) for given in program.inputs),
             tuple(_weight(program, name) for name in dict.fromkeys(read)),
             # a state of attention is named by the layer, and has a part for keys and one for values
             tuple(s for name, s in states if count == 1 or name in used or name.rpartition(".")[0] in used),
@@ -64,7 +68,7 @@ def _cut(graph: fx.Graph, stage: int, received: Sequence[fx.Node], sent: Sequenc
     cut = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if node.op == "placeholder" and stage in stages_of(node):
+        if node.op == "placeholder":
             copied[node] = cut.node_copy(node, copied.__getitem__)
     for i, node in enumerate(received):
         copied[node] = cut.placeholder(f"receive_{i}")

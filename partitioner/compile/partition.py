@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,8 +33,10 @@ from partitioner.errors import CaptureError, PlanError
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.plan import Plan
 from partitioner.program.program import Origins, Program
+from partitioner.program.stages import StageTable
 from partitioner.proof.layouts import check_entries
 from partitioner.proof.rows import check_rows
+from partitioner.proof.schedules import prove_stages
 from partitioner.report.report import Report, make_report
 from partitioner.sharding.mesh import Mesh
 from partitioner.storage.bundle.bundle import load
@@ -152,6 +155,10 @@ def compile_program(
     check_plan(plan)
     split = _split(traced, plan, "text")
     text = run_passes(split.copy(), passes_of(plan, "text"))
+    if text.stages is not None:
+        text.stages = replace(text.stages, rows_apart=_rows_apart(traced))
+    split.stages = text.stages
+    prove_stages(text)
     return Parts(
         text,
         make_report(text, plan=repr(plan)),
@@ -160,6 +167,15 @@ def compile_program(
         plan=plan,
         model=model,
     )
+
+
+def _rows_apart(traced: Program) -> bool:
+    """Whether a batch may be run in pieces, rows first in all that is given and in the result."""
+    (result,) = traced.graph.output_node().all_input_nodes
+    batch = traced.symbols.get("batch")
+    shapes = [result.meta["val"].shape, *(given.value.shape for given in traced.inputs)]
+    first = all(batch not in shape[1:] for shape in shapes) and shapes[0][:1] == (batch,)
+    return first and why_rows_mix(traced) is None
 
 
 def _compile_generation(
@@ -179,9 +195,9 @@ def _compile_generation(
     if reason is None:
         if continuing is not traced:  # another graph than that of the whole text
             bound_inputs(continuing)
-            prefill, decode = _entries(continuing, plan)
+            prefill, decode = _entries(continuing, plan, stages=split.stages)
         else:
-            prefill, decode = _entries(traced, plan, text=split)
+            prefill, decode = _entries(traced, plan, text=split, stages=split.stages)
         for program in {id(each): each for each in (prefill, decode)}.values():
             check_rows(program)
         return prefill, decode
@@ -196,32 +212,40 @@ def _compile_generation(
     if reason is not None:
         raise PlanError(f"{refusal}; and with its own cache, {reason}")
     note = compare_steps(traced, run_passes(stepping.copy(), [choose("kv-cache")]))
-    prefill, decode = compile_steps(stepping, plan)
+    prefill, decode = compile_steps(stepping, plan, stages=split.stages)
     for program in {id(each): each for each in (prefill, decode)}.values():
         program.notes += [note] if note is not None else []
     return prefill, decode
 
 
-def compile_steps(stepping: Program, plan: Plan) -> tuple[Program, Program]:
-    """What `trace_step` yields, for `plan`: for prompts, and for single tokens."""
-    return _entries(stepping, plan)
+def compile_steps(stepping: Program, plan: Plan, *, stages: StageTable | None = None) -> tuple[Program, Program]:
+    """What `trace_step` yields, for `plan`: for prompts, and for single tokens; cut as the whole text's program is."""
+    return _entries(stepping, plan, stages=stages)
 
 
-def _split(traced: Program, plan: Plan, entry: str) -> Program:
+def _split(traced: Program, plan: Plan, entry: str, stages: StageTable | None = None) -> Program:
     """With its weights divided, as the plan has it for this entry."""
-    return run_passes(traced.copy(plan.mesh), splitting(traced, plan, entry))
+    found = run_passes(traced.copy(plan.mesh), splitting(traced, plan, entry))
+    found.stages = stages
+    return found
 
 
-def _entries(traced: Program, plan: Plan, *, text: Program | None = None) -> tuple[Program, Program]:
-    """For prompts, and for single tokens. `text`: what `traced` was split to for whole texts."""
+def _entries(
+    traced: Program, plan: Plan, *, text: Program | None = None, stages: StageTable | None = None
+) -> tuple[Program, Program]:
+    """For prompts, and for single tokens. `text`: what `traced` was split to for whole texts; `stages`: how that is
+    cut.
+    """
     for_text, for_prefill, for_decode = (splitting(traced, plan, entry) for entry in ("text", "prefill", "decode"))
     prefill, decode = passes_of(plan, "prefill"), passes_of(plan, "decode")
-    split = text if text is not None and for_text == for_prefill else _split(traced, plan, "prefill")
+    split = text if text is not None and for_text == for_prefill else _split(traced, plan, "prefill", stages)
     for_prompts = run_passes(split.copy(), prefill)
+    prove_stages(for_prompts)
     if (for_decode, decode) == (for_prefill, prefill):
         return for_prompts, for_prompts
     if for_decode != for_prefill:
-        split = text if text is not None and for_text == for_decode else _split(traced, plan, "decode")
+        split = text if text is not None and for_text == for_decode else _split(traced, plan, "decode", stages)
     for_tokens = run_passes(split.copy(), decode)
+    prove_stages(for_tokens)
     check_entries(for_prompts, for_tokens)
     return for_prompts, for_tokens

@@ -40,6 +40,8 @@ class BuiltIn:
     splits: bool = False
     by_entry: bool = False
     serves: tuple[str, ...] = ()
+    last: bool = False
+    """After the user's own."""
 
 
 def _always(plan: Plan) -> bool:
@@ -65,6 +67,7 @@ ORDER = (
     BuiltIn("last-token", GENERATION, _always),
     BuiltIn("fuse", EVERYWHERE, _always),
     # then the user's own, in the plan's order
+    BuiltIn("pipeline", EVERYWHERE, lambda plan: plan.pp > 1, serves=("pp",), last=True),
 )
 
 
@@ -102,7 +105,9 @@ def passes_of(plan: Plan, entry: str) -> list[Chosen]:
     """Those that come after `splitting`, for one entry."""
     names = {each.name for each in ORDER}
     own = [chosen for chosen in wanted(plan) if chosen.step.name not in names]
-    return [*_built_in(plan, (each for each in ORDER if not each.splits and entry in each.entries)), *own]
+    here = [each for each in ORDER if not each.splits and entry in each.entries]
+    before, after = ([each for each in here if each.last is last] for last in (False, True))
+    return [*_built_in(plan, before), *own, *_built_in(plan, after)]
 
 
 def _built_in(plan: Plan, built_in: Iterable[BuiltIn], keep: Reasons = ()) -> Iterable[Chosen]:

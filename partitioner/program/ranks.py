@@ -90,14 +90,14 @@ class Ranks(ABC):
         return Simulator([self.rank(rank) for rank in self.everyone()], entries=self.entry)
 
     def simulate(self, **inputs: Tensor | bool | None) -> Tensor:
-        """Run all ranks in this process with the model's own weights, and return rank 0's result.
+        """Run all ranks in this process with the model's own weights, and return the result of the first that has it.
 
-        Raises where the ranks do not return the same, bit by bit: they ran the same sums in the same order.
+        Raises where ranks do not return the same, bit by bit: they ran the same sums in the same order.
         """
-        return same_on_all_ranks(self.simulate_ranks(**inputs))
+        return same_on_all_ranks([result for result in self.simulate_ranks(**inputs) if result is not None])
 
-    def simulate_ranks(self, **inputs: Tensor | bool | None) -> list[Tensor]:
-        """The same, with every rank's own result."""
+    def simulate_ranks(self, **inputs: Tensor | bool | None) -> list[Tensor | None]:
+        """The same, with every rank's own result: that of several stages is with the last."""
         return self._simulator(**inputs)
 
     def generate(

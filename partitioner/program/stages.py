@@ -23,10 +23,21 @@ __all__ = ["StageTable", "crossings", "stages_of", "table_of"]
 
 @dataclass(frozen=True)
 class StageTable:
-    """of_weight: the stages that hold a weight, several where it is tied or shared. count: of stages."""
+    """of_weight: the stages that hold a weight, several where it is tied or shared. count: of stages.
+
+    costs: what each stage was expected to take, in units of one; crossing_bytes: over each boundary, at the sizes that
+    the costs were counted for; places: how many there were to choose from; balance: for what it was chosen; rows_apart:
+    whether rows of a batch may be run one after the other; pairs_per_token: see `runtime.program.rank_program.Stage`.
+    """
 
     of_weight: Mapping[str, frozenset[int]]
     count: int
+    costs: tuple[float, ...] = ()
+    crossing_bytes: tuple[int, ...] = ()
+    places: int = 0
+    balance: str = ""
+    rows_apart: bool = False
+    pairs_per_token: int = 0
 
 
 def stages_of(node: fx.Node) -> frozenset[int]:

@@ -76,6 +76,22 @@ def check_entries(prefill: Program, decode: Program) -> None:
                     f"the programs for prompts and for single tokens share the {what} {name!r}, but hold it as "
                     f"{one.get(name)} and as {other.get(name)}"
                 )
+    for name, stages in _stages_of_states(prefill).items():
+        if stages != (others := _stages_of_states(decode).get(name)):
+            raise LayoutError(
+                f"the programs for prompts and for single tokens share the state {name!r}, but keep it on the stages "
+                f"{sorted(stages)} and {sorted(others or ())}"
+            )
+
+
+def _stages_of_states(program: Program) -> dict[str, frozenset[int]]:
+    """Where nodes are marked: the stages that read or write each state."""
+    found: dict[str, frozenset[int]] = {}
+    for node in program.graph.nodes:
+        if "state" in node.kwargs and "stages" in node.meta:
+            name = str(node.kwargs["state"])
+            found[name] = found.get(name, frozenset()) | node.meta["stages"]
+    return found
 
 
 def _infer(program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer) -> Any:

@@ -134,7 +134,8 @@ def make_generation_report(
             per_token=states[0].per_token,
             sees=states[0].sees,
             bytes=math.prod(states[0].shape) * states[0].dtype.itemsize,
-            bytes_per_rank=tuple(held[states[0].name].bytes for held in shards),
+            # of several stages, each has those of its own layers
+            bytes_per_rank=tuple(next((held[s.name].bytes for s in states if s.name in held), 0) for held in shards),
             split=split_text(states[0].layout),
             reason=reasons[states[0].name],
         )
@@ -175,8 +176,8 @@ def _reason(program: Program, state: State, maker: fx.Node | None, users: dict[s
     if split:
         shared = any(sum(part.sizes) > state.shape[dim] for dim, part in split)
         return "some of it is needed, and kept, by several ranks" if shared else ""
-    if program.mesh.world_size == 1:
-        return "one rank"
+    if program.mesh.world_size == program.mesh.size("pp"):
+        return "one rank" if program.mesh.world_size == 1 else "one rank in each stage"
     cause = None if maker is None else _cause(program, maker, users)
     return cause or "what fills it is the same on every rank"
 

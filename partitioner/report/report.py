@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +16,8 @@ from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.data_movement import is_move
 from partitioner.program.node_arguments import describe, layer_of, node_values, operation
 from partitioner.program.program import Program, Value, Weight
+from partitioner.program.stages import table_of
+from partitioner.report.stage_report import StageReport, stage_report
 from partitioner.sharding.layout import Layout
 from runtime.kv_cache.device_memory import readable
 from runtime.ops.communicating import COMMUNICATING, axes_text, read_call
@@ -77,6 +80,8 @@ class Report:
     """Of the weights, from most bytes to least."""
     matrix_share: float
     notes: tuple[str, ...] = field(default=())
+    stages: StageReport | None = None
+    """None where there is one stage."""
 
     @property
     def whole(self) -> tuple[WeightRow, ...]:
@@ -118,6 +123,7 @@ class Report:
             lines.append(f"  {op}: {', '.join(parts)}; {' or '.join(sizes)} per token each")
         if not self.collectives:
             lines.append("  none")
+        lines += self.stages.lines() if self.stages is not None else []
         ranks = ", ".join(map(readable, self.bytes_per_rank[:8])) + (", ..." if len(self.bytes_per_rank) > 8 else "")
         kinds = " and ".join(self.dtypes)
         lines.append(f"weights, {kinds}: {readable(self.bytes_whole)} whole; per rank {ranks}")
@@ -169,13 +175,16 @@ def make_report(program: Program, *, plan: str) -> Report:
     )
     ranks = [program.mesh.coordinates(rank) for rank in range(program.mesh.world_size)]
     # many layers and many ranks: weights that are divided alike are reckoned once
+    on = _stages_holding(program)
     alike: dict[tuple[object, ...], list[Weight]] = defaultdict(list)
     for weight in program.weights.values():
         layout = program.weight_layouts.get(weight.name)
-        alike[layout, weight.shape, weight.dtype, weight.name in users].append(weight)
+        alike[layout, weight.shape, weight.dtype, weight.name in users, on(weight)].append(weight)
     counted = [(len(weights), weights[0]) for weights in alike.values()]
-    held = [[count * _held(program, weight, at) for count, weight in counted] for at in ranks]
-    shared = tuple(sum(count * _replicated(program, weight, at) for count, weight in counted) for at in ranks)
+    held = [[n * _held(program, w, at) if at["pp"] in on(w) else 0 for n, w in counted] for at in ranks]
+    shared = tuple(
+        sum(n * _replicated(program, w, at, len(on(w))) for n, w in counted if at["pp"] in on(w)) for at in ranks
+    )
     is_matrix = [weight.name in users for _, weight in counted]
     matrices = sum(weight.bytes for weight in program.weights.values() if weight.name in users)
     fullest = max(sum(b for b, yes in zip(rank, is_matrix, strict=True) if yes) for rank in held)
@@ -191,7 +200,16 @@ def make_report(program: Program, *, plan: str) -> Report:
         dtypes=_dtypes(program),
         matrix_share=share,
         notes=(*map(_explained, program.notes), *_too_many_ranks(len(ranks), share)),
+        stages=stage_report(program, tuple(map(sum, held))),
     )
+
+
+def _stages_holding(program: Program) -> Callable[[Weight], frozenset[int]]:
+    """Which stages hold a weight."""
+    count = program.mesh.size("pp")
+    table = None if program.stages is None else table_of(program.graph, count).of_weight
+    everywhere = frozenset(range(count))
+    return lambda weight: everywhere if table is None else table.get(weight.name, frozenset())
 
 
 def _per_token(value: Value) -> int:
@@ -231,13 +249,14 @@ def _too_many_ranks(ranks: int, share: float) -> list[str]:
     ]
 
 
-def _replicated(program: Program, weight: Weight, coordinates: dict[str, int]) -> int:
-    """How many bytes of its part of a weight a rank has in common with others."""
+def _replicated(program: Program, weight: Weight, coordinates: dict[str, int], stages: int) -> int:
+    """How many bytes of its part of a weight, which so many stages hold, a rank has in common with others."""
     layout = program.weight_layouts.get(weight.name)
     splits = layout.splits if layout is not None else ()
-    if not splits:
-        return weight.bytes
     held = _held(program, weight, coordinates)
+    if not splits or stages > 1:
+        alone = stages == 1 and program.mesh.world_size == program.mesh.size("pp")
+        return 0 if alone else held
     for dim, split in splits:
         if sum(split.sizes) == weight.shape[dim]:
             return 0  # nobody else has these indices
@@ -306,8 +325,8 @@ def reason_for(program: Program, weight: Weight, layout: Layout | None, users: d
         return "some of it is needed, and held, by several ranks" + (f": {why}" if why else "")
     if weight.name in program.kept_whole:
         return program.kept_whole[weight.name]
-    if program.mesh.world_size == 1:
-        return "one rank"
+    if program.mesh.world_size == program.mesh.size("pp"):
+        return "one rank" if program.mesh.world_size == 1 else "one rank in each stage"
     user = users.get(weight.name)
     if user is None:
         return "not a matrix"

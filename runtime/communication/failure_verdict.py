@@ -99,6 +99,9 @@ class FailureVerdict:
             silent = [0]  # of the others nothing is known: it all comes through rank 0
         at = heartbeat.known("at")
         seen = "".join(f"\n  last checked there: {at[rank]}" for rank in silent if at.get(rank))
+        if not silent and (elsewhere := self._stopped([r for r in range(heartbeat.num_ranks) if r != self._rank])):
+            silent = sorted(elsewhere)  # of two stages that wait, each may wait because of a third
+            stopped = elsewhere
         if not silent:
             waits = "".join(f"\n  {text}" for rank, text in waiting.items() if rank in others)
             return "mismatch", f"the ranks wait for each other and none can go on:\n  {call}{waits}"

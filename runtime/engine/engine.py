@@ -35,6 +35,7 @@ from runtime.generation.generation_request import Generated, GenerationRequest, 
 from runtime.generation.steps import Loaded
 from runtime.kv_cache.cache_size import CacheSize, Room
 from runtime.ops.communicating import named_axes
+from runtime.pipeline.perform import Staged
 from runtime.program.bundle_errors import attribute_errors
 from runtime.program.rank_program import Entry, RankProgram
 from runtime.program.shards import WeightSource
@@ -99,7 +100,8 @@ class Engine:
             if compile or cuda_graph:
                 lay_side_by_side(program, self.weights)
             self.profiler = Profiler(program, self.device)
-            self._run = Executable(program, self.weights, communicator, self.device, profiler=self.profiler)
+            executable = Executable(program, self.weights, communicator, self.device, profiler=self.profiler)
+            self._run = executable if program.stage is None else Staged(executable)
         self._entries = entries
         self._decoding = {"compile": compile, "cuda_graph": cuda_graph}
 
@@ -155,7 +157,9 @@ class Engine:
         return self.program.mesh
 
     def __call__(self, **inputs: Tensor | bool | None) -> Any:
-        """Run once. Every rank must be given the same inputs."""
+        """Run once. Every rank must be given the same inputs. Of several stages, the last has the result, the others
+        None.
+        """
         with attribute_errors(self.program):
             return self._run(complete_inputs(self.program.inputs, inputs, self.device, self.program.limits))
 

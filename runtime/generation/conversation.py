@@ -10,7 +10,7 @@ Nothing here communicates: every rank that learns the same tokens knows the same
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -55,15 +55,21 @@ class Conversation:
 
     def prompt_pieces(self, size: int) -> Iterator[Piece]:
         """The prompts, `size` tokens at a time."""
-        for start in range(0, max(map(len, self.texts)), size):
+        return self.pieces_between(range(size, max(map(len, self.texts)) + size, size))
+
+    def pieces_between(self, ends: Iterable[int]) -> Iterator[Piece]:
+        """The prompts, from each of `ends` to the next; the last is no less than the longest prompt."""
+        start = 0
+        for end in ends:
             # a prompt that is through repeats its last token at its position, which changes nothing
             starts = [min(start, len(text) - 1) for text in self.texts]
             yield Piece(
-                [text[at : start + size] or text[at:] for text, at in zip(self.texts, starts, strict=True)],
+                [text[at:end] or text[at:] for text, at in zip(self.texts, starts, strict=True)],
                 starts,
                 active=tuple(start < len(text) for text in self.texts),
-                completes=tuple(start < len(text) <= start + size for text in self.texts),
+                completes=tuple(start < len(text) <= end for text in self.texts),
             )
+            start = end
 
     def next_piece(self) -> Piece:
         """The last token of each row; one that has ended stays at its last token and position."""

@@ -3,6 +3,7 @@
     Conversation    the tokens of each sequence, on the host        `conversation.py`
     Steps           one piece through this rank's programs          `steps.py`
     TokenChooser    the next tokens from the logits                 `choose_tokens.py`
+    StagedLoop      the order of these over pipeline stages         `staged_loop.py`
     GenerateLoop    the order of these, and the memory of the cache
 
 Every rank does the same on the host and draws the same tokens, so nobody has to tell the others.
@@ -24,6 +25,7 @@ from runtime.generation.conversation import Conversation
 from runtime.generation.decode_graphs import require_fixed_shapes
 from runtime.generation.generation_options import Settings
 from runtime.generation.generation_request import GenerationRequest, Step
+from runtime.generation.staged_loop import StagedLoop
 from runtime.generation.steps import Loaded, Steps
 from runtime.generation.token_rules import TokenRules
 from runtime.kv_cache.cache import Cache
@@ -56,6 +58,8 @@ class GenerateLoop:
         self.program = prefill.program
         """For prompts; that for single tokens has the same inputs, states and limits."""
         self.communicator, self.device = communicator, device
+        if (compile or cuda_graph) and decode.program.stage is not None:
+            raise InputError("decode steps of pipeline stages are neither compiled nor captured: leave compile out")
         if compile or cuda_graph:
             require_fixed_shapes(decode.program, device, cuda_graph=cuda_graph)
         self._compile, self._cuda_graph = compile, cuda_graph
@@ -81,6 +85,13 @@ class GenerateLoop:
         run.cache.start()
         self._turn += 1
         turn = self._turn
+        if self.program.stage is not None:
+            staged = StagedLoop(run, self.program, self._decode_by.program, self.communicator, self.device)
+            chooser = TokenChooser(self.program, settings, self.communicator, self.device, self._profiler)
+            for step in staged.steps(request, chooser, min(size, run.cache.step)):
+                yield step
+                self._require(turn)
+            return
         conversation = Conversation(request, vocab_size=self.program.vocab_size)
         chooser = TokenChooser(self.program, settings, self.communicator, self.device, self._profiler)
         logits = run.prefill(conversation.prompt_pieces(min(size, run.cache.step)))
@@ -92,8 +103,7 @@ class GenerateLoop:
             else:
                 tokens, logprobs = chooser.choose(logits, conversation)
             yield conversation.learn(tokens, logprobs)
-            if turn != self._turn:
-                raise InputError("another text was begun on this engine: its cache no longer holds this stream's")
+            self._require(turn)
             if conversation.is_over:
                 return
             piece = conversation.next_piece()
@@ -107,6 +117,10 @@ class GenerateLoop:
                 )
             elif chained is None:
                 logits = run.decode(piece)
+
+    def _require(self, turn: int) -> None:
+        if turn != self._turn:
+            raise InputError("another text was begun on this engine: its cache no longer holds this stream's")
 
     def _chains(self, settings: Settings) -> bool:
         """Whether the device can choose tokens by itself: nothing else is asked of a step, and nobody measures it."""

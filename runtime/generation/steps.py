@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +100,30 @@ class Steps:
 
         decode: by the program for single tokens. rows: those of the cache; by default the first.
         """
+        logits: Tensor = self.execute(piece, decode=decode, rows=rows)
+        return logits[:, 0]
+
+    def sizes(self, piece: Piece) -> dict[str, int]:
+        """The named sizes of a run of `piece`."""
+        ends = [start + len(row) for start, row in zip(piece.starts, piece.tokens, strict=True)]
+        return {
+            "batch": len(piece.tokens),
+            "sequence": max(map(len, piece.tokens)),
+            "slots": max(max(ends) + 1, self._least_slots),
+        }
+
+    @property
+    def _least_slots(self) -> int:
+        # a graph for single steps may decide by whether there are slots besides those of its tokens
+        return self._program.limits.get("slots", (1, None))[0]
+
+    def execute(
+        self, piece: Piece, received: Sequence[Tensor] = (), *, decode: bool = False, rows: slice | None = None
+    ) -> Any:
+        """What the rank's graph yields: logits [B, 1, V/n], or what its stage hands on.
+
+        received: what comes from the stage before.
+        """
         counts = [len(row) for row in piece.tokens]
         size = max(counts)
         ids = torch.tensor([row + row[-1:] * (size - len(row)) for row in piece.tokens], device=self._device)
@@ -107,21 +132,18 @@ class Steps:
         positions = torch.tensor(piece.starts, device=self._device)[:, None] + offsets
         batch = Batch(positions, tuple(piece.starts), tuple(counts), piece.active)
         self.cache.begin(batch, rows=rows)
-        # a graph for single steps may decide by whether there are slots besides those of its tokens
-        least_slots = self._program.limits.get("slots", (1, None))[0]
         known = {
             "input_ids": ids,
             "position_ids": positions,
             "last": last,
             "active": torch.tensor(piece.active, device=self._device),
-            "slots": torch.arange(max(batch.end + 1, least_slots), device=self._device),
+            "slots": torch.arange(max(batch.end + 1, self._least_slots), device=self._device),
         }
         for wanted in self._program.inputs:
             if wanted.name not in known:
                 raise InputError(f"generation knows nothing to give the input {wanted.name!r} of this model")
         execute = self._decode if decode else self._prefill
-        logits: Tensor = execute([known[wanted.name] for wanted in self._program.inputs])
-        return logits[:, 0]
+        return execute([*(known[wanted.name] for wanted in self._program.inputs), *received])
 
     def release(self) -> None:
         """Gives back what captured steps hold."""

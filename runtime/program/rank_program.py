@@ -66,13 +66,16 @@ class Stage:
     """Which of `count` pipeline stages a rank runs.
 
     Its graph takes `receives` after its inputs, under the names "receive_0", "receive_1" and so on, and yields a tuple
-    of `sends`; the last one yields the result.
+    of `sends`; the last one yields the result. rows_apart: whether rows of a batch may be run one after the other.
+    pairs_per_token: how many pairs of a query and a key cost what one token costs elsewhere; 0: not known.
     """
 
     index: int
     count: int
     receives: tuple[Crossing, ...] = ()
     sends: tuple[Crossing, ...] = ()
+    rows_apart: bool = False
+    pairs_per_token: int = 0
 
 
 @dataclass(frozen=True)

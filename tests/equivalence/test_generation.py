@@ -64,14 +64,14 @@ def test_keys_that_are_not_kept_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_one_wrong_log_probability_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    generate = generating._generate
+    generate = generating.generate
 
     def off(*given: Any, **options: Any) -> Any:
         found = generate(*given, **options)
         found.logprobs[2, 7] += 1e-6
         return found
 
-    monkeypatch.setattr(generating, "_generate", off)
+    monkeypatch.setattr(generating, "generate", off)
     found = compare("gpt2")
     assert found["verdict"] == "wrong"
     assert found["why"] == "tp=1, greedy, prompt of 11: the log-probability of new token 7 is off by 1.0e-06"

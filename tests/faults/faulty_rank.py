@@ -33,6 +33,7 @@ from partitioner import Plan, partition
 from partitioner.compile.parts import Parts
 from runtime.communication.process_groups import ProcessGroups
 from runtime.engine import Engine
+from runtime.generation.steps import Steps
 
 __all__ = ["Case", "Outcome"]
 
@@ -49,6 +50,8 @@ class Case:
     sharing: str
     num_ranks: int = 3
     timeout_s: float = 30.0
+    pp: int = 1
+    """Pipeline stages: all ranks, where there are several."""
     port: int = 0
     folder: str = ""
 
@@ -115,6 +118,16 @@ def arm(case: Case) -> None:
 
         return run
 
+    execute, runs = Steps.execute, {"prefill": 0, "decode": 0}
+
+    def staged(self: Steps, *given: Any, decode: bool = False, **options: Any) -> Any:
+        kind = "decode" if decode else "prefill"
+        runs[kind] += 1
+        if case.pp > 1 and case.phase == kind and runs[kind] == 2:
+            strike(case)
+        return execute(self, *given, decode=decode, **options)
+
+    Steps.execute = staged  # type: ignore[method-assign]
     ProcessGroups.bind = armed  # type: ignore[method-assign, assignment]
 
 
@@ -127,12 +140,15 @@ def rank(case: Case, place: int, parts: Parts[Any]) -> None:
         if case.fault == "close" and place in case.victims:
             strike(case)
             return
+        if case.pp > 1:
+            engine.generate([[1, 2, 3], [4, 5], [6]], max_new_tokens=200)
+            return
         if case.num_ranks > 1:
             assert engine.communicator.transports["tp"] == {"on": "shared memory", "off": "gloo"}[case.sharing]
         engine.generate([[1, 2, 3], [4, 5]], max_new_tokens=200)
 
 
-def run(case: Case, parts: dict[int, Parts[Any]]) -> Outcome | None:
+def run(case: Case, parts: dict[tuple[int, int], Parts[Any]]) -> Outcome | None:
     """None: in a rank, which is over."""
     started = time.monotonic()
     pids = [os.fork() for _ in range(case.num_ranks) if os.getpid() == HERE]
@@ -149,7 +165,7 @@ def run(case: Case, parts: dict[int, Parts[Any]]) -> Outcome | None:
                 os.dup2(file.fileno(), 2)
             os.dup2(2, 1)
             faulthandler.enable()
-            rank(case, place, parts[case.num_ranks])
+            rank(case, place, parts[case.num_ranks, case.pp])
             return None
         pids.append(pid)
     codes: dict[int, int] = {}
@@ -178,20 +194,20 @@ def run(case: Case, parts: dict[int, Parts[Any]]) -> Outcome | None:
     )
 
 
-def tiny(num_ranks: int) -> Parts[Any]:
+def tiny(num_ranks: int, pp: int) -> Parts[Any]:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
-    parts = partition(LlamaForCausalLM(config).eval(), Plan(tp=num_ranks))
+    parts = partition(LlamaForCausalLM(config).eval(), Plan(tp=num_ranks // pp, pp=pp))
     parts.entry("decode", 0)
     return parts
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    parts = {num_ranks: tiny(num_ranks) for num_ranks in (1, 3, 4)}
+    parts = {(num_ranks, pp): tiny(num_ranks, pp) for num_ranks, pp in ((1, 1), (3, 1), (4, 1), (3, 3))}
     gc.freeze()  # a rank that ends would else look at, and so copy, all that was made here
     for line in sys.stdin:
         case = Case(**json.loads(line))

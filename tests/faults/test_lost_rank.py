@@ -177,6 +177,30 @@ def test_the_others_say_who_is_lost(case: Case, ranks: Ranks) -> None:
     check(ranks, case)
 
 
+STAGES = [
+    Case(fault, phase, (victim,), "off", timeout_s=HANG_TIMEOUT_S if fault in HANGS else 30.0, pp=3)
+    for fault in ("kill", "raise", "oom", "stop")
+    for phase in ("joining", "loading", "prefill", "decode")
+    for victim in VICTIMS
+]
+QUICK_STAGES = {("kill", "decode", (1,)), ("stop", "prefill", (0,)), ("raise", "decode", (2,))}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case,
+            id=_name(case),
+            marks=() if (case.fault, case.phase, case.victims) in QUICK_STAGES else pytest.mark.slow,
+        )
+        for case in STAGES
+    ],
+)
+def test_a_stage_that_is_lost_is_named_by_the_others(case: Case, ranks: Ranks) -> None:
+    check(ranks, case)
+
+
 @pytest.mark.parametrize("sharing", ["on", pytest.param("off", marks=pytest.mark.slow)])
 def test_two_at_once(sharing: str, ranks: Ranks) -> None:
     check(ranks, Case("kill", "decode", (1, 3), sharing, num_ranks=4))

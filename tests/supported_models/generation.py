@@ -35,7 +35,17 @@ from partitioner.proof.float64 import in_float64
 from runtime.generation.generation_request import Generated
 from tests.support import reference
 
-__all__ = ["PREFILL_STEP", "PROMPTS", "Own", "compare_generation", "prompts_for"]
+__all__ = [
+    "MODEL_IS_WRONG",
+    "NEW",
+    "PREFILL_STEP",
+    "PROMPTS",
+    "Own",
+    "compare_generation",
+    "generate",
+    "positions",
+    "prompts_for",
+]
 
 PROMPTS = (1, 5, 11, 40)
 DEGREES = (1, 2, 3)
@@ -46,6 +56,10 @@ _SMALL_SPLIT = 1e-3
 
 class _Wrong(Exception):
     pass
+
+
+MODEL_IS_WRONG = _Wrong
+"""What `Own.judge` raises."""
 
 
 def compare_generation(model: Any, traced: Program) -> dict[str, Any]:
@@ -66,10 +80,10 @@ def compare_generation(model: Any, traced: Program) -> dict[str, Any]:
     try:
         for tp in DEGREES:
             parts = compile_program(traced, Plan(tp=tp), step=step)
-            new = min(NEW, _positions(parts) - max(PROMPTS) + 1)
+            new = min(NEW, positions(parts) - max(PROMPTS) + 1)
             temperature = max(1.0, float(own.logits(prompts[-1])[-1].std()))  # some models' logits are far apart
-            greedy = _generate(parts, prompts, new, prefill_step=PREFILL_STEP)
-            sampled = _generate(
+            greedy = generate(parts, prompts, new, prefill_step=PREFILL_STEP)
+            sampled = generate(
                 parts, prompts, min(SAMPLED, new), do_sample=True, top_k=None, seed=1, temperature=temperature
             )
             row["tokens"], drawn[tp] = new, sampled.sequences
@@ -100,13 +114,13 @@ def prompts_for(model: Any) -> list[list[int]]:
     return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in PROMPTS]
 
 
-def _generate(parts: Parts[Any], prompts: list[list[int]], new: int, **options: Any) -> Generated:
+def generate(parts: Parts[Any], prompts: list[list[int]], new: int, **options: Any) -> Generated:
     found = parts.generate(prompts, max_new_tokens=new, eos_token_id=[], logprobs=True, **options)
     assert isinstance(found, Generated)
     return found
 
 
-def _positions(parts: Parts[Any]) -> int:
+def positions(parts: Parts[Any]) -> int:
     """How many tokens of a text the model has positions for."""
     program = parts.program_of("decode")
     _, longest = program.limits.get("positions", (1, None))

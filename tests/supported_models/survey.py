@@ -6,6 +6,7 @@
     python -m tests.supported_models.survey generate --again  the same where there is a row already
     python -m tests.supported_models.survey bundles [names]   each, built tiny, saved and loaded: the same, bit by bit
     python -m tests.supported_models.survey experts [names]   each mixture of experts, built tiny, over ep
+    python -m tests.supported_models.survey stages [names]    each, built tiny, as pipeline stages
     python -m tests.supported_models.survey shares [names]    each default configuration, on the meta device
     python -m tests.supported_models.survey write             coverage.jsonl becomes docs/reference/supported_models.md
 
@@ -44,6 +45,7 @@ from tests.support import reference, zoo
 from tests.supported_models.bundles import compare_bundle
 from tests.supported_models.experts import compare_experts, may_have_experts
 from tests.supported_models.generation import compare_generation
+from tests.supported_models.stages import compare_stages
 from tests.supported_models.table import read, write
 
 DEGREES = (2, 3, 4)
@@ -151,6 +153,27 @@ def measure_experts(name: str, *, minutes: float) -> dict[str, Any]:
     return {**row, "experts": {**found, "seconds": round(time.perf_counter() - start, 1)}}
 
 
+def measure_stages(name: str, *, minutes: float) -> dict[str, Any]:
+    """What running it as pipeline stages adds to a row."""
+    row: dict[str, Any] = {"name": name, "odd": False}
+    start = time.perf_counter()
+    try:
+        model, _ = zoo.tiny(name)
+        with TimeLimit(minutes):
+            try:
+                traced, lengths = trace(model.float()), list(LENGTHS)
+            except CaptureError:
+                traced, lengths = trace(model.float(), fixed_length=8), [8]
+            lengths = [n for n in lengths if _admits(traced, n)]
+            causal = not name.startswith("masked:")
+            found = compare_stages(model.double(), in_float64(traced), lengths, generates=causal)
+    except (PartitionerError, OutOfTime) as error:
+        found = {"verdict": "refused", "why": short(error)}
+    except Exception as error:
+        found = {"verdict": "crashed", "why": short(error)}
+    return {**row, "stages": {**found, "seconds": round(time.perf_counter() - start, 1)}}
+
+
 def _compare(model: Any, traced: Any, *, exact: bool) -> dict[str, float]:
     found = {}
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -238,11 +261,19 @@ def _worker(request: tuple[str, str, float, bool]) -> dict[str, Any]:
         "generate": measure_generation,
         "bundles": measure_bundle,
         "experts": measure_experts,
+        "stages": measure_stages,
     }
     return others[what](name, minutes=minutes)
 
 
-_KEYS = {"run": "verdict", "shares": "default", "generate": "generates", "bundles": "bundle", "experts": "experts"}
+_KEYS = {
+    "run": "verdict",
+    "shares": "default",
+    "generate": "generates",
+    "bundles": "bundle",
+    "experts": "experts",
+    "stages": "stages",
+}
 """By action: what tells that a row has its results."""
 
 
@@ -274,7 +305,7 @@ def _verdict(row: dict[str, Any]) -> str:
 
 
 def _of_action(row: dict[str, Any]) -> dict[str, Any]:
-    return next((row[key] for key in ("generates", "bundle", "experts") if key in row), {})
+    return next((row[key] for key in ("generates", "bundle", "experts", "stages") if key in row), {})
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -287,7 +318,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "shares", "generate", "bundles", "experts", "write"))
+    parser.add_argument("action", choices=("run", "shares", "generate", "bundles", "experts", "stages", "write"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--from", dest="source", type=Path, default=Path("coverage.jsonl"))
     parser.add_argument("--to", type=Path)

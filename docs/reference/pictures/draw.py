@@ -81,9 +81,7 @@ def report() -> str:
     """What `partitioner report --tp 2` prints of the model that comes along."""
     lines = str(partition(EXAMPLE_MODEL, Plan(tp=2)).report).splitlines()
     style = 'font-family="monospace" font-size="12" xml:space="preserve"'
-    shapes = [
-        f'<text x="10" y="{22 + 17 * number}" {style}>{escape(line)}</text>' for number, line in enumerate(lines)
-    ]
+    shapes = [f'<text x="10" y="{22 + 17 * number}" {style}>{escape(line)}</text>' for number, line in enumerate(lines)]
     return svg(20 + 8 * max(map(len, lines)), 17 * len(lines) + 20, shapes)
 
 

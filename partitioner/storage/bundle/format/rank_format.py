@@ -275,6 +275,8 @@ def _stage_data(stage: Stage) -> Data:
         "count": stage.count,
         "receives": list(map(_crossing_data, stage.receives)),
         "sends": list(map(_crossing_data, stage.sends)),
+        "rows_apart": stage.rows_apart,
+        "pairs_per_token": stage.pairs_per_token,
     }
 
 
@@ -289,6 +291,8 @@ def _read_stage(record: Record, coordinates: Mapping[str, int]) -> Stage:
         record.integer("count", low=2, high=2**16),
         tuple(map(_read_crossing, record.records("receives"))),
         tuple(map(_read_crossing, record.records("sends"))),
+        rows_apart=record.flag("rows_apart"),
+        pairs_per_token=record.integer("pairs_per_token", high=2**40),
     )
     if stage.index >= stage.count:
         record.fail("count", f"more than the rank's own stage, {stage.index}")

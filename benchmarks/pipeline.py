@@ -1,0 +1,208 @@
+"""Pipeline stages in two processes against one, and against what the machine lets two processes do.
+
+    c                    how much two processes get done that run a stage each at the same time, over one of them alone:
+                         2 without a shared memory bus
+    whole texts          m rows in m pieces; both stages are busy m / (m + 1) of the time: c x m / (m + 1) is the most
+    transformers         pp_size=2: even layer counts, nothing in flight, logits broadcast
+    decode               two groups of rows in a ring against the same rows in one process; c is the most
+    one prompt           in chunks, to its first token
+
+A Llama-shaped model with random weights (fixed seed), hidden 512, 8 layers, float32, one thread per process. The
+contestants take turns in the same processes. Printed are ratios to one process; in brackets what share of the most that
+is. The computed idle share stands beside the measured one.
+
+    python -m benchmarks.pipeline                      about two minutes on an idle machine
+    python -m benchmarks.pipeline --rounds 3 --tokens 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import distributed as dist
+from transformers import LlamaForCausalLM
+
+from benchmarks.peers import build
+from benchmarks.rounds import take_turns
+from partitioner import Plan, partition
+from runtime.communication.thread_communicator import ThreadGroup
+from runtime.engine import Engine
+from runtime.pipeline.links import sizes_of
+from runtime.pipeline.schedule import bubble, chain
+from runtime.pipeline.timing import time_of
+from runtime.processes.launch import begin_worker, launch
+
+SIZES = {
+    "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "intermediate_size": 1376, "vocab_size": 256,
+}  # fmt: skip
+TOKENS, PIECES, LONG = 96, (4, 8, 16), 1024
+STARTS = ("model.layers.4",)
+
+console = Console(width=None if sys.stdout.isatty() else 110)
+
+
+def wait() -> None:
+    """What the other rank does while one runs alone."""
+
+
+def peer(folder: Path) -> Any:
+    """Transformers' own pipeline; None where this version has none, or it does not run here."""
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(pp_size=2)).eval()
+    except Exception as error:
+        return str(error)
+
+
+def stage_alone(engine: Engine, ids: torch.Tensor) -> Callable[[], object]:
+    """The rank's own stage on one piece, with nobody to wait for."""
+    staged: Any = engine._run
+    inputs = engine.program.inputs
+    values = [
+        ids if given.name == "input_ids" else torch.arange(ids.shape[1])[None].expand(ids.shape) for given in inputs
+    ]
+    sizes = sizes_of(inputs, values)
+    received = [
+        torch.rand([sizes[dim] if isinstance(dim, str) else dim for dim in crossing.shape])
+        for crossing in staged.stage.receives
+    ]
+    return lambda: staged.executable([*values, *received])
+
+
+@torch.no_grad()
+def rank_main(folder: Path, rounds: int, tokens: int) -> None:
+    """One of the two ranks: every contestant lives in both."""
+    begin_worker()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    parts = partition(model, Plan(pp=2, passes=[("pipeline", {"stage_starts": STARTS})]))
+    whole = partition(model, Plan())
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, SIZES["vocab_size"], (max(PIECES), TOKENS), generator=generator)
+    long = torch.randint(0, SIZES["vocab_size"], (1, LONG), generator=generator)
+    with Engine.connect(parts, timeout_s=300) as engine:
+        rank = engine.program.rank
+        alone = Engine(whole.rank(0), ThreadGroup(whole.mesh).communicator(0), entries=lambda e: whole.entry(e, 0))
+        expected, found = alone(input_ids=rows[:4]), engine(input_ids=rows[:4])
+        if found is not None and not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
+            sys.exit("the stages' logits are not the model's")
+        piece = stage_alone(engine, rows[:1])
+        contestants: dict[str, Callable[[], object]] = {
+            "stage": piece if rank == 0 else wait,
+            "stages": piece,
+        }
+        theirs = peer(folder)
+        for m in PIECES:
+            contestants[f"one {m}"] = (lambda m=m: alone(input_ids=rows[:m])) if rank == 0 else wait  # type: ignore[misc]
+            contestants[f"two {m}"] = lambda m=m: engine(input_ids=rows[:m])  # type: ignore[misc]
+            if not isinstance(theirs, str):
+                contestants[f"peer {m}"] = lambda m=m: theirs(input_ids=rows[:m], use_cache=False)  # type: ignore[misc]
+        new: Any = {"eos_token_id": []}
+        first = {**new, "max_new_tokens": 1, "prefill_step": LONG // 8}
+        contestants["one prompt"] = (
+            (lambda: alone.generate(long, **{**first, "prefill_step": LONG})) if rank == 0 else wait
+        )
+        contestants["two prompt"] = lambda: engine.generate(long, **first)
+        if rank == 0:
+            contestants["one prompt, chunks"] = lambda: alone.generate(long, **first)
+        else:
+            contestants["one prompt, chunks"] = wait
+        more = {**new, "max_new_tokens": tokens}
+        contestants["one decode"] = (lambda: alone.generate(rows[:8, :4], **more)) if rank == 0 else wait
+        contestants["two decode"] = lambda: engine.generate(rows[:8, :4], **more)
+        take_turns(contestants, rounds=1, meet=dist.barrier)
+        times = take_turns(contestants, rounds=rounds, meet=dist.barrier)
+        dist.barrier()
+        # a stage that ends early has not ended the run: the last stage's time counts
+        Path(folder, f"times{rank}.json").write_text(json.dumps(times))
+        if rank == 0 and isinstance(theirs, str):
+            Path(folder, "left_out.txt").write_text(theirs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pipeline stages in two processes.")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.rank is not None:
+        rank_main(given.rank, given.rounds, given.tokens)
+        return
+    before, began = os.getloadavg()[0], time.perf_counter()
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path[1:]])
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.utils.logging.disable_progress_bar()
+        build(SIZES).save_pretrained(folder)
+        arguments = ["--rank", folder, "--rounds", str(given.rounds), "--tokens", str(given.tokens)]
+        launch(["benchmarks.pipeline", *arguments], num_ranks=2, timeout_s=1800)
+        ranks = [json.loads(Path(folder, f"times{rank}.json").read_text()) for rank in range(2)]
+        left_out = Path(folder, "left_out.txt")
+        reason = left_out.read_text() if left_out.exists() else ""
+    report({name: list(map(max, *(rank[name] for rank in ranks))) for name in ranks[0]}, reason)
+    console.print(
+        f"load {before:.1f} before it began, on {os.cpu_count()} cores; {time.perf_counter() - began:.0f} s",
+        markup=False,
+    )
+
+
+def report(times: dict[str, list[float]], left_out: str) -> None:
+    """Of the medians, and of the fastest rounds."""
+    middle = {name: statistics.median(of_one) for name, of_one in times.items()}
+    best = {name: min(of_one) for name, of_one in times.items()}
+    c = {kind: 2 * found["stage"] / found["stages"] for kind, found in (("median", middle), ("best", best))}
+    console.print(f"c, two stages at a time over one alone: {c['median']:.2f} (fastest rounds {c['best']:.2f})")
+    table = Table(title="one process / ours: how many times faster", title_justify="left")
+    for column in (
+        "",
+        "median",
+        "of the most",
+        "fastest",
+        "of the most",
+        "one / transformers",
+        "idle: computed",
+        "measured",
+    ):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    for m in PIECES:
+        cells = []
+        for kind, found in (("median", middle), ("best", best)):
+            ratio = found[f"one {m}"] / found[f"two {m}"]
+            cells += [f"{ratio:.2f}", f"{ratio / (c[kind] * m / (m + 1)):.0%}"]
+        theirs = f"{middle[f'one {m}'] / middle[f'peer {m}']:.2f}" if f"peer {m}" in middle else ""
+        busy = best["stages"] * m / best[f"two {m}"]
+        computed = time_of(chain(2, m), [[best["stages"]]] * 2).bubble
+        assert abs(computed - bubble(2, m)) < 1e-9
+        table.add_row(f"{m} pieces", *cells, theirs, f"{computed:.1%}", f"{1 - busy:.1%}")
+    for name, most in (("prompt", 8 / 9), ("decode", 1.0)):
+        cells = []
+        for kind, found in (("median", middle), ("best", best)):
+            ratio = found[f"one {name}"] / found[f"two {name}"]
+            cells += [f"{ratio:.2f}", f"{ratio / (c[kind] * most):.0%}"]
+        table.add_row({"prompt": "one prompt in 8 chunks", "decode": "decode, 2 groups of 4"}[name], *cells)
+    console.print(table)
+    if left_out:
+        console.print(f"left out: transformers' pp_size=2: {left_out[:200]}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

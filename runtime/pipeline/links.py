@@ -1,0 +1,67 @@
+"""Between one stage and its neighbours: what crosses, as tensors, piece by piece.
+
+All ranks of a stage know the sizes of every piece from its inputs, so that nothing is told beside the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from partitioner.errors import InputError
+from runtime.communication.channels import Channel, Handle
+from runtime.communication.communicator import Communicator
+from runtime.program.rank_program import Crossing, RunInput, Stage
+
+__all__ = ["Links", "sizes_of"]
+
+
+def sizes_of(inputs: Sequence[RunInput], values: Sequence[Tensor]) -> dict[str, int]:
+    """The named sizes of a run, read off its inputs."""
+    return {
+        name: size
+        for given, value in zip(inputs, values, strict=True)
+        for name, size in zip(given.shape, value.shape, strict=True)
+        if isinstance(name, str)
+    }
+
+
+class Links:
+    """One rank's ends of the connections to the stages before and after its own."""
+
+    def __init__(self, communicator: Communicator, stage: Stage) -> None:
+        self.communicator, self.stage = communicator, stage
+        self._receiving = [self._channel(crossing) for crossing in stage.receives]
+        self._sending = [self._channel(crossing) for crossing in stage.sends]
+        self._new = False
+
+    def _channel(self, crossing: Crossing) -> Channel:
+        return self.communicator.channel("pp", node=crossing.name)
+
+    def begin(self, *, new_shapes: bool) -> None:
+        """Before a schedule: whether its shapes are new, so that ranks compare what they send. Alike on all ranks."""
+        self._new = new_shapes
+
+    def receive(self, sizes: Mapping[str, int]) -> list[Handle]:
+        """Begins to take a piece."""
+        self.communicator.begin_run(new_shapes=self._new)
+        return [
+            channel.receive_begin(_shape(crossing, sizes), crossing.dtype, self.stage.index - 1)
+            for channel, crossing in zip(self._receiving, self.stage.receives, strict=True)
+        ]
+
+    def send(self, values: Sequence[Tensor]) -> list[Handle]:
+        """Begins to hand on a piece; the handles keep it alive."""
+        self.communicator.begin_run(new_shapes=self._new)
+        return [
+            channel.send_begin(value.contiguous(), self.stage.index + 1)
+            for channel, value in zip(self._sending, values, strict=True)
+        ]
+
+
+def _shape(crossing: Crossing, sizes: Mapping[str, int]) -> list[int]:
+    for name in crossing.shape:
+        if isinstance(name, str) and name not in sizes:
+            raise InputError(f"what crosses at {crossing.name!r} has a dim {name!r}, which no input of the run tells")
+    return [sizes[dim] if isinstance(dim, str) else dim for dim in crossing.shape]

@@ -1,0 +1,90 @@
+"""What goes round the ring of decoding stages: one message of fixed size per slot.
+
+    number     step of the tokens, 0: none; whether values follow                  2 x int64
+    tokens     those that the group was given last                                 rows x int64
+    logprobs   of these, NaN where nobody asked                                    rows x float64
+    values     what the stage hands on, each from a multiple of 16 bytes
+
+All ranks of a permute bring tensors of one shape, so a message is as long as the longest boundary and group need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partitioner.errors import InputError
+from runtime.program.rank_program import Crossing
+
+__all__ = ["Message", "message_bytes"]
+
+_ALIGNED = 16
+
+
+@dataclass(frozen=True)
+class Message:
+    """See the module's docstring. values: empty where the group does not run."""
+
+    step: int = 0
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] | None = None
+    values: tuple[Tensor, ...] = ()
+
+    def pack(self, size: int, rows: int, device: torch.device) -> Tensor:
+        """`size` bytes; rows: how many there is room for."""
+        packed = torch.zeros(size, dtype=torch.uint8, device=device)
+        head = torch.zeros(2 + rows, dtype=torch.int64)
+        head[0], head[1] = self.step, len(self.values)
+        head[2 : 2 + len(self.tokens)] = torch.tensor(self.tokens, dtype=torch.int64)
+        scores = torch.full((rows,), math.nan, dtype=torch.float64)
+        if self.logprobs is not None:
+            scores[: len(self.logprobs)] = torch.tensor(self.logprobs, dtype=torch.float64)
+        packed[: 8 * (2 + 2 * rows)] = torch.cat([head.view(torch.uint8), scores.view(torch.uint8)]).to(device)
+        at = _head_bytes(rows)
+        for value in self.values:
+            packed[at : at + value.nbytes] = value.contiguous().view(-1).view(torch.uint8)
+            at = _aligned(at + value.nbytes)
+        return packed
+
+    @classmethod
+    def unpack(cls, packed: Tensor, rows: int, *, count: int, crossings: Sequence[Crossing], scored: bool) -> Message:
+        """count: how many rows the group has. crossings: what the stage before hands on."""
+        head = packed[: 8 * (2 + 2 * rows)].cpu()
+        numbers = head[: 8 * (2 + rows)].view(torch.int64).tolist()
+        scores = head[8 * (2 + rows) :].view(torch.float64).tolist() if scored else None
+        at, values = _head_bytes(rows), []
+        for crossing in crossings if numbers[1] else ():
+            shape = _shape(crossing, count)
+            size = math.prod(shape) * crossing.dtype.itemsize
+            values.append(packed[at : at + size].view(crossing.dtype).view(shape))
+            at = _aligned(at + size)
+        tokens = tuple(numbers[2 : 2 + count])
+        return cls(numbers[0], tokens, None if scores is None else tuple(scores[:count]), tuple(values))
+
+
+def message_bytes(crossings: Sequence[Crossing], rows: int) -> int:
+    """How long the messages of a stage are that hands these on."""
+    size = _head_bytes(rows)
+    for crossing in crossings:
+        size = _aligned(size + math.prod(_shape(crossing, rows)) * crossing.dtype.itemsize)
+    return size
+
+
+def _head_bytes(rows: int) -> int:
+    return _aligned(8 * (2 + 2 * rows))
+
+
+def _aligned(at: int) -> int:
+    return -(-at // _ALIGNED) * _ALIGNED
+
+
+def _shape(crossing: Crossing, rows: int) -> list[int]:
+    sizes = {"batch": rows, "sequence": 1}
+    for dim in crossing.shape:
+        if isinstance(dim, str) and dim not in sizes:
+            raise InputError(f"what crosses at {crossing.name!r} grows with the {dim}: it cannot go round a ring")
+    return [sizes[dim] if isinstance(dim, str) else dim for dim in crossing.shape]

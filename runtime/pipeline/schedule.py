@@ -1,0 +1,173 @@
+"""Schedules: what each stage does in which order, as lists of actions that run nothing by themselves.
+
+    whole text, prompts    a chain; piece i + 1 is received while piece i runs, a send ends when it is next in the way
+    decode                 a ring; in slot t stage k runs group t - k, then all shift by one stage in one permute
+
+    stage 0     0 1 2 3 .          A B A B       the receive of a piece is begun before the piece in front of it runs,
+    stage 1     . 0 1 2 3          . A B A       so that a stage never waits for a transfer that could have started
+
+The order of a ring that suggests itself (learn, run, send; receive, run, choose, tell) waits for ever where nothing is
+buffered: stage 0 to send its second group, the last stage to tell the tokens of the first. One permute per slot does
+not. Pipelines of pieces: GPipe, arXiv:1811.06965, section 2.3.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "Action",
+    "Receive",
+    "Run",
+    "Send",
+    "Shift",
+    "Timelines",
+    "bubble",
+    "chain",
+    "chunk_ends",
+    "groups_of",
+    "naive_ring",
+    "pieces_of",
+    "ring",
+]
+
+_FEWEST_TOKENS = 64
+"""Of a chunk, where it is not the prompt that is short."""
+PIECES_PER_STAGE = 8
+"""Into how many pieces a batch is divided at most: with m pieces, p stages are idle for (p - 1) / (m + p - 1)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Compute a piece (of a chain) or a step of a group (of a ring)."""
+
+    piece: int
+
+
+@dataclass(frozen=True)
+class Receive:
+    """Begin to take a piece from the stage before."""
+
+    piece: int
+
+
+@dataclass(frozen=True)
+class Send:
+    """Begin to hand a piece to the next stage."""
+
+    piece: int
+
+
+@dataclass(frozen=True)
+class Shift:
+    """All stages hand on at once: `piece` goes to the next stage, the last stage's tokens to the first.
+
+    takes: the group that comes from the stage before. None: nothing but what fills the message.
+    """
+
+    piece: int | None
+    takes: int | None
+
+
+Action = Run | Receive | Send | Shift
+Timelines = tuple[tuple[Action, ...], ...]
+"""Per stage, its actions in order."""
+
+
+def pieces_of(rows: int, stages: int) -> list[slice]:
+    """A batch in equal pieces, as far as that goes."""
+    count = min(rows, PIECES_PER_STAGE * stages)
+    return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+
+
+def groups_of(rows: int, stages: int) -> list[slice]:
+    """The rows of each of as many groups as there are stages; none in the last ones where rows are fewer."""
+    used = min(rows, stages)
+    found = [slice(rows * i // used, rows * (i + 1) // used) for i in range(used)]
+    return found + [slice(rows, rows)] * (stages - used)
+
+
+def chunk_ends(tokens: int, *, least: int, longest: int, pairs_per_token: int) -> list[int]:
+    """Where a prompt is cut into chunks that take equally long: later ones are shorter, as they see more.
+
+    least: how many chunks, unless they would have fewer than 64 tokens. longest: the most tokens of one.
+    pairs_per_token: how many pairs of a query and a key cost what a token costs elsewhere, 0: nobody knows.
+    """
+    count = max(1, min(least, tokens // _FEWEST_TOKENS), -(-tokens // longest))
+    while True:
+        ends = [_tokens_of(tokens, i / count, pairs_per_token) for i in range(1, count)] + [tokens]
+        ends = sorted(set(ends))
+        if max(b - a for a, b in itertools.pairwise([0, *ends])) <= longest:
+            return ends
+        count += 1
+
+
+def _tokens_of(tokens: int, share: float, pairs_per_token: int) -> int:
+    """How many of the first tokens cost this share of all: of n, n + n^2 / 2 / pairs_per_token."""
+    if not pairs_per_token:
+        return max(1, round(tokens * share))
+    cost = share * (tokens + tokens**2 / 2 / pairs_per_token)
+    return max(1, round(pairs_per_token * (math.sqrt(1 + 2 * cost / pairs_per_token) - 1)))
+
+
+def chain(stages: int, pieces: int) -> Timelines:
+    """Pieces one after the other through all stages."""
+    found = []
+    for stage in range(stages):
+        actions: list[Action] = [Receive(0)] if stage and pieces else []
+        for piece in range(pieces):
+            if stage and piece + 1 < pieces:
+                actions.append(Receive(piece + 1))
+            actions.append(Run(piece))
+            if stage + 1 < stages:
+                actions.append(Send(piece))
+        found.append(tuple(actions))
+    return tuple(found)
+
+
+def ring(stages: int, groups: int, slots: int) -> Timelines:
+    """`slots` slots of a decode with as many groups as stages or more; the first slots fill the stages one by one."""
+    return tuple(tuple(action for slot in range(slots) for action in in_slot(stage, stages, groups, slot))
+                 for stage in range(stages))  # fmt: skip
+
+
+def in_slot(stage: int, stages: int, groups: int, slot: int) -> Sequence[Action]:
+    """What one stage does in one slot."""
+    own, takes = group_at(stage, groups, slot), group_at(stage - 1, groups, slot)
+    if stage == 0:
+        takes = group_at(stages - 1, groups, slot)
+    return [*([Run(own)] if own is not None else []), Shift(own, takes)]
+
+
+def group_at(stage: int, groups: int, slot: int) -> int | None:
+    """The group that a stage runs in a slot; None before the first has come to it."""
+    return (slot - stage) % groups if slot >= stage else None
+
+
+def naive_ring(stages: int, groups: int, rounds: int) -> Timelines:
+    """The order that waits for ever without buffers; here to be told as wrong, and to be drawn beside the others.
+
+    Pieces from `groups` on are tokens that go from the last stage to the first.
+    """
+    found = []
+    for stage in range(stages):
+        actions: list[Action] = []
+        for step in range(rounds):
+            for group in range(groups):
+                if stage == 0:
+                    actions += [Receive(groups + group)] if step else []
+                else:
+                    actions.append(Receive(group))
+                actions.append(Run(group))
+                last = stage + 1 == stages
+                actions.append(Send(groups + group if last else group))
+        found.append(tuple(actions))
+    return tuple(found)
+
+
+def bubble(stages: int, pieces: int) -> float:
+    """The share of time that equal stages are idle for."""
+    return (stages - 1) / (pieces + stages - 1)
