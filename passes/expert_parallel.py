@@ -1,7 +1,7 @@
 """The expert-parallel pass: the routed experts of every layer dealt to the ranks of ep, each to one of them or several.
 
     replicate   every rank has all tokens:   localise_experts -> its experts -> combine    a partial sum, all-reduced
-    gather      ranks have their own tokens: collect_rows -> as above -> scatter_rows      fixed shapes
+    gather      ranks have their own tokens: collect_rows -> as above -> scatter_rows      the same graph, by layouts
     exchange    ranks have their own tokens: expert_send -> its experts -> combine -> expert_return   two all-to-alls
 
 The pass writes these ops around the dispatch, grouped linears and combine that were captured, and deals the weights;
@@ -188,7 +188,8 @@ def choose(ranks: int, num_experts: int, choices: int, entry: str) -> str:
 
 def _tell(program: Program, regions: list[Region], owners: Owners, exchange: str) -> None:
     good = [region for region in regions if region.why is None]
-    sizes = "/".join(str(len(mine)) for mine in owners)
+    each = [len(mine) for mine in owners]
+    sizes = f"{len(each)} x {each[0]}" if len(each) > 8 and len(set(each)) == 1 else "/".join(map(str, each))
     held = sum(map(len, owners))
     copies = f", {held - good[0].num_experts} of them copies" if held > good[0].num_experts else ""
     program.notes.append(

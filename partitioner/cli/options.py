@@ -32,6 +32,7 @@ __all__ = [
     "CompileSteps",
     "Device",
     "Dtype",
+    "Ep",
     "Job",
     "KeepWhole",
     "MaxBatch",
@@ -73,6 +74,15 @@ Pp = Annotated[
         help="pipeline stages; by default 1, or those of the bundle",
     ),
 ]
+Ep = Annotated[
+    int | None,
+    typer.Option(
+        "--ep",
+        "--expert-parallel-size",
+        "--expert_parallel_size",
+        help="ranks that share out the experts of each layer; by default 1, or those of the bundle",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(help="of the weights; by default, or auto, the checkpoint's, or what the configuration names"),
@@ -109,6 +119,7 @@ class Compile:
     max_length: int | None = None
     text: str | None = None
     pp: int | None = None
+    ep: int | None = None
 
     @classmethod
     def of(
@@ -116,13 +127,14 @@ class Compile:
         *,
         tp: int | None,
         pp: int | None,
+        ep: int | None,
         plan: str | None,
         keep_whole: list[str] | None,
         passes: list[str] | None,
         max_length: int | None,
     ) -> Compile:
         """What the command line was given; its passes are installed, and serve what it asks for."""
-        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, plan, pp)
+        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, plan, pp, ep)
         check_plan(how.plan)
         return how
 
@@ -141,7 +153,7 @@ class Compile:
     def plan_of(self, model: str | None) -> Plan:
         """The plan for MODEL, which may be a bundle with a number of ranks of its own."""
         plan = Plan.parse(self.text or "")
-        given = {axis: size for axis, size in (("tp", self.tp), ("pp", self.pp)) if size is not None}
+        given = {axis: size for axis, size in (("tp", self.tp), ("pp", self.pp), ("ep", self.ep)) if size is not None}
         for axis, size in given.items():
             if self.text and size != plan.degree(axis):
                 raise InputError(f"--{axis} {size} and --plan {self.text!r} say two things: give one of them")
@@ -149,6 +161,8 @@ class Compile:
         if not self.text and not given and model is not None and is_bundle(model):
             mesh = load(model).mesh
             degrees = {axis: mesh.size(axis) for axis in DEGREES}
+        elif plan.dp_follows:
+            del degrees["dp"]  # it follows from the others, which are not all here yet
         return Plan(
             **{**degrees, **given}, keep_whole=(*plan.keep_whole, *self.keep_whole), passes=(*plan.passes, *self.passes)
         )

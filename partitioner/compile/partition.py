@@ -223,29 +223,28 @@ def compile_steps(stepping: Program, plan: Plan, *, stages: StageTable | None = 
     return _entries(stepping, plan, stages=stages)
 
 
-def _split(traced: Program, plan: Plan, entry: str) -> Program:
+def _split(traced: Program, plan: Plan, entry: str, stages: StageTable | None = None) -> Program:
     """With its weights divided, as the plan has it for this entry."""
-    return run_passes(traced.copy(plan.mesh), splitting(traced, plan, entry))
+    found = run_passes(traced.copy(plan.mesh), splitting(traced, plan, entry))
+    found.stages = stages
+    return found
 
 
 def _entries(
-    traced: Program, plan: Plan, *, text: Program | None = None, stages: StageTable | None
+    traced: Program, plan: Plan, *, text: Program | None = None, stages: StageTable | None = None
 ) -> tuple[Program, Program]:
-    """For prompts, and for single tokens.
-
-    text: what `traced` was split to for whole texts. stages: the cut of the program for whole texts, None: none.
+    """For prompts, and for single tokens. `text`: what `traced` was split to for whole texts; `stages`: how that is
+    cut.
     """
     for_text, for_prefill, for_decode = (splitting(traced, plan, entry) for entry in ("text", "prefill", "decode"))
     prefill, decode = passes_of(plan, "prefill"), passes_of(plan, "decode")
-    split = text if text is not None and for_text == for_prefill else _split(traced, plan, "prefill")
-    split.stages = stages
+    split = text if text is not None and for_text == for_prefill else _split(traced, plan, "prefill", stages)
     for_prompts = run_passes(split.copy(), prefill)
     prove_stages(for_prompts)
     if (for_decode, decode) == (for_prefill, prefill):
         return for_prompts, for_prompts
     if for_decode != for_prefill:
-        split = text if text is not None and for_text == for_decode else _split(traced, plan, "decode")
-        split.stages = stages
+        split = text if text is not None and for_text == for_decode else _split(traced, plan, "decode", stages)
     for_tokens = run_passes(split.copy(), decode)
     prove_stages(for_tokens)
     check_entries(for_prompts, for_tokens)

@@ -5,8 +5,8 @@
     python -m tests.supported_models.survey generate [names]  each causal one, built tiny, continues texts
     python -m tests.supported_models.survey generate --again  the same where there is a row already
     python -m tests.supported_models.survey bundles [names]   each, built tiny, saved and loaded: the same, bit by bit
-    python -m tests.supported_models.survey stages [names]    each, built tiny, as pipeline stages
     python -m tests.supported_models.survey experts [names]   each mixture of experts, built tiny, over ep
+    python -m tests.supported_models.survey stages [names]    each, built tiny, as pipeline stages
     python -m tests.supported_models.survey shares [names]    each default configuration, on the meta device
     python -m tests.supported_models.survey write             coverage.jsonl becomes docs/reference/supported_models.md
 
@@ -134,6 +134,25 @@ def measure_bundle(name: str, *, minutes: float) -> dict[str, Any]:
     return {**row, "bundle": {**found, "seconds": round(time.perf_counter() - start, 1)}}
 
 
+def measure_experts(name: str, *, minutes: float) -> dict[str, Any]:
+    """What dealing its experts out adds to a row."""
+    row: dict[str, Any] = {"name": name, "odd": False}
+    start = time.perf_counter()
+    try:
+        model, _ = zoo.tiny(name)
+    except Exception as error:
+        return {**row, "experts": {"verdict": "not built", "why": short(error)}}
+    try:
+        with TimeLimit(minutes):
+            traced = in_float64(trace(model.double()))
+            found = compare_experts(model, traced, [n for n in LENGTHS if _admits(traced, n)])
+    except (CaptureError, OutOfTime) as error:
+        found = {"verdict": "refused", "why": short(error)}
+    except Exception as error:
+        found = {"verdict": "crashed", "why": short(error)}
+    return {**row, "experts": {**found, "seconds": round(time.perf_counter() - start, 1)}}
+
+
 def measure_stages(name: str, *, minutes: float) -> dict[str, Any]:
     """What running it as pipeline stages adds to a row."""
     row: dict[str, Any] = {"name": name, "odd": False}
@@ -153,25 +172,6 @@ def measure_stages(name: str, *, minutes: float) -> dict[str, Any]:
     except Exception as error:
         found = {"verdict": "crashed", "why": short(error)}
     return {**row, "stages": {**found, "seconds": round(time.perf_counter() - start, 1)}}
-
-
-def measure_experts(name: str, *, minutes: float) -> dict[str, Any]:
-    """What dealing its experts out adds to a row."""
-    row: dict[str, Any] = {"name": name, "odd": False}
-    start = time.perf_counter()
-    try:
-        model, _ = zoo.tiny(name)
-    except Exception as error:
-        return {**row, "experts": {"verdict": "not built", "why": short(error)}}
-    try:
-        with TimeLimit(minutes):
-            traced = in_float64(trace(model.double()))
-            found = compare_experts(model, traced, [n for n in LENGTHS if _admits(traced, n)])
-    except (CaptureError, OutOfTime) as error:
-        found = {"verdict": "refused", "why": short(error)}
-    except Exception as error:
-        found = {"verdict": "crashed", "why": short(error)}
-    return {**row, "experts": {**found, "seconds": round(time.perf_counter() - start, 1)}}
 
 
 def _compare(model: Any, traced: Any, *, exact: bool) -> dict[str, float]:
@@ -260,8 +260,8 @@ def _worker(request: tuple[str, str, float, bool]) -> dict[str, Any]:
         "shares": measure_shares,
         "generate": measure_generation,
         "bundles": measure_bundle,
-        "stages": measure_stages,
         "experts": measure_experts,
+        "stages": measure_stages,
     }
     return others[what](name, minutes=minutes)
 
@@ -271,8 +271,8 @@ _KEYS = {
     "shares": "default",
     "generate": "generates",
     "bundles": "bundle",
-    "stages": "stages",
     "experts": "experts",
+    "stages": "stages",
 }
 """By action: what tells that a row has its results."""
 
@@ -305,7 +305,7 @@ def _verdict(row: dict[str, Any]) -> str:
 
 
 def _of_action(row: dict[str, Any]) -> dict[str, Any]:
-    return next((row[key] for key in ("generates", "bundle", "stages", "experts") if key in row), {})
+    return next((row[key] for key in ("generates", "bundle", "experts", "stages") if key in row), {})
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -318,7 +318,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=(*_KEYS, "write"))
+    parser.add_argument("action", choices=("run", "shares", "generate", "bundles", "experts", "stages", "write"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--from", dest="source", type=Path, default=Path("coverage.jsonl"))
     parser.add_argument("--to", type=Path)
