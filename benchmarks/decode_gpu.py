@@ -109,7 +109,7 @@ def on_several(given: argparse.Namespace) -> None:
     torch.cuda.set_device(rank)
     model, ids = build(given.layers), prompts(given.batch)
     parts = partition(model, Plan(tp=given.ranks))
-    first = Engine.connect(parts, device="cuda", compile=True, cuda_graph=True, timeout_s=600)
+    first = Engine.connect(parts, device="cuda", compile=True, cuda_graph=True, timeout_s=600, shared_memory="on")
     groups = first.communicator
     assert isinstance(groups, ProcessGroups)
     print(f"rank {rank}: {groups.transports}", flush=True)

@@ -12,8 +12,8 @@ On CPU, a group whose ranks share a host takes shared memory (`runtime/communica
     shared_memory="on"    CommunicationError where it cannot; groups across hosts use gloo all the same
     shared_memory="off"   gloo
 
-GPUs of one host that reach each other's memory write into it (`runtime/communication/peer_memory/`) where that is
-quicker than NCCL, by the same three words.
+On CUDA, "auto" and "off" are NCCL. With "on", GPUs of one host write into each other's memory where that is quicker
+(`runtime/communication/peer_memory/`); CommunicationError where they cannot, NCCL across hosts.
 """
 
 from __future__ import annotations
@@ -234,12 +234,12 @@ class ProcessGroups(Communicator):
     def _share(self, ranks: tuple[int, ...], axis: str, wanted: Sharing) -> str:
         """Meet the ranks of a group in shared memory, where that is wanted and possible; what carries it then."""
         otherwise = "gloo" if self.device.type == "cpu" else "nccl"
-        if wanted == "off":
+        if wanted == "off" or (wanted == "auto" and self.device.type == "cuda"):
             return otherwise
         group = self._groups[ranks]
         exchange = functools.partial(exchange_json, group=group, num_ranks=len(ranks), device=self.device)
         if self.device.type != "cpu":
-            return self._share_gpus(ranks, axis, wanted, exchange)
+            return self._share_gpus(ranks, axis, exchange)
         try:
             shared = SharedMemory.connect(ranks, self.rank, exchange=exchange, timeout_s=self.timeout_s)
         except Unavailable as reason:
@@ -263,20 +263,18 @@ class ProcessGroups(Communicator):
         self._shared[ranks] = shared
         return "shared memory"
 
-    def _share_gpus(self, ranks: tuple[int, ...], axis: str, wanted: Sharing, exchange: Exchange) -> str:
+    def _share_gpus(self, ranks: tuple[int, ...], axis: str, exchange: Exchange) -> str:
         """The same for ranks with a GPU each."""
         group = Group(self._groups[ranks], ranks, ranks.index(self.rank), is_nccl=True)
         try:
             peers = PeerMemory.connect(group, self.device, exchange=exchange, timeout_s=self.timeout_s)
         except NoPeers as reason:
-            if wanted == "on":
-                raise CommunicationError(
-                    f"the GPUs along {axis!r} cannot write into each other's memory: {reason}\n"
-                    'shared_memory="auto" takes NCCL in such a case, "off" always'
-                ) from None
-            if self.rank == ranks[0]:
-                _log.info("the ranks along %r talk over NCCL, not by each other's memory: %s", axis, reason)
-            return f"nccl: {reason}"
+            if reason.several_hosts:
+                return f"nccl: {reason}"
+            raise CommunicationError(
+                f"the GPUs along {axis!r} cannot write into each other's memory: {reason}\n"
+                'shared_memory="auto" takes NCCL'
+            ) from None
         measure.choose(peers, exchange=exchange)
         self.peers[ranks] = peers
         return "peer memory"

@@ -49,6 +49,10 @@ Exchange = Callable[[Any], list[Any]]
 class Unavailable(Exception):
     """Why a group cannot write into each other's memory; the same on all of its ranks."""
 
+    def __init__(self, why: str, *, several_hosts: bool = False) -> None:
+        super().__init__(why)
+        self.several_hosts = several_hosts
+
 
 @dataclass(frozen=True)
 class Geometry:

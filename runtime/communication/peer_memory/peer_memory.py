@@ -80,7 +80,7 @@ class PeerMemory:
         everyone = exchange(standing(device))
         why = obstacle(group.ranks, everyone, device)
         if why := first_obstacle(group.ranks, exchange({"why": why})):
-            raise Unavailable(why)
+            raise Unavailable(why, several_hosts=len({each["host"] for each in everyone}) > 1)
         # not by the name of the group, which torch uses again after the group is gone
         name = f"partitioner {everyone[0]['token']}"
         memory = handle = None

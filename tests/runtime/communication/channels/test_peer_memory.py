@@ -112,19 +112,20 @@ def test_parts_of_the_memory_do_not_overlap(num_ranks: int) -> None:
     assert geometry.num_bytes <= 200 * 2**20
 
 
-@pytest.mark.parametrize("wanted", ["auto", "on"])
-def test_where_it_cannot_be_had_nccl_does_it_and_says_why(wanted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("several_hosts", [True, False])
+def test_where_it_cannot_be_had_it_says_why(several_hosts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     groups = ProcessGroups.__new__(ProcessGroups)
     groups.rank, groups.device, groups.timeout_s, groups.peers = 0, torch.device("cuda", 0), 1.0, {}
     groups._groups = {(0, 1): None}  # type: ignore[dict-item]
 
     def cannot(*given: Any, **options: Any) -> None:
-        raise Unavailable("rank 1: no way there")
+        raise Unavailable("rank 1: no way there", several_hosts=several_hosts)
 
     monkeypatch.setattr(process_groups.PeerMemory, "connect", cannot)
-    if wanted == "auto":
-        assert groups._share_gpus((0, 1), "tp", wanted, exchange=lambda x: [x, x]) == "nccl: rank 1: no way there"
+    if several_hosts:
+        assert groups._share((0, 1), "tp", "on") == "nccl: rank 1: no way there"
     else:
-        with pytest.raises(CommunicationError, match=r"along 'tp' cannot write .* no way there\n.*\"off\" always"):
-            groups._share_gpus((0, 1), "tp", wanted, exchange=lambda x: [x, x])
+        with pytest.raises(CommunicationError, match=r"along 'tp' cannot write .* no way there\n.*\"auto\" takes NCCL"):
+            groups._share((0, 1), "tp", "on")
+    assert groups._share((0, 1), "tp", "auto") == groups._share((0, 1), "tp", "off") == "nccl"
     assert not groups.peers
