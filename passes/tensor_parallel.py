@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from partitioner.analysis.labels.choose_splits import Decisions, decide
-from partitioner.analysis.labels.repeated_blocks import find_blocks
+from partitioner.analysis.labels.repeated_blocks import Blocks, find_blocks
 from partitioner.analysis.layouts.localise import Scaled
 from partitioner.analysis.layouts.propagate_layouts import Placement, Unplaceable, place
 from partitioner.analysis.rules import notation
@@ -45,11 +45,15 @@ class TensorParallel:
     keep_whole: tuple[tuple[str, str], ...] = ()
 
     def run(self, program: Program) -> Program:
-        if program.mesh.size(self.axis) == 1:
+        if program.mesh.size(self.axis) == 1 and not program.unplaced:
             return program
         decisions, placement = self._place(program)
+        dealt = {name for name, layout in program.weight_layouts.items() if not layout.is_replicated}
+        program.weight_layouts = {n: w for n, w in program.weight_layouts.items() if not w.is_replicated}
         program.weight_layouts.update({n: w for n, w in placement.weights.items() if not w.is_replicated})
-        program.kept_whole.update(decisions.pinned | decisions.shared)
+        kept = decisions.pinned | decisions.shared
+        program.kept_whole.update({n: why for n, why in kept.items() if n not in dealt})
+        program.unplaced = False
         for name, layout in placement.states.items():
             program.states[name] = replace(program.states[name], layout=layout)
         _Rewriting(program, placement, self.axis).run()
@@ -65,21 +69,14 @@ class TensorParallel:
         misfits: dict[str, str] = {}
         partial: frozenset[str] | None = None
         while True:
-            decisions = decide(
-                program,
-                self.axis,
-                blocks=blocks,
-                keep_whole=keep_whole,
-                misfits=misfits,
-                together=together,
-                partial=partial,
-            )
+            decisions = self._decide(program, blocks, keep_whole, misfits, together, partial)
             if partial is None:
                 partial = _reduce_in_parts(program, decisions.partial)
                 if partial:
                     blocks = find_blocks(program, apart=keep_whole)
                     continue  # the means and norms among them are sums now
             weights = {name: _layout(program, name, splits) for name, splits in decisions.splits.items()}
+            weights = {**program.weight_layouts, **weights}
             try:
                 return decisions, place(program, weights)
             except Unplaceable as trouble:
@@ -92,12 +89,43 @@ class TensorParallel:
                 else:
                     # each round keeps at least one more weight whole, so this ends
                     misfits |= dict.fromkeys(trouble.weights or weights, trouble.reason)
-                    if not weights:
+                    if not decisions.splits:
                         raise PlanError(f"no placement over {self.axis!r} found: {trouble}") from trouble
+
+    def _decide(
+        self,
+        program: Program,
+        blocks: Blocks,
+        keep_whole: dict[str, str],
+        misfits: dict[str, str],
+        together: dict[str, int],
+        partial: frozenset[str] | None,
+    ) -> Decisions:
+        """Splits over tp; those of experts' own matrices over etp."""
+        mesh = program.mesh
+        experts = mesh.in_attention_view("etp")
+        found = Decisions({}, frozenset(), {}, {})
+        dealt = dict.fromkeys(program.weight_layouts, "dealt out by experts")
+        for axis in dict.fromkeys((self.axis, *experts)):
+            if mesh.size(axis) == 1:
+                continue
+            apart = dealt if axis == self.axis else dict.fromkeys(program.weights.keys() - dealt, "not of experts")
+            whole = keep_whole | (apart if experts != (self.axis,) else {})
+            more = decide(
+                program, axis, blocks=blocks, keep_whole=whole, misfits=misfits, together=together, partial=partial
+            )
+            pinned = {name: why for name, why in more.pinned.items() if name not in apart}
+            found = Decisions(
+                found.splits | more.splits,
+                found.partial | more.partial,
+                found.pinned | pinned,
+                found.shared | more.shared,
+            )
+        return found
 
 
 def _layout(program: Program, name: str, splits: dict[int, Split]) -> Layout:
-    layout = REPLICATED(len(program.weights[name].shape))
+    layout = program.weight_layouts.get(name, REPLICATED(len(program.weights[name].shape)))
     for dim, split in splits.items():
         layout = layout.with_dim(dim, split)
     return layout

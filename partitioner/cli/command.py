@@ -11,12 +11,20 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from partitioner.cli.options import Compile, KeepWhole, MaxLength, Passes, PlanText, Pp, Tp
+from partitioner.cli.options import Compile, Ep, KeepWhole, MaxLength, Passes, PlanText, Pp, Tp
 from partitioner.errors import CommunicationError, PartitionerError
 
 __all__ = ["command"]
 
-_COMPILE = {"tp": Tp, "pp": Pp, "plan": PlanText, "keep_whole": KeepWhole, "passes": Passes, "max_length": MaxLength}
+_COMPILE = {
+    "tp": Tp,
+    "pp": Pp,
+    "ep": Ep,
+    "plan": PlanText,
+    "keep_whole": KeepWhole,
+    "passes": Passes,
+    "max_length": MaxLength,
+}
 """The options that a command has in the place of its parameter `how`."""
 
 

@@ -29,14 +29,19 @@ from partitioner.storage.recognise import is_bundle
 __all__ = [
     "Checkpoint",
     "Compile",
+    "CompileSteps",
+    "Device",
     "Dtype",
+    "Ep",
     "Job",
     "KeepWhole",
+    "MaxBatch",
     "MaxLength",
     "Model",
     "Passes",
     "PlanText",
     "Pp",
+    "Revision",
     "Simulate",
     "Timeout",
     "Tp",
@@ -44,7 +49,9 @@ __all__ = [
 
 Model = Annotated[
     str,
-    typer.Argument(help="a checkpoint folder, a bundle to split anew, config:FILE.json, or a model type"),
+    typer.Argument(
+        help="a checkpoint folder, a hub's org/name, a bundle to split anew, config:FILE.json, or a model type"
+    ),
 ]
 PlanText = Annotated[
     str | None, typer.Option("--plan", help='degrees and options of passes: "tp=2,pp=2", "tp=4,keep_whole=[*.head]"')
@@ -67,9 +74,29 @@ Pp = Annotated[
         help="pipeline stages; by default 1, or those of the bundle",
     ),
 ]
-Dtype = Annotated[
-    str | None, typer.Option(help="of the weights; by default the checkpoint's, or what the configuration names")
+Ep = Annotated[
+    int | None,
+    typer.Option(
+        "--ep",
+        "--expert-parallel-size",
+        "--expert_parallel_size",
+        help="ranks that share out the experts of each layer; by default 1, or those of the bundle",
+    ),
 ]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="of the weights; by default, or auto, the checkpoint's, or what the configuration names"),
+]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, or auto: GPUs where this machine has one for each of its ranks, else cpu")
+]
+CompileSteps = Annotated[
+    bool, typer.Option("--compile/--no-compile", help="put decode steps through torch.compile, which takes a minute")
+]
+Revision = Annotated[
+    str | None, typer.Option(help="of a repository on a hub: a branch, tag or commit; by default its main branch")
+]
+MaxBatch = Annotated[int | None, typer.Option(help="the most prompts to run at a time; by default all")]
 KeepWhole = Annotated[list[str] | None, typer.Option(help="names of weights, with *, that no rank splits")]
 Passes = Annotated[list[str] | None, typer.Option("--pass", help="an installed pass to run as well, by its name")]
 MaxLength = Annotated[
@@ -92,6 +119,7 @@ class Compile:
     max_length: int | None = None
     text: str | None = None
     pp: int | None = None
+    ep: int | None = None
 
     @classmethod
     def of(
@@ -99,13 +127,14 @@ class Compile:
         *,
         tp: int | None,
         pp: int | None,
+        ep: int | None,
         plan: str | None,
         keep_whole: list[str] | None,
         passes: list[str] | None,
         max_length: int | None,
     ) -> Compile:
         """What the command line was given; its passes are installed, and serve what it asks for."""
-        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, plan, pp)
+        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, plan, pp, ep)
         check_plan(how.plan)
         return how
 
@@ -124,7 +153,7 @@ class Compile:
     def plan_of(self, model: str | None) -> Plan:
         """The plan for MODEL, which may be a bundle with a number of ranks of its own."""
         plan = Plan.parse(self.text or "")
-        given = {axis: size for axis, size in (("tp", self.tp), ("pp", self.pp)) if size is not None}
+        given = {axis: size for axis, size in (("tp", self.tp), ("pp", self.pp), ("ep", self.ep)) if size is not None}
         for axis, size in given.items():
             if self.text and size != plan.degree(axis):
                 raise InputError(f"--{axis} {size} and --plan {self.text!r} say two things: give one of them")
@@ -132,6 +161,8 @@ class Compile:
         if not self.text and not given and model is not None and is_bundle(model):
             mesh = load(model).mesh
             degrees = {axis: mesh.size(axis) for axis in DEGREES}
+        elif plan.dp_follows:
+            del degrees["dp"]  # it follows from the others, which are not all here yet
         return Plan(
             **{**degrees, **given}, keep_whole=(*plan.keep_whole, *self.keep_whole), passes=(*plan.passes, *self.passes)
         )
@@ -148,7 +179,7 @@ class Compile:
 
     def compile(self, model: str, *, dtype: str | None, meta: bool = False, mapped: bool = False) -> Parts[Report]:
         """MODEL compiled. `meta`: where it is no folder, without data."""
-        kind: torch.dtype | None = None if dtype is None else dtype_named(dtype)
+        kind: torch.dtype | None = None if dtype in (None, "auto") else dtype_named(str(dtype))
         plan = self.plan_of(model)
         if is_bundle(model) or (can_open(model) if meta else Path(model).is_dir()):
             return partition(model, plan, dtype=kind, max_length=self.max_length, mapped=mapped)

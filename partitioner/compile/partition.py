@@ -153,7 +153,7 @@ def compile_program(
     more than attention. `model`: what a bundle says of it.
     """
     check_plan(plan)
-    split = run_passes(traced.copy(plan.mesh), splitting(traced, plan))
+    split = _split(traced, plan, "text")
     text = run_passes(split.copy(), passes_of(plan, "text"))
     if text.stages is not None:
         text.stages = replace(text.stages, rows_apart=_rows_apart(traced))
@@ -195,10 +195,9 @@ def _compile_generation(
     if reason is None:
         if continuing is not traced:  # another graph than that of the whole text
             bound_inputs(continuing)
-            stages = split.stages
-            split = run_passes(continuing.copy(plan.mesh), splitting(continuing, plan))
-            split.stages = stages
-        prefill, decode = _entries(split, plan)
+            prefill, decode = _entries(continuing, plan, stages=split.stages)
+        else:
+            prefill, decode = _entries(traced, plan, text=split, stages=split.stages)
         for program in {id(each): each for each in (prefill, decode)}.values():
             check_rows(program)
         return prefill, decode
@@ -221,17 +220,31 @@ def _compile_generation(
 
 def compile_steps(stepping: Program, plan: Plan, *, stages: StageTable | None = None) -> tuple[Program, Program]:
     """What `trace_step` yields, for `plan`: for prompts, and for single tokens; cut as the whole text's program is."""
-    split = run_passes(stepping.copy(plan.mesh), splitting(stepping, plan))
-    split.stages = stages
-    return _entries(split, plan)
+    return _entries(stepping, plan, stages=stages)
 
 
-def _entries(split: Program, plan: Plan) -> tuple[Program, Program]:
+def _split(traced: Program, plan: Plan, entry: str, stages: StageTable | None = None) -> Program:
+    """With its weights divided, as the plan has it for this entry."""
+    found = run_passes(traced.copy(plan.mesh), splitting(traced, plan, entry))
+    found.stages = stages
+    return found
+
+
+def _entries(
+    traced: Program, plan: Plan, *, text: Program | None = None, stages: StageTable | None = None
+) -> tuple[Program, Program]:
+    """For prompts, and for single tokens. `text`: what `traced` was split to for whole texts; `stages`: how that is
+    cut.
+    """
+    for_text, for_prefill, for_decode = (splitting(traced, plan, entry) for entry in ("text", "prefill", "decode"))
     prefill, decode = passes_of(plan, "prefill"), passes_of(plan, "decode")
+    split = text if text is not None and for_text == for_prefill else _split(traced, plan, "prefill", stages)
     for_prompts = run_passes(split.copy(), prefill)
     prove_stages(for_prompts)
-    if decode == prefill:
+    if (for_decode, decode) == (for_prefill, prefill):
         return for_prompts, for_prompts
+    if for_decode != for_prefill:
+        split = text if text is not None and for_text == for_decode else _split(traced, plan, "decode", stages)
     for_tokens = run_passes(split.copy(), decode)
     prove_stages(for_tokens)
     check_entries(for_prompts, for_tokens)

@@ -31,13 +31,14 @@ Reasons = tuple[tuple[str, str], ...]
 class BuiltIn:
     """A pass of ours. entries: where it runs. when: for which plans. splits: it divides weights, alike in all entries.
 
-    serves: the axes of which it makes use.
+    by_entry: what else it does differs between entries, as its `for_entry` says. serves: axes of which it makes use.
     """
 
     name: str
     entries: tuple[str, ...]
     when: Callable[[Plan], bool]
     splits: bool = False
+    by_entry: bool = False
     serves: tuple[str, ...] = ()
     last: bool = False
     """After the user's own."""
@@ -47,8 +48,21 @@ def _always(plan: Plan) -> bool:
     return True
 
 
+def _has_experts(plan: Plan) -> bool:
+    return plan.ep * plan.etp > 1
+
+
+def _named(plan: Plan) -> set[str]:
+    """The passes that the plan names."""
+    return {
+        each if isinstance(each, str) else each[0] if isinstance(each, tuple) else each.name for each in plan.passes
+    }
+
+
 ORDER = (
-    BuiltIn("tensor-parallel", EVERYWHERE, lambda plan: plan.tp > 1, splits=True, serves=("tp",)),
+    BuiltIn("expert-parallel", EVERYWHERE, _has_experts, splits=True, by_entry=True, serves=("ep", "etp")),
+    BuiltIn("tensor-parallel", EVERYWHERE, lambda plan: plan.tp > 1 or _has_experts(plan), splits=True, serves=("tp",)),
+    BuiltIn("sequence-parallel", ("text", "prefill"), lambda plan: "sequence-parallel" in _named(plan), serves=("tp",)),
     BuiltIn("kv-cache", GENERATION, _always),
     BuiltIn("last-token", GENERATION, _always),
     BuiltIn("fuse", EVERYWHERE, _always),
@@ -62,6 +76,8 @@ def check_plan(plan: object) -> Plan:
     if not isinstance(plan, Plan):
         raise PlanError(f"the plan must be a Plan, such as Plan(tp=2); got {plan!r}")
     served = {axis for built_in in ORDER for axis in built_in.serves}
+    if _has_experts(plan):
+        served.add("dp")  # ranks that share out experts
     for axis in DEGREES:
         degree = plan.degree(axis)
         if degree > 1 and axis not in served:
@@ -73,10 +89,16 @@ def check_plan(plan: object) -> Plan:
     return plan
 
 
-def splitting(traced: Program, plan: Plan) -> list[Chosen]:
-    """The passes that divide the weights, which all entries of one plan have in common."""
+def splitting(traced: Program, plan: Plan, entry: str) -> list[Chosen]:
+    """The passes that divide the weights, alike in all entries of one plan."""
     keep = select(traced, plan.keep_whole)  # what matches nothing is refused on one rank too
-    return list(_built_in(plan, (each for each in ORDER if each.splits), keep))
+    found = list(_built_in(plan, (each for each in ORDER if each.splits), keep))
+    varied = {each.name for each in ORDER if each.by_entry}
+    for i, chosen in enumerate(found):
+        if chosen.step.name in varied:
+            step: Any = chosen.step
+            found[i] = replace(chosen, step=step.for_entry(entry, replace(traced, mesh=plan.mesh)))
+    return found
 
 
 def passes_of(plan: Plan, entry: str) -> list[Chosen]:

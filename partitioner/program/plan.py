@@ -117,7 +117,7 @@ class Plan:
 
     def __str__(self) -> str:
         """What `parse` takes; a pass whose options cannot be written so is written as Python has it."""
-        said = [f"{axis}={n}" for axis, n in self.mesh.degrees.items() if axis != "dp" or not self._dp_follows]
+        said = [f"{axis}={n}" for axis, n in self.mesh.degrees.items() if axis != "dp" or not self.dp_follows]
         if self.keep_whole:
             said.append(f"keep_whole={write_value(self.keep_whole)}")
         for chosen in self.passes:
@@ -126,13 +126,13 @@ class Plan:
         return ",".join(said) or "tp=1"
 
     @property
-    def _dp_follows(self) -> bool:
+    def dp_follows(self) -> bool:
         """Whether dp is what it would be if it had not been given."""
         experts = self.ep * self.etp
         return self.dp == experts // math.gcd(experts, self.sp * self.tp)
 
     def __repr__(self) -> str:
-        said = [f"{axis}={n}" for axis, n in self.mesh.degrees.items() if axis != "dp" or not self._dp_follows]
+        said = [f"{axis}={n}" for axis, n in self.mesh.degrees.items() if axis != "dp" or not self.dp_follows]
         if self.tp == 1:
             said.append("tp=1")
         if self.keep_whole:

@@ -165,6 +165,8 @@ class Program:
     """How the ranks hold the result; None: all of it on every rank."""
     stages: StageTable | None = None
     """Which stages hold which weights; None where there is one stage. Nodes say theirs in node.meta["stages"]."""
+    unplaced: bool = False
+    """Whether a pass has dealt out weights and left the collectives to the one after it, which places all axes."""
     kept_whole: dict[str, str] = field(default_factory=dict)
     """Weights that could have been split and stay whole, with the reason."""
     limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from partitioner.analysis.layouts.infer_experts import ROUTED
 from partitioner.analysis.layouts.infer_layout import Inference, Layouts, disjoint
 from partitioner.analysis.layouts.infer_move import sizes_read
 from partitioner.analysis.layouts.memoise import Inferrer
@@ -24,6 +25,7 @@ from partitioner.analysis.rules.data_movement import is_move
 from partitioner.errors import LayoutError
 from partitioner.program.node_arguments import arguments, describe, evaluate, node_values, operation
 from partitioner.program.program import Entry, PerRankInt, Program, Value
+from partitioner.proof.experts import EXPERT_CHECKS
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Rows, Split, in_order, points
 from runtime.ops.attention import attention
@@ -32,7 +34,7 @@ from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.communicating import read_call
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.local import once, reorder, shard
-from runtime.ops.rows import collect_rows, take_rows
+from runtime.ops.rows import collect_rows, scatter_rows, take_rows
 from runtime.ops.state import cache_append, state_read, state_write
 
 aten = torch.ops.aten
@@ -260,15 +262,27 @@ def _collect_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     a = arguments(node)
     layout: Layout = layouts[a["x"]]
     rows = layout.dims[a["dim"]]
-    if not isinstance(rows, Rows) or rows.axes != read_call(node).axes:
+    if not isinstance(rows, Rows) or rows.axes != read_call(node).axes or rows.kind == ROUTED:
         raise LayoutError(
             f"{_at(node)} collects rows of {read_call(node).axes} along dim {a['dim']} of {a['x']}, which is {layout}"
         )
     total, size = a["total"], a["x"].meta["val"].shape[a["dim"]]
+    symbol = program.symbols.get(rows.kind)
+    if symbol is not None and size != symbol:  # each row of a batch has a part of its own: they do not lie in order
+        raise LayoutError(f"{_at(node)} collects {rows} along dim {a['dim']} of {a['x']}, which is {size} and more")
     found = total.meta["val"] if isinstance(total, fx.Node) else total
     if found != size or any(isinstance(layouts[read].dims[dim], Rows) for read, dim in sizes_read(node)):
         raise LayoutError(f"{_at(node)} collects {size} rows of all ranks together, but its total {total} is {found}")
     return layout.with_dim(a["dim"], None)
+
+
+def _scatter_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
+    a, axes = arguments(node), read_call(node).axes
+    layout: Layout = layouts[a["x"]]
+    if not set(axes) <= layout.partial or layout.dims[a["dim"]] is not None:
+        raise LayoutError(f"{_at(node)} sums {a['x']} over {axes} and deals out its dim {a['dim']}, but it is {layout}")
+    done = Layout(layout.dims, layout.partial - set(axes))
+    return done.with_dim(a["dim"], Rows(axes, a["kind"]))
 
 
 # -- integers that layouts imply ---------------------------------------------------------------------------------------
@@ -289,6 +303,8 @@ def _check_integers(program: Program, node: fx.Node, layouts: Layouts) -> None:
         split = layouts[node.all_input_nodes[0]].dims[1] if arguments(node)["groups"] != 1 else None
         if isinstance(split, Split):
             _expect(program, node, "groups", arguments(node)["groups"], _sizes(split))
+    elif op in EXPERT_CHECKS:
+        EXPERT_CHECKS[op](program, node, layouts)
 
 
 def _check_states(program: Program, node: fx.Node, layouts: Layouts) -> None:
@@ -370,6 +386,7 @@ SPECIAL = {
     once: _once,
     take_rows: _take_rows,
     collect_rows: _collect_rows,
+    scatter_rows: _scatter_rows,
     cache_append: _through_state,
     state_read: _through_state,
     state_write: _through_state,

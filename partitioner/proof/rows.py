@@ -3,7 +3,11 @@
     all_reduce, once, shard, all_gather, reorder    each token by itself, along any dim but that of the tokens
     take_rows      x[.., T, ..] -> x[.., T_i, ..]   the tokens are dealt out over axes of the mesh
     collect_rows   x[.., T_i, ..] -> x[.., T, ..]   and come together again, over the same axes
+    scatter_rows   x[.., T, ..] -> x[.., T_i, ..]   a sum over axes, of which each rank keeps its own tokens
     cached_attention, last_token                    one query per token; one token per sequence
+    localise_experts                                each token's choices by themselves
+    expert_send    hidden [T_i, H] -> [R, H]        rows travel, each with its own token's choices
+    expert_return  rows [R, H] -> [T_i, H]          and come back by the way on which they went
 
 It is the proof of `analysis/tokens/token_mixing.py`, about what a pass has made of the traced graph. While tokens are
 dealt out over an axis, ranks along it have different ones: a collective over that axis would mix them, and so would an
@@ -27,8 +31,9 @@ from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.communicating import COMMUNICATING, axes_text, read_call
+from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.local import once, reorder, shard
-from runtime.ops.rows import collect_rows, take_rows
+from runtime.ops.rows import collect_rows, scatter_rows, take_rows
 
 __all__ = ["check_rows"]
 
@@ -74,6 +79,10 @@ class _Proof:
             all_gather: self._along_another_dim,
             collect_rows: self._collect_rows,
             take_rows: self._take_rows,
+            scatter_rows: self._scatter_rows,
+            localise_experts: self._localise_experts,
+            expert_send: self._expert_send,
+            expert_return: self._expert_return,
             once: _row_by_row,
             shard: self._along_another_dim,
             reorder: self._along_another_dim,
@@ -83,7 +92,7 @@ class _Proof:
 
     def also(self, node: fx.Node, layouts: Layouts) -> str | None:
         """After any op: its operands have the same rows, and so has its result."""
-        if node.target in (take_rows, collect_rows):
+        if node.target in (take_rows, collect_rows, scatter_rows, expert_send, expert_return):
             return None
         dealt = {self.dealt.get(n, ()) for n in node.all_input_nodes if _has_rows(layouts.get(n))}
         if len(dealt) > 1:
@@ -142,6 +151,40 @@ class _Proof:
         if before != axes:
             how = f"dealt out over {axes_text(before)}" if before else "on every rank"
             return f"collects {{what}}s over {axes_text(axes)}, which are {how}"
+        return None
+
+    def _scatter_rows(self, node: fx.Node, layouts: Layouts) -> str | None:
+        a, axes = arguments(node), read_call(node).axes
+        if problem := self._of_other_ranks(node):
+            return problem
+        layouts[node] = layouts[a["x"]]
+        before = self.dealt.get(a["x"], ())
+        self._set(node, axes if layouts[node].dims[a["dim"]] is not None else before)
+        return None
+
+    def _localise_experts(self, node: fx.Node, layouts: Layouts) -> str | None:
+        a = arguments(node)
+        layouts[node] = (layouts[a["index"]], layouts[a["gates"]])
+        return None
+
+    def _expert_send(self, node: fx.Node, layouts: Layouts) -> str | None:
+        a = arguments(node)
+        sent = [a[name] for name in ("hidden", "index", "gates")]
+        tokens = layouts[a["hidden"]].dims[0]
+        dealt = {self.dealt.get(each, ()) for each in sent}
+        if any(layouts[each] != Layout((tokens, None)) for each in sent) or len(dealt) > 1:
+            return "sends something other than each {what}'s own choices with it"
+        layouts[node] = (*(layouts[each] for each in sent), Layout((tokens,)))
+        self._set(node, (f"the experts of {node.name}",))  # nothing may join them but what went with them
+        return None
+
+    def _expert_return(self, node: fx.Node, layouts: Layouts) -> str | None:
+        a = arguments(node)
+        send = a["back"].args[0]
+        layouts[node] = layouts[a["rows"]]
+        if self.dealt.get(a["rows"], ()) != self.dealt.get(send, ()):
+            return "sends rows back by another way than that on which they came"
+        self._set(node, self.dealt.get(arguments(send)["hidden"], ()))
         return None
 
     def _set(self, node: fx.Node, axes: tuple[str, ...]) -> None:

@@ -167,8 +167,8 @@ def make_report(program: Program, *, plan: str) -> Report:
             operation(node).__name__,
             axes_text(read_call(node).axes),
             node.meta.get("path", ""),
-            str(node.meta["val"]),
-            _per_token(node.meta["val"]),
+            str(node_values(node)[0]),
+            _per_token(node_values(node)[0]),
         )
         for node in program.graph.nodes
         if node.op == "call_function" and node.target in COMMUNICATING

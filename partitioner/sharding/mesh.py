@@ -162,6 +162,28 @@ class Mesh:
         choices = [range(self._size(axis)) for axis in axes]
         return tuple(self.rank(fixed | dict(zip(axes, found, strict=True))) for found in itertools.product(*choices))
 
+    def in_attention_view(self, axis: str) -> tuple[str, ...]:
+        """An experts' axis by the axes of attention whose groups are the same, in the same order; else by itself.
+
+        So a sum over experts and one over tp are one sum where they are over the same ranks.
+        """
+        if axis in AXES:
+            return (axis,)
+        order = EXPERT_AXES[1:]
+        size, inner = self._size(axis), math.prod(self._size(each) for each in order[order.index(axis) + 1 :])
+        found: tuple[str, ...] = ()
+        for each in reversed(("dp", "sp", "tp")):
+            if inner > 1:
+                if inner % self._size(each):
+                    return (axis,)
+                inner //= self._size(each)
+            elif size > 1 and self._size(each) > 1:
+                if size % self._size(each):
+                    return (axis,)
+                size //= self._size(each)
+                found = (each, *found)
+        return found if size == 1 and found else (axis,)
+
     def __iter__(self) -> Iterator[dict[str, int]]:
         return (self.coordinates(rank) for rank in range(self.world_size))
 

@@ -28,6 +28,7 @@ from runtime.execution.chrome_trace import Trace, from_all_ranks
 from runtime.execution.executable import Executable
 from runtime.execution.merge_linears import lay_side_by_side, merge_linears
 from runtime.execution.profile import Profiler
+from runtime.execution.routing import Routing
 from runtime.generation.generate_loop import GenerateLoop
 from runtime.generation.generation_options import Options
 from runtime.generation.generation_request import Generated, GenerationRequest, Prompts, Step
@@ -120,6 +121,7 @@ class Engine:
     ) -> Engine:
         """The rank of a process that torchrun started.
 
+        `device`: "cpu", "cuda" (the local rank's own), or "auto": GPUs where this host has one for each of its ranks.
         `check`: compare the ranks before every collective. `shared_memory`: see
         `runtime.communication.process_groups`. `cache`: set aside at once, see `reserve`.
         """
@@ -246,6 +248,19 @@ class Engine:
         finally:
             recorded = self.profiler.stop()
         trace.complete(from_all_ranks(recorded, self.communicator, self.device))
+
+    @contextlib.contextmanager
+    def routing(self) -> Iterator[Routing]:
+        """Counts how many tokens go to which experts in the block, on this rank; the ranks' counts add up.
+
+        Raises InputError where decode steps are compiled or captured, as `profile` does.
+        """
+        self.require_nodes()
+        self.profiler.routing = counted = Routing()
+        try:
+            yield counted
+        finally:
+            self.profiler.routing = None
 
     def require_nodes(self) -> None:
         used = [name for name, wanted in self._decoding.items() if wanted]

@@ -27,6 +27,7 @@ from partitioner.errors import InputError
 from runtime.communication.channels import Channel
 from runtime.communication.communicator import Communicator
 from runtime.execution.chrome_trace import Recorded
+from runtime.execution.routing import Routing
 from runtime.ops.communicating import COMMUNICATING, Axes, Kind, as_axes, axes_text
 from runtime.program.rank_program import RankProgram
 
@@ -42,6 +43,8 @@ class Profiler:
     def __init__(self, program: RankProgram, device: torch.device) -> None:
         self.program, self.device = program, device
         self.recording: Recording | None = None
+        self.routing: Routing | None = None
+        """Where the tokens of experts are counted while that is asked for."""
 
     def start(self) -> None:
         if self.recording is not None:

@@ -15,15 +15,18 @@ A `channel` (`runtime.communication.channels`) offers the primitives, which are 
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, fx
 
 from partitioner.errors import CommunicationError
 from runtime.ops.collectives import all_gather, all_reduce
-from runtime.ops.rows import collect_rows, row_counts
+from runtime.ops.expert_exchange import expert_return, expert_send, receive_from_experts, send_to_experts
+from runtime.ops.rows import collect_rows, row_counts, scatter_rows
 
 __all__ = [
     "COMMUNICATING",
@@ -152,9 +155,38 @@ def _collect_rows(channel: Any, x: Tensor, total: int, *, dim: int) -> Tensor:
     return channel.all_gather(x, dim=dim, sizes=row_counts(total, len(channel.ranks)))  # type: ignore[no-any-return]
 
 
+def _scatter_rows(channel: Any, x: Tensor, *, dim: int, kind: str) -> Tensor:
+    sizes = row_counts(x.shape[dim], len(channel.ranks))
+    return channel.reduce_scatter(x, dim=dim, sizes=sizes)  # type: ignore[no-any-return]
+
+
+def _meetings_of_send(node: fx.Node) -> tuple[Meeting, ...]:
+    """The counts, and rows of bytes as many as they say."""
+    operands, axes, options = read_call(node)
+    values = [operand.meta.get("val") for operand in operands[:3]]
+    shape = None
+    if None not in values:  # a bundle's graph does not record them
+        hidden, index, gates = values
+        choices = index.shape[1] * (torch.int32.itemsize + gates.dtype.itemsize)
+        shape = (hidden.shape[0], hidden.shape[1] * hidden.dtype.itemsize + choices)
+    counts = Meeting("all_to_all", axes, (len(options["counts"]),), torch.int64)
+    return counts, Meeting("all_to_all", axes, shape, torch.uint8, sizes_from=node.name)
+
+
+def _meetings_of_return(node: fx.Node) -> tuple[Meeting, ...]:
+    (rows, back), axes, _ = read_call(node)
+    send = back.args[0] if back.target is operator.getitem else back
+    value = rows.meta.get("val")
+    shape, dtype = (None, None) if value is None else (tuple(value.shape), value.dtype)
+    return (Meeting("all_to_all", axes, shape, dtype, sizes_from=send.name),)
+
+
 COMMUNICATING: dict[Any, Communicating] = {
     all_reduce: _primitive("all_reduce"),
     all_gather: _primitive("all_gather"),
     collect_rows: Communicating(_collect_rows, _one("all_gather")),
+    scatter_rows: Communicating(_scatter_rows, _one("reduce_scatter")),
+    expert_send: Communicating(send_to_experts, _meetings_of_send),
+    expert_return: Communicating(receive_from_experts, _meetings_of_return),
 }
 """Every op of the graph that communicates."""

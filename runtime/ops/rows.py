@@ -2,6 +2,7 @@
 
     take_rows      x[.., T, ..]     ->  x[.., T_i, ..]    the rank's own, one after the other; no communication
     collect_rows   x[.., T_i, ..]   ->  x[.., T, ..]      those of all ranks of the axes, in order of coordinate
+    scatter_rows   x[.., T, ..]     ->  x[.., T_i, ..]    the rank's own of the sum over the axes
 
 T rows over n ranks: each has ceil(T / n), the last ones fewer or none. So every rank knows how many each one has.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from runtime.ops.collectives import unbound
 
-__all__ = ["collect_rows", "row_counts", "take_rows"]
+__all__ = ["collect_rows", "row_counts", "scatter_rows", "take_rows"]
 
 
 def row_counts(total: int, parts: int) -> list[int]:
@@ -35,3 +36,8 @@ def take_rows(x: Tensor, index: int, *, parts: int, axes: Sequence[str], dim: in
 def collect_rows(x: Tensor, total: int, axis: str | tuple[str, ...], *, dim: int) -> Tensor:
     """The rows of all ranks of `axis` along `dim`; `total`: how many they have together."""
     unbound("collect_rows", axis)
+
+
+def scatter_rows(x: Tensor, axis: str | tuple[str, ...], *, dim: int, kind: str) -> Tensor:
+    """The rank's own rows along `dim` of every rank's `x`, summed over `axis`; `kind`: see `take_rows`."""
+    unbound("scatter_rows", axis)

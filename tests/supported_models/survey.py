@@ -5,6 +5,7 @@
     python -m tests.supported_models.survey generate [names]  each causal one, built tiny, continues texts
     python -m tests.supported_models.survey generate --again  the same where there is a row already
     python -m tests.supported_models.survey bundles [names]   each, built tiny, saved and loaded: the same, bit by bit
+    python -m tests.supported_models.survey experts [names]   each mixture of experts, built tiny, over ep
     python -m tests.supported_models.survey stages [names]    each, built tiny, as pipeline stages
     python -m tests.supported_models.survey shares [names]    each default configuration, on the meta device
     python -m tests.supported_models.survey write             coverage.jsonl becomes docs/reference/supported_models.md
@@ -42,6 +43,7 @@ from partitioner.proof.float64 import in_float64
 from partitioner.report.report import Report
 from tests.support import reference, zoo
 from tests.supported_models.bundles import compare_bundle
+from tests.supported_models.experts import compare_experts, may_have_experts
 from tests.supported_models.generation import compare_generation
 from tests.supported_models.stages import compare_stages
 from tests.supported_models.table import read, write
@@ -132,6 +134,25 @@ def measure_bundle(name: str, *, minutes: float) -> dict[str, Any]:
     return {**row, "bundle": {**found, "seconds": round(time.perf_counter() - start, 1)}}
 
 
+def measure_experts(name: str, *, minutes: float) -> dict[str, Any]:
+    """What dealing its experts out adds to a row."""
+    row: dict[str, Any] = {"name": name, "odd": False}
+    start = time.perf_counter()
+    try:
+        model, _ = zoo.tiny(name)
+    except Exception as error:
+        return {**row, "experts": {"verdict": "not built", "why": short(error)}}
+    try:
+        with TimeLimit(minutes):
+            traced = in_float64(trace(model.double()))
+            found = compare_experts(model, traced, [n for n in LENGTHS if _admits(traced, n)])
+    except (CaptureError, OutOfTime) as error:
+        found = {"verdict": "refused", "why": short(error)}
+    except Exception as error:
+        found = {"verdict": "crashed", "why": short(error)}
+    return {**row, "experts": {**found, "seconds": round(time.perf_counter() - start, 1)}}
+
+
 def measure_stages(name: str, *, minutes: float) -> dict[str, Any]:
     """What running it as pipeline stages adds to a row."""
     row: dict[str, Any] = {"name": name, "odd": False}
@@ -142,7 +163,7 @@ def measure_stages(name: str, *, minutes: float) -> dict[str, Any]:
             try:
                 traced, lengths = trace(model.float()), list(LENGTHS)
             except CaptureError:
-                traced, lengths = trace(model.float(), length=8), [8]
+                traced, lengths = trace(model.float(), fixed_length=8), [8]
             lengths = [n for n in lengths if _admits(traced, n)]
             causal = not name.startswith("masked:")
             found = compare_stages(model.double(), in_float64(traced), lengths, generates=causal)
@@ -239,12 +260,20 @@ def _worker(request: tuple[str, str, float, bool]) -> dict[str, Any]:
         "shares": measure_shares,
         "generate": measure_generation,
         "bundles": measure_bundle,
+        "experts": measure_experts,
         "stages": measure_stages,
     }
     return others[what](name, minutes=minutes)
 
 
-_KEYS = {"run": "verdict", "shares": "default", "generate": "generates", "bundles": "bundle", "stages": "stages"}
+_KEYS = {
+    "run": "verdict",
+    "shares": "default",
+    "generate": "generates",
+    "bundles": "bundle",
+    "experts": "experts",
+    "stages": "stages",
+}
 """By action: what tells that a row has its results."""
 
 
@@ -255,6 +284,8 @@ def run(what: str, names: list[str], to: Path, *, minutes: float, jobs: int, odd
     """
     done = {(row["name"], row["odd"]) for row in read(to) if _KEYS[what] in row} if to.exists() and not again else set()
     chosen = names or [name for name in zoo.names() if what != "generate" or not name.startswith("masked:")]
+    if what == "experts":
+        chosen = [name for name in chosen if may_have_experts(name)]
     requests = [(what, name, minutes, odd) for name in chosen if (name, odd) not in done]
     counts: Counter[str] = Counter()
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=12) as pool, to.open("a") as out:
@@ -269,13 +300,17 @@ def run(what: str, names: list[str], to: Path, *, minutes: float, jobs: int, odd
 
 def _verdict(row: dict[str, Any]) -> str:
     """What a row of one action says; those of shares say none."""
-    found: str = row.get("verdict") or row.get("generates", row.get("bundle", row.get("stages", {}))).get("verdict", "")
+    found: str = row.get("verdict") or _of_action(row).get("verdict", "")
     return found
+
+
+def _of_action(row: dict[str, Any]) -> dict[str, Any]:
+    return next((row[key] for key in ("generates", "bundle", "experts", "stages") if key in row), {})
 
 
 def _line(row: dict[str, Any]) -> str:
     worst = {k: f"{max(row[k].values()):.0e}" for k in ("equal64", "equal32") if row.get(k)}
-    share, generates = row.get("default", {}), row.get("generates", row.get("bundle", row.get("stages", {})))
+    share, generates = row.get("default", {}), _of_action(row)
     line = f"{row['name']:30} {_verdict(row):9}"
     line += f" {worst or generates.get('logprob_error', '')} {share.get('2', share.get('why', ''))}"
     return f"{line} {row.get('why', generates.get('why', ''))}"[:240]
@@ -283,7 +318,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "shares", "generate", "bundles", "stages", "write"))
+    parser.add_argument("action", choices=("run", "shares", "generate", "bundles", "experts", "stages", "write"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--from", dest="source", type=Path, default=Path("coverage.jsonl"))
     parser.add_argument("--to", type=Path)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from torch import fx
 
+from partitioner.analysis.layouts.infer_experts import infer_experts, is_routed
 from partitioner.analysis.layouts.infer_layout import Inference, Layouts, infer_compute
 from partitioner.analysis.layouts.infer_move import infer_move
 from partitioner.analysis.layouts.localise import Localised, Scaled, localise, moves_alike
@@ -41,9 +42,11 @@ class Inferrer:
 
     def infer(self, node: fx.Node, layouts: Layouts) -> Inference:
         def work() -> Inference:
-            return (
-                infer_move(self.program, node, layouts) if is_move(node) else infer_compute(self.program, node, layouts)
-            )
+            if is_move(node):
+                return infer_move(self.program, node, layouts)
+            if is_routed(node, layouts):
+                return infer_experts(self.program, node, layouts)
+            return infer_compute(self.program, node, layouts)
 
         return self._memoised("infer", node, layouts, work)
 

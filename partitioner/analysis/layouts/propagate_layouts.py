@@ -7,6 +7,7 @@ completes them. Elsewhere they are completed where they arise.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -17,9 +18,11 @@ from partitioner.analysis.layouts.localise import Localised
 from partitioner.analysis.layouts.memoise import Inferrer
 from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.data_movement import is_move
-from partitioner.program.node_arguments import describe, evaluate, node_values
+from partitioner.program.node_arguments import arguments, describe, evaluate, node_values
 from partitioner.program.program import Program, Value
 from partitioner.sharding.layout import REPLICATED, Layout, Rows
+from runtime.ops.expert_exchange import localise_experts
+from runtime.ops.experts import expert_combine
 from runtime.ops.state import cache_append, state_read, state_write
 
 __all__ = ["Placement", "Unplaceable", "batched", "place", "state_layout"]
@@ -95,6 +98,14 @@ def state_layout(value: Layout, *, per_token: bool) -> Layout:
     """How a state is held whose values, with batch and tokens, are laid out so."""
     dims = value.dims[1:]
     return Layout((*dims[:-2], dims[-1]) if per_token else dims)
+
+
+def _sums_experts(node: fx.Node) -> bool:
+    """Whether it sums what some of the experts make of every token."""
+    if node.target is not expert_combine:
+        return False
+    gates = arguments(node)["gates"]
+    return gates.target is operator.getitem and gates.args[0].target is localise_experts
 
 
 class _Placing:
@@ -263,6 +274,8 @@ class _Placing:
             return isinstance(layout, Layout) and bool(layout.partial)
         if node.op != "call_function" or not node_values(node):
             return False
+        if _sums_experts(node):
+            return True
         if not is_move(node):
             rule = notation(node)
             for operand in rule.operands:

@@ -12,6 +12,7 @@ from partitioner.program.program import PerRankInt
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.embedding import vocab_parallel_embedding
+from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 from runtime.ops.mask import attention_mask
 
@@ -78,3 +79,26 @@ def _grouped_linear(node: fx.Node, a: dict[str, Any]) -> Notation:
 def _expert_combine(node: fx.Node, a: dict[str, Any]) -> Notation:
     operands = (Operand(a["rows"], ("r", "h")), Operand(a["order"], ("r",)), Operand(a["gates"], ("t", "k")))
     return Notation(operands, (("t", "h"),), frozenset("rk"), terms=(frozenset((0, 2)),))
+
+
+@RULES.of(localise_experts)
+def _localise_experts(node: fx.Node, a: dict[str, Any]) -> Notation:
+    operands = (Operand(a["index"], ("t", "k")), Operand(a["gates"], ("t", "k")))
+    return Notation(operands, (("t", "k"), ("t", "k")), frozenset("k"))
+
+
+@RULES.of(expert_send)
+def _expert_send(node: fx.Node, a: dict[str, Any]) -> Notation:
+    operands = (
+        Operand(a["hidden"], ("t", "h")),
+        Operand(a["index"], ("t", "k")),
+        Operand(a["gates"], ("t", "k")),
+    )
+    outputs = (("t", "h"), ("t", "k"), ("t", "k"), ("t",))
+    return Notation(operands, outputs, frozenset("thk"))
+
+
+@RULES.of(expert_return)
+def _expert_return(node: fx.Node, a: dict[str, Any]) -> Notation:
+    operands = (Operand(a["rows"], ("t", "h")), Operand(a["back"], ("t",)))
+    return Notation(operands, (("t", "h"),), frozenset("t"), terms=(frozenset((0,)),))

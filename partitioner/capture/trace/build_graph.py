@@ -278,12 +278,18 @@ class Builder:
         return self._exprs[expr]
 
 
+_NO_MODULE = "_empty_nn_module_stack"
+"""How the name begins that torch.export writes for nodes which its own passes add outside of every module."""
+
+
 def path_of(node: fx.Node) -> str:
-    """The module a node came from."""
+    """The module a node came from; "" where there is none."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
     path: str = list(stack.values())[-1][0]
+    if path.startswith(_NO_MODULE):
+        return ""
     return path.removeprefix("L['self'].").removeprefix(WRAPPER).removeprefix(".")
 
 

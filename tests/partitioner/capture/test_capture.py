@@ -120,6 +120,14 @@ def test_the_graph_is_functional_and_has_no_leftovers(name: str) -> None:
             assert "assert" not in str(node.target)
 
 
+def test_every_path_is_a_module_of_the_model() -> None:
+    model, _, program = captured("llama")
+    modules = dict(model.named_modules())
+    paths = {node.meta.get("path", "") for node in program.graph.nodes}
+    assert "model.layers.0.mlp" in paths
+    assert paths <= modules.keys()
+
+
 def test_the_model_and_transformers_stay_as_they_were() -> None:
     model, _ = zoo.tiny("mixtral")
     model.train()

@@ -53,6 +53,8 @@ def test_two_degrees_that_differ_are_refused() -> None:
     with pytest.raises(InputError, match="--pp 3 and --plan 'pp=2' say two things"):
         Compile(text="pp=2", pp=3).plan  # noqa: B018
     assert Compile(pp=3, tp=2).plan == Plan(pp=3, tp=2)
+    assert Compile(ep=4, tp=2).plan == Plan(ep=4, tp=2)
+    assert Compile(ep=2, text="ep=2,expert-parallel").plan == Plan(ep=2, passes=["expert-parallel"])
 
 
 def test_verify_compares_what_the_last_stage_has(config: str) -> None:

@@ -74,3 +74,20 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         Mesh.of(edp=2)
     with pytest.raises(PlanError, match="stands twice"):
         Mesh.of(tp=2).group(("tp", "tp"), 0)
+
+
+def test_an_experts_axis_goes_by_the_name_of_the_same_groups() -> None:
+    for degrees, axis, names in (
+        ({"tp": 2, "ep": 2}, "ep", ("tp",)),
+        ({"dp": 2, "ep": 2}, "ep", ("dp",)),
+        ({"dp": 2, "tp": 2, "ep": 4}, "ep", ("dp", "tp")),
+        ({"dp": 4, "tp": 2, "ep": 4, "etp": 2}, "etp", ("tp",)),
+        ({"dp": 4, "tp": 2, "ep": 4, "etp": 2}, "ep", ("dp",)),
+        ({"dp": 3, "tp": 2, "ep": 3}, "ep", ("ep",)),  # no two of its ranks are a group of attention's
+        ({"dp": 2, "sp": 2, "tp": 2, "pp": 2, "ep": 4}, "ep", ("sp", "tp")),
+        ({"tp": 4, "ep": 2, "etp": 2}, "etp", ("etp",)),
+    ):
+        mesh = Mesh.of(**degrees)
+        assert mesh.in_attention_view(axis) == names, degrees
+        for rank in range(mesh.world_size):
+            assert mesh.group((axis,), rank) == mesh.group(names, rank)

@@ -27,6 +27,7 @@ from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.embedding import vocab_parallel_embedding
+from runtime.ops.expert_exchange import localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.mask import attention_mask
@@ -65,7 +66,7 @@ ATEN = frozenset(
 
 _OWN = (
     attention, attention_mask, cache_append, cached_attention, expert_combine, expert_dispatch, grouped_linear,
-    last_token, once, position_mask, reorder, rows_at, shard, state_read, state_write, take_rows,
+    last_token, localise_experts, once, position_mask, reorder, rows_at, shard, state_read, state_write, take_rows,
     vocab_parallel_embedding,
     *COMMUNICATING,
 )  # fmt: skip

@@ -1,0 +1,200 @@
+"""The expert-parallel pass: the routed experts of every layer dealt to the ranks of ep, each to one of them or several.
+
+    replicate   every rank has all tokens:   localise_experts -> its experts -> combine    a partial sum, all-reduced
+    gather      ranks have their own tokens: collect_rows -> as above -> scatter_rows      the same graph, by layouts
+    exchange    ranks have their own tokens: expert_send -> its experts -> combine -> expert_return   two all-to-alls
+
+The pass writes these ops around the dispatch, grouped linears and combine that were captured, and deals the weights;
+the one placement of all axes, in tensor-parallel, lays out everything else and puts collectives where layouts differ.
+GShard (arXiv:2006.16668, section 3.2) deals experts this way; that each token goes once to each rank is from
+arXiv:2412.19437, section 3.2.2.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from partitioner.analysis.layouts.expert_regions import Region, find_regions
+from partitioner.errors import PlanError
+from partitioner.program.node_arguments import arguments
+from partitioner.program.program import Entry, Program, Value
+from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.layout import REPLICATED, Split
+from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
+
+__all__ = ["ExpertParallel"]
+
+EXCHANGES = ("auto", "replicate", "gather", "exchange")
+Owners = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class ExpertParallel:
+    """exchange: how tokens come to experts. owners: the experts of each rank of ep, of every layer; an expert may stand
+    with several. keep_whole: weight name -> why it stays whole on every rank. entry: for which `auto` chooses.
+    """
+
+    name: ClassVar[str] = "expert-parallel"
+    exchange: str = "auto"
+    owners: Owners = ()
+    keep_whole: tuple[tuple[str, str], ...] = ()
+    entry: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.exchange not in EXCHANGES:
+            raise PlanError(f"expert-parallel: exchange must be one of {', '.join(EXCHANGES)}; got {self.exchange!r}")
+
+    def for_entry(self, entry: str, program: Program) -> ExpertParallel:
+        """With the exchange that this entry gets, of a program whose mesh is the plan's."""
+        if self.exchange != "auto":
+            return self
+        regions = find_regions(program, _axes(program))
+        each = {choose(program.mesh.size("ep"), r.num_experts, r.choices, entry) for r in regions if not r.why}
+        return replace(self, exchange=each.pop() if len(each) == 1 else "replicate")
+
+    def run(self, program: Program) -> Program:
+        ranks = program.mesh.size("ep")
+        program.unplaced = True
+        axes = _axes(program)
+        if ranks == 1:  # only their own matrices are divided, by the placement of all axes
+            for region in find_regions(program, axes):
+                for name in region.weights:
+                    program.weight_layouts[name] = REPLICATED(len(program.weights[name].shape))
+            return program
+        exchange = self.for_entry(self.entry, program).exchange
+        regions = find_regions(program, axes)
+        if not regions:
+            raise PlanError(
+                f"ep={ranks} divides routed experts, and {program.name} has none that were captured as such"
+            )
+        whole = dict(self.keep_whole)
+        for region in regions:
+            kept = [name for name in region.weights if name in whole]
+            if kept and not region.why:
+                region.why = whole[kept[0]]
+        good = [region for region in regions if region.why is None]
+        if not good:
+            raise PlanError(f"ep={ranks}: the experts of {program.name} cannot be dealt out: {regions[0].why}")
+        for region in good:
+            self._deal(program, region, self._owners(region, ranks), axes, exchange)
+        _tell(program, regions, self._owners(good[0], ranks), exchange)
+        return program
+
+    def _owners(self, region: Region, ranks: int) -> Owners:
+        owners = self.owners or deal(region.num_experts, ranks)
+        held = {expert for mine in owners for expert in mine}
+        if (
+            len(owners) != ranks
+            or held != set(range(region.num_experts))
+            or any(list(m) != sorted(set(m)) for m in owners)
+        ):
+            raise PlanError(
+                f"expert-parallel: owners must be {ranks} ascending lists that have each of the {region.num_experts} "
+                f"experts of {region.path} at least once; got {len(owners)} lists with {len(held)} experts"
+            )
+        return tuple(tuple(mine) for mine in owners)
+
+    def _deal(self, program: Program, region: Region, owners: Owners, axes: tuple[str, ...], exchange: str) -> None:
+        split = Split(axes, tuple(IndexSet.of(mine) for mine in owners))
+        for name, dim in region.weights.items():
+            layout = program.weight_layouts.get(name, REPLICATED(len(program.weights[name].shape)))
+            program.weight_layouts[name] = layout.with_dim(dim, split)
+        _Deal(program, region, owners, axes).write(exchange)
+
+
+class _Deal:
+    """Writes one region's ops."""
+
+    def __init__(self, program: Program, region: Region, owners: Owners, axes: tuple[str, ...]) -> None:
+        assert region.combine is not None
+        self.program, self.dispatch, self.combine, self.axes = program, region.dispatch, region.combine, axes
+        self.num_experts = region.num_experts
+        self.options: dict[str, Any] = {
+            "experts": [expert for mine in owners for expert in mine],
+            "counts": [len(mine) for mine in owners],
+        }
+
+    def write(self, exchange: str) -> None:
+        a, gates = arguments(self.dispatch), arguments(self.combine)["gates"]
+        hidden, index = a["hidden"], a["index"]
+        axis = self.axes[0] if len(self.axes) == 1 else self.axes
+        back = None
+        with self.program.graph.inserting_before(self.dispatch):
+            if exchange == "exchange":
+                tokens = Value(hidden.meta["val"].shape[:1], torch.int64)
+                values = (*(each.meta["val"] for each in (hidden, index, gates)), tokens)
+                sent = self._call(expert_send, (hidden, index, gates, axis), self.options, values)
+                hidden, index, gates, back = (
+                    self._call(operator.getitem, (sent, i), {}, v) for i, v in enumerate(values)
+                )
+            else:
+                ranks = tuple(range(len(self.options["counts"])))
+                rank = self.program.local("expert_rank", Entry(0, self.axes, ranks))
+                options = {"axes": list(self.axes), **self.options}
+                values = (index.meta["val"], gates.meta["val"])
+                mine = self._call(localise_experts, (index, gates, rank), options, values)
+                index, gates = (self._call(operator.getitem, (mine, i), {}, v) for i, v in enumerate(values))
+        counts = tuple(self.options["counts"])
+        local = self.program.local("num_experts", Entry(self.num_experts, self.axes, counts))
+        args: Any = (hidden, index, local)
+        self.dispatch.args, self.dispatch.kwargs = args, {}
+        b = arguments(self.combine)
+        self.combine.args, self.combine.kwargs = (b["rows"], b["order"], gates), {}
+        if back is not None:
+            users = list(self.combine.users)
+            with self.program.graph.inserting_after(self.combine):
+                returned = self._call(expert_return, (self.combine, back, axis), {}, self.combine.meta["val"])
+            for user in users:
+                user.replace_input_with(self.combine, returned)
+
+    def _call(self, target: Any, args: tuple[Any, ...], options: dict[str, Any], value: Any) -> fx.Node:
+        made = self.program.graph.call_function(target, args, options)
+        made.meta = {"val": value, "path": self.dispatch.meta.get("path", "")}
+        return made
+
+
+def _axes(program: Program) -> tuple[str, ...]:
+    return program.mesh.in_attention_view("ep")
+
+
+def deal(num_experts: int, ranks: int) -> Owners:
+    """Runs of experts, as even as can be; with fewer experts than ranks, each stands with several."""
+    if num_experts < ranks:
+        return tuple((rank * num_experts // ranks,) for rank in range(ranks))
+    base, more = divmod(num_experts, ranks)
+    ends = [rank * base + min(rank, more) for rank in range(ranks + 1)]
+    return tuple(tuple(range(ends[rank], ends[rank + 1])) for rank in range(ranks))
+
+
+def choose(ranks: int, num_experts: int, choices: int, entry: str) -> str:
+    """The exchange with the fewest bytes, of tokens that every rank has; fixed shapes for single tokens.
+
+    Per token and row of one unit, over all ranks: replicate sums 2 (n - 1); exchange sends a row there and one back for
+    each other rank that has one of its experts, and collects (n - 1).
+    """
+    if entry == "decode":
+        return "replicate"
+    each = num_experts / ranks
+    none_here = math.prod((num_experts - each - i) / (num_experts - i) for i in range(choices))
+    destinations = (ranks - 1) * (1 - max(none_here, 0.0))
+    return "exchange" if 2 * destinations + (ranks - 1) < 2 * (ranks - 1) else "replicate"
+
+
+def _tell(program: Program, regions: list[Region], owners: Owners, exchange: str) -> None:
+    good = [region for region in regions if region.why is None]
+    each = [len(mine) for mine in owners]
+    sizes = f"{len(each)} x {each[0]}" if len(each) > 8 and len(set(each)) == 1 else "/".join(map(str, each))
+    held = sum(map(len, owners))
+    copies = f", {held - good[0].num_experts} of them copies" if held > good[0].num_experts else ""
+    program.notes.append(
+        f"experts of {len(good)} layers: {good[0].num_experts} over ep as {sizes}{copies}; exchange: {exchange}"
+    )
+    for region in regions:
+        if region.why is not None:
+            program.notes.append(f"the experts of {region.path} are whole on every rank: {region.why}")

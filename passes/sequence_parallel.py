@@ -1,0 +1,217 @@
+"""The sequence-parallel pass: between row-parallel and column-parallel linears, each rank has its own tokens.
+
+    z = all_reduce(z, "tp"); h = norm(x + z); y = linear(h, w[F/n, H])           activations whole on every rank
+    z_i = scatter_rows(z, "tp"); h_i = norm(x_i + z_i); h = collect_rows(h_i)    1/n of them, and of the work
+    y = linear(h, w[F/n, H])
+
+A reduce-scatter and an all-gather are what an all-reduce is made of, so the bytes are the same where n divides the
+tokens. Korthikanti et al. (arXiv:2205.05198, section 4.2.2), with the row-wise regions found by layouts: every op that
+works token by token keeps a rank's own tokens, the first that does not gets those of all. For prompts and whole texts;
+a single token has no sequence to deal out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from partitioner.analysis.layouts.infer_layout import Layouts
+from partitioner.analysis.layouts.memoise import Inferrer
+from partitioner.compile.insert_collectives import Rewriter
+from partitioner.errors import LayoutError, PlanError
+from partitioner.program.node_arguments import node_values, operation
+from partitioner.program.program import Program, Value
+from partitioner.proof.layouts import SPECIAL
+from partitioner.sharding.layout import REPLICATED, Layout, Rows
+from runtime.ops.collectives import all_reduce
+from runtime.ops.communicating import read_call
+from runtime.ops.rows import scatter_rows
+
+aten = torch.ops.aten
+
+__all__ = ["SequenceParallel"]
+
+_VIEWS = (aten.view, aten.reshape, aten._unsafe_view)
+KIND = "sequence"
+
+
+@dataclass(frozen=True)
+class SequenceParallel:
+    """See the module's docstring. axis: whose ranks share out the tokens between its own linears."""
+
+    name: ClassVar[str] = "sequence-parallel"
+    axis: str = "tp"
+
+    def run(self, program: Program) -> Program:
+        if program.mesh.size(self.axis) == 1:
+            return program
+        if KIND not in program.symbols:
+            raise PlanError(f"{program.name} was captured for one length only: its tokens cannot be dealt out")
+        _Run(program, self.axis).run()
+        return program
+
+
+class _Run:
+    def __init__(self, program: Program, axis: str) -> None:
+        self.program, self.axis = program, axis
+        self.symbol = program.symbols[KIND]
+        self.rows = Rows((axis,), KIND)
+        self.whole: Layouts = {}
+        """How each value was held."""
+        self.now: Layouts = {}
+        self.rewriter = Rewriter(program, self.now)
+        self.inferrer = Inferrer(program)
+
+    def run(self) -> None:
+        for node in list(self.program.graph.nodes):
+            self._sink(node)
+        nodes = list(self.program.graph.nodes)
+        for node in nodes:
+            self._note(node)
+        for node in nodes:
+            if node.op == "output":
+                self._give_whole(node)
+            elif node not in self.whole:
+                self._read_whole_size(node)
+            elif self._is_reduction(node):
+                self._scatter(node)
+            else:
+                self._place(node)
+                node.meta["layout"] = self.now[node]
+        self.program.graph.lint()
+
+    def _sink(self, node: fx.Node) -> None:
+        """An all-reduce whose result is only looked at in another shape is made in that shape."""
+        if node.op != "call_function" or node.target is not all_reduce:
+            return
+        while len(node.users) == 1:
+            (user,) = node.users
+            if user.op != "call_function" or operation(user) not in _VIEWS or user.args[0] is not node:
+                return
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            user.replace_all_uses_with(node)
+            user.args = (source, *user.args[1:])
+            user.append(node)
+            node.args = (user, *node.args[1:])
+            node.meta = {**node.meta, "val": user.meta["val"], "path": user.meta.get("path", "")}
+            # what it was laid out as no longer is
+            for each in (user, node):
+                each.meta.pop("layout", None)
+
+    def _note(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self.whole[node] = REPLICATED(len(node.meta["val"].shape))
+        elif node.op == "get_attr":
+            shape = self.program.weights[str(node.target)].shape
+            self.whole[node] = self.program.weight_layouts.get(str(node.target), REPLICATED(len(shape)))
+        elif node.op == "call_function" and node_values(node):
+            found = self._infer(node, self.whole)
+            if isinstance(found, str):
+                raise LayoutError(f"{node.name}: {found}")
+            self.whole[node] = found[0]
+
+    def _infer(self, node: fx.Node, layouts: Layouts) -> tuple[Any, tuple[tuple[fx.Node, Layout], ...]] | str:
+        """What it yields, and what it requires; or what is in the way."""
+        special = SPECIAL.get(node.target)  # type: ignore[arg-type]
+        if special is not None:
+            try:
+                return special(self.program, node, layouts), ()
+            except LayoutError as error:
+                return str(error)
+        found = self.inferrer.infer(node, layouts)
+        if found.problem:
+            return found.problem
+        return (found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs), found.requires
+
+    def _is_reduction(self, node: fx.Node) -> bool:
+        """Whether its result, needed by every rank, can be each rank's own tokens of it."""
+        return (
+            node.target is all_reduce
+            and read_call(node).axes == (self.axis,)
+            and self._tokens(node.meta["val"]) == 1
+            and len(node.meta["val"].shape) == 3
+            and self.whole[node].dims[1] is None
+            and not self._has_rows(node.args[0])
+        )
+
+    def _scatter(self, node: fx.Node) -> None:
+        node.target, node.kwargs = scatter_rows, {"dim": 1, "kind": KIND}
+        self.now[node] = node.meta["layout"] = self.whole[node].with_dim(1, self.rows)
+        node.meta["why"] = "each rank's own tokens of the sum, until an op needs those of all"
+
+    def _place(self, node: fx.Node) -> None:
+        """As it was, or with a rank's own tokens where its operands have them and it works token by token."""
+        self.now[node] = self.whole[node]
+        if not any(self._has_rows(source) for source in node.all_input_nodes):
+            return
+        wanted = self._with_rows(node)
+        found = self._infer(node, self.now)
+        if wanted is not None and not isinstance(found, str) and found[0] == wanted:
+            takes = [(source, want) for source, want in found[1] if self.now[source] != want]
+            if all(want == self._source_with_rows(source) for source, want in takes):
+                for source, want in takes:
+                    self.rewriter.provide(node, source, want)
+                self.now[node] = wanted
+                return
+        self._give_whole(node)
+
+    def _give_whole(self, node: fx.Node) -> None:
+        for source in list(node.all_input_nodes):
+            if source in self.whole and self._has_rows(source) and isinstance(self.whole[source], Layout):
+                self.rewriter.provide(node, source, self.whole[source])
+
+    def _read_whole_size(self, node: fx.Node) -> None:
+        """A number of tokens stays that of all ranks."""
+        if operation(node) is not aten.sym_size:
+            return
+        source: Any = node.args[0]
+        if source in self.whole and self._has_rows(source) and node.meta["val"] == self.symbol:
+            node.replace_input_with(source, self._input())
+            node.args = (node.args[0], self._tokens(node.args[0].meta["val"]))  # type: ignore[union-attr]
+
+    def _input(self) -> fx.Node:
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder" and self._tokens(node.meta["val"]) is not None:
+                found: fx.Node = node
+                return found
+        raise LayoutError(f"no input of {self.program.name} has {self.symbol} tokens")
+
+    def _tokens(self, value: Any) -> int | None:
+        """The one dim that runs over tokens, and over nothing else."""
+        dims = [i for i, size in enumerate(value.shape) if size == self.symbol]
+        merged = [size for size in value.shape if size != self.symbol and self.symbol in _symbols(size)]
+        return dims[0] if len(dims) == 1 and not merged else None
+
+    def _with_rows(self, node: fx.Node) -> Any:
+        """Its layout with a rank's own tokens; None where it has no dim of tokens."""
+        several = self.whole[node] if isinstance(self.whole[node], tuple) else (self.whole[node],)
+        found = []
+        for value, layout in zip(node_values(node), several, strict=True):
+            dim = self._tokens(value)
+            if dim is None or layout.dims[dim] is not None or self.axis in layout.axes | layout.partial:
+                return None
+            found.append(layout.with_dim(dim, self.rows))
+        return tuple(found) if isinstance(self.whole[node], tuple) else found[0]
+
+    def _source_with_rows(self, source: fx.Node) -> Any:
+        """What taking a rank's own tokens makes of a value that has all; None where that cannot be."""
+        if source.op == "get_attr" or not isinstance(self.whole.get(source), Layout):
+            return None
+        return self._with_rows(source)
+
+    def _has_rows(self, node: Any) -> bool:
+        layout = self.now.get(node)
+        return any(
+            dim == self.rows
+            for each in (layout if isinstance(layout, tuple) else (layout,))
+            if each
+            for dim in each.dims
+        )
+
+
+def _symbols(size: Any) -> frozenset[Any]:
+    return frozenset() if isinstance(size, int) else frozenset(size.free_symbols)

@@ -1,0 +1,157 @@
+"""Routed experts that ranks share out: what each rank computes of the choices of all tokens.
+
+    localise_experts   index, gates [T, K]  ->  the same for one rank's experts; no communication
+    expert_send        hidden [T, H], index, gates [T, K]  ->  rows for this rank's experts [R, H], [R, K], [R, K]
+    expert_return      rows [R, H]  ->  [T, H]     one row from each rank that a token was sent to, summed
+
+`experts` lists the experts of coordinate 0, then those of coordinate 1, and so on, each in ascending order; `counts`
+says how many each has. Numbers may differ, and an expert may stand with several ranks (a copy): each token uses one of
+them. A choice whose expert is elsewhere becomes "no expert" (the number of the rank's experts) with a gate of 0: what
+an activation makes of rows of zeros must not count.
+
+A token goes once to each rank that has one of its experts, whatever their number, and one row comes back from there
+(arXiv:2412.19437, section 3.2.2, limits the number of nodes per token for the same reason).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from runtime.ops.collectives import unbound
+
+__all__ = ["expert_return", "expert_send", "localise_experts", "receive_from_experts", "send_to_experts"]
+
+
+def localise_experts(
+    index: Tensor, gates: Tensor, rank: int, *, axes: Sequence[str], experts: Sequence[int], counts: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The choices of every token as coordinate `rank` of `axes` computes them; see the module's docstring.
+
+    Every rank has the same tokens: of the copies of an expert, token t uses number t modulo their number.
+    """
+    owners = _owners(tuple(experts), tuple(counts), index.device)
+    none = counts[rank]
+    expert = index.clamp(max=owners.local.shape[1] - 1)
+    local = owners.local[rank][expert]
+    if owners.has_copies:
+        token = torch.arange(index.shape[0], device=index.device)[:, None]
+        local = torch.where(owners.rank_of(expert, token) == rank, local, none)
+    return local, torch.where(local < none, gates, 0)
+
+
+def expert_send(
+    hidden: Tensor,
+    index: Tensor,
+    gates: Tensor,
+    axis: str | tuple[str, ...],
+    *,
+    experts: Sequence[int],
+    counts: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows, index and gates for the experts of this rank, from all ranks of `axis`; and the way back."""
+    unbound("expert_send", axis)
+
+
+def expert_return(rows: Tensor, back: Tensor, axis: str | tuple[str, ...]) -> Tensor:
+    """What the experts made of this rank's tokens; `back` is what expert_send gave with the rows."""
+    unbound("expert_return", axis)
+
+
+def send_to_experts(
+    channel: Any, hidden: Tensor, index: Tensor, gates: Tensor, *, experts: Sequence[int], counts: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`expert_send` over a channel: the counts, then one message per (token, rank), as bytes."""
+    owners = _owners(tuple(experts), tuple(counts), index.device)
+    num_ranks, num_tokens = len(counts), hidden.shape[0]
+    expert = index.clamp(max=owners.local.shape[1] - 1)
+    token = torch.arange(num_tokens, device=index.device)
+    to_rank = owners.rank_of(expert, token[:, None] + channel.coordinate)
+    if owners.has_copies:  # its own copy, if this rank has one: that row does not travel
+        mine = owners.local[channel.coordinate][expert] < counts[channel.coordinate]
+        to_rank = torch.where(mine, channel.coordinate, to_rank)
+    wanted = torch.zeros(num_tokens, num_ranks + 1, dtype=torch.bool, device=index.device)
+    wanted.scatter_(1, to_rank, True)
+    rank, sent = wanted[:, :num_ranks].t().nonzero(as_tuple=True)
+    there = to_rank[sent] == rank[:, None]
+    none = torch.tensor(counts, device=index.device)[rank][:, None]
+    local = torch.where(there, owners.local[rank[:, None], expert[sent]], none)
+    weights = torch.where(there, gates[sent], 0)
+
+    send_counts = torch.bincount(rank, minlength=num_ranks)
+    ones = [1] * num_ranks
+    receive_counts = channel.all_to_all(send_counts, ones, ones)
+    given, taken = send_counts.tolist(), receive_counts.tolist()
+    parts = [hidden[sent], local.to(torch.int32), weights]
+    message = torch.cat([_bytes(part) for part in parts], dim=1)
+    received = channel.all_to_all(message, given, taken, sizes_from=channel.node)
+
+    widths = [part.shape[1] * part.element_size() for part in parts]
+    rows, local, weights = (
+        piece.clone(memory_format=torch.contiguous_format).view(part.dtype)  # a part of a row need not be aligned
+        for piece, part in zip(received.split(widths, dim=1), parts, strict=True)
+    )
+    size = torch.tensor([num_tokens], device=index.device)
+    back = torch.cat([size, send_counts, receive_counts, sent])
+    return rows, local.to(index.dtype), weights, back
+
+
+def receive_from_experts(channel: Any, rows: Tensor, back: Tensor) -> Tensor:
+    """`expert_return` over a channel. What comes back to a token is summed in order of coordinate."""
+    num_ranks = len(channel.ranks)
+    size, given, taken, sent = torch.split(back, [1, num_ranks, num_ranks, back.shape[0] - 1 - 2 * num_ranks])
+    returned = channel.all_to_all(rows.contiguous(), taken.tolist(), given.tolist(), sizes_from=channel.node)
+    return rows.new_zeros(int(size), rows.shape[1]).index_add_(0, sent, returned)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """[N, bytes of a row]"""
+    return x.contiguous().view(torch.uint8) if x.numel() else x.new_empty(_byte_shape(x), dtype=torch.uint8)
+
+
+def _byte_shape(x: Tensor) -> tuple[int, int]:
+    return x.shape[0], x.shape[1] * x.element_size()
+
+
+class _Owners(NamedTuple):
+    """By expert, and one more column for "no expert"."""
+
+    local: Tensor
+    """[ranks, E + 1]: its place among a rank's experts; the number of those where the rank does not have it."""
+    ranks: Tensor
+    """[E + 1, copies]: who has its copies."""
+    copies: Tensor
+    """[E + 1]: how many there are."""
+    has_copies: bool
+
+    def rank_of(self, expert: Tensor, turn: Tensor) -> Tensor:
+        """Whose copy is used; the number of ranks where there is no expert."""
+        if not self.has_copies:
+            return self.ranks[expert, 0]
+        return self.ranks[expert, turn % self.copies[expert]]
+
+
+@functools.lru_cache(maxsize=256)
+def _owners(experts: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> _Owners:
+    num_experts, num_ranks = max(experts) + 1, len(counts)
+    held: list[list[int]] = [[] for _ in range(num_experts)]
+    local = [[count] * (num_experts + 1) for count in counts]
+    start = 0
+    for rank, count in enumerate(counts):
+        for place, expert in enumerate(experts[start : start + count]):
+            held[expert].append(rank)
+            local[rank][expert] = place
+        start += count
+    most = max(map(len, held))
+    ranks = [*(each + [num_ranks] * (most - len(each)) for each in held), [num_ranks] * most]
+    copies = [*map(len, held), 1]
+    return _Owners(
+        torch.tensor(local, device=device),
+        torch.tensor(ranks, device=device),
+        torch.tensor(copies, device=device),
+        has_copies=most > 1,
+    )

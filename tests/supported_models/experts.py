@@ -1,0 +1,91 @@
+"""Whether a mixture of experts computes the same with its experts dealt out: whole texts and generation, in float64.
+
+    plans       ep=2, ep=3, tp=2 with ep=2; tokens replicated, and sent to their experts
+    texts       1, 5 and 40 tokens, two of each
+    generation  prompts of 1 and 11 tokens, 6 new ones, against the model's own forward
+
+"equal", "wrong", or "refused" with the reason; "no experts" where none were captured as such: routed experts that a
+model writes out by itself stay whole, or are divided by tp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING
+
+from partitioner.cli.compare import difference
+from partitioner.compile.partition import compile_program
+from partitioner.errors import CaptureError, InputError, PlanError
+from partitioner.program import Program
+from partitioner.program.plan import Plan
+from runtime.ops.experts import expert_dispatch
+from tests.support import reference
+
+__all__ = ["PLANS", "compare_experts", "may_have_experts"]
+
+PLANS = (
+    "ep=2",
+    "ep=3",
+    "tp=2,ep=2",
+    "ep=2,expert-parallel.exchange=exchange",
+    "tp=2,ep=2,expert-parallel.exchange=exchange",
+)
+LENGTHS, PROMPTS, NEW = (1, 5, 40), (1, 11), 6
+TOLERANCE = 1e-10
+_FIELDS = {"num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "num_experts_per_tok"}
+
+
+def may_have_experts(name: str) -> bool:
+    """Whether its configuration has a number of experts."""
+    cls = CONFIG_MAPPING[name.removeprefix("masked:")]
+    return any(field.name in _FIELDS for field in dataclasses.fields(cls))
+
+
+def compare_experts(model: Any, traced: Program, lengths: list[int]) -> dict[str, Any]:
+    """`model` and `traced` in float64. The row's verdict is that of its worst plan."""
+    layers = sum(node.target is expert_dispatch for node in traced.graph.nodes)
+    if not layers:
+        return {"verdict": "no experts", "why": "no routed experts were captured as such"}
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(3, vocabulary, (2, max(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    expected = {n: reference.forward(model, lifted=True, input_ids=ids[:, :n]) for n in lengths}
+    row: dict[str, Any] = {"verdict": "equal", "layers": layers, "plans": {}, "generates": {}}
+    for text in PLANS:
+        try:
+            parts = compile_program(traced, Plan.parse(text))
+            whole = [note for note in parts.report.notes if note.startswith("the experts of")]
+            worst = max(difference(parts.simulate(input_ids=ids[:, :n]), logits) for n, logits in expected.items())
+            row["plans"][text] = worst
+            if whole:
+                row.setdefault("whole", whole[0])
+            if worst > TOLERANCE:
+                return {**row, "verdict": "wrong", "why": f"{text}: off by {worst:.1e}"}
+        except PlanError as error:
+            return {**row, "verdict": "refused", "why": f"{text}: {error}"}
+        try:
+            row["generates"][text] = off = _generates(model, parts, ids)
+            if off > TOLERANCE:
+                return {**row, "verdict": "wrong", "why": f"{text}, generating: off by {off:.1e}"}
+        except (PlanError, InputError, CaptureError) as error:
+            row["generates"][text] = f"refused: {error}"
+    return row
+
+
+def _generates(model: Any, parts: Any, ids: torch.Tensor) -> float:
+    """The largest difference of a log-probability; infinite where another token is likelier."""
+    prompts = [ids[0, :n].tolist() for n in PROMPTS]
+    found = parts.generate(prompts, max_new_tokens=NEW, eos_token_id=[], logprobs=True)
+    worst = 0.0
+    for row, prompt in enumerate(prompts):
+        said = found.sequences[row, -NEW:]
+        text = torch.cat([torch.tensor(prompt), said])[None]
+        logits = reference.forward(model, lifted=True, input_ids=text)[0, len(prompt) - 1 : -1].double()
+        scores = torch.log_softmax(logits, dim=-1)
+        of_new = scores.gather(1, said[:, None])[:, 0]
+        if bool((of_new < scores.amax(1) - 1e-9).any()):
+            return float("inf")
+        worst = max(worst, float((found.logprobs[row] - of_new).abs().max()))
+    return worst
