@@ -1,4 +1,4 @@
-"""One decoded token of a Llama-3-8B shape in bfloat16 on one GPU, against transformers and the memory's speed.
+"""One decoded token of a Llama-3-8B shape in bfloat16 on GPUs, against transformers and the memory's speed.
 
     ours                 tp=1: eager, torch.compile, CUDA graph, and both
     transformers         generate: DynamicCache, eager; StaticCache, which it compiles
@@ -8,8 +8,13 @@ after a prompt of 128, over 128, the best of some rounds in which the contestant
 weight but the embedding's table once, and the cache: those bytes over the memory's speed are the limit. The speed is
 measured by summing a large tensor, and is set against the data sheet's where the device is known.
 
+On several GPUs (`--ranks`): tensor parallelism, all-reduces by each other's memory and by NCCL, and on each GPU all of
+the model, all compiled and captured. The limit is a rank's bytes over the measured speed and one call of the quickest
+all-reduce of this run for each in a step.
+
     python -m benchmarks.decode_gpu                  about five minutes, most of it compiling
     python -m benchmarks.decode_gpu --layers 8       a part of the model
+    python -m benchmarks.decode_gpu --ranks 2        two GPUs
 """
 
 from __future__ import annotations
@@ -29,7 +34,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
+from runtime.communication.peer_memory.choice import Choice
+from runtime.communication.peer_memory.measure import candidates, microseconds
+from runtime.communication.process_groups import ProcessGroups
 from runtime.communication.thread_communicator import ThreadGroup
+from runtime.engine import Engine
+from runtime.ops.collectives import all_reduce
+from runtime.processes.launch import begin_worker, launch
 
 PROMPT, FEW, MANY, ROUNDS = 128, 16, 144, 3
 DATA_SHEET = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}
@@ -68,15 +79,118 @@ def seconds(generate: Callable[[int], object], count: int) -> float:
     return time.perf_counter() - start
 
 
-@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description="One decoded token on a GPU.")
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--kernels", default="", help="a file for the kernels of 16 tokens of rank 0, by time")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
+    if given.ranks == 1:
+        on_one(given)
+    elif "RANK" in os.environ:
+        begin_worker()
+        on_several(given)
+    else:
+        options = [f"--{name}={value}" for name, value in vars(given).items()]
+        launch(["benchmarks.decode_gpu", *options], num_ranks=given.ranks, timeout_s=1200)
+
+
+def prompts(batch: int) -> torch.Tensor:
+    return torch.randint(0, 128256, (batch, PROMPT), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+
+
+@torch.no_grad()
+def on_several(given: argparse.Namespace) -> None:
+    """One of several ranks: all take their turns together, and the slowest counts."""
+    rank = int(os.environ["RANK"])
+    torch.cuda.set_device(rank)
+    model, ids = build(given.layers), prompts(given.batch)
+    parts = partition(model, Plan(tp=given.ranks))
+    first = Engine.connect(parts, device="cuda", compile=True, cuda_graph=True, timeout_s=600, shared_memory="on")
+    groups = first.communicator
+    assert isinstance(groups, ProcessGroups)
+    print(f"rank {rank}: {groups.transports}", flush=True)
+    (peers,) = groups.peers.values()
+    chosen = peers.choice
+
+    def split() -> Engine:
+        return Engine(
+            parts.entry("text", rank), groups, device="cuda", entries=lambda entry: parts.entry(entry, rank),
+            compile=True, cuda_graph=True,
+        )  # fmt: skip
+
+    alone = partition(model, Plan()).engine(
+        0, ThreadGroup(Mesh.of()).communicator(0), device="cuda", compile=True, cuda_graph=True
+    )
+    contestants = {
+        f"{given.ranks} GPUs, each other's memory": (first, chosen),
+        f"{given.ranks} GPUs, NCCL": (split(), Choice.always("nccl")),
+        "1 GPU": (alone, chosen),
+    }
+    said = {}
+    for name, (engine, choice) in contestants.items():
+        peers.choice = choice  # what is captured stays so
+        start = time.perf_counter()
+        said[name] = engine.generate(ids, max_new_tokens=MANY, eos_token_id=[])
+        engine.generate(ids, max_new_tokens=FEW, eos_token_id=[])
+        if rank == 0:
+            print(f"warm: {name} ({time.perf_counter() - start:.0f} s)", flush=True)
+    peers.choice = chosen
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(2 * ROUNDS):
+        for name, (engine, _) in contestants.items():
+            took = [
+                seconds(lambda n, e=engine: e.generate(ids, max_new_tokens=n, eos_token_id=[]), n) for n in (MANY, FEW)
+            ]
+            times[name].append((took[0] - took[1]) / (MANY - FEW))
+    ways = microseconds(candidates(peers, "all_reduce", 8192 * given.batch), peers.device, calls=100, rounds=11)
+    reduces = sum(node.target is all_reduce for node in parts.entry("decode", rank).graph.nodes)
+    speed = measured_speed()
+    table = model.get_input_embeddings().weight.nbytes
+    weights = sum(p.nbytes for p in model.parameters()) - table
+    cache = parts.cache_bytes(max_batch=given.batch, max_length=PROMPT + (FEW + MANY) // 2)[0]
+    if rank == 0:
+        best = {name: min(of_one) for name, of_one in times.items()}
+        quickest = min(ways, key=ways.__getitem__)
+        own = weights / given.ranks + cache
+        limit = {True: own / speed + reduces * ways[quickest] * 1e-6, False: (weights + cache * given.ranks) / speed}
+        plain = said["1 GPU"]
+        print(
+            f"{given.ranks} x {torch.cuda.get_device_name()}, {given.layers} layers, batch {given.batch}; measured "
+            f"{speed / 1e12:.2f} TB/s; {reduces} all-reduces of {8192 * given.batch} bytes, the quickest {quickest} "
+            f"{ways[quickest]:.1f} us, NCCL {ways['nccl']:.1f} us"
+        )
+        for name, took in best.items():
+            spread = max(times[name]) / took - 1
+            same = int((said[name][0, PROMPT:] == plain[0, PROMPT:]).long().cumprod(0).sum())
+            print(
+                f"{name:32} {took * 1e3:6.3f} ms/token  limit {limit['GPUs' in name] * 1e3:6.3f} = "
+                f"{limit['GPUs' in name] / took:4.0%}  1 GPU / this {best['1 GPU'] / took:5.2f}  slowest round "
+                f"+{spread:.0%}  first {same} tokens as 1 GPU"
+            )
+    if given.kernels:
+        kernels(first, ids, given.kernels if rank == 0 else os.devnull)
+    for engine, _ in contestants.values():
+        if engine is not first:
+            engine._generate_loop.release()
+    first.close()
+
+
+def kernels(engine: Engine, ids: torch.Tensor, path: str) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        engine.generate(ids, max_new_tokens=17, eos_token_id=[])
+        torch.cuda.synchronize()
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(profile.key_averages().table(sort_by="cuda_time_total", row_limit=60, max_name_column_width=90))
+
+
+@torch.no_grad()
+def on_one(given: argparse.Namespace) -> None:
     model = build(given.layers)
-    prompt = torch.randint(0, 128256, (1, PROMPT), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    prompt = prompts(1)
     parts = partition(model, Plan())
 
     def theirs(**options: Any) -> Callable[[int], object]:

@@ -59,6 +59,7 @@ MAY_IMPORT = {
         "torch",
         "transformers",
         "safetensors",
+        "huggingface_hub",
         "sympy",
         "typer",
         "rich",
@@ -66,7 +67,7 @@ MAY_IMPORT = {
         "runtime",
     ),
     "passes": (*STANDARD, "torch", "sympy", "partitioner", "runtime.ops"),
-    "runtime": (*STANDARD, "torch", *LEAVES, "runtime"),
+    "runtime": (*STANDARD, "torch", "triton", *LEAVES, "runtime"),
 }
 
 # Names of models that are ordinary words here.

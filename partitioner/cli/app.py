@@ -23,18 +23,24 @@ from partitioner.cli.export import export
 from partitioner.cli.options import (
     Checkpoint,
     Compile,
+    CompileSteps,
+    Device,
     Dtype,
+    MaxBatch,
     Model,
+    Revision,
     Simulate,
     Timeout,
 )
-from partitioner.cli.run import Question, answer, answer_here, is_rank, run_in_processes
+from partitioner.cli.run import Question, answer, answer_alone, answer_here, is_rank, run_in_processes
 from partitioner.cli.schedule import schedule
 from partitioner.cli.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
+from partitioner.errors import InputError
 from partitioner.report.explain import explain as explain_weight
 from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.describe import describe, show_graph
 from partitioner.storage.example import EXAMPLE_MODEL
+from partitioner.storage.hub import fetched
 from partitioner.storage.named_model import dtype_named
 from runtime.generation.generation_options import Settings
 from runtime.processes.launch import require_timeout
@@ -54,17 +60,22 @@ def verify_command(
     dtype: Annotated[str, typer.Option(help="to compare in: one or several, with commas between")] = "float64,float32",
     lengths: Annotated[str, typer.Option(help="sequence lengths, with commas between")] = "1,5,40",
     simulate: Simulate = False,
+    device: Device = "auto",
+    revision: Revision = None,
     seed: Annotated[int, typer.Option(help="of random weights and inputs")] = 0,
     timeout_s: Timeout = 600.0,
 ) -> None:
     """Compare the partitioned model with the original, over one process per rank."""
-    case = Case(model, how, tuple(dtype.split(",")), parse_lengths(lengths), seed)
+    model = fetched(model, revision=revision)
+    place = "cpu" if simulate else device
+    case = Case(model, how, tuple(dtype.split(",")), parse_lengths(lengths), seed, place)
     require_timeout(timeout_s)  # also where no process is started
     for name in case.dtypes:
         dtype_named(name)
     outcomes = list(verify(case)) if simulate else verify_in_processes(case, timeout_s=timeout_s)
     console = Console()
-    console.print(_table(case, outcomes, "one thread per rank" if simulate else "one process per rank, gloo"))
+    over = "one process per rank, gloo" if case.placed.type == "cpu" else "one process and GPU per rank"
+    console.print(_table(case, outcomes, "one thread per rank" if simulate else over))
     worst = next((outcome for outcome in outcomes if not outcome.equal), None)
     if worst is not None:
         divergence = explain(case, worst)
@@ -102,7 +113,10 @@ def run_command(
     prompt: Annotated[list[str], typer.Option(help="what to continue; given several times, a batch")],
     how: Compile,
     model: Annotated[
-        str, typer.Argument(help="a checkpoint folder with a tokenizer, or a bundle; by default the small model inside")
+        str,
+        typer.Argument(
+            help="a checkpoint folder with its tokenizer, a hub's org/name, or a bundle; by default a small one inside"
+        ),
     ] = str(EXAMPLE_MODEL),
     dtype: Dtype = None,
     max_new_tokens: int = 64,
@@ -124,6 +138,10 @@ def run_command(
         str | None, typer.Option(help='the most that a rank may keep for the cache: "4 GB", or "0.9 of free"')
     ] = None,
     simulate: Simulate = False,
+    revision: Revision = None,
+    device: Device = "auto",
+    compile_steps: CompileSteps = False,
+    max_batch: MaxBatch = None,
     timeout_s: Timeout = 3600.0,
     profile: Annotated[str, typer.Option(help="write what every rank did, node by node, to this file")] = "",
     checkpoint: Checkpoint = None,
@@ -150,7 +168,7 @@ def run_command(
     options = {name: value for name, value in options.items() if value is not None}
     require_timeout(timeout_s)
     question = Question(
-        model,
+        fetched(model, revision=revision),
         how,
         prompts=tuple(prompt),
         dtype=dtype,
@@ -161,12 +179,19 @@ def run_command(
         cache_memory=cache_memory,
         options=options,
         profile=profile,
+        device="cpu" if simulate and device == "auto" else device,
+        compile_steps=compile_steps,
+        max_batch=max_batch,
     )
+    if simulate and (question.placed.type != "cpu" or compile_steps):
+        raise InputError("--simulate runs on cpu, node by node: leave --device and --compile out")
     Settings.of({**options, "tokenizer": ...}, eos_token_id=())  # here once, rather than on every rank
     if is_rank():
         answer(question)
-    elif simulate or question.num_ranks == 1:
+    elif simulate:
         answer_here(question)
+    elif question.num_ranks == 1:
+        answer_alone(question)
     else:
         run_in_processes(question, timeout_s=timeout_s)
 
@@ -180,9 +205,10 @@ def export_command(
     reference: Annotated[
         bool, typer.Option("--reference", help="leave the weights in the checkpoint, and say where each rank's are")
     ] = False,
+    revision: Revision = None,
 ) -> None:
     """Write a bundle: what each rank runs, and its slices of the weights. Loading it runs nothing of what is in it."""
-    said = export(model, how, out, dtype=dtype, reference=reference)
+    said = export(fetched(model, revision=revision), how, out, dtype=dtype, reference=reference)
     Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -29,15 +29,19 @@ from partitioner.storage.recognise import is_bundle
 __all__ = [
     "Checkpoint",
     "Compile",
+    "CompileSteps",
+    "Device",
     "Dtype",
     "Ep",
     "Job",
     "KeepWhole",
+    "MaxBatch",
     "MaxLength",
     "Model",
     "Passes",
     "PlanText",
     "Pp",
+    "Revision",
     "Simulate",
     "Timeout",
     "Tp",
@@ -45,7 +49,9 @@ __all__ = [
 
 Model = Annotated[
     str,
-    typer.Argument(help="a checkpoint folder, a bundle to split anew, config:FILE.json, or a model type"),
+    typer.Argument(
+        help="a checkpoint folder, a hub's org/name, a bundle to split anew, config:FILE.json, or a model type"
+    ),
 ]
 PlanText = Annotated[
     str | None, typer.Option("--plan", help='degrees and options of passes: "tp=2,pp=2", "tp=4,keep_whole=[*.head]"')
@@ -78,8 +84,19 @@ Ep = Annotated[
     ),
 ]
 Dtype = Annotated[
-    str | None, typer.Option(help="of the weights; by default the checkpoint's, or what the configuration names")
+    str | None,
+    typer.Option(help="of the weights; by default, or auto, the checkpoint's, or what the configuration names"),
 ]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, or auto: GPUs where this machine has one for each of its ranks, else cpu")
+]
+CompileSteps = Annotated[
+    bool, typer.Option("--compile/--no-compile", help="put decode steps through torch.compile, which takes a minute")
+]
+Revision = Annotated[
+    str | None, typer.Option(help="of a repository on a hub: a branch, tag or commit; by default its main branch")
+]
+MaxBatch = Annotated[int | None, typer.Option(help="the most prompts to run at a time; by default all")]
 KeepWhole = Annotated[list[str] | None, typer.Option(help="names of weights, with *, that no rank splits")]
 Passes = Annotated[list[str] | None, typer.Option("--pass", help="an installed pass to run as well, by its name")]
 MaxLength = Annotated[
@@ -162,7 +179,7 @@ class Compile:
 
     def compile(self, model: str, *, dtype: str | None, meta: bool = False, mapped: bool = False) -> Parts[Report]:
         """MODEL compiled. `meta`: where it is no folder, without data."""
-        kind: torch.dtype | None = None if dtype is None else dtype_named(dtype)
+        kind: torch.dtype | None = None if dtype in (None, "auto") else dtype_named(str(dtype))
         plan = self.plan_of(model)
         if is_bundle(model) or (can_open(model) if meta else Path(model).is_dir()):
             return partition(model, plan, dtype=kind, max_length=self.max_length, mapped=mapped)

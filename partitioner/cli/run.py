@@ -1,6 +1,7 @@
 """`partitioner run`: text after a prompt, from a model partitioned over processes, streamed as it comes.
 
-    answer(question)                    what one rank does: load, partition, generate; rank 0 prints
+    answer(question)                    what one rank of several does: load, partition, generate; rank 0 prints
+    answer_alone(question)              the same where there is one rank, in this process
     run_in_processes(question, ...)     start the ranks of this machine and wait for them
     under torchrun                      the process is a rank already, and answers by itself
 
@@ -16,8 +17,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypedDict
 
+import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -29,14 +31,18 @@ from partitioner.program.ranks import Ranks
 from partitioner.storage.bundle.bundle import Bundle, load
 from partitioner.storage.named_model import dtype_named, hub_hint, own_code, read_fields
 from partitioner.storage.recognise import is_bundle
+from runtime.communication.process_groups import ProcessGroups
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine.engine import Engine
+from runtime.generation.decode_graphs import require_fixed_shapes
 from runtime.kv_cache.cache_size import CacheSize
-from runtime.kv_cache.device_memory import Amount
+from runtime.kv_cache.device_memory import Amount, readable
 from runtime.processes.bootstrap import missing_variables
 from runtime.processes.capacity import require_threads
+from runtime.processes.choose_device import choose_device
 from runtime.processes.launch import begin_worker, launch
 
-__all__ = ["Question", "answer", "answer_here", "is_rank", "run_in_processes"]
+__all__ = ["Question", "answer", "answer_alone", "answer_here", "is_rank", "run_in_processes"]
 
 
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
@@ -63,10 +69,17 @@ class Question(Job):
     options: dict[str, Any] = field(default_factory=dict)
     profile: str = ""
     """Where to write a trace of what every rank does; "": nowhere."""
+    device: str = "auto"
+    """As in `runtime.processes.choose_device`."""
+    compile_steps: bool = False
+    max_batch: int | None = None
+    """The most prompts at a time; None: all."""
 
     def __post_init__(self) -> None:
-        if self.dtype is not None:
-            dtype_named(self.dtype)
+        if self.dtype not in (None, "auto"):
+            dtype_named(str(self.dtype))
+        if self.max_batch is not None and self.max_batch < 1:
+            raise InputError(f"--max-batch must be at least 1, got {self.max_batch}")
         if self.profile and (not Path(self.profile).parent.is_dir() or Path(self.profile).is_dir()):
             raise InputError(f"cannot write a trace to {self.profile!r}: give a file in a folder that exists")
         if self.cache_memory is not None:
@@ -93,7 +106,7 @@ class Question(Job):
             return self.compile.compile(self.model, dtype=self.dtype, mapped=self.mapped)
         self.compile.require_none(self.model)
         bundle = load(self.model, checkpoint=self.checkpoint, mapped=self.mapped, checked=self.checked)
-        if self.compile.plan_of(self.model).mesh != bundle.mesh or self.dtype is not None:
+        if self.compile.plan_of(self.model).mesh != bundle.mesh or self.dtype not in (None, "auto"):
             raise InputError(
                 f"{self.model!r} is a bundle for {bundle.mesh}, as it is: leave --tp, --plan and --dtype out, or "
                 "split it anew by partitioner export"
@@ -104,6 +117,11 @@ class Question(Job):
     def num_ranks(self) -> int:
         return load(self.model).mesh.world_size if is_bundle(self.model) else self.plan.mesh.world_size
 
+    @property
+    def placed(self) -> torch.device:
+        """Where the ranks of this machine run: under torchrun there may be fewer here than in all."""
+        return choose_device(self.device, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", self.num_ranks)))
+
 
 def is_rank() -> bool:
     """Whether torchrun started this process."""
@@ -113,6 +131,7 @@ def is_rank() -> bool:
 def run_in_processes(question: Question, *, timeout_s: float) -> None:
     """Start one process per rank here."""
     # what is wrong is said once, before anything is started
+    question.placed  # noqa: B018 - checks the device
     _tokenizer(question)
     if is_bundle(question.model):
         question.ranks().rank(0)
@@ -126,11 +145,26 @@ def answer(question: Question) -> None:
     begin_worker()
     parts, tokenizer = _load(question)
     started = time.perf_counter()
-    with Engine.connect(parts) as engine:
+    device = question.placed
+    steps = _steps(question, parts, device, int(os.environ["RANK"]))
+    with Engine.connect(parts, device=device, **steps) as engine:
         _say(f"weights loaded in {time.perf_counter() - started:.1f} s")
-        is_first = engine.program.rank == 0
-        with _profiled(question, engine, writes=is_first):
-            _write(question, tokenizer, engine, sys.stdout if is_first else None)
+        _answer_by(question, tokenizer, engine, steps)
+
+
+def answer_alone(question: Question) -> None:
+    """The only rank, in this process."""
+    parts, tokenizer = _load(question)
+    device = question.placed
+    if device.type == "cpu" and not question.compile_steps:
+        with _profiled(question, parts, writes=True):
+            _write(question, tokenizer, parts, sys.stdout)
+        return
+    started = time.perf_counter()
+    steps = _steps(question, parts, device, 0)
+    with parts.engine(0, ThreadGroup(parts.mesh).communicator(0), device=device, **steps) as engine:
+        _say(f"weights loaded in {time.perf_counter() - started:.1f} s")
+        _answer_by(question, tokenizer, engine, steps)
 
 
 def answer_here(question: Question) -> None:
@@ -139,6 +173,44 @@ def answer_here(question: Question) -> None:
     parts, tokenizer = _load(question)
     with _profiled(question, parts, writes=True):
         _write(question, tokenizer, parts, sys.stdout)
+
+
+def _answer_by(question: Question, tokenizer: Any, engine: Engine, steps: Steps) -> None:
+    is_first = engine.program.rank == 0
+    dtypes = [weight.dtype for weight in engine.weights if weight.is_floating_point()]
+    dtype = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.") if dtypes else "no weights"
+    where = "cpu" if engine.device.type == "cpu" else torch.cuda.get_device_name(engine.device)
+    how = [name for name, on in (("compiled", steps["compile"]), ("captured", steps["cuda_graph"])) if on]
+    _say(f"{engine.mesh} on {where}, {dtype}" + (f", decode steps {' and '.join(how)}" if how else ""))
+    if isinstance(engine.communicator, ProcessGroups) and engine.device.type == "cuda":
+        for axis, carrier in engine.communicator.transports.items():
+            _say(f"{axis}: by {carrier}")
+    with _profiled(question, engine, writes=is_first):
+        _write(question, tokenizer, engine, sys.stdout if is_first else None)
+    if engine.device.type == "cuda":
+        most, of_all = torch.cuda.max_memory_allocated(engine.device), torch.cuda.get_device_properties(engine.device)
+        _say(f"memory: {readable(most)} at most, of {readable(of_all.total_memory)} of a GPU")
+
+
+class Steps(TypedDict):
+    """How decode steps run."""
+
+    compile: bool
+    cuda_graph: bool
+
+
+def _steps(question: Question, parts: Ranks, device: torch.device, rank: int) -> Steps:
+    """Captured on a GPU, where the model's steps can be and nobody wants their nodes apart."""
+    captures = device.type == "cuda" and not question.profile
+    if captures:
+        try:
+            require_fixed_shapes(parts.entry("decode", rank), device, cuda_graph=True)
+        except InputError as reason:
+            if question.compile_steps:
+                raise
+            _say(f"note: decode steps are not captured: {reason}")
+            captures = False
+    return {"compile": question.compile_steps, "cuda_graph": captures}
 
 
 @contextlib.contextmanager
@@ -197,24 +269,29 @@ def _own_code(folder: str | Path) -> str:
 
 def _write(question: Question, tokenizer: Any, engine: Engine | Ranks, out: TextIO | None) -> None:
     prompts = [_ids(question, tokenizer, prompt) for prompt in question.prompts]
-    _reserve(question, engine, longest=max(map(len, prompts)))
+    at_a_time = min(len(prompts), question.max_batch or len(prompts))
+    _reserve(question, engine, longest=max(map(len, prompts)), max_batch=at_a_time)
     options = {**question.options, "tokenizer": tokenizer}  # for stop strings, the model's own as well
     said: list[list[int]] = [[] for _ in prompts]
     # one sequence is written as it comes; several would run into each other
     texts = [_Text(tokenizer, prompt) for prompt in prompts]
     # a question and its answer are two texts, a prompt and its continuation one
     stream = _Stream(texts[0], out, with_prompt=not question.chat) if len(prompts) == 1 else None
-    started = time.perf_counter()
-    first = started
-    for count, step in enumerate(engine.stream(prompts, **options)):
-        if count == 0:
-            first = time.perf_counter()
-        for row, token in enumerate(step.tokens):
-            if token is not None:
-                said[row].append(token)
-        if stream is not None:
-            stream.show(said[0])
-    ended = time.perf_counter()
+    started, firsts, later_s, later = time.perf_counter(), 0.0, 0.0, 0
+    for begin in range(0, len(prompts), at_a_time):
+        group = range(begin, min(begin + at_a_time, len(prompts)))
+        first = time.perf_counter()
+        for count, step in enumerate(engine.stream([prompts[row] for row in group], **options)):
+            if count == 0:
+                first = time.perf_counter()
+                firsts = firsts or first - started
+            for row, token in zip(group, step.tokens, strict=True):
+                if token is not None:
+                    said[row].append(token)
+                    later += count > 0
+            if stream is not None:
+                stream.show(said[0])
+        later_s += time.perf_counter() - first
     if out is None:
         return
     if stream is not None:
@@ -224,16 +301,15 @@ def _write(question: Question, tokenizer: Any, engine: Engine | Ranks, out: Text
             between = "\n" if question.chat else ""
             out.write(f"{prompt}{between}{text.after(tokens)}\n\n")
     out.flush()
-    later = sum(map(len, said)) - len(said)
-    rate = f"{later / (ended - first):.1f} tokens/s" if later and ended > first else "one token"
+    rate = f"{later / later_s:.1f} tokens/s" if later and later_s > 0 else "one token"
     total = sum(map(len, said))
-    _say(f"{total} tokens, the first after {first - started:.2f} s, then {rate} ({engine.mesh})")
+    _say(f"{total} tokens, the first after {firsts:.2f} s, then {rate} ({engine.mesh})")
 
 
-def _reserve(question: Question, engine: Engine | Ranks, *, longest: int) -> None:
+def _reserve(question: Question, engine: Engine | Ranks, *, longest: int, max_batch: int) -> None:
     """Sets the cache aside, of the size that this question needs, and says how much more would fit."""
     new: int = question.options.get("max_new_tokens", 1)
-    size = CacheSize(max_batch=len(question.prompts), max_length=longest + new - 1, memory=question.cache_memory)
+    size = CacheSize(max_batch=max_batch, max_length=longest + new - 1, memory=question.cache_memory)
     _say(f"cache: {engine.reserve(size)}")
 
 

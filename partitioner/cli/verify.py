@@ -28,6 +28,7 @@ from partitioner.proof.float64 import ExactArithmetic, in_float64
 from partitioner.report.report import Report
 from partitioner.storage.named_model import dtype_named, load_config, load_model
 from runtime.processes.capacity import require_threads
+from runtime.processes.choose_device import choose_device
 from runtime.processes.launch import launch
 
 __all__ = [
@@ -54,11 +55,18 @@ class Case(Job):
     dtypes: tuple[str, ...] = ("float64", "float32")
     lengths: tuple[int, ...] = (1, 5, 40)
     seed: int = 0
+    device: str = "cpu"
+    """Of the ranks, as in `runtime.processes.choose_device`; the original runs on cpu."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= LARGEST_SEED:
             raise InputError(f"the seed must be a whole number from 0 to {LARGEST_SEED}, got {self.seed}")
         super().__post_init__()
+        self.placed  # noqa: B018 - checks the device
+
+    @property
+    def placed(self) -> torch.device:
+        return choose_device(self.device, num_ranks=self.plan.mesh.world_size)
 
 
 @dataclass(frozen=True)

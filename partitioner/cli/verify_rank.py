@@ -22,14 +22,15 @@ def main() -> None:
     outcomes: list[Outcome] = []
     for dtype in case.dtypes:
         model = load_model(case.model, dtype=dtype_named(dtype), seed=case.seed)
-        with Engine.connect(compiled(model, case.compile)) as engine:
+        with Engine.connect(compiled(model, case.compile), device=case.placed) as engine:
             run = functools.partial(_run, engine)
             outcomes += outcomes_of(case, dtype, model, run)
     write_answer(json.dumps([asdict(outcome) for outcome in outcomes]).encode())
 
 
 def _run(engine: Engine, input_ids: Tensor) -> list[Tensor | None]:
-    return [engine(input_ids=input_ids)]
+    result = engine(input_ids=input_ids)
+    return [None if result is None else result.cpu()]
 
 
 if __name__ == "__main__":

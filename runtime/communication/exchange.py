@@ -31,18 +31,21 @@ _PROOF_BYTES = 32
 _log = logging.getLogger("partitioner")
 
 
-def exchange_json(mine: Any, *, group: dist.ProcessGroup, num_ranks: int) -> list[Any]:
+def exchange_json(
+    mine: Any, *, group: dist.ProcessGroup, num_ranks: int, device: torch.device | str = "cpu"
+) -> list[Any]:
+    """`device`: where the group's collectives run."""
     text = torch.frombuffer(bytearray(json.dumps(mine).encode()), dtype=torch.uint8)
-    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(num_ranks)]
-    dist.all_gather(sizes, torch.tensor([text.numel()]), group=group)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(num_ranks)]
+    dist.all_gather(sizes, torch.tensor([text.numel()], device=device), group=group)
     longest = max(map(int, sizes))
     if longest > _LARGEST or min(map(int, sizes)) < 0:
         raise CommunicationError(f"a rank sent {longest} bytes where a few hundred are expected")
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: text.numel()] = text
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: text.numel()] = text.to(device)
     texts = [torch.empty_like(padded) for _ in range(num_ranks)]
     dist.all_gather(texts, padded, group=group)
-    return [json.loads(each[: int(size)].numpy().tobytes()) for each, size in zip(texts, sizes, strict=True)]
+    return [json.loads(each[: int(size)].cpu().numpy().tobytes()) for each, size in zip(texts, sizes, strict=True)]
 
 
 def shut_out_strangers(

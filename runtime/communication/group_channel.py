@@ -1,4 +1,4 @@
-"""The primitives over one process group, or over shared memory where it has them.
+"""The primitives over one process group, or over memory that its ranks share where it has them: the host's, or GPUs'.
 
     default       each costs what torch.distributed's costs
     checked run   before each the ranks that take part compare a fingerprint of it: all ranks of the group in one small
@@ -22,6 +22,7 @@ from runtime.communication.channels import Channel, Handle, piece_sizes, require
 from runtime.communication.failure_verdict import FailureVerdict, is_broken
 from runtime.communication.group_collectives import PRIMITIVES, Group
 from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement, check_counts
+from runtime.communication.peer_memory.peer_memory import PeerMemory
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory
 from runtime.ops.communicating import Kind, axes_text
 from runtime.processes.device_watch import DeviceWatch
@@ -42,13 +43,20 @@ class RankState:
 
 
 class GroupChannel(Channel):
-    """See the module's docstring; `shared`: the memory that the ranks of `group` share, None: they do not."""
+    """See the module's docstring; `shared`, `peers`: the memory that the ranks of `group` share, None: they do not."""
 
     def __init__(
-        self, axes: tuple[str, ...], group: Group, state: RankState, shared: SharedMemory | None, *, node: str
+        self,
+        axes: tuple[str, ...],
+        group: Group,
+        state: RankState,
+        shared: SharedMemory | None,
+        peers: PeerMemory | None = None,
+        *,
+        node: str,
     ) -> None:
         super().__init__(axes, group.ranks, state.rank, node=node)
-        self._group, self._state, self._shared = group, state, shared
+        self._group, self._state, self._shared, self._peers = group, state, shared, peers
 
     def prepare(self, kind: Kind, *, overwrite: bool = False, **options: Any) -> Callable[..., Any]:
         call = Call(self.rank, self.node, kind, axes_text(self.axes), options)
@@ -62,16 +70,16 @@ class GroupChannel(Channel):
             run = self._all_to_all(replace(call, options={}, sizes_from=options.get("sizes_from")))
         else:
             run = self._collective(call, kind, overwrite, options)
-        if self._shared is None:
+        if self._shared is None and self._peers is None:
             return run
-        # torch.compile cannot look into ctypes: without this it tries, and warns
+        # torch.compile cannot look into ctypes or launches: without this it tries, and warns
         opaque: Callable[..., Any] = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
         return opaque
 
     def _collective(
         self, call: Call, kind: Kind, overwrite: bool, options: dict[str, Any]
     ) -> Callable[[Tensor], Tensor]:
-        run: Callable[[Tensor], Tensor] = PRIMITIVES[kind](self._group, overwrite=overwrite, **options)
+        run: Callable[[Tensor], Tensor] = self._primitive(kind, overwrite=overwrite, **options)
         if self._shared is not None:
             # it has these two only; all others stay with gloo
             if kind == "all_reduce":
@@ -101,8 +109,12 @@ class GroupChannel(Channel):
 
         return scatter if kind == "reduce_scatter" else collective
 
+    def _primitive(self, kind: Kind, **options: Any) -> Callable[..., Any]:
+        by_group = PRIMITIVES[kind](self._group, **options)
+        return by_group if self._peers is None else self._peers.prepare(kind, otherwise=by_group, **options)
+
     def _all_to_all(self, call: Call) -> Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]:
-        run, gather = PRIMITIVES["all_to_all"](self._group), self._comparison()
+        run, gather = self._primitive("all_to_all"), self._comparison()
 
         def exchange(x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
             require_counts(x, send_counts, receive_counts, self)
@@ -122,7 +134,7 @@ class GroupChannel(Channel):
         return exchange
 
     def _permute(self, call: Call, options: dict[str, Any]) -> Callable[[Tensor], Handle]:
-        run, gather = PRIMITIVES["permute"](self._group, **options), self._comparison()
+        run, gather = self._primitive("permute", **options), self._comparison()
 
         def begin(x: Tensor) -> Handle:
             own = call.on(x)

@@ -11,6 +11,9 @@ On CPU, a group whose ranks share a host takes shared memory (`runtime/communica
     shared_memory="auto"  where it can be had; why not, where it cannot, is logged and stands in `transports`
     shared_memory="on"    CommunicationError where it cannot; groups across hosts use gloo all the same
     shared_memory="off"   gloo
+
+On CUDA, "auto" and "off" are NCCL. With "on", GPUs of one host write into each other's memory where that is quicker
+(`runtime/communication/peer_memory/`); CommunicationError where they cannot, NCCL across hosts.
 """
 
 from __future__ import annotations
@@ -38,10 +41,14 @@ from runtime.communication.failure_verdict import is_broken as _is_broken
 from runtime.communication.group_channel import GroupChannel, RankState
 from runtime.communication.group_collectives import Group
 from runtime.communication.matching_calls import Call
+from runtime.communication.peer_memory import measure
+from runtime.communication.peer_memory.peer_memory import Exchange, PeerMemory
+from runtime.communication.peer_memory.peer_memory import Unavailable as NoPeers
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory, Unavailable
 from runtime.communication.traceable import FunctionalChannel, OpaqueChannel
 from runtime.ops.communicating import Axes, axes_text
 from runtime.processes.bootstrap import WatchedStore, bootstrap, missing_variables, watched
+from runtime.processes.choose_device import choose_device
 from runtime.processes.device_watch import DeviceWatch, end_quickly
 from runtime.processes.heartbeat import Heartbeat
 from runtime.processes.listening import listening_sockets
@@ -87,6 +94,8 @@ class ProcessGroups(Communicator):
         self._store: Store | None = None
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._shared: dict[tuple[int, ...], SharedMemory] = {}
+        self.peers: dict[tuple[int, ...], PeerMemory] = {}
+        """By the ranks of a group: the memory of its GPUs that all of them write into."""
         self._order = torch.zeros(())
         self.transports: dict[str, str] = {}
         """What carries the collectives of every group with more than one rank, by its axes, and why."""
@@ -104,7 +113,9 @@ class ProcessGroups(Communicator):
                     dist.all_reduce(torch.zeros(1, device=device), group=group)
                     torch.cuda.synchronize(device)
                 self.transports[axis] = self._share(ranks, axis, shared_memory)
-        self._watch = DeviceWatch(device, heartbeat, timeout_s) if heartbeat and device.type == "cuda" else None
+        late = [peers.late for peers in self.peers.values()]
+        watches = heartbeat is not None and device.type == "cuda"
+        self._watch = DeviceWatch(device, heartbeat, timeout_s, late=late) if heartbeat and watches else None
         self._state.watch = self._watch
 
     @classmethod
@@ -118,14 +129,17 @@ class ProcessGroups(Communicator):
         check: bool = False,
         shared_memory: Sharing = "auto",
     ) -> ProcessGroups:
-        """Join the other ranks, in a process that torchrun started; the device "cuda" means the local rank's own."""
+        """Join the other ranks, in a process that torchrun started.
+
+        device: "cuda" means the local rank's own; "auto" that, where this host has one for each of its ranks, or "cpu".
+        """
         if missing := missing_variables():
             raise CommunicationError(f"not started by torchrun: {', '.join(missing)} not set. Run it with torchrun")
         world_size = int(os.environ["WORLD_SIZE"])
         # before joining: with the wrong number of ranks everything after would only time out
         if world_size != mesh.world_size:
             raise _wrong_world(world_size, mesh)
-        device = torch.device(device)
+        device = choose_device(device, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
         if str(device) == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
@@ -189,14 +203,16 @@ class ProcessGroups(Communicator):
         ranks = self.mesh.group(named, self.rank)
         if len(ranks) == 1:
             return AloneChannel(named, ranks, self.rank, node=node)
-        return GroupChannel(named, self._group(named, ranks, node), self._state, self._shared.get(ranks), node=node)
+        group, shared, peers = self._group(named, ranks, node), self._shared.get(ranks), self.peers.get(ranks)
+        return GroupChannel(named, group, self._state, shared, peers, node=node)
 
     def traceable_channel(self, axes: Axes, *, node: str) -> Channel:
         eager = self.channel(axes, node=node)
         if len(eager.ranks) == 1:
             return eager
         opaque = OpaqueChannel(eager, self._order, device=self.device)
-        if eager.ranks in self._shared:  # quicker than gloo, also through an operator of ours
+        # quicker than gloo and NCCL, also through an operator of ours
+        if eager.ranks in self._shared or eager.ranks in self.peers:
             return opaque
         return FunctionalChannel(self._group(eager.axes, eager.ranks, node), opaque)
 
@@ -217,13 +233,13 @@ class ProcessGroups(Communicator):
 
     def _share(self, ranks: tuple[int, ...], axis: str, wanted: Sharing) -> str:
         """Meet the ranks of a group in shared memory, where that is wanted and possible; what carries it then."""
-        if self.device.type != "cpu":
-            return "nccl"
-        if wanted == "off":
-            return "gloo"
+        otherwise = "gloo" if self.device.type == "cpu" else "nccl"
+        if wanted == "off" or (wanted == "auto" and self.device.type == "cuda"):
+            return otherwise
         group = self._groups[ranks]
-
-        exchange = functools.partial(exchange_json, group=group, num_ranks=len(ranks))
+        exchange = functools.partial(exchange_json, group=group, num_ranks=len(ranks), device=self.device)
+        if self.device.type != "cpu":
+            return self._share_gpus(ranks, axis, exchange)
         try:
             shared = SharedMemory.connect(ranks, self.rank, exchange=exchange, timeout_s=self.timeout_s)
         except Unavailable as reason:
@@ -247,6 +263,22 @@ class ProcessGroups(Communicator):
         self._shared[ranks] = shared
         return "shared memory"
 
+    def _share_gpus(self, ranks: tuple[int, ...], axis: str, exchange: Exchange) -> str:
+        """The same for ranks with a GPU each."""
+        group = Group(self._groups[ranks], ranks, ranks.index(self.rank), is_nccl=True)
+        try:
+            peers = PeerMemory.connect(group, self.device, exchange=exchange, timeout_s=self.timeout_s)
+        except NoPeers as reason:
+            if reason.several_hosts:
+                return f"nccl: {reason}"
+            raise CommunicationError(
+                f"the GPUs along {axis!r} cannot write into each other's memory: {reason}\n"
+                'shared_memory="auto" takes NCCL'
+            ) from None
+        measure.choose(peers, exchange=exchange)
+        self.peers[ranks] = peers
+        return "peer memory"
+
     def abort(self, error: BaseException) -> None:
         """Tell the others why; they notice as soon as this process ends or closes."""
         if not isinstance(error, CommunicationError):
@@ -265,8 +297,13 @@ class ProcessGroups(Communicator):
         """May be called again. CUDA graphs with collectives in them must be gone before."""
         for shared in self._shared.values():
             shared.close()
+        lost = self._watch is not None and self._watch.cause() is not None
+        for peers in self.peers.values():
+            if lost:
+                peers.abandon()
+            peers.close()
         if self._owned and dist.is_initialized():
-            _leave_groups(abort=self._watch is not None and self._watch.cause() is not None)
+            _leave_groups(abort=lost)
             self._owned = False
         if self._watch is not None:
             self._watch.close()
@@ -284,8 +321,10 @@ def _in_one_order(axes: Collection[tuple[str, ...]]) -> list[tuple[str, ...]]:
 def _require_sharing(wanted: Sharing, device: torch.device) -> None:
     if wanted not in get_args(Sharing):
         raise CommunicationError(f"shared_memory must be one of {', '.join(get_args(Sharing))}; got {wanted!r}")
-    if wanted == "on" and device.type != "cpu":
-        raise CommunicationError(f'shared_memory="on" is for ranks on CPU, these are on {device}: leave it at "auto"')
+    if wanted == "on" and device.type not in ("cpu", "cuda"):
+        raise CommunicationError(
+            f'shared_memory="on" is for ranks on CPU or CUDA, these are on {device}: leave it at "auto"'
+        )
 
 
 def _group_timeout(timeout_s: float, device: torch.device) -> timedelta:

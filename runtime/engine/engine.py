@@ -121,6 +121,7 @@ class Engine:
     ) -> Engine:
         """The rank of a process that torchrun started.
 
+        `device`: "cpu", "cuda" (the local rank's own), or "auto": GPUs where this host has one for each of its ranks.
         `check`: compare the ranks before every collective. `shared_memory`: see
         `runtime.communication.process_groups`. `cache`: set aside at once, see `reserve`.
         """

@@ -34,6 +34,9 @@ _FRESH = frozenset({"add", "addmm", "baddbmm", "bmm", "embedding", "linear", "ma
 _FRESH_OWN = frozenset({"vocab_parallel_embedding"})
 
 
+_TENSORS = ("mask", "sinks")
+_MASK = 4
+"""Its place among the operands of a cached attention."""
 _WITH_STATE = frozenset({cached_attention, cache_append, state_read, state_write})
 
 
@@ -115,7 +118,10 @@ def bound_graph(program: RankProgram, communicator: Binder, device: torch.device
                 _bind(new, node, communicator)
             elif node.target in _WITH_STATE and cache is not None:
                 options = dict(new.kwargs)
-                new.target, new.kwargs = cache.bind(node.target, str(options.pop("state")), options), {}
+                masked = options.get("mask") is not None or (len(new.args) > _MASK and new.args[_MASK] is not None)
+                state = str(options.pop("state"))
+                tensors = {name: options.pop(name) for name in list(options) if name in _TENSORS}
+                new.target, new.kwargs = cache.bind(node.target, state, options, masked=masked), tensors
             else:
                 new.args = fx.node.map_aggregate(new.args, lambda leaf: _moved(leaf, device))
                 new.kwargs = fx.node.map_aggregate(new.kwargs, lambda leaf: _moved(leaf, device))

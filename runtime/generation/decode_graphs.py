@@ -1,7 +1,8 @@
 """Decode steps of one shape: compiled once, or captured as a CUDA graph and replayed.
 
 A step takes one token per sequence, [B, 1], from the same memory each time; where in its sequence a token stands is
-read on the device. Attention looks at `seen` slots, rounded up, so that a few graphs serve all lengths.
+read on the device. Where attention is a kernel that stops at each row's length, one graph serves all lengths, and what
+is compiled serves any cache. Elsewhere it looks at `seen` slots, rounded up, so that a few graphs serve all lengths.
 CUDA graphs: launching a captured step costs the host microseconds instead of the launch of each of its kernels.
 """
 
@@ -61,8 +62,10 @@ class Decoder:
         device: torch.device,
         compile: bool,
         cuda_graph: bool,
+        pool: Any = None,
     ) -> None:
-        self.batch, self.cache = batch, cache
+        """`pool`: memory that captured steps share, of which one is replayed at a time."""
+        self.batch, self.cache, self._pool = batch, cache, pool
         self._compiled, self._captures = compile, cuda_graph
         self._execute = execute
         self._inputs = {
@@ -128,7 +131,7 @@ class Decoder:
         """How many slots a step looks at."""
         most = self.cache.max_length
         # one compiled graph only: compiling takes far longer than looking at empty slots
-        return most if self._compiled else min(most, -(-(latest + 1) // _ROUND_TO) * _ROUND_TO)
+        return most if self._compiled or self.cache.any_length else min(most, -(-(latest + 1) // _ROUND_TO) * _ROUND_TO)
 
     def _replayed(self, seen: int, *, chained: bool) -> Tensor:
         if (seen, chained) not in self._graphs:
@@ -190,7 +193,7 @@ class Decoder:
                 warm_up()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             result = run(seen)
         return graph, result
 

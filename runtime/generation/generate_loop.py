@@ -29,7 +29,7 @@ from runtime.generation.staged_loop import StagedLoop
 from runtime.generation.steps import Loaded, Steps
 from runtime.generation.token_rules import TokenRules
 from runtime.kv_cache.cache import Cache
-from runtime.kv_cache.cache_size import ANY_LENGTH, CacheSize, Room, slots_for, step_of
+from runtime.kv_cache.cache_size import ANY_LENGTH, CacheSize, Room, default_step, slots_for, step_of
 
 __all__ = ["GenerateLoop"]
 
@@ -67,6 +67,7 @@ class GenerateLoop:
         """What there is room for, once `reserve` has found out."""
         self._bound: Steps | None = None
         """The programs with the cache that is set aside now."""
+        self._default_steps: dict[int, int] = {}
         self._turn = 0
         """Counts tasks: a stream that another task has overtaken must not go on."""
 
@@ -80,7 +81,8 @@ class GenerateLoop:
         longest = max(map(len, request.prompts))
         length = longest + settings.max_new_tokens - 1  # the last token is never run
         request.require_fits(self.program, length)
-        size = min(step_of(self.program, settings.prefill_step, length), longest)
+        wanted = settings.prefill_step or self._default_step(len(request.prompts))
+        size = min(step_of(self.program, wanted, length), longest)
         run = self._provide(max_batch=len(request.prompts), max_length=length, step=size)
         run.cache.start()
         self._turn += 1
@@ -132,6 +134,9 @@ class GenerateLoop:
     def reserve(self, size: CacheSize) -> Room:
         """A collective: sets the cache of all later tasks aside, of the same size on all ranks."""
         self._drop_cache()
+        if size.prefill_step is None:
+            size = replace(size, prefill_step=self._default_step(size.max_batch))
+        assert size.prefill_step is not None
         room = Room.agreed(self.program, size, self.communicator, self.device)
         max_length = size.max_length
         if max_length is None:
@@ -144,6 +149,12 @@ class GenerateLoop:
         step = step_of(self.program, size.prefill_step, max_length)
         self._bound = self._steps_over(max_batch=size.max_batch, max_length=max_length, step=step)
         return self.room
+
+    def _default_step(self, max_batch: int) -> int:
+        if max_batch not in self._default_steps:
+            step = default_step(self.program, self.communicator, self.device, max_batch=max_batch)
+            self._default_steps[max_batch] = step
+        return self._default_steps[max_batch]
 
     def _provide(self, *, max_batch: int, max_length: int, step: int) -> Steps:
         """Sets memory aside for a task, unless what there is suffices."""
@@ -159,6 +170,7 @@ class GenerateLoop:
                 return self._bound
             if cache.max_batch >= max_batch and cache.max_length >= max_length and cache.step >= step:
                 return self._bound
+        kept = self._bound if self._bound is not None and self._bound.serve_any_cache else None
         self._drop_cache()
         size = CacheSize(max_batch=max_batch, max_length=max_length, prefill_step=step)
         room = Room.agreed(self.program, size, self.communicator, self.device)
@@ -167,11 +179,18 @@ class GenerateLoop:
         max_length = -(-max_length // _ROUND_TO) * _ROUND_TO
         if room.tokens is not None:
             max_length = min(max_length, room.tokens)
-        self._bound = self._steps_over(max_batch=max_batch, max_length=max_length, step=step)
+        if kept is None:
+            self._bound = self._steps_over(max_batch=max_batch, max_length=max_length, step=step)
+        else:  # a longer text, or more of them, compiles nothing
+            slots = slots_for(self.program, max_length)
+            kept.cache.resize(max_batch=max_batch, max_length=max_length, step=step, slots=slots)
+            self._bound = kept
         return self._bound
 
     def _drop_cache(self) -> None:
         """The old one is given back before a new one is made."""
+        if self._bound is not None:
+            self._bound.release()  # its memory now: what is bound to it may keep it for a while
         self._bound = self.room = None
 
     def _steps_over(self, *, max_batch: int, max_length: int, step: int) -> Steps:
@@ -193,7 +212,5 @@ class GenerateLoop:
 
     def release(self) -> None:
         """Gives back the cache and the captured steps; a stream that is under way cannot go on."""
-        if self._bound is not None:
-            self._bound.release()
-        self._bound = None
+        self._drop_cache()
         self._turn += 1

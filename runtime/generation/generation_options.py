@@ -14,7 +14,7 @@ stop_strings=None        texts after which a sequence ends; needs `tokenizer`
 tokenizer=None
 logprobs=False           True: the log-probability of each new token as well
 input_ids, inputs        the prompts, by transformers' names
-prefill_step=512         how many tokens of each prompt are run at a time
+prefill_step=None        how many tokens of each prompt are run at a time; None: by device and memory
 
 What is not given is what the model's generation config says (generation_config.json), as transformers takes it. Other
 names of GenerationConfig are taken where their values change nothing, and refused otherwise: `not_offered.py`.
@@ -69,7 +69,7 @@ class Options(TypedDict, total=False):
     stop_strings: str | Sequence[str] | None
     tokenizer: Any
     logprobs: bool
-    prefill_step: int
+    prefill_step: int | None
     num_beams: int
     num_return_sequences: int
     use_cache: bool
@@ -88,7 +88,7 @@ class Settings:
     stop_strings: tuple[str, ...] = ()
     tokenizer: Any = None
     logprobs: bool = False
-    prefill_step: int = 512
+    prefill_step: int | None = None
 
     @classmethod
     def of(
@@ -131,6 +131,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "prefill_step"):
             value = getattr(self, name)
+            if name == "prefill_step" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
                 raise InputError(f"{name} must be a whole number, at least 1; got {value!r}")
         if not isinstance(self.logprobs, bool):

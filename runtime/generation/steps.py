@@ -63,7 +63,9 @@ class Steps:
 
         self._prefill = bound(prefill)
         self._decode = self._prefill if decode is prefill else bound(decode)
-        self._decoder: Decoder | None = None
+        self._decoders: dict[int, Decoder] = {}
+        """By the number of sequences."""
+        self._pool: Any = None
 
     def prefill(self, pieces: Iterable[Piece]) -> Tensor:
         """The logits [B, V/n] of each prompt's last token."""
@@ -82,9 +84,11 @@ class Steps:
         return self.decoder(len(piece.tokens))([row[0] for row in piece.tokens], piece.starts)
 
     def decoder(self, batch: int) -> Decoder:
-        """The steps of `batch` sequences from fixed memory; one size is kept."""
-        if self._decoder is None or self._decoder.batch != batch:
-            self._decoder = Decoder(
+        """The steps of `batch` sequences from fixed memory, which captured ones share: one is replayed at a time."""
+        if batch not in self._decoders:
+            if self._cuda_graph and self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            self._decoders[batch] = Decoder(
                 self._decode_program,
                 self._decode,
                 self.cache,
@@ -92,8 +96,14 @@ class Steps:
                 device=self._device,
                 compile=self._compile,
                 cuda_graph=self._cuda_graph,
+                pool=self._pool,
             )
-        return self._decoder
+        return self._decoders[batch]
+
+    @property
+    def serve_any_cache(self) -> bool:
+        """Whether there are steps whose compiled code does not depend on the cache's size."""
+        return bool(self._decoders) and self.cache.any_length
 
     def run(self, piece: Piece, *, decode: bool = False, rows: slice | None = None) -> Tensor:
         """The logits [B, V/n] of each row's last token.
@@ -146,6 +156,7 @@ class Steps:
         return execute([*(known[wanted.name] for wanted in self._program.inputs), *received])
 
     def release(self) -> None:
-        """Gives back what captured steps hold."""
-        if self._decoder is not None:
-            self._decoder.release()
+        """Gives back what captured steps hold, and the cache's memory; what is compiled stays."""
+        for decoder in self._decoders.values():
+            decoder.release()
+        self.cache.drop()

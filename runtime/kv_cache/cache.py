@@ -15,6 +15,7 @@ cache.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ from runtime.kv_cache.slots import Slots, minus_infinity, slots_of
 from runtime.kv_cache.untouched import untouched_zeros
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
+from runtime.ops.kernels.decode_attention import Attending, can_decode, decode_attention, registered
+from runtime.ops.kernels.flash_attention import can_flash, flash_rows
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.program.shards import StateShard
 
@@ -53,22 +56,9 @@ class Cache:
         device: torch.device,
         slots: int = 0,
     ) -> None:
-        self.max_batch, self.max_length, self.step = max_batch, max_length, step
-        self.buffers = {
-            state.name: untouched_zeros(
-                _shape(state, max_batch, slots_of(state, max_length=max(max_length, slots), step=step)),
-                dtype=state.dtype,
-                device=device,
-            )
-            for state in states
-        }
-        self._remembered = {s.name: self.buffers[s.name].shape for s in states if not s.per_token}
+        self._states, self._device = tuple(states), device
         self._appended: set[str] = set()
-        self._used = 0
-        """How many slots runs may have written to since all were zero."""
-        self._replayed = 0
-        """How many the captured runs may write to whenever they are replayed, of which nobody tells."""
-        self._rows = torch.arange(max_batch, device=device)[:, None]
+        self.resize(max_batch=max_batch, max_length=max_length, step=step, slots=slots)
         self._batch: Batch | None = None
         """What the host knows of the run's tokens; None in runs whose positions only the device knows."""
         self._group = slice(0, 0)
@@ -83,6 +73,36 @@ class Cache:
         """Slots, window and chunk of the attentions bound to this cache."""
         self._fixed: int | None = None
         """How many slots are looked at in runs of one token whose positions only the device knows."""
+        self._is_fixed = False
+        """Whether this is such a run: what a compiled step asks, which must not depend on the number."""
+        self._attending: list[Attending] = []
+
+    def resize(self, *, max_batch: int, max_length: int, step: int, slots: int = 0) -> None:
+        """Other buffers, all zero, in the place of those that there are; give those back before, by `drop`."""
+        self.max_batch, self.max_length, self.step = max_batch, max_length, step
+        self.buffers = {
+            state.name: untouched_zeros(
+                _shape(state, max_batch, slots_of(state, max_length=max(max_length, slots), step=step)),
+                dtype=state.dtype,
+                device=self._device,
+            )
+            for state in self._states
+        }
+        self._remembered = {s.name: self.buffers[s.name].shape for s in self._states if not s.per_token}
+        self._used = 0
+        """How many slots runs may have written to since all were zero."""
+        self._replayed = 0
+        """How many the captured runs may write to whenever they are replayed, of which nobody tells."""
+        self._rows = torch.arange(max_batch, device=self._device)[:, None]
+
+    def drop(self) -> None:
+        """Gives the buffers back; nothing runs until `resize`."""
+        self.buffers.clear()
+
+    @property
+    def any_length(self) -> bool:
+        """Whether steps of one token, as they are bound, are the same whatever the number of slots."""
+        return bool(self._attending) and not self._kinds and not self._appended
 
     @property
     def bytes(self) -> int:
@@ -99,7 +119,7 @@ class Cache:
                 f"the cache holds {self.max_batch} sequences of {self.max_length} tokens, {self.step} of them in one "
                 f"run; got {batch} sequences up to position {tokens.end - 1}, {size} tokens in this run"
             )
-        self._batch, self._fixed, self._group = tokens, None, rows
+        self._batch, self._fixed, self._group, self._is_fixed = tokens, None, rows, False
         self._used = max(self._used, tokens.end)
         numbers = [row for row, active in enumerate(tokens.active) if active]
         self._active = None if all(tokens.active) else torch.tensor(numbers, device=tokens.positions.device)
@@ -113,6 +133,7 @@ class Cache:
         captured once and replayed.
         """
         self._batch, self._active, self._fixed, self._group = None, None, seen, slice(0, len(positions))
+        self._is_fixed = True
         self._replayed = max(self._replayed, seen)
         rows = self._rows[self._group]
         self._found = {slots: Slots(slots).find(rows, positions) for slots, _, _ in self._kinds}
@@ -135,8 +156,13 @@ class Cache:
         if rows is None:
             self._used = 0
 
-    def bind(self, op: Callable[..., Any], state: str, options: dict[str, Any]) -> Callable[..., Tensor]:
-        """The function that takes the place of an op that uses `state`: it takes the op's tensors."""
+    def bind(
+        self, op: Callable[..., Any], state: str, options: dict[str, Any], *, masked: bool = False
+    ) -> Callable[..., Tensor]:
+        """The function that takes the place of an op that uses `state`: it takes the op's tensors.
+
+        masked: one of an attention's is a mask.
+        """
         by_op: dict[Any, Callable[..., Tensor]] = {
             cache_append: self._append,
             state_read: self._read,
@@ -154,12 +180,44 @@ class Cache:
         defaults = cached_attention.__kwdefaults__
         assert defaults is not None
         options = {**defaults, **options}
-        self._kinds.add((keys.shape[2], options["window"], options["chunk"]))
+        by_kernel = None
+        if not masked and options["kv_map"] is None and options["causal"] and can_decode(keys, values):
+            attending = Attending(functools.partial(self._attend_one, state, options), values.shape[-1])
+            self._attending.append(attending)
+            by_kernel = registered(attending)
+        else:
+            self._kinds.add((keys.shape[2], options["window"], options["chunk"]))
 
-        def attend(*tensors: Any) -> Tensor:
-            return self._attend(keys, values, options, *tensors)
+        def attend(
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            positions: Tensor,
+            mask: Tensor | None = None,
+            sinks: Tensor | None = None,
+        ) -> Tensor:
+            if by_kernel is not None and q.shape[2] == 1 and (self._is_fixed or self._active is None):
+                return by_kernel(q, k, v, positions, sinks)
+            keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
+            return self._attend(keys, values, options, q, k, v, mask, sinks)
 
         return attend
+
+    def _attend_one(
+        self,
+        state: str,
+        options: dict[str, Any],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """One token of each row."""
+        keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
+        given: dict[str, Any] = {name: options[name] for name in ("scale", "window", "chunk", "softcap")}
+        found: Tensor = decode_attention(q, k, v, positions, keys[self._group], values[self._group], sinks, **given)
+        return found
 
     def _attend(
         self,
@@ -169,9 +227,8 @@ class Cache:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        positions: Tensor,
-        mask: Tensor | None = None,
-        sinks: Tensor | None = None,
+        mask: Tensor | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         """`cached_attention` over the buffers of one state, `options` being its keywords but for the state's name."""
         group, slots = self._group, keys.shape[2]
@@ -183,6 +240,13 @@ class Cache:
             blocks, at = self._find(slots)
             keys[blocks, :, at] = self._active_rows(k).transpose(1, 2)
             values[blocks, :, at] = self._active_rows(v).transpose(1, 2)
+        plain = mask is None and sinks is None and options["causal"]
+        plain = plain and all(options[name] is None for name in ("softcap", "chunk", "kv_map"))
+        if plain and self._can_flash(q, v, slots, options["window"]):
+            tokens = self._batch
+            assert tokens is not None
+            rows, (scale, window) = (keys[group], values[group]), (options["scale"], options["window"])
+            return flash_rows(q, *rows, tokens.starts, tokens.counts, scale=scale, window=window)
         if self._batch is not None and self._batch.start == 0:
             # nothing came before: the tokens of this call are all there is to see
             return attention(q, k, v, mask, sinks, **options)
@@ -196,6 +260,14 @@ class Cache:
             q, keys[group, :, :seen], values[group, :, :seen], mask, sinks,
             scale=options["scale"], softcap=options["softcap"], kv_map=options["kv_map"], written_out=written_out,
         )  # fmt: skip
+
+    def _can_flash(self, q: Tensor, v: Tensor, slots: int, window: int | None) -> bool:
+        """Whether several tokens stand behind others that lie in their order, or rows are of different lengths."""
+        tokens = self._batch
+        if tokens is None or q.shape[2] == 1 or slots < tokens.end:
+            return False
+        is_first = tokens.start == 0 and (window is None or window >= tokens.end)
+        return not is_first and can_flash(q, v)
 
     def _start(self, slots: int) -> int | None:
         """The slot at which every row's tokens start, if they lie one after the other and the host knows where."""

@@ -27,26 +27,43 @@ from runtime.kv_cache.slots import cache_bytes
 from runtime.ops.collectives import all_gather
 from runtime.program.rank_program import RankProgram
 
-__all__ = ["ANY_LENGTH", "CacheSize", "Room", "bytes_needed", "longest_text", "slots_for", "step_of", "tokens_that_fit"]
+__all__ = [
+    "ANY_LENGTH",
+    "LEAST_STEP",
+    "CacheSize",
+    "Room",
+    "bytes_needed",
+    "default_step",
+    "longest_text",
+    "slots_for",
+    "step_of",
+    "tokens_that_fit",
+]
 
+LEAST_STEP = 512
+"""Enough for a processor."""
+_MOST_ROWS, _LIVE = 16384, 8
 ANY_LENGTH = 2**31 - 1
 """Stands for "as long as you like": what the model remembers does not grow, and it counts no positions in a table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSize:
-    """What to set aside; `memory` as in `device_memory`. prefill_step: how many tokens of a prompt run at a time."""
+    """What to set aside; `memory` as in `device_memory`.
+
+    prefill_step: how many tokens of a prompt run at a time; None: by device and memory, see `default_step`.
+    """
 
     max_batch: int = 1
     max_length: int | None = None
     """Tokens per sequence, of prompt and continuation; None: as many as `memory` has room for."""
     memory: int | str | None = None
-    prefill_step: int = 512
+    prefill_step: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_length", "prefill_step"):
             given = vars(self)[name]
-            if name == "max_length" and given is None:
+            if name != "max_batch" and given is None:
                 continue
             if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given < 2**31:
                 raise InputError(f"{name} must be a whole number, at least 1; got {given!r}")
@@ -90,9 +107,8 @@ class Room:
         sharing = int((places == place).sum())
         amount = Amount.of("1 of free" if size.memory is None else size.memory)
         mine = amount.within(None if free is None else free // sharing)
-        fits = -1 if mine is None else tokens_that_fit(
-            program, mine, max_batch=size.max_batch, prefill_step=size.prefill_step
-        )  # fmt: skip
+        step = size.prefill_step or LEAST_STEP
+        fits = -1 if mine is None else tokens_that_fit(program, mine, max_batch=size.max_batch, prefill_step=step)
         given = torch.tensor([ANY_LENGTH if fits is None else fits, -1 if mine is None else mine], device=device)
         everyone = _gathered(communicator, given).view(-1, 2).tolist()
         if any(bytes_ < 0 for _, bytes_ in everyone):
@@ -129,6 +145,25 @@ def slots_for(program: RankProgram, max_length: int) -> int:
         return max_length
     # a graph that is told its slots looks at one more than there are tokens
     return max(max_length + 1, program.limits.get("slots", (1, None))[0])
+
+
+def default_step(program: RankProgram, communicator: Communicator, device: torch.device, *, max_batch: int) -> int:
+    """How many tokens of each prompt to run at a time; a collective on GPUs, where it is the least of all ranks.
+
+    A GPU wants thousands of rows in a product, and launches as many kernels for few. What runs takes memory while it
+    does, several values as wide as the widest layer for each row: an eighth of the device may go there, or a quarter of
+    what is free.
+    """
+    if device.type != "cuda":
+        return LEAST_STEP
+    rows = [weight.local_shape[0] * weight.dtype.itemsize for weight in program.weights if len(weight.local_shape) == 2]
+    # the two largest may be those of the vocabulary, which runs for one row of a prompt
+    widest = max(1, sorted(rows)[-3:][0]) if rows else 1
+    whole, free = torch.cuda.get_device_properties(device).total_memory, free_bytes(device) or 0
+    fits = min(whole // 8, free // 4) // (_LIVE * widest)
+    mine = torch.tensor([min(_MOST_ROWS, fits) // max_batch], device=device)
+    least = int(_gathered(communicator, mine).min())
+    return max(LEAST_STEP, 1 << max(0, least.bit_length() - 1))
 
 
 def step_of(program: RankProgram, prefill_step: int, max_length: int) -> int:

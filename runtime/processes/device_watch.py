@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -47,10 +48,17 @@ def _end_if_lost() -> None:
 
 
 class DeviceWatch:
-    """A thread that runs until `close`."""
+    """A thread that runs until `close`. `late`: each tells the ranks that kernels await beyond the timeout."""
 
-    def __init__(self, device: torch.device, heartbeat: Heartbeat, timeout_s: float) -> None:
-        self._device, self._heartbeat, self._timeout_s = device, heartbeat, timeout_s
+    def __init__(
+        self,
+        device: torch.device,
+        heartbeat: Heartbeat,
+        timeout_s: float,
+        *,
+        late: Sequence[Callable[[], list[int]]] = (),
+    ) -> None:
+        self._device, self._heartbeat, self._timeout_s, self._late = device, heartbeat, timeout_s, late
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watch the device")
         self._thread.start()
@@ -68,6 +76,11 @@ class DeviceWatch:
         if silent:
             named = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(silent)}"
             return f"{named} gave no sign of life for {self._timeout_s:g} s: stopped, or its host cannot be reached"
+        for each in self._late:
+            if late := each():
+                return (
+                    f"rank {late[0]} did not come within {self._timeout_s:g} s; its process is alive: see what it does"
+                )
         return None
 
     def _watch(self) -> None:

@@ -53,7 +53,9 @@ def results(folder: Path, family: str, dtype: str, cuda_graph: str) -> None:
     ids = torch.arange(1, 17).reshape(2, 8)
     found: dict[str, torch.Tensor] = {}
     with Engine.connect(parts, device=own_host(), timeout_s=120, cuda_graph=cuda_graph == "graph") as engine:
-        assert engine.communicator.transports == ({"tp": "nccl"} if num_ranks > 1 else {})
+        carried_by = engine.communicator.transports
+        if num_ranks > 1:
+            assert carried_by == {"tp": "nccl"}
         logits = engine(input_ids=ids)
         logits = logits[0] if isinstance(logits, tuple | list) else logits
         found["logits"] = logits.float().cpu()
@@ -82,6 +84,8 @@ def fault(folder: Path, what: str, phase: str, victim: str) -> None:
                     (folder / "when").write_text(json.dumps(time.time()))
                     if what == "raise":
                         raise ValueError("a fault of its own")
+                    if what == "hang":
+                        time.sleep(600)
                     os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGSTOP)
                 return collective(x)
 

@@ -8,7 +8,11 @@ import runtime.generation.decode_graphs
 from partitioner import Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("default"),  # torch's compiler warns when it is first imported
+]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def test_chained_steps_write_what_single_steps_write(parts, compile, monkeypatch
     waits, chains = engine(parts), engine(parts, cuda_graph=True, compile=compile)
     plain = waits.generate(PROMPTS, max_new_tokens=50, eos_token_id=[])
     assert torch.equal(chains.generate(PROMPTS, max_new_tokens=50, eos_token_id=[]), plain)
-    assert any(chained for _, chained in chains._generate_loop._bound._decoder._graphs)
+    assert any(chained for _, chained in chains._generate_loop._bound.decoder(len(PROMPTS))._graphs)
     # texts that end at different steps, and a second task on the same captured steps
     ends = [int(plain[0, 30]), int(plain[1, 45])]
     wanted = waits.generate(PROMPTS, max_new_tokens=50, eos_token_id=ends)
@@ -47,7 +51,7 @@ def test_what_is_asked_of_the_host_is_not_chained(parts):
     for options in ({"repetition_penalty": 1.3}, {"do_sample": True, "seed": 3}):
         wanted = waits.generate(PROMPTS, max_new_tokens=20, eos_token_id=[], **options)
         assert torch.equal(chains.generate(PROMPTS, max_new_tokens=20, eos_token_id=[], **options), wanted)
-    assert not any(chained for _, chained in chains._generate_loop._bound._decoder._graphs)
+    assert not any(chained for _, chained in chains._generate_loop._bound.decoder(len(PROMPTS))._graphs)
 
 
 def test_a_stream_that_is_left_early_harms_no_other(parts):

@@ -35,7 +35,7 @@ def run(pytestconfig: pytest.Config, folder: Path, case: list[str]) -> tuple[lis
         with (folder / f"stderr-{rank}").open("wb") as stderr:
             processes.append(subprocess.Popen(command, env=environment, stderr=stderr))
     ended: dict[int, float] = {}
-    stopped = {int(case[3])} if case[1:2] == ["stop"] else set()
+    stopped = {int(case[3])} if case[1:2] in (["stop"], ["hang"]) else set()
     deadline = time.monotonic() + 180
     try:
         while len(ended.keys() | stopped) < 2 and time.monotonic() < deadline:
@@ -66,6 +66,16 @@ def test_the_other_says_who_is_lost(
     # an end is told by the connection, at once; only a stopped process takes the timeout
     assert seconds[other] < (TIMEOUT_S if fault == "stop" else 0) + 1 + SLACK_S
     assert codes[victim] == {"kill": -signal.SIGKILL, "stop": -signal.SIGKILL}.get(fault, 1)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_rank_that_lives_and_does_not_come_is_named(phase: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    """Over the GPUs' own memory, whose kernels tell the host; NCCL names nobody."""
+    codes, texts, seconds = run(pytestconfig, tmp_path, ["fault", "hang", phase, "1"])
+    assert codes[0] != 0
+    assert f"rank 1 did not come within {TIMEOUT_S} s; its process is alive" in texts[0], texts[0]
+    assert seconds[0] < TIMEOUT_S + 1 + SLACK_S
 
 
 def test_captured_graphs_are_gone_before_their_groups(tmp_path: Path, pytestconfig: pytest.Config) -> None:

@@ -150,6 +150,9 @@ def svg(width: int, height: int, shapes: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    measured = {"trace.svg": trace(json.loads(Path(path).read_text())["traceEvents"]) for path in sys.argv[1:]}
-    for file, drawn in (measured or pictures()).items():
+    if len(sys.argv) > 1:
+        drawings = {"trace.svg": trace(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["traceEvents"])}
+    else:
+        drawings = pictures()
+    for file, drawn in drawings.items():
         (HERE / file).write_text(drawn, encoding="utf-8")

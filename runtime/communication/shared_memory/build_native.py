@@ -27,7 +27,7 @@ from pathlib import Path
 
 from runtime.communication.shared_memory.own_folder import Busy, NotOurs, OwnFolder
 
-__all__ = ["CannotBuild", "Native", "load"]
+__all__ = ["CannotBuild", "Native", "cache_folder", "load"]
 
 _COMPILERS = ("g++", "c++", "clang++")
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC")
@@ -53,7 +53,7 @@ def load(source: str, *, timeout_s: float) -> Native:
     text = path.read_bytes()
     name = _name(path.stem, text)
     try:
-        with OwnFolder.open(_cache()) as folder, folder.locked(f"{path.stem}.lock", timeout_s):
+        with OwnFolder.open(cache_folder()) as folder, folder.locked(f"{path.stem}.lock", timeout_s):
             if (library := folder.library(name)) is not None:
                 return Native(library, 0.0)
             with _compiled(path, timeout_s) as (content, seconds):
@@ -85,7 +85,7 @@ def _name(stem: str, text: bytes) -> str:
     return f"{stem}-{hashlib.blake2b(text + built, digest_size=10).hexdigest()}.so"
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(given, "partitioner")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

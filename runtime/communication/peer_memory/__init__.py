@@ -1,0 +1,1 @@
+"""Collectives of GPUs of one host that can write into each other's memory."""

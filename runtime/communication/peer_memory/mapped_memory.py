@@ -1,0 +1,135 @@
+"""Memory of every GPU of a group that all of them have mapped, or why there is none.
+
+standing(device)                what the others must know of this rank
+obstacle(ranks, everyone, ..)   why these ranks cannot have it; "": they may
+mapped(group, device, name)     the memory, all zeros, and torch's handle with the addresses of all
+
+small pieces    per source 2 slots x SMALL_BLOCKS x UNITS of 16 bytes
+data            per source 4 slots x BLOCKS x chunk_bytes
+flags           per source BLOCKS of 32 bits
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore
+
+from runtime.communication.group_collectives import Group
+from runtime.ops.kernels.triton_needs import missing_for_triton
+
+__all__ = [
+    "BLOCKS",
+    "SMALL_BLOCKS",
+    "UNITS",
+    "Exchange",
+    "Geometry",
+    "Unavailable",
+    "first_obstacle",
+    "mapped",
+    "obstacle",
+    "standing",
+]
+
+UNITS, SMALL_BLOCKS = 256, 256
+"""Of eight bytes each, per block of the kernel for small pieces: one thread has one."""
+BLOCKS, SLOTS = 256, 4
+
+Exchange = Callable[[Any], list[Any]]
+
+
+class Unavailable(Exception):
+    """Why a group cannot write into each other's memory; the same on all of its ranks."""
+
+    def __init__(self, why: str, *, several_hosts: bool = False) -> None:
+        super().__init__(why)
+        self.several_hosts = several_hosts
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where what lies in a rank's memory: a part for each source."""
+
+    num_ranks: int
+
+    @property
+    def small_bytes(self) -> int:
+        """The largest piece that the kernel for small ones takes."""
+        return UNITS * SMALL_BLOCKS * 8
+
+    @property
+    def chunk_bytes(self) -> int:
+        # of eight ranks a quarter: each of the seven others has its slots
+        most = 32768 // self.num_ranks
+        return int(max(2048, 2 ** math.floor(math.log2(most))))
+
+    @property
+    def start_of_data(self) -> int:
+        return self.num_ranks * 2 * self.small_bytes * 2
+
+    @property
+    def start_of_flags(self) -> int:
+        return self.start_of_data + self.num_ranks * SLOTS * BLOCKS * self.chunk_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return self.start_of_flags + self.num_ranks * BLOCKS * 4
+
+
+def standing(device: torch.device) -> dict[str, Any]:
+    """What the others must know of this rank."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "host": boot.read_text().strip() if boot.exists() else platform.node(),
+        "gpu": str(properties.uuid),
+        "name": properties.name,
+        "capability": [properties.major, properties.minor],
+        "missing": missing_for_triton(),
+        "token": f"{torch.randint(2**62, ()).item():x}{Path('/proc/self').resolve().name}",
+    }
+
+
+def obstacle(ranks: Sequence[int], everyone: list[dict[str, Any]], device: torch.device) -> str:
+    if len({each["host"] for each in everyone}) > 1:
+        return f"the ranks {', '.join(map(str, ranks))} are on several hosts"
+    if len({each["gpu"] for each in everyone}) < len(everyone):
+        return "several ranks share a GPU"
+    for rank, each in zip(ranks, everyone, strict=True):
+        if each["missing"]:
+            return f"rank {rank} has {each['missing']}"
+        if tuple(each["capability"]) < (7, 0):
+            return f"the GPU of rank {rank} ({each['name']}) is older than compute capability 7.0"
+    visible = {str(torch.cuda.get_device_properties(i).uuid): i for i in range(torch.cuda.device_count())}
+    for rank, each in zip(ranks, everyone, strict=True):
+        other = visible.get(each["gpu"])
+        if other not in (None, device.index) and not torch.cuda.can_device_access_peer(device, other):
+            return f"GPU {device.index} cannot reach the memory of rank {rank}'s ({each['name']})"
+    return ""
+
+
+def first_obstacle(ranks: Sequence[int], everyone: list[dict[str, Any]]) -> str:
+    return next((f"rank {rank}: {each['why']}" for rank, each in zip(ranks, everyone, strict=True) if each["why"]), "")
+
+
+def mapped(group: Group, device: torch.device, name: str) -> tuple[Tensor, Any]:
+    """Memory of this rank, all zeros, and the addresses of all."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    store = PrefixStore(name, distributed_c10d._get_process_group_store(group.handle))
+    torch._C._distributed_c10d._SymmetricMemory.set_group_info(name, group.coordinate, group.size, store)
+    memory = symmetric.empty(Geometry(group.size).num_bytes, dtype=torch.uint8, device=device)
+    memory.zero_()
+    torch.cuda.synchronize(device)  # nobody writes into it before
+    handle = symmetric.rendezvous(memory, name)  # type: ignore[arg-type]
+    if handle is None:
+        raise RuntimeError("no handle came back")
+    return memory, handle

@@ -1,0 +1,1 @@
+"""Attention by kernels of GPUs: torch's flash kernel, and one of ours in Triton."""

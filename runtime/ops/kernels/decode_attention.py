@@ -1,0 +1,139 @@
+"""Attention of one new token per row, whose key and value are added to a cache by the same kernel.
+
+    q [B, H, 1, D]   k [B, G, 1, D]   v [B, G, 1, Dv]   positions [B, 1]   keys [>= B, G, slots, D]   values [.., Dv]
+    result [B, H, 1, Dv], and the log-sum-exp of the scores [B, H] where asked for
+
+Position p lies in slot p % slots. The kernel reads the positions itself: it stops at each row's length, and one
+captured call serves all lengths. For torch.compile it is one operator (`registered`), which knows its cache by a
+number: so that the compiled step does not know how long the cache is.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.ops.kernels.triton_needs import missing_for_triton
+
+__all__ = ["Attending", "can_decode", "decode_attention", "registered"]
+
+_TILE, _LEAST_TILES = 64, 4
+"""Keys at a time, and how many such times a part is worth: putting parts together costs as much as a few."""
+_WIDEST = 256
+_LOG2_E = 1.4426950408889634
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_MOST_COUNTERS = 65536
+
+
+def can_decode(keys: Tensor, values: Tensor) -> bool:
+    """Whether the kernel takes a cache like this."""
+    narrow = max(keys.shape[-1], values.shape[-1]) <= _WIDEST and min(keys.shape) > 0
+    return keys.device.type == "cuda" and keys.dtype in _DTYPES and narrow and not missing_for_triton()
+
+
+@functools.cache
+def _counters(device: torch.device) -> Tensor:
+    return torch.zeros(_MOST_COUNTERS, dtype=torch.int32, device=device)
+
+
+def _splits(pairs: int, slots: int, device: torch.device) -> int:
+    """So many parts that each processor has one or two, however long rows are."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    wanted = min(2 * processors / pairs, 64, slots / (_TILE * _LEAST_TILES))
+    return int(2 ** max(0, math.floor(math.log2(max(1.0, wanted)))))
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """See the module's docstring."""
+    from runtime.ops.kernels.decode_kernel import decode  # Triton comes with torch for GPUs only
+
+    batch, heads, _, width = q.shape
+    kv_heads, slots = keys.shape[1], keys.shape[2]
+    group, value_width = heads // kv_heads, values.shape[-1]
+    splits = _splits(batch * kv_heads, slots, q.device)
+    out = q.new_empty(batch, heads, 1, value_width)
+    lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device) if return_lse else out
+    parts = torch.empty(batch * heads * splits * (value_width + 2), dtype=torch.float32, device=q.device)
+    ends = batch * heads * splits * value_width
+    tops, sums = parts[ends : ends + batch * heads * splits], parts[ends + batch * heads * splits :]
+    capped = softcap is not None
+    decode[(batch * kv_heads, splits)](
+        q.contiguous(), k.contiguous(), v.contiguous(), positions.contiguous(), keys, values,
+        out if sinks is None else sinks.contiguous(), out, lse, parts, tops, sums, _counters(q.device),
+        scale if capped else scale * _LOG2_E, softcap or 1.0, window or 0, chunk or 1, slots,
+        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
+        KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=max(16, _power_of_2(group)),
+        D=width, D_PADDED=max(16, _power_of_2(width)), DV=value_width, DV_PADDED=max(16, _power_of_2(value_width)),
+        TILE=_TILE, LEAST_TILES=_LEAST_TILES, SPLITS=splits,
+        WINDOWED=window is not None, CHUNKED=chunk is not None, CAPPED=capped,
+        SINKS=sinks is not None, LSE=return_lse, EXACT=q.dtype == torch.float32,
+        num_warps=4, num_stages=2 if width > 128 or q.dtype == torch.float32 else 3,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _power_of_2(count: int) -> int:
+    return 1 << max(0, count - 1).bit_length()
+
+
+# -- one operator for torch.compile ------------------------------------------------------------------------------------
+
+
+class Attending:
+    """What one attention of a model does with its cache, whichever cache that is when it runs."""
+
+    def __init__(self, run: Callable[..., Tensor], value_width: int) -> None:
+        self.run, self.value_width = run, value_width
+        self.number = next(_numbers)
+        _attending[self.number] = self
+
+
+_numbers = itertools.count()
+_attending: weakref.WeakValueDictionary[int, Attending] = weakref.WeakValueDictionary()
+"""By number: an operator's arguments are tensors and numbers."""
+
+
+@torch.library.custom_op("partitioner::decode_attention", mutates_args=())
+def _decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None, number: int, value_width: int
+) -> Tensor:
+    return _attending[number].run(q, k, v, positions, sinks)
+
+
+@_decode_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None, number: int, value_width: int
+) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], 1, value_width)
+
+
+def registered(attending: Attending) -> Callable[..., Tensor]:
+    """A function that torch.compile takes for one operator."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None) -> Tensor:
+        # by `attending`, which is kept alive as long as what calls it
+        found: Tensor = _decode_attention(q, k, v, positions, sinks, attending.number, attending.value_width)
+        return found
+
+    return run

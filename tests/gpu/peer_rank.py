@@ -1,0 +1,111 @@
+"""One rank with a GPU of its own: `python -P -m tests.gpu.peer_rank CASE ...`; started by test_peer_memory.py."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from partitioner.sharding.mesh import Mesh
+from runtime.communication.channels import Channel, Handle
+from runtime.communication.peer_memory.choice import Choice, Way
+from runtime.communication.process_groups import ProcessGroups
+from runtime.processes.launch import begin_worker
+from tests.gpu.peer_cases import Case, brought, exchanges, pieces, summed
+from tests.gpu.peer_cases import sums as all_sums
+
+RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+WAYS: tuple[Way, ...] = ("small", "large", "in two")
+
+
+def ways(groups: ProcessGroups) -> Iterator[Way]:
+    (peers,) = groups.peers.values()
+    for way in WAYS:
+        peers.choice = Choice.always(way)
+        yield way
+
+
+def run(channel: Channel, case: Case, how: str) -> None:
+    x = case.brought[RANK]
+    before = x.clone()
+    operands = case.operands[RANK] if case.operands else ()
+    found = channel.prepare(case.kind, **case.options)(x, *operands)
+    case.check(RANK, found.finish() if isinstance(found, Handle) else found, how)
+    assert case.options.get("overwrite") or torch.equal(x, before), f"{case} has written over what was brought"
+
+
+def primitives(groups: ProcessGroups, channel: Channel) -> None:
+    for way in ways(groups):
+        for cases in (all_sums(RANKS), pieces(RANKS), exchanges(RANKS)):
+            for case in cases:
+                run(channel, case, way)
+
+
+def counts_on_the_device(groups: ProcessGroups, channel: Channel) -> None:
+    (peers,) = groups.peers.values()
+    for case in exchanges(RANKS):
+        x, expected = case.brought[RANK], case.expected[RANK]
+        room = torch.full((expected.shape[0] + 9, x.shape[1]), 7.0, dtype=x.dtype, device="cuda")
+        sent, received = torch.tensor(case.operands[RANK], device="cuda")
+        case.check(RANK, peers.all_to_all(x, room, sent, received)[:-9], "counts on the device")
+        assert (room[-9:] == 7).all()
+
+
+def in_graphs(groups: ProcessGroups, channel: Channel) -> None:
+    """Captured calls are new calls whenever they are replayed, between others of other sizes."""
+    sizes = (1, 4096, 70_000, 2_000_000)
+    for way in ways(groups):
+        inputs = [torch.zeros(size, dtype=torch.bfloat16, device="cuda") for size in sizes]
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for x in inputs:
+                channel.all_reduce(x)
+                channel.all_gather(x, 0)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = [channel.all_reduce(x) for x in inputs] + [channel.all_gather(x, 0) for x in inputs]
+        for seed in range(20):
+            parts = [[brought(rank, (size,), torch.bfloat16, seed) for rank in range(RANKS)] for size in sizes]
+            for x, part in zip(inputs, parts, strict=True):
+                x.copy_(part[RANK])
+            for result in results:
+                result.fill_(float("nan"))
+            if seed % 3 == RANK:
+                time.sleep(0.01)  # one comes late
+            graph.replay()
+            expected = [summed(part) for part in parts] + [torch.cat(part) for part in parts]
+            for found, wanted in zip(results, expected, strict=True):
+                assert torch.equal(found, wanted), f"rank {RANK}, {way}, replay {seed}, {wanted.numel()} elements"
+            assert torch.equal(channel.all_reduce(inputs[1]), expected[1]), "between replays"
+        graph.reset()
+
+
+def many_calls(groups: ProcessGroups, channel: Channel) -> None:
+    """Thousands in turn, of changing sizes, without waiting between them: no slot is written before it is read."""
+    (peers,) = groups.peers.values()
+    steps = torch.randint(1, 400_000, (3000,), generator=torch.Generator().manual_seed(0)).tolist()
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for count, size in enumerate(steps):
+        peers.choice = Choice.always("small" if count % 3 else "large")
+        x = torch.full((size // (1 + 9 * (count % 2)) + 1,), float(count % 50 + RANK), device="cuda")
+        wrong += (channel.all_reduce(x) != RANKS * (count % 50) + sum(range(RANKS))).sum()
+    assert not int(wrong), f"rank {RANK}: {int(wrong)} wrong of {len(steps)} calls"
+
+
+if __name__ == "__main__":
+    begin_worker()
+    all_cases: dict[str, Callable[[ProcessGroups, Channel], None]] = {
+        "primitives": primitives,
+        "counts_on_the_device": counts_on_the_device,
+        "in_graphs": in_graphs,
+        "many_calls": many_calls,
+    }
+    with torch.no_grad():
+        process_groups = ProcessGroups.connect(Mesh.of(tp=RANKS), device="cuda", timeout_s=30, shared_memory="on")
+        assert process_groups.transports == {"tp": "peer memory"}
+        for name in sys.argv[1:]:
+            all_cases[name](process_groups, process_groups.channel("tp", node="test"))
+            torch.cuda.synchronize()
+        process_groups.close()
