@@ -143,7 +143,8 @@ class _Deal:
         counts = tuple(self.options["counts"])
         local = self.program.local("num_experts", Entry(self.num_experts, self.axes, counts))
         args: Any = (hidden, index, local)
-        self.dispatch.args, self.dispatch.kwargs = args, {}
+        # counts are on the host then already: choices that are made elsewhere need no rows
+        self.dispatch.args, self.dispatch.kwargs = args, {"trim": True} if exchange == "exchange" else {}
         b = arguments(self.combine)
         self.combine.args, self.combine.kwargs = (b["rows"], b["order"], gates), {}
         if back is not None:

@@ -5,7 +5,8 @@
     rows [T*K, H]   order [T*K]    gates [T, K]    ->  [T, H]
 
 Row i of the sorted rows is slot `order[i]` of the flattened [T, K]; the first counts[0] rows go to expert 0, and so
-on. An index of num_experts or more means "no expert": those rows sort last, belong to no count, and stay zero.
+on. An index of num_experts or more means "no expert": those rows sort last, belong to no count, and stay zero; trimmed,
+they are left out of rows and order.
 Sparsely gated experts: arXiv:1701.06538; sorting them into groups: MegaBlocks, arXiv:2211.15841, section 5.
 """
 
@@ -18,11 +19,15 @@ from torch.nn import functional
 __all__ = ["expert_combine", "expert_dispatch", "grouped_linear"]
 
 
-def expert_dispatch(hidden: Tensor, index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See the module's docstring."""
+def expert_dispatch(
+    hidden: Tensor, index: Tensor, num_experts: int, *, trim: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the module's docstring. trim: without the rows of no expert, whose number the host then waits for."""
     experts, order = torch.sort(index.reshape(-1), stable=True)
     bounds = torch.arange(num_experts + 1, device=index.device, dtype=experts.dtype)
     counts = torch.searchsorted(experts, bounds).diff()
+    if trim:
+        order = order[: int(counts.sum())]
     return hidden[order // index.shape[1]], order, counts
 
 
@@ -52,6 +57,10 @@ def grouped_linear(
 
 def expert_combine(rows: Tensor, order: Tensor, gates: Tensor) -> Tensor:
     """See the module's docstring."""
+    if rows.shape[0] != gates.numel():  # trimmed
+        weighted = rows * gates.reshape(-1)[order][:, None]
+        out = weighted.new_zeros(gates.shape[0], rows.shape[1])
+        return out.index_add_(0, order // gates.shape[1], weighted).to(rows.dtype)
     slots = torch.empty_like(rows)
     slots[order] = rows
     weighted = slots.view(*gates.shape, rows.shape[-1]) * gates[..., None]

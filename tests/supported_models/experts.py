@@ -11,16 +11,18 @@ model writes out by itself stay whole, or are divided by tp.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING
 
 from partitioner.cli.compare import difference
-from partitioner.compile.partition import compile_program
+from partitioner.compile.partition import compile_program, trace_step
 from partitioner.errors import CaptureError, InputError, PlanError
 from partitioner.program import Program
 from partitioner.program.plan import Plan
+from partitioner.proof.float64 import in_float64
 from runtime.ops.experts import expert_dispatch
 from tests.support import reference
 
@@ -53,9 +55,14 @@ def compare_experts(model: Any, traced: Program, lengths: list[int]) -> dict[str
     ids = torch.randint(3, vocabulary, (2, max(LENGTHS)), generator=torch.Generator().manual_seed(0))
     expected = {n: reference.forward(model, lifted=True, input_ids=ids[:, :n]) for n in lengths}
     row: dict[str, Any] = {"verdict": "equal", "layers": layers, "plans": {}, "generates": {}}
+
+    @functools.cache
+    def step() -> Program:
+        return in_float64(trace_step(model))
+
     for text in PLANS:
         try:
-            parts = compile_program(traced, Plan.parse(text))
+            parts = compile_program(traced, Plan.parse(text), step=step)
             whole = [note for note in parts.report.notes if note.startswith("the experts of")]
             worst = max(difference(parts.simulate(input_ids=ids[:, :n]), logits) for n, logits in expected.items())
             row["plans"][text] = worst

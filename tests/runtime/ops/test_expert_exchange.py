@@ -27,9 +27,11 @@ def flat(owners: Owners) -> dict[str, list[int]]:
     return {"experts": [expert for mine in owners for expert in mine], "counts": [len(mine) for mine in owners]}
 
 
-def experts(hidden: Tensor, index: Tensor, gates: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def experts(
+    hidden: Tensor, index: Tensor, gates: Tensor, weight: Tensor, bias: Tensor, *, trim: bool = False
+) -> Tensor:
     """One layer of experts whose activation makes 1 of 0."""
-    rows, order, counts = expert_dispatch(hidden, index, weight.shape[0])
+    rows, order, counts = expert_dispatch(hidden, index, weight.shape[0], trim=trim)
     rows = torch.cos(grouped_linear(rows, weight, counts, bias))
     return expert_combine(grouped_linear(rows, weight, counts), order, gates)
 
@@ -70,7 +72,7 @@ def exchanged(
         def work(communicator: ThreadCommunicator) -> Tensor:
             channel = communicator.channel("ep", node="send")
             rows, local, kept, back = send_to_experts(channel, hidden[mine], index[mine], gates[mine], **flat(owners))
-            made = experts(rows, local, kept, weight[own], bias[own])
+            made = experts(rows, local, kept, weight[own], bias[own], trim=True)
             return receive_from_experts(communicator.channel("ep", node="return"), made, back)
 
         return work
