@@ -33,7 +33,7 @@ def test_all_pictures_are_up_to_date(drawing: dict[str, Any]) -> None:
 
 
 def test_pictures_are_shown() -> None:
-    pages = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+    pages = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
     pictures = list(PICTURES.glob("*.svg"))
     assert len(pictures) == 4
     for picture in pictures:
