@@ -40,8 +40,8 @@ def test_a_whole_state_is_reported_with_what_keeps_it_whole() -> None:
     found = {row.pattern: row.reason for row in report.whole}
     assert found["cache.*.indexer"] == (
         "made with model.layers.*.self_attn.indexer.wk.weight, which is whole: "
-        "layer_norm in model.layers.0.self_attn.indexer.k_norm needs the whole row (not reduced in parts: all-reduces in "
-        "each layer, 1 more of one number per token, for 4.1 KB less on each rank)"
+        "layer_norm in model.layers.0.self_attn.indexer.k_norm needs the whole row (not reduced in parts: all-reduces "
+        "in each layer, 1 more of one number per token, for 4.1 KB less on each rank)"
     )
     assert found["cache.*.key"].startswith("made with model.layers.*.self_attn.kv_a_proj_with_mqa.weight, which is")
     assert "remembered, split:\n  nothing\n" in str(report)
