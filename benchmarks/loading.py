@@ -63,7 +63,7 @@ SIZES = {
     "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 11008,
     "vocab_size": 32000,
 }  # fmt: skip
-TP = 2
+PLAN = Plan.parse("tp=2")
 MAPPED, BUNDLE, UNCHECKED = "ours, mapped", "a bundle", "a bundle, unchecked"
 PAGE_BYTES = 4096
 SAMPLED_EVERY_S = 0.05
@@ -155,14 +155,14 @@ def resident_bytes() -> int:
 def compiled(contestant: str, folder: Path, bundle: Path, rank: int) -> RankProgram:
     if contestant in (BUNDLE, UNCHECKED):
         return load(bundle, rank=rank, checkpoint=folder, mapped=True, checked=contestant == BUNDLE)
-    return partition(folder, Plan(tp=TP), mapped=contestant == MAPPED).rank(rank)
+    return partition(folder, PLAN, mapped=contestant == MAPPED).rank(rank)
 
 
 def rank_main(contestant: str, folder: Path, bundle: Path, answers: Path) -> None:
     begin_worker()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    mesh = Plan(tp=TP).mesh
+    mesh = PLAN.mesh
     communicator = ProcessGroups.connect(mesh)  # both use its process group
     rank = communicator.rank
     found: dict[str, Any] = {"imports": private_bytes()}
@@ -199,7 +199,7 @@ def turn(contestant: str, folder: Path, bundle: Path) -> dict[str, float]:
     """The worse of the two ranks, in each respect."""
     with tempfile.TemporaryDirectory() as answers:
         command = ["benchmarks.loading", "--rank", contestant, str(folder), str(bundle), answers]
-        launch(command, num_ranks=TP, timeout_s=600)
+        launch(command, num_ranks=PLAN.mesh.world_size, timeout_s=600)
         ranks = [json.loads(path.read_text()) for path in sorted(Path(answers).iterdir())]
     return {field: max(rank[field] for rank in ranks) for field in ranks[0]}
 
@@ -258,7 +258,7 @@ def main() -> None:
         folder.mkdir()
         total = make_checkpoint(folder, given.gb)
         console.print(f"a checkpoint of {total / 1e9:.2f} GB in {len(list(folder.glob('*.safetensors')))} files")
-        partition(folder, Plan(tp=TP)).save(bundle, reference=True)
+        partition(folder, PLAN).save(bundle, reference=True)
         for cold in (False, True):
             compare(folder, bundle, max(2, given.rounds), cold=cold)
 

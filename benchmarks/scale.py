@@ -23,7 +23,7 @@ import transformers
 from partitioner import Plan
 from partitioner.compile.partition import compile_program, trace
 
-TP = 8
+PLAN = Plan.parse("tp=8")
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "rope_theta": 500000.0}
 SHAPES: dict[str, Callable[[], Any]] = {
     "llama-405b": lambda: transformers.LlamaForCausalLM(
@@ -66,8 +66,8 @@ def measure(name: str) -> None:
     inside: list[float] = []
     start = time.perf_counter()
     with export_timed(inside):
-        parts = compile_program(trace(model), Plan(tp=TP))
-    for rank in range(TP):
+        parts = compile_program(trace(model), PLAN)
+    for rank in range(PLAN.mesh.world_size):
         parts.rank(rank).graph  # noqa: B018 - builds it
     total = time.perf_counter() - start
     export = sum(inside)
@@ -79,7 +79,7 @@ def measure(name: str) -> None:
     print(
         f"{name}: {nodes} nodes; torch.export {export:.1f} s, everything else {total - export:.1f} s, "
         f"ratio {(total - export) / export:.2f}; peak memory {memory:.2f} GB; "
-        f"fullest rank {share * TP:.4f} of 1/{TP} of what is split "
+        f"fullest rank {share * PLAN.tp:.4f} of 1/{PLAN.tp} of what is split "
         f"({split / 1e9:.0f} of {(split + whole) / 1e9:.0f} GB)",
         flush=True,
     )

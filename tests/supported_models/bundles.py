@@ -17,7 +17,7 @@ from tests.supported_models.generation import prompts_for
 
 __all__ = ["compare_bundle"]
 
-TP, NEW = 2, 8
+PLAN, NEW = Plan.parse("tp=2"), 8
 
 
 class _Differs(Exception):
@@ -31,9 +31,9 @@ def compare_bundle(model: Any, lengths: Callable[[Any], list[int]]) -> dict[str,
     """
     try:
         try:
-            parts = partition(model, Plan(tp=TP))
+            parts = partition(model, PLAN)
         except CaptureError:  # not for all lengths at once
-            parts = partition(model, Plan(tp=TP), fixed_length=8)
+            parts = partition(model, PLAN, fixed_length=8)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "bundle"
             parts.save(folder)
@@ -50,7 +50,7 @@ def _compare(parts: Parts[Any], folder: Path, model: Any, lengths: list[int]) ->
     try:
         bundle = partitioner.load(folder)
         bundle.verify()
-        for rank in range(TP):
+        for rank in range(PLAN.mesh.world_size):
             if str(parts.rank(rank).graph) != str(bundle.rank(rank).graph):
                 raise _Differs(f"rank {rank} has another graph")
             if parts.rank(rank).graph_module.code != bundle.rank(rank).graph_module.code:

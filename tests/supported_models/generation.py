@@ -48,7 +48,8 @@ __all__ = [
 ]
 
 PROMPTS = (1, 5, 11, 40)
-DEGREES = (1, 2, 3)
+ALONE = str(Plan())
+PLANS = (ALONE, "tp=2", "tp=3")
 NEW, SAMPLED, PREFILL_STEP = 64, 24, 16
 TOLERANCE = 1e-9
 _SMALL_SPLIT = 1e-3
@@ -71,29 +72,29 @@ def compare_generation(model: Any, traced: Program) -> dict[str, Any]:
     row: dict[str, Any] = {"verdict": "equal", "tokens": 0, "logprob_error": 0.0}
     own = Own(model)
     prompts = prompts_for(model)
-    drawn: dict[int, Tensor] = {}
+    drawn: dict[str, Tensor] = {}
 
     @functools.cache
     def step() -> Program:
         return in_float64(trace_step(model))
 
     try:
-        for tp in DEGREES:
-            parts = compile_program(traced, Plan(tp=tp), step=step)
+        for plan in PLANS:
+            parts = compile_program(traced, Plan.parse(plan), step=step)
             new = min(NEW, positions(parts) - max(PROMPTS) + 1)
             temperature = max(1.0, float(own.logits(prompts[-1])[-1].std()))  # some models' logits are far apart
             greedy = generate(parts, prompts, new, prefill_step=PREFILL_STEP)
             sampled = generate(
                 parts, prompts, min(SAMPLED, new), do_sample=True, top_k=None, seed=1, temperature=temperature
             )
-            row["tokens"], drawn[tp] = new, sampled.sequences
+            row["tokens"], drawn[plan] = new, sampled.sequences
             errors = (
-                own.judge(prompts, greedy, f"tp={tp}, greedy"),
-                own.judge(prompts, sampled, f"tp={tp}, sampled", temperature=temperature),
+                own.judge(prompts, greedy, f"{plan}, greedy"),
+                own.judge(prompts, sampled, f"{plan}, sampled", temperature=temperature),
             )
             row["logprob_error"] = max(row["logprob_error"], *errors)
-            if not torch.equal(drawn[tp], drawn[1]):
-                raise _Wrong(f"tp={tp}, sampled: other tokens than at tp=1 with the same seed")
+            if not torch.equal(drawn[plan], drawn[ALONE]):
+                raise _Wrong(f"{plan}, sampled: other tokens than on one rank with the same seed")
     except (PlanError, InputError) as error:
         return {"verdict": "refused", "why": str(error)}
     except _Wrong as error:

@@ -48,7 +48,8 @@ from tests.supported_models.generation import compare_generation
 from tests.supported_models.stages import compare_stages
 from tests.supported_models.table import read, write
 
-DEGREES = (2, 3, 4)
+PLANS = ("tp=2", "tp=3", "tp=4")
+SHARE_PLANS = ("tp=2", "tp=4")
 LENGTHS = (1, 5, 40)
 BATCH = 2
 
@@ -183,9 +184,9 @@ def _compare(model: Any, traced: Any, *, exact: bool) -> dict[str, float]:
         for n in LENGTHS
         if _admits(traced, n)
     }
-    for tp in DEGREES:
-        parts = compile_program(traced, Plan(tp=tp))
-        found[str(tp)] = max(
+    for plan in PLANS:
+        parts = compile_program(traced, Plan.parse(plan))
+        found[plan] = max(
             (difference(parts.simulate(input_ids=ids[:, :n]), logits) for n, logits in expected.items()), default=0.0
         )
     return found
@@ -203,11 +204,11 @@ def _shares(model: Any, repeats: float) -> dict[str, Any]:
     """`repeats`: how often each layer stands for one of the default configuration."""
     traced = trace(model)
     found: dict[str, Any] = {}
-    for tp in (2, 4):
-        parts = compile_program(traced, Plan(tp=tp))
+    for plan in SHARE_PLANS:
+        parts = compile_program(traced, Plan.parse(plan))
         report: Report = parts.report
-        found[str(tp)] = round(_share(parts, repeats), 4)
-        if tp == 2:
+        found[plan] = round(_share(parts, repeats), 4)
+        if plan == SHARE_PLANS[0]:
             layers = Counter(n for layer, n in report.per_layer("all_reduce").items() if layer)
             found["all_reduces"] = sorted(layers)
             found["outside"] = report.per_layer("all_reduce").get("", 0)
@@ -312,7 +313,7 @@ def _line(row: dict[str, Any]) -> str:
     worst = {k: f"{max(row[k].values()):.0e}" for k in ("equal64", "equal32") if row.get(k)}
     share, generates = row.get("default", {}), _of_action(row)
     line = f"{row['name']:30} {_verdict(row):9}"
-    line += f" {worst or generates.get('logprob_error', '')} {share.get('2', share.get('why', ''))}"
+    line += f" {worst or generates.get('logprob_error', '')} {share.get(SHARE_PLANS[0], share.get('why', ''))}"
     return f"{line} {row.get('why', generates.get('why', ''))}"[:240]
 
 

@@ -55,7 +55,7 @@ def write(source: Path, to: Path, *, made_by: str) -> None:
         + ", ".join(f"{n} {verdict}" for verdict, n in sorted(kept.items()))
     )
     for tp in (2, 4):
-        shares = [row["default"][str(tp)] for row in plain if str(tp) in row.get("default", {})]
+        shares = [row["default"][f"tp={tp}"] for row in plain if f"tp={tp}" in row.get("default", {})]
         near = sum(share <= 1.15 / tp for share in shares)
         text.append(
             f"- share within 15% of 1/{tp} on the default configuration: {near} of {len(shares)} causal language models"
@@ -88,8 +88,8 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             f"{max(row['equal32'].values()):.0e}" if row.get("equal32") else "",
             _generated(row.get("generates", {})),
             row.get("bundle", {}).get("verdict", ""),
-            f"{default['2']:.3f}" if "2" in default else "",
-            f"{default['4']:.3f}" if "4" in default else "",
+            f"{default['tp=2']:.3f}" if "tp=2" in default else "",
+            f"{default['tp=4']:.3f}" if "tp=4" in default else "",
             ", ".join(map(str, default.get("all_reduces", []))),
             "; ".join(filter(None, dict.fromkeys(reasons))).replace("|", "/"),
         ]
