@@ -11,6 +11,7 @@ from partitioner.errors import LayoutError, PlanError
 from partitioner.proof.layouts import check
 from partitioner.sharding.layout import REPLICATED
 from runtime.communication.thread_communicator import ThreadGroup
+from runtime.kv_cache.batch import Batch
 from runtime.kv_cache.cache import Cache
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
@@ -103,10 +104,10 @@ def test_a_cache_of_other_heads_than_the_rank_computes_is_refused() -> None:
 def test_a_cache_that_forgets_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     begin = Cache.begin
 
-    def forgetful(self: Cache, tokens: object) -> None:
+    def forgetful(self: Cache, tokens: Batch, *, rows: slice | None = None) -> None:
         for buffer in self.buffers.values():
             buffer[:, :, 3] = 0
-        begin(self, tokens)  # type: ignore[arg-type]
+        begin(self, tokens, rows=rows)
 
     monkeypatch.setattr(Cache, "begin", forgetful)
     assert error("llama", compiled("llama", 1), prompts("llama"), prefill_step=7) > 1e-6
