@@ -123,6 +123,6 @@ def test_pairs_that_are_read_as_one_number_stay_where_they_can_be(gates, count):
 
 def test_only_compiled_and_captured_steps_take_the_copy():
     parts = partition(zoo.tiny("llama")[0], Plan())
-    model = {w.untyped_storage().data_ptr() for w in parts.rank(0).values.values()}
+    model = {w.untyped_storage().data_ptr() for w in parts.rank(0).weight_data.values()}
     plain = parts.engine(0, ThreadGroup(parts.mesh).communicator(0))
     assert {w.untyped_storage().data_ptr() for w in plain.weights} <= model

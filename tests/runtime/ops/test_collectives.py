@@ -18,4 +18,7 @@ def test_every_collective_is_listed_under_its_name() -> None:
         "all_reduce": "all_reduce",
         "all_gather": "all_gather",
         "collect_rows": None,
+        "scatter_rows": None,
+        "expert_send": None,
+        "expert_return": None,
     }
