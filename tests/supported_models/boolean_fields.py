@@ -1,7 +1,7 @@
 """Flip every boolean field of every configuration of the zoo once, and compare what is captured with the model.
 
-    python -m tests.supported_models.boolean_fields run [names]    a line per architecture and field in fields.jsonl
-    python -m tests.supported_models.boolean_fields write          fields.jsonl becomes docs/reference/boolean_fields.md
+    python -m tests.supported_models.boolean_fields run [names]    adds what boolean_fields.jsonl lacks
+    python -m tests.supported_models.boolean_fields write          boolean_fields.jsonl becomes the page beside it
 
 Each architecture is built tiny in float64, once as it is and once per field. The model's own forward, with the
 attention implementation that transformers gives it by default, is compared with the graph that is traced from it,
@@ -191,7 +191,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("run", "write"))
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--from", dest="source", type=Path, default=Path("fields.jsonl"))
+    parser.add_argument("--from", dest="source", type=Path, default=Path("docs/reference/boolean_fields.jsonl"))
     parser.add_argument("--to", type=Path)
     parser.add_argument("--minutes", type=float, default=4.0, help="limit per field")
     parser.add_argument("--without", nargs="*", default=[], help="fields (or 'as it is') to leave for a later run")
