@@ -103,7 +103,7 @@ def compare_generation(model: Any, traced: Program) -> dict[str, Any]:
         row["why"] = (
             f"as with the model's own cache, whose logits are up to {own.split:.0e} from those of the whole text"
         )
-    new = drawn[1][:, max(PROMPTS) :]
+    new = drawn[ALONE][:, max(PROMPTS) :]
     if new.unique().numel() < 5:
         return {**row, "verdict": "wrong", "why": f"sampled: only {new.unique().numel()} tokens, which proves little"}
     return row
