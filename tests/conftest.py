@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
@@ -11,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from partitioner.storage.example import EXAMPLE_MODEL
+from tests.support import shared_traces
 
 torch.set_num_threads(1)  # several ranks share few cores
 
@@ -18,6 +21,13 @@ torch.set_num_threads(1)  # several ranks share few cores
 settings.register_profile("partitioner", deadline=None, derandomize=True, max_examples=12)
 settings.register_profile("full", deadline=None, max_examples=1000, suppress_health_check=list(HealthCheck))
 settings.load_profile("partitioner")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A test's fixtures and the test itself, with the traces that it may share."""
+    with shared_traces.sharing() if shared_traces.shares(item) else nullcontext():
+        return (yield)
 
 
 @pytest.fixture(scope="session")

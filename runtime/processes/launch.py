@@ -205,7 +205,8 @@ def _signal(rank: subprocess.Popen[bytes], number: int) -> None:
 def _signals() -> Iterator[int]:
     """A pipe with a byte for every signal that asks this process to end.
 
-    None of them raises where it comes: a rank that is just being started would be forgotten.
+    None of them raises where it comes: a rank that is just being started would be forgotten. One that this process
+    was started to ignore (`nohup`, a shell's background job) is ignored still.
     """
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -214,7 +215,8 @@ def _signals() -> Iterator[int]:
             os.write(writer, bytes([number]))
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    before = {number: signal.signal(number, take) for number in numbers}
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, take) for number in heeded}
     try:
         yield reader
     finally:

@@ -73,6 +73,8 @@ def strike(case: Case) -> None:
     Path(case.folder, f"struck-{os.getpid()}").write_text(str(time.time()))
     signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "interrupt": signal.SIGINT}
     if case.fault in signals:
+        if case.fault == "interrupt":  # a shell's background job, and all that it starts, ignores this one
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signals[case.fault])
         time.sleep(60)  # a signal may take a moment
     if case.fault == "raise":

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +51,16 @@ def pids(tmp_path: Path) -> Iterator[Path]:
 def left_behind(folder: Path) -> list[str]:
     alive = [path.name for path in folder.iterdir() if path.name.isdigit() and running(int(path.name))]
     return alive + [path.name for path in (folder.parent / "temporary").iterdir()]
+
+
+def started(command: list[str], *, ignored: signal.Signals | None = None, **options: Any) -> subprocess.Popen[str]:
+    """A process that heeds every signal but `ignored`, whatever this one was started to ignore."""
+
+    def prepare() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN if number == ignored else signal.SIG_DFL)
+
+    return subprocess.Popen(command, text=True, preexec_fn=prepare, **options)
 
 
 def running(pid: int) -> bool:
@@ -118,7 +129,7 @@ def test_it_stops_all_at_the_deadline(pids: Path) -> None:
 )
 def test_ranks_do_not_outlive_it(number: signal.Signals, moment: str, pids: Path) -> None:
     code = f"from runtime.processes.launch import launch; launch([{MODULE!r}, {moment!r}, {str(pids)!r}], num_ranks=2)"
-    launcher = subprocess.Popen([sys.executable, "-P", "-c", code], stderr=subprocess.PIPE, text=True)
+    launcher = started([sys.executable, "-P", "-c", code], stderr=subprocess.PIPE)
     try:
         ready = {"early": lambda: len(list(pids.iterdir())) == 2, "linger": lambda: (pids / "ready").exists()}[moment]
         wait_for(ready, "the ranks did not begin")
@@ -136,12 +147,27 @@ def test_ranks_do_not_outlive_it(number: signal.Signals, moment: str, pids: Path
     assert "ChildFailedError" not in said
 
 
+def test_what_it_was_started_to_ignore_ends_nothing(pids: Path) -> None:
+    code = f"from runtime.processes.launch import launch; launch([{MODULE!r}, 'early', {str(pids)!r}], num_ranks=2)"
+    launcher = started([sys.executable, "-P", "-c", code], ignored=signal.SIGHUP, stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: len(list(pids.iterdir())) == 2, "the ranks did not begin")
+        launcher.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert len(left_behind(pids)) == 2
+        launcher.send_signal(signal.SIGTERM)
+        wait_for(lambda: not left_behind(pids), "ranks or files are left")
+        launcher.communicate(timeout=120)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    assert launcher.returncode == 128 + signal.SIGTERM
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_the_command_line_leaves_nothing(number: signal.Signals, pids: Path) -> None:
     command = [sys.executable, "-P", "-m", "partitioner", "run", "--prompt", "def f", "--tp", "2"]
-    run = subprocess.Popen(
-        [*command, "--max-new-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    run = started([*command, "--max-new-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
         wait_for(lambda: len(children.read_text().split()) == 2, "no ranks were started")
@@ -167,9 +193,7 @@ def test_the_command_line_leaves_nothing(number: signal.Signals, pids: Path) -> 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_command_line_says_which_rank_was_killed(victim: int, pids: Path) -> None:
     command = [sys.executable, "-P", "-m", "partitioner", "run", "--prompt", "def f", "--tp", "2"]
-    run = subprocess.Popen(
-        [*command, "--max-new-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    run = started([*command, "--max-new-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert run.stdout is not None
         run.stdout.read(6)

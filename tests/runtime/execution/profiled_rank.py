@@ -14,7 +14,7 @@ import torch
 from partitioner import Plan, partition
 from runtime.engine import Engine
 from runtime.processes.launch import begin_worker
-from tests.support import traces
+from tests.runtime.execution import valid_trace
 
 SLOW_S = 0.3
 
@@ -25,7 +25,7 @@ if __name__ == "__main__":
         device = "cuda:0"
         alone = {"NCCL_HOSTID": os.environ["RANK"], "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
         os.environ.update({**alone, "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"})
-    parts = partition(traces.model(), Plan(tp=2))
+    parts = partition(valid_trace.model(), Plan(tp=2))
     ids = torch.randint(3, 500, (2, 64), generator=torch.Generator().manual_seed(0))
     for sharing in sharings:
         with Engine.connect(parts, shared_memory=sharing, device=device, timeout_s=120) as engine:
@@ -35,7 +35,7 @@ if __name__ == "__main__":
                 with engine.profile() as found:
                     result = engine(input_ids=ids)
             assert torch.equal(result, plain)
-            traces.validate(found, num_ranks=2)
+            valid_trace.validate(found, num_ranks=2)
             for row in found.totals():
                 # a GPU idles while the host records, and a busy machine may take the processor away while it does
                 assert row.told + row.recording / row.steps > 0.9, row
@@ -51,5 +51,5 @@ if __name__ == "__main__":
             assert late.waiting < 0.5 * SLOW_S, found
             with engine.profile() as found:
                 engine.generate([[5, 9, 3], [7]], max_new_tokens=4)
-            traces.validate(found, num_ranks=2)
+            valid_trace.validate(found, num_ranks=2)
             assert [len(one.calls) for one in found.ranks] == [4, 4]

@@ -24,14 +24,15 @@ from runtime.execution.profile import Recording
 from runtime.ops.collectives import all_reduce
 from runtime.processes.launch import launch
 from runtime.program.rank_program import RankProgram
-from tests.support import handmade, traces
+from tests.runtime.execution import valid_trace
+from tests.support import handmade
 
 IDS = torch.randint(3, 500, (2, 64), generator=torch.Generator().manual_seed(0))
 
 
 @functools.cache
 def parts(tp: int) -> Parts:
-    return compile_program(trace(traces.model()), Plan(tp=tp))
+    return compile_program(trace(valid_trace.model()), Plan(tp=tp))
 
 
 def recorded(tp: int) -> tuple[Tensor, Trace]:
@@ -46,7 +47,7 @@ def test_simulated_ranks(tp: int, tmp_path: Path) -> None:
     plain = parts(tp).simulate(input_ids=IDS)
     result, found = recorded(tp)
     assert torch.equal(result, plain)
-    events = traces.validate(found, num_ranks=tp)
+    events = valid_trace.validate(found, num_ranks=tp)
     for row in found.totals():
         assert row.told <= 1, row
         assert row.told + row.recording / row.steps > 0.9, row  # recording is slow where the machine is busy
@@ -135,7 +136,7 @@ def test_generation_is_recorded_with_its_sampling() -> None:
     plain = parts(2).generate(prompts, max_new_tokens=4)
     with parts(2).profile() as found:
         assert torch.equal(parts(2).generate(prompts, max_new_tokens=4), plain)
-    events = traces.validate(found, num_ranks=2)
+    events = valid_trace.validate(found, num_ranks=2)
     steps = [e["name"] for e in events if e["ph"] == "X" and e["pid"] == 0 and not e["tid"] and "path" not in e["args"]]
     assert steps == ["run [2, 3]", "run [2, 1]", "run [2, 1]", "run [2, 1]", *["sampling"] * 4]
     gathers = [e for e in events if e["name"] == "sampler" and e.get("cat") == "communication" and e["pid"] == 0]
@@ -143,7 +144,7 @@ def test_generation_is_recorded_with_its_sampling() -> None:
     with parts(2).profile() as found:
         pass
     assert [len(one.runs) for one in found.ranks] == [0, 0]
-    assert traces.validate(found, num_ranks=2)
+    assert valid_trace.validate(found, num_ranks=2)
 
 
 def test_memory_is_that_of_live_values() -> None:
@@ -245,7 +246,7 @@ def test_on_cuda() -> None:
             torch.cuda.synchronize()
         took = time.monotonic() - start
     assert torch.equal(result, plain)
-    events = traces.validate(found, num_ranks=1)
+    events = valid_trace.validate(found, num_ranks=1)
     (row,) = found.totals()
     assert 0 < row.steps < took
     assert row.compute + row.recording > 0.9 * row.steps, row

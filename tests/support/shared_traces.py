@@ -1,0 +1,112 @@
+"""Traces that tests share: most of a partition's time is torch.export's, and many tests ask for the same model's.
+
+A trace follows from the model's classes, configurations and tensors and from what is asked of it. Where all of these
+are the same as before, the test is handed a copy of the trace made then, over its own model's weights. Models with code
+that is not transformers' own are always traced, and so is every model of a test about tracing (`shares`): one that
+patches what traces belongs in such a folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import partitioner.compile.partition as compiling
+from partitioner.program.program import Program
+
+LARGEST = 32 * 2**20
+"""Bytes of a model's tensors up to which they are compared; larger ones are traced."""
+
+KEPT = 64
+
+_NOT_COMPARED = {"_parameters", "_buffers", "_modules", "config", "generation_config"}
+
+_known: OrderedDict[Any, tuple[Program, dict[str, str | None]]] = OrderedDict()
+
+
+def shares(test: pytest.Item) -> bool:
+    """Whether a test may be handed a trace that another one had made."""
+    return "capture" not in test.path.parts
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """As long as it is open, `partition` and `trace` make each trace once."""
+    own = compiling.capture, compiling.capture_step
+    compiling.capture, compiling.capture_step = (functools.partial(_capture, each) for each in own)
+    try:
+        yield
+    finally:
+        compiling.capture, compiling.capture_step = own
+
+
+def _capture(own: Callable[..., Program], model: Any, **asked: Any) -> Program:
+    about = describe(model)
+    if about is None:
+        return own(model, **asked)
+    key = own.__name__, repr(sorted(asked.items())), torch.get_default_dtype(), about
+    tensors = _tensors(model)
+    if key in _known:
+        _known.move_to_end(key)
+        program, origins = _known[key]
+    else:
+        program = own(model, **asked)
+        where = {tensor.data_ptr(): name for name, tensor in tensors.items() if not tensor.is_meta and tensor.numel()}
+        origins = {
+            name: name if name in tensors and (data.is_meta or where.get(data.data_ptr()) is not None) else None
+            for name, data in program.weight_data.items()
+        }
+        _known[key] = program, origins
+        while len(_known) > KEPT:
+            _known.popitem(last=False)
+    data = {
+        name: kept.clone() if (origin := origins[name]) is None else tensors[origin].detach()
+        for name, kept in program.weight_data.items()
+    }
+    return dataclasses.replace(program.copy(), weight_data=data)
+
+
+def describe(model: nn.Module) -> Any:
+    """All that its trace can depend on, comparable; None where that cannot be told."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if any(type(module).__module__.partition(".")[0] not in ("torch", "transformers") for module in modules.values()):
+        return None
+    tensors = _tensors(model)
+    if sum(tensor.nbytes for tensor in tensors.values() if not tensor.is_meta) > LARGEST:
+        return None
+    same: dict[int, int] = {}
+    return (
+        tuple((name, type(module), type(module).forward, _attributes(module)) for name, module in modules.items()),
+        tuple((name, _digest(tensor), same.setdefault(id(tensor), len(same))) for name, tensor in tensors.items()),
+    )
+
+
+def _attributes(module: nn.Module) -> str:
+    """What a module holds beside its tensors and modules, its configurations in full."""
+    plain = {name: value for name, value in vars(module).items() if name not in _NOT_COMPARED}
+    configs = [
+        (each.to_json_string(use_diff=False), getattr(each, "_attn_implementation", None))
+        for each in (getattr(module, "config", None), getattr(module, "generation_config", None))
+        if each is not None
+    ]
+    return repr((sorted(plain.items()), configs))
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _digest(tensor: Tensor) -> tuple[Any, ...]:
+    about = type(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device, tensor.requires_grad
+    if tensor.is_meta:
+        return about
+    return *about, hashlib.blake2b(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()).digest()
