@@ -18,7 +18,7 @@ from tests.support import shared_traces
 torch.set_num_threads(1)  # several ranks share few cores
 
 # the same examples on every machine; a model is traced per example
-settings.register_profile("partitioner", deadline=None, derandomize=True, max_examples=12)
+settings.register_profile("partitioner", deadline=None, derandomize=True, max_examples=6)
 settings.register_profile("full", deadline=None, max_examples=1000, suppress_health_check=list(HealthCheck))
 settings.load_profile("partitioner")
 

@@ -15,6 +15,7 @@ def run(*arguments: str, cwd: Path) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path: Path) -> None:
     said = ""
     for command in typed.commands(DOC):

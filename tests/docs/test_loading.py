@@ -10,6 +10,7 @@ from tests.support import typed
 DOC = "loading.md"
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_the_command(tmp_path: Path) -> None:
     (command,) = typed.commands(DOC)

@@ -17,6 +17,7 @@ def ranks_of(path: Path) -> set[int]:
     return {event["pid"] for event in json.loads(path.read_text())["traceEvents"]}
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_the_command(tmp_path: Path) -> None:
     (command,) = typed.commands(DOC)

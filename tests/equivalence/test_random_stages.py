@@ -18,7 +18,7 @@ from partitioner.program import Program
 from partitioner.proof.float64 import in_float64
 from tests.support.partitioned import EXACT, sized
 
-EXAMPLES = int(os.environ.get("EXAMPLES", "8"))
+EXAMPLES = int(os.environ.get("EXAMPLES", "5"))
 VOCABULARY = 61
 
 

@@ -164,7 +164,8 @@ def test_what_it_was_started_to_ignore_ends_nothing(pids: Path) -> None:
     assert launcher.returncode == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_the_command_line_leaves_nothing(number: signal.Signals, pids: Path) -> None:
     command = [sys.executable, "-P", "-m", "partitioner", "run", "--prompt", "def f", "--tp", "2"]
     run = started([*command, "--max-new-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

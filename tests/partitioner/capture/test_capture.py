@@ -162,6 +162,7 @@ def test_encoder_decoders_are_refused_by_name() -> None:
         capture(T5ForConditionalGeneration(config), mesh=ONE)
 
 
+@pytest.mark.slow
 def test_a_model_that_counts_tokens_in_python_needs_a_length() -> None:
     model, ids = zoo.tiny("mamba")
     with pytest.raises(CaptureError, match=r"MambaForCausalLM: .*specialized.*\n.*length=N"):

@@ -11,8 +11,9 @@ from tests.support import zoo
 from tests.support.generated import prompts
 
 
+@pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.parametrize("sharing", ["off", pytest.param("on", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sharing", ["off", "on"])
 def test_a_decode_step_of_two_processes_is_one_graph(
     sharing: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:

@@ -147,11 +147,12 @@ def run(case: str, num_ranks: int) -> None:
 
 @pytest.mark.processes
 @pytest.mark.usefixtures("_path")
-@pytest.mark.parametrize("num_ranks", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_ranks", [2, *(pytest.param(number, marks=pytest.mark.slow) for number in (3, 4))])
 def test_between_processes(num_ranks: int) -> None:
     run("all", num_ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.usefixtures("_path")
 def test_every_axis_has_memory_of_its_own() -> None:

@@ -220,6 +220,7 @@ def test_what_is_not_profiled_runs_the_plain_function(monkeypatch: pytest.Monkey
     simulator(input_ids=IDS)
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_two_processes(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config, tmp_path: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))

@@ -71,7 +71,7 @@ def test_a_channel_keeps_few_prepared_primitives() -> None:
     ("num_ranks", "case"),
     [
         (2, "on"),
-        (3, "off"),
+        pytest.param(3, "off", marks=pytest.mark.slow),
         pytest.param(2, "off", marks=pytest.mark.slow),
         pytest.param(3, "on", marks=pytest.mark.slow),
         (4, "axes"),
