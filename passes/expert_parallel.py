@@ -196,6 +196,11 @@ def _tell(program: Program, regions: list[Region], owners: Owners, exchange: str
     program.notes.append(
         f"experts of {len(good)} layers: {good[0].num_experts} over ep as {sizes}{copies}; exchange: {exchange}"
     )
+    if program.mesh.size("dp") > 1:
+        program.notes.append(
+            f"the {program.mesh.size('dp')} ranks of dp are given one batch: each computes all but the experts, which "
+            "alone are dealt to them"
+        )
     for region in regions:
         if region.why is not None:
             program.notes.append(f"the experts of {region.path} are whole on every rank: {region.why}")

@@ -107,6 +107,9 @@ def test_routed_and_shared_experts_share_one_reduction() -> None:
 def test_the_report_says_how_experts_are_dealt() -> None:
     notes = compile_program(seven()[1], Plan(ep=4)).report.notes
     assert any("7 over ep as 2/2/2/1" in note and "replicate" in note for note in notes)
+    assert any("the 4 ranks of dp are given one batch" in note for note in notes)
+    within_tp = compile_program(seven()[1], Plan(ep=2, tp=2)).report.notes
+    assert not any("ranks of dp" in note for note in within_tp)
 
 
 def test_what_does_not_fit_is_refused() -> None:

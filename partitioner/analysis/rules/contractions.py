@@ -114,11 +114,16 @@ def _embedding(node: fx.Node, a: dict[str, Any]) -> Notation:
     return Notation(operands, ((*lead, "h"),), sums=frozenset("v"), terms=(frozenset((1,)),))
 
 
-def grouped_attention(q: fx.Node, k: fx.Node, v: fx.Node, extras: list[Operand], kv_map: Any = None) -> Notation:
-    """q[b h s d] k[b g t d] v[b g t e] -> [b h s e]: query head h reads kv head via[h]."""
+def grouped_attention(q: fx.Node, k: fx.Node, v: fx.Node, extras: list[Operand], kv_map: Any = None) -> Notation | None:
+    """q[b h s d] k[b g t d] v[b g t e] -> [b h s e]: query head h reads kv head via[h].
+
+    None where the number of heads follows from the inputs, as where a model folds its tokens into them.
+    """
+    if any(len(value_of(each).shape) != 4 for each in (q, k, v)):
+        return None
     heads, kv_heads = value_of(q).shape[1], value_of(k).shape[1]
-    assert isinstance(heads, int)
-    assert isinstance(kv_heads, int)
+    if not isinstance(heads, int) or not isinstance(kv_heads, int):
+        return None
     via = tuple(kv_map) if kv_map is not None else tuple(h * kv_heads // heads for h in range(heads))
     grouped = (("h", via),) if heads != kv_heads or kv_map is not None else ()
     operands = (
@@ -146,8 +151,5 @@ def mask_operand(mask: fx.Node, out: Value) -> Operand:
 
 @RULES.of(aten.scaled_dot_product_attention)
 def _sdpa(node: fx.Node, a: dict[str, Any]) -> Notation | None:
-    shapes = [value_of(a[name]).shape for name in ("query", "key", "value")]
-    if any(len(shape) != 4 or not isinstance(shape[1], int) for shape in shapes):
-        return None
     extras = [mask_operand(a["attn_mask"], value_of(node))] if is_tensor(a.get("attn_mask")) else []
     return grouped_attention(a["query"], a["key"], a["value"], extras)

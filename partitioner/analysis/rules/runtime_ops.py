@@ -20,7 +20,7 @@ RULES = Rules()
 
 
 @RULES.of(attention, cached_attention)
-def _attention(node: fx.Node, a: dict[str, Any]) -> Notation:
+def _attention(node: fx.Node, a: dict[str, Any]) -> Notation | None:
     extras = []
     if is_tensor(a.get("mask")):
         extras.append(mask_operand(a["mask"], value_of(node)))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor, fx
 
@@ -13,6 +14,7 @@ from partitioner.analysis.rules.notation import Notation, Operand, Rules
 from partitioner.errors import LayoutError
 from partitioner.program.program import Value
 from partitioner.proof.try_rule import check_rule
+from runtime.ops.attention import attention
 
 aten = torch.ops.aten
 
@@ -163,3 +165,16 @@ def test_what_a_rule_says_of_averages_is_tried(
     wrong = "the sum of its parts" if averages else "the average of its parts"
     with pytest.raises(LayoutError, match=f"split along 'k', {wrong} differs"):
         check_rule(overload, real(3, size), [1])
+
+
+@pytest.mark.parametrize("op", [attention, aten.scaled_dot_product_attention.default])
+@pytest.mark.parametrize(("heads", "known"), [(4, True), (sympy.Symbol("batch", integer=True), False)])
+def test_attention_over_heads_whose_number_follows_from_the_inputs_has_no_rule(
+    op: Any, heads: Any, known: bool
+) -> None:
+    graph = fx.Graph()
+    q, k, v = (graph.placeholder(name) for name in "qkv")
+    node = graph.call_function(op, (q, k, v))
+    for each in (q, k, v, node):
+        each.meta["val"] = Value((1, heads, 5, 8), torch.float64)
+    assert notation(node).opaque is not known
