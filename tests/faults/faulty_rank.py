@@ -73,8 +73,6 @@ def strike(case: Case) -> None:
     Path(case.folder, f"struck-{os.getpid()}").write_text(str(time.time()))
     signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "interrupt": signal.SIGINT}
     if case.fault in signals:
-        if case.fault == "interrupt":  # a shell's background job, and all that it starts, ignores this one
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signals[case.fault])
         time.sleep(60)  # a signal may take a moment
     if case.fault == "raise":
@@ -134,6 +132,8 @@ def arm(case: Case) -> None:
 
 
 def rank(case: Case, place: int, parts: Parts[Any]) -> None:
+    # a shell's background job, and all that it starts, ignores this one
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ |= {"RANK": str(place), "LOCAL_RANK": str(place), "WORLD_SIZE": str(case.num_ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(case.port)}
     if place in case.victims:
