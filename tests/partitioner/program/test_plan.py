@@ -56,6 +56,7 @@ def test_text_as_a_user_writes_it() -> None:
         ("tp=2,tp=3", "gives tp twice"),
         ("probe.every=1,probe.every=2", "gives probe.every twice"),
         ("keep_whole=[a,b", "bracket is not closed"),
+        pytest.param(f"keep_whole={'[' * 50_000}{']' * 50_000}", "brackets stand more than 8 deep", id="deep"),
         ("tp=0", "at least 1"),
         ("tp=2,ep=3,dp=1", "must divide"),
     ],
