@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -15,6 +16,7 @@ from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 from runtime.ops.mask import attention_mask
+from runtime.ops.rows.sequence_attention import sequence_attention
 
 RULES = Rules()
 
@@ -37,6 +39,20 @@ def _attention(node: fx.Node, a: dict[str, Any]) -> Notation:
         extras.append(Operand(a["positions"], ("b", "s")))
     kv_map = a.get("kv_map")
     return grouped_attention(a["q"], a["k"], a["v"], extras, None if isinstance(kv_map, PerRankInt) else kv_map)
+
+
+@RULES.of(sequence_attention)
+def _sequence_attention(node: fx.Node, a: dict[str, Any]) -> Notation:
+    """As attention, with a rank's own tokens along s in queries, keys and values alike; a mask has all keys, and all
+    queries (u) where heads are exchanged for tokens.
+    """
+    found = _attention(node, a)
+    tokens = {a["k"]: {"t": "s"}, a["v"]: {"t": "s"}, a["mask"]: {"s": "u"} if a["how"] == "ulysses" else {}}
+    operands = tuple(
+        replace(each, letters=tuple(tokens.get(each.node, {}).get(name or "", name) for name in each.letters))
+        for each in found.operands
+    )
+    return replace(found, operands=operands, whole=frozenset("tude"))
 
 
 @RULES.of(last_token)
