@@ -26,7 +26,7 @@ from torch import Tensor, fx
 from partitioner.errors import CommunicationError
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.expert_exchange import expert_return, expert_send, receive_from_experts, send_to_experts
-from runtime.ops.rows import collect_rows, row_counts, scatter_rows
+from runtime.ops.rows.share_rows import collect, collect_rows, scatter, scatter_rows
 
 __all__ = [
     "COMMUNICATING",
@@ -151,15 +151,6 @@ def _primitive(kind: Kind) -> Communicating:
     return Communicating(run, _one(kind), kind)
 
 
-def _collect_rows(channel: Any, x: Tensor, total: int, *, dim: int) -> Tensor:
-    return channel.all_gather(x, dim=dim, sizes=row_counts(total, len(channel.ranks)))  # type: ignore[no-any-return]
-
-
-def _scatter_rows(channel: Any, x: Tensor, *, dim: int, kind: str) -> Tensor:
-    sizes = row_counts(x.shape[dim], len(channel.ranks))
-    return channel.reduce_scatter(x, dim=dim, sizes=sizes)  # type: ignore[no-any-return]
-
-
 def _meetings_of_send(node: fx.Node) -> tuple[Meeting, ...]:
     """The counts, and rows of bytes as many as they say."""
     operands, axes, options = read_call(node)
@@ -184,8 +175,8 @@ def _meetings_of_return(node: fx.Node) -> tuple[Meeting, ...]:
 COMMUNICATING: dict[Any, Communicating] = {
     all_reduce: _primitive("all_reduce"),
     all_gather: _primitive("all_gather"),
-    collect_rows: Communicating(_collect_rows, _one("all_gather")),
-    scatter_rows: Communicating(_scatter_rows, _one("reduce_scatter")),
+    collect_rows: Communicating(collect, _one("all_gather")),
+    scatter_rows: Communicating(scatter, _one("reduce_scatter")),
     expert_send: Communicating(send_to_experts, _meetings_of_send),
     expert_return: Communicating(receive_from_experts, _meetings_of_return),
 }
