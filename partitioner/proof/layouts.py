@@ -25,17 +25,17 @@ from partitioner.errors import LayoutError
 from partitioner.program.node_arguments import arguments, describe, evaluate, node_values, operation
 from partitioner.program.program import Entry, PerRankInt, Program, Value
 from partitioner.proof.experts import EXPERT_CHECKS
-from partitioner.proof.sequences import require_own_tokens
+from partitioner.proof.sequences import SEQUENCE_CHECKS
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Rows, Split, in_order, points
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import all_gather, all_reduce
-from runtime.ops.communicating import read_call
+from runtime.ops.communicating import as_axes, read_call
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
-from runtime.ops.rows.sequence_attention import sequence_attention
+from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
 from runtime.ops.state import cache_append, state_read, state_write
 
 aten = torch.ops.aten
@@ -296,18 +296,16 @@ def _check_integers(program: Program, node: fx.Node, layouts: Layouts) -> None:
         rows = layouts[a["weight"]].dims[0]
         expected = _starts(rows) if isinstance(rows, Split) else 0
         _expect(program, node, "start", a["start"], expected)
-    elif op in (attention, cached_attention, sequence_attention):
+    elif op in (attention, cached_attention, sequence_attention, cached_sequence_attention):
         _check_kv_map(program, node, layouts)
-        if op is sequence_attention:
-            require_own_tokens(program, node, layouts)
-        if op is cached_attention:
+        if op in (cached_attention, cached_sequence_attention):
             _check_states(program, node, layouts)
     elif op in (aten.conv1d, aten.conv2d, aten.convolution):
         split = layouts[node.all_input_nodes[0]].dims[1] if arguments(node)["groups"] != 1 else None
         if isinstance(split, Split):
             _expect(program, node, "groups", arguments(node)["groups"], _sizes(split))
-    elif op in EXPERT_CHECKS:
-        EXPERT_CHECKS[op](program, node, layouts)
+    if (also := EXPERT_CHECKS.get(op) or SEQUENCE_CHECKS.get(op)) is not None:
+        also(program, node, layouts)
 
 
 def _check_states(program: Program, node: fx.Node, layouts: Layouts) -> None:
@@ -315,9 +313,10 @@ def _check_states(program: Program, node: fx.Node, layouts: Layouts) -> None:
     a = arguments(node)
     for operand, part in (("k", "key"), ("v", "value")):
         name, layout = f"{a['state']}.{part}", layouts[a[operand]]
-        state = program.states.get(name)
-        if state is None or state.layout != Layout((layout.dims[1], layout.dims[3])):
-            got = "no such state" if state is None else str(state.layout)
+        state, axes = program.states.get(name), as_axes(a["axis"]) if "axis" in a else ()
+        wanted = Layout((layout.dims[1], layout.dims[3]))
+        if state is None or (state.layout, state.token_axes) != (wanted, axes):
+            got = "no such state" if state is None else f"{state.layout}, tokens over {state.token_axes}"
             raise LayoutError(f"{_at(node)} writes {layout} to the state {name!r}, which is {got}")
 
 
