@@ -26,6 +26,13 @@ from torch import Tensor, fx
 from partitioner.errors import CommunicationError
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.expert_exchange import expert_return, expert_send, receive_from_experts, send_to_experts
+from runtime.ops.rows.partial_attention import accumulating
+from runtime.ops.rows.sequence_attention import (
+    attend_over_ranks,
+    cached_sequence_attention,
+    sequence_attention,
+    without_cache,
+)
 from runtime.ops.rows.share_rows import collect, collect_rows, scatter, scatter_rows
 
 __all__ = [
@@ -172,6 +179,32 @@ def _meetings_of_return(node: fx.Node) -> tuple[Meeting, ...]:
     return (Meeting("all_to_all", axes, shape, dtype, sizes_from=send.name),)
 
 
+def _meetings_of_attention(node: fx.Node) -> tuple[Meeting, ...]:
+    """By `how`. Of what lies in a cache nothing is said: how much that is is known when it runs."""
+    operands, axes, options = read_call(node)
+    how, parts = options["how"], options["parts"]
+    values = [operand.meta.get("val") for operand in operands[:3]]
+    by_how: dict[str, tuple[Kind, int]] = {
+        "ring": ("permute", parts - 1),
+        "gather": ("all_gather", 1),
+        "ulysses": ("all_to_all", 2),
+        "merge": ("all_gather", 1),
+    }
+    kind, number = by_how[how]
+    if None in values:  # a bundle's graph does not record them
+        return tuple(Meeting(kind, axes, None, None) for _ in range(number))
+    (batch, heads, size, width), (_, kv_heads, _, _), value_width = (*(v.shape for v in values[:2]), values[2].shape[3])
+    dtype = values[0].dtype
+    if how == "ulysses":
+        there = batch * size * (heads * width + kv_heads * (width + value_width))
+        back = batch * size * heads * value_width
+        return tuple(Meeting("all_to_all", axes, (each,), dtype) for each in (there, back))
+    if how == "merge":
+        return (Meeting("all_gather", axes, (1, batch, heads, size, value_width + 1), accumulating(dtype)),)
+    shape = (batch, kv_heads, size, width + value_width)
+    return tuple(Meeting(kind, axes, shape, dtype) for _ in range(number))
+
+
 COMMUNICATING: dict[Any, Communicating] = {
     all_reduce: _primitive("all_reduce"),
     all_gather: _primitive("all_gather"),
@@ -179,5 +212,7 @@ COMMUNICATING: dict[Any, Communicating] = {
     scatter_rows: Communicating(scatter, _one("reduce_scatter")),
     expert_send: Communicating(send_to_experts, _meetings_of_send),
     expert_return: Communicating(receive_from_experts, _meetings_of_return),
+    sequence_attention: Communicating(attend_over_ranks, _meetings_of_attention),
+    cached_sequence_attention: Communicating(without_cache, _meetings_of_attention),
 }
 """Every op of the graph that communicates."""

@@ -3,7 +3,7 @@
     take_rows        x[.., T, ..]     ->  x[.., T_i, ..]    the rank's own, one after the other; no communication
     collect_rows     x[.., T_i, ..]   ->  x[.., T, ..]      those of all ranks of the axes, in order of position
     scatter_rows     x[.., T, ..]     ->  x[.., T_i, ..]    the rank's own of the sum over the axes
-    own_last_token   x[B, T_i, H]     ->  x[B, 1, H]        the last token's row on the rank that has it, zeros elsewhere
+    own_last_token   x[B, T_i, H]     ->  x[B, 1, H]        the last token's row on the rank that has it, or zeros
 
 T rows over n ranks: in "blocks" each has ceil(T / n), the last ones fewer or none; "zigzag" is the other order of
 `token_order`. Either way every rank knows how many each one has.
@@ -20,7 +20,16 @@ from torch import Tensor
 from runtime.ops.collectives import unbound
 from runtime.ops.rows.token_order import TokenOrder
 
-__all__ = ["collect", "collect_rows", "in_order", "own_last_token", "row_counts", "scatter", "scatter_rows", "take_rows"]
+__all__ = [
+    "collect",
+    "collect_rows",
+    "in_order",
+    "own_last_token",
+    "row_counts",
+    "scatter",
+    "scatter_rows",
+    "take_rows",
+]
 
 
 def row_counts(total: int, parts: int) -> list[int]:

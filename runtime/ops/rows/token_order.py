@@ -4,12 +4,11 @@
     zigzag    2 n chunks; rank i has chunks i and 2 n - 1 - i          0 1 2 2 1 0
 
 A causal query sees the keys before it, so with blocks the last rank would work longest. In zig-zag order each rank has
-one chunk of early tokens and one of late ones, whose work is the same together (Brandon et al., "Striped Attention",
-arXiv:2311.09431, for the problem; Llama 3, arXiv:2407.21783, section 3.3.2, for this order).
+one chunk of early tokens and one of late ones, whose work is the same together (Brandon et al., arXiv:2311.09431, for
+the problem; Dubey et al., arXiv:2407.21783, section 3.3.2, for this order).
 
-Chunks differ by one token at most, and nothing is filled up: a rank may have fewer tokens than another, or none. The
-tokens that are left over make the early chunks longer, one each, where they cost least; so do as many as there are ranks
-to all late chunks at once, which is the same for every rank.
+Chunks differ by one token at most, and nothing is filled up: a rank may have fewer tokens than another, or none. What is
+left over makes early chunks one token longer, where that costs least; or all late chunks, which is even.
 """
 
 from __future__ import annotations
