@@ -259,10 +259,9 @@ class _Deal:
                 raise self._refused(node, f"has the {_NAMES[name]} {layout}, not one for each token")
         operands = [a["q"], a["k"], a["v"], self.rewriter.whole_size(self.symbol, node)]
         operands += [self._mask(a["mask"]), a["sinks"]]
+        how = {"how": self.how, "parts": self.program.mesh.size(self.axis), "order": ORDER}
         options = {name: value for name, value in node.kwargs.items() if name not in (*_NAMES, "written_out")}
-        node.target, node.args, node.kwargs = sequence_attention, (*operands, self.axis), {"how": self.how, **options}
-        if self.rows.order != ORDER:
-            node.kwargs = {**node.kwargs, "order": self.rows.order}
+        node.target, node.args, node.kwargs = sequence_attention, (*operands, self.axis), {**how, **options}
         self.now[node] = self.whole[node].with_dim(2, self.rows)
         node.meta["why"] = f"own queries look at the keys of all ranks of {self.axis}, by {self.how}"
 
@@ -330,7 +329,10 @@ def choose(program: Program, attends: list[fx.Node], axis: str) -> tuple[str, st
         split = None if layout is None else layout.split(1)
         fewest = heads if split is None else min(split.sizes)
         if fewest < ranks:
-            return "ring", f"{node.name} has {fewest} heads on a rank, fewer than {axis}={ranks}, for Ulysses to deal out"
+            return (
+                "ring",
+                f"{node.name} has {fewest} heads on a rank, fewer than {axis}={ranks}, for Ulysses to deal out",
+            )
         copies = max(kv_heads, ranks)  # a kv head goes to every rank whose query heads read it
         ring += ranks * kv_heads * (size + value)
         exchange += (heads + copies) * (size + value)

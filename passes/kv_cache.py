@@ -43,7 +43,9 @@ class KvCache:
 
     def run(self, program: Program) -> Program:
         # attention that is not causal by itself reads what a graph for single steps has appended and masked already
-        nodes = [n for n in program.graph.nodes if n.target in (attention, sequence_attention) and arguments(n)["causal"]]
+        nodes = [
+            n for n in program.graph.nodes if n.target in (attention, sequence_attention) and arguments(n)["causal"]
+        ]
         takes_steps = bool(program.states)  # with the model's own cache: it is right for any text already
         # made where the model itself has no use for it
         tokens = next(iter(program.graph.nodes)).meta["val"]
@@ -83,7 +85,8 @@ class KvCache:
             node.args = (a["q"], a["k"], a["v"], positions, *(() if mask is sinks is None else (mask, sinks)))
         else:
             if node.target is attention:
-                options = {"how": "merge", **{k: v for k, v in options.items() if k != "written_out"}}
+                how = {"how": "merge", "parts": program.mesh.size(_AXIS)}
+                options = {**how, **{k: v for k, v in options.items() if k != "written_out"}}
             node.target = cached_sequence_attention
             node.args = (a["q"], a["k"], a["v"], _of_queries(program, a["q"], positions), mask, sinks, _AXIS)
         node.kwargs = {**options, "state": name}

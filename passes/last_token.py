@@ -46,7 +46,9 @@ class LastToken:
     def run(self, program: Program) -> Program:
         output = program.graph.output_node()
         (logits,) = output.all_input_nodes
-        if logits.target is collect_rows and logits.kwargs["dim"] == 1:  # of one token each there are no rows to collect
+        if (
+            logits.target is collect_rows and logits.kwargs["dim"] == 1
+        ):  # of one token each there are no rows to collect
             output.replace_input_with(logits, logits.args[0])
             (logits,) = output.all_input_nodes
         if "sequence" not in program.symbols:  # a graph for one token at a time

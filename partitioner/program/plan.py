@@ -81,7 +81,9 @@ class Plan:
         if self.sp_attention not in SP_ATTENTION:
             raise PlanError(f"sp_attention must be one of {', '.join(SP_ATTENTION)}; got {self.sp_attention!r}")
         if self.sp_attention != "auto" and self.sp == 1:
-            raise PlanError(f"sp_attention={self.sp_attention} is for tokens shared out over sp, and sp is 1: give sp=2")
+            raise PlanError(
+                f"sp_attention={self.sp_attention} is for tokens shared out over sp, and sp is 1: give sp=2"
+            )
         self.mesh  # noqa: B018 - checks the degrees together
 
     def degree(self, axis: str) -> int:

@@ -180,7 +180,9 @@ class _Proof:
         wanted = () if a["how"] == "merge" else axes
         for name in ("q", "k", "v", "positions"):
             if (dealt := self.dealt.get(a[name], ())) != wanted:
-                return f"shares {{what}}s out over {axes_text(axes)}, and its {name} are dealt out over {dealt or 'none'}"
+                return (
+                    f"shares {{what}}s out over {axes_text(axes)}, and its {name} are dealt out over {dealt or 'none'}"
+                )
         return _cached_attention(node, layouts)
 
     def _localise_experts(self, node: fx.Node, layouts: Layouts) -> str | None:
