@@ -88,7 +88,7 @@ class Attending:
                     self._add_run(row - queries[0], queries, piece, keys[:, :, at], values[:, :, at])
 
     def add_masked(self, keys: Tensor, values: Tensor, positions: Tensor, held: Tensor) -> None:
-        """Keys at the positions `held` [B or 1, T], and queries at `positions` [B or 1, S]: what the host does not know."""
+        """Keys at the positions `held` [B or 1, T], queries at `positions` [B or 1, S]: what the host does not know."""
         limits = self._visible
         for start in range(0, self._q.shape[2], _TILE):
             rows = slice(start, min(start + _TILE, self._q.shape[2]))

@@ -7,8 +7,8 @@ A causal query sees the keys before it, so with blocks the last rank would work 
 one chunk of early tokens and one of late ones, whose work is the same together (Brandon et al., arXiv:2311.09431, for
 the problem; Dubey et al., arXiv:2407.21783, section 3.3.2, for this order).
 
-Chunks differ by one token at most, and nothing is filled up: a rank may have fewer tokens than another, or none. What is
-left over makes early chunks one token longer, where that costs least; or all late chunks, which is even.
+Chunks differ by one token at most, and nothing is filled up: a rank may have fewer tokens than another, or none. What
+is left over makes early chunks one token longer, where that costs least; or all late chunks, which is even.
 """
 
 from __future__ import annotations
