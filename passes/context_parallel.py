@@ -259,7 +259,7 @@ class _Deal:
                 raise self._refused(node, f"has the {_NAMES[name]} {layout}, not one for each token")
         operands = [a["q"], a["k"], a["v"], self.rewriter.whole_size(self.symbol, node)]
         operands += [self._mask(a["mask"]), a["sinks"]]
-        how = {"how": self.how, "parts": self.program.mesh.size(self.axis), "order": ORDER}
+        how: Any = {"how": self.how, "parts": self.program.mesh.size(self.axis), "order": ORDER}
         options = {name: value for name, value in node.kwargs.items() if name not in (*_NAMES, "written_out")}
         node.target, node.args, node.kwargs = sequence_attention, (*operands, self.axis), {**how, **options}
         self.now[node] = self.whole[node].with_dim(2, self.rows)

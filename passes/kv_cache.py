@@ -16,7 +16,7 @@ code may do something else, such as attend to a summary of every n tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -85,7 +85,7 @@ class KvCache:
             node.args = (a["q"], a["k"], a["v"], positions, *(() if mask is sinks is None else (mask, sinks)))
         else:
             if node.target is attention:
-                how = {"how": "merge", "parts": program.mesh.size(_AXIS)}
+                how: Any = {"how": "merge", "parts": program.mesh.size(_AXIS)}
                 options = {**how, **{k: v for k, v in options.items() if k != "written_out"}}
             node.target = cached_sequence_attention
             node.args = (a["q"], a["k"], a["v"], _of_queries(program, a["q"], positions), mask, sinks, _AXIS)

@@ -12,7 +12,7 @@ Where ranks have tokens of their own, one of them has the last one: hidden[B, S_
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -49,7 +49,8 @@ class LastToken:
         if (
             logits.target is collect_rows and logits.kwargs["dim"] == 1
         ):  # of one token each there are no rows to collect
-            output.replace_input_with(logits, logits.args[0])
+            (rows,) = [source for source in logits.all_input_nodes if isinstance(source.meta["val"], Value)]
+            output.replace_input_with(logits, rows)
             (logits,) = output.all_input_nodes
         if "sequence" not in program.symbols:  # a graph for one token at a time
             _keep_parts(program)
@@ -91,8 +92,9 @@ def _of_each(program: Program, place: fx.Node, last: fx.Node) -> fx.Node:
             parts = program.mesh.size(*rows.axes)
             index = program.local("row_index", Entry(0, rows.axes, tuple(range(parts))))
             total = Rewriter(program, {}).whole_size(value.shape[1], place)
-            options = {"parts": parts, "axes": list(rows.axes), "order": rows.order}
-            own = program.graph.call_function(own_last_token, (place, last, total, index), options)
+            options: Any = {"parts": parts, "axes": list(rows.axes), "order": rows.order}
+            given: Any = (place, last, total, index)
+            own = program.graph.call_function(own_last_token, given, options)
             partial = _of_one_token(layout)
             own.meta = {**meta, "layout": Layout(partial.dims, partial.partial | set(rows.axes))}
             axis = rows.axes[0] if len(rows.axes) == 1 else rows.axes

@@ -94,8 +94,25 @@ def check_plan(plan: object) -> Plan:
             raise PlanError(
                 f"{axis}={degree}: no pass divides a model over {axis!r} yet; those that there are serve {known}"
             )
+    for axis, why in _NOT_WITH_SP.items():
+        if plan.sp > 1 and plan.degree(axis) > 1:
+            raise PlanError(f"sp={plan.sp} and {axis}={plan.degree(axis)} do not go together yet: {why}")
+    if plan.sp > 1 and "sequence-parallel" in _named(plan):
+        raise PlanError(
+            f"sp={plan.sp} and the pass sequence-parallel do not go together: a rank's tokens would be dealt out anew "
+            "over tp; leave the pass out"
+        )
     wanted(plan)
     return plan
+
+
+_NOT_WITH_SP = {
+    "pp": "hidden states of a rank's own tokens do not cross from stage to stage",
+    "ep": "experts are dealt out by a pass that has all tokens on every rank",
+    "etp": "experts are dealt out by a pass that has all tokens on every rank",
+    "dp": "only experts span replicas",
+}
+"""Axes that do not go together with sp, and why."""
 
 
 def splitting(traced: Program, plan: Plan, entry: str) -> list[Chosen]:

@@ -44,10 +44,10 @@ Choice = str | tuple[str, Options] | Pass
 class Plan:
     """Degrees of parallelism, and passes.
 
-    tp: tensor-parallel ranks. pp: pipeline stages. sp: ranks that share out the tokens of each sequence. dp: replicas of all these; by
-    default as many as the experts' ranks need, otherwise one. ep: ranks that share out the experts of each layer; etp:
-    those that share out each expert's matrices. ep x etp must divide dp x sp x tp: experts use the same ranks.
-    sp_attention: how queries of one rank reach the keys of others: "ring", "gather", "ulysses", or "auto".
+    tp: tensor-parallel ranks. pp: pipeline stages. sp: ranks that share out the tokens of each sequence. dp: replicas
+    of all these; by default as many as the experts' ranks need, otherwise one. ep: ranks that share out the experts of
+    each layer; etp: those that share out each expert's matrices. ep x etp must divide dp x sp x tp: experts use the
+    same ranks. sp_attention: how queries of one rank meet the keys of others: "ring", "gather", "ulysses", or "auto".
     keep_whole: globs of weight names that are replicated.
 
     passes: the name of an installed pass, the name and its options, `("probe", {"every": 2})`, or a pass itself,

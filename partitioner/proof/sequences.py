@@ -1,7 +1,7 @@
 """That what works on a sequence which ranks share out gets what it speaks of: own tokens, and how many all have.
 
     sequence_attention          queries, keys and values are own rows, in the order and over the axis that is named
-    cached_sequence_attention   the same, and the positions are those of the rows; or all tokens of the run, to be merged
+    cached_sequence_attention   the same, with the positions of the rows; or all tokens of the run, to be merged
     own_last_token              own rows, and which part of the order they are
 
 That operands have the same rows follows from index notation.

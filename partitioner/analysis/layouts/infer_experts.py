@@ -7,9 +7,9 @@
     expert_combine     gates [T, routed]  ->  a partial sum over the experts' axes;  gates [routed, K]  ->  [routed, H]
     expert_return      rows [routed, H]   ->  [own T, H]
 
-`routed` is `Rows(axes, "routed")`. Where every rank has all experts, and own tokens of a sequence, it is those. The other dims, and the axes that divide an expert's own matrices, follow index
-notation: the op is inferred without what is routed, which is put back afterwards. That the experts of the weights are
-those of the choices is for `proof/experts.py` to see.
+`routed` is `Rows(axes, "routed")`; or own tokens of a sequence, where every rank has all experts. The other dims, and
+the axes that divide an expert's own matrices, follow index notation: the op is inferred without what is routed, which
+is put back afterwards. That the experts of the weights are those of the choices is for `proof/experts.py` to see.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def _sequence_attention(node: fx.Node, a: dict[str, Any]) -> Notation:
     """As attention, with a rank's own tokens along s in queries, keys and values alike; a mask has all keys, and all
     queries (u) where heads are exchanged for tokens. Where parts are merged, every rank has all tokens of the run.
     """
-    found = _attention(node, a)
+    found: Notation = _attention(node, a)  # type: ignore[assignment]
     if a["how"] == "merge":
         return found
     tokens = {a["k"]: {"t": "s"}, a["v"]: {"t": "s"}, a["mask"]: {"s": "u"} if a["how"] == "ulysses" else {}}

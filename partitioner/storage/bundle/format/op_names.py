@@ -66,8 +66,8 @@ ATEN = frozenset(
 
 _OWN = (
     attention, attention_mask, cache_append, cached_attention, expert_combine, expert_dispatch, grouped_linear,
-    last_token, localise_experts, once, own_last_token, position_mask, reorder, rows_at, shard, state_read, state_write, take_rows,
-    vocab_parallel_embedding,
+    last_token, localise_experts, once, own_last_token, position_mask, reorder, rows_at, shard, state_read, state_write,
+    take_rows, vocab_parallel_embedding,
     *COMMUNICATING,
 )  # fmt: skip
 _INTEGER = (
