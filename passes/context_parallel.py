@@ -64,11 +64,6 @@ class ContextParallel:
                 "tokens cannot be dealt out"
             )
         attends = [node for node in program.graph.nodes if node.target is attention]
-        if not attends:
-            raise PlanError(
-                f"{self.axis}={program.mesh.size(self.axis)}: {program.name} has no attention that was captured as "
-                "one: how its tokens meet is not known, and they cannot be dealt out"
-            )
         how, why = choose(program, attends, self.axis) if self.attention == "auto" else (self.attention, "by the plan")
         _Deal(program, self.axis, how).run()
         program.notes.append(

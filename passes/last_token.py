@@ -51,6 +51,7 @@ class LastToken:
         ):  # of one token each there are no rows to collect
             (rows,) = [source for source in logits.all_input_nodes if isinstance(source.meta["val"], Value)]
             output.replace_input_with(logits, rows)
+            program.graph.erase_node(logits)
             (logits,) = output.all_input_nodes
         if "sequence" not in program.symbols:  # a graph for one token at a time
             _keep_parts(program)
