@@ -95,7 +95,8 @@ class Attending:
             seen = allowed(
                 positions[:, rows, None], held[:, None], causal=limits.causal, window=limits.window, chunk=limits.chunk
             )
-            self._add(rows, keys, values, _minus_infinity(~seen, self._q)[:, None])
+            hidden, extra = _minus_infinity(~seen, self._q)[:, None], self._extra(rows, (0, keys.shape[2]))
+            self._add(rows, keys, values, hidden if extra is None else extra + hidden)
 
     def _add_run(self, shift: int, queries: Run, keys_run: Run, keys: Tensor, values: Tensor) -> None:
         """One run of keys, none of which lies before some of the queries and behind others, unless they are the same.

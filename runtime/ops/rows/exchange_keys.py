@@ -24,7 +24,7 @@ from runtime.ops.rows.share_rows import in_order
 from runtime.ops.rows.token_order import Run, TokenOrder
 from runtime.ops.rows.visible import Visible, common
 
-__all__ = ["gathered", "in_ring"]
+__all__ = ["around", "gathered", "in_ring"]
 
 
 def in_ring(channel: Any, k: Tensor, v: Tensor, order: TokenOrder, visible: Visible) -> Iterator[Block]:
@@ -32,15 +32,19 @@ def in_ring(channel: Any, k: Tensor, v: Tensor, order: TokenOrder, visible: Visi
     if visible.is_limited:
         yield from _to_each(channel, k, v, order, visible)
         return
-    num_ranks, own, width = len(channel.ranks), channel.coordinate, k.shape[-1]
-    block = Block(k, v, order.runs[own])
-    message = _filled_up(torch.cat([k, v], -1), max(order.counts)) if num_ranks > 1 else k
-    for step in range(1, num_ranks):
+    message, width = _filled_up(torch.cat([k, v], -1), max(order.counts)), k.shape[-1]
+    for source, rows in around(channel, message):
+        yield Block(rows[..., :width], rows[..., width:], order.runs[source])
+
+
+def around(channel: Any, message: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """What each rank brings, its own first; the next one is on its way before one is handed out."""
+    num_ranks, own = len(channel.ranks), channel.coordinate
+    for step in range(num_ranks - 1):
         coming = channel.permute_begin(message, 1)
-        yield block
+        yield (own - step) % num_ranks, message
         message = coming.finish()
-        block = Block(message[..., :width], message[..., width:], order.runs[(own - step) % num_ranks])
-    yield block
+    yield (own + 1) % num_ranks, message
 
 
 def _to_each(channel: Any, k: Tensor, v: Tensor, order: TokenOrder, visible: Visible) -> Iterator[Block]:
