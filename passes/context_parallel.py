@@ -202,13 +202,12 @@ class _Deal:
         if not node_values(source):
             found = self._own_number(source)
         elif source in self.of_inputs and source.op != "get_attr":
-            wanted, dim = self._with_rows(source), self._tokens(source.meta["val"])
-            if isinstance(wanted, Layout) and dim is not None:
-                copied = self._own_copy(source, wanted)
-                if copied is not None:
-                    found = copied
-                elif source.meta["val"].shape[dim] == self.symbol:
-                    found = self.rewriter.converted(source, wanted)
+            wanted = self._with_rows(source)
+            copied = None if wanted is None else self._own_copy(source, wanted)
+            if copied is not None:
+                found = copied
+            elif isinstance(wanted, Layout) and source.meta["val"].shape[wanted.row_dims[0]] == self.symbol:
+                found = self.rewriter.converted(source, wanted)
         self.own[source] = found
         return found
 

@@ -2,7 +2,7 @@
 
     q       [B, H, S_i, D]     total   S, the tokens of all ranks
     k       [B, G, S_i, D]     mask    additive, broadcastable to [B, H, S_i, S]: keys in order of position
-    v       [B, G, S_i, Dv]    sinks   as in `attention`, and so are the options
+    v       [B, G, S_i, Dv]            of own queries, by ulysses [B, H, S, S], of all; sinks and options as in `attention`
     result  [B, H, S_i, Dv]
 
     how        what travels                                   bytes that leave a rank, with S_i = S / n

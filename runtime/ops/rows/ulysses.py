@@ -77,7 +77,7 @@ def by_heads(
     """`attend(q, k, v, mask, sinks, kv_map)` over all tokens with this rank's heads; back come this rank's tokens.
 
     Queries come in order of position, and so do keys and values; with `kv_rows`, the number of those that each rank
-    brings, they come rank by rank. mask, sinks: as in `attention`, a mask's queries being those of this rank.
+    brings, they come rank by rank. mask, sinks: as in `attention`; a mask has all queries, and does not travel.
     """
     num_ranks, own, (batch, heads, size, _) = len(channel.ranks), channel.coordinate, q.shape
     per_kv = heads // max(1, k.shape[1])
@@ -85,28 +85,16 @@ def by_heads(
     shares = heads_of(num_ranks, heads, kv_of)
     if mask is not None:
         mask = mask.to(q.dtype).reshape(*([1] * (4 - mask.dim())), *mask.shape)
-    goes_along = mask is not None and mask.shape[2] != 1
     brought = list(kv_rows) if kv_rows is not None else list(queries.counts)
 
     def tensors(share: Heads, rank: int) -> list[tuple[int, ...]]:
         """The shapes of what `rank` sends to the rank with these heads."""
         kv = (batch, len(share.kv), brought[rank])
-        found: list[tuple[int, ...]] = [
-            (batch, share.count, queries.counts[rank], q.shape[-1]),
-            (*kv, k.shape[-1]),
-            (*kv, v.shape[-1]),
-        ]
-        if goes_along:
-            assert mask is not None
-            found.append((mask.shape[0], min(mask.shape[1], share.count), queries.counts[rank], mask.shape[3]))
-        return found
+        return [(batch, share.count, queries.counts[rank], q.shape[-1]), (*kv, k.shape[-1]), (*kv, v.shape[-1])]
 
     sent, send_counts = [], []
     for share in shares:
         parts = [q[:, slice(*share.query)], k[:, list(share.kv)], v[:, list(share.kv)]]
-        if goes_along:
-            assert mask is not None
-            parts.append(share.of(mask))
         sent += [part.reshape(-1) for part in parts]
         send_counts.append(sum(part.numel() for part in parts))
     mine = shares[own]
@@ -121,10 +109,7 @@ def by_heads(
     whole[0] = in_order(whole[0], queries, 2)
     if kv_rows is None:
         whole[1], whole[2] = (in_order(each, queries, 2) for each in whole[1:3])
-    if goes_along:
-        mask = in_order(whole[3], queries, 2)
-    elif mask is not None:
-        mask = mine.of(mask)
+    mask = None if mask is None else mine.of(mask)
     out = attend(whole[0], whole[1], whole[2], mask, _sinks(sinks, mine), mine.uneven_map)
 
     backs = [out[:, :, start:stop] for runs in queries.runs for start, stop in runs]

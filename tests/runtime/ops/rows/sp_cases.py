@@ -82,9 +82,9 @@ def over_ranks(
     def rank(number: int) -> Any:
         def body(communicator: ThreadCommunicator) -> Tensor:
             q, k, v = (mine(x, number, parts, order) for x in given)
-            rows = (
-                mask if mask is None or mask.dim() < 2 or mask.shape[-2] == 1 else mine(mask, number, parts, order, -2)
-            )
+            # heads come with all queries, and then a mask has all of them too
+            is_whole = options["how"] == "ulysses" or mask is None or mask.dim() < 2 or mask.shape[-2] == 1
+            rows = mask if is_whole else mine(mask, number, parts, order, -2)
             channel = communicator.channel("sp", node="attend")
             run = COMMUNICATING[sequence_attention].run
             return run(channel, q, k, v, total, rows, sinks, parts=parts, order=order, **options)  # type: ignore[no-any-return]
