@@ -2,8 +2,8 @@
 
     q       [B, H, S_i, D]     total   S, the tokens of all ranks
     k       [B, G, S_i, D]     mask    additive, broadcastable to [B, H, S_i, S]: keys in order of position
-    v       [B, G, S_i, Dv]            of own queries, by ulysses [B, H, S, S], of all; sinks and options as in `attention`
-    result  [B, H, S_i, Dv]
+    v       [B, G, S_i, Dv]            of own queries; by ulysses of all, [B, H, S, S]
+    result  [B, H, S_i, Dv]    sinks   as in `attention`, and so are the options
 
     how        what travels                                   bytes that leave a rank, with S_i = S / n
     ring       keys and values, a block at a time             (n - 1) S_i G (D + Dv), fewer with a window or a chunk
