@@ -15,60 +15,37 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
-from typing import Literal
 
 from partitioner.errors import LayoutError
 
-__all__ = ["Kind", "Run", "TokenOrder"]
-
-Kind = Literal["blocks", "zigzag"]
+__all__ = ["Run", "TokenOrder"]
 
 Run = tuple[int, int]
 """Positions that follow each other, half open."""
 
 
-@dataclass(frozen=True)
 class TokenOrder:
-    """How `total` tokens are shared out between `parts` ranks."""
+    """How `total` tokens are shared out between `parts` ranks: `TokenOrder.of` gives one object for each."""
 
-    total: int
-    parts: int
-    kind: str = "zigzag"
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("blocks", "zigzag"):
-            raise LayoutError(f"tokens are shared out as 'blocks' or in 'zigzag' order, not {self.kind!r}")
+    def __init__(self, total: int, parts: int, kind: str = "zigzag") -> None:
+        if kind not in ("blocks", "zigzag"):
+            raise LayoutError(f"tokens are shared out as 'blocks' or in 'zigzag' order, not {kind!r}")
+        self.total, self.parts, self.kind = total, parts, kind
+        self.runs: tuple[tuple[Run, ...], ...] = _blocks(total, parts) if kind == "blocks" else _zigzag(total, parts)
+        """What each rank has, ascending; a run of no tokens is left out."""
+        self.counts = tuple(sum(stop - start for start, stop in runs) for runs in self.runs)
+        """How many each rank has."""
+        at, found = 0, []
+        for start, stop in itertools.chain(*self.runs):
+            found.append((start, at, at + stop - start))
+            at += stop - start
+        self.joined = tuple((at, end) for _, at, end in sorted(found))
+        """Where the runs lie once the tokens of all ranks stand one after the other, in order of position."""
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
     def of(total: int, parts: int, kind: str = "zigzag") -> TokenOrder:
-        """One object for each, which keeps what it has worked out."""
         return TokenOrder(total, parts, kind)
-
-    @functools.cached_property
-    def runs(self) -> tuple[tuple[Run, ...], ...]:
-        """What each rank has, ascending; a run of no tokens is left out."""
-        if self.kind == "blocks":
-            each = -(-self.total // self.parts)
-            cuts = [min(each * index, self.total) for index in range(self.parts + 1)]
-            chunks, mine = [*itertools.pairwise(cuts)], [(index,) for index in range(self.parts)]
-        else:
-            cuts = [0, *itertools.accumulate(self._chunk_sizes)]
-            chunks = [*itertools.pairwise(cuts)]
-            mine = [(index, 2 * self.parts - 1 - index) for index in range(self.parts)]  # type: ignore[misc]
-        return tuple(tuple(chunks[at] for at in those if chunks[at][0] < chunks[at][1]) for those in mine)
-
-    @property
-    def _chunk_sizes(self) -> list[int]:
-        size, left = divmod(self.total, 2 * self.parts)
-        late, early = divmod(left, self.parts)
-        return [size + (index < early) for index in range(self.parts)] + [size + late] * self.parts
-
-    @functools.cached_property
-    def counts(self) -> tuple[int, ...]:
-        """How many each rank has."""
-        return tuple(sum(stop - start for start, stop in runs) for runs in self.runs)
 
     def positions(self, rank: int) -> list[int]:
         """Those of `rank`, ascending."""
@@ -84,13 +61,19 @@ class TokenOrder:
                 before += stop - start
         raise LayoutError(f"there is no position {position} among {self.total} tokens")
 
-    @functools.cached_property
-    def joined(self) -> tuple[tuple[int, int], ...]:
-        """Where the runs lie once the tokens of all ranks stand one after the other, in order of position."""
-        starts = [0, *itertools.accumulate(self.counts)]
-        found = []
-        for at, runs in zip(starts, self.runs, strict=False):
-            for start, stop in runs:
-                found.append((start, at, at + stop - start))
-                at += stop - start
-        return tuple((at, end) for _, at, end in sorted(found))
+
+def _blocks(total: int, parts: int) -> tuple[tuple[Run, ...], ...]:
+    each = -(-total // parts)
+    cuts = [min(each * index, total) for index in range(parts + 1)]
+    return tuple(((start, stop),) if start < stop else () for start, stop in itertools.pairwise(cuts))
+
+
+def _zigzag(total: int, parts: int) -> tuple[tuple[Run, ...], ...]:
+    size, left = divmod(total, 2 * parts)
+    late, early = divmod(left, parts)
+    sizes = [size + (index < early) for index in range(parts)] + [size + late] * parts
+    chunks = [*itertools.pairwise(itertools.accumulate(sizes, initial=0))]
+    return tuple(
+        tuple(chunks[at] for at in (index, 2 * parts - 1 - index) if chunks[at][0] < chunks[at][1])
+        for index in range(parts)
+    )

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from partitioner.sharding.mesh import Mesh
+from runtime.communication.communicator import Communicator
 from runtime.communication.matching_calls import Call
-from runtime.communication.thread_communicator import ThreadCommunicator, ThreadGroup
-from runtime.ops.communicating import COMMUNICATING
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.ops.rows.sequence_attention import sequence_attention
 from runtime.ops.rows.share_rows import in_order, take_rows
 from runtime.ops.rows.token_order import TokenOrder
@@ -66,30 +66,29 @@ def mine(x: Tensor, rank: int, parts: int, order: str, dim: int = 2) -> Tensor:
     return take_rows(x, rank, parts=parts, axes=("sp",), dim=dim, kind="sequence", order=order)
 
 
-def over_ranks(
+def on_rank(
+    communicator: Communicator,
     given: list[Tensor],
-    parts: int,
     *,
     order: str = "zigzag",
     mask: Tensor | None = None,
     sinks: Tensor | None = None,
-    group: ThreadGroup | None = None,
     **options: Any,
 ) -> Tensor:
+    """What one rank makes of its part of q, k and v."""
+    number, parts, total = communicator.rank, communicator.mesh.size("sp"), given[0].shape[2]
+    q, k, v = (mine(x, number, parts, order) for x in given)
+    # heads come with all queries, and then a mask has all of them too
+    is_whole = options["how"] == "ulysses" or mask is None or mask.dim() < 2 or mask.shape[-2] == 1
+    rows = mask if is_whole else mine(mask, number, parts, order, -2)
+    given_options = {"parts": parts, "order": order, **options}
+    run = communicator.bind(sequence_attention, "sp", node="attend", options=given_options)
+    return run(q, k, v, total, rows, sinks)  # type: ignore[no-any-return]
+
+
+def over_ranks(given: list[Tensor], parts: int, *, group: ThreadGroup | None = None, **options: Any) -> Tensor:
     """What all ranks together make of it, in order of position."""
-    total = given[0].shape[2]
-
-    def rank(number: int) -> Any:
-        def body(communicator: ThreadCommunicator) -> Tensor:
-            q, k, v = (mine(x, number, parts, order) for x in given)
-            # heads come with all queries, and then a mask has all of them too
-            is_whole = options["how"] == "ulysses" or mask is None or mask.dim() < 2 or mask.shape[-2] == 1
-            rows = mask if is_whole else mine(mask, number, parts, order, -2)
-            channel = communicator.channel("sp", node="attend")
-            run = COMMUNICATING[sequence_attention].run
-            return run(channel, q, k, v, total, rows, sinks, parts=parts, order=order, **options)  # type: ignore[no-any-return]
-
-        return body
-
-    found = on_ranks(group or ThreadGroup(Mesh.of(sp=parts)), *map(rank, range(parts)))
-    return in_order(torch.cat(found, 2), TokenOrder.of(total, parts, order), 2)
+    found = on_ranks(
+        group or ThreadGroup(Mesh.of(sp=parts)), *[lambda communicator: on_rank(communicator, given, **options)] * parts
+    )
+    return in_order(torch.cat(found, 2), TokenOrder.of(given[0].shape[2], parts, options.get("order", "zigzag")), 2)
