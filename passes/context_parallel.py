@@ -319,7 +319,7 @@ def choose(program: Program, attends: list[fx.Node], axis: str) -> tuple[str, st
     ring = exchange = 0
     for node in attends:
         a, layout = arguments(node), node.meta.get("layout")
-        (heads, size), (kv_heads, value) = ((a[name].meta["val"].shape[i] for i in (1, 3)) for name in ("q", "v"))
+        (_, heads, _, size), (_, kv_heads, _, value) = (a[name].meta["val"].shape for name in ("q", "v"))
         split = None if layout is None else layout.split(1)
         fewest = heads if split is None else min(split.sizes)
         if fewest < ranks:

@@ -101,7 +101,7 @@ def _pairs(node: fx.Node, found: Notation, sizes: RankSizes) -> int:
 
 
 def _own_pairs(node: fx.Node, sizes: RankSizes) -> int:
-    """Of own queries and the keys of all ranks; of all queries and own keys, a share of them, where parts are merged."""
+    """Of own queries and the keys of all ranks; where parts are merged, a share of what all queries see."""
     a, parts = arguments(node), node.kwargs["parts"]
     past = sizes.past if operation(node) is cached_sequence_attention else 0
     total = evaluate(a["q"].meta["val"].shape[2], sizes.symbols)
