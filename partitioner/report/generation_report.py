@@ -189,6 +189,8 @@ def _reason(program: Program, state: State, maker: fx.Node | None, users: dict[s
     if split:
         shared = any(sum(part.sizes) > state.shape[dim] for dim, part in split)
         return "some of it is needed, and kept, by several ranks" if shared else ""
+    if state.token_axes:
+        return ""
     if program.mesh.world_size == program.mesh.size("pp"):
         return "one rank" if program.mesh.world_size == 1 else "one rank in each stage"
     cause = None if maker is None else _cause(program, maker, users)
