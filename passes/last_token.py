@@ -5,22 +5,26 @@
 `last` [B] is where in its row each last token stands. A prompt of 8192 tokens over a vocabulary of 128256 would
 otherwise yield 4 GB of float32 logits, of which generation reads one row. The gather of vocabulary-parallel logits is
 taken out: the sampler reads them where they are (Megatron-LM, arXiv:1909.08053, section 3, does so for its loss).
+
+Where ranks have tokens of their own, one of them has the last one: hidden[B, S_i, H] -> own_last_token -> all_reduce.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from partitioner.compile.insert_collectives import Rewriter
 from partitioner.program.node_arguments import operation
-from partitioner.program.program import Program, Value
-from partitioner.sharding.layout import REPLICATED, Layout
+from partitioner.program.program import Entry, Program, Value
+from partitioner.sharding.layout import REPLICATED, Layout, Rows
 from runtime.ops.cached_attention import last_token
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.local import reorder
+from runtime.ops.rows.share_rows import collect_rows, own_last_token
 
 aten = torch.ops.aten
 
@@ -42,32 +46,68 @@ class LastToken:
     def run(self, program: Program) -> Program:
         output = program.graph.output_node()
         (logits,) = output.all_input_nodes
+        if (
+            logits.target is collect_rows and logits.kwargs["dim"] == 1
+        ):  # of one token each there are no rows to collect
+            (rows,) = [source for source in logits.all_input_nodes if isinstance(source.meta["val"], Value)]
+            output.replace_input_with(logits, rows)
+            program.graph.erase_node(logits)
+            (logits,) = output.all_input_nodes
         if "sequence" not in program.symbols:  # a graph for one token at a time
             _keep_parts(program)
             program.graph.eliminate_dead_code()
             return program
         place = _pick(program, logits)
-        value, layout = place.meta["val"], place.meta.get("layout") or REPLICATED(3)
+        value = place.meta["val"]
         last = program.add_input("last", Value((value.shape[0],), torch.int64), "required")
-        with program.graph.inserting_before(_next(place)):
-            picked = program.graph.call_function(last_token, (place, last))
-        picked.meta = {
-            **place.meta,
-            "val": Value((value.shape[0], 1, value.shape[2]), value.dtype),
-            "why": "logits are only needed of each sequence's last token",
-            "layout": layout,
-        }
-        place.replace_all_uses_with(picked, delete_user_cb=lambda user: user is not picked)
+        picked = _of_each(program, place, last)
         node = picked
         while node is not output:
             (node,) = node.users
             if isinstance(node.meta.get("val"), Value):
                 shape = node.meta["val"].shape
                 node.meta = {**node.meta, "val": Value((shape[0], 1, shape[2]), node.meta["val"].dtype)}
+                if "layout" in node.meta:
+                    node.meta["layout"] = _of_one_token(node.meta["layout"])
         _keep_parts(program)
         program.graph.eliminate_dead_code()
         program.graph.lint()
         return program
+
+
+def _of_each(program: Program, place: fx.Node, last: fx.Node) -> fx.Node:
+    """The row of each sequence's last token, in the place of `place` for all its users."""
+    value, layout = place.meta["val"], place.meta.get("layout") or REPLICATED(3)
+    users = list(place.users)
+    meta = {
+        **place.meta,
+        "val": Value((value.shape[0], 1, value.shape[2]), value.dtype),
+        "why": "logits are only needed of each sequence's last token",
+        "layout": _of_one_token(layout),
+    }
+    rows = layout.dims[1]
+    with program.graph.inserting_before(_next(place)):
+        if not isinstance(rows, Rows):
+            picked = program.graph.call_function(last_token, (place, last))
+        else:
+            parts = program.mesh.size(*rows.axes)
+            index = program.local("row_index", Entry(0, rows.axes, tuple(range(parts))))
+            total = Rewriter(program, {}).whole_size(value.shape[1], place)
+            options: Any = {"parts": parts, "axes": list(rows.axes), "order": rows.order}
+            given: Any = (place, last, total, index)
+            own = program.graph.call_function(own_last_token, given, options)
+            partial = _of_one_token(layout)
+            own.meta = {**meta, "layout": Layout(partial.dims, partial.partial | set(rows.axes))}
+            axis = rows.axes[0] if len(rows.axes) == 1 else rows.axes
+            picked = program.graph.call_function(all_reduce, (own, axis))
+    picked.meta = meta
+    for user in users:
+        user.replace_input_with(place, picked)
+    return picked
+
+
+def _of_one_token(layout: Layout) -> Layout:
+    return layout.with_dim(1, None)
 
 
 def _pick(program: Program, logits: fx.Node) -> fx.Node:

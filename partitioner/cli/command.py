@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from partitioner.cli.options import Compile, Ep, KeepWhole, MaxLength, Passes, PlanText, Pp, Tp
+from partitioner.cli.options import Compile, Ep, KeepWhole, MaxLength, Passes, PlanText, Pp, Sp, Tp
 from partitioner.errors import CommunicationError, PartitionerError
 
 __all__ = ["command"]
@@ -20,6 +20,7 @@ _COMPILE = {
     "tp": Tp,
     "pp": Pp,
     "ep": Ep,
+    "sp": Sp,
     "plan": PlanText,
     "keep_whole": KeepWhole,
     "passes": Passes,

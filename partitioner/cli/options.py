@@ -83,6 +83,15 @@ Ep = Annotated[
         help="ranks that share out the experts of each layer; by default 1, or those of the bundle",
     ),
 ]
+Sp = Annotated[
+    int | None,
+    typer.Option(
+        "--sp",
+        "--context-parallel-size",
+        "--context_parallel_size",
+        help="ranks that share out the tokens of each sequence; by default 1, or those of the bundle",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(help="of the weights; by default, or auto, the checkpoint's, or what the configuration names"),
@@ -120,6 +129,7 @@ class Compile:
     text: str | None = None
     pp: int | None = None
     ep: int | None = None
+    sp: int | None = None
 
     @classmethod
     def of(
@@ -128,13 +138,14 @@ class Compile:
         tp: int | None,
         pp: int | None,
         ep: int | None,
+        sp: int | None,
         plan: str | None,
         keep_whole: list[str] | None,
         passes: list[str] | None,
         max_length: int | None,
     ) -> Compile:
         """What the command line was given; its passes are installed, and serve what it asks for."""
-        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, plan, pp, ep)
+        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, plan, pp, ep, sp)
         check_plan(how.plan)
         return how
 
@@ -153,7 +164,8 @@ class Compile:
     def plan_of(self, model: str | None) -> Plan:
         """The plan for MODEL, which may be a bundle with a number of ranks of its own."""
         plan = Plan.parse(self.text or "")
-        given = {axis: size for axis, size in (("tp", self.tp), ("pp", self.pp), ("ep", self.ep)) if size is not None}
+        asked = {"tp": self.tp, "pp": self.pp, "ep": self.ep, "sp": self.sp}
+        given = {axis: size for axis, size in asked.items() if size is not None}
         for axis, size in given.items():
             if self.text and size != plan.degree(axis):
                 raise InputError(f"--{axis} {size} and --plan {self.text!r} say two things: give one of them")
@@ -164,7 +176,10 @@ class Compile:
         elif plan.dp_follows:
             del degrees["dp"]  # it follows from the others, which are not all here yet
         return Plan(
-            **{**degrees, **given}, keep_whole=(*plan.keep_whole, *self.keep_whole), passes=(*plan.passes, *self.passes)
+            **{**degrees, **given},
+            sp_attention=plan.sp_attention,
+            keep_whole=(*plan.keep_whole, *self.keep_whole),
+            passes=(*plan.passes, *self.passes),
         )
 
     def require_none(self, model: str) -> None:

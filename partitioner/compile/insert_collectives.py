@@ -54,7 +54,7 @@ class Rewriter:
     def provide(self, user: fx.Node, source: fx.Node, layout: Layout) -> None:
         """Makes `user` read `source` in the given layout."""
         current = self._completed.get(source, source)
-        found = self._converted(current, layout)
+        found = self.converted(current, layout)
         self._provided.setdefault(user, []).append(found)
         if found is not current:
             user.replace_input_with(current, found)
@@ -83,7 +83,7 @@ class Rewriter:
         current = self._completed.get(node, node)
         # who reads a size keeps that of the whole
         users = [user for user in current.users if operation(user) is not aten.sym_size]
-        held = self._converted(current, layout)
+        held = self.converted(current, layout)
         for user in users:
             user.replace_input_with(current, held)
         self._completed[node] = held
@@ -113,7 +113,8 @@ class Rewriter:
 
     # -- conversions ---------------------------------------------------------------------------------------------------
 
-    def _converted(self, source: fx.Node, want: Layout) -> fx.Node:
+    def converted(self, source: fx.Node, want: Layout) -> fx.Node:
+        """`source` in the given layout."""
         have = self.layouts[source]
         if have == want or not isinstance(have, Layout):
             return source
@@ -178,20 +179,21 @@ class Rewriter:
         return whole
 
     def _collected(self, node: fx.Node, dim: int, rows: Rows, source: fx.Node) -> fx.Node:
-        total = self._size(source.meta["val"].shape[dim], source)
+        total = self.whole_size(source.meta["val"].shape[dim], source)
         layout: Layout = self.layouts[node].with_dim(dim, None)
-        whole = self._after(node, collect_rows, (node, total, _over(rows.axes)), {"dim": dim}, layout, source)
+        options = {"dim": dim, **_order(rows)}
+        whole = self._after(node, collect_rows, (node, total, _over(rows.axes)), options, layout, source)
         whole.meta["why"] = f"{source.name} is needed with the rows of all ranks"
         return whole
 
     def _taken(self, node: fx.Node, dim: int, rows: Rows, source: fx.Node) -> fx.Node:
         parts = self.program.mesh.size(*rows.axes)
         index = self.program.local("row_index", Entry(0, rows.axes, tuple(range(parts))))
-        options = {"parts": parts, "axes": list(rows.axes), "dim": dim, "kind": rows.kind}
+        options = {"parts": parts, "axes": list(rows.axes), "dim": dim, "kind": rows.kind, **_order(rows)}
         layout: Layout = self.layouts[node].with_dim(dim, rows)
         return self._after(node, take_rows, (node, index), options, layout, source)
 
-    def _size(self, size: Any, source: fx.Node) -> fx.Node | int:
+    def whole_size(self, size: Any, source: fx.Node) -> fx.Node | int:
         """A node with this size of the whole, read from an input, which every rank has all of."""
         if size not in self._sizes:
             graph = self.program.graph
@@ -238,6 +240,10 @@ def _over(axes: Iterable[str]) -> str | tuple[str, ...]:
     """As graphs name axes: one by its name, several as a tuple."""
     found = in_order(axes)
     return found[0] if len(found) == 1 else found
+
+
+def _order(rows: Rows) -> dict[str, str]:
+    return {} if rows.order == "blocks" else {"order": rows.order}
 
 
 def _ranges(have: IndexSet, want: IndexSet) -> tuple[int, ...]:

@@ -42,6 +42,8 @@ class BuiltIn:
     serves: tuple[str, ...] = ()
     last: bool = False
     """After the user's own."""
+    options: Callable[[Plan], dict[str, object]] = lambda plan: {}
+    """Of the pass, that the plan gives as fields of its own."""
 
 
 def _always(plan: Plan) -> bool:
@@ -63,6 +65,13 @@ ORDER = (
     BuiltIn("expert-parallel", EVERYWHERE, _has_experts, splits=True, by_entry=True, serves=("ep", "etp")),
     BuiltIn("tensor-parallel", EVERYWHERE, lambda plan: plan.tp > 1 or _has_experts(plan), splits=True, serves=("tp",)),
     BuiltIn("sequence-parallel", ("text", "prefill"), lambda plan: "sequence-parallel" in _named(plan), serves=("tp",)),
+    BuiltIn(
+        "context-parallel",
+        ("text", "prefill"),
+        lambda plan: plan.sp > 1,
+        serves=("sp",),
+        options=lambda plan: {"attention": plan.sp_attention},
+    ),
     BuiltIn("kv-cache", GENERATION, _always),
     BuiltIn("last-token", GENERATION, _always),
     BuiltIn("fuse", EVERYWHERE, _always),
@@ -85,8 +94,25 @@ def check_plan(plan: object) -> Plan:
             raise PlanError(
                 f"{axis}={degree}: no pass divides a model over {axis!r} yet; those that there are serve {known}"
             )
+    for axis, why in _NOT_WITH_SP.items():
+        if plan.sp > 1 and plan.degree(axis) > 1:
+            raise PlanError(f"sp={plan.sp} and {axis}={plan.degree(axis)} do not go together yet: {why}")
+    if plan.sp > 1 and "sequence-parallel" in _named(plan):
+        raise PlanError(
+            f"sp={plan.sp} and the pass sequence-parallel do not go together: a rank's tokens would be dealt out anew "
+            "over tp; leave the pass out"
+        )
     wanted(plan)
     return plan
+
+
+_NOT_WITH_SP = {
+    "pp": "hidden states of a rank's own tokens do not cross from stage to stage",
+    "ep": "experts are dealt out by a pass that has all tokens on every rank",
+    "etp": "experts are dealt out by a pass that has all tokens on every rank",
+    "dp": "only experts span replicas",
+}
+"""Axes that do not go together with sp, and why."""
 
 
 def splitting(traced: Program, plan: Plan, entry: str) -> list[Chosen]:
@@ -116,7 +142,7 @@ def _built_in(plan: Plan, built_in: Iterable[BuiltIn], keep: Reasons = ()) -> It
     for each in built_in:
         if not each.when(plan):
             continue
-        chosen = configured.get(each.name) or choose(each.name)
+        chosen = configured.get(each.name) or choose(each.name, **each.options(plan))
         if keep:
             step: Any = chosen.step  # every pass that splits has the field
             chosen = replace(chosen, step=replace(step, keep_whole=(*step.keep_whole, *keep)))

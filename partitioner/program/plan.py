@@ -19,7 +19,10 @@ from partitioner.sharding.mesh import DEGREES, Mesh, require_degrees
 if TYPE_CHECKING:
     from partitioner.program.program import Program
 
-__all__ = ["Pass", "Plan"]
+__all__ = ["SP_ATTENTION", "Pass", "Plan"]
+
+SP_ATTENTION = ("auto", "ring", "gather", "ulysses")
+"""How attention goes over a sequence that ranks share out."""
 
 
 @runtime_checkable
@@ -41,9 +44,10 @@ Choice = str | tuple[str, Options] | Pass
 class Plan:
     """Degrees of parallelism, and passes.
 
-    tp: tensor-parallel ranks. pp: pipeline stages. sp: ranks that share out a sequence. dp: replicas of all these; by
-    default as many as the experts' ranks need, otherwise one. ep: ranks that share out the experts of each layer; etp:
-    those that share out each expert's matrices. ep x etp must divide dp x sp x tp: experts use the same ranks.
+    tp: tensor-parallel ranks. pp: pipeline stages. sp: ranks that share out the tokens of each sequence. dp: replicas
+    of all these; by default as many as the experts' ranks need, otherwise one. ep: ranks that share out the experts of
+    each layer; etp: those that share out each expert's matrices. ep x etp must divide dp x sp x tp: experts use the
+    same ranks. sp_attention: how queries of one rank meet the keys of others: "ring", "gather", "ulysses", or "auto".
     keep_whole: globs of weight names that are replicated.
 
     passes: the name of an installed pass, the name and its options, `("probe", {"every": 2})`, or a pass itself,
@@ -57,6 +61,7 @@ class Plan:
     tp: int = 1
     ep: int = 1
     etp: int = 1
+    sp_attention: str = "auto"
     keep_whole: tuple[str, ...] = ()
     passes: Sequence[Choice | tuple[str, Mapping[str, object]]] = ()
 
@@ -73,6 +78,12 @@ class Plan:
         if self.dp is None:
             experts = self.ep * self.etp
             object.__setattr__(self, "dp", experts // math.gcd(experts, self.sp * self.tp))
+        if self.sp_attention not in SP_ATTENTION:
+            raise PlanError(f"sp_attention must be one of {', '.join(SP_ATTENTION)}; got {self.sp_attention!r}")
+        if self.sp_attention != "auto" and self.sp == 1:
+            raise PlanError(
+                f"sp_attention={self.sp_attention} is for tokens shared out over sp, and sp is 1: give sp=2"
+            )
         self.mesh  # noqa: B018 - checks the degrees together
 
     def degree(self, axis: str) -> int:
@@ -103,10 +114,10 @@ class Plan:
                 if option in passes.setdefault(kind, {}):
                     raise PlanError(f"the plan {text!r} gives {name} twice")
                 passes[kind][option] = read_value(value)
-            elif name not in (*DEGREES, "keep_whole"):
+            elif name not in (*DEGREES, *_FIELDS):
                 raise PlanError(
-                    f"the plan {text!r} has {name!r}; required: {', '.join(DEGREES)} or keep_whole, a pass's name, or "
-                    "PASS.OPTION, such as tp=2,pp=2"
+                    f"the plan {text!r} has {name!r}; required: {', '.join(DEGREES)}, {' or '.join(_FIELDS)}, a pass's "
+                    "name, or PASS.OPTION, such as tp=2,pp=2"
                 )
             elif name in values:
                 raise PlanError(f"the plan {text!r} gives {name} twice")
@@ -118,6 +129,8 @@ class Plan:
     def __str__(self) -> str:
         """What `parse` takes; a pass whose options cannot be written so is written as Python has it."""
         said = [f"{axis}={n}" for axis, n in self.mesh.degrees.items() if axis != "dp" or not self.dp_follows]
+        if self.sp_attention != "auto":
+            said.append(f"sp_attention={self.sp_attention}")
         if self.keep_whole:
             said.append(f"keep_whole={write_value(self.keep_whole)}")
         for chosen in self.passes:
@@ -135,6 +148,8 @@ class Plan:
         said = [f"{axis}={n}" for axis, n in self.mesh.degrees.items() if axis != "dp" or not self.dp_follows]
         if self.tp == 1:
             said.append("tp=1")
+        if self.sp_attention != "auto":
+            said.append(f"sp_attention={self.sp_attention!r}")
         if self.keep_whole:
             said.append(f"keep_whole={self.keep_whole}")
         if self.passes:
@@ -142,8 +157,14 @@ class Plan:
         return f"Plan({', '.join(said)})"
 
 
+_FIELDS = ("sp_attention", "keep_whole")
+"""Of a plan, beside its degrees and passes."""
+
+
 def _read_field(name: str, value: str, text: str) -> Any:
     found = read_value(value)
+    if name == "sp_attention":
+        return str(found)
     if name == "keep_whole":
         return tuple(map(str, found)) if isinstance(found, tuple) else (value,)
     if not isinstance(found, int) or isinstance(found, bool):

@@ -16,8 +16,7 @@ import torch
 from torch import fx
 
 from partitioner.analysis.layouts.infer_experts import ROUTED
-from partitioner.analysis.layouts.infer_layout import Inference, Layouts, disjoint
-from partitioner.analysis.layouts.infer_move import sizes_read
+from partitioner.analysis.layouts.infer_layout import FILLED, Inference, Layouts, disjoint, sizes_read
 from partitioner.analysis.layouts.memoise import Inferrer
 from partitioner.analysis.layouts.propagate_layouts import batched, state_layout
 from partitioner.analysis.rules import notation
@@ -26,15 +25,17 @@ from partitioner.errors import LayoutError
 from partitioner.program.node_arguments import arguments, describe, evaluate, node_values, operation
 from partitioner.program.program import Entry, PerRankInt, Program, Value
 from partitioner.proof.experts import EXPERT_CHECKS
+from partitioner.proof.sequences import SEQUENCE_CHECKS
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Rows, Split, in_order, points
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import all_gather, all_reduce
-from runtime.ops.communicating import read_call
+from runtime.ops.communicating import as_axes, read_call
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
+from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
 from runtime.ops.state import cache_append, state_read, state_write
 
 aten = torch.ops.aten
@@ -104,7 +105,7 @@ def _infer(program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer
     for source, wanted in found.requires:
         _require(node, source, layouts[source], wanted)
     _require_all_named(node, found, layouts)
-    _require_own_sizes(node, layouts)
+    _require_own_sizes(node, found, layouts)
     if is_move(node) and any(layouts[n].split_dims for n, _ in found.requires):  # noqa: SIM102 - two questions
         if not inferrer.moves_alike(node, layouts, found.outputs):
             raise LayoutError(
@@ -127,15 +128,11 @@ def _require_all_named(node: fx.Node, found: Inference, layouts: Layouts) -> Non
             )
 
 
-def _require_own_sizes(node: fx.Node, layouts: Layouts) -> None:
+def _require_own_sizes(node: fx.Node, found: Inference, layouts: Layouts) -> None:
     """What has the rows of all ranks must not be as long as those of one."""
-    rows = {
-        each
-        for source in node.all_input_nodes
-        if isinstance(layout := layouts.get(source), Layout)
-        for each in layout.dims
-        if isinstance(each, Rows)
-    }
+    several = [layouts[source] for source in node.all_input_nodes if isinstance(layouts.get(source), Layout)]
+    held = several if operation(node) not in FILLED else found.outputs
+    rows = {each for layout in held for each in layout.dims if isinstance(each, Rows)}
     for read, dim in sizes_read(node):
         own = layouts[read].dims[dim]
         if isinstance(own, Rows) and own not in rows:
@@ -253,18 +250,22 @@ def _take_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     if a["parts"] != len(indices):
         raise LayoutError(f"{_at(node)} deals rows to {a['parts']} ranks, where {axes} has {len(indices)}")
     _expect(program, node, "index", a["index"], Entry(0, axes, indices))
-    if layout.dims[a["dim"]] is not None or (layout.axes | layout.partial) & set(axes):
-        raise LayoutError(f"{_at(node)} takes rows of dim {a['dim']} of {a['x']} over {axes}, but it is {layout}")
-    return layout.with_dim(a["dim"], Rows(axes, a["kind"]))
+    size, symbol = a["x"].meta["val"].shape[a["dim"]], program.symbols.get(a["kind"])
+    if layout.dims[a["dim"]] is not None or (layout.axes | layout.partial) & set(axes) or symbol not in (None, size):
+        raise LayoutError(
+            f"{_at(node)} takes {a['kind']} rows of dim {a['dim']} of {a['x']}, {size}, over {axes}, but it is {layout}"
+        )
+    return layout.with_dim(a["dim"], Rows(axes, a["kind"], a["order"]))
 
 
 def _collect_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     a = arguments(node)
     layout: Layout = layouts[a["x"]]
     rows = layout.dims[a["dim"]]
-    if not isinstance(rows, Rows) or rows.axes != read_call(node).axes or rows.kind == ROUTED:
+    axes, order = read_call(node).axes, a["order"]
+    if not isinstance(rows, Rows) or rows != Rows(axes, rows.kind, order) or rows.kind == ROUTED:
         raise LayoutError(
-            f"{_at(node)} collects rows of {read_call(node).axes} along dim {a['dim']} of {a['x']}, which is {layout}"
+            f"{_at(node)} collects {order} rows of {axes} along dim {a['dim']} of {a['x']}, which is {layout}"
         )
     total, size = a["total"], a["x"].meta["val"].shape[a["dim"]]
     symbol = program.symbols.get(rows.kind)
@@ -295,16 +296,16 @@ def _check_integers(program: Program, node: fx.Node, layouts: Layouts) -> None:
         rows = layouts[a["weight"]].dims[0]
         expected = _starts(rows) if isinstance(rows, Split) else 0
         _expect(program, node, "start", a["start"], expected)
-    elif op in (attention, cached_attention):
+    elif op in (attention, cached_attention, sequence_attention, cached_sequence_attention):
         _check_kv_map(program, node, layouts)
-        if op is cached_attention:
+        if op in (cached_attention, cached_sequence_attention):
             _check_states(program, node, layouts)
     elif op in (aten.conv1d, aten.conv2d, aten.convolution):
         split = layouts[node.all_input_nodes[0]].dims[1] if arguments(node)["groups"] != 1 else None
         if isinstance(split, Split):
             _expect(program, node, "groups", arguments(node)["groups"], _sizes(split))
-    elif op in EXPERT_CHECKS:
-        EXPERT_CHECKS[op](program, node, layouts)
+    if (also := EXPERT_CHECKS.get(op) or SEQUENCE_CHECKS.get(op)) is not None:
+        also(program, node, layouts)
 
 
 def _check_states(program: Program, node: fx.Node, layouts: Layouts) -> None:
@@ -312,9 +313,10 @@ def _check_states(program: Program, node: fx.Node, layouts: Layouts) -> None:
     a = arguments(node)
     for operand, part in (("k", "key"), ("v", "value")):
         name, layout = f"{a['state']}.{part}", layouts[a[operand]]
-        state = program.states.get(name)
-        if state is None or state.layout != Layout((layout.dims[1], layout.dims[3])):
-            got = "no such state" if state is None else str(state.layout)
+        state, axes = program.states.get(name), as_axes(a["axis"]) if "axis" in a else ()
+        wanted = Layout((layout.dims[1], layout.dims[3]))
+        if state is None or (state.layout, state.token_axes) != (wanted, axes):
+            got = "no such state" if state is None else f"{state.layout}, tokens over {state.token_axes}"
             raise LayoutError(f"{_at(node)} writes {layout} to the state {name!r}, which is {got}")
 
 

@@ -5,6 +5,8 @@
     collect_rows   x[.., T_i, ..] -> x[.., T, ..]   and come together again, over the same axes
     scatter_rows   x[.., T, ..] -> x[.., T_i, ..]   a sum over axes, of which each rank keeps its own tokens
     cached_attention, last_token                    one query per token; one token per sequence
+    cached_sequence_attention                       the same; of own tokens, which stay so, or of all, to be merged
+    own_last_token   x[B, T_i, H] -> [B, 1, H]      one token per sequence, from the rank that has it
     localise_experts                                each token's choices by themselves
     expert_send    hidden [T_i, H] -> [R, H]        rows travel, each with its own token's choices
     expert_return  rows [R, H] -> [T_i, H]          and come back by the way on which they went
@@ -34,6 +36,8 @@ from runtime.ops.communicating import COMMUNICATING, axes_text, read_call
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
+from runtime.ops.rows.sequence_attention import cached_sequence_attention
+from runtime.ops.rows.share_rows import own_last_token
 
 __all__ = ["check_rows"]
 
@@ -50,7 +54,7 @@ def check_rows(program: Program) -> None:
     for dim in dims:
         if dim in program.symbols:
             proof = _Proof(dim)
-            found = first_mixing(whole, dim, proof.rules, also=proof.also, picked=(last_token,))
+            found = first_mixing(whole, dim, proof.rules, also=proof.also, picked=(last_token, own_last_token))
             if found is not None:
                 raise LayoutError(f"{found}: the rewritten graph may not mix {_PLURAL[dim]} there")
 
@@ -88,7 +92,14 @@ class _Proof:
             reorder: self._along_another_dim,
         }
         if dim == "sequence":
-            self.rules |= {cached_attention: _cached_attention, last_token: _last_token}
+            self.rules |= {
+                cached_attention: _cached_attention,
+                cached_sequence_attention: self._cached_sequence,
+                last_token: _last_token,
+                own_last_token: _last_token,
+            }
+        else:
+            self.rules[cached_sequence_attention] = _by_sequence
 
     def also(self, node: fx.Node, layouts: Layouts) -> str | None:
         """After any op: its operands have the same rows, and so has its result."""
@@ -101,6 +112,8 @@ class _Proof:
         axes = dealt.pop() if dealt else ()
         if axes and node.target in (attention, cached_attention) and node.target in self.rules:
             return f"attends to a rank's own {{what}}s only, which are dealt out over {axes_text(axes)}"
+        if axes and node.target is cached_sequence_attention and arguments(node)["how"] == "merge":
+            return f"merges what own {{what}}s see, which are dealt out over {axes_text(axes)}"
         if axes and node.target is last_token:
             return f"picks one of a rank's own {{what}}s only, which are dealt out over {axes_text(axes)}"
         if axes and _has_rows(layouts.get(node)):
@@ -162,6 +175,16 @@ class _Proof:
         self._set(node, axes if layouts[node].dims[a["dim"]] is not None else before)
         return None
 
+    def _cached_sequence(self, node: fx.Node, layouts: Layouts) -> str | None:
+        a, axes = arguments(node), read_call(node).axes
+        wanted = () if a["how"] == "merge" else axes
+        for name in ("q", "k", "v", "positions"):
+            if (dealt := self.dealt.get(a[name], ())) != wanted:
+                return (
+                    f"shares {{what}}s out over {axes_text(axes)}, and its {name} are dealt out over {dealt or 'none'}"
+                )
+        return _cached_attention(node, layouts)
+
     def _localise_experts(self, node: fx.Node, layouts: Layouts) -> str | None:
         a = arguments(node)
         layouts[node] = (layouts[a["index"]], layouts[a["gates"]])
@@ -216,6 +239,20 @@ def _cached_attention(node: fx.Node, layouts: Layouts) -> str | None:
     for name in ("mask", "sinks"):
         if a[name] is not None and layouts[a[name]].split_dims:
             return f"has {'a bias' if name == 'mask' else 'sinks'} that depends on the tokens"
+    return None
+
+
+def _by_sequence(node: fx.Node, layouts: Layouts) -> str | None:
+    """Of the batch: each row by itself, whoever has which of its tokens."""
+    a = arguments(node)
+    rows = layouts[a["q"]].dims[0]
+    others = [layouts[a[name]] for name in ("mask", "sinks") if a[name] is not None]
+    alike = all(layouts[a[name]] == Layout((rows, None, None, None)) for name in ("q", "k", "v"))
+    if not alike or layouts[a["positions"]].dims != (rows, None):
+        return "attends over something other than one row per {what}"
+    if any(each.split_dims not in ((), (0,)) for each in others):
+        return "has a mask or sinks of other {what}s than its own"
+    layouts[node] = Layout((rows, None, None, None))
     return None
 
 

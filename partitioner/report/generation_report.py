@@ -25,9 +25,11 @@ from partitioner.report.report import matrix_users, pattern_of, reason_for, spli
 from runtime.kv_cache.cache_size import longest_text
 from runtime.kv_cache.device_memory import readable
 from runtime.ops.cached_attention import cached_attention
-from runtime.ops.communicating import COMMUNICATING
+from runtime.ops.communicating import COMMUNICATING, axes_text
+from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.state import cache_append, position_mask, state_write
 from runtime.program.rank_program import RankProgram
+from runtime.program.shards import StateShard
 
 __all__ = ["GenerationReport", "StateRow", "make_generation_report"]
 
@@ -122,7 +124,7 @@ def make_generation_report(
         reasons[state.name] = _reason(program, state, makers.get(state.name), users)
         alike = (
             pattern_of(state.name), state.shape, state.dtype, state.layout, state.sees, state.per_token,
-            pattern_of(reasons[state.name]),
+            state.token_axes, pattern_of(reasons[state.name]),
         )  # fmt: skip
         groups[alike].append(state)
     shards = [{shard.name: shard for shard in rank.states} for rank in ranks]
@@ -136,7 +138,7 @@ def make_generation_report(
             bytes=math.prod(states[0].shape) * states[0].dtype.itemsize,
             # of several stages, each has those of its own layers
             bytes_per_rank=tuple(next((held[s.name].bytes for s in states if s.name in held), 0) for held in shards),
-            split=split_text(states[0].layout),
+            split=", ".join(filter(None, (split_text(states[0].layout), _tokens_text(program, states[0])))),
             reason=reasons[states[0].name],
         )
         for states in groups.values()
@@ -147,7 +149,7 @@ def make_generation_report(
         plan=", ".join(f"{axis}={n}" for axis, n in program.mesh.degrees.items()) or "tp=1",
         way="the model's own use of a cache" if own else "attention that reads keys and values from a cache",
         states=rows,
-        bytes_per_token=tuple(sum(s.bytes for s in rank.states if s.per_token) for rank in ranks),
+        bytes_per_token=tuple(sum(_share(program, s) for s in rank.states if s.per_token) for rank in ranks),
         bytes_per_sequence=tuple(sum(s.bytes for s in rank.states if not s.per_token) for rank in ranks),
         tokens_at_a_time=program.limits.get("sequence", (1, None))[1],
         longest_text=longest_text(ranks[0]),
@@ -159,11 +161,22 @@ def make_generation_report(
     )
 
 
+def _tokens_text(program: Program, state: State) -> str:
+    axes = state.token_axes
+    return f"of one token in {program.mesh.size(*axes)}, over {axes_text(axes)}" if axes else ""
+
+
+def _share(program: Program, shard: StateShard) -> int:
+    """Bytes for each token of a sequence, of which the rank keeps some only where it shares them out."""
+    ranks = program.mesh.size(*shard.token_axes) if shard.token_axes else 1
+    return -(-shard.bytes // ranks)
+
+
 def _makers(program: Program) -> dict[str, fx.Node]:
     """The value that each state is filled with."""
     found: dict[str, fx.Node] = {}
     for node in program.graph.nodes:
-        if node.target is cached_attention:
+        if node.target in (cached_attention, cached_sequence_attention):
             a = arguments(node)
             found[f"{a['state']}.key"], found[f"{a['state']}.value"] = a["k"], a["v"]
         elif node.target in (cache_append, state_write):
@@ -176,6 +189,8 @@ def _reason(program: Program, state: State, maker: fx.Node | None, users: dict[s
     if split:
         shared = any(sum(part.sizes) > state.shape[dim] for dim, part in split)
         return "some of it is needed, and kept, by several ranks" if shared else ""
+    if state.token_axes:
+        return ""
     if program.mesh.world_size == program.mesh.size("pp"):
         return "one rank" if program.mesh.world_size == 1 else "one rank in each stage"
     cause = None if maker is None else _cause(program, maker, users)

@@ -327,6 +327,8 @@ def reason_for(program: Program, weight: Weight, layout: Layout | None, users: d
         return program.kept_whole[weight.name]
     if program.mesh.world_size == program.mesh.size("pp"):
         return "one rank" if program.mesh.world_size == 1 else "one rank in each stage"
+    if program.mesh.world_size == program.mesh.size("pp", "sp"):
+        return "ranks of sp share out tokens, and each of them needs all weights"
     user = users.get(weight.name)
     if user is None:
         return "not a matrix"

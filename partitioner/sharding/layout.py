@@ -59,14 +59,16 @@ class Rows:
     """One dim that runs over a rank's own rows.
 
     kind: what they are, the name of a symbol in sizes ("sequence", "batch"); or "tokens", those of a flattened batch;
-    or "routed", those that were sent to a rank's experts.
+    or "routed", those that were sent to a rank's experts. order: in which they are dealt, "blocks" or "zigzag".
     """
 
     axes: tuple[str, ...]
     kind: str
+    order: str = "blocks"
 
     def __str__(self) -> str:
-        return f"{self.kind} rows of {'x'.join(self.axes)}"
+        order = "" if self.order == "blocks" else f" {self.order}"
+        return f"{self.kind} rows of {'x'.join(self.axes)}{order}"
 
 
 @dataclass(frozen=True)

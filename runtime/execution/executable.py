@@ -22,8 +22,10 @@ from torch import Tensor, fx
 from runtime.communication.communicator import Binder, Communicator
 from runtime.execution.profile import Profiled, Profiler, Recording
 from runtime.kv_cache.cache import Cache
+from runtime.kv_cache.sharded_cache import ShardedCache
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.communicating import COMMUNICATING, read_call
+from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.program.rank_program import RankProgram
 
@@ -114,7 +116,11 @@ def bound_graph(program: RankProgram, communicator: Binder, device: torch.device
         new = copied[node] = graph.node_copy(node, copied.__getitem__)
         if node.op == "call_function":
             assert callable(node.target)
-            if node.target in COMMUNICATING:
+            if node.target is cached_sequence_attention and isinstance(cache, ShardedCache):
+                call = read_call(new)
+                new.target = cache.bind_over_ranks(communicator.channel(call.axes, node=node.name), call.options)
+                new.args, new.kwargs = call.operands, {}
+            elif node.target in COMMUNICATING:
                 _bind(new, node, communicator)
             elif node.target in _WITH_STATE and cache is not None:
                 options = dict(new.kwargs)

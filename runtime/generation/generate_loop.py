@@ -30,6 +30,7 @@ from runtime.generation.steps import Loaded, Steps
 from runtime.generation.token_rules import TokenRules
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.cache_size import ANY_LENGTH, CacheSize, Room, default_step, slots_for, step_of
+from runtime.kv_cache.sharded_cache import cache_for
 
 __all__ = ["GenerateLoop"]
 
@@ -90,13 +91,13 @@ class GenerateLoop:
         if self.program.stage is not None:
             staged = StagedLoop(run, self.program, self._decode_by.program, self.communicator, self.device)
             chooser = TokenChooser(self.program, settings, self.communicator, self.device, self._profiler)
-            for step in staged.steps(request, chooser, min(size, run.cache.step)):
+            for step in staged.steps(request, chooser, run.cache.piece_size(size, longest)):
                 yield step
                 self._require(turn)
             return
         conversation = Conversation(request, vocab_size=self.program.vocab_size)
         chooser = TokenChooser(self.program, settings, self.communicator, self.device, self._profiler)
-        logits = run.prefill(conversation.prompt_pieces(min(size, run.cache.step)))
+        logits = run.prefill(conversation.prompt_pieces(run.cache.piece_size(size, longest)))
         chained: Iterator[Tensor] | None = None
         while True:
             logprobs: list[float] | None = None
@@ -196,8 +197,8 @@ class GenerateLoop:
     def _steps_over(self, *, max_batch: int, max_length: int, step: int) -> Steps:
         """The programs over a new cache."""
         slots = slots_for(self.program, max_length)
-        cache = Cache(
-            self.program.states, max_batch=max_batch, max_length=max_length, step=step, device=self.device, slots=slots
+        cache = cache_for(
+            self.program, max_batch=max_batch, max_length=max_length, step=step, device=self.device, slots=slots
         )
         return Steps(
             self._prefill_by,

@@ -141,7 +141,7 @@ class Steps:
         offsets = torch.arange(size, device=self._device).minimum(last[:, None])
         positions = torch.tensor(piece.starts, device=self._device)[:, None] + offsets
         batch = Batch(positions, tuple(piece.starts), tuple(counts), piece.active)
-        self.cache.begin(batch, rows=rows)
+        self.cache.begin(batch, rows=rows, decode=decode)
         known = {
             "input_ids": ids,
             "position_ids": positions,

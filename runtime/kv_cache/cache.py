@@ -95,6 +95,10 @@ class Cache:
         """How many the captured runs may write to whenever they are replayed, of which nobody tells."""
         self._rows = torch.arange(max_batch, device=self._device)[:, None]
 
+    def piece_size(self, size: int, longest: int) -> int:
+        """How many tokens of prompts of up to `longest` are run at a time, `size` at most."""
+        return min(size, self.step)
+
     def drop(self) -> None:
         """Gives the buffers back; nothing runs until `resize`."""
         self.buffers.clear()
@@ -108,8 +112,11 @@ class Cache:
     def bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
-    def begin(self, tokens: Batch, *, rows: slice | None = None) -> None:
-        """Before each run: what the run's tokens are. rows: those of the cache that they belong to; the first ones."""
+    def begin(self, tokens: Batch, *, rows: slice | None = None, decode: bool = False) -> None:
+        """Before each run: what the run's tokens are. rows: those of the cache that they belong to; the first ones.
+
+        decode: by the program for single tokens, which may share out tokens between ranks otherwise.
+        """
         batch, size = tokens.positions.shape
         rows = slice(0, batch) if rows is None else rows
         if rows.stop - rows.start != batch:

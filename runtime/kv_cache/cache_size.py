@@ -23,7 +23,7 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.kv_cache.device_memory import Amount, free_bytes, readable
-from runtime.kv_cache.slots import cache_bytes
+from runtime.kv_cache.sharded_slots import cache_bytes
 from runtime.ops.collectives import all_gather
 from runtime.program.rank_program import RankProgram
 
@@ -175,7 +175,14 @@ def step_of(program: RankProgram, prefill_step: int, max_length: int) -> int:
 def bytes_needed(program: RankProgram, *, max_batch: int, max_length: int, prefill_step: int) -> int:
     """What a cache of these sizes takes on this rank."""
     step = step_of(program, prefill_step, max_length)
-    return cache_bytes(program.states, max_batch=max_batch, max_length=slots_for(program, max_length), step=step)
+    axes = {axis for state in program.states for axis in state.token_axes}
+    return cache_bytes(
+        program.states,
+        max_batch=max_batch,
+        max_length=slots_for(program, max_length),
+        step=step,
+        parts=program.mesh.size(*sorted(axes)) if axes else 1,
+    )
 
 
 def longest_text(program: RankProgram) -> int | None:

@@ -8,7 +8,6 @@ One function says it for all that reads and writes a cache. Rows that share bloc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 from runtime.ops.attention import allowed
 from runtime.program.shards import StateShard
 
-__all__ = ["Slots", "cache_bytes", "minus_infinity", "slots_of"]
+__all__ = ["Slots", "minus_infinity", "slots_of"]
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,6 @@ def slots_of(state: StateShard, *, max_length: int, step: int) -> int:
     still sees n - 1 before it when the last one has been written.
     """
     return max_length if state.sees is None else min(max_length, state.sees + step - 1)
-
-
-def cache_bytes(states: Sequence[StateShard], *, max_batch: int, max_length: int, step: int) -> int:
-    """What a cache of these sizes takes on this rank."""
-    return sum(
-        max_batch * (slots_of(state, max_length=max_length, step=step) if state.per_token else 1) * state.bytes
-        for state in states
-    )
 
 
 def minus_infinity(

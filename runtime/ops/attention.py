@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["allowed", "attention"]
+__all__ = ["allowed", "attention", "per_query_head", "products"]
 
 
 def allowed(
@@ -95,7 +95,7 @@ def attention(
         return _written_out(q, k, v, mask, sinks, scale, softcap)
     if grouped and mask is not None and q.device.type == "cuda":
         # with a mask, grouped heads would fall back to the slow kernel
-        k, v, grouped = _per_query_head(k, heads), _per_query_head(v, heads), False
+        k, v, grouped = per_query_head(k, heads), per_query_head(v, heads), False
     return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
@@ -105,7 +105,7 @@ def _written_out(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     heads = q.shape[1]
-    scores = _products(q, _per_query_head(k, heads)) * scale
+    scores = products(q, per_query_head(k, heads)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
@@ -116,12 +116,12 @@ def _written_out(
     weights = torch.softmax(scores, dim=-1).to(q.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
-    return weights @ _per_query_head(v, heads)
+    return weights @ per_query_head(v, heads)
 
 
-def _products(q: Tensor, k: Tensor) -> Tensor:
-    """[B, H, S, T], in float32 at least: float16 cannot hold what is not scaled yet, and what all keys have in common
-    would round away in 2 bytes how they differ.
+def products(q: Tensor, k: Tensor) -> Tensor:
+    """Scores [B, H, S, T], in float32 at least: float16 cannot hold what is not scaled yet, and what all keys have in
+    common would round away in 2 bytes how they differ.
     """
     if q.dtype.itemsize >= 4:
         return q @ k.transpose(-2, -1)
@@ -131,5 +131,6 @@ def _products(q: Tensor, k: Tensor) -> Tensor:
     return one_by_one.view(*q.shape[:3], k.shape[2])
 
 
-def _per_query_head(x: Tensor, heads: int) -> Tensor:
+def per_query_head(x: Tensor, heads: int) -> Tensor:
+    """Keys or values once for each of the query heads that they serve."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)

@@ -26,7 +26,14 @@ from torch import Tensor, fx
 from partitioner.errors import CommunicationError
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.expert_exchange import expert_return, expert_send, receive_from_experts, send_to_experts
-from runtime.ops.rows import collect_rows, row_counts, scatter_rows
+from runtime.ops.rows.partial_attention import accumulating
+from runtime.ops.rows.sequence_attention import (
+    attend_over_ranks,
+    cached_sequence_attention,
+    sequence_attention,
+    without_cache,
+)
+from runtime.ops.rows.share_rows import collect, collect_rows, scatter, scatter_rows
 
 __all__ = [
     "COMMUNICATING",
@@ -151,15 +158,6 @@ def _primitive(kind: Kind) -> Communicating:
     return Communicating(run, _one(kind), kind)
 
 
-def _collect_rows(channel: Any, x: Tensor, total: int, *, dim: int) -> Tensor:
-    return channel.all_gather(x, dim=dim, sizes=row_counts(total, len(channel.ranks)))  # type: ignore[no-any-return]
-
-
-def _scatter_rows(channel: Any, x: Tensor, *, dim: int, kind: str) -> Tensor:
-    sizes = row_counts(x.shape[dim], len(channel.ranks))
-    return channel.reduce_scatter(x, dim=dim, sizes=sizes)  # type: ignore[no-any-return]
-
-
 def _meetings_of_send(node: fx.Node) -> tuple[Meeting, ...]:
     """The counts, and rows of bytes as many as they say."""
     operands, axes, options = read_call(node)
@@ -181,12 +179,40 @@ def _meetings_of_return(node: fx.Node) -> tuple[Meeting, ...]:
     return (Meeting("all_to_all", axes, shape, dtype, sizes_from=send.name),)
 
 
+def _meetings_of_attention(node: fx.Node) -> tuple[Meeting, ...]:
+    """By `how`. Of what lies in a cache nothing is said: how much that is is known when it runs."""
+    operands, axes, options = read_call(node)
+    how, parts = options["how"], options["parts"]
+    values = [operand.meta.get("val") for operand in operands[:3]]
+    by_how: dict[str, tuple[Kind, int]] = {
+        "ring": ("permute", parts - 1),
+        "gather": ("all_gather", 1),
+        "ulysses": ("all_to_all", 2),
+        "merge": ("all_gather", 1),
+    }
+    kind, number = by_how[how]
+    if None in values:  # a bundle's graph does not record them
+        return tuple(Meeting(kind, axes, None, None) for _ in range(number))
+    (batch, heads, size, width), (_, kv_heads, _, _), value_width = (*(v.shape for v in values[:2]), values[2].shape[3])
+    dtype = values[0].dtype
+    if how == "ulysses":
+        there = batch * size * (heads * width + kv_heads * (width + value_width))
+        back = batch * size * heads * value_width
+        return tuple(Meeting("all_to_all", axes, (each,), dtype) for each in (there, back))
+    if how == "merge":
+        return (Meeting("all_gather", axes, (1, batch, heads, size, value_width + 1), accumulating(dtype)),)
+    shape = (batch, kv_heads, size, width + value_width)
+    return tuple(Meeting(kind, axes, shape, dtype) for _ in range(number))
+
+
 COMMUNICATING: dict[Any, Communicating] = {
     all_reduce: _primitive("all_reduce"),
     all_gather: _primitive("all_gather"),
-    collect_rows: Communicating(_collect_rows, _one("all_gather")),
-    scatter_rows: Communicating(_scatter_rows, _one("reduce_scatter")),
+    collect_rows: Communicating(collect, _one("all_gather")),
+    scatter_rows: Communicating(scatter, _one("reduce_scatter")),
     expert_send: Communicating(send_to_experts, _meetings_of_send),
     expert_return: Communicating(receive_from_experts, _meetings_of_return),
+    sequence_attention: Communicating(attend_over_ranks, _meetings_of_attention),
+    cached_sequence_attention: Communicating(without_cache, _meetings_of_attention),
 }
 """Every op of the graph that communicates."""

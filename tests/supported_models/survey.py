@@ -7,6 +7,7 @@
     python -m tests.supported_models.survey bundles [names]   each, built tiny, saved and loaded: the same, bit by bit
     python -m tests.supported_models.survey experts [names]   each mixture of experts, built tiny, over ep
     python -m tests.supported_models.survey stages [names]    each, built tiny, as pipeline stages
+    python -m tests.supported_models.survey sequences [names] each, built tiny, its tokens shared out over sp
     python -m tests.supported_models.survey shares [names]    each default configuration, on the meta device
     python -m tests.supported_models.survey write             coverage.jsonl becomes docs/reference/supported_models.md
 
@@ -29,6 +30,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +44,11 @@ from partitioner.program.plan import Plan
 from partitioner.proof.float64 import in_float64
 from partitioner.report.report import Report
 from tests.support import reference, zoo
-from tests.supported_models.bundles import compare_bundle
-from tests.supported_models.experts import compare_experts, may_have_experts
+from tests.supported_models.columns import sequences
+from tests.supported_models.columns.bundles import compare_bundle
+from tests.supported_models.columns.experts import compare_experts, may_have_experts
+from tests.supported_models.columns.stages import compare_stages
 from tests.supported_models.generation import compare_generation
-from tests.supported_models.stages import compare_stages
 from tests.supported_models.table import read, write
 
 PLANS = ("tp=2", "tp=3", "tp=4")
@@ -156,23 +159,35 @@ def measure_experts(name: str, *, minutes: float) -> dict[str, Any]:
 
 def measure_stages(name: str, *, minutes: float) -> dict[str, Any]:
     """What running it as pipeline stages adds to a row."""
+    return _of_both("stages", compare_stages, name, LENGTHS, minutes)
+
+
+def measure_sequences(name: str, *, minutes: float) -> dict[str, Any]:
+    """What sharing out the tokens of its sequences adds to a row."""
+    return _of_both("sequences", sequences.compare_sequences, name, sequences.LENGTHS, minutes)
+
+
+def _of_both(
+    column: str, compare: Callable[..., dict[str, Any]], name: str, wanted: Sequence[int], minutes: float
+) -> dict[str, Any]:
+    """Of decoders, which generate as well, and of encoders."""
     row: dict[str, Any] = {"name": name, "odd": False}
     start = time.perf_counter()
     try:
         model, _ = zoo.tiny(name)
         with TimeLimit(minutes):
             try:
-                traced, lengths = trace(model.float()), list(LENGTHS)
+                traced, lengths = trace(model.float()), list(wanted)
             except CaptureError:
                 traced, lengths = trace(model.float(), fixed_length=8), [8]
             lengths = [n for n in lengths if _admits(traced, n)]
             causal = not name.startswith("masked:")
-            found = compare_stages(model.double(), in_float64(traced), lengths, generates=causal)
+            found = compare(model.double(), in_float64(traced), lengths, generates=causal)
     except (PartitionerError, OutOfTime) as error:
         found = {"verdict": "refused", "why": short(error)}
     except Exception as error:
         found = {"verdict": "crashed", "why": short(error)}
-    return {**row, "stages": {**found, "seconds": round(time.perf_counter() - start, 1)}}
+    return {**row, column: {**found, "seconds": round(time.perf_counter() - start, 1)}}
 
 
 def _compare(model: Any, traced: Any, *, exact: bool) -> dict[str, float]:
@@ -263,6 +278,7 @@ def _worker(request: tuple[str, str, float, bool]) -> dict[str, Any]:
         "bundles": measure_bundle,
         "experts": measure_experts,
         "stages": measure_stages,
+        "sequences": measure_sequences,
     }
     return others[what](name, minutes=minutes)
 
@@ -274,6 +290,7 @@ _KEYS = {
     "bundles": "bundle",
     "experts": "experts",
     "stages": "stages",
+    "sequences": "sequences",
 }
 """By action: what tells that a row has its results."""
 
@@ -306,7 +323,7 @@ def _verdict(row: dict[str, Any]) -> str:
 
 
 def _of_action(row: dict[str, Any]) -> dict[str, Any]:
-    return next((row[key] for key in ("generates", "bundle", "experts", "stages") if key in row), {})
+    return next((row[key] for key in ("generates", "bundle", "experts", "stages", "sequences") if key in row), {})
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -319,7 +336,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=("run", "shares", "generate", "bundles", "experts", "stages", "write"))
+    parser.add_argument("action", choices=(*_KEYS, "write"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--from", dest="source", type=Path, default=Path("coverage.jsonl"))
     parser.add_argument("--to", type=Path)

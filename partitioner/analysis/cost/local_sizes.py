@@ -2,7 +2,7 @@
 
     None                 the whole dim
     Split(axes, owned)   the owned indices of the constant factor, times the symbols' values
-    Rows(axes, kind)     the rank's share of the rows, as `runtime.ops.rows.row_counts` deals them; of "routed" rows,
+    Rows(axes, kind)     the rank's share of the rows, as `runtime.ops.rows.token_order` deals them; of "routed" rows,
                          whose number only a run knows, an equal share
 
 Sizes that depend on data have no symbol of the program: they are in `unknown`, not in a shape.
@@ -22,6 +22,7 @@ from partitioner.program.node_arguments import arguments, evaluate, map_nodes, n
 from partitioner.program.program import Program, Value
 from partitioner.sharding.layout import REPLICATED, Layout, Rows, Split
 from runtime.ops.rows import row_counts
+from runtime.ops.rows.token_order import TokenOrder
 
 __all__ = ["RankSizes"]
 
@@ -98,7 +99,7 @@ class RankSizes:
         parts, index = mesh.size(*dim.axes), mesh.index(dim.axes, at)
         if dim.kind in self.program.symbols:  # a dim may be the symbol times others: a flattened batch
             symbol = self.program.symbols[dim.kind]
-            own = row_counts(self.symbols[symbol], parts)[index]
+            own = TokenOrder.of(self.symbols[symbol], parts, dim.order).counts[index]
             return evaluate(size, {**self.symbols, symbol: own})
         if dim.kind == "tokens":
             factor = evaluate(size, self._ones)

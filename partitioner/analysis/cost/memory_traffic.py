@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, fx
 
 from partitioner.analysis.cost.local_sizes import RankSizes, bytes_of, elements
-from partitioner.analysis.cost.products import ATTENTION, keys_read
+from partitioner.analysis.cost.products import ATTENTION, SHARED_OUT, keys_read
 from partitioner.analysis.rules.data_movement import IDENTITIES, is_move, run_move
 from partitioner.analysis.rules.notation import Notation
-from partitioner.program.node_arguments import arguments, map_nodes, node_values, operation
+from partitioner.program.node_arguments import arguments, evaluate, map_nodes, node_values, operation
 from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.experts import expert_dispatch, grouped_linear
@@ -119,8 +119,17 @@ class MemoryTraffic:
         return Traffic(sum(operands.values()), written)
 
     def communicate(self, node: fx.Node) -> Traffic:
-        self._tensors[node] = self._fresh(node)
-        return Traffic(0, 0)
+        tensors = self._tensors[node] = self._fresh(node)
+        if node.target not in SHARED_OUT:
+            return Traffic(0, 0)
+        a = arguments(node)
+        queries, own = self.held(a["q"]), self.held(a["k"]) + self.held(a["v"])
+        keys, length = self.sizes.past + evaluate(a["q"].meta["val"].shape[2], self.sizes.symbols), self._length(a["k"])
+        seen = own // length * (keys // node.kwargs["parts"] if a["how"] == "merge" else keys) if length else 0
+        return Traffic(queries + seen, sum(tensor.nbytes for tensor in _flat(tensors)))
+
+    def _length(self, node: fx.Node) -> int:
+        return self.sizes.shapes(node)[0][2]
 
     def held(self, node: fx.Node) -> int:
         """Bytes in memory of what the node yields: an expanded dim lies there once."""

@@ -18,9 +18,9 @@ from torch import fx
 
 from partitioner.analysis.cost.local_sizes import RankSizes, bytes_of
 from partitioner.analysis.cost.memory_traffic import MemoryTraffic
-from partitioner.analysis.cost.products import product_flops
+from partitioner.analysis.cost.products import SHARED_OUT, product_flops
 from partitioner.analysis.rules import notation
-from partitioner.program.node_arguments import describe, node_values
+from partitioner.program.node_arguments import arguments, describe, node_values
 from partitioner.program.program import Program, Value
 from partitioner.program.stages import stages_of
 from partitioner.sharding.layout import REPLICATED
@@ -79,6 +79,8 @@ def _cost(node: fx.Node, at: RankSizes, traffic: MemoryTraffic) -> NodeCost:
     if node.target in COMMUNICATING:
         moved = traffic.communicate(node)
         meetings = tuple(_meeting(node, meeting, at, unsure) for meeting in COMMUNICATING[node.target].meetings(node))
+        if node.target in SHARED_OUT:
+            flops = product_flops(node, notation(node), at)
     elif traffic.moves(node):
         moved = traffic.move(node)
     else:
@@ -119,6 +121,13 @@ def _meeting(node: fx.Node, meeting: Meeting, at: RankSizes, unsure: list[str]) 
             layout = at.layouts(operand)[0]
             brought = {rank: bytes_of(at.shape(value, layout, rank), value) for rank in ranks}
             return MeetingCost(meeting.kind, ranks, brought[at.rank], max(brought.values()))
+    if node.target in SHARED_OUT:  # keys and values together, or heads of all: a share as large as that of an operand
+        operand = arguments(node)["q" if len(meeting.shape) == 1 else "k"]
+        given, layout = operand.meta["val"], at.layouts(operand)[0]
+        whole = bytes_of(at.shape(value, REPLICATED(len(value.shape))), value)
+        all_of_it = bytes_of(at.shape(given, REPLICATED(4)), given)
+        brought = {rank: whole * bytes_of(at.shape(given, layout, rank), given) // all_of_it for rank in ranks}
+        return MeetingCost(meeting.kind, ranks, brought[at.rank], max(brought.values()))
     unsure.append(f"how ranks hold what {describe(node)} sends is not known: counted whole")
     whole = bytes_of(at.shape(value, REPLICATED(len(value.shape))), value)
     return MeetingCost(meeting.kind, ranks, whole, whole)

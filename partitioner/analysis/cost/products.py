@@ -21,15 +21,20 @@ from torch import fx
 
 from partitioner.analysis.cost.local_sizes import RankSizes
 from partitioner.analysis.rules.notation import Notation, Operand
-from partitioner.program.node_arguments import arguments, operation
+from partitioner.program.node_arguments import arguments, evaluate, operation
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
+from runtime.ops.communicating import as_axes
+from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
+from runtime.ops.rows.token_order import TokenOrder
 
 aten = torch.ops.aten
 
-__all__ = ["ATTENTION", "keys_read", "pairs_seen", "product_flops"]
+__all__ = ["ATTENTION", "SHARED_OUT", "keys_read", "pairs_seen", "product_flops"]
 
-ATTENTION = (attention, cached_attention, aten.scaled_dot_product_attention)
+SHARED_OUT = (sequence_attention, cached_sequence_attention)
+"""Attention over tokens that ranks share out."""
+ATTENTION = (attention, cached_attention, *SHARED_OUT, aten.scaled_dot_product_attention)
 _CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.convolution)
 
 
@@ -90,7 +95,21 @@ def _extent(node: fx.Node, found: Notation, sizes: RankSizes) -> tuple[int, int,
 
 
 def _pairs(node: fx.Node, found: Notation, sizes: RankSizes) -> int:
+    if operation(node) in SHARED_OUT:
+        return _own_pairs(node, sizes)
     return pairs_seen(*_extent(node, found, sizes), *_limits(node))
+
+
+def _own_pairs(node: fx.Node, sizes: RankSizes) -> int:
+    """Of own queries and the keys of all ranks; where parts are merged, a share of what all queries see."""
+    a, parts = arguments(node), node.kwargs["parts"]
+    past = sizes.past if operation(node) is cached_sequence_attention else 0
+    total = evaluate(a["q"].meta["val"].shape[2], sizes.symbols)
+    if a["how"] == "merge":
+        return -(-pairs_seen(past, total, past + total, *_limits(node)) // parts)  # type: ignore[operator]
+    index = sizes.program.mesh.index(as_axes(a["axis"]), sizes.coordinates)
+    runs = TokenOrder.of(total, parts, a["order"]).runs[index]  # type: ignore[arg-type]
+    return sum(pairs_seen(past + start, stop - start, past + total, *_limits(node)) for start, stop in runs)
 
 
 def keys_read(node: fx.Node, found: Notation, sizes: RankSizes) -> int:

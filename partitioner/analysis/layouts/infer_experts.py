@@ -7,9 +7,9 @@
     expert_combine     gates [T, routed]  ->  a partial sum over the experts' axes;  gates [routed, K]  ->  [routed, H]
     expert_return      rows [routed, H]   ->  [own T, H]
 
-`routed` is `Rows(axes, "routed")`. The other dims, and the axes that divide an expert's own matrices, follow index
-notation: the op is inferred without what is routed, which is put back afterwards. That the experts of the weights are
-those of the choices is for `proof/experts.py` to see.
+`routed` is `Rows(axes, "routed")`; or own tokens of a sequence, where every rank has all experts. The other dims, and
+the axes that divide an expert's own matrices, follow index notation: the op is inferred without what is routed, which
+is put back afterwards. That the experts of the weights are those of the choices is for `proof/experts.py` to see.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 
 __all__ = ["ROUTED", "infer_experts", "is_routed"]
 
-ROUTED, TOKENS = "routed", "tokens"
+ROUTED, TOKENS, SEQUENCE = "routed", "tokens", "sequence"
 
 
 def is_routed(node: fx.Node, layouts: Layouts) -> bool:
-    """Whether ranks share out the experts that this op is about."""
+    """Whether ranks share out the experts that this op is about, or the tokens that come to them."""
     if node.target in (localise_experts, expert_send, expert_return):
         return True
     if node.target not in (expert_dispatch, grouped_linear, expert_combine):
         return False
     return any(
-        isinstance(dim, Rows) and dim.kind == ROUTED
+        isinstance(dim, Rows) and dim.kind in (ROUTED, SEQUENCE)
         for source in node.all_input_nodes
         if isinstance(layouts.get(source), Layout)
         for dim in layouts[source].dims
@@ -97,7 +97,11 @@ def _grouped(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
     routed = layouts[a["rows"]].dims[0]
     weights = [a[name] for name in ("weight", "bias") if isinstance(a.get(name), fx.Node)]
     experts = layouts[a["weight"]].dims[0]
-    if not isinstance(routed, Rows) or experts is None or experts.axes != routed.axes:
+    if isinstance(routed, Rows) and routed.kind == SEQUENCE:
+        fits = experts is None or not set(experts.axes) & set(routed.axes)
+    else:
+        fits = isinstance(routed, Rows) and experts is not None and experts.axes == routed.axes
+    if not fits:
         return Inference((), (), f"rows of {routed} meet the experts {experts or 'of all ranks'}")
     every = [a["rows"], a["counts"], *weights]
     found = _without(program, node, layouts, dict.fromkeys(every, (0,)))

@@ -10,21 +10,26 @@ not met is an error), and says where a collective is needed, which is what a pla
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
+import torch
 from torch import fx
 
 from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.notation import Notation, Operand
 from partitioner.errors import PlanError
-from partitioner.program.node_arguments import node_values
+from partitioner.program.node_arguments import node_values, operation
 from partitioner.program.program import Program
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Rows, Split, in_order, points
 from partitioner.sharding.mesh import Mesh
 
-__all__ = ["Inference", "Layouts", "disjoint", "infer_compute", "layout_of"]
+aten = torch.ops.aten
+
+__all__ = ["FILLED", "Inference", "Layouts", "disjoint", "infer_compute", "layout_of", "sizes_read"]
 
 Dim = Split | Rows | None
 Layouts = dict[fx.Node, Any]
@@ -63,6 +68,8 @@ def layout_of(layouts: Layouts, node: fx.Node) -> Layout:
 def infer_compute(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
     """For a call_function node that is not a move."""
     rule = notation(node)
+    if operation(node) in FILLED:
+        return Inference((_filled(program, node, layouts),), ())
     if all(layout_of(layouts, o.node).is_replicated for o in rule.operands):
         return Inference(
             tuple(REPLICATED(len(v.shape)) for v in node_values(node)),
@@ -99,6 +106,39 @@ def infer_compute(program: Program, node: fx.Node, layouts: Layouts) -> Inferenc
         for names in rule.outputs
     )
     return Inference(outputs, requires)
+
+
+FILLED = {aten.full, aten.new_full, aten.zeros, aten.new_zeros, aten.ones, aten.new_ones, aten.empty, aten.new_empty}
+"""Ops that put one number everywhere: as many rows as they are told."""
+
+
+def _filled(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
+    """A dim has a rank's own rows where its size is read off what has them."""
+    own = {dim for read, i in sizes_read(node) if isinstance(dim := layouts[read].dims[i], Rows)}
+    dims: list[Dim] = []
+    for size in node_values(node)[0].shape:
+        symbols = size.free_symbols if isinstance(size, sympy.Expr) else ()
+        found = {rows for rows in own if program.symbols.get(rows.kind) in symbols}
+        dims.append(found.pop() if len(found) == 1 else None)
+    return Layout(tuple(dims))
+
+
+def sizes_read(node: fx.Node) -> Iterator[tuple[fx.Node, int]]:
+    """The tensors and dims whose sizes the integers among a node's arguments are made of."""
+    seen: set[fx.Node] = set()
+    stack = [n for n in node.all_input_nodes if not node_values(n)]
+    while stack:
+        integer = stack.pop()
+        if integer in seen:
+            continue
+        seen.add(integer)
+        if operation(integer) is aten.sym_size:
+            read, dim = integer.args
+            assert isinstance(read, fx.Node)
+            assert isinstance(dim, int)
+            yield read, dim
+        else:
+            stack += [n for n in integer.all_input_nodes if not node_values(n)]
 
 
 def _one_per_axis(rule: Notation, layouts: Layouts, splits: dict[str, Dim]) -> None:

@@ -8,7 +8,6 @@ rows               a dim that runs over a rank's own rows goes where its symbol 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import sympy
@@ -17,7 +16,7 @@ from torch import Tensor, fx
 
 from partitioner.analysis.labels.assign_owners import index_set
 from partitioner.analysis.labels.index_sets import compact
-from partitioner.analysis.layouts.infer_layout import Inference, Layouts, layout_of
+from partitioner.analysis.layouts.infer_layout import Inference, Layouts, layout_of, sizes_read
 from partitioner.analysis.rules.data_movement import IDENTITIES, run_move
 from partitioner.errors import PlanError
 from partitioner.program.node_arguments import arguments, evaluate, map_nodes, node_values, operation, shape_at
@@ -28,7 +27,7 @@ from partitioner.sharding.mesh import Mesh
 
 aten = torch.ops.aten
 
-__all__ = ["infer_move", "sizes_read"]
+__all__ = ["infer_move"]
 
 _FREE, _PRESENT, _ABSENT = 0, 1, 2
 
@@ -179,8 +178,7 @@ def _row_dims(program: Program, node: fx.Node, sources: list[fx.Node], layouts: 
         for dim in layout_of(layouts, source).row_dims:
             rows = layout_of(layouts, source).dims[dim]
             assert isinstance(rows, Rows)
-            along = a.get("dim") if isinstance(a.get("dim"), int) else None
-            if op not in _KEEPS_ORDER and (along is None or along % len(shape) == dim):
+            if op not in _KEEPS_ORDER and dim in _along(a, len(shape)):
                 return f"works along dim {dim}, over which each rank has {rows} of its own"
             if (whole := _whole_size(program, node, rows, layouts)) is not None:
                 return f"takes a size from {whole.name!r}, which has all rows, where each rank has {rows} of its own"
@@ -190,6 +188,17 @@ def _row_dims(program: Program, node: fx.Node, sources: list[fx.Node], layouts: 
                     return f"mixes dim {dim}, over which each rank has {rows} of its own, with others"
                 output[dims[0]] = rows
     return outputs
+
+
+def _along(a: dict[str, Any], rank: int) -> set[int]:
+    """The dims along which a move works: all where its arguments do not say."""
+    named = a["dim"] if a.get("dim") is not None else a.get("dims")
+    if isinstance(pad := a.get("pad"), (list, tuple)):
+        return {rank - 1 - i for i in range(len(pad) // 2)}
+    dims = [named] if isinstance(named, int) else named
+    if not isinstance(dims, (list, tuple)) or not dims or not all(isinstance(dim, int) for dim in dims):
+        return set(range(rank))
+    return {dim % rank for dim in dims}
 
 
 def _runs_over(program: Program, size: Any, source: Any, rows: Rows) -> bool:
@@ -210,24 +219,6 @@ def _whole_size(program: Program, node: fx.Node, rows: Rows, layouts: Layouts) -
         if (symbol is None or symbol in _symbols(size)) and layout_of(layouts, read).dims[dim] != rows:
             return read
     return None
-
-
-def sizes_read(node: fx.Node) -> Iterator[tuple[fx.Node, int]]:
-    """The tensors and dims whose sizes the integers among a node's arguments are made of."""
-    seen: set[fx.Node] = set()
-    stack = [n for n in node.all_input_nodes if not node_values(n)]
-    while stack:
-        integer = stack.pop()
-        if integer in seen:
-            continue
-        seen.add(integer)
-        if operation(integer) is aten.sym_size:
-            read, dim = integer.args
-            assert isinstance(read, fx.Node)
-            assert isinstance(dim, int)
-            yield read, dim
-        else:
-            stack += [n for n in integer.all_input_nodes if not node_values(n)]
 
 
 def _with_rows(layout: Layout, rows: dict[int, Rows]) -> Layout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -15,6 +16,8 @@ from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 from runtime.ops.mask import attention_mask
+from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
+from runtime.ops.rows.share_rows import own_last_token
 
 RULES = Rules()
 
@@ -39,10 +42,33 @@ def _attention(node: fx.Node, a: dict[str, Any]) -> Notation | None:
     return grouped_attention(a["q"], a["k"], a["v"], extras, None if isinstance(kv_map, PerRankInt) else kv_map)
 
 
+@RULES.of(sequence_attention, cached_sequence_attention)
+def _sequence_attention(node: fx.Node, a: dict[str, Any]) -> Notation:
+    """As attention, with a rank's own tokens along s in queries, keys and values alike; a mask has all keys, and all
+    queries (u) where heads are exchanged for tokens. Where parts are merged, every rank has all tokens of the run.
+    """
+    found: Notation = _attention(node, a)  # type: ignore[assignment]
+    if a["how"] == "merge":
+        return found
+    tokens = {a["k"]: {"t": "s"}, a["v"]: {"t": "s"}, a["mask"]: {"s": "u"} if a["how"] == "ulysses" else {}}
+    operands = tuple(
+        replace(each, letters=tuple(tokens.get(each.node, {}).get(name or "", name) for name in each.letters))
+        for each in found.operands
+    )
+    return replace(found, operands=operands, whole=frozenset("tude"))
+
+
 @RULES.of(last_token)
 def _last_token(node: fx.Node, a: dict[str, Any]) -> Notation:
     operands = (Operand(a["x"], ("b", "s", "h")), Operand(a["last"], ("b",)))
     return Notation(operands, (("b", "one", "h"),), frozenset("s"), terms=(frozenset((0,)),))
+
+
+@RULES.of(own_last_token)
+def _own_last_token(node: fx.Node, a: dict[str, Any]) -> Notation:
+    """The row is on one of the ranks that share out the tokens, zeros are on the others."""
+    operands = (Operand(a["x"], ("b", "s", "h")), Operand(a["last"], ("b",)))
+    return Notation(operands, (("b", "one", "h"),), sums=frozenset("s"), terms=(frozenset((0,)),))
 
 
 @RULES.of(attention_mask)

@@ -9,7 +9,7 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch
 from runtime.kv_cache.cache import Cache
-from runtime.kv_cache.slots import cache_bytes
+from runtime.kv_cache.sharded_slots import cache_bytes
 from runtime.ops.state import cache_append, position_mask, rows_at, state_read, state_write
 from runtime.program.shards import StateShard
 

@@ -31,7 +31,7 @@ from runtime.ops.expert_exchange import localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.mask import attention_mask
-from runtime.ops.rows import take_rows
+from runtime.ops.rows.share_rows import own_last_token, take_rows
 from runtime.ops.state import cache_append, position_mask, rows_at, state_read, state_write
 
 __all__ = ["GROUP", "name_of", "op_named"]
@@ -66,8 +66,8 @@ ATEN = frozenset(
 
 _OWN = (
     attention, attention_mask, cache_append, cached_attention, expert_combine, expert_dispatch, grouped_linear,
-    last_token, localise_experts, once, position_mask, reorder, rows_at, shard, state_read, state_write, take_rows,
-    vocab_parallel_embedding,
+    last_token, localise_experts, once, own_last_token, position_mask, reorder, rows_at, shard, state_read, state_write,
+    take_rows, vocab_parallel_embedding,
     *COMMUNICATING,
 )  # fmt: skip
 _INTEGER = (

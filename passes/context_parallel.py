@@ -1,0 +1,346 @@
+"""The context-parallel pass: the tokens of a sequence dealt to the ranks of sp, each computes its own.
+
+    input_ids[B, S]                 -> take_rows         -> [B, S_i]     all that works token by token: own tokens
+    attention(q, k, v)              -> sequence_attention(q, k, v, S)    own queries, the keys of all ranks
+    logits[B, S_i, V]               -> collect_rows      -> [B, S, V]
+
+Tokens lie in zig-zag order (`runtime/ops/rows/token_order.py`), and nothing is filled up. Keys and values reach queries
+in one of three ways, the same for all layers: "ring" (arXiv:2310.01889), "gather" (Llama 3, arXiv:2407.21783, 3.3.2),
+"ulysses" (arXiv:2309.14509). Nothing else may look from one token at another: a node that does is refused by name.
+
+Positions, masks and the like, made of inputs and of no trained weight, are computed for the tokens that need them: of
+all for a mask's keys, of a rank's own elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import sympy
+import torch
+from torch import fx
+
+from partitioner.analysis.layouts.infer_layout import FILLED, Layouts
+from partitioner.analysis.layouts.memoise import Inferrer
+from partitioner.analysis.stages.order_nodes import sizes_from_inputs
+from partitioner.compile.insert_collectives import Rewriter
+from partitioner.errors import LayoutError, PlanError
+from partitioner.program.node_arguments import arguments, describe, map_nodes, node_values, operation
+from partitioner.program.plan import SP_ATTENTION
+from partitioner.program.program import Entry, Program, Value
+from partitioner.proof.layouts import SPECIAL
+from partitioner.sharding.layout import REPLICATED, Layout, Rows
+from runtime.ops.attention import attention
+from runtime.ops.rows.sequence_attention import sequence_attention
+
+__all__ = ["ContextParallel"]
+
+KIND, ORDER = "sequence", "zigzag"
+aten = torch.ops.aten
+_VIEWS = (aten.view, aten.reshape, aten._unsafe_view)
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """See the module's docstring. attention: "ring", "gather", "ulysses", or "auto": that with the fewest bytes."""
+
+    name: ClassVar[str] = "context-parallel"
+    attention: str = "auto"
+    axis: str = "sp"
+
+    def __post_init__(self) -> None:
+        if self.attention not in SP_ATTENTION:
+            raise PlanError(
+                f"context-parallel: attention must be one of {', '.join(SP_ATTENTION)}; got {self.attention!r}"
+            )
+
+    def run(self, program: Program) -> Program:
+        if program.mesh.size(self.axis) == 1:
+            return program
+        if KIND not in program.symbols:
+            raise PlanError(
+                f"{self.axis}={program.mesh.size(self.axis)}: {program.name} was captured for one length only: its "
+                "tokens cannot be dealt out"
+            )
+        attends = [node for node in program.graph.nodes if node.target is attention]
+        how, why = choose(program, attends, self.axis) if self.attention == "auto" else (self.attention, "by the plan")
+        _Deal(program, self.axis, how).run()
+        program.notes.append(
+            f"tokens over {self.axis} in {program.mesh.size(self.axis)} zig-zag parts, {len(attends)} attentions by "
+            f"{how}: {why}"
+        )
+        return program
+
+
+class _Deal:
+    def __init__(self, program: Program, axis: str, how: str) -> None:
+        self.program, self.axis, self.how = program, axis, how
+        self.symbol = program.symbols[KIND]
+        self.rows = Rows((axis,), KIND, ORDER)
+        self.whole: Layouts = {}
+        """How each value was held."""
+        self.now: Layouts = {}
+        self.rewriter = Rewriter(program, self.now)
+        self.inferrer = Inferrer(program)
+        self.of_inputs: set[fx.Node] = set()
+        """Values made of inputs, sizes and buffers: cheap, and computed for whichever tokens are asked for."""
+        self.own: dict[fx.Node, fx.Node] = {}
+        """Of such a value, or of a number of tokens: that of the rank's own tokens."""
+
+    def run(self) -> None:
+        sizes_from_inputs(self.program)
+        nodes = list(self.program.graph.nodes)
+        for node in nodes:
+            self._note(node)
+        for node in nodes:
+            if node.op == "output":
+                self._give_whole(node)
+            elif node in self.whole:
+                self._place(node)
+                node.meta["layout"] = self.now[node]
+        self.program.graph.eliminate_dead_code()
+        self.program.graph.lint()
+
+    # -- as it was -----------------------------------------------------------------------------------------------------
+
+    def _note(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self.whole[node] = REPLICATED(len(node.meta["val"].shape))
+            self.of_inputs.add(node)
+        elif node.op == "get_attr":
+            weight = self.program.weights[str(node.target)]
+            self.whole[node] = self.program.weight_layouts.get(weight.name, REPLICATED(len(weight.shape)))
+            if weight.source in ("computed", "constant"):
+                self.of_inputs.add(node)
+        elif node.op == "call_function" and node_values(node):
+            found = self._infer(node, self.whole)
+            if isinstance(found, str):
+                raise LayoutError(f"{node.name}: {found}")
+            self.whole[node] = found[0]
+            is_filled = operation(node) in FILLED  # it reads the dtype of an operand, and no values
+            if is_filled or all(n in self.of_inputs or not node_values(n) for n in node.all_input_nodes):
+                self.of_inputs.add(node)
+
+    def _infer(self, node: fx.Node, layouts: Layouts) -> tuple[Any, tuple[tuple[fx.Node, Layout], ...]] | str:
+        """What it yields, and what it requires; or what is in the way."""
+        special = SPECIAL.get(node.target)  # type: ignore[arg-type]
+        if special is not None:
+            try:
+                return special(self.program, node, layouts), ()
+            except LayoutError as error:
+                return str(error)
+        found = self.inferrer.infer(node, layouts)
+        if found.problem:
+            return found.problem
+        return (found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs), found.requires
+
+    # -- with own tokens -----------------------------------------------------------------------------------------------
+
+    def _place(self, node: fx.Node) -> None:
+        self.now[node] = self.whole[node]
+        if node in self.of_inputs:
+            return
+        if node.target is attention:
+            self._attend(node)
+        elif self._takes_rows(node):
+            return
+        elif any(self._has_rows(source) for source in node.all_input_nodes):
+            raise self._refused(node, self._why(node))
+
+    def _refused(self, node: fx.Node, why: str) -> PlanError:
+        return PlanError(
+            f"{self.axis}={self.program.mesh.size(self.axis)}: {self.program.name} cannot have its tokens dealt out: "
+            f"{describe(node)} (node {node.name!r}) {why}; only attention may look from one token at another"
+        )
+
+    def _takes_rows(self, node: fx.Node) -> bool:
+        """Makes `node` work on own tokens, if it works token by token."""
+        before = node.args, node.kwargs
+        own = {source: self._own(source) for source in node.all_input_nodes}
+        if not any(self._has_rows(source) for source in own.values()):
+            return False
+        node.args, node.kwargs = map_nodes(before, own.__getitem__)
+        found = self._token_by_token(node, self.whole[node])
+        if found is None:
+            node.args, node.kwargs = before
+            return False
+        self.now[node] = found
+        self._spell_out(node)
+        return True
+
+    def _token_by_token(self, node: fx.Node, whole: Any) -> Any:
+        """What it yields of own tokens, if it works on each by itself and on its operands as they are."""
+        found = self._infer(node, self.now)
+        if isinstance(found, str) or any(self.now[n] != want for n, want in found[1]):
+            return None
+        several = (found[0], whole) if isinstance(whole, tuple) else ((found[0],), (whole,))
+        for value, own, layout in zip(node_values(node), *several, strict=True):
+            tokens = [dim for dim, size in enumerate(value.shape) if self.symbol in _symbols(size)]
+            if self._without_rows(own) != layout or any(own.dims[dim] != self.rows for dim in tokens):
+                return None
+        return found[0]
+
+    def _spell_out(self, node: fx.Node) -> None:
+        """A size left to be found out, -1, cannot be found where a rank has no tokens."""
+        if operation(node) not in _VIEWS:
+            return
+        sizes = list(node.args[1])  # type: ignore[arg-type]
+        dim = sizes.index(-1) if -1 in sizes else None
+        if dim is None or not isinstance(size := node.meta["val"].shape[dim], int):
+            return
+        split = self.now[node].split(dim)
+        entry = Entry(size, split.axes, split.sizes) if split is not None else Entry(size, (), (size,))
+        sizes[dim] = self.program.local("size", entry)
+        node.args = (node.args[0], sizes)
+
+    def _own(self, source: fx.Node) -> fx.Node:
+        """The same of own tokens, of what is made of inputs or is a number of tokens; else itself."""
+        if source in self.own:
+            return self.own[source]
+        found = source
+        if not node_values(source):
+            found = self._own_number(source)
+        elif source in self.of_inputs and source.op != "get_attr":
+            wanted = self._with_rows(source)
+            copied = None if wanted is None else self._own_copy(source, wanted)
+            if copied is not None:
+                found = copied
+            elif isinstance(wanted, Layout) and source.meta["val"].shape[wanted.row_dims[0]] == self.symbol:
+                found = self.rewriter.converted(source, wanted)
+        self.own[source] = found
+        return found
+
+    def _own_number(self, number: fx.Node) -> fx.Node:
+        """A number of own tokens, times what does not depend on tokens."""
+        value = number.meta.get("val")
+        if number.op != "call_function" or self.symbol not in _symbols(value):
+            return number
+        if self.symbol in _symbols(sympy.simplify(value / self.symbol)):
+            return number  # no number of tokens: what reads it is refused
+        own = {source: self._own(source) for source in number.all_input_nodes}
+        if all(source is other for source, other in own.items()):
+            return number
+        return self._copy(number, own)
+
+    def _own_copy(self, source: fx.Node, wanted: Layout) -> fx.Node | None:
+        """`source` made anew of own tokens, if it works token by token."""
+        if source.op != "call_function":
+            return None
+        own = {n: self._own(n) for n in source.all_input_nodes}
+        if all(n is other for n, other in own.items()):
+            return None
+        made = self._copy(source, own)
+        if self._token_by_token(made, self.whole[source]) != wanted:
+            self.program.graph.erase_node(made)
+            return None
+        self.now[made] = made.meta["layout"] = wanted
+        self._spell_out(made)
+        return made
+
+    def _copy(self, node: fx.Node, operands: dict[fx.Node, fx.Node]) -> fx.Node:
+        with self.program.graph.inserting_after(_latest([node, *operands.values()])):
+            made = self.program.graph.node_copy(node, lambda n: operands.get(n, n))
+        made.meta = {key: value for key, value in node.meta.items() if key != "layout"}
+        return made
+
+    def _attend(self, node: fx.Node) -> None:
+        """Own queries look at the keys of all ranks."""
+        a = arguments(node)
+        for name in ("q", "k", "v"):
+            layout = self.now[a[name]]
+            if layout.dims[2] != self.rows:
+                raise self._refused(node, f"has the {_NAMES[name]} {layout}, not one for each token")
+        operands = [a["q"], a["k"], a["v"], self.rewriter.whole_size(self.symbol, node)]
+        operands += [self._mask(a["mask"]), a["sinks"]]
+        how: Any = {"how": self.how, "parts": self.program.mesh.size(self.axis), "order": ORDER}
+        options = {name: value for name, value in node.kwargs.items() if name not in (*_NAMES, "written_out")}
+        node.target, node.args, node.kwargs = sequence_attention, (*operands, self.axis), {**how, **options}
+        self.now[node] = self.whole[node].with_dim(2, self.rows)
+        node.meta["why"] = f"own queries look at the keys of all ranks of {self.axis}, by {self.how}"
+
+    def _mask(self, mask: Any) -> Any:
+        """Of all keys; of own queries, or of all where heads are exchanged for tokens."""
+        if not isinstance(mask, fx.Node):
+            return mask
+        shape, wanted = mask.meta["val"].shape, self.whole[mask]
+        if self.how != "ulysses" and len(shape) > 1 and shape[-2] == self.symbol:
+            wanted = wanted.with_dim(len(shape) - 2, self.rows)
+        return self.rewriter.converted(mask, wanted)
+
+    def _give_whole(self, node: fx.Node) -> None:
+        for source in list(node.all_input_nodes):
+            if self._has_rows(source):
+                self.rewriter.provide(node, source, self.whole[source])
+
+    # -- layouts -------------------------------------------------------------------------------------------------------
+
+    def _tokens(self, value: Any) -> int | None:
+        """The one dim that runs over tokens, alone or with others."""
+        dims = [i for i, size in enumerate(value.shape) if self.symbol in _symbols(size)]
+        return dims[0] if len(dims) == 1 else None
+
+    def _with_rows(self, node: fx.Node) -> Any:
+        """Its layout with own tokens; None where it has no dim of tokens, or several."""
+        several = self.whole[node] if isinstance(self.whole[node], tuple) else (self.whole[node],)
+        found = []
+        for value, layout in zip(node_values(node), several, strict=True):
+            dim = self._tokens(value)
+            if dim is None or layout.dims[dim] is not None or self.axis in layout.axes | layout.partial:
+                return None
+            found.append(layout.with_dim(dim, self.rows))
+        return tuple(found) if isinstance(self.whole[node], tuple) else found[0]
+
+    def _without_rows(self, layout: Layout) -> Layout:
+        return Layout(tuple(None if dim == self.rows else dim for dim in layout.dims), layout.partial)
+
+    def _has_rows(self, node: fx.Node) -> bool:
+        layout = self.now.get(node)
+        several = layout if isinstance(layout, tuple) else (layout,)
+        return any(dim == self.rows for each in several if each for dim in each.dims)
+
+    def _why(self, node: fx.Node) -> str:
+        found = self._infer(node, self.now)
+        if isinstance(found, str):
+            return found
+        return "reads the rows of all tokens, or has no row for each in its result"
+
+
+_NAMES = {"q": "queries", "k": "keys", "v": "values", "mask": "mask", "sinks": "sinks"}
+
+
+def choose(program: Program, attends: list[fx.Node], axis: str) -> tuple[str, str]:
+    """The way with the fewest bytes, and why; Ulysses where they are alike, which merges nothing.
+
+    Per token, over all layers, in units of a head's numbers: n ranks send (n - 1) / n of keys and values in a ring, and
+    1/n of that share of queries, keys, values and result to heads.
+    """
+    ranks = program.mesh.size(axis)
+    ring = exchange = 0
+    for node in attends:
+        a, layout = arguments(node), node.meta.get("layout")
+        (_, heads, _, size), (_, kv_heads, _, value) = (a[name].meta["val"].shape for name in ("q", "v"))
+        split = None if layout is None else layout.split(1)
+        fewest = heads if split is None else min(split.sizes)
+        if fewest < ranks:
+            return (
+                "ring",
+                f"{node.name} has {fewest} heads on a rank, fewer than {axis}={ranks}, for Ulysses to deal out",
+            )
+        copies = max(kv_heads, ranks)  # a kv head goes to every rank whose query heads read it
+        ring += ranks * kv_heads * (size + value)
+        exchange += (heads + copies) * (size + value)
+    how = "ulysses" if exchange <= ring else "ring"
+    return how, f"{exchange} against {ring} numbers per token, of heads exchanged and of keys and values in a ring"
+
+
+def _latest(nodes: list[fx.Node]) -> fx.Node:
+    found = nodes[0]
+    for node in nodes[1:]:
+        if found < node:
+            found = node
+    return found
+
+
+def _symbols(size: Any) -> frozenset[Any]:
+    return frozenset(size.free_symbols) if isinstance(size, sympy.Expr) else frozenset()

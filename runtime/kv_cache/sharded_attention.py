@@ -1,0 +1,204 @@
+"""Attention over a cache whose tokens ranks share out, bound to one state.
+
+    exchange   queries of the rank's own tokens; keys and values of all ranks come to them, from all runs so far
+    merge      queries of all tokens; each rank attends to what it keeps, and the parts come together
+
+What is exchanged behind other runs is the used part of each rank's cache, the run's own tokens included. It is as long
+as the fullest rank's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.kv_cache.sharded_slots import KeptTokens
+from runtime.kv_cache.slots import minus_infinity
+from runtime.ops.rows.attend_runs import Attending, Block
+from runtime.ops.rows.exchange_keys import around
+from runtime.ops.rows.partial_attention import accumulating, merge_parts, partial_attention, with_sinks
+from runtime.ops.rows.sequence_attention import attend_over_ranks
+from runtime.ops.rows.token_order import TokenOrder
+from runtime.ops.rows.ulysses import by_heads
+from runtime.ops.rows.visible import Visible
+
+__all__ = ["DealtOut", "ShardedAttention", "ShardedRun"]
+
+
+@dataclass(frozen=True)
+class DealtOut:
+    """What is known of a run in which each rank has its own tokens."""
+
+    order: TokenOrder
+    own: Tensor
+    """Which of the run's tokens this rank has."""
+    has_past: bool
+    """Whether anything was kept before."""
+    start: int
+    before: tuple[int, ...] | None
+    """How many tokens each rank had kept, where that is the same for all rows, which go on at `start` together."""
+
+
+@dataclass
+class ShardedRun:
+    """What the cache knows of a run before it starts."""
+
+    rows: slice
+    positions: Tensor
+    """[B, S], of all its tokens."""
+    slots: dict[int, Tensor]
+    """By number of slots: where the tokens of this rank are kept, [B, S] or, if they are dealt out, [B, S_i]."""
+    seen: int
+    """How many slots of a rank are looked at, at most."""
+    dealt_out: DealtOut | None
+    kept: KeptTokens
+    masks: dict[Any, Tensor] = field(default_factory=dict)
+
+    def held(self, count: int) -> Tensor:
+        """Which positions lie in the slots that are looked at, of every rank: [n, B, T]."""
+        return self.kept.held[count][:, self.rows, : min(self.seen, count)]
+
+    def hidden(self, rank: int, count: int, window: int | None, chunk: int | None, dtype: torch.dtype) -> Tensor:
+        """[B, 1, S, T], added to the scores of all tokens for what `rank` keeps."""
+        key = (rank, count, window, chunk, dtype)
+        if key not in self.masks:
+            self.masks[key] = minus_infinity(self.positions, self.held(count)[rank][:, None], window, chunk, dtype)
+        return self.masks[key]
+
+
+class ShardedAttention:
+    """One `cached_sequence_attention`. `buffers`: keys and values [max_batch, G, slots + 1, D or Dv] of its state."""
+
+    def __init__(
+        self,
+        buffers: Callable[[], tuple[Tensor, Tensor]],
+        run: Callable[[], ShardedRun],
+        channel: Any,
+        *,
+        how: str,
+        order: str,
+        scale: float,
+        window: int | None,
+        chunk: int | None,
+        softcap: float | None,
+        kv_map: list[int] | None,
+    ) -> None:
+        self._buffers, self._run, self._channel = buffers, run, channel
+        self._how, self._order = how, order
+        self._scale, self._softcap = scale, softcap
+        self._window, self._chunk = window, chunk
+        self._kv_map = None if kv_map is None else list(kv_map)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        run, (keys, values) = self._run(), self._buffers()
+        self._keep(run, keys, k)
+        self._keep(run, values, v)
+        if self._how == "merge":
+            return self._merge(run, q, keys, values, mask, sinks)
+        dealt_out = run.dealt_out
+        assert dealt_out is not None
+        if not dealt_out.has_past:
+            return attend_over_ranks(
+                self._channel, q, k, v, dealt_out.order.total, mask, sinks,
+                how=self._how, parts=dealt_out.order.parts, order=self._order, causal=True, scale=self._scale,
+                window=self._window, chunk=self._chunk, softcap=self._softcap, kv_map=self._kv_map,
+            )  # fmt: skip
+        if self._how == "ulysses":
+            return self._exchange_heads(run, dealt_out, q, keys, values, mask, sinks)
+        return self._exchange_keys(run, dealt_out, q, keys, values, mask, sinks)
+
+    def _keep(self, run: ShardedRun, buffer: Tensor, x: Tensor) -> None:
+        count, dealt_out = buffer.shape[2] - 1, run.dealt_out
+        if dealt_out is not None and dealt_out.before is not None:
+            first = dealt_out.before[self._channel.coordinate]
+            if first + x.shape[2] <= count:  # they lie one after the other
+                buffer[run.rows, :, first : first + x.shape[2]] = x
+                return
+        rows = torch.arange(run.rows.start, run.rows.stop, device=x.device)[:, None]
+        buffer[rows, :, run.slots[count]] = x.transpose(1, 2)
+
+    def _merge(
+        self, run: ShardedRun, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        count = keys.shape[2] - 1
+        hidden = run.hidden(self._channel.coordinate, count, self._window, self._chunk, keys.dtype)
+        block = self._used(run, keys, values)
+        out, lse = partial_attention(
+            q, block.keys, block.values, scale=self._scale, softcap=self._softcap,
+            mask=hidden if mask is None else mask.to(q.dtype) + hidden,
+        )  # fmt: skip
+        packed = torch.cat([out.to(accumulating(q.dtype)), lse[..., None]], -1)
+        parts = self._channel.all_gather(packed[None], dim=0)
+        out, lse = merge_parts(parts[..., :-1], parts[..., -1])
+        return with_sinks(out, lse, sinks).to(q.dtype)
+
+    def _used(self, run: ShardedRun, keys: Tensor, values: Tensor) -> Block:
+        """What this rank keeps of the run's rows, as far as anyone looks; by query head where these share none."""
+        seen = min(run.seen, keys.shape[2] - 1)
+        return Block(keys[run.rows, :, :seen], values[run.rows, :, :seen], ()).mapped(self._kv_map)
+
+    def _exchange_keys(
+        self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, keys: Tensor, values: Tensor,
+        mask: Tensor | None, sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        count, order, own = keys.shape[2] - 1, dealt_out.order, self._channel.coordinate
+        seen, width = min(run.seen, count), keys.shape[-1]
+        visible = Visible(True, self._window, self._chunk)
+        start, before = dealt_out.start, dealt_out.before
+        # slots that were written twice, and sights that end, are told from positions only
+        is_even = before is not None and not visible.is_limited and run.seen <= count
+        attending = Attending(
+            q, _moved(order.runs[own], start), visible,
+            width=values.shape[-1], scale=self._scale, softcap=self._softcap, mask=mask,
+        )  # fmt: skip
+        message = torch.cat([keys[run.rows, :, :seen], values[run.rows, :, :seen]], -1)
+        queries, held = run.positions[:, dealt_out.own], run.held(count)
+        for source, rows in self._brought(message):
+            if is_even:
+                assert before is not None
+                runs = ((0, before[source]), *_moved(order.runs[source], start))
+                block = Block(rows[..., :width], rows[..., width:], tuple(each for each in runs if each[0] < each[1]))
+                attending.add(block.mapped(self._kv_map))
+            else:
+                block = Block(rows[..., :width], rows[..., width:], ()).mapped(self._kv_map)
+                attending.add_masked(block.keys, block.values, queries, held[source])
+        return with_sinks(attending.seen.out, attending.seen.lse, sinks).to(q.dtype)
+
+    def _brought(self, message: Tensor) -> Iterator[tuple[int, Tensor]]:
+        if self._how == "ring":
+            return around(self._channel, message)
+        return enumerate(self._channel.all_gather(message[None], dim=0).unbind(0))
+
+    def _exchange_heads(
+        self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, keys: Tensor, values: Tensor,
+        mask: Tensor | None, sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        count, order = keys.shape[2] - 1, dealt_out.order
+        seen = min(run.seen, count)
+        held = run.held(count).transpose(0, 1).flatten(1)
+
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, kv_map: list[int] | None
+        ) -> Tensor:
+            attending = Attending(
+                q, ((0, order.total),), Visible(True, self._window, self._chunk),
+                width=v.shape[-1], scale=self._scale, softcap=self._softcap, mask=mask,
+            )  # fmt: skip
+            block = Block(k, v, ()).mapped(kv_map)
+            attending.add_masked(block.keys, block.values, run.positions, held)
+            return with_sinks(attending.seen.out, attending.seen.lse, sinks).to(q.dtype)
+
+        return by_heads(
+            self._channel, q, keys[run.rows, :, :seen], values[run.rows, :, :seen], attend,
+            queries=order, mask=mask, sinks=sinks, kv_map=self._kv_map, kv_rows=[seen] * order.parts,
+        )  # fmt: skip
+
+
+def _moved(runs: tuple[tuple[int, int], ...], start: int) -> tuple[tuple[int, int], ...]:
+    return tuple((first + start, last + start) for first, last in runs)

@@ -1,0 +1,100 @@
+"""Rows that ranks share out: a rank takes its own of what every rank has, and collects those of all.
+
+    take_rows        x[.., T, ..]     ->  x[.., T_i, ..]    the rank's own, one after the other; no communication
+    collect_rows     x[.., T_i, ..]   ->  x[.., T, ..]      those of all ranks of the axes, in order of position
+    scatter_rows     x[.., T, ..]     ->  x[.., T_i, ..]    the rank's own of the sum over the axes
+    own_last_token   x[B, T_i, H]     ->  x[B, 1, H]        the last token's row on the rank that has it, or zeros
+
+T rows over n ranks: in "blocks" each has ceil(T / n), the last ones fewer or none; "zigzag" is the other order of
+`token_order`. Either way every rank knows how many each one has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.ops.collectives import unbound
+from runtime.ops.rows.token_order import TokenOrder
+
+__all__ = [
+    "collect",
+    "collect_rows",
+    "in_order",
+    "own_last_token",
+    "row_counts",
+    "scatter",
+    "scatter_rows",
+    "take_rows",
+]
+
+
+def row_counts(total: int, parts: int) -> list[int]:
+    """How many of `total` rows each of `parts` ranks has, in blocks."""
+    each = -(-total // parts)
+    return [max(0, min(each, total - each * index)) for index in range(parts)]
+
+
+def take_rows(
+    x: Tensor, index: int, *, parts: int, axes: Sequence[str], dim: int, kind: str, order: str = "blocks"
+) -> Tensor:
+    """The rows of `x` along `dim` that belong to rank `index` of the `parts` ranks of `axes`.
+
+    kind: the name of the symbol of that dim's size, "sequence" or "batch"; or "tokens". order: see `token_order`.
+    """
+    if order == "blocks":
+        counts = row_counts(x.shape[dim], parts)
+        return x.narrow(dim, sum(counts[:index]), counts[index])
+    runs = TokenOrder.of(int(x.shape[dim]), parts, order).runs[index]
+    pieces = [x.narrow(dim, start, stop - start) for start, stop in runs]
+    return torch.cat(pieces, dim) if pieces else x.narrow(dim, 0, 0)
+
+
+def collect_rows(x: Tensor, total: int, axis: str | tuple[str, ...], *, dim: int, order: str = "blocks") -> Tensor:
+    """The rows of all ranks of `axis` along `dim`; `total`: how many they have together."""
+    unbound("collect_rows", axis)
+
+
+def collect(channel: Any, x: Tensor, total: int, *, dim: int, order: str = "blocks") -> Tensor:
+    """`collect_rows` over a channel."""
+    num_ranks = len(channel.ranks)
+    if order == "blocks":
+        return channel.all_gather(x, dim=dim, sizes=row_counts(total, num_ranks))  # type: ignore[no-any-return]
+    found = TokenOrder.of(int(total), num_ranks, order)
+    return in_order(channel.all_gather(x, dim=dim, sizes=list(found.counts)), found, dim)
+
+
+def in_order(x: Tensor, order: TokenOrder, dim: int) -> Tensor:
+    """The rows of rank 0, 1, .. one after the other, put in order of position."""
+    pieces = [x.narrow(dim, start, stop - start) for start, stop in order.joined]
+    return torch.cat(pieces, dim) if len(pieces) > 1 else x
+
+
+def scatter_rows(x: Tensor, axis: str | tuple[str, ...], *, dim: int, kind: str) -> Tensor:
+    """The rank's own rows along `dim` of every rank's `x`, summed over `axis`; `kind`: see `take_rows`."""
+    unbound("scatter_rows", axis)
+
+
+def scatter(channel: Any, x: Tensor, *, dim: int, kind: str) -> Tensor:
+    """`scatter_rows` over a channel."""
+    sizes = row_counts(x.shape[dim], len(channel.ranks))
+    return channel.reduce_scatter(x, dim=dim, sizes=sizes)  # type: ignore[no-any-return]
+
+
+def own_last_token(
+    x: Tensor, last: Tensor, total: int, index: int, *, parts: int, axes: Sequence[str], order: str = "zigzag"
+) -> Tensor:
+    """Of each sequence the row of its last token, if it is one of this rank's; zeros otherwise: a partial sum.
+
+    last: [B], its place among all `total` tokens. index, parts, axes: as in `take_rows`.
+    """
+    if x.shape[1] == 0:
+        return x.new_zeros(x.shape[0], 1, x.shape[2])
+    held = torch.tensor(TokenOrder.of(int(total), parts, order).positions(index), device=x.device, dtype=last.dtype)
+    mine = held == last[:, None]
+    at: Any = mine.to(torch.int8).argmax(1)[:, None, None].expand(-1, 1, x.shape[2])
+    # a product would make NaN of what must not count
+    return torch.where(mine.any(1)[:, None, None], x.gather(1, at), torch.zeros((), dtype=x.dtype, device=x.device))

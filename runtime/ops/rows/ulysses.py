@@ -1,0 +1,132 @@
+"""All tokens of some heads in the place of some tokens of all heads, and back.
+
+    q [B, H, S_i, D], k, v [B, G, S_i, ..]   ->   q [B, H_i, S, D], k, v [B, G_i, S, ..]   ->  out [B, H, S_i, Dv]
+
+Two all-to-alls, with an ordinary attention between them (DeepSpeed-Ulysses, Jacobs et al., arXiv:2309.14509). Each rank
+gets H / n query heads, some one more than others, or none, and the kv heads that these read: one that several ranks
+need goes to all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partitioner.errors import CommunicationError
+from runtime.ops.rows.share_rows import in_order
+from runtime.ops.rows.token_order import TokenOrder
+
+__all__ = ["Heads", "by_heads", "heads_of"]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Which heads a rank attends with: `query` of them, half open, and the kv heads `kv` that these read."""
+
+    query: tuple[int, int]
+    kv: tuple[int, ...]
+    kv_map: tuple[int, ...]
+    """For each of the query heads, which of `kv` it reads."""
+
+    @property
+    def count(self) -> int:
+        return self.query[1] - self.query[0]
+
+    @property
+    def uneven_map(self) -> list[int] | None:
+        """`kv_map`; None where as many query heads read each kv head, in order."""
+        each = self.count // max(1, len(self.kv))
+        in_order = self.kv_map == tuple(number for number in range(len(self.kv)) for _ in range(each))
+        return None if in_order else list(self.kv_map)
+
+    def of(self, x: Tensor) -> Tensor:
+        """Of [B, H, ..] the query heads; of [B, 1, ..], which all heads share, what there is."""
+        return x[:, : self.count] if x.shape[1] == 1 else x[:, slice(*self.query)]
+
+
+@functools.lru_cache(maxsize=256)
+def heads_of(num_ranks: int, num_heads: int, kv_of: tuple[int, ...]) -> tuple[Heads, ...]:
+    """`kv_of`: which kv head each query head reads."""
+    found = []
+    for rank in range(num_ranks):
+        first, last = num_heads * rank // num_ranks, num_heads * (rank + 1) // num_ranks
+        kv = tuple(sorted(set(kv_of[first:last])))
+        found.append(Heads((first, last), kv, tuple(kv.index(each) for each in kv_of[first:last])))
+    return tuple(found)
+
+
+def by_heads(
+    channel: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, list[int] | None], Tensor],
+    *,
+    queries: TokenOrder,
+    mask: Tensor | None,
+    sinks: Tensor | None,
+    kv_map: Sequence[int] | None,
+    kv_rows: Sequence[int] | None = None,
+) -> Tensor:
+    """`attend(q, k, v, mask, sinks, kv_map)` over all tokens with this rank's heads; back come this rank's tokens.
+
+    Queries come in order of position, and so do keys and values; with `kv_rows`, the number of those that each rank
+    brings, they come rank by rank. mask, sinks: as in `attention`; a mask has all queries, and does not travel.
+    """
+    num_ranks, own, (batch, heads, size, _) = len(channel.ranks), channel.coordinate, q.shape
+    per_kv = heads // max(1, k.shape[1])
+    kv_of = tuple(kv_map) if kv_map is not None else tuple(head // per_kv for head in range(heads))
+    shares = heads_of(num_ranks, heads, kv_of)
+    if mask is not None:
+        mask = mask.to(q.dtype).reshape(*([1] * (4 - mask.dim())), *mask.shape)
+    brought = list(kv_rows) if kv_rows is not None else list(queries.counts)
+
+    def tensors(share: Heads, rank: int) -> list[tuple[int, ...]]:
+        """The shapes of what `rank` sends to the rank with these heads."""
+        kv = (batch, len(share.kv), brought[rank])
+        return [(batch, share.count, queries.counts[rank], q.shape[-1]), (*kv, k.shape[-1]), (*kv, v.shape[-1])]
+
+    sent, send_counts = [], []
+    for share in shares:
+        parts = [q[:, slice(*share.query)], k[:, list(share.kv)], v[:, list(share.kv)]]
+        sent += [part.reshape(-1) for part in parts]
+        send_counts.append(sum(part.numel() for part in parts))
+    mine = shares[own]
+    coming = [tensors(mine, rank) for rank in range(num_ranks)]
+    receive_counts = [sum(map(math.prod, shapes)) for shapes in coming]
+    received = channel.all_to_all(torch.cat(sent), send_counts, receive_counts)
+    by_rank = [
+        [piece.view(shape) for piece, shape in zip(part.split([*map(math.prod, shapes)]), shapes, strict=True)]
+        for part, shapes in zip(received.split(receive_counts), coming, strict=True)
+    ]
+    whole = [torch.cat([parts[number] for parts in by_rank], dim=2) for number in range(len(by_rank[0]))]
+    whole[0] = in_order(whole[0], queries, 2)
+    if kv_rows is None:
+        whole[1], whole[2] = (in_order(each, queries, 2) for each in whole[1:3])
+    mask = None if mask is None else mine.of(mask)
+    out = attend(whole[0], whole[1], whole[2], mask, _sinks(sinks, mine), mine.uneven_map)
+
+    backs = [out[:, :, start:stop] for runs in queries.runs for start, stop in runs]
+    send_counts = [mine.count * batch * count * v.shape[-1] for count in queries.counts]
+    receive_counts = [share.count * batch * size * v.shape[-1] for share in shares]
+    flat = torch.cat([back.transpose(0, 2).reshape(-1) for back in backs]) if backs else out.reshape(-1)
+    returned = channel.all_to_all(flat, send_counts, receive_counts)
+    pieces = zip(returned.split(receive_counts), shares, strict=True)
+    return torch.cat(
+        [piece.view(size, share.count, batch, v.shape[-1]).transpose(0, 2) for piece, share in pieces], dim=1
+    )
+
+
+def _sinks(sinks: Tensor | None, mine: Heads) -> Tensor | None:
+    if sinks is None or sinks.dim() == 1:
+        return None if sinks is None else sinks[slice(*mine.query)]
+    sinks = sinks.reshape(*([1] * (4 - sinks.dim())), *sinks.shape)
+    if sinks.shape[2] != 1:
+        raise CommunicationError(f"sinks of [heads] or [.., heads, 1, 1] are exchanged; these are {list(sinks.shape)}")
+    return mine.of(sinks)
