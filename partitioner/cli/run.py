@@ -37,12 +37,11 @@ from runtime.engine.engine import Engine
 from runtime.generation.decode_graphs import require_fixed_shapes
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.kv_cache.device_memory import Amount, readable
-from runtime.processes.bootstrap import missing_variables
 from runtime.processes.capacity import require_threads
 from runtime.processes.choose_device import choose_device
 from runtime.processes.launch import begin_worker, launch
 
-__all__ = ["Question", "answer", "answer_alone", "answer_here", "is_rank", "run_in_processes"]
+__all__ = ["Question", "answer", "answer_alone", "answer_here", "run_in_processes"]
 
 
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
@@ -121,11 +120,6 @@ class Question(Job):
     def placed(self) -> torch.device:
         """Where the ranks of this machine run: under torchrun there may be fewer here than in all."""
         return choose_device(self.device, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", self.num_ranks)))
-
-
-def is_rank() -> bool:
-    """Whether torchrun started this process."""
-    return not missing_variables()
 
 
 def run_in_processes(question: Question, *, timeout_s: float) -> None:

@@ -43,7 +43,8 @@ class Plan:
 
     tp: tensor-parallel ranks. pp: pipeline stages. sp: ranks that share out a sequence. dp: replicas of all these; by
     default as many as the experts' ranks need, otherwise one. ep: ranks that share out the experts of each layer; etp:
-    those that share out each expert's matrices. ep x etp must divide dp x sp x tp: experts use the same ranks.
+    those that share out each expert's matrices. ep x etp must divide dp x sp x tp: experts use the same ranks. Replicas
+    that no expert is shared out over are worlds of their own, see `replicas`.
     keep_whole: globs of weight names that are replicated.
 
     passes: the name of an installed pass, the name and its options, `("probe", {"every": 2})`, or a pass itself,
@@ -71,8 +72,7 @@ class Plan:
         object.__setattr__(self, "passes", tuple(map(_chosen, given)))
         require_degrees({axis: self.degree(axis) for axis in DEGREES})
         if self.dp is None:
-            experts = self.ep * self.etp
-            object.__setattr__(self, "dp", experts // math.gcd(experts, self.sp * self.tp))
+            object.__setattr__(self, "dp", self._least_dp)
         self.mesh  # noqa: B018 - checks the degrees together
 
     def degree(self, axis: str) -> int:
@@ -82,7 +82,23 @@ class Plan:
 
     @property
     def mesh(self) -> Mesh:
+        """All ranks."""
         return Mesh.of(**{axis: self.degree(axis) for axis in DEGREES})
+
+    @property
+    def replicas(self) -> int:
+        """How many worlds there are that have nothing to tell each other: what experts do not need of dp."""
+        return self.degree("dp") // self._least_dp
+
+    @property
+    def replica_mesh(self) -> Mesh:
+        """The ranks of one replica; the ranks of `mesh` are those of the first, then those of the next, and so on."""
+        return Mesh.of(**{axis: self.degree(axis) for axis in DEGREES} | {"dp": self._least_dp})
+
+    @property
+    def _least_dp(self) -> int:
+        experts = self.ep * self.etp
+        return experts // math.gcd(experts, self.sp * self.tp)
 
     @classmethod
     def parse(cls, text: str) -> Plan:
@@ -128,8 +144,7 @@ class Plan:
     @property
     def dp_follows(self) -> bool:
         """Whether dp is what it would be if it had not been given."""
-        experts = self.ep * self.etp
-        return self.dp == experts // math.gcd(experts, self.sp * self.tp)
+        return self.dp == self._least_dp
 
     def __repr__(self) -> str:
         said = [f"{axis}={n}" for axis, n in self.mesh.degrees.items() if axis != "dp" or not self.dp_follows]

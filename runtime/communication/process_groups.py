@@ -23,6 +23,7 @@ import itertools
 import logging
 import os
 from collections.abc import Collection
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, get_args
 
@@ -30,7 +31,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from partitioner.errors import CommunicationError, PlanError, RankLost
+from partitioner.errors import CommunicationError, RankLost
 from partitioner.sharding.layout import in_order
 from partitioner.sharding.mesh import AXES, EXPERT_AXES, Mesh
 from runtime.communication.channels import AloneChannel, Channel
@@ -47,13 +48,14 @@ from runtime.communication.peer_memory.peer_memory import Unavailable as NoPeers
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory, Unavailable
 from runtime.communication.traceable import FunctionalChannel, OpaqueChannel
 from runtime.ops.communicating import Axes, axes_text
-from runtime.processes.bootstrap import WatchedStore, bootstrap, missing_variables, watched
+from runtime.processes.bootstrap import WatchedStore, bootstrap, watched
 from runtime.processes.choose_device import choose_device
 from runtime.processes.device_watch import DeviceWatch, end_quickly
 from runtime.processes.heartbeat import Heartbeat
 from runtime.processes.listening import listening_sockets
+from runtime.processes.place import Place, wrong_world
 
-__all__ = ["ProcessGroups", "Sharing"]
+__all__ = ["Meeting", "ProcessGroups", "Sharing"]
 
 Sharing = Literal["auto", "on", "off"]
 """Whether ranks of one host talk through shared memory; see the module's docstring."""
@@ -62,6 +64,16 @@ _log = logging.getLogger("partitioner")
 
 _MEETINGS = itertools.count()
 """Every rank meets the others equally often, so that all count alike."""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where this process met the others, for the `number`-th time. store: that of all replicas."""
+
+    place: Place
+    number: int
+    store: Store
+    heartbeat: Heartbeat
 
 
 class ProcessGroups(Communicator):
@@ -92,6 +104,7 @@ class ProcessGroups(Communicator):
         self._state = RankState(self.rank, device, self._failure_verdict, checking=check)
         self._owned = False
         self._store: Store | None = None
+        self.meeting: Meeting | None = None
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._shared: dict[tuple[int, ...], SharedMemory] = {}
         self.peers: dict[tuple[int, ...], PeerMemory] = {}
@@ -100,7 +113,7 @@ class ProcessGroups(Communicator):
         self.transports: dict[str, str] = {}
         """What carries the collectives of every group with more than one rank, by its axes, and why."""
         if dist.get_world_size() != mesh.world_size:
-            raise _wrong_world(dist.get_world_size(), mesh)
+            raise wrong_world(dist.get_world_size(), mesh)
         # members of overlapping groups must create them in one order
         for named in _in_one_order(mesh.single_axes if axes is None else axes):
             axis, ranks = axes_text(named), mesh.group(named, self.rank)
@@ -123,28 +136,24 @@ class ProcessGroups(Communicator):
         cls,
         mesh: Mesh,
         *,
+        place: Place | None = None,
         axes: Collection[tuple[str, ...]] | None = None,
         device: str | torch.device = "cpu",
         timeout_s: float = 60.0,
         check: bool = False,
         shared_memory: Sharing = "auto",
     ) -> ProcessGroups:
-        """Join the other ranks, in a process that torchrun started.
+        """Join the other ranks, in a process that a launcher started. place: which it is; None: of the one replica.
 
         device: "cuda" means the local rank's own; "auto" that, where this host has one for each of its ranks, or "cpu".
         """
-        if missing := missing_variables():
-            raise CommunicationError(f"not started by torchrun: {', '.join(missing)} not set. Run it with torchrun")
-        world_size = int(os.environ["WORLD_SIZE"])
-        # before joining: with the wrong number of ranks everything after would only time out
-        if world_size != mesh.world_size:
-            raise _wrong_world(world_size, mesh)
-        device = choose_device(device, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+        place = place or Place.here(mesh)
+        rank, world_size = place.rank, mesh.world_size
+        device = choose_device(device, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
         if str(device) == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         _require_sharing(shared_memory, device)
-        rank = int(os.environ["RANK"])
         # the launcher's store outlives our groups: without a number, a second meeting would find the first's addresses
         meeting = next(_MEETINGS)
         heartbeat: Heartbeat | None = None
@@ -156,7 +165,9 @@ class ProcessGroups(Communicator):
                 end_quickly()
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                store=PrefixStore(f"groups/{meeting}", shared_store),
+                store=PrefixStore(
+                    f"groups/{meeting}" + (f"/{place.replica}" if place.replicas > 1 else ""), shared_store
+                ),
                 rank=rank,
                 world_size=world_size,
                 timeout=_group_timeout(timeout_s, device),
@@ -178,9 +189,7 @@ class ProcessGroups(Communicator):
 
         try:
             listening = listening_sockets()
-            store, heartbeat = watched(
-                functools.partial(bootstrap, meeting, rank, world_size, timeout_s), timeout_s=timeout_s
-            )
+            store, heartbeat = watched(functools.partial(bootstrap, meeting, place, timeout_s), timeout_s=timeout_s)
             # NCCL's own threads ask the store too, and must not have to come to Python for that
             shared_store = store if device.type == "cuda" else WatchedStore(store, heartbeat, timeout_s=timeout_s)
             self = watched(join, heartbeat=heartbeat, timeout_s=timeout_s)
@@ -193,6 +202,7 @@ class ProcessGroups(Communicator):
         self._owned = True
         # not kept alive by the groups, which know it in C++ only
         self._store = shared_store
+        self.meeting = Meeting(place, meeting, store, heartbeat)
         return self
 
     def begin_run(self, *, new_shapes: bool) -> None:
@@ -356,10 +366,3 @@ def _leave_groups(*, abort: bool) -> None:
         dist.distributed_c10d._abort_process_group()
     else:
         dist.destroy_process_group()
-
-
-def _wrong_world(world_size: int, mesh: Mesh) -> PlanError:
-    return PlanError(
-        f"the plan ({mesh}) needs {mesh.world_size} processes, got {world_size}: "
-        f"start it with torchrun --nproc-per-node {mesh.world_size} on one machine, or change the plan"
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,19 @@ class GenerationRequest:
         if requests is not None and len(requests) != len(rows):
             raise InputError(f"request_ids must name each of the {len(rows)} prompts, got {len(requests)}")
         return cls(rows, ids, settings, stops)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that may come of it, without the last one, which is never run."""
+        return max(map(len, self.prompts)) + self.settings.max_new_tokens - 1
+
+    def of_rows(self, rows: Sequence[int]) -> GenerationRequest:
+        """Some of the rows, which are told the same tokens as among all."""
+        requests = self.settings.request_ids or range(len(self.prompts))
+        settings = replace(self.settings, request_ids=tuple(requests[row] for row in rows))
+        return replace(
+            self, prompts=tuple(self.prompts[row] for row in rows), ids=self.ids[list(rows)], settings=settings
+        )
 
     def require_fits(self, program: RankProgram, length: int) -> None:
         """Raises InputError where the model's tables lack a token or a position of texts of `length` tokens."""

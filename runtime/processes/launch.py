@@ -28,8 +28,8 @@ from types import FrameType
 import torch
 
 from partitioner.errors import InputError, RankLost
-from runtime.processes.bootstrap import LOCAL_STORE
 from runtime.processes.capacity import require_capacity
+from runtime.processes.place import LOCAL_STORE
 
 __all__ = ["begin_worker", "launch", "read_given", "require_timeout", "write_answer"]
 
