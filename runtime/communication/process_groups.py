@@ -203,6 +203,7 @@ class ProcessGroups(Communicator):
         # not kept alive by the groups, which know it in C++ only
         self._store = shared_store
         self.meeting = Meeting(place, meeting, store, heartbeat)
+        self.replicas_here = place.replicas_here
         return self
 
     def begin_run(self, *, new_shapes: bool) -> None:

@@ -83,6 +83,12 @@ class Place:
         main = os.environ["MASTER_ADDR"]
         return main if self.replica == 0 else _own_address(main, int(os.environ["MASTER_PORT"]))
 
+    @property
+    def replicas_here(self) -> int:
+        """How many replicas share this host, where each fits into it."""
+        here = os.environ.get("LOCAL_WORLD_SIZE", "")
+        return min(self.replicas, max(1, int(here) // self.mesh.world_size)) if here.isdigit() else 1
+
     def name(self, rank: int) -> str:
         of = f" of replica {self.replica}" if self.replicas > 1 else ""
         stage = self.stage(rank)
