@@ -97,7 +97,7 @@ def verify_in_processes(case: Case, *, timeout_s: float) -> list[Outcome]:
     # here once, rather than on every rank: a wrong name should be one line
     load_config(case.model, small=True)
     answers = launch(
-        ["partitioner.cli.verify_rank"],
+        ["partitioner.cli.ranks.verify_rank"],
         num_ranks=case.plan.mesh.world_size,
         timeout_s=timeout_s,
         given=case.to_json().encode(),

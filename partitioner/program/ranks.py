@@ -9,6 +9,7 @@ Engine.connect(ranks)                    this process's rank, under torchrun
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -144,8 +145,23 @@ class Ranks(ABC):
     def stream(
         self, prompts: Prompts | None = None, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Iterator[Step]:
-        """The same, a step at a time, on one replica; see `Engine.stream`."""
+        """The same, a step at a time; see `Engine.stream`."""
+        if self.replicas > 1:
+            return self._stream_on_replicas(prompts, attention_mask, options)
         return self._simulator.stream(lambda engine: engine.stream(prompts, attention_mask=attention_mask, **options))
+
+    def _stream_on_replicas(
+        self, prompts: Prompts | None, attention_mask: Tensor | None, options: Options
+    ) -> Iterator[Step]:
+        request = self._simulator.engines[0].request(prompts, attention_mask=attention_mask, **options)
+        dealt = deal(work_of(request), replicas=self.replicas)
+        with contextlib.ExitStack() as stack:
+            streams = []
+            for simulator, rows in zip(self._simulators, dealt, strict=True):
+                steps = simulator.stream(partial(_stream, request.of_rows(rows))) if rows else iter(())
+                streams.append(stack.enter_context(contextlib.closing(steps)) if rows else steps)  # type: ignore[type-var]
+            while any(found := [[step for step in [next(steps, None)] if step is not None] for steps in streams]):
+                yield merged(found, dealt)[0]
 
     def profile(self) -> AbstractContextManager[Trace]:
         """`with ranks.profile() as trace:` records what all ranks do in this process; see docs/profiling.md."""
@@ -183,6 +199,10 @@ class Ranks(ABC):
             tokens_that_fit(self.entry("decode", rank), room, max_batch=max_batch, prefill_step=prefill_step)
             for rank in self.everyone()
         ]
+
+
+def _stream(request: GenerationRequest, engine: Engine) -> Iterator[Step]:
+    return engine.steps(request)
 
 
 def _steps(request: GenerationRequest, engine: Engine) -> list[Step]:

@@ -190,27 +190,26 @@ class Engine:
         """
         request = self.request(prompts, attention_mask=attention_mask, **options)
         with attribute_errors(self.program):
-            if self._replicas is None:
-                return request.result(list(self._generate_loop.steps(request)))
-            request.require_fits(self._generate_loop.program, request.longest)
-            dealt = deal(work_of(request), replicas=self._replicas.place.replicas)
-            mine = dealt[self._replicas.place.replica]
-            steps = list(self._generate_loop.steps(request.of_rows(mine))) if mine else []
-            return request.result(merged(self._replicas.exchange(steps), dealt))
+            return request.result(list(self._steps(request)))
 
     def stream(
         self, prompts: Prompts | None = None, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Iterator[Step]:
-        """The same, a step at a time: one token per sequence. Not over replicas, which have no step in common."""
-        if self._replicas is not None:
-            raise InputError(
-                "replicas that torchrun started have no steps in common: use generate(), or partitioner.launch(), "
-                "whose stream puts theirs together"
-            )
-        return self.steps(self.request(prompts, attention_mask=attention_mask, **options))
+        """The same, a step at a time: one token per sequence. Of replicas that torchrun started, all at the end."""
+        return self._attributed(self._steps(self.request(prompts, attention_mask=attention_mask, **options)))
+
+    def _steps(self, request: GenerationRequest) -> Iterator[Step]:
+        if self._replicas is None:
+            yield from self._generate_loop.steps(request)
+            return
+        request.require_fits(self._generate_loop.program, request.longest)
+        dealt = deal(work_of(request), replicas=self._replicas.place.replicas)
+        mine = dealt[self._replicas.place.replica]
+        steps = list(self._generate_loop.steps(request.of_rows(mine))) if mine else []
+        yield from merged(self._replicas.exchange(steps), dealt)
 
     def steps(self, request: GenerationRequest) -> Iterator[Step]:
-        """What `stream` yields of prompts and options that are checked already."""
+        """What this rank's replica says of a request that is checked already."""
         return self._attributed(self._generate_loop.steps(request))
 
     def _attributed(self, steps: Iterator[Step]) -> Iterator[Step]:
