@@ -38,12 +38,16 @@ class Generated:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """prompts: the tokens of each row, without padding. ids [B, L]: the prompts as they will be returned."""
+    """prompts: the tokens of each row, without padding. ids [B, L]: the prompts as they will be returned.
+
+    numbers: of some rows of a request, which these are; (): these are all.
+    """
 
     prompts: tuple[tuple[int, ...], ...]
     ids: Tensor
     settings: Settings
     stops: StopStrings | None = None
+    numbers: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -81,7 +85,11 @@ class GenerationRequest:
         requests = self.settings.request_ids or range(len(self.prompts))
         settings = replace(self.settings, request_ids=tuple(requests[row] for row in rows))
         return replace(
-            self, prompts=tuple(self.prompts[row] for row in rows), ids=self.ids[list(rows)], settings=settings
+            self,
+            prompts=tuple(self.prompts[row] for row in rows),
+            ids=self.ids[list(rows)],
+            settings=settings,
+            numbers=tuple(rows),
         )
 
     def require_fits(self, program: RankProgram, length: int) -> None:
@@ -109,7 +117,8 @@ class GenerationRequest:
             if wanted.name == "input_ids":
                 for row, prompt in enumerate(self.prompts):
                     if min(prompt) < wanted.bound.low or max(prompt) > wanted.bound.high:
-                        raise InputError(f"prompt {row} holds a token out of range; ids must be {wanted.bound}")
+                        number = self.numbers[row] if self.numbers else row
+                        raise InputError(f"prompt {number} holds a token out of range; ids must be {wanted.bound}")
 
     def watcher(self, vocab_size: int) -> Watcher:
         """Which tokens the steps must and must not take, from the first on."""

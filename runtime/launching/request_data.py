@@ -22,7 +22,12 @@ __all__ = ["read_request", "request_data"]
 def request_data(request: GenerationRequest) -> dict[str, Any]:
     """What `read_request` reads, after JSON."""
     settings = replace(request.settings, stop_strings=(), tokenizer=None)
-    return {"prompts": request.prompts, "width": request.ids.shape[1], "settings": asdict(settings)}
+    return {
+        "prompts": request.prompts,
+        "numbers": request.numbers,
+        "width": request.ids.shape[1],
+        "settings": asdict(settings),
+    }
 
 
 def read_request(data: dict[str, Any]) -> GenerationRequest:
@@ -32,7 +37,8 @@ def read_request(data: dict[str, Any]) -> GenerationRequest:
     prompts: tuple[tuple[int, ...], ...] = _tuples(data["prompts"])
     # rules count from the width of the whole batch; what the rows were padded with, nothing reads
     ids = torch.zeros((len(prompts), data["width"]), dtype=torch.int64)
-    return GenerationRequest(prompts, ids, Settings(**fields, sampling=sampling, rules=rules))
+    numbers: tuple[int, ...] = _tuples(data["numbers"])
+    return GenerationRequest(prompts, ids, Settings(**fields, sampling=sampling, rules=rules), numbers=numbers)
 
 
 def _tuples(value: Any) -> Any:
