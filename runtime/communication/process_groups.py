@@ -22,9 +22,11 @@ import functools
 import itertools
 import logging
 import os
+import platform
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -110,6 +112,8 @@ class ProcessGroups(Communicator):
         self.peers: dict[tuple[int, ...], PeerMemory] = {}
         """By the ranks of a group: the memory of its GPUs that all of them write into."""
         self._order = torch.zeros(())
+        self.hosts: dict[tuple[str, ...], int] = {}
+        """On how many hosts the ranks of every group with more than one are, by its axes."""
         self.transports: dict[str, str] = {}
         """What carries the collectives of every group with more than one rank, by its axes, and why."""
         if dist.get_world_size() != mesh.world_size:
@@ -125,6 +129,8 @@ class ProcessGroups(Communicator):
                     # NCCL connects at the first use: here, where a lost rank is noticed
                     dist.all_reduce(torch.zeros(1, device=device), group=group)
                     torch.cuda.synchronize(device)
+                everyone = exchange_json(_host(), group=group, num_ranks=len(ranks), device=device)
+                self.hosts[named] = len(set(everyone))
                 self.transports[axis] = self._share(ranks, axis, shared_memory)
         late = [peers.late for peers in self.peers.values()]
         watches = heartbeat is not None and device.type == "cuda"
@@ -327,6 +333,13 @@ def _in_one_order(axes: Collection[tuple[str, ...]]) -> list[tuple[str, ...]]:
     required = {require_axes(named, "a process group") for named in axes}
     place = {axis: i for i, axis in enumerate(in_order((*AXES, *EXPERT_AXES)))}
     return sorted(required, key=lambda named: (len(named), [place[axis] for axis in named]))
+
+
+def _host() -> str:
+    """Names this host, for a launcher's ranks: by its kernel, and the launcher's own number for it."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    kernel = path.read_text().strip() if path.exists() else platform.node()
+    return f"{kernel} {os.environ.get('GROUP_RANK', '')}"
 
 
 def _require_sharing(wanted: Sharing, device: torch.device) -> None:
