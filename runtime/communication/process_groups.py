@@ -196,6 +196,8 @@ class ProcessGroups(Communicator):
         try:
             listening = listening_sockets()
             store, heartbeat = watched(functools.partial(bootstrap, meeting, place, timeout_s), timeout_s=timeout_s)
+            if place.replicas > 1:  # those of other replicas may still come to the store
+                listening = listening_sockets()
             # NCCL's own threads ask the store too, and must not have to come to Python for that
             shared_store = store if device.type == "cuda" else WatchedStore(store, heartbeat, timeout_s=timeout_s)
             self = watched(join, heartbeat=heartbeat, timeout_s=timeout_s)

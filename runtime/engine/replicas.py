@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore
 
 from partitioner.errors import RankLost
@@ -90,8 +91,25 @@ class ReplicaResults:
         if self.place.rank == 0:
             told = json.dumps([[step.tokens, step.logprobs] for step in mine])
             self._store.set(f"{call}/{self.place.replica}", told)
-        texts = [self._wait(f"{call}/{replica}", replica) for replica in range(self.place.replicas)]
+        try:
+            texts = [self._wait(f"{call}/{replica}", replica) for replica in range(self.place.replicas)]
+            self._see_all_through(call)
+        except DistError as error:
+            raise RankLost(f"the store at which replicas tell their results is gone: {error}") from error
         return [[_step(*each) for each in json.loads(text)] for text in texts]
+
+    def _see_all_through(self, call: int) -> None:
+        """The process that may be host to the store stays until all have read it."""
+        readers = self._store.add(f"{call}/read", 1)
+        if self._others is None or self.place.replica:
+            return
+        pause_s, deadline = _POLL_S, time.monotonic() + self._timeout_s
+        while readers < self.place.replicas * self.place.mesh.world_size and time.monotonic() < deadline:
+            if not (self._own.is_well and self._others.is_well):
+                return  # who is lost reads no more; the next call says so
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _MOST_POLL_S)
+            readers = self._store.add(f"{call}/read", 0)
 
     def _wait(self, key: str, replica: int) -> bytes:
         pause_s = _POLL_S

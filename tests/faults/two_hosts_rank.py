@@ -30,7 +30,7 @@ from runtime.engine import Engine
 from tests.security.jobs.doors import go_to
 
 PROMPTS = [[1, 2, 3], [4, 5], [6]]
-TIMEOUT_S = 4.0
+TIMEOUT_S = 8.0
 
 
 @functools.cache
