@@ -143,7 +143,13 @@ def run_in_processes(question: Question, *, timeout_s: float) -> None:
         question.ranks().rank(0)
     # not by a file, which others might read, and which would stay where this process is killed
     given = question.to_json().encode()
-    launch(["partitioner.cli.ranks.run_rank"], num_ranks=question.num_ranks, timeout_s=timeout_s, given=given)
+    launch(
+        ["partitioner.cli.ranks.run_rank"],
+        num_ranks=question.num_ranks,
+        timeout_s=timeout_s,
+        given=given,
+        name=Place(question.replicated.replica_mesh, 0).name,
+    )
 
 
 def run_on_replicas(question: Question, *, timeout_s: float) -> None:
@@ -154,8 +160,6 @@ def run_on_replicas(question: Question, *, timeout_s: float) -> None:
     transformers_logging.disable_progress_bar()
     if is_bundle(question.model):
         question.ranks()  # says what is asked for in vain
-    elif Plan.parse(str(plan)) != plan:
-        raise InputError(f"the plan {plan} cannot be written as text")
     dtype = None if question.dtype in (None, "auto") else dtype_named(str(question.dtype))
     with (
         _within(timeout_s),

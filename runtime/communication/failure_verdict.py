@@ -96,8 +96,9 @@ class FailureVerdict:
             return "lost", f"one of {names(others)} is lost, and {names([0])}, which would know, has left{detail}"
         silent = [rank for rank in others if rank not in waiting]
         stopped = self._stopped(silent)
-        if 0 in stopped:
-            silent = [0]  # of the others nothing is known: it all comes through rank 0
+        if 0 in stopped or (self._rank != 0 and heartbeat.silent_s(0) > self._timeout_s / 2):
+            # of the others nothing is known, whoever is in the group: it all comes through rank 0
+            silent, stopped = [0], {0}
         at = heartbeat.known("at")
         seen = "".join(f"\n  last checked there: {at[rank]}" for rank in silent if at.get(rank))
         if not silent and (elsewhere := self._stopped([r for r in range(heartbeat.num_ranks) if r != self._rank])):
@@ -106,7 +107,7 @@ class FailureVerdict:
         if not silent:
             waits = "".join(f"\n  {text}" for rank, text in waiting.items() if rank in others)
             return "mismatch", f"the ranks wait for each other and none can go on:\n  {call}{waits}"
-        if not re.search("timed? ?out", cause, re.IGNORECASE):
+        if not stopped and not re.search("timed? ?out", cause, re.IGNORECASE):
             return "lost", f"{names(silent)} did not say why a connection broke, and still runs{seen}{detail}"
         if stopped:
             how = "no sign of life comes from its process: it is stopped, or its host cannot be reached"

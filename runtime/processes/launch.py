@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType, MappingProxyType
 
@@ -62,10 +62,18 @@ _NOT_INHERITED = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_", "PARTITIONER_SE
 """Where this process is a rank of something itself."""
 
 
-def launch(module: Sequence[str], *, num_ranks: int, timeout_s: float = 600.0, given: bytes = b"") -> list[bytes]:
+def launch(
+    module: Sequence[str],
+    *,
+    num_ranks: int,
+    timeout_s: float = 600.0,
+    given: bytes = b"",
+    name: Callable[[int], str] = "rank {}".format,
+) -> list[bytes]:
     """Run `python -P -m module[0] module[1:]` once per rank; call from the main thread (it handles signals).
 
-    Returns what each rank answered. Refuses more ranks than this machine has room for, before it starts any.
+    Returns what each rank answered. name: how errors call a rank. Refuses more ranks than this machine has room for,
+    before it starts any.
     """
     require_timeout(timeout_s)
     if sys.platform != "linux":
@@ -74,8 +82,8 @@ def launch(module: Sequence[str], *, num_ranks: int, timeout_s: float = 600.0, g
     deadline = time.monotonic() + timeout_s
     files: list[int] = []
     try:
-        for name in ("store", "given", *("answer" for _ in range(num_ranks))):
-            files.append(os.memfd_create(f"partitioner-{name}", os.MFD_CLOEXEC))
+        for what in ("store", "given", *("answer" for _ in range(num_ranks))):
+            files.append(os.memfd_create(f"partitioner-{what}", os.MFD_CLOEXEC))
         store, question, *answers = files
         write_memory(question, given)
         ranks: list[subprocess.Popen[bytes]] = []
@@ -84,7 +92,7 @@ def launch(module: Sequence[str], *, num_ranks: int, timeout_s: float = 600.0, g
                 for rank, answer in enumerate(answers):
                     inherits = {GIVEN: question, _ANSWER: answer}
                     ranks.append(start_rank(module, rank, num_ranks, store=store, files=inherits))
-                number = _wait(ranks, signals, deadline, timeout_s)
+                number = _wait(ranks, signals, deadline, timeout_s, name)
                 end_ranks(ranks, number)
             finally:
                 end_ranks(ranks, signal.SIGTERM)
@@ -165,7 +173,13 @@ def start_rank(
     )
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: int, deadline: float, timeout_s: float) -> int:
+def _wait(
+    ranks: Sequence[subprocess.Popen[bytes]],
+    signals: int,
+    deadline: float,
+    timeout_s: float,
+    name: Callable[[int], str],
+) -> int:
     """0: all have succeeded, or the signal that came before; RankLost as soon as one rank has not succeeded."""
     with selectors.DefaultSelector() as selector:
         handles = [os.pidfd_open(rank.pid) for rank in ranks]
@@ -183,21 +197,21 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: int, deadline: floa
                     if key.data.wait() == 0:
                         selector.unregister(key.fd)
                 if failed := {place: rank for place, rank in enumerate(ranks) if rank.poll()}:
-                    raise RankLost(_describe(failed))
+                    raise RankLost(_describe(failed, name))
             return 0
         finally:
             for handle in handles:
                 os.close(handle)
 
 
-def _describe(failed: dict[int, subprocess.Popen[bytes]]) -> str:
+def _describe(failed: dict[int, subprocess.Popen[bytes]], name: Callable[[int], str]) -> str:
     def order(rank: int) -> tuple[bool, int]:
         return failed[rank].returncode > 0, rank  # a signal is a cause, the others' errors are its consequences
 
     rank = min(failed, key=order)
     code = failed[rank].returncode
     how = f"was ended by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-    return f"rank {rank} {how} (process {failed[rank].pid}; its output is above); all other ranks were stopped"
+    return f"{name(rank)} {how} (process {failed[rank].pid}; its output is above); all other ranks were stopped"
 
 
 def signal_name(number: int) -> str:

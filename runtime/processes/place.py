@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from partitioner.errors import CommunicationError, PlanError
 from partitioner.sharding.mesh import Mesh
@@ -93,6 +93,11 @@ class Place:
         of = f" of replica {self.replica}" if self.replicas > 1 else ""
         stage = self.stage(rank)
         return f"rank {rank}{of}" + ("" if stage is None else f" (stage {stage})")
+
+    def name_of_all(self, number: int) -> str:
+        """The same by the number that a launcher of all replicas has given."""
+        replica, rank = divmod(number, self.mesh.world_size)
+        return replace(self, replica=replica).name(rank)
 
     def names(self, ranks: Iterable[int]) -> str:
         """The same for several: "ranks 1 and 2"."""

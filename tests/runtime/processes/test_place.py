@@ -73,6 +73,7 @@ def test_names_say_stage_and_replica_where_there_are_several() -> None:
     assert Place(MESH, 0).name(3) == "rank 3 (stage 1)"
     assert Place(MESH, 0, 1, 2).names([0, 3]) == "ranks 0 of replica 1 (stage 0), 3 of replica 1 (stage 1)"
     assert Place(Mesh.of(), 0, 1, 2).names([0]) == "rank 0 of replica 1"
+    assert Place(MESH, 0, 0, 2).name_of_all(7) == "rank 3 of replica 1 (stage 1)"
 
 
 SLURM = {
