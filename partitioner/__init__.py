@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from partitioner.cli.launch import launch
     from partitioner.compile.partition import partition
     from partitioner.compile.parts import Parts
     from partitioner.errors import (
@@ -58,6 +59,7 @@ __all__ = [
     "RankMismatch",
     "WeightError",
     "__version__",
+    "launch",
     "load",
     "partition",
 ]
@@ -76,6 +78,7 @@ _HOMES = {
     "RankLost": "partitioner.errors",
     "RankMismatch": "partitioner.errors",
     "WeightError": "partitioner.errors",
+    "launch": "partitioner.cli.launch",
     "load": "partitioner.storage.bundle.bundle",
     "partition": "partitioner.compile.partition",
 }

@@ -49,6 +49,7 @@ ORDER = {
         "pipeline",
         "generation",
         "engine",
+        "launching",
     ),
 }
 STANDARD = tuple(sys.stdlib_module_names)

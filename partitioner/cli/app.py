@@ -32,7 +32,7 @@ from partitioner.cli.options import (
     Simulate,
     Timeout,
 )
-from partitioner.cli.run import Question, answer, answer_alone, answer_here, is_rank, run_in_processes
+from partitioner.cli.run import Question, answer, answer_alone, answer_here, run_in_processes, run_on_replicas
 from partitioner.cli.schedule import schedule
 from partitioner.cli.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
 from partitioner.errors import InputError
@@ -44,6 +44,7 @@ from partitioner.storage.hub import fetched
 from partitioner.storage.named_model import dtype_named
 from runtime.generation.generation_options import Settings
 from runtime.processes.launch import require_timeout
+from runtime.processes.place import is_rank
 
 __all__ = ["app", "main"]
 
@@ -192,6 +193,8 @@ def run_command(
         answer_here(question)
     elif question.num_ranks == 1:
         answer_alone(question)
+    elif question.replicated.replicas > 1:
+        run_on_replicas(question, timeout_s=timeout_s)
     else:
         run_in_processes(question, timeout_s=timeout_s)
 

@@ -11,12 +11,13 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from partitioner.cli.options import Compile, Ep, KeepWhole, MaxLength, Passes, PlanText, Pp, Sp, Tp
+from partitioner.cli.options import Compile, Dp, Ep, KeepWhole, MaxLength, Passes, PlanText, Pp, Sp, Tp
 from partitioner.errors import CommunicationError, PartitionerError
 
 __all__ = ["command"]
 
 _COMPILE = {
+    "dp": Dp,
     "tp": Tp,
     "pp": Pp,
     "ep": Ep,

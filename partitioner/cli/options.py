@@ -31,6 +31,7 @@ __all__ = [
     "Compile",
     "CompileSteps",
     "Device",
+    "Dp",
     "Dtype",
     "Ep",
     "Job",
@@ -92,6 +93,15 @@ Sp = Annotated[
         help="ranks that share out the tokens of each sequence; by default 1, or those of the bundle",
     ),
 ]
+Dp = Annotated[
+    int | None,
+    typer.Option(
+        "--dp",
+        "--data-parallel-size",
+        "--data_parallel_size",
+        help="replicas, which share out requests; by default 1, or those of the bundle",
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(help="of the weights; by default, or auto, the checkpoint's, or what the configuration names"),
@@ -130,11 +140,13 @@ class Compile:
     pp: int | None = None
     ep: int | None = None
     sp: int | None = None
+    dp: int | None = None
 
     @classmethod
     def of(
         cls,
         *,
+        dp: int | None,
         tp: int | None,
         pp: int | None,
         ep: int | None,
@@ -145,7 +157,7 @@ class Compile:
         max_length: int | None,
     ) -> Compile:
         """What the command line was given; its passes are installed, and serve what it asks for."""
-        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, plan, pp, ep, sp)
+        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, plan, pp, ep, sp, dp)
         check_plan(how.plan)
         return how
 
@@ -164,15 +176,16 @@ class Compile:
     def plan_of(self, model: str | None) -> Plan:
         """The plan for MODEL, which may be a bundle with a number of ranks of its own."""
         plan = Plan.parse(self.text or "")
-        asked = {"tp": self.tp, "pp": self.pp, "ep": self.ep, "sp": self.sp}
+        asked = {"dp": self.dp, "tp": self.tp, "pp": self.pp, "ep": self.ep, "sp": self.sp}
         given = {axis: size for axis, size in asked.items() if size is not None}
         for axis, size in given.items():
             if self.text and size != plan.degree(axis):
                 raise InputError(f"--{axis} {size} and --plan {self.text!r} say two things: give one of them")
         degrees = {axis: plan.degree(axis) for axis in DEGREES}
-        if not self.text and not given and model is not None and is_bundle(model):
-            mesh = load(model).mesh
-            degrees = {axis: mesh.size(axis) for axis in DEGREES}
+        if not self.text and not given.keys() - {"dp"} and model is not None and is_bundle(model):
+            bundle = load(model)
+            degrees = {axis: bundle.mesh.size(axis) for axis in DEGREES}
+            degrees["dp"] *= bundle.replicas
         elif plan.dp_follows:
             del degrees["dp"]  # it follows from the others, which are not all here yet
         return Plan(

@@ -3,6 +3,7 @@
     answer(question)                    what one rank of several does: load, partition, generate; rank 0 prints
     answer_alone(question)              the same where there is one rank, in this process
     run_in_processes(question, ...)     start the ranks of this machine and wait for them
+    run_on_replicas(question, ...)      the same for several replicas, which this process serves
     under torchrun                      the process is a rank already, and answers by itself
 
 The text goes to standard output, all else to standard error.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,9 +26,12 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from partitioner.cli.chat_template import TemplateFailed, render
+from partitioner.cli.launch import launch as launch_replicas
 from partitioner.cli.options import Job
+from partitioner.cli.text_stream import Text, TextStream
 from partitioner.compile.parts import Parts
 from partitioner.errors import CaptureError, InputError
+from partitioner.program.plan import Plan
 from partitioner.program.ranks import Ranks
 from partitioner.storage.bundle.bundle import Bundle, load
 from partitioner.storage.named_model import dtype_named, hub_hint, own_code, read_fields
@@ -37,12 +42,13 @@ from runtime.engine.engine import Engine
 from runtime.generation.decode_graphs import require_fixed_shapes
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.kv_cache.device_memory import Amount, readable
-from runtime.processes.bootstrap import missing_variables
+from runtime.launching.launched import Launched
 from runtime.processes.capacity import require_threads
 from runtime.processes.choose_device import choose_device
 from runtime.processes.launch import begin_worker, launch
+from runtime.processes.place import Place
 
-__all__ = ["Question", "answer", "answer_alone", "answer_here", "is_rank", "run_in_processes"]
+__all__ = ["Question", "answer", "answer_alone", "answer_here", "run_in_processes", "run_on_replicas"]
 
 
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
@@ -106,7 +112,7 @@ class Question(Job):
             return self.compile.compile(self.model, dtype=self.dtype, mapped=self.mapped)
         self.compile.require_none(self.model)
         bundle = load(self.model, checkpoint=self.checkpoint, mapped=self.mapped, checked=self.checked)
-        if self.compile.plan_of(self.model).mesh != bundle.mesh or self.dtype not in (None, "auto"):
+        if self.replicated.replica_mesh != bundle.mesh or self.dtype not in (None, "auto"):
             raise InputError(
                 f"{self.model!r} is a bundle for {bundle.mesh}, as it is: leave --tp, --plan and --dtype out, or "
                 "split it anew by partitioner export"
@@ -114,18 +120,18 @@ class Question(Job):
         return bundle
 
     @property
+    def replicated(self) -> Plan:
+        """The plan, whose degrees may be those of a bundle."""
+        return self.compile.plan_of(self.model)
+
+    @property
     def num_ranks(self) -> int:
-        return load(self.model).mesh.world_size if is_bundle(self.model) else self.plan.mesh.world_size
+        return self.replicated.mesh.world_size
 
     @property
     def placed(self) -> torch.device:
         """Where the ranks of this machine run: under torchrun there may be fewer here than in all."""
         return choose_device(self.device, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", self.num_ranks)))
-
-
-def is_rank() -> bool:
-    """Whether torchrun started this process."""
-    return not missing_variables()
 
 
 def run_in_processes(question: Question, *, timeout_s: float) -> None:
@@ -137,7 +143,58 @@ def run_in_processes(question: Question, *, timeout_s: float) -> None:
         question.ranks().rank(0)
     # not by a file, which others might read, and which would stay where this process is killed
     given = question.to_json().encode()
-    launch(["partitioner.cli.run_rank"], num_ranks=question.num_ranks, timeout_s=timeout_s, given=given)
+    launch(
+        ["partitioner.cli.ranks.run_rank"],
+        num_ranks=question.num_ranks,
+        timeout_s=timeout_s,
+        given=given,
+        name=Place(question.replicated.replica_mesh, 0).name,
+    )
+
+
+def run_on_replicas(question: Question, *, timeout_s: float) -> None:
+    """Start the ranks of several replicas here, and tell what they say."""
+    if question.profile:
+        raise InputError("--profile is for one replica: leave --dp out")
+    tokenizer, plan, started = _tokenizer(question), question.replicated, time.perf_counter()
+    transformers_logging.disable_progress_bar()
+    if is_bundle(question.model):
+        question.ranks()  # says what is asked for in vain
+    dtype = None if question.dtype in (None, "auto") else dtype_named(str(question.dtype))
+    with (
+        _within(timeout_s),
+        launch_replicas(
+            question.model,
+            plan,
+            device=question.placed.type,
+            dtype=dtype,
+            max_length=question.compile.max_length,
+            checkpoint=question.checkpoint,
+            mapped=question.mapped,
+            checked=question.checked,
+            compile=question.compile_steps,
+            start_timeout_s=timeout_s,
+        ) as llm,
+    ):
+        _say(f"{llm.replicas} replicas of {llm.mesh} ready in {time.perf_counter() - started:.1f} s")
+        _write(question, tokenizer, llm, sys.stdout)
+
+
+@contextlib.contextmanager
+def _within(timeout_s: float) -> Iterator[None]:
+    """Ends this process, and with it all ranks, after so many seconds."""
+
+    def end() -> None:
+        print(f"error: the ranks did not finish within {timeout_s:g} s and were stopped", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(timeout_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def answer(question: Question) -> None:
@@ -146,7 +203,7 @@ def answer(question: Question) -> None:
     parts, tokenizer = _load(question)
     started = time.perf_counter()
     device = question.placed
-    steps = _steps(question, parts, device, int(os.environ["RANK"]))
+    steps = _steps(question, parts, device, Place.here(parts.mesh, replicas=question.replicated.replicas).rank)
     with Engine.connect(parts, device=device, **steps) as engine:
         _say(f"weights loaded in {time.perf_counter() - started:.1f} s")
         _answer_by(question, tokenizer, engine, steps)
@@ -267,16 +324,16 @@ def _own_code(folder: str | Path) -> str:
         return ""
 
 
-def _write(question: Question, tokenizer: Any, engine: Engine | Ranks, out: TextIO | None) -> None:
+def _write(question: Question, tokenizer: Any, engine: Engine | Ranks | Launched, out: TextIO | None) -> None:
     prompts = [_ids(question, tokenizer, prompt) for prompt in question.prompts]
     at_a_time = min(len(prompts), question.max_batch or len(prompts))
     _reserve(question, engine, longest=max(map(len, prompts)), max_batch=at_a_time)
     options = {**question.options, "tokenizer": tokenizer}  # for stop strings, the model's own as well
     said: list[list[int]] = [[] for _ in prompts]
     # one sequence is written as it comes; several would run into each other
-    texts = [_Text(tokenizer, prompt) for prompt in prompts]
+    texts = [Text(tokenizer, prompt) for prompt in prompts]
     # a question and its answer are two texts, a prompt and its continuation one
-    stream = _Stream(texts[0], out, with_prompt=not question.chat) if len(prompts) == 1 else None
+    stream = TextStream(texts[0], out, with_prompt=not question.chat) if len(prompts) == 1 else None
     started, firsts, later_s, later = time.perf_counter(), 0.0, 0.0, 0
     for begin in range(0, len(prompts), at_a_time):
         group = range(begin, min(begin + at_a_time, len(prompts)))
@@ -306,7 +363,7 @@ def _write(question: Question, tokenizer: Any, engine: Engine | Ranks, out: Text
     _say(f"{total} tokens, the first after {firsts:.2f} s, then {rate} ({engine.mesh})")
 
 
-def _reserve(question: Question, engine: Engine | Ranks, *, longest: int, max_batch: int) -> None:
+def _reserve(question: Question, engine: Engine | Ranks | Launched, *, longest: int, max_batch: int) -> None:
     """Sets the cache aside, of the size that this question needs, and says how much more would fit."""
     new: int = question.options.get("max_new_tokens", 1)
     size = CacheSize(max_batch=max_batch, max_length=longest + new - 1, memory=question.cache_memory)
@@ -335,42 +392,6 @@ def _ids(question: Question, tokenizer: Any, prompt: str) -> list[int]:
             "write the messages it is given; leave --chat out to continue the prompt as it is"
         )
     return ids
-
-
-class _Text:
-    """What follows a prompt, as far as it is certain: the last bytes of a letter may be still to come."""
-
-    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
-        self.tokenizer, self.ids = tokenizer, prompt
-        self.prompt = self._decoded(prompt).rstrip("\ufffd")
-
-    def after(self, tokens: list[int]) -> str:
-        # together with the prompt: a space between the two belongs to neither alone
-        return self._decoded(self.ids + tokens)[len(self.prompt) :]
-
-    def _decoded(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-class _Stream:
-    """Writes a text as it comes."""
-
-    def __init__(self, text: _Text, out: TextIO | None, *, with_prompt: bool) -> None:
-        self.text, self.out = text, out
-        self.written = 0
-        if out is not None and with_prompt:
-            out.write(text.prompt)
-
-    def show(self, tokens: list[int]) -> None:
-        if self.out is not None:
-            text = self.text.after(tokens).rstrip("\ufffd")
-            self.out.write(text[self.written :])
-            self.out.flush()
-            self.written = max(self.written, len(text))
-
-    def end(self, tokens: list[int]) -> None:
-        assert self.out is not None
-        self.out.write(self.text.after(tokens)[self.written :] + "\n")
 
 
 def _say(line: str) -> None:

@@ -30,6 +30,7 @@ from partitioner.storage.named_model import dtype_named, load_config, load_model
 from runtime.processes.capacity import require_threads
 from runtime.processes.choose_device import choose_device
 from runtime.processes.launch import launch
+from runtime.processes.place import Place
 
 __all__ = [
     "Case",
@@ -97,10 +98,11 @@ def verify_in_processes(case: Case, *, timeout_s: float) -> list[Outcome]:
     # here once, rather than on every rank: a wrong name should be one line
     load_config(case.model, small=True)
     answers = launch(
-        ["partitioner.cli.verify_rank"],
+        ["partitioner.cli.ranks.verify_rank"],
         num_ranks=case.plan.mesh.world_size,
         timeout_s=timeout_s,
         given=case.to_json().encode(),
+        name=Place(case.plan.replica_mesh, 0, 0, case.plan.replicas).name_of_all,
     )
     ranks = [[Outcome(**fields) for fields in json.loads(answer)] for answer in answers]
     worst = [max(same, key=lambda outcome: outcome.error) for same in zip(*ranks, strict=True)]

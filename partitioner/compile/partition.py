@@ -161,7 +161,7 @@ def compile_program(
     prove_stages(text)
     return Parts(
         text,
-        make_report(text, plan=repr(plan)),
+        make_report(text, plan=repr(plan), replicas=plan.replicas),
         traced=traced,
         generation=functools.partial(_compile_generation, traced, split, plan, step),
         plan=plan,
@@ -225,7 +225,7 @@ def compile_steps(stepping: Program, plan: Plan, *, stages: StageTable | None = 
 
 def _split(traced: Program, plan: Plan, entry: str, stages: StageTable | None = None) -> Program:
     """With its weights divided, as the plan has it for this entry."""
-    found = run_passes(traced.copy(plan.mesh), splitting(traced, plan, entry))
+    found = run_passes(traced.copy(plan.replica_mesh), splitting(traced, plan, entry))
     found.stages = stages
     return found
 

@@ -54,6 +54,10 @@ class Parts(Ranks, Generic[Report]):
     def mesh(self) -> Mesh:
         return self.program.mesh
 
+    @property
+    def replicas(self) -> int:
+        return 1 if self._plan is None else self._plan.replicas
+
     def entry(self, entry: Entry, rank: int) -> RankProgram:
         coordinates = self.mesh.coordinates(rank)
         with self._lock:  # simulated ranks ask at the same time

@@ -85,8 +85,7 @@ def check_plan(plan: object) -> Plan:
     if not isinstance(plan, Plan):
         raise PlanError(f"the plan must be a Plan, such as Plan(tp=2); got {plan!r}")
     served = {axis for built_in in ORDER for axis in built_in.serves}
-    if _has_experts(plan):
-        served.add("dp")  # ranks that share out experts
+    served.add("dp")  # ranks that share out experts, or replicas, of which the model knows nothing
     for axis in DEGREES:
         degree = plan.degree(axis)
         if degree > 1 and axis not in served:
@@ -123,7 +122,7 @@ def splitting(traced: Program, plan: Plan, entry: str) -> list[Chosen]:
     for i, chosen in enumerate(found):
         if chosen.step.name in varied:
             step: Any = chosen.step
-            found[i] = replace(chosen, step=step.for_entry(entry, replace(traced, mesh=plan.mesh)))
+            found[i] = replace(chosen, step=step.for_entry(entry, replace(traced, mesh=plan.replica_mesh)))
     return found
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from partitioner.errors import PlanError
-from partitioner.program.plan_text import items, read_value, write_value
+from partitioner.program.plan_text import items, read_value, shown, write_value
 from partitioner.sharding.mesh import DEGREES, Mesh, require_degrees
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Plan:
     of all these; by default as many as the experts' ranks need, otherwise one. ep: ranks that share out the experts of
     each layer; etp: those that share out each expert's matrices. ep x etp must divide dp x sp x tp: experts use the
     same ranks. sp_attention: how queries of one rank meet the keys of others: "ring", "gather", "ulysses", or "auto".
+    Replicas that no expert is shared out over are worlds of their own, see `replicas`.
     keep_whole: globs of weight names that are replicated.
 
     passes: the name of an installed pass, the name and its options, `("probe", {"every": 2})`, or a pass itself,
@@ -76,8 +77,7 @@ class Plan:
         object.__setattr__(self, "passes", tuple(map(_chosen, given)))
         require_degrees({axis: self.degree(axis) for axis in DEGREES})
         if self.dp is None:
-            experts = self.ep * self.etp
-            object.__setattr__(self, "dp", experts // math.gcd(experts, self.sp * self.tp))
+            object.__setattr__(self, "dp", self._least_dp)
         if self.sp_attention not in SP_ATTENTION:
             raise PlanError(f"sp_attention must be one of {', '.join(SP_ATTENTION)}; got {self.sp_attention!r}")
         if self.sp_attention != "auto" and self.sp == 1:
@@ -93,7 +93,23 @@ class Plan:
 
     @property
     def mesh(self) -> Mesh:
+        """All ranks."""
         return Mesh.of(**{axis: self.degree(axis) for axis in DEGREES})
+
+    @property
+    def replicas(self) -> int:
+        """How many worlds there are that have nothing to tell each other: what experts do not need of dp."""
+        return self.degree("dp") // self._least_dp
+
+    @property
+    def replica_mesh(self) -> Mesh:
+        """The ranks of one replica; the ranks of `mesh` are those of the first, then those of the next, and so on."""
+        return Mesh.of(**{axis: self.degree(axis) for axis in DEGREES} | {"dp": self._least_dp})
+
+    @property
+    def _least_dp(self) -> int:
+        experts = self.ep * self.etp
+        return experts // math.gcd(experts, self.sp * self.tp)
 
     @classmethod
     def parse(cls, text: str) -> Plan:
@@ -112,15 +128,15 @@ class Plan:
             elif "." in name:
                 kind, _, option = name.rpartition(".")
                 if option in passes.setdefault(kind, {}):
-                    raise PlanError(f"the plan {text!r} gives {name} twice")
+                    raise PlanError(f"the plan {shown(text)} gives {name} twice")
                 passes[kind][option] = read_value(value)
             elif name not in (*DEGREES, *_FIELDS):
                 raise PlanError(
-                    f"the plan {text!r} has {name!r}; required: {', '.join(DEGREES)}, {' or '.join(_FIELDS)}, a pass's "
+                    f"the plan {shown(text)} has {name!r}; required: {', '.join(DEGREES)}, {' or '.join(_FIELDS)}, a pass's "
                     "name, or PASS.OPTION, such as tp=2,pp=2"
                 )
             elif name in values:
-                raise PlanError(f"the plan {text!r} gives {name} twice")
+                raise PlanError(f"the plan {shown(text)} gives {name} twice")
             else:
                 values[name] = _read_field(name, value, text)
         chosen = [(name, options) if options else name for name, options in passes.items()]
@@ -141,8 +157,7 @@ class Plan:
     @property
     def dp_follows(self) -> bool:
         """Whether dp is what it would be if it had not been given."""
-        experts = self.ep * self.etp
-        return self.dp == experts // math.gcd(experts, self.sp * self.tp)
+        return self.dp == self._least_dp
 
     def __repr__(self) -> str:
         said = [f"{axis}={n}" for axis, n in self.mesh.degrees.items() if axis != "dp" or not self.dp_follows]
@@ -168,7 +183,7 @@ def _read_field(name: str, value: str, text: str) -> Any:
     if name == "keep_whole":
         return tuple(map(str, found)) if isinstance(found, tuple) else (value,)
     if not isinstance(found, int) or isinstance(found, bool):
-        raise PlanError(f"the plan {text!r} has {name}={value}; required: a whole number of ranks")
+        raise PlanError(f"the plan {shown(text)} has {name}={value}; required: a whole number of ranks")
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from partitioner.errors import PlanError
 
-__all__ = ["items", "read_value", "write_value"]
+__all__ = ["items", "read_value", "shown", "write_value"]
 
 _INTEGER = re.compile(r"[+-]?\d{1,1000}\Z")  # Python reads no more than some 4000
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\Z", re.IGNORECASE)
@@ -27,7 +27,7 @@ def items(text: str) -> list[tuple[str, str | None]]:
         name, equals, value = part.partition("=")
         name, value = name.strip(), value.strip()
         if not name or (equals and not value):
-            raise PlanError(f"the plan {_shown(text)} has {_shown(part.strip())}; required: NAME=VALUE, such as tp=2")
+            raise PlanError(f"the plan {shown(text)} has {shown(part.strip())}; required: NAME=VALUE, such as tp=2")
         found.append((name, value if equals else None))
     return found
 
@@ -67,17 +67,18 @@ def _parts(text: str, whole: str) -> list[str]:
         elif character == "[":
             depth += 1
             if depth > _DEEPEST:
-                raise PlanError(f"in {_shown(whole)}, brackets stand more than {_DEEPEST} deep in each other")
+                raise PlanError(f"in {shown(whole)}, brackets stand more than {_DEEPEST} deep in each other")
         elif character == "]":
             depth -= 1
         elif character == "," and depth == 0:
             parts.append(text[start:at])
             start = at + 1
     if depth or quote:
-        raise PlanError(f"in {_shown(whole)}, a {'quote' if quote else 'bracket'} is not closed")
+        raise PlanError(f"in {shown(whole)}, a {'quote' if quote else 'bracket'} is not closed")
     rest = text[start:]
     return [*parts, rest] if parts or rest.strip() else []
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """For a message: no more than a line or two of it."""
     return repr(text if len(text) <= 200 else f"{text[:200]}...")

@@ -9,10 +9,11 @@ Engine.connect(ranks)                    this process's rank, under torchrun
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Unpack
 
 import torch
@@ -22,10 +23,11 @@ from partitioner.errors import CommunicationError, InputError
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.communicator import Communicator
 from runtime.engine.engine import Engine
+from runtime.engine.replicas import deal, merged, work_of
 from runtime.engine.simulator import Simulator
 from runtime.execution.chrome_trace import Trace
 from runtime.generation.generation_options import Options
-from runtime.generation.generation_request import Generated, Prompts, Step
+from runtime.generation.generation_request import Generated, GenerationRequest, Prompts, Step
 from runtime.kv_cache.cache_size import CacheSize, Room, bytes_needed, tokens_that_fit
 from runtime.kv_cache.device_memory import Amount
 from runtime.processes.capacity import require_memory, require_threads
@@ -44,6 +46,11 @@ class Ranks(ABC):
     @property
     @abstractmethod
     def mesh(self) -> Mesh: ...
+
+    @property
+    def replicas(self) -> int:
+        """How many times these ranks stand side by side, each time as a world of its own."""
+        return 1
 
     @abstractmethod
     def entry(self, entry: Entry, rank: int) -> RankProgram:
@@ -85,9 +92,16 @@ class Ranks(ABC):
         )
 
     @cached_property
+    def _simulators(self) -> list[Simulator]:
+        """One per replica."""
+        require_threads(self.mesh.world_size * self.replicas)
+        programs = [self.rank(rank) for rank in self.everyone()]
+        return [Simulator(programs, entries=self.entry) for _ in range(self.replicas)]
+
+    @property
     def _simulator(self) -> Simulator:
-        require_threads(self.mesh.world_size)
-        return Simulator([self.rank(rank) for rank in self.everyone()], entries=self.entry)
+        """The one of the first replica."""
+        return self._simulators[0]
 
     def simulate(self, **inputs: Tensor | bool | None) -> Tensor:
         """Run all ranks in this process with the model's own weights, and return the result of the first that has it.
@@ -97,22 +111,57 @@ class Ranks(ABC):
         return same_on_all_ranks([result for result in self.simulate_ranks(**inputs) if result is not None])
 
     def simulate_ranks(self, **inputs: Tensor | bool | None) -> list[Tensor | None]:
-        """The same, with every rank's own result: that of several stages is with the last."""
-        return self._simulator(**inputs)
+        """The same, with every rank's own result: that of several stages is with the last. Every replica runs it."""
+        return [result for simulator in self._simulators for result in simulator(**inputs)]
 
     def generate(
         self, prompts: Prompts | None = None, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Tensor | Generated:
         """Continue `prompts` on all ranks in this process; see `Engine.generate`."""
+        if self.replicas > 1:
+            return self._generate_on_replicas(prompts, attention_mask, options)
         results = self._simulator.run(lambda engine: engine.generate(prompts, attention_mask=attention_mask, **options))
         same_on_all_ranks([r.sequences if isinstance(r, Generated) else r for r in results])
         return results[0]
+
+    def _generate_on_replicas(
+        self, prompts: Prompts | None, attention_mask: Tensor | None, options: Options
+    ) -> Tensor | Generated:
+        """Each replica its rows, one after the other. All get their turn; the first that failed is told then."""
+        request = self._simulator.engines[0].request(prompts, attention_mask=attention_mask, **options)
+        dealt = deal(work_of(request), replicas=self.replicas)
+        found: list[list[Step]] = []
+        failures: list[BaseException] = []
+        for number, (simulator, rows) in enumerate(zip(self._simulators, dealt, strict=True)):
+            try:
+                found.append(simulator.run(partial(_steps, request.of_rows(rows)))[0] if rows else [])
+            except BaseException as error:
+                error.add_note(f"replica {number}")
+                failures.append(error)
+        if failures:
+            raise failures[0]
+        return request.result(merged(found, dealt))
 
     def stream(
         self, prompts: Prompts | None = None, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Iterator[Step]:
         """The same, a step at a time; see `Engine.stream`."""
+        if self.replicas > 1:
+            return self._stream_on_replicas(prompts, attention_mask, options)
         return self._simulator.stream(lambda engine: engine.stream(prompts, attention_mask=attention_mask, **options))
+
+    def _stream_on_replicas(
+        self, prompts: Prompts | None, attention_mask: Tensor | None, options: Options
+    ) -> Iterator[Step]:
+        request = self._simulator.engines[0].request(prompts, attention_mask=attention_mask, **options)
+        dealt = deal(work_of(request), replicas=self.replicas)
+        with contextlib.ExitStack() as stack:
+            streams = []
+            for simulator, rows in zip(self._simulators, dealt, strict=True):
+                steps = simulator.stream(partial(_stream, request.of_rows(rows))) if rows else iter(())
+                streams.append(stack.enter_context(contextlib.closing(steps)) if rows else steps)  # type: ignore[type-var]
+            while any(found := [[step for step in [next(steps, None)] if step is not None] for steps in streams]):
+                yield merged(found, dealt)[0]
 
     def profile(self) -> AbstractContextManager[Trace]:
         """`with ranks.profile() as trace:` records what all ranks do in this process; see docs/profiling.md."""
@@ -120,7 +169,8 @@ class Ranks(ABC):
 
     def reserve(self, size: CacheSize) -> Room:
         """Sets the caches of all ranks in this process aside; see `Engine.reserve`."""
-        return self._simulator.run(lambda engine: engine.reserve(size))[0]
+        rooms = [simulator.run(lambda engine: engine.reserve(size)) for simulator in self._simulators]
+        return rooms[0][0]
 
     def cache_bytes(self, *, max_batch: int, max_length: int, prefill_step: int = 512) -> list[int]:
         """Per rank, the bytes of the cache for `max_batch` sequences of up to `max_length` tokens, prompt included."""
@@ -149,6 +199,14 @@ class Ranks(ABC):
             tokens_that_fit(self.entry("decode", rank), room, max_batch=max_batch, prefill_step=prefill_step)
             for rank in self.everyone()
         ]
+
+
+def _stream(request: GenerationRequest, engine: Engine) -> Iterator[Step]:
+    return engine.steps(request)
+
+
+def _steps(request: GenerationRequest, engine: Engine) -> list[Step]:
+    return list(engine.steps(request))
 
 
 def same_on_all_ranks(results: list[Tensor]) -> Tensor:

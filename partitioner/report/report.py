@@ -82,6 +82,8 @@ class Report:
     notes: tuple[str, ...] = field(default=())
     stages: StageReport | None = None
     """None where there is one stage."""
+    replicas: int = 1
+    """How many times these ranks stand side by side."""
 
     @property
     def whole(self) -> tuple[WeightRow, ...]:
@@ -130,6 +132,11 @@ class Report:
         if len(self.bytes_per_rank) > 1:
             held, shared = max(zip(self.bytes_per_rank, self.replicated_per_rank, strict=True))
             lines.append(f"replicated: {readable(shared)} of {readable(held)} per rank are held by other ranks too")
+        if self.replicas > 1:
+            lines.append(
+                f"replicas: {self.replicas}, each with ranks and weights as above; they share out requests, of which "
+                "none is faster for it"
+            )
         lines.append(f"matrices: the fullest rank holds {self.matrix_share:.1%}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
@@ -139,7 +146,7 @@ def pattern_of(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def make_report(program: Program, *, plan: str) -> Report:
+def make_report(program: Program, *, plan: str, replicas: int = 1) -> Report:
     """Describes a program after its passes."""
     groups: dict[tuple[str, ...], list[Weight]] = defaultdict(list)
     users = matrix_users(program)
@@ -201,6 +208,7 @@ def make_report(program: Program, *, plan: str) -> Report:
         matrix_share=share,
         notes=(*map(_explained, program.notes), *_too_many_ranks(len(ranks), share)),
         stages=stage_report(program, tuple(map(sum, held))),
+        replicas=replicas,
     )
 
 

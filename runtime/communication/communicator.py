@@ -55,6 +55,8 @@ class Communicator(Binder):
 
     mesh: Mesh
     rank: int
+    replicas_here: int = 1
+    """How many replicas of these ranks share this host's memory."""
 
     @abc.abstractmethod
     def traceable_channel(self, axes: Axes, *, node: str) -> Channel:

@@ -59,7 +59,7 @@ class FailureVerdict:
         detail = f"\n  awaited by {call}\n  {origin}{cause}"
         heartbeat = self._heartbeat
         if heartbeat is None:
-            return RankLost(f"one of the {_list(others, 'rank')} is lost, and nothing tells which{detail}")
+            return RankLost(f"one of the ranks {', '.join(map(str, others))} is lost, and nothing tells which{detail}")
         heartbeat.tell("waiting", str(call))
         deadline = time.monotonic() + _GRACE_S
         while time.monotonic() < deadline:
@@ -86,17 +86,19 @@ class FailureVerdict:
     def _judge(
         self, heartbeat: Heartbeat, call: Call | str, others: list[int], cause: str, detail: str
     ) -> tuple[str, str]:
+        names = heartbeat.names
         if lost := heartbeat.lost():
-            return "lost", "; ".join(f"rank {rank} {how}" for rank, how in lost.items()) + detail
+            return "lost", "; ".join(f"{names([rank])} {how}" for rank, how in lost.items()) + detail
         waiting = heartbeat.known("waiting")
         if left := [rank for rank in others if rank in heartbeat.known("left") and rank not in waiting]:
-            return "lost", f"{_list(left, 'rank')} left, by closing the engine, while others wait for it{detail}"
+            return "lost", f"{names(left)} left, by closing the engine, while others wait for it{detail}"
         if heartbeat.is_cut_off:
-            return "lost", f"one of the {_list(others, 'rank')} is lost, and rank 0, which would know, has left{detail}"
+            return "lost", f"one of {names(others)} is lost, and {names([0])}, which would know, has left{detail}"
         silent = [rank for rank in others if rank not in waiting]
         stopped = self._stopped(silent)
-        if 0 in stopped:
-            silent = [0]  # of the others nothing is known: it all comes through rank 0
+        if 0 in stopped or (self._rank != 0 and heartbeat.silent_s(0) > self._timeout_s / 2):
+            # of the others nothing is known, whoever is in the group: it all comes through rank 0
+            silent, stopped = [0], {0}
         at = heartbeat.known("at")
         seen = "".join(f"\n  last checked there: {at[rank]}" for rank in silent if at.get(rank))
         if not silent and (elsewhere := self._stopped([r for r in range(heartbeat.num_ranks) if r != self._rank])):
@@ -105,8 +107,8 @@ class FailureVerdict:
         if not silent:
             waits = "".join(f"\n  {text}" for rank, text in waiting.items() if rank in others)
             return "mismatch", f"the ranks wait for each other and none can go on:\n  {call}{waits}"
-        if not re.search("timed? ?out", cause, re.IGNORECASE):
-            return "lost", f"{_list(silent, 'rank')} did not say why a connection broke, and still runs{seen}{detail}"
+        if not stopped and not re.search("timed? ?out", cause, re.IGNORECASE):
+            return "lost", f"{names(silent)} did not say why a connection broke, and still runs{seen}{detail}"
         if stopped:
             how = "no sign of life comes from its process: it is stopped, or its host cannot be reached"
         else:
@@ -116,17 +118,12 @@ class FailureVerdict:
             )
         named = [rank for rank in silent if rank in stopped] or silent
         within = f"within {self._timeout_s:g} s"
-        return "lost", f"{_list(named, 'rank')} did not answer {within}; {how}{seen}{detail}"
+        return "lost", f"{names(named)} did not answer {within}; {how}{seen}{detail}"
 
 
 def is_broken(error: RuntimeError) -> bool:
     """Whether others are the cause."""
     return isinstance(error, (Disconnected, dist.DistError)) or bool(_BROKEN.search(str(error)))
-
-
-def _list(ranks: list[int], word: str) -> str:
-    names = ", ".join(map(str, ranks))
-    return f"{word} {names}" if len(ranks) == 1 else f"{word}s {names}"
 
 
 def _as_error(verdict: str) -> CommunicationError:

@@ -22,15 +22,18 @@ import functools
 import itertools
 import logging
 import os
+import platform
 from collections.abc import Collection
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from partitioner.errors import CommunicationError, PlanError, RankLost
+from partitioner.errors import CommunicationError, RankLost
 from partitioner.sharding.layout import in_order
 from partitioner.sharding.mesh import AXES, EXPERT_AXES, Mesh
 from runtime.communication.channels import AloneChannel, Channel
@@ -47,13 +50,14 @@ from runtime.communication.peer_memory.peer_memory import Unavailable as NoPeers
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory, Unavailable
 from runtime.communication.traceable import FunctionalChannel, OpaqueChannel
 from runtime.ops.communicating import Axes, axes_text
-from runtime.processes.bootstrap import WatchedStore, bootstrap, missing_variables, watched
+from runtime.processes.bootstrap import WatchedStore, bootstrap, watched
 from runtime.processes.choose_device import choose_device
 from runtime.processes.device_watch import DeviceWatch, end_quickly
 from runtime.processes.heartbeat import Heartbeat
 from runtime.processes.listening import listening_sockets
+from runtime.processes.place import Place, wrong_world
 
-__all__ = ["ProcessGroups", "Sharing"]
+__all__ = ["Meeting", "ProcessGroups", "Sharing"]
 
 Sharing = Literal["auto", "on", "off"]
 """Whether ranks of one host talk through shared memory; see the module's docstring."""
@@ -62,6 +66,16 @@ _log = logging.getLogger("partitioner")
 
 _MEETINGS = itertools.count()
 """Every rank meets the others equally often, so that all count alike."""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where this process met the others, for the `number`-th time. store: that of all replicas."""
+
+    place: Place
+    number: int
+    store: Store
+    heartbeat: Heartbeat
 
 
 class ProcessGroups(Communicator):
@@ -92,15 +106,18 @@ class ProcessGroups(Communicator):
         self._state = RankState(self.rank, device, self._failure_verdict, checking=check)
         self._owned = False
         self._store: Store | None = None
+        self.meeting: Meeting | None = None
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._shared: dict[tuple[int, ...], SharedMemory] = {}
         self.peers: dict[tuple[int, ...], PeerMemory] = {}
         """By the ranks of a group: the memory of its GPUs that all of them write into."""
         self._order = torch.zeros(())
+        self.hosts: dict[tuple[str, ...], int] = {}
+        """On how many hosts the ranks of every group with more than one are, by its axes."""
         self.transports: dict[str, str] = {}
         """What carries the collectives of every group with more than one rank, by its axes, and why."""
         if dist.get_world_size() != mesh.world_size:
-            raise _wrong_world(dist.get_world_size(), mesh)
+            raise wrong_world(dist.get_world_size(), mesh)
         # members of overlapping groups must create them in one order
         for named in _in_one_order(mesh.single_axes if axes is None else axes):
             axis, ranks = axes_text(named), mesh.group(named, self.rank)
@@ -112,6 +129,8 @@ class ProcessGroups(Communicator):
                     # NCCL connects at the first use: here, where a lost rank is noticed
                     dist.all_reduce(torch.zeros(1, device=device), group=group)
                     torch.cuda.synchronize(device)
+                everyone = exchange_json(_host(), group=group, num_ranks=len(ranks), device=device)
+                self.hosts[named] = len(set(everyone))
                 self.transports[axis] = self._share(ranks, axis, shared_memory)
         late = [peers.late for peers in self.peers.values()]
         watches = heartbeat is not None and device.type == "cuda"
@@ -123,28 +142,24 @@ class ProcessGroups(Communicator):
         cls,
         mesh: Mesh,
         *,
+        place: Place | None = None,
         axes: Collection[tuple[str, ...]] | None = None,
         device: str | torch.device = "cpu",
         timeout_s: float = 60.0,
         check: bool = False,
         shared_memory: Sharing = "auto",
     ) -> ProcessGroups:
-        """Join the other ranks, in a process that torchrun started.
+        """Join the other ranks, in a process that a launcher started. place: which it is; None: of the one replica.
 
         device: "cuda" means the local rank's own; "auto" that, where this host has one for each of its ranks, or "cpu".
         """
-        if missing := missing_variables():
-            raise CommunicationError(f"not started by torchrun: {', '.join(missing)} not set. Run it with torchrun")
-        world_size = int(os.environ["WORLD_SIZE"])
-        # before joining: with the wrong number of ranks everything after would only time out
-        if world_size != mesh.world_size:
-            raise _wrong_world(world_size, mesh)
-        device = choose_device(device, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+        place = place or Place.here(mesh)
+        rank, world_size = place.rank, mesh.world_size
+        device = choose_device(device, num_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])))
         if str(device) == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         _require_sharing(shared_memory, device)
-        rank = int(os.environ["RANK"])
         # the launcher's store outlives our groups: without a number, a second meeting would find the first's addresses
         meeting = next(_MEETINGS)
         heartbeat: Heartbeat | None = None
@@ -156,7 +171,9 @@ class ProcessGroups(Communicator):
                 end_quickly()
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
-                store=PrefixStore(f"groups/{meeting}", shared_store),
+                store=PrefixStore(
+                    f"groups/{meeting}" + (f"/{place.replica}" if place.replicas > 1 else ""), shared_store
+                ),
                 rank=rank,
                 world_size=world_size,
                 timeout=_group_timeout(timeout_s, device),
@@ -178,9 +195,9 @@ class ProcessGroups(Communicator):
 
         try:
             listening = listening_sockets()
-            store, heartbeat = watched(
-                functools.partial(bootstrap, meeting, rank, world_size, timeout_s), timeout_s=timeout_s
-            )
+            store, heartbeat = watched(functools.partial(bootstrap, meeting, place, timeout_s), timeout_s=timeout_s)
+            if place.replicas > 1:  # those of other replicas may still come to the store
+                listening = listening_sockets()
             # NCCL's own threads ask the store too, and must not have to come to Python for that
             shared_store = store if device.type == "cuda" else WatchedStore(store, heartbeat, timeout_s=timeout_s)
             self = watched(join, heartbeat=heartbeat, timeout_s=timeout_s)
@@ -193,6 +210,8 @@ class ProcessGroups(Communicator):
         self._owned = True
         # not kept alive by the groups, which know it in C++ only
         self._store = shared_store
+        self.meeting = Meeting(place, meeting, store, heartbeat)
+        self.replicas_here = place.replicas_here
         return self
 
     def begin_run(self, *, new_shapes: bool) -> None:
@@ -318,6 +337,13 @@ def _in_one_order(axes: Collection[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return sorted(required, key=lambda named: (len(named), [place[axis] for axis in named]))
 
 
+def _host() -> str:
+    """Names this host, for a launcher's ranks: by its kernel, and the launcher's own number for it."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    kernel = path.read_text().strip() if path.exists() else platform.node()
+    return f"{kernel} {os.environ.get('GROUP_RANK', '')}"
+
+
 def _require_sharing(wanted: Sharing, device: torch.device) -> None:
     if wanted not in get_args(Sharing):
         raise CommunicationError(f"shared_memory must be one of {', '.join(get_args(Sharing))}; got {wanted!r}")
@@ -356,10 +382,3 @@ def _leave_groups(*, abort: bool) -> None:
         dist.distributed_c10d._abort_process_group()
     else:
         dist.destroy_process_group()
-
-
-def _wrong_world(world_size: int, mesh: Mesh) -> PlanError:
-    return PlanError(
-        f"the plan ({mesh}) needs {mesh.world_size} processes, got {world_size}: "
-        f"start it with torchrun --nproc-per-node {mesh.world_size} on one machine, or change the plan"
-    )

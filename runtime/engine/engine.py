@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Protocol, Unpack, get_args
@@ -24,6 +23,8 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.communicator import Communicator
 from runtime.communication.process_groups import ProcessGroups, Sharing
 from runtime.engine.check_inputs import complete_inputs
+from runtime.engine.crossing import tell_crossing
+from runtime.engine.replicas import ReplicaResults, deal, merged, work_of
 from runtime.execution.chrome_trace import Trace, from_all_ranks
 from runtime.execution.executable import Executable
 from runtime.execution.merge_linears import lay_side_by_side, merge_linears
@@ -36,6 +37,7 @@ from runtime.generation.steps import Loaded
 from runtime.kv_cache.cache_size import CacheSize, Room
 from runtime.ops.communicating import named_axes
 from runtime.pipeline.perform import Staged
+from runtime.processes.place import Place
 from runtime.program.bundle_errors import attribute_errors
 from runtime.program.rank_program import Entry, RankProgram
 from runtime.program.shards import WeightSource
@@ -49,6 +51,9 @@ class RankPrograms(Protocol):
 
     @property
     def mesh(self) -> Mesh: ...
+
+    @property
+    def replicas(self) -> int: ...
 
     def entry(self, entry: Entry, rank: int) -> RankProgram: ...
 
@@ -103,6 +108,8 @@ class Engine:
             executable = Executable(program, self.weights, communicator, self.device, profiler=self.profiler)
             self._run = executable if program.stage is None else Staged(executable)
         self._entries = entries
+        self._replicas: ReplicaResults | None = None
+        """Where this engine's rank is one of several replicas'."""
         self._decoding = {"compile": compile, "cuda_graph": cuda_graph}
 
     @classmethod
@@ -119,22 +126,26 @@ class Engine:
         cuda_graph: bool = False,
         cache: CacheSize | None = None,
     ) -> Engine:
-        """The rank of a process that torchrun started.
+        """The rank of a process that torchrun, or Slurm, started. Of replicas, each has as many ranks as `parts.mesh`.
 
         `device`: "cpu", "cuda" (the local rank's own), or "auto": GPUs where this host has one for each of its ranks.
         `check`: compare the ranks before every collective. `shared_memory`: see
         `runtime.communication.process_groups`. `cache`: set aside at once, see `reserve`.
         """
-        rank = int(os.environ.get("RANK", -1))  # where it is none, `connect` says so
+        place = Place.here(parts.mesh, replicas=parts.replicas)
         communicator = ProcessGroups.connect(
             parts.mesh,
-            axes=group_axes(parts, rank) if 0 <= rank < parts.mesh.world_size else None,
+            place=place,
+            axes=group_axes(parts, place.rank),
             device=device,
             timeout_s=timeout_s,
             check=check,
             shared_memory=shared_memory,
         )
+        results = None
         try:
+            if communicator.meeting is not None and place.replicas > 1 and place.is_together:
+                results = ReplicaResults(communicator.meeting, timeout_s=timeout_s)
             engine = cls(
                 parts.entry("text", communicator.rank),
                 communicator,
@@ -144,10 +155,16 @@ class Engine:
                 compile=compile,
                 cuda_graph=cuda_graph,
             )
+            engine._replicas = results
+            with attribute_errors(engine.program):
+                tell_crossing(engine.program, communicator)
             if cache is not None:
                 engine.reserve(cache)
         except BaseException as error:
             # the others would wait for this rank as long as its process lives
+            if results is not None:
+                results.failed(error)
+                results.close()
             communicator.abort(error)
             communicator.close()
             raise
@@ -171,17 +188,32 @@ class Engine:
 
         `prompts` (or `input_ids`): ids [B, L], with an attention_mask where they are padded (on either side), or a list
         of rows of any lengths, which are returned padded on the left. `options`: see
-        `runtime.generation.generation_options`. Every rank must be given the same, and returns the same.
+        `runtime.generation.generation_options`. Every rank must be given the same, and returns the same. Replicas
+        share out the rows.
         """
-        request = self._request(prompts, attention_mask, options)
+        request = self.request(prompts, attention_mask=attention_mask, **options)
         with attribute_errors(self.program):
-            return request.result(list(self._generate_loop.steps(request)))
+            return request.result(list(self._steps(request)))
 
     def stream(
         self, prompts: Prompts | None = None, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Iterator[Step]:
-        """The same, a step at a time: one token per sequence."""
-        return self._attributed(self._generate_loop.steps(self._request(prompts, attention_mask, options)))
+        """The same, a step at a time: one token per sequence. Of replicas that torchrun started, all at the end."""
+        return self._attributed(self._steps(self.request(prompts, attention_mask=attention_mask, **options)))
+
+    def _steps(self, request: GenerationRequest) -> Iterator[Step]:
+        if self._replicas is None:
+            yield from self._generate_loop.steps(request)
+            return
+        request.require_fits(self._generate_loop.program, request.longest)
+        dealt = deal(work_of(request), replicas=self._replicas.place.replicas)
+        mine = dealt[self._replicas.place.replica]
+        steps = list(self._generate_loop.steps(request.of_rows(mine))) if mine else []
+        yield from merged(self._replicas.exchange(steps), dealt)
+
+    def steps(self, request: GenerationRequest) -> Iterator[Step]:
+        """What this rank's replica says of a request that is checked already."""
+        return self._attributed(self._generate_loop.steps(request))
 
     def _attributed(self, steps: Iterator[Step]) -> Iterator[Step]:
         with attribute_errors(self.program):
@@ -200,7 +232,10 @@ class Engine:
         """How many tokens fit into what `reserve` has set aside; None: nothing is."""
         return self._generate_loop.room
 
-    def _request(self, prompts: Prompts | None, attention_mask: Tensor | None, options: Options) -> GenerationRequest:
+    def request(
+        self, prompts: Prompts | None = None, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
+    ) -> GenerationRequest:
+        """Prompts and options of `generate`, checked, with what the model's own configuration adds."""
         program = self._generate_loop.program
         return GenerationRequest.of(
             prompts, attention_mask, options, eos_token_id=program.eos_token_id, model=program.generation
@@ -273,6 +308,8 @@ class Engine:
         if generate_loop is not None:
             # CUDA graphs hold collectives of the groups, which cannot be destroyed before them
             generate_loop.release()
+        if self._replicas is not None:
+            self._replicas.close()
         self.communicator.close()
 
     def __enter__(self) -> Engine:
@@ -282,5 +319,7 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if error is not None:
+            if self._replicas is not None:
+                self._replicas.failed(error)
             self.communicator.abort(error)
         self.close()

@@ -1,8 +1,8 @@
 """The recordings of all ranks as one trace in the Chrome trace event format, which ui.perfetto.dev and chrome://tracing
 open.
 
-    one process per rank; tracks "steps" (runs, and the modules inside them), "compute", "communication", "waiting";
-    a counter of memory
+    one process per rank; tracks "steps" (runs, and the modules inside them), "compute", "communication", "waiting",
+    "transfers" (what goes from stage to stage, with arrows between the ranks); a counter of memory
 
 A collective cannot finish before the last rank has come to it. Where the ranks share a clock, the time until then is
 *waiting*, and the rest is *communication*:
@@ -31,14 +31,17 @@ from runtime.ops.collectives import all_gather
 
 __all__ = ["Recorded", "Totals", "Trace", "from_all_ranks"]
 
-TRACKS = ("steps", "compute", "communication", "waiting")
+TRACKS = ("steps", "compute", "communication", "waiting", "transfers")
 _OFF_NS = 200_000
 """Marks may be off by this much; more, and the ranks have no common clock."""
 
 
 @dataclass
 class Recorded:
-    """What one rank did, as plain data: `graphs` (their nodes), `runs` of them, `calls` outside graphs, `steps`."""
+    """What one rank did, as plain data: `graphs` (their nodes), `runs` of them, `calls` outside graphs, `steps`.
+
+    transfers: sends, receives and permutes between stages, whose begin and finish are two spans.
+    """
 
     rank: int
     coordinates: dict[str, int]
@@ -48,6 +51,7 @@ class Recorded:
     runs: list[dict[str, Any]] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
+    transfers: list[dict[str, Any]] = field(default_factory=list)
 
     def meetings(self) -> Iterator[tuple[tuple[tuple[int, ...], int], int, int]]:
         """Every collective: which ranks met for which time, when this one came and when it left.
@@ -65,7 +69,10 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Totals:
-    """Seconds of one rank. steps: from the beginning to the end of each; recording: what the recording itself took."""
+    """Seconds of one rank. steps: from the beginning to the end of each; recording: what the recording itself took.
+
+    transfers: between stages, and so between steps: beginning them, and waiting for what comes.
+    """
 
     rank: int
     steps: float
@@ -73,6 +80,7 @@ class Totals:
     communication: float
     waiting: float
     recording: float
+    transfers: float = 0.0
 
     @property
     def told(self) -> float:
@@ -128,18 +136,22 @@ class Trace:
             own = sum(
                 begin - end for run in recorded.runs for begin, end in zip(run["begins"][1:], run["ends"], strict=True)
             )
-            seconds = [time / 1e9 for time in (wall, *(spent[track] for track in TRACKS[1:]), own)]
+            seconds = [time / 1e9 for time in (wall, *(spent[track] for track in TRACKS[1:4]), own, spent["transfers"])]
             found.append(Totals(recorded.rank, *seconds))
         return found
 
     def __str__(self) -> str:
+        rows = self.totals()
+        staged = any(row.transfers for row in rows)
         lines = ["rank   steps [ms]   compute   communication   waiting   recording"]
-        for row in self.totals():
+        lines[0] += "   between stages [ms]" if staged else ""
+        for row in rows:
             told = (row.compute, row.communication, row.waiting, row.recording)
             shares = [f"{part / row.steps if row.steps else 0:.1%}" for part in told]
             lines.append(
                 f"{row.rank:>4}{row.steps * 1e3:>13.1f}{shares[0]:>10}{shares[1]:>16}{shares[2]:>10}{shares[3]:>12}"
             )
+            lines[-1] += f"{row.transfers * 1e3:>22.1f}" if staged else ""
         return "\n".join(lines)
 
     # -- one rank's events, times in nanoseconds -----------------------------------------------------------------------
@@ -156,6 +168,30 @@ class Trace:
         for call in recorded.calls:
             told = {"op": f"{call['op']} over {call['axis']}", "shape": call["shape"]}
             yield from self._met(recorded, call["name"], call["start"], call["end"], call["meeting"], told)
+        for transfer in recorded.transfers:
+            yield from self._transferred(recorded, transfer)
+
+    def _transferred(self, recorded: Recorded, transfer: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """What begins and what waits for its end as spans; an arrow from the sender's begin to the receiver's end."""
+        rank, to, from_ = recorded.rank, transfer["to"], transfer["from"]
+        told = {"op": transfer["op"], "shape": transfer["shape"]}
+        told |= {word: f"rank {other}" for word, other in (("to", to), ("from", from_)) if other is not None}
+        name = transfer["name"]
+        yield _span(rank, 4, f"begin {name}", transfer["start"], transfer["end"], told)
+        if transfer["finish"] is not None:
+            start, end = transfer["finish"]
+            yield _span(rank, 4, f"finish {name}", start, end, told)
+        hosts = {each.rank: each.host for each in self.ranks}
+        group, number = transfer["meeting"]
+        for phase, sender, other, ts in (
+            ("s", rank, to, transfer["start"]),
+            ("f", from_, from_, max(transfer["finish"][0], transfer["finish"][1] - 1) if transfer["finish"] else None),
+        ):
+            if other is None or ts is None or hosts.get(other) != recorded.host:
+                continue  # nobody there, or by another clock
+            arrow = f"{'-'.join(map(str, group))}:{number}:{sender}"
+            event = {"ph": phase, "id": arrow, "name": "transfer", "cat": "transfers", "pid": rank, "tid": 4, "ts": ts}
+            yield event | ({"bp": "e"} if phase == "f" else {})
 
     def _of_node(
         self, recorded: Recorded, run: dict[str, Any], at: int, node: dict[str, Any]

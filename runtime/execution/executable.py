@@ -58,7 +58,7 @@ class Executable:
         profiler: Profiler | None = None,
     ) -> None:
         self.program, self.communicator = program, communicator
-        self.weights, self._profiler = weights, profiler
+        self.weights, self.profiler = weights, profiler
         self._graph = bound_graph(program, communicator, device, cache)
         self.function = functools.partial(fx.GraphModule({}, self._graph).forward, *weights)
         """What runs, bare: of the inputs in their order."""
@@ -71,7 +71,7 @@ class Executable:
         try:
             # not inference_mode: the caller may write to what comes back
             with torch.no_grad():
-                profiler = self._profiler
+                profiler = self.profiler
                 recording = None if profiler is None else profiler.recording
                 if profiler is not None and profiler.routing is not None:
                     result = profiler.routing.run(self.program, self._graph, (*self.weights, *values))

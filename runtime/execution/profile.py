@@ -13,11 +13,9 @@ which the processes of one machine share. What the recordings of all ranks say t
 from __future__ import annotations
 
 import functools
-import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,8 +25,10 @@ from partitioner.errors import InputError
 from runtime.communication.channels import Channel
 from runtime.communication.communicator import Communicator
 from runtime.execution.chrome_trace import Recorded
+from runtime.execution.recording import Recording
 from runtime.execution.routing import Routing
-from runtime.ops.communicating import COMMUNICATING, Axes, Kind, as_axes, axes_text
+from runtime.execution.watched_channels import TransferChannel, WatchedCommunicator
+from runtime.ops.communicating import COMMUNICATING, axes_text
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["Profiled", "Profiler", "Recording"]
@@ -58,7 +58,11 @@ class Profiler:
 
     def watched(self, communicator: Communicator) -> Communicator:
         """`communicator`, whose operations are recorded if a recording is on now."""
-        return communicator if self.recording is None else _Watched(communicator, self.recording)
+        return communicator if self.recording is None else WatchedCommunicator(communicator, self.recording)
+
+    def watched_transfers(self, channel: Channel) -> Channel:
+        """`channel`, of which every use is recorded that a recording is on for; it may be kept."""
+        return TransferChannel(channel, lambda: self.recording)
 
     def timed(self, name: str, function: Callable[..., R]) -> Callable[..., R]:
         """`function` as a step of its own, if a recording is on now."""
@@ -74,68 +78,6 @@ class Profiler:
             return result
 
         return run
-
-
-class Recording:
-    """What one rank has done since `Profiler.start`."""
-
-    def __init__(self, program: RankProgram, device: torch.device) -> None:
-        self.mesh, self.rank = program.mesh, program.rank
-        self._device = device
-        self.on_cuda = device.type == "cuda"
-        at = {axis: program.coordinates[axis] for axis in program.mesh.degrees}
-        self.recorded = Recorded(rank=self.rank, coordinates=at, host=_host(), device=str(device))
-        self._graphs: dict[int, int] = {}
-        self._meetings: Counter[tuple[int, ...]] = Counter()
-
-    def now(self) -> Any:
-        """A mark: a time in nanoseconds, or an event that will have one."""
-        if not self.on_cuda:
-            return time.monotonic_ns()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def times(self, marks: Sequence[Any]) -> list[int]:
-        """The times of marks that are past, or soon will be."""
-        if not self.on_cuda:
-            return list(marks)
-        end = self.now()
-        end.synchronize()
-        ended_ns = time.monotonic_ns()
-        return [ended_ns - int(mark.elapsed_time(end) * 1e6) for mark in marks]
-
-    def allocated(self) -> int:
-        return torch.cuda.memory_allocated(self._device)
-
-    def graph(self, profiled: Profiled) -> int:
-        """The number of a graph in this recording."""
-        if id(profiled) not in self._graphs:
-            self._graphs[id(profiled)] = len(self.recorded.graphs)
-            self.recorded.graphs.append(profiled.nodes)
-        return self._graphs[id(profiled)]
-
-    def meeting(self, axes: Axes, peer: int | None = None) -> list[Any]:
-        """Which ranks meet next along `axes`, and how often they have met before: the same on each of them.
-
-        `peer`: the coordinate of the one other rank, of a send or receive.
-        """
-        group = self.mesh.group(as_axes(axes), self.rank)
-        if peer is not None:
-            group = tuple(sorted((self.rank, group[peer])))
-        self._meetings[group] += 1
-        return [list(group), self._meetings[group] - 1]
-
-    def add_step(self, name: str, start: Any, end: Any) -> None:
-        first, last = self.times([start, end])
-        self.recorded.steps.append({"name": name, "start": first, "end": last})
-
-    def add_call(
-        self, name: str, op: str, axes: Axes, start: Any, end: Any, shape: str, *, peer: int | None = None
-    ) -> None:
-        first, last = self.times([start, end])
-        call = {"name": name, "op": op, "axis": axes_text(axes), "start": first, "end": last, "shape": shape}
-        self.recorded.calls.append({**call, "meeting": self.meeting(axes, peer)})
 
 
 class Profiled:
@@ -180,7 +122,7 @@ class Profiled:
             memory = [(allocated, allocated) for _, allocated in self._seen]
         recording.recorded.runs.append(
             {
-                "graph": recording.graph(self),
+                "graph": recording.graph(self, self.nodes),
                 "name": f"run {list(values[0].shape)}" if values else "run",
                 "start": first,
                 "end": last,
@@ -193,57 +135,6 @@ class Profiled:
             }
         )
         self._begins, self._ends, self._seen = [], [], []
-
-
-class _Watched(Communicator):
-    """A communicator whose operations are recorded, for what communicates outside graphs."""
-
-    def __init__(self, communicator: Communicator, recording: Recording) -> None:
-        self.mesh, self.rank = communicator.mesh, communicator.rank
-        self._communicator, self._recording = communicator, recording
-
-    def channel(self, axes: Axes, *, node: str) -> Channel:
-        return _WatchedChannel(self._communicator.channel(axes, node=node), self._recording)
-
-    def traceable_channel(self, axes: Axes, *, node: str) -> Channel:
-        return self._communicator.traceable_channel(axes, node=node)
-
-    def begin_run(self, *, new_shapes: bool) -> None:
-        self._communicator.begin_run(new_shapes=new_shapes)
-
-    def explained(self, error: BaseException) -> BaseException:
-        return self._communicator.explained(error)
-
-    def abort(self, error: BaseException) -> None:
-        self._communicator.abort(error)
-
-    def barrier(self) -> None:
-        self._communicator.barrier()
-
-    def close(self) -> None:
-        self._communicator.close()
-
-
-class _WatchedChannel(Channel):
-    """Of what is begun, the begin is recorded: the meeting."""
-
-    def __init__(self, channel: Channel, recording: Recording) -> None:
-        super().__init__(channel.axes, channel.ranks, channel.rank, node=channel.node)
-        self._channel, self._recording = channel, recording
-
-    def prepare(self, kind: Kind, *, overwrite: bool = False, **options: Any) -> Callable[..., Any]:
-        bound, recording = self._channel.prepare(kind, overwrite=overwrite, **options), self._recording
-        peer = {"send": options.get("to"), "receive": options.get("from_")}.get(kind)
-
-        def run(*operands: Any) -> Any:
-            start = recording.now()
-            found = bound(*operands)
-            tensor = next((each for each in (found, *operands) if isinstance(each, Tensor)), None)
-            shape = str(list(operands[0])) if tensor is None else _said(tensor)
-            recording.add_call(self.node, kind, self.axes, start, recording.now(), shape, peer=peer)
-            return found
-
-        return run
 
 
 def _stamped(graph: fx.Graph, stamp: Callable[[Any], None]) -> Callable[..., Any]:
@@ -310,10 +201,6 @@ def _texts(pieces: Sequence[Piece]) -> list[tuple[str, int]]:
     ]
 
 
-def _said(value: Tensor) -> str:
-    return _texts(_memory(value))[0][0]
-
-
 def _live_bytes(seen: Sequence[Sequence[Piece]], dying: list[list[int]], kept: set[int]) -> list[tuple[int, int]]:
     """After each call: the bytes of all values that are alive, before and after those that it was the last to read go.
 
@@ -340,10 +227,3 @@ def _live_bytes(seen: Sequence[Sequence[Piece]], dying: list[list[int]], kept: s
                     total -= sizes[place]
         found.append((most, total))
     return found
-
-
-@functools.cache
-def _host() -> str:
-    """Names the running kernel, whose monotonic clock its processes share."""
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else platform.node()

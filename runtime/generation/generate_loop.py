@@ -89,7 +89,9 @@ class GenerateLoop:
         self._turn += 1
         turn = self._turn
         if self.program.stage is not None:
-            staged = StagedLoop(run, self.program, self._decode_by.program, self.communicator, self.device)
+            staged = StagedLoop(
+                run, self.program, self._decode_by.program, self.communicator, self.device, self._profiler
+            )
             chooser = TokenChooser(self.program, settings, self.communicator, self.device, self._profiler)
             for step in staged.steps(request, chooser, run.cache.piece_size(size, longest)):
                 yield step

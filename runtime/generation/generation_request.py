@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,12 +38,16 @@ class Generated:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """prompts: the tokens of each row, without padding. ids [B, L]: the prompts as they will be returned."""
+    """prompts: the tokens of each row, without padding. ids [B, L]: the prompts as they will be returned.
+
+    numbers: of some rows of a request, which these are; (): these are all.
+    """
 
     prompts: tuple[tuple[int, ...], ...]
     ids: Tensor
     settings: Settings
     stops: StopStrings | None = None
+    numbers: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -71,6 +75,23 @@ class GenerationRequest:
             raise InputError(f"request_ids must name each of the {len(rows)} prompts, got {len(requests)}")
         return cls(rows, ids, settings, stops)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that may come of it, without the last one, which is never run."""
+        return max(map(len, self.prompts)) + self.settings.max_new_tokens - 1
+
+    def of_rows(self, rows: Sequence[int]) -> GenerationRequest:
+        """Some of the rows, which are told the same tokens as among all."""
+        requests = self.settings.request_ids or range(len(self.prompts))
+        settings = replace(self.settings, request_ids=tuple(requests[row] for row in rows))
+        return replace(
+            self,
+            prompts=tuple(self.prompts[row] for row in rows),
+            ids=self.ids[list(rows)],
+            settings=settings,
+            numbers=tuple(rows),
+        )
+
     def require_fits(self, program: RankProgram, length: int) -> None:
         """Raises InputError where the model's tables lack a token or a position of texts of `length` tokens."""
         low, _ = program.limits.get("sequence", (1, None))
@@ -96,7 +117,8 @@ class GenerationRequest:
             if wanted.name == "input_ids":
                 for row, prompt in enumerate(self.prompts):
                     if min(prompt) < wanted.bound.low or max(prompt) > wanted.bound.high:
-                        raise InputError(f"prompt {row} holds a token out of range; ids must be {wanted.bound}")
+                        number = self.numbers[row] if self.numbers else row
+                        raise InputError(f"prompt {number} holds a token out of range; ids must be {wanted.bound}")
 
     def watcher(self, vocab_size: int) -> Watcher:
         """Which tokens the steps must and must not take, from the first on."""

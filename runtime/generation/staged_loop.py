@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from runtime.communication.communicator import Communicator
+from runtime.execution.profile import Profiler
 from runtime.generation.choose_tokens import TokenChooser
 from runtime.generation.conversation import Conversation, Piece
 from runtime.generation.generation_request import GenerationRequest, Step
@@ -34,15 +35,21 @@ class StagedLoop:
     """One rank's part of one request; see the module's docstring."""
 
     def __init__(
-        self, run: Steps, prefill: RankProgram, decode: RankProgram, communicator: Communicator, device: torch.device
+        self,
+        run: Steps,
+        prefill: RankProgram,
+        decode: RankProgram,
+        communicator: Communicator,
+        device: torch.device,
+        profiler: Profiler,
     ) -> None:
         assert prefill.stage is not None
         assert decode.stage is not None
         self._run, self._communicator, self._device = run, communicator, device
         self._stage = decode.stage
-        self._links = Links(communicator, prefill.stage)
+        self._links = Links(communicator, prefill.stage, profiler)
         self._program = prefill
-        self._ring = communicator.channel("pp", node="shift")
+        self._ring = profiler.watched_transfers(communicator.channel("pp", node="shift"))
         self._is_last = self._stage.index + 1 == self._stage.count
 
     def steps(self, request: GenerationRequest, chooser: TokenChooser, size: int) -> Iterator[Step]:

@@ -104,7 +104,7 @@ class Room:
         places = _gathered(communicator, torch.tensor([place], device=device))
         # nobody takes anything between the two meetings
         free = free_bytes(device)
-        sharing = int((places == place).sum())
+        sharing = int((places == place).sum()) * (communicator.replicas_here if device.type == "cpu" else 1)
         amount = Amount.of("1 of free" if size.memory is None else size.memory)
         mine = amount.within(None if free is None else free // sharing)
         step = size.prefill_step or LEAST_STEP

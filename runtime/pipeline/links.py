@@ -12,6 +12,7 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.communication.channels import Channel, Handle
 from runtime.communication.communicator import Communicator
+from runtime.execution.profile import Profiler
 from runtime.program.rank_program import Crossing, RunInput, Stage
 
 __all__ = ["Links", "sizes_of"]
@@ -30,14 +31,16 @@ def sizes_of(inputs: Sequence[RunInput], values: Sequence[Tensor]) -> dict[str, 
 class Links:
     """One rank's ends of the connections to the stages before and after its own."""
 
-    def __init__(self, communicator: Communicator, stage: Stage) -> None:
+    def __init__(self, communicator: Communicator, stage: Stage, profiler: Profiler | None = None) -> None:
         self.communicator, self.stage = communicator, stage
+        self._profiler = profiler
         self._receiving = [self._channel(crossing) for crossing in stage.receives]
         self._sending = [self._channel(crossing) for crossing in stage.sends]
         self._new = False
 
     def _channel(self, crossing: Crossing) -> Channel:
-        return self.communicator.channel("pp", node=crossing.name)
+        channel = self.communicator.channel("pp", node=crossing.name)
+        return channel if self._profiler is None else self._profiler.watched_transfers(channel)
 
     def begin(self, *, new_shapes: bool) -> None:
         """Before a schedule: whether its shapes are new, so that ranks compare what they send. Alike on all ranks."""

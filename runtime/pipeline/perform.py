@@ -58,7 +58,7 @@ class Staged:
         stage = executable.program.stage
         assert stage is not None
         self.executable, self.stage = executable, stage
-        self.links = Links(executable.communicator, stage)
+        self.links = Links(executable.communicator, stage, executable.profiler)
         self._seen: set[tuple[tuple[int, ...], ...]] = set()
 
     def __call__(self, values: Sequence[Tensor]) -> Any:

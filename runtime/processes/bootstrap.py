@@ -1,6 +1,6 @@
 """How ranks find each other at the start, without any wait that a lost rank could make unbounded.
 
-    bootstrap(number, rank, ..) the key-value store at which the ranks meet, and the others
+    bootstrap(number, place, ..) the key-value store at which all ranks meet, and the others of this replica
     watched(work, ..)           work(), given up as soon as another rank is lost
     WatchedStore(store, peers)  so that work which waits at the store ends then, too
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -30,11 +29,9 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from partitioner.errors import RankLost
 from runtime.processes.heartbeat import Heartbeat
 from runtime.processes.links import listen_at
+from runtime.processes.place import LOCAL_STORE, Place
 
-__all__ = ["LOCAL_STORE", "WatchedStore", "bootstrap", "missing_variables", "watched"]
-
-LOCAL_STORE = "PARTITIONER_LOCAL_STORE"
-"""Where our launcher says which memory the ranks meet in."""
+__all__ = ["WatchedStore", "bootstrap", "watched"]
 
 T = TypeVar("T")
 _POLL_S = 0.005
@@ -42,21 +39,17 @@ _SPARE_S = 0.3
 """Beyond the deadline, for what is waited for to say itself what is missing."""
 
 
-def missing_variables() -> list[str]:
-    """What a launcher would have set, and is not set."""
-    where = () if LOCAL_STORE in os.environ else ("MASTER_ADDR", "MASTER_PORT")
-    return [name for name in ("RANK", "WORLD_SIZE", *where) if name not in os.environ]
-
-
-def bootstrap(number: int, rank: int, num_ranks: int, timeout_s: float) -> tuple[Store, Heartbeat]:
-    """All ranks together, for the `number`-th time."""
+def bootstrap(number: int, place: Place, timeout_s: float) -> tuple[Store, Heartbeat]:
+    """All ranks of a replica together, for the `number`-th time."""
     deadline = time.monotonic() + timeout_s
     is_local = LOCAL_STORE in os.environ
-    store = _local_store(timeout_s=timeout_s) if is_local else _store(rank, timeout_s=timeout_s)
+    is_first = place.rank == place.replica == 0
+    store = _local_store(timeout_s=timeout_s) if is_local else _store(is_first, timeout_s=timeout_s)
     left_s = max(0.1, deadline - time.monotonic())
-    one_host = is_local or os.environ.get("LOCAL_WORLD_SIZE") == str(num_ranks)
-    host = "" if one_host and sys.platform == "linux" else os.environ["MASTER_ADDR"]
-    return store, Heartbeat.connect(PrefixStore(f"peers/{number}", store), host, rank, num_ranks, timeout_s=left_s)
+    own = PrefixStore(f"peers/{number}" + (f"/{place.replica}" if place.replicas > 1 else ""), store)
+    ranks = place.mesh.world_size
+    heartbeat = Heartbeat.connect(own, place.host, place.rank, ranks, timeout_s=left_s, names=place.names)
+    return store, heartbeat
 
 
 def _local_store(*, timeout_s: float) -> Store:
@@ -65,11 +58,11 @@ def _local_store(*, timeout_s: float) -> Store:
     return store
 
 
-def _store(rank: int, *, timeout_s: float) -> Store:
+def _store(is_first: bool, *, timeout_s: float) -> Store:
     """As torch.distributed's "env://", but rank 0 does not wait for the others here: it could not say who is late."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_host = rank == 0 and not by_launcher
+    is_host = is_first and not by_launcher
     deadline = time.monotonic() + timeout_s
     while not is_host:
         # the store's own client would log each attempt, and go on after its timeout

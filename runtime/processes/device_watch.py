@@ -69,18 +69,18 @@ class DeviceWatch:
 
     def cause(self) -> str | None:
         """Which rank is lost, and how; None: none is."""
+        names = self._heartbeat.names
         if lost := self._heartbeat.lost():
-            return "; ".join(f"rank {rank} {how}" for rank, how in lost.items())
+            return "; ".join(f"{names([rank])} {how}" for rank, how in lost.items())
         others = (rank for rank in range(self._heartbeat.num_ranks) if rank != self._heartbeat.rank)
-        silent = [str(rank) for rank in others if self._heartbeat.silent_s(rank) > self._timeout_s]
+        silent = [rank for rank in others if self._heartbeat.silent_s(rank) > self._timeout_s]
         if silent:
-            named = f"rank {silent[0]}" if len(silent) == 1 else f"ranks {', '.join(silent)}"
-            return f"{named} gave no sign of life for {self._timeout_s:g} s: stopped, or its host cannot be reached"
+            within = f"for {self._timeout_s:g} s"
+            return f"{names(silent)} gave no sign of life {within}: stopped, or its host cannot be reached"
         for each in self._late:
             if late := each():
-                return (
-                    f"rank {late[0]} did not come within {self._timeout_s:g} s; its process is alive: see what it does"
-                )
+                within = f"within {self._timeout_s:g} s"
+                return f"{names(late[:1])} did not come {within}; its process is alive: see what it does"
         return None
 
     def _watch(self) -> None:

@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -41,15 +41,25 @@ _MOST_STRANGERS = 64
 """How many at a time may have said nothing yet; beyond, the oldest goes. Ranks say it at once, and try again."""
 
 _Message = dict[str, Any]
+Names = Callable[[Iterable[int]], str]
 
 
 class Heartbeat:
     """One rank's connections; a thread listens to them until `close`."""
 
     def __init__(
-        self, rank: int, num_ranks: int, *, key: bytes, listener: socket.socket | None = None, link: Link | None = None
+        self,
+        rank: int,
+        num_ranks: int,
+        *,
+        key: bytes,
+        listener: socket.socket | None = None,
+        link: Link | None = None,
+        names: Names | None = None,
     ) -> None:
         self.rank, self.num_ranks = rank, num_ranks
+        self.names: Names = names or _numbers
+        """How messages call some of them."""
         self.at = ""
         """What this rank is about to do; told to the others once one of them waits in vain."""
         self._listener, self._key = listener, key
@@ -67,7 +77,9 @@ class Heartbeat:
         self._thread.start()
 
     @classmethod
-    def connect(cls, store: Store, host: str, rank: int, num_ranks: int, *, timeout_s: float) -> Heartbeat:
+    def connect(
+        cls, store: Store, host: str, rank: int, num_ranks: int, *, timeout_s: float, names: Names | None = None
+    ) -> Heartbeat:
         """`host`: where the others find rank 0, "" on one host; `store`: of this meeting alone."""
         deadline = time.monotonic() + timeout_s
         if rank == 0:
@@ -75,7 +87,7 @@ class Heartbeat:
             key = key_of(token)
             listener = listen(host)
             listener.setblocking(False)
-            self = cls(rank, num_ranks, key=key, listener=listener)
+            self = cls(rank, num_ranks, key=key, listener=listener, names=names)
             store.set("rank 0", f"{token} {address_of(listener, host)}")
         else:
             try:
@@ -83,9 +95,9 @@ class Heartbeat:
                 key = key_of(token)
                 link = connect(address, key, rank, timeout_s=max(0.1, deadline - time.monotonic()))
             except (RuntimeError, OSError, ValueError) as error:
-                where = f" on {host}" if host else ""
-                raise RankLost(f"rank 0 has not come, or cannot be reached{where}: {_line(error)}") from error
-            self = cls(rank, num_ranks, key=key, link=link)
+                where, first = f" on {host}" if host else "", (names or _numbers)([0])
+                raise RankLost(f"{first} has not come, or cannot be reached{where}: {_line(error)}") from error
+            self = cls(rank, num_ranks, key=key, link=link, names=names)
         try:
             self._wait(lambda: self._complete and self._listener is None, deadline)
         except BaseException:
@@ -151,7 +163,7 @@ class Heartbeat:
             if verdicts := self.known("verdict"):
                 raise RankLost(json.loads(next(iter(verdicts.values())))[1])
             if lost := self.lost():
-                raise RankLost("; ".join(f"rank {rank} {how}" for rank, how in lost.items()))
+                raise RankLost("; ".join(f"{self.names([rank])} {how}" for rank, how in lost.items()))
             if time.monotonic() > deadline or self.is_cut_off:
                 # those that came would only say that this rank went
                 why = self._who_is_missing()
@@ -161,11 +173,10 @@ class Heartbeat:
 
     def _who_is_missing(self) -> str:
         if self.is_cut_off:
-            return "rank 0 left before all had come"
+            return f"{self.names([0])} left before all had come"
         if self.rank != 0 and self.silent_s(0) > 5 * BEAT_S:
-            return "rank 0 has stopped answering"
-        missing = self._missing() if self.rank == 0 else self._absent
-        return f"{'rank' if len(missing) == 1 else 'ranks'} {', '.join(map(str, missing))} did not come"
+            return f"{self.names([0])} has stopped answering"
+        return f"{self.names(self._missing() if self.rank == 0 else self._absent)} did not come"
 
     def _missing(self) -> list[int]:
         return self._not_here() or [rank for rank in range(self.num_ranks) if rank not in self._known["joined"]]
@@ -336,6 +347,11 @@ class Heartbeat:
         except (OSError, MemoryError):
             # the listening thread finds out what it means
             return
+
+
+def _numbers(ranks: Iterable[int]) -> str:
+    numbers = list(map(str, ranks))
+    return f"{'rank' if len(numbers) == 1 else 'ranks'} {', '.join(numbers)}"
 
 
 def _line(error: BaseException) -> str:

@@ -21,22 +21,34 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from types import FrameType
+from types import FrameType, MappingProxyType
 
 import torch
 
 from partitioner.errors import InputError, RankLost
-from runtime.processes.bootstrap import LOCAL_STORE
 from runtime.processes.capacity import require_capacity
+from runtime.processes.place import LOCAL_STORE, REPLICA
 
-__all__ = ["begin_worker", "launch", "read_given", "require_timeout", "write_answer"]
+__all__ = [
+    "GIVEN",
+    "begin_worker",
+    "end_ranks",
+    "inherited",
+    "launch",
+    "read_given",
+    "require_timeout",
+    "signal_name",
+    "start_rank",
+    "write_answer",
+    "write_memory",
+]
 
 LONGEST_S = 1e7
 """Some months; timers of the operating system end somewhere beyond."""
 
-_GIVEN, _ANSWER = "PARTITIONER_GIVEN", "PARTITIONER_ANSWER"
+GIVEN, _ANSWER = "PARTITIONER_GIVEN", "PARTITIONER_ANSWER"
 _PATIENCE_S = 5.0
 """How long a rank has between being asked to end and being made to."""
 _LOOPBACK = {
@@ -46,14 +58,22 @@ _LOOPBACK = {
 }
 """Whatever the user has set for jobs over hosts."""
 _DEFAULTS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}  # as torchrun has it
-_NOT_INHERITED = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_", "PARTITIONER_SECRET")
+_NOT_INHERITED = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_", "PARTITIONER_SECRET", REPLICA)
 """Where this process is a rank of something itself."""
 
 
-def launch(module: Sequence[str], *, num_ranks: int, timeout_s: float = 600.0, given: bytes = b"") -> list[bytes]:
+def launch(
+    module: Sequence[str],
+    *,
+    num_ranks: int,
+    timeout_s: float = 600.0,
+    given: bytes = b"",
+    name: Callable[[int], str] = "rank {}".format,
+) -> list[bytes]:
     """Run `python -P -m module[0] module[1:]` once per rank; call from the main thread (it handles signals).
 
-    Returns what each rank answered. Refuses more ranks than this machine has room for, before it starts any.
+    Returns what each rank answered. name: how errors call a rank. Refuses more ranks than this machine has room for,
+    before it starts any.
     """
     require_timeout(timeout_s)
     if sys.platform != "linux":
@@ -62,19 +82,20 @@ def launch(module: Sequence[str], *, num_ranks: int, timeout_s: float = 600.0, g
     deadline = time.monotonic() + timeout_s
     files: list[int] = []
     try:
-        for name in ("store", "given", *("answer" for _ in range(num_ranks))):
-            files.append(os.memfd_create(f"partitioner-{name}", os.MFD_CLOEXEC))
+        for what in ("store", "given", *("answer" for _ in range(num_ranks))):
+            files.append(os.memfd_create(f"partitioner-{what}", os.MFD_CLOEXEC))
         store, question, *answers = files
-        _write(question, given)
+        write_memory(question, given)
         ranks: list[subprocess.Popen[bytes]] = []
         with _signals() as signals:
             try:
                 for rank, answer in enumerate(answers):
-                    ranks.append(_start(module, rank, num_ranks, store=store, given=question, answer=answer))
-                number = _wait(ranks, signals, deadline, timeout_s)
-                _end(ranks, number)
+                    inherits = {GIVEN: question, _ANSWER: answer}
+                    ranks.append(start_rank(module, rank, num_ranks, store=store, files=inherits))
+                number = _wait(ranks, signals, deadline, timeout_s, name)
+                end_ranks(ranks, number)
             finally:
-                _end(ranks, signal.SIGTERM)
+                end_ranks(ranks, signal.SIGTERM)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         if number:
@@ -99,15 +120,16 @@ def begin_worker() -> None:
 
 def read_given() -> bytes:
     """In a rank that `launch` started: what it was given."""
-    return _read(_inherited(_GIVEN))
+    return _read(inherited(GIVEN))
 
 
 def write_answer(answer: bytes) -> None:
     """In a rank that `launch` started: what it returns for this rank."""
-    _write(_inherited(_ANSWER), answer)
+    write_memory(inherited(_ANSWER), answer)
 
 
-def _inherited(name: str) -> int:
+def inherited(name: str) -> int:
+    """A descriptor that `start_rank` passed on."""
     if name not in os.environ:
         raise InputError(f"{name} is not set: this process was not started by runtime.processes.launch")
     return int(os.environ[name])
@@ -117,29 +139,47 @@ def _read(file: int) -> bytes:
     return os.pread(file, os.fstat(file).st_size, 0)
 
 
-def _write(file: int, content: bytes) -> None:
+def write_memory(file: int, content: bytes) -> None:
+    """All of a memfd's content."""
     os.ftruncate(file, 0)
     at = 0
     while at < len(content):
         at += os.pwrite(file, content[at:], at)
 
 
-def _start(
-    module: Sequence[str], rank: int, num_ranks: int, *, store: int, given: int, answer: int
+def start_rank(
+    module: Sequence[str],
+    rank: int,
+    num_ranks: int,
+    *,
+    store: int,
+    files: Mapping[str, int],
+    variables: Mapping[str, object] = MappingProxyType({}),
 ) -> subprocess.Popen[bytes]:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)}
+    """One rank, which ends with the thread that starts it.
+
+    store: the memory in which the ranks meet. files: descriptors that it inherits, by the variables that name them.
+    variables: of its environment, beside what says which rank of how many it is.
+    """
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)}
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "GROUP_RANK": 0}
-    meeting = {LOCAL_STORE: f"/proc/self/fd/{store}", _GIVEN: given, _ANSWER: answer}
+    own = {**place, LOCAL_STORE: f"/proc/self/fd/{store}", **files, **variables}
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "runtime.processes.worker", str(os.getpid()), *module],
-        env={**_DEFAULTS, **inherited, **_LOOPBACK, **{name: str(value) for name, value in (place | meeting).items()}},
+        env={**_DEFAULTS, **ours, **_LOOPBACK, **{name: str(value) for name, value in own.items()}},
         stdin=subprocess.DEVNULL,
-        pass_fds=(store, given, answer),
+        pass_fds=(store, *files.values()),
         start_new_session=True,
     )
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: int, deadline: float, timeout_s: float) -> int:
+def _wait(
+    ranks: Sequence[subprocess.Popen[bytes]],
+    signals: int,
+    deadline: float,
+    timeout_s: float,
+    name: Callable[[int], str],
+) -> int:
     """0: all have succeeded, or the signal that came before; RankLost as soon as one rank has not succeeded."""
     with selectors.DefaultSelector() as selector:
         handles = [os.pidfd_open(rank.pid) for rank in ranks]
@@ -157,31 +197,31 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], signals: int, deadline: floa
                     if key.data.wait() == 0:
                         selector.unregister(key.fd)
                 if failed := {place: rank for place, rank in enumerate(ranks) if rank.poll()}:
-                    raise RankLost(_describe(failed))
+                    raise RankLost(_describe(failed, name))
             return 0
         finally:
             for handle in handles:
                 os.close(handle)
 
 
-def _describe(failed: dict[int, subprocess.Popen[bytes]]) -> str:
+def _describe(failed: dict[int, subprocess.Popen[bytes]], name: Callable[[int], str]) -> str:
     def order(rank: int) -> tuple[bool, int]:
         return failed[rank].returncode > 0, rank  # a signal is a cause, the others' errors are its consequences
 
     rank = min(failed, key=order)
     code = failed[rank].returncode
-    how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-    return f"rank {rank} {how} (process {failed[rank].pid}; its output is above); all other ranks were stopped"
+    how = f"was ended by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+    return f"{name(rank)} {how} (process {failed[rank].pid}; its output is above); all other ranks were stopped"
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
 
 
-def _end(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
+def end_ranks(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
     """Asks those that still run to end, with all that they started, and after a while makes them; a stopped one too."""
     deadline = time.monotonic() + _PATIENCE_S
     for rank in ranks:

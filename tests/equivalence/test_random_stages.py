@@ -1,8 +1,9 @@
-"""Random plans of stages, groups and pieces say what one rank says."""
+"""Random plans of replicas, stages, groups and pieces, of up to 16 ranks, say what one rank says."""
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 from typing import Any
 
@@ -41,8 +42,7 @@ def parts(name: str, plan: Plan) -> Parts[Any] | None:
 @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     name=st.sampled_from(["llama", "gpt2", "mixtral"]),
-    pp=st.integers(1, 4),
-    tp=st.integers(1, 4),
+    degrees=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)).filter(lambda d: math.prod(d) <= 16),
     balance=st.sampled_from(["prefill", "decode"]),
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
     piece=st.integers(1, 9),
@@ -50,9 +50,10 @@ def parts(name: str, plan: Plan) -> Parts[Any] | None:
     seed=st.integers(0, 99),
 )
 def test_any_plan_says_the_same(
-    name: str, pp: int, tp: int, balance: str, lengths: list[int], piece: int, new: int, seed: int
+    name: str, degrees: tuple[int, int, int], balance: str, lengths: list[int], piece: int, new: int, seed: int
 ) -> None:
-    staged = parts(name, Plan(pp=pp, tp=tp, passes=[("pipeline", {"balance": balance})]))
+    dp, pp, tp = degrees
+    staged = parts(name, Plan(dp=dp, pp=pp, tp=tp, passes=[("pipeline", {"balance": balance})]))
     alone = parts(name, Plan(tp=1))
     assert alone is not None
     if staged is None:

@@ -1,9 +1,10 @@
-"""Pipeline stages in processes of their own, over gloo."""
+"""Pipeline stages and replicas in processes of their own, over gloo."""
 
 from __future__ import annotations
 
 import pytest
 
+from partitioner.errors import RankLost
 from runtime.processes.launch import launch
 
 
@@ -21,3 +22,24 @@ def test_stages_over_gloo(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
     launch(["tests.equivalence.staged_rank", plan, "llama"], num_ranks=num_ranks, timeout_s=600)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize(("plan", "num_ranks"), [("dp=2", 2), ("dp=2,pp=2", 4)])
+def test_replicas_under_one_launcher(
+    plan: str, num_ranks: int, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
+    launch(["tests.equivalence.replica_rank", plan, "none"], num_ranks=num_ranks, timeout_s=600)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_a_replica_that_fails_under_one_launcher_ends_all(
+    monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What only our own launcher can keep up: torchrun's agent ends all."""
+    monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
+    with pytest.raises(RankLost, match="ended with exit code 1"):
+        launch(["tests.equivalence.replica_rank", "dp=2,pp=2", "raise"], num_ranks=4, timeout_s=600)

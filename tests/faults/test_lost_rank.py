@@ -142,7 +142,8 @@ def check(ranks: Ranks, case: Case, named: tuple[int, ...] | None = None) -> Out
                 if case.phase == "absent":
                     expected = f"could not meet the others within 2 s: rank {victim} "
                 else:
-                    expected = SAYS[case.fault].format(victim)
+                    stage = f" (stage {victim})" if case.pp > 1 else ""
+                    expected = SAYS[case.fault].format(f"{victim}{stage}")
                 assert expected in text, text
             last = text[text.rindex("RankLost: ") :]
             assert not [other for other in survivors if f"rank {other} lost" in last or f"rank {other} did" in last]

@@ -94,6 +94,10 @@ class Bundle(Ranks):
     def mesh(self) -> Mesh:
         return self.manifest.mesh
 
+    @property
+    def replicas(self) -> int:
+        return self.manifest.replicas
+
     @cached_property
     def report(self) -> str:
         """What was split, what was not and why, as it was when the bundle was written."""

@@ -14,9 +14,11 @@ __all__ = ["describe", "show_graph"]
 def describe(bundle: Bundle) -> str:
     manifest = bundle.manifest
     degrees = ", ".join(f"{axis}={n}" for axis, n in manifest.mesh.degrees.items())
+    replicas = f", {manifest.replicas} replicas of them" if manifest.replicas > 1 else ""
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     lines = [
-        f"{manifest.model_class}, {manifest.mesh.world_size} ranks ({degrees or 'not split'}); written with {versions}",
+        f"{manifest.model_class}, {manifest.mesh.world_size} ranks ({degrees or 'not split'}){replicas}; "
+        f"written with {versions}",
         f"continues texts: {manifest.refused or 'yes'}",
         f"weights: {'in the checkpoint that it was made from' if manifest.checkpoint else 'here'}",
         "",

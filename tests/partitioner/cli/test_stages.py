@@ -40,6 +40,25 @@ def test_a_report_says_what_each_stage_has(config: str, option: str) -> None:
     assert "  1: model.layers." in found
 
 
+@pytest.mark.parametrize("option", ["--dp", "--data-parallel-size", "--data_parallel_size"])
+def test_a_report_says_how_many_replicas_there_are(config: str, option: str) -> None:
+    found = said("report", config, option, "3", "--tensor_parallel_size", "2")
+    assert (
+        "replicas: 3, each with ranks and weights as above; they share out requests, of which none is faster" in found
+    )
+    assert "Plan(dp=3, tp=2)" in found
+    assert "replicas:" not in said("report", config, "--tp", "2")
+
+
+def test_a_report_says_that_one_request_is_no_faster_over_stages(config: str) -> None:
+    assert "one sequence takes as long as on one rank of each stage in turn" in said("report", config, "--pp", "2")
+
+
+def test_verify_runs_every_replica(config: str) -> None:
+    case = Case(config, Compile(dp=2, pp=2), ("float64",), (5,))
+    assert all(outcome.equal for outcome in verify(case))
+
+
 def test_the_picture_of_a_schedule(config: str, tmp_path: Path) -> None:
     out = tmp_path / "timeline.svg"
     found = said("schedule", config, "--plan", "pp=2", "--microbatches", "4", "-o", str(out))
@@ -73,5 +92,31 @@ def test_a_bundle_of_stages_is_loaded_and_continues_texts(tmp_path: Path) -> Non
     assert torch.equal(bundle.simulate(input_ids=ids), parts.simulate(input_ids=ids))
     texts = [[3, 4, 5], [6, 7]]
     assert torch.equal(bundle.generate(texts, max_new_tokens=4), parts.generate(texts, max_new_tokens=4))
+    asked = Compile(dp=3).plan_of(str(tmp_path / "bundle"))
+    assert (asked.replicas, asked.replica_mesh) == (3, bundle.mesh), "a bundle runs in any number of replicas"
     again = partition(tmp_path / "bundle", Plan(pp=3))
     torch.testing.assert_close(again.simulate(input_ids=ids), parts.simulate(input_ids=ids), rtol=1e-9, atol=1e-9)
+
+
+def test_a_bundle_of_replicas_holds_one(tmp_path: Path) -> None:
+    model: Any = zoo.tiny("llama")[0]
+    partition(model, Plan(dp=3, pp=2)).save(tmp_path / "bundle")
+    bundle = partitioner.load(tmp_path / "bundle")
+    bundle.verify()
+    assert (bundle.replicas, bundle.mesh.world_size) == (3, 2)
+    assert len(list((tmp_path / "bundle" / "ranks").iterdir())) == 2
+    texts = [[3, 4, 5], [6, 7], [8]]
+    assert torch.equal(
+        bundle.generate(texts, max_new_tokens=3), partition(model, Plan()).generate(texts, max_new_tokens=3)
+    )
+    assert ", 3 replicas of them" in said("show", str(tmp_path / "bundle"))
+
+
+def test_replicas_on_the_command_line() -> None:
+    arguments = ["--prompt", "Return a list of", "--prompt", "def f", "--max-new-tokens", "6"]
+    one, two = (said("run", *arguments, "--simulate", *more) for more in ([], ["--dp", "2"]))
+    assert "def f" in one
+    assert one.splitlines()[:4] == two.splitlines()[:4]
+    refused = CliRunner().invoke(app, ["run", *arguments, "--dp", "2", "--profile", "trace.json"])
+    assert refused.exit_code == 2
+    assert "--profile is for one replica" in refused.output

@@ -74,9 +74,23 @@ def test_experts_need_replicas_where_nothing_else_gives_ranks() -> None:
     assert str(Plan(ep=2)) == "ep=2"
 
 
-@pytest.mark.parametrize("axis", ["dp", "sp"])
+def test_what_experts_do_not_need_of_dp_are_replicas() -> None:
+    for plan, replicas, one in (
+        (Plan(dp=4, tp=2, pp=2), 4, Plan(tp=2, pp=2)),
+        (Plan(dp=2, tp=2, ep=2), 2, Plan(tp=2, ep=2)),
+        (Plan(ep=2, dp=4), 2, Plan(ep=2)),
+        (Plan(ep=2), 1, Plan(ep=2)),
+        (Plan(dp=32, tp=8, ep=32, etp=8), 1, Plan(dp=32, tp=8, ep=32, etp=8)),
+    ):
+        assert plan.replicas == replicas
+        assert plan.replica_mesh == one.mesh
+        assert plan.mesh.world_size == replicas * plan.replica_mesh.world_size
+        check_plan(plan)
+
+
+@pytest.mark.parametrize("axis", ["sp"])
 def test_a_degree_that_no_pass_serves_is_refused_by_name(axis: str) -> None:
-    with pytest.raises(PlanError, match=f"(dp|{axis})=2: no pass divides a model over '(dp|{axis})' yet"):
+    with pytest.raises(PlanError, match=f"{axis}=2: no pass divides a model over '{axis}' yet"):
         check_plan(Plan(**{axis: 2}))
     check_plan(Plan(tp=2, pp=2, ep=2, etp=2))
 

@@ -282,3 +282,43 @@ def test_events_of_a_stream_are_put_on_the_host_s_clock(monkeypatch: pytest.Monk
     monkeypatch.setattr(recording, "now", lambda: FakeEvent(50.0))
     monkeypatch.setattr("runtime.execution.profile.time.monotonic_ns", lambda: 10**9)
     assert recording.times([FakeEvent(10.0), FakeEvent(49.5)]) == [10**9 - 40 * 10**6, 10**9 - 500_000]
+
+
+def test_transfers_between_stages_have_arrows() -> None:
+    """From the begin on the sender to the end on the receiver, one for each piece, prompt's or token's."""
+    staged = compile_program(trace(valid_trace.model()), Plan(pp=2))
+    texts = [[3, 4, 5], [6, 7]]
+    plain = staged.generate(texts, max_new_tokens=4, eos_token_id=[])
+    with staged.profile() as found:
+        staged.simulate(input_ids=IDS)
+        assert torch.equal(staged.generate(texts, max_new_tokens=4, eos_token_id=[]), plain)  # type: ignore[arg-type]
+    events = found.events()
+    spans = [event for event in events if event["ph"] == "X" and event["cat"] == "transfers"]
+    assert {event["name"].partition(" ")[0] for event in spans} == {"begin", "finish"}
+    starts, ends = ({e["id"]: e for e in events if e["ph"] == phase} for phase in "sf")
+    assert starts.keys() == ends.keys()
+    assert len(starts) == sum(event["ph"] in "sf" for event in events) // 2, "each arrow has a name of its own"
+    sent = sum(each["op"] == "send over pp" for each in found.ranks[0].transfers)
+    slots = sum(each["op"] == "permute over pp" for each in found.ranks[0].transfers)
+    assert sent > 0
+    assert slots > 3
+    assert len(starts) == sent + 2 * slots
+    for arrow, start in starts.items():
+        end = ends[arrow]
+        assert start["pid"] != end["pid"]
+        assert start["ts"] <= end["ts"]
+        for event in (start, end):
+            inside = [
+                span
+                for span in spans
+                if span["pid"] == event["pid"] and span["ts"] <= event["ts"] <= span["ts"] + span["dur"] + 1e-6
+            ]
+            assert inside, "a viewer binds an arrow to the span around it"
+    assert all(row.transfers > 0 for row in found.totals())
+    assert "between stages [ms]" in str(found)
+
+
+def test_a_profile_of_one_stage_has_no_transfers() -> None:
+    _, found = recorded(1)
+    assert "between stages" not in str(found)
+    assert not [event for event in found.events() if event["ph"] in "sf"]

@@ -33,7 +33,7 @@ def validate(trace: Trace, *, num_ranks: int) -> list[dict[str, Any]]:
     for event in events:
         assert isinstance(event["name"], str), event
         assert event["name"], event
-        assert event["ph"] in "MXC", event
+        assert event["ph"] in "MXCsf", event
         assert event["ts"] >= 0, event
         if event["ph"] == "X":
             assert event["dur"] >= 0, event

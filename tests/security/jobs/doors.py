@@ -160,6 +160,10 @@ class Network:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def cut(self, host: int) -> None:
+        """Takes a host's link away from the bridge; the host's own end does not notice."""
+        _ip(self.pids[0], f"link set port{host} nomaster")
+
     def close(self) -> None:
         for pid in self.pids:
             os.kill(pid, signal.SIGKILL)

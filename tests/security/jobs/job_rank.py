@@ -19,8 +19,8 @@ from torch.distributed import distributed_c10d
 import partitioner
 from partitioner.compile.parts import Parts
 from runtime.engine import Engine
-from runtime.processes.bootstrap import LOCAL_STORE
 from runtime.processes.launch import begin_worker, write_answer
+from runtime.processes.place import LOCAL_STORE
 from tests.support import handmade
 
 OURS = str(Path(partitioner.__file__).parent.parent)

@@ -61,6 +61,12 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
 
+    @property
+    def replicas(self) -> int:
+        """How many worlds like the one that is stored the plan asked for."""
+        planned, held = self.plan["degrees"].get("dp", 1), self.mesh.size("dp")
+        return 1 if planned % held else planned // held
+
     def write(self) -> dict[str, bytes]:
         """The two files of a manifest, by name."""
         data = {
@@ -112,8 +118,10 @@ class Manifest:
             versions={name: versions.text(name, longest=100) for name in versions.fields()},
             schema=schema,
         )
-        planned = manifest.plan["degrees"]
-        if any(manifest.mesh.size(axis) != planned.get(axis, 1) for axis in DEGREES):
+        planned = {axis: manifest.plan["degrees"].get(axis, 1) for axis in DEGREES}
+        # of replicas, one is stored
+        planned["dp"] = planned["dp"] // manifest.replicas
+        if any(manifest.mesh.size(axis) != planned[axis] for axis in DEGREES):
             record.fail("mesh", f"that of the plan, {', '.join(f'{axis}={n}' for axis, n in planned.items())}")
         for name in ("report.txt", "model/config.json", *(f"ranks/{n}.json" for n in range(manifest.mesh.world_size))):
             if name not in manifest.files:

@@ -1,0 +1,1 @@
+"""What the launcher starts once per rank, for the commands that start any."""

@@ -1,0 +1,246 @@
+"""One replica, as the process sees it that started it: its ranks, their connections, its queue of jobs, and its end.
+
+Everything here is called by one thread, the supervisor's, with which the ranks end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import partitioner.errors
+from partitioner.errors import CommunicationError, PartitionerError, RankLost
+from runtime.launching.jobs import Job
+from runtime.launching.line import Line, Message, pair
+from runtime.launching.reserving import Reserving
+from runtime.launching.serve import LINE
+from runtime.processes.launch import GIVEN, signal_name, start_rank, write_memory
+from runtime.processes.place import REPLICA, Place
+
+__all__ = ["Replica"]
+
+_GRACE_S = 0.5
+"""How long after the first sign of a loss the others have to say what it is."""
+_PATIENCE_S = 5.0
+"""How long ranks have to end by themselves."""
+
+
+class Replica:
+    """See the module's docstring. place: that of its rank 0."""
+
+    def __init__(self, place: Place, *, timeout_s: float) -> None:
+        self.place, self.timeout_s = place, timeout_s
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.lines: list[Line] = []
+        self.handles: list[int] = []
+        """A descriptor per rank that can be read once its process has ended."""
+        self.ready: dict[int, Message] = {}
+        self.queue: deque[Job | Reserving] = deque()
+        """The first is being done, once it has been told."""
+        self.is_busy = False
+        self.lost: PartitionerError | None = None
+        self._files: list[int] = []
+        self._over: dict[int, Message] = {}
+        """Of the job that is being done: the ranks that are through with it."""
+        self._failed: dict[int, Message] = {}
+        self._failed_since: float | None = None
+        self._heard: list[float] = []
+        self._ends_told = False
+
+    @property
+    def num_ranks(self) -> int:
+        return self.place.mesh.world_size
+
+    @property
+    def load(self) -> int:
+        return sum(job.left for job in self.queue)
+
+    def start(self, module: Sequence[str], given: bytes) -> None:
+        first, total = self.place.replica * self.num_ranks, self.place.replicas * self.num_ranks
+        store, question = (os.memfd_create(f"partitioner-{name}", os.MFD_CLOEXEC) for name in ("store", "given"))
+        self._files = [store, question]
+        write_memory(question, given)
+        for rank in range(self.num_ranks):
+            ours, theirs = pair()
+            with theirs:
+                process = start_rank(
+                    module,
+                    rank,
+                    self.num_ranks,
+                    store=store,
+                    files={GIVEN: question, LINE: theirs.fileno()},
+                    variables={
+                        "LOCAL_RANK": first + rank,
+                        "LOCAL_WORLD_SIZE": total,
+                        REPLICA: f"{self.place.replica}/{self.place.replicas}",
+                    },
+                )
+            self.processes.append(process)
+            self.handles.append(os.pidfd_open(process.pid))
+            self.lines.append(Line(ours, timeout_s=self.timeout_s))
+        self._heard = [time.monotonic()] * self.num_ranks
+
+    @property
+    def is_ready(self) -> bool:
+        return len(self.ready) == self.num_ranks
+
+    # -- what ranks say ------------------------------------------------------------------------------------------------
+
+    def hear(self, rank: int) -> bool:
+        """Takes what a rank has said; False: it will say no more."""
+        messages, is_open = self.lines[rank].received()
+        self._heard[rank] = time.monotonic()
+        for message in messages:
+            self._take(rank, message)
+        return is_open
+
+    def _take(self, rank: int, message: Message) -> None:
+        kind = message["kind"]
+        if kind == "ready":
+            self.ready[rank] = message
+        elif kind == "failed":
+            self._failed[rank] = message
+            self.suspect()
+        elif kind in ("step", "room"):
+            job = self.queue[0]
+            job.take(message)
+            self._steer(job)
+        elif kind in ("done", "refused"):
+            self._over[rank] = message
+            if len(self._over) == self.num_ranks:
+                self._finish()
+
+    def _steer(self, job: Job | Reserving) -> None:
+        """Lets the ranks go on, or not: the same word to all."""
+        if not isinstance(job, Job):
+            return
+        if not job.is_wanted:
+            if not self._ends_told:
+                self._ends_told = True
+                self._tell({"kind": "end"})
+        elif (granted := job.next_grant()) is not None:
+            self._tell({"kind": "grant", "granted": granted})
+
+    def look_at_job(self) -> None:
+        """Whether somebody has lost interest meanwhile."""
+        if self.is_busy and self.queue:
+            self._steer(self.queue[0])
+
+    def _finish(self) -> None:
+        refused = [message for _, message in sorted(self._over.items()) if message["kind"] == "refused"]
+        job = self.queue.popleft()
+        self.is_busy = False
+        job.end(_error(refused[0]) if refused else None)
+        self.begin()
+
+    def begin(self) -> None:
+        """Tells the ranks the next job, if they have nothing to do."""
+        if self.is_busy or not self.is_ready or self.lost is not None:
+            return
+        while self.queue and not self.queue[0].is_wanted:
+            self.queue.popleft().end()
+        if not self.queue:
+            return
+        self.is_busy, self._ends_told, self._over = True, False, {}
+        self._tell({"kind": self.queue[0].kind, **self.queue[0].said()})
+
+    def _tell(self, message: Message) -> None:
+        for line in self.lines:
+            try:
+                line.send({**message, "job": id(self.queue[0])})
+            except OSError:  # gone, or it does not read
+                self.suspect()
+
+    # -- its end -------------------------------------------------------------------------------------------------------
+
+    def suspect(self) -> None:
+        """Something is wrong; what, is concluded after a moment."""
+        self._failed_since = self._failed_since or time.monotonic()
+
+    def is_lost(self) -> bool:
+        """Whether it is certain by now; `conclude` says what it is."""
+        now = time.monotonic()
+        if any(now - heard > self.timeout_s for heard in self._heard):
+            return True
+        if self._failed_since is None:
+            return False
+        ended = [process.poll() for process in self.processes]
+        own = any(not _is_consequence(message) for message in self._failed.values())
+        return own or any(code is not None and code < 0 for code in ended) or now - self._failed_since > _GRACE_S
+
+    def conclude(self) -> PartitionerError:
+        """Ends what is left of it, and all its jobs with the reason."""
+        self.lost = self._reason()
+        for job in self.queue:
+            job.end(_copy(self.lost))
+        self.queue.clear()
+        self.is_busy = False
+        self.end(patient=False)
+        return self.lost
+
+    def _reason(self) -> PartitionerError:
+        name = self.place.name
+        for rank, process in enumerate(self.processes):
+            code = process.poll()
+            if code is not None and code < 0:
+                return RankLost(f"{name(rank)} was ended by {signal_name(-code)} (process {process.pid})")
+        for rank, message in sorted(self._failed.items()):
+            if not _is_consequence(message):
+                error = _error(message)
+                if not self.is_ready and not isinstance(error, RankLost):
+                    return error
+                return RankLost(f"{name(rank)} failed: {message['type']}: {message['text']}")
+        for rank, message in self._over.items():
+            if message["kind"] == "refused":
+                return RankLost(f"{name(rank)} alone refused a job: {message['type']}: {message['text']}")
+        for message in self._failed.values():
+            return _error(message)
+        now = time.monotonic()
+        for rank, heard in enumerate(self._heard):
+            if now - heard > self.timeout_s:
+                return RankLost(f"{name(rank)} gave no sign of life for {self.timeout_s:g} s: its process is stopped")
+        codes = {rank: process.poll() for rank, process in enumerate(self.processes)}
+        rank = next((rank for rank, code in codes.items() if code is not None), 0)
+        return RankLost(f"{name(rank)} ended with exit code {codes[rank]} (its output is above)")
+
+    def end(self, *, patient: bool = True) -> None:
+        """Ends all its ranks, and waits for that."""
+        for line in self.lines:
+            line.close()  # what waits for a word ends
+        if patient and self.is_ready and not self.is_busy:
+            deadline = time.monotonic() + _PATIENCE_S
+            for process in self.processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, deadline - time.monotonic()))
+        for process in self.processes:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+        for file in (*self.handles, *self._files):
+            os.close(file)
+        self.handles, self._files, self.lines = [], [], []
+
+
+def _is_consequence(message: Message) -> bool:
+    """Whether it is what others did that ended this rank."""
+    return isinstance(_error(message), CommunicationError)
+
+
+def _error(message: Message) -> PartitionerError:
+    """What a rank raised; RankLost where that is no exception of ours."""
+    kind = vars(partitioner.errors).get(message["type"])
+    if isinstance(kind, type) and issubclass(kind, PartitionerError):
+        return kind(message["text"])
+    return PartitionerError(f"{message['type']}: {message['text']}")
+
+
+def _copy(error: PartitionerError) -> PartitionerError:
+    """One exception raised in several threads would collect all their tracebacks."""
+    return type(error)(*error.args)
