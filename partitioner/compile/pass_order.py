@@ -18,7 +18,6 @@ from partitioner.compile.weight_globs import select
 from partitioner.errors import PlanError
 from partitioner.program.plan import Plan
 from partitioner.program.program import Program
-from partitioner.sharding.mesh import DEGREES
 
 __all__ = ["ORDER", "BuiltIn", "check_plan", "passes_of", "splitting"]
 
@@ -31,7 +30,7 @@ Reasons = tuple[tuple[str, str], ...]
 class BuiltIn:
     """A pass of ours. entries: where it runs. when: for which plans. splits: it divides weights, alike in all entries.
 
-    by_entry: what else it does differs between entries, as its `for_entry` says. serves: axes of which it makes use.
+    by_entry: what else it does differs between entries, as its `for_entry` says.
     """
 
     name: str
@@ -39,7 +38,6 @@ class BuiltIn:
     when: Callable[[Plan], bool]
     splits: bool = False
     by_entry: bool = False
-    serves: tuple[str, ...] = ()
     last: bool = False
     """After the user's own."""
     options: Callable[[Plan], dict[str, object]] = lambda plan: {}
@@ -62,21 +60,20 @@ def _named(plan: Plan) -> set[str]:
 
 
 ORDER = (
-    BuiltIn("expert-parallel", EVERYWHERE, _has_experts, splits=True, by_entry=True, serves=("ep", "etp")),
-    BuiltIn("tensor-parallel", EVERYWHERE, lambda plan: plan.tp > 1 or _has_experts(plan), splits=True, serves=("tp",)),
-    BuiltIn("sequence-parallel", ("text", "prefill"), lambda plan: "sequence-parallel" in _named(plan), serves=("tp",)),
+    BuiltIn("expert-parallel", EVERYWHERE, _has_experts, splits=True, by_entry=True),
+    BuiltIn("tensor-parallel", EVERYWHERE, lambda plan: plan.tp > 1 or _has_experts(plan), splits=True),
+    BuiltIn("sequence-parallel", ("text", "prefill"), lambda plan: "sequence-parallel" in _named(plan)),
     BuiltIn(
         "context-parallel",
         ("text", "prefill"),
         lambda plan: plan.sp > 1,
-        serves=("sp",),
         options=lambda plan: {"attention": plan.sp_attention},
     ),
     BuiltIn("kv-cache", GENERATION, _always),
     BuiltIn("last-token", GENERATION, _always),
     BuiltIn("fuse", EVERYWHERE, _always),
     # then the user's own, in the plan's order
-    BuiltIn("pipeline", EVERYWHERE, lambda plan: plan.pp > 1, serves=("pp",), last=True),
+    BuiltIn("pipeline", EVERYWHERE, lambda plan: plan.pp > 1, last=True),
 )
 
 
@@ -84,15 +81,6 @@ def check_plan(plan: object) -> Plan:
     """The plan, if it is one and passes serve all that it asks for; before the trace, which takes longer."""
     if not isinstance(plan, Plan):
         raise PlanError(f"the plan must be a Plan, such as Plan(tp=2); got {plan!r}")
-    served = {axis for built_in in ORDER for axis in built_in.serves}
-    served.add("dp")  # ranks that share out experts, or replicas, of which the model knows nothing
-    for axis in DEGREES:
-        degree = plan.degree(axis)
-        if degree > 1 and axis not in served:
-            known = ", ".join(each for each in DEGREES if each in served)
-            raise PlanError(
-                f"{axis}={degree}: no pass divides a model over {axis!r} yet; those that there are serve {known}"
-            )
     for axis, why in _NOT_WITH_SP.items():
         if plan.sp > 1 and plan.degree(axis) > 1:
             raise PlanError(f"sp={plan.sp} and {axis}={plan.degree(axis)} do not go together yet: {why}")
@@ -109,7 +97,6 @@ _NOT_WITH_SP = {
     "pp": "hidden states of a rank's own tokens do not cross from stage to stage",
     "ep": "experts are dealt out by a pass that has all tokens on every rank",
     "etp": "experts are dealt out by a pass that has all tokens on every rank",
-    "dp": "only experts span replicas",
 }
 """Axes that do not go together with sp, and why."""
 

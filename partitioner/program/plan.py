@@ -132,8 +132,8 @@ class Plan:
                 passes[kind][option] = read_value(value)
             elif name not in (*DEGREES, *_FIELDS):
                 raise PlanError(
-                    f"the plan {shown(text)} has {name!r}; required: {', '.join(DEGREES)}, {' or '.join(_FIELDS)}, a pass's "
-                    "name, or PASS.OPTION, such as tp=2,pp=2"
+                    f"the plan {shown(text)} has {name!r}; required: {', '.join(DEGREES)}, {' or '.join(_FIELDS)}, a "
+                    "pass's name, or PASS.OPTION, such as tp=2,pp=2"
                 )
             elif name in values:
                 raise PlanError(f"the plan {shown(text)} gives {name} twice")

@@ -48,7 +48,7 @@ def test_text_as_a_user_writes_it() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tq=2", "'tq'; required: dp, pp, sp, tp, ep, etp or keep_whole"),
+        ("tq=2", "'tq'; required: dp, pp, sp, tp, ep, etp, sp_attention or keep_whole"),
         ("tp=two", "required: a whole number"),
         ("tp=1.5", "required: a whole number"),
         ("tp=", "required: NAME=VALUE"),
@@ -88,10 +88,11 @@ def test_what_experts_do_not_need_of_dp_are_replicas() -> None:
         check_plan(plan)
 
 
-@pytest.mark.parametrize("axis", ["sp"])
-def test_a_degree_that_no_pass_serves_is_refused_by_name(axis: str) -> None:
-    with pytest.raises(PlanError, match=f"{axis}=2: no pass divides a model over '{axis}' yet"):
-        check_plan(Plan(**{axis: 2}))
+@pytest.mark.parametrize("axis", ["pp", "ep", "etp"])
+def test_what_does_not_go_with_shared_out_tokens_is_refused_by_name(axis: str) -> None:
+    with pytest.raises(PlanError, match=f"sp=2 and {axis}=2 do not go together yet"):
+        check_plan(Plan(sp=2, **{axis: 2}))
+    check_plan(Plan(tp=2, sp=2, dp=2))
     check_plan(Plan(tp=2, pp=2, ep=2, etp=2))
 
 
