@@ -37,7 +37,17 @@ from runtime.ops.state import cache_append, state_read
 
 aten = torch.ops.aten
 
-__all__ = ["EXPERTS", "MET", "PAST", "ROUTED", "MeetingExpression", "NodeExpression", "SymbolicSizes", "expressions"]
+__all__ = [
+    "EXPERTS",
+    "MET",
+    "PAST",
+    "ROUTED",
+    "Expressions",
+    "MeetingExpression",
+    "NodeExpression",
+    "SymbolicSizes",
+    "expressions",
+]
 
 Expr = Any
 PAST = sympy.Symbol("past", integer=True, nonnegative=True)
@@ -123,10 +133,10 @@ def expressions(program: Program, *, sequence: int = 5) -> dict[fx.Node, NodeExp
 
     sequence: the new tokens at which copies are told from views: 1 for single tokens.
     """
-    return _Expressions(program, sequence).all()
+    return Expressions(program, sequence).all()
 
 
-class _Expressions:
+class Expressions:
     def __init__(self, program: Program, sequence: int) -> None:
         self.program = program
         self.sizes = SymbolicSizes(program, ValueClasses(program))
@@ -153,21 +163,21 @@ class _Expressions:
     def _source(self, node: fx.Node) -> None:
         if node_values(node):
             self.traffic.source(node)
-            self.held[node] = self._bytes(node)
+            self.held[node] = self.bytes(node)
 
     def _mark_routed(self, node: fx.Node) -> None:
         op = operation(node)
         if op is expert_dispatch or (op is not expert_combine and self.sizes.routed & set(node.all_input_nodes)):
             self.sizes.routed.add(node)
 
-    def _bytes(self, node: fx.Node) -> Expr:
+    def bytes(self, node: fx.Node) -> Expr:
         return sum(
             _numel(shape) * value.dtype.itemsize
             for shape, value in zip(self.sizes.shapes(node), node_values(node), strict=True)
         )
 
     def _cost(self, node: fx.Node) -> NodeExpression:
-        values, made = node_values(node), self._bytes(node)
+        values, made = node_values(node), self.bytes(node)
         dtype = str(values[0].dtype).removeprefix("torch.")
         op, path = describe(node).partition(" in ")[0], str(node.meta.get("path") or "")
         self.held[node] = made
@@ -211,7 +221,7 @@ class _Expressions:
         sources = [source for source in node.all_input_nodes if node_values(source)]
         if not seen.written:
             first = self.held[sources[0]] if sources else made
-            whole = self._bytes(sources[0]) if sources else made
+            whole = self.bytes(sources[0]) if sources else made
             expanded = operation(node) in (aten.expand, aten.broadcast_to) or first != whole
             self.held[node] = first if expanded and sources else made
             return 0, 0, seen.unsure
@@ -268,7 +278,7 @@ class _Expressions:
         found = []
         for meeting in COMMUNICATING[node.target].meetings(node):
             sources = [n for n in node.all_input_nodes if n.meta.get("val") == Value(meeting.shape or (), meeting.dtype)]
-            size = self.held.get(sources[0], self._bytes(sources[0])) if sources else self._bytes(node)
+            size = self.held.get(sources[0], self.bytes(sources[0])) if sources else self.bytes(node)
             found.append(MeetingExpression(meeting.kind, meeting.axes, size))
         return tuple(found)
 
