@@ -103,7 +103,7 @@ def fit(rows: Rows, axes: Sequence[Sequence[float]]) -> Grid:
     values = np.empty([len(axis) for axis in points])
     for at in np.ndindex(values.shape):
         values[at] = known[min(known, key=lambda other: sum((a - b) ** 2 for a, b in zip(at, other, strict=True)))]
-    return Grid(tuple(map(tuple, axes)), np.round(values, 3).tolist())
+    return Grid(tuple(map(tuple, axes)), np.vectorize(lambda value: float(f"{value:.3g}"))(values).tolist())
 
 
 def main() -> None:

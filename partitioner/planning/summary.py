@@ -11,7 +11,6 @@ ranks: how far each dim could be split is known from it (`SplitClass`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,9 +29,6 @@ from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.experts import expert_dispatch, grouped_linear
 
 __all__ = ["Experts", "Part", "Summary", "summarize", "summarize_program"]
-
-BATCH, SEQUENCE = (sympy.Symbol(name, integer=True, positive=True) for name in ("batch", "sequence"))
-
 
 @dataclass(frozen=True)
 class Live:
@@ -89,12 +85,19 @@ class Summary:
     last: int
     classes: dict[Any, tuple[SplitClass, str]]
     """By symbol: the class, and what it is called."""
+    batch: Any
+    sequence: Any
     experts: Experts | None
     hidden_bytes: int
     """Of one token, between layers."""
     num_bytes: int
     """Of all weights, whole."""
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The symbols of all expressions, in one order."""
+        return (self.batch, self.sequence, PAST, EXPERTS, MET, ROUTED, *self.classes)
 
     @property
     def num_layers(self) -> int:
@@ -111,8 +114,7 @@ class Summary:
         found: dict[Any, float] = {
             symbol: kind.held(etp if role == "expert_ffn" else tp) for symbol, (kind, role) in self.classes.items()
         }
-        if self.experts is not None:
-            found[EXPERTS] = -(-self.experts.count // ep)
+        found[EXPERTS] = -(-self.experts.count // ep) if self.experts is not None else 1
         return found
 
 
@@ -173,7 +175,8 @@ class _Summarizing:
         dtypes = [str(weight.dtype).removeprefix("torch.") for weight in weights]
         return Summary(
             self.traced.name, max(set(dtypes), key=dtypes.count), parts, order, 0, 1,
-            {symbol: known for known, symbol in self.classes.symbols.items()}, self._experts(), self._hidden(),
+            {symbol: known for known, symbol in self.classes.symbols.items()}, self.program.symbols["batch"],
+            self.program.symbols["sequence"], self._experts(), self._hidden(),
             sum(weight.bytes for weight in weights), self.found,
         )  # fmt: skip
 
@@ -260,9 +263,3 @@ def _is_of(key: str, state: str) -> bool:
 def _kept_weights(program: Program) -> list[Weight]:
     read = {str(node.target) for node in program.graph.nodes if node.op == "get_attr" and node.users}
     return [weight for name, weight in program.weights.items() if name in read]
-
-
-def number_of(expression: Any, values: Mapping[Any, float]) -> float:
-    return float(sympy.sympify(expression).subs(values))
-
-
