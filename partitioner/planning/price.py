@@ -38,6 +38,9 @@ STEP_S = 50e-6
 """Host work of a step that is launched as one graph: inputs, the choice of tokens."""
 
 
+_ITEM = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
 @dataclass(frozen=True)
 class Workload:
     """batch: requests at the same time, over the whole cluster. ttft_s, tpot_s: the most that is allowed."""
@@ -141,8 +144,15 @@ class Price:
 class Pricer:
     """Prices plans for one model on one cluster; what plans have in common is computed once."""
 
-    def __init__(self, summary: Summary, cluster: Cluster, *, overhead_s: float = STEP_S) -> None:
+    def __init__(
+        self, summary: Summary, cluster: Cluster, *, overhead_s: float = STEP_S, weight_dtype: str = ""
+    ) -> None:
+        """weight_dtype: "float8_e4m3fn" where the layers' matrices are stored, and multiplied, in one byte each."""
         self.summary, self.cluster, self.overhead_s = summary, cluster, overhead_s
+        if weight_dtype not in ("", "float8_e4m3fn"):
+            raise InputError(f"weights are priced in the model's own dtype or in float8_e4m3fn; got {weight_dtype!r}")
+        self.weight_dtype = weight_dtype
+        self._saved = _ITEM[summary.dtype] - 1 if weight_dtype else 0
         kind = cluster.weakest
         self.usable = kind.usable_bytes
         self.kernels: Kernels = kernels_of(kind.name, kind.bytes_per_s, kind.flops_per_s, fitted=kind.fitted)
@@ -198,7 +208,9 @@ class Pricer:
         return Memory(weights, cache, activations, buffers, self.usable)
 
     def _weights(self, part: int, values: Mapping[Any, float]) -> float:
-        return self._number(("weights", part), self.summary.parts[part].weight_bytes, values)
+        found = self._number(("weights", part), self.summary.parts[part].weight_bytes, values)
+        inside = part not in (self.summary.first, self.summary.last)
+        return found / _ITEM[self.summary.dtype] if self.weight_dtype and inside else found
 
     def _cache(self, part: int, values: Mapping[Any, float], tokens: int) -> float:
         total = 0.0
@@ -285,7 +297,8 @@ class Pricer:
                 size = next(numbers) * (plan.tp if meeting.kind == "all_gather" else 1)
                 found.link(meeting.kind, collective_seconds(meeting.kind, links, size))
             if node.kind != "meeting":
-                self._product(found, node, product, flops, moved, values)
+                inside = part not in (self.summary.first, self.summary.last)
+                self._product(found, node, product, flops, moved, values, small=bool(self.weight_dtype) and inside)
         self._end_run(found, run)
         return found
 
@@ -298,20 +311,24 @@ class Pricer:
 
     def _product(
         self, found: Seconds, node: NodeExpression, product: Sequence[float], flops: float, moved: float,
-        values: Mapping[Any, float],
+        values: Mapping[Any, float], *, small: bool,
     ) -> None:  # fmt: skip
-        kernels = self.kernels
+        """small: its weights are stored in one byte each."""
+        kernels, dtype = self.kernels, node.dtype
+        if small and node.kind in ("linear", "experts") and dtype == self.summary.dtype:
+            count = product[1] * product[2] * (values[MET] if node.kind == "experts" else 1)
+            moved, dtype = moved - self._saved * count, self.weight_dtype
         if node.kind == "linear":
-            seconds = kernels.linear(*product, moved, node.dtype)
+            seconds = kernels.linear(*product, moved, dtype)
         elif node.kind == "attention":
             rows, heads, kv_heads, _, queries, keys, _ = product
             seconds = kernels.attention(rows=rows, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys,
                                         flops=flops, num_bytes=moved, dtype=node.dtype)  # fmt: skip
         else:
             seconds = kernels.experts(rows=product[0], experts=values[EXPERTS], flops=flops, num_bytes=moved,
-                                      dtype=node.dtype)  # fmt: skip
+                                      dtype=dtype)  # fmt: skip
         found.waiting += LAUNCH_S
-        if flops / kernels.rate(node.dtype) > moved / kernels.bytes_per_s:
+        if flops / kernels.rate(dtype) > moved / kernels.bytes_per_s:
             found.products += seconds
         else:
             found.memory += seconds
