@@ -37,6 +37,9 @@ if TYPE_CHECKING:
         RankMismatch,
         WeightError,
     )
+    from partitioner.planning.cluster import Cluster
+    from partitioner.planning.quantities import Workload
+    from partitioner.planning.search import choose_plan
     from partitioner.program.plan import Plan
     from partitioner.storage.bundle.bundle import load
     from runtime.kv_cache.cache_size import CacheSize
@@ -47,6 +50,7 @@ __all__ = [
     "BundleError",
     "CacheSize",
     "CaptureError",
+    "Cluster",
     "CommunicationError",
     "InputError",
     "LayoutError",
@@ -57,7 +61,9 @@ __all__ = [
     "RankLost",
     "RankMismatch",
     "WeightError",
+    "Workload",
     "__version__",
+    "choose_plan",
     "load",
     "partition",
 ]
@@ -66,6 +72,7 @@ _HOMES = {
     "BundleError": "partitioner.errors",
     "CacheSize": "runtime.kv_cache.cache_size",
     "CaptureError": "partitioner.errors",
+    "Cluster": "partitioner.planning.cluster",
     "CommunicationError": "partitioner.errors",
     "InputError": "partitioner.errors",
     "LayoutError": "partitioner.errors",
@@ -76,6 +83,8 @@ _HOMES = {
     "RankLost": "partitioner.errors",
     "RankMismatch": "partitioner.errors",
     "WeightError": "partitioner.errors",
+    "Workload": "partitioner.planning.quantities",
+    "choose_plan": "partitioner.planning.search",
     "load": "partitioner.storage.bundle.bundle",
     "partition": "partitioner.compile.partition",
 }

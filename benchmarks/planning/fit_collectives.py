@@ -45,7 +45,7 @@ def read(folder: Path) -> dict[str, Rows]:
 
 
 def line(sizes: np.ndarray, seconds: np.ndarray) -> tuple[float, float, float]:
-    """alpha and beta with the least squared relative error, neither below 0, and that error."""
+    """Alpha and beta with the least squared relative error, neither below 0, and that error."""
     weighted = np.stack([1 / seconds, sizes / seconds], axis=1)
     best, *_ = np.linalg.lstsq(weighted, np.ones(len(sizes)), rcond=None)
     if best[1] < 0:
@@ -93,7 +93,7 @@ COLLECTIVES = {"all_reduce": "ALL_REDUCE", "all_gather": "ALL_GATHER", "reduce_s
 
 
 def torch_errors(system: str, rows: Rows) -> list[float]:
-    """torch has no all-to-all of its own formula for every version: those are left out."""
+    """Of torch, which has no all-to-all of its own formula for every version: those are left out."""
     kind = comm_analysis.NVIDIA_GPU_TYPE[GENERATIONS.get(system.partition("_")[0], "BLACKWELL")]
     comm_analysis.get_gpu_type = lambda: kind  # type: ignore[assignment]
     found = []

@@ -2,9 +2,9 @@
 
     python -m benchmarks.planning.fit_kernels FOLDER [--write]
 
-FOLDER: an unpacked wheel of aiconfigurator-core (Apache-2.0, NVIDIA): systems/data/DEVICE/{gemm,attention,moe} tables of
-three engines, of which the median counts. Needs pyarrow. Each kind of kernel has a grid of shares, at logarithms of
-sizes; a point is the median of the rows near it. --write puts them into partitioner/planning/kernels.json.
+FOLDER: an unpacked wheel of aiconfigurator-core (Apache-2.0, NVIDIA): systems/data/*/{gemm,attention,moe} tables of
+three engines, of which the fastest counts; of attention, heads of 128 in groups of 2 to 16. Needs pyarrow. Each kind
+of kernel has a grid of shares, at logarithms of sizes; a point is the median of the rows near it. --write puts them into partitioner/planning/kernels.json.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def linear(folder: Path, name: str, at: Kernels, dtype: str) -> Rows:
     found: Rows = []
     for (m, n, k), seconds in best.items():
         size = ITEM[dtype] * (m * k + n * k) + 2 * m * n
-        found.append(((m, n, k), at.roofline(2 * m * n * k, size, dtype) / statistics.median(seconds)))
+        found.append(((m, n, k), at.roofline(2 * m * n * k, size, dtype) / min(seconds)))
     return found
 
 
@@ -56,7 +56,8 @@ def attention(folder: Path, name: str, at: Kernels, *, decode: bool) -> Rows:
     file = f"{'generation' if decode else 'context'}_attention_perf.parquet"
     best: dict[tuple[int, ...], list[float]] = defaultdict(list)
     for row in tables(folder, name, "attention", file):
-        plain = not row.get("window_size") and row["head_dim"] in (64, 128)
+        grouped = 2 <= row["num_heads"] / (row["num_key_value_heads"] or row["num_heads"]) <= 16
+        plain = not row.get("window_size") and row["head_dim"] == 128 and grouped
         if plain and row["attn_dtype"] == "bfloat16" == row["kv_cache_dtype"]:
             length = row["step"] + 1 if decode else row["isl"]
             kv = row["num_key_value_heads"] or row["num_heads"]
@@ -68,7 +69,7 @@ def attention(folder: Path, name: str, at: Kernels, *, decode: bool) -> Rows:
         pairs = length if decode else length * (length + 1) / 2
         flops = 4 * batch * heads * width * pairs
         size = 2 * batch * width * (2 * queries * heads + 2 * length * kv)
-        share = at.roofline(flops, size, "bfloat16") / statistics.median(seconds)
+        share = at.roofline(flops, size, "bfloat16") / min(seconds)
         found.append(((length, batch * (kv if decode else heads)), share))
     return found
 
@@ -86,7 +87,7 @@ def experts(folder: Path, name: str, at: Kernels, dtype: str) -> Rows:
         met = held * (1 - (1 - topk / count) ** tokens)
         size = ITEM[dtype] * 3 * met * hidden * columns + 2 * rows * (2 * hidden + 3 * columns)
         light = at.roofline(6 * rows * hidden * columns, size, dtype)
-        found.append(((rows / held, light * 1e6), light / statistics.median(seconds)))
+        found.append(((rows / held, light * 1e6), light / min(seconds)))
     return found
 
 
@@ -110,10 +111,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--devices", default=",".join(DEVICES), help="with commas; others keep what was written")
     given = parser.parse_args()
-    devices: dict[str, dict[str, dict[str, Any]]] = {}
+    devices: dict[str, dict[str, dict[str, Any]]] = (
+        json.loads(FITTED.read_text())["devices"] if FITTED.is_file() else {}
+    )
     print(f"{'device':10} {'kernel':9} {'dtype':14} {'rows':>6}  seconds from the grid: median error, 95%, within 20%")
-    for name in DEVICES:
+    for name in given.devices.split(","):
         spec = device(name.partition("_")[0])
         at = Kernels(name, spec.bytes_per_s, spec.flops_per_s, {})
         kinds: list[tuple[str, str, Rows, Sequence[Sequence[float]]]] = [

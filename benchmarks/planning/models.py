@@ -1,8 +1,8 @@
 """Summaries of public models, from configurations alone, with few layers traced.
 
 The shapes are those of the models' published configurations. Their layers repeat, so that a few are traced, and the
-last kind is repeated to the real depth; `tests/partitioner/planning/test_summary.py` holds such a summary against one of
-the whole depth. Summaries are kept in FOLDER, for a trace takes a minute.
+last kind is repeated to the real depth; `tests/partitioner/planning/test_summary.py` holds such a summary against one
+of the whole depth. Summaries are kept in FOLDER, for a trace takes a minute.
 """
 
 from __future__ import annotations

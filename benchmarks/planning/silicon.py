@@ -12,8 +12,8 @@ rows, each token waits for its part of the prompts of others, and a first token 
     tpot = decode(b) + (b - 1) / new x prefill(1)
     ttft = prefill(1) x (1 + queue x (b - 1)) + decode(b)          queue: a sixth, the mean of few bursts
 
-Printed: mean absolute percentage errors with nothing fitted on rows, and with one overhead and one efficiency per engine
-fitted on one model and the others held out. --write keeps the residuals' quantiles (partitioner/planning).
+Printed: mean absolute percentage errors with nothing fitted on rows, and with one overhead and one efficiency per
+engine fitted on one model and the others held out. --write keeps the residuals' quantiles (partitioner/planning).
 """
 
 from __future__ import annotations
@@ -162,7 +162,9 @@ def main() -> None:
                 overhead, efficiency = fitted(mine)
                 held += others
                 predicted += [row.predicted(overhead, efficiency) for row in others]
-                print(f"  fitted on {model:14} {engine:7} overhead {overhead * 1e3:.1f} ms, efficiency {efficiency:.2f}")
+                print(
+                    f"  fitted on {model:14} {engine:7} overhead {overhead * 1e3:.1f} ms, efficiency {efficiency:.2f}"
+                )
         if held:
             print(f"{'held out':32} {said(held, predicted)}")
     for row in rows:

@@ -1,9 +1,9 @@
 """The commands that ask before anything runs: plan, fit, and cluster.
 
-    partitioner plan MODEL --gpus 8xH100 --prompt 4096 --new 512 --batch 32 --for throughput
-    partitioner fit MODEL --gpus 8xH100       exit code 0 fits, 1 does not, 2 invalid arguments
-    partitioner cluster show 32x8xH100        the cluster as YAML, to edit
-    partitioner cluster detect                this machine, measured
+partitioner plan MODEL --gpus 8xH100 --prompt 4096 --new 512 --batch 32 --for throughput
+partitioner fit MODEL --gpus 8xH100       exit code 0 fits, 1 does not, 2 invalid arguments
+partitioner cluster show 32x8xH100        the cluster as YAML, to edit
+partitioner cluster detect                this machine, measured
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.detect import detect
 from partitioner.planning.explain import as_data, cards_for_weights, interval, reason, sureness
-from partitioner.planning.price import Price, Pricer, Workload
+from partitioner.planning.price import Pricer
+from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.search import Choice, broken_limits, search
 from partitioner.planning.summary import Summary, summarize
 from partitioner.storage.checkpoint.open_checkpoint import can_open, open_checkpoint
@@ -147,14 +148,26 @@ def _fit(name: str, dtype: str | None, cluster: Cluster, workload: Workload, wei
 
 def _fit_table(told: list[dict[str, Any]], cluster: Cluster) -> Table:
     kind = cluster.weakest
-    table = Table(title=f"{cluster.name}: {cluster.size} x {kind.name}, {kind.usable_bytes / (1 << 30):.0f} GiB usable each")
-    for heading in ("model", "weights", "cards for weights", "of one byte each", "fits", "fewest cards", "plan", "fullest"):
+    table = Table(
+        title=f"{cluster.name}: {cluster.size} x {kind.name}, {kind.usable_bytes / (1 << 30):.0f} GiB usable each"
+    )
+    for heading in (
+        "model",
+        "weights",
+        "cards for weights",
+        "of one byte each",
+        "fits",
+        "fewest cards",
+        "plan",
+        "fullest",
+    ):
         table.add_column(heading, justify="left" if heading in ("model", "plan") else "right")
     for each in told:
+        fullest = f"{each['bytes_of_the_fullest'] / 1e9:.1f} GB" if "bytes_of_the_fullest" in each else ""
         table.add_row(
             each["model"], f"{each['weight_bytes'] / 1e9:.1f} GB", str(each["cards_for_weights"]),
             str(each["cards_for_weights_of_one_byte"]), "yes" if each["fits"] else "no", str(each.get("devices", "")),
-            each.get("plan", ""), f"{each['bytes_of_the_fullest'] / 1e9:.1f} GB" if "bytes_of_the_fullest" in each else "",
+            each.get("plan", ""), fullest,
         )  # fmt: skip
     return table
 
@@ -170,7 +183,9 @@ def _print_choice(choice: Choice, cluster: Cluster, summary: Summary, top: int) 
             table.add_row(*_row(each))
         console.print(table)
         for each in choice.ranked[: min(3, top)]:
-            console.print(f"{each.plan}: {reason(each, cluster, summary)}", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                f"{each.plan}: {reason(each, cluster, summary)}", markup=False, highlight=False, soft_wrap=True
+            )
     for each in choice.refused[: 3 if choice.ranked else top]:
         console.print(f"refused {each.plan}: {each.refused}", markup=False, highlight=False, soft_wrap=True)
     if choice.contexts:
@@ -193,8 +208,10 @@ def _row(price: Price) -> list[str]:
         return said if bar is None else f"{said} ({bar[0] * 1e3:.1f}..{bar[1] * 1e3:.1f})"
 
     cards = price.plan.mesh.world_size
+    binds = price.decode.binds if price.decode is not None else ""
+    limits = "; ".join(each for each in (*broken_limits(price), price.note) if each)
     return [
         str(price.plan), str(cards), f"{price.memory.total / 1e9:.1f} GB", timed(price.ttft_s, "ttft"),
         timed(price.tpot_s, "tpot"), f"{price.tokens_per_s:.0f}", f"{price.tokens_per_s / cards:.1f}",
-        price.decode.binds if price.decode is not None else "", "; ".join([*broken_limits(price), price.note]).strip("; "),
+        binds, limits,
     ]  # fmt: skip

@@ -186,7 +186,10 @@ def bad_order(cluster: Cluster, mesh: Mesh) -> str:
     host = cluster.dimensions[0].size
     for axes in (("tp",), ("ep", "etp")):
         n = mesh.size(*axes)
-        if 1 < n <= host and len({rank // host for rank in mesh.group(axes, 0)}) > 1:
+        if not 1 < n <= host:
+            continue
+        first = range(mesh.world_size) if host % n else (0,)  # aligned groups lie alike
+        if any(len({rank // host for rank in mesh.group(axes, each)}) > 1 for each in first):
             link = cluster.dimensions[1].name if len(cluster.dimensions) > 1 else "an outer link"
             return (
                 f"{' x '.join(axes)} = {n} would fit into a host of {host}, and lies across {link}: put it inside, "
@@ -233,7 +236,9 @@ def _dimension(link: str, size: int, fitted: str = "") -> Dimension:
 def _known(name: str) -> str:
     by_name = {each.lower(): each for each in _presets()["devices"]}
     if name.lower() not in by_name:
-        raise InputError(f"unknown device {name!r}; the presets are {', '.join(by_name.values())}, or give a .yaml file")
+        raise InputError(
+            f"unknown device {name!r}; the presets are {', '.join(by_name.values())}, or give a .yaml file"
+        )
     return by_name[name.lower()]
 
 

@@ -1,7 +1,7 @@
 """Seconds of a collective, by algorithm and message: measured curves inside a host, alpha and beta elsewhere.
 
-    measured    t(bytes) = alpha + beta x bytes on each of three ranges of sizes, as NCCL has three protocols (LL, LL128,
-                Simple); fitted to tables of 2, 4 and 8 GPUs (`benchmarks/planning/fit_collectives.py`)
+    measured    t(bytes) = alpha + beta x bytes on each of three ranges of sizes, as NCCL has three protocols (LL,
+                LL128, Simple); fitted to tables of 2, 4 and 8 GPUs (`benchmarks/planning/fit_collectives.py`)
     by formula  ring:  all_reduce 2 (n - 1) (alpha + m / n x beta), the others half of it
                 tree:  all_reduce 2 log2(n) alpha + 2 m beta; the smaller of the two counts
     nested      a group over several dimensions: reduce-scatter inside, all-reduce of what is left outside, all-gather

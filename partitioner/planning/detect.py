@@ -1,7 +1,7 @@
-"""This machine as a cluster, measured: copies, products, and collectives between threads or GPUs, in some seconds.
+"""The machine at hand as a cluster, measured in some seconds: copies and products.
 
-    GPUs      each kind's memory and rates as measured; links between two as a copy from one to the other takes
-    no GPU    the host: its memory, one process's copies and products, and copies between two parts of memory
+GPUs      each kind's memory and rates as measured; links between two as a copy from one to the other takes
+no GPU    the host: its memory, one process's copies and products, and copies between two parts of memory
 """
 
 from __future__ import annotations
@@ -53,14 +53,17 @@ def _gpus() -> Cluster:
 
 
 def _copies(source: torch.device, target: torch.device) -> tuple[float, float]:
-    """alpha and beta of a copy from one memory into the other."""
+    """Alpha and beta of a copy from one memory into the other."""
     small, large = (_best(size, source, target) for size in (SMALL, LARGE))
     beta = max((large - small) / (LARGE - SMALL), 1e-13)
     return max(small - beta * SMALL, 1e-9), beta
 
 
 def _best(size: int, source: torch.device, target: torch.device) -> float:
-    mine, theirs = torch.ones(size, dtype=torch.uint8, device=source), torch.empty(size, dtype=torch.uint8, device=target)
+    mine, theirs = (
+        torch.ones(size, dtype=torch.uint8, device=source),
+        torch.empty(size, dtype=torch.uint8, device=target),
+    )
 
     def wait() -> None:
         for each in (source, target):

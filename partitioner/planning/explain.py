@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from partitioner.planning.cluster import Cluster
-from partitioner.planning.price import Price
+from partitioner.planning.quantities import Price
 from partitioner.planning.search import Choice, broken_limits
 from partitioner.planning.summary import Summary
 
@@ -28,7 +28,11 @@ def reason(price: Price, cluster: Cluster, summary: Summary) -> str:
         where = f"inside a host over {inside.name}" if plan.tp <= inside.size else f"across hosts of {inside.size}"
         said.append(f"tp={plan.tp} {where}, whose all-reduces are {spent:.0%} of a token")
     if plan.pp > 1:
-        why = f"{weights / 1e9:.0f} GB of weights" if weights > usable * plan.tp * max(plan.ep, 1) else "fewer all-reduces"
+        why = (
+            f"{weights / 1e9:.0f} GB of weights"
+            if weights > usable * plan.tp * max(plan.ep, 1)
+            else "fewer all-reduces"
+        )
         said.append(f"pp={plan.pp} for {why}, handing on {summary.hidden_bytes / 1e3:.0f} kB per token")
     if plan.ep > 1:
         how = price.exchange or "replicate"
@@ -59,7 +63,9 @@ def sureness(cluster: Cluster, summary: Summary, *, tables: Mapping[str, bool]) 
     names = [name for name, known in tables.items() if known]
     missing = [name for name, known in tables.items() if not known]
     kind = cluster.weakest.name
-    said = [f"kernels of {kind}: {', '.join(names)} from measured tables" if names else f"kernels of {kind}: none measured"]
+    said = [
+        f"kernels of {kind}: {', '.join(names)} from measured tables" if names else f"kernels of {kind}: none measured"
+    ]
     if missing:
         said.append(f"{', '.join(missing)}: speed of light, times a fixed share")
     for dimension in cluster.dimensions:
@@ -92,7 +98,9 @@ def _price_data(price: Price, cluster: Cluster, summary: Summary) -> dict[str, A
     told: dict[str, Any] = {"plan": str(price.plan), "devices": price.plan.mesh.world_size, "memory_bytes": memory}
     if price.refused:
         return {**told, "refused": price.refused}
-    assert price.prefill is not None and price.decode is not None and price.workload is not None
+    assert price.prefill is not None
+    assert price.decode is not None
+    assert price.workload is not None
     parts = ("memory", "products", "links", "waiting")
     return {
         **told,

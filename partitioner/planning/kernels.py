@@ -85,8 +85,8 @@ class Kernels:
         return self.roofline(2 * m * n * k, num_bytes, dtype) / self._share("linear", dtype, m, n, k)
 
     def attention(
-        self, *, rows: float, heads: float, kv_heads: float, queries: float, keys: float, flops: float, num_bytes: float,
-        dtype: str,
+        self, *, rows: float, heads: float, kv_heads: float, queries: float, keys: float, flops: float,
+        num_bytes: float, dtype: str,
     ) -> float:  # fmt: skip
         if not rows * heads:
             return 0.0

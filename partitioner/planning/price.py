@@ -5,8 +5,9 @@
                its turn
     memory     weights, cache for prompt and new tokens, results alive at the same time in a run, what is exchanged
 
-A product takes what kernels of its size take (`kernels`), element-wise ops between two products one pass over the
-largest of their operands (compiled steps fuse them), a collective what the links of its group take (`collectives`).
+A product takes what kernels of its size take (`kernels`); linears of one operand are one, as the runtime merges them.
+Element-wise ops between two products take one pass over the largest of their operands, since compiled steps fuse them.
+A collective takes what the links of its group take (`collectives`).
 Nothing overlaps. The rank that holds most, and the slowest device, speak for all.
 """
 
@@ -14,131 +15,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 
-from partitioner.analysis.cost.expressions import EXPERTS, MET, ROUTED, NodeExpression
+from partitioner.analysis.cost.expressions import EXPERTS, MET, PAST, ROUTED, NodeExpression
 from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster, bad_order, hops
 from partitioner.planning.collectives import Hop, collective_seconds
 from partitioner.planning.kernels import Kernels, kernels_of
+from partitioner.planning.quantities import Memory, Price, Seconds, Workload
 from partitioner.planning.stage_split import split_layers
 from partitioner.planning.summary import Summary
 from partitioner.program.plan import Plan
 from partitioner.sharding.mesh import Mesh
 
-__all__ = ["RUN_TOKENS", "Memory", "Price", "Pricer", "Seconds", "Workload"]
+__all__ = ["RUN_TOKENS", "Pricer"]
 
 RUN_TOKENS = 8192
-LAUNCH_S = 2e-6
+LAUNCH_S = 1.5e-6
 """From the end of a kernel to the start of the next one in a captured step."""
 STEP_S = 50e-6
 """Host work of a step that is launched as one graph: inputs, the choice of tokens."""
 
 
 _ITEM = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class Workload:
-    """batch: requests at the same time, over the whole cluster. ttft_s, tpot_s: the most that is allowed."""
-
-    prompt: int
-    new: int
-    batch: int = 1
-    ttft_s: float | None = None
-    tpot_s: float | None = None
-
-    def __post_init__(self) -> None:
-        if min(self.prompt, self.new, self.batch) < 1:
-            raise InputError(f"prompt, new and batch are at least 1; got {self.prompt}, {self.new}, {self.batch}")
-        if any(limit is not None and not limit > 0 for limit in (self.ttft_s, self.tpot_s)):
-            raise InputError("limits of ttft and tpot are seconds above 0")
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of the fullest rank."""
-
-    weights: float
-    cache: float
-    activations: float
-    buffers: float
-    usable: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.cache + self.activations + self.buffers
-
-    @property
-    def fits(self) -> bool:
-        return self.total <= self.usable
-
-
-@dataclass
-class Seconds:
-    """By what they are spent on."""
-
-    memory: float = 0.0
-    products: float = 0.0
-    links: float = 0.0
-    waiting: float = 0.0
-    """For other stages, for launches and the host."""
-    by_collective: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def total(self) -> float:
-        return self.memory + self.products + self.links + self.waiting
-
-    @property
-    def binds(self) -> str:
-        names = {"memory": "memory bandwidth", "products": "products", "links": "links", "waiting": "waiting"}
-        return names[max(names, key=lambda name: getattr(self, name))]
-
-    def add(self, other: Seconds, times: float = 1.0) -> None:
-        for name in ("memory", "products", "links", "waiting"):
-            setattr(self, name, getattr(self, name) + times * getattr(other, name))
-        for name, value in other.by_collective.items():
-            self.by_collective[name] = self.by_collective.get(name, 0.0) + times * value
-
-    def link(self, name: str, seconds: float) -> None:
-        self.links += seconds
-        self.by_collective[name] = self.by_collective.get(name, 0.0) + seconds
-
-
-@dataclass(frozen=True)
-class Price:
-    """Of one plan. refused: why it cannot be, or ""; times are None then. exchange: of experts, by entry."""
-
-    plan: Plan
-    memory: Memory
-    refused: str = ""
-    prefill: Seconds | None = None
-    decode: Seconds | None = None
-    workload: Workload | None = None
-    exchange: str = ""
-    layers: tuple[int, ...] = ()
-    note: str = ""
-
-    @property
-    def ttft_s(self) -> float:
-        return self.prefill.total if self.prefill is not None else math.inf
-
-    @property
-    def tpot_s(self) -> float:
-        return self.decode.total if self.decode is not None else math.inf
-
-    @property
-    def latency_s(self) -> float:
-        """Until a request's last token."""
-        return self.ttft_s + (self.workload.new - 1) * self.tpot_s if self.workload is not None else math.inf
-
-    @property
-    def tokens_per_s(self) -> float:
-        """New tokens, of all requests."""
-        return self.workload.batch * self.workload.new / self.latency_s if self.workload is not None else 0.0
 
 
 class Pricer:
@@ -171,7 +72,10 @@ class Pricer:
             return self._refused(plan, f"{summary.num_layers} layers make no {plan.pp} stages")
         if plan.ep > (summary.experts.count if summary.experts is not None else 1):
             return self._refused(plan, f"no {plan.ep} experts to share out")
-        layers = self._stages(plan, workload, local)
+        small, larger = divmod(summary.num_layers, plan.pp)
+        layers = tuple(small + (stage < larger) for stage in range(plan.pp))
+        if self.memory(plan, workload, layers).weights <= self.usable:  # else no cut makes it fit
+            layers = self._stages(plan, workload, local)
         memory = self.memory(plan, workload, layers)
         if not memory.fits:
             over = (memory.total - memory.usable) / 1e9
@@ -208,7 +112,9 @@ class Pricer:
         return Memory(weights, cache, activations, buffers, self.usable)
 
     def _weights(self, part: int, values: Mapping[Any, float]) -> float:
-        found = self._number(("weights", part), self.summary.parts[part].weight_bytes, values)
+        key = ("weights", part)
+        wanted = [self.summary.parts[part].weight_bytes] if key not in self._functions else []
+        found = float(self._function(key, wanted)(*self._given(values))[0])
         inside = part not in (self.summary.first, self.summary.last)
         return found / _ITEM[self.summary.dtype] if self.weight_dtype and inside else found
 
@@ -224,6 +130,9 @@ class Pricer:
         live = self.summary.parts[part].live
         if not live:
             return 0.0
+        key = ("peak", part, plan.tp, plan.ep, plan.etp, rows, length)
+        if key in self._costs:
+            return float(self._costs[key])
         values = self._values(plan, rows, length, 0)
         sizes = self._function(("live", part), [each.bytes for each in live])(*self._given(values))
         change: dict[int, float] = {}
@@ -234,6 +143,7 @@ class Pricer:
         for place in sorted(change):
             now += change[place]
             most = max(most, now)
+        self._costs[key] = most
         return most
 
     # sizes
@@ -244,8 +154,7 @@ class Pricer:
         found = summary.values(tp=plan.tp, ep=plan.ep, etp=etp)
         experts = summary.experts
         found |= {summary.batch: rows, summary.sequence: length}
-        found[next(s for s in summary.arguments if str(s) == "past")] = past
-        found[MET], found[ROUTED] = 1, 1
+        found[PAST], found[MET], found[ROUTED] = past, 1, 1
         if experts is not None:
             groups = max(1, plan.ep * etp // plan.tp)  # replicas whose tokens meet at the experts
             tokens = rows * length * groups
@@ -280,12 +189,15 @@ class Pricer:
         nodes = self.summary.parts[part].nodes[entry]
         values = self._values(plan, rows, length, past)
         wanted: list[Any] = []
-        for node in nodes:
+        for node in nodes if (part, entry) not in self._functions else ():
             wanted += [node.flops, node.read + node.written, *node.product, *(m.bytes for m in node.meetings)]
         numbers = iter(self._function((part, entry), wanted)(*self._given(values)))
         links = self._hops(plan, ("tp",))
+        inside = part not in (self.summary.first, self.summary.last)
+        small = bool(self.weight_dtype) and inside
         found = Seconds()
         run: list[float] = []
+        merged: dict[str, tuple[NodeExpression, list[float], float, float]] = {}
         for node in nodes:
             flops, moved = next(numbers), next(numbers)
             product = [next(numbers) for _ in node.product]
@@ -296,9 +208,15 @@ class Pricer:
             for meeting in node.meetings:
                 size = next(numbers) * (plan.tp if meeting.kind == "all_gather" else 1)
                 found.link(meeting.kind, collective_seconds(meeting.kind, links, size))
-            if node.kind != "meeting":
-                inside = part not in (self.summary.first, self.summary.last)
-                self._product(found, node, product, flops, moved, values, small=bool(self.weight_dtype) and inside)
+            if node.kind == "linear" and node.source in merged:
+                first, (m, n, k), all_flops, all_moved = merged[node.source]
+                merged[node.source] = first, [m, n + product[1], k], all_flops + flops, all_moved + moved
+            elif node.kind == "linear":
+                merged[node.source] = node, product, flops, moved
+            elif node.kind != "meeting":
+                self._product(found, node, product, flops, moved, values, small=small)
+        for first, product, flops, moved in merged.values():
+            self._product(found, first, product, flops, moved, values, small=small)
         self._end_run(found, run)
         return found
 
@@ -341,7 +259,7 @@ class Pricer:
         return found
 
     def _exchange(self, plan: Plan, tokens: float) -> tuple[float, str]:
-        """Of one layer: how tokens come to their experts and back, by the cheaper of two ways; over tp alone, by none."""
+        """Of one layer: how tokens come to their experts and back, by the cheaper of two ways; over tp, by none."""
         experts = self.summary.experts
         etp = max(plan.etp, 1)
         groups = plan.ep * etp // plan.tp

@@ -18,11 +18,12 @@ from typing import Any
 
 from partitioner.errors import InputError, PlanError
 from partitioner.planning.cluster import Cluster
-from partitioner.planning.price import Price, Pricer, Workload
+from partitioner.planning.price import Pricer
+from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.summary import Summary, summarize
 from partitioner.program.plan import Plan
 
-__all__ = ["GOALS", "Choice", "auto", "broken_limits", "plans", "search"]
+__all__ = ["GOALS", "Choice", "broken_limits", "choose_plan", "plans", "search"]
 
 GOALS = ("latency", "throughput", "context")
 
@@ -156,7 +157,7 @@ def _frontier(pricer: Pricer, best: Sequence[Price], workload: Workload) -> tupl
     return tuple(kept)
 
 
-def auto(model: Any, cluster: Cluster | str, workload: Workload, *, goal: str = "latency") -> Plan:
+def choose_plan(model: Any, cluster: Cluster | str, workload: Workload, *, goal: str = "latency") -> Plan:
     """The best plan for a model of transformers, a `Summary`, or what `trace` yielded."""
     where = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
     summary = model if isinstance(model, Summary) else summarize(model)

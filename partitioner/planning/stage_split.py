@@ -15,7 +15,7 @@ def split_layers(costs: Sequence[float], stages: int) -> tuple[int, ...]:
         raise PlanError(f"{len(costs)} layers make no {stages} stages")
     low, high = max(costs), sum(costs)
     best = _fill(costs, stages, high)
-    for _ in range(60):
+    for _ in range(30):
         middle = (low + high) / 2
         found = _fill(costs, stages, middle)
         if found is None:

@@ -30,6 +30,7 @@ from runtime.ops.experts import expert_dispatch, grouped_linear
 
 __all__ = ["Experts", "Part", "Summary", "summarize", "summarize_program"]
 
+
 @dataclass(frozen=True)
 class Live:
     """A result: its bytes, the node that makes it and the last that reads it, by place in its part."""
@@ -257,7 +258,7 @@ class _Summarizing:
 
 
 def _is_of(key: str, state: str) -> bool:
-    return key == state or key.startswith(state + ".") and "." not in key[len(state) + 1 :]
+    return key == state or (key.startswith(state + ".") and "." not in key[len(state) + 1 :])
 
 
 def _kept_weights(program: Program) -> list[Weight]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import partitioner
 from partitioner.errors import PlanError
 from partitioner.program.plan_text import items, read_value, write_value
 from partitioner.sharding.mesh import DEGREES, Mesh, require_degrees
@@ -83,6 +84,15 @@ class Plan:
     @property
     def mesh(self) -> Mesh:
         return Mesh.of(**{axis: self.degree(axis) for axis in DEGREES})
+
+    @classmethod
+    def auto(cls, model: Any, cluster: Any, workload: Any, *, goal: str = "latency") -> Plan:
+        """The plan with the best predicted times for a model on a cluster; see `partitioner.choose_plan`.
+
+        Plan.auto(model, "8xH100", Workload(prompt=4096, new=512, batch=32), goal="throughput")
+        """
+        found: Plan = partitioner.choose_plan(model, cluster, workload, goal=goal)
+        return found
 
     @classmethod
     def parse(cls, text: str) -> Plan:

@@ -68,7 +68,8 @@ class MeetingExpression:
 @dataclass(frozen=True)
 class NodeExpression:
     """kind: "linear", "attention", "experts", "move", "meeting" or "other". product: of a linear, rows m, n out of k;
-    of attention, rows, heads, kv heads, head sizes together, keys; of experts, rows, n, k. made: bytes of its result.
+    of attention, rows, heads, kv heads, head sizes together, queries, keys read, pairs; of experts, rows, n, k. made:
+    bytes of its result. source: of a linear, the node that it multiplies.
     """
 
     name: str
@@ -83,6 +84,7 @@ class NodeExpression:
     product: tuple[Expr, ...] = ()
     meetings: tuple[MeetingExpression, ...] = ()
     unsure: str = ""
+    source: str = ""
 
 
 @dataclass
@@ -205,13 +207,16 @@ class Expressions:
             kind, product = "linear", self._matrix(node, flops)
         if flops != 0:
             dtype = str(node_values(rule.operands[0].node)[0].dtype).removeprefix("torch.")
-        return NodeExpression(node.name, op, path, kind, dtype, flops, read, written, made, product, unsure=unsure)
+        source = rule.operands[0].node.name if kind == "linear" else ""
+        return NodeExpression(
+            node.name, op, path, kind, dtype, flops, read, written, made, product, unsure=unsure, source=source
+        )
 
     def _flops(self, node: fx.Node, rule: Notation) -> Expr:
         return 0 if operation(node) in ATTENTION else product_flops(node, rule, self.sizes)  # type: ignore[arg-type]
 
     def _matrix(self, node: fx.Node, flops: Expr) -> tuple[Expr, ...]:
-        """m rows, n columns, k summed."""
+        """Rows m, columns n, summed k."""
         shape = self.sizes.shapes(node)[0]
         rows, columns = _numel(shape[:-1]), shape[-1] if shape else 1
         return rows, columns, sympy.simplify(flops / (2 * rows * columns))
@@ -277,7 +282,9 @@ class Expressions:
     def _meetings(self, node: fx.Node) -> tuple[MeetingExpression, ...]:
         found = []
         for meeting in COMMUNICATING[node.target].meetings(node):
-            sources = [n for n in node.all_input_nodes if n.meta.get("val") == Value(meeting.shape or (), meeting.dtype)]
+            sources = [
+                n for n in node.all_input_nodes if n.meta.get("val") == Value(meeting.shape or (), meeting.dtype)
+            ]
             size = self.held.get(sources[0], self.bytes(sources[0])) if sources else self.bytes(node)
             found.append(MeetingExpression(meeting.kind, meeting.axes, size))
         return tuple(found)
@@ -316,5 +323,3 @@ def _pairs(first: Expr, queries: Expr, window: int | None, chunk: int | None) ->
     if window is None and chunk is None:
         return queries * first + queries * (queries + 1) / 2
     return below(first + queries) - below(first)
-
-

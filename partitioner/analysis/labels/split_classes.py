@@ -50,7 +50,6 @@ def _keep(found: dict[str, SplitClass], name: str, mine: SplitClass) -> None:
 def _run_of(site: Site, labels: Labels) -> tuple[int, int] | None:
     """The labels that the site's indices are, where each is one by itself, in order."""
     first, count = int(site.ids.reshape(-1)[0]) - 1, site.ids.numel()
-    if 0 <= first and first + count <= labels.count:
-        if torch.equal(site.ids.reshape(-1), torch.arange(first + 1, first + 1 + count)):
-            return first, first + count
-    return None
+    inside = first >= 0 and first + count <= labels.count
+    alone = inside and torch.equal(site.ids.reshape(-1), torch.arange(first + 1, first + 1 + count))
+    return (first, first + count) if alone else None
