@@ -49,7 +49,8 @@ def test_weights_and_cache_are_those_of_the_fullest_rank(name: str, plan: str) -
 
 
 def exhaustive(found: Summary, where: Cluster, workload: Workload, goal: str) -> Price:
-    """Every combination of degrees that a mesh takes, each priced by a pricer of its own."""
+    """Every combination of degrees that a mesh takes, each priced with nothing remembered of the others."""
+    pricer = Pricer(found, where)
     best: list[tuple[int, float, Price]] = []
     sizes = range(1, where.size + 1)
     experts = found.experts.count if found.experts is not None else 1
@@ -63,7 +64,8 @@ def exhaustive(found: Summary, where: Cluster, workload: Workload, goal: str) ->
                 continue
             if etp not in (1, tp) or (etp > 1 and (ep == 1 or dp % ep)) or (etp == 1 and ep % tp and tp % ep):
                 continue
-            price = Pricer(found, where).price(plan, workload)
+            pricer._costs.clear()
+            price = pricer.price(plan, workload)
             if not price.refused:
                 wanted = -price.tokens_per_s if goal == "throughput" else price.latency_s
                 best.append((len(broken_limits(price)), wanted, price))

@@ -35,11 +35,12 @@ def test_one_analysis_for_two_ranks_prices_three(name: str, moe: int, length: in
     made = Expressions(compile_program(program, Plan(tp=2)).program_of("prefill"), length)
     three = compile_program(program, Plan(tp=3)).program_of("prefill")
     wanted = largest(three, 3, {"batch": BATCH, "sequence": length, "past": past})
+    costs = made.all()
     values: dict[Any, float] = {symbol: kind.held(3) for (kind, _), symbol in made.sizes.classes.symbols.items()}
     values |= {made.program.symbols["batch"]: BATCH, made.program.symbols["sequence"]: length, PAST: past}
     values |= {EXPERTS: zoo.EXPERTS, MET: min(zoo.EXPERTS, moe * BATCH * length), ROUTED: 1}
     compared = 0
-    for node, cost in made.all().items():
+    for node, cost in costs.items():
         sent = sum(meeting.bytes for meeting in cost.meetings)
         found = [sympy.sympify(each).subs(values) for each in (cost.flops, cost.read, cost.written, sent)]
         assert found == list(wanted[node.name]), node.name
