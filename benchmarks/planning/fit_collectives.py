@@ -5,7 +5,7 @@
 FOLDER: an unpacked wheel of aiconfigurator-core (Apache-2.0, NVIDIA), whose systems/data/*/comm/nccl tables hold the
 seconds of all_reduce, all_gather, reduce_scatter and all_to_all on 2, 4 and 8 GPUs, 256 B to 1 GiB. Needs pyarrow.
 Per system, collective and number of GPUs: alpha and beta on three ranges of sizes. The ranges are those with the least
-squared relative error. --write puts them into partitioner/planning/collectives.json. Printed: errors on the rows that
+squared relative error. --write puts them into partitioner/planning/tables. Printed: errors on the rows that
 were fitted, on rows of other sizes (every second size held out), and of torch._inductor.comm_analysis.
 """
 

@@ -4,7 +4,8 @@
 
 FOLDER: an unpacked wheel of aiconfigurator-core (Apache-2.0, NVIDIA): systems/data/*/{gemm,attention,moe} tables of
 three engines, of which the fastest counts; of attention, heads of 128 in groups of 2 to 16. Needs pyarrow. Each kind
-of kernel has a grid of shares, at logarithms of sizes; a point is the median of the rows near it. --write puts them into partitioner/planning/kernels.json.
+of kernel has a grid of shares, at logarithms of sizes; a point is the median of the rows near it.
+--write puts them into partitioner/planning/tables.
 """
 
 from __future__ import annotations

@@ -7,13 +7,14 @@ times to the first token (TTFT) and between tokens (TPOT). Rows in formats that 
 shapes that are not in `shapes`, and those whose prefill and decode are apart are counted, not priced.
 
 These engines batch continuously, and the rows are means over requests that come as others end. So beside a step of b
-rows, each token waits for its part of the prompts of others, and a first token for the prompts before it:
+rows, each token waits for its part of the prompts of others, and a first token for prompts before it:
 
-    tpot = decode(b) + (b - 1) / new x prefill(1)
-    ttft = prefill(1) x (1 + queue x (b - 1)) + decode(b)          queue: a sixth, the mean of few bursts
+    tpot = (decode(b) + share x (b - 1) / new x prefill(1)) / efficiency
+    ttft = overhead + (prefill(1) x (1 + queue x (b - 1)) + decode(b)) / efficiency
 
-Printed: mean absolute percentage errors with nothing fitted on rows, and with one overhead and one efficiency per
-engine fitted on one model and the others held out. --write keeps the residuals' quantiles (partitioner/planning).
+Printed: mean absolute percentage errors with nothing fitted on rows (share 1, efficiency 1, queue 1/6, overhead 0); and
+with these four fitted per engine on one dense model, the others held out, for engines differ in how they mix prompts
+with tokens. --write keeps the quantiles of measured over predicted, of nothing fitted (partitioner/planning/tables).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import csv
 import json
 import statistics
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,19 @@ MODELS = {
     "DeepSeek-V3": "deepseek-v3",
 }
 DENSE = ("llama-3.1-8b", "llama-3.1-70b", "qwen3-32b")
-QUEUE = 1 / 6
+
+
+@dataclass(frozen=True)
+class Engine:
+    """See the module's docstring."""
+
+    share: float = 1.0
+    efficiency: float = 1.0
+    queue: float = 1 / 6
+    overhead: float = 0.0
+
+
+UNFITTED = Engine()
 
 
 @dataclass(frozen=True)
@@ -61,10 +74,12 @@ class Row:
     ttft: float
     tpot: float
 
-    def predicted(self, overhead: float = 0.0, efficiency: float = 1.0) -> tuple[float, float]:
-        decode, prefill = self.decode / efficiency + overhead, self.prefill / efficiency + overhead
-        tpot = decode + (self.batch - 1) / self.new * prefill
-        return prefill * (1 + QUEUE * (self.batch - 1)) + decode, tpot
+    def predicted(self, engine: Engine) -> tuple[float, float]:
+        """Of ttft and tpot."""
+        others = self.batch - 1
+        tpot = (self.decode + engine.share * others / self.new * self.prefill) / engine.efficiency
+        first = (self.prefill * (1 + engine.queue * others) + self.decode) / engine.efficiency
+        return engine.overhead + first, tpot
 
 
 def read(folder: Path, cache: Path, left: Counter[str]) -> list[Row]:
@@ -116,14 +131,17 @@ def price(
     return Row(name, row["backend"], system, rows, new, decode, prefill, *measured)
 
 
-def fitted(rows: list[Row]) -> tuple[float, float]:
-    """One overhead and one efficiency, with the least mean error of tpot."""
-    best = (float("inf"), 0.0, 1.0)
-    for efficiency in np.arange(0.4, 1.6, 0.05):
-        for overhead in np.arange(0.0, 0.006, 0.0005):
-            off = statistics.fmean(abs(row.predicted(overhead, efficiency)[1] / row.tpot - 1) for row in rows)
-            best = min(best, (off, float(overhead), float(efficiency)))
-    return best[1], best[2]
+def fitted(rows: list[Row]) -> Engine:
+    """The least mean error of tpot, then that of ttft."""
+
+    def off(engine: Engine, what: int) -> float:
+        return statistics.fmean(abs(r.predicted(engine)[what] / (r.ttft, r.tpot)[what] - 1) for r in rows)
+
+    grid = [Engine(share, efficiency) for share in np.arange(0, 1.25, 0.1) for efficiency in np.arange(0.6, 1.6, 0.05)]
+    best = min(grid, key=lambda engine: off(engine, 1))
+    queues = [0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8]
+    more = [replace(best, queue=queue, overhead=over) for queue in queues for over in np.arange(0, 0.5, 0.025)]
+    return min(more, key=lambda engine: off(engine, 0))
 
 
 def said(rows: list[Row], predicted: list[tuple[float, float]]) -> str:
@@ -145,12 +163,12 @@ def main() -> None:
     for row in rows:
         groups[f"{row.model:16} {row.engine:7} {row.system}"].append(row)
     for name, mine in sorted(groups.items()):
-        print(f"{name:32} {said(mine, [row.predicted() for row in mine])}")
+        print(f"{name:32} {said(mine, [row.predicted(UNFITTED) for row in mine])}")
     dense, sparse = ([row for row in rows if (row.model in DENSE) is kind] for kind in (True, False))
     for name, mine in (("dense", dense), ("mixtures of experts", sparse)):
         if mine:
-            print(f"{name:32} {said(mine, [row.predicted() for row in mine])}")
-    print("one overhead and one efficiency per engine, fitted on one model, the others held out")
+            print(f"{name:32} {said(mine, [row.predicted(UNFITTED) for row in mine])}")
+    print("share, efficiency, queue and overhead per engine, fitted on one dense model, the other dense ones held out")
     ratios: dict[str, list[float]] = {"ttft": [], "tpot": []}
     for model in DENSE:
         held: list[Row] = []
@@ -159,22 +177,21 @@ def main() -> None:
             mine = [row for row in dense if row.engine == engine and row.model == model]
             others = [row for row in dense if row.engine == engine and row.model != model]
             if mine and others:
-                overhead, efficiency = fitted(mine)
+                found = fitted(mine)
                 held += others
-                predicted += [row.predicted(overhead, efficiency) for row in others]
-                print(
-                    f"  fitted on {model:14} {engine:7} overhead {overhead * 1e3:.1f} ms, efficiency {efficiency:.2f}"
-                )
+                predicted += [row.predicted(found) for row in others]
+                numbers = f"share {found.share:.1f}, efficiency {found.efficiency:.2f}, queue {found.queue:.2f}"
+                print(f"  fitted on {model:14} {engine:7} {numbers}, overhead {found.overhead * 1e3:.0f} ms")
         if held:
             print(f"{'held out':32} {said(held, predicted)}")
     for row in rows:
-        ttft, tpot = row.predicted()
+        ttft, tpot = row.predicted(UNFITTED)
         ratios["ttft"].append(row.ttft / ttft)
         ratios["tpot"].append(row.tpot / tpot)
     print("not priced:", ", ".join(f"{count} {why}" for why, count in left.most_common()))
     quantiles = {
-        what: {"10%": round(float(np.quantile(found, 0.1)), 3), "90%": round(float(np.quantile(found, 0.9)), 3)}
-        for what, found in ratios.items()
+        what: {"10%": round(float(np.quantile(each, 0.1)), 3), "90%": round(float(np.quantile(each, 0.9)), 3)}
+        for what, each in ratios.items()
     }
     print("measured over predicted:", quantiles)
     if given.write:

@@ -29,7 +29,7 @@ from partitioner.sharding.mesh import Mesh
 
 __all__ = ["Cluster", "Device", "Dimension", "bad_order", "device", "hops"]
 
-PRESETS = Path(__file__).with_name("presets.yaml")
+PRESETS = Path(__file__).with_name("tables") / "presets.yaml"
 GIB = 1 << 30
 
 

@@ -15,7 +15,7 @@ from partitioner.planning.summary import Summary
 
 __all__ = ["as_data", "cards_for_weights", "interval", "reason", "sureness"]
 
-RESIDUALS = Path(__file__).with_name("residuals.json")
+RESIDUALS = Path(__file__).with_name("tables") / "residuals.json"
 
 
 def reason(price: Price, cluster: Cluster, summary: Summary) -> str:
