@@ -38,6 +38,9 @@ if TYPE_CHECKING:
         RankMismatch,
         WeightError,
     )
+    from partitioner.planning.cluster import Cluster
+    from partitioner.planning.quantities import Workload
+    from partitioner.planning.search import choose_plan
     from partitioner.program.plan import Plan
     from partitioner.storage.bundle.bundle import load
     from runtime.kv_cache.cache_size import CacheSize
@@ -48,6 +51,7 @@ __all__ = [
     "BundleError",
     "CacheSize",
     "CaptureError",
+    "Cluster",
     "CommunicationError",
     "InputError",
     "LayoutError",
@@ -58,7 +62,9 @@ __all__ = [
     "RankLost",
     "RankMismatch",
     "WeightError",
+    "Workload",
     "__version__",
+    "choose_plan",
     "launch",
     "load",
     "partition",
@@ -68,6 +74,7 @@ _HOMES = {
     "BundleError": "partitioner.errors",
     "CacheSize": "runtime.kv_cache.cache_size",
     "CaptureError": "partitioner.errors",
+    "Cluster": "partitioner.planning.cluster",
     "CommunicationError": "partitioner.errors",
     "InputError": "partitioner.errors",
     "LayoutError": "partitioner.errors",
@@ -78,6 +85,8 @@ _HOMES = {
     "RankLost": "partitioner.errors",
     "RankMismatch": "partitioner.errors",
     "WeightError": "partitioner.errors",
+    "Workload": "partitioner.planning.quantities",
+    "choose_plan": "partitioner.planning.search",
     "launch": "partitioner.cli.launch",
     "load": "partitioner.storage.bundle.bundle",
     "partition": "partitioner.compile.partition",

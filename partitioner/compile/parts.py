@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from partitioner.analysis.cost.layer_costs import LayerCosts, layer_costs
 from partitioner.compile.emit import Emitter
 from partitioner.errors import BundleError, PlanError
 from partitioner.program.model_record import ModelRecord
@@ -90,6 +91,13 @@ class Parts(Ranks, Generic[Report]):
         ranks = self.everyone()
         decode = [self.entry("decode", rank) for rank in ranks]
         return make_generation_report(self.program_of("decode"), decode, [self.rank(rank) for rank in ranks])
+
+    def cost(self, entry: Entry = "prefill") -> LayerCosts:
+        """What the program of an entry costs a rank, by kind of layer: expressions in batch, sequence and past.
+
+        "decode" is read at one token per sequence. Raises as `program_of` does.
+        """
+        return layer_costs(self.program_of(entry), sequence=1 if entry == "decode" else 5)
 
     def save(self, folder: str | Path, *, tokenizer: str | Path | None = None, reference: bool = False) -> None:
         """Writes a bundle, which `partitioner.load` reads: graphs as data, and each rank's slices of the weights.

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import partitioner
 from partitioner.errors import PlanError
 from partitioner.program.plan_text import items, read_value, shown, write_value
 from partitioner.sharding.mesh import DEGREES, Mesh, require_degrees
@@ -110,6 +111,15 @@ class Plan:
     def _least_dp(self) -> int:
         experts = self.ep * self.etp
         return experts // math.gcd(experts, self.sp * self.tp)
+
+    @classmethod
+    def auto(cls, model: Any, cluster: Any, workload: Any, *, goal: str = "latency") -> Plan:
+        """The plan with the best predicted times for a model on a cluster; see `partitioner.choose_plan`.
+
+        Plan.auto(model, "8xH100", Workload(prompt=4096, new=512, batch=32), goal="throughput")
+        """
+        found: Plan = partitioner.choose_plan(model, cluster, workload, goal=goal)
+        return found
 
     @classmethod
     def parse(cls, text: str) -> Plan:

@@ -30,7 +30,7 @@ from runtime.ops.rows.token_order import TokenOrder
 
 aten = torch.ops.aten
 
-__all__ = ["ATTENTION", "SHARED_OUT", "keys_read", "pairs_seen", "product_flops"]
+__all__ = ["ATTENTION", "SHARED_OUT", "attention_limits", "keys_read", "pairs_seen", "product_flops"]
 
 SHARED_OUT = (sequence_attention, cached_sequence_attention)
 """Attention over tokens that ranks share out."""
@@ -79,7 +79,7 @@ def _letter_sizes(node: fx.Node, found: Notation, sizes: RankSizes) -> dict[str,
     return result
 
 
-def _limits(node: fx.Node) -> tuple[bool, int | None, int | None]:
+def attention_limits(node: fx.Node) -> tuple[bool, int | None, int | None]:
     a = arguments(node)
     if operation(node) is aten.scaled_dot_product_attention:
         return bool(a["is_causal"]), None, None
@@ -97,7 +97,7 @@ def _extent(node: fx.Node, found: Notation, sizes: RankSizes) -> tuple[int, int,
 def _pairs(node: fx.Node, found: Notation, sizes: RankSizes) -> int:
     if operation(node) in SHARED_OUT:
         return _own_pairs(node, sizes)
-    return pairs_seen(*_extent(node, found, sizes), *_limits(node))
+    return pairs_seen(*_extent(node, found, sizes), *attention_limits(node))
 
 
 def _own_pairs(node: fx.Node, sizes: RankSizes) -> int:
@@ -106,10 +106,10 @@ def _own_pairs(node: fx.Node, sizes: RankSizes) -> int:
     past = sizes.past if operation(node) is cached_sequence_attention else 0
     total = evaluate(a["q"].meta["val"].shape[2], sizes.symbols)
     if a["how"] == "merge":
-        return -(-pairs_seen(past, total, past + total, *_limits(node)) // parts)  # type: ignore[operator]
+        return -(-pairs_seen(past, total, past + total, *attention_limits(node)) // parts)  # type: ignore[operator]
     index = sizes.program.mesh.index(as_axes(a["axis"]), sizes.coordinates)
     runs = TokenOrder.of(total, parts, a["order"]).runs[index]  # type: ignore[arg-type]
-    return sum(pairs_seen(past + start, stop - start, past + total, *_limits(node)) for start, stop in runs)
+    return sum(pairs_seen(past + start, stop - start, past + total, *attention_limits(node)) for start, stop in runs)
 
 
 def keys_read(node: fx.Node, found: Notation, sizes: RankSizes) -> int:
@@ -117,8 +117,8 @@ def keys_read(node: fx.Node, found: Notation, sizes: RankSizes) -> int:
     first, queries, keys = _extent(node, found, sizes)
     if not queries:
         return 0
-    lower, _ = _seen(first, 1, keys, *_limits(node))
-    _, upper = _seen(first + queries - 1, 1, keys, *_limits(node))
+    lower, _ = _seen(first, 1, keys, *attention_limits(node))
+    _, upper = _seen(first + queries - 1, 1, keys, *attention_limits(node))
     return max(0, int(upper) - int(lower))
 
 
