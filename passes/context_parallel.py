@@ -5,7 +5,7 @@
     logits[B, S_i, V]               -> collect_rows      -> [B, S, V]
 
 Tokens lie in zig-zag order (`runtime/ops/rows/token_order.py`), and nothing is filled up. Keys and values reach queries
-in one of three ways, the same for all layers: "ring" (arXiv:2310.01889), "gather" (Llama 3, arXiv:2407.21783, 3.3.2),
+in one of three ways, the same for all layers: "ring" (arXiv:2310.01889), "gather" (arXiv:2407.21783, 3.3.2),
 "ulysses" (arXiv:2309.14509). Nothing else may look from one token at another: a node that does is refused by name.
 
 Positions, masks and the like, made of inputs and of no trained weight, are computed for the tokens that need them: of
