@@ -4,7 +4,8 @@
     merge      queries of all tokens; each rank attends to what it keeps, and the parts come together
 
 What is exchanged behind other runs is the used part of each rank's cache, the run's own tokens included. It is as long
-as the fullest rank's.
+as the fullest rank's. Where that is more than the queries and what comes of them, a ring sends those instead: n - 1
+permutes, and an all-to-all of the parts (Yang et al., arXiv:2411.01783, section 3.4, "pass-Q").
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from runtime.kv_cache.sharded_slots import KeptTokens
 from runtime.kv_cache.slots import minus_infinity
 from runtime.ops.rows.attend_runs import Attending, Block
-from runtime.ops.rows.exchange_keys import around
+from runtime.ops.rows.exchange_keys import around, filled_up
 from runtime.ops.rows.partial_attention import accumulating, merge_parts, partial_attention, with_sinks
 from runtime.ops.rows.sequence_attention import attend_over_ranks
 from runtime.ops.rows.token_order import TokenOrder
@@ -34,8 +35,8 @@ class DealtOut:
     """What is known of a run in which each rank has its own tokens."""
 
     order: TokenOrder
-    own: Tensor
-    """Which of the run's tokens this rank has."""
+    tokens: tuple[Tensor, ...]
+    """Which of the run's tokens each rank has."""
     has_past: bool
     """Whether anything was kept before."""
     start: int
@@ -111,6 +112,9 @@ class ShardedAttention:
             )  # fmt: skip
         if self._how == "ulysses":
             return self._exchange_heads(run, dealt_out, q, keys, values, mask, sinks)
+        alike = mask is None or mask.dim() < 2 or mask.shape[-2] == 1
+        if self._how == "ring" and alike and self._queries_are_less(run, dealt_out, q, keys, values):
+            return self._exchange_queries(run, dealt_out, q, keys, values, mask, sinks)
         return self._exchange_keys(run, dealt_out, q, keys, values, mask, sinks)
 
     def _keep(self, run: ShardedRun, buffer: Tensor, x: Tensor) -> None:
@@ -147,28 +151,63 @@ class ShardedAttention:
         self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, keys: Tensor, values: Tensor,
         mask: Tensor | None, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        count, order, own = keys.shape[2] - 1, dealt_out.order, self._channel.coordinate
-        seen, width = min(run.seen, count), keys.shape[-1]
-        visible = Visible(True, self._window, self._chunk)
-        start, before = dealt_out.start, dealt_out.before
-        # slots that were written twice, and sights that end, are told from positions only
-        is_even = before is not None and not visible.is_limited and run.seen <= count
-        attending = Attending(
-            q, _moved(order.runs[own], start), visible,
-            width=values.shape[-1], scale=self._scale, softcap=self._softcap, mask=mask,
-        )  # fmt: skip
+        seen, width, own = min(run.seen, keys.shape[2] - 1), keys.shape[-1], self._channel.coordinate
+        attending = self._attending(dealt_out, own, q, values.shape[-1], mask)
         message = torch.cat([keys[run.rows, :, :seen], values[run.rows, :, :seen]], -1)
-        queries, held = run.positions[:, dealt_out.own], run.held(count)
         for source, rows in self._brought(message):
-            if is_even:
-                assert before is not None
-                runs = ((0, before[source]), *_moved(order.runs[source], start))
-                block = Block(rows[..., :width], rows[..., width:], tuple(each for each in runs if each[0] < each[1]))
-                attending.add(block.mapped(self._kv_map))
-            else:
-                block = Block(rows[..., :width], rows[..., width:], ()).mapped(self._kv_map)
-                attending.add_masked(block.keys, block.values, queries, held[source])
+            self._add(attending, run, dealt_out, own, source, Block(rows[..., :width], rows[..., width:], ()))
         return with_sinks(attending.seen.out, attending.seen.lse, sinks).to(q.dtype)
+
+    def _exchange_queries(
+        self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, keys: Tensor, values: Tensor,
+        mask: Tensor | None, sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The queries of each rank come to what this one keeps, and what they have seen goes back."""
+        order, own, (batch, heads, size, _), width = (
+            dealt_out.order,
+            self._channel.coordinate,
+            q.shape,
+            values.shape[-1],
+        )
+        seen = min(run.seen, keys.shape[2] - 1)
+        kept = Block(keys[run.rows, :, :seen], values[run.rows, :, :seen], ())
+        found: list[Tensor] = [q] * order.parts
+        for target, rows in around(self._channel, filled_up(q, max(order.counts))):
+            attending = self._attending(dealt_out, target, rows[:, :, : order.counts[target]], width, mask)
+            self._add(attending, run, dealt_out, target, own, kept)
+            found[target] = torch.cat([attending.seen.out, attending.seen.lse[..., None]], -1).reshape(-1)
+        send_counts = [each.numel() for each in found]
+        back = [batch * heads * size * (width + 1)] * order.parts
+        parts = self._channel.all_to_all(torch.cat(found), send_counts, back)
+        parts = parts.view(order.parts, batch, heads, size, width + 1)
+        return with_sinks(*merge_parts(parts[..., :-1], parts[..., -1]), sinks).to(q.dtype)
+
+    def _queries_are_less(self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether fewer bytes travel if the queries do: behind a long past, for a short run; the same on all ranks."""
+        kept = min(run.seen, keys.shape[2] - 1) * keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.itemsize
+        parts = (values.shape[3] + 1) * accumulating(q.dtype).itemsize
+        return max(dealt_out.order.counts) * q.shape[1] * (q.shape[3] * q.itemsize + parts) < kept
+
+    def _attending(self, dealt_out: DealtOut, rank: int, q: Tensor, width: int, mask: Tensor | None) -> Attending:
+        """The queries of `rank`."""
+        return Attending(
+            q, _moved(dealt_out.order.runs[rank], dealt_out.start), Visible(True, self._window, self._chunk),
+            width=width, scale=self._scale, softcap=self._softcap, mask=mask,
+        )  # fmt: skip
+
+    def _add(
+        self, attending: Attending, run: ShardedRun, dealt_out: DealtOut, queries: int, source: int, kept: Block
+    ) -> None:
+        """What the queries of one rank see of what another, `source`, keeps."""
+        order, before = dealt_out.order, dealt_out.before
+        kept = kept.mapped(self._kv_map)
+        # slots that were written twice, and sights that end, are told from positions only
+        if before is not None and self._window is None and self._chunk is None:
+            runs = ((0, before[source]), *_moved(order.runs[source], dealt_out.start))
+            attending.add(Block(kept.keys, kept.values, tuple(each for each in runs if each[0] < each[1])))
+        else:
+            held = run.held(self._buffers()[0].shape[2] - 1)[source]
+            attending.add_masked(kept.keys, kept.values, run.positions[:, dealt_out.tokens[queries]], held)
 
     def _brought(self, message: Tensor) -> Iterator[tuple[int, Tensor]]:
         if self._how == "ring":
