@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.kv_cache.sharded_slots import KeptTokens
+from runtime.kv_cache.sharded_slots import Appended, KeptTokens
 from runtime.kv_cache.slots import minus_infinity
-from runtime.ops.rows.attend_runs import Attending, Block
+from runtime.ops.kernels.decode_attention import Attending, can_decode, decode_attention, registered
+from runtime.ops.rows.attend_runs import Block, RankQueries
 from runtime.ops.rows.exchange_keys import around, filled_up
 from runtime.ops.rows.partial_attention import accumulating, merge_parts, partial_attention, with_sinks
 from runtime.ops.rows.sequence_attention import attend_over_ranks
@@ -55,8 +56,10 @@ class ShardedRun:
     """By number of slots: where the tokens of this rank are kept, [B, S] or, if they are dealt out, [B, S_i]."""
     seen: int
     """How many slots of a rank are looked at, at most."""
-    dealt_out: DealtOut | None
     kept: KeptTokens
+    dealt_out: DealtOut | None = None
+    appended: Appended | None = None
+    """What is known of a run that every rank has all of, in the place of that."""
     masks: dict[Any, Tensor] = field(default_factory=dict)
 
     def held(self, count: int) -> Tensor:
@@ -93,10 +96,19 @@ class ShardedAttention:
         self._scale, self._softcap = scale, softcap
         self._window, self._chunk = window, chunk
         self._kv_map = None if kv_map is None else list(kv_map)
+        keys, values = buffers()
+        self.has_kernel = (
+            how == "merge" and window is None and chunk is None and kv_map is None and can_decode(keys, values)
+        )
+        """Whether one token of each row is kept and attended to by the kernel of `decode_attention`."""
+        packed = Attending(self._packed_by_kernel, values.shape[-1] + 1, dtype=torch.float32)
+        self._by_kernel = registered(packed)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
+        if self.has_kernel and q.shape[2] == 1 and mask is None:
+            return self._merged(self._by_kernel(q, k, v, positions, None), sinks).to(q.dtype)
         run, (keys, values) = self._run(), self._buffers()
         self._keep(run, keys, k)
         self._keep(run, values, v)
@@ -137,10 +149,32 @@ class ShardedAttention:
             q, block.keys, block.values, scale=self._scale, softcap=self._softcap,
             mask=hidden if mask is None else mask.to(q.dtype) + hidden,
         )  # fmt: skip
-        packed = torch.cat([out.to(accumulating(q.dtype)), lse[..., None]], -1)
+        return self._merged(torch.cat([out.to(accumulating(q.dtype)), lse[..., None]], -1), sinks).to(q.dtype)
+
+    def _merged(self, packed: Tensor, sinks: Tensor | None) -> Tensor:
+        """What the parts [B, H, S, Dv + 1] of all ranks are together: on every rank the same bits."""
         parts = self._channel.all_gather(packed[None], dim=0)
-        out, lse = merge_parts(parts[..., :-1], parts[..., -1])
-        return with_sinks(out, lse, sinks).to(q.dtype)
+        return with_sinks(*merge_parts(parts[..., :-1], parts[..., -1]), sinks)
+
+    def _packed_by_kernel(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None) -> Tensor:
+        """The part of this rank. To the kernel a row is as long as what this rank keeps of it.
+
+        The kernel appends what it is given: on a rank that does not keep the token, that is the last one that it keeps.
+        """
+        run, (keys, values) = self._run(), (each[self._run().rows] for each in self._buffers())
+        assert run.appended is not None
+        is_own, before = run.appended.is_own, run.appended.before
+        at, rows = (before - (~is_own).long()).clamp(min=0), torch.arange(q.shape[0], device=q.device)[:, None]
+        k, v = (
+            torch.where(is_own[..., None, None], new, kept[rows, :, at].transpose(1, 2))
+            for new, kept in ((k, keys), (v, values))
+        )
+        out, lse = decode_attention(
+            q, k, v, at, keys, values, scale=self._scale, softcap=self._softcap, return_lse=True
+        )  # fmt: skip
+        has_none = (~is_own & (before == 0))[..., None]
+        lse = lse[..., None].masked_fill(has_none, -torch.inf)
+        return torch.cat([out.float().masked_fill(has_none[..., None], 0), lse[..., None]], -1)
 
     def _used(self, run: ShardedRun, keys: Tensor, values: Tensor) -> Block:
         """What this rank keeps of the run's rows, as far as anyone looks; by query head where these share none."""
@@ -152,11 +186,11 @@ class ShardedAttention:
         mask: Tensor | None, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
         seen, width, own = min(run.seen, keys.shape[2] - 1), keys.shape[-1], self._channel.coordinate
-        attending = self._attending(dealt_out, own, q, values.shape[-1], mask)
+        queries = self._queries_of(dealt_out, own, q, values.shape[-1], mask)
         message = torch.cat([keys[run.rows, :, :seen], values[run.rows, :, :seen]], -1)
         for source, rows in self._brought(message):
-            self._add(attending, run, dealt_out, own, source, Block(rows[..., :width], rows[..., width:], ()))
-        return with_sinks(attending.seen.out, attending.seen.lse, sinks).to(q.dtype)
+            self._add(queries, run, dealt_out, own, source, Block(rows[..., :width], rows[..., width:], ()))
+        return with_sinks(queries.seen.out, queries.seen.lse, sinks).to(q.dtype)
 
     def _exchange_queries(
         self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, keys: Tensor, values: Tensor,
@@ -173,9 +207,9 @@ class ShardedAttention:
         kept = Block(keys[run.rows, :, :seen], values[run.rows, :, :seen], ())
         found: list[Tensor] = [q] * order.parts
         for target, rows in around(self._channel, filled_up(q, max(order.counts))):
-            attending = self._attending(dealt_out, target, rows[:, :, : order.counts[target]], width, mask)
-            self._add(attending, run, dealt_out, target, own, kept)
-            found[target] = torch.cat([attending.seen.out, attending.seen.lse[..., None]], -1).reshape(-1)
+            queries = self._queries_of(dealt_out, target, rows[:, :, : order.counts[target]], width, mask)
+            self._add(queries, run, dealt_out, target, own, kept)
+            found[target] = torch.cat([queries.seen.out, queries.seen.lse[..., None]], -1).reshape(-1)
         send_counts = [each.numel() for each in found]
         back = [batch * heads * size * (width + 1)] * order.parts
         parts = self._channel.all_to_all(torch.cat(found), send_counts, back)
@@ -188,26 +222,26 @@ class ShardedAttention:
         parts = (values.shape[3] + 1) * accumulating(q.dtype).itemsize
         return max(dealt_out.order.counts) * q.shape[1] * (q.shape[3] * q.itemsize + parts) < kept
 
-    def _attending(self, dealt_out: DealtOut, rank: int, q: Tensor, width: int, mask: Tensor | None) -> Attending:
+    def _queries_of(self, dealt_out: DealtOut, rank: int, q: Tensor, width: int, mask: Tensor | None) -> RankQueries:
         """The queries of `rank`."""
-        return Attending(
+        return RankQueries(
             q, _moved(dealt_out.order.runs[rank], dealt_out.start), Visible(True, self._window, self._chunk),
             width=width, scale=self._scale, softcap=self._softcap, mask=mask,
         )  # fmt: skip
 
     def _add(
-        self, attending: Attending, run: ShardedRun, dealt_out: DealtOut, queries: int, source: int, kept: Block
+        self, queries: RankQueries, run: ShardedRun, dealt_out: DealtOut, rank: int, source: int, kept: Block
     ) -> None:
-        """What the queries of one rank see of what another, `source`, keeps."""
+        """What the queries of one `rank` see of what another, `source`, keeps."""
         order, before = dealt_out.order, dealt_out.before
         kept = kept.mapped(self._kv_map)
         # slots that were written twice, and sights that end, are told from positions only
         if before is not None and self._window is None and self._chunk is None:
             runs = ((0, before[source]), *_moved(order.runs[source], dealt_out.start))
-            attending.add(Block(kept.keys, kept.values, tuple(each for each in runs if each[0] < each[1])))
+            queries.add(Block(kept.keys, kept.values, tuple(each for each in runs if each[0] < each[1])))
         else:
             held = run.held(self._buffers()[0].shape[2] - 1)[source]
-            attending.add_masked(kept.keys, kept.values, run.positions[:, dealt_out.tokens[queries]], held)
+            queries.add_masked(kept.keys, kept.values, run.positions[:, dealt_out.tokens[rank]], held)
 
     def _brought(self, message: Tensor) -> Iterator[tuple[int, Tensor]]:
         if self._how == "ring":
@@ -225,13 +259,13 @@ class ShardedAttention:
         def attend(
             q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, kv_map: list[int] | None
         ) -> Tensor:
-            attending = Attending(
+            queries = RankQueries(
                 q, ((0, order.total),), Visible(True, self._window, self._chunk),
                 width=v.shape[-1], scale=self._scale, softcap=self._softcap, mask=mask,
             )  # fmt: skip
             block = Block(k, v, ()).mapped(kv_map)
-            attending.add_masked(block.keys, block.values, run.positions, held)
-            return with_sinks(attending.seen.out, attending.seen.lse, sinks).to(q.dtype)
+            queries.add_masked(block.keys, block.values, run.positions, held)
+            return with_sinks(queries.seen.out, queries.seen.lse, sinks).to(q.dtype)
 
         return by_heads(
             self._channel, q, keys[run.rows, :, :seen], values[run.rows, :, :seen], attend,

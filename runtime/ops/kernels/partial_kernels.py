@@ -61,7 +61,7 @@ def can_merge(total: Tensor, out: Tensor) -> bool:
 
 
 def merge_in_place(total: Tensor, sums: Tensor, out: Tensor, lse: Tensor) -> None:
-    """total [B, H, S, Dv] and sums [B, H, S] become what they and the part (out, lse) are together."""
+    """The `total` [B, H, S, Dv] and `sums` [B, H, S] become what they and the part (out, lse) are together."""
     from runtime.ops.kernels.merge_kernel import merge  # Triton comes with torch for GPUs only
 
     batch, heads, size, width = total.shape
