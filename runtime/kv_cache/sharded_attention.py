@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partitioner.errors import InputError
 from runtime.kv_cache.sharded_slots import Appended, KeptTokens
 from runtime.kv_cache.slots import minus_infinity
 from runtime.ops.kernels.decode_attention import Attending, can_decode, decode_attention, registered
@@ -107,6 +108,10 @@ class ShardedAttention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
+        if self._how == "merge" and self._run().dealt_out is not None:
+            raise InputError(
+                f"node {self._channel.node!r} is for runs that every rank has all of; the tokens of this one are dealt out"
+            )
         if self.has_kernel and q.shape[2] == 1 and mask is None:
             return self._merged(self._by_kernel(q, k, v, positions, None), sinks).to(q.dtype)
         run, (keys, values) = self._run(), self._buffers()
@@ -115,7 +120,10 @@ class ShardedAttention:
         if self._how == "merge":
             return self._merge(run, q, keys, values, mask, sinks)
         dealt_out = run.dealt_out
-        assert dealt_out is not None
+        if dealt_out is None:
+            raise InputError(
+                f"node {self._channel.node!r} is for runs whose tokens are dealt out, and every rank has all of this one"
+            )
         if not dealt_out.has_past:
             return attend_over_ranks(
                 self._channel, q, k, v, dealt_out.order.total, mask, sinks,

@@ -31,6 +31,7 @@ from tests.runtime.kv_cache.sharded_cases import (
     on_sharded,
     states,
     text,
+    tokens,
 )
 from tests.runtime.ops.rows.sp_cases import Counting, drawn
 
@@ -194,6 +195,9 @@ def test_what_such_a_cache_does_not_do_is_refused() -> None:
     with pytest.raises(InputError, match="in the order 'blocks', others 'zigzag'"):
         cache.bind_over_ranks(channel, {**given, "parts": 2, "order": "blocks"})
     cache.begin(Run((0,), (5,)).batch())
+    merge = cache.bind_over_ranks(channel, {**given, "parts": 2, "how": "merge"})
+    with pytest.raises(InputError, match="the tokens of this one are dealt out"):
+        merge(*tokens(Run((0,), (5,)), 1), None, None, None)
     with pytest.raises(InputError, match=r"row 0 .* goes on at position 5, not at 3"):
         cache.begin(Run((3,), (2,)).batch())
 
