@@ -29,7 +29,7 @@ from torch import Tensor
 from partitioner.errors import CommunicationError, InputError
 from runtime.ops.attention import attention
 from runtime.ops.collectives import unbound
-from runtime.ops.rows.attend_runs import Attending
+from runtime.ops.rows.attend_runs import RankQueries
 from runtime.ops.rows.exchange_keys import gathered, in_ring
 from runtime.ops.rows.partial_attention import with_sinks
 from runtime.ops.rows.token_order import TokenOrder
@@ -155,7 +155,7 @@ def attend_over_ranks(
         return by_heads(channel, q, k, v, attend, queries=tokens, mask=mask, sinks=sinks, kv_map=kv_map)
     visible = Visible(causal, window, chunk)
     runs, width = tokens.runs[channel.coordinate], v.shape[-1]
-    attending = Attending(q, runs, visible, width=width, scale=scale, softcap=softcap, mask=mask)
+    queries = RankQueries(q, runs, visible, width=width, scale=scale, softcap=softcap, mask=mask)
     if how == "ring":
         blocks = in_ring(channel, k, v, tokens, visible)
     elif how == "gather":
@@ -163,5 +163,5 @@ def attend_over_ranks(
     else:
         raise CommunicationError(f"node {channel.node!r}: tokens meet by ring, gather or ulysses, not by {how!r}")
     for block in blocks:
-        attending.add(block.mapped(kv_map))
-    return with_sinks(attending.seen.out, attending.seen.lse, sinks).to(q.dtype)
+        queries.add(block.mapped(kv_map))
+    return with_sinks(queries.seen.out, queries.seen.lse, sinks).to(q.dtype)

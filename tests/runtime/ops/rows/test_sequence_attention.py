@@ -14,7 +14,7 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.channels import Handle
 from runtime.communication.thread_communicator import ThreadChannel
 from runtime.ops.attention import attention
-from runtime.ops.rows.attend_runs import Attending, Block
+from runtime.ops.rows.attend_runs import Block, RankQueries
 from runtime.ops.rows.token_order import TokenOrder
 from tests.runtime.ops.rows.sp_cases import Counting, drawn, over_ranks, tensors
 
@@ -164,18 +164,18 @@ def test_the_next_block_is_under_way_before_one_is_attended_to(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: dict[int, list[str]] = {}
-    permute, attend = ThreadChannel.permute_begin, Attending.add
+    permute, attend = ThreadChannel.permute_begin, RankQueries.add
 
     def begin(self: ThreadChannel, x: Tensor, shift: int) -> Handle:
         events.setdefault(threading.get_ident(), []).append("begin")
         return permute(self, x, shift)
 
-    def add(self: Attending, block: Block) -> None:
+    def add(self: RankQueries, block: Block) -> None:
         events.setdefault(threading.get_ident(), []).append("attend")
         attend(self, block)
 
     monkeypatch.setattr(ThreadChannel, "permute_begin", begin)
-    monkeypatch.setattr(Attending, "add", add)
+    monkeypatch.setattr(RankQueries, "add", add)
     over_ranks(tensors(1, 18), 3, how="ring", causal=True, scale=0.4, **options)
     assert [*events.values()] == [["begin", "attend", "begin", "attend", "attend"]] * 3
 
