@@ -180,7 +180,7 @@ def _meetings_of_return(node: fx.Node) -> tuple[Meeting, ...]:
 
 
 def _meetings_of_attention(node: fx.Node) -> tuple[Meeting, ...]:
-    """By `how`. Of what lies in a cache nothing is said: how much that is is known when it runs."""
+    """By `how`, of a run that comes first. How much lies in a cache, and whether queries travel to it, is not known."""
     operands, axes, options = read_call(node)
     how, parts = options["how"], options["parts"]
     values = [operand.meta.get("val") for operand in operands[:3]]
