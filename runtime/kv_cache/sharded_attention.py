@@ -5,7 +5,8 @@
 
 What is exchanged behind other runs is the used part of each rank's cache, the run's own tokens included. It is as long
 as the fullest rank's. Where that is more than the queries and what comes of them, a ring sends those instead: n - 1
-permutes, and an all-to-all of the parts (Yang et al., arXiv:2411.01783, section 3.4, "pass-Q").
+permutes, and an all-to-all of the parts (Yang et al., arXiv:2411.01783, section 3.4, "pass-Q"). Behind other runs,
+ring-ulysses is a ring.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class ShardedAttention:
         channel: Any,
         *,
         how: str,
+        neighbours: int,
         order: str,
         scale: float,
         window: int | None,
@@ -93,7 +95,7 @@ class ShardedAttention:
         kv_map: list[int] | None,
     ) -> None:
         self._buffers, self._run, self._channel = buffers, run, channel
-        self._how, self._order = how, order
+        self._how, self._neighbours, self._order = how, neighbours, order
         self._scale, self._softcap = scale, softcap
         self._window, self._chunk = window, chunk
         self._kv_map = None if kv_map is None else list(kv_map)
@@ -110,7 +112,8 @@ class ShardedAttention:
     ) -> Tensor:
         if self._how == "merge" and self._run().dealt_out is not None:
             raise InputError(
-                f"node {self._channel.node!r} is for runs that every rank has all of; the tokens of this one are dealt out"
+                f"node {self._channel.node!r} is for runs that every rank has all of; the tokens of this one "
+                "are dealt out"
             )
         if self.has_kernel and q.shape[2] == 1 and mask is None:
             return self._merged(self._by_kernel(q, k, v, positions, None), sinks).to(q.dtype)
@@ -122,18 +125,19 @@ class ShardedAttention:
         dealt_out = run.dealt_out
         if dealt_out is None:
             raise InputError(
-                f"node {self._channel.node!r} is for runs whose tokens are dealt out, and every rank has all of this one"
+                f"node {self._channel.node!r} is for runs whose tokens are dealt out; every rank has all of this one"
             )
         if not dealt_out.has_past:
             return attend_over_ranks(
                 self._channel, q, k, v, dealt_out.order.total, mask, sinks,
-                how=self._how, parts=dealt_out.order.parts, order=self._order, causal=True, scale=self._scale,
+                how=self._how, neighbours=self._neighbours, parts=dealt_out.order.parts,
+                 order=self._order, causal=True, scale=self._scale,
                 window=self._window, chunk=self._chunk, softcap=self._softcap, kv_map=self._kv_map,
             )  # fmt: skip
         if self._how == "ulysses":
             return self._exchange_heads(run, dealt_out, q, keys, values, mask, sinks)
         alike = mask is None or mask.dim() < 2 or mask.shape[-2] == 1
-        if self._how == "ring" and alike and self._queries_are_less(run, dealt_out, q, keys, values):
+        if self._how != "gather" and alike and self._queries_are_less(run, dealt_out, q, keys, values):
             return self._exchange_queries(run, dealt_out, q, keys, values, mask, sinks)
         return self._exchange_keys(run, dealt_out, q, keys, values, mask, sinks)
 
@@ -252,7 +256,7 @@ class ShardedAttention:
             queries.add_masked(kept.keys, kept.values, run.positions[:, dealt_out.tokens[rank]], held)
 
     def _brought(self, message: Tensor) -> Iterator[tuple[int, Tensor]]:
-        if self._how == "ring":
+        if self._how != "gather":
             return around(self._channel, message)
         return enumerate(self._channel.all_gather(message[None], dim=0).unbind(0))
 

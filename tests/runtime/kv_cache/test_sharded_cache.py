@@ -83,6 +83,11 @@ def test_the_order_in_blocks() -> None:
         check(text((5, 17), 6, 3), 2, 3, how, order="blocks")
 
 
+def test_a_ring_of_groups_that_exchange_heads() -> None:
+    for step in (40, 6):
+        check(text((5, 23), step, 3), 2, 4, "ring-ulysses", neighbours=2)
+
+
 @pytest.mark.parametrize("how", HOWS)
 def test_groups_of_rows_take_turns(how: str) -> None:
     first, second = text((9, 4), 6, 5), text((11, 2), 6, 5)
