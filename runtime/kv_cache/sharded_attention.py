@@ -4,7 +4,9 @@
     merge      queries of all tokens; each rank attends to what it keeps, and the parts come together
 
 What is exchanged behind other runs is the used part of each rank's cache, the run's own tokens included. It is as long
-as the fullest rank's.
+as the fullest rank's. Where that is more than the queries and what comes of them, a ring sends those instead: n - 1
+permutes, and an all-to-all of the parts (Yang et al., arXiv:2411.01783, section 3.4, "pass-Q"). Behind other runs,
+ring-ulysses is a ring.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.kv_cache.sharded_slots import KeptTokens
+from partitioner.errors import InputError
+from runtime.kv_cache.sharded_slots import Appended, KeptTokens
 from runtime.kv_cache.slots import minus_infinity
-from runtime.ops.rows.attend_runs import Attending, Block
-from runtime.ops.rows.exchange_keys import around
+from runtime.ops.kernels.decode_attention import Attending, can_decode, decode_attention, registered
+from runtime.ops.rows.attend_runs import Block, RankQueries
+from runtime.ops.rows.exchange_keys import around, filled_up
 from runtime.ops.rows.partial_attention import accumulating, merge_parts, partial_attention, with_sinks
 from runtime.ops.rows.sequence_attention import attend_over_ranks
 from runtime.ops.rows.token_order import TokenOrder
@@ -34,8 +38,8 @@ class DealtOut:
     """What is known of a run in which each rank has its own tokens."""
 
     order: TokenOrder
-    own: Tensor
-    """Which of the run's tokens this rank has."""
+    tokens: tuple[Tensor, ...]
+    """Which of the run's tokens each rank has."""
     has_past: bool
     """Whether anything was kept before."""
     start: int
@@ -54,8 +58,10 @@ class ShardedRun:
     """By number of slots: where the tokens of this rank are kept, [B, S] or, if they are dealt out, [B, S_i]."""
     seen: int
     """How many slots of a rank are looked at, at most."""
-    dealt_out: DealtOut | None
     kept: KeptTokens
+    dealt_out: DealtOut | None = None
+    appended: Appended | None = None
+    """What is known of a run that every rank has all of, in the place of that."""
     masks: dict[Any, Tensor] = field(default_factory=dict)
 
     def held(self, count: int) -> Tensor:
@@ -80,6 +86,7 @@ class ShardedAttention:
         channel: Any,
         *,
         how: str,
+        neighbours: int,
         order: str,
         scale: float,
         window: int | None,
@@ -88,29 +95,50 @@ class ShardedAttention:
         kv_map: list[int] | None,
     ) -> None:
         self._buffers, self._run, self._channel = buffers, run, channel
-        self._how, self._order = how, order
+        self._how, self._neighbours, self._order = how, neighbours, order
         self._scale, self._softcap = scale, softcap
         self._window, self._chunk = window, chunk
         self._kv_map = None if kv_map is None else list(kv_map)
+        keys, values = buffers()
+        self.has_kernel = (
+            how == "merge" and window is None and chunk is None and kv_map is None and can_decode(keys, values)
+        )
+        """Whether one token of each row is kept and attended to by the kernel of `decode_attention`."""
+        packed = Attending(self._packed_by_kernel, values.shape[-1] + 1, dtype=torch.float32)
+        self._by_kernel = registered(packed)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
+        if self._how == "merge" and self._run().dealt_out is not None:
+            raise InputError(
+                f"node {self._channel.node!r} is for runs that every rank has all of; the tokens of this one "
+                "are dealt out"
+            )
+        if self.has_kernel and q.shape[2] == 1 and mask is None:
+            return self._merged(self._by_kernel(q, k, v, positions, None), sinks).to(q.dtype)
         run, (keys, values) = self._run(), self._buffers()
         self._keep(run, keys, k)
         self._keep(run, values, v)
         if self._how == "merge":
             return self._merge(run, q, keys, values, mask, sinks)
         dealt_out = run.dealt_out
-        assert dealt_out is not None
+        if dealt_out is None:
+            raise InputError(
+                f"node {self._channel.node!r} is for runs whose tokens are dealt out; every rank has all of this one"
+            )
         if not dealt_out.has_past:
             return attend_over_ranks(
                 self._channel, q, k, v, dealt_out.order.total, mask, sinks,
-                how=self._how, parts=dealt_out.order.parts, order=self._order, causal=True, scale=self._scale,
+                how=self._how, neighbours=self._neighbours, parts=dealt_out.order.parts,
+                 order=self._order, causal=True, scale=self._scale,
                 window=self._window, chunk=self._chunk, softcap=self._softcap, kv_map=self._kv_map,
             )  # fmt: skip
         if self._how == "ulysses":
             return self._exchange_heads(run, dealt_out, q, keys, values, mask, sinks)
+        alike = mask is None or mask.dim() < 2 or mask.shape[-2] == 1
+        if self._how != "gather" and alike and self._queries_are_less(run, dealt_out, q, keys, values):
+            return self._exchange_queries(run, dealt_out, q, keys, values, mask, sinks)
         return self._exchange_keys(run, dealt_out, q, keys, values, mask, sinks)
 
     def _keep(self, run: ShardedRun, buffer: Tensor, x: Tensor) -> None:
@@ -133,10 +161,32 @@ class ShardedAttention:
             q, block.keys, block.values, scale=self._scale, softcap=self._softcap,
             mask=hidden if mask is None else mask.to(q.dtype) + hidden,
         )  # fmt: skip
-        packed = torch.cat([out.to(accumulating(q.dtype)), lse[..., None]], -1)
+        return self._merged(torch.cat([out.to(accumulating(q.dtype)), lse[..., None]], -1), sinks).to(q.dtype)
+
+    def _merged(self, packed: Tensor, sinks: Tensor | None) -> Tensor:
+        """What the parts [B, H, S, Dv + 1] of all ranks are together: on every rank the same bits."""
         parts = self._channel.all_gather(packed[None], dim=0)
-        out, lse = merge_parts(parts[..., :-1], parts[..., -1])
-        return with_sinks(out, lse, sinks).to(q.dtype)
+        return with_sinks(*merge_parts(parts[..., :-1], parts[..., -1]), sinks)
+
+    def _packed_by_kernel(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None) -> Tensor:
+        """The part of this rank. To the kernel a row is as long as what this rank keeps of it.
+
+        The kernel appends what it is given: on a rank that does not keep the token, that is the last one that it keeps.
+        """
+        run, (keys, values) = self._run(), (each[self._run().rows] for each in self._buffers())
+        assert run.appended is not None
+        is_own, before = run.appended.is_own, run.appended.before
+        at, rows = (before - (~is_own).long()).clamp(min=0), torch.arange(q.shape[0], device=q.device)[:, None]
+        k, v = (
+            torch.where(is_own[..., None, None], new, kept[rows, :, at].transpose(1, 2))
+            for new, kept in ((k, keys), (v, values))
+        )
+        out, lse = decode_attention(
+            q, k, v, at, keys, values, scale=self._scale, softcap=self._softcap, return_lse=True
+        )  # fmt: skip
+        has_none = (~is_own & (before == 0))[..., None]
+        lse = lse[..., None].masked_fill(has_none, -torch.inf)
+        return torch.cat([out.float().masked_fill(has_none[..., None], 0), lse[..., None]], -1)
 
     def _used(self, run: ShardedRun, keys: Tensor, values: Tensor) -> Block:
         """What this rank keeps of the run's rows, as far as anyone looks; by query head where these share none."""
@@ -147,31 +197,66 @@ class ShardedAttention:
         self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, keys: Tensor, values: Tensor,
         mask: Tensor | None, sinks: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        count, order, own = keys.shape[2] - 1, dealt_out.order, self._channel.coordinate
-        seen, width = min(run.seen, count), keys.shape[-1]
-        visible = Visible(True, self._window, self._chunk)
-        start, before = dealt_out.start, dealt_out.before
-        # slots that were written twice, and sights that end, are told from positions only
-        is_even = before is not None and not visible.is_limited and run.seen <= count
-        attending = Attending(
-            q, _moved(order.runs[own], start), visible,
-            width=values.shape[-1], scale=self._scale, softcap=self._softcap, mask=mask,
-        )  # fmt: skip
+        seen, width, own = min(run.seen, keys.shape[2] - 1), keys.shape[-1], self._channel.coordinate
+        queries = self._queries_of(dealt_out, own, q, values.shape[-1], mask)
         message = torch.cat([keys[run.rows, :, :seen], values[run.rows, :, :seen]], -1)
-        queries, held = run.positions[:, dealt_out.own], run.held(count)
         for source, rows in self._brought(message):
-            if is_even:
-                assert before is not None
-                runs = ((0, before[source]), *_moved(order.runs[source], start))
-                block = Block(rows[..., :width], rows[..., width:], tuple(each for each in runs if each[0] < each[1]))
-                attending.add(block.mapped(self._kv_map))
-            else:
-                block = Block(rows[..., :width], rows[..., width:], ()).mapped(self._kv_map)
-                attending.add_masked(block.keys, block.values, queries, held[source])
-        return with_sinks(attending.seen.out, attending.seen.lse, sinks).to(q.dtype)
+            self._add(queries, run, dealt_out, own, source, Block(rows[..., :width], rows[..., width:], ()))
+        return with_sinks(queries.seen.out, queries.seen.lse, sinks).to(q.dtype)
+
+    def _exchange_queries(
+        self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, keys: Tensor, values: Tensor,
+        mask: Tensor | None, sinks: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The queries of each rank come to what this one keeps, and what they have seen goes back."""
+        order, own, (batch, heads, size, _), width = (
+            dealt_out.order,
+            self._channel.coordinate,
+            q.shape,
+            values.shape[-1],
+        )
+        seen = min(run.seen, keys.shape[2] - 1)
+        kept = Block(keys[run.rows, :, :seen], values[run.rows, :, :seen], ())
+        found: list[Tensor] = [q] * order.parts
+        for target, rows in around(self._channel, filled_up(q, max(order.counts))):
+            queries = self._queries_of(dealt_out, target, rows[:, :, : order.counts[target]], width, mask)
+            self._add(queries, run, dealt_out, target, own, kept)
+            found[target] = torch.cat([queries.seen.out, queries.seen.lse[..., None]], -1).reshape(-1)
+        send_counts = [each.numel() for each in found]
+        back = [batch * heads * size * (width + 1)] * order.parts
+        parts = self._channel.all_to_all(torch.cat(found), send_counts, back)
+        parts = parts.view(order.parts, batch, heads, size, width + 1)
+        return with_sinks(*merge_parts(parts[..., :-1], parts[..., -1]), sinks).to(q.dtype)
+
+    def _queries_are_less(self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether fewer bytes travel if the queries do: behind a long past, for a short run; the same on all ranks."""
+        kept = min(run.seen, keys.shape[2] - 1) * keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.itemsize
+        parts = (values.shape[3] + 1) * accumulating(q.dtype).itemsize
+        return max(dealt_out.order.counts) * q.shape[1] * (q.shape[3] * q.itemsize + parts) < kept
+
+    def _queries_of(self, dealt_out: DealtOut, rank: int, q: Tensor, width: int, mask: Tensor | None) -> RankQueries:
+        """The queries of `rank`."""
+        return RankQueries(
+            q, _moved(dealt_out.order.runs[rank], dealt_out.start), Visible(True, self._window, self._chunk),
+            width=width, scale=self._scale, softcap=self._softcap, mask=mask,
+        )  # fmt: skip
+
+    def _add(
+        self, queries: RankQueries, run: ShardedRun, dealt_out: DealtOut, rank: int, source: int, kept: Block
+    ) -> None:
+        """What the queries of one `rank` see of what another, `source`, keeps."""
+        order, before = dealt_out.order, dealt_out.before
+        kept = kept.mapped(self._kv_map)
+        # slots that were written twice, and sights that end, are told from positions only
+        if before is not None and self._window is None and self._chunk is None:
+            runs = ((0, before[source]), *_moved(order.runs[source], dealt_out.start))
+            queries.add(Block(kept.keys, kept.values, tuple(each for each in runs if each[0] < each[1])))
+        else:
+            held = run.held(self._buffers()[0].shape[2] - 1)[source]
+            queries.add_masked(kept.keys, kept.values, run.positions[:, dealt_out.tokens[rank]], held)
 
     def _brought(self, message: Tensor) -> Iterator[tuple[int, Tensor]]:
-        if self._how == "ring":
+        if self._how != "gather":
             return around(self._channel, message)
         return enumerate(self._channel.all_gather(message[None], dim=0).unbind(0))
 
@@ -186,13 +271,13 @@ class ShardedAttention:
         def attend(
             q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, kv_map: list[int] | None
         ) -> Tensor:
-            attending = Attending(
+            queries = RankQueries(
                 q, ((0, order.total),), Visible(True, self._window, self._chunk),
                 width=v.shape[-1], scale=self._scale, softcap=self._softcap, mask=mask,
             )  # fmt: skip
             block = Block(k, v, ()).mapped(kv_map)
-            attending.add_masked(block.keys, block.values, run.positions, held)
-            return with_sinks(attending.seen.out, attending.seen.lse, sinks).to(q.dtype)
+            queries.add_masked(block.keys, block.values, run.positions, held)
+            return with_sinks(queries.seen.out, queries.seen.lse, sinks).to(q.dtype)
 
         return by_heads(
             self._channel, q, keys[run.rows, :, :seen], values[run.rows, :, :seen], attend,

@@ -106,9 +106,11 @@ class ShardedCache(Cache):
         super().begin(tokens, rows=rows)
         group = self._group
         if decode:
-            slots = self.kept.append(tokens.positions, group, self.coordinate)
+            appended = self.kept.append(tokens.positions, group, self.coordinate)
             ends = [start + count for start, count in zip(tokens.starts, tokens.counts, strict=True)]
-            self._run = ShardedRun(group, tokens.positions, slots, self.kept.most(group, ends), None, self.kept)
+            self._run = ShardedRun(
+                group, tokens.positions, appended.slots, self.kept.most(group, ends), self.kept, appended=appended
+            )
         else:
             self._run = self._deal_out(tokens, group)
         if self._most is not None and self._run.seen > self._most:
@@ -127,18 +129,21 @@ class ShardedCache(Cache):
             each = [{kept.count(rank, row, tokens.start) for row in numbers} for rank in range(self.parts)]
             before = tuple(one.pop() for one in each) if all(len(one) == 1 for one in each) else None
         order = TokenOrder.of(tokens.positions.shape[1], self.parts, self._order or "zigzag")
-        own = torch.tensor(order.positions(self.coordinate), dtype=torch.int64, device=self._device)
+        tokens_of = tuple(
+            torch.tensor(order.positions(rank), dtype=torch.int64, device=self._device) for rank in range(self.parts)
+        )
+        own = tokens_of[self.coordinate]
         slots = {count: each[:, own] for count, each in kept.deal_out(tokens, group, order).items()}
-        dealt_out = DealtOut(order, own, has_past, tokens.start or 0, before)
+        dealt_out = DealtOut(order, tokens_of, has_past, tokens.start or 0, before)
         seen = kept.most(group, [0] * len(numbers))
-        return ShardedRun(group, tokens.positions, slots, seen, dealt_out, kept)
+        return ShardedRun(group, tokens.positions, slots, seen, kept, dealt_out=dealt_out)
 
     def begin_fixed(self, positions: Tensor, seen: int) -> None:
         self._batch, self._active, self._fixed, self._group = None, None, seen, slice(0, len(positions))
         self._is_fixed = True
-        slots = self.kept.append(positions, self._group, self.coordinate)
+        appended = self.kept.append(positions, self._group, self.coordinate)
         most = max(sharded_slots(state, max_length=seen, step=self.step, parts=self.parts) for state in self._states)
-        self._run = ShardedRun(self._group, positions, slots, most, None, self.kept)
+        self._run = ShardedRun(self._group, positions, appended.slots, most, self.kept, appended=appended)
         for count, window, chunk in self._kinds:  # here, so that a compiled step reads them as they are
             self._run.hidden(self.coordinate, count, window, chunk, next(iter(self.buffers.values())).dtype)
 
@@ -159,16 +164,17 @@ class ShardedCache(Cache):
         state = options.pop("state")
         if not options.pop("causal"):
             raise InputError(f"node {channel.node!r} is not causal: it would see tokens that are not there yet")
+        found = ShardedAttention(lambda: self._pair(state), self._current, channel, **options)
         if options["how"] == "merge":
-            slots = self.buffers[f"{state}.key"].shape[2] - 1
-            self._kinds.add((slots, options["window"], options["chunk"]))
+            if not found.has_kernel:
+                self._kinds.add((self._pair(state)[0].shape[2] - 1, options["window"], options["chunk"]))
         else:
             if self._order not in (None, options["order"]):
                 raise InputError(
                     f"node {channel.node!r} deals tokens out in the order {options['order']!r}, others {self._order!r}"
                 )
             self._order = options["order"]
-        return ShardedAttention(lambda: self._pair(state), self._current, channel, **options).__call__
+        return found.__call__
 
     def _pair(self, state: str) -> tuple[Tensor, Tensor]:
         return self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]

@@ -17,6 +17,7 @@ host.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from runtime.kv_cache.slots import slots_of
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.program.shards import StateShard
 
-__all__ = ["FAR", "KeptTokens", "cache_bytes", "sharded_slots"]
+__all__ = ["FAR", "Appended", "KeptTokens", "cache_bytes", "sharded_slots"]
 
 _UNEVEN_RUNS = 32
 """How many runs may be no multiple of the ranks, besides those of the largest size."""
@@ -60,6 +61,16 @@ def cache_bytes(states: Sequence[StateShard], *, max_batch: int, max_length: int
         return sharded_slots(state, max_length=max_length, step=step, parts=parts) + 1
 
     return sum(max_batch * count(state) * state.bytes for state in states)
+
+
+class Appended(NamedTuple):
+    """Of a run that every rank has all of, what one of them keeps; tensors [B, S]."""
+
+    slots: dict[int, Tensor]
+    """By number of slots."""
+    is_own: Tensor
+    before: Tensor
+    """How many tokens of the row it has kept before that position."""
 
 
 class KeptTokens:
@@ -137,15 +148,18 @@ class KeptTokens:
         self._kept.copy_(torch.tensor(kept))
         return slots
 
-    def append(self, positions: Tensor, rows: slice, own: int) -> dict[int, Tensor]:
-        """A run that every rank has all of, at `positions` [B, S]. By number of slots, where rank `own` keeps each."""
+    def append(self, positions: Tensor, rows: slice, own: int) -> Appended:
+        """A run that every rank has all of, at `positions` [B, S], as rank `own` sees it."""
         rank = positions % self.parts
         ends, row = self._ends[rows, None], self._rows[rows].expand_as(positions)
         # how many positions of that rank lie before each, without those before the row's `end`
         later = (positions - rank + self.parts - 1) // self.parts - (ends - rank + self.parts - 1) // self.parts
         is_new = positions >= ends
         slots = self._note(rank, rows, self._kept[rank, row] + later, positions, is_new)
-        return {count: torch.where(rank == own, each, count) for count, each in slots.items()}
+        before = self._kept[own, row] + (positions - own + self.parts - 1) // self.parts
+        before = before - (ends - own + self.parts - 1) // self.parts
+        is_own = (rank == own) & is_new
+        return Appended({count: torch.where(is_own, each, count) for count, each in slots.items()}, is_own, before)
 
     def _note(self, rank: Tensor, rows: slice, place: Tensor, positions: Tensor, is_token: Tensor) -> dict[int, Tensor]:
         row, found = self._rows[rows].expand_as(place), {}

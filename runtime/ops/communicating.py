@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -180,7 +180,7 @@ def _meetings_of_return(node: fx.Node) -> tuple[Meeting, ...]:
 
 
 def _meetings_of_attention(node: fx.Node) -> tuple[Meeting, ...]:
-    """By `how`. Of what lies in a cache nothing is said: how much that is is known when it runs."""
+    """By `how`, of a run that comes first. How much lies in a cache, and whether queries travel to it, is not known."""
     operands, axes, options = read_call(node)
     how, parts = options["how"], options["parts"]
     values = [operand.meta.get("val") for operand in operands[:3]]
@@ -190,19 +190,24 @@ def _meetings_of_attention(node: fx.Node) -> tuple[Meeting, ...]:
         "ulysses": ("all_to_all", 2),
         "merge": ("all_gather", 1),
     }
-    kind, number = by_how[how]
+    if how == "ring-ulysses":
+        ring = parts // options.get("neighbours", 1) - 1
+        kinds: list[Kind] = ["all_to_all", *["permute"] * ring, "all_to_all"]  # type: ignore[list-item]
+    else:
+        kinds = [by_how[how][0]] * by_how[how][1]
     if None in values:  # a bundle's graph does not record them
-        return tuple(Meeting(kind, axes, None, None) for _ in range(number))
+        return tuple(Meeting(kind, axes, None, None) for kind in kinds)
     (batch, heads, size, width), (_, kv_heads, _, _), value_width = (*(v.shape for v in values[:2]), values[2].shape[3])
     dtype = values[0].dtype
-    if how == "ulysses":
-        there = batch * size * (heads * width + kv_heads * (width + value_width))
-        back = batch * size * heads * value_width
-        return tuple(Meeting("all_to_all", axes, (each,), dtype) for each in (there, back))
     if how == "merge":
         return (Meeting("all_gather", axes, (1, batch, heads, size, value_width + 1), accumulating(dtype)),)
-    shape = (batch, kv_heads, size, width + value_width)
-    return tuple(Meeting(kind, axes, shape, dtype) for _ in range(number))
+    rows = batch * size
+    exchanged = [rows * (heads * width + kv_heads * (width + value_width)), rows * heads * value_width]
+    keys = Meeting("permute", axes, (batch, kv_heads, size, width + value_width), dtype)
+    return tuple(
+        Meeting(kind, axes, (exchanged.pop(0),), dtype) if kind == "all_to_all" else replace(keys, kind=kind)
+        for kind in kinds
+    )
 
 
 COMMUNICATING: dict[Any, Communicating] = {

@@ -102,7 +102,7 @@ def test_auto_takes_the_way_with_fewest_bytes_and_says_why() -> None:
     assert "512 against 512 numbers per token" in note
     how, note = chosen("falcon", "sp=2")  # one kv head: a ring carries little
     assert how == "ring"
-    assert "192 against 64 numbers" in note
+    assert "384 against 128 numbers" in note
     how, note = chosen("llama", "tp=4,sp=2")
     assert how == "ring"
     assert "1 heads on a rank, fewer than sp=2" in note

@@ -104,10 +104,10 @@ def test_a_cache_of_other_heads_than_the_rank_computes_is_refused() -> None:
 def test_a_cache_that_forgets_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     begin = Cache.begin
 
-    def forgetful(self: Cache, tokens: Batch, *, rows: slice | None = None) -> None:
+    def forgetful(self: Cache, tokens: Batch, *, rows: slice | None = None, decode: bool = False) -> None:
         for buffer in self.buffers.values():
             buffer[:, :, 3] = 0
-        begin(self, tokens, rows=rows)
+        begin(self, tokens, rows=rows, decode=decode)
 
     monkeypatch.setattr(Cache, "begin", forgetful)
     assert error("llama", compiled("llama", 1), prompts("llama"), prefill_step=7) > 1e-6

@@ -125,7 +125,8 @@ class MemoryTraffic:
         a = arguments(node)
         queries, own = self.held(a["q"]), self.held(a["k"]) + self.held(a["v"])
         keys, length = self.sizes.past + evaluate(a["q"].meta["val"].shape[2], self.sizes.symbols), self._length(a["k"])
-        seen = own // length * (keys // node.kwargs["parts"] if a["how"] == "merge" else keys) if length else 0
+        parts: int = a["parts"] if a["how"] == "merge" else 1
+        seen = own // length * (keys // parts) if length else 0
         return Traffic(queries + seen, sum(tensor.nbytes for tensor in _flat(tensors)))
 
     def _length(self, node: fx.Node) -> int:

@@ -102,13 +102,14 @@ def _pairs(node: fx.Node, found: Notation, sizes: RankSizes) -> int:
 
 def _own_pairs(node: fx.Node, sizes: RankSizes) -> int:
     """Of own queries and the keys of all ranks; where parts are merged, a share of what all queries see."""
-    a, parts = arguments(node), node.kwargs["parts"]
+    a = arguments(node)
+    parts: int = a["parts"]
     past = sizes.past if operation(node) is cached_sequence_attention else 0
     total = evaluate(a["q"].meta["val"].shape[2], sizes.symbols)
     if a["how"] == "merge":
-        return -(-pairs_seen(past, total, past + total, *attention_limits(node)) // parts)  # type: ignore[operator]
+        return -(-pairs_seen(past, total, past + total, *attention_limits(node)) // parts)
     index = sizes.program.mesh.index(as_axes(a["axis"]), sizes.coordinates)
-    runs = TokenOrder.of(total, parts, a["order"]).runs[index]  # type: ignore[arg-type]
+    runs = TokenOrder.of(total, parts, a["order"]).runs[index]
     return sum(pairs_seen(past + start, stop - start, past + total, *attention_limits(node)) for start, stop in runs)
 
 

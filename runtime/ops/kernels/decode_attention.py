@@ -103,8 +103,9 @@ def _power_of_2(count: int) -> int:
 class Attending:
     """What one attention of a model does with its cache, whichever cache that is when it runs."""
 
-    def __init__(self, run: Callable[..., Tensor], value_width: int) -> None:
-        self.run, self.value_width = run, value_width
+    def __init__(self, run: Callable[..., Tensor], value_width: int, *, dtype: torch.dtype | None = None) -> None:
+        """`dtype`: of what it yields; None: as the query is."""
+        self.run, self.value_width, self.dtype = run, value_width, dtype
         self.number = next(_numbers)
         _attending[self.number] = self
 
@@ -116,16 +117,30 @@ _attending: weakref.WeakValueDictionary[int, Attending] = weakref.WeakValueDicti
 
 @torch.library.custom_op("partitioner::decode_attention", mutates_args=())
 def _decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None, number: int, value_width: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    sinks: Tensor | None,
+    number: int,
+    value_width: int,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     return _attending[number].run(q, k, v, positions, sinks)
 
 
 @_decode_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None, number: int, value_width: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    sinks: Tensor | None,
+    number: int,
+    value_width: int,
+    dtype: torch.dtype | None,
 ) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], 1, value_width)
+    return q.new_empty(q.shape[0], q.shape[1], 1, value_width, dtype=dtype)
 
 
 def registered(attending: Attending) -> Callable[..., Tensor]:
@@ -133,7 +148,8 @@ def registered(attending: Attending) -> Callable[..., Tensor]:
 
     def run(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None) -> Tensor:
         # by `attending`, which is kept alive as long as what calls it
-        found: Tensor = _decode_attention(q, k, v, positions, sinks, attending.number, attending.value_width)
+        number, width, dtype = attending.number, attending.value_width, attending.dtype
+        found: Tensor = _decode_attention(q, k, v, positions, sinks, number, width, dtype)
         return found
 
     return run

@@ -23,7 +23,7 @@ from runtime.ops.rows.partial_attention import Merged, partial_attention
 from runtime.ops.rows.token_order import Run
 from runtime.ops.rows.visible import Visible, common
 
-__all__ = ["Attending", "Block"]
+__all__ = ["Block", "RankQueries"]
 
 _TILE = 512
 """Queries at a time where a mask is needed."""
@@ -51,7 +51,7 @@ class Block:
             at = end
 
 
-class Attending:
+class RankQueries:
     """Queries q [B, H, S, D], which stand at the positions of `runs`, and what they have seen so far.
 
     width: that of a value. mask: additive, broadcastable to [B, H, S, all tokens]: its keys are those of every rank, in

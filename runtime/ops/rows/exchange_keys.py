@@ -24,7 +24,7 @@ from runtime.ops.rows.share_rows import in_order
 from runtime.ops.rows.token_order import Run, TokenOrder
 from runtime.ops.rows.visible import Visible, common
 
-__all__ = ["around", "gathered", "in_ring"]
+__all__ = ["around", "filled_up", "gathered", "in_ring"]
 
 
 def in_ring(channel: Any, k: Tensor, v: Tensor, order: TokenOrder, visible: Visible) -> Iterator[Block]:
@@ -32,7 +32,7 @@ def in_ring(channel: Any, k: Tensor, v: Tensor, order: TokenOrder, visible: Visi
     if visible.is_limited:
         yield from _to_each(channel, k, v, order, visible)
         return
-    message, width = _filled_up(torch.cat([k, v], -1), max(order.counts)), k.shape[-1]
+    message, width = filled_up(torch.cat([k, v], -1), max(order.counts)), k.shape[-1]
     for source, rows in around(channel, message):
         yield Block(rows[..., :width], rows[..., width:], order.runs[source])
 
@@ -55,7 +55,7 @@ def _to_each(channel: Any, k: Tensor, v: Tensor, order: TokenOrder, visible: Vis
         wanted = [k.narrow(2, 0, 0), *_rows(k, order.runs[own], runs[own])]
         values = [v.narrow(2, 0, 0), *_rows(v, order.runs[own], runs[own])]
         message = torch.cat([torch.cat(wanted, 2), torch.cat(values, 2)], -1)
-        coming = channel.permute_begin(_filled_up(message, max(map(_count, runs))), step)
+        coming = channel.permute_begin(filled_up(message, max(map(_count, runs))), step)
         yield block
         message = coming.finish()
         block = Block(message[..., :width], message[..., width:], runs[(own - step) % num_ranks])
@@ -95,5 +95,6 @@ def _count(runs: tuple[Run, ...]) -> int:
     return sum(stop - start for start, stop in runs)
 
 
-def _filled_up(x: Tensor, size: int) -> Tensor:
+def filled_up(x: Tensor, size: int) -> Tensor:
+    """[B, G, T, D] with as many rows as the longest message has."""
     return x if x.shape[2] == size else functional.pad(x, (0, 0, 0, size - x.shape[2]))

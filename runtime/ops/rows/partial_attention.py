@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from runtime.ops.attention import per_query_head, products
-from runtime.ops.kernels.partial_kernels import by_cuda_kernel
+from runtime.ops.kernels.partial_kernels import by_cuda_kernel, can_merge, merge_in_place
 
 __all__ = ["Merged", "accumulating", "merge_parts", "partial_attention", "with_sinks"]
 
@@ -132,6 +132,8 @@ class Merged:
         if is_first:
             mine.copy_(out)
             total.copy_(lse)
+        elif can_merge(mine, out):
+            merge_in_place(mine, total, out, lse)
         else:
             both = torch.logaddexp(total, lse)
             base = _finite(both)

@@ -9,6 +9,7 @@
     ring       keys and values, a block at a time             (n - 1) S_i G (D + Dv), fewer with a window or a chunk
     gather     keys and values, all at once                   the same
     ulysses    some heads of all tokens, and back             (n - 1) / n S_i (H (D + Dv) + G' (D + Dv))
+    ring-ulysses   ulysses among `neighbours` ranks, and a ring of those that have the same heads
 
 Which tokens are a rank's own is said by `order` (see `token_order`); `parts`: how many ranks share them out. Sizes may
 be uneven, and a rank may have no token. G' counts a kv head once for each rank that has query heads which read it,
@@ -21,6 +22,7 @@ and the parts come together in one all-gather, [B, H, S, Dv + 1] of each rank, s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -29,9 +31,10 @@ from torch import Tensor
 from partitioner.errors import CommunicationError, InputError
 from runtime.ops.attention import attention
 from runtime.ops.collectives import unbound
-from runtime.ops.rows.attend_runs import Attending
+from runtime.ops.rows.attend_runs import RankQueries
 from runtime.ops.rows.exchange_keys import gathered, in_ring
 from runtime.ops.rows.partial_attention import with_sinks
+from runtime.ops.rows.ring_of_heads import ring_of_heads
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.ops.rows.ulysses import by_heads
 from runtime.ops.rows.visible import Visible
@@ -45,7 +48,7 @@ __all__ = [
     "without_cache",
 ]
 
-How = Literal["ring", "gather", "ulysses", "merge"]
+How = Literal["ring", "gather", "ulysses", "ring-ulysses", "merge"]
 
 
 def sequence_attention(
@@ -60,6 +63,7 @@ def sequence_attention(
     how: str,
     parts: int,
     scale: float,
+    neighbours: int = 1,
     order: str = "zigzag",
     causal: bool = False,
     window: int | None = None,
@@ -84,6 +88,7 @@ def cached_sequence_attention(
     parts: int,
     state: str,
     scale: float,
+    neighbours: int = 1,
     order: str = "zigzag",
     causal: bool = True,
     window: int | None = None,
@@ -128,6 +133,7 @@ def attend_over_ranks(
     how: str,
     parts: int,
     scale: float,
+    neighbours: int = 1,
     order: str = "zigzag",
     causal: bool = False,
     window: int | None = None,
@@ -154,14 +160,25 @@ def attend_over_ranks(
 
         return by_heads(channel, q, k, v, attend, queries=tokens, mask=mask, sinks=sinks, kv_map=kv_map)
     visible = Visible(causal, window, chunk)
+    if how == "ring-ulysses":
+        if mask is not None:
+            raise CommunicationError(
+                f"node {channel.node!r} has a mask, which ring-ulysses does not take: ring, gather and ulysses do"
+            )
+        queries_of = functools.partial(RankQueries, visible=visible, scale=scale, softcap=softcap)
+        return ring_of_heads(
+            channel, q, k, v, tokens, visible, sinks, neighbours=neighbours, kv_map=kv_map, queries_of=queries_of
+        )
     runs, width = tokens.runs[channel.coordinate], v.shape[-1]
-    attending = Attending(q, runs, visible, width=width, scale=scale, softcap=softcap, mask=mask)
+    queries = RankQueries(q, runs, visible, width=width, scale=scale, softcap=softcap, mask=mask)
     if how == "ring":
         blocks = in_ring(channel, k, v, tokens, visible)
     elif how == "gather":
         blocks = gathered(channel, k, v, tokens)
     else:
-        raise CommunicationError(f"node {channel.node!r}: tokens meet by ring, gather or ulysses, not by {how!r}")
+        raise CommunicationError(
+            f"node {channel.node!r}: tokens meet by ring, gather, ulysses or ring-ulysses, not by {how!r}"
+        )
     for block in blocks:
-        attending.add(block.mapped(kv_map))
-    return with_sinks(attending.seen.out, attending.seen.lse, sinks).to(q.dtype)
+        queries.add(block.mapped(kv_map))
+    return with_sinks(queries.seen.out, queries.seen.lse, sinks).to(q.dtype)

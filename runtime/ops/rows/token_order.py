@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 
 from partitioner.errors import LayoutError
 
@@ -30,8 +31,18 @@ class TokenOrder:
     def __init__(self, total: int, parts: int, kind: str = "zigzag") -> None:
         if kind not in ("blocks", "zigzag"):
             raise LayoutError(f"tokens are shared out as 'blocks' or in 'zigzag' order, not {kind!r}")
-        self.total, self.parts, self.kind = total, parts, kind
-        self.runs: tuple[tuple[Run, ...], ...] = _blocks(total, parts) if kind == "blocks" else _zigzag(total, parts)
+        self.total, self.parts = total, parts
+        self._share_out(_blocks(total, parts) if kind == "blocks" else _zigzag(total, parts))
+
+    @classmethod
+    def from_runs(cls, runs: Sequence[Sequence[Run]]) -> TokenOrder:
+        """Ranks that have the tokens of `runs`, each ascending, which need not be all that there are."""
+        order = cls(sum(stop - start for start, stop in itertools.chain(*runs)), len(runs))
+        order._share_out(tuple(map(tuple, runs)))
+        return order
+
+    def _share_out(self, runs: tuple[tuple[Run, ...], ...]) -> None:
+        self.runs = runs
         """What each rank has, ascending; a run of no tokens is left out."""
         self.counts = tuple(sum(stop - start for start, stop in runs) for runs in self.runs)
         """How many each rank has."""

@@ -22,7 +22,7 @@ from partitioner.errors import CommunicationError
 from runtime.ops.rows.share_rows import in_order
 from runtime.ops.rows.token_order import TokenOrder
 
-__all__ = ["Heads", "by_heads", "heads_of"]
+__all__ = ["Heads", "by_heads", "heads_of", "kv_of"]
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,22 @@ class Heads:
 
 
 @functools.lru_cache(maxsize=256)
-def heads_of(num_ranks: int, num_heads: int, kv_of: tuple[int, ...]) -> tuple[Heads, ...]:
-    """`kv_of`: which kv head each query head reads."""
+def heads_of(num_ranks: int, num_heads: int, kv: tuple[int, ...]) -> tuple[Heads, ...]:
+    """`kv`: which kv head each query head reads."""
     found = []
     for rank in range(num_ranks):
         first, last = num_heads * rank // num_ranks, num_heads * (rank + 1) // num_ranks
-        kv = tuple(sorted(set(kv_of[first:last])))
-        found.append(Heads((first, last), kv, tuple(kv.index(each) for each in kv_of[first:last])))
+        read = tuple(sorted(set(kv[first:last])))
+        found.append(Heads((first, last), read, tuple(read.index(each) for each in kv[first:last])))
     return tuple(found)
+
+
+def kv_of(q: Tensor, k: Tensor, kv_map: Sequence[int] | None) -> tuple[int, ...]:
+    """Which kv head each query head reads."""
+    if kv_map is not None:
+        return tuple(kv_map)
+    per_kv = q.shape[1] // max(1, k.shape[1])
+    return tuple(head // per_kv for head in range(q.shape[1]))
 
 
 def by_heads(
@@ -80,9 +88,7 @@ def by_heads(
     brings, they come rank by rank. mask, sinks: as in `attention`; a mask has all queries, and does not travel.
     """
     num_ranks, own, (batch, heads, size, _) = len(channel.ranks), channel.coordinate, q.shape
-    per_kv = heads // max(1, k.shape[1])
-    kv_of = tuple(kv_map) if kv_map is not None else tuple(head // per_kv for head in range(heads))
-    shares = heads_of(num_ranks, heads, kv_of)
+    shares = heads_of(num_ranks, heads, kv_of(q, k, kv_map))
     if mask is not None:
         mask = mask.to(q.dtype).reshape(*([1] * (4 - mask.dim())), *mask.shape)
     brought = list(kv_rows) if kv_rows is not None else list(queries.counts)

@@ -147,7 +147,9 @@ def on_sharded(
 
 
 def check(runs: Sequence[Run], rows: int, parts: int, how: str, **options: Any) -> list[ShardedCache]:
-    only = {name: value for name, value in options.items() if name not in ("order", "step", "group", "of")}
+    only = {
+        name: value for name, value in options.items() if name not in ("order", "step", "group", "of", "neighbours")
+    }
     found, caches = on_sharded(runs, rows, parts, how, **options)
     for run, mine, expected in zip(runs, found, on_one(runs, rows, **only), strict=True):
         for one, other in zip(mine, expected, strict=True):

@@ -31,6 +31,7 @@ from tests.runtime.kv_cache.sharded_cases import (
     on_sharded,
     states,
     text,
+    tokens,
 )
 from tests.runtime.ops.rows.sp_cases import Counting, drawn
 
@@ -80,6 +81,11 @@ def test_sinks_and_masks(how: str) -> None:
 def test_the_order_in_blocks() -> None:
     for how in HOWS:
         check(text((5, 17), 6, 3), 2, 3, how, order="blocks")
+
+
+def test_a_ring_of_groups_that_exchange_heads() -> None:
+    for step in (40, 6):
+        check(text((5, 23), step, 3), 2, 4, "ring-ulysses", neighbours=2)
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -156,9 +162,28 @@ def test_bytes_of_a_step_and_of_a_later_piece() -> None:
         for kind, sent in (("permute", 2 * local), ("all_gather", 2 * HEADS * (VALUE + 1) * 8))
     }
     later = Counting(Mesh.of(sp=3))
-    on_sharded(text((18,), 12, 0), 1, 3, "ring", group=later)
-    # the first 12 tokens, then these and 6 more
-    assert later.sent[0, "permute"] == 2 * KV * (4 + 6) * (WIDTH + VALUE) * 8
+    on_sharded(text((24,), 12, 0), 1, 3, "ring", group=later)
+    # the first 12 tokens, then these and 12 more
+    assert later.sent[0, "permute"] == 2 * KV * (4 + 8) * (WIDTH + VALUE) * 8
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"chunk": 30}, {"softcap": 2.0}, {"kv_map": [0, 0, 0, 1]}])
+def test_queries_travel_to_a_long_past(options: dict[str, Any]) -> None:
+    """A short piece behind a long one, also of rows that stand elsewhere; less leaves a rank than by keys."""
+    runs = [Run((0,), (36,)), Run((36,), (3,)), Run((39,), (2,)), Run((41,), (1,), decode=True)]
+    group = Counting(Mesh.of(sp=3))
+    check(runs, 1, 3, "ring", group=group, **options)
+    # one token of each of the two others, then one of one other
+    assert group.sent[0, "all_to_all"] == 3 * HEADS * (VALUE + 1) * 8
+    if not options:
+        prompt, queries = KV * 12 * (WIDTH + VALUE) * 8, HEADS * WIDTH * 8
+        assert group.sent[0, "permute"] == 2 * (prompt + queries + queries)
+    sinks = drawn(HEADS, seed=7)
+    check([Run((0, 0), (36, 20)), Run((36, 20), (2, 3)), Run((38, 23), (1, 2))], 2, 3, "ring", sinks=sinks, **options)
+    # the control: a long piece behind a short one sends keys
+    other = Counting(Mesh.of(sp=3))
+    check([Run((0,), (3,)), Run((3,), (36,))], 1, 3, "ring", group=other, **options)
+    assert (0, "all_to_all") not in other.sent
 
 
 def test_what_such_a_cache_does_not_do_is_refused() -> None:
@@ -175,6 +200,9 @@ def test_what_such_a_cache_does_not_do_is_refused() -> None:
     with pytest.raises(InputError, match="in the order 'blocks', others 'zigzag'"):
         cache.bind_over_ranks(channel, {**given, "parts": 2, "order": "blocks"})
     cache.begin(Run((0,), (5,)).batch())
+    merge = cache.bind_over_ranks(channel, {**given, "parts": 2, "how": "merge"})
+    with pytest.raises(InputError, match="the tokens of this one are dealt out"):
+        merge(*tokens(Run((0,), (5,)), 1), None, None, None)
     with pytest.raises(InputError, match=r"row 0 .* goes on at position 5, not at 3"):
         cache.begin(Run((3,), (2,)).batch())
 

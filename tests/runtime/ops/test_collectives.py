@@ -21,4 +21,6 @@ def test_every_collective_is_listed_under_its_name() -> None:
         "scatter_rows": None,
         "expert_send": None,
         "expert_return": None,
+        "sequence_attention": None,
+        "cached_sequence_attention": None,
     }

@@ -1,4 +1,7 @@
-"""What each of three processes checks of attention over tokens that they share out. Started by test_over_gloo.py."""
+"""What each of three processes checks of attention over tokens that they share out. Started by test_over_gloo.py.
+
+Its argument is whether to share memory ("on", "off"), or "compiled".
+"""
 
 import sys
 import warnings
@@ -87,11 +90,12 @@ def a_compiled_step(groups: ProcessGroups) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("error")
     begin_worker()
-    groups = ProcessGroups.connect(Mesh.of(sp=3), timeout_s=60, shared_memory=sys.argv[1])
-    whole_texts(groups)
-    prompts_and_steps(groups)
-    if sys.argv[1] == "off":
+    groups = ProcessGroups.connect(Mesh.of(sp=3), timeout_s=60, shared_memory="on" if sys.argv[1] == "on" else "off")
+    if sys.argv[1] == "compiled":
         warnings.simplefilter("ignore")  # of the compiler's own imports
         as_the_compiler_sees_them(groups)
+    else:
+        whole_texts(groups)
+        prompts_and_steps(groups)
     groups.barrier()
     groups.close()

@@ -19,7 +19,12 @@ from runtime.program.rank_program import RankProgram, RunInput
 from tests.runtime.ops.rows.sp_cases import tensors
 
 PARTS = 3
-MEETINGS = {"ring": ["permute"] * (PARTS - 1), "gather": ["all_gather"], "ulysses": ["all_to_all"] * 2}
+MEETINGS = {
+    "ring": ["permute"] * (PARTS - 1),
+    "gather": ["all_gather"],
+    "ulysses": ["all_to_all"] * 2,
+    "ring-ulysses": ["all_to_all", *["permute"] * (PARTS - 1), "all_to_all"],
+}
 
 
 def graph_of(rank: int, how: str) -> fx.Graph:
@@ -74,6 +79,8 @@ def declared(how: str, op: Any = sequence_attention) -> tuple[Meeting, ...]:
 
 
 def test_what_is_declared() -> None:
+    for how, kinds in MEETINGS.items():
+        assert [meeting.kind for meeting in declared(how)] == kinds
     half, both = torch.bfloat16, (sequence_attention, cached_sequence_attention)
     for op in both:
         assert declared("ring", op) == (Meeting("permute", ("sp",), (2, 2, 5, 10), half),) * 2

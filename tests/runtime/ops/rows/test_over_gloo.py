@@ -6,7 +6,7 @@ from runtime.processes.launch import launch
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("sharing", ["off", "on"])
-def test_three_processes(sharing: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+@pytest.mark.parametrize("how", ["off", *(pytest.param(each, marks=pytest.mark.slow) for each in ("on", "compiled"))])
+def test_three_processes(how: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
-    launch(["tests.runtime.ops.rows.gloo_ranks", sharing], num_ranks=3, timeout_s=120)
+    launch(["tests.runtime.ops.rows.gloo_ranks", how], num_ranks=3, timeout_s=120)

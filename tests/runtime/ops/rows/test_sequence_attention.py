@@ -14,7 +14,7 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.channels import Handle
 from runtime.communication.thread_communicator import ThreadChannel
 from runtime.ops.attention import attention
-from runtime.ops.rows.attend_runs import Attending, Block
+from runtime.ops.rows.attend_runs import Block, RankQueries
 from runtime.ops.rows.token_order import TokenOrder
 from tests.runtime.ops.rows.sp_cases import Counting, drawn, over_ranks, tensors
 
@@ -36,8 +36,9 @@ def check(given: list[Tensor], parts: int, how: str, **options: Any) -> None:
     order, mask, sinks = (
         options.pop(name, default) for name, default in (("order", "zigzag"), ("mask", None), ("sinks", None))
     )
+    only = {"neighbours": options.pop("neighbours")} if "neighbours" in options else {}
     expected = attention(*given, mask, sinks, scale=0.4, **options)
-    found = over_ranks(given, parts, how=how, order=order, mask=mask, sinks=sinks, scale=0.4, **options)
+    found = over_ranks(given, parts, how=how, order=order, mask=mask, sinks=sinks, scale=0.4, **only, **options)
     assert found.dtype == expected.dtype
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
@@ -164,20 +165,48 @@ def test_the_next_block_is_under_way_before_one_is_attended_to(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: dict[int, list[str]] = {}
-    permute, attend = ThreadChannel.permute_begin, Attending.add
+    permute, attend = ThreadChannel.permute_begin, RankQueries.add
 
     def begin(self: ThreadChannel, x: Tensor, shift: int) -> Handle:
         events.setdefault(threading.get_ident(), []).append("begin")
         return permute(self, x, shift)
 
-    def add(self: Attending, block: Block) -> None:
+    def add(self: RankQueries, block: Block) -> None:
         events.setdefault(threading.get_ident(), []).append("attend")
         attend(self, block)
 
     monkeypatch.setattr(ThreadChannel, "permute_begin", begin)
-    monkeypatch.setattr(Attending, "add", add)
+    monkeypatch.setattr(RankQueries, "add", add)
     over_ranks(tensors(1, 18), 3, how="ring", causal=True, scale=0.4, **options)
     assert [*events.values()] == [["begin", "attend", "begin", "attend", "attend"]] * 3
+
+
+@pytest.mark.parametrize(("parts", "neighbours"), [(4, 2), (6, 2), (6, 3), (4, 4), (3, 1)])
+@pytest.mark.parametrize("order", ["zigzag", "blocks"])
+def test_a_ring_of_groups_that_exchange_heads(parts: int, neighbours: int, order: str) -> None:
+    shared: dict[str, Any] = {"neighbours": neighbours, "order": order}
+    for size in (1, 5, 23, 48):
+        check(tensors(2, size), parts, "ring-ulysses", causal=True, **shared)
+    check(tensors(1, 23, heads=5, kv=3), parts, "ring-ulysses", causal=True, kv_map=[0, 2, 1, 1, 0], **shared)
+    for options in ({}, {"causal": True, "window": 5, "sinks": drawn(4)}, {"causal": True, "softcap": 2.0, "chunk": 7}):
+        check(tensors(2, 29), parts, "ring-ulysses", **options, **shared)
+
+
+def test_bytes_of_a_ring_of_groups() -> None:
+    """Ulysses of 2 neighbours, and a ring of 3 with half the heads and twice the tokens."""
+    batch, heads, kv, width, value, size = 2, 8, 4, 6, 4, 48
+    group, rows = Counting(Mesh.of(sp=6)), 2 * 8 * 8
+    given = tensors(batch, size, heads=heads, kv=kv, width=width, value=value)
+    over_ranks(given, 6, how="ring-ulysses", neighbours=2, causal=True, scale=0.4, group=group)
+    exchanged = rows * (heads * (width + value) + kv * (width + value)) // 2
+    ring = 2 * rows * kv * (width + value)
+    for rank in range(6):
+        assert (group.sent[rank, "all_to_all"], group.sent[rank, "permute"]) == (exchanged, ring)
+        assert (group.met[rank, "all_to_all"], group.met[rank, "permute"]) == (2, 2)
+    with pytest.raises(CommunicationError, match="between 4 ranks, which must divide the 6"):
+        over_ranks(given, 6, how="ring-ulysses", neighbours=4, scale=0.4)
+    with pytest.raises(CommunicationError, match="has a mask, which ring-ulysses does not take"):
+        over_ranks(given, 6, how="ring-ulysses", neighbours=2, scale=0.4, mask=drawn(1, size))
 
 
 def test_what_does_not_fit_is_refused() -> None:
