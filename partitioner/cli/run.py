@@ -233,7 +233,7 @@ def answer_here(question: Question) -> None:
 
 
 def _answer_by(question: Question, tokenizer: Any, engine: Engine, steps: Steps) -> None:
-    is_first = engine.program.rank == 0
+    is_first = os.environ.get("RANK", "0") == "0"  # of all replicas
     dtypes = [weight.dtype for weight in engine.weights if weight.is_floating_point()]
     dtype = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.") if dtypes else "no weights"
     where = "cpu" if engine.device.type == "cpu" else torch.cuda.get_device_name(engine.device)

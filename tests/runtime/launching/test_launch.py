@@ -24,6 +24,7 @@ from partitioner.errors import CommunicationError
 from partitioner.storage.example import EXAMPLE_MODEL
 from runtime.generation.generation_request import Generated
 from runtime.launching.launched import Launched
+from tests.security.jobs.doors import knock, listening
 from tests.support import zoo
 from tests.support.generated import prompts
 
@@ -75,6 +76,13 @@ def test_rows_come_back_in_order_with_the_tokens_of_one(llm: Launched, alone: An
             found, expected = found.sequences, expected.sequences
         assert torch.equal(found, expected)
     assert (llm.replicas, llm.mesh.world_size, llm.lost) == (2, 1, {})
+
+
+def test_nobody_else_can_come_in(llm: Launched) -> None:
+    """gloo's ports are there, on loopback, and shut; requests go over sockets without a name."""
+    doors = [door for each in llm.pids for pid in each for door in listening(pid)]
+    assert {(door.kind, door.address) for door in doors} <= {("tcp", "127.0.0.1")}
+    assert [knock(door, b"", is_stranger=False) for door in doors] == [None] * len(doors)
 
 
 def test_a_stream_that_is_left_frees_its_replicas(llm: Launched, alone: Any) -> None:
