@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("partitioner", "passes", "runtime")
 MAX_LINES = 400
 
-MAX_ENTRIES = 12  # modules and subfolders of a folder, beside __init__.py
+MAX_ENTRIES = 12  # modules and subfolders of a folder, beside __init__.py and __main__.py, whose names are Python's
+PYTHONS = ("__init__.py", "__main__.py")
 
 LEAVES = ("partitioner.errors", "partitioner.sharding")
 ORDER = {
@@ -341,7 +342,7 @@ def holds_files(path: Path) -> bool:
 def folders() -> Iterator[tuple[str, list[str]]]:
     for package in (*PACKAGES, "tests", "benchmarks", "examples", "docs"):
         for folder in [ROOT / package, *(path for path in (ROOT / package).rglob("*") if path.is_dir())]:
-            names = sorted(path.name for path in folder.iterdir() if path.name != "__init__.py" and holds_files(path))
+            names = sorted(path.name for path in folder.iterdir() if path.name not in PYTHONS and holds_files(path))
             if folder.name != "__pycache__" and names:
                 yield str(folder.relative_to(ROOT)), names
 

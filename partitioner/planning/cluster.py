@@ -239,7 +239,7 @@ def _known(name: str) -> str:
         raise InputError(
             f"unknown device {name!r}; the presets are {', '.join(by_name.values())}, or give a .yaml file"
         )
-    return by_name[name.lower()]
+    return str(by_name[name.lower()])
 
 
 @functools.cache

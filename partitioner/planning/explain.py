@@ -28,11 +28,8 @@ def reason(price: Price, cluster: Cluster, summary: Summary) -> str:
         where = f"inside a host over {inside.name}" if plan.tp <= inside.size else f"across hosts of {inside.size}"
         said.append(f"tp={plan.tp} {where}, whose all-reduces are {spent:.0%} of a token")
     if plan.pp > 1:
-        why = (
-            f"{weights / 1e9:.0f} GB of weights"
-            if weights > usable * plan.tp * max(plan.ep, 1)
-            else "fewer all-reduces"
-        )
+        too_much = price.memory.weights * plan.pp > price.memory.usable
+        why = f"{weights / 1e9:.0f} GB of weights" if too_much else "fewer all-reduces"
         said.append(f"pp={plan.pp} for {why}, handing on {summary.hidden_bytes / 1e3:.0f} kB per token")
     if plan.ep > 1:
         how = price.exchange or "replicate"

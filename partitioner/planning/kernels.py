@@ -49,7 +49,7 @@ class Grid:
                 for i, part in ((left, 1 - share), (right, share))
                 if part
             ]
-        return sum(weight * value for weight, value in values)
+        return float(sum(weight * value for weight, value in values))
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Pricer:
         kind = cluster.weakest
         self.usable = kind.usable_bytes
         self.kernels: Kernels = kernels_of(kind.name, kind.bytes_per_s, kind.flops_per_s, fitted=kind.fitted)
-        self._functions: dict[tuple[int, str], Callable[..., Any]] = {}
+        self._functions: dict[Any, Callable[..., Any]] = {}
         self._costs: dict[Any, Any] = {}
 
     def price(self, plan: Plan, workload: Workload) -> Price:
@@ -237,7 +237,7 @@ class Pricer:
             count = product[1] * product[2] * (values[MET] if node.kind == "experts" else 1)
             moved, dtype = moved - self._saved * count, self.weight_dtype
         if node.kind == "linear":
-            seconds = kernels.linear(*product, moved, dtype)
+            seconds = kernels.linear(product[0], product[1], product[2], moved, dtype)
         elif node.kind == "attention":
             rows, heads, kv_heads, _, queries, keys, _ = product
             seconds = kernels.attention(rows=rows, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys,

@@ -196,7 +196,8 @@ class Expressions:
             return NodeExpression(
                 node.name, op, path, "other", dtype, 0, read, written, made, unsure=f"no rule for {describe(node)}"
             )
-        kind, product, flops, unsure = "other", (), self._flops(node, rule), ""
+        product: tuple[Expr, ...] = ()
+        kind, flops, unsure = "other", self._flops(node, rule), ""
         if operation(node) in ATTENTION:
             flops, product, unsure = self._attention(node, rule)
             kind = "attention"
