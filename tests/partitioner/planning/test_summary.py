@@ -30,7 +30,9 @@ def test_a_few_layers_say_what_a_deeper_model_costs() -> None:
         one, other = (Pricer(each, Cluster.parse("2xH100")).price(Plan.parse(text), workload) for each in (few, deep))
         assert one.memory == other.memory
         assert one.latency_s == pytest.approx(other.latency_s, rel=1e-9)
-    assert len(deep.parts) == 4  # what is around the layers, the first layer, and all others
+    assert (
+        len(deep.parts) == 5
+    )  # before and behind the layers, the first layer, and two of the others (see find_blocks)
 
 
 def test_models_with_a_cache_of_their_own_are_refused_by_name() -> None:
