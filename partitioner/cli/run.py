@@ -25,10 +25,10 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from partitioner.cli.chat_template import TemplateFailed, render
 from partitioner.cli.launch import launch as launch_replicas
 from partitioner.cli.options import Job
-from partitioner.cli.text_stream import Text, TextStream
+from partitioner.cli.text.chat_template import TemplateFailed, render
+from partitioner.cli.text.stream import Text, TextStream
 from partitioner.compile.parts import Parts
 from partitioner.errors import CaptureError, InputError
 from partitioner.program.plan import Plan

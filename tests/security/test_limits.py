@@ -16,9 +16,9 @@ import pytest
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from partitioner.cli import chat_template
 from partitioner.cli.app import app
-from partitioner.cli.chat_template import TemplateFailed, render
+from partitioner.cli.text import chat_template
+from partitioner.cli.text.chat_template import TemplateFailed, render
 from partitioner.errors import InputError, WeightError
 from partitioner.storage.bundle.format.tiling import MOST_BLOCKS, is_filled
 from partitioner.storage.example import EXAMPLE_MODEL
