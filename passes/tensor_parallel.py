@@ -53,6 +53,7 @@ class TensorParallel:
         program.weight_layouts.update({n: w for n, w in placement.weights.items() if not w.is_replicated})
         kept = decisions.pinned | decisions.shared
         program.kept_whole.update({n: why for n, why in kept.items() if n not in dealt})
+        program.split_classes |= decisions.classes
         program.unplaced = False
         for name, layout in placement.states.items():
             program.states[name] = replace(program.states[name], layout=layout)
@@ -120,6 +121,7 @@ class TensorParallel:
                 found.partial | more.partial,
                 found.pinned | pinned,
                 found.shared | more.shared,
+                found.classes | more.classes,
             )
         return found
 

@@ -6,6 +6,9 @@
     partitioner export MODEL -o FOLDER   write a bundle: every rank's program and slices of the weights
     partitioner show FOLDER              what is in a bundle
     partitioner schedule MODEL --pp 4    what each pipeline stage does when, as a picture
+    partitioner plan MODEL --gpus 8xH100 which plans there are for it, ranked by predicted times
+    partitioner fit MODEL --gpus 8xH100  whether it fits; exit code 1 where it does not
+    partitioner cluster detect           this machine, measured, as a file to plan with
 
 Exit codes: 0 equal, 1 a difference or a lost rank, 2 invalid arguments (one line says which).
 """
@@ -32,6 +35,7 @@ from partitioner.cli.options import (
     Simulate,
     Timeout,
 )
+from partitioner.cli.plan import register
 from partitioner.cli.run import Question, answer, answer_alone, answer_here, is_rank, run_in_processes
 from partitioner.cli.schedule import schedule
 from partitioner.cli.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
@@ -242,6 +246,9 @@ def schedule_command(
     parts = how.compile(model, dtype=dtype, meta=True)
     said = schedule(parts, microbatches=microbatches, out=out)
     Console().print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+register(app)
 
 
 def main() -> None:

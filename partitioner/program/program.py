@@ -25,6 +25,7 @@ from torch import fx
 from partitioner.program.stages import StageTable
 from partitioner.sharding.layout import REPLICATED, Layout
 from partitioner.sharding.mesh import Mesh
+from partitioner.sharding.split_class import SplitClass
 from runtime.program.rank_program import Bound
 from runtime.program.shards import Piece, WeightShard, WeightSource
 
@@ -153,6 +154,8 @@ class Program:
     table: dict[str, Entry] = field(default_factory=dict)
     weight_layouts: dict[str, Layout] = field(default_factory=dict)
     """Layout of each weight that is not whole on every rank."""
+    split_classes: dict[str, SplitClass] = field(default_factory=dict)
+    """Of split weights: what ranks would hold of them if there were more ranks, or fewer."""
     has_head: bool = True
     """Whether the result is logits over a vocabulary, and not the last hidden state."""
     eos_token_id: tuple[int, ...] = ()
@@ -193,6 +196,7 @@ class Program:
             mesh=mesh or self.mesh,
             table=dict(self.table),
             weight_layouts=dict(self.weight_layouts),
+            split_classes=dict(self.split_classes),
             states=dict(self.states),
             kept_whole=dict(self.kept_whole),
             notes=list(self.notes),

@@ -27,7 +27,7 @@ from runtime.ops.cached_attention import cached_attention
 
 aten = torch.ops.aten
 
-__all__ = ["ATTENTION", "keys_read", "pairs_seen", "product_flops"]
+__all__ = ["ATTENTION", "attention_limits", "keys_read", "pairs_seen", "product_flops"]
 
 ATTENTION = (attention, cached_attention, aten.scaled_dot_product_attention)
 _CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.convolution)
@@ -74,7 +74,7 @@ def _letter_sizes(node: fx.Node, found: Notation, sizes: RankSizes) -> dict[str,
     return result
 
 
-def _limits(node: fx.Node) -> tuple[bool, int | None, int | None]:
+def attention_limits(node: fx.Node) -> tuple[bool, int | None, int | None]:
     a = arguments(node)
     if operation(node) is aten.scaled_dot_product_attention:
         return bool(a["is_causal"]), None, None
@@ -90,7 +90,7 @@ def _extent(node: fx.Node, found: Notation, sizes: RankSizes) -> tuple[int, int,
 
 
 def _pairs(node: fx.Node, found: Notation, sizes: RankSizes) -> int:
-    return pairs_seen(*_extent(node, found, sizes), *_limits(node))
+    return pairs_seen(*_extent(node, found, sizes), *attention_limits(node))
 
 
 def keys_read(node: fx.Node, found: Notation, sizes: RankSizes) -> int:
@@ -98,8 +98,8 @@ def keys_read(node: fx.Node, found: Notation, sizes: RankSizes) -> int:
     first, queries, keys = _extent(node, found, sizes)
     if not queries:
         return 0
-    lower, _ = _seen(first, 1, keys, *_limits(node))
-    _, upper = _seen(first + queries - 1, 1, keys, *_limits(node))
+    lower, _ = _seen(first, 1, keys, *attention_limits(node))
+    _, upper = _seen(first + queries - 1, 1, keys, *attention_limits(node))
     return max(0, int(upper) - int(lower))
 
 

@@ -23,9 +23,11 @@ from partitioner.analysis.labels.causes import Offence, earliest, offences_of, p
 from partitioner.analysis.labels.label_state import Collapse, Labels, Site
 from partitioner.analysis.labels.propagate_labels import LabelRun
 from partitioner.analysis.labels.repeated_blocks import Blocks
+from partitioner.analysis.labels.split_classes import split_classes
 from partitioner.analysis.rules.notation import Notation
 from partitioner.program.program import Program
 from partitioner.sharding.layout import Split
+from partitioner.sharding.split_class import SplitClass
 
 __all__ = ["Decisions", "decide"]
 
@@ -44,6 +46,8 @@ class Decisions:
     pinned: dict[str, str]
     shared: dict[str, str]
     """Split weights that several ranks hold some of, where that is due to a whole row -> what needs the row."""
+    classes: dict[str, SplitClass] = field(default_factory=dict)
+    """Split weights, with what a rank would hold of them at other numbers of ranks."""
 
 
 @dataclass
@@ -56,6 +60,7 @@ class _Solution:
     """Bytes of the analysed layers' weights that every rank holds."""
     sums: tuple[int, int]
     """All-reduces in the analysed layers: of activations, of one number per token."""
+    labels: Labels
     shared: dict[str, str] = field(default_factory=dict)
     collapses: dict[str, Collapse] = field(default_factory=dict)
     """Whole-row reductions that led to a weight kept whole, or shared by several ranks, by that weight."""
@@ -151,6 +156,12 @@ class _Search:
             if name not in outside:
                 self.bytes.setdefault(name, self.program.weights[name].bytes)
 
+    def classes(self, found: _Solution) -> dict[str, SplitClass]:
+        """Of the split weights of layers that were analysed."""
+        sizes = {(name, dim): self.program.weights[name].shape[dim] for name, dim in found.labels.bases}
+        known = split_classes(found.labels, sizes)
+        return {name: known[name] for name in found.splits}
+
     def _is_whole(self, name: str, dim: int, split: Split) -> bool:
         return all(indices.size == self.program.weights[name].shape[dim] for indices in split.owned)
 
@@ -168,7 +179,7 @@ class _Search:
         small = sum(s.kind == "reduce" for s in labels.sites)
         share = whole / max(sum(self.bytes.values()), 1)
         cost = share + (_FULL_REDUCTION * full + _SMALL_REDUCTION * small) / self._layers
-        return _Solution(splits, pinned, partial, cost, whole, (full, small), collapses=collapses)
+        return _Solution(splits, pinned, partial, cost, whole, (full, small), labels, collapses=collapses)
 
     def _shared(self, splits: Mapping[str, tuple[int, Split]], name: str) -> float:
         """Bytes that ranks hold beside an even part, as if every rank held these; all of a weight that is whole."""
@@ -360,12 +371,16 @@ def decide(
     reductions to do in parts; None: find out.
     """
     whole = {same: why for name, why in misfits.items() for same in blocks.same_weights(name)} | dict(keep_whole)
-    found = _Search(program, blocks, axis, whole, together).best(partial)
+    search = _Search(program, blocks, axis, whole, together)
+    found = search.best(partial)
     splits = dict(found.splits)
+    classes = search.classes(found)
     for block in blocks.blocks:
         if block.model is not None:
             for mine, theirs in zip(block.weights, block.model.weights, strict=True):
                 if theirs in splits and mine not in found.pinned:
                     splits[mine] = splits[theirs]
+                    classes[mine] = classes[theirs]
     pinned = {name: reason for name, reason in found.pinned.items() if name not in splits}
-    return Decisions({name: {dim: split} for name, (dim, split) in splits.items()}, found.partial, pinned, found.shared)
+    by_dim = {name: {dim: split} for name, (dim, split) in splits.items()}
+    return Decisions(by_dim, found.partial, pinned, found.shared, classes)

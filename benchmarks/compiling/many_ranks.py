@@ -1,6 +1,6 @@
 """What replicas add to emission and proof: 256 ranks of one program against those of one replica, on the meta device.
 
-python -m benchmarks.many_ranks [--layers 126] [--rounds 3]
+python -m benchmarks.compiling.many_ranks [--layers 126] [--rounds 3]
 
 A Llama-3.1-405B shape is traced once. Then, for tp=8 and dp=32 x tp=8, and for tp=64 and dp=4 x tp=64, in turns: the
 layout check, the order of communication of all ranks, and every rank emitted (its graph, and its part of each weight).
@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from benchmarks.rounds import take_turns
-from benchmarks.scale import LLAMA
+from benchmarks.compiling.scale import LLAMA
 from partitioner.compile.emit import Emitter
 from partitioner.compile.partition import trace
 from partitioner.compile.run_passes import choose

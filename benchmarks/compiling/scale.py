@@ -1,6 +1,6 @@
 """What compiling adds to tracing, for models of hundreds of billions of parameters, on the meta device.
 
-python -m benchmarks.scale [llama-405b] [llama-70b] [deepseek-671b]     each in a process of its own, tp = 8
+python -m benchmarks.compiling.scale [llama-405b] [llama-70b] [deepseek-671b]     each in a process of its own, tp = 8
 
 Prints the seconds that torch.export takes by itself, those of everything else (capture around it, analysis, the pass,
 the check, all eight graphs), their ratio, the peak memory, and the fullest rank's share of what is split.
@@ -92,7 +92,7 @@ def main() -> None:
     for name in sys.argv[1:] or SHAPES:
         if name not in SHAPES:
             sys.exit(f"unknown shape {name!r}; the shapes are {', '.join(SHAPES)}")
-        subprocess.run([sys.executable, "-m", "benchmarks.scale", "--one", name], check=True)
+        subprocess.run([sys.executable, "-m", "benchmarks.compiling.scale", "--one", name], check=True)
 
 
 if __name__ == "__main__":

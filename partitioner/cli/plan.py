@@ -1,0 +1,200 @@
+"""The commands that ask before anything runs: plan, fit, and cluster.
+
+    partitioner plan MODEL --gpus 8xH100 --prompt 4096 --new 512 --batch 32 --for throughput
+    partitioner fit MODEL --gpus 8xH100       exit code 0 fits, 1 does not, 2 invalid arguments
+    partitioner cluster show 32x8xH100        the cluster as YAML, to edit
+    partitioner cluster detect                this machine, measured
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from partitioner.cli.command import command
+from partitioner.cli.options import Dtype, Model
+from partitioner.errors import InputError
+from partitioner.planning.cluster import Cluster
+from partitioner.planning.detect import detect
+from partitioner.planning.explain import as_data, cards_for_weights, interval, reason, sureness
+from partitioner.planning.price import Price, Pricer, Workload
+from partitioner.planning.search import Choice, broken_limits, search
+from partitioner.planning.summary import Summary, summarize
+from partitioner.storage.checkpoint.open_checkpoint import can_open, open_checkpoint
+from partitioner.storage.hub import fetched
+from partitioner.storage.named_model import dtype_named, load_model
+
+__all__ = ["register"]
+
+Gpus = Annotated[str, typer.Option("--gpus", help="the cluster: 8xH100, 32x8xH100, or a .yaml file")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def register(app: typer.Typer) -> None:
+    @command(app, "plan")
+    def plan_command(
+        model: Model,
+        gpus: Gpus,
+        prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 1024,
+        new: Annotated[int, typer.Option(help="tokens written for each")] = 256,
+        batch: Annotated[int, typer.Option(help="requests at the same time, over the whole cluster")] = 1,
+        goal: Annotated[str, typer.Option("--for", help="latency, throughput or context")] = "latency",
+        ttft: Annotated[float | None, typer.Option(help="the most seconds until the first token")] = None,
+        tpot: Annotated[float | None, typer.Option(help="the most seconds between two tokens")] = None,
+        top: Annotated[int, typer.Option(help="how many plans to print")] = 8,
+        dtype: Dtype = None,
+        as_json: Json = False,
+    ) -> None:
+        """Rank plans for a model on a cluster by predicted times. Needs no weights and runs nothing on the cluster."""
+        cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch, ttft, tpot)
+        summary = summarize(_model(model, dtype))
+        choice = search(summary, cluster, workload, goal=goal)
+        if as_json:
+            print(json.dumps(as_data(choice, cluster, summary, most=top), indent=1))
+        else:
+            _print_choice(choice, cluster, summary, top)
+        if not choice.ranked:
+            raise typer.Exit(1)
+
+    @command(app, "fit")
+    def fit_command(
+        models: Annotated[list[str], typer.Argument(help="checkpoint folders, config:FILE.json or model types")],
+        gpus: Gpus,
+        prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 4096,
+        new: Annotated[int, typer.Option(help="tokens written for each")] = 512,
+        batch: Annotated[int, typer.Option(help="requests at the same time")] = 1,
+        weights_only: Annotated[bool, typer.Option("--weights-only", help="count cards, without tracing")] = False,
+        dtype: Dtype = None,
+        as_json: Json = False,
+    ) -> None:
+        """Say whether a model fits on a cluster, and how. Exit code 0: it does, 1: it does not."""
+        cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch)
+        told = [_fit(name, dtype, cluster, workload, weights_only) for name in models]
+        if as_json:
+            print(json.dumps(told, indent=1))
+        else:
+            Console().print(_fit_table(told, cluster))
+            for each in told:
+                if each.get("why"):
+                    Console().print(f"{each['model']}: {each['why']}", markup=False, highlight=False, soft_wrap=True)
+        if not all(each["fits"] for each in told):
+            raise typer.Exit(1)
+
+    @command(app, "cluster")
+    def cluster_command(
+        action: Annotated[str, typer.Argument(help="show, or detect")],
+        gpus: Annotated[str | None, typer.Argument(help="of show: 8xH100, 32x8xH100, or a .yaml file")] = None,
+        out: Annotated[str | None, typer.Option("--out", "-o", help="write it to this file")] = None,
+    ) -> None:
+        """Print a cluster as YAML: a preset, or this machine, measured in some seconds."""
+        if action not in ("show", "detect") or (action == "show") != (gpus is not None):
+            raise InputError("write partitioner cluster show 8xH100, or partitioner cluster detect")
+        text = (Cluster.parse(gpus) if gpus is not None else detect()).to_yaml()
+        if out is not None:
+            Path(out).write_text(text, encoding="utf-8")
+        Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _model(name: str, dtype: str | None) -> Any:
+    kind: torch.dtype | None = None if dtype in (None, "auto") else dtype_named(str(dtype))
+    name = fetched(name)
+    if can_open(name):
+        return open_checkpoint(name, dtype=kind, mapped=False).model
+    return load_model(name, dtype=kind, meta=True)
+
+
+def _fit(name: str, dtype: str | None, cluster: Cluster, workload: Workload, weights_only: bool) -> dict[str, Any]:
+    model = _model(name, dtype)
+    kind = cluster.weakest
+    own = {id(p): p.numel() * p.element_size() for p in model.parameters()}
+    num_bytes = sum(own.values())
+    halved = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    told: dict[str, Any] = {
+        "model": Path(name.removeprefix("config:")).stem or name,
+        "weight_bytes": num_bytes,
+        "cards_for_weights": cards_for_weights(num_bytes, kind.usable_bytes),
+        "cards_for_weights_of_one_byte": cards_for_weights(halved, kind.usable_bytes),
+        "usable_bytes_of_a_card": kind.usable_bytes,
+    }
+    if weights_only:
+        return {**told, "fits": told["cards_for_weights"] <= cluster.size}
+    summary = summarize(model)
+    pricer = Pricer(summary, cluster)
+    choice = search(summary, cluster, workload, goal="throughput", frontier=False)
+    cache = sum(pricer.memory(each.plan, workload, each.layers).cache for each in choice.ranked[:1])
+    if not choice.ranked:
+        least = min((r for r in choice.refused if r.memory.total), key=lambda r: r.memory.total, default=None)
+        return {**told, "fits": False, "why": f"closest: {least.plan}, {least.refused}" if least else "no plan"}
+    fewest = min(choice.ranked, key=lambda each: (each.plan.mesh.world_size, each.latency_s))
+    return {
+        **told,
+        "fits": True,
+        "devices": fewest.plan.mesh.world_size,
+        "plan": str(fewest.plan),
+        "bytes_of_the_fullest": fewest.memory.total,
+        "weights": fewest.memory.weights,
+        "cache": fewest.memory.cache,
+        "activations": fewest.memory.activations,
+        "cache_of_best": cache,
+    }
+
+
+def _fit_table(told: list[dict[str, Any]], cluster: Cluster) -> Table:
+    kind = cluster.weakest
+    table = Table(title=f"{cluster.name}: {cluster.size} x {kind.name}, {kind.usable_bytes / (1 << 30):.0f} GiB usable each")
+    for heading in ("model", "weights", "cards for weights", "of one byte each", "fits", "fewest cards", "plan", "fullest"):
+        table.add_column(heading, justify="left" if heading in ("model", "plan") else "right")
+    for each in told:
+        table.add_row(
+            each["model"], f"{each['weight_bytes'] / 1e9:.1f} GB", str(each["cards_for_weights"]),
+            str(each["cards_for_weights_of_one_byte"]), "yes" if each["fits"] else "no", str(each.get("devices", "")),
+            each.get("plan", ""), f"{each['bytes_of_the_fullest'] / 1e9:.1f} GB" if "bytes_of_the_fullest" in each else "",
+        )  # fmt: skip
+    return table
+
+
+def _print_choice(choice: Choice, cluster: Cluster, summary: Summary, top: int) -> None:
+    console = Console()
+    pricer = Pricer(summary, cluster)
+    if choice.ranked:
+        table = Table(title=f"{summary.name} on {cluster.name}, for {choice.goal}")
+        for heading in ("plan", "cards", "memory", "ttft", "tpot", "tokens/s", "per card", "binds", "limits"):
+            table.add_column(heading, justify="left" if heading in ("plan", "binds", "limits") else "right")
+        for each in choice.ranked[:top]:
+            table.add_row(*_row(each))
+        console.print(table)
+        for each in choice.ranked[: min(3, top)]:
+            console.print(f"{each.plan}: {reason(each, cluster, summary)}", markup=False, highlight=False, soft_wrap=True)
+    for each in choice.refused[: 3 if choice.ranked else top]:
+        console.print(f"refused {each.plan}: {each.refused}", markup=False, highlight=False, soft_wrap=True)
+    if choice.contexts:
+        longest = choice.contexts[0]
+        console.print(f"longest prompt: {longest[1]} tokens, by {longest[0]}", markup=False, highlight=False)
+    if choice.frontier:
+        points = ", ".join(f"{p.tokens_per_s:.0f} tok/s at {p.tpot_s * 1e3:.1f} ms ({p.plan}, batch {p.workload.batch})"
+                           for p in choice.frontier[:8] if p.workload is not None)  # fmt: skip
+        console.print(f"frontier: {points}", markup=False, highlight=False, soft_wrap=True)
+    tables = {kind: pricer.kernels.measured(kind, summary.dtype) for kind in ("linear", "prefill", "decode", "experts")}
+    if summary.experts is None:
+        del tables["experts"]
+    console.print(sureness(cluster, summary, tables=tables), markup=False, highlight=False, soft_wrap=True)
+
+
+def _row(price: Price) -> list[str]:
+    def timed(seconds: float, what: str) -> str:
+        bar = interval(seconds, what)
+        said = f"{seconds * 1e3:.1f} ms"
+        return said if bar is None else f"{said} ({bar[0] * 1e3:.1f}..{bar[1] * 1e3:.1f})"
+
+    cards = price.plan.mesh.world_size
+    return [
+        str(price.plan), str(cards), f"{price.memory.total / 1e9:.1f} GB", timed(price.ttft_s, "ttft"),
+        timed(price.tpot_s, "tpot"), f"{price.tokens_per_s:.0f}", f"{price.tokens_per_s / cards:.1f}",
+        price.decode.binds if price.decode is not None else "", "; ".join([*broken_limits(price), price.note]).strip("; "),
+    ]  # fmt: skip

@@ -1,0 +1,113 @@
+"""A choice in words: the reason for a plan in a sentence, what binds, how sure, and JSON of all of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from partitioner.planning.cluster import Cluster
+from partitioner.planning.price import Price
+from partitioner.planning.search import Choice, broken_limits
+from partitioner.planning.summary import Summary
+
+__all__ = ["as_data", "cards_for_weights", "interval", "reason", "sureness"]
+
+RESIDUALS = Path(__file__).with_name("residuals.json")
+
+
+def reason(price: Price, cluster: Cluster, summary: Summary) -> str:
+    """Why the plan is as it is, in a sentence with its numbers."""
+    plan, inside = price.plan, cluster.dimensions[0]
+    usable, weights = price.memory.usable, summary.num_bytes
+    said: list[str] = []
+    if plan.tp > 1:
+        spent = price.decode.by_collective.get("all_reduce", 0.0) / price.tpot_s if price.decode is not None else 0.0
+        where = f"inside a host over {inside.name}" if plan.tp <= inside.size else f"across hosts of {inside.size}"
+        said.append(f"tp={plan.tp} {where}, whose all-reduces are {spent:.0%} of a token")
+    if plan.pp > 1:
+        why = f"{weights / 1e9:.0f} GB of weights" if weights > usable * plan.tp * max(plan.ep, 1) else "fewer all-reduces"
+        said.append(f"pp={plan.pp} for {why}, handing on {summary.hidden_bytes / 1e3:.0f} kB per token")
+    if plan.ep > 1:
+        how = price.exchange or "replicate"
+        count = summary.experts.count if summary.experts is not None else 0
+        said.append(f"ep={plan.ep} for {count} experts ({how})")
+    if plan.mesh.size("dp") > 1:
+        said.append(f"dp={plan.mesh.size('dp')} for more requests at a time")
+    idle = cluster.size - plan.mesh.world_size
+    if idle:
+        said.append(f"{idle} devices idle, since more ranks would talk more than they compute")
+    if not said:
+        said.append(f"one device, since {weights / 1e9:.1f} GB fit into {usable / 1e9:.1f} GB")
+    return "; ".join(said)
+
+
+def residuals() -> Mapping[str, Any]:
+    return json.loads(RESIDUALS.read_text(encoding="utf-8")) if RESIDUALS.is_file() else {}
+
+
+def interval(seconds: float, what: str) -> tuple[float, float] | None:
+    """Between which 80% of measured times were, of those predicted so; what: "ttft" or "tpot"."""
+    found = residuals().get("measured_over_predicted", {}).get(what)
+    return None if found is None or math.isinf(seconds) else (seconds * found["10%"], seconds * found["90%"])
+
+
+def sureness(cluster: Cluster, summary: Summary, *, tables: Mapping[str, bool]) -> str:
+    """What is measured, and what is speed of light."""
+    names = [name for name, known in tables.items() if known]
+    missing = [name for name, known in tables.items() if not known]
+    kind = cluster.weakest.name
+    said = [f"kernels of {kind}: {', '.join(names)} from measured tables" if names else f"kernels of {kind}: none measured"]
+    if missing:
+        said.append(f"{', '.join(missing)}: speed of light, times a fixed share")
+    for dimension in cluster.dimensions:
+        how = "NCCL tables of 2 to 8 GPUs" if dimension.fitted else "alpha and beta of its data sheet, not measured"
+        said.append(f"{dimension.name}: {how}")
+    found = residuals()
+    said.append(f"bars: {found['said']}" if found else "bars: none, nothing measured to compare with")
+    return "; ".join(said + summary.notes)
+
+
+def cards_for_weights(num_bytes: int, usable: int) -> int:
+    """How many devices the weights alone need, if each could take as much as it has room for."""
+    return -(-num_bytes // usable)
+
+
+def as_data(choice: Choice, cluster: Cluster, summary: Summary, *, most: int) -> dict[str, Any]:
+    return {
+        "model": summary.name,
+        "cluster": cluster.as_data(),
+        "goal": choice.goal,
+        "plans": [_price_data(each, cluster, summary) for each in choice.ranked[:most]],
+        "refused": [_price_data(each, cluster, summary) for each in choice.refused[:most]],
+        "frontier": [_price_data(each, cluster, summary) for each in choice.frontier],
+        "contexts": dict(choice.contexts[:most]),
+    }
+
+
+def _price_data(price: Price, cluster: Cluster, summary: Summary) -> dict[str, Any]:
+    memory = {name: getattr(price.memory, name) for name in ("weights", "cache", "activations", "buffers", "usable")}
+    told: dict[str, Any] = {"plan": str(price.plan), "devices": price.plan.mesh.world_size, "memory_bytes": memory}
+    if price.refused:
+        return {**told, "refused": price.refused}
+    assert price.prefill is not None and price.decode is not None and price.workload is not None
+    parts = ("memory", "products", "links", "waiting")
+    return {
+        **told,
+        "batch": price.workload.batch,
+        "ttft_s": price.ttft_s,
+        "ttft_80": interval(price.ttft_s, "ttft"),
+        "tpot_s": price.tpot_s,
+        "tpot_80": interval(price.tpot_s, "tpot"),
+        "tokens_per_s": price.tokens_per_s,
+        "prefill_s": {name: getattr(price.prefill, name) for name in parts},
+        "decode_s": {name: getattr(price.decode, name) for name in parts},
+        "collectives_of_a_token_s": price.decode.by_collective,
+        "binds": price.decode.binds,
+        "layers": list(price.layers),
+        "reason": reason(price, cluster, summary),
+        "limits_broken": broken_limits(price),
+        "note": price.note,
+    }
