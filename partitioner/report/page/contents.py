@@ -80,7 +80,8 @@ def page_contents(
         "decode": {"batch": rows, "sequence": 1, "past": work.prompt + work.new // 2},
     }
     table = first.stages
-    told = dict.fromkeys((*report.notes, *(generation.notes if generation is not None else ()), *notes))
+    further = () if generation is None else [note for note in generation.notes if note not in report.notes]
+    told = dict.fromkeys((*report.notes, *(f"of decode steps: {note}" for note in further), *notes))
     return {
         "model": report.model,
         "plan": report.plan,

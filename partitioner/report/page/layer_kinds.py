@@ -7,7 +7,7 @@
                   entries       each rank looks up entries of its own
                   whole         every rank does all of it
     attention   its heads
-    exchange    an op of `runtime.ops.communicating`, over which axes, and why
+    exchange    an op of `runtime.ops.communicating`, over which axes, and what for
 
 Layers with the same steps are of one kind. What stands outside layers (tables, heads) is a kind by itself.
 """
@@ -84,7 +84,8 @@ def _steps(program: Program, node: fx.Node, names: list[str], layer: str) -> lis
                 "path": path,
                 "axes": axes_text(axes),
                 "ranks": program.mesh.size(*axes),
-                "purpose": str(node.meta.get("why") or PURPOSES.get(node.target, "")),
+                "purpose": PURPOSES.get(node.target)
+                or str(node.meta.get("why") or "exchanges what ranks need of each other"),
                 "bytes_per_token": math.prod(sizes) * value.dtype.itemsize,
             }
         ]

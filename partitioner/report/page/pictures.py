@@ -12,11 +12,13 @@ from typing import Any
 
 from runtime.kv_cache.device_memory import readable
 
-__all__ = ["layer_picture", "memory_picture", "picture", "ranks_picture"]
+__all__ = ["layer_picture", "memory_picture", "picture", "ranks_picture", "stages_picture"]
 
 MOST_RANKS = 128
 """Drawn one by one."""
 COLOURS = 8
+_FAR = 20
+"""How many times as long as the longest bar the way to the limit may be."""
 _STRIPES = 16
 
 
@@ -83,7 +85,9 @@ def memory_picture(page: Mapping[str, Any]) -> str:
     memory = page["memory"]
     limit = memory["limit_bytes"]
     bars = _bars(memory["ranks"])
-    longest = max([bar["total_bytes"] for _, bar in bars] + ([limit] if limit else [])) or 1
+    most = max([bar["total_bytes"] for _, bar in bars]) or 1
+    near = bool(limit) and limit <= _FAR * most  # else a line at the limit would leave nothing of the bars
+    longest = max(most, limit) if near else most
     scale, left = 600 / longest, 110
     shapes: list[str] = []
     x = float(left)
@@ -103,7 +107,10 @@ def memory_picture(page: Mapping[str, Any]) -> str:
         share = "" if bar["share_of_limit"] is None else f" ({bar['share_of_limit']:.0%})"
         shapes.append(_text(round(x) + 6, top + 14, readable(bar["total_bytes"]) + share, "halo"))
         top += 24
-    if limit:
+    if limit and not near:
+        shapes.append(_text(left, top + 14, f"the limit, {readable(limit)}, is {limit / most:,.0f} times as far"))
+        top += 20
+    if near:
         x = left + limit * scale
         shapes.append(f'<line class="limit" x1="{x:.1f}" x2="{x:.1f}" y1="26" y2="{top}"/>')
         shapes.append(_text(round(x), top + 14, f"limit {readable(limit)}", "middle"))
@@ -144,8 +151,10 @@ def layer_picture(number: int, kind: Mapping[str, Any]) -> str:
         divided = step["divided"] if step["kind"] == "product" else [step] if step["parts"] else []
         name = step["weight"] if step["kind"] == "product" else step["op"]
         shape = f"{step['heads']} heads" if step["kind"] == "attention" else " x ".join(map(str, step["shape"]))
+        slices = min(step["shape"][0], _STRIPES) if step["kind"] == "product" and len(step["shape"]) == 3 else 1
+        wide = 70 / slices
+        shapes += [_rect(10 + wide * i, top, wide - 2 * (slices > 1), 40, "whole") for i in range(slices)]
         shapes += [
-            _rect(10, top, 70, 40, "whole"),
             _text(90, top + 17, _short(name, 32)),
             _text(90, top + 34, shape, "small"),
         ]
@@ -158,6 +167,32 @@ def layer_picture(number: int, kind: Mapping[str, Any]) -> str:
         f"{len(kind['steps'])} steps, of which {len(steps)} are exchanges between ranks. The table below says the same."
     )
     return picture(f"picture-layer-{number}", f"{kind['name']} before and after", said, 860, top + 4, shapes)
+
+
+def stages_picture(page: Mapping[str, Any]) -> str:
+    """A row of layers, and below it the stages that have them, with what goes from one to the next."""
+    stages = [] if page["stages"] is None else page["stages"]["stages"]
+    count = sum(stage["num_layers"] for stage in stages)
+    if not count or len(stages) > MOST_RANKS:
+        return ""
+    wide = max(6.0, min(40.0, 820 / count))
+    shapes = [_text(10, 16, f"{count} layers in the model", "strong"), _text(10, 72, "on the stages", "strong")]
+    at, gap = 0, 14.0 if len(stages) > 1 else 0.0
+    for stage in stages:
+        number, held = stage["stage"], stage["num_layers"]
+        left, width = 10 + at * wide + number * gap, held * wide
+        shapes += [_rect(10 + (at + i) * wide, 24, wide - 1, 24, "whole") for i in range(held)]
+        said = f"stage {number}: {stage['first_layer']} to {stage['last_layer']}, {stage['share']:.1%} of the time"
+        shapes.append(_rect(left, 80, max(width - 1, 1), 34, f"c{number % COLOURS}", said))
+        shapes.append(
+            _text(round(left + width / 2), 101, f"stage {number}" if width > 52 else str(number), "middle on")
+        )
+        if stage["hands_on"]:
+            shapes.append(f'<line class="flow" x1="{left + width:.1f}" x2="{left + width + gap:.1f}" y1="97" y2="97"/>')
+        at += held
+    said = f"{count} layers on {len(stages)} stages. The table of stages says the same."
+    total = round(20 + count * wide + len(stages) * gap)
+    return picture("picture-stages", "Layers on stages", said, max(total, 240), 122, shapes)
 
 
 def _divided(x: float, y: float, width: float, height: float, divided: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from partitioner.errors import InputError
-from partitioner.report.page.pictures import layer_picture, memory_picture, ranks_picture
+from partitioner.report.page.pictures import layer_picture, memory_picture, ranks_picture, stages_picture
 from partitioner.report.page.plots import frontier_plot, times_plot
 from partitioner.report.page.tables import seconds, tables
 from partitioner.report.timeline import draw
@@ -57,6 +57,7 @@ def render(page: Mapping[str, Any], *, version: str) -> str:
     drawn = {
         "ranks": ranks_picture(page),
         "memory": memory_picture(page),
+        "stages": stages_picture(page),
         "schedule": _schedule(page),
         "times": times_plot(priced) if priced else "",
         "frontier": frontier_plot(priced) if priced else "",
@@ -70,6 +71,7 @@ def render(page: Mapping[str, Any], *, version: str) -> str:
         pictures={**{name: Markup(svg) for name, svg in drawn.items()}, "layers": [Markup(svg) for svg in layers]},
         sections=SECTIONS,
         facts=_facts(page),
+        mesh=" x ".join(f"{axis} {size}" for axis, size in page["degrees"].items() if size > 1) or "one rank",
         most_kinds=MOST_KINDS,
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
@@ -100,7 +102,7 @@ def _facts(page: Mapping[str, Any]) -> list[tuple[str, str]]:
             bars = f" ({seconds(bar[0])} to {seconds(bar[1])})" if bar else ", no error bar known"
             found.append((said, seconds(mine[f"{name}_s"]) + bars))
     if "tokens_per_s" in mine:
-        found.append(("tokens per second", f"{mine['tokens_per_s']:,.0f}; {mine['binds']} binds"))
+        found.append(("tokens per second", f"{mine['tokens_per_s']:,.0f}, bound by {mine['binds']}"))
     for each in page["communication"]:
         sent = sum(row["bytes"] for row in each["by_axis"])
         found.append((f"a rank sends in a run of {each['entry']}", readable(sent)))

@@ -194,8 +194,8 @@ def _communication(each: Mapping[str, Any]) -> list[Table]:
     links = [("link", "slowest link", "text")] if any(row["link"] for row in each["exchanges"]) else []
     columns = [
         ("op", "op", "text"), ("primitive", "primitive", "text"), ("axes", "over", "text"),
-        ("ranks", "ranks", "number"), *links, ("stages", "stage", "text"), ("layers", "layers", "number"), ("times", "times", "number"),
-        ("brings_bytes", "a rank brings", "bytes"), ("total_bytes", "a rank sends in all", "bytes"),
+        ("ranks", "ranks", "number"), *links, ("stages", "stage", "text"), ("layers", "layers", "number"),
+        ("times", "times", "number"), ("brings_bytes", "a rank brings", "bytes"), ("total_bytes", "a rank sends in all", "bytes"),
     ]  # fmt: skip
     total = [
         ("axes", "over", "text"), ("ranks", "ranks", "number"), *links, ("times", "exchanges", "number"),
