@@ -95,7 +95,7 @@ def page_contents(
         "ranks": _ranks(mesh, report, placement),
         "memory": _memory(report, list(cache) or [0] * mesh.world_size, placement, predicted, generation is not None),
         "stages": None if report.stages is None else _stages(report),
-        "layers": layer_kinds(first),
+        "layers": _kinds(programs),
         "weights": _weights(report),
         "states": [] if generation is None else _states(generation),
         "communication": [traffic(entry, program, sizes[entry], link_of) for entry, program in programs.items()],
@@ -114,6 +114,19 @@ def page_contents(
 def rows_of_a_rank(work: Work, mesh: Mesh) -> int:
     """Of the batch: replicas share it out."""
     return max(1, -(-work.batch // mesh.size("dp")))
+
+
+def _kinds(programs: Mapping[str, Program]) -> list[dict[str, Any]]:
+    """Of all entries; a kind that is the same in several stands once."""
+    found: list[dict[str, Any]] = []
+    for entry, program in programs.items():
+        for kind in layer_kinds(program):
+            same = next((one for one in found if {**one, "entries": 0} == {**kind, "entries": 0}), None)
+            if same is None:
+                found.append({**kind, "entries": [entry]})
+            else:
+                same["entries"].append(entry)
+    return found
 
 
 def _at_a_time(program: Program | None, prompt: int) -> int:

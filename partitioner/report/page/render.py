@@ -104,8 +104,7 @@ def _facts(page: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "tokens_per_s" in mine:
         found.append(("tokens per second", f"{mine['tokens_per_s']:,.0f}, bound by {mine['binds']}"))
     for each in page["communication"]:
-        sent = sum(row["bytes"] for row in each["by_axis"])
-        found.append((f"a rank sends in a run of {each['entry']}", readable(sent)))
+        found.append((f"a rank sends at most in a run of {each['entry']}", readable(each["most_bytes"])))
     return found
 
 

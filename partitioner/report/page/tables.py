@@ -129,7 +129,9 @@ def _steps(number: int, kind: Mapping[str, Any]) -> Table:
         ("after", "on the ranks", "text"),
     ]  # fmt: skip
     rows = [{"number": place, **_said(step)} for place, step in enumerate(kind["steps"], 1)]
-    return _table(f"steps-{number}", f"Steps of {kind['name']}, in order", columns, rows)
+    return _table(
+        f"steps-{number}", f"Steps of {kind['name']} in {' and '.join(kind['entries'])}, in order", columns, rows
+    )
 
 
 def _said(step: Mapping[str, Any]) -> dict[str, str]:
@@ -194,16 +196,18 @@ def _communication(each: Mapping[str, Any]) -> list[Table]:
     links = [("link", "slowest link", "text")] if any(row["link"] for row in each["exchanges"]) else []
     columns = [
         ("op", "op", "text"), ("primitive", "primitive", "text"), ("axes", "over", "text"),
-        ("ranks", "ranks", "number"), *links, ("stages", "stage", "text"), ("layers", "layers", "number"),
-        ("times", "times", "number"), ("brings_bytes", "a rank brings", "bytes"), ("total_bytes", "a rank sends in all", "bytes"),
+        ("ranks", "ranks", "number"), *links, ("at", "stage", "text"), ("layers", "layers", "number"),
+        ("times", "times", "number"), ("brings_bytes", "a rank brings", "bytes"),
+        ("total_bytes", "a rank sends in all", "bytes"),
     ]  # fmt: skip
     total = [
         ("axes", "over", "text"), ("ranks", "ranks", "number"), *links, ("times", "exchanges", "number"),
         ("bytes", "a rank sends in all", "bytes"),
     ]  # fmt: skip
+    exchanges = [{**row, "at": ", ".join(map(str, row["stages"]))} for row in each["exchanges"]]
     return [
-        _table(f"axes-{entry}", f"{entry}: bytes by axis", total, each["by_axis"]),
-        _table(f"exchanges-{entry}", f"{entry}: what is exchanged", columns, each["exchanges"]),
+        _table(f"axes-{entry}", f"{entry}: bytes by axis, of the stage with most", total, each["by_axis"]),
+        _table(f"exchanges-{entry}", f"{entry}: what is exchanged", columns, exchanges),
     ]
 
 

@@ -18,6 +18,7 @@ from partitioner.analysis.cost.node_cost import node_costs
 from partitioner.analysis.cost.program_cost import program_cost
 from partitioner.program.node_arguments import layer_of
 from partitioner.program.program import Program
+from partitioner.report.report import pattern_of
 from runtime.ops.communicating import COMMUNICATING, axes_text, read_call
 
 __all__ = ["LinkOf", "traffic"]
@@ -44,10 +45,10 @@ def traffic(entry: str, program: Program, sizes: Mapping[str, int], link_of: Lin
         for meeting in cost.meetings:
             if len(meeting.ranks) == 1:
                 continue
-            stages = ", ".join(map(str, sorted(cost.stages)))
+            stages = tuple(sorted(cost.stages))
             key = (cost.op, meeting.kind, axes[cost.name], stages, meeting.most)
-            if cost.unsure:
-                unsure[f"{cost.op}: {cost.unsure}"] = None
+            # the same in every layer
+            unsure.update(dict.fromkeys(pattern_of(said) for said in cost.unsure.split("; ") if said))
             row = groups.setdefault(
                 key,
                 {
@@ -55,7 +56,7 @@ def traffic(entry: str, program: Program, sizes: Mapping[str, int], link_of: Lin
                     "primitive": meeting.kind,
                     "axes": axes[cost.name],
                     "ranks": len(meeting.ranks),
-                    "stages": stages,
+                    "stages": list(stages),
                     "link": link_of(meeting.ranks) if link_of is not None else "",
                     "times": 0,
                     "brings_bytes": meeting.most,
@@ -76,6 +77,7 @@ def traffic(entry: str, program: Program, sizes: Mapping[str, int], link_of: Lin
         "past": given["past"],
         "exchanges": rows,
         "by_axis": _by_axis(rows),
+        "most_bytes": max(_of_stages(rows, "total_bytes").values(), default=0),
         "unsure": list(unsure),
     }
 
@@ -86,16 +88,16 @@ def _crossings(program: Program, given: Mapping[str, int], link_of: LinkOf | Non
     group = program.mesh.group(("pp",), 0)
     return [
         {
-            "op": "hand on to the next stage",
+            "op": f"hand on to stage {stage + 1}",
             "primitive": "send",
             "axes": "pp",
             "ranks": 2,
-            "stages": f"{stage} to {stage + 1}",
+            "stages": [stage],
             "link": link_of(group[stage : stage + 2]) if link_of is not None else "",
             "times": 1,
             "brings_bytes": size,
             "sends_bytes": size,
-            "layers": 0,
+            "layers": None,
             "total_bytes": size,
         }
         for stage, size in enumerate(program_cost(program, at, given).crossing_bytes)
@@ -103,10 +105,27 @@ def _crossings(program: Program, given: Mapping[str, int], link_of: LinkOf | Non
 
 
 def _by_axis(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    """Of the stage in which it is most."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         key = row["axes"], row["link"]
-        one = found.setdefault(key, {"axes": key[0], "link": key[1], "ranks": row["ranks"], "times": 0, "bytes": 0})
-        one["times"] += row["times"]
-        one["bytes"] += row["total_bytes"]
-    return list(found.values())
+        found.setdefault(key, []).append(row)
+    return [
+        {
+            "axes": axes,
+            "link": link,
+            "ranks": own[0]["ranks"],
+            "times": max(_of_stages(own, "times").values()),
+            "bytes": max(_of_stages(own, "total_bytes").values()),
+        }
+        for (axes, link), own in found.items()
+    ]
+
+
+def _of_stages(rows: list[dict[str, Any]], number: str) -> dict[int, int]:
+    """A number, added up by stage: a rank is in one."""
+    found: dict[int, int] = defaultdict(int)
+    for row in rows:
+        for stage in row["stages"]:
+            found[stage] += row[number]
+    return found
