@@ -136,15 +136,15 @@ def _bars(ranks: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, An
 
 def layer_picture(number: int, kind: Mapping[str, Any]) -> str:
     """Left the model's matrices, right the ranks' parts of them, and bars where ranks exchange."""
-    shapes = [_text(10, 16, "in the model", "strong"), _text(330, 16, "on the ranks", "strong")]
+    shapes = [_text(10, 16, "in the model", "strong"), _text(250, 16, "on the ranks", "strong")]
     top = 28
     for step in kind["steps"]:
         if step["kind"] == "exchange":
             said = f"{step['op']} over {step['axes']}, {readable(step['bytes_per_token'])} per token"
             shapes.append(f'<line class="flow" x1="45" x2="45" y1="{top}" y2="{top + 26}"/>')
             shapes += [
-                _rect(330, top + 2, 520, 22, "exchange", step["purpose"]),
-                _text(590, top + 17, said, "middle on"),
+                _rect(250, top + 2, 440, 22, "exchange", step["purpose"]),
+                _text(470, top + 17, said, "middle on"),
             ]
             top += 34
             continue
@@ -155,18 +155,18 @@ def layer_picture(number: int, kind: Mapping[str, Any]) -> str:
         wide = 70 / slices
         shapes += [_rect(10 + wide * i, top, wide - 2 * (slices > 1), 40, "whole") for i in range(slices)]
         shapes += [
-            _text(90, top + 17, _short(name, 32)),
+            _text(90, top + 17, _short(name, 24)),
             _text(90, top + 34, shape, "small"),
         ]
-        shapes += _divided(330, top, 70, 40, divided)
+        shapes += _divided(250, top, 70, 40, divided)
         said = "; ".join(f"{each['how']} over {each['axes']}, {len(each['parts'])} parts" for each in divided)
-        shapes.append(_text(410, top + 24, said or "whole on every rank"))
+        shapes.append(_text(330, top + 24, said or "whole on every rank"))
         top += 50
     steps = [step for step in kind["steps"] if step["kind"] == "exchange"]
     said = (
         f"{len(kind['steps'])} steps, of which {len(steps)} are exchanges between ranks. The table below says the same."
     )
-    return picture(f"picture-layer-{number}", f"{kind['name']} before and after", said, 860, top + 4, shapes)
+    return picture(f"picture-layer-{number}", f"{kind['name']} before and after", said, 720, top + 4, shapes)
 
 
 def stages_picture(page: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def _schedule(page: Mapping[str, Any]) -> str:
     if not timings:
         return ""
     text = draw(timings).replace(' xmlns="http://www.w3.org/2000/svg"', "", 1)
-    said = "; ".join(f"{title}" for title, _ in timings)
+    said = escape("; ".join(title for title, _ in timings))
     named = f'<title id="picture-schedule-title">Stages over time</title><desc id="picture-schedule-desc">{said}</desc>'
     head = '<svg role="img" aria-labelledby="picture-schedule-title picture-schedule-desc" '
     first, _, rest = text.replace("<svg ", head, 1).partition(">")
