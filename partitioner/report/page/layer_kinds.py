@@ -109,7 +109,13 @@ def _steps(program: Program, node: fx.Node, names: list[str], layer: str) -> lis
 def _product(program: Program, node: fx.Node, name: str, layer: str) -> dict[str, Any]:
     weight = program.weights[name]
     divided = [
-        {"dim": dim, "how": _how(program, node, name, dim), "axes": axes_text(split.axes), "parts": list(split.sizes)}
+        {
+            "dim": dim,
+            "how": _how(program, node, name, dim),
+            "axes": axes_text(split.axes),
+            "parts": list(split.sizes),
+            "shared": sum(split.sizes) > weight.shape[dim],
+        }
         for dim, split in program.weight_layouts.get(name, REPLICATED(len(weight.shape))).splits
     ]
     return {

@@ -57,6 +57,7 @@ def frontier_plot(predicted: Mapping[str, Any]) -> str:
                   label=f"this plan, batch {mine['batch']}")  # fmt: skip
     plot.set_xlabel("each further token, ms")
     plot.set_ylabel("tokens per second")
+    plot.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     plot.set_xlim(left=0)
     plot.set_ylim(bottom=0)
     plot.grid(alpha=0.3)

@@ -84,7 +84,8 @@ def _cell(value: Any, kind: str) -> Cell:
         return Cell(readable(round(value)), value)
     if kind in ("share", "seconds"):
         return Cell(f"{value:.1%}" if kind == "share" else seconds(value), value)
-    return Cell(f"{value:,.4g}" if isinstance(value, float) else f"{value:,}", value)
+    short = isinstance(value, float) and abs(value) < 1000
+    return Cell(f"{value:.4g}" if short else f"{value:,.0f}", value)
 
 
 def _ranks(page: Mapping[str, Any]) -> Table:
@@ -144,7 +145,10 @@ def _said(step: Mapping[str, Any]) -> dict[str, str]:
         if step["parts"]:
             after = f"heads over {step['axes']}: {_parts(step['parts'])}"
         return {"what": step["op"], "before": f"{step['heads']} heads", "after": after}
-    after = "; ".join(f"{each['how']} over {each['axes']}: {_parts(each['parts'])}" for each in step["divided"])
+    after = "; ".join(
+        f"{each['how']} over {each['axes']}: {_parts(each['parts'])}{', some on several ranks' * each['shared']}"
+        for each in step["divided"]
+    )
     shape = " x ".join(map(str, step["shape"]))
     return {
         "what": f"{step['op']} with {step['weight']}",
@@ -231,6 +235,8 @@ def _predicted(page: Mapping[str, Any]) -> list[Table]:
         for name, said in parts.items()
         if "prefill_s" in mine
     ]
+    plans = [{"place": "this plan", **_barred(mine)}] if "ttft_s" in mine else []
+    plans += [{"place": str(place), **_barred(plan)} for place, plan in enumerate(told.get("plans", []), 1)]
     columns = [("plan", "plan", "text"), ("devices", "devices", "number")]
     times = [("ttft_s", "first token", "seconds"), ("ttft_bar", "80% of measured", "text")]
     times += [("tpot_s", "each further token", "seconds"), ("tpot_bar", "80% of measured", "text")]
@@ -240,7 +246,8 @@ def _predicted(page: Mapping[str, Any]) -> list[Table]:
     return [
         _table("spent", "What this plan's time is spent on",
                [(key, said, "text" if key == "what" else "seconds") for key, said in ways.items()], spent),
-        _table("plans", "The best plans for this cluster", [*columns, *times], map(_barred, told.get("plans", []))),
+        _table("plans", "This plan, and the best ones for this cluster",
+               [("place", "place", "text"), *columns, *times], plans),
         _table("frontier", "Throughput against time per token",
                [*batch, ("tokens_per_s", "tokens/s", "number")], told.get("frontier", [])),
         _table("refused", "Plans that do not fit, the closest first",

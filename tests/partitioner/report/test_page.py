@@ -162,8 +162,27 @@ def test_times_have_a_plot_and_the_frontier_has_one(contents: dict[str, Any], ht
     pictures = {str(given["aria-labelledby"]) for given in page.all("svg")}
     assert {"plot-times-title plot-times-desc", "plot-frontier-title plot-frontier-desc"} <= pictures
     assert {"spent", "plans", "frontier"} <= set(page.tables)
-    assert page.tables["plans"][1][0] == contents["predicted"]["plans"][0]["plan"]
+    assert [row[:2] for row in page.tables["plans"][1:3]] == [
+        ["this plan", contents["predicted"]["this_plan"]["plan"]],
+        ["1", contents["predicted"]["plans"][0]["plan"]],
+    ]
     assert contents["predicted"]["this_plan"]["devices"] == 16
+
+
+def test_error_bars_are_drawn_and_said(contents: dict[str, Any]) -> None:
+    pytest.importorskip("matplotlib", reason="of the extra `page`")
+    barred = copy.deepcopy(contents["predicted"])
+    for plan in (barred["this_plan"], *barred["plans"]):
+        plan |= {f"{name}_80": [plan[f"{name}_s"] * 0.9, plan[f"{name}_s"] * 1.2] for name in ("ttft", "tpot")}
+    bare = {**barred, "plans": [{**plan, "ttft_80": None, "tpot_80": None} for plan in barred["plans"]]}
+    bare["this_plan"] = {**barred["this_plan"], "ttft_80": None, "tpot_80": None}
+    with_bars, without = (Page(render({**contents, "predicted": each}, version="0")) for each in (barred, bare))
+    assert "with bars that hold 80% of measured times" in with_bars.text
+    assert "without error bars" in without.text
+    assert len(with_bars.elements) > len(without.elements)
+    column = with_bars.tables["plans"][0].index("80% of measured")
+    assert " to " in with_bars.tables["plans"][1][column]
+    assert without.tables["plans"][1][column] == "not known"
 
 
 def test_bytes_are_those_of_the_report(contents: dict[str, Any]) -> None:
@@ -206,7 +225,7 @@ def poisoned(value: Any) -> Any:
         return {key: each if key in kept else poisoned(each) for key, each in value.items()}
     if isinstance(value, list):
         return [poisoned(each) for each in value]
-    return value + HOSTILE if isinstance(value, str) else value
+    return value + HOSTILE if isinstance(value, str) and value else value
 
 
 def test_names_are_never_markup(contents: dict[str, Any]) -> None:
