@@ -77,6 +77,7 @@ MAY_IMPORT = {
 
 # Names of models that are ordinary words here.
 ENGLISH = {
+    "aria": "as in: aria-label, of HTML",
     "beam": "as in: beam search",
     "align": "as in: aligned ranges",
     "encoder-decoder": "the kind of model",

@@ -62,6 +62,9 @@ def ranks_picture(page: Mapping[str, Any]) -> str:
                 said = " ".join(f"{axis} {rank[axis]}" for axis in axes[line : line + 2])
                 shapes.append(_text(x + 52, y + 32 + 15 * (line // 2), said, "middle on small"))
         top += rows * (height + 8) + 34
+    if page["num_ranks"] > MOST_RANKS:
+        shapes.append(_text(10, top + 14, f"and {page['num_ranks'] - MOST_RANKS:,} more ranks in the same order"))
+        top += 24
     where = "on one mesh" if cluster is None else f"on {cluster['name']}, {per_host} devices in each host"
     said = f"{page['num_ranks']} ranks {where}; colours: the coordinate along {colour}. The table below says the same."
     return picture("picture-ranks", "Ranks on the cluster", said, 112 * in_row + 16, top, shapes)
