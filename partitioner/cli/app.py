@@ -119,6 +119,10 @@ def report_command(
         raise InputError(f"--prompt, --new and --batch are at least 1; got {prompt}, {new}, {batch}")
     if gpus is not None and html is None and not print_json:
         raise InputError("--gpus is of the page: give --html FILE or --json as well")
+    if (html is not None or print_json) and (explain is not None or generate):
+        raise InputError(
+            "--explain and --generate print something else than the page: leave them, or --html and --json, out"
+        )
     if html is not None and not Path(html).resolve().parent.is_dir():
         raise InputError(f"--html {html}: there is no folder {Path(html).resolve().parent}")
     parts = how.compile(model, dtype=dtype, meta=True)

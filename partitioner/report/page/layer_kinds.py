@@ -15,7 +15,6 @@ Layers with the same steps are of one kind. What stands outside layers (tables, 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from typing import Any
 
 from torch import fx
@@ -26,7 +25,7 @@ from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.data_movement import is_move
 from partitioner.program.node_arguments import layer_of, node_values, operation
 from partitioner.program.program import Program
-from partitioner.report.report import matrix_users, pattern_of
+from partitioner.report.report import matrices_of, pattern_of
 from partitioner.sharding.layout import REPLICATED, Layout
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.communicating import COMMUNICATING, axes_text, read_call
@@ -47,15 +46,12 @@ PURPOSES: dict[Any, str] = {
 
 def layer_kinds(program: Program) -> list[dict[str, Any]]:
     """Per kind: its name, its layers, and its steps in graph order, as plain data."""
-    weights: dict[fx.Node, list[str]] = defaultdict(list)
-    for name, node in matrix_users(program).items():
-        weights[node].append(name)
     layers: dict[str, list[dict[str, Any]]] = {}
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
         layer = layer_of(str(node.meta.get("path") or ""))
-        layers.setdefault(layer, []).extend(_steps(program, node, weights.get(node, []), layer))
+        layers.setdefault(layer, []).extend(_steps(program, node, matrices_of(node), layer))
     kinds: dict[str, tuple[list[str], list[dict[str, Any]]]] = {}
     for layer, steps in layers.items():
         if steps:

@@ -22,6 +22,7 @@ from partitioner.cli.app import app
 from partitioner.cli.report import page_of
 from partitioner.errors import InputError
 from partitioner.report.page.contents import Work
+from partitioner.report.page.layer_kinds import layer_kinds
 from partitioner.report.page.render import SECTIONS, as_json, render
 from partitioner.report.page.tables import tables
 from tests.support.partitioned import compiled
@@ -210,6 +211,17 @@ def test_layers_are_said_as_steps(contents: dict[str, Any]) -> None:
     assert len(place) > 5
 
 
+def test_a_tied_table_is_a_step_wherever_it_is_used() -> None:
+    (outside_layers, layers) = layer_kinds(compiled("gpt2", 2).program_of("decode"))
+    tables = [step for step in outside_layers["steps"] if step["kind"] == "product"]
+    first, *_, last = tables
+    assert first["weight"] == last["weight"]
+    assert (first["divided"][0]["how"], last["divided"][0]["how"]) == ("entries", "columns")
+    # stored with inputs first: what is divided is said by what it does, not by the number of the dim
+    hows = [(each["dim"], each["how"]) for step in layers["steps"] for each in step.get("divided", [])]
+    assert hows == [(1, "columns"), (0, "rows"), (1, "columns"), (0, "rows")]
+
+
 def test_an_exchange_is_counted_once_per_stage(contents: dict[str, Any]) -> None:
     for each in contents["communication"]:
         total = sum(row["total_bytes"] for row in each["exchanges"])
@@ -320,7 +332,12 @@ def test_the_command_writes_page_and_json(tmp_path: Path) -> None:
     told = json.loads(result.stdout)
     assert told["num_ranks"] == 2
     assert Page(out.read_text(encoding="utf-8")).tables.keys() == tables(told).keys()
-    for wrong in (["--gpus", "8xH100"], ["--html", str(tmp_path / "none" / "page.html")], ["--json", "--batch", "0"]):
+    for wrong in (
+        ["--gpus", "8xH100"],
+        ["--json", "--generate"],
+        ["--html", str(tmp_path / "none" / "page.html")],
+        ["--json", "--batch", "0"],
+    ):
         assert CliRunner().invoke(app, ["report", f"config:{config}", "--tp", "2", *wrong]).exit_code == 2
 
 
