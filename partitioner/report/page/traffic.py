@@ -29,9 +29,9 @@ LinkOf = Callable[[Sequence[int]], str]
 
 def traffic(entry: str, program: Program, sizes: Mapping[str, int], link_of: LinkOf | None) -> dict[str, Any]:
     """Of one run of an entry."""
-    given = {name: sizes.get(name, 1) for name in program.symbols if name != "slots"} | {"past": sizes.get("past", 0)}
-    if not program.states:
-        given["past"] = 0
+    past = sizes.get("past", 0) if program.states else 0
+    known = {**sizes, "slots": past + sizes.get("sequence", 1)}  # of a cache as large as it must be
+    given = {name: known.get(name, 1) for name in program.symbols} | {"past": past}
     at = dict.fromkeys(("dp", "pp", "sp", "tp"), 0)
     axes = {
         node.name: axes_text(read_call(node).axes)

@@ -25,6 +25,8 @@ from partitioner.report.page.contents import Work
 from partitioner.report.page.layer_kinds import layer_kinds
 from partitioner.report.page.render import SECTIONS, as_json, render
 from partitioner.report.page.tables import tables
+from partitioner.report.page.traffic import traffic
+from tests.support import stepping
 from tests.support.partitioned import compiled
 
 WORK = Work(prompt=64, new=16, batch=4)
@@ -220,6 +222,16 @@ def test_a_tied_table_is_a_step_wherever_it_is_used() -> None:
     # stored with inputs first: what is divided is said by what it does, not by the number of the dim
     hows = [(each["dim"], each["how"]) for step in layers["steps"] for each in step.get("divided", [])]
     assert hows == [(1, "columns"), (0, "rows"), (1, "columns"), (0, "rows")]
+
+
+def test_models_with_a_cache_of_their_own_have_traffic_and_layers() -> None:
+    """They run token by token: their programs know a size of the cache, and no length of the text."""
+    program = stepping.compiled("jamba", 2).program_of("decode")
+    assert "sequence" not in program.symbols
+    found = traffic("decode", program, {"batch": 2, "sequence": 1, "past": 5}, None)
+    assert (found["rows_of_batch"], found["tokens"], found["past"]) == (2, 1, 5)
+    assert found["most_bytes"] > 0
+    assert any(step["kind"] == "exchange" for kind in layer_kinds(program) for step in kind["steps"])
 
 
 def test_an_exchange_is_counted_once_per_stage(contents: dict[str, Any]) -> None:
