@@ -65,6 +65,9 @@ MAY_IMPORT = {
         "huggingface_hub",
         "sympy",
         "yaml",
+        "jinja2",
+        "markupsafe",
+        "matplotlib",
         "typer",
         "rich",
         "partitioner",
@@ -76,6 +79,7 @@ MAY_IMPORT = {
 
 # Names of models that are ordinary words here.
 ENGLISH = {
+    "aria": "as in: aria-label, of HTML",
     "beam": "as in: beam search",
     "align": "as in: aligned ranges",
     "encoder-decoder": "the kind of model",

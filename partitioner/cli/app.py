@@ -15,6 +15,7 @@ Exit codes: 0 equal, 1 a difference or a lost rank, 2 invalid arguments (one lin
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,11 +37,13 @@ from partitioner.cli.options import (
     Timeout,
 )
 from partitioner.cli.plan import register
+from partitioner.cli.report import page_of, schedule, write_page
 from partitioner.cli.run import Question, answer, answer_alone, answer_here, run_in_processes, run_on_replicas
-from partitioner.cli.schedule import schedule
 from partitioner.cli.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
 from partitioner.errors import InputError
 from partitioner.report.explain import explain as explain_weight
+from partitioner.report.page.contents import Work
+from partitioner.report.page.render import as_json
 from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.describe import describe, show_graph
 from partitioner.storage.example import EXAMPLE_MODEL
@@ -101,10 +104,39 @@ def report_command(
     generate: Annotated[
         bool, typer.Option("--generate", help="also of the decode graph: what ranks keep of each sequence")
     ] = False,
+    html: Annotated[str | None, typer.Option(help="instead: write a page with pictures to this file")] = None,
+    print_json: Annotated[bool, typer.Option("--json", help="instead: print all that the page says as JSON")] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="of the page: the cluster, for places and predicted times: 8xH100, or a .yaml file"),
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="of the page: tokens of a prompt")] = 1024,
+    new: Annotated[int, typer.Option(help="of the page: tokens written for each")] = 256,
+    batch: Annotated[int, typer.Option(help="of the page: requests at the same time")] = 1,
+    goal: Annotated[str, typer.Option("--for", help="of the page: latency, throughput or context")] = "latency",
 ) -> None:
     """Print what would be split over the ranks and what would not, and why. Needs no weights and little memory."""
+    if min(prompt, new, batch) < 1:
+        raise InputError(f"--prompt, --new and --batch are at least 1; got {prompt}, {new}, {batch}")
+    if gpus is not None and html is None and not print_json:
+        raise InputError("--gpus is of the page: give --html FILE or --json as well")
+    if (html is not None or print_json) and (explain is not None or generate):
+        raise InputError(
+            "--explain and --generate print something else than the page: leave them, or --html and --json, out"
+        )
+    if html is not None and not Path(html).resolve().parent.is_dir():
+        raise InputError(f"--html {html}: there is no folder {Path(html).resolve().parent}")
     parts = how.compile(model, dtype=dtype, meta=True)
     console = Console()
+    if html is not None or print_json:
+        page = page_of(parts, how.plan_of(model), Work(prompt, new, batch), gpus=gpus, goal=goal)
+        if html is not None:
+            write_page(page, html)
+        if print_json:
+            print(as_json(page))
+        else:
+            console.print(f"written to {html}", markup=False, highlight=False, soft_wrap=True)
+        return
     if explain is not None:
         console.print(explain_weight(parts.program, explain), markup=False, highlight=False, soft_wrap=True)
         return

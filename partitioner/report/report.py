@@ -27,6 +27,7 @@ __all__ = [
     "Report",
     "WeightRow",
     "make_report",
+    "matrices_of",
     "matrix_users",
     "pattern_of",
     "reason_for",
@@ -307,20 +308,24 @@ def matrix_users(program: Program) -> dict[str, fx.Node]:
     """Weights that a contraction reads (linears, look-up tables, experts, convolutions), with the op that does."""
     found: dict[str, fx.Node] = {}
     for node in program.graph.nodes:
-        if node.op != "call_function" or is_move(node) or not node_values(node):
-            continue
-        if node.target in COMMUNICATING or not notation(node).sums:
-            continue
-        for operand in notation(node).operands:
-            source = operand.node
-            while is_move(source) and source.all_input_nodes:
-                source = source.all_input_nodes[0]
-            if (
-                source.op == "get_attr"
-                and notation(node).sums & set(operand.letters)
-                and len(notation(node).operands) > 1
-            ):
-                found.setdefault(str(source.target), node)
+        for name in matrices_of(node):
+            found.setdefault(name, node)
+    return found
+
+
+def matrices_of(node: fx.Node) -> list[str]:
+    """The weights that a node contracts with something; none of most nodes."""
+    if node.op != "call_function" or is_move(node) or not node_values(node):
+        return []
+    if node.target in COMMUNICATING or not notation(node).sums:
+        return []
+    found = []
+    for operand in notation(node).operands:
+        source = operand.node
+        while is_move(source) and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        if source.op == "get_attr" and notation(node).sums & set(operand.letters) and len(notation(node).operands) > 1:
+            found.append(str(source.target))
     return found
 
 

@@ -33,7 +33,7 @@ from partitioner.analysis.cost.node_cost import MeetingCost
 from partitioner.errors import InputError
 from runtime.communication.channels import Channel
 
-__all__ = ["Device", "Link", "measure_device", "measure_link"]
+__all__ = ["Device", "Link", "measure_device", "measure_link", "sent_share"]
 
 SMALL_BYTES, LARGE_BYTES = 1 << 10, 1 << 22
 _REPEATS = 5
@@ -68,6 +68,11 @@ _COST: dict[str, Callable[[int], tuple[float, float]]] = {
     "receive": lambda n: (1, 1),
 }
 """Of n ranks, by primitive: messages one after the other, and how often a rank's bytes are sent."""
+
+
+def sent_share(kind: str, ranks: int) -> float:
+    """How often a rank sends as many bytes as it brings, in a primitive over so many ranks."""
+    return _COST[kind](ranks)[1] if ranks > 1 else 0.0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""One page about a partitioned model, to be looked at in a browser: self-contained, and as JSON."""
