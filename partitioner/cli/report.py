@@ -10,7 +10,8 @@ from partitioner.compile.parts import Parts
 from partitioner.errors import InputError, PlanError
 from partitioner.planning.cluster import Cluster, bad_order, hops
 from partitioner.planning.explain import as_data, sureness
-from partitioner.planning.price import Pricer, Workload
+from partitioner.planning.price import Pricer
+from partitioner.planning.quantities import Workload
 from partitioner.planning.search import Choice, search
 from partitioner.planning.summary import summarize_program
 from partitioner.program.plan import Plan
@@ -52,7 +53,7 @@ def page_of(
     try:
         generation = parts.generation_report
         programs = {"prefill": parts.program_of("prefill"), "decode": parts.program_of("decode")}
-        rows = rows_of_a_rank(work, parts.mesh)
+        rows = rows_of_a_rank(work, parts.mesh, plan.replicas)
         cache = parts.cache_bytes(max_batch=rows, max_length=work.prompt + work.new)
     except PlanError as error:
         notes = (f"there is no page of generation: {error}",)
@@ -62,8 +63,9 @@ def page_of(
         generation,
         work,
         cache=cache,
-        placement=None if cluster is None else _placement(cluster, parts.mesh),
+        placement=None if cluster is None else _placement(cluster, plan.mesh),
         predicted=None if cluster is None else _predicted(parts, plan, cluster, workload, goal),
+        replicas=plan.replicas,
         notes=notes,
     )
 
@@ -73,6 +75,7 @@ def write_page(page: dict[str, Any], out: str) -> None:
 
 
 def _placement(cluster: Cluster, mesh: Mesh) -> Placement:
+    """mesh: of all replicas; the groups of the first one's programs stand for those of all."""
     if mesh.world_size > cluster.size:
         raise InputError(f"--gpus {cluster.name}: {cluster.size} devices have no room for {mesh.world_size} ranks")
     names = [dimension.name for dimension in cluster.dimensions]

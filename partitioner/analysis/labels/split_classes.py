@@ -15,14 +15,15 @@ def split_classes(labels: Labels, sizes: dict[tuple[str, int], int]) -> dict[str
     atoms_of: dict[int, list[tuple[int, int]]] = {}
     count_of: list[int] = []
     found: dict[str, SplitClass] = {}
-    runs: list[tuple[int, int]] = []
+    runs: list[tuple[int, range]] = []
+    """Sites whose atoms are labels in order, not entered in `atoms_of`: of a vocabulary they are many."""
     for number, site in enumerate(labels.sites):
         run = _run_of(site, labels)
         ids = None if run is not None else torch.unique(site.ids).tolist()
         count = len(site.ids) if ids is None else len(ids)
         count_of.append(count)
         if run is not None:
-            runs.append(run)
+            runs.append((number, run))
         for place, identity in enumerate(ids or ()):
             for label in labels.lattice.labels(identity):
                 for member in labels.lattice.members(label):
@@ -31,14 +32,18 @@ def split_classes(labels: Labels, sizes: dict[tuple[str, int], int]) -> dict[str
             _keep(found, site.weight.name, SplitClass(count, count))
     for (name, dim), base in labels.bases.items():
         size = sizes[name, dim]
-        if any(first <= base and base + size <= end for first, end in runs):
+        labels_of = range(base, base + size)
+        met = [(number, run) for number, run in runs if run.start < labels_of.stop and labels_of.start < run.stop]
+        if any(run.start <= labels_of.start and labels_of.stop <= run.stop for _, run in met):
             _keep(found, name, SplitClass(size, size))
             continue
-        needed = {tuple(atoms_of.get(label, ())) for label in range(base, base + size)}
+        needed = {
+            (*atoms_of.get(label, ()), *((number, label - run.start) for number, run in met if label in run))
+            for label in labels_of
+        }
         sites = {number for atoms in needed for number, _ in atoms}
-        if sites:
-            atoms = min(count_of[number] for number in sites)
-            _keep(found, name, SplitClass(atoms, min(len(needed), atoms)))
+        atoms = min((count_of[number] for number in sites), default=1)  # that no site needs: counted as one piece
+        _keep(found, name, SplitClass(atoms, min(len(needed), atoms)))
     return found
 
 
@@ -47,9 +52,9 @@ def _keep(found: dict[str, SplitClass], name: str, mine: SplitClass) -> None:
     found[name] = min(found.get(name, mine), mine)
 
 
-def _run_of(site: Site, labels: Labels) -> tuple[int, int] | None:
+def _run_of(site: Site, labels: Labels) -> range | None:
     """The labels that the site's indices are, where each is one by itself, in order."""
     first, count = int(site.ids.reshape(-1)[0]) - 1, site.ids.numel()
     inside = first >= 0 and first + count <= labels.count
     alone = inside and torch.equal(site.ids.reshape(-1), torch.arange(first + 1, first + 1 + count))
-    return (first, first + count) if alone else None
+    return range(first, first + count) if alone else None

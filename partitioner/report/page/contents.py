@@ -1,6 +1,7 @@
 """All that the page says, as plain data: what `--json` prints and what the page's tables and pictures are made of.
 
-ranks           where each rank is: coordinates, stage, place on the cluster, bytes
+replicas        copies of the plan's ranks that have nothing to tell each other: all but `ranks` and `memory` is of one
+ranks           where each rank is: replica, coordinates in it, place on the cluster, bytes
 memory          bytes per rank by what they are for, against the limit
 stages          layers, bytes and share of the time of each stage
 layers          kinds of layers as steps (`layer_kinds`)
@@ -64,15 +65,16 @@ def page_contents(
     cache: Sequence[int] = (),
     placement: Placement | None = None,
     predicted: Mapping[str, Any] | None = None,
+    replicas: int = 1,
     notes: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """programs: by entry, "text" or "prefill" and "decode". cache: bytes on each rank, of all its rows.
+    """programs: by entry, "text" or "prefill" and "decode". cache: bytes on each rank of a replica, of all its rows.
 
     predicted: of `partitioner.planning`, as plain data.
     """
     first = next(iter(programs.values()))
     mesh = first.mesh
-    rows = rows_of_a_rank(work, mesh)
+    rows = rows_of_a_rank(work, mesh, replicas)
     link_of = placement.link_of if placement is not None else None
     sizes = {
         "text": {"batch": rows, "sequence": work.prompt},
@@ -85,15 +87,18 @@ def page_contents(
     return {
         "model": report.model,
         "plan": report.plan,
-        "degrees": {axis: mesh.size(axis) for axis in DEGREES},
-        "num_ranks": mesh.world_size,
+        "degrees": {axis: mesh.size(axis) for axis in DEGREES} | {"dp": mesh.size("dp") * replicas},
+        "replicas": replicas,
+        "num_ranks": mesh.world_size * replicas,
         "dtypes": list(report.dtypes),
         "work": {**asdict(work), "rows_of_a_rank": rows},
         "bytes_whole": report.bytes_whole,
         "matrix_share": report.matrix_share,
-        "cluster": None if placement is None else _cluster(placement, mesh),
-        "ranks": _ranks(mesh, report, placement),
-        "memory": _memory(report, list(cache) or [0] * mesh.world_size, placement, predicted, generation is not None),
+        "cluster": None if placement is None else _cluster(placement, mesh.world_size * replicas),
+        "ranks": _ranks(mesh, replicas, report, placement),
+        "memory": _memory(
+            report, replicas, list(cache) or [0] * mesh.world_size, placement, predicted, generation is not None
+        ),
         "stages": None if report.stages is None else _stages(report),
         "layers": _kinds(programs),
         "weights": _weights(report),
@@ -111,9 +116,9 @@ def page_contents(
     }  # fmt: skip
 
 
-def rows_of_a_rank(work: Work, mesh: Mesh) -> int:
-    """Of the batch: replicas share it out."""
-    return max(1, -(-work.batch // mesh.size("dp")))
+def rows_of_a_rank(work: Work, mesh: Mesh, replicas: int) -> int:
+    """Of the batch: replicas, and the ranks of `mesh` along dp, share it out."""
+    return max(1, -(-work.batch // (mesh.size("dp") * replicas)))
 
 
 def _kinds(programs: Mapping[str, Program]) -> list[dict[str, Any]]:
@@ -134,7 +139,7 @@ def _at_a_time(program: Program | None, prompt: int) -> int:
     return prompt if most is None else min(prompt, most)
 
 
-def _cluster(placement: Placement, mesh: Mesh) -> dict[str, Any]:
+def _cluster(placement: Placement, num_ranks: int) -> dict[str, Any]:
     return {
         "name": placement.name,
         "devices": list(dict.fromkeys(placement.devices)),
@@ -142,27 +147,30 @@ def _cluster(placement: Placement, mesh: Mesh) -> dict[str, Any]:
         "per_host": placement.per_host,
         "usable_bytes": placement.usable_bytes,
         "links": [dict(link) for link in placement.links],
-        "idle_devices": max(0, placement.size - mesh.world_size),
+        "idle_devices": max(0, placement.size - num_ranks),
         "note": placement.note,
     }
 
 
-def _ranks(mesh: Mesh, report: Report, placement: Placement | None) -> list[dict[str, Any]]:
+def _ranks(mesh: Mesh, replicas: int, report: Report, placement: Placement | None) -> list[dict[str, Any]]:
     found = []
-    for rank in range(mesh.world_size):
-        at = mesh.coordinates(rank)
-        one: dict[str, Any] = {"rank": rank, **{axis: at[axis] for axis in DEGREES}}
+    for rank in range(mesh.world_size * replicas):
+        replica, within = divmod(rank, mesh.world_size)
+        at = mesh.coordinates(within)
+        one: dict[str, Any] = {"rank": rank, "replica": replica, **{axis: at[axis] for axis in DEGREES}}
+        one["dp"] += replica * mesh.size("dp")
         if placement is not None:
             one["host"], one["place"] = divmod(rank, placement.per_host)
             one["device"] = placement.devices[rank % len(placement.devices)]
-        one["weights_bytes"] = report.bytes_per_rank[rank]
-        one["replicated_bytes"] = report.replicated_per_rank[min(rank, len(report.replicated_per_rank) - 1)]
+        one["weights_bytes"] = report.bytes_per_rank[within]
+        one["replicated_bytes"] = report.replicated_per_rank[min(within, len(report.replicated_per_rank) - 1)]
         found.append(one)
     return found
 
 
 def _memory(
     report: Report,
+    replicas: int,
     cache: list[int],
     placement: Placement | None,
     predicted: Mapping[str, Any] | None,
@@ -174,15 +182,17 @@ def _memory(
     results, buffers = (math.ceil(extra.get(name, 0)) for name in ("activations", "buffers"))
     limit = None if placement is None else placement.usable_bytes
     rows = []
-    for rank, weights in enumerate(report.bytes_per_rank):
-        shared = report.replicated_per_rank[min(rank, len(report.replicated_per_rank) - 1)]
-        total = weights + cache[rank] + results + buffers
+    for rank in range(replicas * len(report.bytes_per_rank)):
+        within = rank % len(report.bytes_per_rank)
+        weights = report.bytes_per_rank[within]
+        shared = report.replicated_per_rank[min(within, len(report.replicated_per_rank) - 1)]
+        total = weights + cache[within] + results + buffers
         rows.append(
             {
                 "rank": rank,
                 "own_bytes": weights - shared,
                 "replicated_bytes": shared,
-                "cache_bytes": cache[rank],
+                "cache_bytes": cache[within],
                 "activation_bytes": results,
                 "buffer_bytes": buffers,
                 "total_bytes": total,

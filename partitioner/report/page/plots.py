@@ -77,15 +77,15 @@ def _figure(*, height: float, columns: int) -> tuple[Any, Any]:
             "the plots of predicted times are drawn by matplotlib, which is not installed: pip install "
             "'partitioner[page]', or leave --gpus out, or ask for --json alone"
         ) from error
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "page",
         "font.size": 9,
         "font.family": "sans-serif",
         "text.parse_math": False,
     }
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    with matplotlib.rc_context({**style, **ink}):
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(8.6, height), layout="constrained")
         FigureCanvasSVG(figure)
         return figure, figure.subplots(1, columns, squeeze=False)[0]

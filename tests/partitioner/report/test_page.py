@@ -80,7 +80,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def contents() -> dict[str, Any]:
-    """Of 16 ranks: two replicas for experts, two stages, four ranks of tensor parallelism."""
+    """Of 16 ranks: two replicas of two stages of four ranks, by which tensors and experts are divided."""
     plan = Plan(dp=2, pp=2, tp=4, ep=4)
     parts = compiled("mixtral", 4, dp=2, pp=2, ep=4)
     return page_of(parts, plan, WORK, gpus="2x8xH100")
@@ -193,8 +193,8 @@ def test_error_bars_are_drawn_and_said(contents: dict[str, Any]) -> None:
 def test_bytes_are_those_of_the_report(contents: dict[str, Any]) -> None:
     report = compiled("mixtral", 4, dp=2, pp=2, ep=4).report
     rows = contents["memory"]["ranks"]
-    assert [row["own_bytes"] + row["replicated_bytes"] for row in rows] == list(report.bytes_per_rank)
-    per_token = compiled("mixtral", 4, dp=2, pp=2, ep=4).generation_report.bytes_per_token
+    assert [row["own_bytes"] + row["replicated_bytes"] for row in rows] == list(report.bytes_per_rank) * 2
+    per_token = compiled("mixtral", 4, dp=2, pp=2, ep=4).generation_report.bytes_per_token * 2
     rows_of_a_rank = contents["work"]["rows_of_a_rank"]
     assert all(row["cache_bytes"] >= rows_of_a_rank * 80 * each for row, each in zip(rows, per_token, strict=True))
 

@@ -13,7 +13,15 @@ from partitioner import BundleError
 from partitioner.program.torch_calls import FUNCTIONS, METHODS
 from partitioner.storage.bundle.format.op_names import _CALLS, _METHODS, ATEN, name_of, op_named
 
-NOT_IN_GRAPHS = {"allowed", "receive_from_experts", "row_counts", "send_to_experts", "unbound"}
+NOT_IN_GRAPHS = {
+    "allowed",
+    "per_query_head",
+    "products",
+    "receive_from_experts",
+    "row_counts",
+    "send_to_experts",
+    "unbound",
+}
 
 
 def test_every_packet_is_there_and_has_an_overload_that_only_computes() -> None:
