@@ -94,7 +94,6 @@ def check_plan(plan: object) -> Plan:
 
 
 _NOT_WITH_SP = {
-    "pp": "hidden states of a rank's own tokens do not cross from stage to stage",
     "ep": "experts are dealt out by a pass that has all tokens on every rank",
     "etp": "experts are dealt out by a pass that has all tokens on every rank",
 }
