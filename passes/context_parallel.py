@@ -10,10 +10,16 @@ in one of three ways, the same for all layers: "ring" (arXiv:2310.01889), "gathe
 
 Positions, masks and the like, made of inputs and of no trained weight, are computed for the tokens that need them: of
 all for a mask's keys, of a rank's own elsewhere.
+
+Experts that are dealt out take a rank's own tokens where these are sent to them, or where the ranks that work together
+have the same ones. Elsewhere (experts, or parts of their matrices, over sp itself, on every rank for all tokens) they
+get the tokens of all, and the ranks' sums are dealt out: collect_rows -> experts -> scatter_rows.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,17 +27,25 @@ import sympy
 import torch
 from torch import fx
 
+from partitioner.analysis.cost.attention_exchange import choose_exchange
+from partitioner.analysis.layouts.dealt_experts import expert_bodies
 from partitioner.analysis.layouts.infer_layout import FILLED, Layouts
 from partitioner.analysis.layouts.memoise import Inferrer
+from partitioner.analysis.layouts.own_tokens import held_alike, is_own, symbols_of, tokens_dim, with_own
 from partitioner.analysis.stages.order_nodes import sizes_from_inputs
-from partitioner.compile.insert_collectives import Rewriter
+from partitioner.compile.insert_collectives import Rewriter, over
 from partitioner.errors import LayoutError, PlanError
 from partitioner.program.node_arguments import arguments, describe, map_nodes, node_values, operation
 from partitioner.program.plan import SP_ATTENTION
 from partitioner.program.program import Entry, Program, Value
 from partitioner.proof.layouts import SPECIAL
 from partitioner.sharding.layout import REPLICATED, Layout, Rows
+from partitioner.sharding.mesh import AXES, EXPERT_AXES
 from runtime.ops.attention import attention
+from runtime.ops.collectives import all_reduce
+from runtime.ops.communicating import read_call
+from runtime.ops.local import once
+from runtime.ops.rows import collect_rows, take_rows
 from runtime.ops.rows.sequence_attention import sequence_attention
 
 __all__ = ["ContextParallel"]
@@ -64,7 +78,9 @@ class ContextParallel:
                 "tokens cannot be dealt out"
             )
         attends = [node for node in program.graph.nodes if node.target is attention]
-        how, why = choose(program, attends, self.axis) if self.attention == "auto" else (self.attention, "by the plan")
+        how, why = self.attention, "by the plan"
+        if how == "auto":
+            how, why = choose_exchange(program, attends, self.axis)
         _Deal(program, self.axis, how).run()
         program.notes.append(
             f"tokens over {self.axis} in {program.mesh.size(self.axis)} zig-zag parts, {len(attends)} attentions by "
@@ -87,12 +103,19 @@ class _Deal:
         """Values made of inputs, sizes and buffers: cheap, and computed for whichever tokens are asked for."""
         self.own: dict[fx.Node, fx.Node] = {}
         """Of such a value, or of a number of tokens: that of the rank's own tokens."""
+        self.kept: set[fx.Node] = set()
+        """Experts that need the tokens of all ranks."""
+        self.gone = {axis, *EXPERT_AXES} - (set(AXES) - {axis})
+        """Axes over which no sum of own tokens is left: these have been summed where experts end."""
 
     def run(self) -> None:
         sizes_from_inputs(self.program)
         nodes = list(self.program.graph.nodes)
         for node in nodes:
             self._note(node)
+        for body in expert_bodies(self.program, self.whole):
+            if not body.takes_own(self.axis):
+                self.kept |= body.nodes
         for node in nodes:
             if node.op == "output":
                 self._give_whole(node)
@@ -124,7 +147,7 @@ class _Deal:
 
     def _infer(self, node: fx.Node, layouts: Layouts) -> tuple[Any, tuple[tuple[fx.Node, Layout], ...]] | str:
         """What it yields, and what it requires; or what is in the way."""
-        special = SPECIAL.get(node.target)  # type: ignore[arg-type]
+        special = SPECIAL.get(node.target)
         if special is not None:
             try:
                 return special(self.program, node, layouts), ()
@@ -141,8 +164,12 @@ class _Deal:
         self.now[node] = self.whole[node]
         if node in self.of_inputs:
             return
-        if node.target is attention:
+        if node in self.kept:
+            self._keep(node)
+        elif node.target is attention:
             self._attend(node)
+        elif node.target in self._changed and self._has_rows(own := self._own(node.all_input_nodes[0])):
+            self._changed[node.target](node, own)
         elif self._takes_rows(node):
             return
         elif any(self._has_rows(source) for source in node.all_input_nodes):
@@ -176,8 +203,9 @@ class _Deal:
             return None
         several = (found[0], whole) if isinstance(whole, tuple) else ((found[0],), (whole,))
         for value, own, layout in zip(node_values(node), *several, strict=True):
-            tokens = [dim for dim, size in enumerate(value.shape) if self.symbol in _symbols(size)]
-            if self._without_rows(own) != layout or any(own.dims[dim] != self.rows for dim in tokens):
+            tokens = [dim for dim, size in enumerate(value.shape) if self.symbol in symbols_of(size)]
+            alike = held_alike(own, layout, self.rows) and own.partial == layout.partial - self.gone
+            if not alike or not all(is_own(own.dims[dim], self.rows) for dim in tokens):
                 return None
         return found[0]
 
@@ -199,7 +227,9 @@ class _Deal:
         if source in self.own:
             return self.own[source]
         found = source
-        if not node_values(source):
+        if source in self.kept:
+            found = self._leaving(source)
+        elif not node_values(source):
             found = self._own_number(source)
         elif source in self.of_inputs and source.op != "get_attr":
             wanted = self._with_rows(source)
@@ -214,9 +244,9 @@ class _Deal:
     def _own_number(self, number: fx.Node) -> fx.Node:
         """A number of own tokens, times what does not depend on tokens."""
         value = number.meta.get("val")
-        if number.op != "call_function" or self.symbol not in _symbols(value):
+        if number.op != "call_function" or self.symbol not in symbols_of(value):
             return number
-        if self.symbol in _symbols(sympy.simplify(value / self.symbol)):
+        if self.symbol in symbols_of(sympy.simplify(value / self.symbol)):
             return number  # no number of tokens: what reads it is refused
         own = {source: self._own(source) for source in number.all_input_nodes}
         if all(source is other for source, other in own.items()):
@@ -268,6 +298,69 @@ class _Deal:
             wanted = wanted.with_dim(len(shape) - 2, self.rows)
         return self.rewriter.converted(mask, wanted)
 
+    # -- experts -------------------------------------------------------------------------------------------------------
+
+    def _keep(self, node: fx.Node) -> None:
+        """The tokens of all ranks, as before."""
+        for source in list(node.all_input_nodes):
+            if source not in self.kept and self._has_rows(source):
+                self.rewriter.provide(node, source, Layout(self.whole[source].dims, self.now[source].partial))
+
+    def _leaving(self, source: fx.Node) -> fx.Node:
+        """Own tokens of what was computed of those of all, summed over ranks that have others."""
+        layout, dim = self.whole[source], tokens_dim(source.meta["val"].shape, self.symbol)
+        if not isinstance(layout, Layout) or dim is None or layout.dims[dim] is not None:
+            return source
+        if self.axis in layout.partial:
+            return self.rewriter.scattered(source, dim, self.rows)
+        return self.rewriter.converted(source, Layout(layout.dims, layout.partial - self.gone).with_dim(dim, self.rows))
+
+    def _reduce(self, node: fx.Node, own: fx.Node) -> None:
+        """A sum over ranks, without those that have other tokens."""
+        self._over_others(node, own, read_call(node).axes, lambda axes: (own, over(axes)))
+
+    def _once(self, node: fx.Node, own: fx.Node) -> None:
+        first: Any = node.args[1]
+        entry = self.program.table[first.name]
+
+        def counted(axes: tuple[str, ...]) -> tuple[Any, ...]:
+            firsts = tuple(int(i == 0) for i in range(self.program.mesh.size(*axes)))
+            return own, self.program.local("first", Entry(1, axes, firsts))
+
+        self._over_others(node, own, entry.axes, counted)
+
+    def _take(self, node: fx.Node, own: fx.Node) -> None:
+        """Of own tokens, those that this rank is to send."""
+
+        def taken(axes: tuple[str, ...]) -> tuple[Any, ...]:
+            parts = self.program.mesh.size(*axes)
+            node.kwargs = {**node.kwargs, "parts": parts, "axes": list(axes)}
+            return own, self.program.local("row_index", Entry(0, axes, tuple(range(parts))))
+
+        self._over_others(node, own, tuple(node.kwargs["axes"]), taken)  # type: ignore[arg-type]
+
+    def _collect(self, node: fx.Node, own: fx.Node) -> None:
+        total = arguments(node)["total"]
+        total = self._own(total) if isinstance(total, fx.Node) else total
+        self._over_others(node, own, read_call(node).axes, lambda axes: (own, total, over(axes)))
+
+    def _over_others(
+        self, node: fx.Node, own: fx.Node, axes: tuple[str, ...], arguments_of: Callable[[tuple[str, ...]], Any]
+    ) -> None:
+        """`node` over those of its axes whose ranks have the same tokens; nothing where there are none."""
+        left = tuple(axis for axis in axes if axis not in self.gone)
+        if not left:
+            node.replace_all_uses_with(own)
+            self.now[node] = self.now[own]
+            return
+        node.args = arguments_of(left)
+        self.now[node] = SPECIAL[node.target](self.program, node, self.now)
+
+    @functools.cached_property
+    def _changed(self) -> dict[Any, Callable[[fx.Node, fx.Node], None]]:
+        """What is done over several axes, of which sp may be one."""
+        return {all_reduce: self._reduce, once: self._once, take_rows: self._take, collect_rows: self._collect}
+
     def _give_whole(self, node: fx.Node) -> None:
         for source in list(node.all_input_nodes):
             if self._has_rows(source):
@@ -275,29 +368,19 @@ class _Deal:
 
     # -- layouts -------------------------------------------------------------------------------------------------------
 
-    def _tokens(self, value: Any) -> int | None:
-        """The one dim that runs over tokens, alone or with others."""
-        dims = [i for i, size in enumerate(value.shape) if self.symbol in _symbols(size)]
-        return dims[0] if len(dims) == 1 else None
-
     def _with_rows(self, node: fx.Node) -> Any:
         """Its layout with own tokens; None where it has no dim of tokens, or several."""
         several = self.whole[node] if isinstance(self.whole[node], tuple) else (self.whole[node],)
-        found = []
-        for value, layout in zip(node_values(node), several, strict=True):
-            dim = self._tokens(value)
-            if dim is None or layout.dims[dim] is not None or self.axis in layout.axes | layout.partial:
-                return None
-            found.append(layout.with_dim(dim, self.rows))
+        values = zip(node_values(node), several, strict=True)
+        found = [with_own(value.shape, layout, self.rows, self.symbol) for value, layout in values]
+        if None in found:
+            return None
         return tuple(found) if isinstance(self.whole[node], tuple) else found[0]
-
-    def _without_rows(self, layout: Layout) -> Layout:
-        return Layout(tuple(None if dim == self.rows else dim for dim in layout.dims), layout.partial)
 
     def _has_rows(self, node: fx.Node) -> bool:
         layout = self.now.get(node)
         several = layout if isinstance(layout, tuple) else (layout,)
-        return any(dim == self.rows for each in several if each for dim in each.dims)
+        return any(is_own(dim, self.rows) for each in several if each for dim in each.dims)
 
     def _why(self, node: fx.Node) -> str:
         found = self._infer(node, self.now)
@@ -309,38 +392,9 @@ class _Deal:
 _NAMES = {"q": "queries", "k": "keys", "v": "values", "mask": "mask", "sinks": "sinks"}
 
 
-def choose(program: Program, attends: list[fx.Node], axis: str) -> tuple[str, str]:
-    """The way with the fewest bytes, and why; Ulysses where they are alike, which merges nothing.
-
-    Per token, over all layers, in units of a head's numbers: n ranks send (n - 1) / n of keys and values in a ring, and
-    1/n of that share of queries, keys, values and result to heads.
-    """
-    ranks = program.mesh.size(axis)
-    ring = exchange = 0
-    for node in attends:
-        a, layout = arguments(node), node.meta.get("layout")
-        (_, heads, _, size), (_, kv_heads, _, value) = (a[name].meta["val"].shape for name in ("q", "v"))
-        split = None if layout is None else layout.split(1)
-        fewest = heads if split is None else min(split.sizes)
-        if fewest < ranks:
-            return (
-                "ring",
-                f"{node.name} has {fewest} heads on a rank, fewer than {axis}={ranks}, for Ulysses to deal out",
-            )
-        copies = max(kv_heads, ranks)  # a kv head goes to every rank whose query heads read it
-        ring += ranks * kv_heads * (size + value)
-        exchange += (heads + copies) * (size + value)
-    how = "ulysses" if exchange <= ring else "ring"
-    return how, f"{exchange} against {ring} numbers per token, of heads exchanged and of keys and values in a ring"
-
-
 def _latest(nodes: list[fx.Node]) -> fx.Node:
     found = nodes[0]
     for node in nodes[1:]:
         if found < node:
             found = node
     return found
-
-
-def _symbols(size: Any) -> frozenset[Any]:
-    return frozenset(size.free_symbols) if isinstance(size, sympy.Expr) else frozenset()

@@ -54,8 +54,10 @@ class ExpertParallel:
         """With the exchange that this entry gets, of a program whose mesh is the plan's."""
         if self.exchange != "auto":
             return self
-        regions = find_regions(program, _axes(program))
-        each = {choose(program.mesh.size("ep"), r.num_experts, r.choices, entry) for r in regions if not r.why}
+        axes = _axes(program)
+        ranks, own = program.mesh.size("ep"), program.mesh.size("sp") if "sp" in axes else 1
+        regions = find_regions(program, axes)
+        each = {choose(ranks, r.num_experts, r.choices, entry, own=own) for r in regions if not r.why}
         return replace(self, exchange=each.pop() if len(each) == 1 else "replicate")
 
     def run(self, program: Program) -> Program:
@@ -173,18 +175,19 @@ def deal(num_experts: int, ranks: int) -> Owners:
     return tuple(tuple(range(ends[rank], ends[rank + 1])) for rank in range(ranks))
 
 
-def choose(ranks: int, num_experts: int, choices: int, entry: str) -> str:
-    """The exchange with the fewest bytes, of tokens that every rank has; fixed shapes for single tokens.
+def choose(ranks: int, num_experts: int, choices: int, entry: str, *, own: int = 1) -> str:
+    """The exchange with the fewest bytes; fixed shapes for single tokens.
 
-    Per token and row of one unit, over all ranks: replicate sums 2 (n - 1); exchange sends a row there and one back for
-    each other rank that has one of its experts, and collects (n - 1).
+    own: how many of the ranks share out the tokens; the others have the same ones. Per token and row of one unit, over
+    all n ranks: replicate sums 2 (n - 1), or collects and deals out so many; exchange sends a row there and one back
+    for each other rank that has one of its experts, and collects (n / own - 1).
     """
     if entry == "decode":
         return "replicate"
     each = num_experts / ranks
     none_here = math.prod((num_experts - each - i) / (num_experts - i) for i in range(choices))
     destinations = (ranks - 1) * (1 - max(none_here, 0.0))
-    return "exchange" if 2 * destinations + (ranks - 1) < 2 * (ranks - 1) else "replicate"
+    return "exchange" if 2 * destinations + (ranks // own - 1) < 2 * (ranks - 1) else "replicate"
 
 
 def _tell(program: Program, regions: list[Region], owners: Owners, exchange: str) -> None:

@@ -77,7 +77,13 @@ class LastToken:
 
 def _of_each(program: Program, place: fx.Node, last: fx.Node) -> fx.Node:
     """The row of each sequence's last token, in the place of `place` for all its users."""
-    value, layout = place.meta["val"], place.meta.get("layout") or REPLICATED(3)
+    layout = place.meta.get("layout") or REPLICATED(3)
+    if isinstance(shared := layout.dims[1], Rows) and shared.of is not None:
+        layouts = {node: node.meta["layout"] for node in program.graph.nodes if "layout" in node.meta}
+        taken, layout = place, layout.with_dim(1, shared.of)
+        place = Rewriter(program, layouts).converted(taken, layout)
+        taken.replace_all_uses_with(place, delete_user_cb=lambda user: user is not place)
+    value = place.meta["val"]
     users = list(place.users)
     meta = {
         **place.meta,

@@ -7,7 +7,8 @@
 A reduce-scatter and an all-gather are what an all-reduce is made of, so the bytes are the same where n divides the
 tokens. Korthikanti et al. (arXiv:2205.05198, section 4.2.2), with the row-wise regions found by layouts: every op that
 works token by token keeps a rank's own tokens, the first that does not gets those of all. For prompts and whole texts;
-a single token has no sequence to deal out.
+a single token has no sequence to deal out. Where the ranks of sp have tokens of their own already, those of tp share
+these out.
 """
 
 from __future__ import annotations
@@ -58,7 +59,6 @@ class _Run:
     def __init__(self, program: Program, axis: str) -> None:
         self.program, self.axis = program, axis
         self.symbol = program.symbols[KIND]
-        self.rows = Rows((axis,), KIND)
         self.whole: Layouts = {}
         """How each value was held."""
         self.now: Layouts = {}
@@ -116,7 +116,7 @@ class _Run:
 
     def _infer(self, node: fx.Node, layouts: Layouts) -> tuple[Any, tuple[tuple[fx.Node, Layout], ...]] | str:
         """What it yields, and what it requires; or what is in the way."""
-        special = SPECIAL.get(node.target)  # type: ignore[arg-type]
+        special = SPECIAL.get(node.target)
         if special is not None:
             try:
                 return special(self.program, node, layouts), ()
@@ -134,13 +134,14 @@ class _Run:
             and read_call(node).axes == (self.axis,)
             and self._tokens(node.meta["val"]) == 1
             and len(node.meta["val"].shape) == 3
-            and self.whole[node].dims[1] is None
+            and self._dealt(self.whole[node].dims[1]) is not None
             and not self._has_rows(node.args[0])
         )
 
     def _scatter(self, node: fx.Node) -> None:
         node.target, node.kwargs = scatter_rows, {"dim": 1, "kind": KIND}
-        self.now[node] = node.meta["layout"] = self.whole[node].with_dim(1, self.rows)
+        layout: Layout = self.whole[node]
+        self.now[node] = node.meta["layout"] = layout.with_dim(1, self._dealt(layout.dims[1]))
         node.meta["why"] = "each rank's own tokens of the sum, until an op needs those of all"
 
     def _place(self, node: fx.Node) -> None:
@@ -165,20 +166,31 @@ class _Run:
                 self.rewriter.provide(node, source, self.whole[source])
 
     def _read_whole_size(self, node: fx.Node) -> None:
-        """A number of tokens stays that of all ranks."""
+        """A number of tokens stays that of all ranks of the axis."""
         if operation(node) is not aten.sym_size:
             return
         source: Any = node.args[0]
         if source in self.whole and self._has_rows(source) and node.meta["val"] == self.symbol:
-            node.replace_input_with(source, self._input())
+            dim = self._tokens(source.meta["val"])
+            assert dim is not None
+            node.replace_input_with(source, self._with_all(self.whole[source].dims[dim]))
             node.args = (node.args[0], self._tokens(node.args[0].meta["val"]))  # type: ignore[union-attr]
 
-    def _input(self) -> fx.Node:
+    def _with_all(self, tokens: Any) -> fx.Node:
+        """The first value with the tokens of all ranks of the axis: an input, or what was taken of it."""
         for node in self.program.graph.nodes:
-            if node.op == "placeholder" and self._tokens(node.meta["val"]) is not None:
+            dim = self._tokens(node.meta["val"]) if isinstance(node.meta.get("val"), Value) else None
+            if dim is not None and node in self.whole and self.whole[node].dims[dim] == tokens:
                 found: fx.Node = node
                 return found
         raise LayoutError(f"no input of {self.program.name} has {self.symbol} tokens")
+
+    def _dealt(self, tokens: Any) -> Rows | None:
+        """What sharing out tokens makes of them, which may be a rank's own of another axis already."""
+        if tokens is None:
+            return Rows((self.axis,), KIND)
+        is_other = isinstance(tokens, Rows) and tokens.kind == KIND and self.axis not in tokens.axes
+        return tokens.again((self.axis,), KIND) if is_other else None
 
     def _tokens(self, value: Any) -> int | None:
         """The one dim that runs over tokens, and over nothing else."""
@@ -192,9 +204,10 @@ class _Run:
         found = []
         for value, layout in zip(node_values(node), several, strict=True):
             dim = self._tokens(value)
-            if dim is None or layout.dims[dim] is not None or self.axis in layout.axes | layout.partial:
+            rows = None if dim is None else self._dealt(layout.dims[dim])
+            if dim is None or rows is None or self.axis in layout.axes | layout.partial:
                 return None
-            found.append(layout.with_dim(dim, self.rows))
+            found.append(layout.with_dim(dim, rows))
         return tuple(found) if isinstance(self.whole[node], tuple) else found[0]
 
     def _source_with_rows(self, source: fx.Node) -> Any:
@@ -206,7 +219,7 @@ class _Run:
     def _has_rows(self, node: Any) -> bool:
         layout = self.now.get(node)
         return any(
-            dim == self.rows
+            isinstance(dim, Rows) and dim.last_axes == (self.axis,) and dim.kind == KIND
             for each in (layout if isinstance(layout, tuple) else (layout,))
             if each
             for dim in each.dims

@@ -4,12 +4,13 @@
                    what it hands to the next stage, or the result
 
 Inputs are given to every stage, used or not: all of them check the same, and know the sizes of what crosses.
-What crosses must be complete: a partial sum would have to be completed by ranks of another stage.
+What crosses must be complete: a partial sum would have to be completed by ranks of another stage. A rank's own tokens
+cross as they are, to the rank of the next stage that has the same ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -18,8 +19,8 @@ from torch import fx
 from partitioner.errors import CaptureError, LayoutError
 from partitioner.program.program import Input, Program, State, Value, Weight
 from partitioner.program.stages import stages_of
-from partitioner.sharding.layout import Layout
-from runtime.program.rank_program import Crossing, RunInput, Stage
+from partitioner.sharding.layout import Layout, Rows
+from runtime.program.rank_program import Crossing, OwnRows, RunInput, Stage
 
 __all__ = ["StageParts"]
 
@@ -90,9 +91,22 @@ def _crossing(program: Program, node: fx.Node) -> Crossing:
     value, layout = node.meta.get("val"), node.meta.get("layout")
     if not isinstance(value, Value):
         raise LayoutError(f"{node.name!r} cannot cross to another stage: it is no tensor")
-    if isinstance(layout, Layout) and layout.partial:
+    if isinstance(layout, Layout) and (layout.partial or layout.split_dims):
         raise LayoutError(f"{node.name!r} cannot cross to another stage: it is {layout}; complete it first")
-    return Crossing(node.name, _named_dims(program, value.shape, f"the value {node.name!r}"), value.dtype)
+    dims = _named_dims(program, value.shape, f"the value {node.name!r}")
+    rows = () if layout is None else tuple(_own_rows(node, layout, dims))
+    return Crossing(node.name, dims, value.dtype, rows)
+
+
+def _own_rows(node: fx.Node, layout: Layout, dims: Sequence[int | str]) -> Iterator[OwnRows]:
+    """The rows that a rank has of what crosses, as the ranks of one stage deal them out."""
+    for dim in layout.row_dims:
+        rows = layout.dims[dim]
+        assert isinstance(rows, Rows)
+        for level in rows.levels:
+            if level.kind != dims[dim]:
+                raise LayoutError(f"{node.name!r} cannot cross to another stage: how many {rows} come is not known")
+            yield OwnRows(dim, level.last_axes, level.order)
 
 
 def _weight(program: Program, name: str) -> Weight:

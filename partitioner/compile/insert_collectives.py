@@ -7,6 +7,7 @@
     split       -> smaller parts   shard(x, ranges, dim=)
     whole       -> own rows        take_rows(x, index, dim=)             no communication
     own rows    -> whole           collect_rows(x, total, axis, dim=)    `total`: a size of the whole, from an input
+    partial sum -> own rows        scatter_rows(x, axis, dim=)           only where it is asked for, by `scattered`
 
 Each conversion of a value is made once and shared by all who need it.
 """
@@ -23,6 +24,7 @@ from torch import fx
 
 from partitioner.analysis.layouts.infer_layout import Layouts, disjoint
 from partitioner.analysis.layouts.localise import Scaled
+from partitioner.analysis.layouts.merged_rows import sequences_in_order
 from partitioner.errors import LayoutError
 from partitioner.program.node_arguments import evaluate, operation
 from partitioner.program.program import Entry, Program, Value
@@ -30,11 +32,11 @@ from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Layout, Rows, Split, in_order, points
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.local import once, reorder, shard
-from runtime.ops.rows import collect_rows, take_rows
+from runtime.ops.rows import collect_rows, scatter_rows, take_rows
 
 aten = torch.ops.aten
 
-__all__ = ["Rewriter"]
+__all__ = ["Rewriter", "over"]
 
 
 class Rewriter:
@@ -50,6 +52,7 @@ class Rewriter:
         self._sizes: dict[Any, fx.Node | int] = {}
         """Nodes with sizes of the whole, behind the inputs."""
         self._latest_size: fx.Node | None = None
+        self._own_sizes: dict[Any, fx.Node] = {}
 
     def provide(self, user: fx.Node, source: fx.Node, layout: Layout) -> None:
         """Makes `user` read `source` in the given layout."""
@@ -72,7 +75,7 @@ class Rewriter:
         users = list(node.users)
         layout = self.layouts[node]
         done = Layout(layout.dims, layout.partial - axes)
-        reduced = self._after(node, all_reduce, (node, _over(axes)), {}, done, node)
+        reduced = self._after(node, all_reduce, (node, over(axes)), {}, done, node)
         reduced.meta["why"] = f"completes the partial sums of {node.name}"
         for user in users:
             user.replace_input_with(node, reduced)
@@ -123,15 +126,18 @@ class Rewriter:
         found = source
         if surplus := have.partial - want.partial:
             done = Layout(have.dims, have.partial - surplus)
-            found = self._after(found, all_reduce, (found, _over(surplus)), {}, done, source)
+            found = self._after(found, all_reduce, (found, over(surplus)), {}, done, source)
             have = self.layouts[found]
         for dim, (old, new) in enumerate(zip(have.dims, want.dims, strict=True)):
             if old != new:
-                if isinstance(old, Rows):
-                    found, old = self._collected(found, dim, old, source), None
+                levels = new.levels if isinstance(new, Rows) else ()
+                while isinstance(old, Rows) and old not in levels:
+                    found, old = self._collected(found, dim, old, source), old.of
                 if isinstance(new, Rows):
-                    found = found if old is None else self._redivided(found, dim, old, None, source)
-                    found = self._taken(found, dim, new, source)
+                    if isinstance(old, Split):
+                        found, old = self._redivided(found, dim, old, None, source), None
+                    for level in levels[0 if old is None else levels.index(old) + 1 :]:
+                        found = self._taken(found, dim, level, source)
                 elif old != new:
                     found = self._redivided(found, dim, old, new, source)
         have = self.layouts[found]
@@ -169,7 +175,7 @@ class Rewriter:
             node = self._redivided(node, dim, old, parts, source)
         kwargs = {"dim": dim, "sizes": list(parts.sizes)}
         whole = self._after(
-            node, all_gather, (node, _over(parts.axes)), kwargs, self.layouts[node].with_dim(dim, None), source
+            node, all_gather, (node, over(parts.axes)), kwargs, self.layouts[node].with_dim(dim, None), source
         )
         whole.meta["why"] = f"{source.name} is needed whole"
         order = [i for owned in parts.owned for i in owned.indices()]
@@ -179,19 +185,62 @@ class Rewriter:
         return whole
 
     def _collected(self, node: fx.Node, dim: int, rows: Rows, source: fx.Node) -> fx.Node:
-        total = self.whole_size(source.meta["val"].shape[dim], source)
-        layout: Layout = self.layouts[node].with_dim(dim, None)
+        size = source.meta["val"].shape[dim]
+        outer = self._outer(source, dim, rows)
+        size = self.program.symbols[rows.kind] if outer else size
+        total = self.whole_size(size, source) if rows.of is None else self._own_size(size, rows.of, source)
+        layout: Layout = self.layouts[node].with_dim(dim, rows.of)
         options = {"dim": dim, **_order(rows)}
-        whole = self._after(node, collect_rows, (node, total, _over(rows.axes)), options, layout, source)
+        args = (node, total, over(rows.last_axes), *outer)
+        whole = self._after(node, collect_rows, args, options, layout, source)
         whole.meta["why"] = f"{source.name} is needed with the rows of all ranks"
         return whole
 
+    def _own_size(self, size: Any, rows: Rows, source: fx.Node) -> fx.Node:
+        """How many of `rows` this rank has: read off the first value that has them."""
+        if (size, rows) not in self._own_sizes:
+            for node in self.program.graph.nodes:
+                layout = self.layouts.get(node)
+                dims = layout.dims if isinstance(layout, Layout) else ()
+                if found := [i for i, d in enumerate(dims) if d == rows and node.meta["val"].shape[i] == size]:
+                    with self.program.graph.inserting_after(node):
+                        made = self.program.graph.call_function(aten.sym_size.int, (node, found[0]))
+                    made.meta = {"val": size, "path": ""}
+                    self._own_sizes[size, rows] = made
+                    break
+            else:
+                raise LayoutError(f"{source.name}: how many {rows} a rank has, {size}, is no size of any value")
+        return self._own_sizes[size, rows]
+
     def _taken(self, node: fx.Node, dim: int, rows: Rows, source: fx.Node) -> fx.Node:
-        parts = self.program.mesh.size(*rows.axes)
-        index = self.program.local("row_index", Entry(0, rows.axes, tuple(range(parts))))
-        options = {"parts": parts, "axes": list(rows.axes), "dim": dim, "kind": rows.kind, **_order(rows)}
+        axes = rows.last_axes
+        parts = self.program.mesh.size(*axes)
+        index = self.program.local("row_index", Entry(0, axes, tuple(range(parts))))
+        options = {"parts": parts, "axes": list(axes), "dim": dim, "kind": rows.kind, **_order(rows)}
         layout: Layout = self.layouts[node].with_dim(dim, rows)
-        return self._after(node, take_rows, (node, index), options, layout, source)
+        return self._after(node, take_rows, (node, index, *self._outer(source, dim, rows)), options, layout, source)
+
+    def scattered(self, source: fx.Node, dim: int, rows: Rows) -> fx.Node:
+        """Own rows of a sum over the axes of `rows`."""
+        have: Layout = self.layouts[source]
+        layout = Layout(have.dims, have.partial - set(rows.axes)).with_dim(dim, rows)
+        if (source, layout) not in self._made:
+            args = (source, over(rows.axes), *self._outer(source, dim, rows))
+            options = {"dim": dim, "kind": rows.kind, **_order(rows)}
+            self._made[source, layout] = self._after(source, scatter_rows, args, options, layout, source)
+        return self._made[source, layout]
+
+    def _outer(self, source: fx.Node, dim: int, rows: Rows) -> tuple[fx.Node | int, ...]:
+        """How many sequences a dim runs over, one after the other, with own rows of each; nothing where it is one."""
+        size, symbol = source.meta["val"].shape[dim], self.program.symbols.get(rows.kind)
+        if symbol is None or size == symbol:
+            return ()
+        if not sequences_in_order(source, dim, symbol):
+            raise LayoutError(
+                f"{source.name}: its dim {dim} has {size} rows, and it cannot be told that they are sequences, one "
+                f"after the other: no rank knows which {rows} are its own"
+            )
+        return (self.whole_size(size / symbol, source),)
 
     def whole_size(self, size: Any, source: fx.Node) -> fx.Node | int:
         """A node with this size of the whole, read from an input, which every rank has all of."""
@@ -236,7 +285,7 @@ class Rewriter:
         return self._latest_size or [n for n in self.program.graph.nodes if n.op == "placeholder"][-1]
 
 
-def _over(axes: Iterable[str]) -> str | tuple[str, ...]:
+def over(axes: Iterable[str]) -> str | tuple[str, ...]:
     """As graphs name axes: one by its name, several as a tuple."""
     found = in_order(axes)
     return found[0] if len(found) == 1 else found

@@ -62,13 +62,13 @@ def _named(plan: Plan) -> set[str]:
 ORDER = (
     BuiltIn("expert-parallel", EVERYWHERE, _has_experts, splits=True, by_entry=True),
     BuiltIn("tensor-parallel", EVERYWHERE, lambda plan: plan.tp > 1 or _has_experts(plan), splits=True),
-    BuiltIn("sequence-parallel", ("text", "prefill"), lambda plan: "sequence-parallel" in _named(plan)),
     BuiltIn(
         "context-parallel",
         ("text", "prefill"),
         lambda plan: plan.sp > 1,
         options=lambda plan: {"attention": plan.sp_attention},
     ),
+    BuiltIn("sequence-parallel", ("text", "prefill"), lambda plan: "sequence-parallel" in _named(plan)),
     BuiltIn("kv-cache", GENERATION, _always),
     BuiltIn("last-token", GENERATION, _always),
     BuiltIn("fuse", EVERYWHERE, _always),
@@ -81,24 +81,8 @@ def check_plan(plan: object) -> Plan:
     """The plan, if it is one and passes serve all that it asks for; before the trace, which takes longer."""
     if not isinstance(plan, Plan):
         raise PlanError(f"the plan must be a Plan, such as Plan(tp=2); got {plan!r}")
-    for axis, why in _NOT_WITH_SP.items():
-        if plan.sp > 1 and plan.degree(axis) > 1:
-            raise PlanError(f"sp={plan.sp} and {axis}={plan.degree(axis)} do not go together yet: {why}")
-    if plan.sp > 1 and "sequence-parallel" in _named(plan):
-        raise PlanError(
-            f"sp={plan.sp} and the pass sequence-parallel do not go together: a rank's tokens would be dealt out anew "
-            "over tp; leave the pass out"
-        )
     wanted(plan)
     return plan
-
-
-_NOT_WITH_SP = {
-    "pp": "hidden states of a rank's own tokens do not cross from stage to stage",
-    "ep": "experts are dealt out by a pass that has all tokens on every rank",
-    "etp": "experts are dealt out by a pass that has all tokens on every rank",
-}
-"""Axes that do not go together with sp, and why."""
 
 
 def splitting(traced: Program, plan: Plan, entry: str) -> list[Chosen]:

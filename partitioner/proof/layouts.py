@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from partitioner.analysis.layouts.infer_experts import ROUTED
 from partitioner.analysis.layouts.infer_layout import FILLED, Inference, Layouts, disjoint, sizes_read
 from partitioner.analysis.layouts.memoise import Inferrer
 from partitioner.analysis.layouts.propagate_layouts import batched, state_layout
@@ -24,7 +23,9 @@ from partitioner.analysis.rules.data_movement import is_move
 from partitioner.errors import LayoutError
 from partitioner.program.node_arguments import arguments, describe, evaluate, node_values, operation
 from partitioner.program.program import Entry, PerRankInt, Program, Value
+from partitioner.proof.dealt_rows import ROWS
 from partitioner.proof.experts import EXPERT_CHECKS
+from partitioner.proof.per_rank_integers import at, expect
 from partitioner.proof.sequences import SEQUENCE_CHECKS
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Layout, Rows, Split, in_order, points
@@ -34,7 +35,6 @@ from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.communicating import as_axes, read_call
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.local import once, reorder, shard
-from runtime.ops.rows import collect_rows, scatter_rows, take_rows
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
 from runtime.ops.state import cache_append, state_read, state_write
 
@@ -60,9 +60,7 @@ def check(program: Program) -> None:
             layouts[node] = _infer(program, node, layouts, inferrer)
             stated = node.meta.get("layout")
             if stated is not None and stated != layouts[node]:
-                raise LayoutError(
-                    f"{_at(node)}: the pass says {stated}, its operands give {layouts[node]}{_cure(node)}"
-                )
+                raise LayoutError(f"{at(node)}: the pass says {stated}, its operands give {layouts[node]}{_cure(node)}")
 
 
 def check_entries(prefill: Program, decode: Program) -> None:
@@ -96,21 +94,19 @@ def _stages_of_states(program: Program) -> dict[str, frozenset[int]]:
 
 
 def _infer(program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer) -> Any:
-    special = SPECIAL.get(node.target)  # type: ignore[arg-type]
+    special = SPECIAL.get(node.target)
     if special is not None:
         return special(program, node, layouts)
     found = inferrer.infer(node, layouts)
     if found.problem:
-        raise LayoutError(f"{_at(node)}: {found.problem}")
+        raise LayoutError(f"{at(node)}: {found.problem}")
     for source, wanted in found.requires:
         _require(node, source, layouts[source], wanted)
     _require_all_named(node, found, layouts)
     _require_own_sizes(node, found, layouts)
     if is_move(node) and any(layouts[n].split_dims for n, _ in found.requires):  # noqa: SIM102 - two questions
         if not inferrer.moves_alike(node, layouts, found.outputs):
-            raise LayoutError(
-                f"{_at(node)}: on some rank the move does not give {found.outputs[0]} of the whole result"
-            )
+            raise LayoutError(f"{at(node)}: on some rank the move does not give {found.outputs[0]} of the whole result")
     _check_integers(program, node, layouts)
     return found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs
 
@@ -123,7 +119,7 @@ def _require_all_named(node: fx.Node, found: Inference, layouts: Layouts) -> Non
     for source in node.all_input_nodes:
         if source not in named and isinstance(layouts.get(source), Layout):
             raise LayoutError(
-                f"{_at(node)}: its result is {found.outputs[0]}, and the layout rule of {describe(node)} does not say "
+                f"{at(node)}: its result is {found.outputs[0]}, and the layout rule of {describe(node)} does not say "
                 f"how its operand {source.name!r} ({layouts[source]}) must be held: add the operand to the rule"
             )
 
@@ -137,18 +133,13 @@ def _require_own_sizes(node: fx.Node, found: Inference, layouts: Layouts) -> Non
         own = layouts[read].dims[dim]
         if isinstance(own, Rows) and own not in rows:
             raise LayoutError(
-                f"{_at(node)} takes a size from {read.name!r}, of which each rank has {own} of its own, but none of "
+                f"{at(node)} takes a size from {read.name!r}, of which each rank has {own} of its own, but none of "
                 "its operands has those rows: read the size from what has the rows of all ranks"
             )
 
 
 def _cure(node: fx.Node) -> str:
     return f": complete {', '.join(map(str, node.all_input_nodes))} with an all_reduce, if a partial sum was not meant"
-
-
-def _at(node: fx.Node) -> str:
-    path = node.meta.get("path")
-    return f"node {node.name!r}" + (f" in {path}" if path else "")
 
 
 def _require(node: fx.Node, source: fx.Node, got: Any, wanted: Layout) -> None:
@@ -165,7 +156,7 @@ def _require(node: fx.Node, source: fx.Node, got: Any, wanted: Layout) -> None:
         cure = "insert an all_gather or a shard before this use"
         if node.op == "call_function" and not is_move(node) and notation(node).opaque:
             cure += f"; {describe(node)} has no layout rule, and so needs all of every operand"
-    raise LayoutError(f"{_at(node)} requires its operand {source.name!r} to be {wanted}, got {got}: {cure}")
+    raise LayoutError(f"{at(node)} requires its operand {source.name!r} to be {wanted}, got {got}: {cure}")
 
 
 # -- what passes insert ------------------------------------------------------------------------------------------------
@@ -176,7 +167,7 @@ def _all_reduce(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     layout: Layout = layouts[source]  # type: ignore[index]
     if missing := [axis for axis in axes if axis not in layout.partial]:
         raise LayoutError(
-            f"{_at(node)} sums {source} over {missing[0]!r}, but it is {layout}: not a partial sum over that axis"
+            f"{at(node)} sums {source} over {missing[0]!r}, but it is {layout}: not a partial sum over that axis"
         )
     return Layout(layout.dims, layout.partial - set(axes))
 
@@ -189,17 +180,17 @@ def _all_gather(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     others = {a for i, s in enumerate(layout.dims) if s is not None and i != dim % len(layout.dims) for a in s.axes}  # type: ignore[operator]
     if not isinstance(split, Split) or split.axes != axes or layout.partial or others & set(axes):
         over = repr(axes[0]) if len(axes) == 1 else axes
-        raise LayoutError(f"{_at(node)} gathers dim {dim} of {source} over {over}, but it is {layout}")
+        raise LayoutError(f"{at(node)} gathers dim {dim} of {source} over {over}, but it is {layout}")
     if disjoint(split) != split or split.sizes != tuple(sizes):  # type: ignore[arg-type]
         raise LayoutError(
-            f"{_at(node)}: pieces of sizes {sizes} do not make up dim {dim} of {source}, which is {layout}"
+            f"{at(node)}: pieces of sizes {sizes} do not make up dim {dim} of {source}, which is {layout}"
         )
     order = [i for owned in split.owned for i in owned.indices()]
     if order != sorted(order):
         users = list(node.users)
         inverse = sorted(range(len(order)), key=order.__getitem__)
         if len(users) != 1 or users[0].target is not reorder or users[0].args[1] != inverse:
-            raise LayoutError(f"{_at(node)}: the pieces interleave and are not put back in order")
+            raise LayoutError(f"{at(node)}: the pieces interleave and are not put back in order")
     return layout.with_dim(dim, None)  # type: ignore[arg-type]
 
 
@@ -214,9 +205,9 @@ def _shard(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     axes = entry.axes if old is None else in_order((*old.axes, *entry.axes))
     others = {axis for i, s in enumerate(layout.dims) if s is not None and i != a["dim"] for axis in s.axes}
     if entry.whole != (0, size) or entry.axes != axes or (old is None and others & set(axes)):
-        raise LayoutError(f"{_at(node)}: ranges {entry} do not fit dim {a['dim']} of {layout}")
+        raise LayoutError(f"{at(node)}: ranges {entry} do not fit dim {a['dim']} of {layout}")
     if size != a["x"].meta["val"].shape[a["dim"]]:
-        _expect(program, node, "period", a["period"], size if old is None else _sizes(old))
+        expect(program, node, "period", a["period"], size if old is None else _sizes(old))
     owned = []
     for ranges, place in zip(entry.values, points(program.mesh, axes), strict=True):
         held = range(size) if old is None else old.at(program.mesh, place).indices()
@@ -238,52 +229,8 @@ def _once(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
         or layout.axes & set(entry.axes)
         or sorted(map(str, entry.values)) != ["0"] * (len(entry.values) - 1) + ["1"]
     ):
-        raise LayoutError(f"{_at(node)} must count {source} ({layout}) on exactly one rank, got {entry}")
+        raise LayoutError(f"{at(node)} must count {source} ({layout}) on exactly one rank, got {entry}")
     return Layout(layout.dims, layout.partial | set(entry.axes))
-
-
-def _take_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
-    a = arguments(node)
-    layout: Layout = layouts[a["x"]]
-    axes = tuple(a["axes"])
-    indices = tuple(range(program.mesh.size(*axes)))
-    if a["parts"] != len(indices):
-        raise LayoutError(f"{_at(node)} deals rows to {a['parts']} ranks, where {axes} has {len(indices)}")
-    _expect(program, node, "index", a["index"], Entry(0, axes, indices))
-    size, symbol = a["x"].meta["val"].shape[a["dim"]], program.symbols.get(a["kind"])
-    if layout.dims[a["dim"]] is not None or (layout.axes | layout.partial) & set(axes) or symbol not in (None, size):
-        raise LayoutError(
-            f"{_at(node)} takes {a['kind']} rows of dim {a['dim']} of {a['x']}, {size}, over {axes}, but it is {layout}"
-        )
-    return layout.with_dim(a["dim"], Rows(axes, a["kind"], a["order"]))
-
-
-def _collect_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
-    a = arguments(node)
-    layout: Layout = layouts[a["x"]]
-    rows = layout.dims[a["dim"]]
-    axes, order = read_call(node).axes, a["order"]
-    if not isinstance(rows, Rows) or rows != Rows(axes, rows.kind, order) or rows.kind == ROUTED:
-        raise LayoutError(
-            f"{_at(node)} collects {order} rows of {axes} along dim {a['dim']} of {a['x']}, which is {layout}"
-        )
-    total, size = a["total"], a["x"].meta["val"].shape[a["dim"]]
-    symbol = program.symbols.get(rows.kind)
-    if symbol is not None and size != symbol:  # each row of a batch has a part of its own: they do not lie in order
-        raise LayoutError(f"{_at(node)} collects {rows} along dim {a['dim']} of {a['x']}, which is {size} and more")
-    found = total.meta["val"] if isinstance(total, fx.Node) else total
-    if found != size or any(isinstance(layouts[read].dims[dim], Rows) for read, dim in sizes_read(node)):
-        raise LayoutError(f"{_at(node)} collects {size} rows of all ranks together, but its total {total} is {found}")
-    return layout.with_dim(a["dim"], None)
-
-
-def _scatter_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
-    a, axes = arguments(node), read_call(node).axes
-    layout: Layout = layouts[a["x"]]
-    if not set(axes) <= layout.partial or layout.dims[a["dim"]] is not None:
-        raise LayoutError(f"{_at(node)} sums {a['x']} over {axes} and deals out its dim {a['dim']}, but it is {layout}")
-    done = Layout(layout.dims, layout.partial - set(axes))
-    return done.with_dim(a["dim"], Rows(axes, a["kind"]))
 
 
 # -- integers that layouts imply ---------------------------------------------------------------------------------------
@@ -295,7 +242,7 @@ def _check_integers(program: Program, node: fx.Node, layouts: Layouts) -> None:
         a = arguments(node)
         rows = layouts[a["weight"]].dims[0]
         expected = _starts(rows) if isinstance(rows, Split) else 0
-        _expect(program, node, "start", a["start"], expected)
+        expect(program, node, "start", a["start"], expected)
     elif op in (attention, cached_attention, sequence_attention, cached_sequence_attention):
         _check_kv_map(program, node, layouts)
         if op in (cached_attention, cached_sequence_attention):
@@ -303,7 +250,7 @@ def _check_integers(program: Program, node: fx.Node, layouts: Layouts) -> None:
     elif op in (aten.conv1d, aten.conv2d, aten.convolution):
         split = layouts[node.all_input_nodes[0]].dims[1] if arguments(node)["groups"] != 1 else None
         if isinstance(split, Split):
-            _expect(program, node, "groups", arguments(node)["groups"], _sizes(split))
+            expect(program, node, "groups", arguments(node)["groups"], _sizes(split))
     if (also := EXPERT_CHECKS.get(op) or SEQUENCE_CHECKS.get(op)) is not None:
         also(program, node, layouts)
 
@@ -317,7 +264,7 @@ def _check_states(program: Program, node: fx.Node, layouts: Layouts) -> None:
         wanted = Layout((layout.dims[1], layout.dims[3]))
         if state is None or (state.layout, state.token_axes) != (wanted, axes):
             got = "no such state" if state is None else f"{state.layout}, tokens over {state.token_axes}"
-            raise LayoutError(f"{_at(node)} writes {layout} to the state {name!r}, which is {got}")
+            raise LayoutError(f"{at(node)} writes {layout} to the state {name!r}, which is {got}")
 
 
 def _through_state(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
@@ -327,7 +274,7 @@ def _through_state(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     state = program.states.get(name)
     per_token = node.target is cache_append
     if state is None or state.per_token is not per_token:
-        raise LayoutError(f"{_at(node)} uses the state {name!r}, but the program has no such state of that kind")
+        raise LayoutError(f"{at(node)} uses the state {name!r}, but the program has no such state of that kind")
     if node.target is state_read:
         return batched(state.layout)
     found = Inferrer(program).infer(node, layouts)
@@ -335,7 +282,7 @@ def _through_state(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     for source, wanted in found.requires[1:]:
         _require(node, source, layouts[source], wanted)
     if layout.partial or layout.dims[0] is not None or state_layout(layout, per_token=per_token) != state.layout:
-        raise LayoutError(f"{_at(node)} writes {layout} to the state {name!r}, which is held as {state.layout}")
+        raise LayoutError(f"{at(node)} writes {layout} to the state {name!r}, which is held as {state.layout}")
     return layout  # type: ignore[no-any-return]
 
 
@@ -347,18 +294,6 @@ def _starts(rows: Split) -> Entry:
 
 def _sizes(split: Split) -> Entry:
     return Entry(None, split.axes, split.sizes)
-
-
-def _expect(program: Program, node: fx.Node, name: str, given: Any, expected: Entry | int) -> None:
-    """The integer must be `expected` at all coordinates: right numbers over another axis of equal size are wrong."""
-    entry = program.table[given.name] if isinstance(given, PerRankInt) else Entry(given, (), (given,))
-    wanted = expected if isinstance(expected, Entry) else Entry(expected, (), (expected,))
-    axes = in_order((*entry.axes, *wanted.axes))
-    for place in points(program.mesh, axes):
-        got, want = (each.values[program.mesh.index(each.axes, place)] for each in (entry, wanted))
-        if got != want:
-            where = ", ".join(f"{axis}={at}" for axis, at in place.items())
-            raise LayoutError(f"{_at(node)}: {name} must be {want} at {where or 'every rank'}, got {got}")
 
 
 def _check_kv_map(program: Program, node: fx.Node, layouts: Layouts) -> None:
@@ -378,7 +313,7 @@ def _check_kv_map(program: Program, node: fx.Node, layouts: Layouts) -> None:
         if given is None:
             given = tuple(j * len(held) // max(len(wanted), 1) for j in range(len(wanted)))
         if given != wanted:
-            raise LayoutError(f"{_at(node)}: query heads {mine} must read local kv heads {wanted}, they read {given}")
+            raise LayoutError(f"{at(node)}: query heads {mine} must read local kv heads {wanted}, they read {given}")
 
 
 SPECIAL = {
@@ -386,9 +321,7 @@ SPECIAL = {
     all_gather: _all_gather,
     shard: _shard,
     once: _once,
-    take_rows: _take_rows,
-    collect_rows: _collect_rows,
-    scatter_rows: _scatter_rows,
+    **ROWS,
     cache_append: _through_state,
     state_read: _through_state,
     state_write: _through_state,

@@ -1,7 +1,7 @@
 """The proof of rows: in the rewritten graph, too, nothing but attention looks from one token or sequence at another.
 
     all_reduce, once, shard, all_gather, reorder    each token by itself, along any dim but that of the tokens
-    take_rows      x[.., T, ..] -> x[.., T_i, ..]   the tokens are dealt out over axes of the mesh
+    take_rows      x[.., T, ..] -> x[.., T_i, ..]   the tokens are dealt out over axes of the mesh, or anew over others
     collect_rows   x[.., T_i, ..] -> x[.., T, ..]   and come together again, over the same axes
     scatter_rows   x[.., T, ..] -> x[.., T_i, ..]   a sum over axes, of which each rank keeps its own tokens
     cached_attention, last_token                    one query per token; one token per sequence
@@ -74,6 +74,7 @@ class _Proof:
     """The rules for one question, and over which axes the rows of each value are dealt out."""
 
     def __init__(self, dim: Dim) -> None:
+        self.dim = dim
         self.dealt: dict[fx.Node, tuple[str, ...]] = {}
         # every communicating op is refused but for those that have a rule
         self.rules: dict[Any, Rule] = dict.fromkeys(COMMUNICATING, _unknown)
@@ -147,10 +148,10 @@ class _Proof:
         layout: Layout = layouts[a["x"]]
         layouts[node] = layout
         before = self.dealt.get(a["x"], ())
-        along = layout.dims[a["dim"]] is not None
-        if along and before:
+        along = self._is_along(node, layout)
+        if along and set(before) & set(a["axes"]):
             return f"deals {{what}}s out that are dealt out over {axes_text(before)} already"
-        self._set(node, tuple(a["axes"]) if along else before)
+        self._set(node, (*before, *a["axes"]) if along else before)
         return None
 
     def _collect_rows(self, node: fx.Node, layouts: Layouts) -> str | None:
@@ -158,12 +159,13 @@ class _Proof:
         layout: Layout = layouts[a["x"]]
         layouts[node] = layout
         before = self.dealt.get(a["x"], ())
-        if layout.dims[a["dim"]] is None:  # rows of the other question
+        if not self._is_along(node, layout):  # rows of the other question
             self._set(node, before)
             return self._of_other_ranks(node)
-        if before != axes:
+        if before[-len(axes) :] != axes:
             how = f"dealt out over {axes_text(before)}" if before else "on every rank"
             return f"collects {{what}}s over {axes_text(axes)}, which are {how}"
+        self._set(node, before[: -len(axes)])
         return None
 
     def _scatter_rows(self, node: fx.Node, layouts: Layouts) -> str | None:
@@ -172,8 +174,15 @@ class _Proof:
             return problem
         layouts[node] = layouts[a["x"]]
         before = self.dealt.get(a["x"], ())
-        self._set(node, axes if layouts[node].dims[a["dim"]] is not None else before)
+        self._set(node, (*before, *axes) if self._is_along(node, layouts[node]) else before)
         return None
+
+    def _is_along(self, node: fx.Node, layout: Layout) -> bool:
+        """Whether rows are dealt out, or collected, along the dim that is asked about."""
+        a = arguments(node)
+        if self.dim == "batch" and a["outer"] != 1:  # of each sequence its own
+            return False
+        return layout.dims[a["dim"]] is not None
 
     def _cached_sequence(self, node: fx.Node, layouts: Layouts) -> str | None:
         a, axes = arguments(node), read_call(node).axes

@@ -59,16 +59,37 @@ class Rows:
     """One dim that runs over a rank's own rows.
 
     kind: what they are, the name of a symbol in sizes ("sequence", "batch"); or "tokens", those of a flattened batch;
-    or "routed", those that were sent to a rank's experts. order: in which they are dealt, "blocks" or "zigzag".
+    or "routed", those that were sent to a rank's experts. order: in which they are dealt, "blocks" or "zigzag". of:
+    the rows of fewer axes that these are rows of: a rank's own of a sequence, which ranks of another axis share out.
     """
 
     axes: tuple[str, ...]
     kind: str
     order: str = "blocks"
+    of: Rows | None = None
+
+    def __post_init__(self) -> None:
+        if self.of is not None and not set(self.of.axes) < set(self.axes):
+            raise LayoutError(f"rows over {self.axes} are no rows of {self.of}: required are its axes and more")
+
+    @property
+    def last_axes(self) -> tuple[str, ...]:
+        """Those over which they were dealt out last: all, where they are rows of nothing else."""
+        return self.axes if self.of is None else tuple(axis for axis in self.axes if axis not in self.of.axes)
+
+    @property
+    def levels(self) -> tuple[Rows, ...]:
+        """Rows, rows of these, and so on."""
+        return (self,) if self.of is None else (*self.of.levels, self)
+
+    def again(self, axes: tuple[str, ...], kind: str, order: str = "blocks") -> Rows:
+        """What dealing these out once more, over other axes, makes of them."""
+        return Rows(in_order((*self.axes, *axes)), kind, order, self)
 
     def __str__(self) -> str:
         order = "" if self.order == "blocks" else f" {self.order}"
-        return f"{self.kind} rows of {'x'.join(self.axes)}{order}"
+        of = "" if self.of is None else f" of the {self.of}"
+        return f"{self.kind} rows of {'x'.join(self.last_axes)}{order}{of}"
 
 
 @dataclass(frozen=True)

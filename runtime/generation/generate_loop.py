@@ -93,7 +93,7 @@ class GenerateLoop:
                 run, self.program, self._decode_by.program, self.communicator, self.device, self._profiler
             )
             chooser = TokenChooser(self.program, settings, self.communicator, self.device, self._profiler)
-            for step in staged.steps(request, chooser, run.cache.piece_size(size, longest)):
+            for step in staged.steps(request, chooser, min(size, run.cache.step)):
                 yield step
                 self._require(turn)
             return

@@ -95,6 +95,8 @@ class StagedLoop:
             least=-(-PIECES_PER_STAGE * self._stage.count // groups),
             longest=size,
             pairs_per_token=self._stage.pairs_per_token,
+            # not as this stage's cache has it: all stages cut alike, also one without attention
+            multiple_of=self._program.mesh.size("sp"),
         )
 
     def _tell_first(

@@ -1,6 +1,7 @@
 """Between one stage and its neighbours: what crosses, as tensors, piece by piece.
 
-All ranks of a stage know the sizes of every piece from its inputs, so that nothing is told beside the tensors.
+All ranks of a stage know the sizes of every piece from its inputs, so that nothing is told beside the tensors. Of what
+ranks share out, a rank gets its own from the rank that had the same ones.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from partitioner.errors import InputError
+from partitioner.sharding.mesh import Mesh
 from runtime.communication.channels import Channel, Handle
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
+from runtime.ops.rows.token_order import TokenOrder
 from runtime.program.rank_program import Crossing, RunInput, Stage
 
-__all__ = ["Links", "sizes_of"]
+__all__ = ["Links", "shape_of", "sizes_of"]
 
 
 def sizes_of(inputs: Sequence[RunInput], values: Sequence[Tensor]) -> dict[str, int]:
@@ -50,7 +53,7 @@ class Links:
         """Begins to take a piece."""
         self.communicator.begin_run(new_shapes=self._new)
         return [
-            channel.receive_begin(_shape(crossing, sizes), crossing.dtype, self.stage.index - 1)
+            channel.receive_begin(self._shape(crossing, sizes), crossing.dtype, self.stage.index - 1)
             for channel, crossing in zip(self._receiving, self.stage.receives, strict=True)
         ]
 
@@ -62,9 +65,17 @@ class Links:
             for channel, value in zip(self._sending, values, strict=True)
         ]
 
+    def _shape(self, crossing: Crossing, sizes: Mapping[str, int]) -> list[int]:
+        return shape_of(crossing, sizes, self.communicator.mesh, self.communicator.rank)
 
-def _shape(crossing: Crossing, sizes: Mapping[str, int]) -> list[int]:
+
+def shape_of(crossing: Crossing, sizes: Mapping[str, int], mesh: Mesh, rank: int) -> list[int]:
+    """What crosses, on one rank of the mesh, in a run of these sizes."""
     for name in crossing.shape:
         if isinstance(name, str) and name not in sizes:
             raise InputError(f"what crosses at {crossing.name!r} has a dim {name!r}, which no input of the run tells")
-    return [sizes[dim] if isinstance(dim, str) else dim for dim in crossing.shape]
+    shape = [sizes[dim] if isinstance(dim, str) else dim for dim in crossing.shape]
+    for rows in crossing.rows:
+        own = mesh.index(rows.axes, mesh.coordinates(rank))
+        shape[rows.dim] = TokenOrder.of(shape[rows.dim], mesh.size(*rows.axes), rows.order).counts[own]
+    return shape

@@ -83,6 +83,8 @@ def _aligned(at: int) -> int:
 
 
 def _shape(crossing: Crossing, rows: int) -> list[int]:
+    if crossing.rows:
+        raise InputError(f"what crosses at {crossing.name!r} is shared out over ranks: it cannot go round a ring")
     sizes = {"batch": rows, "sequence": 1}
     for dim in crossing.shape:
         if isinstance(dim, str) and dim not in sizes:

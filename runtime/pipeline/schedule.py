@@ -90,12 +90,28 @@ def groups_of(rows: int, stages: int) -> list[slice]:
     return found + [slice(rows, rows)] * (stages - used)
 
 
-def chunk_ends(tokens: int, *, least: int, longest: int, pairs_per_token: int) -> list[int]:
+def chunk_ends(tokens: int, *, least: int, longest: int, pairs_per_token: int, multiple_of: int = 1) -> list[int]:
     """Where a prompt is cut into chunks that take equally long: later ones are shorter, as they see more.
 
     least: how many chunks, unless they would have fewer than 64 tokens. longest: the most tokens of one.
     pairs_per_token: how many pairs of a query and a key cost what a token costs elsewhere, 0: nobody knows.
+    multiple_of: ranks that share out tokens get as many each, but for the last chunk.
     """
+    found = _chunk_ends(tokens, least=least, longest=longest, pairs_per_token=pairs_per_token)
+    if multiple_of == 1 or longest < multiple_of:
+        return found
+    rounded = (end - end % multiple_of for end in found[:-1])
+    found = sorted({end for end in rounded if end} | {tokens})
+    return _no_longer_than(found, longest if longest >= tokens else longest - longest % multiple_of)
+
+
+def _no_longer_than(ends: list[int], longest: int) -> list[int]:
+    """With more ends, where what lies between two is longer."""
+    pairs = itertools.pairwise([0, *ends])
+    return [min(at + longest, end) for start, end in pairs for at in range(start, end, longest)]
+
+
+def _chunk_ends(tokens: int, *, least: int, longest: int, pairs_per_token: int) -> list[int]:
     count = max(1, min(least, tokens // _FEWEST_TOKENS), -(-tokens // longest))
     while True:
         ends = [_tokens_of(tokens, i / count, pairs_per_token) for i in range(1, count)] + [tokens]

@@ -6,6 +6,7 @@ The compiler makes it, the engine runs it.
     RunInput      a keyword of the run: dims are integers, or names shared with the other inputs ("batch")
     Bound         the values that an input may have
     Stage         which pipeline stage, what it takes from the one before and hands to the next
+    OwnRows       along which dim of what crosses a rank has its own rows, and which
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.mesh import Mesh
 from runtime.program.shards import StateShard, WeightShard, WeightSource
 
-__all__ = ["Bound", "Crossing", "Entry", "RankProgram", "RunInput", "Stage"]
+__all__ = ["Bound", "Crossing", "Entry", "OwnRows", "RankProgram", "RunInput", "Stage"]
 
 Entry = Literal["text", "prefill", "decode"]
 """Whole texts at once; the tokens of prompts behind what is in the cache; one token per sequence."""
@@ -53,12 +54,25 @@ class RunInput:
 
 
 @dataclass(frozen=True)
+class OwnRows:
+    """The ranks of `axes` share out a dim, in an order of `runtime.ops.rows.token_order`."""
+
+    dim: int
+    axes: tuple[str, ...]
+    order: str
+
+
+@dataclass(frozen=True)
 class Crossing:
-    """A value that goes from a stage to the next: the name of its node, dims as those of a `RunInput`, dtype."""
+    """A value that goes from a stage to the next: the name of its node, dims as those of a `RunInput`, dtype.
+
+    rows: dims of which each rank has its own rows; of a dim that stands twice, rows of the rows that came before.
+    """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: torch.dtype
+    rows: tuple[OwnRows, ...] = ()
 
 
 @dataclass(frozen=True)

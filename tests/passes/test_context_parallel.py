@@ -139,9 +139,6 @@ def test_a_model_of_one_length_is_refused() -> None:
 @pytest.mark.parametrize(
     ("plan", "why"),
     [
-        ("sp=2,pp=2", "do not cross from stage to stage"),
-        ("sp=2,ep=2", "has all tokens on every rank"),
-        ("sp=2,tp=2,sequence-parallel", "dealt out anew over tp"),
         ("sp=2,sp_attention=rings", "must be one of auto, ring, gather, ulysses"),
         ("tp=2,sp_attention=ring", "sp is 1"),
     ],

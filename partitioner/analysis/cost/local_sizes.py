@@ -95,16 +95,19 @@ class RankSizes:
         return whole if dim is None else self._rows(size, whole, dim, at)
 
     def _rows(self, size: int | sympy.Expr, whole: int, dim: Rows, at: Mapping[str, int]) -> int:
-        mesh = self.program.mesh
-        parts, index = mesh.size(*dim.axes), mesh.index(dim.axes, at)
-        if dim.kind in self.program.symbols:  # a dim may be the symbol times others: a flattened batch
-            symbol = self.program.symbols[dim.kind]
-            own = TokenOrder.of(self.symbols[symbol], parts, dim.order).counts[index]
-            return evaluate(size, {**self.symbols, symbol: own})
-        if dim.kind == "tokens":
-            factor = evaluate(size, self._ones)
-            return factor * row_counts(whole // factor, parts)[index]
-        return -(-whole // parts)
+        mesh, symbols = self.program.mesh, dict(self.symbols)
+        for level in dim.levels:  # rows, rows of these, and so on
+            parts, index = mesh.size(*level.last_axes), mesh.index(level.last_axes, at)
+            if level.kind in self.program.symbols:  # a dim may be the symbol times others: a flattened batch
+                symbol = self.program.symbols[level.kind]
+                symbols[symbol] = TokenOrder.of(symbols[symbol], parts, level.order).counts[index]
+                whole = evaluate(size, symbols)
+            elif level.kind == "tokens":
+                factor = evaluate(size, self._ones)
+                whole = factor * row_counts(whole // factor, parts)[index]
+            else:
+                whole = -(-whole // parts)
+        return whole
 
     def integer(self, node: fx.Node) -> int:
         """What an integer of the graph is on this rank: sizes of its tensors, and what is reckoned from these."""

@@ -7,9 +7,10 @@
     expert_combine     gates [T, routed]  ->  a partial sum over the experts' axes;  gates [routed, K]  ->  [routed, H]
     expert_return      rows [routed, H]   ->  [own T, H]
 
-`routed` is `Rows(axes, "routed")`; or own tokens of a sequence, where every rank has all experts. The other dims, and
-the axes that divide an expert's own matrices, follow index notation: the op is inferred without what is routed, which
-is put back afterwards. That the experts of the weights are those of the choices is for `proof/experts.py` to see.
+`routed` is `Rows(axes, "routed")`; or own tokens of a sequence, where every rank has all experts. Where ranks of other
+axes have tokens of their own, what is routed differs between these as well: its axes are both together. The other dims,
+and the axes that divide an expert's own matrices, follow index notation: the op is inferred without what is routed,
+which is put back afterwards. That the experts of the weights are those of the choices is for `proof/experts.py` to see.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import fx
 from partitioner.analysis.layouts.infer_layout import Inference, Layouts, infer_compute
 from partitioner.program.node_arguments import arguments
 from partitioner.program.program import Program
-from partitioner.sharding.layout import Layout, Rows
+from partitioner.sharding.layout import Layout, Rows, Split, in_order
 from runtime.ops.communicating import as_axes
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
@@ -65,17 +66,17 @@ def _send(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
     a = arguments(node)
     axes = as_axes(a["axis"])
     tokens = layouts[a["hidden"]].dims[0]
-    if not isinstance(tokens, Rows) or tokens.axes != axes:
+    if not isinstance(tokens, Rows) or not set(axes) <= set(tokens.axes):
         tokens = Rows(axes, TOKENS)
     requires = tuple((a[name], Layout((tokens, None))) for name in ("hidden", "index", "gates"))
-    rows = Layout((Rows(axes, ROUTED), None))
+    rows = Layout((_routed(tokens, axes), None))
     return Inference((rows, rows, rows, Layout((tokens,))), requires)
 
 
 def _return(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
     a = arguments(node)
     rows, back = layouts[a["rows"]], layouts[a["back"]]
-    wanted = Layout((Rows(as_axes(a["axis"]), ROUTED), None), rows.partial)
+    wanted = Layout((_routed(back.dims[0], as_axes(a["axis"])), None), rows.partial)
     return Inference((Layout((back.dims[0], None), rows.partial),), ((a["rows"], wanted), (a["back"], back)))
 
 
@@ -83,8 +84,8 @@ def _dispatch(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
     a = arguments(node)
     index = layouts[a["index"]]
     tokens, choices = index.dims
-    routed = choices if choices is not None else tokens
-    if choices is not None and tokens is not None:
+    routed = tokens if choices is None else _routed(tokens, choices.axes)
+    if choices is not None and tokens is not None and set(tokens.axes) & set(choices.axes):
         return Inference((), (), f"the choices are {index}: routed to ranks that have tokens of their own")
     found = _without(program, node, layouts, {a["hidden"]: (0,), a["index"]: (0, 1)})
     requires = _put_back(found, {a["hidden"]: {0: tokens}, a["index"]: {0: tokens, 1: choices}})
@@ -100,7 +101,8 @@ def _grouped(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
     if isinstance(routed, Rows) and routed.kind == SEQUENCE:
         fits = experts is None or not set(experts.axes) & set(routed.axes)
     else:
-        fits = isinstance(routed, Rows) and experts is not None and experts.axes == routed.axes
+        # whose experts exactly is for `proof/experts.py` to see: of other axes, ranks have other tokens
+        fits = isinstance(routed, Rows) and isinstance(experts, Split) and set(experts.axes) <= set(routed.axes)
     if not fits:
         return Inference((), (), f"rows of {routed} meet the experts {experts or 'of all ranks'}")
     every = [a["rows"], a["counts"], *weights]
@@ -114,11 +116,19 @@ def _combine(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
     a = arguments(node)
     tokens, choices = layouts[a["gates"]].dims
     routed = layouts[a["rows"]].dims[0]
+    wanted = tokens if choices is None else _routed(tokens, choices.axes)
+    if routed != wanted:
+        return Inference((), (), f"rows of {routed} are weighed by gates of {wanted}")
     found = _without(program, node, layouts, {a["rows"]: (0,), a["order"]: (0,), a["gates"]: (0, 1)})
     requires = _put_back(found, {a["rows"]: {0: routed}, a["order"]: {0: routed}, a["gates"]: {0: tokens, 1: choices}})
     (output,) = found.outputs
     summed = frozenset() if choices is None else frozenset(choices.axes)
     return Inference((Layout(output.with_dim(0, tokens).dims, output.partial | summed),), requires, found.problem)
+
+
+def _routed(tokens: Any, axes: tuple[str, ...]) -> Rows:
+    """What comes to a rank's experts over `axes`, of ranks that have these tokens."""
+    return Rows(in_order((*axes, *(() if tokens is None else tokens.axes))), ROUTED)
 
 
 def _without(program: Program, node: fx.Node, layouts: Layouts, routed: dict[fx.Node, tuple[int, ...]]) -> Inference:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -22,7 +23,7 @@ from torch import fx
 
 from partitioner.program.node_arguments import arguments, node_values, operation, shape_at
 from partitioner.program.program import Program, Value, Weight
-from partitioner.sharding.layout import Layout
+from partitioner.sharding.layout import Layout, Rows
 
 __all__ = [
     "NodeClasses",
@@ -198,12 +199,27 @@ def by_state(classes: NodeClasses) -> dict[str, list[fx.Node]]:
 
 
 def can_cross(program: Program, node: fx.Node) -> bool:
-    """A tensor that every rank of a stage has all of, in sizes that inputs tell."""
+    """A tensor that every rank of a stage has all of, or its own tokens of, in sizes that inputs tell."""
     layout = node.meta.get("layout")
-    if not is_tensor(node) or (isinstance(layout, Layout) and (layout.partial or any(layout.dims))):
+    shape = node.meta["val"].shape if is_tensor(node) else ()
+    if not is_tensor(node) or (isinstance(layout, Layout) and not _is_told(program, layout, shape)):
         return False
     known = set(program.symbols.values())
-    return all(isinstance(size, int) or size in known or size.is_Integer for size in node.meta["val"].shape)
+    return all(isinstance(size, int) or size in known or size.is_Integer for size in shape)
+
+
+def _is_told(program: Program, layout: Layout, shape: Sequence[int | sympy.Expr]) -> bool:
+    """Whether the rank of another stage that has the same coordinates otherwise has the same part of it, and knows it.
+
+    Rows of a symbol, which inputs have all of; not those that were sent to a rank, nor parts of other dims.
+    """
+    if layout.partial or layout.split_dims:
+        return False
+    rows = [(dim, layout.dims[dim]) for dim in layout.row_dims]
+    return all(
+        isinstance(each, Rows) and all(program.symbols.get(level.kind) == shape[dim] for level in each.levels)
+        for dim, each in rows
+    )
 
 
 def is_tensor(node: fx.Node) -> bool:

@@ -7,6 +7,9 @@
 
 T rows over n ranks: in "blocks" each has ceil(T / n), the last ones fewer or none; "zigzag" is the other order of
 `token_order`. Either way every rank knows how many each one has.
+
+A dim may run over the rows of several sequences, one after the other, `outer` of them: each rank then has its rows of
+each sequence.
 """
 
 from __future__ import annotations
@@ -39,12 +42,25 @@ def row_counts(total: int, parts: int) -> list[int]:
 
 
 def take_rows(
-    x: Tensor, index: int, *, parts: int, axes: Sequence[str], dim: int, kind: str, order: str = "blocks"
+    x: Tensor,
+    index: int,
+    outer: int = 1,
+    *,
+    parts: int,
+    axes: Sequence[str],
+    dim: int,
+    kind: str,
+    order: str = "blocks",
 ) -> Tensor:
     """The rows of `x` along `dim` that belong to rank `index` of the `parts` ranks of `axes`.
 
     kind: the name of the symbol of that dim's size, "sequence" or "batch"; or "tokens". order: see `token_order`.
+    outer: how many sequences the dim runs over.
     """
+    if outer != 1:
+        apart = _apart(x, dim, outer)
+        taken = take_rows(apart, index, parts=parts, axes=axes, dim=dim + 1, kind=kind, order=order)
+        return taken.flatten(dim, dim + 1)
     if order == "blocks":
         counts = row_counts(x.shape[dim], parts)
         return x.narrow(dim, sum(counts[:index]), counts[index])
@@ -53,13 +69,22 @@ def take_rows(
     return torch.cat(pieces, dim) if pieces else x.narrow(dim, 0, 0)
 
 
-def collect_rows(x: Tensor, total: int, axis: str | tuple[str, ...], *, dim: int, order: str = "blocks") -> Tensor:
-    """The rows of all ranks of `axis` along `dim`; `total`: how many they have together."""
+def _apart(x: Tensor, dim: int, outer: int) -> Tensor:
+    """With a dim for the sequences, and one for the rows of each."""
+    return x.view(*x.shape[:dim], outer, x.shape[dim] // outer, *x.shape[dim + 1 :])
+
+
+def collect_rows(
+    x: Tensor, total: int, axis: str | tuple[str, ...], outer: int = 1, *, dim: int, order: str = "blocks"
+) -> Tensor:
+    """The rows of all ranks of `axis` along `dim`; `total`: how many they have together, of each of the sequences."""
     unbound("collect_rows", axis)
 
 
-def collect(channel: Any, x: Tensor, total: int, *, dim: int, order: str = "blocks") -> Tensor:
+def collect(channel: Any, x: Tensor, total: int, outer: int = 1, *, dim: int, order: str = "blocks") -> Tensor:
     """`collect_rows` over a channel."""
+    if outer != 1:
+        return collect(channel, _apart(x, dim, outer), total, dim=dim + 1, order=order).flatten(dim, dim + 1)
     num_ranks = len(channel.ranks)
     if order == "blocks":
         return channel.all_gather(x, dim=dim, sizes=row_counts(total, num_ranks))  # type: ignore[no-any-return]
@@ -73,14 +98,26 @@ def in_order(x: Tensor, order: TokenOrder, dim: int) -> Tensor:
     return torch.cat(pieces, dim) if len(pieces) > 1 else x
 
 
-def scatter_rows(x: Tensor, axis: str | tuple[str, ...], *, dim: int, kind: str) -> Tensor:
-    """The rank's own rows along `dim` of every rank's `x`, summed over `axis`; `kind`: see `take_rows`."""
+def scatter_rows(
+    x: Tensor, axis: str | tuple[str, ...], outer: int = 1, *, dim: int, kind: str, order: str = "blocks"
+) -> Tensor:
+    """The rank's own rows along `dim` of every rank's `x`, summed over `axis`; the rest: see `take_rows`."""
     unbound("scatter_rows", axis)
 
 
-def scatter(channel: Any, x: Tensor, *, dim: int, kind: str) -> Tensor:
+def scatter(channel: Any, x: Tensor, outer: int = 1, *, dim: int, kind: str, order: str = "blocks") -> Tensor:
     """`scatter_rows` over a channel."""
-    sizes = row_counts(x.shape[dim], len(channel.ranks))
+    if outer != 1:
+        return scatter(channel, _apart(x, dim, outer), dim=dim + 1, kind=kind, order=order).flatten(dim, dim + 1)
+    num_ranks = len(channel.ranks)
+    if order == "blocks":
+        sizes = row_counts(x.shape[dim], num_ranks)
+    else:
+        found = TokenOrder.of(int(x.shape[dim]), num_ranks, order)
+        sizes = list(found.counts)
+        runs = [run for mine in found.runs for run in mine]
+        if len(runs) > 1:
+            x = torch.cat([x.narrow(dim, start, stop - start) for start, stop in runs], dim)
     return channel.reduce_scatter(x, dim=dim, sizes=sizes)  # type: ignore[no-any-return]
 
 

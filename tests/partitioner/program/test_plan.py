@@ -88,12 +88,9 @@ def test_what_experts_do_not_need_of_dp_are_replicas() -> None:
         check_plan(plan)
 
 
-@pytest.mark.parametrize("axis", ["pp", "ep", "etp"])
-def test_what_does_not_go_with_shared_out_tokens_is_refused_by_name(axis: str) -> None:
-    with pytest.raises(PlanError, match=f"sp=2 and {axis}=2 do not go together yet"):
-        check_plan(Plan(sp=2, **{axis: 2}))
+def test_all_axes_go_together() -> None:
+    check_plan(Plan(pp=2, sp=2, tp=2, ep=4, passes=["sequence-parallel"]))
     check_plan(Plan(tp=2, sp=2, dp=2))
-    check_plan(Plan(tp=2, pp=2, ep=2, etp=2))
 
 
 @dataclass(frozen=True)

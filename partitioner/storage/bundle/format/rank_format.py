@@ -21,6 +21,7 @@ from torch import fx, nn
 from partitioner.errors import BundleError
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.mesh import Mesh
+from partitioner.storage.bundle.format.stage_format import MOST_DIMS, read_dims, read_stage, stage_data
 from partitioner.storage.bundle.format.tiling import MOST_BLOCKS, is_filled
 from partitioner.storage.bundle.format.untrusted_json import (
     DOTTED,
@@ -30,7 +31,7 @@ from partitioner.storage.bundle.format.untrusted_json import (
     dtype_name,
     whole_number,
 )
-from runtime.program.rank_program import Bound, Crossing, Entry, RankProgram, RunInput, Stage
+from runtime.program.rank_program import Bound, Entry, RankProgram, RunInput
 from runtime.program.shards import Piece, StateShard, WeightShard, WeightSource
 
 __all__ = ["Stored", "program_data", "read_entries", "read_program", "read_weight", "weight_data"]
@@ -38,7 +39,7 @@ __all__ = ["Stored", "program_data", "read_entries", "read_program", "read_weigh
 Data = dict[str, Any]
 _DEFAULTS = {name: name for name in ("required", "arange", "ones", "zeros")}
 _SOURCES = {name: name for name in ("checkpoint", "computed", "constant", "made")}
-_MOST_DIMS, _LONGEST = 16, 2**31
+_LONGEST = 2**31
 _OF_MODULES = frozenset(dir(nn.Module()))
 """Weights become attributes of modules, where they must not stand in the place of what a module is made of."""
 
@@ -86,7 +87,7 @@ def _piece_data(piece: Piece) -> list[Any]:
 def read_weight(record: Record) -> Stored:
     shape = record.integers("global_shape")
     given = record.any("indices")
-    if not isinstance(given, list) or len(given) != len(shape) or len(shape) > _MOST_DIMS:
+    if not isinstance(given, list) or len(given) != len(shape) or len(shape) > MOST_DIMS:
         record.fail("indices", f"a list with one entry for each of the {len(shape)} dims")
     indices = tuple(_indices(record, dim, size) for dim, size in enumerate(shape))
     local = tuple(size if own is None else own.size for size, own in zip(shape, indices, strict=True))
@@ -187,7 +188,7 @@ def program_data(program: RankProgram, *, graph: str, integers: Sequence[int], w
         if program.vocabulary is None
         else [[list(ends) for ends in own.intervals] for own in program.vocabulary],
         "limits": {name: list(limit) for name, limit in program.limits.items()},
-        "stage": None if program.stage is None else _stage_data(program.stage),
+        "stage": None if program.stage is None else stage_data(program.stage),
     }
 
 
@@ -242,7 +243,7 @@ def read_program(
     inner = [name for name in sorted(known) if any(outer in known for outer in _outer(name))]
     if inner:
         raise BundleError(f"{record.where}: the weight {inner[0][:100]!r} lies within another weight")
-    stage = record.maybe("stage", lambda name: _read_stage(record.record(name), coordinates)) if has_stage else None
+    stage = record.maybe("stage", lambda name: read_stage(record.record(name), coordinates)) if has_stage else None
     received = [f"receive_{i}" for i in range(len(stage.receives))] if stage is not None else []
     program = RankProgram(
         build_graph=functools.partial(
@@ -270,42 +271,6 @@ def read_program(
     return program
 
 
-def _stage_data(stage: Stage) -> Data:
-    return {
-        "count": stage.count,
-        "receives": list(map(_crossing_data, stage.receives)),
-        "sends": list(map(_crossing_data, stage.sends)),
-        "rows_apart": stage.rows_apart,
-        "pairs_per_token": stage.pairs_per_token,
-    }
-
-
-def _crossing_data(crossing: Crossing) -> Data:
-    return {"name": crossing.name, "shape": list(crossing.shape), "dtype": dtype_name(crossing.dtype)}
-
-
-def _read_stage(record: Record, coordinates: Mapping[str, int]) -> Stage:
-    """Which one it is, the rank's coordinate says."""
-    stage = Stage(
-        coordinates["pp"],
-        record.integer("count", low=2, high=2**16),
-        tuple(map(_read_crossing, record.records("receives"))),
-        tuple(map(_read_crossing, record.records("sends"))),
-        rows_apart=record.flag("rows_apart"),
-        pairs_per_token=record.integer("pairs_per_token", high=2**40),
-    )
-    if stage.index >= stage.count:
-        record.fail("count", f"more than the rank's own stage, {stage.index}")
-    record.done()
-    return stage
-
-
-def _read_crossing(record: Record) -> Crossing:
-    crossing = Crossing(record.text("name", IDENTIFIER), _read_dims(record), record.one_of("dtype", DTYPES))
-    record.done()
-    return crossing
-
-
 def _read_generation(record: Record) -> dict[str, Any]:
     """By names that `generate` checks, values with them; bundles that are older do not have it."""
     if not record.has("generation_config"):
@@ -322,22 +287,11 @@ def _outer(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
-def _read_dims(record: Record) -> tuple[int | str, ...]:
-    shape = record.any("shape")
-    if not isinstance(shape, list) or len(shape) > _MOST_DIMS:
-        record.fail("shape", "a list of dims")
-    for dim in shape:
-        named = isinstance(dim, str) and IDENTIFIER.fullmatch(dim)
-        if not named and not whole_number(dim, high=2**31):
-            record.fail("shape", "of whole numbers and plain names")
-    return tuple(shape)
-
-
 def _read_input(record: Record) -> RunInput:
     found = RunInput(
         record.text("name", IDENTIFIER),
         record.one_of("dtype", DTYPES),
-        _read_dims(record),
+        read_dims(record),
         record.one_of("default", _DEFAULTS),
         record.maybe("bound", lambda name: _read_bound(record.record(name))),
     )

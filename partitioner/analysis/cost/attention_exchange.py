@@ -1,0 +1,39 @@
+"""In which way keys reach the queries of other ranks with the fewest bytes.
+
+ring, gather    keys and values of each kv head                          n - 1 of n parts, from each rank
+ulysses         queries, keys, values and result, for some of the heads  (n - 1) / n of a rank's part
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from partitioner.program.node_arguments import arguments
+from partitioner.program.program import Program
+
+__all__ = ["choose_exchange"]
+
+
+def choose_exchange(program: Program, attends: list[fx.Node], axis: str) -> tuple[str, str]:
+    """The way with the fewest bytes, and why; Ulysses where they are alike, which merges nothing.
+
+    Per token, over all layers, in units of a head's numbers: n ranks send (n - 1) / n of keys and values in a ring, and
+    1/n of that share of queries, keys, values and result to heads.
+    """
+    ranks = program.mesh.size(axis)
+    ring = exchange = 0
+    for node in attends:
+        a, layout = arguments(node), node.meta.get("layout")
+        (_, heads, _, size), (_, kv_heads, _, value) = (a[name].meta["val"].shape for name in ("q", "v"))
+        split = None if layout is None else layout.split(1)
+        fewest = heads if split is None else min(split.sizes)
+        if fewest < ranks:
+            return (
+                "ring",
+                f"{node.name} has {fewest} heads on a rank, fewer than {axis}={ranks}, for Ulysses to deal out",
+            )
+        copies = max(kv_heads, ranks)  # a kv head goes to every rank whose query heads read it
+        ring += ranks * kv_heads * (size + value)
+        exchange += (heads + copies) * (size + value)
+    how = "ulysses" if exchange <= ring else "ring"
+    return how, f"{exchange} against {ring} numbers per token, of heads exchanged and of keys and values in a ring"

@@ -1,0 +1,54 @@
+"""Layouts of what ranks share out, compared with those of what every rank has all of.
+
+[*, *]                   [sequence rows of sp, *]               the tokens are a rank's own, nothing else is otherwise
+[tokens rows of tp, *]   [tokens rows of tp of the rows of sp]  those that it sends are of its own
+[routed rows of tp, *]   [routed rows of sp x tp, *]            what comes to its experts is of ranks like it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+
+from partitioner.sharding.layout import Layout, Rows
+
+__all__ = ["held_alike", "is_own", "symbols_of", "tokens_dim", "with_own"]
+
+
+def symbols_of(size: Any) -> frozenset[Any]:
+    """The named sizes of which a size is made."""
+    return frozenset(size.free_symbols) if isinstance(size, sympy.Expr) else frozenset()
+
+
+def tokens_dim(shape: Sequence[Any], symbol: sympy.Symbol) -> int | None:
+    """The one dim that runs over tokens, alone or with others."""
+    dims = [i for i, size in enumerate(shape) if symbol in symbols_of(size)]
+    return dims[0] if len(dims) == 1 else None
+
+
+def with_own(shape: Sequence[Any], layout: Layout, rows: Rows, symbol: sympy.Symbol) -> Layout | None:
+    """The same with own tokens; None where it has no dim of tokens, or several, or is divided over the axes."""
+    dim = tokens_dim(shape, symbol)
+    if dim is None or layout.dims[dim] is not None or not (layout.axes | layout.partial).isdisjoint(rows.axes):
+        return None
+    return layout.with_dim(dim, rows)
+
+
+def is_own(dim: Any, rows: Rows) -> bool:
+    """Whether a dim runs over own rows of the axes of `rows`, perhaps of others as well."""
+    return isinstance(dim, Rows) and set(rows.axes) <= set(dim.axes)
+
+
+def held_alike(own: Layout, whole: Layout, rows: Rows) -> bool:
+    """Whether `own` is `whole`, but for tokens that are dealt out as `rows`; partial sums are not compared."""
+    return all(_alike(mine, dim, rows) for mine, dim in zip(own.dims, whole.dims, strict=True))
+
+
+def _alike(mine: Any, dim: Any, rows: Rows) -> bool:
+    if mine == dim or (dim is None and mine == rows):
+        return True
+    if not (isinstance(dim, Rows) and isinstance(mine, Rows)) or dim.kind not in (mine.kind, "tokens"):
+        return False
+    return set(mine.axes) == {*dim.axes, *rows.axes}

@@ -1,0 +1,181 @@
+"""Replicas, stages, shared-out tokens, tensor and expert parallelism in one plan: what one rank says, in float64."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from partitioner import Parts, Plan, partition
+from partitioner.cli.compare import difference
+from partitioner.compile.partition import compile_program, trace
+from partitioner.errors import LayoutError, PlanError
+from partitioner.program import Program
+from partitioner.proof.float64 import in_float64
+from partitioner.proof.layouts import check
+from partitioner.proof.rows import check_rows
+from partitioner.storage.bundle.bundle import load
+from runtime.ops.collectives import all_reduce
+from runtime.ops.expert_exchange import expert_return
+from runtime.ops.rows import collect_rows, scatter_rows
+from tests.support import generated
+from tests.support.partitioned import EXACT, error, sized, tokens, traced
+
+EXAMPLES = int(os.environ.get("EXAMPLES", "1000"))
+VOCABULARY = 61
+ALL = "pp=2,sp=2,tp=2,ep=4"
+
+
+@functools.cache
+def compiled(name: str, plan: str) -> Parts[Any]:
+    return compile_program(traced(name)[1], Plan.parse(plan))
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("mixtral", f"{ALL},expert-parallel.exchange=exchange"),
+        pytest.param("mixtral", f"{ALL},expert-parallel.exchange=replicate", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", f"{ALL},sp_attention=ring", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", f"{ALL},sequence-parallel,sp_attention=gather", marks=pytest.mark.slow),
+        pytest.param("mixtral", "pp=2,sp=2,ep=4,etp=2", marks=pytest.mark.slow),  # ep over dp: one batch for both
+        pytest.param("mixtral", f"dp=2,{ALL}", marks=pytest.mark.slow),  # replicas: worlds of their own
+    ],
+)
+def test_texts_prompts_and_new_tokens(name: str, plan: str) -> None:
+    parts = compiled(name, plan)
+    for length, batch in ((1, 1), (9, 3)):
+        assert error(name, parts, length, batch=batch) < EXACT
+    assert generated.error(name, parts, generated.prompts(name, (1, 4, 11)), new=4) < 1e-9
+    assert generated.error(name, parts, generated.prompts(name, (3, 11)), new=2, prefill_step=4) < 1e-9
+
+
+def test_a_bundle_holds_them_all(tmp_path: Any) -> None:
+    parts = partition(traced("mixtral")[0], Plan.parse(f"{ALL},expert-parallel.exchange=exchange"))
+    ids = tokens("mixtral", 7)
+    parts.save(tmp_path / "bundle")
+    loaded = load(tmp_path / "bundle")
+    assert torch.equal(loaded.simulate(input_ids=ids), parts.simulate(input_ids=ids))
+    assert torch.equal(loaded.generate(ids, max_new_tokens=3), parts.generate(ids, max_new_tokens=3))  # type: ignore[arg-type]
+
+
+# -- any plan ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def small(name: str) -> Program:
+    """Four layers, so that four stages have something each; three experts of five."""
+    model = sized(name, num_hidden_layers=4, hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+                  intermediate_size=20, vocab_size=VOCABULARY)  # fmt: skip
+    return in_float64(trace(model))
+
+
+@functools.cache
+def parts_of(name: str, plan: Plan) -> Parts[Any] | PlanError:
+    try:
+        return compile_program(small(name), plan)
+    except PlanError as refused:
+        return refused
+
+
+DEGREES = st.tuples(*(st.integers(1, 4) for _ in range(6)))
+plans = st.tuples(
+    DEGREES,
+    st.sampled_from(["auto", "ring", "gather", "ulysses", "ring-ulysses"]),
+    st.sampled_from(["auto", "replicate", "exchange"]),
+    st.booleans(),
+)
+
+
+def plan_of(case: Any) -> Plan:
+    (dp, pp, sp, tp, ep, etp), way, exchange, rows = case
+    assume(math.prod((dp, pp, sp, tp)) <= 16 and (dp * sp * tp) % (ep * etp) == 0)
+    passes = [
+        *([("expert-parallel", {"exchange": exchange})] if ep > 1 else []),
+        *(["sequence-parallel"] if rows else []),
+    ]
+    try:
+        return Plan(dp=dp, pp=pp, sp=sp, tp=tp, ep=ep, etp=etp, passes=passes, sp_attention=way if sp > 1 else "auto")
+    except PlanError:
+        assume(False)
+        raise
+
+
+def what_it_says(name: str, plan: Plan, lengths: list[int], piece: int) -> str:
+    """equal, or refused with what; raises where it says something else than one rank."""
+    found, alone = parts_of(name, plan), parts_of(name, Plan())
+    assert isinstance(alone, Parts)
+    if isinstance(found, PlanError):
+        return str(found)
+    generator = torch.Generator().manual_seed(len(lengths))
+    ids = torch.randint(0, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
+    assert difference(found.simulate(input_ids=ids), alone.simulate(input_ids=ids)) < EXACT, str(plan)
+    texts = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+    said = [each.generate(texts, max_new_tokens=3, prefill_step=piece) for each in (found, alone)]
+    assert torch.equal(*map(torch.as_tensor, said)), str(plan)
+    return "equal"
+
+
+REFUSED = ("can be cut at", "places to cut", "divides routed experts", "heads on a rank", "ring-ulysses", "Ulysses")
+"""What a plan may be refused for: more stages than there are places, or experts where there are none."""
+
+
+def counted(seen: Counter[str], said: str) -> None:
+    assert said == "equal" or any(reason in said for reason in REFUSED), said
+    seen["equal" if said == "equal" else "refused"] += 1
+
+
+@settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(plans, st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(1, 9))
+def test_any_plan_says_the_same(case: Any, lengths: list[int], piece: int) -> None:
+    counted(Counter(), what_it_says("mixtral", plan_of(case), lengths, piece))
+
+
+@pytest.mark.slow
+def test_a_thousand_plans_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: Counter[str] = Counter()
+
+    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(
+        st.sampled_from(["mixtral", "qwen3_moe", "llama", "gpt2"]),
+        plans,
+        st.lists(st.integers(1, 9), min_size=1, max_size=5),
+        st.integers(1, 9),
+    )
+    def any_plan(name: str, case: Any, lengths: list[int], piece: int) -> None:
+        counted(seen, what_it_says(name, plan_of(case), lengths, piece))
+
+    any_plan()
+    with capsys.disabled():
+        print(f"\nplans over all axes: {seen['equal']} equal, {seen['refused']} refused by name, 0 wrong")
+    assert seen["equal"] > seen["refused"]
+
+
+# -- negative controls -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", ["text", "prefill", "decode"])
+def test_a_program_without_one_of_its_meetings_is_refused(entry: Any) -> None:
+    """Each op that communicates is needed: without it, the proof says so."""
+    whole = compiled("mixtral", f"{ALL},expert-parallel.exchange=exchange").program_of(entry)
+    check(whole)
+    if entry != "text":
+        check_rows(whole)
+    kinds = {n.target for n in whole.graph.nodes} & {all_reduce, collect_rows, scatter_rows, expert_return}
+    assert all_reduce in kinds
+    for kind in kinds:
+        program = whole.copy()
+        node = next(n for n in program.graph.nodes if n.target is kind)
+        node.replace_all_uses_with(node.args[0])
+        program.graph.erase_node(node)
+        for each in program.graph.nodes:
+            each.meta = {key: value for key, value in each.meta.items() if key != "layout"}
+        with pytest.raises(LayoutError):
+            check(program)
