@@ -22,6 +22,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from partitioner.analysis.report.explain import explain as explain_weight
+from partitioner.analysis.report.page.contents import Work
+from partitioner.analysis.report.page.render import as_json
 from partitioner.cli.command import command
 from partitioner.cli.export import export
 from partitioner.cli.options import (
@@ -41,9 +44,6 @@ from partitioner.cli.report import page_of, schedule, write_page
 from partitioner.cli.run import Question, answer, answer_alone, answer_here, run_in_processes, run_on_replicas
 from partitioner.cli.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
 from partitioner.errors import InputError
-from partitioner.report.explain import explain as explain_weight
-from partitioner.report.page.contents import Work
-from partitioner.report.page.render import as_json
 from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.describe import describe, show_graph
 from partitioner.storage.example import EXAMPLE_MODEL

@@ -25,14 +25,14 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from partitioner.cli.launch import launch as launch_replicas
 from partitioner.cli.options import Job
-from partitioner.cli.text.chat_template import TemplateFailed, render
-from partitioner.cli.text.stream import Text, TextStream
 from partitioner.compile.parts import Parts
 from partitioner.errors import CaptureError, InputError
 from partitioner.program.plan import Plan
 from partitioner.program.ranks import Ranks
+from partitioner.serving.launch import launch as launch_replicas
+from partitioner.serving.text.chat_template import TemplateFailed, render
+from partitioner.serving.text.stream import Text, TextStream
 from partitioner.storage.bundle.bundle import Bundle, load
 from partitioner.storage.named_model import dtype_named, hub_hint, own_code, read_fields
 from partitioner.storage.recognise import is_bundle

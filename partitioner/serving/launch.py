@@ -3,7 +3,7 @@
     with partitioner.launch("checkpoint/", Plan(dp=2, tp=2)) as llm:
         llm.generate(prompts, max_new_tokens=20)
 
-    python -m partitioner.cli.launch        one of its ranks; the launcher says what to load
+    python -m partitioner.serving.launch        one of its ranks; the launcher says what to load
 
 A checkpoint folder is partitioned by each rank, as `partitioner run` has it; of a bundle each rank reads its own part.
 A model in memory is written to a bundle in a temporary folder first, which goes with this process, however that ends.
@@ -104,7 +104,7 @@ def launch(
         places = [Place(plan.replica_mesh, 0, number, plan.replicas, False) for number in range(plan.replicas)]
         replicas = [Replica(place, timeout_s=timeout_s) for place in places]
         supervisor = Supervisor(replicas, max_batch=max_batch)
-        supervisor.start(["partitioner.cli.launch"], given, timeout_s=start_timeout_s)
+        supervisor.start(["partitioner.serving.launch"], given, timeout_s=start_timeout_s)
         stack.callback(supervisor.close)
         return Launched(supervisor, closing=stack.pop_all())
 
