@@ -3,6 +3,7 @@
     partitioner verify MODEL --tp 4      compare the partitioned model with the original; exit code 1 where they differ
     partitioner report MODEL --tp 4      what would be split and what not, without any data
     partitioner run MODEL --prompt "..." write what follows
+    partitioner serve MODEL --dp 2       answer requests over HTTP, as OpenAI's clients send them
     partitioner export MODEL -o FOLDER   write a bundle: every rank's program and slices of the weights
     partitioner show FOLDER              what is in a bundle
     partitioner schedule MODEL --pp 4    what each pipeline stage does when, as a picture
@@ -42,6 +43,7 @@ from partitioner.cli.options import (
 from partitioner.cli.plan import register
 from partitioner.cli.report import page_of, schedule, write_page
 from partitioner.cli.run import Question, answer, answer_alone, answer_here, run_in_processes, run_on_replicas
+from partitioner.cli.serve import register as register_serve
 from partitioner.cli.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
 from partitioner.errors import InputError
 from partitioner.storage.bundle.bundle import load
@@ -284,6 +286,7 @@ def schedule_command(
 
 
 register(app)
+register_serve(app)
 
 
 def main() -> None:

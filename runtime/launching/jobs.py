@@ -5,6 +5,7 @@
     call.result()                        as `generate` returns it, once all jobs are over; raises what a job met
     call.steps()                         a step of all rows at a time
     call.futures                         one per row: its new tokens
+    call.come(n)                         the steps from the n-th on that are there; does not wait
 
 A replica's jobs that fail raise; those of others go on to their end.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -31,10 +32,13 @@ _AHEAD = 32
 
 
 class Call:
-    """See the module's docstring."""
+    """See the module's docstring.
 
-    def __init__(self, request: GenerationRequest) -> None:
-        self.request = request
+    heard: called after every change, by the thread that watches over the replicas: it must not wait, nor raise.
+    """
+
+    def __init__(self, request: GenerationRequest, *, heard: Callable[[], None] | None = None) -> None:
+        self.request, self._heard = request, heard
         self.jobs: list[Job] = []
         self.changed = threading.Condition()
         self.futures: list[Future[list[int]]] = [Future() for _ in request.prompts]
@@ -63,6 +67,28 @@ class Call:
                 self._raise_failure()
             found = merged([job.steps[number : number + 1] for job in self.jobs], [job.rows for job in self.jobs])
         return found[0] if found else None
+
+    def come(self, start: int) -> list[Step]:
+        """Of all rows, as far as every job has them; raises what a job met once all before it have been taken."""
+        with self.changed:
+            count = min((len(job.steps) for job in self.jobs if not job.is_over), default=None)
+            steps = [job.steps[start:count] for job in self.jobs]
+            found = merged(steps, [job.rows for job in self.jobs])
+            if not found and self.is_over:
+                self._raise_failure()
+        return found
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all that will come is there."""
+        return bool(self.jobs) and all(job.is_over for job in self.jobs)
+
+    def tell(self) -> None:
+        """Something has changed."""
+        with self.changed:
+            self.changed.notify_all()
+        if self._heard is not None:
+            self._heard()
 
     def leave(self) -> None:
         """Nobody wants what is still to come."""
@@ -125,7 +151,7 @@ class Job:
             if any(token is not None for token in tokens):
                 self.steps.append(Step(tuple(tokens), None if scores is None else tuple(logprobs)))
             self.is_wanted = self.is_wanted and not all(self._ended)
-            self.call.changed.notify_all()
+        self.call.tell()
 
     def _end(self, row: int) -> None:
         if not self._ended[row]:
@@ -141,4 +167,4 @@ class Job:
                 self.call.futures[self.rows[row]].set_exception(failure)
         with self.call.changed:
             self.failure, self.is_over = failure, True
-            self.call.changed.notify_all()
+        self.call.tell()

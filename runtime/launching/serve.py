@@ -25,6 +25,7 @@ from typing import NoReturn
 
 from partitioner.errors import CommunicationError, PartitionerError
 from runtime.engine.engine import Engine
+from runtime.generation.generation_request import longest_text
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.launching.line import Line, Message
 from runtime.launching.request_data import read_request
@@ -45,7 +46,8 @@ def serve(connect: Callable[[], Engine]) -> NoReturn:
     try:
         with connect() as engine:
             program = engine.program
-            said = {"eos_token_id": program.eos_token_id, "generation": dict(program.generation)}
+            said: Message = {"eos_token_id": program.eos_token_id, "generation": dict(program.generation)}
+            said["longest"] = longest_text(program)
             line.send({"kind": "ready", **said})
             while (message := line.receive()) is not None:
                 _do(engine, line, message)
