@@ -36,7 +36,9 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             least = 2 if name == "max_length" else 1
-            if value < least:
+            if name.endswith("_s") and not value > 0:
+                raise InputError(f"{name} must be more than 0 seconds, got {value}")
+            if not name.endswith("_s") and value < least:
                 raise InputError(f"{name} must be at least {least}, got {value}")
 
 

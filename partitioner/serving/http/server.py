@@ -18,7 +18,7 @@ from partitioner.errors import InputError
 from partitioner.serving.http.app import create_app
 from partitioner.serving.http.service import Service
 
-__all__ = ["bound", "serve_on"]
+__all__ = ["bound", "config_of", "serve_on"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 1024
@@ -37,9 +37,9 @@ def bound(host: str, port: int) -> socket.socket:
         raise InputError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
 
 
-def serve_on(service: Service, listening: socket.socket, *, grace_s: float, ready: Callable[[], None]) -> None:
-    """Returns after the end that a signal has asked for; `ready` is called once connections are taken."""
-    config = uvicorn.Config(
+def config_of(service: Service) -> uvicorn.Config:
+    """How its requests are read and answered; without signals and without an end."""
+    return uvicorn.Config(
         create_app(service),
         log_level="warning",
         access_log=False,
@@ -49,7 +49,11 @@ def serve_on(service: Service, listening: socket.socket, *, grace_s: float, read
         timeout_keep_alive=_IDLE_S,
         timeout_graceful_shutdown=_LAST_S,
     )
-    asyncio.run(_Server(config).run_until_told(service, listening, grace_s, ready))
+
+
+def serve_on(service: Service, listening: socket.socket, *, grace_s: float, ready: Callable[[], None]) -> None:
+    """Returns after the end that a signal has asked for; `ready` is called once connections are taken."""
+    asyncio.run(_Server(config_of(service)).run_until_told(service, listening, grace_s, ready))
 
 
 class _Server(uvicorn.Server):

@@ -12,6 +12,8 @@ from runtime.generation.generation_options import Options
 
 __all__ = ["generate_options"]
 
+_DIGITS = 9
+
 
 def generate_options(
     fields: GenerationFields, own: Mapping[str, Any], *, max_new_tokens: int, top_logprobs: int | None
@@ -37,20 +39,23 @@ def generate_options(
         options["min_p"] = _first(fields.min_p, own.get("min_p"), None)
     if fields.ignore_eos:
         options["eos_token_id"] = []
-    _refuse(fields, top_logprobs)
+    if fields.presence_penalty:
+        options["presence_penalty"] = fields.presence_penalty
+    if fields.frequency_penalty:
+        options["frequency_penalty"] = fields.frequency_penalty
+    if fields.logit_bias:
+        options["logit_bias"] = _bias(fields.logit_bias)
+    if top_logprobs:
+        raise invalid("top_logprobs is not offered by this server.", param="top_logprobs", code="unsupported_parameter")
     return options
 
 
-def _refuse(fields: GenerationFields, top_logprobs: int | None) -> None:
-    asked = {
-        "presence_penalty": bool(fields.presence_penalty),
-        "frequency_penalty": bool(fields.frequency_penalty),
-        "logit_bias": bool(fields.logit_bias),
-        "top_logprobs": bool(top_logprobs),
-    }
-    for name, is_asked in asked.items():
-        if is_asked:
-            raise invalid(f"{name} is not offered by this server.", param=name, code="unsupported_parameter")
+def _bias(given: Mapping[str, float]) -> dict[int, float]:
+    """By id, which JSON has as text."""
+    for token in given:
+        if not (token.isascii() and token.isdigit()) or len(token) > _DIGITS:
+            raise invalid(f"Invalid key in 'logit_bias': {token[:20]!r}; keys are token ids.", param="logit_bias")
+    return {int(token): value for token, value in given.items()}
 
 
 def _first(*values: Any) -> Any:

@@ -18,9 +18,11 @@ _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=Tr
 _MOST_STOPS = 16
 _LONGEST_STOP = 1000
 _BIAS = 100.0
+_MOST_BIASES = 1024
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Biases = dict[str, Annotated[float, Field(ge=-_BIAS, le=_BIAS)]]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Stop = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
 
@@ -48,7 +50,7 @@ class GenerationFields(BaseModel):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-_BIAS, le=_BIAS)]] | None = None
+    logit_bias: Annotated[Biases, Field(max_length=_MOST_BIASES)] | None = None
     # ours
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
