@@ -4,6 +4,7 @@
     partitioner report MODEL --tp 4      what would be split and what not, without any data
     partitioner run MODEL --prompt "..." write what follows
     partitioner serve MODEL --dp 2       answer requests over HTTP, as OpenAI's clients send them
+    partitioner bench serve --rate 4     ask a server as many users would, and print its throughput and times
     partitioner export MODEL -o FOLDER   write a bundle: every rank's program and slices of the weights
     partitioner show FOLDER              what is in a bundle
     partitioner schedule MODEL --pp 4    what each pipeline stage does when, as a picture
@@ -26,6 +27,7 @@ from rich.table import Table
 from partitioner.analysis.report.explain import explain as explain_weight
 from partitioner.analysis.report.page.contents import Work
 from partitioner.analysis.report.page.render import as_json
+from partitioner.cli.bench import register as register_bench
 from partitioner.cli.command import command
 from partitioner.cli.export import export
 from partitioner.cli.options import (
@@ -287,6 +289,7 @@ def schedule_command(
 
 register(app)
 register_serve(app)
+register_bench(app)
 
 
 def main() -> None:

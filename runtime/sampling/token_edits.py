@@ -37,11 +37,10 @@ class TokenEdits:
         # one more column for tokens that are not this rank's
         wide = torch.cat([own, own.new_zeros(len(own), 1)], dim=1)
         if self.added:
-            rows, tokens, amounts = zip(*self.added, strict=True)
-            columns = share.locate(torch.tensor(tokens, device=device))
-            raised = torch.tensor(amounts, dtype=wide.dtype, device=device)
+            where = torch.tensor([entry[:2] for entry in self.added], device=device)
+            raised = torch.tensor([entry[2] for entry in self.added], dtype=wide.dtype, device=device)
             # a token of another rank falls into the last column, which may be raised several times
-            wide.index_put_((torch.tensor(rows, device=device), columns), raised, accumulate=True)
+            wide.index_put_((where[:, 0], share.locate(where[:, 1])), raised, accumulate=True)
         if self.forced:
             wide = torch.full_like(wide, -math.inf)
             wide[:, share.locate(torch.tensor(self.forced, device=device))] = 0

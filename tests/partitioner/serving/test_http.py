@@ -23,8 +23,8 @@ from partitioner.serving.http.keys import API_KEY, Keys
 from partitioner.serving.http.limits import Limits
 from partitioner.serving.http.service import Service
 from partitioner.storage.example import EXAMPLE_MODEL
-from tests.support.scripted_model import ScriptedModel
-from tests.support.served import TEMPLATE, in_thread
+from tests.support.servers.scripted_model import ScriptedModel
+from tests.support.servers.served import TEMPLATE, in_thread
 
 TOKENIZER: Any = AutoTokenizer.from_pretrained(EXAMPLE_MODEL)
 TOKENIZER.chat_template = TEMPLATE.read_text()

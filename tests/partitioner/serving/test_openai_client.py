@@ -20,7 +20,7 @@ from partitioner.serving.http.service import Service
 from partitioner.serving.text.answer_text import AnswerText
 from partitioner.storage.example import EXAMPLE_MODEL
 from runtime.launching.launched import Launched
-from tests.support.served import TEMPLATE, in_thread
+from tests.support.servers.served import TEMPLATE, in_thread
 
 pytestmark = pytest.mark.processes
 PROMPT = "Return a list of"

@@ -23,7 +23,7 @@ from partitioner.serving.http.server import bound, config_of
 from partitioner.serving.http.service import Service
 from partitioner.storage.example import EXAMPLE_MODEL
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TEMPLATE = ROOT / "examples" / "serving" / "plain_chat.jinja"
 
 
