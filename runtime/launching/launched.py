@@ -3,6 +3,7 @@
     llm.generate(prompts, max_new_tokens=20)     as `Engine.generate`; rows go to the replica with the least to do
     llm.stream(prompts)                          a step at a time
     llm.submit(prompts)                          a future per prompt, with its new tokens
+    llm.status()                                 how busy the replicas are
 
 Several threads may call at once. A replica that is lost is told of by a warning; what it was doing raises RankLost,
 and the others go on. `close()`, or the end of the `with` block, ends all ranks.
@@ -26,6 +27,7 @@ from runtime.generation.generation_request import Generated, GenerationRequest, 
 from runtime.kv_cache.cache_size import CacheSize, Room
 from runtime.launching.jobs import Call
 from runtime.launching.reserving import Reserving
+from runtime.launching.status import ServingStatus
 from runtime.launching.supervisor import Supervisor
 
 __all__ = ["Launched"]
@@ -85,6 +87,10 @@ class Launched:
     ) -> list[Future[list[int]]]:
         """The new tokens of each prompt, once it has ended; does not wait."""
         return self._call(self._request(prompts, attention_mask, options)).futures
+
+    def status(self) -> ServingStatus:
+        """How many rows each replica continues, how full its cache is, and what it has run; does not wait for ranks."""
+        return ServingStatus(tuple(replica.status() for replica in self._supervisor.replicas))
 
     def reserve(self, size: CacheSize) -> Room:
         """Sets the caches of all ranks aside; see `Engine.reserve`. Of several replicas, what the first has."""

@@ -19,6 +19,7 @@ from runtime.launching.jobs import Job
 from runtime.launching.line import Line, Message, pair
 from runtime.launching.reserving import Reserving
 from runtime.launching.serve import LINE
+from runtime.launching.status import ReplicaStatus
 from runtime.processes.launch import GIVEN, signal_name, start_rank, write_memory
 from runtime.processes.place import REPLICA, Place
 
@@ -59,6 +60,14 @@ class Replica:
     @property
     def load(self) -> int:
         return sum(job.left for job in self.queue)
+
+    def status(self) -> ReplicaStatus:
+        """Any thread may ask."""
+        jobs = [job for job in list(self.queue) if isinstance(job, Job)]
+        counts = [len(job.rows) for job in jobs]
+        running = sum(counts[:1]) if self.is_busy else 0
+        lost = None if self.lost is None else str(self.lost)
+        return ReplicaStatus.of({"running": running}, waiting=sum(counts) - running, lost=lost)
 
     def start(self, module: Sequence[str], given: bytes) -> None:
         first, total = self.place.replica * self.num_ranks, self.place.replicas * self.num_ranks
