@@ -1,4 +1,4 @@
-"""How busy the replicas are, as `Launched.status()` says it: requests, the cache, and what has been run since the start.
+"""How busy the replicas are, as `Launched.status()` says it: requests, the cache, and what was run since the start.
 
     status = llm.status()
     status.replicas[0].running       rows that are being continued; one prompt of a call is one row
