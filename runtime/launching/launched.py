@@ -4,6 +4,7 @@
     llm.stream(prompts)                          a step at a time
     llm.submit(prompts)                          a future per prompt, with its new tokens
     llm.begin(prompts, heard=f)                  what will come of them, for who waits for many things at once
+    llm.status()                                 how busy the replicas are
 
 Several threads may call at once. A replica that is lost is told of by a warning; what it was doing raises RankLost,
 and the others go on. `close()`, or the end of the `with` block, ends all ranks.
@@ -27,6 +28,7 @@ from runtime.generation.generation_request import Generated, GenerationRequest, 
 from runtime.kv_cache.cache_size import CacheSize, Room
 from runtime.launching.jobs import Call
 from runtime.launching.reserving import Reserving
+from runtime.launching.status import ServingStatus
 from runtime.launching.supervisor import Supervisor
 
 __all__ = ["Launched"]
@@ -116,6 +118,10 @@ class Launched:
     def generation(self) -> dict[str, Any]:
         """What the model's generation config says, which is what holds where an option is not given."""
         return {**self._told["generation"], "eos_token_id": self._told["eos_token_id"]}
+
+    def status(self) -> ServingStatus:
+        """How many rows each replica continues, how full its cache is, and what it has run; does not wait for ranks."""
+        return ServingStatus(tuple(replica.status() for replica in self._supervisor.replicas))
 
     def reserve(self, size: CacheSize) -> Room:
         """Sets the caches of all ranks aside; see `Engine.reserve`. Of several replicas, what the first has."""
