@@ -11,10 +11,11 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE  = 1
 export OMP_NUM_THREADS = 1
 
-.PHONY: help install demo test test-all lint format types check clean
+.PHONY: help install demo serve test test-all lint format types check clean
 
 help:
 	@echo "make demo      partition two models over 2 and 4 local processes and compare with plain transformers"
+	@echo "make serve     serve the model that comes along to OpenAI's clients, at http://127.0.0.1:8000/v1"
 	@echo "make test      the quick test suite"
 	@echo "make test-all  slow tests too"
 	@echo "make lint      ruff: format and lint"
@@ -34,6 +35,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
+
+serve: $(STAMP)
+	$(BIN)/partitioner serve --chat-template examples/serving/plain_chat.jinja
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not gpu"

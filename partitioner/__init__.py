@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from partitioner.cli.launch import launch
     from partitioner.compile.partition import partition
     from partitioner.compile.parts import Parts
     from partitioner.errors import (
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from partitioner.planning.quantities import Workload
     from partitioner.planning.search import choose_plan
     from partitioner.program.plan import Plan
+    from partitioner.serving.launch import launch
     from partitioner.storage.bundle.bundle import load
     from runtime.kv_cache.cache_size import CacheSize
 
@@ -87,7 +87,7 @@ _HOMES = {
     "WeightError": "partitioner.errors",
     "Workload": "partitioner.planning.quantities",
     "choose_plan": "partitioner.planning.search",
-    "launch": "partitioner.cli.launch",
+    "launch": "partitioner.serving.launch",
     "load": "partitioner.storage.bundle.bundle",
     "partition": "partitioner.compile.partition",
 }

@@ -3,6 +3,8 @@
     partitioner verify MODEL --tp 4      compare the partitioned model with the original; exit code 1 where they differ
     partitioner report MODEL --tp 4      what would be split and what not, without any data
     partitioner run MODEL --prompt "..." write what follows
+    partitioner serve MODEL --dp 2       answer requests over HTTP, as OpenAI's clients send them
+    partitioner bench serve --rate 4     ask a server as many users would, and print its throughput and times
     partitioner export MODEL -o FOLDER   write a bundle: every rank's program and slices of the weights
     partitioner show FOLDER              what is in a bundle
     partitioner schedule MODEL --pp 4    what each pipeline stage does when, as a picture
@@ -22,6 +24,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from partitioner.analysis.report.explain import explain as explain_weight
+from partitioner.analysis.report.page.contents import Work
+from partitioner.analysis.report.page.render import as_json
+from partitioner.cli.bench import register as register_bench
 from partitioner.cli.command import command
 from partitioner.cli.export import export
 from partitioner.cli.options import (
@@ -39,11 +45,9 @@ from partitioner.cli.options import (
 from partitioner.cli.plan import register
 from partitioner.cli.report import page_of, schedule, write_page
 from partitioner.cli.run import Question, answer, answer_alone, answer_here, run_in_processes, run_on_replicas
+from partitioner.cli.serve import register as register_serve
 from partitioner.cli.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
 from partitioner.errors import InputError
-from partitioner.report.explain import explain as explain_weight
-from partitioner.report.page.contents import Work
-from partitioner.report.page.render import as_json
 from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.describe import describe, show_graph
 from partitioner.storage.example import EXAMPLE_MODEL
@@ -284,6 +288,8 @@ def schedule_command(
 
 
 register(app)
+register_serve(app)
+register_bench(app)
 
 
 def main() -> None:

@@ -14,12 +14,12 @@ from typing import Annotated, Any, Self
 import torch
 import typer
 
+from partitioner.analysis.report.report import Report
 from partitioner.compile.partition import partition
 from partitioner.compile.parts import Parts
 from partitioner.compile.pass_order import check_plan
 from partitioner.errors import InputError
 from partitioner.program.plan import Plan
-from partitioner.report.report import Report
 from partitioner.sharding.mesh import DEGREES
 from partitioner.storage.bundle.bundle import load
 from partitioner.storage.checkpoint.open_checkpoint import can_open

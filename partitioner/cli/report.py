@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from partitioner import __version__
+from partitioner.analysis.report.generation_report import GenerationReport
+from partitioner.analysis.report.page.contents import Placement, Work, page_contents, rows_of_a_rank
+from partitioner.analysis.report.page.render import render
+from partitioner.analysis.report.report import Report
+from partitioner.analysis.report.timeline import draw, timings_of
 from partitioner.compile.parts import Parts
 from partitioner.errors import InputError, PlanError
 from partitioner.planning.cluster import Cluster, bad_order, hops
@@ -15,11 +20,6 @@ from partitioner.planning.quantities import Workload
 from partitioner.planning.search import Choice, search
 from partitioner.planning.summary import summarize_program
 from partitioner.program.plan import Plan
-from partitioner.report.generation_report import GenerationReport
-from partitioner.report.page.contents import Placement, Work, page_contents, rows_of_a_rank
-from partitioner.report.page.render import render
-from partitioner.report.report import Report
-from partitioner.report.timeline import draw, timings_of
 from partitioner.sharding.mesh import Mesh
 
 __all__ = ["page_of", "schedule", "write_page"]

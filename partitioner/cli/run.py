@@ -22,19 +22,19 @@ from pathlib import Path
 from typing import Any, TextIO, TypedDict
 
 import torch
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from partitioner.cli.launch import launch as launch_replicas
 from partitioner.cli.options import Job
-from partitioner.cli.text.chat_template import TemplateFailed, render
-from partitioner.cli.text.stream import Text, TextStream
 from partitioner.compile.parts import Parts
-from partitioner.errors import CaptureError, InputError
+from partitioner.errors import InputError
 from partitioner.program.plan import Plan
 from partitioner.program.ranks import Ranks
+from partitioner.serving.launch import launch as launch_replicas
+from partitioner.serving.text.chat_template import TemplateFailed, render
+from partitioner.serving.text.stream import Text, TextStream
+from partitioner.serving.text.tokenizer import load_tokenizer
 from partitioner.storage.bundle.bundle import Bundle, load
-from partitioner.storage.named_model import dtype_named, hub_hint, own_code, read_fields
+from partitioner.storage.named_model import dtype_named, hub_hint
 from partitioner.storage.recognise import is_bundle
 from runtime.communication.process_groups import ProcessGroups
 from runtime.communication.thread_communicator import ThreadGroup
@@ -298,30 +298,15 @@ def _load(question: Question) -> tuple[Ranks, Any]:
 
 
 def _tokenizer(question: Question) -> Any:
-    folder = question.model
-    with load(folder).model_folder() if is_bundle(folder) else contextlib.nullcontext(Path(folder)) as files:
-        own = _own_code(files)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(files), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # what its files hold is not checked by who reads them
-            why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            not_run = f" (code of its own, {own}, is not run)" if own else ""
-            raise InputError(f"transformers finds no tokenizer in {folder!r}{not_run}: {why}") from error
-    if own:
-        _say(f"note: the tokenizer's own code ({own}) is not run: it is {type(tokenizer).__name__} of transformers")
+    tokenizer, note = load_tokenizer(question.model)
+    if note:
+        _say(f"note: {note}")
     if question.chat and tokenizer.chat_template is None:
         raise InputError(
-            f"the tokenizer of {folder!r} has no chat template: leave --chat out, or put the model's "
+            f"the tokenizer of {question.model!r} has no chat template: leave --chat out, or put the model's "
             "chat_template.jinja into the folder"
         )
     return tokenizer
-
-
-def _own_code(folder: str | Path) -> str:
-    try:
-        return own_code(read_fields(Path(folder, "tokenizer_config.json")))
-    except CaptureError:  # the tokenizer's own reader says more of a file that cannot be read
-        return ""
 
 
 def _write(question: Question, tokenizer: Any, engine: Engine | Ranks | Launched, out: TextIO | None) -> None:

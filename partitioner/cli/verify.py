@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partitioner.analysis.report.report import Report
 from partitioner.cli.compare import Divergence, difference, first_divergence, tolerance
 from partitioner.cli.options import Compile, Job
 from partitioner.compile.partition import compile_program, trace
 from partitioner.compile.parts import Parts
 from partitioner.errors import CaptureError, InputError, WeightError
 from partitioner.proof.float64 import ExactArithmetic, in_float64
-from partitioner.report.report import Report
 from partitioner.storage.named_model import dtype_named, load_config, load_model
 from runtime.processes.capacity import require_threads
 from runtime.processes.choose_device import choose_device

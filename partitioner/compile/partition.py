@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from partitioner.analysis.report.report import Report, make_report
 from partitioner.analysis.tokens.step_equivalence import why_steps_differ
 from partitioner.analysis.tokens.token_mixing import why_rows_mix, why_tokens_mix
 from partitioner.capture import capture, capture_step
@@ -37,7 +38,6 @@ from partitioner.program.stages import StageTable
 from partitioner.proof.layouts import check_entries
 from partitioner.proof.rows import check_rows
 from partitioner.proof.schedules import prove_stages
-from partitioner.report.report import Report, make_report
 from partitioner.sharding.mesh import Mesh
 from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.reshard_model import open_bundle

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from partitioner.analysis.cost.layer_costs import LayerCosts, layer_costs
+from partitioner.analysis.report.generation_report import GenerationReport, make_generation_report
 from partitioner.compile.emit import Emitter
 from partitioner.errors import BundleError, PlanError
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.plan import Plan
 from partitioner.program.program import Program
 from partitioner.program.ranks import Entry, Ranks
-from partitioner.report.generation_report import GenerationReport, make_generation_report
 from partitioner.sharding.mesh import Mesh
 from partitioner.storage.bundle.save import save_ranks
 from runtime.program.rank_program import RankProgram

@@ -30,6 +30,7 @@ from runtime.execution.executable import Executable
 from runtime.execution.merge_linears import lay_side_by_side, merge_linears
 from runtime.execution.profile import Profiler
 from runtime.execution.routing import Routing
+from runtime.generation.batching.batch_loop import BatchLoop
 from runtime.generation.generate_loop import GenerateLoop
 from runtime.generation.generation_options import Options
 from runtime.generation.generation_request import Generated, GenerationRequest, Prompts, Step
@@ -214,6 +215,15 @@ class Engine:
     def steps(self, request: GenerationRequest) -> Iterator[Step]:
         """What this rank's replica says of a request that is checked already."""
         return self._attributed(self._generate_loop.steps(request))
+
+    def batching(self, size: CacheSize | None = None, *, rows: int | None = None) -> BatchLoop:
+        """Many requests at once, which come and go between steps; see `runtime.generation.batching.batch_loop`.
+
+        Every rank of a replica must do the same with its own. size: of the cache, which is set aside by the first
+        request; rows: how many sequences run at a time, None for the `max_batch` of `size`.
+        """
+        with attribute_errors(self.program):
+            return self._generate_loop.batching(size, rows=rows)
 
     def _attributed(self, steps: Iterator[Step]) -> Iterator[Step]:
         with attribute_errors(self.program):

@@ -5,6 +5,7 @@
     TokenChooser    the next tokens from the logits                 `choose_tokens.py`
     StagedLoop      the order of these over pipeline stages         `staged_loop.py`
     GenerateLoop    the order of these, and the memory of the cache
+    BatchLoop       many requests at once, in the place of one task after the other   `batching/batch_loop.py`
 
 Every rank does the same on the host and draws the same tokens, so nobody has to tell the others.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
+from runtime.generation.batching.batch_loop import BatchLoop
 from runtime.generation.choose_tokens import TokenChooser
 from runtime.generation.conversation import Conversation
 from runtime.generation.decode_graphs import require_fixed_shapes
@@ -211,6 +213,19 @@ class GenerateLoop:
             self._profiler,
             compile=self._compile,
             cuda_graph=self._cuda_graph,
+        )
+
+    def batching(self, size: CacheSize | None, *, rows: int | None = None) -> BatchLoop:
+        """Many requests at once, over a cache of its own; this one's is given back."""
+        self.release()
+        return BatchLoop(
+            self._prefill_by,
+            self._decode_by,
+            self.communicator,
+            self.device,
+            self._profiler,
+            size=size,
+            rows=rows,
         )
 
     def release(self) -> None:

@@ -5,7 +5,8 @@ do_sample=False          draw tokens; otherwise the likeliest one each time (gre
 temperature, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, repetition_penalty
                          as in `runtime.sampling.sampling_options`
 no_repeat_ngram_size, bad_words_ids, suppress_tokens, begin_suppress_tokens, min_new_tokens, min_length,
-forced_bos_token_id, forced_eos_token_id    as in `runtime.generation.token_rules`
+forced_bos_token_id, forced_eos_token_id, logit_bias, presence_penalty, frequency_penalty
+                         as in `runtime.generation.token_rules`
 seed=0                   the same seed gives the same tokens, on any plan and in any batch
 request_ids=None         one number per prompt, which tells equal prompts apart; None: their places in the batch
 eos_token_id=None        an id or several after which a sequence ends; None: the model's own; [] or -1: none
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -62,6 +64,9 @@ class Options(TypedDict, total=False):
     begin_suppress_tokens: Sequence[int] | None
     forced_bos_token_id: int | None
     forced_eos_token_id: int | Sequence[int] | None
+    logit_bias: Mapping[int, float] | None
+    presence_penalty: float
+    frequency_penalty: float
     seed: int
     request_ids: Sequence[int] | None
     eos_token_id: int | Sequence[int] | None
@@ -186,6 +191,13 @@ def _rules(given: dict[str, Any]) -> TokenRules:
             continue
         if name in ("no_repeat_ngram_size", "min_new_tokens", "min_length"):
             (found[name],) = _integers(name, [value])
+        elif name in ("presence_penalty", "frequency_penalty"):
+            found[name] = _finite(name, value)
+        elif name == "logit_bias":
+            if not isinstance(value, Mapping):
+                raise InputError(f"logit_bias must map ids to numbers, got {value!r}")
+            ids = _integers(name, sorted(value))
+            found[name] = tuple((token, _finite(name, value[token])) for token in ids)
         elif name == "bad_words_ids":
             if not isinstance(value, (list, tuple)) or not all(value):
                 raise InputError(f"bad_words_ids must be a list of lists of ids, none of them empty; got {value!r}")
@@ -193,6 +205,12 @@ def _rules(given: dict[str, Any]) -> TokenRules:
         else:
             found[name] = _integers(name, [value] if isinstance(value, int) else value)
     return TokenRules(**found)
+
+
+def _finite(name: str, given: Any) -> float:
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not math.isfinite(given):
+        raise InputError(f"{name} must be a number, got {given!r}")
+    return float(given)
 
 
 def _ends(given: Any) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from runtime.generation.stop_strings import StopStrings
 from runtime.generation.token_rules import Watcher
 from runtime.program.rank_program import RankProgram
 
-__all__ = ["Generated", "GenerationRequest", "Prompts", "Step"]
+__all__ = ["Generated", "GenerationRequest", "Prompts", "Step", "longest_text"]
 
 Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
 
@@ -97,9 +97,7 @@ class GenerationRequest:
         low, _ = program.limits.get("sequence", (1, None))
         if low > 1:
             raise InputError(f"this model was compiled for {low} tokens at a time or more: it cannot decode")
-        _, longest = program.limits.get("positions", (1, None))
-        _, slots = program.limits.get("slots", (1, None))
-        longest = longest if slots is None else min(slots - 1, longest or slots)
+        longest = _compiled_for(program)
         if longest is not None and length > longest:
             raise InputError(
                 f"prompt and new tokens make up to {length}, but this model was compiled for up to {longest}: "
@@ -145,6 +143,19 @@ class GenerationRequest:
             return sequences
         said = [[float("nan") if value is None else value for value in step.logprobs or ()] for step in steps]
         return Generated(sequences, torch.tensor(said, dtype=torch.float64).t())
+
+
+def longest_text(program: RankProgram) -> int | None:
+    """Tokens that the model can run of one text; None: nothing in it sets a limit."""
+    found = [wanted.bound.high + 1 for wanted in program.inputs if wanted.name == "position_ids" and wanted.bound]
+    compiled_for = _compiled_for(program)
+    return min(found + ([] if compiled_for is None else [compiled_for]), default=None)
+
+
+def _compiled_for(program: RankProgram) -> int | None:
+    _, longest = program.limits.get("positions", (1, None))
+    _, slots = program.limits.get("slots", (1, None))
+    return longest if slots is None else min(slots - 1, longest or slots)
 
 
 def _width(prompts: Prompts) -> int:

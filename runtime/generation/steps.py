@@ -20,7 +20,7 @@ from runtime.execution.executable import Executable
 from runtime.execution.profile import Profiler
 from runtime.generation.conversation import Piece
 from runtime.generation.decode_graphs import Decoder
-from runtime.kv_cache.batch import Batch
+from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.cache import Cache
 from runtime.program.rank_program import RankProgram
 
@@ -105,7 +105,7 @@ class Steps:
         """Whether there are steps whose compiled code does not depend on the cache's size."""
         return bool(self._decoders) and self.cache.any_length
 
-    def run(self, piece: Piece, *, decode: bool = False, rows: slice | None = None) -> Tensor:
+    def run(self, piece: Piece, *, decode: bool = False, rows: slice | PagedRows | None = None) -> Tensor:
         """The logits [B, V/n] of each row's last token.
 
         decode: by the program for single tokens. rows: those of the cache; by default the first.
@@ -128,7 +128,12 @@ class Steps:
         return self._program.limits.get("slots", (1, None))[0]
 
     def execute(
-        self, piece: Piece, received: Sequence[Tensor] = (), *, decode: bool = False, rows: slice | None = None
+        self,
+        piece: Piece,
+        received: Sequence[Tensor] = (),
+        *,
+        decode: bool = False,
+        rows: slice | PagedRows | None = None,
     ) -> Any:
         """What the rank's graph yields: logits [B, 1, V/n], or what its stage hands on.
 

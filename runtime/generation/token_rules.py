@@ -6,10 +6,14 @@ suppress_tokens=None              ids that are never taken; begin_suppress_token
 min_new_tokens, min_length=None   no end before so many new tokens, or so many with the prompt
 forced_bos_token_id=None          the first new token, after a prompt of one
 forced_eos_token_id=None          the last new token, where max_new_tokens is reached
+logit_bias=None                   by id, what its logit is raised by
+presence_penalty=0                what the logit of each token is lowered by that was written, once
+frequency_penalty=0               the same, as often as it was written; both as OpenAI's API has them
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,12 +35,16 @@ class TokenRules:
     min_length: int = 0
     forced_bos_token_id: tuple[int, ...] = ()
     forced_eos_token_id: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def check(self, vocab_size: int) -> None:
         """Raises InputError where a rule names a token that the model does not have."""
         words = {token for word in self.bad_words_ids for token in word}
         for name, tokens in (
             ("bad_words_ids", words),
+            ("logit_bias", {token for token, _ in self.logit_bias}),
             ("forced_bos_token_id", self.forced_bos_token_id),
             ("forced_eos_token_id", self.forced_eos_token_id),
         ):
@@ -80,9 +88,10 @@ class Watcher:
             if count <= rules.min_new_tokens or self._width + count <= rules.min_length:
                 banned += self._eos
             pairs = repeated + self._completed(texts)
-        if not (forced or banned or pairs):
+        added = self._added(texts, count)
+        if not (forced or banned or pairs or added):
             return None
-        edits = TokenEdits(forced, tuple(dict.fromkeys(banned)), tuple(pairs))
+        edits = TokenEdits(forced, tuple(dict.fromkeys(banned)), tuple(pairs), added)
         self._require_some(edits, len(texts), count)
         return edits
 
@@ -96,6 +105,21 @@ class Watcher:
             if out.issuperset(left):
                 used = [name for name, value in vars(self.rules).items() if value]
                 raise InputError(f"{', '.join(used)} together leave no token for row {row}, new token {count}")
+
+    def _added(self, texts: Sequence[Sequence[int]], count: int) -> tuple[tuple[int, int, float], ...]:
+        rules = self.rules
+        if not (rules.logit_bias or rules.presence_penalty or rules.frequency_penalty):
+            return ()
+        found = []
+        for row, text in enumerate(texts):
+            raised = dict(rules.logit_bias)
+            if rules.presence_penalty or rules.frequency_penalty:
+                # of a row that has ended, whatever: it is not listened to
+                for token, times in Counter(text[len(text) - (count - 1) :]).items():
+                    lowered = rules.presence_penalty + rules.frequency_penalty * times
+                    raised[token] = raised.get(token, 0.0) - lowered
+            found += [(row, token, amount) for token, amount in sorted(raised.items())]
+        return tuple(found)
 
     def _repeated(self, texts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         size = self.rules.no_repeat_ngram_size

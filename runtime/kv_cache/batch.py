@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "PagedRows"]
+
+
+@dataclass(frozen=True)
+class PagedRows:
+    """Which rows of a cache in blocks a run is about: their numbers, and the blocks of each."""
+
+    numbers: tuple[int, ...]
+    tables: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)

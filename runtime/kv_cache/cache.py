@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import InputError
-from runtime.kv_cache.batch import Batch
+from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.slots import Slots, minus_infinity, slots_of
 from runtime.kv_cache.untouched import untouched_zeros
 from runtime.ops.attention import attention
@@ -112,12 +112,14 @@ class Cache:
     def bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
-    def begin(self, tokens: Batch, *, rows: slice | None = None, decode: bool = False) -> None:
+    def begin(self, tokens: Batch, *, rows: slice | PagedRows | None = None, decode: bool = False) -> None:
         """Before each run: what the run's tokens are. rows: those of the cache that they belong to; the first ones.
 
         decode: by the program for single tokens, which may share out tokens between ranks otherwise.
         """
         batch, size = tokens.positions.shape
+        if isinstance(rows, PagedRows):
+            raise InputError("the rows of this cache are stretches of their own: it has no blocks to name")
         rows = slice(0, batch) if rows is None else rows
         if rows.stop - rows.start != batch:
             raise InputError(f"a run of {batch} sequences cannot use the rows {rows.start} to {rows.stop} of a cache")

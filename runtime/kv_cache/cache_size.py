@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +101,25 @@ class Room:
     @classmethod
     def agreed(cls, program: RankProgram, size: CacheSize, communicator: Communicator, device: torch.device) -> Room:
         """A collective. Before it, every rank has loaded what it loads; after it, each may set memory aside."""
+        step = size.prefill_step or LEAST_STEP
+        return cls.of(
+            program,
+            size,
+            communicator,
+            device,
+            lambda room: tokens_that_fit(program, room, max_batch=size.max_batch, prefill_step=step),
+        )
+
+    @classmethod
+    def of(
+        cls,
+        program: RankProgram,
+        size: CacheSize,
+        communicator: Communicator,
+        device: torch.device,
+        fit: Callable[[int], int | None],
+    ) -> Room:
+        """The same, with what `fit` says of how many tokens so many bytes have room for; None: any number."""
         place = _number_of(device)
         places = _gathered(communicator, torch.tensor([place], device=device))
         # nobody takes anything between the two meetings
@@ -107,8 +127,7 @@ class Room:
         sharing = int((places == place).sum()) * (communicator.replicas_here if device.type == "cpu" else 1)
         amount = Amount.of("1 of free" if size.memory is None else size.memory)
         mine = amount.within(None if free is None else free // sharing)
-        step = size.prefill_step or LEAST_STEP
-        fits = -1 if mine is None else tokens_that_fit(program, mine, max_batch=size.max_batch, prefill_step=step)
+        fits = -1 if mine is None else fit(mine)
         given = torch.tensor([ANY_LENGTH if fits is None else fits, -1 if mine is None else mine], device=device)
         everyone = _gathered(communicator, given).view(-1, 2).tolist()
         if any(bytes_ < 0 for _, bytes_ in everyone):

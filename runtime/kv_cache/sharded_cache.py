@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import InputError
-from runtime.kv_cache.batch import Batch
+from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.sharded_attention import DealtOut, ShardedAttention, ShardedRun
 from runtime.kv_cache.sharded_slots import KeptTokens, sharded_slots
@@ -101,7 +101,7 @@ class ShardedCache(Cache):
     def start(self, rows: slice | None = None) -> None:
         self.kept.forget(slice(0, self.max_batch) if rows is None else rows)
 
-    def begin(self, tokens: Batch, *, rows: slice | None = None, decode: bool = False) -> None:
+    def begin(self, tokens: Batch, *, rows: slice | PagedRows | None = None, decode: bool = False) -> None:
         """decode: every rank has all of the run's tokens; otherwise they are dealt out."""
         super().begin(tokens, rows=rows)
         group = self._group

@@ -1,40 +1,41 @@
-"""A call of a user, as jobs: the rows of one request that one replica continues, and what has come of them.
+"""A call of a user, as jobs: the rows of one request, each of which a replica continues, and what has come of them.
 
     call = Call(request)                 rows not dealt yet
-    Job(call, rows)                      some of them; `take(step)` as the replica tells it
+    Job(call, row)                       one of them; `take(token, ..)` as its replica tells it
     call.result()                        as `generate` returns it, once all jobs are over; raises what a job met
     call.steps()                         a step of all rows at a time
     call.futures                         one per row: its new tokens
+    call.come(n)                         the steps from the n-th on that are there; does not wait
 
 A replica's jobs that fail raise; those of others go on to their end.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from torch import Tensor
 
 from runtime.engine.replicas import merged
 from runtime.generation.generation_request import Generated, GenerationRequest, Step
-from runtime.launching.line import Message
 from runtime.launching.request_data import request_data
 
 __all__ = ["Call", "Job"]
 
-_AHEAD = 32
-"""Steps that a replica may go without hearing whether somebody still wants them."""
-
 
 class Call:
-    """See the module's docstring."""
+    """See the module's docstring.
 
-    def __init__(self, request: GenerationRequest) -> None:
-        self.request = request
+    heard: called after every change, by the thread that watches over the replicas: it must not wait, nor raise.
+    """
+
+    def __init__(self, request: GenerationRequest, *, heard: Callable[[], None] | None = None) -> None:
+        self.request, self._heard = request, heard
         self.jobs: list[Job] = []
         self.changed = threading.Condition()
         self.futures: list[Future[list[int]]] = [Future() for _ in request.prompts]
@@ -64,6 +65,28 @@ class Call:
             found = merged([job.steps[number : number + 1] for job in self.jobs], [job.rows for job in self.jobs])
         return found[0] if found else None
 
+    def come(self, start: int) -> list[Step]:
+        """Of all rows, as far as every job has them; raises what a job met once all before it have been taken."""
+        with self.changed:
+            count = min((len(job.steps) for job in self.jobs if not job.is_over), default=None)
+            steps = [job.steps[start:count] for job in self.jobs]
+            found = merged(steps, [job.rows for job in self.jobs])
+            if not found and self.is_over:
+                self._raise_failure()
+        return found
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all that will come is there."""
+        return bool(self.jobs) and all(job.is_over for job in self.jobs)
+
+    def tell(self) -> None:
+        """Something has changed."""
+        with self.changed:
+            self.changed.notify_all()
+        if self._heard is not None:
+            self._heard()
+
     def leave(self) -> None:
         """Nobody wants what is still to come."""
         with self.changed:
@@ -77,68 +100,56 @@ class Call:
 
 
 class Job:
-    """See the module's docstring. Its replica's thread alone changes it, but for `is_wanted`."""
+    """See the module's docstring. The supervisor's thread alone changes it, but for `is_wanted`."""
 
-    kind = "generate"
-
-    def __init__(self, call: Call, rows: list[int]) -> None:
-        self.call, self.rows = call, rows
-        self.request = call.request.of_rows(rows)
+    def __init__(self, call: Call, row: int) -> None:
+        self.call, self.row = call, row
+        self.request = call.request.of_rows([row])
         self.steps: list[Step] = []
         self.failure: BaseException | None = None
         self.is_over, self.is_wanted = False, True
-        self.granted = _AHEAD
-        self._texts = [list(prompt) for prompt in self.request.prompts]
-        self._ended = [False] * len(rows)
+        self._text = list(self.request.prompts[0])
+
+    @property
+    def rows(self) -> list[int]:
+        return [self.row]
+
+    @property
+    def future(self) -> Future[list[int]]:
+        return self.call.futures[self.row]
 
     @property
     def left(self) -> int:
-        """Tokens that are still to be run at most: all prompts before the first step, then new ones."""
+        """Tokens that are still to be run at most: the prompt before the first step, then new ones."""
+        if self.is_over or not self.is_wanted:
+            return 0
         new = self.request.settings.max_new_tokens - len(self.steps)
-        rows = self._ended.count(False)
-        return rows * new + (0 if self.steps else sum(map(len, self.request.prompts)))
+        return new + (0 if self.steps else len(self.request.prompts[0]))
 
     def said(self) -> dict[str, Any]:
-        return {"request": request_data(self.request), "granted": self.granted}
+        return {"request": request_data(self.request)}
 
-    def next_grant(self) -> int | None:
-        """How far the replica may go now, where that is further than before."""
-        if not self.is_wanted or self.granted - len(self.steps) > _AHEAD // 2:
-            return None
-        self.granted = len(self.steps) + _AHEAD
-        return self.granted
-
-    def take(self, message: Message) -> None:
-        """What rank 0 tells: a step."""
-        scores = message["logprobs"]
-        tokens: list[int | None] = []
-        logprobs: list[float | None] = []
-        for row, token in enumerate(message["tokens"]):
-            is_on = token is not None and not self._ended[row]
-            tokens.append(token if is_on else None)
-            logprobs.append(scores[row] if is_on and scores is not None else None)
-            if is_on:
-                self._texts[row].append(token)
-            if not is_on or self.call.request.has_ended(self._texts[row]):
-                self._end(row)
+    def take(self, token: int, logprob: float | None) -> None:
+        """The next token, as rank 0 tells it. What comes after a stop string does not count."""
+        if self.is_over or not self.is_wanted:
+            return
+        self._text.append(token)
         with self.call.changed:
-            if any(token is not None for token in tokens):
-                self.steps.append(Step(tuple(tokens), None if scores is None else tuple(logprobs)))
-            self.is_wanted = self.is_wanted and not all(self._ended)
-            self.call.changed.notify_all()
-
-    def _end(self, row: int) -> None:
-        if not self._ended[row]:
-            self._ended[row] = True
-            self.call.futures[self.rows[row]].set_result(self._texts[row][len(self.request.prompts[row]) :])
+            scored = self.request.settings.logprobs
+            self.steps.append(Step((token,), (logprob,) if scored else None))
+        self.call.tell()
+        if self.call.request.has_ended(self._text):
+            self.end()
 
     def end(self, failure: BaseException | None = None) -> None:
-        for row in range(len(self.rows)):
-            if failure is None:
-                self._end(row)
-            elif not self._ended[row]:
-                self._ended[row] = True
-                self.call.futures[self.rows[row]].set_exception(failure)
+        if self.is_over:
+            return
+        future = self.future
         with self.call.changed:
-            self.failure, self.is_over = failure, True
-            self.call.changed.notify_all()
+            self.failure, self.is_over, self.is_wanted = failure, True, False
+        self.call.tell()
+        with contextlib.suppress(InvalidStateError):  # who waits for it has cancelled it
+            if failure is None:
+                future.set_result(self._text[len(self.request.prompts[0]) :])
+            else:
+                future.set_exception(failure)

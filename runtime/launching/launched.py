@@ -3,6 +3,8 @@
     llm.generate(prompts, max_new_tokens=20)     as `Engine.generate`; rows go to the replica with the least to do
     llm.stream(prompts)                          a step at a time
     llm.submit(prompts)                          a future per prompt, with its new tokens
+    llm.begin(prompts, heard=f)                  what will come of them, for who waits for many things at once
+    llm.status()                                 how busy the replicas are
 
 Several threads may call at once. A replica that is lost is told of by a warning; what it was doing raises RankLost,
 and the others go on. `close()`, or the end of the `with` block, ends all ranks.
@@ -12,10 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Unpack
+from typing import Any, Unpack
 
 from torch import Tensor
 
@@ -26,6 +28,7 @@ from runtime.generation.generation_request import Generated, GenerationRequest, 
 from runtime.kv_cache.cache_size import CacheSize, Room
 from runtime.launching.jobs import Call
 from runtime.launching.reserving import Reserving
+from runtime.launching.status import ServingStatus
 from runtime.launching.supervisor import Supervisor
 
 __all__ = ["Launched"]
@@ -86,6 +89,40 @@ class Launched:
         """The new tokens of each prompt, once it has ended; does not wait."""
         return self._call(self._request(prompts, attention_mask, options)).futures
 
+    def begin(
+        self,
+        prompts: Prompts | None = None,
+        *,
+        heard: Callable[[], None],
+        attention_mask: Tensor | None = None,
+        **options: Unpack[Options],
+    ) -> Call:
+        """The steps as they come, without a thread that waits for them: `heard()` says that there is something new.
+
+        It is called by a thread of ours, and must neither wait nor raise: `loop.call_soon_threadsafe`, for one. Then
+        `call.come(n)` has the steps from the n-th on, and `leave(call)` gives up what is still to come.
+        """
+        return self._call(self._request(prompts, attention_mask, options), heard=heard)
+
+    def leave(self, call: Call) -> None:
+        """Nobody waits for it any more: its rows are free for others. Nothing happens where it is over."""
+        self._leave(call)
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest text, prompt and new ones, that the model was made for; None: no limit is known."""
+        longest: int | None = self._told["longest"]
+        return longest
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """What the model's generation config says, which is what holds where an option is not given."""
+        return {**self._told["generation"], "eos_token_id": self._told["eos_token_id"]}
+
+    def status(self) -> ServingStatus:
+        """How many rows each replica continues, how full its cache is, and what it has run; does not wait for ranks."""
+        return ServingStatus(tuple(replica.status() for replica in self._supervisor.replicas))
+
     def reserve(self, size: CacheSize) -> Room:
         """Sets the caches of all ranks aside; see `Engine.reserve`. Of several replicas, what the first has."""
         jobs = [Reserving(size) for _ in self._supervisor.replicas]
@@ -110,8 +147,8 @@ class Launched:
         model = self._told["generation"]
         return GenerationRequest.of(prompts, attention_mask, options, eos_token_id=eos, model=model)
 
-    def _call(self, request: GenerationRequest) -> Call:
-        call = Call(request)
+    def _call(self, request: GenerationRequest, *, heard: Callable[[], None] | None = None) -> Call:
+        call = Call(request, heard=heard)
         self._supervisor.submit(call)
         return call
 

@@ -1,4 +1,7 @@
-"""One replica, as the process sees it that started it: its ranks, their connections, its queue of jobs, and its end.
+"""One replica, as the process sees it that started it: its ranks, their connections, its jobs, and its end.
+
+All jobs are told to the ranks at once, which serve them together. A step is told when one was heard of, so that a few
+are always under way: what is told between two of them takes effect before the next one.
 
 Everything here is called by one thread, the supervisor's, with which the ranks end.
 """
@@ -6,11 +9,11 @@ Everything here is called by one thread, the supervisor's, with which the ranks 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import time
-from collections import deque
 from collections.abc import Sequence
 
 import partitioner.errors
@@ -19,6 +22,7 @@ from runtime.launching.jobs import Job
 from runtime.launching.line import Line, Message, pair
 from runtime.launching.reserving import Reserving
 from runtime.launching.serve import LINE
+from runtime.launching.status import ReplicaStatus
 from runtime.processes.launch import GIVEN, signal_name, start_rank, write_memory
 from runtime.processes.place import REPLICA, Place
 
@@ -28,6 +32,8 @@ _GRACE_S = 0.5
 """How long after the first sign of a loss the others have to say what it is."""
 _PATIENCE_S = 5.0
 """How long ranks have to end by themselves."""
+_AHEAD = 2
+"""Steps that are told before the first of them is heard of: the ranks need not wait for the next word."""
 
 
 class Replica:
@@ -40,17 +46,18 @@ class Replica:
         self.handles: list[int] = []
         """A descriptor per rank that can be read once its process has ended."""
         self.ready: dict[int, Message] = {}
-        self.queue: deque[Job | Reserving] = deque()
-        """The first is being done, once it has been told."""
-        self.is_busy = False
+        self.jobs: dict[int, Job | Reserving] = {}
+        """By number, those that the ranks were told of and that are not over."""
+        self.steps_ahead = 0
+        """How many steps were told that were not heard of."""
+        self.said: Message = {}
+        """What the ranks have said last of how they are."""
         self.lost: PartitionerError | None = None
         self._files: list[int] = []
-        self._over: dict[int, Message] = {}
-        """Of the job that is being done: the ranks that are through with it."""
+        self._numbers = itertools.count()
         self._failed: dict[int, Message] = {}
         self._failed_since: float | None = None
         self._heard: list[float] = []
-        self._ends_told = False
 
     @property
     def num_ranks(self) -> int:
@@ -58,7 +65,14 @@ class Replica:
 
     @property
     def load(self) -> int:
-        return sum(job.left for job in self.queue)
+        return sum(job.left for job in self.jobs.values() if isinstance(job, Job))
+
+    def status(self) -> ReplicaStatus:
+        """Any thread may ask."""
+        lost = None if self.lost is None else str(self.lost)
+        told = self.said.get("running", 0) + self.said.get("waiting", 0)
+        there = sum(isinstance(job, Job) for job in list(self.jobs.values()))
+        return ReplicaStatus.of(self.said, waiting=max(0, there - told), lost=lost)
 
     def start(self, module: Sequence[str], given: bytes) -> None:
         first, total = self.place.replica * self.num_ranks, self.place.replicas * self.num_ranks
@@ -106,53 +120,58 @@ class Replica:
         elif kind == "failed":
             self._failed[rank] = message
             self.suspect()
-        elif kind in ("step", "room"):
-            job = self.queue[0]
-            job.take(message)
-            self._steer(job)
-        elif kind in ("done", "refused"):
-            self._over[rank] = message
-            if len(self._over) == self.num_ranks:
-                self._finish()
+        elif kind == "stepped":
+            self._step(message)
+        elif kind == "room":
+            job = self.jobs.pop(message["job"], None)
+            if isinstance(job, Reserving):
+                job.take(message)
+        elif kind == "refused":
+            self._end(message["job"], _error(message))
+        self.go_on()
 
-    def _steer(self, job: Job | Reserving) -> None:
-        """Lets the ranks go on, or not: the same word to all."""
-        if not isinstance(job, Job):
+    def _step(self, message: Message) -> None:
+        self.steps_ahead -= 1
+        self.said = message["status"]
+        for number, token, logprob, is_over in message["told"]:
+            job = self.jobs.get(number)
+            if not isinstance(job, Job):
+                continue  # it was cancelled while this step ran
+            job.take(token, logprob)
+            if is_over:
+                self._end(number)
+        for number, kind, text in message["refused"]:
+            self._end(number, _error({"type": kind, "text": text}))
+
+    def _end(self, number: int, failure: PartitionerError | None = None) -> None:
+        job = self.jobs.pop(number, None)
+        if job is not None:
+            job.end(failure)
+
+    # -- what they are told --------------------------------------------------------------------------------------------
+
+    def add(self, job: Job | Reserving) -> None:
+        number = next(self._numbers)
+        self.jobs[number] = job
+        self._tell({"kind": "add" if isinstance(job, Job) else "reserve", "job": number, **job.said()})
+
+    def go_on(self) -> None:
+        """Drops what nobody wants any more, and tells steps as long as there is something to do."""
+        if self.lost is not None:
             return
-        if not job.is_wanted:
-            if not self._ends_told:
-                self._ends_told = True
-                self._tell({"kind": "end"})
-        elif (granted := job.next_grant()) is not None:
-            self._tell({"kind": "grant", "granted": granted})
-
-    def look_at_job(self) -> None:
-        """Whether somebody has lost interest meanwhile."""
-        if self.is_busy and self.queue:
-            self._steer(self.queue[0])
-
-    def _finish(self) -> None:
-        refused = [message for _, message in sorted(self._over.items()) if message["kind"] == "refused"]
-        job = self.queue.popleft()
-        self.is_busy = False
-        job.end(_error(refused[0]) if refused else None)
-        self.begin()
-
-    def begin(self) -> None:
-        """Tells the ranks the next job, if they have nothing to do."""
-        if self.is_busy or not self.is_ready or self.lost is not None:
-            return
-        while self.queue and not self.queue[0].is_wanted:
-            self.queue.popleft().end()
-        if not self.queue:
-            return
-        self.is_busy, self._ends_told, self._over = True, False, {}
-        self._tell({"kind": self.queue[0].kind, **self.queue[0].said()})
+        for number, job in list(self.jobs.items()):
+            if isinstance(job, Job) and (job.future.cancelled() or not job.is_wanted):
+                del self.jobs[number]
+                self._tell({"kind": "cancel", "job": number})
+                job.end()
+        while self.steps_ahead < _AHEAD and any(isinstance(job, Job) for job in self.jobs.values()):
+            self.steps_ahead += 1
+            self._tell({"kind": "step"})
 
     def _tell(self, message: Message) -> None:
         for line in self.lines:
             try:
-                line.send({**message, "job": id(self.queue[0])})
+                line.send(message)
             except OSError:  # gone, or it does not read
                 self.suspect()
 
@@ -176,10 +195,9 @@ class Replica:
     def conclude(self) -> PartitionerError:
         """Ends what is left of it, and all its jobs with the reason."""
         self.lost = self._reason()
-        for job in self.queue:
+        for job in self.jobs.values():
             job.end(_copy(self.lost))
-        self.queue.clear()
-        self.is_busy = False
+        self.jobs.clear()
         self.end(patient=False)
         return self.lost
 
@@ -195,9 +213,6 @@ class Replica:
                 if not self.is_ready and not isinstance(error, RankLost):
                     return error
                 return RankLost(f"{name(rank)} failed: {message['type']}: {message['text']}")
-        for rank, message in self._over.items():
-            if message["kind"] == "refused":
-                return RankLost(f"{name(rank)} alone refused a job: {message['type']}: {message['text']}")
         for message in self._failed.values():
             return _error(message)
         now = time.monotonic()
@@ -212,7 +227,7 @@ class Replica:
         """Ends all its ranks, and waits for that."""
         for line in self.lines:
             line.close()  # what waits for a word ends
-        if patient and self.is_ready and not self.is_busy:
+        if patient and self.is_ready and not self.steps_ahead:
             deadline = time.monotonic() + _PATIENCE_S
             for process in self.processes:
                 with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Setting the caches of a replica aside, as a job among the others."""
+"""Setting the cache of a replica aside, between two steps of what it does."""
 
 from __future__ import annotations
 
@@ -15,10 +15,6 @@ __all__ = ["Reserving"]
 class Reserving:
     """`found`: how many tokens fit, as `Engine.reserve` says it."""
 
-    kind = "reserve"
-    is_wanted = True
-    left = 0
-
     def __init__(self, size: CacheSize) -> None:
         self.size = size
         self.found: Future[Room] = Future()
@@ -27,7 +23,8 @@ class Reserving:
         return {"size": asdict(self.size)}
 
     def take(self, message: Message) -> None:
-        self.found.set_result(Room(**message["room"]))
+        if not self.found.done():
+            self.found.set_result(Room(**message["room"]))
 
     def end(self, failure: BaseException | None = None) -> None:
         if failure is not None and not self.found.done():

@@ -1,21 +1,25 @@
 """What a rank does that `partitioner.launch` started: it connects, then carries out what it is told, until the end.
 
-    told       {"kind": "generate", "job": 7, "request": .., "granted": 32}      `request_data.py`
-               {"kind": "grant", "job": 7, "granted": 64}    it may go so many steps; {"kind": "end", ..}: no more
+    told       {"kind": "add", "job": 7, "request": ..}      one row: `request_data.py`
+               {"kind": "step"}                              one step of all rows that are there
+               {"kind": "cancel", "job": 7}
                {"kind": "reserve", "job": 8, "size": ..}
-    answers    {"kind": "ready", ..}   {"kind": "beat"}   {"kind": "done", "job": 7}
-               {"kind": "step", "job": 7, "tokens": .., "logprobs": ..}    from rank 0 only
-               {"kind": "refused", "job": 7, "type": .., "text": ..}       it can go on
-               {"kind": "failed", "type": .., "text": ..}                  it cannot
+    answers    {"kind": "ready", ..}   {"kind": "beat"}
+               {"kind": "failed", "type": .., "text": ..}               it cannot go on
+               and of rank 0 only:
+               {"kind": "stepped", "told": [[7, token, logprob, is_over], ..], "status": ..}
+               {"kind": "refused", "job": 7, "type": .., "text": ..}
+               {"kind": "room", "job": 8, "room": ..}
 
-All ranks of a replica are told the same. They leave a job that nobody wants any more after the same step: none goes
-further than it was granted, and what has been granted is not taken back.
+All ranks of a replica are told the same, and carry it out in the order in which it comes. So a row comes and goes
+between the same two steps on all of them, and they never have to agree.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import socket
 import sys
 import threading
@@ -25,35 +29,87 @@ from typing import NoReturn
 
 from partitioner.errors import CommunicationError, PartitionerError
 from runtime.engine.engine import Engine
+from runtime.generation.batching.batch_loop import BatchLoop
+from runtime.generation.generation_request import longest_text
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.launching.line import Line, Message
 from runtime.launching.request_data import read_request
 from runtime.processes.launch import inherited
 
-__all__ = ["BEAT_S", "LINE", "serve"]
+__all__ = ["BEAT_S", "LINE", "Rank", "serve"]
 
 LINE = "PARTITIONER_LINE"
 """The descriptor of this rank's connection."""
 BEAT_S = 0.5
 
 
-def serve(connect: Callable[[], Engine]) -> NoReturn:
+class Rank:
+    """What is told, carried out on an engine. size, rows: as `Engine.batching` takes them."""
+
+    def __init__(self, engine: Engine, *, size: CacheSize | None = None, rows: int | None = None) -> None:
+        self._engine, self._size, self._rows = engine, size, rows
+        self._loop: BatchLoop | None = None
+        if size is not None:
+            self._batching().reserve(size)
+
+    def carry_out(self, message: Message) -> Iterator[Message]:
+        """What rank 0 answers. Raises what ends this rank."""
+        kind = message["kind"]
+        if kind == "step":
+            yield self._step()
+            return
+        if kind == "cancel":
+            if self._loop is not None:
+                self._loop.cancel(message["job"])
+            return
+        try:
+            if kind == "add":
+                self._batching().add(message["job"], read_request(message["request"]))
+            else:
+                room = self._batching().reserve(CacheSize(**message["size"]))
+                yield {"kind": "room", "job": message["job"], "room": asdict(room)}
+        except CommunicationError:
+            raise
+        except PartitionerError as error:
+            yield {"kind": "refused", "job": message["job"], **_said(error)}
+
+    def _step(self) -> Message:
+        if self._loop is None:
+            return {"kind": "stepped", "told": [], "refused": [], "status": {}}
+        told = self._loop.step()
+        refused = [[each.number, *_said(each.error).values()] for each in told if each.error is not None]
+        said = [[each.number, each.token, each.logprob, each.is_over] for each in told if each.error is None]
+        return {"kind": "stepped", "told": said, "refused": refused, "status": self._loop.status()}
+
+    def _batching(self) -> BatchLoop:
+        if self._loop is None:
+            self._loop = self._engine.batching(self._size, rows=self._rows)
+        return self._loop
+
+
+def serve(connect: Callable[[], Engine], *, size: CacheSize | None = None, rows: int | None = None) -> NoReturn:
     """Ends the process."""
     line = Line(socket.socket(fileno=inherited(LINE)))
     threading.Thread(target=_beat, args=(line,), daemon=True, name="beat").start()
+    told: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(line, told), daemon=True, name="line").start()
     code = 0
     try:
         with connect() as engine:
+            rank = Rank(engine, size=size, rows=rows)
             program = engine.program
-            said = {"eos_token_id": program.eos_token_id, "generation": dict(program.generation)}
+            said: Message = {"eos_token_id": program.eos_token_id, "generation": dict(program.generation)}
+            said["longest"] = longest_text(program)
             line.send({"kind": "ready", **said})
-            while (message := line.receive()) is not None:
-                _do(engine, line, message)
+            while (message := told.get()) is not None:
+                for answer in rank.carry_out(message):
+                    if program.rank == 0 and not _sent(line, answer):
+                        raise SystemExit(1)
     except BaseException as error:
         code = 1
-        with contextlib.suppress(OSError):
-            line.send({"kind": "failed", **_said(error)})
-        if not isinstance(error, PartitionerError):
+        if not isinstance(error, SystemExit):
+            _sent(line, {"kind": "failed", **_said(error)})
+        if not isinstance(error, (PartitionerError, SystemExit)):
             sys.excepthook(type(error), error, error.__traceback__)
     # to clear away all of torch takes seconds where processors are busy
     sys.stdout.flush()
@@ -69,44 +125,23 @@ def _beat(line: Line) -> None:
             line.send({"kind": "beat"})
 
 
-def _do(engine: Engine, line: Line, message: Message) -> None:
-    kind = message["kind"]
-    if kind not in _WORK:
-        return  # a grant that came after its job's end
+def _sent(line: Line, message: Message) -> bool:
+    """False: who started this rank is gone, or wants no more of it."""
     try:
-        for answer in _WORK[kind](engine, line, message):
-            if engine.program.rank == 0:
-                line.send({**answer, "job": message["job"]})
-    except CommunicationError:
-        raise
-    except PartitionerError as error:
-        line.send({"kind": "refused", "job": message["job"], **_said(error)})
-        return
-    line.send({"kind": "done", "job": message["job"]})
+        line.send(message)
+    except OSError:
+        return False
+    return True
 
 
-def _generate(engine: Engine, line: Line, message: Message) -> Iterator[Message]:
-    granted: int = message["granted"]
-    steps = engine.steps(read_request(message["request"]))
-    with contextlib.closing(steps):  # type: ignore[type-var]
-        for number, step in enumerate(steps):
-            yield {"kind": "step", "tokens": step.tokens, "logprobs": step.logprobs}
-            while number + 1 >= granted:
-                word = line.receive()
-                if word is None:
-                    raise SystemExit(1)
-                if word["job"] != message["job"]:
-                    continue
-                if word["kind"] == "end":
-                    return
-                granted = word["granted"]
-
-
-def _reserve(engine: Engine, line: Line, message: Message) -> Iterator[Message]:
-    yield {"kind": "room", "room": asdict(engine.reserve(CacheSize(**message["size"])))}
-
-
-_WORK: dict[str, Callable[[Engine, Line, Message], Iterator[Message]]] = {"generate": _generate, "reserve": _reserve}
+def _listen(line: Line, told: queue.SimpleQueue[Message | None]) -> None:
+    """While a step runs as well: who writes to this rank never waits for it."""
+    message: Message | None = {}
+    while message is not None:
+        message = None
+        with contextlib.suppress(OSError):
+            message = line.receive()
+        told.put(message)
 
 
 def _said(error: BaseException) -> dict[str, str]:

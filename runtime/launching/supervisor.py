@@ -27,9 +27,8 @@ _LOOK_S = 0.1
 class Supervisor:
     """`start` returns once all replicas are ready; `close` once none of their processes is left."""
 
-    def __init__(self, replicas: Sequence[Replica], *, max_batch: int | None) -> None:
+    def __init__(self, replicas: Sequence[Replica]) -> None:
         self.replicas = list(replicas)
-        self._max_batch = max_batch
         self._asked: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._wakes, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -63,22 +62,16 @@ class Supervisor:
 
         def hand_out() -> None:
             alive = self._alive()
+            call.jobs = jobs = [Job(call, row) for row in range(len(call.request.prompts))]
             if not alive:
-                failure = self._nobody()
-                call.jobs = [Job(call, list(range(len(call.request.prompts))))]
-                call.jobs[0].end(failure)
+                for job in jobs:
+                    job.end(self._nobody())
                 return
             dealt = deal(work_of(call.request), replicas=len(alive), loads=[each.load for each in alive])
-            jobs: list[tuple[Replica, Job]] = []
             for replica, rows in zip(alive, dealt, strict=True):
-                size = self._max_batch or len(rows) or 1
-                parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-                jobs += [(replica, Job(call, part)) for part in parts]
-            call.jobs = [job for _, job in jobs]
-            for replica, job in jobs:
-                replica.queue.append(job)
-            for replica in alive:
-                replica.begin()
+                for row in rows:
+                    replica.add(jobs[row])
+                replica.go_on()
 
         self._ask(hand_out)
 
@@ -90,8 +83,7 @@ class Supervisor:
                 if replica.lost is not None:
                     job.end(self._nobody())
                     continue
-                replica.queue.append(job)
-                replica.begin()
+                replica.add(job)
 
         self._ask(hand_out)
 
@@ -100,7 +92,7 @@ class Supervisor:
 
         def look() -> None:
             for replica in self._alive():
-                replica.look_at_job()
+                replica.go_on()
 
         self._ask(look)
 
@@ -189,7 +181,7 @@ class Supervisor:
         failure = CommunicationError("the replicas have been ended")
         started = time.monotonic()
         for replica in self.replicas:
-            for job in replica.queue:
+            for job in replica.jobs.values():
                 job.end(failure)
             # the others end meanwhile, as their connections are closed
             for line in replica.lines:

@@ -58,7 +58,7 @@ _LOOPBACK = {
 }
 """Whatever the user has set for jobs over hosts."""
 _DEFAULTS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}  # as torchrun has it
-_NOT_INHERITED = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_", "PARTITIONER_SECRET", REPLICA)
+_NOT_INHERITED = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_", "PARTITIONER_SECRET", "PARTITIONER_API_KEY", REPLICA)
 """Where this process is a rank of something itself."""
 
 

@@ -14,6 +14,8 @@ bits are the same everywhere; the two logarithms may differ in the last digit be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,9 +39,15 @@ def mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def random_bits(seed: int, *counters: Tensor) -> Tensor:
-    """64 random bits (int64) for every combination of counters[..] (int64, broadcast against each other)."""
-    bits = torch.tensor(_signed(seed))  # a CPU scalar, which torch combines with tensors of any device
+def random_bits(seed: int | Sequence[int], *counters: Tensor) -> Tensor:
+    """64 random bits (int64) for every combination of counters[..] (int64, broadcast against each other).
+
+    seed: one for each of the counters' last dim, where there are several.
+    """
+    # one is a CPU scalar, which torch combines with tensors of any device
+    bits = torch.tensor(_signed(seed) if isinstance(seed, int) else [_signed(each) for each in seed])
+    if bits.dim():
+        bits = bits.to(counters[0].device)
     for counter in counters:
         bits = _next(bits, counter)
     return bits

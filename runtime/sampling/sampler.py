@@ -17,6 +17,7 @@ way. All ranks decide from the same gathered numbers: on devices of one kind the
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -86,6 +87,7 @@ class Sampler:
         lengths: Tensor | None = None,
         edits: TokenEdits | None = None,
         scored: bool = False,
+        seeds: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The next tokens [B], int64, from this rank's logits [B, owned] of each sequence's last position.
 
@@ -94,6 +96,7 @@ class Sampler:
         history[B, L] holds each row's tokens so far, of which the first lengths[B] count; only the repetition penalty
         asks for them. Ids outside the vocabulary, which the model cannot choose, are passed over there.
         edits: which tokens the choice must or must not take.
+        seeds: of each row, in the place of the one seed of the options.
         scored: also the tokens' log-probabilities [B], float64, in the distribution that they were drawn from, which
         may be None otherwise. That is log_softmax of the processed logits, as transformers' compute_transition_scores
         has it with normalize_logits=True (its default leaves generate's `scores` unnormalised). Greedy search:
@@ -112,11 +115,19 @@ class Sampler:
         own = own if edits is None else edits.applied(own, self._share)
         if not self.sampling.do_sample:
             return self._greedy(own, scored=scored)
-        bits = random_bits(self.sampling.seed, request_ids, steps).to(logits.device)[:, None]
+        bits = random_bits(self.sampling.seed if seeds is None else seeds, request_ids, steps).to(logits.device)[
+            :, None
+        ]
         narrowing = {**self.sampling.filters, **self.sampling.cutoffs}
         if any(value is not None for value in narrowing.values()):
             return self._among_candidates(own, bits)
         return self._among_all(own, bits, scored=scored)
+
+    def with_options(self, sampling: Sampling) -> Sampler:
+        """Another one for the same ranks and logits."""
+        other = copy.copy(self)
+        other.sampling = sampling
+        return other
 
     def _penalised(self, own: Tensor, history: Tensor | None, lengths: Tensor | None) -> Tensor:
         """Repetition penalty (arXiv:1909.05858, 4.1), once per token: divide what is positive, multiply the rest."""

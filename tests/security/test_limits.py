@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from partitioner.cli.app import app
-from partitioner.cli.text import chat_template
-from partitioner.cli.text.chat_template import TemplateFailed, render
 from partitioner.errors import InputError, WeightError
+from partitioner.serving.text import chat_template
+from partitioner.serving.text.chat_template import TemplateFailed, render
 from partitioner.storage.bundle.format.tiling import MOST_BLOCKS, is_filled
 from partitioner.storage.example import EXAMPLE_MODEL
 from runtime.processes import capacity, launch

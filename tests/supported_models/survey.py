@@ -36,13 +36,13 @@ from typing import Any
 
 import torch
 
+from partitioner.analysis.report.report import Report
 from partitioner.cli.compare import difference
 from partitioner.compile.partition import compile_program, trace
 from partitioner.compile.parts import Parts
 from partitioner.errors import CaptureError, PartitionerError
 from partitioner.program.plan import Plan
 from partitioner.proof.float64 import in_float64
-from partitioner.report.report import Report
 from tests.support import reference, zoo
 from tests.supported_models.columns import sequences
 from tests.supported_models.columns.bundles import compare_bundle

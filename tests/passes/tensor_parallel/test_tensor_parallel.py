@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from partitioner.analysis.report.report import Report, WeightRow
 from partitioner.errors import PlanError
-from partitioner.report.report import Report, WeightRow
 from tests.support.layers import Gated, layered, partitioned
 from tests.support.partitioned import EXACT, compiled, error
 

@@ -87,53 +87,51 @@ class Words:
         return "".join(chr(ord("a") + each) for each in ids)
 
 
+def jobs_of(call: Call) -> list[Job]:
+    call.jobs = [Job(call, row) for row in range(len(call.request.prompts))]
+    return call.jobs
+
+
 def test_stop_strings_end_rows_where_tokens_are_heard() -> None:
     call = Call(request([[0, 1], [0]], stop_strings=["cd"], tokenizer=Words(), max_new_tokens=50))
-    job = Job(call, [0, 1])
-    call.jobs = [job]
-    assert job.said()["request"]["settings"]["stop_strings"] == ()
+    jobs = jobs_of(call)
+    assert jobs[0].said()["request"]["settings"]["stop_strings"] == ()
     for tokens in ([2, 5], [3, 2], [7, 3], [7, 7]):
-        job.take({"tokens": tokens, "logprobs": None})
-    assert [step.tokens for step in job.steps] == [(2, 5), (3, 2), (None, 3)]
-    assert not job.is_wanted
+        for job, token in zip(jobs, tokens, strict=True):
+            job.take(token, None)
+    assert not any(job.is_wanted for job in jobs)
     assert [future.result(0) for future in call.futures] == [[2, 3], [5, 2, 3]]
-    job.end()
     assert torch.equal(call.result()[:, 2:], torch.tensor([[2, 3, 9], [5, 2, 3]]))
     assert [step.tokens for step in call.steps()] == [(2, 5), (3, 2), (None, 3)]
 
 
-def test_a_replica_hears_in_time_that_it_may_go_on() -> None:
-    job = Job(Call(request([[1]], max_new_tokens=200)), [0])
-    granted, heard = job.granted, []
-    for number in range(150):
-        assert number < granted, "nobody steps further than granted"
-        job.take({"tokens": [2], "logprobs": None})
-        if (more := job.next_grant()) is not None:
-            heard.append(more)
-            granted = more
-    assert heard == sorted(set(heard))
-    job.is_wanted = False
-    job.granted = len(job.steps)
-    assert job.next_grant() is None, "what nobody wants is granted no more"
+def test_a_future_that_is_cancelled_ends_without_a_word() -> None:
+    call = Call(request([[1]], max_new_tokens=200))
+    (job,) = jobs_of(call)
+    assert call.futures[0].cancel()
+    job.take(2, None)
+    job.end()
+    assert job.is_over
+    assert call.futures[0].cancelled()
 
 
 def test_what_is_left_is_what_loads_a_replica() -> None:
-    job = Job(Call(request([[1, 2, 3], [4]], max_new_tokens=10)), [0, 1])
-    assert job.left == 4 + 20
-    job.take({"tokens": [9, 2], "logprobs": None})  # the first row has ended
-    assert job.left == 9
+    jobs = jobs_of(Call(request([[1, 2, 3], [4]], max_new_tokens=10)))
+    assert [job.left for job in jobs] == [13, 11]
+    jobs[0].take(9, None)  # which ends it
+    jobs[1].take(2, None)
+    assert [job.left for job in jobs] == [0, 9]
 
 
 def test_one_job_fails_and_the_others_finish() -> None:
     call = Call(request([[1], [2]], max_new_tokens=2, logprobs=True))
-    bad, good = Job(call, [0]), Job(call, [1])
-    call.jobs = [bad, good]
-    bad.take({"tokens": [5], "logprobs": [-1.0]})
-    good.take({"tokens": [6], "logprobs": [-2.0]})
+    bad, good = jobs_of(call)
+    bad.take(5, -1.0)
+    good.take(6, -2.0)
     steps = call.steps()
     assert next(steps).tokens == (5, 6)
     bad.end(RankLost("rank 0 is lost"))
-    good.take({"tokens": [7], "logprobs": [-0.5]})
+    good.take(7, -0.5)
     good.end()
     with pytest.raises(RankLost, match="rank 0 is lost"):
         next(steps)
@@ -146,9 +144,8 @@ def test_one_job_fails_and_the_others_finish() -> None:
 
 def test_results_carry_logprobs() -> None:
     call = Call(request([[1], [2]], max_new_tokens=2, logprobs=True))
-    call.jobs = jobs = [Job(call, [1]), Job(call, [0])]
-    for job, first in zip(jobs, (5, 6), strict=True):
-        job.take({"tokens": [first], "logprobs": [-1.0 * first]})
+    for job, first in zip(jobs_of(call), (6, 5), strict=True):
+        job.take(first, -1.0 * first)
         job.end()
     found = call.result()
     assert isinstance(found, Generated)

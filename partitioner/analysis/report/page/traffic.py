@@ -16,9 +16,9 @@ from typing import Any
 from partitioner.analysis.cost.device import sent_share
 from partitioner.analysis.cost.node_cost import node_costs
 from partitioner.analysis.cost.program_cost import program_cost
+from partitioner.analysis.report.report import pattern_of
 from partitioner.program.node_arguments import layer_of
 from partitioner.program.program import Program
-from partitioner.report.report import pattern_of
 from runtime.ops.communicating import COMMUNICATING, axes_text, read_call
 
 __all__ = ["LinkOf", "traffic"]

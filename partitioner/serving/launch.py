@@ -3,7 +3,7 @@
     with partitioner.launch("checkpoint/", Plan(dp=2, tp=2)) as llm:
         llm.generate(prompts, max_new_tokens=20)
 
-    python -m partitioner.cli.launch        one of its ranks; the launcher says what to load
+    python -m partitioner.serving.launch        one of its ranks; the launcher says what to load
 
 A checkpoint folder is partitioned by each rank, as `partitioner run` has it; of a bundle each rank reads its own part.
 A model in memory is written to a bundle in a temporary folder first, which goes with this process, however that ends.
@@ -73,9 +73,10 @@ def launch(
     model: a checkpoint folder, a bundle or its folder, what `partition` returned, or a model of transformers. plan:
     None for that of the parts or the bundle; with another number of replicas they stay as they are. `dtype`,
     `max_length`, `mapped`: as `partition` takes them; `checkpoint`, `checked`: as `load` does. `device`,
-    `shared_memory`, `compile`, `cuda_graph`, `cache`: as `Engine.connect` takes them, for every rank. max_batch: the
-    most prompts that a replica continues at a time; None: all that it has been given by one call. timeout_s: how long
-    a rank may be silent. start_timeout_s: how long all may take until they have loaded.
+    `shared_memory`, `compile`, `cuda_graph`: as `Engine.connect` takes them, for every rank. cache: room for that many
+    tokens in all, which requests of any length share; None: half of the memory that is free. max_batch: the most
+    prompts that a replica continues at a time; None: those of `cache`, or 32. timeout_s: how long a rank may be silent.
+    start_timeout_s: how long all may take until they have loaded.
 
     Raises what keeps a rank from starting, as it would be raised here. Nothing listens on a port beyond what ranks of
     one replica open to each other.
@@ -98,13 +99,13 @@ def launch(
             "shared_memory": shared_memory,
             "compile": compile,
             "cuda_graph": cuda_graph,
-            "cache": None if cache is None else vars(cache),
         }
-        given = json.dumps({"model": opened, "engine": connected}).encode()
+        served = {"size": None if cache is None else vars(cache), "rows": max_batch}
+        given = json.dumps({"model": opened, "engine": connected, "served": served}).encode()
         places = [Place(plan.replica_mesh, 0, number, plan.replicas, False) for number in range(plan.replicas)]
         replicas = [Replica(place, timeout_s=timeout_s) for place in places]
-        supervisor = Supervisor(replicas, max_batch=max_batch)
-        supervisor.start(["partitioner.cli.launch"], given, timeout_s=start_timeout_s)
+        supervisor = Supervisor(replicas)
+        supervisor.start(["partitioner.serving.launch"], given, timeout_s=start_timeout_s)
         stack.callback(supervisor.close)
         return Launched(supervisor, closing=stack.pop_all())
 
@@ -183,10 +184,10 @@ def _connect() -> Engine:
         )
     else:
         ranks = load(model["bundle"], checkpoint=model["checkpoint"], mapped=model["mapped"], checked=model["checked"])
-    cache = None if engine["cache"] is None else CacheSize(**engine.pop("cache"))
-    return Engine.connect(ranks, **{**engine, "cache": cache})
+    return Engine.connect(ranks, **engine)
 
 
 if __name__ == "__main__":
     begin_worker()
-    serve(_connect)
+    served = json.loads(read_given().decode())["served"]
+    serve(_connect, size=None if served["size"] is None else CacheSize(**served["size"]), rows=served["rows"])

@@ -21,11 +21,11 @@ from torch import fx
 
 from partitioner.analysis.cost.memory_traffic import LOOKUPS
 from partitioner.analysis.cost.products import ATTENTION
+from partitioner.analysis.report.report import matrices_of, pattern_of
 from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.data_movement import is_move
 from partitioner.program.node_arguments import layer_of, node_values, operation
 from partitioner.program.program import Program
-from partitioner.report.report import matrices_of, pattern_of
 from partitioner.sharding.layout import REPLICATED, Layout
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.communicating import COMMUNICATING, axes_text, read_call

@@ -11,11 +11,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from partitioner.analysis.report.page.pictures import layer_picture, memory_picture, ranks_picture, stages_picture
+from partitioner.analysis.report.page.plots import frontier_plot, times_plot
+from partitioner.analysis.report.page.tables import seconds, tables
+from partitioner.analysis.report.timeline import draw
 from partitioner.errors import InputError
-from partitioner.report.page.pictures import layer_picture, memory_picture, ranks_picture, stages_picture
-from partitioner.report.page.plots import frontier_plot, times_plot
-from partitioner.report.page.tables import seconds, tables
-from partitioner.report.timeline import draw
 from runtime.kv_cache.device_memory import readable
 from runtime.pipeline.timing import Span, Timing
 

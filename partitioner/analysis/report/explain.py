@@ -9,10 +9,10 @@ from collections import deque
 
 from torch import fx
 
+from partitioner.analysis.report.report import matrix_users, reason_for, split_text
 from partitioner.errors import PlanError
 from partitioner.program.node_arguments import describe, node_values
 from partitioner.program.program import Program, Weight
-from partitioner.report.report import matrix_users, reason_for, split_text
 from runtime.kv_cache.device_memory import readable
 
 __all__ = ["explain"]

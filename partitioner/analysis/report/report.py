@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import fx
 
+from partitioner.analysis.report.stage_report import StageReport, stage_report
 from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.data_movement import is_move
 from partitioner.program.node_arguments import describe, layer_of, node_values, operation
 from partitioner.program.program import Program, Value, Weight
 from partitioner.program.stages import table_of
-from partitioner.report.stage_report import StageReport, stage_report
 from partitioner.sharding.layout import Layout
 from runtime.kv_cache.device_memory import readable
 from runtime.ops.communicating import COMMUNICATING, axes_text, read_call

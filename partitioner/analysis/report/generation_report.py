@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import fx
 
+from partitioner.analysis.report.report import matrix_users, pattern_of, reason_for, split_text
 from partitioner.program.node_arguments import arguments, node_values, operation
 from partitioner.program.program import Program, State
-from partitioner.report.report import matrix_users, pattern_of, reason_for, split_text
 from runtime.kv_cache.cache_size import longest_text
 from runtime.kv_cache.device_memory import readable
 from runtime.ops.cached_attention import cached_attention

@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 
 import partitioner
 from partitioner import Plan
+from partitioner.analysis.report.page.contents import Work
+from partitioner.analysis.report.page.layer_kinds import layer_kinds
+from partitioner.analysis.report.page.render import SECTIONS, as_json, render
+from partitioner.analysis.report.page.tables import tables
+from partitioner.analysis.report.page.traffic import traffic
 from partitioner.cli.app import app
 from partitioner.cli.report import page_of
 from partitioner.errors import InputError
-from partitioner.report.page.contents import Work
-from partitioner.report.page.layer_kinds import layer_kinds
-from partitioner.report.page.render import SECTIONS, as_json, render
-from partitioner.report.page.tables import tables
-from partitioner.report.page.traffic import traffic
 from tests.support import stepping
 from tests.support.partitioned import compiled
 

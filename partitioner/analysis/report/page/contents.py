@@ -18,12 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from partitioner.analysis.report.generation_report import GenerationReport
+from partitioner.analysis.report.page.layer_kinds import layer_kinds
+from partitioner.analysis.report.page.traffic import LinkOf, traffic
+from partitioner.analysis.report.report import Report
+from partitioner.analysis.report.timeline import timings_of
 from partitioner.program.program import Program
-from partitioner.report.generation_report import GenerationReport
-from partitioner.report.page.layer_kinds import layer_kinds
-from partitioner.report.page.traffic import LinkOf, traffic
-from partitioner.report.report import Report
-from partitioner.report.timeline import timings_of
 from partitioner.sharding.mesh import DEGREES, Mesh
 
 __all__ = ["Placement", "Work", "page_contents", "rows_of_a_rank"]

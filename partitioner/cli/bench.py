@@ -1,0 +1,102 @@
+"""`partitioner bench serve`: how a server does under load, whoever's it is. Needs the extra `partitioner[serve]`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from partitioner.cli.command import command
+from partitioner.errors import InputError
+from partitioner.serving.load.workload import ANSWER_MEAN, PROMPT_MEAN, Workload
+from partitioner.serving.text.tokenizer import load_tokenizer
+
+__all__ = ["register"]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    command(app, "bench")(bench_command)
+
+
+def bench_command(
+    what: Annotated[str, typer.Argument(help="serve: a server, by its address")],
+    url: Annotated[str, typer.Option(help="of the server, up to /v1")] = "http://127.0.0.1:8000/v1",
+    rate: Annotated[float | None, typer.Option(help="requests that arrive per second, at random (Poisson)")] = None,
+    clients: Annotated[int | None, typer.Option(help="instead: so many ask, one request after the other")] = None,
+    requests: Annotated[int, typer.Option(help="how many in all")] = 100,
+    prompt_mean: Annotated[float, typer.Option(help="tokens of a prompt")] = PROMPT_MEAN,
+    answer_mean: Annotated[float, typer.Option(help="tokens that are asked for")] = ANSWER_MEAN,
+    longest: Annotated[int, typer.Option(help="tokens of a prompt with its answer, at most")] = 2048,
+    seed: Annotated[int, typer.Option(help="the same seed asks the same")] = 0,
+    model: Annotated[str | None, typer.Option(help="its name; by default the first that the server lists")] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="a folder, to cut prompts to their number of tokens; by default words are counted"),
+    ] = None,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", help="seconds without a byte after which one has failed")
+    ] = 600,
+    plot: Annotated[str | None, typer.Option(help="write the distributions to this file, .svg or .png")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Ask a server as many users would, and print its throughput and times. A key is read from OPENAI_API_KEY."""
+    if what != "serve":
+        raise InputError(f"partitioner bench {what}: say serve")
+    try:
+        from partitioner.serving.load.ask import ask_all, model_of  # needs the extra
+        from partitioner.serving.load.measures import Measures, write_plot
+    except ModuleNotFoundError as error:
+        raise InputError(f"this needs {error.name}: pip install 'partitioner[serve]'") from error
+    if rate is None and clients is None:
+        rate = 4.0
+    workload = Workload(
+        requests=requests,
+        rate=rate,
+        clients=clients,
+        prompt_mean=prompt_mean,
+        answer_mean=answer_mean,
+        longest=longest,
+        seed=seed,
+    )
+    questions = workload.questions(cut=None if tokenizer is None else _cutter(tokenizer))
+    key = os.environ.get("OPENAI_API_KEY")
+    asked = model or model_of(url, key)
+    answered = asyncio.run(ask_all(questions, url=url, model=asked, key=key, clients=clients, timeout_s=timeout_s))
+    measures = Measures(tuple(answered))
+    if plot is not None:
+        write_plot(measures, plot)
+    if as_json:
+        print(json.dumps(measures.data(), indent=1))
+    else:
+        _show(measures.rows(), f"{asked} at {url}", measures.summary())
+    if len(measures.good) < len(answered):
+        reasons = sorted({each.error for each in answered if each.error})
+        Console(stderr=True).print(f"failed: {'; '.join(reasons[:3])}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+
+
+def _show(rows: list[list[str]], title: str, summary: str) -> None:
+    table = Table(title=title)
+    for heading in ("ms", "mean", "p50", "p99"):
+        table.add_column(heading, justify="left" if heading == "ms" else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    console.print(summary, markup=False, highlight=False, soft_wrap=True)
+
+
+def _cutter(folder: str) -> Callable[[str, int], str]:
+    found, _ = load_tokenizer(folder)
+
+    def cut(words: str, tokens: int) -> str:
+        return str(found.decode(found(words)["input_ids"][:tokens], skip_special_tokens=True))
+
+    return cut

@@ -1,0 +1,172 @@
+"""`partitioner serve`: a model over HTTP, for OpenAI's clients. Needs the extra `partitioner[serve]`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers.utils import logging as transformers_logging
+
+from partitioner.cli.command import command
+from partitioner.cli.options import (
+    Checkpoint,
+    Compile,
+    CompileSteps,
+    Device,
+    Dtype,
+    Revision,
+)
+from partitioner.errors import InputError
+from partitioner.serving.launch import launch
+from partitioner.serving.text.tokenizer import context_length, load_tokenizer
+from partitioner.storage.example import EXAMPLE_MODEL
+from partitioner.storage.hub import fetched
+from partitioner.storage.named_model import dtype_named, hub_hint
+from partitioner.storage.recognise import is_bundle
+from runtime.launching.launched import Launched
+from runtime.processes.choose_device import choose_device
+
+__all__ = ["register"]
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_LENGTH = 4096
+"""Tokens of a text, where nothing of the model says how many it takes."""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command."""
+    command(app, "serve")(serve_command)
+
+
+def serve_command(
+    how: Compile,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="a checkpoint folder with its tokenizer, a hub's org/name, or a bundle; by default a small one inside"
+        ),
+    ] = str(EXAMPLE_MODEL),
+    host: Annotated[str, typer.Option(help="the address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="the port; 0: one that is free")] = 8000,
+    name: Annotated[str | None, typer.Option(help="of the model, for clients; by default its folder's")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="a file with the template of chats, where the tokenizer has none or another")
+    ] = None,
+    api_key_file: Annotated[
+        str | None, typer.Option(help="a file of keys, one per line, mode 0600; or one in PARTITIONER_API_KEY")
+    ] = None,
+    max_requests: Annotated[int, typer.Option(help="rows that run or wait at a time; more are refused with 429")] = 256,
+    max_context: Annotated[
+        int | None, typer.Option(help="tokens of a prompt with its answer; by default what the model takes")
+    ] = None,
+    max_body: Annotated[int, typer.Option(help="bytes of a request")] = 4 << 20,
+    request_timeout: Annotated[float, typer.Option(help="seconds that a request may take")] = 600.0,
+    grace: Annotated[float, typer.Option(help="seconds that requests may go on after SIGTERM")] = 30.0,
+    rank_timeout: Annotated[float, typer.Option(help="seconds after which a silent rank is lost")] = 60.0,
+    start_timeout: Annotated[float, typer.Option(help="seconds until all ranks must have loaded")] = 600.0,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    compile_steps: CompileSteps = False,
+    revision: Revision = None,
+    checkpoint: Checkpoint = None,
+    mapped: Annotated[
+        bool, typer.Option("--mapped", help="memory-map the weights; the files must not change meanwhile")
+    ] = False,
+    unchecked: Annotated[
+        bool, typer.Option("--unchecked", help="do not compare a bundle's weights with their digests")
+    ] = False,
+) -> None:
+    """Serve a model over HTTP to OpenAI's clients, over one process per rank of this machine; ends on SIGTERM."""
+    from partitioner.serving.http.keys import Keys  # needs the extra, as all of http does
+    from partitioner.serving.http.limits import Limits
+
+    try:
+        from partitioner.serving.http.server import bound, serve_on
+        from partitioner.serving.http.service import Service
+    except ModuleNotFoundError as error:
+        raise InputError(f"a server needs {error.name}: pip install 'partitioner[serve]'") from error
+    model = fetched(model, revision=revision)
+    if not Path(model).is_dir():
+        raise InputError(f"{model!r} is no folder: give a checkpoint with its tokenizer, or a bundle{hub_hint(model)}")
+    keys = Keys.found(api_key_file)
+    transformers_logging.disable_progress_bar()
+    tokenizer = _tokenizer(model, chat_template)
+    plan = how.plan_of(model)
+    if is_bundle(model):
+        how.require_none(model)
+    # before anything is started: whoever has the port is told of at once
+    listening = bound(host, port)
+    address = listening.getsockname()[1]
+    if host not in _LOOPBACK and not keys:
+        _say(f"note: {host} can be reached from elsewhere, and everybody may ask: give --api-key-file")
+    placed = choose_device(device, num_ranks=plan.mesh.world_size)
+    kind: torch.dtype | None = None if dtype in (None, "auto") else dtype_named(str(dtype))
+    started = time.perf_counter()
+    with (
+        listening,
+        launch(
+            model,
+            plan,
+            device=placed.type,
+            dtype=kind,
+            max_length=how.max_length,
+            checkpoint=checkpoint,
+            mapped=mapped,
+            checked=not unchecked,
+            compile=compile_steps,
+            timeout_s=rank_timeout,
+            start_timeout_s=start_timeout,
+        ) as llm,
+    ):
+        limits = Limits(
+            max_length=_max_length(model, llm, max_context),
+            max_requests=max_requests,
+            max_body_bytes=max_body,
+            request_s=request_timeout,
+        )
+        _try(llm)
+        served = name or Path(model).resolve().name
+        service = Service(llm, tokenizer, name=served, limits=limits, keys=keys)
+        ready = f"{served!r} is served at http://{host}:{address}/v1 by {llm.replicas} x {llm.mesh}"
+
+        def say_ready() -> None:
+            _say(f"{ready}, ready in {time.perf_counter() - started:.1f} s; texts of up to {limits.max_length} tokens")
+
+        serve_on(service, listening, grace_s=grace, ready=say_ready)
+    _say("ended")
+
+
+def _tokenizer(model: str, chat_template: str | None) -> Any:
+    tokenizer, note = load_tokenizer(model)
+    if note:
+        _say(f"note: {note}")
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"the chat template {chat_template!r} cannot be read: {error}") from error
+    if tokenizer.chat_template is None:
+        _say("note: the tokenizer has no chat template, so /v1/chat/completions is refused: give --chat-template FILE")
+    return tokenizer
+
+
+def _max_length(model: str, llm: Launched, asked: int | None) -> int:
+    """What was asked for, within what the model takes."""
+    known = [length for length in (llm.longest, context_length(model)) if length is not None]
+    longest = min(known, default=None)
+    if asked is not None and longest is not None and asked > longest:
+        raise InputError(f"--max-context {asked} is more than the {longest} tokens that {model!r} takes")
+    return asked or longest or _LENGTH
+
+
+def _try(llm: Launched) -> None:
+    """One token: what the model's own generation config asks for in vain is said before anybody is served."""
+    llm.generate([[0]], max_new_tokens=1, stop_strings=None)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

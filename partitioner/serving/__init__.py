@@ -1,0 +1,1 @@
+"""A model served: many requests, over Python and over HTTP."""

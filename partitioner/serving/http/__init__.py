@@ -1,0 +1,1 @@
+"""The server: routes, limits, keys, health, metrics, its end."""

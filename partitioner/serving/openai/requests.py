@@ -1,0 +1,193 @@
+"""What may be asked: the bodies of /v1/chat/completions and /v1/completions, checked field by field.
+
+A field that OpenAI does not have is refused, as OpenAI does, but for four that models here take: top_k, min_p,
+repetition_penalty, ignore_eos. Fields that say something about an account or a bill (user, metadata, store, ...) are
+read and change nothing. What would change the answer and is not offered (images, functions, ...) is refused by name,
+unless its value asks for nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["ChatRequest", "CompletionRequest", "GenerationFields", "Message", "StreamOptions"]
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+_MOST_STOPS = 16
+_LONGEST_STOP = 1000
+_BIAS = 100.0
+_MOST_BIASES = 1024
+
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Biases = dict[str, Annotated[float, Field(ge=-_BIAS, le=_BIAS)]]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Stop = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
+
+
+class StreamOptions(BaseModel):
+    """`include_usage`: one more event at the end that counts tokens."""
+
+    model_config = _STRICT
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class GenerationFields(BaseModel):
+    """What both kinds of request have."""
+
+    model_config = _STRICT
+    model: str
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = 1
+    stop: Stop | Annotated[list[Stop], Field(max_length=_MOST_STOPS)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[Biases, Field(max_length=_MOST_BIASES)] | None = None
+    # ours
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    ignore_eos: bool | None = False
+    # read, and without effect here
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for stream=true")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def with_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class TextPart(BaseModel):
+    """A piece of a message; other kinds (images, sound, files) are not offered."""
+
+    model_config = _STRICT
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One message of a chat."""
+
+    model_config = _STRICT
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    refusal: None = None
+    tool_call_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+class ResponseFormat(BaseModel):
+    """`text` asks for nothing."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    type: Literal["text", "json_object", "json_schema"]
+
+
+class ChatRequest(GenerationFields):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    # not offered, unless they ask for nothing
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    modalities: list[str] | None = None
+    audio: Any = None
+    prediction: Any = None
+    web_search_options: Any = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    parallel_tool_calls: bool | None = None
+
+    @model_validator(mode="after")
+    def _offered(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=true")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens say the same: give one of them")
+        return self
+
+    def not_offered(self) -> str | None:
+        """The name of a field that asks for something that there is not."""
+        asked = {
+            "tools": bool(self.tools),
+            "tool_choice": self.tool_choice not in (None, "none", "auto"),
+            "functions": bool(self.functions),
+            "function_call": self.function_call not in (None, "none", "auto"),
+            "response_format": self.response_format is not None and self.response_format.type != "text",
+            "modalities": self.modalities not in (None, ["text"]),
+            "audio": self.audio is not None,
+            "prediction": self.prediction is not None,
+            "web_search_options": self.web_search_options is not None,
+            "reasoning_effort": self.reasoning_effort not in (None, "none"),
+            "verbosity": self.verbosity not in (None, "medium"),
+        }
+        return next((name for name, is_asked in asked.items() if is_asked), None)
+
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+
+class CompletionRequest(GenerationFields):
+    """The body of /v1/completions."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: bool | None = False
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
+    suffix: str | None = None
+
+    def not_offered(self) -> str | None:
+        """The name of a field that asks for something that there is not."""
+        asked = {
+            "suffix": bool(self.suffix),
+            "best_of": self.best_of is not None and self.best_of != (self.n or 1),
+            "echo": bool(self.echo) and self.logprobs is not None,
+        }
+        return next((name for name, is_asked in asked.items() if is_asked), None)
+
+    @property
+    def most_tokens(self) -> int:
+        return self.max_tokens or 16  # as OpenAI has it
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One entry per prompt: a text, or ids."""
+        given: Any = self.prompt
+        if isinstance(given, str) or (given and isinstance(given[0], int)):
+            given = [given]
+        return list(given)

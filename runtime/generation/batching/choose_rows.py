@@ -1,0 +1,187 @@
+"""The next tokens of rows whose requests ask for different things: one call of the sampler for rows that ask alike.
+
+    asked = Asked(request)                  one row of a request, and what it has been told so far
+    chooser.choose(logits[n, V/r], asked)   a `Choice` for each: a token, or why there is none
+
+Seeds, request ids and steps are numbers of a row, so that they do not part rows. All ranks with the logits call it
+together; where a row's logits are not finite, each row is asked for alone, so that the others get their tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from partitioner.errors import InputError, SamplingError
+from runtime.communication.communicator import Communicator
+from runtime.execution.profile import Profiler
+from runtime.generation.generation_request import GenerationRequest
+from runtime.program.rank_program import RankProgram
+from runtime.sampling.sampler import Sampler
+from runtime.sampling.sampling_options import Sampling
+from runtime.sampling.token_edits import TokenEdits
+
+__all__ = ["Asked", "Choice", "RowChooser"]
+
+_MOST_SAMPLERS = 256
+
+
+@dataclass(frozen=True)
+class Choice:
+    """token: -1 where there is none, for which `error` says why."""
+
+    token: int
+    logprob: float | None = None
+    error: InputError | SamplingError | None = None
+
+
+class Asked:
+    """A request of one row, as it stands."""
+
+    def __init__(self, request: GenerationRequest, *, vocab_size: int) -> None:
+        self.settings = request.settings
+        self.text = list(request.prompts[0])
+        self.step = 0
+        """How many tokens it has been told."""
+        ids = request.settings.request_ids
+        self.request_id = ids[0] if ids else 0
+        self.longest = request.longest
+        self._request = request
+        self._watcher = request.watcher(vocab_size)
+        self.sampling = _alike(request.settings.sampling)
+
+    def edits(self) -> TokenEdits | None:
+        """Which tokens the next choice must and must not take. Once for each step, in their order."""
+        return self._watcher.edits([self.text], self.step + 1)
+
+    def learn(self, token: int) -> bool:
+        """Whether it ends with this token."""
+        self.text.append(token)
+        self.step += 1
+        return self.step == self.settings.max_new_tokens or self._request.has_ended(self.text)
+
+
+class RowChooser:
+    """See the module's docstring."""
+
+    def __init__(
+        self, program: RankProgram, communicator: Communicator, device: torch.device, profiler: Profiler
+    ) -> None:
+        self._program, self._communicator, self._device, self._profiler = program, communicator, device, profiler
+        self._samplers: dict[Sampling, Sampler] = {}
+
+    def choose(self, logits: Tensor, asked: Sequence[Asked]) -> list[Choice]:
+        found: list[Choice | None] = [None] * len(asked)
+        parts: dict[tuple[Sampling, tuple[int, ...]], list[int]] = {}
+        edits: list[TokenEdits | None] = []
+        for row, each in enumerate(asked):
+            try:
+                edit = each.edits()
+            except InputError as error:  # its rules leave no token
+                found[row] = Choice(-1, error=error)
+                edit = None
+            edits.append(edit)
+            if found[row] is None:
+                parts.setdefault((each.sampling, () if edit is None else edit.forced), []).append(row)
+        for (sampling, _), rows in parts.items():
+            choices = self._choose(sampling, logits, asked, edits, rows)
+            for row, choice in zip(rows, choices, strict=True):
+                found[row] = choice
+        return [each for each in found if each is not None]
+
+    def _choose(
+        self,
+        sampling: Sampling,
+        logits: Tensor,
+        asked: Sequence[Asked],
+        edits: Sequence[TokenEdits | None],
+        rows: list[int],
+    ) -> list[Choice]:
+        """For rows that ask alike."""
+        try:
+            return self._sampled(sampling, logits, asked, edits, rows)
+        except SamplingError as error:
+            if len(rows) == 1:
+                return [Choice(-1, error=error)]
+            return [self._choose(sampling, logits, asked, edits, [row])[0] for row in rows]
+
+    def _sampled(
+        self,
+        sampling: Sampling,
+        logits: Tensor,
+        asked: Sequence[Asked],
+        edits: Sequence[TokenEdits | None],
+        rows: list[int],
+    ) -> list[Choice]:
+        mine = [asked[row] for row in rows]
+        chosen = logits if len(rows) == len(logits) else logits[rows]
+        history, lengths = self._history(sampling, mine)
+        sample = self._profiler.timed("sampling", self._sampler(sampling))
+        tokens, logprobs = sample(
+            chosen,
+            request_ids=torch.tensor([each.request_id for each in mine], device=self._device),
+            step=torch.tensor([each.step for each in mine], device=self._device),
+            history=history,
+            lengths=lengths,
+            edits=_together([edits[row] for row in rows]),
+            scored=any(each.settings.logprobs for each in mine),
+            seeds=[each.settings.sampling.seed for each in mine],
+        )
+        scores = [None] * len(mine) if logprobs is None else logprobs.tolist()
+        return [
+            Choice(token, logprob if each.settings.logprobs else None)
+            for token, logprob, each in zip(tokens.tolist(), scores, mine, strict=True)
+        ]
+
+    def _sampler(self, sampling: Sampling) -> Sampler:
+        if sampling not in self._samplers:
+            if len(self._samplers) >= _MOST_SAMPLERS:
+                del self._samplers[next(iter(self._samplers))]
+            if self._samplers:
+                made = next(iter(self._samplers.values())).with_options(sampling)
+            else:
+                made = Sampler(
+                    sampling,
+                    self._communicator,
+                    vocab_size=self._program.vocab_size,
+                    owned=self._program.vocabulary,
+                    device=self._device,
+                )
+            self._samplers[sampling] = made
+        return self._samplers[sampling]
+
+    def _history(self, sampling: Sampling, asked: Sequence[Asked]) -> tuple[Tensor | None, Tensor | None]:
+        """The tokens so far [n, L], of which the first [n] count; only the repetition penalty asks for them."""
+        if sampling.repetition_penalty == 1:
+            return None, None
+        lengths = torch.tensor([len(each.text) for each in asked], device=self._device)
+        most = max(len(each.text) for each in asked)
+        rows = [each.text + [0] * (most - len(each.text)) for each in asked]
+        return torch.tensor(rows, device=self._device), lengths
+
+
+def _alike(sampling: Sampling) -> Sampling:
+    """The options without what is said row by row, or not read."""
+    if not sampling.do_sample:
+        return Sampling(repetition_penalty=sampling.repetition_penalty)
+    return replace(sampling, seed=0)
+
+
+def _together(edits: Sequence[TokenEdits | None]) -> TokenEdits | None:
+    """The edits of several rows as those of one batch; what is forced is the same for all."""
+    if not any(edits):
+        return None
+    forced = edits[0].forced if edits[0] is not None else ()
+    pairs = {
+        (row, token)
+        for row, edit in enumerate(edits)
+        if edit is not None
+        for token in (*edit.banned, *(token for _, token in edit.pairs))
+    }
+    added = [
+        (row, token, amount) for row, edit in enumerate(edits) if edit is not None for _, token, amount in edit.added
+    ]
+    return TokenEdits(forced, (), tuple(sorted(pairs)), tuple(added))

@@ -1,0 +1,340 @@
+"""Which sequences run in the next step: a policy without I/O, the same wherever it is asked the same.
+
+    scheduler.add(7, prompt, most=120)      a sequence; raises InputError where it can never fit
+    work = scheduler.next()                 what runs next: pieces of prompts, or one token each; None: nothing
+    scheduler.learn(work, {7: 42}, {7})     the tokens that came of it, and who has ended
+    scheduler.cancel(7)
+
+Prompts run in pieces under a budget, and between two pieces every other sequence gets its next token, so that a long
+prompt holds nobody up (Sarathi, arXiv:2308.16369). Sequences are served in the order in which they came. One is given
+a row when the cache has room for its tokens so far. Where the cache is full, the one that came last gives its blocks
+up, and runs its tokens again when there is room (recomputation: PagedAttention, arXiv:2309.06180, section 4.5). The
+oldest always goes on, so that all come to their end.
+
+Where `groups` take turns (pipeline stages), `next(group)` is about one of them, and others may be under way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from partitioner.errors import InputError
+from runtime.generation.batching.blocks import BlockPool, key_of
+
+__all__ = ["Counts", "Limits", "Scheduler", "Turn", "Work"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What there is: `blocks` of `block_size` tokens each, and `rows` for sequences."""
+
+    rows: int
+    blocks: int
+    block_size: int
+    budget: int
+    """The most tokens of prompts in one step, those included with which short rows are filled up."""
+    piece: int | None = None
+    """The most tokens of one sequence in one step; 1: prompts run token by token, in the steps of the others."""
+    keeps_prefixes: bool = True
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one sequence runs in a step: tokens `start` to `start + count`."""
+
+    number: int
+    row: int
+    start: int
+    tokens: tuple[int, ...]
+    samples: bool
+    """Whether these are its last tokens, so that the next one can be chosen."""
+    table: tuple[int, ...]
+    """Its blocks, as far as this step needs them."""
+    admission: int
+    """Of several times that it was given a row, which one this is."""
+    keys: tuple[bytes, ...] = ()
+    """Of the blocks that this step completes."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step. decode: every sequence runs one token."""
+
+    turns: tuple[Turn, ...]
+    decode: bool
+    group: int
+
+
+@dataclass
+class Counts:
+    """What has been done since the start, in tokens; and how often a sequence lost its place."""
+
+    prefix_hits: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    preemptions: int = 0
+
+
+@dataclass
+class _Sequence:
+    number: int
+    tokens: list[int]
+    piece: int | None
+    arrival: int
+    keys: list[bytes] = field(default_factory=list)
+    """Of its full blocks, as far as they were asked for."""
+    row: int = -1
+    group: int = 0
+    admission: int = -1
+    known: int = 0
+    """How many tokens it had when it was given its row."""
+    blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    """How many of its tokens the cache holds."""
+
+    @property
+    def left(self) -> int:
+        return len(self.tokens) - self.computed
+
+    def key(self, index: int, size: int) -> bytes:
+        while len(self.keys) <= index:
+            start = len(self.keys) * size
+            self.keys.append(key_of(self.keys[-1] if self.keys else b"", self.tokens[start : start + size]))
+        return self.keys[index]
+
+
+class Scheduler:
+    """See the module's docstring."""
+
+    def __init__(self, limits: Limits, counts: Counts | None = None) -> None:
+        """counts: to go on from."""
+        self.limits, self.counts = limits, Counts() if counts is None else counts
+        self.pool = BlockPool(limits.blocks)
+        self._waiting: deque[_Sequence] = deque()
+        self._running: dict[int, _Sequence] = {}
+        """By number, in the order in which they were given rows."""
+        self._rows: list[int | None] = [None] * limits.rows
+        self._pending: set[bytes] = set()
+        """Keys of blocks that are being computed."""
+        self._prompts_last = [False] * limits.groups
+        self._arrivals = self._admissions = 0
+
+    # -- what is asked and told ----------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def tokens_cached(self) -> int:
+        """In the cache, also without users; what several share counts once."""
+        size = self.limits.block_size
+        # what is not full is nobody else's
+        empty = sum(len(each.blocks) * size - each.computed for each in self._running.values())
+        return self.pool.holding * size - empty
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._running or any(each.number == number for each in self._waiting)
+
+    def add(self, number: int, tokens: Sequence[int], *, most: int, piece: int | None = None) -> None:
+        """A sequence, of which at most `most` tokens are ever run; piece: how many of its prompt at a time at most."""
+        needed = self._blocks_of(most)
+        if needed > self.limits.blocks:
+            room, size = self.limits.blocks * self.limits.block_size, self.limits.block_size
+            raise InputError(
+                f"prompt and new tokens make up to {most + 1}, and the cache has room for {room} "
+                f"({self.limits.blocks} blocks of {size}), even with no other request: give a shorter prompt or fewer "
+                "new tokens, or set a larger cache aside"
+            )
+        self._waiting.append(_Sequence(number, list(tokens), piece, self._arrivals))
+        self._arrivals += 1
+
+    def cancel(self, number: int, *, keep: bool = True) -> list[int]:
+        """Nobody wants it any more; what is under way of it counts for nothing. The blocks that nobody uses now.
+
+        keep: whether what it has computed may serve others.
+        """
+        sequence = self._running.get(number)
+        if sequence is not None:
+            return self._leave(sequence, keep=keep)
+        self._waiting = deque(each for each in self._waiting if each.number != number)
+        return []
+
+    def next(self, group: int = 0) -> Work | None:
+        """What the sequences of a group, none of which is under way, run next."""
+        self._admit(group)
+        mine = [each for each in self._running.values() if each.group == group]
+        if self.limits.piece == 1:
+            return self._work(self._single_tokens(mine), group, decode=True)
+        prompts, others = [each for each in mine if each.left > 1], [each for each in mine if each.left == 1]
+        if prompts and not (others and self._prompts_last[group]):
+            work = self._work(self._prompt_pieces(prompts), group, decode=False)
+            if work is not None:
+                return work
+        return self._work(self._single_tokens(others), group, decode=True)
+
+    def learn(self, work: Work, chosen: Mapping[int, int], ended: Collection[int] = ()) -> None:
+        """`work` has been run. chosen: the tokens that came of the turns that sample. ended: who needs no more."""
+        size = self.limits.block_size
+        for turn in work.turns:
+            end = turn.start + len(turn.tokens)
+            sequence = self._running.get(turn.number)
+            if sequence is not None and sequence.admission == turn.admission:
+                sequence.computed = end
+            else:
+                # it has lost its place meanwhile, or was cancelled: the token is right all the same
+                sequence = next((each for each in self._waiting if each.number == turn.number), None)
+            self._pending.difference_update(turn.keys)
+            if sequence is not None and sequence.row >= 0:
+                for index, key in enumerate(turn.keys, turn.start // size):
+                    self.pool.keep(sequence.blocks[index], key)
+            if sequence is not None and turn.number in chosen:
+                sequence.tokens.append(chosen[turn.number])
+                if turn.number in ended:
+                    self.cancel(turn.number)
+
+    # -- the policy ----------------------------------------------------------------------------------------------------
+
+    def _admit(self, group: int) -> None:
+        """Rows for those that wait, in their order, while there is room."""
+        while self._waiting:
+            mine = sum(each.group == group for each in self._running.values())
+            if mine * self.limits.groups > len(self._running):
+                return  # the turn of another group, which has fewer
+            row = next((row for row, owner in enumerate(self._rows) if owner is None), None)
+            if row is None or not self._has_room(self._waiting[0]):
+                return
+            sequence = self._waiting.popleft()
+            self._rows[row] = sequence.number
+            sequence.row, sequence.group, sequence.known = row, group, len(sequence.tokens)
+            sequence.admission, self._admissions = self._admissions, self._admissions + 1
+            self._running[sequence.number] = sequence
+            self._share(sequence)
+
+    def _has_room(self, sequence: _Sequence) -> bool:
+        """Whether all its tokens fit beside those of the others, and each of these can grow by a block."""
+        found = taken = 0
+        for index in range(self._shareable(sequence)):
+            key = sequence.key(index, self.limits.block_size)
+            if not self.pool.has(key):
+                break
+            found += 1
+            taken += not self.pool.is_used(key)
+        owed = sum(self._blocks_of(len(each.tokens)) - len(each.blocks) for each in self._running.values())
+        needed = self._blocks_of(len(sequence.tokens)) - found + taken
+        return needed + owed + len(self._running) <= self.pool.free
+
+    def _shareable(self, sequence: _Sequence) -> int:
+        """How many of its blocks may be another's: the last token is run in any case, for what comes of it."""
+        return (len(sequence.tokens) - 1) // self.limits.block_size if self.limits.keeps_prefixes else 0
+
+    def _share(self, sequence: _Sequence) -> bool:
+        """Takes over blocks that others have computed. False: the next one is being computed by another just now."""
+        size = self.limits.block_size
+        while sequence.computed % size == 0 and (index := sequence.computed // size) < self._shareable(sequence):
+            key = sequence.key(index, size)
+            if key in self._pending:
+                return False
+            block = self.pool.share(key)
+            if block is None:
+                break
+            if index < len(sequence.blocks):
+                self.pool.release(sequence.blocks[index : index + 1])
+                sequence.blocks[index] = block
+            else:
+                sequence.blocks.append(block)
+            sequence.computed += size
+            self.counts.prefix_hits += size
+        return True
+
+    def _prompt_pieces(self, prompts: list[_Sequence]) -> list[Turn]:
+        """The first says how many tokens; others join with as many at most, as long as all fit into the budget."""
+        turns: list[Turn] = []
+        width = 0
+        for sequence in prompts:
+            if sequence.row < 0:
+                continue  # it has lost its place to one before it
+            if not self._share(sequence):
+                continue  # in the next step it has what another computes in this one
+            count = min(sequence.left, sequence.piece or sequence.left, self.limits.piece or sequence.left)
+            width = width or min(count, self.limits.budget)
+            if (len(turns) + 1) * width > self.limits.budget:
+                break
+            turn = self._turn(sequence, min(count, width))
+            if turn is not None:
+                turns.append(turn)
+        return turns
+
+    def _single_tokens(self, sequences: list[_Sequence]) -> list[Turn]:
+        return [turn for each in sequences if each.row >= 0 and (turn := self._turn(each, 1)) is not None]
+
+    def _work(self, turns: list[Turn], group: int, *, decode: bool) -> Work | None:
+        for turn in turns:
+            if not self._is_on(turn):
+                self._pending.difference_update(turn.keys)
+        left = tuple(turn for turn in turns if self._is_on(turn))
+        if not left:
+            return None
+        self._prompts_last[group] = not decode
+        for turn in left:
+            end, known = turn.start + len(turn.tokens), self._running[turn.number].known
+            prompt = max(0, min(end, known) - turn.start)
+            self.counts.prefill_tokens += prompt
+            self.counts.decode_tokens += len(turn.tokens) - prompt
+        return Work(left, decode, group)
+
+    def _is_on(self, turn: Turn) -> bool:
+        """Whether it still has the place that it had: one before it may have needed its blocks."""
+        sequence = self._running.get(turn.number)
+        return sequence is not None and sequence.admission == turn.admission
+
+    def _turn(self, sequence: _Sequence, count: int) -> Turn | None:
+        end = sequence.computed + count
+        while len(sequence.blocks) < self._blocks_of(end):
+            block = self.pool.take()
+            if block is not None:
+                sequence.blocks.append(block)
+                continue
+            # of those that have a place, the last that came
+            victim = max(self._running.values(), key=lambda each: each.arrival)
+            self._preempt(victim)
+            if victim is sequence:
+                return None
+        size = self.limits.block_size
+        completed = range(sequence.computed // size, end // size) if self.limits.keeps_prefixes else ()
+        keys = tuple(sequence.key(index, size) for index in completed)
+        self._pending.update(keys)
+        return Turn(
+            sequence.number,
+            sequence.row,
+            sequence.computed,
+            tuple(sequence.tokens[sequence.computed : end]),
+            samples=end == len(sequence.tokens),
+            table=tuple(sequence.blocks[: self._blocks_of(end)]),
+            admission=sequence.admission,
+            keys=keys,
+        )
+
+    def _preempt(self, sequence: _Sequence) -> None:
+        self.counts.preemptions += 1
+        self._leave(sequence)
+        # among those that wait, where it came
+        at = next((at for at, each in enumerate(self._waiting) if each.arrival > sequence.arrival), len(self._waiting))
+        self._waiting.insert(at, sequence)
+
+    def _leave(self, sequence: _Sequence, *, keep: bool = True) -> list[int]:
+        del self._running[sequence.number]
+        self._rows[sequence.row] = None
+        done = self.pool.release(sequence.blocks, keep=keep)
+        sequence.row, sequence.blocks, sequence.computed = -1, [], 0
+        return done
+
+    def _blocks_of(self, tokens: int) -> int:
+        return -(-tokens // self.limits.block_size)

@@ -1,0 +1,122 @@
+"""Steps of many requests over pipeline stages: as many groups of sequences as stages take turns.
+
+    slot    0        1        2        3
+    stage 0 group 0  group 1  group 0  group 1
+    stage 1          group 0  group 1  group 0
+
+In each slot a stage runs what the stage before ran in the slot before, hands it on, and all stages hear which tokens
+the last one chose. So every rank has the same sequences, knows what each stage does next, and how large it is: nothing
+is sent but values and tokens. A prompt and single tokens of others may stand behind each other in the pipeline.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partitioner.errors import SamplingError
+from runtime.communication.channels import Handle
+from runtime.communication.communicator import Communicator
+from runtime.execution.profile import Profiler
+from runtime.generation.batching.choose_rows import Choice
+from runtime.generation.batching.scheduler import Work
+from runtime.pipeline.links import Links
+from runtime.program.rank_program import Stage
+
+__all__ = ["StagedSteps"]
+
+
+@dataclass(frozen=True)
+class _Passing:
+    """A step on its way through the stages. is_new: whether none before was of its sizes."""
+
+    work: Work
+    sizes: dict[str, int]
+    is_new: bool
+
+
+class StagedSteps:
+    """One rank's part. run: of a step and what came for it, what the stage yields. choose: as `BatchLoop.choose`.
+
+    sampled: the numbers of a step's sequences that are to be told a token.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        communicator: Communicator,
+        device: torch.device,
+        profiler: Profiler,
+        *,
+        run: Callable[[Work, Any], Any],
+        choose: Callable[[Work, Tensor], dict[int, Choice]],
+        sampled: Callable[[Work], list[int]],
+        sizes: Callable[[Work], dict[str, int]],
+    ) -> None:
+        self._stage, self._communicator, self._device = stage, communicator, device
+        self._run, self._choose, self._sampled, self._sizes = run, choose, sampled, sizes
+        self._links = Links(communicator, stage, profiler)
+        self._all = profiler.watched_transfers(communicator.channel("pp", node="tokens"))
+        self._passing: deque[_Passing | None] = deque([None] * stage.count, maxlen=stage.count)
+        """By stage: what it runs in this slot."""
+        self._received: list[Tensor] = []
+        self._seen: set[tuple[int, ...]] = set()
+        self._told: set[int] = set()
+
+    def advance(self, work: Work | None) -> tuple[Work, dict[int, Choice]] | None:
+        """One slot, in which the first stage begins `work`; what the last one has done in it."""
+        self._passing.appendleft(None if work is None else self._passed(work))
+        index, count = self._stage.index, self._stage.count
+        mine, done = self._passing[index], self._passing[-1]
+        made: Any = None if mine is None else self._run(mine.work, self._received)
+        choices = None if done is None else self._tell(done.work, made if index + 1 == count else None)
+        sending: list[Handle] = []
+        if mine is not None and index + 1 < count:
+            self._links.begin(new_shapes=mine.is_new)
+            sending = self._links.send(list(made))
+        before = self._passing[index - 1] if index else None
+        self._received = []
+        if before is not None:
+            self._links.begin(new_shapes=before.is_new)
+            self._received = [handle.finish() for handle in self._links.receive(before.sizes)]
+        for handle in sending:
+            handle.finish()
+        return None if done is None or choices is None else (done.work, choices)
+
+    def _passed(self, work: Work) -> _Passing:
+        sizes = self._sizes(work)
+        key = tuple(sizes.values())
+        is_new = key not in self._seen
+        self._seen.add(key)
+        return _Passing(work, sizes, is_new)
+
+    def _tell(self, work: Work, logits: Tensor | None) -> dict[int, Choice]:
+        """On all stages, what the last one chooses from its `logits`."""
+        numbers = self._sampled(work)
+        if not numbers:
+            return {}
+        mine = torch.full((len(numbers), 2), math.nan, dtype=torch.float64)
+        choices = {} if logits is None else self._choose(work, logits)
+        for at, number in enumerate(numbers if choices else ()):
+            choice = choices[number]
+            mine[at, 0] = choice.token
+            mine[at, 1] = math.nan if choice.logprob is None else choice.logprob
+        self._communicator.begin_run(new_shapes=len(numbers) not in self._told)
+        self._told.add(len(numbers))
+        everyone = self._all.all_gather(mine[None].to(self._device), dim=0).cpu()
+        return choices or {
+            number: _choice(int(token), logprob)
+            for number, (token, logprob) in zip(numbers, everyone[-1].tolist(), strict=True)
+        }
+
+
+def _choice(token: int, logprob: float) -> Choice:
+    if token < 0:
+        return Choice(token, error=SamplingError("no token can be chosen: the last stage's logits or rules leave none"))
+    return Choice(token, None if math.isnan(logprob) else logprob)

@@ -1,0 +1,71 @@
+"""How busy the replicas are, as `Launched.status()` says it: requests, the cache, and what was run since the start.
+
+    status = llm.status()
+    status.replicas[0].running       rows that are being continued; one prompt of a call is one row
+    status.running, status.waiting   of all replicas together
+
+A replica's numbers are those after its latest step. Those that count only grow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["ReplicaStatus", "ServingStatus"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaStatus:
+    """One replica; tokens are counted once, however many ranks it has."""
+
+    running: int = 0
+    """Rows that have a place in the cache."""
+    waiting: int = 0
+    """Rows that wait for one."""
+    tokens_cached: int = 0
+    """Tokens in the cache, of running rows and of prefixes that are kept; what several rows share counts once."""
+    tokens_that_fit: int | None = None
+    """How many tokens the cache has room for; None: any number, or no request has come yet."""
+    prefix_hits: int = 0
+    """Prompt tokens that were not run, because the cache had them from another row."""
+    prefill_tokens: int = 0
+    """Prompt tokens that were run, those of pre-empted rows again."""
+    decode_tokens: int = 0
+    """New tokens that were run, one at a time."""
+    preemptions: int = 0
+    """How often a row gave its place in a full cache to an older one."""
+    prefixes_kept: bool = True
+    """Whether equal prefixes are kept once."""
+    why_not_kept: str = ""
+    lost: str | None = None
+    """Why the replica is lost; None: it is not."""
+
+    @classmethod
+    def of(cls, said: Mapping[str, Any], *, waiting: int = 0, lost: str | None = None) -> ReplicaStatus:
+        """From what rank 0 says after a step. waiting: rows that it has not been told of."""
+        given = {**said, "waiting": said.get("waiting", 0) + waiting, "lost": lost}
+        if lost is not None:
+            given |= {"running": 0, "tokens_cached": 0}
+        return cls(**given)
+
+
+@dataclass(frozen=True)
+class ServingStatus:
+    """One entry per replica that was started, in their order."""
+
+    replicas: tuple[ReplicaStatus, ...]
+
+    @property
+    def running(self) -> int:
+        return sum(each.running for each in self.replicas)
+
+    @property
+    def waiting(self) -> int:
+        return sum(each.waiting for each in self.replicas)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether no replica is left."""
+        return all(each.lost is not None for each in self.replicas)
