@@ -22,13 +22,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import math
 import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,10 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import WeightError
-from runtime.program.shards import Piece, WeightShard, at, extents
+from runtime.program.shards import Block, Piece, WeightShard, at, extents
 from runtime.weights.progress import Progress
+from runtime.weights.quantized.formats import FORMATS, expand
+from runtime.weights.quantized.packed import Packed
 from runtime.weights.safetensors_files import Entry, TensorFiles
 from runtime.weights.strided_reads import Strided, row_major
 
@@ -47,6 +50,10 @@ __all__ = ["Reader", "digest_of"]
 STRIP_BYTES = 4 << 20
 SHORTEST_RUN_BYTES = 4 << 10
 """Shorter runs are read with what lies between them: from a disk, whole pages come anyway."""
+SHORTEST_PACKED_RUN_BYTES = 1 << 8
+"""Of quantised tensors, whose rows are a half or a quarter as long."""
+PACKED_ELEMENTS = 1 << 20
+"""Of a quantised tensor at a time: some 20 MB of what they are on the way to numbers."""
 THREADS = 4
 STAGE_BYTES = 1 << 30
 HUGE_BYTES = 4 << 20
@@ -61,6 +68,33 @@ class _Strip:
     entry: Entry
     spot: Strided
     target: Tensor
+
+    @property
+    def files(self) -> set[Path]:
+        return {self.entry.file}
+
+    @property
+    def order(self) -> tuple[str, int, int]:
+        return str(self.entry.file), self.entry.start, self.spot.offset
+
+
+@dataclass(frozen=True, eq=False)
+class _PackedStrip:
+    """The same of a quantised tensor: `parts` are the entries that hold it, by role."""
+
+    packed: Packed
+    parts: Mapping[str, Entry]
+    spot: Strided
+    target: Tensor
+
+    @property
+    def files(self) -> set[Path]:
+        return {entry.file for entry in self.parts.values()}
+
+    @property
+    def order(self) -> tuple[str, int, int]:
+        codes = self.parts["codes"]
+        return str(codes.file), codes.start, self.spot.offset
 
 
 class Reader:
@@ -92,7 +126,7 @@ class Reader:
             tensor if tensor is not None else _empty(weight, torch.device("cpu") if weight.digest else device)
             for weight, tensor in zip(weights, found, strict=True)
         ]
-        strips = [
+        strips: list[_Strip | _PackedStrip] = [
             strip
             for weight, local, done in zip(weights, loaded, found, strict=True)
             if done is None
@@ -100,7 +134,7 @@ class Reader:
             for strip in self._strips(weight, piece, local)
         ]
         # in the order of the files, whatever that of the model is
-        strips.sort(key=lambda strip: (str(strip.entry.file), strip.entry.start, strip.spot.offset))
+        strips.sort(key=lambda strip: strip.order)
         self._read_all(strips, shown)
         with ThreadPoolExecutor(THREADS, thread_name_prefix="check") as pool:
             for _ in pool.map(_require_digest, weights, loaded):
@@ -113,7 +147,7 @@ class Reader:
         if len(weight.pieces) != 1 or 0 in shape:
             return None
         entry, spot = self._find(weight, weight.pieces[0])
-        if entry.dtype != weight.dtype or entry.start % entry.dtype.itemsize:
+        if isinstance(entry, Packed) or entry.dtype != weight.dtype or entry.start % entry.dtype.itemsize:
             return None
         if _in_order(spot.strides, shape):
             found = self._where_it_lies(entry, spot, row_major(shape))
@@ -138,30 +172,36 @@ class Reader:
                 os.close(descriptor)
             return self._maps[file]
 
-    def _find(self, weight: WeightShard, piece: Piece) -> tuple[Entry, Strided]:
-        entry = self.files.entries.get(piece.tensor)
+    def _find(self, weight: WeightShard, piece: Piece) -> tuple[Entry | Packed, Strided]:
+        entry = self.files.packed.get(piece.tensor) or self.files.entries.get(piece.tensor)
         if entry is None:
             raise WeightError(f"{self.files.folder} holds no tensor {piece.tensor!r}, needed for {weight.name!r}")
         spot = Strided.of(piece, entry.shape)
         if spot is None:
             raise WeightError(
-                f"{entry.file}: {piece.tensor!r} of shape {list(entry.shape)} does not hold what {weight.name!r} needs "
-                f"of it ({piece}): it is not the checkpoint that was partitioned"
+                f"{self.files.folder}: {piece.tensor!r} of shape {list(entry.shape)} does not hold what "
+                f"{weight.name!r} needs of it ({piece}): it is not the checkpoint that was partitioned"
             )
         return entry, spot
 
-    def _strips(self, weight: WeightShard, piece: Piece, local: Tensor) -> Iterator[_Strip]:
+    def _strips(self, weight: WeightShard, piece: Piece, local: Tensor) -> Iterator[_Strip | _PackedStrip]:
         entry, spot = self._find(weight, piece)
         if 0 in extents(piece.destination):
+            return
+        if isinstance(entry, Packed):
+            parts = {role: self.files.entries[name] for role, name in entry.parts.items()}
+            along_rows = not FORMATS[entry.format].turned
+            for strip in spot.strips(PACKED_ELEMENTS, 1, along_rows=along_rows):
+                yield _PackedStrip(entry, parts, strip, local[at(strip.destination)])
             return
         size = entry.dtype.itemsize
         for strip in spot.strips(STRIP_BYTES // size, SHORTEST_RUN_BYTES // size):
             yield _Strip(entry, strip, local[at(strip.destination)])
 
-    def _read_all(self, strips: list[_Strip], shown: Progress) -> None:
+    def _read_all(self, strips: list[_Strip | _PackedStrip], shown: Progress) -> None:
         opened: dict[Path, int] = {}
         try:
-            for file in {strip.entry.file for strip in strips}:
+            for file in {file for strip in strips for file in strip.files}:
                 opened[file] = self.files.open(file)
             with ThreadPoolExecutor(THREADS, thread_name_prefix="load") as pool:
                 running = [pool.submit(self._read, strip, opened, shown) for strip in strips]
@@ -175,7 +215,14 @@ class Reader:
             for descriptor in opened.values():
                 os.close(descriptor)
 
-    def _read(self, strip: _Strip, opened: dict[Path, int], shown: Progress) -> None:
+    def _read(self, strip: _Strip | _PackedStrip, opened: dict[Path, int], shown: Progress) -> None:
+        if isinstance(strip, _PackedStrip):
+            block, first, strides = strip.spot.box(strip.packed.shape)
+            raw = functools.partial(self._raw, strip.parts, opened)
+            found = expand(strip.packed, raw, block, strip.target.dtype).contiguous()
+            strip.target.copy_(found.as_strided(strip.target.shape, strides, first))
+            shown.advance(strip.target.nbytes)
+            return
         entry, target = strip.entry, strip.target
         if self.mapped and entry.start % entry.dtype.itemsize == 0:
             target.copy_(self._where_it_lies(entry, strip.spot, strip.spot.strides))
@@ -194,6 +241,18 @@ class Reader:
         if not in_place:
             target.copy_(into.as_strided(target.shape, plan.strides))
         shown.advance(target.nbytes)
+
+    def _raw(self, parts: Mapping[str, Entry], opened: Mapping[Path, int], role: str, block: Block) -> Tensor:
+        """A block of a part of a quantised tensor, as it is stored, which may be without its last dims of 1."""
+        entry = parts[role]
+        source = block[: len(entry.shape)]
+        spot = Strided.of(Piece(entry.name, source, source), entry.shape)
+        assert spot is not None, f"{block} of {entry.name!r} {list(entry.shape)}"
+        plan = spot.plan(SHORTEST_PACKED_RUN_BYTES // entry.dtype.itemsize)
+        into = torch.empty(plan.elements, dtype=entry.dtype)
+        if into.numel():
+            self._fill(into, entry, plan.runs, opened[entry.file])
+        return into.as_strided(extents(source), plan.strides).reshape(extents(block))
 
     def _where_it_lies(self, entry: Entry, spot: Strided, strides: tuple[int, ...]) -> Tensor:
         """The elements of `spot` in the mapped file."""

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from partitioner.errors import WeightError
+from runtime.weights.quantized.packed import Packed
 
 __all__ = ["INDEX", "SINGLE", "Entry", "TensorFiles"]
 
@@ -40,6 +41,7 @@ _DTYPES = {
     "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 _LONGEST_HEADER = 100_000_000
 """As in safetensors itself."""
@@ -68,6 +70,8 @@ class TensorFiles:
         """`files`: only these of the folder, which must be no links; None: those that make up a checkpoint."""
         self.folder = Path(folder)
         self.entries: dict[str, Entry] = {}
+        self.packed: Mapping[str, Packed] = {}
+        """The tensors that several entries hold together, by names that need not be those of entries."""
         self._seen: dict[Path, tuple[int, tuple[int, ...]]] = {}
         """How to open a file, and what tells it from another that has come in its place."""
         self.is_checkpoint = files is None
@@ -92,11 +96,16 @@ class TensorFiles:
         """These and others, together."""
         found = TensorFiles(others.folder, ())
         found.entries = {**others.entries, **self.entries}
+        found.packed = {**others.packed, **self.packed}
         found._seen = {**others._seen, **self._seen}
         if len(found.entries) != len(self.entries) + len(others.entries):
             twice = next(name for name in self.entries if name in others.entries)
             raise WeightError(f"{self.entries[twice].file} and {others.entries[twice].file} both hold {twice!r}")
         return found
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of a tensor, an entry or one that several hold."""
+        return self.packed[name].shape if name in self.packed else self.entries[name].shape
 
     def open(self, file: Path) -> int:
         """A descriptor to read `file` by. Raises WeightError where it is another than the one whose header was read."""

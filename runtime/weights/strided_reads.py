@@ -3,6 +3,7 @@
 spot = Strided.of(piece, shape)      extents and strides, in elements of the whole tensor
 spot.strips(limit)                   parts small enough to be read at once
 spot.plan(shortest)                  the runs of such a part, and where its elements are in what they read
+spot.box(shape)                      or a block of the tensor that holds them, where what is read is no run of bytes
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ from dataclasses import dataclass
 
 from runtime.program.shards import Block, Piece, extents
 
-__all__ = ["Plan", "Strided", "row_major"]
+__all__ = ["Plan", "Strided", "row_major", "unravel"]
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The strides of a contiguous tensor."""
     return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+
+
+def unravel(number: int, shape: tuple[int, ...]) -> list[int]:
+    """The index of element `number`, counted in row-major order."""
+    return [number // stride % size if size else 0 for stride, size in zip(row_major(shape), shape, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -73,9 +79,11 @@ class Strided:
         last = self.offset + sum((n - 1) * stride for n, stride in zip(shape, self.strides, strict=True))
         return 0 in shape or last < elements
 
-    def strips(self, limit: int, shortest: int) -> Iterator[Strided]:
-        """Parts whose plans read at most `limit` elements, as far as there is a dim to cut."""
-        outermost = self._outermost()
+    def strips(self, limit: int, shortest: int, *, along_rows: bool = True) -> Iterator[Strided]:
+        """Parts whose plans read at most `limit` elements, as far as there is a dim to cut; rows stay whole, or
+        columns.
+        """
+        outermost = self._outermost(1 if along_rows else -1)
         if outermost is None or self._elements(shortest) <= limit:
             yield self
             return
@@ -83,11 +91,12 @@ class Strided:
         one = self._narrow(outermost, start, start + 1)._elements(shortest)
         step = max(1, min(limit // one, (stop - start + 1) // 2))
         for at in range(start, stop, step):
-            yield from self._narrow(outermost, at, min(at + step, stop)).strips(limit, shortest)
+            part = self._narrow(outermost, at, min(at + step, stop))
+            yield from part.strips(limit, shortest, along_rows=along_rows)
 
-    def _outermost(self) -> int | None:
+    def _outermost(self, sign: int = 1) -> int | None:
         moving = [dim for dim, (start, stop) in enumerate(self.destination) if stop - start > 1]
-        return max(moving, key=lambda dim: self.strides[dim], default=None)
+        return max(moving, key=lambda dim: sign * self.strides[dim], default=None)
 
     def _narrow(self, dim: int, start: int, stop: int) -> Strided:
         block = (*self.destination[:dim], (start, stop), *self.destination[dim + 1 :])
@@ -104,6 +113,26 @@ class Strided:
             between *= shape[dim]
         steps = [range(0, shape[dim] * self.strides[dim], self.strides[dim]) for dim in outer]
         return Plan([(self.offset + sum(at), length) for at in itertools.product(*steps)], tuple(strides))
+
+    def box(self, shape: tuple[int, ...]) -> tuple[Block, int, tuple[int, ...]]:
+        """A block of the tensor of `shape` with all elements of this part; offset and strides of them within it."""
+        counts = extents(self.destination)
+        first = unravel(self.offset, shape)
+        steps = [unravel(stride if n > 1 else 0, shape) for n, stride in zip(counts, self.strides, strict=True)]
+        reach = [
+            low + sum((n - 1) * step[dim] for n, step in zip(counts, steps, strict=True))
+            for dim, low in enumerate(first)
+        ]
+        if all(high < size for high, size in zip(reach, shape, strict=True)):
+            block = tuple((low, high + 1) for low, high in zip(first, reach, strict=True))
+            own = row_major(extents(block))
+            return block, 0, tuple(sum(a * b for a, b in zip(step, own, strict=True)) for step in steps)
+        # steps that go from one row to the next: whole rows of the first dim
+        row = math.prod(shape[1:])
+        last = self.offset + sum((n - 1) * stride for n, stride in zip(counts, self.strides, strict=True))
+        start = self.offset // row
+        block = ((start, last // row + 1), *((0, size) for size in shape[1:]))
+        return block, self.offset - start * row, self.strides
 
     def _elements(self, shortest: int) -> int:
         """What the plan reads."""

@@ -16,7 +16,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ from partitioner.errors import PartitionerError, WeightError
 from partitioner.sharding.index_set import IndexSet
 from partitioner.storage.checkpoint.open_checkpoint import Checkpoint, open_checkpoint
 from runtime.program.shards import WeightShard, at
-from runtime.weights.read_shards import Reader
 from runtime.weights.safetensors_files import TensorFiles
 from tests.support import zoo
 
@@ -63,7 +61,7 @@ def shard(name: str, tensor: Tensor, block: tuple[tuple[int, int], ...]) -> Weig
     return WeightShard(name, tensor.dtype, tuple(tensor.shape), local, indices, "checkpoint", (), ())
 
 
-def differences(opened: Checkpoint, expected: PreTrainedModel, folder: Path) -> Iterator[str]:
+def differences(opened: Checkpoint, expected: PreTrainedModel) -> Iterator[str]:
     """What of `opened` is not as in `expected`, which from_pretrained loaded."""
     wanted = dict(named_tensors(expected))
     found = dict(named_tensors(opened.model))
@@ -71,7 +69,7 @@ def differences(opened: Checkpoint, expected: PreTrainedModel, folder: Path) -> 
         yield f"other tensors: {sorted(wanted.keys() ^ found.keys())[:3]}"
         return
     known = ModelWeights(opened.model)
-    reader = Reader(TensorFiles(folder))
+    reader = opened.origins.source
     saved = set(expected.state_dict())
     shards = []
     for name, tensor in wanted.items():
@@ -110,7 +108,7 @@ def survey(name: str) -> tuple[str, str]:
                 opened = open_checkpoint(folder, dtype=dtype)
                 if type(opened.model) is not type(expected):
                     return "wrong", f"{type(opened.model).__name__} for {type(expected).__name__}"
-                for complaint in differences(opened, expected, Path(folder)):
+                for complaint in differences(opened, expected):
                     return "wrong", f"{dtype}: {complaint}"
         except PartitionerError as error:
             return "refused", str(error).replace(folder, "FOLDER")

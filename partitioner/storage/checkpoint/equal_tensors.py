@@ -39,7 +39,7 @@ def _read(files: TensorFiles, reader: Reader, of: RecordingTensor, start: int, s
     block = tuple((0, size) for size in shape) if not shape else ((start, stop), *((0, size) for size in shape[1:]))
     local = tuple(high - low for low, high in block)
     moved: Moved = of.moved
-    pieces = tuple(piece(w, files.entries[w.tensor].shape, [0] * len(shape)) for w in moved.block(block))
+    pieces = tuple(piece(w, files.shape(w.tensor), [0] * len(shape)) for w in moved.block(block))
     indices = tuple(IndexSet.range(*ends) for ends in block)
     shard = WeightShard("rows", of.dtype, shape, local, indices, "checkpoint", (), pieces)
     return reader.load([shard], torch.device("cpu"))[0]

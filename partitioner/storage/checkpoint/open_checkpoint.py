@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from partitioner.errors import CaptureError, PartitionerError, WeightError
 from partitioner.storage.checkpoint.equal_tensors import same_values
+from partitioner.storage.checkpoint.quantized_tensors import Quantized, find_quantized, quantization_fields
 from partitioner.storage.checkpoint.recording_tensor import RecordingTensor
 from partitioner.storage.checkpoint.strided_windows import Moved
 from partitioner.storage.checkpoint.weight_origins import Origins
@@ -63,8 +64,10 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None, map
     config = load_config(str(path))
     model_class = class_of(config)
     files = TensorFiles(path.resolve())
-    same = same_values(files)
-    stored = {e.name: RecordingTensor.of(e.name, e.shape, e.dtype, same) for e in files.entries.values()}
+    quantized = _take_quantization(path, config, files)
+    if dtype is None and quantized.packed and config.dtype is None:
+        dtype = _plain_dtype(files)
+    stored = _recording_tensors(files, quantized)
     _require_few_layers(path, config, len(stored))
     model, info = _load(model_class, config, stored, dtype or "auto")
     _require_complete(path, model, info, files.entries)
@@ -73,9 +76,42 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None, map
         model.generation_config = _generation_config(path / "generation_config.json")
     notes = (
         *class_notes(read_fields(path / "config.json"), model_class),
+        *quantized.notes,
         *_left_out(model, sorted(info["unexpected_keys"])),
     )
     return Checkpoint(without_grouped_mm(model.eval()), Origins(files, moved, computed, cast, mapped), notes)
+
+
+def _take_quantization(path: Path, config: Any, files: TensorFiles) -> Quantized:
+    """What is quantised in `files`, which are told so; the configuration becomes that of a model without."""
+    found = quantization_fields(read_fields(path / "config.json"))
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    if found is None:
+        return Quantized()
+    quantized = find_quantized(files, found, str(path))
+    files.packed = quantized.packed
+    return quantized
+
+
+def _recording_tensors(files: TensorFiles, quantized: Quantized) -> dict[str, RecordingTensor]:
+    same = same_values(files)
+    stored = {
+        e.name: RecordingTensor.of(e.name, e.shape, e.dtype, same)
+        for e in files.entries.values()
+        if e.name not in quantized.used
+    }
+    for name, packed in quantized.packed.items():
+        # the numbers are computed in that dtype, and cast to the model's once
+        numbers = RecordingTensor.of(name, packed.shape, packed.computed_in, same)
+        stored[name] = numbers.transpose(-1, -2) if name in quantized.turned else numbers  # type: ignore[assignment]
+    return stored
+
+
+def _plain_dtype(files: TensorFiles) -> torch.dtype | None:
+    """That of the first tensor which is stored as it is computed with, as transformers finds it."""
+    return next((e.dtype for e in files.entries.values() if e.dtype.is_floating_point and e.dtype.itemsize > 1), None)
 
 
 def _generation_config(path: Path) -> GenerationConfig:
@@ -120,13 +156,6 @@ def _require_readable(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise CaptureError(f"{path} is a folder, but no checkpoint: it has no config.json")
     fields = read_fields(path / "config.json")
-    if fields.get("quantization_config") is not None:
-        method = fields["quantization_config"]
-        named = method.get("quant_method") if isinstance(method, dict) else None
-        raise CaptureError(
-            f"{path} is quantised ({named or 'see quantization_config in its config.json'}): only checkpoints whose "
-            "weights are stored as they are computed with can be read by parts; save it dequantised"
-        )
     if fields.get("transformers_weights") is not None:
         raise CaptureError(
             f"{path}/config.json names files of its own (transformers_weights={fields['transformers_weights']!r}); "

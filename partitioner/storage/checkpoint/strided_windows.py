@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from runtime.program.shards import Block, Piece, extents
-from runtime.weights.strided_reads import row_major
+from runtime.weights.strided_reads import row_major, unravel
 
 __all__ = ["Moved", "Window", "concatenate", "narrow", "permute", "reshape", "whole"]
 
@@ -192,11 +192,11 @@ def piece(window: Window, shape: tuple[int, ...], starts: Sequence[int]) -> Piec
 def _box(window: Window, shape: tuple[int, ...]) -> Block:
     """A block of the stored tensor that the window lies in, the smallest one where it has straight edges."""
     counts = extents(window.block)
-    first = _unravel(window.offset, shape)
+    first = unravel(window.offset, shape)
     moved = [0] * len(shape)
     for count, stride in zip(counts, window.strides, strict=True):
         if count > 1:
-            moved = [m + (count - 1) * digit for m, digit in zip(moved, _unravel(stride, shape), strict=True)]
+            moved = [m + (count - 1) * digit for m, digit in zip(moved, unravel(stride, shape), strict=True)]
     box = tuple((low, low + by + 1) for low, by in zip(first, moved, strict=True))
     if all(stop <= size for (_, stop), size in zip(box, shape, strict=True)):
         return box
@@ -208,7 +208,3 @@ def _in_order(window: Window, shape: tuple[int, ...], box: Block) -> bool:
     counts = [(n, stride) for n, stride in zip(extents(window.block), window.strides, strict=True) if n > 1]
     own = [(n, stride) for n, stride in zip(extents(box), row_major(shape), strict=True) if n > 1]
     return counts == own
-
-
-def _unravel(number: int, shape: tuple[int, ...]) -> list[int]:
-    return [number // stride % size if size else 0 for stride, size in zip(row_major(shape), shape, strict=True)]

@@ -59,17 +59,17 @@ class Origins:
 
     def of(self, shard: WeightShard) -> tuple[Piece, ...]:
         """The pieces of a rank's part of a weight."""
-        moved, stored = self.find(shard.name, shard.aliases), self.files.entries
+        moved = self.find(shard.name, shard.aliases)
         cast = self.cast.get(shard.name, shard.dtype)
         if shard.dtype != cast:  # one cast does not round as two do
             raise WeightError(
-                f"{shard.name!r} is stored in another dtype, read as {cast}, and cannot be had as {shard.dtype}: "
+                f"{shard.name!r} is stored otherwise, read as {cast}, and cannot be had as {shard.dtype}: "
                 f"partition the folder with dtype={shard.dtype}"
             )
         found: list[Piece] = []
         for own in shard.own_pieces:
             starts = [start for start, _ in own.destination]
-            found += (piece(window, stored[window.tensor].shape, starts) for window in moved.block(own.source))
+            found += (piece(window, self.files.shape(window.tensor), starts) for window in moved.block(own.source))
         filled = sum(math.prod(extents(p.destination)) for p in found)
         assert filled == math.prod(shard.local_shape), f"{shard.name}: {filled} elements of {shard.local_shape}"
         return tuple(found)

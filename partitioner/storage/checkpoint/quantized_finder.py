@@ -1,0 +1,183 @@
+"""What a method of quantisation looks for among the tensors of a checkpoint, and the errors where it is not there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partitioner.errors import CaptureError, WeightError
+from partitioner.sharding.index_set import IndexSet
+from runtime.program.shards import Piece, WeightShard
+from runtime.weights.quantized.packed import Packed
+from runtime.weights.read_shards import Reader
+from runtime.weights.safetensors_files import Entry, TensorFiles
+
+__all__ = ["FLOAT8", "SCALES", "Finder", "Quantized", "said"]
+
+SCALES = (torch.float32, torch.bfloat16, torch.float16)
+EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_LARGEST_GROUP = 1 << 24
+
+
+@dataclass
+class Quantized:
+    """packed: by the name under which transformers looks for the tensor. turned: those that it transposes. used: the
+    stored tensors that they consist of, or that only quantised activations need.
+    """
+
+    packed: dict[str, Packed] = field(default_factory=dict)
+    turned: set[str] = field(default_factory=set)
+    used: set[str] = field(default_factory=set)
+    unused: list[str] = field(default_factory=list)
+
+    def add(self, packed: Packed, *others: str) -> None:
+        self.packed[packed.name] = packed
+        self.used.update(packed.parts.values(), others)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if not self.unused:
+            return ()
+        return (
+            f"{len(self.unused)} scales of quantised activations not used, {self.unused[0]!r} for one: activations are "
+            "not quantised",
+        )
+
+
+@dataclass
+class Finder:
+    files: TensorFiles
+    fields: Mapping[str, Any]
+    where: str
+    found: Quantized
+
+    def get(self, name: str, owner: str) -> Entry:
+        if name not in self.files.entries:
+            raise WeightError(
+                f"{self.where} lacks {name!r}, which the quantised tensor {owner!r} needs: complete the checkpoint"
+            )
+        return self.files.entries[name]
+
+    def ending(self, suffix: str) -> list[str]:
+        """What stands before `suffix` in the names that end with it."""
+        return [name.removesuffix(suffix) for name in self.files.entries if name.endswith(suffix)]
+
+    def require(self, fits: bool, entry: Entry, required: str) -> None:
+        if not fits:
+            raise WeightError(
+                f"{self.where}: {entry.name!r} is {said(entry)}; required: {required}; the checkpoint is damaged, or "
+                "its quantization_config that of another"
+            )
+
+    def integer(self, fields: Mapping[str, Any], name: str, default: int, *, least: int = 1) -> int:
+        value = fields.get(name, default)
+        if type(value) is not int or not (least <= value <= _LARGEST_GROUP or value == -1):
+            raise CaptureError(
+                f"{self.where}: {name} of quantization_config must be a whole number of at least {least}, got "
+                f"{str(value)[:100]!r}"
+            )
+        return value
+
+    def four_bits(self, fields: Mapping[str, Any], name: str) -> None:
+        if (bits := self.integer(fields, name, 4)) != 4:
+            raise CaptureError(
+                f"{self.where} is quantised to {bits} bits by {self.fields.get('quant_method')}: only 4 bits can be "
+                "read by parts; dequantise it and save that"
+            )
+
+    def one_of(self, name: str, default: str, known: tuple[str, ...]) -> str:
+        value = self.fields.get(name, default)
+        if value not in known:
+            raise CaptureError(
+                f"{self.where}: quantization_config has {name}={str(value)[:100]!r}; those that can be read by parts: "
+                f"{', '.join(known)}; dequantise it and save that"
+            )
+        return str(value)
+
+    def numbers(self, entry: Entry) -> Tensor:
+        """All of a small tensor of integers."""
+        block = tuple((0, size) for size in entry.shape)
+        indices: tuple[IndexSet | None, ...] = (None,) * len(block)
+        shard = WeightShard(
+            entry.name,
+            entry.dtype,
+            entry.shape,
+            entry.shape,
+            indices,
+            "checkpoint",
+            (),
+            (Piece(entry.name, block, block),),
+        )
+        return Reader(self.files).load([shard], torch.device("cpu"))[0].to(torch.int64)
+
+    def block_of(self, name: str, default: Any = None) -> tuple[int, int] | None:
+        return self.pair(self.fields.get(name, default), name)
+
+    def pair(self, value: Any, name: str) -> tuple[int, int] | None:
+        if value is None:
+            return None
+        if (
+            not isinstance(value, (list, tuple))
+            or len(value) != 2
+            or not all(type(n) is int and 1 <= n <= _LARGEST_GROUP for n in value)
+        ):
+            raise CaptureError(
+                f"{self.where}: {name} of quantization_config must be two whole numbers such as [128, 128], got "
+                f"{str(value)[:100]!r}"
+            )
+        return value[0], value[1]
+
+    def scaled(self, name: str, scales: str, block: tuple[int, int] | None, computed_in: torch.dtype | None) -> None:
+        """Codes of a byte each, and a grid of scales. `computed_in`: None for the dtype of the scales."""
+        codes, scale = self.get(name, name), self.get(scales, name)
+        self.require(
+            codes.dtype in (*FLOAT8, torch.int8) and len(codes.shape) >= 2, codes, "a matrix of float8 or int8"
+        )
+        self.require(scale.dtype in (*SCALES, *EXPONENTS), scale, "scales of 16 bits, 32 bits or powers of two")
+        found = _block(codes.shape, scale.shape, block)
+        if found is None:
+            self.require(
+                False,
+                scale,
+                f"one scale for each {'row' if block is None else f'block of {block}'} of {name!r}, {said(codes)}",
+            )
+        assert found is not None
+        inside = scale.dtype if computed_in is None and scale.dtype in SCALES else torch.float32
+        self.found.add(Packed(name, "fp8", codes.shape, {"codes": name, "scales": scales}, found, inside))
+
+    def unused(self, *suffixes: str) -> None:
+        """Scales of activations: of no use where these are not quantised."""
+        for name in self.files.entries:
+            if name.endswith(suffixes):
+                self.found.unused.append(name)
+                self.found.used.add(name)
+
+
+def said(entry: Entry) -> str:
+    return f"{str(entry.dtype).removeprefix('torch.')} {list(entry.shape)}"
+
+
+def _block(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The rows and columns that one scale is for; None where the shapes do not fit.
+
+    A grid of the block that the configuration names is taken so, its last blocks may be cut off; another grid must
+    divide the tensor evenly.
+    """
+    *lead, rows, cols = shape
+    if 0 in shape or 0 in scales:
+        return None
+    if block is not None and tuple(scales) == (*lead, -(-rows // block[0]), -(-cols // block[1])):
+        return block
+    if math.prod(scales) == 1 and math.prod(lead) == 1 and len(scales) <= len(shape):
+        return rows, cols
+    if scales == (*lead, rows):
+        return 1, cols
+    if len(scales) == len(shape) and list(scales[:-2]) == lead and rows % scales[-2] == 0 and cols % scales[-1] == 0:
+        return rows // scales[-2], cols // scales[-1]
+    return None

@@ -1,0 +1,318 @@
+"""Quantised folders read by parts, against the model that transformers dequantises when it loads them."""
+
+import functools
+import json
+import math
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
+
+from partitioner import CaptureError, Plan, WeightError, partition
+from partitioner.compile.partition import compile_program, trace
+from partitioner.storage.checkpoint.open_checkpoint import open_checkpoint
+from partitioner.storage.checkpoint.quantized_tensors import find_quantized
+from runtime.program.shards import Piece, WeightShard
+from runtime.weights.read_shards import Reader
+from runtime.weights.safetensors_files import TensorFiles
+from tests.support import zoo
+from tests.supported_models import quantise
+from tests.supported_models.checkpoints import blocks, differences, same_bits, shard
+
+CPU = torch.device("cpu")
+OWN = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config, "compressed-tensors": CompressedTensorsConfig}
+EXPERTS = {"qwen3_moe": {"moe_intermediate_size": 96}, "deepseek_v3": {"moe_intermediate_size": 96}}
+
+
+@functools.cache
+def plain(name: str) -> tuple[Path, Any, Any]:
+    kept = tempfile.TemporaryDirectory()
+    model, _ = zoo.tiny(name, **EXPERTS.get(name, {}))
+    model.bfloat16().save_pretrained(kept.name)
+    return Path(kept.name), type(model), kept
+
+
+@functools.cache
+def quantised(name: str, form: str, *, ragged: bool = False) -> tuple[Path, tuple[str, ...], Any]:
+    """A folder, and the names of what is quantised in it."""
+    kept = tempfile.TemporaryDirectory()
+    done = quantise.quantise(plain(name)[0], Path(kept.name), form, ragged=ragged)
+    return Path(kept.name), tuple(done), kept
+
+
+@functools.cache
+def dequantised(name: str, form: str, dtype: torch.dtype | None = None) -> Any:
+    folder, _, _ = quantised(name, form)
+    method = quantise.FORMATS[form][1]["quant_method"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the folder's own configuration is used
+        return plain(name)[1].from_pretrained(
+            folder, quantization_config=OWN[method](dequantize=True), dtype=dtype or "auto"
+        )
+
+
+def expected(form: str, tensors: dict[str, Tensor], name: str) -> Tensor:
+    """The numbers of `name` by the formulas of the papers, in float64."""
+    owner = name.removesuffix(".weight")
+    part = {key.removeprefix(f"{owner}."): tensor for key, tensor in tensors.items() if key.startswith(f"{owner}.")}
+    if form == "fp8":
+        rows, cols = part["weight"].shape
+        scales = part["weight_scale_inv"].double()
+        spread = scales.repeat_interleave(quantise.BLOCK, 0).repeat_interleave(quantise.BLOCK, 1)[:rows, :cols]
+        return part["weight"].double() * spread
+    places = [0, 4, 1, 5, 2, 6, 3, 7] if form == "awq" else list(range(8))
+
+    def unpack(words: Tensor) -> Tensor:
+        """Codes along the last dim, bit by bit."""
+        return torch.stack([words.long() >> (4 * place) & 15 for place in places], -1).flatten(-2)
+
+    if form == "awq":
+        codes, zeros = unpack(part["qweight"]), unpack(part["qzeros"])
+        groups = torch.arange(codes.shape[0]) // quantise.GROUP
+    else:
+        codes, zeros = unpack(part["qweight"].T).T, unpack(part["qzeros"]) + 1
+        groups = part["g_idx"].long()
+    scales = part["scales"]
+    return ((codes - zeros[groups]).half() * scales[groups]).T.double()
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("llama", "fp8"),
+        ("qwen3_moe", "fp8"),
+        ("deepseek_v3", "fp8"),
+        ("gpt_oss", "mxfp4"),
+        ("llama", "fp8-tensor"),
+        ("llama", "fp8-channel"),
+        ("qwen3_moe", "fp8-channel"),
+        ("llama", "packed"),
+        ("qwen3_moe", "packed"),
+    ],
+)
+def test_every_part_has_the_bits_that_transformers_dequantises_to(name: str, form: str) -> None:
+    """The whole of each weight, and a half and a third of it along every dim: beside the blocks too."""
+    folder, done, _ = quantised(name, form)
+    assert len(done) >= 4
+    opened = open_checkpoint(folder)
+    assert not list(differences(opened, dequantised(name, form)))
+    assert {opened.model.dtype, opened.origins.files.packed.keys() >= {done[0]}} == {torch.bfloat16, True}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("name", "form"), [("qwen3_moe", "fp8"), ("gpt_oss", "mxfp4"), ("llama", "fp8-channel")])
+def test_the_numbers_are_rounded_once_to_the_dtype_asked_for(name: str, form: str, dtype: torch.dtype) -> None:
+    """transformers leaves what is not quantised in its own dtype, for fp8."""
+    opened = open_checkpoint(quantised(name, form)[0], dtype=dtype)
+    model = dequantised(name, form, dtype)
+    wanted = {name: parameter.dtype for name, parameter in opened.model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(wanted[name])
+    assert not list(differences(opened, model))
+
+
+def test_another_scale_is_another_weight(tmp_path: Path) -> None:
+    """The comparison above can fail."""
+    tensors = stored(quantised("llama", "fp8")[0])
+    name = "model.layers.1.mlp.up_proj.weight_scale_inv"
+    tensors[name][-1, -1] *= 2
+    spoilt = copied(tmp_path, tensors)
+    assert any("up_proj" in line for line in differences(open_checkpoint(spoilt), dequantised("llama", "fp8")))
+
+
+@pytest.mark.parametrize("form", ["awq", "gptq", "gptq-ordered", "fp8"])
+def test_every_part_has_the_numbers_of_the_formulas(form: str) -> None:
+    """transformers leaves awq and gptq to kernels of GPUs, and refuses fp8 whose last blocks are cut off."""
+    if form == "fp8":
+        model, _ = zoo.tiny("llama", intermediate_size=90)
+        with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+            model.bfloat16().save_pretrained(one)
+            done = quantise.quantise(Path(one), Path(other), form, ragged=True)
+            compare(Path(other), done, form)
+    else:
+        folder, names, _ = quantised("llama", form)
+        compare(folder, names, form)
+
+
+def compare(folder: Path, names: Any, form: str) -> None:
+    assert len(names) >= 14
+    tensors = stored(folder)
+    opened = open_checkpoint(folder, dtype=torch.float32)
+    parameters = dict(opened.model.named_parameters())
+    for name in names:
+        whole = expected(form, tensors, name).float()
+        for block in blocks(tuple(whole.shape)):
+            described = shard(name, parameters[name], block)
+            pieces = opened.origins.of(described)
+            (found,) = opened.origins.source.load([WeightShard(**{**vars(described), "pieces": pieces})], CPU)
+            assert same_bits(found, whole[tuple(slice(*ends) for ends in block)]), (name, block)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "plan"),
+    [
+        ("llama", "fp8", Plan(tp=2)),
+        ("llama", "gptq-ordered", Plan(tp=3)),
+        ("qwen3_moe", "fp8", Plan(ep=2)),
+        pytest.param("deepseek_v3", "fp8", Plan(tp=3), marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "mxfp4", Plan(tp=3), marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "mxfp4", Plan(ep=2), marks=pytest.mark.slow),
+    ],
+)
+def test_a_quantised_folder_is_split_like_its_dequantised_model(name: str, form: str, plan: Plan) -> None:
+    folder, _, _ = quantised(name, form)
+    parts = partition(folder, plan)
+    ids = torch.arange(2, 18).reshape(2, 8)
+    if quantise.FORMATS[form][1]["quant_method"] in OWN:
+        model = dequantised(name, form)
+        assert same_bits(parts.simulate(input_ids=ids), compile_program(trace(model), plan).simulate(input_ids=ids))
+    else:
+        whole = partition(folder, Plan(), dtype=torch.float32).simulate(input_ids=ids)
+        split = partition(folder, plan, dtype=torch.float32).simulate(input_ids=ids)
+        torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["fp8", "packed", "awq", "gptq"])
+def test_a_rank_reads_its_part_of_codes_and_scales(tmp_path: Path, form: str) -> None:
+    """Column- and row-parallel; at sizes where a row of a half is longer than what is read through."""
+    folder, (rows, cols) = tmp_path, (1024, 8192)
+    weight = torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
+    pack, config = quantise.FORMATS[form]
+    quantise.write(folder, pack("up_proj", weight))
+    files = TensorFiles(folder)
+    files.packed = find_quantized(files, config, "here").packed
+    total = sum(entry.bytes for entry in files.entries.values())
+    for block in (((rows // 2, rows), (0, cols)), ((0, rows), (cols // 2, cols))):
+        local = tuple((0, b - a) for a, b in block)
+        piece = Piece("up_proj.weight", block, local)
+        described = shard("up_proj.weight", torch.empty(rows, cols, dtype=torch.bfloat16, device="meta"), block)
+        reader = Reader(files)
+        reader.load([WeightShard(**{**vars(described), "pieces": (piece,)})], CPU)
+        assert reader.bytes_read <= 1.1 * total / 2
+
+
+def copied(target: Path, tensors: dict[str, Tensor], **fields: Any) -> Path:
+    """The fp8 folder of llama with other tensors, or another quantization_config."""
+    folder = quantised("llama", "fp8")[0]
+    for file in folder.glob("*.json"):
+        (target / file.name).write_text(file.read_text())
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= fields
+    (target / "config.json").write_text(json.dumps(config))
+    quantise.write(target, tensors)
+    return target
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "message"),
+    [
+        (lambda t: t.pop(f"{UP}_scale_inv"), {}, r"up_proj.weight' is stored as float8_e4m3fn .* and has no scales"),
+        (lambda t: t.pop(UP), {}, r"lacks '.*up_proj.weight', which the quantised tensor '.*up_proj.weight' needs"),
+        (
+            lambda t: t.update({f"{UP}_scale_inv": torch.ones(7, 2)}),
+            {},
+            r"scale_inv' is float32 \[7, 2\]; required: one scale for each block of \(32, 32\).*damaged",
+        ),
+        (lambda t: t.update({f"{UP}_scale_inv": torch.ones(3, 2).long()}), {}, r"is int64 .*required: scales of 16"),
+        (lambda t: t.update({UP: torch.ones(96, 64)}), {}, r"is float32 \[96, 64\]; required: a matrix of float8"),
+        (lambda t: t.update({f"{UP}_scale_inv": torch.ones(0, 2)}), {}, r"is float32 \[0, 2\]; required"),
+        (lambda t: None, {"weight_block_size": [10**30, 2]}, r"weight_block_size .* two whole numbers"),
+        (lambda t: None, {"weight_block_size": "all"}, r"weight_block_size .* two whole numbers"),
+        (lambda t: None, {"quant_method": "aqlm"}, r"quantised by 'aqlm'.*those that can: fp8.*dequantise it"),
+        (lambda t: None, {"quant_method": None}, r"quantised by 'None'"),
+    ],
+    ids=[
+        "no scales",
+        "no codes",
+        "scales of another shape",
+        "scales of integers",
+        "codes of floats",
+        "no scale at all",
+        "hostile block",
+        "block of words",
+        "another method",
+        "no method",
+    ],
+)
+def test_what_is_damaged_is_refused_by_name(
+    tmp_path: Path, change: Callable, fields: dict[str, Any], message: str
+) -> None:
+    tensors = stored(quantised("llama", "fp8")[0])
+    change(tensors)
+    with pytest.raises((WeightError, CaptureError), match=message):
+        open_checkpoint(copied(tmp_path, tensors, **fields))
+
+
+@pytest.mark.parametrize(
+    ("form", "part", "wrong", "message"),
+    [
+        ("gptq", "g_idx", lambda t: t + 100, r"g_idx' is int32 \[64\]; required: groups from 0 to 1, got 100 to 101"),
+        ("gptq", "qzeros", lambda t: t[:, :-1], r"qzeros' is int32 .*; required: int32 \[2, 12\]"),
+        ("awq", "scales", lambda t: t[:-1], r"scales' is float16 .*; required: float16 \[2, 96\], as group_size is 32"),
+        ("awq", "qweight", lambda t: t.float(), r"qweight' is float32 .*; required: int32 \[K, N\]"),
+        (
+            "packed",
+            "weight_shape",
+            lambda t: t * 1000,
+            r"weight_packed' is int32 .* required: int32 of \[96000, 64000\]",
+        ),
+        ("packed", "weight_scale", lambda t: t[:, :0], r"weight_scale' is bfloat16 \[96, 0\]; required: scales of 16"),
+    ],
+)
+def test_damaged_words_are_refused_by_name(tmp_path: Path, form: str, part: str, wrong: Callable, message: str) -> None:
+    folder, _, _ = quantised("llama", form)
+    tensors = stored(folder)
+    name = f"{UP.removesuffix('.weight')}.{part}"
+    tensors[name] = wrong(tensors[name])
+    for file in folder.glob("*.json"):
+        (tmp_path / file.name).write_text(file.read_text())
+    quantise.write(tmp_path, tensors)
+    with pytest.raises((WeightError, CaptureError), match=message):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("form", "fields", "message"),
+    [
+        ("awq", {"bits": 3}, r"quantised to 3 bits by awq: only 4 bits"),
+        ("awq", {"version": "gemv"}, r"version='gemv'; those that can be read by parts: gemm"),
+        ("gptq", {"group_size": -7}, r"group_size .* whole number of at least 1, got '-7'"),
+        ("gptq", {"checkpoint_format": "marlin"}, r"checkpoint_format='marlin'"),
+        ("packed", {"sparsity_config": {"format": "sparse-24"}}, r"weights with a sparsity_config"),
+    ],
+)
+def test_variants_that_cannot_be_read_are_refused_by_name(
+    tmp_path: Path, form: str, fields: dict[str, Any], message: str
+) -> None:
+    folder, _, _ = quantised("llama", form)
+    for file in (*folder.glob("*.json"), *folder.glob("*.safetensors")):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= fields
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises((WeightError, CaptureError), match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_modules_that_were_not_converted_stay_as_they_are() -> None:
+    folder, done, _ = quantised("llama", "fp8")
+    listed = json.loads((folder / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert "lm_head" in listed
+    assert "lm_head.weight" not in done
+    opened = open_checkpoint(folder)
+    assert "lm_head.weight" not in opened.origins.files.packed
+    assert math.prod(opened.model.lm_head.weight.shape) == 128 * 64
