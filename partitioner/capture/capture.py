@@ -19,8 +19,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from partitioner.capture.inputs.graph_inputs import choose_inputs
 from partitioner.capture.inputs.rope import fix_rope
+from partitioner.capture.layers.share_layers import SharedLayers
+from partitioner.capture.layers.traced_once import traced_once
 from partitioner.capture.trace.build_graph import Builder
-from partitioner.capture.trace.export_graph import export
+from partitioner.capture.trace.export_graph import export, export_sharing
 from partitioner.capture.trace.fake_model import make_fake_model
 from partitioner.capture.trace.fold_masks import fold_masks
 from partitioner.capture.trace.functionalize import functionalize
@@ -53,9 +55,17 @@ def capture(
     notes, longest = fix_rope(fake_model, known, max_length=max_length)
     example = choose_inputs(fake_model, fake, known.indices(), length=fixed_length)
     kinds = example.probe.kinds
-    exported = functionalize(export(fake_model, example.tensors, kinds, static=fixed_length is not None))
-    builder = Builder(exported, tuple(example.tensors), known.canonical.__getitem__)
-    graph = builder.build()
+    static, rename = fixed_length is not None, known.canonical.__getitem__
+
+    def build(shared: SharedLayers | None) -> tuple[Builder, fx.Graph]:
+        if shared is None:
+            exported = export(fake_model, example.tensors, kinds, static=static)
+        else:
+            exported = export_sharing(fake_model, example.tensors, kinds, shared, static=static)
+        builder = Builder(functionalize(exported), tuple(example.tensors), rename, shared=shared)
+        return builder, builder.build()
+
+    (builder, graph), layers = traced_once(fake_model, build)
     fold_masks(graph, kinds)
 
     weights, values = describe_weights(graph, builder, known)
@@ -74,6 +84,7 @@ def capture(
         has_head=model.can_generate() or model.get_output_embeddings() is not None,
         eos_token_id=ends_of(model),
         generation=generation_of(model),
+        layers=layers,
         notes=notes,
     )
 

@@ -29,7 +29,7 @@ from partitioner.sharding.split_class import SplitClass
 from runtime.program.rank_program import Bound
 from runtime.program.shards import Piece, WeightShard, WeightSource
 
-__all__ = ["Entry", "Input", "Origins", "PerRankInt", "Program", "State", "Value", "Weight"]
+__all__ = ["Entry", "Input", "LayersTraced", "Origins", "PerRankInt", "Program", "State", "Value", "Weight"]
 
 Integers = int | tuple[int, ...] | None
 
@@ -124,6 +124,17 @@ class PerRankInt:
         return f"local({self.name!r})"
 
 
+@dataclass(frozen=True)
+class LayersTraced:
+    """How many layers the model has, and how many of them were traced; why not fewer, "" where nothing is in the
+    way.
+    """
+
+    layers: int
+    traced: int
+    why: str = ""
+
+
 class Origins(Protocol):
     """Where weights lie in files, under names and in an order that need not be the model's."""
 
@@ -179,6 +190,8 @@ class Program:
     """
     origins: Origins | None = None
     """Where the weights lie in the files of a checkpoint; None where the model was given with its weights."""
+    layers: LayersTraced | None = None
+    """What of the model was traced; None where the program was not traced from one."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: variants fixed at capture, inputs refused."""
 

@@ -19,6 +19,8 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
+from partitioner.capture.layers.share_layers import BLOCK, ENTER, LEAVE, NotSharedError, SharedLayers
+from partitioner.capture.layers.stamp_layers import Stamps
 from partitioner.capture.trace.export_graph import WRAPPER
 from partitioner.capture.trace.shape_limits import decisions, interval
 from partitioner.capture.trace.transformers_hooks import COMBINE, DISPATCH, GROUPED_LINEAR
@@ -76,7 +78,8 @@ _RENAMED: dict[Any, Callable[..., Any]] = {
 class Builder:
     """Turns one export into a graph; `rename` gives the canonical name of a parameter or buffer.
 
-    dims: by input, the names of its dims. `further`: what the export returns beside its result, as nodes of the graph.
+    dims: by input, the names of its dims. shared: the layers that were traced once. `further`: what the export returns
+    beside its result, as nodes of the graph.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Builder:
         inputs: tuple[str, ...],
         rename: Callable[[str], str],
         dims: Mapping[str, tuple[str, ...]] | None = None,
+        shared: SharedLayers | None = None,
     ) -> None:
         self.exported = exported
         self.dims = dims or {}
@@ -103,6 +107,9 @@ class Builder:
         self._exprs: dict[sympy.Expr, sympy.Expr | int] = {}
         self._inputs = iter(inputs)
         self._asserted: set[str] = set()
+        self._stamps = Stamps(shared, rename) if shared is not None else None
+        self._program = self.graph
+        """The graph that is built, where `graph` is that of a layer's ops."""
 
     def build(self) -> fx.Graph:
         specs = {spec.arg.name: spec for spec in self.exported.graph_signature.input_specs}
@@ -113,13 +120,18 @@ class Builder:
             name = next(self._inputs)
             self._name_symbols(node.meta["val"], self.dims.get(name, ("batch", "sequence")))
             env[node] = self._put(node, self.graph.placeholder(name))
+        needed = self._needed(specs)
         for node in self.exported.graph.nodes:
-            if node.op == "placeholder" and node not in env and node.users:
+            if node.op != "placeholder" or node in env:
+                continue
+            if node.users or self._weight_name(specs[node.name]) in needed:
                 env[node] = self._weight(node, specs[node.name])
         result = self._walk(self.exported.graph, self.exported.graph_module, env)
         out = self.graph.output(result[0])
         out.meta["val"] = result[0].meta["val"]
         self.further = tuple(result[1:])
+        if self._stamps is not None:
+            self._stamps.close()
         if not self.further:
             self.graph.eliminate_dead_code()
         self.graph.lint()
@@ -155,14 +167,28 @@ class Builder:
                 found.append(f"{name} from {low}" + ("" if high is None else f" to {high}"))
         return found + sorted(self._asserted)
 
-    def _weight(self, node: fx.Node, spec: Any) -> fx.Node:
+    def _needed(self, specs: Mapping[str, Any]) -> set[str]:
+        """The weights of layers that were not traced."""
+        if self._stamps is None:
+            return set()
+        names = {
+            node: self._weight_name(specs[node.name]) for node in self.exported.graph.nodes if node.op == "placeholder"
+        }
+        return self._stamps.needed(self.exported.graph, names.get)
+
+    def _weight_name(self, spec: Any) -> str | None:
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            name = self.rename(spec.target.removeprefix(WRAPPER + "."))
-        elif spec.kind is InputKind.CONSTANT_TENSOR:
-            name = f"constants.{spec.target.replace('.', '_')}"
-            self.constants[name] = self.exported.constants[spec.target]
-        else:
+            return self.rename(spec.target.removeprefix(WRAPPER + "."))
+        if spec.kind is InputKind.CONSTANT_TENSOR:
+            return f"constants.{spec.target.replace('.', '_')}"
+        return None
+
+    def _weight(self, node: fx.Node, spec: Any) -> fx.Node:
+        name = self._weight_name(spec)
+        if name is None:
             raise CaptureError(f"cannot capture the input {spec.target!r} of kind {spec.kind}")
+        if spec.kind is InputKind.CONSTANT_TENSOR:
+            self.constants[name] = self.exported.constants[spec.target]
         if name not in self.weights:
             # fx would look a dotted name up in a module that the graph does not have
             made = self.graph.create_node("get_attr", name)
@@ -185,6 +211,10 @@ class Builder:
             self._note_assert(node)
             return None
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n])
+        if target in (ENTER, LEAVE, BLOCK):
+            return self._layer(env, target, *args)
+        if target in _NEEDS_STRIDES and _crosses_a_layer(node.args[0]):
+            raise NotSharedError(f"{target} depends on how a layer lays out what it hands over")
         if target is operator.getitem and isinstance(args[0], (tuple, list)):
             return args[0][args[1]]
         if self._changes_nothing(node):
@@ -195,6 +225,23 @@ class Builder:
                 return args[1]
             target, args, kwargs = aten.to.dtype, (args[1], node.meta["val"].dtype), {}
         return self._put(node, self._emit(node, target, args, kwargs))
+
+    def _layer(
+        self, env: dict[fx.Node, Any], target: Any, given: Any, number: int, call: int = -1
+    ) -> tuple[fx.Node, ...]:
+        """What a layer is given, or returns."""
+        assert self._stamps is not None
+        if target is ENTER:
+            body = self._stamps.enter(number, list(given))
+            self.graph = body.graph
+            return tuple(body.inputs)
+        if target is LEAVE:
+            self.graph = self._program
+            made = self._stamps.leave(self.graph, number, list(given))
+            for node, value in env.items():  # sizes that it computed may be read by those after it
+                env[node] = fx.node.map_arg(value, lambda each: made.get(each, each))
+            return tuple(made[node] for node in given)
+        return tuple(self._stamps.block(self.graph, number, call, list(given), self.weights.__getitem__))
 
     def _emit(self, node: fx.Node, target: Any, args: Any, kwargs: Any) -> fx.Node:
         if target is GROUPED_LINEAR:
@@ -299,6 +346,10 @@ def _source(node: fx.Node) -> str:
     lines = re.findall(r'File "([^"]+)", line (\d+)', trace) if isinstance(trace, str) else []
     mine = [(file, line) for file, line in lines if f"{os.sep}torch{os.sep}" not in file]
     return f"{Path(mine[-1][0]).name}:{mine[-1][1]}" if mine else ""
+
+
+def _crosses_a_layer(node: Any) -> bool:
+    return node.target is operator.getitem and node.args[0].target in (ENTER, LEAVE, BLOCK)
 
 
 def _same_shape(one: Any, other: Any) -> bool:

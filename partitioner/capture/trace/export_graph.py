@@ -19,11 +19,12 @@ from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 from transformers.masking_utils import eager_mask
 
+from partitioner.capture.layers.share_layers import NotSharedError, SharedLayers
 from partitioner.capture.trace.recognise_masks import MaskKind
 from partitioner.capture.trace.transformers_hooks import MASK, installed
 from partitioner.errors import CaptureError
 
-__all__ = ["WRAPPER", "export", "export_step", "result_of"]
+__all__ = ["WRAPPER", "export", "export_sharing", "export_step", "result_of"]
 
 WRAPPER = "model"
 """The attribute under which the traced module holds the model: the first part of every name in the export."""
@@ -77,6 +78,29 @@ class _Masks:
 def _written_out(call: dict[str, Any]) -> Tensor | None:
     mask: Tensor | None = eager_mask(**{**call, "allow_is_bidirectional_skip": False})
     return mask
+
+
+def export_sharing(
+    fake_model: PreTrainedModel,
+    example: Mapping[str, Tensor],
+    kinds: list[MaskKind | None],
+    shared: SharedLayers,
+    *,
+    static: bool,
+) -> ExportedProgram:
+    """The same with one node for each layer that `shared` knows already; raises `NotSharedError` where that fails,
+    whatever the reason.
+    """
+    masks = _Masks(kinds)
+    shared.count_masks = lambda: masks.asked
+    try:
+        with shared.wrapped(), contextlib.redirect_stderr(io.StringIO()):
+            exported = _exported(fake_model, example, masks, static=static)
+    except Exception as error:
+        raise NotSharedError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    if masks.asked < len(kinds):
+        raise NotSharedError(f"{len(kinds)} masks in a plain run, {masks.asked} in the trace")
+    return exported
 
 
 def export(

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from partitioner.capture.layers.share_layers import BLOCK, NotSharedError
 from partitioner.errors import CaptureError
 
 __all__ = ["functionalize"]
@@ -39,7 +40,8 @@ def functionalize(exported: ExportedProgram) -> ExportedProgram:
         _Functionalizer(module.graph, weights=names).run()
         return exported
     except _UnsupportedError:
-        pass
+        if any(node.target is BLOCK for node in module.graph.nodes):
+            raise NotSharedError("writes in place that need the trace as a whole") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 warns about its own use of a deprecated class
         exported = exported.run_decompositions({})

@@ -1,0 +1,237 @@
+"""During a trace, a layer of a known kind is one node: what it computes was traced from the first of its kind.
+
+    first of a kind      enter(inputs) -> the layer's own ops -> leave(outputs)
+    last of a kind       the same: both must come out equal
+    those in between     block(inputs) -> outputs
+
+The model around its layers runs in full, so that what they are given (masks, positions, what an earlier layer
+returned) is what the model gives them. The builder of the graph puts a copy of the first layer's ops where a block is
+(`stamp_layers.py`). A call is of a known kind if the layer is alike another (`layer_kinds.py`), its arguments are alike
+(`layer_calls.py`), and the other's code neither read the layer's number, nor changed anything that it found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partitioner.capture.layers.layer_calls import Flat, NotComparableError, flatten
+from partitioner.capture.layers.layer_index import LayerIndex
+from partitioner.capture.layers.layer_kinds import Layer, find_layers, signature_of
+
+__all__ = ["BLOCK", "ENTER", "FEWEST", "LEAVE", "NotSharedError", "SharedLayers", "Traced"]
+
+_library: Any = torch.library.Library("partitioner_layers", "DEF")  # type: ignore[no-untyped-call]
+_library.define("enter(Tensor[] inputs, int body) -> Tensor[]")
+_library.define("leave(Tensor[] outputs, int body) -> Tensor[]")
+_library.define("block(Tensor[] inputs, int body, int call) -> Tensor[]")
+_open: list[SharedLayers] = []
+"""The sharing of the trace that is being made."""
+
+FEWEST = 3
+"""Layers of a kind from which one is left out: the first and the last are traced."""
+
+
+class NotSharedError(Exception):
+    """The trace with shared layers is not to be used; the message says why. Without sharing it may be made."""
+
+
+@dataclass
+class Traced:
+    """A call that was traced in full. calls: the paths of the layers that it stands for, by number of the call."""
+
+    path: str
+    given: Any
+    result: Flat | None = None
+    calls: dict[int, str] = field(default_factory=dict)
+    same_as: int | None = None
+    """The body that this one must equal."""
+
+
+class SharedLayers:
+    """One for each trace: `wrapped` replaces the forwards of the layers of `model`, which is a copy of the user's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers = find_layers(model)
+        self.reasons: dict[str, str] = {}
+        """By path of a layer: why it is traced in full, where another one is alike."""
+        self.bodies: list[Traced] = []
+        self.tensors = {
+            name: id(tensor)
+            for found in (model.named_parameters, model.named_buffers)
+            for name, tensor in found(remove_duplicate=False)
+        }
+        """All parameters and buffers by name; equal numbers are one tensor."""
+        self._known: dict[Any, int | None] = {}
+        self._calls = 0
+        self._inside = False
+        self.count_masks: Callable[[], int] = lambda: 0
+
+    @contextlib.contextmanager
+    def wrapped(self) -> Iterator[None]:
+        wanted = [layer for layer in self.layers if layer.members >= FEWEST and "forward" not in vars(layer.module)]
+        self.begin()
+        _open.append(self)
+        try:
+            for layer in wanted:
+                self._wrap(layer)
+            yield
+        finally:
+            _open.pop()
+            for layer in wanted:
+                vars(layer.module).pop("forward", None)
+
+    def begin(self) -> None:
+        """The trace starts (again)."""
+        self.bodies, self._known, self._calls, self._inside = [], {}, 0, False
+
+    @property
+    def shared(self) -> int:
+        """How many layers were not traced."""
+        return sum(len(body.calls) for body in self.bodies)
+
+    def _wrap(self, layer: Layer) -> None:
+        own = layer.module.forward
+
+        @functools.wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            del vars(layer.module)["forward"]
+            try:
+                return self._call(layer, own, args, kwargs)
+            finally:
+                vars(layer.module)["forward"] = forward
+
+        vars(layer.module)["forward"] = forward
+
+    def _call(self, layer: Layer, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._inside:
+            return own(*args, **kwargs)
+        try:
+            given = flatten((args, kwargs))
+        except NotComparableError as error:
+            self.reasons[layer.path] = f"it is given {error}"
+            return own(*args, **kwargs)
+        # as it is now: what it holds may have changed since the trace began
+        about = signature_of(layer.module, layer.counts)
+        key = layer.kind[0], about, given.signature
+        if key not in self._known:
+            body = self._trace(layer, own, given, about)
+            # sizes that were two when the layer was called may be one by now
+            later = layer.kind[0], about, flatten((args, kwargs)).signature
+            self._known[key] = self._known[later] = body
+            return self._result
+        body = self._known[key]
+        if body is None:
+            return own(*args, **kwargs)
+        if layer.last:
+            again = self._trace(layer, own, given, about)
+            if again is not None:
+                self.bodies[again].same_as = body
+            return self._result
+        return self._skip(layer, given, body)
+
+    def _skip(self, layer: Layer, given: Flat, body: int) -> Any:
+        traced = self.bodies[body]
+        call, self._calls = self._calls, self._calls + 1
+        traced.calls[call] = layer.path
+        assert traced.result is not None
+        found = torch.ops.partitioner_layers.block(given.tensors, body, call)
+        return traced.result.rebuild(list(found))
+
+    def _trace(self, layer: Layer, own: Callable[..., Any], given: Flat, about: Any) -> int | None:
+        """Sets `_result`; the number of the body, None where no other layer can be this one again."""
+        number = len(self.bodies)
+        self.bodies.append(Traced(layer.path, given))
+        entered = list(torch.ops.partitioner_layers.enter(given.tensors, number))
+        args, kwargs = given.rebuild(entered)
+        start = flatten((args, kwargs))
+        before, masks = [tensor._version for tensor in entered], self.count_masks()
+        reads: list[str] = []
+        self._inside = True
+        try:
+            with _numbered(layer, reads.append):
+                result = own(*args, **kwargs)
+                unchanged = signature_of(layer.module, layer.counts) == about
+        finally:
+            self._inside = False
+        why = _refused(start, (args, kwargs), reads)
+        if [tensor._version for tensor in entered] != before:
+            raise NotSharedError(f"{layer.path} writes to what it is given")
+        if not unchanged:
+            why = "it changes what it holds"
+        if self.count_masks() != masks:
+            why = "it makes a mask by itself"
+        try:
+            flat = flatten(result)
+        except NotComparableError as error:
+            self.reasons[layer.path] = f"it returns {error}"
+            raise NotSharedError(f"{layer.path} returns {error}") from error
+        memory = {tensor.untyped_storage()._cdata for tensor in entered}
+        passed = {id(tensor): given.tensors[i] for i, tensor in enumerate(entered)}
+        if any(t.untyped_storage()._cdata in memory and id(t) not in passed for t in flat.tensors):
+            raise NotSharedError(f"{layer.path} returns a view of what it is given")
+        left = list(torch.ops.partitioner_layers.leave(flat.tensors, number))
+        flat.tensors = [tensor.detach() for tensor in left]
+        self.bodies[number].result = flat
+        self._result = flat.rebuild(left)
+        if why is not None:
+            self.reasons[layer.path] = why
+        return None if why is not None else number
+
+
+def _refused(start: Flat, given: Any, reads: list[str]) -> str | None:
+    if reads:
+        return f"its code reads the layer's number ({reads[0]})"
+    try:
+        after = flatten(given)
+    except NotComparableError as error:
+        return f"it puts {error} into what it is given"
+    # the trace may have found out meanwhile that two sizes are one
+    if after.structure != start.structure or list(map(id, after.tensors)) != list(map(id, start.tensors)):
+        return "it changes what it is given"
+    return None
+
+
+@contextlib.contextmanager
+def _numbered(layer: Layer, read: Callable[[str], None]) -> Iterator[None]:
+    """The integers that are the layer's number tell when they are used."""
+    owners = [(layer.module.get_submodule(path), name) for path, name in layer.counts]
+    before = [vars(owner)[name] for owner, name in owners]
+    try:
+        for (owner, name), value in zip(owners, before, strict=True):
+            vars(owner)[name] = LayerIndex(value, read)
+        yield
+    finally:
+        for (owner, name), value in zip(owners, before, strict=True):
+            vars(owner)[name] = value
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def _same(tensors: list[Tensor], body: int) -> list[Tensor]:
+    return [_like(tensor) for tensor in tensors]
+
+
+def _outputs(inputs: list[Tensor], body: int, call: int) -> list[Tensor]:
+    result = _open[-1].bodies[body].result
+    assert result is not None
+    return [_like(tensor) for tensor in result.tensors]
+
+
+_register: Any = torch.library.register_fake
+_register("partitioner_layers::enter", _same)
+_register("partitioner_layers::leave", _same)
+_register("partitioner_layers::block", _outputs)
+
+ENTER = torch.ops.partitioner_layers.enter.default
+LEAVE = torch.ops.partitioner_layers.leave.default
+BLOCK = torch.ops.partitioner_layers.block.default

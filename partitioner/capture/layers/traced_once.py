@@ -1,0 +1,47 @@
+"""A trace in which identical layers are traced once, or the full trace where that cannot be done; and which it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import TypeVar
+
+from torch import nn
+
+from partitioner.capture.layers.share_layers import FEWEST, NotSharedError, SharedLayers
+from partitioner.program.program import LayersTraced
+
+__all__ = ["every_layer", "traced_once"]
+
+Built = TypeVar("Built")
+
+_every_layer: ContextVar[bool] = ContextVar("every_layer", default=False)
+
+
+@contextlib.contextmanager
+def every_layer() -> Iterator[None]:
+    """Within this context every layer is traced: what traces with shared layers are compared with."""
+    token = _every_layer.set(True)
+    try:
+        yield
+    finally:
+        _every_layer.reset(token)
+
+
+def traced_once(model: nn.Module, build: Callable[[SharedLayers | None], Built]) -> tuple[Built, LayersTraced]:
+    """`build` traces and builds a graph; with None, every layer. It raises `NotSharedError` where the other way
+    fails.
+    """
+    shared = SharedLayers(model)
+    count = len(shared.layers)
+    if _every_layer.get():
+        return build(None), LayersTraced(count, count, "every layer was asked for")
+    if all(layer.members < FEWEST for layer in shared.layers):
+        return build(None), LayersTraced(count, count, f"no {FEWEST} layers are alike")
+    try:
+        found = build(shared)
+    except NotSharedError as error:
+        return build(None), LayersTraced(count, count, str(error))
+    reasons = [f"{path}: {why}" for path, why in shared.reasons.items()]
+    return found, LayersTraced(count, count - shared.shared, "; ".join(reasons[:2]))
