@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from partitioner.analysis.report.report import Report, make_report
 from partitioner.analysis.tokens.step_equivalence import why_steps_differ
 from partitioner.analysis.tokens.token_mixing import why_rows_mix, why_tokens_mix
-from partitioner.capture import capture, capture_step
+from partitioner.capture import capture, capture_piece, capture_step
 from partitioner.capture.inputs.explicit_positions import explicit_positions
 from partitioner.compile.canonicalize import canonicalize
 from partitioner.compile.input_bounds import bound_inputs
@@ -30,12 +30,13 @@ from partitioner.compile.parts import Parts
 from partitioner.compile.pass_order import check_plan, passes_of, splitting
 from partitioner.compile.probe_decode import compare_steps
 from partitioner.compile.run_passes import choose, run_passes
-from partitioner.errors import CaptureError, PlanError
+from partitioner.errors import CaptureError, LayoutError, PlanError
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.plan import Plan
 from partitioner.program.program import Origins, Program
 from partitioner.program.stages import StageTable
 from partitioner.proof.layouts import check_entries
+from partitioner.proof.recurrences import why_pieces_differ
 from partitioner.proof.rows import check_rows
 from partitioner.proof.schedules import prove_stages
 from partitioner.sharding.mesh import Mesh
@@ -44,7 +45,7 @@ from partitioner.storage.bundle.reshard_model import open_bundle
 from partitioner.storage.checkpoint.open_checkpoint import open_checkpoint
 from partitioner.storage.recognise import is_bundle
 
-__all__ = ["compile_program", "compile_steps", "partition", "trace", "trace_step"]
+__all__ = ["compile_program", "compile_steps", "partition", "trace", "trace_piece", "trace_step"]
 
 
 def partition(
@@ -95,12 +96,17 @@ def partition(
         traced,
         plan,
         step=functools.partial(_step, model, origins, max_length),
+        piece=functools.partial(_piece, model, origins, max_length),
         model=ModelRecord.of(model, max_length=max_length, fixed_length=fixed_length),
     )
 
 
 def _step(model: PreTrainedModel, origins: Origins | None, max_length: int | None) -> Program:
     return _from(origins, trace_step(model, max_length=max_length))
+
+
+def _piece(model: PreTrainedModel, origins: Origins | None, max_length: int | None) -> Program:
+    return _from(origins, trace_piece(model, max_length=max_length))
 
 
 def _from(origins: Origins | None, traced: Program) -> Program:
@@ -144,13 +150,27 @@ def trace_step(model: PreTrainedModel, *, max_length: int | None = None) -> Prog
     return traced
 
 
+def trace_piece(model: PreTrainedModel, *, max_length: int | None = None) -> Program:
+    """The same for several tokens at a time, of a model that remembers a state per sequence."""
+    traced = capture_piece(model, mesh=Mesh.of(), max_length=max_length)
+    canonicalize(traced)
+    bound_inputs(traced)
+    return traced
+
+
 def compile_program(
-    traced: Program, plan: Plan, *, step: Callable[[], Program] | None = None, model: ModelRecord | None = None
+    traced: Program,
+    plan: Plan,
+    *,
+    step: Callable[[], Program] | None = None,
+    piece: Callable[[], Program] | None = None,
+    model: ModelRecord | None = None,
 ) -> Parts[Report]:
     """Compiles what `trace` yields, which is not changed.
 
     `step` yields what `trace_step` does: called when generation is first asked for, of a model whose tokens meet in
-    more than attention. `model`: what a bundle says of it.
+    more than attention; `piece` what `trace_piece` does, called where such a model remembers a state per sequence.
+    `model`: what a bundle says of it.
     """
     check_plan(plan)
     split = _split(traced, plan, "text")
@@ -163,7 +183,7 @@ def compile_program(
         text,
         make_report(text, plan=repr(plan), replicas=plan.replicas),
         traced=traced,
-        generation=functools.partial(_compile_generation, traced, split, plan, step),
+        generation=functools.partial(_compile_generation, traced, split, plan, step, piece),
         plan=plan,
         model=model,
     )
@@ -179,7 +199,11 @@ def _rows_apart(traced: Program) -> bool:
 
 
 def _compile_generation(
-    traced: Program, split: Program, plan: Plan, step: Callable[[], Program] | None
+    traced: Program,
+    split: Program,
+    plan: Plan,
+    step: Callable[[], Program] | None,
+    piece: Callable[[], Program] | None,
 ) -> tuple[Program, Program]:
     """Two programs that continue sequences, with a cache and logits of last tokens only: for prompts, and for single
     tokens; one and the same where the plan asks the same of both.
@@ -212,15 +236,48 @@ def _compile_generation(
     if reason is not None:
         raise PlanError(f"{refusal}; and with its own cache, {reason}")
     note = compare_steps(traced, run_passes(stepping.copy(), [choose("kv-cache")]))
-    prefill, decode = compile_steps(stepping, plan, stages=split.stages)
+    prefill, decode = compile_steps(stepping, plan, stages=split.stages, piece=piece)
     for program in {id(each): each for each in (prefill, decode)}.values():
         program.notes += [note] if note is not None else []
     return prefill, decode
 
 
-def compile_steps(stepping: Program, plan: Plan, *, stages: StageTable | None = None) -> tuple[Program, Program]:
-    """What `trace_step` yields, for `plan`: for prompts, and for single tokens; cut as the whole text's program is."""
-    return _entries(stepping, plan, stages=stages)
+def compile_steps(
+    stepping: Program,
+    plan: Plan,
+    *,
+    stages: StageTable | None = None,
+    piece: Callable[[], Program] | None = None,
+) -> tuple[Program, Program]:
+    """What `trace_step` yields, for `plan`: for prompts, and for single tokens; cut as the whole text's program is.
+
+    Where it takes one token at a time, prompts run by what `piece` yields, if it is proven to do the same; otherwise
+    they run token by token, and a note says why.
+    """
+    if all(state.per_token for state in stepping.states.values()):
+        return _entries(stepping, plan, stages=stages)
+    try:
+        prefill, decode = _for_pieces(stepping, plan, stages, piece)
+    except (CaptureError, LayoutError) as reason:
+        prefill, decode = _entries(stepping, plan, stages=stages)
+        for program in {id(each): each for each in (prefill, decode)}.values():
+            program.notes += [f"prompts run token by token: {reason}"]
+    return prefill, decode
+
+
+def _for_pieces(
+    stepping: Program, plan: Plan, stages: StageTable | None, piece: Callable[[], Program] | None
+) -> tuple[Program, Program]:
+    if piece is None:
+        raise CaptureError("what the model remembers is a state that each token changes")
+    pieces = piece()
+    reason = why_pieces_differ(pieces, stepping)
+    if reason is not None:
+        raise CaptureError(reason)
+    prefill, _ = _entries(pieces, plan, stages=stages)
+    _, decode = _entries(stepping, plan, stages=stages)
+    check_entries(prefill, decode)
+    return prefill, decode
 
 
 def _split(traced: Program, plan: Plan, entry: str, stages: StageTable | None = None) -> Program:

@@ -90,7 +90,8 @@ class Parts(Ranks, Generic[Report]):
         """What each rank remembers of a sequence, split or whole and why; raises as `program_of` does."""
         ranks = self.everyone()
         decode = [self.entry("decode", rank) for rank in ranks]
-        return make_generation_report(self.program_of("decode"), decode, [self.rank(rank) for rank in ranks])
+        whole = [self.rank(rank) for rank in ranks]
+        return make_generation_report(self.program_of("decode"), decode, whole, prefill=self.program_of("prefill"))
 
     def cost(self, entry: Entry = "prefill") -> LayerCosts:
         """What the program of an entry costs a rank, by kind of layer: expressions in batch, sequence and past.

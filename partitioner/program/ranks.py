@@ -177,7 +177,7 @@ class Ranks(ABC):
         CacheSize(max_batch=max_batch, max_length=max_length, prefill_step=prefill_step)  # checks them
         return [
             bytes_needed(
-                self.entry("decode", rank), max_batch=max_batch, max_length=max_length, prefill_step=prefill_step
+                self.entry("prefill", rank), max_batch=max_batch, max_length=max_length, prefill_step=prefill_step
             )
             for rank in self.everyone()
         ]
@@ -196,7 +196,7 @@ class Ranks(ABC):
                 "engine.reserve(CacheSize(memory=...)) there"
             )
         return [
-            tokens_that_fit(self.entry("decode", rank), room, max_batch=max_batch, prefill_step=prefill_step)
+            tokens_that_fit(self.entry("prefill", rank), room, max_batch=max_batch, prefill_step=prefill_step)
             for rank in self.everyone()
         ]
 

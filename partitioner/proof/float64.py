@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from partitioner.program.program import Program, Value, Weight
 
-__all__ = ["ExactArithmetic", "in_float64"]
+__all__ = ["ExactArithmetic", "in_float64", "lifted"]
 
 
 _LIFTED = {
@@ -30,13 +30,14 @@ _LIFTED = {
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
-def _lifted(leaf: Any) -> Any:
+def lifted(leaf: Any) -> Any:
+    """A dtype of floating numbers as float64 (complex ones as complex128); all else as it is."""
     return _LIFTED.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
 
 
 def _lifted_weight(weight: Weight) -> Weight:
     of = None if weight.of is None else _lifted_weight(weight.of)
-    return replace(weight, dtype=_lifted(weight.dtype), of=of)
+    return replace(weight, dtype=lifted(weight.dtype), of=of)
 
 
 class ExactArithmetic(TorchFunctionMode):
@@ -47,7 +48,7 @@ class ExactArithmetic(TorchFunctionMode):
     ) -> Any:
         if func in _CASTS:
             return args[0].double()
-        args, kwargs = tree_map(_lifted, (args, kwargs or {}))
+        args, kwargs = tree_map(lifted, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -56,15 +57,15 @@ def in_float64(program: Program) -> Program:
 
     def value(found: Any) -> Any:
         if isinstance(found, Value):
-            return replace(found, dtype=_lifted(found.dtype))
+            return replace(found, dtype=lifted(found.dtype))
         return tuple(map(value, found)) if isinstance(found, (tuple, list)) else found
 
     copy = program.copy()
     for node in copy.graph.nodes:
         node.meta["val"] = value(node.meta.get("val"))
         if node.op == "call_function":
-            node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _lifted)
+            node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), lifted)
     copy.weights = {name: _lifted_weight(weight) for name, weight in copy.weights.items()}
-    copy.states = {name: replace(state, dtype=_lifted(state.dtype)) for name, state in copy.states.items()}
-    copy.weight_data = {name: value.to(_lifted(value.dtype)) for name, value in copy.weight_data.items()}
+    copy.states = {name: replace(state, dtype=lifted(state.dtype)) for name, state in copy.states.items()}
+    copy.weight_data = {name: value.to(lifted(value.dtype)) for name, value in copy.weight_data.items()}
     return copy

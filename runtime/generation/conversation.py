@@ -1,6 +1,7 @@
 """The sequences of a group of rows as the host knows them: their tokens, which have ended, and what runs next.
 
     prompt_pieces(size)   [B, up to size] tokens at a time; shorter rows repeat their last token, at its position
+                          alike: rows that take tokens take as many each, so that none of them repeats one
     next_piece()          [B, 1], the token learnt last
     learn(tokens)         what was chosen after the piece before
 
@@ -53,14 +54,18 @@ class Conversation:
     def is_over(self) -> bool:
         return all(self.ended) or self.step == self._request.settings.max_new_tokens
 
-    def prompt_pieces(self, size: int) -> Iterator[Piece]:
+    def prompt_pieces(self, size: int, *, alike: bool = False) -> Iterator[Piece]:
         """The prompts, `size` tokens at a time."""
-        return self.pieces_between(range(size, max(map(len, self.texts)) + size, size))
+        return self.pieces_between(range(size, max(map(len, self.texts)) + size, size), alike=alike)
 
-    def pieces_between(self, ends: Iterable[int]) -> Iterator[Piece]:
-        """The prompts, from each of `ends` to the next; the last is no less than the longest prompt."""
+    def pieces_between(self, ends: Iterable[int], *, alike: bool = False) -> Iterator[Piece]:
+        """The prompts, from each of `ends` to the next; the last is no less than the longest prompt.
+
+        alike: and from where a prompt ends, as a state counts a token that is repeated.
+        """
+        lengths = {len(text) for text in self.texts}
         start = 0
-        for end in ends:
+        for end in sorted(lengths | {end for end in ends if end < max(lengths)}) if alike else ends:
             # a prompt that is through repeats its last token at its position, which changes nothing
             starts = [min(start, len(text) - 1) for text in self.texts]
             yield Piece(

@@ -101,7 +101,8 @@ class GenerateLoop:
             return
         conversation = Conversation(request, vocab_size=self.program.vocab_size)
         chooser = TokenChooser(self.program, settings, self.communicator, self.device, self._profiler)
-        logits = run.prefill(conversation.prompt_pieces(run.cache.piece_size(size, longest)))
+        pieces = conversation.prompt_pieces(run.cache.piece_size(size, longest), alike=run.counts_tokens)
+        logits = run.prefill(pieces)
         chained: Iterator[Tensor] | None = None
         while True:
             logprobs: list[float] | None = None

@@ -69,7 +69,9 @@ class StagedLoop:
             (number, piece)
             for number, group in enumerate(groups)
             if group.texts
-            for piece in group.pieces_between(self._ends(group, sum(bool(each.texts) for each in groups), size))
+            for piece in group.pieces_between(
+                self._ends(group, sum(bool(each.texts) for each in groups), size), alike=self._run.counts_tokens
+            )
         ]
         found: dict[int, Tensor] = {}
 

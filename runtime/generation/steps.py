@@ -123,9 +123,14 @@ class Steps:
         }
 
     @property
+    def counts_tokens(self) -> bool:
+        """Whether a state per sequence changes with each token, so that no row may repeat one."""
+        return any(not state.per_token for state in self._program.states)
+
+    @property
     def _least_slots(self) -> int:
         # a graph for single steps may decide by whether there are slots besides those of its tokens
-        return self._program.limits.get("slots", (1, None))[0]
+        return max(p.limits.get("slots", (1, None))[0] for p in (self._program, self._decode_program))
 
     def execute(
         self,
@@ -147,6 +152,7 @@ class Steps:
         positions = torch.tensor(piece.starts, device=self._device)[:, None] + offsets
         batch = Batch(positions, tuple(piece.starts), tuple(counts), piece.active)
         self.cache.begin(batch, rows=rows, decode=decode)
+        program = self._decode_program if decode else self._program
         known = {
             "input_ids": ids,
             "position_ids": positions,
@@ -154,11 +160,11 @@ class Steps:
             "active": torch.tensor(piece.active, device=self._device),
             "slots": torch.arange(max(batch.end + 1, self._least_slots), device=self._device),
         }
-        for wanted in self._program.inputs:
+        for wanted in program.inputs:
             if wanted.name not in known:
                 raise InputError(f"generation knows nothing to give the input {wanted.name!r} of this model")
         execute = self._decode if decode else self._prefill
-        return execute([*(known[wanted.name] for wanted in self._program.inputs), *received])
+        return execute([*(known[wanted.name] for wanted in program.inputs), *received])
 
     def release(self) -> None:
         """Gives back what captured steps hold, and the cache's memory; what is compiled stays."""

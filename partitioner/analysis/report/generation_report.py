@@ -113,9 +113,12 @@ class GenerationReport:
 
 
 def make_generation_report(
-    program: Program, ranks: Sequence[RankProgram], whole_text: Sequence[RankProgram]
+    program: Program, ranks: Sequence[RankProgram], whole_text: Sequence[RankProgram], *, prefill: Program
 ) -> GenerationReport:
-    """Describes a program that continues sequences, after its passes; `ranks`: what it is on each of them."""
+    """Describes a program that continues sequences, after its passes; `ranks`: what it is on each of them.
+
+    prefill: that for prompts, which remembers the same.
+    """
     makers = _makers(program)
     users = matrix_users(program)
     groups: dict[tuple[object, ...], list[State]] = defaultdict(list)
@@ -151,7 +154,7 @@ def make_generation_report(
         states=rows,
         bytes_per_token=tuple(sum(_share(program, s) for s in rank.states if s.per_token) for rank in ranks),
         bytes_per_sequence=tuple(sum(s.bytes for s in rank.states if not s.per_token) for rank in ranks),
-        tokens_at_a_time=program.limits.get("sequence", (1, None))[1],
+        tokens_at_a_time=prefill.limits.get("sequence", (1, None))[1],
         longest_text=longest_text(ranks[0]),
         further_weights=tuple(
             sum(weight.bytes for weight in rank.weights if weight not in set(known.weights))

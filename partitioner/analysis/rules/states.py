@@ -1,4 +1,4 @@
-"""What is remembered between runs: appending to a cache, reading and writing states."""
+"""What is remembered between runs: appending to a cache, reading and writing states, recurrences over tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from typing import Any
 from torch import fx
 
 from partitioner.analysis.rules.notation import Notation, Operand, Rules, is_tensor, letters, value_of
-from runtime.ops.state import cache_append, position_mask, rows_at, state_read, state_write
+from runtime.ops.state import (
+    cache_append,
+    gated_delta_rule,
+    gated_linear_attention,
+    position_mask,
+    rows_at,
+    selective_scan,
+    state_read,
+    state_write,
+)
 
 RULES = Rules()
 
@@ -50,3 +59,19 @@ def _rows_at(node: fx.Node, a: dict[str, Any]) -> Notation:
     table = (None, *("p" if i == dim else name for i, name in enumerate(names) if i))
     operands = (Operand(a["table"], table), Operand(a["positions"], (names[0], names[dim])))
     return Notation(operands, (names,), frozenset("p"), terms=(frozenset((0,)),))
+
+
+@RULES.of(gated_linear_attention, gated_delta_rule)
+def _gated(node: fx.Node, a: dict[str, Any]) -> Notation:
+    """Each sequence, each head and each index of its values by itself; all tokens, and all of a key."""
+    given = {"q": "bshk", "k": "bshk", "v": "bshv", "decay": "bsh", "beta": "bsh", "state": "bhkv"}
+    operands = tuple(Operand(a[name], tuple(names)) for name, names in given.items() if is_tensor(a.get(name)))
+    return Notation(operands, (tuple("bshv"), tuple("bhkv")), frozenset("sk"))
+
+
+@RULES.of(selective_scan)
+def _selective_scan(node: fx.Node, a: dict[str, Any]) -> Notation:
+    """Each sequence and each channel by itself; all tokens, and all that a channel keeps."""
+    given = {"x": "bds", "dt": "bds", "a": "dn", "b": "bns", "c": "bns", "state": "bdn"}
+    operands = tuple(Operand(a[name], tuple(names)) for name, names in given.items() if is_tensor(a.get(name)))
+    return Notation(operands, (tuple("bds"), tuple("bdn")), frozenset("sn"))

@@ -7,7 +7,8 @@
     input_ids, position_ids [B, S]    slots [T]: 0, 1, 2 ...    active [B]: rows whose states move on
 
 A model with states per sequence is traced for one token at a time: its own code has a branch for that, and a state that
-is all zeros stands for no tokens. Others take S tokens at once.
+is all zeros stands for no tokens. Others take S tokens at once. `capture_piece` traces what the code of a model with
+such states does with S tokens behind others: whether that is what S single steps do is for `proof/recurrences.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from partitioner.capture.capture import describe_weights, ends_of, generation_of
 from partitioner.capture.inputs.graph_inputs import BATCH, LENGTH, choose_inputs
 from partitioner.capture.inputs.probe import Probe, probe
 from partitioner.capture.inputs.rope import fix_rope
+from partitioner.capture.steps.fold_recurrences import fold_recurrences
 from partitioner.capture.steps.fold_states import fold_steps
 from partitioner.capture.steps.position_tables import most_slots
 from partitioner.capture.steps.traced_cache import StepCache, TracedState, find_states
@@ -32,6 +34,7 @@ from partitioner.capture.trace.build_graph import Builder
 from partitioner.capture.trace.export_graph import export_step, result_of
 from partitioner.capture.trace.fake_model import configs, make_fake_model
 from partitioner.capture.trace.functionalize import functionalize
+from partitioner.capture.trace.recurrence_hooks import recurrences_installed
 from partitioner.capture.trace.shape_limits import check_together
 from partitioner.capture.trace.transformers_hooks import APPEND, READ
 from partitioner.capture.trace.weight_names import ModelWeights
@@ -40,7 +43,7 @@ from partitioner.program.program import Input, Program, State
 from partitioner.sharding.layout import REPLICATED
 from partitioner.sharding.mesh import Mesh
 
-__all__ = ["capture_step"]
+__all__ = ["capture_piece", "capture_step"]
 
 SLOTS = 211
 """Slots in the example: a prime, and more than tokens, so that there are some before them."""
@@ -51,6 +54,15 @@ _DIMS = {"slots": ("slots",)}
 
 def capture_step(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None) -> Program:
     """Raises `CaptureError` where the model keeps what it remembers other than in a transformers Cache."""
+    return _capture(model, mesh=mesh, max_length=max_length, several=False)
+
+
+def capture_piece(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None = None) -> Program:
+    """The same for S tokens at once, whatever the model remembers."""
+    return _capture(model, mesh=mesh, max_length=max_length, several=True)
+
+
+def _capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None, several: bool) -> Program:
     fake = FakeTensorMode()
     fake_model = make_fake_model(model, fake)
     known = ModelWeights(model)
@@ -61,13 +73,15 @@ def capture_step(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None =
     cache = _parameter(fake_model)
     states = _find_states(fake_model, cache, fake, known)
     recurrent = any(not state.per_token for state in states)
-    length = 1 if recurrent else LENGTH
+    single = recurrent and not several
+    length = 1 if single else LENGTH
     example = _example(fake_model, length)
     kinds = _probe_masks(fake_model, cache, states, example, fake, known)
-    symbols: dict[int, Any] = {0: Dim.DYNAMIC} if recurrent else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    symbols: dict[int, Any] = {0: Dim.DYNAMIC} if single else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     dims = {name: {0: Dim.DYNAMIC} if name in _DIMS else symbols for name in example}
     traced = _Stepping(fake_model, tuple(example), cache, states)
-    exported = functionalize(export_step(traced, fake_model, example, kinds, dims))
+    with recurrences_installed(fake_model):
+        exported = functionalize(export_step(traced, fake_model, example, kinds, dims))
     builder = Builder(exported, tuple(example), known.canonical.__getitem__, _DIMS)
     graph = builder.build()
     notes += builder.limits()
@@ -79,9 +93,14 @@ def capture_step(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None =
         builder.ranges["slots"] = (low, most if high is None else min(high, most))
     weights, values = describe_weights(graph, builder, known)
     used = {str(node.kwargs["state"]) for node in graph.nodes if "state" in node.kwargs}
-    if recurrent:
+    kept = {
+        s.name: State(s.name, s.shape, s.dtype, REPLICATED(len(s.shape)), per_token=s.per_token)
+        for s in states
+        if s.name in used
+    }
+    fold_recurrences(graph, kept, inputs["input_ids"])
+    if single:
         builder.ranges["sequence"] = (1, 1)
-        notes.append("prompts run token by token: what the model remembers is a state that each token changes")
     return Program(
         graph=graph,
         inputs=tuple(Input(name, node.meta["val"], _DEFAULTS.get(name, "required")) for name, node in inputs.items()),
@@ -93,11 +112,7 @@ def capture_step(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None =
         limits=limits_of(builder.ranges, longest),
         eos_token_id=ends_of(model),
         generation=generation_of(model),
-        states={
-            s.name: State(s.name, s.shape, s.dtype, REPLICATED(len(s.shape)), per_token=s.per_token)
-            for s in states
-            if s.name in used
-        },
+        states=kept,
         notes=notes,
     )
 

@@ -26,8 +26,8 @@ from transformers.modeling_utils import AttentionInterface
 from partitioner.errors import CaptureError
 
 __all__ = [
-    "APPEND", "ATTENTION", "COMBINE", "DISPATCH", "GROUPED_LINEAR", "IMPLEMENTATIONS", "MASK", "READ", "Masks",
-    "installed",
+    "APPEND", "ATTENTION", "COMBINE", "DISPATCH", "GROUPED_LINEAR", "IMPLEMENTATIONS", "MASK", "ONE_CAPTURE_AT_A_TIME",
+    "READ", "Masks", "installed",
 ]  # fmt: skip
 
 _NAMESPACE = "partitioner_capture"
@@ -110,7 +110,7 @@ class Masks(Protocol):
 
 IMPLEMENTATIONS = ("sdpa", "eager")
 """The attention implementations whose branch in a model's code can be captured."""
-_ONE_CAPTURE_AT_A_TIME = threading.RLock()
+ONE_CAPTURE_AT_A_TIME = threading.RLock()
 _MISSING = object()
 
 
@@ -123,7 +123,7 @@ def installed(masks: Masks) -> Iterator[None]:
             (AttentionInterface._global_mapping, name, _attention),
             (AttentionMaskInterface._global_mapping, name, masks),
         ]
-    with _ONE_CAPTURE_AT_A_TIME:
+    with ONE_CAPTURE_AT_A_TIME:
         before = [mapping.get(name, _MISSING) for mapping, name, _ in ours]
         try:
             for mapping, name, function in ours:

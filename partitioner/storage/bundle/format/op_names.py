@@ -32,7 +32,16 @@ from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.mask import attention_mask
 from runtime.ops.rows.share_rows import own_last_token, take_rows
-from runtime.ops.state import cache_append, position_mask, rows_at, state_read, state_write
+from runtime.ops.state import (
+    cache_append,
+    gated_delta_rule,
+    gated_linear_attention,
+    position_mask,
+    rows_at,
+    selective_scan,
+    state_read,
+    state_write,
+)
 
 __all__ = ["GROUP", "name_of", "op_named"]
 
@@ -65,9 +74,9 @@ ATEN = frozenset(
 )
 
 _OWN = (
-    attention, attention_mask, cache_append, cached_attention, expert_combine, expert_dispatch, grouped_linear,
-    last_token, localise_experts, once, own_last_token, position_mask, reorder, rows_at, shard, state_read, state_write,
-    take_rows, vocab_parallel_embedding,
+    attention, attention_mask, cache_append, cached_attention, expert_combine, expert_dispatch, gated_delta_rule,
+    gated_linear_attention, grouped_linear, last_token, localise_experts, once, own_last_token, position_mask, reorder,
+    rows_at, selective_scan, shard, state_read, state_write, take_rows, vocab_parallel_embedding,
     *COMMUNICATING,
 )  # fmt: skip
 _INTEGER = (

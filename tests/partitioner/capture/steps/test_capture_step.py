@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import fx
 
-from partitioner.capture import capture_step
+from partitioner.capture import capture_piece, capture_step
 from partitioner.errors import CaptureError
 from partitioner.program import Program
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.attention import attention
-from runtime.ops.state import cache_append, position_mask, rows_at, state_read, state_write
+from runtime.ops.state import cache_append, position_mask, rows_at, selective_scan, state_read, state_write
 from tests.support import stepping, zoo
 
 
@@ -55,7 +55,6 @@ def test_states_are_read_and_written_once_and_take_one_token() -> None:
     for target in (state_read, state_write):
         assert sorted(str(node.kwargs["state"]) for node in nodes(program, target)) == sorted(remembered)
     assert program.limits["sequence"] == (1, 1)
-    assert any("token by token" in note for note in program.notes)
     assert "active" in [given.name for given in program.inputs]
 
 
@@ -81,3 +80,18 @@ def test_the_model_is_not_changed() -> None:
     capture_step(model, mesh=Mesh.of())
     assert model.config.use_cache == use_cache
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_several_tokens_behind_a_state_are_one_recurrence() -> None:
+    """Whose first state is what is remembered, also where the model's own function always begins at nothing."""
+    model = zoo.tiny("mamba")[0]
+    program = capture_piece(model, mesh=Mesh.of())
+    assert "sequence" in program.symbols
+    assert "sequence" not in program.limits
+    scans = nodes(program, selective_scan)
+    assert len(scans) == 2
+    for number, scan in enumerate(scans):
+        before = scan.args[-1]
+        assert isinstance(before, fx.Node)
+        assert before.target is state_read
+        assert before.kwargs["state"] == f"cache.{number}.recurrent.0"

@@ -1,0 +1,101 @@
+"""Several tokens at once against single steps: what is proven, and what is refused with its reason."""
+
+import pytest
+import torch
+from torch import fx
+
+from partitioner.capture import capture_piece
+from partitioner.compile.canonicalize import canonicalize
+from partitioner.program import Program
+from partitioner.proof.recurrences import why_pieces_differ
+from partitioner.proof.regions import regions_of
+from partitioner.sharding.mesh import Mesh
+from runtime.ops.state import gated_linear_attention, selective_scan, state_read, state_write
+from tests.support import stepping
+
+aten = torch.ops.aten
+NAME = "mamba"
+
+
+@pytest.fixture(scope="module")
+def step() -> Program:
+    return stepping.traced(NAME)[1]
+
+
+@pytest.fixture(scope="module")
+def traced() -> Program:
+    found = capture_piece(stepping.traced(NAME)[0], mesh=Mesh.of())
+    canonicalize(found)
+    return found
+
+
+@pytest.fixture
+def piece(traced: Program) -> Program:
+    return traced.copy()
+
+
+def first(program: Program, target: object) -> fx.Node:
+    return next(node for node in program.graph.nodes if node.target is target)
+
+
+def test_a_recurrence_behind_what_is_remembered_is_proven(piece: Program, step: Program) -> None:
+    assert why_pieces_differ(piece, step) is None
+
+
+def test_each_layer_is_a_region_from_one_value_to_another(piece: Program) -> None:
+    regions = regions_of(piece)
+    assert not isinstance(regions, str)
+    assert list(regions) == [(f"cache.{i}.conv.0", f"cache.{i}.recurrent.0") for i in range(2)]
+    one, other = regions.values()
+    assert one.text == other.text
+    assert one.weights != other.weights
+
+
+def test_one_that_begins_at_nothing_is_refused(piece: Program, step: Program) -> None:
+    """As a model's own function does, which only knows whole texts."""
+    scan = first(piece, selective_scan)
+    scan.args = (*scan.args[:-1], None)
+    reason = why_pieces_differ(piece, step)
+    assert reason is not None
+    assert "tokens at once than for single ones" in reason
+
+
+def test_a_state_that_is_left_wrong_is_refused(piece: Program, step: Program) -> None:
+    """All results of the first piece are right; the next one starts from something else."""
+    write = [node for node in piece.graph.nodes if node.target is state_write][-1]
+    source = write.args[0]
+    assert isinstance(source, fx.Node)
+    with piece.graph.inserting_before(write):
+        wrong = piece.graph.call_function(aten.mul.Tensor, (source, 0.999))
+    wrong.meta = dict(source.meta)
+    write.args = (wrong, write.args[1])
+    reason = why_pieces_differ(piece, step)
+    assert reason is not None
+    assert "the state 'cache." in reason or "its result is another" in reason
+
+
+def test_tokens_that_meet_outside_a_region_are_refused(piece: Program, step: Program) -> None:
+    (logits,) = piece.graph.output_node().all_input_nodes
+    with piece.graph.inserting_after(logits):
+        summed = piece.graph.call_function(aten.cumsum.default, (logits, 1))
+    summed.meta = {"val": logits.meta["val"]}
+    piece.graph.output_node().args = (summed,)
+    reason = why_pieces_differ(piece, step)
+    assert reason is not None
+    assert "cumsum" in reason
+
+
+def test_states_outside_of_layers_are_not_told_apart(piece: Program, step: Program) -> None:
+    read = first(piece, state_read)
+    read.meta["path"] = ""
+    reason = why_pieces_differ(piece, step)
+    assert reason == "the model: its states are kept outside of any layer"
+
+
+def test_other_states_are_refused(piece: Program, step: Program) -> None:
+    for node in piece.graph.nodes:
+        if node.kwargs.get("state") == "cache.1.conv.0":
+            node.kwargs = {**node.kwargs, "state": "cache.1.other.0"}
+    assert gated_linear_attention not in {node.target for node in piece.graph.nodes}
+    reason = why_pieces_differ(piece, step)
+    assert reason == "its code for several tokens remembers other things than its code for one"
