@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from partitioner import Plan, partition
 from partitioner.serving.text.answer_text import AnswerText
 from partitioner.storage.example import EXAMPLE_MODEL
-from tests.support.servers.served import Served, served
+from tests.partitioner.serving.served import Served, served
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 MODEL = "example_model"
