@@ -34,6 +34,7 @@ from runtime.processes.choose_device import choose_device
 __all__ = ["register"]
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_ROWS = 32
 _LENGTH = 4096
 """Tokens of a text, where nothing of the model says how many it takes."""
 
@@ -72,9 +73,6 @@ def serve_command(
     ] = False,
     max_batch: Annotated[
         int | None, typer.Option(help="rows that a replica continues at a time; by default 32")
-    ] = None,
-    cache_tokens: Annotated[
-        int | None, typer.Option(help="tokens that a replica's cache holds; by default as many as fit")
     ] = None,
     cache_memory: Annotated[
         str | None, typer.Option(help='the most that a rank may keep for the cache: "4 GB", or "0.9 of free"')
@@ -131,7 +129,7 @@ def serve_command(
             mapped=mapped,
             checked=not unchecked,
             compile=compile_steps,
-            cache=_cache(cache_tokens, cache_memory, max_batch),
+            cache=_cache(cache_memory, max_batch),
             max_batch=max_batch,
             restart=restart,
             timeout_s=rank_timeout,
@@ -170,11 +168,9 @@ def _tokenizer(model: str, chat_template: str | None) -> Any:
     return tokenizer
 
 
-def _cache(tokens: int | None, memory: str | None, rows: int | None) -> CacheSize | None:
+def _cache(memory: str | None, rows: int | None) -> CacheSize | None:
     """None: half of the memory that is free."""
-    if tokens is None and memory is None:
-        return None
-    return CacheSize(max_batch=rows or 32, max_length=tokens, memory=memory)
+    return None if memory is None else CacheSize(max_batch=rows or _ROWS, memory=memory)
 
 
 def _max_length(model: str, llm: Launched, asked: int | None) -> int:
