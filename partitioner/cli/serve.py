@@ -27,12 +27,14 @@ from partitioner.storage.example import EXAMPLE_MODEL
 from partitioner.storage.hub import fetched
 from partitioner.storage.named_model import dtype_named, hub_hint
 from partitioner.storage.recognise import is_bundle
+from runtime.kv_cache.cache_size import CacheSize
 from runtime.launching.launched import Launched
 from runtime.processes.choose_device import choose_device
 
 __all__ = ["register"]
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_ROWS = 32
 _LENGTH = 4096
 """Tokens of a text, where nothing of the model says how many it takes."""
 
@@ -66,6 +68,15 @@ def serve_command(
     max_body: Annotated[int, typer.Option(help="bytes of a request")] = 4 << 20,
     request_timeout: Annotated[float, typer.Option(help="seconds that a request may take")] = 600.0,
     grace: Annotated[float, typer.Option(help="seconds that requests may go on after SIGTERM")] = 30.0,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="start a replica that is lost again, while others serve")
+    ] = False,
+    max_batch: Annotated[
+        int | None, typer.Option(help="rows that a replica continues at a time; by default 32")
+    ] = None,
+    cache_memory: Annotated[
+        str | None, typer.Option(help='the most that a rank may keep for the cache: "4 GB", or "0.9 of free"')
+    ] = None,
     rank_timeout: Annotated[float, typer.Option(help="seconds after which a silent rank is lost")] = 60.0,
     start_timeout: Annotated[float, typer.Option(help="seconds until all ranks must have loaded")] = 600.0,
     dtype: Dtype = None,
@@ -118,6 +129,9 @@ def serve_command(
             mapped=mapped,
             checked=not unchecked,
             compile=compile_steps,
+            cache=_cache(cache_memory, max_batch),
+            max_batch=max_batch,
+            restart=restart,
             timeout_s=rank_timeout,
             start_timeout_s=start_timeout,
         ) as llm,
@@ -152,6 +166,11 @@ def _tokenizer(model: str, chat_template: str | None) -> Any:
     if tokenizer.chat_template is None:
         _say("note: the tokenizer has no chat template, so /v1/chat/completions is refused: give --chat-template FILE")
     return tokenizer
+
+
+def _cache(memory: str | None, rows: int | None) -> CacheSize | None:
+    """None: half of the memory that is free."""
+    return None if memory is None else CacheSize(max_batch=rows or _ROWS, memory=memory)
 
 
 def _max_length(model: str, llm: Launched, asked: int | None) -> int:

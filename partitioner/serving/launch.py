@@ -67,6 +67,7 @@ def launch(
     max_batch: int | None = None,
     timeout_s: float = 60.0,
     start_timeout_s: float = 600.0,
+    restart: bool = False,
 ) -> Launched:
     """Starts the ranks of `plan` on this machine, in worlds of their own for each replica (`dp`), and serves them.
 
@@ -76,7 +77,8 @@ def launch(
     `shared_memory`, `compile`, `cuda_graph`: as `Engine.connect` takes them, for every rank. cache: room for that many
     tokens in all, which requests of any length share; None: half of the memory that is free. max_batch: the most
     prompts that a replica continues at a time; None: those of `cache`, or 32. timeout_s: how long a rank may be silent.
-    start_timeout_s: how long all may take until they have loaded.
+    start_timeout_s: how long all may take until they have loaded. restart: a replica that is lost is started again,
+    while others go on; what it was doing raises RankLost.
 
     Raises what keeps a rank from starting, as it would be raised here. Nothing listens on a port beyond what ranks of
     one replica open to each other.
@@ -104,7 +106,7 @@ def launch(
         given = json.dumps({"model": opened, "engine": connected, "served": served}).encode()
         places = [Place(plan.replica_mesh, 0, number, plan.replicas, False) for number in range(plan.replicas)]
         replicas = [Replica(place, timeout_s=timeout_s) for place in places]
-        supervisor = Supervisor(replicas)
+        supervisor = Supervisor(replicas, restarts=restart)
         supervisor.start(["partitioner.serving.launch"], given, timeout_s=start_timeout_s)
         stack.callback(supervisor.close)
         return Launched(supervisor, closing=stack.pop_all())

@@ -54,17 +54,20 @@ def merged(steps: Sequence[Sequence[Step]], dealt: Sequence[Sequence[int]]) -> l
     """The steps of all rows. A row whose replica has no more steps has ended."""
     num_rows = sum(map(len, dealt))
     scored = any(step.logprobs is not None for each in steps for step in each)
+    named = any(step.top is not None for each in steps for step in each)
     found = []
     for number in range(max(map(len, steps), default=0)):
         tokens: list[int | None] = [None] * num_rows
         logprobs: list[float | None] = [None] * num_rows
+        tops: list[tuple[tuple[int, float], ...] | None] = [None] * num_rows
         for mine, rows in zip(steps, dealt, strict=True):
             if number < len(mine):
                 step = mine[number]
                 for place, row in enumerate(rows):
                     tokens[row] = step.tokens[place]
                     logprobs[row] = None if step.logprobs is None else step.logprobs[place]
-        found.append(Step(tuple(tokens), tuple(logprobs) if scored else None))
+                    tops[row] = None if step.top is None else step.top[place]
+        found.append(Step(tuple(tokens), tuple(logprobs) if scored else None, tuple(tops) if named else None))
     return found
 
 

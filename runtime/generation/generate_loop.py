@@ -81,6 +81,8 @@ class GenerateLoop:
     def steps(self, request: GenerationRequest) -> Iterator[Step]:
         """One `Step` per token, until every sequence has ended."""
         settings = request.settings
+        if settings.top_logprobs is not None:
+            raise InputError("top_logprobs is offered by ranks that partitioner.launch started: leave it out here")
         longest = max(map(len, request.prompts))
         length = longest + settings.max_new_tokens - 1  # the last token is never run
         request.require_fits(self.program, length)

@@ -14,6 +14,8 @@ pad_token_id=None        fills up sequences that ended; None: the model's own, t
 stop_strings=None        texts after which a sequence ends; needs `tokenizer`
 tokenizer=None
 logprobs=False           True: the log-probability of each new token as well
+top_logprobs=None        of ranks that `partitioner.launch` started: how many of the most probable tokens to name at
+                         each step, beside the one that was taken, with their log-probabilities by the model alone
 input_ids, inputs        the prompts, by transformers' names
 prefill_step=None        how many tokens of each prompt are run at a time; None: by device and memory
 
@@ -74,6 +76,7 @@ class Options(TypedDict, total=False):
     stop_strings: str | Sequence[str] | None
     tokenizer: Any
     logprobs: bool
+    top_logprobs: int | None
     prefill_step: int | None
     num_beams: int
     num_return_sequences: int
@@ -93,6 +96,7 @@ class Settings:
     stop_strings: tuple[str, ...] = ()
     tokenizer: Any = None
     logprobs: bool = False
+    top_logprobs: int | None = None
     prefill_step: int | None = None
 
     @classmethod
@@ -142,10 +146,14 @@ class Settings:
                 raise InputError(f"{name} must be a whole number, at least 1; got {value!r}")
         if not isinstance(self.logprobs, bool):
             raise InputError(f"logprobs must be True or False, got {self.logprobs!r}")
+        most = self.top_logprobs
+        if most is not None and (isinstance(most, bool) or not isinstance(most, int) or not 0 <= most <= _MOST_NAMED):
+            raise InputError(f"top_logprobs must be None or a whole number up to {_MOST_NAMED}, got {most!r}")
         if self.stop_strings and self.tokenizer is None:
             raise InputError("stop_strings are texts: give tokenizer= as well, to know what the tokens say")
 
 
+_MOST_NAMED = 1000
 _LENGTHS = ("max_new_tokens", "max_length")
 _RULES = {field.name for field in dataclasses.fields(TokenRules)}
 

@@ -22,10 +22,14 @@ Prompts = Tensor | Sequence[Sequence[int]] | Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """One token per sequence, None where it has ended; and its log-probability, where asked for."""
+    """One token per sequence, None where it has ended; and its log-probability, where asked for.
+
+    top: where `top_logprobs` was asked for, by sequence, (token, log-probability) of that token and the most probable.
+    """
 
     tokens: tuple[int | None, ...]
     logprobs: tuple[float | None, ...] | None
+    top: tuple[tuple[tuple[int, float], ...] | None, ...] | None = None
 
 
 @dataclass(frozen=True)

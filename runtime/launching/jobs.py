@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
@@ -129,14 +129,15 @@ class Job:
     def said(self) -> dict[str, Any]:
         return {"request": request_data(self.request)}
 
-    def take(self, token: int, logprob: float | None) -> None:
+    def take(self, token: int, logprob: float | None, top: Sequence[Sequence[Any]] | None = None) -> None:
         """The next token, as rank 0 tells it. What comes after a stop string does not count."""
         if self.is_over or not self.is_wanted:
             return
         self._text.append(token)
         with self.call.changed:
             scored = self.request.settings.logprobs
-            self.steps.append(Step((token,), (logprob,) if scored else None))
+            named = None if top is None else (tuple((int(each), float(score)) for each, score in top),)
+            self.steps.append(Step((token,), (logprob,) if scored else None, named))
         self.call.tell()
         if self.call.request.has_ended(self._text):
             self.end()

@@ -57,7 +57,8 @@ class Replica:
         self._numbers = itertools.count()
         self._failed: dict[int, Message] = {}
         self._failed_since: float | None = None
-        self._heard: list[float] = []
+        self._heard: list[float | None] = []
+        """When each rank last said something; None: nothing yet, while it imports what it needs."""
 
     @property
     def num_ranks(self) -> int:
@@ -97,7 +98,7 @@ class Replica:
             self.processes.append(process)
             self.handles.append(os.pidfd_open(process.pid))
             self.lines.append(Line(ours, timeout_s=self.timeout_s))
-        self._heard = [time.monotonic()] * self.num_ranks
+        self._heard = [None] * self.num_ranks
 
     @property
     def is_ready(self) -> bool:
@@ -133,11 +134,11 @@ class Replica:
     def _step(self, message: Message) -> None:
         self.steps_ahead -= 1
         self.said = message["status"]
-        for number, token, logprob, is_over in message["told"]:
+        for number, token, logprob, is_over, top in message["told"]:
             job = self.jobs.get(number)
             if not isinstance(job, Job):
                 continue  # it was cancelled while this step ran
-            job.take(token, logprob)
+            job.take(token, logprob, top)
             if is_over:
                 self._end(number)
         for number, kind, text in message["refused"]:
@@ -184,7 +185,7 @@ class Replica:
     def is_lost(self) -> bool:
         """Whether it is certain by now; `conclude` says what it is."""
         now = time.monotonic()
-        if any(now - heard > self.timeout_s for heard in self._heard):
+        if any(now - heard > self.timeout_s for heard in self._heard if heard is not None):
             return True
         if self._failed_since is None:
             return False
@@ -217,7 +218,7 @@ class Replica:
             return _error(message)
         now = time.monotonic()
         for rank, heard in enumerate(self._heard):
-            if now - heard > self.timeout_s:
+            if heard is not None and now - heard > self.timeout_s:
                 return RankLost(f"{name(rank)} gave no sign of life for {self.timeout_s:g} s: its process is stopped")
         codes = {rank: process.poll() for rank, process in enumerate(self.processes)}
         rank = next((rank for rank, code in codes.items() if code is not None), 0)

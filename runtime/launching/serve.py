@@ -7,7 +7,7 @@
     answers    {"kind": "ready", ..}   {"kind": "beat"}
                {"kind": "failed", "type": .., "text": ..}               it cannot go on
                and of rank 0 only:
-               {"kind": "stepped", "told": [[7, token, logprob, is_over], ..], "status": ..}
+               {"kind": "stepped", "told": [[7, token, logprob, is_over, top], ..], "status": ..}
                {"kind": "refused", "job": 7, "type": .., "text": ..}
                {"kind": "room", "job": 8, "room": ..}
 
@@ -78,7 +78,7 @@ class Rank:
             return {"kind": "stepped", "told": [], "refused": [], "status": {}}
         told = self._loop.step()
         refused = [[each.number, *_said(each.error).values()] for each in told if each.error is not None]
-        said = [[each.number, each.token, each.logprob, each.is_over] for each in told if each.error is None]
+        said = [[each.number, each.token, each.logprob, each.is_over, each.top] for each in told if each.error is None]
         return {"kind": "stepped", "told": said, "refused": refused, "status": self._loop.status()}
 
     def _batching(self) -> BatchLoop:

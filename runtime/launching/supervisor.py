@@ -22,12 +22,23 @@ __all__ = ["Supervisor"]
 
 _log = logging.getLogger("partitioner")
 _LOOK_S = 0.1
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+"""Before a lost replica is started again; twice as long after each time that it was lost before it was ready."""
 
 
 class Supervisor:
-    """`start` returns once all replicas are ready; `close` once none of their processes is left."""
+    """`start` returns once all replicas are ready; `close` once none of their processes is left.
 
-    def __init__(self, replicas: Sequence[Replica]) -> None:
+    restarts: a replica that is lost is started again, and takes the place of the lost one once it is ready.
+    """
+
+    def __init__(self, replicas: Sequence[Replica], *, restarts: bool = False) -> None:
+        self._restarts = restarts
+        self._due: dict[int, float] = {}
+        """By number, when a lost replica is to be started again."""
+        self._pauses: dict[int, float] = {}
+        self._starting: dict[int, tuple[Replica, float]] = {}
+        """Those that are not ready yet, with the time until when they must be."""
         self.replicas = list(replicas)
         self._asked: list[Callable[[], None]] = []
         self._lock = threading.Lock()
@@ -40,6 +51,7 @@ class Supervisor:
 
     def start(self, module: Sequence[str], given: bytes, *, timeout_s: float) -> None:
         """Raises what kept a replica from starting, after all have been ended."""
+        self._module, self._given, self._start_s = module, given, timeout_s
         self._thread = threading.Thread(target=self._run, args=(module, given), daemon=True, name="replicas")
         self._thread.start()
         try:
@@ -136,9 +148,7 @@ class Supervisor:
                 replica.start(module, given)
             self._selector.register(self._wakes, selectors.EVENT_READ)
             for replica in self.replicas:
-                for rank, (line, handle) in enumerate(zip(replica.lines, replica.handles, strict=True)):
-                    self._selector.register(line.socket, selectors.EVENT_READ, (replica, rank, True))
-                    self._selector.register(handle, selectors.EVENT_READ, (replica, rank, False))
+                self._listen(replica)
             while not self._closing:
                 self._turn()
         except BaseException as error:
@@ -147,6 +157,11 @@ class Supervisor:
                 _log.exception("what watches over replicas has failed: all are ended")
         finally:
             self._end()
+
+    def _listen(self, replica: Replica) -> None:
+        for rank, (line, handle) in enumerate(zip(replica.lines, replica.handles, strict=True)):
+            self._selector.register(line.socket, selectors.EVENT_READ, (replica, rank, True))
+            self._selector.register(handle, selectors.EVENT_READ, (replica, rank, False))
 
     def _turn(self) -> None:
         for key, _ in self._selector.select(_LOOK_S):
@@ -160,6 +175,8 @@ class Supervisor:
         for replica in self._alive():
             if replica.is_lost():
                 self._lose(replica)
+        if self._restarts:
+            self._start_again()
         with self._lock:
             asked, self._asked = self._asked, []
         for work in asked:
@@ -167,11 +184,42 @@ class Supervisor:
         with self._changed:
             self._changed.notify_all()
 
-    def _lose(self, replica: Replica) -> None:
+    def _start_again(self) -> None:
+        """What is due; and takes in what has become ready, or is lost before that."""
+        now = time.monotonic()
+        for number, (replica, deadline) in list(self._starting.items()):
+            if replica.is_ready:
+                del self._starting[number]
+                self.replicas[number] = replica
+                self._pauses.pop(number, None)
+                _log.warning("replica %d is back", number)
+            elif replica.is_lost() or now > deadline:
+                del self._starting[number]
+                _log.warning("replica %d was not started again: %s", number, self._conclude(replica))
+                self._plan_start(number)
+        for number in [number for number, due in self._due.items() if now >= due]:
+            del self._due[number]
+            old = self.replicas[number]
+            replica = Replica(old.place, timeout_s=old.timeout_s)
+            replica.start(self._module, self._given)
+            self._listen(replica)
+            self._starting[number] = (replica, now + self._start_s)
+
+    def _plan_start(self, number: int) -> None:
+        pause = self._pauses.get(number, _FIRST_PAUSE_S)
+        self._due[number] = time.monotonic() + pause
+        self._pauses[number] = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _conclude(self, replica: Replica) -> PartitionerError:
         for key in list(self._selector.get_map().values()):
             if key.data is not None and key.data[0] is replica:
                 self._selector.unregister(key.fileobj)
-        reason = replica.conclude()
+        return replica.conclude()
+
+    def _lose(self, replica: Replica) -> None:
+        reason = self._conclude(replica)
+        if self._restarts and replica.is_ready:
+            self._plan_start(replica.place.replica)
         if len(self.replicas) > 1 and replica.is_ready:
             left = len(self._alive())
             others = f"{left} of {len(self.replicas)} replicas go on" if left else "no replica is left"
@@ -186,6 +234,8 @@ class Supervisor:
             # the others end meanwhile, as their connections are closed
             for line in replica.lines:
                 line.close()
+        for replica, _ in self._starting.values():
+            replica.end(patient=False)
         for replica in self._alive():
             replica.end(patient=self._broken is None and time.monotonic() - started < 5)
         with self._lock:

@@ -160,6 +160,30 @@ class Sampler:
         _require_finite(best[1])
         return [int(token) for token in best[0].tolist()]
 
+    def top(self, logits: Tensor, tokens: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        """Log-probabilities by the model itself, before any option: [B, 1 + num] float64, and their tokens, int64.
+
+        The first column is that of `tokens` [B]; then come the `num` most probable, descending, ties by descending
+        token. Every rank calls it with the same arguments beside the logits [B, owned].
+        """
+        own = self._share.of(logits)
+        num = min(num, int(self._sizes.sum()))
+        values, columns = own.topk(min(num, own.shape[1]), dim=1)
+        largest = own.amax(dim=1).double()
+        message = torch.full((len(own), num + 1, 3), -math.inf, dtype=torch.float64, device=own.device)
+        message[:, 0, 0], message[:, 0, 1] = largest, softmax_mass(own, largest, 1.0)
+        wide = torch.cat([own.double(), own.new_full((len(own), 1), -math.inf, dtype=torch.float64)], dim=1)
+        message[:, 0, 2] = wide.gather(1, self._share.locate(tokens)[:, None])[:, 0]
+        message[:, 1 : values.shape[1] + 1, 0] = values
+        message[:, 1 : values.shape[1] + 1, 1] = self._share.tokens[columns]
+        gathered = self._gather(message[None])
+        largest, masses, chosen = gathered[:, :, 0].unbind(dim=2)
+        total = largest.amax(dim=0) + _joined(masses, largest, 1.0).log()
+        flat_values, flat_tokens = (gathered[:, :, 1:, at].transpose(0, 1).reshape(len(own), -1) for at in (0, 1))
+        best, ranked = rank_candidates(flat_values, flat_tokens)
+        found = torch.cat([chosen.amax(dim=0)[:, None], best[:, :num]], dim=1) - total[:, None]
+        return found, torch.cat([tokens[:, None], ranked[:, :num].long()], dim=1)
+
     def _greedy(self, own: Tensor, *, scored: bool) -> tuple[Tensor, Tensor | None]:
         tokens, best, log_probabilities = self._likeliest(own, scored=scored)
         _require_finite(best)

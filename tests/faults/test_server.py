@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from partitioner import Plan, partition
 from partitioner.serving.text.answer_text import AnswerText
 from partitioner.storage.example import EXAMPLE_MODEL
-from tests.support.servers.served import Served, served
+from tests.partitioner.serving.served import Served, served
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 MODEL = "example_model"
@@ -130,6 +130,25 @@ def test_a_killed_rank_is_told_and_the_other_replica_goes_on(tmp_path: Path) -> 
         assert run(server, lambda client: outcome(client, 1)) == "refused 503 replica_lost"
         assert server.end() == 0
     assert all(map(gone, ranks))
+
+
+def test_a_lost_replica_comes_back_while_the_other_serves(tmp_path: Path) -> None:
+    with served(tmp_path, ["--plan", "dp=2", "--restart"]) as server:
+        before = server.ranks()
+        os.kill(before[0], signal.SIGKILL)
+        until(lambda: httpx2.get(f"{server.url}/health").json()["status"] == "degraded", 5)
+        found = run(server, lambda client: asyncio.gather(*(outcome(client, number) for number in range(8))))
+        assert not [text for text in found if text.startswith(("refused", "ended", "not connected"))]
+        until(lambda: httpx2.get(f"{server.url}/health?every=1").status_code == 200, 120)
+        assert len(set(server.ranks()) - set(before)) == 1
+        again = run(server, lambda client: asyncio.gather(*(outcome(client, number) for number in range(8))))
+        assert again == found
+        os.kill(server.ranks()[0], signal.SIGKILL)  # while it is being started again, the server ends
+        until(lambda: httpx2.get(f"{server.url}/health").json()["status"] == "degraded", 5)
+        time.sleep(2.5)
+        ranks = server.ranks()
+        assert server.end() == 0
+    assert all(map(gone, [*before, *ranks]))
 
 
 def test_a_stopped_rank_is_lost_after_its_time(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def _get(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.text(service.replicas), media_type=CONTENT_TYPE)
+        return Response(service.metrics.text(service.replicas(), service.llm.status()), media_type=CONTENT_TYPE)
 
 
 def _errors(app: FastAPI, service: Service) -> None:

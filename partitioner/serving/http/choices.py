@@ -64,9 +64,12 @@ class Choice:
         """Adds a token to the text; what it says, where log-probabilities are asked for."""
         offset = len(self.echo) + len(text.text)
         text.add(token)
-        if step.logprobs is None or step.logprobs[0] is None or (token in self.ends):
+        top = None if step.top is None else step.top[0]
+        if top is None or token in self.ends:
             return []
-        return [ScoredToken(text.alone(token), offset, step.logprobs[0])]
+        (_, logprob), *others = top
+        named = tuple((text.alone(other), score) for other, score in others)
+        return [ScoredToken(text.alone(token), offset, logprob, named)]
 
 
 def pieces_of(

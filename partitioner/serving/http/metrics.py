@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+from runtime.launching.status import ServingStatus
 
 __all__ = ["CONTENT_TYPE", "Metrics", "Stopwatch"]
 
@@ -14,6 +16,17 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 _FIRST_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 _WHOLE_S = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_OF_REPLICAS = {
+    "running": "Rows that have a place in the cache",
+    "waiting": "Rows that wait for one",
+    "tokens_cached": "Tokens in the cache",
+    "tokens_that_fit": "Tokens that the cache has room for",
+    "prefix_hits": "Prompt tokens that another row had run before, since the start",
+    "prefill_tokens": "Prompt tokens that were run, since the start",
+    "decode_tokens": "New tokens that were run, since the start",
+    "preemptions": "How often a row gave its place to an older one, since the start",
+}
+"""As `runtime.launching.status.ReplicaStatus` has them."""
 
 
 class Metrics:
@@ -44,10 +57,18 @@ class Metrics:
             "partitioner_request_seconds", "From a row's request to its end", buckets=_WHOLE_S, registry=registry
         )
         self._replicas = Gauge("partitioner_replicas", "Replicas by state", ["state"], registry=registry)
+        self._of_replicas = {
+            name: Gauge(f"partitioner_replica_{name}", said, ["replica"], registry=registry)
+            for name, said in _OF_REPLICAS.items()
+        }
 
-    def text(self, replicas: Callable[[], dict[str, int]]) -> bytes:
-        for state, number in replicas().items():
+    def text(self, states: dict[str, int], status: ServingStatus) -> bytes:
+        for state, number in states.items():
             self._replicas.labels(state).set(number)
+        for number, replica in enumerate(status.replicas):
+            values = vars(replica)
+            for name, gauge in self._of_replicas.items():
+                gauge.labels(str(number)).set(math.nan if values[name] is None else values[name])
         return generate_latest(self._registry)
 
 

@@ -30,7 +30,7 @@ def generate_options(
         "repetition_penalty": _first(fields.repetition_penalty, own.get("repetition_penalty"), 1.0),
         "seed": secrets.randbits(63) if fields.seed is None else fields.seed % 2**64,
         "stop_strings": None,  # they are looked for where the text is
-        "logprobs": top_logprobs is not None,
+        "top_logprobs": top_logprobs,
     }
     if temperature > 0:
         options["temperature"] = temperature
@@ -45,8 +45,6 @@ def generate_options(
         options["frequency_penalty"] = fields.frequency_penalty
     if fields.logit_bias:
         options["logit_bias"] = _bias(fields.logit_bias)
-    if top_logprobs:
-        raise invalid("top_logprobs is not offered by this server.", param="top_logprobs", code="unsupported_parameter")
     return options
 
 

@@ -45,6 +45,7 @@ class Told:
     logprob: float | None
     is_over: bool
     error: Exception | None = None
+    top: tuple[tuple[int, float], ...] | None = None
 
 
 class _Runner(Protocol):
@@ -102,6 +103,8 @@ class BatchLoop:
             self._set_aside()
         if len(request.prompts) != 1:
             raise InputError(f"a sequence is one row, got a request of {len(request.prompts)}")
+        if request.settings.top_logprobs is not None and self.program.stage is not None:
+            raise InputError("top_logprobs is not offered over pipeline stages: leave it out, or leave --pp out")
         request.require_fits(self.program, request.longest)
         asked = Asked(request, vocab_size=self.program.vocab_size)
         self.scheduler.add(number, asked.text, most=request.longest, piece=request.settings.prefill_step)
@@ -147,7 +150,7 @@ class BatchLoop:
             if asked is None:
                 continue  # nobody wants it any more
             is_over = choice.error is not None or asked.learn(choice.token)
-            told.append(Told(number, choice.token, choice.logprob, is_over, choice.error))
+            told.append(Told(number, choice.token, choice.logprob, is_over, choice.error, choice.top))
         self.scheduler.learn(
             work,
             {each.number: each.token for each in told if each.error is None},

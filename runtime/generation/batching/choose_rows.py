@@ -35,6 +35,8 @@ class Choice:
 
     token: int
     logprob: float | None = None
+    top: tuple[tuple[int, float], ...] | None = None
+    """Where asked for: this token and the most probable ones, with their log-probabilities by the model alone."""
     error: InputError | SamplingError | None = None
 
 
@@ -131,9 +133,24 @@ class RowChooser:
             seeds=[each.settings.sampling.seed for each in mine],
         )
         scores = [None] * len(mine) if logprobs is None else logprobs.tolist()
+        tops = self._tops(sampling, chosen, tokens, mine)
         return [
-            Choice(token, logprob if each.settings.logprobs else None)
-            for token, logprob, each in zip(tokens.tolist(), scores, mine, strict=True)
+            Choice(token, logprob if each.settings.logprobs else None, top)
+            for token, logprob, top, each in zip(tokens.tolist(), scores, tops, mine, strict=True)
+        ]
+
+    def _tops(
+        self, sampling: Sampling, logits: Tensor, tokens: Tensor, asked: Sequence[Asked]
+    ) -> list[tuple[tuple[int, float], ...] | None]:
+        wanted = [each.settings.top_logprobs for each in asked]
+        most = max((each for each in wanted if each is not None), default=None)
+        if most is None:
+            return [None] * len(asked)
+        values, named = self._sampler(sampling).top(logits, tokens, most)
+        rows = zip(wanted, named.tolist(), values.tolist(), strict=True)
+        return [
+            None if num is None else tuple(zip(ids[: num + 1], scores[: num + 1], strict=True))
+            for num, ids, scores in rows
         ]
 
     def _sampler(self, sampling: Sampling) -> Sampler:

@@ -23,8 +23,8 @@ from partitioner.serving.http.keys import API_KEY, Keys
 from partitioner.serving.http.limits import Limits
 from partitioner.serving.http.service import Service
 from partitioner.storage.example import EXAMPLE_MODEL
-from tests.support.servers.scripted_model import ScriptedModel
-from tests.support.servers.served import TEMPLATE, in_thread
+from tests.partitioner.serving.scripted_model import ScriptedModel
+from tests.partitioner.serving.served import TEMPLATE, in_thread
 
 TOKENIZER: Any = AutoTokenizer.from_pretrained(EXAMPLE_MODEL)
 TOKENIZER.chat_template = TEMPLATE.read_text()
@@ -154,6 +154,7 @@ def test_metrics(url: str) -> None:
     assert float(values["partitioner_generation_tokens_total"]) >= 4
     assert values["partitioner_rows"] == "0.0"
     assert values['partitioner_replicas{state="serving"}'] == "1.0"
+    assert float(values['partitioner_replica_running{replica="0"}']) >= 1
     assert "unheard" not in text
 
 

@@ -20,7 +20,7 @@ from partitioner.serving.http.service import Service
 from partitioner.serving.text.answer_text import AnswerText
 from partitioner.storage.example import EXAMPLE_MODEL
 from runtime.launching.launched import Launched
-from tests.support.servers.served import TEMPLATE, in_thread
+from tests.partitioner.serving.served import TEMPLATE, in_thread
 
 pytestmark = pytest.mark.processes
 PROMPT = "Return a list of"
@@ -172,6 +172,25 @@ def test_log_probabilities_are_those_of_generate(client: openai.OpenAI, alone: A
     assert scores.tokens is not None
     assert "".join(scores.tokens) == found.choices[0].text
     assert scores.text_offset == [len("".join(scores.tokens[:place])) for place in range(6)]
+    chat = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": PROMPT}],
+        max_tokens=4,
+        temperature=1.9,  # which changes what is drawn, not what is named
+        logprobs=True,
+        top_logprobs=3,
+    )
+    assert chat.choices[0].logprobs is not None
+    for place, token in enumerate(chat.choices[0].logprobs.content or ()):
+        assert len(token.top_logprobs) == 3
+        values = [other.logprob for other in token.top_logprobs]
+        assert values == sorted(values, reverse=True)
+        assert token.logprob <= values[0]
+        if place == 0:
+            ids = tokenizer(f"{PROMPT}\n\n")["input_ids"]
+            logits = alone.simulate(input_ids=torch.tensor([ids]))
+            known = torch.log_softmax(logits[0, -1], dim=0).topk(3).values
+            assert values == pytest.approx(known.tolist(), abs=1e-10)
     echoed = client.completions.create(model=MODEL, prompt=PROMPT, max_tokens=6, temperature=0, echo=True)
     assert echoed.choices[0].text == PROMPT + found.choices[0].text
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from partitioner.errors import PartitionerError
 from runtime.generation.generation_request import Step
+from runtime.launching.status import ReplicaStatus, ServingStatus
 
 
 class ScriptedCall:
@@ -18,7 +19,8 @@ class ScriptedCall:
         self.is_over = self.is_left = False
 
     def say(self, *tokens: int, over: bool = False, failure: Exception | None = None) -> None:
-        self.steps += [Step((token,), (-0.5,) if self.options["logprobs"] else None) for token in tokens]
+        named = self.options["top_logprobs"] is not None
+        self.steps += [Step((token,), None, (((token, -0.5),),) if named else None) for token in tokens]
         self.failure = failure
         self.is_over = over or failure is not None
         self._heard()
@@ -41,6 +43,9 @@ class ScriptedModel:
         self.longest = 100
         self.generation: dict[str, Any] = {"eos_token_id": [0]}
         self._changed = threading.Condition()
+
+    def status(self) -> ServingStatus:
+        return ServingStatus((ReplicaStatus(running=len(self.calls), tokens_that_fit=None),))
 
     def begin(self, prompts: Sequence[Sequence[int]], *, heard: Callable[[], None], **options: Any) -> ScriptedCall:
         call = ScriptedCall(prompts[0], options, heard)
