@@ -24,7 +24,7 @@ from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.batching.choose_rows import Asked, Choice, RowChooser
-from runtime.generation.batching.places import Places, Run, places_for
+from runtime.generation.batching.places import InBlocks, Places, Run, places_for
 from runtime.generation.batching.scheduler import Counts, Scheduler, Work
 from runtime.generation.batching.staged_steps import StagedSteps
 from runtime.generation.generation_request import GenerationRequest
@@ -65,11 +65,14 @@ class BatchLoop:
         size: CacheSize | None = None,
         rows: int | None = None,
         block_size: int | None = None,
+        compile: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         self._prefill_by, self._decode_by = prefill, decode
         self.program = prefill.program
         self._communicator, self._device, self._profiler = communicator, device, profiler
         self._wanted, self._rows, self._block_size = size, rows, block_size
+        self._decoding = {"compile": compile, "cuda_graph": cuda_graph}
         self._chooser = RowChooser(self.program, communicator, device, profiler)
         self._asked: dict[int, Asked] = {}
         self._refused: list[Told] = []
@@ -166,7 +169,13 @@ class BatchLoop:
             program, self._wanted, self._communicator, self._device, rows=self._rows, block_size=self._block_size
         )
         self._steps = Steps(
-            self._prefill_by, self._decode_by, places.cache, self._communicator, self._device, self._profiler
+            self._prefill_by,
+            self._decode_by,
+            places.cache,
+            self._communicator,
+            self._device,
+            self._profiler,
+            **self._decoding,
         )
         stages = 1 if program.stage is None else program.stage.count
         self.scheduler = Scheduler(replace(places.limits, groups=stages), self._counts)
@@ -188,6 +197,8 @@ class BatchLoop:
         """The rank's programs on the tokens of a step: logits [n, 1, V/r], or what its stage hands on."""
         assert self._places is not None
         self._places.before(run)
+        if run.work.decode and any(self._decoding.values()) and isinstance(self._places, InBlocks):
+            return self._places.decode(self._steps, run, few_sizes=self._decoding["compile"])
         return self._steps.execute(run.piece, received, decode=run.work.decode, rows=run.rows)
 
     def sampled(self, work: Work) -> list[int]:

@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from runtime.communication.communicator import Communicator
 from runtime.generation.batching.scheduler import Limits, Work
 from runtime.generation.conversation import Piece
+from runtime.generation.steps import Steps
 from runtime.kv_cache.batch import PagedRows
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.cache_size import ANY_LENGTH, CacheSize, Room, default_step, slots_for, step_of
@@ -92,6 +94,20 @@ class InBlocks:
 
     def before(self, run: Run) -> None:
         """Nothing: a run says all that the cache has to know."""
+
+    def decode(self, steps: Steps, run: Run, *, few_sizes: bool) -> Tensor:
+        """Logits [n, 1, V/r] by a step that is compiled or captured, for as many rows or some more.
+
+        few_sizes: whether there is one for one row and one for all; otherwise one for each power of two.
+        """
+        assert isinstance(self.cache, PagedCache)
+        assert isinstance(run.rows, PagedRows)
+        count, most = len(run.piece.tokens), self.limits.rows
+        batch = 1 if count == 1 else most if few_sizes else min(most, 1 << (count - 1).bit_length())
+        self.cache.fix(run.rows, batch)
+        rest = [0] * (batch - count)
+        logits = steps.decoder(batch)([row[0] for row in run.piece.tokens] + rest, [*run.piece.starts, *rest])
+        return logits[:count, None]
 
     def clear(self, blocks: list[int]) -> None:
         assert isinstance(self.cache, PagedCache)
