@@ -8,6 +8,7 @@
     python -m tests.supported_models.survey experts [names]   each mixture of experts, built tiny, over ep
     python -m tests.supported_models.survey stages [names]    each, built tiny, as pipeline stages
     python -m tests.supported_models.survey sequences [names] each, built tiny, its tokens shared out over sp
+    python -m tests.supported_models.survey layers [names]    each, built tiny and deep: identical layers traced once
     python -m tests.supported_models.survey shares [names]    each default configuration, on the meta device
     python -m tests.supported_models.survey write             coverage.jsonl becomes docs/reference/supported_models.md
 
@@ -47,6 +48,7 @@ from tests.support import reference, zoo
 from tests.supported_models.columns import sequences
 from tests.supported_models.columns.bundles import compare_bundle
 from tests.supported_models.columns.experts import compare_experts, may_have_experts
+from tests.supported_models.columns.layers import compare_layers
 from tests.supported_models.columns.stages import compare_stages
 from tests.supported_models.generation import compare_generation
 from tests.supported_models.table import read, write
@@ -167,6 +169,18 @@ def measure_sequences(name: str, *, minutes: float) -> dict[str, Any]:
     return _of_both("sequences", sequences.compare_sequences, name, sequences.LENGTHS, minutes)
 
 
+def measure_layers(name: str, *, minutes: float) -> dict[str, Any]:
+    """What tracing identical layers once adds to a row."""
+    try:
+        with TimeLimit(minutes):
+            found = compare_layers(name, steps=not name.startswith("masked:"))
+    except (PartitionerError, OutOfTime) as error:
+        found = {"verdict": "refused", "why": short(error)}
+    except Exception as error:
+        found = {"verdict": "not built", "why": short(error)}
+    return {"name": name, "odd": False, "layers": found}
+
+
 def _of_both(
     column: str, compare: Callable[..., dict[str, Any]], name: str, wanted: Sequence[int], minutes: float
 ) -> dict[str, Any]:
@@ -279,6 +293,7 @@ def _worker(request: tuple[str, str, float, bool]) -> dict[str, Any]:
         "experts": measure_experts,
         "stages": measure_stages,
         "sequences": measure_sequences,
+        "layers": measure_layers,
     }
     return others[what](name, minutes=minutes)
 
@@ -291,6 +306,7 @@ _KEYS = {
     "experts": "experts",
     "stages": "stages",
     "sequences": "sequences",
+    "layers": "layers",
 }
 """By action: what tells that a row has its results."""
 
@@ -322,8 +338,11 @@ def _verdict(row: dict[str, Any]) -> str:
     return found
 
 
+_COLUMNS = ("generates", "bundle", "experts", "stages", "sequences", "layers")
+
+
 def _of_action(row: dict[str, Any]) -> dict[str, Any]:
-    return next((row[key] for key in ("generates", "bundle", "experts", "stages", "sequences") if key in row), {})
+    return next((row[key] for key in _COLUMNS if key in row), {})
 
 
 def _line(row: dict[str, Any]) -> str:

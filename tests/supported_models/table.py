@@ -68,8 +68,8 @@ def write(source: Path, to: Path, *, made_by: str) -> None:
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "| architecture | verdict | float64, worst of tp 2, 3, 4 | float32 | generates | bundle | share tp=2 "
-        "| share tp=4 | all-reduces per layer | whole, and why |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| share tp=4 | all-reduces per layer | traced once | whole, and why |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         default = row.get("default", {})
@@ -91,6 +91,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             f"{default['tp=2']:.3f}" if "tp=2" in default else "",
             f"{default['tp=4']:.3f}" if "tp=4" in default else "",
             ", ".join(map(str, default.get("all_reduces", []))),
+            _traced(row.get("layers", {})),
             "; ".join(filter(None, dict.fromkeys(reasons))).replace("|", "/"),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -100,6 +101,14 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 def _generated(found: dict[str, Any]) -> str:
     few = found.get("tokens", NEW) < NEW and found["verdict"] == "equal"
     return f"equal, {found['tokens']} tokens" if few else str(found.get("verdict", ""))
+
+
+def _traced(found: dict[str, Any]) -> str:
+    """How many of its layers were traced, and why not fewer."""
+    if "traced" not in found:
+        return str(found.get("verdict", ""))
+    why = f": {found['why_not']}" if found["traced"] == found["layers"] and found["why_not"] else ""
+    return f"{found['traced']} of {found['layers']}{why}".replace("|", "/")
 
 
 def _why_no_bundle(row: dict[str, Any]) -> str | None:

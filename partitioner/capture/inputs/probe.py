@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
+from partitioner.capture.layers.probe_layers import ProbedLayers
 from partitioner.capture.trace.recognise_masks import MaskKind, recognize
 from partitioner.capture.trace.transformers_hooks import installed
 
@@ -121,9 +122,11 @@ def probe(
 ) -> Probe:
     """Run the fake model on `inputs`; `indices` are the real values of its integer buffers, by name."""
     found = Probe(offset=offset)
+    layers = ProbedLayers(fake_model, fake, lambda: len(found.kinds))
     with installed(found), torch.no_grad(), _replaced(fake_model, indices), _Mixed(fake, found, inputs["input_ids"]):
         try:
-            fake_model(**inputs)
+            with layers.wrapped():
+                fake_model(**inputs)
         except Exception as error:  # what was seen up to here still counts; the trace gives the reason if it matters
             found.failure = error
     return found

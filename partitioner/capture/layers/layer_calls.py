@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from partitioner.capture.layers.layer_kinds import digest
+
 __all__ = ["Flat", "NotComparableError", "flatten", "shape_of"]
 
 
@@ -41,8 +43,10 @@ class Flat:
         return pytree.tree_unflatten(leaves, self.spec)
 
 
-def flatten(value: Any) -> Flat:
-    """Raises `NotComparableError`."""
+def flatten(value: Any, cache: object = None) -> Flat:
+    """Raises `NotComparableError`. cache: an object that may be among what is given, and whose state is compared apart
+    from it.
+    """
     found, spec = pytree.tree_flatten(value)
     places: dict[int, int] = {}
     tensors: list[Tensor] = []
@@ -57,23 +61,17 @@ def flatten(value: Any) -> Flat:
             signature.append(("tensor", places[id(leaf)]))
         else:
             leaves.append((leaf, False))
-            signature.append(_described(leaf))
+            signature.append("cache" if leaf is cache and cache is not None else _described(leaf))
     return Flat(tensors, leaves, spec, (repr(spec), tuple(signature)))
 
 
 def shape_of(tensor: Tensor) -> Any:
-    """Sizes and strides as expressions of the trace's symbols, dtype and the like."""
+    """Sizes and strides as expressions of the trace's symbols, dtype and the like; values, of one that is not fake."""
     if tensor.layout is not torch.strided:
         raise NotComparableError(f"a tensor with the layout {tensor.layout}")
     sizes = tuple(map(_size, tensor.shape)), tuple(map(_size, tensor.stride()))
-    return (
-        type(tensor),
-        *sizes,
-        tensor.dtype,
-        str(tensor.device),
-        tensor.requires_grad,
-        isinstance(tensor, nn.Parameter),
-    )
+    flags = tensor.requires_grad, isinstance(tensor, nn.Parameter)
+    return type(tensor), *sizes, tensor.dtype, str(tensor.device), *flags, digest(tensor)
 
 
 def _size(size: Any) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LayerIndex"]
+__all__ = ["LayerIndex", "plain"]
 
 
 class LayerIndex:
@@ -26,10 +26,6 @@ class LayerIndex:
     def __class__(self) -> type:
         self._read(_caller())
         return int
-
-    def value(self) -> int:
-        """For those who may know it."""
-        return self._value
 
     def __getattr__(self, name: str) -> Any:
         self._read(_caller())
@@ -47,14 +43,15 @@ def _caller() -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The integer, for those who may know it; anything else as it is."""
     return value._value if type(value) is LayerIndex else value
 
 
 def _forwarded(function: Callable[..., Any], *, reflected: bool = False) -> Callable[..., Any]:
     def method(self: LayerIndex, *others: Any) -> Any:
         self._read(_caller())
-        operands = (self._value, *map(_plain, others))
+        operands = (self._value, *map(plain, others))
         return function(*(operands[::-1] if reflected else operands))
 
     return method

@@ -9,6 +9,7 @@ seen when the layer is traced (`layer_index.py`). What cannot be compared makes 
 from __future__ import annotations
 
 import functools
+import hashlib
 import types
 from collections import defaultdict
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Layer", "find_layers", "signature_of"]
+__all__ = ["Layer", "digest", "find_layers", "signature_of"]
 
 _TENSORS = ("_parameters", "_buffers")
 _SEEN_ELSEWHERE = {*_TENSORS, "_modules"}
@@ -38,6 +40,8 @@ class Layer:
     kind: Any
     members: int = 1
     last: bool = False
+    number: int | None = None
+    """The smallest of these integers, where there are any."""
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
@@ -49,7 +53,9 @@ def find_layers(model: nn.Module) -> list[Layer]:
         for full, module in own:
             held = {below: vars(inner) for below, inner in module.named_modules()}
             mine = tuple((below, name) for below, name in counts if name in held.get(below, {}))
-            found.append(Layer(full, module, mine, (path, signature_of(module, mine))))
+            numbers = [held[below][name] for below, name in mine]
+            kind = path, signature_of(module, mine)
+            found.append(Layer(full, module, mine, kind, number=min(numbers, default=None)))
     members: dict[Any, list[Layer]] = defaultdict(list)
     for layer in found:
         members[layer.kind].append(layer)
@@ -114,7 +120,7 @@ class _Describing:
 
     def _weight(self, tensor: Tensor) -> Any:
         tie = self.tensors.setdefault(id(tensor), len(self.tensors))
-        return type(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tie
+        return type(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, tie, digest(tensor)
 
     def value(self, value: Any) -> Any:
         kind = type(value)
@@ -141,10 +147,7 @@ class _Describing:
         return self.objects[id(value)]
 
     def _constant(self, tensor: Tensor) -> Any:
-        about = type(tensor), tuple(tensor.shape), tensor.dtype, tensor.device
-        if tensor.is_meta or type(tensor) is not Tensor or tensor.numel() > 1 << 16:
-            return *about, _unlike()
-        return *about, tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return type(tensor), tuple(tensor.shape), tensor.dtype, tensor.device, digest(tensor) or _unlike()
 
     def _object(self, value: Any) -> Any:
         if isinstance(value, types.FunctionType):
@@ -160,6 +163,14 @@ class _Describing:
         if type(value).__dictoffset__:
             return type(value), self.value(vars(value))
         return type(value), _unlike()
+
+
+def digest(tensor: Tensor) -> bytes | None:
+    """Of its values, where it has any."""
+    if isinstance(tensor, FakeTensor) or tensor.is_meta:
+        return None
+    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(plain.numpy().tobytes(), digest_size=16).digest()
 
 
 def _unlike() -> Any:

@@ -15,8 +15,9 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,18 @@ from partitioner.capture.layers.layer_calls import Flat, NotComparableError, fla
 from partitioner.capture.layers.layer_index import LayerIndex
 from partitioner.capture.layers.layer_kinds import Layer, find_layers, signature_of
 
-__all__ = ["BLOCK", "ENTER", "FEWEST", "LEAVE", "NotSharedError", "SharedLayers", "Traced"]
+__all__ = [
+    "BLOCK",
+    "ENTER",
+    "FEWEST",
+    "LEAVE",
+    "NotSharedError",
+    "SharedLayers",
+    "every_layer",
+    "numbered",
+    "refused",
+    "shares",
+]
 
 _library: Any = torch.library.Library("partitioner_layers", "DEF")  # type: ignore[no-untyped-call]
 _library.define("enter(Tensor[] inputs, int body) -> Tensor[]")
@@ -38,18 +50,54 @@ FEWEST = 3
 """Layers of a kind from which one is left out: the first and the last are traced."""
 
 
+_every_layer: ContextVar[bool] = ContextVar("every_layer", default=False)
+
+
+@contextlib.contextmanager
+def every_layer() -> Iterator[None]:
+    """Within this context every layer is traced: what traces with shared layers are compared with."""
+    token = _every_layer.set(True)
+    try:
+        yield
+    finally:
+        _every_layer.reset(token)
+
+
+def shares() -> bool:
+    """Whether layers may be traced once, in this context."""
+    return not _every_layer.get()
+
+
 class NotSharedError(Exception):
     """The trace with shared layers is not to be used; the message says why. Without sharing it may be made."""
 
 
+class CacheState(Protocol):
+    """A cache that layers are given, by the number of a layer: what it holds for the layer, and who asked for it."""
+
+    cache: object
+
+    def held(self, number: int | None) -> Any:
+        """What the cache holds for the layer: tensors and plain values, in dicts and tuples."""
+
+    def hold(self, number: int | None, held: Any) -> None: ...
+
+    def watched(self, number: int | None, read: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
+        """Within it, `read` is told of whatever is asked of the cache about other layers."""
+
+    def part_of(self, number: int | None, state: int) -> str | None:
+        """Which part of what the layer keeps the state is; None: it is another layer's."""
+
+    def state_of(self, number: int | None, part: str) -> int: ...
+
+
 @dataclass
 class Traced:
-    """A call that was traced in full. calls: the paths of the layers that it stands for, by number of the call."""
+    """A call that was traced in full. calls: the layers that it stands for, by number of the call."""
 
-    path: str
-    given: Any
+    layer: Layer
     result: Flat | None = None
-    calls: dict[int, str] = field(default_factory=dict)
+    calls: dict[int, Layer] = field(default_factory=dict)
     same_as: int | None = None
     """The body that this one must equal."""
 
@@ -59,6 +107,12 @@ class SharedLayers:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.cache: CacheState | None = None
+        """Of the step that is traced, where one is."""
+        self.append: Any = None
+        """The op that adds to a state of a cache, whose number is its last argument."""
+        self.common: tuple[str, ...] = ()
+        """The inputs that this op reads behind a layer's back."""
         self.layers = find_layers(model)
         self.reasons: dict[str, str] = {}
         """By path of a layer: why it is traced in full, where another one is alike."""
@@ -77,6 +131,7 @@ class SharedLayers:
     @contextlib.contextmanager
     def wrapped(self) -> Iterator[None]:
         wanted = [layer for layer in self.layers if layer.members >= FEWEST and "forward" not in vars(layer.module)]
+        wanted = wanted if shares() else []
         self.begin()
         _open.append(self)
         try:
@@ -114,7 +169,7 @@ class SharedLayers:
         if self._inside:
             return own(*args, **kwargs)
         try:
-            given = flatten((args, kwargs))
+            given = self._flat(args, kwargs, self._held(layer))
         except NotComparableError as error:
             self.reasons[layer.path] = f"it is given {error}"
             return own(*args, **kwargs)
@@ -124,73 +179,97 @@ class SharedLayers:
         if key not in self._known:
             body = self._trace(layer, own, given, about)
             # sizes that were two when the layer was called may be one by now
-            later = layer.kind[0], about, flatten((args, kwargs)).signature
+            later = layer.kind[0], about, given.signature
             self._known[key] = self._known[later] = body
             return self._result
         body = self._known[key]
         if body is None:
             return own(*args, **kwargs)
-        if layer.last:
-            again = self._trace(layer, own, given, about)
-            if again is not None:
-                self.bodies[again].same_as = body
+        if self._again(layer, own, given, about, body):
             return self._result
         return self._skip(layer, given, body)
+
+    def _flat(self, *values: Any) -> Flat:
+        return flatten(values, None if self.cache is None else self.cache.cache)
+
+    def _held(self, layer: Layer) -> Any:
+        return None if self.cache is None else self.cache.held(layer.number)
+
+    def _hold(self, layer: Layer, held: Any) -> None:
+        if self.cache is not None:
+            self.cache.hold(layer.number, held)
+
+    def _again(self, layer: Layer, own: Callable[..., Any], given: Flat, about: Any, body: int) -> bool:
+        """Whether the layer was traced although it is known."""
+        if not layer.last:
+            return False
+        again = self._trace(layer, own, given, about)
+        if again is not None:
+            self.bodies[again].same_as = body
+        return True
 
     def _skip(self, layer: Layer, given: Flat, body: int) -> Any:
         traced = self.bodies[body]
         call, self._calls = self._calls, self._calls + 1
-        traced.calls[call] = layer.path
+        traced.calls[call] = layer
         assert traced.result is not None
         found = torch.ops.partitioner_layers.block(given.tensors, body, call)
-        return traced.result.rebuild(list(found))
+        result, held = traced.result.rebuild(list(found))
+        self._hold(layer, held)
+        return result
 
     def _trace(self, layer: Layer, own: Callable[..., Any], given: Flat, about: Any) -> int | None:
         """Sets `_result`; the number of the body, None where no other layer can be this one again."""
         number = len(self.bodies)
-        self.bodies.append(Traced(layer.path, given))
+        self.bodies.append(Traced(layer))
         entered = list(torch.ops.partitioner_layers.enter(given.tensors, number))
-        args, kwargs = given.rebuild(entered)
-        start = flatten((args, kwargs))
-        before, masks = [tensor._version for tensor in entered], self.count_masks()
+        args, kwargs, held = given.rebuild(entered)
+        self._hold(layer, held)
+        # what the cache holds may be written to: it is handed on as it is afterwards
+        start = self._flat(args, kwargs)
+        before, masks = [tensor._version for tensor in start.tensors], self.count_masks()
         reads: list[str] = []
         self._inside = True
         try:
-            with _numbered(layer, reads.append):
+            with numbered(layer, reads.append), self._watched(layer, reads.append):
                 result = own(*args, **kwargs)
-                unchanged = signature_of(layer.module, layer.counts) == about
+            unchanged = signature_of(layer.module, layer.counts) == about
         finally:
             self._inside = False
-        why = _refused(start, (args, kwargs), reads)
-        if [tensor._version for tensor in entered] != before:
+        why = refused(start, lambda: self._flat(args, kwargs), reads)
+        if [tensor._version for tensor in start.tensors] != before:
             raise NotSharedError(f"{layer.path} writes to what it is given")
         if not unchanged:
             why = "it changes what it holds"
         if self.count_masks() != masks:
             why = "it makes a mask by itself"
         try:
-            flat = flatten(result)
+            flat = self._flat(result, self._held(layer))
         except NotComparableError as error:
-            self.reasons[layer.path] = f"it returns {error}"
             raise NotSharedError(f"{layer.path} returns {error}") from error
         memory = {tensor.untyped_storage()._cdata for tensor in entered}
-        passed = {id(tensor): given.tensors[i] for i, tensor in enumerate(entered)}
-        if any(t.untyped_storage()._cdata in memory and id(t) not in passed for t in flat.tensors):
+        own_ids = set(map(id, entered))
+        if any(t.untyped_storage()._cdata in memory and id(t) not in own_ids for t in flat.tensors):
             raise NotSharedError(f"{layer.path} returns a view of what it is given")
         left = list(torch.ops.partitioner_layers.leave(flat.tensors, number))
         flat.tensors = [tensor.detach() for tensor in left]
         self.bodies[number].result = flat
-        self._result = flat.rebuild(left)
+        self._result, held = flat.rebuild(left)
+        self._hold(layer, held)
         if why is not None:
             self.reasons[layer.path] = why
         return None if why is not None else number
 
+    def _watched(self, layer: Layer, read: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.cache is None else self.cache.watched(layer.number, read)
 
-def _refused(start: Flat, given: Any, reads: list[str]) -> str | None:
+
+def refused(start: Flat, now: Callable[[], Flat], reads: list[str]) -> str | None:
+    """Why a layer that was traced cannot stand for others; `start`: what it was given, `now`: what that is now."""
     if reads:
         return f"its code reads the layer's number ({reads[0]})"
     try:
-        after = flatten(given)
+        after = now()
     except NotComparableError as error:
         return f"it puts {error} into what it is given"
     # the trace may have found out meanwhile that two sizes are one
@@ -200,7 +279,7 @@ def _refused(start: Flat, given: Any, reads: list[str]) -> str | None:
 
 
 @contextlib.contextmanager
-def _numbered(layer: Layer, read: Callable[[str], None]) -> Iterator[None]:
+def numbered(layer: Layer, read: Callable[[str], None]) -> Iterator[None]:
     """The integers that are the layer's number tell when they are used."""
     owners = [(layer.module.get_submodule(path), name) for path, name in layer.counts]
     before = [vars(owner)[name] for owner, name in owners]

@@ -13,11 +13,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import sympy
 from torch import fx
 
+from partitioner.capture.layers.layer_kinds import Layer
 from partitioner.capture.layers.share_layers import BLOCK, ENTER, LEAVE, NotSharedError, SharedLayers
 
 __all__ = ["Stamps"]
@@ -27,11 +28,15 @@ __all__ = ["Stamps"]
 class _Body:
     """graph: the ops of one layer; inputs and outputs are nodes of it. given: what that layer is given."""
 
-    path: str
+    layer: Layer
     given: list[fx.Node]
     graph: fx.Graph = field(default_factory=fx.Graph)
     inputs: list[fx.Node] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        return self.layer.path
 
     def nodes(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "call_function"]
@@ -66,8 +71,8 @@ class Stamps:
             elif inside is not None:
                 traced = self.shared.bodies[inside]
                 own = [name for name in map(weight_of, node.all_input_nodes) if name is not None]
-                for path in traced.calls.values():
-                    found |= {self._of(path, traced.path, name) for name in own}
+                for layer in traced.calls.values():
+                    found |= {self._of(layer.path, traced.layer.path, name) for name in own}
         # in the body of another op, or dropped because nothing reads it
         if sorted(seen) != sorted([*range(len(self.shared.bodies)), *[-1] * self.shared.shared]):
             raise NotSharedError("layers are called where the trace cannot be taken apart")
@@ -75,7 +80,7 @@ class Stamps:
 
     def enter(self, number: int, given: list[fx.Node]) -> _Body:
         """The graph in which the ops up to `leave` belong, and what stands for the inputs in it."""
-        body = self._bodies[number] = _Body(self.shared.bodies[number].path, given)
+        body = self._bodies[number] = _Body(self.shared.bodies[number].layer, given)
         for i, node in enumerate(given):
             made = body.graph.placeholder(f"input_{i}")
             made.meta = dict(node.meta)
@@ -87,27 +92,27 @@ class Stamps:
         body = self._bodies[number]
         body.outputs = outputs
         model = self.shared.bodies[number].same_as
-        if model is not None and _lines(body, self._in_layer(body)) != (
-            _lines(self._bodies[model], self._in_layer(self._bodies[model]))
-        ):
+        if model is not None and self._lines(body) != self._lines(self._bodies[model]):
             raise NotSharedError(f"{body.path} computes something else than {self._bodies[model].path}")
-        return self._copy(graph, body, body.given, body.path, lambda node: node)
+        return self._copy(graph, body, body.given, body.layer, lambda node: node)
 
     def block(
         self, graph: fx.Graph, number: int, call: int, given: list[fx.Node], weight: Callable[[str], fx.Node]
     ) -> list[fx.Node]:
         """Puts the ops into `graph` once more, over the weights of another layer."""
         body = self._bodies[number]
-        path = self.shared.bodies[number].calls[call]
+        layer = self.shared.bodies[number].calls[call]
 
         def outside(node: fx.Node) -> fx.Node:
             if node.op == "get_attr":
-                return weight(self._of(path, body.path, str(node.target)))
+                return weight(self._of(layer.path, body.path, str(node.target)))
+            if node.op == "placeholder" and node.target in self.shared.common:
+                return node
             if node.op == "placeholder" or not isinstance(node.meta["val"], sympy.Expr | int):
                 raise NotSharedError(f"{body.path} reads {node.name}, which it is not given")
             return node
 
-        made = self._copy(graph, body, given, path, outside)
+        made = self._copy(graph, body, given, layer, outside)
         return [made[node] for node in body.outputs]
 
     def close(self) -> None:
@@ -117,7 +122,7 @@ class Stamps:
                 node.args, node.kwargs = (), {}
 
     def _copy(
-        self, graph: fx.Graph, body: _Body, given: list[fx.Node], path: str, outside: Callable[[fx.Node], fx.Node]
+        self, graph: fx.Graph, body: _Body, given: list[fx.Node], layer: Layer, outside: Callable[[fx.Node], fx.Node]
     ) -> dict[fx.Node, fx.Node]:
         made = dict(zip(body.inputs, given, strict=True))
 
@@ -127,9 +132,21 @@ class Stamps:
         for node in body.nodes():
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), refer)
             copy = made[node] = graph.create_node("call_function", node.target, args, kwargs)
-            copy.meta = {**node.meta, **_moved(node.meta.get("path"), body.path, path)}
+            copy.meta = {**node.meta, **_moved(node.meta.get("path"), body.path, layer.path)}
+            if node.target is self.shared.append:
+                x, slots, state = cast(tuple[Any, ...], args)
+                copy.args = (x, slots, self._state(body, layer, state))
         # what the layer returns may be none of its own
         return made | {node: outside(node) for node in body.outputs if node not in made}
+
+    def _state(self, body: _Body, layer: Layer, state: int) -> int:
+        """The state of another layer in the place of one of the traced layer."""
+        cache = self.shared.cache
+        part = None if cache is None else cache.part_of(body.layer.number, state)
+        if part is None:
+            raise NotSharedError(f"{body.path} adds to what the cache holds of another layer")
+        assert cache is not None
+        return cache.state_of(layer.number, part)
 
     def _of(self, path: str, model: str, name: str) -> str:
         """The weight of the layer `path` in the place of the weight `name` of the layer `model`."""
@@ -157,30 +174,34 @@ class Stamps:
 
         return relative
 
+    def _lines(self, body: _Body) -> list[Any]:
+        """What the ops of a layer are, comparable between layers."""
+        weight = self._in_layer(body)
+        place = {node: i for i, node in enumerate(body.graph.nodes)}
+
+        def refer(node: fx.Node) -> Any:
+            if node in place:
+                return ("own", place[node])
+            if node.op == "get_attr":
+                name = str(node.target)
+                return ("weight", weight(name), _shape(node)) if not name.startswith("constants.") else ("constant",)
+            return ("outside", node.op, str(node.meta.get("val")))
+
+        found: list[Any] = [[_shape(node) for node in body.inputs]]
+        for node in body.nodes():
+            given = node.args
+            if node.target is self.shared.append:
+                assert self.shared.cache is not None
+                given = (*given[:2], self.shared.cache.part_of(body.layer.number, cast(int, given[2])))
+            args = fx.node.map_arg((given, tuple(sorted(node.kwargs.items()))), refer)
+            found.append((node.target, repr(args), _shape(node), _moved(node.meta.get("path"), body.path, "")))
+        return [*found, list(map(refer, body.outputs))]
+
 
 def _moved(at: str | None, model: str, path: str) -> dict[str, str]:
     if at is None or not (at == model or at.startswith(f"{model}.")):
         return {}
     return {"path": path + at.removeprefix(model)}
-
-
-def _lines(body: _Body, weight: Callable[[str], str]) -> list[Any]:
-    """What the ops of a layer are, comparable between layers."""
-    place = {node: i for i, node in enumerate(body.graph.nodes)}
-
-    def refer(node: fx.Node) -> Any:
-        if node in place:
-            return ("own", place[node])
-        if node.op == "get_attr":
-            name = str(node.target)
-            return ("weight", weight(name), _shape(node)) if not name.startswith("constants.") else ("constant",)
-        return ("outside", node.op, str(node.meta.get("val")))
-
-    found: list[Any] = [[_shape(node) for node in body.inputs]]
-    for node in body.nodes():
-        args = fx.node.map_arg((node.args, tuple(sorted(node.kwargs.items()))), refer)
-        found.append((node.target, repr(args), _shape(node), _moved(node.meta.get("path"), body.path, "")))
-    return [*found, list(map(refer, body.outputs))]
 
 
 def _shape(node: fx.Node) -> str:

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
 
-from partitioner.capture.layers.share_layers import FEWEST, NotSharedError, SharedLayers
+from partitioner.capture.layers.share_layers import FEWEST, NotSharedError, SharedLayers, shares
 from partitioner.program.program import LayersTraced
 
-__all__ = ["every_layer", "traced_once"]
+__all__ = ["traced_once"]
 
 Built = TypeVar("Built")
-
-_every_layer: ContextVar[bool] = ContextVar("every_layer", default=False)
-
-
-@contextlib.contextmanager
-def every_layer() -> Iterator[None]:
-    """Within this context every layer is traced: what traces with shared layers are compared with."""
-    token = _every_layer.set(True)
-    try:
-        yield
-    finally:
-        _every_layer.reset(token)
 
 
 def traced_once(model: nn.Module, build: Callable[[SharedLayers | None], Built]) -> tuple[Built, LayersTraced]:
@@ -35,7 +21,7 @@ def traced_once(model: nn.Module, build: Callable[[SharedLayers | None], Built])
     """
     shared = SharedLayers(model)
     count = len(shared.layers)
-    if _every_layer.get():
+    if not shares():
         return build(None), LayersTraced(count, count, "every layer was asked for")
     if all(layer.members < FEWEST for layer in shared.layers):
         return build(None), LayersTraced(count, count, f"no {FEWEST} layers are alike")

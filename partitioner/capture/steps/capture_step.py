@@ -17,7 +17,7 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from transformers import PreTrainedModel
@@ -26,8 +26,11 @@ from partitioner.capture.capture import describe_weights, ends_of, generation_of
 from partitioner.capture.inputs.graph_inputs import BATCH, LENGTH, choose_inputs
 from partitioner.capture.inputs.probe import Probe, probe
 from partitioner.capture.inputs.rope import fix_rope
+from partitioner.capture.layers.share_layers import SharedLayers
+from partitioner.capture.layers.traced_once import traced_once
 from partitioner.capture.steps.fold_recurrences import fold_recurrences
 from partitioner.capture.steps.fold_states import fold_steps
+from partitioner.capture.steps.layer_states import LayerStates
 from partitioner.capture.steps.position_tables import most_slots
 from partitioner.capture.steps.traced_cache import StepCache, TracedState, find_states
 from partitioner.capture.trace.build_graph import Builder
@@ -79,11 +82,15 @@ def _capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None, seve
     kinds = _probe_masks(fake_model, cache, states, example, fake, known)
     symbols: dict[int, Any] = {0: Dim.DYNAMIC} if single else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     dims = {name: {0: Dim.DYNAMIC} if name in _DIMS else symbols for name in example}
-    traced = _Stepping(fake_model, tuple(example), cache, states)
-    with recurrences_installed(fake_model):
-        exported = functionalize(export_step(traced, fake_model, example, kinds, dims))
-    builder = Builder(exported, tuple(example), known.canonical.__getitem__, _DIMS)
-    graph = builder.build()
+
+    def build(shared: SharedLayers | None) -> tuple[Builder, fx.Graph]:
+        traced = _Stepping(fake_model, tuple(example), cache, states, shared)
+        with recurrences_installed(fake_model):
+            exported = functionalize(export_step(traced, fake_model, example, kinds, dims, shared=shared))
+        builder = Builder(exported, tuple(example), known.canonical.__getitem__, _DIMS, shared=shared)
+        return builder, builder.build()
+
+    (builder, graph), layers = traced_once(fake_model, build)
     notes += builder.limits()
     check_together(builder.guards, builder.symbols, name=type(model).__name__)
     inputs = fold_steps(graph, kinds, states, builder.further, builder.symbols)
@@ -113,6 +120,7 @@ def _capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None, seve
         eos_token_id=ends_of(model),
         generation=generation_of(model),
         states=kept,
+        layers=layers,
         notes=notes,
     )
 
@@ -123,14 +131,23 @@ _DEFAULTS = {"position_ids": "arange"}
 class _Stepping(nn.Module):
     """The model with positional inputs; what it returns, and what its states per sequence have become."""
 
-    def __init__(self, model: PreTrainedModel, names: tuple[str, ...], cache: str, states: list[TracedState]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        names: tuple[str, ...],
+        cache: str,
+        states: list[TracedState],
+        shared: SharedLayers | None,
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.shared = model, shared
         self.names, self.cache, self.states = names, cache, states
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.names, tensors, strict=True))
         step = _step_cache(self.model, self.states, given, given["input_ids"])
+        if self.shared is not None:
+            self.shared.cache, self.shared.append, self.shared.common = LayerStates(step), APPEND, ("slots",)
         output = self.model(**given, **{self.cache: step.cache}, use_cache=True)
         return (result_of(self.model, output), *step.written())
 

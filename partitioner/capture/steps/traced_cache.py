@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from partitioner.capture.steps.watched_cache import WatchedCache, WatchedLayers
 from partitioner.errors import CaptureError
 
 __all__ = ["StepCache", "TracedState", "find_states"]
@@ -113,7 +114,7 @@ def _empty_cache(model: PreTrainedModel) -> Any:
     if len(own) > 1:
         raise CaptureError(f"the model has several caches of its own: {', '.join(kind.__name__ for kind in own)}")
     kind = own[0] if own else DynamicCache
-    counting: Any = types.new_class(f"Step{kind.__name__}", (_Counting, kind))
+    counting: Any = types.new_class(f"Step{kind.__name__}", (WatchedCache, _Counting, kind))
     takes_config = "config" in inspect.signature(kind).parameters
     return counting(config=model.config) if takes_config else counting()
 
@@ -180,6 +181,7 @@ class StepCache:
         for i, state in enumerate(states):
             if not state.per_token:
                 self._preset(state, read(state, i))
+        self.cache.layers = WatchedLayers(self.cache)
 
     def _preset(self, state: TracedState, tensor: Tensor) -> None:
         if state.layer == _BESIDE:

@@ -97,10 +97,15 @@ def export_sharing(
         with shared.wrapped(), contextlib.redirect_stderr(io.StringIO()):
             exported = _exported(fake_model, example, masks, static=static)
     except Exception as error:
-        raise NotSharedError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise NotSharedError(_short(error)) from error
     if masks.asked < len(kinds):
         raise NotSharedError(f"{len(kinds)} masks in a plain run, {masks.asked} in the trace")
     return exported
+
+
+def _short(error: Exception) -> str:
+    said = " ".join(str(error).split())[:200]
+    return said if isinstance(error, NotSharedError) else f"{type(error).__name__}: {said}"
 
 
 def export(
@@ -138,21 +143,32 @@ def export_step(
     example: Mapping[str, Tensor],
     kinds: list[MaskKind | None],
     dims: Mapping[str, Mapping[int, Any]],
+    *,
+    shared: SharedLayers | None = None,
 ) -> ExportedProgram:
     """`stepping` holds the fake model as `model`, takes the examples in order, returns a tuple; `dims`: symbolic."""
     masks = _Masks(kinds)
+    if shared is not None:
+        shared.count_masks = lambda: masks.asked
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with (
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.nullcontext() if shared is None else shared.wrapped(),
+        ):
             exported = run_export(stepping, example, masks, dims)
-    except CaptureError:
-        raise
     except Exception as error:
+        if shared is not None:
+            raise NotSharedError(_short(error)) from error
+        if isinstance(error, CaptureError):
+            raise
         reason = " ".join(str(error).split())[:500]
         raise CaptureError(
             f"{type(fake_model).__name__}{_where(fake_model, error)} cannot be traced with a cache: "
             f"torch.export failed with {type(error).__name__}: {reason}"
         ) from error
     if masks.asked != len(kinds):
+        if shared is not None:
+            raise NotSharedError(f"{len(kinds)} masks in a plain run, {masks.asked} in the trace")
         raise CaptureError(
             f"{type(fake_model).__name__} asked for {len(kinds)} masks in a plain run, {masks.asked} in the trace"
         )

@@ -1,0 +1,223 @@
+"""Identical layers traced once give the program of the full trace; layers that only look alike are traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from partitioner.capture.layers.layer_index import LayerIndex
+from partitioner.capture.layers.share_layers import every_layer
+from partitioner.compile.partition import trace
+from partitioner.program import Program
+from partitioner.program.program import LayersTraced
+from tests.support import interpret
+from tests.supported_models.columns.same_program import difference
+
+DEPTH = 6
+SIZES: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": DEPTH, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64,
+}  # fmt: skip
+IDS = torch.tensor([[5, 17, 9, 33, 2], [1, 1, 30, 7, 20]])
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).double().eval()
+
+
+def compared(model: PreTrainedModel) -> tuple[Program, Program]:
+    once = trace(model)
+    with every_layer():
+        return once, trace(model)
+
+
+def number_traced(program: Program) -> int:
+    assert program.layers is not None
+    return program.layers.traced
+
+
+def test_alike_layers_are_traced_twice_and_give_the_same_program() -> None:
+    model = llama()
+    once, full = compared(model)
+    assert once.layers == LayersTraced(DEPTH, 2)
+    assert number_traced(full) == DEPTH
+    assert difference(once, full) is None
+    assert torch.equal(interpret.run(once, input_ids=IDS), model(IDS).logits)
+
+
+def test_the_comparison_sees_another_weight() -> None:
+    once, full = compared(llama())
+    node = next(n for n in once.graph.nodes if n.op == "get_attr" and n.target == "model.layers.3.mlp.up_proj.weight")
+    node.target = "model.layers.2.mlp.up_proj.weight"
+    assert "up_proj" in (difference(once, full) or "")
+
+
+def test_layers_that_take_turns_are_of_two_kinds() -> None:
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(Gemma2Config(**SIZES, sliding_window=3)).double().eval()
+    once, full = compared(model)
+    assert number_traced(once) == 4
+    assert difference(once, full) is None
+    windows = [node.kwargs.get("window") for node in once.graph.nodes if "attention" in node.name and node.kwargs]
+    assert windows == [3, None] * (DEPTH // 2)
+
+
+def scaled(model: Any) -> None:
+    model.model.layers[3].self_attn.scaling *= 2
+
+
+def another_activation(model: Any) -> None:
+    model.model.layers[3].mlp.act_fn = nn.ReLU()
+
+
+class Calling(nn.Module):
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Any) -> Any:
+        return self.function(x)
+
+
+def another_closure(model: Any) -> None:
+    def times(factor: float) -> Callable[[Any], Any]:
+        return lambda x: x * factor
+
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.act_fn = Calling(times(2.0 if i == 3 else 1.0))
+
+
+class Parity(nn.Module):
+    """Reads the number of its layer."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Any) -> Any:
+        return x if self.number % 2 else -x
+
+
+class Looked(Parity):
+    """Looks something up by its number, as in a list of a configuration."""
+
+    SCALES = (1.0, 1.0, 1.0, 3.0, 1.0, 1.0)
+
+    def forward(self, x: Any) -> Any:
+        return x * self.SCALES[self.number]
+
+
+class Scaled(Parity):
+    """Hands its number to torch."""
+
+    def forward(self, x: Any) -> Any:
+        return x / (self.number + 1)
+
+
+def of_their_number(kind: type[Parity]) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        for i, layer in enumerate(model.model.layers):
+            layer.mlp.act_fn = kind(i)
+
+    return change
+
+
+class Held:
+    """Where no attribute shows what is held."""
+
+    __slots__ = ("value",)
+
+
+class Remembering(nn.Module):
+    """What the first layer makes is read by those after it, behind the model's back."""
+
+    def __init__(self, held: Held, *, first: bool) -> None:
+        super().__init__()
+        self.held, self.first = held, first
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Remembering:
+        copied = Remembering(memo.setdefault(id(self.held), Held()), first=self.first)  # type: ignore[arg-type]
+        return copied.eval()
+
+    def forward(self, x: Any) -> Any:
+        if self.first:
+            self.held.value = x
+        return x + self.held.value
+
+
+def reads_the_first(model: Any) -> None:
+    held = Held()
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.act_fn = Remembering(held, first=i == 0)
+
+
+class Writing(nn.Module):
+    """Writes to what the layer is given, of which the residual stream is read again."""
+
+    def forward(self, x: Any) -> Any:
+        return x.mul_(2.0)
+
+
+def writes_to_its_input(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.input_layernorm = Writing()
+
+
+def tied_to_another(model: Any) -> None:
+    model.model.layers[3].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+
+
+CHANGES = [
+    scaled, another_activation, another_closure, of_their_number(Parity), of_their_number(Looked),
+    of_their_number(Scaled), reads_the_first, writes_to_its_input, tied_to_another,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__qualname__)
+def test_what_differs_between_layers_is_never_lost(change: Callable[[Any], None]) -> None:
+    model = llama()
+    change(model)
+    once = trace(model)
+    assert torch.allclose(interpret.run(once, input_ids=IDS), model(IDS).logits, rtol=1e-12, atol=1e-12)
+
+
+def test_the_reason_is_said() -> None:
+    model = llama()
+    of_their_number(Parity)(model)
+    found = trace(model).layers
+    assert found is not None
+    assert found.traced == DEPTH
+    assert "reads the layer's number (test_traced_once.py" in found.why
+
+
+def test_one_layer_unlike_the_others_costs_one_more() -> None:
+    model = llama()
+    scaled(model)
+    assert number_traced(trace(model)) == 3
+
+
+def test_a_number_tells_of_every_use() -> None:
+    uses: list[Callable[[Any], Any]] = [
+        lambda n: n == 3, lambda n: n % 2, lambda n: 2 * n, lambda n: [0, 1, 2, 3][n], lambda n: {3: 1}[n],
+        lambda n: range(n), lambda n: f"{n}", str, bool, hash, lambda n: torch.ones(4)[n], lambda n: torch.ones(n),
+        lambda n: torch.ones(2) * n, lambda n: isinstance(n, int), lambda n: n in (3,), lambda n: n.bit_length(),
+    ]  # fmt: skip
+    for use in uses:
+        seen: list[str] = []
+        assert repr(use(LayerIndex(3, seen.append))) == repr(use(3))
+        assert seen
+
+
+def test_handing_a_number_on_is_no_use() -> None:
+    seen: list[str] = []
+    number = LayerIndex(3, seen.append)
+    held = [number, (number,), {"layer_idx": number}]
+    assert held[0] is number
+    assert number is not None
+    assert not seen
