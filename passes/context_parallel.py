@@ -32,8 +32,7 @@ from partitioner.analysis.layouts.infer_layout import FILLED, Layouts
 from partitioner.analysis.layouts.memoise import Inferrer
 from partitioner.analysis.layouts.own_tokens import held_alike, is_own, symbols_of, tokens_dim, with_own
 from partitioner.analysis.stages.order_nodes import sizes_from_inputs
-from partitioner.compile.insert_collectives import Rewriter
-from partitioner.compile.over_other_axes import OVER_AXES, over_other_axes
+from partitioner.compile.insert_collectives import OVER_AXES, Rewriter, over_other_axes
 from partitioner.errors import LayoutError, PlanError
 from partitioner.program.node_arguments import arguments, describe, map_nodes, node_values, operation
 from partitioner.program.plan import SP_ATTENTION
