@@ -31,7 +31,7 @@ from transformers import Qwen3MoeConfig
 from transformers.distributed.expert_parallel import AllReduceEP, AllToAllEP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from benchmarks.rounds import Ratio, rounds_in, take_turns
+from benchmarks.support.rounds import Ratio, rounds_in, take_turns
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.process_groups import ProcessGroups
 from runtime.ops.expert_exchange import receive_from_experts, send_to_experts

@@ -37,8 +37,19 @@ from torch import Tensor
 from torch import distributed as dist
 from transformers import LlamaForCausalLM
 
-from benchmarks.peers import ALONE, AUTO, DTENSOR, OURS, TWO, build, dtensor, milliseconds, of_best, tp_plan_auto
-from benchmarks.rounds import Ratio, rounds_in, take_turns
+from benchmarks.support.peers import (
+    ALONE,
+    AUTO,
+    DTENSOR,
+    OURS,
+    TWO,
+    build,
+    dtensor,
+    milliseconds,
+    of_best,
+    tp_plan_auto,
+)
+from benchmarks.support.rounds import Ratio, rounds_in, take_turns
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup

@@ -50,8 +50,8 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.peers import AUTO, OURS, tp_plan_auto
-from benchmarks.rounds import Ratio
+from benchmarks.support.peers import AUTO, OURS, tp_plan_auto
+from benchmarks.support.rounds import Ratio
 from partitioner import Plan, load, partition
 from runtime.communication.process_groups import ProcessGroups
 from runtime.processes.launch import begin_worker, launch

@@ -38,8 +38,8 @@ from rich.table import Table
 from torch import distributed as dist
 from transformers import LlamaForCausalLM
 
-from benchmarks.peers import build
-from benchmarks.rounds import take_turns
+from benchmarks.support.peers import build
+from benchmarks.support.rounds import take_turns
 from partitioner import Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine

@@ -30,8 +30,8 @@ from rich.table import Table
 from torch import Tensor
 from torch import distributed as dist
 
-from benchmarks.peers import of_best
-from benchmarks.rounds import Ratio, take_turns
+from benchmarks.support.peers import of_best
+from benchmarks.support.rounds import Ratio, take_turns
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.process_groups import ProcessGroups
 from runtime.ops.collectives import all_reduce

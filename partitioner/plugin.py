@@ -1,4 +1,4 @@
-"""What the author of a pass needs, in one place; `docs/writing_a_pass.md` walks through one.
+"""What the author of a pass needs, in one place; `docs/extending/writing_a_pass.md` walks through one.
 
     @layout_rule(my_op)                  says what an op of yours computes, so that layouts can be inferred through it
     def _(node, a): return Notation(..)

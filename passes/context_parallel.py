@@ -5,8 +5,9 @@
     logits[B, S_i, V]               -> collect_rows      -> [B, S, V]
 
 Tokens lie in zig-zag order (`runtime/ops/rows/token_order.py`), and nothing is filled up. Keys and values reach queries
-in one of three ways, the same for all layers: "ring" (arXiv:2310.01889), "gather" (arXiv:2407.21783, section 3.3.2),
-"ulysses" (arXiv:2309.14509). Nothing else may look from one token at another: a node that does is refused by name.
+in one way, the same for all layers: "ring" (arXiv:2310.01889), "gather" (arXiv:2407.21783, section 3.3.2), "ulysses"
+(arXiv:2309.14509), or "ring-ulysses", over two factors of sp (arXiv:2405.07719). Nothing else may look from one token
+at another: a node that does is refused by name.
 
 Positions, masks and the like, made of inputs and of no trained weight, are computed for the tokens that need them: of
 all for a mask's keys, of a rank's own elsewhere.
@@ -18,8 +19,6 @@ get the tokens of all, and the ranks' sums are dealt out: collect_rows -> expert
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,13 +26,13 @@ import sympy
 import torch
 from torch import fx
 
-from partitioner.analysis.cost.attention_exchange import choose_exchange
+from partitioner.analysis.cost.attention_exchange import choose_exchange, neighbours_of
 from partitioner.analysis.layouts.dealt_experts import expert_bodies
 from partitioner.analysis.layouts.infer_layout import FILLED, Layouts
 from partitioner.analysis.layouts.memoise import Inferrer
 from partitioner.analysis.layouts.own_tokens import held_alike, is_own, symbols_of, tokens_dim, with_own
 from partitioner.analysis.stages.order_nodes import sizes_from_inputs
-from partitioner.compile.insert_collectives import Rewriter, over
+from partitioner.compile.insert_collectives import OVER_AXES, Rewriter, over_other_axes
 from partitioner.errors import LayoutError, PlanError
 from partitioner.program.node_arguments import arguments, describe, map_nodes, node_values, operation
 from partitioner.program.plan import SP_ATTENTION
@@ -42,10 +41,7 @@ from partitioner.proof.layouts import SPECIAL
 from partitioner.sharding.layout import REPLICATED, Layout, Rows
 from partitioner.sharding.mesh import AXES, EXPERT_AXES
 from runtime.ops.attention import attention
-from runtime.ops.collectives import all_reduce
-from runtime.ops.communicating import read_call
-from runtime.ops.local import once
-from runtime.ops.rows import collect_rows, take_rows
+from runtime.ops.rows import collect_rows
 from runtime.ops.rows.sequence_attention import sequence_attention
 
 __all__ = ["ContextParallel"]
@@ -57,10 +53,14 @@ _VIEWS = (aten.view, aten.reshape, aten._unsafe_view)
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """See the module's docstring. attention: "ring", "gather", "ulysses", or "auto": that with the fewest bytes."""
+    """See the module's docstring. attention: "auto" is the way with the fewest bytes, of the first three.
+
+    neighbours: how many ranks exchange heads by "ring-ulysses"; None: as many as there are heads for.
+    """
 
     name: ClassVar[str] = "context-parallel"
     attention: str = "auto"
+    neighbours: int | None = None
     axis: str = "sp"
 
     def __post_init__(self) -> None:
@@ -81,17 +81,34 @@ class ContextParallel:
         how, why = self.attention, "by the plan"
         if how == "auto":
             how, why = choose_exchange(program, attends, self.axis)
-        _Deal(program, self.axis, how).run()
+        neighbours = self._neighbours(program, attends) if how == "ring-ulysses" else 1
+        _Deal(program, self.axis, how, neighbours).run()
         program.notes.append(
             f"tokens over {self.axis} in {program.mesh.size(self.axis)} zig-zag parts, {len(attends)} attentions by "
             f"{how}: {why}"
         )
         return program
 
+    def _neighbours(self, program: Program, attends: list[fx.Node]) -> int:
+        ranks = program.mesh.size(self.axis)
+        found = self.neighbours or neighbours_of(attends, ranks)
+        if found is None or not 1 < found < ranks or ranks % found:
+            raise PlanError(
+                f"{self.axis}={ranks}, ring-ulysses: {found or 'no number of'} ranks that exchange heads: required is "
+                f"a factor of {ranks}, not 1 or {ranks}, and no more than a rank has query heads; give ring or gather"
+            )
+        masked = next((node for node in attends if arguments(node)["mask"] is not None), None)
+        if masked is not None:
+            raise PlanError(
+                f"{self.axis}={ranks}: {describe(masked)} (node {masked.name!r}) adds a mask, which ring-ulysses does "
+                "not take: give ring, gather or ulysses"
+            )
+        return found
+
 
 class _Deal:
-    def __init__(self, program: Program, axis: str, how: str) -> None:
-        self.program, self.axis, self.how = program, axis, how
+    def __init__(self, program: Program, axis: str, how: str, neighbours: int) -> None:
+        self.program, self.axis, self.how, self.neighbours = program, axis, how, neighbours
         self.symbol = program.symbols[KIND]
         self.rows = Rows((axis,), KIND, ORDER)
         self.whole: Layouts = {}
@@ -105,7 +122,7 @@ class _Deal:
         """Of such a value, or of a number of tokens: that of the rank's own tokens."""
         self.kept: set[fx.Node] = set()
         """Experts that need the tokens of all ranks."""
-        self.gone = {axis, *EXPERT_AXES} - (set(AXES) - {axis})
+        self.gone = frozenset({axis, *EXPERT_AXES} - (set(AXES) - {axis}))
         """Axes over which no sum of own tokens is left: these have been summed where experts end."""
 
     def run(self) -> None:
@@ -168,8 +185,8 @@ class _Deal:
             self._keep(node)
         elif node.target is attention:
             self._attend(node)
-        elif node.target in self._changed and self._has_rows(own := self._own(node.all_input_nodes[0])):
-            self._changed[node.target](node, own)
+        elif node.target in OVER_AXES and self._has_rows(own := self._own(node.all_input_nodes[0])):
+            self._narrow(node, own)
         elif self._takes_rows(node):
             return
         elif any(self._has_rows(source) for source in node.all_input_nodes):
@@ -284,6 +301,7 @@ class _Deal:
         operands = [a["q"], a["k"], a["v"], self.rewriter.whole_size(self.symbol, node)]
         operands += [self._mask(a["mask"]), a["sinks"]]
         how: Any = {"how": self.how, "parts": self.program.mesh.size(self.axis), "order": ORDER}
+        how |= {"neighbours": self.neighbours} if self.neighbours > 1 else {}
         options = {name: value for name, value in node.kwargs.items() if name not in (*_NAMES, "written_out")}
         node.target, node.args, node.kwargs = sequence_attention, (*operands, self.axis), {**how, **options}
         self.now[node] = self.whole[node].with_dim(2, self.rows)
@@ -315,51 +333,16 @@ class _Deal:
             return self.rewriter.scattered(source, dim, self.rows)
         return self.rewriter.converted(source, Layout(layout.dims, layout.partial - self.gone).with_dim(dim, self.rows))
 
-    def _reduce(self, node: fx.Node, own: fx.Node) -> None:
-        """A sum over ranks, without those that have other tokens."""
-        self._over_others(node, own, read_call(node).axes, lambda axes: (own, over(axes)))
-
-    def _once(self, node: fx.Node, own: fx.Node) -> None:
-        first: Any = node.args[1]
-        entry = self.program.table[first.name]
-
-        def counted(axes: tuple[str, ...]) -> tuple[Any, ...]:
-            firsts = tuple(int(i == 0) for i in range(self.program.mesh.size(*axes)))
-            return own, self.program.local("first", Entry(1, axes, firsts))
-
-        self._over_others(node, own, entry.axes, counted)
-
-    def _take(self, node: fx.Node, own: fx.Node) -> None:
-        """Of own tokens, those that this rank is to send."""
-
-        def taken(axes: tuple[str, ...]) -> tuple[Any, ...]:
-            parts = self.program.mesh.size(*axes)
-            node.kwargs = {**node.kwargs, "parts": parts, "axes": list(axes)}
-            return own, self.program.local("row_index", Entry(0, axes, tuple(range(parts))))
-
-        self._over_others(node, own, tuple(node.kwargs["axes"]), taken)  # type: ignore[arg-type]
-
-    def _collect(self, node: fx.Node, own: fx.Node) -> None:
-        total = arguments(node)["total"]
-        total = self._own(total) if isinstance(total, fx.Node) else total
-        self._over_others(node, own, read_call(node).axes, lambda axes: (own, total, over(axes)))
-
-    def _over_others(
-        self, node: fx.Node, own: fx.Node, axes: tuple[str, ...], arguments_of: Callable[[tuple[str, ...]], Any]
-    ) -> None:
+    def _narrow(self, node: fx.Node, own: fx.Node) -> None:
         """`node` over those of its axes whose ranks have the same tokens; nothing where there are none."""
-        left = tuple(axis for axis in axes if axis not in self.gone)
-        if not left:
+        total = arguments(node)["total"] if node.target is collect_rows else None
+        if isinstance(total, fx.Node):
+            total = self._own(total)
+        if over_other_axes(self.program, node, own, self.gone, total=total):
+            self.now[node] = SPECIAL[node.target](self.program, node, self.now)
+        else:
             node.replace_all_uses_with(own)
             self.now[node] = self.now[own]
-            return
-        node.args = arguments_of(left)
-        self.now[node] = SPECIAL[node.target](self.program, node, self.now)
-
-    @functools.cached_property
-    def _changed(self) -> dict[Any, Callable[[fx.Node, fx.Node], None]]:
-        """What is done over several axes, of which sp may be one."""
-        return {all_reduce: self._reduce, once: self._once, take_rows: self._take, collect_rows: self._collect}
 
     def _give_whole(self, node: fx.Node) -> None:
         for source in list(node.all_input_nodes):

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from benchmarks.compiling.scale import LLAMA
-from benchmarks.rounds import take_turns
+from benchmarks.support.rounds import take_turns
 from partitioner.compile.emit import Emitter
 from partitioner.compile.partition import trace
 from partitioner.compile.run_passes import choose

@@ -31,12 +31,13 @@ from partitioner.program.program import Entry, Program, Value
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Layout, Rows, Split, in_order, points
 from runtime.ops.collectives import all_gather, all_reduce
+from runtime.ops.communicating import read_call
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
 
 aten = torch.ops.aten
 
-__all__ = ["Rewriter", "over"]
+__all__ = ["OVER_AXES", "Rewriter", "over_other_axes"]
 
 
 class Rewriter:
@@ -75,7 +76,7 @@ class Rewriter:
         users = list(node.users)
         layout = self.layouts[node]
         done = Layout(layout.dims, layout.partial - axes)
-        reduced = self._after(node, all_reduce, (node, over(axes)), {}, done, node)
+        reduced = self._after(node, all_reduce, (node, _over(axes)), {}, done, node)
         reduced.meta["why"] = f"completes the partial sums of {node.name}"
         for user in users:
             user.replace_input_with(node, reduced)
@@ -126,7 +127,7 @@ class Rewriter:
         found = source
         if surplus := have.partial - want.partial:
             done = Layout(have.dims, have.partial - surplus)
-            found = self._after(found, all_reduce, (found, over(surplus)), {}, done, source)
+            found = self._after(found, all_reduce, (found, _over(surplus)), {}, done, source)
             have = self.layouts[found]
         for dim, (old, new) in enumerate(zip(have.dims, want.dims, strict=True)):
             if old != new:
@@ -175,7 +176,7 @@ class Rewriter:
             node = self._redivided(node, dim, old, parts, source)
         kwargs = {"dim": dim, "sizes": list(parts.sizes)}
         whole = self._after(
-            node, all_gather, (node, over(parts.axes)), kwargs, self.layouts[node].with_dim(dim, None), source
+            node, all_gather, (node, _over(parts.axes)), kwargs, self.layouts[node].with_dim(dim, None), source
         )
         whole.meta["why"] = f"{source.name} is needed whole"
         order = [i for owned in parts.owned for i in owned.indices()]
@@ -191,7 +192,7 @@ class Rewriter:
         total = self.whole_size(size, source) if rows.of is None else self._own_size(size, rows.of, source)
         layout: Layout = self.layouts[node].with_dim(dim, rows.of)
         options = {"dim": dim, **_order(rows)}
-        args = (node, total, over(rows.last_axes), *outer)
+        args = (node, total, _over(rows.last_axes), *outer)
         whole = self._after(node, collect_rows, args, options, layout, source)
         whole.meta["why"] = f"{source.name} is needed with the rows of all ranks"
         return whole
@@ -225,7 +226,7 @@ class Rewriter:
         have: Layout = self.layouts[source]
         layout = Layout(have.dims, have.partial - set(rows.axes)).with_dim(dim, rows)
         if (source, layout) not in self._made:
-            args = (source, over(rows.axes), *self._outer(source, dim, rows))
+            args = (source, _over(rows.axes), *self._outer(source, dim, rows))
             options = {"dim": dim, "kind": rows.kind, **_order(rows)}
             self._made[source, layout] = self._after(source, scatter_rows, args, options, layout, source)
         return self._made[source, layout]
@@ -285,10 +286,50 @@ class Rewriter:
         return self._latest_size or [n for n in self.program.graph.nodes if n.op == "placeholder"][-1]
 
 
-def over(axes: Iterable[str]) -> str | tuple[str, ...]:
+def _over(axes: Iterable[str]) -> str | tuple[str, ...]:
     """As graphs name axes: one by its name, several as a tuple."""
     found = in_order(axes)
     return found[0] if len(found) == 1 else found
+
+
+OVER_AXES = (all_reduce, once, take_rows, collect_rows)
+"""Ops that `over_other_axes` knows."""
+
+
+def over_other_axes(program: Program, node: fx.Node, own: fx.Node, gone: frozenset[str], *, total: Any = None) -> bool:
+    """Makes `node` work on `own` over its axes that are not `gone`; False, and left as it is, where there are none.
+
+    all_reduce(x, ("sp", "tp"))       a sum over tp        what it was over sp has been summed elsewhere
+    once(x, first)                    once in a sum over tp
+    take_rows(x, axes=["sp", "tp"])   of own tokens, those that a rank of tp is to send
+    collect_rows(x, total, ..)        own tokens again; `total`: how many of these there are
+
+    total: of collect_rows, how many tokens `own` is a part of.
+    """
+    left = tuple(axis for axis in _axes(program, node) if axis not in gone)
+    if not left:
+        return False
+    parts = program.mesh.size(*left)
+    args: Any = (own, _over(left))
+    if node.target is once:
+        args = (own, program.local("first", Entry(1, left, tuple(int(i == 0) for i in range(parts)))))
+    elif node.target is take_rows:
+        args = (own, program.local("row_index", Entry(0, left, tuple(range(parts)))))
+        node.kwargs = {**node.kwargs, "parts": parts, "axes": list(left)}
+    elif node.target is collect_rows:
+        args = (own, total, _over(left))
+    node.args = args
+    return True
+
+
+def _axes(program: Program, node: fx.Node) -> tuple[str, ...]:
+    if node.target is once:
+        first: Any = node.args[1]
+        return program.table[first.name].axes
+    if node.target is take_rows:
+        named: Any = node.kwargs["axes"]
+        return tuple(named)
+    return read_call(node).axes
 
 
 def _order(rows: Rows) -> dict[str, str]:

@@ -4,6 +4,7 @@
     decode     with stages, as many groups of rows take turns: a token waits for all stages, or for the slowest one of
                its turn
     memory     weights, cache for prompt and new tokens, results alive at the same time in a run, what is exchanged
+    tokens over sp    of a prompt, each rank's share of all work (`sequences`); of a single token, attention alone
 
 A product takes what kernels of its size take (`kernels`); linears of one operand are one, as the runtime merges them.
 Element-wise ops between two products take one pass over the largest of their operands, since compiled steps fuse them.
@@ -25,6 +26,7 @@ from partitioner.planning.cluster import Cluster, bad_order, hops
 from partitioner.planning.collectives import Hop, collective_seconds
 from partitioner.planning.kernels import Kernels, kernels_of
 from partitioner.planning.quantities import Memory, Price, Seconds, Workload
+from partitioner.planning.sequences import Attending, shares_out
 from partitioner.planning.stage_split import split_layers
 from partitioner.planning.summary import Summary
 from partitioner.program.plan import Plan
@@ -66,8 +68,10 @@ class Pricer:
         local = -(-workload.batch // mesh.size("dp"))
         if mesh.world_size > self.cluster.size:
             return self._refused(plan, f"{mesh.world_size} ranks on {self.cluster.size} devices")
-        if plan.sp > 1:
-            return self._refused(plan, "sp is not priced: no pass divides a model over it yet")
+        if plan.sp > workload.prompt:
+            return self._refused(plan, f"a prompt of {workload.prompt} tokens is no work for sp={plan.sp}")
+        if plan.sp > 1 and not all(map(shares_out, summary.parts)):
+            return self._refused(plan, "its tokens meet in more than attention over a cache: sp cannot share them out")
         if plan.pp > summary.num_layers:
             return self._refused(plan, f"{summary.num_layers} layers make no {plan.pp} stages")
         if plan.ep > (summary.experts.count if summary.experts is not None else 1):
@@ -93,10 +97,10 @@ class Pricer:
 
     def memory(self, plan: Plan, workload: Workload, layers: Sequence[int]) -> Memory:
         summary = self.summary
-        values = self._values(plan, 1, 1, 0)
+        values = self._values(plan, 1, 1, 0, alike=True)
         numbers = [self._weights(part, values) for part in range(len(summary.parts))]
         rows = -(-workload.batch // plan.mesh.size("dp"))
-        tokens = workload.prompt + workload.new
+        tokens = -(-(workload.prompt + workload.new) // plan.sp)
         caches = [self._cache(part, values, tokens) for part in range(len(summary.parts))]
         stages, start = [], 0
         for stage, count in enumerate(layers):
@@ -106,9 +110,13 @@ class Pricer:
             stages.append((sum(numbers[part] for part in mine), rows * sum(caches[part] for part in mine)))
         weights, cache = max(stages, key=sum)
         run_rows, length, _ = _runs(workload, rows)
-        activations = max(self._peak(part, plan, run_rows, length) for part in set(summary.order) | {summary.last})
+        own = -(-length // plan.sp)
+        activations = max(self._peak(part, plan, run_rows, own) for part in set(summary.order) | {summary.last})
         in_flight = 2 if plan.pp > 1 else 1
-        buffers = 2 * in_flight * run_rows * length * summary.hidden_bytes
+        buffers = 2.0 * in_flight * run_rows * own * summary.hidden_bytes
+        if plan.sp > 1:  # keys and values of other ranks: of all tokens so far where they come at once
+            given = self._values(plan, run_rows, length, workload.prompt - length)
+            buffers += max(self._held_keys(part, plan, given) for part in set(summary.order))
         return Memory(weights, cache, activations, buffers, self.usable)
 
     def _weights(self, part: int, values: Mapping[Any, float]) -> float:
@@ -130,7 +138,7 @@ class Pricer:
         live = self.summary.parts[part].live
         if not live:
             return 0.0
-        key = ("peak", part, plan.tp, plan.ep, plan.etp, rows, length)
+        key = ("peak", part, plan.tp, plan.ep, plan.etp, plan.sp, rows, length)
         if key in self._costs:
             return float(self._costs[key])
         values = self._values(plan, rows, length, 0)
@@ -146,9 +154,19 @@ class Pricer:
         self._costs[key] = most
         return most
 
+    def _held_keys(self, part: int, plan: Plan, values: Mapping[Any, float]) -> float:
+        """The most bytes of keys and values, of other ranks too, that an attention has."""
+        nodes = [node for node in self.summary.parts[part].nodes["prefill"] if node.kind == "attention"]
+        key = ("keys", part)
+        wanted = [size for node in nodes for size in node.product] if key not in self._functions else []
+        numbers = iter(self._function(key, wanted)(*self._given(values)))
+        each = [Attending.of([next(numbers) for _ in node.product], _ITEM[node.dtype]) for node in nodes]
+        return max((attending.held(plan) for attending in each), default=0.0)
+
     # sizes
 
-    def _values(self, plan: Plan, rows: float, length: float, past: float) -> dict[Any, float]:
+    def _values(self, plan: Plan, rows: float, length: float, past: float, *, alike: bool = False) -> dict[Any, float]:
+        """alike: whether the ranks of sp have the same tokens, as of a step; otherwise `length` are a rank's own."""
         summary = self.summary
         etp = plan.etp if plan.ep * plan.etp > 1 else plan.tp
         found = summary.values(tp=plan.tp, ep=plan.ep, etp=etp)
@@ -156,7 +174,8 @@ class Pricer:
         found |= {summary.batch: rows, summary.sequence: length}
         found[PAST], found[MET], found[ROUTED] = past, 1, 1
         if experts is not None:
-            groups = max(1, plan.ep * etp // plan.tp)  # replicas whose tokens meet at the experts
+            # ranks whose tokens meet at the experts, and are not the same
+            groups = max(1, plan.ep * etp // (plan.tp * plan.sp if alike else plan.tp))
             tokens = rows * length * groups
             chance = 1 - (1 - experts.chosen / experts.count) ** tokens
             found[MET] = max(min(found[EXPERTS], found[EXPERTS] * chance), min(found[EXPERTS], 1e-9))
@@ -179,7 +198,8 @@ class Pricer:
 
     def part_seconds(self, part: int, entry: str, plan: Plan, rows: int, length: int, past: int) -> Seconds:
         """Of one part on the fullest rank, with its collectives over tp."""
-        key = (part, entry, plan.tp, plan.ep, plan.etp, plan.pp, plan.dp if plan.ep > 1 else 0, rows, length, past)
+        key = (part, entry, plan.tp, plan.ep, plan.etp, plan.sp, plan.sp_attention, plan.pp,
+               plan.dp if plan.ep > 1 else 0, rows, length, past)  # fmt: skip
         if key not in self._costs:
             self._costs[key] = self._part_seconds(part, entry, plan, rows, length, past)
         found: Seconds = self._costs[key]
@@ -187,11 +207,17 @@ class Pricer:
 
     def _part_seconds(self, part: int, entry: str, plan: Plan, rows: int, length: int, past: int) -> Seconds:
         nodes = self.summary.parts[part].nodes[entry]
-        values = self._values(plan, rows, length, past)
+        dealt, steps = plan.sp if entry == "prefill" else 1, entry == "decode"
+        values = self._values(plan, rows, -(-length // dealt), past, alike=steps)
         wanted: list[Any] = []
         for node in nodes if (part, entry) not in self._functions else ():
             wanted += [node.flops, node.read + node.written, *node.product, *(m.bytes for m in node.meetings)]
         numbers = iter(self._function((part, entry), wanted)(*self._given(values)))
+        # of attention, the tokens of all ranks: a rank's queries see all of them
+        whole = numbers
+        if plan.sp > 1:
+            every = self._values(plan, rows, length, past, alike=steps)
+            whole = iter(self._function((part, entry), [])(*self._given(every)))
         links = self._hops(plan, ("tp",))
         inside = part not in (self.summary.first, self.summary.last)
         small = bool(self.weight_dtype) and inside
@@ -201,6 +227,12 @@ class Pricer:
         for node in nodes:
             flops, moved = next(numbers), next(numbers)
             product = [next(numbers) for _ in node.product]
+            if plan.sp > 1:
+                of_all = [next(whole) for _ in range(2 + len(node.product) + len(node.meetings))]
+                if node.kind == "attention":
+                    attending = Attending.of(of_all[2:], _ITEM[node.dtype])
+                    flops, moved = attending.meet(found, plan, self._hops(plan, ("sp",)), of_all, steps=steps)
+                    product = attending.on_a_rank(plan, steps=steps)
             if node.kind in ("move", "other") and not node.meetings:
                 run += [moved] if moved else []
                 continue
@@ -258,15 +290,20 @@ class Pricer:
         found: tuple[Hop, ...] = self._costs[key]
         return found
 
-    def _exchange(self, plan: Plan, tokens: float) -> tuple[float, str]:
-        """Of one layer: how tokens come to their experts and back, by the cheaper of two ways; over tp, by none."""
+    def _exchange(self, plan: Plan, tokens: float, *, alike: bool = False) -> tuple[float, str]:
+        """Of one layer: how tokens come to their experts and back, by the cheaper of two ways; over tp, by none.
+
+        alike: whether the ranks of sp have the same tokens, as in steps; they sum what their experts make of them.
+        """
         experts = self.summary.experts
         etp = max(plan.etp, 1)
-        groups = plan.ep * etp // plan.tp
         if experts is None or plan.ep == 1:
             return 0.0, ""
+        groups = plan.ep * etp // (plan.tp * plan.sp if alike else plan.tp)
         if groups <= 1:
-            return 0.0, "replicate"
+            over_sp = plan.ep * etp > plan.tp and alike and plan.sp > 1
+            links = self._hops(plan, ("sp",)) if over_sp else ()
+            return collective_seconds("all_reduce", links, tokens * experts.row_bytes), "replicate"
         links = self._hops(plan, ("ep",))
         own = tokens / plan.tp if etp == 1 else tokens
         met = plan.ep * (1 - (1 - 1 / plan.ep) ** experts.chosen)
@@ -284,7 +321,8 @@ class Pricer:
         self, plan: Plan, entry: str, rows: int, length: int, past: int, layers: Sequence[int]
     ) -> tuple[list[Seconds], str]:
         summary = self.summary
-        exchange, how = self._exchange(plan, rows * length)
+        own = rows * (-(-length // plan.sp) if entry == "prefill" else length)
+        exchange, how = self._exchange(plan, own, alike=entry == "decode")
         found, start = [], 0
         for stage, count in enumerate(layers):
             mine = Seconds()
@@ -300,7 +338,7 @@ class Pricer:
             mine.waiting += self.overhead_s
             if stage < len(layers) - 1:
                 pair = _pair(plan.mesh)
-                size = rows * length * summary.hidden_bytes
+                size = own * summary.hidden_bytes
                 mine.link("send", collective_seconds("send", hops(self.cluster, pair), size))
             found.append(mine)
         return found, how

@@ -23,7 +23,10 @@ from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.summary import Summary, summarize
 from partitioner.program.plan import Plan
 
-__all__ = ["GOALS", "Choice", "broken_limits", "choose_plan", "plans", "search"]
+SP_TOKENS = 1024
+"""Of a prompt, for each rank of sp, before sharing tokens out is considered: with fewer, tp divides the same work."""
+
+__all__ = ["GOALS", "SP_TOKENS", "Choice", "broken_limits", "choose_plan", "plans", "search"]
 
 GOALS = ("latency", "throughput", "context")
 
@@ -58,12 +61,14 @@ def plans(summary: Summary, cluster: Cluster, workload: Workload) -> Iterator[Pl
     experts = summary.experts.count if summary.experts is not None else 1
     most_tp = max((kind.atoms for kind, role in summary.classes.values() if role == "heads"), default=1)
     for used in _divisors(cluster.size):
-        for tp, pp in itertools.product(_divisors(used), repeat=2):
-            dp, left = divmod(used, tp * pp)
+        for tp, pp, sp in itertools.product(_divisors(used), repeat=3):
+            dp, left = divmod(used, tp * pp * sp)
             if left or tp > most_tp or pp > summary.num_layers or dp > workload.batch:
                 continue
-            for ep, etp in _expert_degrees(experts, dp, tp):
-                yield Plan(dp=dp, pp=pp, tp=tp, ep=ep, etp=etp)
+            if sp > 1 and workload.prompt < SP_TOKENS * sp:
+                continue
+            for ep, etp in _expert_degrees(experts, dp * sp, tp):
+                yield Plan(dp=dp, pp=pp, sp=sp, tp=tp, ep=ep, etp=etp)
 
 
 def _expert_degrees(experts: int, dp: int, tp: int) -> Iterator[tuple[int, int]]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SP_ATTENTION", "Pass", "Plan"]
 
-SP_ATTENTION = ("auto", "ring", "gather", "ulysses")
+SP_ATTENTION = ("auto", "ring", "gather", "ulysses", "ring-ulysses")
 """How attention goes over a sequence that ranks share out."""
 
 
@@ -48,7 +48,8 @@ class Plan:
     tp: tensor-parallel ranks. pp: pipeline stages. sp: ranks that share out the tokens of each sequence. dp: replicas
     of all these; by default as many as the experts' ranks need, otherwise one. ep: ranks that share out the experts of
     each layer; etp: those that share out each expert's matrices. ep x etp must divide dp x sp x tp: experts use the
-    same ranks. sp_attention: how queries of one rank meet the keys of others: "ring", "gather", "ulysses", or "auto".
+    same ranks. sp_attention: how queries of one rank meet the keys of others: "ring", "gather", "ulysses", both at once
+    over two factors of sp, "ring-ulysses", or "auto".
     Replicas that no expert is shared out over are worlds of their own, see `replicas`.
     keep_whole: globs of weight names that are replicated.
 
@@ -84,6 +85,11 @@ class Plan:
         if self.sp_attention != "auto" and self.sp == 1:
             raise PlanError(
                 f"sp_attention={self.sp_attention} is for tokens shared out over sp, and sp is 1: give sp=2"
+            )
+        if self.sp_attention == "ring-ulysses" and not any(self.sp % each == 0 for each in range(2, self.sp)):
+            raise PlanError(
+                "sp_attention=ring-ulysses is for an sp that is a product of two numbers above 1, such as 4 or 6; sp "
+                f"is {self.sp}: give ring, gather or ulysses"
             )
         self.mesh  # noqa: B018 - checks the degrees together
 

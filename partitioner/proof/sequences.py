@@ -32,6 +32,8 @@ def _check_attention(program: Program, node: fx.Node, layouts: Layouts) -> None:
     a = arguments(node)
     if a["parts"] != (ranks := program.mesh.size(*as_axes(a["axis"]))):
         raise LayoutError(f"node {node.name!r} attends to tokens of {a['parts']} ranks, where {a['axis']} has {ranks}")
+    if a["how"] == "ring-ulysses" and (ranks % a["neighbours"] or a["mask"] is not None):
+        raise LayoutError(f"node {node.name!r} exchanges heads between {a['neighbours']} of {ranks} ranks")
     if a["how"] != "merge":
         _require_rows(program, node, a["q"], 2, Rows(as_axes(a["axis"]), KIND, a["order"]), layouts)
     elif node.target is not cached_sequence_attention or set(layouts[a["q"]].axes) & set(as_axes(a["axis"])):

@@ -1,4 +1,4 @@
-"""The code of docs/adding_a_rule.md as typed, and its tables against the code."""
+"""The code of docs/extending/adding_a_rule.md as typed, and its tables against the code."""
 
 import re
 from dataclasses import fields
@@ -10,7 +10,7 @@ from partitioner.analysis.rules import RULES
 from partitioner.analysis.rules.notation import Notation
 from tests.support import typed
 
-DOC = "adding_a_rule.md"
+DOC = "extending/adding_a_rule.md"
 
 
 def test_the_code(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

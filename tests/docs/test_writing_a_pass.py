@@ -1,4 +1,4 @@
-"""docs/writing_a_pass.md as typed, and its plugin installed and used as a third party would."""
+"""docs/extending/writing_a_pass.md as typed, and its plugin installed and used as a third party would."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.plugins import EXAMPLE, ROOT
 
-DOC = ROOT / "docs" / "writing_a_pass.md"
+DOC = ROOT / "docs" / "extending" / "writing_a_pass.md"
 BLOCK = re.compile(r"(?P<before>[^\n]*)\n\n```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"`([\w/]+\.(?:py|toml))`:$")
 

@@ -70,6 +70,7 @@ def test_a_bundle_runs_as_what_it_was_saved_from(tmp_path: Any) -> None:
     ids = tokens("llama", 9)
     parts.save(tmp_path / "bundle")
     loaded = load(tmp_path / "bundle")
+    assert loaded.manifest.plan["sp_attention"] == "ulysses"
     assert torch.equal(loaded.simulate(input_ids=ids), parts.simulate(input_ids=ids))
     assert torch.equal(loaded.generate(ids, max_new_tokens=4), parts.generate(ids, max_new_tokens=4))  # type: ignore[arg-type]
     assert loaded.entry("decode", 0).states[0].token_axes == ("sp",)

@@ -19,7 +19,7 @@ from runtime.ops.collectives import all_reduce
 from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.rows.sequence_attention import sequence_attention
 from runtime.ops.rows.share_rows import collect_rows, take_rows
-from tests.support import reference
+from tests.support import generated, reference
 from tests.support.partitioned import EXACT, error, traced
 
 WAYS = ("ring", "gather", "ulysses")
@@ -109,6 +109,37 @@ def test_auto_takes_the_way_with_fewest_bytes_and_says_why() -> None:
     assert "by the plan" in chosen("gpt2", "sp=2,sp_attention=gather")[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "plan", "neighbours"),
+    [
+        ("llama", "sp=4,sp_attention=ring-ulysses", 2),
+        ("llama", "sp=6,sp_attention=ring-ulysses", 3),
+        ("gemma2", "tp=2,sp=4,sp_attention=ring-ulysses", 2),  # windows and a soft cap
+        (
+            "llama",
+            "sp=6,sp_attention=ring-ulysses,context-parallel.attention=ring-ulysses,context-parallel.neighbours=2",
+            2,
+        ),
+    ],
+)
+def test_rings_of_ranks_that_exchange_heads(name: str, plan: str, neighbours: int) -> None:
+    parts = compiled(name, plan)
+    nodes = [n for n in parts.program.graph.nodes if n.target is sequence_attention]
+    assert {(n.kwargs["how"], n.kwargs["neighbours"]) for n in nodes} == {("ring-ulysses", neighbours)}
+    for length in (1, 5, 33):
+        assert error(name, parts, length) < EXACT
+    assert generated.error(name, parts, generated.prompts(name, (1, 5, 11)), new=2, prefill_step=6) < 1e-9
+
+
+def test_a_ring_of_groups_that_do_not_make_up_the_ranks_is_refused() -> None:
+    def other(program: Program, nodes: Any) -> None:
+        (node, *_) = nodes[sequence_attention]
+        node.kwargs = {**node.kwargs, "neighbours": 3}
+
+    with pytest.raises(LayoutError, match="exchanges heads between 3 of 4 ranks"):
+        broken(other, "sp=4,sp_attention=ring-ulysses")
+
+
 def test_one_rank_is_left_as_it_is() -> None:
     assert ops(compiled("llama", "sp=1").program) == {"attention": 2}
 
@@ -139,7 +170,13 @@ def test_a_model_of_one_length_is_refused() -> None:
 @pytest.mark.parametrize(
     ("plan", "why"),
     [
-        ("sp=2,sp_attention=rings", "must be one of auto, ring, gather, ulysses"),
+        ("sp=2,sp_attention=rings", "must be one of auto, ring, gather, ulysses, ring-ulysses"),
+        ("sp=3,sp_attention=ring-ulysses", "product of two numbers above 1"),
+        (
+            "tp=2,sp=6,sp_attention=ring-ulysses,context-parallel.attention=ring-ulysses,context-parallel.neighbours=4",
+            "4 ranks that exchange heads: required is a factor of 6",
+        ),
+        ("tp=4,sp=4,sp_attention=ring-ulysses", "no number of ranks that exchange heads"),  # one head each
         ("tp=2,sp_attention=ring", "sp is 1"),
     ],
 )

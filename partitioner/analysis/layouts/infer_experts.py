@@ -117,7 +117,7 @@ def _combine(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
     tokens, choices = layouts[a["gates"]].dims
     routed = layouts[a["rows"]].dims[0]
     wanted = tokens if choices is None else _routed(tokens, choices.axes)
-    if routed != wanted:
+    if tokens is not None and routed != wanted:
         return Inference((), (), f"rows of {routed} are weighed by gates of {wanted}")
     found = _without(program, node, layouts, {a["rows"]: (0,), a["order"]: (0,), a["gates"]: (0, 1)})
     requires = _put_back(found, {a["rows"]: {0: routed}, a["order"]: {0: routed}, a["gates"]: {0: tokens, 1: choices}})

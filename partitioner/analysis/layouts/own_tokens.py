@@ -1,8 +1,10 @@
 """Layouts of what ranks share out, compared with those of what every rank has all of.
 
-[*, *]                   [sequence rows of sp, *]               the tokens are a rank's own, nothing else is otherwise
-[tokens rows of tp, *]   [tokens rows of tp of the rows of sp]  those that it sends are of its own
-[routed rows of tp, *]   [routed rows of sp x tp, *]            what comes to its experts is of ranks like it
+    [*, *]                   [sequence rows of sp, *]               the tokens are a rank's own, nothing is otherwise
+    [tokens rows of tp, *]   [tokens rows of tp of the rows of sp]  those that it sends are of its own
+    [routed rows of tp, *]   [routed rows of sp x tp, *]            what comes to its experts is of ranks like it
+
+So a pass that deals tokens out can tell that it has changed nothing else.
 """
 
 from __future__ import annotations

@@ -229,4 +229,9 @@ def _reference(wanted: _Wanted) -> Stored:
 
 def plan_data(plan: Plan) -> dict[str, object]:
     degrees = {axis: plan.degree(axis) for axis in DEGREES}
-    return {"degrees": degrees, "keep_whole": list(plan.keep_whole), "passes": [str(each) for each in plan.passes]}
+    return {
+        "degrees": degrees,
+        "sp_attention": plan.sp_attention,
+        "keep_whole": list(plan.keep_whole),
+        "passes": [str(each) for each in plan.passes],
+    }

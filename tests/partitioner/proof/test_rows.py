@@ -127,7 +127,7 @@ WRONG: dict[str, tuple[Change, str]] = {
         "collect_rows at .* collects tokens over sp, which are on every rank",
     ),
     "rows taken twice": (
-        dealt(lambda program, x: rows_of(program, x, ("tp",))),
+        dealt(lambda program, x: rows_of(program, x, ("sp",))),
         "take_rows at .* deals tokens out that are dealt out over sp already",
     ),
     "a softmax over the tokens": (lambda program, x, length: norm(program, x, 1), "softmax at .* reads other tokens"),

@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from partitioner.errors import BundleError, PlanError
+from partitioner.program.plan import SP_ATTENTION
 from partitioner.sharding.mesh import AXES, DEGREES, MOST_RANKS, Mesh
 from partitioner.storage.bundle.format.bundle_files import NAME, Folder, digest_of
 from partitioner.storage.bundle.format.untrusted_json import Record
@@ -32,6 +33,7 @@ __all__ = ["DIGEST", "SCHEMA", "File", "Manifest"]
 
 VERSION = importlib.metadata.version("partitioner")
 SCHEMA = 2
+_SP_ATTENTION = {way: way for way in SP_ATTENTION}
 FORMAT = "partitioner bundle"
 DIGEST = "manifest.sha256"
 
@@ -157,6 +159,8 @@ def _read_plan(record: Record, schema: int) -> dict[str, Any]:
         "degrees": {
             axis: degrees.integer(axis, low=1, high=MOST_RANKS) for axis in (("tp",) if schema == 1 else DEGREES)
         },
+        # bundles that are older do not say it
+        "sp_attention": plan.one_of("sp_attention", _SP_ATTENTION) if plan.has("sp_attention") else "auto",
         "keep_whole": plan.texts("keep_whole"),
         "passes": plan.texts("passes"),
     }
