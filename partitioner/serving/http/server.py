@@ -41,6 +41,9 @@ def config_of(service: Service) -> uvicorn.Config:
     """How its requests are read and answered; without signals and without an end."""
     return uvicorn.Config(
         create_app(service),
+        # by name, whatever else is installed: h11 keeps to the limit of headers
+        http="h11",
+        ws="none",
         log_level="warning",
         access_log=False,
         lifespan="off",

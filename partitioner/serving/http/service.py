@@ -23,7 +23,7 @@ __all__ = ["Service"]
 
 
 class Service:
-    """See the module's docstring. name: by which clients ask for the model. chat: whether there is a template."""
+    """See the module's docstring. name: by which clients ask for the model."""
 
     def __init__(self, llm: Launched, tokenizer: Any, *, name: str, limits: Limits, keys: Keys | None = None) -> None:
         self.llm, self.tokenizer, self.name, self.limits = llm, tokenizer, name, limits
