@@ -228,6 +228,8 @@ class GenerateLoop:
             self._profiler,
             size=size,
             rows=rows,
+            compile=self._compile,
+            cuda_graph=self._cuda_graph,
         )
 
     def release(self) -> None:

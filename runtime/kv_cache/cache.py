@@ -195,7 +195,7 @@ class Cache:
             self._attending.append(attending)
             by_kernel = registered(attending)
         else:
-            self._kinds.add((keys.shape[2], options["window"], options["chunk"]))
+            self._kinds.add((self._slots_of(keys), options["window"], options["chunk"]))
 
         def attend(
             q: Tensor,
@@ -211,6 +211,10 @@ class Cache:
             return self._attend(keys, values, options, q, k, v, mask, sinks)
 
         return attend
+
+    def _slots_of(self, keys: Tensor) -> int:
+        """How many slots a row has in a buffer."""
+        return keys.shape[2]
 
     def _attend_one(
         self,

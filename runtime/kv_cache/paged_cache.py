@@ -23,8 +23,10 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.cache import Cache
+from runtime.kv_cache.slots import minus_infinity
 from runtime.kv_cache.untouched import untouched_zeros
 from runtime.ops.attention import attention
+from runtime.ops.kernels.decode_attention import decode_attention
 from runtime.ops.kernels.flash_attention import flash_rows
 from runtime.program.shards import StateShard
 
@@ -56,6 +58,8 @@ class PagedCache(Cache):
         """By their width: of the run's rows [B, width]."""
         self._places: Tensor | None = None
         """Where the run's tokens lie, as if all blocks were one: [B * S]."""
+        self._fixed_tables: dict[int, Tensor] = {}
+        """By number of rows, for runs from fixed memory: [B, blocks of the longest row]."""
 
     def resize(self, *, max_batch: int, max_length: int, step: int, slots: int = 0) -> None:
         self.max_batch, self.max_length, self.step = max_batch, max_length, step
@@ -90,9 +94,43 @@ class PagedCache(Cache):
         self._tables.clear()
         self._places = None
 
+    def fix(self, rows: PagedRows, batch: int) -> None:
+        """Before a run from fixed memory: what its first rows are about. The others of `batch` are about nothing."""
+        longest = max(map(len, rows.tables))
+        if batch not in self._fixed_tables:
+            width = -(-self.max_length // self.block_size)
+            self._fixed_tables[batch] = torch.full((batch, width), self.blocks, device=self._device)
+        rest = (self.blocks,) * longest
+        padded = torch.tensor(
+            [*((table + rest)[:longest] for table in rows.tables), *[rest] * (batch - len(rows.tables))]
+        )
+        if self._device.type == "cuda":
+            padded = padded.pin_memory()
+        self._fixed_tables[batch][:, :longest].copy_(padded, non_blocking=True)
+
+    def begin_fixed(self, positions: Tensor, seen: int) -> None:
+        self._batch, self._active, self._fixed, self._group = None, None, seen, slice(0, len(positions))
+        self._is_fixed = True
+        if len(positions) not in self._fixed_tables:
+            raise InputError("a run from fixed memory is about rows that were named before, by `fix`")
+        self._tables.clear()
+        self._places = None
+        if self._kinds:  # here, so that a compiled step reads them as they are
+            self._places = self._found_places(positions)
+            self._table(seen)
+            held = torch.arange(seen, device=self._device)
+            dtype = next(iter(self.buffers.values())).dtype
+            for slots, window, chunk in self._kinds:
+                self._fixed_masks[slots, window, chunk] = minus_infinity(positions, held, window, chunk, dtype)
+
+    def _slots_of(self, keys: Tensor) -> int:
+        return self.max_length
+
     def _table(self, count: int) -> Tensor:
         """The first blocks of each row, for `count` tokens: [B, count / block size]."""
         width = -(-count // self.block_size)
+        if self._is_fixed:
+            return self._fixed_tables[self._group.stop][:, :width]
         if width not in self._tables:
             rest = (self.blocks,) * width
             padded = [(table[:width] + rest)[:width] for table in self._paged.tables]
@@ -103,22 +141,25 @@ class PagedCache(Cache):
         """Keeps `x` [B, .., S, D] of the run's tokens."""
         if self._places is None:
             assert self._batch is not None
-            positions = self._batch.positions
-            blocks = self._table(self._batch.end).gather(1, positions // self.block_size)
-            self._places = (blocks * self.block_size + positions % self.block_size).view(-1)
+            self._places = self._found_places(self._batch.positions)
         buffer.flatten(-3, -2).index_copy_(-2, self._places, x.movedim(0, -3).flatten(-3, -2))
+
+    def _found_places(self, positions: Tensor) -> Tensor:
+        end = self.max_length if self._batch is None else self._batch.end
+        blocks = self._table(end).gather(1, positions // self.block_size)
+        return (blocks * self.block_size + positions % self.block_size).view(-1)
 
     def _get(self, buffer: Tensor, count: int) -> Tensor:
         """What the rows' first `count` positions hold, [B, .., count, D]."""
-        single = self._paged.tables[0]
         width = -(-count // self.block_size)
-        if len(self._paged.tables) == 1 and len(single) >= width:
+        if not self._is_fixed and len(self._paged.tables) == 1 and len(self._paged.tables[0]) >= width:
+            single = self._paged.tables[0]
             first = single[0]
             if single[:width] == tuple(range(first, first + width)):  # they lie one after the other: no copy
                 start = first * self.block_size
                 return buffer.flatten(-3, -2)[None, ..., start : start + count, :]
         table = self._table(count)
-        found = buffer.index_select(-3, table.view(-1))
+        found = buffer.index_select(-3, table.reshape(-1))
         *lead, _, size, width = found.shape
         return found.view(*lead, len(table), table.shape[1] * size, width).movedim(-3, 0)[..., :count, :]
 
@@ -136,20 +177,37 @@ class PagedCache(Cache):
         self._put(keys, k)
         self._put(values, v)
         tokens = self._batch
-        assert tokens is not None
-        if tokens.start == 0:
+        if tokens is not None and tokens.start == 0:
             return attention(q, k, v, mask, sinks, **options)
-        found = self._get(keys, tokens.end), self._get(values, tokens.end)
+        seen, hidden = self._sight(self.max_length, options["window"], options["chunk"], q.dtype)
+        found = self._get(keys, seen), self._get(values, seen)
         plain = mask is None and sinks is None and options["causal"]
         plain = plain and all(options[name] is None for name in ("softcap", "chunk", "kv_map"))
-        if plain and self._can_flash(q, v, self.max_length, options["window"]):
+        if plain and tokens is not None and self._can_flash(q, v, self.max_length, options["window"]):
             scale, window = options["scale"], options["window"]
             return flash_rows(q, *found, tokens.starts, tokens.counts, scale=scale, window=window)
-        hidden = self._hidden(tokens.end, self.max_length, options["window"], options["chunk"], q.dtype)
         if hidden is not None:
             mask = hidden if mask is None else mask.to(q.dtype) + hidden
         given = {name: options[name] for name in ("scale", "softcap", "kv_map")}
-        return attention(q, *found, mask, sinks, **given)
+        # as in a cache of rows, a step of one token pays for the products and not for the kernel's walk
+        written_out = self._fixed is not None and q.device.type == "cuda"
+        return attention(q, *found, mask, sinks, **given, written_out=written_out)
+
+    def _attend_one(
+        self,
+        state: str,
+        options: dict[str, Any],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
+        given: dict[str, Any] = {name: options[name] for name in ("scale", "window", "chunk", "softcap")}
+        table = self._table(self.max_length if self._batch is None else self._batch.end)
+        found: Tensor = decode_attention(q, k, v, positions, keys, values, sinks, table=table, **given)
+        return found
 
     def _append(self, state: str, x: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         self._put(self.buffers[state], x)

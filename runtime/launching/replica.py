@@ -71,9 +71,8 @@ class Replica:
     def status(self) -> ReplicaStatus:
         """Any thread may ask."""
         lost = None if self.lost is None else str(self.lost)
-        told = self.said.get("running", 0) + self.said.get("waiting", 0)
         there = sum(isinstance(job, Job) for job in list(self.jobs.values()))
-        return ReplicaStatus.of(self.said, waiting=max(0, there - told), lost=lost)
+        return ReplicaStatus.of(self.said, rows=there, lost=lost)
 
     def start(self, module: Sequence[str], given: bytes) -> None:
         first, total = self.place.replica * self.num_ranks, self.place.replicas * self.num_ranks

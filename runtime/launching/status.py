@@ -43,12 +43,13 @@ class ReplicaStatus:
     """Why the replica is lost; None: it is not."""
 
     @classmethod
-    def of(cls, said: Mapping[str, Any], *, waiting: int = 0, lost: str | None = None) -> ReplicaStatus:
-        """From what rank 0 says after a step. waiting: rows that it has not been told of."""
-        given = {**said, "waiting": said.get("waiting", 0) + waiting, "lost": lost}
-        if lost is not None:
-            given |= {"running": 0, "tokens_cached": 0}
-        return cls(**given)
+    def of(cls, said: Mapping[str, Any], *, rows: int = 0, lost: str | None = None) -> ReplicaStatus:
+        """From what rank 0 has said after a step. rows: that it is to continue now, of some of which it may not know
+        yet that they have come, or gone.
+        """
+        running = min(rows, said.get("running", 0))
+        given = {**said, "running": running, "waiting": rows - running, "lost": lost}
+        return cls(**given if lost is None else {**given, "tokens_cached": 0})
 
 
 @dataclass(frozen=True)

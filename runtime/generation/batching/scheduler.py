@@ -37,6 +37,10 @@ class Limits:
     """The most tokens of prompts in one step, those included with which short rows are filled up."""
     piece: int | None = None
     """The most tokens of one sequence in one step; 1: prompts run token by token, in the steps of the others."""
+    together: int | None = None
+    """How many sequences at most run pieces of their prompts in one step."""
+    longest: int | None = None
+    """The most tokens of one sequence; None: as many as all blocks have room for."""
     keeps_prefixes: bool = True
     groups: int = 1
 
@@ -82,6 +86,7 @@ class Counts:
 class _Sequence:
     number: int
     tokens: list[int]
+    most: int
     piece: int | None
     arrival: int
     keys: list[bytes] = field(default_factory=list)
@@ -143,17 +148,24 @@ class Scheduler:
     def __contains__(self, number: int) -> bool:
         return number in self._running or any(each.number == number for each in self._waiting)
 
+    def last_of(self, block: int) -> tuple[int, int]:
+        """The last token that was computed of the sequence that starts in `block`, and its position; or (0, 0)."""
+        for each in self._running.values():
+            if each.blocks[:1] == [block] and each.computed:
+                return each.tokens[each.computed - 1], each.computed - 1
+        return 0, 0
+
     def add(self, number: int, tokens: Sequence[int], *, most: int, piece: int | None = None) -> None:
         """A sequence, of which at most `most` tokens are ever run; piece: how many of its prompt at a time at most."""
-        needed = self._blocks_of(most)
-        if needed > self.limits.blocks:
-            room, size = self.limits.blocks * self.limits.block_size, self.limits.block_size
+        room = self.limits.blocks * self.limits.block_size
+        room = room if self.limits.longest is None else min(room, self.limits.longest)
+        if most > room:
             raise InputError(
-                f"prompt and new tokens make up to {most + 1}, and the cache has room for {room} "
-                f"({self.limits.blocks} blocks of {size}), even with no other request: give a shorter prompt or fewer "
-                "new tokens, or set a larger cache aside"
+                f"prompt and new tokens make up to {most + 1}, of which {most} are run, and the cache has room for "
+                f"{room} of one request even if there is no other: give a shorter prompt or fewer new tokens, or set a "
+                "larger cache aside"
             )
-        self._waiting.append(_Sequence(number, list(tokens), piece, self._arrivals))
+        self._waiting.append(_Sequence(number, list(tokens), most, piece, self._arrivals))
         self._arrivals += 1
 
     def cancel(self, number: int, *, keep: bool = True) -> list[int]:
@@ -219,7 +231,7 @@ class Scheduler:
             self._share(sequence)
 
     def _has_room(self, sequence: _Sequence) -> bool:
-        """Whether all its tokens fit beside those of the others, and each of these can grow by a block."""
+        """Whether all its tokens fit beside those of the others, and each of these that may grow can by a block."""
         found = taken = 0
         for index in range(self._shareable(sequence)):
             key = sequence.key(index, self.limits.block_size)
@@ -227,9 +239,12 @@ class Scheduler:
                 break
             found += 1
             taken += not self.pool.is_used(key)
-        owed = sum(self._blocks_of(len(each.tokens)) - len(each.blocks) for each in self._running.values())
+        owed = 0
+        for each in self._running.values():
+            known = self._blocks_of(len(each.tokens))
+            owed += known - len(each.blocks) + (self._blocks_of(each.most) > known)
         needed = self._blocks_of(len(sequence.tokens)) - found + taken
-        return needed + owed + len(self._running) <= self.pool.free
+        return needed + owed <= self.pool.free
 
     def _shareable(self, sequence: _Sequence) -> int:
         """How many of its blocks may be another's: the last token is run in any case, for what comes of it."""
@@ -265,7 +280,7 @@ class Scheduler:
                 continue  # in the next step it has what another computes in this one
             count = min(sequence.left, sequence.piece or sequence.left, self.limits.piece or sequence.left)
             width = width or min(count, self.limits.budget)
-            if (len(turns) + 1) * width > self.limits.budget:
+            if (len(turns) + 1) * width > self.limits.budget or len(turns) == self.limits.together:
                 break
             turn = self._turn(sequence, min(count, width))
             if turn is not None:

@@ -25,6 +25,7 @@ from runtime.communication.channels import Handle
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.batching.choose_rows import Choice
+from runtime.generation.batching.places import Run
 from runtime.generation.batching.scheduler import Work
 from runtime.pipeline.links import Links
 from runtime.program.rank_program import Stage
@@ -36,7 +37,7 @@ __all__ = ["StagedSteps"]
 class _Passing:
     """A step on its way through the stages. is_new: whether none before was of its sizes."""
 
-    work: Work
+    run: Run
     sizes: dict[str, int]
     is_new: bool
 
@@ -54,10 +55,10 @@ class StagedSteps:
         device: torch.device,
         profiler: Profiler,
         *,
-        run: Callable[[Work, Any], Any],
-        choose: Callable[[Work, Tensor], dict[int, Choice]],
+        run: Callable[[Run, Any], Any],
+        choose: Callable[[Run, Tensor], dict[int, Choice]],
         sampled: Callable[[Work], list[int]],
-        sizes: Callable[[Work], dict[str, int]],
+        sizes: Callable[[Run], dict[str, int]],
     ) -> None:
         self._stage, self._communicator, self._device = stage, communicator, device
         self._run, self._choose, self._sampled, self._sizes = run, choose, sampled, sizes
@@ -69,13 +70,13 @@ class StagedSteps:
         self._seen: set[tuple[int, ...]] = set()
         self._told: set[int] = set()
 
-    def advance(self, work: Work | None) -> tuple[Work, dict[int, Choice]] | None:
-        """One slot, in which the first stage begins `work`; what the last one has done in it."""
-        self._passing.appendleft(None if work is None else self._passed(work))
+    def advance(self, run: Run | None) -> tuple[Work, dict[int, Choice]] | None:
+        """One slot, in which the first stage begins `run`; what the last one has done in it."""
+        self._passing.appendleft(None if run is None else self._passed(run))
         index, count = self._stage.index, self._stage.count
         mine, done = self._passing[index], self._passing[-1]
-        made: Any = None if mine is None else self._run(mine.work, self._received)
-        choices = None if done is None else self._tell(done.work, made if index + 1 == count else None)
+        made: Any = None if mine is None else self._run(mine.run, self._received)
+        choices = None if done is None else self._tell(done.run, made if index + 1 == count else None)
         sending: list[Handle] = []
         if mine is not None and index + 1 < count:
             self._links.begin(new_shapes=mine.is_new)
@@ -87,22 +88,22 @@ class StagedSteps:
             self._received = [handle.finish() for handle in self._links.receive(before.sizes)]
         for handle in sending:
             handle.finish()
-        return None if done is None or choices is None else (done.work, choices)
+        return None if done is None or choices is None else (done.run.work, choices)
 
-    def _passed(self, work: Work) -> _Passing:
-        sizes = self._sizes(work)
+    def _passed(self, run: Run) -> _Passing:
+        sizes = self._sizes(run)
         key = tuple(sizes.values())
         is_new = key not in self._seen
         self._seen.add(key)
-        return _Passing(work, sizes, is_new)
+        return _Passing(run, sizes, is_new)
 
-    def _tell(self, work: Work, logits: Tensor | None) -> dict[int, Choice]:
+    def _tell(self, run: Run, logits: Tensor | None) -> dict[int, Choice]:
         """On all stages, what the last one chooses from its `logits`."""
-        numbers = self._sampled(work)
+        numbers = self._sampled(run.work)
         if not numbers:
             return {}
         mine = torch.full((len(numbers), 2), math.nan, dtype=torch.float64)
-        choices = {} if logits is None else self._choose(work, logits)
+        choices = {} if logits is None else self._choose(run, logits)
         for at, number in enumerate(numbers if choices else ()):
             choice = choices[number]
             mine[at, 0] = choice.token

@@ -3,9 +3,10 @@
     q [B, H, 1, D]   k [B, G, 1, D]   v [B, G, 1, Dv]   positions [B, 1]   keys [>= B, G, slots, D]   values [.., Dv]
     result [B, H, 1, Dv], and the log-sum-exp of the scores [B, H] where asked for
 
-Position p lies in slot p % slots. The kernel reads the positions itself: it stops at each row's length, and one
-captured call serves all lengths. For torch.compile it is one operator (`registered`), which knows its cache by a
-number: so that the compiled step does not know how long the cache is.
+Position p lies in slot p % slots. With a `table` [B, blocks of a row], keys are [G, blocks, block size, D] and values
+alike: position p lies in block table[b, p // block size], and is read where it lies. The kernel reads the positions
+itself: it stops at each row's length, and one captured call serves all lengths. For torch.compile it is one operator
+(`registered`), which knows its cache by a number: so that the compiled step does not know how long the cache is.
 """
 
 from __future__ import annotations
@@ -64,12 +65,18 @@ def decode_attention(
     chunk: int | None = None,
     softcap: float | None = None,
     return_lse: bool = False,
+    table: Tensor | None = None,
 ) -> Any:
     """See the module's docstring."""
     from runtime.ops.kernels.decode_kernel import decode  # Triton comes with torch for GPUs only
 
     batch, heads, _, width = q.shape
     kv_heads, slots = keys.shape[1], keys.shape[2]
+    # of a row's own slots: how far apart rows lie, and heads; of blocks: how far apart these lie
+    row_dim, head_dim, block = 0, 1, 0
+    if table is not None:
+        kv_heads, block = keys.shape[0], keys.shape[2]
+        slots, row_dim, head_dim = table.shape[1] * block, 1, 0
     group, value_width = heads // kv_heads, values.shape[-1]
     splits = _splits(batch * kv_heads, slots, q.device)
     out = q.new_empty(batch, heads, 1, value_width)
@@ -81,13 +88,15 @@ def decode_attention(
     decode[(batch * kv_heads, splits)](
         q.contiguous(), k.contiguous(), v.contiguous(), positions.contiguous(), keys, values,
         out if sinks is None else sinks.contiguous(), out, lse, parts, tops, sums, _counters(q.device),
+        positions if table is None else table,
         scale if capped else scale * _LOG2_E, softcap or 1.0, window or 0, chunk or 1, slots,
-        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
+        0 if table is None else table.stride(0),
+        keys.stride(row_dim), keys.stride(head_dim), values.stride(row_dim), values.stride(head_dim),
         KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=max(16, _power_of_2(group)),
         D=width, D_PADDED=max(16, _power_of_2(width)), DV=value_width, DV_PADDED=max(16, _power_of_2(value_width)),
         TILE=_TILE, LEAST_TILES=_LEAST_TILES, SPLITS=splits,
         WINDOWED=window is not None, CHUNKED=chunk is not None, CAPPED=capped,
-        SINKS=sinks is not None, LSE=return_lse, EXACT=q.dtype == torch.float32,
+        SINKS=sinks is not None, LSE=return_lse, EXACT=q.dtype == torch.float32, BLOCK=block,
         num_warps=4, num_stages=2 if width > 128 or q.dtype == torch.float32 else 3,
     )  # fmt: skip
     return (out, lse) if return_lse else out

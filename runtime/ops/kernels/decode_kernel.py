@@ -28,11 +28,13 @@ def decode(
     tops,
     sums,
     counters,
+    table,
     scale,
     softcap,
     window,
     chunk,
     slots,
+    table_row,
     key_row,
     key_head,
     value_row,
@@ -53,8 +55,13 @@ def decode(
     SINKS: tl.constexpr,
     LSE: tl.constexpr,
     EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """`scale` is that of the scores times log2(e), or without it where they are CAPPED."""
+    """`scale` is that of the scores times log2(e), or without it where they are CAPPED.
+
+    BLOCK: how many slots lie together, where `table` says of each BLOCK of a row which block of the cache it is, and
+    `key_row` is from block to block; 0: a row's slots are its own.
+    """
     pair = tl.program_id(0)
     split = tl.program_id(1)
     row = pair // KV_HEADS
@@ -83,11 +90,22 @@ def decode(
         )
         key = tl.load(new_key + pair * D + dims, mask=dims < D, other=0.0)
         value = tl.load(new_value + pair * DV + value_dims, mask=value_dims < DV, other=0.0)
-        keys += row.to(tl.int64) * key_row + head.to(tl.int64) * key_head
-        values += row.to(tl.int64) * value_row + head.to(tl.int64) * value_head
+        keys += head.to(tl.int64) * key_head
+        values += head.to(tl.int64) * value_head
+        if BLOCK == 0:
+            keys += row.to(tl.int64) * key_row
+            values += row.to(tl.int64) * value_row
+        else:
+            table += row.to(tl.int64) * table_row
         if split == 0:
-            tl.store(keys + at * D + dims, key, mask=dims < D)
-            tl.store(values + at * DV + value_dims, value, mask=value_dims < DV)
+            if BLOCK == 0:
+                own_keys, own_values = keys + at * D, values + at * DV
+            else:
+                block_of = tl.load(table + at // BLOCK).to(tl.int64)
+                own_keys = keys + block_of * key_row + at % BLOCK * D
+                own_values = values + block_of * value_row + at % BLOCK * DV
+            tl.store(own_keys + dims, key, mask=dims < D)
+            tl.store(own_values + value_dims, value, mask=value_dims < DV)
         # the first part has the new token, which nobody reads from the cache
         own = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale
         if CAPPED:
@@ -105,9 +123,13 @@ def decode(
                     seen = seen & (where > position - window)
                 if CHUNKED:
                     seen = seen & (where // chunk == position // chunk)
-            block = tl.load(
-                keys + slot[None, :] * D + dims[:, None], mask=seen[None, :] & (dims[:, None] < D), other=0.0
-            )
+            if BLOCK == 0:
+                key_at, value_at = slot * D, slot * DV
+            else:
+                blocks = tl.load(table + slot // BLOCK, mask=seen, other=0).to(tl.int64)
+                key_at = blocks * key_row + slot % BLOCK * D
+                value_at = blocks * value_row + slot % BLOCK * DV
+            block = tl.load(keys + key_at[None, :] + dims[:, None], mask=seen[None, :] & (dims[:, None] < D), other=0.0)
             if EXACT:
                 scores = tl.dot(query, block, input_precision="ieee") * scale
             else:
@@ -121,7 +143,7 @@ def decode(
             shrinks = tl.exp2(top - base)
             total = total * shrinks + tl.sum(weights, axis=1)
             block = tl.load(
-                values + slot[:, None] * DV + value_dims[None, :],
+                values + value_at[:, None] + value_dims[None, :],
                 mask=seen[:, None] & (value_dims[None, :] < DV),
                 other=0.0,
             )

@@ -1,0 +1,224 @@
+"""Where in a rank's cache sequences lie, and how a step of the scheduler becomes a run of the rank's programs.
+
+    InBlocks   in blocks of one pool, any of them; equal prefixes lie there once              `PagedCache`
+    InRows     each in a row of its own, where ranks share out the tokens of a sequence       `ShardedCache`
+
+To the scheduler a row is a block that is as long as the longest sequence. A run over rows takes all from the first to
+the last that has a turn: those between them repeat what they have, which changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from runtime.communication.communicator import Communicator
+from runtime.generation.batching.scheduler import Limits, Work
+from runtime.generation.conversation import Piece
+from runtime.generation.steps import Steps
+from runtime.kv_cache.batch import PagedRows
+from runtime.kv_cache.cache import Cache
+from runtime.kv_cache.cache_size import ANY_LENGTH, CacheSize, Room, default_step, slots_for, step_of
+from runtime.kv_cache.paged_cache import PagedCache
+from runtime.kv_cache.paged_size import DEFAULT_ROWS, PagedSize
+from runtime.kv_cache.sharded_cache import cache_for
+from runtime.program.rank_program import RankProgram
+
+__all__ = ["InBlocks", "InRows", "Places", "Run", "places_for"]
+
+_DEFAULT_MEMORY = "0.5 of free"
+_MOST_TOKENS = 1 << 15
+"""Of a row, where nobody gave a size."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A step as the programs take it; at: which row of the piece each turn is."""
+
+    work: Work
+    piece: Piece
+    rows: slice | PagedRows
+    at: tuple[int, ...]
+
+
+class Places(Protocol):
+    """See the module's docstring. limits: for the scheduler, but for its groups."""
+
+    limits: Limits
+    room: Room
+    tokens: int | None
+    """How many fit, of all sequences together; None: any number."""
+    why_not_kept: str
+    """Why equal prefixes are not kept once; "": they are."""
+    cache: Cache
+
+    def run_of(self, work: Work, last: Callable[[int], tuple[int, int]]) -> Run:
+        """last: of a row, the last token that the cache has of it and its position; (0, 0) where it has none."""
+        ...
+
+    def before(self, run: Run) -> None:
+        """On each rank, just before it carries out a run."""
+        ...
+
+    def clear(self, blocks: list[int]) -> None:
+        """What lies there may be no numbers, and nobody reads it again."""
+        ...
+
+
+class InBlocks:
+    """See the module's docstring."""
+
+    def __init__(self, program: RankProgram, size: PagedSize, device: torch.device, *, budget: int) -> None:
+        self._size = size
+        self.room, self.tokens = size.room, size.tokens
+        self.cache: Cache = size.make(program.states, device)
+        self.why_not_kept = _why_not_kept(program)
+        self.limits = Limits(
+            rows=size.rows,
+            blocks=size.blocks,
+            block_size=size.block_size,
+            budget=budget,
+            piece=program.limits.get("sequence", (1, None))[1],
+            keeps_prefixes=not self.why_not_kept,
+        )
+
+    def run_of(self, work: Work, last: Callable[[int], tuple[int, int]]) -> Run:
+        turns = work.turns
+        piece = Piece([list(turn.tokens) for turn in turns], [turn.start for turn in turns], (True,) * len(turns))
+        rows = PagedRows(tuple(turn.row for turn in turns), tuple(turn.table for turn in turns))
+        return Run(work, piece, rows, tuple(range(len(turns))))
+
+    def before(self, run: Run) -> None:
+        """Nothing: a run says all that the cache has to know."""
+
+    def decode(self, steps: Steps, run: Run, *, few_sizes: bool) -> Tensor:
+        """Logits [n, 1, V/r] by a step that is compiled or captured, for as many rows or some more.
+
+        few_sizes: whether there is one for one row and one for all; otherwise one for each power of two.
+        """
+        assert isinstance(self.cache, PagedCache)
+        assert isinstance(run.rows, PagedRows)
+        count, most = len(run.piece.tokens), self.limits.rows
+        batch = 1 if count == 1 else most if few_sizes else min(most, 1 << (count - 1).bit_length())
+        self.cache.fix(run.rows, batch)
+        rest = [0] * (batch - count)
+        logits = steps.decoder(batch)([row[0] for row in run.piece.tokens] + rest, [*run.piece.starts, *rest])
+        return logits[:count, None]
+
+    def clear(self, blocks: list[int]) -> None:
+        assert isinstance(self.cache, PagedCache)
+        self.cache.clear(blocks)
+
+
+class InRows:
+    """See the module's docstring; `rows` of `max_length` tokens."""
+
+    def __init__(
+        self, program: RankProgram, room: Room, device: torch.device, *, rows: int, max_length: int, step: int
+    ) -> None:
+        self.room = room
+        self.tokens: int | None = rows * max_length
+        self.cache: Cache = cache_for(
+            program,
+            max_batch=rows,
+            max_length=max_length,
+            step=step,
+            device=device,
+            slots=slots_for(program, max_length),
+        )
+        axes = {axis for state in program.states for axis in state.token_axes}
+        self.why_not_kept = (
+            f"the ranks of {', '.join(sorted(axes))} share out the tokens of each sequence, which lies in a row of its "
+            "own on each of them"
+        )
+        self.limits = Limits(
+            rows=rows,
+            blocks=rows,
+            block_size=max_length,
+            budget=self.cache.piece_size(step, ANY_LENGTH),
+            piece=program.limits.get("sequence", (1, None))[1],
+            keeps_prefixes=False,
+            together=1,
+            longest=max_length,
+        )
+
+    @classmethod
+    def agreed(
+        cls,
+        program: RankProgram,
+        size: CacheSize | None,
+        communicator: Communicator,
+        device: torch.device,
+        *,
+        rows: int | None,
+        step: int,
+    ) -> InRows:
+        """A collective, as `Room.agreed`; raises as `Room.require`."""
+        wanted = CacheSize(max_batch=rows or DEFAULT_ROWS, memory=_DEFAULT_MEMORY) if size is None else size
+        wanted = replace(wanted, max_batch=rows or wanted.max_batch, prefill_step=step)
+        room = Room.agreed(program, wanted, communicator, device)
+        max_length = wanted.max_length
+        if max_length is None:
+            max_length = _MOST_TOKENS if room.tokens is None else room.tokens
+            if size is None:
+                max_length = min(max_length, _MOST_TOKENS)
+        room.require(max(1, max_length))
+        step = step_of(program, step, max_length)
+        return cls(program, room, device, rows=wanted.max_batch, max_length=max_length, step=step)
+
+    def run_of(self, work: Work, last: Callable[[int], tuple[int, int]]) -> Run:
+        turns = {turn.table[0]: turn for turn in work.turns}
+        numbers = range(min(turns), max(turns) + 1)
+        tokens, starts = [], []
+        for row in numbers:
+            if row in turns:
+                tokens.append(list(turns[row].tokens))
+                starts.append(turns[row].start)
+            else:
+                token, position = last(row)
+                tokens.append([token])
+                starts.append(position)
+        piece = Piece(tokens, starts, tuple(row in turns for row in numbers))
+        at = tuple(turn.table[0] - numbers.start for turn in work.turns)
+        return Run(work, piece, slice(numbers.start, numbers.stop), at)
+
+    def before(self, run: Run) -> None:
+        for turn in run.work.turns:
+            if turn.start == 0:
+                self.cache.start(slice(turn.table[0], turn.table[0] + 1))
+
+    def clear(self, blocks: list[int]) -> None:
+        """Nothing: the next sequence of a row reads what it has written itself."""
+
+
+def places_for(
+    program: RankProgram,
+    size: CacheSize | None,
+    communicator: Communicator,
+    device: torch.device,
+    *,
+    rows: int | None,
+    block_size: int | None,
+) -> Places:
+    """A collective: the cache of a rank. size, rows: None for defaults; see `PagedSize`."""
+    step = None if size is None else size.prefill_step
+    if step is None:
+        step = default_step(program, communicator, device, max_batch=1)
+    if any(state.token_axes for state in program.states):
+        return InRows.agreed(program, size, communicator, device, rows=rows, step=step)
+    paged = PagedSize.agreed(program, size, communicator, device, step=step, rows=rows, block_size=block_size)
+    return InBlocks(program, paged, device, budget=paged.step)
+
+
+def _why_not_kept(program: RankProgram) -> str:
+    of_sequences = [state.name for state in program.states if not state.per_token]
+    if of_sequences:
+        return (
+            f"{of_sequences[0]!r} is a state per sequence, which sums up all its tokens so far: that of a prefix is "
+            "gone when the next token has been run"
+        )
+    return ""

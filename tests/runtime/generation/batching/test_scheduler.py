@@ -1,0 +1,232 @@
+"""The scheduler by itself: whatever comes and goes, it keeps to its limits, serves in order, and all come to an end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from partitioner.errors import InputError
+from runtime.generation.batching.blocks import BlockPool, key_of
+from runtime.generation.batching.scheduler import Limits, Scheduler, Work
+
+
+@st.composite
+def limits(draw: st.DrawFn) -> Limits:
+    return Limits(
+        rows=draw(st.integers(1, 5)),
+        blocks=draw(st.integers(4, 20)),
+        block_size=draw(st.sampled_from([1, 2, 4])),
+        budget=draw(st.integers(1, 16)),
+        piece=draw(st.sampled_from([None, 1, 3])),
+        together=draw(st.sampled_from([None, 1])),
+        keeps_prefixes=draw(st.booleans()),
+        groups=draw(st.integers(1, 3)),
+    )
+
+
+@dataclass
+class World:
+    """Plays the ranks: says a token for every turn that samples, and checks each step."""
+
+    scheduler: Scheduler
+    texts: dict[int, list[int]] = field(default_factory=dict)
+    left: dict[int, int] = field(default_factory=dict)
+    cache: dict[int, list[int]] = field(default_factory=dict)
+    """By block, what was written to it: the tokens, as a prefix from the first of the sequence."""
+    under_way: dict[int, Work] = field(default_factory=dict)
+    admissions: dict[int, int] = field(default_factory=dict)
+    """Of each, which row given it was in when it first ran."""
+    slot: int = 0
+
+    def add(self, number: int, prompt: list[int], new: int) -> None:
+        most = len(prompt) + new - 1
+        room = self.scheduler.limits.blocks * self.scheduler.limits.block_size
+        if most > room:
+            with pytest.raises(InputError, match=f"room for {room} of one request"):
+                self.scheduler.add(number, prompt, most=most)
+            return
+        self.scheduler.add(number, prompt, most=most)
+        self.texts[number], self.left[number] = list(prompt), new
+
+    def cancel(self, number: int) -> None:
+        self.scheduler.cancel(number)
+        self.left.pop(number, None)
+
+    def step(self) -> bool:
+        """Whether something ran."""
+        group = self.slot % self.scheduler.limits.groups
+        self.slot += 1
+        done = self.under_way.pop(group, None)
+        if done is not None:
+            self._finish(done)
+        before = self.scheduler.counts.preemptions
+        free, running = self.scheduler.pool.free, self.scheduler.running
+        work = self.scheduler.next(group)
+        if self.scheduler.counts.preemptions > before:
+            assert running > 1, "one alone always has room"
+            assert free < self.scheduler.limits.blocks
+        if work is not None:
+            self._check(work)
+            self.under_way[group] = work
+        return work is not None or done is not None
+
+    def _check(self, work: Work) -> None:
+        given, size = self.scheduler.limits, self.scheduler.limits.block_size
+        assert self.scheduler.running <= given.rows
+        numbers, rows = [turn.number for turn in work.turns], [turn.row for turn in work.turns]
+        busy = [turn.number for each in self.under_way.values() for turn in each.turns]
+        assert len(set(numbers)) == len(numbers)
+        assert len(set(rows)) == len(rows)
+        assert not {*numbers} & {*busy} or any(number not in self.left for number in numbers)
+        if not work.decode:
+            width = max(len(turn.tokens) for turn in work.turns)
+            assert width * len(work.turns) <= given.budget
+            assert given.together is None or len(work.turns) <= given.together
+        writes: Counter[int] = Counter()
+        for turn in work.turns:
+            end = turn.start + len(turn.tokens)
+            assert given.piece is None or len(turn.tokens) <= given.piece
+            assert work.decode <= (len(turn.tokens) == 1)
+            text = self.texts[turn.number]
+            assert list(turn.tokens) == text[turn.start : end]
+            assert turn.samples == (end == len(text))
+            assert len(turn.table) == -(-end // size)
+            self.admissions.setdefault(turn.number, turn.admission)
+            writes.update({turn.table[at // size] for at in range(turn.start, end)})
+            # what it is to read was written as its own text has it, and is nobody's who writes now
+            for index, block in enumerate(turn.table):
+                seen = min(size, turn.start - index * size)
+                if seen > 0:
+                    assert self.cache[block][: index * size + seen] == text[: index * size + seen]
+            for at in range(turn.start, end):
+                self.cache[turn.table[at // size]] = text[: at + 1]
+        assert set(writes.values()) <= {1}, "two write to one block"
+
+    def _finish(self, work: Work) -> None:
+        chosen, ended = {}, set()
+        for turn in work.turns:
+            if not turn.samples or turn.number not in self.left:
+                continue
+            chosen[turn.number] = (7 * len(self.texts[turn.number])) % 3
+            self.texts[turn.number].append(chosen[turn.number])
+            self.left[turn.number] -= 1
+            if not self.left[turn.number]:
+                ended.add(turn.number)
+                del self.left[turn.number]
+        self.scheduler.learn(work, chosen, ended)
+
+
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.lists(st.integers(0, 1), min_size=1, max_size=20), st.integers(1, 10)),
+        st.tuples(st.just("cancel"), st.integers(0, 30), st.just(0)),
+        st.tuples(st.just("step"), st.just(0), st.integers(1, 4)),
+    ),
+    max_size=60,
+)
+
+
+@given(limits(), EVENTS)
+@settings(max_examples=60, deadline=None)
+def test_whatever_comes_and_goes(given: Limits, events: list[tuple[str, list[int] | int, int]]) -> None:
+    world, count = World(Scheduler(given)), 0
+    for kind, what, amount in events:
+        if kind == "add":
+            assert isinstance(what, list)
+            world.add(count, what, amount)
+            count += 1
+        elif kind == "cancel":
+            if what in world.left:
+                world.cancel(what)  # type: ignore[arg-type]
+        else:
+            for _ in range(amount):
+                world.step()
+    most = 50 * (1 + sum(len(text) + world.left.get(number, 0) for number, text in world.texts.items()))
+    idle = 0
+    for _ in range(most):
+        idle = 0 if world.step() else idle + 1
+        if idle > given.groups and not world.left:
+            break
+    assert not world.left, "all come to their end"
+    scheduler = world.scheduler
+    assert (scheduler.running, scheduler.waiting, scheduler.pool.free) == (0, 0, given.blocks)
+    assert not scheduler._pending
+    kept = given.keeps_prefixes
+    assert scheduler.tokens_cached == (scheduler.pool.holding * given.block_size if kept else 0)
+    rows_given = [world.admissions[number] for number in sorted(world.admissions)]
+    assert rows_given == sorted(rows_given), "rows are given in the order in which sequences come"
+
+
+def test_two_schedulers_that_are_told_the_same_do_the_same() -> None:
+    given = Limits(rows=3, blocks=8, block_size=2, budget=6)
+    worlds = [World(Scheduler(given)) for _ in range(2)]
+    for world in worlds:
+        for number in range(6):
+            world.add(number, [number % 2] * (1 + number), 5)
+    for _ in range(200):
+        first, second = (world.step() for world in worlds)
+        assert first == second
+        assert worlds[0].under_way == worlds[1].under_way
+
+
+def test_the_last_that_came_gives_way() -> None:
+    scheduler = Scheduler(Limits(rows=3, blocks=6, block_size=1, budget=6, keeps_prefixes=False))
+    for number in range(2):
+        scheduler.add(number, [1, 2], most=6)
+    seen: list[int] = []
+    for _ in range(30):
+        work = scheduler.next()
+        if work is None:
+            break
+        seen += [turn.number for turn in work.turns if turn.start + 1 >= 5]
+        chosen = {turn.number: 0 for turn in work.turns if turn.samples}
+        ended = {turn.number for turn in work.turns if turn.start + len(turn.tokens) == 6}
+        scheduler.learn(work, chosen, ended)
+    assert scheduler.counts.preemptions == 1
+    assert seen[0] == 0, "the first to come is the first to end"
+    assert seen[-1] == 1
+
+
+def test_a_prefix_is_found_while_it_is_used_and_after() -> None:
+    scheduler = Scheduler(Limits(rows=2, blocks=10, block_size=2, budget=20))
+    scheduler.add(0, [1, 2, 3, 4, 5], most=6)
+    work = scheduler.next()
+    assert work is not None
+    scheduler.add(1, [1, 2, 3, 4, 6], most=6)
+    scheduler.learn(work, {0: 9}, ())
+    scheduler.next()
+    work = scheduler.next()
+    assert work is not None
+    (second,) = (turn for turn in work.turns if turn.number == 1)
+    assert (second.start, second.tokens) == (4, (6,))
+    assert scheduler.counts.prefix_hits == 4
+    scheduler.cancel(0)
+    scheduler.cancel(1)
+    scheduler.add(2, [1, 2, 3, 4], most=4)  # its last token is run in any case
+    work = scheduler.next()
+    assert work is not None
+    assert [(turn.number, turn.start) for turn in work.turns] == [(2, 2)]
+
+
+def test_blocks_are_given_up_from_the_end_and_the_oldest_first() -> None:
+    pool = BlockPool(3)
+    first, second, third = (pool.take() for _ in range(3))
+    assert (first, second, third, pool.take()) == (0, 1, 2, None)
+    a = key_of(b"", [1])
+    b = key_of(a, [1])
+    assert a != b
+    pool.keep(0, a)
+    pool.keep(1, b)
+    assert pool.release([0, 1]) == [1, 0]
+    assert (pool.free, pool.holding) == (2, 3)
+    assert pool.take() == 1  # the prefix's end
+    assert not pool.has(b)
+    assert pool.share(a) == 0
+    assert pool.share(a) == 0
+    assert pool.release([0]) == []
+    assert pool.release([0], keep=False) == [0]
+    assert not pool.has(a)
