@@ -1,6 +1,6 @@
 """Tokens per second of `partitioner serve` and `transformers serve --continuous-batching`: same model, same requests.
 
-    python -m benchmarks.serving.against_transformers                       # the model that comes along, 16 clients, 3 rounds
+    python -m benchmarks.serving.against_transformers    # the model that comes along, 16 clients, 3 rounds
     python -m benchmarks.serving.against_transformers --model FOLDER --plan tp=2 --clients 16
 
 Both servers run at the same time, with the same threads, and are asked in turns, so that what else the machine does
