@@ -6,8 +6,8 @@
 The example model that comes along, in float64, so that every request is told the same both ways; that is checked. The
 ways take turns on the same ranks. Prompts of both kinds differ, so that none finds another's tokens in the cache.
 
-    python -m benchmarks.serving.together                        about a minute on an idle machine
-    python -m benchmarks.serving.together --plan tp=2 --clients 4 --tokens 16
+    python -m benchmarks.generation.serving                        about a minute on an idle machine
+    python -m benchmarks.generation.serving --plan tp=2 --clients 4 --tokens 16
 """
 
 from __future__ import annotations
