@@ -1,7 +1,7 @@
 """Tokens per second of `partitioner serve` and `transformers serve --continuous-batching`: same model, same requests.
 
-    python benchmarks/serving.py                       # the model that comes along, 16 clients, 3 rounds
-    python benchmarks/serving.py --model FOLDER --plan tp=2 --clients 16
+    python -m benchmarks.serving    # the model that comes along, 16 clients, 3 rounds
+    python -m benchmarks.serving --model FOLDER --plan tp=2 --clients 16
 
 Both servers run at the same time, with the same threads, and are asked in turns, so that what else the machine does
 falls on both. Each round asks both the same; the last line is the median of the rounds' ratios.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -150,7 +151,8 @@ def serve_command(
         def say_ready() -> None:
             _say(f"{ready}, ready in {time.perf_counter() - started:.1f} s; texts of up to {limits.max_length} tokens")
 
-        serve_on(service, listening, grace_s=grace, ready=say_ready)
+        with contextlib.closing(service):
+            serve_on(service, listening, grace_s=grace, ready=say_ready)
     _say("ended")
 
 

@@ -136,7 +136,7 @@ class Job:
         self._text.append(token)
         with self.call.changed:
             scored = self.request.settings.logprobs
-            named = None if top is None else (tuple((int(other), float(each)) for other, each in top),)
+            named = None if top is None else (tuple((int(each), float(value)) for each, value in top),)
             self.steps.append(Step((token,), (logprob,) if scored else None, named))
         self.call.tell()
         if self.call.request.has_ended(self._text):

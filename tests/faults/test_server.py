@@ -175,7 +175,9 @@ def test_the_end_under_load(grace: str, tmp_path: Path) -> None:
 
     async def meanwhile(client: openai.AsyncOpenAI) -> list[str]:
         asking = [asyncio.create_task(outcome(client, number, max_tokens=150)) for number in range(12)]
-        await asyncio.sleep(0.5)
+        async with httpx2.AsyncClient() as looking:
+            while (await looking.get(f"{server.url}/health")).json()["rows"] < 6:
+                await asyncio.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
         await asyncio.sleep(0.2)
         late = await outcome(client, 1)

@@ -68,7 +68,7 @@ class Choice:
         if top is None or token in self.ends:
             return []
         (_, logprob), *others = top
-        named = tuple((text.alone(other), each) for other, each in others)
+        named = tuple((text.alone(other), value) for other, value in others)
         return [ScoredToken(text.alone(token), offset, logprob, named)]
 
 

@@ -11,7 +11,7 @@ from partitioner.serving.http.service import Service
 from partitioner.serving.openai.errors import invalid
 from partitioner.serving.openai.options import generate_options
 from partitioner.serving.openai.requests import ChatRequest, CompletionRequest, GenerationFields
-from partitioner.serving.text.chat_template import TemplateFailed, render
+from partitioner.serving.text.chat_template import TemplateFailed
 
 __all__ = ["chat_choices", "completion_choices"]
 
@@ -20,7 +20,7 @@ async def chat_choices(service: Service, request: ChatRequest) -> list[Choice]:
     """The rows of a chat."""
     _require_model(service, request, request.not_offered())
     messages = [_message(message.role, message.text, message.name) for message in request.messages]
-    prompt = await asyncio.to_thread(_chat_ids, service.tokenizer, messages)
+    prompt = await asyncio.to_thread(_chat_ids, service, messages)
     scores = (request.top_logprobs or 0) if request.logprobs else None
     return _choices(service, request, [prompt], ["messages"], request.most_tokens, scores)
 
@@ -113,7 +113,8 @@ def _message(role: str, text: str, name: str | None) -> dict[str, str]:
     return message if name is None else {**message, "name": name}
 
 
-def _chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+def _chat_ids(service: Service, messages: list[dict[str, str]]) -> list[int]:
+    tokenizer = service.tokenizer
     if tokenizer.chat_template is None:
         raise invalid(
             "This model has no chat template, so it cannot take messages: ask /v1/completions, or start the server "
@@ -121,7 +122,7 @@ def _chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
             param="messages",
         )
     try:
-        text = render(tokenizer, messages)
+        text = service.chats.render(messages)
     except TemplateFailed as error:
         raise invalid(f"The model's chat template refuses these messages: {error}", param="messages") from error
     # the template has written the special tokens

@@ -24,6 +24,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 1024
 _LARGEST_HEAD = 16 << 10
 _IDLE_S = 75
+_LINGER_S = 0.5
 _LAST_S = 5
 """How long connections have after the last answer."""
 
@@ -41,6 +42,9 @@ def config_of(service: Service) -> uvicorn.Config:
     """How its requests are read and answered; without signals and without an end."""
     return uvicorn.Config(
         create_app(service),
+        # by name, whatever else is installed: h11 keeps to the limit of headers
+        http="h11",
+        ws="none",
         log_level="warning",
         access_log=False,
         lifespan="off",
@@ -88,4 +92,6 @@ class _Server(uvicorn.Server):
         await told.wait()
         # connections are taken meanwhile, so that who asks is told to ask elsewhere
         await service.drain(grace_s)
+        # who is just connecting gets an answer as well, and balancers see that /health is red
+        await asyncio.sleep(_LINGER_S)
         self.should_exit = True

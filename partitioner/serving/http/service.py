@@ -17,18 +17,21 @@ from partitioner.serving.http.keys import Keys
 from partitioner.serving.http.limits import Limits
 from partitioner.serving.http.metrics import Metrics
 from partitioner.serving.openai.errors import ApiError
+from partitioner.serving.text.chat_template import Renderer
 from runtime.launching.launched import Launched
 
 __all__ = ["Service"]
 
 
 class Service:
-    """See the module's docstring. name: by which clients ask for the model. chat: whether there is a template."""
+    """See the module's docstring. name: by which clients ask for the model."""
 
     def __init__(self, llm: Launched, tokenizer: Any, *, name: str, limits: Limits, keys: Keys | None = None) -> None:
         self.llm, self.tokenizer, self.name, self.limits = llm, tokenizer, name, limits
         self.keys = keys or Keys()
         self.metrics = Metrics()
+        self.chats = Renderer(tokenizer)
+        """Writes chats as the tokenizer's template puts them."""
         self.created = int(time.time())
         self.generation = llm.generation
         """What the model's generation config says."""
@@ -101,6 +104,10 @@ class Service:
             for deadline in list(self._deadlines):
                 deadline.reschedule(now)
             await self._idle.wait()
+
+    def close(self) -> None:
+        """Ends what it has started."""
+        self.chats.close()
 
     def cut(self) -> None:
         """What still runs is ended with an error, now."""

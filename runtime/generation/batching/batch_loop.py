@@ -200,9 +200,15 @@ class BatchLoop:
         """The rank's programs on the tokens of a step: logits [n, 1, V/r], or what its stage hands on."""
         assert self._places is not None
         self._places.before(run)
-        if run.work.decode and any(self._decoding.values()) and isinstance(self._places, InBlocks):
+        if run.work.decode and isinstance(self._places, InBlocks) and self._from_fixed_memory:
             return self._places.decode(self._steps, run, few_sizes=self._decoding["compile"])
         return self._steps.execute(run.piece, received, decode=run.work.decode, rows=run.rows)
+
+    @property
+    def _from_fixed_memory(self) -> bool:
+        """Whether decode steps are compiled or captured. What is compiled has one size, which must be no cache's."""
+        assert self._places is not None
+        return any(self._decoding.values()) and (not self._decoding["compile"] or self._places.cache.any_length)
 
     def sampled(self, work: Work) -> list[int]:
         """The sequences of a step that are to be told a token: they have none left to run, and are still wanted."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -30,7 +31,7 @@ TEMPLATE = ROOT / "examples" / "serving" / "plain_chat.jinja"
 @contextmanager
 def in_thread(service: Service) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
     """Its address, and the loop that it runs on."""
-    with bound("127.0.0.1", 0) as listening:
+    with bound("127.0.0.1", 0) as listening, contextlib.closing(service):
         server = uvicorn.Server(config_of(service))
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=_run, args=(loop, server, listening), daemon=True)

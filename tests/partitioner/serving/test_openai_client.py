@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -20,11 +21,11 @@ from partitioner.serving.http.service import Service
 from partitioner.serving.text.answer_text import AnswerText
 from partitioner.storage.example import EXAMPLE_MODEL
 from runtime.launching.launched import Launched
-from tests.partitioner.serving.served import TEMPLATE, in_thread
+from tests.partitioner.serving.served import ROOT, TEMPLATE, in_thread
 
 pytestmark = pytest.mark.processes
 PROMPT = "Return a list of"
-MODEL = "example"
+MODEL = "example_model"
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,13 @@ def said_alone(alone: Any, tokenizer: Any, text: str, **options: Any) -> tuple[l
         said.add(token)
     said.end()
     return new, said.text
+
+
+def test_the_page_as_typed(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(from openai.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
+    assert "http://127.0.0.1:8000/v1" in code
+    exec(code.replace("http://127.0.0.1:8000/v1", url), {})
+    assert len(capsys.readouterr().out) > 40
 
 
 def test_the_model_is_listed(client: openai.OpenAI) -> None:

@@ -14,8 +14,8 @@ import pytest
 
 import partitioner
 from partitioner import CacheSize, Plan, RankLost
-from tests.support import many_requests
-from tests.support.many_requests import Case, mixed
+from tests.runtime.generation.batching import many_requests
+from tests.runtime.generation.batching.many_requests import Case, mixed
 from tests.support.partitioned import compiled
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]

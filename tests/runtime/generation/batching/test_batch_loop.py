@@ -12,8 +12,9 @@ from partitioner import Plan
 from partitioner.errors import InputError, SamplingError
 from runtime.generation.generation_request import GenerationRequest
 from runtime.kv_cache.cache_size import CacheSize
-from tests.support import many_requests, stepping
-from tests.support.many_requests import Case, assert_as_alone, mixed, on_all_ranks
+from tests.runtime.generation.batching import many_requests
+from tests.runtime.generation.batching.many_requests import Case, assert_as_alone, mixed, on_all_ranks
+from tests.support import stepping
 from tests.support.partitioned import compiled
 
 ROOMY = CacheSize(max_batch=8, max_length=96, prefill_step=16)

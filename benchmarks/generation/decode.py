@@ -11,8 +11,8 @@ after a prompt of 128 tokens. The contestants take turns, one token each, in the
 compared with those of the model. Printed is the ratio of the medians, ours / theirs: below 1 we are faster. In brackets
 are the quartiles of that ratio within a round, then the ratio of the fastest rounds.
 
-    python -m benchmarks.decode                      about a minute
-    python -m benchmarks.decode --tokens 200
+    python -m benchmarks.generation.decode                      about a minute
+    python -m benchmarks.generation.decode --tokens 200
 """
 
 from __future__ import annotations
@@ -140,7 +140,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         transformers.utils.logging.disable_progress_bar()
         build(TWO).save_pretrained(folder)
-        launch(["benchmarks.decode", "--rank", folder, "--tokens", str(given.tokens)], num_ranks=2, timeout_s=600)
+        launch(
+            ["benchmarks.generation.decode", "--rank", folder, "--tokens", str(given.tokens)],
+            num_ranks=2,
+            timeout_s=600,
+        )
         times = json.loads(Path(folder, "times.json").read_text())
     title = f"two processes: hidden 1024, 8 layers, one token after {PROMPT} and more"
     table = Table(title=title, title_justify="left")
