@@ -179,6 +179,8 @@ class Program:
     """
     origins: Origins | None = None
     """Where the weights lie in the files of a checkpoint; None where the model was given with its weights."""
+    keeps_stored: bool = False
+    """Whether ranks hold quantised weights as their files do."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: variants fixed at capture, inputs refused."""
 
