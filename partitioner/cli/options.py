@@ -191,6 +191,7 @@ class Compile:
         return Plan(
             **{**degrees, **given},
             sp_attention=plan.sp_attention,
+            weights=plan.weights,
             keep_whole=(*plan.keep_whole, *self.keep_whole),
             passes=(*plan.passes, *self.passes),
         )

@@ -11,11 +11,11 @@ are equal share one graph. That one graph serves many ranks follows GSPMD's sing
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from partitioner.compile.cut_stages import StageParts
 from partitioner.errors import LayoutError
@@ -24,6 +24,8 @@ from partitioner.program.stages import crossings
 from partitioner.program.torch_calls import lower
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import in_order
+from partitioner.storage.checkpoint.stored_form import StoredForm
+from partitioner.storage.checkpoint.stored_graph import stored_forms, use_stored
 from runtime.program.rank_program import RankProgram, RunInput
 from runtime.program.shards import Made, Piece, StateShard, WeightShard
 
@@ -58,6 +60,7 @@ class Emitter:
             raise LayoutError(f"the program has {count} stages, and the mesh pp={pp}")
         cuts = crossings(program.graph, count)
         self._stages = [StageParts.of(program, stage, count, cuts) for stage in range(count)]
+        self._stored = stored_forms(program)
 
     def rank(self, coordinates: Mapping[str, int]) -> RankProgram:
         # every axis, in the mesh's order
@@ -69,11 +72,12 @@ class Emitter:
 
     def _rank(self, coordinates: Mapping[str, int]) -> RankProgram:
         parts = self._stages[self._stage(coordinates)]
+        weights, data = rank_weights(self.program, parts.weights, coordinates, self._stored)
         return RankProgram(
             build_graph=functools.partial(self._graph, coordinates),
             mesh=self.program.mesh,
             coordinates=coordinates,
-            weights=tuple(weight_shard(self.program, weight, coordinates) for weight in parts.weights),
+            weights=weights,
             inputs=parts.inputs,
             eos_token_id=self.program.eos_token_id,
             states=tuple(_state_shard(self.program, state, coordinates) for state in parts.states),
@@ -81,7 +85,7 @@ class Emitter:
             **_vocabulary(self.program),
             limits=self.program.limits,
             stage=parts.stage,
-            weight_data=self.program.weight_data,
+            weight_data={**self.program.weight_data, **data} if data else self.program.weight_data,
             source=None if self.program.origins is None else self.program.origins.source,
         )
 
@@ -96,6 +100,7 @@ class Emitter:
         if (stage, row) not in self._graphs:
             integers = dict(zip(table, row, strict=True))
             self._graphs[stage, row] = _substituted(self._stages[stage].graph, integers)
+            use_stored(self._graphs[stage, row], self._stored)
         return self._graphs[stage, row]
 
 
@@ -160,6 +165,23 @@ def weight_shard(program: Program, weight: Weight, coordinates: Mapping[str, int
     if program.origins is not None and weight.source == "checkpoint":
         return replace(shard, pieces=program.origins.of(shard))
     return replace(shard, pieces=shard.own_pieces)
+
+
+def rank_weights(
+    program: Program, weights: Sequence[Weight], coordinates: Mapping[str, int], stored: Mapping[str, StoredForm]
+) -> tuple[tuple[WeightShard, ...], dict[str, Tensor]]:
+    """The shards of a rank, and the data of those that say which scale is whose."""
+    found: list[WeightShard] = []
+    data: dict[str, Tensor] = {}
+    for weight in weights:
+        if weight.name in stored:
+            whole = replace(program, origins=None)
+            shards, own = stored[weight.name].shards(weight_shard(whole, weight, coordinates))
+            found += (shard for shard in shards.values() if shard is not None)
+            data |= own
+        else:
+            found.append(weight_shard(program, weight, coordinates))
+    return tuple(found), data
 
 
 def _state_shard(program: Program, state: State, coordinates: Mapping[str, int]) -> StateShard:

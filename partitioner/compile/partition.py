@@ -284,6 +284,7 @@ def _split(traced: Program, plan: Plan, entry: str, stages: StageTable | None = 
     """With its weights divided, as the plan has it for this entry."""
     found = run_passes(traced.copy(plan.replica_mesh), splitting(traced, plan, entry))
     found.stages = stages
+    found.keeps_stored = plan.weights == "stored"
     return found
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SP_ATTENTION", "Pass", "Plan"]
 
+WEIGHTS = ("expanded", "stored")
+"""How ranks hold quantised weights."""
 SP_ATTENTION = ("auto", "ring", "gather", "ulysses", "ring-ulysses")
 """How attention goes over a sequence that ranks share out."""
 
@@ -51,7 +53,8 @@ class Plan:
     same ranks. sp_attention: how queries of one rank meet the keys of others: "ring", "gather", "ulysses", both at once
     over two factors of sp, "ring-ulysses", or "auto".
     Replicas that no expert is shared out over are worlds of their own, see `replicas`.
-    keep_whole: globs of weight names that are replicated.
+    keep_whole: globs of weight names that are replicated. weights: what ranks hold of a quantised checkpoint:
+    "expanded", numbers in the model's dtype, or "stored", codes and scales as in the files, dequantised in products.
 
     passes: the name of an installed pass, the name and its options, `("probe", {"every": 2})`, or a pass itself,
     `Probe(every=2)`. A built-in pass that is named here runs at its own place, with these options; others run after
@@ -66,6 +69,7 @@ class Plan:
     etp: int = 1
     sp_attention: str = "auto"
     keep_whole: tuple[str, ...] = ()
+    weights: str = "expanded"
     passes: Sequence[Choice | tuple[str, Mapping[str, object]]] = ()
 
     def __post_init__(self) -> None:
@@ -91,6 +95,8 @@ class Plan:
                 "sp_attention=ring-ulysses is for an sp that is a product of two numbers above 1, such as 4 or 6; sp "
                 f"is {self.sp}: give ring, gather or ulysses"
             )
+        if self.weights not in WEIGHTS:
+            raise PlanError(f"weights must be one of {', '.join(WEIGHTS)}; got {self.weights!r}")
         self.mesh  # noqa: B018 - checks the degrees together
 
     def degree(self, axis: str) -> int:
@@ -165,6 +171,8 @@ class Plan:
             said.append(f"sp_attention={self.sp_attention}")
         if self.keep_whole:
             said.append(f"keep_whole={write_value(self.keep_whole)}")
+        if self.weights != "expanded":
+            said.append(f"weights={self.weights}")
         for chosen in self.passes:
             name, options = _named(chosen)
             said += [f"{name}.{option}={write_value(value)}" for option, value in options] or [name]
@@ -183,18 +191,20 @@ class Plan:
             said.append(f"sp_attention={self.sp_attention!r}")
         if self.keep_whole:
             said.append(f"keep_whole={self.keep_whole}")
+        if self.weights != "expanded":
+            said.append(f"weights={self.weights!r}")
         if self.passes:
             said.append(f"passes=[{', '.join(map(_said, self.passes))}]")
         return f"Plan({', '.join(said)})"
 
 
-_FIELDS = ("sp_attention", "keep_whole")
+_FIELDS = ("sp_attention", "keep_whole", "weights")
 """Of a plan, beside its degrees and passes."""
 
 
 def _read_field(name: str, value: str, text: str) -> Any:
     found = read_value(value)
-    if name == "sp_attention":
+    if name in ("sp_attention", "weights"):
         return str(found)
     if name == "keep_whole":
         return tuple(map(str, found)) if isinstance(found, tuple) else (value,)

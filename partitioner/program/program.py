@@ -192,6 +192,8 @@ class Program:
     """Where the weights lie in the files of a checkpoint; None where the model was given with its weights."""
     layers: LayersTraced | None = None
     """What of the model was traced; None where the program was not traced from one."""
+    keeps_stored: bool = False
+    """Whether ranks hold quantised weights as their files do."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: variants fixed at capture, inputs refused."""
 

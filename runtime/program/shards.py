@@ -83,6 +83,10 @@ class WeightShard:
     made: Made | None = None
     digest: str | None = None
     """SHA-256 of its bytes, row-major, where they must be these."""
+    held: str | None = None
+    """What its pieces are of quantised tensors: "codes", two in a byte of the last dim, "zeros", or "parts", the stored
+    tensors as they are; None: numbers.
+    """
 
     @property
     def is_whole(self) -> bool:

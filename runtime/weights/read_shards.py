@@ -38,10 +38,11 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import WeightError
+from runtime.ops.kernels.codes import pack_nibbles
 from runtime.program.shards import Block, Piece, WeightShard, at, extents
 from runtime.weights.progress import Progress
 from runtime.weights.quantized.formats import FORMATS, expand
-from runtime.weights.quantized.packed import Packed
+from runtime.weights.quantized.packed import Packed, Raw
 from runtime.weights.safetensors_files import Entry, TensorFiles
 from runtime.weights.strided_reads import Strided, row_major
 
@@ -86,6 +87,7 @@ class _PackedStrip:
     parts: Mapping[str, Entry]
     spot: Strided
     target: Tensor
+    held: str | None
 
     @property
     def files(self) -> set[Path]:
@@ -126,6 +128,9 @@ class Reader:
             tensor if tensor is not None else _empty(weight, torch.device("cpu") if weight.digest else device)
             for weight, tensor in zip(weights, found, strict=True)
         ]
+        for weight, tensor in zip(weights, loaded, strict=True):
+            if weight.held == "codes":
+                tensor.zero_()
         strips: list[_Strip | _PackedStrip] = [
             strip
             for weight, local, done in zip(weights, loaded, found, strict=True)
@@ -173,10 +178,13 @@ class Reader:
             return self._maps[file]
 
     def _find(self, weight: WeightShard, piece: Piece) -> tuple[Entry | Packed, Strided]:
-        entry = self.files.packed.get(piece.tensor) or self.files.entries.get(piece.tensor)
+        packed = self.files.packed.get(piece.tensor) if weight.held != "parts" else None
+        entry = packed or self.files.entries.get(piece.tensor)
         if entry is None:
             raise WeightError(f"{self.files.folder} holds no tensor {piece.tensor!r}, needed for {weight.name!r}")
         spot = Strided.of(piece, entry.shape)
+        if isinstance(entry, Packed) and not _can_be_held(weight, piece, entry):
+            spot = None
         if spot is None:
             raise WeightError(
                 f"{self.files.folder}: {piece.tensor!r} of shape {list(entry.shape)} does not hold what "
@@ -190,9 +198,13 @@ class Reader:
             return
         if isinstance(entry, Packed):
             parts = {role: self.files.entries[name] for role, name in entry.parts.items()}
+            if weight.held == "zeros":
+                yield _PackedStrip(entry, parts, Strided(piece.source, 0, ()), local[at(piece.destination)], "zeros")
+                return
             along_rows = not FORMATS[entry.format].turned
             for strip in spot.strips(PACKED_ELEMENTS, 1, along_rows=along_rows):
-                yield _PackedStrip(entry, parts, strip, local[at(strip.destination)])
+                target = local[at(strip.destination)] if weight.held is None else _of_bytes(local, strip.destination)
+                yield _PackedStrip(entry, parts, strip, target, weight.held)
             return
         size = entry.dtype.itemsize
         for strip in spot.strips(STRIP_BYTES // size, SHORTEST_RUN_BYTES // size):
@@ -217,10 +229,7 @@ class Reader:
 
     def _read(self, strip: _Strip | _PackedStrip, opened: dict[Path, int], shown: Progress) -> None:
         if isinstance(strip, _PackedStrip):
-            block, first, strides = strip.spot.box(strip.packed.shape)
-            raw = functools.partial(self._raw, strip.parts, opened)
-            found = expand(strip.packed, raw, block, strip.target.dtype).contiguous()
-            strip.target.copy_(found.as_strided(strip.target.shape, strides, first))
+            self._read_packed(strip, functools.partial(self._raw, strip.parts, opened))
             shown.advance(strip.target.nbytes)
             return
         entry, target = strip.entry, strip.target
@@ -241,6 +250,23 @@ class Reader:
         if not in_place:
             target.copy_(into.as_strided(target.shape, plan.strides))
         shown.advance(target.nbytes)
+
+    def _read_packed(self, strip: _PackedStrip, raw: Raw) -> None:
+        packed, target, form = strip.packed, strip.target, FORMATS[strip.packed.format]
+        if strip.held == "zeros":
+            assert form.zeros is not None
+            target.copy_(form.zeros(packed, raw, strip.spot.destination))
+            return
+        block, first, strides = strip.spot.box(packed.shape)
+        if strip.held is None:
+            found = expand(packed, raw, block, target.dtype).contiguous()
+            target.copy_(found.as_strided(target.shape, strides, first))
+            return
+        codes = form.codes(packed, raw, block).contiguous().as_strided(extents(strip.spot.destination), strides, first)
+        if strip.spot.destination[-1][0] % 2:  # begins within a byte
+            codes = torch.nn.functional.pad(codes, (1, 0))
+        with self._lock:  # two strips may meet in a byte
+            target |= pack_nibbles(codes)
 
     def _raw(self, parts: Mapping[str, Entry], opened: Mapping[Path, int], role: str, block: Block) -> Tensor:
         """A block of a part of a quantised tensor, as it is stored, which may be without its last dims of 1."""
@@ -285,6 +311,23 @@ class Reader:
                 view, position = view[got:], position + got
         with self._lock:
             self.bytes_read += count
+
+
+def _can_be_held(weight: WeightShard, piece: Piece, packed: Packed) -> bool:
+    """Whether a quantised tensor has what a weight, whose description may be hostile, wants of it."""
+    form = FORMATS[packed.format]
+    if weight.held == "zeros":
+        inside = all(stop <= size for (_, stop), size in zip(piece.source, packed.grid, strict=True))
+        return inside and form.zeros is not None and piece.strides is None
+    if weight.held == "codes":
+        return form.code != "float8" and weight.dtype == torch.uint8 and len(piece.destination) > 0
+    return weight.dtype.is_floating_point
+
+
+def _of_bytes(local: Tensor, block: Block) -> Tensor:
+    """The bytes of a block of codes, two of which are in a byte of the last dim."""
+    *outer, (start, stop) = block
+    return local[at((*outer, (start // 2, -(-stop // 2))))]
 
 
 def _empty(weight: WeightShard, device: torch.device) -> Tensor:

@@ -28,6 +28,7 @@ from partitioner.storage.bundle.format.graph_format import build
 from partitioner.storage.bundle.format.manifest import DIGEST, File, Manifest
 from partitioner.storage.bundle.format.rank_format import Stored, read_entries, read_program, read_weight
 from partitioner.storage.bundle.format.untrusted_json import CONTROL, Record
+from partitioner.storage.checkpoint.quantized_tensors import checkpoint_files
 from partitioner.storage.recognise import MANIFEST
 from runtime.program.bundle_errors import attribute_errors
 from runtime.program.rank_program import Entry, RankProgram
@@ -132,7 +133,7 @@ class Bundle(Ranks):
                 f"the weights of {self.folder.path} are in the checkpoint that it was made from: name its folder "
                 "(checkpoint=, or --checkpoint)"
             )
-        return files.joined(TensorFiles(self._checkpoint))
+        return files.joined(checkpoint_files(self._checkpoint))
 
     @contextmanager
     def model_folder(self) -> Iterator[Path]:

@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from partitioner.errors import CaptureError, WeightError
 from partitioner.storage.checkpoint.quantized_finder import FLOAT8, SCALES, Finder, Quantized, said
+from partitioner.storage.named_model import read_fields
 from runtime.weights.quantized.packed import Packed
 from runtime.weights.safetensors_files import TensorFiles
 
-__all__ = ["METHODS", "Quantized", "find_quantized", "quantization_fields"]
+__all__ = ["METHODS", "Quantized", "checkpoint_files", "find_quantized", "quantization_fields"]
 
 
 def quantization_fields(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -35,6 +37,16 @@ def quantization_fields(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         if found is not None:
             return found if isinstance(found, dict) else {"quant_method": found}
     return None
+
+
+def checkpoint_files(folder: str | Path) -> TensorFiles:
+    """The files of a checkpoint folder, with what is quantised in them."""
+    files = TensorFiles(folder)
+    config = Path(folder) / "config.json"
+    found = quantization_fields(read_fields(config)) if config.is_file() else None
+    if found is not None:
+        files.packed = find_quantized(files, found, str(folder)).packed
+    return files
 
 
 def find_quantized(files: TensorFiles, fields: Mapping[str, Any], where: str) -> Quantized:
@@ -226,7 +238,7 @@ def _ordered(finder: Finder, packed: Packed, groups: str) -> Packed:
         entry,
         f"groups from 0 to {most - 1}, got {given.min()} to {given.max()}",
     )
-    return dataclasses.replace(packed, parts={**packed.parts, "columns": groups}, by_column=True)
+    return dataclasses.replace(packed, groups=given)
 
 
 METHODS: dict[str, Callable[[Finder], None]] = {

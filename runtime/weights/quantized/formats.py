@@ -4,7 +4,7 @@
     fp8               codes [.., N, K]  scales [.., N/r, K/c] or one                           float8
     mxfp4             codes [.., N, K/32, 16]  scales [.., N, K/32], exponents                 float4 (e2m1), two a byte
     awq               codes [K, N/8]  zeros [K/g, N/8]  scales [K/g, N]                        4 bits, eight a word
-    gptq, gptq_v2     codes [K/8, N]  zeros [K/g, N/8]  scales [K/g, N]  columns [K] or none   4 bits, eight a word
+    gptq, gptq_v2     codes [K/8, N]  zeros [K/g, N/8]  scales [K/g, N]                        4 bits, eight a word
     packed            codes [N, K/8]  scales [N, K/g]  zeros [N/8, K/g] or none                4 bits, eight a word
 
 fp8: arXiv:2412.19437, section 3.3. mxfp4: OCP Microscaling Formats (MX) 1.0. awq: arXiv:2306.00978, packed
@@ -21,18 +21,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partitioner.errors import WeightError
+from runtime.ops.kernels.codes import exponents, nibbles, numbers
 from runtime.program.shards import Block
-from runtime.weights.quantized.bits import nibbles
 from runtime.weights.quantized.packed import Packed, Raw
 
 __all__ = ["FORMATS", "Format", "expand"]
 
-FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""The numbers of four bits with two of exponent and one of mantissa."""
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word the codes of eight outputs are."""
-_BIAS = 127
 
 Read = Callable[[Packed, Raw, Block], Tensor]
 
@@ -56,37 +52,11 @@ def expand(packed: Packed, raw: Raw, box: Block, dtype: torch.dtype) -> Tensor:
     grid = packed.scales_of(box)
     # as wide as the product: the exponents of mxfp4 are float32, and bfloat16 times float32 is float32
     wide = torch.promote_types(packed.computed_in, dtype) if form.code == "float4" else packed.computed_in
-    groups = columns(packed, raw, box)
     found = numbers(form.codes(packed, raw, box), form.code, wide)
     if form.zeros is not None:
-        found = found - packed.spread(form.zeros(packed, raw, grid), box, groups).to(wide)
-    scales = packed.spread(form.scales(packed, raw, grid), box, groups)
+        found = found - packed.spread(form.zeros(packed, raw, grid), box).to(wide)
+    scales = packed.spread(form.scales(packed, raw, grid), box)
     return (found * scales.to(wide)).to(dtype)
-
-
-def numbers(codes: Tensor, code: str, dtype: torch.dtype) -> Tensor:
-    """What codes stand for."""
-    if code != "float4":
-        return codes.to(dtype)
-    return torch.tensor(FLOAT4, dtype=dtype, device=codes.device)[codes.to(torch.int32)]
-
-
-def columns(packed: Packed, raw: Raw, box: Block) -> Tensor | None:
-    """The group of each column of a block, where a part tells it."""
-    if not packed.by_column:
-        return None
-    found, most = raw("columns", (box[-1],)).to(torch.int64), packed.grid[-1]
-    if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < most:
-        raise WeightError(
-            f"{packed.parts['columns']!r} must name groups from 0 to {most - 1} of {packed.name!r}, got "
-            f"{int(found.min())} to {int(found.max())}: the checkpoint is damaged"
-        )
-    return found
-
-
-def exponents(scales: Tensor) -> Tensor:
-    """Scales that are stored as powers of two, in one byte each."""
-    return torch.pow(2.0, scales.to(torch.int32) - _BIAS)
 
 
 def _plain(packed: Packed, raw: Raw, box: Block) -> Tensor:

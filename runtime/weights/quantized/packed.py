@@ -11,6 +11,7 @@ tensor's end.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ class Packed:
     """See the module's docstring.
 
     format: a row of `FORMATS`. parts: the names of stored tensors by their role. block: rows and columns of one scale.
-    computed_in: the dtype of the product, which is then rounded to the weight's. by_column: whether a part tells the
-    group of each column (activation order), and blocks of columns do not.
+    computed_in: the dtype of the product, which is then rounded to the weight's. groups: that of each column, where
+    it is another than its place tells (activation order).
     """
 
     name: str
@@ -41,7 +42,7 @@ class Packed:
     parts: Mapping[str, str]
     block: tuple[int, int]
     computed_in: torch.dtype = torch.float32
-    by_column: bool = False
+    groups: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -51,18 +52,20 @@ class Packed:
 
     def scales_of(self, box: Block) -> Block:
         """The part of the grid that a block of the tensor needs."""
-        (*lead, rows, cols), (high, wide) = box, self.block
-        if self.by_column:
-            cols = (0, self.shape[-1])
-        return (*lead, *((a // by, -(-b // by)) for (a, b), by in ((rows, high), (cols, wide))))
+        (*lead, (top, bottom), (left, right)), (high, wide) = box, self.block
+        across = (left // wide, -(-right // wide))
+        if self.groups is not None and right > left:
+            own = self.groups[left:right]
+            across = int(own.min()), int(own.max()) + 1
+        return (*lead, (top // high, -(-bottom // high)), across)
 
-    def spread(self, scales: Tensor, box: Block, groups: Tensor | None = None) -> Tensor:
-        """Of the part of the grid for `box`, one number per element of it.
-
-        `groups`: that of each column of the box, where a part tells it.
-        """
+    def spread(self, scales: Tensor, box: Block) -> Tensor:
+        """Of the part of the grid for `box`, one number per element of it."""
         (*_, rows, cols), (high, wide) = box, self.block
-        across = groups if groups is not None else _blocks(cols, wide)
+        if self.groups is not None:
+            across = self.groups[slice(*cols)] - self.scales_of(box)[-1][0]
+        else:
+            across = _blocks(cols, wide)
         *_, num_rows, num_cols = extents(box)
         found = scales.expand(*scales.shape[:-1], num_cols) if scales.shape[-1] == 1 else scales[..., across]
         return found if high == 1 or found.shape[-2] == num_rows == 1 else found[..., _blocks(rows, high), :]

@@ -29,6 +29,7 @@ from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.expert_exchange import localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
+from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear, stored_weight
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.mask import attention_mask
 from runtime.ops.rows.share_rows import own_last_token, take_rows
@@ -76,7 +77,8 @@ ATEN = frozenset(
 _OWN = (
     attention, attention_mask, cache_append, cached_attention, expert_combine, expert_dispatch, gated_delta_rule,
     gated_linear_attention, grouped_linear, last_token, localise_experts, once, own_last_token, position_mask, reorder,
-    rows_at, selective_scan, shard, state_read, state_write, take_rows, vocab_parallel_embedding,
+    rows_at, selective_scan, shard, state_read, state_write, stored_grouped_linear, stored_linear, stored_weight,
+    take_rows, vocab_parallel_embedding,
     *COMMUNICATING,
 )  # fmt: skip
 _INTEGER = (

@@ -22,7 +22,7 @@ from partitioner.errors import BundleError
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.mesh import Mesh
 from partitioner.storage.bundle.format.stage_format import MOST_DIMS, read_dims, read_stage, stage_data
-from partitioner.storage.bundle.format.tiling import MOST_BLOCKS, is_filled
+from partitioner.storage.bundle.format.tiling import MOST_BLOCKS, fills
 from partitioner.storage.bundle.format.untrusted_json import (
     DOTTED,
     DTYPES,
@@ -38,6 +38,7 @@ __all__ = ["Stored", "program_data", "read_entries", "read_program", "read_weigh
 
 Data = dict[str, Any]
 _DEFAULTS = {name: name for name in ("required", "arange", "ones", "zeros")}
+_HELD = {each: each for each in ("codes", "zeros", "parts")}
 _SOURCES = {name: name for name in ("checkpoint", "computed", "constant", "made")}
 _LONGEST = 2**31
 _OF_MODULES = frozenset(dir(nn.Module()))
@@ -64,7 +65,7 @@ def weight_data(stored: Stored) -> Data:
     shard = stored.shard
     if not _is_weight_name(shard.name):
         raise BundleError(f"a bundle cannot hold a weight by the name {shard.name!r}: a module has that for itself")
-    return {
+    found: Data = {
         "name": shard.name,
         "dtype": dtype_name(shard.dtype),
         "global_shape": list(shard.global_shape),
@@ -76,6 +77,8 @@ def weight_data(stored: Stored) -> Data:
         "pieces": None if stored.file is not None else [_piece_data(piece) for piece in shard.pieces],
         "sha256": stored.digest,
     }
+    # of a checkpoint's quantised tensors; in a bundle's own files they are tensors like any other
+    return found if stored.file is not None or shard.held is None else found | {"held": shard.held}
 
 
 def _piece_data(piece: Piece) -> list[Any]:
@@ -93,15 +96,15 @@ def read_weight(record: Record) -> Stored:
     local = tuple(size if own is None else own.size for size, own in zip(shape, indices, strict=True))
     key, file = record.text("key", longest=1000), record.maybe("file", lambda name: record.text(name, longest=200))
     whole = tuple((0, size) for size in local)
+    held = record.one_of("held", _HELD) if record.has("held") else None
+    counted = (*local[:-1], 2 * local[-1]) if held == "codes" and local else local
     pieces = record.maybe(
-        "pieces", lambda name: tuple(_read_piece(record, piece, local) for piece in record.list(name))
+        "pieces", lambda name: tuple(_read_piece(record, piece, counted) for piece in record.list(name))
     )
     if (file is None) != (pieces is not None):
         record.fail("pieces", "given where there is no file, and only there")
-    if pieces is not None and len(pieces) > MOST_BLOCKS:
-        record.fail("pieces", f"at most {MOST_BLOCKS} blocks")
-    if pieces is not None and not is_filled(local, [piece.destination for piece in pieces]):
-        record.fail("pieces", f"blocks that fill the rank's part, {list(local)}, each element once")
+    if pieces is not None and not fills(pieces, counted, held):
+        record.fail("pieces", f"{MOST_BLOCKS} blocks that fill the rank's part, {list(local)}, each element once")
     digest = record.digest("sha256")
     shard = WeightShard(
         name=_weight_name(record),
@@ -113,6 +116,7 @@ def read_weight(record: Record) -> Stored:
         aliases=record.texts("aliases", DOTTED),
         pieces=(Piece(key, whole, whole),) if pieces is None else pieces,
         digest=digest,
+        held=held if pieces is not None else None,
     )
     stored = Stored(shard, file, key, digest)
     record.done()

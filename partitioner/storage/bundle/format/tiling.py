@@ -11,12 +11,20 @@ from collections.abc import Sequence
 
 import torch
 
-from runtime.program.shards import Block
+from runtime.program.shards import Block, Piece
 
-__all__ = ["MOST_BLOCKS", "is_filled"]
+__all__ = ["MOST_BLOCKS", "fills", "is_filled"]
 
 MOST_BLOCKS = 8192
 """More are not looked at. A weight of a model has as many as it was stacked from: its experts, or its heads."""
+
+
+def fills(pieces: Sequence[Piece], shape: Sequence[int], held: str | None) -> bool:
+    """Whether pieces, not too many, fill a shape; of codes in pairs, the last may be missing."""
+    if len(pieces) > MOST_BLOCKS:
+        return False
+    blocks = [piece.destination for piece in pieces]
+    return is_filled(shape, blocks) or (held == "codes" and is_filled((*shape[:-1], shape[-1] - 1), blocks))
 
 
 def is_filled(shape: Sequence[int], blocks: Sequence[Block]) -> bool:

@@ -1,4 +1,4 @@
-"""Codes of four bits, several in a word, as numbers from 0 to 15."""
+"""Codes of quantised weights: unpacked, packed, and as the numbers they stand for before they are scaled."""
 
 from __future__ import annotations
 
@@ -7,7 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["nibbles", "pack_nibbles"]
+__all__ = ["FLOAT4", "exponents", "nibbles", "numbers", "pack_nibbles"]
+
+FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The numbers of four bits with two of exponent and one of mantissa."""
+_BIAS = 127
+
+
+def numbers(codes: Tensor, code: str, dtype: torch.dtype) -> Tensor:
+    """What codes stand for, one element each; `code`: "float8", "float4" or "int4"."""
+    if code != "float4":
+        return codes.to(dtype)
+    return torch.tensor(FLOAT4, dtype=dtype, device=codes.device)[codes.to(torch.int32)]
+
+
+def exponents(scales: Tensor) -> Tensor:
+    """Scales that are stored as powers of two, in one byte each."""
+    return torch.pow(2.0, scales.to(torch.int32) - _BIAS)
 
 
 def nibbles(words: Tensor, start: int, stop: int, order: Sequence[int] | None = None) -> Tensor:

@@ -1,0 +1,118 @@
+"""Products with weights that are held as codes and scales, against the weights as numbers."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from runtime.ops.experts import grouped_linear
+from runtime.ops.kernels.codes import FLOAT4, nibbles, pack_nibbles
+from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear, stored_weight
+
+CODES = ("float8", "float4", "int4")
+Parts = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
+
+
+def held(code: str, *shape: int, seed: int = 0) -> tuple[Parts, Tensor]:
+    """Codes and scales of a random weight [.., N, K], with rows and columns in any order; and its numbers, float64."""
+    draw = torch.Generator().manual_seed(seed)
+    *lead, rows, cols = shape
+    kinds, groups = 3, -(-cols // 8)
+    row = torch.randint(0, kinds, (*lead, rows), generator=draw, dtype=torch.int32)
+    column = torch.randint(0, groups, (cols,), generator=draw, dtype=torch.int32)
+    zeros = None
+    if code == "float8":
+        codes = torch.randn(*shape, generator=draw).to(torch.float8_e4m3fn)
+        numbers = codes.double()
+    else:
+        plain = torch.randint(0, 16, shape, generator=draw, dtype=torch.uint8)
+        codes = pack_nibbles(plain)
+        numbers = torch.tensor(FLOAT4, dtype=torch.float64)[plain.long()] if code == "float4" else plain.double()
+    scales = torch.rand(kinds, groups, generator=draw) + 0.5
+    factors = scales.double()
+    if code == "float4":
+        scales = torch.randint(124, 131, (kinds, groups), generator=draw, dtype=torch.uint8)
+        factors = 2.0 ** (scales.double() - 127)
+    place = row.long()[..., None], column.long()
+    if code == "int4":
+        zeros = torch.randint(0, 17, (kinds, groups), generator=draw, dtype=torch.uint8)
+        numbers = numbers - zeros.double()[place]
+    return (codes, scales, zeros, row, column), numbers * factors[place]
+
+
+@pytest.mark.parametrize("cols", [1, 7, 32])
+@pytest.mark.parametrize("code", CODES)
+def test_a_weight_is_its_codes_times_its_scales(code: str, cols: int) -> None:
+    parts, numbers = held(code, 5, cols)
+    found = stored_weight(*parts, code=code, computed_in=torch.float64, dtype=torch.float64)
+    torch.testing.assert_close(found, numbers, rtol=0, atol=0)
+    turned = stored_weight(*parts, code=code, computed_in=torch.float64, dtype=torch.float64, turned=True)
+    assert torch.equal(turned, found.T)
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("tokens", [0, 1, 6])
+def test_linears_are_those_of_the_numbers(code: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, numbers = held(code, 9, 14)
+    x = torch.randn(2, tokens, 14, dtype=torch.float64)
+    bias = torch.randn(9, dtype=torch.float64)
+    expected = torch.nn.functional.linear(x, numbers, bias)
+    options = {"code": code, "computed_in": torch.float64}
+    torch.testing.assert_close(stored_linear(x, *parts, bias, **options), expected)
+    monkeypatch.setattr("runtime.ops.kernels.stored._STRIP", 40)  # two rows at a time
+    torch.testing.assert_close(stored_linear(x, *parts, bias, **options), expected)
+    codes, scales, *rest = parts
+    if tokens:
+        wrong = stored_linear(x, codes, scales.flip(0), *rest, bias, **options)
+        assert not torch.allclose(wrong, expected), "another scale would not be noticed"
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_experts_are_those_of_the_numbers(code: str) -> None:
+    parts, numbers = held(code, 4, 6, 10)
+    counts = torch.tensor([2, 0, 3, 1])
+    x = torch.randn(8, 10, dtype=torch.float64)  # two rows of no expert
+    bias = torch.randn(4, 6, dtype=torch.float64)
+    found = stored_grouped_linear(x, *parts, counts, bias, code=code, computed_in=torch.float64)
+    torch.testing.assert_close(found, grouped_linear(x, numbers, counts, bias))
+
+
+def test_codes_survive_packing() -> None:
+    codes = torch.arange(45, dtype=torch.uint8).reshape(3, 15) % 16
+    assert torch.equal(nibbles(pack_nibbles(codes), 0, 15), codes)
+
+
+INTERPRETED = """
+import torch
+from runtime.ops.kernels.stored import stored_linear
+from runtime.ops.kernels.stored_kernel import multiply
+from tests.runtime.ops.test_stored import CODES, held
+
+for code in CODES:
+    for tokens, rows, cols in ((1, 70, 131), (20, 33, 65)):
+        parts, _ = held(code, rows, cols)
+        x, bias = torch.randn(tokens, cols), torch.randn(rows)
+        found = multiply(x, *parts, bias, code=code)
+        expected = stored_linear(x, *parts, bias, code=code, computed_in=torch.float32)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+        wrong = multiply(x, parts[0], parts[1].flip(1), *parts[2:], bias, code=code)
+        assert not torch.allclose(wrong, expected, rtol=1e-4, atol=1e-3)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernel_is_the_plain_form_in_tritons_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
