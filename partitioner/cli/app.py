@@ -32,6 +32,7 @@ from partitioner.cli.options import (
     Dtype,
     MaxBatch,
     Model,
+    NoCache,
     Revision,
     Simulate,
     Timeout,
@@ -188,6 +189,7 @@ def run_command(
     unchecked: Annotated[
         bool, typer.Option("--unchecked", help="do not compare a bundle's weights with their digests")
     ] = False,
+    no_cache: NoCache = False,
 ) -> None:
     """Write what follows a prompt, over one process per rank: of this machine, or those that torchrun started."""
     options = {
@@ -212,6 +214,7 @@ def run_command(
         checkpoint=checkpoint,
         mapped=mapped,
         checked=not unchecked,
+        cached=not no_cache,
         chat=chat,
         cache_memory=cache_memory,
         options=options,
