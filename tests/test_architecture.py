@@ -26,6 +26,7 @@ ORDER = {
     # each imports only what stands before it
     "partitioner": (
         "errors",
+        "progress",
         "sharding",
         "program",
         "analysis",

@@ -50,6 +50,7 @@ __all__ = [
     "Simulate",
     "Timeout",
     "Tp",
+    "Verbose",
 ]
 
 Model = Annotated[
@@ -122,6 +123,7 @@ Revision = Annotated[
 MaxBatch = Annotated[int | None, typer.Option(help="the most prompts to run at a time; by default all")]
 KeepWhole = Annotated[list[str] | None, typer.Option(help="names of weights, with *, that no rank splits")]
 Passes = Annotated[list[str] | None, typer.Option("--pass", help="an installed pass to run as well, by its name")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="say what compiling did, and how long each step took")]
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="neither use nor keep a compiled program in the user's cache")
 ]
@@ -148,6 +150,7 @@ class Compile:
     ep: int | None = None
     sp: int | None = None
     dp: int | None = None
+    verbose: bool = False
 
     @classmethod
     def of(
@@ -162,9 +165,10 @@ class Compile:
         keep_whole: list[str] | None,
         passes: list[str] | None,
         max_length: int | None,
+        verbose: bool = False,
     ) -> Compile:
         """What the command line was given; its passes are installed, and serve what it asks for."""
-        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, plan, pp, ep, sp, dp)
+        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, plan, pp, ep, sp, dp, verbose)
         check_plan(how.plan)
         return how
 

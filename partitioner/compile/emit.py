@@ -22,6 +22,7 @@ from partitioner.errors import LayoutError
 from partitioner.program.program import PerRankInt, Program, State, Weight
 from partitioner.program.stages import crossings
 from partitioner.program.torch_calls import lower
+from partitioner.progress import timed
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import in_order
 from runtime.program.rank_program import RankProgram, RunInput
@@ -95,7 +96,8 @@ class Emitter:
         stage = self._stage(coordinates)
         if (stage, row) not in self._graphs:
             integers = dict(zip(table, row, strict=True))
-            self._graphs[stage, row] = _substituted(self._stages[stage].graph, integers)
+            with timed("emit"):
+                self._graphs[stage, row] = _substituted(self._stages[stage].graph, integers)
         return self._graphs[stage, row]
 
 
