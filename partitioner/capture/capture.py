@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
 from transformers import GenerationConfig, PreTrainedModel
 
 from partitioner.capture.inputs.graph_inputs import choose_inputs
@@ -29,6 +30,7 @@ from partitioner.capture.trace.functionalize import functionalize
 from partitioner.capture.trace.weight_names import ModelWeights, check_constant
 from partitioner.errors import CaptureError
 from partitioner.program.program import Input, Program, Weight
+from partitioner.program.progress import timed
 from partitioner.sharding.mesh import Mesh
 
 __all__ = ["capture", "describe_weights", "ends_of", "generation_of", "limits_of"]
@@ -53,17 +55,22 @@ def capture(
     fake_model = make_fake_model(model, fake)
     known = ModelWeights(model)
     notes, longest = fix_rope(fake_model, known, max_length=max_length)
-    example = choose_inputs(fake_model, fake, known.indices(), length=fixed_length)
+    with timed("probe"):
+        example = choose_inputs(fake_model, fake, known.indices(), length=fixed_length)
     kinds = example.probe.kinds
     static, rename = fixed_length is not None, known.canonical.__getitem__
 
     def build(shared: SharedLayers | None) -> tuple[Builder, fx.Graph]:
+        with timed("export" if shared is None else "export, identical layers once"):
+            exported = exported_by(shared)
+        with timed("graph"):
+            builder = Builder(functionalize(exported), tuple(example.tensors), rename, shared=shared)
+            return builder, builder.build()
+
+    def exported_by(shared: SharedLayers | None) -> ExportedProgram:
         if shared is None:
-            exported = export(fake_model, example.tensors, kinds, static=static)
-        else:
-            exported = export_sharing(fake_model, example.tensors, kinds, shared, static=static)
-        builder = Builder(functionalize(exported), tuple(example.tensors), rename, shared=shared)
-        return builder, builder.build()
+            return export(fake_model, example.tensors, kinds, static=static)
+        return export_sharing(fake_model, example.tensors, kinds, shared, static=static)
 
     (builder, graph), layers = traced_once(fake_model, build)
     fold_masks(graph, kinds)

@@ -28,9 +28,8 @@ from partitioner.analysis.report.explain import explain as explain_weight
 from partitioner.analysis.report.page.contents import Work
 from partitioner.analysis.report.page.render import as_json
 from partitioner.cli.bench import register as register_bench
-from partitioner.cli.command import command
-from partitioner.cli.export import export
-from partitioner.cli.options import (
+from partitioner.cli.common.command import command
+from partitioner.cli.common.options import (
     Checkpoint,
     Compile,
     CompileSteps,
@@ -38,10 +37,12 @@ from partitioner.cli.options import (
     Dtype,
     MaxBatch,
     Model,
+    NoCache,
     Revision,
     Simulate,
     Timeout,
 )
+from partitioner.cli.export import export
 from partitioner.cli.plan import register
 from partitioner.cli.report import page_of, schedule, write_page
 from partitioner.cli.run import Question, answer, answer_alone, answer_here, run_in_processes, run_on_replicas
@@ -192,6 +193,7 @@ def run_command(
     unchecked: Annotated[
         bool, typer.Option("--unchecked", help="do not compare a bundle's weights with their digests")
     ] = False,
+    no_cache: NoCache = False,
 ) -> None:
     """Write what follows a prompt, over one process per rank: of this machine, or those that torchrun started."""
     options = {
@@ -216,6 +218,7 @@ def run_command(
         checkpoint=checkpoint,
         mapped=mapped,
         checked=not unchecked,
+        cached=not no_cache,
         chat=chat,
         cache_memory=cache_memory,
         options=options,

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from partitioner.cli.command import command
+from partitioner.cli.common.command import command
 from partitioner.errors import InputError
 from partitioner.serving.load.workload import ANSWER_MEAN, PROMPT_MEAN, Workload
 from partitioner.serving.text.tokenizer import load_tokenizer

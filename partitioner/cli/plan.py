@@ -17,8 +17,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from partitioner.cli.command import command
-from partitioner.cli.options import Dtype, Model
+from partitioner.cli.common.command import command
+from partitioner.cli.common.options import Dtype, Model
 from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.detect import detect

@@ -24,7 +24,7 @@ from typing import Any, TextIO, TypedDict
 import torch
 from transformers.utils import logging as transformers_logging
 
-from partitioner.cli.options import Job
+from partitioner.cli.common.options import Job
 from partitioner.compile.parts import Parts
 from partitioner.errors import InputError
 from partitioner.program.plan import Plan
@@ -33,7 +33,7 @@ from partitioner.serving.launch import launch as launch_replicas
 from partitioner.serving.text.chat_template import TemplateFailed, render
 from partitioner.serving.text.stream import Text, TextStream
 from partitioner.serving.text.tokenizer import load_tokenizer
-from partitioner.storage.bundle.bundle import Bundle, load
+from partitioner.storage.bundle.bundle import load
 from partitioner.storage.named_model import dtype_named, hub_hint
 from partitioner.storage.recognise import is_bundle
 from runtime.communication.process_groups import ProcessGroups
@@ -49,7 +49,6 @@ from runtime.processes.launch import begin_worker, launch
 from runtime.processes.place import Place
 
 __all__ = ["Question", "answer", "answer_alone", "answer_here", "run_in_processes", "run_on_replicas"]
-
 
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 """Where a chat template may stand, in the order in which transformers looks."""
@@ -69,6 +68,7 @@ class Question(Job):
     checkpoint: str | None = None
     mapped: bool = False
     checked: bool = True
+    cached: bool = True
     chat: bool = False
     cache_memory: str | None = None
     """The most that the cache may take on a rank, as in `runtime.kv_cache.device_memory`; None: all that is free."""
@@ -109,7 +109,7 @@ class Question(Job):
     def ranks(self) -> Ranks:
         """The model, without its weights: each rank reads its own, when it is connected."""
         if not is_bundle(self.model):
-            return self.compile.compile(self.model, dtype=self.dtype, mapped=self.mapped)
+            return self.compile.ranks(self.model, dtype=self.dtype, mapped=self.mapped, cached=self.cached)
         self.compile.require_none(self.model)
         bundle = load(self.model, checkpoint=self.checkpoint, mapped=self.mapped, checked=self.checked)
         if self.replicated.replica_mesh != bundle.mesh or self.dtype not in (None, "auto"):
@@ -290,7 +290,8 @@ def _load(question: Question) -> tuple[Ranks, Any]:
     started = time.perf_counter()
     tokenizer = _tokenizer(question)
     ranks = question.ranks()
-    _say(f"{'bundle read' if isinstance(ranks, Bundle) else 'partitioned'} in {time.perf_counter() - started:.1f} s")
+    read = "bundle read" if is_bundle(question.model) else "compiled before; read"
+    _say(f"{'partitioned' if isinstance(ranks, Parts) else read} in {time.perf_counter() - started:.1f} s")
     if isinstance(ranks, Parts):
         for note in ranks.report.notes:
             _say(f"note: {note}")

@@ -12,8 +12,8 @@ import torch
 import typer
 from transformers.utils import logging as transformers_logging
 
-from partitioner.cli.command import command
-from partitioner.cli.options import (
+from partitioner.cli.common.command import command
+from partitioner.cli.common.options import (
     Checkpoint,
     Compile,
     CompileSteps,

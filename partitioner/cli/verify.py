@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from partitioner.analysis.report.report import Report
+from partitioner.cli.common.options import Compile, Job
 from partitioner.cli.compare import Divergence, difference, first_divergence, tolerance
-from partitioner.cli.options import Compile, Job
 from partitioner.compile.partition import compile_program, trace
 from partitioner.compile.parts import Parts
 from partitioner.errors import CaptureError, InputError, WeightError

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from partitioner.compile.cut_stages import StageParts
 from partitioner.errors import LayoutError
 from partitioner.program.program import PerRankInt, Program, State, Weight
+from partitioner.program.progress import timed
 from partitioner.program.stages import crossings
 from partitioner.program.torch_calls import lower
 from partitioner.sharding.index_set import IndexSet
@@ -99,8 +100,9 @@ class Emitter:
         stage = self._stage(coordinates)
         if (stage, row) not in self._graphs:
             integers = dict(zip(table, row, strict=True))
-            self._graphs[stage, row] = _substituted(self._stages[stage].graph, integers)
-            use_stored(self._graphs[stage, row], self._stored)
+            with timed("emit"):
+                self._graphs[stage, row] = _substituted(self._stages[stage].graph, integers)
+                use_stored(self._graphs[stage, row], self._stored)
         return self._graphs[stage, row]
 
 

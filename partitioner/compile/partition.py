@@ -34,6 +34,7 @@ from partitioner.errors import CaptureError, LayoutError, PlanError
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.plan import Plan
 from partitioner.program.program import Origins, Program
+from partitioner.program.progress import timed
 from partitioner.program.stages import StageTable
 from partitioner.proof.layouts import check_entries
 from partitioner.proof.recurrences import why_pieces_differ
@@ -128,9 +129,10 @@ def trace(model: PreTrainedModel, *, max_length: int | None = None, fixed_length
     for name, given in (("max_length", max_length), ("fixed_length", fixed_length)):
         if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
             raise CaptureError(f"{name} must be a whole number of tokens, at least 1; got {given!r}")
-    traced = capture(model, mesh=Mesh.of(), max_length=max_length, fixed_length=fixed_length)
-    canonicalize(traced)
-    bound_inputs(traced)
+    with timed("trace"):
+        traced = capture(model, mesh=Mesh.of(), max_length=max_length, fixed_length=fixed_length)
+        canonicalize(traced)
+        bound_inputs(traced)
     return traced
 
 
@@ -144,9 +146,10 @@ def _within(wrapper: object) -> str:
 
 def trace_step(model: PreTrainedModel, *, max_length: int | None = None) -> Program:
     """The model as one program that takes some tokens at a time, with what it remembers of those before as states."""
-    traced = capture_step(model, mesh=Mesh.of(), max_length=max_length)
-    canonicalize(traced)
-    bound_inputs(traced)
+    with timed("trace with a cache"):
+        traced = capture_step(model, mesh=Mesh.of(), max_length=max_length)
+        canonicalize(traced)
+        bound_inputs(traced)
     return traced
 
 
@@ -178,7 +181,8 @@ def compile_program(
     if text.stages is not None:
         text.stages = replace(text.stages, rows_apart=_rows_apart(traced))
     split.stages = text.stages
-    prove_stages(text)
+    with timed("proof of the stages"):
+        prove_stages(text)
     return Parts(
         text,
         make_report(text, plan=repr(plan), replicas=plan.replicas),
@@ -212,6 +216,17 @@ def _compile_generation(
     other by more than causal attention, it is the model's own use of a cache. Raises `PlanError` where that cannot be
     had either.
     """
+    with timed("programs with a cache"):
+        return _with_a_cache(traced, split, plan, step, piece)
+
+
+def _with_a_cache(
+    traced: Program,
+    split: Program,
+    plan: Plan,
+    step: Callable[[], Program] | None,
+    piece: Callable[[], Program] | None,
+) -> tuple[Program, Program]:
     if not traced.has_head:
         raise PlanError(f"{traced.name} cannot generate: it has no head, so that its result is no logits")
     continuing = explicit_positions(traced)

@@ -100,11 +100,19 @@ class Parts(Ranks, Generic[Report]):
         """
         return layer_costs(self.program_of(entry), sequence=1 if entry == "decode" else 5)
 
-    def save(self, folder: str | Path, *, tokenizer: str | Path | None = None, reference: bool = False) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        reference: bool = False,
+        digests: bool = True,
+    ) -> None:
         """Writes a bundle, which `partitioner.load` reads: graphs as data, and each rank's slices of the weights.
 
         `folder` must be new or empty. `tokenizer`: a folder whose tokenizer is put beside them. `reference`: weights of
-        a checkpoint stay in it, and nothing is copied. Nothing that is written is ever run when it is read.
+        a checkpoint stay in it, and nothing is copied; without `digests` they are not even read, and the bundle can
+        only be loaded with checked=False. Nothing that is written is ever run when it is read.
         Raises `BundleError` where the program is not to be written.
         """
         if self._plan is None or self._model is None:
@@ -117,4 +125,5 @@ class Parts(Ranks, Generic[Report]):
             report=str(self.report),
             tokenizer=tokenizer,
             reference=reference,
+            digests=digests,
         )

@@ -21,6 +21,7 @@ from partitioner.compile.validate_graph import fault
 from partitioner.errors import PlanError
 from partitioner.program.plan import Pass, Plan
 from partitioner.program.program import Program
+from partitioner.program.progress import timed
 from partitioner.proof.layouts import check
 from partitioner.proof.meetings import events_of, play
 
@@ -87,14 +88,18 @@ def run_passes(program: Program, steps: Sequence[Chosen]) -> Program:
     """
     for chosen in steps:
         if chosen.origin:
-            program = _run_other(program, chosen)
-        else:
+            with timed(chosen.step.name):
+                program = _run_other(program, chosen)
+            continue
+        with timed(chosen.step.name):
             program = chosen.step.run(program)
-            if not program.unplaced:
+        if not program.unplaced:
+            with timed("check of the layouts"):
                 check(program)
     if program.unplaced:
         raise PlanError(f"{steps[-1]} deals out weights, and no pass after it places them")
-    play(program.mesh, dict.fromkeys(range(program.mesh.world_size), events_of(program.graph)))
+    with timed("order of communication"):
+        play(program.mesh, dict.fromkeys(range(program.mesh.world_size), events_of(program.graph)))
     return program
 
 

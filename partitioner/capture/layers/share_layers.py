@@ -105,8 +105,10 @@ class Traced:
 class SharedLayers:
     """One for each trace: `wrapped` replaces the forwards of the layers of `model`, which is a copy of the user's."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, late: bool = False) -> None:
         self.model = model
+        self.late, self.unified = late, False
+        """Whether a layer in which two sizes turn out to be one stands for no other; whether there was such a layer."""
         self.cache: CacheState | None = None
         """Of the step that is traced, where one is."""
         self.append: Any = None
@@ -177,10 +179,12 @@ class SharedLayers:
         about = signature_of(layer.module, layer.counts)
         key = layer.kind[0], about, given.signature
         if key not in self._known:
-            body = self._trace(layer, own, given, about)
+            self._known[key] = self._trace(layer, own, given, about)
             # sizes that were two when the layer was called may be one by now
             later = layer.kind[0], about, given.signature
-            self._known[key] = self._known[later] = body
+            self.unified |= later != key
+            if not self.late:
+                self._known[later] = self._known[key]
             return self._result
         body = self._known[key]
         if body is None:

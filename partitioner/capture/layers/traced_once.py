@@ -26,7 +26,14 @@ def traced_once(model: nn.Module, build: Callable[[SharedLayers | None], Built])
     if all(layer.members < FEWEST for layer in shared.layers):
         return build(None), LayersTraced(count, count, f"no {FEWEST} layers are alike")
     try:
-        found = build(shared)
+        try:
+            found = build(shared)
+        except NotSharedError:
+            if not shared.unified:
+                raise
+            # the first layer was traced when less was known of the sizes
+            shared = SharedLayers(model, late=True)
+            found = build(shared)
     except NotSharedError as error:
         return build(None), LayersTraced(count, count, str(error))
     reasons = [f"{path}: {why}" for path, why in shared.reasons.items()]

@@ -43,6 +43,7 @@ from partitioner.capture.trace.transformers_hooks import APPEND, READ
 from partitioner.capture.trace.weight_names import ModelWeights
 from partitioner.errors import CaptureError
 from partitioner.program.program import Input, Program, State
+from partitioner.program.progress import timed
 from partitioner.sharding.layout import REPLICATED
 from partitioner.sharding.mesh import Mesh
 
@@ -85,7 +86,7 @@ def _capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None, seve
 
     def build(shared: SharedLayers | None) -> tuple[Builder, fx.Graph]:
         traced = _Stepping(fake_model, tuple(example), cache, states, shared)
-        with recurrences_installed(fake_model):
+        with timed("export" if shared is None else "export, identical layers once"), recurrences_installed(fake_model):
             exported = functionalize(export_step(traced, fake_model, example, kinds, dims, shared=shared))
         builder = Builder(exported, tuple(example), known.canonical.__getitem__, _DIMS, shared=shared)
         return builder, builder.build()

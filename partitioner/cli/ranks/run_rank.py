@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 
+from partitioner.cli.common.progress import shown
 from partitioner.cli.run import Question, answer
 from partitioner.errors import PartitionerError
 from runtime.processes.launch import read_given
 
 if __name__ == "__main__":
     try:
-        answer(Question.from_json(read_given().decode()))
+        question = Question.from_json(read_given().decode())
+        # the ranks compile the same at the same time
+        with shown(verbose=question.compile.verbose) if os.environ.get("RANK") == "0" else contextlib.nullcontext():
+            answer(question)
     except PartitionerError as error:
         sys.exit(f"{type(error).__name__}: {error}")

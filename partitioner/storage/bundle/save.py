@@ -35,6 +35,9 @@ __all__ = ["MODEL_FILES", "has_tokenizer", "save_ranks"]
 FILE_BYTES = 2**30
 """A file of weights is closed when it holds as much."""
 
+_UNREAD = "0" * 64
+"""In the place of the digest of what was not read."""
+
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
@@ -57,10 +60,12 @@ def save_ranks(
     report: str,
     tokenizer: str | Path | None = None,
     reference: bool = False,
+    digests: bool = True,
 ) -> None:
     """Writes all ranks to `folder`, which must be new or empty. `tokenizer`: a folder with its files, copied too.
 
-    `reference`: what is in a checkpoint stays there; it is read all the same, for the digests.
+    `reference`: what is in a checkpoint stays there; it is read all the same, for the digests. Without `digests` it is
+    not: such a bundle can only be loaded with checked=False.
     """
     everyone = ranks.everyone()
     entries: dict[Entry, list[RankProgram]] = {"text": [ranks.entry("text", rank) for rank in everyone]}
@@ -73,7 +78,7 @@ def save_ranks(
     except PlanError as error:
         refused = str(error)
     with writing(Path(folder)) as partial:
-        writer = _Writer(partial, reference)
+        writer = _Writer(partial, reference, digests)
         stored = writer.weights([_wanted(programs) for programs in zip(*entries.values(), strict=True)])
         shared = iter(writer.graphs([program.graph for programs in entries.values() for program in programs]))
         graphs = {entry: [next(shared) for _ in programs] for entry, programs in entries.items()}
@@ -136,8 +141,8 @@ def _wanted(programs: Iterable[RankProgram]) -> list[_Wanted]:
 
 
 class _Writer:
-    def __init__(self, folder: Path, reference: bool) -> None:
-        self.folder, self.reference = folder, reference
+    def __init__(self, folder: Path, reference: bool, digests: bool) -> None:
+        self.folder, self.reference, self.digests = folder, reference, digests
         self.files: dict[str, File] = {}
 
     def add(self, name: str, content: bytes) -> None:
@@ -178,7 +183,7 @@ class _Writer:
     def _write_weights(self, owner: str, wanted: Sequence[_Wanted]) -> dict[_Wanted, Stored]:
         found: dict[_Wanted, Stored] = {}
         if self.reference:
-            found = {each: _reference(each) for each in wanted if each.shard.source == "checkpoint"}
+            found = {each: self._reference(each) for each in wanted if each.shard.source == "checkpoint"}
         batches: list[list[_Wanted]] = [[]]
         for each in wanted:
             if each in found:
@@ -206,6 +211,16 @@ class _Writer:
             self.files[file] = File(path.stat().st_size, None)
         return found
 
+    def _reference(self, wanted: _Wanted) -> Stored:
+        source = wanted.program.source
+        if not isinstance(source, Reader) or not source.files.is_checkpoint:
+            raise BundleError(
+                "there is no checkpoint to refer to: these weights are in memory, or in a bundle; partition a "
+                "checkpoint folder, or leave reference=True (--reference) out"
+            )
+        digest = digest_of_tensor(_loaded([wanted])[0]) if self.digests else _UNREAD
+        return Stored(wanted.shard, None, "", digest)
+
 
 def _loaded(batch: Sequence[_Wanted]) -> list[Tensor]:
     loaded: list[Tensor] = []
@@ -215,16 +230,6 @@ def _loaded(batch: Sequence[_Wanted]) -> list[Tensor]:
         shards = [each.shard for each in group]
         loaded += load_weights(shards, program.weight_data, program.source, torch.device("cpu"))
     return loaded
-
-
-def _reference(wanted: _Wanted) -> Stored:
-    source = wanted.program.source
-    if not isinstance(source, Reader) or not source.files.is_checkpoint:
-        raise BundleError(
-            "there is no checkpoint to refer to: these weights are in memory, or in a bundle; partition a checkpoint "
-            "folder, or leave reference=True (--reference) out"
-        )
-    return Stored(wanted.shard, None, "", digest_of_tensor(_loaded([wanted])[0]))
 
 
 def plan_data(plan: Plan) -> dict[str, object]:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import partitioner
 from partitioner import Plan, partition
 from partitioner.cli.app import app
-from partitioner.cli.options import Compile
+from partitioner.cli.common.options import Compile
 from partitioner.cli.verify import Case, verify
 from partitioner.errors import InputError
 from tests.support import zoo

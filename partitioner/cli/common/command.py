@@ -11,7 +11,8 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from partitioner.cli.options import Compile, Dp, Ep, KeepWhole, MaxLength, Passes, PlanText, Pp, Sp, Tp
+from partitioner.cli.common.options import Compile, Dp, Ep, KeepWhole, MaxLength, Passes, PlanText, Pp, Sp, Tp, Verbose
+from partitioner.cli.common.progress import shown
 from partitioner.errors import CommunicationError, PartitionerError
 
 __all__ = ["command"]
@@ -26,12 +27,17 @@ _COMPILE = {
     "keep_whole": KeepWhole,
     "passes": Passes,
     "max_length": MaxLength,
+    "verbose": Verbose,
 }
 """The options that a command has in the place of its parameter `how`."""
+_FLAGS = ("verbose",)
+"""Those of them that are not given a value."""
 
 
 def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a function a command of `app`: exit codes for its errors, and options in place of `how: Compile`."""
+    """Makes a function a command of `app`: exit codes for its errors, and options in place of `how: Compile`, whose
+    compiling is shown.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         known = inspect.signature(function, eval_str=True)
@@ -40,12 +46,18 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., None]], Call
         @functools.wraps(function)
         def run(**arguments: Any) -> None:
             with _errors():
-                if takes_how:
-                    arguments["how"] = Compile.of(**{option: arguments.pop(option) for option in _COMPILE})
-                function(**arguments)
+                if not takes_how:
+                    function(**arguments)
+                    return
+                arguments["how"] = how = Compile.of(**{option: arguments.pop(option) for option in _COMPILE})
+                with shown(verbose=how.verbose):
+                    function(**arguments)
 
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        options = [inspect.Parameter(o, kind, default=None, annotation=a) for o, a in _COMPILE.items()]
+        options = [
+            inspect.Parameter(o, kind, default=False if o in _FLAGS else None, annotation=a)
+            for o, a in _COMPILE.items()
+        ]
         parameters = [p for each in known.parameters.values() for p in (options if each.name == "how" else [each])]
         # typer reads both
         run.__signature__ = known.replace(parameters=parameters)  # type: ignore[attr-defined]

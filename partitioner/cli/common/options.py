@@ -6,6 +6,7 @@ A new one gets a type here, a field of `Compile`, and a parameter of the command
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +21,9 @@ from partitioner.compile.parts import Parts
 from partitioner.compile.pass_order import check_plan
 from partitioner.errors import InputError
 from partitioner.program.plan import Plan
+from partitioner.program.ranks import Ranks
 from partitioner.sharding.mesh import DEGREES
+from partitioner.storage import compiled
 from partitioner.storage.bundle.bundle import load
 from partitioner.storage.checkpoint.open_checkpoint import can_open
 from partitioner.storage.named_model import dtype_named, load_model
@@ -39,6 +42,7 @@ __all__ = [
     "MaxBatch",
     "MaxLength",
     "Model",
+    "NoCache",
     "Passes",
     "PlanText",
     "Pp",
@@ -46,6 +50,7 @@ __all__ = [
     "Simulate",
     "Timeout",
     "Tp",
+    "Verbose",
 ]
 
 Model = Annotated[
@@ -118,6 +123,10 @@ Revision = Annotated[
 MaxBatch = Annotated[int | None, typer.Option(help="the most prompts to run at a time; by default all")]
 KeepWhole = Annotated[list[str] | None, typer.Option(help="names of weights, with *, that no rank splits")]
 Passes = Annotated[list[str] | None, typer.Option("--pass", help="an installed pass to run as well, by its name")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="say what compiling did, and how long each step took")]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="neither use nor keep a compiled program in the user's cache")
+]
 MaxLength = Annotated[
     int | None, typer.Option(help="the longest text that will be run, for rotary embeddings that depend on it")
 ]
@@ -141,6 +150,7 @@ class Compile:
     ep: int | None = None
     sp: int | None = None
     dp: int | None = None
+    verbose: bool = False
 
     @classmethod
     def of(
@@ -155,9 +165,10 @@ class Compile:
         keep_whole: list[str] | None,
         passes: list[str] | None,
         max_length: int | None,
+        verbose: bool = False,
     ) -> Compile:
         """What the command line was given; its passes are installed, and serve what it asks for."""
-        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, plan, pp, ep, sp, dp)
+        how = cls(tp, tuple(keep_whole or ()), tuple(passes or ()), max_length, plan, pp, ep, sp, dp, verbose)
         check_plan(how.plan)
         return how
 
@@ -213,6 +224,20 @@ class Compile:
         if is_bundle(model) or (can_open(model) if meta else Path(model).is_dir()):
             return partition(model, plan, dtype=kind, max_length=self.max_length, mapped=mapped)
         return partition(load_model(model, dtype=kind, meta=meta), plan, max_length=self.max_length)
+
+    def ranks(self, model: str, *, dtype: str | None, mapped: bool, cached: bool) -> Ranks:
+        """The checkpoint folder MODEL, compiled to be run; taken from the user's cache where it was before."""
+        plan = self.plan_of(model)
+        named = None if dtype in (None, "auto") else dtype
+        key = compiled.key_of(Path(model), plan, dtype=named, max_length=self.max_length) if cached else None
+        found = None if key is None else compiled.find(key, Path(model), mapped=mapped)
+        if found is not None:
+            return found
+        parts = self.compile(model, dtype=dtype, mapped=mapped)
+        # one of several processes that compile the same
+        if key is not None and os.environ.get("RANK", "0") == "0":
+            compiled.keep(key, lambda folder: parts.save(folder, reference=True, digests=False))
+        return parts
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,143 @@
+"""Compiled programs, kept in the user's cache: the second start of a checkpoint with the same plan traces nothing.
+
+    XDG_CACHE_HOME (or ~/.cache)/partitioner/compiled/KEY/     a bundle that refers to the checkpoint for its weights
+
+KEY is a digest of all that a compile follows from: the checkpoint's configuration, and the names, shapes and places of
+its tensors; the plan; the sources of this package and of transformers, and torch's version. What is found there is read
+as any bundle is (nothing in it is run, and digests are checked), and only where nobody else can have put it there.
+PARTITIONER_NO_CACHE=1 turns it off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import transformers
+
+from partitioner.errors import PartitionerError
+from partitioner.program.plan import Plan
+from partitioner.storage.bundle.bundle import Bundle, load
+from partitioner.storage.recognise import MANIFEST
+from runtime.communication.shared_memory.own_folder import NotOurs, OwnFolder
+from runtime.weights.read_shards import Reader
+
+__all__ = ["NO_CACHE", "cache_folder", "find", "keep", "key_of"]
+
+NO_CACHE = "PARTITIONER_NO_CACHE"
+KEPT = 32
+"""Programs that are kept; of more, those that were used longest ago go."""
+
+_OURS = ("partitioner", "passes", "runtime")
+_SOURCES = (".py", ".cpp", ".json", ".yaml")
+_log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path | None:
+    """Where programs are kept; None: they are not."""
+    if os.environ.get(NO_CACHE, "0") not in ("", "0"):
+        return None
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home, "partitioner", "compiled") if os.path.isabs(home) else None
+
+
+def key_of(checkpoint: Path, plan: Plan, *, dtype: str | None, max_length: int | None) -> str | None:
+    """None where what a compile follows from is not known: a plan with passes of its own."""
+    if plan.passes:
+        return None
+    about = {
+        "versions": [sys.version, torch.__version__, transformers.__version__],
+        "sources": _sources(),
+        "checkpoint": list(_checkpoint(checkpoint)),
+        "asked": [repr(plan), dtype, max_length],
+    }
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def find(key: str, checkpoint: Path, *, mapped: bool) -> Bundle | None:
+    """What `keep` put there; None where there is nothing, or nothing that may be used."""
+    home = cache_folder()
+    if home is None or not (home / key / MANIFEST).is_file():
+        return None
+    try:
+        with OwnFolder.open(home), OwnFolder.open(home / key):
+            found = load(home / key, checkpoint=checkpoint, mapped=mapped, checked=False)
+            _check(found)
+    except (PartitionerError, NotOurs, OSError) as error:
+        _log.warning("the compiled program in %s is not used: %s", home / key, error)
+        return None
+    os.utime(home / key)
+    return found
+
+
+def keep(key: str, save: Callable[[Path], None]) -> bool:
+    """`save` writes a bundle to a folder that does not exist yet. Whether it is kept now."""
+    home = cache_folder()
+    if home is None:
+        return False
+    try:
+        with OwnFolder.open(home):
+            shutil.rmtree(home / key, ignore_errors=True)  # what `find` could not use
+            save(home / key)
+            (home / key).chmod(0o700)
+            for old in sorted(home.iterdir(), key=lambda each: -each.stat().st_mtime)[KEPT:]:
+                shutil.rmtree(old, ignore_errors=True)
+    except (PartitionerError, NotOurs, OSError) as error:  # another process may have been quicker
+        _log.info("the compiled program is not kept: %s", error)
+        return (home / key / MANIFEST).is_file()
+    return True
+
+
+def _check(bundle: Bundle) -> None:
+    """Digests of what the bundle holds itself; of what lies in the checkpoint, shapes and places are checked."""
+    for name, file in bundle.manifest.files.items():
+        if file.digest is not None:
+            bundle.read(name)
+    seen = set()
+    for rank in range(bundle.mesh.world_size):
+        own = [each for each in bundle.stored(rank) if each.file is not None and (each.file, each.key) not in seen]
+        seen |= {(each.file, each.key) for each in own}
+        Reader(bundle.files(own)).load([each.shard for each in own], torch.device("cpu"))
+
+
+def _sources() -> str:
+    """Ours by content; those of transformers, of which there are thousands, by size and time."""
+    found = hashlib.sha256()
+    for package in _OURS:
+        for path in _files(package):
+            found.update(str(path).encode() + path.read_bytes())
+    for path in _files("transformers"):
+        about = path.stat()
+        found.update(f"{path} {about.st_size} {about.st_mtime_ns}".encode())
+    return found.hexdigest()
+
+
+def _files(package: str) -> Iterator[Path]:
+    spec = importlib.util.find_spec(package)
+    for home in spec.submodule_search_locations or () if spec is not None else ():
+        yield from sorted(path for path in Path(home).rglob("*") if path.suffix in _SOURCES)
+
+
+def _checkpoint(folder: Path) -> Iterator[object]:
+    """What it says of the model, and where its tensors lie."""
+    for path in sorted(folder.iterdir()):
+        about = path.stat()
+        if path.suffix == ".safetensors":
+            yield path.name, about.st_size, about.st_mtime_ns, about.st_ino, _header(path)
+        elif path.suffix in (".json", ".bin", ".gguf"):
+            content = path.read_bytes() if path.suffix == ".json" else b""
+            yield path.name, about.st_size, hashlib.sha256(content).hexdigest()
+
+
+def _header(path: Path) -> str:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return hashlib.sha256(file.read(min(length, 1 << 27))).hexdigest()

@@ -1,0 +1,126 @@
+"""Compiled programs in the user's cache: found again, and only where all that they follow from is the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from partitioner import Plan, partition
+from partitioner.storage import compiled
+from partitioner.storage.bundle.bundle import Bundle
+from partitioner.storage.example import EXAMPLE_MODEL
+
+IDS = torch.tensor([[5, 17, 9, 33, 2]])
+PLAN = Plan(tp=2)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that holds the example model for two ranks."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        _use(patch, home)
+        parts = partition(EXAMPLE_MODEL, PLAN)
+        assert compiled.keep(key(), lambda folder: parts.save(folder, reference=True, digests=False))
+    return home
+
+
+@pytest.fixture
+def cache(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy, to be spoilt: the folder of the program."""
+    shutil.copytree(home, tmp_path / "home")
+    _use(monkeypatch, tmp_path / "home")
+    found = compiled.cache_folder()
+    assert found is not None
+    return found / key()
+
+
+def _use(patch: pytest.MonkeyPatch, home: Path) -> None:
+    patch.setenv("XDG_CACHE_HOME", str(home))
+    patch.delenv(compiled.NO_CACHE)
+
+
+def key(checkpoint: Path = EXAMPLE_MODEL, plan: Plan = PLAN, **asked: Any) -> str:
+    found = compiled.key_of(checkpoint, plan, **{"dtype": None, "max_length": None, **asked})
+    assert found is not None
+    return found
+
+
+def find() -> Bundle | None:
+    return compiled.find(key(), EXAMPLE_MODEL, mapped=False)
+
+
+def test_what_is_kept_is_found_and_says_the_same(cache: Path) -> None:
+    found = find()
+    assert found is not None
+    assert found.mesh.size("tp") == 2
+    assert torch.equal(found.simulate(input_ids=IDS), partition(EXAMPLE_MODEL, PLAN).simulate(input_ids=IDS))
+
+
+def test_no_weight_of_the_checkpoint_is_copied(cache: Path) -> None:
+    held = sum(path.stat().st_size for path in cache.glob("weights/*"))
+    assert held * 100 < sum(path.stat().st_size for path in EXAMPLE_MODEL.glob("*.safetensors"))
+
+
+def test_the_key_follows_what_is_asked_for_and_the_checkpoint(tmp_path: Path) -> None:
+    known = {
+        key(),
+        key(plan=Plan(tp=3)),
+        key(dtype="float32"),
+        key(max_length=7),
+        key(plan=Plan(tp=2, keep_whole=["*"])),
+    }
+    assert len(known) == 5
+    copied = Path(shutil.copytree(EXAMPLE_MODEL, tmp_path / "model"))
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert key(copied) not in known
+    assert compiled.key_of(EXAMPLE_MODEL, Plan(passes=["fuse"]), dtype=None, max_length=None) is None
+
+
+def test_turned_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compiled.NO_CACHE, "1")
+    assert find() is None
+    assert not compiled.keep("0" * 64, lambda folder: folder.mkdir())
+
+
+def _graph(cache: Path) -> None:
+    path = next(cache.glob("graphs/*"))
+    path.write_text(path.read_text().replace("add", "sub", 1))
+
+
+def _weights(cache: Path) -> None:
+    path = next(cache.glob("weights/*"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def _cut(cache: Path) -> None:
+    (cache / "manifest.json").write_bytes(b"{")
+
+
+def _others(cache: Path) -> None:
+    cache.chmod(0o777)
+
+
+def _others_above(cache: Path) -> None:
+    cache.parent.chmod(0o777)
+
+
+@pytest.mark.parametrize("spoil", [_graph, _weights, _cut, _others, _others_above])
+def test_what_is_spoilt_is_not_used(spoil: Any, cache: Path) -> None:
+    assert find() is not None
+    spoil(cache)
+    assert find() is None
+
+
+def test_the_oldest_go(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "KEPT", 1)
+    assert compiled.keep("0" * 64, lambda folder: folder.mkdir())
+    assert not cache.exists()
