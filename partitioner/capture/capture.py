@@ -24,6 +24,7 @@ from partitioner.capture.trace.export_graph import export
 from partitioner.capture.trace.fake_model import make_fake_model
 from partitioner.capture.trace.fold_masks import fold_masks
 from partitioner.capture.trace.functionalize import functionalize
+from partitioner.capture.trace.recurrence_hooks import recurrences_installed, rename_recurrences
 from partitioner.capture.trace.weight_names import ModelWeights, check_constant
 from partitioner.errors import CaptureError
 from partitioner.program.program import Input, Program, Weight
@@ -53,10 +54,12 @@ def capture(
     notes, longest = fix_rope(fake_model, known, max_length=max_length)
     example = choose_inputs(fake_model, fake, known.indices(), length=fixed_length)
     kinds = example.probe.kinds
-    exported = functionalize(export(fake_model, example.tensors, kinds, static=fixed_length is not None))
+    with recurrences_installed(fake_model):
+        exported = functionalize(export(fake_model, example.tensors, kinds, static=fixed_length is not None))
     builder = Builder(exported, tuple(example.tensors), known.canonical.__getitem__)
     graph = builder.build()
     fold_masks(graph, kinds)
+    rename_recurrences(graph)
 
     weights, values = describe_weights(graph, builder, known)
     placeholders = {node.target: node for node in graph.nodes if node.op == "placeholder"}
