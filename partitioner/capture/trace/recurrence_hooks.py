@@ -73,7 +73,7 @@ def rename_recurrences(graph: fx.Graph) -> list[fx.Node]:
     found = []
     for node in graph.nodes:
         if node.target in OPS:
-            operands = len(node.target._schema.arguments)  # type: ignore[union-attr]
+            operands = len(node.target._schema.arguments)
             node.target, node.args = OPS[node.target], (*node.args, *[None] * (operands - len(node.args)))
             found.append(node)
     return found
