@@ -27,6 +27,7 @@ from partitioner.capture.trace.export_graph import export, export_sharing
 from partitioner.capture.trace.fake_model import make_fake_model
 from partitioner.capture.trace.fold_masks import fold_masks
 from partitioner.capture.trace.functionalize import functionalize
+from partitioner.capture.trace.recurrence_hooks import recurrences_installed, rename_recurrences
 from partitioner.capture.trace.weight_names import ModelWeights, check_constant
 from partitioner.errors import CaptureError
 from partitioner.program.program import Input, Program, Weight
@@ -61,7 +62,7 @@ def capture(
     static, rename = fixed_length is not None, known.canonical.__getitem__
 
     def build(shared: SharedLayers | None) -> tuple[Builder, fx.Graph]:
-        with timed("export" if shared is None else "export, identical layers once"):
+        with timed("export" if shared is None else "export, identical layers once"), recurrences_installed(fake_model):
             exported = exported_by(shared)
         with timed("graph"):
             builder = Builder(functionalize(exported), tuple(example.tensors), rename, shared=shared)
@@ -74,6 +75,7 @@ def capture(
 
     (builder, graph), layers = traced_once(fake_model, build)
     fold_masks(graph, kinds)
+    rename_recurrences(graph)
 
     weights, values = describe_weights(graph, builder, known)
     placeholders = {node.target: node for node in graph.nodes if node.op == "placeholder"}

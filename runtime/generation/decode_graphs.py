@@ -3,6 +3,7 @@
 A step takes one token per sequence, [B, 1], from the same memory each time; where in its sequence a token stands is
 read on the device. Where attention is a kernel that stops at each row's length, one graph serves all lengths, and what
 is compiled serves any cache. Elsewhere it looks at `seen` slots, rounded up, so that a few graphs serve all lengths.
+States per sequence stay in one place: a step reads and writes them there, for rows that are active.
 CUDA graphs: launching a captured step costs the host microseconds instead of the launch of each of its kernels.
 """
 
@@ -31,6 +32,7 @@ _ON_GPU: dict[str, Any] = {
     "realize_reads_threshold": 1,
     "realize_acc_reads_threshold": 2,
 }
+_INPUTS = ("input_ids", "position_ids", "last", "active")
 _ROUND_TO = 256
 _WARM_UP = 3
 
@@ -39,13 +41,11 @@ def require_fixed_shapes(program: RankProgram, device: torch.device, *, cuda_gra
     """Raises InputError where steps of this program cannot be run from fixed memory."""
     if cuda_graph and device.type != "cuda":
         raise InputError(f"cuda_graph=True needs a CUDA device; this engine is on {str(device)!r}")
-    of_sequences = [state.name for state in program.states if not state.per_token]
-    others = [wanted.name for wanted in program.inputs if wanted.name not in ("input_ids", "position_ids", "last")]
-    if of_sequences or others:
-        what = f"the state {of_sequences[0]!r}" if of_sequences else f"the input {others[0]!r}"
+    others = [wanted.name for wanted in program.inputs if wanted.name not in _INPUTS]
+    if others:
         raise InputError(
-            f"compile and cuda_graph are for models that remember keys and values only; this one has {what}: "
-            "leave them out"
+            "compile and cuda_graph are for models whose attention reads keys and values from a cache by itself; this "
+            f"one is given the input {others[0]!r}: leave them out"
         )
 
 
@@ -72,6 +72,7 @@ class Decoder:
             "input_ids": torch.zeros(batch, 1, dtype=torch.int64, device=device),
             "position_ids": torch.zeros(batch, 1, dtype=torch.int64, device=device),
             "last": torch.zeros(batch, dtype=torch.int64, device=device),
+            "active": torch.ones(batch, dtype=torch.bool, device=device),
         }
         self._order = [wanted.name for wanted in program.inputs]
         self._function: Callable[..., Any] = execute.function
@@ -85,9 +86,12 @@ class Decoder:
         self._graphs: dict[tuple[int, bool], tuple[Any, Tensor]] = {}
         self._choose: Callable[[Tensor], Tensor] | None = None
 
-    def __call__(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """The logits [B, V/n] after one more token per sequence, at its position; valid until the next call."""
-        self._set(tokens, positions)
+    def __call__(self, tokens: Sequence[int], positions: Sequence[int], active: Sequence[bool] = ()) -> Tensor:
+        """The logits [B, V/n] after one more token per sequence, at its position; valid until the next call.
+
+        active: rows whose states move on; (): all.
+        """
+        self._set(tokens, positions, active)
         seen = self._seen(max(positions))
         if not self._compared:
             self._compare(seen)
@@ -119,8 +123,10 @@ class Decoder:
                 yield _arrived(*started.pop(0))
         yield from (_arrived(*each) for each in started)
 
-    def _set(self, tokens: Sequence[int], positions: Sequence[int]) -> None:
+    def _set(self, tokens: Sequence[int], positions: Sequence[int], active: Sequence[bool] = ()) -> None:
+        self.cache.fixed_states.settle(self.cache.buffers)
         device = self._inputs["input_ids"].device
+        self._inputs["active"].copy_(torch.tensor(active or [True] * self.batch))
         both = torch.tensor([tokens, positions])
         if device.type == "cuda":
             both = both.pin_memory().to(device, non_blocking=True)
@@ -151,7 +157,9 @@ class Decoder:
     def _compare(self, seen: int) -> None:
         """One step as it is, with every collective compared; the next one does it again, and writes the same."""
         self.cache.begin_fixed(self._inputs["position_ids"], seen)
+        states = self.cache.fixed_states.copies()
         self._execute([self._inputs[name] for name in self._order])
+        self.cache.fixed_states.restore(states)
         self._execute.communicator.begin_run(new_shapes=False)
         self._compared = True
 
@@ -175,13 +183,16 @@ class Decoder:
 
     @torch.no_grad()
     def _capture(self, run: Callable[[int], Tensor], seen: int) -> tuple[Any, Tensor]:
-        # a step that is run again on the same inputs writes what it has written: the warm-up is free of effects
+        # a step that is run again on the same inputs and states writes what it has written: the warm-up is free of
+        # effects
         before = {name: given.clone() for name, given in self._inputs.items()}
+        states = self.cache.fixed_states.copies()
 
         def warm_up() -> None:
             run(seen)
             for name, given in before.items():
                 self._inputs[name].copy_(given)
+            self.cache.fixed_states.restore(states)
 
         self._execute.communicator.begin_run(new_shapes=True)
         warm_up()

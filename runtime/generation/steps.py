@@ -81,7 +81,7 @@ class Steps:
         """The logits [B, V/n] after one more token per row."""
         if not self._compile and not self._cuda_graph:
             return self.run(piece, decode=True)
-        return self.decoder(len(piece.tokens))([row[0] for row in piece.tokens], piece.starts)
+        return self.decoder(len(piece.tokens))([row[0] for row in piece.tokens], piece.starts, piece.active)
 
     def decoder(self, batch: int) -> Decoder:
         """The steps of `batch` sequences from fixed memory, which captured ones share: one is replayed at a time."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch, PagedRows
+from runtime.kv_cache.fixed_states import FixedStates, write_active
 from runtime.kv_cache.slots import Slots, minus_infinity, slots_of
 from runtime.kv_cache.untouched import untouched_zeros
 from runtime.ops.attention import attention
@@ -58,6 +59,8 @@ class Cache:
     ) -> None:
         self._states, self._device = tuple(states), device
         self._appended: set[str] = set()
+        self.fixed_states = FixedStates({})
+        """Where states per sequence are in runs of fixed shape."""
         self.resize(max_batch=max_batch, max_length=max_length, step=step, slots=slots)
         self._batch: Batch | None = None
         """What the host knows of the run's tokens; None in runs whose positions only the device knows."""
@@ -89,6 +92,7 @@ class Cache:
             for state in self._states
         }
         self._remembered = {s.name: self.buffers[s.name].shape for s in self._states if not s.per_token}
+        self.fixed_states = FixedStates(self._remembered)
         self._used = 0
         """How many slots runs may have written to since all were zero."""
         self._replayed = 0
@@ -102,11 +106,13 @@ class Cache:
     def drop(self) -> None:
         """Gives the buffers back; nothing runs until `resize`."""
         self.buffers.clear()
+        self.fixed_states = FixedStates({})
 
     @property
     def any_length(self) -> bool:
         """Whether steps of one token, as they are bound, are the same whatever the number of slots."""
-        return bool(self._attending) and not self._kinds and not self._appended
+        grows = any(state.per_token for state in self._states)
+        return (bool(self._attending) or not grows) and not self._kinds and not self._appended
 
     @property
     def bytes(self) -> int:
@@ -139,7 +145,7 @@ class Cache:
         """Before a run of one token per row at `positions` [B, 1], of which the host only knows that all are < `seen`.
 
         All that such a run does with the cache are the same ops on the same memory, whatever the positions: it can be
-        captured once and replayed.
+        captured once and replayed, where `fixed_states` have been settled.
         """
         self._batch, self._active, self._fixed, self._group = None, None, seen, slice(0, len(positions))
         self._is_fixed = True
@@ -148,7 +154,7 @@ class Cache:
         self._found = {slots: Slots(slots).find(rows, positions) for slots, _, _ in self._kinds}
         for slots, window, chunk in self._kinds:
             held = Slots(slots).held(positions, min(slots, seen), wraps=slots < self.max_length)
-            dtype = next(iter(self.buffers.values())).dtype
+            dtype = next(state.dtype for state in self._states if state.per_token)
             self._fixed_masks[slots, window, chunk] = minus_infinity(positions, held, window, chunk, dtype)
 
     def start(self, rows: slice | None = None) -> None:
@@ -309,6 +315,8 @@ class Cache:
 
     def _read(self, state: str, batch: Tensor) -> Tensor:
         held = self.buffers[state]
+        if self._is_fixed:
+            return held[self._group].clone()  # written in place
         # a group's part is written in place, and who has read it may still use it
         return held[self._group] if self._replaces(state) else held[self._group].clone()
 
@@ -318,6 +326,9 @@ class Cache:
 
     def _write(self, state: str, value: Tensor, active: Tensor) -> Tensor:
         """Replaces what is remembered: who has read the old state may still use it."""
+        if self._is_fixed:
+            write_active(self.buffers[state][self._group], value, active)
+            return value
         tokens = self._batch
         assert tokens is not None
         if not all(tokens.active):

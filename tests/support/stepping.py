@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from partitioner import Parts, Plan
-from partitioner.compile.partition import compile_steps, trace_step
+from partitioner.compile.partition import compile_steps, trace_piece, trace_step
 from partitioner.program import Program
 from partitioner.proof.float64 import in_float64
 from tests.support import reference, zoo
@@ -37,6 +37,18 @@ def parts_of(prefill: Program, decode: Program | None = None) -> Parts[None]:
 @functools.cache
 def compiled(name: str, tp: int) -> Parts[None]:
     return parts_of(*compile_steps(traced(name)[1], Plan(tp=tp)))
+
+
+@functools.cache
+def pieces(name: str) -> Program:
+    """The trace of several tokens behind what is remembered, of a model with a state per sequence."""
+    return in_float64(trace_piece(traced(name)[0]))
+
+
+@functools.cache
+def compiled_in_pieces(name: str, tp: int) -> Parts[None]:
+    """Prompts by pieces, further tokens by steps."""
+    return parts_of(*compile_steps(traced(name)[1], Plan(tp=tp), piece=lambda: pieces(name)))
 
 
 def prompts(name: str) -> list[list[int]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from partitioner.capture.trace.recurrence_hooks import OPS
+from partitioner.capture.trace.recurrence_hooks import rename_recurrences
 from partitioner.program.program import State, Value
 from runtime.ops.state import state_read, state_write
 
@@ -27,13 +27,9 @@ _LAST = 1
 
 def fold_recurrences(graph: fx.Graph, states: Mapping[str, State], batch: fx.Node) -> None:
     """Rewrites `graph`; `batch`: an input with as many rows as the run."""
-    for node in list(graph.nodes):
-        if node.target in OPS:
-            node.target = OPS[node.target]
-            if len(node.args) < len(node.target.__annotations__) - 1:
-                node.args = (*node.args, None)
-            if node.args[-1] is None and (name := _written(node)) is not None:
-                node.args = (*node.args[:-1], _read(graph, node, states[name], batch))
+    for node in rename_recurrences(graph):
+        if node.args[-1] is None and (name := _written(node)) is not None:
+            node.args = (*node.args[:-1], _read(graph, node, states[name], batch))
     graph.lint()
 
 

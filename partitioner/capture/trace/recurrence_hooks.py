@@ -24,13 +24,13 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from partitioner.capture.trace.transformers_hooks import ONE_CAPTURE_AT_A_TIME
 from runtime.ops.state import gated_delta_rule, gated_linear_attention, selective_scan
 
-__all__ = ["OPS", "recurrences_installed"]
+__all__ = ["OPS", "recurrences_installed", "rename_recurrences"]
 
 _NAMESPACE = "partitioner_recurrences"
 _SCHEMAS = {
@@ -66,6 +66,19 @@ OPS: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {
     _ops.selective_scan.default: selective_scan,
 }
 """By op of the trace: the function of our runtime that it stands for."""
+
+
+def rename_recurrences(graph: fx.Graph) -> list[fx.Node]:
+    """From ops of the trace to those of our runtime; returns them, the state before the first token as last operand."""
+    found = []
+    for node in graph.nodes:
+        if node.target in OPS:
+            operands = len(node.target._schema.arguments)
+            node.target, node.args = OPS[node.target], (*node.args, *[None] * (operands - len(node.args)))
+            found.append(node)
+    return found
+
+
 Op = Callable[..., tuple[Tensor, Tensor]]
 
 

@@ -19,6 +19,7 @@ from partitioner.program import Program, Value
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.attention import attention
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
+from runtime.ops.state import selective_scan
 from tests.support import zoo
 from tests.support.interpret import run
 from tests.supported_models.capture_survey import TOLERANCE, difference
@@ -164,14 +165,22 @@ def test_encoder_decoders_are_refused_by_name() -> None:
 
 @pytest.mark.slow
 def test_a_model_that_counts_tokens_in_python_needs_a_length() -> None:
-    model, ids = zoo.tiny("mamba")
-    with pytest.raises(CaptureError, match=r"MambaForCausalLM: .*specialized.*\n.*length=N"):
+    model, ids = zoo.tiny("rwkv")
+    with pytest.raises(CaptureError, match=r"RwkvForCausalLM: .*specialized.*\n.*length=N"):
         capture(model, mesh=ONE)
     program = capture(model, mesh=ONE, fixed_length=6)
     assert program.notes == ["static length 6"]
     assert set(program.symbols) == {"batch"}
     assert difference(model, program, ids[:, :6], lifted=True) < TOLERANCE
     assert difference(model, program, ids[:1, :6], lifted=True) < TOLERANCE
+
+
+def test_a_scan_over_tokens_is_one_op_for_any_number_of_them() -> None:
+    model, ids, program = captured("mamba")
+    assert "sequence" not in program.limits
+    assert sum(node.target is selective_scan for node in program.graph.nodes) == 2
+    for length in (1, 2, ids.shape[1]):
+        assert difference(model, program, ids[:, :length], lifted=True) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "masked:bert"])

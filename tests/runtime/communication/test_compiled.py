@@ -31,8 +31,9 @@ def test_a_decode_step_over_nccl_is_one_graph(monkeypatch: pytest.MonkeyPatch, p
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
-def test_a_rank_alone_is_one_graph_too() -> None:
-    parts = partition(zoo.tiny("llama")[0].float(), Plan(tp=1))
+@pytest.mark.parametrize("name", ["llama", "mamba", "falcon_h1"])
+def test_a_rank_alone_is_one_graph_too(name: str) -> None:
+    parts = partition(zoo.tiny(name)[0].float(), Plan(tp=1))
     expected = parts.generate([[5, 6, 7]], max_new_tokens=6, eos_token_id=[])
     torch._dynamo.reset()
     counters.clear()
@@ -42,12 +43,16 @@ def test_a_rank_alone_is_one_graph_too() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("name", ["gemma2", "llama"])
+@pytest.mark.parametrize("name", ["gemma2", "llama", "mamba", pytest.param("falcon_h1", marks=pytest.mark.slow)])
 def test_steps_from_fixed_memory_say_what_others_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of several lengths, past the window of those layers that have one."""
+    """Rows of several lengths, past the window of those layers that have one; states stay where they are."""
     parts = partition(zoo.tiny(name)[0], Plan(tp=1))
     texts = prompts(name, (3, 11))
     expected = parts.generate(texts, max_new_tokens=14, eos_token_id=[])
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     engine = parts.engine(0, ThreadGroup(parts.mesh).communicator(0), compile=True)
     assert torch.equal(engine.generate(texts, max_new_tokens=14, eos_token_id=[], prefill_step=4), expected)
+    shorter = [text[:2] for text in texts]  # with states that begin anew
+    assert engine.generate(shorter, max_new_tokens=4, eos_token_id=[]).tolist() == (
+        parts.generate(shorter, max_new_tokens=4, eos_token_id=[]).tolist()
+    )

@@ -1,0 +1,68 @@
+"""Prompts of models that remember states, several tokens at a time: in float64, against the model's own forward.
+
+Prompts of 1, 5, 11 and 23 tokens are one batch, so that pieces end where a prompt does; and in pieces of other sizes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from torch import fx
+
+from partitioner import Plan, load, partition
+from partitioner.compile.partition import compile_steps
+from partitioner.program import Program
+from runtime.ops.state import selective_scan
+from tests.support import stepping, zoo
+
+EXACT = 1e-9
+QUICK = ["mamba", "lfm2_moe"]
+SLOW = ["mamba2", "bamba", "falcon_h1", "granitemoehybrid", "qwen3_next", "jamba", "olmo_hybrid"]
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("tp", [*(pytest.param(tp, marks=pytest.mark.slow) for tp in (1, 2)), 3])
+def test_prompts_in_pieces_say_what_the_model_says(name: str, tp: int) -> None:
+    parts = stepping.compiled_in_pieces(name, tp)
+    assert not [note for note in parts.program_of("prefill").notes if "token by token" in note]
+    assert parts.program_of("prefill") is not parts.program_of("decode")
+    assert parts.generation_report.tokens_at_a_time is None
+    for step in (None, 1, 7):
+        assert stepping.error(name, parts, prefill_step=step) < EXACT
+
+
+def broken() -> Program:
+    """A trace of pieces whose scans begin at nothing, whatever is remembered: right for a prompt in one piece."""
+    program = stepping.pieces("mamba").copy()
+    for node in program.graph.nodes:
+        if node.target is selective_scan:
+            node.args = (*node.args[:-1], None)
+    return program
+
+
+def test_what_is_not_proven_runs_token_by_token_and_says_why() -> None:
+    parts = stepping.parts_of(*compile_steps(stepping.traced("mamba")[1], Plan(tp=2), piece=broken))
+    assert parts.program_of("prefill") is parts.program_of("decode")
+    report = parts.generation_report
+    assert report.tokens_at_a_time == 1
+    (note,) = [note for note in report.notes if note.startswith("prompts run token by token: ")]
+    assert "at once than for single ones" in note
+    assert stepping.error("mamba", parts) < EXACT
+
+
+@pytest.mark.slow
+def test_a_bundle_has_both_entries(tmp_path: Path) -> None:
+    model = zoo.tiny("mamba")[0].float()
+    parts = partition(model, Plan(tp=2))
+    parts.save(tmp_path / "bundle")
+    bundle = load(tmp_path / "bundle")
+    targets = [
+        {node.target for node in bundle.entry(entry, 1).graph.nodes if isinstance(node, fx.Node)}
+        for entry in ("prefill", "decode")
+    ]
+    assert selective_scan in targets[0]
+    assert selective_scan not in targets[1]
+    options = {"max_new_tokens": 3, "eos_token_id": []}
+    prompts = stepping.prompts("mamba")
+    assert bundle.generate(prompts, **options).tolist() == parts.generate(prompts, **options).tolist()
