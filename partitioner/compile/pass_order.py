@@ -10,7 +10,7 @@ Each of these entries is a program of its own; where a plan asks the same of two
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from partitioner.compile.run_passes import Chosen, choose, wanted
@@ -66,7 +66,7 @@ ORDER = (
         "context-parallel",
         ("text", "prefill"),
         lambda plan: plan.sp > 1,
-        options=lambda plan: {"attention": plan.sp_attention},
+        options=lambda plan: {} if plan.sp_attention == "auto" else {"attention": plan.sp_attention},
     ),
     BuiltIn("sequence-parallel", ("text", "prefill"), lambda plan: "sequence-parallel" in _named(plan)),
     BuiltIn("kv-cache", GENERATION, _always),
@@ -106,13 +106,29 @@ def passes_of(plan: Plan, entry: str) -> list[Chosen]:
     return [*_built_in(plan, before), *own, *_built_in(plan, after)]
 
 
+def _with_options(chosen: Chosen, options: dict[str, object]) -> Chosen:
+    """A pass that the plan configures, with what its fields say as well. Raises `PlanError` where they contradict."""
+    step: Any = chosen.step
+    for field in fields(step):
+        said = getattr(step, field.name)
+        if field.name in options and said not in (field.default, options[field.name]):
+            raise PlanError(
+                f"the plan says {field.name}={options[field.name]} for the pass {step.name}, and "
+                f"{step.name}.{field.name}={said}: give one of them"
+            )
+    return replace(chosen, step=replace(step, **options))
+
+
 def _built_in(plan: Plan, built_in: Iterable[BuiltIn], keep: Reasons = ()) -> Iterable[Chosen]:
     """Each that the plan needs, as the plan configures it. keep: weights that none of them may split, with reasons."""
     configured = {chosen.step.name: chosen for chosen in wanted(plan)}
     for each in built_in:
         if not each.when(plan):
             continue
-        chosen = configured.get(each.name) or choose(each.name, **each.options(plan))
+        options = each.options(plan)
+        chosen = configured.get(each.name) or choose(each.name, **options)
+        if each.name in configured and options:
+            chosen = _with_options(chosen, options)
         if keep:
             step: Any = chosen.step  # every pass that splits has the field
             chosen = replace(chosen, step=replace(step, keep_whole=(*step.keep_whole, *keep)))

@@ -165,10 +165,17 @@ class Mesh:
     def in_attention_view(self, axis: str) -> tuple[str, ...]:
         """An experts' axis by the axes of attention whose groups are the same, in the same order; else by itself.
 
-        So a sum over experts and one over tp are one sum where they are over the same ranks.
+        So a sum over experts and one over tp are one sum where they are over the same ranks. ep and etp divide the same
+        weights: where one of them has no such axes, both go by their own names.
         """
         if axis in AXES:
             return (axis,)
+        both = [each for each in ("ep", "etp") if self._size(each) > 1]
+        if axis in both and any(self._same_groups(each) == (each,) for each in both):
+            return (axis,)
+        return self._same_groups(axis)
+
+    def _same_groups(self, axis: str) -> tuple[str, ...]:
         order = EXPERT_AXES[1:]
         size, inner = self._size(axis), math.prod(self._size(each) for each in order[order.index(axis) + 1 :])
         found: tuple[str, ...] = ()

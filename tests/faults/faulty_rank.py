@@ -9,6 +9,7 @@ Every rank is a process of its own that nobody supervises: the others must notic
                memory: a MemoryError of Python's               close: closes its engine, and ends well
     phase      absent: never comes       joining: while groups are made      loading: while its weights are
                prefill, decode: before a collective          sampler: before the gather in which tokens are chosen
+               ring: before keys and values go on to the next rank        merge: before parts of a token come together
 """
 
 import faulthandler
@@ -31,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import runtime.engine.engine
 from partitioner import Plan, partition
 from partitioner.compile.parts import Parts
+from runtime.communication.channels import Channel
 from runtime.communication.process_groups import ProcessGroups
 from runtime.engine import Engine
 from runtime.generation.steps import Steps
@@ -52,6 +54,8 @@ class Case:
     timeout_s: float = 30.0
     pp: int = 1
     """Pipeline stages: all ranks, where there are several."""
+    sp: int = 1
+    """Ranks that share out tokens: all, where there are several."""
     port: int = 0
     folder: str = ""
 
@@ -127,6 +131,19 @@ def arm(case: Case) -> None:
             strike(case)
         return execute(self, *given, decode=decode, **options)
 
+    permute, gather, met = Channel.permute_begin, Channel.all_gather, {"ring": 0, "merge": 0}
+
+    def meets(phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(self: Channel, *given: Any, **options: Any) -> Any:
+            met[phase] += self.axes == ("sp",)
+            if case.phase == phase and met[phase] == 2 and (phase == "ring" or met["ring"]):
+                strike(case)
+            return method(self, *given, **options)
+
+        return run
+
+    Channel.permute_begin = meets("ring", permute)  # type: ignore[method-assign]
+    Channel.all_gather = meets("merge", gather)  # type: ignore[method-assign]
     Steps.execute = staged  # type: ignore[method-assign]
     ProcessGroups.bind = armed  # type: ignore[method-assign, assignment]
 
@@ -142,7 +159,7 @@ def rank(case: Case, place: int, parts: Parts[Any]) -> None:
         if case.fault == "close" and place in case.victims:
             strike(case)
             return
-        if case.pp > 1:
+        if case.pp > 1 or case.sp > 1:
             engine.generate([[1, 2, 3], [4, 5], [6]], max_new_tokens=200)
             return
         if case.num_ranks > 1:
@@ -150,7 +167,7 @@ def rank(case: Case, place: int, parts: Parts[Any]) -> None:
         engine.generate([[1, 2, 3], [4, 5]], max_new_tokens=200)
 
 
-def run(case: Case, parts: dict[tuple[int, int], Parts[Any]]) -> Outcome | None:
+def run(case: Case, parts: dict[tuple[int, int, int], Parts[Any]]) -> Outcome | None:
     """None: in a rank, which is over."""
     started = time.monotonic()
     pids = [os.fork() for _ in range(case.num_ranks) if os.getpid() == HERE]
@@ -167,7 +184,7 @@ def run(case: Case, parts: dict[tuple[int, int], Parts[Any]]) -> Outcome | None:
                 os.dup2(file.fileno(), 2)
             os.dup2(2, 1)
             faulthandler.enable()
-            rank(case, place, parts[case.num_ranks, case.pp])
+            rank(case, place, parts[case.num_ranks, case.pp, case.sp])
             return None
         pids.append(pid)
     codes: dict[int, int] = {}
@@ -196,20 +213,21 @@ def run(case: Case, parts: dict[tuple[int, int], Parts[Any]]) -> Outcome | None:
     )
 
 
-def tiny(num_ranks: int, pp: int) -> Parts[Any]:
+def tiny(num_ranks: int, pp: int, sp: int) -> Parts[Any]:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
-    parts = partition(LlamaForCausalLM(config).eval(), Plan(tp=num_ranks // pp, pp=pp))
+    way = "ring" if sp > 1 else "auto"
+    parts = partition(LlamaForCausalLM(config).eval(), Plan(tp=num_ranks // pp // sp, pp=pp, sp=sp, sp_attention=way))
     parts.entry("decode", 0)
     return parts
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    parts = {(num_ranks, pp): tiny(num_ranks, pp) for num_ranks, pp in ((1, 1), (3, 1), (4, 1), (3, 3))}
+    parts = {each: tiny(*each) for each in ((1, 1, 1), (3, 1, 1), (4, 1, 1), (3, 3, 1), (3, 1, 3))}
     gc.freeze()  # a rank that ends would else look at, and so copy, all that was made here
     for line in sys.stdin:
         case = Case(**json.loads(line))

@@ -117,7 +117,7 @@ def test_auto_takes_the_way_with_fewest_bytes_and_says_why() -> None:
         ("gemma2", "tp=2,sp=4,sp_attention=ring-ulysses", 2),  # windows and a soft cap
         (
             "llama",
-            "sp=6,sp_attention=ring-ulysses,context-parallel.attention=ring-ulysses,context-parallel.neighbours=2",
+            "sp=6,sp_attention=ring-ulysses,context-parallel.neighbours=2",
             2,
         ),
     ],
@@ -173,9 +173,10 @@ def test_a_model_of_one_length_is_refused() -> None:
         ("sp=2,sp_attention=rings", "must be one of auto, ring, gather, ulysses, ring-ulysses"),
         ("sp=3,sp_attention=ring-ulysses", "product of two numbers above 1"),
         (
-            "tp=2,sp=6,sp_attention=ring-ulysses,context-parallel.attention=ring-ulysses,context-parallel.neighbours=4",
+            "tp=2,sp=6,sp_attention=ring-ulysses,context-parallel.neighbours=4",
             "4 ranks that exchange heads: required is a factor of 6",
         ),
+        ("sp=2,sp_attention=ring,context-parallel.attention=gather", "attention=gather: give one of them"),
         ("tp=4,sp=4,sp_attention=ring-ulysses", "no number of ranks that exchange heads"),  # one head each
         ("tp=2,sp_attention=ring", "sp is 1"),
     ],

@@ -72,6 +72,7 @@ def ops(name: str, degrees: str, exchange: str) -> dict[str, int]:
         "sp=2,ep=4",  # experts over dp as well
         "sp=2,tp=3,ep=2",  # groups that go across those of attention
         "sp=2,tp=2,ep=2,etp=4",
+        "sp=4,tp=3,ep=2,etp=3",
         "sp=2,tp=2,ep=4,sequence-parallel",
     ],
 )

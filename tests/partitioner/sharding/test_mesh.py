@@ -86,6 +86,8 @@ def test_an_experts_axis_goes_by_the_name_of_the_same_groups() -> None:
         ({"dp": 3, "tp": 2, "ep": 3}, "ep", ("ep",)),  # no two of its ranks are a group of attention's
         ({"dp": 2, "sp": 2, "tp": 2, "pp": 2, "ep": 4}, "ep", ("sp", "tp")),
         ({"tp": 4, "ep": 2, "etp": 2}, "etp", ("etp",)),
+        ({"sp": 4, "tp": 3, "ep": 2, "etp": 3}, "ep", ("ep",)),
+        ({"sp": 4, "tp": 3, "ep": 2, "etp": 3}, "etp", ("etp",)),  # not tp: ep divides the same weights
     ):
         mesh = Mesh.of(**degrees)
         assert mesh.in_attention_view(axis) == names, degrees
