@@ -25,7 +25,7 @@ PLANS = (
 
 def test_processes_over_gloo(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
-    launch(["tests.equivalence.expert_rank", "mixtral", *PLANS], num_ranks=2, timeout_s=300)
+    launch(["tests.equivalence.ranks.expert_rank", "mixtral", *PLANS], num_ranks=2, timeout_s=300)
 
 
 @pytest.mark.parametrize(

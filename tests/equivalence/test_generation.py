@@ -139,4 +139,4 @@ def test_processes_over_gloo(
     names: list[str], num_ranks: int, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
-    launch(["tests.equivalence.generating_rank", *names], num_ranks=num_ranks, timeout_s=600)
+    launch(["tests.equivalence.ranks.generating_rank", *names], num_ranks=num_ranks, timeout_s=600)

@@ -21,7 +21,7 @@ def test_stages_over_gloo(
     plan: str, num_ranks: int, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
-    launch(["tests.equivalence.staged_rank", plan, "llama"], num_ranks=num_ranks, timeout_s=600)
+    launch(["tests.equivalence.ranks.staged_rank", plan, "llama"], num_ranks=num_ranks, timeout_s=600)
 
 
 @pytest.mark.slow
@@ -31,7 +31,7 @@ def test_replicas_under_one_launcher(
     plan: str, num_ranks: int, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
-    launch(["tests.equivalence.replica_rank", plan, "none"], num_ranks=num_ranks, timeout_s=600)
+    launch(["tests.equivalence.ranks.replica_rank", plan, "none"], num_ranks=num_ranks, timeout_s=600)
 
 
 @pytest.mark.slow
@@ -42,4 +42,4 @@ def test_a_replica_that_fails_under_one_launcher_ends_all(
     """What only our own launcher can keep up: torchrun's agent ends all."""
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
     with pytest.raises(RankLost, match="ended with exit code 1"):
-        launch(["tests.equivalence.replica_rank", "dp=2,pp=2", "raise"], num_ranks=4, timeout_s=600)
+        launch(["tests.equivalence.ranks.replica_rank", "dp=2,pp=2", "raise"], num_ranks=4, timeout_s=600)

@@ -1,6 +1,6 @@
 """One of the processes of test_experts.py: experts over gloo, whole texts and generation against the model's own code.
 
-python -m tests.equivalence.expert_rank NAME PLAN ...      started by runtime.processes.launch
+python -m tests.equivalence.ranks.expert_rank NAME PLAN ...      started by runtime.processes.launch
 """
 
 from __future__ import annotations

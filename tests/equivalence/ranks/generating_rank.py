@@ -1,6 +1,6 @@
 """One of the processes of test_generating.py: over gloo, each model named continues texts as its own forward does.
 
-python -m tests.equivalence.generating_rank NAME ...      started by torchrun, or by runtime.processes.launch
+python -m tests.equivalence.ranks.generating_rank NAME ...      started by torchrun, or by runtime.processes.launch
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One of the processes of test_stages.py: replicas that one launcher has started say what one replica says.
 
-python -m tests.equivalence.replica_rank PLAN FAULT        started by torchrun, or by runtime.processes.launch
+python -m tests.equivalence.ranks.replica_rank PLAN FAULT        started by torchrun, or by runtime.processes.launch
 """
 
 from __future__ import annotations

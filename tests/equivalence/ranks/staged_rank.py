@@ -1,6 +1,6 @@
 """One of the processes of test_stages.py: pipeline stages over gloo do what the simulated ones do.
 
-python -m tests.equivalence.staged_rank PLAN NAME ...      started by torchrun, or by runtime.processes.launch
+python -m tests.equivalence.ranks.staged_rank PLAN NAME ...      started by torchrun, or by runtime.processes.launch
 """
 
 from __future__ import annotations
