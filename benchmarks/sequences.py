@@ -25,14 +25,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from benchmarks.peers import build
+from benchmarks.rounds import Ratio, take_turns
 from torch import Tensor
 from torch import distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.peers import build
-from benchmarks.rounds import Ratio, take_turns
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.process_groups import ProcessGroups
