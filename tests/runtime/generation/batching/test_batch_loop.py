@@ -34,7 +34,7 @@ def expected(count: int, longest: int, new: int) -> tuple[list[Case], list[list[
 
 @pytest.mark.parametrize("plan", ["tp=1", "tp=2", "pp=2", "sp=2"])
 def test_each_is_told_what_it_is_told_alone(plan: str) -> None:
-    cases, alone = expected(20, 60, 12)
+    cases, alone = expected(14, 40, 8)
     found = on_all_ranks(parts(plan), cases, ROOMY)
     assert_as_alone(cases, found, alone)
     assert found.status["preemptions"] == 0
