@@ -71,7 +71,7 @@ def test_whatever_comes_goes_and_does_not_fit(plan: str, seed: int) -> None:
 
 def test_states_per_sequence() -> None:
     held = stepping.compiled("mamba2", 1)
-    cases = mixed(10, longest=12, new=6)
+    cases = mixed(6, longest=12, new=5)
     found = on_all_ranks(held, cases, CacheSize(max_batch=3, max_length=40))
     assert_as_alone(cases, found, many_requests.alone(held, cases))
     assert found.status["prefix_hits"] == 0
