@@ -93,10 +93,9 @@ def serve_command(
     ] = False,
 ) -> None:
     """Serve a model over HTTP to OpenAI's clients, over one process per rank of this machine; ends on SIGTERM."""
-    from partitioner.serving.http.keys import Keys  # needs the extra, as all of http does
-    from partitioner.serving.http.limits import Limits
-
     try:
+        from partitioner.serving.http.keys import Keys
+        from partitioner.serving.http.limits import Limits
         from partitioner.serving.http.server import bound, serve_on
         from partitioner.serving.http.service import Service
     except ModuleNotFoundError as error:
