@@ -217,9 +217,11 @@ class Scheduler:
     def _admit(self, group: int) -> None:
         """Rows for those that wait, in their order, while there is room."""
         while self._waiting:
-            mine = sum(each.group == group for each in self._running.values())
-            if mine * self.limits.groups > len(self._running):
-                return  # the turn of another group, which has fewer
+            left = [0] * self.limits.groups
+            for each in self._running.values():
+                left[each.group] += each.most - each.computed
+            if left[group] > min(left):
+                return  # it is for the group that has least to do, whose turn comes
             row = next((row for row, owner in enumerate(self._rows) if owner is None), None)
             if row is None or not self._has_room(self._waiting[0]):
                 return

@@ -67,7 +67,7 @@ def test_rows_come_back_in_order_with_the_tokens_of_one(llm: Launched, alone: An
     texts = prompts("llama", (4, 7, 2, 5, 3))
     for options in (
         {"max_new_tokens": 5},
-        {"max_new_tokens": 70, "do_sample": True, "seed": 3},  # past what is granted at once
+        {"max_new_tokens": 70, "do_sample": True, "seed": 3},
         {"max_length": 12, "logprobs": True},
     ):
         found, expected = (each.generate(texts, eos_token_id=[], **options) for each in (llm, alone))

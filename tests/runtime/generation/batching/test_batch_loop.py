@@ -57,6 +57,18 @@ def test_a_full_cache_costs_time_and_no_request(plan: str) -> None:
     assert found.status["preemptions"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("plan", ["tp=2", "pp=3"])
+def test_whatever_comes_goes_and_does_not_fit(plan: str, seed: int) -> None:
+    cases = mixed(24, longest=20, new=14, seed=seed)
+    alone = many_requests.alone(parts("tp=1"), cases)
+    found = on_all_ranks(parts(plan), cases, CacheSize(max_batch=5, max_length=8, prefill_step=8))
+    assert_as_alone(cases, found, alone)
+    assert found.status["preemptions"] > 0
+    assert any(case.cancelled is not None for case in cases)
+
+
 def test_states_per_sequence() -> None:
     held = stepping.compiled("mamba2", 1)
     cases = mixed(10, longest=12, new=6)
