@@ -208,7 +208,9 @@ class BatchLoop:
     def _from_fixed_memory(self) -> bool:
         """Whether decode steps are compiled or captured. What is compiled has one size, which must be no cache's."""
         assert self._places is not None
-        return any(self._decoding.values()) and (not self._decoding["compile"] or self._places.cache.any_length)
+        if not any(self._decoding.values()) or not all(state.per_token for state in self.program.states):
+            return False
+        return not self._decoding["compile"] or self._places.cache.any_length
 
     def sampled(self, work: Work) -> list[int]:
         """The sequences of a step that are to be told a token: they have none left to run, and are still wanted."""

@@ -83,6 +83,8 @@ class InBlocks:
             block_size=size.block_size,
             budget=budget,
             piece=program.limits.get("sequence", (1, None))[1],
+            # a state per sequence would count a token twice with which a shorter row is filled up
+            alike=not all(state.per_token for state in program.states),
             keeps_prefixes=not self.why_not_kept,
         )
 

@@ -39,6 +39,8 @@ class Limits:
     """The most tokens of one sequence in one step; 1: prompts run token by token, in the steps of the others."""
     together: int | None = None
     """How many sequences at most run pieces of their prompts in one step."""
+    alike: bool = False
+    """Whether sequences that run pieces of their prompts together must run as many tokens each."""
     longest: int | None = None
     """The most tokens of one sequence; None: as many as all blocks have room for."""
     keeps_prefixes: bool = True
@@ -284,6 +286,8 @@ class Scheduler:
             width = width or min(count, self.limits.budget)
             if (len(turns) + 1) * width > self.limits.budget or len(turns) == self.limits.together:
                 break
+            if self.limits.alike and count < width:
+                continue  # until it is the first of them
             turn = self._turn(sequence, min(count, width))
             if turn is not None:
                 turns.append(turn)

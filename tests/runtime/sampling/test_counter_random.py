@@ -131,3 +131,10 @@ def test_cuda_gives_the_same_bits() -> None:
     assert torch.equal(random_bits(9, *counters), random_bits(9, *counters.cuda()).cpu())
     on_cpu, on_cuda = gumbel(counters[0], counters[1]), gumbel(*counters[:2].cuda()).cpu()
     torch.testing.assert_close(on_cpu, on_cuda, rtol=1e-14, atol=1e-14)
+
+
+def test_a_seed_for_each_row_is_that_row_alone() -> None:
+    ids, steps, seeds = torch.tensor([4, 4, 9]), torch.tensor([0, 1, 2**40]), [3, 2**64 - 1, 3]
+    together = random_bits(seeds, ids, steps)
+    for row, seed in enumerate(seeds):
+        assert together[row] == random_bits(seed, ids[row], steps[row])

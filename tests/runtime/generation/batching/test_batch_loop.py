@@ -34,7 +34,7 @@ def expected(count: int, longest: int, new: int) -> tuple[list[Case], list[list[
 
 @pytest.mark.parametrize("plan", ["tp=1", "tp=2", "pp=2", "sp=2"])
 def test_each_is_told_what_it_is_told_alone(plan: str) -> None:
-    cases, alone = expected(20, 60, 12)
+    cases, alone = expected(14, 40, 8)
     found = on_all_ranks(parts(plan), cases, ROOMY)
     assert_as_alone(cases, found, alone)
     assert found.status["preemptions"] == 0
@@ -71,7 +71,7 @@ def test_whatever_comes_goes_and_does_not_fit(plan: str, seed: int) -> None:
 
 def test_states_per_sequence() -> None:
     held = stepping.compiled("mamba2", 1)
-    cases = mixed(10, longest=12, new=6)
+    cases = mixed(6, longest=12, new=5)
     found = on_all_ranks(held, cases, CacheSize(max_batch=3, max_length=40))
     assert_as_alone(cases, found, many_requests.alone(held, cases))
     assert found.status["prefix_hits"] == 0

@@ -23,6 +23,7 @@ def limits(draw: st.DrawFn) -> Limits:
         budget=draw(st.integers(1, 16)),
         piece=draw(st.sampled_from([None, 1, 3])),
         together=draw(st.sampled_from([None, 1])),
+        alike=draw(st.booleans()),
         keeps_prefixes=draw(st.booleans()),
         groups=draw(st.integers(1, 3)),
     )
@@ -86,6 +87,7 @@ class World:
             width = max(len(turn.tokens) for turn in work.turns)
             assert width * len(work.turns) <= given.budget
             assert given.together is None or len(work.turns) <= given.together
+            assert not given.alike or all(len(turn.tokens) == width for turn in work.turns)
         writes: Counter[int] = Counter()
         for turn in work.turns:
             end = turn.start + len(turn.tokens)
