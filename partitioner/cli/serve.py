@@ -93,10 +93,9 @@ def serve_command(
     ] = False,
 ) -> None:
     """Serve a model over HTTP to OpenAI's clients, over one process per rank of this machine; ends on SIGTERM."""
-    from partitioner.serving.http.keys import Keys  # needs the extra, as all of http does
-    from partitioner.serving.http.limits import Limits
-
     try:
+        from partitioner.serving.http.keys import Keys
+        from partitioner.serving.http.limits import Limits
         from partitioner.serving.http.server import bound, serve_on
         from partitioner.serving.http.service import Service
     except ModuleNotFoundError as error:
@@ -185,8 +184,11 @@ def _max_length(model: str, llm: Launched, asked: int | None) -> int:
 
 
 def _try(llm: Launched) -> None:
-    """One token: what the model's own generation config asks for in vain is said before anybody is served."""
-    llm.generate([[0]], max_new_tokens=1, stop_strings=None)
+    """One token of each replica, which sets its cache aside.
+
+    What the model's own generation config asks for in vain is so said before anybody is served.
+    """
+    llm.generate([[0]] * llm.replicas, max_new_tokens=1, stop_strings=None)
 
 
 def _say(line: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 from transformers import AutoTokenizer
 
@@ -176,6 +177,12 @@ def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             ):
                 assert answer.json()["error"]["code"] in ("missing_api_key", "invalid_api_key")
                 assert answer.status_code == 401
+        with (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="another-key", max_retries=0) as client,
+            pytest.raises(openai.AuthenticationError) as raised,
+        ):
+            client.completions.create(model="m", prompt="If", stream=True)
+        assert raised.value.code == "invalid_api_key"
         for key in ("first-key-0", "second-key", "of-the-environment"):
             answer = httpx2.post(url + PATH, json=ASKED, headers={"authorization": f"Bearer {key}"})
             assert answer.status_code == 200

@@ -1,0 +1,62 @@
+"""What `partitioner serve` and `bench` refuse before anything is started, in one line and with exit code 2."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import partitioner
+from partitioner.cli.app import app
+from partitioner.serving.http.keys import API_KEY
+from partitioner.serving.http.server import bound
+
+
+def said(*arguments: str) -> str:
+    done = CliRunner().invoke(app, list(arguments))
+    assert done.exit_code == 2, done.output
+    return done.output
+
+
+def test_what_cannot_be_served_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "is no folder" in said("serve", str(tmp_path / "none"))
+    assert "cannot be read" in said("serve", "--api-key-file", str(tmp_path / "none"))
+    assert "chat template" in said("serve", "--chat-template", str(tmp_path / "none"))
+    with bound("127.0.0.1", 0) as taken:
+        assert "cannot listen on 127.0.0.1" in said("serve", "--port", str(taken.getsockname()[1]))
+    monkeypatch.setenv(API_KEY, "short")
+    assert "at least 8" in said("serve")
+
+
+def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
+    assert "say serve" in said("bench", "decode")
+    assert "either a rate" in said("bench", "serve", "--rate", "1", "--clients", "2")
+    with bound("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    assert "no model is listed" in said("bench", "serve", "--url", f"http://127.0.0.1:{port}/v1")
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("partitioner.serving.http")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert "pip install 'partitioner[serve]'" in said("serve")
+
+
+def test_the_extra_is_imported_by_the_rooms_that_need_it_alone() -> None:
+    """So `import partitioner`, and every other command, works without it."""
+    root = Path(partitioner.__file__).parent
+    rooms = [root / "serving" / name for name in ("http", "openai", "load")]
+    extra = ("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client", "httpx2", "openai")
+    ours = ("partitioner.serving.http", "partitioner.serving.openai", "partitioner.serving.load.ask")
+    found = []
+    for path in root.rglob("*.py"):
+        if any(room in path.parents for room in rooms):
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found += [f"{path}: {name}" for name in names if name.partition(".")[0] in extra or name.startswith(ours)]
+    assert not found
+    assert len(list(rooms[0].glob("*.py"))) > 5, "negative control"
