@@ -50,7 +50,7 @@ def traced(name: str, form: str) -> Any:
         pytest.param("llama", "packed", "tp=3", stored_linear, marks=slow),
         pytest.param("llama", "fp8-channel", "tp=3", stored_linear, marks=slow),
         pytest.param("llama", "fp8-tensor", "tp=3", stored_linear, marks=slow),
-        ("qwen3_moe", "fp8", "tp=3", stored_grouped_linear),
+        pytest.param("qwen3_moe", "fp8", "tp=3", stored_grouped_linear, marks=slow),
         ("qwen3_moe", "fp8", "ep=2,etp=2", stored_grouped_linear),
         pytest.param("gpt_oss", "mxfp4", "tp=3", stored_grouped_linear, marks=slow),
         pytest.param("gpt_oss", "mxfp4", "ep=2", stored_grouped_linear, marks=slow),
@@ -131,6 +131,7 @@ def test_bundles_hold_what_is_stored(tmp_path: Path, reference: bool) -> None:
     assert {weight.get("held") for weight in record["weights"]} == {None, "codes", "zeros", "parts"}
 
 
+@slow
 def test_a_bundle_of_expanded_weights_is_split_anew_without_the_checkpoint(tmp_path: Path) -> None:
     quantised = folder("llama", "fp8")[0]
     partition(quantised, Plan(tp=2)).save(tmp_path / "bundle")
