@@ -25,11 +25,13 @@ from partitioner.planning.detect import detect
 from partitioner.planning.explain import as_data, cards_for_weights, interval, reason, sureness
 from partitioner.planning.price import Pricer
 from partitioner.planning.quantities import Price, Workload
+from partitioner.planning.released import released_bytes
 from partitioner.planning.search import Choice, broken_limits, search
 from partitioner.planning.summary import Summary, summarize
 from partitioner.storage.checkpoint.open_checkpoint import can_open, open_checkpoint
+from partitioner.storage.checkpoint.quantized_tensors import quantization_fields
 from partitioner.storage.hub import fetched
-from partitioner.storage.named_model import dtype_named, load_model
+from partitioner.storage.named_model import dtype_named, load_config, load_model
 
 __all__ = ["register"]
 
@@ -123,6 +125,10 @@ def _fit(name: str, dtype: str | None, cluster: Cluster, workload: Workload, wei
         "cards_for_weights_of_one_byte": cards_for_weights(halved, kind.usable_bytes),
         "usable_bytes_of_a_card": kind.usable_bytes,
     }
+    released = quantization_fields(load_config(fetched(name)).to_dict())
+    if released is not None:
+        told["released_bytes"] = round(released_bytes(model, released))
+        told["cards_as_released"] = cards_for_weights(told["released_bytes"], kind.usable_bytes)
     if weights_only:
         return {**told, "fits": told["cards_for_weights"] <= cluster.size}
     summary = summarize(model)
@@ -151,11 +157,13 @@ def _fit_table(told: list[dict[str, Any]], cluster: Cluster) -> Table:
     table = Table(
         title=f"{cluster.name}: {cluster.size} x {kind.name}, {kind.usable_bytes / (1 << 30):.0f} GiB usable each"
     )
+    told_of_released = any("released_bytes" in each for each in told)
     for heading in (
         "model",
         "weights",
         "cards for weights",
         "of one byte each",
+        *(("as released", "cards as released") if told_of_released else ()),
         "fits",
         "fewest cards",
         "plan",
@@ -166,10 +174,17 @@ def _fit_table(told: list[dict[str, Any]], cluster: Cluster) -> Table:
         fullest = f"{each['bytes_of_the_fullest'] / 1e9:.1f} GB" if "bytes_of_the_fullest" in each else ""
         table.add_row(
             each["model"], f"{each['weight_bytes'] / 1e9:.1f} GB", str(each["cards_for_weights"]),
-            str(each["cards_for_weights_of_one_byte"]), "yes" if each["fits"] else "no", str(each.get("devices", "")),
+            str(each["cards_for_weights_of_one_byte"]), *(_released(each) if told_of_released else ()),
+            "yes" if each["fits"] else "no", str(each.get("devices", "")),
             each.get("plan", ""), fullest,
         )  # fmt: skip
     return table
+
+
+def _released(each: dict[str, Any]) -> tuple[str, str]:
+    if "released_bytes" not in each:
+        return "", ""
+    return f"{each['released_bytes'] / 1e9:.1f} GB", str(each["cards_as_released"])
 
 
 def _print_choice(choice: Choice, cluster: Cluster, summary: Summary, top: int) -> None:

@@ -25,6 +25,7 @@ from partitioner.analysis.tokens.token_mixing import why_rows_mix, why_tokens_mi
 from partitioner.capture import capture, capture_piece, capture_step
 from partitioner.capture.inputs.explicit_positions import explicit_positions
 from partitioner.compile.canonicalize import canonicalize
+from partitioner.compile.emit import Emitter
 from partitioner.compile.input_bounds import bound_inputs
 from partitioner.compile.parts import Parts
 from partitioner.compile.pass_order import check_plan, passes_of, splitting
@@ -185,12 +186,21 @@ def compile_program(
         prove_stages(text)
     return Parts(
         text,
-        make_report(text, plan=repr(plan), replicas=plan.replicas),
+        make_report(text, plan=repr(plan), replicas=plan.replicas, stored_per_rank=_stored_bytes(text)),
         traced=traced,
         generation=functools.partial(_compile_generation, traced, split, plan, step, piece),
         plan=plan,
         model=model,
     )
+
+
+def _stored_bytes(program: Program) -> tuple[int, ...]:
+    """What each rank holds of weights, where it holds them as stored."""
+    if not program.keeps_stored:
+        return ()
+    emitter, mesh = Emitter(program), program.mesh
+    ranks = (emitter.rank(mesh.coordinates(rank)) for rank in range(mesh.world_size))
+    return tuple(sum(weight.bytes for weight in rank.weights) for rank in ranks)
 
 
 def _rows_apart(traced: Program) -> bool:

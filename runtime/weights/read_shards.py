@@ -207,7 +207,7 @@ class Reader:
                 yield _PackedStrip(entry, parts, strip, target, weight.held)
             return
         size = entry.dtype.itemsize
-        for strip in spot.strips(STRIP_BYTES // size, SHORTEST_RUN_BYTES // size):
+        for strip in spot.strips(STRIP_BYTES // size, _shortest_run(entry)):
             yield _Strip(entry, strip, local[at(strip.destination)])
 
     def _read_all(self, strips: list[_Strip | _PackedStrip], shown: Progress) -> None:
@@ -237,7 +237,7 @@ class Reader:
             target.copy_(self._where_it_lies(entry, strip.spot, strip.spot.strides))
             shown.advance(target.nbytes)
             return
-        plan = strip.spot.plan(SHORTEST_RUN_BYTES // entry.dtype.itemsize)
+        plan = strip.spot.plan(_shortest_run(entry))
         in_place = (
             target.device.type == "cpu"
             and target.dtype == entry.dtype
@@ -311,6 +311,11 @@ class Reader:
                 view, position = view[got:], position + got
         with self._lock:
             self.bytes_read += count
+
+
+def _shortest_run(entry: Entry) -> int:
+    """In elements."""
+    return SHORTEST_PACKED_RUN_BYTES if entry.dtype.itemsize == 1 else SHORTEST_RUN_BYTES // entry.dtype.itemsize
 
 
 def _can_be_held(weight: WeightShard, piece: Piece, packed: Packed) -> bool:

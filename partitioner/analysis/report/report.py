@@ -85,6 +85,8 @@ class Report:
     """None where there is one stage."""
     replicas: int = 1
     """How many times these ranks stand side by side."""
+    stored_per_rank: tuple[int, ...] = ()
+    """What ranks hold of weights where they hold codes and scales; `bytes_per_rank` is then what these stand for."""
 
     @property
     def whole(self) -> tuple[WeightRow, ...]:
@@ -130,6 +132,11 @@ class Report:
         ranks = ", ".join(map(readable, self.bytes_per_rank[:8])) + (", ..." if len(self.bytes_per_rank) > 8 else "")
         kinds = " and ".join(self.dtypes)
         lines.append(f"weights, {kinds}: {readable(self.bytes_whole)} whole; per rank {ranks}")
+        if self.stored_per_rank:
+            ranks = ", ".join(map(readable, self.stored_per_rank[:8])) + (
+                ", ..." if len(self.stored_per_rank) > 8 else ""
+            )
+            lines.append(f"held as stored: per rank {ranks}; the sizes above are those of the weights expanded")
         if len(self.bytes_per_rank) > 1:
             held, shared = max(zip(self.bytes_per_rank, self.replicated_per_rank, strict=True))
             lines.append(f"replicated: {readable(shared)} of {readable(held)} per rank are held by other ranks too")
@@ -147,8 +154,8 @@ def pattern_of(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def make_report(program: Program, *, plan: str, replicas: int = 1) -> Report:
-    """Describes a program after its passes."""
+def make_report(program: Program, *, plan: str, replicas: int = 1, stored_per_rank: tuple[int, ...] = ()) -> Report:
+    """Describes a program after its passes. `stored_per_rank`: as in `Report`."""
     groups: dict[tuple[str, ...], list[Weight]] = defaultdict(list)
     users = matrix_users(program)
     for weight in program.weights.values():
@@ -210,6 +217,7 @@ def make_report(program: Program, *, plan: str, replicas: int = 1) -> Report:
         notes=(*map(_explained, program.notes), *_too_many_ranks(len(ranks), share)),
         stages=stage_report(program, tuple(map(sum, held))),
         replicas=replicas,
+        stored_per_rank=stored_per_rank,
     )
 
 

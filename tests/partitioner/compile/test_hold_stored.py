@@ -50,7 +50,7 @@ def traced(name: str, form: str) -> Any:
         pytest.param("llama", "packed", "tp=3", stored_linear, marks=slow),
         pytest.param("llama", "fp8-channel", "tp=3", stored_linear, marks=slow),
         pytest.param("llama", "fp8-tensor", "tp=3", stored_linear, marks=slow),
-        ("qwen3_moe", "fp8", "tp=3", stored_grouped_linear),
+        pytest.param("qwen3_moe", "fp8", "tp=3", stored_grouped_linear, marks=slow),
         ("qwen3_moe", "fp8", "ep=2,etp=2", stored_grouped_linear),
         pytest.param("gpt_oss", "mxfp4", "tp=3", stored_grouped_linear, marks=slow),
         pytest.param("gpt_oss", "mxfp4", "ep=2", stored_grouped_linear, marks=slow),
@@ -89,6 +89,16 @@ def test_a_scale_of_a_neighbour_would_be_noticed() -> None:
     assert not torch.equal(right, wrong)
 
 
+def test_the_report_has_the_bytes_as_stored_and_expanded() -> None:
+    stored = compile_program(traced("llama", "fp8"), Plan(tp=2, weights="stored"))
+    expanded = compile_program(traced("llama", "fp8"), Plan(tp=2))
+    held = tuple(sum(weight.bytes for weight in stored.rank(rank).weights) for rank in range(2))
+    assert stored.report.stored_per_rank == held
+    assert stored.report.bytes_per_rank == expanded.report.bytes_per_rank
+    assert expanded.report.stored_per_rank == ()
+    assert "held as stored: per rank 5" in str(stored.report)
+
+
 def test_what_a_plan_says_of_weights() -> None:
     assert Plan.parse("tp=2,weights=stored") == Plan(tp=2, weights="stored")
     assert str(Plan(tp=2, weights="stored")) == "tp=2,weights=stored"
@@ -101,13 +111,12 @@ def test_what_a_plan_says_of_weights() -> None:
 def test_a_model_that_is_not_quantised_has_nothing_to_hold_as_stored() -> None:
     model, _ = zoo.tiny("llama")
     with pytest.raises(PlanError, match="weights='stored' is for weights that files hold quantised"):
-        partition(model, Plan(weights="stored")).simulate(input_ids=IDS)
+        partition(model, Plan(weights="stored"))
 
 
 @pytest.mark.parametrize("reference", [False, True])
 def test_bundles_hold_what_is_stored(tmp_path: Path, reference: bool) -> None:
     quantised = folder("llama", "gptq-ordered")[0]
-    parts = compile_program(traced("llama", "gptq-ordered"), Plan(tp=2, weights="stored"))
     parts = partition(quantised, Plan(tp=2, weights="stored"))
     parts.save(tmp_path / "bundle", reference=reference)
     bundle = partitioner.load(tmp_path / "bundle", checkpoint=quantised if reference else None)
@@ -122,6 +131,7 @@ def test_bundles_hold_what_is_stored(tmp_path: Path, reference: bool) -> None:
     assert {weight.get("held") for weight in record["weights"]} == {None, "codes", "zeros", "parts"}
 
 
+@slow
 def test_a_bundle_of_expanded_weights_is_split_anew_without_the_checkpoint(tmp_path: Path) -> None:
     quantised = folder("llama", "fp8")[0]
     partition(quantised, Plan(tp=2)).save(tmp_path / "bundle")

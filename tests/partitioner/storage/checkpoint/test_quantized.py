@@ -164,7 +164,7 @@ def compare(folder: Path, names: Any, form: str) -> None:
     [
         ("llama", "fp8", Plan(tp=2)),
         ("llama", "gptq-ordered", Plan(tp=3)),
-        ("qwen3_moe", "fp8", Plan(ep=2)),
+        pytest.param("qwen3_moe", "fp8", Plan(ep=2), marks=pytest.mark.slow),
         pytest.param("deepseek_v3", "fp8", Plan(tp=3), marks=pytest.mark.slow),
         pytest.param("gpt_oss", "mxfp4", Plan(tp=3), marks=pytest.mark.slow),
         pytest.param("gpt_oss", "mxfp4", Plan(ep=2), marks=pytest.mark.slow),
