@@ -44,6 +44,8 @@ class Emitter:
     def __init__(self, program: Program) -> None:
         self.program = program
         self._graphs: dict[tuple[Any, ...], fx.Graph] = {}
+        self._differing: dict[int, set[fx.Node]] = {}
+        """By stage, the nodes that hold integers of ranks."""
         pp = program.mesh.size("pp")
         # on a mesh without stages the program is run whole, as whoever looks for a difference does
         count = program.stages.count if program.stages is not None and pp > 1 else 1
@@ -101,23 +103,33 @@ class Emitter:
         if (stage, row) not in self._graphs:
             integers = dict(zip(table, row, strict=True))
             with timed("emit"):
-                self._graphs[stage, row] = _substituted(self._stages[stage].graph, integers)
-                use_stored(self._graphs[stage, row], self._stored)
+                graph = self._stages[stage].graph
+                if stage not in self._differing:
+                    self._differing[stage] = _differing(graph)
+                graph = _substituted(graph, integers, self._differing[stage])
+                use_stored(graph, self._stored)
+                self._graphs[stage, row] = graph
         return self._graphs[stage, row]
 
 
-def _substituted(graph: fx.Graph, integers: Mapping[str, Any]) -> fx.Graph:
-    """A copy of `graph` with every stand-in replaced, lowered for execution."""
+def _differing(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that hold stand-ins for integers."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        leaves: list[Any] = []
+        fx.node.map_aggregate((node.args, node.kwargs), leaves.append)
+        if any(isinstance(leaf, PerRankInt) for leaf in leaves):
+            found.add(node)
+    return found
+
+
+def _substituted(graph: fx.Graph, integers: Mapping[str, Any], differing: set[fx.Node]) -> fx.Graph:
+    """A copy of `graph` with every stand-in replaced, which `differing` hold, lowered for execution."""
     copy = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
-    found = False
 
     def replace(leaf: Any) -> Any:
-        nonlocal found
-        if not isinstance(leaf, PerRankInt):
-            return leaf
-        found = True
-        return _integers(integers, leaf.name)
+        return _integers(integers, leaf.name) if isinstance(leaf, PerRankInt) else leaf
 
     for node in graph.nodes:
         # a tied name's placeholder, say: no rank loads it
@@ -125,10 +137,8 @@ def _substituted(graph: fx.Graph, integers: Mapping[str, Any]) -> fx.Graph:
             continue
         new = copied[node] = copy.node_copy(node, copied.__getitem__)
         if node.op == "call_function":
-            found = False
-            args, kwargs = fx.node.map_aggregate((new.args, new.kwargs), replace)
-            if found:
-                new.args, new.kwargs = args, kwargs
+            if node in differing:
+                new.args, new.kwargs = fx.node.map_aggregate((new.args, new.kwargs), replace)
             copied[node] = lowered = lower(new)
             if lowered is not new:
                 copy.erase_node(new)

@@ -123,7 +123,7 @@ class Owned:
         intervals: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
         end = 0
         for mask, run in itertools.groupby(self._masks[start:stop]):
-            begin, end = end, end + sum(1 for _ in run)
+            begin, end = end, end + len(list(run))
             for rank, mine in enumerate(intervals):
                 if mask >> rank & 1:
                     touches = bool(mine) and mine[-1][1] == begin

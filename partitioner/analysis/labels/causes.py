@@ -26,11 +26,18 @@ class Offence:
     sites: tuple[fx.Node, ...] = ()
 
 
+_GLANCE = 64
+"""How many indices per rank are looked at first."""
+
+
 def offences_of(labels: Labels, ranks: int) -> list[tuple[int, frozenset[str], Offence]]:
     """Sites with fewer atoms than ranks: the place of their first weight, all their weights, and what to report."""
     order = {name: i for i, name in enumerate(labels.starts)}
     found = []
     for site in labels.sites:
+        few = site.ids.reshape(-1)[: _GLANCE * ranks]  # of a vocabulary, the first will do
+        if len(set(few.tolist()) - {0}) >= ranks:
+            continue
         ids = [i for i in torch.unique(site.ids).tolist() if i]
         if len(ids) < ranks:
             names = labels.weights_of(ids)

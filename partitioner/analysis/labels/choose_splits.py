@@ -151,7 +151,9 @@ class _Search:
         outside = {s.weight.name for s in labels.sites if s.weight and s.letter == "v"}
         for site in labels.sites:
             if site.kind == "gather":
-                outside |= labels.weights_of(torch.unique(site.ids).tolist())
+                ids = site.ids.reshape(-1)
+                # all of one weight's in order, as those of a vocabulary are: the ends say which weights
+                outside |= labels.weights_of((ids[[0, -1]] if _is_run(site, labels) else torch.unique(ids)).tolist())
         for name in [*labels.starts, *(s.weight.name for s in labels.sites if s.weight)]:
             if name not in outside:
                 self.bytes.setdefault(name, self.program.weights[name].bytes)
