@@ -65,14 +65,15 @@ def build(name: str) -> Any:
     return model
 
 
-def ask(runner: Any, ids: Tensor, count: int) -> Any:
-    return runner.generate(ids, max_new_tokens=count, do_sample=False)
+def ask(runner: Any, ids: Tensor, count: int, **options: Any) -> Any:
+    return runner.generate(ids, max_new_tokens=count, do_sample=False, **options)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A prompt of models that remember states, against transformers.")
     parser.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--prefill-step", type=int, help="how many tokens ours runs at a time; by default 512")
     parser.add_argument("--seconds", type=float, default=20.0, help="per model; at least 5 rounds are run")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -90,13 +91,14 @@ def main() -> None:
         if ours != theirs:
             sys.exit(f"{name} continues otherwise: {ours}, transformers {theirs}")
         contestants = {
-            "ours": lambda parts=parts: ask(parts, ids, 1),
+            "ours": lambda parts=parts: ask(parts, ids, 1, prefill_step=given.prefill_step),
             "theirs": lambda model=model: ask(model, ids, 1),
         }
         times = take_turns(contestants, rounds=rounds_in(given.seconds, contestants))
         most = parts.generation_report.tokens_at_a_time
         medians = [f"{torch.tensor(times[who]).median().item() * 1e3:.1f}" for who in contestants]
         table.add_row(name, *medians, str(Ratio.of(times["ours"], times["theirs"])), str(most or "any"))
+        console.print(f"{name}: {Ratio.of(times['ours'], times['theirs'])} of {medians[1]} ms", markup=False)
         for note in parts.generation_report.notes:
             console.print(f"{name}: {note}", markup=False)
     console.print(table)

@@ -283,7 +283,7 @@ def compile_steps(
         return _entries(stepping, plan, stages=stages)
     try:
         prefill, decode = _for_pieces(stepping, plan, stages, piece)
-    except (CaptureError, LayoutError) as reason:
+    except (CaptureError, LayoutError, PlanError) as reason:
         prefill, decode = _entries(stepping, plan, stages=stages)
         for program in {id(each): each for each in (prefill, decode)}.values():
             program.notes += [f"prompts run token by token: {reason}"]

@@ -12,6 +12,7 @@ regions, analysis proves that each token, and each sequence, is computed by itse
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,7 @@ _LONGER = (7, 16, 17, 32, 33, 63, 64, 65, 128, 129, 257)
 _BEHIND = 3
 """Tokens of a second piece, behind a longer one."""
 _CLOSE = 1e-8
+_WIDE = 8.0
 _LARGE, _LARGEST = 2**24, 2**28
 """Numbers that a region's weights hold: from there on it is tried on fewer lengths, or not at all."""
 
@@ -112,6 +114,8 @@ class _Running:
     region: Region
     weights: dict[str, Tensor]
     states: dict[str, Tensor] = field(default_factory=dict)
+    sizes: dict[tuple[fx.Node, int, int], Any] = field(default_factory=dict)
+    """Integers of the graph, for so many rows of so many tokens."""
 
     def start(self, rows: int) -> None:
         self.states = {
@@ -133,7 +137,9 @@ class _Running:
             if node.op == "get_attr":
                 return self.weights[str(node.target)]
             assert not node_values(node), node
-            return evaluate(node.meta["val"], symbols)
+            if (node, rows, size) not in self.sizes:
+                self.sizes[node, rows, size] = evaluate(node.meta["val"], symbols)
+            return self.sizes[node, rows, size]
 
         for node in self.region.nodes:
             if not node_values(node):
@@ -155,7 +161,19 @@ class _Running:
 @torch.no_grad()
 def _tried(piece: Program, region: Region, step: Program, other: Region) -> str | None:
     """The first way to cut a text into pieces that the two regions do not agree on; None: there is none."""
-    weights = _weights(piece, region) | _weights(step, other)
+    moderate, wide = (_weights(piece, region, wide=w) | _weights(step, other, wide=w) for w in (False, True))
+    return _tried_on(moderate, piece, region, step, other) or _tried_on(wide, piece, region, step, other, longer=())
+
+
+def _tried_on(
+    weights: dict[str, Any],
+    piece: Program,
+    region: Region,
+    step: Program,
+    other: Region,
+    *,
+    longer: tuple[int, ...] = _LONGER,
+) -> str | None:
     if any(not isinstance(value, Tensor) for value in weights.values()):
         return "a constant that it reads has no data"
     count = sum(value.numel() for value in weights.values())
@@ -163,7 +181,7 @@ def _tried(piece: Program, region: Region, step: Program, other: Region) -> str 
         return f"it is too large to be tried out, with {count} numbers"
     low, high = piece.limits.get("sequence", (1, None))
     most = 65 if count > _LARGE else max(_LONGER)
-    sizes = [size for size in _LONGER if size <= min(most, high or most) and size >= low]
+    sizes = [size for size in longer if size <= min(most, high or most) and size >= low]
     ways = [*_compositions(_FEW), *((size, _BEHIND) for size in sizes)]
     ways = [way for way in ways if all(low <= size and (high is None or size <= high) for size in way)]
     if not ways:
@@ -203,12 +221,22 @@ def _one_by_one(running: _Running, x: Tensor, ends: set[int]) -> tuple[Tensor, d
     return torch.cat(found, dim=1), states
 
 
-def _weights(program: Program, region: Region) -> dict[str, Any]:
-    """Random ones for what a checkpoint holds; all else as it is. None: there is no data."""
-    generator, found = _generator(), dict[str, Any]()
+def _weights(program: Program, region: Region, *, wide: bool) -> dict[str, Any]:
+    """Random ones for what a checkpoint holds; all else as it is. None: there is no data.
+
+    wide: biases, rates and scales from one end of what exp and softplus make of numbers to the other, where code that
+    limits them does so.
+    """
+    found = dict[str, Any]()
     for name in region.weights:
         weight, data = program.weights[name], program.weight_data.get(name)
         if weight.source == "checkpoint":
+            # by name: the regions of both programs are given the same
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            if wide and len(weight.shape) == 1:
+                spread = torch.linspace(-_WIDE, _WIDE, weight.shape[0], dtype=torch.float64)
+                found[name] = spread[torch.randperm(weight.shape[0], generator=generator)]
+                continue
             scale = max(weight.shape[-1] if len(weight.shape) > 1 else 1, 1) ** -0.5
             found[name] = torch.randn(weight.shape, generator=generator, dtype=torch.float64) * scale
         else:
