@@ -10,18 +10,20 @@ from runtime.processes.launch import launch
 
 @pytest.mark.processes
 @pytest.mark.parametrize(
-    ("plan", "num_ranks"),
+    ("plan", "num_ranks", "name"),
     [
-        ("pp=2", 2),
-        pytest.param("pp=3", 3, marks=pytest.mark.slow),
-        pytest.param("tp=2,pp=2", 4, marks=pytest.mark.slow),
+        ("pp=2", 2, "llama"),
+        pytest.param("pp=3", 3, "llama", marks=pytest.mark.slow),
+        pytest.param("tp=2,pp=2", 4, "llama", marks=pytest.mark.slow),
+        pytest.param("pp=2,sp=2", 4, "llama", marks=pytest.mark.slow),
+        pytest.param("pp=2,sp=2,tp=2,ep=4", 8, "mixtral", marks=pytest.mark.slow),  # all axes
     ],
 )
 def test_stages_over_gloo(
-    plan: str, num_ranks: int, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+    plan: str, num_ranks: int, name: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
-    launch(["tests.equivalence.ranks.staged_rank", plan, "llama"], num_ranks=num_ranks, timeout_s=600)
+    launch(["tests.equivalence.ranks.staged_rank", plan, name], num_ranks=num_ranks, timeout_s=600)
 
 
 @pytest.mark.slow

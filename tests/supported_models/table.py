@@ -54,6 +54,11 @@ def write(source: Path, to: Path, *, made_by: str) -> None:
         f"- saved as a bundle, loaded and run, bit by bit: {sum(kept.values())} causal language models and encoders; "
         + ", ".join(f"{n} {verdict}" for verdict, n in sorted(kept.items()))
     )
+    dealt = Counter(row["sequences"]["verdict"] for row in (*plain, *masked) if "sequences" in row)
+    text.append(
+        f"- tokens over sp: {sum(dealt.values())} of these architectures tried; "
+        + ", ".join(f"{n} {verdict}" for verdict, n in sorted(dealt.items()))
+    )
     for tp in (2, 4):
         shares = [row["default"][f"tp={tp}"] for row in plain if f"tp={tp}" in row.get("default", {})]
         near = sum(share <= 1.15 / tp for share in shares)
@@ -67,9 +72,9 @@ def write(source: Path, to: Path, *, made_by: str) -> None:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| architecture | verdict | float64, worst of tp 2, 3, 4 | float32 | generates | bundle | share tp=2 "
-        "| share tp=4 | all-reduces per layer | traced once | whole, and why |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| architecture | verdict | float64, worst of tp 2, 3, 4 | float32 | generates | bundle | tokens over sp "
+        "| share tp=2 | share tp=4 | all-reduces per layer | traced once | whole, and why |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         default = row.get("default", {})
@@ -78,6 +83,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             default.get("why"),
             _why_not(row),
             _why_no_bundle(row),
+            _why_not_dealt(row),
             *default.get("whole", []),
             *row.get("static", []),
         ]
@@ -88,6 +94,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             f"{max(row['equal32'].values()):.0e}" if row.get("equal32") else "",
             _generated(row.get("generates", {})),
             row.get("bundle", {}).get("verdict", ""),
+            row.get("sequences", {}).get("verdict", ""),
             f"{default['tp=2']:.3f}" if "tp=2" in default else "",
             f"{default['tp=4']:.3f}" if "tp=4" in default else "",
             ", ".join(map(str, default.get("all_reduces", []))),
@@ -115,6 +122,12 @@ def _why_no_bundle(row: dict[str, Any]) -> str | None:
     """Why there is no bundle, where that is not why there is nothing at all."""
     found = row.get("bundle", {})
     return f"bundle: {found['why']}" if "why" in found and row["verdict"] == "equal" else None
+
+
+def _why_not_dealt(row: dict[str, Any]) -> str | None:
+    """Why ranks cannot share out its tokens, where that is not why there is nothing at all."""
+    found = row.get("sequences", {})
+    return f"over sp: {found['why']}" if "why" in found and row["verdict"] == "equal" else None
 
 
 def _why_not(row: dict[str, Any]) -> str | None:
