@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.decode_gpu import measured_speed
+from benchmarks.gpu.decode import measured_speed
 from runtime.ops.kernels.decode_attention import decode_attention
 from runtime.ops.kernels.flash_attention import flash_attention
 

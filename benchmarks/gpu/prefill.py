@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.decode_gpu import build, seconds
+from benchmarks.gpu.decode import build, seconds
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup

@@ -12,9 +12,9 @@ On several GPUs (`--ranks`): tensor parallelism, all-reduces by each other's mem
 the model, all compiled and captured. The limit is a rank's bytes over the measured speed and one call of the quickest
 all-reduce of this run for each in a step.
 
-    python -m benchmarks.decode_gpu                  about five minutes, most of it compiling
-    python -m benchmarks.decode_gpu --layers 8       a part of the model
-    python -m benchmarks.decode_gpu --ranks 2        two GPUs
+    python -m benchmarks.gpu.decode                  about five minutes, most of it compiling
+    python -m benchmarks.gpu.decode --layers 8       a part of the model
+    python -m benchmarks.gpu.decode --ranks 2        two GPUs
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main() -> None:
         on_several(given)
     else:
         options = [f"--{name}={value}" for name, value in vars(given).items()]
-        launch(["benchmarks.decode_gpu", *options], num_ranks=given.ranks, timeout_s=1200)
+        launch(["benchmarks.gpu.decode", *options], num_ranks=given.ranks, timeout_s=1200)
 
 
 def prompts(batch: int) -> torch.Tensor:
