@@ -6,11 +6,10 @@ import io
 import time
 
 import pytest
-from rich.console import Console
-
 from partitioner.cli.text import progress
 from partitioner.cli.text.progress import Shown, shown
 from partitioner.progress import timed, watched
+from rich.console import Console
 
 
 def test_steps_within_steps() -> None:
