@@ -26,7 +26,6 @@ ORDER = {
     # each imports only what stands before it
     "partitioner": (
         "errors",
-        "progress",
         "sharding",
         "program",
         "analysis",

@@ -30,7 +30,7 @@ from partitioner.capture.trace.functionalize import functionalize
 from partitioner.capture.trace.weight_names import ModelWeights, check_constant
 from partitioner.errors import CaptureError
 from partitioner.program.program import Input, Program, Weight
-from partitioner.progress import timed
+from partitioner.program.progress import timed
 from partitioner.sharding.mesh import Mesh
 
 __all__ = ["capture", "describe_weights", "ends_of", "generation_of", "limits_of"]

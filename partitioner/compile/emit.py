@@ -20,9 +20,9 @@ from torch import fx
 from partitioner.compile.cut_stages import StageParts
 from partitioner.errors import LayoutError
 from partitioner.program.program import PerRankInt, Program, State, Weight
+from partitioner.program.progress import timed
 from partitioner.program.stages import crossings
 from partitioner.program.torch_calls import lower
-from partitioner.progress import timed
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import in_order
 from runtime.program.rank_program import RankProgram, RunInput

@@ -33,8 +33,8 @@ from partitioner.errors import CaptureError, PlanError
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.plan import Plan
 from partitioner.program.program import Origins, Program
+from partitioner.program.progress import timed
 from partitioner.program.stages import StageTable
-from partitioner.progress import timed
 from partitioner.proof.layouts import check_entries
 from partitioner.proof.rows import check_rows
 from partitioner.proof.schedules import prove_stages

@@ -21,7 +21,7 @@ from partitioner.compile.validate_graph import fault
 from partitioner.errors import PlanError
 from partitioner.program.plan import Pass, Plan
 from partitioner.program.program import Program
-from partitioner.progress import timed
+from partitioner.program.progress import timed
 from partitioner.proof.layouts import check
 from partitioner.proof.meetings import events_of, play
 

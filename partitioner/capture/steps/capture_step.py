@@ -40,7 +40,7 @@ from partitioner.capture.trace.transformers_hooks import APPEND, READ
 from partitioner.capture.trace.weight_names import ModelWeights
 from partitioner.errors import CaptureError
 from partitioner.program.program import Input, Program, State
-from partitioner.progress import timed
+from partitioner.program.progress import timed
 from partitioner.sharding.layout import REPLICATED
 from partitioner.sharding.mesh import Mesh
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.status import Status
 
-from partitioner.progress import watched
+from partitioner.program.progress import watched
 
 __all__ = ["Shown", "shown"]
 
@@ -22,7 +22,7 @@ AFTER_S = 2.0
 
 
 class Shown:
-    """See `partitioner.progress.Listener`. seconds: by the names of a step and those that it lies in."""
+    """See `partitioner.program.progress.Listener`. seconds: by the names of a step and those that it lies in."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from partitioner.cli.text import progress
 from partitioner.cli.text.progress import Shown, shown
-from partitioner.progress import timed, watched
+from partitioner.program.progress import timed, watched
 
 
 def test_steps_within_steps() -> None:
