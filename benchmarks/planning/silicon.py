@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks.planning.models import SHAPES, summary_of
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.explain import RESIDUALS
-from partitioner.planning.price import Pricer
+from partitioner.planning.pricing.price import Pricer
 from partitioner.program.plan import Plan
 
 MODELS = {

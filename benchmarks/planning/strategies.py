@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.planning.models import summary_of
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.explain import reason
-from partitioner.planning.price import Pricer
+from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Workload
 from partitioner.planning.search import search
 from partitioner.program.plan import Plan

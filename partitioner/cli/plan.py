@@ -23,7 +23,7 @@ from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.detect import detect
 from partitioner.planning.explain import as_data, cards_for_weights, interval, reason, sureness
-from partitioner.planning.price import Pricer
+from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.released import released_bytes
 from partitioner.planning.search import Choice, broken_limits, search

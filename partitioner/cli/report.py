@@ -15,7 +15,7 @@ from partitioner.compile.parts import Parts
 from partitioner.errors import InputError, PlanError
 from partitioner.planning.cluster import Cluster, bad_order, hops
 from partitioner.planning.explain import as_data, sureness
-from partitioner.planning.price import Pricer
+from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Workload
 from partitioner.planning.search import Choice, search
 from partitioner.planning.summary import summarize_program

@@ -18,7 +18,7 @@ from typing import Any
 
 from partitioner.errors import InputError, PlanError
 from partitioner.planning.cluster import Cluster
-from partitioner.planning.price import Pricer
+from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.summary import Summary, summarize
 from partitioner.program.plan import Plan

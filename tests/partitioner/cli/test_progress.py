@@ -6,10 +6,10 @@ import io
 import time
 
 import pytest
-from partitioner.cli.text import progress
-from partitioner.cli.text.progress import Shown, shown
-from partitioner.progress import timed, watched
-from rich.console import Console
+
+from partitioner.cli.common import progress
+from partitioner.cli.common.progress import Shown, shown
+from partitioner.program.progress import timed, watched
 
 
 def test_steps_within_steps() -> None:

@@ -3,7 +3,14 @@
 import pytest
 
 from partitioner.errors import InputError
-from partitioner.planning.collectives import Curve, FittedLinks, Hop, collective_seconds, fitted_links, formula_seconds
+from partitioner.planning.pricing.collectives import (
+    Curve,
+    FittedLinks,
+    Hop,
+    collective_seconds,
+    fitted_links,
+    formula_seconds,
+)
 
 LINK = {"bytes_per_s": 1e9, "latency_s": 1e-6}
 

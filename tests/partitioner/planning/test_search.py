@@ -13,10 +13,10 @@ from partitioner.compile.partition import compile_program
 from partitioner.errors import InputError, PlanError
 from partitioner.planning.cluster import Cluster, Device, Dimension
 from partitioner.planning.explain import cards_for_weights, reason
-from partitioner.planning.price import Pricer
+from partitioner.planning.pricing.price import Pricer
+from partitioner.planning.pricing.stage_split import split_layers
 from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.search import broken_limits, choose_plan, longest_prompt, plans, search
-from partitioner.planning.stage_split import split_layers
 from partitioner.planning.summary import Summary, summarize_program
 from tests.support.partitioned import traced
 

@@ -13,10 +13,10 @@ from partitioner import Parts, Plan
 from partitioner.analysis.cost.program_cost import program_cost
 from partitioner.compile.partition import compile_program
 from partitioner.planning.cluster import Cluster, Device, Dimension
-from partitioner.planning.price import Pricer
+from partitioner.planning.pricing.price import Pricer
+from partitioner.planning.pricing.sequences import Attending
 from partitioner.planning.quantities import Seconds, Workload
 from partitioner.planning.search import search
-from partitioner.planning.sequences import Attending
 from partitioner.planning.summary import Summary, summarize_program
 from tests.support.partitioned import traced
 

@@ -9,7 +9,7 @@ from partitioner import Plan
 from partitioner.compile.partition import trace
 from partitioner.errors import PlanError
 from partitioner.planning.cluster import Cluster
-from partitioner.planning.price import Pricer
+from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Workload
 from partitioner.planning.summary import Summary, summarize_program
 from tests.support import zoo
