@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from torch._inductor import comm_analysis
 
-from partitioner.planning.pricing.collectives import FITTED, Curve, FittedLinks
+from partitioner.planning.collectives import FITTED, Curve, FittedLinks
 
 KINDS = {"alltoall": "all_to_all"}
 ITEM = {"half": 2, "int8": 1}

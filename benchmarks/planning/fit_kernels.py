@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from partitioner.planning.cluster import device
-from partitioner.planning.pricing.kernels import FITTED, Grid, Kernels
+from partitioner.planning.kernels import FITTED, Grid, Kernels
 
 DEVICES = ("a100_sxm", "h100_sxm", "h200_sxm", "b200_sxm", "l40s")
 DTYPES = {"bfloat16": "bfloat16", "fp8": "float8_e4m3fn"}

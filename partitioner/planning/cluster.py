@@ -24,7 +24,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from partitioner.errors import InputError
-from partitioner.planning.pricing.collectives import Hop
+from partitioner.planning.collectives import Hop
 from partitioner.sharding.mesh import Mesh
 
 __all__ = ["Cluster", "Device", "Dimension", "bad_order", "device", "hops"]

@@ -23,8 +23,8 @@ import sympy
 from partitioner.analysis.cost.expressions import EXPERTS, MET, PAST, ROUTED, NodeExpression
 from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster, bad_order, hops
-from partitioner.planning.pricing.collectives import Hop, collective_seconds
-from partitioner.planning.pricing.kernels import Kernels, kernels_of
+from partitioner.planning.collectives import Hop, collective_seconds
+from partitioner.planning.kernels import Kernels, kernels_of
 from partitioner.planning.pricing.sequences import Attending, shares_out
 from partitioner.planning.pricing.stage_split import split_layers
 from partitioner.planning.quantities import Memory, Price, Seconds, Workload

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from partitioner.planning.pricing.collectives import Hop, collective_seconds
+from partitioner.planning.collectives import Hop, collective_seconds
 from partitioner.planning.quantities import Seconds
 from partitioner.planning.summary import Part
 from partitioner.program.plan import Plan

@@ -6,6 +6,7 @@ import io
 import time
 
 import pytest
+from rich.console import Console
 
 from partitioner.cli.common import progress
 from partitioner.cli.common.progress import Shown, shown

@@ -3,7 +3,7 @@
 import pytest
 
 from partitioner.errors import InputError
-from partitioner.planning.pricing.collectives import (
+from partitioner.planning.collectives import (
     Curve,
     FittedLinks,
     Hop,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from partitioner.planning.pricing.kernels import UNMEASURED, Grid, Kernels, kernels_of
+from partitioner.planning.kernels import UNMEASURED, Grid, Kernels, kernels_of
 
 
 def test_grids_are_linear_between_points_and_constant_beyond() -> None:

@@ -24,7 +24,7 @@ from partitioner.errors import InputError
 
 __all__ = ["Curve", "FittedLinks", "Hop", "collective_seconds", "fitted_links", "formula_seconds"]
 
-FITTED = Path(__file__).parent.parent / "tables" / "collectives.json"
+FITTED = Path(__file__).with_name("tables") / "collectives.json"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 
 __all__ = ["UNMEASURED", "Grid", "Kernels", "kernels_of"]
 
-FITTED = Path(__file__).parent.parent / "tables" / "kernels.json"
+FITTED = Path(__file__).with_name("tables") / "kernels.json"
 UNMEASURED = {"linear": 0.7, "prefill": 0.5, "decode": 0.6, "experts": 0.5, "other": 0.8}
 """Shares of the roofline where nothing was measured: speed of light with a guess on it, and said so."""
 
