@@ -26,7 +26,7 @@ from tests.support import handmade
 def main(fault: str, folder: Path) -> None:
     begin_worker()
     parts = Parts(handmade.partitioned(int(os.environ["WORLD_SIZE"])), None)
-    with Engine.connect(parts, timeout_s=2.0 if fault == "stop" else 30.0) as engine:
+    with Engine.connect(parts, timeout_s=5.0 if fault == "stop" else 30.0) as engine:
         engine(input_ids=handmade.input_ids())
         if engine.program.rank == 0:
             (folder / "ready").touch()

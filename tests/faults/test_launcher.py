@@ -93,7 +93,7 @@ def wait_for(done: object, what: str) -> None:
             marks=pytest.mark.slow,
         ),
         pytest.param("exit", 1, "rank 0 ended with exit code 1", marks=pytest.mark.slow),
-        ("stop", 3, "rank 0 ended with exit code 1"),
+        ("stop", 6, "rank 0 ended with exit code 1"),
     ],
 )
 def test_it_stops_the_others(

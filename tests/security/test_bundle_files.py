@@ -92,7 +92,7 @@ def save(checkpoint: Path, out: Path) -> None:
     from partitioner.storage.bundle.save import _Writer
 
     out.mkdir()
-    _Writer(out, False).copy_model_files(checkpoint)
+    _Writer(out, reference=False, digests=True).copy_model_files(checkpoint)
 
 
 @pytest.mark.parametrize("name", [name for name in MODEL_FILES if "token" in name or "template" in name])
