@@ -428,6 +428,7 @@ def test_wrong_arguments_are_named() -> None:
         Sampler(Sampling(), communicator, vocab_size=4, owned=[IndexSet.range(0, 3)])
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 def test_processes_over_gloo(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))

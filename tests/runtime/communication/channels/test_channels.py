@@ -74,7 +74,7 @@ def test_a_channel_keeps_few_prepared_primitives() -> None:
         pytest.param(3, "off", marks=pytest.mark.slow),
         pytest.param(2, "off", marks=pytest.mark.slow),
         pytest.param(3, "on", marks=pytest.mark.slow),
-        (4, "axes"),
+        pytest.param(4, "axes", marks=pytest.mark.slow),
     ],
 )
 def test_every_primitive_between_processes(
