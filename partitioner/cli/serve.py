@@ -22,6 +22,7 @@ from partitioner.cli.common.options import (
     Revision,
 )
 from partitioner.errors import InputError
+from partitioner.serving.grammar.vocabulary import vocabulary_of
 from partitioner.serving.launch import launch
 from partitioner.serving.text.tokenizer import context_length, load_tokenizer
 from partitioner.storage.example import EXAMPLE_MODEL
@@ -94,6 +95,7 @@ def serve_command(
 ) -> None:
     """Serve a model over HTTP to OpenAI's clients, over one process per rank of this machine; ends on SIGTERM."""
     try:
+        from partitioner.serving.grammar.check import Checks
         from partitioner.serving.http.keys import Keys
         from partitioner.serving.http.limits import Limits
         from partitioner.serving.http.server import bound, serve_on
@@ -106,6 +108,7 @@ def serve_command(
     keys = Keys.found(api_key_file)
     transformers_logging.disable_progress_bar()
     tokenizer = _tokenizer(model, chat_template)
+    vocabulary, why_not = _vocabulary(tokenizer)
     plan = how.plan_of(model)
     if is_bundle(model):
         how.require_none(model)
@@ -131,6 +134,7 @@ def serve_command(
             compile=compile_steps,
             cache=_cache(cache_memory, max_batch),
             max_batch=max_batch,
+            vocabulary=vocabulary,
             restart=restart,
             timeout_s=rank_timeout,
             start_timeout_s=start_timeout,
@@ -144,7 +148,8 @@ def serve_command(
         )
         _try(llm)
         served = name or Path(model).resolve().name
-        service = Service(llm, tokenizer, name=served, limits=limits, keys=keys)
+        checks = why_not if vocabulary is None else Checks(vocabulary)
+        service = Service(llm, tokenizer, name=served, limits=limits, keys=keys, checks=checks)
         ready = f"{served!r} is served at http://{host}:{address}/v1 by {llm.replicas} x {llm.mesh}"
 
         def say_ready() -> None:
@@ -167,6 +172,14 @@ def _tokenizer(model: str, chat_template: str | None) -> Any:
     if tokenizer.chat_template is None:
         _say("note: the tokenizer has no chat template, so /v1/chat/completions is refused: give --chat-template FILE")
     return tokenizer
+
+
+def _vocabulary(tokenizer: Any) -> tuple[str | None, str]:
+    """What the tokens say, or why it is not known."""
+    try:
+        return vocabulary_of(tokenizer), ""
+    except InputError as error:
+        return None, str(error)
 
 
 def _cache(memory: str | None, rows: int | None) -> CacheSize | None:

@@ -65,6 +65,7 @@ def launch(
     cuda_graph: bool = False,
     cache: CacheSize | None = None,
     max_batch: int | None = None,
+    vocabulary: str | None = None,
     timeout_s: float = 60.0,
     start_timeout_s: float = 600.0,
     restart: bool = False,
@@ -76,7 +77,8 @@ def launch(
     `max_length`, `mapped`: as `partition` takes them; `checkpoint`, `checked`: as `load` does. `device`,
     `shared_memory`, `compile`, `cuda_graph`: as `Engine.connect` takes them, for every rank. cache: room for that many
     tokens in all, which requests of any length share; None: half of the memory that is free. max_batch: the most
-    prompts that a replica continues at a time; None: those of `cache`, or 32. timeout_s: how long a rank may be silent.
+    prompts that a replica continues at a time; None: those of `cache`, or 32. vocabulary: what tokens say, which
+    requests with a grammar need (`partitioner.serving.grammar.vocabulary`). timeout_s: how long a rank may be silent.
     start_timeout_s: how long all may take until they have loaded. restart: a replica that is lost is started again,
     while others go on; what it was doing raises RankLost.
 
@@ -102,7 +104,7 @@ def launch(
             "compile": compile,
             "cuda_graph": cuda_graph,
         }
-        served = {"size": None if cache is None else vars(cache), "rows": max_batch}
+        served = {"size": None if cache is None else vars(cache), "rows": max_batch, "vocabulary": vocabulary}
         given = json.dumps({"model": opened, "engine": connected, "served": served}).encode()
         places = [Place(plan.replica_mesh, 0, number, plan.replicas, False) for number in range(plan.replicas)]
         replicas = [Replica(place, timeout_s=timeout_s) for place in places]
@@ -192,4 +194,9 @@ def _connect() -> Engine:
 if __name__ == "__main__":
     begin_worker()
     served = json.loads(read_given().decode())["served"]
-    serve(_connect, size=None if served["size"] is None else CacheSize(**served["size"]), rows=served["rows"])
+    serve(
+        _connect,
+        size=None if served["size"] is None else CacheSize(**served["size"]),
+        rows=served["rows"],
+        vocabulary=served["vocabulary"],
+    )

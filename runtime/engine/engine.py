@@ -216,14 +216,17 @@ class Engine:
         """What this rank's replica says of a request that is checked already."""
         return self._attributed(self._generate_loop.steps(request))
 
-    def batching(self, size: CacheSize | None = None, *, rows: int | None = None) -> BatchLoop:
+    def batching(
+        self, size: CacheSize | None = None, *, rows: int | None = None, vocabulary: str | None = None
+    ) -> BatchLoop:
         """Many requests at once, which come and go between steps; see `runtime.generation.batching.batch_loop`.
 
         Every rank of a replica must do the same with its own. size: of the cache, which is set aside by the first
-        request; rows: how many sequences run at a time, None for the `max_batch` of `size`.
+        request; rows: how many sequences run at a time, None for the `max_batch` of `size`. vocabulary: what tokens
+        say, for requests with a grammar (`runtime.sampling.grammar`).
         """
         with attribute_errors(self.program):
-            return self._generate_loop.batching(size, rows=rows)
+            return self._generate_loop.batching(size, rows=rows, vocabulary=vocabulary)
 
     def _attributed(self, steps: Iterator[Step]) -> Iterator[Step]:
         with attribute_errors(self.program):

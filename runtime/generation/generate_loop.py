@@ -83,6 +83,8 @@ class GenerateLoop:
         settings = request.settings
         if settings.top_logprobs is not None:
             raise InputError("top_logprobs is offered by ranks that partitioner.launch started: leave it out here")
+        if settings.grammar is not None:
+            raise InputError("grammar is offered by ranks that partitioner.launch started: leave it out here")
         longest = max(map(len, request.prompts))
         length = longest + settings.max_new_tokens - 1  # the last token is never run
         request.require_fits(self.program, length)
@@ -218,7 +220,7 @@ class GenerateLoop:
             cuda_graph=self._cuda_graph,
         )
 
-    def batching(self, size: CacheSize | None, *, rows: int | None = None) -> BatchLoop:
+    def batching(self, size: CacheSize | None, *, rows: int | None = None, vocabulary: str | None = None) -> BatchLoop:
         """Many requests at once, over a cache of its own; this one's is given back."""
         self.release()
         return BatchLoop(
@@ -229,6 +231,7 @@ class GenerateLoop:
             self._profiler,
             size=size,
             rows=rows,
+            vocabulary=vocabulary,
             compile=self._compile,
             cuda_graph=self._cuda_graph,
         )

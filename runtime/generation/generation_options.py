@@ -16,6 +16,8 @@ tokenizer=None
 logprobs=False           True: the log-probability of each new token as well
 top_logprobs=None        of ranks that `partitioner.launch` started: how many of the most probable tokens to name at
                          each step, beside the one that was taken, with their log-probabilities by the model alone
+grammar=None             of ranks that `partitioner.launch` started with a vocabulary: the text that is written is a
+                         word of it; see `runtime.sampling.grammar`
 input_ids, inputs        the prompts, by transformers' names
 prefill_step=None        how many tokens of each prompt are run at a time; None: by device and memory
 
@@ -37,6 +39,7 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.generation.not_offered import NOT_OFFERED, SAMPLING_ONLY, refuse_not_offered
 from runtime.generation.token_rules import TokenRules
+from runtime.sampling.grammar import LONGEST_GRAMMAR
 from runtime.sampling.sampling_options import Sampling
 
 __all__ = ["Options", "Settings"]
@@ -77,6 +80,7 @@ class Options(TypedDict, total=False):
     tokenizer: Any
     logprobs: bool
     top_logprobs: int | None
+    grammar: str | None
     prefill_step: int | None
     num_beams: int
     num_return_sequences: int
@@ -97,6 +101,7 @@ class Settings:
     tokenizer: Any = None
     logprobs: bool = False
     top_logprobs: int | None = None
+    grammar: str | None = None
     prefill_step: int | None = None
 
     @classmethod
@@ -149,6 +154,8 @@ class Settings:
         most = self.top_logprobs
         if most is not None and (isinstance(most, bool) or not isinstance(most, int) or not 0 <= most <= _MOST_NAMED):
             raise InputError(f"top_logprobs must be None or a whole number up to {_MOST_NAMED}, got {most!r}")
+        if self.grammar is not None and not (isinstance(self.grammar, str) and len(self.grammar) <= LONGEST_GRAMMAR):
+            raise InputError(f"grammar must be None or a text of up to {LONGEST_GRAMMAR} characters")
         if self.stop_strings and self.tokenizer is None:
             raise InputError("stop_strings are texts: give tokenizer= as well, to know what the tokens say")
 

@@ -44,10 +44,17 @@ BEAT_S = 0.5
 
 
 class Rank:
-    """What is told, carried out on an engine. size, rows: as `Engine.batching` takes them."""
+    """What is told, carried out on an engine. size, rows, vocabulary: as `Engine.batching` takes them."""
 
-    def __init__(self, engine: Engine, *, size: CacheSize | None = None, rows: int | None = None) -> None:
-        self._engine, self._size, self._rows = engine, size, rows
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        size: CacheSize | None = None,
+        rows: int | None = None,
+        vocabulary: str | None = None,
+    ) -> None:
+        self._engine, self._size, self._rows, self._vocabulary = engine, size, rows, vocabulary
         self._loop: BatchLoop | None = None
         if size is not None:
             self._batching().reserve(size)
@@ -83,11 +90,17 @@ class Rank:
 
     def _batching(self) -> BatchLoop:
         if self._loop is None:
-            self._loop = self._engine.batching(self._size, rows=self._rows)
+            self._loop = self._engine.batching(self._size, rows=self._rows, vocabulary=self._vocabulary)
         return self._loop
 
 
-def serve(connect: Callable[[], Engine], *, size: CacheSize | None = None, rows: int | None = None) -> NoReturn:
+def serve(
+    connect: Callable[[], Engine],
+    *,
+    size: CacheSize | None = None,
+    rows: int | None = None,
+    vocabulary: str | None = None,
+) -> NoReturn:
     """Ends the process."""
     line = Line(socket.socket(fileno=inherited(LINE)))
     threading.Thread(target=_beat, args=(line,), daemon=True, name="beat").start()
@@ -96,7 +109,7 @@ def serve(connect: Callable[[], Engine], *, size: CacheSize | None = None, rows:
     code = 0
     try:
         with connect() as engine:
-            rank = Rank(engine, size=size, rows=rows)
+            rank = Rank(engine, size=size, rows=rows, vocabulary=vocabulary)
             program = engine.program
             said: Message = {"eos_token_id": program.eos_token_id, "generation": dict(program.generation)}
             said["longest"] = longest_text(program)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from runtime.sampling.grammar import among
 from runtime.sampling.vocabulary_shards import Share
 
 __all__ = ["TokenEdits"]
@@ -28,6 +29,8 @@ class TokenEdits:
     """(row, token)."""
     added: tuple[tuple[int, int, float], ...] = field(default=(), repr=False)
     """Each row and token at most once."""
+    allowed: tuple[tuple[int, Tensor], ...] = field(default=(), repr=False, compare=False)
+    """(row, bits of the only tokens that it may take), each row at most once; the bits as `grammar.py` has them."""
 
     def applied(self, own: Tensor, share: Share) -> Tensor:
         """`own` [B, n], this rank's logits, with -inf where a token is out of the question; `own` is not changed."""
@@ -49,4 +52,9 @@ class TokenEdits:
         if self.pairs:
             rows, tokens = torch.tensor(self.pairs, device=device).unbind(dim=1)
             wide[rows, share.locate(tokens)] = -math.inf
-        return wide[:, :-1]
+        own = wide[:, :-1]
+        if self.allowed:
+            at = torch.tensor([row for row, _ in self.allowed], device=device)
+            bits = torch.stack([bits for _, bits in self.allowed]).to(device)
+            own[at] = own[at].masked_fill(~among(bits, share.tokens), -math.inf)
+        return own

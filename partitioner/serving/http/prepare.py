@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from partitioner.errors import InputError
 from partitioner.serving.http.choices import Choice
-from partitioner.serving.http.service import Service
+from partitioner.serving.http.service import NotOffered, Service
 from partitioner.serving.openai.errors import invalid
 from partitioner.serving.openai.options import generate_options
 from partitioner.serving.openai.requests import ChatRequest, CompletionRequest, GenerationFields
@@ -22,7 +23,10 @@ async def chat_choices(service: Service, request: ChatRequest) -> list[Choice]:
     messages = [_message(message.role, message.text, message.name) for message in request.messages]
     prompt = await asyncio.to_thread(_chat_ids, service, messages)
     scores = (request.top_logprobs or 0) if request.logprobs else None
-    return _choices(service, request, [prompt], ["messages"], request.most_tokens, scores)
+    grammar = None
+    if (schema := request.schema_asked) is not None:
+        grammar = await asyncio.to_thread(_grammar, service, schema)
+    return _choices(service, request, [prompt], ["messages"], request.most_tokens, scores, grammar=grammar)
 
 
 async def completion_choices(service: Service, request: CompletionRequest) -> list[Choice]:
@@ -51,6 +55,7 @@ def _choices(
     most: int | None,
     scores: int | None,
     texts: Sequence[str] = ("",),
+    grammar: str | None = None,
 ) -> list[Choice]:
     n = request.n or 1
     if len(prompts) * n > service.limits.max_choices:
@@ -66,8 +71,26 @@ def _choices(
             options = generate_options(request, own, max_new_tokens=new, top_logprobs=scores)
             # the same seed must not say the same n times
             options["request_ids"] = [index]
+            if grammar is not None:
+                options["grammar"] = grammar
             found.append(Choice(index, prompt, options, ends, stops, texts[number]))
     return found
+
+
+def _grammar(service: Service, schema: dict[str, Any]) -> str:
+    """Of JSON that is valid by a schema."""
+    try:
+        return service.grammars(schema)
+    except NotOffered as error:
+        raise invalid(
+            f"'response_format' is not offered by this server: {error}",
+            param="response_format",
+            code="unsupported_parameter",
+        ) from error
+    except InputError as error:
+        raise invalid(
+            f"Invalid value for 'response_format': {error}", param="response_format", code="invalid_value"
+        ) from error
 
 
 def _new_tokens(service: Service, prompt: Sequence[int], name: str, most: int | None) -> int:

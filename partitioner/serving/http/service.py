@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from partitioner.serving.grammar.check import Checks
 from partitioner.serving.http.keys import Keys
 from partitioner.serving.http.limits import Limits
 from partitioner.serving.http.metrics import Metrics
@@ -20,18 +21,36 @@ from partitioner.serving.openai.errors import ApiError
 from partitioner.serving.text.chat_template import Renderer
 from runtime.launching.launched import Launched
 
-__all__ = ["Service"]
+__all__ = ["NotOffered", "Service"]
+
+
+class NotOffered(Exception):
+    """Why this server does not do what it could with something that is missing."""
 
 
 class Service:
-    """See the module's docstring. name: by which clients ask for the model."""
+    """See the module's docstring. name: by which clients ask for the model.
 
-    def __init__(self, llm: Launched, tokenizer: Any, *, name: str, limits: Limits, keys: Keys | None = None) -> None:
+    checks: of schemas that answers must be valid by, for the vocabulary that the ranks were started with; or why there
+    are none.
+    """
+
+    def __init__(
+        self,
+        llm: Launched,
+        tokenizer: Any,
+        *,
+        name: str,
+        limits: Limits,
+        keys: Keys | None = None,
+        checks: Checks | str = "its ranks were not told what tokens say",
+    ) -> None:
         self.llm, self.tokenizer, self.name, self.limits = llm, tokenizer, name, limits
         self.keys = keys or Keys()
         self.metrics = Metrics()
         self.chats = Renderer(tokenizer)
         """Writes chats as the tokenizer's template puts them."""
+        self._checks = checks
         self.created = int(time.time())
         self.generation = llm.generation
         """What the model's generation config says."""
@@ -105,9 +124,19 @@ class Service:
                 deadline.reschedule(now)
             await self._idle.wait()
 
+    def grammars(self, schema: dict[str, Any]) -> str:
+        """The grammar of JSON that is valid by a schema; waits for a process. Raises NotOffered, or InputError."""
+        if isinstance(self._checks, str):
+            raise NotOffered(self._checks)
+        if not self.generation["eos_token_id"]:
+            raise NotOffered("the model has no token with which a text ends")
+        return self._checks.grammar(schema)
+
     def close(self) -> None:
         """Ends what it has started."""
         self.chats.close()
+        if isinstance(self._checks, Checks):
+            self._checks.close()
 
     def cut(self) -> None:
         """What still runs is ended with an error, now."""

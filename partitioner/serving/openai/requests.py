@@ -104,11 +104,28 @@ class Message(BaseModel):
         return self.content or ""
 
 
+class SchemaFormat(BaseModel):
+    """A JSON schema with a name. strict or not, the answer is valid by it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = {}
+    strict: bool | None = None
+
+
 class ResponseFormat(BaseModel):
     """`text` asks for nothing."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _schema(self) -> Self:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError("json_schema is for the type 'json_schema', which needs it")
+        return self
 
 
 class ChatRequest(GenerationFields):
@@ -138,6 +155,8 @@ class ChatRequest(GenerationFields):
             raise ValueError("top_logprobs needs logprobs=true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_tokens and max_completion_tokens say the same: give one of them")
+        if self.schema_asked is not None and self.ignore_eos:
+            raise ValueError("ignore_eos goes on after an end, and an answer in the form of response_format has one")
         return self
 
     def not_offered(self) -> str | None:
@@ -147,7 +166,6 @@ class ChatRequest(GenerationFields):
             "tool_choice": self.tool_choice not in (None, "none", "auto"),
             "functions": bool(self.functions),
             "function_call": self.function_call not in (None, "none", "auto"),
-            "response_format": self.response_format is not None and self.response_format.type != "text",
             "modalities": self.modalities not in (None, ["text"]),
             "audio": self.audio is not None,
             "prediction": self.prediction is not None,
@@ -156,6 +174,14 @@ class ChatRequest(GenerationFields):
             "verbosity": self.verbosity not in (None, "medium"),
         }
         return next((name for name, is_asked in asked.items() if is_asked), None)
+
+    @property
+    def schema_asked(self) -> dict[str, Any] | None:
+        """The JSON schema by which the answer must be valid; None: any text will do."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        return {"type": "object"} if form.json_schema is None else form.json_schema.schema_
 
     @property
     def most_tokens(self) -> int | None:

@@ -30,6 +30,7 @@ from runtime.generation.batching.staged_steps import StagedSteps
 from runtime.generation.generation_request import GenerationRequest
 from runtime.generation.steps import Loaded, Steps
 from runtime.kv_cache.cache_size import CacheSize, Room
+from runtime.sampling.grammar import Grammars
 
 __all__ = ["BatchLoop", "Told"]
 
@@ -65,6 +66,7 @@ class BatchLoop:
         *,
         size: CacheSize | None = None,
         rows: int | None = None,
+        vocabulary: str | None = None,
         block_size: int | None = None,
         compile: bool = False,
         cuda_graph: bool = False,
@@ -75,6 +77,7 @@ class BatchLoop:
         self._wanted, self._rows, self._block_size = size, rows, block_size
         self._decoding = {"compile": compile, "cuda_graph": cuda_graph}
         self._chooser = RowChooser(self.program, communicator, device, profiler)
+        self._grammars = None if vocabulary is None else Grammars(vocabulary)
         self._asked: dict[int, Asked] = {}
         self._refused: list[Told] = []
         """Those for which a cache that was set aside later has no room."""
@@ -107,7 +110,7 @@ class BatchLoop:
         if request.settings.top_logprobs is not None and self.program.stage is not None:
             raise InputError("top_logprobs is not offered over pipeline stages: leave it out, or leave --pp out")
         request.require_fits(self.program, request.longest)
-        asked = Asked(request, vocab_size=self.program.vocab_size)
+        asked = Asked(request, vocab_size=self.program.vocab_size, grammars=self._grammars)
         self.scheduler.add(number, asked.text, most=request.longest, piece=request.settings.prefill_step)
         self._asked[number] = asked
 

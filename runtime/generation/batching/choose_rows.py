@@ -20,6 +20,7 @@ from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.generation_request import GenerationRequest
 from runtime.program.rank_program import RankProgram
+from runtime.sampling.grammar import Grammars, among
 from runtime.sampling.sampler import Sampler
 from runtime.sampling.sampling_options import Sampling
 from runtime.sampling.token_edits import TokenEdits
@@ -43,7 +44,8 @@ class Choice:
 class Asked:
     """A request of one row, as it stands."""
 
-    def __init__(self, request: GenerationRequest, *, vocab_size: int) -> None:
+    def __init__(self, request: GenerationRequest, *, vocab_size: int, grammars: Grammars | None = None) -> None:
+        """Raises InputError where its grammar cannot be used."""
         self.settings = request.settings
         self.text = list(request.prompts[0])
         self.step = 0
@@ -54,15 +56,37 @@ class Asked:
         self._request = request
         self._watcher = request.watcher(vocab_size)
         self.sampling = _alike(request.settings.sampling)
+        self._vocab_size = vocab_size
+        self._matcher = None
+        if request.settings.grammar is not None:
+            if grammars is None:
+                raise InputError("a grammar needs to know what tokens say: launch(..., vocabulary=) tells the ranks")
+            self._matcher = grammars.matcher(request.settings.grammar, ends=request.settings.eos_token_id)
 
     def edits(self) -> TokenEdits | None:
         """Which tokens the next choice must and must not take. Once for each step, in their order."""
-        return self._watcher.edits([self.text], self.step + 1)
+        edits = self._watcher.edits([self.text], self.step + 1)
+        if self._matcher is None:
+            return edits
+        bits = self._matcher.allowed()
+        edits = replace(edits or TokenEdits(), allowed=((0, bits),))
+        left = among(bits, torch.tensor(edits.forced or range(self._vocab_size)))
+        out = [token for token in (*edits.banned, *(token for _, token in edits.pairs)) if token < self._vocab_size]
+        if not edits.forced:
+            left[out] = False
+        if not left.any():
+            raise InputError(
+                f"the grammar and the options together leave no token for new token {self.step + 1}: leave out options "
+                "that forbid or force tokens, or the grammar"
+            )
+        return edits
 
     def learn(self, token: int) -> bool:
         """Whether it ends with this token."""
         self.text.append(token)
         self.step += 1
+        if self._matcher is not None:
+            self._matcher.learn(token)
         return self.step == self.settings.max_new_tokens or self._request.has_ended(self.text)
 
 
@@ -201,4 +225,5 @@ def _together(edits: Sequence[TokenEdits | None]) -> TokenEdits | None:
     added = [
         (row, token, amount) for row, edit in enumerate(edits) if edit is not None for _, token, amount in edit.added
     ]
-    return TokenEdits(forced, (), tuple(sorted(pairs)), tuple(added))
+    allowed = [(row, bits) for row, edit in enumerate(edits) if edit is not None for _, bits in edit.allowed]
+    return TokenEdits(forced, (), tuple(sorted(pairs)), tuple(added), tuple(allowed))

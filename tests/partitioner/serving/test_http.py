@@ -97,6 +97,7 @@ def test_malformed_bodies(url: str, body: bytes, said: str) -> None:
     [
         ("tools", [{"type": "function"}]),
         ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}),
         ("functions", [{}]),
         ("audio", {}),
         ("reasoning_effort", "high"),

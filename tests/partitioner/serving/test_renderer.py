@@ -33,23 +33,23 @@ def said(text: str) -> list[dict[str, str]]:
 def test_one_process_for_many_texts(tokenizer: Any) -> None:
     with Renderer(tokenizer, timeout_s=1) as renderer:
         assert renderer.render(said("a\u00e9" * 50_000)) == "a\u00e9" * 50_000 + "!"
-        (child, _) = renderer._child or (0, None)
+        (child, _) = renderer._process.child or (0, None)
         for text in ("b", "c"):
             assert renderer.render(said(text)) == f"{text}!"
         with pytest.raises(TemplateFailed, match="not that"):
             renderer.render(said("refuse"))
-        assert renderer._child is not None
-        assert renderer._child[0] == child
+        assert renderer._process.child is not None
+        assert renderer._process.child[0] == child
         with pytest.raises(TemplateFailed, match="did not end within 1 s"):
             renderer.render(said("hang"))
         assert not Path(f"/proc/{child}").exists()
         assert renderer.render(said("after")) == "after!"
-        (child, _) = renderer._child or (0, None)
+        (child, _) = renderer._process.child or (0, None)
         os.kill(child, 9)
         with pytest.raises(TemplateFailed):
             renderer.render(said("lost"))
         assert renderer.render(said("again")) == "again!"
-        (child, _) = renderer._child or (0, None)
+        (child, _) = renderer._process.child or (0, None)
     assert not Path(f"/proc/{child}").exists()
 
 

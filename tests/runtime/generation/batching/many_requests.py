@@ -87,9 +87,11 @@ def request(case: Case) -> GenerationRequest:
     return GenerationRequest.of([case.prompt], None, case.options, eos_token_id=())
 
 
-def serve(engine: Engine, cases: Sequence[Case], size: CacheSize, *, block_size: int = 4) -> Outcome:
+def serve(
+    engine: Engine, cases: Sequence[Case], size: CacheSize, *, block_size: int = 4, vocabulary: str | None = None
+) -> Outcome:
     """One rank's part."""
-    made = engine.batching(size)
+    made = engine.batching(size, vocabulary=vocabulary)
     made._block_size = block_size
     found = Outcome({number: [] for number in range(len(cases))}, {number: [] for number in range(len(cases))})
     waiting = sorted(range(len(cases)), key=lambda number: cases[number].arrival)
