@@ -31,7 +31,7 @@ from runtime.generation.staged_loop import StagedLoop
 from runtime.generation.steps import Loaded, Steps
 from runtime.generation.token_rules import TokenRules
 from runtime.kv_cache.cache import Cache
-from runtime.kv_cache.cache_size import ANY_LENGTH, CacheSize, Room, default_step, slots_for, step_of
+from runtime.kv_cache.cache_size import ANY_LENGTH, CacheSize, Room, WhatIsKept, default_step, slots_for, step_of
 from runtime.kv_cache.sharded_cache import cache_for
 
 __all__ = ["GenerateLoop"]
@@ -70,6 +70,8 @@ class GenerateLoop:
         """What there is room for, once `reserve` has found out."""
         self._bound: Steps | None = None
         """The programs with the cache that is set aside now."""
+        self._counts_tokens = False
+        """As `WhatIsKept` has it, once there is a cache."""
         self._default_steps: dict[int, int] = {}
         self._turn = 0
         """Counts tasks: a stream that another task has overtaken must not go on."""
@@ -96,7 +98,13 @@ class GenerateLoop:
         turn = self._turn
         if self.program.stage is not None:
             staged = StagedLoop(
-                run, self.program, self._decode_by.program, self.communicator, self.device, self._profiler
+                run,
+                self.program,
+                self._decode_by.program,
+                self.communicator,
+                self.device,
+                self._profiler,
+                alike=self._counts_tokens,
             )
             chooser = TokenChooser(self.program, settings, self.communicator, self.device, self._profiler)
             for step in staged.steps(request, chooser, min(size, run.cache.step)):
@@ -105,7 +113,7 @@ class GenerateLoop:
             return
         conversation = Conversation(request, vocab_size=self.program.vocab_size)
         chooser = TokenChooser(self.program, settings, self.communicator, self.device, self._profiler)
-        pieces = conversation.prompt_pieces(run.cache.piece_size(size, longest), alike=run.counts_tokens)
+        pieces = conversation.prompt_pieces(run.cache.piece_size(size, longest), alike=self._counts_tokens)
         logits = run.prefill(pieces)
         chained: Iterator[Tensor] | None = None
         while True:
@@ -204,7 +212,8 @@ class GenerateLoop:
         self._bound = self.room = None
 
     def _steps_over(self, *, max_batch: int, max_length: int, step: int) -> Steps:
-        """The programs over a new cache."""
+        """The programs over a new cache; a collective."""
+        self._counts_tokens = WhatIsKept.agreed(self.program, self.communicator, self.device).counts_tokens
         slots = slots_for(self.program, max_length)
         cache = cache_for(
             self.program, max_batch=max_batch, max_length=max_length, step=step, device=self.device, slots=slots

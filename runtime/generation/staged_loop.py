@@ -42,11 +42,14 @@ class StagedLoop:
         communicator: Communicator,
         device: torch.device,
         profiler: Profiler,
+        *,
+        alike: bool,
     ) -> None:
+        """alike: as in `Conversation`, for all stages."""
         assert prefill.stage is not None
         assert decode.stage is not None
         self._run, self._communicator, self._device = run, communicator, device
-        self._stage = decode.stage
+        self._stage, self._alike = decode.stage, alike
         self._links = Links(communicator, prefill.stage, profiler)
         self._program = prefill
         self._ring = profiler.watched_transfers(communicator.channel("pp", node="shift"))
@@ -70,7 +73,7 @@ class StagedLoop:
             for number, group in enumerate(groups)
             if group.texts
             for piece in group.pieces_between(
-                self._ends(group, sum(bool(each.texts) for each in groups), size), alike=self._run.counts_tokens
+                self._ends(group, sum(bool(each.texts) for each in groups), size), alike=self._alike
             )
         ]
         found: dict[int, Tensor] = {}

@@ -123,11 +123,6 @@ class Steps:
         }
 
     @property
-    def counts_tokens(self) -> bool:
-        """Whether a state per sequence changes with each token, so that no row may repeat one."""
-        return any(not state.per_token for state in self._program.states)
-
-    @property
     def _least_slots(self) -> int:
         # a graph for single steps may decide by whether there are slots besides those of its tokens
         return max(p.limits.get("slots", (1, None))[0] for p in (self._program, self._decode_program))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import InputError
+from partitioner.sharding.mesh import AXES
 from runtime.communication.communicator import Communicator
 from runtime.kv_cache.device_memory import Amount, free_bytes, readable
 from runtime.kv_cache.sharded_slots import cache_bytes
@@ -33,6 +34,7 @@ __all__ = [
     "LEAST_STEP",
     "CacheSize",
     "Room",
+    "WhatIsKept",
     "bytes_needed",
     "default_step",
     "longest_text",
@@ -156,6 +158,28 @@ class Room:
             "Give shorter or fewer prompts, fewer new tokens or a smaller prefill_step, partition over more ranks, or "
             "make more memory free"
         )
+
+
+@dataclass(frozen=True)
+class WhatIsKept:
+    """Of all pipeline stages: how sequences are cut must not follow from the states of a rank's own stage.
+
+    counts_tokens: whether some state of a sequence changes with each token, so that no row may repeat one.
+    token_axes: those whose ranks share out the tokens of states.
+    """
+
+    counts_tokens: bool
+    token_axes: tuple[str, ...]
+
+    @classmethod
+    def agreed(cls, program: RankProgram, communicator: Communicator, device: torch.device) -> WhatIsKept:
+        """A collective where there are stages."""
+        axes = {axis for state in program.states for axis in state.token_axes}
+        found = [any(not state.per_token for state in program.states), *(axis in axes for axis in AXES)]
+        if program.stage is not None:
+            mine = torch.tensor(found, dtype=torch.int64, device=device)
+            found = _gathered(communicator, mine).view(-1, len(found)).amax(0).bool().tolist()
+        return cls(found[0], tuple(axis for axis, is_one in zip(AXES, found[1:], strict=True) if is_one))
 
 
 def slots_for(program: RankProgram, max_length: int) -> int:

@@ -188,8 +188,10 @@ class BatchLoop:
         self._turn = 0
         self._runner: _Runner = _OneStage(self)
         if program.stage is not None:
+            assert self._decode_by.program.stage is not None
             self._runner = StagedSteps(
                 program.stage,
+                self._decode_by.program.stage,
                 self._communicator,
                 self._device,
                 self._profiler,

@@ -22,7 +22,7 @@ from runtime.generation.conversation import Piece
 from runtime.generation.steps import Steps
 from runtime.kv_cache.batch import PagedRows
 from runtime.kv_cache.cache import Cache
-from runtime.kv_cache.cache_size import ANY_LENGTH, CacheSize, Room, default_step, slots_for, step_of
+from runtime.kv_cache.cache_size import CacheSize, Room, WhatIsKept, default_step, slots_for, step_of
 from runtime.kv_cache.paged_cache import PagedCache
 from runtime.kv_cache.paged_size import DEFAULT_ROWS, PagedSize
 from runtime.kv_cache.sharded_cache import cache_for
@@ -33,6 +33,10 @@ __all__ = ["InBlocks", "InRows", "Places", "Run", "places_for"]
 _DEFAULT_MEMORY = "0.5 of free"
 _MOST_TOKENS = 1 << 15
 """Of a row, where nobody gave a size."""
+_SUMS_UP = (
+    "the model keeps a state per sequence, which sums up all its tokens so far: that of a prefix is gone when the next "
+    "token has been run"
+)
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,13 @@ class Places(Protocol):
 class InBlocks:
     """See the module's docstring."""
 
-    def __init__(self, program: RankProgram, size: PagedSize, device: torch.device, *, budget: int) -> None:
+    def __init__(
+        self, program: RankProgram, size: PagedSize, device: torch.device, *, budget: int, kept: WhatIsKept
+    ) -> None:
         self._size = size
         self.room, self.tokens = size.room, size.tokens
         self.cache: Cache = size.make(program.states, device)
-        self.why_not_kept = _why_not_kept(program)
+        self.why_not_kept = _SUMS_UP if kept.counts_tokens else ""
         self.limits = Limits(
             rows=size.rows,
             blocks=size.blocks,
@@ -84,7 +90,7 @@ class InBlocks:
             budget=budget,
             piece=program.limits.get("sequence", (1, None))[1],
             # a state per sequence would count a token twice with which a shorter row is filled up
-            alike=not all(state.per_token for state in program.states),
+            alike=kept.counts_tokens,
             keeps_prefixes=not self.why_not_kept,
         )
 
@@ -120,7 +126,15 @@ class InRows:
     """See the module's docstring; `rows` of `max_length` tokens."""
 
     def __init__(
-        self, program: RankProgram, room: Room, device: torch.device, *, rows: int, max_length: int, step: int
+        self,
+        program: RankProgram,
+        room: Room,
+        device: torch.device,
+        *,
+        rows: int,
+        max_length: int,
+        step: int,
+        axes: tuple[str, ...],
     ) -> None:
         self.room = room
         self.tokens: int | None = rows * max_length
@@ -132,16 +146,18 @@ class InRows:
             device=device,
             slots=slots_for(program, max_length),
         )
-        axes = {axis for state in program.states for axis in state.token_axes}
         self.why_not_kept = (
-            f"the ranks of {', '.join(sorted(axes))} share out the tokens of each sequence, which lies in a row of its "
+            f"the ranks of {', '.join(axes)} share out the tokens of each sequence, which lies in a row of its "
             "own on each of them"
         )
+        # as `ShardedCache.piece_size`, also on a stage without attention, whose cache shares out nothing
+        parts = program.mesh.size(*axes)
+        budget = step if step < parts else step - step % parts
         self.limits = Limits(
             rows=rows,
             blocks=rows,
             block_size=max_length,
-            budget=self.cache.piece_size(step, ANY_LENGTH),
+            budget=budget,
             piece=program.limits.get("sequence", (1, None))[1],
             keeps_prefixes=False,
             together=1,
@@ -158,8 +174,9 @@ class InRows:
         *,
         rows: int | None,
         step: int,
+        axes: tuple[str, ...],
     ) -> InRows:
-        """A collective, as `Room.agreed`; raises as `Room.require`."""
+        """axes: whose ranks share out tokens. A collective, as `Room.agreed`; raises as `Room.require`."""
         wanted = CacheSize(max_batch=rows or DEFAULT_ROWS, memory=_DEFAULT_MEMORY) if size is None else size
         wanted = replace(wanted, max_batch=rows or wanted.max_batch, prefill_step=step)
         room = Room.agreed(program, wanted, communicator, device)
@@ -170,7 +187,7 @@ class InRows:
                 max_length = min(max_length, _MOST_TOKENS)
         room.require(max(1, max_length))
         step = step_of(program, step, max_length)
-        return cls(program, room, device, rows=wanted.max_batch, max_length=max_length, step=step)
+        return cls(program, room, device, rows=wanted.max_batch, max_length=max_length, step=step, axes=axes)
 
     def run_of(self, work: Work, last: Callable[[int], tuple[int, int]]) -> Run:
         turns = {turn.table[0]: turn for turn in work.turns}
@@ -210,17 +227,8 @@ def places_for(
     step = None if size is None else size.prefill_step
     if step is None:
         step = default_step(program, communicator, device, max_batch=1)
-    if any(state.token_axes for state in program.states):
-        return InRows.agreed(program, size, communicator, device, rows=rows, step=step)
+    kept = WhatIsKept.agreed(program, communicator, device)
+    if kept.token_axes:
+        return InRows.agreed(program, size, communicator, device, rows=rows, step=step, axes=kept.token_axes)
     paged = PagedSize.agreed(program, size, communicator, device, step=step, rows=rows, block_size=block_size)
-    return InBlocks(program, paged, device, budget=paged.step)
-
-
-def _why_not_kept(program: RankProgram) -> str:
-    of_sequences = [state.name for state in program.states if not state.per_token]
-    if of_sequences:
-        return (
-            f"{of_sequences[0]!r} is a state per sequence, which sums up all its tokens so far: that of a prefix is "
-            "gone when the next token has been run"
-        )
-    return ""
+    return InBlocks(program, paged, device, budget=paged.step, kept=kept)

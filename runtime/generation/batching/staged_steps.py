@@ -45,12 +45,15 @@ class _Passing:
 class StagedSteps:
     """One rank's part. run: of a step and what came for it, what the stage yields. choose: as `BatchLoop.choose`.
 
+    prefill, decode: the stage as the programs for prompts and for single tokens have it, between which other values
+    may cross, or other rows of them.
     sampled: the numbers of a step's sequences that are to be told a token.
     """
 
     def __init__(
         self,
-        stage: Stage,
+        prefill: Stage,
+        decode: Stage,
         communicator: Communicator,
         device: torch.device,
         profiler: Profiler,
@@ -60,11 +63,13 @@ class StagedSteps:
         sampled: Callable[[Work], list[int]],
         sizes: Callable[[Run], dict[str, int]],
     ) -> None:
-        self._stage, self._communicator, self._device = stage, communicator, device
+        self._stage, self._communicator, self._device = prefill, communicator, device
         self._run, self._choose, self._sampled, self._sizes = run, choose, sampled, sizes
-        self._links = Links(communicator, stage, profiler)
+        self._links = {
+            is_decode: Links(communicator, stage, profiler) for is_decode, stage in ((False, prefill), (True, decode))
+        }
         self._all = profiler.watched_transfers(communicator.channel("pp", node="tokens"))
-        self._passing: deque[_Passing | None] = deque([None] * stage.count, maxlen=stage.count)
+        self._passing: deque[_Passing | None] = deque([None] * prefill.count, maxlen=prefill.count)
         """By stage: what it runs in this slot."""
         self._received: list[Tensor] = []
         self._seen: set[tuple[int, ...]] = set()
@@ -79,23 +84,26 @@ class StagedSteps:
         choices = None if done is None else self._tell(done.run, made if index + 1 == count else None)
         sending: list[Handle] = []
         if mine is not None and index + 1 < count:
-            self._links.begin(new_shapes=mine.is_new)
-            sending = self._links.send(list(made))
+            sending = self._links_of(mine).send(list(made))
         before = self._passing[index - 1] if index else None
         self._received = []
         if before is not None:
-            self._links.begin(new_shapes=before.is_new)
-            self._received = [handle.finish() for handle in self._links.receive(before.sizes)]
+            self._received = [handle.finish() for handle in self._links_of(before).receive(before.sizes)]
         for handle in sending:
             handle.finish()
         return None if done is None or choices is None else (done.run.work, choices)
 
     def _passed(self, run: Run) -> _Passing:
         sizes = self._sizes(run)
-        key = tuple(sizes.values())
+        key = (int(run.work.decode), *sizes.values())
         is_new = key not in self._seen
         self._seen.add(key)
         return _Passing(run, sizes, is_new)
+
+    def _links_of(self, passing: _Passing) -> Links:
+        links = self._links[passing.run.work.decode]
+        links.begin(new_shapes=passing.is_new)
+        return links
 
     def _tell(self, run: Run, logits: Tensor | None) -> dict[int, Choice]:
         """On all stages, what the last one chooses from its `logits`."""
