@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from partitioner.compile.cut_stages import StageParts
 from partitioner.errors import LayoutError
 from partitioner.program.copy_nodes import append_node
+from partitioner.program.pause_collector import collector_paused
 from partitioner.program.program import PerRankInt, Program, State, Weight
 from partitioner.program.progress import timed
 from partitioner.program.stages import crossings
@@ -103,7 +104,7 @@ class Emitter:
         stage = self._stage(coordinates)
         if (stage, row) not in self._graphs:
             integers = dict(zip(table, row, strict=True))
-            with timed("emit"):
+            with timed("emit"), collector_paused():
                 graph = self._stages[stage].graph
                 if stage not in self._differing:
                     self._differing[stage] = _differing(graph)
