@@ -19,10 +19,12 @@ from torch import Tensor, fx
 
 from partitioner.compile.cut_stages import StageParts
 from partitioner.errors import LayoutError
+from partitioner.program.copy_nodes import append_node
+from partitioner.program.pause_collector import collector_paused
 from partitioner.program.program import PerRankInt, Program, State, Weight
 from partitioner.program.progress import timed
 from partitioner.program.stages import crossings
-from partitioner.program.torch_calls import lower
+from partitioner.program.torch_calls import lower, lowered_call
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import in_order
 from partitioner.storage.checkpoint.stored_form import StoredForm
@@ -102,7 +104,7 @@ class Emitter:
         stage = self._stage(coordinates)
         if (stage, row) not in self._graphs:
             integers = dict(zip(table, row, strict=True))
-            with timed("emit"):
+            with timed("emit"), collector_paused():
                 graph = self._stages[stage].graph
                 if stage not in self._differing:
                     self._differing[stage] = _differing(graph)
@@ -135,10 +137,13 @@ def _substituted(graph: fx.Graph, integers: Mapping[str, Any], differing: set[fx
         # a tied name's placeholder, say: no rank loads it
         if node.op == "get_attr" and not node.users:
             continue
-        new = copied[node] = copy.node_copy(node, copied.__getitem__)
-        if node.op == "call_function":
-            if node in differing:
-                new.args, new.kwargs = fx.node.map_aggregate((new.args, new.kwargs), replace)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), copied.__getitem__)
+        if node in differing and node.op == "call_function":
+            args, kwargs = fx.node.map_aggregate((args, kwargs), replace)
+        call = lowered_call(node.target, args, kwargs) if node.op == "call_function" else None
+        op, target = call or (node.op, node.target)
+        new = copied[node] = append_node(copy, node, op, target, args, kwargs)
+        if op == "call_function" and call is None:
             copied[node] = lowered = lower(new)
             if lowered is not new:
                 copy.erase_node(new)

@@ -33,6 +33,7 @@ from partitioner.compile.probe_decode import compare_steps
 from partitioner.compile.run_passes import choose, run_passes
 from partitioner.errors import CaptureError, LayoutError, PlanError
 from partitioner.program.model_record import ModelRecord
+from partitioner.program.pause_collector import collector_paused
 from partitioner.program.plan import Plan
 from partitioner.program.program import Origins, Program
 from partitioner.program.progress import timed
@@ -120,6 +121,7 @@ def _from(origins: Origins | None, traced: Program) -> Program:
     return traced
 
 
+@collector_paused()
 def trace(model: PreTrainedModel, *, max_length: int | None = None, fixed_length: int | None = None) -> Program:
     """The model as one canonical program, before any pass; it can be compiled for several plans."""
     if not isinstance(model, PreTrainedModel):
@@ -145,6 +147,7 @@ def _within(wrapper: object) -> str:
     return ""
 
 
+@collector_paused()
 def trace_step(model: PreTrainedModel, *, max_length: int | None = None) -> Program:
     """The model as one program that takes some tokens at a time, with what it remembers of those before as states."""
     with timed("trace with a cache"):
@@ -154,6 +157,7 @@ def trace_step(model: PreTrainedModel, *, max_length: int | None = None) -> Prog
     return traced
 
 
+@collector_paused()
 def trace_piece(model: PreTrainedModel, *, max_length: int | None = None) -> Program:
     """The same for several tokens at a time, of a model that remembers a state per sequence."""
     traced = capture_piece(model, mesh=Mesh.of(), max_length=max_length)
@@ -162,6 +166,7 @@ def trace_piece(model: PreTrainedModel, *, max_length: int | None = None) -> Pro
     return traced
 
 
+@collector_paused()
 def compile_program(
     traced: Program,
     plan: Plan,

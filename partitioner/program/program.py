@@ -22,6 +22,7 @@ import sympy
 import torch
 from torch import fx
 
+from partitioner.program.copy_nodes import copy_graph
 from partitioner.program.stages import StageTable
 from partitioner.sharding.layout import REPLICATED, Layout
 from partitioner.sharding.mesh import Mesh
@@ -199,14 +200,9 @@ class Program:
 
     def copy(self, mesh: Mesh | None = None) -> Program:
         """The same program with a graph of its own; on another mesh if one is given, before anything is laid out."""
-        graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
-        output = graph.graph_copy(self.graph, copied)
-        graph.output(output).meta = dict(self.graph.output_node().meta)
-        for node, copy in copied.items():
-            copy.name = node.name
         return replace(
             self,
-            graph=graph,
+            graph=copy_graph(self.graph)[0],
             weights=dict(self.weights),
             mesh=mesh or self.mesh,
             table=dict(self.table),

@@ -12,7 +12,7 @@ very overload, so nothing is computed differently; what is in no table stays as 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from runtime.ops.local import once
 
 aten = torch.ops.aten
 
-__all__ = ["FUNCTIONS", "METHODS", "lower"]
+__all__ = ["FUNCTIONS", "METHODS", "lower", "lowered_call"]
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {
     # element by element, two operands
@@ -147,6 +147,10 @@ METHODS: dict[Any, str] = {
     aten.sym_size.int: "size",
 }
 
+_CALLS: dict[Any, tuple[str, Any]] = {
+    **{op: ("call_function", function) for op, function in FUNCTIONS.items()},
+    **{op: ("call_method", method) for op, method in METHODS.items()},
+}
 
 _TO_POSITIONAL = 4
 """self, dtype, non_blocking, copy"""
@@ -162,15 +166,25 @@ def lower(node: fx.Node) -> fx.Node:
         return node
     if node.target is aten.slice.Tensor:
         _narrow(node)
-    elif node.target in FUNCTIONS:
-        node.target = FUNCTIONS[node.target]
-    elif node.target in METHODS:
-        if node.target is aten.to.dtype and len(node.args) > _TO_POSITIONAL:
-            # a method takes what an op takes in place by name only
-            node.kwargs = {**node.kwargs, "memory_format": node.args[_TO_POSITIONAL]}
-            node.args = node.args[:_TO_POSITIONAL]
-        node.op, node.target = "call_method", METHODS[node.target]
+        return node
+    if node.target is aten.to.dtype and len(node.args) > _TO_POSITIONAL:
+        # a method takes what an op takes in place by name only
+        node.kwargs = {**node.kwargs, "memory_format": node.args[_TO_POSITIONAL]}
+        node.args = node.args[:_TO_POSITIONAL]
+    call = lowered_call(node.target, node.args, node.kwargs)
+    if call is not None:
+        node.op, node.target = call
     return node
+
+
+def lowered_call(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """The op and the target that do the same with the same arguments, if there are any: most of what `lower` does."""
+    call = _CALLS.get(target)
+    if call is None or not args or "self" in kwargs or not _is_tensor(args[0]):
+        return None
+    if target is aten.to.dtype and len(args) > _TO_POSITIONAL:
+        return None
+    return call
 
 
 def _is_tensor(argument: Any) -> bool:
