@@ -63,6 +63,11 @@ class Case(Job):
         if not 0 <= self.seed <= LARGEST_SEED:
             raise InputError(f"the seed must be a whole number from 0 to {LARGEST_SEED}, got {self.seed}")
         super().__post_init__()
+        if self.plan.weights != "expanded":
+            raise InputError(
+                f"verify compares with transformers' own model, whose weights are expanded; the plan has weights="
+                f"{self.plan.weights}: leave it out (on a CPU, stored weights give the same numbers)"
+            )
         self.placed  # noqa: B018 - checks the device
 
     @property

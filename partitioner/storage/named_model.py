@@ -100,7 +100,8 @@ def load_model(name: str, *, dtype: torch.dtype | None, seed: int = 0, meta: boo
     `meta`: its default size, without data.
     """
     if not meta and Path(name).is_dir():
-        model_class = class_of(load_config(name))
+        config = load_config(name)
+        model_class = class_of(config)
         try:
             model, info = model_class.from_pretrained(
                 name, dtype=dtype, local_files_only=True, output_loading_info=True
@@ -114,6 +115,8 @@ def load_model(name: str, *, dtype: torch.dtype | None, seed: int = 0, meta: boo
                 f"{name} lacks {len(missing)} weights of {model_class.__name__}, {missing[0]!r} for one, which "
                 "transformers draws at random: complete the checkpoint, or name its class in 'architectures'"
             )
+        if dtype is not None and getattr(config, "quantization_config", None) is not None:
+            _widen(model, dtype)
         return without_grouped_mm(model.eval())
     config = load_config(name, small=not meta)
     if not meta:
@@ -127,6 +130,13 @@ def load_model(name: str, *, dtype: torch.dtype | None, seed: int = 0, meta: boo
         torch.manual_seed(seed)
         model = _build(name, config, "meta" if meta else "cpu").to(dtype or _named_dtype(config)).eval()
     return without_grouped_mm(model)
+
+
+def _widen(model: Any, dtype: torch.dtype) -> None:
+    """Some of transformers' quantisers dequantise to 16 bits whatever `dtype` is asked for."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            tensor.data = tensor.data.to(dtype)
 
 
 def without_grouped_mm(model: Any) -> Any:

@@ -48,6 +48,12 @@ def test_verify_in_one_process(small: str) -> None:
     assert "differs" not in output
 
 
+def test_verify_has_nothing_to_compare_stored_weights_with(small: str) -> None:
+    code, output = run("verify", small, "--plan", "tp=2,weights=stored", "--simulate")
+    assert code == 2
+    assert "compares with transformers' own model" in output
+
+
 @pytest.mark.processes
 def test_verify_over_processes(small: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))

@@ -19,6 +19,7 @@ from partitioner import CaptureError, Plan, WeightError, partition
 from partitioner.compile.partition import compile_program, trace
 from partitioner.storage.checkpoint.open_checkpoint import open_checkpoint
 from partitioner.storage.checkpoint.quantized_tensors import find_quantized
+from partitioner.storage.named_model import load_model
 from runtime.program.shards import Piece, WeightShard
 from runtime.weights.read_shards import Reader
 from runtime.weights.safetensors_files import TensorFiles
@@ -120,6 +121,14 @@ def test_the_numbers_are_rounded_once_to_the_dtype_asked_for(name: str, form: st
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(wanted[name])
     assert not list(differences(opened, model))
+
+
+def test_the_model_to_compare_with_is_of_one_dtype() -> None:
+    """Without a GPU, transformers dequantises FP8 to 16 bits whatever is asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = load_model(str(quantised("qwen3_moe", "fp8")[0]), dtype=torch.float64)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
 
 
 def test_another_scale_is_another_weight(tmp_path: Path) -> None:
