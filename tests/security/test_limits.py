@@ -235,7 +235,7 @@ MESSAGES = [{"role": "user", "content": "hello"}]
         ("{{ 9**(9**(9**9)) }}", "did not end within 0.5 s|ValueError|MemoryError"),
         ("{{ 'a' * 10**10 }}", "MemoryError|too much memory"),
         ("{{ (range(99999)|list) * 99999 }}", "MemoryError|too much memory"),
-        ("{{ 'a' * 99999999 }}", "wrote more than 64 MB|did not end within 4 s"),
+        ("{{ 'a' * 99999999 }}", "answered with more than 64 MB|did not end within 4 s"),
         ("{{ raise_exception('not so') }}", "TemplateError: not so"),
         ("{{ ''.__class__.__mro__ }}", "SecurityError"),
         ("{% for", "TemplateSyntaxError"),
