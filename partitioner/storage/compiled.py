@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,13 +51,17 @@ def cache_folder() -> Path | None:
 
 
 def key_of(checkpoint: Path, plan: Plan, *, dtype: str | None, max_length: int | None) -> str | None:
-    """None where what a compile follows from is not known: a plan with passes of its own."""
+    """None where what a compile follows from is not known: a plan with passes of its own, a file that is not there."""
     if plan.passes:
+        return None
+    try:
+        files = list(_checkpoint(checkpoint))
+    except OSError:  # told by who opens the checkpoint
         return None
     about = {
         "versions": [sys.version, torch.__version__, transformers.__version__],
         "sources": _sources(),
-        "checkpoint": list(_checkpoint(checkpoint)),
+        "checkpoint": files,
         "asked": [repr(plan), dtype, max_length],
     }
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()
@@ -130,6 +135,8 @@ def _checkpoint(folder: Path) -> Iterator[object]:
     """What it says of the model, and where its tensors lie."""
     for path in sorted(folder.iterdir()):
         about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            continue  # nor does who opens the checkpoint read it
         if path.suffix == ".safetensors":
             yield path.name, about.st_size, about.st_mtime_ns, about.st_ino, _header(path)
         elif path.suffix in (".json", ".bin", ".gguf"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,17 @@ def test_the_key_follows_what_is_asked_for_and_the_checkpoint(tmp_path: Path) ->
     (copied / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
     assert key(copied) not in known
     assert compiled.key_of(EXAMPLE_MODEL, Plan(passes=["fuse"]), dtype=None, max_length=None) is None
+
+
+def test_a_folder_that_cannot_be_read_has_no_key(tmp_path: Path) -> None:
+    """Whoever opens it says why."""
+    folder = tmp_path / "model"
+    shutil.copytree(EXAMPLE_MODEL, folder)
+    os.mkfifo(folder / "pipe.json")  # would be waited for
+    known = compiled.key_of(folder, Plan(tp=2), dtype=None, max_length=None)
+    assert known is not None
+    (folder / "gone.json").symlink_to(tmp_path / "nothing")
+    assert compiled.key_of(folder, Plan(tp=2), dtype=None, max_length=None) is None
 
 
 def test_turned_off(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
