@@ -37,6 +37,7 @@ from partitioner.cli.common.options import (
     Dtype,
     MaxBatch,
     Model,
+    ModelWithTokenizer,
     NoCache,
     Revision,
     Simulate,
@@ -154,12 +155,7 @@ def report_command(
 def run_command(
     prompt: Annotated[list[str], typer.Option(help="what to continue; given several times, a batch")],
     how: Compile,
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="a checkpoint folder with its tokenizer, a hub's org/name, or a bundle; by default a small one inside"
-        ),
-    ] = str(EXAMPLE_MODEL),
+    model: ModelWithTokenizer = str(EXAMPLE_MODEL),
     dtype: Dtype = None,
     max_new_tokens: int = 64,
     sample: Annotated[

@@ -19,6 +19,7 @@ from partitioner.cli.common.options import (
     CompileSteps,
     Device,
     Dtype,
+    ModelWithTokenizer,
     Revision,
 )
 from partitioner.errors import InputError
@@ -48,12 +49,7 @@ def register(app: typer.Typer) -> None:
 
 def serve_command(
     how: Compile,
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="a checkpoint folder with its tokenizer, a hub's org/name, or a bundle; by default a small one inside"
-        ),
-    ] = str(EXAMPLE_MODEL),
+    model: ModelWithTokenizer = str(EXAMPLE_MODEL),
     host: Annotated[str, typer.Option(help="the address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="the port; 0: one that is free")] = 8000,
     name: Annotated[str | None, typer.Option(help="of the model, for clients; by default its folder's")] = None,

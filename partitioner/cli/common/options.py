@@ -42,6 +42,7 @@ __all__ = [
     "MaxBatch",
     "MaxLength",
     "Model",
+    "ModelWithTokenizer",
     "NoCache",
     "Passes",
     "PlanText",
@@ -105,6 +106,12 @@ Dp = Annotated[
         "--data-parallel-size",
         "--data_parallel_size",
         help="replicas, which share out requests; by default 1, or those of the bundle",
+    ),
+]
+ModelWithTokenizer = Annotated[
+    str,
+    typer.Argument(
+        help="a checkpoint folder with its tokenizer, a hub's org/name, or a bundle; by default a small one inside"
     ),
 ]
 Dtype = Annotated[
