@@ -38,7 +38,7 @@ from partitioner import Plan, partition
 from runtime.weights.load_weights import load_weights
 from runtime.weights.read_shards import Reader
 
-HIDDEN, FFN, HEADS, KV_HEADS, VOCABULARY = 4096, 14336, 32, 8, 1000
+HIDDEN, FFN, HEADS, KV_HEADS = 4096, 14336, 32, 8
 BLOCK, GROUP = 128, 128
 LINEARS = {
     "self_attn.q_proj": (HIDDEN, HIDDEN),
@@ -73,10 +73,11 @@ def quantised(form: str, name: str, rows: int, cols: int) -> dict[str, Tensor]:
     }
 
 
-def make_checkpoint(folder: Path, form: str, layers: int) -> None:
+def make_checkpoint(folder: Path, form: str, layers: int, vocabulary: int = 1000) -> None:
+    """`form`: of CONFIGS."""
     config = LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=layers, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, vocab_size=VOCABULARY, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"],
+        num_key_value_heads=KV_HEADS, vocab_size=vocabulary, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config.to_dict() | {"quantization_config": CONFIGS[form]}))
     places: dict[str, str] = {}
@@ -85,7 +86,7 @@ def make_checkpoint(folder: Path, form: str, layers: int) -> None:
         save_file(tensors, folder / file, {"format": "pt"})
         places.update(dict.fromkeys(tensors, file))
 
-    table = (torch.randn(VOCABULARY, HIDDEN) * 0.02).bfloat16()
+    table = (torch.randn(vocabulary, HIDDEN) * 0.02).bfloat16()
     ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
     tables = {"model.embed_tokens.weight": table, "lm_head.weight": table.clone(), "model.norm.weight": ones}
     put("model-tables.safetensors", tables)

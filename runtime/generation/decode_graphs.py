@@ -22,7 +22,7 @@ from runtime.execution.executable import Executable, build
 from runtime.kv_cache.cache import Cache
 from runtime.program.rank_program import RankProgram
 
-__all__ = ["Decoder", "require_fixed_shapes"]
+__all__ = ["Decoder", "GraphPool", "require_fixed_shapes"]
 
 # a product with one row is a sum over the weights' rows, whose tiles are found by trying. By default the compiler
 # computes again what several kernels use, in each of them: cosines and sines of the position in every layer, and norms
@@ -49,6 +49,24 @@ def require_fixed_shapes(program: RankProgram, device: torch.device, *, cuda_gra
         )
 
 
+class GraphPool:
+    """Memory that captured steps share, of which one is replayed at a time."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    @property
+    def handle(self) -> Any:
+        """What torch.cuda.graph takes."""
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
+
+    def renew(self) -> None:
+        """For when none of its graphs is left: torch captures nothing more into a pool that all graphs have left."""
+        self._handle = None
+
+
 class Decoder:
     """See the module's docstring; for `batch` sequences. `compile`: through torch.compile, with inductor."""
 
@@ -62,9 +80,8 @@ class Decoder:
         device: torch.device,
         compile: bool,
         cuda_graph: bool,
-        pool: Any = None,
+        pool: GraphPool,
     ) -> None:
-        """`pool`: memory that captured steps share, of which one is replayed at a time."""
         self.batch, self.cache, self._pool = batch, cache, pool
         self._compiled, self._captures = compile, cuda_graph
         self._execute = execute
@@ -204,7 +221,7 @@ class Decoder:
                 warm_up()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool.handle):
             result = run(seen)
         return graph, result
 

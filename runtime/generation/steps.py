@@ -19,7 +19,7 @@ from runtime.communication.communicator import Communicator
 from runtime.execution.executable import Executable
 from runtime.execution.profile import Profiler
 from runtime.generation.conversation import Piece
-from runtime.generation.decode_graphs import Decoder
+from runtime.generation.decode_graphs import Decoder, GraphPool
 from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.cache import Cache
 from runtime.program.rank_program import RankProgram
@@ -65,7 +65,7 @@ class Steps:
         self._decode = self._prefill if decode is prefill else bound(decode)
         self._decoders: dict[int, Decoder] = {}
         """By the number of sequences."""
-        self._pool: Any = None
+        self._pool = GraphPool()
 
     def prefill(self, pieces: Iterable[Piece]) -> Tensor:
         """The logits [B, V/n] of each prompt's last token."""
@@ -86,8 +86,6 @@ class Steps:
     def decoder(self, batch: int) -> Decoder:
         """The steps of `batch` sequences from fixed memory, which captured ones share: one is replayed at a time."""
         if batch not in self._decoders:
-            if self._cuda_graph and self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
             self._decoders[batch] = Decoder(
                 self._decode_program,
                 self._decode,
@@ -165,4 +163,5 @@ class Steps:
         """Gives back what captured steps hold, and the cache's memory; what is compiled stays."""
         for decoder in self._decoders.values():
             decoder.release()
+        self._pool.renew()
         self.cache.drop()

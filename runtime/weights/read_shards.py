@@ -266,7 +266,7 @@ class Reader:
         if strip.spot.destination[-1][0] % 2:  # begins within a byte
             codes = torch.nn.functional.pad(codes, (1, 0))
         with self._lock:  # two strips may meet in a byte
-            target |= pack_nibbles(codes)
+            target |= pack_nibbles(codes).to(target.device)
 
     def _raw(self, parts: Mapping[str, Entry], opened: Mapping[Path, int], role: str, block: Block) -> Tensor:
         """A block of a part of a quantised tensor, as it is stored, which may be without its last dims of 1."""

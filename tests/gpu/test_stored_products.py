@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from runtime.ops.kernels.stored import stored_linear, stored_weight
+from runtime.ops.experts import grouped_linear
+from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear, stored_weight
+from runtime.ops.kernels.stored_products import run_of
 from tests.runtime.ops.test_stored import CODES, held
 
 pytestmark = [
@@ -11,22 +13,49 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.filterwarnings("default"),  # torch's compiler warns when it is first imported
 ]
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 6e-4, torch.float32: 1e-5}
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("tokens", "rows", "cols"), [(1, 70, 131), (17, 256, 512), (130, 33, 65)])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "cols", "run"),
+    [(1, 70, 131, 0), (1, 1000, 4096, 128), (1, 40, 416, 32), (5, 70, 640, 64), (17, 256, 512, 0), (130, 33, 65, 32)],
+)
 @pytest.mark.parametrize("code", CODES)
-def test_the_kernel_is_the_product_with_the_numbers(
-    code: str, tokens: int, rows: int, cols: int, dtype: torch.dtype
+def test_the_kernels_are_the_product_with_the_numbers(
+    code: str, tokens: int, rows: int, cols: int, run: int, dtype: torch.dtype
 ) -> None:
-    from runtime.ops.kernels.stored_kernel import multiply  # Triton, which comes with torch for GPUs
-
-    parts, _ = held(code, rows, cols)
+    parts, _ = held(code, rows, cols, run=run)
     parts = tuple(None if part is None else part.cuda() for part in parts)
     x, bias = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((tokens, cols), (rows,)))
     weight = stored_weight(*parts, code=code, computed_in=torch.float32, dtype=dtype)
     expected = x.double() @ weight.double().T + bias.double()
-    found = multiply(x, *parts, bias, code=code)
-    error = (found.double() - expected).norm() / expected.norm()
-    assert error < {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 1e-5}[dtype]
-    assert torch.equal(found, stored_linear(x, *parts, bias, code=code, computed_in=torch.float32))
+    found = stored_linear(x, *parts, bias, code=code, computed_in=torch.float32)
+    assert relative(found, expected) < TOLERANCE[dtype]
+    compiled = torch.compile(stored_linear, dynamic=False)
+    assert torch.equal(compiled(x, *parts, bias, code=code, computed_in=torch.float32), found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("counts", [[0, 2, 0, 1, 1], [40, 0, 3, 100, 1], [0, 0, 0, 0, 0]])
+@pytest.mark.parametrize("code", CODES)
+def test_experts_from_counts_on_the_device(code: str, counts: list[int], dtype: torch.dtype) -> None:
+    parts, _ = held(code, 5, 96, 256, run=32)
+    parts = tuple(None if part is None else part.cuda() for part in parts)
+    tokens = sum(counts) + 2
+    x, bias = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((tokens, 256), (5, 96)))
+    weight = stored_weight(*parts, code=code, computed_in=torch.float32, dtype=torch.float64)
+    on_device = torch.tensor(counts, device="cuda")
+    expected = grouped_linear(x.double(), weight, on_device, bias.double())
+    run_of(parts[-1])
+    torch.cuda.set_sync_debug_mode("error")  # nothing waits for the device
+    try:
+        found = stored_grouped_linear(x, *parts, on_device, bias, code=code, computed_in=torch.float32)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert relative(found, expected) < TOLERANCE[dtype] or not sum(counts)
+    assert not found[sum(counts) :].any()

@@ -90,12 +90,14 @@ def first_mixing(
     layouts: Layouts = {}
     inferrer = Inferrer(concrete)
     alike: set[fx.Node] = set()
+    constant: set[fx.Node] = set()
     for node in concrete.graph.nodes:
         if node.op == "placeholder":
             sizes = program.inputs[len(layouts)].value.shape
             layouts[node] = Layout(tuple(split if size == program.symbols[dim] else None for size in sizes))
         elif node.op == "get_attr":
             layouts[node] = REPLICATED(len(node.meta["val"].shape))
+            constant.add(node)
         elif node.op == "output":
             (logits,) = node.all_input_nodes
             one_row = dim == "sequence" and any(n.target in picked for n in concrete.graph.nodes)
@@ -103,7 +105,9 @@ def first_mixing(
             if layouts[logits] != wanted:
                 return f"the output is not one row per {_NOUN[dim]}: it is {layouts[logits]}"
         elif node.op == "call_function" and node_values(node):
-            if _is_alike(node, alike):
+            if node.all_input_nodes and constant.issuperset(node.all_input_nodes):
+                constant.add(node)
+            if _is_alike(node, alike) or _is_repeated(node, constant):
                 alike.add(node)
             problem = _infer(node, layouts, inferrer, alike, rules)
             if problem is None and also is not None:
@@ -182,6 +186,13 @@ def _is_alike(node: fx.Node, alike: set[fx.Node]) -> bool:
     operands = [n for n in node.all_input_nodes if node_values(n) and n.op != "get_attr"]
     is_pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
     return bool(operands) and alike.issuperset(operands) and (is_pointwise or operation(node) in _PER_TOKEN)
+
+
+def _is_repeated(node: fx.Node, constant: set[fx.Node]) -> bool:
+    """Whether a value is one of these, which are made of weights alone, once for every token."""
+    if operation(node) is not aten.expand or not constant.issuperset(node.all_input_nodes[:1]):
+        return False
+    return not {_BATCH, _SEQUENCE}.intersection(node.all_input_nodes[0].meta["val"].shape)
 
 
 def _attention(node: fx.Node, layouts: Layouts) -> str | None:

@@ -27,6 +27,10 @@ __all__ = ["Attending", "can_decode", "decode_attention", "registered"]
 
 _TILE, _LEAST_TILES = 64, 4
 """Keys at a time, and how many such times a part is worth: putting parts together costs as much as a few."""
+_WARPS, _STAGES = 4, 3
+_MOST_SPLITS, _PER_PROCESSOR = 64, 2
+_MERGED = 8192
+"""Numbers of parts that are read at a time when they are put together."""
 _WIDEST = 256
 _LOG2_E = 1.4426950408889634
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -47,7 +51,7 @@ def _counters(device: torch.device) -> Tensor:
 def _splits(pairs: int, slots: int, device: torch.device) -> int:
     """So many parts that each processor has one or two, however long rows are."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = min(2 * processors / pairs, 64, slots / (_TILE * _LEAST_TILES))
+    wanted = min(_PER_PROCESSOR * processors / pairs, _MOST_SPLITS, slots / (_TILE * _LEAST_TILES))
     return int(2 ** max(0, math.floor(math.log2(max(1.0, wanted)))))
 
 
@@ -85,19 +89,20 @@ def decode_attention(
     ends = batch * heads * splits * value_width
     tops, sums = parts[ends : ends + batch * heads * splits], parts[ends + batch * heads * splits :]
     capped = softcap is not None
+    merged = max(1, _MERGED // (_power_of_2(group) * max(16, _power_of_2(value_width))))
     decode[(batch * kv_heads, splits)](
         q.contiguous(), k.contiguous(), v.contiguous(), positions.contiguous(), keys, values,
         out if sinks is None else sinks.contiguous(), out, lse, parts, tops, sums, _counters(q.device),
         positions if table is None else table,
-        scale if capped else scale * _LOG2_E, softcap or 1.0, window or 0, chunk or 1, slots,
+        scale if capped else scale * _LOG2_E, softcap or 1.0, window or 0, chunk or 1, slots, _LEAST_TILES,
         0 if table is None else table.stride(0),
         keys.stride(row_dim), keys.stride(head_dim), values.stride(row_dim), values.stride(head_dim),
         KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=max(16, _power_of_2(group)),
         D=width, D_PADDED=max(16, _power_of_2(width)), DV=value_width, DV_PADDED=max(16, _power_of_2(value_width)),
-        TILE=_TILE, LEAST_TILES=_LEAST_TILES, SPLITS=splits,
+        TILE=_TILE, SPLITS=splits, GROUP_MERGED=_power_of_2(group), MERGED=min(splits, merged),
         WINDOWED=window is not None, CHUNKED=chunk is not None, CAPPED=capped,
         SINKS=sinks is not None, LSE=return_lse, EXACT=q.dtype == torch.float32, BLOCK=block,
-        num_warps=4, num_stages=2 if width > 128 or q.dtype == torch.float32 else 3,
+        num_warps=_WARPS, num_stages=2 if width > 128 or q.dtype == torch.float32 else _STAGES,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -34,6 +34,7 @@ def decode(
     window,
     chunk,
     slots,
+    least_tiles,
     table_row,
     key_row,
     key_head,
@@ -47,8 +48,9 @@ def decode(
     DV: tl.constexpr,
     DV_PADDED: tl.constexpr,
     TILE: tl.constexpr,
-    LEAST_TILES: tl.constexpr,
     SPLITS: tl.constexpr,
+    GROUP_MERGED: tl.constexpr,
+    MERGED: tl.constexpr,
     WINDOWED: tl.constexpr,
     CHUNKED: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -60,7 +62,7 @@ def decode(
     """`scale` is that of the scores times log2(e), or without it where they are CAPPED.
 
     BLOCK: how many slots lie together, where `table` says of each BLOCK of a row which block of the cache it is, and
-    `key_row` is from block to block; 0: a row's slots are its own.
+    `key_row` is from block to block; 0: a row's slots are its own. MERGED: parts that are read at a time at the end.
     """
     pair = tl.program_id(0)
     split = tl.program_id(1)
@@ -78,7 +80,7 @@ def decode(
         first = tl.maximum(first, position // chunk * chunk)
     first_tile = tl.where(wraps, 0, first // TILE)
     tiles = tl.cdiv(held, TILE)
-    each = tl.maximum(tl.cdiv(tiles - first_tile, SPLITS), LEAST_TILES)
+    each = tl.maximum(tl.cdiv(tiles - first_tile, SPLITS), least_tiles)
     active = tl.cdiv(tiles - first_tile, each)
     if split < active:
         heads = tl.arange(0, GROUP_PADDED)
@@ -169,29 +171,40 @@ def decode(
             tl.debug_barrier()
             came = tl.atomic_add(counters + pair, 1, sem="acq_rel", scope="gpu")
             if came == active - 1:
+                member = tl.arange(0, GROUP_MERGED)
+                is_member = member < GROUP
                 splits = tl.arange(0, SPLITS)
-                for one in tl.static_range(GROUP):
-                    one_of_all = (pair * SPLITS + splits) * GROUP + one
-                    there = splits < active
-                    tops_of = tl.load(tops + one_of_all, mask=there, other=float("-inf"), cache_modifier=".cg")
-                    sums_of = tl.load(sums + one_of_all, mask=there, other=0.0, cache_modifier=".cg")
+                there = (splits < active)[:, None] & is_member[None, :]
+                at_part = (pair * SPLITS + splits)[:, None] * GROUP + member[None, :]
+                tops_of = tl.load(tops + at_part, mask=there, other=float("-inf"), cache_modifier=".cg")
+                sums_of = tl.load(sums + at_part, mask=there, other=0.0, cache_modifier=".cg")
+                highest = tl.max(tops_of, axis=0)
+                highest = tl.where(is_member, highest, 0.0)
+                whole = tl.sum(sums_of * tl.exp2(tops_of - highest[None, :]), axis=0)
+                merged = tl.zeros((GROUP_MERGED, DV_PADDED), dtype=tl.float32)
+                for first_part in range(0, active, MERGED):
+                    some = first_part + tl.arange(0, MERGED)
+                    is_one = (some < active)[:, None] & is_member[None, :]
+                    at_some = (pair * SPLITS + some)[:, None] * GROUP + member[None, :]
+                    tops_some = tl.load(tops + at_some, mask=is_one, other=float("-inf"), cache_modifier=".cg")
                     results = tl.load(
-                        parts + one_of_all[:, None] * DV + value_dims[None, :],
-                        mask=there[:, None] & (value_dims[None, :] < DV),
+                        parts + at_some[:, :, None] * DV + value_dims[None, None, :],
+                        mask=is_one[:, :, None] & (value_dims[None, None, :] < DV),
                         other=0.0,
                         cache_modifier=".cg",
                     )
-                    highest = tl.max(tops_of, axis=0)
-                    factors = tl.exp2(tops_of - highest)
-                    whole = tl.sum(sums_of * factors, axis=0)
-                    merged = tl.sum(results * factors[:, None], axis=0)
-                    if SINKS:
-                        sink = tl.load(sinks + head * GROUP + one).to(tl.float32)
-                        whole += tl.exp2(sink * 1.4426950408889634 - highest)
-                    place = (row * KV_HEADS + head) * GROUP + one
-                    tl.store(out + place * DV + value_dims, merged / whole, mask=value_dims < DV)
-                    if LSE:
-                        tl.store(lse + place, (highest + tl.log2(whole)) * 0.6931471805599453)
+                    merged += tl.sum(results * tl.exp2(tops_some - highest[None, :])[:, :, None], axis=0)
+                if SINKS:
+                    sink = tl.load(sinks + head * GROUP + member, mask=is_member, other=0.0).to(tl.float32)
+                    whole += tl.exp2(sink * 1.4426950408889634 - highest)
+                place = (row * KV_HEADS + head) * GROUP + member
+                tl.store(
+                    out + place[:, None] * DV + value_dims[None, :],
+                    merged / tl.where(is_member, whole, 1.0)[:, None],
+                    mask=is_member[:, None] & (value_dims[None, :] < DV),
+                )
+                if LSE:
+                    tl.store(lse + place, (highest + tl.log2(whole)) * 0.6931471805599453, mask=is_member)
                 tl.store(counters + pair, 0)
 
 

@@ -1,6 +1,6 @@
 """One more part of an attention, merged into what others are together, in one pass over memory; a kernel of Triton.
 
-    total, sums   [B, H, S, Dv], [B, H, S]   float32, written in place
+    total, sums   [B, H, S, Dv], [B, H, S]   written in place; sums float32
     out, lse      the same shapes            of the part
 
 A program takes `ROWS` queries. The arithmetic is that of `partial_attention.Merged`.
@@ -56,7 +56,7 @@ def merge(
     old_weight, new_weight = tl.exp(before - base), tl.exp(new - base)
     weight = old_weight + new_weight
     share = 1.0 / tl.where(weight == 0, 1.0, weight)
-    held = tl.load(at_total, mask=is_value, other=0.0)
+    held = tl.load(at_total, mask=is_value, other=0.0).to(tl.float32)
     part = tl.load(at_out, mask=is_value, other=0.0).to(tl.float32)
     merged = held * (old_weight * share)[:, None] + part * (new_weight * share)[:, None]
     tl.store(at_total, merged, mask=is_value)

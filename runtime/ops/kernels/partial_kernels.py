@@ -3,8 +3,6 @@
     flash        halves, heads of one width, no mask; grouped heads without copies
     efficient    float32 too, values of another width, an additive mask; one kv head for each query head
 
-and one of ours that merges such parts: what it costs beside them is a pass over memory, not six.
-
 A query that sees nothing, and heads whose width the kernels cannot load, are the caller's matter.
 """
 
@@ -16,14 +14,11 @@ from torch.nn import functional
 
 from runtime.ops.attention import per_query_head
 from runtime.ops.kernels.flash_attention import can_flash
-from runtime.ops.kernels.triton_needs import missing_for_triton
 
-__all__ = ["by_cuda_kernel", "can_merge", "merge_in_place"]
+__all__ = ["by_cuda_kernel"]
 
 _ALIGNED = 8
 """A row of a mask starts at a multiple of so many elements."""
-_ROWS = 16
-"""Queries that one program merges."""
 
 
 def by_cuda_kernel(
@@ -47,27 +42,3 @@ def by_cuda_kernel(
         q, per_query_head(k, heads), per_query_head(v, heads), mask, True, 0.0, causal, scale=scale
     )
     return out, lse[:, :, : q.shape[2]]
-
-
-def can_merge(total: Tensor, out: Tensor) -> bool:
-    """Whether the kernel takes these."""
-    return (
-        total.device.type == "cuda"
-        and total.dtype == torch.float32
-        and total.stride(-1) == out.stride(-1) == 1
-        and total.numel() > 0
-        and not missing_for_triton()
-    )
-
-
-def merge_in_place(total: Tensor, sums: Tensor, out: Tensor, lse: Tensor) -> None:
-    """The `total` [B, H, S, Dv] and `sums` [B, H, S] become what they and the part (out, lse) are together."""
-    from runtime.ops.kernels.merge_kernel import merge  # Triton comes with torch for GPUs only
-
-    batch, heads, size, width = total.shape
-    num_rows = batch * heads * size
-    merge[(-(-num_rows // _ROWS),)](
-        total, sums, out, lse, num_rows, heads, size,
-        *total.stride()[:3], *sums.stride(), *out.stride()[:3], *lse.stride(),
-        WIDTH=width, WIDTH_PADDED=1 << (width - 1).bit_length(), ROWS=_ROWS,
-    )  # fmt: skip

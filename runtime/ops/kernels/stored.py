@@ -11,8 +11,8 @@
 
 Which scale is whose is told by row and by column, so that a rank may hold any of them: beside the border of a block, or
 in activation order. Each weight is rounded to the dtype of the product, as it would be if it were held expanded; on a
-CPU the results are so the same to the bit. On a GPU a kernel in Triton dequantises tile by tile, and sums in another
-order (`runtime.ops.kernels.stored_kernel`).
+CPU the results are so the same to the bit. On a GPU kernels in Triton dequantise where the numbers are used, and sum in
+another order (`runtime.ops.kernels.stored_products`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from runtime.ops.kernels.codes import exponents, nibbles, numbers
+from runtime.ops.kernels.stored_products import product
 from runtime.ops.kernels.triton_needs import missing_for_triton
 
 __all__ = ["stored_grouped_linear", "stored_linear", "stored_weight"]
@@ -73,9 +74,7 @@ def stored_linear(
 ) -> Tensor:
     """See the module's docstring."""
     if _has_kernel(x, codes, scales):
-        from runtime.ops.kernels.stored_kernel import multiply
-
-        return multiply(x, codes, scales, zeros, rows, columns, bias, code=code)
+        return product(x, codes, scales, zeros, rows, columns, bias, None, code)  # type: ignore[no-any-return]
     size = max(1, _STRIP // max(1, columns.shape[0]))
     parts = [
         functional.linear(
@@ -104,7 +103,9 @@ def stored_grouped_linear(
     code: str,
     computed_in: torch.dtype,
 ) -> Tensor:
-    """See the module's docstring. Only experts that have a token are dequantised, one at a time."""
+    """See the module's docstring. Without a kernel, only experts that have a token are dequantised, one at a time."""
+    if _has_kernel(x, codes, scales):
+        return product(x, codes, scales, zeros, rows, columns, bias, counts, code)  # type: ignore[no-any-return]
     out = x.new_zeros(x.shape[0], rows.shape[-1])
     start = 0
     for i, count in enumerate(counts.tolist()):

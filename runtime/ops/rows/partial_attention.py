@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from runtime.ops.attention import per_query_head, products
-from runtime.ops.kernels.partial_kernels import by_cuda_kernel, can_merge, merge_in_place
+from runtime.ops.kernels.merge_part import can_merge, merge_part
+from runtime.ops.kernels.partial_kernels import by_cuda_kernel
 
 __all__ = ["Merged", "accumulating", "merge_parts", "partial_attention", "with_sinks"]
 
@@ -133,7 +134,7 @@ class Merged:
             mine.copy_(out)
             total.copy_(lse)
         elif can_merge(mine, out):
-            merge_in_place(mine, total, out, lse)
+            merge_part(mine, total, out, lse)
         else:
             both = torch.logaddexp(total, lse)
             base = _finite(both)

@@ -12,18 +12,24 @@ from torch import Tensor
 from runtime.ops.experts import grouped_linear
 from runtime.ops.kernels.codes import FLOAT4, nibbles, pack_nibbles
 from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear, stored_weight
+from runtime.ops.kernels.stored_products import run_of
 
 CODES = ("float8", "float4", "int4")
 Parts = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
 
 
-def held(code: str, *shape: int, seed: int = 0) -> tuple[Parts, Tensor]:
-    """Codes and scales of a random weight [.., N, K], with rows and columns in any order; and its numbers, float64."""
+def held(code: str, *shape: int, seed: int = 0, run: int = 0) -> tuple[Parts, Tensor]:
+    """Codes and scales of a random weight [.., N, K], with rows and columns in any order; and its numbers, float64.
+
+    run: so many columns, one after the other, share their scale.
+    """
     draw = torch.Generator().manual_seed(seed)
     *lead, rows, cols = shape
     kinds, groups = 3, -(-cols // 8)
     row = torch.randint(0, kinds, (*lead, rows), generator=draw, dtype=torch.int32)
     column = torch.randint(0, groups, (cols,), generator=draw, dtype=torch.int32)
+    if run:
+        column = (torch.arange(cols) // run * 5 % groups).to(torch.int32)
     zeros = None
     if code == "float8":
         codes = torch.randn(*shape, generator=draw).to(torch.float8_e4m3fn)
@@ -86,22 +92,58 @@ def test_codes_survive_packing() -> None:
     assert torch.equal(nibbles(pack_nibbles(codes), 0, 15), codes)
 
 
+@pytest.mark.parametrize(
+    ("columns", "run"),
+    [
+        ([0] * 7, 128),
+        ([0] * 128 + [1] * 5, 128),
+        ([0] * 64 + [1] * 128 + [0] * 128, 64),  # a shard that begins within a block
+        ([3] * 32 + [1] * 32, 32),
+        ([0] * 31 + [1] * 32, 0),
+        ([0, 1, 0, 1], 0),
+    ],
+)
+def test_runs_of_columns_with_one_scale(columns: list[int], run: int) -> None:
+    given = torch.tensor(columns, dtype=torch.int32)
+    assert run_of(given) == run
+    assert run_of(given) == run, "remembered"
+
+
 INTERPRETED = """
 import torch
-from runtime.ops.kernels.stored import stored_linear
-from runtime.ops.kernels.stored_kernel import multiply
-from tests.runtime.ops.test_stored import CODES, held
+from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear
+from runtime.ops.kernels.stored_products import product
+from tests.runtime.ops.test_stored import CODES, CASES, held
 
+torch.manual_seed(0)
 for code in CODES:
-    for tokens, rows, cols in ((1, 70, 131), (20, 33, 65)):
-        parts, _ = held(code, rows, cols)
-        x, bias = torch.randn(tokens, cols), torch.randn(rows)
-        found = multiply(x, *parts, bias, code=code)
-        expected = stored_linear(x, *parts, bias, code=code, computed_in=torch.float32)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
-        wrong = multiply(x, parts[0], parts[1].flip(1), *parts[2:], bias, code=code)
-        assert not torch.allclose(wrong, expected, rtol=1e-4, atol=1e-3)
+    for tokens, rows, cols, run, dtype in CASES:
+        parts, _ = held(code, rows, cols, run=run)
+        x, bias = torch.randn(tokens, cols).to(dtype), torch.randn(rows).to(dtype)
+        options = {"code": code, "computed_in": torch.float32}
+        tolerance = {"rtol": 1e-4, "atol": 1e-3} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.2}
+        found = product(x, *parts, bias, None, code)
+        expected = stored_linear(x.float(), *parts, bias.float(), **options).to(dtype)
+        torch.testing.assert_close(found, expected, **tolerance)
+        wrong = product(x, parts[0], parts[1].flip(1), *parts[2:], bias, None, code)
+        assert not torch.allclose(wrong, expected, **tolerance) or len(parts[4].unique()) == 1
+
+        parts, _ = held(code, 5, rows, cols, run=run)
+        counts = torch.tensor([tokens // 2, 0, 1, tokens // 3, 0])
+        x, bias = torch.randn(tokens + 2, cols).to(dtype), torch.randn(5, rows).to(dtype)
+        found = product(x, *parts, bias, counts, code)
+        expected = stored_grouped_linear(x.float(), *parts, counts, bias.float(), **options).to(dtype)
+        torch.testing.assert_close(found, expected, **tolerance)
+        assert not found[int(counts.sum()) :].any()
 """
+CASES = [
+    (1, 70, 131, 0, torch.float32),
+    (20, 33, 65, 32, torch.float32),
+    (1, 70, 256, 64, torch.bfloat16),
+    (1, 13, 226, 32, torch.float16),
+    (9, 5, 96, 32, torch.float16),  # the interpreter has no products of tiles of bfloat16
+]
+"""Tokens, rows, columns, how many of these share their scale, and what is multiplied."""
 
 
 @pytest.mark.slow

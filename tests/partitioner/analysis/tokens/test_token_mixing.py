@@ -77,3 +77,19 @@ def test_what_looks_at_other_sequences_is_found(meddle: Any) -> None:
 
 def test_each_sequence_by_itself_is_fine() -> None:
     assert why_rows_mix(_traced(lambda x, table: torch.softmax(x, 1) + x.cumsum(2))) is None
+
+
+def test_a_weight_repeated_for_each_sequence_is_fine() -> None:
+    def meddle(x: Tensor, table: Tensor) -> Tensor:
+        """As rotary frequencies are made."""
+        return x + (table[:3][None].exp().expand(x.shape[0], -1, 1) @ x[:, :1, :1]).sum(1, keepdim=True)
+
+    assert why_rows_mix(_traced(meddle)) is None
+
+
+def test_rows_that_are_counted_are_not_repeated_weights() -> None:
+    def meddle(x: Tensor, table: Tensor) -> Tensor:
+        counted = torch.arange(x.shape[0]).view(-1, 1, 1).double().expand(-1, 3, 1)
+        return x + (counted @ x[:, :1, :1]).sum(1, keepdim=True)
+
+    assert "counts sequences from the start" in str(why_rows_mix(_traced(meddle)))

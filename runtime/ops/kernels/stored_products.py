@@ -1,0 +1,118 @@
+"""Which kernel computes a product with a stored weight, and how: see `runtime.ops.kernels.stored_kernel`.
+
+`product` is one operator for torch.compile. Nothing waits for the device but the first product of a weight, which looks
+at how its columns share their scales.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["product", "run_of"]
+
+_CODES = {"float8": 0, "float4": 1, "int4": 2}
+_RUNS = (128, 64, 32)
+_HALVES = (torch.bfloat16, torch.float16)
+_FEW = 16
+"""Rows of experts up to which each is a product by itself."""
+
+_runs: Any = WeakTensorKeyDictionary()
+
+
+def run_of(columns: Tensor) -> int:
+    """So many columns, from any multiple of it on, share their scale; 0 where there is no such number among `_RUNS`."""
+    if columns in _runs:
+        return int(_runs[columns])
+    if columns.is_cuda and torch.cuda.is_current_stream_capturing():
+        return 0
+    on_host = columns.cpu()
+    borders = (on_host.diff().nonzero().view(-1) + 1).tolist()
+    least = math.gcd(0, *borders)
+    _runs[columns] = next((run for run in _RUNS if least % run == 0), 0)
+    return int(_runs[columns])
+
+
+@torch.library.custom_op("partitioner::stored_product", mutates_args=())
+def product(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    counts: Tensor | None,
+    code: str,
+) -> Tensor:
+    """The product of x [.., K], [.., N]; with `counts`, x [T, K] is sorted by expert, and rows of none are zero."""
+    from runtime.ops.kernels import stored_kernel  # Triton comes with torch for GPUs only
+
+    left = x.reshape(-1, x.shape[-1]).contiguous()
+    codes, scales = codes.contiguous(), scales.contiguous()
+    num_x, num_out, inner = left.shape[0], rows.shape[-1], columns.shape[0]
+    make = torch.empty if counts is None else torch.zeros
+    out = make(num_x, num_out, dtype=x.dtype, device=x.device)
+    if not num_x or not num_out:
+        return out.reshape(*x.shape[:-1], num_out)
+    experts = 1 if counts is None else counts.shape[0]
+    run = run_of(columns)
+    few = num_x == 1 or (counts is not None and num_x <= _FEW)
+    single = few and run > 0 and x.dtype in _HALVES and (code == "float8" or inner % 2 == 0)
+    if single and code != "float8":
+        left = left.view(torch.int32)
+    given = (
+        left, codes, scales, scales if zeros is None else zeros.contiguous(), rows.contiguous(), columns.contiguous(),
+        left if bias is None else bias.contiguous(), rows if counts is None else counts.contiguous(), out,
+    )  # fmt: skip
+    strides = left.stride(0), codes.stride(-2), scales.stride(0)
+    options: dict[str, Any] = {
+        "CODE": _CODES[code], "EXPONENTS": scales.dtype == torch.uint8, "ZEROS": zeros is not None,
+        "BIAS": bias is not None, "EXPERTS": 0 if counts is None else 1 << (experts - 1).bit_length(),
+    }  # fmt: skip
+    if single:
+        tile_n, chunks, warps = _row_tile(code, run, inner)
+        stored_kernel.one_row[(-(-num_out // tile_n), num_x)](
+            *given, num_out, inner, experts, *strides,
+            **options, BFLOAT=x.dtype == torch.bfloat16, RUN=run, TILE_N=tile_n, CHUNKS=chunks, num_warps=warps,
+        )  # fmt: skip
+        return out.reshape(*x.shape[:-1], num_out)
+    tile_m, tile_n, tile_k = (16, 32, 64) if num_x <= 16 else (64, 64, 64)
+    tile_k = min(tile_k, run) or tile_k
+    num_tiles = -(-num_x // tile_m) + (0 if counts is None else experts)
+    stored_kernel.tiles[(num_tiles, -(-num_out // tile_n))](
+        *given, num_x, num_out, inner, experts, *strides,
+        **options, EXACT=x.dtype == torch.float32, SHARED=run > 0, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k,
+        num_warps=4,
+    )  # fmt: skip
+    return out.reshape(*x.shape[:-1], num_out)
+
+
+@product.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    rows: Tensor,
+    columns: Tensor,
+    bias: Tensor | None,
+    counts: Tensor | None,
+    code: str,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows.shape[-1])
+
+
+_ROW_TILES = {"float8": (4, 1024, 4), "float4": (4, 2048, 4), "int4": (4, 2048, 4)}
+"""Of each code: numbers of the result and columns at a time, and warps."""
+
+
+def _row_tile(code: str, run: int, inner: int) -> tuple[int, int, int]:
+    """(TILE_N, CHUNKS, warps)."""
+    tile_n, columns, warps = _ROW_TILES[code]
+    columns = min(columns, 1 << (inner - 1).bit_length())
+    return tile_n, max(1, columns // run), warps
