@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -194,6 +195,44 @@ def test_the_reason_is_said() -> None:
     assert found is not None
     assert found.traced == DEPTH
     assert "reads the layer's number (test_traced_once.py" in found.why
+
+
+def test_layers_in_between_have_no_weights_in_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    exported: list[list[str]] = []
+    real = torch.export.export
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        exported.append([name for name in found.state_dict if "up_proj" in name])
+        return found
+
+    monkeypatch.setattr(torch.export, "export", watched)
+    once = trace(llama())
+    assert exported == [[f"model.model.layers.{i}.mlp.up_proj.weight" for i in (0, DEPTH - 1)]]
+    named = [name for name in once.weights if "up_proj" in name]
+    assert named == [f"model.layers.{i}.mlp.up_proj.weight" for i in range(DEPTH)]
+
+
+class Neighbour(nn.Module):
+    """Reads a weight of the layer behind it, which the run before the trace did not show to be needed."""
+
+    def __init__(self, layers: Any) -> None:
+        super().__init__()
+        self.layers = (layers,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Neighbour:
+        return Neighbour(copy.deepcopy(self.layers[0], memo))
+
+    def forward(self, x: Any) -> Any:
+        return x + self.layers[0][3].mlp.up_proj.weight[0, 0]
+
+
+def test_a_weight_that_is_missed_is_put_back() -> None:
+    model = llama()
+    model.model.norm = nn.Sequential(model.model.norm, Neighbour(model.model.layers))
+    once = trace(model)
+    assert number_traced(once) == 2
+    assert torch.allclose(interpret.run(once, input_ids=IDS), model(IDS).logits, rtol=1e-12, atol=1e-12)
 
 
 def test_one_layer_unlike_the_others_costs_one_more() -> None:
