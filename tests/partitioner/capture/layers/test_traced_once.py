@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from partitioner.analysis.report.report import make_report
 from partitioner.capture.layers.layer_index import LayerIndex
 from partitioner.capture.layers.share_layers import every_layer
 from partitioner.compile.partition import trace
@@ -43,12 +44,18 @@ def number_traced(program: Program) -> int:
     return program.layers.traced
 
 
+def report_of(program: Program) -> str:
+    return str(make_report(program, plan="Plan()"))
+
+
 def test_alike_layers_are_traced_twice_and_give_the_same_program() -> None:
     model = llama()
     once, full = compared(model)
     assert once.layers == LayersTraced(DEPTH, 2)
     assert number_traced(full) == DEPTH
     assert difference(once, full) is None
+    assert f"\ntraced: 2 of {DEPTH} layers; each of the others is a copy of one like it" in report_of(once)
+    assert f"\ntraced: every layer, {DEPTH} of them (every layer was asked for)" in report_of(full)
     assert torch.equal(interpret.run(once, input_ids=IDS), model(IDS).logits)
 
 
@@ -191,10 +198,12 @@ def test_what_differs_between_layers_is_never_lost(change: Callable[[Any], None]
 def test_the_reason_is_said() -> None:
     model = llama()
     of_their_number(Parity)(model)
-    found = trace(model).layers
+    program = trace(model)
+    found = program.layers
     assert found is not None
     assert found.traced == DEPTH
     assert "reads the layer's number (test_traced_once.py" in found.why
+    assert f"traced: every layer, {DEPTH} of them (model.layers.0: its code reads" in report_of(program)
 
 
 def test_layers_in_between_have_no_weights_in_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
