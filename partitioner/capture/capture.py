@@ -73,7 +73,7 @@ def capture(
             return export(fake_model, example.tensors, kinds, static=static)
         return export_sharing(fake_model, example.tensors, kinds, shared, static=static)
 
-    (builder, graph), layers = traced_once(fake_model, build)
+    (builder, graph), layers = traced_once(fake_model, build, example.probe.skipped)
     fold_masks(graph, kinds)
     rename_recurrences(graph)
 

@@ -173,6 +173,7 @@ def run_on_replicas(question: Question, *, timeout_s: float) -> None:
             mapped=question.mapped,
             checked=question.checked,
             compile=question.compile_steps,
+            compiled_cache=question.cached,
             start_timeout_s=timeout_s,
         ) as llm,
     ):

@@ -20,6 +20,7 @@ from partitioner.cli.common.options import (
     Device,
     Dtype,
     ModelWithTokenizer,
+    NoCache,
     Revision,
 )
 from partitioner.errors import InputError
@@ -88,6 +89,7 @@ def serve_command(
     unchecked: Annotated[
         bool, typer.Option("--unchecked", help="do not compare a bundle's weights with their digests")
     ] = False,
+    no_cache: NoCache = False,
 ) -> None:
     """Serve a model over HTTP to OpenAI's clients, over one process per rank of this machine; ends on SIGTERM."""
     try:
@@ -128,6 +130,7 @@ def serve_command(
             mapped=mapped,
             checked=not unchecked,
             compile=compile_steps,
+            compiled_cache=not no_cache,
             cache=_cache(cache_memory, max_batch),
             max_batch=max_batch,
             vocabulary=vocabulary,

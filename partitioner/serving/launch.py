@@ -5,7 +5,8 @@
 
     python -m partitioner.serving.launch        one of its ranks; the launcher says what to load
 
-A checkpoint folder is partitioned by each rank, as `partitioner run` has it; of a bundle each rank reads its own part.
+A checkpoint folder is partitioned by each rank, as `partitioner run` has it, or taken from the user's cache of compiled
+programs; of a bundle each rank reads its own part.
 A model in memory is written to a bundle in a temporary folder first, which goes with this process, however that ends.
 """
 
@@ -24,12 +25,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from partitioner.analysis.report.report import Report
 from partitioner.compile.partition import partition
 from partitioner.compile.parts import Parts
 from partitioner.compile.pass_order import check_plan
 from partitioner.errors import InputError, PlanError
 from partitioner.program.plan import Plan
 from partitioner.program.ranks import Ranks
+from partitioner.storage import compiled
 from partitioner.storage.bundle.bundle import Bundle, load
 from partitioner.storage.named_model import dtype_named, hub_hint
 from partitioner.storage.recognise import is_bundle
@@ -63,6 +66,7 @@ def launch(
     shared_memory: Sharing = "auto",
     compile: bool = False,
     cuda_graph: bool = False,
+    compiled_cache: bool = False,
     cache: CacheSize | None = None,
     max_batch: int | None = None,
     vocabulary: str | None = None,
@@ -75,7 +79,9 @@ def launch(
     model: a checkpoint folder, a bundle or its folder, what `partition` returned, or a model of transformers. plan:
     None for that of the parts or the bundle; with another number of replicas they stay as they are. `dtype`,
     `max_length`, `mapped`: as `partition` takes them; `checkpoint`, `checked`: as `load` does. `device`,
-    `shared_memory`, `compile`, `cuda_graph`: as `Engine.connect` takes them, for every rank. cache: room for that many
+    `shared_memory`, `compile`, `cuda_graph`: as `Engine.connect` takes them, for every rank. compiled_cache: a
+    checkpoint folder is compiled here, once for all ranks, and kept in the user's cache, where the next start with the
+    same plan finds it. cache: room for that many
     tokens in all, which requests of any length share; None: half of the memory that is free. max_batch: the most
     prompts that a replica continues at a time; None: those of `cache`, or 32. vocabulary: what tokens say, which
     requests with a grammar need (`partitioner.serving.grammar.vocabulary`). timeout_s: how long a rank may be silent.
@@ -94,6 +100,8 @@ def launch(
     with contextlib.ExitStack() as stack:
         how = {"dtype": dtype, "max_length": max_length, "mapped": mapped, "checked": checked, "checkpoint": checkpoint}
         opened, plan = _opened(model, plan, how, stack)
+        if compiled_cache and "folder" in opened:
+            opened["key"] = _kept(opened, plan)
         ranks = plan.replica_mesh.world_size * plan.replicas
         require_capacity(ranks)
         choose_device(device, num_ranks=ranks)
@@ -129,7 +137,7 @@ def _opened(
         if not is_bundle(str(model)):
             plan = check_plan(plan or Plan())
             if Plan.parse(str(plan)) == plan:
-                return {**said, "folder": str(Path(model).absolute()), "plan": str(plan)}, plan
+                return {**said, "folder": str(Path(model).absolute()), "plan": str(plan), "key": None}, plan
             # a pass that only this process has
             model = partition(model, plan, dtype=how["dtype"], max_length=how["max_length"], mapped=how["mapped"])
         else:
@@ -152,6 +160,27 @@ def _opened(
     model.save(folder / "bundle")
     # the ranks of all replicas use the same pages of it
     return {**said, "bundle": str(folder / "bundle"), "mapped": True, "checkpoint": None}, plan
+
+
+def _kept(opened: Mapping[str, Any], plan: Plan) -> str | None:
+    """The key of the program in the user's cache, where it is from now on; None where it is not."""
+    folder = Path(opened["folder"])
+    if compiled.cache_folder() is None:
+        return None
+    key = compiled.key_of(folder, plan, dtype=opened["dtype"], max_length=opened["max_length"])
+    compiled.found_or_kept(key, folder, lambda: _partitioned(opened), mapped=opened["mapped"])
+    return key
+
+
+def _partitioned(opened: Mapping[str, Any]) -> Parts[Report]:
+    dtype = None if opened["dtype"] is None else dtype_named(opened["dtype"])
+    return partition(
+        opened["folder"],
+        Plan.parse(opened["plan"]),
+        dtype=dtype,
+        max_length=opened["max_length"],
+        mapped=opened["mapped"],
+    )
 
 
 def _replicated(ranks: Ranks) -> Plan:
@@ -178,13 +207,8 @@ def _connect() -> Engine:
     given = json.loads(read_given().decode())
     model, engine = given["model"], given["engine"]
     if "folder" in model:
-        dtype = None if model["dtype"] is None else dtype_named(model["dtype"])
-        ranks: Ranks = partition(
-            model["folder"],
-            Plan.parse(model["plan"]),
-            dtype=dtype,
-            max_length=model["max_length"],
-            mapped=model["mapped"],
+        ranks: Ranks = compiled.found_or_kept(
+            model["key"], Path(model["folder"]), lambda: _partitioned(model), mapped=model["mapped"], keeps=False
         )
     else:
         ranks = load(model["bundle"], checkpoint=model["checkpoint"], mapped=model["mapped"], checked=model["checked"])

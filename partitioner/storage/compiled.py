@@ -20,6 +20,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 import transformers
@@ -31,7 +32,7 @@ from partitioner.storage.recognise import MANIFEST
 from runtime.communication.shared_memory.own_folder import NotOurs, OwnFolder
 from runtime.weights.read_shards import Reader
 
-__all__ = ["NO_CACHE", "cache_folder", "find", "keep", "key_of"]
+__all__ = ["NO_CACHE", "cache_folder", "find", "found_or_kept", "keep", "key_of"]
 
 NO_CACHE = "PARTITIONER_NO_CACHE"
 KEPT = 32
@@ -84,21 +85,65 @@ def find(key: str, checkpoint: Path, *, mapped: bool) -> Bundle | None:
 
 
 def keep(key: str, save: Callable[[Path], None]) -> bool:
-    """`save` writes a bundle to a folder that does not exist yet. Whether it is kept now."""
+    """`save` writes a bundle to a folder that does not exist yet. Whether it is kept now.
+
+    It is there as a whole or not at all. What is there already is what `find` could not use, and goes, unless another
+    process has put it there meanwhile.
+    """
     home = cache_folder()
     if home is None:
         return False
+    made, unusable = home / f".{key}.{os.getpid()}", home / f".{key}.{os.getpid()}.old"
+    before = _identity(home / key)
     try:
         with OwnFolder.open(home):
-            shutil.rmtree(home / key, ignore_errors=True)  # what `find` could not use
-            save(home / key)
-            (home / key).chmod(0o700)
+            shutil.rmtree(made, ignore_errors=True)
+            save(made)
+            made.chmod(0o700)
+            if _identity(home / key) == before:
+                if before is not None:
+                    os.rename(home / key, unusable)
+                os.rename(made, home / key)
             for old in sorted(home.iterdir(), key=lambda each: -each.stat().st_mtime)[KEPT:]:
                 shutil.rmtree(old, ignore_errors=True)
     except (PartitionerError, NotOurs, OSError) as error:  # another process may have been quicker
         _log.info("the compiled program is not kept: %s", error)
         return (home / key / MANIFEST).is_file()
+    finally:
+        for left in (made, unusable):
+            shutil.rmtree(left, ignore_errors=True)
     return True
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Which folder it is; None: there is none."""
+    try:
+        about = folder.lstat()
+    except OSError:
+        return None
+    return about.st_dev, about.st_ino
+
+
+class Saves(Protocol):
+    """What was compiled."""
+
+    def save(self, folder: str | Path, *, reference: bool, digests: bool) -> None: ...
+
+
+Made = TypeVar("Made", bound=Saves)
+
+
+def found_or_kept(
+    key: str | None, checkpoint: Path, make: Callable[[], Made], *, mapped: bool, keeps: bool = True
+) -> Bundle | Made:
+    """The program with this key, or what `make` yields, which is kept from then on. key: None for neither."""
+    found = None if key is None else find(key, checkpoint, mapped=mapped)
+    if found is not None:
+        return found
+    made = make()
+    if key is not None and keeps:
+        keep(key, lambda folder: made.save(folder, reference=True, digests=False))
+    return made
 
 
 def _check(bundle: Bundle) -> None:

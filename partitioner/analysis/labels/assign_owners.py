@@ -8,7 +8,7 @@ has an atom which needs it, so that a kv head shared by more query heads than on
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -98,15 +98,18 @@ class Owned:
             for member in (label,) if label < len(self._masks) else self._lattice.members(label):
                 self._masks[member] |= 1 << rank
 
-    def give_run(self, first: int, count: int, ranks: int) -> Tensor | None:
-        """Deals labels from `first` on as `divide` does atoms of equal loads: the rank of each.
+    def give_runs(self, runs: Sequence[range], ranks: int) -> Tensor | None:
+        """Deals runs of labels, as many in each, as `divide` does atoms of equal loads that hold one label of each: the
+        rank of each atom.
 
         None, and nothing is dealt, where there are fewer than ranks or some rank owns one already.
         """
-        if count < ranks or any(self._masks[first : first + count]):
+        count = len(runs[0])
+        if count < ranks or any(any(self._masks[run.start : run.stop]) for run in runs):
             return None
         sizes = _even(count, ranks)
-        self._masks[first : first + count] = [1 << rank for rank, size in enumerate(sizes) for _ in range(size)]
+        for run in runs:
+            self._masks[run.start : run.stop] = [1 << rank for rank, size in enumerate(sizes) for _ in range(size)]
         return torch.arange(ranks).repeat_interleave(torch.tensor(sizes))
 
     def common(self, atom: Atom, ranks: int) -> int:

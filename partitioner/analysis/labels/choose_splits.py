@@ -10,7 +10,6 @@ linear.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -20,6 +19,7 @@ from torch import fx
 
 from partitioner.analysis.labels.assign_owners import Atom, Owned, dealt_indices, divide
 from partitioner.analysis.labels.causes import Offence, earliest, offences_of, price_of_parts, why_everywhere
+from partitioner.analysis.labels.label_runs import runs_of
 from partitioner.analysis.labels.label_state import Collapse, Labels, Site
 from partitioner.analysis.labels.propagate_labels import LabelRun
 from partitioner.analysis.labels.repeated_blocks import Blocks
@@ -153,7 +153,8 @@ class _Search:
             if site.kind == "gather":
                 ids = site.ids.reshape(-1)
                 # all of one weight's in order, as those of a vocabulary are: the ends say which weights
-                outside |= labels.weights_of((ids[[0, -1]] if _is_run(site, labels) else torch.unique(ids)).tolist())
+                ends = ids[[0, -1]] if runs_of(site, labels) else torch.unique(ids)
+                outside |= labels.weights_of(ends.tolist())
         for name in [*labels.starts, *(s.weight.name for s in labels.sites if s.weight)]:
             if name not in outside:
                 self.bytes.setdefault(name, self.program.weights[name].bytes)
@@ -243,13 +244,14 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
     cost = _Cost(program, labels)
     owned = Owned(labels.lattice, labels.count)
     columns: dict[str, tuple[int, Split]] = {}
-    sized: list[tuple[int, Site, _Atoms | None]] = []
+    sized: list[tuple[int, Site, tuple[range, ...], _Atoms | None]] = []
     for site in labels.sites:
-        run = _is_run(site, labels)
-        atoms = None if run else _Atoms.of(site, labels)
-        sized.append((-1 if atoms is None else -max(map(cost.size, atoms.sets), default=0), site, atoms))
-    for _, site, atoms in sorted(sized, key=lambda s: s[0]):
-        indices = owned.give_run(int(site.ids[0]) - 1, len(site.ids), ranks) if atoms is None else None
+        runs = runs_of(site, labels)
+        atoms = None if runs else _Atoms.of(site, labels)
+        size = len(runs) if atoms is None else max(map(cost.size, atoms.sets), default=0)
+        sized.append((-size, site, runs, atoms))
+    for _, site, runs, atoms in sorted(sized, key=lambda s: s[0]):
+        indices = owned.give_runs(runs, ranks) if atoms is None else None
         if indices is None:
             atoms = atoms or _Atoms.of(site, labels)
             places = _assign(site, atoms, owned, ranks, cost, program)
@@ -293,17 +295,6 @@ class _Cost:
 
     def size(self, atom: Atom) -> int:
         return sum(1 if label < len(self._bytes) else len(self.lattice.members(label)) for label in atom)
-
-
-def _is_run(site: Site, labels: Labels) -> bool:
-    """Whether the site's indices are some of one weight's, in order and each by itself, such as a vocabulary: too many
-    to look at one by one.
-    """
-    first, count = int(site.ids.reshape(-1)[0]) - 1, site.ids.numel()
-    bases = sorted(labels.bases.values())
-    if first < 0 or first + count > labels.count or bisect_right(bases, first) != bisect_left(bases, first + count):
-        return False
-    return torch.equal(site.ids, torch.arange(first + 1, first + 1 + count))
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,18 @@ class Lattice:
             known = self._unions[a, b] = self._intern(both)
         return known
 
+    def _unions_of(self, left: list[int], right: list[int]) -> list[int]:
+        """Pair by pair. Most often all are single labels, tens of thousands of them: these are not looked up twice."""
+        found = []
+        for a, b in zip(left, right, strict=True):
+            if a == b or not (0 < a <= _GROUP and 0 < b <= _GROUP):
+                found.append(self._union(a, b))
+                continue
+            labels = frozenset((a - 1, b - 1))
+            known = self._ids.get(labels)
+            found.append(self._intern(labels) if known is None else known)
+        return found
+
     def _absorbed(self, labels: frozenset[int]) -> frozenset[int]:
         """Without what a group among them stands for already."""
         if not labels or max(labels) < _GROUP:
@@ -199,7 +211,7 @@ class Lattice:
             return a.expand(shape)
         pairs, places = torch.unique((a << 31) + b, return_inverse=True)
         left, right = pairs >> 31, pairs & ((1 << 31) - 1)
-        merged = torch.tensor([self._union(x, y) for x, y in zip(left.tolist(), right.tolist(), strict=True)])
+        merged = torch.tensor(self._unions_of(left.tolist(), right.tolist()))
         return merged[places].expand(shape)
 
     def reduce(self, ids: Tensor, dims: list[int]) -> Tensor:

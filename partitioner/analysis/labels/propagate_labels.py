@@ -59,6 +59,8 @@ class LabelRun:
         self.rules = rules
         self.labels = Labels(Lattice())
         self.sequence = program.symbols.get("sequence")
+        self._places: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
+        """By shape of a weight, for each dim the index along it of each element."""
 
     def run(self, nodes: list[fx.Node]) -> Labels:
         for node in nodes:
@@ -86,12 +88,14 @@ class LabelRun:
 
     def _whole_weight(self, name: str) -> WeightState:
         shape = self.program.weights[name].shape
-        indices = []
-        for dim, size in enumerate(shape):
-            view = [1] * len(shape)
-            view[dim] = size
-            indices.append(torch.arange(size).view(view).expand(shape))
-        return WeightState(name, tuple(indices))
+        if shape not in self._places:  # weights of one shape have the same
+            indices = []
+            for dim, size in enumerate(shape):
+                view = [1] * len(shape)
+                view[dim] = size
+                indices.append(torch.arange(size).view(view).expand(shape))
+            self._places[shape] = tuple(indices)
+        return WeightState(name, self._places[shape])
 
     # -- moves ---------------------------------------------------------------------------------------------------------
 

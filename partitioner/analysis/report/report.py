@@ -16,7 +16,7 @@ from partitioner.analysis.report.stage_report import StageReport, stage_report
 from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.data_movement import is_move
 from partitioner.program.node_arguments import describe, layer_of, node_values, operation
-from partitioner.program.program import Program, Value, Weight
+from partitioner.program.program import LayersTraced, Program, Value, Weight
 from partitioner.program.stages import table_of
 from partitioner.sharding.layout import Layout
 from runtime.kv_cache.device_memory import readable
@@ -87,6 +87,8 @@ class Report:
     """How many times these ranks stand side by side."""
     stored_per_rank: tuple[int, ...] = ()
     """What ranks hold of weights where they hold codes and scales; `bytes_per_rank` is then what these stand for."""
+    layers: LayersTraced | None = None
+    """How many layers were traced; None where the model's layers were not looked for."""
 
     @property
     def whole(self) -> tuple[WeightRow, ...]:
@@ -146,8 +148,17 @@ class Report:
                 "none is faster for it"
             )
         lines.append(f"matrices: the fullest rank holds {self.matrix_share:.1%}")
+        lines += [] if self.layers is None or not self.layers.layers else [_traced(self.layers)]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def _traced(found: LayersTraced) -> str:
+    """How many layers were traced and what the others are, or why none was left out."""
+    why = f" ({found.why})" if found.why else ""
+    if found.traced == found.layers:
+        return f"traced: every layer, {found.layers} of them{why}"
+    return f"traced: {found.traced} of {found.layers} layers; each of the others is a copy of one like it{why}"
 
 
 def pattern_of(name: str) -> str:
@@ -218,6 +229,7 @@ def make_report(program: Program, *, plan: str, replicas: int = 1, stored_per_ra
         stages=stage_report(program, tuple(map(sum, held))),
         replicas=replicas,
         stored_per_rank=stored_per_rank,
+        layers=program.layers,
     )
 
 

@@ -41,6 +41,8 @@ class Probe:
     """Whether all that met a weight, one number per token, were the tokens themselves or 0, 1, 2 and so on."""
     offset: int = 0
     """How many tokens came before the first one of this run."""
+    skipped: frozenset[str] = frozenset()
+    """Paths of the layers that were not run, because they do what an earlier one did."""
     failure: Exception | None = None
     """Why the forward stopped early, if it did: a decision on a value that only real weights have."""
 
@@ -129,4 +131,5 @@ def probe(
                 fake_model(**inputs)
         except Exception as error:  # what was seen up to here still counts; the trace gives the reason if it matters
             found.failure = error
+    found.skipped = frozenset(layers.skipped)
     return found

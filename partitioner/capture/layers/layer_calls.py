@@ -35,7 +35,8 @@ class Flat:
     @property
     def signature(self) -> Any:
         """Equal for calls that differ in nothing but which tensors they are given."""
-        return self.structure, tuple(map(shape_of, self.tensors))
+        with torch._C.DisableTorchFunction():  # as in `signature_of`
+            return self.structure, tuple(map(shape_of, self.tensors))
 
     def rebuild(self, tensors: list[Tensor]) -> Any:
         """The same with other tensors."""

@@ -88,7 +88,9 @@ def _counting(layers: list[nn.Module]) -> list[tuple[str, str]]:
 
 def signature_of(module: nn.Module, counts: tuple[tuple[str, str], ...]) -> Any:
     """All that a forward can find in a module, comparable; without the integers that `counts` names."""
-    return _Describing(module, set(counts)).layer()
+    # a trace listens to whatever is asked of a tensor; these thousands of sizes and strides are not the model's code
+    with torch._C.DisableTorchFunction():
+        return _Describing(module, set(counts)).layer()
 
 
 @dataclass

@@ -27,6 +27,8 @@ class ProbedLayers(SharedLayers):
     def __init__(self, model: nn.Module, fake: FakeTensorMode, count_masks: Callable[[], int]) -> None:
         super().__init__(model)
         self.fake, self.count_masks = fake, count_masks
+        self.skipped: set[str] = set()
+        """Paths of the layers that were not run."""
         self._results: list[tuple[Flat, list[int | None]]] = []
         """What a layer returned, and by tensor which of those that it was given it is, if one."""
 
@@ -67,6 +69,7 @@ class ProbedLayers(SharedLayers):
 
     def _skip(self, layer: Layer, given: Flat, body: int) -> Any:
         result, places = self._results[body]
+        self.skipped.add(layer.path)
 
         def again(tensor: Tensor, place: int | None) -> Tensor:
             if place is not None:

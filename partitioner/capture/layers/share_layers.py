@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from partitioner.capture.layers.hidden_weights import HiddenWeights
 from partitioner.capture.layers.layer_calls import Flat, NotComparableError, flatten
 from partitioner.capture.layers.layer_index import LayerIndex
 from partitioner.capture.layers.layer_kinds import Layer, find_layers, signature_of
@@ -105,7 +106,8 @@ class Traced:
 class SharedLayers:
     """One for each trace: `wrapped` replaces the forwards of the layers of `model`, which is a copy of the user's."""
 
-    def __init__(self, model: nn.Module, *, late: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, late: bool = False, skipped: Collection[str] = ()) -> None:
+        """skipped: paths of layers that need no trace, by all that is known."""
         self.model = model
         self.late, self.unified = late, False
         """Whether a layer in which two sizes turn out to be one stands for no other; whether there was such a layer."""
@@ -125,6 +127,7 @@ class SharedLayers:
             for name, tensor in found(remove_duplicate=False)
         }
         """All parameters and buffers by name; equal numbers are one tensor."""
+        self.hidden = HiddenWeights(model, [each for each in self.layers if each.path in skipped and not each.last])
         self._known: dict[Any, int | None] = {}
         self._calls = 0
         self._inside = False
@@ -139,7 +142,10 @@ class SharedLayers:
         try:
             for layer in wanted:
                 self._wrap(layer)
-            yield
+            with self.hidden.hidden():
+                yield
+            if self.hidden.missed:
+                raise NotSharedError(f"{self.hidden.missed[0]} is read from outside of its layer")
         finally:
             _open.pop()
             for layer in wanted:
@@ -176,8 +182,12 @@ class SharedLayers:
             self.reasons[layer.path] = f"it is given {error}"
             return own(*args, **kwargs)
         # as it is now: what it holds may have changed since the trace began
-        about = signature_of(layer.module, layer.counts)
+        with self.hidden.shown(layer.path):
+            about = signature_of(layer.module, layer.counts)
         key = layer.kind[0], about, given.signature
+        if layer.path in self.hidden and self._known.get(key) is None:
+            self.hidden.missed.append(layer.path)
+            raise NotSharedError(f"{layer.path} is to be traced, and its weights are hidden")
         if key not in self._known:
             self._known[key] = self._trace(layer, own, given, about)
             # sizes that were two when the layer was called may be one by now

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from torch import nn
@@ -15,26 +15,28 @@ __all__ = ["traced_once"]
 Built = TypeVar("Built")
 
 
-def traced_once(model: nn.Module, build: Callable[[SharedLayers | None], Built]) -> tuple[Built, LayersTraced]:
+def traced_once(
+    model: nn.Module, build: Callable[[SharedLayers | None], Built], skipped: Collection[str] = ()
+) -> tuple[Built, LayersTraced]:
     """`build` traces and builds a graph; with None, every layer. It raises `NotSharedError` where the other way
-    fails.
+    fails. skipped: paths of layers that an earlier run of the model has shown to be like others.
     """
-    shared = SharedLayers(model)
+    shared = SharedLayers(model, skipped=skipped)
     count = len(shared.layers)
     if not shares():
         return build(None), LayersTraced(count, count, "every layer was asked for")
     if all(layer.members < FEWEST for layer in shared.layers):
         return build(None), LayersTraced(count, count, f"no {FEWEST} layers are alike")
-    try:
+    while True:
         try:
             found = build(shared)
-        except NotSharedError:
-            if not shared.unified:
-                raise
-            # the first layer was traced when less was known of the sizes
-            shared = SharedLayers(model, late=True)
-            found = build(shared)
-    except NotSharedError as error:
-        return build(None), LayersTraced(count, count, str(error))
+            break
+        except NotSharedError as error:
+            if shared.hidden.missed:  # some weight was needed after all
+                shared = SharedLayers(model, late=shared.late)
+            elif shared.unified and not shared.late:  # the first layer was traced when less was known of the sizes
+                shared = SharedLayers(model, late=True, skipped=skipped)
+            else:
+                return build(None), LayersTraced(count, count, str(error))
     reasons = [f"{path}: {why}" for path, why in shared.reasons.items()]
     return found, LayersTraced(count, count - shared.shared, "; ".join(reasons[:2]))

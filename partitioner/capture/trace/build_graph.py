@@ -121,10 +121,11 @@ class Builder:
             self._name_symbols(node.meta["val"], self.dims.get(name, ("batch", "sequence")))
             env[node] = self._put(node, self.graph.placeholder(name))
         needed = self._needed(specs)
-        for node in self.exported.graph.nodes:
-            if node.op != "placeholder" or node in env:
-                continue
-            if node.users or self._weight_name(specs[node.name]) in needed:
+        given = [node for node in self.exported.graph.nodes if node.op == "placeholder" and node not in env]
+        for node in self._with_hidden(given, specs):
+            if isinstance(node, str):
+                self._hidden_weight(node, needed)
+            elif node.users or self._weight_name(specs[node.name]) in needed:
                 env[node] = self._weight(node, specs[node.name])
         result = self._walk(self.exported.graph, self.exported.graph_module, env)
         out = self.graph.output(result[0])
@@ -175,6 +176,27 @@ class Builder:
             node: self._weight_name(specs[node.name]) for node in self.exported.graph.nodes if node.op == "placeholder"
         }
         return self._stamps.needed(self.exported.graph, names.get)
+
+    def _with_hidden(self, given: list[fx.Node], specs: Mapping[str, Any]) -> list[fx.Node | str]:
+        """The placeholders, and between them the names of weights that the trace did not have, in the model's order."""
+        hidden = {} if self._stamps is None else self._stamps.shared.hidden.tensors
+        if not hidden:
+            return list(given)
+        assert self._stamps is not None
+        order = {name: place for place, name in enumerate(self._stamps.shared.tensors)}
+        places: list[tuple[int, fx.Node | str]] = [(order[name], name) for name in hidden]
+        for node in given:
+            name = str(specs[node.name].target).removeprefix(WRAPPER + ".")
+            places.append((order.get(name, len(order)), node))  # constants of the trace come last
+        return [each for _, each in sorted(places, key=lambda found: found[0])]
+
+    def _hidden_weight(self, target: str, needed: set[str]) -> None:
+        name = self.rename(target)
+        if name in needed and name not in self.weights:
+            assert self._stamps is not None
+            tensor = self._stamps.shared.hidden.tensors[target]
+            self.weights[name] = self.graph.create_node("get_attr", name)
+            self.weights[name].meta["val"] = Value(tuple(tensor.shape), tensor.dtype)
 
     def _weight_name(self, spec: Any) -> str | None:
         if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):

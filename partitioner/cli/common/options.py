@@ -237,14 +237,10 @@ class Compile:
         plan = self.plan_of(model)
         named = None if dtype in (None, "auto") else dtype
         key = compiled.key_of(Path(model), plan, dtype=named, max_length=self.max_length) if cached else None
-        found = None if key is None else compiled.find(key, Path(model), mapped=mapped)
-        if found is not None:
-            return found
-        parts = self.compile(model, dtype=dtype, mapped=mapped)
-        # one of several processes that compile the same
-        if key is not None and os.environ.get("RANK", "0") == "0":
-            compiled.keep(key, lambda folder: parts.save(folder, reference=True, digests=False))
-        return parts
+        first = os.environ.get("RANK", "0") == "0"  # of several processes that compile the same
+        return compiled.found_or_kept(
+            key, Path(model), lambda: self.compile(model, dtype=dtype, mapped=mapped), mapped=mapped, keeps=first
+        )
 
 
 @dataclass(frozen=True)

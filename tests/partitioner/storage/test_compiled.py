@@ -136,3 +136,37 @@ def test_the_oldest_go(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "KEPT", 1)
     assert compiled.keep("0" * 64, lambda folder: folder.mkdir())
     assert not cache.exists()
+
+
+def test_what_is_kept_is_not_made_again(cache: Path) -> None:
+    def refuse() -> Any:
+        raise AssertionError("it is there")
+
+    found = compiled.found_or_kept(key(), EXAMPLE_MODEL, refuse, mapped=False)
+    assert isinstance(found, Bundle)
+    with pytest.raises(AssertionError, match="it is there"):
+        compiled.found_or_kept(None, EXAMPLE_MODEL, refuse, mapped=False)
+
+
+def test_what_another_process_has_put_there_meanwhile_stays(cache: Path) -> None:
+    shutil.rmtree(cache)
+
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        cache.mkdir(mode=0o700)
+        (cache / "theirs").touch()
+
+    assert compiled.keep(key(), save)
+    assert [each.name for each in cache.iterdir()] == ["theirs"]
+    assert list(cache.parent.iterdir()) == [cache]
+
+
+def test_what_cannot_be_written_leaves_what_is_there(cache: Path) -> None:
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        raise OSError("no room")
+
+    assert compiled.keep(key(), save)  # what is there already
+    assert not compiled.keep("0" * 64, save)
+    assert list(cache.parent.iterdir()) == [cache]
+    assert find() is not None

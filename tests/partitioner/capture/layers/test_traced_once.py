@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from partitioner.analysis.report.report import make_report
 from partitioner.capture.layers.layer_index import LayerIndex
 from partitioner.capture.layers.share_layers import every_layer
 from partitioner.compile.partition import trace
@@ -42,12 +44,18 @@ def number_traced(program: Program) -> int:
     return program.layers.traced
 
 
+def report_of(program: Program) -> str:
+    return str(make_report(program, plan="Plan()"))
+
+
 def test_alike_layers_are_traced_twice_and_give_the_same_program() -> None:
     model = llama()
     once, full = compared(model)
     assert once.layers == LayersTraced(DEPTH, 2)
     assert number_traced(full) == DEPTH
     assert difference(once, full) is None
+    assert f"\ntraced: 2 of {DEPTH} layers; each of the others is a copy of one like it" in report_of(once)
+    assert f"\ntraced: every layer, {DEPTH} of them (every layer was asked for)" in report_of(full)
     assert torch.equal(interpret.run(once, input_ids=IDS), model(IDS).logits)
 
 
@@ -190,10 +198,50 @@ def test_what_differs_between_layers_is_never_lost(change: Callable[[Any], None]
 def test_the_reason_is_said() -> None:
     model = llama()
     of_their_number(Parity)(model)
-    found = trace(model).layers
+    program = trace(model)
+    found = program.layers
     assert found is not None
     assert found.traced == DEPTH
     assert "reads the layer's number (test_traced_once.py" in found.why
+    assert f"traced: every layer, {DEPTH} of them (model.layers.0: its code reads" in report_of(program)
+
+
+def test_layers_in_between_have_no_weights_in_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    exported: list[list[str]] = []
+    real = torch.export.export
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        exported.append([name for name in found.state_dict if "up_proj" in name])
+        return found
+
+    monkeypatch.setattr(torch.export, "export", watched)
+    once = trace(llama())
+    assert exported == [[f"model.model.layers.{i}.mlp.up_proj.weight" for i in (0, DEPTH - 1)]]
+    named = [name for name in once.weights if "up_proj" in name]
+    assert named == [f"model.layers.{i}.mlp.up_proj.weight" for i in range(DEPTH)]
+
+
+class Neighbour(nn.Module):
+    """Reads a weight of the layer behind it, which the run before the trace did not show to be needed."""
+
+    def __init__(self, layers: Any) -> None:
+        super().__init__()
+        self.layers = (layers,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Neighbour:
+        return Neighbour(copy.deepcopy(self.layers[0], memo))
+
+    def forward(self, x: Any) -> Any:
+        return x + self.layers[0][3].mlp.up_proj.weight[0, 0]
+
+
+def test_a_weight_that_is_missed_is_put_back() -> None:
+    model = llama()
+    model.model.norm = nn.Sequential(model.model.norm, Neighbour(model.model.layers))
+    once = trace(model)
+    assert number_traced(once) == 2
+    assert torch.allclose(interpret.run(once, input_ids=IDS), model(IDS).logits, rtol=1e-12, atol=1e-12)
 
 
 def test_one_layer_unlike_the_others_costs_one_more() -> None:
