@@ -22,7 +22,7 @@ from partitioner.cli.common.options import Dtype, Model
 from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.detect import detect
-from partitioner.planning.explain import as_data, cards_for_weights, interval, reason, sureness
+from partitioner.planning.explain import as_data, cards_for_weights, interval, reason, served_text, sureness
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.released import released_bytes
@@ -201,6 +201,8 @@ def _print_choice(choice: Choice, cluster: Cluster, summary: Summary, top: int) 
             console.print(
                 f"{each.plan}: {reason(each, cluster, summary)}", markup=False, highlight=False, soft_wrap=True
             )
+        for each in choice.ranked[: min(3, top)]:
+            console.print(served_text(pricer, each), markup=False, highlight=False, soft_wrap=True)
     for each in choice.refused[: 3 if choice.ranked else top]:
         console.print(f"refused {each.plan}: {each.refused}", markup=False, highlight=False, soft_wrap=True)
     if choice.contexts:
