@@ -1,12 +1,13 @@
 """What AIConfigurator itself predicts for the rows that `silicon` is held to; and the same tables for it.
 
     python -m venv other && other/bin/pip install aiconfigurator==0.12.0     in an environment of its own
-    other/bin/python benchmarks/planning/aiconfigurator_rows.py FOLDER ESTIMATES.json
+    other/bin/python benchmarks/planning/aiconfigurator_rows.py FOLDER ESTIMATES.json [MODEL]
     python -m benchmarks.planning.silicon FOLDER --others ESTIMATES.json
 
 FOLDER: an unpacked wheel of aiconfigurator-core. The first call needs nothing of this repository: it asks
 `cli_estimate` for each aggregated row on H100 and H200, with the tables of the engine's newest version, and keeps its
-times, or its error. No GPU is needed.
+times, or its error; MODEL: only of paths with this text in them. No GPU is needed; a row takes about a second of one
+core. What is in ESTIMATES.json already is not asked again.
 """
 
 from __future__ import annotations
@@ -47,15 +48,17 @@ def estimate(row: dict[str, str]) -> dict[str, Any]:
 
 def main() -> None:
     folder, out = map(Path, sys.argv[1:3])
+    only = sys.argv[3] if len(sys.argv) > 3 else ""
     logging.disable(logging.WARNING)
     rows = list(csv.DictReader(next(folder.rglob("silicon_sample.csv")).open(encoding="utf-8")))
     asked = [row for row in rows if row["system"][:4] in ("h100", "h200") and row["mode"] == "agg"]
-    found: dict[str, Any] = {}
-    for number, row in enumerate(asked):
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    asked = [row for row in asked if only in row["model_path"] and row["id"] not in found]
+    for number, row in enumerate(asked, start=1):
         found[row["id"]] = estimate(row)
-        if number % 100 == 0:
+        if number % 20 == 0 or number == len(asked):
+            out.write_text(json.dumps(found), encoding="utf-8")
             print(f"{number} of {len(asked)}", file=sys.stderr, flush=True)
-    out.write_text(json.dumps(found), encoding="utf-8")
     errors = Counter(each["error"].partition(":")[0] for each in found.values() if "error" in each)
     print(f"{len(found) - errors.total()} of {len(found)} rows estimated; errors: {dict(errors)}")
 

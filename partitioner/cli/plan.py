@@ -4,6 +4,7 @@ partitioner plan MODEL --gpus 8xH100 --prompt 4096 --new 512 --batch 32 --for th
 partitioner fit MODEL --gpus 8xH100       exit code 0 fits, 1 does not, 2 invalid arguments
 partitioner cluster show 32x8xH100        the cluster as YAML, to edit
 partitioner cluster detect                this machine, measured
+partitioner cluster import topology.xml   NCCL's, Slurm's or AIConfigurator's, to edit
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.detect import detect
 from partitioner.planning.explain import as_data, cards_for_weights, interval, reason, served_text, sureness
+from partitioner.planning.importers.read_file import import_cluster
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.released import released_bytes
@@ -91,14 +93,31 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "cluster")
     def cluster_command(
-        action: Annotated[str, typer.Argument(help="show, or detect")],
-        gpus: Annotated[str | None, typer.Argument(help="of show: 8xH100, 32x8xH100, or a .yaml file")] = None,
+        action: Annotated[str, typer.Argument(help="show, detect, or import")],
+        what: Annotated[
+            str | None,
+            typer.Argument(
+                help="of show: 8xH100, 32x8xH100, or a .yaml file; of import: NCCL's topology XML, Slurm's "
+                "topology.yaml, or a system of aiconfigurator-core"
+            ),
+        ] = None,
+        device: Annotated[
+            str | None, typer.Option(help="of import: the device or host, where the file does not say it: H100, 8xH100")
+        ] = None,
+        hosts: Annotated[int | None, typer.Option(help="of import: how many hosts like the one of the file")] = None,
+        topology: Annotated[str, typer.Option(help="of import: which topology of Slurm's file; its default")] = "",
         out: Annotated[str | None, typer.Option("--out", "-o", help="write it to this file")] = None,
     ) -> None:
-        """Print a cluster as YAML: a preset, or this machine, measured in some seconds."""
-        if action not in ("show", "detect") or (action == "show") != (gpus is not None):
-            raise InputError("write partitioner cluster show 8xH100, or partitioner cluster detect")
-        text = (Cluster.parse(gpus) if gpus is not None else detect()).to_yaml()
+        """Print a cluster as YAML: a preset, this machine, measured in some seconds, or a file of another tool."""
+        if action not in ("show", "detect", "import") or (action != "detect") != (what is not None):
+            raise InputError("write partitioner cluster show 8xH100, cluster detect, or cluster import FILE")
+        if action != "import" and (device is not None or hosts is not None or topology):
+            raise InputError(f"--device, --hosts and --topology are of cluster import; cluster {action} takes none")
+        if action == "import":
+            found = import_cluster(Path(str(what)), device=device, hosts=hosts, topology=topology)
+        else:
+            found = Cluster.parse(what) if what is not None else detect()
+        text = found.to_yaml()
         if out is not None:
             Path(out).write_text(text, encoding="utf-8")
         Console().print(text, markup=False, highlight=False, soft_wrap=True)
