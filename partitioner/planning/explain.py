@@ -11,6 +11,7 @@ from typing import Any
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.pricing.continuous import steps_of
 from partitioner.planning.pricing.price import Pricer
+from partitioner.planning.pricing.stored_format import StoredFormat
 from partitioner.planning.quantities import Price
 from partitioner.planning.search import Choice, broken_limits
 from partitioner.planning.summary import Summary
@@ -20,10 +21,10 @@ __all__ = ["as_data", "cards_for_weights", "interval", "reason", "served_text", 
 RESIDUALS = Path(__file__).with_name("tables") / "residuals.json"
 
 
-def reason(price: Price, cluster: Cluster, summary: Summary) -> str:
-    """Why the plan is as it is, in a sentence with its numbers."""
+def reason(price: Price, cluster: Cluster, summary: Summary, *, num_bytes: int | None = None) -> str:
+    """Why the plan is as it is, in a sentence with its numbers. num_bytes: of all weights, where they are stored."""
     plan, inside = price.plan, cluster.dimensions[0]
-    usable, weights = price.memory.usable, summary.num_bytes
+    usable, weights = price.memory.usable, num_bytes or summary.num_bytes
     said: list[str] = []
     if plan.tp > 1:
         spent = price.decode.by_collective.get("all_reduce", 0.0) / price.tpot_s if price.decode is not None else 0.0
@@ -94,8 +95,10 @@ def served_text(pricer: Pricer, price: Price) -> str:
     return f"{price.plan} under steady load: {', '.join(said)}{room}"
 
 
-def as_data(choice: Choice, cluster: Cluster, summary: Summary, *, most: int) -> dict[str, Any]:
-    pricer = Pricer(summary, cluster)
+def as_data(
+    choice: Choice, cluster: Cluster, summary: Summary, *, most: int, stored: StoredFormat | None = None
+) -> dict[str, Any]:
+    pricer = Pricer(summary, cluster, stored=stored)
     return {
         "model": summary.name,
         "cluster": cluster.as_data(),
@@ -137,7 +140,7 @@ def _price_data(price: Price, pricer: Pricer) -> dict[str, Any]:
         "collectives_of_a_token_s": price.decode.by_collective,
         "binds": price.decode.binds,
         "layers": list(price.layers),
-        "reason": reason(price, pricer.cluster, pricer.summary),
+        "reason": reason(price, pricer.cluster, pricer.summary, num_bytes=pricer.num_bytes),
         "limits_broken": broken_limits(price),
         "note": price.note,
     }

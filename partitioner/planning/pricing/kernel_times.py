@@ -92,17 +92,17 @@ class KernelTimes:
 
     def _matrices(self, product: _Product) -> None:
         node, kernels = product.node, self.kernels
-        dtype, moved, share = node.dtype, product.moved, 1.0
+        dtype, moved, table = node.dtype, product.moved, ""
         stored = self.stored
         if stored is not None and dtype == stored.dtype and stored.holds(experts=node.kind == "experts"):
             moved -= (ITEM[dtype] - stored.item) * product.weights
-            dtype, share = stored.product_dtype or dtype, stored.share
+            dtype, table = stored.product_dtype or dtype, stored.table
         if node.kind == "linear":
-            seconds = kernels.linear(product.rows, product.columns, product.summed, moved, dtype)
+            seconds = kernels.linear(product.rows, product.columns, product.summed, moved, dtype, table=table)
         else:
             seconds = kernels.experts(rows=product.rows, experts=self.held, flops=product.flops, num_bytes=moved,
-                                      dtype=dtype)  # fmt: skip
-        self._spend(seconds / share, product.flops, moved, dtype)
+                                      dtype=dtype, table=table)  # fmt: skip
+        self._spend(seconds, product.flops, moved, dtype)
 
     def _attention(self, node: NodeExpression, sizes: Sequence[float], flops: float, moved: float) -> None:
         rows, heads, kv_heads, size, queries, keys, _ = sizes

@@ -131,6 +131,16 @@ class Pricer:
         numbers = self._function(key, wanted)(*self._given(values))
         return float(sum(numbers)) * (ITEM[stored.dtype] - stored.item)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights as they are kept, whole."""
+        if self.stored is None:
+            return self.summary.num_bytes
+        values = self._values(Plan(), 1, 1, 0)
+        return self.summary.num_bytes - round(
+            sum(self._saved(part, values, self.stored) for part in self.summary.order)
+        )
+
     def _cache(self, part: int, values: Mapping[Any, float], tokens: int) -> float:
         total = 0.0
         for i, kept in enumerate(self.summary.parts[part].kept):

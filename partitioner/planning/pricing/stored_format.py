@@ -2,14 +2,19 @@
 
     float8_e4m3fn    one byte each, multiplied as they are: kernels of their own
     stored           the bits of a quantised checkpoint, scales included; expanded inside the product, which runs in the
-                     model's own dtype (`runtime/ops/kernels`)
+                     model's own dtype (`runtime/ops/kernels`) as fast as engines' kernels for codes of four bits
 
 Tables, norms, the head and routers keep the model's own dtype.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from partitioner.planning.kernels import EXPANDING
+from partitioner.planning.released import stored_bits
 
 __all__ = ["ITEM", "StoredFormat"]
 
@@ -20,7 +25,7 @@ ITEM = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn"
 @dataclass(frozen=True)
 class StoredFormat:
     """dtype: of the numbers that are stored in fewer bits. bits: of each of them, scales included. product_dtype: what
-    products run in, "" for `dtype`. share: how much of a plain product's speed is left when it expands codes.
+    products run in, "" for `dtype`. table: of measured kernels, where it is not that of `product_dtype`.
     """
 
     name: str
@@ -28,11 +33,19 @@ class StoredFormat:
     bits: float
     experts_only: bool = False
     product_dtype: str = ""
-    share: float = 1.0
+    table: str = ""
 
     @classmethod
     def float8(cls, dtype: str) -> StoredFormat:
         return cls("float8_e4m3fn", dtype, 8.0, product_dtype="float8_e4m3fn")
+
+    @classmethod
+    def released(cls, dtype: str, fields: Mapping[str, Any]) -> StoredFormat:
+        """As `Plan(weights="stored")` holds it. fields: the quantization_config. Raises `CaptureError` where the bits
+        of its method are not known.
+        """
+        bits, experts_only = stored_bits(fields)
+        return cls(str(fields.get("quant_method")), dtype, bits, experts_only, table=EXPANDING)
 
     @property
     def item(self) -> float:
