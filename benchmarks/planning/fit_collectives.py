@@ -4,6 +4,8 @@
 
 FOLDER: an unpacked wheel of aiconfigurator-core (Apache-2.0, NVIDIA), whose systems/data/*/comm/nccl tables hold the
 seconds of all_reduce, all_gather, reduce_scatter and all_to_all on 2, 4 and 8 GPUs, 256 B to 1 GiB. Needs pyarrow.
+Engines' own all-reduces (comm/*/custom_allreduce tables, in captured graphs) are fitted apart: of each size the median
+of all engines and versions.
 Per system, collective and number of GPUs: alpha and beta on three ranges of sizes. The ranges are those with the least
 squared relative error. --write puts them into partitioner/planning/tables. Printed: errors on the rows that
 were fitted, on rows of other sizes (every second size held out), and of torch._inductor.comm_analysis.
@@ -23,7 +25,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from torch._inductor import comm_analysis
 
-from partitioner.planning.collectives import FITTED, Curve, FittedLinks
+from partitioner.planning.collectives import DIRECT, FITTED, Curve, FittedLinks
 
 KINDS = {"alltoall": "all_to_all"}
 ITEM = {"half": 2, "int8": 1}
@@ -42,6 +44,20 @@ def read(folder: Path) -> dict[str, Rows]:
                 kind = KINDS.get(row["op_name"], row["op_name"])
                 found[system].append((kind, row["num_gpus"], size, row["latency"] * 1e-3))
     return found
+
+
+def read_direct(folder: Path) -> dict[str, Rows]:
+    """Of the systems that have NCCL tables too."""
+    found: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted(folder.rglob("comm/*/*/custom_allreduce_perf.parquet")):
+        for row in pq.read_table(path).to_pylist():
+            size = row["message_size"] * 2  # elements of bfloat16
+            if "eager" not in row["kernel_source"] and SMALLEST <= size <= LARGEST and 2 <= row["num_gpus"] <= 8:
+                found[path.parents[3].name][row["num_gpus"], size].append(row["latency"] * 1e-3)
+    return {
+        system: [(DIRECT, n, size, statistics.median(times)) for (n, size), times in sorted(by.items())]
+        for system, by in found.items()
+    }
 
 
 def line(sizes: np.ndarray, seconds: np.ndarray) -> tuple[float, float, float]:
@@ -131,6 +147,13 @@ def main() -> None:
             all_of_it += mine
         print(f"{system:22} {len(rows):6}   {said(found[0])}    {said(found[1])}    {said(found[2])}")
     print(f"{'all':22} {len(everything[0]):6}   " + "    ".join(map(said, everything)))
+    off: list[float] = []
+    for system, rows in read_direct(given.folder).items():
+        if system in fitted:
+            direct = fit_system(system, rows)
+            off += errors(direct, rows)
+            fitted[system] = FittedLinks(system, {**fitted[system].curves, **direct.curves})
+    print(f"{'direct all-reduces':22} {len(off):6}   {said(off)}")
     if given.write:
         write(fitted)
 
@@ -141,7 +164,9 @@ def write(fitted: dict[str, FittedLinks]) -> None:
         for (kind, n), curve in sorted(links.curves.items()):
             rounded = [[upto, float(f"{a * 1e6:.4g}"), float(f"{b * 1e12:.4g}")] for upto, a, b in curve.segments]
             systems.setdefault(system, {}).setdefault(kind, {})[str(n)] = rounded
-    source = "aiconfigurator-core 0.12.0 (Apache-2.0, NVIDIA), systems/data/*/comm/nccl/*/nccl_perf.parquet"
+    source = (
+        "aiconfigurator-core 0.12.0 (Apache-2.0, NVIDIA), systems/data/*/comm/*/*/{nccl,custom_allreduce}_perf.parquet"
+    )
     unit = "per range of sizes: up to bytes, alpha in us, beta in ps per byte"
     text = json.dumps({"source": source, "made_by": "benchmarks/planning/fit_collectives.py", "unit": unit,
                        "systems": systems})  # fmt: skip

@@ -22,11 +22,12 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from partitioner.planning.cluster import device
-from partitioner.planning.kernels import FITTED, Grid, Kernels
+from partitioner.planning.kernels import EXPANDING, FITTED, Grid, Kernels
 
 DEVICES = ("a100_sxm", "h100_sxm", "h200_sxm", "b200_sxm", "l40s")
-DTYPES = {"bfloat16": "bfloat16", "fp8": "float8_e4m3fn"}
-ITEM = {"bfloat16": 2, "float8_e4m3fn": 1}
+DTYPES = {"bfloat16": "bfloat16", "fp8": "float8_e4m3fn", "int4_wo": EXPANDING}
+ITEM = {"bfloat16": 2, "float8_e4m3fn": 1, EXPANDING: 0.5}
+"""Bytes of a weight; of what it is multiplied with, too, but where codes are expanded inside the kernel."""
 LINEAR = ([0, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [8, 10, 11, 12, 13, 14, 16], [8, 10, 11, 12, 13, 14, 16])
 PREFILL = ([4, 6, 8, 9, 10, 11, 12, 13, 14], [0, 2, 3, 4, 5, 6, 7, 8, 10, 12])
 DECODE = ([4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12])
@@ -48,7 +49,7 @@ def linear(folder: Path, name: str, at: Kernels, dtype: str) -> Rows:
             best[row["m"], row["n"], row["k"]].append(row["latency"] * 1e-3)
     found: Rows = []
     for (m, n, k), seconds in best.items():
-        size = ITEM[dtype] * (m * k + n * k) + 2 * m * n
+        size = ITEM[dtype] * n * k + (2 if dtype == EXPANDING else ITEM[dtype]) * m * k + 2 * m * n
         found.append(((m, n, k), at.roofline(2 * m * n * k, size, dtype) / min(seconds)))
     return found
 
@@ -112,6 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--dtypes", default=",".join(DTYPES.values()), help="with commas; others keep what was written")
     parser.add_argument("--devices", default=",".join(DEVICES), help="with commas; others keep what was written")
     given = parser.parse_args()
     devices: dict[str, dict[str, dict[str, Any]]] = (
@@ -121,11 +123,11 @@ def main() -> None:
     for name in given.devices.split(","):
         spec = device(name.partition("_")[0])
         at = Kernels(name, spec.bytes_per_s, spec.flops_per_s, {})
-        kinds: list[tuple[str, str, Rows, Sequence[Sequence[float]]]] = [
-            ("prefill", "bfloat16", attention(given.folder, name, at, decode=False), PREFILL),
-            ("decode", "bfloat16", attention(given.folder, name, at, decode=True), DECODE),
-        ]
-        for dtype in DTYPES.values():
+        kinds: list[tuple[str, str, Rows, Sequence[Sequence[float]]]] = []
+        if "bfloat16" in given.dtypes.split(","):
+            kinds.append(("prefill", "bfloat16", attention(given.folder, name, at, decode=False), PREFILL))
+            kinds.append(("decode", "bfloat16", attention(given.folder, name, at, decode=True), DECODE))
+        for dtype in given.dtypes.split(","):
             kinds.append(("linear", dtype, linear(given.folder, name, at, dtype), LINEAR))
             kinds.append(("experts", dtype, experts(given.folder, name, at, dtype), EXPERTS))
         for kind, dtype, rows, axes in kinds:

@@ -4,6 +4,7 @@ partitioner plan MODEL --gpus 8xH100 --prompt 4096 --new 512 --batch 32 --for th
 partitioner fit MODEL --gpus 8xH100       exit code 0 fits, 1 does not, 2 invalid arguments
 partitioner cluster show 32x8xH100        the cluster as YAML, to edit
 partitioner cluster detect                this machine, measured
+partitioner cluster import topology.xml   NCCL's, Slurm's or AIConfigurator's, to edit
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from partitioner.cli.common.options import Dtype, Model
 from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.detect import detect
-from partitioner.planning.explain import as_data, cards_for_weights, interval, reason, sureness
+from partitioner.planning.explain import as_data, cards_for_weights, interval, reason, served_text, sureness
+from partitioner.planning.importers.read_file import import_cluster
 from partitioner.planning.pricing.price import Pricer
+from partitioner.planning.pricing.stored_format import StoredFormat
 from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.released import released_bytes
 from partitioner.planning.search import Choice, broken_limits, search
-from partitioner.planning.summary import Summary, summarize
+from partitioner.planning.summary import summarize
+from partitioner.program.plan import WEIGHTS
 from partitioner.storage.checkpoint.open_checkpoint import can_open, open_checkpoint
 from partitioner.storage.checkpoint.quantized_tensors import quantization_fields
 from partitioner.storage.hub import fetched
@@ -36,6 +40,10 @@ from partitioner.storage.named_model import dtype_named, load_config, load_model
 __all__ = ["register"]
 
 Gpus = Annotated[str, typer.Option("--gpus", help="the cluster: 8xH100, 32x8xH100, or a .yaml file")]
+Weights = Annotated[
+    str,
+    typer.Option(help="of a quantised checkpoint: expanded, or stored, as its files hold them (--plan weights=stored)"),
+]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -51,17 +59,19 @@ def register(app: typer.Typer) -> None:
         ttft: Annotated[float | None, typer.Option(help="the most seconds until the first token")] = None,
         tpot: Annotated[float | None, typer.Option(help="the most seconds between two tokens")] = None,
         top: Annotated[int, typer.Option(help="how many plans to print")] = 8,
+        weights: Weights = "expanded",
         dtype: Dtype = None,
         as_json: Json = False,
     ) -> None:
         """Rank plans for a model on a cluster by predicted times. Needs no weights and runs nothing on the cluster."""
         cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch, ttft, tpot)
         summary = summarize(_model(model, dtype))
-        choice = search(summary, cluster, workload, goal=goal)
+        stored = _stored(model, weights, summary.dtype)
+        choice = search(summary, cluster, workload, goal=goal, stored=stored)
         if as_json:
-            print(json.dumps(as_data(choice, cluster, summary, most=top), indent=1))
+            print(json.dumps(as_data(choice, cluster, summary, most=top, stored=stored), indent=1))
         else:
-            _print_choice(choice, cluster, summary, top)
+            _print_choice(choice, Pricer(summary, cluster, stored=stored), top)
         if not choice.ranked:
             raise typer.Exit(1)
 
@@ -73,12 +83,13 @@ def register(app: typer.Typer) -> None:
         new: Annotated[int, typer.Option(help="tokens written for each")] = 512,
         batch: Annotated[int, typer.Option(help="requests at the same time")] = 1,
         weights_only: Annotated[bool, typer.Option("--weights-only", help="count cards, without tracing")] = False,
+        weights: Weights = "expanded",
         dtype: Dtype = None,
         as_json: Json = False,
     ) -> None:
         """Say whether a model fits on a cluster, and how. Exit code 0: it does, 1: it does not."""
         cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch)
-        told = [_fit(name, dtype, cluster, workload, weights_only) for name in models]
+        told = [_fit(name, dtype, cluster, workload, weights_only, weights) for name in models]
         if as_json:
             print(json.dumps(told, indent=1))
         else:
@@ -91,14 +102,31 @@ def register(app: typer.Typer) -> None:
 
     @command(app, "cluster")
     def cluster_command(
-        action: Annotated[str, typer.Argument(help="show, or detect")],
-        gpus: Annotated[str | None, typer.Argument(help="of show: 8xH100, 32x8xH100, or a .yaml file")] = None,
+        action: Annotated[str, typer.Argument(help="show, detect, or import")],
+        what: Annotated[
+            str | None,
+            typer.Argument(
+                help="of show: 8xH100, 32x8xH100, or a .yaml file; of import: NCCL's topology XML, Slurm's "
+                "topology.yaml, or a system of aiconfigurator-core"
+            ),
+        ] = None,
+        device: Annotated[
+            str | None, typer.Option(help="of import: the device or host, where the file does not say it: H100, 8xH100")
+        ] = None,
+        hosts: Annotated[int | None, typer.Option(help="of import: how many hosts like the one of the file")] = None,
+        topology: Annotated[str, typer.Option(help="of import: which topology of Slurm's file; its default")] = "",
         out: Annotated[str | None, typer.Option("--out", "-o", help="write it to this file")] = None,
     ) -> None:
-        """Print a cluster as YAML: a preset, or this machine, measured in some seconds."""
-        if action not in ("show", "detect") or (action == "show") != (gpus is not None):
-            raise InputError("write partitioner cluster show 8xH100, or partitioner cluster detect")
-        text = (Cluster.parse(gpus) if gpus is not None else detect()).to_yaml()
+        """Print a cluster as YAML: a preset, this machine, measured in some seconds, or a file of another tool."""
+        if action not in ("show", "detect", "import") or (action != "detect") != (what is not None):
+            raise InputError("write partitioner cluster show 8xH100, cluster detect, or cluster import FILE")
+        if action != "import" and (device is not None or hosts is not None or topology):
+            raise InputError(f"--device, --hosts and --topology are of cluster import; cluster {action} takes none")
+        if action == "import":
+            found = import_cluster(Path(str(what)), device=device, hosts=hosts, topology=topology)
+        else:
+            found = Cluster.parse(what) if what is not None else detect()
+        text = found.to_yaml()
         if out is not None:
             Path(out).write_text(text, encoding="utf-8")
         Console().print(text, markup=False, highlight=False, soft_wrap=True)
@@ -112,7 +140,23 @@ def _model(name: str, dtype: str | None) -> Any:
     return load_model(name, dtype=kind, meta=True)
 
 
-def _fit(name: str, dtype: str | None, cluster: Cluster, workload: Workload, weights_only: bool) -> dict[str, Any]:
+def _stored(name: str, weights: str, dtype: str) -> StoredFormat | None:
+    """How the ranks hold a checkpoint's weights; None: expanded."""
+    if weights not in WEIGHTS:
+        raise InputError(f"--weights is one of {', '.join(WEIGHTS)}; got {weights!r}")
+    if weights == "expanded":
+        return None
+    fields = quantization_fields(load_config(fetched(name)).to_dict())
+    if fields is None:
+        raise InputError(
+            f"{name} has no quantization_config: nothing of it is stored in fewer bits; leave --weights out"
+        )
+    return StoredFormat.released(dtype, fields)
+
+
+def _fit(
+    name: str, dtype: str | None, cluster: Cluster, workload: Workload, weights_only: bool, weights: str
+) -> dict[str, Any]:
     model = _model(name, dtype)
     kind = cluster.weakest
     own = {id(p): p.numel() * p.element_size() for p in model.parameters()}
@@ -132,8 +176,9 @@ def _fit(name: str, dtype: str | None, cluster: Cluster, workload: Workload, wei
     if weights_only:
         return {**told, "fits": told["cards_for_weights"] <= cluster.size}
     summary = summarize(model)
-    pricer = Pricer(summary, cluster)
-    choice = search(summary, cluster, workload, goal="throughput", frontier=False)
+    stored = _stored(name, weights, summary.dtype)
+    pricer = Pricer(summary, cluster, stored=stored)
+    choice = search(summary, cluster, workload, goal="throughput", frontier=False, stored=stored)
     cache = sum(pricer.memory(each.plan, workload, each.layers).cache for each in choice.ranked[:1])
     if not choice.ranked:
         least = min((r for r in choice.refused if r.memory.total), key=lambda r: r.memory.total, default=None)
@@ -187,9 +232,8 @@ def _released(each: dict[str, Any]) -> tuple[str, str]:
     return f"{each['released_bytes'] / 1e9:.1f} GB", str(each["cards_as_released"])
 
 
-def _print_choice(choice: Choice, cluster: Cluster, summary: Summary, top: int) -> None:
-    console = Console()
-    pricer = Pricer(summary, cluster)
+def _print_choice(choice: Choice, pricer: Pricer, top: int) -> None:
+    console, cluster, summary = Console(), pricer.cluster, pricer.summary
     if choice.ranked:
         table = Table(title=f"{summary.name} on {cluster.name}, for {choice.goal}")
         for heading in ("plan", "cards", "memory", "ttft", "tpot", "tokens/s", "per card", "binds", "limits"):
@@ -198,9 +242,10 @@ def _print_choice(choice: Choice, cluster: Cluster, summary: Summary, top: int) 
             table.add_row(*_row(each))
         console.print(table)
         for each in choice.ranked[: min(3, top)]:
-            console.print(
-                f"{each.plan}: {reason(each, cluster, summary)}", markup=False, highlight=False, soft_wrap=True
-            )
+            why = reason(each, cluster, summary, num_bytes=pricer.num_bytes)
+            console.print(f"{each.plan}: {why}", markup=False, highlight=False, soft_wrap=True)
+        for each in choice.ranked[: min(3, top)]:
+            console.print(served_text(pricer, each), markup=False, highlight=False, soft_wrap=True)
     for each in choice.refused[: 3 if choice.ranked else top]:
         console.print(f"refused {each.plan}: {each.refused}", markup=False, highlight=False, soft_wrap=True)
     if choice.contexts:
@@ -210,7 +255,9 @@ def _print_choice(choice: Choice, cluster: Cluster, summary: Summary, top: int) 
         points = ", ".join(f"{p.tokens_per_s:.0f} tok/s at {p.tpot_s * 1e3:.1f} ms ({p.plan}, batch {p.workload.batch})"
                            for p in choice.frontier[:8] if p.workload is not None)  # fmt: skip
         console.print(f"frontier: {points}", markup=False, highlight=False, soft_wrap=True)
-    tables = {kind: pricer.kernels.measured(kind, summary.dtype) for kind in ("linear", "prefill", "decode", "experts")}
+    own = summary.dtype if pricer.stored is None else pricer.stored.table
+    kinds = {"linear": own, "prefill": summary.dtype, "decode": summary.dtype, "experts": own}
+    tables = {kind: pricer.kernels.measured(kind, dtype) for kind, dtype in kinds.items()}
     if summary.experts is None:
         del tables["experts"]
     console.print(sureness(cluster, summary, tables=tables), markup=False, highlight=False, soft_wrap=True)

@@ -2,6 +2,8 @@
 
     measured    t(bytes) = alpha + beta x bytes on each of three ranges of sizes, as NCCL has three protocols (LL,
                 LL128, Simple); fitted to tables of 2, 4 and 8 GPUs (`benchmarks/planning/fit_collectives.py`)
+    direct      all_reduce of GPUs that write into each other's memory, as `runtime/communication/peer_memory` and
+                engines have it: curves of its own, and the smaller of it and NCCL's counts
     by formula  ring:  all_reduce 2 (n - 1) (alpha + m / n x beta), the others half of it
                 tree:  all_reduce 2 log2(n) alpha + 2 m beta; the smaller of the two counts
     nested      a group over several dimensions: reduce-scatter inside, all-reduce of what is left outside, all-gather
@@ -25,6 +27,9 @@ from partitioner.errors import InputError
 __all__ = ["Curve", "FittedLinks", "Hop", "collective_seconds", "fitted_links", "formula_seconds"]
 
 FITTED = Path(__file__).with_name("tables") / "collectives.json"
+DIRECT = "direct_all_reduce"
+HOST = 8
+"""GPUs whose direct all-reduces were measured; more of them are not said to have it."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,7 @@ def collective_seconds(kind: str, hops: Sequence[Hop], size: float) -> float:
 def _one(kind: str, hop: Hop, size: float) -> float:
     links = fitted_links(hop.fitted) if hop.fitted else None
     found = links.seconds(kind, hop.n, size) if links is not None else None
-    if found is not None:
-        return found
+    if found is not None and links is not None:
+        direct = links.seconds(DIRECT, hop.n, size) if kind == "all_reduce" and hop.n <= HOST else None
+        return found if direct is None else min(found, direct)
     return formula_seconds(kind, hop.n, size, bytes_per_s=hop.bytes_per_s, latency_s=hop.latency_s)

@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from partitioner.planning.cluster import Cluster
+from partitioner.planning.pricing.continuous import steps_of
+from partitioner.planning.pricing.price import Pricer
+from partitioner.planning.pricing.stored_format import StoredFormat
 from partitioner.planning.quantities import Price
 from partitioner.planning.search import Choice, broken_limits
 from partitioner.planning.summary import Summary
 
-__all__ = ["as_data", "cards_for_weights", "interval", "reason", "sureness"]
+__all__ = ["as_data", "cards_for_weights", "interval", "reason", "served_text", "sureness"]
 
 RESIDUALS = Path(__file__).with_name("tables") / "residuals.json"
 
 
-def reason(price: Price, cluster: Cluster, summary: Summary) -> str:
-    """Why the plan is as it is, in a sentence with its numbers."""
+def reason(price: Price, cluster: Cluster, summary: Summary, *, num_bytes: int | None = None) -> str:
+    """Why the plan is as it is, in a sentence with its numbers. num_bytes: of all weights, where they are stored."""
     plan, inside = price.plan, cluster.dimensions[0]
-    usable, weights = price.memory.usable, summary.num_bytes
+    usable, weights = price.memory.usable, num_bytes or summary.num_bytes
     said: list[str] = []
     if plan.tp > 1:
         spent = price.decode.by_collective.get("all_reduce", 0.0) / price.tpot_s if price.decode is not None else 0.0
@@ -78,19 +81,36 @@ def cards_for_weights(num_bytes: int, usable: int) -> int:
     return -(-num_bytes // usable)
 
 
-def as_data(choice: Choice, cluster: Cluster, summary: Summary, *, most: int) -> dict[str, Any]:
+def served_text(pricer: Pricer, price: Price) -> str:
+    """Times of requests that come as others end, with the interval in which 80% of measured ones were."""
+    assert price.workload is not None
+    served = steps_of(pricer, price.plan, price.workload).served()
+    said = []
+    for what, seconds in (("ttft", served.ttft_s), ("tpot", served.tpot_s)):
+        bar = interval(seconds, what)
+        between = f" ({bar[0] * 1e3:.1f}..{bar[1] * 1e3:.1f})" if bar is not None else ""
+        said.append(f"{what} {seconds * 1e3:.1f} ms{between}")
+    waiting = price.workload.batch - served.running
+    room = f", of {price.workload.batch} requests {waiting} wait for room in the cache" if waiting > 0 else ""
+    return f"{price.plan} under steady load: {', '.join(said)}{room}"
+
+
+def as_data(
+    choice: Choice, cluster: Cluster, summary: Summary, *, most: int, stored: StoredFormat | None = None
+) -> dict[str, Any]:
+    pricer = Pricer(summary, cluster, stored=stored)
     return {
         "model": summary.name,
         "cluster": cluster.as_data(),
         "goal": choice.goal,
-        "plans": [_price_data(each, cluster, summary) for each in choice.ranked[:most]],
-        "refused": [_price_data(each, cluster, summary) for each in choice.refused[:most]],
-        "frontier": [_price_data(each, cluster, summary) for each in choice.frontier],
+        "plans": [_price_data(each, pricer) for each in choice.ranked[:most]],
+        "refused": [_price_data(each, pricer) for each in choice.refused[:most]],
+        "frontier": [_price_data(each, pricer) for each in choice.frontier],
         "contexts": dict(choice.contexts[:most]),
     }
 
 
-def _price_data(price: Price, cluster: Cluster, summary: Summary) -> dict[str, Any]:
+def _price_data(price: Price, pricer: Pricer) -> dict[str, Any]:
     memory = {name: getattr(price.memory, name) for name in ("weights", "cache", "activations", "buffers", "usable")}
     told: dict[str, Any] = {"plan": str(price.plan), "devices": price.plan.mesh.world_size, "memory_bytes": memory}
     if price.refused:
@@ -99,6 +119,7 @@ def _price_data(price: Price, cluster: Cluster, summary: Summary) -> dict[str, A
     assert price.decode is not None
     assert price.workload is not None
     parts = ("memory", "products", "links", "waiting")
+    served = steps_of(pricer, price.plan, price.workload).served()
     return {
         **told,
         "batch": price.workload.batch,
@@ -107,12 +128,19 @@ def _price_data(price: Price, cluster: Cluster, summary: Summary) -> dict[str, A
         "tpot_s": price.tpot_s,
         "tpot_80": interval(price.tpot_s, "tpot"),
         "tokens_per_s": price.tokens_per_s,
+        "under_steady_load": {
+            "ttft_s": served.ttft_s,
+            "ttft_80": interval(served.ttft_s, "ttft"),
+            "tpot_s": served.tpot_s,
+            "tpot_80": interval(served.tpot_s, "tpot"),
+            "running": served.running,
+        },
         "prefill_s": {name: getattr(price.prefill, name) for name in parts},
         "decode_s": {name: getattr(price.decode, name) for name in parts},
         "collectives_of_a_token_s": price.decode.by_collective,
         "binds": price.decode.binds,
         "layers": list(price.layers),
-        "reason": reason(price, cluster, summary),
+        "reason": reason(price, pricer.cluster, pricer.summary, num_bytes=pricer.num_bytes),
         "limits_broken": broken_limits(price),
         "note": price.note,
     }

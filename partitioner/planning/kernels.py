@@ -21,9 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["UNMEASURED", "Grid", "Kernels", "kernels_of"]
+__all__ = ["EXPANDING", "UNMEASURED", "Grid", "Kernels", "kernels_of"]
 
 FITTED = Path(__file__).with_name("tables") / "kernels.json"
+EXPANDING = "expanding"
+"""In place of a dtype: products in 16 bits whose weights are codes of 4, expanded inside the kernel."""
 UNMEASURED = {"linear": 0.7, "prefill": 0.5, "decode": 0.6, "experts": 0.5, "other": 0.8}
 """Shares of the roofline where nothing was measured: speed of light with a guess on it, and said so."""
 
@@ -66,7 +68,8 @@ class Kernels:
         return (kind, dtype) in self.grids
 
     def _share(self, kind: str, dtype: str, *sizes: float) -> float:
-        grid = self.grids.get((kind, dtype)) or next((g for (k, _), g in self.grids.items() if k == kind), None)
+        own = [dtype, *(known for k, known in self.grids if k == kind and known != EXPANDING)]
+        grid = next((self.grids[kind, name] for name in own if (kind, name) in self.grids), None)
         return UNMEASURED[kind] if grid is None else grid.at(*sizes)
 
     def rate(self, dtype: str) -> float:
@@ -79,10 +82,11 @@ class Kernels:
     def roofline(self, flops: float, num_bytes: float, dtype: str) -> float:
         return max(flops / self.rate(dtype), num_bytes / self.bytes_per_s)
 
-    def linear(self, m: float, n: float, k: float, num_bytes: float, dtype: str) -> float:
+    def linear(self, m: float, n: float, k: float, num_bytes: float, dtype: str, *, table: str = "") -> float:
+        """table: whose shares are taken, of `EXPANDING` kernels; those of dtype by default."""
         if not m * n * k:
             return 0.0
-        return self.roofline(2 * m * n * k, num_bytes, dtype) / self._share("linear", dtype, m, n, k)
+        return self.roofline(2 * m * n * k, num_bytes, dtype) / self._share("linear", table or dtype, m, n, k)
 
     def attention(
         self, *, rows: float, heads: float, kv_heads: float, queries: float, keys: float, flops: float,
@@ -93,11 +97,14 @@ class Kernels:
         kind, sizes = ("prefill", (queries, rows * heads)) if queries > 1 else ("decode", (keys, rows * kv_heads))
         return self.roofline(flops, num_bytes, dtype) / self._share(kind, dtype, *sizes)
 
-    def experts(self, *, rows: float, experts: float, flops: float, num_bytes: float, dtype: str) -> float:
+    def experts(
+        self, *, rows: float, experts: float, flops: float, num_bytes: float, dtype: str, table: str = ""
+    ) -> float:
+        """table: as of `linear`."""
         if not rows * experts:
             return 0.0
         light = self.roofline(flops, num_bytes, dtype)
-        return light / self._share("experts", dtype, rows / experts, light * 1e6)
+        return light / self._share("experts", table or dtype, rows / experts, light * 1e6)
 
     def other(self, num_bytes: float) -> float:
         return num_bytes / self.bytes_per_s / self._share("other", "")

@@ -19,12 +19,12 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from partitioner.errors import CaptureError
 
-__all__ = ["released_bytes"]
+__all__ = ["released_bytes", "stored_bits"]
 
 
 def released_bytes(model: Any, fields: Mapping[str, Any]) -> float:
     """Of a model without data. Raises `CaptureError` where the method is none of the above."""
-    bits, experts_only = _bits(fields)
+    bits, experts_only = stored_bits(fields)
     left = [*(fields.get("modules_to_not_convert") or ()), *(fields.get("ignore") or ())]
     head = model.get_output_embeddings()
     total, seen = 0.0, set[int]()
@@ -43,8 +43,8 @@ def released_bytes(model: Any, fields: Mapping[str, Any]) -> float:
     return total
 
 
-def _bits(fields: Mapping[str, Any]) -> tuple[float, bool]:
-    """Of an element, scales included; and whether experts alone are quantised."""
+def stored_bits(fields: Mapping[str, Any]) -> tuple[float, bool]:
+    """Bits of an element, scales included; and whether experts alone are quantised."""
     method = fields.get("quant_method")
     if method == "fp8":
         block = fields.get("weight_block_size") or (1 << 20, 1)

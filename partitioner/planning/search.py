@@ -19,6 +19,7 @@ from typing import Any
 from partitioner.errors import InputError, PlanError
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.pricing.price import Pricer
+from partitioner.planning.pricing.stored_format import StoredFormat
 from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.summary import Summary, summarize
 from partitioner.program.plan import Plan
@@ -53,7 +54,7 @@ class Choice:
         return self.ranked[0]
 
 
-def plans(summary: Summary, cluster: Cluster, workload: Workload) -> Iterator[Plan]:
+def plans(summary: Summary, cluster: Cluster, workload: Workload, *, weights: str = "expanded") -> Iterator[Plan]:
     """All that use all devices, and those that leave some idle because there is no more to divide.
 
     Independent replicas (dp) take whole requests each; experts may span them.
@@ -68,7 +69,7 @@ def plans(summary: Summary, cluster: Cluster, workload: Workload) -> Iterator[Pl
             if sp > 1 and workload.prompt < SP_TOKENS * sp:
                 continue
             for ep, etp in _expert_degrees(experts, dp * sp, tp):
-                yield Plan(dp=dp, pp=pp, sp=sp, tp=tp, ep=ep, etp=etp)
+                yield Plan(dp=dp, pp=pp, sp=sp, tp=tp, ep=ep, etp=etp, weights=weights)
 
 
 def _expert_degrees(experts: int, dp: int, tp: int) -> Iterator[tuple[int, int]]:
@@ -96,13 +97,14 @@ def broken_limits(price: Price) -> list[str]:
 
 
 def search(
-    summary: Summary, cluster: Cluster, workload: Workload, *, goal: str = "latency", frontier: bool = True
-) -> Choice:
-    """All plans of `plans`, priced and ranked."""
+    summary: Summary, cluster: Cluster, workload: Workload, *, goal: str = "latency", frontier: bool = True,
+    stored: StoredFormat | None = None,
+) -> Choice:  # fmt: skip
+    """All plans of `plans`, priced and ranked. stored: how ranks hold quantised weights as their checkpoint does."""
     if goal not in GOALS:
         raise InputError(f"a plan is chosen for {', '.join(GOALS)}; got {goal!r}")
-    pricer = Pricer(summary, cluster)
-    candidates = list(plans(summary, cluster, workload))
+    pricer = Pricer(summary, cluster, stored=stored)
+    candidates = list(plans(summary, cluster, workload, weights="expanded" if stored is None else "stored"))
     contexts: dict[str, int] = {}
     if goal == "context":
         contexts = {str(plan): longest_prompt(pricer, plan, workload) for plan in candidates}

@@ -6,10 +6,8 @@
     memory     weights, cache for prompt and new tokens, results alive at the same time in a run, what is exchanged
     tokens over sp    of a prompt, each rank's share of all work (`sequences`); of a single token, attention alone
 
-A product takes what kernels of its size take (`kernels`); linears of one operand are one, as the runtime merges them.
-Element-wise ops between two products take one pass over the largest of their operands, since compiled steps fuse them.
-A collective takes what the links of its group take (`collectives`).
-Nothing overlaps. The rank that holds most, and the slowest device, speak for all.
+Kernels take what `kernel_times` says, collectives what the links of their group take (`collectives`). Nothing overlaps.
+The rank that holds most, and the slowest device, speak for all.
 """
 
 from __future__ import annotations
@@ -20,13 +18,15 @@ from typing import Any
 
 import sympy
 
-from partitioner.analysis.cost.expressions import EXPERTS, MET, PAST, ROUTED, NodeExpression
+from partitioner.analysis.cost.expressions import EXPERTS, MET, PAST, ROUTED
 from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster, bad_order, hops
 from partitioner.planning.collectives import Hop, collective_seconds
 from partitioner.planning.kernels import Kernels, kernels_of
+from partitioner.planning.pricing.kernel_times import KernelTimes
 from partitioner.planning.pricing.sequences import Attending, shares_out
 from partitioner.planning.pricing.stage_split import split_layers
+from partitioner.planning.pricing.stored_format import ITEM, StoredFormat
 from partitioner.planning.quantities import Memory, Price, Seconds, Workload
 from partitioner.planning.summary import Summary
 from partitioner.program.plan import Plan
@@ -35,27 +35,22 @@ from partitioner.sharding.mesh import Mesh
 __all__ = ["RUN_TOKENS", "Pricer"]
 
 RUN_TOKENS = 8192
-LAUNCH_S = 1.5e-6
-"""From the end of a kernel to the start of the next one in a captured step."""
 STEP_S = 50e-6
 """Host work of a step that is launched as one graph: inputs, the choice of tokens."""
-
-
-_ITEM = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Pricer:
     """Prices plans for one model on one cluster; what plans have in common is computed once."""
 
     def __init__(
-        self, summary: Summary, cluster: Cluster, *, overhead_s: float = STEP_S, weight_dtype: str = ""
-    ) -> None:
-        """weight_dtype: "float8_e4m3fn" where the layers' matrices are stored, and multiplied, in one byte each."""
-        self.summary, self.cluster, self.overhead_s = summary, cluster, overhead_s
-        if weight_dtype not in ("", "float8_e4m3fn"):
-            raise InputError(f"weights are priced in the model's own dtype or in float8_e4m3fn; got {weight_dtype!r}")
-        self.weight_dtype = weight_dtype
-        self._saved = _ITEM[summary.dtype] - 1 if weight_dtype else 0
+        self, summary: Summary, cluster: Cluster, *, overhead_s: float = STEP_S, stored: StoredFormat | None = None,
+        cache_dtype: str = "",
+    ) -> None:  # fmt: skip
+        """stored: how the layers' matrices are kept, None: as the model has them. cache_dtype: of keys and values."""
+        self.summary, self.cluster, self.overhead_s, self.stored = summary, cluster, overhead_s, stored
+        if cache_dtype and cache_dtype not in ITEM:
+            raise InputError(f"keys and values are priced in {', '.join(ITEM)}; got {cache_dtype!r}")
+        self.cache_item = ITEM[cache_dtype] if cache_dtype else 0
         kind = cluster.weakest
         self.usable = kind.usable_bytes
         self.kernels: Kernels = kernels_of(kind.name, kind.bytes_per_s, kind.flops_per_s, fitted=kind.fitted)
@@ -76,8 +71,7 @@ class Pricer:
             return self._refused(plan, f"{summary.num_layers} layers make no {plan.pp} stages")
         if plan.ep > (summary.experts.count if summary.experts is not None else 1):
             return self._refused(plan, f"no {plan.ep} experts to share out")
-        small, larger = divmod(summary.num_layers, plan.pp)
-        layers = tuple(small + (stage < larger) for stage in range(plan.pp))
+        layers = self.even_stages(plan)
         if self.memory(plan, workload, layers).weights <= self.usable:  # else no cut makes it fit
             layers = self._stages(plan, workload, local)
         memory = self.memory(plan, workload, layers)
@@ -124,13 +118,35 @@ class Pricer:
         wanted = [self.summary.parts[part].weight_bytes] if key not in self._functions else []
         found = float(self._function(key, wanted)(*self._given(values))[0])
         inside = part not in (self.summary.first, self.summary.last)
-        return found / _ITEM[self.summary.dtype] if self.weight_dtype and inside else found
+        return found - self._saved(part, values, self.stored) if self.stored is not None and inside else found
+
+    def _saved(self, part: int, values: Mapping[Any, float], stored: StoredFormat) -> float:
+        """Bytes that matrices take less than in the model's own dtype."""
+        key = ("saved", part)
+        wanted = []
+        for node in self.summary.parts[part].nodes["decode"] if key not in self._functions else ():
+            experts = node.kind == "experts"
+            if node.kind in ("linear", "experts") and node.dtype == stored.dtype and stored.holds(experts=experts):
+                wanted.append(node.product[1] * node.product[2] * (EXPERTS if experts else 1))
+        numbers = self._function(key, wanted)(*self._given(values))
+        return float(sum(numbers)) * (ITEM[stored.dtype] - stored.item)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights as they are kept, whole."""
+        if self.stored is None:
+            return self.summary.num_bytes
+        values = self._values(Plan(), 1, 1, 0)
+        return self.summary.num_bytes - round(
+            sum(self._saved(part, values, self.stored) for part in self.summary.order)
+        )
 
     def _cache(self, part: int, values: Mapping[Any, float], tokens: int) -> float:
         total = 0.0
         for i, kept in enumerate(self.summary.parts[part].kept):
             count = 1 if not kept.per_token else min(tokens, kept.sees or tokens)
-            total += count * self._number(("cache", part, i), kept.bytes, values)
+            share = self.cache_item / ITEM[self.summary.dtype] if kept.per_token and self.cache_item else 1
+            total += count * share * self._number(("cache", part, i), kept.bytes, values)
         return total
 
     def _peak(self, part: int, plan: Plan, rows: int, length: int) -> float:
@@ -160,7 +176,7 @@ class Pricer:
         key = ("keys", part)
         wanted = [size for node in nodes for size in node.product] if key not in self._functions else []
         numbers = iter(self._function(key, wanted)(*self._given(values)))
-        each = [Attending.of([next(numbers) for _ in node.product], _ITEM[node.dtype]) for node in nodes]
+        each = [Attending.of([next(numbers) for _ in node.product], ITEM[node.dtype]) for node in nodes]
         return max((attending.held(plan) for attending in each), default=0.0)
 
     # sizes
@@ -218,70 +234,27 @@ class Pricer:
         if plan.sp > 1:
             every = self._values(plan, rows, length, past, alike=steps)
             whole = iter(self._function((part, entry), [])(*self._given(every)))
-        links = self._hops(plan, ("tp",))
         inside = part not in (self.summary.first, self.summary.last)
-        small = bool(self.weight_dtype) and inside
-        found = Seconds()
-        run: list[float] = []
-        merged: dict[str, tuple[NodeExpression, list[float], float, float]] = {}
+        times = KernelTimes(self.kernels, self._hops(plan, ("tp",)), self.stored if inside else None, values[EXPERTS],
+                            values[MET], self.cache_item)  # fmt: skip
         for node in nodes:
             flops, moved = next(numbers), next(numbers)
             product = [next(numbers) for _ in node.product]
             if plan.sp > 1:
                 of_all = [next(whole) for _ in range(2 + len(node.product) + len(node.meetings))]
                 if node.kind == "attention":
-                    attending = Attending.of(of_all[2:], _ITEM[node.dtype])
-                    flops, moved = attending.meet(found, plan, self._hops(plan, ("sp",)), of_all, steps=steps)
+                    attending = Attending.of(of_all[2:], ITEM[node.dtype])
+                    flops, moved = attending.meet(times.seconds, plan, self._hops(plan, ("sp",)), of_all, steps=steps)
                     product = attending.on_a_rank(plan, steps=steps)
             if node.kind in ("move", "other") and not node.meetings:
-                run += [moved] if moved else []
+                times.other(moved)
                 continue
-            self._end_run(found, run)
+            times.end_run()
             for meeting in node.meetings:
-                size = next(numbers) * (plan.tp if meeting.kind == "all_gather" else 1)
-                found.link(meeting.kind, collective_seconds(meeting.kind, links, size))
-            if node.kind == "linear" and node.source in merged:
-                first, (m, n, k), all_flops, all_moved = merged[node.source]
-                merged[node.source] = first, [m, n + product[1], k], all_flops + flops, all_moved + moved
-            elif node.kind == "linear":
-                merged[node.source] = node, product, flops, moved
-            elif node.kind != "meeting":
-                self._product(found, node, product, flops, moved, values, small=small)
-        for first, product, flops, moved in merged.values():
-            self._product(found, first, product, flops, moved, values, small=small)
-        self._end_run(found, run)
-        return found
-
-    def _end_run(self, found: Seconds, run: list[float]) -> None:
-        """Element-wise ops in a row, fused: one pass over the largest."""
-        if run:
-            found.memory += self.kernels.other(max(run))
-            found.waiting += LAUNCH_S
-            run.clear()
-
-    def _product(
-        self, found: Seconds, node: NodeExpression, product: Sequence[float], flops: float, moved: float,
-        values: Mapping[Any, float], *, small: bool,
-    ) -> None:  # fmt: skip
-        """small: its weights are stored in one byte each."""
-        kernels, dtype = self.kernels, node.dtype
-        if small and node.kind in ("linear", "experts") and dtype == self.summary.dtype:
-            count = product[1] * product[2] * (values[MET] if node.kind == "experts" else 1)
-            moved, dtype = moved - self._saved * count, self.weight_dtype
-        if node.kind == "linear":
-            seconds = kernels.linear(product[0], product[1], product[2], moved, dtype)
-        elif node.kind == "attention":
-            rows, heads, kv_heads, _, queries, keys, _ = product
-            seconds = kernels.attention(rows=rows, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys,
-                                        flops=flops, num_bytes=moved, dtype=node.dtype)  # fmt: skip
-        else:
-            seconds = kernels.experts(rows=product[0], experts=values[EXPERTS], flops=flops, num_bytes=moved,
-                                      dtype=dtype)  # fmt: skip
-        found.waiting += LAUNCH_S
-        if flops / kernels.rate(dtype) > moved / kernels.bytes_per_s:
-            found.products += seconds
-        else:
-            found.memory += seconds
+                times.collective(meeting.kind, next(numbers) * (plan.tp if meeting.kind == "all_gather" else 1))
+            if node.kind != "meeting":
+                times.product(node, product, flops, moved)
+        return times.end()
 
     def _hops(self, plan: Plan, axes: tuple[str, ...]) -> tuple[Hop, ...]:
         key = ("hops", plan.mesh, axes)
@@ -342,6 +315,31 @@ class Pricer:
                 mine.link("send", collective_seconds("send", hops(self.cluster, pair), size))
             found.append(mine)
         return found, how
+
+    def step_seconds(self, plan: Plan, rows: int, past: int, layers: Sequence[int]) -> float:
+        """Between two tokens of the rows of one replica, whose caches hold `past` tokens each."""
+        return self._decode(plan, Workload(past, 1), rows, layers)[0].total
+
+    def prompt_seconds(self, plan: Plan, prompt: int, layers: Sequence[int]) -> tuple[float, float]:
+        """Of one prompt alone; and of its slowest stage."""
+        _, length, runs = _runs(Workload(prompt, 1), 1)
+        stages, _ = self._stage_seconds(plan, "prefill", 1, length, (prompt - length) // 2, layers)
+        slowest = max(stage.total for stage in stages)
+        return sum(stage.total for stage in stages) + (runs - 1) * slowest, runs * slowest
+
+    def prompt_flops(self, plan: Plan, prompt: int) -> float:
+        """Products of one prompt on the fullest rank, all stages together."""
+        values, total = self._values(plan, 1, prompt, 0), 0.0
+        for part in (self.summary.first, *self.summary.order, self.summary.last):
+            nodes, key = self.summary.parts[part].nodes["prefill"], ("flops", part)
+            wanted = [sum((node.flops for node in nodes), sympy.Integer(0))] if key not in self._functions else []
+            total += self._number(key, wanted[0] if wanted else None, values)
+        return total
+
+    def even_stages(self, plan: Plan) -> tuple[int, ...]:
+        """Layers of each stage, the first ones one more where they do not divide."""
+        small, larger = divmod(self.summary.num_layers, plan.pp)
+        return tuple(small + (stage < larger) for stage in range(plan.pp))
 
     def _prefill(self, plan: Plan, workload: Workload, rows: int, layers: Sequence[int]) -> tuple[Seconds, str]:
         """Until all rows have their first token."""

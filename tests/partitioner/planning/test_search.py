@@ -174,15 +174,6 @@ def test_cards_for_the_weights_alone(parameters: int, cards: int) -> None:
     assert cards_for_weights(2 * parameters, 78 << 30) == cards
 
 
-def test_a_price_in_one_byte_per_weight_is_lighter() -> None:
-    found = summary("llama")
-    with pytest.raises(InputError):
-        Pricer(found, cluster(2), weight_dtype="int3")
-    light, heavy = (Pricer(found, cluster(2), weight_dtype=kind) for kind in ("float8_e4m3fn", ""))
-    workload = Workload(8, 4, 1)
-    assert light.memory(Plan(), workload, (2,)).weights < heavy.memory(Plan(), workload, (2,)).weights
-
-
 def test_plans_are_written_as_the_command_line_takes_them() -> None:
     for plan in plans(summary("mixtral"), cluster(2, 2), Workload(8, 2, 4)):
         assert Plan.parse(str(plan)) == plan

@@ -1,0 +1,162 @@
+"""Measured rows of three serving engines on H100 and H200, each with the steps that its plan is priced at.
+
+Left out, and counted: rows in formats that the product cannot run (fp4, int4), shapes that are not in `shapes`, prefill
+and decode apart, rows that stand there several times, and two kinds that contradict themselves:
+
+    degrees     one engine's rows of more GPUs than a host has, where the same measured times stand with fewer
+    cached      the rows of a source with one that computed above 70% of the device's peak products, had it computed
+                its prompts (the others reach 50% at most): they came from a cache of prefixes
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.planning.latent_cache import with_latent_cache
+from benchmarks.planning.models import SHAPES, summary_of
+from partitioner.planning.cluster import Cluster
+from partitioner.planning.pricing.continuous import Steps, steps_of
+from partitioner.planning.pricing.price import Pricer
+from partitioner.planning.pricing.stored_format import StoredFormat
+from partitioner.planning.quantities import Workload
+from partitioner.program.plan import Plan
+from partitioner.storage.named_model import load_config
+
+__all__ = ["DENSE", "Row", "read"]
+
+MODELS = {
+    "Llama-3.1-8B-Instruct": "llama-3.1-8b",
+    "Llama-3.1-8B-Instruct-FP8": "llama-3.1-8b",
+    "Llama-3.1-70B": "llama-3.1-70b",
+    "Qwen3-32B": "qwen3-32b",
+    "Qwen3-235B-A22B-FP8": "qwen3-235b-a22b",
+    "DeepSeek-R1": "deepseek-v3",
+    "DeepSeek-V3": "deepseek-v3",
+}
+DENSE = ("llama-3.1-8b", "llama-3.1-70b", "qwen3-32b")
+MOST_OF_PEAK = 0.7
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured, in seconds, and what it is priced at. batch: requests at a time."""
+
+    identity: str
+    model: str
+    engine: str
+    system: str
+    precision: str
+    source: str
+    plan: Plan
+    prompt: int
+    new: int
+    batch: int
+    ttft: float
+    tpot: float
+    steps: Steps
+    of_peak: float
+
+    @property
+    def gpus(self) -> int:
+        return self.plan.mesh.world_size
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Per GPU."""
+        return self.batch / self.tpot / self.gpus
+
+    @property
+    def group(self) -> tuple[str, str, str, str, int, int]:
+        """Rows that differ in their plan and batch only."""
+        return self.model, self.engine, self.system, self.precision, self.prompt, self.new
+
+
+def read(folder: Path, cache: Path, left: Counter[str], *, cached: bool = False) -> list[Row]:
+    """folder: an unpacked wheel; cache: of summaries. left: counts what is not priced. cached: keep those rows too."""
+    pricers: dict[tuple[str, ...], Pricer] = {}
+    found: dict[tuple[object, ...], Row] = {}
+    with next(folder.rglob("silicon_sample.csv")).open(encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            system = row["system"].partition("_")[0].upper()
+            if system not in ("H100", "H200"):
+                continue
+            name = MODELS.get(row["model_path"].rpartition("/")[2])
+            if row["mode"] != "agg":
+                left["prefill and decode apart"] += 1
+            elif row["precision"] in ("fp4", "int4"):
+                left[f"format {row['precision']}"] += 1
+            elif name is None or not (SHAPES / f"{name}.json").is_file():
+                left[f"no shape: {row['model_path']}"] += 1
+            else:
+                priced = _price(row, name, system, cache, pricers)
+                if isinstance(priced, str):
+                    left[priced] += 1
+                    continue
+                key = (*priced.group, priced.plan, priced.batch, priced.ttft, priced.tpot)
+                left["twice"] += key in found
+                found[key] = priced
+    return list(_without(found.values(), left, cached=cached))
+
+
+def _price(
+    row: dict[str, str], name: str, system: str, cache: Path, pricers: dict[tuple[str, ...], Pricer]
+) -> Row | str:
+    tp, dp = (max(1, int(row[name] or 1)) for name in ("tp_size", "attention_dp_size"))
+    ep, etp = (max(1, int(row[name] or 1)) for name in ("moe_ep_size", "moe_tp_size"))
+    if ep * etp > 1 and ep * etp != tp * dp:
+        return "experts over other ranks than attention"
+    plan = Plan(tp=tp, dp=dp, ep=ep, etp=etp if ep > 1 else 1)
+    kind, engine = "float8_e4m3fn" if row["precision"] == "fp8" else "", row["backend"]
+    # checkpoints in fp8 hold scales of the cache, which TensorRT-LLM uses and the others by request only
+    kept = kind if engine == "trtllm" else ""
+    key = (name, system, kind, kept, str(tp * dp))
+    if key not in pricers:
+        fields = load_config(f"config:{SHAPES / name}.json").to_dict()
+        summary = with_latent_cache(summary_of(name, cache), fields)
+        stored = StoredFormat.float8(summary.dtype) if kind else None
+        pricers[key] = Pricer(summary, Cluster.parse(f"{tp * dp}x{system}"), stored=stored, cache_dtype=kept)
+    pricer = pricers[key]
+    prompt, new, batch = int(row["isl"]), int(row["osl"]), int(row["batch_size"])
+    ttft, tpot = float(row["silicon_ttft_ms"]) * 1e-3, float(row["silicon_tpot_ms"]) * 1e-3
+    steps = steps_of(pricer, plan, Workload(prompt, new, batch))
+    flops = pricer.prompt_flops(plan, prompt) * batch / (ttft + new * tpot)
+    peak = pricer.kernels.rate(kind or pricer.summary.dtype)
+    source = row["silicon_data_source"].partition(";")[0]
+    return Row(
+        row["id"],
+        name,
+        engine,
+        system,
+        row["precision"],
+        source,
+        plan,
+        prompt,
+        new,
+        batch,
+        ttft,
+        tpot,
+        steps,
+        flops / peak,
+    )
+
+
+def _without(rows: Iterable[Row], left: Counter[str], *, cached: bool) -> Iterable[Row]:
+    rows = list(rows)
+    gpus: dict[tuple[object, ...], set[int]] = defaultdict(set)
+    for row in rows:
+        gpus[row.model, row.engine, row.prompt, row.new, row.ttft, row.tpot].add(row.gpus)
+    doubted = set()
+    for (model, engine, *_), counts in gpus.items():
+        doubted |= {(model, engine, count) for count in counts if count > 8 and min(counts) < count}
+    impossible = {(row.source, row.model) for row in rows if row.of_peak > MOST_OF_PEAK}
+    for row in rows:
+        if (row.model, row.engine, row.gpus) in doubted:
+            left[f"degrees in doubt ({row.gpus} GPUs)"] += 1
+        elif (row.source, row.model) in impossible and not cached:
+            left["prompts from a cache"] += 1
+        else:
+            yield row
