@@ -151,7 +151,7 @@ class _Running:
                 values[node] = after[name] = value(node.args[0])  # type: ignore[arg-type]
             else:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-                args, kwargs = tree_map(lifted, (args, kwargs))
+                args, kwargs = tree_map(_tried_as, (args, kwargs))
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         self.states = after
         found: Tensor = values[self.region.output]
@@ -240,8 +240,13 @@ def _weights(program: Program, region: Region, *, wide: bool) -> dict[str, Any]:
             scale = max(weight.shape[-1] if len(weight.shape) > 1 else 1, 1) ** -0.5
             found[name] = torch.randn(weight.shape, generator=generator, dtype=torch.float64) * scale
         else:
-            found[name] = None if data is None or data.is_meta else data.to(lifted(data.dtype))
+            found[name] = None if data is None or data.is_meta else data.to("cpu", lifted(data.dtype))
     return found
+
+
+def _tried_as(leaf: Any) -> Any:
+    """An argument of an op, in float64 and on the CPU, wherever the model lies."""
+    return torch.device("cpu") if isinstance(leaf, torch.device) else lifted(leaf)
 
 
 def _generator() -> torch.Generator:

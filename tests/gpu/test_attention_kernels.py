@@ -89,8 +89,10 @@ def test_one_token_per_row(dtype, heads, kv_heads, width, value_width, slots, po
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("by_cudnn", [False, True])
 @pytest.mark.parametrize(("starts", "counts"), [((300, 300), (70, 70)), ((0, 0), (70, 20)), ((0, 513), (70, 1))])
-def test_tokens_behind_a_past(dtype, window, starts, counts):
+def test_tokens_behind_a_past(dtype, window, by_cudnn, starts, counts, monkeypatch):
+    monkeypatch.setattr("runtime.ops.kernels.flash_attention._CUDNN_FROM", 0 if by_cudnn else 1 << 62)
     torch.manual_seed(0)
     heads, kv_heads, width = 8, 2, 128
     size = max(counts)

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
+from partitioner import Plan, partition
+from partitioner.sharding.mesh import Mesh
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.ops.experts import grouped_linear
 from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear, stored_weight
 from runtime.ops.kernels.stored_products import run_of
+from tests.partitioner.compile.test_hold_stored import folder
 from tests.runtime.ops.test_stored import CODES, held
 
 pytestmark = [
@@ -59,3 +63,19 @@ def test_experts_from_counts_on_the_device(code: str, counts: list[int], dtype: 
         torch.cuda.set_sync_debug_mode("default")
     assert relative(found, expected) < TOLERANCE[dtype] or not sum(counts)
     assert not found[sum(counts) :].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("llama", "fp8"), ("llama", "awq"), ("llama", "gptq-ordered"), ("qwen3_moe", "fp8"), ("gpt_oss", "mxfp4")],
+)
+def test_a_model_says_on_a_gpu_what_it_says_on_a_cpu(name: str, form: str) -> None:
+    parts = partition(folder(name, form)[0], Plan(weights="stored"), dtype=torch.float32)
+    ids = torch.arange(3, 14)[None]
+    said = []
+    for device, captured in (("cpu", False), ("cuda", False), ("cuda", True)):
+        alone = ThreadGroup(Mesh.of()).communicator(0)
+        engine = parts.engine(0, alone, device=device, cuda_graph=captured)
+        said.append(engine.generate(ids, max_new_tokens=12, eos_token_id=[]).tolist())
+        engine._generate_loop.release()
+    assert said[0] == said[1] == said[2]

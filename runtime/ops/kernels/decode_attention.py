@@ -25,10 +25,11 @@ from runtime.ops.kernels.triton_needs import missing_for_triton
 
 __all__ = ["Attending", "can_decode", "decode_attention", "registered"]
 
-_TILE, _LEAST_TILES = 64, 4
-"""Keys at a time, and how many such times a part is worth: putting parts together costs as much as a few."""
+_TILE, _LEAST_TILES = 64, 1
+"""Keys at a time, and the fewest such times of a part."""
 _WARPS, _STAGES = 4, 3
-_MOST_SPLITS, _PER_PROCESSOR = 64, 2
+_MOST_SPLITS, _PER_PROCESSOR = 64, 1
+"""How many parts there are at most, and programs for each processor: all parts wait for the last one."""
 _MERGED = 8192
 """Numbers of parts that are read at a time when they are put together."""
 _WIDEST = 256
@@ -49,7 +50,7 @@ def _counters(device: torch.device) -> Tensor:
 
 
 def _splits(pairs: int, slots: int, device: torch.device) -> int:
-    """So many parts that each processor has one or two, however long rows are."""
+    """So many parts that about each processor has one, however long rows are."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     wanted = min(_PER_PROCESSOR * processors / pairs, _MOST_SPLITS, slots / (_TILE * _LEAST_TILES))
     return int(2 ** max(0, math.floor(math.log2(max(1.0, wanted)))))

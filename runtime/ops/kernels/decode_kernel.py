@@ -69,6 +69,16 @@ def decode(
     row = pair // KV_HEADS
     head = pair % KV_HEADS
     position = tl.load(positions + row)
+    # under way while the position is waited for
+    heads = tl.arange(0, GROUP_PADDED)
+    dims = tl.arange(0, D_PADDED)
+    value_dims = tl.arange(0, DV_PADDED)
+    query_at = (row * KV_HEADS + head) * GROUP + heads
+    query = tl.load(
+        q + query_at[:, None] * D + dims[None, :], mask=(heads[:, None] < GROUP) & (dims[None, :] < D), other=0.0
+    )
+    key = tl.load(new_key + pair * D + dims, mask=dims < D, other=0.0)
+    value = tl.load(new_value + pair * DV + value_dims, mask=value_dims < DV, other=0.0)
     length = position + 1
     wraps = length > slots
     held = tl.minimum(length, slots)
@@ -83,15 +93,6 @@ def decode(
     each = tl.maximum(tl.cdiv(tiles - first_tile, SPLITS), least_tiles)
     active = tl.cdiv(tiles - first_tile, each)
     if split < active:
-        heads = tl.arange(0, GROUP_PADDED)
-        dims = tl.arange(0, D_PADDED)
-        value_dims = tl.arange(0, DV_PADDED)
-        query_at = (row * KV_HEADS + head) * GROUP + heads
-        query = tl.load(
-            q + query_at[:, None] * D + dims[None, :], mask=(heads[:, None] < GROUP) & (dims[None, :] < D), other=0.0
-        )
-        key = tl.load(new_key + pair * D + dims, mask=dims < D, other=0.0)
-        value = tl.load(new_value + pair * DV + value_dims, mask=value_dims < DV, other=0.0)
         keys += head.to(tl.int64) * key_head
         values += head.to(tl.int64) * value_head
         if BLOCK == 0:

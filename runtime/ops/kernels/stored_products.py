@@ -20,6 +20,13 @@ _RUNS = (128, 64, 32)
 _HALVES = (torch.bfloat16, torch.float16)
 _FEW = 16
 """Rows of experts up to which each is a product by itself."""
+_ROW_TILES = {"float8": (8, 4), "float4": (8, 2), "int4": (8, 2)}
+"""TILE_N and the most warps of a product of one row."""
+_MOST_IDLE = 1.1
+"""Chunks that threads are given, over those that there are."""
+_MOST_OF_NARROW = 16
+_TILES, _WIDE_TILES = (32, 16, 128, 2, 6), (64, 64, 64, 4, 3)
+"""TILE_N, TILE_M, TILE_K, warps and stages of products of few rows, and of many."""
 
 _runs: Any = WeakTensorKeyDictionary()
 
@@ -60,10 +67,8 @@ def product(
     if not num_x or not num_out:
         return out.reshape(*x.shape[:-1], num_out)
     experts = 1 if counts is None else counts.shape[0]
-    run = run_of(columns)
-    few = num_x == 1 or (counts is not None and num_x <= _FEW)
-    single = few and run > 0 and x.dtype in _HALVES and (code == "float8" or inner % 2 == 0)
-    if single and code != "float8":
+    run = run_of(columns) if x.dtype in _HALVES and (code == "float8" or inner % 2 == 0) else 0
+    if run and code != "float8":
         left = left.view(torch.int32)
     given = (
         left, codes, scales, scales if zeros is None else zeros.contiguous(), rows.contiguous(), columns.contiguous(),
@@ -73,21 +78,23 @@ def product(
     options: dict[str, Any] = {
         "CODE": _CODES[code], "EXPONENTS": scales.dtype == torch.uint8, "ZEROS": zeros is not None,
         "BIAS": bias is not None, "EXPERTS": 0 if counts is None else 1 << (experts - 1).bit_length(),
+        "BFLOAT": x.dtype == torch.bfloat16, "PTX": x.is_cuda,
     }  # fmt: skip
-    if single:
-        tile_n, chunks, warps = _row_tile(code, run, inner)
+    chunk = 16 if code == "float8" else 32
+    if run and inner % chunk == 0 and (num_x == 1 or (counts is not None and num_x <= _FEW)):
+        tile_n, warps = _row_tile(code, inner // chunk)
         stored_kernel.one_row[(-(-num_out // tile_n), num_x)](
             *given, num_out, inner, experts, *strides,
-            **options, BFLOAT=x.dtype == torch.bfloat16, RUN=run, TILE_N=tile_n, CHUNKS=chunks, num_warps=warps,
+            **options, RUN=chunk, TILE_N=tile_n, CHUNKS=32 * warps, num_warps=warps,
         )  # fmt: skip
         return out.reshape(*x.shape[:-1], num_out)
-    tile_m, tile_n, tile_k = (16, 32, 64) if num_x <= 16 else (64, 64, 64)
-    tile_k = min(tile_k, run) or tile_k
+    tile_n, tile_m, tile_k, warps, stages = _TILES if num_x <= _MOST_OF_NARROW else _WIDE_TILES
+    tile_k = min(tile_k, run) or 64
     num_tiles = -(-num_x // tile_m) + (0 if counts is None else experts)
-    stored_kernel.tiles[(num_tiles, -(-num_out // tile_n))](
+    stored_kernel.tiles[(-(-num_out // tile_n), num_tiles)](
         *given, num_x, num_out, inner, experts, *strides,
         **options, EXACT=x.dtype == torch.float32, SHARED=run > 0, TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k,
-        num_warps=4,
+        num_warps=warps, num_stages=stages if run else 2,
     )  # fmt: skip
     return out.reshape(*x.shape[:-1], num_out)
 
@@ -107,12 +114,9 @@ def _(
     return x.new_empty(*x.shape[:-1], rows.shape[-1])
 
 
-_ROW_TILES = {"float8": (4, 1024, 4), "float4": (4, 2048, 4), "int4": (4, 2048, 4)}
-"""Of each code: numbers of the result and columns at a time, and warps."""
-
-
-def _row_tile(code: str, run: int, inner: int) -> tuple[int, int, int]:
-    """(TILE_N, CHUNKS, warps)."""
-    tile_n, columns, warps = _ROW_TILES[code]
-    columns = min(columns, 1 << (inner - 1).bit_length())
-    return tile_n, max(1, columns // run), warps
+def _row_tile(code: str, chunks: int) -> tuple[int, int]:
+    """TILE_N, and so many warps that few of their threads have nothing to do at the end of a row."""
+    tile_n, warps = _ROW_TILES[code]
+    while warps > 1 and -(-chunks // (32 * warps)) * 32 * warps > _MOST_IDLE * chunks:
+        warps //= 2
+    return tile_n, warps
