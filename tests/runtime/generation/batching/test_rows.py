@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partitioner import Plan
+from partitioner.errors import InputError
 from runtime.generation.batching.row_texts import RowTexts, SharedOut, alike
 from runtime.generation.batching.scheduler import Scheduler
 from runtime.generation.batching.work import Limits
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.kv_cache.sharded_cache import ShardedCache
-from runtime.kv_cache.sharded_slots import FAR
+from runtime.kv_cache.sharded_slots import FAR, uneven_prefix
 from runtime.ops.rows.token_order import TokenOrder
 from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.batching.many_requests import Case, assert_as_alone, mixed, on_all_ranks
@@ -214,7 +215,7 @@ class Rows(World):
 
 
 @given(limits(), EVENTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_rows_hold_what_the_scheduler_says(given: Limits, events: list[tuple[str, Any, int]]) -> None:
     world, count = Rows(Scheduler(given)), 0
     for kind, what, amount in events:
@@ -310,3 +311,35 @@ def test_rows_without_a_turn_write_nothing() -> None:
         assert torch.equal(each[:, 1, :count], held[count][:, 1, :count])
         assert slots[count][1, 0] == 0
         assert cache._run.slots[count][1, 0] == count  # type: ignore[union-attr]
+
+
+def chain(monkeypatch: pytest.MonkeyPatch, parts: int, *, step: int, uneven: int | None = None) -> None:
+    """Texts each of which begins like the one before it and a few tokens more, which are all on the first rank."""
+    monkeypatch.setattr("runtime.kv_cache.sharded_slots._UNEVEN_RUNS", 4)
+    longest = 20 * step // parts
+    cache = ShardedCache(states(), max_batch=2, max_length=longest, step=step, device=CPU, parts=parts, coordinate=0)
+    texts = RowTexts(SharedOut(parts, least=1, uneven=uneven_prefix(step, parts) if uneven is None else uneven))
+    before, at = list[int](), 0
+    for number in range(40):
+        row, text = number % 2, before[: at + step // (2 * parts)]
+        text += [1000 * number + place for place in range(longest - len(text))]
+        source = texts.longest(text)
+        if source is None:
+            cache.start(slice(row, row + 1))
+        else:
+            cache.take_over(row, *source)
+        texts.begin(row, source)
+        start = at = 0 if source is None else source[1]
+        while start < longest:
+            size = min(step, longest - start)
+            cache.begin(Run((start,), (size,), (True,)).batch(), rows=slice(row, row + 1))
+            texts.add(row, start, text[start : start + size], dealt_out=True)
+            start += size
+        before = text
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_behind_any_prefix_there_is_room_for_the_longest_text(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain(monkeypatch, parts, step=4 * parts)
+    with pytest.raises(InputError, match="slots for each sequence"):  # the control: prefixes as uneven as they come
+        chain(monkeypatch, parts, step=4 * parts, uneven=1000)
