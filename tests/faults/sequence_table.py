@@ -34,7 +34,8 @@ def main() -> int:
                     outcome = check(ranks, case)
             except AssertionError as error:
                 failed += 1
-                print(f"{line} failed: {str(error).strip().splitlines()[-1]} |", flush=True)
+                said = [each for each in str(error).splitlines() if "RankLost: " in each or "did not answer" in each]
+                print(f"{line} failed: {'; '.join(dict.fromkeys(said)) or error} |", flush=True)
                 continue
             took_s = max(seconds for rank, seconds in enumerate(outcome.seconds) if rank not in case.victims)
             print(f"{line} {took_s:.2f} s | {limit_s:.0f} s | {outcome.idle_s:.2f} s |", flush=True)
