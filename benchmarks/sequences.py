@@ -1,7 +1,8 @@
 """Tokens shared out over sp: bytes, work and time of each way of attention, and memory at its peak.
 
     bytes     what leaves a rank in one layer's attention, counted as it is sent, beside what the docs say
-    work      processor seconds of the busiest rank over the mean of all: 1 is even
+    work      pairs of query and key that the busiest rank's kernels were given, over the mean of all: 1 is even.
+              Counted as they run, here and at 90 tokens a rank and more; and processor seconds, the least of the rounds
     time      of one attention, ring / gather and ring / ulysses: the ratio of the medians, above 1 the ring is slower
     peak      results alive at the same time in a rank's run of a whole text, of one rank over that at sp=n: n is ideal
 
@@ -25,14 +26,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from benchmarks.peers import build
-from benchmarks.rounds import Ratio, take_turns
 from torch import Tensor
 from torch import distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.support.peers import build
+from benchmarks.support.rounds import Ratio, take_turns
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.process_groups import ProcessGroups
@@ -91,6 +92,21 @@ class Peak(TorchDispatchMode):
         return made
 
 
+class Pairs(TorchDispatchMode):
+    """How many pairs of query and key the attention kernels were given, over all heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            (batch, heads, queries, _), keys = args[0].shape, args[1].shape[2]
+            is_causal = args[4] if len(args) > 4 else (kwargs or {}).get("is_causal", False)
+            self.count += batch * heads * (queries * (queries + 1) // 2 if is_causal else queries * keys)
+        return func(*args, **(kwargs or {}))
+
+
 def _storage(x: Tensor) -> StorageWeakRef:
     return StorageWeakRef(x.untyped_storage())
 
@@ -113,39 +129,68 @@ def everyone(mine: float) -> list[float]:
     return [each.item() for each in found]
 
 
-def attentions(communicator: ProcessGroups, ranks: int, tokens: int, rounds: int) -> None:
+def own_parts(rank: int, ranks: int, tokens: int) -> list[Tensor]:
+    """Queries, keys and values of a rank's own tokens."""
     random = torch.Generator().manual_seed(0)
     whole = [torch.randn(1, heads, tokens, WIDTH, generator=random) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    rank = communicator.rank
-    q, k, v = (take_rows(x, rank, parts=ranks, axes=("sp",), dim=2, kind="sequence", order="zigzag") for x in whole)
+    return [take_rows(x, rank, parts=ranks, axes=("sp",), dim=2, kind="sequence", order="zigzag") for x in whole]
+
+
+def attend(way: str, channel: Any, mine: list[Tensor], ranks: int, tokens: int) -> Tensor:
+    options = {"neighbours": ranks // 2} if way == "ring-ulysses" else {}
+    return attend_over_ranks(
+        channel, *mine, tokens, None, None, how=way, parts=ranks, scale=WIDTH**-0.5, causal=True, **options
+    )
+
+
+def uneven(of_ranks: list[float]) -> float:
+    """The busiest over the mean."""
+    return max(of_ranks) / statistics.mean(of_ranks)
+
+
+def pairs(way: str, channel: Any, ranks: int, tokens: int) -> list[float]:
+    """Of each rank, in one attention over `tokens`."""
+    with Pairs() as seen:
+        attend(way, channel, own_parts(channel.coordinate, ranks, tokens), ranks, tokens)
+    return everyone(float(seen.count))
+
+
+def attentions(communicator: ProcessGroups, ranks: int, tokens: int, rounds: int) -> None:
+    mine = own_parts(communicator.rank, ranks, tokens)
     ways = [way for way in WAYS if way != "ring-ulysses" or (ranks % 2 == 0 and ranks > 2)]
     channels = {way: Counting(communicator.channel("sp", node=way)) for way in ways}
-
-    def attend(way: str) -> Tensor:
-        options = {"neighbours": ranks // 2} if way == "ring-ulysses" else {}
-        return attend_over_ranks(
-            channels[way], q, k, v, tokens, None, None, how=way, parts=ranks, scale=WIDTH**-0.5, causal=True, **options
-        )
-
-    results, busy = {}, {}
+    results, busy, even, shortest = {}, {}, {}, {}
+    from_90 = [90 * ranks + more for more in range(2 * ranks + 1)] + [333 * ranks + 1]
     for way in ways:
-        results[way] = attend(way)  # warm
+        results[way] = attend(way, channels[way], mine, ranks, tokens)  # warm
         channels[way].sent = 0
-        start = time.thread_time()
-        attend(way)
-        busy[way] = everyone(time.thread_time() - start)
+        spent = []
+        for _ in range(rounds):
+            dist.barrier()
+            start = time.thread_time()
+            attend(way, channels[way], mine, ranks, tokens)
+            spent.append(time.thread_time() - start)
+        channels[way].sent //= rounds
+        busy[way] = uneven(everyone(min(spent)))
     sent = {way: max(everyone(float(channels[way].sent))) for way in ways}
+    for way in ways:
+        even[way] = uneven(pairs(way, channels[way], ranks, tokens))
+        shortest[way] = max(uneven(pairs(way, channels[way], ranks, each)) for each in from_90)
     off = max(float((results[way] - results["ring"]).abs().max()) for way in ways)
     assert off < 1e-4, off
-    times = take_turns({way: lambda way=way: attend(way) for way in ways}, rounds=rounds, meet=dist.barrier)
-    if rank == 0:
+    times = take_turns(
+        {way: lambda way=way: attend(way, channels[way], mine, ranks, tokens) for way in ways},
+        rounds=rounds,
+        meet=dist.barrier,
+    )
+    if communicator.rank == 0:
         print(f"{tokens} tokens on {ranks} ranks, {HEADS} heads, {KV_HEADS} kv heads of {WIDTH}, float32")
         for way in ways:
-            even = max(busy[way]) / statistics.mean(busy[way])
             wanted = 4 * said(way, ranks, tokens) / 2**20
             print(
-                f"  {way:13s} {sent[way] / 2**20:7.2f} MiB leave a rank (said: {wanted:.2f}), "
-                f"work {even:.2f} of even, {statistics.median(times[way]) * 1e3:.1f} ms"
+                f"  {way:13s} {sent[way] / 2**20:7.2f} MiB leave a rank (said: {wanted:.2f}), work {even[way]:.4f} of "
+                f"even, at most {shortest[way]:.4f} from {90 * ranks} tokens, processor {busy[way]:.2f}, "
+                f"{statistics.median(times[way]) * 1e3:.1f} ms"
             )
         for way in ways[1:]:
             print(f"  ring / {way}: {Ratio.of(times['ring'], times[way])}", flush=True)

@@ -166,20 +166,24 @@ class WhatIsKept:
 
     counts_tokens: whether some state of a sequence changes with each token, so that no row may repeat one.
     token_axes: those whose ranks share out the tokens of states.
+    gives_up: whether some state keeps the last tokens only.
     """
 
     counts_tokens: bool
     token_axes: tuple[str, ...]
+    gives_up: bool
 
     @classmethod
     def agreed(cls, program: RankProgram, communicator: Communicator, device: torch.device) -> WhatIsKept:
         """A collective where there are stages."""
         axes = {axis for state in program.states for axis in state.token_axes}
         found = [any(not state.per_token for state in program.states), *(axis in axes for axis in AXES)]
+        found.append(any(state.sees is not None for state in program.states))
         if program.stage is not None:
             mine = torch.tensor(found, dtype=torch.int64, device=device)
             found = _gathered(communicator, mine).view(-1, len(found)).amax(0).bool().tolist()
-        return cls(found[0], tuple(axis for axis, is_one in zip(AXES, found[1:], strict=True) if is_one))
+        shared = tuple(axis for axis, is_one in zip(AXES, found[1:-1], strict=True) if is_one)
+        return cls(found[0], shared, found[-1])
 
 
 def slots_for(program: RankProgram, max_length: int) -> int:

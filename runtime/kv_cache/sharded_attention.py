@@ -4,9 +4,9 @@
     merge      queries of all tokens; each rank attends to what it keeps, and the parts come together
 
 What is exchanged behind other runs is the used part of each rank's cache, the run's own tokens included. It is as long
-as the fullest rank's. Where that is more than the queries and what comes of them, a ring sends those instead: n - 1
-permutes, and an all-to-all of the parts (Yang et al., arXiv:2411.01783, section 3.4, "pass-Q"). Behind other runs,
-ring-ulysses is a ring.
+as the fullest rank's. Where that is more than the queries and what comes of them, these are sent instead, but by a
+gather: n - 1 permutes, and an all-to-all of the parts (Yang et al., arXiv:2411.01783, section 3.4, "pass-Q"). Behind
+other runs, ring-ulysses is a ring.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from runtime.ops.rows.exchange_keys import around, filled_up
 from runtime.ops.rows.partial_attention import accumulating, merge_parts, partial_attention, with_sinks
 from runtime.ops.rows.sequence_attention import attend_over_ranks
 from runtime.ops.rows.token_order import TokenOrder
-from runtime.ops.rows.ulysses import by_heads
+from runtime.ops.rows.ulysses import by_heads, heads_of, kv_of
 from runtime.ops.rows.visible import Visible
 
 __all__ = ["DealtOut", "ShardedAttention", "ShardedRun"]
@@ -134,11 +134,11 @@ class ShardedAttention:
                  order=self._order, causal=True, scale=self._scale,
                 window=self._window, chunk=self._chunk, softcap=self._softcap, kv_map=self._kv_map,
             )  # fmt: skip
-        if self._how == "ulysses":
-            return self._exchange_heads(run, dealt_out, q, keys, values, mask, sinks)
         alike = mask is None or mask.dim() < 2 or mask.shape[-2] == 1
         if self._how != "gather" and alike and self._queries_are_less(run, dealt_out, q, keys, values):
             return self._exchange_queries(run, dealt_out, q, keys, values, mask, sinks)
+        if self._how == "ulysses":
+            return self._exchange_heads(run, dealt_out, q, keys, values, mask, sinks)
         return self._exchange_keys(run, dealt_out, q, keys, values, mask, sinks)
 
     def _keep(self, run: ShardedRun, buffer: Tensor, x: Tensor) -> None:
@@ -229,10 +229,20 @@ class ShardedAttention:
         return with_sinks(*merge_parts(parts[..., :-1], parts[..., -1]), sinks).to(q.dtype)
 
     def _queries_are_less(self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, keys: Tensor, values: Tensor) -> bool:
-        """Whether fewer bytes travel if the queries do: behind a long past, for a short run; the same on all ranks."""
-        kept = min(run.seen, keys.shape[2] - 1) * keys.shape[1] * (keys.shape[3] + values.shape[3]) * keys.itemsize
-        parts = (values.shape[3] + 1) * accumulating(q.dtype).itemsize
-        return max(dealt_out.order.counts) * q.shape[1] * (q.shape[3] * q.itemsize + parts) < kept
+        """Whether fewer bytes travel if the queries do: behind a long past, for a short run; the same on all ranks.
+
+        Of what one rank sends to another: keys and values of all kv heads, or of those that the other's heads read,
+        with the queries of these and their results.
+        """
+        most, (_, heads, _, size), value = max(dealt_out.order.counts), q.shape, values.shape[3]
+        kv_heads, sent = keys.shape[1], 0
+        if self._how == "ulysses":
+            shares = heads_of(dealt_out.order.parts, heads, kv_of(q, keys, self._kv_map))
+            kv_heads = max(len(share.kv) for share in shares)
+            sent = most * max(share.count for share in shares) * (size + value) * q.itemsize
+        kept = min(run.seen, keys.shape[2] - 1) * kv_heads * (size + value) * keys.itemsize
+        parts = (value + 1) * accumulating(q.dtype).itemsize
+        return most * heads * (size * q.itemsize + parts) < kept + sent
 
     def _queries_of(self, dealt_out: DealtOut, rank: int, q: Tensor, width: int, mask: Tensor | None) -> RankQueries:
         """The queries of `rank`."""

@@ -101,12 +101,18 @@ class ShardedCache(Cache):
     def start(self, rows: slice | None = None) -> None:
         self.kept.forget(slice(0, self.max_batch) if rows is None else rows)
 
+    def take_over(self, row: int, source: int, length: int) -> None:
+        """`row` begins with the first `length` tokens of the row `source`, which may be itself and keeps its own."""
+        count = self.kept.take_over(row, source, length)[self.coordinate]
+        for buffer in self.buffers.values() if row != source else ():
+            buffer[row, :, :count] = buffer[source, :, :count]
+
     def begin(self, tokens: Batch, *, rows: slice | PagedRows | None = None, decode: bool = False) -> None:
         """decode: every rank has all of the run's tokens; otherwise they are dealt out."""
         super().begin(tokens, rows=rows)
         group = self._group
         if decode:
-            appended = self.kept.append(tokens.positions, group, self.coordinate)
+            appended = self.kept.append(tokens.positions, group, self.coordinate, tokens.active)
             ends = [start + count for start, count in zip(tokens.starts, tokens.counts, strict=True)]
             self._run = ShardedRun(
                 group, tokens.positions, appended.slots, self.kept.most(group, ends), self.kept, appended=appended

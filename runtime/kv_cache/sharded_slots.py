@@ -28,7 +28,7 @@ from runtime.kv_cache.slots import slots_of
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.program.shards import StateShard
 
-__all__ = ["FAR", "Appended", "KeptTokens", "cache_bytes", "sharded_slots"]
+__all__ = ["FAR", "Appended", "KeptTokens", "cache_bytes", "sharded_slots", "uneven_prefix"]
 
 _UNEVEN_RUNS = 32
 """How many runs may be no multiple of the ranks, besides those of the largest size."""
@@ -48,6 +48,14 @@ def sharded_slots(state: StateShard, *, max_length: int, step: int, parts: int) 
     uneven = 0 if step % parts == 0 or step >= max_length else -(-max_length // step)
     every = min(max_length, -(-max_length // parts) + uneven + _UNEVEN_RUNS + each)
     return every if state.sees is None else min(every, state.sees - 1 + each)
+
+
+def uneven_prefix(step: int, parts: int) -> int:
+    """How many tokens more than its share a rank may have of a prefix behind which a text of any length goes on.
+
+    What is behind it is dealt out evenly, but for the last piece of a prompt and the last round of single tokens.
+    """
+    return -(-step // parts) // 2 + _UNEVEN_RUNS // 2
 
 
 def cache_bytes(states: Sequence[StateShard], *, max_batch: int, max_length: int, step: int, parts: int = 1) -> int:
@@ -102,6 +110,25 @@ class KeptTokens:
         self._ends[rows] = 0
         self._kept[:, rows] = 0
 
+    def take_over(self, row: int, source: int, length: int) -> list[int]:
+        """`row` has the first `length` tokens of `source`, as its own; how many each rank has of them.
+
+        Nothing has been given up of `source`: on each rank they lie in the first slots.
+        """
+        counts: list[int] = []
+        for count, held in self.held.items():
+            found = held[:, source, :count].clone()
+            counts = (found < length).sum(1).tolist()
+            assert sum(counts) == length, f"{sum(counts)} of {length} tokens of row {source} are there"
+            held[:, row, :count] = found.masked_fill(found >= length, FAR)
+            held[:, row, count] = FAR
+        self.ends[row] = length
+        self._ends[row] = length
+        for rank, each in enumerate(counts):
+            self.kept[rank][row] = each
+        self._kept[:, row] = torch.tensor(counts)
+        return counts
+
     def count(self, rank: int, row: int, position: int) -> int:
         """How many tokens `rank` has kept of a row that goes up to `position`."""
         end = self.ends[row]
@@ -148,13 +175,15 @@ class KeptTokens:
         self._kept.copy_(torch.tensor(kept))
         return slots
 
-    def append(self, positions: Tensor, rows: slice, own: int) -> Appended:
-        """A run that every rank has all of, at `positions` [B, S], as rank `own` sees it."""
+    def append(self, positions: Tensor, rows: slice, own: int, active: Sequence[bool] = ()) -> Appended:
+        """A run that every rank has all of, at `positions` [B, S], as rank `own` sees it; active: as in `Batch`."""
         rank = positions % self.parts
         ends, row = self._ends[rows, None], self._rows[rows].expand_as(positions)
         # how many positions of that rank lie before each, without those before the row's `end`
         later = (positions - rank + self.parts - 1) // self.parts - (ends - rank + self.parts - 1) // self.parts
         is_new = positions >= ends
+        if not all(active):
+            is_new = is_new & torch.tensor(active, device=self._device)[:, None]
         slots = self._note(rank, rows, self._kept[rank, row] + later, positions, is_new)
         before = self._kept[own, row] + (positions - own + self.parts - 1) // self.parts
         before = before - (ends - own + self.parts - 1) // self.parts

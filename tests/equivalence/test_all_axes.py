@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import os
+import subprocess
+import sys
 from collections import Counter
 from typing import Any
 
@@ -66,21 +68,49 @@ def test_a_bundle_holds_them_all(tmp_path: Any) -> None:
     assert torch.equal(loaded.generate(ids, max_new_tokens=3), parts.generate(ids, max_new_tokens=3))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "dp=2,pp=2,sp=2,tp=2,ep=8,expert-parallel.exchange=exchange",  # experts over all ranks of a stage, of both dp
+        "dp=2,pp=2,sp=2,tp=2,ep=4,sp_attention=ring",  # replicas of eight ranks
+    ],
+)
+def test_sixteen_processes_with_every_axis_say_what_one_does(plan: str, pytestconfig: pytest.Config) -> None:
+    command = [sys.executable, "-P", "-m", "tests.equivalence.ranks.forked_ranks", plan, "mixtral"]
+    environment = {"PYTHONPATH": str(pytestconfig.rootpath), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "16 of 16 ranks agree with one process" in done.stdout
+
+
 # -- any plan ----------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def small(name: str) -> Program:
-    """Four layers, so that four stages have something each; three experts of five."""
-    model = sized(name, num_hidden_layers=4, hidden_size=24, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
-                  intermediate_size=20, vocab_size=VOCABULARY)  # fmt: skip
+def small(name: str, layers: int) -> Program:
+    """Three experts of five."""
+    model = sized(name, num_hidden_layers=layers, hidden_size=24, num_attention_heads=4, num_key_value_heads=2,
+                  head_dim=6, intermediate_size=20, vocab_size=VOCABULARY)  # fmt: skip
     return in_float64(trace(model))
 
 
+def depth(plan: Plan) -> int:
+    """So that every stage has something."""
+    return max(2, plan.pp)
+
+
 @functools.cache
+def alone(name: str, layers: int) -> Parts[Any]:
+    return compile_program(small(name, layers), Plan())
+
+
+@functools.lru_cache(maxsize=16)  # a collection of garbage looks at all that is kept
 def parts_of(name: str, plan: Plan) -> Parts[Any] | PlanError:
     try:
-        return compile_program(small(name), plan)
+        return compile_program(small(name, depth(plan)), plan)
     except PlanError as refused:
         return refused
 
@@ -113,15 +143,14 @@ def plan_of(case: Any, name: str) -> Plan:
 
 def what_it_says(name: str, plan: Plan, lengths: list[int], piece: int) -> str:
     """equal, or refused with what; raises where it says something else than one rank."""
-    found, alone = parts_of(name, plan), parts_of(name, Plan())
-    assert isinstance(alone, Parts)
+    found, one = parts_of(name, plan), alone(name, depth(plan))
     if isinstance(found, PlanError):
         return str(found)
     generator = torch.Generator().manual_seed(len(lengths))
     ids = torch.randint(0, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
-    assert difference(found.simulate(input_ids=ids), alone.simulate(input_ids=ids)) < EXACT, str(plan)
+    assert difference(found.simulate(input_ids=ids), one.simulate(input_ids=ids)) < EXACT, str(plan)
     texts = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
-    said = [each.generate(texts, max_new_tokens=3, prefill_step=piece) for each in (found, alone)]
+    said = [each.generate(texts, max_new_tokens=3, prefill_step=piece) for each in (found, one)]
     assert torch.equal(*map(torch.as_tensor, said)), str(plan)
     return "equal"
 
@@ -144,6 +173,7 @@ def test_any_plan_says_the_same(case: Any, lengths: list[int], piece: int) -> No
 @pytest.mark.slow
 def test_a_thousand_plans_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     seen: Counter[str] = Counter()
+    different: set[str] = set()
 
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(
@@ -153,11 +183,19 @@ def test_a_thousand_plans_say_the_same(capsys: pytest.CaptureFixture[str]) -> No
         st.integers(1, 9),
     )
     def any_plan(name: str, case: Any, lengths: list[int], piece: int) -> None:
-        counted(seen, what_it_says(name, plan_of(case, name), lengths, piece))
+        plan = plan_of(case, name)
+        counted(seen, what_it_says(name, plan, lengths, piece))
+        different.add(f"{name} {plan}")
+        if seen.total() % 50 == 0:
+            tell()
+
+    def tell() -> None:
+        said = f"{seen['equal']} equal, {seen['refused']} refused by name, 0 wrong; {len(different)} different plans"
+        with capsys.disabled():
+            print(f"\n{seen.total()} examples over all axes: {said}", flush=True)
 
     any_plan()
-    with capsys.disabled():
-        print(f"\nplans over all axes: {seen['equal']} equal, {seen['refused']} refused by name, 0 wrong")
+    tell()
     assert seen["equal"] > seen["refused"]
 
 

@@ -16,6 +16,8 @@ from partitioner.errors import LayoutError
 from partitioner.proof.layouts import check, check_entries
 from partitioner.proof.rows import check_rows
 from partitioner.storage.bundle.bundle import load
+from runtime.kv_cache.sharded_cache import ShardedCache
+from runtime.kv_cache.sharded_slots import FAR, KeptTokens
 from runtime.ops.collectives import all_reduce
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.rows.share_rows import own_last_token, take_rows
@@ -55,6 +57,44 @@ def test_each_rank_keeps_its_share_of_the_tokens() -> None:
     fits = min(shared.tokens_that_fit("100 MB"))  # type: ignore[type-var]
     assert fits >= 3.9 * one.tokens_that_fit("100 MB")[0]  # type: ignore[operator]
     assert "of one token in 4, over sp" in str(shared.generation_report)
+
+
+@pytest.mark.parametrize("way", ["ring", "ulysses"])
+def test_a_batch_of_any_lengths_keeps_each_token_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fills up the shorter prompts of a batch is kept by no rank, in no piece: no query can see it."""
+    caches = noted(monkeypatch)
+    parts, lengths = compiled("llama", f"sp=3,sp_attention={way}"), (1, 2, 7, 11)
+    assert generated.error("llama", parts, generated.prompts("llama", lengths), new=4, prefill_step=5) < 1e-9
+    assert len(caches) == 3
+    for cache in caches:
+        for count, held in cache.kept.held.items():
+            for row, length in enumerate(lengths):
+                kept = held[:, row, :count]
+                assert sorted(kept[kept < FAR].tolist()) == list(range(length + 3))  # the last new token is not run
+
+
+def test_what_fills_up_would_be_seen_if_it_were_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: tokens that repeat the last one of a prompt are keys a second time, and logits are others."""
+    note = KeptTokens._note
+
+    def everything(self: Any, rank: Any, rows: Any, place: Any, positions: Any, is_token: Any) -> Any:
+        return note(self, rank, rows, place, positions, torch.ones_like(is_token))
+
+    monkeypatch.setattr(KeptTokens, "_note", everything)
+    parts = compiled("llama", "sp=3,sp_attention=ring")
+    assert generated.error("llama", parts, generated.prompts("llama", (1, 2, 7, 11)), new=4, prefill_step=5) > 1e-6
+
+
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[ShardedCache]:
+    """The caches that are made from now on."""
+    made, make = list[ShardedCache](), ShardedCache.__init__
+
+    def init(self: ShardedCache, *given: Any, **options: Any) -> None:
+        make(self, *given, **options)
+        made.append(self)
+
+    monkeypatch.setattr(ShardedCache, "__init__", init)
+    return made
 
 
 def test_prompts_travel_and_single_tokens_are_merged() -> None:

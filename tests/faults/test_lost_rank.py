@@ -202,20 +202,17 @@ def test_a_stage_that_is_lost_is_named_by_the_others(case: Case, ranks: Ranks) -
     check(ranks, case)
 
 
+SEQUENCES = [
+    Case(fault, phase, (victim,), sharing, timeout_s=HANG_TIMEOUT_S if fault in HANGS else 30.0, sp=3)
+    for fault in ("kill", "raise", "stop")
+    for phase in ("ring", "merge")
+    for victim in VICTIMS
+    for sharing in ("on", "off")
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=_name(case))
-        for case in (
-            Case(fault, phase, (victim,), sharing, timeout_s=HANG_TIMEOUT_S if fault in HANGS else 30.0, sp=3)
-            for fault in ("kill", "raise", "stop")
-            for phase in ("ring", "merge")
-            for victim in VICTIMS
-            for sharing in ("on", "off")
-        )
-    ],
-)
+@pytest.mark.parametrize("case", [pytest.param(case, id=_name(case)) for case in SEQUENCES])
 def test_a_rank_that_is_lost_in_a_ring_is_named_by_the_others(case: Case, ranks: Ranks) -> None:
     """Each waits for its neighbour, which may wait for its own; all name the one that is gone."""
     check(ranks, case)

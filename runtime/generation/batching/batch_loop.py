@@ -25,8 +25,9 @@ from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.batching.choose_rows import Asked, Choice, RowChooser
 from runtime.generation.batching.places import InBlocks, Places, Run, places_for
-from runtime.generation.batching.scheduler import Counts, Scheduler, Work
+from runtime.generation.batching.scheduler import Scheduler
 from runtime.generation.batching.staged_steps import StagedSteps
+from runtime.generation.batching.work import Counts, Work
 from runtime.generation.generation_request import GenerationRequest
 from runtime.generation.steps import Loaded, Steps
 from runtime.kv_cache.cache_size import CacheSize, Room

@@ -51,12 +51,25 @@ class BlockPool:
         """How many hold something that may be read again."""
         return len(self._users) + len(self._unused)
 
-    def take(self) -> int | None:
-        if self._blank:
-            block = self._blank.popleft()
-        elif self._fresh < self.count:
-            block = self._fresh
+    def next(self, *, fresh: bool = False) -> int | None:
+        """What `take` gives, where nothing of it is a prefix."""
+        if self._fresh < self.count and (fresh or not self._blank):
+            return self._fresh
+        return self._blank[0] if self._blank else None
+
+    def refresh(self, block: int) -> None:
+        """Of the blocks that hold no prefix and nobody uses, `block` is the last to be taken."""
+        if block in self._blank:
+            self._blank.remove(block)
+            self._blank.append(block)
+
+    def take(self, *, fresh: bool = False) -> int | None:
+        """fresh: one that was never used, if there is one; else one that was given back, the first of them first."""
+        block = self.next(fresh=fresh)
+        if block is not None and block == self._fresh:
             self._fresh += 1
+        elif block is not None:
+            self._blank.popleft()
         elif self._unused:
             block = next(iter(self._unused))
             del self._unused[block]

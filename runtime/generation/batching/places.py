@@ -3,8 +3,9 @@
     InBlocks   in blocks of one pool, any of them; equal prefixes lie there once              `PagedCache`
     InRows     each in a row of its own, where ranks share out the tokens of a sequence       `ShardedCache`
 
-To the scheduler a row is a block that is as long as the longest sequence. A run over rows takes all from the first to
-the last that has a turn: those between them repeat what they have, which changes nothing.
+To the scheduler a row is a block that is as long as the longest sequence. A step of single tokens takes all rows from
+the first to the last that has a turn: those between them repeat what they have, which changes nothing. Equal prefixes
+are copied from row to row: they take their memory again, and no work.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from runtime.communication.communicator import Communicator
-from runtime.generation.batching.scheduler import Limits, Work
+from runtime.generation.batching.row_texts import SharedOut
+from runtime.generation.batching.work import Limits, Work
 from runtime.generation.conversation import Piece
 from runtime.generation.steps import Steps
 from runtime.kv_cache.batch import PagedRows
@@ -25,7 +27,8 @@ from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.cache_size import CacheSize, Room, WhatIsKept, default_step, slots_for, step_of
 from runtime.kv_cache.paged_cache import PagedCache
 from runtime.kv_cache.paged_size import DEFAULT_ROWS, PagedSize
-from runtime.kv_cache.sharded_cache import cache_for
+from runtime.kv_cache.sharded_cache import ShardedCache, cache_for
+from runtime.kv_cache.sharded_slots import uneven_prefix
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["InBlocks", "InRows", "Places", "Run", "places_for"]
@@ -33,6 +36,10 @@ __all__ = ["InBlocks", "InRows", "Places", "Run", "places_for"]
 _DEFAULT_MEMORY = "0.5 of free"
 _MOST_TOKENS = 1 << 15
 """Of a row, where nobody gave a size."""
+_GIVEN_UP = (
+    "the ranks of {} share out the tokens of each sequence, and a layer that sees some tokens back keeps no others: "
+    "those of a prefix are gone"
+)
 _SUMS_UP = (
     "the model keeps a state per sequence, which sums up all its tokens so far: that of a prefix is gone when the next "
     "token has been run"
@@ -135,7 +142,9 @@ class InRows:
         max_length: int,
         step: int,
         axes: tuple[str, ...],
+        keeps: bool,
     ) -> None:
+        """keeps: whether all tokens of a row are kept, on all stages, so that another may take over its first ones."""
         self.room = room
         self.tokens: int | None = rows * max_length
         self.cache: Cache = cache_for(
@@ -146,10 +155,7 @@ class InRows:
             device=device,
             slots=slots_for(program, max_length),
         )
-        self.why_not_kept = (
-            f"the ranks of {', '.join(axes)} share out the tokens of each sequence, which lies in a row of its "
-            "own on each of them"
-        )
+        self.why_not_kept = "" if keeps else _GIVEN_UP.format(", ".join(axes))
         # as `ShardedCache.piece_size`, also on a stage without attention, whose cache shares out nothing
         parts = program.mesh.size(*axes)
         budget = step if step < parts else step - step % parts
@@ -159,8 +165,10 @@ class InRows:
             block_size=max_length,
             budget=budget,
             piece=program.limits.get("sequence", (1, None))[1],
+            # a row that is filled up, or not at the others' position, would be attended to behind masks
+            alike=True,
             keeps_prefixes=False,
-            together=1,
+            shared_out=SharedOut(parts, keeps, uneven_prefix(step, parts)),
             longest=max_length,
         )
 
@@ -174,9 +182,9 @@ class InRows:
         *,
         rows: int | None,
         step: int,
-        axes: tuple[str, ...],
+        kept: WhatIsKept,
     ) -> InRows:
-        """axes: whose ranks share out tokens. A collective, as `Room.agreed`; raises as `Room.require`."""
+        """A collective, as `Room.agreed`; raises as `Room.require`."""
         wanted = CacheSize(max_batch=rows or DEFAULT_ROWS, memory=_DEFAULT_MEMORY) if size is None else size
         wanted = replace(wanted, max_batch=rows or wanted.max_batch, prefill_step=step)
         room = Room.agreed(program, wanted, communicator, device)
@@ -187,7 +195,10 @@ class InRows:
                 max_length = min(max_length, _MOST_TOKENS)
         room.require(max(1, max_length))
         step = step_of(program, step, max_length)
-        return cls(program, room, device, rows=wanted.max_batch, max_length=max_length, step=step, axes=axes)
+        return cls(
+            program, room, device, rows=wanted.max_batch, max_length=max_length, step=step,
+            axes=kept.token_axes, keeps=not kept.gives_up,
+        )  # fmt: skip
 
     def run_of(self, work: Work, last: Callable[[int], tuple[int, int]]) -> Run:
         turns = {turn.table[0]: turn for turn in work.turns}
@@ -207,8 +218,11 @@ class InRows:
 
     def before(self, run: Run) -> None:
         for turn in run.work.turns:
-            if turn.start == 0:
-                self.cache.start(slice(turn.table[0], turn.table[0] + 1))
+            row = turn.table[0]
+            if turn.source is not None and isinstance(self.cache, ShardedCache):  # other stages remember nothing
+                self.cache.take_over(row, *turn.source)
+            elif turn.start == 0:
+                self.cache.start(slice(row, row + 1))
 
     def clear(self, blocks: list[int]) -> None:
         """Nothing: the next sequence of a row reads what it has written itself."""
@@ -229,6 +243,6 @@ def places_for(
         step = default_step(program, communicator, device, max_batch=1)
     kept = WhatIsKept.agreed(program, communicator, device)
     if kept.token_axes:
-        return InRows.agreed(program, size, communicator, device, rows=rows, step=step, axes=kept.token_axes)
+        return InRows.agreed(program, size, communicator, device, rows=rows, step=step, kept=kept)
     paged = PagedSize.agreed(program, size, communicator, device, step=step, rows=rows, block_size=block_size)
     return InBlocks(program, paged, device, budget=paged.step, kept=kept)

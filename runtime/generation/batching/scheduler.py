@@ -11,77 +11,25 @@ a row when the cache has room for its tokens so far. Where the cache is full, th
 up, and runs its tokens again when there is room (recomputation: PagedAttention, arXiv:2309.06180, section 4.5). The
 oldest always goes on, so that all come to their end.
 
+Where ranks share out the tokens of a row, prompts that run together stand at the same position, take as many tokens and
+lie in rows that follow each other: then no row is filled up, and none is run in vain.
+
 Where `groups` take turns (pipeline stages), `next(group)` is about one of them, and others may be under way.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from partitioner.errors import InputError
 from runtime.generation.batching.blocks import BlockPool, key_of
+from runtime.generation.batching.row_texts import RowTexts, alike
+from runtime.generation.batching.work import Counts, Limits, Turn, Work
 
-__all__ = ["Counts", "Limits", "Scheduler", "Turn", "Work"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What there is: `blocks` of `block_size` tokens each, and `rows` for sequences."""
-
-    rows: int
-    blocks: int
-    block_size: int
-    budget: int
-    """The most tokens of prompts in one step, those included with which short rows are filled up."""
-    piece: int | None = None
-    """The most tokens of one sequence in one step; 1: prompts run token by token, in the steps of the others."""
-    together: int | None = None
-    """How many sequences at most run pieces of their prompts in one step."""
-    alike: bool = False
-    """Whether sequences that run pieces of their prompts together must run as many tokens each."""
-    longest: int | None = None
-    """The most tokens of one sequence; None: as many as all blocks have room for."""
-    keeps_prefixes: bool = True
-    groups: int = 1
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one sequence runs in a step: tokens `start` to `start + count`."""
-
-    number: int
-    row: int
-    start: int
-    tokens: tuple[int, ...]
-    samples: bool
-    """Whether these are its last tokens, so that the next one can be chosen."""
-    table: tuple[int, ...]
-    """Its blocks, as far as this step needs them."""
-    admission: int
-    """Of several times that it was given a row, which one this is."""
-    keys: tuple[bytes, ...] = ()
-    """Of the blocks that this step completes."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """One step. decode: every sequence runs one token."""
-
-    turns: tuple[Turn, ...]
-    decode: bool
-    group: int
-
-
-@dataclass
-class Counts:
-    """What has been done since the start, in tokens; and how often a sequence lost its place."""
-
-    prefix_hits: int = 0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    preemptions: int = 0
+__all__ = ["Scheduler"]
 
 
 @dataclass
@@ -124,6 +72,10 @@ class Scheduler:
         self._running: dict[int, _Sequence] = {}
         """By number, in the order in which they were given rows."""
         self._rows: list[int | None] = [None] * limits.rows
+        shared = limits.shared_out
+        self._texts = RowTexts(shared) if shared is not None and shared.keeps else None
+        """Where rows take over prefixes of others."""
+        self._multiple = 1 if shared is None else shared.parts
         self._pending: set[bytes] = set()
         """Keys of blocks that are being computed."""
         self._prompts_last = [False] * limits.groups
@@ -202,6 +154,8 @@ class Scheduler:
             sequence = self._running.get(turn.number)
             if sequence is not None and sequence.admission == turn.admission:
                 sequence.computed = end
+                if self._texts is not None:
+                    self._texts.add(turn.table[0], turn.start, turn.tokens, dealt_out=not work.decode)
             else:
                 # it has lost its place meanwhile, or was cancelled: the token is right all the same
                 sequence = next((each for each in self._waiting if each.number == turn.number), None)
@@ -280,18 +234,58 @@ class Scheduler:
         for sequence in prompts:
             if sequence.row < 0:
                 continue  # it has lost its place to one before it
-            if not self._share(sequence):
+            if not self._share(sequence) or self._is_awaited(sequence):
                 continue  # in the next step it has what another computes in this one
-            count = min(sequence.left, sequence.piece or sequence.left, self.limits.piece or sequence.left)
-            width = width or min(count, self.limits.budget)
-            if (len(turns) + 1) * width > self.limits.budget or len(turns) == self.limits.together:
+            source = self._source(sequence)
+            start = sequence.computed if source is None else source[1]
+            count = self._piece(sequence, len(sequence.tokens) - start, width or self.limits.budget)
+            width = width or count
+            if (len(turns) + 1) * width > self.limits.budget:
                 break
-            if self.limits.alike and count < width:
+            if (self.limits.alike and count < width) or (turns and not self._joins(turns, sequence, start, count)):
                 continue  # until it is the first of them
-            turn = self._turn(sequence, min(count, width))
+            turn = self._turn(sequence, count, source)
             if turn is not None:
                 turns.append(turn)
         return turns
+
+    def _piece(self, sequence: _Sequence, left: int, most: int) -> int:
+        """How many tokens of a prompt run next: all that are left, or a number that ranks share out evenly."""
+        most = min(most, self.limits.piece or most)
+        count = min(left, sequence.piece or left, most)
+        if count == left or most < self._multiple:
+            return count
+        return max(self._multiple, count - count % self._multiple)
+
+    def _joins(self, turns: list[Turn], sequence: _Sequence, start: int, count: int) -> bool:
+        """Whether it may run with the others of a step, where these must lie beside each other and be as far."""
+        if self.limits.shared_out is None:
+            return True
+        rows = [turn.table[0] for turn in turns]
+        row = sequence.blocks[0] if sequence.blocks else self._next_row()
+        is_even = count % self._multiple == 0 or start + count == len(sequence.tokens)
+        return is_even and start == turns[0].start and row in (min(rows) - 1, max(rows) + 1)
+
+    def _next_row(self) -> int | None:
+        return self.pool.next(fresh=self._texts is not None)
+
+    def _source(self, sequence: _Sequence) -> tuple[int, int] | None:
+        """Which prefix a sequence that has no row of the cache yet takes over."""
+        found = None if self._texts is None or sequence.blocks else self._texts.longest(sequence.tokens)
+        if found is not None:
+            self.pool.refresh(found[0])
+        return found
+
+    def _is_awaited(self, sequence: _Sequence) -> bool:
+        """Whether one before it is at a prompt that begins more like its own than what any row has."""
+        shared = self.limits.shared_out
+        if self._texts is None or shared is None or sequence.blocks:
+            return False
+        found = self._texts.longest(sequence.tokens)
+        more = (0 if found is None else found[1]) + shared.least
+        before = itertools.takewhile(lambda each: each is not sequence, self._running.values())
+        most = len(sequence.tokens) - 1
+        return any(each.left > 1 and alike(each.tokens, sequence.tokens, most) >= more for each in before)
 
     def _single_tokens(self, sequences: list[_Sequence]) -> list[Turn]:
         return [turn for each in sequences if each.row >= 0 and (turn := self._turn(each, 1)) is not None]
@@ -316,12 +310,17 @@ class Scheduler:
         sequence = self._running.get(turn.number)
         return sequence is not None and sequence.admission == turn.admission
 
-    def _turn(self, sequence: _Sequence, count: int) -> Turn | None:
+    def _turn(self, sequence: _Sequence, count: int, source: tuple[int, int] | None = None) -> Turn | None:
+        if source is not None:
+            sequence.computed = source[1]
+            self.counts.prefix_hits += source[1]
         end = sequence.computed + count
         while len(sequence.blocks) < self._blocks_of(end):
-            block = self.pool.take()
+            block = self.pool.take(fresh=self._texts is not None)
             if block is not None:
                 sequence.blocks.append(block)
+                if self._texts is not None:
+                    self._texts.begin(block, source)
                 continue
             # of those that have a place, the last that came
             victim = max(self._running.values(), key=lambda each: each.arrival)
@@ -341,6 +340,7 @@ class Scheduler:
             table=tuple(sequence.blocks[: self._blocks_of(end)]),
             admission=sequence.admission,
             keys=keys,
+            source=source,
         )
 
     def _preempt(self, sequence: _Sequence) -> None:
@@ -354,6 +354,9 @@ class Scheduler:
         del self._running[sequence.number]
         self._rows[sequence.row] = None
         done = self.pool.release(sequence.blocks, keep=keep)
+        if self._texts is not None and not keep:
+            for block in done:
+                self._texts.forget(block)
         sequence.row, sequence.blocks, sequence.computed = -1, [], 0
         return done
 

@@ -26,7 +26,7 @@ from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.batching.choose_rows import Choice
 from runtime.generation.batching.places import Run
-from runtime.generation.batching.scheduler import Work
+from runtime.generation.batching.work import Work
 from runtime.pipeline.links import Links
 from runtime.program.rank_program import Stage
 

@@ -186,6 +186,25 @@ def test_queries_travel_to_a_long_past(options: dict[str, Any]) -> None:
     assert (0, "all_to_all") not in other.sent
 
 
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 2.0}, {"kv_map": [0, 0, 0, 1]}])
+def test_queries_travel_to_a_long_past_in_the_place_of_heads(options: dict[str, Any]) -> None:
+    """By ulysses, which has no permutes of its own."""
+    runs = [Run((0,), (36,)), Run((36,), (3,)), Run((39,), (2,)), Run((41,), (1,), decode=True)]
+    group, whole = Counting(Mesh.of(sp=3)), Counting(Mesh.of(sp=3))
+    check(runs, 1, 3, "ulysses", group=group, **options)
+    assert group.sent[0, "permute"] == 2 * 2 * HEADS * WIDTH * 8
+    sinks = drawn(HEADS, seed=7)
+    check(
+        [Run((0, 0), (36, 20)), Run((36, 20), (2, 3)), Run((38, 23), (1, 2))], 2, 3, "ulysses", sinks=sinks, **options
+    )
+    # the controls: a long piece behind a short one exchanges heads, and a gather what is cached
+    check([Run((0,), (3,)), Run((3,), (36,))], 1, 3, "ulysses", group=whole, **options)
+    assert (0, "permute") not in whole.sent
+    gathered = Counting(Mesh.of(sp=3))
+    check(runs, 1, 3, "gather", group=gathered, **options)
+    assert {kind for _, kind in gathered.sent} == {"all_gather"}
+
+
 def test_what_such_a_cache_does_not_do_is_refused() -> None:
     cache = ShardedCache(states(), max_batch=1, max_length=8, step=8, device=CPU, parts=2, coordinate=0)
     with pytest.raises(InputError, match="cached_attention of 's' keeps what it is given on one rank"):

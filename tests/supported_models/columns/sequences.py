@@ -1,7 +1,7 @@
 """Whether ranks that share out the tokens of a sequence compute what the model's own code does, in float64.
 
     whole texts   lengths 1, 2, 5, 33 and 40, two rows, at sp=2, 3, 4 and tp=2 x sp=2, and at sp=2 by each way
-    generation    prompts of 1, 2, 5 and 11 tokens in one batch, 6 new ones, at sp=2, 3 and tp=2 x sp=2
+    generation    prompts of 1, 2, 5 and 11 tokens in one batch, 6 new ones, at sp=2, 3, 4 and tp=2 x sp=2
 
 "equal", "wrong", or "refused" with the reason: an op that is not attention looks from one token at another.
 """
@@ -25,7 +25,7 @@ __all__ = ["LENGTHS", "compare_sequences"]
 LENGTHS = (1, 2, 5, 33, 40)
 WAYS = ("ring", "gather", "ulysses")
 WHOLE = (*(f"sp=2,sp_attention={way}" for way in WAYS), "sp=3", "sp=4", "sp=4,sp_attention=ulysses", "tp=2,sp=2")
-GENERATING = ("sp=2", "sp=3", "tp=2,sp=2")
+GENERATING = ("sp=2", "sp=3", "sp=4", "tp=2,sp=2")
 PROMPTS, NEW = (1, 2, 5, 11), 6
 EXACT = 1e-10
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from partitioner.errors import InputError
 from runtime.generation.batching.blocks import BlockPool, key_of
-from runtime.generation.batching.scheduler import Limits, Scheduler, Work
+from runtime.generation.batching.scheduler import Scheduler
+from runtime.generation.batching.work import Limits, Work
 
 
 @st.composite
@@ -22,7 +23,6 @@ def limits(draw: st.DrawFn) -> Limits:
         block_size=draw(st.sampled_from([1, 2, 4])),
         budget=draw(st.integers(1, 16)),
         piece=draw(st.sampled_from([None, 1, 3])),
-        together=draw(st.sampled_from([None, 1])),
         alike=draw(st.booleans()),
         keeps_prefixes=draw(st.booleans()),
         groups=draw(st.integers(1, 3)),
@@ -45,7 +45,8 @@ class World:
 
     def add(self, number: int, prompt: list[int], new: int) -> None:
         most = len(prompt) + new - 1
-        room = self.scheduler.limits.blocks * self.scheduler.limits.block_size
+        limits = self.scheduler.limits
+        room = limits.longest or limits.blocks * limits.block_size
         if most > room:
             with pytest.raises(InputError, match=f"room for {room} of one request"):
                 self.scheduler.add(number, prompt, most=most)
@@ -86,7 +87,6 @@ class World:
         if not work.decode:
             width = max(len(turn.tokens) for turn in work.turns)
             assert width * len(work.turns) <= given.budget
-            assert given.together is None or len(work.turns) <= given.together
             assert not given.alike or all(len(turn.tokens) == width for turn in work.turns)
         writes: Counter[int] = Counter()
         for turn in work.turns:

@@ -1,0 +1,69 @@
+"""What a scheduler of many requests is given, and what it says: its limits, a step, and what has been done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime.generation.batching.row_texts import SharedOut
+
+__all__ = ["Counts", "Limits", "Turn", "Work"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What there is: `blocks` of `block_size` tokens each, and `rows` for sequences."""
+
+    rows: int
+    blocks: int
+    block_size: int
+    budget: int
+    """The most tokens of prompts in one step, those included with which short rows are filled up."""
+    piece: int | None = None
+    """The most tokens of one sequence in one step; 1: prompts run token by token, in the steps of the others."""
+    alike: bool = False
+    """Whether sequences that run pieces of their prompts together must run as many tokens each."""
+    longest: int | None = None
+    """The most tokens of one sequence; None: as many as all blocks have room for."""
+    keeps_prefixes: bool = True
+    shared_out: SharedOut | None = None
+    """Blocks are rows that ranks share out, as long as the longest sequence."""
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one sequence runs in a step: tokens `start` to `start + count`."""
+
+    number: int
+    row: int
+    start: int
+    tokens: tuple[int, ...]
+    samples: bool
+    """Whether these are its last tokens, so that the next one can be chosen."""
+    table: tuple[int, ...]
+    """Its blocks, as far as this step needs them."""
+    admission: int
+    """Of several times that it was given a row, which one this is."""
+    keys: tuple[bytes, ...] = ()
+    """Of the blocks that this step completes."""
+    source: tuple[int, int] | None = None
+    """Of a row that ranks share out: it takes over so many tokens of that row, which may be itself, before it runs."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One step. decode: every sequence runs one token."""
+
+    turns: tuple[Turn, ...]
+    decode: bool
+    group: int
+
+
+@dataclass
+class Counts:
+    """What has been done since the start, in tokens; and how often a sequence lost its place."""
+
+    prefix_hits: int = 0
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    preemptions: int = 0

@@ -1,0 +1,95 @@
+"""All ranks of one plan over gloo, forked from one process that has compiled it, against the same model on one rank.
+
+    python -P -m tests.equivalence.ranks.forked_ranks PLAN NAME        started by test_all_axes.py
+
+Ranks that are forked share what was imported and compiled, so that sixteen of them fit where few cores are.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import sys
+import time
+import traceback
+from typing import Any
+
+import torch
+
+from partitioner import Parts, Plan
+from partitioner.cli.compare import difference
+from partitioner.compile.partition import compile_program
+from runtime.engine import Engine
+from tests.support import generated
+from tests.support.partitioned import EXACT, tokens, traced
+
+NEW = 6
+LENGTHS = (1, 4, 11)
+TIMEOUT_S = 300.0
+
+
+def expected_of(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of a text and the tokens after prompts, by one rank in one process."""
+    alone = compile_program(traced(name)[1], Plan())
+    texts = generated.prompts(name, LENGTHS)
+    return alone.simulate(input_ids=tokens(name, 9)), torch.as_tensor(
+        alone.generate(texts, max_new_tokens=NEW, eos_token_id=[])
+    )
+
+
+def rank(number: int, port: int, name: str, parts: Parts[Any], expected: tuple[torch.Tensor, ...]) -> None:
+    size = parts.mesh.world_size * parts.replicas
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    logits, said = expected
+    texts = generated.prompts(name, LENGTHS)
+    with Engine.connect(parts, timeout_s=TIMEOUT_S) as engine:
+        result = engine(input_ids=tokens(name, 9))
+        for options in ({}, {"prefill_step": 4}):
+            found = torch.as_tensor(engine.generate(texts, max_new_tokens=NEW, eos_token_id=[], **options))  # type: ignore[arg-type]
+            assert torch.equal(found, said), f"rank {number}, {options}: {found.tolist()}, not {said.tolist()}"
+        stage = engine.program.stage
+    is_last = stage is None or stage.index + 1 == stage.count
+    assert (result is not None) == is_last
+    if result is not None:
+        off = difference(result, logits)
+        assert off < EXACT, f"rank {number}: {off:.1e}"
+        print(f"rank {number}: a text off by {off:.0e}, the same {NEW} tokens after each prompt", flush=True)
+    else:
+        print(f"rank {number}: the same {NEW} tokens after each prompt", flush=True)
+
+
+def main() -> int:
+    plan, name = Plan.parse(sys.argv[1]), sys.argv[2]
+    expected = expected_of(name)
+    parts = compile_program(traced(name)[1], plan)
+    for number in range(parts.mesh.world_size):  # all that ranks read is made once
+        for entry in ("text", "prefill", "decode"):
+            parts.entry(entry, number)  # type: ignore[arg-type]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    count = parts.mesh.world_size * parts.replicas
+    print(f"{name} at {sys.argv[1]}: {count} processes", flush=True)
+    gc.freeze()  # a rank that ends would else look at, and so copy, all that was made here
+    start, pids = time.monotonic(), []
+    for number in range(count):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                rank(number, port, name, parts, expected)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            os._exit(0)
+        pids.append(pid)
+    failed = [pid for pid in pids if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]
+    print(
+        f"{count - len(failed)} of {count} ranks agree with one process, {time.monotonic() - start:.0f} s", flush=True
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
