@@ -143,6 +143,8 @@ def serve_command(
             request_s=request_timeout,
         )
         _try(llm)
+        if compile_steps and (why := llm.status().replicas[0].why_eager):
+            _say(f"note: decode steps run node by node, in spite of {why}")
         served = name or Path(model).resolve().name
         checks = why_not if vocabulary is None else Checks(vocabulary)
         service = Service(llm, tokenizer, name=served, limits=limits, keys=keys, checks=checks)

@@ -35,6 +35,8 @@ class Limits:
     block_size: int
     budget: int
     """The most tokens of prompts in one step, those included with which short rows are filled up."""
+    beside: int | None = None
+    """The same while others wait for their next token, which take it after every such step; None: as `budget`."""
     piece: int | None = None
     """The most tokens of one sequence in one step; 1: prompts run token by token, in the steps of the others."""
     together: int | None = None
@@ -44,6 +46,8 @@ class Limits:
     longest: int | None = None
     """The most tokens of one sequence; None: as many as all blocks have room for."""
     keeps_prefixes: bool = True
+    sees: int | None = None
+    """How many positions back a token looks in any layer, its own among them; None: to the first."""
     groups: int = 1
 
 
@@ -58,7 +62,7 @@ class Turn:
     samples: bool
     """Whether these are its last tokens, so that the next one can be chosen."""
     table: tuple[int, ...]
-    """Its blocks, as far as this step needs them."""
+    """Its blocks, as far as this step needs them; `Limits.blocks` in the place of those behind what a token sees."""
     admission: int
     """Of several times that it was given a row, which one this is."""
     keys: tuple[bytes, ...] = ()
@@ -82,6 +86,8 @@ class Counts:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     preemptions: int = 0
+    blocks_behind: int = 0
+    """Blocks that running sequences gave back, because no layer looks back so far."""
 
 
 @dataclass
@@ -99,6 +105,8 @@ class _Sequence:
     known: int = 0
     """How many tokens it had when it was given its row."""
     blocks: list[int] = field(default_factory=list)
+    behind: int = 0
+    """How many of these it has given back."""
     computed: int = 0
     """How many of its tokens the cache holds."""
 
@@ -189,7 +197,10 @@ class Scheduler:
             return self._work(self._single_tokens(mine), group, decode=True)
         prompts, others = [each for each in mine if each.left > 1], [each for each in mine if each.left == 1]
         if prompts and not (others and self._prompts_last[group]):
-            work = self._work(self._prompt_pieces(prompts), group, decode=False)
+            budget = self.limits.budget
+            if others and self.limits.beside is not None:
+                budget = min(budget, self.limits.beside)
+            work = self._work(self._prompt_pieces(prompts, budget), group, decode=False)
             if work is not None:
                 return work
         return self._work(self._single_tokens(others), group, decode=True)
@@ -209,6 +220,7 @@ class Scheduler:
             if sequence is not None and sequence.row >= 0:
                 for index, key in enumerate(turn.keys, turn.start // size):
                     self.pool.keep(sequence.blocks[index], key)
+                self._give_back(sequence)
             if sequence is not None and turn.number in chosen:
                 sequence.tokens.append(chosen[turn.number])
                 if turn.number in ended:
@@ -273,7 +285,7 @@ class Scheduler:
             self.counts.prefix_hits += size
         return True
 
-    def _prompt_pieces(self, prompts: list[_Sequence]) -> list[Turn]:
+    def _prompt_pieces(self, prompts: list[_Sequence], budget: int) -> list[Turn]:
         """The first says how many tokens; others join with as many at most, as long as all fit into the budget."""
         turns: list[Turn] = []
         width = 0
@@ -283,8 +295,8 @@ class Scheduler:
             if not self._share(sequence):
                 continue  # in the next step it has what another computes in this one
             count = min(sequence.left, sequence.piece or sequence.left, self.limits.piece or sequence.left)
-            width = width or min(count, self.limits.budget)
-            if (len(turns) + 1) * width > self.limits.budget or len(turns) == self.limits.together:
+            width = width or min(count, budget)
+            if (len(turns) + 1) * width > budget or len(turns) == self.limits.together:
                 break
             if self.limits.alike and count < width:
                 continue  # until it is the first of them
@@ -353,9 +365,22 @@ class Scheduler:
     def _leave(self, sequence: _Sequence, *, keep: bool = True) -> list[int]:
         del self._running[sequence.number]
         self._rows[sequence.row] = None
-        done = self.pool.release(sequence.blocks, keep=keep)
-        sequence.row, sequence.blocks, sequence.computed = -1, [], 0
+        done = self.pool.release(sequence.blocks[sequence.behind :], keep=keep)
+        sequence.row, sequence.blocks, sequence.behind, sequence.computed = -1, [], 0, 0
         return done
+
+    def _give_back(self, sequence: _Sequence) -> None:
+        """The blocks that lie whole behind what its next token sees."""
+        if self.limits.sees is None:
+            return
+        end = (sequence.computed - self.limits.sees + 1) // self.limits.block_size
+        if end <= sequence.behind:
+            return
+        done = sequence.blocks[sequence.behind : end]
+        self.pool.release(done)
+        sequence.blocks[sequence.behind : end] = [self.limits.blocks] * len(done)
+        sequence.behind = end
+        self.counts.blocks_behind += len(done)
 
     def _blocks_of(self, tokens: int) -> int:
         return -(-tokens // self.limits.block_size)
