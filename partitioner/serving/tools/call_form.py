@@ -3,8 +3,9 @@
     opening NAME between ARGUMENTS closing                                   one call
     opening NAME between ARGUMENTS next NAME between ARGUMENTS closing       two
 
-ARGUMENTS is a JSON object. Where a template writes the id of a call as well, the text around it is in two pieces, with
-the id between them. White space is not compared: models space their JSON as they like.
+ARGUMENTS is a JSON object; some templates have it before the name. Where a template writes the id of a call as well,
+the text around it is in two pieces, with the id between them. White space is not compared: models space their JSON as
+they like.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class CallForm:
     between: Pieces
     closing: Pieces
     next: Pieces | None
+    arguments_first: bool
     arguments_as: Literal["object", "text"]
     empty: str | None
     has_results: bool

@@ -40,7 +40,8 @@ def call_grammar(
             root, text = rules_of(schema, prefix=f"f{number}r")
         except InputError as error:
             raise InputError(f"parameters of {name!r}: {error}") from error
-        calls.append(f"{_text(name)} between {root}")
+        parts = [_text(name), "between", root]
+        calls.append(" ".join(reversed(parts) if form.arguments_first else parts))
         rules.append(text)
     more = "" if form.next is None or not many else f" | {_written(form.next, marks)} call rest"
     return (

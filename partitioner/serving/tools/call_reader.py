@@ -7,7 +7,8 @@
     reader.is_done          no more calls are wanted: what follows is not read
 
 What looks like a call but names no tool of `names` is text. Nothing of a call is told before its name and the beginning
-of its arguments are there; of the arguments each piece as it comes, as the model writes them, JSON or not.
+of its arguments are there; of the arguments each piece as it comes, as the model writes them, JSON or not. Where the
+name comes after them, all is told at once.
 """
 
 from __future__ import annotations
@@ -29,6 +30,41 @@ _LONGEST_NAME = 64
 
 
 @dataclass(frozen=True)
+class _Head:
+    """A call that has begun: its name, its arguments where all are there, and where the text goes on."""
+
+    name: str
+    arguments: str
+    end: int
+
+
+class _Braces:
+    """Where an object ends, looked for piece by piece."""
+
+    def __init__(self) -> None:
+        self._depth, self._in_string, self._is_escaped = 0, False, False
+
+    def end(self, text: str, at: int = 0) -> int | None:
+        """After the object; None: not in this piece."""
+        for place in range(at, len(text)):
+            letter = text[place]
+            if self._is_escaped:
+                self._is_escaped = False
+            elif self._in_string:
+                self._is_escaped = letter == "\\"
+                self._in_string = letter != '"'
+            elif letter == '"':
+                self._in_string = True
+            elif letter in "{[":
+                self._depth += 1
+            elif letter in "}]":
+                self._depth -= 1
+            if self._depth == 0:
+                return place + 1
+        return None
+
+
+@dataclass(frozen=True)
 class Read:
     """What has been added: text, and parts of calls."""
 
@@ -44,7 +80,7 @@ class CallReader:
         self._held = ""
         """What was written and is not told yet."""
         self._state: Literal["text", "arguments", "after"] = "text"
-        self._depth, self._in_string, self._is_escaped = 0, False, False
+        self._braces = _Braces()
         self.calls = 0
         self.is_done = False
 
@@ -91,34 +127,25 @@ class CallReader:
         return False
 
     def _arguments(self, deltas: list[CallDelta]) -> bool:
-        for at, letter in enumerate(self._held):
-            if self._is_escaped:
-                self._is_escaped = False
-            elif self._in_string:
-                self._is_escaped = letter == "\\"
-                self._in_string = letter != '"'
-            elif letter == '"':
-                self._in_string = True
-            elif letter in "{[":
-                self._depth += 1
-            elif letter in "}]":
-                self._depth -= 1
-            if self._depth == 0:
-                deltas.append(CallDelta(self.calls - 1, arguments=self._held[: at + 1]))
-                self._held = self._held[at + 1 :]
-                self._state = "after"
-                self.is_done = not self._many or self._form.next is None
-                return True
-        if self._held:
-            deltas.append(CallDelta(self.calls - 1, arguments=self._held))
-        self._held = ""
-        return False
+        end = self._braces.end(self._held)
+        if end != 0 and self._held:
+            deltas.append(CallDelta(self.calls - 1, arguments=self._held[:end]))
+        self._held = "" if end is None else self._held[end:]
+        if end is None:
+            return False
+        self._complete()
+        return True
+
+    def _complete(self) -> None:
+        """A call is whole."""
+        self._state = "after"
+        self.is_done = not self._many or self._form.next is None
 
     def _after(self, deltas: list[CallDelta], *, is_last: bool) -> bool:
         """One more call, or what stands after the last, which is left out."""
         assert self._form.next is not None
         found = self._header(self._form.next, self._held, 0)
-        if isinstance(found, tuple):
+        if isinstance(found, _Head):
             self._begin(deltas, found)
             return True
         if found == MORE and not is_last:
@@ -133,33 +160,59 @@ class CallReader:
         self._state = "text"
         return True
 
-    def _begin(self, deltas: list[CallDelta], found: tuple[str, int]) -> None:
-        name, end = found
-        deltas.append(CallDelta(self.calls, _new_id(), name))
+    def _begin(self, deltas: list[CallDelta], found: _Head) -> None:
+        deltas.append(CallDelta(self.calls, _new_id(), found.name))
         self.calls += 1
-        self._held = self._held[end:]
-        self._state = "arguments"
-        self._depth, self._in_string, self._is_escaped = 0, False, False
+        self._held = self._held[found.end :]
+        if found.arguments:
+            deltas.append(CallDelta(self.calls - 1, arguments=found.arguments))
+            self._complete()
+        else:
+            self._state, self._braces = "arguments", _Braces()
 
-    def _header(self, before: Pieces, text: str, at: int) -> tuple[str, int] | int | None:
-        """The name of the call that begins at `at`, and where its arguments begin; None: none does; or MORE."""
+    def _header(self, before: Pieces, text: str, at: int) -> _Head | int | None:
+        """The call that begins at `at`; None: none does; or MORE."""
         end = matched(before, text, at)
         if end is None or end == MORE:
             return end
-        name = _NAME.match(text, end)
+        if self._form.arguments_first:
+            return self._reversed(text, end)
+        name = self._name(text, end)
+        if not isinstance(name, re.Match):
+            return name
+        end = _opened(text, matched(self._form.between, text, name.end()))
+        return end if end is None or end == MORE else _Head(name[1], "", end)
+
+    def _reversed(self, text: str, at: int) -> _Head | int | None:
+        """As `_header`, from the arguments on, which come first."""
+        begin = _opened(text, at)
+        if begin is None or begin == MORE:
+            return begin
+        end = _Braces().end(text, begin)
+        after = MORE if end is None else matched(self._form.between, text, end)
+        if after is None or after == MORE:
+            return after
+        name = self._name(text, after)
+        return _Head(name[1], text[begin:end], name.end()) if isinstance(name, re.Match) else name
+
+    def _name(self, text: str, at: int) -> re.Match[str] | int | None:
+        """That of a tool."""
+        name = _NAME.match(text, at)
         assert name is not None
         if name.end() == len(text):
             return MORE if len(name[1]) <= _LONGEST_NAME else None
-        if name[1] not in self._names:
-            return None
-        end = matched(self._form.between, text, name.end())
-        if end is None or end == MORE:
-            return end
-        while end < len(text) and text[end].isspace():
-            end += 1
-        if end == len(text):
-            return MORE
-        return (name[1], end) if text[end] == "{" else None
+        return name if name[1] in self._names else None
+
+
+def _opened(text: str, at: int | None) -> int | None:
+    """Where an object begins, from `at` on."""
+    if at is None or at == MORE:
+        return at
+    while at < len(text) and text[at].isspace():
+        at += 1
+    if at == len(text):
+        return MORE
+    return at if text[at] == "{" else None
 
 
 def joined(first: Read, second: Read) -> Read:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
@@ -75,30 +76,30 @@ def find_form(render: Render, ends: Sequence[str]) -> CallForm:
     kinds: tuple[Literal["object", "text"], ...] = ("object", "text")
     for kind, empty in product(kinds, ("", None)):
         one = _rendered(render, [_USER, _calls(1, kind, empty)])
-        starts = [start for start in (prompt, head) if one is not None and one.startswith(start)]
+        # what stands before an answer may end with space that does not stand before a call
+        heads = [start for each in (prompt, head) for start in (each, each.rstrip())]
+        starts = [start for start in heads if one is not None and one.startswith(start)]
         if one is None or not starts:
             continue
         start = len(max(starts, key=len))
         found = _call(one, start, 0)
         if found is None:
             continue
-        name, given, end = found
-        opening = _without_lead(render, kind, one[start:name])
-        forced = one[len(prompt) : name] if one.startswith(prompt) else opening
-        between = one[name + len(_NAMES[0]) : given]
-        closing = _until_end(one[end:], tail, ends)
+        opening = _without_lead(render, kind, one[start : found.start])
+        forced = one[len(prompt) : found.start] if one.startswith(prompt) else opening
         return CallForm(
             opening=_pieces(opening),
             forced=_pieces(forced),
-            between=_pieces(between),
-            closing=_pieces(closing),
-            next=_next(render, kind, empty, one[:end]),
+            between=_pieces(one[found.between]),
+            closing=_pieces(_until_end(one[found.end :], tail, ends)),
+            next=_next(render, kind, empty, one[: found.end]),
+            arguments_first=found.arguments_first,
             arguments_as=kind,
             empty=empty,
             has_results=_has_results(render, kind, empty),
         )
     raise InputError(
-        f"the chat template writes no calls of tools, or not by their names with arguments as JSON after them: {_MEND}"
+        f"the chat template writes no calls of tools, or not by their names with arguments as JSON: {_MEND}"
     )
 
 
@@ -124,19 +125,29 @@ def _calls(count: int, kind: str, content: str | None) -> dict[str, Any]:
     return {"role": "assistant", "content": content, "tool_calls": calls}
 
 
-def _call(text: str, start: int, number: int) -> tuple[int, int, int] | None:
-    """Where a call's name begins, and where its arguments begin and end."""
+@dataclass(frozen=True)
+class _Call:
+    """Where a call stands in a text, from the first of its name and its arguments to the other."""
+
+    start: int
+    between: slice
+    end: int
+    arguments_first: bool
+
+
+def _call(text: str, start: int, number: int) -> _Call | None:
     name = text.find(_NAMES[number], start)
-    if name < 0:
-        return None
-    at = text.find("{", name)
-    while at >= 0:
+    at = text.find("{", start)
+    while name >= 0 and at >= 0:
         try:
             found, end = json.JSONDecoder().raw_decode(text, at)
         except ValueError:
             found, end = None, at
         if found == _ARGUMENTS[number]:
-            return name, at, end
+            name_end = name + len(_NAMES[number])
+            if end <= name:
+                return _Call(at, slice(end, name), name_end, arguments_first=True)
+            return _Call(name, slice(name_end, at), end, arguments_first=False)
         at = text.find("{", at + 1)
     return None
 
@@ -145,10 +156,10 @@ def _without_lead(render: Render, kind: str, opening: str) -> str:
     """The part of an opening that stands there after other words of the answer, too."""
     text = _rendered(render, [_USER, _calls(1, kind, _SAID)])
     _, said, after = (text or "").rpartition(_SAID)
-    name = after.find(_NAMES[0])
-    if not said or name < 0:
+    found = _call(after, 0, 0)
+    if not said or found is None:
         return opening
-    other = after[:name]
+    other = after[: found.start]
     same = 0
     while same < min(len(opening), len(other)) and opening[-1 - same] == other[-1 - same]:
         same += 1
@@ -166,12 +177,12 @@ def _until_end(text: str, tail: str, ends: Sequence[str]) -> str:
 
 
 def _next(render: Render, kind: str, empty: str | None, one: str) -> Pieces | None:
-    """one: the text up to the first call's arguments."""
+    """one: the text up to the end of the first call's name and arguments."""
     two = _rendered(render, [_USER, _calls(2, kind, empty)])
     if two is None or not two.startswith(one):
         return None
     found = _call(two, len(one), 1)
-    return None if found is None else _pieces(two[len(one) : found[0]])
+    return None if found is None else _pieces(two[len(one) : found.start])
 
 
 def _has_results(render: Render, kind: str, empty: str | None) -> bool:

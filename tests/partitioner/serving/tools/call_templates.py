@@ -57,7 +57,24 @@ FENCED = turns("""
 {%- endfor -%}
 {{- "</calls>" }}
 """)
-FORMS = {"marked": MARKED, "thinking": THINKING, "bare": BARE, "listed": LISTED, "fenced": FENCED}
+REVERSED = turns("""
+{%- for call in message.tool_calls -%}
+{{ '\n<tool_call>\n{ "arguments": ' }}{{ call.function.arguments | tojson -}}
+{{- ', "name": "' }}{{ call.function.name }}{{ '"}\n</tool_call> ' }}
+{%- endfor -%}
+""")
+SPACED = LISTED.replace(
+    '{{ message.content if message.content else "" }}', "{{ ' ' + message.content if message.content else '' }}"
+)
+FORMS = {
+    "marked": MARKED,
+    "thinking": THINKING,
+    "bare": BARE,
+    "listed": LISTED,
+    "fenced": FENCED,
+    "reversed": REVERSED,
+    "spaced": SPACED,
+}
 MARKS = ("<tool_call>", "</tool_call>", "[CALLS]", "<calls>", "</calls>", "<call>", "</call>", "<sep>", "<|end|>")
 
 NO_FORM = {

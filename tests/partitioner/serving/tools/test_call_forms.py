@@ -73,7 +73,7 @@ def written(name: str, content: str, calls: list[tuple[str, Any]]) -> str:
     message = {"role": "assistant", "content": content or form.empty, "tool_calls": made}
     text: str = render([USER, message], prompt=False)
     start = len(render([USER], prompt=True).removesuffix("<think>\n"))
-    return text[start:].removesuffix("<|end|>\n")
+    return text[start:].removesuffix("<|end|>\n").rstrip()
 
 
 def read(reader: CallReader, pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
@@ -115,7 +115,7 @@ def test_what_a_template_writes_is_read_again(name: str) -> None:
             for seed in range(4):
                 reader = CallReader(form, ["weather", "now"], many=True)
                 said, calls = read(reader, cut(text, seed) if seed else [text])
-                assert said == content
+                assert said == (f" {content}" if content and name == "spaced" else content)
                 assert [(called, json.loads(given)) for called, given in calls] == expected
                 assert reader.calls == count
 
@@ -125,7 +125,7 @@ def test_text_stays_as_it_is(name: str) -> None:
     form = form_of(name)
     call = written(name, "", CALLS[:1])
     broken = call.replace("weather", "whether")
-    for text in ("", " a\n\n b ", '{"name": 1}\n', broken, call[: call.index("{", call.index("weather"))], "<", "\n{"):
+    for text in ("", " a\n\n b ", '{"name": 1}\n', broken, call[: call.index("weather") + 3], "<", "\n{"):
         for seed in range(4):
             reader = CallReader(form, ["weather", "now"], many=True)
             assert read(reader, cut(text, seed)) == (text, [])
