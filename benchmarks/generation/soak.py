@@ -107,7 +107,7 @@ async def client(url: str, model: str, number: int, until: float, seen: Counter[
             path, asked = body(draw, model, question.prompt, question.new)
             chance = draw.random()
             if chance < 0.05:
-                answer = await asking.post(path, content=b'{"model": ')
+                answer = await asking.post(path, content=b'{"model": ', headers={"content-type": "application/json"})
                 seen[f"malformed {answer.status_code}"] += 1
             elif chance < 0.6:
                 await streamed(asking, path, asked, draw.randrange(1, 10) if chance < 0.15 else 0, seen)
