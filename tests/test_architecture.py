@@ -77,6 +77,7 @@ MAY_IMPORT = {
         "prometheus_client",
         "httpx2",
         "xgrammar",
+        "ray",
         "partitioner",
         "runtime",
     ),

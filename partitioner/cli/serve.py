@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -24,23 +24,18 @@ from partitioner.cli.common.options import (
     Revision,
 )
 from partitioner.errors import InputError
-from partitioner.serving.grammar.vocabulary import vocabulary_of
 from partitioner.serving.launch import launch
-from partitioner.serving.text.tokenizer import context_length, load_tokenizer
 from partitioner.storage.example import EXAMPLE_MODEL
 from partitioner.storage.hub import fetched
 from partitioner.storage.named_model import dtype_named, hub_hint
 from partitioner.storage.recognise import is_bundle
 from runtime.kv_cache.cache_size import CacheSize
-from runtime.launching.launched import Launched
 from runtime.processes.choose_device import choose_device
 
 __all__ = ["register"]
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _ROWS = 32
-_LENGTH = 4096
-"""Tokens of a text, where nothing of the model says how many it takes."""
 
 
 def register(app: typer.Typer) -> None:
@@ -93,11 +88,9 @@ def serve_command(
 ) -> None:
     """Serve a model over HTTP to OpenAI's clients, over one process per rank of this machine; ends on SIGTERM."""
     try:
-        from partitioner.serving.grammar.check import Checks
         from partitioner.serving.http.keys import Keys
-        from partitioner.serving.http.limits import Limits
         from partitioner.serving.http.server import bound, serve_on
-        from partitioner.serving.http.service import Service
+        from partitioner.serving.open_service import open_service, read_tokenizer, read_vocabulary
     except ModuleNotFoundError as error:
         raise InputError(f"a server needs {error.name}: pip install 'partitioner[serve]'") from error
     model = fetched(model, revision=revision)
@@ -105,8 +98,10 @@ def serve_command(
         raise InputError(f"{model!r} is no folder: give a checkpoint with its tokenizer, or a bundle{hub_hint(model)}")
     keys = Keys.found(api_key_file)
     transformers_logging.disable_progress_bar()
-    tokenizer = _tokenizer(model, chat_template)
-    vocabulary, why_not = _vocabulary(tokenizer)
+    tokenizer, notes = read_tokenizer(model, chat_template)
+    for note in notes:
+        _say(f"note: {note}")
+    vocabulary, why_not = read_vocabulary(tokenizer)
     plan = how.plan_of(model)
     if is_bundle(model):
         how.require_none(model)
@@ -139,68 +134,33 @@ def serve_command(
             start_timeout_s=start_timeout,
         ) as llm,
     ):
-        limits = Limits(
-            max_length=_max_length(model, llm, max_context),
-            max_requests=max_requests,
-            max_body_bytes=max_body,
-            request_s=request_timeout,
+        service = open_service(
+            llm,
+            model,
+            tokenizer,
+            vocabulary=vocabulary,
+            why_not=why_not,
+            limits={"max_requests": max_requests, "max_body_bytes": max_body, "request_s": request_timeout},
+            max_context=max_context,
+            name=name,
+            keys=keys,
         )
-        _try(llm)
-        served = name or Path(model).resolve().name
-        checks = why_not if vocabulary is None else Checks(vocabulary)
-        service = Service(llm, tokenizer, name=served, limits=limits, keys=keys, checks=checks)
-        ready = f"{served!r} is served at http://{host}:{address}/v1 by {llm.replicas} x {llm.mesh}"
+        if compile_steps and (why := llm.status().replicas[0].why_eager):
+            _say(f"note: decode steps run node by node, in spite of {why}")
+        ready = f"{service.name!r} is served at http://{host}:{address}/v1 by {llm.replicas} x {llm.mesh}"
+        longest = service.limits.max_length
 
         def say_ready() -> None:
-            _say(f"{ready}, ready in {time.perf_counter() - started:.1f} s; texts of up to {limits.max_length} tokens")
+            _say(f"{ready}, ready in {time.perf_counter() - started:.1f} s; texts of up to {longest} tokens")
 
         with contextlib.closing(service):
             serve_on(service, listening, grace_s=grace, ready=say_ready)
     _say("ended")
 
 
-def _tokenizer(model: str, chat_template: str | None) -> Any:
-    tokenizer, note = load_tokenizer(model)
-    if note:
-        _say(f"note: {note}")
-    if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"the chat template {chat_template!r} cannot be read: {error}") from error
-    if tokenizer.chat_template is None:
-        _say("note: the tokenizer has no chat template, so /v1/chat/completions is refused: give --chat-template FILE")
-    return tokenizer
-
-
-def _vocabulary(tokenizer: Any) -> tuple[str | None, str]:
-    """What the tokens say, or why it is not known."""
-    try:
-        return vocabulary_of(tokenizer), ""
-    except InputError as error:
-        return None, str(error)
-
-
 def _cache(memory: str | None, rows: int | None) -> CacheSize | None:
     """None: half of the memory that is free."""
     return None if memory is None else CacheSize(max_batch=rows or _ROWS, memory=memory)
-
-
-def _max_length(model: str, llm: Launched, asked: int | None) -> int:
-    """What was asked for, within what the model takes."""
-    known = [length for length in (llm.longest, context_length(model)) if length is not None]
-    longest = min(known, default=None)
-    if asked is not None and longest is not None and asked > longest:
-        raise InputError(f"--max-context {asked} is more than the {longest} tokens that {model!r} takes")
-    return asked or longest or _LENGTH
-
-
-def _try(llm: Launched) -> None:
-    """One token of each replica, which sets its cache aside.
-
-    What the model's own generation config asks for in vain is so said before anybody is served.
-    """
-    llm.generate([[0]] * llm.replicas, max_new_tokens=1, stop_strings=None)
 
 
 def _say(line: str) -> None:

@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 LEAST_STEP = 512
+_ALL = 1 << 40
+"""Positions, where a token looks back to the first."""
 """Enough for a processor."""
 _MOST_ROWS, _LIVE = 16384, 8
 ANY_LENGTH = 2**31 - 1
@@ -167,23 +169,31 @@ class WhatIsKept:
     counts_tokens: whether some state of a sequence changes with each token, so that no row may repeat one.
     token_axes: those whose ranks share out the tokens of states.
     gives_up: whether some state keeps the last tokens only.
+    sees: how many positions back a token looks in any layer, its own among them; None: to the first.
     """
 
     counts_tokens: bool
     token_axes: tuple[str, ...]
     gives_up: bool
+    sees: int | None
 
     @classmethod
     def agreed(cls, program: RankProgram, communicator: Communicator, device: torch.device) -> WhatIsKept:
         """A collective where there are stages."""
         axes = {axis for state in program.states for axis in state.token_axes}
-        found = [any(not state.per_token for state in program.states), *(axis in axes for axis in AXES)]
-        found.append(any(state.sees is not None for state in program.states))
+        sees = max((_ALL if s.sees is None else s.sees for s in program.states if s.per_token), default=0)
+        found = [sees, any(state.sees is not None for state in program.states)]
+        found += [any(not state.per_token for state in program.states), *(axis in axes for axis in AXES)]
         if program.stage is not None:
             mine = torch.tensor(found, dtype=torch.int64, device=device)
-            found = _gathered(communicator, mine).view(-1, len(found)).amax(0).bool().tolist()
-        shared = tuple(axis for axis, is_one in zip(AXES, found[1:-1], strict=True) if is_one)
-        return cls(found[0], shared, found[-1])
+            found = _gathered(communicator, mine).view(-1, len(found)).amax(0).tolist()
+        sees, gives_up, counts_tokens, *of_axes = found
+        return cls(
+            counts_tokens=bool(counts_tokens),
+            token_axes=tuple(axis for axis, is_one in zip(AXES, of_axes, strict=True) if is_one),
+            gives_up=bool(gives_up),
+            sees=sees if 0 < sees < _ALL else None,
+        )
 
 
 def slots_for(program: RankProgram, max_length: int) -> int:

@@ -5,8 +5,9 @@
     a state per sequence: [rows, ...], by the row's number
 
 Several rows may name one block, so a prefix that they share lies there once (PagedAttention, arXiv:2309.06180, section
-4.1). The last block takes the place of those that a shorter row does not have, and what nobody is to read. Layers with
-a window keep all tokens here, for their blocks are those of the other layers.
+4.1). The last block takes the place of those that a shorter row does not have, and what nobody is to read: so, too, of
+those behind what a token sees, where all layers have windows. Where some have none, those with a window keep all tokens
+here, for their blocks are those of the other layers.
 
 Attention of many tokens, and on a CPU of one, gathers a row's blocks; the kernel for one token on a GPU reads them
 where they lie.

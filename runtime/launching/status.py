@@ -36,9 +36,13 @@ class ReplicaStatus:
     """New tokens that were run, one at a time."""
     preemptions: int = 0
     """How often a row gave its place in a full cache to an older one."""
+    blocks_behind: int = 0
+    """Blocks of the cache that running rows gave back, because no layer of the model looks back so far."""
     prefixes_kept: bool = True
     """Whether equal prefixes are kept once."""
     why_not_kept: str = ""
+    why_eager: str = ""
+    """Why decode steps are neither compiled nor captured, though that was asked for."""
     lost: str | None = None
     """Why the replica is lost; None: it is not."""
 

@@ -2,6 +2,7 @@
 
     checks = Checks(vocabulary)
     checks.grammar(schema)        raises InputError where it cannot be obeyed, or takes too long to compile
+    checks.passed(text)           the same of a grammar that is written already
 
 It is compiled here first, in a process of its own with limits of time and memory. Every rank compiles the same text
 again, which takes as long, while the rows of others wait.
@@ -38,7 +39,10 @@ class Checks:
 
     def grammar(self, schema: Any) -> str:
         """Of JSON that is valid by the schema."""
-        text = grammar_of(schema)
+        return self.passed(grammar_of(schema))
+
+    def passed(self, text: str) -> str:
+        """The text itself."""
         if len(text) > LONGEST_GRAMMAR:
             raise InputError(f"the schema's grammar has {len(text)} characters, and may have {LONGEST_GRAMMAR}")
         with self._lock:

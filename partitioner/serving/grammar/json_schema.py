@@ -17,7 +17,7 @@ from typing import Any
 
 from partitioner.errors import InputError
 
-__all__ = ["ANY_OBJECT", "grammar_of"]
+__all__ = ["ANY_OBJECT", "COMMON", "grammar_of", "rules_of"]
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 LARGEST = 64 << 10
@@ -44,7 +44,7 @@ _ALONE = ("$ref", "anyOf", "enum", "const")
 """Of which a schema has one, with nothing beside it; enum and const may have a type that their values have."""
 
 # what repeats is written as a rule that ends with itself: the next tokens are found far faster than with `*`
-_COMMON = r"""
+COMMON = r"""
 any ::= object | array | string | number | boolean | null
 object ::= "{" ( pair pairs | "}" )
 pairs ::= "}" | comma pair pairs
@@ -67,11 +67,17 @@ colon ::= ":" " "?
 
 def grammar_of(schema: Any) -> str:
     """In xgrammar's EBNF. Raises InputError for a schema that is too large or cannot be obeyed; says where."""
+    root, rules = rules_of(schema)
+    return f"root ::= {root}\n{rules}{COMMON}"
+
+
+def rules_of(schema: Any, *, prefix: str = "r") -> tuple[str, str]:
+    """The rule that stands for a schema, and all that it stands on but those of `COMMON`, named by `prefix`."""
     _require_shallow(schema)
     text = json.dumps(schema)
     if len(text) > LARGEST:
         raise InputError(f"the schema has {len(text)} characters, and may have {LARGEST}")
-    return _Writer(schema).text()
+    return _Writer(schema, prefix).written()
 
 
 def _require_shallow(schema: Any) -> None:
@@ -89,8 +95,8 @@ def _require_shallow(schema: Any) -> None:
 
 
 class _Writer:
-    def __init__(self, schema: Any) -> None:
-        self._schema = schema
+    def __init__(self, schema: Any, prefix: str) -> None:
+        self._schema, self._prefix = schema, prefix
         self._rules: dict[str, str] = {}
         self._named: dict[str, str] = {}
         """By the reference, the rule that it stands for."""
@@ -98,16 +104,15 @@ class _Writer:
         """By rule, those that its text may be without anything before it."""
         self._depth = 0
 
-    def text(self) -> str:
+    def written(self) -> tuple[str, str]:
         root = self._referred("#", "$")
         self._require_progress()
-        rules = "".join(f"{name} ::= {body}\n" for name, body in self._rules.items())
-        return f"root ::= {root}\n{rules}{_COMMON}"
+        return root, "".join(f"{name} ::= {body}\n" for name, body in self._rules.items())
 
     def _new(self) -> str:
         if len(self._rules) >= _MOST_RULES:
             raise InputError(f"the schema needs more than {_MOST_RULES} rules: make it smaller")
-        name = f"r{len(self._rules)}"
+        name = f"{self._prefix}{len(self._rules)}"
         self._rules[name] = ""
         return name
 

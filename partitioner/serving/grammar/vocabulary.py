@@ -9,12 +9,16 @@ from partitioner.errors import InputError
 
 __all__ = ["vocabulary_of"]
 
+_IN_NO_TEXT = b"\xff"
+"""No letter's bytes in UTF-8. What has no bytes at all could not be named either."""
+
 
 def vocabulary_of(tokenizer: Any, ends: Sequence[int] = ()) -> str:
     """For `launch(vocabulary=)`. ends: ids after which a text may end, beside the tokenizer's own.
 
-    Special and added tokens are in no text of a grammar. Needs the extra `partitioner[grammar]`; raises InputError
-    without it, and for a tokenizer of which xgrammar does not know how it writes bytes.
+    Special and added tokens are in no text of a grammar, but it may name them by their ids. Needs the extra
+    `partitioner[grammar]`; raises InputError without it, and for a tokenizer of which xgrammar does not know how it
+    writes bytes.
     """
     try:
         import xgrammar
@@ -32,5 +36,5 @@ def vocabulary_of(tokenizer: Any, ends: Sequence[int] = ()) -> str:
         raise InputError(f"xgrammar cannot read this tokenizer: {error}") from error
     for token in (*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids):
         if token < len(words):
-            words[token] = b""
+            words[token] = b"" if token in stops else _IN_NO_TEXT
     return vocabulary_text(words, stops or [0])

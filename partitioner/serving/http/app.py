@@ -91,9 +91,13 @@ async def _events(service: Service, choices: Sequence[Choice], answer: Answer) -
                 begun.add(piece.index)
                 if (first := answer.first(piece.index)) is not None:
                     yield first
-            if isinstance(answer, ChatAnswer) and piece.reason is not None and (piece.text or piece.tokens):
+            if (
+                isinstance(answer, ChatAnswer)
+                and piece.reason is not None
+                and (piece.text or piece.tokens or piece.calls)
+            ):
                 # the event with the reason has no text, as OpenAI has it
-                yield answer.event(Piece(piece.index, piece.text, piece.tokens))
+                yield answer.event(Piece(piece.index, piece.text, piece.tokens, None, piece.calls))
                 yield answer.event(Piece(piece.index, "", (), piece.reason))
             else:
                 yield answer.event(piece)

@@ -10,8 +10,10 @@ from typing import Any
 from partitioner.serving.http.merged import merged
 from partitioner.serving.http.metrics import Metrics, Stopwatch
 from partitioner.serving.http.rows import steps_of
-from partitioner.serving.openai.answers import Piece, ScoredToken, Usage
+from partitioner.serving.openai.answers import Piece, Reason, ScoredToken, Usage
 from partitioner.serving.text.answer_text import AnswerText
+from partitioner.serving.tools.call_reader import Read, joined
+from partitioner.serving.tools.tool_use import ToolUse
 from runtime.generation.generation_options import Options
 from runtime.generation.generation_request import Step
 from runtime.launching.launched import Launched
@@ -21,7 +23,10 @@ __all__ = ["Choice", "pieces_of"]
 
 @dataclass(frozen=True)
 class Choice:
-    """What to continue and how. ends: the ids after which a row ends. echo: text that stands before the answer."""
+    """What to continue and how. ends: the ids after which a row ends. echo: text that stands before the answer.
+
+    tools: where the answer may have calls of tools.
+    """
 
     index: int
     prompt: Sequence[int]
@@ -29,10 +34,12 @@ class Choice:
     ends: frozenset[int]
     stops: tuple[str, ...] = ()
     echo: str = ""
+    tools: ToolUse | None = None
 
     async def pieces(self, llm: Launched, tokenizer: Any, usage: Usage, metrics: Metrics) -> AsyncGenerator[Piece]:
         """The last has the reason for the end."""
-        text = AnswerText(tokenizer, self.prompt, self.stops)
+        text = AnswerText(tokenizer, self.prompt, self.stops, hidden=None if self.tools is None else self.tools.hidden)
+        reader = None if self.tools is None else self.tools.reader()
         watch = Stopwatch(metrics)
         waiting: list[ScoredToken] = []
         count, last = 0, -1
@@ -53,12 +60,23 @@ class Choice:
                 if text.stopped:
                     break
                 if said := text.take():
-                    yield Piece(self.index, said, tuple(waiting))
-                    waiting.clear()
+                    read = Read(said) if reader is None else reader.feed(said)
+                    if read.text or read.calls:
+                        yield Piece(self.index, read.text, tuple(waiting), None, read.calls)
+                        waiting.clear()
+                    if reader is not None and reader.is_done:
+                        break
         watch.end()
         said = text.end()
         ended = text.stopped or last in self.ends
-        yield Piece(self.index, said, tuple(waiting), "stop" if ended else "length")
+        if reader is None:
+            yield Piece(self.index, said, tuple(waiting), "stop" if ended else "length")
+            return
+        read = joined(reader.feed(said), reader.end())
+        reason: Reason = "stop" if ended or reader.is_done else "length"
+        if reason == "stop" and reader.calls and self.tools is not None and not self.tools.is_named:
+            reason = "tool_calls"
+        yield Piece(self.index, read.text, tuple(waiting), reason, read.calls)
 
     def _scored(self, text: AnswerText, step: Step, token: int) -> list[ScoredToken]:
         """Adds a token to the text; what it says, where log-probabilities are asked for."""

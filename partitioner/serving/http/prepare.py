@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from partitioner.errors import InputError
+from partitioner.serving.grammar.check import Checks
 from partitioner.serving.http.choices import Choice
 from partitioner.serving.http.service import NotOffered, Service
 from partitioner.serving.openai.errors import invalid
 from partitioner.serving.openai.options import generate_options
 from partitioner.serving.openai.requests import ChatRequest, CompletionRequest, GenerationFields
 from partitioner.serving.text.chat_template import TemplateFailed
+from partitioner.serving.tools.call_form import CallForm
+from partitioner.serving.tools.conversation import has_calls, template_messages
+from partitioner.serving.tools.tool_use import ToolUse
 
 __all__ = ["chat_choices", "completion_choices"]
 
@@ -20,13 +25,22 @@ __all__ = ["chat_choices", "completion_choices"]
 async def chat_choices(service: Service, request: ChatRequest) -> list[Choice]:
     """The rows of a chat."""
     _require_model(service, request, request.not_offered())
-    messages = [_message(message.role, message.text, message.name) for message in request.messages]
-    prompt = await asyncio.to_thread(_chat_ids, service, messages)
+    form = None
+    if request.callable or has_calls(request.messages):
+        form = await asyncio.to_thread(_call_form, service, "tools" if request.callable else "messages")
+    messages = template_messages(request.messages, form)
+    tools = [tool.data for tool in request.tools or ()] if request.callable else None
+    prompt = await asyncio.to_thread(_chat_ids, service, messages, tools)
     scores = (request.top_logprobs or 0) if request.logprobs else None
-    grammar = None
-    if (schema := request.schema_asked) is not None:
-        grammar = await asyncio.to_thread(_grammar, service, schema)
-    return _choices(service, request, [prompt], ["messages"], request.most_tokens, scores, grammar=grammar)
+    use = grammar = None
+    if request.callable and form is not None:
+        use = ToolUse.of(request, form, service.tokenizer)
+    if use is not None and request.must_call:
+        write = partial(use.grammar, request, service.tokenizer)
+        grammar = await asyncio.to_thread(_grammar, service, lambda checks: checks.passed(write()), "tools")
+    elif (schema := request.schema_asked) is not None:
+        grammar = await asyncio.to_thread(_grammar, service, lambda checks: checks.grammar(schema), "response_format")
+    return _choices(service, request, [prompt], ["messages"], request.most_tokens, scores, grammar=grammar, tools=use)
 
 
 async def completion_choices(service: Service, request: CompletionRequest) -> list[Choice]:
@@ -56,6 +70,7 @@ def _choices(
     scores: int | None,
     texts: Sequence[str] = ("",),
     grammar: str | None = None,
+    tools: ToolUse | None = None,
 ) -> list[Choice]:
     n = request.n or 1
     if len(prompts) * n > service.limits.max_choices:
@@ -73,24 +88,33 @@ def _choices(
             options["request_ids"] = [index]
             if grammar is not None:
                 options["grammar"] = grammar
-            found.append(Choice(index, prompt, options, ends, stops, texts[number]))
+            found.append(Choice(index, prompt, options, ends, stops, texts[number], tools))
     return found
 
 
-def _grammar(service: Service, schema: dict[str, Any]) -> str:
-    """Of JSON that is valid by a schema."""
+def _call_form(service: Service, param: str) -> CallForm:
+    _require_template(service)
     try:
-        return service.grammars(schema)
-    except NotOffered as error:
-        raise invalid(
-            f"'response_format' is not offered by this server: {error}",
-            param="response_format",
-            code="unsupported_parameter",
-        ) from error
+        return service.call_forms.form()
     except InputError as error:
         raise invalid(
-            f"Invalid value for 'response_format': {error}", param="response_format", code="invalid_value"
+            f"'{param}' with calls of tools: not offered by this server: {error}",
+            param=param,
+            code="unsupported_parameter",
         ) from error
+
+
+def _grammar(service: Service, make: Callable[[Checks], str], param: str) -> str:
+    """What `make` makes of the model's grammars."""
+    try:
+        return make(service.grammars())
+    except NotOffered as error:
+        said = f"'{param}' is not offered by this server: {error}"
+        if param == "tools":
+            said += "; with tool_choice 'auto' it is"
+        raise invalid(said, param=param, code="unsupported_parameter") from error
+    except InputError as error:
+        raise invalid(f"Invalid value for '{param}': {error}", param=param, code="invalid_value") from error
 
 
 def _new_tokens(service: Service, prompt: Sequence[int], name: str, most: int | None) -> int:
@@ -130,26 +154,23 @@ def _too_many(service: Service, rows: int) -> Exception:
     return invalid(f"A request may have {most} choices, its prompts times n; this one has {rows}.", param="n")
 
 
-def _message(role: str, text: str, name: str | None) -> dict[str, str]:
-    # newer clients say developer where templates say system
-    message = {"role": "system" if role == "developer" else role, "content": text}
-    return message if name is None else {**message, "name": name}
-
-
-def _chat_ids(service: Service, messages: list[dict[str, str]]) -> list[int]:
-    tokenizer = service.tokenizer
-    if tokenizer.chat_template is None:
+def _require_template(service: Service) -> None:
+    if service.tokenizer.chat_template is None:
         raise invalid(
             "This model has no chat template, so it cannot take messages: ask /v1/completions, or start the server "
             "with --chat-template FILE.",
             param="messages",
         )
+
+
+def _chat_ids(service: Service, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> list[int]:
+    _require_template(service)
     try:
-        text = service.chats.render(messages)
+        text = service.chats.render(messages, tools=tools)
     except TemplateFailed as error:
         raise invalid(f"The model's chat template refuses these messages: {error}", param="messages") from error
     # the template has written the special tokens
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(service.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _ids(tokenizer: Any, prompt: str | list[int]) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from partitioner.serving.http.limits import Limits
 from partitioner.serving.http.metrics import Metrics
 from partitioner.serving.openai.errors import ApiError
 from partitioner.serving.text.chat_template import Renderer
+from partitioner.serving.tools.find_form import CallForms
 from runtime.launching.launched import Launched
 
 __all__ = ["NotOffered", "Service"]
@@ -50,6 +51,8 @@ class Service:
         self.metrics = Metrics()
         self.chats = Renderer(tokenizer)
         """Writes chats as the tokenizer's template puts them."""
+        self.call_forms = CallForms(self.chats, _texts(tokenizer, llm.generation["eos_token_id"]))
+        """How that template writes calls of tools."""
         self._checks = checks
         self.created = int(time.time())
         self.generation = llm.generation
@@ -124,13 +127,13 @@ class Service:
                 deadline.reschedule(now)
             await self._idle.wait()
 
-    def grammars(self, schema: dict[str, Any]) -> str:
-        """The grammar of JSON that is valid by a schema; waits for a process. Raises NotOffered, or InputError."""
+    def grammars(self) -> Checks:
+        """Grammars for this model; asking them waits for a process. Raises NotOffered."""
         if isinstance(self._checks, str):
             raise NotOffered(self._checks)
         if not self.generation["eos_token_id"]:
             raise NotOffered("the model has no token with which a text ends")
-        return self._checks.grammar(schema)
+        return self._checks
 
     def close(self) -> None:
         """Ends what it has started."""
@@ -154,6 +157,10 @@ class Service:
 
     def _reasons(self) -> str:
         return "; ".join(str(error) for error in self.llm.lost.values())
+
+
+def _texts(tokenizer: Any, tokens: Iterable[int]) -> list[str]:
+    return [str(tokenizer.decode([token], skip_special_tokens=False)) for token in tokens]
 
 
 def _ending() -> ApiError:

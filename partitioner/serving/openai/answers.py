@@ -13,9 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Answer", "ChatAnswer", "CompletionAnswer", "Piece", "ScoredToken", "Usage", "model_list"]
+__all__ = [
+    "Answer",
+    "CallDelta",
+    "ChatAnswer",
+    "CompletionAnswer",
+    "Piece",
+    "Reason",
+    "ScoredToken",
+    "Usage",
+    "model_list",
+]
 
-Reason = Literal["stop", "length"]
+Reason = Literal["stop", "length", "tool_calls"]
 Data = dict[str, Any]
 
 
@@ -30,6 +40,23 @@ class ScoredToken:
 
 
 @dataclass(frozen=True)
+class CallDelta:
+    """What has been added to a call of a tool: its id and name as it begins, then its arguments piece by piece."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+    @property
+    def data(self) -> Data:
+        if self.id is None:
+            return {"index": self.index, "function": {"arguments": self.arguments}}
+        called = {"name": self.name, "arguments": self.arguments}
+        return {"index": self.index, "id": self.id, "type": "function", "function": called}
+
+
+@dataclass(frozen=True)
 class Piece:
     """What has been added to a choice."""
 
@@ -37,6 +64,7 @@ class Piece:
     text: str
     tokens: tuple[ScoredToken, ...] = ()
     reason: Reason | None = None
+    calls: tuple[CallDelta, ...] = ()
 
 
 @dataclass
@@ -117,12 +145,17 @@ class ChatAnswer(Answer):
         return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
 
     def _part(self, piece: Piece) -> Data:
-        delta = {"content": piece.text} if piece.text or piece.tokens else {}
+        delta: Data = {"content": piece.text} if piece.text or (piece.tokens and not piece.calls) else {}
+        if piece.calls:
+            delta["tool_calls"] = [call.data for call in piece.calls]
         scores = self._scores(piece.tokens) if piece.tokens else None
         return {"index": piece.index, "delta": delta, "logprobs": scores, "finish_reason": piece.reason}
 
     def _choice(self, pieces: Sequence[Piece]) -> Data:
-        message = {"role": "assistant", "content": "".join(piece.text for piece in pieces), "refusal": None}
+        text, calls = "".join(piece.text for piece in pieces), _calls(pieces)
+        message: Data = {"role": "assistant", "content": None if calls and not text else text, "refusal": None}
+        if calls:
+            message["tool_calls"] = calls
         scores = self._scores([token for piece in pieces for token in piece.tokens]) if self.scored else None
         last = pieces[-1]
         return {"index": last.index, "message": message, "logprobs": scores, "finish_reason": last.reason}
@@ -163,6 +196,17 @@ class CompletionAnswer(Answer):
 def model_list(name: str, created: int) -> Data:
     """The answer of /v1/models: one model."""
     return {"object": "list", "data": [{"id": name, "object": "model", "created": created, "owned_by": "partitioner"}]}
+
+
+def _calls(pieces: Sequence[Piece]) -> list[Data]:
+    """Whole, from their parts."""
+    found: list[Data] = []
+    for delta in (call for piece in pieces for call in piece.calls):
+        if delta.id is not None:
+            called = {"name": delta.name, "arguments": ""}
+            found.append({"id": delta.id, "type": "function", "function": called})
+        found[delta.index]["function"]["arguments"] += delta.arguments
+    return found
 
 
 def _entry(text: str, logprob: float) -> Data:

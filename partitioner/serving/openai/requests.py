@@ -2,7 +2,7 @@
 
 A field that OpenAI does not have is refused, as OpenAI does, but for four that models here take: top_k, min_p,
 repetition_penalty, ignore_eos. Fields that say something about an account or a bill (user, metadata, store, ...) are
-read and change nothing. What would change the answer and is not offered (images, functions, ...) is refused by name,
+read and change nothing. What would change the answer and is not offered (images, sound, ...) is refused by name,
 unless its value asks for nothing.
 """
 
@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from partitioner.serving.openai.tools import MadeCall, NamedTool, Tool, ToolChoice
+
 __all__ = ["ChatRequest", "CompletionRequest", "GenerationFields", "Message", "StreamOptions"]
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
@@ -19,6 +21,7 @@ _MOST_STOPS = 16
 _LONGEST_STOP = 1000
 _BIAS = 100.0
 _MOST_BIASES = 1024
+_MOST_TOOLS = 128
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -95,7 +98,20 @@ class Message(BaseModel):
     content: str | list[TextPart] | None = None
     name: str | None = None
     refusal: None = None
+    tool_calls: Annotated[list[MadeCall], Field(max_length=_MOST_TOOLS)] | None = None
     tool_call_id: str | None = None
+    # what answers of OpenAI's have as well, with nothing in it
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _by_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls are in messages of the role 'assistant', not {self.role!r}")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("tool_call_id is for messages of the role 'tool', which need it")
+        return self
 
     @property
     def text(self) -> str:
@@ -136,9 +152,10 @@ class ChatRequest(GenerationFields):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=_MOST_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     # not offered, unless they ask for nothing
-    tools: list[Any] | None = None
-    tool_choice: Any = None
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: list[str] | None = None
@@ -147,7 +164,6 @@ class ChatRequest(GenerationFields):
     web_search_options: Any = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
-    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _offered(self) -> Self:
@@ -159,11 +175,38 @@ class ChatRequest(GenerationFields):
             raise ValueError("ignore_eos goes on after an end, and an answer in the form of response_format has one")
         return self
 
+    @model_validator(mode="after")
+    def _tools(self) -> Self:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two tools have the same name: {', '.join(names)}")
+        if not names and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("tool_choice is for tools, and there are none")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, and tools has {', '.join(names)}")
+        if self.must_call and self.ignore_eos:
+            raise ValueError("ignore_eos goes on after an end, and an answer that must be a call has one")
+        if self.callable and not self.must_call and self.schema_asked is not None:
+            raise ValueError(
+                "response_format beside tools that may be called is not offered: an answer in its form is no call; "
+                "give tool_choice 'none' or 'required'"
+            )
+        return self
+
+    @property
+    def callable(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.tools or () if tool.function.name == self.tool_choice.function.name]
+        return [] if self.tool_choice == "none" else list(self.tools or ())
+
+    @property
+    def must_call(self) -> bool:
+        return bool(self.tools) and (self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool))
+
     def not_offered(self) -> str | None:
         """The name of a field that asks for something that there is not."""
         asked = {
-            "tools": bool(self.tools),
-            "tool_choice": self.tool_choice not in (None, "none", "auto"),
             "functions": bool(self.functions),
             "function_call": self.function_call not in (None, "none", "auto"),
             "modalities": self.modalities not in (None, ["text"]),

@@ -12,7 +12,7 @@ token does not grow with the text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 __all__ = ["AnswerText"]
@@ -25,8 +25,11 @@ _MOST_PENDING = 8  # tokens of one letter: what is still no letter then is none
 class AnswerText:
     """See the module's docstring. Stop strings are looked for in what is written, not in the prompt."""
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stops = tokenizer, tuple(stops)
+    def __init__(
+        self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = (), *, hidden: Collection[int] | None = None
+    ) -> None:
+        """hidden: tokens that are not written; None: those that the tokenizer calls special."""
+        self._tokenizer, self._stops, self._hidden = tokenizer, tuple(stops), hidden
         self._window = list(prompt[-_BEFORE:])
         self._pending = 0
         """How many of the window's tokens are not in the text yet."""
@@ -93,4 +96,9 @@ class AnswerText:
         return 0
 
     def _decoded(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        hidden = self._hidden
+        if hidden is not None:
+            tokens = [token for token in tokens if token not in hidden]
+        return str(
+            self._tokenizer.decode(tokens, skip_special_tokens=hidden is None, clean_up_tokenization_spaces=False)
+        )

@@ -11,6 +11,7 @@ process renders many texts, so that the template is compiled once; one that take
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,13 +20,14 @@ from partitioner.serving.bounded_process import BoundedProcess, WorkFailed
 __all__ = ["Renderer", "TemplateFailed", "render"]
 
 LONGEST_S = 5.0
+Message = Mapping[str, Any]
 
 
 class TemplateFailed(Exception):
     """Why there is no text."""
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]], *, timeout_s: float = LONGEST_S) -> str:
+def render(tokenizer: Any, messages: Sequence[Message], *, timeout_s: float = LONGEST_S) -> str:
     """The messages as the tokenizer's template puts them, up to where the answer begins."""
     with Renderer(tokenizer, timeout_s=timeout_s) as renderer:
         return renderer.render(messages)
@@ -35,15 +37,28 @@ class Renderer:
     """See the module's docstring. The tokenizer's template must not change meanwhile."""
 
     def __init__(self, tokenizer: Any, *, timeout_s: float = LONGEST_S) -> None:
-        def work(messages: list[dict[str, str]]) -> str:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        def work(asked: dict[str, Any]) -> str:
+            return str(
+                tokenizer.apply_chat_template(
+                    asked["messages"],
+                    tools=asked["tools"],
+                    tokenize=False,
+                    add_generation_prompt=asked["prompt"],
+                )
+            )
 
         self._process = BoundedProcess(work, timeout_s=timeout_s)
 
-    def render(self, messages: list[dict[str, str]]) -> str:
-        """Raises TemplateFailed. One text at a time; others wait."""
+    def render(
+        self, messages: Sequence[Message], *, tools: Sequence[dict[str, Any]] | None = None, prompt: bool = True
+    ) -> str:
+        """Raises TemplateFailed. One text at a time; others wait. prompt: up to where an answer begins."""
         try:
-            return str(self._process.ask(messages))
+            return str(
+                self._process.ask(
+                    {"messages": list(messages), "tools": None if tools is None else list(tools), "prompt": prompt}
+                )
+            )
         except WorkFailed as error:
             raise TemplateFailed(str(error)) from error
 

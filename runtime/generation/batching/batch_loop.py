@@ -15,6 +15,7 @@ All ranks of a replica are told the same in the same order, and so do the same: 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -34,6 +35,8 @@ from runtime.kv_cache.cache_size import CacheSize, Room
 from runtime.sampling.grammar import Grammars
 
 __all__ = ["BatchLoop", "Told"]
+
+_log = logging.getLogger("partitioner")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class BatchLoop:
         compile: bool = False,
         cuda_graph: bool = False,
     ) -> None:
+        if (compile or cuda_graph) and decode.program.stage is not None:
+            raise InputError("decode steps of pipeline stages are neither compiled nor captured: leave compile out")
         self._prefill_by, self._decode_by = prefill, decode
         self.program = prefill.program
         self._communicator, self._device, self._profiler = communicator, device, profiler
@@ -108,8 +113,6 @@ class BatchLoop:
             self._set_aside()
         if len(request.prompts) != 1:
             raise InputError(f"a sequence is one row, got a request of {len(request.prompts)}")
-        if request.settings.top_logprobs is not None and self.program.stage is not None:
-            raise InputError("top_logprobs is not offered over pipeline stages: leave it out, or leave --pp out")
         request.require_fits(self.program, request.longest)
         asked = Asked(request, vocab_size=self.program.vocab_size, grammars=self._grammars)
         self.scheduler.add(number, asked.text, most=request.longest, piece=request.settings.prefill_step)
@@ -142,6 +145,7 @@ class BatchLoop:
             **vars(self.scheduler.counts),
             "prefixes_kept": not self._places.why_not_kept,
             "why_not_kept": self._places.why_not_kept,
+            "why_eager": self._why_eager,
         }
 
     def release(self) -> None:
@@ -186,6 +190,9 @@ class BatchLoop:
         )
         stages = 1 if program.stage is None else program.stage.count
         self.scheduler = Scheduler(replace(places.limits, groups=stages), self._counts)
+        self._why_eager = self._found_why_eager()
+        if self._why_eager and program.rank == 0:
+            _log.warning("decode steps run node by node, in spite of %s", self._why_eager)
         self._turn = 0
         self._runner: _Runner = _OneStage(self)
         if program.stage is not None:
@@ -199,6 +206,7 @@ class BatchLoop:
                 run=self.run,
                 choose=self.choose,
                 sampled=self.sampled,
+                named=lambda number: self._asked[number].settings.top_logprobs,
                 sizes=lambda run: self._steps.sizes(run.piece),
             )
 
@@ -206,17 +214,28 @@ class BatchLoop:
         """The rank's programs on the tokens of a step: logits [n, 1, V/r], or what its stage hands on."""
         assert self._places is not None
         self._places.before(run)
-        if run.work.decode and isinstance(self._places, InBlocks) and self._from_fixed_memory:
+        is_fixed = any(self._decoding.values()) and not self._why_eager
+        if run.work.decode and is_fixed and isinstance(self._places, InBlocks):
             return self._places.decode(self._steps, run, few_sizes=self._decoding["compile"])
         return self._steps.execute(run.piece, received, decode=run.work.decode, rows=run.rows)
 
-    @property
-    def _from_fixed_memory(self) -> bool:
-        """Whether decode steps are compiled or captured. What is compiled has one size, which must be no cache's."""
+    def _found_why_eager(self) -> str:
+        """Why decode steps are neither compiled nor captured though that was asked for; "": they are, or it was not."""
         assert self._places is not None
-        if not any(self._decoding.values()) or not all(state.per_token for state in self.program.states):
-            return False
-        return not self._decoding["compile"] or self._places.cache.any_length
+        asked = " and ".join(name for name, is_asked in self._decoding.items() if is_asked)
+        if not asked:
+            return ""
+        if not isinstance(self._places, InBlocks):
+            return f"{asked}: {self._places.why_not_kept}"
+        if not all(state.per_token for state in self.program.states):
+            return f"{asked}: the model keeps states per sequence, and rows that come and go change which those are"
+        # what is compiled has one size, which must be no cache's
+        if self._decoding["compile"] and not self._places.cache.any_length:
+            return (
+                f"{asked}: attention of single tokens is not the kernel's in all layers, so a compiled step would be "
+                "as long as the whole cache"
+            )
+        return ""
 
     def sampled(self, work: Work) -> list[int]:
         """The sequences of a step that are to be told a token: they have none left to run, and are still wanted."""

@@ -34,6 +34,8 @@ from runtime.program.rank_program import RankProgram
 __all__ = ["InBlocks", "InRows", "Places", "Run", "places_for"]
 
 _DEFAULT_MEMORY = "0.5 of free"
+_BESIDE = 128
+"""Tokens of prompts between two tokens of others, where a step takes as long as it has tokens: on a CPU."""
 _MOST_TOKENS = 1 << 15
 """Of a row, where nobody gave a size."""
 _GIVEN_UP = (
@@ -95,10 +97,12 @@ class InBlocks:
             blocks=size.blocks,
             block_size=size.block_size,
             budget=budget,
+            beside=_BESIDE if device.type == "cpu" else None,
             piece=program.limits.get("sequence", (1, None))[1],
             # a state per sequence would count a token twice with which a shorter row is filled up
             alike=kept.counts_tokens,
             keeps_prefixes=not self.why_not_kept,
+            sees=kept.sees,
         )
 
     def run_of(self, work: Work, last: Callable[[int], tuple[int, int]]) -> Run:

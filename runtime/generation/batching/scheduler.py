@@ -47,6 +47,8 @@ class _Sequence:
     known: int = 0
     """How many tokens it had when it was given its row."""
     blocks: list[int] = field(default_factory=list)
+    behind: int = 0
+    """How many of these it has given back."""
     computed: int = 0
     """How many of its tokens the cache holds."""
 
@@ -141,7 +143,10 @@ class Scheduler:
             return self._work(self._single_tokens(mine), group, decode=True)
         prompts, others = [each for each in mine if each.left > 1], [each for each in mine if each.left == 1]
         if prompts and not (others and self._prompts_last[group]):
-            work = self._work(self._prompt_pieces(prompts), group, decode=False)
+            budget = self.limits.budget
+            if others and self.limits.beside is not None:
+                budget = min(budget, self.limits.beside)
+            work = self._work(self._prompt_pieces(prompts, budget), group, decode=False)
             if work is not None:
                 return work
         return self._work(self._single_tokens(others), group, decode=True)
@@ -163,6 +168,7 @@ class Scheduler:
             if sequence is not None and sequence.row >= 0:
                 for index, key in enumerate(turn.keys, turn.start // size):
                     self.pool.keep(sequence.blocks[index], key)
+                self._give_back(sequence)
             if sequence is not None and turn.number in chosen:
                 sequence.tokens.append(chosen[turn.number])
                 if turn.number in ended:
@@ -227,7 +233,7 @@ class Scheduler:
             self.counts.prefix_hits += size
         return True
 
-    def _prompt_pieces(self, prompts: list[_Sequence]) -> list[Turn]:
+    def _prompt_pieces(self, prompts: list[_Sequence], budget: int) -> list[Turn]:
         """The first says how many tokens; others join with as many at most, as long as all fit into the budget."""
         turns: list[Turn] = []
         width = 0
@@ -238,9 +244,9 @@ class Scheduler:
                 continue  # in the next step it has what another computes in this one
             source = self._source(sequence)
             start = sequence.computed if source is None else source[1]
-            count = self._piece(sequence, len(sequence.tokens) - start, width or self.limits.budget)
+            count = self._piece(sequence, len(sequence.tokens) - start, width or budget)
             width = width or count
-            if (len(turns) + 1) * width > self.limits.budget:
+            if (len(turns) + 1) * width > budget:
                 break
             if (self.limits.alike and count < width) or (turns and not self._joins(turns, sequence, start, count)):
                 continue  # until it is the first of them
@@ -353,12 +359,25 @@ class Scheduler:
     def _leave(self, sequence: _Sequence, *, keep: bool = True) -> list[int]:
         del self._running[sequence.number]
         self._rows[sequence.row] = None
-        done = self.pool.release(sequence.blocks, keep=keep)
+        done = self.pool.release(sequence.blocks[sequence.behind :], keep=keep)
         if self._texts is not None and not keep:
             for block in done:
                 self._texts.forget(block)
-        sequence.row, sequence.blocks, sequence.computed = -1, [], 0
+        sequence.row, sequence.blocks, sequence.behind, sequence.computed = -1, [], 0, 0
         return done
+
+    def _give_back(self, sequence: _Sequence) -> None:
+        """The blocks that lie whole behind what its next token sees."""
+        if self.limits.sees is None:
+            return
+        end = (sequence.computed - self.limits.sees + 1) // self.limits.block_size
+        if end <= sequence.behind:
+            return
+        done = sequence.blocks[sequence.behind : end]
+        self.pool.release(done)
+        sequence.blocks[sequence.behind : end] = [self.limits.blocks] * len(done)
+        sequence.behind = end
+        self.counts.blocks_behind += len(done)
 
     def _blocks_of(self, tokens: int) -> int:
         return -(-tokens // self.limits.block_size)

@@ -48,6 +48,7 @@ class StagedSteps:
     prefill, decode: the stage as the programs for prompts and for single tokens have it, between which other values
     may cross, or other rows of them.
     sampled: the numbers of a step's sequences that are to be told a token.
+    named: how many of the most probable tokens a sequence is told as well, or None.
     """
 
     def __init__(
@@ -61,10 +62,12 @@ class StagedSteps:
         run: Callable[[Run, Any], Any],
         choose: Callable[[Run, Tensor], dict[int, Choice]],
         sampled: Callable[[Work], list[int]],
+        named: Callable[[int], int | None],
         sizes: Callable[[Run], dict[str, int]],
     ) -> None:
         self._stage, self._communicator, self._device = prefill, communicator, device
         self._run, self._choose, self._sampled, self._sizes = run, choose, sampled, sizes
+        self._named = named
         self._links = {
             is_decode: Links(communicator, stage, profiler) for is_decode, stage in ((False, prefill), (True, decode))
         }
@@ -73,7 +76,7 @@ class StagedSteps:
         """By stage: what it runs in this slot."""
         self._received: list[Tensor] = []
         self._seen: set[tuple[int, ...]] = set()
-        self._told: set[int] = set()
+        self._told: set[tuple[int, ...]] = set()
 
     def advance(self, run: Run | None) -> tuple[Work, dict[int, Choice]] | None:
         """One slot, in which the first stage begins `run`; what the last one has done in it."""
@@ -110,22 +113,30 @@ class StagedSteps:
         numbers = self._sampled(run.work)
         if not numbers:
             return {}
-        mine = torch.full((len(numbers), 2), math.nan, dtype=torch.float64)
+        most = max((count + 1 for number in numbers if (count := self._named(number)) is not None), default=0)
+        mine = torch.full((len(numbers), 2 + 2 * most), math.nan, dtype=torch.float64)
         choices = {} if logits is None else self._choose(run, logits)
         for at, number in enumerate(numbers if choices else ()):
             choice = choices[number]
             mine[at, 0] = choice.token
             mine[at, 1] = math.nan if choice.logprob is None else choice.logprob
-        self._communicator.begin_run(new_shapes=len(numbers) not in self._told)
-        self._told.add(len(numbers))
+            for place, pair in enumerate(choice.top or ()):
+                mine[at, 2 + 2 * place : 4 + 2 * place] = torch.tensor(pair, dtype=torch.float64)
+        self._communicator.begin_run(new_shapes=mine.shape not in self._told)
+        self._told.add(mine.shape)
         everyone = self._all.all_gather(mine[None].to(self._device), dim=0).cpu()
         return choices or {
-            number: _choice(int(token), logprob)
-            for number, (token, logprob) in zip(numbers, everyone[-1].tolist(), strict=True)
+            number: _choice(int(token), logprob, None if self._named(number) is None else top)
+            for number, (token, logprob, *top) in zip(numbers, everyone[-1].tolist(), strict=True)
         }
 
 
-def _choice(token: int, logprob: float) -> Choice:
+def _choice(token: int, logprob: float, top: list[float] | None) -> Choice:
+    """top: ids and log-probabilities by turns, with others' places after them that hold no numbers."""
     if token < 0:
         return Choice(token, error=SamplingError("no token can be chosen: the last stage's logits or rules leave none"))
-    return Choice(token, None if math.isnan(logprob) else logprob)
+    found = None
+    if top is not None:
+        pairs = zip(top[::2], top[1::2], strict=True)
+        found = tuple((int(other), value) for other, value in pairs if not math.isnan(other))
+    return Choice(token, None if math.isnan(logprob) else logprob, found)

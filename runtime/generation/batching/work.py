@@ -18,6 +18,8 @@ class Limits:
     block_size: int
     budget: int
     """The most tokens of prompts in one step, those included with which short rows are filled up."""
+    beside: int | None = None
+    """The same while others wait for their next token, which take it after every such step; None: as `budget`."""
     piece: int | None = None
     """The most tokens of one sequence in one step; 1: prompts run token by token, in the steps of the others."""
     alike: bool = False
@@ -25,6 +27,8 @@ class Limits:
     longest: int | None = None
     """The most tokens of one sequence; None: as many as all blocks have room for."""
     keeps_prefixes: bool = True
+    sees: int | None = None
+    """How many positions back a token looks in any layer, its own among them; None: to the first."""
     shared_out: SharedOut | None = None
     """Blocks are rows that ranks share out, as long as the longest sequence."""
     groups: int = 1
@@ -41,7 +45,7 @@ class Turn:
     samples: bool
     """Whether these are its last tokens, so that the next one can be chosen."""
     table: tuple[int, ...]
-    """Its blocks, as far as this step needs them."""
+    """Its blocks, as far as this step needs them; `Limits.blocks` in the place of those behind what a token sees."""
     admission: int
     """Of several times that it was given a row, which one this is."""
     keys: tuple[bytes, ...] = ()
@@ -67,3 +71,5 @@ class Counts:
     prefill_tokens: int = 0
     decode_tokens: int = 0
     preemptions: int = 0
+    blocks_behind: int = 0
+    """Blocks that running sequences gave back, because no layer looks back so far."""

@@ -95,7 +95,7 @@ def test_malformed_bodies(url: str, body: bytes, said: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function"}]),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("response_format", {"type": "json_object"}),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}),
         ("functions", [{}]),

@@ -50,6 +50,7 @@ class Outcome:
 
     tokens: dict[int, list[int]] = field(default_factory=dict)
     logprobs: dict[int, list[float]] = field(default_factory=dict)
+    tops: dict[int, list[Any]] = field(default_factory=dict)
     errors: dict[int, Exception] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
     decode_steps: int = 0
@@ -108,6 +109,8 @@ def serve(
                 found.errors[told.number] = told.error
             else:
                 found.tokens[told.number].append(told.token)
+                if told.top is not None:
+                    found.tops.setdefault(told.number, []).append(told.top)
                 if told.logprob is not None:
                     found.logprobs[told.number].append(told.logprob)
             if told.is_over:

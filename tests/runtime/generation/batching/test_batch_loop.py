@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,11 +14,12 @@ import pytest
 from partitioner import Plan
 from partitioner.errors import InputError, SamplingError
 from runtime.generation.generation_request import GenerationRequest
-from runtime.kv_cache.cache_size import CacheSize
+from runtime.kv_cache.cache_size import CacheSize, WhatIsKept
 from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.batching.many_requests import Case, assert_as_alone, mixed, on_all_ranks
 from tests.support import stepping
 from tests.support.partitioned import compiled
+from tests.support.zoo import WINDOW
 
 ROOMY = CacheSize(max_batch=8, max_length=96, prefill_step=16)
 TIGHT = CacheSize(max_batch=3, max_length=40, prefill_step=16)
@@ -39,6 +43,25 @@ def test_each_is_told_what_it_is_told_alone(plan: str) -> None:
     assert_as_alone(cases, found, alone)
     assert found.status["preemptions"] == 0
     assert found.decode_steps < sum(map(len, alone)), "they ran at the same time"
+
+
+@pytest.mark.parametrize("plan", ["pp=2", *(pytest.param(p, marks=pytest.mark.slow) for p in ("pp=3", "tp=2,pp=2"))])
+def test_the_most_probable_tokens_are_named_over_stages(plan: str) -> None:
+    """Of rows side by side, of which some want none, and none but their own token."""
+    wanted = (None, 3, 0, 1, None, 20)
+    cases = [
+        Case([5 + n, 7, 9][: 1 + n % 3], {"max_new_tokens": 4 + n, "top_logprobs": most, "do_sample": n % 2 == 1})
+        for n, most in enumerate(wanted)
+    ]
+    whole, found = on_all_ranks(parts("tp=1"), cases, ROOMY), on_all_ranks(parts(plan), cases, ROOMY)
+    assert found.tokens == whole.tokens
+    assert found.tops.keys() == {n for n, most in enumerate(wanted) if most is not None}
+    for number, tops in found.tops.items():
+        assert [len(top) for top in tops] == [1 + (wanted[number] or 0)] * len(found.tokens[number])
+        assert [top[0][0] for top in tops] == found.tokens[number]
+        for mine, other in zip(tops, whole.tops[number], strict=True):
+            assert [token for token, _ in mine] == [token for token, _ in other]
+            assert [value for _, value in mine] == pytest.approx([value for _, value in other], abs=1e-9)
 
 
 @pytest.mark.slow
@@ -118,6 +141,77 @@ def test_a_long_prompt_holds_nobody_up() -> None:
     pieces = [at for at, (number, _) in enumerate(order) if number == 1]
     assert len(pieces) == 10
     assert all(later - earlier == 2 for earlier, later in itertools.pairwise(pieces))
+
+
+@pytest.mark.parametrize("plan", ["tp=1", "pp=2", pytest.param("tp=2", marks=pytest.mark.slow)])
+def test_blocks_behind_the_windows_of_all_layers_are_given_back(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of more tokens than the window, with a prefix in common; the control has layers without one."""
+    prefix = [3 + n % 50 for n in range(30)]
+    cases = [Case([*prefix[: 30 - n], 60 + n], {"max_new_tokens": 12, "eos_token_id": []}, n) for n in range(5)]
+    size = CacheSize(max_batch=3, max_length=48, prefill_step=8)
+    made = parts(plan, "mistral")
+    found = on_all_ranks(made, cases, size)
+    alone = many_requests.alone(parts("tp=1", "mistral"), cases)
+    assert_as_alone(cases, found, alone)
+    assert found.status["blocks_behind"] >= 5 * (38 - WINDOW) // 4 - 5
+    plain = on_all_ranks(parts(plan), cases, size)
+    assert plain.status["blocks_behind"] == 0
+    agreed = WhatIsKept.agreed
+    monkeypatch.setattr(WhatIsKept, "agreed", lambda *given: replace(agreed(*given), sees=1))
+    wrong = on_all_ranks(made, cases, size)  # a control: given back while they are seen still
+    assert [wrong.tokens[number] for number in range(len(cases))] != alone
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "why"),
+    [
+        ("llama", "tp=1", "not the kernel's in all layers"),
+        ("mamba2", "tp=1", "states per sequence"),
+        ("llama", "sp=2", "sp"),
+    ],
+)
+def test_why_steps_run_node_by_node_is_said(name: str, plan: str, why: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Where steps were to be compiled, which no kernel for single tokens here allows; not where nobody asked."""
+
+    def status(engine: Any, *, compile: bool) -> dict[str, Any]:
+        with decoding(engine, compile=compile):
+            loop = engine.batching(CacheSize(max_batch=2, max_length=16, prefill_step=8))
+            loop.add(0, many_requests.request(Case([5], {"max_new_tokens": 2})))
+            found: dict[str, Any] = loop.status()
+            return found
+
+    def said() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "partitioner"]
+
+    made = stepping.compiled(name, 1) if name == "mamba2" else parts(plan, name)
+    assert made._simulator.run(functools.partial(status, compile=False))[0]["why_eager"] == ""
+    assert not said()
+    found = made._simulator.run(functools.partial(status, compile=True))[0]["why_eager"]
+    assert found.startswith("compile: ")
+    assert why in found
+    assert said() == [f"decode steps run node by node, in spite of {found}"]
+
+
+@contextmanager
+def decoding(engine: Any, *, compile: bool) -> Iterator[None]:
+    """A simulated rank as if it had been connected so."""
+    before = engine.__dict__.pop("_generate_loop", None)
+    engine._decoding["compile"] = compile
+    try:
+        yield
+    finally:
+        engine._decoding["compile"] = False
+        engine.__dict__.pop("_generate_loop", None)
+        if before is not None:
+            engine._generate_loop = before
+
+
+def test_stages_are_not_compiled() -> None:
+    def asked(engine: Any) -> None:
+        with decoding(engine, compile=True), pytest.raises(InputError, match="stages are neither compiled"):
+            engine.batching(ROOMY)
+
+    parts("pp=2")._simulator.run(asked)
 
 
 def test_what_never_fits_is_refused_in_words() -> None:

@@ -13,7 +13,7 @@ from partitioner.errors import InputError
 from partitioner.serving.grammar.json_schema import grammar_of
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.sampling.grammar import vocabulary_text
-from tests.partitioner.serving.json_schemas import SCHEMAS, is_valid
+from tests.partitioner.serving.grammar.json_schemas import SCHEMAS, is_valid
 from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.batching.many_requests import Case, Outcome, on_all_ranks
 from tests.support.partitioned import compiled

@@ -22,9 +22,11 @@ def limits(draw: st.DrawFn) -> Limits:
         blocks=draw(st.integers(4, 20)),
         block_size=draw(st.sampled_from([1, 2, 4])),
         budget=draw(st.integers(1, 16)),
+        beside=draw(st.sampled_from([None, 1, 5])),
         piece=draw(st.sampled_from([None, 1, 3])),
         alike=draw(st.booleans()),
         keeps_prefixes=draw(st.booleans()),
+        sees=draw(st.sampled_from([None, 1, 3, 7])),
         groups=draw(st.integers(1, 3)),
     )
 
@@ -101,6 +103,10 @@ class World:
             writes.update({turn.table[at // size] for at in range(turn.start, end)})
             # what it is to read was written as its own text has it, and is nobody's who writes now
             for index, block in enumerate(turn.table):
+                if block == given.blocks:  # given back: not even its last position is seen
+                    assert given.sees is not None
+                    assert (index + 1) * size - 1 <= turn.start - given.sees
+                    continue
                 seen = min(size, turn.start - index * size)
                 if seen > 0:
                     assert self.cache[block][: index * size + seen] == text[: index * size + seen]
@@ -173,6 +179,43 @@ def test_two_schedulers_that_are_told_the_same_do_the_same() -> None:
         first, second = (world.step() for world in worlds)
         assert first == second
         assert worlds[0].under_way == worlds[1].under_way
+
+
+@pytest.mark.parametrize(("sees", "most"), [(5, 4), (1, 2), (None, 20)])
+def test_blocks_behind_a_window_are_given_back(sees: int | None, most: int) -> None:
+    """39 tokens in blocks of 2, run by 4 or one at a time: a window touches few of them."""
+    scheduler = Scheduler(Limits(rows=2, blocks=30, block_size=2, budget=4, keeps_prefixes=False, sees=sees))
+    scheduler.add(0, [1] * 20, most=39)
+    held, written = [], 0
+    while (work := scheduler.next()) is not None:
+        held.append(scheduler.limits.blocks - scheduler.pool.free)
+        scheduler.learn(work, {0: 9} if work.turns[0].samples else {}, {0} if written == 19 else set())
+        written += work.turns[0].samples
+    assert written == 20
+    assert max(held) == most
+    assert scheduler.pool.free == scheduler.limits.blocks
+    assert scheduler.counts.blocks_behind == (0 if sees is None else (39 - sees + 1) // 2)
+
+
+@pytest.mark.parametrize(("beside", "longest"), [(4, 4), (None, 16), (20, 16)])
+def test_a_long_prompt_takes_less_at_a_time_while_others_write(beside: int | None, longest: int) -> None:
+    scheduler = Scheduler(Limits(rows=3, blocks=80, block_size=1, budget=16, beside=beside))
+    scheduler.add(0, [1, 2], most=8)
+    scheduler.add(1, [3] * 50, most=50)
+    first = scheduler.next()
+    assert first is not None
+    scheduler.learn(first, {0: 9})
+    pieces: list[tuple[bool, int]] = []
+    written = 1
+    while (work := scheduler.next()) is not None:
+        if not work.decode:
+            pieces.append((written < 7, max(len(turn.tokens) for turn in work.turns)))
+        written += work.decode and any(turn.number == 0 for turn in work.turns)
+        ended = {turn.number for turn in work.turns if turn.samples and (turn.number == 1 or written == 7)}
+        scheduler.learn(work, {turn.number: 9 for turn in work.turns if turn.samples}, ended)
+    assert written == 7
+    assert max(size for beside_others, size in pieces if beside_others) == longest
+    assert max(size for beside_others, size in pieces if not beside_others) == 16 if beside == 4 else True
 
 
 def test_the_last_that_came_gives_way() -> None:

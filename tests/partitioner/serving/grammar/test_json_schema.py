@@ -19,7 +19,7 @@ from partitioner.serving.grammar.json_schema import ANY_OBJECT, grammar_of
 from partitioner.serving.grammar.vocabulary import vocabulary_of
 from partitioner.storage.example import EXAMPLE_MODEL
 from runtime.sampling.grammar import Grammars, among
-from tests.partitioner.serving.json_schemas import SCHEMAS, is_valid
+from tests.partitioner.serving.grammar.json_schemas import SCHEMAS, is_valid
 
 TOKENIZER: Any = AutoTokenizer.from_pretrained(EXAMPLE_MODEL)
 END = TOKENIZER.eos_token_id

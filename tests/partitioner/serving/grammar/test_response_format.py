@@ -23,7 +23,7 @@ from partitioner.serving.grammar.vocabulary import vocabulary_of
 from partitioner.serving.http.limits import Limits
 from partitioner.serving.http.service import Service
 from partitioner.storage.example import EXAMPLE_MODEL
-from tests.partitioner.serving.json_schemas import SCHEMAS, is_valid
+from tests.partitioner.serving.grammar.json_schemas import SCHEMAS, is_valid
 from tests.partitioner.serving.scripted_model import ScriptedModel
 from tests.partitioner.serving.served import TEMPLATE, in_thread
 
