@@ -32,6 +32,7 @@ from runtime.ops.cached_attention import cached_attention
 from runtime.ops.kernels.decode_attention import Attending, can_decode, decode_attention, registered
 from runtime.ops.kernels.flash_attention import can_flash, flash_rows
 from runtime.ops.state import cache_append, state_read, state_write
+from runtime.ops.state.latent_attention import Seen, latent_attention, over_cache
 from runtime.program.shards import StateShard
 
 __all__ = ["Cache"]
@@ -64,14 +65,12 @@ class Cache:
         self.resize(max_batch=max_batch, max_length=max_length, step=step, slots=slots)
         self._batch: Batch | None = None
         """What the host knows of the run's tokens; None in runs whose positions only the device knows."""
-        self._group = slice(0, 0)
-        """The rows of the run."""
+        self._group = slice(0, 0)  # the rows of the run
         self._active: Tensor | None = None
         """The numbers of the active rows, where not all are."""
         self._masks: dict[Any, Tensor | None] = {}
         self._fixed_masks: dict[tuple[int, int | None, int | None], Tensor] = {}
-        self._found: dict[int, tuple[Tensor, Tensor]] = {}
-        """By number of slots: where the tokens of the run lie."""
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}  # by number of slots: where the tokens of the run lie
         self._kinds: set[tuple[int, int | None, int | None]] = set()
         """Slots, window and chunk of the attentions bound to this cache."""
         self._fixed: int | None = None
@@ -191,6 +190,8 @@ class Cache:
                 return by_op[op](state, *tensors)
 
             return with_state
+        if op is latent_attention:
+            return self._bind_latent(state, options)
         keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
         defaults = cached_attention.__kwdefaults__
         assert defaults is not None
@@ -251,14 +252,8 @@ class Cache:
     ) -> Tensor:
         """`cached_attention` over the buffers of one state, `options` being its keywords but for the state's name."""
         group, slots = self._group, keys.shape[2]
-        start = self._start(slots)
-        if start is not None:
-            keys[group, :, start : start + k.shape[2]] = k
-            values[group, :, start : start + k.shape[2]] = v
-        else:
-            blocks, at = self._find(slots)
-            keys[blocks, :, at] = self._active_rows(k).transpose(1, 2)
-            values[blocks, :, at] = self._active_rows(v).transpose(1, 2)
+        self._put(keys, k)
+        self._put(values, v)
         plain = mask is None and sinks is None and options["causal"]
         plain = plain and all(options[name] is None for name in ("softcap", "chunk", "kv_map"))
         if plain and self._can_flash(q, v, slots, options["window"]):
@@ -279,6 +274,36 @@ class Cache:
             q, keys[group, :, :seen], values[group, :, :seen], mask, sinks,
             scale=options["scale"], softcap=options["softcap"], kv_map=options["kv_map"], written_out=written_out,
         )  # fmt: skip
+
+    def _bind_latent(self, state: str, options: dict[str, Any]) -> Callable[..., Tensor]:
+        defaults = latent_attention.__kwdefaults__
+        assert defaults is not None
+        options = {**defaults, **options}
+        window, chunk = options["window"], options["chunk"]
+        self._kinds.add((self._slots_of(self.buffers[f"{state}.latent"]), window, chunk))
+
+        def keep(rows: Tensor) -> Seen | None:
+            buffer = self.buffers[f"{state}.latent"]
+            self._put(buffer, rows[:, None])
+            if self._batch is not None and self._batch.start == 0:
+                return None
+            seen, hidden = self._sight(self._slots_of(buffer), window, chunk, rows.dtype)
+            return Seen(self._get(buffer, seen)[:, 0], hidden, captured=self._fixed is not None)
+
+        return over_cache(keep, options)
+
+    def _put(self, buffer: Tensor, x: Tensor) -> None:
+        """Keeps `x` [B, G, S, D] of the run's tokens."""
+        start = self._start(buffer.shape[2])
+        if start is not None:
+            buffer[self._group, :, start : start + x.shape[2]] = x
+        else:
+            blocks, at = self._find(buffer.shape[2])
+            buffer[blocks, :, at] = self._active_rows(x).transpose(1, 2)
+
+    def _get(self, buffer: Tensor, count: int) -> Tensor:
+        """The first `count` slots of the run's rows, [B, G, count, D]."""
+        return buffer[self._group, :, :count]
 
     def _can_flash(self, q: Tensor, v: Tensor, slots: int, window: int | None) -> bool:
         """Whether several tokens stand behind others that lie in their order, or rows are of different lengths."""

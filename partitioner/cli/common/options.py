@@ -206,10 +206,12 @@ class Compile:
             degrees["dp"] *= bundle.replicas
         elif plan.dp_follows:
             del degrees["dp"]  # it follows from the others, which are not all here yet
+        axes: dict[str, Any] = {**degrees, **given}
         return Plan(
-            **{**degrees, **given},
+            **axes,
             sp_attention=plan.sp_attention,
             weights=plan.weights,
+            cache=plan.cache,
             keep_whole=(*plan.keep_whole, *self.keep_whole),
             passes=(*plan.passes, *self.passes),
         )
