@@ -31,8 +31,18 @@ from runtime.generation.staged_loop import StagedLoop
 from runtime.generation.steps import Loaded, Steps
 from runtime.generation.token_rules import TokenRules
 from runtime.kv_cache.cache import Cache
-from runtime.kv_cache.cache_size import ANY_LENGTH, CacheSize, Room, WhatIsKept, default_step, slots_for, step_of
+from runtime.kv_cache.cache_size import (
+    ANY_LENGTH,
+    CacheSize,
+    Room,
+    WhatIsKept,
+    default_step,
+    held_as,
+    slots_for,
+    step_of,
+)
 from runtime.kv_cache.sharded_cache import cache_for
+from runtime.program.rank_program import RankProgram
 
 __all__ = ["GenerateLoop"]
 
@@ -155,7 +165,8 @@ class GenerateLoop:
         if size.prefill_step is None:
             size = replace(size, prefill_step=self._default_step(size.max_batch))
         assert size.prefill_step is not None
-        room = Room.agreed(self.program, size, self.communicator, self.device)
+        program = held_as(self.program, size.dtype, self.communicator, self.device)
+        room = Room.agreed(program, size, self.communicator, self.device)
         max_length = size.max_length
         if max_length is None:
             max_length = ANY_LENGTH if room.tokens is None else room.tokens
@@ -165,7 +176,7 @@ class GenerateLoop:
         room.require(max(max_length, 1))
         self.room = room
         step = step_of(self.program, size.prefill_step, max_length)
-        self._bound = self._steps_over(max_batch=size.max_batch, max_length=max_length, step=step)
+        self._bound = self._steps_over(program, max_batch=size.max_batch, max_length=max_length, step=step)
         return self.room
 
     def _default_step(self, max_batch: int) -> int:
@@ -198,7 +209,7 @@ class GenerateLoop:
         if room.tokens is not None:
             max_length = min(max_length, room.tokens)
         if kept is None:
-            self._bound = self._steps_over(max_batch=max_batch, max_length=max_length, step=step)
+            self._bound = self._steps_over(self.program, max_batch=max_batch, max_length=max_length, step=step)
         else:  # a longer text, or more of them, compiles nothing
             slots = slots_for(self.program, max_length)
             kept.cache.resize(max_batch=max_batch, max_length=max_length, step=step, slots=slots)
@@ -211,12 +222,12 @@ class GenerateLoop:
             self._bound.release()  # its memory now: what is bound to it may keep it for a while
         self._bound = self.room = None
 
-    def _steps_over(self, *, max_batch: int, max_length: int, step: int) -> Steps:
-        """The programs over a new cache; a collective."""
+    def _steps_over(self, program: RankProgram, *, max_batch: int, max_length: int, step: int) -> Steps:
+        """The programs over a new cache, for the states as `program` has them; a collective."""
         self._counts_tokens = WhatIsKept.agreed(self.program, self.communicator, self.device).counts_tokens
         slots = slots_for(self.program, max_length)
         cache = cache_for(
-            self.program, max_batch=max_batch, max_length=max_length, step=step, device=self.device, slots=slots
+            program, max_batch=max_batch, max_length=max_length, step=step, device=self.device, slots=slots
         )
         return Steps(
             self._prefill_by,

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch, PagedRows
+from runtime.kv_cache.buffers import buffers_of, kept_as, parts_of, read_from
 from runtime.kv_cache.fixed_states import FixedStates, write_active
 from runtime.kv_cache.slots import Slots, minus_infinity, slots_of
-from runtime.kv_cache.untouched import untouched_zeros
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.kernels.decode_attention import Attending, can_decode, decode_attention, registered
@@ -59,6 +59,7 @@ class Cache:
         slots: int = 0,
     ) -> None:
         self._states, self._device = tuple(states), device
+        self._state_of = {state.name: state for state in self._states}
         self._appended: set[str] = set()
         self.fixed_states = FixedStates({})
         """Where states per sequence are in runs of fixed shape."""
@@ -82,14 +83,10 @@ class Cache:
     def resize(self, *, max_batch: int, max_length: int, step: int, slots: int = 0) -> None:
         """Other buffers, all zero, in the place of those that there are; give those back before, by `drop`."""
         self.max_batch, self.max_length, self.step = max_batch, max_length, step
-        self.buffers = {
-            state.name: untouched_zeros(
-                _shape(state, max_batch, slots_of(state, max_length=max(max_length, slots), step=step)),
-                dtype=state.dtype,
-                device=self._device,
-            )
-            for state in self._states
-        }
+        self.buffers: dict[str, Tensor] = {}
+        for state in self._states:
+            count = slots_of(state, max_length=max(max_length, slots), step=step)
+            self.buffers |= buffers_of(state, _shape(state, max_batch, count), self._device)
         self._remembered = {s.name: self.buffers[s.name].shape for s in self._states if not s.per_token}
         self.fixed_states = FixedStates(self._remembered)
         self._used = 0
@@ -214,8 +211,7 @@ class Cache:
         ) -> Tensor:
             if by_kernel is not None and q.shape[2] == 1 and (self._is_fixed or self._active is None):
                 return by_kernel(q, k, v, positions, sinks)
-            keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
-            return self._attend(keys, values, options, q, k, v, mask, sinks)
+            return self._attend(state, options, q, k, v, mask, sinks)
 
         return attend
 
@@ -224,15 +220,9 @@ class Cache:
         return keys.shape[2]
 
     def _attend_one(
-        self,
-        state: str,
-        options: dict[str, Any],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
+        self, state: str, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
         sinks: Tensor | None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """One token of each row."""
         keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
         given: dict[str, Any] = {name: options[name] for name in ("scale", "window", "chunk", "softcap")}
@@ -240,26 +230,20 @@ class Cache:
         return found
 
     def _attend(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        options: dict[str, Any],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
+        self, state: str, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
         sinks: Tensor | None,
-    ) -> Tensor:
-        """`cached_attention` over the buffers of one state, `options` being its keywords but for the state's name."""
-        group, slots = self._group, keys.shape[2]
-        self._put(keys, k)
-        self._put(values, v)
+    ) -> Tensor:  # fmt: skip
+        """`cached_attention` over one state, `options` being its keywords but for the state's name."""
+        keys, values = f"{state}.key", f"{state}.value"
+        slots = self._slots_of(self.buffers[keys])
+        k, v = self._keep(keys, k), self._keep(values, v)
         plain = mask is None and sinks is None and options["causal"]
         plain = plain and all(options[name] is None for name in ("softcap", "chunk", "kv_map"))
         if plain and self._can_flash(q, v, slots, options["window"]):
             tokens = self._batch
             assert tokens is not None
-            rows, (scale, window) = (keys[group], values[group]), (options["scale"], options["window"])
+            rows = self._held(keys, slots), self._held(values, slots)
+            scale, window = options["scale"], options["window"]
             return flash_rows(q, *rows, tokens.starts, tokens.counts, scale=scale, window=window)
         if self._batch is not None and self._batch.start == 0:
             # nothing came before: the tokens of this call are all there is to see
@@ -271,7 +255,7 @@ class Cache:
         # the products for 256 slots, 6 times for 8,192; what they cost the host, a captured step does not pay
         written_out = self._fixed is not None and q.device.type == "cuda"
         return attention(
-            q, keys[group, :, :seen], values[group, :, :seen], mask, sinks,
+            q, self._held(keys, seen), self._held(values, seen), mask, sinks,
             scale=options["scale"], softcap=options["softcap"], kv_map=options["kv_map"], written_out=written_out,
         )  # fmt: skip
 
@@ -280,17 +264,28 @@ class Cache:
         assert defaults is not None
         options = {**defaults, **options}
         window, chunk = options["window"], options["chunk"]
-        self._kinds.add((self._slots_of(self.buffers[f"{state}.latent"]), window, chunk))
+        name = f"{state}.latent"
+        self._kinds.add((self._slots_of(self.buffers[name]), window, chunk))
 
-        def keep(rows: Tensor) -> Seen | None:
-            buffer = self.buffers[f"{state}.latent"]
-            self._put(buffer, rows[:, None])
+        def keep(rows: Tensor) -> Seen:
+            kept = self._keep(name, rows[:, None])
             if self._batch is not None and self._batch.start == 0:
-                return None
-            seen, hidden = self._sight(self._slots_of(buffer), window, chunk, rows.dtype)
-            return Seen(self._get(buffer, seen)[:, 0], hidden, captured=self._fixed is not None)
+                return Seen(kept[:, 0], None, is_first=True)
+            seen, hidden = self._sight(self._slots_of(self.buffers[name]), window, chunk, rows.dtype)
+            return Seen(self._held(name, seen)[:, 0], hidden, captured=self._fixed is not None)
 
         return over_cache(keep, options)
+
+    def _keep(self, name: str, x: Tensor) -> Tensor:
+        """Adds keys or values of the run's tokens to a state; as they will be read."""
+        parts, kept = kept_as(self._state_of[name], x)
+        for part, rows in zip(parts_of(self._state_of[name]), parts, strict=True):
+            self._put(self.buffers[part], rows)
+        return kept
+
+    def _held(self, name: str, count: int) -> Tensor:
+        """Keys or values in the first `count` slots of the run's rows."""
+        return read_from(self._state_of[name], lambda part: self._get(self.buffers[part], count))
 
     def _put(self, buffer: Tensor, x: Tensor) -> None:
         """Keeps `x` [B, G, S, D] of the run's tokens."""

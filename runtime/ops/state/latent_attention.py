@@ -64,18 +64,20 @@ def latent_attention(
 
 class Seen(NamedTuple):
     """What a run sees of a cache. rows: [B, T, R + E], its own among them. hidden: minus infinity where a query must
-    not look, [B, 1, S, T]; None: it may look everywhere. captured: whether the run is one that is replayed.
+    not look, [B, 1, S, T]; None: it may look everywhere, or is_first: the rows are the run's own, and nothing came
+    before. captured: whether the run is one that is replayed.
     """
 
     rows: Tensor
     hidden: Tensor | None
-    captured: bool
+    captured: bool = False
+    is_first: bool = False
 
 
-def over_cache(keep: Callable[[Tensor], Seen | None], options: dict[str, Any]) -> Callable[..., Tensor]:
+def over_cache(keep: Callable[[Tensor], Seen], options: dict[str, Any]) -> Callable[..., Tensor]:
     """The function that takes the place of a `latent_attention` with these keywords: it takes the op's tensors.
 
-    keep: adds the rows of the run to the cache, [B, S, R + E]; None: they are all that there is to see.
+    keep: adds the rows of the run to the cache, [B, S, R + E].
     """
     given = {name: options[name] for name in ("scale", "softcap")}
     limits = {name: options[name] for name in ("causal", "window", "chunk")}
@@ -91,10 +93,9 @@ def over_cache(keep: Callable[[Tensor], Seen | None], options: dict[str, Any]) -
         mask: Tensor | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        rows = latent if carried is None else torch.cat([latent, carried], -1)
-        seen = keep(rows)
-        if seen is None:
-            return attend(q, carried_q, rows, key_weight, value_weight, mask, sinks, **given, **limits)
+        seen = keep(latent if carried is None else torch.cat([latent, carried], -1))
+        if seen.is_first:
+            return attend(q, carried_q, seen.rows, key_weight, value_weight, mask, sinks, **given, **limits)
         if seen.hidden is not None:
             mask = seen.hidden if mask is None else mask.to(q.dtype) + seen.hidden
         # as of keys and values: a captured step pays for the products and not for the kernel's walk
