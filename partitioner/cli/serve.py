@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from partitioner.cli.common.command import command
 from partitioner.cli.common.options import (
+    CacheDtype,
     Checkpoint,
     Compile,
     CompileSteps,
@@ -38,6 +39,7 @@ __all__ = ["register"]
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _ROWS = 32
+_MEMORY = "0.5 of free"
 _LENGTH = 4096
 """Tokens of a text, where nothing of the model says how many it takes."""
 
@@ -75,6 +77,7 @@ def serve_command(
     cache_memory: Annotated[
         str | None, typer.Option(help='the most that a rank may keep for the cache: "4 GB", or "0.9 of free"')
     ] = None,
+    cache_dtype: CacheDtype = None,
     rank_timeout: Annotated[float, typer.Option(help="seconds after which a silent rank is lost")] = 60.0,
     start_timeout: Annotated[float, typer.Option(help="seconds until all ranks must have loaded")] = 600.0,
     dtype: Dtype = None,
@@ -128,7 +131,7 @@ def serve_command(
             mapped=mapped,
             checked=not unchecked,
             compile=compile_steps,
-            cache=_cache(cache_memory, max_batch),
+            cache=_cache(cache_memory, max_batch, cache_dtype),
             max_batch=max_batch,
             vocabulary=vocabulary,
             restart=restart,
@@ -178,9 +181,11 @@ def _vocabulary(tokenizer: Any) -> tuple[str | None, str]:
         return None, str(error)
 
 
-def _cache(memory: str | None, rows: int | None) -> CacheSize | None:
+def _cache(memory: str | None, rows: int | None, dtype: str | None) -> CacheSize | None:
     """None: half of the memory that is free."""
-    return None if memory is None else CacheSize(max_batch=rows or _ROWS, memory=memory)
+    if memory is None and dtype is None:
+        return None
+    return CacheSize(max_batch=rows or _ROWS, memory=memory or _MEMORY, dtype=dtype)
 
 
 def _max_length(model: str, llm: Launched, asked: int | None) -> int:

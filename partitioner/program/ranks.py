@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import Unpack
@@ -162,6 +162,10 @@ class Ranks(ABC):
                 streams.append(stack.enter_context(contextlib.closing(steps)) if rows else steps)  # type: ignore[type-var]
             while any(found := [[step for step in [next(steps, None)] if step is not None] for steps in streams]):
                 yield merged(found, dealt)[0]
+
+    def log_probabilities(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Of each token of `texts` after those before it, [B, L - 1]; see `Engine.log_probabilities`."""
+        return same_on_all_ranks(self._simulator.run(lambda engine: engine.log_probabilities(texts)))
 
     def profile(self) -> AbstractContextManager[Trace]:
         """`with ranks.profile() as trace:` records what all ranks do in this process; see docs/profiling.md."""

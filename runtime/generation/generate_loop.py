@@ -12,7 +12,7 @@ Every rank does the same on the host and draws the same tokens, so nobody has to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,7 @@ from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.batching.batch_loop import BatchLoop
-from runtime.generation.choose_tokens import TokenChooser
+from runtime.generation.choose_tokens import GivenTokens, TokenChooser
 from runtime.generation.conversation import Conversation
 from runtime.generation.decode_graphs import require_fixed_shapes
 from runtime.generation.generation_options import Settings
@@ -90,8 +90,11 @@ class GenerateLoop:
     def cache(self) -> Cache | None:
         return None if self._bound is None else self._bound.cache
 
-    def steps(self, request: GenerationRequest) -> Iterator[Step]:
-        """One `Step` per token, until every sequence has ended."""
+    def steps(self, request: GenerationRequest, *, given: Sequence[Sequence[int]] | None = None) -> Iterator[Step]:
+        """One `Step` per token, until every sequence has ended.
+
+        given: texts by request id, whose tokens are taken in the place of chosen ones; the request asks for `logprobs`.
+        """
         settings = request.settings
         if settings.top_logprobs is not None:
             raise InputError("top_logprobs is offered by ranks that partitioner.launch started: leave it out here")
@@ -106,6 +109,8 @@ class GenerateLoop:
         run.cache.start()
         self._turn += 1
         turn = self._turn
+        choosing = self.program, settings, self.communicator, self.device, self._profiler
+        chooser = TokenChooser(*choosing) if given is None else GivenTokens(given, *choosing)
         if self.program.stage is not None:
             staged = StagedLoop(
                 run,
@@ -116,13 +121,11 @@ class GenerateLoop:
                 self._profiler,
                 alike=self._counts_tokens,
             )
-            chooser = TokenChooser(self.program, settings, self.communicator, self.device, self._profiler)
             for step in staged.steps(request, chooser, min(size, run.cache.step)):
                 yield step
                 self._require(turn)
             return
         conversation = Conversation(request, vocab_size=self.program.vocab_size)
-        chooser = TokenChooser(self.program, settings, self.communicator, self.device, self._profiler)
         pieces = conversation.prompt_pieces(run.cache.piece_size(size, longest), alike=self._counts_tokens)
         logits = run.prefill(pieces)
         chained: Iterator[Tensor] | None = None

@@ -48,6 +48,7 @@ __all__ = [
     "slots_for",
     "step_of",
     "tokens_that_fit",
+    "why_not_float8",
 ]
 
 LEAST_STEP = 512

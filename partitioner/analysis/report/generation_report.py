@@ -23,7 +23,7 @@ from torch import fx
 from partitioner.analysis.report.report import matrix_users, pattern_of, reason_for, split_text
 from partitioner.program.node_arguments import arguments, node_values, operation
 from partitioner.program.program import Program, State
-from runtime.kv_cache.cache_size import longest_text
+from runtime.kv_cache.cache_size import in_float8, longest_text, why_not_float8
 from runtime.kv_cache.device_memory import readable
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.communicating import COMMUNICATING, axes_text
@@ -84,6 +84,8 @@ class GenerationReport:
     further_weights: tuple[int, ...]
     """Bytes on each rank of weights that the program for whole texts does not hold in the same way."""
     notes: tuple[str, ...] = ()
+    float8_per_token: tuple[int, ...] = ()
+    """As `bytes_per_token`, of a cache of dtype fp8; empty where not all that is remembered is keys and values."""
     caches: tuple[str, ...] = ()
     """Of the attentions alike: what is cached for them, and why."""
 
@@ -108,7 +110,8 @@ class GenerationReport:
         lines.append("remembered, whole on every rank:")
         lines += [f"  {row}" for row in self.whole] or ["  nothing"]
         if any(self.bytes_per_token):
-            lines.append(f"cache per token: per rank {_sizes(self.bytes_per_token)}")
+            float8 = f", in fp8 {_sizes(self.float8_per_token)}" if self.float8_per_token else ""
+            lines.append(f"cache per token: per rank {_sizes(self.bytes_per_token)}{float8}")
         if any(self.bytes_per_sequence):
             lines.append(f"cache per sequence: per rank {_sizes(self.bytes_per_sequence)}")
         if any(self.further_weights):
@@ -166,8 +169,15 @@ def make_generation_report(
             for rank, known in zip(ranks, whole_text, strict=True)
         ),
         notes=tuple(program.notes),
+        float8_per_token=_float8_per_token(ranks),
         caches=_caches(program),
     )
+
+
+def _float8_per_token(ranks: Sequence[RankProgram]) -> tuple[int, ...]:
+    if any(why_not_float8(rank) is not None for rank in ranks):
+        return ()
+    return tuple(sum(state.bytes for state in in_float8(rank).states) for rank in ranks)
 
 
 def _caches(program: Program) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from partitioner.storage.named_model import dtype_named, load_model
 from partitioner.storage.recognise import is_bundle
 
 __all__ = [
+    "CacheDtype",
     "Checkpoint",
     "Compile",
     "CompileSteps",
@@ -131,6 +132,9 @@ MaxBatch = Annotated[int | None, typer.Option(help="the most prompts to run at a
 KeepWhole = Annotated[list[str] | None, typer.Option(help="names of weights, with *, that no rank splits")]
 Passes = Annotated[list[str] | None, typer.Option("--pass", help="an installed pass to run as well, by its name")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="say what compiling did, and how long each step took")]
+CacheDtype = Annotated[
+    str | None, typer.Option(help="fp8: keys and values are cached as float8 with a scale per token and head")
+]
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="neither use nor keep a compiled program in the user's cache")
 ]
