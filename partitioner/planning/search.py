@@ -96,12 +96,18 @@ def broken_limits(price: Price) -> list[str]:
 
 
 def search(
-    summary: Summary, cluster: Cluster, workload: Workload, *, goal: str = "latency", frontier: bool = True
+    summary: Summary,
+    cluster: Cluster,
+    workload: Workload,
+    *,
+    goal: str = "latency",
+    frontier: bool = True,
+    pricer: Pricer | None = None,
 ) -> Choice:
-    """All plans of `plans`, priced and ranked."""
+    """All plans of `plans`, priced and ranked. pricer: of that summary on that cluster, where it is no plain one."""
     if goal not in GOALS:
         raise InputError(f"a plan is chosen for {', '.join(GOALS)}; got {goal!r}")
-    pricer = Pricer(summary, cluster)
+    pricer = pricer or Pricer(summary, cluster)
     candidates = list(plans(summary, cluster, workload))
     contexts: dict[str, int] = {}
     if goal == "context":

@@ -27,20 +27,17 @@ from partitioner.planning.collectives import Hop, collective_seconds
 from partitioner.planning.kernels import Kernels, kernels_of
 from partitioner.planning.pricing.sequences import Attending, shares_out
 from partitioner.planning.pricing.stage_split import split_layers
-from partitioner.planning.quantities import Memory, Price, Seconds, Workload
+from partitioner.planning.quantities import Memory, Price, Seconds, Workload, runs_of
 from partitioner.planning.summary import Summary
 from partitioner.program.plan import Plan
-from partitioner.sharding.mesh import Mesh
+from runtime.kv_cache.cache_size import require_dtype
 
-__all__ = ["RUN_TOKENS", "Pricer"]
+__all__ = ["Pricer"]
 
-RUN_TOKENS = 8192
 LAUNCH_S = 1.5e-6
 """From the end of a kernel to the start of the next one in a captured step."""
 STEP_S = 50e-6
 """Host work of a step that is launched as one graph: inputs, the choice of tokens."""
-
-
 _ITEM = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -48,10 +45,17 @@ class Pricer:
     """Prices plans for one model on one cluster; what plans have in common is computed once."""
 
     def __init__(
-        self, summary: Summary, cluster: Cluster, *, overhead_s: float = STEP_S, weight_dtype: str = ""
-    ) -> None:
-        """weight_dtype: "float8_e4m3fn" where the layers' matrices are stored, and multiplied, in one byte each."""
+        self, summary: Summary, cluster: Cluster, *, overhead_s: float = STEP_S, weight_dtype: str = "",
+        cache_dtype: str | None = None,
+    ) -> None:  # fmt: skip
+        """weight_dtype: "float8_e4m3fn" where the layers' matrices are stored, and multiplied, in one byte each.
+        cache_dtype: as in `CacheSize`; times are those of the model's dtype.
+        """
         self.summary, self.cluster, self.overhead_s = summary, cluster, overhead_s
+        require_dtype(cache_dtype)
+        self.cache_dtype = cache_dtype
+        options: Any = {"overhead_s": overhead_s, "weight_dtype": weight_dtype, "cache_dtype": cache_dtype}
+        self._of_expanded = None if summary.expanded is None else Pricer(summary.expanded, cluster, **options)
         if weight_dtype not in ("", "float8_e4m3fn"):
             raise InputError(f"weights are priced in the model's own dtype or in float8_e4m3fn; got {weight_dtype!r}")
         self.weight_dtype = weight_dtype
@@ -62,7 +66,14 @@ class Pricer:
         self._functions: dict[Any, Callable[..., Any]] = {}
         self._costs: dict[Any, Any] = {}
 
+    def _of(self, plan: Plan) -> Pricer:
+        """Others, for a plan that caches keys and values where something narrower could be."""
+        keeps_all = plan.sp > 1 or plan.cache == "expanded"
+        return self._of_expanded if keeps_all and self._of_expanded is not None else self
+
     def price(self, plan: Plan, workload: Workload) -> Price:
+        if (other := self._of(plan)) is not self:
+            return other.price(plan, workload)
         summary = self.summary
         mesh = plan.mesh
         local = -(-workload.batch // mesh.size("dp"))
@@ -96,6 +107,8 @@ class Pricer:
     # memory
 
     def memory(self, plan: Plan, workload: Workload, layers: Sequence[int]) -> Memory:
+        if (other := self._of(plan)) is not self:
+            return other.memory(plan, workload, layers)
         summary = self.summary
         values = self._values(plan, 1, 1, 0, alike=True)
         numbers = [self._weights(part, values) for part in range(len(summary.parts))]
@@ -109,7 +122,7 @@ class Pricer:
             mine += [summary.first] * (stage == 0) + [summary.last] * (stage == len(layers) - 1)
             stages.append((sum(numbers[part] for part in mine), rows * sum(caches[part] for part in mine)))
         weights, cache = max(stages, key=sum)
-        run_rows, length, _ = _runs(workload, rows)
+        run_rows, length, _ = runs_of(workload, rows)
         own = -(-length // plan.sp)
         activations = max(self._peak(part, plan, run_rows, own) for part in set(summary.order) | {summary.last})
         in_flight = 2 if plan.pp > 1 else 1
@@ -130,7 +143,8 @@ class Pricer:
         total = 0.0
         for i, kept in enumerate(self.summary.parts[part].kept):
             count = 1 if not kept.per_token else min(tokens, kept.sees or tokens)
-            total += count * self._number(("cache", part, i), kept.bytes, values)
+            size = kept.bytes if self.cache_dtype is None else kept.float8
+            total += count * self._number(("cache", part, i), size, values)
         return total
 
     def _peak(self, part: int, plan: Plan, rows: int, length: int) -> float:
@@ -337,7 +351,7 @@ class Pricer:
                 mine.add(self.part_seconds(summary.last, entry, plan, rows, length, past))
             mine.waiting += self.overhead_s
             if stage < len(layers) - 1:
-                pair = _pair(plan.mesh)
+                pair = plan.mesh.group(("pp",), 0)[:2]
                 size = own * summary.hidden_bytes
                 mine.link("send", collective_seconds("send", hops(self.cluster, pair), size))
             found.append(mine)
@@ -345,7 +359,7 @@ class Pricer:
 
     def _prefill(self, plan: Plan, workload: Workload, rows: int, layers: Sequence[int]) -> tuple[Seconds, str]:
         """Until all rows have their first token."""
-        run_rows, length, runs = _runs(workload, rows)
+        run_rows, length, runs = runs_of(workload, rows)
         past = (workload.prompt - length) // 2
         stages, how = self._stage_seconds(plan, "prefill", run_rows, length, past, layers)
         slowest = max(stages, key=lambda each: each.total)
@@ -379,16 +393,3 @@ class Pricer:
         costs[0] += times[self.summary.first]
         costs[-1] += times[self.summary.last]
         return split_layers(costs, plan.pp)
-
-
-def _runs(workload: Workload, rows: int) -> tuple[int, int, int]:
-    """Rows of a run, its tokens of each, and how many runs."""
-    if workload.prompt >= RUN_TOKENS:
-        return 1, RUN_TOKENS, rows * -(-workload.prompt // RUN_TOKENS)
-    together = min(rows, RUN_TOKENS // workload.prompt)
-    return together, workload.prompt, -(-rows // together)
-
-
-def _pair(mesh: Mesh) -> tuple[int, int]:
-    first, second = mesh.group(("pp",), 0)[:2]
-    return first, second
