@@ -29,6 +29,8 @@ def deepened(summary: Summary, layers: int) -> Summary:
     whole = float(part.weight_bytes.subs(values))
     summary.order = summary.order + [summary.order[-1]] * more
     summary.num_bytes += round(more * whole)
+    if summary.expanded is not None:
+        deepened(summary.expanded, layers)
     return summary
 
 

@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.planning.latent_cache import with_latent_cache
 from benchmarks.planning.models import SHAPES, summary_of
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.pricing.continuous import Steps, steps_of
@@ -24,7 +23,6 @@ from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.pricing.stored_format import StoredFormat
 from partitioner.planning.quantities import Workload
 from partitioner.program.plan import Plan
-from partitioner.storage.named_model import load_config
 
 __all__ = ["DENSE", "Row", "read"]
 
@@ -112,11 +110,10 @@ def _price(
     plan = Plan(tp=tp, dp=dp, ep=ep, etp=etp if ep > 1 else 1)
     kind, engine = "float8_e4m3fn" if row["precision"] == "fp8" else "", row["backend"]
     # checkpoints in fp8 hold scales of the cache, which TensorRT-LLM uses and the others by request only
-    kept = kind if engine == "trtllm" else ""
-    key = (name, system, kind, kept, str(tp * dp))
+    kept = "fp8" if kind and engine == "trtllm" else None
+    key = (name, system, kind, kept or "", str(tp * dp))
     if key not in pricers:
-        fields = load_config(f"config:{SHAPES / name}.json").to_dict()
-        summary = with_latent_cache(summary_of(name, cache), fields)
+        summary = summary_of(name, cache)
         stored = StoredFormat.float8(summary.dtype) if kind else None
         pricers[key] = Pricer(summary, Cluster.parse(f"{tp * dp}x{system}"), stored=stored, cache_dtype=kept)
     pricer = pricers[key]

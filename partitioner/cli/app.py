@@ -30,6 +30,7 @@ from partitioner.analysis.report.page.render import as_json
 from partitioner.cli.bench import register as register_bench
 from partitioner.cli.common.command import command
 from partitioner.cli.common.options import (
+    CacheDtype,
     Checkpoint,
     Compile,
     CompileSteps,
@@ -48,7 +49,16 @@ from partitioner.cli.plan import register
 from partitioner.cli.report import page_of, schedule, write_page
 from partitioner.cli.run import Question, answer, answer_alone, answer_here, run_in_processes, run_on_replicas
 from partitioner.cli.serve import register as register_serve
-from partitioner.cli.verify import Case, Outcome, explain, parse_lengths, verify, verify_in_processes
+from partitioner.cli.verify import (
+    Case,
+    Outcome,
+    cache_losses,
+    cache_losses_in_processes,
+    explain,
+    parse_lengths,
+    verify,
+    verify_in_processes,
+)
 from partitioner.errors import InputError
 from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.describe import describe, show_graph
@@ -78,11 +88,14 @@ def verify_command(
     revision: Revision = None,
     seed: Annotated[int, typer.Option(help="of random weights and inputs")] = 0,
     timeout_s: Timeout = 600.0,
+    cache_dtype: Annotated[
+        str | None, typer.Option(help="fp8: also print what such a cache loses against one in bfloat16")
+    ] = None,
 ) -> None:
     """Compare the partitioned model with the original, over one process per rank."""
     model = fetched(model, revision=revision)
     place = "cpu" if simulate else device
-    case = Case(model, how, tuple(dtype.split(",")), parse_lengths(lengths), seed, place)
+    case = Case(model, how, tuple(dtype.split(",")), parse_lengths(lengths), seed, place, cache_dtype)
     require_timeout(timeout_s)  # also where no process is started
     for name in case.dtypes:
         dtype_named(name)
@@ -97,6 +110,10 @@ def verify_command(
         at = equal if divergence is None else str(divergence)
         console.print(f"first difference ({worst.dtype}, length {worst.length}): {at}", markup=False, highlight=False)
         raise typer.Exit(1)
+    if cache_dtype is not None:
+        losses = cache_losses(case) if simulate else cache_losses_in_processes(case, timeout_s=timeout_s)
+        for loss in losses:
+            console.print(str(loss), markup=False, highlight=False, soft_wrap=True)
 
 
 @command(app, "report")
@@ -175,6 +192,7 @@ def run_command(
     cache_memory: Annotated[
         str | None, typer.Option(help='the most that a rank may keep for the cache: "4 GB", or "0.9 of free"')
     ] = None,
+    cache_dtype: CacheDtype = None,
     simulate: Simulate = False,
     revision: Revision = None,
     device: Device = "auto",
@@ -217,6 +235,7 @@ def run_command(
         cached=not no_cache,
         chat=chat,
         cache_memory=cache_memory,
+        cache_dtype=cache_dtype,
         options=options,
         profile=profile,
         device="cpu" if simulate and device == "auto" else device,

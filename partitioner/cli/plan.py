@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from partitioner.cli.common.command import command
-from partitioner.cli.common.options import Dtype, Model
+from partitioner.cli.common.options import CacheDtype, Dtype, Model
 from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.detect import detect
@@ -36,6 +36,7 @@ from partitioner.storage.checkpoint.open_checkpoint import can_open, open_checkp
 from partitioner.storage.checkpoint.quantized_tensors import quantization_fields
 from partitioner.storage.hub import fetched
 from partitioner.storage.named_model import dtype_named, load_config, load_model
+from runtime.kv_cache.cache_size import require_dtype
 
 __all__ = ["register"]
 
@@ -85,11 +86,12 @@ def register(app: typer.Typer) -> None:
         weights_only: Annotated[bool, typer.Option("--weights-only", help="count cards, without tracing")] = False,
         weights: Weights = "expanded",
         dtype: Dtype = None,
+        cache_dtype: CacheDtype = None,
         as_json: Json = False,
     ) -> None:
         """Say whether a model fits on a cluster, and how. Exit code 0: it does, 1: it does not."""
         cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch)
-        told = [_fit(name, dtype, cluster, workload, weights_only, weights) for name in models]
+        told = [_fit(name, dtype, cluster, workload, weights_only, weights, cache_dtype) for name in models]
         if as_json:
             print(json.dumps(told, indent=1))
         else:
@@ -155,8 +157,15 @@ def _stored(name: str, weights: str, dtype: str) -> StoredFormat | None:
 
 
 def _fit(
-    name: str, dtype: str | None, cluster: Cluster, workload: Workload, weights_only: bool, weights: str
+    name: str,
+    dtype: str | None,
+    cluster: Cluster,
+    workload: Workload,
+    weights_only: bool,
+    weights: str,
+    cache_dtype: str | None,
 ) -> dict[str, Any]:
+    require_dtype(cache_dtype)
     model = _model(name, dtype)
     kind = cluster.weakest
     own = {id(p): p.numel() * p.element_size() for p in model.parameters()}
@@ -176,9 +185,9 @@ def _fit(
     if weights_only:
         return {**told, "fits": told["cards_for_weights"] <= cluster.size}
     summary = summarize(model)
-    stored = _stored(name, weights, summary.dtype)
-    pricer = Pricer(summary, cluster, stored=stored)
-    choice = search(summary, cluster, workload, goal="throughput", frontier=False, stored=stored)
+    kept: dict[str, Any] = {"stored": _stored(name, weights, summary.dtype), "cache_dtype": cache_dtype}
+    pricer = Pricer(summary, cluster, **kept)
+    choice = search(summary, cluster, workload, goal="throughput", frontier=False, **kept)
     cache = sum(pricer.memory(each.plan, workload, each.layers).cache for each in choice.ranked[:1])
     if not choice.ranked:
         least = min((r for r in choice.refused if r.memory.total), key=lambda r: r.memory.total, default=None)

@@ -40,7 +40,7 @@ from runtime.communication.process_groups import ProcessGroups
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine.engine import Engine
 from runtime.generation.decode_graphs import require_fixed_shapes
-from runtime.kv_cache.cache_size import CacheSize
+from runtime.kv_cache.cache_size import CacheSize, require_dtype
 from runtime.kv_cache.device_memory import Amount, readable
 from runtime.launching.launched import Launched
 from runtime.processes.capacity import require_threads
@@ -72,6 +72,8 @@ class Question(Job):
     chat: bool = False
     cache_memory: str | None = None
     """The most that the cache may take on a rank, as in `runtime.kv_cache.device_memory`; None: all that is free."""
+    cache_dtype: str | None = None
+    """As in `CacheSize`."""
     options: dict[str, Any] = field(default_factory=dict)
     profile: str = ""
     """Where to write a trace of what every rank does; "": nowhere."""
@@ -90,6 +92,7 @@ class Question(Job):
             raise InputError(f"cannot write a trace to {self.profile!r}: give a file in a folder that exists")
         if self.cache_memory is not None:
             Amount.of(self.cache_memory)
+        require_dtype(self.cache_dtype)
         super().__post_init__()
         for prompt in self.prompts:
             try:
@@ -353,7 +356,9 @@ def _write(question: Question, tokenizer: Any, engine: Engine | Ranks | Launched
 def _reserve(question: Question, engine: Engine | Ranks | Launched, *, longest: int, max_batch: int) -> None:
     """Sets the cache aside, of the size that this question needs, and says how much more would fit."""
     new: int = question.options.get("max_new_tokens", 1)
-    size = CacheSize(max_batch=max_batch, max_length=longest + new - 1, memory=question.cache_memory)
+    size = CacheSize(
+        max_batch=max_batch, max_length=longest + new - 1, memory=question.cache_memory, dtype=question.cache_dtype
+    )
     _say(f"cache: {engine.reserve(size)}")
 
 

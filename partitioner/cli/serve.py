@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from partitioner.cli.common.command import command
 from partitioner.cli.common.options import (
+    CacheDtype,
     Checkpoint,
     Compile,
     CompileSteps,
@@ -36,6 +37,7 @@ __all__ = ["register"]
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _ROWS = 32
+_MEMORY = "0.5 of free"
 
 
 def register(app: typer.Typer) -> None:
@@ -71,6 +73,7 @@ def serve_command(
     cache_memory: Annotated[
         str | None, typer.Option(help='the most that a rank may keep for the cache: "4 GB", or "0.9 of free"')
     ] = None,
+    cache_dtype: CacheDtype = None,
     rank_timeout: Annotated[float, typer.Option(help="seconds after which a silent rank is lost")] = 60.0,
     start_timeout: Annotated[float, typer.Option(help="seconds until all ranks must have loaded")] = 600.0,
     dtype: Dtype = None,
@@ -126,7 +129,7 @@ def serve_command(
             checked=not unchecked,
             compile=compile_steps,
             compiled_cache=not no_cache,
-            cache=_cache(cache_memory, max_batch),
+            cache=_cache(cache_memory, max_batch, cache_dtype),
             max_batch=max_batch,
             vocabulary=vocabulary,
             restart=restart,
@@ -158,9 +161,11 @@ def serve_command(
     _say("ended")
 
 
-def _cache(memory: str | None, rows: int | None) -> CacheSize | None:
+def _cache(memory: str | None, rows: int | None, dtype: str | None) -> CacheSize | None:
     """None: half of the memory that is free."""
-    return None if memory is None else CacheSize(max_batch=rows or _ROWS, memory=memory)
+    if memory is None and dtype is None:
+        return None
+    return CacheSize(max_batch=rows or _ROWS, memory=memory or _MEMORY, dtype=dtype)
 
 
 def _say(line: str) -> None:

@@ -2,6 +2,7 @@
 
     verify(Case("config:tiny.json", Compile(tp=2)))                              all ranks in this process
     verify_in_processes(Case("config:tiny.json", Compile(tp=2)), timeout_s=60)   one process per rank, over gloo
+    cache_losses(Case(.., cache_dtype="fp8"))                                    a cache of that dtype against bfloat16
 
 The original in eager mode is the reference; where an outcome is not within its tolerance, `explain` names the first
 node that differs. Comparing in float64 separates a wrong result from a rounded one.
@@ -27,16 +28,21 @@ from partitioner.compile.parts import Parts
 from partitioner.errors import CaptureError, InputError, WeightError
 from partitioner.proof.float64 import ExactArithmetic, in_float64
 from partitioner.storage.named_model import dtype_named, load_config, load_model
+from runtime.kv_cache.cache_size import CacheSize, require_dtype
 from runtime.processes.capacity import require_threads
 from runtime.processes.choose_device import choose_device
 from runtime.processes.launch import launch
 from runtime.processes.place import Place
 
 __all__ = [
+    "CacheLoss",
     "Case",
     "Outcome",
+    "cache_losses",
+    "cache_losses_in_processes",
     "compiled",
     "explain",
+    "losses_of",
     "outcomes_of",
     "parse_lengths",
     "verify",
@@ -58,11 +64,14 @@ class Case(Job):
     seed: int = 0
     device: str = "cpu"
     """Of the ranks, as in `runtime.processes.choose_device`; the original runs on cpu."""
+    cache_dtype: str | None = None
+    """Of a cache whose loss is measured, as in `CacheSize`; None: none is."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= LARGEST_SEED:
             raise InputError(f"the seed must be a whole number from 0 to {LARGEST_SEED}, got {self.seed}")
         super().__post_init__()
+        require_dtype(self.cache_dtype)
         if self.plan.weights != "expanded":
             raise InputError(
                 f"verify compares with transformers' own model, whose weights are expanded; the plan has weights="
@@ -89,6 +98,57 @@ class Outcome:
         return self.error <= self.accepted
 
 
+@dataclass(frozen=True)
+class CacheLoss:
+    """Of texts of random tokens: the mean of minus the log-probability of a token after those before it, in nats.
+
+    expected: with a cache in the model's dtype, bfloat16; found: with one of `dtype`. largest: difference of a token.
+    """
+
+    dtype: str
+    length: int
+    expected: float
+    found: float
+    largest: float
+
+    def __str__(self) -> str:
+        return (
+            f"cache in {self.dtype} against bfloat16, texts of {self.length} tokens: loss {self.found:.4f} against "
+            f"{self.expected:.4f} ({self.found - self.expected:+.4f}), a token's log-probability by at most "
+            f"{self.largest:.4f}"
+        )
+
+
+def cache_losses(case: Case) -> list[CacheLoss]:
+    """Every rank in this process."""
+    require_threads(case.plan.mesh.world_size)
+    model = load_model(case.model, dtype=torch.bfloat16, seed=case.seed)
+    parts = compiled(model, case.compile)
+
+    def run(size: CacheSize, texts: list[list[int]]) -> Tensor:
+        parts.reserve(size)
+        return parts.log_probabilities(texts)
+
+    return list(losses_of(case, model, run))
+
+
+def cache_losses_in_processes(case: Case, *, timeout_s: float) -> list[CacheLoss]:
+    """One process per rank; all of them say the same."""
+    return [CacheLoss(**fields) for fields in json.loads(_answers(case, timeout_s)[0])]
+
+
+def losses_of(case: Case, model: Any, run: Callable[[CacheSize, list[list[int]]], Tensor]) -> Iterator[CacheLoss]:
+    """run: log-probabilities [B, L - 1] of texts over a cache of that size. Texts of one token have none."""
+    for length in case.lengths:
+        if length > 1:
+            texts = _input_ids(case, model, length).tolist()
+            size = CacheSize(max_batch=len(texts), max_length=length)
+            expected, found = (run(each, texts) for each in (size, replace(size, dtype=case.cache_dtype)))
+            largest = (found - expected).abs().max().item()
+            assert case.cache_dtype is not None
+            yield CacheLoss(case.cache_dtype, length, -expected.mean().item(), -found.mean().item(), largest)
+
+
 def verify(case: Case) -> Iterator[Outcome]:
     """Simulate every rank in this process."""
     require_threads(case.plan.mesh.world_size)
@@ -100,18 +160,22 @@ def verify(case: Case) -> Iterator[Outcome]:
 
 def verify_in_processes(case: Case, *, timeout_s: float) -> list[Outcome]:
     """Start one process per rank; each builds the model, partitions it, and runs its part over gloo."""
+    answers = _answers(replace(case, cache_dtype=None), timeout_s)
+    ranks = [[Outcome(**fields) for fields in json.loads(answer)] for answer in answers]
+    worst = [max(same, key=lambda outcome: outcome.error) for same in zip(*ranks, strict=True)]
+    return [replace(each, error=float("inf")) if each.error == _NO_RESULT else each for each in worst]
+
+
+def _answers(case: Case, timeout_s: float) -> list[bytes]:
     # here once, rather than on every rank: a wrong name should be one line
     load_config(case.model, small=True)
-    answers = launch(
+    return launch(
         ["partitioner.cli.ranks.verify_rank"],
         num_ranks=case.plan.mesh.world_size,
         timeout_s=timeout_s,
         given=case.to_json().encode(),
         name=Place(case.plan.replica_mesh, 0, 0, case.plan.replicas).name_of_all,
     )
-    ranks = [[Outcome(**fields) for fields in json.loads(answer)] for answer in answers]
-    worst = [max(same, key=lambda outcome: outcome.error) for same in zip(*ranks, strict=True)]
-    return [replace(each, error=float("inf")) if each.error == _NO_RESULT else each for each in worst]
 
 
 def _simulated(parts: Parts[Any], input_ids: Tensor) -> list[Tensor | None]:

@@ -69,7 +69,12 @@ ORDER = (
         options=lambda plan: {} if plan.sp_attention == "auto" else {"attention": plan.sp_attention},
     ),
     BuiltIn("sequence-parallel", ("text", "prefill"), lambda plan: "sequence-parallel" in _named(plan)),
-    BuiltIn("kv-cache", GENERATION, _always),
+    BuiltIn(
+        "kv-cache",
+        GENERATION,
+        _always,
+        options=lambda plan: {} if plan.cache == "auto" else {"cache": plan.cache},
+    ),
     BuiltIn("last-token", GENERATION, _always),
     BuiltIn("fuse", EVERYWHERE, _always),
     # then the user's own, in the plan's order

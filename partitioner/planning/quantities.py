@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from partitioner.errors import InputError
 from partitioner.program.plan import Plan
 
-__all__ = ["Memory", "Price", "Seconds", "Workload"]
+__all__ = ["Memory", "Price", "Seconds", "Workload", "runs_of"]
+
+RUN_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -109,3 +111,11 @@ class Price:
     def tokens_per_s(self) -> float:
         """New tokens, of all requests."""
         return self.workload.batch * self.workload.new / self.latency_s if self.workload is not None else 0.0
+
+
+def runs_of(workload: Workload, rows: int) -> tuple[int, int, int]:
+    """Rows of a run, its tokens of each, and how many runs."""
+    if workload.prompt >= RUN_TOKENS:
+        return 1, RUN_TOKENS, rows * -(-workload.prompt // RUN_TOKENS)
+    together = min(rows, RUN_TOKENS // workload.prompt)
+    return together, workload.prompt, -(-rows // together)

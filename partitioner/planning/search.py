@@ -97,13 +97,22 @@ def broken_limits(price: Price) -> list[str]:
 
 
 def search(
-    summary: Summary, cluster: Cluster, workload: Workload, *, goal: str = "latency", frontier: bool = True,
+    summary: Summary,
+    cluster: Cluster,
+    workload: Workload,
+    *,
+    goal: str = "latency",
+    frontier: bool = True,
     stored: StoredFormat | None = None,
-) -> Choice:  # fmt: skip
-    """All plans of `plans`, priced and ranked. stored: how ranks hold quantised weights as their checkpoint does."""
+    cache_dtype: str | None = None,
+) -> Choice:
+    """All plans of `plans`, priced and ranked.
+
+    stored: how ranks hold quantised weights as their checkpoint does. cache_dtype: as in `CacheSize`.
+    """
     if goal not in GOALS:
         raise InputError(f"a plan is chosen for {', '.join(GOALS)}; got {goal!r}")
-    pricer = Pricer(summary, cluster, stored=stored)
+    pricer = Pricer(summary, cluster, stored=stored, cache_dtype=cache_dtype)
     candidates = list(plans(summary, cluster, workload, weights="expanded" if stored is None else "stored"))
     contexts: dict[str, int] = {}
     if goal == "context":

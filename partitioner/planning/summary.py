@@ -27,6 +27,8 @@ from partitioner.sharding.layout import Split
 from partitioner.sharding.split_class import SplitClass
 from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.experts import expert_dispatch, grouped_linear
+from runtime.ops.kernels.float8_rows import SCALE_BYTES, num_scales
+from runtime.ops.state.latent_attention import latent_attention
 
 __all__ = ["Experts", "Part", "Summary", "summarize", "summarize_program"]
 
@@ -47,6 +49,8 @@ class Kept:
     bytes: Any
     per_token: bool = True
     sees: int | None = None
+    float8: Any = 0
+    """As `bytes`, of a cache of dtype fp8."""
 
 
 @dataclass
@@ -94,6 +98,8 @@ class Summary:
     num_bytes: int
     """Of all weights, whole."""
     notes: list[str] = field(default_factory=list)
+    expanded: Summary | None = None
+    """Of the same model with keys and values in its cache; None: they are there already, and nothing narrower."""
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -124,16 +130,19 @@ def summarize(model: Any) -> Summary:
     return summarize_program(trace(model))
 
 
-def summarize_program(traced: Program) -> Summary:
-    """Of what `trace` yields. Raises `PlanError` where it cannot generate."""
-    parts = compile_program(traced, Plan(tp=2))
+def summarize_program(traced: Program, *, cache: str = "auto") -> Summary:
+    """Of what `trace` yields. Raises `PlanError` where it cannot generate. cache: as in `Plan`."""
+    parts = compile_program(traced, Plan(tp=2, cache=cache))
     program = parts.program_of("prefill")
     if "slots" in program.symbols or "sequence" not in program.symbols:
         raise PlanError(
             f"{traced.name} keeps more than keys and values between tokens (it is run with the model's own cache): its "
             "plans are not priced yet; partitioner report says how it is split"
         )
-    return _Summarizing(traced, program).summary()
+    found = _Summarizing(traced, program).summary()
+    if any(node.target is latent_attention for node in program.graph.nodes):
+        found.expanded = summarize_program(traced, cache="expanded")
+    return found
 
 
 class _Summarizing:
@@ -209,7 +218,9 @@ class _Summarizing:
         for each, dim in zip(state.shape, state.layout.dims, strict=True):
             at = source if isinstance(source, fx.Node) else node
             size = size * (self.classes.local(at, each, dim) if isinstance(dim, Split) else each)
-        return Kept(size, state.per_token, state.sees)
+        width = state.shape[-1]
+        float8 = size / state.dtype.itemsize * (width + SCALE_BYTES * num_scales(width)) / width
+        return Kept(size, state.per_token, state.sees, float8)
 
     def _live(self, nodes: list[fx.Node]) -> list[Live]:
         """Results that hold memory of their own; a view prolongs the life of what it is a view of."""

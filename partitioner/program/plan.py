@@ -24,6 +24,8 @@ __all__ = ["SP_ATTENTION", "Pass", "Plan"]
 
 WEIGHTS = ("expanded", "stored")
 """How ranks hold quantised weights."""
+CACHES = ("auto", "expanded", "latent")
+"""What ranks remember of the keys and values of a token."""
 SP_ATTENTION = ("auto", "ring", "gather", "ulysses", "ring-ulysses")
 """How attention goes over a sequence that ranks share out."""
 
@@ -55,6 +57,8 @@ class Plan:
     Replicas that no expert is shared out over are worlds of their own, see `replicas`.
     keep_whole: globs of weight names that are replicated. weights: what ranks hold of a quantised checkpoint:
     "expanded", numbers in the model's dtype, or "stored", codes and scales as in the files, dequantised in products.
+    cache: what is remembered of a token, keys and values, "expanded", or the narrower value that both are made of,
+    "latent"; "auto" is the smaller of the two.
 
     passes: the name of an installed pass, the name and its options, `("probe", {"every": 2})`, or a pass itself,
     `Probe(every=2)`. A built-in pass that is named here runs at its own place, with these options; others run after
@@ -70,6 +74,7 @@ class Plan:
     sp_attention: str = "auto"
     keep_whole: tuple[str, ...] = ()
     weights: str = "expanded"
+    cache: str = "auto"
     passes: Sequence[Choice | tuple[str, Mapping[str, object]]] = ()
 
     def __post_init__(self) -> None:
@@ -97,6 +102,13 @@ class Plan:
             )
         if self.weights not in WEIGHTS:
             raise PlanError(f"weights must be one of {', '.join(WEIGHTS)}; got {self.weights!r}")
+        if self.cache not in CACHES:
+            raise PlanError(f"cache must be one of {', '.join(CACHES)}; got {self.cache!r}")
+        if self.cache == "latent" and self.sp > 1:
+            raise PlanError(
+                f"cache=latent is for a cache that each rank has all of, and sp={self.sp} shares out its tokens: give "
+                "sp=1, or leave cache out"
+            )
         self.mesh  # noqa: B018 - checks the degrees together
 
     def degree(self, axis: str) -> int:
@@ -173,6 +185,8 @@ class Plan:
             said.append(f"keep_whole={write_value(self.keep_whole)}")
         if self.weights != "expanded":
             said.append(f"weights={self.weights}")
+        if self.cache != "auto":
+            said.append(f"cache={self.cache}")
         for chosen in self.passes:
             name, options = _named(chosen)
             said += [f"{name}.{option}={write_value(value)}" for option, value in options] or [name]
@@ -193,18 +207,20 @@ class Plan:
             said.append(f"keep_whole={self.keep_whole}")
         if self.weights != "expanded":
             said.append(f"weights={self.weights!r}")
+        if self.cache != "auto":
+            said.append(f"cache={self.cache!r}")
         if self.passes:
             said.append(f"passes=[{', '.join(map(_said, self.passes))}]")
         return f"Plan({', '.join(said)})"
 
 
-_FIELDS = ("sp_attention", "keep_whole", "weights")
+_FIELDS = ("sp_attention", "keep_whole", "weights", "cache")
 """Of a plan, beside its degrees and passes."""
 
 
 def _read_field(name: str, value: str, text: str) -> Any:
     found = read_value(value)
-    if name in ("sp_attention", "weights"):
+    if name in ("sp_attention", "weights", "cache"):
         return str(found)
     if name == "keep_whole":
         return tuple(map(str, found)) if isinstance(found, tuple) else (value,)

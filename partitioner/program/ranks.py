@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import Unpack
@@ -28,7 +28,7 @@ from runtime.engine.simulator import Simulator
 from runtime.execution.chrome_trace import Trace
 from runtime.generation.generation_options import Options
 from runtime.generation.generation_request import Generated, GenerationRequest, Prompts, Step
-from runtime.kv_cache.cache_size import CacheSize, Room, bytes_needed, tokens_that_fit
+from runtime.kv_cache.cache_size import CacheSize, Room, bytes_needed, in_float8, tokens_that_fit
 from runtime.kv_cache.device_memory import Amount
 from runtime.processes.capacity import require_memory, require_threads
 from runtime.program.rank_program import Entry, RankProgram
@@ -163,6 +163,10 @@ class Ranks(ABC):
             while any(found := [[step for step in [next(steps, None)] if step is not None] for steps in streams]):
                 yield merged(found, dealt)[0]
 
+    def log_probabilities(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Of each token of `texts` after those before it, [B, L - 1]; see `Engine.log_probabilities`."""
+        return same_on_all_ranks(self._simulator.run(lambda engine: engine.log_probabilities(texts)))
+
     def profile(self) -> AbstractContextManager[Trace]:
         """`with ranks.profile() as trace:` records what all ranks do in this process; see docs/profiling.md."""
         return self._simulator.profile()
@@ -172,23 +176,35 @@ class Ranks(ABC):
         rooms = [simulator.run(lambda engine: engine.reserve(size)) for simulator in self._simulators]
         return rooms[0][0]
 
-    def cache_bytes(self, *, max_batch: int, max_length: int, prefill_step: int = 512) -> list[int]:
-        """Per rank, the bytes of the cache for `max_batch` sequences of up to `max_length` tokens, prompt included."""
-        CacheSize(max_batch=max_batch, max_length=max_length, prefill_step=prefill_step)  # checks them
+    def cache_bytes(
+        self, *, max_batch: int, max_length: int, prefill_step: int = 512, dtype: str | None = None
+    ) -> list[int]:
+        """Per rank, the bytes of the cache for `max_batch` sequences of up to `max_length` tokens, prompt included.
+
+        dtype: as in `CacheSize`.
+        """
+        # checks them
+        CacheSize(max_batch=max_batch, max_length=max_length, prefill_step=prefill_step, dtype=dtype)
         return [
             bytes_needed(
-                self.entry("prefill", rank), max_batch=max_batch, max_length=max_length, prefill_step=prefill_step
+                self._held_as(rank, dtype), max_batch=max_batch, max_length=max_length, prefill_step=prefill_step
             )
             for rank in self.everyone()
         ]
 
-    def tokens_that_fit(self, memory: int | str, *, max_batch: int = 1, prefill_step: int = 512) -> list[int | None]:
+    def _held_as(self, rank: int, dtype: str | None) -> RankProgram:
+        program = self.entry("prefill", rank)
+        return program if dtype is None else in_float8(program)
+
+    def tokens_that_fit(
+        self, memory: int | str, *, max_batch: int = 1, prefill_step: int = 512, dtype: str | None = None
+    ) -> list[int | None]:
         """Per rank, the most tokens per sequence whose cache fits into `memory`: bytes, or a size such as "4 GB".
 
         The ranks can use the least of these. None: any number, as what the model remembers does not grow. A share of
-        what is free on a device is for an engine's `reserve`, which runs there.
+        what is free on a device is for an engine's `reserve`, which runs there. dtype: as in `CacheSize`.
         """
-        CacheSize(max_batch=max_batch, memory=memory, prefill_step=prefill_step)
+        CacheSize(max_batch=max_batch, memory=memory, prefill_step=prefill_step, dtype=dtype)
         room = Amount.of(memory).bytes
         if room is None:
             raise InputError(
@@ -196,7 +212,7 @@ class Ranks(ABC):
                 "engine.reserve(CacheSize(memory=...)) there"
             )
         return [
-            tokens_that_fit(self.entry("prefill", rank), room, max_batch=max_batch, prefill_step=prefill_step)
+            tokens_that_fit(self._held_as(rank, dtype), room, max_batch=max_batch, prefill_step=prefill_step)
             for rank in self.everyone()
         ]
 

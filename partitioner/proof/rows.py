@@ -4,7 +4,7 @@
     take_rows      x[.., T, ..] -> x[.., T_i, ..]   the tokens are dealt out over axes of the mesh, or anew over others
     collect_rows   x[.., T_i, ..] -> x[.., T, ..]   and come together again, over the same axes
     scatter_rows   x[.., T, ..] -> x[.., T_i, ..]   a sum over axes, of which each rank keeps its own tokens
-    cached_attention, last_token                    one query per token; one token per sequence
+    cached_attention, latent_attention, last_token  one query per token; one token per sequence
     cached_sequence_attention                       the same; of own tokens, which stay so, or of all, to be merged
     own_last_token   x[B, T_i, H] -> [B, 1, H]      one token per sequence, from the rank that has it
     localise_experts                                each token's choices by themselves
@@ -38,6 +38,7 @@ from runtime.ops.local import once, reorder, shard
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.rows.share_rows import own_last_token
+from runtime.ops.state.latent_attention import latent_attention
 
 __all__ = ["check_rows"]
 
@@ -95,6 +96,7 @@ class _Proof:
         if dim == "sequence":
             self.rules |= {
                 cached_attention: _cached_attention,
+                latent_attention: _latent_attention,
                 cached_sequence_attention: self._cached_sequence,
                 last_token: _last_token,
                 own_last_token: _last_token,
@@ -111,7 +113,7 @@ class _Proof:
             each = " and ".join(sorted(f"over {axes_text(axes)}" if axes else "on every rank" for axes in dealt))
             return f"brings {{what}}s together that ranks have otherwise: {each}"
         axes = dealt.pop() if dealt else ()
-        if axes and node.target in (attention, cached_attention) and node.target in self.rules:
+        if axes and node.target in (attention, cached_attention, latent_attention) and node.target in self.rules:
             return f"attends to a rank's own {{what}}s only, which are dealt out over {axes_text(axes)}"
         if axes and node.target is cached_sequence_attention and arguments(node)["how"] == "merge":
             return f"merges what own {{what}}s see, which are dealt out over {axes_text(axes)}"
@@ -241,7 +243,26 @@ def _unknown(node: fx.Node, layouts: Layouts) -> str | None:
 def _cached_attention(node: fx.Node, layouts: Layouts) -> str | None:
     a = arguments(node)
     layouts[node] = per_token = Layout((None, None, TOKENS, None))
-    if any(layouts[a[name]] != per_token for name in ("q", "k", "v")) or layouts[a["positions"]].dims[1] != TOKENS:
+    if any(layouts[a[name]] != per_token for name in ("q", "k", "v")):
+        return "attends over something other than one row per token"
+    return _of_earlier_tokens(a, layouts)
+
+
+def _latent_attention(node: fx.Node, layouts: Layouts) -> str | None:
+    a = arguments(node)
+    layouts[node] = per_token = Layout((None, None, TOKENS, None))
+    wanted = {"q": per_token, "carried_q": per_token, "latent": Layout((None, TOKENS, None))}
+    wanted["carried"] = wanted["latent"]
+    if any(a[name] is not None and layouts[a[name]] != layout for name, layout in wanted.items()):
+        return "attends over something other than one row per token"
+    if layouts[a["key_weight"]].split_dims or layouts[a["value_weight"]].split_dims:
+        return "makes keys and values by weights that depend on the {what}s"
+    return _of_earlier_tokens(a, layouts)
+
+
+def _of_earlier_tokens(a: dict[str, Any], layouts: Layouts) -> str | None:
+    """Of an attention whose operands have one row per token."""
+    if layouts[a["positions"]].dims[1] != TOKENS:
         return "attends over something other than one row per token"
     if not a["causal"]:
         return "is not causal: each token sees those after it"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Unpack, get_args
 
@@ -211,6 +211,28 @@ class Engine:
         mine = dealt[self._replicas.place.replica]
         steps = list(self._generate_loop.steps(request.of_rows(mine))) if mine else []
         yield from merged(self._replicas.exchange(steps), dealt)
+
+    def log_probabilities(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Of each token of `texts`, which are of one length L, after those before it: [B, L - 1] float64.
+
+        Each text runs token by token over the cache, so that what the cache keeps of a token counts. Every rank must be
+        given the same, and returns the same.
+        """
+        lengths = {len(text) for text in texts}
+        if len(lengths) != 1 or min(lengths) < 2:
+            raise InputError(f"texts must be of one length, at least 2 tokens; got {sorted(lengths)}")
+        request = self.request(
+            [list(text[:1]) for text in texts],
+            max_new_tokens=lengths.pop() - 1,
+            logprobs=True,
+            do_sample=False,
+            eos_token_id=[],
+            request_ids=list(range(len(texts))),
+        )
+        with attribute_errors(self.program):
+            found = request.result(list(self._generate_loop.steps(request, given=texts)))
+        assert isinstance(found, Generated)
+        return found.logprobs
 
     def steps(self, request: GenerationRequest) -> Iterator[Step]:
         """What this rank's replica says of a request that is checked already."""

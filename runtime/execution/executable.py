@@ -27,6 +27,7 @@ from runtime.ops.cached_attention import cached_attention
 from runtime.ops.communicating import COMMUNICATING, read_call
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.state import cache_append, state_read, state_write
+from runtime.ops.state.latent_attention import latent_attention
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["Executable", "build", "failing_node"]
@@ -39,7 +40,7 @@ _FRESH_OWN = frozenset({"vocab_parallel_embedding"})
 _TENSORS = ("mask", "sinks")
 _MASK = 4
 """Its place among the operands of a cached attention."""
-_WITH_STATE = frozenset({cached_attention, cache_append, state_read, state_write})
+_WITH_STATE = frozenset({cached_attention, latent_attention, cache_append, state_read, state_write})
 
 
 class Executable:

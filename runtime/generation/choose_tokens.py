@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from runtime.generation.generation_options import Settings
 from runtime.program.rank_program import RankProgram
 from runtime.sampling.sampler import Sampler
 
-__all__ = ["TokenChooser"]
+__all__ = ["GivenTokens", "TokenChooser"]
 
 
 class TokenChooser:
@@ -57,3 +59,25 @@ class TokenChooser:
         lengths = torch.tensor([len(text) for text in texts], device=self._device)
         most = max(map(len, texts))
         return torch.tensor([text + [0] * (most - len(text)) for text in texts], device=self._device), lengths
+
+
+class GivenTokens(TokenChooser):
+    """Takes the next token of known texts, by request id, whatever the logits say of it; and its log-probability."""
+
+    def __init__(
+        self,
+        texts: Sequence[Sequence[int]],
+        program: RankProgram,
+        settings: Settings,
+        communicator: Communicator,
+        device: torch.device,
+        profiler: Profiler,
+    ) -> None:
+        super().__init__(program, settings, communicator, device, profiler)
+        self._texts = texts
+
+    def choose(self, logits: Tensor, conversation: Conversation) -> tuple[list[int], list[float] | None]:
+        so_far = zip(conversation.request_ids, conversation.texts, strict=True)
+        tokens = [self._texts[number][len(text)] for number, text in so_far]
+        logprobs, _ = self.sampler.top(logits, torch.tensor(tokens, device=self._device), 1)
+        return tokens, logprobs[:, 0].tolist()

@@ -12,7 +12,7 @@ Every rank does the same on the host and draws the same tokens, so nobody has to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,7 +22,7 @@ from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.batching.batch_loop import BatchLoop
-from runtime.generation.choose_tokens import TokenChooser
+from runtime.generation.choose_tokens import GivenTokens, TokenChooser
 from runtime.generation.conversation import Conversation
 from runtime.generation.decode_graphs import require_fixed_shapes
 from runtime.generation.generation_options import Settings
@@ -31,8 +31,18 @@ from runtime.generation.staged_loop import StagedLoop
 from runtime.generation.steps import Loaded, Steps
 from runtime.generation.token_rules import TokenRules
 from runtime.kv_cache.cache import Cache
-from runtime.kv_cache.cache_size import ANY_LENGTH, CacheSize, Room, WhatIsKept, default_step, slots_for, step_of
+from runtime.kv_cache.cache_size import (
+    ANY_LENGTH,
+    CacheSize,
+    Room,
+    WhatIsKept,
+    default_step,
+    held_as,
+    slots_for,
+    step_of,
+)
 from runtime.kv_cache.sharded_cache import cache_for
+from runtime.program.rank_program import RankProgram
 
 __all__ = ["GenerateLoop"]
 
@@ -80,8 +90,11 @@ class GenerateLoop:
     def cache(self) -> Cache | None:
         return None if self._bound is None else self._bound.cache
 
-    def steps(self, request: GenerationRequest) -> Iterator[Step]:
-        """One `Step` per token, until every sequence has ended."""
+    def steps(self, request: GenerationRequest, *, given: Sequence[Sequence[int]] | None = None) -> Iterator[Step]:
+        """One `Step` per token, until every sequence has ended.
+
+        given: texts by request id, whose tokens are taken in the place of chosen ones; the request asks for `logprobs`.
+        """
         settings = request.settings
         if settings.top_logprobs is not None:
             raise InputError("top_logprobs is offered by ranks that partitioner.launch started: leave it out here")
@@ -96,6 +109,8 @@ class GenerateLoop:
         run.cache.start()
         self._turn += 1
         turn = self._turn
+        choosing = self.program, settings, self.communicator, self.device, self._profiler
+        chooser = TokenChooser(*choosing) if given is None else GivenTokens(given, *choosing)
         if self.program.stage is not None:
             staged = StagedLoop(
                 run,
@@ -106,13 +121,11 @@ class GenerateLoop:
                 self._profiler,
                 alike=self._counts_tokens,
             )
-            chooser = TokenChooser(self.program, settings, self.communicator, self.device, self._profiler)
             for step in staged.steps(request, chooser, min(size, run.cache.step)):
                 yield step
                 self._require(turn)
             return
         conversation = Conversation(request, vocab_size=self.program.vocab_size)
-        chooser = TokenChooser(self.program, settings, self.communicator, self.device, self._profiler)
         pieces = conversation.prompt_pieces(run.cache.piece_size(size, longest), alike=self._counts_tokens)
         logits = run.prefill(pieces)
         chained: Iterator[Tensor] | None = None
@@ -155,7 +168,8 @@ class GenerateLoop:
         if size.prefill_step is None:
             size = replace(size, prefill_step=self._default_step(size.max_batch))
         assert size.prefill_step is not None
-        room = Room.agreed(self.program, size, self.communicator, self.device)
+        program = held_as(self.program, size.dtype, self.communicator, self.device)
+        room = Room.agreed(program, size, self.communicator, self.device)
         max_length = size.max_length
         if max_length is None:
             max_length = ANY_LENGTH if room.tokens is None else room.tokens
@@ -165,7 +179,7 @@ class GenerateLoop:
         room.require(max(max_length, 1))
         self.room = room
         step = step_of(self.program, size.prefill_step, max_length)
-        self._bound = self._steps_over(max_batch=size.max_batch, max_length=max_length, step=step)
+        self._bound = self._steps_over(program, max_batch=size.max_batch, max_length=max_length, step=step)
         return self.room
 
     def _default_step(self, max_batch: int) -> int:
@@ -198,7 +212,7 @@ class GenerateLoop:
         if room.tokens is not None:
             max_length = min(max_length, room.tokens)
         if kept is None:
-            self._bound = self._steps_over(max_batch=max_batch, max_length=max_length, step=step)
+            self._bound = self._steps_over(self.program, max_batch=max_batch, max_length=max_length, step=step)
         else:  # a longer text, or more of them, compiles nothing
             slots = slots_for(self.program, max_length)
             kept.cache.resize(max_batch=max_batch, max_length=max_length, step=step, slots=slots)
@@ -211,12 +225,12 @@ class GenerateLoop:
             self._bound.release()  # its memory now: what is bound to it may keep it for a while
         self._bound = self.room = None
 
-    def _steps_over(self, *, max_batch: int, max_length: int, step: int) -> Steps:
-        """The programs over a new cache; a collective."""
+    def _steps_over(self, program: RankProgram, *, max_batch: int, max_length: int, step: int) -> Steps:
+        """The programs over a new cache, for the states as `program` has them; a collective."""
         self._counts_tokens = WhatIsKept.agreed(self.program, self.communicator, self.device).counts_tokens
         slots = slots_for(self.program, max_length)
         cache = cache_for(
-            self.program, max_batch=max_batch, max_length=max_length, step=step, device=self.device, slots=slots
+            program, max_batch=max_batch, max_length=max_length, step=step, device=self.device, slots=slots
         )
         return Steps(
             self._prefill_by,

@@ -24,14 +24,15 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch, PagedRows
+from runtime.kv_cache.buffers import buffers_of, kept_as, parts_of, read_from
 from runtime.kv_cache.fixed_states import FixedStates, write_active
 from runtime.kv_cache.slots import Slots, minus_infinity, slots_of
-from runtime.kv_cache.untouched import untouched_zeros
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.kernels.decode_attention import Attending, can_decode, decode_attention, registered
 from runtime.ops.kernels.flash_attention import can_flash, flash_rows
 from runtime.ops.state import cache_append, state_read, state_write
+from runtime.ops.state.latent_attention import Seen, latent_attention, over_cache
 from runtime.program.shards import StateShard
 
 __all__ = ["Cache"]
@@ -58,20 +59,19 @@ class Cache:
         slots: int = 0,
     ) -> None:
         self._states, self._device = tuple(states), device
+        self._state_of = {state.name: state for state in self._states}
         self._appended: set[str] = set()
         self.fixed_states = FixedStates({})
         """Where states per sequence are in runs of fixed shape."""
         self.resize(max_batch=max_batch, max_length=max_length, step=step, slots=slots)
         self._batch: Batch | None = None
         """What the host knows of the run's tokens; None in runs whose positions only the device knows."""
-        self._group = slice(0, 0)
-        """The rows of the run."""
+        self._group = slice(0, 0)  # the rows of the run
         self._active: Tensor | None = None
         """The numbers of the active rows, where not all are."""
         self._masks: dict[Any, Tensor | None] = {}
         self._fixed_masks: dict[tuple[int, int | None, int | None], Tensor] = {}
-        self._found: dict[int, tuple[Tensor, Tensor]] = {}
-        """By number of slots: where the tokens of the run lie."""
+        self._found: dict[int, tuple[Tensor, Tensor]] = {}  # by number of slots: where the tokens of the run lie
         self._kinds: set[tuple[int, int | None, int | None]] = set()
         """Slots, window and chunk of the attentions bound to this cache."""
         self._fixed: int | None = None
@@ -83,14 +83,10 @@ class Cache:
     def resize(self, *, max_batch: int, max_length: int, step: int, slots: int = 0) -> None:
         """Other buffers, all zero, in the place of those that there are; give those back before, by `drop`."""
         self.max_batch, self.max_length, self.step = max_batch, max_length, step
-        self.buffers = {
-            state.name: untouched_zeros(
-                _shape(state, max_batch, slots_of(state, max_length=max(max_length, slots), step=step)),
-                dtype=state.dtype,
-                device=self._device,
-            )
-            for state in self._states
-        }
+        self.buffers: dict[str, Tensor] = {}
+        for state in self._states:
+            count = slots_of(state, max_length=max(max_length, slots), step=step)
+            self.buffers |= buffers_of(state, _shape(state, max_batch, count), self._device)
         self._remembered = {s.name: self.buffers[s.name].shape for s in self._states if not s.per_token}
         self.fixed_states = FixedStates(self._remembered)
         self._used = 0
@@ -191,6 +187,8 @@ class Cache:
                 return by_op[op](state, *tensors)
 
             return with_state
+        if op is latent_attention:
+            return self._bind_latent(state, options)
         keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
         defaults = cached_attention.__kwdefaults__
         assert defaults is not None
@@ -213,8 +211,7 @@ class Cache:
         ) -> Tensor:
             if by_kernel is not None and q.shape[2] == 1 and (self._is_fixed or self._active is None):
                 return by_kernel(q, k, v, positions, sinks)
-            keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
-            return self._attend(keys, values, options, q, k, v, mask, sinks)
+            return self._attend(state, options, q, k, v, mask, sinks)
 
         return attend
 
@@ -223,15 +220,9 @@ class Cache:
         return keys.shape[2]
 
     def _attend_one(
-        self,
-        state: str,
-        options: dict[str, Any],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
+        self, state: str, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
         sinks: Tensor | None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """One token of each row."""
         keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
         given: dict[str, Any] = {name: options[name] for name in ("scale", "window", "chunk", "softcap")}
@@ -239,32 +230,20 @@ class Cache:
         return found
 
     def _attend(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        options: dict[str, Any],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor | None,
+        self, state: str, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
         sinks: Tensor | None,
-    ) -> Tensor:
-        """`cached_attention` over the buffers of one state, `options` being its keywords but for the state's name."""
-        group, slots = self._group, keys.shape[2]
-        start = self._start(slots)
-        if start is not None:
-            keys[group, :, start : start + k.shape[2]] = k
-            values[group, :, start : start + k.shape[2]] = v
-        else:
-            blocks, at = self._find(slots)
-            keys[blocks, :, at] = self._active_rows(k).transpose(1, 2)
-            values[blocks, :, at] = self._active_rows(v).transpose(1, 2)
+    ) -> Tensor:  # fmt: skip
+        """`cached_attention` over one state, `options` being its keywords but for the state's name."""
+        keys, values = f"{state}.key", f"{state}.value"
+        slots = self._slots_of(self.buffers[keys])
+        k, v = self._keep(keys, k), self._keep(values, v)
         plain = mask is None and sinks is None and options["causal"]
         plain = plain and all(options[name] is None for name in ("softcap", "chunk", "kv_map"))
         if plain and self._can_flash(q, v, slots, options["window"]):
             tokens = self._batch
             assert tokens is not None
-            rows, (scale, window) = (keys[group], values[group]), (options["scale"], options["window"])
+            rows = self._held(keys, slots), self._held(values, slots)
+            scale, window = options["scale"], options["window"]
             return flash_rows(q, *rows, tokens.starts, tokens.counts, scale=scale, window=window)
         if self._batch is not None and self._batch.start == 0:
             # nothing came before: the tokens of this call are all there is to see
@@ -276,9 +255,50 @@ class Cache:
         # the products for 256 slots, 6 times for 8,192; what they cost the host, a captured step does not pay
         written_out = self._fixed is not None and q.device.type == "cuda"
         return attention(
-            q, keys[group, :, :seen], values[group, :, :seen], mask, sinks,
+            q, self._held(keys, seen), self._held(values, seen), mask, sinks,
             scale=options["scale"], softcap=options["softcap"], kv_map=options["kv_map"], written_out=written_out,
         )  # fmt: skip
+
+    def _bind_latent(self, state: str, options: dict[str, Any]) -> Callable[..., Tensor]:
+        defaults = latent_attention.__kwdefaults__
+        assert defaults is not None
+        options = {**defaults, **options}
+        window, chunk = options["window"], options["chunk"]
+        name = f"{state}.latent"
+        self._kinds.add((self._slots_of(self.buffers[name]), window, chunk))
+
+        def keep(rows: Tensor) -> Seen:
+            kept = self._keep(name, rows[:, None])
+            if self._batch is not None and self._batch.start == 0:
+                return Seen(kept[:, 0], None, is_first=True)
+            seen, hidden = self._sight(self._slots_of(self.buffers[name]), window, chunk, rows.dtype)
+            return Seen(self._held(name, seen)[:, 0], hidden, captured=self._fixed is not None)
+
+        return over_cache(keep, options)
+
+    def _keep(self, name: str, x: Tensor) -> Tensor:
+        """Adds keys or values of the run's tokens to a state; as they will be read."""
+        parts, kept = kept_as(self._state_of[name], x)
+        for part, rows in zip(parts_of(self._state_of[name]), parts, strict=True):
+            self._put(self.buffers[part], rows)
+        return kept
+
+    def _held(self, name: str, count: int) -> Tensor:
+        """Keys or values in the first `count` slots of the run's rows."""
+        return read_from(self._state_of[name], lambda part: self._get(self.buffers[part], count))
+
+    def _put(self, buffer: Tensor, x: Tensor) -> None:
+        """Keeps `x` [B, G, S, D] of the run's tokens."""
+        start = self._start(buffer.shape[2])
+        if start is not None:
+            buffer[self._group, :, start : start + x.shape[2]] = x
+        else:
+            blocks, at = self._find(buffer.shape[2])
+            buffer[blocks, :, at] = self._active_rows(x).transpose(1, 2)
+
+    def _get(self, buffer: Tensor, count: int) -> Tensor:
+        """The first `count` slots of the run's rows, [B, G, count, D]."""
+        return buffer[self._group, :, :count]
 
     def _can_flash(self, q: Tensor, v: Tensor, slots: int, window: int | None) -> bool:
         """Whether several tokens stand behind others that lie in their order, or rows are of different lengths."""

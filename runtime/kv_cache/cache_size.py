@@ -2,7 +2,9 @@
 
     CacheSize(max_batch=8, max_length=4096)          exactly that; refused where it does not fit
     CacheSize(max_batch=8, memory="0.9 of free")     as many tokens per sequence as fit
+    CacheSize(.., dtype="fp8")                       keys and values as float8, with a scale per token and head
 
+    held_as(program, size, ..)    the program with its states as the size says that they are held
     bytes_needed(program, ..)     what a cache of these sizes takes on a rank
     tokens_that_fit(program, ..)  the inverse: the longest sequences that so many bytes have room for
     Room.agreed(..)               the same numbers on all ranks: the least of what each has room for
@@ -15,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,7 +28,9 @@ from partitioner.sharding.mesh import AXES
 from runtime.communication.communicator import Communicator
 from runtime.kv_cache.device_memory import Amount, free_bytes, readable
 from runtime.kv_cache.sharded_slots import cache_bytes
+from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import all_gather
+from runtime.ops.state.latent_attention import latent_attention
 from runtime.program.rank_program import RankProgram
 
 __all__ = [
@@ -37,10 +41,14 @@ __all__ = [
     "WhatIsKept",
     "bytes_needed",
     "default_step",
+    "held_as",
+    "in_float8",
     "longest_text",
+    "require_dtype",
     "slots_for",
     "step_of",
     "tokens_that_fit",
+    "why_not_float8",
 ]
 
 LEAST_STEP = 512
@@ -48,6 +56,7 @@ _ALL = 1 << 40
 """Positions, where a token looks back to the first."""
 """Enough for a processor."""
 _MOST_ROWS, _LIVE = 16384, 8
+FLOAT8 = "fp8"
 ANY_LENGTH = 2**31 - 1
 """Stands for "as long as you like": what the model remembers does not grow, and it counts no positions in a table."""
 
@@ -57,6 +66,8 @@ class CacheSize:
     """What to set aside; `memory` as in `device_memory`.
 
     prefill_step: how many tokens of a prompt run at a time; None: by device and memory, see `default_step`.
+    dtype: None for that of the model, or "fp8": keys and values, or what they are made of, as float8_e4m3fn with a
+    scale for each token and head (`runtime.ops.kernels.float8_rows`).
     """
 
     max_batch: int = 1
@@ -64,6 +75,7 @@ class CacheSize:
     """Tokens per sequence, of prompt and continuation; None: as many as `memory` has room for."""
     memory: int | str | None = None
     prefill_step: int | None = None
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_length", "prefill_step"):
@@ -72,10 +84,56 @@ class CacheSize:
                 continue
             if not isinstance(given, int) or isinstance(given, bool) or not 1 <= given < 2**31:
                 raise InputError(f"{name} must be a whole number, at least 1; got {given!r}")
+        require_dtype(self.dtype)
         if self.memory is not None:
             Amount.of(self.memory)
         elif self.max_length is None:
             raise InputError('a cache needs a size: give max_length, or memory such as "0.9 of free"')
+
+
+def require_dtype(dtype: object) -> None:
+    if dtype not in (None, FLOAT8):
+        raise InputError(f"the dtype of a cache must be None, that of the model, or {FLOAT8!r}; got {dtype!r}")
+
+
+def why_not_float8(program: RankProgram) -> str | None:
+    """The first state that is none of an attention's keys and values, with what it is; None: all may be float8."""
+    attended: set[str] = set()
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.target in (cached_attention, latent_attention):
+            attended |= {f"{node.kwargs['state']}.{part}" for part in ("key", "value", "latent")}
+    for state in program.states:
+        if state.token_axes:
+            return f"the tokens of {state.name!r} are shared out over {', '.join(state.token_axes)}"
+        if state.name not in attended:
+            what = "is written by the model's own code" if state.per_token else "is a state per sequence"
+            return f"{state.name!r} {what}, and not keys or values of an attention over a cache"
+    return None
+
+
+def in_float8(program: RankProgram) -> RankProgram:
+    """The same with all states as float8. Raises `InputError` where one is not for that."""
+    reason = why_not_float8(program)
+    if reason is not None:
+        raise InputError(f"a cache of dtype={FLOAT8!r} is for keys and values: {reason}; leave dtype out")
+    return replace(program, states=tuple(replace(state, float8=True) for state in program.states))
+
+
+def held_as(program: RankProgram, dtype: str | None, communicator: Communicator, device: torch.device) -> RankProgram:
+    """The program with its states as a cache of that dtype holds them; a collective where there are stages.
+
+    Raises `InputError` on all ranks alike.
+    """
+    if dtype is None:
+        return program
+    if program.stage is not None:
+        refused = torch.tensor([why_not_float8(program) is not None], dtype=torch.int64, device=device)
+        if int(_gathered(communicator, refused).sum()) and not int(refused):
+            raise InputError(
+                f"a cache of dtype={FLOAT8!r} is for keys and values, and another stage has other states; leave dtype "
+                "out"
+            )
+    return in_float8(program)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch, PagedRows
+from runtime.kv_cache.buffers import buffers_of, parts_of
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.slots import minus_infinity
-from runtime.kv_cache.untouched import untouched_zeros
 from runtime.ops.attention import attention
 from runtime.ops.kernels.decode_attention import decode_attention
 from runtime.ops.kernels.flash_attention import flash_rows
@@ -64,10 +64,9 @@ class PagedCache(Cache):
 
     def resize(self, *, max_batch: int, max_length: int, step: int, slots: int = 0) -> None:
         self.max_batch, self.max_length, self.step = max_batch, max_length, step
-        self.buffers = {
-            state.name: untouched_zeros(self._shape(state), dtype=state.dtype, device=self._device)
-            for state in self._states
-        }
+        self.buffers = {}
+        for state in self._states:
+            self.buffers |= buffers_of(state, self._shape(state), self._device)
         self._remembered = {s.name: self.buffers[s.name].shape for s in self._states if not s.per_token}
         self._used = self._replayed = 0
         self._rows = torch.arange(max_batch, device=self._device)[:, None]
@@ -83,8 +82,8 @@ class PagedCache(Cache):
     def clear(self, blocks: Sequence[int]) -> None:
         """Zeros in blocks whose numbers were no numbers: even what is hidden is multiplied by 0."""
         for state in self._states:
-            if state.per_token and blocks:
-                self.buffers[state.name][..., list(blocks), :, :] = 0
+            for part in parts_of(state) if state.per_token and blocks else ():
+                self.buffers[part][..., list(blocks), :, :] = 0
 
     def begin(self, tokens: Batch, *, rows: slice | PagedRows | None = None, decode: bool = False) -> None:
         if not isinstance(rows, PagedRows) or len(rows.numbers) != len(tokens.starts):
@@ -120,7 +119,7 @@ class PagedCache(Cache):
             self._places = self._found_places(positions)
             self._table(seen)
             held = torch.arange(seen, device=self._device)
-            dtype = next(iter(self.buffers.values())).dtype
+            dtype = next(state.dtype for state in self._states if state.per_token)
             for slots, window, chunk in self._kinds:
                 self._fixed_masks[slots, window, chunk] = minus_infinity(positions, held, window, chunk, dtype)
 
@@ -166,8 +165,7 @@ class PagedCache(Cache):
 
     def _attend(
         self,
-        keys: Tensor,
-        values: Tensor,
+        state: str,
         options: dict[str, Any],
         q: Tensor,
         k: Tensor,
@@ -175,13 +173,13 @@ class PagedCache(Cache):
         mask: Tensor | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        self._put(keys, k)
-        self._put(values, v)
+        keys, values = f"{state}.key", f"{state}.value"
+        k, v = self._keep(keys, k), self._keep(values, v)
         tokens = self._batch
         if tokens is not None and tokens.start == 0:
             return attention(q, k, v, mask, sinks, **options)
         seen, hidden = self._sight(self.max_length, options["window"], options["chunk"], q.dtype)
-        found = self._get(keys, seen), self._get(values, seen)
+        found = self._held(keys, seen), self._held(values, seen)
         plain = mask is None and sinks is None and options["causal"]
         plain = plain and all(options[name] is None for name in ("softcap", "chunk", "kv_map"))
         if plain and tokens is not None and self._can_flash(q, v, self.max_length, options["window"]):

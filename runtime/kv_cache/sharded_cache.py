@@ -21,10 +21,10 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch, PagedRows
+from runtime.kv_cache.buffers import untouched_zeros
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.sharded_attention import DealtOut, ShardedAttention, ShardedRun
 from runtime.kv_cache.sharded_slots import KeptTokens, sharded_slots
-from runtime.kv_cache.untouched import untouched_zeros
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, require_parts
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.program.rank_program import RankProgram

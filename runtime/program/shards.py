@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from partitioner.sharding.index_set import IndexSet
+from runtime.ops.kernels.float8_rows import SCALE_BYTES, num_scales
 
 __all__ = ["Block", "Made", "Piece", "ShardReader", "StateShard", "WeightShard", "WeightSource", "at", "extents"]
 
@@ -114,7 +115,7 @@ class WeightShard:
 class StateShard:
     """`shape`: of this rank, per token or once per sequence; `sees`: how many positions back a later token may look,
     None for all; `block`: how many tokens lie together, None for all of a row's; `token_axes`: those whose ranks share
-    out the tokens.
+    out the tokens; `float8`: whether it is held as codes and scales, which the cache's size says.
     """
 
     name: str
@@ -124,10 +125,14 @@ class StateShard:
     per_token: bool = True
     block: int | None = None
     token_axes: tuple[str, ...] = ()
+    float8: bool = False
 
     @property
     def bytes(self) -> int:
         """Per token, or of the whole sequence."""
+        if self.float8:
+            rows = torch.Size(self.shape[:-1]).numel()
+            return rows * (self.shape[-1] + SCALE_BYTES * num_scales(self.shape[-1]))
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 

@@ -23,17 +23,25 @@ from torch import fx
 
 from partitioner.analysis.cost.local_sizes import RankSizes
 from partitioner.analysis.cost.memory_traffic import LOOKUPS, MemoryTraffic
-from partitioner.analysis.cost.products import ATTENTION, attention_limits, product_flops
+from partitioner.analysis.cost.products import (
+    ATTENTION,
+    CACHED,
+    attention_limits,
+    kept_operands,
+    latent_products,
+    latent_sizes,
+    product_flops,
+)
 from partitioner.analysis.cost.value_classes import ValueClasses
 from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.notation import Notation
 from partitioner.program.node_arguments import arguments, describe, evaluate, node_values, operation
 from partitioner.program.program import Program, Value
 from partitioner.sharding.layout import Layout, Split
-from runtime.ops.cached_attention import cached_attention
 from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 from runtime.ops.state import cache_append, state_read
+from runtime.ops.state.latent_attention import latent_attention
 
 aten = torch.ops.aten
 
@@ -242,11 +250,13 @@ class Expressions:
     def _compute(self, node: fx.Node, rule: Notation, made: Expr) -> tuple[Expr, Expr]:
         op, a = operation(node), arguments(node)
         operands = {operand.node: self.held[operand.node] for operand in rule.operands}
-        if op is cached_attention:
-            new = operands[a["k"]] + operands[a["v"]]
-            keys = _keys(self.sizes.past, self.sizes.shapes(node)[0][2], *attention_limits(node))
-            others = sum(size for operand, size in operands.items() if operand not in (a["k"], a["v"]))
-            return others + new + new / self.sizes.shapes(a["k"])[0][2] * keys, made + new
+        if op in CACHED:
+            kept = kept_operands(node)
+            new = sum(operands[each] for each in kept)
+            queries = self.sizes.shapes(node)[0][2]
+            keys = _keys(self.sizes.past, queries, *attention_limits(node))
+            others = sum(size for operand, size in operands.items() if operand not in kept)
+            return others + new + new / queries * keys, made + new
         if op is cache_append:
             return sum(operands.values()), made + operands[a["x"]]
         if op is state_read:
@@ -266,10 +276,12 @@ class Expressions:
         return held if held == out else sympy.Min(held, out)
 
     def _attention(self, node: fx.Node, rule: Notation) -> tuple[Expr, tuple[Expr, ...], str]:
+        if operation(node) is latent_attention:
+            return self._latent_attention(node)
         batch, heads, queries, width = self.sizes.shapes(node)[0]
         size = self.sizes.shapes(rule.operands[0].node)[0][3] + width
         kv_heads = self.sizes.shapes(rule.operands[1].node)[0][1]
-        cached = operation(node) is cached_attention
+        cached = operation(node) in CACHED
         first, keys = (self.sizes.past, None) if cached else (0, self.sizes.shapes(rule.operands[1].node)[0][2])
         causal, window, chunk = attention_limits(node)
         if causal:
@@ -279,6 +291,17 @@ class Expressions:
             unsure = "a window without a causal mask is counted whole" if window or chunk else ""
         read = _keys(first, queries, causal, window, chunk) if keys is None else keys
         return 2 * batch * heads * size * seen, (batch, heads, kv_heads, size, queries, read, seen), unsure
+
+    def _latent_attention(self, node: fx.Node) -> tuple[Expr, tuple[Expr, ...], str]:
+        """As `product_flops` has it: its kernel reads one head for all."""
+        batch, heads, queries, key, value, latent, carried = latent_sizes(node, self.sizes)
+        first, (causal, window, chunk) = self.sizes.past, attention_limits(node)
+        seen, made = _pairs(first, queries, window, chunk), latent * (key + value)
+        options = {"made": made, "latent": latent, "carried": carried, "size": key + value}
+        ways = latent_products(queries, first + queries, seen, **options)
+        read = _keys(first, queries, causal, window, chunk)
+        product = (batch, heads, sympy.Integer(1), latent + carried, queries, read, seen)
+        return 2 * batch * heads * sympy.Min(*ways), product, ""
 
     def _meetings(self, node: fx.Node) -> tuple[MeetingExpression, ...]:
         found = []

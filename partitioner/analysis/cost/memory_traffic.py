@@ -3,7 +3,8 @@
     products, norms, element-wise   each operand once, a weight too, however many tokens meet it; the result once
     look-ups                        of the table as much as comes out
     grouped linear                  of the experts' weights at most one expert for each routed row
-    cached attention                of the cache what a query sees; the new keys and values are written to it
+    cached attention                of the cache what a query sees; the new keys and values, or what they are made of,
+                                    are written to it
     views                           nothing; which ops are views is seen by running them on meta tensors, with strides
     copies                          what they take, and what they make
     communication                   nothing: its bytes are those of its meetings
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor, fx
 
 from partitioner.analysis.cost.local_sizes import RankSizes, bytes_of, elements
-from partitioner.analysis.cost.products import ATTENTION, SHARED_OUT, keys_read
+from partitioner.analysis.cost.products import ATTENTION, CACHED, SHARED_OUT, kept_operands, keys_read
 from partitioner.analysis.rules.data_movement import IDENTITIES, is_move, run_move
 from partitioner.analysis.rules.notation import Notation
 from partitioner.program.node_arguments import arguments, evaluate, map_nodes, node_values, operation
-from runtime.ops.cached_attention import cached_attention, last_token
+from runtime.ops.cached_attention import last_token
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.experts import expert_dispatch, grouped_linear
 from runtime.ops.local import once, shard
@@ -97,12 +98,13 @@ class MemoryTraffic:
         op, a = operation(node), arguments(node)
         written = sum(tensor.nbytes for tensor in _flat(tensors))
         operands = {operand.node: self.held(operand.node) for operand in found.operands}
-        if op is cached_attention:
+        if op in CACHED:
             keys = keys_read(node, found, self.sizes)
-            new = sum(operands[a[name]] for name in ("k", "v"))
-            length = self.sizes.shapes(a["k"])[0][2]
+            kept = kept_operands(node)
+            new = sum(operands[each] for each in kept)
+            length = self.sizes.shapes(a["q"])[0][2]
             cached = new // length * keys if length else 0
-            others = sum(size for operand, size in operands.items() if operand not in (a["k"], a["v"]))
+            others = sum(size for operand, size in operands.items() if operand not in kept)
             return Traffic(others + new + cached, written + new)
         if op in ATTENTION:
             return Traffic(sum(operands.values()), written)

@@ -3,6 +3,7 @@
     linear          x[a b k] w[n k] -> [a b n]           2 abnk
     grouped linear  x[t k] w[e n k] -> [t n]             2 tnk: each routed row meets one expert, e is chosen
     attention       q[b h s d] k[b h t d] v[b h t e]     2 bh (d + e) x the pairs of query and key that the mask leaves
+    latent          q[b h s p] c[b t r] k[h p r] v[h v r]   of two ways the one with fewer, see `latent_products`
     convolution     x[b k l] w[c k w] -> [b c l]         2 bclkw; without k where each channel has its own window
 
 Only what multiplies two tensors along a summed letter counts: sums, norms, softmax, look-ups and element-wise ops are
@@ -27,20 +28,41 @@ from runtime.ops.cached_attention import cached_attention
 from runtime.ops.communicating import as_axes
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
 from runtime.ops.rows.token_order import TokenOrder
+from runtime.ops.state.latent_attention import latent_attention
 
 aten = torch.ops.aten
 
-__all__ = ["ATTENTION", "SHARED_OUT", "attention_limits", "keys_read", "pairs_seen", "product_flops"]
+__all__ = [
+    "ATTENTION",
+    "CACHED",
+    "SHARED_OUT",
+    "attention_limits",
+    "kept_operands",
+    "keys_read",
+    "latent_products",
+    "latent_sizes",
+    "pairs_seen",
+    "product_flops",
+]  # fmt: skip
 
 SHARED_OUT = (sequence_attention, cached_sequence_attention)
 """Attention over tokens that ranks share out."""
-ATTENTION = (attention, cached_attention, *SHARED_OUT, aten.scaled_dot_product_attention)
+CACHED = (cached_attention, latent_attention)
+"""Attention over what the rank itself has cached."""
+ATTENTION = (attention, *CACHED, *SHARED_OUT, aten.scaled_dot_product_attention)
 _CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.convolution)
 
 
 def product_flops(node: fx.Node, found: Notation, sizes: RankSizes) -> int:
     """Of one rank. `found`: the node's notation."""
     op = operation(node)
+    if op is latent_attention:
+        batch, heads, queries, key, value, latent, carried = latent_sizes(node, sizes)
+        _, _, keys = _extent(node, found, sizes)
+        made = latent * (key + value)
+        pairs = _pairs(node, found, sizes)
+        ways = latent_products(queries, keys, pairs, made=made, latent=latent, carried=carried, size=key + value)
+        return int(2 * batch * heads * min(ways))
     if op in ATTENTION:
         batch, heads, _, width = sizes.shapes(node)[0]
         return 2 * batch * heads * (sizes.shapes(found.operands[0].node)[0][3] + width) * _pairs(node, found, sizes)
@@ -86,10 +108,32 @@ def attention_limits(node: fx.Node) -> tuple[bool, int | None, int | None]:
     return bool(a["causal"]), a["window"], a["chunk"]
 
 
+def kept_operands(node: fx.Node) -> tuple[fx.Node, ...]:
+    """Of an attention over a cache: what is written to it."""
+    a = arguments(node)
+    names = ("latent", "carried") if operation(node) is latent_attention else ("k", "v")
+    return tuple(a[name] for name in names if a[name] is not None)
+
+
+def latent_sizes(node: fx.Node, sizes: Any) -> tuple[Any, ...]:
+    """Of a `latent_attention`: batch, heads, queries, and the sizes of a key's products, of a value, of what they are
+    made of and of what is carried.
+    """
+    a = arguments(node)
+    batch, heads, queries, key = sizes.shapes(a["q"])[0]
+    value, latent = sizes.shapes(a["value_weight"])[0][1:]
+    return batch, heads, queries, key, value, latent, 0 if a["carried"] is None else sizes.shapes(a["carried"])[0][2]
+
+
+def latent_products(queries: Any, keys: Any, pairs: Any, *, made: Any, latent: Any, carried: Any, size: Any) -> Any:
+    """Multiplications of a head, absorbed and expanded; see `runtime.ops.state.latent_attention`."""
+    return queries * made + pairs * (2 * latent + carried), keys * made + pairs * (size + carried)
+
+
 def _extent(node: fx.Node, found: Notation, sizes: RankSizes) -> tuple[int, int, int]:
     """The position of the first query, the number of queries, and the number of keys."""
     queries = sizes.shapes(found.operands[0].node)[0][2]
-    if operation(node) is cached_attention:
+    if operation(node) in CACHED:
         return sizes.past, queries, sizes.past + queries
     return 0, queries, sizes.shapes(found.operands[1].node)[0][2]
 

@@ -25,6 +25,7 @@ from partitioner.sharding.split_class import SplitClass
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.experts import grouped_linear
+from runtime.ops.state.latent_attention import latent_attention
 
 __all__ = ["ValueClasses"]
 
@@ -90,7 +91,7 @@ class ValueClasses:
         if node.op == "get_attr":
             found = self.program.split_classes.get(str(node.target))
             return (found, self._roles.get(str(node.target), "ffn")) if found is not None else None
-        if operation(node) in (attention, cached_attention):
+        if operation(node) in (attention, cached_attention, latent_attention):
             return self._of.get(arguments(node)["q"])
         known = [self._of.get(source) for source in node.all_input_nodes]
         candidates = [each for each in known if each is not None]
@@ -104,9 +105,10 @@ def _roles(program: Program) -> dict[str, str]:
         op = operation(node) if node.op == "call_function" else None
         if op is grouped_linear:
             found[str(arguments(node)["weight"].target)] = "expert_ffn"
-        elif op in (attention, cached_attention):
+        elif op in (attention, cached_attention, latent_attention):
             a = arguments(node)
-            for name, role in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads")):
+            keys = ("key_weight", "value_weight") if op is latent_attention else ("k", "v")
+            for name, role in (("q", "heads"), *((name, "kv_heads") for name in keys)):
                 for weight in _weights_of(a[name]):
                     found.setdefault(weight, role)
             for user in _readers_of(node):

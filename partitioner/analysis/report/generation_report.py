@@ -1,6 +1,7 @@
 """The report of a program that continues sequences: what each rank remembers of them, split or whole and why.
 
     way        by the graph of the whole text with a cache, or by the model's own use of one
+    caches     whether keys and values are cached, or the narrower value that they are made of, and why
     states     how each is split over the ranks, its bytes per rank, how far back it is seen
     whole      states that every rank keeps all of, with what keeps the weights that they are made with whole
     prefill    how many tokens of a prompt run at a time
@@ -22,12 +23,13 @@ from torch import fx
 from partitioner.analysis.report.report import matrix_users, pattern_of, reason_for, split_text
 from partitioner.program.node_arguments import arguments, node_values, operation
 from partitioner.program.program import Program, State
-from runtime.kv_cache.cache_size import longest_text
+from runtime.kv_cache.cache_size import in_float8, longest_text, why_not_float8
 from runtime.kv_cache.device_memory import readable
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.communicating import COMMUNICATING, axes_text
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.state import cache_append, position_mask, state_write
+from runtime.ops.state.latent_attention import latent_attention
 from runtime.program.rank_program import RankProgram
 from runtime.program.shards import StateShard
 
@@ -82,6 +84,10 @@ class GenerationReport:
     further_weights: tuple[int, ...]
     """Bytes on each rank of weights that the program for whole texts does not hold in the same way."""
     notes: tuple[str, ...] = ()
+    float8_per_token: tuple[int, ...] = ()
+    """As `bytes_per_token`, of a cache of dtype fp8; empty where not all that is remembered is keys and values."""
+    caches: tuple[str, ...] = ()
+    """Of the attentions alike: what is cached for them, and why."""
 
     @property
     def whole(self) -> tuple[StateRow, ...]:
@@ -98,12 +104,14 @@ class GenerationReport:
         longest = "any length" if self.longest_text is None else f"up to {self.longest_text} tokens"
         lines = [f"{self.model}, {self.plan}, generation", "", f"by {self.way}"]
         lines.append(f"prompts run {most}; texts of {longest}")
+        lines += [f"cache of {each}" for each in self.caches]
         lines.append("remembered, split:")
         lines += [f"  {row}" for row in self.states if row.split] or ["  nothing"]
         lines.append("remembered, whole on every rank:")
         lines += [f"  {row}" for row in self.whole] or ["  nothing"]
         if any(self.bytes_per_token):
-            lines.append(f"cache per token: per rank {_sizes(self.bytes_per_token)}")
+            float8 = f", in fp8 {_sizes(self.float8_per_token)}" if self.float8_per_token else ""
+            lines.append(f"cache per token: per rank {_sizes(self.bytes_per_token)}{float8}")
         if any(self.bytes_per_sequence):
             lines.append(f"cache per sequence: per rank {_sizes(self.bytes_per_sequence)}")
         if any(self.further_weights):
@@ -161,6 +169,26 @@ def make_generation_report(
             for rank, known in zip(ranks, whole_text, strict=True)
         ),
         notes=tuple(program.notes),
+        float8_per_token=_float8_per_token(ranks),
+        caches=_caches(program),
+    )
+
+
+def _float8_per_token(ranks: Sequence[RankProgram]) -> tuple[int, ...]:
+    if any(why_not_float8(rank) is not None for rank in ranks):
+        return ()
+    return tuple(sum(state.bytes for state in in_float8(rank).states) for rank in ranks)
+
+
+def _caches(program: Program) -> tuple[str, ...]:
+    alike: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for node in program.graph.nodes:
+        if node.target in (cached_attention, latent_attention, cached_sequence_attention):
+            why = str(node.meta.get("why", "")).partition("; ")[2]
+            state = str(node.kwargs["state"])
+            alike[pattern_of(state), pattern_of(why)].append(f"{state}: {why}")
+    return tuple(
+        f"{len(each)} x {pattern}: {why}" if len(each) > 1 else each[0] for (pattern, why), each in alike.items()
     )
 
 
@@ -182,6 +210,8 @@ def _makers(program: Program) -> dict[str, fx.Node]:
         if node.target in (cached_attention, cached_sequence_attention):
             a = arguments(node)
             found[f"{a['state']}.key"], found[f"{a['state']}.value"] = a["k"], a["v"]
+        elif node.target is latent_attention:
+            found[f"{node.kwargs['state']}.latent"] = arguments(node)["latent"]
         elif node.target in (cache_append, state_write):
             found[str(node.kwargs["state"])] = node.args[0]
     return found

@@ -18,12 +18,19 @@ from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 from runtime.ops.mask import attention_mask
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
 from runtime.ops.rows.share_rows import own_last_token
+from runtime.ops.state.latent_attention import latent_attention
 
 RULES = Rules()
 
 
 @RULES.of(attention, cached_attention)
 def _attention(node: fx.Node, a: dict[str, Any]) -> Notation | None:
+    kv_map = a.get("kv_map")
+    kv_heads = None if isinstance(kv_map, PerRankInt) else kv_map
+    return grouped_attention(a["q"], a["k"], a["v"], _extras(node, a), kv_heads)
+
+
+def _extras(node: fx.Node, a: dict[str, Any]) -> list[Operand]:
     extras = []
     if is_tensor(a.get("mask")):
         extras.append(mask_operand(a["mask"], value_of(node)))
@@ -38,8 +45,18 @@ def _attention(node: fx.Node, a: dict[str, Any]) -> Notation | None:
         extras.append(Operand(a["sinks"], names))
     if is_tensor(a.get("positions")):
         extras.append(Operand(a["positions"], ("b", "s")))
-    kv_map = a.get("kv_map")
-    return grouped_attention(a["q"], a["k"], a["v"], extras, None if isinstance(kv_map, PerRankInt) else kv_map)
+    return extras
+
+
+@RULES.of(latent_attention)
+def _latent_attention(node: fx.Node, a: dict[str, Any]) -> Notation:
+    """Each head by itself, with its own products of one narrow value."""
+    given = {
+        "q": "bhsp", "carried_q": "bhse", "latent": "btr", "carried": "bte", "key_weight": "hpr",
+        "value_weight": "hvr",
+    }  # fmt: skip
+    operands = [Operand(a[name], tuple(names)) for name, names in given.items() if is_tensor(a[name])]
+    return Notation((*operands, *_extras(node, a)), (tuple("bhsv"),), frozenset("stperv"))
 
 
 @RULES.of(sequence_attention, cached_sequence_attention)

@@ -30,6 +30,7 @@ from partitioner.storage.named_model import dtype_named, load_model
 from partitioner.storage.recognise import is_bundle
 
 __all__ = [
+    "CacheDtype",
     "Checkpoint",
     "Compile",
     "CompileSteps",
@@ -131,6 +132,9 @@ MaxBatch = Annotated[int | None, typer.Option(help="the most prompts to run at a
 KeepWhole = Annotated[list[str] | None, typer.Option(help="names of weights, with *, that no rank splits")]
 Passes = Annotated[list[str] | None, typer.Option("--pass", help="an installed pass to run as well, by its name")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="say what compiling did, and how long each step took")]
+CacheDtype = Annotated[
+    str | None, typer.Option(help="fp8: keys and values are cached as float8 with a scale per token and head")
+]
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="neither use nor keep a compiled program in the user's cache")
 ]
@@ -206,10 +210,12 @@ class Compile:
             degrees["dp"] *= bundle.replicas
         elif plan.dp_follows:
             del degrees["dp"]  # it follows from the others, which are not all here yet
+        axes: dict[str, Any] = {**degrees, **given}
         return Plan(
-            **{**degrees, **given},
+            **axes,
             sp_attention=plan.sp_attention,
             weights=plan.weights,
+            cache=plan.cache,
             keep_whole=(*plan.keep_whole, *self.keep_whole),
             passes=(*plan.passes, *self.passes),
         )

@@ -7,18 +7,23 @@ import json
 import sys
 from dataclasses import asdict
 
+import torch
 from torch import Tensor
 
-from partitioner.cli.verify import Case, Outcome, compiled, outcomes_of
+from partitioner.cli.verify import CacheLoss, Case, Outcome, compiled, losses_of, outcomes_of
 from partitioner.errors import PartitionerError
 from partitioner.storage.named_model import dtype_named, load_model
 from runtime.engine.engine import Engine
+from runtime.kv_cache.cache_size import CacheSize
 from runtime.processes.launch import begin_worker, read_given, write_answer
 
 
 def main() -> None:
     begin_worker()
     case = Case.from_json(read_given().decode())
+    if case.cache_dtype is not None:
+        write_answer(json.dumps([asdict(loss) for loss in _losses(case)]).encode())
+        return
     outcomes: list[Outcome] = []
     for dtype in case.dtypes:
         model = load_model(case.model, dtype=dtype_named(dtype), seed=case.seed)
@@ -26,6 +31,17 @@ def main() -> None:
             run = functools.partial(_run, engine)
             outcomes += outcomes_of(case, dtype, model, run)
     write_answer(json.dumps([asdict(outcome) for outcome in outcomes]).encode())
+
+
+def _losses(case: Case) -> list[CacheLoss]:
+    model = load_model(case.model, dtype=torch.bfloat16, seed=case.seed)
+    with Engine.connect(compiled(model, case.compile), device=case.placed) as engine:
+
+        def run(size: CacheSize, texts: list[list[int]]) -> Tensor:
+            engine.reserve(size)
+            return engine.log_probabilities(texts)
+
+        return list(losses_of(case, model, run))
 
 
 def _run(engine: Engine, input_ids: Tensor) -> list[Tensor | None]:

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from partitioner.planning.pricing.price import RUN_TOKENS, Pricer
-from partitioner.planning.quantities import Workload
+from partitioner.planning.pricing.price import Pricer
+from partitioner.planning.quantities import RUN_TOKENS, Workload
 from partitioner.program.plan import Plan
 
 __all__ = ["WAVES", "Served", "Steps", "steps_of"]

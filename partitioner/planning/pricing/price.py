@@ -19,7 +19,6 @@ from typing import Any
 import sympy
 
 from partitioner.analysis.cost.expressions import EXPERTS, MET, PAST, ROUTED
-from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster, bad_order, hops
 from partitioner.planning.collectives import Hop, collective_seconds
 from partitioner.planning.kernels import Kernels, kernels_of
@@ -27,14 +26,13 @@ from partitioner.planning.pricing.kernel_times import KernelTimes
 from partitioner.planning.pricing.sequences import Attending, shares_out
 from partitioner.planning.pricing.stage_split import split_layers
 from partitioner.planning.pricing.stored_format import ITEM, StoredFormat
-from partitioner.planning.quantities import Memory, Price, Seconds, Workload
+from partitioner.planning.quantities import Memory, Price, Seconds, Workload, runs_of
 from partitioner.planning.summary import Summary
 from partitioner.program.plan import Plan
-from partitioner.sharding.mesh import Mesh
+from runtime.kv_cache.cache_size import require_dtype
 
-__all__ = ["RUN_TOKENS", "Pricer"]
+__all__ = ["Pricer"]
 
-RUN_TOKENS = 8192
 STEP_S = 50e-6
 """Host work of a step that is launched as one graph: inputs, the choice of tokens."""
 
@@ -44,20 +42,29 @@ class Pricer:
 
     def __init__(
         self, summary: Summary, cluster: Cluster, *, overhead_s: float = STEP_S, stored: StoredFormat | None = None,
-        cache_dtype: str = "",
+        cache_dtype: str | None = None,
     ) -> None:  # fmt: skip
-        """stored: how the layers' matrices are kept, None: as the model has them. cache_dtype: of keys and values."""
+        """stored: how the layers' matrices are kept, None: as the model has them. cache_dtype: as in `CacheSize`."""
         self.summary, self.cluster, self.overhead_s, self.stored = summary, cluster, overhead_s, stored
-        if cache_dtype and cache_dtype not in ITEM:
-            raise InputError(f"keys and values are priced in {', '.join(ITEM)}; got {cache_dtype!r}")
-        self.cache_item = ITEM[cache_dtype] if cache_dtype else 0
+        require_dtype(cache_dtype)
+        self.cache_dtype = cache_dtype
+        self.cache_item = 0 if cache_dtype is None else 1
+        options: Any = {"overhead_s": overhead_s, "stored": stored, "cache_dtype": cache_dtype}
+        self._of_expanded = None if summary.expanded is None else Pricer(summary.expanded, cluster, **options)
         kind = cluster.weakest
         self.usable = kind.usable_bytes
         self.kernels: Kernels = kernels_of(kind.name, kind.bytes_per_s, kind.flops_per_s, fitted=kind.fitted)
         self._functions: dict[Any, Callable[..., Any]] = {}
         self._costs: dict[Any, Any] = {}
 
+    def _of(self, plan: Plan) -> Pricer:
+        """Others, for a plan that caches keys and values where something narrower could be."""
+        keeps_all = plan.sp > 1 or plan.cache == "expanded"
+        return self._of_expanded if keeps_all and self._of_expanded is not None else self
+
     def price(self, plan: Plan, workload: Workload) -> Price:
+        if (other := self._of(plan)) is not self:
+            return other.price(plan, workload)
         summary = self.summary
         mesh = plan.mesh
         local = -(-workload.batch // mesh.size("dp"))
@@ -90,6 +97,8 @@ class Pricer:
     # memory
 
     def memory(self, plan: Plan, workload: Workload, layers: Sequence[int]) -> Memory:
+        if (other := self._of(plan)) is not self:
+            return other.memory(plan, workload, layers)
         summary = self.summary
         values = self._values(plan, 1, 1, 0, alike=True)
         numbers = [self._weights(part, values) for part in range(len(summary.parts))]
@@ -103,7 +112,7 @@ class Pricer:
             mine += [summary.first] * (stage == 0) + [summary.last] * (stage == len(layers) - 1)
             stages.append((sum(numbers[part] for part in mine), rows * sum(caches[part] for part in mine)))
         weights, cache = max(stages, key=sum)
-        run_rows, length, _ = _runs(workload, rows)
+        run_rows, length, _ = runs_of(workload, rows)
         own = -(-length // plan.sp)
         activations = max(self._peak(part, plan, run_rows, own) for part in set(summary.order) | {summary.last})
         in_flight = 2 if plan.pp > 1 else 1
@@ -145,8 +154,8 @@ class Pricer:
         total = 0.0
         for i, kept in enumerate(self.summary.parts[part].kept):
             count = 1 if not kept.per_token else min(tokens, kept.sees or tokens)
-            share = self.cache_item / ITEM[self.summary.dtype] if kept.per_token and self.cache_item else 1
-            total += count * share * self._number(("cache", part, i), kept.bytes, values)
+            size = kept.bytes if self.cache_dtype is None else kept.float8
+            total += count * self._number(("cache", part, i), size, values)
         return total
 
     def _peak(self, part: int, plan: Plan, rows: int, length: int) -> float:
@@ -310,7 +319,7 @@ class Pricer:
                 mine.add(self.part_seconds(summary.last, entry, plan, rows, length, past))
             mine.waiting += self.overhead_s
             if stage < len(layers) - 1:
-                pair = _pair(plan.mesh)
+                pair = plan.mesh.group(("pp",), 0)[:2]
                 size = own * summary.hidden_bytes
                 mine.link("send", collective_seconds("send", hops(self.cluster, pair), size))
             found.append(mine)
@@ -318,11 +327,13 @@ class Pricer:
 
     def step_seconds(self, plan: Plan, rows: int, past: int, layers: Sequence[int]) -> float:
         """Between two tokens of the rows of one replica, whose caches hold `past` tokens each."""
-        return self._decode(plan, Workload(past, 1), rows, layers)[0].total
+        return self._of(plan)._decode(plan, Workload(past, 1), rows, layers)[0].total
 
     def prompt_seconds(self, plan: Plan, prompt: int, layers: Sequence[int]) -> tuple[float, float]:
         """Of one prompt alone; and of its slowest stage."""
-        _, length, runs = _runs(Workload(prompt, 1), 1)
+        if (other := self._of(plan)) is not self:
+            return other.prompt_seconds(plan, prompt, layers)
+        _, length, runs = runs_of(Workload(prompt, 1), 1)
         stages, _ = self._stage_seconds(plan, "prefill", 1, length, (prompt - length) // 2, layers)
         slowest = max(stage.total for stage in stages)
         return sum(stage.total for stage in stages) + (runs - 1) * slowest, runs * slowest
@@ -343,7 +354,7 @@ class Pricer:
 
     def _prefill(self, plan: Plan, workload: Workload, rows: int, layers: Sequence[int]) -> tuple[Seconds, str]:
         """Until all rows have their first token."""
-        run_rows, length, runs = _runs(workload, rows)
+        run_rows, length, runs = runs_of(workload, rows)
         past = (workload.prompt - length) // 2
         stages, how = self._stage_seconds(plan, "prefill", run_rows, length, past, layers)
         slowest = max(stages, key=lambda each: each.total)
@@ -377,16 +388,3 @@ class Pricer:
         costs[0] += times[self.summary.first]
         costs[-1] += times[self.summary.last]
         return split_layers(costs, plan.pp)
-
-
-def _runs(workload: Workload, rows: int) -> tuple[int, int, int]:
-    """Rows of a run, its tokens of each, and how many runs."""
-    if workload.prompt >= RUN_TOKENS:
-        return 1, RUN_TOKENS, rows * -(-workload.prompt // RUN_TOKENS)
-    together = min(rows, RUN_TOKENS // workload.prompt)
-    return together, workload.prompt, -(-rows // together)
-
-
-def _pair(mesh: Mesh) -> tuple[int, int]:
-    first, second = mesh.group(("pp",), 0)[:2]
-    return first, second

@@ -24,7 +24,7 @@ from runtime.generation.conversation import Piece
 from runtime.generation.steps import Steps
 from runtime.kv_cache.batch import PagedRows
 from runtime.kv_cache.cache import Cache
-from runtime.kv_cache.cache_size import CacheSize, Room, WhatIsKept, default_step, slots_for, step_of
+from runtime.kv_cache.cache_size import CacheSize, Room, WhatIsKept, default_step, held_as, slots_for, step_of
 from runtime.kv_cache.paged_cache import PagedCache
 from runtime.kv_cache.paged_size import DEFAULT_ROWS, PagedSize
 from runtime.kv_cache.sharded_cache import ShardedCache, cache_for
@@ -242,6 +242,8 @@ def places_for(
     block_size: int | None,
 ) -> Places:
     """A collective: the cache of a rank. size, rows: None for defaults; see `PagedSize`."""
+    if size is not None:
+        program = held_as(program, size.dtype, communicator, device)
     step = None if size is None else size.prefill_step
     if step is None:
         step = default_step(program, communicator, device, max_batch=1)

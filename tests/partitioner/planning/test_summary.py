@@ -38,3 +38,18 @@ def test_a_few_layers_say_what_a_deeper_model_costs() -> None:
 def test_models_with_a_cache_of_their_own_are_refused_by_name() -> None:
     with pytest.raises(PlanError, match=r"Mamba2ForCausalLM .*"):
         summarize_program(traced("mamba2")[1])
+
+
+def test_a_latent_cache_takes_fewer_bytes_and_sp_is_priced_without_it() -> None:
+    summary = summarize_program(traced("deepseek_v3")[1])
+    pricer, workload = Pricer(summary, Cluster.parse("2xH100")), Workload(16, 4, 2)
+    one, all_of_it, shared = (
+        pricer.price(Plan.parse(text), workload) for text in ("tp=1", "tp=1,cache=expanded", "sp=2")
+    )
+    # two layers, 20 tokens of two requests, float64
+    assert one.memory.cache == 2 * 20 * 2 * 32 * 8
+    assert all_of_it.memory.cache == 2 * 20 * 2 * 4 * 40 * 8
+    assert not shared.refused
+    assert shared.memory.cache == all_of_it.memory.cache / 2
+    float8 = Pricer(summary, Cluster.parse("2xH100"), cache_dtype="fp8").price(Plan(), workload)
+    assert float8.memory.cache == 2 * 20 * 2 * (32 + 4)

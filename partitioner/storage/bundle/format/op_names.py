@@ -43,6 +43,7 @@ from runtime.ops.state import (
     state_read,
     state_write,
 )
+from runtime.ops.state.latent_attention import latent_attention
 
 __all__ = ["GROUP", "name_of", "op_named"]
 
@@ -76,9 +77,9 @@ ATEN = frozenset(
 
 _OWN = (
     attention, attention_mask, cache_append, cached_attention, expert_combine, expert_dispatch, gated_delta_rule,
-    gated_linear_attention, grouped_linear, last_token, localise_experts, once, own_last_token, position_mask, reorder,
-    rows_at, selective_scan, shard, state_read, state_write, stored_grouped_linear, stored_linear, stored_weight,
-    take_rows, vocab_parallel_embedding,
+    gated_linear_attention, grouped_linear, last_token, latent_attention, localise_experts, once, own_last_token,
+    position_mask, reorder, rows_at, selective_scan, shard, state_read, state_write, stored_grouped_linear,
+    stored_linear, stored_weight, take_rows, vocab_parallel_embedding,
     *COMMUNICATING,
 )  # fmt: skip
 _INTEGER = (

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from runtime.kv_cache.batch import Batch
+from runtime.kv_cache.buffers import untouched_zeros
 from runtime.kv_cache.cache import Cache
-from runtime.kv_cache.untouched import untouched_zeros
 from runtime.ops.state import cache_append
 from runtime.program.shards import StateShard
 

@@ -1,0 +1,67 @@
+"""The memory of states: as their numbers, or keys and values as float8 with scales.
+
+    float8 = False   {name: [.., D]}                                   in the state's dtype
+    float8 = True    {name: codes uint8 [.., D], name.scales: [.., n]}  see `runtime.ops.kernels.float8_rows`
+
+Zeros take no memory before they are written to: `torch.zeros` writes all of it at once.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from runtime.ops.kernels.float8_rows import from_float8, num_scales, to_float8
+from runtime.program.shards import StateShard
+
+__all__ = ["buffers_of", "kept_as", "parts_of", "read_from", "untouched_zeros"]
+
+_LEAST_BYTES = 1 << 20
+"""Below this, pages cost more than they save."""
+
+
+def untouched_zeros(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU, the system maps their pages when they are first written to."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < _LEAST_BYTES:
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    try:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError, ValueError):  # more than there may be: torch says it in its own way
+        return torch.zeros(tuple(shape), dtype=dtype, device=device)
+    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
+
+
+def parts_of(state: StateShard) -> tuple[str, ...]:
+    """The names of its buffers."""
+    return (state.name, f"{state.name}.scales") if state.float8 else (state.name,)
+
+
+def buffers_of(state: StateShard, shape: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+    """Zeros. shape: of all its numbers."""
+    if not state.float8:
+        return {state.name: untouched_zeros(shape, dtype=state.dtype, device=device)}
+    codes, scales = parts_of(state)
+    of_scales = (*shape[:-1], num_scales(shape[-1]))
+    return {
+        codes: untouched_zeros(shape, dtype=torch.uint8, device=device),
+        scales: untouched_zeros(of_scales, dtype=torch.float32, device=device),
+    }
+
+
+def kept_as(state: StateShard, rows: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """What goes into each buffer, and the rows as they will be read."""
+    if not state.float8:
+        return (rows,), rows
+    parts = to_float8(rows)
+    return parts, from_float8(*parts, rows.dtype)
+
+
+def read_from(state: StateShard, read: Callable[[str], Tensor]) -> Tensor:
+    """The numbers of a state. read: of one of its buffers."""
+    found = [read(name) for name in parts_of(state)]
+    return from_float8(found[0], found[1], state.dtype) if state.float8 else found[0]
