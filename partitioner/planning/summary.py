@@ -11,6 +11,7 @@ ranks: how far each dim could be split is known from it (`SplitClass`).
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,8 @@ from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.experts import expert_dispatch, grouped_linear
 from runtime.ops.kernels.float8_rows import SCALE_BYTES, num_scales
 from runtime.ops.state.latent_attention import latent_attention
+
+_ITEM = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 __all__ = ["Experts", "Part", "Summary", "summarize", "summarize_program"]
 
@@ -228,6 +231,7 @@ class _Summarizing:
         last: dict[fx.Node, int] = {}
         first: dict[fx.Node, int] = {}
         size: dict[fx.Node, Any] = {}
+        scores: dict[int, Any] = {}
         costs = self.costs["prefill"]
         inside = set(nodes)
         for i, node in enumerate(nodes):
@@ -241,15 +245,22 @@ class _Summarizing:
             cost = costs.get(node)
             is_view = cost is not None and cost.kind == "move" and cost.written == 0
             sources = [n for n in node.all_input_nodes if n.op not in ("get_attr", "placeholder") and node_values(n)]
-            if is_view and sources:
+            made = sources[0] if operation(node) is operator.getitem and sources else None
+            if made is not None and owner.get(made) is made:  # of several results each lives as long as it is read
+                size[made] = 0
+                owner[node], first[node], size[node] = node, first[made], self.entries["prefill"].bytes(node)
+            elif is_view and sources:
                 owner[node] = owner.get(sources[0], sources[0])
             else:
                 owner[node], first[node], size[node] = node, i, self.entries["prefill"].bytes(node)
+            if cost is not None and cost.kind == "attention":
+                scores[i] = _scores(node, cost)
             if any(user not in inside for user in node.users):
                 last[owner[node]] = len(nodes)
             else:
                 last.setdefault(owner[node], i)
-        return [Live(size[node], first[node], last.get(node, first[node])) for node in size]
+        found = [Live(size[node], first[node], last.get(node, first[node])) for node in size]
+        return found + [Live(each, place, place) for place, each in scores.items() if each != 0]
 
     def _experts(self) -> Experts | None:
         for node in self.program.graph.nodes:
@@ -266,6 +277,17 @@ class _Summarizing:
                 return int(value.shape[-1]) * value.dtype.itemsize
         (result,) = self.program.graph.output_node().all_input_nodes[:1]
         return int(node_values(result)[0].shape[-1]) * node_values(result)[0].dtype.itemsize
+
+
+def _scores(node: fx.Node, cost: NodeExpression) -> Any:
+    """Bytes inside an attention that no kernel computes piece by piece: one with a soft cap or sinks
+    (`runtime.ops.attention`), which has all scores at once, before and after a step, and of the cap once more.
+    """
+    a = arguments(node)
+    if a.get("softcap") is None and a.get("sinks") is None and not a.get("written_out"):
+        return 0
+    rows, heads, _, _, queries, keys, _ = cost.product
+    return (2 if a.get("softcap") is None else 3) * rows * heads * queries * keys * max(4, _ITEM[cost.dtype])
 
 
 def _is_of(key: str, state: str) -> bool:

@@ -1,0 +1,264 @@
+"""Plans on two processes of this machine: the predicted time of a token beside the measured one, and the choice by it.
+
+    python -m benchmarks.planning.measured_plans [--rounds 5] [--prompt 64] [--new 12] [--batch 2]
+
+calibration    both ranks at the same time, since they share the machine's memory: products of several sizes, attention
+               of a token, copies; all-reduces of two sizes between them (gloo); and what a step takes beside its
+               kernels, from two models too small to have any work
+measured       seconds between two tokens of greedy generation: (new tokens - first token) / (new - 1), of the rank that
+               takes longest, the least of all rounds
+predicted      `Pricer` over the calibrated tables, nothing fitted on the cases
+
+Each model has random weights in float32 and one thread per rank. On a machine with other work, and with more ranks than
+cores, times are those of ranks that wait for each other to be scheduled: the load is printed beside. --clock processor
+counts what the busier rank has computed instead (of stages, what both have).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from torch.distributed import TCPStore
+from torch.nn import functional
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from partitioner import Plan, partition
+from partitioner.analysis.cost.device import measure_device, measure_link
+from partitioner.planning.cluster import Cluster, Device, Dimension
+from partitioner.planning.kernels import Grid, Kernels
+from partitioner.planning.pricing.price import Pricer
+from partitioner.planning.quantities import Workload
+from partitioner.planning.summary import Summary, summarize_program
+from partitioner.sharding.mesh import Mesh
+from runtime.communication.process_groups import ProcessGroups
+from runtime.engine import Engine
+from runtime.processes.launch import begin_worker, launch
+
+TINY = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64}
+MODELS: dict[str, tuple[str, dict[str, int]]] = {
+    "llama": ("llama", {"hidden_size": 768, "num_hidden_layers": 4, "num_attention_heads": 12,
+                        "num_key_value_heads": 12, "head_dim": 64, "intermediate_size": 2048}),
+    "llama, wide": ("llama", {"hidden_size": 512, "num_hidden_layers": 3, "num_attention_heads": 8,
+                              "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 6144}),
+    "qwen3, deep": ("qwen3", {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8,
+                              "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 1536}),
+    "mistral, large vocabulary": ("mistral", {"hidden_size": 512, "num_hidden_layers": 3, "num_attention_heads": 8,
+                                              "num_key_value_heads": 4, "head_dim": 64, "intermediate_size": 2048,
+                                              "vocab_size": 32000}),
+}  # fmt: skip
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+PLANS = ("tp=2", "pp=2", "dp=2")
+ROWS, WIDTHS, KEYS, HEADS = (0, 1, 6), (6, 8, 10, 12), (4, 6, 8, 10), (0, 2, 4, 6)
+"""Logarithms of the sizes that are calibrated."""
+
+
+def model_of(kind: str, fields: dict[str, int]) -> Any:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 1024, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2, **fields}
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**shape), dtype=torch.float32).eval()
+
+
+def least(work: Callable[[], object], *, seconds: float = 0.02) -> float:
+    """Of as many runs as take so long, at least three."""
+    best, spent, runs = float("inf"), 0.0, 0
+    while spent < seconds or runs < 3:
+        start = time.perf_counter()
+        work()
+        took = time.perf_counter() - start
+        best, spent, runs = min(best, took), spent + took, runs + 1
+    return best
+
+
+class Meeting:
+    """Both ranks, beside the groups of the engines that come and go."""
+
+    def __init__(self, port: int) -> None:
+        self.rank = int(os.environ["RANK"])
+        self._store, self._number = TCPStore("127.0.0.1", port, is_master=False), 0
+
+    def most(self, seconds: float) -> float:
+        return max(self.both(seconds))
+
+    def both(self, seconds: float) -> list[float]:
+        """Of both ranks; neither goes on before the other has come."""
+        self._number += 1
+        self._store.set(f"measured/{self._number}/{self.rank}", repr(seconds))
+        return [float(self._store.get(f"measured/{self._number}/{rank}")) for rank in (0, 1)]
+
+
+def calibrated(channel: Any, meeting: Meeting) -> tuple[Kernels, Dimension, Device]:
+    meeting.most(0)
+    here = measure_device(torch.device("cpu"), dtypes=(torch.float32,))
+    # a matrix that no cache holds: what reading weights reaches
+    matrix, one = torch.randn(4096, 4096), torch.randn(1, 4096)
+    speed = 4 * 4096**2 / meeting.most(least(lambda: functional.linear(one, matrix)))
+    bare = Kernels("here", speed, here.flops_per_s, {})
+
+    def share(flops: float, size: float, seconds: float) -> float:
+        return bare.roofline(flops, size, "float32") / meeting.most(seconds)
+
+    def linear(m: int, n: int, k: int) -> float:
+        x = torch.randn(1 << m, 1 << k)
+        # so many matrices that none is in a cache when its turn comes
+        copies = [torch.randn(1 << n, 1 << k) for _ in range(min(64, 1 << (24 - n - k)))]
+        turn = iter(range(1 << 30))
+        seconds = least(lambda: functional.linear(x, copies[next(turn) % len(copies)]))
+        size = 4 * ((1 << (m + k)) + (1 << (n + k)) + (1 << (m + n)))
+        return share(2.0 * (1 << (m + n + k)), size, seconds)
+
+    def decode(keys: int, heads: int) -> float:
+        q = torch.randn(1, 1 << heads, 1, 64)
+        k = torch.randn(1, 1 << heads, 1 << keys, 64)
+        seconds = least(lambda: functional.scaled_dot_product_attention(q, k, k))
+        return share(4.0 * 64 * (1 << (keys + heads)), 8.0 * 64 * (1 << (keys + heads)), seconds)
+
+    grids = {
+        ("linear", "float32"): Grid(
+            (ROWS, WIDTHS, WIDTHS), [[[linear(m, n, k) for k in WIDTHS] for n in WIDTHS] for m in ROWS]
+        ),
+        ("decode", "float32"): Grid((KEYS, HEADS), [[decode(keys, heads) for heads in HEADS] for keys in KEYS]),
+    }
+    meeting.most(0)
+    link = measure_link(channel, torch.device("cpu"))
+    kind = Device("here", 8 << 30, 1 << 30, speed, dict(here.flops_per_s))
+    dimension = Dimension("gloo", 2, 1 / max(link.beta_s_per_byte, 1e-13), link.alpha_s)
+    return Kernels("here", speed, here.flops_per_s, grids), dimension, kind
+
+
+class Case:
+    """A model on a plan, ready to be run."""
+
+    def __init__(self, model: Any, plan: str, workload: Workload, meeting: Meeting, clock: str) -> None:
+        self.plan, self.workload, self.meeting, self.clock = Plan.parse(plan), workload, meeting, clock
+        parts = partition(model, self.plan)
+        assert parts.traced is not None
+        self.traced = parts.traced
+        self.engine = Engine.connect(parts, timeout_s=300)
+        vocabulary = int(model.config.vocab_size)
+        self.ids = torch.randint(
+            3, vocabulary, (workload.batch, workload.prompt), generator=torch.Generator().manual_seed(1)
+        )
+
+    def token_s(self) -> float:
+        """Between two tokens."""
+
+        def write(count: int) -> float:
+            self.meeting.most(0)
+            start = CLOCKS[self.clock]()
+            self.engine.generate(self.ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+            took = self.meeting.both(CLOCKS[self.clock]() - start)
+            if self.clock == "processor" and self.plan.pp > 1:  # stages take turns: what both have done is one's time
+                return sum(took) / min(self.plan.pp, self.workload.batch)
+            return max(took)
+
+        new = self.workload.new
+        return (write(new) - write(1)) / (new - 1)
+
+
+def beside_kernels(workload: Workload, rounds: int, meeting: Meeting, clock: str) -> tuple[float, float]:
+    """Seconds of a step whose kernels have no work: once, and per layer."""
+    found = []
+    for layers in (2, 6):
+        case = Case(model_of("llama", {**TINY, "num_hidden_layers": layers}), "dp=2", workload, meeting, clock)
+        case.token_s()
+        found.append(min(case.token_s() for _ in range(rounds)))
+        case.engine.close()
+    per_layer = max(0.0, (found[1] - found[0]) / 4)
+    return max(0.0, found[0] - 2 * per_layer), per_layer
+
+
+def predicted(summary: Summary, plan: Plan, workload: Workload, tables: Any, beside: tuple[float, float]) -> float:
+    kernels, dimension, kind = tables
+    once, per_layer = beside
+    pricer = Pricer(summary, Cluster("here", (dimension,), (kind,)), overhead_s=0.0)
+    pricer.kernels = kernels
+    own = -(-workload.batch // plan.mesh.size("dp"))
+    turns = min(plan.pp, own)  # a step of the host for each group of rows
+    layers = pricer.even_stages(plan)
+    seconds = pricer.step_seconds(plan, own, workload.prompt + workload.new // 2, layers)
+    return seconds + turns * (once + per_layer * summary.num_layers)
+
+
+def worker(workload: Workload, rounds: int, names: list[str], port: int, clock: str) -> None:
+    begin_worker()
+    meeting = Meeting(port)
+    communicator = ProcessGroups.connect(Mesh.of(tp=2), axes={("tp",)}, device="cpu", timeout_s=300)
+    tables = calibrated(communicator.channel("tp", node="calibration"), meeting)
+    communicator.close()
+    beside = beside_kernels(workload, rounds, meeting, clock)
+    if meeting.rank == 0:
+        kernels, dimension, _ = tables
+        print(
+            f"reads {kernels.bytes_per_s / 1e9:.1f} GB/s, products {kernels.flops_per_s['float32'] / 1e9:.0f} GFLOP/s "
+            f"a rank; all-reduce {dimension.latency_s * 1e6:.0f} us and {dimension.bytes_per_s / 1e9:.2f} GB/s; "
+            f"beside kernels {beside[0] * 1e3:.2f} ms a step and {beside[1] * 1e3:.2f} ms a layer; "
+            f"load {os.getloadavg()[0]:.1f}"
+        )
+        print(f"{'model':26} {'plan':6} {'predicted':>10} {'measured':>10} {'off':>6}")
+    off, regrets = [], []
+    for name in names:
+        model = model_of(*MODELS[name])
+        guessed: dict[str, float] = {}
+        measured: dict[str, float] = {}
+        for plan in PLANS:
+            case = Case(model, plan, workload, meeting, clock)
+            case.token_s()  # warms up
+            measured[plan] = min(case.token_s() for _ in range(rounds))
+            case.engine.close()
+            guessed[plan] = predicted(summarize_program(case.traced), case.plan, workload, tables, beside)
+            off.append(abs(guessed[plan] / measured[plan] - 1))
+            if meeting.rank == 0:
+                print(
+                    f"{name:26} {plan:6} {guessed[plan] * 1e3:7.2f} ms {measured[plan] * 1e3:7.2f} ms "
+                    f"{guessed[plan] / measured[plan] - 1:+6.0%}",
+                    flush=True,
+                )
+        first = min(guessed, key=lambda plan: guessed[plan])
+        regrets.append(measured[first] / min(measured.values()) - 1)
+        if meeting.rank == 0:
+            print(f"{'':26} first choice {first}, {regrets[-1]:.1%} slower than the best", flush=True)
+    if meeting.rank == 0:
+        within = sum(each <= 0.15 for each in off)
+        print(f"within 15%: {within} of {len(off)} cases; the first choice is slower than the best by "
+              f"{', '.join(f'{each:.1%}' for each in regrets)}")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--new", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--models", default=json.dumps(list(MODELS)), help="a JSON list")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--port", type=int, default=0, help="of the ranks' meeting; chosen by the first process")
+    given = parser.parse_args()
+    if "RANK" in os.environ:
+        worker(
+            Workload(given.prompt, given.new, given.batch),
+            given.rounds,
+            json.loads(given.models),
+            given.port,
+            given.clock,
+        )
+    else:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        launch(
+            ["benchmarks.planning.measured_plans", *sys.argv[1:], f"--port={store.port}"], num_ranks=2, timeout_s=3000
+        )
+
+
+if __name__ == "__main__":
+    main()
