@@ -41,12 +41,13 @@ def shares(test: pytest.Item) -> bool:
 @contextmanager
 def sharing() -> Iterator[None]:
     """As long as it is open, `partition` and `trace` make each trace once."""
-    own = compiling.capture, compiling.capture_step
-    compiling.capture, compiling.capture_step = (functools.partial(_capture, each) for each in own)
+    own = compiling.capture, compiling.capture_step, compiling.capture_piece
+    shared = (functools.partial(_capture, each) for each in own)
+    compiling.capture, compiling.capture_step, compiling.capture_piece = shared
     try:
         yield
     finally:
-        compiling.capture, compiling.capture_step = own
+        compiling.capture, compiling.capture_step, compiling.capture_piece = own
 
 
 def _capture(own: Callable[..., Program], model: Any, **asked: Any) -> Program:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["Layer", "digest", "find_layers", "signature_of"]
+__all__ = ["Layer", "digest", "find_layers", "outermost_lists", "signature_of"]
 
 _TENSORS = ("_parameters", "_buffers")
 _SEEN_ELSEWHERE = {*_TENSORS, "_modules"}
@@ -47,7 +47,7 @@ class Layer:
 def find_layers(model: nn.Module) -> list[Layer]:
     """The layers of the outermost lists of modules, in their order."""
     found: list[Layer] = []
-    for path, container in _outermost(model):
+    for path, container in outermost_lists(model):
         own = [(f"{path}.{name}", module) for name, module in container.named_children()]
         counts = _counting([module for _, module in own])
         for full, module in own:
@@ -66,13 +66,14 @@ def find_layers(model: nn.Module) -> list[Layer]:
     return found
 
 
-def _outermost(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+def outermost_lists(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """The lists of modules that lie in no other list, with their names in the model."""
     for name, child in module.named_children():
         full = f"{path}.{name}" if path else name
         if isinstance(child, nn.ModuleList):
             yield full, child
         else:
-            yield from _outermost(child, full)
+            yield from outermost_lists(child, full)
 
 
 def _counting(layers: list[nn.Module]) -> list[tuple[str, str]]:

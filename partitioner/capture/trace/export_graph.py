@@ -9,17 +9,20 @@ import contextlib
 import io
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from partitioner.capture.layers.share_layers import NotSharedError, SharedLayers
+from partitioner.capture.layers.layer_kinds import outermost_lists
+from partitioner.capture.layers.share_layers import NotSharedError, SharedLayers, shares
 from partitioner.capture.trace.recognise_masks import MaskKind
 from partitioner.capture.trace.transformers_hooks import MASK, installed
 from partitioner.errors import CaptureError
@@ -178,7 +181,7 @@ def export_step(
 def run_export(
     traced: nn.Module, example: Mapping[str, Tensor], masks: _Masks, dims: Mapping[str, Mapping[int, Any]]
 ) -> ExportedProgram:
-    with installed(masks), torch.no_grad():
+    with installed(masks), torch.no_grad(), _remembering(traced):
         return torch.export.export(
             traced,
             # a failed export leaves marks on its inputs
@@ -186,6 +189,23 @@ def run_export(
             dynamic_shapes=(tuple(dict(dims[name]) for name in example),),
             strict=False,
         )
+
+
+_FEW_LAYERS = 2
+
+
+def _remembering(traced: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Without what fake tensors remember of ops and shapes, where few layers are traced: it takes a tenth of the time
+    of such a trace, and saves as much only where the same ops come again.
+    """
+    kinds = Counter(
+        (path, tuple(map(type, layer.modules()))) for path, layers in outermost_lists(traced) for layer in layers
+    )
+    runs = sum(min(members, _FEW_LAYERS) if shares() else members for members in kinds.values())
+    if runs > _FEW_LAYERS:
+        return contextlib.nullcontext()
+    held: contextlib.AbstractContextManager[None] = dynamo_config.patch(fake_tensor_cache_enabled=False)
+    return held
 
 
 _SHORT = 3
