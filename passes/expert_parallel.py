@@ -55,6 +55,9 @@ class ExpertParallel:
         if self.exchange != "auto":
             return self
         axes = _axes(program)
+        if entry != "text" and "dp" in axes and program.mesh.size("pp", "sp") == 1:
+            # of sequences of their own: fixed shapes for single tokens; otherwise to send sends less than to gather
+            return replace(self, exchange="gather" if entry == "decode" else "exchange")
         ranks, own = program.mesh.size("ep"), program.mesh.size("sp") if "sp" in axes else 1
         regions = find_regions(program, axes)
         each = {choose(ranks, r.num_experts, r.choices, entry, own=own) for r in regions if not r.why}

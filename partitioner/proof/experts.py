@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx
 
-from partitioner.analysis.layouts.infer_experts import SEQUENCE
+from partitioner.analysis.layouts.infer_experts import OWN
 from partitioner.analysis.layouts.infer_layout import Layouts
 from partitioner.errors import LayoutError
 from partitioner.program.node_arguments import arguments
@@ -79,7 +79,7 @@ def _check_dispatch(program: Program, node: fx.Node, layouts: Layouts) -> None:
 def _check_linear(program: Program, node: fx.Node, layouts: Layouts) -> None:
     a = arguments(node)
     rows = layouts[a["rows"]].dims[0]
-    if not isinstance(rows, Rows) or rows.kind == SEQUENCE:  # every rank has all experts, or none of them is shared
+    if not isinstance(rows, Rows) or rows.kind in OWN:  # every rank has all experts, or none of them is shared
         return
     dispatch = _made_by(a["counts"], expert_dispatch, 2)
     index = None if dispatch is None else arguments(dispatch)["index"]

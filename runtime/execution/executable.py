@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import linecache
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -63,10 +63,11 @@ class Executable:
         self.function = functools.partial(fx.GraphModule({}, self._graph).forward, *weights)
         """What runs, bare: of the inputs in their order."""
         self._profiled: Profiled | None = None
-        self._seen: set[tuple[torch.Size, ...]] = set()
+        self._seen: set[Hashable] = set()
 
-    def __call__(self, values: Sequence[Tensor]) -> Any:
-        shapes = tuple(value.shape for value in values)
+    def __call__(self, values: Sequence[Tensor], *, like: Hashable = None) -> Any:
+        """like: runs that are alike have an equal one, on all ranks; None: those with inputs of the same shapes."""
+        shapes = tuple(value.shape for value in values) if like is None else like
         self.communicator.begin_run(new_shapes=shapes not in self._seen)
         try:
             # not inference_mode: the caller may write to what comes back

@@ -28,9 +28,11 @@ from runtime.ops.communicating import as_axes
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 
-__all__ = ["ROUTED", "infer_experts", "is_routed"]
+__all__ = ["OWN", "ROUTED", "infer_experts", "is_routed"]
 
-ROUTED, TOKENS, SEQUENCE = "routed", "tokens", "sequence"
+ROUTED, TOKENS = "routed", "tokens"
+OWN = ("sequence", "batch")
+"""Kinds of rows that a rank has before tokens are routed, of one sequence or of its own ones."""
 
 
 def is_routed(node: fx.Node, layouts: Layouts) -> bool:
@@ -40,7 +42,7 @@ def is_routed(node: fx.Node, layouts: Layouts) -> bool:
     if node.target not in (expert_dispatch, grouped_linear, expert_combine):
         return False
     return any(
-        isinstance(dim, Rows) and dim.kind in (ROUTED, SEQUENCE)
+        isinstance(dim, Rows) and dim.kind in (ROUTED, *OWN)
         for source in node.all_input_nodes
         if isinstance(layouts.get(source), Layout)
         for dim in layouts[source].dims
@@ -98,7 +100,7 @@ def _grouped(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
     routed = layouts[a["rows"]].dims[0]
     weights = [a[name] for name in ("weight", "bias") if isinstance(a.get(name), fx.Node)]
     experts = layouts[a["weight"]].dims[0]
-    if isinstance(routed, Rows) and routed.kind == SEQUENCE:
+    if isinstance(routed, Rows) and routed.kind in OWN:
         fits = experts is None or not set(experts.axes) & set(routed.axes)
     else:
         # whose experts exactly is for `proof/experts.py` to see: of other axes, ranks have other tokens

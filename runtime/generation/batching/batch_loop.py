@@ -9,12 +9,14 @@
     Places          where their tokens lie in the cache         `places.py`
     RowChooser      the next token of each                      `choose_rows.py`
     StagedSteps     the same over pipeline stages               `staged_steps.py`
+    OwnBatches      the same where ranks have their own         `own_batches.py`
 
 All ranks of a replica are told the same in the same order, and so do the same: none has to ask another.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -24,6 +26,7 @@ from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.batching.choose_rows import Asked, Choice, RowChooser
+from runtime.generation.batching.own_batches import DealtScheduler, OwnBatches
 from runtime.generation.batching.places import InBlocks, Places, Run, places_for
 from runtime.generation.batching.scheduler import Counts, Scheduler, Work
 from runtime.generation.batching.staged_steps import StagedSteps
@@ -73,6 +76,8 @@ class BatchLoop:
     ) -> None:
         self._prefill_by, self._decode_by = prefill, decode
         self.program = prefill.program
+        self._parts = self.program.mesh.size(*self.program.batch_axes) if self.program.batch_axes else 1
+        """How many ranks have sequences of their own."""
         self._communicator, self._device, self._profiler = communicator, device, profiler
         self._wanted, self._rows, self._block_size = size, rows, block_size
         self._decoding = {"compile": compile, "cuda_graph": cuda_graph}
@@ -123,6 +128,10 @@ class BatchLoop:
         if self._places is None:
             return []
         refused, self._refused = self._refused, []
+        if isinstance(self.scheduler, DealtScheduler):
+            works = self.scheduler.next_of_all()
+            done_by_rank = self._own.advance(works) if any(works) else []
+            return [*refused, *(told for done in done_by_rank for told in self._learn(*done))]
         work = self.scheduler.next(self._turn)
         self._turn = (self._turn + 1) % self.scheduler.limits.groups
         run = None if work is None else self._places.run_of(work, self.scheduler.last_of)
@@ -137,7 +146,7 @@ class BatchLoop:
             "running": self.scheduler.running,
             "waiting": self.scheduler.waiting,
             "tokens_cached": 0 if self._places.tokens is None else self.scheduler.tokens_cached,
-            "tokens_that_fit": self._places.tokens,
+            "tokens_that_fit": None if self._places.tokens is None else self._parts * self._places.tokens,
             **vars(self.scheduler.counts),
             "prefixes_kept": not self._places.why_not_kept,
             "why_not_kept": self._places.why_not_kept,
@@ -164,15 +173,20 @@ class BatchLoop:
         for each in told:
             if each.error is not None and self._places is not None:
                 # what it computed may be no numbers, which must not reach others
-                self._places.clear(self.scheduler.cancel(each.number, keep=False))
+                is_own = not isinstance(self.scheduler, DealtScheduler) or self._is_own(each.number)
+                blocks = self.scheduler.cancel(each.number, keep=False)
+                self._places.clear(blocks if is_own else [])
             if each.is_over:
                 del self._asked[each.number]
         return told
 
     def _set_aside(self) -> None:
-        program = self.program
+        program, size, rows = self.program, self._wanted, self._rows
+        if self._parts > 1:  # each rank's share
+            size = None if size is None else replace(size, max_batch=-(-size.max_batch // self._parts))
+            rows = None if rows is None else -(-rows // self._parts)
         self._places = places = places_for(
-            program, self._wanted, self._communicator, self._device, rows=self._rows, block_size=self._block_size
+            program, size, self._communicator, self._device, rows=rows, block_size=self._block_size
         )
         self._steps = Steps(
             self._prefill_by,
@@ -183,6 +197,22 @@ class BatchLoop:
             self._profiler,
             **self._decoding,
         )
+        if self._parts > 1:
+            assert isinstance(places, InBlocks)
+            self.scheduler: Scheduler | DealtScheduler = DealtScheduler(places.limits, self._parts, self._counts)
+            self._own = OwnBatches(
+                program,
+                self._decode_by.program,
+                self._communicator,
+                self._device,
+                self._profiler,
+                places,
+                run=self._run_filled,
+                choose=self.choose,
+                sampled=self.sampled,
+                tops=lambda number: self._asked[number].settings.top_logprobs,
+            )
+            return
         stages = 1 if program.stage is None else program.stage.count
         self.scheduler = Scheduler(replace(places.limits, groups=stages), self._counts)
         self._turn = 0
@@ -208,6 +238,19 @@ class BatchLoop:
         if run.work.decode and isinstance(self._places, InBlocks) and self._from_fixed_memory:
             return self._places.decode(self._steps, run, few_sizes=self._decoding["compile"])
         return self._steps.execute(run.piece, received, decode=run.work.decode, rows=run.rows)
+
+    def _run_filled(self, run: Run, least: int, like: Hashable) -> Any:
+        """The same, of rows that are filled up to `least` tokens; like: as `Executable` has it."""
+        assert self._places is not None
+        if run.work.decode and self._from_fixed_memory:
+            return self.run(run)
+        return self._steps.execute(run.piece, decode=run.work.decode, rows=run.rows, least=least, like=like)
+
+    def _is_own(self, number: int) -> bool:
+        """Whether this rank has the sequence in its cache."""
+        assert isinstance(self.scheduler, DealtScheduler)
+        (axis,) = self.program.batch_axes
+        return self.scheduler.rank_of(number) == self.program.coordinates[axis]
 
     @property
     def _from_fixed_memory(self) -> bool:
