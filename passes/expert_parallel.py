@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from partitioner.analysis.layouts.expert_regions import Region, find_regions
+from partitioner.analysis.layouts.shared_sums import joins_a_product
 from partitioner.errors import PlanError
 from partitioner.program.node_arguments import arguments
 from partitioner.program.program import Entry, Program, Value
@@ -59,8 +60,15 @@ class ExpertParallel:
             # of sequences of their own: fixed shapes for single tokens; otherwise to send sends less than to gather
             return replace(self, exchange="gather" if entry == "decode" else "exchange")
         ranks, own = program.mesh.size("ep"), program.mesh.size("sp") if "sp" in axes else 1
-        regions = find_regions(program, axes)
-        each = {choose(ranks, r.num_experts, r.choices, entry, own=own) for r in regions if not r.why}
+        parts, whole = program.mesh.size("etp"), frozenset(name for name, _ in self.keep_whole)
+        # partial sums of other branches are over tp; those of routed experts join them if they are over the same ranks
+        summed = {*axes, *(program.mesh.in_attention_view("etp") if parts > 1 else ())}
+        each = set()
+        for region in find_regions(program, axes):
+            if region.why is None and region.combine is not None:
+                shared = summed == {"tp"} and joins_a_product(region.combine, whole=whole)
+                found = choose(ranks, region.num_experts, region.choices, entry, own=own, parts=parts, shared=shared)
+                each.add(found)
         return replace(self, exchange=each.pop() if len(each) == 1 else "replicate")
 
     def run(self, program: Program) -> Program:
@@ -178,19 +186,23 @@ def deal(num_experts: int, ranks: int) -> Owners:
     return tuple(tuple(range(ends[rank], ends[rank + 1])) for rank in range(ranks))
 
 
-def choose(ranks: int, num_experts: int, choices: int, entry: str, *, own: int = 1) -> str:
+def choose(
+    ranks: int, num_experts: int, choices: int, entry: str, *, own: int = 1, parts: int = 1, shared: bool = False
+) -> str:
     """The exchange with the fewest bytes; fixed shapes for single tokens.
 
-    own: how many of the ranks share out the tokens; the others have the same ones. Per token and row of one unit, over
-    all n ranks: replicate sums 2 (n - 1), or collects and deals out so many; exchange sends a row there and one back
-    for each other rank that has one of its experts, and collects (n / own - 1).
+    own: how many of the ranks share out the tokens; the others have the same ones. parts: ranks that share out each
+    expert's matrices, which sum in any case. shared: whether the sum of replicate is one that the layer needs anyway.
+    Per token and row of one unit, over all n ranks: replicate sums 2 (n - 1), or collects and deals out so many, and
+    nothing where it shares a sum; exchange sends a row there and one back for each other rank that has one of its
+    experts, and collects (n / own - 1), each of `parts` ranks the same.
     """
-    if entry == "decode":
+    if entry == "decode" or shared:
         return "replicate"
     each = num_experts / ranks
     none_here = math.prod((num_experts - each - i) / (num_experts - i) for i in range(choices))
     destinations = (ranks - 1) * (1 - max(none_here, 0.0))
-    return "exchange" if 2 * destinations + (ranks // own - 1) < 2 * (ranks - 1) else "replicate"
+    return "exchange" if parts * (2 * destinations + ranks // own - 1) < 2 * (ranks - 1) else "replicate"
 
 
 def _tell(program: Program, regions: list[Region], owners: Owners, exchange: str) -> None:
