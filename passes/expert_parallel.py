@@ -28,6 +28,7 @@ from partitioner.program.program import Entry, Program, Value
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Split
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
+from runtime.ops.experts import limit_experts
 
 __all__ = ["ExpertParallel"]
 
@@ -38,21 +39,35 @@ Owners = tuple[tuple[int, ...], ...]
 @dataclass(frozen=True)
 class ExpertParallel:
     """exchange: how tokens come to experts. owners: the experts of each rank of ep, of every layer; an expert may stand
-    with several. keep_whole: weight name -> why it stays whole on every rank. entry: for which `auto` chooses.
+    with several. capacity: how many times the mean of choices an expert takes of prompts and whole texts, at least 1;
+    0: any number. What is over is left out, counted and told (`runtime.ops.experts`), so that a token's result depends
+    on the tokens beside it. keep_whole: weight name -> why it stays whole on every rank. entry: for which `auto`
+    chooses.
     """
 
     name: ClassVar[str] = "expert-parallel"
     exchange: str = "auto"
     owners: Owners = ()
+    capacity: float = 0
     keep_whole: tuple[tuple[str, str], ...] = ()
     entry: str = "text"
 
     def __post_init__(self) -> None:
         if self.exchange not in EXCHANGES:
             raise PlanError(f"expert-parallel: exchange must be one of {', '.join(EXCHANGES)}; got {self.exchange!r}")
+        given: Any = self.capacity
+        is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
+        if not is_number or not (given == 0 or 1 <= given < math.inf):
+            raise PlanError(
+                "expert-parallel: capacity must be a number, at least 1 times the mean of choices per expert, or 0 for "
+                f"no limit; got {given!r}"
+            )
 
     def for_entry(self, entry: str, program: Program) -> ExpertParallel:
         """With the exchange that this entry gets, of a program whose mesh is the plan's."""
+        if entry == "decode" and self.capacity:
+            # of a few tokens any expert may get several times the mean
+            return replace(self, capacity=0).for_entry(entry, program)
         if self.exchange != "auto":
             return self
         axes = _axes(program)
@@ -75,6 +90,8 @@ class ExpertParallel:
         ranks = program.mesh.size("ep")
         program.unplaced = True
         axes = _axes(program)
+        if ranks == 1 and self.capacity:
+            raise PlanError(f"capacity={self.capacity:g} limits experts that are dealt out over ep, and ep is 1")
         if ranks == 1:  # only their own matrices are divided, by the placement of all axes
             for region in find_regions(program, axes):
                 for name in region.weights:
@@ -97,6 +114,11 @@ class ExpertParallel:
         for region in good:
             self._deal(program, region, self._owners(region, ranks), axes, exchange)
         _tell(program, regions, self._owners(good[0], ranks), exchange)
+        if self.capacity:
+            program.notes.append(
+                f"capacity {self.capacity:g}: an expert takes at most that many times the mean of choices, of the "
+                "tokens that a rank has; what is over is left out, counted by engine.routing() and told in a warning"
+            )
         return program
 
     def _owners(self, region: Region, ranks: int) -> Owners:
@@ -118,14 +140,17 @@ class ExpertParallel:
         for name, dim in region.weights.items():
             layout = program.weight_layouts.get(name, REPLICATED(len(program.weights[name].shape)))
             program.weight_layouts[name] = layout.with_dim(dim, split)
-        _Deal(program, region, owners, axes).write(exchange)
+        _Deal(program, region, owners, axes, self.capacity).write(exchange)
 
 
 class _Deal:
     """Writes one region's ops."""
 
-    def __init__(self, program: Program, region: Region, owners: Owners, axes: tuple[str, ...]) -> None:
+    def __init__(
+        self, program: Program, region: Region, owners: Owners, axes: tuple[str, ...], capacity: float
+    ) -> None:
         assert region.combine is not None
+        self.capacity = capacity
         self.program, self.dispatch, self.combine, self.axes = program, region.dispatch, region.combine, axes
         self.num_experts = region.num_experts
         self.options: dict[str, Any] = {
@@ -139,6 +164,11 @@ class _Deal:
         axis = self.axes[0] if len(self.axes) == 1 else self.axes
         back = None
         with self.program.graph.inserting_before(self.dispatch):
+            if self.capacity:
+                values = (index.meta["val"], gates.meta["val"])
+                limits = {"num_experts": self.num_experts, "capacity": float(self.capacity)}
+                limited = self._call(limit_experts, (index, gates), limits, values)
+                index, gates = (self._call(operator.getitem, (limited, i), {}, v) for i, v in enumerate(values))
             if exchange == "exchange":
                 tokens = Value(hidden.meta["val"].shape[:1], torch.int64)
                 values = (*(each.meta["val"] for each in (hidden, index, gates)), tokens)

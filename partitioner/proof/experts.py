@@ -1,5 +1,6 @@
 """That ranks which share out experts speak of the same ones: where tokens go, who holds which weights, what counts.
 
+    limit_experts                    as many experts as are dealt out; gates are limited as the choices are
     localise_experts, expert_send    every expert on at least one rank; of the mesh's axes, as many ranks as they have
     expert_dispatch                  as many experts as the rank has
     grouped_linear                   the experts of the weights are those of the choices, rank by rank
@@ -26,7 +27,7 @@ from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Rows, Split
 from runtime.ops.communicating import as_axes
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
-from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
+from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear, limit_experts
 
 __all__ = ["EXPERT_CHECKS"]
 
@@ -54,6 +55,11 @@ def _check_route(program: Program, node: fx.Node, layouts: Layouts) -> None:
         raise LayoutError(f"node {node.name!r} deals {len(experts)} experts as {counts} to the {ranks} ranks of {axes}")
     if missing := set(range(max(experts) + 1)) - set(experts):
         raise LayoutError(f"node {node.name!r}: no rank has expert {min(missing)}")
+    limits = [_made_by(a[name], limit_experts, place) for place, name in enumerate(("index", "gates"))]
+    if limits[0] is not limits[1]:
+        raise LayoutError(f"node {node.name!r} takes choices of {_name(limits[0])} and gates of {_name(limits[1])}")
+    if limits[0] is not None and (total := arguments(limits[0])["num_experts"]) != max(experts) + 1:
+        raise LayoutError(f"node {limits[0].name!r} limits {total} experts, of which there are {max(experts) + 1}")
     start = 0
     for count in counts:
         mine = experts[start : start + count]

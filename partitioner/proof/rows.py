@@ -8,6 +8,7 @@
     cached_sequence_attention                       the same; of own tokens, which stay so, or of all, to be merged
     own_last_token   x[B, T_i, H] -> [B, 1, H]      one token per sequence, from the rank that has it
     localise_experts                                each token's choices by themselves
+    limit_experts                                   the same, but that full experts leave some out: the plan says so
     expert_send    hidden [T_i, H] -> [R, H]        rows travel, each with its own token's choices
     expert_return  rows [R, H] -> [T_i, H]          and come back by the way on which they went
 
@@ -34,6 +35,7 @@ from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.communicating import COMMUNICATING, axes_text, read_call
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
+from runtime.ops.experts import limit_experts
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
@@ -87,6 +89,7 @@ class _Proof:
             take_rows: self._take_rows,
             scatter_rows: self._scatter_rows,
             localise_experts: self._localise_experts,
+            limit_experts: self._localise_experts,
             expert_send: self._expert_send,
             expert_return: self._expert_return,
             once: _row_by_row,

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor, fx
 
 from runtime.communication.communicator import Binder, Communicator
+from runtime.execution.overflow import Overflow
 from runtime.execution.profile import Profiled, Profiler, Recording
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.sharded_cache import ShardedCache
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.communicating import COMMUNICATING, read_call
+from runtime.ops.experts import limit_experts
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.program.rank_program import RankProgram
@@ -59,7 +61,10 @@ class Executable:
     ) -> None:
         self.program, self.communicator = program, communicator
         self.weights, self.profiler = weights, profiler
-        self._graph = bound_graph(program, communicator, device, cache)
+        overflow = Overflow() if profiler is None else profiler.overflow
+        self._graph = bound_graph(program, communicator, device, cache, overflow)
+        limits = any(node.target is limit_experts for node in program.graph.nodes)
+        self._overflow = overflow if limits else None
         self.function = functools.partial(fx.GraphModule({}, self._graph).forward, *weights)
         """What runs, bare: of the inputs in their order."""
         self._profiled: Profiled | None = None
@@ -88,6 +93,8 @@ class Executable:
             self.communicator.abort(error)
             raise
         self._seen.add(shapes)
+        if self._overflow is not None:
+            self._overflow.tell()
         return result
 
     def _run_profiled(self, recording: Recording, values: Sequence[Tensor]) -> Any:
@@ -105,8 +112,14 @@ def build(program: RankProgram, communicator: Binder, device: torch.device, cach
     return function
 
 
-def bound_graph(program: RankProgram, communicator: Binder, device: torch.device, cache: Cache | None) -> fx.Graph:
-    """The graph of that function."""
+def bound_graph(
+    program: RankProgram,
+    communicator: Binder,
+    device: torch.device,
+    cache: Cache | None,
+    overflow: Overflow | None = None,
+) -> fx.Graph:
+    """The graph of that function. overflow: where choices are counted that full experts leave out."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     arguments = {weight.name: graph.placeholder(f"weight_{index}") for index, weight in enumerate(program.weights)}
@@ -123,6 +136,9 @@ def bound_graph(program: RankProgram, communicator: Binder, device: torch.device
                 new.args, new.kwargs = call.operands, {}
             elif node.target in COMMUNICATING:
                 _bind(new, node, communicator)
+            elif node.target is limit_experts and overflow is not None:
+                path, options = str(node.meta.get("path") or node.name), dict(new.kwargs)
+                new.target, new.kwargs = overflow.bind(path, device=device, **options), {}  # type: ignore[arg-type]
             elif node.target in _WITH_STATE and cache is not None:
                 options = dict(new.kwargs)
                 masked = options.get("mask") is not None or (len(new.args) > _MASK and new.args[_MASK] is not None)

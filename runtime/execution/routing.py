@@ -27,6 +27,9 @@ class Routing:
     def __init__(self) -> None:
         self.counts: dict[str, Tensor] = {}
         """By the path of the experts in the model."""
+        self.left_out: dict[str, Tensor] = {}
+        """Of limited experts, choices [E] of this rank's tokens for which they had no room, once the block is over; not
+        among `counts`. Ranks that have the same tokens have the same numbers."""
 
     def run(self, program: RankProgram, bound: fx.Graph, inputs: Sequence[Any]) -> Any:
         """What `bound`, the graph of `program`, yields; its experts' tokens are counted."""

@@ -14,7 +14,7 @@ from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
-from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
+from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear, limit_experts
 from runtime.ops.mask import attention_mask
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
 from runtime.ops.rows.share_rows import own_last_token
@@ -111,6 +111,13 @@ def _expert_combine(node: fx.Node, a: dict[str, Any]) -> Notation:
 def _localise_experts(node: fx.Node, a: dict[str, Any]) -> Notation:
     operands = (Operand(a["index"], ("t", "k")), Operand(a["gates"], ("t", "k")))
     return Notation(operands, (("t", "k"), ("t", "k")), frozenset("k"))
+
+
+@RULES.of(limit_experts)
+def _limit_experts(node: fx.Node, a: dict[str, Any]) -> Notation:
+    """All tokens that a rank has count for one another."""
+    operands = (Operand(a["index"], ("t", "k")), Operand(a["gates"], ("t", "k")))
+    return Notation(operands, (("t", "k"), ("t", "k")), frozenset("tk"))
 
 
 @RULES.of(expert_send)
