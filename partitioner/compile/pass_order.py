@@ -98,6 +98,7 @@ ORDER = (
     BuiltIn("kv-cache", GENERATION, _always),
     BuiltIn("last-token", GENERATION, _always),
     BuiltIn("fuse", EVERYWHERE, _always),
+    BuiltIn("overlap", EVERYWHERE, lambda plan: plan.ep > 1 and plan.pp == 1),
     # then the user's own, in the plan's order
     BuiltIn("pipeline", EVERYWHERE, lambda plan: plan.pp > 1, last=True),
 )

@@ -6,6 +6,7 @@
     grouped_linear                   the experts of the weights are those of the choices, rank by rank
     expert_combine                   the gates that went with the choices by which the rows were sorted
     expert_return                    the way back of those that were sent
+    landed                           stands before whoever reads what was sent ahead
 
 Layouts say that rows are routed over an axis; which experts a rank has is in the nodes' options and in the table.
 """
@@ -26,7 +27,7 @@ from partitioner.program.program import Entry, PerRankInt, Program
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Rows, Split
 from runtime.ops.communicating import as_axes
-from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
+from runtime.ops.expert_exchange import expert_return, expert_send, landed, localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear, limit_experts
 
 __all__ = ["EXPERT_CHECKS"]
@@ -66,6 +67,8 @@ def _check_route(program: Program, node: fx.Node, layouts: Layouts) -> None:
         if mine != sorted(set(mine)):
             raise LayoutError(f"node {node.name!r}: the experts of a rank must be named once, ascending; got {mine}")
         start += count
+    if node.target is expert_send and a["ahead"]:
+        _require_landed(node, [user for user in node.users if user.args[1] != 3])
     if node.target is localise_experts:
         _expect(program, node, a["rank"], Entry(0, axes, tuple(range(ranks))))
 
@@ -116,6 +119,8 @@ def _check_combine(program: Program, node: fx.Node, layouts: Layouts) -> None:
 
 def _check_return(program: Program, node: fx.Node, layouts: Layouts) -> None:
     a = arguments(node)
+    if a["ahead"]:
+        _require_landed(node, [node])
     send = _made_by(a["back"], expert_send, 3)
     combine = a["rows"]
     while combine.target is not expert_combine:
@@ -141,7 +146,18 @@ def _route(node: fx.Node, place: int) -> fx.Node | None:
     return None
 
 
+def _require_landed(node: fx.Node, given: list[fx.Node]) -> None:
+    """What is on its way is read by who waits for it."""
+    for each in given:
+        if early := [user for user in each.users if user.target is not landed]:
+            raise LayoutError(
+                f"node {early[0].name!r} reads {each.name!r}, which {node.name!r} has sent ahead: it must have landed"
+            )
+
+
 def _made_by(node: fx.Node, op: Any, place: int) -> fx.Node | None:
+    while node.target is landed:
+        node = node.args[0]  # type: ignore[assignment]
     if node.target is not operator.getitem or node.args[1] != place:
         return None
     source = node.args[0]

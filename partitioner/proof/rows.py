@@ -34,7 +34,7 @@ from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.communicating import COMMUNICATING, axes_text, read_call
-from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
+from runtime.ops.expert_exchange import expert_return, expert_send, landed, localise_experts
 from runtime.ops.experts import limit_experts
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
@@ -92,6 +92,7 @@ class _Proof:
             limit_experts: self._localise_experts,
             expert_send: self._expert_send,
             expert_return: self._expert_return,
+            landed: _row_by_row,
             once: _row_by_row,
             shard: self._along_another_dim,
             reorder: self._along_another_dim,

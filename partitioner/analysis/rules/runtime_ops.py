@@ -13,7 +13,7 @@ from partitioner.program.program import PerRankInt
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.embedding import vocab_parallel_embedding
-from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
+from runtime.ops.expert_exchange import expert_return, expert_send, landed, localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear, limit_experts
 from runtime.ops.mask import attention_mask
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
@@ -129,6 +129,12 @@ def _expert_send(node: fx.Node, a: dict[str, Any]) -> Notation:
     )
     outputs = (("t", "h"), ("t", "k"), ("t", "k"), ("t",))
     return Notation(operands, outputs, frozenset("thk"))
+
+
+@RULES.of(landed)
+def _landed(node: fx.Node, a: dict[str, Any]) -> Notation:
+    names = letters(len(value_of(node).shape))
+    return Notation((Operand(a["x"], names),), (names,), terms=(frozenset((0,)),))
 
 
 @RULES.of(expert_return)
