@@ -11,6 +11,7 @@ import torch
 from partitioner import CacheSize, Plan
 from partitioner.compile.partition import compile_program
 from partitioner.errors import InputError
+from runtime.generation.batching.batch_loop import BatchLoop
 from runtime.generation.batching.own_batches import DealtScheduler, OwnBatches
 from runtime.generation.batching.scheduler import Limits
 from runtime.ops.expert_exchange import expert_send
@@ -77,6 +78,15 @@ def test_each_is_told_what_it_is_told_alone(plan: str) -> None:
 def test_a_rank_with_nothing_goes_along() -> None:
     cases = [Case([5, 6, 7], GREEDY, arrival=3), Case([9] * 20, {**GREEDY, "max_new_tokens": 9})]
     found = on_all_ranks(parts("ep=3"), cases, SIZE)
+    assert_as_alone(cases, found, many_requests.alone(parts("tp=1"), cases))
+
+
+def test_single_tokens_from_fixed_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As captured and compiled steps take them, which have as many rows on each rank."""
+    monkeypatch.setattr(BatchLoop, "_from_fixed_memory", True)
+    cases = [Case([5 + n, 7, 9][: 1 + n % 3], {**GREEDY, "max_new_tokens": 3 + n}) for n in range(5)]
+    found = on_all_ranks(parts("ep=2"), cases, SIZE)
+    monkeypatch.undo()
     assert_as_alone(cases, found, many_requests.alone(parts("tp=1"), cases))
 
 
