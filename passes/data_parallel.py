@@ -31,7 +31,7 @@ from partitioner.errors import LayoutError, PlanError
 from partitioner.program.node_arguments import describe, node_values
 from partitioner.program.program import Entry, Program, Value
 from partitioner.proof.layouts import SPECIAL
-from partitioner.sharding.layout import REPLICATED, Layout
+from partitioner.sharding.layout import REPLICATED, Layout, Rows
 from partitioner.sharding.mesh import AXES, EXPERT_AXES
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
 
@@ -73,10 +73,7 @@ class _Own:
     def __init__(self, program: Program, axis: str) -> None:
         self.program, self.axis = program, axis
         self.symbol = program.symbols[KIND]
-        program.batch_axes = (axis,)
-        rows = program.own_batch
-        assert rows is not None
-        self.rows = rows
+        self.rows = Rows((axis,), KIND)
         self.parts = program.mesh.size(axis)
         self.whole: Layouts = {}
         """How each value was held, when all ranks had one batch."""
@@ -96,6 +93,10 @@ class _Own:
         for body in expert_bodies(self.program, self.whole):
             if not body.takes_own(self.axis):
                 self.kept |= body.nodes
+        self.program.batch_axes = (self.axis,)
+        for node in nodes:
+            if node.op == "placeholder":
+                self.now[node] = self.program.given(node.meta["val"])
         for node in nodes:
             if node in self.whole:
                 self._place(node)
@@ -110,7 +111,6 @@ class _Own:
     def _note(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             self.whole[node] = REPLICATED(len(node.meta["val"].shape))
-            self.now[node] = self.program.given(node.meta["val"])
         elif node.op == "get_attr":
             shape = self.program.weights[str(node.target)].shape
             self.whole[node] = self.program.weight_layouts.get(str(node.target), REPLICATED(len(shape)))

@@ -105,9 +105,8 @@ def test_a_thousand_meshes(capsys: pytest.CaptureFixture[str]) -> None:
     @given(st.sampled_from(sorted(MODELS)), plans, st.sampled_from(ROUTING), lengths, st.integers(0, 99))
     def any_mesh(name: str, case: Any, how: str, some: list[int], seed: int) -> None:
         check_one(seen, name, case, how, some, seed)
-        if seen["equal"] % 20 == 0:
-            with capsys.disabled():
-                print(f"{dict(seen)}", flush=True)
+        with capsys.disabled():
+            print(f"\r{dict(seen)}", end="", flush=True)
 
     any_mesh()
     with capsys.disabled():

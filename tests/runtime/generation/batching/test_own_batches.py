@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from partitioner import CacheSize, Plan
+from partitioner import CacheSize, Plan, partition
 from partitioner.compile.partition import compile_program
 from partitioner.errors import InputError
 from runtime.generation.batching.batch_loop import BatchLoop
@@ -17,7 +17,7 @@ from runtime.generation.batching.scheduler import Limits
 from runtime.ops.expert_exchange import expert_send
 from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.batching.many_requests import Case, assert_as_alone, mixed, on_all_ranks
-from tests.support import generated
+from tests.support import generated, zoo
 from tests.support.partitioned import traced
 
 NAME = "qwen3_moe"
@@ -205,3 +205,14 @@ def test_only_rows_of_somebody_are_counted() -> None:
     total = sum(held._simulator.run(counted))
     choices, layers = 2, len(sends)
     assert int(total.sum()) == (4 + 1) * choices * layers
+
+
+@pytest.mark.slow
+def test_states_per_sequence() -> None:
+    """A state sums up a sequence's tokens: rows of nobody have one of their own."""
+    model = zoo.tiny("lfm2_moe")[0].double()
+    held = partition(model, Plan(ep=2))
+    texts = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
+    found = held.generate(texts, **GREEDY, prefill_step=4)
+    assert held.program_of("prefill").batch_axes == ("dp",)
+    assert torch.equal(found, partition(model, Plan()).generate(texts, **GREEDY, prefill_step=4))
