@@ -91,6 +91,7 @@ def check_one(seen: Counter[str], name: str, case: Any, how: str, some: list[int
     seen["own"] += own
 
 
+@pytest.mark.slow
 @settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.sampled_from(sorted(MODELS)), plans, st.sampled_from(ROUTING), lengths, st.integers(0, 99))
 def test_any_mesh_and_any_routing(name: str, case: Any, how: str, some: list[int], seed: int) -> None:

@@ -78,12 +78,12 @@ def test_the_whole_text_is_as_it_was() -> None:
 @pytest.mark.parametrize(
     "plan",
     [
-        "dp=2,tp=2,ep=2",  # replicas, which are worlds of their own
-        "tp=2,ep=2",
         "ep=2,expert-parallel.exchange=replicate",
-        "tp=2,ep=4,sequence-parallel",
-        "sp=2,ep=4",
         "tp=3,ep=2",  # groups that go across those of attention
+        pytest.param("dp=2,tp=2,ep=2", marks=pytest.mark.slow),  # replicas, which are worlds of their own
+        pytest.param("tp=2,ep=2", marks=pytest.mark.slow),
+        pytest.param("tp=2,ep=4,sequence-parallel", marks=pytest.mark.slow),
+        pytest.param("sp=2,ep=4", marks=pytest.mark.slow),
     ],
 )
 def test_one_batch_stays_one(plan: str) -> None:

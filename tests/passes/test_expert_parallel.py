@@ -168,7 +168,9 @@ def sent_by(parts: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     return total
 
 
-@pytest.mark.parametrize(("name", "chosen"), [("deepseek_v3", "replicate"), ("mixtral", "exchange")])
+@pytest.mark.parametrize(
+    ("name", "chosen"), [("deepseek_v3", "replicate"), pytest.param("mixtral", "exchange", marks=pytest.mark.slow)]
+)
 def test_a_sum_that_the_layer_needs_anyway_costs_nothing(
     name: str, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

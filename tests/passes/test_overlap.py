@@ -59,8 +59,15 @@ def test_half_of_the_shared_experts_on_the_way_there_and_half_on_the_way_back() 
     assert any("536 bytes there and 512 back" in note for note in program.notes)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe"])
-@pytest.mark.parametrize("plan", [PLAN, "tp=2,ep=4,expert-parallel.exchange=exchange"])
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("deepseek_v3", PLAN),
+        pytest.param("qwen2_moe", PLAN, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", "tp=2,ep=4,expert-parallel.exchange=exchange", marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", "tp=2,ep=4,expert-parallel.exchange=exchange", marks=pytest.mark.slow),
+    ],
+)
 def test_values_and_meetings_are_as_they_were(name: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(name, parts(name, plan), 6) < EXACT
     with monkeypatch.context() as patch:

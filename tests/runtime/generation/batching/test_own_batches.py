@@ -34,12 +34,17 @@ def parts(plan: str) -> Any:
     "plan",
     [
         "ep=2",
-        "ep=3",
         "tp=2,ep=4",
-        "tp=2,ep=2,etp=2",
-        "ep=2,expert-parallel.exchange=gather",
-        "ep=2,expert-parallel.exchange=exchange",
-        "etp=2",
+        *(
+            pytest.param(plan, marks=pytest.mark.slow)
+            for plan in (
+                "ep=3",
+                "tp=2,ep=2,etp=2",
+                "ep=2,expert-parallel.exchange=gather",
+                "ep=2,expert-parallel.exchange=exchange",
+                "etp=2",
+            )
+        ),
     ],
 )
 def test_a_batch_is_dealt_out(plan: str) -> None:
@@ -67,7 +72,7 @@ def test_another_ranks_tokens_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     assert generated.error(NAME, parts("ep=2"), generated.prompts(NAME, (1, 7, 3)), new=3) > 1e-3
 
 
-@pytest.mark.parametrize("plan", ["ep=2", "ep=2,expert-parallel.exchange=gather"])
+@pytest.mark.parametrize("plan", ["ep=2", pytest.param("ep=2,expert-parallel.exchange=gather", marks=pytest.mark.slow)])
 def test_each_is_told_what_it_is_told_alone(plan: str) -> None:
     cases = mixed(14, longest=30, new=6)
     found = on_all_ranks(parts(plan), cases, SIZE)
@@ -77,7 +82,7 @@ def test_each_is_told_what_it_is_told_alone(plan: str) -> None:
 
 def test_a_rank_with_nothing_goes_along() -> None:
     cases = [Case([5, 6, 7], GREEDY, arrival=3), Case([9] * 20, {**GREEDY, "max_new_tokens": 9})]
-    found = on_all_ranks(parts("ep=3"), cases, SIZE)
+    found = on_all_ranks(parts("ep=2"), cases, SIZE)
     assert_as_alone(cases, found, many_requests.alone(parts("tp=1"), cases))
 
 
@@ -191,6 +196,7 @@ def test_to_the_rank_with_the_least_work() -> None:
     assert scheduler.cancel(7) == []
 
 
+@pytest.mark.slow
 def test_only_rows_of_somebody_are_counted() -> None:
     """What is routed: a rank with nothing to run routes one token of nobody, and no more."""
     held = parts("ep=2,expert-parallel.exchange=exchange")
