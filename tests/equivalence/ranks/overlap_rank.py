@@ -51,9 +51,9 @@ def main() -> None:
         other, arrived = second["expert_send"][1], first[names[waited]][1]
         if not check:  # what is compared first is waited for where it begins
             assert begun < computed < other < arrived, (begun, computed, other, arrived)
-            share = 100 * (computed - begun) / (arrived - begun)
             if engine.program.rank == 0:
-                print(f"computed {share:.1f}% of the time that tokens were under way", flush=True)
+                before = (other - computed) / 1e6
+                print(f"through with what stands beside the experts {before:.0f} ms before the others' tokens left")
 
 
 def _slow_to_send(engine: Engine) -> None:
