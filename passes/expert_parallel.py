@@ -21,12 +21,14 @@ import torch
 from torch import fx
 
 from partitioner.analysis.layouts.expert_regions import Region, find_regions
+from partitioner.analysis.layouts.shared_sums import joins_a_product
 from partitioner.errors import PlanError
 from partitioner.program.node_arguments import arguments
 from partitioner.program.program import Entry, Program, Value
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import REPLICATED, Split
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
+from runtime.ops.experts import limit_experts
 
 __all__ = ["ExpertParallel"]
 
@@ -37,33 +39,59 @@ Owners = tuple[tuple[int, ...], ...]
 @dataclass(frozen=True)
 class ExpertParallel:
     """exchange: how tokens come to experts. owners: the experts of each rank of ep, of every layer; an expert may stand
-    with several. keep_whole: weight name -> why it stays whole on every rank. entry: for which `auto` chooses.
+    with several. capacity: how many times the mean of choices an expert takes of prompts and whole texts, at least 1;
+    0: any number. What is over is left out, counted and told (`runtime.ops.experts`), so that a token's result depends
+    on the tokens beside it. keep_whole: weight name -> why it stays whole on every rank. entry: for which `auto`
+    chooses.
     """
 
     name: ClassVar[str] = "expert-parallel"
     exchange: str = "auto"
     owners: Owners = ()
+    capacity: float = 0
     keep_whole: tuple[tuple[str, str], ...] = ()
     entry: str = "text"
 
     def __post_init__(self) -> None:
         if self.exchange not in EXCHANGES:
             raise PlanError(f"expert-parallel: exchange must be one of {', '.join(EXCHANGES)}; got {self.exchange!r}")
+        given: Any = self.capacity
+        is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
+        if not is_number or not (given == 0 or 1 <= given < math.inf):
+            raise PlanError(
+                "expert-parallel: capacity must be a number, at least 1 times the mean of choices per expert, or 0 for "
+                f"no limit; got {given!r}"
+            )
 
     def for_entry(self, entry: str, program: Program) -> ExpertParallel:
         """With the exchange that this entry gets, of a program whose mesh is the plan's."""
+        if entry == "decode" and self.capacity:
+            # of a few tokens any expert may get several times the mean
+            return replace(self, capacity=0).for_entry(entry, program)
         if self.exchange != "auto":
             return self
         axes = _axes(program)
+        if entry != "text" and "dp" in axes and program.mesh.size("pp", "sp") == 1:
+            # of sequences of their own: fixed shapes for single tokens; otherwise to send sends less than to gather
+            return replace(self, exchange="gather" if entry == "decode" else "exchange")
         ranks, own = program.mesh.size("ep"), program.mesh.size("sp") if "sp" in axes else 1
-        regions = find_regions(program, axes)
-        each = {choose(ranks, r.num_experts, r.choices, entry, own=own) for r in regions if not r.why}
+        parts, whole = program.mesh.size("etp"), frozenset(name for name, _ in self.keep_whole)
+        # partial sums of other branches are over tp; those of routed experts join them if they are over the same ranks
+        summed = {*axes, *(program.mesh.in_attention_view("etp") if parts > 1 else ())}
+        each = set()
+        for region in find_regions(program, axes):
+            if region.why is None and region.combine is not None:
+                shared = summed == {"tp"} and joins_a_product(region.combine, whole=whole)
+                found = choose(ranks, region.num_experts, region.choices, entry, own=own, parts=parts, shared=shared)
+                each.add(found)
         return replace(self, exchange=each.pop() if len(each) == 1 else "replicate")
 
     def run(self, program: Program) -> Program:
         ranks = program.mesh.size("ep")
         program.unplaced = True
         axes = _axes(program)
+        if ranks == 1 and self.capacity:
+            raise PlanError(f"capacity={self.capacity:g} limits experts that are dealt out over ep, and ep is 1")
         if ranks == 1:  # only their own matrices are divided, by the placement of all axes
             for region in find_regions(program, axes):
                 for name in region.weights:
@@ -86,6 +114,11 @@ class ExpertParallel:
         for region in good:
             self._deal(program, region, self._owners(region, ranks), axes, exchange)
         _tell(program, regions, self._owners(good[0], ranks), exchange)
+        if self.capacity:
+            program.notes.append(
+                f"capacity {self.capacity:g}: an expert takes at most that many times the mean of choices, of the "
+                "tokens that a rank has; what is over is left out, counted by engine.routing() and told in a warning"
+            )
         return program
 
     def _owners(self, region: Region, ranks: int) -> Owners:
@@ -107,14 +140,17 @@ class ExpertParallel:
         for name, dim in region.weights.items():
             layout = program.weight_layouts.get(name, REPLICATED(len(program.weights[name].shape)))
             program.weight_layouts[name] = layout.with_dim(dim, split)
-        _Deal(program, region, owners, axes).write(exchange)
+        _Deal(program, region, owners, axes, self.capacity).write(exchange)
 
 
 class _Deal:
     """Writes one region's ops."""
 
-    def __init__(self, program: Program, region: Region, owners: Owners, axes: tuple[str, ...]) -> None:
+    def __init__(
+        self, program: Program, region: Region, owners: Owners, axes: tuple[str, ...], capacity: float
+    ) -> None:
         assert region.combine is not None
+        self.capacity = capacity
         self.program, self.dispatch, self.combine, self.axes = program, region.dispatch, region.combine, axes
         self.num_experts = region.num_experts
         self.options: dict[str, Any] = {
@@ -128,6 +164,11 @@ class _Deal:
         axis = self.axes[0] if len(self.axes) == 1 else self.axes
         back = None
         with self.program.graph.inserting_before(self.dispatch):
+            if self.capacity:
+                values = (index.meta["val"], gates.meta["val"])
+                limits = {"num_experts": self.num_experts, "capacity": float(self.capacity)}
+                limited = self._call(limit_experts, (index, gates), limits, values)
+                index, gates = (self._call(operator.getitem, (limited, i), {}, v) for i, v in enumerate(values))
             if exchange == "exchange":
                 tokens = Value(hidden.meta["val"].shape[:1], torch.int64)
                 values = (*(each.meta["val"] for each in (hidden, index, gates)), tokens)
@@ -175,19 +216,23 @@ def deal(num_experts: int, ranks: int) -> Owners:
     return tuple(tuple(range(ends[rank], ends[rank + 1])) for rank in range(ranks))
 
 
-def choose(ranks: int, num_experts: int, choices: int, entry: str, *, own: int = 1) -> str:
+def choose(
+    ranks: int, num_experts: int, choices: int, entry: str, *, own: int = 1, parts: int = 1, shared: bool = False
+) -> str:
     """The exchange with the fewest bytes; fixed shapes for single tokens.
 
-    own: how many of the ranks share out the tokens; the others have the same ones. Per token and row of one unit, over
-    all n ranks: replicate sums 2 (n - 1), or collects and deals out so many; exchange sends a row there and one back
-    for each other rank that has one of its experts, and collects (n / own - 1).
+    own: how many of the ranks share out the tokens; the others have the same ones. parts: ranks that share out each
+    expert's matrices, which sum in any case. shared: whether the sum of replicate is one that the layer needs anyway.
+    Per token and row of one unit, over all n ranks: replicate sums 2 (n - 1), or collects and deals out so many, and
+    nothing where it shares a sum; exchange sends a row there and one back for each other rank that has one of its
+    experts, and collects (n / own - 1), each of `parts` ranks the same.
     """
-    if entry == "decode":
+    if entry == "decode" or shared:
         return "replicate"
     each = num_experts / ranks
     none_here = math.prod((num_experts - each - i) / (num_experts - i) for i in range(choices))
     destinations = (ranks - 1) * (1 - max(none_here, 0.0))
-    return "exchange" if 2 * destinations + (ranks // own - 1) < 2 * (ranks - 1) else "replicate"
+    return "exchange" if parts * (2 * destinations + ranks // own - 1) < 2 * (ranks - 1) else "replicate"
 
 
 def _tell(program: Program, regions: list[Region], owners: Owners, exchange: str) -> None:

@@ -89,6 +89,7 @@ class Emitter:
             generation=self.program.generation,
             **_vocabulary(self.program),
             limits=self.program.limits,
+            batch_axes=self.program.batch_axes,
             stage=parts.stage,
             weight_data={**self.program.weight_data, **data} if data else self.program.weight_data,
             source=None if self.program.origins is None else self.program.origins.source,

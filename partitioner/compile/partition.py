@@ -319,13 +319,18 @@ def _split(traced: Program, plan: Plan, entry: str, stages: StageTable | None = 
 
 
 def _entries(
-    traced: Program, plan: Plan, *, text: Program | None = None, stages: StageTable | None = None
+    traced: Program,
+    plan: Plan,
+    *,
+    text: Program | None = None,
+    stages: StageTable | None = None,
+    one_batch: bool = False,
 ) -> tuple[Program, Program]:
     """For prompts, and for single tokens. `text`: what `traced` was split to for whole texts; `stages`: how that is
-    cut.
+    cut. one_batch: as `passes_of` has it.
     """
     for_text, for_prefill, for_decode = (splitting(traced, plan, entry) for entry in ("text", "prefill", "decode"))
-    prefill, decode = passes_of(plan, "prefill"), passes_of(plan, "decode")
+    prefill, decode = (passes_of(plan, entry, one_batch=one_batch) for entry in ("prefill", "decode"))
     split = text if text is not None and for_text == for_prefill else _split(traced, plan, "prefill", stages)
     for_prompts = run_passes(split.copy(), prefill)
     prove_stages(for_prompts)
@@ -335,5 +340,11 @@ def _entries(
         split = text if text is not None and for_text == for_decode else _split(traced, plan, "decode", stages)
     for_tokens = run_passes(split.copy(), decode)
     prove_stages(for_tokens)
+    if for_prompts.batch_axes != for_tokens.batch_axes:  # something in one of them needs all sequences
+        notes = [*for_prompts.notes, *for_tokens.notes]
+        for_prompts, for_tokens = _entries(traced, plan, text=text, stages=stages, one_batch=True)
+        why = [note for note in notes if "cannot have sequences of their own" in note]
+        for program in {id(each): each for each in (for_prompts, for_tokens)}.values():
+            program.notes += why
     check_entries(for_prompts, for_tokens)
     return for_prompts, for_tokens

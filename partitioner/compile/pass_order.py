@@ -18,6 +18,7 @@ from partitioner.compile.weight_globs import select
 from partitioner.errors import PlanError
 from partitioner.program.plan import Plan
 from partitioner.program.program import Program
+from partitioner.sharding.mesh import AXES
 
 __all__ = ["ORDER", "BuiltIn", "check_plan", "passes_of", "splitting"]
 
@@ -52,6 +53,30 @@ def _has_experts(plan: Plan) -> bool:
     return plan.ep * plan.etp > 1
 
 
+def why_one_batch(plan: Plan) -> str:
+    """Why ranks of dp that share out experts do not have sequences of their own; "" where they do, as far as the
+    model lets them.
+    """
+    if plan.replica_mesh.size("dp") == 1:
+        return "no experts are shared out over dp"
+    if plan.pp > 1 or plan.sp > 1:
+        return f"{'pp' if plan.pp > 1 else 'sp'} shares out the same ranks otherwise"
+    if _options_of(plan, "expert-parallel").get("exchange") == "replicate":
+        return "exchange=replicate is for tokens that all ranks have"
+    views = [plan.replica_mesh.in_attention_view(axis) for axis in ("ep", "etp")]
+    if not {axis for axes in views for axis in axes} <= {*AXES, *(a for a in ("ep", "etp") if plan.degree(a) == 1)}:
+        return "the experts' groups of ranks go across those of attention"
+    if "sequence-parallel" in _named(plan):
+        return "sequence-parallel shares out the tokens of one batch"
+    return ""
+
+
+def _options_of(plan: Plan, name: str) -> dict[str, object]:
+    """What the plan says of a pass."""
+    found = [chosen.step for chosen in wanted(plan) if chosen.step.name == name]
+    return {field.name: getattr(found[0], field.name) for field in fields(found[0])} if found else {}  # type: ignore[arg-type]
+
+
 def _named(plan: Plan) -> set[str]:
     """The passes that the plan names."""
     return {
@@ -62,6 +87,7 @@ def _named(plan: Plan) -> set[str]:
 ORDER = (
     BuiltIn("expert-parallel", EVERYWHERE, _has_experts, splits=True, by_entry=True),
     BuiltIn("tensor-parallel", EVERYWHERE, lambda plan: plan.tp > 1 or _has_experts(plan), splits=True),
+    BuiltIn("data-parallel", GENERATION, lambda plan: not why_one_batch(plan)),
     BuiltIn(
         "context-parallel",
         ("text", "prefill"),
@@ -77,6 +103,7 @@ ORDER = (
     ),
     BuiltIn("last-token", GENERATION, _always),
     BuiltIn("fuse", EVERYWHERE, _always),
+    BuiltIn("overlap", EVERYWHERE, lambda plan: plan.ep > 1 and plan.pp == 1),
     # then the user's own, in the plan's order
     BuiltIn("pipeline", EVERYWHERE, lambda plan: plan.pp > 1, last=True),
 )
@@ -102,11 +129,12 @@ def splitting(traced: Program, plan: Plan, entry: str) -> list[Chosen]:
     return found
 
 
-def passes_of(plan: Plan, entry: str) -> list[Chosen]:
-    """Those that come after `splitting`, for one entry."""
+def passes_of(plan: Plan, entry: str, *, one_batch: bool = False) -> list[Chosen]:
+    """Those that come after `splitting`, for one entry. one_batch: ranks of dp get no sequences of their own."""
     names = {each.name for each in ORDER}
     own = [chosen for chosen in wanted(plan) if chosen.step.name not in names]
-    here = [each for each in ORDER if not each.splits and entry in each.entries]
+    left_out = {"data-parallel"} if one_batch else set()
+    here = [each for each in ORDER if not each.splits and entry in each.entries and each.name not in left_out]
     before, after = ([each for each in here if each.last is last] for last in (False, True))
     return [*_built_in(plan, before), *own, *_built_in(plan, after)]
 

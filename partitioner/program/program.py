@@ -24,7 +24,7 @@ from torch import fx
 
 from partitioner.program.copy_nodes import copy_graph
 from partitioner.program.stages import StageTable
-from partitioner.sharding.layout import REPLICATED, Layout
+from partitioner.sharding.layout import Layout, Rows
 from partitioner.sharding.mesh import Mesh
 from partitioner.sharding.split_class import SplitClass
 from runtime.program.rank_program import Bound
@@ -177,7 +177,9 @@ class Program:
     states: dict[str, State] = field(default_factory=dict)
     """What ranks remember between runs, by name; empty where the whole text is run at once."""
     output: Layout | None = None
-    """How the ranks hold the result; None: all of it on every rank."""
+    """How the ranks hold the result; None: all of it on every rank, or of its own batch."""
+    batch_axes: tuple[str, ...] = ()
+    """Those whose ranks have sequences of their own: inputs, states and the result are about these."""
     stages: StageTable | None = None
     """Which stages hold which weights; None where there is one stage. Nodes say theirs in node.meta["stages"]."""
     unplaced: bool = False
@@ -221,9 +223,20 @@ class Program:
                 return node
         with self.graph.inserting_after(placeholders[-1]):
             made = self.graph.placeholder(name)
-        made.meta = {"val": value, "layout": REPLICATED(len(value.shape))}
+        made.meta = {"val": value, "layout": self.given(value)}
         self.inputs = (*self.inputs, Input(name, value, default))
         return made
+
+    @property
+    def own_batch(self) -> Rows | None:
+        """The sequences that a rank has of its own; None: every rank has the same."""
+        return Rows(self.batch_axes, "batch") if self.batch_axes else None
+
+    def given(self, value: Value) -> Layout:
+        """How ranks hold an input, or a result that is not split, of this shape."""
+        batch = self.symbols.get("batch")
+        own = self.own_batch
+        return Layout(tuple(own if own is not None and size == batch else None for size in value.shape))
 
     def local(self, hint: str, entry: Entry) -> PerRankInt | Integers:
         """A stand-in for `entry`; the plain integers where all coordinates and the whole agree."""

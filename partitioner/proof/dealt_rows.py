@@ -6,22 +6,25 @@
     scatter_rows   a partial sum over the axes, of all rows or of own ones
 
 Of a dim that runs over the tokens of several sequences, each rank has its own of each; so these must lie one after the
-other, and the node must be told how many there are.
+other, and the node must be told how many there are. Where a rank has sequences of its own, it has all their tokens, and
+as many rows as any other rank where they are collected.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 
 from partitioner.analysis.layouts.infer_experts import ROUTED
 from partitioner.analysis.layouts.infer_layout import Layouts, sizes_read
 from partitioner.analysis.layouts.merged_rows import sequences_in_order
 from partitioner.errors import LayoutError
-from partitioner.program.node_arguments import arguments
+from partitioner.program.node_arguments import arguments, operation
 from partitioner.program.program import Entry, Program
 from partitioner.proof.per_rank_integers import at, expect
 from partitioner.sharding.layout import Layout, Rows
@@ -29,6 +32,8 @@ from runtime.ops.communicating import read_call
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
 
 __all__ = ["ROWS"]
+
+BATCH = "batch"
 
 
 def _take_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
@@ -59,7 +64,18 @@ def _is_run_over(program: Program, node: fx.Node, kind: str) -> bool:
     outer = outer.meta["val"] if isinstance(outer, fx.Node) else outer
     if symbol is None:
         return bool(outer == 1)
+    if kind == BATCH:
+        return bool(outer == 1) and (size == symbol or _are_whole_sequences(program, node))
     return bool(size == outer * symbol) and (outer == 1 or sequences_in_order(a["x"], a["dim"], symbol))
+
+
+def _are_whole_sequences(program: Program, node: fx.Node) -> bool:
+    """Whether a dim runs over the tokens of one sequence, then of the next: those of own sequences lie together."""
+    a, sequence = arguments(node), program.symbols.get("sequence")
+    size = a["x"].meta["val"].shape[a["dim"]]
+    if sequence is None or size != program.symbols[BATCH] * sequence:
+        return False
+    return sequences_in_order(a["x"], a["dim"], sequence)
 
 
 def _collect_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
@@ -76,12 +92,27 @@ def _collect_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
         program, node, rows.kind
     ):  # each row of a batch has a part of its own: they do not lie in order
         raise LayoutError(f"{at(node)} collects {rows} along dim {a['dim']} of {a['x']}, which is {size} and more")
+    if rows == program.own_batch:
+        if not _is_multiple(total, len(program.mesh.group(axes, 0)), rows, layouts):
+            raise LayoutError(f"{at(node)} collects as many rows of each rank of {axes}: its total {total} is not that")
+        return layout.with_dim(a["dim"], None)
     found = total.meta["val"] if isinstance(total, fx.Node) else total
     wanted = program.symbols.get(rows.kind, size)
     if found != wanted or not _counts_rows_of(program, node, rows.of, layouts):
         held = "all ranks together" if rows.of is None else f"the {rows.of}"
         raise LayoutError(f"{at(node)} collects {size} rows of {held}, but its total {total} is {found}")
     return layout.with_dim(a["dim"], rows.of)
+
+
+def _is_multiple(total: Any, parts: int, rows: Rows, layouts: Layouts) -> bool:
+    """Whether `total` is `parts` times as many rows as a rank has."""
+    if not isinstance(total, fx.Node) or total.target is not operator.mul or total.args[1] != parts:
+        return False
+    size: Any = total.args[0]
+    if operation(size) is not torch.ops.aten.sym_size:
+        return False
+    read, dim = size.args
+    return bool(layouts[read].dims[dim] == rows)
 
 
 def _counts_rows_of(program: Program, node: fx.Node, of: Rows | None, layouts: Layouts) -> bool:

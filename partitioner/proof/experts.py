@@ -1,10 +1,12 @@
 """That ranks which share out experts speak of the same ones: where tokens go, who holds which weights, what counts.
 
+    limit_experts                    as many experts as are dealt out; gates are limited as the choices are
     localise_experts, expert_send    every expert on at least one rank; of the mesh's axes, as many ranks as they have
     expert_dispatch                  as many experts as the rank has
     grouped_linear                   the experts of the weights are those of the choices, rank by rank
     expert_combine                   the gates that went with the choices by which the rows were sorted
     expert_return                    the way back of those that were sent
+    landed                           stands before whoever reads what was sent ahead
 
 Layouts say that rows are routed over an axis; which experts a rank has is in the nodes' options and in the table.
 """
@@ -17,7 +19,7 @@ from typing import Any
 
 from torch import fx
 
-from partitioner.analysis.layouts.infer_experts import SEQUENCE
+from partitioner.analysis.layouts.infer_experts import OWN
 from partitioner.analysis.layouts.infer_layout import Layouts
 from partitioner.errors import LayoutError
 from partitioner.program.node_arguments import arguments
@@ -25,8 +27,8 @@ from partitioner.program.program import Entry, PerRankInt, Program
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Rows, Split
 from runtime.ops.communicating import as_axes
-from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
-from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
+from runtime.ops.expert_exchange import expert_return, expert_send, landed, localise_experts
+from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear, limit_experts
 
 __all__ = ["EXPERT_CHECKS"]
 
@@ -54,12 +56,19 @@ def _check_route(program: Program, node: fx.Node, layouts: Layouts) -> None:
         raise LayoutError(f"node {node.name!r} deals {len(experts)} experts as {counts} to the {ranks} ranks of {axes}")
     if missing := set(range(max(experts) + 1)) - set(experts):
         raise LayoutError(f"node {node.name!r}: no rank has expert {min(missing)}")
+    limits = [_made_by(a[name], limit_experts, place) for place, name in enumerate(("index", "gates"))]
+    if limits[0] is not limits[1]:
+        raise LayoutError(f"node {node.name!r} takes choices of {_name(limits[0])} and gates of {_name(limits[1])}")
+    if limits[0] is not None and (total := arguments(limits[0])["num_experts"]) != max(experts) + 1:
+        raise LayoutError(f"node {limits[0].name!r} limits {total} experts, of which there are {max(experts) + 1}")
     start = 0
     for count in counts:
         mine = experts[start : start + count]
         if mine != sorted(set(mine)):
             raise LayoutError(f"node {node.name!r}: the experts of a rank must be named once, ascending; got {mine}")
         start += count
+    if node.target is expert_send and a["ahead"]:
+        _require_landed(node, [user for user in node.users if user.args[1] != 3])
     if node.target is localise_experts:
         _expect(program, node, a["rank"], Entry(0, axes, tuple(range(ranks))))
 
@@ -79,7 +88,7 @@ def _check_dispatch(program: Program, node: fx.Node, layouts: Layouts) -> None:
 def _check_linear(program: Program, node: fx.Node, layouts: Layouts) -> None:
     a = arguments(node)
     rows = layouts[a["rows"]].dims[0]
-    if not isinstance(rows, Rows) or rows.kind == SEQUENCE:  # every rank has all experts, or none of them is shared
+    if not isinstance(rows, Rows) or rows.kind in OWN:  # every rank has all experts, or none of them is shared
         return
     dispatch = _made_by(a["counts"], expert_dispatch, 2)
     index = None if dispatch is None else arguments(dispatch)["index"]
@@ -110,6 +119,8 @@ def _check_combine(program: Program, node: fx.Node, layouts: Layouts) -> None:
 
 def _check_return(program: Program, node: fx.Node, layouts: Layouts) -> None:
     a = arguments(node)
+    if a["ahead"]:
+        _require_landed(node, [node])
     send = _made_by(a["back"], expert_send, 3)
     combine = a["rows"]
     while combine.target is not expert_combine:
@@ -135,7 +146,18 @@ def _route(node: fx.Node, place: int) -> fx.Node | None:
     return None
 
 
+def _require_landed(node: fx.Node, given: list[fx.Node]) -> None:
+    """What is on its way is read by who waits for it."""
+    for each in given:
+        if early := [user for user in each.users if user.target is not landed]:
+            raise LayoutError(
+                f"node {early[0].name!r} reads {each.name!r}, which {node.name!r} has sent ahead: it must have landed"
+            )
+
+
 def _made_by(node: fx.Node, op: Any, place: int) -> fx.Node | None:
+    while node.target is landed:
+        node = node.args[0]  # type: ignore[assignment]
     if node.target is not operator.getitem or node.args[1] != place:
         return None
     source = node.args[0]

@@ -50,13 +50,13 @@ def check(program: Program) -> None:
     inferrer = Inferrer(program)
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            layouts[node] = REPLICATED(len(node.meta["val"].shape))
+            layouts[node] = program.given(node.meta["val"])
         elif node.op == "get_attr":
             name = str(node.target)
             layouts[node] = program.weight_layouts.get(name, REPLICATED(len(program.weights[name].shape)))
         elif node.op == "output":
             for source in node.all_input_nodes:
-                _require(node, source, layouts[source], program.output or REPLICATED(len(layouts[source].dims)))
+                _require(node, source, layouts[source], program.output or program.given(source.meta["val"]))
         elif node.op == "call_function" and node_values(node):
             layouts[node] = _infer(program, node, layouts, inferrer)
             stated = node.meta.get("layout")
@@ -76,6 +76,12 @@ def check_entries(prefill: Program, decode: Program) -> None:
                     f"the programs for prompts and for single tokens share the {what} {name!r}, but hold it as "
                     f"{one.get(name)} and as {other.get(name)}"
                 )
+    if prefill.batch_axes != decode.batch_axes:
+        raise LayoutError(
+            "the programs for prompts and for single tokens share states of sequences, which ranks of "
+            f"{prefill.batch_axes or 'no axis'} have of their own in one, and of {decode.batch_axes or 'no axis'} in "
+            "the other"
+        )
     for name, stages in _stages_of_states(prefill).items():
         if stages != (others := _stages_of_states(decode).get(name)):
             raise LayoutError(
@@ -290,12 +296,16 @@ def _through_state(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     if state is None or state.per_token is not per_token:
         raise LayoutError(f"{at(node)} uses the state {name!r}, but the program has no such state of that kind")
     if node.target is state_read:
-        return batched(state.layout)
+        return batched(state.layout, program.own_batch)
     found = Inferrer(program).infer(node, layouts)
     layout = layouts[a["x"] if per_token else a["value"]]
     for source, wanted in found.requires[1:]:
         _require(node, source, layouts[source], wanted)
-    if layout.partial or layout.dims[0] is not None or state_layout(layout, per_token=per_token) != state.layout:
+    if (
+        layout.partial
+        or layout.dims[0] != program.own_batch
+        or state_layout(layout, per_token=per_token) != state.layout
+    ):
         raise LayoutError(f"{at(node)} writes {layout} to the state {name!r}, which is held as {state.layout}")
     return layout  # type: ignore[no-any-return]
 

@@ -8,6 +8,7 @@
     cached_sequence_attention                       the same; of own tokens, which stay so, or of all, to be merged
     own_last_token   x[B, T_i, H] -> [B, 1, H]      one token per sequence, from the rank that has it
     localise_experts                                each token's choices by themselves
+    limit_experts                                   the same, but that full experts leave some out: the plan says so
     expert_send    hidden [T_i, H] -> [R, H]        rows travel, each with its own token's choices
     expert_return  rows [R, H] -> [T_i, H]          and come back by the way on which they went
 
@@ -33,7 +34,8 @@ from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.communicating import COMMUNICATING, axes_text, read_call
-from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
+from runtime.ops.expert_exchange import expert_return, expert_send, landed, localise_experts
+from runtime.ops.experts import limit_experts
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
@@ -54,7 +56,7 @@ def check_rows(program: Program) -> None:
     dims: tuple[Dim, ...] = ("sequence", "batch")
     for dim in dims:
         if dim in program.symbols:
-            proof = _Proof(dim)
+            proof = _Proof(dim, program.batch_axes)
             found = first_mixing(whole, dim, proof.rules, also=proof.also, picked=(last_token, own_last_token))
             if found is not None:
                 raise LayoutError(f"{found}: the rewritten graph may not mix {_PLURAL[dim]} there")
@@ -74,8 +76,9 @@ def _of_the_whole(program: Program) -> Program:
 class _Proof:
     """The rules for one question, and over which axes the rows of each value are dealt out."""
 
-    def __init__(self, dim: Dim) -> None:
-        self.dim = dim
+    def __init__(self, dim: Dim, batch_axes: tuple[str, ...]) -> None:
+        """batch_axes: whose ranks have sequences of their own, from the inputs on."""
+        self.dim, self.batch_axes = dim, batch_axes
         self.dealt: dict[fx.Node, tuple[str, ...]] = {}
         # every communicating op is refused but for those that have a rule
         self.rules: dict[Any, Rule] = dict.fromkeys(COMMUNICATING, _unknown)
@@ -87,8 +90,10 @@ class _Proof:
             take_rows: self._take_rows,
             scatter_rows: self._scatter_rows,
             localise_experts: self._localise_experts,
+            limit_experts: self._localise_experts,
             expert_send: self._expert_send,
             expert_return: self._expert_return,
+            landed: _row_by_row,
             once: _row_by_row,
             shard: self._along_another_dim,
             reorder: self._along_another_dim,
@@ -104,20 +109,25 @@ class _Proof:
         else:
             self.rules[cached_sequence_attention] = _by_sequence
 
+    def _of(self, node: fx.Node) -> tuple[str, ...]:
+        """The axes over which rows of `node` are dealt out."""
+        return self.batch_axes if node.op == "placeholder" else self.dealt.get(node, ())
+
     def also(self, node: fx.Node, layouts: Layouts) -> str | None:
         """After any op: its operands have the same rows, and so has its result."""
         if node.target in (take_rows, collect_rows, scatter_rows, expert_send, expert_return):
             return None
-        dealt = {self.dealt.get(n, ()) for n in node.all_input_nodes if _has_rows(layouts.get(n))}
+        dealt = {self._of(n) for n in node.all_input_nodes if _has_rows(layouts.get(n))}
         if len(dealt) > 1:
             each = " and ".join(sorted(f"over {axes_text(axes)}" if axes else "on every rank" for axes in dealt))
             return f"brings {{what}}s together that ranks have otherwise: {each}"
         axes = dealt.pop() if dealt else ()
-        if axes and node.target in (attention, cached_attention, latent_attention) and node.target in self.rules:
+        within = axes if axes != self.batch_axes else ()  # of a sequence of its own, a rank has all tokens
+        if within and node.target in (attention, cached_attention, latent_attention) and node.target in self.rules:
             return f"attends to a rank's own {{what}}s only, which are dealt out over {axes_text(axes)}"
-        if axes and node.target is cached_sequence_attention and arguments(node)["how"] == "merge":
+        if within and node.target is cached_sequence_attention and arguments(node)["how"] == "merge":
             return f"merges what own {{what}}s see, which are dealt out over {axes_text(axes)}"
-        if axes and node.target is last_token:
+        if within and node.target is last_token:
             return f"picks one of a rank's own {{what}}s only, which are dealt out over {axes_text(axes)}"
         if axes and _has_rows(layouts.get(node)):
             self.dealt[node] = axes
@@ -140,7 +150,7 @@ class _Proof:
         if node.target not in COMMUNICATING:
             return None
         call = read_call(node)
-        dealt = self.dealt.get(call.operands[0], ())
+        dealt = self._of(call.operands[0])
         if shared := [axis for axis in call.axes if axis in dealt]:
             return f"mixes {{what}}s of different ranks: they are dealt out over {axes_text(tuple(shared))}"
         return None
@@ -149,8 +159,8 @@ class _Proof:
         a = arguments(node)
         layout: Layout = layouts[a["x"]]
         layouts[node] = layout
-        before = self.dealt.get(a["x"], ())
-        along = self._is_along(node, layout)
+        before = self._of(a["x"])
+        along = self._is_along(node, layout, tuple(a["axes"]))
         if along and set(before) & set(a["axes"]):
             return f"deals {{what}}s out that are dealt out over {axes_text(before)} already"
         self._set(node, (*before, *a["axes"]) if along else before)
@@ -160,8 +170,8 @@ class _Proof:
         a, axes = arguments(node), read_call(node).axes
         layout: Layout = layouts[a["x"]]
         layouts[node] = layout
-        before = self.dealt.get(a["x"], ())
-        if not self._is_along(node, layout):  # rows of the other question
+        before = self._of(a["x"])
+        if not self._is_along(node, layout, axes):  # rows of the other question
             self._set(node, before)
             return self._of_other_ranks(node)
         if before[-len(axes) :] != axes:
@@ -175,13 +185,15 @@ class _Proof:
         if problem := self._of_other_ranks(node):
             return problem
         layouts[node] = layouts[a["x"]]
-        before = self.dealt.get(a["x"], ())
-        self._set(node, (*before, *axes) if self._is_along(node, layouts[node]) else before)
+        before = self._of(a["x"])
+        self._set(node, (*before, *axes) if self._is_along(node, layouts[node], axes) else before)
         return None
 
-    def _is_along(self, node: fx.Node, layout: Layout) -> bool:
-        """Whether rows are dealt out, or collected, along the dim that is asked about."""
+    def _is_along(self, node: fx.Node, layout: Layout, axes: tuple[str, ...]) -> bool:
+        """Whether rows are dealt out, or collected, along the dim that is asked about; whole sequences always are."""
         a = arguments(node)
+        if axes == self.batch_axes:
+            return True
         if self.dim == "batch" and a["outer"] != 1:  # of each sequence its own
             return False
         return layout.dims[a["dim"]] is not None
@@ -190,7 +202,7 @@ class _Proof:
         a, axes = arguments(node), read_call(node).axes
         wanted = () if a["how"] == "merge" else axes
         for name in ("q", "k", "v", "positions"):
-            if (dealt := self.dealt.get(a[name], ())) != wanted:
+            if (dealt := self._of(a[name])) != wanted:
                 return (
                     f"shares {{what}}s out over {axes_text(axes)}, and its {name} are dealt out over {dealt or 'none'}"
                 )
@@ -205,7 +217,7 @@ class _Proof:
         a = arguments(node)
         sent = [a[name] for name in ("hidden", "index", "gates")]
         tokens = layouts[a["hidden"]].dims[0]
-        dealt = {self.dealt.get(each, ()) for each in sent}
+        dealt = {self._of(each) for each in sent}
         if any(layouts[each] != Layout((tokens, None)) for each in sent) or len(dealt) > 1:
             return "sends something other than each {what}'s own choices with it"
         layouts[node] = (*(layouts[each] for each in sent), Layout((tokens,)))
@@ -216,9 +228,9 @@ class _Proof:
         a = arguments(node)
         send = a["back"].args[0]
         layouts[node] = layouts[a["rows"]]
-        if self.dealt.get(a["rows"], ()) != self.dealt.get(send, ()):
+        if self._of(a["rows"]) != self._of(send):
             return "sends rows back by another way than that on which they came"
-        self._set(node, self.dealt.get(arguments(send)["hidden"], ()))
+        self._set(node, self._of(arguments(send)["hidden"]))
         return None
 
     def _set(self, node: fx.Node, axes: tuple[str, ...]) -> None:

@@ -4,6 +4,7 @@
     all_gather(x, dim, sizes)                    x[.., s[i], ..] -> [.., sum(s), ..]  the pieces in order of coordinate
     reduce_scatter(x, dim, sizes)                x[.., sum(s), ..] -> [.., s[i], ..]  this rank's piece of the sum
     all_to_all(x, send_counts, receive_counts)   x[sum(s), ..]   -> [sum(r), ..]      rows for each, rows from each
+    all_to_all_begin(..)                         the same, under way
     permute_begin(x, shift)                      x[...]          -> [...]             from coordinate - shift
     send_begin(x, to), receive_begin(shape, dtype, from_)                             to and from one coordinate
 
@@ -55,6 +56,10 @@ class Handle:
         assert self._result is not None
         return self._result
 
+    @property
+    def is_finished(self) -> bool:
+        return self._finish is None
+
 
 class Channel(abc.ABC):
     """One group of ranks, as one of them sees it; see the module's docstring."""
@@ -97,6 +102,12 @@ class Channel(abc.ABC):
     ) -> Tensor:
         """`sizes_from`: the node that the counts come from, if they depend on data; all ranks must name the same."""
         return self._ready("all_to_all", sizes_from=sizes_from)(x, send_counts, receive_counts)  # type: ignore[no-any-return]
+
+    def all_to_all_begin(
+        self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], *, sizes_from: str | None = None
+    ) -> Handle:
+        """The same, under way: what it yields comes with `finish`. Finished at once where nothing can be under way."""
+        return Handle.done(self.all_to_all(x, send_counts, receive_counts, sizes_from=sizes_from))
 
     def permute_begin(self, x: Tensor, shift: int) -> Handle:
         """All bring tensors of one shape; the rank at coordinate c gets that of coordinate (c - shift) mod size."""

@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 from runtime.communication.channels import Channel, Handle, piece_sizes, require_counts, require_piece
 from runtime.communication.failure_verdict import FailureVerdict, is_broken
-from runtime.communication.group_collectives import PRIMITIVES, Group
+from runtime.communication.group_collectives import PRIMITIVES, Group, begin_all_to_all
 from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement, check_counts
 from runtime.communication.peer_memory.peer_memory import PeerMemory
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory
@@ -57,6 +57,8 @@ class GroupChannel(Channel):
     ) -> None:
         super().__init__(axes, group.ranks, state.rank, node=node)
         self._group, self._state, self._shared, self._peers = group, state, shared, peers
+        self._begins: dict[str | None, Callable[..., Handle]] = {}
+        """All-to-alls that are begun, by where their sizes come from."""
 
     def prepare(self, kind: Kind, *, overwrite: bool = False, **options: Any) -> Callable[..., Any]:
         call = Call(self.rank, self.node, kind, axes_text(self.axes), options)
@@ -67,7 +69,8 @@ class GroupChannel(Channel):
         elif kind == "permute":
             run = self._permute(call, options)
         elif kind == "all_to_all":
-            run = self._all_to_all(replace(call, options={}, sizes_from=options.get("sizes_from")))
+            call = replace(call, options={}, sizes_from=options.get("sizes_from"))
+            run = self._all_to_all(call, self._primitive("all_to_all"))
         else:
             run = self._collective(call, kind, overwrite, options)
         if self._shared is None and self._peers is None:
@@ -113,10 +116,21 @@ class GroupChannel(Channel):
         by_group = PRIMITIVES[kind](self._group, **options)
         return by_group if self._peers is None else self._peers.prepare(kind, otherwise=by_group, **options)
 
-    def _all_to_all(self, call: Call) -> Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]:
-        run, gather = self._primitive("all_to_all"), self._comparison()
+    def all_to_all_begin(
+        self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], *, sizes_from: str | None = None
+    ) -> Handle:
+        if self._peers is not None:  # kernels that write into others' memory are through when they return
+            return super().all_to_all_begin(x, send_counts, receive_counts, sizes_from=sizes_from)
+        if sizes_from not in self._begins:
+            call = Call(self.rank, self.node, "all_to_all", axes_text(self.axes), sizes_from=sizes_from)
+            self._begins[sizes_from] = self._all_to_all(call, begin_all_to_all(self._group))
+        handle: Handle = self._begins[sizes_from](x, send_counts, receive_counts)
+        return self._finishing(handle, Call(self.rank, self.node, "all_to_all", axes_text(self.axes)), self.ranks)
 
-        def exchange(x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
+    def _all_to_all(self, call: Call, run: Callable[..., Any]) -> Callable[[Tensor, Sequence[int], Sequence[int]], Any]:
+        gather = self._comparison()
+
+        def exchange(x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Any:
             require_counts(x, send_counts, receive_counts, self)
             counts = (tuple(send_counts), tuple(receive_counts))
 
@@ -127,7 +141,7 @@ class GroupChannel(Channel):
                 told = zip(everyone, rows, strict=True)
                 check_counts([replace(each, counts=(tuple(out), tuple(back))) for each, (out, back) in told])
 
-            return self._guarded(  # type: ignore[no-any-return]
+            return self._guarded(
                 replace(call.on(x), counts=counts), self.ranks, compare, lambda: run(x, send_counts, receive_counts)
             )
 

@@ -22,7 +22,7 @@ from torch import distributed as dist
 from runtime.communication.channels import Handle
 from runtime.ops.communicating import Kind
 
-__all__ = ["PRIMITIVES", "Group", "sum_in_order", "to_pieces"]
+__all__ = ["PRIMITIVES", "Group", "begin_all_to_all", "sum_in_order", "to_pieces"]
 
 # renamed in torch 2.13
 _gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -114,6 +114,26 @@ def _all_to_all(group: Group, *, overwrite: bool = False) -> Callable[[Tensor, S
         return out
 
     return run
+
+
+def begin_all_to_all(group: Group) -> Callable[[Tensor, Sequence[int], Sequence[int]], Handle]:
+    """The same, which is waited for at the end: on the host over gloo, by the stream over NCCL."""
+    handle = group.handle
+
+    def begin(x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Handle:
+        sent = x.contiguous()
+        out = sent.new_empty((sum(receive_counts), *sent.shape[1:]))
+        work = dist.all_to_all_single(out, sent, list(receive_counts), list(send_counts), group=handle, async_op=True)
+
+        def finish() -> Tensor:
+            nonlocal sent
+            work.wait()
+            sent = out  # what was sent is no longer read
+            return out
+
+        return Handle(finish)
+
+    return begin
 
 
 def _permute(group: Group, *, overwrite: bool = False, shift: int) -> Callable[[Tensor], Handle]:

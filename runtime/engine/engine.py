@@ -327,10 +327,13 @@ class Engine:
         """
         self.require_nodes()
         self.profiler.routing = counted = Routing()
+        before = self.profiler.overflow.snapshot()
         try:
             yield counted
         finally:
             self.profiler.routing = None
+            for path, total in self.profiler.overflow.snapshot().items():
+                counted.left_out[path] = total - before[path] if path in before else total
 
     def require_nodes(self) -> None:
         used = [name for name, wanted in self._decoding.items() if wanted]

@@ -13,18 +13,20 @@ from __future__ import annotations
 import functools
 import linecache
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from runtime.communication.communicator import Binder, Communicator
+from runtime.execution.overflow import Overflow
 from runtime.execution.profile import Profiled, Profiler, Recording
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.sharded_cache import ShardedCache
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.communicating import COMMUNICATING, read_call
+from runtime.ops.experts import limit_experts
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.ops.state.latent_attention import latent_attention
@@ -60,14 +62,18 @@ class Executable:
     ) -> None:
         self.program, self.communicator = program, communicator
         self.weights, self.profiler = weights, profiler
-        self._graph = bound_graph(program, communicator, device, cache)
+        overflow = Overflow() if profiler is None else profiler.overflow
+        self._graph = bound_graph(program, communicator, device, cache, overflow)
+        limits = any(node.target is limit_experts for node in program.graph.nodes)
+        self._overflow = overflow if limits else None
         self.function = functools.partial(fx.GraphModule({}, self._graph).forward, *weights)
         """What runs, bare: of the inputs in their order."""
         self._profiled: Profiled | None = None
-        self._seen: set[tuple[torch.Size, ...]] = set()
+        self._seen: set[Hashable] = set()
 
-    def __call__(self, values: Sequence[Tensor]) -> Any:
-        shapes = tuple(value.shape for value in values)
+    def __call__(self, values: Sequence[Tensor], *, like: Hashable = None) -> Any:
+        """like: runs that are alike have an equal one, on all ranks; None: those with inputs of the same shapes."""
+        shapes = tuple(value.shape for value in values) if like is None else like
         self.communicator.begin_run(new_shapes=shapes not in self._seen)
         try:
             # not inference_mode: the caller may write to what comes back
@@ -88,6 +94,8 @@ class Executable:
             self.communicator.abort(error)
             raise
         self._seen.add(shapes)
+        if self._overflow is not None:
+            self._overflow.tell()
         return result
 
     def _run_profiled(self, recording: Recording, values: Sequence[Tensor]) -> Any:
@@ -105,8 +113,14 @@ def build(program: RankProgram, communicator: Binder, device: torch.device, cach
     return function
 
 
-def bound_graph(program: RankProgram, communicator: Binder, device: torch.device, cache: Cache | None) -> fx.Graph:
-    """The graph of that function."""
+def bound_graph(
+    program: RankProgram,
+    communicator: Binder,
+    device: torch.device,
+    cache: Cache | None,
+    overflow: Overflow | None = None,
+) -> fx.Graph:
+    """The graph of that function. overflow: where choices are counted that full experts leave out."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     arguments = {weight.name: graph.placeholder(f"weight_{index}") for index, weight in enumerate(program.weights)}
@@ -123,6 +137,9 @@ def bound_graph(program: RankProgram, communicator: Binder, device: torch.device
                 new.args, new.kwargs = call.operands, {}
             elif node.target in COMMUNICATING:
                 _bind(new, node, communicator)
+            elif node.target is limit_experts and overflow is not None:
+                path, options = str(node.meta.get("path") or node.name), dict(new.kwargs)
+                new.target, new.kwargs = overflow.bind(path, device=device, **options), {}  # type: ignore[arg-type]
             elif node.target in _WITH_STATE and cache is not None:
                 options = dict(new.kwargs)
                 masked = options.get("mask") is not None or (len(new.args) > _MASK and new.args[_MASK] is not None)

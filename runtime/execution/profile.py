@@ -25,6 +25,7 @@ from partitioner.errors import InputError
 from runtime.communication.channels import Channel
 from runtime.communication.communicator import Communicator
 from runtime.execution.chrome_trace import Recorded
+from runtime.execution.overflow import Overflow
 from runtime.execution.recording import Recording
 from runtime.execution.routing import Routing
 from runtime.execution.watched_channels import TransferChannel, WatchedCommunicator
@@ -45,6 +46,8 @@ class Profiler:
         self.recording: Recording | None = None
         self.routing: Routing | None = None
         """Where the tokens of experts are counted while that is asked for."""
+        self.overflow = Overflow()
+        """What full experts have left out, which is always counted."""
 
     def start(self) -> None:
         if self.recording is not None:

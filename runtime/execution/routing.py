@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from runtime.ops.communicating import as_axes
-from runtime.ops.expert_exchange import expert_send, localise_experts
+from runtime.ops.expert_exchange import expert_send, landed, localise_experts
 from runtime.ops.experts import expert_dispatch
 from runtime.program.rank_program import RankProgram
 
@@ -27,6 +27,9 @@ class Routing:
     def __init__(self) -> None:
         self.counts: dict[str, Tensor] = {}
         """By the path of the experts in the model."""
+        self.left_out: dict[str, Tensor] = {}
+        """Of limited experts, choices [E] of this rank's tokens for which they had no room, once the block is over; not
+        among `counts`. Ranks that have the same tokens have the same numbers."""
 
     def run(self, program: RankProgram, bound: fx.Graph, inputs: Sequence[Any]) -> Any:
         """What `bound`, the graph of `program`, yields; its experts' tokens are counted."""
@@ -56,6 +59,8 @@ class _Counting(fx.Interpreter):
 def _experts(dispatch: fx.Node, local: int, program: RankProgram) -> tuple[Sequence[int], int]:
     """The experts of this rank, by their numbers in the model, and how many there are."""
     index: Any = dispatch.args[1]
+    while index.target is landed:
+        index = index.args[0]
     route = index.args[0] if index.op == "call_function" and index.args and isinstance(index.args[0], fx.Node) else None
     if route is None or route.target not in (localise_experts, expert_send):
         return range(local), local

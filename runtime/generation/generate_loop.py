@@ -22,6 +22,7 @@ from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.batching.batch_loop import BatchLoop
+from runtime.generation.batching.one_request import one_request
 from runtime.generation.choose_tokens import GivenTokens, TokenChooser
 from runtime.generation.conversation import Conversation
 from runtime.generation.decode_graphs import require_fixed_shapes
@@ -80,6 +81,10 @@ class GenerateLoop:
         """What there is room for, once `reserve` has found out."""
         self._bound: Steps | None = None
         """The programs with the cache that is set aside now."""
+        self._batches: BatchLoop | None = None
+        """Where ranks have sequences of their own: what requests are dealt to."""
+        self._batches_for = (0, 0)
+        """Rows, and tokens of each, that its cache was set aside for."""
         self._counts_tokens = False
         """As `WhatIsKept` has it, once there is a cache."""
         self._default_steps: dict[int, int] = {}
@@ -103,6 +108,9 @@ class GenerateLoop:
         longest = max(map(len, request.prompts))
         length = longest + settings.max_new_tokens - 1  # the last token is never run
         request.require_fits(self.program, length)
+        if self.program.batch_axes:
+            yield from self._dealt(request, length)
+            return
         wanted = settings.prefill_step or self._default_step(len(request.prompts))
         size = min(step_of(self.program, wanted, length), longest)
         run = self._provide(max_batch=len(request.prompts), max_length=length, step=size)
@@ -151,6 +159,19 @@ class GenerateLoop:
             elif chained is None:
                 logits = run.decode(piece)
 
+    def _dealt(self, request: GenerationRequest, length: int) -> Iterator[Step]:
+        """Where each rank of dp has sequences of its own."""
+        rows, (most, longest) = len(request.prompts), self._batches_for
+        if self._batches is None or (self.room is None and (rows > most or length > longest)):
+            self._drop_cache()
+            self._batches_for = max(rows, most), max(length, longest)
+            self._batches = self._batch_loop(CacheSize(max_batch=max(rows, most), max_length=max(length, longest)))
+        self._turn += 1
+        turn = self._turn
+        for said in one_request(self._batches, request):
+            yield said
+            self._require(turn)
+
     def _require(self, turn: int) -> None:
         if turn != self._turn:
             raise InputError("another text was begun on this engine: its cache no longer holds this stream's")
@@ -165,6 +186,10 @@ class GenerateLoop:
     def reserve(self, size: CacheSize) -> Room:
         """A collective: sets the cache of all later tasks aside, of the same size on all ranks."""
         self._drop_cache()
+        if self.program.batch_axes:
+            self._batches = self._batch_loop(None)
+            self.room = self._batches.reserve(size)
+            return self.room
         if size.prefill_step is None:
             size = replace(size, prefill_step=self._default_step(size.max_batch))
         assert size.prefill_step is not None
@@ -223,7 +248,9 @@ class GenerateLoop:
         """The old one is given back before a new one is made."""
         if self._bound is not None:
             self._bound.release()  # its memory now: what is bound to it may keep it for a while
-        self._bound = self.room = None
+        if self._batches is not None:
+            self._batches.release()
+        self._bound = self.room = self._batches = None
 
     def _steps_over(self, program: RankProgram, *, max_batch: int, max_length: int, step: int) -> Steps:
         """The programs over a new cache, for the states as `program` has them; a collective."""
@@ -246,6 +273,11 @@ class GenerateLoop:
     def batching(self, size: CacheSize | None, *, rows: int | None = None, vocabulary: str | None = None) -> BatchLoop:
         """Many requests at once, over a cache of its own; this one's is given back."""
         self.release()
+        return self._batch_loop(size, rows=rows, vocabulary=vocabulary)
+
+    def _batch_loop(
+        self, size: CacheSize | None, *, rows: int | None = None, vocabulary: str | None = None
+    ) -> BatchLoop:
         return BatchLoop(
             self._prefill_by,
             self._decode_by,

@@ -7,7 +7,7 @@ run(piece)        -> the same of any piece; `rows`: those of the cache that its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,13 +132,16 @@ class Steps:
         *,
         decode: bool = False,
         rows: slice | PagedRows | None = None,
+        least: int = 1,
+        like: Hashable = None,
     ) -> Any:
         """What the rank's graph yields: logits [B, 1, V/n], or what its stage hands on.
 
-        received: what comes from the stage before.
+        received: what comes from the stage before. least: how many tokens each row is filled up to, if not more. like:
+        as `Executable` has it.
         """
         counts = [len(row) for row in piece.tokens]
-        size = max(counts)
+        size = max(*counts, least)
         ids = torch.tensor([row + row[-1:] * (size - len(row)) for row in piece.tokens], device=self._device)
         last = torch.tensor(counts, device=self._device) - 1
         offsets = torch.arange(size, device=self._device).minimum(last[:, None])
@@ -157,7 +160,7 @@ class Steps:
             if wanted.name not in known:
                 raise InputError(f"generation knows nothing to give the input {wanted.name!r} of this model")
         execute = self._decode if decode else self._prefill
-        return execute([*(known[wanted.name] for wanted in program.inputs), *received])
+        return execute([*(known[wanted.name] for wanted in program.inputs), *received], like=like)
 
     def release(self) -> None:
         """Gives back what captured steps hold, and the cache's memory; what is compiled stays."""

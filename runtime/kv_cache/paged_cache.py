@@ -96,7 +96,7 @@ class PagedCache(Cache):
 
     def fix(self, rows: PagedRows, batch: int) -> None:
         """Before a run from fixed memory: what its first rows are about. The others of `batch` are about nothing."""
-        longest = max(map(len, rows.tables))
+        longest = max(1, *map(len, rows.tables))
         if batch not in self._fixed_tables:
             width = -(-self.max_length // self.block_size)
             self._fixed_tables[batch] = torch.full((batch, width), self.blocks, device=self._device)

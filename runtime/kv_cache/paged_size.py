@@ -39,6 +39,8 @@ class PagedSize:
     step: int
     room: Room
     unlimited: bool = False
+    spare: int = 0
+    """Rows beside those of sequences, for what nobody is to read."""
 
     @classmethod
     def agreed(
@@ -57,16 +59,18 @@ class PagedSize:
         rows = rows or wanted.max_batch
         block = block_size or _BLOCK.get(device.type, 16)
         limit = longest_text(program)
+        spare = 1 if program.batch_axes else 0
 
         def fit(room: int) -> int | None:
             """Tokens per sequence, all rows together having the blocks."""
-            blocks = _blocks_within(program.states, room, rows=rows, block_size=block)
+            blocks = _blocks_within(program.states, room, rows=rows + spare, block_size=block)
             return None if blocks is None else max(0, blocks * block // wanted.max_batch)
 
         room = Room.of(program, wanted, communicator, device, fit)
         # stages may keep nothing per token where others do
         if room.tokens is None and room.bytes is not None:
-            return cls(rows, ANY_LENGTH, rows, limit, step_of(program, step, ANY_LENGTH), room, unlimited=True)
+            step = step_of(program, step, ANY_LENGTH)
+            return cls(rows, ANY_LENGTH, rows, limit, step, room, unlimited=True, spare=spare)
         if wanted.max_length is not None:
             room.require(wanted.max_length)
             each = -(-slots_for(program, wanted.max_length) // block)
@@ -78,7 +82,8 @@ class PagedSize:
                 each = min(each, -(-limit // block))
             if size is None:
                 each = min(each, max(1, _MOST_TOKENS // block // wanted.max_batch))
-        return cls(each * wanted.max_batch, block, rows, limit, step_of(program, step, each * block), room)
+        blocks, step = each * wanted.max_batch, step_of(program, step, each * block)
+        return cls(blocks, block, rows, limit, step, room, spare=spare)
 
     @property
     def tokens(self) -> int | None:
@@ -92,7 +97,7 @@ class PagedSize:
             # what keeps nothing per token has no blocks to set aside
             blocks=0 if self.unlimited else self.blocks,
             block_size=1 if self.unlimited else self.block_size,
-            max_batch=self.rows,
+            max_batch=self.rows + self.spare,
             max_length=most if self.longest is None else min(most, self.longest),
             step=self.step,
             device=device,

@@ -3,6 +3,7 @@
     localise_experts   index, gates [T, K]  ->  the same for one rank's experts; no communication
     expert_send        hidden [T, H], index, gates [T, K]  ->  rows for this rank's experts [R, H], [R, K], [R, K]
     expert_return      rows [R, H]  ->  [T, H]     one row from each rank that a token was sent to, summed
+    landed             x            ->  x          what was sent ahead, once it is there; other ops ran meanwhile
 
 `experts` lists the experts of coordinate 0, then those of coordinate 1, and so on, each in ascending order; `counts`
 says how many each has. Numbers may differ, and an expert may stand with several ranks (a copy): each token uses one of
@@ -16,15 +17,23 @@ A token goes once to each rank that has one of its experts, whatever their numbe
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from runtime.ops.collectives import unbound
 
-__all__ = ["expert_return", "expert_send", "localise_experts", "receive_from_experts", "send_to_experts"]
+__all__ = [
+    "expert_return",
+    "expert_send",
+    "landed",
+    "localise_experts",
+    "receive_from_experts",
+    "send_to_experts",
+]
 
 
 def localise_experts(
@@ -52,18 +61,58 @@ def expert_send(
     *,
     experts: Sequence[int],
     counts: Sequence[int],
+    ahead: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows, index and gates for the experts of this rank, from all ranks of `axis`; and the way back."""
+    """Rows, index and gates for the experts of this rank, from all ranks of `axis`; and the way back.
+
+    ahead: they are on their way, and may be read once they are `landed`.
+    """
     unbound("expert_send", axis)
 
 
-def expert_return(rows: Tensor, back: Tensor, axis: str | tuple[str, ...]) -> Tensor:
-    """What the experts made of this rank's tokens; `back` is what expert_send gave with the rows."""
+def expert_return(rows: Tensor, back: Tensor, axis: str | tuple[str, ...], *, ahead: bool = False) -> Tensor:
+    """What the experts made of this rank's tokens; `back` is what expert_send gave with the rows. ahead: as there."""
     unbound("expert_return", axis)
 
 
+def landed(x: Tensor) -> Tensor:
+    """`x`, once it has come; at once where it is not on its way."""
+    landing = _under_way.pop(x, None)
+    if landing is not None:
+        landing()
+    return x
+
+
+_under_way: Any = WeakIdKeyDictionary()
+"""By a tensor that is not filled yet, what waits for it and fills it; torch's functional collectives keep the same."""
+
+
+def _filling(handle: Any, fill: Callable[[Tensor], object], *tensors: Tensor) -> None:
+    """`tensors` are filled by what comes: now, if it is there, or when the first of them is to have landed."""
+    is_filled = False
+
+    def landing() -> None:
+        nonlocal is_filled
+        if not is_filled:
+            is_filled = True
+            fill(handle.finish())
+
+    if handle.is_finished:
+        landing()
+        return
+    for tensor in tensors:
+        _under_way[tensor] = landing
+
+
 def send_to_experts(
-    channel: Any, hidden: Tensor, index: Tensor, gates: Tensor, *, experts: Sequence[int], counts: Sequence[int]
+    channel: Any,
+    hidden: Tensor,
+    index: Tensor,
+    gates: Tensor,
+    *,
+    experts: Sequence[int],
+    counts: Sequence[int],
+    ahead: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`expert_send` over a channel: the counts, then one message per (token, rank), as bytes."""
     owners = _owners(tuple(experts), tuple(counts), index.device)
@@ -88,24 +137,38 @@ def send_to_experts(
     given, taken = send_counts.tolist(), receive_counts.tolist()
     parts = [hidden[sent], local.to(torch.int32), weights]
     message = torch.cat([_bytes(part) for part in parts], dim=1)
-    received = channel.all_to_all(message, given, taken, sizes_from=channel.node)
-
     widths = [part.shape[1] * part.element_size() for part in parts]
+    size = torch.tensor([num_tokens], device=index.device)
+    back = torch.cat([size, send_counts, receive_counts, sent])
+    if ahead:
+        handle = channel.all_to_all_begin(message, given, taken, sizes_from=channel.node)
+        coming = [each.new_empty(sum(taken), each.shape[1]) for each in (hidden, index, gates)]
+
+        def unpack(received: Tensor) -> None:
+            for into, piece, part in zip(coming, torch.split(received, widths, dim=1), parts, strict=True):
+                into.copy_(piece.clone(memory_format=torch.contiguous_format).view(part.dtype))
+
+        _filling(handle, unpack, *coming)
+        return (*coming, back)  # type: ignore[return-value]
+    received = channel.all_to_all(message, given, taken, sizes_from=channel.node)
     rows, local, weights = (
         piece.clone(memory_format=torch.contiguous_format).view(part.dtype)  # a part of a row need not be aligned
         for piece, part in zip(received.split(widths, dim=1), parts, strict=True)
     )
-    size = torch.tensor([num_tokens], device=index.device)
-    back = torch.cat([size, send_counts, receive_counts, sent])
     return rows, local.to(index.dtype), weights, back
 
 
-def receive_from_experts(channel: Any, rows: Tensor, back: Tensor) -> Tensor:
+def receive_from_experts(channel: Any, rows: Tensor, back: Tensor, *, ahead: bool = False) -> Tensor:
     """`expert_return` over a channel. What comes back to a token is summed in order of coordinate."""
     num_ranks = len(channel.ranks)
     size, given, taken, sent = torch.split(back, [1, num_ranks, num_ranks, back.shape[0] - 1 - 2 * num_ranks])
-    returned = channel.all_to_all(rows.contiguous(), taken.tolist(), given.tolist(), sizes_from=channel.node)
-    return rows.new_zeros(int(size), rows.shape[1]).index_add_(0, sent, returned)
+    counts = taken.tolist(), given.tolist()
+    found = rows.new_zeros(int(size), rows.shape[1])
+    if ahead:
+        handle = channel.all_to_all_begin(rows.contiguous(), *counts, sizes_from=channel.node)
+        _filling(handle, lambda returned: found.index_add_(0, sent, returned), found)
+        return found
+    return found.index_add_(0, sent, channel.all_to_all(rows.contiguous(), *counts, sizes_from=channel.node))
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -1,22 +1,28 @@
-"""Routed experts as three ops: sort the tokens by expert, one linear per expert, and the weighted sum per token.
+"""Routed experts as ops: sort the tokens by expert, one linear per expert, and the weighted sum per token.
 
     hidden [T, H]   index [T, K]   ->  rows [T*K, H], order [T*K], counts [E]
     rows [N, in]    weight [E, out, in] or, transposed, [E, in, out]    ->  [N, out]
     rows [T*K, H]   order [T*K]    gates [T, K]    ->  [T, H]
+    index, gates [T, K]  ->  the same, limited: "no expert" and a gate of 0 where an expert is full
 
 Row i of the sorted rows is slot `order[i]` of the flattened [T, K]; the first counts[0] rows go to expert 0, and so
 on. An index of num_experts or more means "no expert": those rows sort last, belong to no count, and stay zero; trimmed,
 they are left out of rows and order.
+Limited, an expert takes ceil(capacity x T K / E) choices at most of the T tokens that a rank has there, in the order of
+the tokens; what is over is left out of the sum, and the other gates stay (GShard, arXiv:2006.16668, algorithm 1; Switch
+Transformers, arXiv:2101.03961, section 2.2). A token's result then depends on the tokens before it.
 Sparsely gated experts: arXiv:1701.06538; sorting them into groups: MegaBlocks, arXiv:2211.15841, section 5.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["expert_combine", "expert_dispatch", "grouped_linear"]
+__all__ = ["expert_combine", "expert_dispatch", "grouped_linear", "kept_choices", "limit_experts"]
 
 
 def expert_dispatch(
@@ -45,6 +51,8 @@ def grouped_linear(
             out = out + bias[expert]
         # the kernel leaves the rows of no expert uninitialised
         return torch.where((row < ends[-1])[:, None], out, 0)
+    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _by_every_expert(rows, matrix, counts, bias)
     out = rows.new_zeros(rows.shape[0], matrix.shape[-1])
     start = 0
     for i, count in enumerate(counts.tolist()):
@@ -52,6 +60,18 @@ def grouped_linear(
             mine, extra = rows[start : start + count], None if bias is None else bias[i]
             out[start : start + count] = functional.linear(mine, matrix[i].transpose(0, 1), extra)
             start += count
+    return out
+
+
+def _by_every_expert(rows: Tensor, matrix: Tensor, counts: Tensor, bias: Tensor | None) -> Tensor:
+    """The same, by products of all rows with each expert: more of them, and the host need not know whose they are."""
+    ends = counts.cumsum(0)
+    row = torch.arange(rows.shape[0], device=rows.device)
+    expert = torch.searchsorted(ends, row, right=True)
+    out = rows.new_zeros(rows.shape[0], matrix.shape[-1])
+    for i in range(matrix.shape[0]):
+        made = functional.linear(rows, matrix[i].transpose(0, 1), None if bias is None else bias[i])
+        out = torch.where((expert == i)[:, None], made, out)
     return out
 
 
@@ -65,6 +85,22 @@ def expert_combine(rows: Tensor, order: Tensor, gates: Tensor) -> Tensor:
     slots[order] = rows
     weighted = slots.view(*gates.shape, rows.shape[-1]) * gates[..., None]
     return weighted.sum(dim=1).to(rows.dtype)
+
+
+def limit_experts(index: Tensor, gates: Tensor, *, num_experts: int, capacity: float) -> tuple[Tensor, Tensor]:
+    """See the module's docstring. The host reads no number."""
+    kept = kept_choices(index, num_experts=num_experts, capacity=capacity)
+    return torch.where(kept, index, num_experts), torch.where(kept, gates, 0)
+
+
+def kept_choices(index: Tensor, *, num_experts: int, capacity: float) -> Tensor:
+    """Which choices [T, K] their experts have room for; "no expert" is always kept."""
+    most = max(1, math.ceil(capacity * index.numel() / num_experts))
+    experts, order = torch.sort(index.reshape(-1).clamp(max=num_experts), stable=True)
+    starts = torch.searchsorted(experts, torch.arange(num_experts + 1, device=index.device, dtype=experts.dtype))
+    place = torch.arange(len(order), device=index.device) - starts[experts]
+    fits = (place < most) | (experts == num_experts)
+    return torch.empty_like(fits).index_copy_(0, order, fits).view(index.shape)
 
 
 def _has_kernel(rows: Tensor, matrix: Tensor) -> bool:

@@ -120,6 +120,8 @@ class RankProgram:
     """None where there is one stage."""
     limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     """By name of a dim: the smallest and the largest size that the graph is right for, where not all are."""
+    batch_axes: tuple[str, ...] = ()
+    """Those whose ranks run sequences of their own; where empty, all ranks run the same."""
 
     @property
     def rank(self) -> int:

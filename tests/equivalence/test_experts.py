@@ -28,6 +28,18 @@ def test_processes_over_gloo(monkeypatch: pytest.MonkeyPatch, pytestconfig: pyte
     launch(["tests.equivalence.ranks.expert_rank", "mixtral", *PLANS], num_ranks=2, timeout_s=300)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checks", [["--always"], []])
+@pytest.mark.parametrize(
+    ("ranks", "plans"), [(2, [*PLANS, "ep=2,expert-parallel.exchange=gather"]), (4, ["tp=2,ep=4", "ep=4"])]
+)
+def test_more_processes_over_gloo(
+    ranks: int, plans: list[str], checks: list[str], monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
+    launch(["tests.equivalence.ranks.expert_rank", *checks, "mixtral", *plans], num_ranks=ranks, timeout_s=300)
+
+
 @pytest.mark.parametrize(
     "plan", ["pp=2,ep=2", "pp=2,tp=2,ep=2,expert-parallel.exchange=exchange", "pp=2,tp=2,ep=2,sequence-parallel"]
 )

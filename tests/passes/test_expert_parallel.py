@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ from partitioner.proof.float64 import in_float64
 from partitioner.proof.layouts import check
 from partitioner.sharding.layout import Split
 from passes.expert_parallel import ExpertParallel, choose, deal
+from runtime.communication.matching_calls import Call
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.experts import expert_combine, grouped_linear
 from tests.support import reference, zoo
@@ -137,6 +140,54 @@ def test_choose() -> None:
     assert choose(4, 128, 8, "prefill") == "replicate"
     assert choose(32, 128, 2, "prefill") == "exchange"
     assert choose(32, 128, 2, "decode") == "replicate"
+    # each rank of etp would send the same rows
+    assert (choose(8, 64, 2, "text"), choose(8, 64, 2, "text", parts=2)) == ("exchange", "replicate")
+    assert choose(8, 64, 2, "text", shared=True) == "replicate"
+
+
+def sent_by(parts: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes that leave ranks in a run of 3 x 16 tokens: a ring's, of an all-reduce."""
+    total = 0
+    exchange = ThreadGroup.exchange
+
+    def counting(self: Any, members: tuple[int, ...], call: Call, x: torch.Tensor) -> Any:
+        nonlocal total
+        others = len(members) - 1
+        if call.kind == "all_to_all" and call.counts is not None:
+            rows = sum(n for rank, n in zip(members, call.counts[0], strict=True) if rank != call.rank)
+            total += rows * x.element_size() * math.prod(x.shape[1:])
+        elif call.kind == "all_reduce":
+            total += 2 * others * x.nbytes // len(members)
+        else:
+            total += others * x.nbytes
+        return exchange(self, members, call, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ThreadGroup, "exchange", counting)
+        parts.simulate(input_ids=torch.arange(3, 51, device="cpu").view(3, 16))
+    return total
+
+
+@pytest.mark.parametrize(
+    ("name", "chosen"), [("deepseek_v3", "replicate"), pytest.param("mixtral", "exchange", marks=pytest.mark.slow)]
+)
+def test_a_sum_that_the_layer_needs_anyway_costs_nothing(
+    name: str, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the formula alone, both would exchange; shared experts have partial sums to complete already."""
+    sizes = {
+        "deepseek_v3": {"n_routed_experts": 16, "n_group": 1, "topk_group": 1},
+        "mixtral": {"num_local_experts": 16},
+    }
+    model, _ = zoo.tiny(name, **sizes[name], num_experts_per_tok=1)
+    traced = in_float64(trace(model))
+    assert choose(4, 16, 1, "text") == "exchange"
+    by_name = {how: compile_program(traced, plan("tp=4,ep=4", exchange=how)) for how in ("replicate", "exchange")}
+    auto = compile_program(traced, Plan(tp=4, ep=4))
+    assert any(f"exchange: {chosen}" in note for note in auto.report.notes)
+    sent = {how: sent_by(parts, monkeypatch) for how, parts in by_name.items()}
+    assert min(sent, key=sent.__getitem__) == chosen, sent
+    assert sent_by(auto, monkeypatch) == sent[chosen]
 
 
 # -- negative controls -------------------------------------------------------------------------------------------------

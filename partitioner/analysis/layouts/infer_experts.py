@@ -1,5 +1,6 @@
 """The layout of what routed experts yield where ranks share them out: the general rules, beside the experts' own axes.
 
+    limit_experts      index, gates [T, K]          ->  [T, K], [T, K]    of the tokens that a rank has there
     localise_experts   index, gates [T, K]          ->  [T, routed], [T, routed]      of its choices, a rank's own
     expert_send        hidden, index, gates [own T] ->  [routed, H], [routed, K], [routed, K], [own T]
     expert_dispatch    index [T, routed] or [routed, K]  ->  [routed, H], [routed], [routed]
@@ -26,21 +27,23 @@ from partitioner.program.program import Program
 from partitioner.sharding.layout import Layout, Rows, Split, in_order
 from runtime.ops.communicating import as_axes
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
-from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
+from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear, limit_experts
 
-__all__ = ["ROUTED", "infer_experts", "is_routed"]
+__all__ = ["OWN", "ROUTED", "infer_experts", "is_routed"]
 
-ROUTED, TOKENS, SEQUENCE = "routed", "tokens", "sequence"
+ROUTED, TOKENS = "routed", "tokens"
+OWN = ("sequence", "batch")
+"""Kinds of rows that a rank has before tokens are routed, of one sequence or of its own ones."""
 
 
 def is_routed(node: fx.Node, layouts: Layouts) -> bool:
     """Whether ranks share out the experts that this op is about, or the tokens that come to them."""
-    if node.target in (localise_experts, expert_send, expert_return):
+    if node.target in (limit_experts, localise_experts, expert_send, expert_return):
         return True
     if node.target not in (expert_dispatch, grouped_linear, expert_combine):
         return False
     return any(
-        isinstance(dim, Rows) and dim.kind in (ROUTED, SEQUENCE)
+        isinstance(dim, Rows) and dim.kind in (ROUTED, *OWN)
         for source in node.all_input_nodes
         if isinstance(layouts.get(source), Layout)
         for dim in layouts[source].dims
@@ -60,6 +63,13 @@ def _localise(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
     requires = tuple((a[name], Layout((tokens, None))) for name in ("index", "gates"))
     mine = Layout((tokens, Rows(axes, ROUTED)))
     return Inference((mine, mine), requires)
+
+
+def _limit(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
+    """Those of a rank's own tokens are limited among themselves."""
+    a = arguments(node)
+    limited = Layout((layouts[a["index"]].dims[0], None))
+    return Inference((limited, limited), tuple((a[name], limited) for name in ("index", "gates")))
 
 
 def _send(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
@@ -98,7 +108,7 @@ def _grouped(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
     routed = layouts[a["rows"]].dims[0]
     weights = [a[name] for name in ("weight", "bias") if isinstance(a.get(name), fx.Node)]
     experts = layouts[a["weight"]].dims[0]
-    if isinstance(routed, Rows) and routed.kind == SEQUENCE:
+    if isinstance(routed, Rows) and routed.kind in OWN:
         fits = experts is None or not set(experts.axes) & set(routed.axes)
     else:
         # whose experts exactly is for `proof/experts.py` to see: of other axes, ranks have other tokens
@@ -150,6 +160,7 @@ def _put_back(found: Inference, dims: dict[fx.Node, dict[int, Any]]) -> tuple[tu
 
 
 _RULES: dict[Any, Callable[[Program, fx.Node, Layouts], Inference]] = {
+    limit_experts: _limit,
     localise_experts: _localise,
     expert_send: _send,
     expert_return: _return,

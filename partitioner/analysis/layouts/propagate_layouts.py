@@ -89,9 +89,9 @@ def _without_rows(layout: Layout) -> Layout:
     return Layout(tuple(None if isinstance(dim, Rows) else dim for dim in layout.dims), layout.partial)
 
 
-def batched(state: Layout) -> Layout:
-    """How a state per sequence is held, with the batch as its first dim."""
-    return Layout((None, *state.dims))
+def batched(state: Layout, batch: Rows | None = None) -> Layout:
+    """How a state per sequence is held, with the batch as its first dim. batch: the sequences that a rank has."""
+    return Layout((batch, *state.dims))
 
 
 def state_layout(value: Layout, *, per_token: bool) -> Layout:

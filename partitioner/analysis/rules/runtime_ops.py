@@ -13,8 +13,8 @@ from partitioner.program.program import PerRankInt
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.embedding import vocab_parallel_embedding
-from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
-from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
+from runtime.ops.expert_exchange import expert_return, expert_send, landed, localise_experts
+from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear, limit_experts
 from runtime.ops.mask import attention_mask
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
 from runtime.ops.rows.share_rows import own_last_token
@@ -130,6 +130,13 @@ def _localise_experts(node: fx.Node, a: dict[str, Any]) -> Notation:
     return Notation(operands, (("t", "k"), ("t", "k")), frozenset("k"))
 
 
+@RULES.of(limit_experts)
+def _limit_experts(node: fx.Node, a: dict[str, Any]) -> Notation:
+    """All tokens that a rank has count for one another."""
+    operands = (Operand(a["index"], ("t", "k")), Operand(a["gates"], ("t", "k")))
+    return Notation(operands, (("t", "k"), ("t", "k")), frozenset("tk"))
+
+
 @RULES.of(expert_send)
 def _expert_send(node: fx.Node, a: dict[str, Any]) -> Notation:
     operands = (
@@ -139,6 +146,12 @@ def _expert_send(node: fx.Node, a: dict[str, Any]) -> Notation:
     )
     outputs = (("t", "h"), ("t", "k"), ("t", "k"), ("t",))
     return Notation(operands, outputs, frozenset("thk"))
+
+
+@RULES.of(landed)
+def _landed(node: fx.Node, a: dict[str, Any]) -> Notation:
+    names = letters(len(value_of(node).shape))
+    return Notation((Operand(a["x"], names),), (names,), terms=(frozenset((0,)),))
 
 
 @RULES.of(expert_return)

@@ -9,6 +9,7 @@
     Places          where their tokens lie in the cache         `places.py`
     RowChooser      the next token of each                      `choose_rows.py`
     StagedSteps     the same over pipeline stages               `staged_steps.py`
+    OwnBatches      the same where ranks have their own         `own_batches.py`
 
 All ranks of a replica are told the same in the same order, and so do the same: none has to ask another.
 """
@@ -16,6 +17,7 @@ All ranks of a replica are told the same in the same order, and so do the same: 
 from __future__ import annotations
 
 import logging
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -25,7 +27,8 @@ from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.batching.choose_rows import Asked, Choice, RowChooser
-from runtime.generation.batching.places import InBlocks, Places, Run, places_for
+from runtime.generation.batching.own_batches import DealtScheduler, OwnBatches
+from runtime.generation.batching.places import InBlocks, InRows, Places, Run, places_for
 from runtime.generation.batching.scheduler import Scheduler
 from runtime.generation.batching.staged_steps import StagedSteps
 from runtime.generation.batching.work import Counts, Work
@@ -79,6 +82,8 @@ class BatchLoop:
             raise InputError("decode steps of pipeline stages are neither compiled nor captured: leave compile out")
         self._prefill_by, self._decode_by = prefill, decode
         self.program = prefill.program
+        self._parts = self.program.mesh.size(*self.program.batch_axes) if self.program.batch_axes else 1
+        """How many ranks have sequences of their own."""
         self._communicator, self._device, self._profiler = communicator, device, profiler
         self._wanted, self._rows, self._block_size = size, rows, block_size
         self._decoding = {"compile": compile, "cuda_graph": cuda_graph}
@@ -127,6 +132,10 @@ class BatchLoop:
         if self._places is None:
             return []
         refused, self._refused = self._refused, []
+        if isinstance(self.scheduler, DealtScheduler):
+            works = self.scheduler.next_of_all()
+            done_by_rank = self._own.advance(works) if any(works) else []
+            return [*refused, *(told for done in done_by_rank for told in self._learn(*done))]
         work = self.scheduler.next(self._turn)
         self._turn = (self._turn + 1) % self.scheduler.limits.groups
         run = None if work is None else self._places.run_of(work, self.scheduler.last_of)
@@ -141,7 +150,7 @@ class BatchLoop:
             "running": self.scheduler.running,
             "waiting": self.scheduler.waiting,
             "tokens_cached": 0 if self._places.tokens is None else self.scheduler.tokens_cached,
-            "tokens_that_fit": self._places.tokens,
+            "tokens_that_fit": None if self._places.tokens is None else self._parts * self._places.tokens,
             **vars(self.scheduler.counts),
             "prefixes_kept": not self._places.why_not_kept,
             "why_not_kept": self._places.why_not_kept,
@@ -169,15 +178,20 @@ class BatchLoop:
         for each in told:
             if each.error is not None and self._places is not None:
                 # what it computed may be no numbers, which must not reach others
-                self._places.clear(self.scheduler.cancel(each.number, keep=False))
+                is_own = not isinstance(self.scheduler, DealtScheduler) or self._is_own(each.number)
+                blocks = self.scheduler.cancel(each.number, keep=False)
+                self._places.clear(blocks if is_own else [])
             if each.is_over:
                 del self._asked[each.number]
         return told
 
     def _set_aside(self) -> None:
-        program = self.program
+        program, size, rows = self.program, self._wanted, self._rows
+        if self._parts > 1:  # each rank's share
+            size = None if size is None else replace(size, max_batch=-(-size.max_batch // self._parts))
+            rows = None if rows is None else -(-rows // self._parts)
         self._places = places = places_for(
-            program, self._wanted, self._communicator, self._device, rows=self._rows, block_size=self._block_size
+            program, size, self._communicator, self._device, rows=rows, block_size=self._block_size
         )
         self._steps = Steps(
             self._prefill_by,
@@ -188,11 +202,27 @@ class BatchLoop:
             self._profiler,
             **self._decoding,
         )
-        stages = 1 if program.stage is None else program.stage.count
-        self.scheduler = Scheduler(replace(places.limits, groups=stages), self._counts)
         self._why_eager = self._found_why_eager()
         if self._why_eager and program.rank == 0:
             _log.warning("decode steps run node by node, in spite of %s", self._why_eager)
+        if self._parts > 1:
+            assert isinstance(places, InBlocks)
+            self.scheduler: Scheduler | DealtScheduler = DealtScheduler(places.limits, self._parts, self._counts)
+            self._own = OwnBatches(
+                program,
+                self._decode_by.program,
+                self._communicator,
+                self._device,
+                self._profiler,
+                places,
+                run=self._run_filled,
+                choose=self.choose,
+                sampled=self.sampled,
+                tops=lambda number: self._asked[number].settings.top_logprobs,
+            )
+            return
+        stages = 1 if program.stage is None else program.stage.count
+        self.scheduler = Scheduler(replace(places.limits, groups=stages), self._counts)
         self._turn = 0
         self._runner: _Runner = _OneStage(self)
         if program.stage is not None:
@@ -214,10 +244,28 @@ class BatchLoop:
         """The rank's programs on the tokens of a step: logits [n, 1, V/r], or what its stage hands on."""
         assert self._places is not None
         self._places.before(run)
-        is_fixed = any(self._decoding.values()) and not self._why_eager
-        if run.work.decode and is_fixed and isinstance(self._places, InBlocks):
+        if run.work.decode and self._from_fixed_memory:
+            assert isinstance(self._places, InBlocks)
             return self._places.decode(self._steps, run, few_sizes=self._decoding["compile"])
         return self._steps.execute(run.piece, received, decode=run.work.decode, rows=run.rows)
+
+    def _run_filled(self, run: Run, least: int, like: Hashable) -> Any:
+        """The same, of rows that are filled up to `least` tokens; like: as `Executable` has it."""
+        assert self._places is not None
+        if run.work.decode and self._from_fixed_memory:
+            return self.run(run)
+        return self._steps.execute(run.piece, decode=run.work.decode, rows=run.rows, least=least, like=like)
+
+    def _is_own(self, number: int) -> bool:
+        """Whether this rank has the sequence in its cache."""
+        assert isinstance(self.scheduler, DealtScheduler)
+        (axis,) = self.program.batch_axes
+        return self.scheduler.rank_of(number) == self.program.coordinates[axis]
+
+    @property
+    def _from_fixed_memory(self) -> bool:
+        """Whether decode steps are compiled or captured."""
+        return any(self._decoding.values()) and not self._why_eager
 
     def _found_why_eager(self) -> str:
         """Why decode steps are neither compiled nor captured though that was asked for; "": they are, or it was not."""
@@ -225,8 +273,11 @@ class BatchLoop:
         asked = " and ".join(name for name, is_asked in self._decoding.items() if is_asked)
         if not asked:
             return ""
-        if not isinstance(self._places, InBlocks):
-            return f"{asked}: {self._places.why_not_kept}"
+        if isinstance(self._places, InRows):
+            axes = self._places.axes
+            return (
+                f"{asked}: ranks share out the tokens of a sequence over {axes}, and rows of many requests come and go"
+            )
         if not all(state.per_token for state in self.program.states):
             return f"{asked}: the model keeps states per sequence, and rows that come and go change which those are"
         # what is compiled has one size, which must be no cache's

@@ -111,6 +111,15 @@ class InBlocks:
         rows = PagedRows(tuple(turn.row for turn in turns), tuple(turn.table for turn in turns))
         return Run(work, piece, rows, tuple(range(len(turns))))
 
+    def filled(self, run: Run, count: int) -> Run:
+        """With rows of nobody behind its own, so that there are `count`: they lie where nobody reads."""
+        piece, missing = run.piece, count - len(run.piece.tokens)
+        assert isinstance(run.rows, PagedRows)
+        tokens, starts = [*piece.tokens, *([0] for _ in range(missing))], [*piece.starts, *[0] * missing]
+        numbers = (*run.rows.numbers, *[self._size.rows] * missing)
+        rows = PagedRows(numbers, (*run.rows.tables, *[()] * missing))
+        return Run(run.work, Piece(tokens, starts, (*piece.active, *[False] * missing)), rows, run.at)
+
     def before(self, run: Run) -> None:
         """Nothing: a run says all that the cache has to know."""
 
@@ -159,7 +168,8 @@ class InRows:
             device=device,
             slots=slots_for(program, max_length),
         )
-        self.why_not_kept = "" if keeps else _GIVEN_UP.format(", ".join(axes))
+        self.axes = ", ".join(axes)
+        self.why_not_kept = "" if keeps else _GIVEN_UP.format(self.axes)
         # as `ShardedCache.piece_size`, also on a stage without attention, whose cache shares out nothing
         parts = program.mesh.size(*axes)
         budget = step if step < parts else step - step % parts

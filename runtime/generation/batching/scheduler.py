@@ -94,6 +94,11 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def left(self) -> int:
+        """How many tokens are still to be run at most."""
+        return sum(each.most - each.computed for each in (*self._running.values(), *self._waiting))
+
+    @property
     def tokens_cached(self) -> int:
         """In the cache, also without users; what several share counts once."""
         size = self.limits.block_size

@@ -27,8 +27,8 @@ from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.embedding import vocab_parallel_embedding
-from runtime.ops.expert_exchange import localise_experts
-from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
+from runtime.ops.expert_exchange import landed, localise_experts
+from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear, limit_experts
 from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear, stored_weight
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.mask import attention_mask
@@ -77,7 +77,8 @@ ATEN = frozenset(
 
 _OWN = (
     attention, attention_mask, cache_append, cached_attention, expert_combine, expert_dispatch, gated_delta_rule,
-    gated_linear_attention, grouped_linear, last_token, latent_attention, localise_experts, once, own_last_token,
+    gated_linear_attention, grouped_linear, landed, last_token, latent_attention, limit_experts, localise_experts, once,
+    own_last_token,
     position_mask, reorder, rows_at, selective_scan, shard, state_read, state_write, stored_grouped_linear,
     stored_linear, stored_weight, take_rows, vocab_parallel_embedding,
     *COMMUNICATING,

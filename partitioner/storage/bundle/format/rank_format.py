@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from partitioner.errors import BundleError
 from partitioner.sharding.index_set import IndexSet
-from partitioner.sharding.mesh import Mesh
+from partitioner.sharding.mesh import AXES, Mesh
 from partitioner.storage.bundle.format.stage_format import MOST_DIMS, read_dims, read_stage, stage_data
 from partitioner.storage.bundle.format.tiling import MOST_BLOCKS, fills
 from partitioner.storage.bundle.format.untrusted_json import (
@@ -193,6 +193,7 @@ def program_data(program: RankProgram, *, graph: str, integers: Sequence[int], w
         else [[list(ends) for ends in own.intervals] for own in program.vocabulary],
         "limits": {name: list(limit) for name, limit in program.limits.items()},
         "stage": None if program.stage is None else stage_data(program.stage),
+        **({"batch_axes": list(program.batch_axes)} if program.batch_axes else {}),
     }
 
 
@@ -268,11 +269,22 @@ def read_program(
         vocabulary=_read_vocabulary(record, mesh),
         limits=_read_limits(record.record("limits")),
         stage=stage,
+        batch_axes=_read_batch_axes(record, mesh),
         source=source,
         read_from=where,
     )
     record.done()
     return program
+
+
+def _read_batch_axes(record: Record, mesh: Mesh) -> tuple[str, ...]:
+    """Of programs whose ranks have sequences of their own."""
+    if not record.has("batch_axes"):
+        return ()
+    axes = record.texts("batch_axes", IDENTIFIER)
+    if len(axes) != 1 or axes[0] not in AXES or mesh.size(*axes) == 1:
+        record.fail("batch_axes", "one axis of attention with more than one rank")
+    return axes
 
 
 def _read_generation(record: Record) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from partitioner.program.ranks import Ranks
 from runtime.engine.engine import Engine
 from runtime.generation.batching.batch_loop import BatchLoop
+from runtime.generation.batching.own_batches import DealtScheduler
 from runtime.generation.generation_request import GenerationRequest
 from runtime.kv_cache.cache_size import CacheSize
 
@@ -132,10 +133,11 @@ def serve(
 def assert_empty(loop: BatchLoop) -> None:
     """Nothing is left of requests that are over."""
     assert not loop._asked
-    scheduler = loop.scheduler
-    assert (scheduler.running, scheduler.waiting) == (0, 0)
-    assert scheduler.pool.free == scheduler.limits.blocks
-    assert not scheduler._pending
+    several = loop.scheduler.each if isinstance(loop.scheduler, DealtScheduler) else [loop.scheduler]
+    for scheduler in several:
+        assert (scheduler.running, scheduler.waiting) == (0, 0)
+        assert scheduler.pool.free == scheduler.limits.blocks
+        assert not scheduler._pending
 
 
 def on_all_ranks(parts: Any, cases: Sequence[Case], size: CacheSize, **options: Any) -> Outcome:

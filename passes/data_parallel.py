@@ -1,0 +1,246 @@
+"""The data-parallel pass: the ranks of dp, which share out experts, run sequences of their own.
+
+    input_ids[B_i, S]   every op that works sequence by sequence: a rank's own
+    exchange            expert_send -> its experts -> expert_return                 own tokens are sent, and come back
+    gather              collect_rows -> localise_experts -> .. -> scatter_rows      the tokens of all, and their sums
+    logits[B_i, 1, V]   of its own sequences
+
+Replicas that no expert is shared out over are worlds of their own. Where experts span dp they go in step: each runs
+the same program at the same time, on its own requests, and they meet in the experts alone ("DP attention" of
+arXiv:2412.19437, section 3.4). That no sequence looks at another is proven before (`partitioner/proof/rows.py`).
+
+Of experts that are gathered, each rank brings as many rows as any other: whoever runs the ranks fills up. What is sent
+to experts may differ in number.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from partitioner.analysis.layouts.dealt_experts import expert_bodies
+from partitioner.analysis.layouts.infer_layout import Layouts
+from partitioner.analysis.layouts.memoise import Inferrer
+from partitioner.analysis.layouts.own_tokens import held_alike, is_own, symbols_of, tokens_dim
+from partitioner.compile.insert_collectives import OVER_AXES, over_other_axes
+from partitioner.errors import LayoutError, PlanError
+from partitioner.program.node_arguments import describe, node_values
+from partitioner.program.program import Entry, Program, Value
+from partitioner.proof.layouts import SPECIAL
+from partitioner.sharding.layout import REPLICATED, Layout, Rows
+from partitioner.sharding.mesh import AXES, EXPERT_AXES
+from runtime.ops.rows import collect_rows, scatter_rows, take_rows
+
+__all__ = ["DataParallel"]
+
+aten = torch.ops.aten
+KIND = "batch"
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """See the module's docstring. Runs after the placement of all axes, on a program whose ranks have one batch.
+
+    Where something in it needs all sequences, they still do, and a note says why.
+    """
+
+    name: ClassVar[str] = "data-parallel"
+    axis: str = "dp"
+
+    def run(self, program: Program) -> Program:
+        ranks = program.mesh.size(self.axis)
+        if ranks == 1:
+            return program
+        if KIND not in program.symbols:
+            program.notes.append(f"{self.axis}={ranks}: {program.name} was captured for one batch size only")
+            return program
+        own = program.copy()
+        try:
+            _Own(own, self.axis).run()
+        except PlanError as why:
+            program.notes.append(str(why))
+            return program
+        own.notes = [note for note in own.notes if "are given one batch" not in note]
+        own.notes.append(f"the {ranks} ranks of {self.axis} have sequences of their own, and meet in the experts")
+        return own
+
+
+class _Own:
+    def __init__(self, program: Program, axis: str) -> None:
+        self.program, self.axis = program, axis
+        self.symbol = program.symbols[KIND]
+        self.rows = Rows((axis,), KIND)
+        self.parts = program.mesh.size(axis)
+        self.whole: Layouts = {}
+        """How each value was held, when all ranks had one batch."""
+        self.now: Layouts = {}
+        self.inferrer = Inferrer(program)
+        self.kept: set[fx.Node] = set()
+        """Experts that need the tokens of all ranks."""
+        self.made: dict[fx.Node, fx.Node] = {}
+        """What was collected, or dealt out, of a value."""
+        self.gone = frozenset({axis, *EXPERT_AXES} - (set(AXES) - {axis}))
+        """Axes over which no sum of own tokens is left: these have been summed where experts end."""
+
+    def run(self) -> None:
+        nodes = list(self.program.graph.nodes)
+        for node in nodes:
+            self._note(node)
+        for body in expert_bodies(self.program, self.whole):
+            if not body.takes_own(self.axis):
+                self.kept |= body.nodes
+        self.program.batch_axes = (self.axis,)
+        for node in nodes:
+            if node.op == "placeholder":
+                self.now[node] = self.program.given(node.meta["val"])
+        for node in nodes:
+            if node in self.whole:
+                self._place(node)
+                node.meta["layout"] = self.now[node]
+            elif node.op == "output":
+                self._give(node)
+        self.program.graph.eliminate_dead_code()
+        self.program.graph.lint()
+
+    # -- as it was -----------------------------------------------------------------------------------------------------
+
+    def _note(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self.whole[node] = REPLICATED(len(node.meta["val"].shape))
+        elif node.op == "get_attr":
+            shape = self.program.weights[str(node.target)].shape
+            self.whole[node] = self.program.weight_layouts.get(str(node.target), REPLICATED(len(shape)))
+            self.now[node] = self.whole[node]
+        elif node.op == "call_function" and node_values(node):
+            found = self._infer(node, self.whole)
+            if isinstance(found, str):
+                raise LayoutError(f"{node.name}: {found}")
+            self.whole[node] = found[0]
+
+    def _infer(self, node: fx.Node, layouts: Layouts) -> tuple[Any, tuple[tuple[fx.Node, Layout], ...]] | str:
+        """What it yields, and what it requires; or what is in the way."""
+        special = SPECIAL.get(node.target)
+        if special is not None:
+            try:
+                return special(self.program, node, layouts), ()
+            except LayoutError as error:
+                return str(error)
+        found = self.inferrer.infer(node, layouts)
+        if found.problem:
+            return found.problem
+        return (found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs), found.requires
+
+    # -- with own sequences --------------------------------------------------------------------------------------------
+
+    def _place(self, node: fx.Node) -> None:
+        if node in self.now:
+            return
+        if node in self.kept:
+            for source in list(node.all_input_nodes):
+                if source not in self.kept and self._has_rows(source):
+                    node.replace_input_with(source, self._collected(source))
+            self.now[node] = self.whole[node]
+            return
+        for source in list(node.all_input_nodes):
+            if source in self.kept and node_values(source):
+                node.replace_input_with(source, self._leaving(source))
+        if node.target in OVER_AXES and self._has_rows(own := node.all_input_nodes[0]):
+            self._narrow(node, own)
+            return
+        found = self._infer(node, self.now)
+        if isinstance(found, str):
+            raise self._refused(node, found)
+        if unmet := next((source for source, wanted in found[1] if self.now[source] != wanted), None):
+            raise self._refused(node, f"needs {unmet.name!r} of all sequences")
+        self._require_own(node, found[0])
+        self.now[node] = found[0]
+
+    def _require_own(self, node: fx.Node, found: Any) -> None:
+        whole = self.whole[node]
+        several = (found, whole) if isinstance(whole, tuple) else ((found,), (whole,))
+        for value, own, layout in zip(node_values(node), *several, strict=True):
+            dims = [dim for dim, size in enumerate(value.shape) if self.symbol in symbols_of(size)]
+            alike = held_alike(own, layout, self.rows) and own.partial == layout.partial - self.gone
+            if not alike or not all(is_own(own.dims[dim], self.rows) for dim in dims):
+                raise self._refused(node, "has no row for each sequence in its result")
+
+    def _refused(self, node: fx.Node, why: str) -> PlanError:
+        return PlanError(
+            f"{self.axis}={self.parts}: the ranks of {self.program.name} cannot have sequences of their own: "
+            f"{describe(node)} (node {node.name!r}) {why}"
+        )
+
+    def _narrow(self, node: fx.Node, own: fx.Node) -> None:
+        """`node` over those of its axes whose ranks have the same sequences; nothing where there are none."""
+        total = node.args[1] if node.target is collect_rows else None
+        if over_other_axes(self.program, node, own, self.gone, total=total):
+            self.now[node] = SPECIAL[node.target](self.program, node, self.now)
+        else:
+            node.replace_all_uses_with(own)
+            self.now[node] = self.now[own]
+
+    def _give(self, output: fx.Node) -> None:
+        for source in list(output.all_input_nodes):
+            if source in self.kept:
+                output.replace_input_with(source, self._leaving(source))
+
+    # -- experts that need the tokens of all ---------------------------------------------------------------------------
+
+    def _collected(self, own: fx.Node) -> fx.Node:
+        """The rows of all ranks, as many of each."""
+        if own not in self.made:
+            (dim,) = self.now[own].row_dims
+            value = own.meta["val"]
+            with self.program.graph.inserting_after(own):
+                mine = self.program.graph.call_function(aten.sym_size.int, (own, dim))
+            with self.program.graph.inserting_after(mine):
+                total = self.program.graph.call_function(operator.mul, (mine, self.parts))
+            mine.meta = total.meta = {"val": value.shape[dim], "path": ""}
+            layout = self.now[own].with_dim(dim, None)
+            why = f"experts over {self.axis} get the tokens of all its ranks"
+            self.made[own] = self._insert(total, own, collect_rows, (own, total, self.axis), {"dim": dim}, layout, why)
+        return self.made[own]
+
+    def _leaving(self, source: fx.Node) -> fx.Node:
+        """Own rows of what was computed of those of all, summed over ranks that have others."""
+        layout, dim = self.whole[source], tokens_dim(source.meta["val"].shape, self.symbol)
+        if not isinstance(layout, Layout) or dim is None or layout.dims[dim] is not None:
+            return source
+        if source not in self.made:
+            if self.axis in layout.partial:
+                done = Layout(layout.dims, layout.partial - {self.axis}).with_dim(dim, self.rows)
+                why = f"completes the partial sums of {source.name}, of which each rank of {self.axis} needs its own"
+                options = {"dim": dim, "kind": KIND}
+                found = self._insert(source, source, scatter_rows, (source, self.axis), options, done, why)
+            else:
+                index = self.program.local("row_index", Entry(0, (self.axis,), tuple(range(self.parts))))
+                options = {"parts": self.parts, "axes": [self.axis], "dim": dim, "kind": KIND}
+                done = layout.with_dim(dim, self.rows)
+                found = self._insert(source, source, take_rows, (source, index), options, done, "")
+            self.made[source] = found
+        return self.made[source]
+
+    def _insert(
+        self,
+        place: fx.Node,
+        origin: fx.Node,
+        target: Any,
+        args: tuple[Any, ...],
+        options: dict[str, Any],
+        layout: Layout,
+        why: str,
+    ) -> fx.Node:
+        with self.program.graph.inserting_after(place):
+            made = self.program.graph.call_function(target, args, options)
+        made.meta = {"val": origin.meta["val"], "path": origin.meta.get("path", ""), "layout": layout, "why": why}
+        self.now[made] = layout
+        return made
+
+    def _has_rows(self, node: fx.Node) -> bool:
+        layout = self.now.get(node)
+        several = layout if isinstance(layout, tuple) else (layout,)
+        return any(is_own(dim, self.rows) for each in several if each for dim in each.dims)

@@ -1,0 +1,157 @@
+"""The overlap pass: an exchange of experts is under way while the rank computes what does not wait for it.
+
+    expert_send            expert_send(ahead)       tokens leave
+    its experts            shared experts, half     meanwhile
+    expert_return     ->   landed; its experts
+    shared experts         expert_return(ahead)     sums leave
+    sum                    shared experts, half     meanwhile
+                           landed; sum
+
+Ranks meet where an exchange begins, and wait where it has landed, as with torch's functional collectives: the order of
+meetings, which is proven, is that of the graph, the same on all ranks. What is moved depends on no exchange and
+communicates with nobody; each op does what it did. Where nothing stands beside the experts, nothing changes.
+Exchanges hidden behind other work: arXiv:2412.19437, section 3.2.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from partitioner.program.node_arguments import node_values
+from partitioner.program.program import Program
+from runtime.ops.communicating import COMMUNICATING
+from runtime.ops.expert_exchange import expert_return, landed
+
+__all__ = ["Overlap"]
+
+_STEPS = 16
+"""How many ops after an exchange what it yields is looked for beside something else."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """See the module's docstring. Runs on a program whose collectives are placed."""
+
+    name: ClassVar[str] = "overlap"
+
+    def run(self, program: Program) -> Program:
+        layers, moved, row = 0, 0, ""
+        for node in list(program.graph.nodes):
+            if node.op != "call_function" or node.target is not expert_return:
+                continue
+            back: Any = node.args[1]
+            send = back.args[0]
+            beside = _beside(program.graph, send, node)
+            if beside:
+                _reorder(program.graph, send, node, beside)
+                layers, moved, row = layers + 1, moved + len(beside), _in_flight(send)
+        if layers:
+            program.notes.append(
+                f"exchanges of {layers} layers are under way while {moved} ops of what stands beside their experts "
+                f"run; in flight are {row}"
+            )
+        program.graph.lint()
+        return program
+
+
+def _in_flight(send: fx.Node) -> str:
+    hidden, index, gates = (send.args[i].meta["val"] for i in range(3))  # type: ignore[union-attr]
+    back = hidden.shape[1] * hidden.dtype.itemsize
+    there = back + index.shape[1] * (4 + gates.dtype.itemsize)
+    return f"{there} bytes there and {back} back for each token and rank that it is sent to"
+
+
+def _beside(graph: fx.Graph, send: fx.Node, back: fx.Node) -> list[fx.Node]:
+    """What is added to the experts' result, as far as it can be computed while tokens are on their way, in order."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    before, after = _ancestors(send) | {send}, _descendants(send)
+    for join in sorted(_descendants(back), key=place.__getitem__)[:_STEPS]:
+        found: set[fx.Node] = set()
+        for source in join.all_input_nodes:
+            if source not in after:
+                found |= {source, *_ancestors(source)} - before
+        found = {node for node in found if node.op in ("call_function", "get_attr")}
+        found -= {node for node in found if node.target in COMMUNICATING}
+        # whatever needs one that stays, stays; so does what is read before tokens have landed
+        while left := {node for node in found if _stays(node, found, before, place, place[back])}:
+            found -= left
+        if any(_work(node) for node in found):
+            return sorted(found, key=place.__getitem__)
+    return []
+
+
+def _stays(node: fx.Node, found: set[fx.Node], before: set[fx.Node], place: dict[fx.Node, int], end: int) -> bool:
+    if any(source not in found and source not in before and source.op != "placeholder" for source in _operands(node)):
+        return True
+    return any(user not in found and place[user] < end for user in node.users)
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    return [source for source in node.all_input_nodes if source.op != "get_attr"]
+
+
+def _work(node: fx.Node) -> int:
+    """What a product reads of weights, by which the two ways share out what is computed meanwhile."""
+    weights = [source for source in node.all_input_nodes if source.op == "get_attr"]
+    shapes = [value.shape for source in weights for value in node_values(source) if len(value.shape) > 1]
+    total = 0
+    for shape in shapes:
+        size = 1
+        for each in shape:
+            size *= int(each)
+        total += size
+    return total
+
+
+def _reorder(graph: fx.Graph, send: fx.Node, back: fx.Node, beside: list[fx.Node]) -> None:
+    total, done, first = sum(map(_work, beside)), 0, 0
+    for first, node in enumerate(beside, 1):  # noqa: B007 - how many run on the way there
+        done += _work(node)
+        if 2 * done >= total:
+            break
+    taken = sorted(send.users, key=lambda user: int(user.args[1]))  # type: ignore[arg-type]
+    for getitem in reversed(taken):
+        send.append(getitem)
+    _run_during(graph, send, taken[:3], taken[-1], beside[:first])
+    _run_during(graph, back, [back], back, beside[first:])
+
+
+def _run_during(graph: fx.Graph, node: fx.Node, given: list[fx.Node], last: fx.Node, meanwhile: list[fx.Node]) -> None:
+    """`node` begins, `meanwhile` runs behind `last`, and what it has `given` is read once it has landed."""
+    node.kwargs = {**node.kwargs, "ahead": True}
+    for each in meanwhile:
+        last.append(each)
+        last = each
+    for each in given:
+        users = list(each.users)
+        with graph.inserting_after(last):
+            last = graph.call_function(landed, (each,))
+        last.meta = {key: value for key, value in each.meta.items() if key != "why"}
+        for user in users:
+            user.replace_input_with(each, last)
+    node.meta["why"] = f"under way while {len(meanwhile)} ops run that do not wait for it"
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(node.all_input_nodes)
+    while stack:
+        source = stack.pop()
+        if source not in found:
+            found.add(source)
+            stack += source.all_input_nodes
+    return found
+
+
+def _descendants(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if user not in found:
+            found.add(user)
+            stack += user.users
+    return found

@@ -1,0 +1,155 @@
+"""The data-parallel pass: ranks that share out experts over dp run sequences of their own, and meet in the experts."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from partitioner import Plan
+from partitioner.compile.partition import compile_program, trace
+from partitioner.errors import LayoutError
+from partitioner.program import Program
+from partitioner.proof.float64 import in_float64
+from partitioner.proof.layouts import check
+from partitioner.proof.rows import check_rows
+from partitioner.sharding.layout import Rows
+from passes import data_parallel
+from runtime.ops.collectives import all_reduce
+from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
+from runtime.ops.rows import collect_rows, scatter_rows, take_rows
+from tests.support import zoo
+
+OPS = (all_reduce, expert_return, expert_send, collect_rows, scatter_rows, take_rows, localise_experts)
+OWN = Rows(("dp",), "batch")
+
+
+@functools.cache
+def traced() -> Program:
+    """One layer; seven experts, of which each token has three."""
+    model, _ = zoo.tiny("qwen3_moe", num_experts=7, num_experts_per_tok=3, num_hidden_layers=1)
+    return in_float64(trace(model))
+
+
+@functools.cache
+def program(plan: str, entry: Any = "prefill") -> Program:
+    return compile_program(traced(), Plan.parse(plan)).program_of(entry)
+
+
+def ops(found: Program) -> dict[str, int]:
+    """What the routed experts do with other ranks."""
+    nodes = [node for node in found.graph.nodes if "mlp" in str(node.meta.get("path") or "")]
+    return dict(Counter(node.target.__name__ for node in nodes if node.target in OPS))
+
+
+def test_prompts_are_sent_to_experts_and_single_tokens_are_gathered() -> None:
+    assert ops(program("ep=2")) == {"expert_send": 1, "expert_return": 1}
+    gathered = {"collect_rows": 3, "localise_experts": 1, "scatter_rows": 1}
+    assert ops(program("ep=2", "decode")) == gathered
+    # over dp and tp: of what every rank of tp has, each sends its part; sums over tp are completed as before
+    sent = {"take_rows": 3, "expert_send": 1, "expert_return": 1, "collect_rows": 1}
+    assert ops(program("tp=2,ep=4")) == sent
+    assert ops(program("tp=2,ep=4", "decode")) == {**gathered, "all_reduce": 1}
+    # each rank of tp with its counterpart
+    assert ops(program("tp=2,ep=2,etp=2")) == {"expert_send": 1, "expert_return": 1, "all_reduce": 1}
+
+
+def test_inputs_states_and_logits_are_of_own_sequences() -> None:
+    for entry in ("prefill", "decode"):
+        found = program("tp=2,ep=4", entry)
+        assert found.batch_axes == ("dp",)
+        assert found.output is not None
+        assert found.output.dims[0] == OWN
+        (attention,) = [node for node in found.graph.nodes if "state" in node.kwargs]
+        assert attention.meta["layout"].dims[0] == OWN
+        check_rows(found)
+
+
+def test_the_whole_text_is_as_it_was() -> None:
+    parts = compile_program(traced(), Plan(ep=2))
+    assert parts.program.batch_axes == ()
+    assert any("are given one batch" in note for note in parts.program.notes)
+    assert any("have sequences of their own" in note for note in program("ep=2").notes)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "ep=2,expert-parallel.exchange=replicate",
+        "tp=3,ep=2",  # groups that go across those of attention
+        pytest.param("dp=2,tp=2,ep=2", marks=pytest.mark.slow),  # replicas, which are worlds of their own
+        pytest.param("tp=2,ep=2", marks=pytest.mark.slow),
+        pytest.param("tp=2,ep=4,sequence-parallel", marks=pytest.mark.slow),
+        pytest.param("sp=2,ep=4", marks=pytest.mark.slow),
+    ],
+)
+def test_one_batch_stays_one(plan: str) -> None:
+    assert program(plan).batch_axes == ()
+
+
+def test_what_needs_all_sequences_keeps_them_in_both_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    require = data_parallel._Own._require_own
+
+    def fussy(self: Any, node: Any, found: Any) -> None:
+        if any(n.target is expert_send for n in self.program.graph.nodes):
+            raise self._refused(node, "sums over sequences")
+        require(self, node, found)
+
+    monkeypatch.setattr(data_parallel._Own, "_require_own", fussy)
+    parts = compile_program(traced(), Plan(ep=2))
+    for entry in ("prefill", "decode"):
+        found: Program = parts.program_of(entry)  # type: ignore[arg-type]
+        assert found.batch_axes == ()
+        assert any("cannot have sequences of their own" in note and "sums over" in note for note in found.notes)
+
+
+# -- negative controls -------------------------------------------------------------------------------------------------
+
+
+def broken(plan: str, entry: str, change: Callable[[Program, dict[Any, list[Any]]], None]) -> None:
+    found = program(plan, entry).copy()
+    check(found)
+    change(found, {op: [n for n in found.graph.nodes if n.target is op] for op in OPS})
+    for node in found.graph.nodes:
+        node.meta = {key: value for key, value in node.meta.items() if key != "layout"}
+    check(found)
+
+
+def without(found: Program, node: Any) -> None:
+    node.replace_all_uses_with(node.args[0])
+    found.graph.erase_node(node)
+
+
+@pytest.mark.parametrize("op", [collect_rows, scatter_rows])
+def test_gathered_experts_need_the_tokens_of_all(op: Any) -> None:
+    with pytest.raises(LayoutError):
+        broken("ep=2", "decode", lambda found, nodes: without(found, nodes[op][0]))
+
+
+def test_as_many_rows_of_each_rank_are_collected() -> None:
+    def fewer(found: Program, nodes: Any) -> None:
+        total = nodes[collect_rows][0].args[1]
+        total.args = (total.args[0], 3)
+
+    with pytest.raises(LayoutError, match="collects as many rows of each rank"):
+        broken("ep=2", "decode", fewer)
+
+
+def test_a_sum_over_ranks_with_other_sequences_is_refused() -> None:
+    def summed(found: Program, nodes: Any) -> None:
+        node = nodes[all_reduce][0]
+        node.args = (node.args[0], ("dp", "tp"))
+
+    with pytest.raises(LayoutError, match=r"sums .* over 'dp'"):
+        broken("tp=2,ep=4", "prefill", summed)
+
+
+def test_own_sequences_as_if_they_were_everybodys_are_refused() -> None:
+    """The program as it stands, but for what it says of its inputs."""
+    found = program("ep=2").copy()
+    found.batch_axes = ()
+    with pytest.raises(LayoutError):
+        check(found)
