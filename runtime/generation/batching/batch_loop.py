@@ -107,8 +107,12 @@ class BatchLoop:
             self._set_aside()
         if len(request.prompts) != 1:
             raise InputError(f"a sequence is one row, got a request of {len(request.prompts)}")
-        if request.settings.top_logprobs is not None and self.program.stage is not None:
-            raise InputError("top_logprobs is not offered over pipeline stages: leave it out, or leave --pp out")
+        alone = self.program.stage is not None and self.program.shared_head is None
+        if request.settings.top_logprobs is not None and alone:
+            raise InputError(
+                "top_logprobs is not offered over pipeline stages of which the last has the vocabulary head: leave it "
+                "out, leave --pp out, or give pipeline.share_head=true in --plan"
+            )
         request.require_fits(self.program, request.longest)
         asked = Asked(request, vocab_size=self.program.vocab_size, grammars=self._grammars)
         self.scheduler.add(number, asked.text, most=request.longest, piece=request.settings.prefill_step)
@@ -199,6 +203,7 @@ class BatchLoop:
                 choose=self.choose,
                 sampled=self.sampled,
                 sizes=lambda run: self._steps.sizes(run.piece),
+                head=self.head if self._steps.shares_head else None,
             )
 
     def run(self, run: Run, received: Any = ()) -> Any:
@@ -208,6 +213,10 @@ class BatchLoop:
         if run.work.decode and isinstance(self._places, InBlocks) and self._from_fixed_memory:
             return self._places.decode(self._steps, run, few_sizes=self._decoding["compile"])
         return self._steps.execute(run.piece, received, decode=run.work.decode, rows=run.rows)
+
+    def head(self, run: Run, made: Any) -> Any:
+        """Logits [n, 1, V/r] of a head that all stages share out; made: what the last stage yields."""
+        return self._steps.head(run.piece, made, decode=run.work.decode)
 
     @property
     def _from_fixed_memory(self) -> bool:

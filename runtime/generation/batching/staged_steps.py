@@ -5,8 +5,9 @@
     stage 1          group 0  group 1  group 0
 
 In each slot a stage runs what the stage before ran in the slot before, hands it on, and all stages hear which tokens
-the last one chose. So every rank has the same sequences, knows what each stage does next, and how large it is: nothing
-is sent but values and tokens. A prompt and single tokens of others may stand behind each other in the pipeline.
+the last one chose, or choose them together, where they share out the vocabulary head. So every rank has the same
+sequences, knows what each stage does next, and how large it is: nothing is sent but values and tokens. A prompt and
+single tokens of others may stand behind each other in the pipeline.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class StagedSteps:
 
     prefill, decode: the stage as the programs for prompts and for single tokens have it, between which other values
     may cross, or other rows of them.
-    sampled: the numbers of a step's sequences that are to be told a token.
+    sampled: the numbers of a step's sequences that are to be told a token. head: of a step and what the last stage
+    yields, None on the others, logits on all stages; None where the last one has the head.
     """
 
     def __init__(
@@ -62,9 +64,11 @@ class StagedSteps:
         choose: Callable[[Run, Tensor], dict[int, Choice]],
         sampled: Callable[[Work], list[int]],
         sizes: Callable[[Run], dict[str, int]],
+        head: Callable[[Run, Any], Tensor] | None = None,
     ) -> None:
         self._stage, self._communicator, self._device = prefill, communicator, device
         self._run, self._choose, self._sampled, self._sizes = run, choose, sampled, sizes
+        self._head = head
         self._links = {
             is_decode: Links(communicator, stage, profiler) for is_decode, stage in ((False, prefill), (True, decode))
         }
@@ -105,11 +109,15 @@ class StagedSteps:
         links.begin(new_shapes=passing.is_new)
         return links
 
-    def _tell(self, run: Run, logits: Tensor | None) -> dict[int, Choice]:
-        """On all stages, what the last one chooses from its `logits`."""
+    def _tell(self, run: Run, made: Any) -> dict[int, Choice]:
+        """On all stages, what the last one chooses from its logits, or all from those of the head that they share."""
         numbers = self._sampled(run.work)
         if not numbers:
             return {}
+        if self._head is not None:
+            assert made is None or isinstance(made, tuple)
+            return self._choose(run, self._head(run, made))
+        logits: Tensor | None = made
         mine = torch.full((len(numbers), 2), math.nan, dtype=torch.float64)
         choices = {} if logits is None else self._choose(run, logits)
         for at, number in enumerate(numbers if choices else ()):
