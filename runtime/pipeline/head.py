@@ -43,7 +43,7 @@ class HeadOfAll:
         self._channels = [
             profiler.watched_transfers(communicator.channel("pp", node=crossing.name)) for crossing in head.receives
         ]
-        self._seen: set[tuple[int, ...]] = set()
+        self._seen: set[tuple[tuple[int, ...], ...]] = set()
 
     @classmethod
     def of(
@@ -58,14 +58,12 @@ class HeadOfAll:
         return None if program.shared_head is None else cls(program, weights, communicator, device, profiler)
 
     def __call__(self, values: Sequence[Tensor], sizes: Mapping[str, int], made: Sequence[Tensor] | None) -> Any:
-        key = tuple(sizes.values())
-        self._communicator.begin_run(new_shapes=key not in self._seen)
         mesh, rank = self._communicator.mesh, self._communicator.rank
-        received = []
-        for at, (crossing, channel) in enumerate(zip(self._receives, self._channels, strict=True)):
-            shape = shape_of(crossing, sizes, mesh, rank)
-            mine = torch.zeros(shape, dtype=crossing.dtype, device=self._device) if made is None else made[at]
-            received.append(channel.all_reduce(mine.contiguous()))
-        found = self._executable([*values, *received])
-        self._seen.add(key)
-        return found
+        shapes = tuple(tuple(shape_of(crossing, sizes, mesh, rank)) for crossing in self._receives)
+        self._communicator.begin_run(new_shapes=shapes not in self._seen)
+        if made is None:
+            pairs = zip(shapes, self._receives, strict=True)
+            made = [torch.zeros(shape, dtype=each.dtype, device=self._device) for shape, each in pairs]
+        received = [c.all_reduce(value.contiguous()) for c, value in zip(self._channels, made, strict=True)]
+        self._seen.add(shapes)
+        return self._executable([*values, *received])

@@ -4,9 +4,8 @@
     cost           of a stage: for each node the longer of its bytes and its products, for what it hands on its bytes
     prefill        products count: a text of many tokens, its logits for the last one only where it generates
     decode         bytes count: one token
-
-    head            its rows on the last stage, or shared out over all: a step of decode is then that of the slowest
-                    stage's layers, an equal share of the head, and two meetings more
+    head           its rows on the last stage, or shared out over all: a step of decode is then that of the slowest
+                   stage's layers, an equal share of the head, and two meetings more
 
 Dynamic programming over the places, as in PipeDream (arXiv:1806.03377, section 3.1), for stages of one kind or of given
 speeds. Of cuts that are as good within half a percent, the one over whose boundaries the fewest bytes go.

@@ -188,6 +188,7 @@ def _rename(program: Program, node: fx.Node, name: str, user: fx.Node) -> None:
         return
     others = (weight.name, *(alias for alias in weight.aliases if alias != name))
     program.weights[name] = replace(weight, name=name, aliases=others)
+    program.weights[weight.name] = replace(weight, aliases=tuple(dict.fromkeys((*weight.aliases, name))))
     with program.graph.inserting_before(user):
         own = program.graph.get_attr(name)
     own.meta = dict(node.meta)
