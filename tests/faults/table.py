@@ -54,7 +54,8 @@ def _row(ranks: test_lost_rank.Ranks, case: Case) -> bool:
     try:
         outcome = test_lost_rank.check(ranks, case, told=False)
     except AssertionError as error:
-        said = str(error).strip().partition("\n")[0]
+        lines = [line for line in str(error).splitlines() if "RankLost: " in line] or str(error).splitlines()[-1:]
+        said = lines[-1].strip() if lines else "another exit status"
         print(f"| {case.fault} | {case.phase} | {case.victims[0]} | | {allowed:.0f} s | | FAILED: {said} |", flush=True)
         return False
     took = max(outcome.seconds[rank] for rank in others)
