@@ -1,7 +1,7 @@
 """torchrun over two hosts, which are two network namespaces: both its rendezvous, and a link that is cut.
 
 The lines of docs/parallelism/multi_node.md with 2 ranks per host. When a rank ends with an error, torchrun's agent ends
-the others of its host at once: so of each host one rank at least says whom it misses, and all are gone in time.
+the others of its host at once: so of each host one rank at least says in time whom it misses, and then all go.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.skipif(bool(W
 PLAN = "tp=2,pp=2"
 START_S = 400.0
 """Six processes import torch; a machine may have much else to do."""
+CLEARED_S = 60.0
+"""The same of four that have said what they miss, and clear away torch and the model."""
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,7 @@ def test_a_cut_link_is_told_on_both_hosts_and_leaves_no_rank(
             assert not job.lost()
             cut = time.monotonic()
             network.cut(1)
-            deadline = cut + TIMEOUT_S + 1 + BUSY_S
+            deadline = cut + TIMEOUT_S + 1 + BUSY_S + CLEARED_S
             while job.ranks_left() and time.monotonic() < deadline:
                 time.sleep(0.02)
             gone, left = time.monotonic() - cut, job.ranks_left()
@@ -132,7 +134,8 @@ def test_a_cut_link_is_told_on_both_hosts_and_leaves_no_rank(
     print(f"\n{rendezvous}: the last rank was gone after {gone:.2f} s", end=" ")
     assert not left
     assert {rank // HERE for rank in found} == {0, 1}, job.said()
-    for rank, (_, line) in found.items():
+    for rank, (when, line) in found.items():
+        assert when - cut < TIMEOUT_S + 1 + BUSY_S, line
         others = ("rank 0 (stage 0)",) if rank >= HERE else ("2 (stage 1)", "3 (stage 1)")
         assert any(other in line for other in others), line
         assert "its host cannot be reached" in line
