@@ -2,6 +2,7 @@
 
     node.meta["stages"]    {0}, {1}, ...; several for what is made of inputs, which each stage computes for itself
     program.stages         weight -> the stages that hold it: chosen by cost on the first program, taken over by others
+    the vocabulary head    where its rows are shared out, {number of stages}: all of them compute it together
 
 Sends and receives belong to the schedule, not to the graph: `compile.emit` cuts it, and `runtime.pipeline` runs the
 stages one behind the other. GPipe: arXiv:1811.06965, section 2.
@@ -15,6 +16,7 @@ from typing import ClassVar
 from partitioner.analysis.stages.assign_stages import assign_stages
 from partitioner.analysis.stages.choose_cuts import choose_cuts
 from partitioner.analysis.stages.order_nodes import sizes_from_inputs
+from partitioner.analysis.stages.shared_head import share_head
 from partitioner.errors import PlanError
 from partitioner.program.node_arguments import arguments
 from partitioner.program.program import Program
@@ -30,13 +32,15 @@ class Pipeline:
     """balance: what stages are to take equally long for, "prefill" or "decode"; None: decode where the model is causal.
 
     stage_weights: how fast the ranks of each stage are, relative to each other. stage_starts: modules or weights at
-    which the second stage and those after it begin.
+    which the second stage and those after it begin. share_head: whether all stages share out the rows of the vocabulary
+    head; None: in decode, where the slowest stage gains by it.
     """
 
     name: ClassVar[str] = "pipeline"
     balance: str | None = None
     stage_weights: tuple[float, ...] = ()
     stage_starts: tuple[str, ...] = ()
+    share_head: bool | None = None
 
     def __post_init__(self) -> None:
         if self.balance is not None and self.balance not in _BALANCE:
@@ -57,7 +61,10 @@ class Pipeline:
                 balance=self.balance or ("decode" if _is_causal(program) else "prefill"),
                 speeds=self.stage_weights,
                 starts=self.stage_starts,
+                shares_head=self.share_head,
             )
+        if program.stages.shares_head:
+            share_head(program, program.stages.speeds)
         assign_stages(program, program.stages)
         return program
 

@@ -104,7 +104,9 @@ def first_divergence(
     if limit is None:
         traced, program = in_float64(traced), in_float64(program)
     if program.stages is not None:  # stages compute what the whole does: one of each rank is enough, without them
-        mesh = Mesh.of(**{**program.mesh.degrees, "pp": 1})
+        # but what all stages share out: each rank runs all stages then
+        shares = program.stages.shares_head
+        mesh = program.mesh if shares else Mesh.of(**{**program.mesh.degrees, "pp": 1})
         program = dataclasses.replace(program, mesh=mesh, stages=None)
     names = _common(traced.graph, program.graph)
     if found is not None:

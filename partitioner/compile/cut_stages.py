@@ -2,6 +2,7 @@
 
     stage graph    all inputs, "receive_0" and so on for what the stage before hands on, its nodes; it yields a tuple of
                    what it hands to the next stage, or the result
+    shared head    the same, for what all stages share out: it receives what the last one hands on
 
 Inputs are given to every stage, used or not: all of them check the same, and know the sizes of what crosses.
 What crosses must be complete: a partial sum would have to be completed by ranks of another stage. A rank's own tokens
@@ -37,11 +38,12 @@ class StageParts:
 
     @classmethod
     def of(cls, program: Program, index: int, count: int, cuts: Sequence[Sequence[fx.Node]]) -> StageParts:
+        """index: of a stage; `count` for the head that they share out. cuts: what crosses behind each stage."""
         if count == 1:
             graph, stage = program.graph, None
         else:
             received = cuts[index - 1] if index else ()
-            sent = cuts[index] if index + 1 < count else ()
+            sent = cuts[index] if index < len(cuts) else ()
             graph = _cut(program.graph, index, received, sent)
             stage = Stage(
                 index,

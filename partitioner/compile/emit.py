@@ -29,7 +29,7 @@ from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import in_order
 from partitioner.storage.checkpoint.stored_form import StoredForm
 from partitioner.storage.checkpoint.stored_graph import stored_forms, use_stored
-from runtime.program.rank_program import RankProgram, RunInput
+from runtime.program.rank_program import RankProgram, RunInput, SharedHead
 from runtime.program.shards import Made, Piece, StateShard, WeightShard
 
 __all__ = ["Emitter", "Piece", "RankProgram", "RunInput", "StateShard", "WeightShard", "emit"]
@@ -63,8 +63,11 @@ class Emitter:
         self._parts: dict[tuple[int, ...], RankProgram] = {}
         if count > 1 and pp != count:
             raise LayoutError(f"the program has {count} stages, and the mesh pp={pp}")
-        cuts = crossings(program.graph, count)
-        self._stages = [StageParts.of(program, stage, count, cuts) for stage in range(count)]
+        parts = program.stages.parts if program.stages is not None and count > 1 else 1
+        cuts = crossings(program.graph, parts)
+        self._stages = [StageParts.of(program, stage, count, cuts) for stage in range(parts)]
+        """Of each stage; then of the head, where they share it out."""
+        self._count = count
         self._stored = stored_forms(program)
 
     def rank(self, coordinates: Mapping[str, int]) -> RankProgram:
@@ -76,10 +79,12 @@ class Emitter:
         return replace(self._parts[key], coordinates=coordinates)
 
     def _rank(self, coordinates: Mapping[str, int]) -> RankProgram:
-        parts = self._stages[self._stage(coordinates)]
-        weights, data = rank_weights(self.program, parts.weights, coordinates, self._stored)
+        stage = self._stage(coordinates)
+        parts, head = self._stages[stage], self._stages[self._count :]
+        wanted = list(dict.fromkeys(weight for each in (parts, *head) for weight in each.weights))
+        weights, data = rank_weights(self.program, wanted, coordinates, self._stored)
         return RankProgram(
-            build_graph=functools.partial(self._graph, coordinates),
+            build_graph=functools.partial(self._graph, coordinates, stage),
             mesh=self.program.mesh,
             coordinates=coordinates,
             weights=weights,
@@ -91,6 +96,7 @@ class Emitter:
             limits=self.program.limits,
             batch_axes=self.program.batch_axes,
             stage=parts.stage,
+            shared_head=self._shared_head(coordinates, head[0]) if head else None,
             weight_data={**self.program.weight_data, **data} if data else self.program.weight_data,
             source=None if self.program.origins is None else self.program.origins.source,
         )
@@ -99,10 +105,17 @@ class Emitter:
         """0 where the program is run whole, whatever the mesh."""
         return coordinates["pp"] if len(self._stages) > 1 else 0
 
-    def _graph(self, coordinates: Mapping[str, int]) -> fx.Graph:
+    def _shared_head(self, coordinates: Mapping[str, int], parts: StageParts) -> SharedHead:
+        assert parts.stage is not None
+        if parts.states:
+            raise LayoutError(
+                f"the shared head of {self.program.name} keeps {parts.states[0].name!r}: it must keep none"
+            )
+        return SharedHead(functools.partial(self._graph, coordinates, self._count), parts.stage.receives)
+
+    def _graph(self, coordinates: Mapping[str, int], stage: int) -> fx.Graph:
         table = self.program.table
         row = tuple(self.program.at(PerRankInt(name), coordinates) for name in table)
-        stage = self._stage(coordinates)
         if (stage, row) not in self._graphs:
             integers = dict(zip(table, row, strict=True))
             with timed("emit"), collector_paused():
@@ -216,4 +229,5 @@ def _vocabulary(program: Program) -> dict[str, Any]:
         return {}
     (logits,) = program.graph.output_node().all_input_nodes
     split = None if program.output is None else program.output.split(-1)
-    return {"vocab_size": int(logits.meta["val"].shape[-1]), "vocabulary": None if split is None else split.owned}
+    found: dict[str, Any] = {"vocab_size": int(logits.meta["val"].shape[-1])}
+    return found if split is None else {**found, "vocabulary": split.owned, "vocabulary_axes": split.axes}

@@ -5,6 +5,9 @@
     StageTable            weight -> stages, decided once for all entries: names of weights are what their graphs share
     crossings(program)    per boundary, the values that go from a stage to the next
 
+The vocabulary head may be shared out over all stages: then its nodes are marked with the number after the last stage's,
+and what they need crosses one boundary more, to all ranks at once.
+
 A value crosses every boundary between the stage that makes it and the last one that uses it. The whole graph stays one
 program, which layouts, reports and proofs read; `compile.emit` cuts it.
 """
@@ -18,7 +21,7 @@ from torch import fx
 
 from partitioner.errors import LayoutError
 
-__all__ = ["StageTable", "crossings", "stages_of", "table_of"]
+__all__ = ["StageTable", "computed_on", "crossings", "stages_of", "table_of"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class StageTable:
     costs: what each stage was expected to take, in units of one; crossing_bytes: over each boundary, at the sizes that
     the costs were counted for; places: how many there were to choose from; balance: for what it was chosen; rows_apart:
     whether rows of a batch may be run one after the other; pairs_per_token: see `runtime.program.rank_program.Stage`.
+    speeds: how fast the ranks of each stage are, relative to each other. shares_head: whether the rows of the
+    vocabulary head are shared out over all stages; costs_alone: what each stage would take if they were not; why_alone:
+    why they are not, where that was asked.
     """
 
     of_weight: Mapping[str, frozenset[int]]
@@ -38,6 +44,15 @@ class StageTable:
     balance: str = ""
     rows_apart: bool = False
     pairs_per_token: int = 0
+    speeds: tuple[float, ...] = ()
+    shares_head: bool = False
+    costs_alone: tuple[float, ...] = ()
+    why_alone: str = ""
+
+    @property
+    def parts(self) -> int:
+        """Into how many the nodes are divided: the stages, and a head that all of them share out."""
+        return self.count + self.shares_head
 
 
 def stages_of(node: fx.Node) -> frozenset[int]:
@@ -48,10 +63,17 @@ def stages_of(node: fx.Node) -> frozenset[int]:
     return found
 
 
+def computed_on(node: fx.Node, count: int) -> frozenset[int]:
+    """The same for a program of `count` stages, where what they share out is computed on all."""
+    found = stages_of(node)
+    return frozenset(range(count)) if count in found else found
+
+
 def table_of(graph: fx.Graph, count: int) -> StageTable:
     """The table that a marked graph says."""
     return StageTable(
-        {str(node.target): stages_of(node) for node in graph.nodes if node.op == "get_attr" and node.users}, count
+        {str(node.target): computed_on(node, count) for node in graph.nodes if node.op == "get_attr" and node.users},
+        count,
     )
 
 

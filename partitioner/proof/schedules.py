@@ -17,7 +17,7 @@ from partitioner.program.stages import crossings
 from partitioner.proof.meetings import Event, play
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.communicating import Meeting
-from runtime.pipeline.schedule import Action, Receive, Run, Send, Shift, Timelines, chain, ring
+from runtime.pipeline.schedule import Action, Head, Receive, Run, Send, Shift, Timelines, chain, ring
 
 __all__ = ["Boundary", "boundaries_of", "play_schedule", "prove_stages"]
 
@@ -29,18 +29,18 @@ def prove_stages(program: Program) -> None:
     """Raises `RankMismatch` where the stages of a program would not come through; nothing, where there is one stage."""
     if program.stages is None:
         return
-    count = program.stages.count
+    count, shares_head = program.stages.count, program.stages.shares_head
     boundaries = boundaries_of(program)
     for pieces in (1, 2 * count + 1):
-        play_schedule(chain(count, pieces), boundaries)
-    play_schedule(ring(count, count, 3 * count), boundaries)
+        play_schedule(chain(count, pieces, heads=range(pieces) if shares_head else ()), boundaries)
+    play_schedule(ring(count, count, 3 * count, shares_head=shares_head), boundaries)
 
 
 def boundaries_of(program: Program) -> tuple[Boundary, ...]:
-    """What the stages of a program hand on."""
+    """What the stages of a program hand on; the last one too, where they share out the vocabulary head."""
     assert program.stages is not None
     found = []
-    for stage, nodes in enumerate(crossings(program.graph, program.stages.count)):
+    for stage, nodes in enumerate(crossings(program.graph, program.stages.parts)):
         values = [(node.name, node_values(node)[0]) for node in nodes]
         found.append(
             tuple(Event(name, Meeting("send", ("pp",), v.shape, v.dtype, peer=stage + 1)) for name, v in values)
@@ -79,6 +79,13 @@ def _events(
         case Shift():
             message = Meeting("permute", ("pp",), ("bytes",), "uint8")
             return [Event("shift", message, (("shift", 1),), f"stage {stage}")]
+        case Head(piece):
+            # what the last stage has made, to all; then what they gather of their logits
+            told = (
+                Event(e.node, Meeting("all_reduce", ("pp",), e.meeting.shape, e.meeting.dtype)) for e in boundaries[-1]
+            )
+            logits = Event("logits", Meeting("all_gather", ("pp",), ("batch",), "float64"))
+            return [Event(f"{e.node}, piece {piece}", e.meeting, (), f"stage {stage}") for e in (*told, logits)]
         case Send(piece) | Receive(piece):
             sends = isinstance(action, Send)
             # of a ring, whose last stage tells the first: what else there is to send

@@ -37,6 +37,7 @@ from runtime.generation.generation_request import Generated, GenerationRequest, 
 from runtime.generation.steps import Loaded
 from runtime.kv_cache.cache_size import CacheSize, Room
 from runtime.ops.communicating import named_axes
+from runtime.pipeline.head import HeadOfAll
 from runtime.pipeline.perform import Staged
 from runtime.processes.place import Place
 from runtime.program.bundle_errors import attribute_errors
@@ -67,7 +68,9 @@ def group_axes(parts: RankPrograms, rank: int) -> set[tuple[str, ...]]:
         return axes  # any other tuple has the same ranks as the one axis
     for entry in get_args(Entry):
         with contextlib.suppress(PlanError):  # a model that cannot generate: who asks it to is told so
-            axes.update(named_axes([parts.entry(entry, rank).graph]))
+            program = parts.entry(entry, rank)
+            axes.update(named_axes([program.graph, *([] if program.of_head is None else [program.of_head.graph])]))
+            axes.add(program.vocabulary_axes)
     return axes
 
 
@@ -107,7 +110,8 @@ class Engine:
                 lay_side_by_side(program, self.weights)
             self.profiler = Profiler(program, self.device)
             executable = Executable(program, self.weights, communicator, self.device, profiler=self.profiler)
-            self._run = executable if program.stage is None else Staged(executable)
+            head = HeadOfAll.of(program, self.weights, communicator, self.device, self.profiler)
+            self._run = executable if program.stage is None else Staged(executable, head)
         self._entries = entries
         self._replicas: ReplicaResults | None = None
         """Where this engine's rank is one of several replicas'."""
@@ -177,7 +181,7 @@ class Engine:
 
     def __call__(self, **inputs: Tensor | bool | None) -> Any:
         """Run once. Every rank must be given the same inputs. Of several stages, the last has the result, the others
-        None.
+        None; all have it, where they share out the vocabulary head.
         """
         with attribute_errors(self.program):
             return self._run(complete_inputs(self.program.inputs, inputs, self.device, self.program.limits))

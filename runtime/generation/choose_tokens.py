@@ -34,6 +34,7 @@ class TokenChooser:
             profiler.watched(communicator),
             vocab_size=program.vocab_size,
             owned=program.vocabulary,
+            axis=program.vocabulary_axes,
             device=device,
         )
         self._sample = profiler.timed("sampling", self.sampler)

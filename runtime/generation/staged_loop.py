@@ -7,6 +7,9 @@ The last stage chooses tokens. They go to the first stage at once, and on from t
 group, so that every rank knows every token a few slots later: each has the conversations, knows who has ended, and
 returns the result. A group that has ended sends messages without values. All ranks leave the ring after the slot in
 which the last of them has learnt the last token, which each computes from when it learnt it.
+
+Where the stages share out the vocabulary head, all of them choose, behind the shift of the same slot: everybody knows
+every token at once, messages carry values only, and all leave behind the slot in which the last token was chosen.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from runtime.generation.steps import Steps
 from runtime.pipeline.links import Links
 from runtime.pipeline.message import Message, message_bytes
 from runtime.pipeline.perform import perform
-from runtime.pipeline.schedule import PIECES_PER_STAGE, Run, Shift, chain, chunk_ends, groups_of, in_slot
+from runtime.pipeline.schedule import PIECES_PER_STAGE, Head, Run, Shift, chain, chunk_ends, groups_of, in_slot
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["StagedLoop"]
@@ -54,6 +57,7 @@ class StagedLoop:
         self._program = prefill
         self._ring = profiler.watched_transfers(communicator.channel("pp", node="shift"))
         self._is_last = self._stage.index + 1 == self._stage.count
+        self._shares_head = run.shares_head
 
     def steps(self, request: GenerationRequest, chooser: TokenChooser, size: int) -> Iterator[Step]:
         """One `Step` per token, on all ranks, until every sequence has ended."""
@@ -61,13 +65,16 @@ class StagedLoop:
         groups = [Conversation(request, vocab_size=self._program.vocab_size, rows=group) for group in rows]
         logits = self._prefill(groups, rows, size)
         said = _Said(groups)
-        length = self._tell_first(groups, logits, chooser, said, scored=request.settings.logprobs)
+        if self._shares_head:
+            length = self._choose_first(groups, logits, chooser, said)
+        else:
+            length = self._tell_first(groups, logits, chooser, said, scored=request.settings.logprobs)
         yield said.next()
         ring = _Ring(self, groups, rows, chooser, said, length, scored=request.settings.logprobs)
         yield from ring.steps()
 
     def _prefill(self, groups: list[Conversation], rows: list[slice], size: int) -> dict[int, Tensor]:
-        """On the last stage: the logits [B, V/n] of each prompt's last token, by group."""
+        """The logits [B, V/n] of each prompt's last token, by group: on the last stage, or all that share the head."""
         pieces = [
             (number, piece)
             for number, group in enumerate(groups)
@@ -83,14 +90,25 @@ class StagedLoop:
             made = self._run.execute(piece, received, rows=rows[group])
             if not self._is_last:
                 return made  # type: ignore[no-any-return]
-            completes = torch.tensor(piece.completes, device=self._device)
-            found[group] = torch.where(completes[:, None], made[:, 0], found.get(group, made[:, 0]))
+            if self._shares_head:
+                return made if any(piece.completes) else ()
+            keep(number, made)
             return ()
+
+        def head(number: int, made: tuple[Tensor, ...] | None) -> None:
+            keep(number, self._run.head(pieces[number][1], made))
+
+        def keep(number: int, logits: Tensor) -> None:
+            group, piece = pieces[number]
+            completes = torch.tensor(piece.completes, device=self._device)
+            found[group] = torch.where(completes[:, None], logits[:, 0], found.get(group, logits[:, 0]))
 
         # compared once for each request: what crosses has other shapes with other prompts
         self._links.begin(new_shapes=True)
-        timeline = chain(self._stage.count, len(pieces))[self._stage.index]
-        perform(timeline, self._links, [self._run.sizes(piece) for _, piece in pieces], run)
+        # only where a prompt ends does anybody want logits
+        heads = [n for n, (_, piece) in enumerate(pieces) if any(piece.completes)] if self._shares_head else []
+        timeline = chain(self._stage.count, len(pieces), heads=heads)[self._stage.index]
+        perform(timeline, self._links, [self._run.sizes(piece) for _, piece in pieces], run, head)
         return found
 
     def _ends(self, group: Conversation, groups: int, size: int) -> list[int]:
@@ -103,6 +121,17 @@ class StagedLoop:
             # not as this stage's cache has it: all stages cut alike, also one without attention
             multiple_of=self._program.mesh.size("sp"),
         )
+
+    def _choose_first(
+        self, groups: list[Conversation], logits: dict[int, Tensor], chooser: TokenChooser, said: _Said
+    ) -> int:
+        """Chooses the first tokens, on all stages at once, and agrees on the length of messages."""
+        for number, found in sorted(logits.items()):
+            said.learn(number, *chooser.choose(found, groups[number]))
+        most = max(len(group.texts) for group in groups)
+        mine = torch.tensor([message_bytes(self._stage.sends, most)], device=self._device)
+        self._communicator.begin_run(new_shapes=True)
+        return int(self._ring.all_gather(mine, dim=0).max().item())
 
     def _tell_first(
         self,
@@ -140,6 +169,9 @@ class StagedLoop:
 
     def execute(self, piece: Piece, received: tuple[Tensor, ...], rows: slice) -> object:
         return self._run.execute(piece, received, decode=True, rows=rows)
+
+    def head(self, piece: Piece, made: tuple[Tensor, ...] | None) -> Tensor:
+        return self._run.head(piece, made, decode=True)
 
 
 class _Said:
@@ -199,6 +231,8 @@ class _Ring:
         self.stage, self.count = loop._stage.index, loop._stage.count
         self.slot = 0
         self.received: dict[int, tuple[Tensor, ...]] = {}
+        self.made: tuple[Tensor, ...] | None = None
+        """On the last stage of those that share the head: what it has made in this slot."""
         self.last_chosen = -1
         """The latest slot in which the last stage chose tokens that this rank knows."""
         self.latest: dict[int, Message] = {}
@@ -224,7 +258,8 @@ class _Ring:
     def advance(self, *, runs: bool) -> None:
         """One slot. runs: whether a group's step is computed, or only what is known already is told."""
         message = Message()
-        for action in in_slot(self.stage, self.count, len(self.groups), self.slot):
+        shares_head = self.loop._shares_head
+        for action in in_slot(self.stage, self.count, len(self.groups), self.slot, shares_head=shares_head):
             match action:
                 case Run(group):
                     message = self._turn(group, runs=runs)
@@ -232,6 +267,8 @@ class _Ring:
                     packed = self.loop.shift(message, self.length, self.most, first=self.slot == 0)
                     if takes is not None:
                         self._take(takes, packed)
+                case Head(group):
+                    self._choose(group)
         self.slot += 1
 
     def _turn(self, number: int, *, runs: bool) -> Message:
@@ -241,12 +278,24 @@ class _Ring:
         if group.is_over or not runs or (self.stage and not received):
             return Message() if self.loop._is_last else known
         made = self.loop.execute(group.next_piece(), received, self.rows[number])
+        if self.loop._is_last and self.loop._shares_head:
+            self.made = made  # type: ignore[assignment]
+            return Message()
         if not self.loop._is_last:
             return Message(known.step, known.tokens, known.logprobs, tuple(made))  # type: ignore[arg-type]
         tokens, logprobs = self.chooser.choose(made[:, 0], group)  # type: ignore[index]
         self.said.learn(number, tokens, logprobs)
         self.last_chosen = self.slot
         return Message(group.step, tuple(tokens), None if logprobs is None else tuple(logprobs))
+
+    def _choose(self, number: int) -> None:
+        """What all stages choose of a group that the last one has just run: they know the same, so all know that."""
+        group = self.groups[number]
+        if group.is_over:
+            return
+        made, self.made = self.made, None
+        logits = self.loop.head(group.next_piece(), made)
+        self.said.learn(number, *self.chooser.choose(logits[:, 0], group))
 
     def _take(self, number: int, packed: Tensor) -> None:
         group = self.groups[number]

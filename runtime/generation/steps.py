@@ -22,6 +22,7 @@ from runtime.generation.conversation import Piece
 from runtime.generation.decode_graphs import Decoder, GraphPool
 from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.cache import Cache
+from runtime.pipeline.head import HeadOfAll
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["Loaded", "Steps"]
@@ -61,8 +62,13 @@ class Steps:
         def bound(loaded: Loaded) -> Executable:
             return Executable(loaded.program, loaded.weights, communicator, device, cache, profiler)
 
+        def head(loaded: Loaded) -> HeadOfAll | None:
+            return HeadOfAll.of(loaded.program, loaded.weights, communicator, device, profiler)
+
         self._prefill = bound(prefill)
         self._decode = self._prefill if decode is prefill else bound(decode)
+        self._head = head(prefill)
+        self._decode_head = self._head if decode is prefill else head(decode)
         self._decoders: dict[int, Decoder] = {}
         """By the number of sequences."""
         self._pool = GraphPool()
@@ -140,6 +146,28 @@ class Steps:
         received: what comes from the stage before. least: how many tokens each row is filled up to, if not more. like:
         as `Executable` has it.
         """
+        batch, values = self._inputs(piece, decode=decode, least=least)
+        self.cache.begin(batch, rows=rows, decode=decode)
+        execute = self._decode if decode else self._prefill
+        return execute([*values, *received], like=like)
+
+    def head(self, piece: Piece, made: Sequence[Tensor] | None, *, decode: bool = False) -> Tensor:
+        """Logits [B, 1, V/n] of a head that all stages share out, whose ranks all call this for the same pieces.
+
+        made: what the last stage's graph has made of the piece; None on the others.
+        """
+        head = self._decode_head if decode else self._head
+        assert head is not None
+        logits: Tensor = head(self._inputs(piece, decode=decode)[1], self.sizes(piece), made)
+        return logits
+
+    @property
+    def shares_head(self) -> bool:
+        """Whether all stages share out the vocabulary head."""
+        return self._head is not None
+
+    def _inputs(self, piece: Piece, *, decode: bool, least: int = 0) -> tuple[Batch, list[Tensor]]:
+        """A run of `piece` as the cache is told of it, and the inputs of its program."""
         counts = [len(row) for row in piece.tokens]
         size = max(*counts, least)
         ids = torch.tensor([row + row[-1:] * (size - len(row)) for row in piece.tokens], device=self._device)
@@ -147,7 +175,6 @@ class Steps:
         offsets = torch.arange(size, device=self._device).minimum(last[:, None])
         positions = torch.tensor(piece.starts, device=self._device)[:, None] + offsets
         batch = Batch(positions, tuple(piece.starts), tuple(counts), piece.active)
-        self.cache.begin(batch, rows=rows, decode=decode)
         program = self._decode_program if decode else self._program
         known = {
             "input_ids": ids,
@@ -159,8 +186,7 @@ class Steps:
         for wanted in program.inputs:
             if wanted.name not in known:
                 raise InputError(f"generation knows nothing to give the input {wanted.name!r} of this model")
-        execute = self._decode if decode else self._prefill
-        return execute([*(known[wanted.name] for wanted in program.inputs), *received], like=like)
+        return batch, [known[wanted.name] for wanted in program.inputs]
 
     def release(self) -> None:
         """Gives back what captured steps hold, and the cache's memory; what is compiled stays."""

@@ -1,7 +1,7 @@
 """Carrying a schedule out on one rank of a stage, and a whole run of one stage by it.
 
-Staged(executable, communicator)(values)    the batch in pieces through the stages: the result on the last stage,
-                                            None on the others
+Staged(executable, head)(values)    the batch in pieces through the stages: the result on the last stage, None on the
+                                    others; on all, where they share out the head
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from runtime.communication.channels import Handle
 from runtime.execution.executable import Executable
+from runtime.pipeline.head import HeadOfAll
 from runtime.pipeline.links import Links, sizes_of
-from runtime.pipeline.schedule import Action, Receive, Run, Send, chain, pieces_of
+from runtime.pipeline.schedule import Action, Head, Receive, Run, Send, chain, pieces_of
 
 __all__ = ["Staged", "perform"]
 
@@ -25,9 +26,16 @@ _IN_FLIGHT = 2
 
 
 def perform(
-    actions: Sequence[Action], links: Links, sizes: Sequence[dict[str, int]], run: Callable[[int, list[Tensor]], Any]
+    actions: Sequence[Action],
+    links: Links,
+    sizes: Sequence[dict[str, int]],
+    run: Callable[[int, list[Tensor]], Any],
+    head: Callable[[int, Any], None] | None = None,
 ) -> None:
-    """Carries out a stage's part of a chain. run: of a piece's number and what came for it, what the stage yields."""
+    """Carries out a stage's part of a chain. run: of a piece's number and what came for it, what the stage yields.
+
+    head: of a piece's number and what the last stage has made of it, None on the others, for a head that all share out.
+    """
     arriving: dict[int, list[Handle]] = {}
     made: dict[int, Any] = {}
     leaving: deque[list[Handle]] = deque()
@@ -42,6 +50,9 @@ def perform(
                 if len(leaving) == _IN_FLIGHT:
                     _finish(leaving.popleft())
                 leaving.append(links.send(made.pop(piece)))
+            case Head(piece):
+                assert head is not None
+                head(piece, made.pop(piece, None))
     while leaving:
         _finish(leaving.popleft())
 
@@ -52,12 +63,12 @@ def _finish(handles: Sequence[Handle]) -> None:
 
 
 class Staged:
-    """See the module's docstring."""
+    """See the module's docstring. head: of stages that share it out, all of which have the result."""
 
-    def __init__(self, executable: Executable) -> None:
+    def __init__(self, executable: Executable, head: HeadOfAll | None = None) -> None:
         stage = executable.program.stage
         assert stage is not None
-        self.executable, self.stage = executable, stage
+        self.executable, self.stage, self.head = executable, stage, head
         self.links = Links(executable.communicator, stage, executable.profiler)
         self._seen: set[tuple[tuple[int, ...], ...]] = set()
 
@@ -69,19 +80,25 @@ class Staged:
         given = [
             [value[piece] if rowed else value for rowed, value in zip(by_row, values, strict=True)] for piece in pieces
         ]
+        sizes = [sizes_of(inputs, each) for each in given]
         shapes = tuple(tuple(value.shape) for value in values)
         self.links.begin(new_shapes=shapes not in self._seen)
-        results: list[Tensor] = []
+        results: list[Any] = []
 
         def run(piece: int, received: list[Tensor]) -> Any:
             made = self.executable([*given[piece], *received])
-            if self.stage.index + 1 == self.stage.count:
+            if self.head is None and self.stage.index + 1 == self.stage.count:
                 results.append(made)
             return made
 
+        def head(piece: int, made: Any) -> None:
+            assert self.head is not None
+            results.append(self.head(given[piece], sizes[piece], made))
+
         try:
-            timeline = chain(self.stage.count, len(pieces))[self.stage.index]
-            perform(timeline, self.links, [sizes_of(inputs, each) for each in given], run)
+            heads = range(len(pieces)) if self.head is not None else ()
+            timeline = chain(self.stage.count, len(pieces), heads=heads)[self.stage.index]
+            perform(timeline, self.links, sizes, run, head)
         except BaseException as error:
             self.executable.communicator.abort(error)
             raise

@@ -2,6 +2,7 @@
 
     whole text, prompts    a chain; piece i + 1 is received while piece i runs, a send ends when it is next in the way
     decode                 a ring; in slot t stage k runs group t - k, then all shift by one stage in one permute
+    shared head            in decode behind the shift, of the group that the last stage has run; of a chain, at its end
 
     stage 0     0 1 2 3 .          A B A B       the receive of a piece is begun before the piece in front of it runs,
     stage 1     . 0 1 2 3          . A B A       so that a stage never waits for a transfer that could have started
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "Action",
+    "Head",
     "Receive",
     "Run",
     "Send",
@@ -72,7 +74,14 @@ class Shift:
     takes: int | None
 
 
-Action = Run | Receive | Send | Shift
+@dataclass(frozen=True)
+class Head:
+    """All stages at once: what the last one has made of a piece, or of a group, through a head that they share out."""
+
+    piece: int
+
+
+Action = Run | Receive | Send | Shift | Head
 Timelines = tuple[tuple[Action, ...], ...]
 """Per stage, its actions in order."""
 
@@ -129,8 +138,8 @@ def _tokens_of(tokens: int, share: float, pairs_per_token: int) -> int:
     return max(1, round(pairs_per_token * (math.sqrt(1 + 2 * cost / pairs_per_token) - 1)))
 
 
-def chain(stages: int, pieces: int) -> Timelines:
-    """Pieces one after the other through all stages."""
+def chain(stages: int, pieces: int, *, heads: Sequence[int] = ()) -> Timelines:
+    """Pieces one after the other through all stages. heads: those that then go through a head which all share out."""
     found = []
     for stage in range(stages):
         actions: list[Action] = [Receive(0)] if stage and pieces else []
@@ -140,22 +149,31 @@ def chain(stages: int, pieces: int) -> Timelines:
             actions.append(Run(piece))
             if stage + 1 < stages:
                 actions.append(Send(piece))
-        found.append(tuple(actions))
+        found.append((*actions, *map(Head, heads)))
     return tuple(found)
 
 
-def ring(stages: int, groups: int, slots: int) -> Timelines:
+def ring(stages: int, groups: int, slots: int, *, shares_head: bool = False) -> Timelines:
     """`slots` slots of a decode with as many groups as stages or more; the first slots fill the stages one by one."""
-    return tuple(tuple(action for slot in range(slots) for action in in_slot(stage, stages, groups, slot))
-                 for stage in range(stages))  # fmt: skip
+    return tuple(
+        tuple(
+            action for slot in range(slots) for action in in_slot(stage, stages, groups, slot, shares_head=shares_head)
+        )
+        for stage in range(stages)
+    )
 
 
-def in_slot(stage: int, stages: int, groups: int, slot: int) -> Sequence[Action]:
+def in_slot(stage: int, stages: int, groups: int, slot: int, *, shares_head: bool = False) -> Sequence[Action]:
     """What one stage does in one slot."""
     own, takes = group_at(stage, groups, slot), group_at(stage - 1, groups, slot)
     if stage == 0:
         takes = group_at(stages - 1, groups, slot)
-    return [*([Run(own)] if own is not None else []), Shift(own, takes)]
+    done = group_at(stages - 1, groups, slot) if shares_head else None
+    return [
+        *([Run(own)] if own is not None else []),
+        Shift(own, takes),
+        *([Head(done)] if done is not None else []),
+    ]
 
 
 def group_at(stage: int, groups: int, slot: int) -> int | None:

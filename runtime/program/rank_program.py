@@ -7,12 +7,13 @@ The compiler makes it, the engine runs it.
     Bound         the values that an input may have
     Stage         which pipeline stage, what it takes from the one before and hands to the next
     OwnRows       along which dim of what crosses a rank has its own rows, and which
+    SharedHead    the rank's part of a vocabulary head whose rows all stages share out
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.mesh import Mesh
 from runtime.program.shards import StateShard, WeightShard, WeightSource
 
-__all__ = ["Bound", "Crossing", "Entry", "OwnRows", "RankProgram", "RunInput", "Stage"]
+__all__ = ["Bound", "Crossing", "Entry", "OwnRows", "RankProgram", "RunInput", "SharedHead", "Stage"]
 
 Entry = Literal["text", "prefill", "decode"]
 """Whole texts at once; the tokens of prompts behind what is in the cache; one token per sequence."""
@@ -80,8 +81,9 @@ class Stage:
     """Which of `count` pipeline stages a rank runs.
 
     Its graph takes `receives` after its inputs, under the names "receive_0", "receive_1" and so on, and yields a tuple
-    of `sends`; the last one yields the result. rows_apart: whether rows of a batch may be run one after the other.
-    pairs_per_token: how many pairs of a query and a key cost what one token costs elsewhere; 0: not known.
+    of `sends`; the last one yields the result, or what all stages need for the head that they share out. rows_apart:
+    whether rows of a batch may be run one after the other. pairs_per_token: how many pairs of a query and a key cost
+    what one token costs elsewhere; 0: not known.
     """
 
     index: int
@@ -90,6 +92,14 @@ class Stage:
     sends: tuple[Crossing, ...] = ()
     rows_apart: bool = False
     pairs_per_token: int = 0
+
+
+@dataclass(frozen=True)
+class SharedHead:
+    """Its graph takes `receives`, which the last stage yields, after the inputs of the run."""
+
+    build_graph: Callable[[], fx.Graph] = field(repr=False, compare=False)
+    receives: tuple[Crossing, ...]
 
 
 @dataclass(frozen=True)
@@ -111,13 +121,16 @@ class RankProgram:
     vocab_size: int = 0
     """Size of the result's last dim, whole."""
     vocabulary: tuple[IndexSet, ...] | None = None
-    """Which indices of the result's last dim each rank along "tp" holds; None: all of them."""
+    """Which indices of the result's last dim each rank along `vocabulary_axes` holds; None: all of them."""
+    vocabulary_axes: tuple[str, ...] = ("tp",)
     source: WeightSource | None = field(default=None, repr=False, compare=False)
     """Where the weights are read from; None: `weight_data` holds them."""
     read_from: str | None = field(default=None, compare=False)
     """The bundle that it was read from; None: it was compiled in this process."""
     stage: Stage | None = None
     """None where there is one stage."""
+    shared_head: SharedHead | None = None
+    """None where the last stage, or the one there is, yields the result."""
     limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     """By name of a dim: the smallest and the largest size that the graph is right for, where not all are."""
     batch_axes: tuple[str, ...] = ()
@@ -134,6 +147,13 @@ class RankProgram:
         Built when first asked for, and shared with other ranks where they run the same: not to be changed in place.
         """
         return self.build_graph()
+
+    @cached_property
+    def of_head(self) -> RankProgram | None:
+        """The rank's part of a shared head as a program of its own, over the same weights, without states."""
+        if self.shared_head is None:
+            return None
+        return replace(self, build_graph=self.shared_head.build_graph, states=(), shared_head=None)
 
     @cached_property
     def graph_module(self) -> fx.GraphModule:

@@ -28,6 +28,7 @@ from partitioner.errors import SamplingError
 from partitioner.sharding.index_set import IndexSet
 from runtime.communication.communicator import Communicator
 from runtime.ops.collectives import all_gather
+from runtime.ops.communicating import as_axes, axes_text
 from runtime.sampling.candidates import rank_candidates, softmax_mass, survivors
 from runtime.sampling.counter_random import gumbel, random_bits
 from runtime.sampling.cutoffs import cut_off
@@ -45,7 +46,8 @@ _RACE_BYTES = 2**25  # of float64 noise at a time, which bounds the temporaries 
 
 
 class Sampler:
-    """One rank's sampler; all ranks along `axis` call theirs together, with the same arguments beside the logits.
+    """One rank's sampler; all ranks along `axis` (one or several) call theirs together, with the same arguments beside
+    the logits.
 
     `owned[i]` is what coordinate i holds of the vocabulary, as a layout's Split has it; None: each holds all of it.
     Raises SamplingError on every rank where the largest logit of a row is not finite. Each call waits for the device.
@@ -58,16 +60,17 @@ class Sampler:
         *,
         vocab_size: int,
         owned: Sequence[IndexSet] | None = None,
-        axis: str = "tp",
+        axis: str | tuple[str, ...] = "tp",
         device: torch.device | str = "cpu",
     ) -> None:
-        mesh = communicator.mesh
-        coordinate = mesh.index((axis,), mesh.coordinates(communicator.rank))
+        mesh, axes = communicator.mesh, as_axes(axis)
+        coordinate = mesh.index(axes, mesh.coordinates(communicator.rank))
         if owned is None:
-            owned = [IndexSet.range(0, vocab_size)] * mesh.size(axis)
-        if len(owned) != mesh.size(axis):
+            owned = [IndexSet.range(0, vocab_size)] * mesh.size(*axes)
+        if len(owned) != mesh.size(*axes):
             raise SamplingError(
-                f"owned must say what each of {mesh.size(axis)} ranks along {axis!r} holds, got {len(owned)}"
+                f"owned must say what each of {mesh.size(*axes)} ranks along {axes_text(axes)!r} holds, got "
+                f"{len(owned)}"
             )
         parts = shares(owned, vocab_size)
         self.sampling = sampling

@@ -16,6 +16,9 @@ from runtime.processes.launch import launch
         pytest.param("pp=3", 3, "llama", marks=pytest.mark.slow),
         pytest.param("tp=2,pp=2", 4, "llama", marks=pytest.mark.slow),
         pytest.param("pp=2,sp=2", 4, "llama", marks=pytest.mark.slow),
+        pytest.param("pp=2,pipeline.share_head=true", 2, "gpt2", marks=pytest.mark.slow),
+        pytest.param("pp=3,pipeline.share_head=true", 3, "llama", marks=pytest.mark.slow),
+        pytest.param("tp=2,pp=2,pipeline.share_head=true", 4, "llama", marks=pytest.mark.slow),
         pytest.param("pp=2,sp=2,tp=2,ep=4", 8, "mixtral", marks=pytest.mark.slow),  # all axes
     ],
 )

@@ -10,6 +10,7 @@ Every rank is a process of its own that nobody supervises: the others must notic
     phase      absent: never comes       joining: while groups are made      loading: while its weights are
                prefill, decode: before a collective          sampler: before the gather in which tokens are chosen
                ring: before keys and values go on to the next rank        merge: before parts of a token come together
+               head: before the vocabulary head that all stages share out
 """
 
 import faulthandler
@@ -56,6 +57,8 @@ class Case:
     """Pipeline stages: all ranks, where there are several."""
     sp: int = 1
     """Ranks that share out tokens: all, where there are several."""
+    share_head: bool = False
+    """Whether the stages share out the vocabulary head."""
     port: int = 0
     folder: str = ""
 
@@ -131,6 +134,16 @@ def arm(case: Case) -> None:
             strike(case)
         return execute(self, *given, decode=decode, **options)
 
+    head, heads = Steps.head, 0
+
+    def shared(self: Steps, *given: Any, **options: Any) -> Any:
+        nonlocal heads
+        heads += 1
+        if case.phase == "head" and heads == 2:
+            strike(case)
+        return head(self, *given, **options)
+
+    Steps.head = shared  # type: ignore[method-assign]
     permute, gather, met = Channel.permute_begin, Channel.all_gather, {"ring": 0, "merge": 0}
 
     def meets(phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,7 +180,7 @@ def rank(case: Case, place: int, parts: Parts[Any]) -> None:
         engine.generate([[1, 2, 3], [4, 5]], max_new_tokens=200)
 
 
-def run(case: Case, parts: dict[tuple[int, int, int], Parts[Any]]) -> Outcome | None:
+def run(case: Case, parts: dict[tuple[int, int, int, bool], Parts[Any]]) -> Outcome | None:
     """None: in a rank, which is over."""
     started = time.monotonic()
     pids = [os.fork() for _ in range(case.num_ranks) if os.getpid() == HERE]
@@ -184,7 +197,7 @@ def run(case: Case, parts: dict[tuple[int, int, int], Parts[Any]]) -> Outcome | 
                 os.dup2(file.fileno(), 2)
             os.dup2(2, 1)
             faulthandler.enable()
-            rank(case, place, parts[case.num_ranks, case.pp, case.sp])
+            rank(case, place, parts[case.num_ranks, case.pp, case.sp, case.share_head])
             return None
         pids.append(pid)
     codes: dict[int, int] = {}
@@ -213,21 +226,25 @@ def run(case: Case, parts: dict[tuple[int, int, int], Parts[Any]]) -> Outcome | 
     )
 
 
-def tiny(num_ranks: int, pp: int, sp: int) -> Parts[Any]:
+def tiny(num_ranks: int, pp: int, sp: int, share_head: bool) -> Parts[Any]:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
     way = "ring" if sp > 1 else "auto"
-    parts = partition(LlamaForCausalLM(config).eval(), Plan(tp=num_ranks // pp // sp, pp=pp, sp=sp, sp_attention=way))
+    plan = Plan(
+        tp=num_ranks // pp // sp, pp=pp, sp=sp, sp_attention=way, passes=[("pipeline", {"share_head": share_head})]
+    )
+    parts = partition(LlamaForCausalLM(config).eval(), plan)
     parts.entry("decode", 0)
     return parts
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    parts = {each: tiny(*each) for each in ((1, 1, 1), (3, 1, 1), (4, 1, 1), (3, 3, 1), (3, 1, 3))}
+    ways = ((1, 1, 1, False), (3, 1, 1, False), (4, 1, 1, False), (3, 3, 1, False), (3, 1, 3, False), (3, 3, 1, True))
+    parts = {each: tiny(*each) for each in ways}
     gc.freeze()  # a rank that ends would else look at, and so copy, all that was made here
     for line in sys.stdin:
         case = Case(**json.loads(line))

@@ -128,8 +128,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config)
     ranks.close()
 
 
-def check(ranks: Ranks, case: Case, named: tuple[int, ...] | None = None) -> Outcome:
-    """`named`: the victims that the others must name, where that is not all."""
+def check(ranks: Ranks, case: Case, named: tuple[int, ...] | None = None, *, told: bool = True) -> Outcome:
+    """`named`: the victims that the others must name, where that is not all. told: whether the time is printed."""
     limit_s = case.timeout_s + 1 if case.fault in HANGS or case.phase == "absent" else 1
     named = case.victims if named is None else named
     for attempt in range(ATTEMPTS):
@@ -152,7 +152,8 @@ def check(ranks: Ranks, case: Case, named: tuple[int, ...] | None = None) -> Out
         took_s = max(outcome.seconds[rank] for rank in survivors)
         who = ", ".join(map(str, case.victims))
         how = f"{case.fault} of {who}, {case.phase}, shared memory {case.sharing}"
-        print(f"\n{how}: the others ended within {took_s:.2f} s; idle ranks take {outcome.idle_s:.2f} s", end=" ")
+        if told:
+            print(f"\n{how}: the others ended within {took_s:.2f} s; idle ranks take {outcome.idle_s:.2f} s", end=" ")
         if took_s < limit_s + outcome.idle_s:
             return outcome
         assert attempt < ATTEMPTS - 1, f"{took_s:.2f} s"
@@ -178,10 +179,15 @@ def test_the_others_say_who_is_lost(case: Case, ranks: Ranks) -> None:
     check(ranks, case)
 
 
+def of_stages(fault: str, phase: str, victim: int) -> Case:
+    timeout_s = HANG_TIMEOUT_S if fault in HANGS else 30.0
+    return Case(fault, phase, (victim,), "off", timeout_s=timeout_s, pp=3, share_head=phase == "head")
+
+
 STAGES = [
-    Case(fault, phase, (victim,), "off", timeout_s=HANG_TIMEOUT_S if fault in HANGS else 30.0, pp=3)
+    of_stages(fault, phase, victim)
     for fault in ("kill", "raise", "oom", "stop")
-    for phase in ("joining", "loading", "prefill", "decode")
+    for phase in ("joining", "loading", "prefill", "decode", "head")
     for victim in VICTIMS
 ]
 QUICK_STAGES = {("kill", "decode", (1,)), ("stop", "prefill", (0,)), ("raise", "decode", (2,))}

@@ -148,7 +148,8 @@ def test_tp_over_two_hosts_is_told_with_its_price(ranks: Ranks) -> None:
     assert ranks.tokens(0) == expected(6)
 
 
-def test_a_link_that_holds_loses_nobody_and_a_cut_one_is_told_by_all(ranks: Ranks) -> None:
+def cut_in_the_middle(ranks: Ranks) -> list[tuple[float, int, str]]:
+    """Of each rank, how long after the link was cut it ended, its exit status, and the line that says why."""
     ranks.start("tp=2,pp=2", new=FOR_EVER)
     ranks.wait_until_it_generates()
     time.sleep(TIMEOUT_S + 1)
@@ -158,12 +159,17 @@ def test_a_link_that_holds_loses_nobody_and_a_cut_one_is_told_by_all(ranks: Rank
     ranks.network.cut(1)
     ends = ranks.ends(wait_s=30)
     said = [text[text.find("RankLost: ") :].partition("\n")[0] for text in ranks.said()]
-    for rank, ((when, _), line) in enumerate(zip(ends, said, strict=True)):
-        print(f"\nrank {rank} after {when - cut:.2f} s: {line}", end=" ")
-    assert [code for _, code in ends] == [1] * NUM_RANKS
-    for rank, ((when, _), line) in enumerate(zip(ends, said, strict=True)):
+    return [(when - cut, code, line) for (when, code), line in zip(ends, said, strict=True)]
+
+
+def test_a_link_that_holds_loses_nobody_and_a_cut_one_is_told_by_all(ranks: Ranks) -> None:
+    found = cut_in_the_middle(ranks)
+    for rank, (seconds, _, line) in enumerate(found):
+        print(f"\nrank {rank} after {seconds:.2f} s: {line}", end=" ")
+    assert [code for _, code, _ in found] == [1] * NUM_RANKS
+    for rank, (seconds, _, line) in enumerate(found):
         # those of the other host; of the first, rank 0, through whom the others are heard
         others = ("rank 0 (stage 0)",) if rank >= HERE else ("2 (stage 1)", "3 (stage 1)")
         assert any(other in line for other in others), line
         assert "its host cannot be reached" in line
-        assert when - cut < TIMEOUT_S + 1 + BUSY_S, line
+        assert seconds < TIMEOUT_S + 1 + BUSY_S, line

@@ -11,12 +11,14 @@
     python -m tests.supported_models.survey layers [names]    each, built tiny and deep: identical layers traced once
     python -m tests.supported_models.survey shares [names]    each default configuration, on the meta device
     python -m tests.supported_models.survey write             coverage.jsonl becomes docs/reference/supported_models.md
+    python -m tests.supported_models.survey add               its column of stages is put into the page that there is
 
 Per architecture, built tiny: captured or why not; the partitioned model against the model's own code at tp = 2, 3 and 4
 and lengths 1, 5 and 40, in float64 (internal float32 casts raised to float64 in both models, 1e-10) and in float32
-(1e-5); what it generates with a cache at tp = 1, 2 and 3, against the model's own forward without one. On the default
-configuration, on the meta device: the fullest rank's share of the matrices, and the all-reduces per layer. Only eight
-of its layers are built, and their weights counted as often as it has layers.
+(1e-5); what it generates with a cache at tp = 1, 2 and 3, against the model's own forward without one. Over pipeline
+stages: whole texts at pp=2, pp=3 and tp=2 x pp=2, and up to 64 greedy tokens of four prompts at pp=2 and tp=2 x pp=2,
+in float64. On the default configuration, on the meta device: the fullest rank's share of the matrices, and the
+all-reduces per layer. Only eight of its layers are built, and their weights counted as often as it has layers.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ from tests.supported_models.columns.experts import compare_experts, may_have_exp
 from tests.supported_models.columns.layers import compare_layers
 from tests.supported_models.columns.stages import compare_stages
 from tests.supported_models.generation import compare_generation
-from tests.supported_models.table import read, write
+from tests.supported_models.table import add, read, write
 
 PLANS = ("tp=2", "tp=3", "tp=4")
 SHARE_PLANS = ("tp=2", "tp=4")
@@ -355,7 +357,7 @@ def _line(row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=(*_KEYS, "write"))
+    parser.add_argument("action", choices=(*_KEYS, "write", "add"))
     parser.add_argument("names", nargs="*")
     parser.add_argument("--from", dest="source", type=Path, default=Path("coverage.jsonl"))
     parser.add_argument("--to", type=Path)
@@ -370,6 +372,9 @@ def main() -> int:
             given.to or Path("docs/reference/supported_models.md"),
             made_by=(__doc__ or "").split("\n\n")[-1],
         )
+        return 0
+    if given.action == "add":
+        add(given.source, given.to or Path("docs/reference/supported_models.md"))
         return 0
     options = {"minutes": given.minutes, "jobs": given.jobs, "odd": given.odd, "again": given.again}
     return min(run(given.action, given.names, given.to or given.source, **options), 1)

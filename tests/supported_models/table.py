@@ -9,7 +9,11 @@ from typing import Any
 
 from tests.supported_models.generation import NEW
 
-__all__ = ["read", "write"]
+__all__ = ["add", "read", "write"]
+
+
+STAGES = "pp=2, pp=3, tp=2 x pp=2"
+"""The title of the column of pipeline stages."""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -54,11 +58,8 @@ def write(source: Path, to: Path, *, made_by: str) -> None:
         f"- saved as a bundle, loaded and run, bit by bit: {sum(kept.values())} causal language models and encoders; "
         + ", ".join(f"{n} {verdict}" for verdict, n in sorted(kept.items()))
     )
-    dealt = Counter(row["sequences"]["verdict"] for row in (*plain, *masked) if "sequences" in row)
-    text.append(
-        f"- tokens over sp: {sum(dealt.values())} of these architectures tried; "
-        + ", ".join(f"{n} {verdict}" for verdict, n in sorted(dealt.items()))
-    )
+    text.append(_counted("tokens over sp", [row for row in (*plain, *masked) if "sequences" in row], "sequences"))
+    text.append(_counted("pipeline stages", [row for row in (*plain, *masked) if "stages" in row], "stages"))
     for tp in (2, 4):
         shares = [row["default"][f"tp={tp}"] for row in plain if f"tp={tp}" in row.get("default", {})]
         near = sum(share <= 1.15 / tp for share in shares)
@@ -73,8 +74,8 @@ def write(source: Path, to: Path, *, made_by: str) -> None:
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "| architecture | verdict | float64, worst of tp 2, 3, 4 | float32 | generates | bundle | tokens over sp "
-        "| share tp=2 | share tp=4 | all-reduces per layer | traced once | whole, and why |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {STAGES} | share tp=2 | share tp=4 | all-reduces per layer | traced once | whole, and why |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         default = row.get("default", {})
@@ -84,6 +85,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             _why_not(row),
             _why_no_bundle(row),
             _why_not_dealt(row),
+            why_not_staged(row),
             *default.get("whole", []),
             *row.get("static", []),
         ]
@@ -95,6 +97,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             _generated(row.get("generates", {})),
             row.get("bundle", {}).get("verdict", ""),
             row.get("sequences", {}).get("verdict", ""),
+            staged(row),
             f"{default['tp=2']:.3f}" if "tp=2" in default else "",
             f"{default['tp=4']:.3f}" if "tp=4" in default else "",
             ", ".join(map(str, default.get("all_reduces", []))),
@@ -103,6 +106,73 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def staged(row: dict[str, Any]) -> str:
+    """Whole texts over stages, and how many greedy tokens in a row are those of the model."""
+    found = row.get("stages", {})
+    tokens = f", {found['tokens']} tokens" if found.get("tokens") and found["verdict"] == "equal" else ""
+    return f"{found.get('verdict', '')}{tokens}"
+
+
+def why_not_staged(row: dict[str, Any]) -> str | None:
+    """Why it does not run over stages, or not all that it does elsewhere."""
+    found = row.get("stages", {})
+    why = found.get("why") or found.get("refused")
+    return f"stages: {why}" if why and row["verdict"] == "equal" else None
+
+
+def _counted(what: str, rows: list[dict[str, Any]], key: str) -> str:
+    counts = Counter(row[key]["verdict"] for row in rows)
+    verdicts = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
+    return f"- {what}: {len(rows)} of these architectures tried; {verdicts}"
+
+
+def add(source: Path, to: Path) -> None:
+    """Puts what `source` says of pipeline stages into the page that there is; the rest of it stays as it is.
+
+    For a column that was measured without the others, whose lines may be gone.
+    """
+    found = {row["name"]: row for row in read(source) if "stages" in row}
+    lines, masked, is_new, at = to.read_text().split("\n"), False, False, 0
+    seen: list[dict[str, Any]] = []
+    for number, line in enumerate(lines):
+        if line.startswith("## "):
+            masked = line == "## Encoders"
+        cells = line.split(" | ")
+        if line.startswith("| architecture"):
+            is_new = STAGES not in cells
+            at = cells.index("tokens over sp") + 1
+            lines[number] = _with(line, at, STAGES, is_new=is_new)
+        elif line.startswith("|---"):
+            lines[number] = line + "---|" if is_new else line
+        elif line.startswith("| "):
+            name = cells[0].removeprefix("| ")
+            row = {} if line_is_odd(lines[:number]) else found.get(f"masked:{name}" if masked else name, {})
+            row = {"verdict": cells[1], **row}
+            old = "" if is_new else cells[at]
+            lines[number] = _with(line, at, staged(row) if "stages" in row else old, is_new=is_new)
+            if why := why_not_staged(row):
+                start, _, last = lines[number].removesuffix(" |").rpartition(" | ")
+                reasons = [each for each in last.split("; ") if each and not each.startswith("stages: ")]
+                lines[number] = f"{start} | {'; '.join([*reasons, why.replace('|', '/').replace('; ', ', ')])} |"
+            if not line_is_odd(lines[:number]) and staged(row) + old:
+                seen.append({"stages": {"verdict": (staged(row) or old).partition(",")[0]}})
+    counted = _counted("pipeline stages", seen, "stages")
+    lines = [line for line in lines if not line.startswith("- pipeline stages: ")]
+    place = next(number for number, line in enumerate(lines) if line.startswith("- tokens over sp"))
+    to.write_text("\n".join([*lines[: place + 1], counted, *lines[place + 1 :]]))
+
+
+def line_is_odd(before: list[str]) -> bool:
+    """Whether what follows these lines is about odd sizes, which this column is not."""
+    return any(line.startswith("## Odd sizes") for line in before)
+
+
+def _with(line: str, at: int, cell: str, *, is_new: bool) -> str:
+    """A row with a cell put in, or written anew."""
+    cells = line.removesuffix(" |").split(" | ")
+    return " | ".join([*cells[:at], cell, *cells[at if is_new else at + 1 :]]) + " |"
 
 
 def _generated(found: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from partitioner.analysis.cost.products import SHARED_OUT, product_flops
 from partitioner.analysis.rules import notation
 from partitioner.program.node_arguments import arguments, describe, node_values
 from partitioner.program.program import Program, Value
-from partitioner.program.stages import stages_of
+from partitioner.program.stages import computed_on, stages_of
 from partitioner.sharding.layout import REPLICATED
 from runtime.ops.communicating import COMMUNICATING, Kind, Meeting, read_call
 
@@ -99,7 +99,7 @@ def _cost(node: fx.Node, at: RankSizes, traffic: MemoryTraffic) -> NodeCost:
         node.name,
         describe(node).partition(" in ")[0],
         str(node.meta.get("path") or ""),
-        stages_of(node) if "stages" in node.meta else frozenset({0}),
+        _stages(node, at.program),
         str(dtype).removeprefix("torch."),
         flops,
         moved.read,
@@ -107,6 +107,12 @@ def _cost(node: fx.Node, at: RankSizes, traffic: MemoryTraffic) -> NodeCost:
         meetings,
         "; ".join(unsure),
     )
+
+
+def _stages(node: fx.Node, program: Program) -> frozenset[int]:
+    if "stages" not in node.meta:
+        return frozenset({0})
+    return stages_of(node) if program.stages is None else computed_on(node, program.stages.count)
 
 
 def _meeting(node: fx.Node, meeting: Meeting, at: RankSizes, unsure: list[str]) -> MeetingCost:

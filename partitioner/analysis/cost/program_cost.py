@@ -105,13 +105,13 @@ def program_cost(program: Program, coordinates: Mapping[str, int], sizes: Mappin
     """Of a program that is laid out, or not divided at all, on the rank at `coordinates`."""
     nodes = node_costs(program, coordinates, sizes)
     at = RankSizes(program, coordinates, sizes)
-    count = 1 if program.stages is None else program.stages.count
+    count, parts = (1, 1) if program.stages is None else (program.stages.count, program.stages.parts)
     sent = tuple(
         sum(
             bytes_of(shape, value)
             for node in values
             for shape, value in zip(at.shapes(node), node_values(node), strict=True)
         )
-        for values in crossings(program.graph, count)
+        for values in crossings(program.graph, parts)[: count - 1]
     )
     return ProgramCost(nodes, sent)

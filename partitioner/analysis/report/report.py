@@ -220,7 +220,8 @@ def make_report(program: Program, *, plan: str, replicas: int = 1, stored_per_ra
         plan=plan,
         rows=tuple(rows),
         collectives=collectives,
-        bytes_whole=sum(weight.bytes for weight in program.weights.values()),
+        # one that stages hold under two names is the model's once
+        bytes_whole=sum({frozenset((w.name, *w.aliases)): w.bytes for w in program.weights.values()}.values()),
         bytes_per_rank=tuple(map(sum, held)),
         replicated_per_rank=shared if len(ranks) > 1 else (0,),
         dtypes=_dtypes(program),

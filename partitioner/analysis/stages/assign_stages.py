@@ -33,7 +33,7 @@ def assign_stages(program: Program, table: StageTable) -> None:
             continue
         wanted = set[int]()
         for user in node.users:
-            wanted |= {table.count - 1} if user.op == "output" else user.meta["stages"]
+            wanted |= {table.parts - 1} if user.op == "output" else user.meta["stages"]
         state = state_of(node)
         if state is not None:  # every stage that reads it writes it too
             wanted |= states[state]
@@ -54,7 +54,7 @@ def _ordered(program: Program, classes: NodeClasses, table: StageTable) -> dict[
             stages[node] = _stage(program, classes, table, node, first, latest[node])
         found = {state: max(stages[node] for node in nodes) for state, nodes in states.items()}
         if found == at:
-            return settle(program, classes, stages, table.count - 1)
+            return settle(program, classes, stages, table.parts - 1)
         at = found
 
 
@@ -62,9 +62,9 @@ def _latest(classes: NodeClasses, table: StageTable) -> dict[fx.Node, int]:
     """The last stage that is early enough for all who use a node."""
     latest: dict[fx.Node, int] = {}
     for node in reversed(classes.ordered):
-        found = min((latest[user] for user in node.users if user in latest), default=table.count - 1)
+        found = min((latest[user] for user in node.users if user in latest), default=table.parts - 1)
         for name in classes.weights_of.get(node, ()):
-            found = min(found, max(table.of_weight.get(name, {table.count - 1})))
+            found = min(found, max(table.of_weight.get(name, {table.parts - 1})))
         latest[node] = found
     return latest
 
@@ -73,7 +73,7 @@ def _stage(program: Program, classes: NodeClasses, table: StageTable, node: fx.N
     holders = [table.of_weight[name] for name in classes.weights_of.get(node, ()) if name in table.of_weight]
     if not holders:
         return first
-    common = frozenset(range(table.count)).intersection(*holders)
+    common = frozenset(range(table.parts)).intersection(*holders)
     early = [stage for stage in common if first <= stage <= latest]
     if early:
         return max(early)

@@ -4,6 +4,8 @@
     cost           of a stage: for each node the longer of its bytes and its products, for what it hands on its bytes
     prefill        products count: a text of many tokens, its logits for the last one only where it generates
     decode         bytes count: one token
+    head           its rows on the last stage, or shared out over all: a step of decode is then that of the slowest
+                   stage's layers, an equal share of the head, and two meetings more
 
 Dynamic programming over the places, as in PipeDream (arXiv:1806.03377, section 3.1), for stages of one kind or of given
 speeds. Of cuts that are as good within half a percent, the one over whose boundaries the fewest bytes go.
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -21,6 +23,7 @@ from torch import fx
 from partitioner.analysis.cost.local_sizes import RankSizes, bytes_of
 from partitioner.analysis.cost.node_cost import NodeCost, node_costs
 from partitioner.analysis.stages.order_nodes import NodeClasses, can_cross, classify, levels_of, settle
+from partitioner.analysis.stages.shared_head import find_head
 from partitioner.errors import PlanError
 from partitioner.program.node_arguments import node_values
 from partitioner.program.program import Program
@@ -36,8 +39,12 @@ FLOPS_PER_BYTE = 200
 """Products in the time of one byte read: between a data centre GPU's bfloat16 (300) and a processor's (20 to 50)."""
 LINK = 10
 """A byte sent to the next stage takes as long as so many read."""
+MEETING = 30_000_000
+"""A meeting of all stages takes as long as so many bytes read: 10 microseconds of a data centre GPU's memory."""
 PREFILL_TOKENS = 1024
 _AS_GOOD = 1.005
+_WORTH = 0.01
+"""What a decode cycle must gain for its head to be shared out: costs are no more exact than that."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +67,84 @@ def choose_cuts(
     balance: Balance,
     speeds: Sequence[float] = (),
     starts: Sequence[str] = (),
+    shares_head: bool | None = None,
 ) -> StageTable:
     """The table of `count` stages of a program that is laid out.
 
     speeds: how fast each stage's ranks are, relative to each other. starts: the modules or weights at which the second
-    stage and those after it begin, in place of what costs say.
+    stage and those after it begin, in place of what costs say. shares_head: whether all stages share out the rows of
+    the vocabulary head; None: in decode, where the slowest stage gains by it.
     """
-    classes = classify(program)
-    places = _places(program, classes, balance)
+    places = _places(program, classify(program), balance)
+    alone = _table(program, places, count, balance, speeds, starts)
+    if shares_head is False or (shares_head is None and balance != "decode"):
+        return alone
+    try:
+        shared = _with_shared_head(program, places, count, balance, speeds, starts)
+        if shares_head:
+            return replace(shared, costs_alone=alone.costs)
+    except PlanError as reason:
+        if shares_head:
+            raise PlanError(f"the head cannot be shared out over pp={count} stages: {reason}") from reason
+        return replace(alone, why_alone=str(reason))
+    meetings = 2 * MEETING + LINK * shared.crossing_bytes[-1]
+    gain = _slowest(alone) / (_slowest(shared) + meetings) - 1
+    if gain >= _WORTH:
+        return replace(shared, costs_alone=alone.costs)
+    than = "shorter" if gain > 0 else "longer"
+    return replace(
+        alone, why_alone=f"shared out, a step would be {abs(gain):.1%} {than}, with two more meetings of all"
+    )
+
+
+def _slowest(table: StageTable) -> float:
+    """What the slowest stage takes, with what it hands on."""
+    handed = [*table.crossing_bytes, 0][: table.count]
+    pairs = zip(table.costs, handed, table.speeds, strict=True)
+    return max((cost + LINK * size) / speed for cost, size, speed in pairs)
+
+
+def _with_shared_head(
+    program: Program,
+    places: _Places,
+    count: int,
+    balance: Balance,
+    speeds: Sequence[float],
+    starts: Sequence[str],
+) -> StageTable:
+    """The layers cut without the head, whose rows are shared out. crossing_bytes: also what goes to all for it."""
+    head = find_head(program)
+    if places.readers[-1] is not head.product or len(places.readers) < 2:
+        raise PlanError(f"weights are read behind the head of {program.name}")
+    if (sent := places.crossing[-1]) is None:
+        raise PlanError(f"what the head of {program.name} reads is in parts, or no tensor")
+    *costs, own = places.costs
+    before = replace(
+        places,
+        readers=places.readers[:-1],
+        costs=tuple(costs),
+        crossing=places.crossing[:-1],
+        weights=places.weights[:-1],
+    )
+    found = _table(program, before, count, balance, speeds, starts)
+    fast = sum(found.speeds)
+    return replace(
+        found,
+        of_weight={**found.of_weight, **{name: frozenset({count}) for name in head.names}},
+        costs=tuple(cost + own * speed / fast for cost, speed in zip(found.costs, found.speeds, strict=True)),
+        crossing_bytes=(*found.crossing_bytes, sent),
+        shares_head=True,
+    )
+
+
+def _table(
+    program: Program,
+    places: _Places,
+    count: int,
+    balance: Balance,
+    speeds: Sequence[float],
+    starts: Sequence[str],
+) -> StageTable:
     possible = sum(crossing is not None for crossing in places.crossing)
     if possible < count - 1:
         raise PlanError(
@@ -93,6 +170,7 @@ def choose_cuts(
         places=possible,
         balance="stage_starts" if starts else balance,
         pairs_per_token=places.pairs_per_token,
+        speeds=tuple(speeds) or (1.0,) * count,
     )
 
 

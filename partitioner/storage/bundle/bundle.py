@@ -155,9 +155,12 @@ class Bundle(Ranks):
         everyone = [self._rank(rank) for rank in range(self.mesh.world_size)]
         for entry in everyone[0]:
             check_meetings(programs[entry] for programs in everyone)
+            check_meetings(head for programs in everyone if (head := programs[entry].of_head) is not None)
         for rank, programs in enumerate(everyone):
             for program in programs.values():
                 program.graph  # noqa: B018 - builds it
+                if program.of_head is not None:
+                    program.of_head.graph  # noqa: B018
             stored = self.stored(rank)
             reader = Reader(self.files(stored))
             with attribute_errors(programs["text"]):

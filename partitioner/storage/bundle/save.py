@@ -80,8 +80,8 @@ def save_ranks(
     with writing(Path(folder)) as partial:
         writer = _Writer(partial, reference, digests)
         stored = writer.weights([_wanted(programs) for programs in zip(*entries.values(), strict=True)])
-        shared = iter(writer.graphs([program.graph for programs in entries.values() for program in programs]))
-        graphs = {entry: [next(shared) for _ in programs] for entry, programs in entries.items()}
+        shared = iter(writer.graphs([graph for programs in entries.values() for p in programs for graph in _graphs(p)]))
+        graphs = {entry: [[next(shared) for _ in _graphs(p)] for p in programs] for entry, programs in entries.items()}
         for rank in everyone:
             writer.json(
                 f"ranks/{rank}.json",
@@ -129,10 +129,24 @@ class _Wanted:
         return cls(shard, digest_of_tensor(program.weight_data[shard.name]) if known else "", program)
 
 
-def _program(program: RankProgram, graph: tuple[Template, tuple[int, ...]], stored: Mapping[_Wanted, Stored]) -> object:
+def _graphs(program: RankProgram) -> list[torch.fx.Graph]:
+    """Its own, and that of a head that all stages share out."""
+    return [program.graph, *([] if program.of_head is None else [program.of_head.graph])]
+
+
+def _program(
+    program: RankProgram, graphs: Sequence[tuple[Template, tuple[int, ...]]], stored: Mapping[_Wanted, Stored]
+) -> object:
+    graph, *heads = graphs
     places = {wanted: place for place, wanted in enumerate(stored)}
     weights = [places[_Wanted.of(weight, program)] for weight in program.weights]
-    return program_data(program, graph=graph[0].digest, integers=graph[1], weights=weights)
+    return program_data(
+        program,
+        graph=graph[0].digest,
+        integers=graph[1],
+        weights=weights,
+        head=(heads[0][0].digest, heads[0][1]) if heads else None,
+    )
 
 
 def _wanted(programs: Iterable[RankProgram]) -> list[_Wanted]:

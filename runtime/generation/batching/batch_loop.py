@@ -238,6 +238,7 @@ class BatchLoop:
                 sampled=self.sampled,
                 named=lambda number: self._asked[number].settings.top_logprobs,
                 sizes=lambda run: self._steps.sizes(run.piece),
+                head=self.head if self._steps.shares_head else None,
             )
 
     def run(self, run: Run, received: Any = ()) -> Any:
@@ -261,6 +262,10 @@ class BatchLoop:
         assert isinstance(self.scheduler, DealtScheduler)
         (axis,) = self.program.batch_axes
         return self.scheduler.rank_of(number) == self.program.coordinates[axis]
+
+    def head(self, run: Run, made: Any) -> Any:
+        """Logits [n, 1, V/r] of a head that all stages share out; made: what the last stage yields."""
+        return self._steps.head(run.piece, made, decode=run.work.decode)
 
     @property
     def _from_fixed_memory(self) -> bool:

@@ -189,6 +189,7 @@ class RowChooser:
                     self._communicator,
                     vocab_size=self._program.vocab_size,
                     owned=self._program.vocabulary,
+                    axis=self._program.vocabulary_axes,
                     device=self._device,
                 )
             self._samplers[sampling] = made

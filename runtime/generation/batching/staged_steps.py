@@ -5,8 +5,9 @@
     stage 1          group 0  group 1  group 0
 
 In each slot a stage runs what the stage before ran in the slot before, hands it on, and all stages hear which tokens
-the last one chose. So every rank has the same sequences, knows what each stage does next, and how large it is: nothing
-is sent but values and tokens. A prompt and single tokens of others may stand behind each other in the pipeline.
+the last one chose, or choose them together, where they share out the vocabulary head. So every rank has the same
+sequences, knows what each stage does next, and how large it is: nothing is sent but values and tokens. A prompt and
+single tokens of others may stand behind each other in the pipeline.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ class StagedSteps:
 
     prefill, decode: the stage as the programs for prompts and for single tokens have it, between which other values
     may cross, or other rows of them.
-    sampled: the numbers of a step's sequences that are to be told a token.
-    named: how many of the most probable tokens a sequence is told as well, or None.
+    sampled: the numbers of a step's sequences that are to be told a token. named: how many of the most probable tokens
+    a sequence is told as well, or None. head: of a step and what the last stage yields, None on the others, logits on
+    all stages; None where the last one has the head.
     """
 
     def __init__(
@@ -64,10 +66,11 @@ class StagedSteps:
         sampled: Callable[[Work], list[int]],
         named: Callable[[int], int | None],
         sizes: Callable[[Run], dict[str, int]],
+        head: Callable[[Run, Any], Tensor] | None = None,
     ) -> None:
         self._stage, self._communicator, self._device = prefill, communicator, device
         self._run, self._choose, self._sampled, self._sizes = run, choose, sampled, sizes
-        self._named = named
+        self._named, self._head = named, head
         self._links = {
             is_decode: Links(communicator, stage, profiler) for is_decode, stage in ((False, prefill), (True, decode))
         }
@@ -108,11 +111,15 @@ class StagedSteps:
         links.begin(new_shapes=passing.is_new)
         return links
 
-    def _tell(self, run: Run, logits: Tensor | None) -> dict[int, Choice]:
-        """On all stages, what the last one chooses from its `logits`."""
+    def _tell(self, run: Run, made: Any) -> dict[int, Choice]:
+        """On all stages, what the last one chooses from its logits, or all from those of the head that they share."""
         numbers = self._sampled(run.work)
         if not numbers:
             return {}
+        if self._head is not None:
+            assert made is None or isinstance(made, tuple)
+            return self._choose(run, self._head(run, made))
+        logits: Tensor | None = made
         most = max((count + 1 for number in numbers if (count := self._named(number)) is not None), default=0)
         mine = torch.full((len(numbers), 2 + 2 * most), math.nan, dtype=torch.float64)
         choices = {} if logits is None else self._choose(run, logits)

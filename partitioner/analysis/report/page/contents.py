@@ -215,6 +215,8 @@ def _stages(report: Report) -> dict[str, Any]:
         "balance": report.stages.balance,
         "evenness": report.stages.evenness,
         "places": report.stages.places,
+        "shared_head": list(report.stages.head),
+        "evenness_alone": report.stages.evenness_alone or None,
         "shared": [{"name": name, "stages": list(held)} for name, held in report.stages.shared],
         "stages": [
             {

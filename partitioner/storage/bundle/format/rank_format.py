@@ -21,7 +21,14 @@ from torch import fx, nn
 from partitioner.errors import BundleError
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.mesh import AXES, Mesh
-from partitioner.storage.bundle.format.stage_format import MOST_DIMS, read_dims, read_stage, stage_data
+from partitioner.storage.bundle.format.stage_format import (
+    MOST_DIMS,
+    head_data,
+    read_dims,
+    read_head,
+    read_stage,
+    stage_data,
+)
 from partitioner.storage.bundle.format.tiling import MOST_BLOCKS, fills
 from partitioner.storage.bundle.format.untrusted_json import (
     DOTTED,
@@ -166,9 +173,19 @@ def _indices(record: Record, dim: int, size: int) -> IndexSet | None:
 # -- programs ----------------------------------------------------------------------------------------------------------
 
 
-def program_data(program: RankProgram, *, graph: str, integers: Sequence[int], weights: Sequence[int]) -> Data:
-    """`graph`: the digest of its text; `weights`: places in the rank's list of weights, in the program's order."""
-    return {
+def program_data(
+    program: RankProgram,
+    *,
+    graph: str,
+    integers: Sequence[int],
+    weights: Sequence[int],
+    head: tuple[str, Sequence[int]] | None = None,
+) -> Data:
+    """`graph`: the digest of its text; `weights`: places in the rank's list of weights, in the program's order.
+
+    head: the digest and integers of the graph of a shared head.
+    """
+    found: Data = {
         "graph": graph,
         "integers": list(integers),
         "weights": list(weights),
@@ -195,6 +212,10 @@ def program_data(program: RankProgram, *, graph: str, integers: Sequence[int], w
         "stage": None if program.stage is None else stage_data(program.stage),
         **({"batch_axes": list(program.batch_axes)} if program.batch_axes else {}),
     }
+    if head is not None and program.shared_head is not None:
+        found["shared_head"] = head_data(program.shared_head, graph=head[0], integers=head[1])
+        found["vocabulary_axes"] = list(program.vocabulary_axes)
+    return found
 
 
 def _input_data(given: RunInput) -> Data:
@@ -250,14 +271,14 @@ def read_program(
         raise BundleError(f"{record.where}: the weight {inner[0][:100]!r} lies within another weight")
     stage = record.maybe("stage", lambda name: read_stage(record.record(name), coordinates)) if has_stage else None
     received = [f"receive_{i}" for i in range(len(stage.receives))] if stage is not None else []
+    build = functools.partial(read_graph, weights=[w.name for w in mine])
+    given = [x.name for x in inputs]
+    head = read_head(record.record("shared_head"), build, inputs=given) if record.has("shared_head") else None
+    if head is not None and stage is None:
+        record.fail("shared_head", "given where there are stages")
+    axes = _read_vocabulary_axes(record)
     program = RankProgram(
-        build_graph=functools.partial(
-            read_graph,
-            digest,
-            integers=integers,
-            inputs=[*(x.name for x in inputs), *received],
-            weights=[w.name for w in mine],
-        ),
+        build_graph=functools.partial(build, digest, integers=integers, inputs=[*given, *received]),
         mesh=mesh,
         coordinates=coordinates,
         weights=mine,
@@ -266,10 +287,12 @@ def read_program(
         generation=_read_generation(record),
         states=tuple(map(_read_state, record.records("states"))),
         vocab_size=record.integer("vocab_size", high=_LONGEST),
-        vocabulary=_read_vocabulary(record, mesh),
+        vocabulary=_read_vocabulary(record, mesh, axes),
+        vocabulary_axes=axes,
         limits=_read_limits(record.record("limits")),
         stage=stage,
         batch_axes=_read_batch_axes(record, mesh),
+        shared_head=head,
         source=source,
         read_from=where,
     )
@@ -339,12 +362,23 @@ def _read_state(record: Record) -> StateShard:
     return state
 
 
-def _read_vocabulary(record: Record, mesh: Mesh) -> tuple[IndexSet, ...] | None:
+def _read_vocabulary_axes(record: Record) -> tuple[str, ...]:
+    """Those of a shared head; tp, where the last stage has it."""
+    if not record.has("vocabulary_axes"):
+        return ("tp",)
+    axes = record.texts("vocabulary_axes", IDENTIFIER)
+    if axes not in (("tp",), ("pp",), ("pp", "tp")):
+        record.fail("vocabulary_axes", "pp, tp or both in this order")
+    return axes
+
+
+def _read_vocabulary(record: Record, mesh: Mesh, axes: tuple[str, ...]) -> tuple[IndexSet, ...] | None:
     given = record.any("vocabulary")
     if given is None:
         return None
-    if not isinstance(given, list) or len(given) != mesh.size("tp"):
-        record.fail("vocabulary", f"a list with one entry for each of the {mesh.size('tp')} ranks along tp")
+    size = mesh.size(*axes)
+    if not isinstance(given, list) or len(given) != size:
+        record.fail("vocabulary", f"a list with one entry for each of the {size} ranks along {' x '.join(axes)}")
     owned = tuple(IndexSet(record.intervals("vocabulary", index)) for index in range(len(given)))
     size = record.integer("vocab_size", high=_LONGEST)
     if any(own.intervals and own.intervals[-1][1] > size for own in owned):

@@ -3,19 +3,25 @@
     {"count": 2, "receives": [], "sends": [{"name": .., "shape": ["batch", "sequence", 64], "dtype": "float32",
      "rows": [{"dim": 1, "axes": ["sp"], "order": "zigzag"}]}], "rows_apart": true, "pairs_per_token": 0}
 
-"rows" is absent where every rank has all of what crosses.
+"rows" is absent where every rank has all of what crosses. A head that all stages share out has a graph of its own, over
+the rank's weights:
+
+    {"graph": "sha256..", "integers": [], "receives": [..]}
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from torch import fx
 
 from partitioner.sharding.mesh import AXES
 from partitioner.storage.bundle.format.untrusted_json import DTYPES, IDENTIFIER, Record, dtype_name, whole_number
-from runtime.program.rank_program import Crossing, OwnRows, Stage
+from runtime.program.rank_program import Crossing, OwnRows, SharedHead, Stage
 
-__all__ = ["MOST_DIMS", "read_dims", "read_stage", "stage_data"]
+__all__ = ["MOST_DIMS", "head_data", "read_dims", "read_head", "read_stage", "stage_data"]
 
 Data = dict[str, Any]
 _ORDERS = {name: name for name in ("blocks", "zigzag")}
@@ -30,6 +36,22 @@ def stage_data(stage: Stage) -> Data:
         "rows_apart": stage.rows_apart,
         "pairs_per_token": stage.pairs_per_token,
     }
+
+
+def head_data(head: SharedHead, *, graph: str, integers: Sequence[int]) -> Data:
+    """`graph`: the digest of its text."""
+    return {"graph": graph, "integers": list(integers), "receives": list(map(_crossing_data, head.receives))}
+
+
+def read_head(record: Record, build: Callable[..., fx.Graph], *, inputs: Sequence[str]) -> SharedHead:
+    """`build(digest, integers=, inputs=)` builds its graph, when it is asked for."""
+    digest, integers = record.digest("graph"), record.integers("integers", low=-(2**62))
+    receives = tuple(map(_read_crossing, record.records("receives")))
+    if not receives or any(crossing.rows for crossing in receives):
+        record.fail("receives", "what the last stage has all of, one value at the least")
+    given = [*inputs, *(f"receive_{i}" for i in range(len(receives)))]
+    record.done()
+    return SharedHead(functools.partial(build, digest, integers=integers, inputs=given), receives)
 
 
 def _crossing_data(crossing: Crossing) -> Data:

@@ -27,7 +27,7 @@ TIGHT = CacheSize(max_batch=3, max_length=40, prefill_step=16)
 
 def parts(plan: str, name: str = "llama") -> Any:
     given = Plan.parse(plan)
-    return compiled(name, given.tp, pp=given.pp, sp=given.sp)
+    return compiled(name, given.tp, pp=given.pp, sp=given.sp, passes=given.passes)
 
 
 @functools.cache
@@ -36,7 +36,10 @@ def expected(count: int, longest: int, new: int) -> tuple[list[Case], list[list[
     return cases, many_requests.alone(parts("tp=1"), cases)
 
 
-@pytest.mark.parametrize("plan", ["tp=1", "tp=2", "pp=2", "sp=2"])
+SHARED_HEAD = "pp=2,pipeline.share_head=true"
+
+
+@pytest.mark.parametrize("plan", ["tp=1", "tp=2", "pp=2", "sp=2", SHARED_HEAD])
 def test_each_is_told_what_it_is_told_alone(plan: str) -> None:
     cases, alone = expected(14, 40, 8)
     found = on_all_ranks(parts(plan), cases, ROOMY)
@@ -65,7 +68,7 @@ def test_the_most_probable_tokens_are_named_over_stages(plan: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plan", ["tp=1", "tp=2", "pp=2", "pp=3", "tp=2,pp=2", "sp=2"])
+@pytest.mark.parametrize("plan", ["tp=1", "tp=2", "pp=2", "pp=3", "tp=2,pp=2", "sp=2", f"tp=2,{SHARED_HEAD}"])
 def test_64_requests(plan: str) -> None:
     cases, alone = expected(64, 200, 30)
     found = on_all_ranks(parts(plan), cases, CacheSize(max_batch=8, max_length=232, prefill_step=64))
