@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,50 +131,46 @@ def _counted(what: str, rows: list[dict[str, Any]], key: str) -> str:
 
 
 def add(source: Path, to: Path) -> None:
-    """Puts what `source` says of pipeline stages into the page that there is; the rest of it stays as it is.
+    """Puts what `source` says of the columns in `_ADDED` into the page that there is; the rest of it stays as it is.
 
-    For a column that was measured without the others, whose lines may be gone.
+    For columns that were measured without the others, whose lines may be gone.
     """
-    found = {row["name"]: row for row in read(source) if "stages" in row}
-    lines, masked, is_new, at = to.read_text().split("\n"), False, False, 0
-    seen: list[dict[str, Any]] = []
+    found: dict[str, dict[str, Any]] = {}
+    for row in read(source):
+        if not row["odd"]:
+            found.setdefault(row["name"], {}).update(row)
+    lines, section = to.read_text().split("\n"), ""
+    titles: list[str] = []
+    seen: dict[str, list[dict[str, Any]]] = {title: [] for title in _ADDED}
     for number, line in enumerate(lines):
         if line.startswith("## "):
-            masked = line == "## Encoders"
-        cells = line.split(" | ")
-        if line.startswith("| architecture"):
-            is_new = STAGES not in cells
-            at = cells.index("tokens over sp") + 1
-            lines[number] = _with(line, at, STAGES, is_new=is_new)
-        elif line.startswith("|---"):
-            lines[number] = line + "---|" if is_new else line
-        elif line.startswith("| "):
-            name = cells[0].removeprefix("| ")
-            row = {} if line_is_odd(lines[:number]) else found.get(f"masked:{name}" if masked else name, {})
-            row = {"verdict": cells[1], **row}
-            old = "" if is_new else cells[at]
-            lines[number] = _with(line, at, staged(row) if "stages" in row else old, is_new=is_new)
-            if why := why_not_staged(row):
-                start, _, last = lines[number].removesuffix(" |").rpartition(" | ")
-                reasons = [each for each in last.split("; ") if each and not each.startswith("stages: ")]
-                lines[number] = f"{start} | {'; '.join([*reasons, why.replace('|', '/').replace('; ', ', ')])} |"
-            if not line_is_odd(lines[:number]) and staged(row) + old:
-                seen.append({"stages": {"verdict": (staged(row) or old).partition(",")[0]}})
-    counted = _counted("pipeline stages", seen, "stages")
-    lines = [line for line in lines if not line.startswith("- pipeline stages: ")]
-    place = next(number for number, line in enumerate(lines) if line.startswith("- tokens over sp"))
-    to.write_text("\n".join([*lines[: place + 1], counted, *lines[place + 1 :]]))
+            section = line
+        elif line.startswith("| architecture"):
+            titles = _cells(line)
+        elif line.startswith("| ") and not section.startswith("## Odd sizes"):
+            cells = _cells(line)
+            row = {"verdict": cells[1], **found.get(f"{'masked:' if section == '## Encoders' else ''}{cells[0]}", {})}
+            for title, column in _ADDED.items():
+                at = titles.index(title)
+                if column.key in row:
+                    row["verdict"] = cells[1]
+                    cells[at] = column.cell(row)
+                    why = ("" if column.why is None else column.why(row) or "").replace("|", "/").replace("; ", ", ")
+                    reasons = [each for each in cells[-1].split("; ") if each and not each.startswith(column.prefix)]
+                    cells[-1] = "; ".join(filter(None, [*(each for each in reasons if each not in why), why]))
+                if cells[at]:
+                    seen[title].append({column.key: {"verdict": cells[at].partition(",")[0]}})
+            lines[number] = f"| {' | '.join(cells)} |"
+    for title, column in _ADDED.items():
+        start = f"- {column.counted}: "
+        for number, line in enumerate(lines):
+            if line.startswith(start):
+                lines[number] = _counted(column.counted, seen[title], column.key)
+    to.write_text("\n".join(lines))
 
 
-def line_is_odd(before: list[str]) -> bool:
-    """Whether what follows these lines is about odd sizes, which this column is not."""
-    return any(line.startswith("## Odd sizes") for line in before)
-
-
-def _with(line: str, at: int, cell: str, *, is_new: bool) -> str:
-    """A row with a cell put in, or written anew."""
-    cells = line.removesuffix(" |").split(" | ")
-    return " | ".join([*cells[:at], cell, *cells[at if is_new else at + 1 :]]) + " |"
+def _cells(line: str) -> list[str]:
+    return line.removeprefix("| ").removesuffix(" |").split(" | ")
 
 
 def _generated(found: dict[str, Any]) -> str:
@@ -204,3 +202,25 @@ def _why_not(row: dict[str, Any]) -> str | None:
     """Why there is no generation, where that is not why there is nothing at all."""
     found = row.get("generates", {})
     return f"generation: {found['why']}" if "why" in found and row["verdict"] == "equal" else None
+
+
+@dataclass(frozen=True)
+class _Column:
+    """`key`: of a survey's row. counted: what the line on top is called; "": there is none."""
+
+    key: str
+    cell: Callable[[dict[str, Any]], str]
+    why: Callable[[dict[str, Any]], str | None] | None = None
+    prefix: str = "nothing: "
+    """Of its reasons in the last column."""
+    counted: str = ""
+
+
+_ADDED = {
+    "tokens over sp": _Column(
+        "sequences", lambda row: str(row["sequences"]["verdict"]), _why_not_dealt, "over sp: ", "tokens over sp"
+    ),
+    STAGES: _Column("stages", staged, why_not_staged, "stages: ", "pipeline stages"),
+    "traced once": _Column("layers", lambda row: _traced(row["layers"])),
+}
+"""By their titles."""
