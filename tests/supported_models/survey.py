@@ -11,7 +11,7 @@
     python -m tests.supported_models.survey layers [names]    each, built tiny and deep: identical layers traced once
     python -m tests.supported_models.survey shares [names]    each default configuration, on the meta device
     python -m tests.supported_models.survey write             coverage.jsonl becomes docs/reference/supported_models.md
-    python -m tests.supported_models.survey add               its stages, sp and layers are put into the page that is there
+    python -m tests.supported_models.survey add               its stages, sp and layers are put into the page as it is
 
 Per architecture, built tiny: captured or why not; the partitioned model against the model's own code at tp = 2, 3 and 4
 and lengths 1, 5 and 40, in float64 (internal float32 casts raised to float64 in both models, 1e-10) and in float32
