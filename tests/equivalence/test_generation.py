@@ -50,10 +50,11 @@ def test_a_window_that_is_one_too_wide_is_wrong(monkeypatch: pytest.MonkeyPatch)
 def test_keys_that_are_not_kept_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     attend = Cache._attend
 
-    def forgetful(self: Cache, keys: Tensor, values: Tensor, *tensors: Any, **options: Any) -> Tensor:
-        out = attend(self, keys, values, *tensors, **options)
+    def forgetful(self: Cache, state: str, *tensors: Any) -> Tensor:
+        out = attend(self, state, *tensors)
         assert self._batch is not None
         if self._batch.start is None and self._batch.positions.shape[1] == 1:
+            keys = self.buffers[f"{state}.key"]
             keys[:, :, int(self._batch.positions[0, 0]) % keys.shape[2]] = 0
         return out
 

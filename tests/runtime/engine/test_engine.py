@@ -246,7 +246,7 @@ class Entries:
             raise PlanError("cannot generate")
         graph = fx.Graph()
         graph.output(graph.call_function(all_reduce, (graph.placeholder("x"), self.axes[entry])))
-        return SimpleNamespace(graph=graph)
+        return SimpleNamespace(graph=graph, of_head=None, vocabulary_axes=("tp",))
 
 
 def test_groups_are_made_for_what_any_entry_names() -> None:

@@ -285,8 +285,8 @@ def test_without_a_cluster_there_is_a_mesh(contents: dict[str, Any]) -> None:
     assert found["memory"]["fits"] is None
 
 
-def test_an_encoder_has_a_page() -> None:
-    found = page_of(compiled("bert", 2), Plan(tp=2), WORK, gpus="2xH100")
+def test_a_model_that_cannot_generate_has_a_page() -> None:
+    found = page_of(compiled("camembert", 2), Plan(tp=2), WORK, gpus="2xH100")
     assert [each["entry"] for each in found["communication"]] == ["text"]
     assert any("no page of generation" in note for note in found["notes"])
     assert "Times are not predicted" in Page(render(found, version="0")).text
