@@ -55,14 +55,16 @@ CONFIGS = {
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False},
 }
 ALLOWED, EXTRA_BYTES = 1.05, 250_000_000
+DRAWN_ON = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def quantised(form: str, name: str, rows: int, cols: int) -> dict[str, Tensor]:
     def words(*shape: int) -> Tensor:
-        return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32)
+        return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=DRAWN_ON).cpu()
 
     if form == "fp8":
-        codes = torch.randint(0, 120, (rows, cols), dtype=torch.uint8).view(torch.float8_e4m3fn)
+        drawn = torch.randint(0, 120, (rows, cols), dtype=torch.uint8, device=DRAWN_ON)
+        codes = drawn.cpu().view(torch.float8_e4m3fn)
         scales = torch.rand(-(-rows // BLOCK), -(-cols // BLOCK)) * 1e-4
         return {f"{name}.weight": codes, f"{name}.weight_scale_inv": scales}
     shape = (cols, rows // 8) if form == "awq" else (cols // 8, rows)
