@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import partitioner
-from partitioner import Plan, partition
+from partitioner import BundleError, Plan, WeightError, partition
 from partitioner.compile.partition import compile_program
 from partitioner.program.ranks import Ranks
 from runtime.ops.kernels.codes import nibbles
 from runtime.program.rank_program import RankProgram
 from runtime.program.shards import WeightShard
 from runtime.weights.load_weights import load_weights
+from runtime.weights.read_shards import digest_of
 from tests.support import zoo
+from tests.support.bundle_forger import Forger
 from tests.supported_models import quantise
 from tests.supported_models.checkpoints import same_bits
 
@@ -169,3 +175,105 @@ def test_it_is_split_anew_again_and_again(tmp_path: Path) -> None:
             (shard, found), (other, expected) = mine[each], theirs[each]
             assert shard.codes_of == other.codes_of
             assert all(same_bits(found[role], expected[role]) for role in expected)
+
+
+# -- bundles that were forged or damaged, hashes and all ---------------------------------------------------------------
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+Data = dict[str, Any]
+
+
+def _weight(role: str, **fields: Any) -> Callable[[Data], None]:
+    def change(data: Data) -> None:
+        next(each for each in data["weights"] if each["name"] == f"{DOWN}.{role}").update(fields)
+
+    return change
+
+
+def _of(**fields: Any) -> Callable[[Data], None]:
+    def change(data: Data) -> None:
+        next(each for each in data["weights"] if each["name"] == f"{DOWN}.codes")["codes_of"].update(fields)
+
+    return change
+
+
+def _without(data: Data) -> None:
+    del next(each for each in data["weights"] if each["name"] == f"{DOWN}.codes")["codes_of"]
+
+
+def _not_of_its_program(data: Data) -> None:
+    place = next(i for i, each in enumerate(data["weights"]) if each["name"] == f"{DOWN}.rows")
+    for program in data["programs"].values():
+        program["weights"].remove(place)
+
+
+HOSTILE: dict[str, tuple[Callable[[Data], None], str]] = {
+    "codes of nothing": (_without, r"does not say which part of which weight.*down_proj.weight.codes"),
+    "codes of a vector": (_of(global_shape=[64], indices=[None]), "'global_shape' must be of a matrix"),
+    "codes of numbers that are none": (_of(dtype="int32"), "'dtype' must be a dtype of floating-point"),
+    "codes of another kind": (_of(code="int3"), "'code' must be one of float8, float4, int4"),
+    "codes of another width": (_of(code="float8"), r"down_proj.weight.codes' is uint8.*required: float8_e4m3fn"),
+    "codes the other way round": (_of(turned=True), r"down_proj.weight.codes' is uint8.*required: uint8 \[32, 32\]"),
+    "codes that are turned if true": (_of(turned=1), "'turned' must be true or false"),
+    "codes of more than there are": (_of(indices=[None, None]), r"down_proj.weight.codes' is uint8.*required: uint8"),
+    "codes of a part of another shape": (_of(global_shape=[64, 10**9]), "in different forms or shapes"),
+    "codes of another rank's part": (
+        _of(indices=[None, [[0, 32]]]),
+        r"two ranks name different scales.*down_proj|does not hold all of the weight 'model.layers.0.mlp.down_proj",
+    ),
+    "codes of beyond the end": (_of(indices=[None, [[90, 122]]]), "'indices' must be within the 96 indices of dim 1"),
+    "codes with a field too many": (_of(hook="os.system"), "unknown field 'hook'"),
+    "scales by other codes": (_weight("scales", codes_of={}), "'codes_of' must be given for codes only"),
+    "scales of another part of the table": (
+        _weight("scales", global_shape=[70, 3], indices=[[[6, 70]], None]),
+        "zeros' is uint8.*required: the same part of the table as the scales",
+    ),
+    "no rows": (_not_of_its_program, r"down_proj.weight.rows|lacks its rows"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_forged_description_is_refused(what: str, tmp_path: Path) -> None:
+    change, message = HOSTILE[what]
+    folder = Path(shutil.copytree(bundle("llama", "gptq-ordered", "tp=3")[0], tmp_path / "bundle"))
+    with Forger(folder).json("ranks/1.json") as data:
+        change(data)
+    with pytest.raises((BundleError, WeightError), match=message):
+        partition(folder, Plan(tp=2, weights="stored")).rank(0)
+
+
+@pytest.mark.parametrize("role", ["rows", "columns"])
+@pytest.mark.parametrize("number", [-1, 1000])
+def test_an_index_of_no_scale_is_refused(role: str, number: int, tmp_path: Path) -> None:
+    """Before it is used: on a GPU, what lies there would be read."""
+    folder = Path(shutil.copytree(bundle("llama", "gptq-ordered", "tp=3")[0], tmp_path / "bundle"))
+    _forge(folder, f"{DOWN}.{role}", number)
+    with pytest.raises(BundleError, match=rf"{DOWN}.{role}' names number {number} of the \d+ {role} of its scales"):
+        partitioner.load(folder).verify()
+    with pytest.raises(BundleError, match=rf"{DOWN}.{role}' names number {number} of the \d+ {role} of its scales"):
+        partition(folder, Plan(tp=2))
+
+
+def test_a_missing_file_of_codes_is_refused(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle("llama", "gptq-ordered", "tp=3")[0], tmp_path / "bundle"))
+    (folder / "weights/rank1-00000.safetensors").unlink()
+    with pytest.raises(BundleError, match="rank1-00000"):
+        partition(folder, Plan(tp=2))
+
+
+def _forge(folder: Path, name: str, number: int) -> None:
+    """The last of a rank's or everyone's indices becomes `number`, and its digest that of what is there now."""
+    path = folder / "ranks/1.json"
+    weight = next(each for each in json.loads(path.read_bytes())["weights"] if each["name"] == name)
+    file = folder / weight["file"]
+    held = load_file(file)
+    held[weight["key"]][-1] = number
+    digest = digest_of(held[weight["key"]])
+    save_file(held, file)
+    for rank in sorted((folder / "ranks").glob("*.json")):
+        data = json.loads(rank.read_text())
+        for each in data["weights"]:
+            if each["key"] == weight["key"]:
+                each["sha256"] = digest
+        rank.write_text(json.dumps(data))
+    Forger(folder).rehash()
