@@ -21,13 +21,12 @@ from partitioner.compile.cut_stages import StageParts
 from partitioner.errors import LayoutError
 from partitioner.program.copy_nodes import append_node
 from partitioner.program.pause_collector import collector_paused
-from partitioner.program.program import PerRankInt, Program, State, Weight
+from partitioner.program.program import HeldForm, PerRankInt, Program, State, Weight
 from partitioner.program.progress import timed
 from partitioner.program.stages import crossings
 from partitioner.program.torch_calls import lower, lowered_call
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import in_order
-from partitioner.storage.checkpoint.stored_form import StoredForm
 from partitioner.storage.checkpoint.stored_graph import stored_forms, use_stored
 from runtime.program.rank_program import RankProgram, RunInput, SharedHead
 from runtime.program.shards import Made, Piece, StateShard, WeightShard
@@ -199,7 +198,7 @@ def weight_shard(program: Program, weight: Weight, coordinates: Mapping[str, int
 
 
 def rank_weights(
-    program: Program, weights: Sequence[Weight], coordinates: Mapping[str, int], stored: Mapping[str, StoredForm]
+    program: Program, weights: Sequence[Weight], coordinates: Mapping[str, int], stored: Mapping[str, HeldForm]
 ) -> tuple[tuple[WeightShard, ...], dict[str, Tensor]]:
     """The shards of a rank, and the data of those that say which scale is whose."""
     found: list[WeightShard] = []

@@ -30,7 +30,7 @@ from partitioner.sharding.split_class import SplitClass
 from runtime.program.rank_program import Bound
 from runtime.program.shards import Piece, WeightShard, WeightSource
 
-__all__ = ["Entry", "Input", "LayersTraced", "Origins", "PerRankInt", "Program", "State", "Value", "Weight"]
+__all__ = ["Entry", "HeldForm", "Input", "LayersTraced", "Origins", "PerRankInt", "Program", "State", "Value", "Weight"]
 
 Integers = int | tuple[int, ...] | None
 
@@ -147,6 +147,33 @@ class Origins(Protocol):
 
     def of(self, shard: WeightShard) -> tuple[Piece, ...]:
         """The pieces of a rank's part of a weight."""
+
+    @property
+    def has_quantized(self) -> bool:
+        """Whether files hold weights as codes and scales."""
+
+    def held_form(self, name: str, aliases: Sequence[str]) -> HeldForm | None:
+        """How a weight is held as it is stored; None where it cannot be."""
+
+
+class HeldForm(Protocol):
+    """A weight that ranks hold as codes and scales. code, computed_in, turned: as in `runtime.program.shards.CodesOf`.
+    num_dims: 2, or 3 with one matrix for each expert.
+    """
+
+    @property
+    def code(self) -> str: ...
+    @property
+    def computed_in(self) -> torch.dtype: ...
+    @property
+    def has_zeros(self) -> bool: ...
+    @property
+    def turned(self) -> bool: ...
+    @property
+    def num_dims(self) -> int: ...
+
+    def shards(self, shard: WeightShard) -> tuple[dict[str, WeightShard | None], dict[str, torch.Tensor]]:
+        """What a rank holds of a weight of which `shard` is its part, by role; and the data of what no file holds."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
     WeightShard   one tensor of the rank: its shape, and the pieces it is put together from
     Made          how a weight that no source holds is made from one that it does hold
+    CodesOf       of which weight codes are, where it is held as codes and scales
     Piece         a block of a source tensor and the block of the local tensor it fills
     StateShard    what the rank keeps of each sequence between runs, such as a layer's keys
     WeightSource  where the data comes from
@@ -22,7 +23,13 @@ from torch import Tensor
 from partitioner.sharding.index_set import IndexSet
 from runtime.ops.kernels.float8_rows import SCALE_BYTES, num_scales
 
-__all__ = ["Block", "Made", "Piece", "ShardReader", "StateShard", "WeightShard", "WeightSource", "at", "extents"]
+__all__ = [
+    "CODES", "Block", "CodesOf", "Made", "Piece", "ShardReader", "StateShard", "WeightShard", "WeightSource", "at",
+    "extents",
+]  # fmt: skip
+
+CODES = ("float8", "float4", "int4")
+"""What a code of a quantised weight stands for before it is scaled; those of four bits are held two in a byte."""
 
 Block = tuple[tuple[int, int], ...]
 """A half-open range per dim."""
@@ -65,6 +72,18 @@ class Made:
 
 
 @dataclass(frozen=True)
+class CodesOf:
+    """weight: the rank's part that codes stand for, in its own order of dims. code: one of `CODES`. computed_in: the
+    dtype of the product with the scale. turned: whether its inputs stand before its outputs; in codes they are last.
+    """
+
+    weight: WeightShard
+    code: str
+    computed_in: torch.dtype
+    turned: bool
+
+
+@dataclass(frozen=True)
 class WeightShard:
     """One weight of a rank; `indices[d]` are the indices of dim d that the rank holds, None for all of them.
 
@@ -88,6 +107,7 @@ class WeightShard:
     """What its pieces are of quantised tensors: "codes", two in a byte of the last dim, "zeros", or "parts", the stored
     tensors as they are; None: numbers.
     """
+    codes_of: CodesOf | None = None
 
     @property
     def is_whole(self) -> bool:

@@ -26,8 +26,10 @@ from partitioner.sharding.mesh import AXES, Mesh
 from partitioner.storage.bundle.format.bundle_files import Folder
 from partitioner.storage.bundle.format.graph_format import build
 from partitioner.storage.bundle.format.manifest import DIGEST, File, Manifest
-from partitioner.storage.bundle.format.rank_format import Stored, read_entries, read_program, read_weight
+from partitioner.storage.bundle.format.rank_format import read_entries, read_program
 from partitioner.storage.bundle.format.untrusted_json import CONTROL, Record
+from partitioner.storage.bundle.format.weight_format import Stored, read_weight
+from partitioner.storage.bundle.held_slices import HeldSlice, held_by
 from partitioner.storage.checkpoint.quantized_tensors import checkpoint_files
 from partitioner.storage.recognise import MANIFEST
 from runtime.program.bundle_errors import attribute_errors
@@ -115,6 +117,19 @@ class Bundle(Ranks):
         file = self._file(name)
         return self.folder.read(name, bytes=file.bytes, digest=file.digest)
 
+    def programs(self, rank: int) -> tuple[RankProgram, ...]:
+        """Those of a rank, each once."""
+        return tuple({id(program): program for program in self._rank(rank).values()}.values())
+
+    def held(self) -> tuple[HeldSlice, ...]:
+        """What the ranks hold of weights as a quantised checkpoint stores them, in this bundle's own files."""
+        found: dict[tuple[str, ...], HeldSlice] = {}
+        for rank in range(self.mesh.world_size):
+            if any(each.shard.codes_of is not None for each in self.stored(rank)):
+                reader = Reader(self.files(self.stored(rank)))
+                found |= held_by(self.programs(rank), reader, str(self.folder.path))
+        return tuple(found.values())
+
     def stored(self, rank: int) -> tuple[Stored, ...]:
         """The weights of a rank, and where they are."""
         return self._read(rank)[1]
@@ -166,6 +181,7 @@ class Bundle(Ranks):
             with attribute_errors(programs["text"]):
                 for each in stored:
                     reader.load([each.shard], _CPU)
+        self.held()
 
     def _file(self, name: str) -> File:
         if name not in self.manifest.files:

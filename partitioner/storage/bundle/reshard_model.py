@@ -11,11 +11,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from partitioner.errors import BundleError
 from partitioner.storage.bundle.bundle import Bundle
 from partitioner.storage.bundle.format.model_config import require_plain
+from partitioner.storage.bundle.held_slices import require_described
 from partitioner.storage.bundle.reshard_origins import SliceOrigins
 from partitioner.storage.named_model import load_model
-from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear, stored_weight
-
-_STORED = (stored_grouped_linear, stored_linear, stored_weight)
 
 __all__ = ["ReshardModel", "open_bundle"]
 
@@ -35,7 +33,9 @@ def open_bundle(bundle: Bundle) -> ReshardModel:
     if bundle.manifest.checkpoint:
         raise BundleError(f"the weights of {bundle.folder.path} are in a checkpoint: partition that instead")
     bundle.verify()
-    _require_expanded(bundle)
+    for number in range(bundle.mesh.world_size):
+        require_described(bundle.entry("text", number), str(bundle.folder.path))
+    held = bundle.held()
     stored = [each for rank in range(bundle.mesh.world_size) for each in bundle.stored(rank)]
     require_plain(bundle.read("model/config.json"), str(bundle.folder.path / "model/config.json"))
     with bundle.model_folder() as folder:
@@ -51,23 +51,16 @@ def open_bundle(bundle: Bundle) -> ReshardModel:
             f"{bundle.folder.path}: model/config.json names {str(named)[:100]}, and the manifest "
             f"{bundle.manifest.model_class}: the bundle was altered; partition the model itself instead"
         )
-    _give_dtypes(model, {each.shard.name: each.shard.dtype for each in stored})
+    _give_dtypes(
+        model,
+        {each.shard.name: each.shard.dtype for each in stored} | {e.of.weight.name: e.of.weight.dtype for e in held},
+    )
     if model.can_generate():
         rank = bundle.rank(0)
         model.generation_config = GenerationConfig(eos_token_id=list(rank.eos_token_id) or None, **rank.generation)
     manifest = bundle.manifest
-    origins = SliceOrigins(stored, bundle.files(stored), mapped=bundle.mapped)
+    origins = SliceOrigins(stored, bundle.files(stored), held, mapped=bundle.mapped)
     return ReshardModel(model.eval(), origins, manifest.max_length, manifest.fixed_length)
-
-
-def _require_expanded(bundle: Bundle) -> None:
-    for rank in range(bundle.mesh.world_size):
-        if any(node.target in _STORED for node in bundle.entry("text", rank).graph.nodes):
-            raise BundleError(
-                f"{bundle.folder.path} holds its weights as a quantised checkpoint stores them: it runs with the "
-                "plan that it was made for, and is not split anew; partition the checkpoint, or a bundle that was made "
-                "with weights='expanded'"
-            )
 
 
 def _give_dtypes(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:

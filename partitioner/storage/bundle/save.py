@@ -23,7 +23,8 @@ from partitioner.sharding.mesh import AXES, DEGREES
 from partitioner.storage.bundle.format.bundle_files import digest_of, read_within, writing
 from partitioner.storage.bundle.format.graph_format import Template, share
 from partitioner.storage.bundle.format.manifest import File, Manifest
-from partitioner.storage.bundle.format.rank_format import Stored, program_data, weight_data
+from partitioner.storage.bundle.format.rank_format import program_data
+from partitioner.storage.bundle.format.weight_format import Stored, weight_data
 from runtime.program.rank_program import Entry, RankProgram
 from runtime.program.shards import WeightShard
 from runtime.weights.load_weights import load_weights

@@ -17,9 +17,7 @@ from torch import fx
 from torch.nn import functional
 
 from partitioner.errors import PlanError
-from partitioner.program.program import Program, Weight
-from partitioner.storage.checkpoint.stored_form import StoredForm
-from partitioner.storage.checkpoint.weight_origins import Origins
+from partitioner.program.program import HeldForm, Program
 from runtime.ops.experts import grouped_linear
 from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear, stored_weight
 
@@ -28,38 +26,33 @@ __all__ = ["stored_forms", "use_stored"]
 _ROLES = ("codes", "scales", "zeros", "rows", "columns")
 
 
-def stored_forms(program: Program) -> dict[str, StoredForm]:
+def stored_forms(program: Program) -> dict[str, HeldForm]:
     """How each weight that is held as stored is held; empty where the plan does not ask for it."""
     if not program.keeps_stored:
         return {}
     origins = program.origins
-    if not isinstance(origins, Origins) or not origins.files.packed:
+    if origins is None or not origins.has_quantized:
         raise PlanError(
             "weights='stored' is for weights that files hold quantised; these are not: leave it out, or partition the "
             "folder of a quantised checkpoint"
         )
-    found: dict[str, StoredForm] = {}
+    found: dict[str, HeldForm] = {}
     for weight in program.weights.values():
-        form = _form(weight, origins)
-        if form is not None:
-            found[weight.name] = form
+        if weight.source == "checkpoint" and weight.make is None:
+            form = origins.held_form(weight.name, weight.aliases)
+            if form is not None:
+                found[weight.name] = form
     return found
 
 
-def _form(weight: Weight, origins: Origins) -> StoredForm | None:
-    if weight.source != "checkpoint" or weight.make is not None:
-        return None
-    return StoredForm.of(origins.find(weight.name, weight.aliases), origins.files)
-
-
-def use_stored(graph: fx.Graph, forms: Mapping[str, StoredForm]) -> None:
+def use_stored(graph: fx.Graph, forms: Mapping[str, HeldForm]) -> None:
     """Replaces the uses of these weights in `graph`, which has been lowered."""
     for node in [node for node in graph.nodes if node.op == "get_attr" and str(node.target) in forms]:
         name, form = str(node.target), forms[str(node.target)]
         with graph.inserting_before(node):
-            has_zeros = "zeros" in form.example.parts
-            parts = [graph.get_attr(f"{name}.{role}") if role != "zeros" or has_zeros else None for role in _ROLES]
-        options: dict[str, Any] = {"code": form.code, "computed_in": form.example.computed_in}
+            roles = [role if role != "zeros" or form.has_zeros else None for role in _ROLES]
+            parts = [None if role is None else graph.get_attr(f"{name}.{role}") for role in roles]
+        options: dict[str, Any] = {"code": form.code, "computed_in": form.computed_in}
         for user in list(node.users):
             _replace(graph, user, node, form, parts, options)
         if node.users:
@@ -72,16 +65,16 @@ def use_stored(graph: fx.Graph, forms: Mapping[str, StoredForm]) -> None:
 
 
 def _replace(
-    graph: fx.Graph, user: fx.Node, weight: fx.Node, form: StoredForm, parts: list[Any], options: dict[str, Any]
+    graph: fx.Graph, user: fx.Node, weight: fx.Node, form: HeldForm, parts: list[Any], options: dict[str, Any]
 ) -> None:
     """Makes `user` a product with what is stored, where it is a product with the weight alone."""
     given = list(user.args)
     if given.count(weight) != 1 or weight in user.kwargs.values() or given.index(weight) != 1:
         return
-    if user.target is functional.linear and not form.turned and len(form.moved.shape) == 2:
+    if user.target is functional.linear and not form.turned and form.num_dims == 2:
         bias = given[2] if len(given) > 2 else user.kwargs.get("bias")
         user.target, user.args, user.kwargs = stored_linear, (given[0], *parts, bias), options
-    elif user.target is grouped_linear and len(form.moved.shape) == 3:
+    elif user.target is grouped_linear and form.num_dims == 3:
         bias = given[3] if len(given) > 3 else user.kwargs.get("bias")
         if bool(user.kwargs.get("transposed", False)) == form.turned:
             counts = given[2] if len(given) > 2 else user.kwargs["counts"]

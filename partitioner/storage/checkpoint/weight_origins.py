@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from partitioner.errors import WeightError
+from partitioner.storage.checkpoint.stored_form import StoredForm
 from partitioner.storage.checkpoint.strided_windows import Moved, piece
 from runtime.program.shards import Piece, WeightShard, extents
 from runtime.weights.read_shards import Reader
@@ -56,6 +57,14 @@ class Origins:
             f"the checkpoint {self.folder} does not hold the weight {name!r}, and transformers would draw it at "
             "random: complete the checkpoint, or load the model by from_pretrained and partition that"
         )
+
+    @property
+    def has_quantized(self) -> bool:
+        return bool(self.files.packed)
+
+    def held_form(self, name: str, aliases: Sequence[str]) -> StoredForm | None:
+        """How a weight is held as it is stored; None where it cannot be."""
+        return StoredForm.of(self.find(name, aliases), self.files)
 
     def of(self, shard: WeightShard) -> tuple[Piece, ...]:
         """The pieces of a rank's part of a weight."""

@@ -6,10 +6,13 @@
     awq               codes [K, N/8]  zeros [K/g, N/8]  scales [K/g, N]                        4 bits, eight a word
     gptq, gptq_v2     codes [K/8, N]  zeros [K/g, N/8]  scales [K/g, N]                        4 bits, eight a word
     packed            codes [N, K/8]  scales [N, K/g]  zeros [N/8, K/g] or none                4 bits, eight a word
+    held-float8         codes [.., N, K]  scales [R, G]                                        float8
+    held-float4         codes [.., N, K/2]  scales [R, G]                                      float4, two a byte
+    held-int4           codes [.., N, K/2]  scales, zeros [R, G] or none                       4 bits, two a byte
 
 fp8: arXiv:2412.19437, section 3.3. mxfp4: OCP Microscaling Formats (MX) 1.0. awq: arXiv:2306.00978, packed
 by AutoAWQ. gptq: arXiv:2210.17323, packed by AutoGPTQ; its zeros are stored less one, those of gptq_v2 as they are.
-packed: compressed-tensors, "pack-quantized".
+packed: compressed-tensors, "pack-quantized". held-..: what a rank holds as stored (`runtime.ops.kernels.stored`).
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor
 
 from runtime.ops.kernels.codes import exponents, nibbles, numbers
-from runtime.program.shards import Block
+from runtime.program.shards import Block, extents
 from runtime.weights.quantized.packed import Packed, Raw
 
 __all__ = ["FORMATS", "Format", "expand"]
@@ -119,6 +122,15 @@ def _packed_zeros(packed: Packed, raw: Raw, grid: Block) -> Tensor:
     return nibbles(raw("zeros", (_words(rows), groups)).T, *rows).T
 
 
+def _held_codes(packed: Packed, raw: Raw, box: Block) -> Tensor:
+    *outer, (start, stop) = box
+    return nibbles(raw("codes", (*outer, (start // 2, -(-stop // 2)))), start, stop)
+
+
+def _held_zeros(packed: Packed, raw: Raw, grid: Block) -> Tensor:
+    return raw("zeros", grid) if "zeros" in packed.parts else torch.full(extents(grid), 8, dtype=torch.uint8)
+
+
 FORMATS: dict[str, Format] = {
     "fp8": Format(_plain, _scales, None, "float8"),
     "mxfp4": Format(_float4, _scales, None, "float4"),
@@ -126,4 +138,7 @@ FORMATS: dict[str, Format] = {
     "gptq": Format(_gptq_codes, _turned_scales, functools.partial(_gptq_zeros, stored_less=1), "int4", turned=True),
     "gptq_v2": Format(_gptq_codes, _turned_scales, functools.partial(_gptq_zeros, stored_less=0), "int4", turned=True),
     "packed": Format(_packed_codes, _scales, _packed_zeros, "int4"),
+    "held-float8": Format(_plain, _scales, None, "float8"),
+    "held-float4": Format(_held_codes, _scales, None, "float4"),
+    "held-int4": Format(_held_codes, _scales, _held_zeros, "int4"),
 }

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runtime.program.shards import Block, extents
+from runtime.program.shards import Block, at, extents
 
 __all__ = ["Packed", "Raw"]
 
@@ -33,7 +33,8 @@ class Packed:
 
     format: a row of `FORMATS`. parts: the names of stored tensors by their role. block: rows and columns of one scale.
     computed_in: the dtype of the product, which is then rounded to the weight's. groups: that of each column, where
-    it is another than its place tells (activation order).
+    it is another than its place tells (activation order). rows: where the scales are a table for all of the tensor,
+    the row of that for each row of the tensor, [.., N]; `groups` is then a column of the table.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Packed:
     block: tuple[int, int]
     computed_in: torch.dtype = torch.float32
     groups: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
+    rows: Tensor | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -57,11 +59,17 @@ class Packed:
         if self.groups is not None and right > left:
             own = self.groups[left:right]
             across = int(own.min()), int(own.max()) + 1
+        if self.rows is not None:
+            mine = self.rows[at(box[:-1])]
+            return ((int(mine.min()), int(mine.max()) + 1) if mine.numel() else (0, 0), across)
         return (*lead, (top // high, -(-bottom // high)), across)
 
     def spread(self, scales: Tensor, box: Block) -> Tensor:
         """Of the part of the grid for `box`, one number per element of it."""
         (*_, rows, cols), (high, wide) = box, self.block
+        if self.rows is not None and self.groups is not None:
+            (top, _), (left, _) = self.scales_of(box)
+            return scales[(self.rows[at(box[:-1])] - top)[..., None], self.groups[slice(*cols)] - left]
         if self.groups is not None:
             across = self.groups[slice(*cols)] - self.scales_of(box)[-1][0]
         else:

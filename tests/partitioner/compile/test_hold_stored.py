@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import partitioner
-from partitioner import BundleError, Plan, PlanError, partition
+from partitioner import Plan, PlanError, partition
 from partitioner.compile.partition import compile_program
 from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear, stored_weight
 from runtime.weights.load_weights import load_weights
@@ -123,8 +123,6 @@ def test_bundles_hold_what_is_stored(tmp_path: Path, reference: bool) -> None:
     bundle.verify()
     assert same_bits(bundle.simulate(input_ids=IDS), parts.simulate(input_ids=IDS))
     if not reference:
-        with pytest.raises(BundleError, match=r"as a quantised checkpoint stores them.*is not split anew"):
-            partition(tmp_path / "bundle", Plan(tp=3))
         return
     path = next((tmp_path / "bundle" / "ranks").glob("0.json"))
     record = json.loads(path.read_text())

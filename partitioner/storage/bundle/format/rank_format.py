@@ -5,31 +5,27 @@
 "prefill" and "decode" are absent where the model cannot generate, "decode" also where it is the same as "prefill".
 Schema 1 had {.., "text": {..}, "generation": {..} or null} in place of "programs".
 
-A weight says which indices of which tensor it holds, so that a bundle can be split anew without the original, and has a
-digest of its bytes, which is checked whenever they are read.
+What a weight says is in `partitioner.storage.bundle.format.weight_format`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from partitioner.errors import BundleError
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.mesh import AXES, Mesh
 from partitioner.storage.bundle.format.stage_format import (
-    MOST_DIMS,
     head_data,
     read_dims,
     read_head,
     read_stage,
     stage_data,
 )
-from partitioner.storage.bundle.format.tiling import MOST_BLOCKS, fills
 from partitioner.storage.bundle.format.untrusted_json import (
     DOTTED,
     DTYPES,
@@ -39,138 +35,13 @@ from partitioner.storage.bundle.format.untrusted_json import (
     whole_number,
 )
 from runtime.program.rank_program import Bound, Entry, RankProgram, RunInput
-from runtime.program.shards import Piece, StateShard, WeightShard, WeightSource
+from runtime.program.shards import StateShard, WeightShard, WeightSource
 
-__all__ = ["Stored", "program_data", "read_entries", "read_program", "read_weight", "weight_data"]
+__all__ = ["program_data", "read_entries", "read_program"]
 
 Data = dict[str, Any]
 _DEFAULTS = {name: name for name in ("required", "arange", "ones", "zeros")}
-_HELD = {each: each for each in ("codes", "zeros", "parts")}
-_SOURCES = {name: name for name in ("checkpoint", "computed", "constant", "made")}
 _LONGEST = 2**31
-_OF_MODULES = frozenset(dir(nn.Module()))
-"""Weights become attributes of modules, where they must not stand in the place of what a module is made of."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A weight of a rank, where its bytes lie (a file and the name in it), and their digest.
-
-    file: None where they lie in a checkpoint, of whose tensors `shard.pieces` speaks.
-    """
-
-    shard: WeightShard
-    file: str | None
-    key: str
-    digest: str
-
-
-# -- weights -----------------------------------------------------------------------------------------------------------
-
-
-def weight_data(stored: Stored) -> Data:
-    shard = stored.shard
-    if not _is_weight_name(shard.name):
-        raise BundleError(f"a bundle cannot hold a weight by the name {shard.name!r}: a module has that for itself")
-    found: Data = {
-        "name": shard.name,
-        "dtype": dtype_name(shard.dtype),
-        "global_shape": list(shard.global_shape),
-        "indices": [None if own is None else [list(ends) for ends in own.intervals] for own in shard.indices],
-        "source": shard.source,
-        "aliases": list(shard.aliases),
-        "file": stored.file,
-        "key": stored.key,
-        "pieces": None if stored.file is not None else [_piece_data(piece) for piece in shard.pieces],
-        "sha256": stored.digest,
-    }
-    # of a checkpoint's quantised tensors; in a bundle's own files they are tensors like any other
-    return found if stored.file is not None or shard.held is None else found | {"held": shard.held}
-
-
-def _piece_data(piece: Piece) -> list[Any]:
-    strides = None if piece.strides is None else list(piece.strides)
-    blocks = ([list(ends) for ends in block] for block in (piece.source, piece.destination))
-    return [piece.tensor, *blocks, piece.offset, strides]
-
-
-def read_weight(record: Record) -> Stored:
-    shape = record.integers("global_shape")
-    given = record.any("indices")
-    if not isinstance(given, list) or len(given) != len(shape) or len(shape) > MOST_DIMS:
-        record.fail("indices", f"a list with one entry for each of the {len(shape)} dims")
-    indices = tuple(_indices(record, dim, size) for dim, size in enumerate(shape))
-    local = tuple(size if own is None else own.size for size, own in zip(shape, indices, strict=True))
-    key, file = record.text("key", longest=1000), record.maybe("file", lambda name: record.text(name, longest=200))
-    whole = tuple((0, size) for size in local)
-    held = record.one_of("held", _HELD) if record.has("held") else None
-    counted = (*local[:-1], 2 * local[-1]) if held == "codes" and local else local
-    pieces = record.maybe(
-        "pieces", lambda name: tuple(_read_piece(record, piece, counted) for piece in record.list(name))
-    )
-    if (file is None) != (pieces is not None):
-        record.fail("pieces", "given where there is no file, and only there")
-    if pieces is not None and not fills(pieces, counted, held):
-        record.fail("pieces", f"{MOST_BLOCKS} blocks that fill the rank's part, {list(local)}, each element once")
-    digest = record.digest("sha256")
-    shard = WeightShard(
-        name=_weight_name(record),
-        dtype=record.one_of("dtype", DTYPES),
-        global_shape=shape,
-        local_shape=local,
-        indices=indices,
-        source=record.one_of("source", _SOURCES),
-        aliases=record.texts("aliases", DOTTED),
-        pieces=(Piece(key, whole, whole),) if pieces is None else pieces,
-        digest=digest,
-        held=held if pieces is not None else None,
-    )
-    stored = Stored(shard, file, key, digest)
-    record.done()
-    return stored
-
-
-def _weight_name(record: Record) -> str:
-    name = record.text("name", DOTTED, longest=1000)
-    if not _is_weight_name(name):
-        record.fail("name", "a name that a module can give to a weight")
-    return name
-
-
-def _is_weight_name(name: str) -> bool:
-    parts = name.split(".")
-    return DOTTED.fullmatch(name) is not None and not any(p.startswith("__") or p in _OF_MODULES for p in parts)
-
-
-def _read_piece(record: Record, given: Any, local: tuple[int, ...]) -> Piece:
-    if not isinstance(given, list) or len(given) != 5 or not isinstance(given[0], str) or len(given[0]) > 1000:
-        record.fail("pieces", "lists of a tensor, two blocks, an offset and strides")
-    tensor, source, destination, offset, strides = given
-    for block in (source, destination):
-        if not isinstance(block, list) or not all(
-            isinstance(ends, list) and len(ends) == 2 and all(map(whole_number, ends)) and ends[0] <= ends[1]
-            for ends in block
-        ):
-            record.fail("pieces", "with blocks of intervals [start, stop]")
-    if len(destination) != len(local) or any(stop > size for (_, stop), size in zip(destination, local, strict=True)):
-        record.fail("pieces", f"within the rank's part, {list(local)}")
-    plain = strides is None or (isinstance(strides, list) and all(map(whole_number, strides)))
-    if not whole_number(offset) or not plain or (strides is not None and len(strides) != len(local)):
-        record.fail("pieces", f"with an offset, and null or {len(local)} strides")
-    read, filled = (tuple((a, b) for a, b in block) for block in (source, destination))
-    return Piece(tensor, read, filled, offset, None if strides is None else tuple(strides))
-
-
-def _indices(record: Record, dim: int, size: int) -> IndexSet | None:
-    if record.any("indices")[dim] is None:
-        return None
-    owned = record.intervals("indices", dim)
-    if owned and owned[-1][1] > size:
-        record.fail("indices", f"within the {size} indices of dim {dim}")
-    return IndexSet(owned)
-
-
-# -- programs ----------------------------------------------------------------------------------------------------------
 
 
 def program_data(
