@@ -29,9 +29,11 @@ from typing import NoReturn
 
 from partitioner.errors import CommunicationError, PartitionerError
 from runtime.engine.engine import Engine
+from runtime.execution.threads import use_threads_for
 from runtime.generation.batching.batch_loop import BatchLoop
 from runtime.generation.generation_request import longest_text
 from runtime.kv_cache.cache_size import CacheSize
+from runtime.kv_cache.paged_size import DEFAULT_ROWS
 from runtime.launching.line import Line, Message
 from runtime.launching.request_data import read_request
 from runtime.processes.launch import inherited
@@ -109,6 +111,8 @@ def serve(
     code = 0
     try:
         with connect() as engine:
+            at_once = rows or (DEFAULT_ROWS if size is None else size.max_batch)
+            use_threads_for(engine.program, at_once, engine.device)
             rank = Rank(engine, size=size, rows=rows, vocabulary=vocabulary)
             program = engine.program
             said: Message = {"eos_token_id": program.eos_token_id, "generation": dict(program.generation)}

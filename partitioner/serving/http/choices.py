@@ -94,4 +94,6 @@ def pieces_of(
     choices: Sequence[Choice], llm: Launched, tokenizer: Any, usage: Usage, metrics: Metrics
 ) -> AsyncGenerator[Piece]:
     """Those of all choices, in the order in which they come. What one meets ends all."""
+    if len(choices) == 1:  # nothing to merge: no task and no queue that each token passes
+        return choices[0].pieces(llm, tokenizer, usage, metrics)
     return merged(*(choice.pieces(llm, tokenizer, usage, metrics) for choice in choices))
