@@ -24,6 +24,7 @@ host, beside an all-reduce of as many bytes.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -202,14 +203,22 @@ def rank(given: argparse.Namespace) -> None:
             tokens = everyone if name == "all_reduce" else own
             made = [lambda x, way=kinds[name], t=tokens: way(x, t[1], t[2]) for kinds, _ in others]
             ways[name] = through(made, tokens[0])
-        off = compared(ways, communicator.rank, count)
+        mine = compared(ways, communicator.rank, count)
+        off = dict(zip(mine, turns.slowest(list(mine.values())), strict=True))
+        wrong = [name for name, each in off.items() if each > (1e-4 if dtype == torch.float32 else 5e-2)]
+        assert not set(wrong) & {"replicate", "gather", "exchange"}, off
+        for name in wrong:  # transformers', whose tokens are not asked for then
+            del ways[name]
+            if first:
+                print(f"  {count} tokens per rank: left out: transformers' {name}: off by {off[name]:.1e}", flush=True)
         times = turns.medians(ways, rounds=given.rounds, calls=1 if given.small else 10)
         best = min(times[name] for name in ("replicate", "gather", "exchange"))
         if first:
             said = ", ".join(f"{name} {seconds * 1e6 / given.layers:.0f}" for name, seconds in times.items())
             chosen = ", ".join(f"{entry} {way} {times[way] / best:.2f} of the best" for entry, way in auto.items())
-            print(f"  {count} tokens per rank, us a block: {said}; auto: {chosen}; off by {off:.1e}", flush=True)
-            for name in others[0][0]:
+            worst = max(off[name] for name in times)
+            print(f"  {count} tokens per rank, us a block: {said}; auto: {chosen}; off by {worst:.1e}", flush=True)
+            for name in others[0][0].keys() & times.keys():
                 print(f"    {name} / best of ours {times[name] / best:.2f}", flush=True)
     there_and_back(given, turns, layers[0], block, dtype, first=first)
     communicator.close()
@@ -227,17 +236,16 @@ def drawn(block: Block, count: int, device: torch.device, dtype: torch.dtype) ->
     return [hidden, index, (gates / gates.sum(-1, keepdim=True)).to(dtype)]
 
 
-def compared(ways: dict[str, Callable[[], Tensor]], number: int, count: int) -> float:
-    """The largest difference from one GPU, over the largest number; AssertionError where it is no rounding."""
+def compared(ways: dict[str, Callable[[], Tensor]], number: int, count: int) -> dict[str, float]:
+    """By way, the largest difference from one GPU, over the largest number; infinite where there is none."""
     whole = ways["1 GPU"]().double()
-    worst = 0.0
+    off = {}
     for name, run in ways.items():
         found = run().double()
         found = found[number * count :][:count] if found.shape != whole.shape else found
-        off = float((found - whole).abs().max() / whole.abs().max())
-        assert off < (1e-4 if ways["1 GPU"]().dtype == torch.float32 else 5e-2), (name, off)
-        worst = max(worst, off)
-    return worst
+        largest = float((found - whole).abs().max() / whole.abs().max())
+        off[name] = largest if math.isfinite(largest) else math.inf
+    return off
 
 
 def there_and_back(

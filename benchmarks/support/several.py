@@ -1,7 +1,8 @@
 """Ranks of one host with a device each: the options that benchmarks of several GPUs share, their start, their turns.
 
     given = options("what it measures").parse_args()
-    start("benchmarks.gpu.x", given, parts=("pp=2", "tp=2"), rank=worker)    each part by ranks of its own, in order
+    start("benchmarks.gpu.x", given, parts=("pp=2", "tp=2"), rank=worker)    each part by ranks of its own, in order,
+                                                                             which have it as given.part
 
 `--device cpu --small` runs the same code over gloo between processes, with tiny shapes: what it prints is no speed of
 anything, but that it runs. A part that fails is told, the parts behind it run all the same, and the exit status is 1.
@@ -41,9 +42,14 @@ def options(description: str | None, *, rounds: int = 5) -> argparse.ArgumentPar
 
 
 def start(
-    module: str, given: argparse.Namespace, *, parts: Sequence[str], rank: Callable[[argparse.Namespace], None]
+    module: str,
+    given: argparse.Namespace,
+    *,
+    parts: Sequence[str],
+    rank: Callable[[argparse.Namespace], None],
+    told: Callable[[dict[str, list[bytes]]], None] = lambda answers: None,
 ) -> None:
-    """In the first process: ranks for each part. In these: `rank`, with the part as `given.part`."""
+    """In the first process: ranks for each part; `told` is given what they answered, by part. In these: `rank`."""
     if "RANK" in os.environ:
         begin_worker()
         rank(given)
@@ -54,14 +60,15 @@ def start(
             "--device cpu --small, which runs the same code with tiny shapes"
         )
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    failed = []
+    answers = {}
     for part in parts:
         try:
-            launch([module, *sys.argv[1:], f"--part={part}"], num_ranks=given.ranks, timeout_s=given.timeout)
+            command = [module, *sys.argv[1:], f"--part={part}"]
+            answers[part] = launch(command, num_ranks=given.ranks, timeout_s=given.timeout)
         except PartitionerError as error:
-            failed.append(part)
             print(f"left out: {part}: {error}", flush=True)
-    if failed:
+    told(answers)
+    if len(answers) < len(parts):
         sys.exit(1)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu.plans import kendall
+
 ROOT = Path(__file__).parents[2]
 RUNS = {
     "pipeline": (["--tokens", "130", "--layers", "2"], ["pp=2: 2 x CPU", "first token of 130", "24 rows in 2 groups"]),
@@ -15,6 +17,7 @@ RUNS = {
         ["--lengths", "33", "--cached", "20", "--layers", "2"],
         ["33 tokens", "first token of 33", "20 cached", "the same tokens"],
     ),
+    "plans": (["--plan", "tp=2", "dp=2", "--layers", "2"], ["2 plans: Kendall's tau"]),
 }
 
 
@@ -42,3 +45,10 @@ def test_what_fails_is_told_and_the_next_runs() -> None:
     assert done.returncode == 1
     assert "left out: pp=3" in done.stdout
     assert "pp=2: 2 x CPU" in done.stdout
+
+
+@pytest.mark.slow
+def test_kendall() -> None:
+    assert kendall([(1, 2), (2, 3), (3, 9)]) == 1
+    assert kendall([(1, 9), (2, 3), (3, 2)]) == -1
+    assert kendall([(1, 1), (2, 3), (3, 2)]) == pytest.approx(1 / 3)
