@@ -9,12 +9,14 @@ weight but the embedding's table once, and the cache: those bytes over the memor
 measured by summing a large tensor, and is set against the data sheet's where the device is known.
 
 On several GPUs (`--ranks`): tensor parallelism, all-reduces by each other's memory and by NCCL, and on each GPU all of
-the model, all compiled and captured. The limit is a rank's bytes over the measured speed and one call of the quickest
-all-reduce of this run for each in a step.
+the model where it fits, all compiled and captured. The limit is a rank's bytes over the measured speed and one call of
+the quickest all-reduce of this run for each in a step. `--shape 70b` is Llama-3-70B's: two GPUs have room for it, and
+are what more are set against.
 
     python -m benchmarks.gpu.decode                  about five minutes, most of it compiling
     python -m benchmarks.gpu.decode --layers 8       a part of the model
-    python -m benchmarks.gpu.decode --ranks 2        two GPUs
+    python -m benchmarks.gpu.decode --ranks 2        two GPUs; 4, 8
+    python -m benchmarks.gpu.decode --ranks 8 --shape 70b --batch 32
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.gpu.pipeline import alone
+from benchmarks.support.decoders import SHAPES, DrawnWeights, decoder
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.peer_memory.choice import Choice
@@ -81,11 +85,15 @@ def seconds(generate: Callable[[int], object], count: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="One decoded token on a GPU.")
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--layers", type=int, help="instead of all")
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--shape", choices=("8b", "70b"), default="8b", help="70b on several GPUs only")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--kernels", default="", help="a file for the kernels of 16 tokens of rank 0, by time")
     given = parser.parse_args()
+    given.layers = given.layers or SHAPES[given.shape]["num_hidden_layers"]
+    if given.ranks == 1 and given.shape != "8b":
+        parser.error(f"--shape {given.shape} is for several GPUs: give --ranks 2, 4 or 8")
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     if given.ranks == 1:
@@ -107,9 +115,12 @@ def on_several(given: argparse.Namespace) -> None:
     """One of several ranks: all take their turns together, and the slowest counts."""
     rank = int(os.environ["RANK"])
     torch.cuda.set_device(rank)
-    model, ids = build(given.layers), prompts(given.batch)
-    parts = partition(model, Plan(tp=given.ranks))
-    first = Engine.connect(parts, device="cuda", compile=True, cuda_graph=True, timeout_s=600, shared_memory="on")
+    device, ids = torch.device("cuda", rank), prompts(given.batch)
+    model = decoder(given.shape, layers=given.layers, positions=8192, device=device)
+    drawn, parts = DrawnWeights(model, device), partition(model, Plan(tp=given.ranks))
+    first = Engine.connect(
+        parts, drawn, device="cuda", compile=True, cuda_graph=True, timeout_s=600, shared_memory="on"
+    )
     groups = first.communicator
     assert isinstance(groups, ProcessGroups)
     print(f"rank {rank}: {groups.transports}", flush=True)
@@ -118,18 +129,23 @@ def on_several(given: argparse.Namespace) -> None:
 
     def split() -> Engine:
         return Engine(
-            parts.entry("text", rank), groups, device="cuda", entries=lambda entry: parts.entry(entry, rank),
-            compile=True, cuda_graph=True,
+            parts.entry("text", rank), groups, weights=drawn, device="cuda", compile=True, cuda_graph=True,
+            entries=lambda entry: parts.entry(entry, rank),
         )  # fmt: skip
 
-    alone = partition(model, Plan()).engine(
-        0, ThreadGroup(Mesh.of()).communicator(0), device="cuda", compile=True, cuda_graph=True
-    )
-    contestants = {
-        f"{given.ranks} GPUs, each other's memory": (first, chosen),
-        f"{given.ranks} GPUs, NCCL": (split(), Choice.always("nccl")),
-        "1 GPU": (alone, chosen),
-    }
+    num_bytes = sum(p.nbytes for p in model.parameters())
+    # a part of the weights for each contestant, and what runs need; reckoned, so that all ranks choose alike
+    room = 0.8 * torch.cuda.get_device_properties(0).total_memory - num_bytes / given.ranks
+    contestants = {f"{given.ranks} GPUs, each other's memory": (first, chosen)}
+    if num_bytes / given.ranks < room:
+        room -= num_bytes / given.ranks
+        contestants[f"{given.ranks} GPUs, NCCL"] = (split(), Choice.always("nccl"))
+    elif rank == 0:
+        print("left out: NCCL: there is no room for the weights twice")
+    if num_bytes < room:
+        contestants["1 GPU"] = (alone(partition(model, Plan()), drawn, device, compile=True, cuda_graph=True), chosen)
+    elif rank == 0:
+        print("left out: 1 GPU: there is no room for all weights besides")
     said = {}
     for name, (engine, choice) in contestants.items():
         peers.choice = choice  # what is captured stays so
@@ -146,30 +162,32 @@ def on_several(given: argparse.Namespace) -> None:
                 seconds(lambda n, e=engine: e.generate(ids, max_new_tokens=n, eos_token_id=[]), n) for n in (MANY, FEW)
             ]
             times[name].append((took[0] - took[1]) / (MANY - FEW))
-    ways = microseconds(candidates(peers, "all_reduce", 8192 * given.batch), peers.device, calls=100, rounds=11)
+    reduced = 2 * model.config.hidden_size * given.batch
+    ways = microseconds(candidates(peers, "all_reduce", reduced), peers.device, calls=100, rounds=11)
     reduces = sum(node.target is all_reduce for node in parts.entry("decode", rank).graph.nodes)
     speed = measured_speed()
     table = model.get_input_embeddings().weight.nbytes
-    weights = sum(p.nbytes for p in model.parameters()) - table
+    weights = num_bytes - table
     cache = parts.cache_bytes(max_batch=given.batch, max_length=PROMPT + (FEW + MANY) // 2)[0]
     if rank == 0:
         best = {name: min(of_one) for name, of_one in times.items()}
         quickest = min(ways, key=ways.__getitem__)
         own = weights / given.ranks + cache
         limit = {True: own / speed + reduces * ways[quickest] * 1e-6, False: (weights + cache * given.ranks) / speed}
-        plain = said["1 GPU"]
+        base = "1 GPU" if "1 GPU" in contestants else next(iter(contestants))
+        plain = said[base]
         print(
-            f"{given.ranks} x {torch.cuda.get_device_name()}, {given.layers} layers, batch {given.batch}; measured "
-            f"{speed / 1e12:.2f} TB/s; {reduces} all-reduces of {8192 * given.batch} bytes, the quickest {quickest} "
-            f"{ways[quickest]:.1f} us, NCCL {ways['nccl']:.1f} us"
+            f"{given.ranks} x {torch.cuda.get_device_name()}, {given.shape}, {given.layers} layers, batch "
+            f"{given.batch}; measured {speed / 1e12:.2f} TB/s; {reduces} all-reduces of {reduced} bytes, the quickest "
+            f"{quickest} {ways[quickest]:.1f} us, NCCL {ways['nccl']:.1f} us"
         )
         for name, took in best.items():
             spread = max(times[name]) / took - 1
             same = int((said[name][0, PROMPT:] == plain[0, PROMPT:]).long().cumprod(0).sum())
             print(
                 f"{name:32} {took * 1e3:6.3f} ms/token  limit {limit['GPUs' in name] * 1e3:6.3f} = "
-                f"{limit['GPUs' in name] / took:4.0%}  1 GPU / this {best['1 GPU'] / took:5.2f}  slowest round "
-                f"+{spread:.0%}  first {same} tokens as 1 GPU"
+                f"{limit['GPUs' in name] / took:4.0%}  {base} / this {best[base] / took:5.2f}  "
+                f"slowest round +{spread:.0%}  first {same} tokens as {base}"
             )
     if given.kernels:
         kernels(first, ids, given.kernels if rank == 0 else os.devnull)

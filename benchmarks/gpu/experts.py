@@ -1,0 +1,285 @@
+"""Routed experts over several GPUs of one host, without attention: how tokens come to them, against transformers'.
+
+    replicate     all ranks have all tokens: own experts, all-reduce
+    gather        ranks have tokens of their own: all-gather, own experts, reduce-scatter
+    exchange      ranks have tokens of their own: each token once to each rank that has one of its experts, and back
+    auto          what `Plan(dp=n, ep=n)` takes for single tokens, and for prompts: one of these, named with its time
+                  over that of the best
+    all_to_all, all_reduce    transformers' AllToAllEP and AllReduceEP (given all tokens), where they run
+    1 GPU         a rank's own tokens through all experts, on one GPU
+
+Two blocks, bfloat16, random weights and choices: Qwen3-30B-A3B's (128 experts, 8 of them, 2048 wide, 768 inside) and
+one of DeepSeek-V3's size (256, 8, 7168, 2048). Calls run node by node; the slowest rank counts, of the rounds the
+median. What each rank gets is compared with what one GPU makes of its tokens.
+There and back (128 tokens per rank, experts left out): node by node, and in a CUDA graph where no size comes from the
+host, beside an all-reduce of as many bytes.
+
+    python -m benchmarks.gpu.experts --ranks 2
+    python -m benchmarks.gpu.experts --ranks 8 --blocks deepseek-v3 --layers 4
+    python -m benchmarks.gpu.experts --ranks 2 --device cpu --small --rounds 2
+
+`--layers` runs so many blocks with weights of their own behind each other, so that small sizes read them from memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
+
+import torch
+from torch import Tensor, fx
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from benchmarks.support.several import DeviceTurns, device_name, device_of_rank, options, sharing, start
+from partitioner import Plan
+from partitioner.program.program import Program
+from partitioner.sharding.mesh import Mesh
+from passes.expert_parallel import ExpertParallel, deal
+from runtime.communication.peer_memory.measure import microseconds
+from runtime.communication.process_groups import ProcessGroups
+from runtime.ops.expert_exchange import localise_experts, receive_from_experts, send_to_experts
+from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
+
+CHOICES, SMALL_BATCH = 8, 128
+
+
+@dataclass(frozen=True)
+class Block:
+    experts: int
+    hidden: int
+    inner: int
+
+
+BLOCKS = {
+    "qwen3-30b-a3b": Block(128, 2048, 768),
+    "deepseek-v3": Block(256, 7168, 2048),
+}
+SMALL = {"small": Block(24, 32, 16), "uneven": Block(19, 32, 16)}
+TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
+
+
+def experts(hidden: Tensor, index: Tensor, gates: Tensor, up: Tensor, down: Tensor, *, trim: bool = False) -> Tensor:
+    rows, order, counts = expert_dispatch(hidden, index, up.shape[0], trim=trim)
+    gate, value = grouped_linear(rows, up, counts).chunk(2, dim=-1)
+    return expert_combine(grouped_linear(functional.silu(gate) * value, down, counts), order, gates)
+
+
+class Layer:
+    """One block: all its experts, those of this rank, and every way to them. tokens: (hidden, index, gates)."""
+
+    def __init__(self, block: Block, communicator: ProcessGroups, number: int, dtype: torch.dtype) -> None:
+        rank, ranks, device = communicator.rank, communicator.mesh.size("ep"), communicator.device
+        random = torch.Generator(device).manual_seed(number)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device, dtype=dtype, generator=random) * shape[-1] ** -0.5
+
+        self.up = draw(block.experts, 2 * block.inner, block.hidden)
+        self.down = draw(block.experts, block.hidden, block.inner)
+        owners = deal(block.experts, ranks)
+        mine = slice(owners[rank][0], owners[rank][-1] + 1)
+        self.own_up, self.own_down = self.up[mine], self.down[mine]
+        self.dealt: dict[str, Any] = {
+            "experts": [expert for of_rank in owners for expert in of_rank],
+            "counts": [len(of_rank) for of_rank in owners],
+        }
+        self.rank = rank
+        self.channel = {
+            name: communicator.channel("ep", node=f"{name} {number}")
+            for name in ("send", "return", "gather", "index", "gates", "scatter", "reduce")
+        }
+
+    def whole(self, tokens: list[Tensor]) -> Tensor:
+        return experts(*tokens, self.up, self.down)  # type: ignore[misc]
+
+    def local(self, hidden: Tensor, index: Tensor, gates: Tensor) -> Tensor:
+        """A partial sum: of this rank's experts."""
+        index, gates = localise_experts(index, gates, self.rank, axes=("ep",), **self.dealt)
+        return experts(hidden, index, gates, self.own_up, self.own_down)
+
+    def replicate(self, everyone: list[Tensor]) -> Tensor:
+        return self.channel["reduce"].all_reduce(self.local(*everyone))
+
+    def gather(self, own: list[Tensor]) -> Tensor:
+        return self.scattered(self.local(*self.gathered(own)))
+
+    def gathered(self, own: list[Tensor]) -> list[Tensor]:
+        return [self.channel[name].all_gather(x, 0) for name, x in zip(("gather", "index", "gates"), own, strict=True)]
+
+    def scattered(self, everyone: Tensor) -> Tensor:
+        return self.channel["scatter"].reduce_scatter(everyone, 0)
+
+    def exchange(self, own: list[Tensor]) -> Tensor:
+        *sent, back = send_to_experts(self.channel["send"], *own, **self.dealt)  # type: ignore[misc]
+        return receive_from_experts(self.channel["return"], experts(*sent, self.own_up, self.own_down, trim=True), back)
+
+    def there_and_back(self, own: list[Tensor]) -> Tensor:
+        rows, _, _, back = send_to_experts(self.channel["send"], *own, **self.dealt)  # type: ignore[misc]
+        return receive_from_experts(self.channel["return"], rows, back)
+
+    def gathered_and_back(self, own: list[Tensor]) -> Tensor:
+        return self.scattered(self.gathered(own)[0])
+
+
+def of_auto(ranks: int) -> dict[str, str]:
+    """By entry, what the pass takes where each rank has sequences of its own."""
+    program = Program(fx.Graph(), (), {}, {}, {}, Plan(dp=ranks, ep=ranks).mesh)
+    return {entry: ExpertParallel().for_entry(entry, program).exchange for entry in ("decode", "prefill")}
+
+
+def theirs(layer: Layer, block: Block, device: torch.device, ranks: int) -> tuple[dict[str, Any], str]:
+    """Transformers' ways over the same weights, or why there are none."""
+    if block.experts % ranks:
+        return {}, f"{block.experts} experts on {ranks} ranks: theirs are for as many on each"
+    try:
+        from transformers.distributed.expert_parallel import AllReduceEP, AllToAllEP
+
+        config = Qwen3MoeConfig(
+            num_experts=layer.own_up.shape[0], num_experts_per_tok=CHOICES, hidden_size=block.hidden,
+            moe_intermediate_size=block.inner,
+        )  # fmt: skip
+        config._experts_implementation = "grouped_mm"
+        group = init_device_mesh(device.type, (ranks,))
+        one = init_device_mesh(device.type, (ranks, 1), mesh_dim_names=("a", "b"))["b"]
+        made = {}
+        for name, kind, meshes in (("all_to_all", AllToAllEP, (group, one)), ("all_reduce", AllReduceEP, (group,) * 2)):
+            with torch.device("meta"):
+                module = Qwen3MoeExperts(config)
+            module.gate_up_proj = torch.nn.Parameter(layer.own_up, requires_grad=False)
+            module.down_proj = torch.nn.Parameter(layer.own_down, requires_grad=False)
+            made[name] = kind(module, *meshes)
+        return made, ""
+    except Exception as error:  # a version without them, or sizes that they refuse: the same on all ranks
+        return {}, f"{type(error).__name__}: {error}"
+
+
+def through(layers: list[Callable[[Tensor], Tensor]], hidden: Tensor) -> Callable[[], Tensor]:
+    """Blocks behind each other, each with a residual."""
+
+    def run() -> Tensor:
+        x = hidden
+        for layer in layers:
+            x = x + layer(x)
+        return x
+
+    return run
+
+
+@torch.no_grad()
+def rank(given: argparse.Namespace) -> None:
+    device, block = device_of_rank(given), (SMALL if given.small else BLOCKS)[given.part]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    communicator = ProcessGroups.connect(
+        Mesh.of(dp=given.ranks, ep=given.ranks), axes={("ep",)}, device=device.type, timeout_s=120,
+        shared_memory=sharing(device),
+    )  # fmt: skip
+    turns, first = DeviceTurns(device), communicator.rank == 0
+    layers = [Layer(block, communicator, number, dtype) for number in range(given.layers)]
+    others = [theirs(layer, block, device, given.ranks) for layer in layers]
+    auto = of_auto(given.ranks)
+    if first:
+        print(f"{given.part}: {given.ranks} x {device_name(device)}, {given.layers} blocks, {block}", flush=True)
+        if others[0][1]:
+            print(f"  left out: transformers' ways: {others[0][1][:200]}")
+    for count in given.tokens or ((1, 5, 32) if given.small else TOKENS):
+        everyone = drawn(block, count * given.ranks, device, dtype)
+        own = [x[communicator.rank * count :][:count] for x in everyone]
+        ways = {
+            "replicate": run_through([layer.replicate for layer in layers], everyone),
+            "gather": run_through([layer.gather for layer in layers], own),
+            "exchange": run_through([layer.exchange for layer in layers], own),
+            "1 GPU": run_through([layer.whole for layer in layers], own),
+        }
+        for name in others[0][0]:
+            tokens = everyone if name == "all_reduce" else own
+            made = [lambda x, way=kinds[name], t=tokens: way(x, t[1], t[2]) for kinds, _ in others]
+            ways[name] = through(made, tokens[0])
+        mine = compared(ways, communicator.rank, count)
+        off = dict(zip(mine, turns.slowest(list(mine.values())), strict=True))
+        wrong = [name for name, each in off.items() if each > (1e-4 if dtype == torch.float32 else 5e-2)]
+        assert not set(wrong) & {"replicate", "gather", "exchange"}, off
+        for name in wrong:  # transformers', whose tokens are not asked for then
+            del ways[name]
+            if first:
+                print(f"  {count} tokens per rank: left out: transformers' {name}: off by {off[name]:.1e}", flush=True)
+        times = turns.medians(ways, rounds=given.rounds, calls=1 if given.small else 10)
+        best = min(times[name] for name in ("replicate", "gather", "exchange"))
+        if first:
+            said = ", ".join(f"{name} {seconds * 1e6 / given.layers:.0f}" for name, seconds in times.items())
+            chosen = ", ".join(f"{entry} {way} {times[way] / best:.2f} of the best" for entry, way in auto.items())
+            worst = max(off[name] for name in times)
+            print(f"  {count} tokens per rank, us a block: {said}; auto: {chosen}; off by {worst:.1e}", flush=True)
+            for name in others[0][0].keys() & times.keys():
+                print(f"    {name} / best of ours {times[name] / best:.2f}", flush=True)
+    there_and_back(given, turns, layers[0], block, dtype, first=first)
+    communicator.close()
+
+
+def run_through(blocks: list[Callable[[list[Tensor]], Tensor]], tokens: list[Tensor]) -> Callable[[], Tensor]:
+    hidden, index, gates = tokens
+    return through([lambda x, block=block: block([x, index, gates]) for block in blocks], hidden)  # type: ignore[misc]
+
+
+def drawn(block: Block, count: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    random = torch.Generator(device).manual_seed(count)
+    hidden = torch.randn(count, block.hidden, device=device, dtype=dtype, generator=random)
+    gates, index = torch.rand(count, block.experts, device=device, generator=random).topk(CHOICES)
+    return [hidden, index, (gates / gates.sum(-1, keepdim=True)).to(dtype)]
+
+
+def compared(ways: dict[str, Callable[[], Tensor]], number: int, count: int) -> dict[str, float]:
+    """By way, the largest difference from one GPU, over the largest number; infinite where there is none."""
+    whole = ways["1 GPU"]().double()
+    off = {}
+    for name, run in ways.items():
+        found = run().double()
+        found = found[number * count :][:count] if found.shape != whole.shape else found
+        largest = float((found - whole).abs().max() / whole.abs().max())
+        off[name] = largest if math.isfinite(largest) else math.inf
+    return off
+
+
+def there_and_back(
+    given: argparse.Namespace, turns: DeviceTurns, layer: Layer, block: Block, dtype: torch.dtype, *, first: bool
+) -> None:
+    """Dispatch and combine without experts."""
+    count = 4 if given.small else SMALL_BATCH
+    everyone = drawn(block, count * given.ranks, turns.device, dtype)
+    own = [x[layer.rank * count :][:count] for x in everyone]
+    ways = {
+        "exchange": lambda: layer.there_and_back(own),
+        "gather": lambda: layer.gathered_and_back(own),
+        "all-reduce": lambda: layer.channel["reduce"].all_reduce(everyone[0]),
+    }
+    times = turns.medians(ways, rounds=given.rounds, calls=1 if given.small else 20)
+    captured: dict[str, float] = {}
+    if turns.device.type == "cuda":  # exchange asks the host for sizes, and cannot be captured
+        in_graph = {name: ways[name] for name in ("gather", "all-reduce")}
+        mine = microseconds(in_graph, turns.device, calls=20, rounds=11)
+        captured = dict(zip(mine, turns.slowest(list(mine.values())), strict=True))
+    if first:
+        said = ", ".join(f"{name} {seconds * 1e6:.1f}" for name, seconds in times.items())
+        graphs = ", ".join(f"{name} {took:.1f}" for name, took in captured.items()) or "no GPU"
+        print(f"  there and back, {count} tokens per rank, us: {said}; in a CUDA graph: {graphs}", flush=True)
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--layers", type=int, default=1, help="blocks behind each other")
+    parser.add_argument("--tokens", type=int, nargs="+", help="per rank; 1 to 8192, and 1 to 32 with --small")
+    parser.add_argument("--blocks", nargs="+", choices=list(BLOCKS), default=["qwen3-30b-a3b", "deepseek-v3"])
+    given = parser.parse_args()
+    start("benchmarks.gpu.experts", given, parts=list(SMALL) if given.small else given.blocks, rank=rank)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Tokens of one sequence shared out over several GPUs of one host (sp=n), a Llama-3-8B shape in bfloat16, against one.
+
+    attention   one layer's, causal, 32k to 512k tokens, each kind: the time of the same kernel on one GPU over all
+                tokens, divided by n, over the time here (1 is ideal); results are compared
+    prompts     the whole model to the first token, 32k to 512k tokens, over one GPU (up to --alone tokens)
+    decode      256k tokens in the cache: seconds of a token after the prompt, over one GPU; compiled and captured
+
+Weights are drawn on the devices. One GPU runs on each of them at the same time, in turn with the plan; the slowest rank
+counts, of the rounds the median, and one round of what is longer than 128k tokens.
+
+    python -m benchmarks.gpu.sequences --ranks 2
+    python -m benchmarks.gpu.sequences --ranks 8 --parts attention decode --layers 8
+    python -m benchmarks.gpu.sequences --ranks 4 --plan tp=2,sp=2 --parts prompts
+    python -m benchmarks.gpu.sequences --ranks 2 --device cpu --small --rounds 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.pipeline import alone, drawn_ids, writes
+from benchmarks.support.decoders import SHAPES, DrawnWeights, decoder
+from benchmarks.support.several import (
+    DeviceTurns,
+    device_name,
+    device_of_rank,
+    options,
+    sharing,
+    start,
+    synchronize,
+)
+from partitioner import Plan, partition
+from partitioner.sharding.mesh import Mesh
+from runtime.communication.process_groups import ProcessGroups
+from runtime.engine import Engine
+from runtime.ops.attention import attention
+from runtime.ops.rows.sequence_attention import attend_over_ranks
+from runtime.ops.rows.share_rows import take_rows
+
+PARTS = ("attention", "prompts", "decode")
+WAYS = ("ring", "gather", "ulysses", "ring-ulysses")
+LENGTHS, CACHED = (2**15, 2**16, 2**17, 2**18, 2**19), 2**18
+SMALL_LENGTHS, SMALL_CACHED = (96, 203), 200
+NEW, LONG = 33, 2**17
+
+
+def rounds_of(given: argparse.Namespace, tokens: int) -> int:
+    return given.rounds if tokens <= LONG else 1  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def attentions(given: argparse.Namespace, device: torch.device) -> None:
+    shape = SHAPES["small" if given.small else "8b"]
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    width = shape["hidden_size"] // heads
+    ranks, scale = given.ranks, width**-0.5
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    communicator = ProcessGroups.connect(
+        Mesh.of(sp=ranks), axes={("sp",)}, device=device.type, timeout_s=120, shared_memory=sharing(device)
+    )
+    turns, number = DeviceTurns(device), communicator.rank
+    ways = [way for way in WAYS if way != "ring-ulysses" or (ranks > 2 and ranks % 2 == 0)]
+    channels = {way: communicator.channel("sp", node=way) for way in ways}
+    if number == 0:
+        print(f"attention: {ranks} x {device_name(device)}, {heads} heads, {kv_heads} kv heads of {width}", flush=True)
+    for tokens in given.lengths:
+        random = torch.Generator(device).manual_seed(0)
+        whole = [
+            torch.randn(1, count, tokens, width, device=device, dtype=dtype, generator=random)
+            for count in (heads, kv_heads, kv_heads)
+        ]
+
+        def own(x: Tensor) -> Tensor:
+            return take_rows(x, number, parts=ranks, axes=("sp",), dim=2, kind="sequence", order="zigzag")
+
+        mine = [own(x).contiguous() for x in whole]
+
+        def shared(way: str, mine: list[Tensor] = mine, tokens: int = tokens) -> Tensor:
+            factors = {"neighbours": ranks // 2} if way == "ring-ulysses" else {}
+            return attend_over_ranks(
+                channels[way], *mine, tokens, None, None, how=way, parts=ranks, scale=scale, causal=True, **factors
+            )
+
+        def one(whole: list[Tensor] = whole) -> Tensor:
+            return attention(*whole, scale=scale, causal=True)
+
+        wanted = own(one())
+        off = max(float((shared(way) - wanted).abs().max() / wanted.abs().max()) for way in ways)
+        assert off < (1e-4 if dtype == torch.float32 else 2e-2), off
+        contestants: dict[str, Callable[[], object]] = {way: lambda way=way: shared(way) for way in ways}  # type: ignore[misc]
+        times = turns.medians({"1 GPU": one, **contestants}, rounds=rounds_of(given, tokens))
+        if number == 0:
+            said = ", ".join(
+                f"{way} {times[way] * 1e3:.2f} ms = {times['1 GPU'] / ranks / times[way]:.2f} of ideal" for way in ways
+            )
+            print(f"  {tokens} tokens: 1 GPU {times['1 GPU'] * 1e3:.2f} ms; {said}; off by {off:.1e}", flush=True)
+    communicator.close()
+
+
+@torch.no_grad()
+def whole_model(given: argparse.Namespace, device: torch.device) -> None:
+    """Prompts, or decode."""
+    is_decode, plan = given.part == "decode", Plan.parse(given.plan or f"sp={given.ranks}")
+    cached = given.cached or (SMALL_CACHED if given.small else CACHED)
+    shape, longest = "small" if given.small else "8b", max([cached] if is_decode else given.lengths)
+    model = decoder(shape, layers=given.layers, positions=longest + 2 * NEW, device=device)
+    weights, made = DrawnWeights(model, device), {}
+    if is_decode and device.type == "cuda":
+        made = {"compile": True, "cuda_graph": True}
+    one = alone(partition(model, Plan()), weights, device, **made)
+    parts = partition(model, plan)
+    with Engine.connect(
+        parts, weights, device=device.type, timeout_s=300, shared_memory=sharing(device), **made
+    ) as split:  # type: ignore[arg-type]
+        turns, first = DeviceTurns(device), split.program.rank == 0
+        if first:
+            layers = model.config.num_hidden_layers
+            print(f"{given.part}: {plan}, {given.ranks} x {device_name(device)}, {layers} layers", flush=True)
+        if is_decode:
+            decode(turns, one, split, drawn_ids(1, cached, model.config.vocab_size, device), first=first)
+        else:
+            for tokens in given.lengths:
+                ids = drawn_ids(1, tokens, model.config.vocab_size, device)
+                contestants = {"ranks": writes(split, ids, 1)}
+                if tokens <= given.alone:
+                    contestants["1 GPU"] = writes(one, ids, 1)
+                times = turns.medians(contestants, rounds=rounds_of(given, tokens))
+                if first:
+                    ratio = f", 1 GPU / this {times['1 GPU'] / times['ranks']:.2f}" if "1 GPU" in times else ""
+                    said = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in times.items())
+                    print(f"  first token of {tokens}: {said}{ratio}", flush=True)
+        synchronize(device)
+        if made:
+            one._generate_loop.release()  # what it has captured goes before the groups
+
+
+def decode(turns: DeviceTurns, one: Engine, split: Engine, ids: Tensor, *, first: bool) -> None:
+    """The time between tokens behind one prompt; the first steps are compiled and captured, and do not count."""
+    took, said = {}, {}
+    for name, engine in (("1 GPU", one), ("ranks", split)):
+        turns.meet()
+        ends, tokens = [time.perf_counter()], []
+        for step in engine.stream(ids, max_new_tokens=NEW, eos_token_id=[], do_sample=False):
+            synchronize(turns.device)
+            ends.append(time.perf_counter())
+            tokens.append(step.tokens)
+        half = len(ends) // 2
+        took[name] = turns.slowest([ends[1] - ends[0], (ends[-1] - ends[half]) / (len(ends) - 1 - half)])
+        said[name] = tokens
+    if first:
+        for name, (to_first, each) in took.items():
+            print(f"  {ids.shape[1]} cached, {name}: first token {to_first:.2f} s, then {each * 1e3:.3f} ms each")
+        same = "the same tokens" if said["1 GPU"] == said["ranks"] else "other tokens (bfloat16 rounds)"
+        print(f"  1 GPU / ranks, a token: {took['1 GPU'][1] / took['ranks'][1]:.2f}; {same}", flush=True)
+
+
+def rank(given: argparse.Namespace) -> None:
+    device = device_of_rank(given)
+    (attentions if given.part == "attention" else whole_model)(given, device)
+
+
+def main() -> None:
+    parser = options(__doc__, rounds=3)
+    parser.add_argument("--layers", type=int, help="instead of all")
+    parser.add_argument("--lengths", type=int, nargs="+", help="tokens; 32k to 512k, and a few hundred with --small")
+    parser.add_argument("--cached", type=int, help="tokens in the cache of decode; 256k, and 200 with --small")
+    parser.add_argument("--alone", type=int, default=LONG, help="the longest prompt that one GPU is given")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--plan", help="of prompts and decode, instead of sp=RANKS")
+    given = parser.parse_args()
+    given.lengths = given.lengths or list(SMALL_LENGTHS if given.small else LENGTHS)
+    start("benchmarks.gpu.sequences", given, parts=given.parts, rank=rank)
+
+
+if __name__ == "__main__":
+    main()
