@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.supported_models.generation import NEW
+from tests.supported_models.recurrent_section import put_in, section, take_out
 
 __all__ = ["add", "read", "write"]
 
@@ -66,7 +67,8 @@ def write(source: Path, to: Path, *, made_by: str) -> None:
         text.append(
             f"- share within 15% of 1/{tp} on the default configuration: {near} of {len(shares)} causal language models"
         )
-    text += ["", "## Causal language models", "", *_table(plain), "", "## Encoders", "", *_table(masked)]
+    text += ["", "## Causal language models", "", *_table(plain), "", *section(plain)]
+    text += ["", "## Encoders", "", *_table(masked)]
     text += ["", "## Odd sizes: 6 heads over 3, FFN 100, vocabulary 127", "", *_table(odd), ""]
     to.write_text("\n".join(text))
 
@@ -129,12 +131,18 @@ def _counted(what: str, rows: list[dict[str, Any]], key: str) -> str:
 
 
 def add(source: Path, to: Path) -> None:
-    """Puts what `source` says of pipeline stages into the page that there is; the rest of it stays as it is.
+    """Puts what `source` says of pipeline stages and of prompts into the page that there is; the rest stays as it is.
 
-    For a column that was measured without the others, whose lines may be gone.
+    For what was measured without the other columns, whose lines may be gone.
     """
-    found = {row["name"]: row for row in read(source) if "stages" in row}
-    lines, masked, is_new, at = to.read_text().split("\n"), False, False, 0
+    rows = {row["name"]: row for row in read(source) if "prompts" in row}
+    page, known = take_out(to.read_text())
+    page = _add_stages(page, {row["name"]: row for row in read(source) if "stages" in row})
+    to.write_text(put_in(page, section(rows.values()) if rows else known))
+
+
+def _add_stages(page: str, found: dict[str, dict[str, Any]]) -> str:
+    lines, masked, is_new, at = page.split("\n"), False, False, 0
     seen: list[dict[str, Any]] = []
     for number, line in enumerate(lines):
         if line.startswith("## "):
@@ -161,7 +169,7 @@ def add(source: Path, to: Path) -> None:
     counted = _counted("pipeline stages", seen, "stages")
     lines = [line for line in lines if not line.startswith("- pipeline stages: ")]
     place = next(number for number, line in enumerate(lines) if line.startswith("- tokens over sp"))
-    to.write_text("\n".join([*lines[: place + 1], counted, *lines[place + 1 :]]))
+    return "\n".join([*lines[: place + 1], counted, *lines[place + 1 :]])
 
 
 def line_is_odd(before: list[str]) -> bool:
