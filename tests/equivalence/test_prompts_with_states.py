@@ -18,7 +18,7 @@ from tests.support import stepping, zoo
 
 EXACT = 1e-9
 QUICK = ["mamba", "lfm2_moe"]
-SLOW = ["mamba2", "bamba", "falcon_h1", "granitemoehybrid", "qwen3_next", "jamba", "olmo_hybrid"]
+SLOW = ["mamba2", "bamba", "falcon_h1", "granitemoehybrid", "qwen3_next", "lfm2", "jamba", "olmo_hybrid"]
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])

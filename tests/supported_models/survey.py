@@ -9,9 +9,10 @@
     python -m tests.supported_models.survey stages [names]    each, built tiny, as pipeline stages
     python -m tests.supported_models.survey sequences [names] each, built tiny, its tokens shared out over sp
     python -m tests.supported_models.survey layers [names]    each, built tiny and deep: identical layers traced once
+    python -m tests.supported_models.survey prompts [names]   each causal one with states: prompts many tokens at a time
     python -m tests.supported_models.survey shares [names]    each default configuration, on the meta device
     python -m tests.supported_models.survey write             coverage.jsonl becomes docs/reference/supported_models.md
-    python -m tests.supported_models.survey add               its stages, sp and layers are put into the page as it is
+    python -m tests.supported_models.survey add               stages, sp, layers and prompts are put into the page
 
 Per architecture, built tiny: captured or why not; the partitioned model against the model's own code at tp = 2, 3 and 4
 and lengths 1, 5 and 40, in float64 (internal float32 casts raised to float64 in both models, 1e-10) and in float32
@@ -51,6 +52,7 @@ from tests.supported_models.columns import sequences
 from tests.supported_models.columns.bundles import compare_bundle
 from tests.supported_models.columns.experts import compare_experts, may_have_experts
 from tests.supported_models.columns.layers import compare_layers
+from tests.supported_models.columns.prompts import compare_prompts
 from tests.supported_models.columns.stages import compare_stages
 from tests.supported_models.generation import compare_generation
 from tests.supported_models.table import add, read, write
@@ -183,6 +185,20 @@ def measure_layers(name: str, *, minutes: float) -> dict[str, Any]:
     return {"name": name, "odd": False, "layers": found}
 
 
+def measure_prompts(name: str, *, minutes: float) -> dict[str, Any]:
+    """What a state per sequence does to its prompts."""
+    try:
+        with TimeLimit(minutes):
+            found = compare_prompts(name)
+    except CaptureError as error:  # of what its cache does: nobody knows whether it has such a state
+        found = {"verdict": "", "why": short(error)}
+    except (PartitionerError, OutOfTime) as error:
+        found = {"verdict": "refused", "why": short(error)}
+    except Exception as error:
+        found = {"verdict": "not built", "why": short(error)}
+    return {"name": name, "odd": False, "prompts": found}
+
+
 def _of_both(
     column: str, compare: Callable[..., dict[str, Any]], name: str, wanted: Sequence[int], minutes: float
 ) -> dict[str, Any]:
@@ -296,6 +312,7 @@ def _worker(request: tuple[str, str, float, bool]) -> dict[str, Any]:
         "stages": measure_stages,
         "sequences": measure_sequences,
         "layers": measure_layers,
+        "prompts": measure_prompts,
     }
     return others[what](name, minutes=minutes)
 
@@ -309,6 +326,7 @@ _KEYS = {
     "stages": "stages",
     "sequences": "sequences",
     "layers": "layers",
+    "prompts": "prompts",
 }
 """By action: what tells that a row has its results."""
 
@@ -319,7 +337,9 @@ def run(what: str, names: list[str], to: Path, *, minutes: float, jobs: int, odd
     Later lines of an architecture replace what earlier ones say. again: so those that the file has are done too.
     """
     done = {(row["name"], row["odd"]) for row in read(to) if _KEYS[what] in row} if to.exists() and not again else set()
-    chosen = names or [name for name in zoo.names() if what != "generate" or not name.startswith("masked:")]
+    chosen = names or [
+        name for name in zoo.names() if what not in ("generate", "prompts") or not name.startswith("masked:")
+    ]
     if what == "experts":
         chosen = [name for name in chosen if may_have_experts(name)]
     requests = [(what, name, minutes, odd) for name in chosen if (name, odd) not in done]
@@ -340,7 +360,7 @@ def _verdict(row: dict[str, Any]) -> str:
     return found
 
 
-_COLUMNS = ("generates", "bundle", "experts", "stages", "sequences", "layers")
+_COLUMNS = ("generates", "bundle", "experts", "stages", "sequences", "layers", "prompts")
 
 
 def _of_action(row: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.supported_models.generation import NEW
+from tests.supported_models.recurrent_section import put_in, section, take_out
 
 __all__ = ["add", "read", "write"]
 
@@ -68,7 +69,8 @@ def write(source: Path, to: Path, *, made_by: str) -> None:
         text.append(
             f"- share within 15% of 1/{tp} on the default configuration: {near} of {len(shares)} causal language models"
         )
-    text += ["", "## Causal language models", "", *_table(plain), "", "## Encoders", "", *_table(masked)]
+    text += ["", "## Causal language models", "", *_table(plain), "", *section(plain)]
+    text += ["", "## Encoders", "", *_table(masked)]
     text += ["", "## Odd sizes: 6 heads over 3, FFN 100, vocabulary 127", "", *_table(odd), ""]
     to.write_text("\n".join(text))
 
@@ -131,25 +133,31 @@ def _counted(what: str, rows: list[dict[str, Any]], key: str) -> str:
 
 
 def add(source: Path, to: Path) -> None:
-    """Puts what `source` says of the columns in `_ADDED` into the page that there is; the rest of it stays as it is.
+    """Puts what `source` says of the columns in `_ADDED` and of prompts into the page; the rest of it stays as it is.
 
-    For columns that were measured without the others, whose lines may be gone.
+    For what was measured without the other columns, whose lines may be gone.
     """
     found: dict[str, dict[str, Any]] = {}
     for row in read(source):
         if not row["odd"]:
             found.setdefault(row["name"], {}).update(row)
-    lines, section = to.read_text().split("\n"), ""
+    page, known = take_out(to.read_text())
+    prompts = [row for row in found.values() if "prompts" in row]
+    to.write_text(put_in(_with_columns(page, found), section(prompts) if prompts else known))
+
+
+def _with_columns(page: str, found: dict[str, dict[str, Any]]) -> str:
+    lines, part = page.split("\n"), ""
     titles: list[str] = []
     seen: dict[str, list[dict[str, Any]]] = {title: [] for title in _ADDED}
     for number, line in enumerate(lines):
         if line.startswith("## "):
-            section = line
+            part = line
         elif line.startswith("| architecture"):
             titles = _cells(line)
-        elif line.startswith("| ") and not section.startswith("## Odd sizes"):
+        elif line.startswith("| ") and not part.startswith("## Odd sizes"):
             cells = _cells(line)
-            row = {"verdict": cells[1], **found.get(f"{'masked:' if section == '## Encoders' else ''}{cells[0]}", {})}
+            row = {"verdict": cells[1], **found.get(f"{'masked:' if part == '## Encoders' else ''}{cells[0]}", {})}
             for title, column in _ADDED.items():
                 at = titles.index(title)
                 if column.key in row:
@@ -166,7 +174,7 @@ def add(source: Path, to: Path) -> None:
         for number, line in enumerate(lines):
             if line.startswith(start):
                 lines[number] = _counted(column.counted, seen[title], column.key)
-    to.write_text("\n".join(lines))
+    return "\n".join(lines)
 
 
 def _cells(line: str) -> list[str]:

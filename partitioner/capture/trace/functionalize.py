@@ -190,6 +190,8 @@ class _Functionalizer:
                     before = self._latest(parent)
                     value = self._put_back(view, before, value)
                 value.meta = dict(parent.meta)
+                if "nn_module_stack" in node.meta:  # in the module that writes, wherever the base comes from
+                    value.meta["nn_module_stack"] = node.meta["nn_module_stack"]
             chain.append((parent, value))
             view = parent
         self.writes[base] = self.writes.get(base, 0) + 1

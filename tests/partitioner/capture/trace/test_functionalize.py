@@ -107,3 +107,24 @@ def test_a_write_to_a_weight_is_refused() -> None:
     exported = torch.export.export(Module(), (torch.randn(4),), strict=False)
     with pytest.raises(CaptureError, match=r"writes to the weight 'b_calls'"):
         functionalize(exported)
+
+
+class _Writes(nn.Module):
+    def forward(self, y: Tensor) -> None:
+        y[:, 0].copy_(y[:, 1] + 1)
+
+
+def test_what_a_module_writes_into_a_tensor_of_another_is_of_that_module() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = _Writes()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            self.inner(y)
+            return y
+
+    graph = functionalize(torch.export.export(Model(), (torch.ones(2, 3),), strict=False)).graph
+    (put_back,) = (node for node in graph.nodes if node.target is torch.ops.aten.select_scatter.default)
+    assert list(put_back.meta["nn_module_stack"].values())[-1][0].endswith("inner")
