@@ -44,6 +44,7 @@ from runtime.program.bundle_errors import attribute_errors
 from runtime.program.rank_program import Entry, RankProgram
 from runtime.program.shards import WeightSource
 from runtime.weights.load_weights import load_weights
+from runtime.weights.scale_indices import require_scales
 
 __all__ = ["Engine", "RankPrograms"]
 
@@ -106,6 +107,7 @@ class Engine:
             self.weights = load_weights(
                 program.weights, program.weight_data, self._source, self.device, progress=communicator.rank == 0
             )
+            require_scales(program.weights, self.weights)
             if compile or cuda_graph:
                 lay_side_by_side(program, self.weights)
             self.profiler = Profiler(program, self.device)
@@ -304,6 +306,8 @@ class Engine:
         missing = [w for w in program.weights if w not in mine or (w.source != "checkpoint" and w.digest is None)]
         mine |= zip(missing, load_weights(missing, program.weight_data, self._source, self.device), strict=True)
         weights = [mine[weight] for weight in program.weights]
+        if missing:
+            require_scales(program.weights, weights)
         if any(self._decoding.values()):
             program, weights = merge_linears(program, weights)
         return Loaded(program, weights)

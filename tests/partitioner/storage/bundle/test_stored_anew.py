@@ -250,6 +250,8 @@ def test_an_index_of_no_scale_is_refused(role: str, number: int, tmp_path: Path)
     _forge(folder, f"{DOWN}.{role}", number)
     with pytest.raises(BundleError, match=rf"{DOWN}.{role}' names number {number} of the \d+ {role} of its scales"):
         partitioner.load(folder).verify()
+    with pytest.raises(WeightError, match=rf"{DOWN}.{role}' names number {number} of the \d+ {role} of its scales"):
+        partitioner.load(folder).simulate(input_ids=IDS)
     with pytest.raises(BundleError, match=rf"{DOWN}.{role}' names number {number} of the \d+ {role} of its scales"):
         partition(folder, Plan(tp=2))
 
