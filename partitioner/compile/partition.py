@@ -304,9 +304,15 @@ def _for_pieces(
     reason = why_pieces_differ(pieces, stepping)
     if reason is not None:
         raise CaptureError(reason)
-    prefill, _ = _entries(pieces, plan, stages=stages)
+    prefill, one_by_pieces = _entries(pieces, plan, stages=stages)
     _, decode = _entries(stepping, plan, stages=stages)
-    check_entries(prefill, decode)
+    try:
+        check_entries(prefill, decode)
+    except LayoutError:  # the two codes can be divided among so many ranks, but not alike
+        note = "single tokens run by the model's code for several, which divides its weights and states otherwise"
+        for program in {id(each): each for each in (prefill, one_by_pieces)}.values():
+            program.notes += [note]
+        return prefill, one_by_pieces
     return prefill, decode
 
 

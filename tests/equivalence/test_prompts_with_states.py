@@ -18,7 +18,9 @@ from tests.support import stepping, zoo
 
 EXACT = 1e-9
 QUICK = ["mamba", "lfm2_moe"]
-SLOW = ["mamba2", "bamba", "falcon_h1", "granitemoehybrid", "qwen3_next", "lfm2", "jamba", "olmo_hybrid"]
+SLOW = ["mamba2", "bamba", "falcon_h1", "granitemoehybrid", "qwen3_next", "jamba", "olmo_hybrid", "zamba"]
+DIVIDED_OTHERWISE = {("falcon_h1", 3)}
+"""Four heads on three ranks: by heads in the code for single tokens, within heads in that for several."""
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
@@ -26,7 +28,9 @@ SLOW = ["mamba2", "bamba", "falcon_h1", "granitemoehybrid", "qwen3_next", "lfm2"
 def test_prompts_in_pieces_say_what_the_model_says(name: str, tp: int) -> None:
     parts = stepping.compiled_in_pieces(name, tp)
     assert not [note for note in parts.program_of("prefill").notes if "token by token" in note]
-    assert parts.program_of("prefill") is not parts.program_of("decode")
+    one_code = parts.program_of("prefill") is parts.program_of("decode")
+    assert one_code == ((name, tp) in DIVIDED_OTHERWISE)
+    assert one_code == any("single tokens run by" in note for note in parts.generation_report.notes)
     assert parts.generation_report.tokens_at_a_time is None
     for step in (None, 1, 7):
         assert stepping.error(name, parts, prefill_step=step) < EXACT

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.supported_models import survey
+from tests.supported_models import recurrent_section, survey
 from tests.supported_models.table import STAGES
 
 TABLE = Path(__file__).parents[2] / "docs" / "reference" / "supported_models.md"
@@ -22,6 +22,9 @@ BUNDLE = 221
 
 STAGED = 37
 """How many of these and of the encoders compute and generate the same as pipeline stages."""
+
+IN_PIECES = 7
+"""How many recurrent models run prompts many tokens at a time, at tp = 2 and 3."""
 
 NEAR = {2: 144, 4: 142}
 """By tp: for how many default configurations the fullest rank holds at most 1.15 times 1/tp of the matrices."""
@@ -73,6 +76,20 @@ def test_nothing_is_wrong_as_pipeline_stages() -> None:
     )
     assert found.keys() <= {"equal", "refused", ""}  # empty: not measured yet
     assert found["equal"] >= STAGED
+
+
+def test_prompts_of_recurrent_models_run_in_pieces_or_have_a_reason() -> None:
+    found = rows(recurrent_section.TITLE)
+    assert {row["prompts"] for row in found} <= {"in pieces", "token by token", "refused"}
+    assert all(len(row["why"]) > 10 for row in found if row["prompts"] != "in pieces")
+    assert sum(row["prompts"] == "in pieces" for row in found) >= IN_PIECES
+
+
+def test_a_section_is_put_into_the_page_and_taken_out_again() -> None:
+    page, lines = recurrent_section.take_out(TABLE.read_text())
+    assert recurrent_section.TITLE not in page
+    assert recurrent_section.take_out(page) == (page, [])
+    assert recurrent_section.put_in(page, lines) == TABLE.read_text()
 
 
 @pytest.mark.parametrize("tp", NEAR)
