@@ -36,8 +36,8 @@ from partitioner.compile.insert_collectives import OVER_AXES, Rewriter, over_oth
 from partitioner.errors import LayoutError, PlanError
 from partitioner.program.node_arguments import arguments, describe, map_nodes, node_values, operation
 from partitioner.program.plan import SP_ATTENTION
-from partitioner.program.program import Entry, Program, Value
-from partitioner.proof.layouts import SPECIAL
+from partitioner.program.program import Entry, Program
+from partitioner.proof.layouts import SPECIAL, layout_or_problem
 from partitioner.sharding.layout import REPLICATED, Layout, Rows
 from partitioner.sharding.mesh import AXES, EXPERT_AXES
 from runtime.ops.attention import attention
@@ -154,26 +154,13 @@ class _Deal:
             if weight.source in ("computed", "constant"):
                 self.of_inputs.add(node)
         elif node.op == "call_function" and node_values(node):
-            found = self._infer(node, self.whole)
+            found = layout_or_problem(self.program, node, self.whole, self.inferrer)
             if isinstance(found, str):
                 raise LayoutError(f"{node.name}: {found}")
             self.whole[node] = found[0]
             is_filled = operation(node) in FILLED  # it reads the dtype of an operand, and no values
             if is_filled or all(n in self.of_inputs or not node_values(n) for n in node.all_input_nodes):
                 self.of_inputs.add(node)
-
-    def _infer(self, node: fx.Node, layouts: Layouts) -> tuple[Any, tuple[tuple[fx.Node, Layout], ...]] | str:
-        """What it yields, and what it requires; or what is in the way."""
-        special = SPECIAL.get(node.target)
-        if special is not None:
-            try:
-                return special(self.program, node, layouts), ()
-            except LayoutError as error:
-                return str(error)
-        found = self.inferrer.infer(node, layouts)
-        if found.problem:
-            return found.problem
-        return (found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs), found.requires
 
     # -- with own tokens -----------------------------------------------------------------------------------------------
 
@@ -215,7 +202,7 @@ class _Deal:
 
     def _token_by_token(self, node: fx.Node, whole: Any) -> Any:
         """What it yields of own tokens, if it works on each by itself and on its operands as they are."""
-        found = self._infer(node, self.now)
+        found = layout_or_problem(self.program, node, self.now, self.inferrer)
         if isinstance(found, str) or any(self.now[n] != want for n, want in found[1]):
             return None
         several = (found[0], whole) if isinstance(whole, tuple) else ((found[0],), (whole,))
@@ -366,7 +353,7 @@ class _Deal:
         return any(is_own(dim, self.rows) for each in several if each for dim in each.dims)
 
     def _why(self, node: fx.Node) -> str:
-        found = self._infer(node, self.now)
+        found = layout_or_problem(self.program, node, self.now, self.inferrer)
         if isinstance(found, str):
             return found
         return "reads the rows of all tokens, or has no row for each in its result"

@@ -29,8 +29,8 @@ from partitioner.analysis.layouts.own_tokens import held_alike, is_own, symbols_
 from partitioner.compile.insert_collectives import OVER_AXES, over_other_axes
 from partitioner.errors import LayoutError, PlanError
 from partitioner.program.node_arguments import describe, node_values
-from partitioner.program.program import Entry, Program, Value
-from partitioner.proof.layouts import SPECIAL
+from partitioner.program.program import Entry, Program
+from partitioner.proof.layouts import SPECIAL, layout_or_problem
 from partitioner.sharding.layout import REPLICATED, Layout, Rows
 from partitioner.sharding.mesh import AXES, EXPERT_AXES
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
@@ -116,23 +116,10 @@ class _Own:
             self.whole[node] = self.program.weight_layouts.get(str(node.target), REPLICATED(len(shape)))
             self.now[node] = self.whole[node]
         elif node.op == "call_function" and node_values(node):
-            found = self._infer(node, self.whole)
+            found = layout_or_problem(self.program, node, self.whole, self.inferrer)
             if isinstance(found, str):
                 raise LayoutError(f"{node.name}: {found}")
             self.whole[node] = found[0]
-
-    def _infer(self, node: fx.Node, layouts: Layouts) -> tuple[Any, tuple[tuple[fx.Node, Layout], ...]] | str:
-        """What it yields, and what it requires; or what is in the way."""
-        special = SPECIAL.get(node.target)
-        if special is not None:
-            try:
-                return special(self.program, node, layouts), ()
-            except LayoutError as error:
-                return str(error)
-        found = self.inferrer.infer(node, layouts)
-        if found.problem:
-            return found.problem
-        return (found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs), found.requires
 
     # -- with own sequences --------------------------------------------------------------------------------------------
 
@@ -151,7 +138,7 @@ class _Own:
         if node.target in OVER_AXES and self._has_rows(own := node.all_input_nodes[0]):
             self._narrow(node, own)
             return
-        found = self._infer(node, self.now)
+        found = layout_or_problem(self.program, node, self.now, self.inferrer)
         if isinstance(found, str):
             raise self._refused(node, found)
         if unmet := next((source for source, wanted in found[1] if self.now[source] != wanted), None):

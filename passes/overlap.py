@@ -15,6 +15,8 @@ Exchanges hidden behind other work: arXiv:2412.19437, section 3.2.1.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -97,13 +99,7 @@ def _work(node: fx.Node) -> int:
     """What a product reads of weights, by which the two ways share out what is computed meanwhile."""
     weights = [source for source in node.all_input_nodes if source.op == "get_attr"]
     shapes = [value.shape for source in weights for value in node_values(source) if len(value.shape) > 1]
-    total = 0
-    for shape in shapes:
-        size = 1
-        for each in shape:
-            size *= int(each)
-        total += size
-    return total
+    return sum(math.prod(int(size) for size in shape) for shape in shapes)
 
 
 def _reorder(graph: fx.Graph, send: fx.Node, back: fx.Node, beside: list[fx.Node]) -> None:
@@ -136,22 +132,19 @@ def _run_during(graph: fx.Graph, node: fx.Node, given: list[fx.Node], last: fx.N
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    stack = list(node.all_input_nodes)
-    while stack:
-        source = stack.pop()
-        if source not in found:
-            found.add(source)
-            stack += source.all_input_nodes
-    return found
+    return _reached(node, lambda each: each.all_input_nodes)
 
 
 def _descendants(node: fx.Node) -> set[fx.Node]:
+    return _reached(node, lambda each: each.users)
+
+
+def _reached(node: fx.Node, following: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     found: set[fx.Node] = set()
-    stack = list(node.users)
+    stack = list(following(node))
     while stack:
-        user = stack.pop()
-        if user not in found:
-            found.add(user)
-            stack += user.users
+        each = stack.pop()
+        if each not in found:
+            found.add(each)
+            stack += following(each)
     return found

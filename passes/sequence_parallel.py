@@ -25,7 +25,7 @@ from partitioner.compile.insert_collectives import Rewriter
 from partitioner.errors import LayoutError, PlanError
 from partitioner.program.node_arguments import node_values, operation
 from partitioner.program.program import Program, Value
-from partitioner.proof.layouts import SPECIAL
+from partitioner.proof.layouts import layout_or_problem
 from partitioner.sharding.layout import REPLICATED, Layout, Rows
 from runtime.ops.collectives import all_reduce
 from runtime.ops.communicating import read_call
@@ -109,23 +109,10 @@ class _Run:
             shape = self.program.weights[str(node.target)].shape
             self.whole[node] = self.program.weight_layouts.get(str(node.target), REPLICATED(len(shape)))
         elif node.op == "call_function" and node_values(node):
-            found = self._infer(node, self.whole)
+            found = layout_or_problem(self.program, node, self.whole, self.inferrer)
             if isinstance(found, str):
                 raise LayoutError(f"{node.name}: {found}")
             self.whole[node] = found[0]
-
-    def _infer(self, node: fx.Node, layouts: Layouts) -> tuple[Any, tuple[tuple[fx.Node, Layout], ...]] | str:
-        """What it yields, and what it requires; or what is in the way."""
-        special = SPECIAL.get(node.target)
-        if special is not None:
-            try:
-                return special(self.program, node, layouts), ()
-            except LayoutError as error:
-                return str(error)
-        found = self.inferrer.infer(node, layouts)
-        if found.problem:
-            return found.problem
-        return (found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs), found.requires
 
     def _is_reduction(self, node: fx.Node) -> bool:
         """Whether its result, needed by every rank, can be each rank's own tokens of it."""
@@ -150,7 +137,7 @@ class _Run:
         if not any(self._has_rows(source) for source in node.all_input_nodes):
             return
         wanted = self._with_rows(node)
-        found = self._infer(node, self.now)
+        found = layout_or_problem(self.program, node, self.now, self.inferrer)
         if wanted is not None and not isinstance(found, str) and found[0] == wanted:
             takes = [(source, want) for source, want in found[1] if self.now[source] != want]
             if all(want == self._source_with_rows(source) for source, want in takes):

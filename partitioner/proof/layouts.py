@@ -41,7 +41,7 @@ from runtime.ops.state.latent_attention import latent_attention
 
 aten = torch.ops.aten
 
-__all__ = ["SPECIAL", "check", "check_entries"]
+__all__ = ["SPECIAL", "check", "check_entries", "layout_or_problem"]
 
 
 def check(program: Program) -> None:
@@ -116,6 +116,22 @@ def _infer(program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer
             raise LayoutError(f"{at(node)}: on some rank the move does not give {found.outputs[0]} of the whole result")
     _check_integers(program, node, layouts)
     return found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs
+
+
+def layout_or_problem(
+    program: Program, node: fx.Node, layouts: Layouts, inferrer: Inferrer
+) -> tuple[Any, tuple[tuple[fx.Node, Layout], ...]] | str:
+    """What `node` yields and what it requires, for passes that place nodes; or what is in the way."""
+    special = SPECIAL.get(node.target)
+    if special is not None:
+        try:
+            return special(program, node, layouts), ()
+        except LayoutError as error:
+            return str(error)
+    found = inferrer.infer(node, layouts)
+    if found.problem:
+        return found.problem
+    return (found.outputs[0] if isinstance(node.meta["val"], Value) else found.outputs), found.requires
 
 
 def _require_all_named(node: fx.Node, found: Inference, layouts: Layouts) -> None:
