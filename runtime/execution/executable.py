@@ -5,7 +5,8 @@
     cached_attention(.., state=..)   -> the cache's own function of the tensors
     device=... in the graph          -> the engine's device
 
-Values are dropped after their last use, as torch.fx's generated code does.
+Values are dropped after their last use, as torch.fx's generated code does. On a GPU, ops in a row that go over memory
+one after the other are one (`elementwise/fuse.py`); what is profiled, or compiled by torch, runs op by op.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from runtime.communication.communicator import Binder, Communicator
+from runtime.execution.elementwise.fuse import fused
 from runtime.execution.overflow import Overflow
 from runtime.execution.profile import Profiled, Profiler, Recording
 from runtime.kv_cache.cache import Cache
@@ -66,7 +68,8 @@ class Executable:
         self._graph = bound_graph(program, communicator, device, cache, overflow)
         limits = any(node.target is limit_experts for node in program.graph.nodes)
         self._overflow = overflow if limits else None
-        self.function = functools.partial(fx.GraphModule({}, self._graph).forward, *weights)
+        runs = fused(self._graph) if device.type == "cuda" else self._graph
+        self.function = functools.partial(fx.GraphModule({}, runs).forward, *weights)
         """What runs, bare: of the inputs in their order."""
         self._profiled: Profiled | None = None
         self._seen: set[Hashable] = set()
