@@ -35,7 +35,8 @@ def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rotations(dtype: torch.dtype) -> None:
     for (b, h, s, d), layout in itertools.product(
-        [(1, 1, 1, 2), (2, 3, 5, 16), (1, 32, 129, 128), (3, 5, 7, 24), (1, 40, 9, 80)], ["heads first", "tokens first", "cut"]
+        [(1, 1, 1, 2), (2, 3, 5, 16), (1, 32, 129, 128), (3, 5, 7, 24), (1, 40, 9, 80)],
+        ["heads first", "tokens first", "cut"],
     ):
         if layout == "heads first":
             x = torch.randn(b, h, s, d, device="cuda", dtype=dtype)

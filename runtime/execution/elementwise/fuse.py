@@ -23,7 +23,12 @@ from runtime.execution.elementwise.operations import added_norm, gated, rotated
 __all__ = ["fused"]
 
 _ADD, _MUL = frozenset({torch.add, operator.add}), frozenset({torch.mul, operator.mul})
-_ACTIVATIONS = {functional.silu: "silu", functional.gelu: "gelu", torch.relu: "relu", torch.sigmoid: "sigmoid"}
+_ACTIVATIONS: dict[Any, str] = {
+    functional.silu: "silu",
+    functional.gelu: "gelu",
+    torch.relu: "relu",
+    torch.sigmoid: "sigmoid",
+}
 
 
 def fused(graph: fx.Graph) -> fx.Graph:
@@ -43,11 +48,11 @@ def fused(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
-_CHAINED = {*_ADD, *_MUL, torch.roll, torch.rms_norm, *_ACTIVATIONS}
+_CHAINED: set[Any] = {*_ADD, *_MUL, torch.roll, torch.rms_norm, *_ACTIVATIONS}
 """What may go once nobody reads it."""
 
 
-def _rotation(node: fx.Node) -> None:
+def _rotation(node: Any) -> None:
     for straight, turned in (node.args, reversed(node.args)):
         if not (_is_call(straight, _MUL) and _is_call(turned, _MUL) and _has_one_user(straight, turned)):
             continue
@@ -63,7 +68,7 @@ def _rotation(node: fx.Node) -> None:
                 return
 
 
-def _gate(node: fx.Node) -> None:
+def _gate(node: Any) -> None:
     for activated, other in (node.args, reversed(node.args)):
         if not (_is_call(activated, _ACTIVATIONS) and _has_one_user(activated) and isinstance(other, fx.Node)):
             continue
@@ -74,14 +79,15 @@ def _gate(node: fx.Node) -> None:
             return
 
 
-def _norm(norm: fx.Node, place: dict[fx.Node, int]) -> None:
+def _norm(norm: Any, place: dict[fx.Node, int]) -> None:
     """The sum is computed where the norm is: nobody must read it before."""
     if norm.kwargs or len(norm.args) != 4:
         return
     total, size, weight, eps = norm.args
     if not _is_call(total, _ADD):
         return
-    end, scaled = norm, next(iter(norm.users), None)
+    end: Any = norm
+    scaled: Any = next(iter(norm.users), None)
     if weight is None and _has_one_user(norm) and _is_call(scaled, _MUL):
         other = scaled.args[1] if scaled.args[0] is norm else scaled.args[0]
         if isinstance(other, fx.Node) and other is not norm:
@@ -109,5 +115,5 @@ def _is_call(node: Any, targets: Any) -> bool:
     return targets not in (_ADD, _MUL) or (len(node.args) == 2 and not node.kwargs)
 
 
-def _has_one_user(*nodes: fx.Node) -> bool:
+def _has_one_user(*nodes: Any) -> bool:
     return all(len(node.users) == 1 for node in nodes)

@@ -50,7 +50,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
-    from runtime.execution.elementwise.kernels import rotate  # Triton comes with torch for GPUs only
+    from runtime.execution.elementwise.elementwise_kernel import rotate  # Triton comes with torch for GPUs only
 
     batch, heads, size, width = x.shape
     out = x.new_empty(batch, size, heads, width).transpose(1, 2)  # token by token, as linears leave their results
@@ -70,7 +70,7 @@ def gated(a: Tensor, b: Tensor, act: str) -> Tensor:
 
 
 def _gated(a: Tensor, b: Tensor, act: str) -> Tensor:
-    from runtime.execution.elementwise.kernels import gate  # Triton comes with torch for GPUs only
+    from runtime.execution.elementwise.elementwise_kernel import gate  # Triton comes with torch for GPUs only
 
     left, right, out = _rows(a), _rows(b), torch.empty(a.shape, dtype=a.dtype, device=a.device)
     rows, width = left.shape
@@ -81,7 +81,9 @@ def _gated(a: Tensor, b: Tensor, act: str) -> Tensor:
     return out
 
 
-def added_norm(a: Tensor, b: Tensor, size: list[int], weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+def added_norm(
+    a: Tensor, b: Tensor, size: list[int], weight: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor]:
     fits = a.shape == b.shape and size == list(a.shape[-1:]) and 0 < size[0] <= _MOST_NORMED and eps is not None
     fits = fits and takes(a, b) and (weight is None or (takes(a, weight) and weight.shape == a.shape[-1:]))
     if fits:
@@ -93,7 +95,7 @@ def added_norm(a: Tensor, b: Tensor, size: list[int], weight: Tensor | None, eps
 
 
 def _added_norm(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    from runtime.execution.elementwise.kernels import add_norm  # Triton comes with torch for GPUs only
+    from runtime.execution.elementwise.elementwise_kernel import add_norm  # Triton comes with torch for GPUs only
 
     left, right = _rows(a), _rows(b)
     total, normed = (torch.empty(a.shape, dtype=a.dtype, device=a.device) for _ in range(2))

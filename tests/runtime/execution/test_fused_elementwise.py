@@ -66,7 +66,9 @@ def test_a_rotation_is_one_op_in_every_order() -> None:
     for function in (turned, reversed_order):
         graph = fused(traced(function))
         assert targets(graph) == [rotated]
-        torch.testing.assert_close(fx.GraphModule({}, graph)(x, cos[:, :1], sin[:1, :1]), turned(x, cos[:, :1], sin[:1, :1]))
+        torch.testing.assert_close(
+            fx.GraphModule({}, graph)(x, cos[:, :1], sin[:1, :1]), turned(x, cos[:, :1], sin[:1, :1])
+        )
 
 
 def of_another(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The kernels of `operations.py`: each reads its operands once, computes in float32 and writes once; Triton.
 
-    rotate      a program turns `HEADS` heads of one token
-    gate        a program takes `BLOCK` numbers of a row
-    add_norm    a program takes a row
+rotate      a program turns `HEADS` heads of one token
+gate        a program takes `BLOCK` numbers of a row
+add_norm    a program takes a row
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 __all__ = ["add_norm", "gate", "rotate"]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def rotate(
     x, cos, sin, out, heads, size,
     x_b, x_h, x_s, x_d, cos_b, cos_h, cos_s, cos_d, sin_b, sin_h, sin_s, sin_d, out_b, out_h, out_s,
@@ -34,7 +34,7 @@ def rotate(
     tl.store(out + b * out_b + s * out_s + h * out_h + d, found.to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def gate(a, b, out, width, a_row, b_row, ACT: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -54,7 +54,7 @@ def gate(a, b, out, width, a_row, b_row, ACT: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(out + row * width + n, (x * y).to(out.dtype.element_ty), mask=live)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def add_norm(
     a, b, weight, total, normed, width, a_row, b_row, eps, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
