@@ -4,7 +4,7 @@
     transformers         generate of one token: on one GPU, and on several by its tp_plan="auto"
     products             of the prompt, over the time, against a large matrix product of this run
 
-On several GPUs (`--ranks`) tensor parallelism, whole pieces and halves that take turns, and on each GPU all of the model
+On several GPUs (`--ranks`) tensor parallelism, whole pieces and halves that take turns, and on each GPU the whole model
 besides; the slowest rank counts, of the rounds the median.
 
     python -m benchmarks.gpu.prefill                  one GPU, a minute
