@@ -4,7 +4,7 @@
     transformers         generate of one token: on one GPU, and on several by its tp_plan="auto"
     products             of the prompt, over the time, against a large matrix product of this run
 
-On several GPUs (`--ranks`) tensor parallelism, whole pieces and halves that take turns, and on each GPU the whole model
+On several GPUs (`--ranks`) tensor parallelism, whole pieces and halves in turn, and on each GPU all of the model
 besides; the slowest rank counts, of the rounds the median.
 
     python -m benchmarks.gpu.prefill                  one GPU, a minute
@@ -130,7 +130,7 @@ def measured(
     def theirs(model: LlamaForCausalLM) -> Callable[[], object]:
         return lambda: model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
 
-    def divided(split: Engine, turns_from: int) -> Callable[[], object]:
+    def divided(split: Engine, turns_from: int | None) -> Callable[[], object]:
         run = ours(split)
 
         def generate() -> object:

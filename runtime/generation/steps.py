@@ -7,6 +7,7 @@ run(piece)        -> the same of any piece; `rows`: those of the cache that its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +30,10 @@ from runtime.program.rank_program import RankProgram
 __all__ = ["Loaded", "Steps"]
 
 TURNS_ON = frozenset({"cuda"})
-TURNS_FROM = 2048
-"""Tokens of a piece from which on its halves take turns: with fewer, a GPU waits for its host."""
+TURNS_FROM: int | None = None
+"""Tokens of a piece from which on its halves take turns; None: as many as the program says."""
+_PER_LAUNCH = 12.5e9
+"""Operations that a fast GPU does while its host launches what one node of a graph stands for: 25 us."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Steps:
         alone = program.stage is None and self._head is None and not program.batch_axes
         self.takes_turns = device.type in TURNS_ON and alone and cache.takes_turns and can_take_turns(program)
         """Whether a large piece is run as two halves in turn."""
+        self._turns_from = _turns_from(program) if self.takes_turns else 0
 
     def prefill(self, pieces: Iterable[Piece]) -> Tensor:
         """The logits [B, V/n] of each prompt's last token."""
@@ -164,7 +168,8 @@ class Steps:
 
     def _pays_in_turns(self, piece: Piece) -> bool:
         rows, size = len(piece.tokens), max(map(len, piece.tokens))
-        return self.takes_turns and rows * size >= TURNS_FROM and all(piece.active)
+        least = self._turns_from if TURNS_FROM is None else TURNS_FROM
+        return self.takes_turns and rows * size >= max(2, least) and all(piece.active)
 
     def _execute_in_turns(self, piece: Piece, rows: slice | PagedRows | None) -> Tensor:
         """The logits of a piece, of which two halves take turns."""
@@ -240,3 +245,11 @@ def _halves(rows: slice | PagedRows) -> list[slice | PagedRows]:
         return [PagedRows(rows.numbers[part], rows.tables[part]) for part in (slice(at), slice(at, None))]
     at = (rows.stop - rows.start) // 2
     return [slice(rows.start, rows.start + at), slice(rows.start + at, rows.stop)]
+
+
+def _turns_from(program: RankProgram) -> int:
+    """Tokens of a piece from which on a GPU has enough to do in each half while its host launches the other."""
+    launched = sum(node.op in ("call_function", "call_method") for node in program.graph.nodes)
+    matrices = (weight.local_shape for weight in program.weights if len(weight.local_shape) == 2)
+    multiplied = sum(rows * columns for rows, columns in matrices)  # once for a token: not so the stacks of experts
+    return math.ceil(launched * _PER_LAUNCH / max(1, multiplied))
