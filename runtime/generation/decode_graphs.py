@@ -148,14 +148,20 @@ class Decoder:
         return self._rows
 
     def choose(
-        self, rows: Sequence[RowOptions], tokens: Sequence[int], positions: Sequence[int], active: Sequence[bool] = ()
+        self,
+        rows: Sequence[RowOptions],
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        *,
+        also: Sequence[RowOptions] = (),
     ) -> Chosen:
         """One more token per sequence, and the choice of the next one for the first `rows`; valid until the next call.
 
-        All ranks along the vocabulary's axes ask alike.
+        All ranks along the vocabulary's axes ask alike. also: what ranks ask that have other rows, and run with this
+        one: a step is captured by all of them or by none.
         """
-        self._set(tokens, positions, active)
-        kind, seen = self._kind_for(self.rows.begin(rows)), self._seen(max(positions))
+        self._set(tokens, positions)
+        kind, seen = self._kind_for(self.rows.begin(rows, also)), self._seen(max(positions))
         if not self._compared:
             self._compare(seen)
         logits, said = (

@@ -100,8 +100,11 @@ class RowSampler:
         """What `advance` changes."""
         return [self._numbers, *([] if self._edits is None else self._edits.changing)]
 
-    def begin(self, rows: Sequence[RowOptions]) -> Kind:
-        """Takes the options of rows; those that are missing at the end choose as they like."""
+    def begin(self, rows: Sequence[RowOptions], also: Sequence[RowOptions] = ()) -> Kind:
+        """Takes the options of rows; those that are missing at the end choose as they like.
+
+        also: rows of other ranks, which the kind must serve too, so that all take the same.
+        """
         batch = self._numbers.shape[1]
         rest = [RowOptions()] * (batch - len(rows))
         padded = [*rows, *rest]
@@ -114,7 +117,7 @@ class RowSampler:
         self._copy(torch.tensor(numbers), self._numbers)
         self._copy(torch.tensor(reals, dtype=torch.float64), self._reals)
         kind = Kind()
-        for row in rows:
+        for row in (*rows, *also):
             kind = kind.join(self._kind_of(row))
         if kind.edits:
             self._edits = self._edits or _Edits(self._search, batch, self._device)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -221,6 +221,7 @@ class BatchLoop:
                 places,
                 run=self._run_filled,
                 choose=self.choose,
+                in_step=lambda run, works: self.choose_in_step(run, works) if self.chooses_in_step(run) else None,
                 sampled=self.sampled,
                 tops=lambda number: self._asked[number].settings.top_logprobs,
             )
@@ -299,17 +300,27 @@ class BatchLoop:
 
     def chooses_in_step(self, run: Run) -> bool:
         """Whether a captured step chooses its rows' tokens too, where they ask for nothing that only the host does."""
-        captured = self._decoding["cuda_graph"] and self._from_fixed_memory and self._parts == 1
+        captured = self._decoding["cuda_graph"] and self._from_fixed_memory
         return captured and run.work.decode and self._profiler.recording is None
 
-    def choose_in_step(self, run: Run) -> dict[int, Choice]:
-        """The programs on the tokens of a step, and the next ones: of most rows by the same step."""
+    def choose_in_step(self, run: Run, others: Sequence[Work] = ()) -> dict[int, Choice]:
+        """The programs on the tokens of a step, and the next ones: of most rows by the same step.
+
+        others: where ranks have sequences of their own, what all of them run at the same time.
+        """
         assert isinstance(self._places, InBlocks)
         numbers = self.sampled(run.work)
         asked = [self._asked.get(turn.number) for turn in run.work.turns]
-        rows = [RowOptions() if each is None or each.on_host else each.row_options() for each in asked]
+        theirs = [self._asked.get(turn.number) for work in others for turn in work.turns]
+        reasons = (each.on_host for each in (theirs if others else asked) if each is not None)
+        self._why_behind = next(filter(None, reasons), self._why_behind)
+        rows, also = (
+            [RowOptions() if each is None or each.on_host else each.row_options() for each in some]
+            for some in (asked, theirs)
+        )
         self._places.before(run)
-        said, logits = self._places.choose(self._steps, run, rows, few_sizes=self._decoding["compile"])
+        few_sizes = self._decoding["compile"]
+        said, logits = self._places.choose(self._steps, run, rows, few_sizes=few_sizes, also=also)
         found: dict[int, Choice] = {}
         behind = []
         told = zip(run.work.turns, asked, said.T.tolist(), strict=True)
@@ -317,7 +328,6 @@ class BatchLoop:
             if turn.number not in numbers or each is None:
                 continue
             if each.on_host or not is_certain or not math.isfinite(best):
-                self._why_behind = each.on_host or self._why_behind
                 behind.append((at, turn.number, each))
             else:
                 found[turn.number] = Choice(int(token), logprob if each.settings.logprobs else None)

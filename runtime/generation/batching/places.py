@@ -133,10 +133,18 @@ class InBlocks:
         decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
         return decoder(tokens, positions)[: len(run.piece.tokens), None]
 
-    def choose(self, steps: Steps, run: Run, rows: Sequence[RowOptions], *, few_sizes: bool) -> Chosen:
-        """The same with the choice of each row in it, as `rows` ask."""
+    def choose(
+        self,
+        steps: Steps,
+        run: Run,
+        rows: Sequence[RowOptions],
+        *,
+        few_sizes: bool,
+        also: Sequence[RowOptions] = (),
+    ) -> Chosen:
+        """The same with the choice of each row in it, as `rows` ask; also: as `Decoder.choose` has it."""
         decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
-        said, logits = decoder.choose(rows, tokens, positions)
+        said, logits = decoder.choose(rows, tokens, positions, also=also)
         return Chosen(said[:, : len(rows)], logits[: len(rows)])
 
     def _decoder(self, steps: Steps, run: Run, *, few_sizes: bool) -> tuple[Decoder, list[int], list[int]]:

@@ -22,7 +22,9 @@ __all__ = ["can_decode_latent", "latent_decode"]
 
 _TILES = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
 """Latents at a time, by the query's dtype."""
-_LEAST_TILES, _MOST_SPLITS = 2, 64
+_LEAST_TILES, _MOST_SPLITS = 2, 128
+_WARPS, _STAGES = {16: 4, 32: 8, 64: 8}, {16: 3, 32: 2, 64: 2}
+"""By the heads of a program."""
 _WIDEST = 1024
 _MOST_HEADS = 64
 """Of a program: so many rows of 512 numbers in float32 are what it can sum up."""
@@ -87,7 +89,7 @@ def latent_decode(
         0 if table is None else table.stride(0), rows.stride(row_dim), 0 if scales is None else scales.stride(row_dim),
         **given, HEAD_BLOCK=head_block, R_PADDED=max(16, padded), E=carried, E_PADDED=max(16, _power_of_2(carried)),
         CAPPED=capped, EXACT=q.dtype == torch.float32, BLOCK=block, SCALES=0 if scales is None else scales.shape[-1],
-        NATIVE=native, num_warps=8 if head_block > 16 else 4, num_stages=2,
+        NATIVE=native, num_warps=_WARPS[head_block], num_stages=2 if wide else _STAGES[head_block],
     )  # fmt: skip
     if splits > 1:
         width = min(_MERGED_WIDTH, max(16, padded))

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from partitioner import Plan
+from partitioner.compile.partition import compile_program
 from runtime.generation.batching.batch_loop import BatchLoop
 from runtime.generation.batching.choose_rows import RowChooser
 from runtime.generation.decode_graphs import Decoder
@@ -17,7 +19,7 @@ from runtime.kv_cache.cache_size import CacheSize
 from runtime.sampling import row_sampler
 from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.batching.many_requests import Case, assert_as_alone, mixed, on_all_ranks
-from tests.support.partitioned import compiled
+from tests.support.partitioned import compiled, traced
 
 ROOMY = CacheSize(max_batch=8, max_length=96, prefill_step=16)
 PENALTIES: list[dict[str, Any]] = [
@@ -66,6 +68,29 @@ def test_each_is_told_what_it_is_told_alone(tp: int, in_steps: Counter[str]) -> 
     assert plain.status["why_chosen_behind"] == ""
     for number, scores in plain.logprobs.items():
         assert found.logprobs[number] == pytest.approx(scores, abs=1e-9)
+
+
+@pytest.mark.parametrize("plan", ["ep=2", pytest.param("tp=2,ep=4", marks=pytest.mark.slow)])
+def test_ranks_with_sequences_of_their_own(plan: str, in_steps: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them take steps of the same kind at the same time, whatever their own rows ask for."""
+    kinds: dict[tuple[int, int], list[Any]] = {}
+    chosen = Decoder._chosen
+
+    def watched(decoder: Decoder, seen: int, kind: Any, **options: Any) -> Any:
+        kinds.setdefault((decoder._program.rank, decoder.batch), []).append(kind)
+        return chosen(decoder, seen, kind, **options)
+
+    monkeypatch.setattr(Decoder, "_chosen", watched)
+    cases = mixed(10, longest=30, new=6)
+    whole = compile_program(traced("qwen3_moe")[1], Plan.parse("tp=1"))
+    alone = many_requests.alone(whole, cases)
+    in_steps["on"] = 1
+    found = on_all_ranks(compile_program(traced("qwen3_moe")[1], Plan.parse(plan)), cases, ROOMY)
+    assert_as_alone(cases, found, alone)
+    assert len(kinds) > 2
+    for (_, batch), said in kinds.items():
+        assert said == kinds[0, batch]
+    assert in_steps["steps"] > 10
 
 
 def test_rows_that_are_not_certain_are_asked_again(monkeypatch: pytest.MonkeyPatch, in_steps: Counter[str]) -> None:
