@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -23,7 +22,8 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.gpu.decode import build, seconds
+from benchmarks.gpu.decode import build
+from benchmarks.support.several import DeviceTurns
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
@@ -53,7 +53,7 @@ def rank(given: argparse.Namespace) -> None:
     one = partition(model, Plan()).engine(0, ThreadGroup(Mesh.of()).communicator(0), device="cuda")
     split = Engine.connect(partition(model, Plan(tp=given.ranks)), device="cuda") if given.ranks > 1 else None
     parameters = sum(p.numel() for p in model.parameters()) - 2 * VOCABULARY * WIDTH
-    rate = product_rate()
+    rate, turns = product_rate(), DeviceTurns(torch.device("cuda", number))
     if number == 0:
         print(
             f"{given.ranks} x {torch.cuda.get_device_name()}, {given.layers} layers; products {rate / 1e12:.0f} TFLOP/s"
@@ -61,29 +61,24 @@ def rank(given: argparse.Namespace) -> None:
     for length in LENGTHS:
         ids = torch.randint(0, VOCABULARY, (1, length), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
 
-        def ours(engine: Engine, ids: Any = ids, **options: int) -> Callable[[int], object]:
-            return lambda count: engine.generate(ids, max_new_tokens=count, eos_token_id=[], **options)
+        def ours(engine: Engine, ids: Any = ids, **options: int) -> Callable[[], object]:
+            return lambda: engine.generate(ids, max_new_tokens=1, eos_token_id=[], **options)
 
-        def theirs(count: int, ids: Any = ids) -> object:
-            return model.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0)
+        def theirs(ids: Any = ids) -> object:
+            return model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
 
-        contestants: dict[str, tuple[int, Callable[[int], object]]] = {
+        contestants: dict[str, tuple[int, Callable[[], object]]] = {
             "ours, 1 GPU": (1, ours(one)),
             "ours, 1 GPU, in pieces of 512": (1, ours(one, prefill_step=512)),
             "transformers, 1 GPU": (1, theirs),
         }
         if split is not None:
             contestants[f"ours, {given.ranks} GPUs"] = (given.ranks, ours(split))
-        times: dict[str, list[float]] = {name: [] for name in contestants}
-        for turn in range(ROUNDS + 1):
-            for name, (_, generate) in contestants.items():
-                took = seconds(generate, 1)
-                if turn:
-                    times[name].append(took)
+        times = turns.medians({name: generate for name, (_, generate) in contestants.items()}, rounds=ROUNDS)
         flops = 2 * parameters * length + 2 * given.layers * length**2 * WIDTH
-        alone = statistics.median(times["ours, 1 GPU"])
+        alone = times["ours, 1 GPU"]
         for name, (gpus, _) in contestants.items():
-            took = statistics.median(times[name])
+            took = times[name]
             if number == 0:
                 print(
                     f"{length:6} tokens  {name:30} {took * 1e3:7.1f} ms  1 GPU / this {alone / took:5.2f}  "

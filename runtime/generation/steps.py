@@ -17,6 +17,7 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.execution.executable import Executable
+from runtime.execution.in_turns import can_take_turns
 from runtime.execution.profile import Profiler
 from runtime.generation.conversation import Piece
 from runtime.generation.decode_graphs import Decoder, GraphPool
@@ -26,6 +27,10 @@ from runtime.pipeline.head import HeadOfAll
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["Loaded", "Steps"]
+
+TURNS_ON = frozenset({"cuda"})
+TURNS_FROM = 2048
+"""Tokens of a piece from which on its halves take turns: with fewer, a GPU waits for its host."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,10 @@ class Steps:
         self._decoders: dict[int, Decoder] = {}
         """By the number of sequences."""
         self._pool = GraphPool()
+        program = prefill.program
+        alone = program.stage is None and self._head is None and not program.batch_axes
+        self.takes_turns = device.type in TURNS_ON and alone and cache.takes_turns and can_take_turns(program)
+        """Whether a large piece is run as two halves in turn."""
 
     def prefill(self, pieces: Iterable[Piece]) -> Tensor:
         """The logits [B, V/n] of each prompt's last token."""
@@ -146,10 +155,38 @@ class Steps:
         received: what comes from the stage before. least: how many tokens each row is filled up to, if not more. like:
         as `Executable` has it.
         """
+        if not (decode or received or least > 1 or like is not None) and self._pays_in_turns(piece):
+            return self._execute_in_turns(piece, rows)
         batch, values = self._inputs(piece, decode=decode, least=least)
         self.cache.begin(batch, rows=rows, decode=decode)
         execute = self._decode if decode else self._prefill
         return execute([*values, *received], like=like)
+
+    def _pays_in_turns(self, piece: Piece) -> bool:
+        rows, size = len(piece.tokens), max(map(len, piece.tokens))
+        return self.takes_turns and rows * size >= TURNS_FROM and all(piece.active)
+
+    def _execute_in_turns(self, piece: Piece, rows: slice | PagedRows | None) -> Tensor:
+        """The logits of a piece, of which two halves take turns."""
+        cache, num_rows = self.cache, len(piece.tokens)
+        parts = [rows, rows] if num_rows == 1 else _halves(slice(0, num_rows) if rows is None else rows)
+        under_way, several = [], []
+        for half, of_half in zip(piece.halves(), parts, strict=True):
+            batch, values = self._inputs(half, decode=False)
+            cache.begin(batch, rows=of_half)
+            under_way.append(cache.under_way())
+            several.append(values)
+        current = len(several) - 1
+
+        def resume(number: int) -> None:
+            nonlocal current
+            under_way[current] = cache.under_way()
+            cache.resume(under_way[number])
+            current = number
+
+        found = self._prefill.in_turns(several, resume)
+        logits: Tensor = found[1] if num_rows == 1 else torch.cat(found)
+        return logits
 
     def head(self, piece: Piece, made: Sequence[Tensor] | None, *, decode: bool = False) -> Tensor:
         """Logits [B, 1, V/n] of a head that all stages share out, whose ranks all call this for the same pieces.
@@ -194,3 +231,12 @@ class Steps:
             decoder.release()
         self._pool.renew()
         self.cache.drop()
+
+
+def _halves(rows: slice | PagedRows) -> list[slice | PagedRows]:
+    """The rows of a cache that the halves of a piece are about."""
+    if isinstance(rows, PagedRows):
+        at = len(rows.numbers) // 2
+        return [PagedRows(rows.numbers[part], rows.tables[part]) for part in (slice(at), slice(at, None))]
+    at = (rows.stop - rows.start) // 2
+    return [slice(rows.start, rows.start + at), slice(rows.start + at, rows.stop)]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch, PagedRows
-from runtime.kv_cache.buffers import buffers_of, kept_as, parts_of, read_from
+from runtime.kv_cache.buffers import buffers_of, kept_as, parts_of, read_from, shape_of
 from runtime.kv_cache.fixed_states import FixedStates, write_active
 from runtime.kv_cache.slots import Slots, hidden_slots, minus_infinity, slots_of
 from runtime.ops.attention import attention
@@ -39,15 +39,14 @@ from runtime.program.shards import StateShard
 __all__ = ["Cache"]
 
 
-def _shape(state: StateShard, max_batch: int, slots: int) -> tuple[int, ...]:
-    return (max_batch, *state.shape[:-1], slots, state.shape[-1]) if state.per_token else (max_batch, *state.shape)
-
-
 class Cache:
     """Buffers for `max_batch` sequences of up to `max_length` tokens, at most `step` of which come in one call.
 
     slots: how many there are at least where all positions are kept, which may be more than there are positions.
     """
+
+    takes_turns = True  # whether runs over it may
+    _OF_RUN: tuple[str, ...] = ("_batch", "_fixed", "_group", "_is_fixed", "_active", "_masks", "_found")
 
     def __init__(
         self,
@@ -73,12 +72,10 @@ class Cache:
         self._masks: dict[Any, Tensor | None] = {}
         self._fixed_masks: dict[tuple[int, int | None, int | None], Tensor] = {}
         self._found: dict[int, tuple[Tensor, Tensor]] = {}  # by number of slots: where the tokens of the run lie
-        self._kinds: set[tuple[int, int | None, int | None]] = set()
-        """Slots, window and chunk of the attentions bound to this cache."""
+        self._kinds: set[tuple[int, int | None, int | None]] = set()  # slots, window, chunk of the attentions bound
         self._fixed: int | None = None
-        """How many slots are looked at in runs of one token whose positions only the device knows."""
-        self._is_fixed = False
-        """Whether this is such a run: what a compiled step asks, which must not depend on the number."""
+        """How many slots are looked at in runs of single tokens whose positions only the device knows."""
+        self._is_fixed = False  # whether this is such a run: a compiled step asks it, and no number
         self._attending: list[Attending] = []
 
     def resize(self, *, max_batch: int, max_length: int, step: int, slots: int = 0) -> None:
@@ -87,13 +84,11 @@ class Cache:
         self.buffers: dict[str, Tensor] = {}
         for state in self._states:
             count = slots_of(state, max_length=max(max_length, slots), step=step)
-            self.buffers |= buffers_of(state, _shape(state, max_batch, count), self._device)
+            self.buffers |= buffers_of(state, shape_of(state, max_batch, count), self._device)
         self._remembered = {s.name: self.buffers[s.name].shape for s in self._states if not s.per_token}
         self.fixed_states = FixedStates(self._remembered)
-        self._used = 0
-        """How many slots runs may have written to since all were zero."""
-        self._replayed = 0
-        """How many the captured runs may write to whenever they are replayed, of which nobody tells."""
+        self._used = 0  # how many slots runs may have written to since all were zero
+        self._replayed = 0  # how many captured runs may write to whenever they are replayed, of which nobody tells
         self._rows = torch.arange(max_batch, device=self._device)[:, None]
 
     def piece_size(self, size: int, longest: int) -> int:
@@ -135,8 +130,14 @@ class Cache:
         self._used = max(self._used, tokens.end)
         numbers = [row for row, active in enumerate(tokens.active) if active]
         self._active = None if all(tokens.active) else torch.tensor(numbers, device=tokens.positions.device)
-        self._masks.clear()
-        self._found.clear()
+        self._masks, self._found = {}, {}
+
+    def under_way(self) -> dict[str, Any]:
+        """What is known of the run that began last; runs that take turns begin, all of them, and are then resumed."""
+        return {name: getattr(self, name) for name in self._OF_RUN}
+
+    def resume(self, run: dict[str, Any]) -> None:
+        self.__dict__.update(run)
 
     def begin_fixed(self, positions: Tensor, seen: int) -> None:
         """Before a run of one token per row at `positions` [B, 1], of which the host only knows that all are < `seen`.

@@ -39,6 +39,8 @@ class PagedCache(Cache):
     max_length: of the longest sequence. step: the most tokens of a row in one run.
     """
 
+    _OF_RUN = (*Cache._OF_RUN, "_paged", "_row_numbers", "_tables", "_places")
+
     def __init__(
         self,
         states: Sequence[StateShard],
@@ -90,7 +92,7 @@ class PagedCache(Cache):
         super().begin(tokens, rows=slice(0, len(rows.numbers)))
         self._paged = rows
         self._row_numbers = torch.tensor(rows.numbers, device=self._device)
-        self._tables.clear()
+        self._tables = {}
         self._places = None
 
     def fix(self, rows: PagedRows, batch: int) -> None:
