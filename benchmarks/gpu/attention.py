@@ -9,12 +9,15 @@
 In CUDA graphs, the median of some rounds; each call reads another layer's cache, so that nothing is read from L2.
 
     python -m benchmarks.gpu.attention
+    python -m benchmarks.gpu.attention --only fp8 latents
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import statistics
+import unittest.mock
 from collections.abc import Callable
 
 import torch
@@ -22,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.decode import measured_speed
+from runtime.ops.kernels.decode import latent_decode as latent_module
 from runtime.ops.kernels.decode.latent_decode import latent_decode
 from runtime.ops.kernels.decode_attention import decode_attention
 from runtime.ops.kernels.flash_attention import flash_attention
@@ -92,7 +96,7 @@ def in_float8(speed: float) -> None:
 
 @torch.no_grad()
 def latents(speed: float) -> None:
-    sizes = ((1, 1024), (1, 8192), (1, 32768), (1, 131072), (8, 8192), (32, 8192))
+    sizes = ((1, 1024), (1, 32768), (1, 131072), (32, 8192))
     for heads, (batch, length) in ((heads, size) for heads in (16, 128) for size in sizes):
         layers = max(2, min(64, 2**31 // (batch * length * (LATENT + CARRIED) * 2)))
         q, new = draw(batch, heads, 1, LATENT + CARRIED), draw(batch, 1, LATENT + CARRIED)
@@ -140,12 +144,37 @@ def tell(what: str, took: float, num_bytes: int, speed: float) -> None:
     """took: milliseconds."""
     print(
         f"{what}: {took * 1e3:8.1f} us  {num_bytes / took / 1e9:5.2f} TB/s = {num_bytes / took * 1e3 / speed:4.0%} of "
-        "the memory's speed"
+        "the memory's speed",
+        flush=True,
     )
 
 
 @torch.no_grad()
-def prompt() -> None:
+def launches(speed: float) -> None:
+    """Latents of one text of 32k by how the kernel is launched: tile, stages, warps, and heads of a program."""
+    length = 32768
+    for heads, choices in (
+        (16, ((32, 3, 4, 16), (64, 2, 4, 16), (32, 3, 8, 16), (32, 4, 4, 16), (64, 3, 8, 16))),
+        (128, ((32, 2, 8, 64), (64, 2, 8, 64), (32, 3, 8, 64), (16, 3, 8, 64), (32, 3, 4, 32))),
+    ):
+        q, new = draw(1, heads, 1, LATENT + CARRIED), draw(1, 1, LATENT + CARRIED)
+        at = torch.full((1, 1), length - 1, device="cuda")
+        held: list[list[Tensor | None]] = [[draw(1, 1, length, LATENT + CARRIED), None] for _ in range(8)]
+        for tile, stages, warps, most in choices:
+            launch = {
+                "_TILES": {q.dtype: tile},
+                "_WARPS": {most: warps},
+                "_STAGES": {most: stages},
+                "_MOST_HEADS": most,
+            }
+            with unittest.mock.patch.multiple(latent_module, **launch):
+                took = milliseconds(functools.partial(over_latents, q, new, at, held), graph=True) / len(held)
+            name = f"{heads} heads, {most} of a program, tiles of {tile}, {stages} stages, {warps} warps"
+            tell(name, took, length * (LATENT + CARRIED) * 2, speed)
+
+
+@torch.no_grad()
+def prompt(speed: float) -> None:
     length, piece = 65536, 8192
     q, k, v = draw(1, HEADS, length, WIDTH), draw(1, KV_HEADS, length, WIDTH), draw(1, KV_HEADS, length, WIDTH)
     whole = milliseconds(
@@ -165,13 +194,20 @@ def prompt() -> None:
     )
 
 
+PARTS: dict[str, Callable[[float], None]] = {
+    "one_token": one_token, "fp8": in_float8, "latents": latents, "prompt": prompt, "launches": launches,
+}  # fmt: skip
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Attention behind long texts on a GPU.")
+    every = [name for name in PARTS if name != "launches"]
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=every, help="some of the rows")
+    given = parser.parse_args()
     speed = measured_speed()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, measured {speed / 1e12:.2f} TB/s")
-    one_token(speed)
-    in_float8(speed)
-    latents(speed)
-    prompt()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, measured {speed / 1e12:.2f} TB/s", flush=True)
+    for name in given.only:
+        PARTS[name](speed)
 
 
 if __name__ == "__main__":

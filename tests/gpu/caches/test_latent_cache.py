@@ -18,20 +18,29 @@ pytestmark = [
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-6}
 
 
-@pytest.mark.parametrize("held", ["numbers", "float8", "float8 by bits"])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(
-    ("heads", "latent", "carried", "slots", "positions", "block", "options"),
-    [
-        (128, 512, 64, 9000, [0, 1, 63, 64, 4095, 8999], 0, {}),
-        (16, 512, 64, 4096, [0, 31, 32, 4095], 64, {}),
-        (40, 512, 64, 3000, [2999, 5], 0, {"sinks": True}),
-        (3, 40, 8, 700, [699, 5], 0, {"softcap": 3.0}),
-        (70, 256, 0, 1500, [40, 1400, 2000], 0, {"window": 100}),
-        (5, 160, 32, 1600, [40, 1400], 16, {"chunk": 512}),
-    ],
-)
-def test_one_token_per_row(dtype, held, heads, latent, carried, slots, positions, block, options, monkeypatch):
+CASES = [
+    (128, 512, 64, 9000, [0, 1, 63, 64, 4095, 8999], 0, {}),
+    (16, 512, 64, 4096, [0, 31, 32, 4095], 64, {}),
+    (5, 160, 32, 1600, [40, 1400], 16, {"chunk": 512}),
+    (40, 512, 64, 3000, [2999, 5], 0, {"sinks": True}),
+    (3, 40, 8, 700, [699, 5], 0, {"softcap": 3.0}),
+    (70, 256, 0, 1500, [40, 1400, 2000], 0, {"window": 100}),
+]
+KINDS = [
+    *((torch.bfloat16, held, case) for held in ("numbers", "float8") for case in CASES),
+    *(
+        (dtype, held, case)
+        for dtype in (torch.float16, torch.float32)
+        for held in ("numbers", "float8")
+        for case in CASES[1:3]
+    ),
+    *((torch.bfloat16, "float8 by bits", case) for case in CASES[1:3]),
+]
+
+
+@pytest.mark.parametrize(("dtype", "held", "case"), KINDS)
+def test_one_token_per_row(dtype, held, case, monkeypatch):
+    heads, latent, carried, slots, positions, block, options = case
     if held == "float8 by bits":  # as on GPUs without instructions for such codes
         monkeypatch.setattr("runtime.ops.kernels.decode.latent_decode.converts_float8", lambda device: False)
     torch.manual_seed(0)

@@ -113,6 +113,7 @@ def test_generation_says_the_same(
     assert_as_alone(cases, outcome, alone)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_over_latents_serves_any_length(counts: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     parts = compiled("deepseek_v3", 1)
     plain = parts.generate([[5, 6, 7], [8]], max_new_tokens=6, eos_token_id=[])

@@ -10,7 +10,6 @@ float8 (uint8), as `float8_rows` has them. Positions, lengths and captures are a
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -77,9 +76,9 @@ def latent_decode(
     rows = as_codes(rows, native=native)
     sinks = None if sinks is None else sinks.contiguous()
     positions = positions.contiguous()
-    seen = window or 0, chunk or 1, slots, _LEAST_TILES
+    seen = window or 0, chunk or 1, slots, _LEAST_TILES, splits
     given: dict[str, Any] = {
-        "HEADS": heads, "R": latent, "TILE": tile, "SPLITS": splits, "WINDOWED": window is not None,
+        "HEADS": heads, "R": latent, "TILE": tile, "WINDOWED": window is not None,
         "CHUNKED": chunk is not None, "SINKS": sinks is not None, "LSE": return_lse,
     }  # fmt: skip
     latent_kernel.attend[(batch * head_blocks, splits)](
@@ -95,7 +94,7 @@ def latent_decode(
         width = min(_MERGED_WIDTH, max(16, padded))
         latent_kernel.merge[(batch * heads, -(-latent // width))](
             positions, out if sinks is None else sinks, out, lse, parts, tops, sums, *seen,
-            **given, MERGED=min(splits, _MERGED), WIDTH=width,
+            **given, SPLITS_PADDED=_power_of_2(splits), MERGED=_MERGED, WIDTH=width,
         )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -103,8 +102,7 @@ def latent_decode(
 def _splits(programs: int, slots: int, tile: int, device: torch.device) -> int:
     """So many parts that about each processor has one, however long rows are."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = min(processors / programs, _MOST_SPLITS, slots / (tile * _LEAST_TILES))
-    return int(2 ** max(0, math.floor(math.log2(max(1.0, wanted)))))
+    return max(1, min(processors // programs, _MOST_SPLITS, slots // (tile * _LEAST_TILES)))
 
 
 def _power_of_2(count: int) -> int:

@@ -1,6 +1,6 @@
 """Attention of one new token per row to the latents in a cache, which all heads share; see `latent_decode`.
 
-Each program of `attend` takes HEAD_BLOCK heads of one row, as the rows of a matrix, and one of `SPLITS` parts of the
+Each program of `attend` takes HEAD_BLOCK heads of one row, as the rows of a matrix, and one of `splits` parts of the
 latents that the row has: a tile of them is read once, as keys and as values (arXiv:2405.04434, section 2.1, absorbed).
 What lies behind the row's length is not read. `merge` puts the parts together by their log-sum-exp (flash decoding:
 arXiv:2311.01282). Everything that depends on the length is read on the device.
@@ -19,9 +19,9 @@ __all__ = ["attend", "merge"]
 @triton.jit
 def attend(
     q, new_row, positions, rows, scales, sinks, out, lse, parts, tops, sums, table,
-    scale, softcap, window, chunk, slots, least_tiles, table_row, row_stride, scale_stride,
+    scale, softcap, window, chunk, slots, least_tiles, splits, table_row, row_stride, scale_stride,
     HEADS: tl.constexpr, HEAD_BLOCK: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, E: tl.constexpr,
-    E_PADDED: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr,
+    E_PADDED: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr,
     CAPPED: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
     SCALES: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +48,7 @@ def attend(
     new = tl.load(new_row + row * (R + E) + dims, mask=dims < R, other=0.0)
     at = position % slots
     first_tile, tiles, each, active, wraps, held = _extent(
-        position, slots, window, chunk, least_tiles, WINDOWED, CHUNKED, TILE, SPLITS
+        position, slots, window, chunk, least_tiles, splits, WINDOWED, CHUNKED, TILE
     )
     if split < active:
         if BLOCK == 0:
@@ -162,7 +162,7 @@ def attend(
             if LSE:
                 tl.store(lse + place, (top + tl.log2(total)) * 0.6931471805599453, mask=is_head)
         else:
-            part = place * SPLITS + split
+            part = place * splits + split
             tl.store(parts + part[:, None] * R + dims[None, :], result, mask=ours)
             tl.store(tops + part, top, mask=is_head)
             tl.store(sums + part, total, mask=is_head)
@@ -170,29 +170,29 @@ def attend(
 
 @triton.jit
 def merge(
-    positions, sinks, out, lse, parts, tops, sums, window, chunk, slots, least_tiles,
-    HEADS: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr,
+    positions, sinks, out, lse, parts, tops, sums, window, chunk, slots, least_tiles, splits,
+    HEADS: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, SPLITS_PADDED: tl.constexpr, WINDOWED: tl.constexpr,
     CHUNKED: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr, MERGED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Each program takes WIDTH numbers of one head's result, MERGED parts at a time."""
     place = tl.program_id(0)
     dims = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     position = tl.load(positions + place // HEADS)
-    _, _, _, active, _, _ = _extent(position, slots, window, chunk, least_tiles, WINDOWED, CHUNKED, TILE, SPLITS)
+    _, _, _, active, _, _ = _extent(position, slots, window, chunk, least_tiles, splits, WINDOWED, CHUNKED, TILE)
     if active > 1:
-        split = tl.arange(0, SPLITS)
+        split = tl.arange(0, SPLITS_PADDED)
         there = split < active
-        tops_of = tl.load(tops + place * SPLITS + split, mask=there, other=float("-inf"))
-        sums_of = tl.load(sums + place * SPLITS + split, mask=there, other=0.0)
+        tops_of = tl.load(tops + place * splits + split, mask=there, other=float("-inf"))
+        sums_of = tl.load(sums + place * splits + split, mask=there, other=0.0)
         highest = tl.max(tops_of, axis=0)
         whole = tl.sum(sums_of * tl.exp2(tops_of - highest), axis=0)
         merged = tl.zeros((WIDTH,), dtype=tl.float32)
         for first in range(0, active, MERGED):
             some = first + tl.arange(0, MERGED)
             is_one = some < active
-            tops_some = tl.load(tops + place * SPLITS + some, mask=is_one, other=float("-inf"))
+            tops_some = tl.load(tops + place * splits + some, mask=is_one, other=float("-inf"))
             results = tl.load(
-                parts + (place * SPLITS + some)[:, None] * R + dims[None, :],
+                parts + (place * splits + some)[:, None] * R + dims[None, :],
                 mask=is_one[:, None] & (dims[None, :] < R),
                 other=0.0,
             )
@@ -207,8 +207,8 @@ def merge(
 
 @triton.jit
 def _extent(
-    position, slots, window, chunk, least_tiles,
-    WINDOWED: tl.constexpr, CHUNKED: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    position, slots, window, chunk, least_tiles, splits,
+    WINDOWED: tl.constexpr, CHUNKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """The first tile that the row sees and the end of all, tiles of a part, how many parts have any, whether slots were
     written more than once, and how many hold something.
@@ -223,7 +223,7 @@ def _extent(
         first = tl.maximum(first, position // chunk * chunk)
     first_tile = tl.where(wraps, 0, first // TILE)
     tiles = tl.cdiv(held, TILE)
-    each = tl.maximum(tl.cdiv(tiles - first_tile, SPLITS), least_tiles)
+    each = tl.maximum(tl.cdiv(tiles - first_tile, splits), least_tiles)
     return first_tile, tiles, each, tl.cdiv(tiles - first_tile, each), wraps, held
 
 
