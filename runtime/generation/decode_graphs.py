@@ -197,9 +197,9 @@ class Decoder:
 
     def _kind_for(self, kind: Kind) -> Kind:
         """One for which steps are captured, and which serves `kind`."""
+        if len(self._kinds) >= _MOST_KINDS and kind not in self._kinds:
+            kind = functools.reduce(Kind.join, self._kinds, kind)
         if kind not in self._kinds:
-            if len(self._kinds) >= _MOST_KINDS:
-                kind = functools.reduce(Kind.join, self._kinds, kind)
             self._kinds.append(kind)
         return kind
 

@@ -119,8 +119,10 @@ class RowSampler:
         kind = Kind()
         for row in (*rows, *also):
             kind = kind.join(self._kind_of(row))
-        if kind.edits:
-            self._edits = self._edits or _Edits(self._search, batch, self._device)
+        if kind.edits and self._edits is None:
+            self._edits = _Edits(self._search, batch, self._device)
+        # a step of a joined kind looks at them for rows too that ask for none
+        if self._edits is not None and (kind.edits or self._edits.holds_some):
             self._edits.begin(padded)
         return kind
 
@@ -254,6 +256,8 @@ class _Edits:
         self._times = torch.zeros(shape, dtype=torch.float32, device=device)
         self._bias = torch.zeros(shape, dtype=torch.float64, device=device)
         self._banned = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.holds_some = False
+        """Whether rows that ask for nothing would be changed; tokens that were seen change nothing by themselves."""
 
     @property
     def changing(self) -> list[Tensor]:
@@ -262,6 +266,7 @@ class _Edits:
     def begin(self, rows: Sequence[RowOptions]) -> None:
         for kept in (self._seen, self._times, self._bias, self._banned):
             kept.zero_()
+        self.holds_some = any(row.bias or row.banned for row in rows)
         self._seen[self._where(rows, "text")] = True
         self._banned[self._where(rows, "banned")] = True
         written = self._where(rows, "written")

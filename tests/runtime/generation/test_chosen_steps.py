@@ -130,6 +130,28 @@ def test_a_model_with_states_looks_at_all_of_the_vocabulary(steps: Steps, monkey
     assert steps.count == 2 * 2 * 11
 
 
+def test_few_kinds_of_steps_serve_all_that_is_asked(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts, texts = compiled("llama", 1), prompts("llama", (4, 7, 2))
+    more: list[dict[str, Any]] = [{"do_sample": True, "top_k": 5 * number} for number in range(1, 12)]
+    asked = [*OPTIONS, *more]
+    expected = [said(parts, texts, 5, **options)[0] for options in asked]
+    decoders: list[Decoder] = []
+    kind_for = Decoder._kind_for
+
+    def watched(decoder: Decoder, kind: Any) -> Any:
+        decoders.append(decoder)
+        return kind_for(decoder, kind)
+
+    monkeypatch.setattr(Decoder, "_kind_for", watched)
+    with steps:
+        for _ in range(2):
+            for options, wanted in zip(asked, expected, strict=True):
+                assert torch.equal(said(parts, texts, 5, **options)[0], wanted)
+    (decoder,) = set(decoders)
+    assert 4 < len(decoder._kinds) < 9
+    assert len(set(decoder._kinds)) == len(decoder._kinds)
+
+
 def test_rules_that_the_host_applies_are_told(caplog: pytest.LogCaptureFixture) -> None:
     rules = [
         ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size"),
