@@ -43,8 +43,8 @@ _FRESH_OWN = frozenset({"vocab_parallel_embedding"})
 
 
 _TENSORS = ("mask", "sinks")
-_MASK = 4
-"""Its place among the operands of a cached attention."""
+_MASK = {cached_attention: 4, latent_attention: 7}
+"""Its place among the operands of an attention over a cache."""
 _WITH_STATE = frozenset({cached_attention, latent_attention, cache_append, state_read, state_write})
 
 
@@ -179,7 +179,8 @@ def bound_graph(
                 new.target, new.kwargs = overflow.bind(path, device=device, **options), {}  # type: ignore[arg-type]
             elif node.target in _WITH_STATE and cache is not None:
                 options = dict(new.kwargs)
-                masked = options.get("mask") is not None or (len(new.args) > _MASK and new.args[_MASK] is not None)
+                at = _MASK.get(node.target, len(new.args))
+                masked = options.get("mask") is not None or (len(new.args) > at and new.args[at] is not None)
                 state = str(options.pop("state"))
                 tensors = {name: options.pop(name) for name in list(options) if name in _TENSORS}
                 new.target, new.kwargs = cache.bind(node.target, state, options, masked=masked), tensors
