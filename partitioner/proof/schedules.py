@@ -17,7 +17,7 @@ from partitioner.program.stages import crossings
 from partitioner.proof.meetings import Event, play
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.communicating import Meeting
-from runtime.pipeline.schedule import Action, Head, Receive, Run, Send, Shift, Timelines, chain, ring
+from runtime.pipeline.schedule import Action, Head, Receive, Run, Send, Shift, Timelines, chain, relay, ring
 
 __all__ = ["Boundary", "boundaries_of", "play_schedule", "prove_stages"]
 
@@ -34,6 +34,9 @@ def prove_stages(program: Program) -> None:
     for pieces in (1, 2 * count + 1):
         play_schedule(chain(count, pieces, heads=range(pieces) if shares_head else ()), boundaries)
     play_schedule(ring(count, count, 3 * count, shares_head=shares_head), boundaries)
+    if not shares_head:
+        for groups in (count, count + 1):
+            play_schedule(relay(count, groups, 3 * groups), boundaries)
 
 
 def boundaries_of(program: Program) -> tuple[Boundary, ...]:

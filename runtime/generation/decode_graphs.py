@@ -4,6 +4,7 @@ A step takes one token per sequence, [B, 1], from the same memory each time; whe
 read on the device. Where attention is a kernel that stops at each row's length, one graph serves all lengths, and what
 is compiled serves any cache. Elsewhere it looks at `seen` slots, rounded up, so that a few graphs serve all lengths.
 States per sequence stay in one place: a step reads and writes them there, for rows that are active.
+Over stages, groups of rows have steps of their own, which hand on by themselves (`runtime.pipeline.relay`).
 CUDA graphs: launching a captured step costs the host microseconds instead of the launch of each of its kernels.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +21,14 @@ from partitioner.errors import InputError
 from runtime.communication.traceable import Traceable
 from runtime.execution.executable import Executable, build
 from runtime.kv_cache.cache import Cache
+from runtime.pipeline.message import Box
 from runtime.program.rank_program import RankProgram
 
-__all__ = ["Decoder", "GraphPool", "require_fixed_shapes"]
+__all__ = ["Decoder", "GraphPool", "compiled_step", "require_fixed_shapes"]
+
+T = TypeVar("T")
+_Kind = Literal["step", "chain", "turn"]
+"""A step for the host; one that chooses the next one's tokens; one of a stage, between its inbox and its outbox."""
 
 # a product with one row is a sum over the weights' rows, whose tiles are found by trying. By default the compiler
 # computes again what several kernels use, in each of them: cosines and sines of the position in every layer, and norms
@@ -67,8 +73,27 @@ class GraphPool:
         self._handle = None
 
 
+def compiled_step(program: RankProgram, execute: Executable, cache: Cache, device: torch.device) -> Callable[..., Any]:
+    """The function of `execute` through torch.compile, with inductor."""
+    traceable = build(program, Traceable(execute.communicator), device, cache)
+    function = functools.partial(traceable, *execute.weights)
+    return torch.compile(function, dynamic=False, options=_ON_GPU if device.type == "cuda" else None)
+
+
+def captured(run: Callable[[], T], pool: GraphPool) -> tuple[Any, T]:
+    """A CUDA graph of `run`, which has run before, and what it yields, in memory of the pool."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool.handle):
+        result = run()
+    return graph, result
+
+
 class Decoder:
-    """See the module's docstring; for `batch` sequences. `compile`: through torch.compile, with inductor."""
+    """See the module's docstring; for `batch` sequences.
+
+    compiled: what runs the step, where it is compiled. rows: those of the cache; None: the first, or those that it has
+    been told. Over stages, what comes from the one before is read from `inbox`.
+    """
 
     def __init__(
         self,
@@ -77,13 +102,14 @@ class Decoder:
         cache: Cache,
         *,
         batch: int,
+        rows: slice | None = None,
         device: torch.device,
-        compile: bool,
+        compiled: Callable[..., Any] | None,
         cuda_graph: bool,
         pool: GraphPool,
     ) -> None:
-        self.batch, self.cache, self._pool = batch, cache, pool
-        self._compiled, self._captures = compile, cuda_graph
+        self.batch, self.cache, self._rows, self._pool = batch, cache, rows, pool
+        self._is_compiled, self._captures = compiled is not None, cuda_graph
         self._execute = execute
         self._inputs = {
             "input_ids": torch.zeros(batch, 1, dtype=torch.int64, device=device),
@@ -91,28 +117,51 @@ class Decoder:
             "last": torch.zeros(batch, dtype=torch.int64, device=device),
             "active": torch.ones(batch, dtype=torch.bool, device=device),
         }
-        self._order = [wanted.name for wanted in program.inputs]
-        self._function: Callable[..., Any] = execute.function
-        if compile:
-            traceable = build(program, Traceable(execute.communicator), device, cache)
-            function = functools.partial(traceable, *execute.weights)
-            options = _ON_GPU if device.type == "cuda" else None
-            self._function = torch.compile(function, dynamic=False, options=options)
-        self._compared = not compile
+        stage = program.stage
+        self.inbox = Box(() if stage is None else stage.receives, batch, device)
+        self.outbox = Box(() if stage is None else stage.sends, batch, device)
+        self._is_last = stage is None or stage.index + 1 == stage.count
+        head = program.shared_head
+        self._hands_on = head.receives if self._is_last and head is not None else () if stage is None else stage.sends
+        self._given = [*(self._inputs[wanted.name] for wanted in program.inputs), *self.inbox.values]
+        self._function: Callable[..., Any] = execute.function if compiled is None else compiled
+        self._compared = compiled is None
         """Whether the ranks have made sure that they are about to do the same: a compiled step does not."""
-        self._graphs: dict[tuple[int, bool], tuple[Any, Tensor]] = {}
+        self._graphs: dict[tuple[int, _Kind], tuple[Any, Any]] = {}
         self._choose: Callable[[Tensor], Tensor] | None = None
+        self._latest = 0
+        """The largest position of the next turn."""
 
-    def __call__(self, tokens: Sequence[int], positions: Sequence[int], active: Sequence[bool] = ()) -> Tensor:
+    def __call__(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        active: Sequence[bool] = (),
+        received: Sequence[Tensor] = (),
+    ) -> Any:
         """The logits [B, V/n] after one more token per sequence, at its position; valid until the next call.
 
-        active: rows whose states move on; (): all.
+        active: rows whose states move on; (): all. received: what comes from the stage before, of all rows or the first
+        ones; of a stage that hands on, a tuple comes back.
         """
+        for held, given in zip(self.inbox.values, received, strict=True):
+            held[tuple(slice(size) for size in given.shape)].copy_(given)
         self._set(tokens, positions, active)
         seen = self._seen(max(positions))
-        if not self._compared:
-            self._compare(seen)
-        return self._replayed(seen, chained=False) if self._captures else self._run(seen)
+        self._compare(seen)
+        return self._done(seen, "step")
+
+    def of_first(
+        self, count: int, tokens: Sequence[int], positions: Sequence[int], received: Sequence[Tensor] = ()
+    ) -> Any:
+        """As a run of the first `count` sequences has it: logits [count, 1, V/n], or what the stage hands on."""
+        made = self(tokens, positions, received=received)
+        if not isinstance(made, tuple):
+            return made[:count, None]
+        return tuple(
+            value.narrow(crossing.shape.index("batch"), 0, count) if "batch" in crossing.shape else value
+            for value, crossing in zip(made, self._hands_on, strict=True)
+        )
 
     def chain(
         self, choose: Callable[[Tensor], Tensor], tokens: Sequence[int], positions: Sequence[int], count: int
@@ -126,11 +175,10 @@ class Decoder:
         self._choose = self._choose or choose  # whose memory the captured steps use
         self._set(tokens, positions)
         latest = max(positions)
-        if not self._compared:
-            self._compare(self._seen(latest))
+        self._compare(self._seen(latest))
         started: list[tuple[Tensor, torch.cuda.Event]] = []
         for step in range(count):
-            said = self._replayed(self._seen(latest + step), chained=True)
+            said = self._done(self._seen(latest + step), "chain")
             copy = torch.empty(said.shape, dtype=said.dtype, pin_memory=True)
             copy.copy_(said, non_blocking=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -139,6 +187,26 @@ class Decoder:
             if step:
                 yield _arrived(*started.pop(0))
         yield from (_arrived(*each) for each in started)
+
+    def begin_turns(self, choose: Callable[[Tensor], Tensor], tokens: Sequence[int], positions: Sequence[int]) -> None:
+        """Before the first `turn`, over stages: the token of each row, and its position. choose: as of a chain.
+
+        The ranks of a stage compare and capture the step here: no other stage waits for one that does that.
+        """
+        self._choose = self._choose or choose
+        self._set(tokens, positions)
+        self.inbox.said.zero_()
+        self.inbox.said[0].copy_(self._inputs["input_ids"][:, 0])
+        self._latest = max(positions)
+        seen = self._seen(self._latest)
+        self._compare(seen)
+        if self._captures:
+            self._graph(seen, "turn")
+
+    def turn(self) -> None:
+        """One step of the tokens in `inbox`, and what it hands on into `outbox`: on the last stage, what is chosen."""
+        self._done(self._seen(self._latest), "turn")
+        self._latest += 1
 
     def _set(self, tokens: Sequence[int], positions: Sequence[int], active: Sequence[bool] = ()) -> None:
         self.cache.fixed_states.settle(self.cache.buffers)
@@ -154,16 +222,28 @@ class Decoder:
         """How many slots a step looks at."""
         most = self.cache.max_length
         # one compiled graph only: compiling takes far longer than looking at empty slots
-        return most if self._compiled or self.cache.any_length else min(most, -(-(latest + 1) // _ROUND_TO) * _ROUND_TO)
+        if self._is_compiled or self.cache.any_length:
+            return most
+        return min(most, -(-(latest + 1) // _ROUND_TO) * _ROUND_TO)
 
-    def _replayed(self, seen: int, *, chained: bool) -> Tensor:
-        if (seen, chained) not in self._graphs:
-            self._graphs[seen, chained] = self._capture(self._step if chained else self._run, seen)
-        graph, result = self._graphs[seen, chained]
+    def _done(self, seen: int, kind: _Kind) -> Any:
+        if not self._captures:
+            return self._body(kind)(seen)
+        graph, result = self._graph(seen, kind)
         graph.replay()
         return result
 
-    def _step(self, seen: int) -> Tensor:
+    def _graph(self, seen: int, kind: _Kind) -> tuple[Any, Any]:
+        if (seen, kind) not in self._graphs:
+            self._graphs[seen, kind] = self._capture(self._body(kind), seen)
+        return self._graphs[seen, kind]
+
+    def _body(self, kind: _Kind) -> Callable[[int], Any]:
+        bodies: dict[_Kind, Callable[[int], Any]] = {"step": self._run, "chain": self._link, "turn": self._turn}
+        return bodies[kind]
+
+    @torch.no_grad()
+    def _link(self, seen: int) -> Tensor:
         """One step, and what it chooses as the input of the next."""
         assert self._choose is not None
         said = self._choose(self._run(seen))
@@ -171,11 +251,23 @@ class Decoder:
         self._inputs["position_ids"].add_(1)
         return said
 
+    @torch.no_grad()
+    def _turn(self, seen: int) -> None:
+        assert self._choose is not None
+        self._inputs["input_ids"].copy_(self.inbox.said[0, :, None])
+        made = self._run(seen)
+        self.outbox.said.copy_(self._choose(made) if self._is_last else self.inbox.said)
+        for held, value in zip(self.outbox.values, () if self._is_last else made, strict=True):
+            held.copy_(value)
+        self._inputs["position_ids"].add_(1)
+
     def _compare(self, seen: int) -> None:
         """One step as it is, with every collective compared; the next one does it again, and writes the same."""
-        self.cache.begin_fixed(self._inputs["position_ids"], seen)
+        if self._compared:
+            return
+        self.cache.begin_fixed(self._inputs["position_ids"], seen, rows=self._rows)
         states = self.cache.fixed_states.copies()
-        self._execute([self._inputs[name] for name in self._order])
+        self._execute(self._given)
         self.cache.fixed_states.restore(states)
         self._execute.communicator.begin_run(new_shapes=False)
         self._compared = True
@@ -187,19 +279,18 @@ class Decoder:
         self._graphs.clear()
 
     @torch.no_grad()
-    def _run(self, seen: int) -> Tensor:
-        self.cache.begin_fixed(self._inputs["position_ids"], seen)
+    def _run(self, seen: int) -> Any:
+        self.cache.begin_fixed(self._inputs["position_ids"], seen, rows=self._rows)
         communicator = self._execute.communicator
         try:
-            logits: Tensor = self._function(*(self._inputs[name] for name in self._order))
+            made = self._function(*self._given)
         except BaseException as error:
             reason = communicator.explained(error)
             communicator.abort(reason)
             raise reason from (None if reason is error else error)
-        return logits[:, 0]
+        return made if isinstance(made, tuple) else made[:, 0]
 
-    @torch.no_grad()
-    def _capture(self, run: Callable[[int], Tensor], seen: int) -> tuple[Any, Tensor]:
+    def _capture(self, run: Callable[[int], T], seen: int) -> tuple[Any, T]:
         # a step that is run again on the same inputs and states writes what it has written: the warm-up is free of
         # effects
         before = {name: given.clone() for name, given in self._inputs.items()}
@@ -214,16 +305,14 @@ class Decoder:
         self._execute.communicator.begin_run(new_shapes=True)
         warm_up()
         self._execute.communicator.begin_run(new_shapes=False)
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                warm_up()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool.handle):
-            result = run(seen)
-        return graph, result
+        if self._inputs["last"].is_cuda:
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    warm_up()
+            torch.cuda.current_stream().wait_stream(side)
+        return captured(lambda: run(seen), self._pool)
 
 
 def _arrived(copy: Tensor, event: torch.cuda.Event) -> Tensor:

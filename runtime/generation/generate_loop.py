@@ -37,6 +37,7 @@ from runtime.kv_cache.cache_size import (
     CacheSize,
     Room,
     WhatIsKept,
+    all_stages,
     default_step,
     held_as,
     slots_for,
@@ -72,8 +73,6 @@ class GenerateLoop:
         self.program = prefill.program
         """For prompts; that for single tokens has the same inputs, states and limits."""
         self.communicator, self.device = communicator, device
-        if (compile or cuda_graph) and decode.program.stage is not None:
-            raise InputError("decode steps of pipeline stages are neither compiled nor captured: leave compile out")
         if compile or cuda_graph:
             require_fixed_shapes(decode.program, device, cuda_graph=cuda_graph)
         self._compile, self._cuda_graph = compile, cuda_graph
@@ -88,6 +87,8 @@ class GenerateLoop:
         self._counts_tokens = False
         """As `WhatIsKept` has it, once there is a cache."""
         self._default_steps: dict[int, int] = {}
+        self._staged: StagedLoop | None = None
+        """The latest task's, over stages."""
         self._turn = 0
         """Counts tasks: a stream that another task has overtaken must not go on."""
 
@@ -108,6 +109,7 @@ class GenerateLoop:
         longest = max(map(len, request.prompts))
         length = longest + settings.max_new_tokens - 1  # the last token is never run
         request.require_fits(self.program, length)
+        self._leave()
         if self.program.batch_axes:
             yield from self._dealt(request, length)
             return
@@ -120,7 +122,7 @@ class GenerateLoop:
         choosing = self.program, settings, self.communicator, self.device, self._profiler
         chooser = TokenChooser(*choosing) if given is None else GivenTokens(given, *choosing)
         if self.program.stage is not None:
-            staged = StagedLoop(
+            staged = self._staged = StagedLoop(
                 run,
                 self.program,
                 self._decode_by.program,
@@ -128,6 +130,7 @@ class GenerateLoop:
                 self.device,
                 self._profiler,
                 alike=self._counts_tokens,
+                relays=self._chains(settings),
             )
             for step in staged.steps(request, chooser, min(size, run.cache.step)):
                 yield step
@@ -180,11 +183,19 @@ class GenerateLoop:
         """Whether the device can choose tokens by itself: nothing else is asked of a step, and nobody measures it."""
         sampling = settings.sampling
         plain = not sampling.do_sample and sampling.repetition_penalty == 1 and settings.rules == TokenRules()
-        plain &= not settings.logprobs
-        return self._cuda_graph and plain and self._profiler.recording is None
+        plain &= not settings.logprobs and self._profiler.recording is None
+        # over stages there is something to gain too where steps are only compiled: what a stage hands on does not wait
+        return plain and (self._cuda_graph or (self._compile and self.program.stage is not None))
+
+    def _leave(self) -> None:
+        """Ends what a stream over stages has under way, if there is one: others would wait for it."""
+        staged, self._staged = self._staged, None
+        if staged is not None and staged.relay is not None:
+            staged.relay.leave()
 
     def reserve(self, size: CacheSize) -> Room:
         """A collective: sets the cache of all later tasks aside, of the same size on all ranks."""
+        self._leave()
         self._drop_cache()
         if self.program.batch_axes:
             self._batches = self._batch_loop(None)
@@ -227,7 +238,10 @@ class GenerateLoop:
                 return self._bound
             if cache.max_batch >= max_batch and cache.max_length >= max_length and cache.step >= step:
                 return self._bound
-        kept = self._bound if self._bound is not None and self._bound.serve_any_cache else None
+        kept = self._bound
+        # a stage without attention serves any
+        if kept is not None and not all_stages(kept.serve_any_cache, self.program, self.communicator, self.device):
+            kept = None
         self._drop_cache()
         size = CacheSize(max_batch=max_batch, max_length=max_length, prefill_step=step)
         room = Room.agreed(self.program, size, self.communicator, self.device)
@@ -291,7 +305,12 @@ class GenerateLoop:
             cuda_graph=self._cuda_graph,
         )
 
+    def abandon(self) -> None:
+        """Before `release` where a rank has failed: what is under way comes to no end."""
+        self._staged = None
+
     def release(self) -> None:
         """Gives back the cache and the captured steps; a stream that is under way cannot go on."""
+        self._leave()
         self._drop_cache()
         self._turn += 1

@@ -2,6 +2,7 @@
 
     prompts   pieces, group by group, through a chain of stages                    `runtime.pipeline.schedule.chain`
     decode    in slot t stage k runs group t - k; then one permute moves all on    `runtime.pipeline.schedule.ring`
+    relay     stages hand on by themselves, the host queues turns ahead            `runtime.pipeline.relay`
 
 The last stage chooses tokens. They go to the first stage at once, and on from there with the hidden states of their own
 group, so that every rank knows every token a few slots later: each has the conversations, knows who has ended, and
@@ -10,24 +11,31 @@ which the last of them has learnt the last token, which each computes from when 
 
 Where the stages share out the vocabulary head, all of them choose, behind the shift of the same slot: everybody knows
 every token at once, messages carry values only, and all leave behind the slot in which the last token was chosen.
+
+In a relay the device chooses tokens and hands them on; the host hears of them a round of groups later, and heeds that
+all have ended a round after that. So all ranks queue the same turns, and those behind the last token count for nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from partitioner.errors import SamplingError
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.choose_tokens import TokenChooser
 from runtime.generation.conversation import Conversation, Piece
+from runtime.generation.decode_graphs import Decoder
 from runtime.generation.generation_request import GenerationRequest, Step
 from runtime.generation.steps import Steps
+from runtime.pipeline.lanes import Lanes
 from runtime.pipeline.links import Links
 from runtime.pipeline.message import Message, message_bytes
 from runtime.pipeline.perform import perform
+from runtime.pipeline.relay import Relay
 from runtime.pipeline.schedule import PIECES_PER_STAGE, Head, Run, Shift, chain, chunk_ends, groups_of, in_slot
 from runtime.program.rank_program import RankProgram
 
@@ -47,8 +55,9 @@ class StagedLoop:
         profiler: Profiler,
         *,
         alike: bool,
+        relays: bool = False,
     ) -> None:
-        """alike: as in `Conversation`, for all stages."""
+        """alike: as in `Conversation`, for all stages. relays: whether the device may choose and hand on by itself."""
         assert prefill.stage is not None
         assert decode.stage is not None
         self._run, self._communicator, self._device = run, communicator, device
@@ -58,10 +67,13 @@ class StagedLoop:
         self._ring = profiler.watched_transfers(communicator.channel("pp", node="shift"))
         self._is_last = self._stage.index + 1 == self._stage.count
         self._shares_head = run.shares_head
+        self._relays = relays and not self._shares_head
+        self.relay: Relay | None = None
+        """What is under way while a stream of it is."""
 
     def steps(self, request: GenerationRequest, chooser: TokenChooser, size: int) -> Iterator[Step]:
         """One `Step` per token, on all ranks, until every sequence has ended."""
-        rows = groups_of(len(request.prompts), self._stage.count)
+        rows = groups_of(len(request.prompts), self._stage.count, groups=request.settings.pipeline_groups)
         groups = [Conversation(request, vocab_size=self._program.vocab_size, rows=group) for group in rows]
         logits = self._prefill(groups, rows, size)
         said = _Said(groups)
@@ -70,6 +82,9 @@ class StagedLoop:
         else:
             length = self._tell_first(groups, logits, chooser, said, scored=request.settings.logprobs)
         yield said.next()
+        if self._relays:
+            yield from self._relayed(request, groups, rows, chooser, said)
+            return
         ring = _Ring(self, groups, rows, chooser, said, length, scored=request.settings.logprobs)
         yield from ring.steps()
 
@@ -161,14 +176,77 @@ class StagedLoop:
             said.learn(number, tokens, logprobs if scored else None)
         return int(everyone[:, -1].max().item())
 
+    def _relayed(
+        self,
+        request: GenerationRequest,
+        groups: list[Conversation],
+        rows: list[slice],
+        chooser: TokenChooser,
+        said: _Said,
+    ) -> Iterator[Step]:
+        """The steps behind the first: what is learnt in a turn was chosen two rounds of groups before."""
+        num, turns = len(groups), len(groups) * (request.settings.max_new_tokens - 1)
+        if said.is_over:
+            return
+        members = [self._member(group, rows[at], chooser) if group.texts else None for at, group in enumerate(groups)]
+        relay = self.relay = Relay(self._stage, members, self._ring, self._communicator, Lanes(self._device))
+
+        def learn(turn: int, best: Tensor) -> None:
+            group = groups[turn % num]
+            if group.texts and not group.is_over:
+                said.learn(turn % num, chooser.sampler.chosen(best), None)
+
+        def heard(turn: int) -> None:
+            """What was chosen in a turn, by what the group's next one began with."""
+            if groups[turn % num].texts:
+                learn(turn, relay.said(turn + num))
+
+        try:
+            for turn in range(turns):
+                if turn >= 2 * num:
+                    heard(turn - 2 * num)
+                if said.has_next:
+                    yield said.next()
+                more = not said.is_over and turn + 1 < turns
+                relay.turn(more=more)
+                if not more:
+                    break
+        except (GeneratorExit, SamplingError):
+            relay.leave()  # the other ranks do the same
+            raise
+        if not said.is_over:
+            for turn in range(max(0, turns - 2 * num), turns - num):
+                heard(turn)
+            for turn, best in enumerate(self._last_chosen(members), start=turns - num):
+                learn(turn, best)
+        while said.has_next:
+            yield said.next()
+
+    def _member(self, group: Conversation, rows: slice, chooser: TokenChooser) -> Decoder:
+        piece = group.next_piece()
+        member = self._run.decoder(len(group.texts), rows)
+        member.begin_turns(chooser.sampler.best, [row[0] for row in piece.tokens], piece.starts)
+        return member
+
+    def _last_chosen(self, members: Sequence[Decoder | None]) -> list[Tensor]:
+        """By group [2, rows] on the host: what the last stage has chosen last, which it tells all."""
+        sizes = [0 if member is None else member.batch for member in members]
+        mine = torch.zeros(1, 2, sum(sizes), dtype=torch.float64, device=self._device)
+        if self._is_last:
+            held = [member.outbox.said for member in members if member is not None]
+            torch.cat(held, dim=1, out=mine[0])
+        self._communicator.begin_run(new_shapes=True)
+        everyone = self._ring.all_gather(mine, dim=0).cpu()
+        return list(torch.split(everyone[-1], sizes, dim=1))
+
     def shift(self, message: Message, length: int, most: int, *, first: bool) -> Tensor:
         """Hands on `message`, and returns the bytes of the one that came."""
         packed = message.pack(length, most, self._device)
         self._communicator.begin_run(new_shapes=first)
         return self._ring.permute_begin(packed, 1).finish()
 
-    def execute(self, piece: Piece, received: tuple[Tensor, ...], rows: slice) -> object:
-        return self._run.execute(piece, received, decode=True, rows=rows)
+    def decode(self, piece: Piece, received: tuple[Tensor, ...], rows: slice) -> object:
+        return self._run.decode(piece, received, rows=rows)
 
     def head(self, piece: Piece, made: tuple[Tensor, ...] | None) -> Tensor:
         return self._run.head(piece, made, decode=True)
@@ -253,7 +331,14 @@ class _Ring:
     @property
     def _end(self) -> int:
         """The slot after which every rank knows the tokens that were chosen in `last_chosen`."""
-        return -1 if self.last_chosen < 0 else self.last_chosen + self.count - 2
+        return -1 if self.last_chosen < 0 else self.last_chosen + self._delay(self.count - 2)
+
+    def _delay(self, stage: int) -> int:
+        """How many slots after the first stage, which hears of tokens when they are chosen, another hears of them.
+
+        The first one tells them when it is the group's turn again.
+        """
+        return stage + len(self.groups) - self.count if stage else 0
 
     def advance(self, *, runs: bool) -> None:
         """One slot. runs: whether a group's step is computed, or only what is known already is told."""
@@ -277,13 +362,13 @@ class _Ring:
         known = self.latest.get(number, Message())
         if group.is_over or not runs or (self.stage and not received):
             return Message() if self.loop._is_last else known
-        made = self.loop.execute(group.next_piece(), received, self.rows[number])
+        made = self.loop.decode(group.next_piece(), received, self.rows[number])
         if self.loop._is_last and self.loop._shares_head:
             self.made = made  # type: ignore[assignment]
             return Message()
         if not self.loop._is_last:
             return Message(known.step, known.tokens, known.logprobs, tuple(made))  # type: ignore[arg-type]
-        tokens, logprobs = self.chooser.choose(made[:, 0], group)  # type: ignore[index]
+        tokens, logprobs = self.chooser.choose(made, group)  # type: ignore[arg-type]
         self.said.learn(number, tokens, logprobs)
         self.last_chosen = self.slot
         return Message(group.step, tuple(tokens), None if logprobs is None else tuple(logprobs))
@@ -311,5 +396,4 @@ class _Ring:
         if message.step == group.step + 1:
             self.latest[number] = Message(message.step, message.tokens, message.logprobs)
             self.said.learn(number, list(message.tokens), None if message.logprobs is None else list(message.logprobs))
-            # the first stage hears of it in the same slot, each other one slot after the stage before
-            self.last_chosen = max(self.last_chosen, self.slot - self.stage)
+            self.last_chosen = max(self.last_chosen, self.slot - self._delay(self.stage))

@@ -111,6 +111,11 @@ class Cache:
         return (bool(self._attending) or not grows) and not self._kinds and not self._appended
 
     @property
+    def any_rows(self) -> bool:
+        """Whether steps of one token, as they are bound, are the same whichever rows of the cache they are about."""
+        return not self._kinds and not self._appended and not self._remembered
+
+    @property
     def bytes(self) -> int:
         return sum(buffer.nbytes for buffer in self.buffers.values())
 
@@ -137,17 +142,17 @@ class Cache:
         self._masks.clear()
         self._found.clear()
 
-    def begin_fixed(self, positions: Tensor, seen: int) -> None:
+    def begin_fixed(self, positions: Tensor, seen: int, *, rows: slice | None = None) -> None:
         """Before a run of one token per row at `positions` [B, 1], of which the host only knows that all are < `seen`.
 
-        All that such a run does with the cache are the same ops on the same memory, whatever the positions: it can be
-        captured once and replayed, where `fixed_states` have been settled.
+        rows: as for `begin`. All that such a run does with the cache are the same ops on the same memory, whatever the
+        positions: it can be captured once and replayed, where `fixed_states` have been settled.
         """
-        self._batch, self._active, self._fixed, self._group = None, None, seen, slice(0, len(positions))
+        self._batch, self._active, self._fixed = None, None, seen
+        self._group = slice(0, len(positions)) if rows is None else rows
         self._is_fixed = True
         self._replayed = max(self._replayed, seen)
-        rows = self._rows[self._group]
-        self._found = {slots: Slots(slots).find(rows, positions) for slots, _, _ in self._kinds}
+        self._found = {slots: Slots(slots).find(self._rows[self._group], positions) for slots, _, _ in self._kinds}
         for slots, window, chunk in self._kinds:
             held = Slots(slots).held(positions, min(slots, seen), wraps=slots < self.max_length)
             dtype = next(state.dtype for state in self._states if state.per_token)

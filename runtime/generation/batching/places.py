@@ -10,9 +10,9 @@ are copied from row to row: they take their memory again, and no work.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -123,8 +123,8 @@ class InBlocks:
     def before(self, run: Run) -> None:
         """Nothing: a run says all that the cache has to know."""
 
-    def decode(self, steps: Steps, run: Run, *, few_sizes: bool) -> Tensor:
-        """Logits [n, 1, V/r] by a step that is compiled or captured, for as many rows or some more.
+    def decode(self, steps: Steps, run: Run, received: Sequence[Tensor] = (), *, few_sizes: bool) -> Any:
+        """Logits [n, 1, V/r], or what a stage hands on, by a compiled or captured step for as many rows or some more.
 
         few_sizes: whether there is one for one row and one for all; otherwise one for each power of two.
         """
@@ -134,8 +134,8 @@ class InBlocks:
         batch = 1 if count == 1 else most if few_sizes else min(most, 1 << (count - 1).bit_length())
         self.cache.fix(run.rows, batch)
         rest = [0] * (batch - count)
-        logits = steps.decoder(batch)([row[0] for row in run.piece.tokens] + rest, [*run.piece.starts, *rest])
-        return logits[:count, None]
+        tokens = [*(row[0] for row in run.piece.tokens), *rest]
+        return steps.decoder(batch).of_first(count, tokens, [*run.piece.starts, *rest], received)
 
     def clear(self, blocks: list[int]) -> None:
         assert isinstance(self.cache, PagedCache)
