@@ -3,7 +3,7 @@
     Conversation    the tokens of each sequence, on the host        `conversation.py`
     Steps           one piece through this rank's programs          `steps.py`
     TokenChooser    the next tokens from the logits                 `choose_tokens.py`
-    StagedLoop      the order of these over pipeline stages         `staged_loop.py`
+    StagedLoop      the order of these over pipeline stages         `staged/staged_loop.py`
     GenerateLoop    the order of these, and the memory of the cache
     BatchLoop       many requests at once, in the place of one task after the other   `batching/batch_loop.py`
 
@@ -28,7 +28,7 @@ from runtime.generation.conversation import Conversation
 from runtime.generation.decode_graphs import require_fixed_shapes
 from runtime.generation.generation_options import Settings
 from runtime.generation.generation_request import GenerationRequest, Step
-from runtime.generation.staged_loop import StagedLoop
+from runtime.generation.staged.staged_loop import StagedLoop
 from runtime.generation.steps import Loaded, Steps
 from runtime.generation.token_rules import TokenRules
 from runtime.kv_cache.cache import Cache
@@ -190,8 +190,8 @@ class GenerateLoop:
     def _leave(self) -> None:
         """Ends what a stream over stages has under way, if there is one: others would wait for it."""
         staged, self._staged = self._staged, None
-        if staged is not None and staged.relay is not None:
-            staged.relay.leave()
+        if staged is not None:
+            staged.leave()
 
     def reserve(self, size: CacheSize) -> Room:
         """A collective: sets the cache of all later tasks aside, of the same size on all ranks."""

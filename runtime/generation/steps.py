@@ -191,23 +191,28 @@ class Steps:
         """A run of `piece` as the cache is told of it, and the inputs of its program."""
         counts = [len(row) for row in piece.tokens]
         size = max(*counts, least)
-        ids = torch.tensor([row + row[-1:] * (size - len(row)) for row in piece.tokens], device=self._device)
-        last = torch.tensor(counts, device=self._device) - 1
+        ids = self._on_device([row + row[-1:] * (size - len(row)) for row in piece.tokens])
+        last = self._on_device(counts) - 1
         offsets = torch.arange(size, device=self._device).minimum(last[:, None])
-        positions = torch.tensor(piece.starts, device=self._device)[:, None] + offsets
+        positions = self._on_device(piece.starts)[:, None] + offsets
         batch = Batch(positions, tuple(piece.starts), tuple(counts), piece.active)
         program = self._decode_program if decode else self._program
         known = {
             "input_ids": ids,
             "position_ids": positions,
             "last": last,
-            "active": torch.tensor(piece.active, device=self._device),
+            "active": self._on_device(piece.active),
             "slots": torch.arange(max(batch.end + 1, self._least_slots), device=self._device),
         }
         for wanted in program.inputs:
             if wanted.name not in known:
                 raise InputError(f"generation knows nothing to give the input {wanted.name!r} of this model")
         return batch, [known[wanted.name] for wanted in program.inputs]
+
+    def _on_device(self, numbers: Sequence[Any]) -> Tensor:
+        """As a tensor, for which the host does not wait until the device has done what it was told before."""
+        given = torch.tensor(numbers)
+        return given.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else given
 
     def release(self) -> None:
         """Gives back what captured steps hold, and the cache's memory; what is compiled stays."""
