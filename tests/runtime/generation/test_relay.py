@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from partitioner import Plan
+from partitioner.compile.partition import compile_steps
 from partitioner.errors import RankMismatch, SamplingError
 from runtime.generation.decode_graphs import Decoder
 from runtime.pipeline.message import Box
@@ -19,6 +20,7 @@ from runtime.pipeline.schedule import Run, groups_of, relay, ring
 from runtime.pipeline.timing import time_of
 from runtime.program.rank_program import Crossing
 from tests.runtime.generation.replayed import Replayed, replaying
+from tests.support import stepping
 from tests.support.generated import prompts
 from tests.support.partitioned import compiled
 
@@ -101,12 +103,24 @@ def test_what_is_asked_of_the_host_is_not_relayed(options: dict[str, Any]) -> No
             assert same(plan, texts, max_new_tokens=7, **options)
 
 
-@pytest.mark.parametrize("name", ["mamba", "gpt2", "gemma2"])
-def test_states_windows_and_tables_of_positions(name: str) -> None:
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_windows_and_tables_of_positions(name: str) -> None:
     texts = prompts(name, (4, 7, 2))
     with captured(parts(name, "pp=2")):
         assert same("pp=2", texts, name=name, max_new_tokens=8)
         assert same("pp=2", texts[:1], name=name, max_new_tokens=8)
+
+
+def test_states_per_sequence() -> None:
+    texts = stepping.prompts("mamba")[:3]
+    one, two = (
+        stepping.compiled("mamba", 1),
+        stepping.parts_of(*compile_steps(stepping.traced("mamba")[1], Plan(pp=2))),
+    )
+    with captured(two):
+        for rows in (3, 1):
+            given = {"max_new_tokens": 8, "eos_token_id": []}
+            assert torch.equal(one.generate(texts[:rows], **given), two.generate(texts[:rows], **given))
 
 
 def test_compiled_stages_write_what_one_rank_writes() -> None:
@@ -209,8 +223,8 @@ def test_stages_that_are_given_other_prompts_are_told() -> None:
 @pytest.mark.parametrize("stages", [2, 3, 4])
 def test_one_more_group_than_stages_hides_what_a_transfer_takes(stages: int) -> None:
     def per_turn(timelines: Any) -> float:
-        times = [time_of(timelines(turns), [[1.0]] * stages, transfer=0.2).stop for turns in (40, 80)]
-        return (times[1] - times[0]) / 40
+        times = [time_of(timelines(turns), [[1.0]] * stages, transfer=0.2).stop for turns in (60, 120)]
+        return (times[1] - times[0]) / 60
 
     assert per_turn(lambda turns: relay(stages, stages + 1, turns)) == pytest.approx(1.0)
     assert per_turn(lambda turns: relay(stages, stages, turns)) == pytest.approx(1.2)

@@ -1,0 +1,22 @@
+"""Captured stages in processes of their own: the tokens of one rank, and an end to everything that is under way."""
+
+import pytest
+import torch
+
+from runtime.processes.launch import launch
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize(("plan", "ranks"), [("pp=2", 2), ("pp=3", 3), ("tp=2,pp=2", 4)])
+def test_over_gloo(plan: str, ranks: int, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
+    launch(["tests.runtime.pipeline.relay_rank", plan, "cpu"], num_ranks=ranks, timeout_s=200)
+
+
+@pytest.mark.gpu
+@pytest.mark.processes
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_over_nccl(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
+    launch(["tests.runtime.pipeline.relay_rank", "pp=2", "cuda"], num_ranks=2, timeout_s=300)
