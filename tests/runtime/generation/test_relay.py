@@ -15,10 +15,12 @@ from partitioner import Plan
 from partitioner.compile.partition import compile_steps
 from partitioner.errors import RankMismatch, SamplingError
 from runtime.generation.decode_graphs import Decoder
+from runtime.kv_cache.cache_size import CacheSize
 from runtime.pipeline.message import Box
 from runtime.pipeline.schedule import Run, groups_of, relay, ring
 from runtime.pipeline.timing import time_of
 from runtime.program.rank_program import Crossing
+from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.replayed import Replayed, replaying
 from tests.support import stepping
 from tests.support.generated import prompts
@@ -121,6 +123,17 @@ def test_states_per_sequence() -> None:
         for rows in (3, 1):
             given = {"max_new_tokens": 8, "eos_token_id": []}
             assert torch.equal(one.generate(texts[:rows], **given), two.generate(texts[:rows], **given))
+
+
+@pytest.mark.parametrize("plan", ["pp=2", "pp=3", SHARED_HEAD])
+def test_many_requests_over_captured_stages(plan: str) -> None:
+    """Groups take turns at one captured step of each size, whose rows are those that come and go."""
+    cases = many_requests.mixed(10, longest=12, new=6)
+    with captured(parts("llama", plan)) as graphs:
+        found = many_requests.on_all_ranks(parts("llama", plan), cases, CacheSize(max_batch=8, max_length=96))
+        assert found.status["why_eager"] == ""
+    many_requests.assert_as_alone(cases, found, many_requests.alone(parts("llama", "tp=1"), cases))
+    assert sum(graph.count for graph in graphs) > 20
 
 
 def test_compiled_stages_write_what_one_rank_writes() -> None:
