@@ -16,7 +16,7 @@ def test_over_gloo(plan: str, ranks: int, monkeypatch: pytest.MonkeyPatch, pytes
 
 @pytest.mark.gpu
 @pytest.mark.processes
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_over_nccl(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
     launch(["tests.runtime.pipeline.relay_rank", "pp=2", "cuda"], num_ranks=2, timeout_s=300)
