@@ -32,7 +32,9 @@ def prove_stages(program: Program) -> None:
     count, shares_head = program.stages.count, program.stages.shares_head
     boundaries = boundaries_of(program)
     for pieces in (1, 2 * count + 1):
-        play_schedule(chain(count, pieces, heads=range(pieces) if shares_head else ()), boundaries)
+        for early in (True, False):
+            heads = range(pieces) if shares_head else ()
+            play_schedule(chain(count, pieces, heads=heads, early=early), boundaries)
     play_schedule(ring(count, count, 3 * count, shares_head=shares_head), boundaries)
     if not shares_head:
         for groups in (count, count + 1):

@@ -3,11 +3,13 @@
     turn t on a stage    inbox of group t % n  ->  the group's step, from fixed memory  ->  outbox
     said(t)              what the group had been given when its turn t began, on the host
 
-A turn takes its message as soon as it comes, beside what the stage computes, and hands on what it has made while the
-stage computes the next turn's. An inbox is written to when the group's turn before has read it, an outbox when what was
-in it is gone. Nothing waits for the host: it may queue turns as far ahead as it likes, as long as all stages queue the
-same. The order in which a stage queues what it sends, receives and computes would do without buffers, and in one lane
-(`schedule.relay`): so neither NCCL's one stream for a group nor streams that share a queue of the device can block it.
+A turn's message comes beside what the stage computes, and is handed on while the stage computes the next turn's. A
+receive is begun behind the turn that is queued before it: a GPU's waits in a kernel, which takes room from those of a
+turn, and what is small has come by then, as NCCL buffers it. An inbox is written to when the group's turn before has
+read it, an outbox when what was in it is gone. Nothing waits for the host: it may queue turns as far ahead as it likes,
+as long as all stages queue the same. The order in which a stage queues what it sends, receives and computes would do
+without buffers, and in one lane (`schedule.relay`): so neither NCCL's one stream for a group nor streams that share a
+queue of the device can block it.
 """
 
 from __future__ import annotations
@@ -57,6 +59,8 @@ class Relay:
         self._read: list[Mark] = [lanes.mark()] * len(members)
         """By group: when its last turn has been through with its memory."""
         self._said: dict[int, tuple[Tensor, Mark]] = {}
+        self._queued: Mark = lanes.mark()
+        """Behind the turn that was queued last."""
 
     def turn(self, *, more: bool) -> None:
         """Queues the next turn. more: whether there will be another; behind the last one nothing is under way.
@@ -111,7 +115,7 @@ class Relay:
             leaving.finish()
         self._communicator.begin_run(new_shapes=False)
         member.turn()
-        self._read[group] = lanes.mark()
+        self._read[group] = self._queued = lanes.mark()
 
     def _receive(self, number: int) -> None:
         member = self._members[number % len(self._members)]
@@ -121,6 +125,7 @@ class Relay:
         packed = member.inbox.packed
         self._compare(number)
         with self._lanes.incoming():
+            self._lanes.wait(self._queued)
             self._arriving[number] = self._channel.receive_begin(packed.shape, packed.dtype, before)
 
     def _send(self, number: int) -> None:

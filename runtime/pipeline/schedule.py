@@ -1,6 +1,7 @@
 """Schedules: what each stage does in which order, as lists of actions that run nothing by themselves.
 
-    whole text, prompts    a chain; piece i + 1 is received while piece i runs, a send ends when it is next in the way
+    whole text, prompts    a chain; piece i + 1 is received while piece i runs, or right behind it, a send ends when it
+                           is next in the way
     decode                 a ring; in slot t stage k runs group t - k, then all shift by one stage in one permute
     captured decode        a relay; in turn t every stage runs group t, when what it needs has come
     shared head            in decode behind the shift, of the group that the last stage has run; of a chain, at its end
@@ -147,15 +148,18 @@ def _tokens_of(tokens: int, share: float, pairs_per_token: int) -> int:
     return max(1, round(pairs_per_token * (math.sqrt(1 + 2 * cost / pairs_per_token) - 1)))
 
 
-def chain(stages: int, pieces: int, *, heads: Sequence[int] = ()) -> Timelines:
-    """Pieces one after the other through all stages. heads: those that then go through a head which all share out."""
+def chain(stages: int, pieces: int, *, heads: Sequence[int] = (), early: bool = True) -> Timelines:
+    """Pieces one after the other through all stages. heads: those that then go through a head which all share out.
+
+    early: whether a receive is begun before the piece in front of it runs. A GPU's waits in a kernel, which takes room
+    from those of the piece: there it is begun behind them, when what it is for has mostly been computed.
+    """
     found = []
     for stage in range(stages):
         actions: list[Action] = [Receive(0)] if stage and pieces else []
         for piece in range(pieces):
-            if stage and piece + 1 < pieces:
-                actions.append(Receive(piece + 1))
-            actions.append(Run(piece))
+            receive = [Receive(piece + 1)] if stage and piece + 1 < pieces else []
+            actions += [*receive, Run(piece)] if early else [Run(piece), *receive]
             if stage + 1 < stages:
                 actions.append(Send(piece))
         found.append((*actions, *map(Head, heads)))

@@ -115,7 +115,8 @@ class StagedLoop:
         self._links.begin(new_shapes=False)
         # only where a prompt ends does anybody want logits
         heads = [n for n, (_, piece) in enumerate(pieces) if any(piece.completes)] if self._part.shares_head else []
-        timeline = chain(self._part.stage.count, len(pieces), heads=heads)[self._part.stage.index]
+        early = self._part.device.type != "cuda"
+        timeline = chain(self._part.stage.count, len(pieces), heads=heads, early=early)[self._part.stage.index]
         perform(timeline, self._links, sizes, run, head)
         return found
 
