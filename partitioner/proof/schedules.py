@@ -36,9 +36,8 @@ def prove_stages(program: Program) -> None:
             heads = range(pieces) if shares_head else ()
             play_schedule(chain(count, pieces, heads=heads, early=early), boundaries)
     play_schedule(ring(count, count, 3 * count, shares_head=shares_head), boundaries)
-    if not shares_head:
-        for groups in (count, count + 1):
-            play_schedule(relay(count, groups, 3 * groups), boundaries)
+    for groups in (count, count + 1):
+        play_schedule(relay(count, groups, 3 * groups, shares_head=shares_head), boundaries)
 
 
 def boundaries_of(program: Program) -> tuple[Boundary, ...]:

@@ -21,14 +21,16 @@ from partitioner.errors import InputError
 from runtime.communication.traceable import Traceable
 from runtime.execution.executable import Executable, build
 from runtime.kv_cache.cache import Cache
+from runtime.pipeline.head import HeadOfAll
 from runtime.pipeline.message import Box
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["Decoder", "GraphPool", "compiled_step", "require_fixed_shapes"]
 
 T = TypeVar("T")
-_Kind = Literal["step", "chain", "turn"]
-"""A step for the host; one that chooses the next one's tokens; one of a stage, between its inbox and its outbox."""
+_Kind = Literal["step", "chain", "turn", "head"]
+"""A step for the host; one that chooses the next one's tokens; one of a stage, between its inbox and its outbox; what
+all stages choose."""
 
 # a product with one row is a sum over the weights' rows, whose tiles are found by trying. By default the compiler
 # computes again what several kernels use, in each of them: cosines and sines of the position in every layer, and norms
@@ -107,7 +109,9 @@ class Decoder:
         compiled: Callable[..., Any] | None,
         cuda_graph: bool,
         pool: GraphPool,
+        head: HeadOfAll | None = None,
     ) -> None:
+        self._head = head
         self.batch, self.cache, self._rows, self._pool = batch, cache, rows, pool
         self._is_compiled, self._captures = compiled is not None, cuda_graph
         self._execute = execute
@@ -121,9 +125,13 @@ class Decoder:
         self.inbox = Box(() if stage is None else stage.receives, batch, device)
         self.outbox = Box(() if stage is None else stage.sends, batch, device)
         self._is_last = stage is None or stage.index + 1 == stage.count
-        head = program.shared_head
-        self._hands_on = head.receives if self._is_last and head is not None else () if stage is None else stage.sends
-        self._given = [*(self._inputs[wanted.name] for wanted in program.inputs), *self.inbox.values]
+        shared = program.shared_head
+        self._hands_on = () if stage is None else stage.sends
+        self._for_head = Box(() if shared is None else shared.receives, batch, device)
+        if self._is_last and shared is not None:
+            self._hands_on = shared.receives
+        self._of_run = [self._inputs[wanted.name] for wanted in program.inputs]
+        self._given = [*self._of_run, *self.inbox.values]
         self._function: Callable[..., Any] = execute.function if compiled is None else compiled
         self._compared = compiled is None
         """Whether the ranks have made sure that they are about to do the same: a compiled step does not."""
@@ -202,11 +210,17 @@ class Decoder:
         self._compare(seen)
         if self._captures:
             self._graph(seen, "turn")
+            if self._head is not None:
+                self._graph(0, "head")
 
     def turn(self) -> None:
         """One step of the tokens in `inbox`, and what it hands on into `outbox`: on the last stage, what is chosen."""
         self._done(self._seen(self._latest), "turn")
         self._latest += 1
+
+    def choose(self) -> None:
+        """Of a head that all stages share out, behind the last one's turn: the next tokens, into `inbox`, on all."""
+        self._done(0, "head")
 
     def _set(self, tokens: Sequence[int], positions: Sequence[int], active: Sequence[bool] = ()) -> None:
         self.cache.fixed_states.settle(self.cache.buffers)
@@ -239,7 +253,9 @@ class Decoder:
         return self._graphs[seen, kind]
 
     def _body(self, kind: _Kind) -> Callable[[int], Any]:
-        bodies: dict[_Kind, Callable[[int], Any]] = {"step": self._run, "chain": self._link, "turn": self._turn}
+        bodies: dict[_Kind, Callable[[int], Any]] = {
+            "step": self._run, "chain": self._link, "turn": self._turn, "head": self._chosen_by_all,
+        }  # fmt: skip
         return bodies[kind]
 
     @torch.no_grad()
@@ -256,9 +272,21 @@ class Decoder:
         assert self._choose is not None
         self._inputs["input_ids"].copy_(self.inbox.said[0, :, None])
         made = self._run(seen)
-        self.outbox.said.copy_(self._choose(made) if self._is_last else self.inbox.said)
-        for held, value in zip(self.outbox.values, () if self._is_last else made, strict=True):
+        chooses = self._is_last and self._head is None
+        self.outbox.said.copy_(self._choose(made) if chooses else self.inbox.said)
+        to = self._for_head if self._is_last else self.outbox
+        for held, value in zip(to.values, () if chooses else made, strict=True):
             held.copy_(value)
+        if self._head is None:
+            self._inputs["position_ids"].add_(1)
+
+    @torch.no_grad()
+    def _chosen_by_all(self, _: int) -> None:
+        """The head takes the inputs of the turn, which are those of the next one behind it."""
+        assert self._head is not None
+        assert self._choose is not None
+        logits = self._head.step(self._of_run, self._for_head.values)
+        self.inbox.said.copy_(self._choose(logits[:, 0]))
         self._inputs["position_ids"].add_(1)
 
     def _compare(self, seen: int) -> None:
@@ -293,13 +321,13 @@ class Decoder:
     def _capture(self, run: Callable[[int], T], seen: int) -> tuple[Any, T]:
         # a step that is run again on the same inputs and states writes what it has written: the warm-up is free of
         # effects
-        before = {name: given.clone() for name, given in self._inputs.items()}
+        before = [(given, given.clone()) for given in (*self._inputs.values(), self.inbox.said)]
         states = self.cache.fixed_states.copies()
 
         def warm_up() -> None:
             run(seen)
-            for name, given in before.items():
-                self._inputs[name].copy_(given)
+            for given, held in before:
+                given.copy_(held)
             self.cache.fixed_states.restore(states)
 
         self._execute.communicator.begin_run(new_shapes=True)

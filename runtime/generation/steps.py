@@ -116,6 +116,7 @@ class Steps:
                 compiled=self._compiled_step(batch, first) if self._compile else None,
                 cuda_graph=self._cuda_graph,
                 pool=self._pool,
+                head=self._decode_head,
             )
         return self._decoders[batch, first]
 

@@ -23,14 +23,17 @@ from runtime.communication.channels import Channel, Handle
 from runtime.communication.communicator import Communicator
 from runtime.pipeline.lanes import Lanes, Mark
 from runtime.pipeline.message import Box
-from runtime.pipeline.schedule import Receive, Run, Send, in_turn
+from runtime.pipeline.schedule import Head, Receive, Run, Send, in_turn
 from runtime.program.rank_program import Stage
 
 __all__ = ["Member", "Relay"]
 
 
 class Member(Protocol):
-    """A group of rows: its memory, and its step, which reads `inbox` and writes `outbox`."""
+    """A group of rows: its memory, and its step, which reads `inbox` and writes `outbox`.
+
+    choose: where all stages share out the head, what they choose when the last one has run the group, into `inbox`.
+    """
 
     @property
     def inbox(self) -> Box: ...
@@ -40,14 +43,24 @@ class Member(Protocol):
 
     def turn(self) -> None: ...
 
+    def choose(self) -> None: ...
+
 
 class Relay:
     """One rank's part; members: by group, None where it has no rows. At least as many as there are stages."""
 
     def __init__(
-        self, stage: Stage, members: Sequence[Member | None], channel: Channel, communicator: Communicator, lanes: Lanes
+        self,
+        stage: Stage,
+        members: Sequence[Member | None],
+        channel: Channel,
+        communicator: Communicator,
+        lanes: Lanes,
+        *,
+        shares_head: bool,
     ) -> None:
         assert len(members) >= stage.count
+        self._shares_head = shares_head
         self._stage, self._members = stage, members
         self._channel, self._communicator, self._lanes = channel, communicator, lanes
         self._turn = 0
@@ -71,7 +84,8 @@ class Relay:
         if stage.index and turn == 0:
             self._receive(0)
         self._turn, self._awaited = turn + 1, False  # where this fails, nothing is to be ended
-        for action in in_turn(stage.index, stage.count, len(self._members), turn, more=more):
+        groups, shares_head = len(self._members), self._shares_head
+        for action in in_turn(stage.index, stage.count, groups, turn, more=more, shares_head=shares_head):
             match action:
                 case Run(number):
                     self._run(number)
@@ -79,6 +93,8 @@ class Relay:
                     self._receive(number)
                 case Send(number):
                     self._send(number)
+                case Head(number):
+                    self._choose(number)
         if not more:
             self._finish()
         self._awaited = more
@@ -102,8 +118,8 @@ class Relay:
             return
         arriving = self._arriving.pop(turn, None)
         with lanes.incoming():
+            lanes.wait(self._read[group])
             if arriving is not None:
-                lanes.wait(self._read[group])
                 member.inbox.packed.copy_(arriving.finish())
             if turn >= len(self._members):
                 said = lanes.to_host(member.inbox.said)
@@ -116,6 +132,14 @@ class Relay:
         self._communicator.begin_run(new_shapes=False)
         member.turn()
         self._read[group] = self._queued = lanes.mark()
+
+    def _choose(self, turn: int) -> None:
+        group = turn % len(self._members)
+        member = self._members[group]
+        if member is not None:
+            self._communicator.begin_run(new_shapes=False)
+            member.choose()
+            self._read[group] = self._lanes.mark()
 
     def _receive(self, number: int) -> None:
         member = self._members[number % len(self._members)]

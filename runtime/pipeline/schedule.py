@@ -194,7 +194,7 @@ def group_at(stage: int, groups: int, slot: int) -> int | None:
     return (slot - stage) % groups if slot >= stage else None
 
 
-def relay(stages: int, groups: int, turns: int) -> Timelines:
+def relay(stages: int, groups: int, turns: int, *, shares_head: bool = False) -> Timelines:
     """`turns` turns of a decode with as many groups as stages or more: turn t is about group t % groups."""
     return tuple(
         (
@@ -202,18 +202,30 @@ def relay(stages: int, groups: int, turns: int) -> Timelines:
             *(
                 action
                 for turn in range(turns)
-                for action in in_turn(stage, stages, groups, turn, more=turn + 1 < turns)
+                for action in in_turn(stage, stages, groups, turn, more=turn + 1 < turns, shares_head=shares_head)
             ),
         )
         for stage in range(stages)
     )
 
 
-def in_turn(stage: int, stages: int, groups: int, turn: int, *, more: bool) -> Sequence[Action]:
+def in_turn(
+    stage: int, stages: int, groups: int, turn: int, *, more: bool, shares_head: bool = False
+) -> Sequence[Action]:
     """What one stage does in one turn. more: whether another comes; behind the last one nothing is under way.
 
-    What the last stage sends is what the group's next turn begins with, and has its number.
+    What the last stage sends is what the group's next turn begins with, and has its number. Where all stages share out
+    the head, it sends nothing: all meet when it has run a turn, which the others are ahead of.
     """
+    if shares_head:
+        done = turn - (stages - 1 - stage)
+        heads = range(done, done + 1 if more else turn + 1)
+        return [
+            Run(turn),
+            *([Receive(turn + 1)] if stage and more else []),
+            *([Send(turn)] if stage + 1 < stages else []),
+            *(Head(each) for each in heads if each >= 0),
+        ]
     if stage:
         sends = turn + groups if stage + 1 == stages else turn
         return [Run(turn), *([Receive(turn + 1)] if more else []), Send(sends)]

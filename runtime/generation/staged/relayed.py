@@ -4,7 +4,8 @@
     host      before it queues turn t it hears what was chosen in turn t - 2n, and heeds that all have ended
 
 So all ranks queue the same turns, and the last rounds behind the last token count for nothing. What was chosen in the
-last round of all is told to all at the end.
+last round of all is told to all at the end. Where the stages share out the vocabulary head, all of them choose, when
+the last one has run a turn, and each has the tokens where its own next turn of the group reads them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Relayed:
         self._members = [
             self._member(group, of_group) if group.texts else None for group, of_group in zip(groups, rows, strict=True)
         ]
-        self._relay = Relay(part.stage, self._members, part.channel, part.communicator, Lanes(part.device))
+        self._relay = Relay(
+            part.stage, self._members, part.channel, part.communicator, Lanes(part.device), shares_head=part.shares_head
+        )
 
     def _member(self, group: Conversation, rows: slice) -> Decoder:
         piece = group.next_piece()
@@ -92,8 +95,11 @@ class Relayed:
             self._said.learn(number, self._chooser.sampler.chosen(best), None)
 
     def _last_chosen(self) -> list[Tensor]:
-        """By group [2, rows] on the host: what the last stage has chosen last, which it tells all."""
+        """By group [2, rows] on the host: what was chosen last. A stage that alone knows it tells all."""
         part, sizes = self._part, [len(group.texts) for group in self._groups]
+        if part.shares_head:
+            known = [member.inbox.said for member in self._members if member is not None]
+            return list(torch.split(torch.cat(known, dim=1).cpu(), sizes, dim=1))
         mine = torch.zeros(1, 2, sum(sizes), dtype=torch.float64, device=part.device)
         if part.is_last:
             held = [member.outbox.said for member in self._members if member is not None]

@@ -53,7 +53,7 @@ class StagedLoop:
         self._part = Part(run, decode.stage, channel, communicator, device)
         self._alike, self._program = alike, prefill
         self._links = Links(communicator, prefill.stage, profiler)
-        self._relays = relays and not run.shares_head
+        self._relays = relays
         self._relayed: Relayed | None = None
 
     def leave(self) -> None:

@@ -32,6 +32,8 @@ def test_chains_and_rings_need_no_buffers(stages: int, pieces: int) -> None:
     for groups in (stages, stages + 1, 2 * stages):
         play_schedule(ring(stages, groups, pieces * stages), boundaries(stages))
         play_schedule(relay(stages, groups, pieces * stages), boundaries(stages))
+        shared = relay(stages, groups, pieces * stages, shares_head=True)
+        play_schedule(shared, [*boundaries(stages), boundaries(stages)[0]])
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4])

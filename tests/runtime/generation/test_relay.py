@@ -75,17 +75,19 @@ def test_captured_stages_write_what_one_rank_writes(plan: str) -> None:
         assert same(plan, texts, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("groups", [3, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 2, 5, 8))])
 def test_any_number_of_groups(groups: int) -> None:
     texts = prompts("llama", (4, 7, 2, 5, 3))
-    for plan in ("pp=2", "pp=3"):
+    for plan in ("pp=2", "pp=3", SHARED_HEAD, "pp=3,pipeline.share_head=true"):
         assert same(plan, texts, max_new_tokens=6, pipeline_groups=groups)
         with captured(parts("llama", plan)):
             assert same(plan, texts, max_new_tokens=6, pipeline_groups=groups)
             assert same(plan, texts, max_new_tokens=6, pipeline_groups=groups, repetition_penalty=1.3)
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "plan", ["pp=2", "pp=3", *(pytest.param(p, marks=pytest.mark.slow) for p in ("tp=2,pp=2", f"tp=2,{SHARED_HEAD}"))]
+)
 def test_sequences_end_at_different_times(plan: str) -> None:
     texts = prompts("llama", (4, 7, 2))
     free = parts("llama", "tp=1").generate(texts, max_new_tokens=12, eos_token_id=[])
@@ -105,7 +107,7 @@ def test_what_is_asked_of_the_host_is_not_relayed(options: dict[str, Any]) -> No
             assert same(plan, texts, max_new_tokens=7, **options)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_windows_and_tables_of_positions(name: str) -> None:
     texts = prompts(name, (4, 7, 2))
     with captured(parts(name, "pp=2")):
@@ -133,7 +135,7 @@ def test_many_requests_over_captured_stages(plan: str) -> None:
         found = many_requests.on_all_ranks(parts("llama", plan), cases, CacheSize(max_batch=8, max_length=96))
         assert found.status["why_eager"] == ""
     many_requests.assert_as_alone(cases, found, many_requests.alone(parts("llama", "tp=1"), cases))
-    assert sum(graph.count for graph in graphs) > 20
+    assert any(graph.count > 1 for graph in graphs)
 
 
 def test_compiled_stages_write_what_one_rank_writes() -> None:
@@ -156,8 +158,9 @@ def test_through_the_compiler() -> None:
         assert same("pp=2", texts, max_new_tokens=6)
 
 
-def test_streams_can_be_left_and_overtaken() -> None:
-    staged, texts = parts("llama", "pp=3"), prompts("llama", (4, 7, 2))
+@pytest.mark.parametrize("plan", ["pp=3", SHARED_HEAD])
+def test_streams_can_be_left_and_overtaken(plan: str) -> None:
+    staged, texts = parts("llama", plan), prompts("llama", (4, 7, 2))
     with captured(staged):
         whole = staged.generate(texts, max_new_tokens=16, eos_token_id=[])
         assert torch.equal(whole, parts("llama", "tp=1").generate(texts, max_new_tokens=16, eos_token_id=[]))

@@ -8,7 +8,9 @@ from runtime.processes.launch import launch
 
 @pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.parametrize(("plan", "ranks"), [("pp=2", 2), ("pp=3", 3), ("tp=2,pp=2", 4)])
+@pytest.mark.parametrize(
+    ("plan", "ranks"), [("pp=2", 2), ("pp=3", 3), ("tp=2,pp=2", 4), ("pp=3,pipeline.share_head=true", 3)]
+)
 def test_over_gloo(plan: str, ranks: int, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
     launch(["tests.runtime.pipeline.relay_rank", plan, "cpu"], num_ranks=ranks, timeout_s=200)
@@ -17,6 +19,7 @@ def test_over_gloo(plan: str, ranks: int, monkeypatch: pytest.MonkeyPatch, pytes
 @pytest.mark.gpu
 @pytest.mark.processes
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_over_nccl(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+@pytest.mark.parametrize("plan", ["pp=2", "pp=2,pipeline.share_head=true"])
+def test_over_nccl(plan: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
-    launch(["tests.runtime.pipeline.relay_rank", "pp=2", "cuda"], num_ranks=2, timeout_s=300)
+    launch(["tests.runtime.pipeline.relay_rank", plan, "cuda"], num_ranks=2, timeout_s=300)
