@@ -1,6 +1,6 @@
 """Where a rank's device queues its work: what it computes, what comes and what goes, each in order, beside the others.
 
-    with lanes.incoming():      what is queued here waits for nothing that the stage computes, unless told
+    with lanes.incoming():      or `receiving`, `outgoing`: what is queued here waits for nothing else, unless told
         lanes.wait(mark)        until what was queued in another lane before `mark`
         ...
         mark = lanes.mark()
@@ -29,8 +29,11 @@ class Lanes:
         self._device = device
         self._streams: dict[str, torch.cuda.Stream] = {}
         if device.type == "cuda":
-            for name in ("incoming", "outgoing"):
+            for name in ("receiving", "incoming", "outgoing"):
                 self._streams[name] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+
+    def receiving(self) -> AbstractContextManager[object]:
+        return self._lane("receiving")
 
     def incoming(self) -> AbstractContextManager[object]:
         return self._lane("incoming")

@@ -121,10 +121,10 @@ class Relay:
             lanes.wait(self._read[group])
             if arriving is not None:
                 member.inbox.packed.copy_(arriving.finish())
+            arrived = lanes.mark()
             if turn >= len(self._members):
                 said = lanes.to_host(member.inbox.said)
                 self._said[turn] = said, lanes.mark()
-            arrived = lanes.mark()
         lanes.wait(arrived)
         leaving = self._leaving.pop(group, None)
         if leaving is not None:
@@ -137,6 +137,8 @@ class Relay:
         group = turn % len(self._members)
         member = self._members[group]
         if member is not None:
+            if turn in self._said:
+                self._lanes.wait(self._said[turn][1])
             self._communicator.begin_run(new_shapes=False)
             member.choose()
             self._read[group] = self._lanes.mark()
@@ -148,7 +150,8 @@ class Relay:
         before = (self._stage.index - 1) % self._stage.count
         packed = member.inbox.packed
         self._compare(number)
-        with self._lanes.incoming():
+        # the memory that it comes to is this lane's, which is used again behind a turn that has waited for its copy
+        with self._lanes.receiving():
             self._lanes.wait(self._queued)
             self._arriving[number] = self._channel.receive_begin(packed.shape, packed.dtype, before)
 
