@@ -168,4 +168,4 @@ def test_a_wait_that_is_left_out_is_a_race() -> None:
             return Handle(lambda: result) if isinstance(result, Memory) else super()._finishing(done, result)
 
     with mock.patch(f"{__name__}.Device", Forgetful):
-        assert races(0, 2, 2, shares_head=False)
+        assert races(0, 2, 3, shares_head=True)
