@@ -290,8 +290,9 @@ def _of_queries(program: Program, q: fx.Node, positions: fx.Node) -> fx.Node:
     if not isinstance(rows, Rows):
         return positions
     layouts = {node: node.meta["layout"] for node in program.graph.nodes if isinstance(node.meta.get("layout"), Layout)}
-    wanted = REPLICATED(2).with_dim(1, rows)
+    given = program.given(positions.meta["val"])
+    wanted = given.with_dim(1, rows)
     for user in positions.users:
         if user.target is take_rows and layouts.get(user) == wanted:
             return user
-    return Rewriter(program, {**layouts, positions: REPLICATED(2)}).converted(positions, wanted)
+    return Rewriter(program, {**layouts, positions: given}).converted(positions, wanted)

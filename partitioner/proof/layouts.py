@@ -151,10 +151,10 @@ def _require_own_sizes(node: fx.Node, found: Inference, layouts: Layouts) -> Non
     """What has the rows of all ranks must not be as long as those of one."""
     several = [layouts[source] for source in node.all_input_nodes if isinstance(layouts.get(source), Layout)]
     held = several if operation(node) not in FILLED else found.outputs
-    rows = {each for layout in held for each in layout.dims if isinstance(each, Rows)}
+    rows = {one for layout in held for each in layout.dims if isinstance(each, Rows) for one in each.by_dim}
     for read, dim in sizes_read(node):
         own = layouts[read].dims[dim]
-        if isinstance(own, Rows) and own not in rows:
+        if isinstance(own, Rows) and not rows.issuperset(own.by_dim):
             raise LayoutError(
                 f"{at(node)} takes a size from {read.name!r}, of which each rank has {own} of its own, but none of "
                 "its operands has those rows: read the size from what has the rows of all ranks"

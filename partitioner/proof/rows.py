@@ -122,7 +122,7 @@ class _Proof:
             each = " and ".join(sorted(f"over {axes_text(axes)}" if axes else "on every rank" for axes in dealt))
             return f"brings {{what}}s together that ranks have otherwise: {each}"
         axes = dealt.pop() if dealt else ()
-        within = axes if axes != self.batch_axes else ()  # of a sequence of its own, a rank has all tokens
+        within = self._within(axes)
         if within and node.target in (attention, cached_attention, latent_attention) and node.target in self.rules:
             return f"attends to a rank's own {{what}}s only, which are dealt out over {axes_text(axes)}"
         if within and node.target is cached_sequence_attention and arguments(node)["how"] == "merge":
@@ -132,6 +132,10 @@ class _Proof:
         if axes and _has_rows(layouts.get(node)):
             self.dealt[node] = axes
         return None
+
+    def _within(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """Over which of the axes the tokens of one sequence are dealt out: of one of its own, a rank has all."""
+        return axes[len(self.batch_axes) :] if axes[: len(self.batch_axes)] == self.batch_axes else axes
 
     # -- rules ---------------------------------------------------------------------------------------------------------
 
@@ -202,7 +206,7 @@ class _Proof:
         a, axes = arguments(node), read_call(node).axes
         wanted = () if a["how"] == "merge" else axes
         for name in ("q", "k", "v", "positions"):
-            if (dealt := self._of(a[name])) != wanted:
+            if (dealt := self._within(self._of(a[name]))) != wanted:
                 return (
                     f"shares {{what}}s out over {axes_text(axes)}, and its {name} are dealt out over {dealt or 'none'}"
                 )

@@ -131,7 +131,8 @@ class ShardedCache(Cache):
             if is_active and start == 0 and kept.ends[row]:  # another text, without `start`
                 kept.forget(slice(row, row + 1))
         has_past, before = any(tokens.starts), None
-        if tokens.start is not None:
+        # behind rows that are not to change, nothing is written as one stretch
+        if tokens.start is not None and all(tokens.active):
             each = [{kept.count(rank, row, tokens.start) for row in numbers} for rank in range(self.parts)]
             before = tuple(one.pop() for one in each) if all(len(one) == 1 for one in each) else None
         order = TokenOrder.of(tokens.positions.shape[1], self.parts, self._order or "zigzag")
