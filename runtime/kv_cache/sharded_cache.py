@@ -21,7 +21,7 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch, PagedRows
-from runtime.kv_cache.buffers import untouched_zeros
+from runtime.kv_cache.buffers import StateRows, buffers_of
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.sharded_attention import DealtOut, ShardedAttention, ShardedRun
 from runtime.kv_cache.sharded_slots import KeptTokens, sharded_slots
@@ -81,14 +81,10 @@ class ShardedCache(Cache):
         }
         self._most = max((counts[state.name] for state in self._states if state.sees is None), default=None)
         """How many tokens of a row there is room for on a rank; None: any number, as old ones are given up."""
-        self.buffers = {
-            state.name: untouched_zeros(
-                (max_batch, *state.shape[:-1], counts[state.name] + 1, state.shape[-1]),
-                dtype=state.dtype,
-                device=self._device,
-            )
-            for state in self._states
-        }
+        self.buffers: dict[str, Tensor] = {}
+        for state in self._states:
+            shape = (max_batch, *state.shape[:-1], counts[state.name] + 1, state.shape[-1])
+            self.buffers |= buffers_of(state, shape, self._device)
         numbers = sorted(set(counts.values()))
         self.kept = KeptTokens(numbers, max_batch=max_batch, parts=self.parts, device=self._device)
         self._used = self._replayed = 0
@@ -152,7 +148,7 @@ class ShardedCache(Cache):
         most = max(sharded_slots(state, max_length=seen, step=self.step, parts=self.parts) for state in self._states)
         self._run = ShardedRun(self._group, positions, appended.slots, most, self.kept, appended=appended)
         for count, window, chunk in self._kinds:  # here, so that a compiled step reads them as they are
-            self._run.hidden(self.coordinate, count, window, chunk, next(iter(self.buffers.values())).dtype)
+            self._run.hidden(self.coordinate, count, window, chunk, self._states[0].dtype)
 
     def bind(
         self, op: Callable[..., Any], state: str, options: dict[str, Any], *, masked: bool = False
@@ -171,10 +167,11 @@ class ShardedCache(Cache):
         state = options.pop("state")
         if not options.pop("causal"):
             raise InputError(f"node {channel.node!r} is not causal: it would see tokens that are not there yet")
-        found = ShardedAttention(lambda: self._pair(state), self._current, channel, **options)
+        keys, values = (self._rows_of(f"{state}.{part}") for part in ("key", "value"))
+        found = ShardedAttention(keys, values, self._current, channel, **options)
         if options["how"] == "merge":
             if not found.has_kernel:
-                self._kinds.add((self._pair(state)[0].shape[2] - 1, options["window"], options["chunk"]))
+                self._kinds.add((keys.slots, options["window"], options["chunk"]))
         else:
             if self._order not in (None, options["order"]):
                 raise InputError(
@@ -183,8 +180,8 @@ class ShardedCache(Cache):
             self._order = options["order"]
         return found.__call__
 
-    def _pair(self, state: str) -> tuple[Tensor, Tensor]:
-        return self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
+    def _rows_of(self, name: str) -> StateRows:
+        return StateRows(self._state_of[name], lambda: self.buffers)
 
     def _current(self) -> ShardedRun:
         assert self._run is not None

@@ -169,15 +169,15 @@ def make_generation_report(
             for rank, known in zip(ranks, whole_text, strict=True)
         ),
         notes=tuple(program.notes),
-        float8_per_token=_float8_per_token(ranks),
+        float8_per_token=_float8_per_token(program, ranks),
         caches=_caches(program),
     )
 
 
-def _float8_per_token(ranks: Sequence[RankProgram]) -> tuple[int, ...]:
+def _float8_per_token(program: Program, ranks: Sequence[RankProgram]) -> tuple[int, ...]:
     if any(why_not_float8(rank) is not None for rank in ranks):
         return ()
-    return tuple(sum(state.bytes for state in in_float8(rank).states) for rank in ranks)
+    return tuple(sum(_share(program, state) for state in in_float8(rank).states) for rank in ranks)
 
 
 def _caches(program: Program) -> tuple[str, ...]:
