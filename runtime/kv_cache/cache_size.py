@@ -32,6 +32,7 @@ from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import all_gather
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.state.latent_attention import latent_attention
+from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 from runtime.program.rank_program import RankProgram
 
 __all__ = [
@@ -92,7 +93,7 @@ class CacheSize:
             raise InputError('a cache needs a size: give max_length, or memory such as "0.9 of free"')
 
 
-_ATTENDING = (cached_attention, cached_sequence_attention, latent_attention)
+_ATTENDING = (cached_attention, cached_sequence_attention, latent_attention, latent_sequence_attention)
 
 
 def require_dtype(dtype: object) -> None:

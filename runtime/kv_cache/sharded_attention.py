@@ -30,6 +30,8 @@ from runtime.ops.rows.sequence_attention import attend_over_ranks
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.ops.rows.ulysses import by_heads, heads_of, kv_of
 from runtime.ops.rows.visible import Visible
+from runtime.ops.state.latent_attention import of_heads
+from runtime.ops.state.latent_heads import OfLatent
 
 __all__ = ["DealtOut", "ShardedAttention", "ShardedRun"]
 
@@ -281,6 +283,81 @@ class ShardedAttention:
             self._channel, q, self._keys.read(run.rows, seen), self._values.read(run.rows, seen), attend,
             queries=order, mask=mask, sinks=sinks, kv_map=self._kv_map, kv_rows=[seen] * order.parts,
         )  # fmt: skip
+
+
+class ShardedLatent:
+    """One `latent_sequence_attention`. rows: of its state, [max_batch, 1, slots + 1, R + E]."""
+
+    def __init__(
+        self,
+        rows: StateRows,
+        run: Callable[[], ShardedRun],
+        channel: Any,
+        *,
+        how: str,
+        order: str,
+        scale: float,
+        window: int | None,
+        chunk: int | None,
+        softcap: float | None,
+    ) -> None:
+        self._rows, self._run, self._channel, self._how, self._order = rows, run, channel, how, order
+        self._window, self._chunk = window, chunk
+        self._options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+
+    def __call__(
+        self,
+        q: Tensor,
+        carried_q: Tensor | None,
+        latent: Tensor,
+        carried: Tensor | None,
+        key_weight: Tensor,
+        value_weight: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        run = require_kind(self._run(), self._how, self._channel)
+        new = latent if carried is None else torch.cat([latent, carried], -1)
+        keep(run, self._rows, new[:, None], self._channel)
+        made = OfLatent(key_weight, value_weight, q, carried_q)
+        if run.dealt_out is not None:
+            return self._exchange(run, run.dealt_out, made, mask, sinks)
+        hidden = run.hidden(
+            self._channel.coordinate, self._rows.slots, self._window, self._chunk, self._rows.state.dtype
+        )
+        (absorbed,) = made.absorbed()
+        keys, values = absorbed.made_of(self._rows.read(run.rows, min(run.seen, self._rows.slots)))
+        mask = hidden if mask is None else mask.to(q.dtype) + hidden
+        out, lse = partial_attention(absorbed.q, keys, values, mask=mask, **self._options)
+        out = absorbed.values_of(out.to(accumulating(q.dtype)))
+        return merged_over(self._channel, torch.cat([out, lse[..., None]], -1), sinks).to(q.dtype)
+
+    def _exchange(
+        self, run: ShardedRun, dealt_out: DealtOut, made: OfLatent, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        order, own, seen = dealt_out.order, self._channel.coordinate, min(run.seen, self._rows.slots)
+        is_limited = self._window is not None or self._chunk is not None
+        groups = made.groups(seen, total=seen * order.parts)
+        queries = [
+            RankQueries(
+                group.q, _moved(order.runs[own], dealt_out.start), Visible(True, self._window, self._chunk),
+                width=group.width, mask=of_heads(mask, group.heads, made.num_heads), **self._options,
+            )
+            for group in groups
+        ]  # fmt: skip
+        for source, message in brought(self._channel, self._rows.packed(run.rows, seen), self._how):
+            rows, runs = self._rows.unpacked(message), dealt_out.runs_of(source, is_limited=is_limited)
+            for group, mine in zip(groups, queries, strict=True):
+                keys, values = group.made_of(rows)
+                if runs is not None:
+                    mine.add(Block(keys, values, runs))
+                else:
+                    held = run.held(self._rows.slots)[source]
+                    mine.add_masked(keys, values, run.positions[:, dealt_out.tokens[own]], held)
+        outs = [group.values_of(mine.seen.out) for group, mine in zip(groups, queries, strict=True)]
+        lse = torch.cat([mine.seen.lse for mine in queries], 1)
+        return with_sinks(torch.cat(outs, 1), lse, sinks).to(made.dtype)
 
 
 def require_kind(run: ShardedRun, how: str, channel: Any) -> ShardedRun:

@@ -23,10 +23,11 @@ from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.buffers import StateRows, buffers_of
 from runtime.kv_cache.cache import Cache
-from runtime.kv_cache.sharded_attention import DealtOut, ShardedAttention, ShardedRun
+from runtime.kv_cache.sharded_attention import DealtOut, ShardedAttention, ShardedLatent, ShardedRun
 from runtime.kv_cache.sharded_slots import KeptTokens, sharded_slots
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, require_parts
 from runtime.ops.rows.token_order import TokenOrder
+from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 from runtime.program.rank_program import RankProgram
 from runtime.program.shards import StateShard
 
@@ -158,20 +159,28 @@ class ShardedCache(Cache):
             f"over {self.parts} ranks, for cached_sequence_attention"
         )
 
-    def bind_over_ranks(self, channel: Any, options: dict[str, Any]) -> Callable[..., Tensor]:
-        """The function that takes the place of a `cached_sequence_attention`: it takes the op's tensors."""
-        defaults = cached_sequence_attention.__kwdefaults__
+    def bind_over_ranks(
+        self, channel: Any, options: dict[str, Any], *, op: Callable[..., Any] = cached_sequence_attention
+    ) -> Callable[..., Tensor]:
+        """The function that takes the place of an attention over ranks: it takes the op's tensors."""
+        defaults: dict[str, Any] | None = op.__kwdefaults__
         assert defaults is not None
         options = {**defaults, **options}
         require_parts(channel, options.pop("parts"))
         state = options.pop("state")
         if not options.pop("causal"):
             raise InputError(f"node {channel.node!r} is not causal: it would see tokens that are not there yet")
-        keys, values = (self._rows_of(f"{state}.{part}") for part in ("key", "value"))
-        found = ShardedAttention(keys, values, self._current, channel, **options)
+        found: ShardedAttention | ShardedLatent
+        if op is latent_sequence_attention:
+            latent = self._rows_of(f"{state}.latent")
+            found, slots, has_kernel = ShardedLatent(latent, self._current, channel, **options), latent.slots, False
+        else:
+            keys, values = (self._rows_of(f"{state}.{part}") for part in ("key", "value"))
+            found = ShardedAttention(keys, values, self._current, channel, **options)
+            slots, has_kernel = keys.slots, found.has_kernel
         if options["how"] == "merge":
-            if not found.has_kernel:
-                self._kinds.add((keys.slots, options["window"], options["chunk"]))
+            if not has_kernel:
+                self._kinds.add((slots, options["window"], options["chunk"]))
         else:
             if self._order not in (None, options["order"]):
                 raise InputError(

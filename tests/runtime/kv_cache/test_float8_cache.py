@@ -116,6 +116,8 @@ def said(parts: Any, name: str, step: int | None, *, dtype: str | None = "fp8") 
                 ("llama", 4, "ring-ulysses"),
                 ("gemma2", 2, "ring"),
                 ("gpt_oss", 2, "ulysses"),
+                ("deepseek_v3", 2, "ring"),
+                ("deepseek_v3", 3, "gather"),
             )
         ),
     ],
