@@ -17,6 +17,7 @@ All ranks of a replica are told the same in the same order, and so do the same: 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -111,14 +112,16 @@ class BatchLoop:
             del self._asked[each.number]
         return self._places.room
 
-    def add(self, number: int, request: GenerationRequest) -> None:
-        """Every rank alike; the first is a collective. Raises InputError where it cannot be served."""
+    def add(self, number: int, request: GenerationRequest, *, given: Sequence[int] | None = None) -> None:
+        """Every rank alike; the first is a collective. Raises InputError where it cannot be served. given: as `Asked`
+        has it.
+        """
         if self._places is None:
             self._set_aside()
         if len(request.prompts) != 1:
             raise InputError(f"a sequence is one row, got a request of {len(request.prompts)}")
         request.require_fits(self.program, request.longest)
-        asked = Asked(request, vocab_size=self.program.vocab_size, grammars=self._grammars)
+        asked = Asked(request, vocab_size=self.program.vocab_size, grammars=self._grammars, given=given)
         self.scheduler.add(number, asked.text, most=request.longest, piece=request.settings.prefill_step)
         self._asked[number] = asked
 

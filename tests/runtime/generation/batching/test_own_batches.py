@@ -253,6 +253,15 @@ def test_an_abandoned_stream_leaves_room_for_the_next() -> None:
     assert generated.error(NAME, held, generated.prompts(NAME, (2, 4)), new=3) < 1e-9
 
 
+@pytest.mark.parametrize(
+    "plan", ["ep=2", *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("sp=2,ep=4", "pp=2,ep=2", "tp=2,ep=4"))]
+)
+def test_log_probabilities_are_of_the_texts_that_are_given(plan: str) -> None:
+    texts = [[5 + 7 * row, 9, 60 - row, 4, 33 + row, 8] for row in range(3)]
+    found, wanted = (parts(each).log_probabilities(texts) for each in (plan, "tp=1"))
+    assert (found - wanted).abs().max() < 1e-9
+
+
 def test_to_the_rank_with_the_least_work() -> None:
     scheduler = DealtScheduler(Limits(rows=4, blocks=64, block_size=4, budget=16), 3)
     for number, most in enumerate((30, 10, 12, 5, 4)):
