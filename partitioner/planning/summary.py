@@ -19,6 +19,7 @@ import sympy
 from torch import fx
 
 from partitioner.analysis.cost.expressions import EXPERTS, MET, PAST, ROUTED, Expressions, NodeExpression
+from partitioner.analysis.cost.products import LATENT
 from partitioner.compile.partition import compile_program, trace
 from partitioner.errors import PlanError
 from partitioner.program.node_arguments import arguments, node_values, operation
@@ -29,7 +30,6 @@ from partitioner.sharding.split_class import SplitClass
 from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.experts import expert_dispatch, grouped_linear
 from runtime.ops.kernels.float8_rows import SCALE_BYTES, num_scales
-from runtime.ops.state.latent_attention import latent_attention
 
 _ITEM = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -143,7 +143,7 @@ def summarize_program(traced: Program, *, cache: str = "auto") -> Summary:
             "plans are not priced yet; partitioner report says how it is split"
         )
     found = _Summarizing(traced, program).summary()
-    if any(node.target is latent_attention for node in program.graph.nodes):
+    if any(node.target in LATENT for node in program.graph.nodes):
         found.expanded = summarize_program(traced, cache="expanded")
     return found
 

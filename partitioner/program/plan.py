@@ -104,11 +104,6 @@ class Plan:
             raise PlanError(f"weights must be one of {', '.join(WEIGHTS)}; got {self.weights!r}")
         if self.cache not in CACHES:
             raise PlanError(f"cache must be one of {', '.join(CACHES)}; got {self.cache!r}")
-        if self.cache == "latent" and self.sp > 1:
-            raise PlanError(
-                f"cache=latent is for a cache that each rank has all of, and sp={self.sp} shares out its tokens: give "
-                "sp=1, or leave cache out"
-            )
         self.mesh  # noqa: B018 - checks the degrees together
 
     def degree(self, axis: str) -> int:

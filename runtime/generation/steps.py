@@ -153,12 +153,12 @@ class Steps:
         logits: Tensor = self.execute(piece, decode=decode, rows=rows)
         return logits[:, 0]
 
-    def sizes(self, piece: Piece) -> dict[str, int]:
-        """The named sizes of a run of `piece`."""
+    def sizes(self, piece: Piece, *, least: int = 1) -> dict[str, int]:
+        """The named sizes of a run of `piece`; least: as `execute` has it."""
         ends = [start + len(row) for start, row in zip(piece.starts, piece.tokens, strict=True)]
         return {
             "batch": len(piece.tokens),
-            "sequence": max(map(len, piece.tokens)),
+            "sequence": max(least, *map(len, piece.tokens)),
             "slots": max(max(ends) + 1, self._least_slots),
         }
 

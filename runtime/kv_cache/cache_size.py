@@ -30,7 +30,9 @@ from runtime.kv_cache.device_memory import Amount, free_bytes, readable
 from runtime.kv_cache.sharded_slots import cache_bytes
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import all_gather
+from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.state.latent_attention import latent_attention
+from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 from runtime.program.rank_program import RankProgram
 
 __all__ = [
@@ -92,6 +94,9 @@ class CacheSize:
             raise InputError('a cache needs a size: give max_length, or memory such as "0.9 of free"')
 
 
+_ATTENDING = (cached_attention, cached_sequence_attention, latent_attention, latent_sequence_attention)
+
+
 def require_dtype(dtype: object) -> None:
     if dtype not in (None, FLOAT8):
         raise InputError(f"the dtype of a cache must be None, that of the model, or {FLOAT8!r}; got {dtype!r}")
@@ -101,11 +106,9 @@ def why_not_float8(program: RankProgram) -> str | None:
     """The first state that is none of an attention's keys and values, with what it is; None: all may be float8."""
     attended: set[str] = set()
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in (cached_attention, latent_attention):
+        if node.op == "call_function" and node.target in _ATTENDING:
             attended |= {f"{node.kwargs['state']}.{part}" for part in ("key", "value", "latent")}
     for state in program.states:
-        if state.token_axes:
-            return f"the tokens of {state.name!r} are shared out over {', '.join(state.token_axes)}"
         if state.name not in attended:
             what = "is written by the model's own code" if state.per_token else "is a state per sequence"
             return f"{state.name!r} {what}, and not keys or values of an attention over a cache"

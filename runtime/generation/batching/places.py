@@ -10,7 +10,7 @@ are copied from row to row: they take their memory again, and no work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -52,12 +52,19 @@ _SUMS_UP = (
 
 @dataclass(frozen=True)
 class Run:
-    """A step as the programs take it; at: which row of the piece each turn is."""
+    """A step as the programs take it; at: which row of the piece each turn is.
+
+    least: how many tokens each row is filled up to, if not more. like: as `Executable` has it. others: where ranks have
+    sequences of their own, what all of them run in this step.
+    """
 
     work: Work
     piece: Piece
     rows: slice | PagedRows
     at: tuple[int, ...]
+    least: int = 1
+    like: Hashable = None
+    others: tuple[Work, ...] = ()
 
 
 class Places(Protocol):
@@ -71,8 +78,15 @@ class Places(Protocol):
     """Why equal prefixes are not kept once; "": they are."""
     cache: Cache
 
-    def run_of(self, work: Work, last: Callable[[int], tuple[int, int]]) -> Run:
-        """last: of a row, the last token that the cache has of it and its position; (0, 0) where it has none."""
+    def rows_of(self, work: Work) -> int:
+        """How many rows a run of it has."""
+        ...
+
+    def run_of(self, work: Work, last: Callable[[int], tuple[int, int]], *, count: int = 0) -> Run:
+        """last: of a row, the last token that the cache has of it and its position; (0, 0) where it has none.
+
+        count: how many rows there are at least, of which some are nobody's: what is computed for them is kept nowhere.
+        """
         ...
 
     def before(self, run: Run) -> None:
@@ -107,20 +121,18 @@ class InBlocks:
             sees=kept.sees,
         )
 
-    def run_of(self, work: Work, last: Callable[[int], tuple[int, int]]) -> Run:
-        turns = work.turns
-        piece = Piece([list(turn.tokens) for turn in turns], [turn.start for turn in turns], (True,) * len(turns))
-        rows = PagedRows(tuple(turn.row for turn in turns), tuple(turn.table for turn in turns))
-        return Run(work, piece, rows, tuple(range(len(turns))))
+    def rows_of(self, work: Work) -> int:
+        return len(work.turns)
 
-    def filled(self, run: Run, count: int) -> Run:
-        """With rows of nobody behind its own, so that there are `count`: they lie where nobody reads."""
-        piece, missing = run.piece, count - len(run.piece.tokens)
-        assert isinstance(run.rows, PagedRows)
-        tokens, starts = [*piece.tokens, *([0] for _ in range(missing))], [*piece.starts, *[0] * missing]
-        numbers = (*run.rows.numbers, *[self._size.rows] * missing)
-        rows = PagedRows(numbers, (*run.rows.tables, *[()] * missing))
-        return Run(run.work, Piece(tokens, starts, (*piece.active, *[False] * missing)), rows, run.at)
+    def run_of(self, work: Work, last: Callable[[int], tuple[int, int]], *, count: int = 0) -> Run:
+        """Rows of nobody stand behind the others, and lie where nobody reads."""
+        turns, missing = work.turns, max(0, count - len(work.turns))
+        tokens = [*(list(turn.tokens) for turn in turns), *([0] for _ in range(missing))]
+        starts = [*(turn.start for turn in turns), *[0] * missing]
+        numbers = (*(turn.row for turn in turns), *[self._size.rows] * missing)
+        rows = PagedRows(numbers, (*(turn.table for turn in turns), *[()] * missing))
+        active = tuple(at < len(turns) for at in range(len(tokens)))
+        return Run(work, Piece(tokens, starts, active), rows, tuple(range(len(turns))))
 
     def before(self, run: Run) -> None:
         """Nothing: a run says all that the cache has to know."""
@@ -234,9 +246,17 @@ class InRows:
             axes=kept.token_axes, keeps=not kept.gives_up,
         )  # fmt: skip
 
-    def run_of(self, work: Work, last: Callable[[int], tuple[int, int]]) -> Run:
+    def rows_of(self, work: Work) -> int:
+        taken = [turn.table[0] for turn in work.turns]
+        return max(taken) - min(taken) + 1 if taken else 0
+
+    def run_of(self, work: Work, last: Callable[[int], tuple[int, int]], *, count: int = 0) -> Run:
+        """Rows of nobody are those beside the others, whoever has them: they repeat what they have as well."""
         turns = {turn.table[0]: turn for turn in work.turns}
-        numbers = range(min(turns), max(turns) + 1)
+        first = min(turns, default=0)
+        stop = max(first + count, max(turns, default=-1) + 1)
+        first -= max(0, stop - self.limits.rows)
+        numbers = range(first, min(stop, self.limits.rows))
         tokens, starts = [], []
         for row in numbers:
             if row in turns:

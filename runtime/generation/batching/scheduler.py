@@ -20,6 +20,7 @@ Where `groups` take turns (pipeline stages), `next(group)` is about one of them,
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from runtime.generation.batching.blocks import BlockPool, key_of
 from runtime.generation.batching.row_texts import RowTexts, alike
 from runtime.generation.batching.work import Counts, Limits, Turn, Work
 
-__all__ = ["Scheduler"]
+__all__ = ["Scheduler", "next_alike"]
 
 
 @dataclass
@@ -63,6 +64,21 @@ class _Sequence:
         return self.keys[index]
 
 
+def next_alike(schedulers: Sequence[Scheduler], group: int = 0) -> list[Work | None]:
+    """What the sequences of a group of each run next: all of them pieces of prompts, or all single tokens."""
+    ready = [(each, *each._ready(group)) for each in schedulers]
+    waits, works = any(others for _, _, others in ready), list[Work | None]()
+    if not (waits and any(each.prompts_last[group] for each in schedulers)):
+        works = [each._prompts(prompts, group, beside=waits) for each, prompts, _ in ready]
+    decode = not any(works)
+    if decode:
+        works = [each._work(each._single_tokens(others), group, decode=True) for each, _, others in ready]
+    if any(works):
+        for each in schedulers:
+            each.prompts_last[group] = not decode
+    return works
+
+
 class Scheduler:
     """See the module's docstring."""
 
@@ -80,7 +96,7 @@ class Scheduler:
         self._multiple = 1 if shared is None else shared.parts
         self._pending: set[bytes] = set()
         """Keys of blocks that are being computed."""
-        self._prompts_last = [False] * limits.groups
+        self.prompts_last = [False] * limits.groups
         self._arrivals = self._admissions = 0
 
     # -- what is asked and told ----------------------------------------------------------------------------------------
@@ -118,8 +134,7 @@ class Scheduler:
 
     def add(self, number: int, tokens: Sequence[int], *, most: int, piece: int | None = None) -> None:
         """A sequence, of which at most `most` tokens are ever run; piece: how many of its prompt at a time at most."""
-        room = self.limits.blocks * self.limits.block_size
-        room = room if self.limits.longest is None else min(room, self.limits.longest)
+        room = min(self.limits.blocks * self.limits.block_size, self.limits.longest or sys.maxsize)
         if most > room:
             raise InputError(
                 f"prompt and new tokens make up to {most + 1}, of which {most} are run, and the cache has room for "
@@ -142,19 +157,20 @@ class Scheduler:
 
     def next(self, group: int = 0) -> Work | None:
         """What the sequences of a group, none of which is under way, run next."""
+        return next_alike([self], group)[0]
+
+    def _ready(self, group: int) -> tuple[list[_Sequence], list[_Sequence]]:
+        """Those of a group that are at their prompts, and those that run single tokens."""
         self._admit(group)
         mine = [each for each in self._running.values() if each.group == group]
         if self.limits.piece == 1:
-            return self._work(self._single_tokens(mine), group, decode=True)
-        prompts, others = [each for each in mine if each.left > 1], [each for each in mine if each.left == 1]
-        if prompts and not (others and self._prompts_last[group]):
-            budget = self.limits.budget
-            if others and self.limits.beside is not None:
-                budget = min(budget, self.limits.beside)
-            work = self._work(self._prompt_pieces(prompts, budget), group, decode=False)
-            if work is not None:
-                return work
-        return self._work(self._single_tokens(others), group, decode=True)
+            return [], mine
+        return [each for each in mine if each.left > 1], [each for each in mine if each.left == 1]
+
+    def _prompts(self, prompts: list[_Sequence], group: int, *, beside: bool) -> Work | None:
+        """Pieces of prompts; beside: whether others wait for their next token."""
+        budget = self.limits.budget if not beside else min(self.limits.budget, self.limits.beside or self.limits.budget)
+        return self._work(self._prompt_pieces(prompts, budget), group, decode=False)
 
     def learn(self, work: Work, chosen: Mapping[int, int], ended: Collection[int] = ()) -> None:
         """`work` has been run. chosen: the tokens that came of the turns that sample. ended: who needs no more."""
@@ -273,12 +289,9 @@ class Scheduler:
         if self.limits.shared_out is None:
             return True
         rows = [turn.table[0] for turn in turns]
-        row = sequence.blocks[0] if sequence.blocks else self._next_row()
+        row = sequence.blocks[0] if sequence.blocks else self.pool.next(fresh=self._texts is not None)
         is_even = count % self._multiple == 0 or start + count == len(sequence.tokens)
         return is_even and start == turns[0].start and row in (min(rows) - 1, max(rows) + 1)
-
-    def _next_row(self) -> int | None:
-        return self.pool.next(fresh=self._texts is not None)
 
     def _source(self, sequence: _Sequence) -> tuple[int, int] | None:
         """Which prefix a sequence that has no row of the cache yet takes over."""
@@ -308,7 +321,6 @@ class Scheduler:
         left = tuple(turn for turn in turns if self._is_on(turn))
         if not left:
             return None
-        self._prompts_last[group] = not decode
         for turn in left:
             end, known = turn.start + len(turn.tokens), self._running[turn.number].known
             prompt = max(0, min(end, known) - turn.start)
