@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from partitioner.planning.cluster import Cluster
-from partitioner.planning.pricing.continuous import steps_of
+from partitioner.planning.pricing.continuous import shared_steps
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.pricing.stored_format import StoredFormat
 from partitioner.planning.quantities import Price
@@ -84,7 +84,7 @@ def cards_for_weights(num_bytes: int, usable: int) -> int:
 def served_text(pricer: Pricer, price: Price) -> str:
     """Times of requests that come as others end, with the interval in which 80% of measured ones were."""
     assert price.workload is not None
-    served = steps_of(pricer, price.plan, price.workload).served()
+    served = shared_steps(pricer, price.plan, price.workload).served()
     said = []
     for what, seconds in (("ttft", served.ttft_s), ("tpot", served.tpot_s)):
         bar = interval(seconds, what)
@@ -119,7 +119,7 @@ def _price_data(price: Price, pricer: Pricer) -> dict[str, Any]:
     assert price.decode is not None
     assert price.workload is not None
     parts = ("memory", "products", "links", "waiting")
-    served = steps_of(pricer, price.plan, price.workload).served()
+    served = shared_steps(pricer, price.plan, price.workload).served()
     return {
         **told,
         "batch": price.workload.batch,

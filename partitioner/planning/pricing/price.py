@@ -12,16 +12,17 @@ The rank that holds most, and the slowest device, speak for all.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
 
-from partitioner.analysis.cost.expressions import EXPERTS, MET, PAST, ROUTED
+from partitioner.analysis.cost.expressions import EXPERTS, MET
 from partitioner.planning.cluster import Cluster, bad_order, hops
 from partitioner.planning.collectives import Hop, collective_seconds
 from partitioner.planning.kernels import Kernels, kernels_of
+from partitioner.planning.pricing.held_bytes import HeldBytes
 from partitioner.planning.pricing.kernel_times import KernelTimes
 from partitioner.planning.pricing.sequences import Attending, shares_out
 from partitioner.planning.pricing.stage_split import split_layers
@@ -29,7 +30,6 @@ from partitioner.planning.pricing.stored_format import ITEM, StoredFormat
 from partitioner.planning.quantities import Memory, Price, Seconds, Workload, runs_of
 from partitioner.planning.summary import Summary
 from partitioner.program.plan import Plan
-from runtime.kv_cache.cache_size import require_dtype
 
 __all__ = ["Pricer"]
 
@@ -37,7 +37,7 @@ STEP_S = 50e-6
 """Host work of a step that is launched as one graph: inputs, the choice of tokens."""
 
 
-class Pricer:
+class Pricer(HeldBytes):
     """Prices plans for one model on one cluster; what plans have in common is computed once."""
 
     def __init__(
@@ -45,17 +45,17 @@ class Pricer:
         cache_dtype: str | None = None,
     ) -> None:  # fmt: skip
         """stored: how the layers' matrices are kept, None: as the model has them. cache_dtype: as in `CacheSize`."""
-        self.summary, self.cluster, self.overhead_s, self.stored = summary, cluster, overhead_s, stored
-        require_dtype(cache_dtype)
-        self.cache_dtype = cache_dtype
-        self.cache_item = 0 if cache_dtype is None else 1
+        kind = cluster.weakest
+        super().__init__(summary, kind.usable_bytes, stored, cache_dtype)
+        self.cluster, self.overhead_s = cluster, overhead_s
         options: Any = {"overhead_s": overhead_s, "stored": stored, "cache_dtype": cache_dtype}
         self._of_expanded = None if summary.expanded is None else Pricer(summary.expanded, cluster, **options)
-        kind = cluster.weakest
-        self.usable = kind.usable_bytes
         self.kernels: Kernels = kernels_of(kind.name, kind.bytes_per_s, kind.flops_per_s, fitted=kind.fitted)
-        self._functions: dict[Any, Callable[..., Any]] = {}
-        self._costs: dict[Any, Any] = {}
+        self._with_experts = {
+            number
+            for number, part in enumerate(summary.parts)
+            if any(node.kind == "experts" for node in part.nodes["decode"])
+        }
 
     def _of(self, plan: Plan) -> Pricer:
         """Others, for a plan that caches keys and values where something narrower could be."""
@@ -94,140 +94,20 @@ class Pricer:
     def _refused(self, plan: Plan, why: str) -> Price:
         return Price(plan, Memory(0, 0, 0, 0, self.usable), why)
 
-    # memory
-
     def memory(self, plan: Plan, workload: Workload, layers: Sequence[int]) -> Memory:
         if (other := self._of(plan)) is not self:
             return other.memory(plan, workload, layers)
-        summary = self.summary
-        values = self._values(plan, 1, 1, 0, alike=True)
-        numbers = [self._weights(part, values) for part in range(len(summary.parts))]
-        rows = -(-workload.batch // plan.mesh.size("dp"))
-        tokens = -(-(workload.prompt + workload.new) // plan.sp)
-        caches = [self._cache(part, values, tokens) for part in range(len(summary.parts))]
-        stages, start = [], 0
-        for stage, count in enumerate(layers):
-            mine = summary.order[start : start + count]
-            start += count
-            mine += [summary.first] * (stage == 0) + [summary.last] * (stage == len(layers) - 1)
-            stages.append((sum(numbers[part] for part in mine), rows * sum(caches[part] for part in mine)))
-        weights, cache = max(stages, key=sum)
-        run_rows, length, _ = runs_of(workload, rows)
-        own = -(-length // plan.sp)
-        activations = max(self._peak(part, plan, run_rows, own) for part in set(summary.order) | {summary.last})
-        in_flight = 2 if plan.pp > 1 else 1
-        buffers = 2.0 * in_flight * run_rows * own * summary.hidden_bytes
-        if plan.sp > 1:  # keys and values of other ranks: of all tokens so far where they come at once
-            given = self._values(plan, run_rows, length, workload.prompt - length)
-            buffers += max(self._held_keys(part, plan, given) for part in set(summary.order))
-        return Memory(weights, cache, activations, buffers, self.usable)
-
-    def _weights(self, part: int, values: Mapping[Any, float]) -> float:
-        key = ("weights", part)
-        wanted = [self.summary.parts[part].weight_bytes] if key not in self._functions else []
-        found = float(self._function(key, wanted)(*self._given(values))[0])
-        inside = part not in (self.summary.first, self.summary.last)
-        return found - self._saved(part, values, self.stored) if self.stored is not None and inside else found
-
-    def _saved(self, part: int, values: Mapping[Any, float], stored: StoredFormat) -> float:
-        """Bytes that matrices take less than in the model's own dtype."""
-        key = ("saved", part)
-        wanted = []
-        for node in self.summary.parts[part].nodes["decode"] if key not in self._functions else ():
-            experts = node.kind == "experts"
-            if node.kind in ("linear", "experts") and node.dtype == stored.dtype and stored.holds(experts=experts):
-                wanted.append(node.product[1] * node.product[2] * (EXPERTS if experts else 1))
-        numbers = self._function(key, wanted)(*self._given(values))
-        return float(sum(numbers)) * (ITEM[stored.dtype] - stored.item)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all weights as they are kept, whole."""
-        if self.stored is None:
-            return self.summary.num_bytes
-        values = self._values(Plan(), 1, 1, 0)
-        return self.summary.num_bytes - round(
-            sum(self._saved(part, values, self.stored) for part in self.summary.order)
-        )
-
-    def _cache(self, part: int, values: Mapping[Any, float], tokens: int) -> float:
-        total = 0.0
-        for i, kept in enumerate(self.summary.parts[part].kept):
-            count = 1 if not kept.per_token else min(tokens, kept.sees or tokens)
-            size = kept.bytes if self.cache_dtype is None else kept.float8
-            total += count * self._number(("cache", part, i), size, values)
-        return total
-
-    def _peak(self, part: int, plan: Plan, rows: int, length: int) -> float:
-        """The most bytes of results that are alive at the same time."""
-        live = self.summary.parts[part].live
-        if not live:
-            return 0.0
-        key = ("peak", part, plan.tp, plan.ep, plan.etp, plan.sp, rows, length)
-        if key in self._costs:
-            return float(self._costs[key])
-        values = self._values(plan, rows, length, 0)
-        sizes = self._function(("live", part), [each.bytes for each in live])(*self._given(values))
-        change: dict[int, float] = {}
-        for each, size in zip(live, sizes, strict=True):
-            change[each.first] = change.get(each.first, 0.0) + size
-            change[each.last + 1] = change.get(each.last + 1, 0.0) - size
-        most = now = 0.0
-        for place in sorted(change):
-            now += change[place]
-            most = max(most, now)
-        self._costs[key] = most
-        return most
-
-    def _held_keys(self, part: int, plan: Plan, values: Mapping[Any, float]) -> float:
-        """The most bytes of keys and values, of other ranks too, that an attention has."""
-        nodes = [node for node in self.summary.parts[part].nodes["prefill"] if node.kind == "attention"]
-        key = ("keys", part)
-        wanted = [size for node in nodes for size in node.product] if key not in self._functions else []
-        numbers = iter(self._function(key, wanted)(*self._given(values)))
-        each = [Attending.of([next(numbers) for _ in node.product], ITEM[node.dtype]) for node in nodes]
-        return max((attending.held(plan) for attending in each), default=0.0)
-
-    # sizes
-
-    def _values(self, plan: Plan, rows: float, length: float, past: float, *, alike: bool = False) -> dict[Any, float]:
-        """alike: whether the ranks of sp have the same tokens, as of a step; otherwise `length` are a rank's own."""
-        summary = self.summary
-        etp = plan.etp if plan.ep * plan.etp > 1 else plan.tp
-        found = summary.values(tp=plan.tp, ep=plan.ep, etp=etp)
-        experts = summary.experts
-        found |= {summary.batch: rows, summary.sequence: length}
-        found[PAST], found[MET], found[ROUTED] = past, 1, 1
-        if experts is not None:
-            # ranks whose tokens meet at the experts, and are not the same
-            groups = max(1, plan.ep * etp // (plan.tp * plan.sp if alike else plan.tp))
-            tokens = rows * length * groups
-            chance = 1 - (1 - experts.chosen / experts.count) ** tokens
-            found[MET] = max(min(found[EXPERTS], found[EXPERTS] * chance), min(found[EXPERTS], 1e-9))
-            found[ROUTED] = groups / plan.ep
-        return found
-
-    def _given(self, values: Mapping[Any, float]) -> list[float]:
-        return [values[symbol] for symbol in self.summary.arguments]
-
-    def _number(self, key: Any, expression: Any, values: Mapping[Any, float]) -> float:
-        return float(self._function(key, [expression])(*self._given(values))[0])
-
-    def _function(self, key: Any, wanted: list[Any]) -> Callable[..., Any]:
-        if key not in self._functions:
-            modules: list[Any] = [{"Min": min, "Max": max, "floor": math.floor}, "math"]
-            self._functions[key] = sympy.lambdify(self.summary.arguments, wanted, modules=modules, cse=True)
-        return self._functions[key]
+        return super().memory(plan, workload, layers)
 
     # seconds
 
     def part_seconds(self, part: int, entry: str, plan: Plan, rows: int, length: int, past: int) -> Seconds:
         """Of one part on the fullest rank, with its collectives over tp."""
-        key = (part, entry, plan.tp, plan.ep, plan.etp, plan.sp, plan.sp_attention, plan.pp,
-               plan.dp if plan.ep > 1 else 0, rows, length, past)  # fmt: skip
-        if key not in self._costs:
-            self._costs[key] = self._part_seconds(part, entry, plan, rows, length, past)
-        found: Seconds = self._costs[key]
+        links = self._hops(plan, ("tp",)), self._hops(plan, ("sp",)) if plan.sp > 1 else ()
+        key = (part, entry, plan.tp, plan.ep, plan.etp, plan.sp, plan.sp_attention, links, rows, length, past)
+        found: Seconds | None = self._costs.get(key)
+        if found is None:
+            found = self._costs[key] = self._part_seconds(part, entry, plan, rows, length, past)
         return found
 
     def _part_seconds(self, part: int, entry: str, plan: Plan, rows: int, length: int, past: int) -> Seconds:
@@ -272,6 +152,14 @@ class Pricer:
         found: tuple[Hop, ...] = self._costs[key]
         return found
 
+    def _next_stage(self, plan: Plan) -> tuple[Hop, ...]:
+        """From a stage to the one that follows it."""
+        key = ("next stage", plan.mesh)
+        if key not in self._costs:
+            self._costs[key] = hops(self.cluster, plan.mesh.group(("pp",), 0)[:2])
+        found: tuple[Hop, ...] = self._costs[key]
+        return found
+
     def _exchange(self, plan: Plan, tokens: float, *, alike: bool = False) -> tuple[float, str]:
         """Of one layer: how tokens come to their experts and back, by the cheaper of two ways; over tp, by none.
 
@@ -308,10 +196,10 @@ class Pricer:
         found, start = [], 0
         for stage, count in enumerate(layers):
             mine = Seconds()
-            for part in summary.order[start : start + count]:
-                mine.add(self.part_seconds(part, entry, plan, rows, length, past))
-                if exchange and any(node.kind == "experts" for node in summary.parts[part].nodes[entry]):
-                    mine.link(how, exchange)
+            for part, times in Counter(summary.order[start : start + count]).items():
+                mine.add(self.part_seconds(part, entry, plan, rows, length, past), times)
+                if exchange and part in self._with_experts:
+                    mine.link(how, exchange * times)
             start += count
             if stage == 0:
                 mine.add(self.part_seconds(summary.first, entry, plan, rows, length, past))
@@ -319,9 +207,7 @@ class Pricer:
                 mine.add(self.part_seconds(summary.last, entry, plan, rows, length, past))
             mine.waiting += self.overhead_s
             if stage < len(layers) - 1:
-                pair = plan.mesh.group(("pp",), 0)[:2]
-                size = own * summary.hidden_bytes
-                mine.link("send", collective_seconds("send", hops(self.cluster, pair), size))
+                mine.link("send", collective_seconds("send", self._next_stage(plan), own * summary.hidden_bytes))
             found.append(mine)
         return found, how
 
@@ -329,14 +215,10 @@ class Pricer:
         """Between two tokens of the rows of one replica, whose caches hold `past` tokens each."""
         return self._of(plan)._decode(plan, Workload(past, 1), rows, layers)[0].total
 
-    def prompt_seconds(self, plan: Plan, prompt: int, layers: Sequence[int]) -> tuple[float, float]:
-        """Of one prompt alone; and of its slowest stage."""
-        if (other := self._of(plan)) is not self:
-            return other.prompt_seconds(plan, prompt, layers)
-        _, length, runs = runs_of(Workload(prompt, 1), 1)
-        stages, _ = self._stage_seconds(plan, "prefill", 1, length, (prompt - length) // 2, layers)
-        slowest = max(stage.total for stage in stages)
-        return sum(stage.total for stage in stages) + (runs - 1) * slowest, runs * slowest
+    def run_seconds(self, plan: Plan, rows: int, length: int, past: int, layers: Sequence[int]) -> tuple[float, float]:
+        """Of a run of `rows` prompts' next `length` tokens, behind `past` ones each; and of its slowest stage."""
+        stages, _ = self._of(plan)._stage_seconds(plan, "prefill", rows, length, past, layers)
+        return sum(stage.total for stage in stages), max(stage.total for stage in stages)
 
     def prompt_flops(self, plan: Plan, prompt: int) -> float:
         """Products of one prompt on the fullest rank, all stages together."""
