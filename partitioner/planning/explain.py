@@ -34,6 +34,8 @@ def reason(price: Price, cluster: Cluster, summary: Summary, *, num_bytes: int |
         too_much = price.memory.weights * plan.pp > price.memory.usable
         why = f"{weights / 1e9:.0f} GB of weights" if too_much else "fewer all-reduces"
         said.append(f"pp={plan.pp} for {why}, handing on {summary.hidden_bytes / 1e3:.0f} kB per token")
+        if price.shares_head:
+            said.append("its stages share out the vocabulary head")
     if plan.ep > 1:
         how = price.exchange or "replicate"
         count = summary.experts.count if summary.experts is not None else 0
@@ -140,6 +142,7 @@ def _price_data(price: Price, pricer: Pricer) -> dict[str, Any]:
         "collectives_of_a_token_s": price.decode.by_collective,
         "binds": price.decode.binds,
         "layers": list(price.layers),
+        "shares_head": price.shares_head,
         "reason": reason(price, pricer.cluster, pricer.summary, num_bytes=pricer.num_bytes),
         "limits_broken": broken_limits(price),
         "note": price.note,

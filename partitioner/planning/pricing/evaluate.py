@@ -43,6 +43,11 @@ class Evaluated:
             found[ROUTED] = groups / plan.ep
         return found
 
+    def _over_stages(self, plan: Plan, values: Mapping[Any, float]) -> dict[Any, float]:
+        """The same where the rows of the vocabulary head are shared out over all stages, too."""
+        heads = {symbol: kind for symbol, (kind, role) in self.summary.classes.items() if role == "vocabulary"}
+        return {**values, **{symbol: kind.held(plan.tp * plan.pp) for symbol, kind in heads.items()}}
+
     def _given(self, values: Mapping[Any, float]) -> list[float]:
         return [values[symbol] for symbol in self.summary.arguments]
 

@@ -27,17 +27,19 @@ class HeldBytes(Evaluated):
         self.usable, self.stored, self.cache_dtype = usable, stored, cache_dtype
         self.cache_item = 0 if cache_dtype is None else 1
 
-    def memory(self, plan: Plan, workload: Workload, layers: Sequence[int]) -> Memory:
+    def memory(self, plan: Plan, workload: Workload, layers: Sequence[int], *, shares_head: bool = False) -> Memory:
+        """shares_head: whether all stages have their rows of the vocabulary head, or the last one has them all."""
         summary = self.summary
         rows = -(-workload.batch // plan.mesh.size("dp"))
         numbers, caches = self._held_parts(plan, -(-(workload.prompt + workload.new) // plan.sp))
+        head = self._head_bytes(plan, shares_head=shares_head)
         stages, start = [], 0
         for stage, count in enumerate(layers):
             mine = Counter(summary.order[start : start + count])
             start += count
             mine[summary.first] += stage == 0
-            mine[summary.last] += stage == len(layers) - 1
             weights, cache = (sum(each[part] * times for part, times in mine.items()) for each in (numbers, caches))
+            weights += head if shares_head or stage == len(layers) - 1 else 0.0
             stages.append((weights, rows * cache))
         weights, cache = max(stages, key=sum)
         run_rows, length, _ = runs_of(workload, rows)
@@ -61,6 +63,18 @@ class HeldBytes(Evaluated):
             )
         found: tuple[list[float], list[float]] = self._costs[key]
         return found
+
+    def _head_bytes(self, plan: Plan, *, shares_head: bool) -> float:
+        """Of what stands behind the layers, on a rank that has it; with stages, a table that the first one has, too."""
+        key = ("head", plan.tp, plan.pp, shares_head)
+        if key not in self._costs:
+            values = self._values(plan, 1, 1, 0, alike=True)
+            given = self._over_stages(plan, values) if shares_head else values
+            found = self._weights(self.summary.last, given)
+            if plan.pp > 1:
+                found += self._number("tied", self.summary.parts[self.summary.last].tied, given)
+            self._costs[key] = found
+        return float(self._costs[key])
 
     def _weights(self, part: int, values: Mapping[Any, float]) -> float:
         key = ("weights", part)

@@ -35,6 +35,10 @@ __all__ = ["Pricer"]
 
 STEP_S = 50e-6
 """Host work of a step that is launched as one graph: inputs, the choice of tokens."""
+HEAD_WORTH = 0.01
+"""By how much a token must be faster before stages share the vocabulary head out, as the pass `pipeline` asks."""
+CHOICE_BYTES = 8
+"""What a stage says of a row's best token: its number and its logit."""
 
 
 class Pricer(HeldBytes):
@@ -78,42 +82,50 @@ class Pricer(HeldBytes):
             return self._refused(plan, f"{summary.num_layers} layers make no {plan.pp} stages")
         if plan.ep > (summary.experts.count if summary.experts is not None else 1):
             return self._refused(plan, f"no {plan.ep} experts to share out")
-        layers = self.even_stages(plan)
+        layers, shares_head = self.even_stages(plan), False
         if self.memory(plan, workload, layers).weights <= self.usable:  # else no cut makes it fit
-            layers = self._stages(plan, workload, local)
-        memory = self.memory(plan, workload, layers)
+            layers, shares_head = self._stages(plan, workload, local)
+        memory = self.memory(plan, workload, layers, shares_head=shares_head)
         if not memory.fits:
             over = (memory.total - memory.usable) / 1e9
             return Price(plan, memory, f"{over:.1f} GB too much for a rank of {memory.usable / 1e9:.1f} GB usable",
-                         layers=layers)  # fmt: skip
-        prefill, how_prefill = self._prefill(plan, workload, local, layers)
-        decode, how_decode = self._decode(plan, workload, local, layers)
+                         layers=layers, shares_head=shares_head)  # fmt: skip
+        prefill, how_prefill = self._prefill(plan, workload, local, layers, shares_head=shares_head)
+        decode, how_decode = self._decode(plan, workload, local, layers, shares_head=shares_head)
         how = how_prefill if how_prefill == how_decode else f"{how_prefill}, then {how_decode}"
-        return Price(plan, memory, "", prefill, decode, workload, how, layers, bad_order(self.cluster, mesh))
+        note = bad_order(self.cluster, mesh)
+        return Price(plan, memory, "", prefill, decode, workload, how, layers, note, shares_head)
 
     def _refused(self, plan: Plan, why: str) -> Price:
         return Price(plan, Memory(0, 0, 0, 0, self.usable), why)
 
-    def memory(self, plan: Plan, workload: Workload, layers: Sequence[int]) -> Memory:
+    def memory(self, plan: Plan, workload: Workload, layers: Sequence[int], *, shares_head: bool = False) -> Memory:
         if (other := self._of(plan)) is not self:
-            return other.memory(plan, workload, layers)
-        return super().memory(plan, workload, layers)
+            return other.memory(plan, workload, layers, shares_head=shares_head)
+        return super().memory(plan, workload, layers, shares_head=shares_head)
 
     # seconds
 
-    def part_seconds(self, part: int, entry: str, plan: Plan, rows: int, length: int, past: int) -> Seconds:
-        """Of one part on the fullest rank, with its collectives over tp."""
+    def part_seconds(
+        self, part: int, entry: str, plan: Plan, rows: int, length: int, past: int, *, over_stages: bool = False
+    ) -> Seconds:
+        """Of one part on the fullest rank, with collectives over tp. over_stages: with a stage's rows of the head."""
         links = self._hops(plan, ("tp",)), self._hops(plan, ("sp",)) if plan.sp > 1 else ()
-        key = (part, entry, plan.tp, plan.ep, plan.etp, plan.sp, plan.sp_attention, links, rows, length, past)
+        stages = plan.pp if over_stages else 1
+        key = (part, entry, plan.tp, plan.ep, plan.etp, plan.sp, plan.sp_attention, links, rows, length, past, stages)
         found: Seconds | None = self._costs.get(key)
         if found is None:
-            found = self._costs[key] = self._part_seconds(part, entry, plan, rows, length, past)
+            found = self._costs[key] = self._part_seconds(part, entry, plan, rows, length, past, over_stages)
         return found
 
-    def _part_seconds(self, part: int, entry: str, plan: Plan, rows: int, length: int, past: int) -> Seconds:
+    def _part_seconds(
+        self, part: int, entry: str, plan: Plan, rows: int, length: int, past: int, over_stages: bool
+    ) -> Seconds:
         nodes = self.summary.parts[part].nodes[entry]
         dealt, steps = plan.sp if entry == "prefill" else 1, entry == "decode"
         values = self._values(plan, rows, -(-length // dealt), past, alike=steps)
+        if over_stages:
+            values = self._over_stages(plan, values)
         wanted: list[Any] = []
         for node in nodes if (part, entry) not in self._functions else ():
             wanted += [node.flops, node.read + node.written, *node.product, *(m.bytes for m in node.meetings)]
@@ -188,8 +200,9 @@ class Pricer(HeldBytes):
         return best + again, how
 
     def _stage_seconds(
-        self, plan: Plan, entry: str, rows: int, length: int, past: int, layers: Sequence[int]
+        self, plan: Plan, entry: str, rows: int, length: int, past: int, layers: Sequence[int], *, head: bool = True
     ) -> tuple[list[Seconds], str]:
+        """head: whether the last stage computes the vocabulary head."""
         summary = self.summary
         own = rows * (-(-length // plan.sp) if entry == "prefill" else length)
         exchange, how = self._exchange(plan, own, alike=entry == "decode")
@@ -203,7 +216,7 @@ class Pricer(HeldBytes):
             start += count
             if stage == 0:
                 mine.add(self.part_seconds(summary.first, entry, plan, rows, length, past))
-            if stage == len(layers) - 1:
+            if head and stage == len(layers) - 1:
                 mine.add(self.part_seconds(summary.last, entry, plan, rows, length, past))
             mine.waiting += self.overhead_s
             if stage < len(layers) - 1:
@@ -234,39 +247,73 @@ class Pricer(HeldBytes):
         small, larger = divmod(self.summary.num_layers, plan.pp)
         return tuple(small + (stage < larger) for stage in range(plan.pp))
 
-    def _prefill(self, plan: Plan, workload: Workload, rows: int, layers: Sequence[int]) -> tuple[Seconds, str]:
+    def _shared_head(self, plan: Plan, entry: str, rows: int, length: int, past: int) -> Seconds:
+        """Of the vocabulary head whose rows all stages share out: what it reads goes to all, and their choices back."""
+        found = Seconds()
+        found.add(self.part_seconds(self.summary.last, entry, plan, rows, length, past, over_stages=True))
+        links = self._hops(plan, ("pp",))
+        for size in (rows * self.summary.hidden_bytes, rows * CHOICE_BYTES * plan.pp):
+            found.link("all_gather", collective_seconds("all_gather", links, size))
+        return found
+
+    def _prefill(
+        self, plan: Plan, workload: Workload, rows: int, layers: Sequence[int], *, shares_head: bool = False
+    ) -> tuple[Seconds, str]:
         """Until all rows have their first token."""
         run_rows, length, runs = runs_of(workload, rows)
         past = (workload.prompt - length) // 2
-        stages, how = self._stage_seconds(plan, "prefill", run_rows, length, past, layers)
+        stages, how = self._stage_seconds(plan, "prefill", run_rows, length, past, layers, head=not shares_head)
         slowest = max(stages, key=lambda each: each.total)
         found = Seconds()
         for stage in stages:
             found.add(stage)
         found.add(slowest, runs - 1)
+        if shares_head:
+            found.add(self._shared_head(plan, "prefill", run_rows, length, past), runs)
         return found, how
 
-    def _decode(self, plan: Plan, workload: Workload, rows: int, layers: Sequence[int]) -> tuple[Seconds, str]:
+    def _decode(
+        self, plan: Plan, workload: Workload, rows: int, layers: Sequence[int], *, shares_head: bool = False
+    ) -> tuple[Seconds, str]:
         """Between two tokens of a row."""
         groups = min(plan.pp, rows)
-        stages, how = self._stage_seconds(
-            plan, "decode", -(-rows // groups), 1, workload.prompt + workload.new // 2, layers
-        )
+        of_group, past = -(-rows // groups), workload.prompt + workload.new // 2
+        stages, how = self._stage_seconds(plan, "decode", of_group, 1, past, layers, head=not shares_head)
+        head = self._shared_head(plan, "decode", of_group, 1, past) if shares_head else Seconds()
         found = Seconds()
-        for stage in stages:
+        for stage in (*stages, head):
             found.add(stage)
-        turn = groups * max(stage.total for stage in stages)
+        turn = groups * (max(stage.total for stage in stages) + head.total)
         found.waiting += max(0.0, turn - found.total)
         return found, how
 
-    def _stages(self, plan: Plan, workload: Workload, rows: int) -> tuple[int, ...]:
-        """How many layers each stage has, the slowest as fast as can be in decode."""
+    def _stages(self, plan: Plan, workload: Workload, rows: int) -> tuple[tuple[int, ...], bool]:
+        """How many layers each stage has, the slowest as fast as can be in decode; whether they share the head out: as
+        the plan asks, or where a token takes 1% less by it.
+        """
         if plan.pp == 1:
-            return (self.summary.num_layers,)
+            return (self.summary.num_layers,), False
         past = workload.prompt + workload.new // 2
         group = -(-rows // min(plan.pp, rows))
         times = [self.part_seconds(p, "decode", plan, group, 1, past).total for p in range(len(self.summary.parts))]
         costs = [times[part] for part in self.summary.order]
         costs[0] += times[self.summary.first]
+        shared = split_layers(costs, plan.pp)
         costs[-1] += times[self.summary.last]
-        return split_layers(costs, plan.pp)
+        alone = split_layers(costs, plan.pp)
+        asked = asked_head(plan)
+        if asked is None:
+            now = self._decode(plan, workload, rows, alone)[0].total
+            asked = now / self._decode(plan, workload, rows, shared, shares_head=True)[0].total - 1 >= HEAD_WORTH
+        return (shared if asked else alone), asked
+
+
+def asked_head(plan: Plan) -> bool | None:
+    """What a plan says of the vocabulary head, as an option of the pass `pipeline` or in that pass itself."""
+    for each in plan.passes:
+        if isinstance(each, tuple) and each[0] == "pipeline":
+            found = dict(each[1]).get("share_head")
+            return None if found is None else bool(found)
+        if not isinstance(each, (str, tuple)) and each.name == "pipeline":
+            return None if (told := vars(each).get("share_head")) is None else bool(told)
+    return None
