@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
@@ -65,6 +66,18 @@ class Pricer(HeldBytes):
         """Others, for a plan that caches keys and values where something narrower could be."""
         keeps_all = plan.sp > 1 or plan.cache == "expanded"
         return self._of_expanded if keeps_all and self._of_expanded is not None else self
+
+    def keeps_latents(self, plan: Plan) -> bool:
+        """Whether what is remembered of a token is narrower than its keys and values."""
+        return self._of_expanded is not None and self._of(plan) is self
+
+    def cache_bytes(self, plan: Plan) -> float:
+        """Of one token, on the rank that keeps the most of it."""
+        if (other := self._of(plan)) is not self:
+            return other.cache_bytes(plan)
+        workload, layers = Workload(plan.sp, 1), self.even_stages(plan)
+        one, two = (self.memory(plan, replace(workload, prompt=n * plan.sp), layers).cache for n in (1, 2))
+        return two - one
 
     def price(self, plan: Plan, workload: Workload) -> Price:
         if (other := self._of(plan)) is not self:
