@@ -8,7 +8,7 @@ between hosts.
 
 calibration    products, attention and copies on both ranks at the same time, and what a step takes beside its kernels
                (`measured_plans`); the link at every rate, by all-reduces of two sizes
-measured       seconds to the first token of a batch of prompts, and between two tokens; the least of all rounds
+measured       seconds to the first token of a batch of prompts, and to the last; the least of all rounds
 predicted      `Pricer` over these tables, nothing fitted on the cases
 printed        both, per model, rate and plan; how many pairs of plans are in the measured order, of those that differ
                by more than 5%; and how much slower the first choice is than the best plan
@@ -21,6 +21,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -61,7 +62,7 @@ HOSTS = 2
 BURST = "8kb"
 """What goes at full speed: no more than a few packets."""
 Times = dict[str, tuple[float, float]]
-"""By plan: seconds to the first token, and between two."""
+"""By plan: seconds to the first token, and to the last."""
 
 
 def run(*command: str) -> None:
@@ -123,7 +124,8 @@ def predicted(
     assert not price.refused, price.refused
     host = beside[0] + beside[1] * summary.num_layers
     groups = min(plan.pp, -(-workload.batch // plan.mesh.size("dp")))
-    return price.ttft_s + host, price.tpot_s + groups * host
+    first = price.ttft_s + host
+    return first, first + (workload.new - 1) * (price.tpot_s + groups * host)
 
 
 def worker(workload: Workload, rates: list[float], rounds: int, names: list[str], plans: list[str], out: str) -> None:
@@ -162,17 +164,19 @@ def worker(workload: Workload, rates: list[float], rounds: int, names: list[str]
             for rate in rates:
                 at(rate)
                 case.write_s(2)  # warms up
-                measured = (min(case.write_s(1) for _ in range(rounds)), min(case.token_s() for _ in range(rounds)))
+                measured = tuple(min(case.write_s(count) for _ in range(rounds)) for count in (1, workload.new))
                 mine[f"{rate:g}"]["measured"][plan] = measured
                 tables = (kernels, links[rate], kind)
                 mine[f"{rate:g}"]["predicted"][plan] = predicted(summary, case.plan, workload, tables, beside)
+                if rank == 0:
+                    print(f"{name}, {plan}, {rate:g} Mbit/s: {measured[0]:.3f} s and {measured[1]:.3f} s", flush=True)
             case.engine.close()
     if rank == 0:
         Path(out).write_text(json.dumps(found), encoding="utf-8")
 
 
 def compared(predictions: Times, measurements: Times, what: int) -> tuple[int, int, float]:
-    """what: 0 the first token, 1 between two. Pairs in the measured order, of how many that differ by more than 5%; and
+    """what: 0 the first token, 1 the last. Pairs in the measured order, of how many that differ by more than 5%; and
     how much slower the first choice is than the best plan.
     """
     right = pairs = 0
@@ -229,12 +233,13 @@ def main() -> None:
     parser.add_argument("--plans", default=";".join(PLANS), help="with semicolons")
     parser.add_argument("--out", type=Path, default=Path("/tmp/shaped_links.json"), help="where times are kept")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the hosts are taken down then, too
     found = measured_over(
         [float(each) for each in given.rates.split(",")], json.loads(given.models), given.plans.split(";"),
         workload=Workload(given.prompt, given.new, given.batch), rounds=given.rounds, out=given.out,
     )  # fmt: skip
     print(f"load {os.getloadavg()[0]:.1f}")
-    print(f"{'model':14} {'Mbit/s':>6} {'plan':6} {'first token: predicted, measured':>38} {'each token':>32}")
+    print(f"{'model':14} {'Mbit/s':>6} {'plan':6} {'first token: predicted, measured':>38} {'last token':>32}")
     totals = {0: [0, 0], 1: [0, 0]}
     regrets: dict[int, list[float]] = {0: [], 1: []}
     for by_rate, what in itertools.product(found.values(), (0, 1)):
@@ -252,7 +257,7 @@ def main() -> None:
                     for what in (0, 1)
                 ]
                 print(f"{model:14} {rate:>6} {plan:6} {said[0]:>38} {said[1]:>32}")
-    for what, name in ((0, "first token"), (1, "each token")):
+    for what, name in ((0, "first token"), (1, "last token")):
         right, pairs = totals[what]
         slower = ", ".join(f"{each:.0%}" for each in regrets[what])
         print(f"{name}: {right} of {pairs} pairs in the measured order; first choices slower than the best by {slower}")
