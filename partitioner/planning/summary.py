@@ -66,6 +66,8 @@ class Part:
     kept: list[Kept] = field(default_factory=list)
     live: list[Live] = field(default_factory=list)
     """Of the entry "prefill"; a single token's results are small."""
+    tied: Any = 0
+    """Bytes of weights that a part before this one reads, too: on a stage of its own it has them again."""
 
     @property
     def weight_bytes(self) -> Any:
@@ -178,7 +180,9 @@ class _Summarizing:
             order.append(known[id(model)])
         seen: set[str] = set()
         for part in parts[:2]:  # a tied table counts where it is read first; stages that need both have both
-            part.weights = [(name, size) for name, size in part.weights if not (name in seen or seen.add(name))]  # type: ignore[func-returns-value]
+            part.tied = sum((size for name, size in part.weights if name in seen), sympy.Integer(0))
+            part.weights = [(name, size) for name, size in part.weights if name not in seen]
+            seen |= {name for name, _ in part.weights}
         guessed = sorted(set(self.classes.guessed))
         if guessed:
             self.found.append(f"counted as even shares: {', '.join(guessed[:4])}{' ...' if len(guessed) > 4 else ''}")

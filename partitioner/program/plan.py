@@ -7,6 +7,7 @@ Plan.parse("ep=8,expert-parallel.exchange=gather")        options of a pass: NAM
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -114,7 +115,7 @@ class Plan:
     @property
     def mesh(self) -> Mesh:
         """All ranks."""
-        return Mesh.of(**{axis: self.degree(axis) for axis in DEGREES})
+        return _mesh(*(self.degree(axis) for axis in DEGREES))
 
     @property
     def replicas(self) -> int:
@@ -211,6 +212,12 @@ class Plan:
 
 _FIELDS = ("sp_attention", "keep_whole", "weights", "cache")
 """Of a plan, beside its degrees and passes."""
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _mesh(*degrees: int) -> Mesh:
+    """Of degrees in the order of `DEGREES`: a planner asks thousands of plans for theirs, again and again."""
+    return Mesh.of(**dict(zip(DEGREES, degrees, strict=True)))
 
 
 def _read_field(name: str, value: str, text: str) -> Any:
