@@ -35,6 +35,8 @@ class Piece:
     active: tuple[bool, ...]
     completes: tuple[bool, ...] = ()
     """Rows whose prompt ends in this piece."""
+    packed: bool = False
+    """Whether the tokens of all stand behind each other in one row of the run, which yields those of `completes`."""
 
 
 class Conversation:

@@ -7,6 +7,7 @@ run(piece)        -> the same of any piece; `rows`: those of the cache that its 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,8 +122,8 @@ class Steps:
         """The named sizes of a run of `piece`."""
         ends = [start + len(row) for start, row in zip(piece.starts, piece.tokens, strict=True)]
         return {
-            "batch": len(piece.tokens),
-            "sequence": max(map(len, piece.tokens)),
+            "batch": 1 if piece.packed else len(piece.tokens),
+            "sequence": (sum if piece.packed else max)(map(len, piece.tokens)),
             "slots": max(max(ends) + 1, self._least_slots),
         }
 
@@ -141,7 +142,8 @@ class Steps:
         least: int = 1,
         like: Hashable = None,
     ) -> Any:
-        """What the rank's graph yields: logits [B, 1, V/n], or what its stage hands on.
+        """What the rank's graph yields: logits [B, 1, V/n], or what its stage hands on; of a packed piece, logits of
+        the rows that it completes, or of its last token where it completes none.
 
         received: what comes from the stage before. least: how many tokens each row is filled up to, if not more. like:
         as `Executable` has it.
@@ -149,7 +151,7 @@ class Steps:
         batch, values = self._inputs(piece, decode=decode, least=least)
         self.cache.begin(batch, rows=rows, decode=decode)
         execute = self._decode if decode else self._prefill
-        return execute([*values, *received], like=like)
+        return execute([*values, *received], like="packed" if piece.packed else like)
 
     def head(self, piece: Piece, made: Sequence[Tensor] | None, *, decode: bool = False) -> Tensor:
         """Logits [B, 1, V/n] of a head that all stages share out, whose ranks all call this for the same pieces.
@@ -158,7 +160,10 @@ class Steps:
         """
         head = self._decode_head if decode else self._head
         assert head is not None
-        logits: Tensor = head(self._inputs(piece, decode=decode)[1], self.sizes(piece), made)
+        sizes = self.sizes(piece)
+        if piece.packed and head.takes_last_tokens:
+            sizes["batch"] = max(1, sum(piece.completes))
+        logits: Tensor = head(self._inputs(piece, decode=decode)[1], sizes, made)
         return logits
 
     @property
@@ -169,12 +174,20 @@ class Steps:
     def _inputs(self, piece: Piece, *, decode: bool, least: int = 0) -> tuple[Batch, list[Tensor]]:
         """A run of `piece` as the cache is told of it, and the inputs of its program."""
         counts = [len(row) for row in piece.tokens]
-        size = max(*counts, least)
-        ids = torch.tensor([row + row[-1:] * (size - len(row)) for row in piece.tokens], device=self._device)
-        last = torch.tensor(counts, device=self._device) - 1
-        offsets = torch.arange(size, device=self._device).minimum(last[:, None])
-        positions = torch.tensor(piece.starts, device=self._device)[:, None] + offsets
-        batch = Batch(positions, tuple(piece.starts), tuple(counts), piece.active)
+        if piece.packed:
+            rows = zip(piece.starts, counts, strict=True)
+            ids = torch.tensor([[token for row in piece.tokens for token in row]], device=self._device)
+            positions = torch.tensor([[at for start, count in rows for at in range(start, start + count)]])
+            positions = positions.to(self._device)
+            ends = zip(itertools.accumulate(counts), piece.completes, strict=True)
+            last = torch.tensor([end - 1 for end, is_told in ends if is_told] or [sum(counts) - 1], device=self._device)
+        else:
+            size = max(*counts, least)
+            ids = torch.tensor([row + row[-1:] * (size - len(row)) for row in piece.tokens], device=self._device)
+            last = torch.tensor(counts, device=self._device) - 1
+            offsets = torch.arange(size, device=self._device).minimum(last[:, None])
+            positions = torch.tensor(piece.starts, device=self._device)[:, None] + offsets
+        batch = Batch(positions, tuple(piece.starts), tuple(counts), piece.active, piece.packed)
         program = self._decode_program if decode else self._program
         known = {
             "input_ids": ids,

@@ -154,6 +154,7 @@ class BatchLoop:
             **vars(self.scheduler.counts),
             "prefixes_kept": not self._places.why_not_kept,
             "why_not_kept": self._places.why_not_kept,
+            "why_not_packed": self._places.why_not_packed,
             "why_eager": self._why_eager,
         }
 
@@ -302,10 +303,14 @@ class BatchLoop:
         numbers = self.sampled(run.work)
         if not numbers:
             return {}
-        asked = [self._asked[number] for number in numbers]
-        rows = [at for at, turn in zip(run.at, run.work.turns, strict=True) if turn.number in numbers]
+        # in the order of their rows, so that these are taken as they lie
+        places = {turn.number: at for at, turn in zip(run.at, run.work.turns, strict=True)}
+        in_order = sorted(numbers, key=places.__getitem__)
+        rows = [places[number] for number in in_order]
         found = logits[:, 0] if rows == list(range(len(logits))) else logits[rows, 0]
-        return dict(zip(numbers, self._chooser.choose(found, asked), strict=True))
+        choices = self._chooser.choose(found, [self._asked[number] for number in in_order])
+        by_number = dict(zip(in_order, choices, strict=True))
+        return {number: by_number[number] for number in numbers}
 
     def _release(self) -> None:
         if self._places is not None:
