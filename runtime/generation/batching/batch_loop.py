@@ -156,6 +156,7 @@ class BatchLoop:
             **vars(self.scheduler.counts),
             "prefixes_kept": not self._places.why_not_kept,
             "why_not_kept": self._places.why_not_kept,
+            "why_not_packed": self._places.why_not_packed,
             "why_eager": self._why_eager,
             "why_chosen_behind": self._why_behind,
         }
@@ -304,7 +305,8 @@ class BatchLoop:
         """The programs on the tokens of a step, and the next ones: of most rows by the same step."""
         assert isinstance(self._places, InBlocks)
         numbers = self.sampled(run.work)
-        asked = [self._asked.get(turn.number) for turn in run.work.turns]
+        turns = [turn for _, turn in sorted(zip(run.at, run.work.turns, strict=True), key=lambda each: each[0])]
+        asked = [self._asked.get(turn.number) for turn in turns]
         theirs = [self._asked.get(turn.number) for work in run.others for turn in work.turns]
         reasons = (each.on_host for each in (theirs if run.others else asked) if each is not None)
         self._why_behind = next(filter(None, reasons), self._why_behind)
@@ -317,7 +319,7 @@ class BatchLoop:
         said, logits = self._places.choose(self._steps, run, rows, few_sizes=few_sizes, also=also)
         found: dict[int, Choice] = {}
         behind = []
-        told = zip(run.work.turns, asked, said.T.tolist(), strict=True)
+        told = zip(turns, asked, said.T.tolist(), strict=True)
         for at, (turn, each, (token, best, is_certain, logprob)) in enumerate(told):
             if turn.number not in numbers or each is None:
                 continue
@@ -339,10 +341,14 @@ class BatchLoop:
         numbers = self.sampled(run.work)
         if not numbers:
             return {}
-        asked = [self._asked[number] for number in numbers]
-        rows = [at for at, turn in zip(run.at, run.work.turns, strict=True) if turn.number in numbers]
+        # in the order of their rows, so that these are taken as they lie
+        places = {turn.number: at for at, turn in zip(run.at, run.work.turns, strict=True)}
+        in_order = sorted(numbers, key=places.__getitem__)
+        rows = [places[number] for number in in_order]
         found = logits[:, 0] if rows == list(range(len(logits))) else logits[rows, 0]
-        return dict(zip(numbers, self._chooser.choose(found, asked), strict=True))
+        choices = self._chooser.choose(found, [self._asked[number] for number in in_order])
+        by_number = dict(zip(in_order, choices, strict=True))
+        return {number: by_number[number] for number in numbers}
 
     def _release(self) -> None:
         if self._places is not None:
