@@ -60,8 +60,7 @@ class Scheduler:
         self.limits, self.counts = limits, Counts() if counts is None else counts
         self.pool = BlockPool(limits.blocks)
         self._waiting: deque[Sequence] = deque()
-        self._running: dict[int, Sequence] = {}
-        """By number, in the order in which they were given rows."""
+        self._running: dict[int, Sequence] = {}  # by number, in the order in which they were given rows
         self._rows: list[int | None] = [None] * limits.rows
         shared = limits.shared_out
         self._texts = RowTexts(shared) if shared is not None and shared.keeps else None
