@@ -26,7 +26,7 @@ SLOW = [
     "mamba2", "bamba", "falcon_h1", "granitemoehybrid", "qwen3_next", "jamba", "olmo_hybrid", "zamba", "zaya",
     "bailing_hybrid", "qwen3_5_text", *TWO_CODES,
 ]  # fmt: skip
-DIVIDED_OTHERWISE = {("falcon_h1", 3)}
+DIVIDED_OTHERWISE = {("falcon_h1", 3), ("zaya", 3)}
 """Four heads on three ranks: by heads in the code for single tokens, within heads in that for several."""
 
 
