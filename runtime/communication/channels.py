@@ -1,6 +1,7 @@
 """What the ranks of one group can do together: the primitives, over whatever carries them.
 
     all_reduce(x)                                x[...]          -> [...]             the sum over the group
+    all_reduce_begin(x)                          the same, under way
     all_gather(x, dim, sizes)                    x[.., s[i], ..] -> [.., sum(s), ..]  the pieces in order of coordinate
     reduce_scatter(x, dim, sizes)                x[.., sum(s), ..] -> [.., s[i], ..]  this rank's piece of the sum
     all_to_all(x, send_counts, receive_counts)   x[sum(s), ..]   -> [sum(r), ..]      rows for each, rows from each
@@ -90,6 +91,10 @@ class Channel(abc.ABC):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return self._ready("all_reduce")(x)  # type: ignore[no-any-return]
+
+    def all_reduce_begin(self, x: Tensor, *, overwrite: bool = False) -> Handle:
+        """The same, under way: the sum comes with `finish`. Finished at once where nothing can be under way."""
+        return Handle.done(self._ready("all_reduce", overwrite=overwrite)(x))
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
         return self._ready("all_gather", dim=dim, sizes=sizes)(x)  # type: ignore[no-any-return]

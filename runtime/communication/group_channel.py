@@ -20,8 +20,9 @@ from torch import distributed as dist
 
 from runtime.communication.channels import Channel, Handle, piece_sizes, require_counts, require_piece
 from runtime.communication.failure_verdict import FailureVerdict, is_broken
-from runtime.communication.group_collectives import PRIMITIVES, Group, begin_all_to_all
+from runtime.communication.group_collectives import PRIMITIVES, Group, begin_all_reduce, begin_all_to_all
 from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement, check_counts
+from runtime.communication.peer_memory.all_reduce_beside import begin_all_reduce as begin_beside
 from runtime.communication.peer_memory.peer_memory import PeerMemory
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory
 from runtime.ops.communicating import Kind, axes_text
@@ -59,6 +60,8 @@ class GroupChannel(Channel):
         self._group, self._state, self._shared, self._peers = group, state, shared, peers
         self._begins: dict[str | None, Callable[..., Handle]] = {}
         """All-to-alls that are begun, by where their sizes come from."""
+        self._reduces: dict[bool, Callable[[Tensor], Handle]] = {}
+        """All-reduces that are begun, by whether they overwrite what they are given."""
 
     def prepare(self, kind: Kind, *, overwrite: bool = False, **options: Any) -> Callable[..., Any]:
         call = Call(self.rank, self.node, kind, axes_text(self.axes), options)
@@ -115,6 +118,19 @@ class GroupChannel(Channel):
     def _primitive(self, kind: Kind, **options: Any) -> Callable[..., Any]:
         by_group = PRIMITIVES[kind](self._group, **options)
         return by_group if self._peers is None else self._peers.prepare(kind, otherwise=by_group, **options)
+
+    def all_reduce_begin(self, x: Tensor, *, overwrite: bool = False) -> Handle:
+        if self._shared is not None:  # the host itself sums there
+            return super().all_reduce_begin(x, overwrite=overwrite)
+        if overwrite not in self._reduces:
+            begin = begin_all_reduce(self._group, overwrite=overwrite)
+            if self._peers is not None:
+                begin = begin_beside(self._peers, otherwise=begin, overwrite=overwrite)
+            self._reduces[overwrite] = begin
+        begin, gather = self._reduces[overwrite], self._comparison()
+        call = Call(self.rank, self.node, "all_reduce", axes_text(self.axes)).on(x)
+        handle = self._guarded(call, self.ranks, lambda call: self._compare(call, gather), lambda: begin(x))
+        return self._finishing(handle, call, self.ranks)
 
     def all_to_all_begin(
         self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], *, sizes_from: str | None = None

@@ -22,7 +22,7 @@ from torch import distributed as dist
 from runtime.communication.channels import Handle
 from runtime.ops.communicating import Kind
 
-__all__ = ["PRIMITIVES", "Group", "begin_all_to_all", "sum_in_order", "to_pieces"]
+__all__ = ["PRIMITIVES", "Group", "begin_all_reduce", "begin_all_to_all", "sum_in_order", "to_pieces"]
 
 # renamed in torch 2.13
 _gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
@@ -53,6 +53,23 @@ def _all_reduce(group: Group, *, overwrite: bool) -> Callable[[Tensor], Tensor]:
         return x
 
     return run
+
+
+def begin_all_reduce(group: Group, *, overwrite: bool) -> Callable[[Tensor], Handle]:
+    """The same, which is waited for at the end: on the host over gloo, by the stream over NCCL."""
+    handle = group.handle
+
+    def begin(x: Tensor) -> Handle:
+        total = x if overwrite and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+        work = dist.all_reduce(total, group=handle, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return total
+
+        return Handle(finish)
+
+    return begin
 
 
 def _all_gather(

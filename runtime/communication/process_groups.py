@@ -12,8 +12,8 @@ On CPU, a group whose ranks share a host takes shared memory (`runtime/communica
     shared_memory="on"    CommunicationError where it cannot; groups across hosts use gloo all the same
     shared_memory="off"   gloo
 
-On CUDA, "auto" and "off" are NCCL. With "on", GPUs of one host write into each other's memory where that is quicker
-(`runtime/communication/peer_memory/`); CommunicationError where they cannot, NCCL across hosts.
+On CUDA the same holds of NCCL and of GPUs of one host that write into each other's memory, where that is quicker
+(`runtime/communication/peer_memory/`).
 """
 
 from __future__ import annotations
@@ -253,12 +253,12 @@ class ProcessGroups(Communicator):
     def _share(self, ranks: tuple[int, ...], axis: str, wanted: Sharing) -> str:
         """Meet the ranks of a group in shared memory, where that is wanted and possible; what carries it then."""
         otherwise = "gloo" if self.device.type == "cpu" else "nccl"
-        if wanted == "off" or (wanted == "auto" and self.device.type == "cuda"):
+        if wanted == "off":
             return otherwise
         group = self._groups[ranks]
         exchange = functools.partial(exchange_json, group=group, num_ranks=len(ranks), device=self.device)
         if self.device.type != "cpu":
-            return self._share_gpus(ranks, axis, exchange)
+            return self._share_gpus(ranks, axis, exchange, wanted)
         try:
             shared = SharedMemory.connect(ranks, self.rank, exchange=exchange, timeout_s=self.timeout_s)
         except Unavailable as reason:
@@ -282,18 +282,21 @@ class ProcessGroups(Communicator):
         self._shared[ranks] = shared
         return "shared memory"
 
-    def _share_gpus(self, ranks: tuple[int, ...], axis: str, exchange: Exchange) -> str:
+    def _share_gpus(self, ranks: tuple[int, ...], axis: str, exchange: Exchange, wanted: Sharing) -> str:
         """The same for ranks with a GPU each."""
         group = Group(self._groups[ranks], ranks, ranks.index(self.rank), is_nccl=True)
         try:
             peers = PeerMemory.connect(group, self.device, exchange=exchange, timeout_s=self.timeout_s)
         except NoPeers as reason:
-            if reason.several_hosts:
-                return f"nccl: {reason}"
-            raise CommunicationError(
-                f"the GPUs along {axis!r} cannot write into each other's memory: {reason}\n"
-                'shared_memory="auto" takes NCCL'
-            ) from None
+            if wanted == "on" and not reason.several_hosts:
+                raise CommunicationError(
+                    f"the GPUs along {axis!r} cannot write into each other's memory: {reason}\n"
+                    'shared_memory="auto" takes NCCL in such a case, "off" always'
+                ) from None
+            if self.rank == ranks[0]:
+                level = logging.INFO if reason.several_hosts else logging.WARNING
+                _log.log(level, "the GPUs along %r talk over NCCL, not through their memory: %s", axis, reason)
+            return f"nccl: {reason}"
         measure.choose(peers, exchange=exchange)
         self.peers[ranks] = peers
         return "peer memory"

@@ -5,7 +5,8 @@
     cached_attention(.., state=..)   -> the cache's own function of the tensors
     device=... in the graph          -> the engine's device
 
-Values are dropped after their last use, as torch.fx's generated code does.
+Values are dropped after their last use, as torch.fx's generated code does. On a GPU, ops in a row that go over memory
+one after the other are one (`elementwise/fuse.py`); what is profiled, or compiled by torch, runs op by op.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from runtime.communication.communicator import Binder, Communicator
+from runtime.execution.elementwise.fuse import fused
+from runtime.execution.in_turns import InTurns
 from runtime.execution.overflow import Overflow
 from runtime.execution.profile import Profiled, Profiler, Recording
 from runtime.kv_cache.cache import Cache
@@ -40,8 +43,8 @@ _FRESH_OWN = frozenset({"vocab_parallel_embedding"})
 
 
 _TENSORS = ("mask", "sinks")
-_MASK = 4
-"""Its place among the operands of a cached attention."""
+_MASK = {cached_attention: 4, latent_attention: 7}
+"""Its place among the operands of an attention over a cache."""
 _WITH_STATE = frozenset({cached_attention, latent_attention, cache_append, state_read, state_write})
 
 
@@ -64,26 +67,56 @@ class Executable:
         self.weights, self.profiler = weights, profiler
         overflow = Overflow() if profiler is None else profiler.overflow
         self._graph = bound_graph(program, communicator, device, cache, overflow)
+        self._runs = fused(self._graph) if device.type == "cuda" else self._graph
         limits = any(node.target is limit_experts for node in program.graph.nodes)
         self._overflow = overflow if limits else None
-        self.function = functools.partial(fx.GraphModule({}, self._graph).forward, *weights)
+        self.function = functools.partial(fx.GraphModule({}, self._runs).forward, *weights)
         """What runs, bare: of the inputs in their order."""
         self._profiled: Profiled | None = None
         self._seen: set[Hashable] = set()
 
+    @functools.cached_property
+    def _in_turns(self) -> InTurns:
+        return InTurns(self.program, self._runs, self.communicator, self.weights, overwrites=_is_last_use)
+
     def __call__(self, values: Sequence[Tensor], *, like: Hashable = None) -> Any:
         """like: runs that are alike have an equal one, on all ranks; None: those with inputs of the same shapes."""
-        shapes = tuple(value.shape for value in values) if like is None else like
+        return self._told(_shapes(values) if like is None else like, lambda: self._once(values))
+
+    def in_turns(self, several: Sequence[Sequence[Tensor]], resume: Callable[[int], None]) -> list[Any]:
+        """Several runs, which take turns where others would wait: see `in_turns.py`. One by one where that is observed.
+
+        `resume(i)` is called whenever the i-th of them goes on.
+        """
+        profiler = self.profiler
+        observed = profiler is not None and (profiler.recording is not None or profiler.routing is not None)
+
+        def one_by_one() -> list[Any]:
+            found = []
+            for number, values in enumerate(several):
+                resume(number)
+                found.append(self._once(values))
+            return found
+
+        return self._told(  # type: ignore[no-any-return]
+            ("in turns", *map(_shapes, several)),
+            one_by_one if observed else lambda: self._in_turns(several, resume),
+        )
+
+    def _once(self, values: Sequence[Tensor]) -> Any:
+        profiler = self.profiler
+        recording = None if profiler is None else profiler.recording
+        if profiler is not None and profiler.routing is not None:
+            return profiler.routing.run(self.program, self._graph, (*self.weights, *values))
+        return self.function(*values) if recording is None else self._run_profiled(recording, values)
+
+    def _told(self, shapes: Hashable, run: Callable[[], Any]) -> Any:
+        """`run` between what others are told before and after, or of its failure."""
         self.communicator.begin_run(new_shapes=shapes not in self._seen)
         try:
             # not inference_mode: the caller may write to what comes back
             with torch.no_grad():
-                profiler = self.profiler
-                recording = None if profiler is None else profiler.recording
-                if profiler is not None and profiler.routing is not None:
-                    result = profiler.routing.run(self.program, self._graph, (*self.weights, *values))
-                else:
-                    result = self.function(*values) if recording is None else self._run_profiled(recording, values)
+                result = run()
         except BaseException as error:
             name = failing_node(error)
             for node in self.program.graph.nodes:
@@ -105,6 +138,10 @@ class Executable:
             if self.program.stage is None:  # stages come here one after the other
                 self.communicator.barrier()
         return self._profiled(recording, values)
+
+
+def _shapes(values: Sequence[Tensor]) -> Hashable:
+    return tuple(value.shape for value in values)
 
 
 def build(program: RankProgram, communicator: Binder, device: torch.device, cache: Cache | None) -> Callable[..., Any]:
@@ -142,7 +179,8 @@ def bound_graph(
                 new.target, new.kwargs = overflow.bind(path, device=device, **options), {}  # type: ignore[arg-type]
             elif node.target in _WITH_STATE and cache is not None:
                 options = dict(new.kwargs)
-                masked = options.get("mask") is not None or (len(new.args) > _MASK and new.args[_MASK] is not None)
+                at = _MASK.get(node.target, len(new.args))
+                masked = options.get("mask") is not None or (len(new.args) > at and new.args[at] is not None)
                 state = str(options.pop("state"))
                 tensors = {name: options.pop(name) for name in list(options) if name in _TENSORS}
                 new.target, new.kwargs = cache.bind(node.target, state, options, masked=masked), tensors

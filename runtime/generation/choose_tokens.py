@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,11 +10,13 @@ from torch import Tensor
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.conversation import Conversation
+from runtime.generation.decode_graphs import Chosen, Decoder
 from runtime.generation.generation_options import Settings
 from runtime.program.rank_program import RankProgram
 from runtime.sampling.sampler import Sampler
+from runtime.sampling.vocabulary_search import require_finite
 
-__all__ = ["GivenTokens", "TokenChooser"]
+__all__ = ["GivenTokens", "TokenChooser", "TokensOfSteps"]
 
 
 class TokenChooser:
@@ -82,3 +84,38 @@ class GivenTokens(TokenChooser):
         tokens = [self._texts[number][len(text)] for number, text in so_far]
         logprobs, _ = self.sampler.top(logits, torch.tensor(tokens, device=self._device), 1)
         return tokens, logprobs[:, 0].tolist()
+
+
+class TokensOfSteps:
+    """Takes the tokens that captured steps have chosen on the device, which run ahead of the host by one.
+
+    decoder: the steps of as many sequences as the conversation has. chooser: who is asked where a row is not certain;
+    then the steps begin anew behind its token.
+    """
+
+    def __init__(self, decoder: Decoder, chooser: TokenChooser, settings: Settings) -> None:
+        self._decoder, self._chooser, self._settings = decoder, chooser, settings
+        self._running: Iterator[Chosen] | None = None
+
+    def choose(self, conversation: Conversation) -> tuple[list[int], list[float] | None]:
+        """The tokens after those that the conversation has; as `TokenChooser.choose`."""
+        if self._running is None:
+            self._running = self._begun(conversation)
+        said, logits = next(self._running)
+        require_finite(said[1])
+        certain = said[2].bool().tolist()
+        if not all(sure or over for sure, over in zip(certain, conversation.ended, strict=True)):
+            self._running = None
+            return self._chooser.choose(logits, conversation)
+        tokens = [int(token) for token in said[0].tolist()]
+        return tokens, said[3].tolist() if self._settings.logprobs else None
+
+    def _begun(self, conversation: Conversation) -> Iterator[Chosen]:
+        settings = self._settings
+        rows = [
+            settings.row_options(text, conversation.step, request_id)
+            for request_id, text in zip(conversation.request_ids, conversation.texts, strict=True)
+        ]
+        piece = conversation.next_piece()
+        count = settings.max_new_tokens - conversation.step
+        return self._decoder.chain(rows, [row[0] for row in piece.tokens], piece.starts, count)

@@ -36,6 +36,22 @@ class Piece:
     completes: tuple[bool, ...] = ()
     """Rows whose prompt ends in this piece."""
 
+    def halves(self) -> tuple[Piece, Piece]:
+        """Of several rows the first ones and the others; of one row its earlier tokens and its later ones."""
+        if len(self.tokens) > 1:
+            at = len(self.tokens) // 2
+            first, second = (
+                Piece(self.tokens[part], self.starts[part], self.active[part], self.completes[part])
+                for part in (slice(at), slice(at, None))
+            )
+            return first, second
+        (row,), (start,) = self.tokens, self.starts
+        at = len(row) // 2
+        return (
+            Piece([row[:at]], [start], self.active, (False,)),
+            Piece([row[at:]], [start + at], self.active, self.completes),
+        )
+
 
 class Conversation:
     """The rows of a request, or a group of them, from their prompts to their last tokens."""

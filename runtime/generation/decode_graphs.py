@@ -4,6 +4,7 @@ A step takes one token per sequence, [B, 1], from the same memory each time; whe
 read on the device. Where attention is a kernel that stops at each row's length, one graph serves all lengths, and what
 is compiled serves any cache. Elsewhere it looks at `seen` slots, rounded up, so that a few graphs serve all lengths.
 States per sequence stay in one place: a step reads and writes them there, for rows that are active.
+A captured step may choose its rows' tokens too, each as its request asks: `runtime.sampling.row_sampler`.
 Over stages, groups of rows have steps of their own, which hand on by themselves (`runtime.pipeline.relay`).
 CUDA graphs: launching a captured step costs the host microseconds instead of the launch of each of its kernels.
 """
@@ -12,37 +13,42 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from partitioner.errors import InputError
-from runtime.communication.traceable import Traceable
-from runtime.execution.executable import Executable, build
+from runtime.execution.cuda_graphs import GraphPool, captured
+from runtime.execution.executable import Executable
 from runtime.kv_cache.cache import Cache
 from runtime.pipeline.head import HeadOfAll
 from runtime.pipeline.message import Box
 from runtime.program.rank_program import RankProgram
+from runtime.sampling.row_sampler import Kind, RowOptions, RowSampler
+from runtime.sampling.vocabulary_search import VocabularySearch
 
-__all__ = ["Decoder", "GraphPool", "compiled_step", "require_fixed_shapes"]
+__all__ = ["Chosen", "Decoder", "require_fixed_shapes"]
 
-T = TypeVar("T")
-_Kind = Literal["step", "chain", "turn", "head"]
-"""A step for the host; one that chooses the next one's tokens; one of a stage, between its inbox and its outbox; what
-all stages choose."""
+_Step = tuple[Literal["logits", "choice", "turn", "head"], Kind | None, bool]
+"""What is run: a step; a step that chooses, of which kind, and whether the next one goes on from there; one of a stage,
+between its inbox and its outbox; what all stages choose."""
+_LOGITS: _Step = ("logits", None, False)
+_TURN: _Step = ("turn", None, False)
+_HEAD: _Step = ("head", None, False)
 
-# a product with one row is a sum over the weights' rows, whose tiles are found by trying. By default the compiler
-# computes again what several kernels use, in each of them: cosines and sines of the position in every layer, and norms
-# in every row of a product
-_ON_GPU: dict[str, Any] = {
-    "coordinate_descent_tuning": True,
-    "realize_reads_threshold": 1,
-    "realize_acc_reads_threshold": 2,
-}
 _INPUTS = ("input_ids", "position_ids", "last", "active")
 _ROUND_TO = 256
 _WARM_UP = 3
+_MOST_KINDS = 4
+"""Of choices for which steps are captured; then one that serves all."""
+
+
+class Chosen(NamedTuple):
+    """What a step has come to. said: as `RowSampler.choose` has it, on the host. logits: [B, V/n], on the device."""
+
+    said: Tensor
+    logits: Tensor
 
 
 def require_fixed_shapes(program: RankProgram, device: torch.device, *, cuda_graph: bool) -> None:
@@ -55,39 +61,6 @@ def require_fixed_shapes(program: RankProgram, device: torch.device, *, cuda_gra
             "compile and cuda_graph are for models whose attention reads keys and values from a cache by itself; this "
             f"one is given the input {others[0]!r}: leave them out"
         )
-
-
-class GraphPool:
-    """Memory that captured steps share, of which one is replayed at a time."""
-
-    def __init__(self) -> None:
-        self._handle: Any = None
-
-    @property
-    def handle(self) -> Any:
-        """What torch.cuda.graph takes."""
-        if self._handle is None:
-            self._handle = torch.cuda.graph_pool_handle()
-        return self._handle
-
-    def renew(self) -> None:
-        """For when none of its graphs is left: torch captures nothing more into a pool that all graphs have left."""
-        self._handle = None
-
-
-def compiled_step(program: RankProgram, execute: Executable, cache: Cache, device: torch.device) -> Callable[..., Any]:
-    """The function of `execute` through torch.compile, with inductor."""
-    traceable = build(program, Traceable(execute.communicator), device, cache)
-    function = functools.partial(traceable, *execute.weights)
-    return torch.compile(function, dynamic=False, options=_ON_GPU if device.type == "cuda" else None)
-
-
-def captured(run: Callable[[], T], pool: GraphPool) -> tuple[Any, T]:
-    """A CUDA graph of `run`, which has run before, and what it yields, in memory of the pool."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool.handle):
-        result = run()
-    return graph, result
 
 
 class Decoder:
@@ -135,7 +108,11 @@ class Decoder:
         self._function: Callable[..., Any] = execute.function if compiled is None else compiled
         self._compared = compiled is None
         """Whether the ranks have made sure that they are about to do the same: a compiled step does not."""
-        self._graphs: dict[tuple[int, _Kind], tuple[Any, Any]] = {}
+        self._graphs: dict[tuple[int, _Step], tuple[Any, Any]] = {}
+        """By the slots they look at."""
+        self._program, self._device = program, device
+        self._rows_asked: RowSampler | None = None
+        self._kinds: list[Kind] = []
         self._choose: Callable[[Tensor], Tensor] | None = None
         self._latest = 0
         """The largest position of the next turn."""
@@ -157,7 +134,7 @@ class Decoder:
         self._set(tokens, positions, active)
         seen = self._seen(max(positions))
         self._compare(seen)
-        return self._done(seen, "step")
+        return self._done(seen, _LOGITS)
 
     def of_first(
         self, count: int, tokens: Sequence[int], positions: Sequence[int], received: Sequence[Tensor] = ()
@@ -171,30 +148,71 @@ class Decoder:
             for value, crossing in zip(made, self._hands_on, strict=True)
         )
 
-    def chain(
-        self, choose: Callable[[Tensor], Tensor], tokens: Sequence[int], positions: Sequence[int], count: int
-    ) -> Iterator[Tensor]:
-        """What `choose` makes of the logits of each of `count` steps, on the host, where a CUDA graph is captured.
+    @property
+    def rows(self) -> RowSampler:
+        """What chooses in its steps."""
+        if self._rows_asked is None:
+            program = self._program
+            search = VocabularySearch(
+                self._execute.communicator,
+                vocab_size=program.vocab_size,
+                owned=program.vocabulary,
+                axis=program.vocabulary_axes,
+                device=self._device,
+            )
+            # a state that has moved on cannot be taken back when the host finds that a row was not certain
+            whole = not all(state.per_token for state in program.states)
+            self._rows_asked = RowSampler(search, self.batch, self._device, whole=whole)
+        return self._rows_asked
 
-        `choose` yields [2, B] float64, the tokens first, which the next step takes without the host: a step runs
-        while the host reads what the one before it has chosen.
+    def choose(
+        self,
+        rows: Sequence[RowOptions],
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        *,
+        also: Sequence[RowOptions] = (),
+    ) -> Chosen:
+        """One more token per sequence, and the choice of the next one for the first `rows`; valid until the next call.
+
+        All ranks along the vocabulary's axes ask alike. also: what ranks ask that have other rows, and run with this
+        one: a step is captured by all of them or by none.
         """
-        assert self._captures
-        self._choose = self._choose or choose  # whose memory the captured steps use
+        self._set(tokens, positions)
+        kind, seen = self._kind_for(self.rows.begin(rows, also)), self._seen(max(positions))
+        self._compare(seen)
+        logits, said = self._done(seen, ("choice", kind, False))
+        return Chosen(said.cpu(), logits)
+
+    def chain(
+        self, rows: Sequence[RowOptions], tokens: Sequence[int], positions: Sequence[int], count: int
+    ) -> Iterator[Chosen]:
+        """What `count` steps choose one after the other for `rows`.
+
+        A step takes what the one before it has chosen without the host, and runs while the host reads it. `logits` are
+        those of the yielded step, as long as the next one is not asked for.
+        """
         self._set(tokens, positions)
         latest = max(positions)
+        kind = self._kind_for(self.rows.begin(rows))
+        keeps = not self.rows.is_certain(kind)
         self._compare(self._seen(latest))
-        started: list[tuple[Tensor, torch.cuda.Event]] = []
+        started: list[tuple[Callable[[], Tensor], Tensor]] = []
         for step in range(count):
-            said = self._done(self._seen(latest + step), "chain")
-            copy = torch.empty(said.shape, dtype=said.dtype, pin_memory=True)
-            copy.copy_(said, non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            started.append((copy, event))
+            logits, said = self._done(self._seen(latest + step), ("choice", kind, True))
+            # the next step begins before the host knows whether it needs these
+            started.append((_sent(said), logits.clone() if keeps else logits))
             if step:
                 yield _arrived(*started.pop(0))
         yield from (_arrived(*each) for each in started)
+
+    def _kind_for(self, kind: Kind) -> Kind:
+        """One for which steps are captured, and which serves `kind`."""
+        if len(self._kinds) >= _MOST_KINDS and kind not in self._kinds:
+            kind = functools.reduce(Kind.join, self._kinds, kind)
+        if kind not in self._kinds:
+            self._kinds.append(kind)
+        return kind
 
     def begin_turns(self, choose: Callable[[Tensor], Tensor], tokens: Sequence[int], positions: Sequence[int]) -> None:
         """Before the first `turn`, over stages: the token of each row, and its position. choose: as of a chain.
@@ -209,18 +227,18 @@ class Decoder:
         seen = self._seen(self._latest)
         self._compare(seen)
         if self._captures:
-            self._graph(seen, "turn")
+            self._graph(seen, _TURN)
             if self._head is not None:
-                self._graph(0, "head")
+                self._graph(0, _HEAD)
 
     def turn(self) -> None:
         """One step of the tokens in `inbox`, and what it hands on into `outbox`: on the last stage, what is chosen."""
-        self._done(self._seen(self._latest), "turn")
+        self._done(self._seen(self._latest), _TURN)
         self._latest += 1
 
-    def choose(self) -> None:
+    def choose_by_all(self) -> None:
         """Of a head that all stages share out, behind the last one's turn: the next tokens, into `inbox`, on all."""
-        self._done(0, "head")
+        self._done(0, _HEAD)
 
     def _set(self, tokens: Sequence[int], positions: Sequence[int], active: Sequence[bool] = ()) -> None:
         self.cache.fixed_states.settle(self.cache.buffers)
@@ -240,32 +258,34 @@ class Decoder:
             return most
         return min(most, -(-(latest + 1) // _ROUND_TO) * _ROUND_TO)
 
-    def _done(self, seen: int, kind: _Kind) -> Any:
+    def _done(self, seen: int, step: _Step) -> Any:
         if not self._captures:
-            return self._body(kind)(seen)
-        graph, result = self._graph(seen, kind)
+            return self._body(step)(seen)
+        graph, result = self._graph(seen, step)
         graph.replay()
         return result
 
-    def _graph(self, seen: int, kind: _Kind) -> tuple[Any, Any]:
-        if (seen, kind) not in self._graphs:
-            self._graphs[seen, kind] = self._capture(self._body(kind), seen)
-        return self._graphs[seen, kind]
+    def _graph(self, seen: int, step: _Step) -> tuple[Any, Any]:
+        if (seen, step) not in self._graphs:
+            self._graphs[seen, step] = self._capture(self._body(step), seen)
+        return self._graphs[seen, step]
 
-    def _body(self, kind: _Kind) -> Callable[[int], Any]:
-        bodies: dict[_Kind, Callable[[int], Any]] = {
-            "step": self._run, "chain": self._link, "turn": self._turn, "head": self._chosen_by_all,
-        }  # fmt: skip
-        return bodies[kind]
+    def _body(self, step: _Step) -> Callable[[int], Any]:
+        what, kind, chained = step
+        if kind is not None:
+            return functools.partial(self._chosen, kind=kind, chained=chained)
+        return {"logits": self._run, "turn": self._turn, "head": self._chosen_by_all}[what]
 
     @torch.no_grad()
-    def _link(self, seen: int) -> Tensor:
-        """One step, and what it chooses as the input of the next."""
-        assert self._choose is not None
-        said = self._choose(self._run(seen))
-        self._inputs["input_ids"].copy_(said[0, :, None])
-        self._inputs["position_ids"].add_(1)
-        return said
+    def _chosen(self, seen: int, kind: Kind, *, chained: bool) -> tuple[Tensor, Tensor]:
+        """One step and its choice; chained: as the input of the next."""
+        logits = self._run(seen)
+        said = self.rows.choose(logits, kind)
+        if chained:
+            self._inputs["input_ids"].copy_(said[0, :, None])
+            self._inputs["position_ids"].add_(1)
+            self.rows.advance(said, kind)
+        return logits, said
 
     @torch.no_grad()
     def _turn(self, seen: int) -> None:
@@ -318,10 +338,12 @@ class Decoder:
             raise reason from (None if reason is error else error)
         return made if isinstance(made, tuple) else made[:, 0]
 
-    def _capture(self, run: Callable[[int], T], seen: int) -> tuple[Any, T]:
+    @torch.no_grad()
+    def _capture(self, run: Callable[[int], Any], seen: int) -> tuple[Any, Any]:
         # a step that is run again on the same inputs and states writes what it has written: the warm-up is free of
         # effects
-        before = [(given, given.clone()) for given in (*self._inputs.values(), self.inbox.said)]
+        asked = [] if self._rows_asked is None else self._rows_asked.changing
+        before = [(given, given.clone()) for given in (*self._inputs.values(), self.inbox.said, *asked)]
         states = self.cache.fixed_states.copies()
 
         def warm_up() -> None:
@@ -343,6 +365,22 @@ class Decoder:
         return captured(lambda: run(seen), self._pool)
 
 
-def _arrived(copy: Tensor, event: torch.cuda.Event) -> Tensor:
-    event.synchronize()
-    return copy
+def _sent(said: Tensor) -> Callable[[], Tensor]:
+    """Has it copied to the host; what waits for the copy."""
+    if said.device.type != "cuda":
+        copy = said.clone()
+        return lambda: copy
+    copy = torch.empty(said.shape, dtype=said.dtype, pin_memory=True)
+    copy.copy_(said, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+
+    def wait() -> Tensor:
+        event.synchronize()
+        return copy
+
+    return wait
+
+
+def _arrived(wait: Callable[[], Tensor], logits: Tensor) -> Chosen:
+    return Chosen(wait(), logits)

@@ -12,18 +12,18 @@ Every rank does the same on the host and draws the same tokens, so nobody has to
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.batching.batch_loop import BatchLoop
 from runtime.generation.batching.one_request import one_request
-from runtime.generation.choose_tokens import GivenTokens, TokenChooser
+from runtime.generation.choose_tokens import GivenTokens, TokenChooser, TokensOfSteps
 from runtime.generation.conversation import Conversation
 from runtime.generation.decode_graphs import require_fixed_shapes
 from runtime.generation.generation_options import Settings
@@ -48,6 +48,7 @@ from runtime.program.rank_program import RankProgram
 
 __all__ = ["GenerateLoop"]
 
+_log = logging.getLogger("partitioner")
 _ROUND_TO = 64
 
 
@@ -87,6 +88,7 @@ class GenerateLoop:
         self._counts_tokens = False
         """As `WhatIsKept` has it, once there is a cache."""
         self._default_steps: dict[int, int] = {}
+        self._told_of_rule = False
         self._staged: StagedLoop | None = None
         """The latest task's, over stages."""
         self._turn = 0
@@ -130,7 +132,7 @@ class GenerateLoop:
                 self.device,
                 self._profiler,
                 alike=self._counts_tokens,
-                relays=self._chains(settings),
+                relays=self._relays(settings),
             )
             for step in staged.steps(request, chooser, min(size, run.cache.step)):
                 yield step
@@ -139,28 +141,21 @@ class GenerateLoop:
         conversation = Conversation(request, vocab_size=self.program.vocab_size)
         pieces = conversation.prompt_pieces(run.cache.piece_size(size, longest), alike=self._counts_tokens)
         logits = run.prefill(pieces)
-        chained: Iterator[Tensor] | None = None
+        of_steps: TokensOfSteps | None = None
         while True:
-            logprobs: list[float] | None = None
-            if chained is not None:
-                tokens = chooser.sampler.chosen(next(chained))
+            if of_steps is not None:
+                tokens, logprobs = of_steps.choose(conversation)
             else:
                 tokens, logprobs = chooser.choose(logits, conversation)
             yield conversation.learn(tokens, logprobs)
             self._require(turn)
             if conversation.is_over:
                 return
-            piece = conversation.next_piece()
-            if conversation.step == 1 and self._chains(settings):
-                # those that have ended go on here, and are not listened to
-                chained = run.decoder(len(piece.tokens)).chain(
-                    chooser.sampler.best,
-                    [row[0] for row in piece.tokens],
-                    piece.starts,
-                    settings.max_new_tokens - 1,
-                )
-            elif chained is None:
-                logits = run.decode(piece)
+            if of_steps is None and given is None and self._chooses_in_steps(settings):
+                # rows that have ended go on there, and are not listened to
+                of_steps = TokensOfSteps(run.decoder(len(request.prompts)), chooser, settings)
+            elif of_steps is None:
+                logits = run.decode(conversation.next_piece())
 
     def _dealt(self, request: GenerationRequest, length: int) -> Iterator[Step]:
         """Where each rank of dp has sequences of its own."""
@@ -179,13 +174,23 @@ class GenerateLoop:
         if turn != self._turn:
             raise InputError("another text was begun on this engine: its cache no longer holds this stream's")
 
-    def _chains(self, settings: Settings) -> bool:
-        """Whether the device can choose tokens by itself: nothing else is asked of a step, and nobody measures it."""
+    def _chooses_in_steps(self, settings: Settings) -> bool:
+        """Whether captured steps can choose tokens by themselves, and nobody measures them."""
+        if not self._cuda_graph or self._profiler.recording is not None:
+            return False
+        rule = settings.rules.on_host
+        if rule and not self._told_of_rule and self.program.rank == 0:
+            _log.warning("tokens are chosen behind captured steps, in spite of cuda_graph: %s is the host's work", rule)
+            self._told_of_rule = True
+        return not rule
+
+    def _relays(self, settings: Settings) -> bool:
+        """Whether stages can hand on by themselves: nothing but the likeliest tokens is asked for, nobody measures."""
         sampling = settings.sampling
         plain = not sampling.do_sample and sampling.repetition_penalty == 1 and settings.rules == TokenRules()
         plain &= not settings.logprobs and self._profiler.recording is None
         # over stages there is something to gain too where steps are only compiled: what a stage hands on does not wait
-        return plain and (self._cuda_graph or (self._compile and self.program.stage is not None))
+        return plain and (self._cuda_graph or self._compile)
 
     def _leave(self) -> None:
         """Ends what a stream over stages has under way, if there is one: others would wait for it."""

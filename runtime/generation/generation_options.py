@@ -42,6 +42,7 @@ from partitioner.errors import InputError
 from runtime.generation.not_offered import NOT_OFFERED, SAMPLING_ONLY, refuse_not_offered
 from runtime.generation.token_rules import TokenRules
 from runtime.sampling.grammar import LONGEST_GRAMMAR
+from runtime.sampling.row_sampler import RowOptions
 from runtime.sampling.sampling_options import Sampling
 
 __all__ = ["Options", "Settings"]
@@ -144,6 +145,23 @@ class Settings:
             pad_token_id=pad if pad is not None else ends[0] if ends else 0,
             stop_strings=tuple(stops),
             request_ids=None if requests is None else _integers("request_ids", requests),
+        )
+
+    def row_options(self, text: Sequence[int], step: int, request_id: int) -> RowOptions:
+        """What a row asks of its choice number `step`, behind `text`; without what `TokenRules.on_host` names."""
+        rules = self.rules
+        counts = rules.presence_penalty or rules.frequency_penalty
+        return RowOptions(
+            self.sampling,
+            request_id,
+            step,
+            scored=self.logprobs,
+            text=text if self.sampling.repetition_penalty != 1 else (),
+            written=text[len(text) - step :] if counts else (),
+            presence_penalty=rules.presence_penalty,
+            frequency_penalty=rules.frequency_penalty,
+            bias=rules.logit_bias,
+            banned=rules.banned_alone(self.eos_token_id),
         )
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ run(piece)        -> the same of any piece; `rows`: those of the cache that its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +17,24 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
+from runtime.execution.cuda_graphs import GraphPool, compiled_step
 from runtime.execution.executable import Executable
+from runtime.execution.in_turns import can_take_turns
 from runtime.execution.profile import Profiler
 from runtime.generation.conversation import Piece
-from runtime.generation.decode_graphs import Decoder, GraphPool, compiled_step
+from runtime.generation.decode_graphs import Decoder
 from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.cache import Cache
 from runtime.pipeline.head import HeadOfAll
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["Loaded", "Steps"]
+
+TURNS_ON = frozenset({"cuda"})
+TURNS_FROM: int | None = None
+"""Tokens of a piece from which on its halves take turns; None: as many as the program says."""
+_PER_LAUNCH = 12.5e9
+"""Operations that a fast GPU does while its host launches what one node of a graph stands for: 25 us."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,11 @@ class Steps:
         self._compiled: dict[tuple[int, int | None], Callable[..., Any]] = {}
         """What runs them; where one does for all rows, by the number only."""
         self._pool = GraphPool()
+        program = prefill.program
+        alone = program.stage is None and self._head is None and not program.batch_axes
+        self.takes_turns = device.type in TURNS_ON and alone and cache.takes_turns and can_take_turns(program)
+        """Whether a large piece is run as two halves in turn."""
+        self._turns_from = _turns_from(program) if self.takes_turns else 0
 
     def prefill(self, pieces: Iterable[Piece]) -> Tensor:
         """The logits [B, V/n] of each prompt's last token."""
@@ -168,10 +182,39 @@ class Steps:
         received: what comes from the stage before. least: how many tokens each row is filled up to, if not more. like:
         as `Executable` has it.
         """
+        if not (decode or received or least > 1 or like is not None) and self._pays_in_turns(piece):
+            return self._execute_in_turns(piece, rows)
         batch, values = self._inputs(piece, decode=decode, least=least)
         self.cache.begin(batch, rows=rows, decode=decode)
         execute = self._decode if decode else self._prefill
         return execute([*values, *received], like=like)
+
+    def _pays_in_turns(self, piece: Piece) -> bool:
+        rows, size = len(piece.tokens), max(map(len, piece.tokens))
+        least = self._turns_from if TURNS_FROM is None else TURNS_FROM
+        return self.takes_turns and rows * size >= max(2, least) and all(piece.active)
+
+    def _execute_in_turns(self, piece: Piece, rows: slice | PagedRows | None) -> Tensor:
+        """The logits of a piece, of which two halves take turns."""
+        cache, num_rows = self.cache, len(piece.tokens)
+        parts = [rows, rows] if num_rows == 1 else _halves(slice(0, num_rows) if rows is None else rows)
+        under_way, several = [], []
+        for half, of_half in zip(piece.halves(), parts, strict=True):
+            batch, values = self._inputs(half, decode=False)
+            cache.begin(batch, rows=of_half)
+            under_way.append(cache.under_way())
+            several.append(values)
+        current = len(several) - 1
+
+        def resume(number: int) -> None:
+            nonlocal current
+            under_way[current] = cache.under_way()
+            cache.resume(under_way[number])
+            current = number
+
+        found = self._prefill.in_turns(several, resume)
+        logits: Tensor = found[1] if num_rows == 1 else torch.cat(found)
+        return logits
 
     def head(self, piece: Piece, made: Sequence[Tensor] | None, *, decode: bool = False) -> Tensor:
         """Logits [B, 1, V/n] of a head that all stages share out, whose ranks all call this for the same pieces.
@@ -221,3 +264,20 @@ class Steps:
             decoder.release()
         self._pool.renew()
         self.cache.drop()
+
+
+def _halves(rows: slice | PagedRows) -> list[slice | PagedRows]:
+    """The rows of a cache that the halves of a piece are about."""
+    if isinstance(rows, PagedRows):
+        at = len(rows.numbers) // 2
+        return [PagedRows(rows.numbers[part], rows.tables[part]) for part in (slice(at), slice(at, None))]
+    at = (rows.stop - rows.start) // 2
+    return [slice(rows.start, rows.start + at), slice(rows.start + at, rows.stop)]
+
+
+def _turns_from(program: RankProgram) -> int:
+    """Tokens of a piece from which on a GPU has enough to do in each half while its host launches the other."""
+    launched = sum(node.op in ("call_function", "call_method") for node in program.graph.nodes)
+    matrices = (weight.local_shape for weight in program.weights if len(weight.local_shape) == 2)
+    multiplied = sum(rows * columns for rows, columns in matrices)  # once for a token: not so the stacks of experts
+    return math.ceil(launched * _PER_LAUNCH / max(1, multiplied))

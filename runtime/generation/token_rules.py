@@ -39,6 +39,21 @@ class TokenRules:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
 
+    @property
+    def on_host(self) -> str:
+        """The name of a rule that reads the text so far in a way that only the host does, or acts at some steps only;
+        "": none does, once the first token has been chosen.
+        """
+        if any(len(word) > 1 for word in self.bad_words_ids):
+            return "bad_words_ids"
+        names = ("no_repeat_ngram_size", "min_new_tokens", "min_length", "forced_bos_token_id", "forced_eos_token_id")
+        return next((name for name in names if vars(self)[name]), "")
+
+    def banned_alone(self, eos_token_id: Sequence[int]) -> tuple[int, ...]:
+        """Tokens that are never taken, whatever the text."""
+        words = [word for word in self.bad_words_ids if len(word) == 1 and word[0] not in eos_token_id]
+        return tuple(dict.fromkeys((*self.suppress_tokens, *(word[0] for word in words))))
+
     def check(self, vocab_size: int) -> None:
         """Raises InputError where a rule names a token that the model does not have."""
         words = {token for word in self.bad_words_ids for token in word}
@@ -62,9 +77,8 @@ class Watcher:
         rules.check(vocab_size)
         self.rules, self._width, self._last, self._vocab_size = rules, width, max_new_tokens, vocab_size
         self._eos = tuple(eos_token_id)
-        words = [word for word in rules.bad_words_ids if word not in {(end,) for end in self._eos}]
-        self._always = rules.suppress_tokens + tuple(word[0] for word in words if len(word) == 1)
-        self._words = [word for word in words if len(word) > 1]
+        self._always = rules.banned_alone(self._eos)
+        self._words = [word for word in rules.bad_words_ids if len(word) > 1]
         self._seen: list[dict[tuple[int, ...], list[int]]] = []
         """Per row, what has followed each n - 1 tokens."""
         self._known: list[int] = []

@@ -18,7 +18,7 @@ from torch import Tensor
 from runtime.ops.kernels.float8_rows import from_float8, num_scales, to_float8
 from runtime.program.shards import StateShard
 
-__all__ = ["buffers_of", "kept_as", "parts_of", "read_from", "untouched_zeros"]
+__all__ = ["buffers_of", "kept_as", "parts_of", "read_from", "shape_of", "untouched_zeros"]
 
 _LEAST_BYTES = 1 << 20
 """Below this, pages cost more than they save."""
@@ -39,6 +39,11 @@ def untouched_zeros(shape: Sequence[int], *, dtype: torch.dtype, device: torch.d
 def parts_of(state: StateShard) -> tuple[str, ...]:
     """The names of its buffers."""
     return (state.name, f"{state.name}.scales") if state.float8 else (state.name,)
+
+
+def shape_of(state: StateShard, max_batch: int, slots: int) -> tuple[int, ...]:
+    """Of all its numbers, in a cache of rows."""
+    return (max_batch, *state.shape[:-1], slots, state.shape[-1]) if state.per_token else (max_batch, *state.shape)
 
 
 def buffers_of(state: StateShard, shape: Sequence[int], device: torch.device) -> dict[str, Tensor]:

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch, PagedRows
-from runtime.kv_cache.buffers import buffers_of, kept_as, parts_of, read_from
+from runtime.kv_cache.buffers import buffers_of, kept_as, parts_of, read_from, shape_of
 from runtime.kv_cache.fixed_states import FixedStates, write_active
-from runtime.kv_cache.slots import Slots, minus_infinity, slots_of
+from runtime.kv_cache.slots import Slots, hidden_slots, minus_infinity, slots_of
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
-from runtime.ops.kernels.decode_attention import Attending, can_decode, decode_attention, registered
+from runtime.ops.kernels.decode.latent_decode import can_decode_latent
+from runtime.ops.kernels.decode_attention import Attending, can_decode, one_token, one_token_of_latents, registered
 from runtime.ops.kernels.flash_attention import can_flash, flash_rows
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.ops.state.latent_attention import Seen, latent_attention, over_cache
@@ -38,15 +39,14 @@ from runtime.program.shards import StateShard
 __all__ = ["Cache"]
 
 
-def _shape(state: StateShard, max_batch: int, slots: int) -> tuple[int, ...]:
-    return (max_batch, *state.shape[:-1], slots, state.shape[-1]) if state.per_token else (max_batch, *state.shape)
-
-
 class Cache:
     """Buffers for `max_batch` sequences of up to `max_length` tokens, at most `step` of which come in one call.
 
     slots: how many there are at least where all positions are kept, which may be more than there are positions.
     """
+
+    takes_turns = True  # whether runs over it may
+    _OF_RUN: tuple[str, ...] = ("_batch", "_fixed", "_group", "_is_fixed", "_active", "_masks", "_found")
 
     def __init__(
         self,
@@ -61,23 +61,17 @@ class Cache:
         self._states, self._device = tuple(states), device
         self._state_of = {state.name: state for state in self._states}
         self._appended: set[str] = set()
-        self.fixed_states = FixedStates({})
-        """Where states per sequence are in runs of fixed shape."""
+        self.fixed_states = FixedStates({})  # where states per sequence are in runs of fixed shape
         self.resize(max_batch=max_batch, max_length=max_length, step=step, slots=slots)
-        self._batch: Batch | None = None
-        """What the host knows of the run's tokens; None in runs whose positions only the device knows."""
+        self._batch: Batch | None = None  # the run's tokens; None where only the device knows their positions
         self._group = slice(0, 0)  # the rows of the run
-        self._active: Tensor | None = None
-        """The numbers of the active rows, where not all are."""
+        self._active: Tensor | None = None  # the numbers of the active rows, where not all are
         self._masks: dict[Any, Tensor | None] = {}
         self._fixed_masks: dict[tuple[int, int | None, int | None], Tensor] = {}
         self._found: dict[int, tuple[Tensor, Tensor]] = {}  # by number of slots: where the tokens of the run lie
-        self._kinds: set[tuple[int, int | None, int | None]] = set()
-        """Slots, window and chunk of the attentions bound to this cache."""
-        self._fixed: int | None = None
-        """How many slots are looked at in runs of one token whose positions only the device knows."""
-        self._is_fixed = False
-        """Whether this is such a run: what a compiled step asks, which must not depend on the number."""
+        self._kinds: set[tuple[int, int | None, int | None]] = set()  # slots, window, chunk of the attentions bound
+        self._fixed: int | None = None  # slots that runs of single tokens look at, where only the device knows more
+        self._is_fixed = False  # whether this is such a run: a compiled step asks it, and no number
         self._attending: list[Attending] = []
 
     def resize(self, *, max_batch: int, max_length: int, step: int, slots: int = 0) -> None:
@@ -86,13 +80,11 @@ class Cache:
         self.buffers: dict[str, Tensor] = {}
         for state in self._states:
             count = slots_of(state, max_length=max(max_length, slots), step=step)
-            self.buffers |= buffers_of(state, _shape(state, max_batch, count), self._device)
+            self.buffers |= buffers_of(state, shape_of(state, max_batch, count), self._device)
         self._remembered = {s.name: self.buffers[s.name].shape for s in self._states if not s.per_token}
         self.fixed_states = FixedStates(self._remembered)
-        self._used = 0
-        """How many slots runs may have written to since all were zero."""
-        self._replayed = 0
-        """How many the captured runs may write to whenever they are replayed, of which nobody tells."""
+        self._used = 0  # how many slots runs may have written to since all were zero
+        self._replayed = 0  # how many captured runs may write to whenever they are replayed, of which nobody tells
         self._rows = torch.arange(max_batch, device=self._device)[:, None]
 
     def piece_size(self, size: int, longest: int) -> int:
@@ -139,8 +131,14 @@ class Cache:
         self._used = max(self._used, tokens.end)
         numbers = [row for row, active in enumerate(tokens.active) if active]
         self._active = None if all(tokens.active) else torch.tensor(numbers, device=tokens.positions.device)
-        self._masks.clear()
-        self._found.clear()
+        self._masks, self._found = {}, {}
+
+    def under_way(self) -> dict[str, Any]:
+        """What is known of the run that began last; runs that take turns begin, all of them, and are then resumed."""
+        return {name: getattr(self, name) for name in self._OF_RUN}
+
+    def resume(self, run: dict[str, Any]) -> None:
+        self.__dict__.update(run)
 
     def begin_fixed(self, positions: Tensor, seen: int, *, rows: slice | None = None) -> None:
         """Before a run of one token per row at `positions` [B, 1], of which the host only knows that all are < `seen`.
@@ -193,28 +191,24 @@ class Cache:
 
             return with_state
         if op is latent_attention:
-            return self._bind_latent(state, options)
+            return self._bind_latent(state, options, masked=masked)
         keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
         defaults = cached_attention.__kwdefaults__
         assert defaults is not None
         options = {**defaults, **options}
         by_kernel = None
-        if not masked and options["kv_map"] is None and options["causal"] and can_decode(keys, values):
-            attending = Attending(functools.partial(self._attend_one, state, options), values.shape[-1])
+        dtype = self._state_of[f"{state}.key"].dtype
+        if not masked and options["kv_map"] is None and options["causal"] and can_decode(keys, values, dtype):
+            attending = Attending(functools.partial(one_token, *self._for_kernel, state, options), values.shape[-1])
             self._attending.append(attending)
             by_kernel = registered(attending)
         else:
             self._kinds.add((self._slots_of(keys), options["window"], options["chunk"]))
 
         def attend(
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            positions: Tensor,
-            mask: Tensor | None = None,
-            sinks: Tensor | None = None,
+            q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None
         ) -> Tensor:
-            if by_kernel is not None and q.shape[2] == 1 and (self._is_fixed or self._active is None):
+            if by_kernel is not None and q.shape[2] == 1 and self._all_move:
                 return by_kernel(q, k, v, positions, sinks)
             return self._attend(state, options, q, k, v, mask, sinks)
 
@@ -224,15 +218,22 @@ class Cache:
         """How many slots a row has in a buffer."""
         return keys.shape[2]
 
-    def _attend_one(
-        self, state: str, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, positions: Tensor,
-        sinks: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """One token of each row."""
-        keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
-        given: dict[str, Any] = {name: options[name] for name in ("scale", "window", "chunk", "softcap")}
-        found: Tensor = decode_attention(q, k, v, positions, keys[self._group], values[self._group], sinks, **given)
-        return found
+    @property
+    def _for_kernel(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        return self._codes_and_scales, self._table_of_run
+
+    def _codes_and_scales(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The run's rows of a state as they are held; None: as numbers."""
+        held = [self._of_run(self.buffers[part]) for part in parts_of(self._state_of[name])]
+        return held[0], held[1] if len(held) > 1 else None
+
+    def _of_run(self, buffer: Tensor) -> Tensor:
+        """What a kernel reads, of which it knows the row by its number in the run."""
+        return buffer[self._group]
+
+    def _table_of_run(self) -> Tensor | None:
+        """Where its blocks are, if rows lie in such."""
+        return None
 
     def _attend(
         self, state: str, options: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
@@ -264,13 +265,24 @@ class Cache:
             scale=options["scale"], softcap=options["softcap"], kv_map=options["kv_map"], written_out=written_out,
         )  # fmt: skip
 
-    def _bind_latent(self, state: str, options: dict[str, Any]) -> Callable[..., Tensor]:
+    @property
+    def _all_move(self) -> bool:
+        """Whether a kernel may add a token to each row of the run: one that is not active repeats what it has."""
+        return self._is_fixed or self._active is None
+
+    def _bind_latent(self, state: str, options: dict[str, Any], *, masked: bool) -> Callable[..., Tensor]:
         defaults = latent_attention.__kwdefaults__
         assert defaults is not None
         options = {**defaults, **options}
         window, chunk = options["window"], options["chunk"]
         name = f"{state}.latent"
-        self._kinds.add((self._slots_of(self.buffers[name]), window, chunk))
+        by_kernel = None
+        if not masked and options["causal"] and can_decode_latent(self.buffers[name], self._state_of[name].dtype):
+            attending = Attending(functools.partial(one_token_of_latents, *self._for_kernel, name, options))
+            self._attending.append(attending)
+            by_kernel = registered(attending)
+        else:
+            self._kinds.add((self._slots_of(self.buffers[name]), window, chunk))
 
         def keep(rows: Tensor) -> Seen:
             kept = self._keep(name, rows[:, None])
@@ -279,7 +291,7 @@ class Cache:
             seen, hidden = self._sight(self._slots_of(self.buffers[name]), window, chunk, rows.dtype)
             return Seen(self._held(name, seen)[:, 0], hidden, captured=self._fixed is not None)
 
-        return over_cache(keep, options)
+        return over_cache(keep, options, by_kernel, lambda: self._all_move)
 
     def _keep(self, name: str, x: Tensor) -> Tensor:
         """Adds keys or values of the run's tokens to a state; as they will be read."""
@@ -383,18 +395,6 @@ class Cache:
         """Minus infinity where a query must not look, [B, 1, S, seen]; None where it may look everywhere."""
         key = (seen, slots, window, chunk, dtype)
         if key not in self._masks:
-            self._masks[key] = self._make_hidden(seen, slots, window, chunk, dtype)
+            assert self._batch is not None
+            self._masks[key] = hidden_slots(self._batch, seen, slots, window, chunk, dtype)
         return self._masks[key]
-
-    def _make_hidden(
-        self, seen: int, slots: int, window: int | None, chunk: int | None, dtype: torch.dtype
-    ) -> Tensor | None:
-        tokens = self._batch
-        assert tokens is not None
-        positions, wraps = tokens.positions, slots < tokens.end
-        one_token = tokens.start is not None and positions.shape[1] == 1
-        near = (window is None or window >= tokens.end) and (chunk is None or chunk >= tokens.end)
-        if one_token and near and not wraps:
-            return None
-        held = Slots(slots).held(positions, seen, wraps=wraps)
-        return minus_infinity(positions, held, window, chunk, dtype)

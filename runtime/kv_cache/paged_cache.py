@@ -27,7 +27,6 @@ from runtime.kv_cache.buffers import buffers_of, parts_of
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.slots import minus_infinity
 from runtime.ops.attention import attention
-from runtime.ops.kernels.decode_attention import decode_attention
 from runtime.ops.kernels.flash_attention import flash_rows
 from runtime.program.shards import StateShard
 
@@ -39,6 +38,8 @@ class PagedCache(Cache):
 
     max_length: of the longest sequence. step: the most tokens of a row in one run.
     """
+
+    _OF_RUN = (*Cache._OF_RUN, "_paged", "_row_numbers", "_tables", "_places")
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class PagedCache(Cache):
         super().begin(tokens, rows=slice(0, len(rows.numbers)))
         self._paged = rows
         self._row_numbers = torch.tensor(rows.numbers, device=self._device)
-        self._tables.clear()
+        self._tables = {}
         self._places = None
 
     def fix(self, rows: PagedRows, batch: int) -> None:
@@ -194,21 +195,11 @@ class PagedCache(Cache):
         written_out = self._fixed is not None and q.device.type == "cuda"
         return attention(q, *found, mask, sinks, **given, written_out=written_out)
 
-    def _attend_one(
-        self,
-        state: str,
-        options: dict[str, Any],
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        positions: Tensor,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        keys, values = self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
-        given: dict[str, Any] = {name: options[name] for name in ("scale", "window", "chunk", "softcap")}
-        table = self._table(self.max_length if self._batch is None else self._batch.end)
-        found: Tensor = decode_attention(q, k, v, positions, keys, values, sinks, table=table, **given)
-        return found
+    def _of_run(self, buffer: Tensor) -> Tensor:
+        return buffer  # whose blocks the table names
+
+    def _table_of_run(self) -> Tensor:
+        return self._table(self.max_length if self._batch is None else self._batch.end)
 
     def _append(self, state: str, x: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         self._put(self.buffers[state], x)

@@ -101,7 +101,11 @@ class ShardedAttention:
         self._kv_map = None if kv_map is None else list(kv_map)
         keys, values = buffers()
         self.has_kernel = (
-            how == "merge" and window is None and chunk is None and kv_map is None and can_decode(keys, values)
+            how == "merge"
+            and window is None
+            and chunk is None
+            and kv_map is None
+            and can_decode(keys, values, keys.dtype)
         )
         """Whether one token of each row is kept and attended to by the kernel of `decode_attention`."""
         packed = Attending(self._packed_by_kernel, values.shape[-1] + 1, dtype=torch.float32)

@@ -56,6 +56,8 @@ def cache_for(
 class ShardedCache(Cache):
     """See the module's docstring; this is rank `coordinate` of `parts`."""
 
+    takes_turns = False
+
     def __init__(
         self,
         states: Sequence[StateShard],

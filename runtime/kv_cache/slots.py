@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from runtime.kv_cache.batch import Batch
 from runtime.ops.attention import allowed
 from runtime.program.shards import StateShard
 
-__all__ = ["Slots", "minus_infinity", "slots_of"]
+__all__ = ["Slots", "hidden_slots", "minus_infinity", "slots_of"]
 
 
 @dataclass(frozen=True)
@@ -58,3 +59,16 @@ def minus_infinity(
     visible = allowed(positions[:, :, None], held, causal=True, window=window, chunk=chunk)
     zero = torch.zeros(visible.shape, dtype=dtype, device=positions.device)
     return zero.masked_fill(~visible, -torch.inf)[:, None]
+
+
+def hidden_slots(
+    tokens: Batch, seen: int, slots: int, window: int | None, chunk: int | None, dtype: torch.dtype
+) -> Tensor | None:
+    """The same of the first `seen` of `slots`, for a run of `tokens`; None where each may look everywhere."""
+    positions, wraps = tokens.positions, slots < tokens.end
+    one_token = tokens.start is not None and positions.shape[1] == 1
+    near = (window is None or window >= tokens.end) and (chunk is None or chunk >= tokens.end)
+    if one_token and near and not wraps:
+        return None
+    held = Slots(slots).held(positions, seen, wraps=wraps)
+    return minus_infinity(positions, held, window, chunk, dtype)

@@ -43,6 +43,8 @@ class ReplicaStatus:
     why_not_kept: str = ""
     why_eager: str = ""
     """Why decode steps are neither compiled nor captured, though that was asked for."""
+    why_chosen_behind: str = ""
+    """The option for which the host chose tokens behind captured steps, the last such; "": they chose them all."""
     lost: str | None = None
     """Why the replica is lost; None: it is not."""
 

@@ -43,7 +43,7 @@ class Member(Protocol):
 
     def turn(self) -> None: ...
 
-    def choose(self) -> None: ...
+    def choose_by_all(self) -> None: ...
 
 
 class Relay:
@@ -140,7 +140,7 @@ class Relay:
             if turn in self._said:
                 self._lanes.wait(self._said[turn][1])
             self._communicator.begin_run(new_shapes=False)
-            member.choose()
+            member.choose_by_all()
             self._read[group] = self._lanes.mark()
 
     def _receive(self, number: int) -> None:

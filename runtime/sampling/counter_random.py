@@ -19,17 +19,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["gumbel", "mix", "random_bits"]
+__all__ = ["as_signed", "gumbel", "mix", "random_bits"]
 
 
-def _signed(word: int) -> int:
+def as_signed(word: int) -> int:
     """The 64-bit `word` as torch's int64 holds it."""
     return word - (1 << 64) if word >> 63 else word
 
 
-_GAMMA = _signed(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
-_FIRST = _signed(0xBF58476D1CE4E5B9)
-_SECOND = _signed(0x94D049BB133111EB)
+_GAMMA = as_signed(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd
+_FIRST = as_signed(0xBF58476D1CE4E5B9)
+_SECOND = as_signed(0x94D049BB133111EB)
 
 
 def mix(x: Tensor) -> Tensor:
@@ -39,15 +39,17 @@ def mix(x: Tensor) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def random_bits(seed: int | Sequence[int], *counters: Tensor) -> Tensor:
+def random_bits(seed: int | Sequence[int] | Tensor, *counters: Tensor) -> Tensor:
     """64 random bits (int64) for every combination of counters[..] (int64, broadcast against each other).
 
-    seed: one for each of the counters' last dim, where there are several.
+    seed: one for each of the counters' last dim, where there are several; as a tensor, by `as_signed`.
     """
-    # one is a CPU scalar, which torch combines with tensors of any device
-    bits = torch.tensor(_signed(seed) if isinstance(seed, int) else [_signed(each) for each in seed])
-    if bits.dim():
-        bits = bits.to(counters[0].device)
+    if isinstance(seed, Tensor):
+        bits = seed
+    elif isinstance(seed, int):  # a CPU scalar, which torch combines with tensors of any device
+        bits = torch.tensor(as_signed(seed))
+    else:
+        bits = torch.tensor([as_signed(each) for each in seed]).to(counters[0].device)
     for counter in counters:
         bits = _next(bits, counter)
     return bits

@@ -18,15 +18,25 @@ from torch import Tensor
 __all__ = ["cut_off"]
 
 
-def cut_off(logits: Tensor, *, typical_p: float | None, epsilon: float | None, eta: float | None) -> Tensor:
-    """The same logits, -inf where a filter leaves nothing; None: without that one."""
+def cut_off(
+    logits: Tensor,
+    *,
+    typical_p: float | Tensor | None,
+    epsilon: float | Tensor | None,
+    eta: float | Tensor | None,
+) -> Tensor:
+    """The same logits, -inf where a filter leaves nothing; None: without that one.
+
+    As tensors [B, 1] they are each row's; there an infinite typical_p, and the others as 0, change nothing.
+    """
     if typical_p is not None:
         logits = _typical(logits, typical_p)
     if epsilon is not None:
-        logits = _at_least(logits, torch.full_like(logits[:, :1], epsilon))
+        logits = _at_least(logits, torch.as_tensor(epsilon, dtype=logits.dtype, device=logits.device))
     if eta is not None:
         entropy = _entropy(logits)
-        logits = _at_least(logits, (math.sqrt(eta) * (-entropy).exp()).clamp(max=eta))
+        most = torch.as_tensor(eta, dtype=logits.dtype, device=logits.device)
+        logits = _at_least(logits, torch.minimum(most.sqrt() * (-entropy).exp(), most))
     return logits
 
 
@@ -35,7 +45,7 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(said.exp() * said).nansum(dim=1, keepdim=True)  # what is left out counts 0 * -inf
 
 
-def _typical(logits: Tensor, mass: float) -> Tensor:
+def _typical(logits: Tensor, mass: float | Tensor) -> Tensor:
     away = (-torch.log_softmax(logits, dim=1) - _entropy(logits)).abs()
     nearest, order = away.sort(dim=1)
     running = logits.gather(1, order).softmax(dim=1).cumsum(dim=1)

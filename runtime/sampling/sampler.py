@@ -27,22 +27,18 @@ from torch import Tensor
 from partitioner.errors import SamplingError
 from partitioner.sharding.index_set import IndexSet
 from runtime.communication.communicator import Communicator
-from runtime.ops.collectives import all_gather
-from runtime.ops.communicating import as_axes, axes_text
-from runtime.sampling.candidates import rank_candidates, softmax_mass, survivors
+from runtime.sampling.candidates import Filters, rank_candidates, softmax_mass, survivors
 from runtime.sampling.counter_random import gumbel, random_bits
 from runtime.sampling.cutoffs import cut_off
 from runtime.sampling.sampling_options import Sampling
 from runtime.sampling.token_edits import TokenEdits
-from runtime.sampling.vocabulary_shards import Share, shares
+from runtime.sampling.vocabulary_search import VocabularySearch, joined, require_finite
 
 __all__ = ["Sampler"]
 
 _SPARE = 16  # candidates beyond the k-th, for those that tie with it: common in bfloat16
 _FIRST_LOOK = 128  # candidates of each rank where only mass or ratio says how many are needed
 _GROWTH = 8  # how many times more are looked at when those were too few
-_PIECES = 256  # of a row, for each of which a GPU looks for the largest at once
-_RACE_BYTES = 2**25  # of float64 noise at a time, which bounds the temporaries of an unfiltered step
 
 
 class Sampler:
@@ -63,22 +59,10 @@ class Sampler:
         axis: str | tuple[str, ...] = "tp",
         device: torch.device | str = "cpu",
     ) -> None:
-        mesh, axes = communicator.mesh, as_axes(axis)
-        coordinate = mesh.index(axes, mesh.coordinates(communicator.rank))
-        if owned is None:
-            owned = [IndexSet.range(0, vocab_size)] * mesh.size(*axes)
-        if len(owned) != mesh.size(*axes):
-            raise SamplingError(
-                f"owned must say what each of {mesh.size(*axes)} ranks along {axes_text(axes)!r} holds, got "
-                f"{len(owned)}"
-            )
-        parts = shares(owned, vocab_size)
         self.sampling = sampling
-        self._num_local = owned[coordinate].size
-        self._share = Share(owned[coordinate], parts[coordinate], vocab_size=vocab_size, device=torch.device(device))
-        self._sizes = torch.tensor([part.size for part in parts], device=device)
-        self._largest_size = max(part.size for part in parts)
-        self._gather = communicator.bind(all_gather, axis, node="sampler", options={"dim": 0})
+        self.search = VocabularySearch(
+            communicator, vocab_size=vocab_size, owned=owned, axis=axis, device=torch.device(device)
+        )
 
     def __call__(
         self,
@@ -105,8 +89,10 @@ class Sampler:
         has it with normalize_logits=True (its default leaves generate's `scores` unnormalised). Greedy search:
         temperature 1.
         """
-        if logits.dim() != 2 or logits.shape[1] != self._num_local:
-            raise SamplingError(f"logits must be [batch, {self._num_local}] on this rank, got {list(logits.shape)}")
+        if logits.dim() != 2 or logits.shape[1] != self.search.num_local:
+            raise SamplingError(
+                f"logits must be [batch, {self.search.num_local}] on this rank, got {list(logits.shape)}"
+            )
         batch = logits.shape[0]
         steps = step if isinstance(step, Tensor) else torch.full_like(request_ids, step)
         for name, given in (("request_ids", request_ids), ("step", steps)):
@@ -114,8 +100,8 @@ class Sampler:
                 raise SamplingError(f"{name} must be int64 [{batch}], got {given.dtype} {list(given.shape)}")
         if not batch:
             return request_ids.new_empty(0, device=logits.device), logits.new_empty(0, dtype=torch.float64)
-        own = self._penalised(self._share.of(logits), history, lengths)
-        own = own if edits is None else edits.applied(own, self._share)
+        own = self._penalised(self.search.share.of(logits), history, lengths)
+        own = own if edits is None else edits.applied(own, self.search.share)
         if not self.sampling.do_sample:
             return self._greedy(own, scored=scored)
         bits = random_bits(self.sampling.seed if seeds is None else seeds, request_ids, steps).to(logits.device)[
@@ -145,7 +131,7 @@ class Sampler:
                 f"got {list(history.shape)} and {list(lengths.shape)}"
             )
         past = torch.arange(history.shape[1], device=history.device) >= lengths[:, None]
-        columns = self._share.locate(history.masked_fill(past, -1))
+        columns = self.search.share.locate(history.masked_fill(past, -1))
         # one more column for tokens that are not this rank's; float32 as in transformers
         wide = torch.promote_types(own.dtype, torch.float32)
         padded = torch.cat([own.to(wide), torch.zeros(len(own), 1, dtype=wide, device=own.device)], dim=1)
@@ -155,12 +141,12 @@ class Sampler:
 
     def best(self, logits: Tensor) -> Tensor:
         """The likeliest tokens and their logits, [2, B] float64, without waiting for the device: see `chosen`."""
-        tokens, best, _ = self._likeliest(self._share.of(logits), scored=False)
+        tokens, best, _ = self.search.likeliest(self.search.share.of(logits), scored=False)
         return torch.stack([tokens.double(), best])
 
     def chosen(self, best: Tensor) -> list[int]:
         """The tokens that `best` found, once it lies on the host."""
-        _require_finite(best[1])
+        require_finite(best[1])
         return [int(token) for token in best[0].tolist()]
 
     def top(self, logits: Tensor, tokens: Tensor, num: int) -> tuple[Tensor, Tensor]:
@@ -169,87 +155,57 @@ class Sampler:
         The first column is that of `tokens` [B]; then come the `num` most probable, descending, ties by descending
         token. Every rank calls it with the same arguments beside the logits [B, owned].
         """
-        own = self._share.of(logits)
-        num = min(num, int(self._sizes.sum()))
+        own = self.search.share.of(logits)
+        num = min(num, self.search.vocab_size)
         values, columns = own.topk(min(num, own.shape[1]), dim=1)
         largest = own.amax(dim=1).double()
         message = torch.full((len(own), num + 1, 3), -math.inf, dtype=torch.float64, device=own.device)
         message[:, 0, 0], message[:, 0, 1] = largest, softmax_mass(own, largest, 1.0)
         wide = torch.cat([own.double(), own.new_full((len(own), 1), -math.inf, dtype=torch.float64)], dim=1)
-        message[:, 0, 2] = wide.gather(1, self._share.locate(tokens)[:, None])[:, 0]
+        message[:, 0, 2] = wide.gather(1, self.search.share.locate(tokens)[:, None])[:, 0]
         message[:, 1 : values.shape[1] + 1, 0] = values
-        message[:, 1 : values.shape[1] + 1, 1] = self._share.tokens[columns]
-        gathered = self._gather(message[None])
+        message[:, 1 : values.shape[1] + 1, 1] = self.search.share.tokens[columns]
+        gathered = self.search.gather(message[None])
         largest, masses, chosen = gathered[:, :, 0].unbind(dim=2)
-        total = largest.amax(dim=0) + _joined(masses, largest, 1.0).log()
+        total = largest.amax(dim=0) + joined(masses, largest, 1.0).log()
         flat_values, flat_tokens = (gathered[:, :, 1:, at].transpose(0, 1).reshape(len(own), -1) for at in (0, 1))
         best, ranked = rank_candidates(flat_values, flat_tokens)
         found = torch.cat([chosen.amax(dim=0)[:, None], best[:, :num]], dim=1) - total[:, None]
         return found, torch.cat([tokens[:, None], ranked[:, :num].long()], dim=1)
 
     def _greedy(self, own: Tensor, *, scored: bool) -> tuple[Tensor, Tensor | None]:
-        tokens, best, log_probabilities = self._likeliest(own, scored=scored)
-        _require_finite(best)
+        tokens, best, log_probabilities = self.search.likeliest(own, scored=scored)
+        require_finite(best)
         return tokens, log_probabilities
 
-    def _likeliest(self, own: Tensor, *, scored: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens, their logits, and log-probabilities, [B] each."""
-        largest, column = _largest(own)
-        if not scored and len(self._sizes) == 1:
-            return self._share.tokens[column], largest.double(), None
-        message = [largest.double(), self._share.tokens[column].double()]
-        if scored:
-            message.append(softmax_mass(own, largest.double(), 1.0))
-        values, tokens, *masses = self._gather(torch.stack(message, dim=1)[None]).unbind(dim=2)
-        log_probabilities = -_joined(masses[0], values, 1.0).log() if scored else None
-        return _first_best(values, tokens)[0], values.amax(dim=0), log_probabilities
-
     def _among_all(self, own: Tensor, bits: Tensor, *, scored: bool) -> tuple[Tensor, Tensor | None]:
-        # the maximum first: a token's chances must not be rounded by what else its rank holds
-        best = self._gather(own.amax(dim=1).double()[None]).amax(dim=0)
-        _require_finite(best)
-        rows = max(1, _RACE_BYTES // (8 * own.shape[1]))
-        parts = zip(*(torch.split(x, rows) for x in (own, best, bits)), strict=True)
-        mine = torch.cat([self._race(*part, scored=scored) for part in parts])
-        values, tokens, *scores = self._gather(mine[None]).unbind(dim=2)
-        token, winner = _first_best(values, tokens)
-        if not scored:
-            return token, None
-        logits, masses = scores
-        return token, logits.gather(0, winner[None])[0] - masses.sum(dim=0).log()
+        best = self.search.best(own)
+        require_finite(best)
+        return self.search.race(own, best, bits, self._temperatures(own), scored=scored)
 
-    def _race(self, own: Tensor, best: Tensor, bits: Tensor, *, scored: bool) -> Tensor:
-        """[b, 2] of this rank's winners: noisy logit and token; [b, 4] with their logits and the mass of all."""
-        scaled = (own.double() - best[:, None]) / self.sampling.temperature
-        noisy, column = (scaled + gumbel(bits, self._share.tokens)).max(dim=1)
-        message = [noisy, self._share.tokens[column].double()]
-        if scored:
-            message += [scaled.gather(1, column[:, None])[:, 0], scaled.exp().sum(dim=1)]
-        return torch.stack(message, dim=1)
+    def _temperatures(self, own: Tensor) -> Tensor:
+        # as a tensor: a GPU divides by a number by multiplying with its reciprocal, whose last digit may differ
+        return torch.full((len(own), 1), self.sampling.temperature, dtype=torch.float64, device=own.device)
 
     def _among_candidates(self, own: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
-        filters, temperature = self.sampling.filters, self.sampling.temperature
-        top_k = filters["top_k"]
+        given = self.sampling.filters
+        filters = Filters.alike(len(own), own.device, temperature=self.sampling.temperature, **given)
+        temperature, top_k = filters.temperature, given["top_k"]
         mass = None
-        if top_k is None and filters["top_p"] is not None:
+        if top_k is None and given["top_p"] is not None:
             mass = softmax_mass(own, own.amax(dim=1).double(), temperature)
         num = _FIRST_LOOK if top_k is None else top_k + _SPARE
-        filtered = any(value is not None for value in filters.values())
-        if not filtered:  # a cut-off alone looks at all of the vocabulary
-            num = self._largest_size
+        if all(value is None for value in given.values()):  # a cut-off alone looks at all of the vocabulary
+            num = self.search.largest_size
         while True:
-            num = min(num, self._largest_size)
-            logits, tokens, floor, total = self._gather_top(own, num, mass)
-            if filtered:
-                kept, certain = survivors(logits, floor, total, temperature=temperature, **filters)
-            else:
-                kept = (logits > -math.inf).sum(dim=1)
-                certain = torch.ones_like(kept, dtype=torch.bool)
+            num = min(num, self.search.largest_size)
+            logits, tokens, floor, total = self.search.top(own, num, mass, temperature)
+            kept, certain = survivors(logits, floor, total, filters)
             best = logits[:, 0]
             # one wait for the device, for all that the host must know
             finite, enough, width = torch.stack([best.isfinite().all(), certain.all(), kept.max()]).tolist()
             if not finite:
-                _require_finite(best)
+                require_finite(best)
             if enough:
                 break
             num *= _GROWTH
@@ -258,62 +214,3 @@ class Sampler:
         scaled = cut_off(scaled, **self.sampling.cutoffs)
         winner = (scaled + gumbel(bits, tokens[:, :width])).argmax(dim=1, keepdim=True)
         return tokens.gather(1, winner)[:, 0], scaled.gather(1, winner)[:, 0] - scaled.exp().sum(dim=1).log()
-
-    def _gather_top(self, own: Tensor, num: int, mass: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The `num` largest logits of every rank with their tokens, ranked, [B, ranks * num].
-
-        Then the floor [B] that no other logit exceeds, and the ranks' masses as that of the vocabulary [B].
-        """
-        values, columns = own.topk(min(num, own.shape[1]), dim=1)
-        message = torch.full((len(own), num + (mass is not None), 2), -math.inf, dtype=torch.float64, device=own.device)
-        message[:, : values.shape[1], 0] = values
-        message[:, : values.shape[1], 1] = self._share.tokens[columns]
-        if mass is not None:
-            message[:, num, 0] = mass
-        gathered = self._gather(message[None])
-        values, tokens = gathered[:, :, :num].unbind(dim=3)
-        floor = values[:, :, -1].masked_fill(self._sizes[:, None] <= num, -math.inf).amax(dim=0)
-        total = None if mass is None else _joined(gathered[:, :, num, 0], values[:, :, 0], self.sampling.temperature)
-        flat_values, flat_tokens = (x.transpose(0, 1).reshape(len(own), -1) for x in (values, tokens))
-        logits, ranked = rank_candidates(flat_values, flat_tokens)
-        return logits, ranked.clamp(min=0).long(), floor, total
-
-
-def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """`logits.max(dim=1)`: the largest of each row and where it first is."""
-    few_rows = logits.device.type == "cuda" and logits.shape[0] * _PIECES < logits.shape[1]
-    return _largest_of_pieces(logits) if few_rows else logits.max(dim=1)
-
-
-def _largest_of_pieces(logits: Tensor) -> tuple[Tensor, Tensor]:
-    # a GPU looks through a row with a single block of threads
-    padded = torch.nn.functional.pad(logits, (0, -logits.shape[1] % _PIECES), value=-math.inf)
-    pieces = padded.reshape(len(padded), _PIECES, -1)
-    values, columns = pieces.max(dim=2)
-    largest, piece = values.max(dim=1)
-    return largest, piece * pieces.shape[2] + columns.gather(1, piece[:, None])[:, 0]
-
-
-def _joined(masses: Tensor, largest: Tensor, temperature: float) -> Tensor:
-    """Masses [ranks, B], each relative to its rank's largest logit, as one relative to the largest of all."""
-    return (masses * ((largest - largest.amax(dim=0)) / temperature).exp()).sum(dim=0)
-
-
-def _first_best(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """[ranks, B] of candidates -> the best one's token and rank; of equal ones the lowest token, as argmax has it."""
-    ties = tokens.masked_fill(values < values.amax(dim=0), math.inf)
-    token, rank = ties.min(dim=0)
-    return token.long(), rank
-
-
-def _require_finite(best: Tensor) -> None:
-    """`best`[B], the largest logit of each row; NaN where one of the row is."""
-    finite = best.isfinite()
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        value = float(best[row])
-        cause = "every logit is -inf" if value == -math.inf else f"its largest logit is {value}"
-        raise SamplingError(
-            f"no token can be chosen for row {row}: {cause}; the largest of each row must be finite. Look for an "
-            f"overflow in the model's dtype, a mask that leaves nothing, or options that forbid every token"
-        )

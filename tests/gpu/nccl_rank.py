@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from partitioner import Plan, partition
-from runtime.communication.process_groups import ProcessGroups
+from runtime.communication.process_groups import ProcessGroups, Sharing
 from runtime.engine import Engine
 from runtime.processes.launch import begin_worker
 
@@ -52,7 +52,9 @@ def results(folder: Path, family: str, dtype: str, cuda_graph: str) -> None:
     parts = partition(model(family, getattr(torch, dtype)), Plan(tp=num_ranks))
     ids = torch.arange(1, 17).reshape(2, 8)
     found: dict[str, torch.Tensor] = {}
-    with Engine.connect(parts, device=own_host(), timeout_s=120, cuda_graph=cuda_graph == "graph") as engine:
+    with Engine.connect(
+        parts, device=own_host(), timeout_s=120, shared_memory="off", cuda_graph=cuda_graph == "graph"
+    ) as engine:
         carried_by = engine.communicator.transports
         if num_ranks > 1:
             assert carried_by == {"tp": "nccl"}
@@ -64,7 +66,7 @@ def results(folder: Path, family: str, dtype: str, cuda_graph: str) -> None:
     torch.save(found, folder / f"rank-{rank}.pt")
 
 
-def fault(folder: Path, what: str, phase: str, victim: str) -> None:
+def fault(folder: Path, what: str, phase: str, victim: str, carrier: str) -> None:
     """The victim goes wrong before its second collective of the phase, the others wait on the device."""
     device = own_host()
     rank = int(os.environ["RANK"])
@@ -93,7 +95,8 @@ def fault(folder: Path, what: str, phase: str, victim: str) -> None:
 
         ProcessGroups.bind = armed  # type: ignore[method-assign, assignment]
     parts = partition(model("llama", torch.float32), Plan(tp=int(os.environ["WORLD_SIZE"])))
-    with Engine.connect(parts, device=device, timeout_s=10) as engine:
+    sharing: Sharing = "off" if carrier == "nccl" else "on"
+    with Engine.connect(parts, device=device, timeout_s=10, shared_memory=sharing) as engine:
         engine.generate(PROMPTS, max_new_tokens=500)
 
 

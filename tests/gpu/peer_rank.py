@@ -94,6 +94,29 @@ def many_calls(groups: ProcessGroups, channel: Channel) -> None:
     assert not int(wrong), f"rank {RANK}: {int(wrong)} wrong of {len(steps)} calls"
 
 
+def beside_others(groups: ProcessGroups, channel: Channel) -> None:
+    """All-reduces that are under way, with products and other collectives between their begins and their ends."""
+    (peers,) = groups.peers.values()
+    wide = torch.randn(2048, 2048, device="cuda")
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    sizes = torch.randint(1, 3_000_000, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    for way in (*WAYS, "nccl"):
+        peers.choice = Choice.always(way)  # type: ignore[arg-type]
+        for count, size in enumerate(sizes):
+            begun = []
+            for each in range(2):
+                x = torch.full((size,), float(count % 50 + RANK + each), device="cuda")
+                begun.append(channel.all_reduce_begin(x, overwrite=bool(count % 2)))
+                del x
+                wide = wide @ wide / 50
+            if count % 3 == 0:
+                gathered = channel.all_gather(torch.full((count + 1,), float(RANK), device="cuda"), 0)
+                wrong += (gathered != torch.arange(RANKS, device="cuda").repeat_interleave(count + 1)).sum()
+            for each, handle in enumerate(begun):
+                wrong += (handle.finish() != RANKS * (count % 50 + each) + sum(range(RANKS))).sum()
+        assert not int(wrong), f"rank {RANK}, {way}: {int(wrong)} wrong"
+
+
 if __name__ == "__main__":
     begin_worker()
     all_cases: dict[str, Callable[[ProcessGroups, Channel], None]] = {
@@ -101,6 +124,7 @@ if __name__ == "__main__":
         "counts_on_the_device": counts_on_the_device,
         "in_graphs": in_graphs,
         "many_calls": many_calls,
+        "beside_others": beside_others,
     }
     with torch.no_grad():
         process_groups = ProcessGroups.connect(Mesh.of(tp=RANKS), device="cuda", timeout_s=30, shared_memory="on")

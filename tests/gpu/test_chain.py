@@ -38,7 +38,7 @@ def test_chained_steps_write_what_single_steps_write(parts, compile, monkeypatch
     waits, chains = engine(parts), engine(parts, cuda_graph=True, compile=compile)
     plain = waits.generate(PROMPTS, max_new_tokens=50, eos_token_id=[])
     assert torch.equal(chains.generate(PROMPTS, max_new_tokens=50, eos_token_id=[]), plain)
-    assert any(chained for _, chained in chains._generate_loop._bound.decoder(len(PROMPTS))._graphs)
+    assert any(chained for *_, chained in chains._generate_loop._bound.decoder(len(PROMPTS))._graphs)
     # texts that end at different steps, and a second task on the same captured steps
     ends = [int(plain[0, 30]), int(plain[1, 45])]
     wanted = waits.generate(PROMPTS, max_new_tokens=50, eos_token_id=ends)
@@ -46,12 +46,46 @@ def test_chained_steps_write_what_single_steps_write(parts, compile, monkeypatch
     assert torch.equal(chains.generate(PROMPTS[:2], max_new_tokens=1), waits.generate(PROMPTS[:2], max_new_tokens=1))
 
 
+SAMPLED = [
+    {"repetition_penalty": 1.3},
+    {"do_sample": True, "seed": 3},
+    {"do_sample": True, "seed": 4, "top_k": 0, "temperature": 1.2},
+    {"do_sample": True, "top_k": 0, "top_p": 0.9, "request_ids": [5, 1, 9, 2]},
+    {"do_sample": True, "top_k": 9, "min_p": 0.03, "typical_p": 0.9, "epsilon_cutoff": 0.001},
+    {"do_sample": True, "presence_penalty": 0.5, "frequency_penalty": 0.3, "logit_bias": {7: 2.0}},
+]
+
+
+def test_sampled_steps_are_captured_and_write_the_same(parts):
+    chains, waits = engine(parts, cuda_graph=True), engine(parts)
+    for options in SAMPLED:
+        wanted = waits.generate(PROMPTS, max_new_tokens=20, eos_token_id=[], **options)
+        assert torch.equal(chains.generate(PROMPTS, max_new_tokens=20, eos_token_id=[], **options), wanted), options
+    decoder = chains._generate_loop._bound.decoder(len(PROMPTS))
+    assert all(chained for *_, chained in decoder._graphs)
+    assert len(decoder._kinds) == 5  # then one that serves all
+    # its own scores, by the same steps
+    given = {"max_new_tokens": 20, "eos_token_id": [], "do_sample": True, "seed": 1, "logprobs": True}
+    ours, theirs = chains.generate(PROMPTS, **given), waits.generate(PROMPTS, **given)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert torch.allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
+
+
+def test_a_row_that_is_not_certain_is_asked_of_the_host(parts, monkeypatch):
+    monkeypatch.setattr("runtime.sampling.row_sampler._LOOK", 4)
+    monkeypatch.setattr("runtime.sampling.row_sampler._LEAST", 2)
+    chains, waits = engine(parts, cuda_graph=True), engine(parts)
+    options = {"do_sample": True, "top_k": 0, "top_p": 0.95, "temperature": 3.0}
+    wanted = waits.generate(PROMPTS, max_new_tokens=30, eos_token_id=[], **options)
+    assert torch.equal(chains.generate(PROMPTS, max_new_tokens=30, eos_token_id=[], **options), wanted)
+
+
 def test_what_is_asked_of_the_host_is_not_chained(parts):
     chains, waits = engine(parts, cuda_graph=True), engine(parts)
-    for options in ({"repetition_penalty": 1.3}, {"do_sample": True, "seed": 3}):
-        wanted = waits.generate(PROMPTS, max_new_tokens=20, eos_token_id=[], **options)
-        assert torch.equal(chains.generate(PROMPTS, max_new_tokens=20, eos_token_id=[], **options), wanted)
-    assert not any(chained for _, chained in chains._generate_loop._bound.decoder(len(PROMPTS))._graphs)
+    options = {"no_repeat_ngram_size": 2}
+    wanted = waits.generate(PROMPTS, max_new_tokens=20, eos_token_id=[], **options)
+    assert torch.equal(chains.generate(PROMPTS, max_new_tokens=20, eos_token_id=[], **options), wanted)
+    assert not any(chained for *_, chained in chains._generate_loop._bound.decoder(len(PROMPTS))._graphs)
 
 
 def test_a_stream_that_is_left_early_harms_no_other(parts):

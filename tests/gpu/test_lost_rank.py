@@ -1,4 +1,4 @@
-"""Over NCCL, where the others wait on the device: they end with the lost rank's name within the timeout and 1 s."""
+"""Where the others wait on the device: they end with the lost rank's name within the timeout and 1 s."""
 
 import json
 import os
@@ -50,13 +50,17 @@ def run(pytestconfig: pytest.Config, folder: Path, case: list[str]) -> tuple[lis
     return [each.returncode for each in processes], texts, [ended.get(r, float("inf")) - since for r in range(2)]
 
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+@pytest.mark.parametrize("carrier", ["nccl", pytest.param("peer memory", marks=two_gpus)])
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("fault", ["kill", "raise", "stop"])
 def test_the_other_says_who_is_lost(
-    fault: str, phase: str, victim: int, tmp_path: Path, pytestconfig: pytest.Config
+    fault: str, phase: str, victim: int, carrier: str, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
-    codes, texts, seconds = run(pytestconfig, tmp_path, ["fault", fault, phase, str(victim)])
+    codes, texts, seconds = run(pytestconfig, tmp_path, ["fault", fault, phase, str(victim), carrier])
     other = 1 - victim
     said = {"kill": "lost: its process ended", "raise": "failed: ValueError: a fault of its own"}
     print(f"{fault} of {victim}, {phase}: the other ended after {seconds[other]:.2f} s, with {codes[other]}")
@@ -68,11 +72,11 @@ def test_the_other_says_who_is_lost(
     assert codes[victim] == {"kill": -signal.SIGKILL, "stop": -signal.SIGKILL}.get(fault, 1)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@two_gpus
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_a_rank_that_lives_and_does_not_come_is_named(phase: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     """Over the GPUs' own memory, whose kernels tell the host; NCCL names nobody."""
-    codes, texts, seconds = run(pytestconfig, tmp_path, ["fault", "hang", phase, "1"])
+    codes, texts, seconds = run(pytestconfig, tmp_path, ["fault", "hang", phase, "1", "peer memory"])
     assert codes[0] != 0
     assert f"rank 1 did not come within {TIMEOUT_S} s; its process is alive" in texts[0], texts[0]
     assert seconds[0] < TIMEOUT_S + 1 + SLACK_S

@@ -74,16 +74,16 @@ def _sent(
 
 
 @triton.jit
-def _rounds(longest, block, CHUNK: tl.constexpr, BLOCKS: tl.constexpr):
-    """How many chunks of `longest` elements are this block's."""
-    return tl.maximum((tl.cdiv(longest, CHUNK) - block + BLOCKS - 1) // BLOCKS, 0)
+def _rounds(longest, block, blocks, CHUNK: tl.constexpr):
+    """How many chunks of `longest` elements are this block's, of so many that run."""
+    return tl.maximum((tl.cdiv(longest, CHUNK) - block + blocks - 1) // blocks, 0)
 
 
 @triton.jit
-def _counted_rounds(sent, received, peer: tl.constexpr, width, block, CHUNK: tl.constexpr, BLOCKS: tl.constexpr):
+def _counted_rounds(sent, received, peer: tl.constexpr, width, block, blocks, CHUNK: tl.constexpr):
     """The same between two ranks, which know both of their counts."""
     longest = tl.maximum(tl.load(sent + peer), tl.load(received + peer)) * width
-    return _rounds(longest, block, CHUNK, BLOCKS).to(tl.int32)
+    return _rounds(longest, block, blocks, CHUNK).to(tl.int32)
 
 
 @triton.jit
@@ -112,22 +112,26 @@ def large(
     BLOCKS: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """`total`, `piece`: elements; COUNTED: the counts are rows of `piece` elements each. KIND: sums are of this."""
+    """`total`, `piece`: elements; COUNTED: the counts are rows of `piece` elements each. KIND: sums are of this.
+
+    BLOCKS: how many there is memory for; so many run as programs are launched, as many on all ranks of a call.
+    """
     element = x.dtype.element_ty
     block = tl.program_id(0)
+    blocks = tl.num_programs(0)
     lane = tl.arange(0, CHUNK)
     own_area = tl.load(table + RANK)
     area = 4 * BLOCKS * CHUNK_BYTES
-    rounds = _rounds(piece, block, CHUNK, BLOCKS)
+    rounds = _rounds(piece, block, blocks, CHUNK)
     if COUNTED:
         rounds = 0
         for other in tl.static_range(RANKS):
-            counted = _counted_rounds(sent_counts, received_counts, other, piece, block, CHUNK, BLOCKS)
+            counted = _counted_rounds(sent_counts, received_counts, other, piece, block, blocks, CHUNK)
             rounds = tl.maximum(rounds, counted)
     for turn in range(rounds + 1):
         # push a chunk to every peer
         if turn < rounds:
-            chunk = turn * BLOCKS + block
+            chunk = turn * blocks + block
             at = chunk * CHUNK + lane
             for step in tl.static_range(1, RANKS):
                 peer = (RANK + step) % RANKS
@@ -144,20 +148,20 @@ def large(
                 flag = base + start_of_flags + (RANK * BLOCKS + block) * 4
                 if COUNTED:
                     longest = tl.maximum(tl.load(sent_counts + peer), tl.load(received_counts + peer)) * piece
-                    if turn < _rounds(longest, block, CHUNK, BLOCKS):
+                    if turn < _rounds(longest, block, blocks, CHUNK):
                         raise_flag(flag, number)
                 else:
                     raise_flag(flag, number)
         # take the chunk before it from every peer
         if turn > 0:
-            chunk = (turn - 1) * BLOCKS + block
+            chunk = (turn - 1) * blocks + block
             at = chunk * CHUNK + lane
             for peer in tl.static_range(RANKS):
                 if peer != RANK:
                     number = tl.load(counters + peer * BLOCKS + block) + turn
                     flag = own_area + start_of_flags + (peer * BLOCKS + block) * 4
                     if COUNTED:
-                        if turn <= _counted_rounds(sent_counts, received_counts, peer, piece, block, CHUNK, BLOCKS):
+                        if turn <= _counted_rounds(sent_counts, received_counts, peer, piece, block, blocks, CHUNK):
                             await_flag(flag, number, late + 4 * peer, abandoned, patience_ns)
                     else:
                         await_flag(flag, number, late + 4 * peer, abandoned, patience_ns)
@@ -204,7 +208,7 @@ def large(
         if peer != RANK:
             place = counters + peer * BLOCKS + block
             if COUNTED:
-                turns = _counted_rounds(sent_counts, received_counts, peer, piece, block, CHUNK, BLOCKS)
+                turns = _counted_rounds(sent_counts, received_counts, peer, piece, block, blocks, CHUNK)
                 tl.store(place, tl.load(place) + turns)
             else:
                 tl.store(place, tl.load(place) + rounds)

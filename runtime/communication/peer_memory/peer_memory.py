@@ -39,6 +39,7 @@ from runtime.communication.peer_memory.mapped_memory import (
     obstacle,
     standing,
 )
+from runtime.communication.peer_memory.under_way import UnderWay
 from runtime.ops.communicating import Kind
 
 __all__ = ["Exchange", "PeerMemory", "Unavailable"]
@@ -72,6 +73,7 @@ class PeerMemory:
         self._late = torch.zeros(group.size, dtype=torch.int32, pin_memory=True)
         self._abandoned = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._patience_ns = int(timeout_s * 1e9)
+        self.under_way = UnderWay(device)
         self.choice: Choice = Choice.unmeasured()
 
     @classmethod
@@ -154,7 +156,7 @@ class PeerMemory:
 
     def _all_reduce(self, otherwise: Callable[[Tensor], Tensor], *, overwrite: bool) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
-            way = self._way("all_reduce", x)
+            way = self.way("all_reduce", x)
             if way == "nccl":
                 return otherwise(x)
             out = x if overwrite and x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -162,16 +164,16 @@ class PeerMemory:
 
         return run
 
-    def all_reduce(self, x: Tensor, out: Tensor, way: Way) -> Tensor:
-        """Into `out`, which may be x; not by NCCL."""
+    def all_reduce(self, x: Tensor, out: Tensor, way: Way, *, blocks: int | None = None) -> Tensor:
+        """Into `out`, which may be x; not by NCCL. blocks: of the kernel for large pieces, as many on all ranks."""
         if way != "in two":
-            self._exchange(way, x, out, piece=x.numel(), total=x.numel(), sums=True)
+            self._exchange(way, x, out, piece=x.numel(), total=x.numel(), sums=True, blocks=blocks)
             return out
         piece = -(-x.numel() // self._group.size)
         piece = -(-piece // 16) * 16  # so that pieces begin where wide loads may
         mine = x.new_empty(piece)
-        self._exchange("large", x, mine, piece=piece, total=x.numel(), sums=True, spreads=True)
-        self._exchange("large", mine, out, piece=piece, total=x.numel())
+        self._exchange("large", x, mine, piece=piece, total=x.numel(), sums=True, spreads=True, blocks=blocks)
+        self._exchange("large", mine, out, piece=piece, total=x.numel(), blocks=blocks)
         return out
 
     def _all_gather(
@@ -183,7 +185,7 @@ class PeerMemory:
             at = dim % x.dim()
             longest = x.shape[at] if sizes is None else max(sizes)
             shape = (*x.shape[:at], longest, *x.shape[at + 1 :])
-            way = self._way("all_gather", x, numel=math.prod(shape))
+            way = self.way("all_gather", x, numel=math.prod(shape))
             if way == "nccl":
                 return otherwise(x)
             if x.shape[at] != longest:
@@ -210,7 +212,7 @@ class PeerMemory:
             pieces = to_pieces(x, at, sizes, num_ranks)
             longest = max(piece.shape[at] for piece in pieces)
             shape = (*x.shape[:at], longest, *x.shape[at + 1 :])
-            way = self._way("reduce_scatter", x, numel=math.prod(shape))
+            way = self.way("reduce_scatter", x, numel=math.prod(shape))
             if way == "nccl":
                 return otherwise(x)
             if all(piece.shape[at] == longest for piece in pieces) and math.prod(x.shape[:at]) == 1:
@@ -229,7 +231,7 @@ class PeerMemory:
             return Handle.done
 
         def begin(x: Tensor) -> Handle:
-            way = self._way("permute", x)
+            way = self.way("permute", x)
             if way == "nccl":
                 return otherwise(x)
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -266,7 +268,7 @@ class PeerMemory:
 
     # -- the kernels ---------------------------------------------------------------------------------------------------
 
-    def _way(self, kind: Kind, x: Tensor, *, numel: int | None = None) -> Way:
+    def way(self, kind: Kind, x: Tensor, *, numel: int | None = None) -> Way:
         """By what all ranks know: the shape and dtype."""
         numel = x.numel() if numel is None else numel
         is_sum = kind in ("all_reduce", "reduce_scatter")
@@ -295,18 +297,19 @@ class PeerMemory:
         spreads: bool = False,
         shift: int = 0,
         counts: tuple[Tensor, Tensor] | None = None,
+        blocks: int | None = None,
     ) -> None:
-        """`piece`: elements for or from each; see `large_kernel.py`."""
+        """`piece`: elements for or from each; see `large_kernel.py`. blocks: the most that run."""
         if piece == 0:
             return
+        self.under_way.wait()
         x = x.contiguous().view(-1)
         dtype, geometry, group = x.dtype, self._geometry, self._group
         if way == "small":
             each = 8 // x.element_size()
             if x.data_ptr() % 8:
                 x = x.clone()
-            blocks = -(-piece // (each * UNITS))
-            self._small[(blocks,)](
+            self._small[(-(-piece // (each * UNITS)),)](
                 x.view(torch.int64),
                 out.view(-1).view(torch.int64),
                 self._table,
@@ -328,11 +331,12 @@ class PeerMemory:
             )
             return
         chunk = geometry.chunk_bytes // x.element_size()
-        blocks = self._blocks if counts is not None else min(self._blocks, -(-piece // chunk))
+        most = self._blocks if blocks is None else min(blocks, self._blocks)
+        num_blocks = most if counts is not None else min(most, -(-piece // chunk))
         sent, received = counts or (self._table, self._table)
         if not sums and dtype == torch.bool:
             x, out = x.view(torch.uint8), out.view(torch.uint8)
-        self._large[(blocks,)](
+        self._large[(num_blocks,)](
             x,
             out.view(-1),
             self._table,

@@ -17,7 +17,8 @@ All ranks of a replica are told the same in the same order, and so do the same: 
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -36,6 +37,7 @@ from runtime.generation.generation_request import GenerationRequest
 from runtime.generation.steps import Loaded, Steps
 from runtime.kv_cache.cache_size import CacheSize, Room
 from runtime.sampling.grammar import Grammars
+from runtime.sampling.row_sampler import RowOptions
 
 __all__ = ["BatchLoop", "Told"]
 
@@ -92,6 +94,7 @@ class BatchLoop:
         """Those for which a cache that was set aside later has no room."""
         self._counts = Counts()
         self._turn = 0
+        self._why_behind = ""
         self._places: Places | None = None
         """None until the cache is set aside."""
 
@@ -153,6 +156,7 @@ class BatchLoop:
             "prefixes_kept": not self._places.why_not_kept,
             "why_not_kept": self._places.why_not_kept,
             "why_eager": self._why_eager,
+            "why_chosen_behind": self._why_behind,
         }
 
     def release(self) -> None:
@@ -215,6 +219,7 @@ class BatchLoop:
                 places,
                 run=self._run_filled,
                 choose=self.choose,
+                in_step=lambda run, works: self.choose_in_step(run, works) if self.chooses_in_step(run) else None,
                 sampled=self.sampled,
                 tops=lambda number: self._asked[number].settings.top_logprobs,
             )
@@ -291,6 +296,44 @@ class BatchLoop:
             )
         return ""
 
+    def chooses_in_step(self, run: Run) -> bool:
+        """Whether a captured step chooses its rows' tokens too, where they ask for nothing that only the host does."""
+        captured = self._decoding["cuda_graph"] and self._from_fixed_memory
+        return captured and run.work.decode and self._profiler.recording is None
+
+    def choose_in_step(self, run: Run, others: Sequence[Work] = ()) -> dict[int, Choice]:
+        """The programs on the tokens of a step, and the next ones: of most rows by the same step.
+
+        others: where ranks have sequences of their own, what all of them run at the same time.
+        """
+        assert isinstance(self._places, InBlocks)
+        numbers = self.sampled(run.work)
+        asked = [self._asked.get(turn.number) for turn in run.work.turns]
+        theirs = [self._asked.get(turn.number) for work in others for turn in work.turns]
+        reasons = (each.on_host for each in (theirs if others else asked) if each is not None)
+        self._why_behind = next(filter(None, reasons), self._why_behind)
+        rows, also = (
+            [RowOptions() if each is None or each.on_host else each.row_options() for each in some]
+            for some in (asked, theirs)
+        )
+        self._places.before(run)
+        few_sizes = self._decoding["compile"]
+        said, logits = self._places.choose(self._steps, run, rows, few_sizes=few_sizes, also=also)
+        found: dict[int, Choice] = {}
+        behind = []
+        told = zip(run.work.turns, asked, said.T.tolist(), strict=True)
+        for at, (turn, each, (token, best, is_certain, logprob)) in enumerate(told):
+            if turn.number not in numbers or each is None:
+                continue
+            if each.on_host or not is_certain or not math.isfinite(best):
+                behind.append((at, turn.number, each))
+            else:
+                found[turn.number] = Choice(int(token), logprob if each.settings.logprobs else None)
+        if behind:
+            choices = self._chooser.choose(logits[[at for at, _, _ in behind]], [each for _, _, each in behind])
+            found |= {number: choice for (_, number, _), choice in zip(behind, choices, strict=True)}
+        return {number: found[number] for number in numbers}
+
     def sampled(self, work: Work) -> list[int]:
         """The sequences of a step that are to be told a token: they have none left to run, and are still wanted."""
         return [turn.number for turn in work.turns if turn.samples and turn.number in self._asked]
@@ -318,4 +361,8 @@ class _OneStage:
         self._loop = loop
 
     def advance(self, run: Run | None) -> tuple[Work, dict[int, Choice]] | None:
-        return None if run is None else (run.work, self._loop.choose(run, self._loop.run(run)))
+        if run is None:
+            return None
+        if self._loop.chooses_in_step(run):
+            return run.work, self._loop.choose_in_step(run)
+        return run.work, self._loop.choose(run, self._loop.run(run))

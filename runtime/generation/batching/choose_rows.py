@@ -21,6 +21,7 @@ from runtime.execution.profile import Profiler
 from runtime.generation.generation_request import GenerationRequest
 from runtime.program.rank_program import RankProgram
 from runtime.sampling.grammar import Grammars, among
+from runtime.sampling.row_sampler import RowOptions
 from runtime.sampling.sampler import Sampler
 from runtime.sampling.sampling_options import Sampling
 from runtime.sampling.token_edits import TokenEdits
@@ -80,6 +81,17 @@ class Asked:
                 "that forbid or force tokens, or the grammar"
             )
         return edits
+
+    @property
+    def on_host(self) -> str:
+        """The name of what it asks for that no step does by itself; "": nothing."""
+        if self._matcher is not None:
+            return "grammar"
+        return "top_logprobs" if self.settings.top_logprobs is not None else self.settings.rules.on_host
+
+    def row_options(self) -> RowOptions:
+        """What it asks of its next choice, where nothing of it is the host's work."""
+        return self.settings.row_options(self.text, self.step, self.request_id)
 
     def learn(self, token: int) -> bool:
         """Whether it ends with this token."""

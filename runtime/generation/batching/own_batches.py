@@ -91,6 +91,7 @@ class DealtScheduler:
 class OwnBatches:
     """One rank's part. run: the rank's programs on a step; choose, sampled: as those of `BatchLoop`.
 
+    in_step: of a step and what all ranks run, the choices where it makes them itself; None where it does not.
     tops: of a sequence, how many of the most probable tokens are to be told beside the chosen one; None: none is asked
     for.
     """
@@ -106,6 +107,7 @@ class OwnBatches:
         *,
         run: Callable[[Run, int, Hashable], Tensor],
         choose: Callable[[Run, Tensor], dict[int, Choice]],
+        in_step: Callable[[Run, Sequence[Work]], dict[int, Choice] | None],
         sampled: Callable[[Work], list[int]],
         tops: Callable[[int], int | None],
     ) -> None:
@@ -119,7 +121,7 @@ class OwnBatches:
                 "that rows cannot be filled up. Give expert-parallel.exchange=exchange, or auto"
             )
         self._places = places
-        self._run, self._choose, self._sampled, self._tops = run, choose, sampled, tops
+        self._run, self._choose, self._in_step, self._sampled, self._tops = run, choose, in_step, sampled, tops
         self._all = profiler.watched_transfers(communicator.channel(axis, node="tokens"))
         self._told: set[tuple[int, int]] = set()
 
@@ -132,8 +134,10 @@ class OwnBatches:
         alike = self._alike[decode]
         run = self._places.run_of(replace(mine, decode=decode), _no_row)
         run = self._places.filled(run, max(1, *counts) if alike else max(1, len(mine.turns)))
-        logits = self._run(run, max(sizes) if alike else 1, (*counts, *sizes))
-        choices = self._choose(run, logits)
+        choices = self._in_step(run, [work for work in works if work is not None])
+        if choices is None:
+            logits = self._run(run, max(sizes) if alike else 1, (*counts, *sizes))
+            choices = self._choose(run, logits)
         return self._tell(works, choices)
 
     def _tell(self, works: Sequence[Work | None], choices: dict[int, Choice]) -> list[tuple[Work, dict[int, Choice]]]:

@@ -21,6 +21,7 @@ from runtime.communication.communicator import Communicator
 from runtime.generation.batching.row_texts import SharedOut
 from runtime.generation.batching.work import Limits, Work
 from runtime.generation.conversation import Piece
+from runtime.generation.decode_graphs import Chosen, Decoder
 from runtime.generation.steps import Steps
 from runtime.kv_cache.batch import PagedRows
 from runtime.kv_cache.cache import Cache
@@ -30,6 +31,7 @@ from runtime.kv_cache.paged_size import DEFAULT_ROWS, PagedSize
 from runtime.kv_cache.sharded_cache import ShardedCache, cache_for
 from runtime.kv_cache.sharded_slots import uneven_prefix
 from runtime.program.rank_program import RankProgram
+from runtime.sampling.row_sampler import RowOptions
 
 __all__ = ["InBlocks", "InRows", "Places", "Run", "places_for"]
 
@@ -128,14 +130,32 @@ class InBlocks:
 
         few_sizes: whether there is one for one row and one for all; otherwise one for each power of two.
         """
+        decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
+        return decoder.of_first(len(run.piece.tokens), tokens, positions, received)
+
+    def choose(
+        self,
+        steps: Steps,
+        run: Run,
+        rows: Sequence[RowOptions],
+        *,
+        few_sizes: bool,
+        also: Sequence[RowOptions] = (),
+    ) -> Chosen:
+        """The same with the choice of each row in it, as `rows` ask; also: as `Decoder.choose` has it."""
+        decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
+        said, logits = decoder.choose(rows, tokens, positions, also=also)
+        return Chosen(said[:, : len(rows)], logits[: len(rows)])
+
+    def _decoder(self, steps: Steps, run: Run, *, few_sizes: bool) -> tuple[Decoder, list[int], list[int]]:
+        """With the tokens and positions that it takes."""
         assert isinstance(self.cache, PagedCache)
         assert isinstance(run.rows, PagedRows)
         count, most = len(run.piece.tokens), self.limits.rows
         batch = 1 if count == 1 else most if few_sizes else min(most, 1 << (count - 1).bit_length())
         self.cache.fix(run.rows, batch)
         rest = [0] * (batch - count)
-        tokens = [*(row[0] for row in run.piece.tokens), *rest]
-        return steps.decoder(batch).of_first(count, tokens, [*run.piece.starts, *rest], received)
+        return steps.decoder(batch), [row[0] for row in run.piece.tokens] + rest, [*run.piece.starts, *rest]
 
     def clear(self, blocks: list[int]) -> None:
         assert isinstance(self.cache, PagedCache)

@@ -7,6 +7,8 @@ Position p lies in slot p % slots. With a `table` [B, blocks of a row], keys are
 alike: position p lies in block table[b, p // block size], and is read where it lies. The kernel reads the positions
 itself: it stops at each row's length, and one captured call serves all lengths. For torch.compile it is one operator
 (`registered`), which knows its cache by a number: so that the compiled step does not know how long the cache is.
+
+Keys or values with scales are codes of float8 (uint8) as `float8_rows` has them, with [.., n] scales of a row's blocks.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.ops.kernels.triton_needs import missing_for_triton
+from runtime.ops.kernels.decode.latent_decode import latent_decode
+from runtime.ops.kernels.triton_needs import as_codes, can_run, converts_float8
 
-__all__ = ["Attending", "can_decode", "decode_attention", "registered"]
+__all__ = ["Attending", "can_decode", "decode_attention", "one_token", "one_token_of_latents", "registered"]
 
 _TILE, _LEAST_TILES = 64, 1
 """Keys at a time, and the fewest such times of a part."""
@@ -34,14 +37,13 @@ _MERGED = 8192
 """Numbers of parts that are read at a time when they are put together."""
 _WIDEST = 256
 _LOG2_E = 1.4426950408889634
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_COUNTERS = 65536
 
 
-def can_decode(keys: Tensor, values: Tensor) -> bool:
-    """Whether the kernel takes a cache like this."""
+def can_decode(keys: Tensor, values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernel takes a cache like this, for queries of `dtype`."""
     narrow = max(keys.shape[-1], values.shape[-1]) <= _WIDEST and min(keys.shape) > 0
-    return keys.device.type == "cuda" and keys.dtype in _DTYPES and narrow and not missing_for_triton()
+    return narrow and can_run(keys, dtype)
 
 
 @functools.cache
@@ -71,9 +73,11 @@ def decode_attention(
     softcap: float | None = None,
     return_lse: bool = False,
     table: Tensor | None = None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Any:
     """See the module's docstring."""
-    from runtime.ops.kernels.decode_kernel import decode  # Triton comes with torch for GPUs only
+    from runtime.ops.kernels.decode.key_value_kernel import decode  # Triton comes with torch for GPUs only
 
     batch, heads, _, width = q.shape
     kv_heads, slots = keys.shape[1], keys.shape[2]
@@ -90,26 +94,70 @@ def decode_attention(
     ends = batch * heads * splits * value_width
     tops, sums = parts[ends : ends + batch * heads * splits], parts[ends + batch * heads * splits :]
     capped = softcap is not None
+    num_key_scales, key_strides = _scales(key_scales, row_dim, head_dim)
+    num_value_scales, value_strides = _scales(value_scales, row_dim, head_dim)
+    native = converts_float8(q.device)
+    keys, values = as_codes(keys, native=native), as_codes(values, native=native)
     merged = max(1, _MERGED // (_power_of_2(group) * max(16, _power_of_2(value_width))))
     decode[(batch * kv_heads, splits)](
         q.contiguous(), k.contiguous(), v.contiguous(), positions.contiguous(), keys, values,
+        out if key_scales is None else key_scales, out if value_scales is None else value_scales,
         out if sinks is None else sinks.contiguous(), out, lse, parts, tops, sums, _counters(q.device),
         positions if table is None else table,
         scale if capped else scale * _LOG2_E, softcap or 1.0, window or 0, chunk or 1, slots, _LEAST_TILES,
         0 if table is None else table.stride(0),
         keys.stride(row_dim), keys.stride(head_dim), values.stride(row_dim), values.stride(head_dim),
+        *key_strides, *value_strides,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=max(16, _power_of_2(group)),
         D=width, D_PADDED=max(16, _power_of_2(width)), DV=value_width, DV_PADDED=max(16, _power_of_2(value_width)),
         TILE=_TILE, SPLITS=splits, GROUP_MERGED=_power_of_2(group), MERGED=min(splits, merged),
         WINDOWED=window is not None, CHUNKED=chunk is not None, CAPPED=capped,
         SINKS=sinks is not None, LSE=return_lse, EXACT=q.dtype == torch.float32, BLOCK=block,
+        KEY_SCALES=num_key_scales, VALUE_SCALES=num_value_scales, FOLDED=q.dtype != torch.float16,
+        NATIVE=native,
         num_warps=_WARPS, num_stages=2 if width > 128 or q.dtype == torch.float32 else _STAGES,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
+def _scales(scales: Tensor | None, row_dim: int, head_dim: int) -> tuple[int, tuple[int, int]]:
+    """How many there are of a row's numbers, and how far apart rows and heads lie."""
+    return (0, (0, 0)) if scales is None else (scales.shape[-1], (scales.stride(row_dim), scales.stride(head_dim)))
+
+
 def _power_of_2(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
+
+
+# -- over the buffers of a cache ---------------------------------------------------------------------------------------
+
+Held = Callable[[str], tuple[Tensor, Tensor | None]]
+"""Of a state's name, what the kernel reads of it: numbers, or codes and their scales."""
+_GIVEN = ("scale", "window", "chunk", "softcap")
+
+
+def one_token(
+    held: Held, table: Callable[[], Tensor | None], state: str, options: dict[str, Any], q: Tensor, k: Tensor,
+    v: Tensor, positions: Tensor, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`cached_attention` of one token of each row; options: its keywords. table: of the run, if rows lie in blocks."""
+    (keys, of_keys), (values, of_values) = held(f"{state}.key"), held(f"{state}.value")
+    given: dict[str, Any] = {name: options[name] for name in _GIVEN}
+    given |= {"key_scales": of_keys, "value_scales": of_values, "table": table()}
+    found: Tensor = decode_attention(q, k, v, positions, keys, values, sinks, **given)
+    return found
+
+
+def one_token_of_latents(
+    held: Held, table: Callable[[], Tensor | None], name: str, options: dict[str, Any], q: Tensor, row: Tensor,
+    latent: Tensor, positions: Tensor, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The same of `latent_attention`, as `over_cache` asks for it. name: of what is cached."""
+    rows, scales = held(name)
+    given: dict[str, Any] = {each: options[each] for each in _GIVEN}
+    given |= {"latent": latent.shape[-1], "scales": scales, "table": table()}
+    found: Tensor = latent_decode(q, row, positions, rows, sinks, **given)
+    return found
 
 
 # -- one operator for torch.compile ------------------------------------------------------------------------------------
@@ -118,8 +166,10 @@ def _power_of_2(count: int) -> int:
 class Attending:
     """What one attention of a model does with its cache, whichever cache that is when it runs."""
 
-    def __init__(self, run: Callable[..., Tensor], value_width: int, *, dtype: torch.dtype | None = None) -> None:
-        """`dtype`: of what it yields; None: as the query is."""
+    def __init__(
+        self, run: Callable[..., Tensor], value_width: int | None = None, *, dtype: torch.dtype | None = None
+    ) -> None:
+        """What it yields is as wide as `value_width`; None: as the values are. `dtype`: None: as the query is."""
         self.run, self.value_width, self.dtype = run, value_width, dtype
         self.number = next(_numbers)
         _attending[self.number] = self
@@ -163,7 +213,8 @@ def registered(attending: Attending) -> Callable[..., Tensor]:
 
     def run(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None) -> Tensor:
         # by `attending`, which is kept alive as long as what calls it
-        number, width, dtype = attending.number, attending.value_width, attending.dtype
+        number, dtype = attending.number, attending.dtype
+        width = v.shape[-1] if attending.value_width is None else attending.value_width
         found: Tensor = _decode_attention(q, k, v, positions, sinks, number, width, dtype)
         return found
 

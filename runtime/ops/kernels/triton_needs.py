@@ -1,4 +1,7 @@
-"""Whether kernels in Triton can run here: it builds what launches them with the machine's C compiler."""
+"""Whether kernels in Triton can run here: it builds what launches them with the machine's C compiler.
+
+And what they are given of rows of a cache, which may be codes of float8.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,12 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-__all__ = ["missing_for_triton"]
+import torch
+from torch import Tensor
+
+__all__ = ["as_codes", "can_run", "converts_float8", "missing_for_triton"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @functools.cache
@@ -25,3 +33,21 @@ def missing_for_triton() -> str:
     if not Path(sysconfig.get_paths(scheme=scheme)["include"], "Python.h").is_file():
         return "no headers of Python, which triton needs"
     return ""
+
+
+def can_run(rows: Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels for one token can read such rows here: numbers of `dtype`, or codes that stand for them."""
+    if rows.device.type != "cuda" or dtype not in _DTYPES or missing_for_triton():
+        return False
+    return rows.dtype in (dtype, torch.uint8)
+
+
+@functools.cache
+def converts_float8(device: torch.device) -> bool:
+    """Whether the device has instructions for codes of float8."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def as_codes(rows: Tensor, *, native: bool) -> Tensor:
+    """Rows as a kernel takes them: of codes as float8 where the device converts them."""
+    return rows.view(torch.float8_e4m3fn) if native and rows.dtype == torch.uint8 else rows

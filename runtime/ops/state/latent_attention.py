@@ -74,10 +74,17 @@ class Seen(NamedTuple):
     is_first: bool = False
 
 
-def over_cache(keep: Callable[[Tensor], Seen], options: dict[str, Any]) -> Callable[..., Tensor]:
+def over_cache(
+    keep: Callable[[Tensor], Seen],
+    options: dict[str, Any],
+    by_kernel: Callable[..., Tensor] | None = None,
+    all_move: Callable[[], bool] = lambda: True,
+) -> Callable[..., Tensor]:
     """The function that takes the place of a `latent_attention` with these keywords: it takes the op's tensors.
 
-    keep: adds the rows of the run to the cache, [B, S, R + E].
+    keep: adds the rows of the run to the cache, [B, S, R + E]. by_kernel: does so for one token of each row, where
+    `all_move`, and attends to what is cached: of absorbed queries [B, H, 1, R + E], the rows, latents [B, 1, R] alone,
+    positions and sinks it makes means of latents [B, H, 1, R].
     """
     given = {name: options[name] for name in ("scale", "softcap")}
     limits = {name: options[name] for name in ("causal", "window", "chunk")}
@@ -93,7 +100,13 @@ def over_cache(keep: Callable[[Tensor], Seen], options: dict[str, Any]) -> Calla
         mask: Tensor | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        seen = keep(latent if carried is None else torch.cat([latent, carried], -1))
+        rows = latent if carried is None else torch.cat([latent, carried], -1)
+        if by_kernel is not None and q.shape[2] == 1 and all_move():
+            if q.shape[1] == 0:
+                return q.new_empty(q.shape[0], 0, 1, value_weight.shape[1])
+            means = by_kernel(_lifted(q, carried_q, key_weight), rows, latent, positions, sinks)
+            return torch.matmul(means, value_weight.transpose(1, 2))
+        seen = keep(rows)
         if seen.is_first:
             return attend(q, carried_q, seen.rows, key_weight, value_weight, mask, sinks, **given, **limits)
         if seen.hidden is not None:
@@ -158,6 +171,12 @@ def attend(
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
+def _lifted(q: Tensor, carried_q: Tensor | None, key_weight: Tensor) -> Tensor:
+    """Queries as they meet a row of the cache."""
+    lifted = torch.matmul(q, key_weight)
+    return lifted if carried_q is None else torch.cat([lifted, carried_q], -1)
+
+
 def _absorbed(
     q: Tensor,
     carried_q: Tensor | None,
@@ -172,9 +191,7 @@ def _absorbed(
 ) -> Tensor:
     batch, heads, queries, _ = q.shape
     latent = value_weight.shape[2]
-    lifted = torch.matmul(q, key_weight)
-    if carried_q is not None:
-        lifted = torch.cat([lifted, carried_q], -1)
+    lifted = _lifted(q, carried_q, key_weight)
     # all heads have one key: they are rows of one matrix
     flat, cached = lifted.reshape(batch, 1, heads * queries, -1), rows[:, None]
     if mask is not None:

@@ -123,7 +123,7 @@ class Group:
     def turn(self) -> None:
         self.device.queue(reads=[("inbox", self.number)], writes=[("outbox", self.number)])
 
-    def choose(self) -> None:
+    def choose_by_all(self) -> None:
         self.device.queue(writes=[("inbox", self.number)])
 
 

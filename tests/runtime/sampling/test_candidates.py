@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from runtime.sampling.candidates import rank_candidates, softmax_mass, survivors
+from runtime.sampling.candidates import Filters, rank_candidates, softmax_mass, survivors
 from runtime.sampling.sampling_options import Sampling
 from tests.runtime.sampling.transformers_sampling import processed
 
@@ -22,7 +22,8 @@ def filtered(logits: torch.Tensor, sampling: Sampling, num: int | None = None) -
     num = num or logits.shape[1]
     floor = ranked[:, num - 1] if num < logits.shape[1] else torch.full_like(ranked[:, 0], -math.inf)
     mass = softmax_mass(logits, logits.amax(dim=1), sampling.temperature)
-    kept, certain = survivors(ranked[:, :num], floor, mass, temperature=sampling.temperature, **sampling.filters)
+    filters = Filters.alike(len(logits), logits.device, temperature=sampling.temperature, **sampling.filters)
+    kept, certain = survivors(ranked[:, :num], floor, mass, filters)
     return [set(row[:n].tolist()) for row, n in zip(tokens, kept.tolist(), strict=True)], certain.tolist()
 
 

@@ -17,8 +17,10 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.processes.launch import launch
 from runtime.sampling import sampler as sampler_module
-from runtime.sampling.sampler import Sampler, _largest_of_pieces
+from runtime.sampling import vocabulary_search
+from runtime.sampling.sampler import Sampler
 from runtime.sampling.sampling_options import Sampling
+from runtime.sampling.vocabulary_search import _largest_of_pieces
 from tests.runtime.sampling.transformers_sampling import processed
 
 Owned = Sequence[IndexSet] | None
@@ -44,8 +46,8 @@ def each_rank(
             held = owned[rank].indices() if owned is not None else list(range(vocab_size))
             sampler = Sampler(sampling, meeting.communicator(rank), vocab_size=vocab_size, owned=owned)
             if rank == 0 and messages is not None:
-                gather = sampler._gather
-                sampler._gather = lambda x: (messages.append(tuple(x.shape)), gather(x))[1]
+                gather = sampler.search.gather
+                sampler.search.gather = lambda x: (messages.append(tuple(x.shape)), gather(x))[1]
             results[rank] = sampler(whole[rank][:, held], **{"scored": True, **arguments})
         except Exception as error:
             results[rank] = error
@@ -246,7 +248,7 @@ def test_draws_follow_transformers_distribution(name: str, keys: str) -> None:
 @pytest.mark.parametrize("name", SAMPLED)
 @pytest.mark.parametrize("fault", ["uniform noise", "one noise for all tokens", "one noise for all rows"])
 def test_the_chi_square_notices_wrong_noise(monkeypatch: pytest.MonkeyPatch, name: str, fault: str) -> None:
-    right = sampler_module.gumbel
+    right = vocabulary_search.gumbel
 
     def wrong(bits: Tensor, tokens: Tensor) -> Tensor:
         if fault == "uniform noise":
@@ -255,7 +257,8 @@ def test_the_chi_square_notices_wrong_noise(monkeypatch: pytest.MonkeyPatch, nam
             return right(bits, torch.zeros_like(tokens))
         return right(torch.zeros_like(bits), tokens)
 
-    monkeypatch.setattr(sampler_module, "gumbel", wrong)
+    for module in (sampler_module, vocabulary_search):
+        monkeypatch.setattr(module, "gumbel", wrong)
     assert chi_square_p(options(name), 1, None) < 1e-9
 
 
@@ -403,7 +406,7 @@ def test_a_vocabulary_of_one_and_a_batch_of_none(name: str) -> None:
 def test_noise_in_chunks_of_rows_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(7, 30, generator=torch.Generator().manual_seed(9))
     whole = draw(logits, options("unfiltered"), 2, even(30, 2))
-    monkeypatch.setattr(sampler_module, "_RACE_BYTES", 8 * 15 * 2)
+    monkeypatch.setattr(vocabulary_search, "_RACE_BYTES", 8 * 15 * 2)
     for one, other in zip(draw(logits, options("unfiltered"), 2, even(30, 2)), whole, strict=True):
         assert torch.equal(one, other)
 

@@ -67,15 +67,23 @@ def test_many_requests_are_told_what_each_is_told_alone(decoding: dict[str, bool
         parts.rank(0), group.communicator(0), device=DEVICE, entries=lambda entry: parts.entry(entry, 0), **decoding
     )
     texts = [[3 + number, 5, 7] * (1 + 9 * number) for number in range(6)]
-    options = {"max_new_tokens": 12, "eos_token_id": []}
-    expected = [engine.generate([text], **options)[0, len(text) :].tolist() for text in texts]  # type: ignore[index,arg-type]
+    asked: list[dict[str, Any]] = [
+        {}, {"do_sample": True, "seed": 2}, {"do_sample": True, "top_k": 0}, {"do_sample": True, "top_p": 0.8},
+        {"repetition_penalty": 1.2}, {"no_repeat_ngram_size": 2},
+    ]  # fmt: skip
+    asked = [{"max_new_tokens": 12, "eos_token_id": [], **each} for each in asked]
+    expected = [
+        engine.generate([text], **options)[0, len(text) :].tolist()  # type: ignore[index,arg-type]
+        for text, options in zip(texts, asked, strict=True)
+    ]
     loop = engine.batching(CacheSize(max_batch=5, max_length=256, prefill_step=64))
     said: dict[int, list[int]] = {number: [] for number in range(len(texts))}
-    for number, text in enumerate(texts):
+    for number, (text, options) in enumerate(zip(texts, asked, strict=True)):
         loop.add(number, GenerationRequest.of([text], None, options, eos_token_id=()))
     for _ in range(200):
         for told in loop.step():
             said[told.number].append(told.token)
     assert list(said.values()) == expected
+    assert loop.status()["why_chosen_behind"] == ("no_repeat_ngram_size" if decoding else "")
     loop.release()
     engine.close()

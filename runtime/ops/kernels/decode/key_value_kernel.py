@@ -3,12 +3,17 @@
 Each program takes one kv head of one row, with all query heads that share it, and one of `SPLITS` parts of the keys
 that the row has: what lies behind its length is not read. The one that comes last puts the parts together by their
 log-sum-exp (flash decoding: arXiv:2311.01282). Everything that depends on the length is read on the device.
+
+A cache of float8 is read as it lies: codes, which the products take as numbers of the query's dtype, and scales of
+blocks of 128 numbers. Where a head is one block, its scale multiplies a score, or goes into a weight.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from runtime.ops.kernels.decode.float8_kernel import largest_of, numbers_of, scale_of, to_codes
 
 __all__ = ["decode"]
 
@@ -21,6 +26,8 @@ def decode(
     positions,
     keys,
     values,
+    key_scales,
+    value_scales,
     sinks,
     out,
     lse,
@@ -40,6 +47,10 @@ def decode(
     key_head,
     value_row,
     value_head,
+    key_scale_row,
+    key_scale_head,
+    value_scale_row,
+    value_scale_head,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
@@ -58,11 +69,17 @@ def decode(
     LSE: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
+    KEY_SCALES: tl.constexpr,
+    VALUE_SCALES: tl.constexpr,
+    FOLDED: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """`scale` is that of the scores times log2(e), or without it where they are CAPPED.
 
     BLOCK: how many slots lie together, where `table` says of each BLOCK of a row which block of the cache it is, and
     `key_row` is from block to block; 0: a row's slots are its own. MERGED: parts that are read at a time at the end.
+    KEY_SCALES: how many of a key, which is codes of float8 then; 0: keys are numbers. VALUE_SCALES alike. FOLDED:
+    whether a value's one scale goes into the weights, whose dtype has room for that. NATIVE: the device converts codes.
     """
     pair = tl.program_id(0)
     split = tl.program_id(1)
@@ -79,6 +96,18 @@ def decode(
     )
     key = tl.load(new_key + pair * D + dims, mask=dims < D, other=0.0)
     value = tl.load(new_value + pair * DV + value_dims, mask=value_dims < DV, other=0.0)
+    if KEY_SCALES:
+        key_block, key_sizes = dims // 128, dims * 0.0 + 1.0
+        for number in tl.static_range(KEY_SCALES):
+            key_sizes = tl.where(key_block == number, scale_of(largest_of(key, key_block, number)), key_sizes)
+        key_codes = to_codes(key, key_sizes, NATIVE)
+        key = numbers_of(key_codes, NATIVE).to(tl.float32) * key_sizes
+    if VALUE_SCALES:
+        value_block, value_sizes = value_dims // 128, value_dims * 0.0 + 1.0
+        for number in tl.static_range(VALUE_SCALES):
+            value_sizes = tl.where(value_block == number, scale_of(largest_of(value, value_block, number)), value_sizes)
+        value_codes = to_codes(value, value_sizes, NATIVE)
+        value = numbers_of(value_codes, NATIVE).to(tl.float32) * value_sizes
     length = position + 1
     wraps = length > slots
     held = tl.minimum(length, slots)
@@ -95,9 +124,17 @@ def decode(
     if split < active:
         keys += head.to(tl.int64) * key_head
         values += head.to(tl.int64) * value_head
+        if KEY_SCALES:
+            key_scales += head.to(tl.int64) * key_scale_head
+        if VALUE_SCALES:
+            value_scales += head.to(tl.int64) * value_scale_head
         if BLOCK == 0:
             keys += row.to(tl.int64) * key_row
             values += row.to(tl.int64) * value_row
+            if KEY_SCALES:
+                key_scales += row.to(tl.int64) * key_scale_row
+            if VALUE_SCALES:
+                value_scales += row.to(tl.int64) * value_scale_row
         else:
             table += row.to(tl.int64) * table_row
         if split == 0:
@@ -107,8 +144,23 @@ def decode(
                 block_of = tl.load(table + at // BLOCK).to(tl.int64)
                 own_keys = keys + block_of * key_row + at % BLOCK * D
                 own_values = values + block_of * value_row + at % BLOCK * DV
-            tl.store(own_keys + dims, key, mask=dims < D)
-            tl.store(own_values + value_dims, value, mask=value_dims < DV)
+            if KEY_SCALES:
+                tl.store(own_keys + dims, key_codes, mask=dims < D)
+                own_scales = key_scales + (at * KEY_SCALES if BLOCK == 0 else 0)
+                if BLOCK:
+                    own_scales += block_of * key_scale_row + at % BLOCK * KEY_SCALES
+                # all numbers of a block have its scale, and the first of them keeps it
+                tl.store(own_scales + key_block, key_sizes, mask=(dims % 128 == 0) & (dims < D))
+            else:
+                tl.store(own_keys + dims, key, mask=dims < D)
+            if VALUE_SCALES:
+                tl.store(own_values + value_dims, value_codes, mask=value_dims < DV)
+                own_scales = value_scales + (at * VALUE_SCALES if BLOCK == 0 else 0)
+                if BLOCK:
+                    own_scales += block_of * value_scale_row + at % BLOCK * VALUE_SCALES
+                tl.store(own_scales + value_block, value_sizes, mask=(value_dims % 128 == 0) & (value_dims < DV))
+            else:
+                tl.store(own_values + value_dims, value, mask=value_dims < DV)
         # the first part has the new token, which nobody reads from the cache
         own = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale
         if CAPPED:
@@ -128,15 +180,29 @@ def decode(
                     seen = seen & (where // chunk == position // chunk)
             if BLOCK == 0:
                 key_at, value_at = slot * D, slot * DV
+                key_scale_at, value_scale_at = slot * KEY_SCALES, slot * VALUE_SCALES
             else:
                 blocks = tl.load(table + slot // BLOCK, mask=seen, other=0).to(tl.int64)
                 key_at = blocks * key_row + slot % BLOCK * D
                 value_at = blocks * value_row + slot % BLOCK * DV
+                key_scale_at = blocks * key_scale_row + slot % BLOCK * KEY_SCALES
+                value_scale_at = blocks * value_scale_row + slot % BLOCK * VALUE_SCALES
             block = tl.load(keys + key_at[None, :] + dims[:, None], mask=seen[None, :] & (dims[:, None] < D), other=0.0)
+            if KEY_SCALES:
+                block = numbers_of(block, NATIVE)
+            if KEY_SCALES > 1:
+                sizes = tl.load(
+                    key_scales + key_scale_at[None, :] + (dims // 128)[:, None],
+                    mask=seen[None, :] & (dims[:, None] < D),
+                    other=0.0,
+                )
+                block = block.to(tl.float32) * sizes
             if EXACT:
-                scores = tl.dot(query, block, input_precision="ieee") * scale
+                scores = tl.dot(query, block.to(query.dtype), input_precision="ieee") * scale
             else:
-                scores = tl.dot(query, block) * scale
+                scores = tl.dot(query, block.to(query.dtype)) * scale
+            if KEY_SCALES == 1:
+                scores *= tl.load(key_scales + key_scale_at, mask=seen, other=0.0)[None, :]
             if CAPPED:
                 scores = _capped(scores, softcap)
             scores = tl.where(seen[None, :], scores, float("-inf"))
@@ -150,10 +216,21 @@ def decode(
                 mask=seen[:, None] & (value_dims[None, :] < DV),
                 other=0.0,
             )
+            if VALUE_SCALES:
+                block = numbers_of(block, NATIVE)
+            if VALUE_SCALES == 1 and FOLDED:
+                weights *= tl.load(value_scales + value_scale_at, mask=seen, other=0.0)[None, :]
+            elif VALUE_SCALES:
+                sizes = tl.load(
+                    value_scales + value_scale_at[:, None] + (value_dims // 128)[None, :],
+                    mask=seen[:, None] & (value_dims[None, :] < DV),
+                    other=0.0,
+                )
+                block = block.to(tl.float32) * sizes
             if EXACT:
-                added = tl.dot(weights, block, input_precision="ieee")
+                added = tl.dot(weights, block.to(tl.float32), input_precision="ieee")
             else:
-                added = tl.dot(weights.to(block.dtype), block)
+                added = tl.dot(weights.to(query.dtype), block.to(query.dtype))
             result = result * shrinks[:, None] + added
             top = higher
         ours = (heads[:, None] < GROUP) & (value_dims[None, :] < DV)

@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from partitioner import Plan, partition
+from partitioner import CacheSize, Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.ops.attention import allowed
 from runtime.ops.kernels.decode_attention import decode_attention
 from runtime.ops.kernels.flash_attention import flash_rows
+from runtime.ops.kernels.float8_rows import from_float8, to_float8
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,6 +88,70 @@ def test_one_token_per_row(dtype, heads, kv_heads, width, value_width, slots, po
         assert torch.equal(values[row, :, position % slots], v[row, :, 0])
 
 
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "value_width", "slots", "positions", "block", "options"),
+    [
+        (32, 8, 128, 128, 9000, [0, 1, 63, 64, 4095, 8999], 0, {}),
+        (32, 8, 128, 128, 4096, [0, 63, 64, 4095], 64, {}),
+        (6, 2, 80, 64, 700, [699, 5], 0, {"softcap": 20.0}),
+        (8, 2, 256, 200, 1500, [40, 1400, 2000], 0, {"window": 100}),
+        (8, 2, 64, 256, 1600, [40, 1400], 16, {"chunk": 512}),
+    ],
+)
+def test_one_token_per_row_over_float8(
+    dtype, native, heads, kv_heads, width, value_width, slots, positions, block, options, monkeypatch
+):
+    if not native:  # as on GPUs without instructions for such codes
+        monkeypatch.setattr("runtime.ops.kernels.decode_attention.converts_float8", lambda device: False)
+    torch.manual_seed(0)
+    batch = len(positions)
+    draw = lambda *shape: torch.randn(shape, device="cuda").to(dtype)  # noqa: E731
+    q, k, v = draw(batch, heads, 1, width), draw(batch, kv_heads, 1, width), draw(batch, kv_heads, 1, value_width)
+    parts = [
+        part.contiguous() for size in (width, value_width) for part in to_float8(draw(batch, kv_heads, slots, size))
+    ]
+    numbers = [from_float8(*parts[at : at + 2], torch.float64) for at in (0, 2)]
+    new = [to_float8(each) for each in (k, v)]
+    at = torch.tensor(positions, device="cuda")[:, None]
+    for row, position in enumerate(positions):
+        for kept, own in zip(numbers, new, strict=True):
+            kept[row, :, position % slots] = from_float8(*own, torch.float64)[row, :, 0]
+        for part in parts:  # what nobody may look at
+            part[row, :, position + 1 :] = 0x7F if part.dtype == torch.uint8 else float("nan")
+    given, table = parts, None
+    if block:
+        count = slots // block
+        table = torch.randperm(batch * count + 3, device="cuda")[: batch * count].view(batch, count)
+        given = []
+        for part in parts:
+            buffer = torch.zeros(kv_heads, batch * count + 3, block, part.shape[-1], device="cuda", dtype=part.dtype)
+            buffer[:, table] = part.unflatten(2, (count, block)).transpose(0, 1)
+            given.append(buffer)
+    out, lse = decode_attention(
+        q, k, v, at, given[0], given[2], scale=width**-0.5, return_lse=True, table=table,
+        key_scales=given[1], value_scales=given[3], **options,
+    )  # fmt: skip
+    if table is not None:
+        given = [part[:, table].transpose(0, 1).flatten(2, 3) for part in given]
+    for row, position in enumerate(positions):
+        slot = torch.arange(slots, device="cuda")
+        held = position - (position - slot) % slots
+        seen = allowed(at[row], held, causal=True, window=options.get("window"), chunk=options.get("chunk"))[None]
+        result, sums = exact(q[row], *(kept[row] for kept in numbers), seen, width**-0.5, options.get("softcap"), None)
+        assert relative(out[row], result) < 2 * TOLERANCE[dtype], (row, position)
+        assert float((lse[row].double() - sums[:, 0]).abs().max()) < 1e-2
+        for held_codes, held_scales, own in ((*given[:2], new[0]), (*given[2:], new[1])):
+            kept = from_float8(
+                held_codes[row, :, position % slots], held_scales[row, :, position % slots], torch.float32
+            )
+            # the last digit of a scale may differ, and with it a number that lies between two codes
+            wanted = from_float8(*own, torch.float32)[row, :, 0]
+            assert float((kept - wanted).abs().max()) <= 0.07 * float(wanted.abs().max())
+            assert float(((kept - wanted).abs() > 1e-5).float().mean()) < 0.02
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("by_cudnn", [False, True])
@@ -152,3 +217,26 @@ def test_a_longer_text_compiles_nothing():
     compiled.generate(short, max_new_tokens=5, eos_token_id=[])
     compiled.generate(short * 3, max_new_tokens=5, eos_token_id=[])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted
+
+
+@pytest.mark.parametrize("options", [{}, {"compile": True}])
+def test_a_cache_of_float8_is_read_by_the_kernel(options):
+    parts = compiled_for(torch.float32)
+    prompts = [list(range(1, 50)), [3] * 300, [7, 8]]
+    cache = CacheSize(max_batch=3, max_length=400, dtype="fp8")
+    found = []
+    for given in ({"cuda_graph": True, **options}, {}):
+        made = engine(parts, **given)
+        made.reserve(cache)
+        assert made._generate_loop.cache.any_length
+        found.append(made.generate(prompts, max_new_tokens=20, eos_token_id=[], logprobs=True))
+    captured, plain = found
+    assert torch.equal(captured.sequences, plain.sequences)
+    assert torch.allclose(captured.logprobs, plain.logprobs, atol=1e-3)
+    # against the graph without kernels
+    host = parts.engine(0, ThreadGroup(parts.mesh).communicator(0))
+    host.reserve(cache)
+    wanted = host.generate(prompts, max_new_tokens=20, eos_token_id=[], logprobs=True)
+    same = (wanted.sequences[:, -20:] == plain.sequences.cpu()[:, -20:]).float().mean()
+    assert same > 0.8
+    assert torch.allclose(wanted.logprobs[:, :2], plain.logprobs.cpu()[:, :2], atol=0.02)

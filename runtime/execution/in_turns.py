@@ -1,0 +1,96 @@
+"""Two runs of one program in turn: what one of them sums over the ranks is under way while the other computes.
+
+    run A     layer | all_reduce begins     ...waits     | finished; next layer | all_reduce begins
+    run B           ...waits      | layer | all_reduce begins    ...waits       | finished; next layer
+
+Every all_reduce of the graph becomes its begin, a `yield`, and its end, so that a run is a generator; the runs take
+turns by the host alone, in the same order on every rank, and use one stream. What the second reads of the first, the
+keys of earlier tokens say, is there: it comes to every place of the graph after the first has left it. TokenWeave,
+arXiv:2505.11329, section 3, splits a batch of tokens so.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from runtime.communication.channels import Handle
+from runtime.communication.communicator import Binder
+from runtime.ops.collectives import all_reduce
+from runtime.ops.communicating import read_call
+from runtime.program.rank_program import RankProgram
+
+__all__ = ["InTurns", "can_take_turns"]
+
+
+def can_take_turns(program: RankProgram) -> bool:
+    """Whether there is anything that a run waits for."""
+    reduces = (node for node in program.graph.nodes if node.op == "call_function" and node.target is all_reduce)
+    return any(program.mesh.size(*read_call(node).axes) > 1 for node in reduces)
+
+
+class InTurns:
+    """`graph` as `bound_graph` has it, whose nodes have the names of those of `program`.
+
+    overwrites: nodes by name whose operand nobody reads afterwards.
+    """
+
+    def __init__(
+        self,
+        program: RankProgram,
+        graph: fx.Graph,
+        communicator: Binder,
+        weights: Sequence[Tensor],
+        *,
+        overwrites: Callable[[fx.Node], bool],
+    ) -> None:
+        copy = fx.Graph()
+        copy.output(copy.graph_copy(graph, {}))
+        bound = {node.name: node for node in copy.nodes}
+        for node in program.graph.nodes:
+            if node.op == "call_function" and node.target is all_reduce:
+                channel = communicator.channel(read_call(node).axes, node=node.name)
+                begin = functools.partial(channel.all_reduce_begin, overwrite=overwrites(node))
+                _divide(bound[node.name], begin)
+        copy.on_generate_code(lambda _: _with_yields)
+        self._function = functools.partial(fx.GraphModule({}, copy).forward, *weights)
+
+    def __call__(self, several: Sequence[Sequence[Tensor]], resume: Callable[[int], None]) -> list[Any]:
+        """The result of each run; `resume(i)` is called whenever the i-th of them goes on."""
+        runs: list[Generator[None, None, Any]] = [self._function(*values) for values in several]
+        results: list[Any] = [None] * len(runs)
+        waiting = list(range(len(runs)))
+        while waiting:
+            for number in list(waiting):
+                resume(number)
+                try:
+                    next(runs[number])
+                except StopIteration as end:
+                    results[number] = end.value
+                    waiting.remove(number)
+        return results
+
+
+def _divide(node: fx.Node, begin: Callable[[Tensor], Handle]) -> None:
+    def begun(x: Tensor) -> Handle:  # generated code calls functions
+        return begin(x)
+
+    with node.graph.inserting_before(node):
+        handle = node.graph.call_function(begun, node.args)
+        node.graph.call_function(others_go_on, ())
+    node.target, node.args, node.kwargs = _finished, (handle,), {}
+
+
+def others_go_on() -> None:
+    """Stands in the graph where the generated code yields."""
+
+
+def _finished(handle: Handle) -> Tensor:
+    return handle.finish()
+
+
+def _with_yields(lines: list[str]) -> list[str]:
+    return ["yield\n" if others_go_on.__name__ in line else line for line in lines]

@@ -1,0 +1,128 @@
+"""Steps of many requests that choose their tokens themselves tell each what it is told alone, whatever others ask.
+
+What a GPU captures runs here as it is, step by step: the same ops on the same tensors.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from partitioner import Plan
+from partitioner.compile.partition import compile_program
+from runtime.generation.batching.batch_loop import BatchLoop
+from runtime.generation.batching.choose_rows import RowChooser
+from runtime.generation.decode_graphs import Decoder
+from runtime.kv_cache.cache_size import CacheSize
+from runtime.sampling import row_sampler
+from tests.runtime.generation.batching import many_requests
+from tests.runtime.generation.batching.many_requests import Case, assert_as_alone, mixed, on_all_ranks
+from tests.support.partitioned import compiled, traced
+
+ROOMY = CacheSize(max_batch=8, max_length=96, prefill_step=16)
+PENALTIES: list[dict[str, Any]] = [
+    {"presence_penalty": 0.8, "frequency_penalty": 0.4, "do_sample": True},
+    {"logit_bias": {7: 4.0, 100: -3.0}, "suppress_tokens": [9, 10]},
+    {"repetition_penalty": 1.5, "logprobs": True},
+    {"do_sample": True, "top_k": 0, "typical_p": 0.8, "repetition_penalty": 0.8},
+]
+
+
+@pytest.fixture
+def in_steps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Has loops choose in steps, once it is told to; counts such steps, and rows that are chosen behind any step."""
+    counts: Counter[str] = Counter()
+    chosen, choose = Decoder._chosen, RowChooser.choose
+
+    def counted(decoder: Decoder, *args: Any, **kwargs: Any) -> Any:
+        counts["steps"] += 1
+        return chosen(decoder, *args, **kwargs)
+
+    def behind(chooser: RowChooser, logits: Any, asked: Any) -> Any:
+        counts["behind"] += len(asked)
+        return choose(chooser, logits, asked)
+
+    monkeypatch.setattr(Decoder, "_chosen", counted)
+    monkeypatch.setattr(RowChooser, "choose", behind)
+    monkeypatch.setattr(BatchLoop, "chooses_in_step", lambda loop, run: counts["on"] > 0 and run.work.decode)
+    return counts
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_each_is_told_what_it_is_told_alone(tp: int, in_steps: Counter[str]) -> None:
+    cases = mixed(14, longest=40, new=8)
+    cases += [Case([4 + n, 7], {"max_new_tokens": 9, **options}, n) for n, options in enumerate(PENALTIES)]
+    parts = compiled("llama", tp)
+    alone = many_requests.alone(parts, cases)
+    plain = on_all_ranks(parts, cases, ROOMY)
+    assert not in_steps["steps"]
+    before = in_steps["behind"]
+    in_steps["on"] = 1
+    found = on_all_ranks(parts, cases, ROOMY)
+    assert_as_alone(cases, found, alone)
+    assert in_steps["steps"] > 10
+    assert in_steps["behind"] - before < before / 2  # first tokens, and those of rules that the host applies
+    assert found.status["why_chosen_behind"] == "no_repeat_ngram_size"
+    assert plain.status["why_chosen_behind"] == ""
+    for number, scores in plain.logprobs.items():
+        assert found.logprobs[number] == pytest.approx(scores, abs=1e-9)
+
+
+@pytest.mark.parametrize("plan", ["ep=2", pytest.param("tp=2,ep=4", marks=pytest.mark.slow)])
+def test_ranks_with_sequences_of_their_own(plan: str, in_steps: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them take steps of the same kind at the same time, whatever their own rows ask for."""
+    kinds: dict[tuple[int, int], list[Any]] = {}
+    chosen = Decoder._chosen
+
+    def watched(decoder: Decoder, seen: int, kind: Any, **options: Any) -> Any:
+        kinds.setdefault((decoder._program.rank, decoder.batch), []).append(kind)
+        return chosen(decoder, seen, kind, **options)
+
+    monkeypatch.setattr(Decoder, "_chosen", watched)
+    cases = mixed(10, longest=30, new=6)
+    whole = compile_program(traced("qwen3_moe")[1], Plan.parse("tp=1"))
+    alone = many_requests.alone(whole, cases)
+    in_steps["on"] = 1
+    found = on_all_ranks(compile_program(traced("qwen3_moe")[1], Plan.parse(plan)), cases, ROOMY)
+    assert_as_alone(cases, found, alone)
+    assert len(kinds) > 2
+    for (_, batch), said in kinds.items():
+        assert said == kinds[0, batch]
+    assert in_steps["steps"] > 10
+
+
+def test_rows_that_are_not_certain_are_asked_again(monkeypatch: pytest.MonkeyPatch, in_steps: Counter[str]) -> None:
+    drawn = {"max_new_tokens": 8, "do_sample": True, "top_k": 0, "top_p": 0.95, "eos_token_id": []}
+    cases = [Case([3 + n, 5], {**drawn, "seed": n, "top_p": 0.95 if n % 2 else 1e-6}) for n in range(4)]
+    parts = compiled("llama", 1)
+    alone = many_requests.alone(parts, cases)
+    monkeypatch.setattr(row_sampler, "_LOOK", 4)
+    monkeypatch.setattr(row_sampler, "_LEAST", 2)
+    in_steps["on"] = 1
+    found = on_all_ranks(parts, cases, ROOMY)
+    assert_as_alone(cases, found, alone)
+    assert 4 < in_steps["behind"] < 4 * 8
+    assert found.status["why_chosen_behind"] == ""
+
+
+def test_logits_that_are_no_numbers_are_those_of_one_row(
+    monkeypatch: pytest.MonkeyPatch, in_steps: Counter[str]
+) -> None:
+    cases = [Case([3 + n, 5], {"max_new_tokens": 6, "eos_token_id": [], "do_sample": n == 1}) for n in range(3)]
+    parts = compiled("llama", 1)
+    alone = many_requests.alone(parts, cases)
+    run = Decoder._run
+
+    def broken(decoder: Decoder, seen: int) -> Any:
+        logits = run(decoder, seen)
+        if decoder.batch == 4:
+            logits[1] = float("nan")
+        return logits
+
+    monkeypatch.setattr(Decoder, "_run", broken)
+    in_steps["on"] = 1
+    found = on_all_ranks(parts, cases, ROOMY)
+    assert "no token can be chosen" in str(found.errors[1])
+    assert [found.tokens[0], found.tokens[2]] == [alone[0], alone[2]]

@@ -1,0 +1,148 @@
+"""What a cache hands to the kernels for one token per row, which here are the same sums written out.
+
+They add the token and attend to what is cached, as the kernels do: so generation says what it says without them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from partitioner import CacheSize
+from runtime.communication.thread_communicator import ThreadGroup
+from runtime.generation.decode_graphs import Decoder
+from runtime.kv_cache import cache as cache_module
+from runtime.ops.attention import allowed, attention
+from runtime.ops.kernels import decode_attention as kernels
+from runtime.ops.kernels.float8_rows import from_float8, to_float8
+from tests.runtime.generation.batching.many_requests import assert_as_alone, mixed, on_all_ranks
+from tests.support.generated import prompts
+from tests.support.partitioned import EXACT, compiled
+
+
+def kept(new: Tensor, positions: Tensor, held: Tensor, scales: Tensor | None, table: Tensor | None) -> Tensor:
+    """Adds `new` [B, G, 1, D] to a cache in place; what its rows hold then, [B, G, slots, D]."""
+    parts = [held] if scales is None else [held, scales]
+    for part, added in zip(parts, [new] if scales is None else to_float8(new), strict=True):
+        for row, position in enumerate(positions[:, 0].tolist()):
+            if table is None:
+                part[row, :, position % part.shape[2]] = added[row, :, 0]
+            else:
+                size = part.shape[2]
+                part[:, table[row, position // size], position % size] = added[row, :, 0]
+    if table is not None:
+        parts = [part[:, table].transpose(0, 1).flatten(2, 3) for part in parts]
+    else:
+        parts = [part[: len(new)] for part in parts]
+    return parts[0] if scales is None else from_float8(parts[0], parts[1], new.dtype)
+
+
+def hidden(positions: Tensor, slots: int, window: int | None, chunk: int | None, dtype: torch.dtype) -> Tensor:
+    lies = positions - (positions - torch.arange(slots)) % slots
+    seen = allowed(positions[:, :, None], lies[:, None], causal=True, window=window, chunk=chunk)
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None]
+
+
+@pytest.fixture
+def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    counts: Counter[str] = Counter()
+
+    def decode_attention(
+        q: Tensor, k: Tensor, v: Tensor, positions: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None,
+        *, scale: float, window: int | None, chunk: int | None, softcap: float | None, table: Tensor | None,
+        key_scales: Tensor | None, value_scales: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        counts["key_value"] += 1
+        held = kept(k, positions, keys, key_scales, table), kept(v, positions, values, value_scales, table)
+        mask = hidden(positions, held[0].shape[2], window, chunk, q.dtype)
+        return attention(q, *held, mask, sinks, scale=scale, softcap=softcap)
+
+    def latent_decode(
+        q: Tensor, row: Tensor, positions: Tensor, rows: Tensor, sinks: Tensor | None,
+        *, latent: int, scale: float, window: int | None, chunk: int | None, softcap: float | None,
+        table: Tensor | None, scales: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        counts["latent"] += 1
+        held = kept(row[:, None], positions, rows, scales, table)
+        mask = hidden(positions, held.shape[2], window, chunk, q.dtype)
+        return attention(q, held, held[..., :latent].contiguous(), mask, sinks, scale=scale, softcap=softcap)
+
+    monkeypatch.setattr(kernels, "decode_attention", decode_attention)
+    monkeypatch.setattr(kernels, "latent_decode", latent_decode)
+    return counts
+
+
+def by_kernels(monkeypatch: pytest.MonkeyPatch, *, there: bool = True) -> None:
+    for name in ("can_decode", "can_decode_latent"):
+        monkeypatch.setattr(cache_module, name, lambda *given: there)
+
+
+@pytest.mark.parametrize("dtype", [None, "fp8"])
+@pytest.mark.parametrize(
+    ("name", "tp"),
+    [
+        ("deepseek_v3", 2),
+        ("llama", 1),
+        ("mistral", 1),  # a window
+        pytest.param("gpt_oss", 1, marks=pytest.mark.slow),  # sinks
+        pytest.param("deepseek_v3", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_generation_says_the_same(
+    name: str, tp: int, dtype: str | None, counts: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, size = compiled(name, tp), CacheSize(max_batch=4, max_length=48, dtype=dtype)
+    found, cases = [], mixed(6, longest=20, new=6)
+    for there in (False, True):
+        by_kernels(monkeypatch, there=there)
+        parts.reserve(size)
+        found.append(parts.generate(prompts(name), max_new_tokens=8, eos_token_id=[], logprobs=True))
+        assert bool(counts) == there
+        outcome = on_all_ranks(parts, cases, CacheSize(max_batch=4, max_length=48, prefill_step=8, dtype=dtype))
+        assert bool(counts) == there
+        if not there:
+            alone = list(outcome.tokens.values())
+    assert set(counts) == {"latent" if name == "deepseek_v3" else "key_value"}
+    plain, by_kernel = found
+    assert torch.equal(plain.sequences, by_kernel.sequences)
+    assert (plain.logprobs - by_kernel.logprobs).abs().max() < EXACT
+    assert_as_alone(cases, outcome, alone)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_over_latents_serves_any_length(counts: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = compiled("deepseek_v3", 1)
+    plain = parts.generate([[5, 6, 7], [8]], max_new_tokens=6, eos_token_id=[])
+    by_kernels(monkeypatch)
+    engine = parts.engine(0, ThreadGroup(parts.mesh).communicator(0), compile=True)
+    assert torch.equal(engine.generate([[5, 6, 7], [8]], max_new_tokens=6, eos_token_id=[]), plain)
+    assert counts["latent"]
+    loop: Any = engine._generate_loop
+    assert loop.cache.any_length
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    decoder = loop._bound.decoder(2)
+    assert isinstance(decoder, Decoder)
+    engine.generate([[5] * 90, [8]], max_new_tokens=6, eos_token_id=[])  # in a larger cache
+    assert loop._bound.decoder(2) is decoder
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+def test_what_the_kernel_does_not_keep_is_noticed(counts: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: a kernel that does not add the token."""
+    parts = compiled("deepseek_v3", 1)
+    plain = parts.generate(prompts("deepseek_v3"), max_new_tokens=8, eos_token_id=[], logprobs=True)
+    by_kernels(monkeypatch)
+    right = kernels.latent_decode
+
+    def forgets(q: Tensor, row: Tensor, positions: Tensor, rows: Tensor, *rest: Any, **options: Any) -> Tensor:
+        found: Tensor = right(q, row, positions, rows.clone(), *rest, **options)
+        return found
+
+    monkeypatch.setattr(kernels, "latent_decode", forgets)
+    parts.reserve(CacheSize(max_batch=4, max_length=48))
+    wrong = parts.generate(prompts("deepseek_v3"), max_new_tokens=8, eos_token_id=[], logprobs=True)
+    assert (plain.logprobs - wrong.logprobs).abs().max() > 1e-6
