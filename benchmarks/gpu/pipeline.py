@@ -1,16 +1,19 @@
 """Pipeline stages of a Llama-3-8B shape on several GPUs of one host, alone and with tensor parallelism, against one.
 
-    a prompt    64k tokens to the first token: one GPU in one piece and in its default pieces, the stages in theirs
-    decode      rows in as many groups as there are stages, which take turns: new tokens of all rows per second, over
-                those of one GPU with 8 rows at its best (node by node, compiled and captured)
+    a prompt    64k tokens to the first token: one GPU in one piece, in its default pieces and in pieces of `--steps`,
+                the stages, cut for prompts (`pipeline.balance=prefill`), in theirs
+    decode      8 rows in each of as many groups as there are stages, and one more, which take turns: new tokens of all
+                rows per second, over those of one GPU with 8 rows
+    a stage     its captured step by itself, without the others: the mean over the slowest is what the cut leaves
 
-bfloat16, weights drawn on the devices. On each GPU all of the model runs besides, in turn with the plan; the slowest
-rank counts, of the rounds the median. `=` or `!` says whether the plan's tokens are those of one GPU (bfloat16 rounds:
-they may part).
+Both sides run compiled and captured decode steps. bfloat16, weights drawn on the devices. On each GPU all of the model
+runs besides, in turn with the plan; the slowest rank counts, of the rounds the median. `=` or `!` says whether the
+plan's tokens are those of one GPU (bfloat16 rounds: they may part).
 
     python -m benchmarks.gpu.pipeline --ranks 2                      pp=2
     python -m benchmarks.gpu.pipeline --ranks 4                      pp=4, and tp=2,pp=2
     python -m benchmarks.gpu.pipeline --ranks 8 --plan tp=2,pp=4
+    python -m benchmarks.gpu.pipeline --ranks 2 --only prompt --steps 2048 4096
     python -m benchmarks.gpu.pipeline --ranks 2 --device cpu --small --rounds 1
 """
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +43,6 @@ from benchmarks.support.several import (
 from partitioner import Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
-from runtime.pipeline.schedule import groups_of
 
 PLANS = {
     2: ("pp=2",),
@@ -66,19 +69,25 @@ def rank(given: argparse.Namespace) -> None:
     shape, tokens = ("small", given.tokens or 256) if given.small else ("8b", given.tokens or 65536)
     model = decoder(shape, layers=given.layers, positions=max(tokens, SHORT) + 2 * MANY, device=device)
     weights, whole = DrawnWeights(model, device), partition(model, Plan())
-    one = alone(whole, weights, device)
-    captured = alone(whole, weights, device, compile=True, cuda_graph=True) if device.type == "cuda" else None
-    parts = partition(model, plan)
-    with Engine.connect(parts, weights, device=device.type, timeout_s=300, shared_memory=sharing(device)) as split:
-        turns, first = DeviceTurns(device), split.program.rank == 0
-        if first:
-            layers = model.config.num_hidden_layers
-            print(f"{plan}: {given.ranks} x {device_name(device)}, shape {shape}, {layers} layers", flush=True)
-        prompt(given, turns, one, split, tokens, model.config.vocab_size, first=first)
-        decode(given, turns, one, captured, split, plan, model.config.vocab_size, first=first)
-        synchronize(device)
-        if captured is not None:
-            captured._generate_loop.release()  # what it has captured goes before the groups
+    if os.environ["RANK"] == "0":
+        layers = model.config.num_hidden_layers
+        print(f"{plan}: {given.ranks} x {device_name(device)}, shape {shape}, {layers} layers", flush=True)
+    if given.only != "decode":
+        parts = partition(model, Plan.parse(f"{given.part},pipeline.balance=prefill"))
+        with connected(parts, weights, device) as split:
+            prompt(given, DeviceTurns(device), alone(whole, weights, device), split, tokens, model.config.vocab_size)
+    if given.only != "prompt":
+        # compiled and captured on GPUs; on a CPU, whose compiler takes longer than all the rest, node by node
+        how = {"compile": True, "cuda_graph": True} if device.type == "cuda" else {}
+        one = alone(whole, weights, device, **how)
+        with connected(partition(model, plan), weights, device, **how) as split:
+            decode(given, DeviceTurns(device), one, split, plan, model.config.vocab_size)
+            synchronize(device)
+        one._generate_loop.release()
+
+
+def connected(parts: Any, weights: DrawnWeights, device: torch.device, **how: bool) -> Engine:
+    return Engine.connect(parts, weights, device=device.type, timeout_s=300, shared_memory=sharing(device), **how)
 
 
 def drawn_ids(rows: int, tokens: int, vocabulary: int, device: torch.device) -> Tensor:
@@ -86,60 +95,90 @@ def drawn_ids(rows: int, tokens: int, vocabulary: int, device: torch.device) -> 
 
 
 def prompt(
-    given: argparse.Namespace, turns: DeviceTurns, one: Engine, split: Engine, tokens: int, vocabulary: int,
-    *, first: bool,
-) -> None:  # fmt: skip
+    given: argparse.Namespace, turns: DeviceTurns, one: Engine, split: Engine, tokens: int, vocabulary: int
+) -> None:
     ids = drawn_ids(1, tokens, vocabulary, turns.device)
-    times = turns.medians(
-        {
-            "1 GPU, one piece": writes(one, ids, 1, prefill_step=tokens),
-            "1 GPU": writes(one, ids, 1),
-            "stages": writes(split, ids, 1),
-        },
-        rounds=max(1, given.rounds // 2),
+    contestants = {
+        "1 GPU, one piece": writes(one, ids, 1, prefill_step=tokens),
+        "1 GPU": writes(one, ids, 1),
+        "stages": writes(split, ids, 1),
+    }
+    for step in given.steps:
+        contestants[f"1 GPU, {step}"] = writes(one, ids, 1, prefill_step=step)
+        contestants[f"stages, {step}"] = writes(split, ids, 1, prefill_step=step)
+    times = turns.medians(contestants, rounds=max(1, given.rounds // 2))
+    best, pieces = (
+        min(seconds for name, seconds in times.items() if name.startswith(of)) for of in ("1 GPU", "stages")
     )
-    best = min(seconds for name, seconds in times.items() if name != "stages")
-    if first:
+    same = bool(torch.equal(contestants["1 GPU"](), contestants["stages"]()))
+    if split.program.rank == 0:
         said = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in times.items())
-        print(f"  first token of {tokens}: {said}; one at its best / stages {best / times['stages']:.2f}", flush=True)
+        print(
+            f"  first token of {tokens}: {said}; one at its best / stages by default {best / times['stages']:.3f}, at "
+            f"their best {best / pieces:.3f} {'=' if same else '!'}",
+            flush=True,
+        )
 
 
 def decode(
-    given: argparse.Namespace, turns: DeviceTurns, one: Engine, captured: Engine | None, split: Engine, plan: Plan,
-    vocabulary: int, *, first: bool,
-) -> None:  # fmt: skip
-    engines = {"node by node": one, **({} if captured is None else {"captured": captured})}
-    speed: dict[tuple[str, int], float] = {}
+    given: argparse.Namespace, turns: DeviceTurns, one: Engine, split: Engine, plan: Plan, vocabulary: int
+) -> None:
     few, many = (2, 8) if given.small else (FEW, MANY)
-    for groups in sorted({1, 2, 3, plan.pp}):
-        rows = ROWS * groups
-        ids = drawn_ids(rows, 8 if given.small else SHORT, vocabulary, turns.device)
-        contestants = {**engines, "stages": split}
-        calls = {
-            f"{name} {count}": writes(engine, ids, count)
-            for name, engine in contestants.items()
-            for count in (few, many)
-        }
-        times = turns.medians(calls, rounds=given.rounds)
-        for name in contestants:
-            speed[name, rows] = rows * (many - few) / (times[f"{name} {many}"] - times[f"{name} {few}"])
-        same = bool(torch.equal(writes(one, ids, few)(), writes(split, ids, few)()))
-        base = max(speed[name, ROWS] for name in engines)
-        if first:
-            said = ", ".join(f"{name} {speed[name, rows]:.0f}" for name in contestants)
-            used = sum(part.stop > part.start for part in groups_of(rows, plan.pp))
+    length = 8 if given.small else SHORT
+    calls = {}
+    for groups in (1, plan.pp, plan.pp + 1):
+        ids = drawn_ids(ROWS * groups, length, vocabulary, turns.device)
+        engine, shared = (one, {}) if groups == 1 else (split, {"pipeline_groups": groups})
+        calls |= {(groups, count): writes(engine, ids, count, **shared) for count in (few, many)}
+    times = turns.medians({str(call): run for call, run in calls.items()}, rounds=given.rounds)
+    per_step = {groups: (times[str((groups, many))] - times[str((groups, few))]) / (many - few) for groups, _ in calls}
+    # not beside the others' rows: another number of rows is another product, which rounds otherwise
+    ids = drawn_ids(ROWS * plan.pp, length, vocabulary, turns.device)
+    expected = torch.cat([writes(one, rows, few)() for rows in ids.split(ROWS)])
+    same = bool(torch.equal(expected, writes(split, ids, few)()))
+    stages = turns.of_all(stage_seconds(split, turns.device))
+    if split.program.rank == 0:
+        print(f"  decode, one GPU, {ROWS} rows: {per_step[1] * 1e3:.3f} ms per step", flush=True)
+        for groups in (plan.pp, plan.pp + 1):
+            ratio = groups * per_step[1] / per_step[groups]
             print(
-                f"  decode, {rows} rows in {used} groups: tokens per second {said}; stages / one GPU with {ROWS} rows "
-                f"{speed['stages', rows] / base:.2f}, with {rows} "
-                f"{speed['stages', rows] / max(speed[name, rows] for name in engines):.2f} {'=' if same else '!'}",
+                f"  decode, {groups} groups of {ROWS}: {per_step[groups] / groups * 1e3:.3f} ms per group's step, "
+                f"{ROWS * groups / per_step[groups]:.0f} tokens per second; over one GPU with {ROWS} rows {ratio:.3f}",
                 flush=True,
             )
+        print(
+            f"  a stage alone: {', '.join(f'{seconds * 1e3:.3f}' for seconds in stages)} ms; mean over slowest "
+            f"{sum(stages) / len(stages) / max(stages):.3f}; tokens of {plan.pp} groups {'=' if same else '!'}",
+            flush=True,
+        )
+
+
+def stage_seconds(split: Engine, device: torch.device) -> float:
+    """One group's step on this rank's stage, without what comes and goes."""
+    steps = split._generate_loop._bound
+    assert steps is not None
+    if not steps.decodes_from_fixed_memory or steps.shares_head:
+        return float("nan")
+    member = steps.decoder(ROWS, slice(0, ROWS))
+    tokens, count = [1] * ROWS, 50
+    best = float("inf")
+    for _ in range(5):
+        member.begin_turns(lambda logits: logits, tokens, [SHORT] * ROWS)
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            member.turn()
+        synchronize(device)
+        best = min(best, (time.perf_counter() - start) / count)
+    return best
 
 
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--layers", type=int, help="instead of all")
     parser.add_argument("--tokens", type=int, help="of the prompt; 65536, and 256 with --small")
+    parser.add_argument("--only", choices=("prompt", "decode"))
+    parser.add_argument("--steps", nargs="*", type=int, default=[], help="tokens of a prompt that run at a time")
     parser.add_argument("--plan", nargs="+", help="instead of those for so many ranks")
     given = parser.parse_args()
     start(

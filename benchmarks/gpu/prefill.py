@@ -1,107 +1,183 @@
 """A prompt of a Llama-3-8B shape in bfloat16, to its first token: on one GPU or several, with the defaults.
 
     ours                 in as few pieces as the device has room for, and in pieces of 512
-    transformers         one GPU: generate of one token
+    transformers         generate of one token: on one GPU, and on several by its tp_plan="auto"
     products             of the prompt, over the time, against a large matrix product of this run
 
-On several GPUs (`--ranks`) tensor parallelism, and on each GPU all of the model besides; the slowest rank counts.
+On several GPUs (`--ranks`) tensor parallelism, whole pieces and halves in turn, and on each GPU all of the model
+besides; the slowest rank counts, of the rounds the median.
 
     python -m benchmarks.gpu.prefill                  one GPU, a minute
     python -m benchmarks.gpu.prefill --ranks 2
+    python -m benchmarks.gpu.prefill --ranks 2 --device cpu --small --rounds 1
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
 
 import torch
 import transformers
+from torch import distributed as dist
+from transformers import LlamaForCausalLM
 
-from benchmarks.gpu.decode import build
-from benchmarks.support.several import DeviceTurns
+from benchmarks.gpu.pipeline import alone
+from benchmarks.support.decoders import SHAPES, DrawnWeights, decoder
+from benchmarks.support.peers import tp_plan_auto
+from benchmarks.support.several import DeviceTurns, device_name, device_of_rank, options, sharing, start, synchronize
 from partitioner import Plan, partition
-from partitioner.sharding.mesh import Mesh
-from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
-from runtime.processes.launch import begin_worker, launch
+from runtime.generation import steps
 
-LENGTHS, ROUNDS, WIDTH, VOCABULARY = (4096, 16384), 5, 4096, 128256
+LENGTHS, SMALL_LENGTHS = (4096, 16384), (64, 129)
+ALONE, TURNS, WHOLE = "ours, 1 GPU", "ours, halves in turn", "ours, whole pieces"
 
 
-def product_rate() -> float:
+def product_rate(device: torch.device) -> float:
     """Operations per second of a product of random numbers."""
-    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    size = 8192 if device.type == "cuda" else 512
+    x = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     x @ x
-    torch.cuda.synchronize()
-    start = time.perf_counter()
+    synchronize(device)
+    began = time.perf_counter()
     for _ in range(10):
         x @ x
-    torch.cuda.synchronize()
-    return 10 * 2 * 8192**3 / (time.perf_counter() - start)
+    synchronize(device)
+    return 10 * 2 * size**3 / (time.perf_counter() - began)
+
+
+def as_transformers_has_it(model: Any, weights: DrawnWeights, device: torch.device) -> Any:
+    """The model with the same weights, all of them on this device."""
+    held = type(model)._from_config(model.config, dtype=model.dtype).eval() if device.type == "cpu" else None
+    if held is None:
+        with torch.device(device):
+            held = type(model)._from_config(model.config, dtype=model.dtype).eval()
+    for name, parameter in held.named_parameters():
+        parameter.data.copy_(weights(name, tuple((0, size) for size in parameter.shape)))
+    return held
+
+
+def by_tp_plan(held: Any, given: argparse.Namespace) -> tuple[Any, str]:
+    """Transformers' own tensor parallelism over these ranks, or why there is none."""
+    folders: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folders)
+    folder = Path(folders[0])
+    if dist.get_rank() == 0:
+        held.save_pretrained(folder)
+    dist.barrier()
+    try:
+        model = tp_plan_auto(folder)
+        return model, "" if model is not None else "it needs accelerate"
+    except Exception as error:
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    finally:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
 
 
 @torch.no_grad()
 def rank(given: argparse.Namespace) -> None:
-    number = int(os.environ.get("RANK", "0"))
-    torch.cuda.set_device(number)
-    model = build(given.layers)
-    one = partition(model, Plan()).engine(0, ThreadGroup(Mesh.of()).communicator(0), device="cuda")
-    split = Engine.connect(partition(model, Plan(tp=given.ranks)), device="cuda") if given.ranks > 1 else None
-    parameters = sum(p.numel() for p in model.parameters()) - 2 * VOCABULARY * WIDTH
-    rate, turns = product_rate(), DeviceTurns(torch.device("cuda", number))
-    if number == 0:
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    device = device_of_rank(given) if "RANK" in os.environ else torch.device(given.device)
+    shape, lengths = ("small", SMALL_LENGTHS) if given.small else ("8b", LENGTHS)
+    model = decoder(shape, layers=given.layers, positions=max(lengths) + 8, device=device)
+    weights = DrawnWeights(model, device)
+    one = alone(partition(model, Plan()), weights, device)
+    held = as_transformers_has_it(model, weights, device)
+    split, auto, why = None, None, ""
+    if given.ranks > 1:
+        parts = partition(model, Plan(tp=given.ranks))
+        split = Engine.connect(parts, weights, device=device.type, shared_memory=sharing(device))
+        auto, why = by_tp_plan(held, given)
+    first = split is None or split.program.rank == 0
+    rate, turns = product_rate(device), DeviceTurns(device)
+    if first:
         print(
-            f"{given.ranks} x {torch.cuda.get_device_name()}, {given.layers} layers; products {rate / 1e12:.0f} TFLOP/s"
+            f"{given.ranks} x {device_name(device)}, shape {shape}, {model.config.num_hidden_layers} layers; products "
+            f"{rate / 1e12:.2f} TFLOP/s{f'; left out: tp_plan: {why}' if why else ''}"
         )
-    for length in LENGTHS:
-        ids = torch.randint(0, VOCABULARY, (1, length), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
-
-        def ours(engine: Engine, ids: Any = ids, **options: int) -> Callable[[], object]:
-            return lambda: engine.generate(ids, max_new_tokens=1, eos_token_id=[], **options)
-
-        def theirs(ids: Any = ids) -> object:
-            return model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
-
-        contestants: dict[str, tuple[int, Callable[[], object]]] = {
-            "ours, 1 GPU": (1, ours(one)),
-            "ours, 1 GPU, in pieces of 512": (1, ours(one, prefill_step=512)),
-            "transformers, 1 GPU": (1, theirs),
-        }
-        if split is not None:
-            contestants[f"ours, {given.ranks} GPUs"] = (given.ranks, ours(split))
-        times = turns.medians({name: generate for name, (_, generate) in contestants.items()}, rounds=ROUNDS)
-        flops = 2 * parameters * length + 2 * given.layers * length**2 * WIDTH
-        alone = times["ours, 1 GPU"]
-        for name, (gpus, _) in contestants.items():
-            took = times[name]
-            if number == 0:
-                print(
-                    f"{length:6} tokens  {name:30} {took * 1e3:7.1f} ms  1 GPU / this {alone / took:5.2f}  "
-                    f"{flops / took / gpus / 1e12:4.0f} TFLOP/s a GPU = {flops / took / gpus / rate:4.0%} of a product"
-                )
+    for length in lengths:
+        report(given, length, measured(given, length, one, split, held, auto, turns, model), rate, model, first=first)
     if split is not None:
         split.close()
 
 
+def measured(
+    given: argparse.Namespace, length: int, one: Engine, split: Engine | None, held: Any, auto: Any,
+    turns: DeviceTurns, model: Any,
+) -> dict[str, tuple[int, float]]:  # fmt: skip
+    """By contestant: how many GPUs it has, and its seconds."""
+    ids = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(turns.device)
+
+    def ours(engine: Engine, **made: int) -> Callable[[], object]:
+        return lambda: engine.generate(ids, max_new_tokens=1, eos_token_id=[], **made)
+
+    def theirs(model: LlamaForCausalLM) -> Callable[[], object]:
+        return lambda: model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
+
+    def divided(split: Engine, turns_from: int | None) -> Callable[[], object]:
+        run = ours(split)
+
+        def generate() -> object:
+            steps.TURNS_FROM = turns_from
+            return run()
+
+        return generate
+
+    piece = 16 if given.small else 512
+    contestants: dict[str, tuple[int, Callable[[], object]]] = {
+        ALONE: (1, ours(one)),
+        f"{ALONE}, in pieces of {piece}": (1, ours(one, prefill_step=piece)),
+        "transformers, 1 GPU": (1, theirs(held)),
+    }
+    if split is not None:
+        contestants[TURNS] = (given.ranks, divided(split, steps.TURNS_FROM))
+        contestants[WHOLE] = (given.ranks, divided(split, 1 << 60))
+    if auto is not None:
+        contestants['transformers, tp_plan="auto"'] = (given.ranks, theirs(auto))
+    times = turns.medians({name: run for name, (_, run) in contestants.items()}, rounds=given.rounds)
+    return {name: (gpus, times[name]) for name, (gpus, _) in contestants.items()}
+
+
+def report(
+    given: argparse.Namespace, length: int, took: dict[str, tuple[int, float]], rate: float, model: Any, *, first: bool
+) -> None:
+    sizes = SHAPES["small" if given.small else "8b"]
+    layers, width = model.config.num_hidden_layers, sizes["hidden_size"]
+    inside = sum(p.numel() for p in model.parameters()) - 2 * sizes["vocab_size"] * width
+    flops = 2 * inside * length + 2 * layers * length**2 * width
+    for name, (gpus, seconds) in took.items() if first else ():
+        print(
+            f"{length:6} tokens  {name:32} {seconds * 1e3:8.1f} ms  1 GPU / this {took[ALONE][1] / seconds:5.2f}  "
+            f"{flops / seconds / gpus / 1e12:6.2f} TFLOP/s a GPU = {flops / seconds / gpus / rate:4.0%} of a product",
+            flush=True,
+        )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A prompt on GPUs.")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--ranks", type=int, default=1)
+    parser = options(__doc__)
+    parser.add_argument("--layers", type=int, help="instead of all")
+    parser.set_defaults(ranks=1)
     given = parser.parse_args()
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    if given.ranks > 1 and "RANK" not in os.environ:
-        options = [f"--{name}={value}" for name, value in vars(given).items()]
-        launch(["benchmarks.gpu.prefill", *options], num_ranks=given.ranks, timeout_s=600)
-        return
-    if given.ranks > 1:
-        begin_worker()
-    rank(given)
+    if given.ranks == 1:
+        rank(given)
+    else:
+        start("benchmarks.gpu.prefill", given, parts=[f"tp={given.ranks}"], rank=rank)
 
 
 if __name__ == "__main__":

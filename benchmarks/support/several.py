@@ -112,6 +112,13 @@ class DeviceTurns:
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return found.tolist()  # type: ignore[no-any-return]
 
+    def of_all(self, seconds: float) -> list[float]:
+        """Of each rank, by rank."""
+        mine = torch.tensor([seconds], dtype=torch.float64, device=self.device)
+        found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, mine)
+        return [float(each) for each in found]
+
     def medians(self, contestants: Mapping[str, Run], *, rounds: int, calls: int = 1) -> dict[str, float]:
         """Seconds of one call, by name; `calls` run behind each other before the device is waited for."""
 

@@ -17,7 +17,7 @@ from partitioner.program.stages import crossings
 from partitioner.proof.meetings import Event, play
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.communicating import Meeting
-from runtime.pipeline.schedule import Action, Head, Receive, Run, Send, Shift, Timelines, chain, ring
+from runtime.pipeline.schedule import Action, Head, Receive, Run, Send, Shift, Timelines, chain, relay, ring
 
 __all__ = ["Boundary", "boundaries_of", "play_schedule", "prove_stages"]
 
@@ -32,8 +32,12 @@ def prove_stages(program: Program) -> None:
     count, shares_head = program.stages.count, program.stages.shares_head
     boundaries = boundaries_of(program)
     for pieces in (1, 2 * count + 1):
-        play_schedule(chain(count, pieces, heads=range(pieces) if shares_head else ()), boundaries)
+        for early in (True, False):
+            heads = range(pieces) if shares_head else ()
+            play_schedule(chain(count, pieces, heads=heads, early=early), boundaries)
     play_schedule(ring(count, count, 3 * count, shares_head=shares_head), boundaries)
+    for groups in (count, count + 1):
+        play_schedule(relay(count, groups, 3 * groups, shares_head=shares_head), boundaries)
 
 
 def boundaries_of(program: Program) -> tuple[Boundary, ...]:

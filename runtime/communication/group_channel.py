@@ -22,8 +22,8 @@ from runtime.communication.channels import Channel, Handle, piece_sizes, require
 from runtime.communication.failure_verdict import FailureVerdict, is_broken
 from runtime.communication.group_collectives import PRIMITIVES, Group, begin_all_reduce, begin_all_to_all
 from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement, check_counts
+from runtime.communication.peer_memory.all_reduce_beside import begin_all_reduce as begin_beside
 from runtime.communication.peer_memory.peer_memory import PeerMemory
-from runtime.communication.peer_memory.under_way import begin_all_reduce as begin_beside
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory
 from runtime.ops.communicating import Kind, axes_text
 from runtime.processes.device_watch import DeviceWatch

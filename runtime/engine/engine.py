@@ -367,5 +367,7 @@ class Engine:
         if error is not None:
             if self._replicas is not None:
                 self._replicas.failed(error)
+            if "_generate_loop" in self.__dict__:
+                self._generate_loop.abandon()
             self.communicator.abort(error)
         self.close()

@@ -63,7 +63,7 @@ class Executable:
         cache: Cache | None = None,
         profiler: Profiler | None = None,
     ) -> None:
-        self.program, self.communicator = program, communicator
+        self.program, self.communicator, self.device = program, communicator, device
         self.weights, self.profiler = weights, profiler
         overflow = Overflow() if profiler is None else profiler.overflow
         self._graph = bound_graph(program, communicator, device, cache, overflow)

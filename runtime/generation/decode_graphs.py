@@ -5,6 +5,7 @@ read on the device. Where attention is a kernel that stops at each row's length,
 is compiled serves any cache. Elsewhere it looks at `seen` slots, rounded up, so that a few graphs serve all lengths.
 States per sequence stay in one place: a step reads and writes them there, for rows that are active.
 A captured step may choose its rows' tokens too, each as its request asks: `runtime.sampling.row_sampler`.
+Over stages, groups of rows have steps of their own, which hand on by themselves (`runtime.pipeline.relay`).
 CUDA graphs: launching a captured step costs the host microseconds instead of the launch of each of its kernels.
 """
 
@@ -12,29 +13,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from partitioner.errors import InputError
-from runtime.communication.traceable import Traceable
-from runtime.execution.executable import Executable, build
+from runtime.execution.cuda_graphs import GraphPool, captured
+from runtime.execution.executable import Executable
 from runtime.kv_cache.cache import Cache
+from runtime.pipeline.head import HeadOfAll
+from runtime.pipeline.message import Box
 from runtime.program.rank_program import RankProgram
 from runtime.sampling.row_sampler import Kind, RowOptions, RowSampler
 from runtime.sampling.vocabulary_search import VocabularySearch
 
-__all__ = ["Chosen", "Decoder", "GraphPool", "require_fixed_shapes"]
+__all__ = ["Chosen", "Decoder", "require_fixed_shapes"]
 
-# a product with one row is a sum over the weights' rows, whose tiles are found by trying. By default the compiler
-# computes again what several kernels use, in each of them: cosines and sines of the position in every layer, and norms
-# in every row of a product
-_ON_GPU: dict[str, Any] = {
-    "coordinate_descent_tuning": True,
-    "realize_reads_threshold": 1,
-    "realize_acc_reads_threshold": 2,
-}
+_Step = tuple[Literal["logits", "choice", "turn", "head"], Kind | None, bool]
+"""What is run: a step; a step that chooses, of which kind, and whether the next one goes on from there; one of a stage,
+between its inbox and its outbox; what all stages choose."""
+_LOGITS: _Step = ("logits", None, False)
+_TURN: _Step = ("turn", None, False)
+_HEAD: _Step = ("head", None, False)
+
 _INPUTS = ("input_ids", "position_ids", "last", "active")
 _ROUND_TO = 256
 _WARM_UP = 3
@@ -61,26 +63,12 @@ def require_fixed_shapes(program: RankProgram, device: torch.device, *, cuda_gra
         )
 
 
-class GraphPool:
-    """Memory that captured steps share, of which one is replayed at a time."""
-
-    def __init__(self) -> None:
-        self._handle: Any = None
-
-    @property
-    def handle(self) -> Any:
-        """What torch.cuda.graph takes."""
-        if self._handle is None:
-            self._handle = torch.cuda.graph_pool_handle()
-        return self._handle
-
-    def renew(self) -> None:
-        """For when none of its graphs is left: torch captures nothing more into a pool that all graphs have left."""
-        self._handle = None
-
-
 class Decoder:
-    """See the module's docstring; for `batch` sequences. `compile`: through torch.compile, with inductor."""
+    """See the module's docstring; for `batch` sequences.
+
+    compiled: what runs the step, where it is compiled. rows: those of the cache; None: the first, or those that it has
+    been told. Over stages, what comes from the one before is read from `inbox`.
+    """
 
     def __init__(
         self,
@@ -89,13 +77,16 @@ class Decoder:
         cache: Cache,
         *,
         batch: int,
+        rows: slice | None = None,
         device: torch.device,
-        compile: bool,
+        compiled: Callable[..., Any] | None,
         cuda_graph: bool,
         pool: GraphPool,
+        head: HeadOfAll | None = None,
     ) -> None:
-        self.batch, self.cache, self._pool = batch, cache, pool
-        self._compiled, self._captures = compile, cuda_graph
+        self._head = head
+        self.batch, self.cache, self._rows, self._pool = batch, cache, rows, pool
+        self._is_compiled, self._captures = compiled is not None, cuda_graph
         self._execute = execute
         self._inputs = {
             "input_ids": torch.zeros(batch, 1, dtype=torch.int64, device=device),
@@ -103,37 +94,64 @@ class Decoder:
             "last": torch.zeros(batch, dtype=torch.int64, device=device),
             "active": torch.ones(batch, dtype=torch.bool, device=device),
         }
-        self._order = [wanted.name for wanted in program.inputs]
-        self._function: Callable[..., Any] = execute.function
-        if compile:
-            traceable = build(program, Traceable(execute.communicator), device, cache)
-            function = functools.partial(traceable, *execute.weights)
-            options = _ON_GPU if device.type == "cuda" else None
-            self._function = torch.compile(function, dynamic=False, options=options)
-        self._compared = not compile
+        stage = program.stage
+        self.inbox = Box(() if stage is None else stage.receives, batch, device)
+        self.outbox = Box(() if stage is None else stage.sends, batch, device)
+        self._is_last = stage is None or stage.index + 1 == stage.count
+        shared = program.shared_head
+        self._hands_on = () if stage is None else stage.sends
+        self._for_head = Box(() if shared is None else shared.receives, batch, device)
+        if self._is_last and shared is not None:
+            self._hands_on = shared.receives
+        self._of_run = [self._inputs[wanted.name] for wanted in program.inputs]
+        self._given = [*self._of_run, *self.inbox.values]
+        self._function: Callable[..., Any] = execute.function if compiled is None else compiled
+        self._compared = compiled is None
         """Whether the ranks have made sure that they are about to do the same: a compiled step does not."""
-        self._graphs: dict[tuple[int, Kind | None, bool], tuple[Any, Any]] = {}
-        """By the slots they look at, what they choose, and whether the next step goes on from there."""
+        self._graphs: dict[tuple[int, _Step], tuple[Any, Any]] = {}
+        """By the slots they look at."""
         self._program, self._device = program, device
-        self._rows: RowSampler | None = None
+        self._rows_asked: RowSampler | None = None
         self._kinds: list[Kind] = []
+        self._choose: Callable[[Tensor], Tensor] | None = None
+        self._latest = 0
+        """The largest position of the next turn."""
 
-    def __call__(self, tokens: Sequence[int], positions: Sequence[int], active: Sequence[bool] = ()) -> Tensor:
+    def __call__(
+        self,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        active: Sequence[bool] = (),
+        received: Sequence[Tensor] = (),
+    ) -> Any:
         """The logits [B, V/n] after one more token per sequence, at its position; valid until the next call.
 
-        active: rows whose states move on; (): all.
+        active: rows whose states move on; (): all. received: what comes from the stage before, of all rows or the first
+        ones; of a stage that hands on, a tuple comes back.
         """
+        for held, given in zip(self.inbox.values, received, strict=True):
+            held[tuple(slice(size) for size in given.shape)].copy_(given)
         self._set(tokens, positions, active)
         seen = self._seen(max(positions))
-        if not self._compared:
-            self._compare(seen)
-        logits: Tensor = self._replayed(seen, None, chained=False) if self._captures else self._run(seen)
-        return logits
+        self._compare(seen)
+        return self._done(seen, _LOGITS)
+
+    def of_first(
+        self, count: int, tokens: Sequence[int], positions: Sequence[int], received: Sequence[Tensor] = ()
+    ) -> Any:
+        """As a run of the first `count` sequences has it: logits [count, 1, V/n], or what the stage hands on."""
+        made = self(tokens, positions, received=received)
+        if not isinstance(made, tuple):
+            return made[:count, None]
+        return tuple(
+            value.narrow(crossing.shape.index("batch"), 0, count) if "batch" in crossing.shape else value
+            for value, crossing in zip(made, self._hands_on, strict=True)
+        )
 
     @property
     def rows(self) -> RowSampler:
         """What chooses in its steps."""
-        if self._rows is None:
+        if self._rows_asked is None:
             program = self._program
             search = VocabularySearch(
                 self._execute.communicator,
@@ -144,8 +162,8 @@ class Decoder:
             )
             # a state that has moved on cannot be taken back when the host finds that a row was not certain
             whole = not all(state.per_token for state in program.states)
-            self._rows = RowSampler(search, self.batch, self._device, whole=whole)
-        return self._rows
+            self._rows_asked = RowSampler(search, self.batch, self._device, whole=whole)
+        return self._rows_asked
 
     def choose(
         self,
@@ -162,11 +180,8 @@ class Decoder:
         """
         self._set(tokens, positions)
         kind, seen = self._kind_for(self.rows.begin(rows, also)), self._seen(max(positions))
-        if not self._compared:
-            self._compare(seen)
-        logits, said = (
-            self._replayed(seen, kind, chained=False) if self._captures else self._chosen(seen, kind, chained=False)
-        )
+        self._compare(seen)
+        logits, said = self._done(seen, ("choice", kind, False))
         return Chosen(said.cpu(), logits)
 
     def chain(
@@ -181,14 +196,10 @@ class Decoder:
         latest = max(positions)
         kind = self._kind_for(self.rows.begin(rows))
         keeps = not self.rows.is_certain(kind)
-        if not self._compared:
-            self._compare(self._seen(latest))
+        self._compare(self._seen(latest))
         started: list[tuple[Callable[[], Tensor], Tensor]] = []
         for step in range(count):
-            seen = self._seen(latest + step)
-            logits, said = (
-                self._replayed(seen, kind, chained=True) if self._captures else self._chosen(seen, kind, chained=True)
-            )
+            logits, said = self._done(self._seen(latest + step), ("choice", kind, True))
             # the next step begins before the host knows whether it needs these
             started.append((_sent(said), logits.clone() if keeps else logits))
             if step:
@@ -202,6 +213,32 @@ class Decoder:
         if kind not in self._kinds:
             self._kinds.append(kind)
         return kind
+
+    def begin_turns(self, choose: Callable[[Tensor], Tensor], tokens: Sequence[int], positions: Sequence[int]) -> None:
+        """Before the first `turn`, over stages: the token of each row, and its position. choose: as of a chain.
+
+        The ranks of a stage compare and capture the step here: no other stage waits for one that does that.
+        """
+        self._choose = self._choose or choose
+        self._set(tokens, positions)
+        self.inbox.said.zero_()
+        self.inbox.said[0].copy_(self._inputs["input_ids"][:, 0])
+        self._latest = max(positions)
+        seen = self._seen(self._latest)
+        self._compare(seen)
+        if self._captures:
+            self._graph(seen, _TURN)
+            if self._head is not None:
+                self._graph(0, _HEAD)
+
+    def turn(self) -> None:
+        """One step of the tokens in `inbox`, and what it hands on into `outbox`: on the last stage, what is chosen."""
+        self._done(self._seen(self._latest), _TURN)
+        self._latest += 1
+
+    def choose_by_all(self) -> None:
+        """Of a head that all stages share out, behind the last one's turn: the next tokens, into `inbox`, on all."""
+        self._done(0, _HEAD)
 
     def _set(self, tokens: Sequence[int], positions: Sequence[int], active: Sequence[bool] = ()) -> None:
         self.cache.fixed_states.settle(self.cache.buffers)
@@ -217,16 +254,27 @@ class Decoder:
         """How many slots a step looks at."""
         most = self.cache.max_length
         # one compiled graph only: compiling takes far longer than looking at empty slots
-        return most if self._compiled or self.cache.any_length else min(most, -(-(latest + 1) // _ROUND_TO) * _ROUND_TO)
+        if self._is_compiled or self.cache.any_length:
+            return most
+        return min(most, -(-(latest + 1) // _ROUND_TO) * _ROUND_TO)
 
-    def _replayed(self, seen: int, kind: Kind | None, *, chained: bool) -> Any:
-        key = (seen, kind, chained)
-        if key not in self._graphs:
-            run = self._run if kind is None else functools.partial(self._chosen, kind=kind, chained=chained)
-            self._graphs[key] = self._capture(run, seen)
-        graph, result = self._graphs[key]
+    def _done(self, seen: int, step: _Step) -> Any:
+        if not self._captures:
+            return self._body(step)(seen)
+        graph, result = self._graph(seen, step)
         graph.replay()
         return result
+
+    def _graph(self, seen: int, step: _Step) -> tuple[Any, Any]:
+        if (seen, step) not in self._graphs:
+            self._graphs[seen, step] = self._capture(self._body(step), seen)
+        return self._graphs[seen, step]
+
+    def _body(self, step: _Step) -> Callable[[int], Any]:
+        what, kind, chained = step
+        if kind is not None:
+            return functools.partial(self._chosen, kind=kind, chained=chained)
+        return {"logits": self._run, "turn": self._turn, "head": self._chosen_by_all}[what]
 
     @torch.no_grad()
     def _chosen(self, seen: int, kind: Kind, *, chained: bool) -> tuple[Tensor, Tensor]:
@@ -239,11 +287,35 @@ class Decoder:
             self.rows.advance(said, kind)
         return logits, said
 
+    @torch.no_grad()
+    def _turn(self, seen: int) -> None:
+        assert self._choose is not None
+        self._inputs["input_ids"].copy_(self.inbox.said[0, :, None])
+        made = self._run(seen)
+        chooses = self._is_last and self._head is None
+        self.outbox.said.copy_(self._choose(made) if chooses else self.inbox.said)
+        to = self._for_head if self._is_last else self.outbox
+        for held, value in zip(to.values, () if chooses else made, strict=True):
+            held.copy_(value)
+        if self._head is None:
+            self._inputs["position_ids"].add_(1)
+
+    @torch.no_grad()
+    def _chosen_by_all(self, _: int) -> None:
+        """The head takes the inputs of the turn, which are those of the next one behind it."""
+        assert self._head is not None
+        assert self._choose is not None
+        logits = self._head.step(self._of_run, self._for_head.values)
+        self.inbox.said.copy_(self._choose(logits[:, 0]))
+        self._inputs["position_ids"].add_(1)
+
     def _compare(self, seen: int) -> None:
         """One step as it is, with every collective compared; the next one does it again, and writes the same."""
-        self.cache.begin_fixed(self._inputs["position_ids"], seen)
+        if self._compared:
+            return
+        self.cache.begin_fixed(self._inputs["position_ids"], seen, rows=self._rows)
         states = self.cache.fixed_states.copies()
-        self._execute([self._inputs[name] for name in self._order])
+        self._execute(self._given)
         self.cache.fixed_states.restore(states)
         self._execute.communicator.begin_run(new_shapes=False)
         self._compared = True
@@ -255,44 +327,42 @@ class Decoder:
         self._graphs.clear()
 
     @torch.no_grad()
-    def _run(self, seen: int) -> Tensor:
-        self.cache.begin_fixed(self._inputs["position_ids"], seen)
+    def _run(self, seen: int) -> Any:
+        self.cache.begin_fixed(self._inputs["position_ids"], seen, rows=self._rows)
         communicator = self._execute.communicator
         try:
-            logits: Tensor = self._function(*(self._inputs[name] for name in self._order))
+            made = self._function(*self._given)
         except BaseException as error:
             reason = communicator.explained(error)
             communicator.abort(reason)
             raise reason from (None if reason is error else error)
-        return logits[:, 0]
+        return made if isinstance(made, tuple) else made[:, 0]
 
     @torch.no_grad()
     def _capture(self, run: Callable[[int], Any], seen: int) -> tuple[Any, Any]:
         # a step that is run again on the same inputs and states writes what it has written: the warm-up is free of
         # effects
-        changing = [*self._inputs.values(), *([] if self._rows is None else self._rows.changing)]
-        before = [given.clone() for given in changing]
+        asked = [] if self._rows_asked is None else self._rows_asked.changing
+        before = [(given, given.clone()) for given in (*self._inputs.values(), self.inbox.said, *asked)]
         states = self.cache.fixed_states.copies()
 
         def warm_up() -> None:
             run(seen)
-            for given, was in zip(changing, before, strict=True):
-                given.copy_(was)
+            for given, held in before:
+                given.copy_(held)
             self.cache.fixed_states.restore(states)
 
         self._execute.communicator.begin_run(new_shapes=True)
         warm_up()
         self._execute.communicator.begin_run(new_shapes=False)
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):
-                warm_up()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool.handle):
-            result = run(seen)
-        return graph, result
+        if self._inputs["last"].is_cuda:
+            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    warm_up()
+            torch.cuda.current_stream().wait_stream(side)
+        return captured(lambda: run(seen), self._pool)
 
 
 def _sent(said: Tensor) -> Callable[[], Tensor]:

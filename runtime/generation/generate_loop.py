@@ -3,7 +3,7 @@
     Conversation    the tokens of each sequence, on the host        `conversation.py`
     Steps           one piece through this rank's programs          `steps.py`
     TokenChooser    the next tokens from the logits                 `choose_tokens.py`
-    StagedLoop      the order of these over pipeline stages         `staged_loop.py`
+    StagedLoop      the order of these over pipeline stages         `staged/staged_loop.py`
     GenerateLoop    the order of these, and the memory of the cache
     BatchLoop       many requests at once, in the place of one task after the other   `batching/batch_loop.py`
 
@@ -28,14 +28,16 @@ from runtime.generation.conversation import Conversation
 from runtime.generation.decode_graphs import require_fixed_shapes
 from runtime.generation.generation_options import Settings
 from runtime.generation.generation_request import GenerationRequest, Step
-from runtime.generation.staged_loop import StagedLoop
+from runtime.generation.staged.staged_loop import StagedLoop
 from runtime.generation.steps import Loaded, Steps
+from runtime.generation.token_rules import TokenRules
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.cache_size import (
     ANY_LENGTH,
     CacheSize,
     Room,
     WhatIsKept,
+    all_stages,
     default_step,
     held_as,
     slots_for,
@@ -72,8 +74,6 @@ class GenerateLoop:
         self.program = prefill.program
         """For prompts; that for single tokens has the same inputs, states and limits."""
         self.communicator, self.device = communicator, device
-        if (compile or cuda_graph) and decode.program.stage is not None:
-            raise InputError("decode steps of pipeline stages are neither compiled nor captured: leave compile out")
         if compile or cuda_graph:
             require_fixed_shapes(decode.program, device, cuda_graph=cuda_graph)
         self._compile, self._cuda_graph = compile, cuda_graph
@@ -89,6 +89,8 @@ class GenerateLoop:
         """As `WhatIsKept` has it, once there is a cache."""
         self._default_steps: dict[int, int] = {}
         self._told_of_rule = False
+        self._staged: StagedLoop | None = None
+        """The latest task's, over stages."""
         self._turn = 0
         """Counts tasks: a stream that another task has overtaken must not go on."""
 
@@ -109,6 +111,7 @@ class GenerateLoop:
         longest = max(map(len, request.prompts))
         length = longest + settings.max_new_tokens - 1  # the last token is never run
         request.require_fits(self.program, length)
+        self._leave()
         if self.program.batch_axes:
             yield from self._dealt(request, length)
             return
@@ -121,7 +124,7 @@ class GenerateLoop:
         choosing = self.program, settings, self.communicator, self.device, self._profiler
         chooser = TokenChooser(*choosing) if given is None else GivenTokens(given, *choosing)
         if self.program.stage is not None:
-            staged = StagedLoop(
+            staged = self._staged = StagedLoop(
                 run,
                 self.program,
                 self._decode_by.program,
@@ -129,6 +132,7 @@ class GenerateLoop:
                 self.device,
                 self._profiler,
                 alike=self._counts_tokens,
+                relays=self._relays(settings),
             )
             for step in staged.steps(request, chooser, min(size, run.cache.step)):
                 yield step
@@ -180,8 +184,23 @@ class GenerateLoop:
             self._told_of_rule = True
         return not rule
 
+    def _relays(self, settings: Settings) -> bool:
+        """Whether stages can hand on by themselves: nothing but the likeliest tokens is asked for, nobody measures."""
+        sampling = settings.sampling
+        plain = not sampling.do_sample and sampling.repetition_penalty == 1 and settings.rules == TokenRules()
+        plain &= not settings.logprobs and self._profiler.recording is None
+        # over stages there is something to gain too where steps are only compiled: what a stage hands on does not wait
+        return plain and (self._cuda_graph or self._compile)
+
+    def _leave(self) -> None:
+        """Ends what a stream over stages has under way, if there is one: others would wait for it."""
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            staged.leave()
+
     def reserve(self, size: CacheSize) -> Room:
         """A collective: sets the cache of all later tasks aside, of the same size on all ranks."""
+        self._leave()
         self._drop_cache()
         if self.program.batch_axes:
             self._batches = self._batch_loop(None)
@@ -224,7 +243,10 @@ class GenerateLoop:
                 return self._bound
             if cache.max_batch >= max_batch and cache.max_length >= max_length and cache.step >= step:
                 return self._bound
-        kept = self._bound if self._bound is not None and self._bound.serve_any_cache else None
+        kept = self._bound
+        # a stage without attention serves any
+        if kept is not None and not all_stages(kept.serve_any_cache, self.program, self.communicator, self.device):
+            kept = None
         self._drop_cache()
         size = CacheSize(max_batch=max_batch, max_length=max_length, prefill_step=step)
         room = Room.agreed(self.program, size, self.communicator, self.device)
@@ -288,7 +310,12 @@ class GenerateLoop:
             cuda_graph=self._cuda_graph,
         )
 
+    def abandon(self) -> None:
+        """Before `release` where a rank has failed: what is under way comes to no end."""
+        self._staged = None
+
     def release(self) -> None:
         """Gives back the cache and the captured steps; a stream that is under way cannot go on."""
+        self._leave()
         self._drop_cache()
         self._turn += 1

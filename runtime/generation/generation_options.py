@@ -20,6 +20,8 @@ grammar=None             of ranks that `partitioner.launch` started with a vocab
                          word of it; see `runtime.sampling.grammar`
 input_ids, inputs        the prompts, by transformers' names
 prefill_step=None        how many tokens of each prompt are run at a time; None: by device and memory
+pipeline_groups=None     over pipeline stages, in how many groups rows take turns; None: as many as there are stages.
+                         With one more, transfers take no time of their own (`runtime.pipeline.relay`)
 
 What is not given is what the model's generation config says (generation_config.json), as transformers takes it. Other
 names of GenerationConfig are taken where their values change nothing, and refused otherwise: `not_offered.py`.
@@ -83,6 +85,7 @@ class Options(TypedDict, total=False):
     top_logprobs: int | None
     grammar: str | None
     prefill_step: int | None
+    pipeline_groups: int | None
     num_beams: int
     num_return_sequences: int
     use_cache: bool
@@ -104,6 +107,7 @@ class Settings:
     top_logprobs: int | None = None
     grammar: str | None = None
     prefill_step: int | None = None
+    pipeline_groups: int | None = None
 
     @classmethod
     def of(
@@ -161,9 +165,9 @@ class Settings:
         )
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "prefill_step"):
+        for name in ("max_new_tokens", "prefill_step", "pipeline_groups"):
             value = getattr(self, name)
-            if name == "prefill_step" and value is None:
+            if name != "max_new_tokens" and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
                 raise InputError(f"{name} must be a whole number, at least 1; got {value!r}")

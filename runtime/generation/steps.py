@@ -7,7 +7,8 @@ run(piece)        -> the same of any piece; `rows`: those of the cache that its 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
+from runtime.execution.cuda_graphs import GraphPool, compiled_step
 from runtime.execution.executable import Executable
 from runtime.execution.in_turns import can_take_turns
 from runtime.execution.profile import Profiler
 from runtime.generation.conversation import Piece
-from runtime.generation.decode_graphs import Decoder, GraphPool
+from runtime.generation.decode_graphs import Decoder
 from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.cache import Cache
 from runtime.pipeline.head import HeadOfAll
@@ -29,8 +31,10 @@ from runtime.program.rank_program import RankProgram
 __all__ = ["Loaded", "Steps"]
 
 TURNS_ON = frozenset({"cuda"})
-TURNS_FROM = 2048
-"""Tokens of a piece from which on its halves take turns: with fewer, a GPU waits for its host."""
+TURNS_FROM: int | None = None
+"""Tokens of a piece from which on its halves take turns; None: as many as the program says."""
+_PER_LAUNCH = 12.5e9
+"""Operations that a fast GPU does while its host launches what one node of a graph stands for: 25 us."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,16 @@ class Steps:
         self._decode = self._prefill if decode is prefill else bound(decode)
         self._head = head(prefill)
         self._decode_head = self._head if decode is prefill else head(decode)
-        self._decoders: dict[int, Decoder] = {}
-        """By the number of sequences."""
+        self._decoders: dict[tuple[int, int | None], Decoder] = {}
+        """By the number of sequences and the first of their rows; None: those that the cache has been told."""
+        self._compiled: dict[tuple[int, int | None], Callable[..., Any]] = {}
+        """What runs them; where one does for all rows, by the number only."""
         self._pool = GraphPool()
         program = prefill.program
         alone = program.stage is None and self._head is None and not program.batch_axes
         self.takes_turns = device.type in TURNS_ON and alone and cache.takes_turns and can_take_turns(program)
         """Whether a large piece is run as two halves in turn."""
+        self._turns_from = _turns_from(program) if self.takes_turns else 0
 
     def prefill(self, pieces: Iterable[Piece]) -> Tensor:
         """The logits [B, V/n] of each prompt's last token."""
@@ -92,26 +99,46 @@ class Steps:
         assert found is not None
         return found
 
-    def decode(self, piece: Piece) -> Tensor:
-        """The logits [B, V/n] after one more token per row."""
-        if not self._compile and not self._cuda_graph:
-            return self.run(piece, decode=True)
-        return self.decoder(len(piece.tokens))([row[0] for row in piece.tokens], piece.starts, piece.active)
+    def decode(self, piece: Piece, received: Sequence[Tensor] = (), *, rows: slice | PagedRows | None = None) -> Any:
+        """The logits [B, V/n] after one more token per row, or what the rank's stage hands on.
 
-    def decoder(self, batch: int) -> Decoder:
+        received: what comes from the stage before. What is compiled or captured is valid until the next call.
+        """
+        if not self.decodes_from_fixed_memory:
+            made = self.execute(piece, received, decode=True, rows=rows)
+            return made if isinstance(made, tuple) else made[:, 0]
+        assert not isinstance(rows, PagedRows)
+        decoder = self.decoder(len(piece.tokens), rows)
+        return decoder([row[0] for row in piece.tokens], piece.starts, piece.active, received)
+
+    @property
+    def decodes_from_fixed_memory(self) -> bool:
+        """Whether steps of single tokens are compiled or captured."""
+        return self._compile or self._cuda_graph
+
+    def decoder(self, batch: int, rows: slice | None = None) -> Decoder:
         """The steps of `batch` sequences from fixed memory, which captured ones share: one is replayed at a time."""
-        if batch not in self._decoders:
-            self._decoders[batch] = Decoder(
+        first = None if rows is None else rows.start
+        if (batch, first) not in self._decoders:
+            self._decoders[batch, first] = Decoder(
                 self._decode_program,
                 self._decode,
                 self.cache,
                 batch=batch,
+                rows=rows,
                 device=self._device,
-                compile=self._compile,
+                compiled=self._compiled_step(batch, first) if self._compile else None,
                 cuda_graph=self._cuda_graph,
                 pool=self._pool,
+                head=self._decode_head,
             )
-        return self._decoders[batch]
+        return self._decoders[batch, first]
+
+    def _compiled_step(self, batch: int, first: int | None) -> Callable[..., Any]:
+        key = batch, None if self.cache.any_rows else first
+        if key not in self._compiled:
+            self._compiled[key] = compiled_step(self._decode_program, self._decode, self.cache, self._device)
+        return self._compiled[key]
 
     @property
     def serve_any_cache(self) -> bool:
@@ -164,7 +191,8 @@ class Steps:
 
     def _pays_in_turns(self, piece: Piece) -> bool:
         rows, size = len(piece.tokens), max(map(len, piece.tokens))
-        return self.takes_turns and rows * size >= TURNS_FROM and all(piece.active)
+        least = self._turns_from if TURNS_FROM is None else TURNS_FROM
+        return self.takes_turns and rows * size >= max(2, least) and all(piece.active)
 
     def _execute_in_turns(self, piece: Piece, rows: slice | PagedRows | None) -> Tensor:
         """The logits of a piece, of which two halves take turns."""
@@ -207,23 +235,28 @@ class Steps:
         """A run of `piece` as the cache is told of it, and the inputs of its program."""
         counts = [len(row) for row in piece.tokens]
         size = max(*counts, least)
-        ids = torch.tensor([row + row[-1:] * (size - len(row)) for row in piece.tokens], device=self._device)
-        last = torch.tensor(counts, device=self._device) - 1
+        ids = self._on_device([row + row[-1:] * (size - len(row)) for row in piece.tokens])
+        last = self._on_device(counts) - 1
         offsets = torch.arange(size, device=self._device).minimum(last[:, None])
-        positions = torch.tensor(piece.starts, device=self._device)[:, None] + offsets
+        positions = self._on_device(piece.starts)[:, None] + offsets
         batch = Batch(positions, tuple(piece.starts), tuple(counts), piece.active)
         program = self._decode_program if decode else self._program
         known = {
             "input_ids": ids,
             "position_ids": positions,
             "last": last,
-            "active": torch.tensor(piece.active, device=self._device),
+            "active": self._on_device(piece.active),
             "slots": torch.arange(max(batch.end + 1, self._least_slots), device=self._device),
         }
         for wanted in program.inputs:
             if wanted.name not in known:
                 raise InputError(f"generation knows nothing to give the input {wanted.name!r} of this model")
         return batch, [known[wanted.name] for wanted in program.inputs]
+
+    def _on_device(self, numbers: Sequence[Any]) -> Tensor:
+        """As a tensor, for which the host does not wait until the device has done what it was told before."""
+        given = torch.tensor(numbers)
+        return given.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else given
 
     def release(self) -> None:
         """Gives back what captured steps hold, and the cache's memory; what is compiled stays."""
@@ -240,3 +273,11 @@ def _halves(rows: slice | PagedRows) -> list[slice | PagedRows]:
         return [PagedRows(rows.numbers[part], rows.tables[part]) for part in (slice(at), slice(at, None))]
     at = (rows.stop - rows.start) // 2
     return [slice(rows.start, rows.start + at), slice(rows.start + at, rows.stop)]
+
+
+def _turns_from(program: RankProgram) -> int:
+    """Tokens of a piece from which on a GPU has enough to do in each half while its host launches the other."""
+    launched = sum(node.op in ("call_function", "call_method") for node in program.graph.nodes)
+    matrices = (weight.local_shape for weight in program.weights if len(weight.local_shape) == 2)
+    multiplied = sum(rows * columns for rows, columns in matrices)  # once for a token: not so the stacks of experts
+    return math.ceil(launched * _PER_LAUNCH / max(1, multiplied))

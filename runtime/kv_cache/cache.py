@@ -61,20 +61,16 @@ class Cache:
         self._states, self._device = tuple(states), device
         self._state_of = {state.name: state for state in self._states}
         self._appended: set[str] = set()
-        self.fixed_states = FixedStates({})
-        """Where states per sequence are in runs of fixed shape."""
+        self.fixed_states = FixedStates({})  # where states per sequence are in runs of fixed shape
         self.resize(max_batch=max_batch, max_length=max_length, step=step, slots=slots)
-        self._batch: Batch | None = None
-        """What the host knows of the run's tokens; None in runs whose positions only the device knows."""
+        self._batch: Batch | None = None  # the run's tokens; None where only the device knows their positions
         self._group = slice(0, 0)  # the rows of the run
-        self._active: Tensor | None = None
-        """The numbers of the active rows, where not all are."""
+        self._active: Tensor | None = None  # the numbers of the active rows, where not all are
         self._masks: dict[Any, Tensor | None] = {}
         self._fixed_masks: dict[tuple[int, int | None, int | None], Tensor] = {}
         self._found: dict[int, tuple[Tensor, Tensor]] = {}  # by number of slots: where the tokens of the run lie
         self._kinds: set[tuple[int, int | None, int | None]] = set()  # slots, window, chunk of the attentions bound
-        self._fixed: int | None = None
-        """How many slots are looked at in runs of single tokens whose positions only the device knows."""
+        self._fixed: int | None = None  # slots that runs of single tokens look at, where only the device knows more
         self._is_fixed = False  # whether this is such a run: a compiled step asks it, and no number
         self._attending: list[Attending] = []
 
@@ -105,6 +101,11 @@ class Cache:
         """Whether steps of one token, as they are bound, are the same whatever the number of slots."""
         grows = any(state.per_token for state in self._states)
         return (bool(self._attending) or not grows) and not self._kinds and not self._appended
+
+    @property
+    def any_rows(self) -> bool:
+        """Whether steps of one token, as they are bound, are the same whichever rows of the cache they are about."""
+        return not self._kinds and not self._appended and not self._remembered
 
     @property
     def bytes(self) -> int:
@@ -139,17 +140,17 @@ class Cache:
     def resume(self, run: dict[str, Any]) -> None:
         self.__dict__.update(run)
 
-    def begin_fixed(self, positions: Tensor, seen: int) -> None:
+    def begin_fixed(self, positions: Tensor, seen: int, *, rows: slice | None = None) -> None:
         """Before a run of one token per row at `positions` [B, 1], of which the host only knows that all are < `seen`.
 
-        All that such a run does with the cache are the same ops on the same memory, whatever the positions: it can be
-        captured once and replayed, where `fixed_states` have been settled.
+        rows: as for `begin`. All that such a run does with the cache are the same ops on the same memory, whatever the
+        positions: it can be captured once and replayed, where `fixed_states` have been settled.
         """
-        self._batch, self._active, self._fixed, self._group = None, None, seen, slice(0, len(positions))
+        self._batch, self._active, self._fixed = None, None, seen
+        self._group = slice(0, len(positions)) if rows is None else rows
         self._is_fixed = True
         self._replayed = max(self._replayed, seen)
-        rows = self._rows[self._group]
-        self._found = {slots: Slots(slots).find(rows, positions) for slots, _, _ in self._kinds}
+        self._found = {slots: Slots(slots).find(self._rows[self._group], positions) for slots, _, _ in self._kinds}
         for slots, window, chunk in self._kinds:
             held = Slots(slots).held(positions, min(slots, seen), wraps=slots < self.max_length)
             dtype = next(state.dtype for state in self._states if state.per_token)

@@ -39,6 +39,7 @@ __all__ = [
     "CacheSize",
     "Room",
     "WhatIsKept",
+    "all_stages",
     "bytes_needed",
     "default_step",
     "held_as",
@@ -327,6 +328,13 @@ def tokens_that_fit(program: RankProgram, room: int, *, max_batch: int, prefill_
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def all_stages(said: bool, program: RankProgram, communicator: Communicator, device: torch.device) -> bool:
+    """Whether the ranks of all stages say so; a collective where there are stages."""
+    if program.stage is None:
+        return said
+    return bool(_gathered(communicator, torch.tensor([int(said)], device=device)).all())
 
 
 def _gathered(communicator: Communicator, mine: Tensor) -> Tensor:

@@ -109,7 +109,9 @@ class PagedCache(Cache):
             padded = padded.pin_memory()
         self._fixed_tables[batch][:, :longest].copy_(padded, non_blocking=True)
 
-    def begin_fixed(self, positions: Tensor, seen: int) -> None:
+    def begin_fixed(self, positions: Tensor, seen: int, *, rows: slice | None = None) -> None:
+        if rows is not None:
+            raise InputError("the rows of a run from fixed memory are named before, by `fix`, not by a stretch")
         self._batch, self._active, self._fixed, self._group = None, None, seen, slice(0, len(positions))
         self._is_fixed = True
         if len(positions) not in self._fixed_tables:

@@ -146,8 +146,13 @@ class ShardedCache(Cache):
         seen = kept.most(group, [0] * len(numbers))
         return ShardedRun(group, tokens.positions, slots, seen, kept, dealt_out=dealt_out)
 
-    def begin_fixed(self, positions: Tensor, seen: int) -> None:
-        self._batch, self._active, self._fixed, self._group = None, None, seen, slice(0, len(positions))
+    @property
+    def any_rows(self) -> bool:
+        return False
+
+    def begin_fixed(self, positions: Tensor, seen: int, *, rows: slice | None = None) -> None:
+        self._batch, self._active, self._fixed = None, None, seen
+        self._group = slice(0, len(positions)) if rows is None else rows
         self._is_fixed = True
         appended = self.kept.append(positions, self._group, self.coordinate)
         most = max(sharded_slots(state, max_length=seen, step=self.step, parts=self.parts) for state in self._states)

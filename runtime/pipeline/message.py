@@ -1,11 +1,15 @@
-"""What goes round the ring of decoding stages: one message of fixed size per slot.
+"""What decoding stages hand on: one message of fixed size per slot of a ring, or per turn of a relay.
 
     number     step of the tokens, 0: none; whether values follow                  2 x int64
     tokens     those that the group was given last                                 rows x int64
     logprobs   of these, NaN where nobody asked                                    rows x float64
     values     what the stage hands on, each from a multiple of 16 bytes
 
-All ranks of a permute bring tensors of one shape, so a message is as long as the longest boundary and group need.
+All ranks of a permute bring tensors of one shape, so a message is as long as the longest boundary and group need. In a
+relay the device writes and reads messages, each in memory that stays (`Box`):
+
+    said       the tokens that the group was given last, and their logits          [2, rows] x float64
+    values     what the stage hands on, each from a multiple of 16 bytes
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.program.rank_program import Crossing
 
-__all__ = ["Message", "message_bytes"]
+__all__ = ["Box", "Message", "message_bytes"]
 
 _ALIGNED = 16
 
@@ -64,6 +68,23 @@ class Message:
             at = _aligned(at + size)
         tokens = tuple(numbers[2 : 2 + count])
         return cls(numbers[0], tokens, None if scores is None else tuple(scores[:count]), tuple(values))
+
+
+class Box:
+    """Memory of one message of a relay, of a group of `rows`; said, values: parts of `packed`."""
+
+    def __init__(self, crossings: Sequence[Crossing], rows: int, device: torch.device) -> None:
+        shapes = [_shape(crossing, rows) for crossing in crossings]
+        sizes = [math.prod(shape) * each.dtype.itemsize for shape, each in zip(shapes, crossings, strict=True)]
+        starts = [_aligned(16 * rows)]
+        for size in sizes:
+            starts.append(_aligned(starts[-1] + size))
+        self.packed = torch.zeros(starts[-1], dtype=torch.uint8, device=device)
+        self.said = self.packed[: 16 * rows].view(torch.float64).view(2, rows)
+        parts = zip(crossings, shapes, starts, sizes, strict=False)
+        self.values = tuple(
+            self.packed[start : start + size].view(each.dtype).view(shape) for each, shape, start, size in parts
+        )
 
 
 def message_bytes(crossings: Sequence[Crossing], rows: int) -> int:

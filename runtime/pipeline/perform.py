@@ -97,7 +97,8 @@ class Staged:
 
         try:
             heads = range(len(pieces)) if self.head is not None else ()
-            timeline = chain(self.stage.count, len(pieces), heads=heads)[self.stage.index]
+            early = self.executable.device.type != "cuda"
+            timeline = chain(self.stage.count, len(pieces), heads=heads, early=early)[self.stage.index]
             perform(timeline, self.links, sizes, run, head)
         except BaseException as error:
             self.executable.communicator.abort(error)

@@ -139,6 +139,16 @@ class Sampler:
         padded.scatter_(1, columns, torch.where(seen < 0, seen * penalty, seen / penalty))
         return padded[:, :-1]
 
+    def best(self, logits: Tensor) -> Tensor:
+        """The likeliest tokens and their logits, [2, B] float64, without waiting for the device: see `chosen`."""
+        tokens, best, _ = self.search.likeliest(self.search.share.of(logits), scored=False)
+        return torch.stack([tokens.double(), best])
+
+    def chosen(self, best: Tensor) -> list[int]:
+        """The tokens that `best` found, once it lies on the host."""
+        require_finite(best[1])
+        return [int(token) for token in best[0].tolist()]
+
     def top(self, logits: Tensor, tokens: Tensor, num: int) -> tuple[Tensor, Tensor]:
         """Log-probabilities by the model itself, before any option: [B, 1 + num] float64, and their tokens, int64.
 

@@ -11,7 +11,7 @@ from benchmarks.gpu.plans import kendall
 
 ROOT = Path(__file__).parents[2]
 RUNS = {
-    "pipeline": (["--tokens", "130", "--layers", "2"], ["pp=2: 2 x CPU", "first token of 130", "24 rows in 2 groups"]),
+    "pipeline": (["--tokens", "130", "--layers", "2"], ["pp=2: 2 x CPU", "first token of 130", "3 groups of 8"]),
     "experts": (["--tokens", "1", "3"], ["small: 2 x CPU", "uneven: 2 x CPU", "3 tokens per rank", "; hidden "]),
     "sequences": (
         ["--lengths", "33", "--cached", "20", "--layers", "2"],

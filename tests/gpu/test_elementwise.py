@@ -23,6 +23,7 @@ def _by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("torch's op was asked")
 
     monkeypatch.setattr(operations, "ACTIVATIONS", dict.fromkeys(ACTIVATIONS, never))
+    monkeypatch.setattr(operations, "LEAST_ROWS", 1)
     monkeypatch.setattr(torch, "roll", never)
     monkeypatch.setattr(torch, "rms_norm", never)
 

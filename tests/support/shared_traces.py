@@ -110,4 +110,4 @@ def _digest(tensor: Tensor) -> tuple[Any, ...]:
     about = type(tensor), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device, tensor.requires_grad
     if tensor.is_meta:
         return about
-    return *about, hashlib.blake2b(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()).digest()
+    return *about, hashlib.blake2b(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()).digest()

@@ -1,22 +1,12 @@
-"""All-reduces by peer memory that are under way on a stream of their own while the rank computes."""
+"""The stream of what is under way by peer memory while the rank computes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from runtime.communication.channels import Handle
-
-if TYPE_CHECKING:
-    from runtime.communication.peer_memory.peer_memory import PeerMemory
-
-__all__ = ["UnderWay", "begin_all_reduce"]
-
-BESIDE = 32
-"""Blocks of an all-reduce that others compute beside: those keep the other processors."""
+__all__ = ["UnderWay"]
 
 
 class UnderWay:
@@ -44,26 +34,3 @@ class UnderWay:
         """Before each kernel on another stream."""
         if self._last is not None:
             torch.cuda.current_stream(self._device).wait_event(self._last)
-
-
-def begin_all_reduce(
-    peers: PeerMemory, *, otherwise: Callable[[Tensor], Handle], overwrite: bool
-) -> Callable[[Tensor], Handle]:
-    """`otherwise`: the same by NCCL."""
-
-    def begin(x: Tensor) -> Handle:
-        way = peers.way("all_reduce", x)
-        if way == "nccl":
-            return otherwise(x)
-        out = x if overwrite and x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
-        end = peers.under_way.begin(lambda: peers.all_reduce(x, out, way, blocks=BESIDE))
-        kept: list[Tensor] = [x]  # until nobody reads it any more
-
-        def finish() -> Tensor:
-            peers.under_way.finish(end)
-            kept.clear()
-            return out
-
-        return Handle(finish)
-
-    return begin

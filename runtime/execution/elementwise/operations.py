@@ -30,21 +30,26 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
 }
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LEAST_ROWS = 1024
+"""Tokens from which on a GPU is busy while its host launches: to launch one kernel of Triton's takes as long as several
+of torch's."""
 _MOST_NORMED = 16384
 """Numbers of a row that one program holds."""
 _ELEMENTS = 1024
 """Of a program, about."""
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether kernels take these, which are of one dtype and lie on one GPU."""
+def takes(rows: int, *tensors: Tensor) -> bool:
+    """Whether kernels take these, which are of one dtype and lie on one GPU; `rows`: tokens of the first."""
     first = tensors[0]
+    if not first.is_cuda or rows < LEAST_ROWS:
+        return False
     alike = all(isinstance(x, Tensor) and x.dtype == first.dtype and x.device == first.device for x in tensors)
-    return alike and first.is_cuda and first.dtype in _DTYPES and first.numel() > 0 and not missing_for_triton()
+    return alike and first.dtype in _DTYPES and first.numel() > 0 and not missing_for_triton()
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
-    if x.dim() != 4 or not takes(x, cos, sin) or not (_spreads(cos, x) and _spreads(sin, x)):
+    if x.dim() != 4 or not takes(x.shape[0] * x.shape[2], x, cos, sin) or not (_spreads(cos, x) and _spreads(sin, x)):
         return x * cos + torch.roll(x, [-half], [-1]) * sin
     return _rotated(x, cos.expand(x.shape), sin.expand(x.shape), half)
 
@@ -64,7 +69,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
 
 
 def gated(a: Tensor, b: Tensor, act: str) -> Tensor:
-    if a.shape != b.shape or not takes(a, b):
+    if a.shape != b.shape or not takes(a.shape[:-1].numel(), a, b):
         return ACTIVATIONS[act](a) * b
     return _gated(a, b, act)
 
@@ -85,7 +90,8 @@ def added_norm(
     a: Tensor, b: Tensor, size: list[int], weight: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor]:
     fits = a.shape == b.shape and size == list(a.shape[-1:]) and 0 < size[0] <= _MOST_NORMED and eps is not None
-    fits = fits and takes(a, b) and (weight is None or (takes(a, weight) and weight.shape == a.shape[-1:]))
+    given = (a, b) if weight is None else (a, b, weight)
+    fits = fits and takes(a.shape[:-1].numel(), *given) and (weight is None or weight.shape == a.shape[-1:])
     if fits:
         assert eps is not None
         return _added_norm(a, b, weight, eps)

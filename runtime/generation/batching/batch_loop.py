@@ -80,8 +80,6 @@ class BatchLoop:
         compile: bool = False,
         cuda_graph: bool = False,
     ) -> None:
-        if (compile or cuda_graph) and decode.program.stage is not None:
-            raise InputError("decode steps of pipeline stages are neither compiled nor captured: leave compile out")
         self._prefill_by, self._decode_by = prefill, decode
         self.program = prefill.program
         self._parts = self.program.mesh.size(*self.program.batch_axes) if self.program.batch_axes else 1
@@ -252,7 +250,7 @@ class BatchLoop:
         self._places.before(run)
         if run.work.decode and self._from_fixed_memory:
             assert isinstance(self._places, InBlocks)
-            return self._places.decode(self._steps, run, few_sizes=self._decoding["compile"])
+            return self._places.decode(self._steps, run, received, few_sizes=self._decoding["compile"])
         return self._steps.execute(run.piece, received, decode=run.work.decode, rows=run.rows)
 
     def _run_filled(self, run: Run, least: int, like: Hashable) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -125,13 +125,13 @@ class InBlocks:
     def before(self, run: Run) -> None:
         """Nothing: a run says all that the cache has to know."""
 
-    def decode(self, steps: Steps, run: Run, *, few_sizes: bool) -> Tensor:
-        """Logits [n, 1, V/r] by a step that is compiled or captured, for as many rows or some more.
+    def decode(self, steps: Steps, run: Run, received: Sequence[Tensor] = (), *, few_sizes: bool) -> Any:
+        """Logits [n, 1, V/r], or what a stage hands on, by a compiled or captured step for as many rows or some more.
 
         few_sizes: whether there is one for one row and one for all; otherwise one for each power of two.
         """
         decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
-        return decoder(tokens, positions)[: len(run.piece.tokens), None]
+        return decoder.of_first(len(run.piece.tokens), tokens, positions, received)
 
     def choose(
         self,

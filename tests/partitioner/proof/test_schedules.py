@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from partitioner.errors import RankMismatch
 from partitioner.proof.meetings import Event, events_of
 from partitioner.proof.schedules import boundaries_of, play_schedule
 from runtime.ops.communicating import Meeting
-from runtime.pipeline.schedule import Receive, Send, bubble, chain, naive_ring, pieces_of, ring
+from runtime.pipeline.schedule import Action, Receive, Run, Send, bubble, chain, naive_ring, pieces_of, relay, ring
 from tests.support.partitioned import compiled
 
 
@@ -26,7 +28,12 @@ def boundaries(count: int) -> tuple[tuple[Event, ...], ...]:
 @pytest.mark.parametrize("pieces", [1, 2, 7])
 def test_chains_and_rings_need_no_buffers(stages: int, pieces: int) -> None:
     play_schedule(chain(stages, pieces), boundaries(stages))
-    play_schedule(ring(stages, stages, pieces * stages), boundaries(stages))
+    play_schedule(chain(stages, pieces, early=False), boundaries(stages))
+    for groups in (stages, stages + 1, 2 * stages):
+        play_schedule(ring(stages, groups, pieces * stages), boundaries(stages))
+        play_schedule(relay(stages, groups, pieces * stages), boundaries(stages))
+        shared = relay(stages, groups, pieces * stages, shares_head=True)
+        play_schedule(shared, [*boundaries(stages), boundaries(stages)[0]])
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4])
@@ -47,6 +54,29 @@ def test_mistakes_in_a_schedule_are_told() -> None:
         play_schedule((good[0], dropped), boundaries(2))
     with pytest.raises(RankMismatch, match="nothing more to do"):
         play_schedule((chain(2, 5)[0], good[1]), boundaries(2))
+
+
+def test_mistakes_in_a_relay_are_told() -> None:
+    good = relay(3, 3, 7)
+    play_schedule(good, boundaries(3))
+    # every stage hands on before it takes in what comes next: all wait to send
+    hasty = tuple(
+        tuple(sorted(timeline, key=lambda action: (_turn(timeline, action), isinstance(action, Receive))))
+        for timeline in good[1:]
+    )
+    with pytest.raises(RankMismatch):
+        play_schedule((good[0], *hasty), boundaries(3))
+    # a stage that goes on when the others have heard that all have ended
+    with pytest.raises(RankMismatch):
+        play_schedule((good[0], relay(3, 3, 8)[1], good[2]), boundaries(3))
+    # tokens that nobody takes
+    with pytest.raises(RankMismatch):
+        play_schedule((good[0][:-1], *good[1:]), boundaries(3))
+
+
+def _turn(timeline: Sequence[Action], action: Action) -> int:
+    """How many turns a stage has run when it comes to an action."""
+    return sum(isinstance(each, Run) for each in timeline[: timeline.index(action) + 1])
 
 
 def test_the_graphs_of_all_ranks_within_their_schedule() -> None:

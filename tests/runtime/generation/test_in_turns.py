@@ -1,21 +1,21 @@
 """A large piece of prompts as two halves in turn: one sums over the ranks while the other computes."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from partitioner import Plan
 from runtime.communication.channels import Channel, Handle
 from runtime.generation import steps
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.cache_size import CacheSize
+from tests.runtime.generation.batching import many_requests
+from tests.runtime.generation.batching.many_requests import assert_as_alone, mixed, on_all_ranks
+from tests.support import stepping
 from tests.support.generated import prompts
 from tests.support.partitioned import compiled
 
 LENGTHS = [(9,), (2,), (5, 9, 1), (6, 6)]
-FAMILIES = ["llama", "mistral", "mixtral", "falcon_h1", "qwen3_next", "deepseek_v3"]
+SLOW = ["mistral", "mixtral", "deepseek_v3"]
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def in_turns(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return begun
 
 
-@pytest.mark.parametrize("tp", [2, 3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tp", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_halves_in_turn_say_what_a_whole_piece_says(family: str, tp: int, in_turns: list[tuple[str, int]]) -> None:
     parts, alone = compiled(family, tp), compiled(family, 1)
     for lengths in LENGTHS:
@@ -51,26 +51,31 @@ def test_halves_in_turn_say_what_a_whole_piece_says(family: str, tp: int, in_tur
         in_turns.clear()
 
 
-def test_many_requests_in_blocks_say_the_same(in_turns: list[tuple[str, int]]) -> None:
-    parts = compiled("llama", 2)
-    texts = prompts("llama", (9, 3, 12))
-    wanted = [compiled("llama", 1).generate([text], max_new_tokens=5, eos_token_id=[])[0].tolist() for text in texts]
-    size = CacheSize(max_batch=3, max_length=32)
-    found = parts.generate(texts, max_new_tokens=5, eos_token_id=[])
-    assert [row[-len(text) - 5 :] for row, text in zip(found.tolist(), texts, strict=True)] == wanted
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lfm2_moe", "falcon_h1"])
+def test_states_of_sequences_follow_the_halves(name: str, in_turns: list[tuple[str, int]]) -> None:
+    assert stepping.error(name, stepping.compiled_in_pieces(name, 2)) < 1e-9
     assert in_turns
-    assert size.max_batch == 3
+
+
+def test_many_requests_in_blocks_say_the_same(in_turns: list[tuple[str, int]]) -> None:
+    cases = mixed(8, longest=20, new=6)
+    alone = many_requests.alone(compiled("llama", 1), cases)
+    assert not in_turns
+    found = on_all_ranks(compiled("llama", 2), cases, CacheSize(max_batch=4, max_length=64, prefill_step=8))
+    assert in_turns
+    assert_as_alone(cases, found, alone)
 
 
 def test_each_half_is_run_with_what_the_cache_knows_of_it(
     in_turns: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Negative control."""
-    texts = prompts("llama", (9,))
-    wanted = compiled("llama", 1).generate(texts, max_new_tokens=6, eos_token_id=[])
     monkeypatch.setattr(Cache, "resume", lambda self, run: None)
-    found: Any = compiled("llama", 2).generate(texts, max_new_tokens=6, eos_token_id=[])
-    assert not torch.equal(found, wanted)
+    texts = prompts("llama", (8,))  # halves of one length, which only their places tell apart
+    wanted = compiled("llama", 1).generate(texts, max_new_tokens=6, eos_token_id=[], logprobs=True)
+    found = compiled("llama", 2).generate(texts, max_new_tokens=6, eos_token_id=[], logprobs=True)
+    assert not torch.allclose(found.logprobs[:, :1], wanted.logprobs[:, :1])
 
 
 def test_small_pieces_and_single_tokens_take_no_turns(
@@ -79,8 +84,3 @@ def test_small_pieces_and_single_tokens_take_no_turns(
     monkeypatch.setattr(steps, "TURNS_FROM", 100)
     compiled("llama", 2).generate(prompts("llama", (9,)), max_new_tokens=6, eos_token_id=[])
     assert not in_turns
-
-
-def test_on_a_cpu_turns_are_left_to_who_has_another_processor_for_sums() -> None:
-    assert {"cuda"} == steps.TURNS_ON
-    assert Plan(tp=2).tp == 2

@@ -209,14 +209,6 @@ def decoding(engine: Any, *, compile: bool) -> Iterator[None]:
             engine._generate_loop = before
 
 
-def test_stages_are_not_compiled() -> None:
-    def asked(engine: Any) -> None:
-        with decoding(engine, compile=True), pytest.raises(InputError, match="stages are neither compiled"):
-            engine.batching(ROOMY)
-
-    parts("pp=2")._simulator.run(asked)
-
-
 def test_what_never_fits_is_refused_in_words() -> None:
     def work(engine: Any) -> None:
         loop = engine.batching(TIGHT)
