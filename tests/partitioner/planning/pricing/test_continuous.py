@@ -8,6 +8,7 @@ import pytest
 from benchmarks.planning.silicon.queue_formula import by_queues, queue_seconds
 from partitioner import Plan
 from partitioner.planning.cluster import Cluster
+from partitioner.planning.explain import reason
 from partitioner.planning.pricing.batching import Load, Scheduler
 from partitioner.planning.pricing.continuous import shared_steps
 from partitioner.planning.pricing.price import Pricer
@@ -42,6 +43,11 @@ def test_replicas_with_experts_among_them_run_in_step() -> None:
     together = shared_steps(pricer, Plan(dp=2, ep=2), Workload(64, 8, 6))
     assert (apart.requests, apart.worlds, apart.replicas) == (3, 2, 1)
     assert (together.requests, together.worlds, together.replicas) == (6, 1, 2)
+    cluster, found = Cluster.parse("4xH100"), summary("mixtral")
+    said = {
+        plan: reason(pricer.price(plan, Workload(64, 8, 6)), cluster, found) for plan in (Plan(dp=2), Plan(dp=2, ep=2))
+    }
+    assert ["requests of its own" in text for text in said.values()] == [False, True]
     assert together.seconds.tokens(6, 64) == pytest.approx(
         pricer.step_seconds(Plan(dp=2, ep=2), 3, 64, pricer.even_stages(Plan())), rel=0.02
     )
