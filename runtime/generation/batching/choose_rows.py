@@ -157,7 +157,7 @@ class RowChooser:
         known = [each.given[len(each.text)] for each in mine if each.given is not None]
         if known:
             scored, _ = self._sampler(sampling).top(chosen, torch.tensor(known, device=self._device), 1)
-            return [Choice(token, score) for token, score in zip(known, scored[:, 0].tolist(), strict=True)]
+            return [Choice(token, logprob) for token, logprob in zip(known, scored[:, 0].tolist(), strict=True)]
         history, lengths = self._history(sampling, mine)
         sample = self._profiler.timed("sampling", self._sampler(sampling))
         tokens, logprobs = sample(
