@@ -47,7 +47,7 @@ def compiled(name: str, plan: str) -> Parts[Any]:
         pytest.param("mixtral", f"{ALL},expert-parallel.exchange=replicate", marks=pytest.mark.slow),
         pytest.param("qwen3_moe", f"{ALL},sp_attention=ring", marks=pytest.mark.slow),
         pytest.param("qwen3_moe", f"{ALL},sequence-parallel,sp_attention=gather", marks=pytest.mark.slow),
-        pytest.param("mixtral", "pp=2,sp=2,ep=4,etp=2", marks=pytest.mark.slow),  # ep over dp: one batch for both
+        pytest.param("mixtral", "pp=2,sp=2,ep=4,etp=2", marks=pytest.mark.slow),  # ep over dp: own sequences
         pytest.param("mixtral", f"dp=2,{ALL}", marks=pytest.mark.slow),  # replicas: worlds of their own
     ],
 )

@@ -8,6 +8,7 @@ rows               a dim that runs over a rank's own rows goes where its symbol 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import sympy
@@ -178,7 +179,8 @@ def _row_dims(program: Program, node: fx.Node, sources: list[fx.Node], layouts: 
         for dim in layout_of(layouts, source).row_dims:
             own = layout_of(layouts, source).dims[dim]
             assert isinstance(own, Rows)
-            if op not in _KEEPS_ORDER and dim in _along(a, len(shape)):
+            along = _repeated(a["repeats"], len(shape)) if op is aten.repeat else _along(a, len(shape))
+            if op not in _KEEPS_ORDER and dim in along:
                 return f"works along dim {dim}, over which each rank has {own} of its own"
             for rows in own.by_dim:
                 if (whole := _whole_size(program, node, rows, layouts)) is not None:
@@ -199,6 +201,11 @@ def _merged(before: Rows | None, rows: Rows) -> Rows | None:
     if before is None or rows in before.by_dim:
         return before or rows
     return before.merged(rows)
+
+
+def _repeated(repeats: Sequence[Any], rank: int) -> set[int]:
+    """The dims of which a repeat yields more than once; new ones come first."""
+    return {dim for dim, times in enumerate(repeats[len(repeats) - rank :]) if times != 1}
 
 
 def _along(a: dict[str, Any], rank: int) -> set[int]:

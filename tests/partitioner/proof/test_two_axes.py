@@ -1,5 +1,7 @@
 """Splits over several axes and in several dims, and rows: inferred, checked, emitted, simulated; what is refused."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import fx
@@ -173,6 +175,8 @@ def test_rows_are_not_the_result() -> None:
         (aten.softmax.int, (1,), "requires its operand"),
         (aten.flip.default, ([1],), "works along dim 1|mixes"),
         (aten.slice.Tensor, (1, 0, 2), "works along dim 1"),
+        (aten.repeat.default, ([1, 2, 1],), "works along dim 1"),
+        (aten.repeat.default, ([1, 1, 2],), None),
         (aten.relu.default, (), None),
         (aten.softmax.int, (2,), None),
         (aten.slice.Tensor, (2, 0, 2), None),
@@ -186,6 +190,9 @@ def test_what_may_be_done_with_rows(op: object, args: tuple[object, ...], messag
     shape = list(act.meta["val"].shape)
     if op is aten.slice.Tensor:
         shape[int(str(args[0]))] = 2
+    if op is aten.repeat.default:
+        repeats: Any = args[0]
+        shape = [times * size for times, size in zip(repeats, shape, strict=True)]
     made.meta = {"val": Value(tuple(shape), act.meta["val"].dtype), "path": "model"}
     if message is None:
         check(program)

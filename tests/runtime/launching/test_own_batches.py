@@ -33,7 +33,7 @@ def test_each_gets_its_own_until_one_is_lost(
         assert [future.result(120) for future in futures] == alone
         status = llm.status()
         assert (status.running, status.waiting) == (0, 0)
-        future = llm.submit([[5, 6, 7]], max_new_tokens=110, eos_token_id=[])[0]
+        future = llm.submit([[5, 6, 7]], max_new_tokens=55, eos_token_id=[])[0]
         os.kill(llm.pids[0][1], signal.SIGKILL)
         with pytest.raises(RankLost, match="rank 1"):
             future.result(60)
