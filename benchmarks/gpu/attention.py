@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.gpu.decode import measured_speed
+from runtime.ops.kernels import decode_attention as kernel_module
 from runtime.ops.kernels.decode import latent_decode as latent_module
 from runtime.ops.kernels.decode.latent_decode import latent_decode
 from runtime.ops.kernels.decode_attention import decode_attention
@@ -86,11 +87,7 @@ def in_float8(speed: float) -> None:
         q, new = draw(batch, HEADS, 1, WIDTH), draw(batch, KV_HEADS, 1, WIDTH)
         at = torch.full((batch, 1), length - 1, device="cuda")
 
-        def step(held: list[tuple[Tensor, ...]] = held, q: Tensor = q, new: Tensor = new, at: Tensor = at) -> None:
-            for k, of_k, v, of_v in held:
-                decode_attention(q, new, new, at, k, v, scale=0.1, key_scales=of_k, value_scales=of_v)
-
-        took = milliseconds(step, graph=True) / layers
+        took = milliseconds(functools.partial(over_float8, q, new, at, held), graph=True) / layers
         tell(f"one token in fp8, {batch:3} x {length:6} keys", took, sum(part.nbytes for part in held[0]), speed)
 
 
@@ -149,28 +146,43 @@ def tell(what: str, took: float, num_bytes: int, speed: float) -> None:
     )
 
 
+LAUNCHES = {
+    16: ((32, 3, 4, 16, 1), (32, 3, 4, 16, 2), (64, 2, 4, 16, 2), (64, 3, 8, 16, 1), (32, 2, 4, 16, 3)),
+    128: ((32, 2, 8, 64, 1), (64, 2, 8, 64, 1), (32, 3, 8, 64, 1)),
+}
+"""By heads: tile, stages, warps, heads of a program, programs for each processor."""
+
+
 @torch.no_grad()
 def launches(speed: float) -> None:
-    """Latents of one text of 32k by how the kernel is launched: tile, stages, warps, and heads of a program."""
+    """One text of 32k by how kernels are launched: over latents, and over keys and values in fp8."""
     length = 32768
-    for heads, choices in (
-        (16, ((32, 3, 4, 16), (64, 2, 4, 16), (32, 3, 8, 16), (32, 4, 4, 16), (64, 3, 8, 16))),
-        (128, ((32, 2, 8, 64), (64, 2, 8, 64), (32, 3, 8, 64), (16, 3, 8, 64), (32, 3, 4, 32))),
-    ):
+    at = torch.full((1, 1), length - 1, device="cuda")
+    q, new = draw(1, HEADS, 1, WIDTH), draw(1, KV_HEADS, 1, WIDTH)
+    quantised = [(*float8(1, length), *float8(1, length)) for _ in range(8)]
+    num_bytes = sum(part.nbytes for part in quantised[0])
+    for warps, stages, each in ((4, 3, 1), (4, 3, 2), (4, 3, 4), (8, 3, 2)):
+        launch = {"_WARPS": warps, "_STAGES": stages, "_PER_PROCESSOR_FLOAT8": each}
+        with unittest.mock.patch.multiple(kernel_module, **launch):
+            took = milliseconds(functools.partial(over_float8, q, new, at, quantised), graph=True) / len(quantised)
+        tell(f"fp8, {warps} warps, {stages} stages, {each} for each processor", took, num_bytes, speed)
+    for heads, choices in LAUNCHES.items():
         q, new = draw(1, heads, 1, LATENT + CARRIED), draw(1, 1, LATENT + CARRIED)
-        at = torch.full((1, 1), length - 1, device="cuda")
         held: list[list[Tensor | None]] = [[draw(1, 1, length, LATENT + CARRIED), None] for _ in range(8)]
-        for tile, stages, warps, most in choices:
+        for tile, stages, warps, most, each in choices:
             launch = {
-                "_TILES": {q.dtype: tile},
-                "_WARPS": {most: warps},
-                "_STAGES": {most: stages},
-                "_MOST_HEADS": most,
-            }
+                "_TILES": {q.dtype: tile}, "_WARPS": {most: warps}, "_STAGES": {most: stages}, "_MOST_HEADS": most,
+                "_PER_PROCESSOR": {most: each},
+            }  # fmt: skip
             with unittest.mock.patch.multiple(latent_module, **launch):
                 took = milliseconds(functools.partial(over_latents, q, new, at, held), graph=True) / len(held)
-            name = f"{heads} heads, {most} of a program, tiles of {tile}, {stages} stages, {warps} warps"
+            name = f"{heads} heads, {most} of a program, tiles of {tile}, {stages} stages, {warps} warps, {each} each"
             tell(name, took, length * (LATENT + CARRIED) * 2, speed)
+
+
+def over_float8(q: Tensor, new: Tensor, at: Tensor, held: list[tuple[Tensor, ...]]) -> None:
+    for k, of_k, v, of_v in held:
+        decode_attention(q, new, new, at, k, v, scale=0.1, key_scales=of_k, value_scales=of_v)
 
 
 @torch.no_grad()

@@ -24,15 +24,17 @@ import torch
 from torch import Tensor
 
 from runtime.ops.kernels.decode.latent_decode import latent_decode
-from runtime.ops.kernels.triton_needs import as_codes, can_run, converts_float8
+from runtime.ops.kernels.triton_needs import can_run
 
 __all__ = ["Attending", "can_decode", "decode_attention", "one_token", "one_token_of_latents", "registered"]
 
 _TILE, _LEAST_TILES = 64, 1
 """Keys at a time, and the fewest such times of a part."""
 _WARPS, _STAGES = 4, 3
-_MOST_SPLITS, _PER_PROCESSOR = 64, 1
-"""How many parts there are at most, and programs for each processor: all parts wait for the last one."""
+_MOST_SPLITS, _PER_PROCESSOR, _PER_PROCESSOR_FLOAT8 = 64, 1, 2
+"""How many parts there are at most, and programs for each processor: all parts wait for the last one. Over float8, one
+has half the bytes under way, and more to do with them.
+"""
 _MERGED = 8192
 """Numbers of parts that are read at a time when they are put together."""
 _WIDEST = 256
@@ -51,10 +53,10 @@ def _counters(device: torch.device) -> Tensor:
     return torch.zeros(_MOST_COUNTERS, dtype=torch.int32, device=device)
 
 
-def _splits(pairs: int, slots: int, device: torch.device) -> int:
-    """So many parts that about each processor has one, however long rows are."""
+def _splits(pairs: int, slots: int, device: torch.device, *, each: int) -> int:
+    """So many parts that processors have `each` about, however long rows are."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = min(_PER_PROCESSOR * processors / pairs, _MOST_SPLITS, slots / (_TILE * _LEAST_TILES))
+    wanted = min(each * processors / pairs, _MOST_SPLITS, slots / (_TILE * _LEAST_TILES))
     return int(2 ** max(0, math.floor(math.log2(max(1.0, wanted)))))
 
 
@@ -87,7 +89,8 @@ def decode_attention(
         kv_heads, block = keys.shape[0], keys.shape[2]
         slots, row_dim, head_dim = table.shape[1] * block, 1, 0
     group, value_width = heads // kv_heads, values.shape[-1]
-    splits = _splits(batch * kv_heads, slots, q.device)
+    each = _PER_PROCESSOR if key_scales is None else _PER_PROCESSOR_FLOAT8
+    splits = _splits(batch * kv_heads, slots, q.device, each=each)
     out = q.new_empty(batch, heads, 1, value_width)
     lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device) if return_lse else out
     parts = torch.empty(batch * heads * splits * (value_width + 2), dtype=torch.float32, device=q.device)
@@ -96,8 +99,6 @@ def decode_attention(
     capped = softcap is not None
     num_key_scales, key_strides = _scales(key_scales, row_dim, head_dim)
     num_value_scales, value_strides = _scales(value_scales, row_dim, head_dim)
-    native = converts_float8(q.device)
-    keys, values = as_codes(keys, native=native), as_codes(values, native=native)
     merged = max(1, _MERGED // (_power_of_2(group) * max(16, _power_of_2(value_width))))
     decode[(batch * kv_heads, splits)](
         q.contiguous(), k.contiguous(), v.contiguous(), positions.contiguous(), keys, values,
@@ -114,7 +115,7 @@ def decode_attention(
         WINDOWED=window is not None, CHUNKED=chunk is not None, CAPPED=capped,
         SINKS=sinks is not None, LSE=return_lse, EXACT=q.dtype == torch.float32, BLOCK=block,
         KEY_SCALES=num_key_scales, VALUE_SCALES=num_value_scales, FOLDED=q.dtype != torch.float16,
-        NATIVE=native,
+        PTX=q.is_cuda,
         num_warps=_WARPS, num_stages=2 if width > 128 or q.dtype == torch.float32 else _STAGES,
     )  # fmt: skip
     return (out, lse) if return_lse else out

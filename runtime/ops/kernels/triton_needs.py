@@ -1,7 +1,4 @@
-"""Whether kernels in Triton can run here: it builds what launches them with the machine's C compiler.
-
-And what they are given of rows of a cache, which may be codes of float8.
-"""
+"""Whether kernels in Triton can run here: it builds what launches them with the machine's C compiler."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["as_codes", "can_run", "converts_float8", "missing_for_triton"]
+__all__ = ["can_run", "missing_for_triton"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -40,14 +37,3 @@ def can_run(rows: Tensor, dtype: torch.dtype) -> bool:
     if rows.device.type != "cuda" or dtype not in _DTYPES or missing_for_triton():
         return False
     return rows.dtype in (dtype, torch.uint8)
-
-
-@functools.cache
-def converts_float8(device: torch.device) -> bool:
-    """Whether the device has instructions for codes of float8."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def as_codes(rows: Tensor, *, native: bool) -> Tensor:
-    """Rows as a kernel takes them: of codes as float8 where the device converts them."""
-    return rows.view(torch.float8_e4m3fn) if native and rows.dtype == torch.uint8 else rows

@@ -88,7 +88,6 @@ def test_one_token_per_row(dtype, heads, kv_heads, width, value_width, slots, po
         assert torch.equal(values[row, :, position % slots], v[row, :, 0])
 
 
-@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "width", "value_width", "slots", "positions", "block", "options"),
@@ -100,11 +99,7 @@ def test_one_token_per_row(dtype, heads, kv_heads, width, value_width, slots, po
         (8, 2, 64, 256, 1600, [40, 1400], 16, {"chunk": 512}),
     ],
 )
-def test_one_token_per_row_over_float8(
-    dtype, native, heads, kv_heads, width, value_width, slots, positions, block, options, monkeypatch
-):
-    if not native:  # as on GPUs without instructions for such codes
-        monkeypatch.setattr("runtime.ops.kernels.decode_attention.converts_float8", lambda device: False)
+def test_one_token_per_row_over_float8(dtype, heads, kv_heads, width, value_width, slots, positions, block, options):
     torch.manual_seed(0)
     batch = len(positions)
     draw = lambda *shape: torch.randn(shape, device="cuda").to(dtype)  # noqa: E731

@@ -72,14 +72,14 @@ def decode(
     KEY_SCALES: tl.constexpr,
     VALUE_SCALES: tl.constexpr,
     FOLDED: tl.constexpr,
-    NATIVE: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """`scale` is that of the scores times log2(e), or without it where they are CAPPED.
 
     BLOCK: how many slots lie together, where `table` says of each BLOCK of a row which block of the cache it is, and
     `key_row` is from block to block; 0: a row's slots are its own. MERGED: parts that are read at a time at the end.
     KEY_SCALES: how many of a key, which is codes of float8 then; 0: keys are numbers. VALUE_SCALES alike. FOLDED:
-    whether a value's one scale goes into the weights, whose dtype has room for that. NATIVE: the device converts codes.
+    whether a value's one scale goes into the weights, whose dtype has room for that. PTX: not interpreted.
     """
     pair = tl.program_id(0)
     split = tl.program_id(1)
@@ -100,14 +100,14 @@ def decode(
         key_block, key_sizes = dims // 128, dims * 0.0 + 1.0
         for number in tl.static_range(KEY_SCALES):
             key_sizes = tl.where(key_block == number, scale_of(largest_of(key, key_block, number)), key_sizes)
-        key_codes = to_codes(key, key_sizes, NATIVE)
-        key = numbers_of(key_codes, NATIVE).to(tl.float32) * key_sizes
+        key_codes = to_codes(key, key_sizes)
+        key = numbers_of(key_codes, tl.float32, PTX) * key_sizes
     if VALUE_SCALES:
         value_block, value_sizes = value_dims // 128, value_dims * 0.0 + 1.0
         for number in tl.static_range(VALUE_SCALES):
             value_sizes = tl.where(value_block == number, scale_of(largest_of(value, value_block, number)), value_sizes)
-        value_codes = to_codes(value, value_sizes, NATIVE)
-        value = numbers_of(value_codes, NATIVE).to(tl.float32) * value_sizes
+        value_codes = to_codes(value, value_sizes)
+        value = numbers_of(value_codes, tl.float32, PTX) * value_sizes
     length = position + 1
     wraps = length > slots
     held = tl.minimum(length, slots)
@@ -189,7 +189,7 @@ def decode(
                 value_scale_at = blocks * value_scale_row + slot % BLOCK * VALUE_SCALES
             block = tl.load(keys + key_at[None, :] + dims[:, None], mask=seen[None, :] & (dims[:, None] < D), other=0.0)
             if KEY_SCALES:
-                block = numbers_of(block, NATIVE)
+                block = numbers_of(block, query.dtype, PTX)
             if KEY_SCALES > 1:
                 sizes = tl.load(
                     key_scales + key_scale_at[None, :] + (dims // 128)[:, None],
@@ -217,7 +217,7 @@ def decode(
                 other=0.0,
             )
             if VALUE_SCALES:
-                block = numbers_of(block, NATIVE)
+                block = numbers_of(block, query.dtype, PTX)
             if VALUE_SCALES == 1 and FOLDED:
                 weights *= tl.load(value_scales + value_scale_at, mask=seen, other=0.0)[None, :]
             elif VALUE_SCALES:

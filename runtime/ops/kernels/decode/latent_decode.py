@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.ops.kernels.triton_needs import as_codes, can_run, converts_float8
+from runtime.ops.kernels.triton_needs import can_run
 
 __all__ = ["can_decode_latent", "latent_decode"]
 
 _TILES = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
 """Latents at a time, by the query's dtype."""
-_LEAST_TILES, _MOST_SPLITS = 2, 128
+_LEAST_TILES, _MOST_SPLITS = 2, 256
 _WARPS, _STAGES = {16: 4, 32: 8, 64: 8}, {16: 3, 32: 2, 64: 2}
-"""By the heads of a program."""
+_PER_PROCESSOR = {16: 2, 32: 1, 64: 1}
+"""Programs for each processor: these three by the heads of a program."""
 _WIDEST = 1024
 _MOST_HEADS = 64
 """Of a program: so many rows of 512 numbers in float32 are what it can sum up."""
@@ -66,14 +67,13 @@ def latent_decode(
     wide = padded > 512 or q.dtype == torch.float32
     head_block = min(16 if wide else _MOST_HEADS, max(16, _power_of_2(heads)))
     head_blocks = -(-heads // head_block)
-    splits = _splits(batch * head_blocks, slots, tile, device)
+    splits = _splits(batch * head_blocks, slots // tile, device, each=_PER_PROCESSOR[head_block])
     out = q.new_empty(batch, heads, 1, latent)
     lse = torch.empty(batch, heads, dtype=torch.float32, device=device) if return_lse else out
     places = batch * heads * splits
     parts = torch.empty(places * (latent + 2) if splits > 1 else 1, dtype=torch.float32, device=device)
     tops, sums = parts[places * latent : places * (latent + 1)], parts[places * (latent + 1) :]
-    capped, native = softcap is not None, converts_float8(device)
-    rows = as_codes(rows, native=native)
+    capped = softcap is not None
     sinks = None if sinks is None else sinks.contiguous()
     positions = positions.contiguous()
     seen = window or 0, chunk or 1, slots, _LEAST_TILES, splits
@@ -88,7 +88,7 @@ def latent_decode(
         0 if table is None else table.stride(0), rows.stride(row_dim), 0 if scales is None else scales.stride(row_dim),
         **given, HEAD_BLOCK=head_block, R_PADDED=max(16, padded), E=carried, E_PADDED=max(16, _power_of_2(carried)),
         CAPPED=capped, EXACT=q.dtype == torch.float32, BLOCK=block, SCALES=0 if scales is None else scales.shape[-1],
-        NATIVE=native, num_warps=_WARPS[head_block], num_stages=2 if wide else _STAGES[head_block],
+        PTX=q.is_cuda, num_warps=_WARPS[head_block], num_stages=2 if wide else _STAGES[head_block],
     )  # fmt: skip
     if splits > 1:
         width = min(_MERGED_WIDTH, max(16, padded))
@@ -99,10 +99,10 @@ def latent_decode(
     return (out, lse) if return_lse else out
 
 
-def _splits(programs: int, slots: int, tile: int, device: torch.device) -> int:
-    """So many parts that about each processor has one, however long rows are."""
+def _splits(programs: int, tiles: int, device: torch.device, *, each: int) -> int:
+    """So many parts that processors have `each` about, however long rows are."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(processors // programs, _MOST_SPLITS, slots // (tile * _LEAST_TILES)))
+    return max(1, min(each * processors // programs, _MOST_SPLITS, tiles // _LEAST_TILES))
 
 
 def _power_of_2(count: int) -> int:

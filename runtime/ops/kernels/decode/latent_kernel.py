@@ -23,9 +23,9 @@ def attend(
     HEADS: tl.constexpr, HEAD_BLOCK: tl.constexpr, R: tl.constexpr, R_PADDED: tl.constexpr, E: tl.constexpr,
     E_PADDED: tl.constexpr, TILE: tl.constexpr, WINDOWED: tl.constexpr, CHUNKED: tl.constexpr,
     CAPPED: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr,
-    SCALES: tl.constexpr, NATIVE: tl.constexpr,
+    SCALES: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """R numbers of a row of the cache are the latent, E are carried beside it. `scale`, BLOCK and NATIVE are as those
+    """R numbers of a row of the cache are the latent, E are carried beside it. `scale`, BLOCK and PTX are as those
     of `key_value_kernel`; SCALES: how many a row has, which is codes of float8 then.
     """
     head_blocks = tl.cdiv(HEADS, HEAD_BLOCK)
@@ -75,13 +75,13 @@ def attend(
                 sizes = tl.where(of_new == number, size, sizes)
                 sizes_more = tl.where(of_more == number, size, sizes_more)
                 tl.store(own_scales + number, size, mask=writes)
-            codes = to_codes(new, sizes, NATIVE)
+            codes = to_codes(new, sizes)
             tl.store(own_row + dims, codes, mask=(dims < R) & writes)
-            own_latent = numbers_of(codes, NATIVE).to(tl.float32) * sizes
+            own_latent = numbers_of(codes, tl.float32, PTX) * sizes
             if E:
-                codes_more = to_codes(new_more, sizes_more, NATIVE)
+                codes_more = to_codes(new_more, sizes_more)
                 tl.store(own_row + R + more, codes_more, mask=(more < E) & writes)
-                own_more = numbers_of(codes_more, NATIVE).to(tl.float32) * sizes_more
+                own_more = numbers_of(codes_more, tl.float32, PTX) * sizes_more
         else:
             tl.store(own_row + dims, new, mask=(dims < R) & writes)
             own_latent = new.to(tl.float32)
@@ -119,7 +119,7 @@ def attend(
             )
             if SCALES:
                 latent = _scaled(
-                    numbers_of(latent, NATIVE), scales, scale_at, seen, R, R_PADDED, TILE
+                    numbers_of(latent, query.dtype, PTX), scales, scale_at, seen, R, R_PADDED, TILE
                 ).to(query.dtype)  # fmt: skip
             if EXACT:
                 scores = tl.dot(query, tl.trans(latent), input_precision="ieee")
@@ -132,7 +132,7 @@ def attend(
                     sizes_of = tl.load(
                         scales + scale_at[None, :] + ((R + more) // 128)[:, None], mask=is_more, other=0.0
                     )
-                    carried = (numbers_of(carried, NATIVE).to(tl.float32) * sizes_of).to(query.dtype)
+                    carried = (numbers_of(carried, query.dtype, PTX).to(tl.float32) * sizes_of).to(query.dtype)
                 if EXACT:
                     scores = tl.dot(query_more, carried, acc=scores, input_precision="ieee")
                 else:
