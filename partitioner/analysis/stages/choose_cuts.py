@@ -41,6 +41,10 @@ LINK = 10
 """A byte sent to the next stage takes as long as so many read."""
 MEETING = 30_000_000
 """A meeting of all stages takes as long as so many bytes read: 10 microseconds of a data centre GPU's memory."""
+BEGINNING = 15_000_000
+"""A product reads so many bytes less than memory could be read in its time, or a third less where it reads few: until
+it is up to speed. 5 microseconds of a data centre GPU's memory: a layer of many matrices takes longer than its bytes, a
+vocabulary's one matrix does not."""
 PREFILL_TOKENS = 1024
 _AS_GOOD = 1.005
 _WORTH = 0.01
@@ -221,8 +225,10 @@ def _places(program: Program, classes: NodeClasses, balance: Balance) -> _Places
 
 
 def _read_as(cost: NodeCost) -> float:
-    """In bytes: the longer of what is read and written, and of the products."""
-    return max(float(cost.bytes_read + cost.bytes_written), cost.flops / FLOPS_PER_BYTE)
+    """In bytes: the longer of what is read and written, and of the products; and what a product takes to begin."""
+    moved = float(cost.bytes_read + cost.bytes_written)
+    begins = min(BEGINNING, moved / 2) if cost.flops else 0.0
+    return max(moved + begins, cost.flops / FLOPS_PER_BYTE)
 
 
 def _sizes(program: Program, tokens: int) -> dict[str, int]:
