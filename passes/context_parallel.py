@@ -30,7 +30,7 @@ from partitioner.analysis.cost.attention_exchange import choose_exchange, neighb
 from partitioner.analysis.layouts.dealt_experts import expert_bodies
 from partitioner.analysis.layouts.infer_layout import FILLED, Layouts
 from partitioner.analysis.layouts.memoise import Inferrer
-from partitioner.analysis.layouts.own_tokens import held_alike, is_own, symbols_of, tokens_dim, with_own
+from partitioner.analysis.layouts.own_tokens import held_alike, is_own, rows_of, symbols_of, tokens_dim, with_own
 from partitioner.analysis.stages.order_nodes import sizes_from_inputs
 from partitioner.compile.insert_collectives import OVER_AXES, Rewriter, over_other_axes
 from partitioner.errors import LayoutError, PlanError
@@ -146,7 +146,7 @@ class _Deal:
 
     def _note(self, node: fx.Node) -> None:
         if node.op == "placeholder":
-            self.whole[node] = REPLICATED(len(node.meta["val"].shape))
+            self.whole[node] = self.program.given(node.meta["val"])
             self.of_inputs.add(node)
         elif node.op == "get_attr":
             weight = self.program.weights[str(node.target)]
@@ -240,7 +240,7 @@ class _Deal:
             copied = None if wanted is None else self._own_copy(source, wanted)
             if copied is not None:
                 found = copied
-            elif isinstance(wanted, Layout) and source.meta["val"].shape[wanted.row_dims[0]] == self.symbol:
+            elif isinstance(wanted, Layout) and self.symbol in source.meta["val"].shape:
                 found = self.rewriter.converted(source, wanted)
         self.own[source] = found
         return found
@@ -314,11 +314,11 @@ class _Deal:
     def _leaving(self, source: fx.Node) -> fx.Node:
         """Own tokens of what was computed of those of all, summed over ranks that have others."""
         layout, dim = self.whole[source], tokens_dim(source.meta["val"].shape, self.symbol)
-        if not isinstance(layout, Layout) or dim is None or layout.dims[dim] is not None:
+        if not isinstance(layout, Layout) or dim is None or (own := rows_of(layout.dims[dim], self.rows)) is None:
             return source
         if self.axis in layout.partial:
-            return self.rewriter.scattered(source, dim, self.rows)
-        return self.rewriter.converted(source, Layout(layout.dims, layout.partial - self.gone).with_dim(dim, self.rows))
+            return self.rewriter.scattered(source, dim, own)
+        return self.rewriter.converted(source, Layout(layout.dims, layout.partial - self.gone).with_dim(dim, own))
 
     def _narrow(self, node: fx.Node, own: fx.Node) -> None:
         """`node` over those of its axes whose ranks have the same tokens; nothing where there are none."""

@@ -19,14 +19,13 @@ import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 
 from partitioner.analysis.layouts.dealt_experts import expert_bodies
 from partitioner.analysis.layouts.infer_layout import Layouts
 from partitioner.analysis.layouts.memoise import Inferrer
 from partitioner.analysis.layouts.own_tokens import held_alike, is_own, symbols_of, tokens_dim
-from partitioner.compile.insert_collectives import OVER_AXES, over_other_axes
+from partitioner.compile.insert_collectives import OVER_AXES, Rewriter, over_other_axes
 from partitioner.errors import LayoutError, PlanError
 from partitioner.program.node_arguments import describe, node_values
 from partitioner.program.program import Entry, Program
@@ -37,7 +36,6 @@ from runtime.ops.rows import collect_rows, scatter_rows, take_rows
 
 __all__ = ["DataParallel"]
 
-aten = torch.ops.aten
 KIND = "batch"
 
 
@@ -45,10 +43,13 @@ KIND = "batch"
 class DataParallel:
     """See the module's docstring. Runs after the placement of all axes, on a program whose ranks have one batch.
 
-    Where something in it needs all sequences, they still do, and a note says why.
+    Where something in it needs all sequences, they still do, and a note says why. gathers: whether experts may be given
+    the tokens of all ranks, which bring as many each: prompts are filled up then, and where ranks share out the tokens
+    of a sequence they would keep unlike numbers of its own.
     """
 
     name: ClassVar[str] = "data-parallel"
+    gathers: bool = True
     axis: str = "dp"
 
     def run(self, program: Program) -> Program:
@@ -60,7 +61,7 @@ class DataParallel:
             return program
         own = program.copy()
         try:
-            _Own(own, self.axis).run()
+            _Own(own, self.axis, gathers=self.gathers).run()
         except PlanError as why:
             program.notes.append(str(why))
             return program
@@ -70,8 +71,8 @@ class DataParallel:
 
 
 class _Own:
-    def __init__(self, program: Program, axis: str) -> None:
-        self.program, self.axis = program, axis
+    def __init__(self, program: Program, axis: str, *, gathers: bool = True) -> None:
+        self.program, self.axis, self.gathers = program, axis, gathers
         self.symbol = program.symbols[KIND]
         self.rows = Rows((axis,), KIND)
         self.parts = program.mesh.size(axis)
@@ -79,6 +80,7 @@ class _Own:
         """How each value was held, when all ranks had one batch."""
         self.now: Layouts = {}
         self.inferrer = Inferrer(program)
+        self.sizes = Rewriter(program, self.now)
         self.kept: set[fx.Node] = set()
         """Experts that need the tokens of all ranks."""
         self.made: dict[fx.Node, fx.Node] = {}
@@ -92,6 +94,9 @@ class _Own:
             self._note(node)
         for body in expert_bodies(self.program, self.whole):
             if not body.takes_own(self.axis):
+                if not self.gathers:
+                    why = f"gets as many tokens of each rank of {self.axis}, for which prompts are filled up"
+                    raise self._refused(body.dispatch, why)
                 self.kept |= body.nodes
         self.program.batch_axes = (self.axis,)
         for node in nodes:
@@ -182,11 +187,10 @@ class _Own:
         if own not in self.made:
             (dim,) = self.now[own].row_dims
             value = own.meta["val"]
+            mine = self.sizes.whole_size(value.shape[dim], own)  # inputs are of own sequences
             with self.program.graph.inserting_after(own):
-                mine = self.program.graph.call_function(aten.sym_size.int, (own, dim))
-            with self.program.graph.inserting_after(mine):
                 total = self.program.graph.call_function(operator.mul, (mine, self.parts))
-            mine.meta = total.meta = {"val": value.shape[dim], "path": ""}
+            total.meta = {"val": value.shape[dim], "path": ""}
             layout = self.now[own].with_dim(dim, None)
             why = f"experts over {self.axis} get the tokens of all its ranks"
             self.made[own] = self._insert(total, own, collect_rows, (own, total, self.axis), {"dim": dim}, layout, why)

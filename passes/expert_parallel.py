@@ -71,7 +71,7 @@ class ExpertParallel:
         if self.exchange != "auto":
             return self
         axes = _axes(program)
-        if entry != "text" and "dp" in axes and program.mesh.size("pp", "sp") == 1:
+        if entry != "text" and "dp" in axes:
             # of sequences of their own: fixed shapes for single tokens; otherwise to send sends less than to gather
             return replace(self, exchange="gather" if entry == "decode" else "exchange")
         ranks, own = program.mesh.size("ep"), program.mesh.size("sp") if "sp" in axes else 1

@@ -15,8 +15,8 @@ in their place if it takes fewer bytes on every rank, or if it is asked for:
     attention(q, k, v, causal=True)   ->   latent_attention(q, carried_q, latent, carried, key_weight, value_weight,
                                                             positions, state="model.layers.0.self_attn")
 
-It has no heads: every rank keeps all of it, and reads it for its own heads. Multi-head latent attention:
-arXiv:2405.04434, section 2.1.
+It has no heads: every rank keeps all of it, and reads it for its own heads; or of its own tokens, where ranks share out
+a sequence (`latent_sequence_attention`). Multi-head latent attention: arXiv:2405.04434, section 2.1.
 
 A graph that is right for up to n tokens at once says nothing of longer texts, also in pieces: beyond n the model's own
 code may do something else, such as attend to a summary of every n tokens.
@@ -43,6 +43,7 @@ from runtime.ops.local import reorder
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
 from runtime.ops.rows.share_rows import take_rows
 from runtime.ops.state.latent_attention import latent_attention
+from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 
 aten = torch.ops.aten
 
@@ -95,9 +96,10 @@ class KvCache:
         sees = min((a[limit] for limit in ("window", "chunk") if a[limit] is not None), default=None)
         far = "all earlier tokens" if sees is None else f"the last {sees} tokens"
         found, why = self._latent(program, node)
+        where = f", a part of which each rank of {_AXIS} keeps" if axes else ""
         if found is not None:
-            _cache_latent(program, node, found, positions, name, sees)
-            node.meta["why"] = f"keys and values of {far} are made of what is cached; {why}"
+            _cache_latent(program, node, found, positions, name, sees, axes)
+            node.meta["why"] = f"keys and values of {far} are made of what is cached{where}; {why}"
             return
         for operand, part in (("k", "key"), ("v", "value")):
             source = a[operand]
@@ -123,7 +125,6 @@ class KvCache:
             node.target = cached_sequence_attention
             node.args = (a["q"], a["k"], a["v"], _of_queries(program, a["q"], positions), mask, sinks, _AXIS)
         node.kwargs = {**options, "state": name}
-        where = f", a part of which each rank of {_AXIS} keeps" if axes else ""
         node.meta["why"] = f"keys and values of {far} come from the cache{where}; {why}"
 
     def _latent(self, program: Program, node: fx.Node) -> tuple[LatentKeys | None, str]:
@@ -157,8 +158,6 @@ def _most_heads(k: fx.Node) -> int:
 def _usable(program: Program, node: fx.Node) -> LatentKeys | str:
     """What may be cached in the place of the keys and values of an attention, or why there is nothing."""
     a = arguments(node)
-    if program.mesh.size(_AXIS) > 1:
-        return f"the tokens of the cache are shared out over {_AXIS}, which is for keys and values alone"
     heads = {a[name].meta["val"].shape[1] for name in ("q", "k", "v")}
     if len(heads) > 1 or a["kv_map"] is not None:
         return "several query heads share keys and values"
@@ -166,8 +165,8 @@ def _usable(program: Program, node: fx.Node) -> LatentKeys | str:
     if isinstance(found, str):
         return found
     for value in (found.latent, *(part.source for part in found.carried)):
-        layout = value.meta.get("layout")
-        if layout is not None and layout != REPLICATED(len(layout.dims)):
+        layout = value.meta.get("layout")  # own tokens and sequences are told by their rows
+        if layout is not None and (layout.split_dims or layout.partial):
             return f"the ranks hold {value.name!r} as {layout}, and not all of it"
     dtypes = {each.meta["val"].dtype for each in (a["q"], a["k"], a["v"], found.latent)}
     if len(dtypes) > 1:
@@ -189,12 +188,18 @@ def _rows_of(heads: Split | Rows | None, each: int) -> Split | Rows | None:
 
 
 def _cache_latent(
-    program: Program, node: fx.Node, found: LatentKeys, positions: fx.Node, name: str, sees: int | None
+    program: Program,
+    node: fx.Node,
+    found: LatentKeys,
+    positions: fx.Node,
+    name: str,
+    sees: int | None,
+    axes: tuple[str, ...],
 ) -> None:
-    """Makes `node` attention over what `found` says."""
+    """Makes `node` attention over what `found` says; axes: those whose ranks share out the tokens."""
     a, make = arguments(node), _Maker(program, node)
     dtype = a["k"].meta["val"].dtype
-    state = State(f"{name}.latent", (1, found.cached), dtype, REPLICATED(2), sees)
+    state = State(f"{name}.latent", (1, found.cached), dtype, REPLICATED(2), sees, token_axes=axes)
     program.states[state.name] = state
     latent = make.per_token(found.latent, 0, found.width)
     parts = [make.per_token(part.source, part.first, len(part.at)) for part in found.carried]
@@ -203,11 +208,20 @@ def _cache_latent(
     at = tuple(dim for part in found.carried for dim in part.at)
     carried_q = make.picked(a["q"], at) if at else None
     weights = [make.per_head(made) for made in (found.keys, found.values)]
-    options = {k: v for k, v in node.kwargs.items() if k not in ("mask", "sinks", "kv_map", "written_out")}
-    node.target = latent_attention
-    more = () if a["mask"] is a["sinks"] is None else (a["mask"], a["sinks"])
-    node.args = (q, carried_q, latent, carried, *weights, positions, *more)
-    node.kwargs = {**options, "state": name}
+    without = ("mask", "sinks", "kv_map", "written_out", "neighbours")
+    options = {k: v for k, v in node.kwargs.items() if k not in without}
+    if not axes:
+        more = () if a["mask"] is a["sinks"] is None else (a["mask"], a["sinks"])
+        node.args = (q, carried_q, latent, carried, *weights, positions, *more)
+        node.target, node.kwargs = latent_attention, {**options, "state": name}
+        return
+    # what travels has no heads to exchange
+    how = "merge" if node.target is attention else "gather" if a["how"] == "gather" else "ring"
+    options |= {"how": how, "parts": program.mesh.size(*axes), "state": name}
+    own = _of_queries(program, a["q"], positions)
+    axis = axes[0] if len(axes) == 1 else axes
+    node.args = (q, carried_q, latent, carried, *weights, own, a["mask"], a["sinks"], axis)
+    node.target, node.kwargs = latent_sequence_attention, options
 
 
 class _Maker:
@@ -219,15 +233,16 @@ class _Maker:
     def per_token(self, source: fx.Node, first: int, count: int) -> fx.Node:
         """Features of a value [B, S, ..] that may have dims of size 1 between: [B, S, count]."""
         shape = source.meta["val"].shape
+        dims = (source.meta.get("layout") or REPLICATED(len(shape))).dims
         for dim in reversed([dim for dim, size in enumerate(shape) if size == 1]):
-            shape = (*shape[:dim], *shape[dim + 1 :])
-            source = self._made(aten.squeeze.dim, (source, dim), shape)
+            shape, dims = ((*each[:dim], *each[dim + 1 :]) for each in (shape, dims))
+            source = self._made(aten.squeeze.dim, (source, dim), shape, layout=Layout(dims))
         if len(shape) > 3:
             width = 1
             for size in shape[2:]:
                 width *= size
             shape = (*shape[:2], width)
-            source = self._made(aten.flatten.using_ints, (source, 2, -1), shape)
+            source = self._made(aten.flatten.using_ints, (source, 2, -1), shape, layout=Layout((*dims[:2], None)))
         if (first, count) != (0, shape[2]):
             source = self._made(aten.slice.Tensor, (source, 2, first, first + count), (*shape[:2], count))
         return source
@@ -276,8 +291,7 @@ class _Maker:
         with self._program.graph.inserting_before(self._node):
             made = self._program.graph.call_function(target, args)
         if layout is None:
-            held = source.meta.get("layout")
-            layout = REPLICATED(len(shape)) if held is None or like is None else Layout(held.dims)
+            layout = Layout((source.meta.get("layout") or REPLICATED(len(shape))).dims)
         made.meta = {
             "val": Value(shape, source.meta["val"].dtype), "layout": layout, "path": self._node.meta.get("path"),
         }  # fmt: skip
@@ -290,8 +304,9 @@ def _of_queries(program: Program, q: fx.Node, positions: fx.Node) -> fx.Node:
     if not isinstance(rows, Rows):
         return positions
     layouts = {node: node.meta["layout"] for node in program.graph.nodes if isinstance(node.meta.get("layout"), Layout)}
-    wanted = REPLICATED(2).with_dim(1, rows)
+    given = program.given(positions.meta["val"])
+    wanted = given.with_dim(1, rows)
     for user in positions.users:
         if user.target is take_rows and layouts.get(user) == wanted:
             return user
-    return Rewriter(program, {**layouts, positions: REPLICATED(2)}).converted(positions, wanted)
+    return Rewriter(program, {**layouts, positions: given}).converted(positions, wanted)

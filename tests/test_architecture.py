@@ -74,6 +74,7 @@ MAY_IMPORT = {
         "starlette",
         "pydantic",
         "uvicorn",
+        "h11",
         "prometheus_client",
         "httpx2",
         "xgrammar",

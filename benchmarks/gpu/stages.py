@@ -133,9 +133,9 @@ def prompt(given: argparse.Namespace, model: Any, weights: DrawnWeights, device:
     cuts = {
         count: chunk_ends(tokens, least=count, longest=DEFAULT_STEP, pairs_per_token=stage.pairs_per_token)
         for count in (
+            PIECES_PER_STAGE * given.pp // 2,
+            3 * PIECES_PER_STAGE * given.pp // 4,
             PIECES_PER_STAGE * given.pp,
-            3 * PIECES_PER_STAGE * given.pp // 2,
-            2 * PIECES_PER_STAGE * given.pp,
         )
     }
     steps, _ = steps_of(whole, 0, weights, device, **room)
@@ -146,14 +146,16 @@ def prompt(given: argparse.Namespace, model: Any, weights: DrawnWeights, device:
     )
     del steps
     held = [steps_of(plan, k, weights, device, **room)[0] for k in range(given.pp)]
-    for count, ends in cuts.items():
+    for ends in cuts.values():
         seconds = [chunk_seconds(each, plan, k, ends, device) for k, each in enumerate(held)]
         stop = time_of(chain(given.pp, len(ends)), seconds, transfer=given.transfer * 1e-6).stop
         sums = [sum(each) for each in seconds]
+        sizes = [end - start for start, end in pairwise([0, *ends])]
+        each = " ".join(f"{size}:{s * 1e3:.0f}" for size, s in zip(sizes, seconds[0], strict=True))
         print(
-            f"  {count} chunks: stages {', '.join(f'{s * 1e3:.0f}' for s in sums)} ms; longest and shortest one "
-            f"{max(map(max, seconds)) * 1e3:.1f}, {min(map(min, seconds)) * 1e3:.1f} ms; first token {stop * 1e3:.0f} "
-            f"ms, one GPU at its best {min(times.values()) / stop:.3f} times that",
+            f"  {len(ends)} chunks: stages {', '.join(f'{s * 1e3:.0f}' for s in sums)} ms; first token "
+            f"{stop * 1e3:.0f} ms, one GPU at its best {min(times.values()) / stop:.3f} times that\n"
+            f"    tokens and ms of each on the first stage: {each}",
             flush=True,
         )
 

@@ -41,7 +41,7 @@ from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Workload
 from partitioner.planning.summary import Summary, summarize_program
 from partitioner.sharding.mesh import Mesh
-from runtime.communication.process_groups import ProcessGroups
+from runtime.communication.process_groups import ProcessGroups, Sharing
 from runtime.engine import Engine
 from runtime.processes.launch import begin_worker, launch
 
@@ -83,9 +83,9 @@ def least(work: Callable[[], object], *, seconds: float = 0.02) -> float:
 class Meeting:
     """Both ranks, beside the groups of the engines that come and go."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, store: TCPStore) -> None:
         self.rank = int(os.environ["RANK"])
-        self._store, self._number = TCPStore("127.0.0.1", port, is_master=False), 0
+        self._store, self._number = store, 0
 
     def most(self, seconds: float) -> float:
         return max(self.both(seconds))
@@ -98,6 +98,17 @@ class Meeting:
 
 
 def calibrated(channel: Any, meeting: Meeting) -> tuple[Kernels, Dimension, Device]:
+    kernels, kind = calibrated_kernels(meeting)
+    meeting.most(0)
+    return kernels, calibrated_link(channel), kind
+
+
+def calibrated_link(channel: Any) -> Dimension:
+    link = measure_link(channel, torch.device("cpu"))
+    return Dimension("gloo", 2, 1 / max(link.beta_s_per_byte, 1e-13), link.alpha_s)
+
+
+def calibrated_kernels(meeting: Meeting) -> tuple[Kernels, Device]:
     meeting.most(0)
     here = measure_device(torch.device("cpu"), dtypes=(torch.float32,))
     # a matrix that no cache holds: what reading weights reaches
@@ -129,22 +140,21 @@ def calibrated(channel: Any, meeting: Meeting) -> tuple[Kernels, Dimension, Devi
         ),
         ("decode", "float32"): Grid((KEYS, HEADS), [[decode(keys, heads) for heads in HEADS] for keys in KEYS]),
     }
-    meeting.most(0)
-    link = measure_link(channel, torch.device("cpu"))
     kind = Device("here", 8 << 30, 1 << 30, speed, dict(here.flops_per_s))
-    dimension = Dimension("gloo", 2, 1 / max(link.beta_s_per_byte, 1e-13), link.alpha_s)
-    return Kernels("here", speed, here.flops_per_s, grids), dimension, kind
+    return Kernels("here", speed, here.flops_per_s, grids), kind
 
 
 class Case:
     """A model on a plan, ready to be run."""
 
-    def __init__(self, model: Any, plan: str, workload: Workload, meeting: Meeting, clock: str) -> None:
+    def __init__(
+        self, model: Any, plan: str, workload: Workload, meeting: Meeting, clock: str, *, sharing: Sharing = "auto"
+    ) -> None:
         self.plan, self.workload, self.meeting, self.clock = Plan.parse(plan), workload, meeting, clock
         parts = partition(model, self.plan)
         assert parts.traced is not None
         self.traced = parts.traced
-        self.engine = Engine.connect(parts, timeout_s=300)
+        self.engine = Engine.connect(parts, timeout_s=300, shared_memory=sharing)
         vocabulary = int(model.config.vocab_size)
         self.ids = torch.randint(
             3, vocabulary, (workload.batch, workload.prompt), generator=torch.Generator().manual_seed(1)
@@ -152,25 +162,29 @@ class Case:
 
     def token_s(self) -> float:
         """Between two tokens."""
-
-        def write(count: int) -> float:
-            self.meeting.most(0)
-            start = CLOCKS[self.clock]()
-            self.engine.generate(self.ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-            took = self.meeting.both(CLOCKS[self.clock]() - start)
-            if self.clock == "processor" and self.plan.pp > 1:  # stages take turns: what both have done is one's time
-                return sum(took) / min(self.plan.pp, self.workload.batch)
-            return max(took)
-
         new = self.workload.new
-        return (write(new) - write(1)) / (new - 1)
+        return (self.write_s(new) - self.write_s(1)) / (new - 1)
+
+    def write_s(self, count: int) -> float:
+        """Until each row has so many tokens."""
+        self.meeting.most(0)
+        start = CLOCKS[self.clock]()
+        self.engine.generate(self.ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        took = self.meeting.both(CLOCKS[self.clock]() - start)
+        if self.clock == "processor" and self.plan.pp > 1:  # stages take turns: what both have done is one's time
+            return sum(took) / min(self.plan.pp, self.workload.batch)
+        return max(took)
 
 
-def beside_kernels(workload: Workload, rounds: int, meeting: Meeting, clock: str) -> tuple[float, float]:
+def beside_kernels(
+    workload: Workload, rounds: int, meeting: Meeting, clock: str, *, sharing: Sharing = "auto"
+) -> tuple[float, float]:
     """Seconds of a step whose kernels have no work: once, and per layer."""
     found = []
     for layers in (2, 6):
-        case = Case(model_of("llama", {**TINY, "num_hidden_layers": layers}), "dp=2", workload, meeting, clock)
+        case = Case(
+            model_of("llama", {**TINY, "num_hidden_layers": layers}), "dp=2", workload, meeting, clock, sharing=sharing
+        )
         case.token_s()
         found.append(min(case.token_s() for _ in range(rounds)))
         case.engine.close()
@@ -192,7 +206,7 @@ def predicted(summary: Summary, plan: Plan, workload: Workload, tables: Any, bes
 
 def worker(workload: Workload, rounds: int, names: list[str], port: int, clock: str) -> None:
     begin_worker()
-    meeting = Meeting(port)
+    meeting = Meeting(TCPStore("127.0.0.1", port, is_master=False))
     communicator = ProcessGroups.connect(Mesh.of(tp=2), axes={("tp",)}, device="cpu", timeout_s=300)
     tables = calibrated(communicator.channel("tp", node="calibration"), meeting)
     communicator.close()

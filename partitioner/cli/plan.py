@@ -23,7 +23,7 @@ from partitioner.cli.common.options import CacheDtype, Dtype, Model
 from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.detect import detect
-from partitioner.planning.explain import as_data, cards_for_weights, interval, reason, served_text, sureness
+from partitioner.planning.explain import as_data, cards_for_weights, held_text, interval, reason, served_text, sureness
 from partitioner.planning.importers.read_file import import_cluster
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.pricing.stored_format import StoredFormat
@@ -62,17 +62,19 @@ def register(app: typer.Typer) -> None:
         top: Annotated[int, typer.Option(help="how many plans to print")] = 8,
         weights: Weights = "expanded",
         dtype: Dtype = None,
+        cache_dtype: CacheDtype = None,
         as_json: Json = False,
     ) -> None:
         """Rank plans for a model on a cluster by predicted times. Needs no weights and runs nothing on the cluster."""
         cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch, ttft, tpot)
         summary = summarize(_model(model, dtype))
         stored = _stored(model, weights, summary.dtype)
-        choice = search(summary, cluster, workload, goal=goal, stored=stored)
+        choice = search(summary, cluster, workload, goal=goal, stored=stored, cache_dtype=cache_dtype)
         if as_json:
-            print(json.dumps(as_data(choice, cluster, summary, most=top, stored=stored), indent=1))
+            data = as_data(choice, cluster, summary, most=top, stored=stored, cache_dtype=cache_dtype)
+            print(json.dumps(data, indent=1))
         else:
-            _print_choice(choice, Pricer(summary, cluster, stored=stored), top)
+            _print_choice(choice, Pricer(summary, cluster, stored=stored, cache_dtype=cache_dtype), top)
         if not choice.ranked:
             raise typer.Exit(1)
 
@@ -255,6 +257,10 @@ def _print_choice(choice: Choice, pricer: Pricer, top: int) -> None:
             console.print(f"{each.plan}: {why}", markup=False, highlight=False, soft_wrap=True)
         for each in choice.ranked[: min(3, top)]:
             console.print(served_text(pricer, each), markup=False, highlight=False, soft_wrap=True)
+        for each in choice.ranked[: min(3, top)]:
+            console.print(
+                f"{each.plan} holds {held_text(pricer, each.plan)}", markup=False, highlight=False, soft_wrap=True
+            )
     for each in choice.refused[: 3 if choice.ranked else top]:
         console.print(f"refused {each.plan}: {each.refused}", markup=False, highlight=False, soft_wrap=True)
     if choice.contexts:

@@ -2,6 +2,7 @@
 
 x[:, :, [4]] with a constant index    ->  reorder(x, [4], dim=2): a move, where indexing needs the whole dim
 cat([x, y[.., 0 elements]], dim)      ->  x
+slice_scatter(x, y[.., 0 elements])   ->  x
 broadcast_to(x, shape)                ->  expand(x, shape)
 glu(x, dim)                           ->  a * sigmoid(b), where a, b are the halves of x: each on its own is a move
 baddbmm(e, x, y, beta=0, alpha=a)     ->  a * bmm(x, y): e is not read, but would need a rank's size
@@ -28,6 +29,10 @@ def canonicalize(program: Program) -> None:
             _constant_index(program, node)
         elif node.op == "call_function" and operation(node) is aten.cat:
             _empty_pieces(node)
+        elif node.op == "call_function" and operation(node) is aten.slice_scatter:
+            a = arguments(node)
+            if 0 in a["src"].meta["val"].shape:
+                node.replace_all_uses_with(a["self"])
         elif node.op == "call_function" and operation(node) is aten.broadcast_to:
             a = arguments(node)
             node.target, node.args, node.kwargs = aten.expand.default, (a["self"], a["size"]), {}

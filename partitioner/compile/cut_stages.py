@@ -96,16 +96,21 @@ def _crossing(program: Program, node: fx.Node) -> Crossing:
     if isinstance(layout, Layout) and (layout.partial or layout.split_dims):
         raise LayoutError(f"{node.name!r} cannot cross to another stage: it is {layout}; complete it first")
     dims = _named_dims(program, value.shape, f"the value {node.name!r}")
-    rows = () if layout is None else tuple(_own_rows(node, layout, dims))
+    rows = () if layout is None else tuple(_own_rows(program, node, layout, dims))
     return Crossing(node.name, dims, value.dtype, rows)
 
 
-def _own_rows(node: fx.Node, layout: Layout, dims: Sequence[int | str]) -> Iterator[OwnRows]:
-    """The rows that a rank has of what crosses, as the ranks of one stage deal them out."""
+def _own_rows(program: Program, node: fx.Node, layout: Layout, dims: Sequence[int | str]) -> Iterator[OwnRows]:
+    """The rows that a rank has of what crosses, as the ranks of one stage deal them out.
+
+    How many sequences of its own it has, the inputs of its run say.
+    """
     for dim in layout.row_dims:
         rows = layout.dims[dim]
         assert isinstance(rows, Rows)
         for level in rows.levels:
+            if level == program.own_batch:
+                continue
             if level.kind != dims[dim]:
                 raise LayoutError(f"{node.name!r} cannot cross to another stage: how many {rows} come is not known")
             yield OwnRows(dim, level.last_axes, level.order)

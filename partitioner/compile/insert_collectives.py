@@ -189,7 +189,9 @@ class Rewriter:
         size = source.meta["val"].shape[dim]
         outer = self._outer(source, dim, rows)
         size = self.program.symbols[rows.kind] if outer else size
-        total = self.whole_size(size, source) if rows.of is None else self._own_size(size, rows.of, source)
+        # of own sequences, a rank that deals out their tokens has all of them before
+        of = None if rows.of in rows.by_dim else rows.of
+        total = self.whole_size(size, source) if of is None else self._own_size(size, of, source)
         layout: Layout = self.layouts[node].with_dim(dim, rows.of)
         options = {"dim": dim, **_order(rows)}
         args = (node, total, _over(rows.last_axes), *outer)
@@ -222,11 +224,11 @@ class Rewriter:
         return self._after(node, take_rows, (node, index, *self._outer(source, dim, rows)), options, layout, source)
 
     def scattered(self, source: fx.Node, dim: int, rows: Rows) -> fx.Node:
-        """Own rows of a sum over the axes of `rows`."""
+        """Own rows of a sum over the last axes of `rows`."""
         have: Layout = self.layouts[source]
-        layout = Layout(have.dims, have.partial - set(rows.axes)).with_dim(dim, rows)
+        layout = Layout(have.dims, have.partial - set(rows.last_axes)).with_dim(dim, rows)
         if (source, layout) not in self._made:
-            args = (source, _over(rows.axes), *self._outer(source, dim, rows))
+            args = (source, _over(rows.last_axes), *self._outer(source, dim, rows))
             options = {"dim": dim, "kind": rows.kind, **_order(rows)}
             self._made[source, layout] = self._after(source, scatter_rows, args, options, layout, source)
         return self._made[source, layout]

@@ -29,7 +29,7 @@ from partitioner.compile.emit import Emitter
 from partitioner.compile.input_bounds import bound_inputs
 from partitioner.compile.parts import Parts
 from partitioner.compile.pass_order import check_plan, passes_of, splitting
-from partitioner.compile.probe_decode import compare_steps
+from partitioner.compile.probe_decode import compare_steps, is_another_text
 from partitioner.compile.run_passes import choose, run_passes
 from partitioner.errors import CaptureError, LayoutError, PlanError
 from partitioner.program.model_record import ModelRecord
@@ -47,6 +47,8 @@ from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.reshard_model import open_bundle
 from partitioner.storage.checkpoint.open_checkpoint import open_checkpoint
 from partitioner.storage.recognise import is_bundle
+from runtime.kv_cache.device_memory import free_bytes
+from runtime.weights.read_ahead import read_ahead as begin_reading
 
 __all__ = ["compile_program", "compile_steps", "partition", "trace", "trace_piece", "trace_step"]
 
@@ -57,6 +59,7 @@ def partition(
     *,
     dtype: torch.dtype | None = None,
     mapped: bool = False,
+    read_ahead: bool = False,
     max_length: int | None = None,
     fixed_length: int | None = None,
 ) -> Parts[Report]:
@@ -65,9 +68,10 @@ def partition(
     The model may hold its weights or be on the meta device, and is not changed. A path is a checkpoint folder: its
     model is built without weights, and each rank reads its own shard from the files when it is loaded, cast to `dtype`
     (None: that of the checkpoint). Or it is a bundle, which is split anew in the same way. `mapped`: on a CPU, weights
-    are used where they lie in the files, which must stay as they are (`runtime.weights.read_shards`). `max_length` is
-    the longest sequence that will be run, for position encodings that depend on it; `fixed_length` compiles for that
-    one length, for models whose code cannot be traced for all lengths at once.
+    are used where they lie in the files, which must stay as they are (`runtime.weights.read_shards`). `read_ahead`: the
+    disk begins to read while the model is traced, for ranks that are all on this machine. `max_length` is the longest
+    sequence that will be run, for position encodings that depend on it; `fixed_length` compiles for that one length,
+    for models whose code cannot be traced for all lengths at once.
 
     Raises `CaptureError` where the model cannot be traced, `PlanError` where the plan does not fit it.
     """
@@ -77,6 +81,8 @@ def partition(
     if isinstance(model, (str, Path)) and is_bundle(model):
         if dtype is not None:
             raise CaptureError(f"dtype={dtype}: {model} is a bundle, whose weights have been read and cast already")
+        if read_ahead:
+            raise CaptureError(f"read_ahead=True is for a checkpoint folder; {model} is a bundle: leave it out")
         bundle = open_bundle(load(model, mapped=mapped))
         model, origins = bundle.model, bundle.origins
         max_length = bundle.max_length if max_length is None else max_length
@@ -84,14 +90,17 @@ def partition(
     elif isinstance(model, (str, Path)):
         opened = open_checkpoint(model, dtype=dtype, mapped=mapped)
         model, origins, notes = opened.model, opened.origins, opened.notes
+        if read_ahead:
+            begin_reading(origins.files, free_bytes(torch.device("cpu")))
     elif dtype is not None:
         raise CaptureError(
             f"dtype={dtype} casts what is read from a checkpoint folder; this {type(model).__name__} has its weights: "
             "convert it by model.to(dtype)"
         )
-    elif mapped:
+    elif mapped or read_ahead:
+        option = "mapped" if mapped else "read_ahead"
         raise CaptureError(
-            f"mapped=True is for the files of a folder; this {type(model).__name__} has its weights: leave it out"
+            f"{option}=True is for the files of a folder; this {type(model).__name__} has its weights: leave it out"
         )
     traced = _from(origins, trace(model, max_length=max_length, fixed_length=fixed_length))
     traced.notes = [*notes, *traced.notes]
@@ -266,9 +275,9 @@ def _with_a_cache(
     if reason is not None:
         raise PlanError(f"{refusal}; and with its own cache, {reason}")
     note = compare_steps(traced, run_passes(stepping.copy(), [choose("kv-cache")]))
-    prefill, decode = compile_steps(stepping, plan, stages=split.stages, piece=piece)
+    prefill, decode = compile_steps(stepping, plan, stages=split.stages, piece=piece, whole=lambda: traced)
     for program in {id(each): each for each in (prefill, decode)}.values():
-        program.notes += [note] if note is not None else []
+        program.notes += [note] if note is not None and _BY_PIECES not in program.notes else []
     return prefill, decode
 
 
@@ -278,16 +287,18 @@ def compile_steps(
     *,
     stages: StageTable | None = None,
     piece: Callable[[], Program] | None = None,
+    whole: Callable[[], Program | None] | None = None,
 ) -> tuple[Program, Program]:
     """What `trace_step` yields, for `plan`: for prompts, and for single tokens; cut as the whole text's program is.
 
     Where it takes one token at a time, prompts run by what `piece` yields, if it is proven to do the same; otherwise
-    they run token by token, and a note says why.
+    they run token by token, and a note says why. Where the model's code for single tokens is another than for several,
+    and that for several, however a text is cut, says what `whole` says of it, single tokens run by that too.
     """
     if all(state.per_token for state in stepping.states.values()):
         return _entries(stepping, plan, stages=stages)
     try:
-        prefill, decode = _for_pieces(stepping, plan, stages, piece)
+        prefill, decode = _for_pieces(stepping, plan, stages, piece, whole)
     except (CaptureError, LayoutError, PlanError) as reason:
         prefill, decode = _entries(stepping, plan, stages=stages)
         for program in {id(each): each for each in (prefill, decode)}.values():
@@ -295,25 +306,46 @@ def compile_steps(
     return prefill, decode
 
 
+_BY_PIECES = (
+    "single tokens run by the model's code for several, as prompts and whole texts do: its code for single tokens "
+    "computes something else"
+)
+
+
 def _for_pieces(
-    stepping: Program, plan: Plan, stages: StageTable | None, piece: Callable[[], Program] | None
+    stepping: Program,
+    plan: Plan,
+    stages: StageTable | None,
+    piece: Callable[[], Program] | None,
+    whole: Callable[[], Program | None] | None,
 ) -> tuple[Program, Program]:
     if piece is None:
         raise CaptureError("what the model remembers is a state that each token changes")
     pieces = piece()
     reason = why_pieces_differ(pieces, stepping)
-    if reason is not None:
+    if reason is not None and (whole is None or not _are_its_texts(pieces, whole())):
         raise CaptureError(reason)
     prefill, one_by_pieces = _entries(pieces, plan, stages=stages)
-    _, decode = _entries(stepping, plan, stages=stages)
-    try:
-        check_entries(prefill, decode)
-    except LayoutError:  # the two codes can be divided among so many ranks, but not alike
-        note = "single tokens run by the model's code for several, which divides its weights and states otherwise"
-        for program in {id(each): each for each in (prefill, one_by_pieces)}.values():
-            program.notes += [note]
-        return prefill, one_by_pieces
-    return prefill, decode
+    note = None if reason is None else _BY_PIECES
+    if note is None:
+        _, decode = _entries(stepping, plan, stages=stages)
+        try:
+            check_entries(prefill, decode)
+        except LayoutError:  # the two codes can be divided among so many ranks, but not alike
+            note = "single tokens run by the model's code for several, which divides its weights and states otherwise"
+        else:
+            return prefill, decode
+    for program in {id(each): each for each in (prefill, one_by_pieces)}.values():
+        program.notes += [note]
+    return prefill, one_by_pieces
+
+
+def _are_its_texts(pieces: Program, whole: Program | None) -> bool:
+    """Whether pieces of any lengths, single tokens among them, are one recurrence, and do not differ from `whole`."""
+    least, _ = pieces.limits.get("sequence", (1, None))
+    if whole is None or least > 1 or why_pieces_differ(pieces, pieces) is not None:
+        return False
+    return not is_another_text(whole, run_passes(pieces.copy(), [choose("kv-cache")]))
 
 
 def _split(traced: Program, plan: Plan, entry: str, stages: StageTable | None = None) -> Program:

@@ -59,8 +59,6 @@ def why_one_batch(plan: Plan) -> str:
     """
     if plan.replica_mesh.size("dp") == 1:
         return "no experts are shared out over dp"
-    if plan.pp > 1 or plan.sp > 1:
-        return f"{'pp' if plan.pp > 1 else 'sp'} shares out the same ranks otherwise"
     if _options_of(plan, "expert-parallel").get("exchange") == "replicate":
         return "exchange=replicate is for tokens that all ranks have"
     views = [plan.replica_mesh.in_attention_view(axis) for axis in ("ep", "etp")]
@@ -87,7 +85,13 @@ def _named(plan: Plan) -> set[str]:
 ORDER = (
     BuiltIn("expert-parallel", EVERYWHERE, _has_experts, splits=True, by_entry=True),
     BuiltIn("tensor-parallel", EVERYWHERE, lambda plan: plan.tp > 1 or _has_experts(plan), splits=True),
-    BuiltIn("data-parallel", GENERATION, lambda plan: not why_one_batch(plan)),
+    BuiltIn(
+        "data-parallel",
+        ("prefill",),
+        lambda plan: not why_one_batch(plan),
+        options=lambda plan: {} if plan.sp == 1 else {"gathers": False},
+    ),
+    BuiltIn("data-parallel", ("decode",), lambda plan: not why_one_batch(plan)),
     BuiltIn(
         "context-parallel",
         ("text", "prefill"),

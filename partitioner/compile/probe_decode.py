@@ -12,6 +12,8 @@ rounding out of it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ from runtime.kv_cache.cache_size import CacheSize, Room, slots_for
 from runtime.program.rank_program import RankProgram
 from runtime.weights.load_weights import load_weights
 
-__all__ = ["compare_steps"]
+__all__ = ["compare_steps", "is_another_text"]
 
 TOKENS = 6
 """More than the usual kernel of a convolution over tokens, which is 4."""
@@ -48,8 +50,49 @@ def compare_steps(traced: Program, stepping: Program) -> str | None:
 
     Raises `PlanError` where they have little to do with each other.
     """
+    found = _difference(traced, stepping)
+    if isinstance(found, str):
+        return f"whether tokens one by one say what the whole text says was not tried out: {found}"
+    if found.is_rounding:
+        return None
+    if found.error < REFUSED:
+        return (
+            "fed tokens one by one, with what it remembers, the model's own code computes something else than for the "
+            f"whole text: {found}. Texts are continued as by the former"
+        )
+    raise PlanError(
+        f"{traced.name} cannot generate: fed tokens one by one, with what it remembers, it does not continue its own "
+        f"text: {found}. What it remembers is not all that it needs, or its two ways are two models"
+    )
+
+
+def is_another_text(traced: Program, stepping: Program) -> bool:
+    """Whether single tokens are known to differ from the whole text beyond rounding."""
+    found = _difference(traced, stepping)
+    return not isinstance(found, str) and not found.is_rounding
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """error: relative to the largest logit, over so many tokens, compared in `dtype`."""
+
+    error: float
+    tokens: int
+    dtype: torch.dtype
+
+    @property
+    def is_rounding(self) -> bool:
+        return self.error <= _ROUNDING.get(self.dtype, 2e-2)
+
+    def __str__(self) -> str:
+        short = str(self.dtype).removeprefix("torch.")
+        return f"logits differ by up to {self.error:.1g} of the largest, over {self.tokens} tokens in {short}"
+
+
+def _difference(traced: Program, stepping: Program) -> _Difference | str:
+    """Of single tokens and the whole text; or why they cannot be compared."""
     if not all(_has_data(program) for program in (traced, stepping)):
-        return "whether tokens one by one say what the whole text says was not tried out: the model holds no data"
+        return "the model holds no data"
     if sum(value.nbytes for value in traced.weight_data.values()) <= EXACT_BYTES:
         traced, stepping = in_float64(traced), in_float64(stepping)
     whole, step = (Emitter(program).rank(Mesh.of().coordinates(0)) for program in (traced, stepping))
@@ -57,22 +100,11 @@ def compare_steps(traced: Program, stepping: Program) -> str | None:
     try:
         at_once = _at_once(whole, tokens[:1])[:TOKENS]
     except InputError as reason:  # the program for whole texts takes more than the ids
-        return f"whether tokens one by one say what the whole text says was not tried out: {reason}"
+        return str(reason)
     one_by_one = _one_by_one(step, tokens[:, :TOKENS])
     scale = at_once.abs().max().clamp_min(torch.finfo(at_once.dtype).tiny)
     error = ((one_by_one.to(at_once.dtype) - at_once).abs().max() / scale).item()
-    if error <= _ROUNDING.get(at_once.dtype, 2e-2):
-        return None
-    says = f"logits differ by up to {error:.1g} of the largest, over {len(at_once)} tokens in {_short(at_once.dtype)}"
-    if error < REFUSED:
-        return (
-            "fed tokens one by one, with what it remembers, the model's own code computes something else than for the "
-            f"whole text: {says}. Texts are continued as by the former"
-        )
-    raise PlanError(
-        f"{traced.name} cannot generate: fed tokens one by one, with what it remembers, it does not continue its own "
-        f"text: {says}. What it remembers is not all that it needs, or its two ways are two models"
-    )
+    return _Difference(error, len(at_once), at_once.dtype)
 
 
 def _has_data(program: Program) -> bool:
@@ -123,7 +155,3 @@ def _one_by_one(program: RankProgram, tokens: Tensor) -> Tensor:
 def _device(program: RankProgram) -> torch.device:
     """Where the model's weights are."""
     return next((value.device for value in program.weight_data.values()), torch.device("cpu"))
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

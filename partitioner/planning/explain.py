@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from partitioner.planning.cluster import Cluster
-from partitioner.planning.pricing.continuous import steps_of
+from partitioner.planning.pricing.continuous import shared_steps
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.pricing.stored_format import StoredFormat
 from partitioner.planning.quantities import Price
 from partitioner.planning.search import Choice, broken_limits
 from partitioner.planning.summary import Summary
+from partitioner.program.plan import Plan
 
-__all__ = ["as_data", "cards_for_weights", "interval", "reason", "served_text", "sureness"]
+__all__ = ["as_data", "cards_for_weights", "held_text", "interval", "reason", "served_text", "sureness"]
 
 RESIDUALS = Path(__file__).with_name("tables") / "residuals.json"
 
@@ -34,12 +35,15 @@ def reason(price: Price, cluster: Cluster, summary: Summary, *, num_bytes: int |
         too_much = price.memory.weights * plan.pp > price.memory.usable
         why = f"{weights / 1e9:.0f} GB of weights" if too_much else "fewer all-reduces"
         said.append(f"pp={plan.pp} for {why}, handing on {summary.hidden_bytes / 1e3:.0f} kB per token")
+        if price.shares_head:
+            said.append("its stages share out the vocabulary head")
     if plan.ep > 1:
         how = price.exchange or "replicate"
         count = summary.experts.count if summary.experts is not None else 0
         said.append(f"ep={plan.ep} for {count} experts ({how})")
     if plan.mesh.size("dp") > 1:
-        said.append(f"dp={plan.mesh.size('dp')} for more requests at a time")
+        together = ", each rank of it with requests of its own, in step with the others" if plan.ep > 1 else ""
+        said.append(f"dp={plan.mesh.size('dp')} for more requests at a time{together}")
     idle = cluster.size - plan.mesh.world_size
     if idle:
         said.append(f"{idle} devices idle, since more ranks would talk more than they compute")
@@ -81,10 +85,22 @@ def cards_for_weights(num_bytes: int, usable: int) -> int:
     return -(-num_bytes // usable)
 
 
+def held_text(pricer: Pricer, plan: Plan) -> str:
+    """How weights and what is remembered of a token are kept, as the plan is priced."""
+    stored, dtype = pricer.stored, pricer.summary.dtype
+    weights = f"weights in {dtype}"
+    if stored is not None:
+        which = "experts' weights" if stored.experts_only else "weights of layers"
+        weights = f"{which} as stored ({stored.name}, {stored.bits:g} bits each), others in {dtype}"
+    kept = "one latent of each token" if pricer.keeps_latents(plan) else "keys and values of each token"
+    size = pricer.cache_bytes(plan)
+    return f"{weights}; {kept} in {pricer.cache_dtype or dtype}, {size / 1e3:.1f} kB a token on the fullest stage"
+
+
 def served_text(pricer: Pricer, price: Price) -> str:
     """Times of requests that come as others end, with the interval in which 80% of measured ones were."""
     assert price.workload is not None
-    served = steps_of(pricer, price.plan, price.workload).served()
+    served = shared_steps(pricer, price.plan, price.workload).served()
     said = []
     for what, seconds in (("ttft", served.ttft_s), ("tpot", served.tpot_s)):
         bar = interval(seconds, what)
@@ -96,9 +112,15 @@ def served_text(pricer: Pricer, price: Price) -> str:
 
 
 def as_data(
-    choice: Choice, cluster: Cluster, summary: Summary, *, most: int, stored: StoredFormat | None = None
+    choice: Choice,
+    cluster: Cluster,
+    summary: Summary,
+    *,
+    most: int,
+    stored: StoredFormat | None = None,
+    cache_dtype: str | None = None,
 ) -> dict[str, Any]:
-    pricer = Pricer(summary, cluster, stored=stored)
+    pricer = Pricer(summary, cluster, stored=stored, cache_dtype=cache_dtype)
     return {
         "model": summary.name,
         "cluster": cluster.as_data(),
@@ -119,7 +141,7 @@ def _price_data(price: Price, pricer: Pricer) -> dict[str, Any]:
     assert price.decode is not None
     assert price.workload is not None
     parts = ("memory", "products", "links", "waiting")
-    served = steps_of(pricer, price.plan, price.workload).served()
+    served = shared_steps(pricer, price.plan, price.workload).served()
     return {
         **told,
         "batch": price.workload.batch,
@@ -140,7 +162,9 @@ def _price_data(price: Price, pricer: Pricer) -> dict[str, Any]:
         "collectives_of_a_token_s": price.decode.by_collective,
         "binds": price.decode.binds,
         "layers": list(price.layers),
+        "shares_head": price.shares_head,
         "reason": reason(price, pricer.cluster, pricer.summary, num_bytes=pricer.num_bytes),
+        "holds": held_text(pricer, price.plan),
         "limits_broken": broken_limits(price),
         "note": price.note,
     }

@@ -82,7 +82,9 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Price:
-    """Of one plan. refused: why it cannot be, or ""; times are None then. exchange: of experts, by entry."""
+    """Of one plan. refused: why it cannot be, or ""; times are None then. exchange: of experts, by entry. shares_head:
+    whether its stages share out the rows of the vocabulary head.
+    """
 
     plan: Plan
     memory: Memory
@@ -93,6 +95,7 @@ class Price:
     exchange: str = ""
     layers: tuple[int, ...] = ()
     note: str = ""
+    shares_head: bool = False
 
     @property
     def ttft_s(self) -> float:

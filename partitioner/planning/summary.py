@@ -19,6 +19,7 @@ import sympy
 from torch import fx
 
 from partitioner.analysis.cost.expressions import EXPERTS, MET, PAST, ROUTED, Expressions, NodeExpression
+from partitioner.analysis.cost.products import LATENT
 from partitioner.compile.partition import compile_program, trace
 from partitioner.errors import PlanError
 from partitioner.program.node_arguments import arguments, node_values, operation
@@ -29,7 +30,6 @@ from partitioner.sharding.split_class import SplitClass
 from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.experts import expert_dispatch, grouped_linear
 from runtime.ops.kernels.float8_rows import SCALE_BYTES, num_scales
-from runtime.ops.state.latent_attention import latent_attention
 
 _ITEM = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -66,6 +66,8 @@ class Part:
     kept: list[Kept] = field(default_factory=list)
     live: list[Live] = field(default_factory=list)
     """Of the entry "prefill"; a single token's results are small."""
+    tied: Any = 0
+    """Bytes of weights that a part before this one reads, too: on a stage of its own it has them again."""
 
     @property
     def weight_bytes(self) -> Any:
@@ -143,7 +145,7 @@ def summarize_program(traced: Program, *, cache: str = "auto") -> Summary:
             "plans are not priced yet; partitioner report says how it is split"
         )
     found = _Summarizing(traced, program).summary()
-    if any(node.target is latent_attention for node in program.graph.nodes):
+    if any(node.target in LATENT for node in program.graph.nodes):
         found.expanded = summarize_program(traced, cache="expanded")
     return found
 
@@ -178,7 +180,9 @@ class _Summarizing:
             order.append(known[id(model)])
         seen: set[str] = set()
         for part in parts[:2]:  # a tied table counts where it is read first; stages that need both have both
-            part.weights = [(name, size) for name, size in part.weights if not (name in seen or seen.add(name))]  # type: ignore[func-returns-value]
+            part.tied = sum((size for name, size in part.weights if name in seen), sympy.Integer(0))
+            part.weights = [(name, size) for name, size in part.weights if name not in seen]
+            seen |= {name for name, _ in part.weights}
         guessed = sorted(set(self.classes.guessed))
         if guessed:
             self.found.append(f"counted as even shares: {', '.join(guessed[:4])}{' ...' if len(guessed) > 4 else ''}")

@@ -7,6 +7,7 @@ Plan.parse("ep=8,expert-parallel.exchange=gather")        options of a pass: NAM
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -104,11 +105,6 @@ class Plan:
             raise PlanError(f"weights must be one of {', '.join(WEIGHTS)}; got {self.weights!r}")
         if self.cache not in CACHES:
             raise PlanError(f"cache must be one of {', '.join(CACHES)}; got {self.cache!r}")
-        if self.cache == "latent" and self.sp > 1:
-            raise PlanError(
-                f"cache=latent is for a cache that each rank has all of, and sp={self.sp} shares out its tokens: give "
-                "sp=1, or leave cache out"
-            )
         self.mesh  # noqa: B018 - checks the degrees together
 
     def degree(self, axis: str) -> int:
@@ -119,7 +115,7 @@ class Plan:
     @property
     def mesh(self) -> Mesh:
         """All ranks."""
-        return Mesh.of(**{axis: self.degree(axis) for axis in DEGREES})
+        return _mesh(*(self.degree(axis) for axis in DEGREES))
 
     @property
     def replicas(self) -> int:
@@ -216,6 +212,12 @@ class Plan:
 
 _FIELDS = ("sp_attention", "keep_whole", "weights", "cache")
 """Of a plan, beside its degrees and passes."""
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _mesh(*degrees: int) -> Mesh:
+    """Of degrees in the order of `DEGREES`: a planner asks thousands of plans for theirs, again and again."""
+    return Mesh.of(**dict(zip(DEGREES, degrees, strict=True)))
 
 
 def _read_field(name: str, value: str, text: str) -> Any:

@@ -17,14 +17,13 @@ from collections.abc import Callable
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 
 from partitioner.analysis.layouts.infer_experts import ROUTED
 from partitioner.analysis.layouts.infer_layout import Layouts, sizes_read
 from partitioner.analysis.layouts.merged_rows import sequences_in_order
 from partitioner.errors import LayoutError
-from partitioner.program.node_arguments import arguments, operation
+from partitioner.program.node_arguments import arguments
 from partitioner.program.program import Entry, Program
 from partitioner.proof.per_rank_integers import at, expect
 from partitioner.sharding.layout import Layout, Rows
@@ -93,7 +92,7 @@ def _collect_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     ):  # each row of a batch has a part of its own: they do not lie in order
         raise LayoutError(f"{at(node)} collects {rows} along dim {a['dim']} of {a['x']}, which is {size} and more")
     if rows == program.own_batch:
-        if not _is_multiple(total, len(program.mesh.group(axes, 0)), rows, layouts):
+        if not _is_multiple(program, node, len(program.mesh.group(axes, 0)), rows, layouts):
             raise LayoutError(f"{at(node)} collects as many rows of each rank of {axes}: its total {total} is not that")
         return layout.with_dim(a["dim"], None)
     found = total.meta["val"] if isinstance(total, fx.Node) else total
@@ -104,25 +103,27 @@ def _collect_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     return layout.with_dim(a["dim"], rows.of)
 
 
-def _is_multiple(total: Any, parts: int, rows: Rows, layouts: Layouts) -> bool:
-    """Whether `total` is `parts` times as many rows as a rank has."""
+def _is_multiple(program: Program, node: fx.Node, parts: int, rows: Rows, layouts: Layouts) -> bool:
+    """Whether the total that a node is told is `parts` times as many rows as a rank has."""
+    a = arguments(node)
+    total, size = a["total"], a["x"].meta["val"].shape[a["dim"]]
     if not isinstance(total, fx.Node) or total.target is not operator.mul or total.args[1] != parts:
         return False
-    size: Any = total.args[0]
-    if operation(size) is not torch.ops.aten.sym_size:
-        return False
-    read, dim = size.args
-    return bool(layouts[read].dims[dim] == rows)
+    mine: Any = total.args[0]
+    return (
+        isinstance(mine, fx.Node) and bool(mine.meta["val"] == size) and _counts_rows_of(program, total, rows, layouts)
+    )
 
 
 def _counts_rows_of(program: Program, node: fx.Node, of: Rows | None, layouts: Layouts) -> bool:
     """Whether the numbers of rows that the node is told are read off what has the rows `of`; None: of all ranks."""
-    symbol = None if of is None else program.symbols.get(of.levels[0].kind)
+    known = {} if of is None else {program.symbols.get(each.levels[0].kind): each for each in of.by_dim}
     for read, dim in sizes_read(node):
-        runs = symbol is not None and symbol in _symbols(read.meta["val"].shape[dim])
-        if layouts[read].dims[dim] != (of if runs else None):
+        wanted = [rows for symbol, rows in known.items() if symbol in _symbols(read.meta["val"].shape[dim])]
+        held = layouts[read].dims[dim]
+        if (list(held.by_dim) if isinstance(held, Rows) else []) != wanted:
             return False
-    return of is None or symbol is not None
+    return None not in known
 
 
 def _symbols(size: Any) -> frozenset[Any]:

@@ -38,6 +38,7 @@ from runtime.ops.local import once, reorder, shard
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.ops.state.latent_attention import latent_attention
+from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 
 aten = torch.ops.aten
 
@@ -151,10 +152,10 @@ def _require_own_sizes(node: fx.Node, found: Inference, layouts: Layouts) -> Non
     """What has the rows of all ranks must not be as long as those of one."""
     several = [layouts[source] for source in node.all_input_nodes if isinstance(layouts.get(source), Layout)]
     held = several if operation(node) not in FILLED else found.outputs
-    rows = {each for layout in held for each in layout.dims if isinstance(each, Rows)}
+    rows = {one for layout in held for each in layout.dims if isinstance(each, Rows) for one in each.by_dim}
     for read, dim in sizes_read(node):
         own = layouts[read].dims[dim]
-        if isinstance(own, Rows) and own not in rows:
+        if isinstance(own, Rows) and not rows.issuperset(own.by_dim):
             raise LayoutError(
                 f"{at(node)} takes a size from {read.name!r}, of which each rank has {own} of its own, but none of "
                 "its operands has those rows: read the size from what has the rows of all ranks"
@@ -270,7 +271,7 @@ def _check_integers(program: Program, node: fx.Node, layouts: Layouts) -> None:
         _check_kv_map(program, node, layouts)
         if op in (cached_attention, cached_sequence_attention):
             _check_states(program, node, layouts)
-    elif op is latent_attention:
+    elif op in (latent_attention, latent_sequence_attention):
         _check_latent(program, node)
     elif op in (aten.conv1d, aten.conv2d, aten.convolution):
         split = layouts[node.all_input_nodes[0]].dims[1] if arguments(node)["groups"] != 1 else None
@@ -293,12 +294,13 @@ def _check_states(program: Program, node: fx.Node, layouts: Layouts) -> None:
 
 
 def _check_latent(program: Program, node: fx.Node) -> None:
-    """Every rank keeps all of what all heads read."""
+    """Every rank keeps all of what all heads read, of its own tokens where these are shared out."""
     a = arguments(node)
+    axes = as_axes(a["axis"]) if "axis" in a else ()
     name = f"{a['state']}.latent"
     width = sum(a[part].meta["val"].shape[2] for part in ("latent", "carried") if a[part] is not None)
     state, wanted = program.states.get(name), (1, width)
-    if state is None or (state.shape, state.layout, state.token_axes) != (wanted, REPLICATED(2), ()):
+    if state is None or (state.shape, state.layout, state.token_axes) != (wanted, REPLICATED(2), axes):
         got = "no such state" if state is None else f"{state.shape}, {state.layout}, tokens over {state.token_axes}"
         raise LayoutError(f"{at(node)} writes {wanted} for each token to the state {name!r}, which is {got}")
 

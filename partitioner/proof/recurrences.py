@@ -1,7 +1,7 @@
 """Whether several tokens at once do to states what single steps do: each layer with a state, tried in float64.
 
-    step     x[B, 1, H] -> y[B, 1, H]     the model's code for one token, behind a state
-    piece    x[B, S, H] -> y[B, S, H]     its code for S tokens, behind a state
+    step     x[B, 1, H] -> y[B, 1, ..] ..     the model's code for one token, behind a state
+    piece    x[B, S, H] -> y[B, S, ..] ..     its code for S tokens, behind a state
 
 A region is what a graph computes in the module that reads and writes a state. Regions that look alike are tried once,
 with random weights and inputs: for all ways to cut a few tokens into pieces, and for pieces around the sizes at which
@@ -12,6 +12,7 @@ regions, analysis proves that each token, and each sequence, is computed by itse
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
 
 from partitioner.analysis.layouts.infer_layout import Layouts
 from partitioner.analysis.tokens.slot_independence import why_slots_matter
@@ -29,6 +29,7 @@ from partitioner.program.program import Program
 from partitioner.proof.float64 import lifted
 from partitioner.proof.regions import Region, regions_of
 from partitioner.sharding.layout import REPLICATED, Layout
+from runtime.ops.state import state_read, state_write
 
 __all__ = ["why_pieces_differ"]
 
@@ -41,6 +42,8 @@ _CLOSE = 1e-8
 _WIDE = 8.0
 _LARGE, _LARGEST = 2**24, 2**28
 """Numbers that a region's weights hold: from there on it is tried on fewer lengths, or not at all."""
+_PER_STATE = 32
+"""A number of a state counts as so many of the former: each token reads and writes it several times."""
 
 
 def why_pieces_differ(piece: Program, step: Program) -> str | None:
@@ -55,6 +58,8 @@ def why_pieces_differ(piece: Program, step: Program) -> str | None:
         return mixed
     tried: set[str] = set()
     for key, region in found.items():
+        if len(region.outputs) != len(others[key].outputs):
+            return f"{region.path}: its code for several tokens hands on other values than its code for one"
         kind = f"{region.text}\n{others[key].text}"
         if kind not in tried:
             tried.add(kind)
@@ -76,14 +81,14 @@ def _why_rest_mixes(program: Program, regions: list[Region]) -> str | None:
     copy = program.copy()
     nodes = {node.name: node for node in copy.graph.nodes}
     for region in regions:
-        x, y = nodes[region.input.name], nodes[region.output.name]
-        inside = {nodes[node.name] for node in region.nodes}
-        with copy.graph.inserting_after(y):
-            made = copy.graph.call_function(recurrence, (x,))
-        made.meta = dict(y.meta)
-        for user in list(y.users):
-            if user not in inside and user is not made:
-                user.replace_input_with(y, made)
+        x, inside = nodes[region.input.name], {nodes[node.name] for node in region.nodes}
+        for y in (nodes[each.name] for each in region.outputs):
+            with copy.graph.inserting_after(y):
+                made = copy.graph.call_function(recurrence, (x,))
+            made.meta = dict(y.meta)
+            for user in list(y.users):
+                if user not in inside and user is not made:
+                    user.replace_input_with(y, made)
         for node in sorted(inside, key=list(copy.graph.nodes).index, reverse=True):
             copy.graph.erase_node(node)
     for dim, rules in (("sequence", SEQUENCE_RULES), ("batch", BATCH_RULES)):
@@ -116,6 +121,15 @@ class _Running:
     states: dict[str, Tensor] = field(default_factory=dict)
     sizes: dict[tuple[fx.Node, int, int], Any] = field(default_factory=dict)
     """Integers of the graph, for so many rows of so many tokens."""
+    calls: list[tuple[fx.Node, Any, Any]] = field(init=False)
+    """What is run in order, with arguments as they are tried: a region runs hundreds of times."""
+
+    def __post_init__(self) -> None:
+        self.calls = [
+            (node, *fx.node.map_aggregate((node.args, node.kwargs), _tried_as))
+            for node in self.region.nodes
+            if node_values(node)
+        ]
 
     def start(self, rows: int) -> None:
         self.states = {
@@ -123,7 +137,7 @@ class _Running:
             for name in self.region.states
         }
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> list[Tensor]:
         rows, size = x.shape[:2]
         symbols = {self.program.symbols["batch"]: rows}
         if "sequence" in self.program.symbols:
@@ -141,21 +155,16 @@ class _Running:
                 self.sizes[node, rows, size] = evaluate(node.meta["val"], symbols)
             return self.sizes[node, rows, size]
 
-        for node in self.region.nodes:
-            if not node_values(node):
-                continue
-            name = str(node.kwargs.get("state", ""))
-            if node in self.region.reads:
-                values[node] = self.states[name]
-            elif node in self.region.writes:
-                values[node] = after[name] = value(node.args[0])  # type: ignore[arg-type]
+        for node, args, kwargs in self.calls:
+            if node.target is state_read:
+                values[node] = self.states[kwargs["state"]]
+            elif node.target is state_write:
+                values[node] = after[kwargs["state"]] = value(args[0])
             else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-                args, kwargs = tree_map(_tried_as, (args, kwargs))
+                args, kwargs = fx.node.map_arg((args, kwargs), value)
                 values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         self.states = after
-        found: Tensor = values[self.region.output]
-        return found
+        return [values[each] for each in self.region.outputs]
 
 
 @torch.no_grad()
@@ -180,7 +189,8 @@ def _tried_on(
     if count > _LARGEST:
         return f"it is too large to be tried out, with {count} numbers"
     low, high = piece.limits.get("sequence", (1, None))
-    most = 65 if count > _LARGE else max(_LONGER)
+    remembered = sum(math.prod(piece.states[name].shape) for name in region.states)
+    most = 65 if count + _PER_STATE * remembered > _LARGE else max(_LONGER)
     sizes = [size for size in longer if size <= min(most, high or most) and size >= low]
     ways = [*_compositions(_FEW), *((size, _BEHIND) for size in sizes)]
     ways = [way for way in ways if all(low <= size and (high is None or size <= high) for size in way)]
@@ -193,8 +203,8 @@ def _tried_on(
     for way in ways:
         by_pieces.start(_ROWS)
         ends = itertools.accumulate(way)
-        found = torch.cat([by_pieces(x[:, end - size : end]) for end, size in zip(ends, way, strict=True)], dim=1)
-        pairs = [("its result", found, wanted[:, : sum(way)])]
+        found = _joined([by_pieces(x[:, end - size : end]) for end, size in zip(ends, way, strict=True)])
+        pairs = [("its result", one, other[:, : sum(way)]) for one, other in zip(found, wanted, strict=True)]
         pairs += [(f"the state {name!r}", value, states[sum(way)][name]) for name, value in by_pieces.states.items()]
         for what, one, same in pairs:
             if (error := _error(one, same)) > _CLOSE:
@@ -205,12 +215,19 @@ def _tried_on(
     alone = _Running(piece, region, weights)
     alone.start(1)
     size = sum(ways[-1])
-    if _error(alone(x[:1, : ways[-1][0]]), wanted[:1, : ways[-1][0]]) > _CLOSE:
+    first = ways[-1][0]
+    outputs = zip(alone(x[:1, :first]), wanted, strict=True)
+    if any(_error(one, other[:1, :first]) > _CLOSE for one, other in outputs):
         return f"a sequence of {size} tokens depends on the others of its batch"
     return None
 
 
-def _one_by_one(running: _Running, x: Tensor, ends: set[int]) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
+def _joined(pieces: list[list[Tensor]]) -> list[Tensor]:
+    """Each output along the tokens."""
+    return [torch.cat(each, dim=1) for each in zip(*pieces, strict=True)]
+
+
+def _one_by_one(running: _Running, x: Tensor, ends: set[int]) -> tuple[list[Tensor], dict[int, dict[str, Tensor]]]:
     """What single steps yield, and their states after so many."""
     running.start(len(x))
     found, states = [], {}
@@ -218,7 +235,7 @@ def _one_by_one(running: _Running, x: Tensor, ends: set[int]) -> tuple[Tensor, d
         found.append(running(x[:, position : position + 1]))
         if position + 1 in ends:
             states[position + 1] = dict(running.states)
-    return torch.cat(found, dim=1), states
+    return _joined(found), states
 
 
 def _weights(program: Program, region: Region, *, wide: bool) -> dict[str, Any]:

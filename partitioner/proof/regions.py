@@ -1,9 +1,9 @@
 """Regions: what a graph computes in the modules that read and write a state per sequence.
 
     region     the nodes of the innermost module around the reads and writes of one layer's states
-    x -> y     the one value that the region is given, and the one that it hands on, both [B, S, ..]
+    x -> y..   the one value that the region is given, and those that it hands on, all [B, S, ..]
 
-Beside these it takes weights and sizes. A layer whose region is given more, or hands on more, is not told apart.
+Beside these it takes weights and sizes. A layer whose region is given more is not told apart.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Region:
     path: str
     nodes: tuple[fx.Node, ...]
     input: fx.Node
-    output: fx.Node
+    outputs: tuple[fx.Node, ...]
+    """In the order of the graph."""
     states: tuple[str, ...]
     weights: tuple[str, ...]
     text: str
@@ -91,18 +92,18 @@ def _region(program: Program, path: str, states: tuple[str, ...]) -> Region | st
     inside = _closed(program.graph, inside)
     tensors = {n for node in inside for n in node.all_input_nodes if node_values(n)} - inside
     given = [n for n in tensors if n.op != "get_attr" and not _is_told(n, inside)]
-    handed = [n for n in inside if node_values(n) and any(user not in inside for user in n.users)]
-    if len(given) != 1 or len(handed) != 1:
-        return f"it is given {len(given)} values and hands on {len(handed)}, where one each can be tried out"
-    for what, node in (("given", given[0]), ("handed on", handed[0])):
+    nodes = tuple(node for node in program.graph.nodes if node in inside)
+    handed = tuple(n for n in nodes if any(user not in inside for user in n.users))
+    if len(given) != 1 or not handed:
+        return f"it is given {len(given)} values and hands on {len(handed)}: one must come in, and at least one go out"
+    for what, node in (("given", given[0]), *(("handed on", each) for each in handed)):
         value = node.meta["val"]
         sizes = (program.symbols.get("batch"), program.symbols.get("sequence", 1))
         if not isinstance(value, Value) or value.shape[:2] != sizes:
             return f"what it is {what} is {value}, not one row per token"
-    nodes = tuple(node for node in program.graph.nodes if node in inside)
     weights = tuple(dict.fromkeys(str(n.target) for node in nodes for n in node.all_input_nodes if n.op == "get_attr"))
     text = _text(program, nodes, given[0])
-    return Region(path, nodes, given[0], handed[0], states, weights, text)
+    return Region(path, nodes, given[0], handed, states, weights, text)
 
 
 def _is_told(node: fx.Node, inside: set[fx.Node]) -> bool:

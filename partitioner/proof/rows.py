@@ -6,6 +6,7 @@
     scatter_rows   x[.., T, ..] -> x[.., T_i, ..]   a sum over axes, of which each rank keeps its own tokens
     cached_attention, latent_attention, last_token  one query per token; one token per sequence
     cached_sequence_attention                       the same; of own tokens, which stay so, or of all, to be merged
+    latent_sequence_attention                       likewise
     own_last_token   x[B, T_i, H] -> [B, 1, H]      one token per sequence, from the rank that has it
     localise_experts                                each token's choices by themselves
     limit_experts                                   the same, but that full experts leave some out: the plan says so
@@ -41,6 +42,7 @@ from runtime.ops.rows import collect_rows, scatter_rows, take_rows
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.rows.share_rows import own_last_token
 from runtime.ops.state.latent_attention import latent_attention
+from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 
 __all__ = ["check_rows"]
 
@@ -63,6 +65,7 @@ def check_rows(program: Program) -> None:
 
 
 _PLURAL = {"sequence": "tokens", "batch": "sequences"}
+_OF_LATENT = ("q", "carried_q", "latent", "carried")
 
 
 def _of_the_whole(program: Program) -> Program:
@@ -103,11 +106,12 @@ class _Proof:
                 cached_attention: _cached_attention,
                 latent_attention: _latent_attention,
                 cached_sequence_attention: self._cached_sequence,
+                latent_sequence_attention: self._cached_sequence,
                 last_token: _last_token,
                 own_last_token: _last_token,
             }
         else:
-            self.rules[cached_sequence_attention] = _by_sequence
+            self.rules |= {cached_sequence_attention: _by_sequence, latent_sequence_attention: _latent_by_sequence}
 
     def _of(self, node: fx.Node) -> tuple[str, ...]:
         """The axes over which rows of `node` are dealt out."""
@@ -122,16 +126,21 @@ class _Proof:
             each = " and ".join(sorted(f"over {axes_text(axes)}" if axes else "on every rank" for axes in dealt))
             return f"brings {{what}}s together that ranks have otherwise: {each}"
         axes = dealt.pop() if dealt else ()
-        within = axes if axes != self.batch_axes else ()  # of a sequence of its own, a rank has all tokens
+        within = self._within(axes)
         if within and node.target in (attention, cached_attention, latent_attention) and node.target in self.rules:
             return f"attends to a rank's own {{what}}s only, which are dealt out over {axes_text(axes)}"
-        if within and node.target is cached_sequence_attention and arguments(node)["how"] == "merge":
+        over_ranks = node.target in (cached_sequence_attention, latent_sequence_attention)
+        if within and over_ranks and arguments(node)["how"] == "merge":
             return f"merges what own {{what}}s see, which are dealt out over {axes_text(axes)}"
         if within and node.target is last_token:
             return f"picks one of a rank's own {{what}}s only, which are dealt out over {axes_text(axes)}"
         if axes and _has_rows(layouts.get(node)):
             self.dealt[node] = axes
         return None
+
+    def _within(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """Over which of the axes the tokens of one sequence are dealt out: of one of its own, a rank has all."""
+        return axes[len(self.batch_axes) :] if axes[: len(self.batch_axes)] == self.batch_axes else axes
 
     # -- rules ---------------------------------------------------------------------------------------------------------
 
@@ -201,12 +210,14 @@ class _Proof:
     def _cached_sequence(self, node: fx.Node, layouts: Layouts) -> str | None:
         a, axes = arguments(node), read_call(node).axes
         wanted = () if a["how"] == "merge" else axes
-        for name in ("q", "k", "v", "positions"):
-            if (dealt := self._of(a[name])) != wanted:
+        names = ("q", "k", "v") if node.target is cached_sequence_attention else _OF_LATENT
+        for name in (*names, "positions"):
+            if a[name] is not None and (dealt := self._within(self._of(a[name]))) != wanted:
                 return (
                     f"shares {{what}}s out over {axes_text(axes)}, and its {name} are dealt out over {dealt or 'none'}"
                 )
-        return _cached_attention(node, layouts)
+        attend = _cached_attention if node.target is cached_sequence_attention else _latent_attention
+        return attend(node, layouts)
 
     def _localise_experts(self, node: fx.Node, layouts: Layouts) -> str | None:
         a = arguments(node)
@@ -293,6 +304,22 @@ def _by_sequence(node: fx.Node, layouts: Layouts) -> str | None:
     if not alike or layouts[a["positions"]].dims != (rows, None):
         return "attends over something other than one row per {what}"
     if any(each.split_dims not in ((), (0,)) for each in others):
+        return "has a mask or sinks of other {what}s than its own"
+    layouts[node] = Layout((rows, None, None, None))
+    return None
+
+
+def _latent_by_sequence(node: fx.Node, layouts: Layouts) -> str | None:
+    a = arguments(node)
+    rows = layouts[a["q"]].dims[0]
+    wanted = {name: Layout((rows, *[None] * (3 if name in ("q", "carried_q") else 2))) for name in _OF_LATENT}
+    if any(a[name] is not None and layouts[a[name]] != layout for name, layout in wanted.items()):
+        return "attends over something other than one row per {what}"
+    if layouts[a["positions"]].dims != (rows, None):
+        return "attends over something other than one row per {what}"
+    if layouts[a["key_weight"]].split_dims or layouts[a["value_weight"]].split_dims:
+        return "makes keys and values by weights that depend on the {what}s"
+    if any(a[name] is not None and layouts[a[name]].split_dims not in ((), (0,)) for name in ("mask", "sinks")):
         return "has a mask or sinks of other {what}s than its own"
     layouts[node] = Layout((rows, None, None, None))
     return None

@@ -2,6 +2,7 @@
 
     sequence_attention          queries, keys and values are own rows, in the order and over the axis that is named
     cached_sequence_attention   the same, with the positions of the rows; or all tokens of the run, to be merged
+    latent_sequence_attention   the same, of the narrow value that keys and values are made of
     own_last_token              own rows, and which part of the order they are
 
 That operands have the same rows follows from index notation.
@@ -22,6 +23,7 @@ from partitioner.sharding.layout import Rows
 from runtime.ops.communicating import as_axes
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
 from runtime.ops.rows.share_rows import own_last_token
+from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 
 __all__ = ["SEQUENCE_CHECKS"]
 
@@ -36,7 +38,7 @@ def _check_attention(program: Program, node: fx.Node, layouts: Layouts) -> None:
         raise LayoutError(f"node {node.name!r} exchanges heads between {a['neighbours']} of {ranks} ranks")
     if a["how"] != "merge":
         _require_rows(program, node, a["q"], 2, Rows(as_axes(a["axis"]), KIND, a["order"]), layouts)
-    elif node.target is not cached_sequence_attention or set(layouts[a["q"]].axes) & set(as_axes(a["axis"])):
+    elif node.target is sequence_attention or set(layouts[a["q"]].axes) & set(as_axes(a["axis"])):
         raise LayoutError(f"node {node.name!r} merges parts of a cache, of queries that are {layouts[a['q']]}")
     if "total" in a:
         _require_total(program, node, a["q"], 2, layouts)
@@ -69,5 +71,6 @@ def _require_total(program: Program, node: fx.Node, x: fx.Node, dim: int, layout
 SEQUENCE_CHECKS: dict[Any, Callable[[Program, fx.Node, Layouts], None]] = {
     sequence_attention: _check_attention,
     cached_sequence_attention: _check_attention,
+    latent_sequence_attention: _check_attention,
     own_last_token: _check_last_token,
 }

@@ -180,6 +180,7 @@ def _partitioned(opened: Mapping[str, Any]) -> Parts[Report]:
         dtype=dtype,
         max_length=opened["max_length"],
         mapped=opened["mapped"],
+        read_ahead=True,
     )
 
 

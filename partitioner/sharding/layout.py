@@ -82,9 +82,25 @@ class Rows:
         """Rows, rows of these, and so on."""
         return (self,) if self.of is None else (*self.of.levels, self)
 
+    @property
+    def by_dim(self) -> tuple[Rows, ...]:
+        """A rank's own tokens of its own sequences: the two dims that one with both is merged of. Else these rows."""
+        if self.of is None or self.of.kind != "batch" or self.kind != "sequence":
+            return (self,)
+        return (self.of, Rows(self.last_axes, self.kind, self.order))
+
     def again(self, axes: tuple[str, ...], kind: str, order: str = "blocks") -> Rows:
         """What dealing these out once more, over other axes, makes of them."""
         return Rows(in_order((*self.axes, *axes)), kind, order, self)
+
+    def merged(self, other: Rows) -> Rows | None:
+        """Of a dim that is merged of one with these and one with others; None where it is neither."""
+        if self == other:
+            return self
+        for outer, inner in ((self, other), (other, self)):
+            if (outer.kind, inner.kind) == ("batch", "sequence") and inner.of is None:
+                return outer.again(inner.axes, inner.kind, inner.order)
+        return None
 
     def __str__(self) -> str:
         order = "" if self.order == "blocks" else f" {self.order}"

@@ -163,17 +163,20 @@ def _sources() -> str:
     found = hashlib.sha256()
     for package in _OURS:
         for path in _files(package):
-            found.update(str(path).encode() + path.read_bytes())
+            found.update(path.encode() + Path(path).read_bytes())
     for path in _files("transformers"):
-        about = path.stat()
+        about = os.stat(path)
         found.update(f"{path} {about.st_size} {about.st_mtime_ns}".encode())
     return found.hexdigest()
 
 
-def _files(package: str) -> Iterator[Path]:
+def _files(package: str) -> Iterator[str]:
+    """In an order of their names; thousands of them, so that paths are text."""
     spec = importlib.util.find_spec(package)
     for home in spec.submodule_search_locations or () if spec is not None else ():
-        yield from sorted(path for path in Path(home).rglob("*") if path.suffix in _SOURCES)
+        for folder, inner, names in os.walk(home):
+            inner.sort()
+            yield from (os.path.join(folder, name) for name in sorted(names) if name.endswith(_SOURCES))
 
 
 def _checkpoint(folder: Path) -> Iterator[object]:

@@ -33,6 +33,7 @@ from runtime.ops.experts import limit_experts
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.ops.state.latent_attention import latent_attention
+from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["Executable", "build", "failing_node"]
@@ -45,6 +46,7 @@ _FRESH_OWN = frozenset({"vocab_parallel_embedding"})
 _TENSORS = ("mask", "sinks")
 _MASK = {cached_attention: 4, latent_attention: 7}
 """Its place among the operands of an attention over a cache."""
+_OVER_RANKS = frozenset({cached_sequence_attention, latent_sequence_attention})
 _WITH_STATE = frozenset({cached_attention, latent_attention, cache_append, state_read, state_write})
 
 
@@ -168,9 +170,10 @@ def bound_graph(
         new = copied[node] = graph.node_copy(node, copied.__getitem__)
         if node.op == "call_function":
             assert callable(node.target)
-            if node.target is cached_sequence_attention and isinstance(cache, ShardedCache):
+            if node.target in _OVER_RANKS and isinstance(cache, ShardedCache):
                 call = read_call(new)
-                new.target = cache.bind_over_ranks(communicator.channel(call.axes, node=node.name), call.options)
+                channel = communicator.channel(call.axes, node=node.name)
+                new.target = cache.bind_over_ranks(channel, call.options, op=node.target)
                 new.args, new.kwargs = call.operands, {}
             elif node.target in COMMUNICATING:
                 _bind(new, node, communicator)

@@ -35,6 +35,8 @@ class Piece:
     active: tuple[bool, ...]
     completes: tuple[bool, ...] = ()
     """Rows whose prompt ends in this piece."""
+    packed: bool = False
+    """Whether the tokens of all stand behind each other in one row of the run, which yields those of `completes`."""
 
     def halves(self) -> tuple[Piece, Piece]:
         """Of several rows the first ones and the others; of one row its earlier tokens and its later ones."""

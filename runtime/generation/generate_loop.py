@@ -113,7 +113,8 @@ class GenerateLoop:
         request.require_fits(self.program, length)
         self._leave()
         if self.program.batch_axes:
-            yield from self._dealt(request, length)
+            by_row = None if given is None else [given[number] for number in settings.request_ids or range(len(given))]
+            yield from self._dealt(request, length, by_row)
             return
         wanted = settings.prefill_step or self._default_step(len(request.prompts))
         size = min(step_of(self.program, wanted, length), longest)
@@ -157,7 +158,7 @@ class GenerateLoop:
             elif of_steps is None:
                 logits = run.decode(conversation.next_piece())
 
-    def _dealt(self, request: GenerationRequest, length: int) -> Iterator[Step]:
+    def _dealt(self, request: GenerationRequest, length: int, given: Sequence[Sequence[int]] | None) -> Iterator[Step]:
         """Where each rank of dp has sequences of its own."""
         rows, (most, longest) = len(request.prompts), self._batches_for
         if self._batches is None or (self.room is None and (rows > most or length > longest)):
@@ -166,7 +167,7 @@ class GenerateLoop:
             self._batches = self._batch_loop(CacheSize(max_batch=max(rows, most), max_length=max(length, longest)))
         self._turn += 1
         turn = self._turn
-        for said in one_request(self._batches, request):
+        for said in one_request(self._batches, request, given=given):
             yield said
             self._require(turn)
 

@@ -7,6 +7,7 @@ run(piece)        -> the same of any piece; `rows`: those of the cache that its 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -153,12 +154,12 @@ class Steps:
         logits: Tensor = self.execute(piece, decode=decode, rows=rows)
         return logits[:, 0]
 
-    def sizes(self, piece: Piece) -> dict[str, int]:
-        """The named sizes of a run of `piece`."""
+    def sizes(self, piece: Piece, *, least: int = 1) -> dict[str, int]:
+        """The named sizes of a run of `piece`; least: as `execute` has it."""
         ends = [start + len(row) for start, row in zip(piece.starts, piece.tokens, strict=True)]
         return {
-            "batch": len(piece.tokens),
-            "sequence": max(map(len, piece.tokens)),
+            "batch": 1 if piece.packed else len(piece.tokens),
+            "sequence": sum(map(len, piece.tokens)) if piece.packed else max(least, *map(len, piece.tokens)),
             "slots": max(max(ends) + 1, self._least_slots),
         }
 
@@ -177,7 +178,8 @@ class Steps:
         least: int = 1,
         like: Hashable = None,
     ) -> Any:
-        """What the rank's graph yields: logits [B, 1, V/n], or what its stage hands on.
+        """What the rank's graph yields: logits [B, 1, V/n], or what its stage hands on; of a packed piece, logits of
+        the rows that it completes, or of its last token where it completes none.
 
         received: what comes from the stage before. least: how many tokens each row is filled up to, if not more. like:
         as `Executable` has it.
@@ -187,12 +189,12 @@ class Steps:
         batch, values = self._inputs(piece, decode=decode, least=least)
         self.cache.begin(batch, rows=rows, decode=decode)
         execute = self._decode if decode else self._prefill
-        return execute([*values, *received], like=like)
+        return execute([*values, *received], like="packed" if piece.packed else like)
 
     def _pays_in_turns(self, piece: Piece) -> bool:
         rows, size = len(piece.tokens), max(map(len, piece.tokens))
         least = self._turns_from if TURNS_FROM is None else TURNS_FROM
-        return self.takes_turns and rows * size >= max(2, least) and all(piece.active)
+        return self.takes_turns and rows * size >= max(2, least) and all(piece.active) and not piece.packed
 
     def _execute_in_turns(self, piece: Piece, rows: slice | PagedRows | None) -> Tensor:
         """The logits of a piece, of which two halves take turns."""
@@ -223,7 +225,10 @@ class Steps:
         """
         head = self._decode_head if decode else self._head
         assert head is not None
-        logits: Tensor = head(self._inputs(piece, decode=decode)[1], self.sizes(piece), made)
+        sizes = self.sizes(piece)
+        if piece.packed and head.takes_last_tokens:
+            sizes["batch"] = max(1, sum(piece.completes))
+        logits: Tensor = head(self._inputs(piece, decode=decode)[1], sizes, made)
         return logits
 
     @property
@@ -234,12 +239,19 @@ class Steps:
     def _inputs(self, piece: Piece, *, decode: bool, least: int = 0) -> tuple[Batch, list[Tensor]]:
         """A run of `piece` as the cache is told of it, and the inputs of its program."""
         counts = [len(row) for row in piece.tokens]
-        size = max(*counts, least)
-        ids = self._on_device([row + row[-1:] * (size - len(row)) for row in piece.tokens])
-        last = self._on_device(counts) - 1
-        offsets = torch.arange(size, device=self._device).minimum(last[:, None])
-        positions = self._on_device(piece.starts)[:, None] + offsets
-        batch = Batch(positions, tuple(piece.starts), tuple(counts), piece.active)
+        if piece.packed:
+            rows = zip(piece.starts, counts, strict=True)
+            ids = self._on_device([[token for row in piece.tokens for token in row]])
+            positions = self._on_device([[at for start, count in rows for at in range(start, start + count)]])
+            ends = zip(itertools.accumulate(counts), piece.completes, strict=True)
+            last = self._on_device([end - 1 for end, is_told in ends if is_told] or [sum(counts) - 1])
+        else:
+            size = max(*counts, least)
+            ids = self._on_device([row + row[-1:] * (size - len(row)) for row in piece.tokens])
+            last = self._on_device(counts) - 1
+            offsets = torch.arange(size, device=self._device).minimum(last[:, None])
+            positions = self._on_device(piece.starts)[:, None] + offsets
+        batch = Batch(positions, tuple(piece.starts), tuple(counts), piece.active, piece.packed)
         program = self._decode_program if decode else self._program
         known = {
             "input_ids": ids,

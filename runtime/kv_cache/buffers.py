@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from runtime.ops.kernels.float8_rows import from_float8, num_scales, to_float8
 from runtime.program.shards import StateShard
 
-__all__ = ["buffers_of", "kept_as", "parts_of", "read_from", "shape_of", "untouched_zeros"]
+__all__ = ["StateRows", "buffers_of", "kept_as", "parts_of", "read_from", "shape_of", "untouched_zeros"]
 
 _LEAST_BYTES = 1 << 20
 """Below this, pages cost more than they save."""
@@ -70,3 +70,63 @@ def read_from(state: StateShard, read: Callable[[str], Tensor]) -> Tensor:
     """The numbers of a state. read: of one of its buffers."""
     found = [read(name) for name in parts_of(state)]
     return from_float8(found[0], found[1], state.dtype) if state.float8 else found[0]
+
+
+class StateRows:
+    """What is kept of tokens by one state, [max_batch, G, slots + 1, D]: the last slot is of what nobody reads.
+
+    buffers: by name, those that the cache has now.
+    """
+
+    def __init__(self, state: StateShard, buffers: Callable[[], Mapping[str, Tensor]]) -> None:
+        self.state, self._buffers = state, buffers
+
+    @property
+    def numbers(self) -> Tensor:
+        """As they lie, where they are no codes."""
+        return self._buffers()[self.state.name]
+
+    @property
+    def slots(self) -> int:
+        return self.numbers.shape[2] - 1
+
+    @property
+    def width(self) -> int:
+        return self.state.shape[-1]
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one token and head."""
+        return self.state.bytes // self.state.shape[0]
+
+    def put(self, rows: slice, slots: slice | Tensor, x: Tensor) -> Tensor:
+        """Keeps x [B, G, S, D] in the same slots of all rows, or in those of each, [B, S]; as it will be read."""
+        parts, kept = kept_as(self.state, x)
+        numbers = torch.arange(rows.start, rows.stop, device=x.device)[:, None]
+        for name, part in zip(parts_of(self.state), parts, strict=True):
+            if isinstance(slots, slice):
+                self._buffers()[name][rows, :, slots] = part
+            else:
+                self._buffers()[name][numbers, :, slots] = part.transpose(1, 2)
+        return kept
+
+    def packed(self, rows: slice, seen: int) -> Tensor:
+        """The first `seen` slots as they travel: as they lie, scales as bytes behind their codes."""
+        parts = [self._buffers()[name][rows, :, :seen] for name in parts_of(self.state)]
+        if not self.state.float8:
+            return parts[0]
+        return torch.cat([parts[0], parts[1].contiguous().view(torch.uint8)], -1)
+
+    @property
+    def packed_width(self) -> int:
+        return self.row_bytes if self.state.float8 else self.width
+
+    def unpacked(self, message: Tensor) -> Tensor:
+        """The numbers of what has travelled."""
+        if not self.state.float8:
+            return message
+        codes, scales = message[..., : self.width], message[..., self.width :].contiguous()
+        return from_float8(codes, scales.view(torch.float32), self.state.dtype)
+
+    def read(self, rows: slice, seen: int) -> Tensor:
+        return read_from(self.state, lambda name: self._buffers()[name][rows, :, :seen])

@@ -116,7 +116,7 @@ class Cache:
 
         decode: by the program for single tokens, which may share out tokens between ranks otherwise.
         """
-        batch, size = tokens.positions.shape
+        batch, size = tokens.shape
         if isinstance(rows, PagedRows):
             raise InputError("the rows of this cache are stretches of their own: it has no blocks to name")
         rows = slice(0, batch) if rows is None else rows

@@ -30,7 +30,9 @@ from runtime.kv_cache.device_memory import Amount, free_bytes, readable
 from runtime.kv_cache.sharded_slots import cache_bytes
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import all_gather
+from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.state.latent_attention import latent_attention
+from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 from runtime.program.rank_program import RankProgram
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "all_stages",
     "bytes_needed",
     "default_step",
+    "gathered",
     "held_as",
     "in_float8",
     "longest_text",
@@ -92,6 +95,9 @@ class CacheSize:
             raise InputError('a cache needs a size: give max_length, or memory such as "0.9 of free"')
 
 
+_ATTENDING = (cached_attention, cached_sequence_attention, latent_attention, latent_sequence_attention)
+
+
 def require_dtype(dtype: object) -> None:
     if dtype not in (None, FLOAT8):
         raise InputError(f"the dtype of a cache must be None, that of the model, or {FLOAT8!r}; got {dtype!r}")
@@ -101,11 +107,9 @@ def why_not_float8(program: RankProgram) -> str | None:
     """The first state that is none of an attention's keys and values, with what it is; None: all may be float8."""
     attended: set[str] = set()
     for node in program.graph.nodes:
-        if node.op == "call_function" and node.target in (cached_attention, latent_attention):
+        if node.op == "call_function" and node.target in _ATTENDING:
             attended |= {f"{node.kwargs['state']}.{part}" for part in ("key", "value", "latent")}
     for state in program.states:
-        if state.token_axes:
-            return f"the tokens of {state.name!r} are shared out over {', '.join(state.token_axes)}"
         if state.name not in attended:
             what = "is written by the model's own code" if state.per_token else "is a state per sequence"
             return f"{state.name!r} {what}, and not keys or values of an attention over a cache"
@@ -129,7 +133,7 @@ def held_as(program: RankProgram, dtype: str | None, communicator: Communicator,
         return program
     if program.stage is not None:
         refused = torch.tensor([why_not_float8(program) is not None], dtype=torch.int64, device=device)
-        if int(_gathered(communicator, refused).sum()) and not int(refused):
+        if int(gathered(communicator, refused).sum()) and not int(refused):
             raise InputError(
                 f"a cache of dtype={FLOAT8!r} is for keys and values, and another stage has other states; leave dtype "
                 "out"
@@ -184,7 +188,7 @@ class Room:
     ) -> Room:
         """The same, with what `fit` says of how many tokens so many bytes have room for; None: any number."""
         place = _number_of(device)
-        places = _gathered(communicator, torch.tensor([place], device=device))
+        places = gathered(communicator, torch.tensor([place], device=device))
         # nobody takes anything between the two meetings
         free = free_bytes(device)
         sharing = int((places == place).sum()) * (communicator.replicas_here if device.type == "cpu" else 1)
@@ -192,7 +196,7 @@ class Room:
         mine = amount.within(None if free is None else free // sharing)
         fits = -1 if mine is None else fit(mine)
         given = torch.tensor([ANY_LENGTH if fits is None else fits, -1 if mine is None else mine], device=device)
-        everyone = _gathered(communicator, given).view(-1, 2).tolist()
+        everyone = gathered(communicator, given).view(-1, 2).tolist()
         if any(bytes_ < 0 for _, bytes_ in everyone):
             if size.memory is not None:
                 raise InputError(
@@ -245,7 +249,7 @@ class WhatIsKept:
         found += [any(not state.per_token for state in program.states), *(axis in axes for axis in AXES)]
         if program.stage is not None:
             mine = torch.tensor(found, dtype=torch.int64, device=device)
-            found = _gathered(communicator, mine).view(-1, len(found)).amax(0).tolist()
+            found = gathered(communicator, mine).view(-1, len(found)).amax(0).tolist()
         sees, gives_up, counts_tokens, *of_axes = found
         return cls(
             counts_tokens=bool(counts_tokens),
@@ -278,7 +282,7 @@ def default_step(program: RankProgram, communicator: Communicator, device: torch
     whole, free = torch.cuda.get_device_properties(device).total_memory, free_bytes(device) or 0
     fits = min(whole // 8, free // 4) // (_LIVE * widest)
     mine = torch.tensor([min(_MOST_ROWS, fits) // max_batch], device=device)
-    least = int(_gathered(communicator, mine).min())
+    least = int(gathered(communicator, mine).min())
     return max(LEAST_STEP, 1 << max(0, least.bit_length() - 1))
 
 
@@ -334,10 +338,10 @@ def all_stages(said: bool, program: RankProgram, communicator: Communicator, dev
     """Whether the ranks of all stages say so; a collective where there are stages."""
     if program.stage is None:
         return said
-    return bool(_gathered(communicator, torch.tensor([int(said)], device=device)).all())
+    return bool(gathered(communicator, torch.tensor([int(said)], device=device)).all())
 
 
-def _gathered(communicator: Communicator, mine: Tensor) -> Tensor:
+def gathered(communicator: Communicator, mine: Tensor) -> Tensor:
     """What every rank of the mesh brings, one after the other."""
     communicator.begin_run(new_shapes=True)
     for axes in communicator.mesh.single_axes:

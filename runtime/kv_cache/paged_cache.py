@@ -10,27 +10,39 @@ those behind what a token sees, where all layers have windows. Where some have n
 here, for their blocks are those of the other layers.
 
 Attention of many tokens, and on a CPU of one, gathers a row's blocks; the kernel for one token on a GPU reads them
-where they lie.
+where they lie. Rows whose tokens are packed behind each other are attended to in parts that take as many tokens each;
+so are, on a CPU, rows of very different lengths, all of which would else be read as far as the longest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from partitioner.errors import InputError
-from runtime.kv_cache.batch import Batch, PagedRows
+from runtime.kv_cache.batch import Batch, PagedRows, Part, together
 from runtime.kv_cache.buffers import buffers_of, parts_of
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.slots import minus_infinity
 from runtime.ops.attention import attention
+from runtime.ops.cached_attention import cached_attention
 from runtime.ops.kernels.flash_attention import flash_rows
+from runtime.ops.state.latent_attention import latent_attention
 from runtime.program.shards import StateShard
 
 __all__ = ["PagedCache"]
+
+_PART_BYTES = 1 << 18
+"""Of keys that are gathered in vain sooner than that there is another part: what its calls take to start."""
+_DIMS = (2, 2, 2)
+"""Of queries, keys and values."""
+_LATENT_DIMS = (2, 2, 1, 1, None, None)
+"""Of the operands of `latent_attention`."""
+_NAMED = ("mask", "sinks")
 
 
 class PagedCache(Cache):
@@ -39,7 +51,7 @@ class PagedCache(Cache):
     max_length: of the longest sequence. step: the most tokens of a row in one run.
     """
 
-    _OF_RUN = (*Cache._OF_RUN, "_paged", "_row_numbers", "_tables", "_places")
+    _OF_RUN = (*Cache._OF_RUN, "_paged", "_row_numbers", "_tables", "_places", "_parts")
 
     def __init__(
         self,
@@ -60,6 +72,11 @@ class PagedCache(Cache):
         """By their width: of the run's rows [B, width]."""
         self._places: Tensor | None = None
         """Where the run's tokens lie, as if all blocks were one: [B * S]."""
+        self._parts: list[Part] = []
+        """Of the run's rows, where attention does not take all of them together."""
+        # on a GPU another part costs the launches of its kernels
+        bytes_each = max((state.bytes for state in states if state.per_token), default=0)
+        self._worth = _PART_BYTES / bytes_each if bytes_each and device.type == "cpu" else math.inf
         self._fixed_tables: dict[int, Tensor] = {}
         """By number of rows, for runs from fixed memory: [B, blocks of the longest row]."""
 
@@ -92,8 +109,52 @@ class PagedCache(Cache):
         super().begin(tokens, rows=slice(0, len(rows.numbers)))
         self._paged = rows
         self._row_numbers = torch.tensor(rows.numbers, device=self._device)
-        self._tables = {}
-        self._places = None
+        self._tables, self._masks, self._places = {}, {}, None
+        self._parts = tokens.parts(rows, worth=self._worth) if tokens.packed or tokens.shape[1] == 1 else []
+        if len(self._parts) == 1 and not tokens.packed:
+            self._parts = []
+
+    def bind(
+        self, op: Callable[..., Any], state: str, options: dict[str, Any], *, masked: bool = False
+    ) -> Callable[..., Tensor]:
+        attend = super().bind(op, state, options, masked=masked)
+        if op is cached_attention:
+            return self._in_parts(attend, _DIMS)
+        return self._in_parts(attend, _LATENT_DIMS) if op is latent_attention else attend
+
+    def _in_parts(self, attend: Callable[..., Tensor], dims: Sequence[int | None]) -> Callable[..., Tensor]:
+        """An attention that takes the run's rows part by part.
+
+        dims: along which each operand before the positions has the run's tokens; None: it has none of them.
+        """
+
+        def attend_in_parts(*given: Tensor | None, **named: Tensor | None) -> Tensor:
+            operands, rest = given[: len(dims)], given[len(dims) + 1 :]
+            mask, sinks = (named.get(name, value) for name, value in zip(_NAMED, (*rest, None, None), strict=False))
+            packed = self._batch is not None and self._batch.packed
+            if not self._parts or (mask is not None and not packed):
+                return attend(*given, **named)
+            whole = Part(slice(0), self._batch, self._paged, self._tables, self._masks, self._places)  # type: ignore[arg-type]
+            made = []
+            for part in self._parts:
+                self._look_at(part)
+                mine = [
+                    x if dim is None or x is None else part.take(x, dim, packed=packed)
+                    for x, dim in zip(operands, dims, strict=True)
+                ]
+                own = sinks
+                if sinks is not None and sinks.dim() == 4 and sinks.shape[2 if packed else 0] > 1:
+                    own = part.take(sinks, 2, packed=packed)
+                made.append(attend(*mine, part.batch.positions, None, own))
+                part.places = self._places
+            self._look_at(whole)
+            return together(made, 2, packed=packed)
+
+        return attend_in_parts
+
+    def _look_at(self, part: Part) -> None:
+        self._batch, self._paged = part.batch, part.rows
+        self._tables, self._masks, self._places = part.tables, part.masks, part.places
 
     def fix(self, rows: PagedRows, batch: int) -> None:
         """Before a run from fixed memory: what its first rows are about. The others of `batch` are about nothing."""
@@ -113,11 +174,10 @@ class PagedCache(Cache):
         if rows is not None:
             raise InputError("the rows of a run from fixed memory are named before, by `fix`, not by a stretch")
         self._batch, self._active, self._fixed, self._group = None, None, seen, slice(0, len(positions))
-        self._is_fixed = True
+        self._is_fixed, self._parts = True, []
         if len(positions) not in self._fixed_tables:
             raise InputError("a run from fixed memory is about rows that were named before, by `fix`")
-        self._tables.clear()
-        self._places = None
+        self._tables, self._places = {}, None
         if self._kinds:  # here, so that a compiled step reads them as they are
             self._places = self._found_places(positions)
             self._table(seen)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import InputError
+from runtime.kv_cache.buffers import StateRows
 from runtime.kv_cache.sharded_slots import Appended, KeptTokens
 from runtime.kv_cache.slots import minus_infinity
 from runtime.ops.kernels.decode_attention import Attending, can_decode, decode_attention, registered
@@ -29,6 +30,8 @@ from runtime.ops.rows.sequence_attention import attend_over_ranks
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.ops.rows.ulysses import by_heads, heads_of, kv_of
 from runtime.ops.rows.visible import Visible
+from runtime.ops.state.latent_attention import of_heads
+from runtime.ops.state.latent_heads import OfLatent
 
 __all__ = ["DealtOut", "ShardedAttention", "ShardedRun"]
 
@@ -45,6 +48,16 @@ class DealtOut:
     start: int
     before: tuple[int, ...] | None
     """How many tokens each rank had kept, where that is the same for all rows, which go on at `start` together."""
+
+    def runs_of(self, rank: int, *, is_limited: bool) -> tuple[tuple[int, int], ...] | None:
+        """Where the tokens stand that `rank` keeps, in order of slot; None where only the cache's positions tell.
+
+        is_limited: whether some are seen no more, so that slots may have been written twice.
+        """
+        if self.before is None or is_limited:
+            return None
+        runs = ((0, self.before[rank]), *_moved(self.order.runs[rank], self.start))
+        return tuple(each for each in runs if each[0] < each[1])
 
 
 @dataclass
@@ -77,11 +90,12 @@ class ShardedRun:
 
 
 class ShardedAttention:
-    """One `cached_sequence_attention`. `buffers`: keys and values [max_batch, G, slots + 1, D or Dv] of its state."""
+    """One `cached_sequence_attention`. keys, values: of its state, of sizes D and Dv."""
 
     def __init__(
         self,
-        buffers: Callable[[], tuple[Tensor, Tensor]],
+        keys: StateRows,
+        values: StateRows,
         run: Callable[[], ShardedRun],
         channel: Any,
         *,
@@ -94,43 +108,33 @@ class ShardedAttention:
         softcap: float | None,
         kv_map: list[int] | None,
     ) -> None:
-        self._buffers, self._run, self._channel = buffers, run, channel
+        self._keys, self._values, self._run, self._channel = keys, values, run, channel
         self._how, self._neighbours, self._order = how, neighbours, order
         self._scale, self._softcap = scale, softcap
         self._window, self._chunk = window, chunk
         self._kv_map = None if kv_map is None else list(kv_map)
-        keys, values = buffers()
         self.has_kernel = (
             how == "merge"
             and window is None
             and chunk is None
             and kv_map is None
-            and can_decode(keys, values, keys.dtype)
+            and not keys.state.float8
+            and can_decode(keys.numbers, values.numbers, keys.numbers.dtype)
         )
         """Whether one token of each row is kept and attended to by the kernel of `decode_attention`."""
-        packed = Attending(self._packed_by_kernel, values.shape[-1] + 1, dtype=torch.float32)
+        packed = Attending(self._packed_by_kernel, values.width + 1, dtype=torch.float32)
         self._by_kernel = registered(packed)
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
-        if self._how == "merge" and self._run().dealt_out is not None:
-            raise InputError(
-                f"node {self._channel.node!r} is for runs that every rank has all of; the tokens of this one "
-                "are dealt out"
-            )
+        run = require_kind(self._run(), self._how, self._channel)
         if self.has_kernel and q.shape[2] == 1 and mask is None:
             return self._merged(self._by_kernel(q, k, v, positions, None), sinks).to(q.dtype)
-        run, (keys, values) = self._run(), self._buffers()
-        self._keep(run, keys, k)
-        self._keep(run, values, v)
-        if self._how == "merge":
-            return self._merge(run, q, keys, values, mask, sinks)
+        k, v = (keep(run, each, x, self._channel) for each, x in ((self._keys, k), (self._values, v)))
         dealt_out = run.dealt_out
         if dealt_out is None:
-            raise InputError(
-                f"node {self._channel.node!r} is for runs whose tokens are dealt out; every rank has all of this one"
-            )
+            return self._merge(run, q, mask, sinks)
         if not dealt_out.has_past:
             return attend_over_ranks(
                 self._channel, q, k, v, dealt_out.order.total, mask, sinks,
@@ -139,28 +143,16 @@ class ShardedAttention:
                 window=self._window, chunk=self._chunk, softcap=self._softcap, kv_map=self._kv_map,
             )  # fmt: skip
         alike = mask is None or mask.dim() < 2 or mask.shape[-2] == 1
-        if self._how != "gather" and alike and self._queries_are_less(run, dealt_out, q, keys, values):
-            return self._exchange_queries(run, dealt_out, q, keys, values, mask, sinks)
+        if self._how != "gather" and alike and self._queries_are_less(run, dealt_out, q):
+            return self._exchange_queries(run, dealt_out, q, mask, sinks)
         if self._how == "ulysses":
-            return self._exchange_heads(run, dealt_out, q, keys, values, mask, sinks)
-        return self._exchange_keys(run, dealt_out, q, keys, values, mask, sinks)
+            return self._exchange_heads(run, dealt_out, q, mask, sinks)
+        return self._exchange_keys(run, dealt_out, q, mask, sinks)
 
-    def _keep(self, run: ShardedRun, buffer: Tensor, x: Tensor) -> None:
-        count, dealt_out = buffer.shape[2] - 1, run.dealt_out
-        if dealt_out is not None and dealt_out.before is not None:
-            first = dealt_out.before[self._channel.coordinate]
-            if first + x.shape[2] <= count:  # they lie one after the other
-                buffer[run.rows, :, first : first + x.shape[2]] = x
-                return
-        rows = torch.arange(run.rows.start, run.rows.stop, device=x.device)[:, None]
-        buffer[rows, :, run.slots[count]] = x.transpose(1, 2)
-
-    def _merge(
-        self, run: ShardedRun, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor | None
-    ) -> Tensor:
-        count = keys.shape[2] - 1
-        hidden = run.hidden(self._channel.coordinate, count, self._window, self._chunk, keys.dtype)
-        block = self._used(run, keys, values)
+    def _merge(self, run: ShardedRun, q: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
+        dtype = self._keys.state.dtype
+        hidden = run.hidden(self._channel.coordinate, self._keys.slots, self._window, self._chunk, dtype)
+        block = self._used(run)
         out, lse = partial_attention(
             q, block.keys, block.values, scale=self._scale, softcap=self._softcap,
             mask=hidden if mask is None else mask.to(q.dtype) + hidden,
@@ -169,15 +161,15 @@ class ShardedAttention:
 
     def _merged(self, packed: Tensor, sinks: Tensor | None) -> Tensor:
         """What the parts [B, H, S, Dv + 1] of all ranks are together: on every rank the same bits."""
-        parts = self._channel.all_gather(packed[None], dim=0)
-        return with_sinks(*merge_parts(parts[..., :-1], parts[..., -1]), sinks)
+        return merged_over(self._channel, packed, sinks)
 
     def _packed_by_kernel(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None) -> Tensor:
         """The part of this rank. To the kernel a row is as long as what this rank keeps of it.
 
         The kernel appends what it is given: on a rank that does not keep the token, that is the last one that it keeps.
         """
-        run, (keys, values) = self._run(), (each[self._run().rows] for each in self._buffers())
+        run = self._run()
+        keys, values = (each.numbers[run.rows] for each in (self._keys, self._values))
         assert run.appended is not None
         is_own, before = run.appended.is_own, run.appended.before
         at, rows = (before - (~is_own).long()).clamp(min=0), torch.arange(q.shape[0], device=q.device)[:, None]
@@ -192,35 +184,34 @@ class ShardedAttention:
         lse = lse[..., None].masked_fill(has_none, -torch.inf)
         return torch.cat([out.float().masked_fill(has_none[..., None], 0), lse[..., None]], -1)
 
-    def _used(self, run: ShardedRun, keys: Tensor, values: Tensor) -> Block:
+    def _used(self, run: ShardedRun) -> Block:
         """What this rank keeps of the run's rows, as far as anyone looks; by query head where these share none."""
-        seen = min(run.seen, keys.shape[2] - 1)
-        return Block(keys[run.rows, :, :seen], values[run.rows, :, :seen], ()).mapped(self._kv_map)
+        seen = min(run.seen, self._keys.slots)
+        return Block(self._keys.read(run.rows, seen), self._values.read(run.rows, seen), ()).mapped(self._kv_map)
 
     def _exchange_keys(
-        self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, keys: Tensor, values: Tensor,
-        mask: Tensor | None, sinks: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        seen, width, own = min(run.seen, keys.shape[2] - 1), keys.shape[-1], self._channel.coordinate
-        queries = self._queries_of(dealt_out, own, q, values.shape[-1], mask)
-        message = torch.cat([keys[run.rows, :, :seen], values[run.rows, :, :seen]], -1)
-        for source, rows in self._brought(message):
-            self._add(queries, run, dealt_out, own, source, Block(rows[..., :width], rows[..., width:], ()))
+        self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        seen, width, own = min(run.seen, self._keys.slots), self._keys.packed_width, self._channel.coordinate
+        queries = self._queries_of(dealt_out, own, q, self._values.width, mask)
+        message = torch.cat([each.packed(run.rows, seen) for each in (self._keys, self._values)], -1)
+        for source, rows in brought(self._channel, message, self._how):
+            keys, values = self._keys.unpacked(rows[..., :width]), self._values.unpacked(rows[..., width:])
+            self._add(queries, run, dealt_out, own, source, Block(keys, values, ()))
         return with_sinks(queries.seen.out, queries.seen.lse, sinks).to(q.dtype)
 
     def _exchange_queries(
-        self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, keys: Tensor, values: Tensor,
-        mask: Tensor | None, sinks: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
         """The queries of each rank come to what this one keeps, and what they have seen goes back."""
         order, own, (batch, heads, size, _), width = (
             dealt_out.order,
             self._channel.coordinate,
             q.shape,
-            values.shape[-1],
+            self._values.width,
         )
-        seen = min(run.seen, keys.shape[2] - 1)
-        kept = Block(keys[run.rows, :, :seen], values[run.rows, :, :seen], ())
+        seen = min(run.seen, self._keys.slots)
+        kept = Block(self._keys.read(run.rows, seen), self._values.read(run.rows, seen), ())
         found: list[Tensor] = [q] * order.parts
         for target, rows in around(self._channel, filled_up(q, max(order.counts))):
             queries = self._queries_of(dealt_out, target, rows[:, :, : order.counts[target]], width, mask)
@@ -232,19 +223,21 @@ class ShardedAttention:
         parts = parts.view(order.parts, batch, heads, size, width + 1)
         return with_sinks(*merge_parts(parts[..., :-1], parts[..., -1]), sinks).to(q.dtype)
 
-    def _queries_are_less(self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, keys: Tensor, values: Tensor) -> bool:
+    def _queries_are_less(self, run: ShardedRun, dealt_out: DealtOut, q: Tensor) -> bool:
         """Whether fewer bytes travel if the queries do: behind a long past, for a short run; the same on all ranks.
 
         Of what one rank sends to another: keys and values of all kv heads, or of those that the other's heads read,
         with the queries of these and their results.
         """
-        most, (_, heads, _, size), value = max(dealt_out.order.counts), q.shape, values.shape[3]
-        kv_heads, sent = keys.shape[1], 0
+        most, (_, heads, _, size), value = max(dealt_out.order.counts), q.shape, self._values.width
+        kv_heads, sent = self._keys.state.shape[0], 0
+        of_row = self._keys.row_bytes + self._values.row_bytes
         if self._how == "ulysses":
-            shares = heads_of(dealt_out.order.parts, heads, kv_of(q, keys, self._kv_map))
+            of_row = (size + value) * self._keys.state.dtype.itemsize
+            shares = heads_of(dealt_out.order.parts, heads, kv_of(q, self._keys.numbers, self._kv_map))
             kv_heads = max(len(share.kv) for share in shares)
             sent = most * max(share.count for share in shares) * (size + value) * q.itemsize
-        kept = min(run.seen, keys.shape[2] - 1) * kv_heads * (size + value) * keys.itemsize
+        kept = min(run.seen, self._keys.slots) * kv_heads * of_row
         parts = (value + 1) * accumulating(q.dtype).itemsize
         return most * heads * (size * q.itemsize + parts) < kept + sent
 
@@ -259,26 +252,19 @@ class ShardedAttention:
         self, queries: RankQueries, run: ShardedRun, dealt_out: DealtOut, rank: int, source: int, kept: Block
     ) -> None:
         """What the queries of one `rank` see of what another, `source`, keeps."""
-        order, before = dealt_out.order, dealt_out.before
+        is_limited = self._window is not None or self._chunk is not None
+        runs = dealt_out.runs_of(source, is_limited=is_limited)
         kept = kept.mapped(self._kv_map)
-        # slots that were written twice, and sights that end, are told from positions only
-        if before is not None and self._window is None and self._chunk is None:
-            runs = ((0, before[source]), *_moved(order.runs[source], dealt_out.start))
-            queries.add(Block(kept.keys, kept.values, tuple(each for each in runs if each[0] < each[1])))
+        if runs is not None:
+            queries.add(Block(kept.keys, kept.values, runs))
         else:
-            held = run.held(self._buffers()[0].shape[2] - 1)[source]
+            held = run.held(self._keys.slots)[source]
             queries.add_masked(kept.keys, kept.values, run.positions[:, dealt_out.tokens[rank]], held)
 
-    def _brought(self, message: Tensor) -> Iterator[tuple[int, Tensor]]:
-        if self._how != "gather":
-            return around(self._channel, message)
-        return enumerate(self._channel.all_gather(message[None], dim=0).unbind(0))
-
     def _exchange_heads(
-        self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, keys: Tensor, values: Tensor,
-        mask: Tensor | None, sinks: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        count, order = keys.shape[2] - 1, dealt_out.order
+        self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        count, order = self._keys.slots, dealt_out.order
         seen = min(run.seen, count)
         held = run.held(count).transpose(0, 1).flatten(1)
 
@@ -294,9 +280,120 @@ class ShardedAttention:
             return with_sinks(queries.seen.out, queries.seen.lse, sinks).to(q.dtype)
 
         return by_heads(
-            self._channel, q, keys[run.rows, :, :seen], values[run.rows, :, :seen], attend,
+            self._channel, q, self._keys.read(run.rows, seen), self._values.read(run.rows, seen), attend,
             queries=order, mask=mask, sinks=sinks, kv_map=self._kv_map, kv_rows=[seen] * order.parts,
         )  # fmt: skip
+
+
+class ShardedLatent:
+    """One `latent_sequence_attention`. rows: of its state, [max_batch, 1, slots + 1, R + E]."""
+
+    def __init__(
+        self,
+        rows: StateRows,
+        run: Callable[[], ShardedRun],
+        channel: Any,
+        *,
+        how: str,
+        order: str,
+        scale: float,
+        window: int | None,
+        chunk: int | None,
+        softcap: float | None,
+    ) -> None:
+        self._rows, self._run, self._channel, self._how, self._order = rows, run, channel, how, order
+        self._window, self._chunk = window, chunk
+        self._options: dict[str, Any] = {"scale": scale, "softcap": softcap}
+
+    def __call__(
+        self,
+        q: Tensor,
+        carried_q: Tensor | None,
+        latent: Tensor,
+        carried: Tensor | None,
+        key_weight: Tensor,
+        value_weight: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        run = require_kind(self._run(), self._how, self._channel)
+        new = latent if carried is None else torch.cat([latent, carried], -1)
+        keep(run, self._rows, new[:, None], self._channel)
+        made = OfLatent(key_weight, value_weight, q, carried_q)
+        if run.dealt_out is not None:
+            return self._exchange(run, run.dealt_out, made, mask, sinks)
+        hidden = run.hidden(
+            self._channel.coordinate, self._rows.slots, self._window, self._chunk, self._rows.state.dtype
+        )
+        (absorbed,) = made.absorbed()
+        keys, values = absorbed.made_of(self._rows.read(run.rows, min(run.seen, self._rows.slots)))
+        mask = hidden if mask is None else mask.to(q.dtype) + hidden
+        out, lse = partial_attention(absorbed.q, keys, values, mask=mask, **self._options)
+        out = absorbed.values_of(out.to(accumulating(q.dtype)))
+        return merged_over(self._channel, torch.cat([out, lse[..., None]], -1), sinks).to(q.dtype)
+
+    def _exchange(
+        self, run: ShardedRun, dealt_out: DealtOut, made: OfLatent, mask: Tensor | None, sinks: Tensor | None
+    ) -> Tensor:
+        order, own, seen = dealt_out.order, self._channel.coordinate, min(run.seen, self._rows.slots)
+        is_limited = self._window is not None or self._chunk is not None
+        groups = made.groups(seen, total=seen * order.parts)
+        queries = [
+            RankQueries(
+                group.q, _moved(order.runs[own], dealt_out.start), Visible(True, self._window, self._chunk),
+                width=group.width, mask=of_heads(mask, group.heads, made.num_heads), **self._options,
+            )
+            for group in groups
+        ]  # fmt: skip
+        for source, message in brought(self._channel, self._rows.packed(run.rows, seen), self._how):
+            rows, runs = self._rows.unpacked(message), dealt_out.runs_of(source, is_limited=is_limited)
+            for group, mine in zip(groups, queries, strict=True):
+                keys, values = group.made_of(rows)
+                if runs is not None:
+                    mine.add(Block(keys, values, runs))
+                else:
+                    held = run.held(self._rows.slots)[source]
+                    mine.add_masked(keys, values, run.positions[:, dealt_out.tokens[own]], held)
+        outs = [group.values_of(mine.seen.out) for group, mine in zip(groups, queries, strict=True)]
+        lse = torch.cat([mine.seen.lse for mine in queries], 1)
+        return with_sinks(torch.cat(outs, 1), lse, sinks).to(made.dtype)
+
+
+def require_kind(run: ShardedRun, how: str, channel: Any) -> ShardedRun:
+    """Raise where a node is for runs whose tokens are dealt out and those of this one are not, or the reverse."""
+    if how == "merge" and run.dealt_out is not None:
+        raise InputError(
+            f"node {channel.node!r} is for runs that every rank has all of; the tokens of this one are dealt out"
+        )
+    if how != "merge" and run.dealt_out is None:
+        raise InputError(
+            f"node {channel.node!r} is for runs whose tokens are dealt out; every rank has all of this one"
+        )
+    return run
+
+
+def keep(run: ShardedRun, rows: StateRows, x: Tensor, channel: Any) -> Tensor:
+    """Keeps what a rank has of a run's tokens, [B, G, S_i, D]; as it will be read."""
+    dealt_out = run.dealt_out
+    if dealt_out is not None and dealt_out.before is not None:
+        first = dealt_out.before[channel.coordinate]
+        if first + x.shape[2] <= rows.slots:  # they lie one after the other
+            return rows.put(run.rows, slice(first, first + x.shape[2]), x)
+    return rows.put(run.rows, run.slots[rows.slots], x)
+
+
+def brought(channel: Any, message: Tensor, how: str) -> Iterator[tuple[int, Tensor]]:
+    """What each rank brings, by a ring or a gather."""
+    if how != "gather":
+        return around(channel, message)
+    return enumerate(channel.all_gather(message[None], dim=0).unbind(0))
+
+
+def merged_over(channel: Any, packed: Tensor, sinks: Tensor | None) -> Tensor:
+    """What the parts [B, H, S, Dv + 1] of all ranks are together: on every rank the same bits."""
+    parts = channel.all_gather(packed[None], dim=0)
+    return with_sinks(*merge_parts(parts[..., :-1], parts[..., -1]), sinks)
 
 
 def _moved(runs: tuple[tuple[int, int], ...], start: int) -> tuple[tuple[int, int], ...]:

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch, PagedRows
-from runtime.kv_cache.buffers import untouched_zeros
+from runtime.kv_cache.buffers import StateRows, buffers_of
 from runtime.kv_cache.cache import Cache
-from runtime.kv_cache.sharded_attention import DealtOut, ShardedAttention, ShardedRun
+from runtime.kv_cache.sharded_attention import DealtOut, ShardedAttention, ShardedLatent, ShardedRun
 from runtime.kv_cache.sharded_slots import KeptTokens, sharded_slots
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, require_parts
 from runtime.ops.rows.token_order import TokenOrder
+from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 from runtime.program.rank_program import RankProgram
 from runtime.program.shards import StateShard
 
@@ -83,14 +84,10 @@ class ShardedCache(Cache):
         }
         self._most = max((counts[state.name] for state in self._states if state.sees is None), default=None)
         """How many tokens of a row there is room for on a rank; None: any number, as old ones are given up."""
-        self.buffers = {
-            state.name: untouched_zeros(
-                (max_batch, *state.shape[:-1], counts[state.name] + 1, state.shape[-1]),
-                dtype=state.dtype,
-                device=self._device,
-            )
-            for state in self._states
-        }
+        self.buffers: dict[str, Tensor] = {}
+        for state in self._states:
+            shape = (max_batch, *state.shape[:-1], counts[state.name] + 1, state.shape[-1])
+            self.buffers |= buffers_of(state, shape, self._device)
         numbers = sorted(set(counts.values()))
         self.kept = KeptTokens(numbers, max_batch=max_batch, parts=self.parts, device=self._device)
         self._used = self._replayed = 0
@@ -133,7 +130,8 @@ class ShardedCache(Cache):
             if is_active and start == 0 and kept.ends[row]:  # another text, without `start`
                 kept.forget(slice(row, row + 1))
         has_past, before = any(tokens.starts), None
-        if tokens.start is not None:
+        # behind rows that are not to change, nothing is written as one stretch
+        if tokens.start is not None and all(tokens.active):
             each = [{kept.count(rank, row, tokens.start) for row in numbers} for rank in range(self.parts)]
             before = tuple(one.pop() for one in each) if all(len(one) == 1 for one in each) else None
         order = TokenOrder.of(tokens.positions.shape[1], self.parts, self._order or "zigzag")
@@ -158,7 +156,7 @@ class ShardedCache(Cache):
         most = max(sharded_slots(state, max_length=seen, step=self.step, parts=self.parts) for state in self._states)
         self._run = ShardedRun(self._group, positions, appended.slots, most, self.kept, appended=appended)
         for count, window, chunk in self._kinds:  # here, so that a compiled step reads them as they are
-            self._run.hidden(self.coordinate, count, window, chunk, next(iter(self.buffers.values())).dtype)
+            self._run.hidden(self.coordinate, count, window, chunk, self._states[0].dtype)
 
     def bind(
         self, op: Callable[..., Any], state: str, options: dict[str, Any], *, masked: bool = False
@@ -168,19 +166,28 @@ class ShardedCache(Cache):
             f"over {self.parts} ranks, for cached_sequence_attention"
         )
 
-    def bind_over_ranks(self, channel: Any, options: dict[str, Any]) -> Callable[..., Tensor]:
-        """The function that takes the place of a `cached_sequence_attention`: it takes the op's tensors."""
-        defaults = cached_sequence_attention.__kwdefaults__
+    def bind_over_ranks(
+        self, channel: Any, options: dict[str, Any], *, op: Callable[..., Any] = cached_sequence_attention
+    ) -> Callable[..., Tensor]:
+        """The function that takes the place of an attention over ranks: it takes the op's tensors."""
+        defaults: dict[str, Any] | None = op.__kwdefaults__
         assert defaults is not None
         options = {**defaults, **options}
         require_parts(channel, options.pop("parts"))
         state = options.pop("state")
         if not options.pop("causal"):
             raise InputError(f"node {channel.node!r} is not causal: it would see tokens that are not there yet")
-        found = ShardedAttention(lambda: self._pair(state), self._current, channel, **options)
+        found: ShardedAttention | ShardedLatent
+        if op is latent_sequence_attention:
+            latent = self._rows_of(f"{state}.latent")
+            found, slots, has_kernel = ShardedLatent(latent, self._current, channel, **options), latent.slots, False
+        else:
+            keys, values = (self._rows_of(f"{state}.{part}") for part in ("key", "value"))
+            found = ShardedAttention(keys, values, self._current, channel, **options)
+            slots, has_kernel = keys.slots, found.has_kernel
         if options["how"] == "merge":
-            if not found.has_kernel:
-                self._kinds.add((self._pair(state)[0].shape[2] - 1, options["window"], options["chunk"]))
+            if not has_kernel:
+                self._kinds.add((slots, options["window"], options["chunk"]))
         else:
             if self._order not in (None, options["order"]):
                 raise InputError(
@@ -189,8 +196,8 @@ class ShardedCache(Cache):
             self._order = options["order"]
         return found.__call__
 
-    def _pair(self, state: str) -> tuple[Tensor, Tensor]:
-        return self.buffers[f"{state}.key"], self.buffers[f"{state}.value"]
+    def _rows_of(self, name: str) -> StateRows:
+        return StateRows(self._state_of[name], lambda: self.buffers)
 
     def _current(self) -> ShardedRun:
         assert self._run is not None

@@ -41,6 +41,8 @@ class ReplicaStatus:
     prefixes_kept: bool = True
     """Whether equal prefixes are kept once."""
     why_not_kept: str = ""
+    why_not_packed: str = ""
+    """Why pieces of prompts and single tokens of others run in different steps; "": they run in one."""
     why_eager: str = ""
     """Why decode steps are neither compiled nor captured, though that was asked for."""
     why_chosen_behind: str = ""

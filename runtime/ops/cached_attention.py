@@ -48,6 +48,11 @@ def cached_attention(
 
 
 def last_token(x: Tensor, last: Tensor) -> Tensor:
-    """X [B, S, H], last [B] -> [B, 1, H]: of each sequence the row of its last token."""
+    """X [B, S, H], last [B] -> [B, 1, H]: of each sequence the row of its last token.
+
+    Of several sequences that stand behind each other in one row, X [1, N, H], last [n] -> [n, 1, H].
+    """
+    if x.shape[0] == 1 and last.numel() > 1:
+        return x[0].index_select(0, last)[:, None]
     index: Any = last.reshape(-1, 1, 1).expand(-1, 1, x.shape[-1])
     return x.gather(1, index)

@@ -34,6 +34,7 @@ from runtime.ops.rows.sequence_attention import (
     without_cache,
 )
 from runtime.ops.rows.share_rows import collect, collect_rows, scatter, scatter_rows
+from runtime.ops.state.latent_sequence_attention import latent_sequence_attention, without_latent_cache
 
 __all__ = [
     "COMMUNICATING",
@@ -179,6 +180,25 @@ def _meetings_of_return(node: fx.Node) -> tuple[Meeting, ...]:
     return (Meeting("all_to_all", axes, shape, dtype, sizes_from=send.name),)
 
 
+def _meetings_of_latent(node: fx.Node) -> tuple[Meeting, ...]:
+    """As of attention: the narrow value takes the place of keys and values."""
+    operands, axes, options = read_call(node)
+    how, parts = options["how"], options["parts"]
+    q, _, latent, carried, _, value_weight = (
+        operand.meta.get("val") if isinstance(operand, fx.Node) else None for operand in operands[:6]
+    )
+    kind: Kind = "permute" if how == "ring" else "all_gather"
+    count = parts - 1 if how == "ring" else 1
+    if q is None or latent is None or value_weight is None:
+        return (Meeting(kind, axes, None, None),) * count
+    (batch, heads, size, _), dtype = q.shape, q.dtype
+    if how == "merge":
+        shape = (1, batch, heads, size, value_weight.shape[1] + 1)
+        return (Meeting("all_gather", axes, shape, accumulating(dtype)),)
+    width = latent.shape[2] + (0 if carried is None else carried.shape[2])
+    return (Meeting(kind, axes, (batch, 1, size, width), dtype),) * count
+
+
 def _meetings_of_attention(node: fx.Node) -> tuple[Meeting, ...]:
     """By `how`, of a run that comes first. How much lies in a cache, and whether queries travel to it, is not known."""
     operands, axes, options = read_call(node)
@@ -219,5 +239,6 @@ COMMUNICATING: dict[Any, Communicating] = {
     expert_return: Communicating(receive_from_experts, _meetings_of_return),
     sequence_attention: Communicating(attend_over_ranks, _meetings_of_attention),
     cached_sequence_attention: Communicating(without_cache, _meetings_of_attention),
+    latent_sequence_attention: Communicating(without_latent_cache, _meetings_of_latent),
 }
 """Every op of the graph that communicates."""

@@ -57,6 +57,11 @@ class HeadOfAll:
         """None where the last stage has the head, or there is one stage."""
         return None if program.shared_head is None else cls(program, weights, communicator, device, profiler)
 
+    @property
+    def takes_last_tokens(self) -> bool:
+        """Whether what it receives is of each sequence's last token only."""
+        return all("sequence" not in crossing.shape for crossing in self._receives)
+
     def __call__(self, values: Sequence[Tensor], sizes: Mapping[str, int], made: Sequence[Tensor] | None) -> Any:
         mesh, rank = self._communicator.mesh, self._communicator.rank
         shapes = tuple(tuple(shape_of(crossing, sizes, mesh, rank)) for crossing in self._receives)

@@ -5,21 +5,28 @@ Prompts of 1, 5, 11 and 23 tokens are one batch, so that pieces end where a prom
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 
 import pytest
+import torch
 from torch import fx
 
 from partitioner import Plan, load, partition
 from partitioner.compile.partition import compile_steps
 from partitioner.program import Program
-from runtime.ops.state import selective_scan
+from runtime.ops.state import selective_scan, state_write
 from tests.support import stepping, zoo
 
 EXACT = 1e-9
 QUICK = ["mamba", "lfm2_moe"]
-SLOW = ["mamba2", "bamba", "falcon_h1", "granitemoehybrid", "qwen3_next", "jamba", "olmo_hybrid", "zamba"]
-DIVIDED_OTHERWISE = {("falcon_h1", 3)}
+TWO_CODES = ["nemotron_h", "zamba2"]
+"""Their code for several tokens limits a time step that their code for single tokens does not."""
+SLOW = [
+    "mamba2", "bamba", "falcon_h1", "granitemoehybrid", "qwen3_next", "jamba", "olmo_hybrid", "zamba", "zaya",
+    "bailing_hybrid", "qwen3_5_text", *TWO_CODES,
+]  # fmt: skip
+DIVIDED_OTHERWISE = {("falcon_h1", 3), ("zaya", 3)}
 """Four heads on three ranks: by heads in the code for single tokens, within heads in that for several."""
 
 
@@ -29,7 +36,7 @@ def test_prompts_in_pieces_say_what_the_model_says(name: str, tp: int) -> None:
     parts = stepping.compiled_in_pieces(name, tp)
     assert not [note for note in parts.program_of("prefill").notes if "token by token" in note]
     one_code = parts.program_of("prefill") is parts.program_of("decode")
-    assert one_code == ((name, tp) in DIVIDED_OTHERWISE)
+    assert one_code == (name in TWO_CODES or (name, tp) in DIVIDED_OTHERWISE)
     assert one_code == any("single tokens run by" in note for note in parts.generation_report.notes)
     assert parts.generation_report.tokens_at_a_time is None
     for step in (None, 1, 7):
@@ -53,6 +60,41 @@ def test_what_is_not_proven_runs_token_by_token_and_says_why() -> None:
     (note,) = [note for note in report.notes if note.startswith("prompts run token by token: ")]
     assert "at once than for single ones" in note
     assert stepping.error("mamba", parts) < EXACT
+
+
+def test_a_code_for_single_tokens_that_is_another_gives_way_to_that_for_several() -> None:
+    """Where the latter is one recurrence, however a text is cut, and says what the whole text says."""
+    step, whole = stepping.traced("mamba")[1].copy(), stepping.whole("mamba")
+    for node in list(step.graph.nodes):
+        if node.target is state_write:
+            with step.graph.inserting_before(node):
+                other = step.graph.call_function(torch.ops.aten.mul.Tensor, (node.args[0], 1.001))
+            other.meta = dict(node.args[0].meta)
+            node.args = (other, *node.args[1:])
+    parts = stepping.parts_of(
+        *compile_steps(step, Plan(tp=2), piece=lambda: stepping.pieces("mamba"), whole=lambda: whole)
+    )
+    assert parts.program_of("prefill") is parts.program_of("decode")
+    (note,) = parts.generation_report.notes
+    assert note.startswith("single tokens run by the model's code for several, as prompts and whole texts do")
+    assert stepping.error("mamba", parts) < EXACT
+    for piece, said in ((broken, whole), (lambda: stepping.pieces("mamba"), None)):
+        programs = compile_steps(step, Plan(tp=2), piece=piece, whole=lambda said=said: said)  # type: ignore[misc]
+        assert stepping.parts_of(*programs).generation_report.tokens_at_a_time == 1
+
+
+def test_pieces_that_do_not_say_what_the_whole_text_says_are_refused() -> None:
+    """Whole in themselves, but another model: each layer's result is a little larger."""
+    step, whole = stepping.traced("mamba")[1], stepping.whole("mamba")
+    other = stepping.pieces("mamba").copy()
+    for node in list(other.graph.nodes):
+        if node.target is operator.getitem and node.args[1] == 0 and node.args[0].target is selective_scan:
+            with other.graph.inserting_after(node):
+                larger = other.graph.call_function(torch.ops.aten.mul.Tensor, (node, 1.001))
+            larger.meta = dict(node.meta)
+            node.replace_all_uses_with(larger, delete_user_cb=lambda user, made=larger: user is not made)
+    parts = stepping.parts_of(*compile_steps(step, Plan(tp=2), piece=lambda: other, whole=lambda: whole))
+    assert parts.generation_report.tokens_at_a_time == 1
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from partitioner.proof.rows import check_rows
 from partitioner.sharding.layout import Layout
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.ops.cached_attention import cached_attention
+from runtime.ops.rows import collect_rows
 from runtime.ops.state.latent_attention import latent_attention
+from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.batching.many_requests import assert_as_alone, mixed, on_all_ranks
 from tests.support import zoo
@@ -108,12 +111,54 @@ def test_where_there_is_nothing_narrower_it_is_refused_with_the_node(name: str, 
         partition(zoo.tiny(name)[0], Plan(cache="latent")).generate([[3, 4]], max_new_tokens=2)
 
 
-def test_tokens_shared_out_over_ranks_are_keys_and_values() -> None:
-    with pytest.raises(PlanError, match="cache=latent is for a cache that each rank has all of, and sp=2"):
-        Plan(sp=2, cache="latent")
-    parts = compiled("deepseek_v3", 1, sp=2)
-    assert "tokens of the cache are shared out over sp" in parts.generation_report.caches[0]
-    assert error("deepseek_v3", parts, prompts("deepseek_v3", (9,))) < EXACT
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"sp": 2},
+        *(
+            pytest.param(each, marks=SLOW)
+            for each in (
+                {"sp": 3},
+                {"sp": 2, "sp_attention": "gather"},
+                {"sp": 4, "sp_attention": "ring-ulysses"},
+                {"tp": 2, "sp": 2, "passes": ("sequence-parallel",)},
+                {"pp": 2, "sp": 2},
+                {"ep": 2},
+                {"sp": 2, "ep": 4},
+            )
+        ),
+    ],
+)
+def test_ranks_that_share_out_tokens_keep_it(plan: dict[str, Any]) -> None:
+    parts = compiled("deepseek_v3", **{"tp": 1, **plan})
+    assert "latent: 32 numbers per token" in parts.generation_report.caches[0]
+    target = latent_sequence_attention if "sp" in plan else latent_attention
+    hows = {"prefill": "gather" if plan.get("sp_attention") == "gather" else "ring", "decode": "merge"}
+    for entry, how in hows.items():
+        nodes = [node for node in parts.program_of(entry).graph.nodes if node.target is target]  # type: ignore[arg-type]
+        assert len(nodes) == 2
+        assert "sp" not in plan or {node.kwargs["how"] for node in nodes} == {how}
+    for lengths, options in (((1, 4, 11), {}), ((3, 11), {"prefill_step": 4}), ((1,), {})):
+        assert error("deepseek_v3", parts, prompts("deepseek_v3", lengths), new=3, **options) < EXACT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v2", "minicpm3", "glm4_moe_lite", "youtu", "axk1"])
+def test_other_models_that_share_out_tokens(name: str) -> None:
+    parts = compiled(name, 2, sp=2)
+    nodes = [node.target for node in parts.program_of("prefill").graph.nodes]
+    assert nodes.count(latent_sequence_attention) == 2
+    assert error(name, parts, prompts(name), prefill_step=7) < EXACT
+
+
+def test_a_rank_keeps_its_share_of_tokens() -> None:
+    """Of 1,000 tokens over two ranks half each, and room for uneven ones."""
+    expanded = compiled("deepseek_v3", 1, sp=2, cache="expanded")
+    of_token = 2 * CARRIED_AND_LATENT * 8
+    for parts, ratio in ((compiled("deepseek_v3", 1, sp=2), 1), (expanded, 4 * 40 / CARRIED_AND_LATENT)):
+        (one, other) = parts.cache_bytes(max_batch=1, max_length=1000, prefill_step=8)
+        assert one == other
+        assert 500 <= one / of_token / ratio <= 550
 
 
 def test_plans_say_it() -> None:
@@ -159,6 +204,30 @@ def test_a_cache_that_not_every_rank_has_all_of_is_refused() -> None:
     name, state = next(iter(program.states.items()))
     program.states[name] = type(state)(name, state.shape, state.dtype, Layout((heads, None)), state.sees)
     with pytest.raises(LayoutError, match="writes"):
+        check(program)
+
+
+def test_a_cache_of_all_tokens_where_ranks_share_them_out_is_refused() -> None:
+    program = compiled("deepseek_v3", 1, sp=2).program_of("prefill").copy()
+    name, state = next(iter(program.states.items()))
+    program.states[name] = replace(state, token_axes=())
+    with pytest.raises(LayoutError, match=r"writes .* tokens over \(\)"):
+        check(program)
+
+
+@pytest.mark.parametrize(("at", "what"), [(2, "latent"), (0, "queries")])
+def test_tokens_of_all_ranks_in_place_of_own_ones_are_refused(at: int, what: str) -> None:
+    program = compiled("deepseek_v3", 1, sp=2).program_of("prefill").copy()
+    node = next(each for each in program.graph.nodes if each.target is latent_sequence_attention)
+    dim, source = (1 if what == "latent" else 2), node.args[at]
+    first = next(each for each in program.graph.nodes if each.op == "placeholder")
+    with program.graph.inserting_before(node):
+        total = program.graph.call_function(torch.ops.aten.sym_size.int, (first, 1))
+        whole = program.graph.call_function(collect_rows, (source, total, "sp"), {"dim": dim, "order": "zigzag"})
+    total.meta = {"val": first.meta["val"].shape[1], "path": ""}
+    whole.meta = {key: value for key, value in source.meta.items() if key != "layout"}
+    node.replace_input_with(source, whole)
+    with pytest.raises(LayoutError):
         check(program)
 
 

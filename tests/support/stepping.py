@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from partitioner import Parts, Plan
-from partitioner.compile.partition import compile_steps, trace_piece, trace_step
+from partitioner.compile.partition import compile_steps, trace, trace_piece, trace_step
+from partitioner.errors import CaptureError
 from partitioner.program import Program
 from partitioner.proof.float64 import in_float64
 from tests.support import reference, zoo
@@ -46,9 +47,18 @@ def pieces(name: str) -> Program:
 
 
 @functools.cache
+def whole(name: str) -> Program | None:
+    """The trace of whole texts; None where there is none of all lengths."""
+    try:
+        return in_float64(trace(traced(name)[0]))
+    except CaptureError:
+        return None
+
+
+@functools.cache
 def compiled_in_pieces(name: str, tp: int) -> Parts[None]:
     """Prompts by pieces, further tokens by steps."""
-    return parts_of(*compile_steps(traced(name)[1], Plan(tp=tp), piece=lambda: pieces(name)))
+    return parts_of(*compile_steps(traced(name)[1], Plan(tp=tp), piece=lambda: pieces(name), whole=lambda: whole(name)))
 
 
 def prompts(name: str) -> list[list[int]]:

@@ -26,6 +26,7 @@ from partitioner.analysis.cost.memory_traffic import LOOKUPS, MemoryTraffic
 from partitioner.analysis.cost.products import (
     ATTENTION,
     CACHED,
+    LATENT,
     attention_limits,
     kept_operands,
     latent_products,
@@ -41,7 +42,6 @@ from partitioner.sharding.layout import Layout, Split
 from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 from runtime.ops.state import cache_append, state_read
-from runtime.ops.state.latent_attention import latent_attention
 
 aten = torch.ops.aten
 
@@ -276,7 +276,7 @@ class Expressions:
         return held if held == out else sympy.Min(held, out)
 
     def _attention(self, node: fx.Node, rule: Notation) -> tuple[Expr, tuple[Expr, ...], str]:
-        if operation(node) is latent_attention:
+        if operation(node) in LATENT:
             return self._latent_attention(node)
         batch, heads, queries, width = self.sizes.shapes(node)[0]
         size = self.sizes.shapes(rule.operands[0].node)[0][3] + width

@@ -125,14 +125,13 @@ class MemoryTraffic:
         if node.target not in SHARED_OUT:
             return Traffic(0, 0)
         a = arguments(node)
-        queries, own = self.held(a["q"]), self.held(a["k"]) + self.held(a["v"])
-        keys, length = self.sizes.past + evaluate(a["q"].meta["val"].shape[2], self.sizes.symbols), self._length(a["k"])
+        kept = kept_operands(node)
+        queries, own = self.held(a["q"]), sum(self.held(each) for each in kept)
+        keys = self.sizes.past + evaluate(a["q"].meta["val"].shape[2], self.sizes.symbols)
+        length = self.sizes.shapes(kept[0])[0][-2]
         parts: int = a["parts"] if a["how"] == "merge" else 1
         seen = own // length * (keys // parts) if length else 0
         return Traffic(queries + seen, sum(tensor.nbytes for tensor in _flat(tensors)))
-
-    def _length(self, node: fx.Node) -> int:
-        return self.sizes.shapes(node)[0][2]
 
     def held(self, node: fx.Node) -> int:
         """Bytes in memory of what the node yields: an expanded dim lies there once."""

@@ -18,7 +18,7 @@ from torch import fx
 
 from partitioner.analysis.cost.local_sizes import RankSizes, bytes_of
 from partitioner.analysis.cost.memory_traffic import MemoryTraffic
-from partitioner.analysis.cost.products import SHARED_OUT, product_flops
+from partitioner.analysis.cost.products import LATENT, SHARED_OUT, kept_operands, product_flops
 from partitioner.analysis.rules import notation
 from partitioner.program.node_arguments import arguments, describe, node_values
 from partitioner.program.program import Program, Value
@@ -128,10 +128,12 @@ def _meeting(node: fx.Node, meeting: Meeting, at: RankSizes, unsure: list[str]) 
             brought = {rank: bytes_of(at.shape(value, layout, rank), value) for rank in ranks}
             return MeetingCost(meeting.kind, ranks, brought[at.rank], max(brought.values()))
     if node.target in SHARED_OUT:  # keys and values together, or heads of all: a share as large as that of an operand
-        operand = arguments(node)["q" if len(meeting.shape) == 1 else "k"]
+        a = arguments(node)
+        of_queries = len(meeting.shape) == 1 or (node.target in LATENT and a["how"] == "merge")
+        operand = a["q"] if of_queries else kept_operands(node)[0]
         given, layout = operand.meta["val"], at.layouts(operand)[0]
         whole = bytes_of(at.shape(value, REPLICATED(len(value.shape))), value)
-        all_of_it = bytes_of(at.shape(given, REPLICATED(4)), given)
+        all_of_it = bytes_of(at.shape(given, REPLICATED(len(given.shape))), given)
         brought = {rank: whole * bytes_of(at.shape(given, layout, rank), given) // all_of_it for rank in ranks}
         return MeetingCost(meeting.kind, ranks, brought[at.rank], max(brought.values()))
     unsure.append(f"how ranks hold what {describe(node)} sends is not known: counted whole")

@@ -29,12 +29,14 @@ from runtime.ops.communicating import as_axes
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.ops.state.latent_attention import latent_attention
+from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 
 aten = torch.ops.aten
 
 __all__ = [
     "ATTENTION",
     "CACHED",
+    "LATENT",
     "SHARED_OUT",
     "attention_limits",
     "kept_operands",
@@ -45,7 +47,9 @@ __all__ = [
     "product_flops",
 ]  # fmt: skip
 
-SHARED_OUT = (sequence_attention, cached_sequence_attention)
+LATENT = (latent_attention, latent_sequence_attention)
+"""Attention whose keys and values are made of what is cached."""
+SHARED_OUT = (sequence_attention, cached_sequence_attention, latent_sequence_attention)
 """Attention over tokens that ranks share out."""
 CACHED = (cached_attention, latent_attention)
 """Attention over what the rank itself has cached."""
@@ -56,9 +60,9 @@ _CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.convolution)
 def product_flops(node: fx.Node, found: Notation, sizes: RankSizes) -> int:
     """Of one rank. `found`: the node's notation."""
     op = operation(node)
-    if op is latent_attention:
+    if op in LATENT:
         batch, heads, queries, key, value, latent, carried = latent_sizes(node, sizes)
-        _, _, keys = _extent(node, found, sizes)
+        keys = _latent_keys(node, found, sizes)
         made = latent * (key + value)
         pairs = _pairs(node, found, sizes)
         ways = latent_products(queries, keys, pairs, made=made, latent=latent, carried=carried, size=key + value)
@@ -111,13 +115,13 @@ def attention_limits(node: fx.Node) -> tuple[bool, int | None, int | None]:
 def kept_operands(node: fx.Node) -> tuple[fx.Node, ...]:
     """Of an attention over a cache: what is written to it."""
     a = arguments(node)
-    names = ("latent", "carried") if operation(node) is latent_attention else ("k", "v")
+    names = ("latent", "carried") if operation(node) in LATENT else ("k", "v")
     return tuple(a[name] for name in names if a[name] is not None)
 
 
 def latent_sizes(node: fx.Node, sizes: Any) -> tuple[Any, ...]:
-    """Of a `latent_attention`: batch, heads, queries, and the sizes of a key's products, of a value, of what they are
-    made of and of what is carried.
+    """Of an attention over what keys and values are made of: batch, heads, queries, and the sizes of a key's products,
+    of a value, of what they are made of and of what is carried.
     """
     a = arguments(node)
     batch, heads, queries, key = sizes.shapes(a["q"])[0]
@@ -128,6 +132,15 @@ def latent_sizes(node: fx.Node, sizes: Any) -> tuple[Any, ...]:
 def latent_products(queries: Any, keys: Any, pairs: Any, *, made: Any, latent: Any, carried: Any, size: Any) -> Any:
     """Multiplications of a head, absorbed and expanded; see `runtime.ops.state.latent_attention`."""
     return queries * made + pairs * (2 * latent + carried), keys * made + pairs * (size + carried)
+
+
+def _latent_keys(node: fx.Node, found: Notation, sizes: RankSizes) -> int:
+    """Of how many cached tokens a rank makes keys and values, if it does."""
+    if operation(node) is latent_attention:
+        return _extent(node, found, sizes)[2]
+    a = arguments(node)
+    keys = sizes.past + evaluate(a["q"].meta["val"].shape[2], sizes.symbols)
+    return -(-keys // a["parts"]) if a["how"] == "merge" else keys
 
 
 def _extent(node: fx.Node, found: Notation, sizes: RankSizes) -> tuple[int, int, int]:
@@ -148,7 +161,7 @@ def _own_pairs(node: fx.Node, sizes: RankSizes) -> int:
     """Of own queries and the keys of all ranks; where parts are merged, a share of what all queries see."""
     a = arguments(node)
     parts: int = a["parts"]
-    past = sizes.past if operation(node) is cached_sequence_attention else 0
+    past = 0 if operation(node) is sequence_attention else sizes.past
     total = evaluate(a["q"].meta["val"].shape[2], sizes.symbols)
     if a["how"] == "merge":
         return -(-pairs_seen(past, total, past + total, *attention_limits(node)) // parts)

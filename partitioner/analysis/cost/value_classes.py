@@ -26,6 +26,7 @@ from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.experts import grouped_linear
 from runtime.ops.state.latent_attention import latent_attention
+from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 
 __all__ = ["ValueClasses"]
 
@@ -91,7 +92,7 @@ class ValueClasses:
         if node.op == "get_attr":
             found = self.program.split_classes.get(str(node.target))
             return (found, self._roles.get(str(node.target), "ffn")) if found is not None else None
-        if operation(node) in (attention, cached_attention, latent_attention):
+        if operation(node) in (attention, cached_attention, latent_attention, latent_sequence_attention):
             return self._of.get(arguments(node)["q"])
         known = [self._of.get(source) for source in node.all_input_nodes]
         candidates = [each for each in known if each is not None]
@@ -105,9 +106,9 @@ def _roles(program: Program) -> dict[str, str]:
         op = operation(node) if node.op == "call_function" else None
         if op is grouped_linear:
             found[str(arguments(node)["weight"].target)] = "expert_ffn"
-        elif op in (attention, cached_attention, latent_attention):
+        elif op in (attention, cached_attention, latent_attention, latent_sequence_attention):
             a = arguments(node)
-            keys = ("key_weight", "value_weight") if op is latent_attention else ("k", "v")
+            keys = ("key_weight", "value_weight") if op is not attention and op is not cached_attention else ("k", "v")
             for name, role in (("q", "heads"), *((name, "kv_heads") for name in keys)):
                 for weight in _weights_of(a[name]):
                     found.setdefault(weight, role)

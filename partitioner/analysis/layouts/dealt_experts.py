@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from partitioner.analysis.layouts.infer_experts import OWN
 from partitioner.analysis.layouts.infer_layout import Layouts
 from partitioner.program.node_arguments import arguments, node_values
 from partitioner.program.program import Program
-from partitioner.sharding.layout import Layout
+from partitioner.sharding.layout import Layout, Rows
 from partitioner.sharding.mesh import AXES
 from runtime.ops.communicating import as_axes
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
@@ -32,6 +33,7 @@ __all__ = ["ExpertBody", "expert_bodies"]
 class ExpertBody:
     """sent: the axes over which tokens are sent. shared: those whose ranks compute parts for the same tokens."""
 
+    dispatch: fx.Node
     nodes: frozenset[fx.Node]
     sent: frozenset[str]
     shared: frozenset[str]
@@ -71,13 +73,13 @@ def _body(dispatch: fx.Node, later: list[fx.Node], layouts: Layouts) -> ExpertBo
     for node in later[1:]:
         if not node_values(node) or not any(source in inside for source in node.all_input_nodes):
             continue
-        if ended and not any(_has_rows(layouts[s]) for s in node.all_input_nodes if s in inside):
+        if ended and not any(_is_dealt(layouts[s]) for s in node.all_input_nodes if s in inside):
             continue  # what made use of the tokens of all
         inside.add(node)
         if node.target is grouped_linear:
             shared |= _divided(node, layouts)
         ended |= node.target is last
-    return ExpertBody(frozenset(inside), frozenset(sent), frozenset(shared))
+    return ExpertBody(dispatch, frozenset(inside), frozenset(sent), frozenset(shared))
 
 
 def _divided(node: fx.Node, layouts: Layouts) -> set[str]:
@@ -97,5 +99,7 @@ def _source(node: fx.Node) -> fx.Node | None:
     return source if isinstance(source, fx.Node) else None
 
 
-def _has_rows(layout: object) -> bool:
-    return isinstance(layout, Layout) and bool(layout.row_dims)
+def _is_dealt(layout: object) -> bool:
+    """Whether it has the tokens that a rank sends, or those that came to it; not those of own sequences."""
+    dims = layout.dims if isinstance(layout, Layout) else ()
+    return any(isinstance(dim, Rows) and dim.kind not in OWN for dim in dims)

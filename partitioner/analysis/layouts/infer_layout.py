@@ -114,12 +114,13 @@ FILLED = {aten.full, aten.new_full, aten.zeros, aten.new_zeros, aten.ones, aten.
 
 def _filled(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     """A dim has a rank's own rows where its size is read off what has them."""
-    own = {dim for read, i in sizes_read(node) if isinstance(dim := layouts[read].dims[i], Rows)}
+    read = [dim for read, i in sizes_read(node) if isinstance(dim := layouts[read].dims[i], Rows)]
+    own = {rows for dim in read for rows in dim.by_dim}
     dims: list[Dim] = []
     for size in node_values(node)[0].shape:
         symbols = size.free_symbols if isinstance(size, sympy.Expr) else ()
-        found = {rows for rows in own if program.symbols.get(rows.kind) in symbols}
-        dims.append(found.pop() if len(found) == 1 else None)
+        found = [rows for rows in own if program.symbols.get(rows.kind) in symbols]
+        dims.append(found[0] if len(found) == 1 else found[0].merged(found[1]) if len(found) == 2 else None)
     return Layout(tuple(dims))
 
 

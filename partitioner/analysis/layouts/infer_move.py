@@ -176,18 +176,29 @@ def _row_dims(program: Program, node: fx.Node, sources: list[fx.Node], layouts: 
     for source in sources:
         shape = source.meta["val"].shape
         for dim in layout_of(layouts, source).row_dims:
-            rows = layout_of(layouts, source).dims[dim]
-            assert isinstance(rows, Rows)
+            own = layout_of(layouts, source).dims[dim]
+            assert isinstance(own, Rows)
             if op not in _KEEPS_ORDER and dim in _along(a, len(shape)):
-                return f"works along dim {dim}, over which each rank has {rows} of its own"
-            if (whole := _whole_size(program, node, rows, layouts)) is not None:
-                return f"takes a size from {whole.name!r}, which has all rows, where each rank has {rows} of its own"
-            for output, value in zip(outputs, node_values(node), strict=True):
-                dims = [i for i, size in enumerate(value.shape) if _runs_over(program, size, shape[dim], rows)]
-                if len(dims) != 1 or output.get(dims[0], rows) != rows:
-                    return f"mixes dim {dim}, over which each rank has {rows} of its own, with others"
-                output[dims[0]] = rows
+                return f"works along dim {dim}, over which each rank has {own} of its own"
+            for rows in own.by_dim:
+                if (whole := _whole_size(program, node, rows, layouts)) is not None:
+                    return (
+                        f"takes a size from {whole.name!r}, which has all rows, where each rank has {rows} of its own"
+                    )
+                for output, value in zip(outputs, node_values(node), strict=True):
+                    dims = [i for i, size in enumerate(value.shape) if _runs_over(program, size, shape[dim], rows)]
+                    found = _merged(output.get(dims[0]), rows) if len(dims) == 1 else None
+                    if found is None:
+                        return f"mixes dim {dim}, over which each rank has {rows} of its own, with others"
+                    output[dims[0]] = found
     return outputs
+
+
+def _merged(before: Rows | None, rows: Rows) -> Rows | None:
+    """What a dim runs over that runs over both."""
+    if before is None or rows in before.by_dim:
+        return before or rows
+    return before.merged(rows)
 
 
 def _along(a: dict[str, Any], rank: int) -> set[int]:
@@ -216,7 +227,8 @@ def _whole_size(program: Program, node: fx.Node, rows: Rows, layouts: Layouts) -
     symbol = program.symbols.get(rows.kind)
     for read, dim in sizes_read(node):
         size = read.meta["val"].shape[dim]
-        if (symbol is None or symbol in _symbols(size)) and layout_of(layouts, read).dims[dim] != rows:
+        held = layout_of(layouts, read).dims[dim]
+        if (symbol is None or symbol in _symbols(size)) and not (isinstance(held, Rows) and rows in held.by_dim):
             return read
     return None
 

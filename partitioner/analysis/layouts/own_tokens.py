@@ -3,6 +3,7 @@
     [*, *]                   [sequence rows of sp, *]               the tokens are a rank's own, nothing is otherwise
     [tokens rows of tp, *]   [tokens rows of tp of the rows of sp]  those that it sends are of its own
     [routed rows of tp, *]   [routed rows of sp x tp, *]            what comes to its experts is of ranks like it
+    [batch rows of dp, *]    [sequence rows of sp of those of dp]   its tokens of its sequences, along one dim
 
 So a pass that deals tokens out can tell that it has changed nothing else.
 """
@@ -16,7 +17,7 @@ import sympy
 
 from partitioner.sharding.layout import Layout, Rows
 
-__all__ = ["held_alike", "is_own", "symbols_of", "tokens_dim", "with_own"]
+__all__ = ["held_alike", "is_own", "rows_of", "symbols_of", "tokens_dim", "with_own"]
 
 
 def symbols_of(size: Any) -> frozenset[Any]:
@@ -30,12 +31,20 @@ def tokens_dim(shape: Sequence[Any], symbol: sympy.Symbol) -> int | None:
     return dims[0] if len(dims) == 1 else None
 
 
+def rows_of(dim: Any, rows: Rows) -> Rows | None:
+    """What a dim of all tokens, or of those of own sequences, runs over with own tokens; None: of others."""
+    if dim is None:
+        return rows
+    return dim.merged(rows) if isinstance(dim, Rows) and dim != rows else None
+
+
 def with_own(shape: Sequence[Any], layout: Layout, rows: Rows, symbol: sympy.Symbol) -> Layout | None:
     """The same with own tokens; None where it has no dim of tokens, or several, or is divided over the axes."""
     dim = tokens_dim(shape, symbol)
-    if dim is None or layout.dims[dim] is not None or not (layout.axes | layout.partial).isdisjoint(rows.axes):
+    own = None if dim is None else rows_of(layout.dims[dim], rows)
+    if dim is None or own is None or not (layout.axes | layout.partial).isdisjoint(rows.axes):
         return None
-    return layout.with_dim(dim, rows)
+    return layout.with_dim(dim, own)
 
 
 def is_own(dim: Any, rows: Rows) -> bool:
@@ -49,7 +58,7 @@ def held_alike(own: Layout, whole: Layout, rows: Rows) -> bool:
 
 
 def _alike(mine: Any, dim: Any, rows: Rows) -> bool:
-    if mine == dim or (dim is None and mine == rows):
+    if mine == dim or mine == rows_of(dim, rows):
         return True
     if not (isinstance(dim, Rows) and isinstance(mine, Rows)) or dim.kind not in (mine.kind, "tokens"):
         return False

@@ -30,10 +30,13 @@ from runtime.ops.communicating import COMMUNICATING, axes_text
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.state import cache_append, position_mask, state_write
 from runtime.ops.state.latent_attention import latent_attention
+from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 from runtime.program.rank_program import RankProgram
 from runtime.program.shards import StateShard
 
 __all__ = ["GenerationReport", "StateRow", "make_generation_report"]
+
+_ATTENDING = (cached_attention, latent_attention, cached_sequence_attention, latent_sequence_attention)
 
 
 @dataclass(frozen=True)
@@ -169,21 +172,21 @@ def make_generation_report(
             for rank, known in zip(ranks, whole_text, strict=True)
         ),
         notes=tuple(program.notes),
-        float8_per_token=_float8_per_token(ranks),
+        float8_per_token=_float8_per_token(program, ranks),
         caches=_caches(program),
     )
 
 
-def _float8_per_token(ranks: Sequence[RankProgram]) -> tuple[int, ...]:
+def _float8_per_token(program: Program, ranks: Sequence[RankProgram]) -> tuple[int, ...]:
     if any(why_not_float8(rank) is not None for rank in ranks):
         return ()
-    return tuple(sum(state.bytes for state in in_float8(rank).states) for rank in ranks)
+    return tuple(sum(_share(program, state) for state in in_float8(rank).states) for rank in ranks)
 
 
 def _caches(program: Program) -> tuple[str, ...]:
     alike: dict[tuple[str, str], list[str]] = defaultdict(list)
     for node in program.graph.nodes:
-        if node.target in (cached_attention, latent_attention, cached_sequence_attention):
+        if node.target in _ATTENDING:
             why = str(node.meta.get("why", "")).partition("; ")[2]
             state = str(node.kwargs["state"])
             alike[pattern_of(state), pattern_of(why)].append(f"{state}: {why}")
@@ -210,7 +213,7 @@ def _makers(program: Program) -> dict[str, fx.Node]:
         if node.target in (cached_attention, cached_sequence_attention):
             a = arguments(node)
             found[f"{a['state']}.key"], found[f"{a['state']}.value"] = a["k"], a["v"]
-        elif node.target is latent_attention:
+        elif node.target in (latent_attention, latent_sequence_attention):
             found[f"{node.kwargs['state']}.latent"] = arguments(node)["latent"]
         elif node.target in (cache_append, state_write):
             found[str(node.kwargs["state"])] = node.args[0]

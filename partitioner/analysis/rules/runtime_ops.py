@@ -19,6 +19,7 @@ from runtime.ops.mask import attention_mask
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention
 from runtime.ops.rows.share_rows import own_last_token
 from runtime.ops.state.latent_attention import latent_attention
+from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 
 RULES = Rules()
 
@@ -57,6 +58,22 @@ def _latent_attention(node: fx.Node, a: dict[str, Any]) -> Notation:
     }  # fmt: skip
     operands = [Operand(a[name], tuple(names)) for name, names in given.items() if is_tensor(a[name])]
     return Notation((*operands, *_extras(node, a)), (tuple("bhsv"),), frozenset("stperv"))
+
+
+@RULES.of(latent_sequence_attention)
+def _latent_sequence_attention(node: fx.Node, a: dict[str, Any]) -> Notation:
+    """The same, with a rank's own tokens along s in queries and in the narrow value."""
+    found: Notation = _latent_attention(node, a)  # type: ignore[assignment]
+    if a["how"] == "merge":
+        return found
+    tokens = {a["latent"], a["carried"]}
+    operands = tuple(
+        replace(each, letters=tuple("s" if name == "t" else name for name in each.letters))
+        if each.node in tokens
+        else each
+        for each in found.operands
+    )
+    return replace(found, operands=operands, whole=frozenset("tperv"))
 
 
 @RULES.of(sequence_attention, cached_sequence_attention)

@@ -63,8 +63,12 @@ def _rows_at(node: fx.Node, a: dict[str, Any]) -> Notation:
 
 @RULES.of(gated_linear_attention, gated_delta_rule)
 def _gated(node: fx.Node, a: dict[str, Any]) -> Notation:
-    """Each sequence, each head and each index of its values by itself; all tokens, and all of a key."""
-    given = {"q": "bshk", "k": "bshk", "v": "bshv", "decay": "bsh", "beta": "bsh", "state": "bhkv"}
+    """Each sequence, each head and each index of its values by itself; all tokens, and all of a key.
+
+    The delta rule's decay may be one for each index of a key.
+    """
+    decay = "bshk"[: len(value_of(a["decay"]).shape)]
+    given = {"q": "bshk", "k": "bshk", "v": "bshv", "decay": decay, "beta": "bsh", "state": "bhkv"}
     operands = tuple(Operand(a[name], tuple(names)) for name, names in given.items() if is_tensor(a.get(name)))
     return Notation(operands, (tuple("bshv"), tuple("bhkv")), frozenset("sk"))
 

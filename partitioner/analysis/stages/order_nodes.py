@@ -172,7 +172,7 @@ def sizes_from_inputs(program: Program) -> None:
         ):
             continue
         size = node.meta["val"]
-        if made.get(size) is node or not _is_whole(arguments(node)["self"], arguments(node)["dim"]):
+        if made.get(size) is node or not _is_given(program, node):
             continue
         if size not in made:
             source, dim = given[size]
@@ -183,9 +183,11 @@ def sizes_from_inputs(program: Program) -> None:
         program.graph.erase_node(node)
 
 
-def _is_whole(node: fx.Node, dim: int) -> bool:
-    layout = node.meta.get("layout")
-    return not isinstance(layout, Layout) or layout.dims[dim] is None
+def _is_given(program: Program, size: fx.Node) -> bool:
+    """Whether it is one of all rows, or of the sequences of a rank, as those of inputs are."""
+    a = arguments(size)
+    layout = a["self"].meta.get("layout")
+    return not isinstance(layout, Layout) or layout.dims[a["dim"]] in (None, program.own_batch)
 
 
 def by_state(classes: NodeClasses) -> dict[str, list[fx.Node]]:

@@ -81,7 +81,8 @@ def find_head(program: Program) -> Head:
     given = arguments(node)
     weight = _own(program, given["weight"])
     bias = None if given["bias"] is None else _own(program, given["bias"])
-    if not _layout(program, given["input"], 3).is_replicated:
+    input_layout = _layout(program, given["input"], 3)
+    if input_layout.partial or any(dim not in (None, program.own_batch) for dim in input_layout.dims):
         raise PlanError(f"{describe(node)} reads {given['input']}, of which not every rank has all")
     held, across = _layout(program, given["weight"], 2).dims
     if across is not None or not (held is None or isinstance(held, Split)):
@@ -140,7 +141,7 @@ def share_head(program: Program, speeds: Sequence[float]) -> None:
         program.weight_layouts[name] = REPLICATED(dims).with_dim(0, split)
     why = f"the rows of {head.weight[0]} are shared out over {'x'.join(axes)}"
     node, parts = head.product, True
-    _lay(node, split, why)
+    _lay(program, node, split, why)
     for each in head.behind:
         if each.target is reorder:  # rows are dealt in their order, so that what is gathered is in order
             (gathered,) = each.all_input_nodes
@@ -153,7 +154,7 @@ def share_head(program: Program, speeds: Sequence[float]) -> None:
             each.kwargs = {"dim": each.kwargs["dim"], "sizes": list(split.sizes)}
             parts = False
         elif parts:
-            _lay(each, split, why)
+            _lay(program, each, split, why)
     if not parts:
         return
     if program.states:  # the sampler reads the parts where they are
@@ -195,8 +196,7 @@ def _rename(program: Program, node: fx.Node, name: str, user: fx.Node) -> None:
     user.replace_input_with(node, own)
 
 
-def _lay(node: fx.Node, split: Split, why: str) -> None:
+def _lay(program: Program, node: fx.Node, split: Split, why: str) -> None:
     value = node.meta["val"]
     assert isinstance(value, Value)
-    dims = len(value.shape)
-    node.meta = {**node.meta, "layout": REPLICATED(dims).with_dim(dims - 1, split), "why": why}
+    node.meta = {**node.meta, "layout": program.given(value).with_dim(len(value.shape) - 1, split), "why": why}

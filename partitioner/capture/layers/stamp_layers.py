@@ -52,6 +52,8 @@ class Stamps:
         for name in shared.tensors:
             self.names[rename(name)].append(name)
         self._bodies: dict[int, _Body] = {}
+        self._sizes: dict[sympy.Expr | int, fx.Node] = {}
+        """Where each was computed first, of those that layers compute: as in a full trace, once."""
         self._in_place_of: dict[tuple[str, str, str], str] = {}
 
     def needed(self, graph: fx.Graph, weight_of: Callable[[fx.Node], str | None]) -> set[str]:
@@ -130,9 +132,14 @@ class Stamps:
             return made[node] if node in made else outside(node)
 
         for node in body.nodes():
+            if _is_size(node) and node.meta["val"] in self._sizes:
+                made[node] = self._sizes[node.meta["val"]]
+                continue
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), refer)
             copy = made[node] = graph.create_node("call_function", node.target, args, kwargs)
             copy.meta = {**node.meta, **_moved(node.meta.get("path"), body.path, layer.path)}
+            if _is_size(node):
+                self._sizes[node.meta["val"]] = copy
             if node.target is self.shared.append:
                 x, slots, state = cast(tuple[Any, ...], args)
                 copy.args = (x, slots, self._state(body, layer, state))
@@ -175,11 +182,16 @@ class Stamps:
         return relative
 
     def _lines(self, body: _Body) -> list[Any]:
-        """What the ops of a layer are, comparable between layers."""
+        """What the ops of a layer are, comparable between layers.
+
+        A size stands for itself, wherever it is computed: of several layers that need it, the first does.
+        """
         weight = self._in_layer(body)
-        place = {node: i for i, node in enumerate(body.graph.nodes)}
+        place = {node: i for i, node in enumerate(each for each in body.graph.nodes if not _is_size(each))}
 
         def refer(node: fx.Node) -> Any:
+            if _is_size(node):
+                return ("size", str(node.meta["val"]))
             if node in place:
                 return ("own", place[node])
             if node.op == "get_attr":
@@ -189,6 +201,8 @@ class Stamps:
 
         found: list[Any] = [[_shape(node) for node in body.inputs]]
         for node in body.nodes():
+            if _is_size(node):
+                continue
             given = node.args
             if node.target is self.shared.append:
                 assert self.shared.cache is not None
@@ -196,6 +210,10 @@ class Stamps:
             args = fx.node.map_arg((given, tuple(sorted(node.kwargs.items()))), refer)
             found.append((node.target, repr(args), _shape(node), _moved(node.meta.get("path"), body.path, "")))
         return [*found, list(map(refer, body.outputs))]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), sympy.Basic | int)
 
 
 def _moved(at: str | None, model: str, path: str) -> dict[str, str]:

@@ -198,6 +198,13 @@ def _channels_example(draw: Callable[..., Tensor], size: int, *, known: bool) ->
     return given | {"delta_bias": draw(4), "delta_softplus": True, "return_last_state": True}
 
 
+def _rows_example(draw: Callable[..., Tensor], size: int, *, known: bool) -> dict[str, Any]:
+    """With a decay for each row of the state, of as many heads as there are keys."""
+    given = _heads_example(draw, size, known=known)
+    given |= {name: draw(2, size, 4, 6) for name in ("query", "key")}
+    return given | {"g": -draw(2, size, 4, 6).abs()}
+
+
 @dataclass(frozen=True)
 class _Recurrence:
     """op: of the trace. run: what the function computes, by an op. example: what to try it on."""
@@ -213,6 +220,7 @@ class _Recurrence:
 
 _RECURRENCES = (
     _Recurrence(_ops.gated_delta_rule.default, _delta_rule, _heads_example),
+    _Recurrence(_ops.gated_delta_rule.default, _delta_rule, _rows_example),
     _Recurrence(_ops.gated_linear_attention.default, _linear_attention, _groups_example),
     _Recurrence(_ops.selective_scan.default, _scan, _channels_example),
 )

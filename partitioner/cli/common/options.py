@@ -230,12 +230,14 @@ class Compile:
                     f"export, which takes it"
                 )
 
-    def compile(self, model: str, *, dtype: str | None, meta: bool = False, mapped: bool = False) -> Parts[Report]:
-        """MODEL compiled. `meta`: where it is no folder, without data."""
+    def compile(
+        self, model: str, *, dtype: str | None, meta: bool = False, mapped: bool = False, read_ahead: bool = False
+    ) -> Parts[Report]:
+        """MODEL compiled. `meta`: where it is no folder, without data. `read_ahead`: of a checkpoint."""
         kind: torch.dtype | None = None if dtype in (None, "auto") else dtype_named(str(dtype))
         plan = self.plan_of(model)
         if is_bundle(model) or (can_open(model) if meta else Path(model).is_dir()):
-            return partition(model, plan, dtype=kind, max_length=self.max_length, mapped=mapped)
+            return partition(model, plan, dtype=kind, max_length=self.max_length, mapped=mapped, read_ahead=read_ahead)
         return partition(load_model(model, dtype=kind, meta=meta), plan, max_length=self.max_length)
 
     def ranks(self, model: str, *, dtype: str | None, mapped: bool, cached: bool) -> Ranks:
@@ -244,9 +246,12 @@ class Compile:
         named = None if dtype in (None, "auto") else dtype
         key = compiled.key_of(Path(model), plan, dtype=named, max_length=self.max_length) if cached else None
         first = os.environ.get("RANK", "0") == "0"  # of several processes that compile the same
-        return compiled.found_or_kept(
-            key, Path(model), lambda: self.compile(model, dtype=dtype, mapped=mapped), mapped=mapped, keeps=first
-        )
+        here = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")  # all ranks, or this is the only one
+
+        def compile() -> Parts[Report]:
+            return self.compile(model, dtype=dtype, mapped=mapped, read_ahead=here)
+
+        return compiled.found_or_kept(key, Path(model), compile, mapped=mapped, keeps=first)
 
 
 @dataclass(frozen=True)

@@ -1,91 +1,103 @@
-"""What continuous batching makes of a plan's steps: times of requests that come as others end.
+"""A plan under steady load: its steps by how much is in them, and what requests that come as others end have of them.
 
-    running    requests at a time that the cache has room for; the rest waits
-    tpot       decode(running) + (1 - 1 / 2w) x (running - 1) / new x prefill     each waits for the others' prompts
-    ttft       prefill x ((w - 1) x queue + (running + together) / 2) / w + decode, and the wait for room in the cache
+    requests    those that share steps: of one replica, or of all where experts span them, which then run in step
+    slots       of these, so many have room in the cache; the rest waits until one ends
 
-So many requests are in the system at any time (a closed loop): a new one comes when one ends. While a request writes
-its tokens, every other one running is replaced once, and its prompt computed. The first of w waves of requests comes at
-once, and each of them waits for half of the others, `together` of which are one run of `RUN_TOKENS` tokens. Later ones
-queue as mean value analysis says (Reiser and Lavenberg, JACM 27, 1980): a server of prompts, and as long as a request
-writes, it does not ask. A request that finds no room waits as long as Little's law says: for its share of the others.
+`batching` plays such requests through. Steps are priced at a few sizes, and linear between them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from partitioner.planning.pricing.batching import Curve, Load, Scheduler, Served, StepSeconds, play
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import RUN_TOKENS, Workload
 from partitioner.program.plan import Plan
 
-__all__ = ["WAVES", "Served", "Steps", "steps_of"]
+__all__ = ["SharedSteps", "shared_steps"]
 
-WAVES = 10.0
-"""Ten times as many requests as there are at a time, as load generators ask by default."""
 KEPT_FREE = 0.1
 """Of a device's memory, what engines leave to others."""
+MOST_TOKENS = 4 * RUN_TOKENS
+"""Of a step, that are priced; more go on as the last ones."""
 
 
 @dataclass(frozen=True)
-class Served:
-    """Means over requests, in seconds. running: of all requests at a time, how many have room."""
+class SharedSteps:
+    """See the module's docstring. replicas: that run in step. worlds: that have nothing to tell each other."""
 
-    ttft_s: float
-    tpot_s: float
-    running: int
-
-
-@dataclass(frozen=True)
-class Steps:
-    """Seconds of the steps that requests share. decode: of a step of all that run; prefill: of one prompt; stall: how
-    long it keeps others from their next token (its slowest stage); requests: at a time; running: of these; met: those
-    whose prompts a token waits for (of its replica, or of all replicas where experts span them); together: prompts of
-    one run.
-    """
-
-    decode: float
-    prefill: float
-    stall: float
-    requests: int
-    running: int
-    met: int
-    together: int
+    seconds: StepSeconds
+    prompt: int
     new: int
+    requests: int
+    slots: int
+    replicas: int = 1
+    worlds: int = 1
 
-    def served(self, *, waves: float = WAVES, efficiency: float = 1.0, overhead_s: float = 0.0) -> Served:
-        """efficiency: the speed of the kernels over that of the tables; overhead_s: of a request before its prompt."""
-        decode, prefill, stall = (each / efficiency for each in (self.decode, self.prefill, self.stall))
-        tpot = decode + (1 - 0.5 / waves) * (self.met - 1) / self.new * stall
-        queue = _queue(self.met, prefill, self.new * tpot)
-        first = prefill * (self.met + self.together) / 2
-        ttft = overhead_s + ((waves - 1) * queue + first) / waves + decode
-        if self.requests > self.running:
-            ttft += (self.requests / self.running - 1) * self.new * tpot
-        return Served(ttft, tpot, self.running)
+    def served(self, scheduler: Scheduler | None = None, load: Load | None = None) -> Served:
+        """Of all worlds; by default steps of 8192 tokens, prompts cut and mixed with tokens, ten waves of requests."""
+        rule = Scheduler() if scheduler is None else scheduler
+        found = play(
+            self.seconds,
+            self.prompt,
+            self.new,
+            self.requests,
+            self.slots,
+            scheduler=replace(rule, budget=rule.budget * self.replicas),
+            load=Load() if load is None else load,
+        )
+        return replace(found, running=found.running * self.worlds)
 
 
-def steps_of(pricer: Pricer, plan: Plan, workload: Workload) -> Steps:
-    """workload.batch: requests at a time. Steps are those of a cache half full of new tokens."""
-    replicas = plan.mesh.size("dp")
+def shared_steps(pricer: Pricer, plan: Plan, workload: Workload) -> SharedSteps:
+    """workload.batch: requests at a time, of all replicas."""
+    of_all = plan.mesh.size("dp")
+    local = max(1, workload.batch // of_all)
     layers = pricer.even_stages(plan)
-    one, two = (pricer.memory(plan, replace(workload, new=max(1, workload.new // 2), batch=each * replicas), layers)
-                for each in (1, 2))  # fmt: skip
+    running = min(local, _room(pricer, plan, workload, layers))
+    replicas, worlds = (of_all, 1) if plan.ep > 1 else (1, of_all)
+    counts = _doubling(running)
+    # a step is linear in what caches hold, and kernels are measured from some tokens on
+    far = workload.prompt + workload.new
+    near = max(1, far // 2)
+    at_near, at_far = ([pricer.step_seconds(plan, n, past, layers) for n in counts] for past in (near, far))
+    slopes = [max(0.0, b - a) / (far - near) for a, b in zip(at_near, at_far, strict=True)]
+    sizes = sorted({*_doubling(MOST_TOKENS)[6:], workload.prompt})
+    runs = [pricer.run_seconds(plan, *_run(size, workload.prompt), layers) for size in sizes]
+    whole, slowest = pricer.run_seconds(plan, *_run(workload.prompt, workload.prompt), layers)
+    spread = [float(count * replicas) for count in counts]
+    seconds = StepSeconds(
+        Curve(spread, [b - far * slope for b, slope in zip(at_far, slopes, strict=True)]),
+        Curve(spread, [1000 * slope for slope in slopes]),
+        # of several replicas each has a prompt of its own before one has two
+        Curve(
+            [float(size if size <= workload.prompt else size * replicas) for size in sizes], [run[1] for run in runs]
+        ),
+        drain=whole - slowest,
+    )
+    return SharedSteps(seconds, workload.prompt, workload.new, local * replicas, running * replicas, replicas, worlds)
+
+
+def _room(pricer: Pricer, plan: Plan, workload: Workload, layers: Sequence[int]) -> int:
+    """Requests of a replica that the cache has room for, half of their new tokens written."""
+    half = replace(workload, new=max(1, workload.new // 2))
+    one, two = (pricer.memory(plan, replace(half, batch=each * plan.mesh.size("dp")), layers) for each in (1, 2))
     room = (1 - KEPT_FREE) * pricer.cluster.weakest.memory_bytes - one.weights - one.activations
-    capacity = max(1, int(room / max(1.0, two.cache - one.cache)))
-    local = max(1, workload.batch // replicas)
-    running = min(local, capacity)
-    decode = pricer.step_seconds(plan, running, workload.prompt + workload.new // 2, layers)
-    prefill, stall = pricer.prompt_seconds(plan, workload.prompt, layers)
-    met = running * replicas if plan.ep > 1 else running
-    together = min(met, max(1, RUN_TOKENS // workload.prompt))
-    return Steps(decode, prefill, stall, local * replicas, running * replicas, met, together, workload.new)
+    return max(1, int(room / max(1.0, two.cache - one.cache)))
 
 
-def _queue(customers: int, service: float, thinking: float) -> float:
-    """Seconds that a customer is at the one server, each thinking between two visits."""
-    waiting = found = 0.0
-    for count in range(1, customers + 1):
-        found = service * (1 + waiting)
-        waiting = found * count / (found + thinking)
+def _run(tokens: int, prompt: int) -> tuple[int, int, int]:
+    """Rows, length and past of a step with so many tokens of prompts: a part of one, or several."""
+    if tokens <= prompt:
+        return 1, tokens, (prompt - tokens) // 2
+    return max(1, round(tokens / prompt)), prompt, 0
+
+
+def _doubling(most: int) -> list[int]:
+    """1, 2, 4, ... until `most` is reached."""
+    found = [1]
+    while found[-1] < most:
+        found.append(2 * found[-1])
     return found

@@ -12,16 +12,18 @@ The rank that holds most, and the slowest device, speak for all.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import sympy
 
-from partitioner.analysis.cost.expressions import EXPERTS, MET, PAST, ROUTED
+from partitioner.analysis.cost.expressions import EXPERTS, MET
 from partitioner.planning.cluster import Cluster, bad_order, hops
 from partitioner.planning.collectives import Hop, collective_seconds
 from partitioner.planning.kernels import Kernels, kernels_of
+from partitioner.planning.pricing.held_bytes import HeldBytes
 from partitioner.planning.pricing.kernel_times import KernelTimes
 from partitioner.planning.pricing.sequences import Attending, shares_out
 from partitioner.planning.pricing.stage_split import split_layers
@@ -29,15 +31,18 @@ from partitioner.planning.pricing.stored_format import ITEM, StoredFormat
 from partitioner.planning.quantities import Memory, Price, Seconds, Workload, runs_of
 from partitioner.planning.summary import Summary
 from partitioner.program.plan import Plan
-from runtime.kv_cache.cache_size import require_dtype
 
 __all__ = ["Pricer"]
 
 STEP_S = 50e-6
 """Host work of a step that is launched as one graph: inputs, the choice of tokens."""
+HEAD_WORTH = 0.01
+"""By how much a token must be faster before stages share the vocabulary head out, as the pass `pipeline` asks."""
+CHOICE_BYTES = 8
+"""What a stage says of a row's best token: its number and its logit."""
 
 
-class Pricer:
+class Pricer(HeldBytes):
     """Prices plans for one model on one cluster; what plans have in common is computed once."""
 
     def __init__(
@@ -45,22 +50,34 @@ class Pricer:
         cache_dtype: str | None = None,
     ) -> None:  # fmt: skip
         """stored: how the layers' matrices are kept, None: as the model has them. cache_dtype: as in `CacheSize`."""
-        self.summary, self.cluster, self.overhead_s, self.stored = summary, cluster, overhead_s, stored
-        require_dtype(cache_dtype)
-        self.cache_dtype = cache_dtype
-        self.cache_item = 0 if cache_dtype is None else 1
+        kind = cluster.weakest
+        super().__init__(summary, kind.usable_bytes, stored, cache_dtype)
+        self.cluster, self.overhead_s = cluster, overhead_s
         options: Any = {"overhead_s": overhead_s, "stored": stored, "cache_dtype": cache_dtype}
         self._of_expanded = None if summary.expanded is None else Pricer(summary.expanded, cluster, **options)
-        kind = cluster.weakest
-        self.usable = kind.usable_bytes
         self.kernels: Kernels = kernels_of(kind.name, kind.bytes_per_s, kind.flops_per_s, fitted=kind.fitted)
-        self._functions: dict[Any, Callable[..., Any]] = {}
-        self._costs: dict[Any, Any] = {}
+        self._with_experts = {
+            number
+            for number, part in enumerate(summary.parts)
+            if any(node.kind == "experts" for node in part.nodes["decode"])
+        }
 
     def _of(self, plan: Plan) -> Pricer:
         """Others, for a plan that caches keys and values where something narrower could be."""
         keeps_all = plan.sp > 1 or plan.cache == "expanded"
         return self._of_expanded if keeps_all and self._of_expanded is not None else self
+
+    def keeps_latents(self, plan: Plan) -> bool:
+        """Whether what is remembered of a token is narrower than its keys and values."""
+        return self._of_expanded is not None and self._of(plan) is self
+
+    def cache_bytes(self, plan: Plan) -> float:
+        """Of one token, on the rank that keeps the most of it."""
+        if (other := self._of(plan)) is not self:
+            return other.cache_bytes(plan)
+        workload, layers = Workload(plan.sp, 1), self.even_stages(plan)
+        one, two = (self.memory(plan, replace(workload, prompt=n * plan.sp), layers).cache for n in (1, 2))
+        return two - one
 
     def price(self, plan: Plan, workload: Workload) -> Price:
         if (other := self._of(plan)) is not self:
@@ -78,162 +95,50 @@ class Pricer:
             return self._refused(plan, f"{summary.num_layers} layers make no {plan.pp} stages")
         if plan.ep > (summary.experts.count if summary.experts is not None else 1):
             return self._refused(plan, f"no {plan.ep} experts to share out")
-        layers = self.even_stages(plan)
+        layers, shares_head = self.even_stages(plan), False
         if self.memory(plan, workload, layers).weights <= self.usable:  # else no cut makes it fit
-            layers = self._stages(plan, workload, local)
-        memory = self.memory(plan, workload, layers)
+            layers, shares_head = self._stages(plan, workload, local)
+        memory = self.memory(plan, workload, layers, shares_head=shares_head)
         if not memory.fits:
             over = (memory.total - memory.usable) / 1e9
             return Price(plan, memory, f"{over:.1f} GB too much for a rank of {memory.usable / 1e9:.1f} GB usable",
-                         layers=layers)  # fmt: skip
-        prefill, how_prefill = self._prefill(plan, workload, local, layers)
-        decode, how_decode = self._decode(plan, workload, local, layers)
+                         layers=layers, shares_head=shares_head)  # fmt: skip
+        prefill, how_prefill = self._prefill(plan, workload, local, layers, shares_head=shares_head)
+        decode, how_decode = self._decode(plan, workload, local, layers, shares_head=shares_head)
         how = how_prefill if how_prefill == how_decode else f"{how_prefill}, then {how_decode}"
-        return Price(plan, memory, "", prefill, decode, workload, how, layers, bad_order(self.cluster, mesh))
+        note = bad_order(self.cluster, mesh)
+        return Price(plan, memory, "", prefill, decode, workload, how, layers, note, shares_head)
 
     def _refused(self, plan: Plan, why: str) -> Price:
         return Price(plan, Memory(0, 0, 0, 0, self.usable), why)
 
-    # memory
-
-    def memory(self, plan: Plan, workload: Workload, layers: Sequence[int]) -> Memory:
+    def memory(self, plan: Plan, workload: Workload, layers: Sequence[int], *, shares_head: bool = False) -> Memory:
         if (other := self._of(plan)) is not self:
-            return other.memory(plan, workload, layers)
-        summary = self.summary
-        values = self._values(plan, 1, 1, 0, alike=True)
-        numbers = [self._weights(part, values) for part in range(len(summary.parts))]
-        rows = -(-workload.batch // plan.mesh.size("dp"))
-        tokens = -(-(workload.prompt + workload.new) // plan.sp)
-        caches = [self._cache(part, values, tokens) for part in range(len(summary.parts))]
-        stages, start = [], 0
-        for stage, count in enumerate(layers):
-            mine = summary.order[start : start + count]
-            start += count
-            mine += [summary.first] * (stage == 0) + [summary.last] * (stage == len(layers) - 1)
-            stages.append((sum(numbers[part] for part in mine), rows * sum(caches[part] for part in mine)))
-        weights, cache = max(stages, key=sum)
-        run_rows, length, _ = runs_of(workload, rows)
-        own = -(-length // plan.sp)
-        activations = max(self._peak(part, plan, run_rows, own) for part in set(summary.order) | {summary.last})
-        in_flight = 2 if plan.pp > 1 else 1
-        buffers = 2.0 * in_flight * run_rows * own * summary.hidden_bytes
-        if plan.sp > 1:  # keys and values of other ranks: of all tokens so far where they come at once
-            given = self._values(plan, run_rows, length, workload.prompt - length)
-            buffers += max(self._held_keys(part, plan, given) for part in set(summary.order))
-        return Memory(weights, cache, activations, buffers, self.usable)
-
-    def _weights(self, part: int, values: Mapping[Any, float]) -> float:
-        key = ("weights", part)
-        wanted = [self.summary.parts[part].weight_bytes] if key not in self._functions else []
-        found = float(self._function(key, wanted)(*self._given(values))[0])
-        inside = part not in (self.summary.first, self.summary.last)
-        return found - self._saved(part, values, self.stored) if self.stored is not None and inside else found
-
-    def _saved(self, part: int, values: Mapping[Any, float], stored: StoredFormat) -> float:
-        """Bytes that matrices take less than in the model's own dtype."""
-        key = ("saved", part)
-        wanted = []
-        for node in self.summary.parts[part].nodes["decode"] if key not in self._functions else ():
-            experts = node.kind == "experts"
-            if node.kind in ("linear", "experts") and node.dtype == stored.dtype and stored.holds(experts=experts):
-                wanted.append(node.product[1] * node.product[2] * (EXPERTS if experts else 1))
-        numbers = self._function(key, wanted)(*self._given(values))
-        return float(sum(numbers)) * (ITEM[stored.dtype] - stored.item)
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all weights as they are kept, whole."""
-        if self.stored is None:
-            return self.summary.num_bytes
-        values = self._values(Plan(), 1, 1, 0)
-        return self.summary.num_bytes - round(
-            sum(self._saved(part, values, self.stored) for part in self.summary.order)
-        )
-
-    def _cache(self, part: int, values: Mapping[Any, float], tokens: int) -> float:
-        total = 0.0
-        for i, kept in enumerate(self.summary.parts[part].kept):
-            count = 1 if not kept.per_token else min(tokens, kept.sees or tokens)
-            size = kept.bytes if self.cache_dtype is None else kept.float8
-            total += count * self._number(("cache", part, i), size, values)
-        return total
-
-    def _peak(self, part: int, plan: Plan, rows: int, length: int) -> float:
-        """The most bytes of results that are alive at the same time."""
-        live = self.summary.parts[part].live
-        if not live:
-            return 0.0
-        key = ("peak", part, plan.tp, plan.ep, plan.etp, plan.sp, rows, length)
-        if key in self._costs:
-            return float(self._costs[key])
-        values = self._values(plan, rows, length, 0)
-        sizes = self._function(("live", part), [each.bytes for each in live])(*self._given(values))
-        change: dict[int, float] = {}
-        for each, size in zip(live, sizes, strict=True):
-            change[each.first] = change.get(each.first, 0.0) + size
-            change[each.last + 1] = change.get(each.last + 1, 0.0) - size
-        most = now = 0.0
-        for place in sorted(change):
-            now += change[place]
-            most = max(most, now)
-        self._costs[key] = most
-        return most
-
-    def _held_keys(self, part: int, plan: Plan, values: Mapping[Any, float]) -> float:
-        """The most bytes of keys and values, of other ranks too, that an attention has."""
-        nodes = [node for node in self.summary.parts[part].nodes["prefill"] if node.kind == "attention"]
-        key = ("keys", part)
-        wanted = [size for node in nodes for size in node.product] if key not in self._functions else []
-        numbers = iter(self._function(key, wanted)(*self._given(values)))
-        each = [Attending.of([next(numbers) for _ in node.product], ITEM[node.dtype]) for node in nodes]
-        return max((attending.held(plan) for attending in each), default=0.0)
-
-    # sizes
-
-    def _values(self, plan: Plan, rows: float, length: float, past: float, *, alike: bool = False) -> dict[Any, float]:
-        """alike: whether the ranks of sp have the same tokens, as of a step; otherwise `length` are a rank's own."""
-        summary = self.summary
-        etp = plan.etp if plan.ep * plan.etp > 1 else plan.tp
-        found = summary.values(tp=plan.tp, ep=plan.ep, etp=etp)
-        experts = summary.experts
-        found |= {summary.batch: rows, summary.sequence: length}
-        found[PAST], found[MET], found[ROUTED] = past, 1, 1
-        if experts is not None:
-            # ranks whose tokens meet at the experts, and are not the same
-            groups = max(1, plan.ep * etp // (plan.tp * plan.sp if alike else plan.tp))
-            tokens = rows * length * groups
-            chance = 1 - (1 - experts.chosen / experts.count) ** tokens
-            found[MET] = max(min(found[EXPERTS], found[EXPERTS] * chance), min(found[EXPERTS], 1e-9))
-            found[ROUTED] = groups / plan.ep
-        return found
-
-    def _given(self, values: Mapping[Any, float]) -> list[float]:
-        return [values[symbol] for symbol in self.summary.arguments]
-
-    def _number(self, key: Any, expression: Any, values: Mapping[Any, float]) -> float:
-        return float(self._function(key, [expression])(*self._given(values))[0])
-
-    def _function(self, key: Any, wanted: list[Any]) -> Callable[..., Any]:
-        if key not in self._functions:
-            modules: list[Any] = [{"Min": min, "Max": max, "floor": math.floor}, "math"]
-            self._functions[key] = sympy.lambdify(self.summary.arguments, wanted, modules=modules, cse=True)
-        return self._functions[key]
+            return other.memory(plan, workload, layers, shares_head=shares_head)
+        return super().memory(plan, workload, layers, shares_head=shares_head)
 
     # seconds
 
-    def part_seconds(self, part: int, entry: str, plan: Plan, rows: int, length: int, past: int) -> Seconds:
-        """Of one part on the fullest rank, with its collectives over tp."""
-        key = (part, entry, plan.tp, plan.ep, plan.etp, plan.sp, plan.sp_attention, plan.pp,
-               plan.dp if plan.ep > 1 else 0, rows, length, past)  # fmt: skip
-        if key not in self._costs:
-            self._costs[key] = self._part_seconds(part, entry, plan, rows, length, past)
-        found: Seconds = self._costs[key]
+    def part_seconds(
+        self, part: int, entry: str, plan: Plan, rows: int, length: int, past: int, *, over_stages: bool = False
+    ) -> Seconds:
+        """Of one part on the fullest rank, with collectives over tp. over_stages: with a stage's rows of the head."""
+        links = self._hops(plan, ("tp",)), self._hops(plan, ("sp",)) if plan.sp > 1 else ()
+        stages = plan.pp if over_stages else 1
+        key = (part, entry, plan.tp, plan.ep, plan.etp, plan.sp, plan.sp_attention, links, rows, length, past, stages)
+        found: Seconds | None = self._costs.get(key)
+        if found is None:
+            found = self._costs[key] = self._part_seconds(part, entry, plan, rows, length, past, over_stages)
         return found
 
-    def _part_seconds(self, part: int, entry: str, plan: Plan, rows: int, length: int, past: int) -> Seconds:
+    def _part_seconds(
+        self, part: int, entry: str, plan: Plan, rows: int, length: int, past: int, over_stages: bool
+    ) -> Seconds:
         nodes = self.summary.parts[part].nodes[entry]
         dealt, steps = plan.sp if entry == "prefill" else 1, entry == "decode"
         values = self._values(plan, rows, -(-length // dealt), past, alike=steps)
+        if over_stages:
+            values = self._over_stages(plan, values)
         wanted: list[Any] = []
         for node in nodes if (part, entry) not in self._functions else ():
             wanted += [node.flops, node.read + node.written, *node.product, *(m.bytes for m in node.meetings)]
@@ -272,6 +177,14 @@ class Pricer:
         found: tuple[Hop, ...] = self._costs[key]
         return found
 
+    def _next_stage(self, plan: Plan) -> tuple[Hop, ...]:
+        """From a stage to the one that follows it."""
+        key = ("next stage", plan.mesh)
+        if key not in self._costs:
+            self._costs[key] = hops(self.cluster, plan.mesh.group(("pp",), 0)[:2])
+        found: tuple[Hop, ...] = self._costs[key]
+        return found
+
     def _exchange(self, plan: Plan, tokens: float, *, alike: bool = False) -> tuple[float, str]:
         """Of one layer: how tokens come to their experts and back, by the cheaper of two ways; over tp, by none.
 
@@ -300,28 +213,27 @@ class Pricer:
         return best + again, how
 
     def _stage_seconds(
-        self, plan: Plan, entry: str, rows: int, length: int, past: int, layers: Sequence[int]
+        self, plan: Plan, entry: str, rows: int, length: int, past: int, layers: Sequence[int], *, head: bool = True
     ) -> tuple[list[Seconds], str]:
+        """head: whether the last stage computes the vocabulary head."""
         summary = self.summary
         own = rows * (-(-length // plan.sp) if entry == "prefill" else length)
         exchange, how = self._exchange(plan, own, alike=entry == "decode")
         found, start = [], 0
         for stage, count in enumerate(layers):
             mine = Seconds()
-            for part in summary.order[start : start + count]:
-                mine.add(self.part_seconds(part, entry, plan, rows, length, past))
-                if exchange and any(node.kind == "experts" for node in summary.parts[part].nodes[entry]):
-                    mine.link(how, exchange)
+            for part, times in Counter(summary.order[start : start + count]).items():
+                mine.add(self.part_seconds(part, entry, plan, rows, length, past), times)
+                if exchange and part in self._with_experts:
+                    mine.link(how, exchange * times)
             start += count
             if stage == 0:
                 mine.add(self.part_seconds(summary.first, entry, plan, rows, length, past))
-            if stage == len(layers) - 1:
+            if head and stage == len(layers) - 1:
                 mine.add(self.part_seconds(summary.last, entry, plan, rows, length, past))
             mine.waiting += self.overhead_s
             if stage < len(layers) - 1:
-                pair = plan.mesh.group(("pp",), 0)[:2]
-                size = own * summary.hidden_bytes
-                mine.link("send", collective_seconds("send", hops(self.cluster, pair), size))
+                mine.link("send", collective_seconds("send", self._next_stage(plan), own * summary.hidden_bytes))
             found.append(mine)
         return found, how
 
@@ -329,14 +241,10 @@ class Pricer:
         """Between two tokens of the rows of one replica, whose caches hold `past` tokens each."""
         return self._of(plan)._decode(plan, Workload(past, 1), rows, layers)[0].total
 
-    def prompt_seconds(self, plan: Plan, prompt: int, layers: Sequence[int]) -> tuple[float, float]:
-        """Of one prompt alone; and of its slowest stage."""
-        if (other := self._of(plan)) is not self:
-            return other.prompt_seconds(plan, prompt, layers)
-        _, length, runs = runs_of(Workload(prompt, 1), 1)
-        stages, _ = self._stage_seconds(plan, "prefill", 1, length, (prompt - length) // 2, layers)
-        slowest = max(stage.total for stage in stages)
-        return sum(stage.total for stage in stages) + (runs - 1) * slowest, runs * slowest
+    def run_seconds(self, plan: Plan, rows: int, length: int, past: int, layers: Sequence[int]) -> tuple[float, float]:
+        """Of a run of `rows` prompts' next `length` tokens, behind `past` ones each; and of its slowest stage."""
+        stages, _ = self._of(plan)._stage_seconds(plan, "prefill", rows, length, past, layers)
+        return sum(stage.total for stage in stages), max(stage.total for stage in stages)
 
     def prompt_flops(self, plan: Plan, prompt: int) -> float:
         """Products of one prompt on the fullest rank, all stages together."""
@@ -352,39 +260,73 @@ class Pricer:
         small, larger = divmod(self.summary.num_layers, plan.pp)
         return tuple(small + (stage < larger) for stage in range(plan.pp))
 
-    def _prefill(self, plan: Plan, workload: Workload, rows: int, layers: Sequence[int]) -> tuple[Seconds, str]:
+    def _shared_head(self, plan: Plan, entry: str, rows: int, length: int, past: int) -> Seconds:
+        """Of the vocabulary head whose rows all stages share out: what it reads goes to all, and their choices back."""
+        found = Seconds()
+        found.add(self.part_seconds(self.summary.last, entry, plan, rows, length, past, over_stages=True))
+        links = self._hops(plan, ("pp",))
+        for size in (rows * self.summary.hidden_bytes, rows * CHOICE_BYTES * plan.pp):
+            found.link("all_gather", collective_seconds("all_gather", links, size))
+        return found
+
+    def _prefill(
+        self, plan: Plan, workload: Workload, rows: int, layers: Sequence[int], *, shares_head: bool = False
+    ) -> tuple[Seconds, str]:
         """Until all rows have their first token."""
         run_rows, length, runs = runs_of(workload, rows)
         past = (workload.prompt - length) // 2
-        stages, how = self._stage_seconds(plan, "prefill", run_rows, length, past, layers)
+        stages, how = self._stage_seconds(plan, "prefill", run_rows, length, past, layers, head=not shares_head)
         slowest = max(stages, key=lambda each: each.total)
         found = Seconds()
         for stage in stages:
             found.add(stage)
         found.add(slowest, runs - 1)
+        if shares_head:
+            found.add(self._shared_head(plan, "prefill", run_rows, length, past), runs)
         return found, how
 
-    def _decode(self, plan: Plan, workload: Workload, rows: int, layers: Sequence[int]) -> tuple[Seconds, str]:
+    def _decode(
+        self, plan: Plan, workload: Workload, rows: int, layers: Sequence[int], *, shares_head: bool = False
+    ) -> tuple[Seconds, str]:
         """Between two tokens of a row."""
         groups = min(plan.pp, rows)
-        stages, how = self._stage_seconds(
-            plan, "decode", -(-rows // groups), 1, workload.prompt + workload.new // 2, layers
-        )
+        of_group, past = -(-rows // groups), workload.prompt + workload.new // 2
+        stages, how = self._stage_seconds(plan, "decode", of_group, 1, past, layers, head=not shares_head)
+        head = self._shared_head(plan, "decode", of_group, 1, past) if shares_head else Seconds()
         found = Seconds()
-        for stage in stages:
+        for stage in (*stages, head):
             found.add(stage)
-        turn = groups * max(stage.total for stage in stages)
+        turn = groups * (max(stage.total for stage in stages) + head.total)
         found.waiting += max(0.0, turn - found.total)
         return found, how
 
-    def _stages(self, plan: Plan, workload: Workload, rows: int) -> tuple[int, ...]:
-        """How many layers each stage has, the slowest as fast as can be in decode."""
+    def _stages(self, plan: Plan, workload: Workload, rows: int) -> tuple[tuple[int, ...], bool]:
+        """How many layers each stage has, the slowest as fast as can be in decode; whether they share the head out: as
+        the plan asks, or where a token takes 1% less by it.
+        """
         if plan.pp == 1:
-            return (self.summary.num_layers,)
+            return (self.summary.num_layers,), False
         past = workload.prompt + workload.new // 2
         group = -(-rows // min(plan.pp, rows))
         times = [self.part_seconds(p, "decode", plan, group, 1, past).total for p in range(len(self.summary.parts))]
         costs = [times[part] for part in self.summary.order]
         costs[0] += times[self.summary.first]
+        shared = split_layers(costs, plan.pp)
         costs[-1] += times[self.summary.last]
-        return split_layers(costs, plan.pp)
+        alone = split_layers(costs, plan.pp)
+        asked = asked_head(plan)
+        if asked is None:
+            now = self._decode(plan, workload, rows, alone)[0].total
+            asked = now / self._decode(plan, workload, rows, shared, shares_head=True)[0].total - 1 >= HEAD_WORTH
+        return (shared if asked else alone), asked
+
+
+def asked_head(plan: Plan) -> bool | None:
+    """What a plan says of the vocabulary head, as an option of the pass `pipeline` or in that pass itself."""
+    for each in plan.passes:
+        if isinstance(each, tuple) and each[0] == "pipeline":
+            found = dict(each[1]).get("share_head")
+            return None if found is None else bool(found)
+        if not isinstance(each, (str, tuple)) and each.name == "pipeline":
+            return None if (told := vars(each).get("share_head")) is None else bool(told)
+    return None

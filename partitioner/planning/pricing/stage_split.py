@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from partitioner.errors import PlanError
@@ -13,11 +15,12 @@ def split_layers(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     """How many layers each stage has, at least one."""
     if stages < 1 or stages > len(costs):
         raise PlanError(f"{len(costs)} layers make no {stages} stages")
-    low, high = max(costs), sum(costs)
-    best = _fill(costs, stages, high)
+    until = list(itertools.accumulate(costs, initial=0.0))
+    low, high = max(costs), until[-1]
+    best = _fill(until, stages, high)
     for _ in range(30):
         middle = (low + high) / 2
-        found = _fill(costs, stages, middle)
+        found = _fill(until, stages, middle)
         if found is None:
             low = middle
         else:
@@ -26,18 +29,19 @@ def split_layers(costs: Sequence[float], stages: int) -> tuple[int, ...]:
     return best
 
 
-def _fill(costs: Sequence[float], stages: int, limit: float) -> tuple[int, ...] | None:
-    """Each stage up to `limit`, leaving a layer for each that follows; None where that takes more stages."""
+def _fill(until: Sequence[float], stages: int, limit: float) -> tuple[int, ...] | None:
+    """Each stage up to `limit`, leaving a layer for each that follows; None where that takes more stages.
+
+    until: the costs of all layers before each.
+    """
+    most = limit * (1 + 1e-12)
     found: list[int] = []
     start = 0
-    for stage in range(stages):
-        left = stages - 1 - stage
-        count, load = 0, 0.0
-        while start + count < len(costs) - left and (count == 0 or load + costs[start + count] <= limit * (1 + 1e-12)):
-            load += costs[start + count]
-            count += 1
-        if load > limit * (1 + 1e-12):
+    for left in range(stages - 1, -1, -1):
+        end = bisect_right(until, until[start] + most) - 1
+        end = max(start + 1, min(end, len(until) - 1 - left))
+        if until[end] - until[start] > most:
             return None
-        found.append(count)
-        start += count
-    return tuple(found) if start == len(costs) else None
+        found.append(end - start)
+        start = end
+    return tuple(found) if start == len(until) - 1 else None

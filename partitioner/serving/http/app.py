@@ -28,7 +28,7 @@ from partitioner.serving.http.prepare import chat_choices, completion_choices
 from partitioner.serving.http.respond import EventStream, while_connected
 from partitioner.serving.http.service import Service
 from partitioner.serving.openai.answers import Answer, ChatAnswer, CompletionAnswer, Piece, Usage, model_list
-from partitioner.serving.openai.errors import ApiError, invalid, of_exception, of_validation
+from partitioner.serving.openai.errors import ApiError, invalid, of_exception, of_validation, shown
 from partitioner.serving.openai.requests import ChatRequest, CompletionRequest, GenerationFields
 
 __all__ = ["create_app"]
@@ -152,7 +152,9 @@ def _get(app: FastAPI, service: Service) -> None:
     async def one_model(request: Request, name: str) -> dict[str, Any]:
         service.keys.require(request.headers.get("authorization"))
         if name != service.name:
-            raise invalid(f"The model '{name}' does not exist.", status=404, param="model", code="model_not_found")
+            raise invalid(
+                f"The model '{shown(name)}' does not exist.", status=404, param="model", code="model_not_found"
+            )
         found: dict[str, Any] = models["data"][0]
         return found
 
@@ -177,7 +179,7 @@ def _errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(HTTPException)
     async def of_framework(request: Request, error: HTTPException) -> Response:
-        said = f"{request.method} {request.scope['path']}: {error.detail}"
+        said = f"{request.method} {shown(request.scope['path'])}: {error.detail}"
         return respond(request, invalid(said, status=error.status_code))
 
     @app.exception_handler(Exception)

@@ -11,7 +11,7 @@ from partitioner.errors import InputError
 from partitioner.serving.grammar.check import Checks
 from partitioner.serving.http.choices import Choice
 from partitioner.serving.http.service import NotOffered, Service
-from partitioner.serving.openai.errors import invalid
+from partitioner.serving.openai.errors import invalid, shown
 from partitioner.serving.openai.options import generate_options
 from partitioner.serving.openai.requests import ChatRequest, CompletionRequest, GenerationFields
 from partitioner.serving.text.chat_template import TemplateFailed
@@ -30,7 +30,7 @@ async def chat_choices(service: Service, request: ChatRequest) -> list[Choice]:
         form = await asyncio.to_thread(_call_form, service, "tools" if request.callable else "messages")
     messages = template_messages(request.messages, form)
     tools = [tool.data for tool in request.tools or ()] if request.callable else None
-    prompt = await asyncio.to_thread(_chat_ids, service, messages, tools)
+    prompt = await service.on_texts(lambda: _chat_ids(service, messages, tools))
     scores = (request.top_logprobs or 0) if request.logprobs else None
     use = grammar = None
     if request.callable and form is not None:
@@ -51,13 +51,19 @@ async def completion_choices(service: Service, request: CompletionRequest) -> li
         raise invalid("prompt must hold at least one text.", param="prompt")
     if len(prompts) * (request.n or 1) > service.limits.max_choices:
         raise _too_many(service, len(prompts) * (request.n or 1))
-    ids = await asyncio.to_thread(lambda: [_ids(service.tokenizer, prompt) for prompt in prompts])
-    texts = [""] * len(ids)
-    if request.echo:
-        texts = [
-            prompt if isinstance(prompt, str) else _decoded(service.tokenizer, prompt) for prompt in request.prompts
-        ]
-    names = ["prompt"] if len(ids) == 1 else [f"prompt[{number}]" for number in range(len(ids))]
+    names = ["prompt"] if len(prompts) == 1 else [f"prompt[{number}]" for number in range(len(prompts))]
+    prompt: Any
+    for name, prompt in zip(names, prompts, strict=True):
+        if isinstance(prompt, str):
+            _require_short(service, prompt, name)
+        else:
+            _new_tokens(service, prompt, name, request.most_tokens)
+    ids: list[list[int]] = [[] if isinstance(prompt, str) else prompt for prompt in prompts]
+    texts = [prompt if isinstance(prompt, str) and request.echo else "" for prompt in prompts]
+    if any(isinstance(prompt, str) for prompt in prompts):
+        ids = await service.on_texts(lambda: [_ids(service.tokenizer, prompt) for prompt in prompts])
+    elif request.echo:
+        texts = await service.on_texts(lambda: [_decoded(service.tokenizer, prompt) for prompt in ids])
     return _choices(service, request, ids, names, request.most_tokens, request.logprobs, texts)
 
 
@@ -133,10 +139,21 @@ def _new_tokens(service: Service, prompt: Sequence[int], name: str, most: int | 
     return longest - len(prompt) if most is None else most
 
 
+def _require_short(service: Service, text: str, name: str) -> None:
+    if len(text) > service.limits.most_letters:
+        raise invalid(
+            f"This model's maximum context length is {service.limits.max_length} tokens. However, {name} has "
+            f"{len(text)} letters, and more than {service.limits.most_letters} are not made into tokens. Please reduce "
+            "its length.",
+            param=name,
+            code="context_length_exceeded",
+        )
+
+
 def _require_model(service: Service, request: GenerationFields, not_offered: str | None) -> None:
     if request.model != service.name:
         raise invalid(
-            f"The model '{request.model}' does not exist; here is '{service.name}'.",
+            f"The model '{shown(request.model)}' does not exist; here is '{service.name}'.",
             param="model",
             code="model_not_found",
             status=404,
@@ -169,12 +186,13 @@ def _chat_ids(service: Service, messages: list[dict[str, Any]], tools: list[dict
         text = service.chats.render(messages, tools=tools)
     except TemplateFailed as error:
         raise invalid(f"The model's chat template refuses these messages: {error}", param="messages") from error
+    _require_short(service, text, "messages")
     # the template has written the special tokens
     return list(service.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _ids(tokenizer: Any, prompt: str | list[int]) -> list[int]:
-    return list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else prompt
+def _ids(tokenizer: Any, prompt: Any) -> list[int]:
+    return list(tokenizer(prompt)["input_ids"])
 
 
 def _decoded(tokenizer: Any, ids: list[int]) -> str:

@@ -11,11 +11,13 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import uvicorn
 
 from partitioner.errors import InputError
 from partitioner.serving.http.app import create_app
+from partitioner.serving.http.connections import Connection
 from partitioner.serving.http.service import Service
 
 __all__ = ["bound", "config_of", "serve_on"]
@@ -42,8 +44,8 @@ def config_of(service: Service) -> uvicorn.Config:
     """How its requests are read and answered; without signals and without an end."""
     return uvicorn.Config(
         create_app(service),
-        # by name, whatever else is installed: h11 keeps to the limit of headers
-        http="h11",
+        # whatever else is installed: h11 keeps to the limit of headers
+        http=partial(Connection, head_s=service.limits.body_s, send_s=service.limits.send_s),  # type: ignore[arg-type]
         ws="none",
         log_level="warning",
         access_log=False,

@@ -8,10 +8,12 @@ await service.drain(grace_s)               nothing new is taken, what runs may f
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from partitioner.serving.grammar.check import Checks
 from partitioner.serving.http.keys import Keys
@@ -23,6 +25,9 @@ from partitioner.serving.tools.find_form import CallForms
 from runtime.launching.launched import Launched
 
 __all__ = ["NotOffered", "Service"]
+
+T = TypeVar("T")
+_TEXTS_AT_ONCE = max(2, (os.cpu_count() or 2) // 2)
 
 
 class NotOffered(Exception):
@@ -57,6 +62,8 @@ class Service:
         self.created = int(time.time())
         self.generation = llm.generation
         """What the model's generation config says."""
+        # apart from the threads in which rows are begun and left, which no long text is to hold up
+        self._texts = ThreadPoolExecutor(_TEXTS_AT_ONCE, thread_name_prefix="texts")
         self._rows = 0
         self._deadlines: set[asyncio.Timeout] = set()
         self._idle = asyncio.Event()
@@ -135,8 +142,13 @@ class Service:
             raise NotOffered("the model has no token with which a text ends")
         return self._checks
 
+    async def on_texts(self, work: Callable[[], T]) -> T:
+        """What takes as long as its texts are long, beside the loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._texts, work)
+
     def close(self) -> None:
         """Ends what it has started."""
+        self._texts.shutdown(wait=False, cancel_futures=True)
         self.chats.close()
         if isinstance(self._checks, Checks):
             self._checks.close()

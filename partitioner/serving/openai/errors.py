@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from partitioner.errors import CommunicationError, InputError, PartitionerError, SamplingError
 
-__all__ = ["ApiError", "invalid", "of_exception", "of_validation"]
+__all__ = ["ApiError", "invalid", "of_exception", "of_validation", "shown"]
 
 _SHOWN = 80
 """Characters of a value that an error repeats."""
@@ -59,7 +59,7 @@ def of_validation(error: ValidationError) -> ApiError:
     found = error.errors(include_url=False, include_context=False)
     # where a field may be of several kinds, the one that the value came furthest with
     first = max((each for each in found if each["loc"][:1] == found[0]["loc"][:1]), key=lambda each: len(each["loc"]))
-    where = _place(first["loc"])
+    where = shown(_place(first["loc"]))
     if first["type"] == "json_invalid":
         return invalid(f"We could not parse the JSON body of your request: {first['msg']}")
     if first["type"] == "extra_forbidden":
@@ -67,9 +67,14 @@ def of_validation(error: ValidationError) -> ApiError:
     if first["type"] == "missing":
         return invalid(f"Missing required parameter: '{where}'.", param=where, code="missing_required_parameter")
     said = first["msg"].removeprefix("Value error, ")
-    got = repr(first["input"])
-    got = got if len(got) <= _SHOWN else f"{got[:_SHOWN]}..."
-    return invalid(f"Invalid value for '{where}': {said}; got {got}", param=where, code="invalid_value")
+    return invalid(
+        f"Invalid value for '{where}': {said}; got {shown(repr(first['input']))}", param=where, code="invalid_value"
+    )
+
+
+def shown(text: str) -> str:
+    """As much of what a client has sent as an error repeats."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def of_exception(error: BaseException) -> ApiError:

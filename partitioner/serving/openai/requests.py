@@ -4,6 +4,8 @@ A field that OpenAI does not have is refused, as OpenAI does, but for four that 
 repetition_penalty, ignore_eos. Fields that say something about an account or a bill (user, metadata, store, ...) are
 read and change nothing. What would change the answer and is not offered (images, sound, ...) is refused by name,
 unless its value asks for nothing.
+
+Lists fail with their first wrong entry: of a body with a million of them, an error for each takes gigabytes.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ _MOST_TOOLS = 128
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Ids = Annotated[list[TokenId], Field(fail_fast=True)]
 Biases = dict[str, Annotated[float, Field(ge=-_BIAS, le=_BIAS)]]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Stop = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
@@ -49,7 +52,7 @@ class GenerationFields(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = 1
-    stop: Stop | Annotated[list[Stop], Field(max_length=_MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(fail_fast=True, max_length=_MOST_STOPS)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -95,10 +98,10 @@ class Message(BaseModel):
 
     model_config = _STRICT
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     refusal: None = None
-    tool_calls: Annotated[list[MadeCall], Field(max_length=_MOST_TOOLS)] | None = None
+    tool_calls: Annotated[list[MadeCall], Field(fail_fast=True, max_length=_MOST_TOOLS)] | None = None
     tool_call_id: str | None = None
     # what answers of OpenAI's have as well, with nothing in it
     audio: None = None
@@ -147,18 +150,18 @@ class ResponseFormat(BaseModel):
 class ChatRequest(GenerationFields):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Tool], Field(max_length=_MOST_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=_MOST_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     # not offered, unless they ask for nothing
     functions: list[Any] | None = None
     function_call: Any = None
-    modalities: list[str] | None = None
+    modalities: Annotated[list[str], Field(fail_fast=True)] | None = None
     audio: Any = None
     prediction: Any = None
     web_search_options: Any = None
@@ -234,7 +237,7 @@ class ChatRequest(GenerationFields):
 class CompletionRequest(GenerationFields):
     """The body of /v1/completions."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Annotated[list[str], Field(fail_fast=True)] | Ids | Annotated[list[Ids], Field(fail_fast=True)]
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: bool | None = False
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None

@@ -89,11 +89,8 @@ class AnswerText:
 
     def _held(self) -> int:
         """Characters at the end that a stop string may begin with."""
-        longest = max(map(len, self._stops), default=1) - 1
-        for length in range(min(longest, len(self.text) - self._sent), 0, -1):
-            if any(stop.startswith(self.text[-length:]) for stop in self._stops):
-                return length
-        return 0
+        most = len(self.text) - self._sent
+        return max((_begun(stop, self.text, min(len(stop) - 1, most)) for stop in self._stops), default=0)
 
     def _decoded(self, tokens: list[int]) -> str:
         hidden = self._hidden
@@ -102,3 +99,11 @@ class AnswerText:
         return str(
             self._tokenizer.decode(tokens, skip_special_tokens=hidden is None, clean_up_tokenization_spaces=False)
         )
+
+
+def _begun(stop: str, text: str, most: int) -> int:
+    """How many of the last `most` characters of a text are the beginning of `stop`."""
+    at = text.find(stop[0], len(text) - most) if most > 0 else -1
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[0], at + 1)
+    return len(text) - at if at >= 0 else 0

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -113,14 +113,16 @@ class BatchLoop:
             del self._asked[each.number]
         return self._places.room
 
-    def add(self, number: int, request: GenerationRequest) -> None:
-        """Every rank alike; the first is a collective. Raises InputError where it cannot be served."""
+    def add(self, number: int, request: GenerationRequest, *, given: Sequence[int] | None = None) -> None:
+        """Every rank alike; the first is a collective. Raises InputError where it cannot be served. given: as `Asked`
+        has it.
+        """
         if self._places is None:
             self._set_aside()
         if len(request.prompts) != 1:
             raise InputError(f"a sequence is one row, got a request of {len(request.prompts)}")
         request.require_fits(self.program, request.longest)
-        asked = Asked(request, vocab_size=self.program.vocab_size, grammars=self._grammars)
+        asked = Asked(request, vocab_size=self.program.vocab_size, grammars=self._grammars, given=given)
         self.scheduler.add(number, asked.text, most=request.longest, piece=request.settings.prefill_step)
         self._asked[number] = asked
 
@@ -133,12 +135,11 @@ class BatchLoop:
         if self._places is None:
             return []
         refused, self._refused = self._refused, []
+        turn, self._turn = self._turn, (self._turn + 1) % self.scheduler.limits.groups
         if isinstance(self.scheduler, DealtScheduler):
-            works = self.scheduler.next_of_all()
-            done_by_rank = self._own.advance(works) if any(works) else []
-            return [*refused, *(told for done in done_by_rank for told in self._learn(*done))]
-        work = self.scheduler.next(self._turn)
-        self._turn = (self._turn + 1) % self.scheduler.limits.groups
+            works = self.scheduler.next_of_all(turn)
+            return [*refused, *(told for done in self._own.advance(works) for told in self._learn(*done))]
+        work = self.scheduler.next(turn)
         run = None if work is None else self._places.run_of(work, self.scheduler.last_of)
         done = self._runner.advance(run)
         return refused if done is None else refused + self._learn(*done)
@@ -155,6 +156,7 @@ class BatchLoop:
             **vars(self.scheduler.counts),
             "prefixes_kept": not self._places.why_not_kept,
             "why_not_kept": self._places.why_not_kept,
+            "why_not_packed": self._places.why_not_packed,
             "why_eager": self._why_eager,
             "why_chosen_behind": self._why_behind,
         }
@@ -207,25 +209,11 @@ class BatchLoop:
         self._why_eager = self._found_why_eager()
         if self._why_eager and program.rank == 0:
             _log.warning("decode steps run node by node, in spite of %s", self._why_eager)
-        if self._parts > 1:
-            assert isinstance(places, InBlocks)
-            self.scheduler: Scheduler | DealtScheduler = DealtScheduler(places.limits, self._parts, self._counts)
-            self._own = OwnBatches(
-                program,
-                self._decode_by.program,
-                self._communicator,
-                self._device,
-                self._profiler,
-                places,
-                run=self._run_filled,
-                choose=self.choose,
-                in_step=lambda run, works: self.choose_in_step(run, works) if self.chooses_in_step(run) else None,
-                sampled=self.sampled,
-                tops=lambda number: self._asked[number].settings.top_logprobs,
-            )
-            return
         stages = 1 if program.stage is None else program.stage.count
-        self.scheduler = Scheduler(replace(places.limits, groups=stages), self._counts)
+        limits = replace(places.limits, groups=stages)
+        self.scheduler: Scheduler | DealtScheduler = (
+            DealtScheduler(limits, self._parts, self._counts) if self._parts > 1 else Scheduler(limits, self._counts)
+        )
         self._turn = 0
         self._runner: _Runner = _OneStage(self)
         if program.stage is not None:
@@ -239,9 +227,22 @@ class BatchLoop:
                 run=self.run,
                 choose=self.choose,
                 sampled=self.sampled,
-                named=lambda number: self._asked[number].settings.top_logprobs,
-                sizes=lambda run: self._steps.sizes(run.piece),
+                named=self._named,
+                sizes=lambda run: self._steps.sizes(run.piece, least=run.least),
                 head=self.head if self._steps.shares_head else None,
+            )
+        if isinstance(self.scheduler, DealtScheduler):
+            self._own = OwnBatches(
+                program,
+                self._decode_by.program,
+                self._communicator,
+                self._device,
+                self._profiler,
+                places,
+                run=self._runner.advance,
+                last=self.scheduler.each[program.coordinates[program.batch_axes[0]]].last_of,
+                sampled=self.sampled,
+                named=self._named,
             )
 
     def run(self, run: Run, received: Any = ()) -> Any:
@@ -251,14 +252,13 @@ class BatchLoop:
         if run.work.decode and self._from_fixed_memory:
             assert isinstance(self._places, InBlocks)
             return self._places.decode(self._steps, run, received, few_sizes=self._decoding["compile"])
-        return self._steps.execute(run.piece, received, decode=run.work.decode, rows=run.rows)
+        return self._steps.execute(
+            run.piece, received, decode=run.work.decode, rows=run.rows, least=run.least, like=run.like
+        )
 
-    def _run_filled(self, run: Run, least: int, like: Hashable) -> Any:
-        """The same, of rows that are filled up to `least` tokens; like: as `Executable` has it."""
-        assert self._places is not None
-        if run.work.decode and self._from_fixed_memory:
-            return self.run(run)
-        return self._steps.execute(run.piece, decode=run.work.decode, rows=run.rows, least=least, like=like)
+    def _named(self, number: int) -> int | None:
+        """How many of the most probable tokens a sequence is told as well, if any."""
+        return self._asked[number].settings.top_logprobs
 
     def _is_own(self, number: int) -> bool:
         """Whether this rank has the sequence in its cache."""
@@ -301,16 +301,14 @@ class BatchLoop:
         captured = self._decoding["cuda_graph"] and self._from_fixed_memory
         return captured and run.work.decode and self._profiler.recording is None
 
-    def choose_in_step(self, run: Run, others: Sequence[Work] = ()) -> dict[int, Choice]:
-        """The programs on the tokens of a step, and the next ones: of most rows by the same step.
-
-        others: where ranks have sequences of their own, what all of them run at the same time.
-        """
+    def choose_in_step(self, run: Run) -> dict[int, Choice]:
+        """The programs on the tokens of a step, and the next ones: of most rows by the same step."""
         assert isinstance(self._places, InBlocks)
         numbers = self.sampled(run.work)
-        asked = [self._asked.get(turn.number) for turn in run.work.turns]
-        theirs = [self._asked.get(turn.number) for work in others for turn in work.turns]
-        reasons = (each.on_host for each in (theirs if others else asked) if each is not None)
+        turns = [turn for _, turn in sorted(zip(run.at, run.work.turns, strict=True), key=lambda each: each[0])]
+        asked = [self._asked.get(turn.number) for turn in turns]
+        theirs = [self._asked.get(turn.number) for work in run.others for turn in work.turns]
+        reasons = (each.on_host for each in (theirs if run.others else asked) if each is not None)
         self._why_behind = next(filter(None, reasons), self._why_behind)
         rows, also = (
             [RowOptions() if each is None or each.on_host else each.row_options() for each in some]
@@ -321,7 +319,7 @@ class BatchLoop:
         said, logits = self._places.choose(self._steps, run, rows, few_sizes=few_sizes, also=also)
         found: dict[int, Choice] = {}
         behind = []
-        told = zip(run.work.turns, asked, said.T.tolist(), strict=True)
+        told = zip(turns, asked, said.T.tolist(), strict=True)
         for at, (turn, each, (token, best, is_certain, logprob)) in enumerate(told):
             if turn.number not in numbers or each is None:
                 continue
@@ -343,10 +341,14 @@ class BatchLoop:
         numbers = self.sampled(run.work)
         if not numbers:
             return {}
-        asked = [self._asked[number] for number in numbers]
-        rows = [at for at, turn in zip(run.at, run.work.turns, strict=True) if turn.number in numbers]
+        # in the order of their rows, so that these are taken as they lie
+        places = {turn.number: at for at, turn in zip(run.at, run.work.turns, strict=True)}
+        in_order = sorted(numbers, key=places.__getitem__)
+        rows = [places[number] for number in in_order]
         found = logits[:, 0] if rows == list(range(len(logits))) else logits[rows, 0]
-        return dict(zip(numbers, self._chooser.choose(found, asked), strict=True))
+        choices = self._chooser.choose(found, [self._asked[number] for number in in_order])
+        by_number = dict(zip(in_order, choices, strict=True))
+        return {number: by_number[number] for number in numbers}
 
     def _release(self) -> None:
         if self._places is not None:

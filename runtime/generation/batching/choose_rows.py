@@ -45,9 +45,18 @@ class Choice:
 class Asked:
     """A request of one row, as it stands."""
 
-    def __init__(self, request: GenerationRequest, *, vocab_size: int, grammars: Grammars | None = None) -> None:
-        """Raises InputError where its grammar cannot be used."""
-        self.settings = request.settings
+    def __init__(
+        self,
+        request: GenerationRequest,
+        *,
+        vocab_size: int,
+        grammars: Grammars | None = None,
+        given: Sequence[int] | None = None,
+    ) -> None:
+        """Raises InputError where its grammar cannot be used. given: the text whose tokens are taken, whatever is
+        likely.
+        """
+        self.settings, self.given = request.settings, given
         self.text = list(request.prompts[0])
         self.step = 0
         """How many tokens it has been told."""
@@ -113,7 +122,7 @@ class RowChooser:
 
     def choose(self, logits: Tensor, asked: Sequence[Asked]) -> list[Choice]:
         found: list[Choice | None] = [None] * len(asked)
-        parts: dict[tuple[Sampling, tuple[int, ...]], list[int]] = {}
+        parts: dict[tuple[Sampling, tuple[int, ...], bool], list[int]] = {}
         edits: list[TokenEdits | None] = []
         for row, each in enumerate(asked):
             try:
@@ -123,8 +132,9 @@ class RowChooser:
                 edit = None
             edits.append(edit)
             if found[row] is None:
-                parts.setdefault((each.sampling, () if edit is None else edit.forced), []).append(row)
-        for (sampling, _), rows in parts.items():
+                forced = () if edit is None else edit.forced
+                parts.setdefault((each.sampling, forced, each.given is not None), []).append(row)
+        for (sampling, *_), rows in parts.items():
             choices = self._choose(sampling, logits, asked, edits, rows)
             for row, choice in zip(rows, choices, strict=True):
                 found[row] = choice
@@ -156,6 +166,10 @@ class RowChooser:
     ) -> list[Choice]:
         mine = [asked[row] for row in rows]
         chosen = logits if len(rows) == len(logits) else logits[rows]
+        known = [each.given[len(each.text)] for each in mine if each.given is not None]
+        if known:
+            scored, _ = self._sampler(sampling).top(chosen, torch.tensor(known, device=self._device), 1)
+            return [Choice(token, logprob) for token, logprob in zip(known, scored[:, 0].tolist(), strict=True)]
         history, lengths = self._history(sampling, mine)
         sample = self._profiler.timed("sampling", self._sampler(sampling))
         tokens, logprobs = sample(

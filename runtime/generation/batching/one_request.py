@@ -7,7 +7,7 @@ Where ranks of dp have sequences of their own, a request is so dealt to them, ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from runtime.generation.batching.batch_loop import BatchLoop, Told
 from runtime.generation.generation_request import GenerationRequest, Step
@@ -15,14 +15,19 @@ from runtime.generation.generation_request import GenerationRequest, Step
 __all__ = ["one_request"]
 
 
-def one_request(loop: BatchLoop, request: GenerationRequest) -> Iterator[Step]:
-    """On all ranks of a world alike. Raises what one of the rows meets; the others are given up with it."""
+def one_request(
+    loop: BatchLoop, request: GenerationRequest, *, given: Sequence[Sequence[int]] | None = None
+) -> Iterator[Step]:
+    """On all ranks of a world alike. Raises what one of the rows meets; the others are given up with it.
+
+    given: by row, a text whose tokens are taken in the place of chosen ones.
+    """
     rows = range(len(request.prompts))
     told: list[list[Told]] = [[] for _ in rows]
     try:
         # those with the most to do first: each goes to the rank that has least to do (Graham, 1969)
         for row in sorted(rows, key=lambda row: (-len(request.prompts[row]), row)):
-            loop.add(row, request.of_rows([row]))
+            loop.add(row, request.of_rows([row]), given=None if given is None else given[row])
         step = 0
         while any(not each or not each[-1].is_over for each in told) or any(len(each) > step for each in told):
             while any(len(each) <= step and not (each and each[-1].is_over) for each in told):

@@ -7,24 +7,28 @@ Every rank is told of all sequences, and knows what each rank of dp runs next an
 program at the same time (the one for prompts where any of them runs a prompt's piece), also one that has nothing to
 run: it takes a row of nobody. Only the tokens that each has chosen are told to the others. They fail together, as the
 ranks of one world do.
+
+Over pipeline stages each rank of dp has a pipeline of its own (`staged_steps.py`), and all begin a step in the same
+slot: so each stage runs the same program as its counterparts, slot by slot. Where ranks share out the tokens of a
+sequence, single tokens run in steps of their own, since a prompt's step would deal them out otherwise than a token's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from partitioner.errors import InputError, SamplingError
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.batching.choose_rows import Choice
-from runtime.generation.batching.places import InBlocks, Run
-from runtime.generation.batching.scheduler import Scheduler
+from runtime.generation.batching.places import Places, Run
+from runtime.generation.batching.scheduler import Scheduler, next_alike
 from runtime.generation.batching.work import Counts, Limits, Work
 from runtime.ops.communicating import as_axes
 from runtime.ops.rows import collect_rows
@@ -60,10 +64,6 @@ class DealtScheduler:
     def tokens_cached(self) -> int:
         return sum(each.tokens_cached for each in self.each)
 
-    def last_of(self, block: int) -> tuple[int, int]:
-        """Nothing: sequences lie in blocks, of which a run takes those that it names."""
-        return 0, 0
-
     def add(self, number: int, tokens: Sequence[int], *, most: int, piece: int | None = None) -> None:
         """The first of those that have least to do."""
         least = min(self.each, key=lambda each: each.left)
@@ -77,9 +77,10 @@ class DealtScheduler:
         """Whose sequence it is."""
         return self.each.index(self._owners[number])
 
-    def next_of_all(self) -> list[Work | None]:
-        """What each rank runs next."""
-        found = [each.next() for each in self.each]
+    def next_of_all(self, group: int = 0) -> list[Work | None]:
+        """What each rank runs next; group: as `Scheduler.next` has it."""
+        is_shared = self.limits.shared_out is not None
+        found = next_alike(self.each, group) if is_shared else [each.next(group) for each in self.each]
         return [None if work is None else replace(work, group=rank) for rank, work in enumerate(found)]
 
     def learn(self, work: Work, chosen: Mapping[int, int], ended: Collection[int] = ()) -> None:
@@ -89,11 +90,11 @@ class DealtScheduler:
 
 
 class OwnBatches:
-    """One rank's part. run: the rank's programs on a step; choose, sampled: as those of `BatchLoop`.
+    """One rank's part. run: begins a step, or a slot without one, and yields the step that has been done in it, which
+    is as many slots old as there are stages before the last; sampled: as that of `BatchLoop`.
 
-    in_step: of a step and what all ranks run, the choices where it makes them itself; None where it does not.
-    tops: of a sequence, how many of the most probable tokens are to be told beside the chosen one; None: none is asked
-    for.
+    last: of a row, as `Places.run_of` has it. named: of a sequence, how many of the most probable tokens are to be told
+    beside the chosen one; None: none is asked for.
     """
 
     def __init__(
@@ -103,13 +104,12 @@ class OwnBatches:
         communicator: Communicator,
         device: torch.device,
         profiler: Profiler,
-        places: InBlocks,
+        places: Places,
         *,
-        run: Callable[[Run, int, Hashable], Tensor],
-        choose: Callable[[Run, Tensor], dict[int, Choice]],
-        in_step: Callable[[Run, Sequence[Work]], dict[int, Choice] | None],
+        run: Callable[[Run | None], tuple[Work, dict[int, Choice]] | None],
+        last: Callable[[int], tuple[int, int]],
         sampled: Callable[[Work], list[int]],
-        tops: Callable[[int], int | None],
+        named: Callable[[int], int | None],
     ) -> None:
         (axis,) = prefill.batch_axes
         self._index, self._device, self._communicator = prefill.coordinates[axis], device, communicator
@@ -121,29 +121,35 @@ class OwnBatches:
                 "that rows cannot be filled up. Give expert-parallel.exchange=exchange, or auto"
             )
         self._places = places
-        self._run, self._choose, self._in_step, self._sampled, self._tops = run, choose, in_step, sampled, tops
+        self._run, self._last, self._sampled, self._named = run, last, sampled, named
+        stages = 1 if prefill.stage is None else prefill.stage.count
+        self._passing: deque[list[Work | None]] = deque([[]] * stages, maxlen=stages)
+        """By stage: what all ranks run there; nothing where none has anything."""
         self._all = profiler.watched_transfers(communicator.channel(axis, node="tokens"))
         self._told: set[tuple[int, int]] = set()
 
     def advance(self, works: Sequence[Work | None]) -> list[tuple[Work, dict[int, Choice]]]:
-        """A step of all ranks; what has come of it, rank by rank."""
+        """Begins a step of all ranks; what has come of the one that has been done, rank by rank."""
         decode = all(work is None or work.decode for work in works)
-        counts = [0 if work is None else len(work.turns) for work in works]
-        sizes = [1 if work is None else max(len(turn.tokens) for turn in work.turns) for work in works]
+        begun = [None if work is None else replace(work, decode=decode) for work in works] if any(works) else []
+        self._passing.appendleft(begun)
+        done = self._run(self._own(begun, decode) if begun else None)
+        return self._tell(self._passing[-1], {} if done is None else done[1]) if self._passing[-1] else []
+
+    def _own(self, works: Sequence[Work | None], decode: bool) -> Run:
+        """What this rank runs of a step."""
         mine = works[self._index] or Work((), decode, self._index)
+        counts = [0 if work is None else self._places.rows_of(work) for work in works]
+        sizes = [1 if work is None else max(len(turn.tokens) for turn in work.turns) for work in works]
         alike = self._alike[decode]
-        run = self._places.run_of(replace(mine, decode=decode), _no_row)
-        run = self._places.filled(run, max(1, *counts) if alike else max(1, len(mine.turns)))
-        choices = self._in_step(run, [work for work in works if work is not None])
-        if choices is None:
-            logits = self._run(run, max(sizes) if alike else 1, (*counts, *sizes))
-            choices = self._choose(run, logits)
-        return self._tell(works, choices)
+        run = self._places.run_of(mine, self._last, count=max(1, *counts) if alike else 1)
+        others = tuple(work for work in works if work is not None)
+        return replace(run, least=max(sizes) if alike else 1, like=(*counts, *sizes), others=others)
 
     def _tell(self, works: Sequence[Work | None], choices: dict[int, Choice]) -> list[tuple[Work, dict[int, Choice]]]:
         """What all ranks have chosen, told in one meeting."""
         numbers = [[] if work is None else self._sampled(work) for work in works]
-        asked = [self._tops(number) for each in numbers for number in each]
+        asked = [self._named(number) for each in numbers for number in each]
         most = max(map(len, numbers))
         named = max((count + 1 for count in asked if count is not None), default=0)
         everyone: list[Any] = [[] for _ in works]
@@ -161,10 +167,6 @@ class OwnBatches:
                 own = choices if rank == self._index else dict(zip(those, map(_choice, rows), strict=False))
                 found.append((work, own))
         return found
-
-
-def _no_row(block: int) -> tuple[int, int]:
-    return 0, 0
 
 
 def _numbers_of(choice: Choice, named: int) -> list[float]:

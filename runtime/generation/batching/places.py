@@ -10,7 +10,8 @@ are copied from row to row: they take their memory again, and no work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from runtime.communication.communicator import Communicator
+from runtime.generation.batching.packing import TOKENS_SHARED_OUT, why_not_packed
 from runtime.generation.batching.row_texts import SharedOut
-from runtime.generation.batching.work import Limits, Work
+from runtime.generation.batching.work import Limits, Turn, Work
 from runtime.generation.conversation import Piece
 from runtime.generation.decode_graphs import Chosen, Decoder
 from runtime.generation.steps import Steps
@@ -52,12 +54,19 @@ _SUMS_UP = (
 
 @dataclass(frozen=True)
 class Run:
-    """A step as the programs take it; at: which row of the piece each turn is."""
+    """A step as the programs take it; at: which row of the piece each turn is.
+
+    least: how many tokens each row is filled up to, if not more. like: as `Executable` has it. others: where ranks have
+    sequences of their own, what all of them run in this step.
+    """
 
     work: Work
     piece: Piece
     rows: slice | PagedRows
     at: tuple[int, ...]
+    least: int = 1
+    like: Hashable = None
+    others: tuple[Work, ...] = ()
 
 
 class Places(Protocol):
@@ -69,10 +78,19 @@ class Places(Protocol):
     """How many fit, of all sequences together; None: any number."""
     why_not_kept: str
     """Why equal prefixes are not kept once; "": they are."""
+    why_not_packed: str
+    """Why pieces of prompts and single tokens run in different steps; "": they run in one."""
     cache: Cache
 
-    def run_of(self, work: Work, last: Callable[[int], tuple[int, int]]) -> Run:
-        """last: of a row, the last token that the cache has of it and its position; (0, 0) where it has none."""
+    def rows_of(self, work: Work) -> int:
+        """How many rows a run of it has."""
+        ...
+
+    def run_of(self, work: Work, last: Callable[[int], tuple[int, int]], *, count: int = 0) -> Run:
+        """last: of a row, the last token that the cache has of it and its position; (0, 0) where it has none.
+
+        count: how many rows there are at least, of which some are nobody's: what is computed for them is kept nowhere.
+        """
         ...
 
     def before(self, run: Run) -> None:
@@ -88,18 +106,20 @@ class InBlocks:
     """See the module's docstring."""
 
     def __init__(
-        self, program: RankProgram, size: PagedSize, device: torch.device, *, budget: int, kept: WhatIsKept
-    ) -> None:
+        self, program: RankProgram, size: PagedSize, device: torch.device, *, budget: int, kept: WhatIsKept,
+        why_not_packed: str,
+    ) -> None:  # fmt: skip
         self._size = size
         self.room, self.tokens = size.room, size.tokens
         self.cache: Cache = size.make(program.states, device)
-        self.why_not_kept = _SUMS_UP if kept.counts_tokens else ""
+        self.why_not_kept, self.why_not_packed = _SUMS_UP if kept.counts_tokens else "", why_not_packed
         self.limits = Limits(
             rows=size.rows,
             blocks=size.blocks,
             block_size=size.block_size,
             budget=budget,
             beside=_BESIDE if device.type == "cpu" else None,
+            packs=not why_not_packed,
             piece=program.limits.get("sequence", (1, None))[1],
             # a state per sequence would count a token twice with which a shorter row is filled up
             alike=kept.counts_tokens,
@@ -107,20 +127,27 @@ class InBlocks:
             sees=kept.sees,
         )
 
-    def run_of(self, work: Work, last: Callable[[int], tuple[int, int]]) -> Run:
-        turns = work.turns
-        piece = Piece([list(turn.tokens) for turn in turns], [turn.start for turn in turns], (True,) * len(turns))
-        rows = PagedRows(tuple(turn.row for turn in turns), tuple(turn.table for turn in turns))
-        return Run(work, piece, rows, tuple(range(len(turns))))
+    def rows_of(self, work: Work) -> int:
+        return len(work.turns)
 
-    def filled(self, run: Run, count: int) -> Run:
-        """With rows of nobody behind its own, so that there are `count`: they lie where nobody reads."""
-        piece, missing = run.piece, count - len(run.piece.tokens)
-        assert isinstance(run.rows, PagedRows)
-        tokens, starts = [*piece.tokens, *([0] for _ in range(missing))], [*piece.starts, *[0] * missing]
-        numbers = (*run.rows.numbers, *[self._size.rows] * missing)
-        rows = PagedRows(numbers, (*run.rows.tables, *[()] * missing))
-        return Run(run.work, Piece(tokens, starts, (*piece.active, *[False] * missing)), rows, run.at)
+    def run_of(self, work: Work, last: Callable[[int], tuple[int, int]], *, count: int = 0) -> Run:
+        """Rows of nobody stand behind the others, and lie where nobody reads."""
+        # rows that are alike lie beside each other, so that attention takes them together
+        order = sorted(range(len(work.turns)), key=lambda at: _size(work.turns[at]))
+        turns, missing = [work.turns[at] for at in order], max(0, count - len(work.turns))
+        piece = Piece(
+            [*(list(turn.tokens) for turn in turns), *([0] for _ in range(missing))],
+            [*(turn.start for turn in turns), *[0] * missing],
+            tuple(at < len(turns) for at in range(len(turns) + missing)),
+            completes=tuple(turn.samples for turn in turns),
+            packed=work.packed,
+        )
+        numbers = (*(turn.row for turn in turns), *[self._size.rows] * missing)
+        rows = PagedRows(numbers, (*(turn.table for turn in turns), *[()] * missing))
+        # of packed rows, those that are not told a token have no logits, and nobody asks where they would be
+        told = itertools.accumulate((turn.samples or not work.packed for turn in turns), initial=0)
+        at = dict(zip(order, told, strict=False))
+        return Run(work, piece, rows, tuple(at[turn] for turn in range(len(turns))))
 
     def before(self, run: Run) -> None:
         """Nothing: a run says all that the cache has to know."""
@@ -188,7 +215,7 @@ class InRows:
             device=device,
             slots=slots_for(program, max_length),
         )
-        self.axes = ", ".join(axes)
+        self.axes, self.why_not_packed = ", ".join(axes), TOKENS_SHARED_OUT
         self.why_not_kept = "" if keeps else _GIVEN_UP.format(self.axes)
         # as `ShardedCache.piece_size`, also on a stage without attention, whose cache shares out nothing
         parts = program.mesh.size(*axes)
@@ -234,9 +261,17 @@ class InRows:
             axes=kept.token_axes, keeps=not kept.gives_up,
         )  # fmt: skip
 
-    def run_of(self, work: Work, last: Callable[[int], tuple[int, int]]) -> Run:
+    def rows_of(self, work: Work) -> int:
+        taken = [turn.table[0] for turn in work.turns]
+        return max(taken) - min(taken) + 1 if taken else 0
+
+    def run_of(self, work: Work, last: Callable[[int], tuple[int, int]], *, count: int = 0) -> Run:
+        """Rows of nobody are those beside the others, whoever has them: they repeat what they have as well."""
         turns = {turn.table[0]: turn for turn in work.turns}
-        numbers = range(min(turns), max(turns) + 1)
+        first = min(turns, default=0)
+        stop = max(first + count, max(turns, default=-1) + 1)
+        first -= max(0, stop - self.limits.rows)
+        numbers = range(first, min(stop, self.limits.rows))
         tokens, starts = [], []
         for row in numbers:
             if row in turns:
@@ -281,4 +316,9 @@ def places_for(
     if kept.token_axes:
         return InRows.agreed(program, size, communicator, device, rows=rows, step=step, kept=kept)
     paged = PagedSize.agreed(program, size, communicator, device, step=step, rows=rows, block_size=block_size)
-    return InBlocks(program, paged, device, budget=paged.step, kept=kept)
+    why_not = why_not_packed(program, communicator, device)
+    return InBlocks(program, paged, device, budget=paged.step, kept=kept, why_not_packed=why_not)
+
+
+def _size(turn: Turn) -> tuple[int, int]:
+    return len(turn.tokens), turn.start

@@ -5,11 +5,12 @@
     scheduler.learn(work, {7: 42}, {7})     the tokens that came of it, and who has ended
     scheduler.cancel(7)
 
-Prompts run in pieces under a budget, and between two pieces every other sequence gets its next token, so that a long
-prompt holds nobody up (Sarathi, arXiv:2308.16369). Sequences are served in the order in which they came. One is given
-a row when the cache has room for its tokens so far. Where the cache is full, the one that came last gives its blocks
-up, and runs its tokens again when there is room (recomputation: PagedAttention, arXiv:2309.06180, section 4.5). The
-oldest always goes on, so that all come to their end.
+Prompts run in pieces under a budget, so that a long one holds nobody up. Where tokens of several sequences may stand
+in one row of a run, every other sequence gets its next token in the same step as a piece, by one pass over the weights
+(Sarathi, arXiv:2308.16369); elsewhere between two of them. Sequences are served in the order in which they came. One is
+given a row when the cache has room for its tokens so far. Where the cache is full, the one that came last gives its
+blocks up, and runs its tokens again when there is room (recomputation: PagedAttention, arXiv:2309.06180, section 4.5).
+The oldest always goes on, so that all come to their end.
 
 Where ranks share out the tokens of a row, prompts that run together stand at the same position, take as many tokens and
 lie in rows that follow each other: then no row is filled up, and none is run in vain.
@@ -20,47 +21,35 @@ Where `groups` take turns (pipeline stages), `next(group)` is about one of them,
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from collections.abc import Sequence as Tokens
 
 from partitioner.errors import InputError
-from runtime.generation.batching.blocks import BlockPool, key_of
+from runtime.generation.batching.blocks import BlockPool
 from runtime.generation.batching.row_texts import RowTexts, alike
+from runtime.generation.batching.sequence import Sequence
 from runtime.generation.batching.work import Counts, Limits, Turn, Work
 
-__all__ = ["Scheduler"]
+__all__ = ["Scheduler", "next_alike"]
 
 
-@dataclass
-class _Sequence:
-    number: int
-    tokens: list[int]
-    most: int
-    piece: int | None
-    arrival: int
-    keys: list[bytes] = field(default_factory=list)
-    """Of its full blocks, as far as they were asked for."""
-    row: int = -1
-    group: int = 0
-    admission: int = -1
-    known: int = 0
-    """How many tokens it had when it was given its row."""
-    blocks: list[int] = field(default_factory=list)
-    behind: int = 0
-    """How many of these it has given back."""
-    computed: int = 0
-    """How many of its tokens the cache holds."""
-
-    @property
-    def left(self) -> int:
-        return len(self.tokens) - self.computed
-
-    def key(self, index: int, size: int) -> bytes:
-        while len(self.keys) <= index:
-            start = len(self.keys) * size
-            self.keys.append(key_of(self.keys[-1] if self.keys else b"", self.tokens[start : start + size]))
-        return self.keys[index]
+def next_alike(schedulers: Tokens[Scheduler], group: int = 0) -> list[Work | None]:
+    """What the sequences of a group of each run next: all of them pieces of prompts, or all single tokens."""
+    if all(each.limits.packs for each in schedulers):
+        return [each._packed(group) for each in schedulers]
+    ready = [(each, *each._ready(group)) for each in schedulers]
+    waits, works = any(others for _, _, others in ready), list[Work | None]()
+    if not (waits and any(each.prompts_last[group] for each in schedulers)):
+        works = [each._prompts(prompts, group, beside=waits) for each, prompts, _ in ready]
+    decode = not any(works)
+    if decode:
+        works = [each._work(each._single_tokens(others), group, decode=True) for each, _, others in ready]
+    if any(works):
+        for each in schedulers:
+            each.prompts_last[group] = not decode
+    return works
 
 
 class Scheduler:
@@ -70,9 +59,8 @@ class Scheduler:
         """counts: to go on from."""
         self.limits, self.counts = limits, Counts() if counts is None else counts
         self.pool = BlockPool(limits.blocks)
-        self._waiting: deque[_Sequence] = deque()
-        self._running: dict[int, _Sequence] = {}
-        """By number, in the order in which they were given rows."""
+        self._waiting: deque[Sequence] = deque()
+        self._running: dict[int, Sequence] = {}  # by number, in the order in which they were given rows
         self._rows: list[int | None] = [None] * limits.rows
         shared = limits.shared_out
         self._texts = RowTexts(shared) if shared is not None and shared.keeps else None
@@ -80,7 +68,7 @@ class Scheduler:
         self._multiple = 1 if shared is None else shared.parts
         self._pending: set[bytes] = set()
         """Keys of blocks that are being computed."""
-        self._prompts_last = [False] * limits.groups
+        self.prompts_last = [False] * limits.groups
         self._arrivals = self._admissions = 0
 
     # -- what is asked and told ----------------------------------------------------------------------------------------
@@ -116,17 +104,16 @@ class Scheduler:
                 return each.tokens[each.computed - 1], each.computed - 1
         return 0, 0
 
-    def add(self, number: int, tokens: Sequence[int], *, most: int, piece: int | None = None) -> None:
+    def add(self, number: int, tokens: Tokens[int], *, most: int, piece: int | None = None) -> None:
         """A sequence, of which at most `most` tokens are ever run; piece: how many of its prompt at a time at most."""
-        room = self.limits.blocks * self.limits.block_size
-        room = room if self.limits.longest is None else min(room, self.limits.longest)
+        room = min(self.limits.blocks * self.limits.block_size, self.limits.longest or sys.maxsize)
         if most > room:
             raise InputError(
                 f"prompt and new tokens make up to {most + 1}, of which {most} are run, and the cache has room for "
                 f"{room} of one request even if there is no other: give a shorter prompt or fewer new tokens, or set a "
                 "larger cache aside"
             )
-        self._waiting.append(_Sequence(number, list(tokens), most, piece, self._arrivals))
+        self._waiting.append(Sequence(number, list(tokens), most, piece, self._arrivals))
         self._arrivals += 1
 
     def cancel(self, number: int, *, keep: bool = True) -> list[int]:
@@ -142,19 +129,29 @@ class Scheduler:
 
     def next(self, group: int = 0) -> Work | None:
         """What the sequences of a group, none of which is under way, run next."""
+        return next_alike([self], group)[0]
+
+    def _ready(self, group: int) -> tuple[list[Sequence], list[Sequence]]:
+        """Those of a group that are at their prompts, and those that run single tokens."""
         self._admit(group)
         mine = [each for each in self._running.values() if each.group == group]
         if self.limits.piece == 1:
-            return self._work(self._single_tokens(mine), group, decode=True)
-        prompts, others = [each for each in mine if each.left > 1], [each for each in mine if each.left == 1]
-        if prompts and not (others and self._prompts_last[group]):
-            budget = self.limits.budget
-            if others and self.limits.beside is not None:
-                budget = min(budget, self.limits.beside)
-            work = self._work(self._prompt_pieces(prompts, budget), group, decode=False)
-            if work is not None:
-                return work
-        return self._work(self._single_tokens(others), group, decode=True)
+            return [], mine
+        return [each for each in mine if each.left > 1], [each for each in mine if each.left == 1]
+
+    def _prompts(self, prompts: list[Sequence], group: int, *, beside: bool) -> Work | None:
+        """Pieces of prompts; beside: whether others wait for their next token."""
+        return self._work(self._prompt_pieces(prompts, self._budget(beside=beside)), group, decode=False)
+
+    def _packed(self, group: int) -> Work | None:
+        """Single tokens, and pieces of prompts behind them."""
+        prompts, others = self._ready(group)
+        pieces = self._packed_pieces(prompts, self._budget(beside=bool(others)))
+        return self._work(self._single_tokens(others) + pieces, group)
+
+    def _budget(self, *, beside: bool) -> int:
+        """Tokens of prompts; beside: whether others wait for their next token."""
+        return min(self.limits.budget, self.limits.beside or self.limits.budget) if beside else self.limits.budget
 
     def learn(self, work: Work, chosen: Mapping[int, int], ended: Collection[int] = ()) -> None:
         """`work` has been run. chosen: the tokens that came of the turns that sample. ended: who needs no more."""
@@ -199,7 +196,7 @@ class Scheduler:
             self._running[sequence.number] = sequence
             self._share(sequence)
 
-    def _has_room(self, sequence: _Sequence) -> bool:
+    def _has_room(self, sequence: Sequence) -> bool:
         """Whether all its tokens fit beside those of the others, and each of these that may grow can by a block."""
         found = taken = 0
         for index in range(self._shareable(sequence)):
@@ -215,11 +212,11 @@ class Scheduler:
         needed = self._blocks_of(len(sequence.tokens)) - found + taken
         return needed + owed <= self.pool.free
 
-    def _shareable(self, sequence: _Sequence) -> int:
+    def _shareable(self, sequence: Sequence) -> int:
         """How many of its blocks may be another's: the last token is run in any case, for what comes of it."""
         return (len(sequence.tokens) - 1) // self.limits.block_size if self.limits.keeps_prefixes else 0
 
-    def _share(self, sequence: _Sequence) -> bool:
+    def _share(self, sequence: Sequence) -> bool:
         """Takes over blocks that others have computed. False: the next one is being computed by another just now."""
         size = self.limits.block_size
         while sequence.computed % size == 0 and (index := sequence.computed // size) < self._shareable(sequence):
@@ -238,7 +235,20 @@ class Scheduler:
             self.counts.prefix_hits += size
         return True
 
-    def _prompt_pieces(self, prompts: list[_Sequence], budget: int) -> list[Turn]:
+    def _packed_pieces(self, prompts: list[Sequence], budget: int) -> list[Turn]:
+        """As many tokens of each, in their order, as are left of the budget: none is filled up."""
+        turns: list[Turn] = []
+        for sequence in prompts:
+            if sequence.row < 0 or not self._share(sequence):
+                continue  # it has lost its place to one before it; or another computes just now what it begins with
+            count = self._piece(sequence, sequence.left, budget)
+            turn = self._turn(sequence, count) if count else None
+            if turn is not None:
+                turns.append(turn)
+                budget -= count
+        return turns
+
+    def _prompt_pieces(self, prompts: list[Sequence], budget: int) -> list[Turn]:
         """The first says how many tokens; others join with as many at most, as long as all fit into the budget."""
         turns: list[Turn] = []
         width = 0
@@ -260,7 +270,7 @@ class Scheduler:
                 turns.append(turn)
         return turns
 
-    def _piece(self, sequence: _Sequence, left: int, most: int) -> int:
+    def _piece(self, sequence: Sequence, left: int, most: int) -> int:
         """How many tokens of a prompt run next: all that are left, or a number that ranks share out evenly."""
         most = min(most, self.limits.piece or most)
         count = min(left, sequence.piece or left, most)
@@ -268,26 +278,26 @@ class Scheduler:
             return count
         return max(self._multiple, count - count % self._multiple)
 
-    def _joins(self, turns: list[Turn], sequence: _Sequence, start: int, count: int) -> bool:
+    def _joins(self, turns: list[Turn], sequence: Sequence, start: int, count: int) -> bool:
         """Whether it may run with the others of a step, where these must lie beside each other and be as far."""
         if self.limits.shared_out is None:
             return True
         rows = [turn.table[0] for turn in turns]
-        row = sequence.blocks[0] if sequence.blocks else self._next_row()
+        row = sequence.blocks[0] if sequence.blocks else self.pool.next(fresh=self._texts is not None)
         is_even = count % self._multiple == 0 or start + count == len(sequence.tokens)
         return is_even and start == turns[0].start and row in (min(rows) - 1, max(rows) + 1)
 
     def _next_row(self) -> int | None:
         return self.pool.next(fresh=self._texts is not None)
 
-    def _source(self, sequence: _Sequence) -> tuple[int, int] | None:
+    def _source(self, sequence: Sequence) -> tuple[int, int] | None:
         """Which prefix a sequence that has no row of the cache yet takes over."""
         found = None if self._texts is None or sequence.blocks else self._texts.longest(sequence.tokens)
         if found is not None:
             self.pool.refresh(found[0])
         return found
 
-    def _is_awaited(self, sequence: _Sequence) -> bool:
+    def _is_awaited(self, sequence: Sequence) -> bool:
         """Whether one before it is at a prompt that begins more like its own than what any row has."""
         shared = self.limits.shared_out
         if self._texts is None or shared is None or sequence.blocks:
@@ -298,30 +308,32 @@ class Scheduler:
         most = len(sequence.tokens) - 1
         return any(each.left > 1 and alike(each.tokens, sequence.tokens, most) >= more for each in before)
 
-    def _single_tokens(self, sequences: list[_Sequence]) -> list[Turn]:
+    def _single_tokens(self, sequences: list[Sequence]) -> list[Turn]:
         return [turn for each in sequences if each.row >= 0 and (turn := self._turn(each, 1)) is not None]
 
-    def _work(self, turns: list[Turn], group: int, *, decode: bool) -> Work | None:
+    def _work(self, turns: list[Turn], group: int, *, decode: bool | None = None) -> Work | None:
+        """decode: None for whether every turn is left with one token."""
         for turn in turns:
             if not self._is_on(turn):
                 self._pending.difference_update(turn.keys)
         left = tuple(turn for turn in turns if self._is_on(turn))
         if not left:
             return None
-        self._prompts_last[group] = not decode
+        if decode is None:
+            decode = all(len(turn.tokens) == 1 for turn in left)
         for turn in left:
             end, known = turn.start + len(turn.tokens), self._running[turn.number].known
             prompt = max(0, min(end, known) - turn.start)
             self.counts.prefill_tokens += prompt
             self.counts.decode_tokens += len(turn.tokens) - prompt
-        return Work(left, decode, group)
+        return Work(left, decode, group, packed=self.limits.packs and not decode)
 
     def _is_on(self, turn: Turn) -> bool:
         """Whether it still has the place that it had: one before it may have needed its blocks."""
         sequence = self._running.get(turn.number)
         return sequence is not None and sequence.admission == turn.admission
 
-    def _turn(self, sequence: _Sequence, count: int, source: tuple[int, int] | None = None) -> Turn | None:
+    def _turn(self, sequence: Sequence, count: int, source: tuple[int, int] | None = None) -> Turn | None:
         if source is not None:
             sequence.computed = source[1]
             self.counts.prefix_hits += source[1]
@@ -354,14 +366,14 @@ class Scheduler:
             source=source,
         )
 
-    def _preempt(self, sequence: _Sequence) -> None:
+    def _preempt(self, sequence: Sequence) -> None:
         self.counts.preemptions += 1
         self._leave(sequence)
         # among those that wait, where it came
         at = next((at for at, each in enumerate(self._waiting) if each.arrival > sequence.arrival), len(self._waiting))
         self._waiting.insert(at, sequence)
 
-    def _leave(self, sequence: _Sequence, *, keep: bool = True) -> list[int]:
+    def _leave(self, sequence: Sequence, *, keep: bool = True) -> list[int]:
         del self._running[sequence.number]
         self._rows[sequence.row] = None
         done = self.pool.release(sequence.blocks[sequence.behind :], keep=keep)
@@ -371,7 +383,7 @@ class Scheduler:
         sequence.row, sequence.blocks, sequence.behind, sequence.computed = -1, [], 0, 0
         return done
 
-    def _give_back(self, sequence: _Sequence) -> None:
+    def _give_back(self, sequence: Sequence) -> None:
         """The blocks that lie whole behind what its next token sees."""
         if self.limits.sees is None:
             return

@@ -19,7 +19,10 @@ class Limits:
     budget: int
     """The most tokens of prompts in one step, those included with which short rows are filled up."""
     beside: int | None = None
-    """The same while others wait for their next token, which take it after every such step; None: as `budget`."""
+    """The same while others wait for their next token, which take it in every such step, or after it; None: as
+    `budget`."""
+    packs: bool = False
+    """Whether pieces of prompts, of any lengths, and single tokens of others run in one step."""
     piece: int | None = None
     """The most tokens of one sequence in one step; 1: prompts run token by token, in the steps of the others."""
     alike: bool = False
@@ -56,11 +59,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class Work:
-    """One step. decode: every sequence runs one token."""
+    """One step. decode: every sequence runs one token. packed: the tokens of all stand behind each other in one row."""
 
     turns: tuple[Turn, ...]
     decode: bool
     group: int
+    packed: bool = False
 
 
 @dataclass

@@ -5,6 +5,13 @@
 
     since_start[i] = decay[0] + .. + decay[i]     pairwise[i, j] = exp(decay[j + 1] + .. + decay[i]) for j <= i, else 0
 
+    decayed_products(rows [*, .., L, K], columns [.., L, K], since_start [.., L, 1 or K]) -> [*, .., L, L]
+        [i, j] = sum over k of rows[i, k] columns[j, k] exp(since_start[i, k] - since_start[j, k]) for j <= i, else 0
+
+Where each of K numbers decays at its own rate, no matrix of decays stands beside a product of matrices. The way from
+token j to i is cut at the start of i's block, so that both parts decay, and neither overflows; within a block it is
+multiplied out, column by column. Source: arXiv:2312.06635, section 4.3 (secondary chunks).
+
 A token of zeros that decays nothing leaves a state as it is, so that filling up changes no result.
 """
 
@@ -13,10 +20,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["LENGTH", "in_chunks", "in_order", "pairwise", "precision"]
+__all__ = ["LENGTH", "decayed_products", "in_chunks", "in_order", "pairwise", "precision"]
 
 LENGTH = 64
 """Tokens of a chunk: enough for a matrix product, few for what grows with their square."""
+
+BLOCK = 16
+"""Tokens of a chunk within which decays of single numbers are multiplied out."""
 
 
 def precision(x: Tensor) -> torch.dtype:
@@ -45,3 +55,23 @@ def pairwise(since_start: Tensor) -> Tensor:
     later = torch.ones(length, length, dtype=torch.bool, device=since_start.device).triu(1)
     # what would grow is hidden before exp, which it would overflow
     return (since_start[..., :, None] - since_start[..., None, :]).masked_fill(later, -torch.inf).exp()
+
+
+def decayed_products(rows: Tensor, columns: Tensor, since_start: Tensor) -> Tensor:
+    """See the module's docstring."""
+    if since_start.shape[-1] == 1:
+        return (rows @ columns.transpose(-1, -2)) * pairwise(since_start[..., 0])
+    length = rows.shape[-2]
+    found = rows.new_zeros(*rows.shape[:-1], length)
+    for start in range(0, length, BLOCK):
+        block = slice(start, min(start + BLOCK, length))
+        if start:
+            before = since_start[..., start - 1 : start, :]
+            of_rows = rows[..., block, :] * (since_start[..., block, :] - before).exp()
+            of_columns = columns[..., :start, :] * (before - since_start[..., :start, :]).exp()
+            found[..., block, :start] = of_rows @ of_columns.transpose(-1, -2)
+        for j in range(start, block.stop):
+            own = slice(j, block.stop)
+            left = (since_start[..., own, :] - since_start[..., j : j + 1, :]).exp() * columns[..., j : j + 1, :]
+            found[..., own, j] = (rows[..., own, :] * left).sum(-1)
+    return found

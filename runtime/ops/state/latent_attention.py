@@ -29,9 +29,9 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.ops.attention import attention
 
-__all__ = ["Seen", "absorbs", "attend", "latent_attention", "over_cache"]
+__all__ = ["EXPANDED_BYTES", "Seen", "absorbs", "attend", "latent_attention", "of_heads", "over_cache"]
 
-_EXPANDED_BYTES = 1 << 28
+EXPANDED_BYTES = 1 << 28
 """Of keys and values that are made at a time; heads take turns beyond that."""
 
 
@@ -153,7 +153,7 @@ def attend(
     if not is_limited and absorbs(queries, keys, key=key, value=value, latent=latent, carried=carried):
         return _absorbed(q, carried_q, rows, key_weight, value_weight, mask, sinks, scale, softcap, written_out)
     each = keys * batch * (key + carried + value) * rows.element_size()
-    step = max(1, _EXPANDED_BYTES // max(1, each))
+    step = max(1, EXPANDED_BYTES // max(1, each))
     parts = []
     for first in range(0, heads, step):
         here = slice(first, first + step)
@@ -164,7 +164,7 @@ def attend(
             made, whole = torch.cat([made, shared], -1), torch.cat([whole, carried_q[:, here]], -1)
         values = torch.matmul(rows[:, None, :, :latent], value_weight[here].transpose(1, 2))
         found = attention(
-            whole, made, values, _of_heads(mask, here, heads), _of_heads(sinks, here, heads),
+            whole, made, values, of_heads(mask, here, heads), of_heads(sinks, here, heads),
             scale=scale, softcap=softcap, causal=causal, window=window, chunk=chunk, written_out=written_out,
         )  # fmt: skip
         parts.append(found)
@@ -206,7 +206,7 @@ def _absorbed(
     return torch.matmul(found[..., :latent].view(batch, heads, queries, latent), value_weight.transpose(1, 2))
 
 
-def _of_heads(x: Tensor | None, here: slice, heads: int) -> Tensor | None:
+def of_heads(x: Tensor | None, here: slice, heads: int) -> Tensor | None:
     """The part of a mask [B, H, S, T] or of sinks [H] or [B, H, S, 1] for some heads."""
     if x is None or heads == 1:
         return x

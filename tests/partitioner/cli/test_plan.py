@@ -76,3 +76,13 @@ def test_cluster_is_written_and_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("goal", ["glory", ""])
 def test_a_wrong_goal_is_refused(goal: str) -> None:
     assert run("plan", MODEL, "--gpus", "H100", "--for", goal)[0] == 2
+
+
+def test_what_ranks_hold_is_said_and_priced() -> None:
+    call = ("plan", MODEL, "--gpus", "2xH100", "--prompt", "64", "--new", "8")
+    said = {dtype: run(*call, *(("--cache-dtype", dtype) if dtype else ())) for dtype in ("", "fp8")}
+    assert [code for code, _ in said.values()] == [0, 0]
+    sizes = {dtype: float(text.split(" kB a token")[0].split(", ")[-1]) for dtype, (_, text) in said.items()}
+    assert "keys and values of each token in float32" in said[""][1]
+    assert "keys and values of each token in fp8" in said["fp8"][1]
+    assert 0.2 < sizes["fp8"] / sizes[""] < 0.5

@@ -99,3 +99,30 @@ def test_other_states_are_refused(piece: Program, step: Program) -> None:
     assert gated_linear_attention not in {node.target for node in piece.graph.nodes}
     reason = why_pieces_differ(piece, step)
     assert reason == "its code for several tokens remembers other things than its code for one"
+
+
+def twofold(program: Program, factor: float) -> Program:
+    """The first layer hands on a second value, so many times the first; both are added to what goes around it."""
+    program = program.copy()
+    regions = regions_of(program)
+    assert not isinstance(regions, str)
+    (y,) = next(iter(regions.values())).outputs
+    (user,) = y.users
+    with program.graph.inserting_after(y):
+        second = program.graph.call_function(aten.mul.Tensor, (y, factor))
+    second.meta = dict(y.meta)
+    with program.graph.inserting_after(user):
+        both = program.graph.call_function(aten.add.Tensor, (user, second))
+    both.meta = dict(user.meta)
+    user.replace_all_uses_with(both, delete_user_cb=lambda other: other is not both)
+    return program
+
+
+def test_each_value_that_a_layer_hands_on_is_compared(piece: Program, step: Program) -> None:
+    assert why_pieces_differ(twofold(piece, 2.0), twofold(step, 2.0)) is None
+    reason = why_pieces_differ(twofold(piece, 2.001), twofold(step, 2.0))
+    assert reason is not None
+    assert reason.startswith("backbone.layers.0.mixer: its result is another for 1 and")
+    reason = why_pieces_differ(twofold(piece, 2.0), step)
+    assert reason is not None
+    assert reason.endswith("its code for several tokens hands on other values than its code for one")

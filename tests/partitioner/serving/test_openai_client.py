@@ -6,6 +6,7 @@ import asyncio
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -252,6 +253,28 @@ def test_many_clients_at_once_and_some_that_leave(url: str, alone: Any, tokenize
         options = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
         expected = said_alone(alone, tokenizer, PROMPT[: 2 + number], max_new_tokens=3 + number, seed=number, **options)
         assert text == expected[1], number
+
+
+def test_streams_that_are_cut_midway_free_their_rows_and_change_no_other(
+    client: openai.OpenAI, llm: Launched, alone: Any, tokenizer: Any
+) -> None:
+    """Long ones, beside one that goes on to its end: soon the model runs that one alone."""
+    long: Any = {"model": MODEL, "max_tokens": 450, "stream": True, "n": 3, "extra_body": {"ignore_eos": True}}
+    left = [client.completions.create(prompt=f"{PROMPT} {number}", **long) for number in range(4)]
+    given: Any = {"model": MODEL, "prompt": PROMPT, "max_tokens": 60, "temperature": 0}
+    kept = client.completions.create(**given, stream=True, extra_body={"ignore_eos": True})
+    text = next(kept).choices[0].text
+    for events in left:
+        next(events)
+        events.close()
+    before = llm.status().replicas[0].decode_tokens
+    text += "".join(event.choices[0].text for event in kept)
+    assert text == said_alone(alone, tokenizer, PROMPT, max_new_tokens=60, eos_token_id=[])[1]
+    deadline = time.monotonic() + 30
+    while llm.status().running:
+        assert time.monotonic() < deadline, llm.status()
+        time.sleep(0.05)
+    assert llm.status().replicas[0].decode_tokens - before < 12 * 450 / 2, "who left is run no further"
 
 
 def test_a_lost_rank_is_told_at_once(client: openai.OpenAI, llm: Launched, url: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from partitioner.errors import LayoutError
 from partitioner.sharding.index_set import IndexSet
-from partitioner.sharding.layout import Layout, Split
+from partitioner.sharding.layout import Layout, Rows, Split
 
 HALVES = (IndexSet.range(0, 2), IndexSet.range(2, 4))
 
@@ -17,3 +17,17 @@ def test_split_and_partial_over_one_axis_is_refused() -> None:
 
 def test_equal_numbers_over_another_axis_are_another_layout() -> None:
     assert Split(("tp",), HALVES) != Split(("dp",), HALVES)
+
+
+def test_a_dim_with_tokens_of_own_sequences_is_merged_of_two() -> None:
+    sequences, tokens = Rows(("dp",), "batch"), Rows(("sp",), "sequence", "zigzag")
+    both = sequences.again(("sp",), "sequence", "zigzag")
+    assert sequences.merged(tokens) == tokens.merged(sequences) == both
+    assert both.by_dim == (sequences, tokens)
+    assert sequences.merged(sequences) == sequences
+    # rows of rows of another kind are of one dim, and no two go together otherwise
+    sent = tokens.again(("tp",), "tokens")
+    for other in (sent, both, Rows(("dp",), "sequence")):
+        assert other.by_dim == (other,) or other == both
+        assert tokens.merged(other) is None
+    assert sequences.merged(sent) is None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from partitioner import Plan
 from partitioner.compile.partition import compile_program, trace
@@ -21,6 +23,7 @@ from passes import data_parallel
 from runtime.ops.collectives import all_reduce
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
+from runtime.ops.rows.share_rows import own_last_token
 from tests.support import zoo
 
 OPS = (all_reduce, expert_return, expert_send, collect_rows, scatter_rows, take_rows, localise_experts)
@@ -68,6 +71,41 @@ def test_inputs_states_and_logits_are_of_own_sequences() -> None:
         check_rows(found)
 
 
+def test_own_tokens_of_own_sequences() -> None:
+    """Over sp as well: what is sent over both is a rank's own."""
+    found = program("sp=2,ep=4")
+    own = OWN.again(("sp",), "sequence", "zigzag")
+    (send,) = [node for node in found.graph.nodes if node.target is expert_send]
+    assert send.args[0].meta["layout"].dims == (own, None)
+    assert ops(found) == {"expert_send": 1, "expert_return": 1}
+    (attention,) = [node for node in found.graph.nodes if "state" in node.kwargs]
+    assert attention.meta["layout"].dims == (OWN, None, Rows(("sp",), "sequence", "zigzag"), None)
+    gathered = {"collect_rows": 3, "localise_experts": 1, "scatter_rows": 1}
+    assert ops(program("sp=2,ep=4", "decode")) == {**gathered, "all_reduce": 1}
+    check_rows(found)
+
+
+@pytest.mark.slow
+def test_own_tokens_of_own_sequences_where_others_have_the_same() -> None:
+    """What is sent over dp alone are the tokens of all ranks of sp."""
+    sent = {"take_rows": 3, "expert_send": 1, "expert_return": 1, "collect_rows": 1}
+    assert ops(program("sp=2,tp=2,ep=8")) == sent
+    # parts of an expert's matrices are over sp, whose ranks bring their tokens together for them
+    divided = program("sp=2,ep=2,etp=2")
+    (send,) = [node for node in divided.graph.nodes if node.target is expert_send]
+    assert send.args[0].meta["layout"].dims == (OWN, None)
+    for each in (divided, program("pp=2,sp=2,ep=4", "decode")):
+        check_rows(each)
+
+
+def test_stages_hand_on_what_is_of_own_sequences() -> None:
+    found = compile_program(traced(), Plan.parse("pp=2,ep=2,pipeline.stage_starts=[model.norm]"))
+    first, last = found.entry("prefill", 0), found.entry("prefill", 1)
+    assert first.batch_axes == last.batch_axes == ("dp",)
+    assert first.stage is not None
+    assert [crossing.rows for crossing in first.stage.sends] == [()]
+
+
 def test_the_whole_text_is_as_it_was() -> None:
     parts = compile_program(traced(), Plan(ep=2))
     assert parts.program.batch_axes == ()
@@ -83,7 +121,8 @@ def test_the_whole_text_is_as_it_was() -> None:
         pytest.param("dp=2,tp=2,ep=2", marks=pytest.mark.slow),  # replicas, which are worlds of their own
         pytest.param("tp=2,ep=2", marks=pytest.mark.slow),
         pytest.param("tp=2,ep=4,sequence-parallel", marks=pytest.mark.slow),
-        pytest.param("sp=2,ep=4", marks=pytest.mark.slow),
+        # prompts would be filled up, where each rank of sp keeps its own tokens
+        pytest.param("sp=2,ep=4,expert-parallel.exchange=gather", marks=pytest.mark.slow),
     ],
 )
 def test_one_batch_stays_one(plan: str) -> None:
@@ -153,3 +192,42 @@ def test_own_sequences_as_if_they_were_everybodys_are_refused() -> None:
     found.batch_axes = ()
     with pytest.raises(LayoutError):
         check(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plan", "op"), [("sp=2,tp=2,ep=8", take_rows), ("sp=2,tp=2,ep=8", collect_rows), ("sp=2,ep=2,etp=2", collect_rows)]
+)
+def test_own_tokens_need_each_op_that_deals_them_out(plan: str, op: Any) -> None:
+    with pytest.raises(LayoutError):
+        broken(plan, "prefill", lambda found, nodes: without(found, nodes[op][-1]))
+
+
+@pytest.mark.slow
+def test_own_tokens_are_counted_by_what_has_them() -> None:
+    """What the ranks of tp collect is as much as the rank has of its sequences, not all that these have."""
+
+    def more(found: Program, nodes: Any) -> None:
+        node = next(n for n in nodes[collect_rows] if n.args[2] == "tp")
+        total = next(n for n in found.graph.nodes if n.meta.get("val") == node.args[1].meta["val"] and n is not node)
+        first = next(n for n in found.graph.nodes if n.op == "placeholder")
+        sizes = [found.graph.call_function(torch.ops.aten.sym_size.int, (first, dim)) for dim in (0, 1)]
+        for size, value in zip(sizes, first.meta["val"].shape, strict=True):
+            size.meta = {"val": value, "path": ""}
+        made = found.graph.call_function(operator.mul, tuple(sizes))
+        made.meta = dict(total.meta)
+        for each in (*sizes, made):
+            node.prepend(each)
+        node.args = (node.args[0], made, *node.args[2:])
+
+    with pytest.raises(LayoutError, match="collects"):
+        broken("sp=2,tp=2,ep=8", "prefill", more)
+
+
+def test_the_last_token_is_no_sum_over_other_sequences() -> None:
+    def over_both(found: Program, nodes: Any) -> None:
+        node = next(n for n in nodes[all_reduce] if n.args[0].target is own_last_token)
+        node.args = (node.args[0], ("dp", "sp"))
+
+    with pytest.raises(LayoutError, match=r"sums .* over 'dp'"):
+        broken("sp=2,ep=4", "prefill", over_both)

@@ -14,8 +14,10 @@ from partitioner.cli.verify import Case, cache_losses
 from partitioner.errors import InputError
 from partitioner.storage.example import EXAMPLE_MODEL
 from runtime.communication.thread_communicator import ThreadGroup
+from runtime.kv_cache.buffers import StateRows, buffers_of
 from runtime.ops.attention import attention
 from runtime.ops.kernels.float8_rows import from_float8, to_float8
+from runtime.program.shards import StateShard
 from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.batching.many_requests import assert_as_alone, mixed, on_all_ranks
 from tests.support import interpret, stepping
@@ -52,6 +54,8 @@ def expected(name: str, ids: Tensor) -> Tensor:
         pytest.param("gpt_oss", {"tp": 2}, marks=SLOW),  # sinks
         pytest.param("llama", {"tp": 1, "pp": 2}, marks=SLOW),
         pytest.param("llama", {"tp": 2, "pp": 2}, marks=SLOW),
+        ("llama", {"tp": 1, "sp": 2}),
+        pytest.param("gemma2", {"tp": 1, "sp": 3}, marks=SLOW),
     ],
 )
 def test_it_is_attention_over_rounded_keys_and_values(name: str, plan: dict[str, int]) -> None:
@@ -85,11 +89,66 @@ def test_pieces_of_a_prompt_change_nothing() -> None:
     assert (found[0].logprobs - found[1].logprobs).abs().max() < EXACT
 
 
-def test_many_requests_at_once() -> None:
+@pytest.mark.parametrize("plan", [{}, pytest.param({"sp": 2}, marks=SLOW)])
+def test_many_requests_at_once(plan: dict[str, int]) -> None:
     parts, cases = compiled("llama", 1), mixed(8, longest=20, new=6)
-    found = on_all_ranks(parts, cases, CacheSize(max_batch=4, max_length=48, prefill_step=8, dtype="fp8"))
+    size = CacheSize(max_batch=4, max_length=48, prefill_step=8, dtype="fp8")
+    found = on_all_ranks(compiled("llama", 1, **plan), cases, size)
     parts.reserve(CacheSize(max_batch=1, max_length=48, dtype="fp8"))
     assert_as_alone(cases, found, many_requests.alone(parts, cases))
+
+
+def said(parts: Any, name: str, step: int | None, *, dtype: str | None = "fp8") -> Any:
+    parts.reserve(CacheSize(max_batch=4, max_length=48, dtype=dtype, prefill_step=step))
+    return parts.generate(prompts(name), max_new_tokens=4, eos_token_id=[], logprobs=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "sp", "how"),
+    [
+        ("llama", 2, "ring"),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in (
+                ("llama", 3, "ring"),
+                ("llama", 2, "gather"),
+                ("llama", 2, "ulysses"),
+                ("llama", 4, "ring-ulysses"),
+                ("gemma2", 2, "ring"),
+                ("gpt_oss", 2, "ulysses"),
+                ("deepseek_v3", 2, "ring"),
+                ("deepseek_v3", 3, "gather"),
+            )
+        ),
+    ],
+)
+def test_ranks_that_share_out_tokens_keep_what_one_keeps(name: str, sp: int, how: str) -> None:
+    """Prompts of uneven lengths at once and in pieces: keys travel as they lie, and are rounded once."""
+    parts = compiled(name, 1, sp=sp, sp_attention=how)
+    for step in (5, 64):
+        wanted, found = (said(each, name, step) for each in (compiled(name, 1), parts))
+        assert torch.equal(found.sequences, wanted.sequences)
+        assert (found.logprobs - wanted.logprobs).abs().max() < EXACT
+    exact = said(parts, name, None, dtype=None)
+    assert (found.logprobs - exact.logprobs).abs().max() > 1e-5, "it rounds nothing"
+
+
+def test_what_travels_are_codes_and_scales() -> None:
+    """Of a prompt's later piece, a rank sends the used part of its cache: a byte per number, and a scale per row."""
+    state = StateShard("s.key", (2, 200), torch.float64, None, token_axes=("sp",), float8=True)
+    buffers = buffers_of(state, (3, 2, 9, 200), torch.device("cpu"))
+    rows = StateRows(state, lambda: buffers)
+    x = torch.randn(2, 2, 4, 200, dtype=torch.float64)
+    slots = torch.tensor([[0, 2, 5, 8], [1, 3, 4, 8]])
+    kept = rows.put(slice(1, 3), slots, x)
+    assert torch.equal(kept, rounded(x))
+    message = rows.packed(slice(1, 3), 6)
+    assert (message.dtype, message.shape[-1]) == (torch.uint8, 200 + 2 * 4)
+    assert rows.row_bytes == rows.packed_width == message.shape[-1]
+    found = rows.unpacked(message)
+    assert torch.equal(found, rows.read(slice(1, 3), 6))
+    assert torch.equal(found[0, :, [0, 2, 5]], kept[0, :, :3])
+    assert torch.equal(found[1, :, [1, 3, 4]], kept[1, :, :3])
 
 
 def test_bytes_are_counted_with_their_scales() -> None:
@@ -113,8 +172,6 @@ def test_states_that_are_no_keys_and_values_are_refused() -> None:
     held = stepping.compiled("mamba2", 1)
     with pytest.raises(InputError, match=r"for keys and values: '.*' is a state per sequence"):
         held.reserve(CacheSize(max_length=8, dtype="fp8"))
-    with pytest.raises(InputError, match="shared out over sp"):
-        compiled("llama", 1, sp=2).reserve(CacheSize(max_length=8, dtype="fp8"))
     with pytest.raises(InputError, match="texts must be of one length"):
         compiled("llama", 1).log_probabilities([[3], [4]])
 

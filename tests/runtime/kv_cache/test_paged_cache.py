@@ -97,6 +97,39 @@ def test_runs_of_any_rows(options: dict[str, Any]) -> None:
             lengths[row] += counts[row]
 
 
+@pytest.mark.parametrize("worth", [0, 6, 1e9])
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"kv_map": [0, 1, 1, 1]}, {"sinks": draw(1, 4, 1, 1)}])
+def test_packed_rows_and_rows_of_unlike_lengths(options: dict[str, Any], worth: float) -> None:
+    """Tokens behind each other, and parts of a batch, give what rows of their own give."""
+    given = random.Random(3)
+    options = dict(options)
+    sinks = options.pop("sinks", None)
+    both, lengths = Both(3, **options), dict.fromkeys(range(ROWS), 0)
+    both.paged._worth = worth
+    for step in range(20):
+        rows = range(given.randrange(2), ROWS)
+        counts = {row: 1 if step % 2 else given.choice((1, 1, 3, given.randint(1, 6))) for row in rows}
+        if any(lengths[row] + counts[row] > LENGTH for row in rows):
+            continue
+        batch, numbers = both.begin({row: lengths[row] for row in rows}, counts)
+        q, k, v = (repeated(x, batch) for x in both.tokens(batch))
+        expected = both.attend[0](q, k, v, batch.positions, None, sinks)
+        if step % 2 == 0:
+            real = [(at, token) for at, count in enumerate(batch.counts) for token in range(count)]
+            at, token = (torch.tensor(each) for each in zip(*real, strict=True))
+            packed = Batch(batch.positions[at, token][None], batch.starts, batch.counts, packed=True)
+            both.paged.begin(packed, rows=PagedRows(tuple(numbers), tuple(tuple(both.tables[row]) for row in numbers)))
+            q, k, v = (x[at, :, token].transpose(0, 1)[None] for x in (q, k, v))
+            expected = expected[at, :, token].transpose(0, 1)[None]
+            batch = packed
+        found = both.attend[1](q, k, v, batch.positions, None, sinks)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert both.paged._batch is batch, "the run goes on as a whole"
+        for row in numbers:
+            lengths[row] += counts[row]
+    assert len(both.paged._parts) == {0: ROWS, 6: 2, 1e9: 0}[worth] or worth == 6
+
+
 @pytest.mark.parametrize("options", [{}, {"window": 5}], ids=["plain", "window"])
 def test_a_step_from_fixed_memory_is_a_step(options: dict[str, Any]) -> None:
     both = Both(5, **options)

@@ -17,7 +17,7 @@ from tests.support import zoo
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("plan", ["ep=2", "tp=2,ep=4"])
+@pytest.mark.parametrize("plan", ["ep=2", "tp=2,ep=4", "pp=2,ep=2", "sp=2,ep=4"])
 def test_each_gets_its_own_until_one_is_lost(
     plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:

@@ -23,4 +23,5 @@ def test_every_collective_is_listed_under_its_name() -> None:
         "expert_return": None,
         "sequence_attention": None,
         "cached_sequence_attention": None,
+        "latent_sequence_attention": None,
     }

@@ -50,3 +50,21 @@ def test_chunks_of_a_prompt_take_equally_long(tokens: int, least: int, longest: 
         costs = [n + n * (start + n / 2) / pairs_per_token for start, n in zip(starts, sizes, strict=True)]
         assert max(costs) < 1.1 * min(costs)
         assert sizes[0] >= sizes[-1]
+
+
+@pytest.mark.parametrize(("tokens", "least"), [(65536, 16), (65536, 8), (40001, 16), (20000, 4)])
+def test_long_chunks_are_powers_of_two(tokens: int, least: int) -> None:
+    """So that other prompts are cut at the same places; no chunk costs more than an equal part."""
+    pairs_per_token = 25_000
+    ends = chunk_ends(tokens, least=least, longest=16384, pairs_per_token=pairs_per_token)
+    starts = [0, *ends[:-1]]
+    sizes = [end - start for start, end in zip(starts, ends, strict=True)]
+    assert ends[-1] == tokens
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(size & (size - 1) == 0 and start % size == 0 for start, size in zip(starts, sizes[:-1], strict=False))
+    costs = [n + n * (start + n / 2) / pairs_per_token for start, n in zip(starts, sizes, strict=True)]
+    whole = tokens + tokens**2 / 2 / pairs_per_token
+    assert max(costs) <= whole / least
+    assert len(ends) <= 3 * least
+    stop = time_of(chain(2, len(ends)), [costs, costs]).stop
+    assert stop < whole * (1 + 1 / least)

@@ -42,6 +42,9 @@ def deep(name: str) -> PreTrainedModel:
     fields = {field.name for field in dataclasses.fields(CONFIG_MAPPING[model_type])}
     sizes: dict[str, Any] = {field: depth * _TIMES for field in _DEPTHS if field in fields}
     sizes |= {key: value * _TIMES for key, value in known.items() if isinstance(value, list) and len(value) == depth}
+    inner = CONFIG_MAPPING[model_type].sub_configs.get("text_config")
+    if inner is not None and not sizes:  # of a composite configuration, its text model is as deep
+        sizes["text_config"] = {field: depth * _TIMES for field in _DEPTHS if field in vars(inner())}
     model, _ = zoo.tiny(name, **sizes, **_PER_LAYER.get(model_type, {}))
     return model
 

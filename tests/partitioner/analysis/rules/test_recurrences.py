@@ -21,6 +21,7 @@ def test_of_heads(state: Tensor | None) -> None:
     for rule in (
         check_rule(gated_linear_attention, Q, K, V, DECAY, state),
         check_rule(gated_delta_rule, Q, K, V, DECAY, -DECAY, state),
+        check_rule(gated_delta_rule, Q, K, V, -K, -DECAY, state),
     ):
         assert rule.whole == {"s", "k"}
         assert rule.outputs == (("b", "s", "h", "v"), ("b", "h", "k", "v"))

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from partitioner.analysis.report.report import make_report
 from partitioner.capture.layers.layer_index import LayerIndex
@@ -74,6 +83,17 @@ def test_layers_that_take_turns_are_of_two_kinds() -> None:
     assert difference(once, full) is None
     windows = [node.kwargs.get("window") for node in once.graph.nodes if "attention" in node.name and node.kwargs]
     assert windows == [3, None] * (DEPTH // 2)
+
+
+def test_a_size_that_the_first_layer_computes_is_computed_once() -> None:
+    """BLOOM folds heads into the batch: every layer needs batch x heads, and a trace computes it where it first is."""
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=40, hidden_size=16, n_layer=DEPTH, n_head=4)
+    model = BloomForCausalLM(config).double().eval()
+    once, full = compared(model)
+    assert number_traced(once) == 2
+    assert difference(once, full) is None
+    assert [node.target for node in once.graph.nodes].count(operator.mul) == 1
 
 
 def scaled(model: Any) -> None:

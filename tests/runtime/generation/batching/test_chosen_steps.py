@@ -12,6 +12,7 @@ import pytest
 
 from partitioner import Plan
 from partitioner.compile.partition import compile_program
+from runtime.generation.batching import places
 from runtime.generation.batching.batch_loop import BatchLoop
 from runtime.generation.batching.choose_rows import RowChooser
 from runtime.generation.decode_graphs import Decoder
@@ -44,6 +45,8 @@ def in_steps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         counts["behind"] += len(asked)
         return choose(chooser, logits, asked)
 
+    # prompts in steps of their own, so that many steps are of single tokens
+    monkeypatch.setattr(places, "why_not_packed", lambda *given: "not here")
     monkeypatch.setattr(Decoder, "_chosen", counted)
     monkeypatch.setattr(RowChooser, "choose", behind)
     monkeypatch.setattr(BatchLoop, "chooses_in_step", lambda loop, run: counts["on"] > 0 and run.work.decode)

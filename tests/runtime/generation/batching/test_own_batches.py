@@ -11,6 +11,7 @@ import torch
 from partitioner import CacheSize, Plan, partition
 from partitioner.compile.partition import compile_program
 from partitioner.errors import InputError
+from runtime.generation.batching import own_batches
 from runtime.generation.batching.batch_loop import BatchLoop
 from runtime.generation.batching.own_batches import DealtScheduler, OwnBatches
 from runtime.generation.batching.scheduler import Limits
@@ -35,6 +36,8 @@ def parts(plan: str) -> Any:
     [
         "ep=2",
         "tp=2,ep=4",
+        "sp=2,ep=4",
+        "pp=2,ep=2",
         *(
             pytest.param(plan, marks=pytest.mark.slow)
             for plan in (
@@ -43,6 +46,13 @@ def parts(plan: str) -> Any:
                 "ep=2,expert-parallel.exchange=gather",
                 "ep=2,expert-parallel.exchange=exchange",
                 "etp=2",
+                "pp=3,ep=2",
+                "pp=2,ep=2,expert-parallel.exchange=gather",
+                "pp=2,ep=2,pipeline.share_head=true",
+                "sp=3,ep=6",
+                "sp=2,tp=2,ep=8,sp_attention=ulysses",
+                "sp=2,ep=2,etp=2",
+                "pp=2,sp=2,ep=4,sp_attention=gather",
             )
         ),
     ],
@@ -72,7 +82,25 @@ def test_another_ranks_tokens_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     assert generated.error(NAME, parts("ep=2"), generated.prompts(NAME, (1, 7, 3)), new=3) > 1e-3
 
 
-@pytest.mark.parametrize("plan", ["ep=2", pytest.param("ep=2,expert-parallel.exchange=gather", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "ep=2",
+        *(
+            pytest.param(plan, marks=pytest.mark.slow)
+            for plan in (
+                "sp=2,ep=4",
+                "ep=2,expert-parallel.exchange=gather",
+                "pp=2,ep=2",
+                "pp=2,ep=2,expert-parallel.exchange=gather",
+                "pp=3,tp=2,ep=4",
+                "pp=2,ep=2,pipeline.share_head=true",
+                "sp=3,ep=6",
+                "pp=2,sp=2,ep=4",
+            )
+        ),
+    ],
+)
 def test_each_is_told_what_it_is_told_alone(plan: str) -> None:
     cases = mixed(14, longest=30, new=6)
     found = on_all_ranks(parts(plan), cases, SIZE)
@@ -80,9 +108,12 @@ def test_each_is_told_what_it_is_told_alone(plan: str) -> None:
     assert found.status["tokens_that_fit"] == 8 * 64
 
 
-def test_a_rank_with_nothing_goes_along() -> None:
+@pytest.mark.parametrize(
+    "plan", ["ep=2", *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("sp=2,ep=4", "pp=2,sp=2,ep=4"))]
+)
+def test_a_rank_with_nothing_goes_along(plan: str) -> None:
     cases = [Case([5, 6, 7], GREEDY, arrival=3), Case([9] * 20, {**GREEDY, "max_new_tokens": 9})]
-    found = on_all_ranks(parts("ep=2"), cases, SIZE)
+    found = on_all_ranks(parts(plan), cases, SIZE)
     assert_as_alone(cases, found, many_requests.alone(parts("tp=1"), cases))
 
 
@@ -111,7 +142,8 @@ def test_all_ranks_run_the_same_program_at_the_same_time(monkeypatch: pytest.Mon
         run = self._run
 
         def noted(given: Any, *rest: Any) -> Any:
-            ran[self._index].append((given.work.decode, len(given.work.turns)))
+            if given is not None:
+                ran[self._index].append((given.work.decode, len(given.work.turns)))
             return run(given, *rest)
 
         self._run = noted
@@ -126,6 +158,40 @@ def test_all_ranks_run_the_same_program_at_the_same_time(monkeypatch: pytest.Mon
     both = list(zip(ran[0], ran[1], strict=True))
     assert any(not one[0] and one[1] and other[1] for one, other in both), "together, in the program for prompts"
     assert any(not one[1] for pair in both for one in pair), "a rank with nothing to run"
+
+
+@pytest.mark.slow
+def test_shared_out_sequences_run_single_tokens_apart_from_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt's step would deal a token out otherwise than it is kept: on one rank, whichever position it has."""
+    cases = [
+        Case([5], {**GREEDY, "max_new_tokens": 12}),
+        *(Case([9 + n] * 30, GREEDY, arrival=2 * n) for n in range(4)),
+    ]
+    kinds: list[set[bool]] = []
+    advance = OwnBatches.advance
+
+    def watched(self: Any, works: Any) -> Any:
+        kinds.append({work.decode for work in works if work is not None})
+        return advance(self, works)
+
+    monkeypatch.setattr(OwnBatches, "advance", watched)
+    found = on_all_ranks(parts("sp=2,ep=4"), cases, SIZE)
+    assert_as_alone(cases, found, many_requests.alone(parts("tp=1"), cases))
+    assert max(map(len, kinds)) == 1
+    # the control: otherwise there are steps of both kinds
+    monkeypatch.setattr(own_batches, "next_alike", lambda each, group: [one.next(group) for one in each])
+    on_all_ranks(parts("sp=2,ep=4"), cases, SIZE)
+    assert max(map(len, kinds)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["sp=2,ep=4", "pp=2,sp=2,ep=4"])
+def test_a_prefix_is_taken_over_where_it_lies(plan: str) -> None:
+    start = [3 + number * 7 % 50 for number in range(26)]
+    cases = [Case([*start, 60 + n, 61], GREEDY, arrival=(0, 0, 9)[n % 3]) for n in range(8)]
+    found = on_all_ranks(parts(plan), cases, CacheSize(max_batch=8, max_length=64, prefill_step=8))
+    assert_as_alone(cases, found, many_requests.alone(parts("tp=1"), cases))
+    assert found.status["prefix_hits"] > 0
 
 
 def test_most_probable_tokens_of_other_ranks() -> None:
@@ -185,6 +251,15 @@ def test_an_abandoned_stream_leaves_room_for_the_next() -> None:
     next(stream)
     stream.close()
     assert generated.error(NAME, held, generated.prompts(NAME, (2, 4)), new=3) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "plan", ["ep=2", *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("sp=2,ep=4", "pp=2,ep=2", "tp=2,ep=4"))]
+)
+def test_log_probabilities_are_of_the_texts_that_are_given(plan: str) -> None:
+    texts = [[5 + 7 * row, 9, 60 - row, 4, 33 + row, 8] for row in range(3)]
+    found, wanted = (parts(each).log_probabilities(texts) for each in (plan, "tp=1"))
+    assert (found - wanted).abs().max() < 1e-9
 
 
 def test_to_the_rank_with_the_least_work() -> None:

@@ -313,6 +313,38 @@ def test_rows_without_a_turn_write_nothing() -> None:
         assert cache._run.slots[count][1, 0] == count  # type: ignore[union-attr]
 
 
+def test_a_prompts_step_of_nobody_changes_no_row() -> None:
+    """A row that a rank takes because others have prompts: one that another group has under way, or a free one."""
+    cache = ShardedCache(states(), max_batch=2, max_length=20, step=9, device=CPU, parts=2, coordinate=0)
+    attend = cache.bind_over_ranks(_Alone(), {"state": "s", "parts": 2, "scale": 0.4, "how": "gather"})
+    for buffer in cache.buffers.values():
+        buffer.copy_(torch.rand(buffer.shape, dtype=buffer.dtype))
+    cache.begin(Run((0,), (5,), (True,)).batch(), rows=slice(0, 1))
+    held = {count: each.clone() for count, each in cache.kept.held.items()}
+    before = {name: buffer.clone() for name, buffer in cache.buffers.items()}
+    ends, kept = list(cache.kept.ends), [list(each) for each in cache.kept.kept]
+    for start in (0, 4):
+        cache.begin(Run((start,), (1,), (False,)).batch(), rows=slice(0, 1))
+        q, k, v = (torch.rand(1, heads, 1, width, dtype=torch.float64) for heads, width in ((4, 6), (2, 6), (2, 4)))
+        attend(q, k, v, torch.tensor([[start]]), None, None)
+        assert (cache.kept.ends, cache.kept.kept) == (ends, kept)
+        for count, each in cache.kept.held.items():
+            assert torch.equal(each[:, 0, :count], held[count][:, 0, :count])
+        for name, buffer in cache.buffers.items():
+            assert torch.equal(buffer[:, :, :-1], before[name][:, :, :-1])
+
+
+class _Alone:
+    """A channel whose other rank has nothing."""
+
+    node, coordinate, ranks = "attend", 0, (0, 1)
+
+    def all_gather(self, x: torch.Tensor, *, dim: int, sizes: list[int] | None = None) -> torch.Tensor:
+        if sizes is not None:
+            return torch.cat([x, x.new_zeros(*x.shape[:dim], sizes[1], *x.shape[dim + 1 :])], dim)
+        return torch.cat([x, torch.zeros_like(x)], dim)
+
+
 def chain(monkeypatch: pytest.MonkeyPatch, parts: int, *, step: int, uneven: int | None = None) -> None:
     """Texts each of which begins like the one before it and a few tokens more, which are all on the first rank."""
     monkeypatch.setattr("runtime.kv_cache.sharded_slots._UNEVEN_RUNS", 4)

@@ -17,6 +17,7 @@ from runtime.generation.batching.work import Limits, Work
 
 @st.composite
 def limits(draw: st.DrawFn) -> Limits:
+    packs = draw(st.booleans())
     return Limits(
         rows=draw(st.integers(1, 5)),
         blocks=draw(st.integers(4, 20)),
@@ -24,7 +25,8 @@ def limits(draw: st.DrawFn) -> Limits:
         budget=draw(st.integers(1, 16)),
         beside=draw(st.sampled_from([None, 1, 5])),
         piece=draw(st.sampled_from([None, 1, 3])),
-        alike=draw(st.booleans()),
+        packs=packs,
+        alike=not packs and draw(st.booleans()),
         keeps_prefixes=draw(st.booleans()),
         sees=draw(st.sampled_from([None, 1, 3, 7])),
         groups=draw(st.integers(1, 3)),
@@ -44,6 +46,13 @@ class World:
     admissions: dict[int, int] = field(default_factory=dict)
     """Of each, which row given it was in when it first ran."""
     slot: int = 0
+    preemptions: int = 0
+    """Before the step that is checked."""
+
+    def _waits_for_a_token(self, number: int, text: list[int]) -> bool:
+        """Whether all its tokens but the last lie in the cache, in the row that it has."""
+        sequence = self.scheduler._running.get(number)
+        return number in self.left and sequence is not None and sequence.computed == len(text) - 1
 
     def add(self, number: int, prompt: list[int], new: int) -> None:
         most = len(prompt) + new - 1
@@ -67,7 +76,7 @@ class World:
         done = self.under_way.pop(group, None)
         if done is not None:
             self._finish(done)
-        before = self.scheduler.counts.preemptions
+        before = self.preemptions = self.scheduler.counts.preemptions
         free, running = self.scheduler.pool.free, self.scheduler.running
         work = self.scheduler.next(group)
         if self.scheduler.counts.preemptions > before:
@@ -86,7 +95,14 @@ class World:
         assert len(set(numbers)) == len(numbers)
         assert len(set(rows)) == len(rows)
         assert not {*numbers} & {*busy} or any(number not in self.left for number in numbers)
-        if not work.decode:
+        assert work.packed == (given.packs and not work.decode)
+        if work.packed:
+            pieces = [len(turn.tokens) for turn in work.turns if len(turn.tokens) > 1 or not turn.samples]
+            assert sum(pieces) <= given.budget
+            waiting = {number for number, text in self.texts.items() if self._waits_for_a_token(number, text)}
+            if not {*busy} and given.groups == 1 and self.scheduler.counts.preemptions == self.preemptions:
+                assert waiting <= {*numbers}, "who waits for a token takes it in every step"
+        elif not work.decode:
             width = max(len(turn.tokens) for turn in work.turns)
             assert width * len(work.turns) <= given.budget
             assert not given.alike or all(len(turn.tokens) == width for turn in work.turns)
@@ -195,6 +211,27 @@ def test_blocks_behind_a_window_are_given_back(sees: int | None, most: int) -> N
     assert max(held) == most
     assert scheduler.pool.free == scheduler.limits.blocks
     assert scheduler.counts.blocks_behind == (0 if sees is None else (39 - sees + 1) // 2)
+
+
+def test_short_prompts_and_single_tokens_run_in_one_step() -> None:
+    """Prompts of 3, 1 and 9 tokens beside one that writes: none is filled up, and the last takes what is left."""
+    scheduler = Scheduler(Limits(rows=4, blocks=80, block_size=1, budget=16, beside=8, packs=True))
+    scheduler.add(0, [1, 2], most=8)
+    first = scheduler.next()
+    assert first is not None
+    scheduler.learn(first, {0: 9})
+    for number, length in enumerate((3, 1, 9), 1):
+        scheduler.add(number, [10 * number] * length, most=length + 3)
+    steps = []
+    for _ in range(3):
+        work = scheduler.next()
+        assert work is not None
+        steps.append({turn.number: len(turn.tokens) for turn in work.turns})
+        scheduler.learn(work, {turn.number: 9 for turn in work.turns if turn.samples})
+    assert steps == [{0: 1, 1: 3, 2: 1, 3: 5}, {0: 1, 1: 1, 2: 1, 3: 4}, {0: 1, 1: 1, 2: 1, 3: 1}]
+    assert work is not None
+    assert work.decode
+    assert not work.packed
 
 
 @pytest.mark.parametrize(("beside", "longest"), [(4, 4), (None, 16), (20, 16)])

@@ -45,7 +45,7 @@ def expected(given: tuple[Any, ...], mask: Tensor | None, sinks: Tensor | None, 
 def test_both_ways_are_that_attention(way: str, queries: int, carried: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "absorbs", lambda *sizes, **more: way == "absorbed")
     if way == "expanded by head":
-        monkeypatch.setattr(module, "_EXPANDED_BYTES", 1)
+        monkeypatch.setattr(module, "EXPANDED_BYTES", 1)
     hidden = torch.zeros(2, 1, queries, CACHED, dtype=torch.float64)
     hidden[0, :, :, 5:] = -torch.inf
     of_heads = drawn(1, HEADS, queries, CACHED)

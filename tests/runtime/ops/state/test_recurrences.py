@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from runtime.ops.state import gated_delta_rule, gated_linear_attention, selective_scan
-from runtime.ops.state.chunks import LENGTH
+from runtime.ops.state.chunks import BLOCK, LENGTH
 
 SIZES = (1, 2, LENGTH - 1, LENGTH, LENGTH + 1, 2 * LENGTH + 3)
 CLOSE = 1e-12
@@ -34,7 +34,7 @@ def by_tokens(
 ) -> tuple[Tensor, Tensor]:
     found = []
     for t in range(q.shape[1]):
-        state = decay[:, t].exp()[..., None, None] * state
+        state = decay[:, t].exp().reshape(B, H, -1, 1) * state
         value = v[:, t]
         if beta is not None:
             value = beta[:, t, :, None] * (value - (k[:, t, :, None] @ state)[:, :, 0])
@@ -61,6 +61,16 @@ def test_delta_rule(size: int) -> None:
     q, k, v, decay, beta, state = heads(size)
     assert_same(gated_delta_rule(q, k, v, decay, beta, state), by_tokens(q, k, v, decay, beta, state))
     assert_same(gated_delta_rule(q, k, v, decay, beta), by_tokens(q, k, v, decay, beta, torch.zeros_like(state)))
+
+
+@pytest.mark.parametrize("strength", [1.0, 60.0], ids=["as usual", "that exp would overflow on"])
+@pytest.mark.parametrize("size", [*SIZES, BLOCK, BLOCK + 1])
+def test_delta_rule_with_a_decay_for_each_row_of_the_state(size: int, strength: float) -> None:
+    q, k, v, _, beta, state = heads(size)
+    decay = -draw(6, B, size, H, K).abs() * strength
+    assert_same(gated_delta_rule(q, k, v, decay, beta, state), by_tokens(q, k, v, decay, beta, state))
+    alike = decay[..., :1].expand(decay.shape)
+    assert_same(gated_delta_rule(q, k, v, alike, beta), gated_delta_rule(q, k, v, decay[..., 0], beta))
 
 
 @pytest.mark.parametrize("size", SIZES)

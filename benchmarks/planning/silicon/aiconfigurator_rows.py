@@ -1,7 +1,7 @@
 """What AIConfigurator itself predicts for the rows that `silicon` is held to; and the same tables for it.
 
     python -m venv other && other/bin/pip install aiconfigurator==0.12.0     in an environment of its own
-    other/bin/python benchmarks/planning/aiconfigurator_rows.py FOLDER ESTIMATES.json [MODEL]
+    other/bin/python benchmarks/planning/silicon/aiconfigurator_rows.py FOLDER ESTIMATES.json [MODEL]
     python -m benchmarks.planning.silicon FOLDER --others ESTIMATES.json
 
 FOLDER: an unpacked wheel of aiconfigurator-core. The first call needs nothing of this repository: it asks

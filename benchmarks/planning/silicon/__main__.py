@@ -3,44 +3,56 @@
     python -m benchmarks.planning.silicon FOLDER [--cache CACHE] [--cached] [--others ESTIMATES.json] [--write]
 
 FOLDER: an unpacked wheel of aiconfigurator-core (Apache-2.0, NVIDIA), whose systems/silicon_sample.csv holds measured
-times to the first token (TTFT) and between tokens (TPOT); `silicon_rows` says which rows are taken. Rows are means over
-requests that come as others end: `partitioner.planning.pricing.continuous` says what that makes of a plan's steps.
+times to the first token (TTFT) and between tokens (TPOT); `rows` says which rows are taken, `loads` how
+they came about. Rows are means over requests that come as others end, which two designs predict from the same priced
+steps: `partitioner.planning.pricing.batching` plays the engine's steps through, `queue_formula` has a closed form.
 
-Printed: mean absolute percentage errors with nothing fitted on rows; with one efficiency and one overhead per engine,
-and whether its load came in one wave or in ten, fitted on one model of three (of two mixtures of experts), the others
-held out; and regrets (`regret`). --others puts another predictor's times (`aiconfigurator_rows`) beside ours, on the
-rows that it has. --cached keeps the rows whose prompts came from a cache. --write keeps the quantiles
-of measured over predicted, of nothing fitted (partitioner/planning/tables).
+Printed: mean absolute percentage errors of both with nothing fitted on rows; with one efficiency and one overhead per
+engine (what the host needs to launch a layer of a step with prompts), fitted on one model of three, the others held
+out; what the errors of first tokens are made of; and regrets (`regret`). --others puts another predictor's times
+(`aiconfigurator_rows`) beside ours, on the rows that it has. --cached keeps the rows whose prompts came from a cache.
+--write keeps the quantiles of measured over predicted, of nothing fitted (partitioner/planning/tables).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.planning.regret import print_regrets
-from benchmarks.planning.silicon_rows import DENSE, Row, read
+from benchmarks.planning.silicon.queue_formula import by_queues
+from benchmarks.planning.silicon.regret import print_regrets
+from benchmarks.planning.silicon.rows import DENSE, Row, read
 from partitioner.planning.explain import RESIDUALS
-from partitioner.planning.pricing.continuous import WAVES, Served
+from partitioner.planning.pricing.batching import Served
+
+EFFICIENCIES, LAUNCHES_S = (0.8, 0.9, 1.0, 1.1, 1.25), (0.0, 0.3e-3, 0.6e-3, 1e-3)
+"""What is tried for an engine; launches are of one layer."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """See `Steps.served`."""
+    """efficiency: of kernels, over that of the tables. launch_s: of a layer of a step with prompts, on the host."""
 
     efficiency: float = 1.0
-    overhead_s: float = 0.0
-    waves: float = WAVES
+    launch_s: float = 0.0
 
     def times(self, row: Row) -> Served:
-        return row.steps.served(waves=self.waves, efficiency=self.efficiency, overhead_s=self.overhead_s)
+        return _played(row, self)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _played(row: Row, engine: Engine) -> Served:
+    seconds = row.steps.seconds.at_speed(engine.efficiency, engine.launch_s * row.layers)
+    return replace(row.steps, seconds=seconds).served(row.scheduler, row.load)
 
 
 UNFITTED = Engine()
@@ -52,19 +64,13 @@ def errors(row: Row, served: Served) -> tuple[float, float]:
 
 
 def fitted(rows: Sequence[Row]) -> Engine:
-    """The least mean error of tpot; of engines with the same speed, that of ttft."""
+    """The least sum of both mean errors, over every third row."""
+    sample = rows[:: 3 if len(rows) > 30 else 1]
 
-    def off(engine: Engine, what: int) -> float:
-        return statistics.fmean(errors(row, engine.times(row))[what] for row in rows)
+    def off(engine: Engine) -> float:
+        return statistics.fmean(sum(errors(row, engine.times(row))) for row in sample)
 
-    found = []
-    for waves in (1.0, WAVES):
-        best = min((Engine(each, 0.0, waves) for each in np.arange(0.6, 1.8, 0.05)), key=lambda each: off(each, 1))
-        best = min(
-            (Engine(best.efficiency, over, waves) for over in np.arange(0, 0.5, 0.02)), key=lambda each: off(each, 0)
-        )
-        found.append((off(best, 0) + off(best, 1), best))
-    return min(found, key=lambda each: each[0])[1]
+    return min(itertools.starmap(Engine, itertools.product(EFFICIENCIES, LAUNCHES_S)), key=off)
 
 
 def said(rows: Sequence[Row], served: Sequence[Served]) -> str:
@@ -87,9 +93,9 @@ def print_held_out(rows: Sequence[Row], models: Sequence[str]) -> None:
             if own and others:
                 found = fitted(own)
                 held += [(row, found.times(row)) for row in others]
-                numbers = f"efficiency {found.efficiency:.2f}, overhead {found.overhead_s * 1e3:.0f} ms"
+                numbers = f"efficiency {found.efficiency:.2f}, {found.launch_s * 1e3:.1f} ms to launch a layer"
                 result = said(others, [found.times(row) for row in others])
-                print(f"  {model:16} {engine:7} {numbers}, {found.waves:.0f} waves: {result}")
+                print(f"  {model:16} {engine:7} {numbers}: {result}")
         everything += held
     if everything:
         print(f"{'held out':32} {said(*zip(*everything, strict=True))}")
@@ -116,6 +122,47 @@ def print_beside(rows: Sequence[Row], path: Path) -> None:
                 print_regrets(mine, served, title=f": {name}, {who}")
 
 
+def print_first_tokens(rows: Sequence[Row]) -> None:
+    """What the errors of first tokens are made of: by what holds requests up, each with what it says of the model."""
+
+    def waits(row: Row) -> bool:
+        return row.steps.slots < row.steps.requests
+
+    def all_tokens_per_s(row: Row) -> float:
+        return row.batch / row.tpot
+
+    kinds: list[tuple[str, Callable[[Row], bool]]] = [
+        ("requests wait for room in the cache, as predicted", waits),
+        ("room, below 2000 tokens/s of all streams", lambda row: not waits(row) and all_tokens_per_s(row) < 2000),
+        ("room, 2000 to 6000 tokens/s", lambda row: not waits(row) and 2000 <= all_tokens_per_s(row) < 6000),
+        ("room, 6000 tokens/s and more", lambda row: not waits(row) and all_tokens_per_s(row) >= 6000),
+    ]
+    whole = sum(errors(row, UNFITTED.times(row))[0] for row in rows)
+    for name, belongs in kinds:
+        mine = [row for row in rows if belongs(row)]
+        if not mine:
+            continue
+        off = [UNFITTED.times(row).ttft_s / row.ttft - 1 for row in mine]
+        share = sum(map(abs, off)) / whole
+        print(
+            f"  {name:52} {len(mine):5} rows, {share:4.0%} of the error: mean {statistics.fmean(map(abs, off)):6.1%}, "
+            f"median {statistics.median(map(abs, off)):6.1%}, signed {statistics.median(off):+6.1%}"
+        )
+    told = [row for row in rows if (row.model, row.engine) == ("llama-3.1-8b", "trtllm")]
+    if told:
+        fewer = [_fewer_slots(row) for row in told]
+        print(
+            "  Llama 3.1 8B on TensorRT-LLM, whose first tokens grow by 1 / (requests - 1) of the time to write a text:"
+        )
+        print(f"    a slot for each request       {said(told, [UNFITTED.times(row) for row in told])}")
+        print(f"    one slot less than requests   {said(told, fewer)}")
+
+
+def _fewer_slots(row: Row) -> Served:
+    slots = max(1, min(row.steps.slots, row.steps.requests - 1))
+    return replace(row.steps, slots=slots).served(row.scheduler, row.load)
+
+
 def quantiles(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     served = [UNFITTED.times(row) for row in rows]
     ratios = {
@@ -131,7 +178,7 @@ def quantiles(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
 def write(rows: Sequence[Row]) -> None:
     told = {
         "source": "aiconfigurator-core 0.12.0 (Apache-2.0, NVIDIA), systems/silicon_sample.csv, H100 and H200, agg",
-        "made_by": "benchmarks/planning/silicon.py",
+        "made_by": "benchmarks/planning/silicon",
         "rows": len(rows),
         "said": f"80% of {len(rows)} measured rows of vLLM, SGLang and TensorRT-LLM on H100 and H200 lay within",
         "measured_over_predicted": quantiles(rows),
@@ -157,6 +204,13 @@ def main() -> None:
     named = [*sorted(groups.items()), ("dense", dense), ("mixtures of experts", sparse)]
     for name, mine in named:
         print(f"{name:32} {said(mine, [UNFITTED.times(row) for row in mine])}")
+    print("the same rows by a closed formula of queues")
+    for name, mine in named[-2:]:
+        print(f"{name:32} {said(mine, [by_queues(row.steps) for row in mine])}")
+    print("what the errors of first tokens are made of")
+    for name, mine in named[-2:]:
+        print(f" {name}")
+        print_first_tokens(mine)
     print("fitted on one model, the others held out")
     print_held_out(dense, DENSE)
     print_held_out(sparse, sorted({row.model for row in sparse}))

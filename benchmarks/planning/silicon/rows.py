@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.planning.models import SHAPES, summary_of
+from benchmarks.planning.silicon.loads import cache_dtype_of, load_of, scheduler_of
 from partitioner.planning.cluster import Cluster
-from partitioner.planning.pricing.continuous import Steps, steps_of
+from partitioner.planning.pricing.batching import Load, Scheduler
+from partitioner.planning.pricing.continuous import SharedSteps, shared_steps
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.pricing.stored_format import StoredFormat
 from partitioner.planning.quantities import Workload
@@ -34,12 +36,13 @@ MODELS = {
     "Qwen3-235B-A22B-FP8": "qwen3-235b-a22b",
     "DeepSeek-R1": "deepseek-v3",
     "DeepSeek-V3": "deepseek-v3",
+    "MiniMax-M2.5": "minimax-m2.5",
 }
 DENSE = ("llama-3.1-8b", "llama-3.1-70b", "qwen3-32b")
 MOST_OF_PEAK = 0.7
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """What was measured, in seconds, and what it is priced at. batch: requests at a time."""
 
@@ -55,7 +58,10 @@ class Row:
     batch: int
     ttft: float
     tpot: float
-    steps: Steps
+    steps: SharedSteps
+    scheduler: Scheduler
+    load: Load
+    layers: int
     of_peak: float
 
     @property
@@ -109,8 +115,7 @@ def _price(
         return "experts over other ranks than attention"
     plan = Plan(tp=tp, dp=dp, ep=ep, etp=etp if ep > 1 else 1)
     kind, engine = "float8_e4m3fn" if row["precision"] == "fp8" else "", row["backend"]
-    # checkpoints in fp8 hold scales of the cache, which TensorRT-LLM uses and the others by request only
-    kept = "fp8" if kind and engine == "trtllm" else None
+    kept = cache_dtype_of(row, system)
     key = (name, system, kind, kept or "", str(tp * dp))
     if key not in pricers:
         summary = summary_of(name, cache)
@@ -119,7 +124,7 @@ def _price(
     pricer = pricers[key]
     prompt, new, batch = int(row["isl"]), int(row["osl"]), int(row["batch_size"])
     ttft, tpot = float(row["silicon_ttft_ms"]) * 1e-3, float(row["silicon_tpot_ms"]) * 1e-3
-    steps = steps_of(pricer, plan, Workload(prompt, new, batch))
+    steps = shared_steps(pricer, plan, Workload(prompt, new, batch))
     flops = pricer.prompt_flops(plan, prompt) * batch / (ttft + new * tpot)
     peak = pricer.kernels.rate(kind or pricer.summary.dtype)
     source = row["silicon_data_source"].partition(";")[0]
@@ -137,6 +142,9 @@ def _price(
         ttft,
         tpot,
         steps,
+        scheduler_of(row),
+        load_of(row),
+        pricer.summary.num_layers,
         flops / peak,
     )
 

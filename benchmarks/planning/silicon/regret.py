@@ -15,8 +15,8 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
-from benchmarks.planning.silicon_rows import Row
-from partitioner.planning.pricing.continuous import Served
+from benchmarks.planning.silicon.rows import Row
+from partitioner.planning.pricing.batching import Served
 
 __all__ = ["print_regrets"]
 

@@ -1,0 +1,61 @@
+"""How the measured rows came about: what load their requests were, and how their engines made up steps.
+
+Nothing here is fitted. The sample names its sources; what each ran is published:
+
+    InferenceMAX (github.com/SemiAnalysisAI, benchmarks/*_h[12]00_*.sh), rows of dated files and of its data base:
+        ten waves; lengths spread evenly over 80 to 100% of the ones named (--random-range-ratio 0.8); no cache of
+        prefixes; vLLM: steps of 8192 tokens, async scheduling, on H200 a cache of fp8; TensorRT-LLM: Llama 70B steps of
+        16384 tokens, for 1024 and 1024 tokens on fewer than 8 GPUs prompts wait up to 20 steps for a fuller one
+        (batch_wait_timeout_iters); DeepSeek: prompt + concurrency + 64 tokens; SGLang: prompts first, 32768 tokens
+    gap-analysis files of aiconfigurator: lengths as named; steps of prompt + concurrency + 500 tokens for TensorRT-LLM,
+        whose prompts are not cut, and prompt + 1500 for vLLM (plus concurrency) and SGLang (aiconfigurator 0.12.0,
+        generator/rule_plugin/*.rule); waves are ours: ten
+    engines' defaults: TensorRT-LLM and SGLang make up a step while one runs (overlap scheduler), vLLM from 0.14 on;
+        SGLang runs prompts first unless told to mix, as the generator does from 0.5.2 on
+
+SGLang 0.5.1 in the gap-analysis rows is taken to run prompts first, since its first tokens come as those of such steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from partitioner.planning.pricing.batching import Load, Scheduler
+
+__all__ = ["cache_dtype_of", "load_of", "scheduler_of"]
+
+
+def is_inferencemax(row: Mapping[str, str]) -> bool:
+    return "gap-analysis" not in row["silicon_data_source"]
+
+
+def load_of(row: Mapping[str, str]) -> Load:
+    return Load(shortest=0.8) if is_inferencemax(row) else Load()
+
+
+def cache_dtype_of(row: Mapping[str, str], system: str) -> str | None:
+    """Checkpoints in fp8 hold scales of the cache, which TensorRT-LLM uses and the others by request only."""
+    if row["precision"] != "fp8":
+        return None
+    by_request = row["backend"] == "vllm" and is_inferencemax(row) and "Llama" in row["model_path"] and system == "H200"
+    return "fp8" if row["backend"] == "trtllm" or by_request else None
+
+
+def scheduler_of(row: Mapping[str, str]) -> Scheduler:
+    engine, version = row["backend"], row["backend_version"]
+    prompt, new, batch = int(row["isl"]), int(row["osl"]), int(row["batch_size"])
+    if is_inferencemax(row):
+        if engine == "vllm":
+            return Scheduler(budget=8192)
+        if engine == "sglang":
+            return Scheduler(budget=32768, mixed=False)
+        if "Llama" not in row["model_path"]:
+            return Scheduler(budget=prompt + batch + 64, chunked=False)
+        waits = prompt == new == 1024 and int(row["tp_size"]) < 8
+        return replace(Scheduler(budget=16384, chunked=False), patience=20 if waits else 0)
+    if engine == "vllm":
+        return Scheduler(budget=prompt + batch + 1500, ahead=0)
+    if engine == "sglang":
+        return Scheduler(budget=prompt + 1500, mixed=not version.startswith("0.5.1"))
+    return Scheduler(budget=prompt + batch + 500, chunked=False)
