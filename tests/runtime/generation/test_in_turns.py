@@ -59,9 +59,7 @@ def test_states_of_sequences_follow_the_halves(name: str, in_turns: list[tuple[s
     assert in_turns
 
 
-def test_many_requests_in_blocks_say_the_same(
-    in_turns: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_requests_in_blocks_say_the_same(in_turns: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "why_not_packed", lambda *given: "not here")  # what is packed has no halves
     cases = mixed(8, longest=20, new=6)
     alone = many_requests.alone(compiled("llama", 1), cases)
