@@ -21,9 +21,9 @@ __all__ = ["can_decode_latent", "latent_decode"]
 
 _TILES = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
 """Latents at a time, by the query's dtype."""
-_LEAST_TILES, _MOST_SPLITS = 2, 256
+_LEAST_TILES, _MOST_SPLITS = 2, 128
 _WARPS, _STAGES = {16: 4, 32: 8, 64: 8}, {16: 3, 32: 2, 64: 2}
-_PER_PROCESSOR = {16: 2, 32: 1, 64: 1}
+_PER_PROCESSOR = {16: 1, 32: 1, 64: 1}
 """Programs for each processor: these three by the heads of a program."""
 _WIDEST = 1024
 _MOST_HEADS = 64
