@@ -129,10 +129,12 @@ class PagedCache(Cache):
         """
 
         def attend_in_parts(*given: Tensor | None, **named: Tensor | None) -> Tensor:
+            if not self._parts:  # first, for a compiled step is traced through here
+                return attend(*given, **named)
             operands, rest = given[: len(dims)], given[len(dims) + 1 :]
             mask, sinks = (named.get(name, value) for name, value in zip(_NAMED, (*rest, None, None), strict=False))
             packed = self._batch is not None and self._batch.packed
-            if not self._parts or (mask is not None and not packed):
+            if mask is not None and not packed:
                 return attend(*given, **named)
             whole = Part(slice(0), self._batch, self._paged, self._tables, self._masks, self._places)  # type: ignore[arg-type]
             made = []
