@@ -51,7 +51,7 @@ def grouped_linear(
             out = out + bias[expert]
         # the kernel leaves the rows of no expert uninitialised
         return torch.where((row < ends[-1])[:, None], out, 0)
-    if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+    if _must_not_wait(rows):
         return _by_every_expert(rows, matrix, counts, bias)
     out = rows.new_zeros(rows.shape[0], matrix.shape[-1])
     start = 0
@@ -101,6 +101,13 @@ def kept_choices(index: Tensor, *, num_experts: int, capacity: float) -> Tensor:
     place = torch.arange(len(order), device=index.device) - starts[experts]
     fits = (place < most) | (experts == num_experts)
     return torch.empty_like(fits).index_copy_(0, order, fits).view(index.shape)
+
+
+def _must_not_wait(rows: Tensor) -> bool:
+    """Whether the host must not ask the GPU for numbers: in captured steps, and in compiled ones, which are one graph
+    that may be captured later.
+    """
+    return rows.is_cuda and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
 
 
 def _has_kernel(rows: Tensor, matrix: Tensor) -> bool:

@@ -111,3 +111,18 @@ def test_products_of_all_rows_with_each_expert_are_the_same(with_bias: bool) -> 
     assert torch.allclose(
         as_captured(rows, weight.transpose(1, 2).contiguous(), counts, bias, transposed=True), expected, rtol=1e-14
     )
+
+
+def test_compiled_experts_are_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no grouped kernel: what is captured later must not be compiled anew then."""
+    rows, weight = torch.randn(6, 16, dtype=torch.float64), torch.randn(4, 8, 16, dtype=torch.float64)
+    counts = torch.tensor([2, 0, 3, 0])
+    expected = grouped_linear(rows, weight, counts)
+    with pytest.raises(
+        torch._dynamo.exc.TorchDynamoException
+    ):  # the control: on a CPU the host reads how many are whose
+        torch.compile(grouped_linear, fullgraph=True, backend="eager")(rows, weight, counts)
+    monkeypatch.setattr(experts, "_must_not_wait", lambda rows: torch.compiler.is_compiling())
+    torch._dynamo.reset()
+    found = torch.compile(grouped_linear, fullgraph=True, backend="eager")(rows, weight, counts)
+    assert torch.allclose(found, expected, rtol=1e-14, atol=0)
