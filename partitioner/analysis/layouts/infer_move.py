@@ -79,6 +79,10 @@ def infer_move(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
         if any(dims[dim] is not None for dim in rows[i]):
             return Inference((), requires, "a dim would be split and run over a rank's own rows")
         layouts_out.append(_with_rows(Layout(tuple(dims), axes), rows[i]))
+    if operation(node) is aten.stack and layouts_out[0].dims[arguments(node)["dim"]] is not None:
+        return Inference(
+            (), requires, "some ranks have nothing of some operands, and stack takes operands of one shape"
+        )
     if len(sources) > 1:
         requires = tuple((n, _beside(node, n, layout, layouts_out[0])) for n, layout in requires)
     return Inference(tuple(layouts_out), requires)

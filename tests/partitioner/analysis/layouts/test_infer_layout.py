@@ -90,6 +90,30 @@ def test_heads_stay_whole_through_a_reshape_and_half_heads_are_refused() -> None
     assert infer(aten.reshape.default, [((2, 8), Layout((None, uneven)))], (2, 4, 2), [2, 4, 2]).problem
 
 
+@pytest.mark.parametrize(
+    ("op", "out", "fits"), [(aten.stack.default, (3, 2, 8), False), (aten.cat.default, (6, 8), True)]
+)
+def test_operands_that_one_rank_has_and_another_has_not(op: Any, out: tuple[int, ...], fits: bool) -> None:
+    """Those can be put behind each other, where a rank's piece is empty; to stack them, all need one shape."""
+    everything, nothing = IndexSet.range(0, 2), IndexSet.range(0, 0)
+    first, second = (
+        Layout((Split(("tp",), pieces), None)) for pieces in ((everything, nothing), (nothing, everything))
+    )
+    graph = fx.Graph()
+    nodes = [graph.placeholder(f"x{i}") for i in range(3)]
+    layouts = dict(zip(nodes, (first, first, second), strict=True))
+    for node in nodes:
+        node.meta["val"] = Value((2, 8), torch.float64)
+    made = graph.call_function(op, (nodes, 0))
+    made.meta["val"] = Value(out, torch.float64)
+    found = infer_move(Program(graph, (), {}, {}, {}, Mesh.of(tp=2)), made, layouts)
+    if fits:
+        assert [piece.size for piece in found.outputs[0].split(0).owned] == [4, 2]  # type: ignore[union-attr]
+    else:
+        assert not found.outputs
+        assert "stack takes operands of one shape" in (found.problem or "")
+
+
 def test_what_several_ranks_hold_counts_on_the_first() -> None:
     shared = Split(("tp",), (IndexSet.range(0, 4), IndexSet.range(2, 6)))
     assert disjoint(shared).owned == (IndexSet.range(0, 4), IndexSet.range(4, 6))

@@ -1,6 +1,7 @@
 """Which way is taken between GPUs that write into each other's memory, and when none is; the kernels: tests/gpu."""
 
 import json
+import logging
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -113,7 +114,9 @@ def test_parts_of_the_memory_do_not_overlap(num_ranks: int) -> None:
 
 
 @pytest.mark.parametrize("several_hosts", [True, False])
-def test_where_it_cannot_be_had_it_says_why(several_hosts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_cannot_be_had_it_says_why(
+    several_hosts: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     groups = ProcessGroups.__new__(ProcessGroups)
     groups.rank, groups.device, groups.timeout_s, groups.peers = 0, torch.device("cuda", 0), 1.0, {}
     groups._groups = {(0, 1): None}  # type: ignore[dict-item]
@@ -127,5 +130,11 @@ def test_where_it_cannot_be_had_it_says_why(several_hosts: bool, monkeypatch: py
     else:
         with pytest.raises(CommunicationError, match=r"along 'tp' cannot write .* no way there\n.*\"auto\" takes NCCL"):
             groups._share((0, 1), "tp", "on")
-    assert groups._share((0, 1), "tp", "auto") == groups._share((0, 1), "tp", "off") == "nccl"
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        assert groups._share((0, 1), "tp", "auto") == "nccl: rank 1: no way there"
+    (told,) = caplog.records
+    assert told.levelno == (logging.INFO if several_hosts else logging.WARNING)
+    assert "talk over NCCL, not through their memory: rank 1: no way there" in told.message
+    assert groups._share((0, 1), "tp", "off") == "nccl"
     assert not groups.peers
