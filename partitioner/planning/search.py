@@ -147,7 +147,7 @@ def longest_prompt(pricer: Pricer, plan: Plan, workload: Workload) -> int:
     if plan.pp > pricer.summary.num_layers or not fits(1):
         return 0
     low, high = 1, 2
-    while high <= 1 << 24 and fits(high):
+    while high <= 1 << 40 and fits(high):
         low, high = high, 2 * high
     while high - low > max(1, low // 256):
         middle = (low + high) // 2
