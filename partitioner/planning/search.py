@@ -113,7 +113,10 @@ def search(
     if goal not in GOALS:
         raise InputError(f"a plan is chosen for {', '.join(GOALS)}; got {goal!r}")
     pricer = Pricer(summary, cluster, stored=stored, cache_dtype=cache_dtype)
-    candidates = list(plans(summary, cluster, workload, weights="expanded" if stored is None else "stored"))
+    # of a context it is the length that is looked for
+    most = max(workload.prompt, SP_TOKENS * cluster.size) if goal == "context" else workload.prompt
+    held = "expanded" if stored is None else "stored"
+    candidates = list(plans(summary, cluster, replace(workload, prompt=most), weights=held))
     contexts: dict[str, int] = {}
     if goal == "context":
         contexts = {str(plan): longest_prompt(pricer, plan, workload) for plan in candidates}

@@ -133,6 +133,14 @@ def test_the_longest_prompt_is_bounded_by_memory_alone() -> None:
     assert "too much" in pricer.price(Plan(), too_long).refused
 
 
+def test_a_context_is_shared_out_whatever_prompt_is_given() -> None:
+    """Over ranks of sp, where neither heads nor layers divide."""
+    choice = search(summary("llama"), cluster(7), Workload(1, 4, 1), goal="context")
+    plan, longest = choice.contexts[0]
+    assert plan == "sp=7"
+    assert longest > 3 * dict(choice.contexts)["tp=1"]
+
+
 def test_reasons_name_the_degrees_and_plan_auto_gives_the_best() -> None:
     found, where, workload = summary("mixtral"), cluster(2, 2), Workload(64, 8, 8)
     choice = search(found, where, workload, goal="throughput")
