@@ -135,8 +135,10 @@ def test_the_longest_prompt_is_bounded_by_memory_alone() -> None:
 
 def test_a_context_is_shared_out_whatever_prompt_is_given() -> None:
     """Over ranks of sp, where neither heads nor layers divide."""
-    choice = search(summary("llama"), cluster(7), Workload(1, 4, 1), goal="context")
+    found, where = summary("llama"), cluster(7)
+    choice = search(found, where, Workload(1, 4, 1), goal="context")
     plan, longest = choice.contexts[0]
+    assert reason(choice.ranked[0], where, found).startswith(f"sp=7 for prompts of {longest} tokens")
     assert plan == "sp=7"
     assert longest > 3 * dict(choice.contexts)["tp=1"]
 
