@@ -31,6 +31,9 @@ def reason(price: Price, cluster: Cluster, summary: Summary, *, num_bytes: int |
         spent = price.decode.by_collective.get("all_reduce", 0.0) / price.tpot_s if price.decode is not None else 0.0
         where = f"inside a host over {inside.name}" if plan.tp <= inside.size else f"across hosts of {inside.size}"
         said.append(f"tp={plan.tp} {where}, whose all-reduces are {spent:.0%} of a token")
+    if plan.sp > 1:
+        tokens = "" if price.workload is None else f" of {price.workload.prompt} tokens"
+        said.append(f"sp={plan.sp} for prompts{tokens}, of which each rank has 1/{plan.sp}")
     if plan.pp > 1:
         too_much = price.memory.weights * plan.pp > price.memory.usable
         why = f"{weights / 1e9:.0f} GB of weights" if too_much else "fewer all-reduces"

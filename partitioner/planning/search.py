@@ -113,7 +113,10 @@ def search(
     if goal not in GOALS:
         raise InputError(f"a plan is chosen for {', '.join(GOALS)}; got {goal!r}")
     pricer = Pricer(summary, cluster, stored=stored, cache_dtype=cache_dtype)
-    candidates = list(plans(summary, cluster, workload, weights="expanded" if stored is None else "stored"))
+    # of a context it is the length that is looked for
+    most = max(workload.prompt, SP_TOKENS * cluster.size) if goal == "context" else workload.prompt
+    held = "expanded" if stored is None else "stored"
+    candidates = list(plans(summary, cluster, replace(workload, prompt=most), weights=held))
     contexts: dict[str, int] = {}
     if goal == "context":
         contexts = {str(plan): longest_prompt(pricer, plan, workload) for plan in candidates}
@@ -147,7 +150,7 @@ def longest_prompt(pricer: Pricer, plan: Plan, workload: Workload) -> int:
     if plan.pp > pricer.summary.num_layers or not fits(1):
         return 0
     low, high = 1, 2
-    while high <= 1 << 24 and fits(high):
+    while high <= 1 << 40 and fits(high):
         low, high = high, 2 * high
     while high - low > max(1, low // 256):
         middle = (low + high) // 2

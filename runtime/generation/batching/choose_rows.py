@@ -93,10 +93,15 @@ class Asked:
 
     @property
     def on_host(self) -> str:
-        """The name of what it asks for that no step does by itself; "": nothing."""
+        """The name of what it asks of its next choice that no step does by itself; "": nothing."""
+        if self.given is not None:
+            return "tokens that are given"
         if self._matcher is not None:
             return "grammar"
-        return "top_logprobs" if self.settings.top_logprobs is not None else self.settings.rules.on_host
+        rules = self.settings.rules
+        if rules.begin_suppress_tokens and self.step == 0:  # which a step of single tokens chooses too
+            return "begin_suppress_tokens"
+        return "top_logprobs" if self.settings.top_logprobs is not None else rules.on_host
 
     def row_options(self) -> RowOptions:
         """What it asks of its next choice, where nothing of it is the host's work."""

@@ -276,7 +276,7 @@ class Scheduler:
         count = min(left, sequence.piece or left, most)
         if count == left or most < self._multiple:
             return count
-        return max(self._multiple, count - count % self._multiple)
+        return min(left, max(self._multiple, count - count % self._multiple))
 
     def _joins(self, turns: list[Turn], sequence: Sequence, start: int, count: int) -> bool:
         """Whether it may run with the others of a step, where these must lie beside each other and be as far."""

@@ -124,6 +124,25 @@ def test_context_is_the_longest_prompt_that_fits() -> None:
     assert choice.contexts[0][1] >= longest
 
 
+def test_the_longest_prompt_is_bounded_by_memory_alone() -> None:
+    """Of a small model on a large card: no number of tokens ends the search."""
+    pricer, workload = Pricer(summary("llama"), cluster(1, memory=80 << 30)), Workload(1, 4, 1)
+    longest = longest_prompt(pricer, Plan(), workload)
+    too_long = dataclasses.replace(workload, prompt=longest + longest // 100)
+    assert longest > 1 << 25
+    assert "too much" in pricer.price(Plan(), too_long).refused
+
+
+def test_a_context_is_shared_out_whatever_prompt_is_given() -> None:
+    """Over ranks of sp, where neither heads nor layers divide."""
+    found, where = summary("llama"), cluster(7)
+    choice = search(found, where, Workload(1, 4, 1), goal="context")
+    plan, longest = choice.contexts[0]
+    assert reason(choice.ranked[0], where, found).startswith(f"sp=7 for prompts of {longest} tokens")
+    assert plan == "sp=7"
+    assert longest > 3 * dict(choice.contexts)["tp=1"]
+
+
 def test_reasons_name_the_degrees_and_plan_auto_gives_the_best() -> None:
     found, where, workload = summary("mixtral"), cluster(2, 2), Workload(64, 8, 8)
     choice = search(found, where, workload, goal="throughput")

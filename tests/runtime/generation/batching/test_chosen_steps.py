@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
 from partitioner import Plan
 from partitioner.compile.partition import compile_program
@@ -129,3 +130,31 @@ def test_logits_that_are_no_numbers_are_those_of_one_row(
     found = on_all_ranks(parts, cases, ROOMY)
     assert "no token can be chosen" in str(found.errors[1])
     assert [found.tokens[0], found.tokens[2]] == [alone[0], alone[2]]
+
+
+@pytest.mark.parametrize("prefill_step", [1, 16])
+def test_first_tokens_that_steps_of_single_tokens_choose(prefill_step: int, in_steps: Counter[str]) -> None:
+    """Of prompts whose last piece is one token: what is said of the first token alone holds there as well."""
+    whole = compiled("llama", 1)
+    options: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": [], "prefill_step": prefill_step}
+    prompts = [[9], [4, 7, 5], [11, 8]]
+    likeliest = many_requests.alone(whole, [Case(prompt, options) for prompt in prompts])
+    cases = [
+        Case(prompt, {**options, "begin_suppress_tokens": [said[0]]})
+        for prompt, said in zip(prompts, likeliest, strict=True)
+    ]
+    expected = many_requests.alone(whole, cases)
+    assert all(said[0] != other[0] for said, other in zip(expected, likeliest, strict=True))
+    in_steps["on"] = 1
+    assert_as_alone(cases, on_all_ranks(whole, cases, ROOMY), expected)
+    assert in_steps["steps"] > 1
+
+
+def test_tokens_that_are_given_are_not_chosen(in_steps: Counter[str]) -> None:
+    """Log-probabilities of texts, where ranks have sequences of their own."""
+    texts = [[5 + 7 * row, 9, 60 - row, 4, 33 + row, 8] for row in range(3)]
+    held = compile_program(traced("qwen3_moe")[1], Plan(ep=2))
+    expected = held.log_probabilities(texts)
+    in_steps["on"] = 1
+    assert torch.allclose(held.log_probabilities(texts), expected, atol=1e-9, rtol=0)
+    assert in_steps["steps"] > 4

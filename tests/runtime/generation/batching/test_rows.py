@@ -237,6 +237,16 @@ def test_rows_hold_what_the_scheduler_says(given: Limits, events: list[tuple[str
     assert world.scheduler.pool.free == given.blocks
 
 
+@pytest.mark.parametrize(("length", "piece", "parts"), [(2, 1, 3), (5, 4, 6), (7, 2, 5)])
+def test_pieces_that_ranks_cannot_share_evenly(length: int, piece: int, parts: int) -> None:
+    """A request may ask for pieces of fewer tokens than there are ranks; its last piece has what is left."""
+    world = Rows(Scheduler(Limits(rows=2, blocks=2, block_size=30, budget=16, alike=True, shared_out=SharedOut(parts))))
+    world.scheduler.add(0, list(range(length)), most=length, piece=piece)
+    world.texts[0], world.left[0] = list(range(length)), 1
+    while world.left:
+        assert world.step()
+
+
 @given(
     st.integers(1, 4),
     st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=6),

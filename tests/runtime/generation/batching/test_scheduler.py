@@ -62,7 +62,8 @@ class World:
             with pytest.raises(InputError, match=f"room for {room} of one request"):
                 self.scheduler.add(number, prompt, most=most)
             return
-        self.scheduler.add(number, prompt, most=most)
+        # requests ask for pieces of their own
+        self.scheduler.add(number, prompt, most=most, piece=(None, 1, 2, 4)[(len(prompt) + new) % 4])
         self.texts[number], self.left[number] = list(prompt), new
 
     def cancel(self, number: int) -> None:
