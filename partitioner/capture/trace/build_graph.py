@@ -347,6 +347,8 @@ class Builder:
         return self._exprs[expr]
 
 
+_NOT_THE_MODELS = (f"{os.sep}torch{os.sep}", f"{os.sep}partitioner{os.sep}capture{os.sep}")
+"""Code that stands between a model's and an op: torch's, and what stands in for layers while they are traced."""
 _NO_MODULE = "_empty_nn_module_stack"
 """How the name begins that torch.export writes for nodes which its own passes add outside of every module."""
 
@@ -356,17 +358,24 @@ def path_of(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path: str = list(stack.values())[-1][0]
+    *around, path = (str(each[0]).removeprefix("L['self'].") for each in stack.values())
     if path.startswith(_NO_MODULE):
         return ""
-    return path.removeprefix("L['self'].").removeprefix(WRAPPER).removeprefix(".")
+    if not _is_whole(path):  # torch.export names some modules from the one that calls them
+        path = f"{next((each for each in reversed(around) if _is_whole(each)), WRAPPER)}.{path}"
+    return path.removeprefix(WRAPPER).removeprefix(".")
+
+
+def _is_whole(path: str) -> bool:
+    """Whether it begins at the module that is traced."""
+    return path in ("", WRAPPER) or path.startswith(f"{WRAPPER}.")
 
 
 def _source(node: fx.Node) -> str:
     """The line of the model's code that a node came from, "file.py:12"; "" where the trace does not say."""
     trace = node.meta.get("stack_trace")
     lines = re.findall(r'File "([^"]+)", line (\d+)', trace) if isinstance(trace, str) else []
-    mine = [(file, line) for file, line in lines if f"{os.sep}torch{os.sep}" not in file]
+    mine = [(file, line) for file, line in lines if not any(part in file for part in _NOT_THE_MODELS)]
     return f"{Path(mine[-1][0]).name}:{mine[-1][1]}" if mine else ""
 
 

@@ -26,7 +26,7 @@ from partitioner.capture.layers.share_layers import every_layer
 from partitioner.compile.partition import trace
 from partitioner.program import Program
 from partitioner.program.program import LayersTraced
-from tests.support import interpret
+from tests.support import interpret, zoo
 from tests.supported_models.columns.same_program import difference
 
 DEPTH = 6
@@ -66,6 +66,21 @@ def test_alike_layers_are_traced_twice_and_give_the_same_program() -> None:
     assert f"\ntraced: 2 of {DEPTH} layers; each of the others is a copy of one like it" in report_of(once)
     assert f"\ntraced: every layer, {DEPTH} of them (every layer was asked for)" in report_of(full)
     assert torch.equal(interpret.run(once, input_ids=IDS), model(IDS).logits)
+
+
+@pytest.mark.parametrize(("model_type", "depth"), [("openai-gpt", {"n_layer": 4}), ("xlm", {"n_layers": 4})])
+def test_a_node_is_said_to_come_from_where_it_comes_from(model_type: str, depth: dict[str, int]) -> None:
+    """OpenAI-GPT's modules are named by torch.export from the block that calls them; XLM's norms are layers by
+    themselves.
+    """
+    once, full = compared(zoo.tiny(model_type, **depth)[0])
+    assert once.layers is not None
+    assert once.layers.traced < once.layers.layers
+    assert difference(once, full) is None
+    paths = {str(node.meta.get("path")) for node in once.graph.nodes if node.op == "call_function"}
+    sources = {str(node.meta.get("source")).partition(".py")[0] for node in once.graph.nodes}
+    assert not {path for path in paths if path.startswith(("attn", "q_lin"))}
+    assert "share_layers" not in sources
 
 
 def test_the_comparison_sees_another_weight() -> None:
