@@ -111,7 +111,7 @@ class Decoder:
         self._graphs: dict[tuple[int, _Step], tuple[Any, Any]] = {}
         """By the slots they look at."""
         self._program, self._device = program, device
-        self._rows_asked: RowSampler | None = None
+        self._row_sampler: RowSampler | None = None
         self._kinds: list[Kind] = []
         self._choose: Callable[[Tensor], Tensor] | None = None
         self._latest = 0
@@ -151,7 +151,7 @@ class Decoder:
     @property
     def rows(self) -> RowSampler:
         """What chooses in its steps."""
-        if self._rows_asked is None:
+        if self._row_sampler is None:
             program = self._program
             search = VocabularySearch(
                 self._execute.communicator,
@@ -162,8 +162,8 @@ class Decoder:
             )
             # a state that has moved on cannot be taken back when the host finds that a row was not certain
             whole = not all(state.per_token for state in program.states)
-            self._rows_asked = RowSampler(search, self.batch, self._device, whole=whole)
-        return self._rows_asked
+            self._row_sampler = RowSampler(search, self.batch, self._device, whole=whole)
+        return self._row_sampler
 
     def choose(
         self,
@@ -342,7 +342,7 @@ class Decoder:
     def _capture(self, run: Callable[[int], Any], seen: int) -> tuple[Any, Any]:
         # a step that is run again on the same inputs and states writes what it has written: the warm-up is free of
         # effects
-        asked = [] if self._rows_asked is None else self._rows_asked.changing
+        asked = [] if self._row_sampler is None else self._row_sampler.changing
         before = [(given, given.clone()) for given in (*self._inputs.values(), self.inbox.said, *asked)]
         states = self.cache.fixed_states.copies()
 
