@@ -72,7 +72,7 @@ def test_norms_of_sums(weighted: bool, dtype: torch.dtype) -> None:
     for shape in [(1, 1, 1), (2, 3, 100), (1, 5, 4096), (7, 16384)]:
         a, b = torch.randn(2, *shape, device="cuda", dtype=dtype)
         w = torch.randn(shape[-1], device="cuda", dtype=dtype) if weighted else None
-        total, normed = added_norm(a, b, [shape[-1]], w, 1e-5)
+        total, normed = added_norm(a, b, [shape[-1]], w, 1e-5, scales=weighted)
         assert torch.equal(total, a + b)
         exact = total.double()
         wanted = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5)

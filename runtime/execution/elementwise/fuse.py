@@ -99,7 +99,7 @@ def _norm(norm: Any, place: dict[fx.Node, int]) -> None:
     if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
         return
     with end.graph.inserting_before(end):
-        both = end.graph.call_function(added_norm, (a, b, size, weight, eps))
+        both = end.graph.call_function(added_norm, (a, b, size, weight, eps), {"scales": end is not norm})
         moved = end.graph.call_function(operator.getitem, (both, 0))
     moved.meta = dict(total.meta)
     place[both] = place[moved] = place[end]

@@ -2,7 +2,8 @@
 
     rotated(x, cos, sin, half)          [B, H, S, D]; cos, sin broadcast to it     x * cos + roll(x, -half) * sin
     gated(a, b, act)                    [.., N] both                               act(a) * b
-    added_norm(a, b, size, w, eps)      [.., N] both, w [N] or None                a + b, and w * rms_norm(a + b)
+    added_norm(a, b, size, w, eps)      [.., N] both, w [N] or None                a + b, and its rms_norm with weight w
+                                        scales: w times the norm, which is rounded before
 
 Rotary embedding: arXiv:2104.09864, section 3.4.2; gated units: arXiv:2002.05202, section 2; RMSNorm: arXiv:1910.07467,
 section 3.
@@ -87,7 +88,7 @@ def _gated(a: Tensor, b: Tensor, act: str) -> Tensor:
 
 
 def added_norm(
-    a: Tensor, b: Tensor, size: list[int], weight: Tensor | None, eps: float | None
+    a: Tensor, b: Tensor, size: list[int], weight: Tensor | None, eps: float | None, *, scales: bool
 ) -> tuple[Tensor, Tensor]:
     fits = a.shape == b.shape and size == list(a.shape[-1:]) and 0 < size[0] <= _MOST_NORMED and eps is not None
     given = (a, b) if weight is None else (a, b, weight)
@@ -96,8 +97,10 @@ def added_norm(
         assert eps is not None
         return _added_norm(a, b, weight, eps)
     total = a + b
-    normed = torch.rms_norm(total, size, None, eps)
-    return total, normed if weight is None else weight * normed
+    if scales:
+        assert weight is not None
+        return total, weight * torch.rms_norm(total, size, None, eps)
+    return total, torch.rms_norm(total, size, weight, eps)
 
 
 def _added_norm(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:

@@ -137,6 +137,16 @@ def test_a_sum_that_is_read_before_its_norm_is_complete_stays() -> None:
 def test_what_no_kernel_takes_is_computed_as_before() -> None:
     a, b = torch.randn(2, 5, 6), torch.randn(1, 6)
     torch.testing.assert_close(gated(a, b, "silu"), functional.silu(a) * b)
-    total, normed = added_norm(a, b, [6], torch.ones(2, 5, 6), 1e-6)
+    total, normed = added_norm(a, b, [6], torch.ones(2, 5, 6), 1e-6, scales=True)
     torch.testing.assert_close(total, a + b)
     torch.testing.assert_close(normed, torch.rms_norm(a + b, [6], None, 1e-6))
+
+
+@pytest.mark.parametrize("scales", [True, False])
+def test_a_norm_rounds_as_before_where_no_kernel_takes_it(scales: bool) -> None:
+    torch.manual_seed(0)
+    a, b, w = (torch.randn(64, 6).bfloat16() for _ in range(3))
+    w = w[0]
+    once, twice = torch.rms_norm(a + b, [6], w, 1e-6), w * torch.rms_norm(a + b, [6], None, 1e-6)
+    assert not torch.equal(once, twice)
+    assert torch.equal(added_norm(a, b, [6], w, 1e-6, scales=scales)[1], twice if scales else once)
