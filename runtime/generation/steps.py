@@ -86,6 +86,7 @@ class Steps:
         self._pool = GraphPool()
         program = prefill.program
         alone = program.stage is None and self._head is None and not program.batch_axes
+        alone = alone and program.limits.get("batch", (1, None))[0] == 1  # half of two rows is one
         self.takes_turns = device.type in TURNS_ON and alone and cache.takes_turns and can_take_turns(program)
         """Whether a large piece is run as two halves in turn."""
         self._turns_from = _turns_from(program) if self.takes_turns else 0
