@@ -262,15 +262,9 @@ class ProcessGroups(Communicator):
         try:
             shared = SharedMemory.connect(ranks, self.rank, exchange=exchange, timeout_s=self.timeout_s)
         except Unavailable as reason:
-            if wanted == "on" and not reason.several_hosts:
-                raise CommunicationError(
-                    f"the ranks along {axis!r} cannot talk through shared memory: {reason}\n"
-                    'shared_memory="auto" takes gloo in such a case, "off" always'
-                ) from None
-            if self.rank == ranks[0]:
-                level = logging.INFO if reason.several_hosts else logging.WARNING
-                _log.log(level, "the ranks along %r talk over gloo, not through shared memory: %s", axis, reason)
-            return f"gloo: {reason}"
+            cannot = f"the ranks along {axis!r} cannot talk through shared memory"
+            instead = f"the ranks along {axis!r} talk over gloo, not through shared memory"
+            return self._refused(reason, wanted, ranks, cannot=cannot, instead=instead, by="gloo")
         except RuntimeError as error:
             if not _is_broken(error):
                 raise
@@ -288,18 +282,31 @@ class ProcessGroups(Communicator):
         try:
             peers = PeerMemory.connect(group, self.device, exchange=exchange, timeout_s=self.timeout_s)
         except NoPeers as reason:
-            if wanted == "on" and not reason.several_hosts:
-                raise CommunicationError(
-                    f"the GPUs along {axis!r} cannot write into each other's memory: {reason}\n"
-                    'shared_memory="auto" takes NCCL in such a case, "off" always'
-                ) from None
-            if self.rank == ranks[0]:
-                level = logging.INFO if reason.several_hosts else logging.WARNING
-                _log.log(level, "the GPUs along %r talk over NCCL, not through their memory: %s", axis, reason)
-            return f"nccl: {reason}"
+            cannot = f"the GPUs along {axis!r} cannot write into each other's memory"
+            instead = f"the GPUs along {axis!r} talk over NCCL, not through their memory"
+            return self._refused(reason, wanted, ranks, cannot=cannot, instead=instead, by="NCCL")
         measure.choose(peers, exchange=exchange)
         self.peers[ranks] = peers
         return "peer memory"
+
+    def _refused(
+        self,
+        reason: Unavailable | NoPeers,
+        wanted: Sharing,
+        ranks: tuple[int, ...],
+        *,
+        cannot: str,
+        instead: str,
+        by: str,
+    ) -> str:
+        """What carries a group that shares no memory, told by its first rank; raises where that was not to be."""
+        if wanted == "on" and not reason.several_hosts:
+            raise CommunicationError(
+                f'{cannot}: {reason}\nshared_memory="auto" takes {by} in such a case, "off" always'
+            ) from None
+        if self.rank == ranks[0]:
+            _log.log(logging.INFO if reason.several_hosts else logging.WARNING, "%s: %s", instead, reason)
+        return f"{by.lower()}: {reason}"
 
     def abort(self, error: BaseException) -> None:
         """Tell the others why; they notice as soon as this process ends or closes."""
