@@ -57,16 +57,14 @@ def product_rate(device: torch.device) -> float:
 
 def as_transformers_has_it(model: Any, weights: DrawnWeights, device: torch.device) -> Any:
     """The model with the same weights, all of them on this device."""
-    held = type(model)._from_config(model.config, dtype=model.dtype).eval() if device.type == "cpu" else None
-    if held is None:
-        with torch.device(device):
-            held = type(model)._from_config(model.config, dtype=model.dtype).eval()
+    with torch.device(device):
+        held = type(model)._from_config(model.config, dtype=model.dtype).eval()
     for name, parameter in held.named_parameters():
         parameter.data.copy_(weights(name, tuple((0, size) for size in parameter.shape)))
     return held
 
 
-def by_tp_plan(held: Any, given: argparse.Namespace) -> tuple[Any, str]:
+def by_tp_plan(held: Any) -> tuple[Any, str]:
     """Transformers' own tensor parallelism over these ranks, or why there is none."""
     folders: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(folders)
@@ -102,7 +100,7 @@ def rank(given: argparse.Namespace) -> None:
     if given.ranks > 1:
         parts = partition(model, Plan(tp=given.ranks))
         split = Engine.connect(parts, weights, device=device.type, shared_memory=sharing(device))
-        auto, why = by_tp_plan(held, given)
+        auto, why = by_tp_plan(held)
     first = split is None or split.program.rank == 0
     rate, turns = product_rate(device), DeviceTurns(device)
     if first:
