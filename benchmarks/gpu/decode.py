@@ -1,6 +1,6 @@
 """One decoded token of a Llama-3-8B shape in bfloat16 on GPUs, against transformers and the memory's speed.
 
-    ours                 tp=1: eager, torch.compile, CUDA graph, and both
+    ours                 tp=1: eager, CUDA graph with kernels of ours, torch.compile, and that in a CUDA graph
     transformers         generate: DynamicCache, eager; StaticCache, which it compiles
 
 Random weights (they say nothing, and take as long). Time per token: the difference between generating 16 and 144 tokens
@@ -8,8 +8,9 @@ after a prompt of 128, over 128, the best of some rounds in which the contestant
 weight but the embedding's table once, and the cache: those bytes over the memory's speed are the limit. The speed is
 measured by summing a large tensor, and is set against the data sheet's where the device is known.
 
-On several GPUs (`--ranks`): tensor parallelism, all-reduces by each other's memory and by NCCL, and on each GPU all of
-the model where it fits, all compiled and captured. The limit is a rank's bytes over the measured speed and one call of
+On several GPUs (`--ranks`): tensor parallelism in captured steps, all-reduces by each other's memory and by NCCL; what
+gpt-fast does (compiled by torch, NCCL, captured); and on each GPU all of the model where it fits. `--compiled` adds all
+of them compiled. The limit is a rank's bytes over the measured speed and one call of
 the quickest all-reduce of this run for each in a step. `--shape 70b` is Llama-3-70B's: two GPUs have room for it, and
 are what more are set against.
 
@@ -43,10 +44,13 @@ from runtime.communication.peer_memory.measure import candidates, microseconds
 from runtime.communication.process_groups import ProcessGroups
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
+from runtime.generation import steps
 from runtime.ops.collectives import all_reduce
+from runtime.ops.kernels.decode.few_rows import MOST_ROWS
 from runtime.processes.launch import begin_worker, launch
 
 PROMPT, FEW, MANY, ROUNDS = 128, 16, 144, 3
+COMPILED = "compiled by torch"
 DATA_SHEET = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}
 """Bytes per second of the largest variant."""
 
@@ -89,6 +93,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--shape", choices=("8b", "70b"), default="8b", help="70b on several GPUs only")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--compiled", action="store_true", help="on several GPUs: all contestants, compiled besides")
     parser.add_argument("--kernels", default="", help="a file for the kernels of 16 tokens of rank 0, by time")
     given = parser.parse_args()
     given.layers = given.layers or SHAPES[given.shape]["num_hidden_layers"]
@@ -102,7 +107,8 @@ def main() -> None:
         begin_worker()
         on_several(given)
     else:
-        options = [f"--{name}={value}" for name, value in vars(given).items()]
+        options = [f"--{name}={value}" for name, value in vars(given).items() if name != "compiled"]
+        options += ["--compiled"] if given.compiled else []
         launch(["benchmarks.gpu.decode", *options], num_ranks=given.ranks, timeout_s=1200)
 
 
@@ -118,37 +124,46 @@ def on_several(given: argparse.Namespace) -> None:
     device, ids = torch.device("cuda", rank), prompts(given.batch)
     model = decoder(given.shape, layers=given.layers, positions=8192, device=device)
     drawn, parts = DrawnWeights(model, device), partition(model, Plan(tp=given.ranks))
-    first = Engine.connect(
-        parts, drawn, device="cuda", compile=True, cuda_graph=True, timeout_s=600, shared_memory="on"
-    )
+    first = Engine.connect(parts, drawn, device="cuda", cuda_graph=True, timeout_s=600, shared_memory="on")
     groups = first.communicator
     assert isinstance(groups, ProcessGroups)
     print(f"rank {rank}: {groups.transports}", flush=True)
     (peers,) = groups.peers.values()
     chosen = peers.choice
 
-    def split() -> Engine:
-        return Engine(
-            parts.entry("text", rank), groups, weights=drawn, device="cuda", compile=True, cuda_graph=True,
-            entries=lambda entry: parts.entry(entry, rank),
-        )  # fmt: skip
-
     num_bytes = sum(p.nbytes for p in model.parameters())
     # a part of the weights for each contestant, and what runs need; reckoned, so that all ranks choose alike
     room = 0.8 * torch.cuda.get_device_properties(0).total_memory - num_bytes / given.ranks
-    contestants = {f"{given.ranks} GPUs, each other's memory": (first, chosen)}
-    if num_bytes / given.ranks < room:
-        room -= num_bytes / given.ranks
-        contestants[f"{given.ranks} GPUs, NCCL"] = (split(), Choice.always("nccl"))
-    elif rank == 0:
-        print("left out: NCCL: there is no room for the weights twice")
-    if num_bytes < room:
-        contestants["1 GPU"] = (alone(partition(model, Plan()), drawn, device, compile=True, cuda_graph=True), chosen)
-    elif rank == 0:
-        print("left out: 1 GPU: there is no room for all weights besides")
+    several, nccl, whole = f"{given.ranks} GPUs", Choice.always("nccl"), partition(model, Plan())
+    contestants: dict[str, tuple[Engine, Choice]] = {several: (first, chosen)}
+
+    def enter(name: str, choice: Choice, size: float, make: Callable[[], Engine]) -> None:
+        nonlocal room
+        if size < room:
+            room -= size
+            contestants[name] = (make(), choice)
+        elif rank == 0:
+            print(f"left out: {name}: there is no room for its weights besides")
+
+    def split(**how: bool) -> Engine:
+        return Engine(
+            parts.entry("text", rank), groups, weights=drawn, device="cuda", cuda_graph=True,
+            entries=lambda entry: parts.entry(entry, rank), **how,
+        )  # fmt: skip
+
+    part = num_bytes / given.ranks
+    enter(f"{several}, NCCL", nccl, part, split)
+    enter(f"{several}, {COMPILED}, NCCL", nccl, part, lambda: split(compile=True))
+    enter("1 GPU", chosen, num_bytes, lambda: alone(whole, drawn, device, cuda_graph=True))
+    if given.compiled:
+        enter(f"{several}, {COMPILED}", chosen, part, lambda: split(compile=True))
+        enter(
+            f"1 GPU, {COMPILED}", chosen, num_bytes, lambda: alone(whole, drawn, device, compile=True, cuda_graph=True)
+        )
     said = {}
     for name, (engine, choice) in contestants.items():
         peers.choice = choice  # what is captured stays so
+        steps.MOST_ROWS = 0 if COMPILED in name else MOST_ROWS
         start = time.perf_counter()
         said[name] = engine.generate(ids, max_new_tokens=MANY, eos_token_id=[])
         engine.generate(ids, max_new_tokens=FEW, eos_token_id=[])
@@ -218,6 +233,7 @@ def on_one(given: argparse.Namespace) -> None:
 
     def ours(**options: bool) -> Callable[[int], object]:
         engine = parts.engine(0, ThreadGroup(Mesh.of()).communicator(0), device="cuda", **options)
+        steps.MOST_ROWS = 0 if options.get("compile") else MOST_ROWS
         engine.generate(prompt, max_new_tokens=MANY, eos_token_id=[])  # the cache for all
         return lambda count: engine.generate(prompt, max_new_tokens=count, eos_token_id=[])
 
@@ -226,8 +242,8 @@ def on_one(given: argparse.Namespace) -> None:
         "transformers, static cache": theirs(cache_implementation="static"),
         "ours, eager": ours(),
         "ours, CUDA graph": ours(cuda_graph=True),
-        "ours, compile": ours(compile=True),
-        "ours, compile + CUDA graph": ours(compile=True, cuda_graph=True),
+        f"ours, {COMPILED}": ours(compile=True),
+        f"ours, {COMPILED}, CUDA graph": ours(compile=True, cuda_graph=True),
     }
     said = {}
     for name, generate in contestants.items():

@@ -6,7 +6,8 @@
     device=... in the graph          -> the engine's device
 
 Values are dropped after their last use, as torch.fx's generated code does. On a GPU, ops in a row that go over memory
-one after the other are one (`elementwise/fuse.py`); what is profiled, or compiled by torch, runs op by op.
+one after the other are one (`elementwise/fuse.py`), and in captured steps products with what stands around them
+(`elementwise/fuse_products.py`); what is profiled, or compiled by torch, runs op by op.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, fx
 
 from runtime.communication.communicator import Binder, Communicator
 from runtime.execution.elementwise.fuse import fused
+from runtime.execution.elementwise.fuse_products import is_mostly_products, with_products
 from runtime.execution.in_turns import InTurns
 from runtime.execution.overflow import Overflow
 from runtime.execution.profile import Profiled, Profiler, Recording
@@ -64,12 +66,19 @@ class Executable:
         device: torch.device,
         cache: Cache | None = None,
         profiler: Profiler | None = None,
+        *,
+        captured: bool = False,
     ) -> None:
+        """captured: its runs are to be captured as CUDA graphs, where launches cost the host nothing."""
         self.program, self.communicator, self.device = program, communicator, device
         self.weights, self.profiler = weights, profiler
         overflow = Overflow() if profiler is None else profiler.overflow
         self._graph = bound_graph(program, communicator, device, cache, overflow)
         self._runs = fused(self._graph) if device.type == "cuda" else self._graph
+        if captured:
+            self._runs = with_products(self._runs, len(program.weights))
+        self.is_by_own_kernels = captured and is_mostly_products(self._runs, weights)
+        """Whether a run of few tokens leaves a compiler little to gain."""
         limits = any(node.target is limit_experts for node in program.graph.nodes)
         self._overflow = overflow if limits else None
         self.function = functools.partial(fx.GraphModule({}, self._runs).forward, *weights)

@@ -26,6 +26,7 @@ from runtime.generation.conversation import Piece
 from runtime.generation.decode_graphs import Decoder
 from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.cache import Cache
+from runtime.ops.kernels.decode.few_rows import MOST_ROWS
 from runtime.pipeline.head import HeadOfAll
 from runtime.program.rank_program import RankProgram
 
@@ -69,14 +70,16 @@ class Steps:
         self._device = device
         self._compile, self._cuda_graph = compile, cuda_graph
 
-        def bound(loaded: Loaded) -> Executable:
-            return Executable(loaded.program, loaded.weights, communicator, device, cache, profiler)
+        def bound(loaded: Loaded, *, captured: bool = False) -> Executable:
+            return Executable(loaded.program, loaded.weights, communicator, device, cache, profiler, captured=captured)
 
         def head(loaded: Loaded) -> HeadOfAll | None:
             return HeadOfAll.of(loaded.program, loaded.weights, communicator, device, profiler)
 
         self._prefill = bound(prefill)
-        self._decode = self._prefill if decode is prefill else bound(decode)
+        self._decode = bound(decode, captured=True) if cuda_graph else self._prefill
+        if not cuda_graph and decode is not prefill:
+            self._decode = bound(decode)
         self._head = head(prefill)
         self._decode_head = self._head if decode is prefill else head(decode)
         self._decoders: dict[tuple[int, int | None], Decoder] = {}
@@ -129,12 +132,16 @@ class Steps:
                 batch=batch,
                 rows=rows,
                 device=self._device,
-                compiled=self._compiled_step(batch, first) if self._compile else None,
+                compiled=self._compiled_step(batch, first) if self._compile and not self._has_kernels(batch) else None,
                 cuda_graph=self._cuda_graph,
                 pool=self._pool,
                 head=self._decode_head,
             )
         return self._decoders[batch, first]
+
+    def _has_kernels(self, batch: int) -> bool:
+        """Whether kernels of ours do what a compiler would do, and better: in captured steps of few rows."""
+        return self._cuda_graph and batch <= MOST_ROWS and self._decode.is_by_own_kernels
 
     def _compiled_step(self, batch: int, first: int | None) -> Callable[..., Any]:
         key = batch, None if self.cache.any_rows else first

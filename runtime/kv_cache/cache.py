@@ -30,7 +30,14 @@ from runtime.kv_cache.slots import Slots, hidden_slots, minus_infinity, slots_of
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.kernels.decode.latent_decode import can_decode_latent
-from runtime.ops.kernels.decode_attention import Attending, can_decode, one_token, one_token_of_latents, registered
+from runtime.ops.kernels.decode_attention import (
+    Attending,
+    can_decode,
+    one_or_several,
+    one_token,
+    one_token_of_latents,
+    registered,
+)
 from runtime.ops.kernels.flash_attention import can_flash, flash_rows
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.ops.state.latent_attention import Seen, latent_attention, over_cache
@@ -208,11 +215,9 @@ class Cache:
         def attend(
             q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None
         ) -> Tensor:
-            if by_kernel is not None and q.shape[2] == 1 and self._all_move:
-                return by_kernel(q, k, v, positions, sinks)
             return self._attend(state, options, q, k, v, mask, sinks)
 
-        return attend
+        return attend if by_kernel is None else one_or_several(by_kernel, attend, lambda: self._all_move)
 
     def _slots_of(self, keys: Tensor) -> int:
         """How many slots a row has in a buffer."""

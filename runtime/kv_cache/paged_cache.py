@@ -152,6 +152,8 @@ class PagedCache(Cache):
             self._look_at(whole)
             return together(made, 2, packed=packed)
 
+        if hasattr(attend, "rotates"):
+            attend_in_parts.rotates = lambda *given: not self._parts and attend.rotates(*given)  # type: ignore[attr-defined]
         return attend_in_parts
 
     def _look_at(self, part: Part) -> None:

@@ -141,6 +141,9 @@ class RowSampler:
         if kind.greedy or not (kind.unfiltered or kind.candidates):
             tokens, best, logprobs = self._search.likeliest(own, scored=kind.scored)
             found = _told(tokens, best, None, logprobs)
+        if not (kind.unfiltered or kind.candidates):
+            assert found is not None
+            return found
         bits = random_bits(*self._numbers)[:, None]
         if kind.unfiltered:
             best = self._search.best(own)

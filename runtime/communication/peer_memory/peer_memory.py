@@ -41,6 +41,7 @@ from runtime.communication.peer_memory.mapped_memory import (
 )
 from runtime.communication.peer_memory.under_way import UnderWay
 from runtime.ops.communicating import Kind
+from runtime.ops.kernels.decode.few_rows import can_launch_early
 
 __all__ = ["Exchange", "PeerMemory", "Unavailable"]
 
@@ -70,6 +71,7 @@ class PeerMemory:
         self._small_counters = torch.zeros(SMALL_BLOCKS, dtype=torch.int32, device=device)
         self._counters = torch.zeros(group.size * BLOCKS, dtype=torch.int32, device=device)
         self._blocks = BLOCKS
+        self._early = can_launch_early(device)
         self._late = torch.zeros(group.size, dtype=torch.int32, pin_memory=True)
         self._abandoned = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._patience_ns = int(timeout_s * 1e9)
@@ -326,8 +328,10 @@ class PeerMemory:
                 SHIFT=shift,
                 UNITS=UNITS,
                 BLOCKS=SMALL_BLOCKS,
+                EARLY=self._early,
                 num_warps=UNITS // 32,
                 num_stages=1,
+                **({"launch_pdl": True} if self._early else {}),
             )
             return
         chunk = geometry.chunk_bytes // x.element_size()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from runtime.communication.peer_memory.signals import await_words, put_words
 
@@ -62,8 +63,15 @@ def small(
     SHIFT: tl.constexpr,
     UNITS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """`total`, `piece`: eights of bytes; KIND: what is summed, "" lays side by side. Each block has UNITS of them."""
+    """`total`, `piece`: eights of bytes; KIND: what is summed, "" lays side by side. Each block has UNITS of them.
+
+    EARLY: whether it was launched before its predecessor's end.
+    """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     block = tl.program_id(0)
     lane = tl.arange(0, UNITS)
     at = block * UNITS + lane

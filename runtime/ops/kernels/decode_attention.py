@@ -23,10 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.ops.kernels.decode.few_rows import can_launch_early
 from runtime.ops.kernels.decode.latent_decode import latent_decode
 from runtime.ops.kernels.triton_needs import can_run
 
-__all__ = ["Attending", "can_decode", "decode_attention", "one_token", "one_token_of_latents", "registered"]
+__all__ = [
+    "Attending",
+    "Rotation",
+    "can_decode",
+    "can_rotate",
+    "decode_attention",
+    "one_or_several",
+    "one_token",
+    "one_token_of_latents",
+    "registered",
+]
 
 _TILE, _LEAST_TILES = 64, 1
 """Keys at a time, and the fewest such times of a part."""
@@ -40,6 +51,17 @@ _MERGED = 8192
 _WIDEST = 256
 _LOG2_E = 1.4426950408889634
 _MOST_COUNTERS = 65536
+
+
+Rotation = tuple[Tensor, Tensor, int]
+"""cos, sin [B or 1, 1, 1, D] and half: q and k are still to become x * cos + roll(x, -half) * sin."""
+
+
+def can_rotate(q: Tensor, cos: Tensor, sin: Tensor, half: int) -> bool:
+    """Whether the kernel rotates one token's queries and keys itself."""
+    of_token = (1, 1, q.shape[-1])
+    fits = cos.shape == sin.shape and cos.shape[1:] == of_token and cos.shape[0] in (1, q.shape[0])
+    return fits and q.shape[2] == 1 and cos.stride(-1) == sin.stride(-1) == 1 and half % q.shape[-1] != 0
 
 
 def can_decode(keys: Tensor, values: Tensor, dtype: torch.dtype) -> bool:
@@ -77,6 +99,7 @@ def decode_attention(
     table: Tensor | None = None,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> Any:
     """See the module's docstring."""
     from runtime.ops.kernels.decode.key_value_kernel import decode  # Triton comes with torch for GPUs only
@@ -99,16 +122,20 @@ def decode_attention(
     capped = softcap is not None
     num_key_scales, key_strides = _scales(key_scales, row_dim, head_dim)
     num_value_scales, value_strides = _scales(value_scales, row_dim, head_dim)
+    cos, sin, half = (q, q, 0) if rotation is None else rotation
+    early = can_launch_early(q.device)
     merged = max(1, _MERGED // (_power_of_2(group) * max(16, _power_of_2(value_width))))
     decode[(batch * kv_heads, splits)](
         q.contiguous(), k.contiguous(), v.contiguous(), positions.contiguous(), keys, values,
         out if key_scales is None else key_scales, out if value_scales is None else value_scales,
-        out if sinks is None else sinks.contiguous(), out, lse, parts, tops, sums, _counters(q.device),
+        out if sinks is None else sinks.contiguous(), cos, sin, out, lse, parts, tops, sums, _counters(q.device),
         positions if table is None else table,
         scale if capped else scale * _LOG2_E, softcap or 1.0, window or 0, chunk or 1, slots, _LEAST_TILES,
         0 if table is None else table.stride(0),
         keys.stride(row_dim), keys.stride(head_dim), values.stride(row_dim), values.stride(head_dim),
         *key_strides, *value_strides,
+        *(0 if x.shape[0] == 1 else x.stride(0) for x in (cos, sin)),
+        HALF=half % width, EARLY=early,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=max(16, _power_of_2(group)),
         D=width, D_PADDED=max(16, _power_of_2(width)), DV=value_width, DV_PADDED=max(16, _power_of_2(value_width)),
         TILE=_TILE, SPLITS=splits, GROUP_MERGED=_power_of_2(group), MERGED=min(splits, merged),
@@ -117,6 +144,7 @@ def decode_attention(
         KEY_SCALES=num_key_scales, VALUE_SCALES=num_value_scales, FOLDED=q.dtype != torch.float16,
         PTX=q.is_cuda,
         num_warps=_WARPS, num_stages=2 if width > 128 or q.dtype == torch.float32 else _STAGES,
+        **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -139,12 +167,12 @@ _GIVEN = ("scale", "window", "chunk", "softcap")
 
 def one_token(
     held: Held, table: Callable[[], Tensor | None], state: str, options: dict[str, Any], q: Tensor, k: Tensor,
-    v: Tensor, positions: Tensor, sinks: Tensor | None,
+    v: Tensor, positions: Tensor, sinks: Tensor | None, rotation: Rotation | None = None,
 ) -> Tensor:  # fmt: skip
     """`cached_attention` of one token of each row; options: its keywords. table: of the run, if rows lie in blocks."""
     (keys, of_keys), (values, of_values) = held(f"{state}.key"), held(f"{state}.value")
     given: dict[str, Any] = {name: options[name] for name in _GIVEN}
-    given |= {"key_scales": of_keys, "value_scales": of_values, "table": table()}
+    given |= {"key_scales": of_keys, "value_scales": of_values, "table": table(), "rotation": rotation}
     found: Tensor = decode_attention(q, k, v, positions, keys, values, sinks, **given)
     return found
 
@@ -159,6 +187,27 @@ def one_token_of_latents(
     given |= {"latent": latent.shape[-1], "scales": scales, "table": table()}
     found: Tensor = latent_decode(q, row, positions, rows, sinks, **given)
     return found
+
+
+def one_or_several(
+    one: Callable[..., Tensor], several: Callable[..., Tensor], can_add: Callable[[], bool]
+) -> Callable[..., Tensor]:
+    """An attention over a cache: `one` of a token for each row where it can add them, `several` otherwise.
+
+    Its `rotates(q, *rotation)` says whether it takes a `rotation` that is still to be done.
+    """
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None,
+        rotation: Rotation | None = None,
+    ) -> Tensor:  # fmt: skip
+        if q.shape[2] == 1 and can_add():
+            return one(q, k, v, positions, sinks, rotation)
+        assert rotation is None
+        return several(q, k, v, positions, mask, sinks)
+
+    attend.rotates = lambda q, *by: can_add() and can_rotate(q, *by)  # type: ignore[attr-defined]
+    return attend
 
 
 # -- one operator for torch.compile ------------------------------------------------------------------------------------
@@ -191,8 +240,13 @@ def _decode_attention(
     number: int,
     value_width: int,
     dtype: torch.dtype | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    half: int,
 ) -> Tensor:
-    return _attending[number].run(q, k, v, positions, sinks)
+    if cos is None or sin is None:
+        return _attending[number].run(q, k, v, positions, sinks)
+    return _attending[number].run(q, k, v, positions, sinks, (cos, sin, half))
 
 
 @_decode_attention.register_fake
@@ -205,6 +259,9 @@ def _(
     number: int,
     value_width: int,
     dtype: torch.dtype | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    half: int,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], 1, value_width, dtype=dtype)
 
@@ -212,11 +269,14 @@ def _(
 def registered(attending: Attending) -> Callable[..., Tensor]:
     """A function that torch.compile takes for one operator."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None) -> Tensor:
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None, rotation: Rotation | None = None
+    ) -> Tensor:
         # by `attending`, which is kept alive as long as what calls it
         number, dtype = attending.number, attending.dtype
         width = v.shape[-1] if attending.value_width is None else attending.value_width
-        found: Tensor = _decode_attention(q, k, v, positions, sinks, number, width, dtype)
+        cos, sin, half = (None, None, 0) if rotation is None else rotation
+        found: Tensor = _decode_attention(q, k, v, positions, sinks, number, width, dtype, cos, sin, half)
         return found
 
     return run

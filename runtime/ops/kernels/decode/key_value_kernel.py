@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from runtime.ops.kernels.decode.float8_kernel import largest_of, numbers_of, scale_of, to_codes
 
@@ -29,6 +30,8 @@ def decode(
     key_scales,
     value_scales,
     sinks,
+    cos,
+    sin,
     out,
     lse,
     parts,
@@ -51,6 +54,10 @@ def decode(
     key_scale_head,
     value_scale_row,
     value_scale_head,
+    cos_row,
+    sin_row,
+    HALF: tl.constexpr,
+    EARLY: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
@@ -78,9 +85,14 @@ def decode(
 
     BLOCK: how many slots lie together, where `table` says of each BLOCK of a row which block of the cache it is, and
     `key_row` is from block to block; 0: a row's slots are its own. MERGED: parts that are read at a time at the end.
-    KEY_SCALES: how many of a key, which is codes of float8 then; 0: keys are numbers. VALUE_SCALES alike. FOLDED:
-    whether a value's one scale goes into the weights, whose dtype has room for that. PTX: not interpreted.
+    HALF: query and key become x * cos + roll(x, -HALF) * sin; 0: they have. EARLY: whether it was launched before its
+    predecessor's end. KEY_SCALES: how many of a key, which is codes of float8 then; 0: keys are numbers. VALUE_SCALES
+    alike. FOLDED: whether a value's one scale goes into the weights, whose dtype has room for that. PTX: not
+    interpreted.
     """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     pair = tl.program_id(0)
     split = tl.program_id(1)
     row = pair // KV_HEADS
@@ -96,6 +108,16 @@ def decode(
     )
     key = tl.load(new_key + pair * D + dims, mask=dims < D, other=0.0)
     value = tl.load(new_value + pair * DV + value_dims, mask=value_dims < DV, other=0.0)
+    if HALF != 0:
+        turned = (dims + HALF) % D
+        straight = tl.load(cos + row * cos_row + dims, mask=dims < D, other=0.0).to(tl.float32)
+        across = tl.load(sin + row * sin_row + dims, mask=dims < D, other=0.0).to(tl.float32)
+        other_half = tl.load(
+            q + query_at[:, None] * D + turned[None, :], mask=(heads[:, None] < GROUP) & (dims[None, :] < D), other=0.0
+        )
+        query = (query.to(tl.float32) * straight[None, :] + other_half.to(tl.float32) * across[None, :]).to(query.dtype)
+        other_key = tl.load(new_key + pair * D + turned, mask=dims < D, other=0.0)
+        key = (key.to(tl.float32) * straight + other_key.to(tl.float32) * across).to(key.dtype)
     if KEY_SCALES:
         key_block, key_sizes = dims // 128, dims * 0.0 + 1.0
         for number in tl.static_range(KEY_SCALES):

@@ -1,0 +1,163 @@
+"""Linears of a captured decode step with the norm before them and the gate behind them, as one op: `products.py`.
+
+    linear(x, w)                                                          ->  product(x, w)
+    gated(linear(x, g), linear(x, u), act), or of one linear's halves     ->  product(x, u, gate=g, act=act)
+    total, n = added_norm(a, b, ..); linear(n, w)                         ->  total, y = product(a, w, added=b, norm=..)
+    attend(rotated(q, c, s, h), rotated(k, c, s, h), v, ..)               ->  attend(q, k, v, .., rotation=(c, s, h))
+
+A kernel of `product` reads weights before the kernel before it has ended: so they must be weights of the program, which
+nothing writes while it runs, and not what the graph makes of them. Chains that do not fit stay as they are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from runtime.execution.elementwise.operations import added_norm, gated, rotated
+from runtime.execution.elementwise.products import product
+from runtime.ops.kernels.decode.few_rows import KERNEL_DTYPES
+
+__all__ = ["is_mostly_products", "with_products"]
+
+_VIEWS = frozenset({
+    operator.getitem, torch.transpose, torch.unsqueeze, torch.narrow, torch.permute, torch.squeeze,
+    torch.Tensor.view, "view", "reshape", "split", "size", "expand", "chunk",
+})  # fmt: skip
+_FEW = 3
+"""Other ops for each product, up to which a compiler has little to gain."""
+
+
+def with_products(graph: fx.Graph, num_weights: int) -> fx.Graph:
+    """A copy of a bound graph, of which the first `num_weights` placeholders are weights; nodes keep their order."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    weights = set(itertools.islice((node for node in copy.nodes if node.op == "placeholder"), num_weights))
+    for node in list(copy.nodes):
+        if _calls(node, gated):
+            _gate(node, weights)
+        elif node.op == "call_function":
+            _rotation(node)
+    for node in list(copy.nodes):
+        if _calls(node, functional.linear) and _of_weights(node, weights):
+            node.target = product
+    place = {node: index for index, node in enumerate(copy.nodes)}
+    for node in list(copy.nodes):
+        if _calls(node, product):
+            _norm(node, place)
+    copy.eliminate_dead_code(is_impure_node=lambda node: node.op != "call_function" or node.target not in _MADE_ONE)
+    copy.lint()
+    return copy
+
+
+_MADE_ONE: frozenset[Any] = frozenset({operator.getitem, added_norm, torch.rms_norm, rotated})
+"""What may go once nobody reads it."""
+
+
+def is_mostly_products(graph: fx.Graph, weights: Sequence[Tensor]) -> bool:
+    """Whether a graph of `with_products` has few ops besides that a kernel each would be launched for."""
+    if any(weight.is_floating_point() and weight.dtype not in KERNEL_DTYPES for weight in weights):
+        return False
+    calls = [node.target for node in graph.nodes if node.op in ("call_function", "call_method")]
+    products = sum(target is product for target in calls)
+    return sum(target is not product and target not in _VIEWS for target in calls) <= _FEW * products
+
+
+def _gate(node: Any, weights: set[Any]) -> None:
+    activated, other, act = node.args
+    if _calls(activated, operator.getitem) and _calls(other, operator.getitem):
+        split, first, second = activated.args[0], activated.args[1], other.args[1]
+        if split is not other.args[0] or {first, second} != {0, 1} or not _in_halves(split):
+            return
+        linear = split.args[0]
+        if all(len(each.users) == 1 for each in (activated, other, linear)) and _is_plain(linear, weights):
+            node.target, node.args = product, (linear.args[0], linear.args[1])
+            node.kwargs = {"act": act, "gate_first": first == 0}
+            for each in (activated, other, split, linear):
+                node.graph.erase_node(each)
+        return
+    both = activated is not other and all(_is_plain(each, weights) for each in (activated, other))
+    if both and activated.args[0] is other.args[0] and len(activated.users) == len(other.users) == 1:
+        node.target, node.args = product, (other.args[0], other.args[1])
+        node.kwargs = {"gate": activated.args[1], "act": act}
+        for each in (activated, other):
+            node.graph.erase_node(each)
+
+
+def _rotation(node: Any) -> None:
+    rotates = getattr(node.target, "rotates", None)
+    if rotates is None or not all(_calls(each, rotated) and len(each.users) == 1 for each in node.args[:2]):
+        return
+    (q, *by), (k, *also_by) = (each.args for each in node.args[:2])
+    if by != also_by or node.args[0] is node.args[1]:
+        return
+    node.target = _attending(node.target, rotates)
+    node.args, node.kwargs = (q, k, *node.args[2:]), {**node.kwargs, "rotation": tuple(by)}
+
+
+def _attending(attend: Callable[..., Tensor], rotates: Callable[..., bool]) -> Callable[..., Tensor]:
+    """`attend` of what is still to be rotated: by itself, where it does that."""
+
+    def attend_rotated(q: Tensor, k: Tensor, *given: Any, rotation: tuple[Tensor, Tensor, int], **named: Any) -> Tensor:
+        if rotates(q, *rotation):
+            return attend(q, k, *given, **named, rotation=rotation)
+        return attend(rotated(q, *rotation), rotated(k, *rotation), *given, **named)
+
+    return attend_rotated
+
+
+def _in_halves(split: Any) -> bool:
+    if not (isinstance(split, fx.Node) and split.op == "call_method" and split.target == "split"):
+        return False
+    sizes = split.args[1] if len(split.args) == 3 and split.args[2] == -1 else ()
+    return isinstance(sizes, (list, tuple)) and len(sizes) == 2 and sizes[0] == sizes[1] and len(split.users) == 2
+
+
+def _norm(node: Any, place: dict[fx.Node, int]) -> None:
+    x = node.args[0]
+    if _calls(x, torch.rms_norm) and len(x.args) == 4 and not x.kwargs and len(x.users) == 1 and x.args[3] is not None:
+        node.args = (x.args[0], *node.args[1:])
+        node.kwargs = {**node.kwargs, "norm": (x.args[1], x.args[2], x.args[3])}
+        return
+    if not (_calls(x, operator.getitem) and x.args[1] == 1 and len(x.users) == 1):
+        return
+    both = x.args[0]
+    if not _calls(both, added_norm) or both.args[4] is None:
+        return
+    totals = [user for user in both.users if user is not x]
+    users = [user for total in totals for user in total.users]
+    if not all(_calls(total, operator.getitem) and total.args[1] == 0 for total in totals):
+        return
+    if any(place[user] < place[node] for user in users):
+        return
+    a, b, size, weight, eps = both.args
+    with node.graph.inserting_before(node):
+        fused = node.graph.call_function(product, (a, *node.args[1:]))
+        fused.kwargs = {**node.kwargs, "added": b, "norm": (size, weight, eps), "scales": both.kwargs["scales"]}
+        total = node.graph.call_function(operator.getitem, (fused, 0))
+    place[fused] = place[total] = place[node]
+    for old in totals:
+        total.meta = dict(old.meta)
+        old.replace_all_uses_with(total)
+    node.target, node.args, node.kwargs = operator.getitem, (fused, 1), {}
+
+
+def _calls(node: Any, target: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
+
+
+def _of_weights(linear: Any, weights: set[Any]) -> bool:
+    """Whether its matrix is a weight, given by its place, and its bias too if it has any."""
+    if linear.kwargs or not 2 <= len(linear.args) <= 3:
+        return False
+    return linear.args[1] in weights and all(bias is None or bias in weights for bias in linear.args[2:])
+
+
+def _is_plain(linear: Any, weights: set[Any]) -> bool:
+    return _calls(linear, functional.linear) and _of_weights(linear, weights) and not any(linear.args[2:])

@@ -1,0 +1,125 @@
+"""The product of a few rows with a matrix, and what stands around it, in one kernel of Triton: as fast as memory is.
+
+Each program takes `TILE_N` rows of the matrix and all of their columns. Its first weights are under way before it waits
+for the kernel before it (programmatic dependent launch: CUDA C++ programming guide, section 4.5), so that the memory
+rests as little as can be between kernels. A norm before the product costs nothing: its factor comes out of the same
+loop, and multiplies the sums.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = ["few_rows"]
+
+
+@triton.jit
+def _activated(x, ACT: tl.constexpr):
+    if ACT == "silu":
+        return x * tl.sigmoid(x)
+    elif ACT == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":  # tanh(z) is 2 sigmoid(2 z) - 1
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACT == "relu":
+        return tl.where(x < 0, 0.0, x)  # what is no number stays none
+    else:
+        tl.static_assert(ACT == "sigmoid")
+        return tl.sigmoid(x)
+
+
+@triton.jit
+def _weights_at(at, columns, live, inner, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(at + columns[None, :], mask=live, other=0.0)
+    else:
+        return tl.load(at + columns[None, :], mask=live & (columns < inner)[None, :], other=0.0)
+
+
+@triton.jit
+def _row_at(x, added, total, norm, row, columns, inner, writes, ADDS: tl.constexpr, WEIGHTED: tl.constexpr):
+    """What the norm is of, and that times its weight."""
+    inside = columns < inner
+    own = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        own += tl.load(added + columns, mask=inside, other=0.0).to(tl.float32)
+        rounded = own.to(total.dtype.element_ty)
+        if writes:
+            tl.store(total + row * inner + columns, rounded, mask=inside)
+        own = rounded.to(tl.float32)
+    scaled = own
+    if WEIGHTED:
+        scaled = own * tl.load(norm + columns, mask=inside, other=0.0).to(tl.float32)
+    return own, scaled
+
+
+@triton.jit
+def few_rows(
+    x, added, norm, weight, gate, bias, out, total, eps, num_out, inner, x_row, added_row, weight_row, gate_row,
+    ROWS: tl.constexpr, ADDS: tl.constexpr, NORMS: tl.constexpr, WEIGHTED: tl.constexpr, ACT: tl.constexpr,
+    BIAS: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """x, added: [ROWS, inner]; weight, gate: [num_out, inner]; out: [ROWS, num_out]; total: [ROWS, inner].
+
+    With ACT, the result is ACT(x gate^T) * (x weight^T). EARLY: whether it was launched before its predecessor's end.
+    """
+    program = tl.program_id(0)
+    n = program * TILE_N + tl.arange(0, TILE_N)
+    k = tl.arange(0, TILE_K)
+    live = (n < num_out)[:, None]
+    at = weight + n.to(tl.int64)[:, None] * weight_row
+    first = _weights_at(at, k, live, inner, EVEN)
+    if ACT != "":
+        gate_at = gate + n.to(tl.int64)[:, None] * gate_row
+        first_gate = _weights_at(gate_at, k, live, inner, EVEN)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    sums = ()
+    gates = ()
+    squares = ()
+    for row in tl.static_range(ROWS):
+        own, scaled = _row_at(
+            x + row * x_row, added + row * added_row, total, norm, row, k, inner, program == 0, ADDS, WEIGHTED
+        )
+        sums = sums + (first.to(tl.float32) * scaled[None, :],)
+        if ACT != "":
+            gates = gates + (first_gate.to(tl.float32) * scaled[None, :],)
+        squares = squares + (own * own,)
+    for start in tl.range(TILE_K, inner, TILE_K, num_stages=1):
+        columns = start + k
+        weights = _weights_at(at, columns, live, inner, EVEN)
+        if ACT != "":
+            gate_weights = _weights_at(gate_at, columns, live, inner, EVEN)
+        new_sums = ()
+        new_gates = ()
+        new_squares = ()
+        for row in tl.static_range(ROWS):
+            own, scaled = _row_at(
+                x + row * x_row, added + row * added_row, total, norm, row, columns, inner, program == 0, ADDS, WEIGHTED
+            )
+            new_sums = new_sums + (sums[row] + weights.to(tl.float32) * scaled[None, :],)
+            if ACT != "":
+                new_gates = new_gates + (gates[row] + gate_weights.to(tl.float32) * scaled[None, :],)
+            if NORMS:
+                new_squares = new_squares + (squares[row] + own * own,)
+            else:
+                new_squares = new_squares + (squares[row],)
+        sums = new_sums
+        gates = new_gates
+        squares = new_squares
+    for row in tl.static_range(ROWS):
+        y = tl.sum(sums[row], 1)
+        if NORMS:
+            factor = tl.rsqrt(tl.sum(squares[row], 0) / inner + eps)
+            y *= factor
+        if ACT != "":
+            gated = tl.sum(gates[row], 1)
+            if NORMS:
+                gated *= factor
+            y *= _activated(gated, ACT)
+        if BIAS:
+            y += tl.load(bias + n, mask=n < num_out, other=0.0).to(tl.float32)
+        tl.store(out + row * num_out + n, y.to(out.dtype.element_ty), mask=n < num_out)

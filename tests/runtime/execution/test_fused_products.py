@@ -1,0 +1,187 @@
+"""Linears with the norm before them and the gate behind them become one op, and the graph says what it said."""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.nn.functional import linear, silu
+
+from partitioner import Plan, partition
+from partitioner.sharding.mesh import Mesh
+from runtime.communication.thread_communicator import ThreadGroup
+from runtime.execution.elementwise.fuse import fused
+from runtime.execution.elementwise.fuse_products import is_mostly_products, with_products
+from runtime.execution.elementwise.operations import added_norm, gated, rotated
+from runtime.execution.elementwise.products import product
+from runtime.execution.executable import Executable, bound_graph
+from runtime.generation import steps
+from tests.support import zoo
+
+
+def targets(graph: fx.Graph) -> list[Any]:
+    return [node.target for node in graph.nodes if node.op in ("call_function", "call_method")]
+
+
+def traced(function: Callable[..., Any], num_weights: int) -> fx.Graph:
+    return with_products(fused(fx.symbolic_trace(function).graph), num_weights)
+
+
+def agrees(function: Callable[..., Any], num_weights: int, *given: Tensor) -> list[Any]:
+    """The ops of the fused graph, which says the same."""
+    graph = traced(function, num_weights)
+    found, wanted = fx.GraphModule({}, graph)(*given), function(*given)
+    for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, wanted)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+    return targets(graph)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "qwen2", "gpt2"])
+def test_a_model_says_the_same_with_products(name: str) -> None:
+    model = zoo.tiny(name)[0].double()
+    parts = partition(model, Plan())
+    program = parts.rank(0)
+    graph = bound_graph(program, ThreadGroup(Mesh.of()).communicator(0), torch.device("cpu"), None)
+    after = with_products(fused(graph), len(program.weights))
+    assert product in targets(after)
+    assert linear not in targets(after)
+    engine = parts.engine(0, ThreadGroup(Mesh.of()).communicator(0))
+    ids = torch.arange(2, 16).reshape(2, 7)
+    values = [ids if each.name == "input_ids" else torch.arange(7).expand(2, 7) for each in program.inputs]
+    with torch.no_grad():
+        said, again = (fx.GraphModule({}, each).forward(*engine.weights, *values) for each in (graph, after))
+    for one, other in zip(*(x if isinstance(x, (tuple, list)) else [x] for x in (said, again)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_steps_made_of_products_write_the_same(tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As captured steps run, though nothing is captured on a CPU."""
+    model = zoo.tiny("llama")[0].float()
+    parts = partition(model, Plan(tp=tp))
+    ids = torch.tensor([[3, 5, 7, 2], [9, 1, 4, 4]])
+    wanted = parts.generate(ids, max_new_tokens=12)
+    seen: list[Any] = []
+
+    class Captured(Executable):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **{**named, "captured": True})
+            seen.extend(targets(self._runs))
+
+    monkeypatch.setattr(steps, "Executable", Captured)
+    assert torch.equal(partition(model, Plan(tp=tp)).generate(ids, max_new_tokens=12), wanted)
+    assert product in seen
+
+
+def test_a_gate_of_two_linears_and_of_one_with_both() -> None:
+    x, g, u = drawn(2, 3, 8), drawn(6, 8), drawn(6, 8)
+
+    def of_two(g: Tensor, u: Tensor, x: Tensor) -> Tensor:
+        return torch.mul(silu(linear(x, g)), linear(x, u))
+
+    def of_one(w: Tensor, x: Tensor) -> Tensor:
+        first, second = linear(x, w).split([6, 6], -1)[0], linear(x, w).split([6, 6], -1)[1]
+        return torch.mul(silu(first), second)
+
+    assert agrees(of_two, 2, g, u, x) == [product]
+    w = torch.cat([g, u])
+    for act_first in (True, False):
+        graph = fx.Graph()
+        weight, given = graph.placeholder("w"), graph.placeholder("x")
+        split = graph.call_method("split", (graph.call_function(linear, (given, weight)), [6, 6], -1))
+        first, second = (graph.call_function(operator.getitem, (split, at)) for at in (0, 1))
+        order = (first, second) if act_first else (second, first)
+        graph.output(graph.call_function(gated, (*order, "silu")))
+        after = with_products(graph, 1)
+        assert targets(after) == [product]
+        wanted = silu(linear(x, g)) * linear(x, u) if act_first else linear(x, g) * silu(linear(x, u))
+        torch.testing.assert_close(fx.GraphModule({}, after)(w, x), wanted)
+    assert agrees(of_one, 1, w, x)[-1] is gated  # two products: their halves are not of one
+
+
+def norm_of_sum(n: Tensor, w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    total = torch.add(a, b)
+    return linear(torch.rms_norm(total, [8], n, 1e-5), w), total
+
+
+def norm_for_two(n: Tensor, w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    normed = torch.rms_norm(torch.add(a, b), [8], n, 1e-5)
+    return linear(normed, w), normed
+
+
+def norm_alone(n: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return linear(torch.rms_norm(a, [8], n, 1e-5), w) + b[..., :5]
+
+
+def test_norms_go_into_the_product_that_alone_reads_them() -> None:
+    n, w, a, b = drawn(8), drawn(5, 8), drawn(2, 1, 8), drawn(2, 1, 8)
+    assert added_norm not in agrees(norm_of_sum, 2, n, w, a, b)
+    assert torch.rms_norm not in agrees(norm_alone, 2, n, w, a, b)
+    assert added_norm in agrees(norm_for_two, 2, n, w, a, b)
+
+
+def test_what_the_graph_makes_of_a_weight_is_no_weight() -> None:
+    """A kernel of a product reads weights early: before what computes them would have ended."""
+
+    def made(w: Tensor, x: Tensor) -> Tensor:
+        return linear(x, torch.mul(w, 2.0))
+
+    w, x = drawn(5, 8), drawn(2, 8)
+    assert product not in agrees(made, 1, w, x)
+    assert product not in agrees(lambda w, x: linear(x, w), 0, w, x)
+    assert product in agrees(lambda w, x: linear(x, w), 1, w, x)
+
+
+@pytest.mark.parametrize("does", [True, False])
+def test_a_rotation_goes_into_an_attention_that_does_it(does: bool) -> None:
+    asked: list[Any] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, rotation: Any = None) -> Tensor:
+        asked.append(rotation)
+        if rotation is not None:
+            q, k = rotated(q, *rotation), rotated(k, *rotation)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    attend.rotates = lambda q, cos, sin, half: does  # type: ignore[attr-defined]
+    graph = fx.Graph()
+    q, k, v, cos, sin = (graph.placeholder(name) for name in ("q", "k", "v", "cos", "sin"))
+    turned = [graph.call_function(rotated, (x, cos, sin, 4)) for x in (q, k)]
+    graph.output(graph.call_function(attend, (*turned, v)))
+    after = with_products(graph, 0)
+    assert rotated not in targets(after)
+    given = [drawn(2, 3, 1, 8) for _ in range(3)] + [drawn(2, 1, 1, 8) for _ in range(2)]
+    found, wanted = (fx.GraphModule({}, each)(*given) for each in (after, graph))
+    torch.testing.assert_close(found, wanted)
+    assert (asked[0] is not None) == does
+    # of two different rotations there is not one
+    other = fx.Graph()
+    q, k, v, cos, sin = (other.placeholder(name) for name in ("q", "k", "v", "cos", "sin"))
+    turned = [other.call_function(rotated, (x, *by, 4)) for x, by in ((q, (cos, sin)), (k, (sin, cos)))]
+    other.output(other.call_function(attend, (*turned, v)))
+    assert targets(with_products(other, 0)).count(rotated) == 2
+
+
+def test_what_is_left_for_a_compiler() -> None:
+    def long(w: Tensor, x: Tensor) -> Tensor:
+        for _ in range(4):
+            x = torch.sin(x)
+        return linear(x, w)
+
+    weights = [torch.zeros(5, 8)]
+    short = traced(lambda w, x: linear(torch.sin(x), w), 1)
+    assert is_mostly_products(short, weights)
+    assert not is_mostly_products(traced(long, 1), weights)
+    assert not is_mostly_products(short, [weights[0].double()])  # no kernel takes it
+
+
+def test_the_kernel_is_not_for_this_device() -> None:
+    from runtime.ops.kernels.decode.few_rows import can_launch_early, takes
+
+    assert not takes(torch.zeros(1, 8), torch.zeros(5, 8))
+    assert not can_launch_early(torch.device("cpu"))
