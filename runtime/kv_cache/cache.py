@@ -211,13 +211,8 @@ class Cache:
             by_kernel = registered(attending)
         else:
             self._kinds.add((self._slots_of(keys), options["window"], options["chunk"]))
-
-        def attend(
-            q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None
-        ) -> Tensor:
-            return self._attend(state, options, q, k, v, mask, sinks)
-
-        return attend if by_kernel is None else one_or_several(by_kernel, attend, lambda: self._all_move)
+        several = functools.partial(self._attend, state, options)
+        return one_or_several(by_kernel, several, lambda: self._all_move)
 
     def _slots_of(self, keys: Tensor) -> int:
         """How many slots a row has in a buffer."""

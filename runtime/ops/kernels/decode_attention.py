@@ -190,9 +190,9 @@ def one_token_of_latents(
 
 
 def one_or_several(
-    one: Callable[..., Tensor], several: Callable[..., Tensor], can_add: Callable[[], bool]
+    one: Callable[..., Tensor] | None, several: Callable[..., Tensor], can_add: Callable[[], bool]
 ) -> Callable[..., Tensor]:
-    """An attention over a cache: `one` of a token for each row where it can add them, `several` otherwise.
+    """An attention over a cache: `one` of a token for each row where there is one that can add them, or `several`.
 
     Its `rotates(q, *rotation)` says whether it takes a `rotation` that is still to be done.
     """
@@ -201,12 +201,13 @@ def one_or_several(
         q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None,
         rotation: Rotation | None = None,
     ) -> Tensor:  # fmt: skip
-        if q.shape[2] == 1 and can_add():
+        if one is not None and q.shape[2] == 1 and can_add():
             return one(q, k, v, positions, sinks, rotation)
         assert rotation is None
-        return several(q, k, v, positions, mask, sinks)
+        return several(q, k, v, mask, sinks)
 
-    attend.rotates = lambda q, *by: can_add() and can_rotate(q, *by)  # type: ignore[attr-defined]
+    if one is not None:
+        attend.rotates = lambda q, *by: can_add() and can_rotate(q, *by)  # type: ignore[attr-defined]
     return attend
 
 
