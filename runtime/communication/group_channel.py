@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from runtime.communication.channels import Channel, Handle, piece_sizes, require_counts, require_piece
+from runtime.communication.channels import Channel, Handle, OwnRows, piece_sizes, require_counts, require_piece
 from runtime.communication.failure_verdict import FailureVerdict, is_broken
 from runtime.communication.group_collectives import PRIMITIVES, Group, begin_all_reduce, begin_all_to_all
 from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement, check_counts
@@ -131,6 +131,18 @@ class GroupChannel(Channel):
         call = Call(self.rank, self.node, "all_reduce", axes_text(self.axes)).on(x)
         handle = self._guarded(call, self.ranks, lambda call: self._compare(call, gather), lambda: begin(x))
         return self._finishing(handle, call, self.ranks)
+
+    def sum_norm_begin(
+        self, x: Tensor, residual: Tensor | OwnRows | None, weight: Tensor | None, eps: float
+    ) -> Callable[[], tuple[OwnRows, Tensor]] | None:
+        if self._peers is None or not self._peers.row_sums.takes(x, weight):
+            return None
+        rows, gather = self._peers.row_sums, self._comparison()
+        call = Call(self.rank, self.node, "all_reduce", axes_text(self.axes)).on(x)
+        finish: Callable[[], tuple[OwnRows, Tensor]] = self._guarded(
+            call, self.ranks, lambda call: self._compare(call, gather), lambda: rows.begin(x, residual, weight, eps)
+        )
+        return finish
 
     def all_to_all_begin(
         self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], *, sizes_from: str | None = None

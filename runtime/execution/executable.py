@@ -22,9 +22,9 @@ from torch import Tensor, fx
 
 from runtime.communication.communicator import Binder, Communicator
 from runtime.execution.elementwise.fuse import fused
-from runtime.execution.in_turns import InTurns
 from runtime.execution.overflow import Overflow
 from runtime.execution.profile import Profiled, Profiler, Recording
+from runtime.execution.prompts.in_turns import InTurns
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.sharded_cache import ShardedCache
 from runtime.ops.cached_attention import cached_attention
@@ -79,7 +79,8 @@ class Executable:
 
     @functools.cached_property
     def _in_turns(self) -> InTurns:
-        return InTurns(self.program, self._runs, self.communicator, self.weights, overwrites=_is_last_use)
+        # fused on a CPU too, where its ops do what those before did: norms behind sums are begun with these
+        return InTurns(self.program, fused(self._graph), self.communicator, self.weights, overwrites=_is_last_use)
 
     def __call__(self, values: Sequence[Tensor], *, like: Hashable = None) -> Any:
         """like: runs that are alike have an equal one, on all ranks; None: those with inputs of the same shapes."""

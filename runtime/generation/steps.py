@@ -20,8 +20,8 @@ from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.execution.cuda_graphs import GraphPool, compiled_step
 from runtime.execution.executable import Executable
-from runtime.execution.in_turns import can_take_turns
 from runtime.execution.profile import Profiler
+from runtime.execution.prompts.in_turns import can_take_turns
 from runtime.generation.conversation import Piece
 from runtime.generation.decode_graphs import Decoder
 from runtime.kv_cache.batch import Batch, PagedRows

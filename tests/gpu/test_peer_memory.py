@@ -34,7 +34,11 @@ class Ranks:
             for memory in memories:
                 memory.view(torch.int32).fill_(1)
                 memory[geometry.start_of_flags :].view(torch.int32).fill_(1 << 30)
-        handle: Any = SimpleNamespace(buffer_ptrs=[memory.data_ptr() for memory in memories])
+
+        def part(rank: int, sizes: tuple[int, ...], dtype: torch.dtype, start: int) -> torch.Tensor:
+            return memories[rank][start : start + sizes[0] * dtype.itemsize].view(dtype)
+
+        handle: Any = SimpleNamespace(buffer_ptrs=[memory.data_ptr() for memory in memories], get_buffer=part)
         ranks, nobody = tuple(range(num_ranks)), None
         self.peers = [
             PeerMemory(Group(nobody, ranks, rank, True), memory, handle, timeout_s=20)  # type: ignore[arg-type]
@@ -168,7 +172,10 @@ def test_a_kernel_that_waits_ends_when_it_is_abandoned() -> None:
 @several
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["primitives", "counts_on_the_device", "in_graphs", "many_calls", "beside_others"])
+@pytest.mark.parametrize(
+    "case",
+    ["primitives", "counts_on_the_device", "in_graphs", "many_calls", "beside_others", "rows_beside_others"],
+)
 def test_between_gpus(case: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
     launch(["tests.gpu.peer_rank", case], num_ranks=torch.cuda.device_count(), timeout_s=180)

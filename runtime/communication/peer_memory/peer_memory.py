@@ -39,6 +39,7 @@ from runtime.communication.peer_memory.mapped_memory import (
     obstacle,
     standing,
 )
+from runtime.communication.peer_memory.row_sums import RowSums
 from runtime.communication.peer_memory.under_way import UnderWay
 from runtime.ops.communicating import Kind
 
@@ -74,6 +75,8 @@ class PeerMemory:
         self._abandoned = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._patience_ns = int(timeout_s * 1e9)
         self.under_way = UnderWay(device)
+        waiting = self._late.data_ptr(), self._abandoned.data_ptr(), self._patience_ns
+        self.row_sums = RowSums(group, memory, handle, self._table, waiting, self.under_way)
         self.choice: Choice = Choice.unmeasured()
 
     @classmethod

@@ -13,7 +13,7 @@ from partitioner.errors import CommunicationError
 from runtime.communication import process_groups
 from runtime.communication.peer_memory import mapped_memory
 from runtime.communication.peer_memory.choice import SIZES, Choice
-from runtime.communication.peer_memory.mapped_memory import BLOCKS, SLOTS, Geometry, Unavailable, obstacle
+from runtime.communication.peer_memory.mapped_memory import BLOCKS, ROW_BYTES, SLOTS, Geometry, Unavailable, obstacle
 from runtime.communication.process_groups import ProcessGroups
 
 ROWS = [
@@ -108,7 +108,10 @@ def test_parts_of_the_memory_do_not_overlap(num_ranks: int) -> None:
     small = num_ranks * 2 * (geometry.small_bytes * 2)
     assert geometry.start_of_data == small
     assert geometry.start_of_flags == small + num_ranks * SLOTS * BLOCKS * geometry.chunk_bytes
-    assert geometry.num_bytes == geometry.start_of_flags + 4 * num_ranks * BLOCKS
+    assert geometry.start_of_row_flags == geometry.start_of_flags + 4 * num_ranks * BLOCKS
+    assert geometry.start_of_rows >= geometry.start_of_row_flags + 4 * num_ranks
+    assert geometry.start_of_rows % 256 == 0
+    assert geometry.num_bytes == geometry.start_of_rows + ROW_BYTES
     assert geometry.chunk_bytes & (geometry.chunk_bytes - 1) == 0
     assert geometry.num_bytes <= 200 * 2**20
 
