@@ -91,8 +91,6 @@ class Executable:
 
         `resume(i)` is called whenever the i-th of them goes on.
         """
-        profiler = self.profiler
-        observed = profiler is not None and (profiler.recording is not None or profiler.routing is not None)
 
         def one_by_one() -> list[Any]:
             found = []
@@ -103,8 +101,18 @@ class Executable:
 
         return self._told(  # type: ignore[no-any-return]
             ("in turns", *map(_shapes, several)),
-            one_by_one if observed else lambda: self._in_turns(several, resume),
+            one_by_one if self.is_observed else lambda: self._in_turns(several, resume),
         )
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether runs are recorded, or counted, node by node."""
+        profiler = self.profiler
+        return profiler is not None and (profiler.recording is not None or profiler.routing is not None)
+
+    def bare_in_turns(self, several: Sequence[Sequence[Tensor]], resume: Callable[[int], None]) -> list[Any]:
+        """The same, as `function` is one run."""
+        return self._in_turns(several, resume)
 
     def _once(self, values: Sequence[Tensor]) -> Any:
         profiler = self.profiler
