@@ -1,11 +1,13 @@
 """A prompt of a Llama-3-8B shape in bfloat16, to its first token: on one GPU or several, with the defaults.
 
-    ours                 in as few pieces as the device has room for, and in pieces of 512
+    ours                 in as few pieces as the device has room for, and in pieces of 512; and node by node, where
+                         pieces that come again are captured by default
     transformers         generate of one token: on one GPU, and on several by its tp_plan="auto"
     products             of the prompt, over the time, against a large matrix product of this run
 
-On several GPUs (`--ranks`) tensor parallelism, whole pieces and halves in turn, and on each GPU all of the model
-besides; the slowest rank counts, of the rounds the median.
+On several GPUs (`--ranks`) tensor parallelism, with the defaults, in whole pieces, and in halves in turn; these also
+with an all-reduce and the norm of all rows on each rank in the place of sums by rows; and on each GPU all of the model
+besides. The slowest rank counts, of the rounds the median.
 
     python -m benchmarks.gpu.prefill                  one GPU, a minute
     python -m benchmarks.gpu.prefill --ranks 2
@@ -19,7 +21,8 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +38,14 @@ from benchmarks.support.decoders import SHAPES, DrawnWeights, decoder
 from benchmarks.support.peers import tp_plan_auto
 from benchmarks.support.several import DeviceTurns, device_name, device_of_rank, options, sharing, start, synchronize
 from partitioner import Plan, partition
+from runtime.communication.peer_memory import row_sums
 from runtime.engine import Engine
 from runtime.generation import steps
 
 LENGTHS, SMALL_LENGTHS = (4096, 16384), (64, 129)
-ALONE, TURNS, WHOLE = "ours, 1 GPU", "ours, halves in turn", "ours, whole pieces"
+ALONE, BOTH, TURNS, WHOLE = "ours, 1 GPU", "ours, defaults", "ours, halves in turn", "ours, whole pieces"
+NODES, NORMS = "node by node", "norms everywhere"
+NEVER = 1 << 60
 
 
 def product_rate(device: torch.device) -> float:
@@ -114,6 +120,18 @@ def rank(given: argparse.Namespace) -> None:
         split.close()
 
 
+@contextmanager
+def toggled(turns_from: int | None, *, captured: bool, by_rows: bool) -> Iterator[None]:
+    """Halves of pieces take turns from so many tokens on; captures and sums by rows are on or off."""
+    before = steps.TURNS_FROM, steps.CAPTURED_UP_TO, row_sums.LEAST_BYTES
+    steps.TURNS_FROM = turns_from
+    steps.CAPTURED_UP_TO, row_sums.LEAST_BYTES = before[1] if captured else 0, before[2] if by_rows else NEVER
+    try:
+        yield
+    finally:
+        steps.TURNS_FROM, steps.CAPTURED_UP_TO, row_sums.LEAST_BYTES = before
+
+
 def measured(
     given: argparse.Namespace, length: int, one: Engine, split: Engine | None, held: Any, auto: Any,
     turns: DeviceTurns, model: Any,
@@ -122,33 +140,39 @@ def measured(
     ids = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     ids = ids.to(turns.device)
 
-    def ours(engine: Engine, **made: int) -> Callable[[], object]:
-        return lambda: engine.generate(ids, max_new_tokens=1, eos_token_id=[], **made)
+    def ours(
+        engine: Engine, *, turns_from: int | None = None, captured: bool = True, by_rows: bool = True, **made: int
+    ) -> Callable[[], object]:
+        def generate() -> object:
+            with toggled(turns_from, captured=captured, by_rows=by_rows):
+                return engine.generate(ids, max_new_tokens=1, eos_token_id=[], **made)
+
+        return generate
 
     def theirs(model: LlamaForCausalLM) -> Callable[[], object]:
         return lambda: model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
 
-    def divided(split: Engine, turns_from: int | None) -> Callable[[], object]:
-        run = ours(split)
-
-        def generate() -> object:
-            steps.TURNS_FROM = turns_from
-            return run()
-
-        return generate
-
     piece = 16 if given.small else 512
     contestants: dict[str, tuple[int, Callable[[], object]]] = {
         ALONE: (1, ours(one)),
+        f"{ALONE}, {NODES}": (1, ours(one, captured=False)),
         f"{ALONE}, in pieces of {piece}": (1, ours(one, prefill_step=piece)),
+        f"{ALONE}, in pieces of {piece}, {NODES}": (1, ours(one, captured=False, prefill_step=piece)),
         "transformers, 1 GPU": (1, theirs(held)),
     }
     if split is not None:
-        contestants[TURNS] = (given.ranks, divided(split, steps.TURNS_FROM))
-        contestants[WHOLE] = (given.ranks, divided(split, 1 << 60))
+        ways = {
+            BOTH: ours(split),
+            TURNS: ours(split, turns_from=2),
+            f"{TURNS}, {NODES}": ours(split, turns_from=2, captured=False),
+            f"{TURNS}, {NODES}, {NORMS}": ours(split, turns_from=2, captured=False, by_rows=False),
+            WHOLE: ours(split, turns_from=NEVER),
+            f"{WHOLE}, {NODES}": ours(split, turns_from=NEVER, captured=False),
+        }
+        contestants |= {name: (given.ranks, run) for name, run in ways.items()}
     if auto is not None:
         contestants['transformers, tp_plan="auto"'] = (given.ranks, theirs(auto))
-    times = turns.medians({name: run for name, (_, run) in contestants.items()}, rounds=given.rounds)
+    times = turns.medians({name: run for name, (_, run) in contestants.items()}, rounds=given.rounds, before=3)
     return {name: (gpus, times[name]) for name, (gpus, _) in contestants.items()}
 
 
@@ -161,7 +185,7 @@ def report(
     flops = 2 * inside * length + 2 * layers * length**2 * width
     for name, (gpus, seconds) in took.items() if first else ():
         print(
-            f"{length:6} tokens  {name:32} {seconds * 1e3:8.1f} ms  1 GPU / this {took[ALONE][1] / seconds:5.2f}  "
+            f"{length:6} tokens  {name:56} {seconds * 1e3:8.1f} ms  1 GPU / this {took[ALONE][1] / seconds:5.2f}  "
             f"{flops / seconds / gpus / 1e12:6.2f} TFLOP/s a GPU = {flops / seconds / gpus / rate:4.0%} of a product",
             flush=True,
         )
