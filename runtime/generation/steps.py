@@ -18,7 +18,7 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
-from runtime.execution.cuda_graphs import GraphPool, compiled_step
+from runtime.execution.cuda_graphs import GraphPool, captured, compiled_step
 from runtime.execution.executable import Executable
 from runtime.execution.profile import Profiler
 from runtime.execution.prompts.captured_pieces import CapturedPieces, Runnable, asks_host
@@ -100,7 +100,8 @@ class Steps:
         steady = steady and communicator.can_be_captured
         self._captures = device.type in CAPTURED_ON and steady and not asks_host(program)
         """Whether pieces of prompts may be captured."""
-        self._pieces = CapturedPieces()
+        self._pool_of_pieces = GraphPool()
+        self._pieces = CapturedPieces(lambda run: captured(run, self._pool_of_pieces))
 
     def prefill(self, pieces: Iterable[Piece]) -> Tensor:
         """The logits [B, V/n] of each prompt's last token."""
@@ -348,6 +349,7 @@ class Steps:
             decoder.release()
         self._pool.renew()
         self._pieces.release()
+        self._pool_of_pieces.renew()
         self.cache.drop()
 
 

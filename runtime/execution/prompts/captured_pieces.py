@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.execution.cuda_graphs import GraphPool, captured
 from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.embedding import vocab_parallel_embedding
@@ -76,10 +75,10 @@ class _Captured:
 
 
 class CapturedPieces:
-    """Those of one rank over one cache."""
+    """Those of one rank over one cache. capture: yields a graph of what it is given, and what that yields."""
 
-    def __init__(self) -> None:
-        self._pool = GraphPool()
+    def __init__(self, capture: Callable[[Callable[[], Tensor]], tuple[Any, Tensor]]) -> None:
+        self._captured_as = capture
         self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
         """The one that came last at the end."""
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
@@ -119,11 +118,9 @@ class CapturedPieces:
         while len(self._captured) >= MOST:
             _, oldest = self._captured.popitem(last=False)
             oldest.graph.reset()
-        if not self._captured:
-            self._pool.renew()
         try:
             with torch.no_grad():
-                graph, found = captured(piece.bare, self._pool)
+                graph, found = self._captured_as(piece.bare)
         except RuntimeError as error:  # no memory, say: the piece has run, and others will
             self._gave_up = True
             _log.warning("pieces of prompts run node by node: %s", str(error).partition("\n")[0])
@@ -135,4 +132,3 @@ class CapturedPieces:
         for each in self._captured.values():
             each.graph.reset()
         self._captured.clear()
-        self._pool.renew()

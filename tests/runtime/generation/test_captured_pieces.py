@@ -119,7 +119,7 @@ def test_what_cannot_be_captured_runs_all_the_same(
     def refused(run: Any, pool: Any) -> Any:
         raise RuntimeError("out of memory\nor so")
 
-    monkeypatch.setattr(captured_pieces, "captured", refused)
+    monkeypatch.setattr(steps, "captured", refused)
     parts = compiled("llama", 1)
     for seed in range(4):
         given = texts(9, seed=seed)
@@ -139,7 +139,10 @@ def test_a_profile_sees_every_node(graphs: list[Replayed]) -> None:
     assert any("linear" in str(event) for event in trace.events())
 
 
-@pytest.mark.parametrize(("name", "asks"), [("llama", False), ("gpt2", False), ("mixtral", True)])
+@pytest.mark.parametrize(
+    ("name", "asks"),
+    [("llama", False), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("gpt2", False), ("mixtral", True)))],
+)
 def test_which_programs_ask_the_host(name: str, asks: bool) -> None:
     assert asks_host(compiled(name, 1).entry("prefill", 0)) == asks
 
