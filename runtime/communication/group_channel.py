@@ -128,9 +128,14 @@ class GroupChannel(Channel):
                 begin = begin_beside(self._peers, otherwise=begin, overwrite=overwrite)
             self._reduces[overwrite] = begin
         begin, gather = self._reduces[overwrite], self._comparison()
-        call = Call(self.rank, self.node, "all_reduce", axes_text(self.axes)).on(x)
+        call = self._sum_of(x)
         handle = self._guarded(call, self.ranks, lambda call: self._compare(call, gather), lambda: begin(x))
         return self._finishing(handle, call, self.ranks)
+
+    def _sum_of(self, x: Tensor) -> Callable[[], Call]:
+        """What is told of a sum, which few ask for; without x, which need not be kept for that."""
+        shape, dtype = x.shape, x.dtype
+        return lambda: Call(self.rank, self.node, "all_reduce", axes_text(self.axes)).of(shape, dtype)
 
     def sum_norm_begin(
         self, x: Tensor, residual: Tensor | OwnRows | None, weight: Tensor | None, eps: float
@@ -138,9 +143,11 @@ class GroupChannel(Channel):
         if self._peers is None or not self._peers.row_sums.takes(x, weight):
             return None
         rows, gather = self._peers.row_sums, self._comparison()
-        call = Call(self.rank, self.node, "all_reduce", axes_text(self.axes)).on(x)
         finish: Callable[[], tuple[OwnRows, Tensor]] = self._guarded(
-            call, self.ranks, lambda call: self._compare(call, gather), lambda: rows.begin(x, residual, weight, eps)
+            self._sum_of(x),
+            self.ranks,
+            lambda call: self._compare(call, gather),
+            lambda: rows.begin(x, residual, weight, eps),
         )
         return finish
 
@@ -209,22 +216,26 @@ class GroupChannel(Channel):
     # -- failures ------------------------------------------------------------------------------------------------------
 
     def _guarded(
-        self, call: Call, ranks: tuple[int, ...], compare: Callable[[Call], Any], run: Callable[[], Any]
+        self,
+        call: Call | Callable[[], Call],
+        ranks: tuple[int, ...],
+        compare: Callable[[Call], Any],
+        run: Callable[[], Any],
     ) -> Any:
         """`run`, compared before if this run is checked; a failure that others cause says who they are."""
         state = self._state
         try:
             if state.checking:
-                compare(call)
+                compare(call if isinstance(call, Call) else call())
             if state.watch is not None and (cause := state.watch.cause()) is not None:
                 raise Disconnected(f"connection lost: {cause}")
             return run()
         except RuntimeError as error:
             if not is_broken(error):
                 raise
-            raise state.verdict.conclude(call, ranks, error) from error
+            raise state.verdict.conclude(call if isinstance(call, Call) else call(), ranks, error) from error
 
-    def _finishing(self, handle: Handle, call: Call, ranks: tuple[int, ...]) -> Handle:
+    def _finishing(self, handle: Handle, call: Call | Callable[[], Call], ranks: tuple[int, ...]) -> Handle:
         return Handle(lambda: self._guarded(call, ranks, _nothing_to_compare, handle.finish))
 
     # -- comparing -----------------------------------------------------------------------------------------------------
