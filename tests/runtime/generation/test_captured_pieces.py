@@ -53,7 +53,7 @@ def assert_alike(found: Any, wanted: Any) -> None:
     torch.testing.assert_close(found.logprobs, wanted.logprobs, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("lengths", [(9,), (5, 9, 1)])
+@pytest.mark.parametrize("lengths", [pytest.param((9,), marks=pytest.mark.slow), (5, 9, 1)])
 def test_a_piece_that_comes_again_is_replayed(lengths: tuple[int, ...], graphs: list[Replayed]) -> None:
     parts = compiled("llama", 1)
     for seed in range(4):
@@ -95,6 +95,7 @@ def test_a_replay_reads_the_tokens_of_its_own_piece(graphs: list[Replayed], monk
     assert not torch.allclose(found[2].logprobs, wanted.logprobs)
 
 
+@pytest.mark.slow
 def test_a_longer_text_captures_anew(graphs: list[Replayed]) -> None:
     parts = compiled("llama", 1)
     for seed, new in enumerate([3, 3, 80, 80, 80]):  # another cache
@@ -103,6 +104,7 @@ def test_a_longer_text_captures_anew(graphs: list[Replayed]) -> None:
     assert [graph.count for graph in graphs] == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_pieces_that_came_last_stay_captured(graphs: list[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured_pieces, "MOST", 2)
     parts = compiled("llama", 1)
@@ -128,6 +130,7 @@ def test_what_cannot_be_captured_runs_all_the_same(
     assert told == ["pieces of prompts run node by node: out of memory"]
 
 
+@pytest.mark.slow
 def test_a_profile_sees_every_node(graphs: list[Replayed]) -> None:
     parts = compiled("llama", 1)
     for seed in range(3):
