@@ -1,16 +1,20 @@
 """A prompt of a Llama-3-8B shape in bfloat16, to its first token: on one GPU or several, with the defaults.
 
-    ours                 in as few pieces as the device has room for, and in pieces of 512; and node by node, where
-                         pieces that come again are captured by default
+    ours                 in as few pieces as the device has room for, and in pieces of 512
     transformers         generate of one token: on one GPU, and on several by its tp_plan="auto"
     products             of the prompt, over the time, against a large matrix product of this run
 
-On several GPUs (`--ranks`) tensor parallelism, with the defaults, in whole pieces, and in halves in turn; these also
-with an all-reduce and the norm of all rows on each rank in the place of sums by rows; and on each GPU all of the model
-besides. The slowest rank counts, of the rounds the median.
+On several GPUs (`--ranks`) tensor parallelism, with the defaults, in whole pieces, and in halves in turn, and on each
+GPU all of the model besides; the slowest rank counts, of the rounds the median.
+
+`--with` switches on what is off by default, as it has not been measured yet; each beside what it takes the place of:
+
+    rows        sums by rows in halves in turn                      an all-reduce, and norms of all rows everywhere
+    captured    pieces that come again are replayed                 node by node
+    merged      one product for all linears of one input            a run of the benchmark without
 
     python -m benchmarks.gpu.prefill                  one GPU, a minute
-    python -m benchmarks.gpu.prefill --ranks 2
+    python -m benchmarks.gpu.prefill --ranks 2 --with rows captured merged
     python -m benchmarks.gpu.prefill --ranks 2 --device cpu --small --rounds 1
 """
 
@@ -21,7 +25,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,8 +42,8 @@ from benchmarks.support.decoders import SHAPES, DrawnWeights, decoder
 from benchmarks.support.peers import tp_plan_auto
 from benchmarks.support.several import DeviceTurns, device_name, device_of_rank, options, sharing, start, synchronize
 from partitioner import Plan, partition
-from runtime.communication.peer_memory import row_sums
-from runtime.engine import Engine
+from runtime.communication.peer_memory import mapped_memory, row_sums
+from runtime.engine import Engine, engine
 from runtime.generation import steps
 
 LENGTHS, SMALL_LENGTHS = (4096, 16384), (64, 129)
@@ -91,9 +95,20 @@ def by_tp_plan(held: Any) -> tuple[Any, str]:
             folder.rmdir()
 
 
+def switch_on(wanted: Sequence[str]) -> None:
+    """What is off by default, before anything is made."""
+    if "rows" in wanted:
+        mapped_memory.ROW_SUMS = True
+    if "captured" in wanted:
+        steps.CAPTURED_ON = frozenset({"cuda"})
+    if "merged" in wanted:
+        engine.MERGED_ON = frozenset({"cuda"})
+
+
 @torch.no_grad()
 def rank(given: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
+    switch_on(given.switched_on)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = device_of_rank(given) if "RANK" in os.environ else torch.device(given.device)
@@ -155,21 +170,21 @@ def measured(
     piece = 16 if given.small else 512
     contestants: dict[str, tuple[int, Callable[[], object]]] = {
         ALONE: (1, ours(one)),
-        f"{ALONE}, {NODES}": (1, ours(one, captured=False)),
         f"{ALONE}, in pieces of {piece}": (1, ours(one, prefill_step=piece)),
-        f"{ALONE}, in pieces of {piece}, {NODES}": (1, ours(one, captured=False, prefill_step=piece)),
         "transformers, 1 GPU": (1, theirs(held)),
     }
     if split is not None:
-        ways = {
-            BOTH: ours(split),
-            TURNS: ours(split, turns_from=2),
-            f"{TURNS}, {NODES}": ours(split, turns_from=2, captured=False),
-            f"{TURNS}, {NODES}, {NORMS}": ours(split, turns_from=2, captured=False, by_rows=False),
-            WHOLE: ours(split, turns_from=NEVER),
-            f"{WHOLE}, {NODES}": ours(split, turns_from=NEVER, captured=False),
-        }
+        ways = {BOTH: ours(split), TURNS: ours(split, turns_from=2), WHOLE: ours(split, turns_from=NEVER)}
         contestants |= {name: (given.ranks, run) for name, run in ways.items()}
+    if "captured" in given.switched_on:
+        contestants[f"{ALONE}, in pieces of {piece}, {NODES}"] = (1, ours(one, captured=False, prefill_step=piece))
+        if split is not None:
+            contestants[f"{TURNS}, {NODES}"] = (given.ranks, ours(split, turns_from=2, captured=False))
+            contestants[f"{WHOLE}, {NODES}"] = (given.ranks, ours(split, turns_from=NEVER, captured=False))
+    if "rows" in given.switched_on and split is not None:
+        # node by node, as a captured piece sums by rows for ever
+        without = ours(split, turns_from=2, captured=False, by_rows=False)
+        contestants[f"{TURNS}, {NODES}, {NORMS}"] = (given.ranks, without)
     if auto is not None:
         contestants['transformers, tp_plan="auto"'] = (given.ranks, theirs(auto))
     times = turns.medians({name: run for name, (_, run) in contestants.items()}, rounds=given.rounds, before=3)
@@ -194,6 +209,7 @@ def report(
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--layers", type=int, help="instead of all")
+    parser.add_argument("--with", dest="switched_on", nargs="*", choices=("rows", "captured", "merged"), default=[])
     parser.set_defaults(ranks=1)
     given = parser.parse_args()
     if given.ranks == 1:

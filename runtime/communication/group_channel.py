@@ -140,9 +140,10 @@ class GroupChannel(Channel):
     def sum_norm_begin(
         self, x: Tensor, residual: Tensor | OwnRows | None, weight: Tensor | None, eps: float
     ) -> Callable[[], tuple[OwnRows, Tensor]] | None:
-        if self._peers is None or not self._peers.row_sums.takes(x, weight):
+        rows = None if self._peers is None else self._peers.row_sums
+        if rows is None or not rows.takes(x, weight):
             return None
-        rows, gather = self._peers.row_sums, self._comparison()
+        gather = self._comparison()
         finish: Callable[[], tuple[OwnRows, Tensor]] = self._guarded(
             self._sum_of(x),
             self.ranks,

@@ -49,8 +49,9 @@ from runtime.weights.scale_indices import require_scales
 
 __all__ = ["Engine", "RankPrograms"]
 
-MERGED_ON = frozenset({"cuda"})
-"""Devices on which programs for prompts have one linear in the place of all of one input."""
+MERGED_ON: frozenset[str] = frozenset()
+"""Devices on which programs for prompts have one linear in the place of all of one input. None: whether it pays is not
+measured yet; `benchmarks.gpu.prefill --with merged` does that."""
 
 
 class RankPrograms(Protocol):

@@ -35,10 +35,14 @@ __all__ = ["Loaded", "Steps"]
 TURNS_ON = frozenset({"cuda"})
 TURNS_FROM: int | None = None
 """Tokens of a piece from which on its halves take turns; None: as many as the program says."""
-_PER_LAUNCH = 30e9
-"""Operations that a fast GPU does while its host launches what one node of a graph stands for, in turns: 60 us."""
-CAPTURED_ON, CAPTURED_UP_TO = frozenset({"cuda"}), 8192
-"""Tokens of a piece up to which it is captured when it comes again: a larger one keeps a GPU busy."""
+_PER_LAUNCH = 33e9
+"""Operations that a fast GPU does while its host launches what one node of a graph stands for, in turns: 65 us, measured
+of an 8B decoder on two H200, where halves of 4,096 tokens took twice as long as the whole piece."""
+CAPTURED_ON: frozenset[str] = frozenset()
+"""Devices on which pieces of prompts are captured when they come again. None: replays have been proven on CPUs, which
+play them back op by op, but not run on a GPU; `benchmarks.gpu.prefill --with captured` does."""
+CAPTURED_UP_TO = 8192
+"""Tokens of such a piece: a larger one keeps a GPU busy."""
 CAPTURED_TURNS_FROM = 2048
 """Tokens of a captured piece from which on its halves take turns: those of a smaller one leave a GPU half idle."""
 

@@ -9,6 +9,7 @@ import torch
 
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.channels import Channel, Handle, OwnRows
+from runtime.communication.peer_memory import mapped_memory
 from runtime.communication.peer_memory.choice import Choice, Way
 from runtime.communication.process_groups import ProcessGroups
 from runtime.processes.launch import begin_worker
@@ -185,6 +186,7 @@ if __name__ == "__main__":
         "beside_others": beside_others,
         "rows_beside_others": rows_beside_others,
     }
+    mapped_memory.ROW_SUMS = "rows_beside_others" in sys.argv
     with torch.no_grad():
         process_groups = ProcessGroups.connect(Mesh.of(tp=RANKS), device="cuda", timeout_s=30, shared_memory="on")
         assert process_groups.transports == {"tp": "peer memory"}

@@ -34,11 +34,7 @@ class Ranks:
             for memory in memories:
                 memory.view(torch.int32).fill_(1)
                 memory[geometry.start_of_flags :].view(torch.int32).fill_(1 << 30)
-
-        def part(rank: int, sizes: tuple[int, ...], dtype: torch.dtype, start: int) -> torch.Tensor:
-            return memories[rank][start : start + sizes[0] * dtype.itemsize].view(dtype)
-
-        handle: Any = SimpleNamespace(buffer_ptrs=[memory.data_ptr() for memory in memories], get_buffer=part)
+        handle: Any = SimpleNamespace(buffer_ptrs=[memory.data_ptr() for memory in memories])
         ranks, nobody = tuple(range(num_ranks)), None
         self.peers = [
             PeerMemory(Group(nobody, ranks, rank, True), memory, handle, timeout_s=20)  # type: ignore[arg-type]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from runtime.communication.channels import Handle, OwnRows
 from runtime.communication.group_collectives import Group, to_pieces
+from runtime.communication.peer_memory import mapped_memory
 from runtime.communication.peer_memory.choice import Choice, Way
 from runtime.communication.peer_memory.mapped_memory import (
     BLOCKS,
@@ -76,7 +77,9 @@ class PeerMemory:
         self._patience_ns = int(timeout_s * 1e9)
         self.under_way = UnderWay(device)
         waiting = self._late.data_ptr(), self._abandoned.data_ptr(), self._patience_ns
-        self.row_sums = RowSums(group, memory, handle, self._table, waiting, self.under_way)
+        self.row_sums: RowSums | None = None
+        if mapped_memory.ROW_SUMS:
+            self.row_sums = RowSums(group, memory, handle, self._table, waiting, self.under_way)
         self.choice: Choice = Choice.unmeasured()
 
     @classmethod
@@ -110,11 +113,12 @@ class PeerMemory:
             out = torch.full((size,), torch.nan, device=self.device)
             self.all_reduce((number + self._group.coordinate).float(), out, cast("Way", way))
             found.append((out, (number * len(ranks) + sum(ranks)).float()))
-        rows = (torch.arange(16 * 256, device=self.device) % 97).view(16, 256)
-        summed = (rows * len(ranks) + sum(ranks)).float()
-        own, normed = self.row_sums.begin((rows + self._group.coordinate).float(), None, None, 1e-6)()
-        found.append((own.rows, summed[OwnRows.share(16, len(ranks), self._group.coordinate)]))
-        found.append(((normed * summed.square().mean(-1, keepdim=True).sqrt()).round(), summed))
+        if self.row_sums is not None:
+            rows = (torch.arange(16 * 256, device=self.device) % 97).view(16, 256)
+            total = (rows * len(ranks) + sum(ranks)).float()
+            own, normed = self.row_sums.begin((rows + self._group.coordinate).float(), None, None, 1e-6)()
+            found.append((own.rows, total[OwnRows.share(16, len(ranks), self._group.coordinate)]))
+            found.append(((normed * total.square().mean(-1, keepdim=True).sqrt()).round(), total))
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         deadline = time.monotonic() + timeout_s
