@@ -36,8 +36,8 @@ TURNS_ON = frozenset({"cuda"})
 TURNS_FROM: int | None = None
 """Tokens of a piece from which on its halves take turns; None: as many as the program says."""
 _PER_LAUNCH = 33e9
-"""Operations that a fast GPU does while its host launches what one node of a graph stands for, in turns: 65 us, measured
-of an 8B decoder on two H200, where halves of 4,096 tokens took twice as long as the whole piece."""
+"""Operations that a fast GPU does while its host launches what one node of a graph stands for, in turns: 65 us, as
+measured of an 8B decoder on two H200. There halves of 4,096 tokens took twice as long as the whole piece."""
 CAPTURED_ON: frozenset[str] = frozenset()
 """Devices on which pieces of prompts are captured when they come again. None: replays have been proven on CPUs, which
 play them back op by op, but not run on a GPU; `benchmarks.gpu.prefill --with captured` does."""
