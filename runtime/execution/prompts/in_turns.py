@@ -65,7 +65,8 @@ class InTurns:
                 _divide(reduce, functools.partial(channel.all_reduce_begin, overwrite=overwrites(node)))
         for each in together:
             node = reduces[each.reduce]
-            _divide_norm(each, communicator.channel(read_call(node).axes, node=node.name))
+            channel = communicator.channel(read_call(node).axes, node=node.name)
+            _divide_norm(each, channel, overwrite=overwrites(node))
         copy.on_generate_code(lambda _: _with_yields)
         self._function = functools.partial(fx.GraphModule({}, copy).forward, *weights)
 
@@ -95,12 +96,12 @@ def _divide(node: fx.Node, begin: Callable[[Tensor], Handle]) -> None:
     node.target, node.args, node.kwargs = _finished, (handle,), {}
 
 
-def _divide_norm(each: SumNorm, channel: Channel) -> None:
+def _divide_norm(each: SumNorm, channel: Channel, *, overwrite: bool) -> None:
     norm, (x, *_) = each.norm, each.reduce.args
     *_, size, weight, eps = norm.args
 
     def begun(*operands: Any, scales: bool) -> Any:
-        return begin_sum_norm(channel, *operands, scales=scales)
+        return begin_sum_norm(channel, *operands, scales=scales, overwrite=overwrite)
 
     with norm.graph.inserting_before(norm):
         finish = norm.graph.call_function(begun, (each.residual, x, size, weight, eps), dict(norm.kwargs))

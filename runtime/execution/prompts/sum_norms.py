@@ -60,13 +60,16 @@ def _totals(norm: fx.Node) -> list[fx.Node]:
 
 def begin_sum_norm(
     channel: Channel, residual: Tensor | OwnRows, x: Tensor, size: list[int], weight: Tensor | None, eps: float | None,
-    *, scales: bool,
+    *, scales: bool, overwrite: bool = False,
 ) -> Callable[[], tuple[Tensor | OwnRows, Tensor]]:  # fmt: skip
-    """What it returns yields the total and the normed, as `added_norm` does, or of the total this rank's rows."""
+    """What it returns yields the total and the normed, as `added_norm` does, or of the total this rank's rows.
+
+    overwrite: nobody reads x afterwards.
+    """
     if eps is not None and size == list(x.shape[-1:]) and residual.shape == x.shape:
         finish = channel.sum_norm_begin(x, residual, weight, eps)
         if finish is not None:
             return finish
-    handle = channel.all_reduce_begin(x)
+    handle = channel.all_reduce_begin(x, overwrite=overwrite)
     whole = residual.whole(channel) if isinstance(residual, OwnRows) else residual
     return lambda: added_norm(whole, handle.finish(), size, weight, eps, scales=scales)
