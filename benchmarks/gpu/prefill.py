@@ -9,7 +9,7 @@ GPU all of the model besides; the slowest rank counts, of the rounds the median.
 
 `--with` switches on what is off by default, as it has not been measured yet; each beside what it takes the place of:
 
-    rows        sums by rows in halves in turn                      an all-reduce, and norms of all rows everywhere
+    rows        sums by rows in halves in turn, and in whole ones   an all-reduce, and norms of all rows everywhere
     captured    pieces that come again are replayed                 node by node
     merged      one product for all linears of one input            a run of the benchmark without
 
@@ -136,15 +136,16 @@ def rank(given: argparse.Namespace) -> None:
 
 
 @contextmanager
-def toggled(turns_from: int | None, *, captured: bool, by_rows: bool) -> Iterator[None]:
+def toggled(turns_from: int | None, *, captured: bool, by_rows: bool, whole_by_rows: bool = False) -> Iterator[None]:
     """Halves of pieces take turns from so many tokens on; captures and sums by rows are on or off."""
     before = steps.TURNS_FROM, steps.CAPTURED_UP_TO, row_sums.LEAST_BYTES
-    steps.TURNS_FROM = turns_from
+    steps.TURNS_FROM, steps.WHOLE_BY_ROWS = turns_from, whole_by_rows
     steps.CAPTURED_UP_TO, row_sums.LEAST_BYTES = before[1] if captured else 0, before[2] if by_rows else NEVER
     try:
         yield
     finally:
         steps.TURNS_FROM, steps.CAPTURED_UP_TO, row_sums.LEAST_BYTES = before
+        steps.WHOLE_BY_ROWS = False
 
 
 def measured(
@@ -156,10 +157,11 @@ def measured(
     ids = ids.to(turns.device)
 
     def ours(
-        engine: Engine, *, turns_from: int | None = None, captured: bool = True, by_rows: bool = True, **made: int
-    ) -> Callable[[], object]:
+        engine: Engine, *, turns_from: int | None = None, captured: bool = True, by_rows: bool = True,
+        whole_by_rows: bool = False, **made: int,
+    ) -> Callable[[], object]:  # fmt: skip
         def generate() -> object:
-            with toggled(turns_from, captured=captured, by_rows=by_rows):
+            with toggled(turns_from, captured=captured, by_rows=by_rows, whole_by_rows=whole_by_rows):
                 return engine.generate(ids, max_new_tokens=1, eos_token_id=[], **made)
 
         return generate
@@ -182,6 +184,7 @@ def measured(
             contestants[f"{TURNS}, {NODES}"] = (given.ranks, ours(split, turns_from=2, captured=False))
             contestants[f"{WHOLE}, {NODES}"] = (given.ranks, ours(split, turns_from=NEVER, captured=False))
     if "rows" in given.switched_on and split is not None:
+        contestants[f"{WHOLE}, by rows"] = (given.ranks, ours(split, turns_from=NEVER, whole_by_rows=True))
         # node by node, as a captured piece sums by rows for ever
         without = ours(split, turns_from=2, captured=False, by_rows=False)
         contestants[f"{TURNS}, {NODES}, {NORMS}"] = (given.ranks, without)

@@ -43,6 +43,9 @@ CAPTURED_ON: frozenset[str] = frozenset()
 play them back op by op, but not run on a GPU; `benchmarks.gpu.prefill --with captured` does."""
 CAPTURED_UP_TO = 8192
 """Tokens of such a piece: a larger one keeps a GPU busy."""
+WHOLE_BY_ROWS = False
+"""Whether what takes no turns sums as halves in turn do, with residual and norm: by rows where ranks have these. Off:
+`benchmarks.gpu.prefill --with rows` is to measure it first."""
 CAPTURED_TURNS_FROM = 2048
 """Tokens of a captured piece from which on its halves take turns: those of a smaller one leave a GPU half idle."""
 
@@ -212,14 +215,18 @@ class Steps:
         """The logits of a piece of prompts: whole or in two halves, node by node or captured."""
 
         def ready(*, in_turns: bool) -> Runnable:
-            return self._in_turns(piece, rows) if in_turns else self._whole(piece, rows)
+            if in_turns:
+                return self._in_turns(_halves(piece, rows), joins=len(piece.tokens) > 1)
+            if WHOLE_BY_ROWS and self.takes_turns:
+                return self._in_turns([(piece, rows)])
+            return self._whole(piece, rows)
 
         now = self._pays_in_turns(piece, self._turns_from)
         if isinstance(rows, PagedRows) or not self._may_capture(piece):
             return ready(in_turns=now).run()
         later = self._pays_in_turns(piece, CAPTURED_TURNS_FROM)
         parts = piece.halves() if later else (piece,)
-        sizes = later, tuple(piece.starts), tuple(map(len, piece.tokens))
+        sizes = later, WHOLE_BY_ROWS, tuple(piece.starts), tuple(map(len, piece.tokens))
         held = ((buffer.data_ptr(), buffer.shape) for buffer in self.cache.buffers.values())
         return self._pieces(
             (sizes, None if rows is None else (rows.start, rows.stop), *held),
@@ -253,21 +260,20 @@ class Steps:
 
         return Runnable([values[self._ids_at]], begin, run, bare)
 
-    def _in_turns(self, piece: Piece, rows: slice | PagedRows | None) -> Runnable:
-        """Two halves of the piece, which take turns."""
-        cache, num_rows = self.cache, len(piece.tokens)
-        of_halves = [rows, rows] if num_rows == 1 else _halves(slice(0, num_rows) if rows is None else rows)
-        parts = [(*self._inputs(half, decode=False), of) for half, of in zip(piece.halves(), of_halves, strict=True)]
+    def _in_turns(self, pieces: Sequence[tuple[Piece, slice | PagedRows | None]], *, joins: bool = False) -> Runnable:
+        """Parts of a piece, and their rows of the cache, which take turns. joins: they are of different rows."""
+        cache = self.cache
+        parts = [(*self._inputs(part, decode=False), rows) for part, rows in pieces]
         several = [values for _, values, _ in parts]
 
         def begin() -> None:
-            for batch, _, of_half in parts:
-                cache.begin(batch, rows=of_half)
+            for batch, _, rows in parts:
+                cache.begin(batch, rows=rows)
 
         def turns(run: Callable[..., list[Any]]) -> Tensor:
             under_way = []
-            for batch, _, of_half in parts:
-                cache.begin(batch, rows=of_half)
+            for batch, _, rows in parts:
+                cache.begin(batch, rows=rows)
                 under_way.append(cache.under_way())
             current = len(several) - 1
 
@@ -278,7 +284,7 @@ class Steps:
                 current = number
 
             found = run(several, resume)
-            logits: Tensor = found[1] if num_rows == 1 else torch.cat(found)
+            logits: Tensor = torch.cat(found) if joins else found[-1]
             return logits
 
         return Runnable(
@@ -357,13 +363,18 @@ class Steps:
         self.cache.drop()
 
 
-def _halves(rows: slice | PagedRows) -> list[slice | PagedRows]:
-    """The rows of a cache that the halves of a piece are about."""
+def _halves(piece: Piece, rows: slice | PagedRows | None) -> list[tuple[Piece, slice | PagedRows | None]]:
+    """Halves of a piece, and the rows of a cache that they are about."""
+    first, second = piece.halves()
+    num_rows = len(piece.tokens)
+    if num_rows == 1:
+        return [(first, rows), (second, rows)]
+    at = num_rows // 2
     if isinstance(rows, PagedRows):
-        at = len(rows.numbers) // 2
-        return [PagedRows(rows.numbers[part], rows.tables[part]) for part in (slice(at), slice(at, None))]
-    at = (rows.stop - rows.start) // 2
-    return [slice(rows.start, rows.start + at), slice(rows.start + at, rows.stop)]
+        of = [PagedRows(rows.numbers[part], rows.tables[part]) for part in (slice(at), slice(at, None))]
+        return [(first, of[0]), (second, of[1])]
+    start = 0 if rows is None else rows.start
+    return [(first, slice(start, start + at)), (second, slice(start + at, start + num_rows))]
 
 
 def _turns_from(program: RankProgram) -> int:

@@ -14,6 +14,7 @@ from runtime.communication.channels import Channel, OwnRows
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.execution.elementwise.operations import added_norm
 from runtime.execution.prompts.sum_norms import begin_sum_norm, sum_norms
+from runtime.generation import steps
 from tests.support.generated import prompts
 from tests.support.partitioned import compiled
 
@@ -118,11 +119,13 @@ def test_rows_of_other_ranks_are_no_residual() -> None:
     assert names(graph(read_besides=False), axes=lambda node: node.name) == ["added_norm_1"]
 
 
-def test_a_prompt_in_turns_says_the_same_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    from runtime.generation import steps
-
+@pytest.mark.parametrize("turns_from", [2, 1 << 60])
+def test_a_prompt_in_turns_and_a_whole_one_say_the_same_by_rows(
+    turns_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(steps, "TURNS_ON", frozenset({"cpu"}))
-    monkeypatch.setattr(steps, "TURNS_FROM", 2)
+    monkeypatch.setattr(steps, "TURNS_FROM", turns_from)
+    monkeypatch.setattr(steps, "WHOLE_BY_ROWS", True)
     called: list[bool] = []
 
     def counted(channel: Channel, x: Tensor, residual: Any, weight: Any, eps: float) -> Any:
@@ -130,10 +133,10 @@ def test_a_prompt_in_turns_says_the_same_by_rows(monkeypatch: pytest.MonkeyPatch
         return by_rows(channel, x, residual, weight, eps)
 
     monkeypatch.setattr(Channel, "sum_norm_begin", counted)
-    texts = prompts("llama", (9,))
+    texts = prompts("llama", (9,) if turns_from == 2 else (9, 4))
     options = {"max_new_tokens": 4, "eos_token_id": [], "logprobs": True}
     wanted = compiled("llama", 1).generate(texts, **options)
     found = compiled("llama", 2).generate(texts, **options)
-    assert any(called)
+    assert {True, False} == set(called)  # on rows, and on the whole residual of the first
     assert torch.equal(found.sequences, wanted.sequences)
     torch.testing.assert_close(found.logprobs, wanted.logprobs, rtol=1e-10, atol=1e-10)
