@@ -119,8 +119,13 @@ class DeviceTurns:
         dist.all_gather(found, mine)
         return [float(each) for each in found]
 
-    def medians(self, contestants: Mapping[str, Run], *, rounds: int, calls: int = 1) -> dict[str, float]:
-        """Seconds of one call, by name; `calls` run behind each other before the device is waited for."""
+    def medians(
+        self, contestants: Mapping[str, Run], *, rounds: int, calls: int = 1, before: int = 1
+    ) -> dict[str, float]:
+        """Seconds of one call, by name; `calls` run behind each other before the device is waited for.
+
+        before: rounds that do not count.
+        """
 
         def through(run: Run) -> Run:
             def call() -> None:
@@ -131,6 +136,6 @@ class DeviceTurns:
             return call
 
         ready = {name: through(run) for name, run in contestants.items()}
-        take_turns(ready, rounds=1, meet=self.meet)
+        take_turns(ready, rounds=before, meet=self.meet)
         times = take_turns(ready, rounds=rounds, meet=self.meet)
         return {name: statistics.median(self.slowest(of_one)) / calls for name, of_one in times.items()}

@@ -2,6 +2,7 @@
 
     all_reduce(x)                                x[...]          -> [...]             the sum over the group
     all_reduce_begin(x)                          the same, under way
+    sum_norm_begin(x, residual, weight, eps)     the same with a residual and a norm, by rows, where there is a way
     all_gather(x, dim, sizes)                    x[.., s[i], ..] -> [.., sum(s), ..]  the pieces in order of coordinate
     reduce_scatter(x, dim, sizes)                x[.., sum(s), ..] -> [.., s[i], ..]  this rank's piece of the sum
     all_to_all(x, send_counts, receive_counts)   x[sum(s), ..]   -> [sum(r), ..]      rows for each, rows from each
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from torch import Tensor
 from partitioner.errors import CommunicationError
 from runtime.ops.communicating import Kind, axes_text
 
-__all__ = ["AloneChannel", "Channel", "Handle", "piece_sizes", "require_counts", "require_piece"]
+__all__ = ["AloneChannel", "Channel", "Handle", "OwnRows", "piece_sizes", "require_counts", "require_piece"]
 
 
 _MOST_PREPARED = 16
@@ -60,6 +62,26 @@ class Handle:
     @property
     def is_finished(self) -> bool:
         return self._finish is None
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """What a rank has of the rows of a tensor [.., N]: its share. rows [n, N]; shape: of all."""
+
+    rows: Tensor
+    shape: torch.Size
+
+    @staticmethod
+    def share(num_rows: int, num_ranks: int, coordinate: int) -> slice:
+        """Which rows are whose: as many for each, the last ones may have fewer, or none."""
+        each = -(-num_rows // num_ranks)
+        return slice(min(coordinate * each, num_rows), min((coordinate + 1) * each, num_rows))
+
+    def whole(self, channel: Channel) -> Tensor:
+        """All rows, [.., N]; a collective of those that have the others."""
+        num_rows, count = self.shape[:-1].numel(), len(channel.ranks)
+        shares = [OwnRows.share(num_rows, count, coordinate) for coordinate in range(count)]
+        return channel.all_gather(self.rows, 0, [of.stop - of.start for of in shares]).view(self.shape)
 
 
 class Channel(abc.ABC):
@@ -95,6 +117,15 @@ class Channel(abc.ABC):
     def all_reduce_begin(self, x: Tensor, *, overwrite: bool = False) -> Handle:
         """The same, under way: the sum comes with `finish`. Finished at once where nothing can be under way."""
         return Handle.done(self._ready("all_reduce", overwrite=overwrite)(x))
+
+    def sum_norm_begin(
+        self, x: Tensor, residual: Tensor | OwnRows | None, weight: Tensor | None, eps: float
+    ) -> Callable[[], tuple[OwnRows, Tensor]] | None:
+        """The sum over the group, plus a residual, and its root mean square norm, under way; None: by other primitives.
+
+        What it returns waits for the end: this rank's rows of the sum, and all normed rows. Shapes as in `RowSums`.
+        """
+        return None
 
     def all_gather(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
         return self._ready("all_gather", dim=dim, sizes=sizes)(x)  # type: ignore[no-any-return]

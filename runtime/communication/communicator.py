@@ -55,6 +55,8 @@ class Communicator(Binder):
 
     mesh: Mesh
     rank: int
+    can_be_captured: bool = False
+    """Whether what its channels do between GPUs may stand in a CUDA graph, and need not be compared each time."""
     replicas_here: int = 1
     """How many replicas of these ranks share this host's memory."""
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from runtime.communication.channels import Channel, Handle, piece_sizes, require_counts, require_piece
+from runtime.communication.channels import Channel, Handle, OwnRows, piece_sizes, require_counts, require_piece
 from runtime.communication.failure_verdict import FailureVerdict, is_broken
 from runtime.communication.group_collectives import PRIMITIVES, Group, begin_all_reduce, begin_all_to_all
 from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement, check_counts
@@ -128,9 +128,29 @@ class GroupChannel(Channel):
                 begin = begin_beside(self._peers, otherwise=begin, overwrite=overwrite)
             self._reduces[overwrite] = begin
         begin, gather = self._reduces[overwrite], self._comparison()
-        call = Call(self.rank, self.node, "all_reduce", axes_text(self.axes)).on(x)
+        call = self._sum_of(x)
         handle = self._guarded(call, self.ranks, lambda call: self._compare(call, gather), lambda: begin(x))
         return self._finishing(handle, call, self.ranks)
+
+    def _sum_of(self, x: Tensor) -> Callable[[], Call]:
+        """What is told of a sum, which few ask for; without x, which need not be kept for that."""
+        shape, dtype = x.shape, x.dtype
+        return lambda: Call(self.rank, self.node, "all_reduce", axes_text(self.axes)).of(shape, dtype)
+
+    def sum_norm_begin(
+        self, x: Tensor, residual: Tensor | OwnRows | None, weight: Tensor | None, eps: float
+    ) -> Callable[[], tuple[OwnRows, Tensor]] | None:
+        rows = None if self._peers is None else self._peers.row_sums
+        if rows is None or not rows.takes(x, weight):
+            return None
+        gather = self._comparison()
+        finish: Callable[[], tuple[OwnRows, Tensor]] = self._guarded(
+            self._sum_of(x),
+            self.ranks,
+            lambda call: self._compare(call, gather),
+            lambda: rows.begin(x, residual, weight, eps),
+        )
+        return finish
 
     def all_to_all_begin(
         self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], *, sizes_from: str | None = None
@@ -197,22 +217,26 @@ class GroupChannel(Channel):
     # -- failures ------------------------------------------------------------------------------------------------------
 
     def _guarded(
-        self, call: Call, ranks: tuple[int, ...], compare: Callable[[Call], Any], run: Callable[[], Any]
+        self,
+        call: Call | Callable[[], Call],
+        ranks: tuple[int, ...],
+        compare: Callable[[Call], Any],
+        run: Callable[[], Any],
     ) -> Any:
         """`run`, compared before if this run is checked; a failure that others cause says who they are."""
         state = self._state
         try:
             if state.checking:
-                compare(call)
+                compare(call if isinstance(call, Call) else call())
             if state.watch is not None and (cause := state.watch.cause()) is not None:
                 raise Disconnected(f"connection lost: {cause}")
             return run()
         except RuntimeError as error:
             if not is_broken(error):
                 raise
-            raise state.verdict.conclude(call, ranks, error) from error
+            raise state.verdict.conclude(call if isinstance(call, Call) else call(), ranks, error) from error
 
-    def _finishing(self, handle: Handle, call: Call, ranks: tuple[int, ...]) -> Handle:
+    def _finishing(self, handle: Handle, call: Call | Callable[[], Call], ranks: tuple[int, ...]) -> Handle:
         return Handle(lambda: self._guarded(call, ranks, _nothing_to_compare, handle.finish))
 
     # -- comparing -----------------------------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ class ProcessGroups(Communicator):
         self.device = device
         self.timeout_s = timeout_s
         self._always = check
+        self.can_be_captured = not check and device.type == "cuda"
         self._heartbeat = heartbeat
         self._failure_verdict = FailureVerdict(heartbeat, self.rank, timeout_s=timeout_s)
         self._state = RankState(self.rank, device, self._failure_verdict, checking=check)

@@ -149,6 +149,7 @@ class ThreadCommunicator(Communicator):
     def __init__(self, thread_group: ThreadGroup, rank: int) -> None:
         self.mesh = thread_group.mesh
         self.rank = rank
+        self.can_be_captured = self.mesh.world_size == 1  # threads meet on the host
         self._thread_group = thread_group
         self._order = torch.zeros(())
 

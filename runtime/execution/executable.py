@@ -24,9 +24,9 @@ from torch import Tensor, fx
 from runtime.communication.communicator import Binder, Communicator
 from runtime.execution.elementwise.fuse import fused
 from runtime.execution.elementwise.fuse_products import is_mostly_products, with_products
-from runtime.execution.in_turns import InTurns
 from runtime.execution.overflow import Overflow
 from runtime.execution.profile import Profiled, Profiler, Recording
+from runtime.execution.prompts.in_turns import InTurns
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.sharded_cache import ShardedCache
 from runtime.ops.cached_attention import cached_attention
@@ -88,7 +88,8 @@ class Executable:
 
     @functools.cached_property
     def _in_turns(self) -> InTurns:
-        return InTurns(self.program, self._runs, self.communicator, self.weights, overwrites=_is_last_use)
+        # fused on a CPU too, where its ops do what those before did: norms behind sums are begun with these
+        return InTurns(self.program, fused(self._graph), self.communicator, self.weights, overwrites=_is_last_use)
 
     def __call__(self, values: Sequence[Tensor], *, like: Hashable = None) -> Any:
         """like: runs that are alike have an equal one, on all ranks; None: those with inputs of the same shapes."""
@@ -99,8 +100,6 @@ class Executable:
 
         `resume(i)` is called whenever the i-th of them goes on.
         """
-        profiler = self.profiler
-        observed = profiler is not None and (profiler.recording is not None or profiler.routing is not None)
 
         def one_by_one() -> list[Any]:
             found = []
@@ -111,8 +110,18 @@ class Executable:
 
         return self._told(  # type: ignore[no-any-return]
             ("in turns", *map(_shapes, several)),
-            one_by_one if observed else lambda: self._in_turns(several, resume),
+            one_by_one if self.is_observed else lambda: self._in_turns(several, resume),
         )
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether runs are recorded, or counted, node by node."""
+        profiler = self.profiler
+        return profiler is not None and (profiler.recording is not None or profiler.routing is not None)
+
+    def bare_in_turns(self, several: Sequence[Sequence[Tensor]], resume: Callable[[int], None]) -> list[Any]:
+        """The same, as `function` is one run."""
+        return self._in_turns(several, resume)
 
     def _once(self, values: Sequence[Tensor]) -> Any:
         profiler = self.profiler

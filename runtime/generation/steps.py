@@ -18,10 +18,11 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
-from runtime.execution.cuda_graphs import GraphPool, compiled_step
+from runtime.execution.cuda_graphs import GraphPool, captured, compiled_step
 from runtime.execution.executable import Executable
-from runtime.execution.in_turns import can_take_turns
 from runtime.execution.profile import Profiler
+from runtime.execution.prompts.captured_pieces import CapturedPieces, Runnable, asks_host
+from runtime.execution.prompts.in_turns import can_take_turns
 from runtime.generation.conversation import Piece
 from runtime.generation.decode_graphs import Decoder
 from runtime.kv_cache.batch import Batch, PagedRows
@@ -35,8 +36,19 @@ __all__ = ["Loaded", "Steps"]
 TURNS_ON = frozenset({"cuda"})
 TURNS_FROM: int | None = None
 """Tokens of a piece from which on its halves take turns; None: as many as the program says."""
-_PER_LAUNCH = 12.5e9
-"""Operations that a fast GPU does while its host launches what one node of a graph stands for: 25 us."""
+_PER_LAUNCH = 33e9
+"""Operations that a fast GPU does while its host launches what one node of a graph stands for, in turns: 65 us, as
+measured of an 8B decoder on two H200. There halves of 4,096 tokens took twice as long as the whole piece."""
+CAPTURED_ON: frozenset[str] = frozenset()
+"""Devices on which pieces of prompts are captured when they come again. None: replays have been proven on CPUs, which
+play them back op by op, but not run on a GPU; `benchmarks.gpu.prefill --with captured` does."""
+CAPTURED_UP_TO = 8192
+"""Tokens of such a piece: a larger one keeps a GPU busy."""
+WHOLE_BY_ROWS = False
+"""Whether what takes no turns sums as halves in turn do, with residual and norm: by rows where ranks have these. Off:
+`benchmarks.gpu.prefill --with rows` is to measure it first."""
+CAPTURED_TURNS_FROM = 2048
+"""Tokens of a captured piece from which on its halves take turns: those of a smaller one leave a GPU half idle."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,13 @@ class Steps:
         self.takes_turns = device.type in TURNS_ON and alone and cache.takes_turns and can_take_turns(program)
         """Whether a large piece is run as two halves in turn."""
         self._turns_from = _turns_from(program) if self.takes_turns else 0
+        steady = program.stage is None and self._head is None and not program.batch_axes
+        steady = steady and cache.takes_turns and all(state.per_token for state in program.states)
+        steady = steady and communicator.can_be_captured
+        self._captures = device.type in CAPTURED_ON and steady and not asks_host(program)
+        """Whether pieces of prompts may be captured."""
+        self._pool_of_pieces = GraphPool()
+        self._pieces = CapturedPieces(lambda run: captured(run, self._pool_of_pieces))
 
     def prefill(self, pieces: Iterable[Piece]) -> Tensor:
         """The logits [B, V/n] of each prompt's last token."""
@@ -192,39 +211,95 @@ class Steps:
         received: what comes from the stage before. least: how many tokens each row is filled up to, if not more. like:
         as `Executable` has it.
         """
-        if not (decode or received or least > 1 or like is not None) and self._pays_in_turns(piece):
-            return self._execute_in_turns(piece, rows)
+        if not (decode or received or least > 1 or like is not None or piece.packed):
+            return self._execute_piece(piece, rows)
         batch, values = self._inputs(piece, decode=decode, least=least)
         self.cache.begin(batch, rows=rows, decode=decode)
         execute = self._decode if decode else self._prefill
         return execute([*values, *received], like="packed" if piece.packed else like)
 
-    def _pays_in_turns(self, piece: Piece) -> bool:
-        rows, size = len(piece.tokens), max(map(len, piece.tokens))
-        least = self._turns_from if TURNS_FROM is None else TURNS_FROM
-        return self.takes_turns and rows * size >= max(2, least) and all(piece.active) and not piece.packed
+    def _execute_piece(self, piece: Piece, rows: slice | PagedRows | None) -> Any:
+        """The logits of a piece of prompts: whole or in two halves, node by node or captured."""
 
-    def _execute_in_turns(self, piece: Piece, rows: slice | PagedRows | None) -> Tensor:
-        """The logits of a piece, of which two halves take turns."""
-        cache, num_rows = self.cache, len(piece.tokens)
-        parts = [rows, rows] if num_rows == 1 else _halves(slice(0, num_rows) if rows is None else rows)
-        under_way, several = [], []
-        for half, of_half in zip(piece.halves(), parts, strict=True):
-            batch, values = self._inputs(half, decode=False)
-            cache.begin(batch, rows=of_half)
-            under_way.append(cache.under_way())
-            several.append(values)
-        current = len(several) - 1
+        def ready(*, in_turns: bool) -> Runnable:
+            if in_turns:
+                return self._in_turns(_halves(piece, rows), joins=len(piece.tokens) > 1)
+            if WHOLE_BY_ROWS and self.takes_turns:
+                return self._in_turns([(piece, rows)])
+            return self._whole(piece, rows)
 
-        def resume(number: int) -> None:
-            nonlocal current
-            under_way[current] = cache.under_way()
-            cache.resume(under_way[number])
-            current = number
+        now = self._pays_in_turns(piece, self._turns_from)
+        if isinstance(rows, PagedRows) or not self._may_capture(piece):
+            return ready(in_turns=now).run()
+        later = self._pays_in_turns(piece, CAPTURED_TURNS_FROM)
+        parts = piece.halves() if later else (piece,)
+        sizes = later, WHOLE_BY_ROWS, tuple(piece.starts), tuple(map(len, piece.tokens))
+        held = ((buffer.data_ptr(), buffer.shape) for buffer in self.cache.buffers.values())
+        return self._pieces(
+            (sizes, None if rows is None else (rows.start, rows.stop), *held),
+            first=lambda: ready(in_turns=now),
+            again=lambda: ready(in_turns=later),
+            ids=lambda: [self._ids(part, max(map(len, part.tokens))) for part in parts],
+        )
 
-        found = self._prefill.in_turns(several, resume)
-        logits: Tensor = found[1] if num_rows == 1 else torch.cat(found)
-        return logits
+    def _may_capture(self, piece: Piece) -> bool:
+        is_small = len(piece.tokens) * max(map(len, piece.tokens)) <= CAPTURED_UP_TO
+        return self._captures and is_small and all(piece.active) and not self._prefill.is_observed
+
+    def _pays_in_turns(self, piece: Piece, least: int) -> bool:
+        tokens = len(piece.tokens) * max(map(len, piece.tokens))
+        least = least if TURNS_FROM is None else TURNS_FROM
+        return self.takes_turns and tokens >= max(2, least) and all(piece.active)
+
+    def _whole(self, piece: Piece, rows: slice | PagedRows | None) -> Runnable:
+        batch, values = self._inputs(piece, decode=False)
+
+        def begin() -> None:
+            self.cache.begin(batch, rows=rows)
+
+        def run() -> Any:
+            begin()
+            return self._prefill(values)
+
+        def bare() -> Any:
+            begin()
+            return self._prefill.function(*values)
+
+        return Runnable([values[self._ids_at]], begin, run, bare)
+
+    def _in_turns(self, pieces: Sequence[tuple[Piece, slice | PagedRows | None]], *, joins: bool = False) -> Runnable:
+        """Parts of a piece, and their rows of the cache, which take turns. joins: they are of different rows."""
+        cache = self.cache
+        parts = [(*self._inputs(part, decode=False), rows) for part, rows in pieces]
+        several = [values for _, values, _ in parts]
+
+        def begin() -> None:
+            for batch, _, rows in parts:
+                cache.begin(batch, rows=rows)
+
+        def turns(run: Callable[..., list[Any]]) -> Tensor:
+            under_way = []
+            for batch, _, rows in parts:
+                cache.begin(batch, rows=rows)
+                under_way.append(cache.under_way())
+            current = len(several) - 1
+
+            def resume(number: int) -> None:
+                nonlocal current
+                under_way[current] = cache.under_way()
+                cache.resume(under_way[number])
+                current = number
+
+            found = run(several, resume)
+            logits: Tensor = torch.cat(found) if joins else found[-1]
+            return logits
+
+        return Runnable(
+            [values[self._ids_at] for values in several],
+            begin,
+            lambda: turns(self._prefill.in_turns),
+            lambda: turns(self._prefill.bare_in_turns),
+        )
 
     def head(self, piece: Piece, made: Sequence[Tensor] | None, *, decode: bool = False) -> Tensor:
         """Logits [B, 1, V/n] of a head that all stages share out, whose ranks all call this for the same pieces.
@@ -238,6 +313,13 @@ class Steps:
             sizes["batch"] = max(1, sum(piece.completes))
         logits: Tensor = head(self._inputs(piece, decode=decode)[1], sizes, made)
         return logits
+
+    @property
+    def _ids_at(self) -> int:
+        return next(at for at, wanted in enumerate(self._program.inputs) if wanted.name == "input_ids")
+
+    def _ids(self, piece: Piece, size: int) -> Tensor:
+        return self._on_device([row + row[-1:] * (size - len(row)) for row in piece.tokens])
 
     @property
     def shares_head(self) -> bool:
@@ -255,7 +337,7 @@ class Steps:
             last = self._on_device([end - 1 for end, is_told in ends if is_told] or [sum(counts) - 1])
         else:
             size = max(*counts, least)
-            ids = self._on_device([row + row[-1:] * (size - len(row)) for row in piece.tokens])
+            ids = self._ids(piece, size)
             last = self._on_device(counts) - 1
             offsets = torch.arange(size, device=self._device).minimum(last[:, None])
             positions = self._on_device(piece.starts)[:, None] + offsets
@@ -283,16 +365,23 @@ class Steps:
         for decoder in self._decoders.values():
             decoder.release()
         self._pool.renew()
+        self._pieces.release()
+        self._pool_of_pieces.renew()
         self.cache.drop()
 
 
-def _halves(rows: slice | PagedRows) -> list[slice | PagedRows]:
-    """The rows of a cache that the halves of a piece are about."""
+def _halves(piece: Piece, rows: slice | PagedRows | None) -> list[tuple[Piece, slice | PagedRows | None]]:
+    """Halves of a piece, and the rows of a cache that they are about."""
+    first, second = piece.halves()
+    num_rows = len(piece.tokens)
+    if num_rows == 1:
+        return [(first, rows), (second, rows)]
+    at = num_rows // 2
     if isinstance(rows, PagedRows):
-        at = len(rows.numbers) // 2
-        return [PagedRows(rows.numbers[part], rows.tables[part]) for part in (slice(at), slice(at, None))]
-    at = (rows.stop - rows.start) // 2
-    return [slice(rows.start, rows.start + at), slice(rows.start + at, rows.stop)]
+        of = [PagedRows(rows.numbers[part], rows.tables[part]) for part in (slice(at), slice(at, None))]
+        return [(first, of[0]), (second, of[1])]
+    start = 0 if rows is None else rows.start
+    return [(first, slice(start, start + at)), (second, slice(start + at, start + num_rows))]
 
 
 def _turns_from(program: RankProgram) -> int:

@@ -25,6 +25,8 @@ from runtime.processes.heartbeat import Heartbeat
 __all__ = ["DeviceWatch", "end_quickly"]
 
 _POLL_S = 0.05
+_GLANCE_S = 0.005
+"""For so long nobody looks again whether all are there."""
 _PATIENCE_S = 0.4
 """A device that is busy for so long after a rank was lost waits for it."""
 
@@ -59,6 +61,7 @@ class DeviceWatch:
         late: Sequence[Callable[[], list[int]]] = (),
     ) -> None:
         self._device, self._heartbeat, self._timeout_s, self._late = device, heartbeat, timeout_s, late
+        self._well_until = 0.0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watch the device")
         self._thread.start()
@@ -68,7 +71,16 @@ class DeviceWatch:
         self._thread.join()
 
     def cause(self) -> str | None:
-        """Which rank is lost, and how; None: none is."""
+        """Which rank is lost, and how; None: none is, or none was a moment ago."""
+        now = time.monotonic()
+        if now < self._well_until:  # before every collective: what has just been looked at costs nothing
+            return None
+        found = self._found_cause()
+        if found is None:
+            self._well_until = now + _GLANCE_S
+        return found
+
+    def _found_cause(self) -> str | None:
         names = self._heartbeat.names
         if lost := self._heartbeat.lost():
             return "; ".join(f"{names([rank])} {how}" for rank, how in lost.items())

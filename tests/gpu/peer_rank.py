@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from partitioner.sharding.mesh import Mesh
-from runtime.communication.channels import Channel, Handle
+from runtime.communication.channels import Channel, Handle, OwnRows
+from runtime.communication.peer_memory import mapped_memory
 from runtime.communication.peer_memory.choice import Choice, Way
 from runtime.communication.process_groups import ProcessGroups
 from runtime.processes.launch import begin_worker
@@ -117,6 +118,64 @@ def beside_others(groups: ProcessGroups, channel: Channel) -> None:
         assert not int(wrong), f"rank {RANK}, {way}: {int(wrong)} wrong"
 
 
+def rows_beside_others(groups: ProcessGroups, channel: Channel) -> None:
+    """Sums with their norms by rows, as they are and captured, with products and other collectives between."""
+    for dtype, close in ((torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
+        for shape in ((1, 1023, 4096), (2, 700, 2880), (1, 9001, 8192)):
+            rows_of(channel, shape, dtype, close)
+
+
+def rows_of(channel: Channel, shape: tuple[int, ...], dtype: torch.dtype, close: float) -> None:
+    wide = torch.randn(2048, 2048, device="cuda")
+    weight, residual = brought(0, shape[-1:], dtype, 9), brought(0, shape, dtype, 8)
+    share = OwnRows.share(shape[0] * shape[1], RANKS, RANK)
+    inputs = [torch.empty_like(residual) for _ in range(2)]
+
+    def twice() -> list[torch.Tensor]:
+        first = channel.sum_norm_begin(inputs[0], residual, weight, 1e-5)
+        assert first is not None
+        wide @ wide
+        total, one = first()
+        gathered = channel.all_gather(torch.full((3,), float(RANK), device="cuda"), 0)
+        second = channel.sum_norm_begin(inputs[1], total, None, 1e-5)
+        assert second is not None
+        ones = channel.all_reduce(torch.ones(5, device="cuda"))
+        last, two = second()
+        return [total.rows, one, last.rows, two, gathered, ones]
+
+    def check(found: list[torch.Tensor], parts: list[list[torch.Tensor]], how: str) -> None:
+        total = residual.double()
+        for count, scale in ((0, weight.double()), (1, torch.ones_like(weight, dtype=torch.float64))):
+            total = total + torch.stack([part.double() for part in parts[count]]).sum(0)
+            normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5) * scale
+            for got, wanted in ((found[2 * count], total.view(-1, shape[-1])[share]), (found[2 * count + 1], normed)):
+                worst = (got.double() - wanted).abs().max() / wanted.abs().max()
+                assert worst < close, f"rank {RANK}, {how}, {dtype} {shape}, sum {count}: {worst:.2g}"
+        assert torch.equal(found[4], torch.arange(RANKS, device="cuda").repeat_interleave(3).float()), how
+        assert (found[5] == RANKS).all(), how
+
+    def bring(seed: int) -> list[list[torch.Tensor]]:
+        parts = [[brought(rank, shape, dtype, seed + 50 * count) for rank in range(RANKS)] for count in range(2)]
+        for x, part in zip(inputs, parts, strict=True):
+            x.copy_(part[RANK])
+        return parts
+
+    for seed in range(3):
+        parts = bring(seed)
+        check(twice(), parts, "as it is")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = twice()
+    for seed in range(10):
+        parts = bring(20 + seed)
+        if seed % 3 == RANK:
+            time.sleep(0.01)  # one comes late
+        graph.replay()
+        check(results, parts, f"replay {seed}")
+    graph.reset()
+
+
 if __name__ == "__main__":
     begin_worker()
     all_cases: dict[str, Callable[[ProcessGroups, Channel], None]] = {
@@ -125,7 +184,9 @@ if __name__ == "__main__":
         "in_graphs": in_graphs,
         "many_calls": many_calls,
         "beside_others": beside_others,
+        "rows_beside_others": rows_beside_others,
     }
+    mapped_memory.ROW_SUMS = "rows_beside_others" in sys.argv
     with torch.no_grad():
         process_groups = ProcessGroups.connect(Mesh.of(tp=RANKS), device="cuda", timeout_s=30, shared_memory="on")
         assert process_groups.transports == {"tp": "peer memory"}

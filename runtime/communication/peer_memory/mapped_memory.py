@@ -7,6 +7,8 @@ mapped(group, device, name)     the memory, all zeros, and torch's handle with t
 small pieces    per source 2 slots x SMALL_BLOCKS x UNITS of 16 bytes
 data            per source 4 slots x BLOCKS x chunk_bytes
 flags           per source BLOCKS of 32 bits
+flags of rows   per source one of 32 bits
+rows            ROW_BYTES, a part for each source, where ROW_SUMS are on: see `row_sums.py`
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from runtime.ops.kernels.triton_needs import missing_for_triton
 
 __all__ = [
     "BLOCKS",
+    "ROW_BYTES",
     "SMALL_BLOCKS",
     "UNITS",
     "Exchange",
@@ -42,6 +45,11 @@ __all__ = [
 UNITS, SMALL_BLOCKS = 256, 256
 """Of eight bytes each, per block of the kernel for small pieces: one thread has one."""
 BLOCKS, SLOTS = 256, 4
+ROW_SUMS = False
+"""Whether ranks that meet from now on have memory for sums by rows, which halves of prompts then take. Off: they have
+been proven on CPUs and compiled for Hopper, but not run between GPUs; `benchmarks.gpu.prefill --with rows` does."""
+ROW_BYTES = 64 << 20
+"""Of rows that are summed and normed at a time."""
 
 Exchange = Callable[[Any], list[Any]]
 
@@ -80,8 +88,16 @@ class Geometry:
         return self.start_of_data + self.num_ranks * SLOTS * BLOCKS * self.chunk_bytes
 
     @property
-    def num_bytes(self) -> int:
+    def start_of_row_flags(self) -> int:
         return self.start_of_flags + self.num_ranks * BLOCKS * 4
+
+    @property
+    def start_of_rows(self) -> int:
+        return math.ceil((self.start_of_row_flags + self.num_ranks * 4) / 256) * 256
+
+    @property
+    def num_bytes(self) -> int:
+        return self.start_of_rows + (ROW_BYTES if ROW_SUMS else 0)
 
 
 def standing(device: torch.device) -> dict[str, Any]:

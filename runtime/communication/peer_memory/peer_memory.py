@@ -24,8 +24,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from runtime.communication.channels import Handle
+from runtime.communication.channels import Handle, OwnRows
 from runtime.communication.group_collectives import Group, to_pieces
+from runtime.communication.peer_memory import mapped_memory
 from runtime.communication.peer_memory.choice import Choice, Way
 from runtime.communication.peer_memory.mapped_memory import (
     BLOCKS,
@@ -39,6 +40,7 @@ from runtime.communication.peer_memory.mapped_memory import (
     obstacle,
     standing,
 )
+from runtime.communication.peer_memory.row_sums import RowSums
 from runtime.communication.peer_memory.under_way import UnderWay
 from runtime.ops.communicating import Kind
 from runtime.ops.kernels.decode.few_rows import can_launch_early
@@ -76,6 +78,10 @@ class PeerMemory:
         self._abandoned = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._patience_ns = int(timeout_s * 1e9)
         self.under_way = UnderWay(device)
+        waiting = self._late.data_ptr(), self._abandoned.data_ptr(), self._patience_ns
+        self.row_sums: RowSums | None = None
+        if mapped_memory.ROW_SUMS:
+            self.row_sums = RowSums(group, memory, handle, self._table, waiting, self.under_way)
         self.choice: Choice = Choice.unmeasured()
 
     @classmethod
@@ -87,19 +93,18 @@ class PeerMemory:
             raise Unavailable(why, several_hosts=len({each["host"] for each in everyone}) > 1)
         # not by the name of the group, which torch uses again after the group is gone
         name = f"partitioner {everyone[0]['token']}"
-        memory = handle = None
+        made: PeerMemory | None = None
         try:
-            memory, handle = mapped(group, device, name)
+            made = cls(group, *mapped(group, device, name), timeout_s=timeout_s)
         except (RuntimeError, AttributeError, ImportError, TypeError) as error:  # it is not torch's stable interface
             why = f"torch's symmetric memory: {str(error).partition(chr(10))[0]}"
         if why := first_obstacle(group.ranks, exchange({"why": why})):
             raise Unavailable(why)
-        assert memory is not None
-        self = cls(group, memory, handle, timeout_s=timeout_s)
+        assert made is not None
         # a device that cannot do what its driver says would hang in the middle of a text: here, it is left alone
-        if why := first_obstacle(group.ranks, exchange({"why": self._trial(timeout_s)})):
+        if why := first_obstacle(group.ranks, exchange({"why": made._trial(timeout_s)})):
             raise Unavailable(why)
-        return self
+        return made
 
     def _trial(self, timeout_s: float) -> str:
         """Why both kernels do not sum as they should; "": they do."""
@@ -110,6 +115,12 @@ class PeerMemory:
             out = torch.full((size,), torch.nan, device=self.device)
             self.all_reduce((number + self._group.coordinate).float(), out, cast("Way", way))
             found.append((out, (number * len(ranks) + sum(ranks)).float()))
+        if self.row_sums is not None:
+            rows = (torch.arange(16 * 256, device=self.device) % 97).view(16, 256)
+            total = (rows * len(ranks) + sum(ranks)).float()
+            own, normed = self.row_sums.begin((rows + self._group.coordinate).float(), None, None, 1e-6)()
+            found.append((own.rows, total[OwnRows.share(16, len(ranks), self._group.coordinate)]))
+            found.append(((normed * total.square().mean(-1, keepdim=True).sqrt()).round(), total))
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         deadline = time.monotonic() + timeout_s

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from runtime.generation import decode_graphs, generate_loop
+from runtime.generation import decode_graphs, generate_loop, steps
 
 __all__ = ["Replayed", "replaying"]
 
@@ -75,6 +75,7 @@ def replaying() -> Iterator[list[Replayed]]:
 
     with (
         mock.patch.object(decode_graphs, "captured", captured),
+        mock.patch.object(steps, "captured", captured),
         mock.patch.object(generate_loop, "require_fixed_shapes"),
     ):
         yield made

@@ -13,7 +13,7 @@ from partitioner.errors import CommunicationError
 from runtime.communication import process_groups
 from runtime.communication.peer_memory import mapped_memory
 from runtime.communication.peer_memory.choice import SIZES, Choice
-from runtime.communication.peer_memory.mapped_memory import BLOCKS, SLOTS, Geometry, Unavailable, obstacle
+from runtime.communication.peer_memory.mapped_memory import BLOCKS, ROW_BYTES, SLOTS, Geometry, Unavailable, obstacle
 from runtime.communication.process_groups import ProcessGroups
 
 ROWS = [
@@ -102,13 +102,18 @@ def test_a_gpu_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why == "GPU 0 cannot reach the memory of rank 1's (GPU)"
 
 
+@pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 8, 16])
-def test_parts_of_the_memory_do_not_overlap(num_ranks: int) -> None:
+def test_parts_of_the_memory_do_not_overlap(num_ranks: int, by_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped_memory, "ROW_SUMS", by_rows)
     geometry = Geometry(num_ranks)
     small = num_ranks * 2 * (geometry.small_bytes * 2)
     assert geometry.start_of_data == small
     assert geometry.start_of_flags == small + num_ranks * SLOTS * BLOCKS * geometry.chunk_bytes
-    assert geometry.num_bytes == geometry.start_of_flags + 4 * num_ranks * BLOCKS
+    assert geometry.start_of_row_flags == geometry.start_of_flags + 4 * num_ranks * BLOCKS
+    assert geometry.start_of_rows >= geometry.start_of_row_flags + 4 * num_ranks
+    assert geometry.start_of_rows % 256 == 0
+    assert geometry.num_bytes == geometry.start_of_rows + by_rows * ROW_BYTES
     assert geometry.chunk_bytes & (geometry.chunk_bytes - 1) == 0
     assert geometry.num_bytes <= 200 * 2**20
 

@@ -5,7 +5,8 @@
 
 Every all_reduce of the graph becomes its begin, a `yield`, and its end, so that a run is a generator; the runs take
 turns by the host alone, in the same order on every rank, and use one stream. What the second reads of the first, the
-keys of earlier tokens say, is there: it comes to every place of the graph after the first has left it. TokenWeave,
+keys of earlier tokens say, is there: it comes to every place of the graph after the first has left it. An all_reduce
+with a residual and a norm behind it is begun and ended with these, as one (`sum_norms.py`). TokenWeave,
 arXiv:2505.11329, section 3, splits a batch of tokens so.
 """
 
@@ -17,8 +18,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from runtime.communication.channels import Handle
+from runtime.communication.channels import Channel, Handle
 from runtime.communication.communicator import Binder
+from runtime.execution.prompts.sum_norms import SumNorm, begin_sum_norm, sum_norms
 from runtime.ops.collectives import all_reduce
 from runtime.ops.communicating import read_call
 from runtime.program.rank_program import RankProgram
@@ -50,11 +52,21 @@ class InTurns:
         copy = fx.Graph()
         copy.output(copy.graph_copy(graph, {}))
         bound = {node.name: node for node in copy.nodes}
-        for node in program.graph.nodes:
-            if node.op == "call_function" and node.target is all_reduce:
+        reduces = {
+            bound[node.name]: node
+            for node in program.graph.nodes
+            if node.op == "call_function" and node.target is all_reduce
+        }
+        together = list(sum_norms(copy, reduces, lambda reduce: read_call(reduces[reduce]).axes))
+        normed = {each.reduce for each in together}
+        for reduce, node in reduces.items():
+            if reduce not in normed:
                 channel = communicator.channel(read_call(node).axes, node=node.name)
-                begin = functools.partial(channel.all_reduce_begin, overwrite=overwrites(node))
-                _divide(bound[node.name], begin)
+                _divide(reduce, functools.partial(channel.all_reduce_begin, overwrite=overwrites(node)))
+        for each in together:
+            node = reduces[each.reduce]
+            channel = communicator.channel(read_call(node).axes, node=node.name)
+            _divide_norm(each, channel, overwrite=overwrites(node))
         copy.on_generate_code(lambda _: _with_yields)
         self._function = functools.partial(fx.GraphModule({}, copy).forward, *weights)
 
@@ -84,12 +96,30 @@ def _divide(node: fx.Node, begin: Callable[[Tensor], Handle]) -> None:
     node.target, node.args, node.kwargs = _finished, (handle,), {}
 
 
+def _divide_norm(each: SumNorm, channel: Channel, *, overwrite: bool) -> None:
+    norm, (x, *_) = each.norm, each.reduce.args
+    *_, size, weight, eps = norm.args
+
+    def begun(*operands: Any, scales: bool) -> Any:
+        return begin_sum_norm(channel, *operands, scales=scales, overwrite=overwrite)
+
+    with norm.graph.inserting_before(norm):
+        finish = norm.graph.call_function(begun, (each.residual, x, size, weight, eps), dict(norm.kwargs))
+        norm.graph.call_function(others_go_on, ())
+    norm.target, norm.args, norm.kwargs = _called, (finish,), {}
+    norm.graph.erase_node(each.reduce)
+
+
 def others_go_on() -> None:
     """Stands in the graph where the generated code yields."""
 
 
 def _finished(handle: Handle) -> Tensor:
     return handle.finish()
+
+
+def _called(finish: Callable[[], Any]) -> Any:
+    return finish()
 
 
 def _with_yields(lines: list[str]) -> list[str]:

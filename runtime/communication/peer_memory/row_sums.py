@@ -1,0 +1,159 @@
+"""Sums over the ranks with the residual and the norm behind them, each rank on its share of the rows.
+
+    rows       this rank's part of x goes to the rank whose rows they are     copied by the GPU's copy engines
+    meet
+    sum_norm   own rows: the sum, + residual, the norm                        one kernel
+    meet
+    rows       the others' normed rows are fetched                            copied by the GPU's copy engines
+
+So the norm is computed once and not by every rank, the residual stays where it is needed next, and what crosses the
+links takes no processors from products that run beside it. All of a rank's calls go through one stream, in the same
+order on every rank. That is why one area is enough. A rank writes the next rows into another's area when it has met it
+after that one's kernel has read the last ones; and it writes normed rows when it has met all others behind their
+fetching of the last ones. More rows than the area has room for go in several rounds.
+
+Megatron's sequence parallelism splits the rows between its linears so: arXiv:2205.05198, section 4.2.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.communication.channels import OwnRows
+from runtime.communication.group_collectives import Group
+from runtime.communication.peer_memory.mapped_memory import ROW_BYTES, Geometry
+from runtime.communication.peer_memory.under_way import UnderWay
+
+__all__ = ["RowSums"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_WIDEST = 16384
+"""Numbers of a row that one program holds."""
+LEAST_BYTES = 4 << 20
+"""Of x; below, the meetings take longer than what they save."""
+
+
+class RowSums:
+    """One rank's end. `waiting`: what kernels are given that wait for others: see `signals.py`."""
+
+    def __init__(
+        self, group: Group, memory: Tensor, handle: Any, table: Tensor, waiting: tuple[Any, ...], under_way: UnderWay
+    ) -> None:
+        # Triton comes with torch for GPUs only
+        from runtime.communication.peer_memory import row_kernel
+
+        self._meet_kernel, self._sum_norm_kernel = row_kernel.meet, row_kernel.sum_norm
+        self._group, self._geometry = group, Geometry(group.size)
+        self._table, self._waiting, self._under_way = table, waiting, under_way
+        self._counter = torch.zeros(1, dtype=torch.int32, device=memory.device)
+        start = self._geometry.start_of_rows
+        offset = memory.data_ptr() - handle.buffer_ptrs[group.coordinate] + start
+        self._areas = [
+            memory[start : start + ROW_BYTES]
+            if rank == group.coordinate
+            else handle.get_buffer(rank, (ROW_BYTES,), torch.uint8, offset)
+            for rank in range(group.size)
+        ]
+
+    def takes(self, x: Tensor, weight: Tensor | None) -> bool:
+        """By what all ranks know: shapes and dtypes of x [.., N] and of the norm's weight."""
+        fits = x.dtype in _DTYPES and 0 < x.shape[-1] <= _WIDEST and x.numel() * x.element_size() >= LEAST_BYTES
+        weighs = weight is None or (weight.dtype == x.dtype and weight.shape == x.shape[-1:])
+        return fits and weighs and x.shape[-1] * x.element_size() <= self._piece_bytes
+
+    @property
+    def _piece_bytes(self) -> int:
+        """Of an area, the part of each rank."""
+        return ROW_BYTES // self._group.size // 256 * 256
+
+    def begin(
+        self, x: Tensor, residual: Tensor | OwnRows | None, weight: Tensor | None, eps: float
+    ) -> Callable[[], tuple[OwnRows, Tensor]]:
+        """Under way; what it returns waits for the end, and yields this rank's rows of the sum, and all normed rows.
+
+        x [.., N]; residual: all rows, or those that such a call has yielded; weight [N].
+        """
+        shape, width = x.shape, x.shape[-1]
+        x = x.contiguous().view(-1, width)
+        share = OwnRows.share(len(x), self._group.size, self._group.coordinate)
+        if isinstance(residual, Tensor):
+            residual = residual.reshape(-1, width)[share]
+        elif residual is not None:
+            residual = residual.rows
+        residual = None if residual is None else residual.contiguous()
+        weight = None if weight is None else weight.contiguous()
+        total = torch.empty(share.stop - share.start, width, dtype=x.dtype, device=x.device)
+        normed = torch.empty_like(x)
+        end = self._under_way.begin(lambda: self._run(x, residual, weight, eps, total, normed))
+        kept: list[Any] = [x, residual, weight]  # until nobody reads it any more
+
+        def finish() -> tuple[OwnRows, Tensor]:
+            self._under_way.finish(end)
+            kept.clear()
+            return OwnRows(total, shape), normed.view(shape)
+
+        return finish
+
+    def _run(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, total: Tensor, normed: Tensor
+    ) -> None:
+        size, own = self._group.size, self._group.coordinate
+        num_rows, width = x.shape
+        share = [OwnRows.share(num_rows, size, rank) for rank in range(size)]
+        piece = self._piece_bytes // x.element_size()
+        at_a_time = piece // width
+        parts = [[area.view(x.dtype)[rank * piece :] for rank in range(size)] for area in self._areas]
+        others = [(own + step) % size for step in range(1, size)]
+        for first in range(0, math.ceil(num_rows / size), at_a_time):
+            rows = [slice(min(of.start + first, of.stop), min(of.start + first + at_a_time, of.stop)) for of in share]
+            for rank in others:
+                _copy(x[rows[rank]], to=parts[rank][own])
+            self._meet()
+            mine = rows[own]
+            if mine.start < mine.stop:
+                inside = slice(first, first + mine.stop - mine.start)
+                block = 1 << (width - 1).bit_length()
+                self._sum_norm_kernel[(mine.stop - mine.start,)](
+                    x[mine],
+                    self._areas[own].view(x.dtype),
+                    x if residual is None else residual[inside],
+                    x if weight is None else weight,
+                    total[inside],
+                    normed[mine],
+                    width,
+                    piece,
+                    eps,
+                    RANK=own,
+                    RANKS=size,
+                    ADDS=residual is not None,
+                    WEIGHTED=weight is not None,
+                    BLOCK=block,
+                    num_warps=min(16, max(1, block // 512)),
+                )
+            self._meet()
+            for rank in others:
+                theirs = normed[rows[rank]]
+                theirs.view(-1).copy_(parts[rank][rank][: theirs.numel()])
+
+    def _meet(self) -> None:
+        late, abandoned, patience_ns = self._waiting
+        self._meet_kernel[(1,)](
+            self._table,
+            self._counter,
+            late,
+            abandoned,
+            patience_ns,
+            self._geometry.start_of_row_flags,
+            RANK=self._group.coordinate,
+            RANKS=self._group.size,
+            num_warps=1,
+        )
+
+
+def _copy(rows: Tensor, *, to: Tensor) -> None:
+    to[: rows.numel()].copy_(rows.view(-1))
