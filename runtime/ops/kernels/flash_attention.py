@@ -58,9 +58,9 @@ def flash_attention(
 
 _CUDNN_FROM = 1 << 40
 """Products and sums of the scores, and as many of the values, from which cuDNN's kernel pays for being prepared."""
-_COMES_AGAIN = 1024
+_COMES_AGAIN = 256
 """Numbers of tokens of which both sizes are multiples come again, as stages cut prompts there
-(`runtime.pipeline.schedule.chunk_ends`): what is prepared for them pays from a quarter of that on."""
+(`runtime.pipeline.chunks`): what is prepared for them pays from a quarter of that on."""
 
 
 def _pays_cudnn(q: Tensor, k: Tensor) -> bool:
