@@ -5,9 +5,9 @@
     how many     so many that this is shortest: the root of (stages - 1) x cost of all / what each costs besides
     how long     equally dear ones, so that later ones have fewer tokens, as they see more
 
-On a GPU chunks are multiples of 256 tokens, short ones of 64, and the dearest one is one of few: nearly as good, as
-what is shortest is flat there, and prompts of other lengths begin with the same chunks, for which kernels are prepared
-already.
+GPUs have powers of two from 1,024 tokens on, eight chunks for each stage or more, each no dearer than an equal part:
+other prompts are cut at the same places, for which kernels are prepared already. With `EVEN_ON_GPUS` the above holds
+there too.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ from __future__ import annotations
 import itertools
 import math
 
+from runtime.pipeline.schedule import PIECES_PER_STAGE
+
 __all__ = ["chunk_ends"]
 
-_BESIDES = {"cuda": 200}
+EVEN_ON_GPUS = False
+"""Off, as it has not been measured. Then chunks are multiples of 256 tokens, short ones of 64, and the dearest one is
+one of few costs: prompts of other lengths begin with the same chunks. `flash_attention.COMES_AGAIN` is to be 256 then.
+"""
+_BESIDES, _BESIDES_ON_GPUS = 5, 200
 """What a chunk costs besides its tokens, in tokens: weights are read, kernels are begun, and their last ones wait."""
-_BESIDES_ELSEWHERE = 5
 _FEWEST_TOKENS = 64
 """Of a chunk, where it is not the prompt that is short."""
 _LONG = 1024
@@ -45,12 +50,16 @@ def chunk_ends(
     one after the other. device: the type of the stages'. multiple_of: ranks that share out tokens get as many each, but
     for the last chunk.
     """
-    count = _count(tokens, stages=stages, pairs_per_token=pairs_per_token, rows=rows, groups=groups, device=device)
-    count = max(1, min(count, tokens // _FEWEST_TOKENS), -(-tokens // longest))
-    if pairs_per_token and device in _BESIDES:
-        found = _in_multiples(tokens, count, longest=longest, pairs_per_token=pairs_per_token)
+    many = {"stages": stages, "rows": rows, "groups": groups}
+    cut = {"longest": longest, "pairs_per_token": pairs_per_token}
+    if device != "cuda":
+        found = _equally_dear(tokens, _best_count(tokens, _BESIDES, **many, **cut), **cut)
+    elif EVEN_ON_GPUS and pairs_per_token:
+        found = _in_multiples(tokens, _best_count(tokens, _BESIDES_ON_GPUS, **many, **cut), **cut)
     else:
-        found = _equally_dear(tokens, count, longest=longest, pairs_per_token=pairs_per_token)
+        found = _equally_dear(tokens, _within(tokens, -(-PIECES_PER_STAGE * stages // groups), longest), **cut)
+        if pairs_per_token and min(end - start for start, end in itertools.pairwise([0, *found])) >= _LONG:
+            found = _in_powers_of_two(tokens, _cost(0, tokens, pairs_per_token) / len(found), **cut)
     if multiple_of == 1 or longest < multiple_of:
         return found
     rounded = (end - end % multiple_of for end in found[:-1])
@@ -58,11 +67,16 @@ def chunk_ends(
     return _no_longer_than(found, longest if longest >= tokens else longest - longest % multiple_of)
 
 
-def _count(tokens: int, *, stages: int, pairs_per_token: int, rows: int, groups: int, device: str) -> int:
-    """How many chunks of each group's prompts are best."""
-    besides = _BESIDES.get(device, _BESIDES_ELSEWHERE)
+def _best_count(
+    tokens: int, besides: int, *, stages: int, rows: int, groups: int, longest: int, pairs_per_token: int
+) -> int:
+    """How many chunks each group's prompts have. besides: what each costs besides its tokens."""
     cost = rows * _cost(0, tokens, pairs_per_token)
-    return round(math.sqrt((stages - 1) * cost / besides) / groups)
+    return _within(tokens, round(math.sqrt((stages - 1) * cost / besides) / groups), longest)
+
+
+def _within(tokens: int, count: int, longest: int) -> int:
+    return max(1, min(count, tokens // _FEWEST_TOKENS), -(-tokens // longest))
 
 
 def _cost(start: int, tokens: int, pairs_per_token: int) -> float:
@@ -85,6 +99,17 @@ def _in_multiples(tokens: int, count: int, *, longest: int, pairs_per_token: int
     while ends[-1] < tokens:
         size = min(int(_tokens_for(cost, ends[-1], pairs_per_token)), longest)
         ends.append(min(ends[-1] + max(multiple, size - size % multiple), tokens))
+    return ends[1:]
+
+
+def _in_powers_of_two(tokens: int, most: float, *, longest: int, pairs_per_token: int) -> list[int]:
+    """Chunks that cost at most so much each, or are the shortest that there are."""
+    ends = [0]
+    size = 1 << (longest.bit_length() - 1)
+    while ends[-1] < tokens:
+        while size > _LONG and _cost(ends[-1], min(size, tokens - ends[-1]), pairs_per_token) > most:
+            size //= 2
+        ends.append(min(ends[-1] + size, tokens))
     return ends[1:]
 
 
