@@ -7,13 +7,15 @@
     a stage     its captured step by itself, without the others: the mean over the slowest is what the cut leaves
 
 Both sides run compiled and captured decode steps. bfloat16, weights drawn on the devices. On each GPU all of the model
-runs besides, in turn with the plan; the slowest rank counts, of the rounds the median. `=` or `!` says whether the
-plan's tokens are those of one GPU (bfloat16 rounds: they may part).
+runs besides, in turn with the plan; the slowest rank counts, of the rounds the median. bfloat16 rounds: where a row of
+the plan parts from one GPU's, the logits of the two tokens are compared, as one GPU has them behind the same text, and
+beside them stands how far apart two bfloat16 numbers of that size are.
 
     python -m benchmarks.gpu.pipeline --ranks 2                      pp=2
     python -m benchmarks.gpu.pipeline --ranks 4                      pp=4, and tp=2,pp=2
     python -m benchmarks.gpu.pipeline --ranks 8 --plan tp=2,pp=4
     python -m benchmarks.gpu.pipeline --ranks 2 --only prompt --steps 2048 4096
+    python -m benchmarks.gpu.pipeline --ranks 2 --only prompt --even-chunks
     python -m benchmarks.gpu.pipeline --ranks 2 --device cpu --small --rounds 1
 """
 
@@ -43,6 +45,8 @@ from benchmarks.support.several import (
 from partitioner import Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
+from runtime.ops.kernels import flash_attention
+from runtime.pipeline import chunks
 
 PLANS = {
     2: ("pp=2",),
@@ -66,6 +70,8 @@ def writes(engine: Engine, ids: Tensor, count: int, **given: int) -> Callable[[]
 @torch.no_grad()
 def rank(given: argparse.Namespace) -> None:
     device, plan = device_of_rank(given), Plan.parse(given.part)
+    if given.even_chunks:
+        chunks.EVEN_ON_GPUS, flash_attention.COMES_AGAIN = True, 256
     shape, tokens = ("small", given.tokens or 256) if given.small else ("8b", given.tokens or 65536)
     model = decoder(shape, layers=given.layers, positions=max(tokens, SHORT) + 2 * MANY, device=device)
     weights, whole = DrawnWeights(model, device), partition(model, Plan())
@@ -94,6 +100,25 @@ def drawn_ids(rows: int, tokens: int, vocabulary: int, device: torch.device) -> 
     return torch.randint(0, vocabulary, (rows, tokens), generator=torch.Generator().manual_seed(rows)).to(device)
 
 
+def how_alike(one: Engine, expected: Tensor, found: Tensor) -> str:
+    """Whether the rows [B, L] are one GPU's, and how near the two tokens were to each other where they first part."""
+    parted = [row for row in range(len(expected)) if not torch.equal(expected[row], found[row])]
+    if not parted:
+        return "the same tokens"
+    apart, spacing = 0.0, 0.0
+    for row in parted:
+        at = int((expected[row] != found[row]).nonzero()[0])
+        logits = one(input_ids=expected[row : row + 1, :at])[0, -1].float()
+        two = logits[[int(expected[row, at]), int(found[row, at])]]
+        if abs(float(two[0] - two[1])) >= apart:
+            apart = abs(float(two[0] - two[1]))
+            spacing = float(two.abs().max()) * torch.finfo(torch.bfloat16).eps
+    return (
+        f"{len(parted)} of {len(expected)} rows part from one GPU's, by logits at most {apart:.4f} apart, where "
+        f"bfloat16 has steps of {spacing:.4f}"
+    )
+
+
 def prompt(
     given: argparse.Namespace, turns: DeviceTurns, one: Engine, split: Engine, tokens: int, vocabulary: int
 ) -> None:
@@ -110,12 +135,13 @@ def prompt(
     best, pieces = (
         min(seconds for name, seconds in times.items() if name.startswith(of)) for of in ("1 GPU", "stages")
     )
-    same = bool(torch.equal(contestants["1 GPU"](), contestants["stages"]()))
+    said = contestants["1 GPU"](), contestants["stages"]()
+    alike = how_alike(one, *said)
     if split.program.rank == 0:
-        said = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in times.items())
+        each = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in times.items())
         print(
-            f"  first token of {tokens}: {said}; one at its best / stages by default {best / times['stages']:.3f}, at "
-            f"their best {best / pieces:.3f} {'=' if same else '!'}",
+            f"  first token of {tokens}: {each}; one at its best / stages by default {best / times['stages']:.3f}, at "
+            f"their best {best / pieces:.3f}; {alike}",
             flush=True,
         )
 
@@ -135,7 +161,7 @@ def decode(
     # not beside the others' rows: another number of rows is another product, which rounds otherwise
     ids = drawn_ids(ROWS * plan.pp, length, vocabulary, turns.device)
     expected = torch.cat([writes(one, rows, few)() for rows in ids.split(ROWS)])
-    same = bool(torch.equal(expected, writes(split, ids, few)()))
+    alike = how_alike(one, expected, writes(split, ids, few)())
     stages = turns.of_all(stage_seconds(split, turns.device))
     if split.program.rank == 0:
         print(f"  decode, one GPU, {ROWS} rows: {per_step[1] * 1e3:.3f} ms per step", flush=True)
@@ -148,7 +174,7 @@ def decode(
             )
         print(
             f"  a stage alone: {', '.join(f'{seconds * 1e3:.3f}' for seconds in stages)} ms; mean over slowest "
-            f"{sum(stages) / len(stages) / max(stages):.3f}; tokens of {plan.pp} groups {'=' if same else '!'}",
+            f"{sum(stages) / len(stages) / max(stages):.3f}; {plan.pp} groups: {alike}",
             flush=True,
         )
 
@@ -179,6 +205,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of the prompt; 65536, and 256 with --small")
     parser.add_argument("--only", choices=("prompt", "decode"))
     parser.add_argument("--steps", nargs="*", type=int, default=[], help="tokens of a prompt that run at a time")
+    parser.add_argument("--even-chunks", action="store_true", help="equally dear ones, in place of powers of two")
     parser.add_argument("--plan", nargs="+", help="instead of those for so many ranks")
     given = parser.parse_args()
     start(

@@ -34,8 +34,11 @@ from runtime.engine import Engine
 from runtime.generation.conversation import Piece
 from runtime.generation.steps import Steps
 from runtime.kv_cache.sharded_cache import cache_for
+from runtime.ops.kernels import flash_attention
+from runtime.pipeline import chunks
+from runtime.pipeline.chunks import chunk_ends
 from runtime.pipeline.links import shape_of
-from runtime.pipeline.schedule import PIECES_PER_STAGE, chain, chunk_ends, relay
+from runtime.pipeline.schedule import chain, relay
 from runtime.pipeline.timing import time_of
 from runtime.sampling.sampler import Sampler
 from runtime.sampling.sampling_options import Sampling
@@ -130,14 +133,9 @@ def prompt(given: argparse.Namespace, model: Any, weights: DrawnWeights, device:
     stage = plan.entry("prefill", 0).stage
     assert stage is not None
     room = {"rows": 1, "length": tokens, "step": tokens}
-    cuts = {
-        count: chunk_ends(tokens, least=count, longest=DEFAULT_STEP, pairs_per_token=stage.pairs_per_token)
-        for count in (
-            PIECES_PER_STAGE * given.pp // 2,
-            3 * PIECES_PER_STAGE * given.pp // 4,
-            PIECES_PER_STAGE * given.pp,
-        )
-    }
+    ends = chunk_ends(
+        tokens, stages=given.pp, longest=DEFAULT_STEP, pairs_per_token=stage.pairs_per_token, device=device.type
+    )
     steps, _ = steps_of(whole, 0, weights, device, **room)
     one = {"one piece": [tokens], "default": [*range(DEFAULT_STEP, tokens, DEFAULT_STEP), tokens]}
     times = {name: sum(chunk_seconds(steps, whole, 0, ends, device)) for name, ends in one.items()}
@@ -146,18 +144,17 @@ def prompt(given: argparse.Namespace, model: Any, weights: DrawnWeights, device:
     )
     del steps
     held = [steps_of(plan, k, weights, device, **room)[0] for k in range(given.pp)]
-    for ends in cuts.values():
-        seconds = [chunk_seconds(each, plan, k, ends, device) for k, each in enumerate(held)]
-        stop = time_of(chain(given.pp, len(ends)), seconds, transfer=given.transfer * 1e-6).stop
-        sums = [sum(each) for each in seconds]
-        sizes = [end - start for start, end in pairwise([0, *ends])]
-        each = " ".join(f"{size}:{s * 1e3:.0f}" for size, s in zip(sizes, seconds[0], strict=True))
-        print(
-            f"  {len(ends)} chunks: stages {', '.join(f'{s * 1e3:.0f}' for s in sums)} ms; first token "
-            f"{stop * 1e3:.0f} ms, one GPU at its best {min(times.values()) / stop:.3f} times that\n"
-            f"    tokens and ms of each on the first stage: {each}",
-            flush=True,
-        )
+    seconds = [chunk_seconds(each, plan, k, ends, device) for k, each in enumerate(held)]
+    stop = time_of(chain(given.pp, len(ends)), seconds, transfer=given.transfer * 1e-6).stop
+    sums = [sum(each) for each in seconds]
+    sizes = [end - start for start, end in pairwise([0, *ends])]
+    each = " ".join(f"{size}:{s * 1e3:.0f}" for size, s in zip(sizes, seconds[0], strict=True))
+    print(
+        f"  {len(ends)} chunks: stages {', '.join(f'{s * 1e3:.0f}' for s in sums)} ms; first token "
+        f"{stop * 1e3:.0f} ms, one GPU at its best {min(times.values()) / stop:.3f} times that\n"
+        f"    tokens and ms of each on the first stage: {each}",
+        flush=True,
+    )
 
 
 @torch.no_grad()
@@ -167,12 +164,15 @@ def main() -> None:
     parser.add_argument("--only", choices=("decode", "prompt"))
     parser.add_argument("--compile", action="store_true", help="decode steps compiled as well as captured")
     parser.add_argument("--transfer", type=float, default=15.0, help="microseconds")
+    parser.add_argument("--even-chunks", action="store_true", help="equally dear ones, in place of powers of two")
     parser.add_argument("--layers", type=int, help="instead of all")
     parser.add_argument("--tokens", type=int, help="of the prompt; 65536, and 256 with --small")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes, which say nothing of speed")
     given = parser.parse_args()
     device = torch.device(given.device)
+    if given.even_chunks:
+        chunks.EVEN_ON_GPUS, flash_attention.COMES_AGAIN = True, 256
     shape, tokens = ("small", given.tokens or 256) if given.small else ("8b", given.tokens or 65536)
     model = decoder(shape, layers=given.layers, positions=tokens + 2 * SHORT, device=device)
     weights = DrawnWeights(model, device)

@@ -18,8 +18,6 @@ both its ends compute. Pipelines of pieces: GPipe, arXiv:1811.06965, section 2.3
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,7 +31,6 @@ __all__ = [
     "Timelines",
     "bubble",
     "chain",
-    "chunk_ends",
     "groups_of",
     "in_turn",
     "naive_ring",
@@ -42,10 +39,6 @@ __all__ = [
     "ring",
 ]
 
-_FEWEST_TOKENS = 64
-"""Of a chunk, where it is not the prompt that is short."""
-_FEWEST_PREPARED = 1024
-"""From here on chunks are powers of two."""
 PIECES_PER_STAGE = 8
 """Into how many pieces a batch is divided at most: with m pieces, p stages are idle for (p - 1) / (m + p - 1)."""
 
@@ -109,67 +102,6 @@ def groups_of(rows: int, stages: int, *, groups: int | None = None) -> list[slic
     used = min(rows, wanted)
     found = [slice(rows * i // used, rows * (i + 1) // used) for i in range(used)]
     return found + [slice(rows, rows)] * (max(stages, wanted) - used)
-
-
-def chunk_ends(tokens: int, *, least: int, longest: int, pairs_per_token: int, multiple_of: int = 1) -> list[int]:
-    """Where a prompt is cut into chunks that take equally long: later ones are shorter, as they see more.
-
-    Chunks of 1,024 tokens and more are powers of two, each half of the one before or as long: as nearly equal as that
-    allows, and other prompts are cut at the same places, for which kernels are prepared already.
-
-    least: how many chunks, unless they would have fewer than 64 tokens. longest: the most tokens of one.
-    pairs_per_token: how many pairs of a query and a key cost what a token costs elsewhere, 0: nobody knows.
-    multiple_of: ranks that share out tokens get as many each, but for the last chunk.
-    """
-    found = _chunk_ends(tokens, least=least, longest=longest, pairs_per_token=pairs_per_token)
-    if pairs_per_token and min(end - start for start, end in itertools.pairwise([0, *found])) >= _FEWEST_PREPARED:
-        most = _cost(0, tokens, pairs_per_token) / len(found)
-        found = _in_powers_of_two(tokens, most=most, longest=longest, pairs_per_token=pairs_per_token)
-    if multiple_of == 1 or longest < multiple_of:
-        return found
-    rounded = (end - end % multiple_of for end in found[:-1])
-    found = sorted({end for end in rounded if end} | {tokens})
-    return _no_longer_than(found, longest if longest >= tokens else longest - longest % multiple_of)
-
-
-def _cost(start: int, tokens: int, pairs_per_token: int) -> float:
-    """Of a chunk behind `start` tokens, in tokens that see nothing."""
-    return tokens + tokens * (start + tokens / 2) / pairs_per_token
-
-
-def _in_powers_of_two(tokens: int, *, most: float, longest: int, pairs_per_token: int) -> list[int]:
-    """Chunks that cost at most so much each, or are the shortest that there are."""
-    ends = [0]
-    size = 1 << (longest.bit_length() - 1)
-    while ends[-1] < tokens:
-        while size > _FEWEST_PREPARED and _cost(ends[-1], min(size, tokens - ends[-1]), pairs_per_token) > most:
-            size //= 2
-        ends.append(min(ends[-1] + size, tokens))
-    return ends[1:]
-
-
-def _no_longer_than(ends: list[int], longest: int) -> list[int]:
-    """With more ends, where what lies between two is longer."""
-    pairs = itertools.pairwise([0, *ends])
-    return [min(at + longest, end) for start, end in pairs for at in range(start, end, longest)]
-
-
-def _chunk_ends(tokens: int, *, least: int, longest: int, pairs_per_token: int) -> list[int]:
-    count = max(1, min(least, tokens // _FEWEST_TOKENS), -(-tokens // longest))
-    while True:
-        ends = [_tokens_of(tokens, i / count, pairs_per_token) for i in range(1, count)] + [tokens]
-        ends = sorted(set(ends))
-        if max(b - a for a, b in itertools.pairwise([0, *ends])) <= longest:
-            return ends
-        count += 1
-
-
-def _tokens_of(tokens: int, share: float, pairs_per_token: int) -> int:
-    """How many of the first tokens cost this share of all: of n, n + n^2 / 2 / pairs_per_token."""
-    if not pairs_per_token:
-        return max(1, round(tokens * share))
-    cost = share * (tokens + tokens**2 / 2 / pairs_per_token)
-    return max(1, round(pairs_per_token * (math.sqrt(1 + 2 * cost / pairs_per_token) - 1)))
 
 
 def chain(stages: int, pieces: int, *, heads: Sequence[int] = (), early: bool = True) -> Timelines:

@@ -21,9 +21,9 @@ from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.format.stage_format import read_stage, stage_data
 from partitioner.storage.bundle.format.untrusted_json import Record
 from runtime.engine.simulator import Simulator
+from runtime.pipeline.chunks import chunk_ends
 from runtime.pipeline.links import shape_of
 from runtime.pipeline.message import message_bytes
-from runtime.pipeline.schedule import chunk_ends
 from runtime.program.rank_program import Crossing, OwnRows, Stage
 from tests.support import generated
 from tests.support.partitioned import EXACT, error, tokens, traced
@@ -57,7 +57,7 @@ def test_a_long_prompt_goes_in_chunks_that_share_out_evenly() -> None:
     parts = compiled("llama", "pp=2,sp=2")
     assert generated.error("llama", parts, generated.prompts("llama", (201, 150)), new=2) < 1e-9
     for longest in (2, 7, 31, 64, 200):
-        ends = chunk_ends(201, least=4, longest=longest, pairs_per_token=50, multiple_of=3)
+        ends = chunk_ends(201, stages=4, longest=longest, pairs_per_token=50, multiple_of=3)
         assert ends[-1] == 201
         sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         assert max(sizes) <= longest

@@ -115,6 +115,15 @@ def test_what_cannot_be_is_refused(pp: int, options: dict[str, Any], said: str) 
         staged("llama", pp, **options)
 
 
+def test_a_stage_whose_only_weight_is_tied_to_the_next_ones_is_refused() -> None:
+    model = sized("llama", num_hidden_layers=2, hidden_size=32, num_attention_heads=2, num_key_value_heads=1,
+                  head_dim=16, intermediate_size=48, vocab_size=64)  # fmt: skip
+    model.lm_head.weight = model.model.embed_tokens.weight
+    starts = {"stage_starts": ("model.layers.0",)}
+    with pytest.raises(PlanError, match="stage 0 of 2 would compute nothing that another needs"):
+        partition(model, Plan(pp=2, passes=[("pipeline", starts)]))
+
+
 def test_more_stages_than_one_model_of_many_layers_needs() -> None:
     model = sized("llama", num_hidden_layers=8, hidden_size=32, num_attention_heads=2, num_key_value_heads=1,
                   head_dim=16, intermediate_size=48, vocab_size=64)  # fmt: skip

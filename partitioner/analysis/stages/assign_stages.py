@@ -16,13 +16,16 @@ from partitioner.analysis.stages.order_nodes import NodeClasses, by_state, class
 from partitioner.errors import PlanError
 from partitioner.program.node_arguments import describe
 from partitioner.program.program import Program
-from partitioner.program.stages import StageTable
+from partitioner.program.stages import StageTable, crossings
 
 __all__ = ["assign_stages"]
 
 
 def assign_stages(program: Program, table: StageTable) -> None:
-    """Marks every node of the program, node.meta["stages"]."""
+    """Marks every node of the program, node.meta["stages"].
+
+    Raises `PlanError` where a stage would have nothing to hand on, or needs what only a later one has.
+    """
     classes = classify(program)
     stages = _ordered(program, classes, table)
     for node, stage in stages.items():
@@ -39,6 +42,12 @@ def assign_stages(program: Program, table: StageTable) -> None:
             wanted |= states[state]
             states[state] |= wanted
         node.meta["stages"] = frozenset(wanted or {0})
+    for stage, crossing in enumerate(crossings(program.graph, table.parts)):
+        if not crossing:
+            raise PlanError(
+                f"{program.name}: stage {stage} of {table.count} would compute nothing that another needs, as the next "
+                f"one has all its weights too; give fewer stages than pp={table.count}, or other stage_starts"
+            )
 
 
 def _ordered(program: Program, classes: NodeClasses, table: StageTable) -> dict[fx.Node, int]:

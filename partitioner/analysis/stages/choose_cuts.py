@@ -45,7 +45,9 @@ BEGINNING = 15_000_000
 """A product reads so many bytes less than memory could be read in its time, or a third less where it reads few: until
 it is up to speed. 5 microseconds of a data centre GPU's memory: a layer of many matrices takes longer than its bytes, a
 vocabulary's one matrix does not."""
-PREFILL_TOKENS = 1024
+PREFILL_TOKENS = 16384
+"""Of a prompt that stages are cut for. Long ones are what stages make quicker: there a layer's attention counts, which
+is not where its other products are, and what is read once, as a vocabulary's rows are for the last token, does not."""
 _AS_GOOD = 1.005
 _WORTH = 0.01
 """What a decode cycle must gain for its head to be shared out: costs are no more exact than that."""
@@ -197,7 +199,7 @@ def _places(program: Program, classes: NodeClasses, balance: Balance) -> _Places
         for cost in node_costs(program, at, found):
             if not number:
                 attending += cost.flops if cost.name in attends else 0
-                other += 0 if cost.name in attends else cost.flops
+                other += 0 if cost.name in attends or cost.name in once else cost.flops
             if cost.name in by_name and (cost.name in once) == bool(number):
                 costs[by_name[cost.name]] += _read_as(cost)
     rank = RankSizes(program, at, sizes)

@@ -35,6 +35,7 @@ from partitioner.sharding.layout import REPLICATED, Layout, Split
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.attention import attention
 from runtime.ops.collectives import all_gather, all_reduce
+from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.experts import expert_combine, expert_dispatch
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.mask import attention_mask
@@ -174,7 +175,7 @@ def _infer(
 
 _PER_TOKEN = {
     aten.embedding, *IDENTITIES, aten.expand, aten.unsqueeze, aten.reshape, aten.view,
-    all_gather, all_reduce, collect_rows, once, reorder, shard, take_rows,
+    all_gather, all_reduce, collect_rows, once, reorder, shard, take_rows, vocab_parallel_embedding,
 }  # fmt: skip
 _FILLED = {aten.empty, aten.full, aten.new_empty, aten.new_full, aten.new_ones, aten.new_zeros, aten.ones, aten.zeros}
 

@@ -22,10 +22,11 @@ from runtime.generation.staged.relayed import Relayed
 from runtime.generation.staged.ring import Ring
 from runtime.generation.staged.said import Said
 from runtime.generation.steps import Steps
+from runtime.pipeline.chunks import chunk_ends
 from runtime.pipeline.links import Links
 from runtime.pipeline.message import message_bytes
 from runtime.pipeline.perform import perform
-from runtime.pipeline.schedule import PIECES_PER_STAGE, chain, chunk_ends, groups_of
+from runtime.pipeline.schedule import chain, groups_of
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["StagedLoop"]
@@ -85,9 +86,7 @@ class StagedLoop:
             (number, piece)
             for number, group in enumerate(groups)
             if group.texts
-            for piece in group.pieces_between(
-                self._ends(group, sum(bool(each.texts) for each in groups), size), alike=self._alike
-            )
+            for piece in group.pieces_between(self._ends(group, groups, size), alike=self._alike)
         ]
         found: dict[int, Tensor] = {}
 
@@ -136,13 +135,17 @@ class StagedLoop:
                     f"{everyone[0]} and {others}. Give every rank the same prompts and options"
                 )
 
-    def _ends(self, group: Conversation, groups: int, size: int) -> list[int]:
+    def _ends(self, group: Conversation, groups: list[Conversation], size: int) -> list[int]:
         """Chunks of one group: enough of them to keep all stages busy, `size` tokens at most."""
+        rows = [len(each.texts) for each in groups]
         return chunk_ends(
             max(map(len, group.texts)),
-            least=-(-PIECES_PER_STAGE * self._part.stage.count // groups),
+            stages=self._part.stage.count,
+            rows=sum(rows),
+            groups=sum(map(bool, rows)),
             longest=size,
             pairs_per_token=self._part.stage.pairs_per_token,
+            device=self._part.device.type,
             # not as this stage's cache has it: all stages cut alike, also one without attention
             multiple_of=self._program.mesh.size("sp"),
         )

@@ -58,15 +58,15 @@ def flash_attention(
 
 _CUDNN_FROM = 1 << 40
 """Products and sums of the scores, and as many of the values, from which cuDNN's kernel pays for being prepared."""
-_COMES_AGAIN = 1024
+COMES_AGAIN = 1024
 """Numbers of tokens of which both sizes are multiples come again, as stages cut prompts there
-(`runtime.pipeline.schedule.chunk_ends`): what is prepared for them pays from a quarter of that on."""
+(`runtime.pipeline.chunks`): what is prepared for them pays from a quarter of that on."""
 
 
 def _pays_cudnn(q: Tensor, k: Tensor) -> bool:
     past = k.shape[2] - q.shape[2]
     work = 2 * q.shape[0] * q.shape[1] * q.shape[2] * (past + q.shape[2] // 2) * q.shape[3]
-    comes_again = past > 0 and past % _COMES_AGAIN == 0 and q.shape[2] % _COMES_AGAIN == 0
+    comes_again = past > 0 and past % COMES_AGAIN == 0 and q.shape[2] % COMES_AGAIN == 0
     return (
         past >= 0
         and work >= (_CUDNN_FROM >> 2 if comes_again else _CUDNN_FROM)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from partitioner.errors import InputError
-from runtime.pipeline.schedule import Receive, Run, Send, bubble, chain, chunk_ends, ring
+from runtime.pipeline.schedule import Receive, Run, Send, bubble, chain, ring
 from runtime.pipeline.timing import one_at_a_time, time_of
 
 
@@ -34,37 +34,3 @@ def test_a_schedule_that_waits_for_ever_is_told() -> None:
     with pytest.raises(InputError, match="waits for ever: stages \\[1\\]"):
         time_of(((Run(0),), (Receive(0), Run(0))), [[1.0], [1.0]])
     assert time_of(((Run(0), Send(0)), (Receive(0), Run(0))), [[1.0], [1.0]]).stop == 2
-
-
-@pytest.mark.parametrize(("tokens", "least", "longest"), [(1, 8, 512), (63, 8, 512), (700, 8, 512), (5000, 4, 512)])
-@pytest.mark.parametrize("pairs_per_token", [0, 100, 100_000])
-def test_chunks_of_a_prompt_take_equally_long(tokens: int, least: int, longest: int, pairs_per_token: int) -> None:
-    ends = chunk_ends(tokens, least=least, longest=longest, pairs_per_token=pairs_per_token)
-    starts = [0, *ends[:-1]]
-    sizes = [end - start for start, end in zip(starts, ends, strict=True)]
-    assert ends[-1] == tokens
-    assert min(sizes) > 0
-    assert max(sizes) <= longest
-    assert len(ends) >= min(least, tokens // 64)
-    if tokens >= 700 and pairs_per_token:
-        costs = [n + n * (start + n / 2) / pairs_per_token for start, n in zip(starts, sizes, strict=True)]
-        assert max(costs) < 1.1 * min(costs)
-        assert sizes[0] >= sizes[-1]
-
-
-@pytest.mark.parametrize(("tokens", "least"), [(65536, 16), (65536, 8), (40001, 16), (20000, 4)])
-def test_long_chunks_are_powers_of_two(tokens: int, least: int) -> None:
-    """So that other prompts are cut at the same places; no chunk costs more than an equal part."""
-    pairs_per_token = 25_000
-    ends = chunk_ends(tokens, least=least, longest=16384, pairs_per_token=pairs_per_token)
-    starts = [0, *ends[:-1]]
-    sizes = [end - start for start, end in zip(starts, ends, strict=True)]
-    assert ends[-1] == tokens
-    assert sizes == sorted(sizes, reverse=True)
-    assert all(size & (size - 1) == 0 and start % size == 0 for start, size in zip(starts, sizes[:-1], strict=False))
-    costs = [n + n * (start + n / 2) / pairs_per_token for start, n in zip(starts, sizes, strict=True)]
-    whole = tokens + tokens**2 / 2 / pairs_per_token
-    assert max(costs) <= whole / least
-    assert len(ends) <= 3 * least
-    stop = time_of(chain(2, len(ends)), [costs, costs]).stop
-    assert stop < whole * (1 + 1 / least)

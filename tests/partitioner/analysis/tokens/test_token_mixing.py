@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from partitioner import Plan
 from partitioner.analysis.tokens.token_mixing import why_rows_mix, why_tokens_mix
-from partitioner.compile.partition import trace
+from partitioner.compile.partition import compile_program, trace
 from partitioner.program import Program
+from runtime.ops.embedding import vocab_parallel_embedding
 from tests.support import zoo
 
 
@@ -62,6 +64,34 @@ def test_what_looks_at_other_tokens_is_found(meddle: Any) -> None:
     found = _verdict(meddle)
     assert found is not None
     assert "model.layers.1" in found
+
+
+class _Looking(nn.Module):
+    """Stands in for a layer's MLP: adds the rows of a table that `numbers` of a text say."""
+
+    def __init__(self, hidden: int, numbers: Any) -> None:
+        super().__init__()
+        self.table, self.numbers = nn.Embedding(40, hidden), numbers
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows: Tensor = self.table(self.numbers(x))
+        return x + rows
+
+
+def test_rows_of_a_table_whose_numbers_are_alike_are_so_where_ranks_share_it_out() -> None:
+    def looking(numbers: Any) -> Program:
+        model = zoo.tiny("llama")[0]
+        model.model.layers[1].mlp = _Looking(model.config.hidden_size, numbers)
+        return trace(model.double())
+
+    traced = looking(lambda x: torch.zeros(x.shape[:2], dtype=torch.int64))
+    one, two = (compile_program(traced, Plan(tp=tp)) for tp in (1, 2))
+    tables = [node for node in two.program.graph.nodes if node.target is vocab_parallel_embedding]
+    assert any("layers.1" in str(node.meta["path"]) for node in tables)
+    texts = [[5, 6, 7], [9]]
+    assert torch.equal(*(torch.as_tensor(each.generate(texts, max_new_tokens=3)) for each in (one, two)))
+    # and where the numbers count tokens, they are not
+    assert "layers.1" in str(why_tokens_mix(looking(lambda x: torch.arange(x.shape[1])[None].expand(x.shape[:2]))))
 
 
 @pytest.mark.parametrize(
