@@ -39,6 +39,7 @@ from runtime.communication.peer_memory.mapped_memory import (
     obstacle,
     standing,
 )
+from runtime.communication.peer_memory.push_rows import PeerRows
 from runtime.communication.peer_memory.under_way import UnderWay
 from runtime.ops.communicating import Kind
 
@@ -75,6 +76,8 @@ class PeerMemory:
         self._patience_ns = int(timeout_s * 1e9)
         self.under_way = UnderWay(device)
         self.choice: Choice = Choice.unmeasured()
+        self.rows: PeerRows | None = None
+        """What rows are written through straight to where they belong."""
 
     @classmethod
     def connect(cls, group: Group, device: torch.device, *, exchange: Exchange, timeout_s: float) -> PeerMemory:
@@ -97,6 +100,7 @@ class PeerMemory:
         # a device that cannot do what its driver says would hang in the middle of a text: here, it is left alone
         if why := first_obstacle(group.ranks, exchange({"why": self._trial(timeout_s)})):
             raise Unavailable(why)
+        self.rows = PeerRows(self, name, exchange)
         return self
 
     def _trial(self, timeout_s: float) -> str:
@@ -235,10 +239,18 @@ class PeerMemory:
             if way == "nccl":
                 return otherwise(x)
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
-            self._exchange(way, x, out, piece=x.numel(), total=x.numel(), shift=shift)
-            return Handle.done(out)
+            return Handle.done(self.permute(x, out, way, shift=shift))
 
         return begin
+
+    def permute(self, x: Tensor, out: Tensor, way: Way, *, shift: int, blocks: int | None = None) -> Tensor:
+        """Into `out`; not by NCCL. blocks: as of `all_reduce`."""
+        self._exchange(way, x, out, piece=x.numel(), total=x.numel(), shift=shift, blocks=blocks)
+        return out
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernels move such numbers, and so many."""
+        return x.element_size() <= 8 and x.numel() < _MOST_ELEMENTS
 
     def _all_to_all(
         self, otherwise: Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
@@ -371,6 +383,8 @@ class PeerMemory:
     def close(self) -> None:
         """Takes part in nothing any more. Captured calls must be gone before."""
         self._handle = None
+        if self.rows is not None:
+            self.rows.close()
 
 
 def _padded(piece: Tensor, dim: int, size: int) -> Tensor:
