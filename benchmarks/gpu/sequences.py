@@ -1,9 +1,13 @@
 """Tokens of one sequence shared out over several GPUs of one host (sp=n), a Llama-3-8B shape in bfloat16, against one.
 
     attention   one layer's, causal, 32k to 512k tokens, each kind: the time of the same kernel on one GPU over all
-                tokens, divided by n, over the time here (1 is ideal); results are compared
+                tokens, divided by n, over the time here (1 is ideal); results are compared. Beside it what heads cost
+                to exchange for tokens and back, without attention, and torch's context_parallel
     prompts     the whole model to the first token, 32k to 512k tokens, over one GPU (up to --alone tokens)
-    decode      256k tokens in the cache: seconds of a token after the prompt, over one GPU; compiled and captured
+    decode      256k tokens in the cache: seconds of a token behind them, over one GPU; captured, and with --compile
+                compiled. Keys and values are drawn: of the prompt only the last 2,048 tokens are run
+    memory      a prompt of --cached tokens under a limit (`set_per_process_memory_fraction`) that ranks need a tenth
+                less than: they run it, one GPU cannot
 
 Weights are drawn on the devices. One GPU runs on each of them at the same time, in turn with the plan; the slowest rank
 counts, of the rounds the median, and one round of what is longer than 128k tokens.
@@ -27,6 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.pipeline import alone, drawn_ids, writes
+from benchmarks.gpu.sequence_cases import drawn_prompts, limited, torch_context_parallel
 from benchmarks.support.decoders import SHAPES, DrawnWeights, decoder
 from benchmarks.support.several import (
     DeviceTurns,
@@ -42,14 +47,18 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.process_groups import ProcessGroups
 from runtime.engine import Engine
 from runtime.ops.attention import attention
+from runtime.ops.rows import ulysses_in_place
 from runtime.ops.rows.sequence_attention import attend_over_ranks
 from runtime.ops.rows.share_rows import take_rows
+from runtime.ops.rows.token_order import TokenOrder
+from runtime.ops.rows.ulysses import by_heads
 
-PARTS = ("attention", "prompts", "decode")
+PARTS = ("attention", "prompts", "decode", "memory")
 WAYS = ("ring", "gather", "ulysses", "ring-ulysses")
 LENGTHS, CACHED = (2**15, 2**16, 2**17, 2**18, 2**19), 2**18
 SMALL_LENGTHS, SMALL_CACHED = (96, 203), 200
-NEW, LONG = 33, 2**17
+NEW, LONG, LAST = 33, 2**17, 2048
+"""Tokens behind a prompt, the longest that is timed several times, and what is run of a drawn one."""
 
 
 def rounds_of(given: argparse.Namespace, tokens: int) -> int:
@@ -95,13 +104,38 @@ def attentions(given: argparse.Namespace, device: torch.device) -> None:
         wanted = own(one())
         off = max(float((shared(way) - wanted).abs().max() / wanted.abs().max()) for way in ways)
         assert off < (1e-4 if dtype == torch.float32 else 2e-2), off
+
+        def exchanged(mine: list[Tensor] = mine, tokens: int = tokens) -> Tensor:
+            """Without attention: queries in the place of its results."""
+            order = TokenOrder.of(tokens, ranks)
+            return by_heads(
+                channels["ulysses"], *mine, lambda q, *others: q, queries=order, mask=None, sinks=None, kv_map=None
+            )
+
+        def grouped(count: int, shared: Callable[[str], Tensor] = shared) -> Tensor:
+            before, ulysses_in_place.GROUPS = ulysses_in_place.GROUPS, count
+            try:
+                return shared("ulysses")
+            finally:
+                ulysses_in_place.GROUPS = before
+
         contestants: dict[str, Callable[[], object]] = {way: lambda way=way: shared(way) for way in ways}  # type: ignore[misc]
-        times = turns.medians({"1 GPU": one, **contestants}, rounds=rounds_of(given, tokens))
+        of_groups = {f"ulysses, {n}": lambda n=n: grouped(n) for n in given.groups}  # type: ignore[misc]
+        times = turns.medians(
+            {"1 GPU": one, "exchange": exchanged, **contestants, **of_groups}, rounds=rounds_of(given, tokens)
+        )
         if number == 0:
             said = ", ".join(
-                f"{way} {times[way] * 1e3:.2f} ms = {times['1 GPU'] / ranks / times[way]:.2f} of ideal" for way in ways
+                f"{way} {times[way] * 1e3:.2f} ms = {times['1 GPU'] / ranks / times[way]:.3f} of ideal"
+                for way in (*ways, *of_groups)
             )
             print(f"  {tokens} tokens: 1 GPU {times['1 GPU'] * 1e3:.2f} ms; {said}; off by {off:.1e}", flush=True)
+            print(f"    heads for tokens and back, without attention: {times['exchange'] * 1e3:.3f} ms", flush=True)
+        if device.type == "cuda":
+            seconds, how = torch_context_parallel(turns, whole, scale, rounds_of(given, tokens))
+            if number == 0:
+                ratio = f"{seconds * 1e3:.2f} ms = {times['1 GPU'] / ranks / seconds:.2f} of ideal" if seconds else "no"
+                print(f"    torch's context_parallel: {ratio} ({how})", flush=True)
     communicator.close()
 
 
@@ -114,7 +148,7 @@ def whole_model(given: argparse.Namespace, device: torch.device) -> None:
     model = decoder(shape, layers=given.layers, positions=longest + 2 * NEW, device=device)
     weights, made = DrawnWeights(model, device), {}
     if is_decode and device.type == "cuda":
-        made = {"compile": True, "cuda_graph": True}
+        made = {"compile": given.compile, "cuda_graph": True}
     one = alone(partition(model, Plan()), weights, device, **made)
     parts = partition(model, plan)
     with Engine.connect(
@@ -144,27 +178,65 @@ def whole_model(given: argparse.Namespace, device: torch.device) -> None:
 
 def decode(turns: DeviceTurns, one: Engine, split: Engine, ids: Tensor, *, first: bool) -> None:
     """The time between tokens behind one prompt; the first steps are compiled and captured, and do not count."""
-    took, said = {}, {}
+    took = {}
     for name, engine in (("1 GPU", one), ("ranks", split)):
         turns.meet()
-        ends, tokens = [time.perf_counter()], []
-        for step in engine.stream(ids, max_new_tokens=NEW, eos_token_id=[], do_sample=False):
-            synchronize(turns.device)
-            ends.append(time.perf_counter())
-            tokens.append(step.tokens)
+        ends = [time.perf_counter()]
+        with drawn_prompts():
+            steps = engine.stream(
+                ids, max_new_tokens=NEW, eos_token_id=[], do_sample=False, prefill_step=min(LAST, ids.shape[1] // 8)
+            )
+            for _ in steps:
+                synchronize(turns.device)
+                ends.append(time.perf_counter())
         half = len(ends) // 2
         took[name] = turns.slowest([ends[1] - ends[0], (ends[-1] - ends[half]) / (len(ends) - 1 - half)])
-        said[name] = tokens
     if first:
         for name, (to_first, each) in took.items():
-            print(f"  {ids.shape[1]} cached, {name}: first token {to_first:.2f} s, then {each * 1e3:.3f} ms each")
-        same = "the same tokens" if said["1 GPU"] == said["ranks"] else "other tokens (bfloat16 rounds)"
-        print(f"  1 GPU / ranks, a token: {took['1 GPU'][1] / took['ranks'][1]:.2f}; {same}", flush=True)
+            print(f"  {ids.shape[1]} cached, {name}: {to_first:.2f} s to begin, then {each * 1e3:.3f} ms a token")
+        print(f"  1 GPU / ranks, a token: {took['1 GPU'][1] / took['ranks'][1]:.2f}", flush=True)
+
+
+@torch.no_grad()
+def memory(given: argparse.Namespace, device: torch.device) -> None:
+    """What one GPU cannot run for want of memory."""
+    plan = Plan.parse(given.plan or f"sp={given.ranks}")
+    cached = given.cached or (SMALL_CACHED if given.small else CACHED)
+    shape = "small" if given.small else "8b"
+    model = decoder(shape, layers=given.layers, positions=cached + 2 * NEW, device=device)
+    weights, whole, parts = DrawnWeights(model, device), partition(model, Plan()), partition(model, plan)
+    ids = drawn_ids(1, cached, model.config.vocab_size, device)
+
+    def run_alone() -> None:
+        writes(alone(whole, weights, device), ids, 1)()
+
+    def connected() -> Engine:
+        return Engine.connect(parts, weights, device=device.type, timeout_s=300, shared_memory=sharing(device))
+
+    with connected() as first:
+        number, turns = first.program.rank, DeviceTurns(device)
+
+        def run_split(engine: Engine = first) -> None:
+            engine._generate_loop.release()
+            writes(engine, ids, 1)()
+
+        if device.type != "cuda":  # no limit is set on a host: that both run
+            run_split()
+            run_alone()
+            if number == 0:
+                print("memory: both run: on a host no limit is set", flush=True)
+            return
+        said = limited(turns, run_split, run_alone)
+        if number == 0:
+            print(f"memory: {plan}, {given.ranks} x {device_name(device)}, a prompt of {cached} tokens", flush=True)
+            for line in said:
+                print(f"  {line}", flush=True)
 
 
 def rank(given: argparse.Namespace) -> None:
     device = device_of_rank(given)
-    (attentions if given.part == "attention" else whole_model)(given, device)
+    runs = {"attention": attentions, "memory": memory}
+    runs.get(given.part, whole_model)(given, device)
 
 
 def main() -> None:
@@ -174,6 +246,8 @@ def main() -> None:
     parser.add_argument("--cached", type=int, help="tokens in the cache of decode; 256k, and 200 with --small")
     parser.add_argument("--alone", type=int, default=LONG, help="the longest prompt that one GPU is given")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--groups", type=int, nargs="*", default=[], help="attention by ulysses in as many groups too")
+    parser.add_argument("--compile", action="store_true", help="compiled steps of decode, besides captured")
     parser.add_argument("--plan", help="of prompts and decode, instead of sp=RANKS")
     given = parser.parse_args()
     given.lengths = given.lengths or list(SMALL_LENGTHS if given.small else LENGTHS)

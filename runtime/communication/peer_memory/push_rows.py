@@ -4,6 +4,7 @@
     rows.require(sizes)                            collective: two areas of so many bytes in the memory of every rank
     rows.write(table, (q, k, v), height)           see `rows_kernel.py`; nobody waits
     rows.meet()                                    behind it what the others have written before theirs is here
+    rows.finish(rows.begin(run))                   the same, under way while this rank computes
 
 An area is used again and again, and no kernel asks whether it has been read. So the two take turns: a rank that meets
 the others behind the second has read the first, as all have who meet it there, and the first may be written again.
@@ -113,6 +114,14 @@ class PeerRows:
     def meet(self) -> None:
         """On the stream: what every rank has written before its own is there."""
         self._peers.all_reduce(self._word, self._met, "large", blocks=1)
+
+    def begin(self, run: Callable[[], None]) -> Any:
+        """`run`, which writes and meets, on a stream of its own behind all that this one has."""
+        return self._peers.under_way.begin(run)
+
+    def finish(self, end: Any) -> None:
+        """This stream goes on when what was begun has ended."""
+        self._peers.under_way.finish(end)
 
     def close(self) -> None:
         self._handle = self._starts = None

@@ -7,12 +7,14 @@ import importlib.util
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.attention import attention
+from runtime.ops.rows import ulysses_in_place
 from runtime.ops.rows.row_moves import Move, loadable
 from runtime.ops.rows.ulysses_in_place import InPlace
 from tests.runtime.kv_cache.sharded_cases import on_one, on_sharded, text
@@ -38,6 +40,25 @@ def test_sinks_masks_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     given, mask, sinks = tensors(1, 17), drawn(1, 4, 17, 17, seed=5), drawn(4, seed=6)
     found = over_ranks(given, 3, how="ulysses", order="blocks", mask=mask, sinks=sinks, scale=0.4)
     torch.testing.assert_close(found, attention(*given, mask, sinks, scale=0.4), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("size", [1, 13])
+def test_groups_of_heads(count: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ulysses_in_place, "GROUPS", count)
+    monkeypatch.setattr(ulysses_in_place, "LEAST_BYTES", 0)
+    parts, counts, original = 2, list[int](), InPlace.run
+
+    def run(self: InPlace, *given: Any, count: int) -> torch.Tensor:
+        counts.append(count)
+        return original(self, *given, count=count)
+
+    monkeypatch.setattr(InPlace, "run", run)
+    writing(monkeypatch, parts)
+    given = tensors(2, size, heads=24, kv=12, value=4)
+    found = over_ranks(given, parts, how="ulysses", scale=0.4, causal=True)
+    torch.testing.assert_close(found, attention(*given, scale=0.4, causal=True), rtol=1e-12, atol=1e-12)
+    assert counts == [count] * parts
 
 
 @pytest.mark.parametrize("kv_map", [[0, 0, 0, 1], [0, 1, 0, 1]])

@@ -32,7 +32,21 @@ class WrittenRows:
     def table(self, key: Hashable, moves: Callable[[], Sequence[Move]]) -> Tensor:
         return torch.tensor([each.fields() for each in moves()], dtype=torch.int64).reshape(-1, 13)
 
-    def write(self, table: Tensor, sources: Sequence[Tensor], height: int, *, own: Tensor | None = None) -> None:
+    def begin(self, run: Callable[[], None]) -> None:
+        run()
+
+    def finish(self, end: None) -> None:
+        pass
+
+    def write(
+        self,
+        table: Tensor,
+        sources: Sequence[Tensor],
+        height: int,
+        *,
+        own: Tensor | None = None,
+        programs: int | None = None,
+    ) -> None:
         put_rows(table, sources, height, self._memories, own=own, rank=self._channel.coordinate)
 
     def meet(self) -> None:
