@@ -120,7 +120,7 @@ class PeerRows:
         return self._peers.under_way.begin(run)
 
     def finish(self, end: Any) -> None:
-        """This stream goes on when what was begun has ended."""
+        """The rank's own stream goes on when what was begun has ended."""
         self._peers.under_way.finish(end)
 
     def close(self) -> None:
