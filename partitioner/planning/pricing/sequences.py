@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from partitioner.analysis.cost.attention_exchange import Exchanged, cheapest
 from partitioner.planning.collectives import Hop, collective_seconds
 from partitioner.planning.quantities import Seconds
 from partitioner.planning.summary import Part
@@ -54,10 +55,8 @@ class Attending:
         """As `analysis.cost.attention_exchange` chooses where the plan does not say."""
         if plan.sp_attention != "auto":
             return plan.sp_attention
-        if self.heads < plan.sp:
-            return "ring"
-        copies = max(self.kv_heads, plan.sp)
-        return "ulysses" if self.heads + copies <= plan.sp * self.kv_heads else "ring"
+        half = self.size / 2
+        return cheapest([Exchanged(self.heads, self.kv_heads, half, half)], plan.sp)[0]
 
     def on_a_rank(self, plan: Plan, *, steps: bool) -> list[float]:
         """The product of one of the ranks: a share of the queries, or of the keys."""
