@@ -13,9 +13,75 @@ from torch import distributed as dist
 from torch.nn import functional
 
 from benchmarks.support.several import DeviceTurns
+from runtime.communication.peer_memory import permute_beside, push_rows
 from runtime.generation.steps import Steps
+from runtime.ops.attention import attention
+from runtime.ops.kernels import partial_kernels
+from runtime.ops.kernels.decode import shared_decode
+from runtime.ops.rows import ulysses_in_place
+from runtime.ops.rows.sequence_attention import attend_over_ranks
+from runtime.ops.rows.share_rows import take_rows
+from runtime.ops.rows.token_order import TokenOrder
+from runtime.ops.rows.ulysses import by_heads
 
-__all__ = ["drawn_prompts", "limited", "torch_context_parallel"]
+__all__ = ["SharedOut", "drawn_prompts", "limited", "torch_context_parallel", "with_unproven"]
+
+
+def with_unproven(is_on: bool) -> None:
+    """Kernels that have not run on GPUs yet: each says so where it is switched."""
+    push_rows.IN_PLACE = permute_beside.IS_ON = partial_kernels.BY_CUDNN = shared_decode.FUSED = is_on
+
+
+class SharedOut:
+    """Causal attention of one layer over random tokens, of which this rank has its own, zig-zag; and over all."""
+
+    def __init__(
+        self, communicator: Any, channels: dict[str, Any], heads: tuple[int, int, int], tokens: int, dtype: torch.dtype
+    ) -> None:
+        """heads: query heads, kv heads, and how wide."""
+        (query, kv, width), device = heads, communicator.device
+        self.tokens, self.scale, self._channels = tokens, width**-0.5, channels
+        self._ranks, self._number = communicator.mesh.world_size, communicator.rank
+        random = torch.Generator(device).manual_seed(0)
+        self.whole = [
+            torch.randn(1, count, tokens, width, device=device, dtype=dtype, generator=random)
+            for count in (query, kv, kv)
+        ]
+        self._mine = [self._own(x).contiguous() for x in self.whole]
+
+    def _own(self, x: Tensor) -> Tensor:
+        return take_rows(x, self._number, parts=self._ranks, axes=("sp",), dim=2, kind="sequence", order="zigzag")
+
+    def by(self, way: str, groups: int | None = None) -> Tensor:
+        """groups: of heads, by ulysses."""
+        factors = {"neighbours": self._ranks // 2} if way == "ring-ulysses" else {}
+        before = ulysses_in_place.GROUPS
+        ulysses_in_place.GROUPS = groups or before
+        try:
+            return attend_over_ranks(
+                self._channels[way], *self._mine, self.tokens, None, None, how=way, parts=self._ranks,
+                scale=self.scale, causal=True, **factors,
+            )  # fmt: skip
+        finally:
+            ulysses_in_place.GROUPS = before
+
+    def alone(self) -> Tensor:
+        return attention(*self.whole, scale=self.scale, causal=True)
+
+    def exchanged(self) -> Tensor:
+        """By ulysses, without attention: queries in the place of its results."""
+        order = TokenOrder.of(self.tokens, self._ranks)
+        return by_heads(
+            self._channels["ulysses"], *self._mine, lambda q, *others: q,
+            queries=order, mask=None, sinks=None, kv_map=None,
+        )  # fmt: skip
+
+    def require_alike(self, ways: Iterable[str]) -> float:
+        """How far the ways are off, of the largest number."""
+        wanted = self._own(self.alone())
+        off = max(float((self.by(way) - wanted).abs().max() / wanted.abs().max()) for way in ways)
+        assert off < (1e-4 if wanted.dtype == torch.float32 else 2e-2), off
+        return off
 
 
 def torch_context_parallel(turns: DeviceTurns, whole: list[Tensor], scale: float, rounds: int) -> tuple[float, str]:

@@ -3,6 +3,8 @@
     attention   one layer's, causal, 32k to 512k tokens, each kind: the time of the same kernel on one GPU over all
                 tokens, divided by n, over the time here (1 is ideal); results are compared. Beside it what heads cost
                 to exchange for tokens and back, without attention, and torch's context_parallel
+    auto        of the kinds, the one that `sp_attention="auto"` takes: the best kind's time over its, for 12 shapes
+                (query heads, kv heads, how wide) and lengths
     prompts     the whole model to the first token, 32k to 512k tokens, over one GPU (up to --alone tokens)
     decode      256k tokens in the cache: seconds of a token behind them, over one GPU; captured, and with --compile
                 compiled. Keys and values are drawn: of the prompt only the last 2,048 tokens are run
@@ -21,6 +23,7 @@ counts, of the rounds the median, and one round of what is longer than 128k toke
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -31,7 +34,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.pipeline import alone, drawn_ids, writes
-from benchmarks.gpu.sequence_cases import drawn_prompts, limited, torch_context_parallel
+from benchmarks.gpu.sequence_cases import SharedOut, drawn_prompts, limited, torch_context_parallel, with_unproven
 from benchmarks.support.decoders import SHAPES, DrawnWeights, decoder
 from benchmarks.support.several import (
     DeviceTurns,
@@ -43,19 +46,16 @@ from benchmarks.support.several import (
     synchronize,
 )
 from partitioner import Plan, partition
+from partitioner.analysis.cost.attention_exchange import Exchanged, cheapest
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.process_groups import ProcessGroups
 from runtime.engine import Engine
-from runtime.ops.attention import attention
-from runtime.ops.rows import ulysses_in_place
-from runtime.ops.rows.sequence_attention import attend_over_ranks
-from runtime.ops.rows.share_rows import take_rows
-from runtime.ops.rows.token_order import TokenOrder
-from runtime.ops.rows.ulysses import by_heads
 
-PARTS = ("attention", "prompts", "decode", "memory")
+PARTS = ("attention", "auto", "prompts", "decode", "memory")
 WAYS = ("ring", "gather", "ulysses", "ring-ulysses")
 LENGTHS, CACHED = (2**15, 2**16, 2**17, 2**18, 2**19), 2**18
+AUTO = ((32, 8, 128), (64, 8, 128), (40, 8, 128), (32, 32, 128), (28, 4, 128), (16, 2, 128))
+SMALL_AUTO = ((8, 4, 8), (4, 2, 16))
 SMALL_LENGTHS, SMALL_CACHED = (96, 203), 200
 NEW, LONG, LAST = 33, 2**17, 2048
 """Tokens behind a prompt, the longest that is timed several times, and what is run of a drawn one."""
@@ -67,73 +67,54 @@ def rounds_of(given: argparse.Namespace, tokens: int) -> int:
 
 @torch.no_grad()
 def attentions(given: argparse.Namespace, device: torch.device) -> None:
-    shape = SHAPES["small" if given.small else "8b"]
-    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    width = shape["hidden_size"] // heads
-    ranks, scale = given.ranks, width**-0.5
+    """The attention part, and auto."""
+    shape, ranks = SHAPES["small" if given.small else "8b"], given.ranks
+    heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    heads = (*heads, shape["hidden_size"] // heads[0])
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     communicator = ProcessGroups.connect(
         Mesh.of(sp=ranks), axes={("sp",)}, device=device.type, timeout_s=120, shared_memory=sharing(device)
     )
-    turns, number = DeviceTurns(device), communicator.rank
+    turns, first = DeviceTurns(device), communicator.rank == 0
     ways = [way for way in WAYS if way != "ring-ulysses" or (ranks > 2 and ranks % 2 == 0)]
     channels = {way: communicator.channel("sp", node=way) for way in ways}
-    if number == 0:
-        print(f"attention: {ranks} x {device_name(device)}, {heads} heads, {kv_heads} kv heads of {width}", flush=True)
+    if first:
+        print(f"{given.part}: {ranks} x {device_name(device)}", flush=True)
+    if given.part == "auto":
+        shapes = SMALL_AUTO if given.small else AUTO
+        lengths = given.lengths[:2]
+        worst = 1.0
+        for each, tokens in ((each, tokens) for each in shapes for tokens in lengths):
+            case = SharedOut(communicator, channels, each, tokens, dtype)
+            case.require_alike(ways)
+            times = turns.medians({way: functools.partial(case.by, way) for way in ways}, rounds=given.rounds)
+            how, _ = cheapest([Exchanged(*map(float, (*each, each[-1])))], ranks)
+            best = min(times, key=times.__getitem__)
+            worst = min(worst, times[best] / times[how])
+            if first:
+                said = ", ".join(f"{way} {seconds * 1e3:.2f} ms" for way, seconds in times.items())
+                print(f"  {each} heads, {tokens} tokens: {said}; {best} / auto, {how}: {times[best] / times[how]:.3f}")
+        if first:
+            print(f"  of {len(shapes) * len(lengths)}, the worst: {worst:.3f}", flush=True)
+        communicator.close()
+        return
     for tokens in given.lengths:
-        random = torch.Generator(device).manual_seed(0)
-        whole = [
-            torch.randn(1, count, tokens, width, device=device, dtype=dtype, generator=random)
-            for count in (heads, kv_heads, kv_heads)
-        ]
-
-        def own(x: Tensor) -> Tensor:
-            return take_rows(x, number, parts=ranks, axes=("sp",), dim=2, kind="sequence", order="zigzag")
-
-        mine = [own(x).contiguous() for x in whole]
-
-        def shared(way: str, mine: list[Tensor] = mine, tokens: int = tokens) -> Tensor:
-            factors = {"neighbours": ranks // 2} if way == "ring-ulysses" else {}
-            return attend_over_ranks(
-                channels[way], *mine, tokens, None, None, how=way, parts=ranks, scale=scale, causal=True, **factors
-            )
-
-        def one(whole: list[Tensor] = whole) -> Tensor:
-            return attention(*whole, scale=scale, causal=True)
-
-        wanted = own(one())
-        off = max(float((shared(way) - wanted).abs().max() / wanted.abs().max()) for way in ways)
-        assert off < (1e-4 if dtype == torch.float32 else 2e-2), off
-
-        def exchanged(mine: list[Tensor] = mine, tokens: int = tokens) -> Tensor:
-            """Without attention: queries in the place of its results."""
-            order = TokenOrder.of(tokens, ranks)
-            return by_heads(
-                channels["ulysses"], *mine, lambda q, *others: q, queries=order, mask=None, sinks=None, kv_map=None
-            )
-
-        def grouped(count: int, shared: Callable[[str], Tensor] = shared) -> Tensor:
-            before, ulysses_in_place.GROUPS = ulysses_in_place.GROUPS, count
-            try:
-                return shared("ulysses")
-            finally:
-                ulysses_in_place.GROUPS = before
-
-        contestants: dict[str, Callable[[], object]] = {way: lambda way=way: shared(way) for way in ways}  # type: ignore[misc]
-        of_groups = {f"ulysses, {n}": lambda n=n: grouped(n) for n in given.groups}  # type: ignore[misc]
-        times = turns.medians(
-            {"1 GPU": one, "exchange": exchanged, **contestants, **of_groups}, rounds=rounds_of(given, tokens)
-        )
-        if number == 0:
+        case = SharedOut(communicator, channels, heads, tokens, dtype)
+        off = case.require_alike(ways)
+        contestants: dict[str, Callable[[], object]] = {"1 GPU": case.alone, "exchange": case.exchanged}
+        shared = {way: functools.partial(case.by, way) for way in ways}
+        shared |= {f"ulysses, {n}": functools.partial(case.by, "ulysses", n) for n in given.groups}
+        times = turns.medians(contestants | shared, rounds=rounds_of(given, tokens))
+        if first:
             said = ", ".join(
                 f"{way} {times[way] * 1e3:.2f} ms = {times['1 GPU'] / ranks / times[way]:.3f} of ideal"
-                for way in (*ways, *of_groups)
+                for way in shared
             )
             print(f"  {tokens} tokens: 1 GPU {times['1 GPU'] * 1e3:.2f} ms; {said}; off by {off:.1e}", flush=True)
             print(f"    heads for tokens and back, without attention: {times['exchange'] * 1e3:.3f} ms", flush=True)
         if device.type == "cuda":
-            seconds, how = torch_context_parallel(turns, whole, scale, rounds_of(given, tokens))
-            if number == 0:
+            seconds, how = torch_context_parallel(turns, case.whole, case.scale, rounds_of(given, tokens))
+            if first:
                 ratio = f"{seconds * 1e3:.2f} ms = {times['1 GPU'] / ranks / seconds:.2f} of ideal" if seconds else "no"
                 print(f"    torch's context_parallel: {ratio} ({how})", flush=True)
     communicator.close()
@@ -235,7 +216,8 @@ def memory(given: argparse.Namespace, device: torch.device) -> None:
 
 def rank(given: argparse.Namespace) -> None:
     device = device_of_rank(given)
-    runs = {"attention": attentions, "memory": memory}
+    with_unproven(given.unproven)
+    runs = {"attention": attentions, "auto": attentions, "memory": memory}
     runs.get(given.part, whole_model)(given, device)
 
 
@@ -246,6 +228,9 @@ def main() -> None:
     parser.add_argument("--cached", type=int, help="tokens in the cache of decode; 256k, and 200 with --small")
     parser.add_argument("--alone", type=int, default=LONG, help="the longest prompt that one GPU is given")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--unproven", action="store_true", help="with kernels that have not run on GPUs yet, and are off elsewhere"
+    )
     parser.add_argument("--groups", type=int, nargs="*", default=[], help="attention by ulysses in as many groups too")
     parser.add_argument("--compile", action="store_true", help="compiled steps of decode, besides captured")
     parser.add_argument("--plan", help="of prompts and decode, instead of sp=RANKS")

@@ -5,11 +5,15 @@
     ring-ulysses    n = u x r ranks: u neighbours exchange heads, and r that have the same heads are a ring
 
 All of them compute the same pairs. One program serves all lengths, so one length decides, `TOKENS` on each rank, causal
-and in two bytes a number. The prices are those of GPUs of one host, as `benchmarks/gpu/sequences.py` has measured them:
+and in two bytes a number. The prices are those of two H200 of one host with NVLink, from `benchmarks/gpu/sequences.py`
+(32 heads, 8 kv heads of 128; of ideal, ulysses reached 0.72, 0.95 and 0.97 at 16k, 32k and 64k tokens a rank, the ring
+0.46, 0.50 and 0.61):
 
-    ulysses   its bytes over the link: half of them where heads come in groups, of which one is attended to meanwhile
-    ring      what of its bytes attention does not hide; a merge of each block but the first; and kernels for blocks,
-              which reach a little less than one for all tokens
+    ulysses   its bytes, by all-to-alls and the copies before and behind them
+    ring      what of its bytes attention does not hide; a merge of each block but the first; and torch's flash kernel,
+              which says the log-sum-exp that a merge needs, in the place of cuDNN's, which is nearly twice as fast
+
+Where no kernel takes an attention, ulysses writes out the scores of all tokens, a ring those of a tile at a time.
 """
 
 from __future__ import annotations
@@ -24,10 +28,12 @@ from partitioner.program.program import Program
 __all__ = ["Exchanged", "cheapest", "choose_exchange", "neighbours_of"]
 
 TOKENS, ITEM = 16384, 2
-FLOPS_PER_S, LINK_BYTES_PER_S, MEMORY_BYTES_PER_S = 6.0e14, 3.3e11, 4.0e12
-"""Of cuDNN's causal kernel, of rows written into another GPU's memory, and of this GPU's own: two H200 with NVLink."""
-OF_A_BLOCK = 0.97
-"""Share of that kernel's speed which kernels for blocks of keys reach."""
+FLOPS_PER_S, MEMORY_BYTES_PER_S = 6.5e14, 4.0e12
+"""Of cuDNN's causal kernel, and of the GPU's own memory."""
+EXCHANGE_BYTES_PER_S, PERMUTE_BYTES_PER_S = 1.6e11, 1.6e11
+"""Of an all-to-all with its copies: 671 MB that leave a rank took 4.2 ms. A permute is taken to be alike."""
+OF_A_BLOCK = 0.55
+"""Share of that kernel's speed which the one for blocks of keys reaches."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Exchanged:
     kv_heads: float
     size: float
     value: float
+    has_kernel: bool = True
+    """Whether one kernel takes all of it: no window or chunk, soft cap or sinks."""
 
     def attention_s(self, ranks: int) -> float:
         """Of a rank's share of the pairs."""
@@ -47,21 +55,22 @@ class Exchanged:
     def ulysses_s(self, ranks: int) -> float:
         copies = max(self.kv_heads, ranks)  # a kv head goes to every rank whose query heads read it
         width = (self.heads + copies) * (self.size + self.value)
-        shown = 0.5 if self.kv_heads >= 2 * ranks else 1.0
-        return shown * TOKENS * (ranks - 1) / ranks * width * ITEM / LINK_BYTES_PER_S
+        return TOKENS * (ranks - 1) / ranks * width * ITEM / EXCHANGE_BYTES_PER_S
 
     def ring_s(self, ranks: int) -> float:
         attention, others = self.attention_s(ranks), ranks - 1
-        travels = others * TOKENS * self.kv_heads * (self.size + self.value) * ITEM / LINK_BYTES_PER_S
+        travels = others * TOKENS * self.kv_heads * (self.size + self.value) * ITEM / PERMUTE_BYTES_PER_S
         # of each block half of the queries, or all of them, see some: read twice and written
         merges = others * TOKENS / 2 * self.heads * self.value * 3 * ITEM / MEMORY_BYTES_PER_S
         return max(0.0, travels - attention * others / ranks) + merges + attention * (1 / OF_A_BLOCK - 1)
 
     def why_ring(self, ranks: int) -> str:
-        """Why Ulysses cannot be; "": it can."""
-        if self.heads >= ranks:
-            return ""
-        return f"{self.heads:g} heads on a rank, fewer than {ranks} for Ulysses to deal out"
+        """Why Ulysses is not to be; "": it may."""
+        if self.heads < ranks:
+            return f"{self.heads:g} heads on a rank, fewer than {ranks} for Ulysses to deal out"
+        if not self.has_kernel:
+            return "a window, chunk, soft cap or sinks, for which Ulysses would write out the scores of all tokens"
+        return ""
 
 
 def cheapest(attentions: list[Exchanged], ranks: int) -> tuple[str, str]:
@@ -79,8 +88,9 @@ def cheapest(attentions: list[Exchanged], ranks: int) -> tuple[str, str]:
     )
     how = "ulysses" if ulysses <= ring else "ring"
     return how, (
-        f"{TOKENS:,} tokens a rank on GPUs of one host take {alone * 1e3:.3g} ms of attention, and besides, as priced, "
-        f"{ulysses * 1e3:.3g} ms to exchange heads by ulysses, {ring * 1e3:.3g} ms to merge and wait in a ring"
+        f"{TOKENS:,} tokens a rank on GPUs of one host are {alone * 1e3:.3g} ms of attention, and besides it "
+        f"{ulysses * 1e3:.3g} ms to exchange heads (ulysses) or {ring * 1e3:.3g} ms for slower kernels, merges and "
+        "waits (ring)"
     )
 
 
@@ -92,7 +102,8 @@ def choose_exchange(program: Program, attends: list[fx.Node], axis: str) -> tupl
         (_, _, _, size), (_, kv_heads, _, value) = (a[name].meta["val"].shape for name in ("q", "v"))
         fewest = _fewest_heads(node)
         kv_heads = kv_heads * fewest / int(a["q"].meta["val"].shape[1])
-        found.append(Exchanged(float(fewest), max(1.0, float(kv_heads)), float(size), float(value)))
+        has_kernel = all(a[name] is None for name in ("window", "chunk", "softcap", "sinks"))
+        found.append(Exchanged(float(fewest), max(1.0, float(kv_heads)), float(size), float(value), has_kernel))
     return cheapest(found, program.mesh.size(axis))
 
 

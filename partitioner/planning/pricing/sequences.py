@@ -24,6 +24,8 @@ from partitioner.program.plan import Plan
 __all__ = ["Attending", "shares_out"]
 
 _FLOAT32 = 4
+_CAUSAL = 0.49
+"""Of all pairs of queries and keys, those that causal attention has, and a little less."""
 
 
 def shares_out(part: Part) -> bool:
@@ -52,11 +54,15 @@ class Attending:
         return cls(rows, heads, kv_heads, size, queries, keys, pairs, item)
 
     def way(self, plan: Plan) -> str:
-        """As `analysis.cost.attention_exchange` chooses where the plan does not say."""
+        """As `analysis.cost.attention_exchange` chooses where the plan does not say.
+
+        A window or a chunk is known by the pairs that it leaves; of a soft cap and of sinks nothing is known here.
+        """
         if plan.sp_attention != "auto":
             return plan.sp_attention
         half = self.size / 2
-        return cheapest([Exchanged(self.heads, self.kv_heads, half, half)], plan.sp)[0]
+        has_kernel = self.pairs >= _CAUSAL * self.queries * self.keys
+        return cheapest([Exchanged(self.heads, self.kv_heads, half, half, has_kernel)], plan.sp)[0]
 
     def on_a_rank(self, plan: Plan, *, steps: bool) -> list[float]:
         """The product of one of the ranks: a share of the queries, or of the keys."""

@@ -16,6 +16,9 @@ from runtime.communication.peer_memory.peer_memory import PeerMemory
 
 __all__ = ["begin_permute"]
 
+IS_ON = False
+"""Whether rings go so. The kernel and the stream are those of all-reduces that are under way; together with permutes
+they have not run on GPUs, so only `benchmarks.gpu.sequences --unproven` and tests turn it on."""
 BESIDE = 24
 """Blocks of a permute that others compute beside."""
 LEAST_BYTES = 1 << 22

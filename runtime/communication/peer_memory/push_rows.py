@@ -22,7 +22,11 @@ from torch import Tensor
 from runtime.communication.peer_memory.mapped_memory import Exchange, first_obstacle, mapped
 from runtime.ops.rows.row_moves import ALIGNED, Move
 
-__all__ = ["PeerRows"]
+__all__ = ["IN_PLACE", "PeerRows"]
+
+IN_PLACE = False
+"""Whether ranks exchange heads for tokens so. The moves are proven against float64, the kernel in Triton's interpreter,
+and it compiles for Hopper; on GPUs it has not run: only `benchmarks.gpu.sequences --unproven` and tests turn it on."""
 
 _log = logging.getLogger("partitioner")
 _ROUND_TO = 1 << 26
