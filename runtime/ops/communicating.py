@@ -223,7 +223,7 @@ def _meetings_of_attention(node: fx.Node) -> tuple[Meeting, ...]:
     if how == "merge":
         return (Meeting("all_gather", axes, (1, batch, heads, size, value_width + 1), accumulating(dtype)),)
     rows = batch * size
-    sent = _kv_heads_sent(heads, kv_heads, parts if how == "ulysses" else options.get("neighbours", 1))
+    sent = _kv_heads_sent(operands[0], heads, kv_heads, parts if how == "ulysses" else options.get("neighbours", 1))
     exchanged = [rows * (heads * width + sent * (width + value_width)), rows * heads * value_width]
     keys = Meeting("permute", axes, (batch, kv_heads, size, width + value_width), dtype)
     return tuple(
@@ -232,11 +232,18 @@ def _meetings_of_attention(node: fx.Node) -> tuple[Meeting, ...]:
     )
 
 
-def _kv_heads_sent(heads: Any, kv_heads: Any, ranks: int) -> Any:
-    """One that the query heads of several ranks read goes to each of them; as they are read in order."""
+def _kv_heads_sent(q: fx.Node, heads: Any, kv_heads: Any, ranks: int) -> Any:
+    """Of all ranks with heads of their own; one that query heads of several of `ranks` read goes to each of them."""
     if not isinstance(heads, int) or not isinstance(kv_heads, int) or not kv_heads or heads % kv_heads:
         return kv_heads
-    return sum(len(share.kv) for share in heads_of(ranks, heads, tuple(h * kv_heads // heads for h in range(heads))))
+    layout = q.meta.get("layout")
+    split = None if layout is None else layout.split(1)
+    sizes = [heads] if split is None or sum(split.sizes) != heads else list(split.sizes)
+    read, first, found = tuple(head * kv_heads // heads for head in range(heads)), 0, 0
+    for size in sizes:
+        found += sum(len(share.kv) for share in heads_of(ranks, size, read[first : first + size]))
+        first += size
+    return found
 
 
 COMMUNICATING: dict[Any, Communicating] = {
