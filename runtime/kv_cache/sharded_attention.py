@@ -22,6 +22,7 @@ from runtime.kv_cache.buffers import StateRows
 from runtime.kv_cache.sharded_slots import DealtOut, ShardedRun, moved
 from runtime.ops.kernels.decode import shared_decode
 from runtime.ops.kernels.decode_attention import Attending, can_decode, decode_attention, registered
+from runtime.ops.kernels.flash_attention import can_flash, flash_attention
 from runtime.ops.rows.attend_runs import Block, RankQueries
 from runtime.ops.rows.exchange_keys import around, filled_up
 from runtime.ops.rows.partial_attention import accumulating, merge_parts, partial_attention, with_sinks
@@ -218,7 +219,7 @@ class ShardedAttention:
         self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
         order, before = dealt_out.order, dealt_out.before
-        is_known = before is not None and self._window is None and self._chunk is None
+        is_known = before is not None and self._window is None and self._chunk is None and mask is None
         slots = self._keys.slots
         seen = before[self._channel.coordinate] + q.shape[2] if before and is_known else min(run.seen, slots)
         past, own = (0, dealt_out.start), (dealt_out.start, dealt_out.start + order.total)
@@ -226,6 +227,9 @@ class ShardedAttention:
         def attend(
             q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, kv_map: list[int] | None
         ) -> Tensor:
+            if is_known and sinks is None and kv_map is None and self._softcap is None and can_flash(q, v):
+                found: Tensor = flash_attention(q, k, v, scale=self._scale)
+                return found
             queries = RankQueries(
                 q, (own,), Visible(True, self._window, self._chunk),
                 width=v.shape[-1], scale=self._scale, softcap=self._softcap, mask=mask,

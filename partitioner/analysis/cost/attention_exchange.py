@@ -78,14 +78,8 @@ def cheapest(attentions: list[Exchanged], ranks: int) -> tuple[str, str]:
     for each in attentions:
         if why := each.why_ring(ranks):
             return "ring", why
-    ulysses, ring, alone = (
-        sum(price(each) for each in attentions)
-        for price in (
-            lambda each: each.ulysses_s(ranks),
-            lambda each: each.ring_s(ranks),
-            lambda each: each.attention_s(ranks),
-        )
-    )
+    ulysses, ring = sum(each.ulysses_s(ranks) for each in attentions), sum(each.ring_s(ranks) for each in attentions)
+    alone = sum(each.attention_s(ranks) for each in attentions)
     how = "ulysses" if ulysses <= ring else "ring"
     return how, (
         f"{TOKENS:,} tokens a rank on GPUs of one host are {alone * 1e3:.3g} ms of attention, and besides it "

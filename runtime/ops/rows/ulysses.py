@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import CommunicationError
-from runtime.ops.rows.share_rows import in_order
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.ops.rows.ulysses_in_place import InPlace, groups_of
 
@@ -112,38 +111,67 @@ def by_heads(
         kv = (batch, len(share.kv), brought[rank])
         return [(batch, share.count, queries.counts[rank], q.shape[-1]), (*kv, k.shape[-1]), (*kv, v.shape[-1])]
 
-    sent, send_counts = [], []
+    send_counts = [sum(map(math.prod, tensors(share, own))) for share in shares]
+    sent, at = q.new_empty(sum(send_counts)), 0
     for share in shares:
-        parts = [q[:, slice(*share.query)], k[:, list(share.kv)], v[:, list(share.kv)]]
-        sent += [part.reshape(-1) for part in parts]
-        send_counts.append(sum(part.numel() for part in parts))
+        for x, wanted in ((q, range(*share.query)), (k, share.kv), (v, share.kv)):
+            at = _put(sent, at, _heads(x, wanted))
     coming = [tensors(mine, rank) for rank in range(num_ranks)]
     receive_counts = [sum(map(math.prod, shapes)) for shapes in coming]
-    received = channel.all_to_all(torch.cat(sent), send_counts, receive_counts)
+    received = channel.all_to_all(sent, send_counts, receive_counts)
     by_rank = [
         [piece.view(shape) for piece, shape in zip(part.split([*map(math.prod, shapes)]), shapes, strict=True)]
         for part, shapes in zip(received.split(receive_counts), coming, strict=True)
     ]
-    whole = [in_order(torch.cat([parts[0] for parts in by_rank], dim=2), queries, 2)]
+    whole = [torch.cat([*_in_order([parts[0] for parts in by_rank], queries)], dim=2)]
     for each in (1, 2):
         pieces = [parts[each] for parts in by_rank]
-        if kv_rows is not None:
-            whole.append(torch.cat(pieces, dim=2))
-            continue
-        new = in_order(torch.cat([x[:, :, count:] for x, count in zip(pieces, before, strict=True)], dim=2), queries, 2)
-        kept = [x[:, :, :count] for x, count in zip(pieces, before, strict=True) if count]
-        whole.append(torch.cat([*kept, new], dim=2) if kept else new)
+        if kv_rows is None:
+            kept = [x[:, :, :count] for x, count in zip(pieces, before, strict=True) if count]
+            new = [x[:, :, count:] for x, count in zip(pieces, before, strict=True)]
+            pieces = [*kept, *_in_order(new, queries)]
+        whole.append(torch.cat(pieces, dim=2))
     out = attend(whole[0], whole[1], whole[2], given_mask, given_sinks, mine.uneven_map)
 
-    backs = [out[:, :, start:stop] for runs in queries.runs for start, stop in runs]
-    send_counts = [mine.count * batch * count * v.shape[-1] for count in queries.counts]
-    receive_counts = [share.count * batch * size * v.shape[-1] for share in shares]
-    flat = torch.cat([back.transpose(0, 2).reshape(-1) for back in backs]) if backs else out.reshape(-1)
-    returned = channel.all_to_all(flat, send_counts, receive_counts)
+    # tokens come back before heads, as what follows reads them
+    width = v.shape[-1]
+    send_counts = [mine.count * batch * count * width for count in queries.counts]
+    receive_counts = [share.count * batch * size * width for share in shares]
+    sent, at = out.new_empty(sum(send_counts)), 0
+    for count, runs in zip(queries.counts, queries.runs, strict=True):
+        to = sent[at : at + batch * count * mine.count * width].view(batch, count, mine.count, width)
+        at, row = at + to.numel(), 0
+        for start, stop in runs:
+            to[:, row : row + stop - start] = out[:, :, start:stop].transpose(1, 2)
+            row += stop - start
+    returned = channel.all_to_all(sent, send_counts, receive_counts)
     by_heads_of = zip(returned.split(receive_counts), shares, strict=True)
-    return torch.cat(
-        [piece.view(size, share.count, batch, v.shape[-1]).transpose(0, 2) for piece, share in by_heads_of], dim=1
+    return torch.cat([piece.view(batch, size, share.count, width) for piece, share in by_heads_of], dim=2).transpose(
+        1, 2
     )
+
+
+def _heads(x: Tensor, wanted: Sequence[int]) -> Tensor:
+    """Some heads of x [B, H, S, D]; without a copy where they follow each other."""
+    follow = list(wanted) == list(range(wanted[0], wanted[0] + len(wanted))) if wanted else True
+    return x[:, wanted[0] : wanted[0] + len(wanted)] if wanted and follow else x[:, list(wanted)]
+
+
+def _put(flat: Tensor, at: int, x: Tensor) -> int:
+    """Writes x to `flat` from `at` on; where it ends."""
+    flat[at : at + x.numel()].view(x.shape).copy_(x)
+    return at + x.numel()
+
+
+def _in_order(pieces: Sequence[Tensor], order: TokenOrder) -> list[Tensor]:
+    """The runs of all ranks' tokens, dim 2 of their pieces, in order of position."""
+    found = []
+    for piece, runs in zip(pieces, order.runs, strict=True):
+        row = 0
+        for start, stop in runs:
+            found.append((start, piece[:, :, row : row + stop - start]))
+            row += stop - start
+    return [piece for _, piece in sorted(found, key=lambda each: each[0])] or [pieces[0][:, :, :0]]
 
 
 def _sinks(sinks: Tensor | None, mine: Heads) -> Tensor | None:
