@@ -53,7 +53,7 @@ _VIEWS = (aten.view, aten.reshape, aten._unsafe_view)
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """See the module's docstring. attention: "auto" is the way with the fewest bytes, of the first three.
+    """See the module's docstring. attention: "auto" is the ring or Ulysses, whichever is priced lower.
 
     neighbours: how many ranks exchange heads by "ring-ulysses"; None: as many as there are heads for.
     """

@@ -42,7 +42,8 @@ from benchmarks.support.decoders import SHAPES, DrawnWeights, decoder
 from benchmarks.support.peers import tp_plan_auto
 from benchmarks.support.several import DeviceTurns, device_name, device_of_rank, options, sharing, start, synchronize
 from partitioner import Plan, partition
-from runtime.communication.peer_memory import mapped_memory, row_sums
+from runtime.communication.peer_memory import mapped_memory
+from runtime.communication.peer_memory.rows import sum_rows
 from runtime.engine import Engine, engine
 from runtime.generation import steps
 
@@ -138,13 +139,13 @@ def rank(given: argparse.Namespace) -> None:
 @contextmanager
 def toggled(turns_from: int | None, *, captured: bool, by_rows: bool, whole_by_rows: bool = False) -> Iterator[None]:
     """Halves of pieces take turns from so many tokens on; captures and sums by rows are on or off."""
-    before = steps.TURNS_FROM, steps.CAPTURED_UP_TO, row_sums.LEAST_BYTES
+    before = steps.TURNS_FROM, steps.CAPTURED_UP_TO, sum_rows.LEAST_BYTES
     steps.TURNS_FROM, steps.WHOLE_BY_ROWS = turns_from, whole_by_rows
-    steps.CAPTURED_UP_TO, row_sums.LEAST_BYTES = before[1] if captured else 0, before[2] if by_rows else NEVER
+    steps.CAPTURED_UP_TO, sum_rows.LEAST_BYTES = before[1] if captured else 0, before[2] if by_rows else NEVER
     try:
         yield
     finally:
-        steps.TURNS_FROM, steps.CAPTURED_UP_TO, row_sums.LEAST_BYTES = before
+        steps.TURNS_FROM, steps.CAPTURED_UP_TO, sum_rows.LEAST_BYTES = before
         steps.WHOLE_BY_ROWS = False
 
 

@@ -1,9 +1,15 @@
 """Tokens of one sequence shared out over several GPUs of one host (sp=n), a Llama-3-8B shape in bfloat16, against one.
 
     attention   one layer's, causal, 32k to 512k tokens, each kind: the time of the same kernel on one GPU over all
-                tokens, divided by n, over the time here (1 is ideal); results are compared
+                tokens, divided by n, over the time here (1 is ideal); results are compared. Beside it what heads cost
+                to exchange for tokens and back, without attention, and torch's context_parallel
+    auto        of the kinds, the one that `sp_attention="auto"` takes: the best kind's time over its, for 12 shapes
+                (query heads, kv heads, how wide) and lengths
     prompts     the whole model to the first token, 32k to 512k tokens, over one GPU (up to --alone tokens)
-    decode      256k tokens in the cache: seconds of a token after the prompt, over one GPU; compiled and captured
+    decode      256k tokens in the cache: seconds of a token behind them, over one GPU; captured, and with --compile
+                compiled. Keys and values are drawn: of the prompt only the last 2,048 tokens are run
+    memory      a prompt of --cached tokens under a limit (`set_per_process_memory_fraction`) that ranks need a tenth
+                less than: they run it, one GPU cannot
 
 Weights are drawn on the devices. One GPU runs on each of them at the same time, in turn with the plan; the slowest rank
 counts, of the rounds the median, and one round of what is longer than 128k tokens.
@@ -17,6 +23,7 @@ counts, of the rounds the median, and one round of what is longer than 128k toke
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -27,6 +34,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.pipeline import alone, drawn_ids, writes
+from benchmarks.gpu.sequence_cases import SharedOut, drawn_prompts, limited, torch_context_parallel, with_unproven
 from benchmarks.support.decoders import SHAPES, DrawnWeights, decoder
 from benchmarks.support.several import (
     DeviceTurns,
@@ -38,18 +46,19 @@ from benchmarks.support.several import (
     synchronize,
 )
 from partitioner import Plan, partition
+from partitioner.analysis.cost.attention_exchange import Exchanged, cheapest
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.process_groups import ProcessGroups
 from runtime.engine import Engine
-from runtime.ops.attention import attention
-from runtime.ops.rows.sequence_attention import attend_over_ranks
-from runtime.ops.rows.share_rows import take_rows
 
-PARTS = ("attention", "prompts", "decode")
+PARTS = ("attention", "auto", "prompts", "decode", "memory")
 WAYS = ("ring", "gather", "ulysses", "ring-ulysses")
 LENGTHS, CACHED = (2**15, 2**16, 2**17, 2**18, 2**19), 2**18
+AUTO = ((32, 8, 128), (64, 8, 128), (40, 8, 128), (32, 32, 128), (28, 4, 128), (16, 2, 128))
+SMALL_AUTO = ((8, 4, 8), (4, 2, 16))
 SMALL_LENGTHS, SMALL_CACHED = (96, 203), 200
-NEW, LONG = 33, 2**17
+NEW, LONG, LAST = 33, 2**17, 2048
+"""Tokens behind a prompt, the longest that is timed several times, and what is run of a drawn one."""
 
 
 def rounds_of(given: argparse.Namespace, tokens: int) -> int:
@@ -58,50 +67,56 @@ def rounds_of(given: argparse.Namespace, tokens: int) -> int:
 
 @torch.no_grad()
 def attentions(given: argparse.Namespace, device: torch.device) -> None:
-    shape = SHAPES["small" if given.small else "8b"]
-    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    width = shape["hidden_size"] // heads
-    ranks, scale = given.ranks, width**-0.5
+    """The attention part, and auto."""
+    shape, ranks = SHAPES["small" if given.small else "8b"], given.ranks
+    heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    heads = (*heads, shape["hidden_size"] // heads[0])
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     communicator = ProcessGroups.connect(
         Mesh.of(sp=ranks), axes={("sp",)}, device=device.type, timeout_s=120, shared_memory=sharing(device)
     )
-    turns, number = DeviceTurns(device), communicator.rank
+    turns, first = DeviceTurns(device), communicator.rank == 0
     ways = [way for way in WAYS if way != "ring-ulysses" or (ranks > 2 and ranks % 2 == 0)]
     channels = {way: communicator.channel("sp", node=way) for way in ways}
-    if number == 0:
-        print(f"attention: {ranks} x {device_name(device)}, {heads} heads, {kv_heads} kv heads of {width}", flush=True)
+    if first:
+        print(f"{given.part}: {ranks} x {device_name(device)}", flush=True)
+    if given.part == "auto":
+        shapes = SMALL_AUTO if given.small else AUTO
+        lengths = given.lengths[:2]
+        worst = 1.0
+        for each, tokens in ((each, tokens) for each in shapes for tokens in lengths):
+            case = SharedOut(communicator, channels, each, tokens, dtype)
+            case.require_alike(ways)
+            times = turns.medians({way: functools.partial(case.by, way) for way in ways}, rounds=given.rounds)
+            how, _ = cheapest([Exchanged(*map(float, (*each, each[-1])))], ranks)
+            best = min(times, key=times.__getitem__)
+            worst = min(worst, times[best] / times[how])
+            if first:
+                said = ", ".join(f"{way} {seconds * 1e3:.2f} ms" for way, seconds in times.items())
+                print(f"  {each} heads, {tokens} tokens: {said}; {best} / auto, {how}: {times[best] / times[how]:.3f}")
+        if first:
+            print(f"  of {len(shapes) * len(lengths)}, the worst: {worst:.3f}", flush=True)
+        communicator.close()
+        return
     for tokens in given.lengths:
-        random = torch.Generator(device).manual_seed(0)
-        whole = [
-            torch.randn(1, count, tokens, width, device=device, dtype=dtype, generator=random)
-            for count in (heads, kv_heads, kv_heads)
-        ]
-
-        def own(x: Tensor) -> Tensor:
-            return take_rows(x, number, parts=ranks, axes=("sp",), dim=2, kind="sequence", order="zigzag")
-
-        mine = [own(x).contiguous() for x in whole]
-
-        def shared(way: str, mine: list[Tensor] = mine, tokens: int = tokens) -> Tensor:
-            factors = {"neighbours": ranks // 2} if way == "ring-ulysses" else {}
-            return attend_over_ranks(
-                channels[way], *mine, tokens, None, None, how=way, parts=ranks, scale=scale, causal=True, **factors
-            )
-
-        def one(whole: list[Tensor] = whole) -> Tensor:
-            return attention(*whole, scale=scale, causal=True)
-
-        wanted = own(one())
-        off = max(float((shared(way) - wanted).abs().max() / wanted.abs().max()) for way in ways)
-        assert off < (1e-4 if dtype == torch.float32 else 2e-2), off
-        contestants: dict[str, Callable[[], object]] = {way: lambda way=way: shared(way) for way in ways}  # type: ignore[misc]
-        times = turns.medians({"1 GPU": one, **contestants}, rounds=rounds_of(given, tokens))
-        if number == 0:
+        case = SharedOut(communicator, channels, heads, tokens, dtype)
+        off = case.require_alike(ways)
+        contestants: dict[str, Callable[[], object]] = {"1 GPU": case.alone, "exchange": case.exchanged}
+        shared = {way: functools.partial(case.by, way) for way in ways}
+        shared |= {f"ulysses, {n}": functools.partial(case.by, "ulysses", n) for n in given.groups}
+        times = turns.medians(contestants | shared, rounds=rounds_of(given, tokens))
+        if first:
             said = ", ".join(
-                f"{way} {times[way] * 1e3:.2f} ms = {times['1 GPU'] / ranks / times[way]:.2f} of ideal" for way in ways
+                f"{way} {times[way] * 1e3:.2f} ms = {times['1 GPU'] / ranks / times[way]:.3f} of ideal"
+                for way in shared
             )
             print(f"  {tokens} tokens: 1 GPU {times['1 GPU'] * 1e3:.2f} ms; {said}; off by {off:.1e}", flush=True)
+            print(f"    heads for tokens and back, without attention: {times['exchange'] * 1e3:.3f} ms", flush=True)
+        if device.type == "cuda":
+            seconds, how = torch_context_parallel(turns, case.whole, case.scale, rounds_of(given, tokens))
+            if first:
+                ratio = f"{seconds * 1e3:.2f} ms = {times['1 GPU'] / ranks / seconds:.2f} of ideal" if seconds else "no"
+                print(f"    torch's context_parallel: {ratio} ({how})", flush=True)
     communicator.close()
 
 
@@ -114,7 +129,7 @@ def whole_model(given: argparse.Namespace, device: torch.device) -> None:
     model = decoder(shape, layers=given.layers, positions=longest + 2 * NEW, device=device)
     weights, made = DrawnWeights(model, device), {}
     if is_decode and device.type == "cuda":
-        made = {"compile": True, "cuda_graph": True}
+        made = {"compile": given.compile, "cuda_graph": True}
     one = alone(partition(model, Plan()), weights, device, **made)
     parts = partition(model, plan)
     with Engine.connect(
@@ -144,27 +159,66 @@ def whole_model(given: argparse.Namespace, device: torch.device) -> None:
 
 def decode(turns: DeviceTurns, one: Engine, split: Engine, ids: Tensor, *, first: bool) -> None:
     """The time between tokens behind one prompt; the first steps are compiled and captured, and do not count."""
-    took, said = {}, {}
+    took = {}
     for name, engine in (("1 GPU", one), ("ranks", split)):
         turns.meet()
-        ends, tokens = [time.perf_counter()], []
-        for step in engine.stream(ids, max_new_tokens=NEW, eos_token_id=[], do_sample=False):
-            synchronize(turns.device)
-            ends.append(time.perf_counter())
-            tokens.append(step.tokens)
+        ends = [time.perf_counter()]
+        with drawn_prompts():
+            steps = engine.stream(
+                ids, max_new_tokens=NEW, eos_token_id=[], do_sample=False, prefill_step=min(LAST, ids.shape[1] // 8)
+            )
+            for _ in steps:
+                synchronize(turns.device)
+                ends.append(time.perf_counter())
         half = len(ends) // 2
         took[name] = turns.slowest([ends[1] - ends[0], (ends[-1] - ends[half]) / (len(ends) - 1 - half)])
-        said[name] = tokens
     if first:
         for name, (to_first, each) in took.items():
-            print(f"  {ids.shape[1]} cached, {name}: first token {to_first:.2f} s, then {each * 1e3:.3f} ms each")
-        same = "the same tokens" if said["1 GPU"] == said["ranks"] else "other tokens (bfloat16 rounds)"
-        print(f"  1 GPU / ranks, a token: {took['1 GPU'][1] / took['ranks'][1]:.2f}; {same}", flush=True)
+            print(f"  {ids.shape[1]} cached, {name}: {to_first:.2f} s to begin, then {each * 1e3:.3f} ms a token")
+        print(f"  1 GPU / ranks, a token: {took['1 GPU'][1] / took['ranks'][1]:.2f}", flush=True)
+
+
+@torch.no_grad()
+def memory(given: argparse.Namespace, device: torch.device) -> None:
+    """What one GPU cannot run for want of memory."""
+    plan = Plan.parse(given.plan or f"sp={given.ranks}")
+    cached = given.cached or (SMALL_CACHED if given.small else CACHED)
+    shape = "small" if given.small else "8b"
+    model = decoder(shape, layers=given.layers, positions=cached + 2 * NEW, device=device)
+    weights, whole, parts = DrawnWeights(model, device), partition(model, Plan()), partition(model, plan)
+    ids = drawn_ids(1, cached, model.config.vocab_size, device)
+
+    def run_alone() -> None:
+        writes(alone(whole, weights, device), ids, 1)()
+
+    def connected() -> Engine:
+        return Engine.connect(parts, weights, device=device.type, timeout_s=300, shared_memory=sharing(device))
+
+    with connected() as first:
+        number, turns = first.program.rank, DeviceTurns(device)
+
+        def run_split(engine: Engine = first) -> None:
+            engine._generate_loop.release()
+            writes(engine, ids, 1)()
+
+        if device.type != "cuda":  # no limit is set on a host: that both run
+            run_split()
+            run_alone()
+            if number == 0:
+                print("memory: both run: on a host no limit is set", flush=True)
+            return
+        said = limited(turns, run_split, run_alone)
+        if number == 0:
+            print(f"memory: {plan}, {given.ranks} x {device_name(device)}, a prompt of {cached} tokens", flush=True)
+            for line in said:
+                print(f"  {line}", flush=True)
 
 
 def rank(given: argparse.Namespace) -> None:
     device = device_of_rank(given)
-    (attentions if given.part == "attention" else whole_model)(given, device)
+    with_unproven(given.unproven)
+    runs = {"attention": attentions, "auto": attentions, "memory": memory}
+    runs.get(given.part, whole_model)(given, device)
 
 
 def main() -> None:
@@ -174,6 +228,11 @@ def main() -> None:
     parser.add_argument("--cached", type=int, help="tokens in the cache of decode; 256k, and 200 with --small")
     parser.add_argument("--alone", type=int, default=LONG, help="the longest prompt that one GPU is given")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--unproven", action="store_true", help="with kernels that have not run on GPUs yet, and are off elsewhere"
+    )
+    parser.add_argument("--groups", type=int, nargs="*", default=[], help="attention by ulysses in as many groups too")
+    parser.add_argument("--compile", action="store_true", help="compiled steps of decode, besides captured")
     parser.add_argument("--plan", help="of prompts and decode, instead of sp=RANKS")
     given = parser.parse_args()
     given.lengths = given.lengths or list(SMALL_LENGTHS if given.small else LENGTHS)

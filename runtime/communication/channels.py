@@ -149,6 +149,10 @@ class Channel(abc.ABC):
         """All bring tensors of one shape; the rank at coordinate c gets that of coordinate (c - shift) mod size."""
         return self._ready("permute", shift=shift)(x)  # type: ignore[no-any-return]
 
+    def peer_rows(self) -> Any:
+        """What writes rows straight into the others' memory (`peer_memory.rows.push_rows`); None: nothing does."""
+        return None
+
     def send_begin(self, x: Tensor, to: int) -> Handle:
         return self._ready("send", to=to)(x)  # type: ignore[no-any-return]
 

@@ -22,8 +22,11 @@ from runtime.communication.channels import Channel, Handle, OwnRows, piece_sizes
 from runtime.communication.failure_verdict import FailureVerdict, is_broken
 from runtime.communication.group_collectives import PRIMITIVES, Group, begin_all_reduce, begin_all_to_all
 from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement, check_counts
+from runtime.communication.peer_memory import permute_beside
 from runtime.communication.peer_memory.all_reduce_beside import begin_all_reduce as begin_beside
 from runtime.communication.peer_memory.peer_memory import PeerMemory
+from runtime.communication.peer_memory.rows import push_rows
+from runtime.communication.peer_memory.rows.push_rows import PeerRows
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory
 from runtime.ops.communicating import Kind, axes_text
 from runtime.processes.device_watch import DeviceWatch
@@ -152,6 +155,15 @@ class GroupChannel(Channel):
         )
         return finish
 
+    def peer_rows(self) -> PeerRows | None:
+        peers = self._peers
+        # rows that are written compare nothing
+        if peers is None or self._state.checking or not push_rows.IN_PLACE:
+            return None
+        call = Call(self.rank, self.node, "all_to_all", axes_text(self.axes))
+        found: PeerRows | None = self._guarded(call, self.ranks, _nothing_to_compare, lambda: peers.rows)
+        return found
+
     def all_to_all_begin(
         self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], *, sizes_from: str | None = None
     ) -> Handle:
@@ -185,6 +197,8 @@ class GroupChannel(Channel):
 
     def _permute(self, call: Call, options: dict[str, Any]) -> Callable[[Tensor], Handle]:
         run, gather = self._primitive("permute", **options), self._comparison()
+        if self._peers is not None and permute_beside.IS_ON:
+            run = permute_beside.begin_permute(self._peers, otherwise=run, shift=options["shift"])
 
         def begin(x: Tensor) -> Handle:
             own = call.on(x)

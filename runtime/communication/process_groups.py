@@ -45,8 +45,9 @@ from runtime.communication.group_channel import GroupChannel, RankState
 from runtime.communication.group_collectives import Group
 from runtime.communication.matching_calls import Call
 from runtime.communication.peer_memory import measure
-from runtime.communication.peer_memory.peer_memory import Exchange, PeerMemory
-from runtime.communication.peer_memory.peer_memory import Unavailable as NoPeers
+from runtime.communication.peer_memory.connect import Exchange, connect
+from runtime.communication.peer_memory.connect import Unavailable as NoPeers
+from runtime.communication.peer_memory.peer_memory import PeerMemory
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory, Unavailable
 from runtime.communication.traceable import FunctionalChannel, OpaqueChannel
 from runtime.ops.communicating import Axes, axes_text
@@ -281,7 +282,7 @@ class ProcessGroups(Communicator):
         """The same for ranks with a GPU each."""
         group = Group(self._groups[ranks], ranks, ranks.index(self.rank), is_nccl=True)
         try:
-            peers = PeerMemory.connect(group, self.device, exchange=exchange, timeout_s=self.timeout_s)
+            peers = connect(group, self.device, exchange=exchange, timeout_s=self.timeout_s)
         except NoPeers as reason:
             cannot = f"the GPUs along {axis!r} cannot write into each other's memory"
             instead = f"the GPUs along {axis!r} talk over NCCL, not through their memory"

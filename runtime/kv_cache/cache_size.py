@@ -272,7 +272,7 @@ def default_step(program: RankProgram, communicator: Communicator, device: torch
 
     A GPU wants thousands of rows in a product, and launches as many kernels for few. What runs takes memory while it
     does, several values as wide as the widest layer for each row: an eighth of the device may go there, or a quarter of
-    what is free.
+    what is free. Where ranks share out the tokens of a piece, each has rows of its own, and the piece so many more.
     """
     if device.type != "cuda":
         return LEAST_STEP
@@ -281,7 +281,9 @@ def default_step(program: RankProgram, communicator: Communicator, device: torch
     widest = max(1, sorted(rows)[-3:][0]) if rows else 1
     whole, free = torch.cuda.get_device_properties(device).total_memory, free_bytes(device) or 0
     fits = min(whole // 8, free // 4) // (_LIVE * widest)
-    mine = torch.tensor([min(_MOST_ROWS, fits) // max_batch], device=device)
+    axes = {axis for state in program.states for axis in state.token_axes}
+    parts = program.mesh.size(*sorted(axes)) if axes else 1
+    mine = torch.tensor([min(_MOST_ROWS, fits) * parts // max_batch], device=device)
     least = int(gathered(communicator, mine).min())
     return max(LEAST_STEP, 1 << max(0, least.bit_length() - 1))
 

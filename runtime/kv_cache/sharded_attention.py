@@ -12,7 +12,6 @@ other runs, ring-ulysses is a ring.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,73 +19,20 @@ from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.kv_cache.buffers import StateRows
-from runtime.kv_cache.sharded_slots import Appended, KeptTokens
-from runtime.kv_cache.slots import minus_infinity
+from runtime.kv_cache.sharded_slots import DealtOut, ShardedRun, moved
+from runtime.ops.kernels.decode import shared_decode
 from runtime.ops.kernels.decode_attention import Attending, can_decode, decode_attention, registered
+from runtime.ops.kernels.flash_attention import can_flash, flash_attention
 from runtime.ops.rows.attend_runs import Block, RankQueries
 from runtime.ops.rows.exchange_keys import around, filled_up
 from runtime.ops.rows.partial_attention import accumulating, merge_parts, partial_attention, with_sinks
 from runtime.ops.rows.sequence_attention import attend_over_ranks
-from runtime.ops.rows.token_order import TokenOrder
 from runtime.ops.rows.ulysses import by_heads, heads_of, kv_of
 from runtime.ops.rows.visible import Visible
 from runtime.ops.state.latent_attention import of_heads
 from runtime.ops.state.latent_heads import OfLatent
 
-__all__ = ["DealtOut", "ShardedAttention", "ShardedRun"]
-
-
-@dataclass(frozen=True)
-class DealtOut:
-    """What is known of a run in which each rank has its own tokens."""
-
-    order: TokenOrder
-    tokens: tuple[Tensor, ...]
-    """Which of the run's tokens each rank has."""
-    has_past: bool
-    """Whether anything was kept before."""
-    start: int
-    before: tuple[int, ...] | None
-    """How many tokens each rank had kept, where that is the same for all rows, which go on at `start` together."""
-
-    def runs_of(self, rank: int, *, is_limited: bool) -> tuple[tuple[int, int], ...] | None:
-        """Where the tokens stand that `rank` keeps, in order of slot; None where only the cache's positions tell.
-
-        is_limited: whether some are seen no more, so that slots may have been written twice.
-        """
-        if self.before is None or is_limited:
-            return None
-        runs = ((0, self.before[rank]), *_moved(self.order.runs[rank], self.start))
-        return tuple(each for each in runs if each[0] < each[1])
-
-
-@dataclass
-class ShardedRun:
-    """What the cache knows of a run before it starts."""
-
-    rows: slice
-    positions: Tensor
-    """[B, S], of all its tokens."""
-    slots: dict[int, Tensor]
-    """By number of slots: where the tokens of this rank are kept, [B, S] or, if they are dealt out, [B, S_i]."""
-    seen: int
-    """How many slots of a rank are looked at, at most."""
-    kept: KeptTokens
-    dealt_out: DealtOut | None = None
-    appended: Appended | None = None
-    """What is known of a run that every rank has all of, in the place of that."""
-    masks: dict[Any, Tensor] = field(default_factory=dict)
-
-    def held(self, count: int) -> Tensor:
-        """Which positions lie in the slots that are looked at, of every rank: [n, B, T]."""
-        return self.kept.held[count][:, self.rows, : min(self.seen, count)]
-
-    def hidden(self, rank: int, count: int, window: int | None, chunk: int | None, dtype: torch.dtype) -> Tensor:
-        """[B, 1, S, T], added to the scores of all tokens for what `rank` keeps."""
-        key = (rank, count, window, chunk, dtype)
-        if key not in self.masks:
-            self.masks[key] = minus_infinity(self.positions, self.held(count)[rank][:, None], window, chunk, dtype)
-        return self.masks[key]
+__all__ = ["ShardedAttention"]
 
 
 class ShardedAttention:
@@ -130,7 +76,10 @@ class ShardedAttention:
     ) -> Tensor:
         run = require_kind(self._run(), self._how, self._channel)
         if self.has_kernel and q.shape[2] == 1 and mask is None:
-            return self._merged(self._by_kernel(q, k, v, positions, None), sinks).to(q.dtype)
+            packed = self._by_kernel(q, k, v, positions, None)
+            if shared_decode.FUSED and sinks is None and not torch.compiler.is_compiling():  # which fuses it itself
+                return shared_decode.merged_rows(self._channel.all_gather(packed[None], dim=0), q.dtype)
+            return self._merged(packed, sinks).to(q.dtype)
         k, v = (keep(run, each, x, self._channel) for each, x in ((self._keys, k), (self._values, v)))
         dealt_out = run.dealt_out
         if dealt_out is None:
@@ -172,14 +121,19 @@ class ShardedAttention:
         keys, values = (each.numbers[run.rows] for each in (self._keys, self._values))
         assert run.appended is not None
         is_own, before = run.appended.is_own, run.appended.before
-        at, rows = (before - (~is_own).long()).clamp(min=0), torch.arange(q.shape[0], device=q.device)[:, None]
-        k, v = (
-            torch.where(is_own[..., None, None], new, kept[rows, :, at].transpose(1, 2))
-            for new, kept in ((k, keys), (v, values))
-        )
+        if shared_decode.FUSED:
+            k, v, at = shared_decode.own_or_last_rows(k, v, keys, values, is_own, before)
+        else:
+            at, rows = (before - (~is_own).long()).clamp(min=0), torch.arange(q.shape[0], device=q.device)[:, None]
+            k, v = (
+                torch.where(is_own[..., None, None], new, kept[rows, :, at].transpose(1, 2))
+                for new, kept in ((k, keys), (v, values))
+            )
         out, lse = decode_attention(
             q, k, v, at, keys, values, scale=self._scale, softcap=self._softcap, return_lse=True
         )  # fmt: skip
+        if shared_decode.FUSED:
+            return shared_decode.packed_rows(out, lse, is_own, before)
         has_none = (~is_own & (before == 0))[..., None]
         lse = lse[..., None].masked_fill(has_none, -torch.inf)
         return torch.cat([out.float().masked_fill(has_none[..., None], 0), lse[..., None]], -1)
@@ -198,7 +152,7 @@ class ShardedAttention:
         for source, rows in brought(self._channel, message, self._how):
             keys, values = self._keys.unpacked(rows[..., :width]), self._values.unpacked(rows[..., width:])
             self._add(queries, run, dealt_out, own, source, Block(keys, values, ()))
-        return with_sinks(queries.seen.out, queries.seen.lse, sinks).to(q.dtype)
+        return queries.result(sinks)
 
     def _exchange_queries(
         self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, mask: Tensor | None, sinks: Tensor | None
@@ -244,7 +198,7 @@ class ShardedAttention:
     def _queries_of(self, dealt_out: DealtOut, rank: int, q: Tensor, width: int, mask: Tensor | None) -> RankQueries:
         """The queries of `rank`."""
         return RankQueries(
-            q, _moved(dealt_out.order.runs[rank], dealt_out.start), Visible(True, self._window, self._chunk),
+            q, moved(dealt_out.order.runs[rank], dealt_out.start), Visible(True, self._window, self._chunk),
             width=width, scale=self._scale, softcap=self._softcap, mask=mask,
         )  # fmt: skip
 
@@ -264,24 +218,34 @@ class ShardedAttention:
     def _exchange_heads(
         self, run: ShardedRun, dealt_out: DealtOut, q: Tensor, mask: Tensor | None, sinks: Tensor | None
     ) -> Tensor:
-        count, order = self._keys.slots, dealt_out.order
-        seen = min(run.seen, count)
-        held = run.held(count).transpose(0, 1).flatten(1)
+        order, before = dealt_out.order, dealt_out.before
+        is_known = before is not None and self._window is None and self._chunk is None and mask is None
+        slots = self._keys.slots
+        seen = before[self._channel.coordinate] + q.shape[2] if before and is_known else min(run.seen, slots)
+        past, own = (0, dealt_out.start), (dealt_out.start, dealt_out.start + order.total)
 
         def attend(
             q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None, kv_map: list[int] | None
         ) -> Tensor:
+            if is_known and sinks is None and kv_map is None and self._softcap is None and can_flash(q, v):
+                found: Tensor = flash_attention(q, k, v, scale=self._scale)
+                return found
             queries = RankQueries(
-                q, ((0, order.total),), Visible(True, self._window, self._chunk),
+                q, (own,), Visible(True, self._window, self._chunk),
                 width=v.shape[-1], scale=self._scale, softcap=self._softcap, mask=mask,
             )  # fmt: skip
-            block = Block(k, v, ()).mapped(kv_map)
-            queries.add_masked(block.keys, block.values, run.positions, held)
-            return with_sinks(queries.seen.out, queries.seen.lse, sinks).to(q.dtype)
+            block = Block(k, v, (past, own) if past[1] else (own,)).mapped(kv_map)
+            if is_known:
+                queries.add(block)
+            else:
+                held = run.held(slots).transpose(0, 1).flatten(1)
+                queries.add_masked(block.keys, block.values, run.positions, held)
+            return queries.result(sinks)
 
+        rows = {"past": before} if is_known else {"kv_rows": [seen] * order.parts}
         return by_heads(
             self._channel, q, self._keys.read(run.rows, seen), self._values.read(run.rows, seen), attend,
-            queries=order, mask=mask, sinks=sinks, kv_map=self._kv_map, kv_rows=[seen] * order.parts,
+            queries=order, mask=mask, sinks=sinks, kv_map=self._kv_map, **rows,
         )  # fmt: skip
 
 
@@ -341,7 +305,7 @@ class ShardedLatent:
         groups = made.groups(seen, total=seen * order.parts)
         queries = [
             RankQueries(
-                group.q, _moved(order.runs[own], dealt_out.start), Visible(True, self._window, self._chunk),
+                group.q, moved(order.runs[own], dealt_out.start), Visible(True, self._window, self._chunk),
                 width=group.width, mask=of_heads(mask, group.heads, made.num_heads), **self._options,
             )
             for group in groups
@@ -394,7 +358,3 @@ def merged_over(channel: Any, packed: Tensor, sinks: Tensor | None) -> Tensor:
     """What the parts [B, H, S, Dv + 1] of all ranks are together: on every rank the same bits."""
     parts = channel.all_gather(packed[None], dim=0)
     return with_sinks(*merge_parts(parts[..., :-1], parts[..., -1]), sinks)
-
-
-def _moved(runs: tuple[tuple[int, int], ...], start: int) -> tuple[tuple[int, int], ...]:
-    return tuple((first + start, last + start) for first, last in runs)

@@ -23,8 +23,8 @@ from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.buffers import StateRows, buffers_of
 from runtime.kv_cache.cache import Cache
-from runtime.kv_cache.sharded_attention import DealtOut, ShardedAttention, ShardedLatent, ShardedRun
-from runtime.kv_cache.sharded_slots import KeptTokens, sharded_slots
+from runtime.kv_cache.sharded_attention import ShardedAttention, ShardedLatent
+from runtime.kv_cache.sharded_slots import DealtOut, KeptTokens, ShardedRun, sharded_slots
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, require_parts
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.ops.state.latent_sequence_attention import latent_sequence_attention

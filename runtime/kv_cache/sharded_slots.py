@@ -17,18 +17,29 @@ host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from partitioner.errors import InputError
 from runtime.kv_cache.batch import Batch
-from runtime.kv_cache.slots import slots_of
-from runtime.ops.rows.token_order import TokenOrder
+from runtime.kv_cache.slots import minus_infinity, slots_of
+from runtime.ops.rows.token_order import Run, TokenOrder
 from runtime.program.shards import StateShard
 
-__all__ = ["FAR", "Appended", "KeptTokens", "cache_bytes", "sharded_slots", "uneven_prefix"]
+__all__ = [
+    "FAR",
+    "Appended",
+    "DealtOut",
+    "KeptTokens",
+    "ShardedRun",
+    "cache_bytes",
+    "moved",
+    "sharded_slots",
+    "uneven_prefix",
+]
 
 _UNEVEN_RUNS = 32
 """How many runs may be no multiple of the ranks, besides those of the largest size."""
@@ -212,3 +223,60 @@ class KeptTokens:
                     f"row {row} of a cache that ranks share out goes on at position {self.ends[row]}, not at {start}: "
                     "begin another text with start()"
                 )
+
+
+@dataclass(frozen=True)
+class DealtOut:
+    """What is known of a run in which each rank has its own tokens."""
+
+    order: TokenOrder
+    tokens: tuple[Tensor, ...]
+    """Which of the run's tokens each rank has."""
+    has_past: bool
+    """Whether anything was kept before."""
+    start: int
+    before: tuple[int, ...] | None
+    """How many tokens each rank had kept, where that is the same for all rows, which go on at `start` together."""
+
+    def runs_of(self, rank: int, *, is_limited: bool) -> tuple[tuple[int, int], ...] | None:
+        """Where the tokens stand that `rank` keeps, in order of slot; None where only the cache's positions tell.
+
+        is_limited: whether some are seen no more, so that slots may have been written twice.
+        """
+        if self.before is None or is_limited:
+            return None
+        runs = ((0, self.before[rank]), *moved(self.order.runs[rank], self.start))
+        return tuple(each for each in runs if each[0] < each[1])
+
+
+@dataclass
+class ShardedRun:
+    """What the cache knows of a run before it starts."""
+
+    rows: slice
+    positions: Tensor
+    """[B, S], of all its tokens."""
+    slots: dict[int, Tensor]
+    """By number of slots: where the tokens of this rank are kept, [B, S] or, if they are dealt out, [B, S_i]."""
+    seen: int
+    """How many slots of a rank are looked at, at most."""
+    kept: KeptTokens
+    dealt_out: DealtOut | None = None
+    appended: Appended | None = None
+    """What is known of a run that every rank has all of, in the place of that."""
+    masks: dict[Any, Tensor] = field(default_factory=dict)
+
+    def held(self, count: int) -> Tensor:
+        """Which positions lie in the slots that are looked at, of every rank: [n, B, T]."""
+        return self.kept.held[count][:, self.rows, : min(self.seen, count)]
+
+    def hidden(self, rank: int, count: int, window: int | None, chunk: int | None, dtype: torch.dtype) -> Tensor:
+        """[B, 1, S, T], added to the scores of all tokens for what `rank` keeps."""
+        key = (rank, count, window, chunk, dtype)
+        if key not in self.masks:
+            self.masks[key] = minus_infinity(self.positions, self.held(count)[rank][:, None], window, chunk, dtype)
+        return self.masks[key]
+
+
+def moved(runs: tuple[Run, ...], by: int) -> tuple[Run, ...]:
+    return tuple((first + by, last + by) for first, last in runs)

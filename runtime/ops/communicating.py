@@ -34,6 +34,7 @@ from runtime.ops.rows.sequence_attention import (
     without_cache,
 )
 from runtime.ops.rows.share_rows import collect, collect_rows, scatter, scatter_rows
+from runtime.ops.rows.ulysses import heads_of
 from runtime.ops.state.latent_sequence_attention import latent_sequence_attention, without_latent_cache
 
 __all__ = [
@@ -222,12 +223,27 @@ def _meetings_of_attention(node: fx.Node) -> tuple[Meeting, ...]:
     if how == "merge":
         return (Meeting("all_gather", axes, (1, batch, heads, size, value_width + 1), accumulating(dtype)),)
     rows = batch * size
-    exchanged = [rows * (heads * width + kv_heads * (width + value_width)), rows * heads * value_width]
+    sent = _kv_heads_sent(operands[0], heads, kv_heads, parts if how == "ulysses" else options.get("neighbours", 1))
+    exchanged = [rows * (heads * width + sent * (width + value_width)), rows * heads * value_width]
     keys = Meeting("permute", axes, (batch, kv_heads, size, width + value_width), dtype)
     return tuple(
         Meeting(kind, axes, (exchanged.pop(0),), dtype) if kind == "all_to_all" else replace(keys, kind=kind)
         for kind in kinds
     )
+
+
+def _kv_heads_sent(q: fx.Node, heads: Any, kv_heads: Any, ranks: int) -> Any:
+    """Of all ranks with heads of their own; one that query heads of several of `ranks` read goes to each of them."""
+    if not isinstance(heads, int) or not isinstance(kv_heads, int) or not kv_heads or heads % kv_heads:
+        return kv_heads
+    layout = q.meta.get("layout")
+    split = None if layout is None else layout.split(1)
+    sizes = [heads] if split is None or sum(split.sizes) != heads else list(split.sizes)
+    read, first, found = tuple(head * kv_heads // heads for head in range(heads)), 0, 0
+    for size in sizes:
+        found += sum(len(share.kv) for share in heads_of(ranks, size, read[first : first + size]))
+        first += size
+    return found
 
 
 COMMUNICATING: dict[Any, Communicating] = {

@@ -9,9 +9,14 @@ import torch
 
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.channels import Channel, Handle, OwnRows
-from runtime.communication.peer_memory import mapped_memory
+from runtime.communication.peer_memory import mapped_memory, permute_beside
 from runtime.communication.peer_memory.choice import Choice, Way
+from runtime.communication.peer_memory.rows import push_rows
 from runtime.communication.process_groups import ProcessGroups
+from runtime.ops.attention import attention
+from runtime.ops.kernels import partial_kernels
+from runtime.ops.rows.sequence_attention import attend_over_ranks
+from runtime.ops.rows.token_order import TokenOrder
 from runtime.processes.launch import begin_worker
 from tests.gpu.peer_cases import Case, brought, exchanges, pieces, summed
 from tests.gpu.peer_cases import sums as all_sums
@@ -176,6 +181,29 @@ def rows_of(channel: Channel, shape: tuple[int, ...], dtype: torch.dtype, close:
     graph.reset()
 
 
+def heads_in_place(groups: ProcessGroups, channel: Channel) -> None:
+    """Heads exchanged for tokens and back, in one group and in two; and rings beside the work."""
+    push_rows.IN_PLACE = permute_beside.IS_ON = partial_kernels.BY_CUDNN = True
+    for size, heads, kv, width in ((5, 4, 2, 64), (4099, 8 * RANKS, 2 * RANKS, 128), (16384, 4 * RANKS, RANKS, 128)):
+        random = torch.Generator("cuda").manual_seed(size)
+        whole = [
+            torch.randn(1, count, size, width, generator=random, device="cuda").to(torch.bfloat16)
+            for count in (heads, kv, kv)
+        ]
+        order = TokenOrder.of(size, RANKS)
+        at = torch.tensor(order.positions(RANK), device="cuda")
+        mine = [x[:, :, at] for x in whole]
+        expected = attention(*(x.float() for x in whole), scale=0.1, causal=True)
+        for how in ("ulysses", "ring", "gather"):
+            for _ in range(3):  # the memory is used again
+                found = attend_over_ranks(
+                    channel, *mine, size, None, None, how=how, parts=RANKS, scale=0.1, causal=True
+                )
+                off = (found.float() - expected[:, :, at]).norm() / expected[:, :, at].norm()
+                assert off < 1e-2, f"rank {RANK}, {how} of {size} tokens: off by {float(off):.2g}"
+    assert groups.peers[tuple(range(RANKS))].rows is not None
+
+
 if __name__ == "__main__":
     begin_worker()
     all_cases: dict[str, Callable[[ProcessGroups, Channel], None]] = {
@@ -185,6 +213,7 @@ if __name__ == "__main__":
         "many_calls": many_calls,
         "beside_others": beside_others,
         "rows_beside_others": rows_beside_others,
+        "heads_in_place": heads_in_place,
     }
     mapped_memory.ROW_SUMS = "rows_beside_others" in sys.argv
     with torch.no_grad():

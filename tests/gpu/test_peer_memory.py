@@ -170,7 +170,15 @@ def test_a_kernel_that_waits_ends_when_it_is_abandoned() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    ["primitives", "counts_on_the_device", "in_graphs", "many_calls", "beside_others", "rows_beside_others"],
+    [
+        "primitives",
+        "counts_on_the_device",
+        "in_graphs",
+        "many_calls",
+        "beside_others",
+        "rows_beside_others",
+        "heads_in_place",
+    ],
 )
 def test_between_gpus(case: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))

@@ -1,44 +1,104 @@
-"""In which way keys reach the queries of other ranks with the fewest bytes.
+"""In which way keys reach the queries of other ranks soonest: what each way takes beside attention itself, in seconds.
 
     ring, gather    keys and values of each kv head                          n - 1 of n parts, from each rank
     ulysses         queries, keys, values and result, for some of the heads  (n - 1) / n of a rank's part
     ring-ulysses    n = u x r ranks: u neighbours exchange heads, and r that have the same heads are a ring
 
-All of them compute the same; what is not known here are links, and how much of a ring is hidden behind attention.
+All of them compute the same pairs. One program serves all lengths, so one length decides, `TOKENS` on each rank, causal
+and in two bytes a number. The prices are those of two H200 of one host with NVLink, from `benchmarks/gpu/sequences.py`
+(32 heads, 8 kv heads of 128; of ideal, ulysses reached 0.72, 0.95 and 0.97 at 16k, 32k and 64k tokens a rank, the ring
+0.46, 0.50 and 0.61):
+
+    ulysses   its bytes, by all-to-alls and the copies before and behind them
+    ring      what of its bytes attention does not hide; a merge of each block but the first; and torch's flash kernel,
+              which says the log-sum-exp that a merge needs, in the place of cuDNN's, which is nearly twice as fast
+
+Where no kernel takes an attention, ulysses writes out the scores of all tokens, a ring those of a tile at a time.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from torch import fx
 
 from partitioner.program.node_arguments import arguments
 from partitioner.program.program import Program
 
-__all__ = ["choose_exchange", "neighbours_of"]
+__all__ = ["Exchanged", "cheapest", "choose_exchange", "neighbours_of"]
+
+TOKENS, ITEM = 16384, 2
+FLOPS_PER_S, MEMORY_BYTES_PER_S = 6.5e14, 4.0e12
+"""Of cuDNN's causal kernel, and of the GPU's own memory."""
+EXCHANGE_BYTES_PER_S, PERMUTE_BYTES_PER_S = 1.6e11, 1.6e11
+"""Of an all-to-all with its copies: 671 MB that leave a rank took 4.2 ms. A permute is taken to be alike."""
+OF_A_BLOCK = 0.55
+"""Share of that kernel's speed which the one for blocks of keys reaches."""
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """One attention on a rank of tp. size, value: of a key and of a value."""
+
+    heads: float
+    kv_heads: float
+    size: float
+    value: float
+    has_kernel: bool = True
+    """Whether one kernel takes all of it: no window or chunk, soft cap or sinks."""
+
+    def attention_s(self, ranks: int) -> float:
+        """Of a rank's share of the pairs."""
+        pairs = (TOKENS * ranks) ** 2 / 2 / ranks
+        return 2 * pairs * self.heads * (self.size + self.value) / FLOPS_PER_S
+
+    def ulysses_s(self, ranks: int) -> float:
+        copies = max(self.kv_heads, ranks)  # a kv head goes to every rank whose query heads read it
+        width = (self.heads + copies) * (self.size + self.value)
+        return TOKENS * (ranks - 1) / ranks * width * ITEM / EXCHANGE_BYTES_PER_S
+
+    def ring_s(self, ranks: int) -> float:
+        attention, others = self.attention_s(ranks), ranks - 1
+        travels = others * TOKENS * self.kv_heads * (self.size + self.value) * ITEM / PERMUTE_BYTES_PER_S
+        # of each block half of the queries, or all of them, see some: read twice and written
+        merges = others * TOKENS / 2 * self.heads * self.value * 3 * ITEM / MEMORY_BYTES_PER_S
+        return max(0.0, travels - attention * others / ranks) + merges + attention * (1 / OF_A_BLOCK - 1)
+
+    def why_ring(self, ranks: int) -> str:
+        """Why Ulysses is not to be; "": it may."""
+        if self.heads < ranks:
+            return f"{self.heads:g} heads on a rank, fewer than {ranks} for Ulysses to deal out"
+        if not self.has_kernel:
+            return "a window, chunk, soft cap or sinks, for which Ulysses would write out the scores of all tokens"
+        return ""
+
+
+def cheapest(attentions: list[Exchanged], ranks: int) -> tuple[str, str]:
+    """The way that takes least over all layers, and why; Ulysses where they are alike, which merges nothing."""
+    for each in attentions:
+        if why := each.why_ring(ranks):
+            return "ring", why
+    ulysses, ring = sum(each.ulysses_s(ranks) for each in attentions), sum(each.ring_s(ranks) for each in attentions)
+    alone = sum(each.attention_s(ranks) for each in attentions)
+    how = "ulysses" if ulysses <= ring else "ring"
+    return how, (
+        f"{TOKENS:,} tokens a rank on GPUs of one host are {alone * 1e3:.3g} ms of attention, and besides it "
+        f"{ulysses * 1e3:.3g} ms to exchange heads (ulysses) or {ring * 1e3:.3g} ms for slower kernels, merges and "
+        "waits (ring)"
+    )
 
 
 def choose_exchange(program: Program, attends: list[fx.Node], axis: str) -> tuple[str, str]:
-    """The way with the fewest bytes, and why; Ulysses where they are alike, which merges nothing.
-
-    Per token, over all layers, in units of a head's numbers: n ranks send (n - 1) / n of keys and values in a ring, and
-    1/n of that share of queries, keys, values and result to heads.
-    """
-    ranks = program.mesh.size(axis)
-    ring = exchange = 0
+    """The way for all attentions of a program, and why."""
+    found = []
     for node in attends:
         a = arguments(node)
-        (_, heads, _, size), (_, kv_heads, _, value) = (a[name].meta["val"].shape for name in ("q", "v"))
+        (_, _, _, size), (_, kv_heads, _, value) = (a[name].meta["val"].shape for name in ("q", "v"))
         fewest = _fewest_heads(node)
-        if fewest < ranks:
-            return (
-                "ring",
-                f"{node.name} has {fewest} heads on a rank, fewer than {axis}={ranks}, for Ulysses to deal out",
-            )
-        copies = max(kv_heads, ranks)  # a kv head goes to every rank whose query heads read it
-        ring += ranks * kv_heads * (size + value)
-        exchange += (heads + copies) * (size + value)
-    how = "ulysses" if exchange <= ring else "ring"
-    return how, f"{exchange} against {ring} numbers per token, of heads exchanged and of keys and values in a ring"
+        kv_heads = kv_heads * fewest / int(a["q"].meta["val"].shape[1])
+        has_kernel = all(a[name] is None for name in ("window", "chunk", "softcap", "sinks"))
+        found.append(Exchanged(float(fewest), max(1.0, float(kv_heads)), float(size), float(value), has_kernel))
+    return cheapest(found, program.mesh.size(axis))
 
 
 def neighbours_of(attends: list[fx.Node], ranks: int) -> int | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from partitioner.analysis.cost.attention_exchange import Exchanged, cheapest
 from partitioner.planning.collectives import Hop, collective_seconds
 from partitioner.planning.quantities import Seconds
 from partitioner.planning.summary import Part
@@ -23,6 +24,8 @@ from partitioner.program.plan import Plan
 __all__ = ["Attending", "shares_out"]
 
 _FLOAT32 = 4
+_CAUSAL = 0.49
+"""Of all pairs of queries and keys, those that causal attention has, and a little less."""
 
 
 def shares_out(part: Part) -> bool:
@@ -51,13 +54,15 @@ class Attending:
         return cls(rows, heads, kv_heads, size, queries, keys, pairs, item)
 
     def way(self, plan: Plan) -> str:
-        """As `analysis.cost.attention_exchange` chooses where the plan does not say."""
+        """As `analysis.cost.attention_exchange` chooses where the plan does not say.
+
+        A window or a chunk is known by the pairs that it leaves; of a soft cap and of sinks nothing is known here.
+        """
         if plan.sp_attention != "auto":
             return plan.sp_attention
-        if self.heads < plan.sp:
-            return "ring"
-        copies = max(self.kv_heads, plan.sp)
-        return "ulysses" if self.heads + copies <= plan.sp * self.kv_heads else "ring"
+        half = self.size / 2
+        has_kernel = self.pairs >= _CAUSAL * self.queries * self.keys
+        return cheapest([Exchanged(self.heads, self.kv_heads, half, half, has_kernel)], plan.sp)[0]
 
     def on_a_rank(self, plan: Plan, *, steps: bool) -> list[float]:
         """The product of one of the ranks: a share of the queries, or of the keys."""

@@ -8,7 +8,7 @@ small pieces    per source 2 slots x SMALL_BLOCKS x UNITS of 16 bytes
 data            per source 4 slots x BLOCKS x chunk_bytes
 flags           per source BLOCKS of 32 bits
 flags of rows   per source one of 32 bits
-rows            ROW_BYTES, a part for each source, where ROW_SUMS are on: see `row_sums.py`
+rows            ROW_BYTES, a part for each source, where ROW_SUMS are on: see `sum_rows.py`
 """
 
 from __future__ import annotations
@@ -136,15 +136,16 @@ def first_obstacle(ranks: Sequence[int], everyone: list[dict[str, Any]]) -> str:
     return next((f"rank {rank}: {each['why']}" for rank, each in zip(ranks, everyone, strict=True) if each["why"]), "")
 
 
-def mapped(group: Group, device: torch.device, name: str) -> tuple[Tensor, Any]:
-    """Memory of this rank, all zeros, and the addresses of all."""
+def mapped(group: Group, device: torch.device, name: str, *, num_bytes: int | None = None) -> tuple[Tensor, Any]:
+    """Memory of this rank, all zeros, and the addresses of all. num_bytes: by default what the geometry says."""
     from torch.distributed import _symmetric_memory as symmetric
 
     # some versions of torch look a group up among these, some among process groups
     store = PrefixStore(name, distributed_c10d._get_process_group_store(group.handle))
     torch._C._distributed_c10d._SymmetricMemory.set_group_info(name, group.coordinate, group.size, store)
     torch._C._distributed_c10d._register_process_group(name, group.handle)  # type: ignore[arg-type]
-    memory = symmetric.empty(Geometry(group.size).num_bytes, dtype=torch.uint8, device=device)
+    size = Geometry(group.size).num_bytes if num_bytes is None else num_bytes
+    memory = symmetric.empty(size, dtype=torch.uint8, device=device)
     memory.zero_()
     torch.cuda.synchronize(device)  # nobody writes into it before
     handle = symmetric.rendezvous(memory, name)  # type: ignore[arg-type]

@@ -1,6 +1,5 @@
 """GPUs of one host that write into each other's memory, without NCCL: microseconds, not ten of them.
 
-    connect(group, exchange=..)     a PeerMemory on every rank of the group, or Unavailable on every one
     prepare(kind, otherwise=.., ..) the operation of one node, as a callable on its operands
 
 The memory is torch's symmetric memory: every rank's is mapped by all. Triton kernels of ours push pieces into it
@@ -17,14 +16,13 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from runtime.communication.channels import Handle, OwnRows
+from runtime.communication.channels import Handle
 from runtime.communication.group_collectives import Group, to_pieces
 from runtime.communication.peer_memory import mapped_memory
 from runtime.communication.peer_memory.choice import Choice, Way
@@ -32,20 +30,15 @@ from runtime.communication.peer_memory.mapped_memory import (
     BLOCKS,
     SMALL_BLOCKS,
     UNITS,
-    Exchange,
     Geometry,
-    Unavailable,
-    first_obstacle,
-    mapped,
-    obstacle,
-    standing,
 )
-from runtime.communication.peer_memory.row_sums import RowSums
+from runtime.communication.peer_memory.rows.push_rows import PeerRows
+from runtime.communication.peer_memory.rows.sum_rows import RowSums
 from runtime.communication.peer_memory.under_way import UnderWay
 from runtime.ops.communicating import Kind
 from runtime.ops.kernels.decode.few_rows import can_launch_early
 
-__all__ = ["Exchange", "PeerMemory", "Unavailable"]
+__all__ = ["PeerMemory"]
 
 _WARPS = 16
 _WORDS = {
@@ -57,7 +50,7 @@ _MOST_ELEMENTS = 1 << 30
 
 
 class PeerMemory:
-    """One rank's end; see `connect`."""
+    """One rank's end; see `connect.py`."""
 
     def __init__(self, group: Group, memory: Tensor, handle: Any, *, timeout_s: float) -> None:
         # Triton comes with torch for GPUs only
@@ -83,55 +76,8 @@ class PeerMemory:
         if mapped_memory.ROW_SUMS:
             self.row_sums = RowSums(group, memory, handle, self._table, waiting, self.under_way)
         self.choice: Choice = Choice.unmeasured()
-
-    @classmethod
-    def connect(cls, group: Group, device: torch.device, *, exchange: Exchange, timeout_s: float) -> PeerMemory:
-        """Called by all ranks of `group` at once; `exchange(x)` brings every rank's x, plain data, to all, in order."""
-        everyone = exchange(standing(device))
-        why = obstacle(group.ranks, everyone, device)
-        if why := first_obstacle(group.ranks, exchange({"why": why})):
-            raise Unavailable(why, several_hosts=len({each["host"] for each in everyone}) > 1)
-        # not by the name of the group, which torch uses again after the group is gone
-        name = f"partitioner {everyone[0]['token']}"
-        made: PeerMemory | None = None
-        try:
-            made = cls(group, *mapped(group, device, name), timeout_s=timeout_s)
-        except (RuntimeError, AttributeError, ImportError, TypeError) as error:  # it is not torch's stable interface
-            why = f"torch's symmetric memory: {str(error).partition(chr(10))[0]}"
-        if why := first_obstacle(group.ranks, exchange({"why": why})):
-            raise Unavailable(why)
-        assert made is not None
-        # a device that cannot do what its driver says would hang in the middle of a text: here, it is left alone
-        if why := first_obstacle(group.ranks, exchange({"why": made._trial(timeout_s)})):
-            raise Unavailable(why)
-        return made
-
-    def _trial(self, timeout_s: float) -> str:
-        """Why both kernels do not sum as they should; "": they do."""
-        ranks = range(self._group.size)
-        found = []
-        for way, size in (("small", 4096), ("large", 4096), ("large", 300_000)):
-            number = torch.arange(size, device=self.device) % 97
-            out = torch.full((size,), torch.nan, device=self.device)
-            self.all_reduce((number + self._group.coordinate).float(), out, cast("Way", way))
-            found.append((out, (number * len(ranks) + sum(ranks)).float()))
-        if self.row_sums is not None:
-            rows = (torch.arange(16 * 256, device=self.device) % 97).view(16, 256)
-            total = (rows * len(ranks) + sum(ranks)).float()
-            own, normed = self.row_sums.begin((rows + self._group.coordinate).float(), None, None, 1e-6)()
-            found.append((own.rows, total[OwnRows.share(16, len(ranks), self._group.coordinate)]))
-            found.append(((normed * total.square().mean(-1, keepdim=True).sqrt()).round(), total))
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
-        deadline = time.monotonic() + timeout_s
-        while not (has_ended := bool(done.query())) and time.monotonic() < deadline:  # type: ignore[no-untyped-call]
-            time.sleep(0.001)
-        if not has_ended:
-            self.abandon()
-            torch.cuda.synchronize(self.device)
-            return "what one GPU wrote into another's memory did not come there"
-        self._late.zero_()
-        return "" if all(torch.equal(*each) for each in found) else "a sum over the GPUs' memory was wrong"
+        self.rows: PeerRows | None = None
+        """What rows are written through straight to where they belong."""
 
     @property
     def group(self) -> Group:
@@ -144,6 +90,9 @@ class PeerMemory:
     def late(self) -> list[int]:
         """The ranks of the mesh that a kernel has waited for longer than the timeout."""
         return [rank for rank, is_late in zip(self._group.ranks, self._late.tolist(), strict=True) if is_late]
+
+    def forget_late(self) -> None:
+        self._late.zero_()
 
     def abandon(self) -> None:
         """Ends the kernels that wait; what they return is of no use. For a group in which a rank is lost."""
@@ -248,10 +197,18 @@ class PeerMemory:
             if way == "nccl":
                 return otherwise(x)
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
-            self._exchange(way, x, out, piece=x.numel(), total=x.numel(), shift=shift)
-            return Handle.done(out)
+            return Handle.done(self.permute(x, out, way, shift=shift))
 
         return begin
+
+    def permute(self, x: Tensor, out: Tensor, way: Way, *, shift: int, blocks: int | None = None) -> Tensor:
+        """Into `out`; not by NCCL. blocks: as of `all_reduce`."""
+        self._exchange(way, x, out, piece=x.numel(), total=x.numel(), shift=shift, blocks=blocks)
+        return out
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernels move such numbers, and so many."""
+        return x.element_size() <= 8 and x.numel() < _MOST_ELEMENTS
 
     def _all_to_all(
         self, otherwise: Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
@@ -386,6 +343,8 @@ class PeerMemory:
     def close(self) -> None:
         """Takes part in nothing any more. Captured calls must be gone before."""
         self._handle = None
+        if self.rows is not None:
+            self.rows.close()
 
 
 def _padded(piece: Tensor, dim: int, size: int) -> Tensor:

@@ -23,10 +23,10 @@ from torch import Tensor
 from runtime.ops.kernels.merge_part import merge_part
 from runtime.ops.kernels.triton_needs import missing_for_triton
 
-__all__ = ["can_flash", "flash_attention", "flash_rows"]
+__all__ = ["can_flash", "cudnn_part", "flash_attention", "flash_rows", "pays_cudnn_part"]
 
 _HALVES = (torch.float16, torch.bfloat16)
-_WIDEST = 256
+_WIDEST, _WIDEST_OF_CUDNN = 256, 128
 
 
 def can_flash(q: Tensor, v: Tensor) -> bool:
@@ -67,12 +67,20 @@ def _pays_cudnn(q: Tensor, k: Tensor) -> bool:
     past = k.shape[2] - q.shape[2]
     work = 2 * q.shape[0] * q.shape[1] * q.shape[2] * (past + q.shape[2] // 2) * q.shape[3]
     comes_again = past > 0 and past % COMES_AGAIN == 0 and q.shape[2] % COMES_AGAIN == 0
-    return (
-        past >= 0
-        and work >= (_CUDNN_FROM >> 2 if comes_again else _CUDNN_FROM)
-        and _has_cudnn(q.device)
-        and not missing_for_triton()
-    )
+    return past >= 0 and _pays(work, q.device, comes_again=comes_again)
+
+
+def pays_cudnn_part(q: Tensor, k: Tensor, *, causal: bool) -> bool:
+    """Whether `cudnn_part` is worth being prepared for these sizes, which `can_flash` has allowed."""
+    keys = min(q.shape[2], k.shape[2]) // 2 if causal else k.shape[2]
+    comes_again = q.shape[2] % COMES_AGAIN == 0 and k.shape[2] % COMES_AGAIN == 0
+    work = 2 * q.shape[0] * q.shape[1] * q.shape[2] * keys * q.shape[3]
+    return q.shape[3] <= _WIDEST_OF_CUDNN and _pays(work, q.device, comes_again=comes_again)
+
+
+def _pays(work: int, device: torch.device, *, comes_again: bool) -> bool:
+    least = _CUDNN_FROM >> 2 if comes_again else _CUDNN_FROM
+    return work >= least and _has_cudnn(device) and not missing_for_triton()
 
 
 @functools.cache
@@ -86,17 +94,18 @@ def _has_cudnn(device: torch.device) -> bool:
 
 def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     past = k.shape[2] - q.shape[2]
-
-    def part(of: slice, *, causal: bool) -> tuple[Tensor, Tensor]:
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q, k[:, :, of], v[:, :, of], None, True, 0.0, causal, False, scale=scale
-        )
-        return out, lse.view(q.shape[:3])
-
-    out, lse = part(slice(past, None), causal=True)
+    out, lse = cudnn_part(q, k[:, :, past:], v[:, :, past:], scale=scale, causal=True)
     if past:
-        merge_part(out, lse, *part(slice(0, past), causal=False))
+        merge_part(out, lse, *cudnn_part(q, k[:, :, :past], v[:, :, :past], scale=scale, causal=False))
     return out, lse
+
+
+def cudnn_part(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention to these keys, causal from the top left: query i sees keys 0 to i; the result and its log-sum-exp."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, causal, False, scale=scale
+    )
+    return out, lse.view(q.shape[:3])
 
 
 def flash_rows(

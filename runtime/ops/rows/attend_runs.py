@@ -5,7 +5,12 @@
     queries [10, 20)   keys [20, 30)    nothing visible: skipped
     whatever a window or a chunk cuts   the visible keys of some queries at a time, behind a mask of that size
 
-So a rank does as much as its queries see.
+So a rank does as much as its queries see. Of runs that see the same keys one call is made, and one of a rank's own
+tokens, zig-zag or not: they stand in order, so that each sees itself and what lies before it.
+
+    own chunks 0 and 3, keys 0 and 3    both runs causal, one call
+    own chunks 0 and 3, keys 1 and 2    run 3 sees both, one call; run 0 sees neither
+    own chunks 1 and 2, keys 0 and 3    both runs see chunk 0, one call; neither sees chunk 3
 """
 
 from __future__ import annotations
@@ -19,11 +24,11 @@ import torch
 from torch import Tensor
 
 from runtime.ops.attention import allowed
-from runtime.ops.rows.partial_attention import Merged, partial_attention
+from runtime.ops.rows.partial_attention import Merged, partial_attention, with_sinks
 from runtime.ops.rows.token_order import Run
 from runtime.ops.rows.visible import Visible, common
 
-__all__ = ["Block", "RankQueries"]
+__all__ = ["Block", "RankQueries", "few_parts"]
 
 _TILE = 512
 """Queries at a time where a mask is needed."""
@@ -81,6 +86,14 @@ class RankQueries:
 
     def add(self, block: Block) -> None:
         """Whatever of `block` these queries see."""
+        parts = None
+        if self._mask is None and not self._visible.is_limited:
+            parts = few_parts(tuple(run for _, run in self._runs), block.runs, self._visible.causal)
+        if parts is not None:
+            for seeing, seen, causal in parts:
+                keys, values = (each[:, :, slice(*seen)] for each in (block.keys, block.values))
+                self._add(slice(*seeing), keys, values, None, causal=causal)
+            return
         for keys_run, keys, values in block.pieces():
             for row, queries in self._runs:
                 for piece in _split(keys_run, queries):
@@ -97,6 +110,12 @@ class RankQueries:
             )
             hidden, extra = _minus_infinity(~seen, self._q)[:, None], self._extra(rows, (0, keys.shape[2]))
             self._add(rows, keys, values, hidden if extra is None else extra + hidden)
+
+    def result(self, sinks: Tensor | None) -> Tensor:
+        """What they have seen, [B, H, S, Dv] in the dtype of the queries."""
+        if sinks is None:
+            return self.seen.rounded(self._q.dtype)
+        return with_sinks(self.seen.out, self.seen.lse, sinks).to(self._q.dtype)
 
     def _add_run(self, shift: int, queries: Run, keys_run: Run, keys: Tensor, values: Tensor) -> None:
         """One run of keys, none of which lies before some of the queries and behind others, unless they are the same.
@@ -137,6 +156,49 @@ class RankQueries:
         mask = self._mask.to(self._q.dtype)
         mask = mask if mask.dim() < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
         return mask if mask.shape[-1] == 1 else mask[..., slice(*keys)]
+
+
+@functools.lru_cache(maxsize=4096)
+def few_parts(
+    queries: tuple[Run, ...], keys: tuple[Run, ...], causal: bool
+) -> tuple[tuple[tuple[int, int], tuple[int, int], bool], ...] | None:
+    """(rows of queries, rows of keys, causal) that are together what queries see, without a window or a chunk.
+
+    Both stand at the positions of their runs, queries ascending. None: runs overlap and are not the same.
+    """
+    count, num_keys = _num(queries), _num(keys)
+    if not count or not num_keys:
+        return ()
+    if not causal:
+        return (((0, count), (0, num_keys), False),)
+    before = keys[: -len(queries)] if keys[-len(queries) :] == queries else None
+    if before is not None and all(stop <= queries[0][0] for _, stop in before):
+        past = _num(before)
+        own = ((0, count), (past, num_keys), True)
+        return (own,) if not past else (((0, count), (0, past), False), own)
+    found: list[tuple[tuple[int, int], tuple[int, int], bool]] = []
+    at = 0
+    for start, stop in queries:
+        relations = [_is_before(each, (start, stop)) for each in keys]
+        seen = sum(1 for each in relations if each)
+        if None in relations or not all(relations[:seen]):
+            return None
+        end, rows = _num(keys[:seen]), (at, at + stop - start)
+        at = rows[1]
+        if end and found and found[-1][1] == (0, end):
+            found[-1] = ((found[-1][0][0], rows[1]), (0, end), False)
+        elif end:
+            found.append((rows, (0, end), False))
+    return tuple(found)
+
+
+def _is_before(keys: Run, queries: Run) -> bool | None:
+    """Whether all keys lie before all queries; False: all behind; None: they overlap."""
+    return True if keys[1] <= queries[0] else (False if keys[0] >= queries[1] else None)
+
+
+def _num(runs: Sequence[Run]) -> int:
+    return sum(stop - start for start, stop in runs)
 
 
 def _split(keys: Run, queries: Run) -> Iterator[Run]:

@@ -19,7 +19,7 @@ from runtime.ops.attention import per_query_head, products
 from runtime.ops.kernels.merge_part import can_merge, merge_part
 from runtime.ops.kernels.partial_kernels import by_cuda_kernel
 
-__all__ = ["Merged", "accumulating", "merge_parts", "partial_attention", "with_sinks"]
+__all__ = ["Merged", "accumulating", "merge_into", "merge_parts", "partial_attention", "with_sinks"]
 
 _TILE = 1024
 """Queries and keys at a time where scores are written out."""
@@ -116,30 +116,79 @@ def _finite(lse: Tensor) -> Tensor:
 
 
 class Merged:
-    """What the parts added so far are together, for queries q [B, H, S, D]: in float32 at least."""
+    """What the parts added so far are together, for queries q [B, H, S, D]: in float32 at least.
+
+    One part of all queries, and one more of all or some, wait as they are: where they stay alone they are merged and
+    rounded once, without a pass over memory to float32 and back. They belong to this object then.
+    """
 
     def __init__(self, q: Tensor, width: int) -> None:
         """`width`: that of a value."""
-        shape, dtype = q.shape[:3], accumulating(q.dtype)
-        self.out = torch.zeros(*shape, width, dtype=dtype, device=q.device)
-        self.lse = torch.full(shape, -torch.inf, dtype=dtype, device=q.device)
+        self._shape, self._dtype, self._device = (*q.shape[:3], width), accumulating(q.dtype), q.device
+        self._waiting: list[tuple[Tensor, Tensor, slice]] = []
+        self._sums: tuple[Tensor, Tensor] | None = None
         self._filled: list[tuple[int, int]] = []
+
+    @property
+    def out(self) -> Tensor:
+        return self._total()[0]
+
+    @property
+    def lse(self) -> Tensor:
+        return self._total()[1]
 
     def add(self, out: Tensor, lse: Tensor, rows: slice) -> None:
         """A part that the queries `rows` have seen."""
-        mine, total = self.out[:, :, rows], self.lse[:, :, rows]
+        covers = rows.start == 0 and rows.stop == self._shape[2]
+        if self._sums is None and (len(self._waiting) == 1 or (covers and not self._waiting)):
+            self._waiting.append((out, lse, rows))
+        else:
+            self._total()
+            self._add(out, lse, rows)
+
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """All of it, [B, H, S, Dv]; nothing is added any more."""
+        if self._sums is not None or not self._waiting or self._waiting[0][0].dtype != dtype:
+            return self.out.to(dtype)
+        (total, sums, _), *others = self._waiting
+        for out, lse, rows in others:
+            merge_into(total[:, :, rows], sums[:, :, rows], out, lse)
+        self._waiting.clear()
+        self._sums = total, sums
+        return total
+
+    def _total(self) -> tuple[Tensor, Tensor]:
+        if self._sums is None:
+            self._sums = (
+                torch.zeros(self._shape, dtype=self._dtype, device=self._device),
+                torch.full(self._shape[:3], -torch.inf, dtype=self._dtype, device=self._device),
+            )
+            for part in self._waiting:
+                self._add(*part)
+            self._waiting.clear()
+        return self._sums
+
+    def _add(self, out: Tensor, lse: Tensor, rows: slice) -> None:
+        assert self._sums is not None
+        mine, total = (each[:, :, rows] for each in self._sums)
         is_first = all(rows.stop <= start or stop <= rows.start for start, stop in self._filled)
         self._filled.append((rows.start, rows.stop))
         if is_first:
             mine.copy_(out)
             total.copy_(lse)
-        elif can_merge(mine, out):
-            merge_part(mine, total, out, lse)
         else:
-            both = torch.logaddexp(total, lse)
-            base = _finite(both)
-            mine.mul_(torch.exp(total - base)[..., None]).add_(out * torch.exp(lse - base)[..., None])
-            total.copy_(both)
+            merge_into(mine, total, out, lse)
+
+
+def merge_into(total: Tensor, sums: Tensor, out: Tensor, lse: Tensor) -> None:
+    """The `total` [B, H, S, Dv] and `sums` [B, H, S] become what they and a part are together, rounded at the end."""
+    if can_merge(total, out):
+        merge_part(total, sums, out, lse)
+        return
+    both = torch.logaddexp(sums, lse)
+    base = _finite(both)
+    total.copy_(total * torch.exp(sums - base)[..., None] + out * torch.exp(lse - base)[..., None])
+    sums.copy_(both)
 
 
 def merge_parts(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,6 @@ from torch.nn import functional
 from partitioner.errors import CommunicationError
 from runtime.ops.rows.attend_runs import RankQueries
 from runtime.ops.rows.exchange_keys import in_ring
-from runtime.ops.rows.partial_attention import with_sinks
 from runtime.ops.rows.token_order import Run, TokenOrder
 from runtime.ops.rows.ulysses import by_heads, heads_of, kv_of
 from runtime.ops.rows.visible import Visible
@@ -57,7 +56,7 @@ def ring_of_heads(
         queries = queries_of(q, groups.runs[own // neighbours], width=v.shape[-1])
         for block in in_ring(_Ring(channel, neighbours, most), k, v, groups, visible):
             queries.add(block.mapped(kv_map))
-        return with_sinks(queries.seen.out, queries.seen.lse, sinks).to(q.dtype)
+        return queries.result(sinks)
 
     # rings of fewer heads bring as many as the others: a permute of all ranks takes one shape
     most = max(len(share.kv) for share in heads_of(neighbours, q.shape[1], kv_of(q, k, kv_map)))
@@ -98,6 +97,9 @@ class _Neighbours:
         self._channel, self._first = channel, first
         self.ranks = channel.ranks[first : first + size]
         self.coordinate, self.rank, self.node = channel.coordinate - first, channel.rank, channel.node
+
+    def peer_rows(self) -> None:
+        """Memory that all of the channel's ranks have is none of theirs alone."""
 
     def all_to_all(self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Tensor:
         before, behind = [0] * self._first, [0] * (len(self._channel.ranks) - self._first - len(self.ranks))

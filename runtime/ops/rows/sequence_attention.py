@@ -33,7 +33,6 @@ from runtime.ops.attention import attention
 from runtime.ops.collectives import unbound
 from runtime.ops.rows.attend_runs import RankQueries
 from runtime.ops.rows.exchange_keys import gathered, in_ring
-from runtime.ops.rows.partial_attention import with_sinks
 from runtime.ops.rows.ring_of_heads import ring_of_heads
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.ops.rows.ulysses import by_heads
@@ -181,4 +180,4 @@ def attend_over_ranks(
         )
     for block in blocks:
         queries.add(block.mapped(kv_map))
-    return with_sinks(queries.seen.out, queries.seen.lse, sinks).to(q.dtype)
+    return queries.result(sinks)

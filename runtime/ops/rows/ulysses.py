@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import CommunicationError
-from runtime.ops.rows.share_rows import in_order
 from runtime.ops.rows.token_order import TokenOrder
+from runtime.ops.rows.ulysses_in_place import InPlace, groups_of
 
 __all__ = ["Heads", "by_heads", "heads_of", "kv_of"]
 
@@ -81,52 +81,97 @@ def by_heads(
     sinks: Tensor | None,
     kv_map: Sequence[int] | None,
     kv_rows: Sequence[int] | None = None,
+    past: Sequence[int] | None = None,
 ) -> Tensor:
     """`attend(q, k, v, mask, sinks, kv_map)` over all tokens with this rank's heads; back come this rank's tokens.
 
     Queries come in order of position, and so do keys and values; with `kv_rows`, the number of those that each rank
-    brings, they come rank by rank. mask, sinks: as in `attention`; a mask has all queries, and does not travel.
+    brings, they come rank by rank. With `past`, the first so many of each rank come rank by rank, before all others.
+    mask, sinks: as in `attention`; a mask has all queries, and does not travel.
     """
     num_ranks, own, (batch, heads, size, _) = len(channel.ranks), channel.coordinate, q.shape
     shares = heads_of(num_ranks, heads, kv_of(q, k, kv_map))
     if mask is not None:
         mask = mask.to(q.dtype).reshape(*([1] * (4 - mask.dim())), *mask.shape)
-    brought = list(kv_rows) if kv_rows is not None else list(queries.counts)
+    mine = shares[own]
+    before = tuple(past or [0] * num_ranks)
+    given_mask, given_sinks = None if mask is None else mine.of(mask), _sinks(sinks, mine)
+    if kv_rows is None and (rows := channel.peer_rows()) is not None:
+        query, kv = tuple(share.query for share in shares), tuple(share.kv for share in shares)
+        in_place = InPlace.of(rows, queries, q, k, v, query=query, kv=kv, past=before)
+        if in_place is not None:
+            last = given_mask, given_sinks, mine.uneven_map
+            is_even = mask is None and sinks is None and all(share.uneven_map is None for share in shares)
+            count = groups_of(kv, q) if is_even else 1
+            return in_place.run(rows, own, q, k, v, lambda q, k, v: attend(q, k, v, *last), count=count)
+    brought = list(kv_rows) if kv_rows is not None else [a + b for a, b in zip(before, queries.counts, strict=True)]
 
     def tensors(share: Heads, rank: int) -> list[tuple[int, ...]]:
         """The shapes of what `rank` sends to the rank with these heads."""
         kv = (batch, len(share.kv), brought[rank])
         return [(batch, share.count, queries.counts[rank], q.shape[-1]), (*kv, k.shape[-1]), (*kv, v.shape[-1])]
 
-    sent, send_counts = [], []
+    send_counts = [sum(map(math.prod, tensors(share, own))) for share in shares]
+    sent, at = q.new_empty(sum(send_counts)), 0
     for share in shares:
-        parts = [q[:, slice(*share.query)], k[:, list(share.kv)], v[:, list(share.kv)]]
-        sent += [part.reshape(-1) for part in parts]
-        send_counts.append(sum(part.numel() for part in parts))
-    mine = shares[own]
+        for x, wanted in ((q, range(*share.query)), (k, share.kv), (v, share.kv)):
+            at = _put(sent, at, _heads(x, wanted))
     coming = [tensors(mine, rank) for rank in range(num_ranks)]
     receive_counts = [sum(map(math.prod, shapes)) for shapes in coming]
-    received = channel.all_to_all(torch.cat(sent), send_counts, receive_counts)
+    received = channel.all_to_all(sent, send_counts, receive_counts)
     by_rank = [
         [piece.view(shape) for piece, shape in zip(part.split([*map(math.prod, shapes)]), shapes, strict=True)]
         for part, shapes in zip(received.split(receive_counts), coming, strict=True)
     ]
-    whole = [torch.cat([parts[number] for parts in by_rank], dim=2) for number in range(len(by_rank[0]))]
-    whole[0] = in_order(whole[0], queries, 2)
-    if kv_rows is None:
-        whole[1], whole[2] = (in_order(each, queries, 2) for each in whole[1:3])
-    mask = None if mask is None else mine.of(mask)
-    out = attend(whole[0], whole[1], whole[2], mask, _sinks(sinks, mine), mine.uneven_map)
+    whole = [torch.cat([*_in_order([parts[0] for parts in by_rank], queries)], dim=2)]
+    for each in (1, 2):
+        pieces = [parts[each] for parts in by_rank]
+        if kv_rows is None:
+            kept = [x[:, :, :count] for x, count in zip(pieces, before, strict=True) if count]
+            new = [x[:, :, count:] for x, count in zip(pieces, before, strict=True)]
+            pieces = [*kept, *_in_order(new, queries)]
+        whole.append(torch.cat(pieces, dim=2))
+    out = attend(whole[0], whole[1], whole[2], given_mask, given_sinks, mine.uneven_map)
 
-    backs = [out[:, :, start:stop] for runs in queries.runs for start, stop in runs]
-    send_counts = [mine.count * batch * count * v.shape[-1] for count in queries.counts]
-    receive_counts = [share.count * batch * size * v.shape[-1] for share in shares]
-    flat = torch.cat([back.transpose(0, 2).reshape(-1) for back in backs]) if backs else out.reshape(-1)
-    returned = channel.all_to_all(flat, send_counts, receive_counts)
-    pieces = zip(returned.split(receive_counts), shares, strict=True)
-    return torch.cat(
-        [piece.view(size, share.count, batch, v.shape[-1]).transpose(0, 2) for piece, share in pieces], dim=1
+    # tokens come back before heads, as what follows reads them
+    width = v.shape[-1]
+    send_counts = [mine.count * batch * count * width for count in queries.counts]
+    receive_counts = [share.count * batch * size * width for share in shares]
+    sent, at = out.new_empty(sum(send_counts)), 0
+    for count, runs in zip(queries.counts, queries.runs, strict=True):
+        to = sent[at : at + batch * count * mine.count * width].view(batch, count, mine.count, width)
+        at, row = at + to.numel(), 0
+        for start, stop in runs:
+            to[:, row : row + stop - start] = out[:, :, start:stop].transpose(1, 2)
+            row += stop - start
+    returned = channel.all_to_all(sent, send_counts, receive_counts)
+    by_heads_of = zip(returned.split(receive_counts), shares, strict=True)
+    return torch.cat([piece.view(batch, size, share.count, width) for piece, share in by_heads_of], dim=2).transpose(
+        1, 2
     )
+
+
+def _heads(x: Tensor, wanted: Sequence[int]) -> Tensor:
+    """Some heads of x [B, H, S, D]; without a copy where they follow each other."""
+    follow = list(wanted) == list(range(wanted[0], wanted[0] + len(wanted))) if wanted else True
+    return x[:, wanted[0] : wanted[0] + len(wanted)] if wanted and follow else x[:, list(wanted)]
+
+
+def _put(flat: Tensor, at: int, x: Tensor) -> int:
+    """Writes x to `flat` from `at` on; where it ends."""
+    flat[at : at + x.numel()].view(x.shape).copy_(x)
+    return at + x.numel()
+
+
+def _in_order(pieces: Sequence[Tensor], order: TokenOrder) -> list[Tensor]:
+    """The runs of all ranks' tokens, dim 2 of their pieces, in order of position."""
+    found = []
+    for piece, runs in zip(pieces, order.runs, strict=True):
+        row = 0
+        for start, stop in runs:
+            found.append((start, piece[:, :, row : row + stop - start]))
+            row += stop - start
+    return [piece for _, piece in sorted(found, key=lambda each: each[0])] or [pieces[0][:, :, :0]]
 
 
 def _sinks(sinks: Tensor | None, mine: Heads) -> Tensor | None:

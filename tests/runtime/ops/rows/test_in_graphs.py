@@ -85,7 +85,7 @@ def test_what_is_declared() -> None:
     for op in both:
         assert declared("ring", op) == (Meeting("permute", ("sp",), (2, 2, 5, 10), half),) * 2
         assert declared("gather", op) == (Meeting("all_gather", ("sp",), (2, 2, 5, 10), half),)
-        there, back = 2 * 5 * (4 * 6 + 2 * 10), 2 * 5 * 4 * 4
+        there, back = 2 * 5 * (4 * 6 + 3 * 10), 2 * 5 * 4 * 4  # two of three ranks read the first kv head
         assert declared("ulysses", op) == tuple(Meeting("all_to_all", ("sp",), (n,), half) for n in (there, back))
     merged = Meeting("all_gather", ("sp",), (1, 2, 4, 5, 5), torch.float32)
     assert declared("merge", cached_sequence_attention) == (merged,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any
 
@@ -14,7 +15,7 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.channels import Handle
 from runtime.communication.thread_communicator import ThreadChannel
 from runtime.ops.attention import attention
-from runtime.ops.rows.attend_runs import Block, RankQueries
+from runtime.ops.rows.attend_runs import Block, RankQueries, few_parts
 from runtime.ops.rows.token_order import TokenOrder
 from tests.runtime.ops.rows.sp_cases import Counting, drawn, over_ranks, tensors
 
@@ -218,3 +219,26 @@ def test_what_does_not_fit_is_refused() -> None:
         over_ranks(given, 2, how="ring", scale=0.4)
     with pytest.raises(CommunicationError, match="these are"):
         over_ranks(tensors(1, 8), 2, how="ulysses", scale=0.4, sinks=drawn(1, 4, 8, 1))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_few_parts_are_what_is_seen(causal: bool) -> None:
+    """Every pair that a query sees once, and no other; also behind what is kept of earlier tokens."""
+    for total, parts, past in itertools.product((1, 2, 5, 24), (1, 2, 3, 4), (0, 7)):
+        order = TokenOrder.of(total, parts)
+        runs = [tuple((first + past, last + past) for first, last in each) for each in order.runs]
+        for own, source in itertools.product(range(parts), range(parts)):
+            keys = ((0, past), *runs[source]) if past else runs[source]
+            at = [
+                torch.tensor([p for run in each for p in range(*run)], dtype=torch.long) for each in (runs[own], keys)
+            ]
+            expected = at[1] <= at[0][:, None] if causal else torch.ones(len(at[0]), len(at[1]), dtype=torch.bool)
+            found, few = torch.zeros(expected.shape), few_parts(runs[own], keys, causal)
+            assert few is not None
+            for rows, columns, is_causal in few:
+                part = found[slice(*rows), slice(*columns)]
+                part += torch.ones(part.shape).tril() if is_causal else 1
+            assert torch.equal(found, expected.float())
+            assert len(few) <= (2 if past else 1)
+    # runs that overlap, and are not the same
+    assert few_parts(((3, 7),), ((0, 5),), True) is None

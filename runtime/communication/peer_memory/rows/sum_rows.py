@@ -45,9 +45,9 @@ class RowSums:
         self, group: Group, memory: Tensor, handle: Any, table: Tensor, waiting: tuple[Any, ...], under_way: UnderWay
     ) -> None:
         # Triton comes with torch for GPUs only
-        from runtime.communication.peer_memory import row_kernel
+        from runtime.communication.peer_memory.rows import sum_rows_kernel
 
-        self._meet_kernel, self._sum_norm_kernel = row_kernel.meet, row_kernel.sum_norm
+        self._meet_kernel, self._sum_norm_kernel = sum_rows_kernel.meet, sum_rows_kernel.sum_norm
         self._group, self._geometry = group, Geometry(group.size)
         self._table, self._waiting, self._under_way = table, waiting, under_way
         self._counter = torch.zeros(1, dtype=torch.int32, device=memory.device)

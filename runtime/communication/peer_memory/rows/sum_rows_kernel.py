@@ -1,4 +1,4 @@
-"""The kernels of `row_sums.py`, Triton.
+"""The kernels of `sum_rows.py`, Triton.
 
 meet        every rank says that it has come so far, and waits until all others have
 sum_norm    a program takes one of this rank's rows: the sum of what all ranks brought, a residual, the norm

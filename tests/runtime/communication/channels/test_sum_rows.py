@@ -20,9 +20,9 @@ from torch import Tensor
 
 from runtime.communication.channels import OwnRows
 from runtime.communication.group_collectives import Group
-from runtime.communication.peer_memory import row_sums
 from runtime.communication.peer_memory.mapped_memory import Geometry
-from runtime.communication.peer_memory.row_sums import RowSums
+from runtime.communication.peer_memory.rows import sum_rows
+from runtime.communication.peer_memory.rows.sum_rows import RowSums
 
 
 class Kernel:
@@ -80,10 +80,10 @@ class Ranks:
             time.sleep(late_s if options["RANK"] == 1 else random.random() / 2000)
             kernel(*given, **options)
 
-        name = "runtime.communication.peer_memory.row_kernel"
+        name = "runtime.communication.peer_memory.rows.sum_rows_kernel"
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(meet=Kernel(meet), sum_norm=Kernel(late)))
-        monkeypatch.setattr("runtime.communication.peer_memory.row_kernel", sys.modules[name], raising=False)
-        monkeypatch.setattr(row_sums, "ROW_BYTES", 4096)
+        monkeypatch.setattr("runtime.communication.peer_memory.rows.sum_rows_kernel", sys.modules[name], raising=False)
+        monkeypatch.setattr(sum_rows, "ROW_BYTES", 4096)
         start = Geometry(count).start_of_rows
         memories = [torch.zeros(start + 4096, dtype=torch.uint8) for _ in range(count)]
 
@@ -166,7 +166,7 @@ def test_a_rank_that_is_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_is_taken_is_known_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
     end = Ranks(2, monkeypatch).ends[0]
-    monkeypatch.setattr(row_sums, "LEAST_BYTES", 1024)
+    monkeypatch.setattr(sum_rows, "LEAST_BYTES", 1024)
     x = torch.zeros(1, 64, 8, dtype=torch.bfloat16)
     assert end.takes(x, torch.zeros(8, dtype=torch.bfloat16))
     assert end.takes(x, None)
@@ -178,7 +178,7 @@ def test_what_is_taken_is_known_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 INTERPRETED = """
 import torch
-from runtime.communication.peer_memory.row_kernel import sum_norm
+from runtime.communication.peer_memory.rows.sum_rows_kernel import sum_norm
 def check(ranks, rank, rows, width, adds, weighs, dtype, close):
     piece = rows * width + 16
     x, residual = torch.randn(2, rows, width).to(dtype)
