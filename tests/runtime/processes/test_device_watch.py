@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from runtime.processes import device_watch
+from runtime.processes.device_watch import DeviceWatch
+
 SCRIPT = """
 import atexit, os, sys, time
 from partitioner.errors import RankLost
@@ -50,3 +53,35 @@ def test_a_lost_rank_ends_at_once(first: str, tmp_path: Path, pytestconfig: pyte
 def test_all_else_is_cleared_away(last: str, code: int, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     found, out, _, _ = end(tmp_path, pytestconfig.rootpath, last)
     assert (found, out) == (code, "before\ncleared away\n")
+
+
+class Beats:
+    """What a rank of two hears of the other."""
+
+    rank, num_ranks = 0, 2
+
+    def __init__(self) -> None:
+        self.asked, self.ended = 0, False
+
+    def names(self, ranks: list[int]) -> str:
+        return f"rank {ranks[0]}"
+
+    def lost(self) -> dict[int, str]:
+        self.asked += 1
+        return {1: "lost: its process ended"} if self.ended else {}
+
+    def silent_s(self, rank: int) -> float:
+        return 0.0
+
+
+def test_who_was_there_a_moment_ago_is_not_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    beats, now = Beats(), [100.0]
+    watch = DeviceWatch.__new__(DeviceWatch)  # without its thread
+    watch._heartbeat, watch._timeout_s, watch._late, watch._well_until = beats, 30.0, (), 0.0  # type: ignore[assignment]
+    monkeypatch.setattr(device_watch.time, "monotonic", lambda: now[0])
+    assert [watch.cause() for _ in range(3)] == [None] * 3
+    assert beats.asked == 1
+    beats.ended = True
+    now[0] += device_watch._GLANCE_S + 0.001
+    assert watch.cause() == watch.cause() == "rank 1 lost: its process ended"  # a loss is told each time
+    assert device_watch._GLANCE_S < 0.1
