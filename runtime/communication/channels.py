@@ -6,6 +6,7 @@
     reduce_scatter(x, dim, sizes)                x[.., sum(s), ..] -> [.., s[i], ..]  this rank's piece of the sum
     all_to_all(x, send_counts, receive_counts)   x[sum(s), ..]   -> [sum(r), ..]      rows for each, rows from each
     all_to_all_begin(..)                         the same, under way
+    all_to_all_within(x, num_rows, ..)           the same, with counts that only the device knows
     permute_begin(x, shift)                      x[...]          -> [...]             from coordinate - shift
     send_begin(x, to), receive_begin(shape, dtype, from_)                             to and from one coordinate
 
@@ -113,6 +114,21 @@ class Channel(abc.ABC):
     ) -> Handle:
         """The same, under way: what it yields comes with `finish`. Finished at once where nothing can be under way."""
         return Handle.done(self.all_to_all(x, send_counts, receive_counts, sizes_from=sizes_from))
+
+    @property
+    def counts_on_device(self) -> bool:
+        """Whether there is `all_to_all_within`."""
+        return False
+
+    def all_to_all_within(
+        self, x: Tensor, num_rows: int, send_counts: Tensor, receive_counts: Tensor, *, ahead: bool = False
+    ) -> Handle:
+        """An all_to_all whose counts, int64 [ranks], only the device knows. It yields `num_rows` rows, enough for all
+        that come; those behind are not written. ahead: under way on a stream of its own while others compute.
+        """
+        raise CommunicationError(
+            f"node {self.node!r}: the counts of an exchange over {axes_text(self.axes)} are the host's"
+        )
 
     def permute_begin(self, x: Tensor, shift: int) -> Handle:
         """All bring tensors of one shape; the rank at coordinate c gets that of coordinate (c - shift) mod size."""

@@ -22,7 +22,8 @@ from runtime.communication.channels import Channel, Handle, piece_sizes, require
 from runtime.communication.failure_verdict import FailureVerdict, is_broken
 from runtime.communication.group_collectives import PRIMITIVES, Group, begin_all_reduce, begin_all_to_all
 from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement, check_counts
-from runtime.communication.peer_memory.all_reduce_beside import begin_all_reduce as begin_beside
+from runtime.communication.peer_memory.beside import begin_all_reduce as begin_beside
+from runtime.communication.peer_memory.beside import exchange_at_once, exchange_beside
 from runtime.communication.peer_memory.peer_memory import PeerMemory
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory
 from runtime.ops.communicating import Kind, axes_text
@@ -142,6 +143,24 @@ class GroupChannel(Channel):
             self._begins[sizes_from] = self._all_to_all(call, begin_all_to_all(self._group))
         handle: Handle = self._begins[sizes_from](x, send_counts, receive_counts)
         return self._finishing(handle, Call(self.rank, self.node, "all_to_all", axes_text(self.axes)), self.ranks)
+
+    @property
+    def counts_on_device(self) -> bool:
+        return self._peers is not None
+
+    def all_to_all_within(
+        self, x: Tensor, num_rows: int, send_counts: Tensor, receive_counts: Tensor, *, ahead: bool = False
+    ) -> Handle:
+        assert self._peers is not None
+        peers, gather = self._peers, self._comparison()
+        out = x.new_empty((num_rows, *x.shape[1:]))
+        call = Call(self.rank, self.node, "all_to_all", axes_text(self.axes), sizes_from=self.node).on(x)
+        run = exchange_beside if ahead else exchange_at_once
+        handle = self._guarded(
+            call, self.ranks, lambda call: self._compare(call, gather),
+            lambda: run(peers, x, out, send_counts, receive_counts),
+        )  # fmt: skip
+        return self._finishing(handle, call, self.ranks) if ahead else handle
 
     def _all_to_all(self, call: Call, run: Callable[..., Any]) -> Callable[[Tensor, Sequence[int], Sequence[int]], Any]:
         gather = self._comparison()

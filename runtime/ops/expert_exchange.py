@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from runtime.ops.collectives import unbound
+from runtime.ops.kernels.experts import dispatch as kernels
+from runtime.ops.kernels.experts.exchange import packed, returned, unpacked
 
 __all__ = [
     "expert_return",
@@ -45,6 +47,10 @@ def localise_experts(
     """
     owners = _owners(tuple(experts), tuple(counts), index.device)
     none = counts[rank]
+    if kernels.takes(index):
+        return kernels.localised(
+            index, gates, owners.local[rank], owners.ranks, owners.copies, rank, none, owners.has_copies
+        )
     expert = index.clamp(max=owners.local.shape[1] - 1)
     local = owners.local[rank][expert]
     if owners.has_copies:
@@ -62,10 +68,12 @@ def expert_send(
     experts: Sequence[int],
     counts: Sequence[int],
     ahead: bool = False,
+    alike: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows, index and gates for the experts of this rank, from all ranks of `axis`; and the way back.
 
-    ahead: they are on their way, and may be read once they are `landed`.
+    ahead: they are on their way, and may be read once they are `landed`. alike: every rank brings as many tokens, so
+    that there may be room for all of them, and no host waits for numbers; rows beyond those that came are of no expert.
     """
     unbound("expert_send", axis)
 
@@ -113,8 +121,12 @@ def send_to_experts(
     experts: Sequence[int],
     counts: Sequence[int],
     ahead: bool = False,
+    alike: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`expert_send` over a channel: the counts, then one message per (token, rank), as bytes."""
+    if kernels.takes(hidden):
+        tokens = (hidden, index, gates)
+        return _send_by_kernels(channel, tokens, tuple(experts), tuple(counts), ahead=ahead, alike=alike)  # type: ignore[return-value]
     owners = _owners(tuple(experts), tuple(counts), index.device)
     num_ranks, num_tokens = len(counts), hidden.shape[0]
     expert = index.clamp(max=owners.local.shape[1] - 1)
@@ -135,7 +147,7 @@ def send_to_experts(
     ones = [1] * num_ranks
     receive_counts = channel.all_to_all(send_counts, ones, ones)
     given, taken = send_counts.tolist(), receive_counts.tolist()
-    parts = [hidden[sent], local.to(torch.int32), weights]
+    parts: list[Tensor] = [hidden[sent], local.to(torch.int32), weights]
     message = torch.cat([_bytes(part) for part in parts], dim=1)
     widths = [part.shape[1] * part.element_size() for part in parts]
     size = torch.tensor([num_tokens], device=index.device)
@@ -160,6 +172,8 @@ def send_to_experts(
 
 def receive_from_experts(channel: Any, rows: Tensor, back: Tensor, *, ahead: bool = False) -> Tensor:
     """`expert_return` over a channel. What comes back to a token is summed in order of coordinate."""
+    if kernels.takes(rows):
+        return _return_by_kernels(channel, rows, back, ahead=ahead)
     num_ranks = len(channel.ranks)
     size, given, taken, sent = torch.split(back, [1, num_ranks, num_ranks, back.shape[0] - 1 - 2 * num_ranks])
     counts = taken.tolist(), given.tolist()
@@ -169,6 +183,94 @@ def receive_from_experts(channel: Any, rows: Tensor, back: Tensor, *, ahead: boo
         _filling(handle, lambda returned: found.index_add_(0, sent, returned), found)
         return found
     return found.index_add_(0, sent, channel.all_to_all(rows.contiguous(), *counts, sizes_from=channel.node))
+
+
+def _send_by_kernels(
+    channel: Any,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    experts: tuple[int, ...],
+    counts: tuple[int, ...],
+    *,
+    ahead: bool,
+    alike: bool,
+) -> tuple[Tensor, ...]:
+    """The same on a GPU. The host waits for the number of rows that come, once; not at all where ranks bring alike."""
+    owners, own, num_ranks = _owners(experts, counts, tokens[0].device), channel.coordinate, len(counts)
+    messages, send_counts, position, form = packed(
+        *tokens, local=owners.local, owner=owners.ranks, copies=owners.copies, held=owners.counts, own=own,
+        own_held=counts[own], has_copies=owners.has_copies,
+    )  # fmt: skip
+    ones = [1] * num_ranks
+    receive_counts = channel.all_to_all(send_counts, ones, ones)
+    back = torch.cat([send_counts, receive_counts, position.view(-1)])
+    if alike and channel.counts_on_device:
+        num_rows = num_ranks * tokens[0].shape[0]
+        handle = channel.all_to_all_within(messages, num_rows, send_counts, receive_counts, ahead=ahead)
+    else:
+        given, taken = _numbers(back, num_ranks)
+        num_rows = sum(taken)
+        handle = _sent(channel, messages[: sum(given)], (given, taken), (send_counts, receive_counts), ahead=ahead)
+
+    def unpack(received: Tensor) -> tuple[Tensor, ...]:
+        return unpacked(received, receive_counts, form, none=counts[own], like=tokens)
+
+    if not ahead:
+        return (*unpack(handle.finish()), back)
+    coming = [each.new_empty(num_rows, each.shape[1]) for each in tokens]
+
+    def fill(received: Tensor) -> None:
+        for into, part in zip(coming, unpack(received), strict=True):
+            into.copy_(part)
+
+    _filling(handle, fill, *coming)
+    return (*coming, back)
+
+
+def _return_by_kernels(channel: Any, rows: Tensor, back: Tensor, *, ahead: bool) -> Tensor:
+    num_ranks = len(channel.ranks)
+    given, taken, position = back[:num_ranks], back[num_ranks : 2 * num_ranks], back[2 * num_ranks :]
+    position = position.view(-1, num_ranks)
+    if channel.counts_on_device:
+        num_rows = position.numel() if back not in _on_host else sum(_on_host[back][0])
+        handle = channel.all_to_all_within(rows.contiguous(), num_rows, taken, given, ahead=ahead)
+    else:
+        counts = _numbers(back, num_ranks)[::-1]
+        handle = _sent(channel, rows.contiguous(), counts, (taken, given), ahead=ahead)
+    if not ahead:
+        return returned(handle.finish(), position)
+    found = rows.new_empty(position.shape[0], rows.shape[1])
+    _filling(handle, lambda came: found.copy_(returned(came, position)), found)
+    return found
+
+
+_on_host: Any = WeakIdKeyDictionary()
+"""By what leads back, the numbers of rows that are sent and that come, where the host has read them."""
+
+
+def _numbers(back: Tensor, num_ranks: int) -> tuple[list[int], list[int]]:
+    if back not in _on_host:
+        _on_host[back] = tuple(back[: 2 * num_ranks].view(2, num_ranks).tolist())
+    return _on_host[back]  # type: ignore[no-any-return]
+
+
+class _Done(NamedTuple):
+    """What has come already."""
+
+    result: Tensor
+    is_finished: bool = True
+
+    def finish(self) -> Tensor:
+        return self.result
+
+
+def _sent(
+    channel: Any, x: Tensor, counts: tuple[list[int], list[int]], on_device: tuple[Tensor, Tensor], *, ahead: bool
+) -> Any:
+    if channel.counts_on_device:
+        return channel.all_to_all_within(x, sum(counts[1]), *on_device, ahead=ahead)
+    if ahead:
+        return channel.all_to_all_begin(x, *counts, sizes_from=channel.node)
+    return _Done(channel.all_to_all(x, *counts, sizes_from=channel.node))
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -189,6 +291,8 @@ class _Owners(NamedTuple):
     """[E + 1, copies]: who has its copies."""
     copies: Tensor
     """[E + 1]: how many there are."""
+    counts: Tensor
+    """[ranks]: how many experts each has."""
     has_copies: bool
 
     def rank_of(self, expert: Tensor, turn: Tensor) -> Tensor:
@@ -216,5 +320,6 @@ def _owners(experts: tuple[int, ...], counts: tuple[int, ...], device: torch.dev
         torch.tensor(local, device=device),
         torch.tensor(ranks, device=device),
         torch.tensor(copies, device=device),
+        torch.tensor(counts, device=device),
         has_copies=most > 1,
     )

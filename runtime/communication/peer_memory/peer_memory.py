@@ -257,13 +257,17 @@ class PeerMemory:
 
         return run
 
-    def all_to_all(self, x: Tensor, out: Tensor, send_counts: Tensor, receive_counts: Tensor) -> Tensor:
+    def all_to_all(
+        self, x: Tensor, out: Tensor, send_counts: Tensor, receive_counts: Tensor, *, blocks: int | None = None
+    ) -> Tensor:
         """Rows for each from each, int64 counts [ranks] that the device reads: no host needs to know them.
 
         `out` must have room for all rows that come; what lies behind them is not written.
         """
         width = x.shape[1:].numel()
-        self._exchange("large", x, out, piece=width, total=0, spreads=True, counts=(send_counts, receive_counts))
+        self._exchange(
+            "large", x, out, piece=width, total=0, spreads=True, counts=(send_counts, receive_counts), blocks=blocks
+        )
         return out
 
     # -- the kernels ---------------------------------------------------------------------------------------------------
