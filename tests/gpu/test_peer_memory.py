@@ -168,7 +168,9 @@ def test_a_kernel_that_waits_ends_when_it_is_abandoned() -> None:
 @several
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["primitives", "counts_on_the_device", "in_graphs", "many_calls", "beside_others"])
+@pytest.mark.parametrize(
+    "case", ["primitives", "counts_on_the_device", "in_graphs", "many_calls", "beside_others", "exchanged_experts"]
+)
 def test_between_gpus(case: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
     launch(["tests.gpu.peer_rank", case], num_ranks=torch.cuda.device_count(), timeout_s=180)
