@@ -136,11 +136,11 @@ class Layer:
 
     def with_shared(self, own: list[Tensor], up: Tensor, down: Tensor, *, ahead: bool) -> Tensor:
         """`exchange`, and a shared expert of all tokens; ahead: while rows are on their way."""
-        *sent, back = send_to_experts(self.channel["send"], *own, **self.dealt, ahead=ahead)  # type: ignore[misc]
+        *sent, back = send_to_experts(self.channel["send"], *own, **self.dealt, ahead=ahead, alike=True)  # type: ignore[misc]
         gate, value = functional.linear(own[0], up).chunk(2, dim=-1)
         made = experts(*map(landed, sent), self.own_up, self.own_down, trim=True)
         coming = receive_from_experts(self.channel["return"], made, back, ahead=ahead)
-        shared = functional.linear(functional.silu(gate) * value, down)
+        shared = functional.linear(gated(gate, value, "silu"), down)
         return landed(coming) + shared
 
     def gathered_and_back(self, own: list[Tensor]) -> Tensor:
@@ -322,7 +322,7 @@ def overlap(
     own = [x[layer.rank * count :][:count] for x in drawn(block, count * given.ranks, turns.device, dtype)]
     up, down = layer.up[0], layer.down[0]  # as wide as a routed one
     ways = {
-        "there and back": lambda: layer.there_and_back(own),
+        "there and back": lambda: layer.there_and_back(own, alike=True),
         "one after the other": lambda: layer.with_shared(own, up, down, ahead=False),
         "ahead": lambda: layer.with_shared(own, up, down, ahead=True),
     }

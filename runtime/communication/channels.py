@@ -117,7 +117,7 @@ class Channel(abc.ABC):
 
     @property
     def counts_on_device(self) -> bool:
-        """Whether there is `all_to_all_within`."""
+        """Whether there are `all_to_all_within` and `beside`."""
         return False
 
     def all_to_all_within(
@@ -126,8 +126,15 @@ class Channel(abc.ABC):
         """An all_to_all whose counts, int64 [ranks], only the device knows. It yields `num_rows` rows, enough for all
         that come; those behind are not written. ahead: under way on a stream of its own while others compute.
         """
-        raise CommunicationError(
-            f"node {self.node!r}: the counts of an exchange over {axes_text(self.axes)} are the host's"
+        raise self._host_only()
+
+    def beside(self, run: Callable[[], object], result: Tensor, *, keep: Sequence[Tensor]) -> Handle:
+        """`run`, which fills `result`, on a stream of its own, collectives by few processors. keep: what it reads."""
+        raise self._host_only()
+
+    def _host_only(self) -> CommunicationError:
+        return CommunicationError(
+            f"node {self.node!r}: what ranks exchange over {axes_text(self.axes)!r} is known to their hosts alone"
         )
 
     def permute_begin(self, x: Tensor, shift: int) -> Handle:

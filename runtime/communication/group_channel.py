@@ -23,7 +23,7 @@ from runtime.communication.failure_verdict import FailureVerdict, is_broken
 from runtime.communication.group_collectives import PRIMITIVES, Group, begin_all_reduce, begin_all_to_all
 from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement, check_counts
 from runtime.communication.peer_memory.beside import begin_all_reduce as begin_beside
-from runtime.communication.peer_memory.beside import exchange_at_once, exchange_beside
+from runtime.communication.peer_memory.beside import exchange_at_once, exchange_beside, run_beside
 from runtime.communication.peer_memory.peer_memory import PeerMemory
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory
 from runtime.ops.communicating import Kind, axes_text
@@ -161,6 +161,10 @@ class GroupChannel(Channel):
             lambda: run(peers, x, out, send_counts, receive_counts),
         )  # fmt: skip
         return self._finishing(handle, call, self.ranks) if ahead else handle
+
+    def beside(self, run: Callable[[], object], result: Tensor, *, keep: Sequence[Tensor]) -> Handle:
+        assert self._peers is not None
+        return run_beside(self._peers, run, result, *keep)
 
     def _all_to_all(self, call: Call, run: Callable[..., Any]) -> Callable[[Tensor, Sequence[int], Sequence[int]], Any]:
         gather = self._comparison()

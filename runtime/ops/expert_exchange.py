@@ -26,7 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from runtime.ops.collectives import unbound
 from runtime.ops.kernels.experts import dispatch as kernels
-from runtime.ops.kernels.experts.exchange import packed, returned, unpacked
+from runtime.ops.kernels.experts.exchange import Packed, packed, returned, unpacked
 
 __all__ = [
     "expert_return",
@@ -196,50 +196,78 @@ def _send_by_kernels(
 ) -> tuple[Tensor, ...]:
     """The same on a GPU. The host waits for the number of rows that come, once; not at all where ranks bring alike."""
     owners, own, num_ranks = _owners(experts, counts, tokens[0].device), channel.coordinate, len(counts)
-    messages, send_counts, position, form = packed(
-        *tokens, local=owners.local, owner=owners.ranks, copies=owners.copies, held=owners.counts, own=own,
-        own_held=counts[own], has_copies=owners.has_copies,
-    )  # fmt: skip
     ones = [1] * num_ranks
-    receive_counts = channel.all_to_all(send_counts, ones, ones)
-    back = torch.cat([send_counts, receive_counts, position.view(-1)])
-    if alike and channel.counts_on_device:
+    waits = not (alike and channel.counts_on_device)
+
+    def pack() -> tuple[Packed, Tensor]:
+        found = packed(
+            *tokens, local=owners.local, owner=owners.ranks, copies=owners.copies, held=owners.counts, own=own,
+            own_held=counts[own], has_copies=owners.has_copies,
+        )  # fmt: skip
+        return found, channel.all_to_all(found.send_counts, ones, ones)
+
+    def way_back(sent: Packed, receive_counts: Tensor) -> Tensor:
+        return torch.cat([sent.send_counts, receive_counts, sent.position.view(-1)])
+
+    def unpack(came: Tensor, sent: Packed, receive_counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return unpacked(came, receive_counts, sent.form, none=counts[own], like=tokens)
+
+    if ahead and not waits:
         num_rows = num_ranks * tokens[0].shape[0]
-        handle = channel.all_to_all_within(messages, num_rows, send_counts, receive_counts, ahead=ahead)
-    else:
+        coming = [each.new_empty(num_rows, each.shape[1]) for each in tokens]
+        back = torch.empty(num_ranks * (2 + tokens[0].shape[0]), dtype=torch.int64, device=tokens[0].device)
+
+        def whole() -> None:
+            sent, taken = pack()
+            back.copy_(way_back(sent, taken))
+            came = channel.all_to_all_within(sent.messages, num_rows, sent.send_counts, taken).finish()
+            _fill(coming, unpack(came, sent, taken))
+
+        handle = channel.beside(whole, back, keep=tokens)
+        _filling(handle, lambda _: None, *coming)
+        return (*coming, back)
+    sent, receive_counts = pack()
+    back = way_back(sent, receive_counts)
+    if waits:
         given, taken = _numbers(back, num_ranks)
-        num_rows = sum(taken)
-        handle = _sent(channel, messages[: sum(given)], (given, taken), (send_counts, receive_counts), ahead=ahead)
-
-    def unpack(received: Tensor) -> tuple[Tensor, ...]:
-        return unpacked(received, receive_counts, form, none=counts[own], like=tokens)
-
+        num_rows, messages = sum(taken), sent.messages[: sum(given)]
+        on_device = (sent.send_counts, receive_counts)
+        handle = _sent(channel, messages, (given, taken), on_device, ahead=ahead)
+    else:
+        num_rows = num_ranks * tokens[0].shape[0]
+        handle = channel.all_to_all_within(sent.messages, num_rows, sent.send_counts, receive_counts)
     if not ahead:
-        return (*unpack(handle.finish()), back)
+        return (*unpack(handle.finish(), sent, receive_counts), back)
     coming = [each.new_empty(num_rows, each.shape[1]) for each in tokens]
-
-    def fill(received: Tensor) -> None:
-        for into, part in zip(coming, unpack(received), strict=True):
-            into.copy_(part)
-
-    _filling(handle, fill, *coming)
+    _filling(handle, lambda came: _fill(coming, unpack(came, sent, receive_counts)), *coming)
     return (*coming, back)
+
+
+def _fill(into: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    for each, part in zip(into, parts, strict=True):
+        each.copy_(part)
 
 
 def _return_by_kernels(channel: Any, rows: Tensor, back: Tensor, *, ahead: bool) -> Tensor:
     num_ranks = len(channel.ranks)
     given, taken, position = back[:num_ranks], back[num_ranks : 2 * num_ranks], back[2 * num_ranks :]
-    position = position.view(-1, num_ranks)
-    if channel.counts_on_device:
-        num_rows = position.numel() if back not in _on_host else sum(_on_host[back][0])
-        handle = channel.all_to_all_within(rows.contiguous(), num_rows, taken, given, ahead=ahead)
-    else:
-        counts = _numbers(back, num_ranks)[::-1]
-        handle = _sent(channel, rows.contiguous(), counts, (taken, given), ahead=ahead)
-    if not ahead:
-        return returned(handle.finish(), position)
+    position, rows = position.view(-1, num_ranks), rows.contiguous()
     found = rows.new_empty(position.shape[0], rows.shape[1])
-    _filling(handle, lambda came: found.copy_(returned(came, position)), found)
+    if channel.counts_on_device:
+        num_rows = sum(_on_host[back][0]) if back in _on_host else position.numel()
+
+        def whole() -> Tensor:
+            return returned(channel.all_to_all_within(rows, num_rows, taken, given).finish(), position, found)
+
+        if not ahead:
+            return whole()
+        _filling(channel.beside(whole, found, keep=(rows, back)), lambda _: None, found)
+        return found
+    counts = _numbers(back, num_ranks)[::-1]
+    handle = _sent(channel, rows, counts, (taken, given), ahead=ahead)
+    if not ahead:
+        return returned(handle.finish(), position, found)
+    _filling(handle, lambda came: returned(came, position, found), found)
     return found
 
 

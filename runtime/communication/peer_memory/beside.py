@@ -10,10 +10,7 @@ from torch import Tensor
 from runtime.communication.channels import Handle
 from runtime.communication.peer_memory.peer_memory import PeerMemory
 
-__all__ = ["begin_all_reduce", "exchange_at_once", "exchange_beside"]
-
-BESIDE = 32
-"""Blocks of a collective that others compute beside: those keep the other processors."""
+__all__ = ["begin_all_reduce", "exchange_at_once", "exchange_beside", "run_beside"]
 
 
 def begin_all_reduce(
@@ -26,15 +23,15 @@ def begin_all_reduce(
         if way == "nccl":
             return otherwise(x)
         out = x if overwrite and x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
-        return _under_way(peers, lambda: peers.all_reduce(x, out, way, blocks=BESIDE), out, x)
+        return run_beside(peers, lambda: peers.all_reduce(x, out, way), out, x)
 
     return begin
 
 
 def exchange_beside(peers: PeerMemory, x: Tensor, out: Tensor, send_counts: Tensor, receive_counts: Tensor) -> Handle:
     """An all_to_all into `out`, of counts that the device reads."""
-    run = lambda: peers.all_to_all(x, out, send_counts, receive_counts, blocks=BESIDE)  # noqa: E731
-    return _under_way(peers, run, out, x, send_counts, receive_counts)
+    run = lambda: peers.all_to_all(x, out, send_counts, receive_counts)  # noqa: E731
+    return run_beside(peers, run, out, x, send_counts, receive_counts)
 
 
 def exchange_at_once(peers: PeerMemory, x: Tensor, out: Tensor, send_counts: Tensor, receive_counts: Tensor) -> Handle:
@@ -42,8 +39,8 @@ def exchange_at_once(peers: PeerMemory, x: Tensor, out: Tensor, send_counts: Ten
     return Handle.done(peers.all_to_all(x, out, send_counts, receive_counts))
 
 
-def _under_way(peers: PeerMemory, run: Callable[[], object], out: Tensor, *read: Tensor) -> Handle:
-    """`read`: kept until nobody reads them any more."""
+def run_beside(peers: PeerMemory, run: Callable[[], object], out: Tensor, *read: Tensor) -> Handle:
+    """`run`, which fills `out`; `read`: kept until nobody reads them any more."""
     end, kept = peers.under_way.begin(run), list(read)
 
     def finish() -> Tensor:

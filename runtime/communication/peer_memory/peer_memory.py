@@ -45,6 +45,8 @@ from runtime.ops.communicating import Kind
 __all__ = ["Exchange", "PeerMemory", "Unavailable"]
 
 _WARPS = 16
+_BESIDE = 32
+"""Blocks of a collective that others compute beside, as many on all ranks: those keep the other processors."""
 _WORDS = {
     torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64",
     torch.int32: "int32", torch.int64: "int64",
@@ -164,16 +166,16 @@ class PeerMemory:
 
         return run
 
-    def all_reduce(self, x: Tensor, out: Tensor, way: Way, *, blocks: int | None = None) -> Tensor:
-        """Into `out`, which may be x; not by NCCL. blocks: of the kernel for large pieces, as many on all ranks."""
+    def all_reduce(self, x: Tensor, out: Tensor, way: Way) -> Tensor:
+        """Into `out`, which may be x; not by NCCL."""
         if way != "in two":
-            self._exchange(way, x, out, piece=x.numel(), total=x.numel(), sums=True, blocks=blocks)
+            self._exchange(way, x, out, piece=x.numel(), total=x.numel(), sums=True)
             return out
         piece = -(-x.numel() // self._group.size)
         piece = -(-piece // 16) * 16  # so that pieces begin where wide loads may
         mine = x.new_empty(piece)
-        self._exchange("large", x, mine, piece=piece, total=x.numel(), sums=True, spreads=True, blocks=blocks)
-        self._exchange("large", mine, out, piece=piece, total=x.numel(), blocks=blocks)
+        self._exchange("large", x, mine, piece=piece, total=x.numel(), sums=True, spreads=True)
+        self._exchange("large", mine, out, piece=piece, total=x.numel())
         return out
 
     def _all_gather(
@@ -257,17 +259,13 @@ class PeerMemory:
 
         return run
 
-    def all_to_all(
-        self, x: Tensor, out: Tensor, send_counts: Tensor, receive_counts: Tensor, *, blocks: int | None = None
-    ) -> Tensor:
+    def all_to_all(self, x: Tensor, out: Tensor, send_counts: Tensor, receive_counts: Tensor) -> Tensor:
         """Rows for each from each, int64 counts [ranks] that the device reads: no host needs to know them.
 
         `out` must have room for all rows that come; what lies behind them is not written.
         """
         width = x.shape[1:].numel()
-        self._exchange(
-            "large", x, out, piece=width, total=0, spreads=True, counts=(send_counts, receive_counts), blocks=blocks
-        )
+        self._exchange("large", x, out, piece=width, total=0, spreads=True, counts=(send_counts, receive_counts))
         return out
 
     # -- the kernels ---------------------------------------------------------------------------------------------------
@@ -301,9 +299,8 @@ class PeerMemory:
         spreads: bool = False,
         shift: int = 0,
         counts: tuple[Tensor, Tensor] | None = None,
-        blocks: int | None = None,
     ) -> None:
-        """`piece`: elements for or from each; see `large_kernel.py`. blocks: the most that run."""
+        """`piece`: elements for or from each; see `large_kernel.py`. What others compute beside takes few blocks."""
         if piece == 0:
             return
         self.under_way.wait()
@@ -335,7 +332,7 @@ class PeerMemory:
             )
             return
         chunk = geometry.chunk_bytes // x.element_size()
-        most = self._blocks if blocks is None else min(blocks, self._blocks)
+        most = min(_BESIDE, self._blocks) if self.under_way.is_here else self._blocks
         num_blocks = most if counts is not None else min(most, -(-piece // chunk))
         sent, received = counts or (self._table, self._table)
         if not sums and dtype == torch.bool:

@@ -110,9 +110,8 @@ def unpacked(
     return messages.view(hidden.dtype)[:, : form.width], local, kept
 
 
-def returned(rows: Tensor, position: Tensor) -> Tensor:
-    """Rows [M, H] as the messages stood, position [T, n]  ->  [T, H]"""
-    out = rows.new_empty(position.shape[0], rows.shape[1])
+def returned(rows: Tensor, position: Tensor, out: Tensor) -> Tensor:
+    """Into out [T, H]: of rows [M, H], which stand as the messages stood, those at position [T, n]."""
     return summed(rows, position, None, out, position.shape[1]) if out.numel() else out
 
 
