@@ -199,18 +199,17 @@ def _send_by_kernels(
     ones = [1] * num_ranks
     waits = not (alike and channel.counts_on_device)
 
-    def pack() -> tuple[Packed, Tensor]:
+    def pack() -> Packed:
         found = packed(
             *tokens, local=owners.local, owner=owners.ranks, copies=owners.copies, held=owners.counts, own=own,
             own_held=counts[own], has_copies=owners.has_copies,
         )  # fmt: skip
-        return found, channel.all_to_all(found.send_counts, ones, ones)
+        given, taken = _counts(found.back, num_ranks)
+        taken.copy_(channel.all_to_all(given, ones, ones))
+        return found
 
-    def way_back(sent: Packed, receive_counts: Tensor) -> Tensor:
-        return torch.cat([sent.send_counts, receive_counts, sent.position.view(-1)])
-
-    def unpack(came: Tensor, sent: Packed, receive_counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return unpacked(came, receive_counts, sent.form, none=counts[own], like=tokens)
+    def unpack(came: Tensor, sent: Packed) -> tuple[Tensor, Tensor, Tensor]:
+        return unpacked(came, _counts(sent.back, num_ranks)[1], sent.form, none=counts[own], like=tokens)
 
     if ahead and not waits:
         num_rows = num_ranks * tokens[0].shape[0]
@@ -218,29 +217,33 @@ def _send_by_kernels(
         back = torch.empty(num_ranks * (2 + tokens[0].shape[0]), dtype=torch.int64, device=tokens[0].device)
 
         def whole() -> None:
-            sent, taken = pack()
-            back.copy_(way_back(sent, taken))
-            came = channel.all_to_all_within(sent.messages, num_rows, sent.send_counts, taken).finish()
-            _fill(coming, unpack(came, sent, taken))
+            sent = pack()
+            back.copy_(sent.back)
+            came = channel.all_to_all_within(sent.messages, num_rows, *_counts(sent.back, num_ranks)).finish()
+            _fill(coming, unpack(came, sent))
 
         handle = channel.beside(whole, back, keep=tokens)
         _filling(handle, lambda _: None, *coming)
         return (*coming, back)
-    sent, receive_counts = pack()
-    back = way_back(sent, receive_counts)
+    sent = pack()
+    on_device = _counts(sent.back, num_ranks)
     if waits:
-        given, taken = _numbers(back, num_ranks)
-        num_rows, messages = sum(taken), sent.messages[: sum(given)]
-        on_device = (sent.send_counts, receive_counts)
-        handle = _sent(channel, messages, (given, taken), on_device, ahead=ahead)
+        given, taken = _numbers(sent.back, num_ranks)
+        num_rows = sum(taken)
+        handle = _sent(channel, sent.messages[: sum(given)], (given, taken), on_device, ahead=ahead)
     else:
         num_rows = num_ranks * tokens[0].shape[0]
-        handle = channel.all_to_all_within(sent.messages, num_rows, sent.send_counts, receive_counts)
+        handle = channel.all_to_all_within(sent.messages, num_rows, *on_device)
     if not ahead:
-        return (*unpack(handle.finish(), sent, receive_counts), back)
+        return (*unpack(handle.finish(), sent), sent.back)
     coming = [each.new_empty(num_rows, each.shape[1]) for each in tokens]
-    _filling(handle, lambda came: _fill(coming, unpack(came, sent, receive_counts)), *coming)
-    return (*coming, back)
+    _filling(handle, lambda came: _fill(coming, unpack(came, sent)), *coming)
+    return (*coming, sent.back)
+
+
+def _counts(back: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
+    """How many messages go to each rank, and come from each, on the device."""
+    return back[:num_ranks], back[num_ranks : 2 * num_ranks]
 
 
 def _fill(into: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
@@ -250,8 +253,8 @@ def _fill(into: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
 
 def _return_by_kernels(channel: Any, rows: Tensor, back: Tensor, *, ahead: bool) -> Tensor:
     num_ranks = len(channel.ranks)
-    given, taken, position = back[:num_ranks], back[num_ranks : 2 * num_ranks], back[2 * num_ranks :]
-    position, rows = position.view(-1, num_ranks), rows.contiguous()
+    (given, taken), position = _counts(back, num_ranks), back[2 * num_ranks :].view(-1, num_ranks)
+    rows = rows.contiguous()
     found = rows.new_empty(position.shape[0], rows.shape[1])
     if channel.counts_on_device:
         num_rows = sum(_on_host[back][0]) if back in _on_host else position.numel()

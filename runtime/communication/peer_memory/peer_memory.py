@@ -41,6 +41,7 @@ from runtime.communication.peer_memory.mapped_memory import (
 )
 from runtime.communication.peer_memory.under_way import UnderWay
 from runtime.ops.communicating import Kind
+from runtime.ops.kernels.triton_needs import launch
 
 __all__ = ["Exchange", "PeerMemory", "Unavailable"]
 
@@ -310,16 +311,19 @@ class PeerMemory:
             each = 8 // x.element_size()
             if x.data_ptr() % 8:
                 x = x.clone()
-            self._small[(-(-piece // (each * UNITS)),)](
-                x.view(torch.int64),
-                out.view(-1).view(torch.int64),
-                self._table,
-                self._small_counters,
+            numbers = (
                 self._late.data_ptr(),
                 self._abandoned.data_ptr(),
                 self._patience_ns,
                 total // each,
                 piece // each,
+            )
+            launch(
+                self._small,
+                (-(-piece // (each * UNITS)), 1, 1),
+                (x.view(torch.int64), out.view(-1).view(torch.int64), self._table, self._small_counters, *numbers),
+                num_warps=UNITS // 32,
+                num_stages=1,
                 RANK=group.coordinate,
                 RANKS=group.size,
                 SPREADS=spreads,
@@ -327,8 +331,6 @@ class PeerMemory:
                 SHIFT=shift,
                 UNITS=UNITS,
                 BLOCKS=SMALL_BLOCKS,
-                num_warps=UNITS // 32,
-                num_stages=1,
             )
             return
         chunk = geometry.chunk_bytes // x.element_size()
@@ -337,20 +339,16 @@ class PeerMemory:
         sent, received = counts or (self._table, self._table)
         if not sums and dtype == torch.bool:
             x, out = x.view(torch.uint8), out.view(torch.uint8)
-        self._large[(num_blocks,)](
-            x,
-            out.view(-1),
-            self._table,
-            self._counters,
-            self._late.data_ptr(),
-            self._abandoned.data_ptr(),
-            self._patience_ns,
-            total,
-            piece,
-            sent,
-            received,
-            geometry.start_of_data,
-            geometry.start_of_flags,
+        numbers = (self._late.data_ptr(), self._abandoned.data_ptr(), self._patience_ns, total, piece)
+        launch(
+            self._large,
+            (num_blocks, 1, 1),
+            (
+                x, out.view(-1), self._table, self._counters, *numbers, sent, received, geometry.start_of_data,
+                geometry.start_of_flags,
+            ),
+            num_warps=_WARPS,
+            num_stages=1,
             RANK=group.coordinate,
             RANKS=group.size,
             SPREADS=spreads,
@@ -361,9 +359,7 @@ class PeerMemory:
             CHUNK_BYTES=geometry.chunk_bytes,
             BLOCKS=self._blocks,
             KIND=self._summed_as(x.dtype) if sums else None,  # type: ignore[no-untyped-call]
-            num_warps=_WARPS,
-            num_stages=1,
-        )
+        )  # fmt: skip
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 - as long as the memory
     def _counts(self, send_counts: tuple[int, ...], receive_counts: tuple[int, ...]) -> Tensor:

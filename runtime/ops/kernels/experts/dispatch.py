@@ -5,12 +5,15 @@ Nothing waits for the device. Each is an operator for torch.compile; a plain cal
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from runtime.ops.kernels.triton_needs import missing_for_triton
+from runtime.ops.kernels.triton_needs import launch, missing_for_triton
 
-__all__ = ["combined", "dispatched", "localised", "sorted_choices", "summed", "takes"]
+__all__ = ["combined", "dispatched", "ends_of", "localised", "sort_choices", "summed", "takes"]
 
 _SUB, _MOST_PARTS, _ROWS = 128, 128, 16
 _ALONE = 512
@@ -60,14 +63,41 @@ def _dispatch(hidden: Tensor, index: Tensor, num_experts: int) -> tuple[Tensor, 
     hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
     order, position, counts = sorted_choices(index, num_experts)
     block = min(2 * _BLOCK, 1 << (width - 1).bit_length())
-    dispatch_kernel.spread[(tokens, -(-width // block))](
-        hidden, position, rows, width, hidden.stride(0), CHOICES=choices, BLOCK=block, num_warps=4
+    launch(
+        dispatch_kernel.spread,
+        (tokens, -(-width // block), 1),
+        (hidden, position, rows, width, hidden.stride(0)),
+        CHOICES=choices,
+        BLOCK=block,
     )
     return rows, order, counts
 
 
 def sorted_choices(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Index [T, K], not empty  ->  order int64 [T K], position int32 [T K] and counts int64 [E]; see the kernels."""
+    order = torch.empty(index.numel(), dtype=torch.int64, device=index.device)
+    position = torch.empty(index.numel(), dtype=torch.int32, device=index.device)
+    counts = torch.empty(num_experts, dtype=torch.int64, device=index.device)
+    _ends[counts] = ends = torch.empty(num_experts, dtype=torch.int32, device=index.device)
+    sort_choices(index, num_experts, order, position, counts, ends)
+    return order, position, counts
+
+
+_ends: Any = WeakIdKeyDictionary()
+"""By counts that were counted here, where the rows of each expert end."""
+
+
+def ends_of(counts: Tensor) -> Tensor:
+    """Where the rows of each expert end, int32 [E]."""
+    if not torch.compiler.is_compiling() and (ends := _ends.get(counts)) is not None:
+        return ends  # type: ignore[no-any-return]
+    return torch.cumsum(counts, 0, dtype=torch.int32)
+
+
+def sort_choices(
+    index: Tensor, num_experts: int, order: Tensor, position: Tensor, counts: Tensor, ends: Tensor
+) -> None:
+    """The same into what is given: whole numbers of any size. ends [E]: sums of counts."""
     from runtime.ops.kernels.experts import dispatch_kernel
 
     index, num_slots = index.contiguous(), index.numel()
@@ -75,19 +105,25 @@ def sorted_choices(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     num_parts = 1 if num_slots <= _ALONE else min(_MOST_PARTS, -(-num_slots // _SUB))
     chunk = -(-num_slots // (num_parts * _SUB)) * _SUB
     num_parts = -(-num_slots // chunk)
-    scratch = torch.empty(num_slots + num_parts * bins, dtype=torch.int32, device=index.device)
-    position, parts = scratch[:num_slots], scratch[num_slots:]
-    order = torch.empty(num_slots, dtype=torch.int64, device=index.device)
-    counts = torch.empty(num_experts, dtype=torch.int64, device=index.device)
+    parts = index
     if num_parts > 1:
-        dispatch_kernel.count[(num_parts,)](
-            index, parts, num_slots, num_experts, chunk, BINS=bins, SUB=_SUB, num_warps=4
+        parts = torch.empty(num_parts * bins, dtype=torch.int32, device=index.device)
+        launch(
+            dispatch_kernel.count,
+            (num_parts, 1, 1),
+            (index, parts, num_slots, num_experts, chunk),
+            BINS=bins,
+            SUB=_SUB,
         )
-    dispatch_kernel.place[(num_parts,)](
-        index, parts, order, position, counts, num_slots, num_experts, chunk, num_parts,
-        BINS=bins, SUB=_SUB, ROWS=_ROWS, ALONE=num_parts == 1, num_warps=4,
-    )  # fmt: skip
-    return order, position, counts
+    launch(
+        dispatch_kernel.place,
+        (num_parts, 1, 1),
+        (index, parts, order, position, counts, ends, num_slots, num_experts, chunk, num_parts),
+        BINS=bins,
+        SUB=_SUB,
+        ROWS=_ROWS,
+        ALONE=num_parts == 1,
+    )
 
 
 def _combine(rows: Tensor, order: Tensor, gates: Tensor) -> Tensor:
@@ -102,9 +138,8 @@ def _combine(rows: Tensor, order: Tensor, gates: Tensor) -> Tensor:
     else:  # those that were left out
         position = torch.full((gates.numel(),), -1, dtype=torch.int32, device=rows.device)
     if order.shape[0]:
-        dispatch_kernel.invert[(-(-order.shape[0] // _BLOCK),)](
-            order.contiguous(), position, order.shape[0], BLOCK=_BLOCK, num_warps=4
-        )
+        given = (order.contiguous(), position, order.shape[0])
+        launch(dispatch_kernel.invert, (-(-order.shape[0] // _BLOCK), 1, 1), given, BLOCK=_BLOCK)
     return summed(rows, position, gates.contiguous(), out, choices)
 
 
@@ -114,10 +149,15 @@ def summed(rows: Tensor, position: Tensor, gates: Tensor | None, out: Tensor, ch
 
     tokens, width = out.shape
     block = min(_BLOCK, 1 << (width - 1).bit_length())
-    dispatch_kernel.combine[(tokens, -(-width // block))](
-        rows.contiguous(), position, position if gates is None else gates, out, width, CHOICES=choices,
-        GATED=gates is not None, SUM=_sum_type(rows, rows if gates is None else gates), BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    launch(
+        dispatch_kernel.combine,
+        (tokens, -(-width // block), 1),
+        (rows.contiguous(), position, position if gates is None else gates, out, width),
+        CHOICES=choices,
+        GATED=gates is not None,
+        SUM=_sum_type(rows, rows if gates is None else gates),
+        BLOCK=block,
+    )
     return out
 
 
@@ -135,10 +175,14 @@ def _localise(
     index, gates = index.contiguous(), gates.contiguous()
     local, kept = torch.empty_like(index), torch.empty_like(gates)
     if index.numel():
-        dispatch_kernel.localise[(-(-index.numel() // _BLOCK),)](
-            index, gates, table, owner, copies, local, kept, index.numel(), index.shape[1], table.shape[0] - 1, none,
-            rank, owner.shape[1], COPIES=has_copies, BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
+        numbers = (index.numel(), index.shape[1], table.shape[0] - 1, none, rank, owner.shape[1])
+        launch(
+            dispatch_kernel.localise,
+            (-(-index.numel() // _BLOCK), 1, 1),
+            (index, gates, table, owner, copies, local, kept, *numbers),
+            COPIES=has_copies,
+            BLOCK=_BLOCK,
+        )
     return local, kept
 
 

@@ -2,7 +2,7 @@
 
     localise   index, gates [T, K]            ->  the same for one rank's experts
     count      index [N]                      ->  parts [P, BINS]          how many choices of a part each expert has
-    place      index [N], parts               ->  order, position [N], counts [E]
+    place      index [N], parts               ->  order, position [N], counts, ends [E]
     spread     hidden [T, H], position [N]    ->  rows [N, H]              each token read once, written K times
     invert     order [N]                      ->  position [N]
     combine    rows [N, H], position, gates   ->  [T, H]                   each row read once, no atomics
@@ -63,7 +63,7 @@ def count(
 
 @triton.jit
 def place(
-    index, parts, order, position, counts, num_slots, num_experts, chunk, num_parts,
+    index, parts, order, position, counts, ends, num_slots, num_experts, chunk, num_parts,
     BINS: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """ALONE: one program, which counts by itself."""
@@ -83,6 +83,7 @@ def place(
             earlier += tl.sum(tl.where((row < part)[:, None], found, 0), axis=0)
     if part == 0:
         tl.store(counts + bins, whole.to(counts.dtype.element_ty), mask=bins < num_experts)
+        tl.store(ends + bins, tl.cumsum(whole, 0).to(ends.dtype.element_ty), mask=bins < num_experts)
     base = tl.cumsum(whole, 0) - whole + earlier
     for start in range(part * chunk, part * chunk + chunk, SUB):
         at = start + lane
@@ -91,7 +92,8 @@ def place(
         is_before = (expert[:, None] == expert[None, :]) & (lane[None, :] < lane[:, None])
         to = tl.gather(base, expert, 0) + tl.sum(is_before.to(tl.int32), axis=1)
         inside = at < num_slots
-        tl.store(position + at, tl.where(expert < num_experts, to, -1), mask=inside)
+        found = tl.where(expert < num_experts, to, -1)
+        tl.store(position + at, found.to(position.dtype.element_ty), mask=inside)
         slot = tl.where(expert < num_experts, at, -1 - at)
         tl.store(order + to, slot.to(order.dtype.element_ty), mask=inside)
         base += tl.histogram(expert, BINS)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from runtime.ops.kernels.experts.dispatch import sorted_choices, summed
+from runtime.ops.kernels.experts.dispatch import sort_choices, summed
+from runtime.ops.kernels.triton_needs import launch
 
 __all__ = ["Form", "Packed", "packed", "returned", "unpacked"]
 
@@ -42,10 +43,9 @@ class Form(NamedTuple):
 class Packed(NamedTuple):
     messages: Tensor
     """int64 [most, bytes of a message / 8]; the first ones are filled."""
-    send_counts: Tensor
-    """int64 [n], on the device."""
-    position: Tensor
-    """int32 [T, n]: which message is a token's for a rank; -1: none."""
+    back: Tensor
+    """int64 [2 n + T n], on the device: how many messages go to each rank, room for how many come, and which message
+    is a token's for a rank; -1: none."""
     form: Form
 
 
@@ -72,23 +72,36 @@ def packed(
     most = tokens * min(num_ranks, form.choices)
     messages = torch.empty(most, form.row_bytes // 8, dtype=torch.int64, device=device)
     if not tokens:
-        counts = torch.zeros(num_ranks, dtype=torch.int64, device=device)
-        return Packed(messages, counts, torch.empty(0, num_ranks, dtype=torch.int32, device=device), form)
+        return Packed(messages, torch.zeros(2 * num_ranks, dtype=torch.int64, device=device), form)
+    back = torch.empty(num_ranks * (2 + tokens), dtype=torch.int64, device=device)
     index, hidden, gates = index.contiguous(), _with_rows(hidden), _with_rows(gates)
     scratch = torch.empty(tokens * (num_ranks + 2 * form.choices), dtype=torch.int32, device=device)
     ranks, owners, places = torch.split(scratch, [tokens * num_ranks, index.numel(), index.numel()])
-    exchange_kernel.route[(-(-tokens // _TOKENS),)](
-        index, local, owner, copies, ranks, owners, places, tokens, local.shape[1] - 1, owner.shape[1], own, own_held,
-        RANKS=num_ranks, CHOICES=form.choices, COPIES=has_copies, TOKENS=_TOKENS, num_warps=4,
-    )  # fmt: skip
-    _, position, send_counts = sorted_choices(ranks, num_ranks)
+    numbers = (tokens, local.shape[1] - 1, owner.shape[1], own, own_held)
+    launch(
+        exchange_kernel.route,
+        (-(-tokens // _TOKENS), 1, 1),
+        (index, local, owner, copies, ranks, owners, places, *numbers),
+        RANKS=num_ranks,
+        CHOICES=form.choices,
+        COPIES=has_copies,
+        TOKENS=_TOKENS,
+    )
+    position, unread = back[2 * num_ranks :], torch.empty(ranks.numel() + num_ranks, dtype=torch.int32, device=device)
+    order, ends = unread[: ranks.numel()], unread[ranks.numel() :]
+    sort_choices(ranks, num_ranks, order, position, back[:num_ranks], ends)
     block = min(2 * _BLOCK, 1 << (form.width - 1).bit_length())
-    exchange_kernel.pack[(tokens, -(-form.width // block))](
-        hidden, gates, owners, places, position, held, messages.view(torch.uint8), form.width, hidden.stride(0),
-        gates.stride(0), form.row_bytes, form.start_of_index, form.start_of_gates, RANKS=num_ranks,
-        CHOICES=form.choices, LANES=1 << (form.choices - 1).bit_length(), BLOCK=block, num_warps=4,
-    )  # fmt: skip
-    return Packed(messages, send_counts, position.view(tokens, num_ranks), form)
+    measures = (form.width, hidden.stride(0), gates.stride(0), form.row_bytes, form.start_of_index, form.start_of_gates)
+    launch(
+        exchange_kernel.pack,
+        (tokens, -(-form.width // block), 1),
+        (hidden, gates, owners, places, position, held, messages.view(torch.uint8), *measures),
+        RANKS=num_ranks,
+        CHOICES=form.choices,
+        LANES=1 << (form.choices - 1).bit_length(),
+        BLOCK=block,
+    )
+    return Packed(messages, back, form)
 
 
 def unpacked(
@@ -102,11 +115,15 @@ def unpacked(
     local = torch.empty(num_rows, form.choices, dtype=index.dtype, device=messages.device)
     kept = torch.empty(num_rows, form.choices, dtype=gates.dtype, device=messages.device)
     if num_rows:
-        exchange_kernel.unpack[(-(-local.numel() // _BLOCK),)](
-            messages.view(torch.uint8), receive_counts, local, kept, local.numel(), none, form.row_bytes,
-            form.start_of_index, form.start_of_gates, RANKS=receive_counts.shape[0], CHOICES=form.choices,
-            BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
+        numbers = (local.numel(), none, form.row_bytes, form.start_of_index, form.start_of_gates)
+        launch(
+            exchange_kernel.unpack,
+            (-(-local.numel() // _BLOCK), 1, 1),
+            (messages.view(torch.uint8), receive_counts, local, kept, *numbers),
+            RANKS=receive_counts.shape[0],
+            CHOICES=form.choices,
+            BLOCK=_BLOCK,
+        )
     return messages.view(hidden.dtype)[:, : form.width], local, kept
 
 

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from runtime.ops.kernels import triton_needs
-from runtime.ops.kernels.triton_needs import missing_for_triton
+from runtime.ops.kernels.triton_needs import launch, missing_for_triton
 
 
 @pytest.mark.parametrize(
@@ -34,3 +35,81 @@ def test_what_is_missing_is_named(
     missing_for_triton.cache_clear()
     assert missing_for_triton() == missing
     missing_for_triton.cache_clear()
+
+
+class Compiled:
+    """As Triton's: given a grid, and then all arguments and constants in order."""
+
+    def __init__(self, kernel: "Kernel") -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        def run(*given: Any) -> None:
+            if self.kernel.is_strange:
+                raise TypeError("function takes exactly 9 arguments")
+            self.kernel.calls.append(("compiled", grid, given))
+
+        return run
+
+
+class Kernel:
+    arg_names = ("x", "size", "MODE", "BLOCK")
+
+    def __init__(self, *, is_strange: bool = False, compiles: bool = True) -> None:
+        self.calls: list[Any] = []
+        self.is_strange, self.compiles = is_strange, compiles
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        def run(x: Any, size: int, **constants: Any) -> Any:
+            self.calls.append(("looked up", grid, (x, size, *constants.items())))
+            return Compiled(self) if self.compiles else None
+
+        return run
+
+
+GRID = (3, 1, 1)
+
+
+def how(kernel: Kernel, x: torch.Tensor, size: int, **constants: Any) -> str:
+    launch(kernel, GRID, (x, size), **{"BLOCK": 8, "MODE": "a", **constants})
+    found: str = kernel.calls[-1][0]
+    return found
+
+
+def test_what_is_compiled_is_looked_up_once() -> None:
+    kernel, x = Kernel(), torch.zeros(64)
+    assert how(kernel, x, 5) == "looked up"
+    other = torch.ones(64)
+    assert how(kernel, other, 7) == "compiled"
+    _, grid, given = kernel.calls[-1]
+    assert grid == GRID
+    assert given[0] is other
+    assert given[1:] == (7, "a", 8)  # in the order of the parameters
+
+
+@pytest.mark.parametrize(
+    ("x", "size", "constants"),
+    [
+        (torch.zeros(64).bfloat16(), 5, {}),
+        (torch.zeros(64)[1:], 5, {}),  # not at a multiple of 16 bytes
+        (torch.zeros(64), 1, {}),
+        (torch.zeros(64), 32, {}),
+        (torch.zeros(64), (1 << 31) + 5, {}),
+        (torch.zeros(64), 5, {"MODE": "b"}),
+        (torch.zeros(64), 5, {"num_warps": 8}),
+        (torch.zeros(64), 5, {"num_stages": 1}),
+    ],
+)
+def test_what_another_kernel_is_compiled_for_is_looked_up_anew(
+    x: torch.Tensor, size: int, constants: dict[str, Any]
+) -> None:
+    kernel = Kernel()
+    how(kernel, torch.zeros(64), 5)
+    assert how(kernel, x, size, **constants) == "looked up"
+    assert how(kernel, x, size, **constants) == "compiled"
+    assert how(kernel, torch.zeros(64), 5) == "compiled"
+
+
+def test_where_triton_is_another_all_goes_its_long_way() -> None:
+    for kernel in (Kernel(is_strange=True), Kernel(compiles=False)):
+        assert [how(kernel, torch.zeros(64), 5) for _ in range(3)] == ["looked up"] * 3
