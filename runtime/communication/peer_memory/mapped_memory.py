@@ -11,6 +11,7 @@ flags           per source BLOCKS of 32 bits
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 from collections.abc import Callable, Sequence
@@ -60,26 +61,26 @@ class Geometry:
 
     num_ranks: int
 
-    @property
+    @functools.cached_property
     def small_bytes(self) -> int:
         """The largest piece that the kernel for small ones takes."""
         return UNITS * SMALL_BLOCKS * 8
 
-    @property
+    @functools.cached_property
     def chunk_bytes(self) -> int:
         # of eight ranks a quarter: each of the seven others has its slots
         most = 32768 // self.num_ranks
         return int(max(2048, 2 ** math.floor(math.log2(most))))
 
-    @property
+    @functools.cached_property
     def start_of_data(self) -> int:
         return self.num_ranks * 2 * self.small_bytes * 2
 
-    @property
+    @functools.cached_property
     def start_of_flags(self) -> int:
         return self.start_of_data + self.num_ranks * SLOTS * BLOCKS * self.chunk_bytes
 
-    @property
+    @functools.cached_property
     def num_bytes(self) -> int:
         return self.start_of_flags + self.num_ranks * BLOCKS * 4
 

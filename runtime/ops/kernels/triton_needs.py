@@ -48,29 +48,37 @@ def launch(
     num_stages: int | None = None,
     **constants: Any,
 ) -> None:
-    """kernel[grid](*arguments, **constants), whose parameters stand in that order and have no defaults."""
-    traits = [
-        (each.dtype, each.data_ptr() % 16, each.device) if isinstance(each, Tensor) else _of_number(each)
-        for each in arguments
-    ]
-    key = (id(kernel), num_warps, num_stages, *constants.items(), *traits)
+    """kernel[grid](*arguments, **constants), whose parameters stand in that order and have no defaults. The first
+    argument is a tensor; numbers are whole.
+    """
+    given: list[int] = []
+    traits: list[Any] = []
+    for each in arguments:
+        if isinstance(each, Tensor):
+            address = each.data_ptr()
+            given.append(address)
+            traits += each.dtype, address & 15
+        else:
+            given.append(each)
+            # what a compiled kernel takes for granted of a number
+            traits.append((each == 1, each & 15 == 0, -(1 << 31) <= each < 1 << 31))
+    assert isinstance(arguments[0], Tensor)
+    device = arguments[0].get_device()
+    key = (id(kernel), num_warps, num_stages, device, *constants.items(), *traits)
     if (found := _ready.get(key)) is not None:
-        compiled, rest = found
+        made, rest = found
         try:
-            compiled[grid](*arguments, *rest)
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            # neither metadata nor hooks, which are for Triton's profiler; addresses need not be looked at again
+            made.run(*grid, stream, made.function, made.packed_metadata, None, None, None, *given, *rest)
             return
         except (AttributeError, TypeError):  # it is not Triton's stable interface
             _ready.clear()
     options = {"num_warps": num_warps} if num_stages is None else {"num_warps": num_warps, "num_stages": num_stages}
-    compiled = kernel[grid](*arguments, **constants, **options)
-    names = None if compiled is None else getattr(kernel, "arg_names", None)  # the interpreter compiles nothing
+    made = kernel[grid](*arguments, **constants, **options)
+    names = None if made is None else getattr(kernel, "arg_names", None)  # the interpreter compiles nothing
     if names is not None:
-        _ready[key] = compiled, tuple(constants[name] for name in names[len(arguments) :])
-
-
-def _of_number(number: int) -> tuple[bool, bool, bool, bool]:
-    """What a compiled kernel takes for granted of a number that it is given."""
-    return isinstance(number, bool), number == 1, number % 16 == 0, -(1 << 31) <= number < 1 << 31
+        _ready[key] = made, tuple(constants[name] for name in names[len(arguments) :])
 
 
 def can_run(rows: Tensor, dtype: torch.dtype) -> bool:

@@ -38,18 +38,18 @@ def test_what_is_missing_is_named(
 
 
 class Compiled:
-    """As Triton's: given a grid, and then all arguments and constants in order."""
+    """As Triton's: launched with a grid, a stream, what it is, no hooks, and then all arguments and constants."""
+
+    function, packed_metadata = 17, (4, 1, 0)
 
     def __init__(self, kernel: "Kernel") -> None:
         self.kernel = kernel
 
-    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        def run(*given: Any) -> None:
-            if self.kernel.is_strange:
-                raise TypeError("function takes exactly 9 arguments")
-            self.kernel.calls.append(("compiled", grid, given))
-
-        return run
+    def run(self, *given: Any) -> None:
+        if self.kernel.is_strange:
+            raise TypeError("function takes exactly 9 arguments")
+        assert given[3:9] == (STREAM, 17, (4, 1, 0), None, None, None)
+        self.kernel.calls.append(("compiled", given[:3], given[9:]))
 
 
 class Kernel:
@@ -67,7 +67,12 @@ class Kernel:
         return run
 
 
-GRID = (3, 1, 1)
+GRID, STREAM = (3, 1, 1), 5
+
+
+@pytest.fixture(autouse=True)
+def stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
 
 
 def how(kernel: Kernel, x: torch.Tensor, size: int, **constants: Any) -> str:
@@ -83,8 +88,7 @@ def test_what_is_compiled_is_looked_up_once() -> None:
     assert how(kernel, other, 7) == "compiled"
     _, grid, given = kernel.calls[-1]
     assert grid == GRID
-    assert given[0] is other
-    assert given[1:] == (7, "a", 8)  # in the order of the parameters
+    assert given == (other.data_ptr(), 7, "a", 8)  # in the order of the parameters
 
 
 @pytest.mark.parametrize(
