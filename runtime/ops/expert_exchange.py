@@ -124,7 +124,7 @@ def send_to_experts(
     alike: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`expert_send` over a channel: the counts, then one message per (token, rank), as bytes."""
-    if kernels.takes(hidden):
+    if kernels.takes(hidden) and not torch.compiler.is_compiling():
         tokens = (hidden, index, gates)
         return _send_by_kernels(channel, tokens, tuple(experts), tuple(counts), ahead=ahead, alike=alike)  # type: ignore[return-value]
     owners = _owners(tuple(experts), tuple(counts), index.device)
@@ -172,7 +172,7 @@ def send_to_experts(
 
 def receive_from_experts(channel: Any, rows: Tensor, back: Tensor, *, ahead: bool = False) -> Tensor:
     """`expert_return` over a channel. What comes back to a token is summed in order of coordinate."""
-    if kernels.takes(rows):
+    if back.dim() == 2:
         return _return_by_kernels(channel, rows, back, ahead=ahead)
     num_ranks = len(channel.ranks)
     size, given, taken, sent = torch.split(back, [1, num_ranks, num_ranks, back.shape[0] - 1 - 2 * num_ranks])
@@ -204,31 +204,31 @@ def _send_by_kernels(
             *tokens, local=owners.local, owner=owners.ranks, copies=owners.copies, held=owners.counts, own=own,
             own_held=counts[own], has_copies=owners.has_copies,
         )  # fmt: skip
-        given, taken = _counts(found.back, num_ranks)
+        given, taken = found.back[0], found.back[1]
         taken.copy_(channel.all_to_all(given, ones, ones))
         return found
 
     def unpack(came: Tensor, sent: Packed) -> tuple[Tensor, Tensor, Tensor]:
-        return unpacked(came, _counts(sent.back, num_ranks)[1], sent.form, none=counts[own], like=tokens)
+        return unpacked(came, sent.back[1], sent.form, none=counts[own], like=tokens)
 
     if ahead and not waits:
         num_rows = num_ranks * tokens[0].shape[0]
         coming = [each.new_empty(num_rows, each.shape[1]) for each in tokens]
-        back = torch.empty(num_ranks * (2 + tokens[0].shape[0]), dtype=torch.int64, device=tokens[0].device)
+        back = torch.empty(2 + tokens[0].shape[0], num_ranks, dtype=torch.int64, device=tokens[0].device)
 
         def whole() -> None:
             sent = pack()
             back.copy_(sent.back)
-            came = channel.all_to_all_within(sent.messages, num_rows, *_counts(sent.back, num_ranks)).finish()
+            came = channel.all_to_all_within(sent.messages, num_rows, sent.back[0], sent.back[1]).finish()
             _fill(coming, unpack(came, sent))
 
         handle = channel.beside(whole, back, keep=tokens)
         _filling(handle, lambda _: None, *coming)
         return (*coming, back)
     sent = pack()
-    on_device = _counts(sent.back, num_ranks)
+    on_device = (sent.back[0], sent.back[1])
     if waits:
-        given, taken = _numbers(sent.back, num_ranks)
+        given, taken = _numbers(sent.back)
         num_rows = sum(taken)
         handle = _sent(channel, sent.messages[: sum(given)], (given, taken), on_device, ahead=ahead)
     else:
@@ -241,19 +241,13 @@ def _send_by_kernels(
     return (*coming, sent.back)
 
 
-def _counts(back: Tensor, num_ranks: int) -> tuple[Tensor, Tensor]:
-    """How many messages go to each rank, and come from each, on the device."""
-    return back[:num_ranks], back[num_ranks : 2 * num_ranks]
-
-
 def _fill(into: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
     for each, part in zip(into, parts, strict=True):
         each.copy_(part)
 
 
 def _return_by_kernels(channel: Any, rows: Tensor, back: Tensor, *, ahead: bool) -> Tensor:
-    num_ranks = len(channel.ranks)
-    (given, taken), position = _counts(back, num_ranks), back[2 * num_ranks :].view(-1, num_ranks)
+    given, taken, position = back[0], back[1], back[2:]
     rows = rows.contiguous()
     found = rows.new_empty(position.shape[0], rows.shape[1])
     if channel.counts_on_device:
@@ -266,7 +260,7 @@ def _return_by_kernels(channel: Any, rows: Tensor, back: Tensor, *, ahead: bool)
             return whole()
         _filling(channel.beside(whole, found, keep=(rows, back)), lambda _: None, found)
         return found
-    counts = _numbers(back, num_ranks)[::-1]
+    counts = _numbers(back)[::-1]
     handle = _sent(channel, rows, counts, (taken, given), ahead=ahead)
     if not ahead:
         return returned(handle.finish(), position, found)
@@ -278,9 +272,9 @@ _on_host: Any = WeakIdKeyDictionary()
 """By what leads back, the numbers of rows that are sent and that come, where the host has read them."""
 
 
-def _numbers(back: Tensor, num_ranks: int) -> tuple[list[int], list[int]]:
+def _numbers(back: Tensor) -> tuple[list[int], list[int]]:
     if back not in _on_host:
-        _on_host[back] = tuple(back[: 2 * num_ranks].view(2, num_ranks).tolist())
+        _on_host[back] = tuple(back[:2].tolist())
     return _on_host[back]  # type: ignore[no-any-return]
 
 

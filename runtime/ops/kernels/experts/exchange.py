@@ -44,8 +44,8 @@ class Packed(NamedTuple):
     messages: Tensor
     """int64 [most, bytes of a message / 8]; the first ones are filled."""
     back: Tensor
-    """int64 [2 n + T n], on the device: how many messages go to each rank, room for how many come, and which message
-    is a token's for a rank; -1: none."""
+    """int64 [2 + T, n], on the device, of each rank: how many messages go there, room for how many come from there, and
+    which message is a token's; -1: none."""
     form: Form
 
 
@@ -72,8 +72,8 @@ def packed(
     most = tokens * min(num_ranks, form.choices)
     messages = torch.empty(most, form.row_bytes // 8, dtype=torch.int64, device=device)
     if not tokens:
-        return Packed(messages, torch.zeros(2 * num_ranks, dtype=torch.int64, device=device), form)
-    back = torch.empty(num_ranks * (2 + tokens), dtype=torch.int64, device=device)
+        return Packed(messages, torch.zeros(2, num_ranks, dtype=torch.int64, device=device), form)
+    back = torch.empty(2 + tokens, num_ranks, dtype=torch.int64, device=device)
     index, hidden, gates = index.contiguous(), _with_rows(hidden), _with_rows(gates)
     scratch = torch.empty(tokens * (num_ranks + 2 * form.choices), dtype=torch.int32, device=device)
     ranks, owners, places = torch.split(scratch, [tokens * num_ranks, index.numel(), index.numel()])
@@ -87,15 +87,15 @@ def packed(
         COPIES=has_copies,
         TOKENS=_TOKENS,
     )
-    position, unread = back[2 * num_ranks :], torch.empty(ranks.numel() + num_ranks, dtype=torch.int32, device=device)
+    unread = torch.empty(ranks.numel() + num_ranks, dtype=torch.int32, device=device)
     order, ends = unread[: ranks.numel()], unread[ranks.numel() :]
-    sort_choices(ranks, num_ranks, order, position, back[:num_ranks], ends)
+    sort_choices(ranks, num_ranks, order, back[2:], back[0], ends)
     block = min(2 * _BLOCK, 1 << (form.width - 1).bit_length())
     measures = (form.width, hidden.stride(0), gates.stride(0), form.row_bytes, form.start_of_index, form.start_of_gates)
     launch(
         exchange_kernel.pack,
         (tokens, -(-form.width // block), 1),
-        (hidden, gates, owners, places, position, held, messages.view(torch.uint8), *measures),
+        (hidden, gates, owners, places, back[2:], held, messages.view(torch.uint8), *measures),
         RANKS=num_ranks,
         CHOICES=form.choices,
         LANES=1 << (form.choices - 1).bit_length(),

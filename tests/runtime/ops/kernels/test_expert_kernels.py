@@ -14,7 +14,8 @@ import pytest
 INTERPRETED = """
 import functools, threading
 import torch
-from runtime.ops import expert_exchange, experts
+from runtime.communication.channels import Handle
+from runtime.ops import expert_exchange
 from runtime.ops.expert_exchange import _owners, localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch
 from runtime.ops.kernels.experts import dispatch
@@ -68,6 +69,48 @@ expected = cases.experts(*given)
 dispatch.takes = lambda *tensors: True
 for owners, cuts in [([[0, 1, 2], [3, 4, 5]], [2]), ([[0, 1, 2], [2, 3, 4, 5, 0], []], [0, 3])]:
     assert cases.close(cases.exchanged(given, owners, cuts), expected)
+
+
+class CountsOnDevice:
+    # A channel as GPUs have it that write into each other's memory: what nobody sent is no number.
+
+    counts_on_device = True
+
+    def __init__(self, channel):
+        self.channel = channel
+
+    def __getattr__(self, name):
+        return getattr(self.channel, name)
+
+    def all_to_all_within(self, x, num_rows, send_counts, receive_counts, *, ahead=False):
+        given, taken = send_counts.tolist(), receive_counts.tolist()
+        came = self.channel.all_to_all(x[: sum(given)], given, taken, sizes_from=self.channel.node)
+        out = torch.full((num_rows, *x.shape[1:]), torch.nan if x.is_floating_point() else -1, dtype=x.dtype)
+        out[: len(came)] = came
+        return Handle(lambda: out) if ahead else Handle.done(out)
+
+    def beside(self, run, result, *, keep):
+        return Handle(lambda: (run(), result)[1])
+
+
+given = cases.make(6, 6, 3, seed=4)
+expected = cases.experts(*given)
+owners = [[0, 1, 2], [3, 4, 5]]
+for how in [{}, {"alike": True}, {"alike": True, "ahead": True}, {"ahead": True}]:
+    def rank(number):
+        def work(communicator):
+            send, back_channel = (CountsOnDevice(communicator.channel("ep", node=node)) for node in ("send", "return"))
+            own = slice(3 * number, 3 * number + 3)
+            tokens = [each[own] for each in given[:3]]
+            *sent, back = expert_exchange.send_to_experts(send, *tokens, **cases.flat(owners), **how)
+            rows, local, kept = map(expert_exchange.landed, sent)
+            assert len(rows) == 6 if how.get("alike") else len(rows) <= 6
+            made = cases.experts(rows, local, kept, given[3][owners[number]], given[4][owners[number]], trim=True)
+            ahead = how.get("ahead", False)
+            return expert_exchange.landed(expert_exchange.receive_from_experts(back_channel, made, back, ahead=ahead))
+        return work
+    found = cases.run(cases.ThreadGroup(cases.Mesh.of(ep=2, dp=2)), rank(0), rank(1))
+    assert cases.close(torch.cat(found), expected), (how, found)
 """
 
 
