@@ -9,16 +9,17 @@
     1 GPU         a rank's own tokens through all experts, on one GPU
 
 Two blocks, bfloat16, random weights and choices: Qwen3-30B-A3B's (128 experts, 8 of them, 2048 wide, 768 inside) and
-one of DeepSeek-V3's size (256, 8, 7168, 2048). Calls run node by node; the slowest rank counts, of the rounds the
-median. What each rank gets is compared with what one GPU makes of its tokens.
-There and back (128 tokens per rank, experts left out): node by node, and in a CUDA graph where no size comes from the
-host, beside an all-reduce of as many bytes.
+one of DeepSeek-V3's size (256, 8, 7168, 2048). Calls run node by node, as prompts do, and in a CUDA graph, as steps of
+single tokens do; the slowest rank counts, of the rounds the median. What each rank gets is compared with what one GPU
+makes of its tokens. "exchange alike": among ranks that bring equally many tokens, without a wait of the host; it is the
+one in graphs.
+There and back (128 tokens per rank, experts left out), beside an all-reduce of as many bytes.
 Overlap (4,096 tokens per rank): exchange with a shared expert's first product during the way there and its second
-during the way back, against one after the other: what share of the time there and back is hidden. Kernels that write
-into others' memory hide nothing: `--nccl` is what can.
+during the way back, against one after the other: what share of the time there and back is hidden.
 
     python -m benchmarks.gpu.experts --ranks 2
     python -m benchmarks.gpu.experts --ranks 2 --nccl
+    python -m benchmarks.gpu.experts --ranks 2 --tokens 128 8192 --profile
     python -m benchmarks.gpu.experts --ranks 8 --blocks deepseek-v3 --layers 4
     python -m benchmarks.gpu.experts --ranks 2 --device cpu --small --rounds 2
 
