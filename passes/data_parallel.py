@@ -32,6 +32,8 @@ from partitioner.program.program import Entry, Program
 from partitioner.proof.layouts import SPECIAL, layout_or_problem
 from partitioner.sharding.layout import REPLICATED, Layout, Rows
 from partitioner.sharding.mesh import AXES, EXPERT_AXES
+from runtime.ops.communicating import as_axes
+from runtime.ops.expert_exchange import expert_send
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
 
 __all__ = ["DataParallel"]
@@ -45,12 +47,14 @@ class DataParallel:
 
     Where something in it needs all sequences, they still do, and a note says why. gathers: whether experts may be given
     the tokens of all ranks, which bring as many each: prompts are filled up then, and where ranks share out the tokens
-    of a sequence they would keep unlike numbers of its own.
+    of a sequence they would keep unlike numbers of its own. alike: every rank runs as many tokens as any other, as
+    captured steps have to: then no host waits to learn how many are sent to its experts.
     """
 
     name: ClassVar[str] = "data-parallel"
     gathers: bool = True
     axis: str = "dp"
+    alike: bool = False
 
     def run(self, program: Program) -> Program:
         ranks = program.mesh.size(self.axis)
@@ -65,6 +69,10 @@ class DataParallel:
         except PlanError as why:
             program.notes.append(str(why))
             return program
+        if self.alike:
+            for node in own.graph.nodes:
+                if node.target is expert_send and as_axes(node.args[3]) == (self.axis,):
+                    node.kwargs = {**node.kwargs, "alike": True}
         own.notes = [note for note in own.notes if "are given one batch" not in note]
         own.notes.append(f"the {ranks} ranks of {self.axis} have sequences of their own, and meet in the experts")
         return own

@@ -5,20 +5,21 @@
     exchange      ranks have tokens of their own: each token once to each rank that has one of its experts, and back
     auto          what `Plan(dp=n, ep=n)` takes for single tokens, and for prompts: one of these, named with its time
                   over that of the best
-    all_to_all, all_reduce    transformers' AllToAllEP and AllReduceEP (given all tokens), where they run
+    all_to_all, all_reduce    transformers' expert parallelism, where it runs; all_reduce is given all tokens
     1 GPU         a rank's own tokens through all experts, on one GPU
 
 Two blocks, bfloat16, random weights and choices: Qwen3-30B-A3B's (128 experts, 8 of them, 2048 wide, 768 inside) and
-one of DeepSeek-V3's size (256, 8, 7168, 2048). Calls run node by node; the slowest rank counts, of the rounds the
-median. What each rank gets is compared with what one GPU makes of its tokens.
-There and back (128 tokens per rank, experts left out): node by node, and in a CUDA graph where no size comes from the
-host, beside an all-reduce of as many bytes.
+one of DeepSeek-V3's size (256, 8, 7168, 2048). Calls run node by node, as prompts do, and in a CUDA graph, as steps of
+single tokens do; the slowest rank counts, of the rounds the median. What each rank gets is compared with what one GPU
+makes of its tokens. "exchange alike": among ranks that bring equally many tokens, without a wait of the host; it is the
+one in graphs.
+There and back (128 tokens per rank, experts left out), beside an all-reduce of as many bytes.
 Overlap (4,096 tokens per rank): exchange with a shared expert's first product during the way there and its second
-during the way back, against one after the other: what share of the time there and back is hidden. Kernels that write
-into others' memory hide nothing: `--nccl` is what can.
+during the way back, against one after the other: what share of the time there and back is hidden.
 
     python -m benchmarks.gpu.experts --ranks 2
     python -m benchmarks.gpu.experts --ranks 2 --nccl
+    python -m benchmarks.gpu.experts --ranks 2 --tokens 128 8192 --profile
     python -m benchmarks.gpu.experts --ranks 8 --blocks deepseek-v3 --layers 4
     python -m benchmarks.gpu.experts --ranks 2 --device cpu --small --rounds 2
 
@@ -38,11 +39,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads 
 
 import torch
 from torch import Tensor, fx
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional
-from transformers import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from benchmarks.support.expert_parallel import theirs
 from benchmarks.support.several import DeviceTurns, device_name, device_of_rank, options, sharing, start
 from partitioner import Plan
 from partitioner.program.program import Program
@@ -50,9 +49,11 @@ from partitioner.sharding.mesh import Mesh
 from passes.expert_parallel import ExpertParallel, deal
 from runtime.communication.peer_memory.measure import microseconds
 from runtime.communication.process_groups import ProcessGroups
+from runtime.execution.elementwise.operations import gated
 from runtime.ops.expert_exchange import landed, localise_experts, receive_from_experts, send_to_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 
+OURS = ("replicate", "gather", "exchange")
 CHOICES, SMALL_BATCH, LARGE_BATCH = 8, 128, 4096
 
 
@@ -74,7 +75,7 @@ TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
 def experts(hidden: Tensor, index: Tensor, gates: Tensor, up: Tensor, down: Tensor, *, trim: bool = False) -> Tensor:
     rows, order, counts = expert_dispatch(hidden, index, up.shape[0], trim=trim)
     gate, value = grouped_linear(rows, up, counts).chunk(2, dim=-1)
-    return expert_combine(grouped_linear(functional.silu(gate) * value, down, counts), order, gates)
+    return expert_combine(grouped_linear(gated(gate, value, "silu"), down, counts), order, gates)
 
 
 class Layer:
@@ -122,21 +123,25 @@ class Layer:
     def scattered(self, everyone: Tensor) -> Tensor:
         return self.channel["scatter"].reduce_scatter(everyone, 0)
 
-    def exchange(self, own: list[Tensor]) -> Tensor:
-        *sent, back = send_to_experts(self.channel["send"], *own, **self.dealt)  # type: ignore[misc]
+    def exchange(self, own: list[Tensor], *, alike: bool = False) -> Tensor:
+        """`alike`: without that the host waits for numbers."""
+        *sent, back = send_to_experts(self.channel["send"], *own, **self.dealt, alike=alike)  # type: ignore[misc]
         return receive_from_experts(self.channel["return"], experts(*sent, self.own_up, self.own_down, trim=True), back)
 
-    def there_and_back(self, own: list[Tensor]) -> Tensor:
-        rows, _, _, back = send_to_experts(self.channel["send"], *own, **self.dealt)  # type: ignore[misc]
+    def exchange_alike(self, own: list[Tensor]) -> Tensor:
+        return self.exchange(own, alike=True)
+
+    def there_and_back(self, own: list[Tensor], *, alike: bool = False) -> Tensor:
+        rows, _, _, back = send_to_experts(self.channel["send"], *own, **self.dealt, alike=alike)  # type: ignore[misc]
         return receive_from_experts(self.channel["return"], rows, back)
 
     def with_shared(self, own: list[Tensor], up: Tensor, down: Tensor, *, ahead: bool) -> Tensor:
         """`exchange`, and a shared expert of all tokens; ahead: while rows are on their way."""
-        *sent, back = send_to_experts(self.channel["send"], *own, **self.dealt, ahead=ahead)  # type: ignore[misc]
+        *sent, back = send_to_experts(self.channel["send"], *own, **self.dealt, ahead=ahead, alike=True)  # type: ignore[misc]
         gate, value = functional.linear(own[0], up).chunk(2, dim=-1)
         made = experts(*map(landed, sent), self.own_up, self.own_down, trim=True)
         coming = receive_from_experts(self.channel["return"], made, back, ahead=ahead)
-        shared = functional.linear(functional.silu(gate) * value, down)
+        shared = functional.linear(gated(gate, value, "silu"), down)
         return landed(coming) + shared
 
     def gathered_and_back(self, own: list[Tensor]) -> Tensor:
@@ -147,32 +152,6 @@ def of_auto(ranks: int) -> dict[str, str]:
     """By entry, what the pass takes where each rank has sequences of its own."""
     program = Program(fx.Graph(), (), {}, {}, {}, Plan(dp=ranks, ep=ranks).mesh)
     return {entry: ExpertParallel().for_entry(entry, program).exchange for entry in ("decode", "prefill")}
-
-
-def theirs(layer: Layer, block: Block, device: torch.device, ranks: int) -> tuple[dict[str, Any], str]:
-    """Transformers' ways over the same weights, or why there are none."""
-    if block.experts % ranks:
-        return {}, f"{block.experts} experts on {ranks} ranks: theirs are for as many on each"
-    try:
-        from transformers.distributed.expert_parallel import AllReduceEP, AllToAllEP
-
-        config = Qwen3MoeConfig(
-            num_experts=layer.own_up.shape[0], num_experts_per_tok=CHOICES, hidden_size=block.hidden,
-            moe_intermediate_size=block.inner,
-        )  # fmt: skip
-        config._experts_implementation = "grouped_mm"
-        group = init_device_mesh(device.type, (ranks,))
-        one = init_device_mesh(device.type, (ranks, 1), mesh_dim_names=("a", "b"))["b"]
-        made = {}
-        for name, kind, meshes in (("all_to_all", AllToAllEP, (group, one)), ("all_reduce", AllReduceEP, (group,) * 2)):
-            with torch.device("meta"):
-                module = Qwen3MoeExperts(config)
-            module.gate_up_proj = torch.nn.Parameter(layer.own_up, requires_grad=False)
-            module.down_proj = torch.nn.Parameter(layer.own_down, requires_grad=False)
-            made[name] = kind(module, *meshes)
-        return made, ""
-    except Exception as error:  # a version without them, or sizes that they refuse: the same on all ranks
-        return {}, f"{type(error).__name__}: {error}"
 
 
 def through(layers: list[Callable[[Tensor], Tensor]], hidden: Tensor) -> Callable[[], Tensor]:
@@ -197,7 +176,10 @@ def rank(given: argparse.Namespace) -> None:
     )  # fmt: skip
     turns, first = DeviceTurns(device), communicator.rank == 0
     layers = [Layer(block, communicator, number, dtype) for number in range(given.layers)]
-    others = [theirs(layer, block, device, given.ranks) for layer in layers]
+    others = [
+        theirs((layer.own_up, layer.own_down), device, given.ranks, num_experts=block.experts, choices=CHOICES)
+        for layer in layers
+    ]
     auto = of_auto(given.ranks)
     if first:
         print(f"{given.part}: {given.ranks} x {device_name(device)}, {given.layers} blocks, {block}", flush=True)
@@ -210,6 +192,7 @@ def rank(given: argparse.Namespace) -> None:
             "replicate": run_through([layer.replicate for layer in layers], everyone),
             "gather": run_through([layer.gather for layer in layers], own),
             "exchange": run_through([layer.exchange for layer in layers], own),
+            "exchange alike": run_through([layer.exchange_alike for layer in layers], own),
             "1 GPU": run_through([layer.whole for layer in layers], own),
         }
         for name in others[0][0]:
@@ -219,18 +202,23 @@ def rank(given: argparse.Namespace) -> None:
         mine = compared(ways, communicator.rank, count)
         off = dict(zip(mine, turns.slowest(list(mine.values())), strict=True))
         wrong = [name for name, each in off.items() if each > (1e-4 if dtype == torch.float32 else 5e-2)]
-        assert not set(wrong) & {"replicate", "gather", "exchange"}, off
+        assert not set(wrong) & {*OURS, "exchange alike"}, off
         if wrong and first:  # rows that nobody has written, on a CPU now and then: the work is the same
             print(f"  {count} tokens per rank: other numbers by transformers' {', '.join(wrong)}, timed all the same")
         times = turns.medians(ways, rounds=given.rounds, calls=1 if given.small else 10)
-        best = min(times[name] for name in ("replicate", "gather", "exchange"))
+        best = min(times[name] for name in OURS)
         if first:
             said = ", ".join(f"{name} {seconds * 1e6 / given.layers:.0f}" for name, seconds in times.items())
             chosen = ", ".join(f"{entry} {way} {times[way] / best:.2f} of the best" for entry, way in auto.items())
-            worst = max(off[name] for name in ("replicate", "gather", "exchange"))
+            worst = max(off[name] for name in OURS)
             print(f"  {count} tokens per rank, us a block: {said}; auto: {chosen}; off by {worst:.1e}", flush=True)
             for name in others[0][0]:
                 print(f"    {name} / best of ours {times[name] / best:.2f}", flush=True)
+        if device.type == "cuda":
+            in_graphs(ways, turns, given.layers, count, auto, first=first)
+            if given.profile:
+                for name in (*OURS, "exchange alike", "1 GPU"):
+                    profiled(name, ways[name], first=first)
     there_and_back(given, turns, layers[0], block, dtype, first=first)
     overlap(given, turns, layers[0], block, dtype, first=first)
     communicator.close()
@@ -260,6 +248,50 @@ def compared(ways: dict[str, Callable[[], Tensor]], number: int, count: int) -> 
     return off
 
 
+def in_graphs(
+    ways: dict[str, Callable[[], Tensor]],
+    turns: DeviceTurns,
+    layers: int,
+    count: int,
+    auto: dict[str, str],
+    *,
+    first: bool,
+) -> None:
+    """The same in a CUDA graph, as steps of single tokens run; ranks that bring alike exchange without a wait."""
+    chosen = {"exchange": ways["exchange alike"], **{name: ways[name] for name in ("replicate", "gather", "1 GPU")}}
+    mine = microseconds(chosen, turns.device, calls=max(1, min(10, 2048 // count)), rounds=5)
+    times = dict(zip(mine, turns.slowest(list(mine.values())), strict=True))
+    if first:
+        best, way = min(times[name] for name in OURS), auto["decode"]
+        said = ", ".join(f"{name} {took / layers:.1f}" for name, took in times.items())
+        print(f"    in a CUDA graph: {said}; auto: decode {way} {times[way] / best:.2f} of the best", flush=True)
+
+
+def profiled(name: str, run: Callable[[], Tensor], *, first: bool) -> None:
+    """Where the time of one call goes: launches, waits of the host, and the kernels that take longest."""
+    calls = 3
+    with torch.profiler.profile() as profile:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    if not first:
+        return
+    on_device: dict[str, list[float]] = {}
+    on_host: dict[str, list[float]] = {}
+    for event in profile.events():
+        kept = on_device if event.device_type == torch.autograd.DeviceType.CUDA else on_host
+        each = kept.setdefault(event.name, [0, 0.0])
+        each[0] += 1
+        each[1] += event.time_range.elapsed_us() if kept is on_device else event.self_cpu_time_total
+    launches = sum(count for count, _ in on_device.values()) / calls
+    waits = sum(count for key, (count, _) in on_host.items() if "ynchronize" in key or "_local_scalar" in key) / calls
+    total = sum(took for _, took in on_device.values()) / calls
+    print(f"    {name}: {launches:.0f} kernels and copies, {waits:.0f} waits, {total:.0f} us on the device", flush=True)
+    for kind, kept in (("device", on_device), ("host", on_host)):
+        for key, (count, took) in sorted(kept.items(), key=lambda item: -item[1][1])[:16]:
+            print(f"      {kind} {took / calls:8.1f} us {count / calls:5.1f} x {key[:90]}", flush=True)
+
+
 def there_and_back(
     given: argparse.Namespace, turns: DeviceTurns, layer: Layer, block: Block, dtype: torch.dtype, *, first: bool
 ) -> None:
@@ -274,8 +306,8 @@ def there_and_back(
     }
     times = turns.medians(ways, rounds=given.rounds, calls=1 if given.small else 20)
     captured: dict[str, float] = {}
-    if turns.device.type == "cuda":  # exchange asks the host for sizes, and cannot be captured
-        in_graph = {name: ways[name] for name in ("gather", "all-reduce")}
+    if turns.device.type == "cuda":
+        in_graph = {**ways, "exchange": lambda: layer.there_and_back(own, alike=True)}
         mine = microseconds(in_graph, turns.device, calls=20, rounds=11)
         captured = dict(zip(mine, turns.slowest(list(mine.values())), strict=True))
     if first:
@@ -291,7 +323,7 @@ def overlap(
     own = [x[layer.rank * count :][:count] for x in drawn(block, count * given.ranks, turns.device, dtype)]
     up, down = layer.up[0], layer.down[0]  # as wide as a routed one
     ways = {
-        "there and back": lambda: layer.there_and_back(own),
+        "there and back": lambda: layer.there_and_back(own, alike=True),
         "one after the other": lambda: layer.with_shared(own, up, down, ahead=False),
         "ahead": lambda: layer.with_shared(own, up, down, ahead=True),
     }
@@ -308,6 +340,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--layers", type=int, default=1, help="blocks behind each other")
     parser.add_argument("--nccl", action="store_true", help="not through each other's memory; gloo on CPU")
+    parser.add_argument("--profile", action="store_true", help="which kernels take how long")
     parser.add_argument("--tokens", type=int, nargs="+", help="per rank; 1 to 8192, and 1 to 32 with --small")
     parser.add_argument("--blocks", nargs="+", choices=list(BLOCKS), default=["qwen3-30b-a3b", "deepseek-v3"])
     given = parser.parse_args()

@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.nn import functional
 
 from benchmarks.support.several import DeviceTurns
-from runtime.communication.peer_memory import permute_beside
+from runtime.communication.peer_memory import beside
 from runtime.communication.peer_memory.rows import push_rows
 from runtime.generation.steps import Steps
 from runtime.ops.attention import attention
@@ -30,7 +30,7 @@ __all__ = ["SharedOut", "drawn_prompts", "limited", "torch_context_parallel", "w
 
 def with_unproven(is_on: bool) -> None:
     """Kernels that have not run on GPUs yet: each says so where it is switched."""
-    push_rows.IN_PLACE = permute_beside.IS_ON = partial_kernels.BY_CUDNN = shared_decode.FUSED = is_on
+    push_rows.IN_PLACE = beside.PERMUTES_ON = partial_kernels.BY_CUDNN = shared_decode.FUSED = is_on
 
 
 class SharedOut:

@@ -91,7 +91,7 @@ ORDER = (
         lambda plan: not why_one_batch(plan),
         options=lambda plan: {} if plan.sp == 1 else {"gathers": False},
     ),
-    BuiltIn("data-parallel", ("decode",), lambda plan: not why_one_batch(plan)),
+    BuiltIn("data-parallel", ("decode",), lambda plan: not why_one_batch(plan), options=lambda plan: {"alike": True}),
     BuiltIn(
         "context-parallel",
         ("text", "prefill"),

@@ -7,6 +7,7 @@
     reduce_scatter(x, dim, sizes)                x[.., sum(s), ..] -> [.., s[i], ..]  this rank's piece of the sum
     all_to_all(x, send_counts, receive_counts)   x[sum(s), ..]   -> [sum(r), ..]      rows for each, rows from each
     all_to_all_begin(..)                         the same, under way
+    all_to_all_within(x, num_rows, ..)           the same, with counts that only the device knows
     permute_begin(x, shift)                      x[...]          -> [...]             from coordinate - shift
     send_begin(x, to), receive_begin(shape, dtype, from_)                             to and from one coordinate
 
@@ -144,6 +145,28 @@ class Channel(abc.ABC):
     ) -> Handle:
         """The same, under way: what it yields comes with `finish`. Finished at once where nothing can be under way."""
         return Handle.done(self.all_to_all(x, send_counts, receive_counts, sizes_from=sizes_from))
+
+    @property
+    def counts_on_device(self) -> bool:
+        """Whether there are `all_to_all_within` and `beside`."""
+        return False
+
+    def all_to_all_within(
+        self, x: Tensor, num_rows: int, send_counts: Tensor, receive_counts: Tensor, *, ahead: bool = False
+    ) -> Handle:
+        """An all_to_all whose counts, int64 [ranks], only the device knows. It yields `num_rows` rows, enough for all
+        that come; those behind are not written. ahead: under way on a stream of its own while others compute.
+        """
+        raise self._host_only()
+
+    def beside(self, run: Callable[[], object], result: Tensor, *, keep: Sequence[Tensor]) -> Handle:
+        """`run`, which fills `result`, on a stream of its own, collectives by few processors. keep: what it reads."""
+        raise self._host_only()
+
+    def _host_only(self) -> CommunicationError:
+        return CommunicationError(
+            f"node {self.node!r}: what ranks exchange over {axes_text(self.axes)!r} is known to their hosts alone"
+        )
 
     def permute_begin(self, x: Tensor, shift: int) -> Handle:
         """All bring tensors of one shape; the rank at coordinate c gets that of coordinate (c - shift) mod size."""

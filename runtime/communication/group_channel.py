@@ -22,8 +22,7 @@ from runtime.communication.channels import Channel, Handle, OwnRows, piece_sizes
 from runtime.communication.failure_verdict import FailureVerdict, is_broken
 from runtime.communication.group_collectives import PRIMITIVES, Group, begin_all_reduce, begin_all_to_all
 from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement, check_counts
-from runtime.communication.peer_memory import permute_beside
-from runtime.communication.peer_memory.all_reduce_beside import begin_all_reduce as begin_beside
+from runtime.communication.peer_memory import beside
 from runtime.communication.peer_memory.peer_memory import PeerMemory
 from runtime.communication.peer_memory.rows import push_rows
 from runtime.communication.peer_memory.rows.push_rows import PeerRows
@@ -128,7 +127,7 @@ class GroupChannel(Channel):
         if overwrite not in self._reduces:
             begin = begin_all_reduce(self._group, overwrite=overwrite)
             if self._peers is not None:
-                begin = begin_beside(self._peers, otherwise=begin, overwrite=overwrite)
+                begin = beside.begin_all_reduce(self._peers, otherwise=begin, overwrite=overwrite)
             self._reduces[overwrite] = begin
         begin, gather = self._reduces[overwrite], self._comparison()
         call = self._sum_of(x)
@@ -175,6 +174,28 @@ class GroupChannel(Channel):
         handle: Handle = self._begins[sizes_from](x, send_counts, receive_counts)
         return self._finishing(handle, Call(self.rank, self.node, "all_to_all", axes_text(self.axes)), self.ranks)
 
+    @property
+    def counts_on_device(self) -> bool:
+        return self._peers is not None
+
+    def all_to_all_within(
+        self, x: Tensor, num_rows: int, send_counts: Tensor, receive_counts: Tensor, *, ahead: bool = False
+    ) -> Handle:
+        assert self._peers is not None
+        peers, gather = self._peers, self._comparison()
+        out = x.new_empty((num_rows, *x.shape[1:]))
+        call = Call(self.rank, self.node, "all_to_all", axes_text(self.axes), sizes_from=self.node).on(x)
+        run = beside.exchange_beside if ahead else beside.exchange_at_once
+        handle = self._guarded(
+            call, self.ranks, lambda call: self._compare(call, gather),
+            lambda: run(peers, x, out, send_counts, receive_counts),
+        )  # fmt: skip
+        return self._finishing(handle, call, self.ranks) if ahead else handle
+
+    def beside(self, run: Callable[[], object], result: Tensor, *, keep: Sequence[Tensor]) -> Handle:
+        assert self._peers is not None
+        return beside.run_beside(self._peers, run, result, *keep)
+
     def _all_to_all(self, call: Call, run: Callable[..., Any]) -> Callable[[Tensor, Sequence[int], Sequence[int]], Any]:
         gather = self._comparison()
 
@@ -197,8 +218,8 @@ class GroupChannel(Channel):
 
     def _permute(self, call: Call, options: dict[str, Any]) -> Callable[[Tensor], Handle]:
         run, gather = self._primitive("permute", **options), self._comparison()
-        if self._peers is not None and permute_beside.IS_ON:
-            run = permute_beside.begin_permute(self._peers, otherwise=run, shift=options["shift"])
+        if self._peers is not None and beside.PERMUTES_ON:
+            run = beside.begin_permute(self._peers, otherwise=run, shift=options["shift"])
 
         def begin(x: Tensor) -> Handle:
             own = call.on(x)

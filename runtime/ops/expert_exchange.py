@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from runtime.ops.collectives import unbound
+from runtime.ops.kernels.experts import dispatch as kernels
+from runtime.ops.kernels.experts.exchange import Packed, packed, returned, unpacked
 
 __all__ = [
     "expert_return",
@@ -45,6 +47,10 @@ def localise_experts(
     """
     owners = _owners(tuple(experts), tuple(counts), index.device)
     none = counts[rank]
+    if kernels.takes(index):
+        return kernels.localised(
+            index, gates, owners.local[rank], owners.ranks, owners.copies, rank, none, owners.has_copies
+        )
     expert = index.clamp(max=owners.local.shape[1] - 1)
     local = owners.local[rank][expert]
     if owners.has_copies:
@@ -62,10 +68,12 @@ def expert_send(
     experts: Sequence[int],
     counts: Sequence[int],
     ahead: bool = False,
+    alike: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows, index and gates for the experts of this rank, from all ranks of `axis`; and the way back.
 
-    ahead: they are on their way, and may be read once they are `landed`.
+    ahead: they are on their way, and may be read once they are `landed`. alike: every rank brings as many tokens, so
+    that there may be room for all of them, and no host waits for numbers; rows beyond those that came are of no expert.
     """
     unbound("expert_send", axis)
 
@@ -113,8 +121,12 @@ def send_to_experts(
     experts: Sequence[int],
     counts: Sequence[int],
     ahead: bool = False,
+    alike: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`expert_send` over a channel: the counts, then one message per (token, rank), as bytes."""
+    if kernels.takes(hidden) and not torch.compiler.is_compiling():
+        tokens = (hidden, index, gates)
+        return _send_by_kernels(channel, tokens, tuple(experts), tuple(counts), ahead=ahead, alike=alike)  # type: ignore[return-value]
     owners = _owners(tuple(experts), tuple(counts), index.device)
     num_ranks, num_tokens = len(counts), hidden.shape[0]
     expert = index.clamp(max=owners.local.shape[1] - 1)
@@ -135,7 +147,7 @@ def send_to_experts(
     ones = [1] * num_ranks
     receive_counts = channel.all_to_all(send_counts, ones, ones)
     given, taken = send_counts.tolist(), receive_counts.tolist()
-    parts = [hidden[sent], local.to(torch.int32), weights]
+    parts: list[Tensor] = [hidden[sent], local.to(torch.int32), weights]
     message = torch.cat([_bytes(part) for part in parts], dim=1)
     widths = [part.shape[1] * part.element_size() for part in parts]
     size = torch.tensor([num_tokens], device=index.device)
@@ -160,6 +172,8 @@ def send_to_experts(
 
 def receive_from_experts(channel: Any, rows: Tensor, back: Tensor, *, ahead: bool = False) -> Tensor:
     """`expert_return` over a channel. What comes back to a token is summed in order of coordinate."""
+    if back.dim() == 2:
+        return _return_by_kernels(channel, rows, back, ahead=ahead)
     num_ranks = len(channel.ranks)
     size, given, taken, sent = torch.split(back, [1, num_ranks, num_ranks, back.shape[0] - 1 - 2 * num_ranks])
     counts = taken.tolist(), given.tolist()
@@ -169,6 +183,119 @@ def receive_from_experts(channel: Any, rows: Tensor, back: Tensor, *, ahead: boo
         _filling(handle, lambda returned: found.index_add_(0, sent, returned), found)
         return found
     return found.index_add_(0, sent, channel.all_to_all(rows.contiguous(), *counts, sizes_from=channel.node))
+
+
+def _send_by_kernels(
+    channel: Any,
+    tokens: tuple[Tensor, Tensor, Tensor],
+    experts: tuple[int, ...],
+    counts: tuple[int, ...],
+    *,
+    ahead: bool,
+    alike: bool,
+) -> tuple[Tensor, ...]:
+    """The same on a GPU. The host waits for the number of rows that come, once; not at all where ranks bring alike."""
+    owners, own, num_ranks = _owners(experts, counts, tokens[0].device), channel.coordinate, len(counts)
+    ones = [1] * num_ranks
+    waits = not (alike and channel.counts_on_device)
+
+    def pack() -> Packed:
+        found = packed(
+            *tokens, local=owners.local, owner=owners.ranks, copies=owners.copies, held=owners.counts, own=own,
+            own_held=counts[own], has_copies=owners.has_copies,
+        )  # fmt: skip
+        given, taken = found.back[0], found.back[1]
+        taken.copy_(channel.all_to_all(given, ones, ones))
+        return found
+
+    def unpack(came: Tensor, sent: Packed) -> tuple[Tensor, Tensor, Tensor]:
+        return unpacked(came, sent.back[1], sent.form, none=counts[own], like=tokens)
+
+    if ahead and not waits:
+        num_rows = num_ranks * tokens[0].shape[0]
+        coming = [each.new_empty(num_rows, each.shape[1]) for each in tokens]
+        back = torch.empty(2 + tokens[0].shape[0], num_ranks, dtype=torch.int64, device=tokens[0].device)
+
+        def whole() -> None:
+            sent = pack()
+            back.copy_(sent.back)
+            came = channel.all_to_all_within(sent.messages, num_rows, sent.back[0], sent.back[1]).finish()
+            _fill(coming, unpack(came, sent))
+
+        handle = channel.beside(whole, back, keep=tokens)
+        _filling(handle, lambda _: None, *coming)
+        return (*coming, back)
+    sent = pack()
+    on_device = (sent.back[0], sent.back[1])
+    if waits:
+        given, taken = _numbers(sent.back)
+        num_rows = sum(taken)
+        handle = _sent(channel, sent.messages[: sum(given)], (given, taken), on_device, ahead=ahead)
+    else:
+        num_rows = num_ranks * tokens[0].shape[0]
+        handle = channel.all_to_all_within(sent.messages, num_rows, *on_device)
+    if not ahead:
+        return (*unpack(handle.finish(), sent), sent.back)
+    coming = [each.new_empty(num_rows, each.shape[1]) for each in tokens]
+    _filling(handle, lambda came: _fill(coming, unpack(came, sent)), *coming)
+    return (*coming, sent.back)
+
+
+def _fill(into: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    for each, part in zip(into, parts, strict=True):
+        each.copy_(part)
+
+
+def _return_by_kernels(channel: Any, rows: Tensor, back: Tensor, *, ahead: bool) -> Tensor:
+    given, taken, position = back[0], back[1], back[2:]
+    rows = rows.contiguous()
+    found = rows.new_empty(position.shape[0], rows.shape[1])
+    if channel.counts_on_device:
+        num_rows = sum(_on_host[back][0]) if back in _on_host else position.numel()
+
+        def whole() -> Tensor:
+            return returned(channel.all_to_all_within(rows, num_rows, taken, given).finish(), position, found)
+
+        if not ahead:
+            return whole()
+        _filling(channel.beside(whole, found, keep=(rows, back)), lambda _: None, found)
+        return found
+    counts = _numbers(back)[::-1]
+    handle = _sent(channel, rows, counts, (taken, given), ahead=ahead)
+    if not ahead:
+        return returned(handle.finish(), position, found)
+    _filling(handle, lambda came: returned(came, position, found), found)
+    return found
+
+
+_on_host: Any = WeakIdKeyDictionary()
+"""By what leads back, the numbers of rows that are sent and that come, where the host has read them."""
+
+
+def _numbers(back: Tensor) -> tuple[list[int], list[int]]:
+    if back not in _on_host:
+        _on_host[back] = tuple(back[:2].tolist())
+    return _on_host[back]  # type: ignore[no-any-return]
+
+
+class _Done(NamedTuple):
+    """What has come already."""
+
+    result: Tensor
+    is_finished: bool = True
+
+    def finish(self) -> Tensor:
+        return self.result
+
+
+def _sent(
+    channel: Any, x: Tensor, counts: tuple[list[int], list[int]], on_device: tuple[Tensor, Tensor], *, ahead: bool
+) -> Any:
+    if channel.counts_on_device:
+        return channel.all_to_all_within(x, sum(counts[1]), *on_device, ahead=ahead)
+    if ahead:
+        return channel.all_to_all_begin(x, *counts, sizes_from=channel.node)
+    return _Done(channel.all_to_all(x, *counts, sizes_from=channel.node))
 
 
 def _bytes(x: Tensor) -> Tensor:
@@ -189,6 +316,8 @@ class _Owners(NamedTuple):
     """[E + 1, copies]: who has its copies."""
     copies: Tensor
     """[E + 1]: how many there are."""
+    counts: Tensor
+    """[ranks]: how many experts each has."""
     has_copies: bool
 
     def rank_of(self, expert: Tensor, turn: Tensor) -> Tensor:
@@ -216,5 +345,6 @@ def _owners(experts: tuple[int, ...], counts: tuple[int, ...], device: torch.dev
         torch.tensor(local, device=device),
         torch.tensor(ranks, device=device),
         torch.tensor(copies, device=device),
+        torch.tensor(counts, device=device),
         has_copies=most > 1,
     )

@@ -7,7 +7,8 @@
 
 Row i of the sorted rows is slot `order[i]` of the flattened [T, K]; the first counts[0] rows go to expert 0, and so
 on. An index of num_experts or more means "no expert": those rows sort last, belong to no count, and stay zero; trimmed,
-they are left out of rows and order.
+they are left out of rows and order. On a GPU kernels of Triton do this (`runtime.ops.kernels.experts`): rows of no
+expert are then not written, stand in order as -1 - slot, and are not read.
 Limited, an expert takes ceil(capacity x T K / E) choices at most of the T tokens that a rank has there, in the order of
 the tokens; what is over is left out of the sum, and the other gates stay (GShard, arXiv:2006.16668, algorithm 1; Switch
 Transformers, arXiv:2101.03961, section 2.2). A token's result then depends on the tokens before it.
@@ -22,13 +23,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from runtime.ops.kernels.experts import dispatch as kernels
+
 __all__ = ["expert_combine", "expert_dispatch", "grouped_linear", "kept_choices", "limit_experts"]
+
+_MOST_UNTRIMMED = 1 << 15
+"""Rows up to which to compute nothing with those of no expert costs less than to wait for their number."""
 
 
 def expert_dispatch(
     hidden: Tensor, index: Tensor, num_experts: int, *, trim: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See the module's docstring. trim: without the rows of no expert, whose number the host then waits for."""
+    """See the module's docstring. trim: without the rows of no expert, whose number the host then waits for; kernels
+    leave out only many.
+    """
+    if kernels.takes(hidden, index):
+        rows, order, counts = kernels.dispatched(hidden, index, num_experts)
+        if trim and index.numel() > _MOST_UNTRIMMED and not _must_not_wait(hidden):
+            num_rows = int(counts.sum())
+            return rows[:num_rows], order[:num_rows], counts
+        return rows, order, counts
     experts, order = torch.sort(index.reshape(-1), stable=True)
     bounds = torch.arange(num_experts + 1, device=index.device, dtype=experts.dtype)
     counts = torch.searchsorted(experts, bounds).diff()
@@ -43,8 +57,10 @@ def grouped_linear(
     """See the module's docstring."""
     matrix = weight if transposed else weight.transpose(-2, -1)
     if _has_kernel(rows, matrix):
-        ends = counts.cumsum(0)
-        out = torch._grouped_mm(rows, matrix, offs=ends.to(torch.int32))
+        ends = kernels.ends_of(counts)
+        out = torch._grouped_mm(rows, matrix, offs=ends)
+        if bias is None and kernels.takes(rows):
+            return out  # nobody reads what the product leaves as it was
         row = torch.arange(rows.shape[0], device=rows.device)
         if bias is not None:
             expert = torch.searchsorted(ends, row, right=True).clamp(max=bias.shape[0] - 1)
@@ -77,6 +93,8 @@ def _by_every_expert(rows: Tensor, matrix: Tensor, counts: Tensor, bias: Tensor 
 
 def expert_combine(rows: Tensor, order: Tensor, gates: Tensor) -> Tensor:
     """See the module's docstring."""
+    if kernels.takes(rows, gates):
+        return kernels.combined(rows, order, gates)
     if rows.shape[0] != gates.numel():  # trimmed
         weighted = rows * gates.reshape(-1)[order][:, None]
         out = weighted.new_zeros(gates.shape[0], rows.shape[1])

@@ -1,19 +1,23 @@
 """One rank with a GPU of its own: `python -P -m tests.gpu.peer_rank CASE ...`; started by test_peer_memory.py."""
 
+import itertools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.channels import Channel, Handle, OwnRows
-from runtime.communication.peer_memory import mapped_memory, permute_beside
+from runtime.communication.peer_memory import beside, mapped_memory
 from runtime.communication.peer_memory.choice import Choice, Way
 from runtime.communication.peer_memory.rows import push_rows
 from runtime.communication.process_groups import ProcessGroups
 from runtime.ops.attention import attention
+from runtime.ops.expert_exchange import landed, receive_from_experts, send_to_experts
+from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 from runtime.ops.kernels import partial_kernels
 from runtime.ops.rows.sequence_attention import attend_over_ranks
 from runtime.ops.rows.token_order import TokenOrder
@@ -183,7 +187,7 @@ def rows_of(channel: Channel, shape: tuple[int, ...], dtype: torch.dtype, close:
 
 def heads_in_place(groups: ProcessGroups, channel: Channel) -> None:
     """Heads exchanged for tokens and back, in one group and in two; and rings beside the work."""
-    push_rows.IN_PLACE = permute_beside.IS_ON = partial_kernels.BY_CUDNN = True
+    push_rows.IN_PLACE = beside.PERMUTES_ON = partial_kernels.BY_CUDNN = True
     for size, heads, kv, width in ((5, 4, 2, 64), (4099, 8 * RANKS, 2 * RANKS, 128), (16384, 4 * RANKS, RANKS, 128)):
         random = torch.Generator("cuda").manual_seed(size)
         whole = [
@@ -204,6 +208,41 @@ def heads_in_place(groups: ProcessGroups, channel: Channel) -> None:
     assert groups.peers[tuple(range(RANKS))].rows is not None
 
 
+def exchanged_experts(groups: ProcessGroups, channel: Channel) -> None:
+    """Tokens that are sent to experts elsewhere: as on one rank, waited for or under way, and in a CUDA graph."""
+    num_experts, width = 5 * RANKS - 1, 48
+    ends = [number * num_experts // RANKS for number in range(RANKS + 1)]
+    dealt = {"experts": range(num_experts), "counts": [end - start for start, end in itertools.pairwise(ends)]}
+    weight = torch.randn(num_experts, width, width, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+
+    def experts(hidden: Tensor, index: Tensor, gates: Tensor, own: Tensor) -> Tensor:
+        rows, order, counts = expert_dispatch(hidden, index, own.shape[0], trim=True)
+        return expert_combine(grouped_linear(rows, own, counts), order, gates)
+
+    def through(tokens: list[Tensor], **how: bool) -> Tensor:
+        *sent, back = send_to_experts(channel, *tokens, **dealt, **how)  # type: ignore[arg-type]
+        made = experts(*map(landed, sent), weight[ends[RANK] : ends[RANK + 1]])  # type: ignore[arg-type, call-arg]
+        return landed(receive_from_experts(channel, made, back, ahead=how.get("ahead", False)))
+
+    for count in (1, 7, 300, 0, 5000):
+        random = torch.Generator("cuda").manual_seed(count * RANKS + RANK)
+        gates, index = torch.rand(count, num_experts, device="cuda", generator=random).topk(3)
+        tokens = [torch.randn(count, width, device="cuda", generator=random), index, gates]
+        fewer = [x[: count // (RANK + 1)] for x in tokens]  # of each rank another number
+        for how in ({}, {"ahead": True}):
+            torch.testing.assert_close(through(fewer, **how), experts(*fewer, weight))
+        torch.testing.assert_close(through(tokens, alike=True), experts(*tokens, weight))
+        if count:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = through(tokens, alike=True)
+            for _ in range(3):
+                tokens[0] += 1
+                graph.replay()
+                torch.testing.assert_close(found, experts(*tokens, weight))
+            graph.reset()
+
+
 if __name__ == "__main__":
     begin_worker()
     all_cases: dict[str, Callable[[ProcessGroups, Channel], None]] = {
@@ -214,6 +253,7 @@ if __name__ == "__main__":
         "beside_others": beside_others,
         "rows_beside_others": rows_beside_others,
         "heads_in_place": heads_in_place,
+        "exchanged_experts": exchanged_experts,
     }
     mapped_memory.ROW_SUMS = "rows_beside_others" in sys.argv
     with torch.no_grad():

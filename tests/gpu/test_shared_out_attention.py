@@ -12,7 +12,7 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadCommunicator, ThreadGroup
 from runtime.kv_cache.sharded_cache import ShardedCache
 from runtime.ops.attention import attention
-from runtime.ops.kernels.merge_part import can_merge
+from runtime.ops.kernels.merge.merge_part import can_merge
 from runtime.ops.rows.partial_attention import Merged, partial_attention
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.program.shards import StateShard

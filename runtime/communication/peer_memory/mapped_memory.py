@@ -13,6 +13,7 @@ rows            ROW_BYTES, a part for each source, where ROW_SUMS are on: see `s
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 from collections.abc import Callable, Sequence
@@ -68,34 +69,34 @@ class Geometry:
 
     num_ranks: int
 
-    @property
+    @functools.cached_property
     def small_bytes(self) -> int:
         """The largest piece that the kernel for small ones takes."""
         return UNITS * SMALL_BLOCKS * 8
 
-    @property
+    @functools.cached_property
     def chunk_bytes(self) -> int:
         # of eight ranks a quarter: each of the seven others has its slots
         most = 32768 // self.num_ranks
         return int(max(2048, 2 ** math.floor(math.log2(most))))
 
-    @property
+    @functools.cached_property
     def start_of_data(self) -> int:
         return self.num_ranks * 2 * self.small_bytes * 2
 
-    @property
+    @functools.cached_property
     def start_of_flags(self) -> int:
         return self.start_of_data + self.num_ranks * SLOTS * BLOCKS * self.chunk_bytes
 
-    @property
+    @functools.cached_property
     def start_of_row_flags(self) -> int:
         return self.start_of_flags + self.num_ranks * BLOCKS * 4
 
-    @property
+    @functools.cached_property
     def start_of_rows(self) -> int:
         return math.ceil((self.start_of_row_flags + self.num_ranks * 4) / 256) * 256
 
-    @property
+    @functools.cached_property
     def num_bytes(self) -> int:
         return self.start_of_rows + (ROW_BYTES if ROW_SUMS else 0)
 

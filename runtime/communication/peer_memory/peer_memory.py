@@ -37,10 +37,13 @@ from runtime.communication.peer_memory.rows.sum_rows import RowSums
 from runtime.communication.peer_memory.under_way import UnderWay
 from runtime.ops.communicating import Kind
 from runtime.ops.kernels.decode.few_rows import can_launch_early
+from runtime.ops.kernels.triton_needs import launch
 
 __all__ = ["PeerMemory"]
 
 _WARPS = 16
+_BESIDE = 32
+"""Blocks of a collective that others compute beside, as many on all ranks: those keep the other processors."""
 _WORDS = {
     torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64",
     torch.int32: "int32", torch.int64: "int64",
@@ -126,16 +129,16 @@ class PeerMemory:
 
         return run
 
-    def all_reduce(self, x: Tensor, out: Tensor, way: Way, *, blocks: int | None = None) -> Tensor:
-        """Into `out`, which may be x; not by NCCL. blocks: of the kernel for large pieces, as many on all ranks."""
+    def all_reduce(self, x: Tensor, out: Tensor, way: Way) -> Tensor:
+        """Into `out`, which may be x; not by NCCL."""
         if way != "in two":
-            self._exchange(way, x, out, piece=x.numel(), total=x.numel(), sums=True, blocks=blocks)
+            self._exchange(way, x, out, piece=x.numel(), total=x.numel(), sums=True)
             return out
         piece = -(-x.numel() // self._group.size)
         piece = -(-piece // 16) * 16  # so that pieces begin where wide loads may
         mine = x.new_empty(piece)
-        self._exchange("large", x, mine, piece=piece, total=x.numel(), sums=True, spreads=True, blocks=blocks)
-        self._exchange("large", mine, out, piece=piece, total=x.numel(), blocks=blocks)
+        self._exchange("large", x, mine, piece=piece, total=x.numel(), sums=True, spreads=True)
+        self._exchange("large", mine, out, piece=piece, total=x.numel())
         return out
 
     def _all_gather(
@@ -201,9 +204,9 @@ class PeerMemory:
 
         return begin
 
-    def permute(self, x: Tensor, out: Tensor, way: Way, *, shift: int, blocks: int | None = None) -> Tensor:
-        """Into `out`; not by NCCL. blocks: as of `all_reduce`."""
-        self._exchange(way, x, out, piece=x.numel(), total=x.numel(), shift=shift, blocks=blocks)
+    def permute(self, x: Tensor, out: Tensor, way: Way, *, shift: int) -> Tensor:
+        """Into `out`; not by NCCL."""
+        self._exchange(way, x, out, piece=x.numel(), total=x.numel(), shift=shift)
         return out
 
     def takes(self, x: Tensor) -> bool:
@@ -267,9 +270,8 @@ class PeerMemory:
         spreads: bool = False,
         shift: int = 0,
         counts: tuple[Tensor, Tensor] | None = None,
-        blocks: int | None = None,
     ) -> None:
-        """`piece`: elements for or from each; see `large_kernel.py`. blocks: the most that run."""
+        """`piece`: elements for or from each; see `large_kernel.py`. What others compute beside takes few blocks."""
         if piece == 0:
             return
         self.under_way.wait()
@@ -279,16 +281,19 @@ class PeerMemory:
             each = 8 // x.element_size()
             if x.data_ptr() % 8:
                 x = x.clone()
-            self._small[(-(-piece // (each * UNITS)),)](
-                x.view(torch.int64),
-                out.view(-1).view(torch.int64),
-                self._table,
-                self._small_counters,
+            numbers = (
                 self._late.data_ptr(),
                 self._abandoned.data_ptr(),
                 self._patience_ns,
                 total // each,
                 piece // each,
+            )
+            launch(
+                self._small,
+                (-(-piece // (each * UNITS)), 1, 1),
+                (x.view(torch.int64), out.view(-1).view(torch.int64), self._table, self._small_counters, *numbers),
+                num_warps=UNITS // 32,
+                num_stages=1,
                 RANK=group.coordinate,
                 RANKS=group.size,
                 SPREADS=spreads,
@@ -297,31 +302,25 @@ class PeerMemory:
                 UNITS=UNITS,
                 BLOCKS=SMALL_BLOCKS,
                 EARLY=self._early,
-                num_warps=UNITS // 32,
-                num_stages=1,
                 **({"launch_pdl": True} if self._early else {}),
             )
             return
         chunk = geometry.chunk_bytes // x.element_size()
-        most = self._blocks if blocks is None else min(blocks, self._blocks)
+        most = min(_BESIDE, self._blocks) if self.under_way.is_here else self._blocks
         num_blocks = most if counts is not None else min(most, -(-piece // chunk))
         sent, received = counts or (self._table, self._table)
         if not sums and dtype == torch.bool:
             x, out = x.view(torch.uint8), out.view(torch.uint8)
-        self._large[(num_blocks,)](
-            x,
-            out.view(-1),
-            self._table,
-            self._counters,
-            self._late.data_ptr(),
-            self._abandoned.data_ptr(),
-            self._patience_ns,
-            total,
-            piece,
-            sent,
-            received,
-            geometry.start_of_data,
-            geometry.start_of_flags,
+        numbers = (self._late.data_ptr(), self._abandoned.data_ptr(), self._patience_ns, total, piece)
+        launch(
+            self._large,
+            (num_blocks, 1, 1),
+            (
+                x, out.view(-1), self._table, self._counters, *numbers, sent, received, geometry.start_of_data,
+                geometry.start_of_flags,
+            ),
+            num_warps=_WARPS,
+            num_stages=1,
             RANK=group.coordinate,
             RANKS=group.size,
             SPREADS=spreads,
@@ -332,9 +331,7 @@ class PeerMemory:
             CHUNK_BYTES=geometry.chunk_bytes,
             BLOCKS=self._blocks,
             KIND=self._summed_as(x.dtype) if sums else None,  # type: ignore[no-untyped-call]
-            num_warps=_WARPS,
-            num_stages=1,
-        )
+        )  # fmt: skip
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 - as long as the memory
     def _counts(self, send_counts: tuple[int, ...], receive_counts: tuple[int, ...]) -> Tensor:

@@ -25,6 +25,11 @@ class UnderWay:
             self._last = self._stream.record_event()
         return self._last
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the current stream is that one."""
+        return bool(torch.cuda.current_stream(self._device) == self._stream)
+
     def finish(self, end: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self._device).wait_event(end)
         if self._last is end:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.ops.kernels.merge_part import merge_part
+from runtime.ops.kernels.merge.merge_part import merge_part
 from runtime.ops.kernels.triton_needs import missing_for_triton
 
 __all__ = ["can_flash", "cudnn_part", "flash_attention", "flash_rows", "pays_cudnn_part"]

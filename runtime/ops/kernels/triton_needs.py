@@ -1,4 +1,8 @@
-"""Whether kernels in Triton can run here: it builds what launches them with the machine's C compiler."""
+"""Whether kernels in Triton can run here, which builds what launches them with the machine's C compiler; and launching.
+
+To find what it has compiled for the arguments at hand takes Triton longer than all else of a launch, several times as
+long as a kernel for a few tokens runs: `launch` remembers it by what Triton makes it depend on.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,19 @@ import os
 import shutil
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["can_run", "missing_for_triton"]
+__all__ = ["can_run", "launch", "missing_for_triton"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DIRECT = False
+"""Whether `launch` calls what it remembers by itself. Off: it has not run on a GPU, and is not Triton's stable
+interface."""
+_ready: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+"""Compiled kernels, and the constants that they are given behind their arguments."""
 
 
 @functools.cache
@@ -30,6 +40,51 @@ def missing_for_triton() -> str:
     if not Path(sysconfig.get_paths(scheme=scheme)["include"], "Python.h").is_file():
         return "no headers of Python, which triton needs"
     return ""
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: tuple[Tensor | int, ...],
+    *,
+    num_warps: int = 4,
+    num_stages: int | None = None,
+    **constants: Any,
+) -> None:
+    """kernel[grid](*arguments, **constants), whose parameters stand in that order and have no defaults. The first
+    argument is a tensor; numbers are whole.
+    """
+    options = {"num_warps": num_warps} if num_stages is None else {"num_warps": num_warps, "num_stages": num_stages}
+    if not DIRECT:
+        kernel[grid](*arguments, **constants, **options)
+        return
+    given: list[int] = []
+    traits: list[Any] = []
+    for each in arguments:
+        if isinstance(each, Tensor):
+            address = each.data_ptr()
+            given.append(address)
+            traits += each.dtype, address & 15
+        else:
+            given.append(each)
+            # what a compiled kernel takes for granted of a number
+            traits.append((each == 1, each & 15 == 0, -(1 << 31) <= each < 1 << 31))
+    assert isinstance(arguments[0], Tensor)
+    device = arguments[0].get_device()
+    key = (id(kernel), num_warps, num_stages, device, *constants.items(), *traits)
+    if (found := _ready.get(key)) is not None:
+        made, rest = found
+        try:
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            # neither metadata nor hooks, which are for Triton's profiler; addresses need not be looked at again
+            made.run(*grid, stream, made.function, made.packed_metadata, None, None, None, *given, *rest)
+            return
+        except (AttributeError, TypeError):  # it is not Triton's stable interface
+            _ready.clear()
+    made = kernel[grid](*arguments, **constants, **options)
+    names = None if made is None else getattr(kernel, "arg_names", None)  # the interpreter compiles nothing
+    if names is not None:
+        _ready[key] = made, tuple(constants[name] for name in names[len(arguments) :])
 
 
 def can_run(rows: Tensor, dtype: torch.dtype) -> bool:

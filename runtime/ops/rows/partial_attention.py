@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from runtime.ops.attention import per_query_head, products
-from runtime.ops.kernels.merge_part import can_merge, merge_part
+from runtime.ops.kernels.merge.merge_part import can_merge, merge_part
 from runtime.ops.kernels.partial_kernels import by_cuda_kernel
 
 __all__ = ["Merged", "accumulating", "merge_into", "merge_parts", "partial_attention", "with_sinks"]

@@ -60,6 +60,16 @@ def test_prompts_are_sent_to_experts_and_single_tokens_are_gathered() -> None:
     assert ops(program("tp=2,ep=2,etp=2")) == {"expert_send": 1, "expert_return": 1, "all_reduce": 1}
 
 
+@pytest.mark.parametrize(
+    ("plan", "entry", "alike"),
+    [("ep=2", "decode", True), ("ep=2", "prefill", False), ("tp=2,ep=4", "decode", False)],  # over tp: parts of 3 of 2
+)
+def test_single_tokens_are_alike_where_whole_sequences_are_sent(plan: str, entry: str, *, alike: bool) -> None:
+    found = program(f"{plan},expert-parallel.exchange=exchange", entry)
+    (send,) = [node for node in found.graph.nodes if node.target is expert_send]
+    assert send.kwargs.get("alike", False) is alike
+
+
 def test_inputs_states_and_logits_are_of_own_sequences() -> None:
     for entry in ("prefill", "decode"):
         found = program("tp=2,ep=4", entry)

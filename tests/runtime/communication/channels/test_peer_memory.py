@@ -129,7 +129,7 @@ def test_where_it_cannot_be_had_it_says_why(
     def cannot(*given: Any, **options: Any) -> None:
         raise Unavailable("rank 1: no way there", several_hosts=several_hosts)
 
-    monkeypatch.setattr(process_groups.PeerMemory, "connect", cannot)
+    monkeypatch.setattr(process_groups, "connect", cannot)
     if several_hosts:
         assert groups._share((0, 1), "tp", "on") == "nccl: rank 1: no way there"
     else:

@@ -1,4 +1,4 @@
-"""One more part of an attention, merged in one pass over memory: see `runtime.ops.kernels.merge_kernel`."""
+"""One more part of an attention, merged in one pass over memory: see `runtime.ops.kernels.merge.merge_kernel`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def can_merge(total: Tensor, out: Tensor) -> bool:
 
 def merge_part(total: Tensor, sums: Tensor, out: Tensor, lse: Tensor) -> None:
     """The `total` [B, H, S, Dv] and `sums` [B, H, S] become what they and the part (out, lse) are together."""
-    from runtime.ops.kernels.merge_kernel import merge  # Triton comes with torch for GPUs only
+    from runtime.ops.kernels.merge.merge_kernel import merge  # Triton comes with torch for GPUs only
 
     batch, heads, size, width = total.shape
     num_rows = batch * heads * size

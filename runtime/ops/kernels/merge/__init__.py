@@ -1,0 +1,1 @@
+"""Attention of parts, put together."""
