@@ -61,7 +61,6 @@ class Row:
     steps: SharedSteps
     scheduler: Scheduler
     load: Load
-    layers: int
     of_peak: float
 
     @property
@@ -145,7 +144,6 @@ def _price(
         steps,
         scheduler_of(row),
         load_of(row),
-        pricer.summary.num_layers,
         flops / peak,
     )
 
