@@ -35,8 +35,8 @@ from partitioner.planning.explain import RESIDUALS
 from partitioner.planning.pricing.batching import FrontEnd, Served
 
 EFFICIENCIES, OVERHEADS = (0.9, 1.0, 1.1, 1.2), (0.0, 0.5, 1.0)
-"""What is tried for an engine. No more than the usual overhead: models whose rows hardly tell (Llama 70B) take more where
-they may, and those that it holds up are then off by twice as much.
+"""What is tried for an engine. No more than the usual overhead: models whose rows hardly tell (Llama 70B) take more
+where they may, and those that it holds up are then off by twice as much.
 """
 TOKEN_S, REQUEST_S, LAUNCH_S = 60e-6, 4e-3, 20e-6
 """Of an engine's host code: to send a token, to take a request in, to launch a kernel of a step with prompts. Nobody
