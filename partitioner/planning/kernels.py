@@ -9,6 +9,9 @@
 Shares are read off tables of measured kernels (`benchmarks/planning/fit_kernels.py` says which), linearly between
 their points, which stand at logarithms of sizes. Where a device has no table, the same device's other dtypes, and then
 a fixed share, are taken; `measured` says which it was.
+
+Tables are of kernels that other engines run. `own_shares` says how much of their speed whole steps of this product
+reach (`benchmarks/planning/own_steps.py`), on devices where that was measured.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EXPANDING", "UNMEASURED", "Grid", "Kernels", "kernels_of"]
+__all__ = ["EXPANDING", "UNMEASURED", "Grid", "Kernels", "kernels_of", "own_shares"]
 
 FITTED = Path(__file__).with_name("tables") / "kernels.json"
+OWN_STEPS = Path(__file__).with_name("tables") / "own_steps.json"
 EXPANDING = "expanding"
 """In place of a dtype: products in 16 bits whose weights are codes of 4, expanded inside the kernel."""
 UNMEASURED = {"linear": 0.7, "prefill": 0.5, "decode": 0.6, "experts": 0.5, "other": 0.8}
@@ -128,6 +132,13 @@ def fitted_grids(device: str) -> Mapping[tuple[str, str], Grid]:
         for kind, by_dtype in devices.get(device, {}).items()
         for dtype, found in by_dtype.items()
     }
+
+
+@functools.cache
+def own_shares(fitted: str) -> Mapping[str, float]:
+    """By entry, "prefill" and "decode": speed of this product's steps over that of tables; empty where not measured."""
+    told = json.loads(OWN_STEPS.read_text(encoding="utf-8"))["devices"] if OWN_STEPS.is_file() else {}
+    return {entry: float(share) for entry, share in told.get(fitted, {}).items()}
 
 
 def kernels_of(device: str, bytes_per_s: float, flops_per_s: Mapping[str, float], *, fitted: str = "") -> Kernels:

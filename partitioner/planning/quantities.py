@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from partitioner.errors import InputError
 from partitioner.program.plan import Plan
@@ -74,6 +74,10 @@ class Seconds:
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
         for name, value in other.by_collective.items():
             self.by_collective[name] = self.by_collective.get(name, 0.0) + times * value
+
+    def at_speed(self, share: float) -> Seconds:
+        """With kernels that reach this share of the speed they were priced at; links and waiting as they are."""
+        return replace(self, memory=self.memory / share, products=self.products / share)
 
     def link(self, name: str, seconds: float) -> None:
         self.links += seconds

@@ -61,7 +61,6 @@ class Row:
     steps: SharedSteps
     scheduler: Scheduler
     load: Load
-    layers: int
     of_peak: float
 
     @property
@@ -120,7 +119,8 @@ def _price(
     if key not in pricers:
         summary = summary_of(name, cache)
         stored = StoredFormat.float8(summary.dtype) if kind else None
-        pricers[key] = Pricer(summary, Cluster.parse(f"{tp * dp}x{system}"), stored=stored, cache_dtype=kept)
+        cluster = Cluster.parse(f"{tp * dp}x{system}")
+        pricers[key] = Pricer(summary, cluster, stored=stored, cache_dtype=kept, own=False)
     pricer = pricers[key]
     prompt, new, batch = int(row["isl"]), int(row["osl"]), int(row["batch_size"])
     ttft, tpot = float(row["silicon_ttft_ms"]) * 1e-3, float(row["silicon_tpot_ms"]) * 1e-3
@@ -144,7 +144,6 @@ def _price(
         steps,
         scheduler_of(row),
         load_of(row),
-        pricer.summary.num_layers,
         flops / peak,
     )
 

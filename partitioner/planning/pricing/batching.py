@@ -4,11 +4,14 @@
                where `mixed` is off, prompts alone, while all tokens wait (Orca, OSDI 2022, selects by iteration too)
     ahead      how many steps are made up before the one that runs has ended: who comes meanwhile waits for those too
     load       so many requests at any time: a new one is sent when one ends (a closed loop), the first all at once
+    front end  one process through which requests come in, one after the other, and all tokens go out
 
 Requests of one length end in the order in which they began, one step after the other, so that the prompts of the next
 ones come one in each step: a first token then waits for `ahead` + 2 prompts however few requests there are, and where
 prompts go first, all end together and wait for each other again. No formula of queues with chance arrivals gives that.
-Stretches without prompts are one addition: a run of 1,280 requests takes some 20 ms.
+What the front end does not keep up with piles up there: a step's tokens leave after those of the steps before, and a
+request has ended when its last token has left. Stretches without prompts are one addition: a run of 1,280 requests
+takes some 20 ms.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ import random
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-__all__ = ["Curve", "Load", "Scheduler", "Served", "StepSeconds", "play"]
+__all__ = ["Curve", "FrontEnd", "Load", "Scheduler", "Served", "StepSeconds", "play"]
 
 TILE = 256
 """Rows of a product that are computed together: two tiles of 128, as kernels of large products have on Hopper."""
@@ -56,6 +59,16 @@ class Load:
 
 
 @dataclass(frozen=True)
+class FrontEnd:
+    """token_s: to send one token. request_s: to take one request in; requests that are sent together come as far apart,
+    in the mean, by chance (from a client's threads, over a network).
+    """
+
+    token_s: float = 0.0
+    request_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class Served:
     """Means over requests, in seconds. running: of all requests at a time, how many have room."""
 
@@ -83,7 +96,7 @@ class Curve:
 class StepSeconds:
     """By how many run, or tokens of prompts. decode: without a past. past: what a thousand tokens in each cache add.
     drain: from the end of a prompt's step to its first token, where stages follow each other. launch: what the host
-    needs at least to launch a step with prompts, which is not captured.
+    needs at least to launch a step with prompts, which is not captured. kernels: of a step with prompts, one by one.
     """
 
     decode: Curve
@@ -91,6 +104,7 @@ class StepSeconds:
     prompt: Curve
     drain: float = 0.0
     launch: float = 0.0
+    kernels: int = 0
 
     def tokens(self, running: int, past: float) -> float:
         """A step of tokens alone. past: the mean of their caches."""
@@ -112,11 +126,12 @@ class StepSeconds:
         decode, past, prompt = (
             Curve(each.xs, [y / efficiency for y in each.ys]) for each in (self.decode, self.past, self.prompt)
         )
-        return StepSeconds(decode, past, prompt, self.drain / efficiency, launch)
+        return replace(self, decode=decode, past=past, prompt=prompt, drain=self.drain / efficiency, launch=launch)
 
 
 @dataclass
 class _Request:
+    sent: float
     arrival: float
     prompt: int
     new: int
@@ -125,23 +140,27 @@ class _Request:
 
 
 def play(
-    seconds: StepSeconds, prompt: int, new: int, requests: int, slots: int, *, scheduler: Scheduler, load: Load
-) -> Served:
-    """requests: at a time. slots: how many of them have room in the cache."""
-    return _Engine(seconds, prompt, new, requests, slots, scheduler, load).run()
+    seconds: StepSeconds, prompt: int, new: int, requests: int, slots: int, *, scheduler: Scheduler, load: Load,
+    front_end: FrontEnd | None = None,
+) -> Served:  # fmt: skip
+    """requests: at a time. slots: how many of them have room in the cache. front_end: None: one that takes no time."""
+    front_end = FrontEnd() if front_end is None else front_end
+    return _Engine(seconds, prompt, new, requests, slots, scheduler, load, front_end).run()
 
 
 class _Engine:
     def __init__(
-        self, seconds: StepSeconds, prompt: int, new: int, requests: int, slots: int, scheduler: Scheduler, load: Load
-    ) -> None:
+        self, seconds: StepSeconds, prompt: int, new: int, requests: int, slots: int, scheduler: Scheduler, load: Load,
+        front_end: FrontEnd,
+    ) -> None:  # fmt: skip
         self.seconds, self.prompt, self.new, self.slots = seconds, prompt, new, max(1, slots)
-        self.scheduler, self.load, self.at_a_time = scheduler, load, requests
-        self.draw = random.Random(0)
+        self.scheduler, self.load, self.front_end, self.at_a_time = scheduler, load, front_end, requests
+        self.draw, self.apart = random.Random(0), random.Random(1)
         self.unsent = max(1, load.waves) * requests
         self.waiting: deque[_Request] = deque()
         self.begun: deque[_Request] = deque()
         self.now = self.before = 0.0
+        self.taken_in = self.sent_out = 0.0
         self.step = self.running = self.held = 0
         self.past = 0.0
         self.ends: list[tuple[int, int, _Request]] = []
@@ -161,13 +180,16 @@ class _Engine:
                 self.tokens()
         return Served(self.ttft / self.done, self.tpot / max(1, self.timed), min(self.slots, self.at_a_time))
 
-    def send(self, arrival: float) -> None:
+    def send(self, sent: float) -> None:
         if self.unsent:
             self.unsent -= 1
+            if takes := self.front_end.request_s:
+                sent += self.apart.expovariate(1 / takes)
+            self.taken_in = max(self.taken_in, sent) + takes
             share = 1.0 if self.load.shortest == 1.0 else self.draw.uniform(self.load.shortest, 1.0)
             other = 1.0 if self.load.shortest == 1.0 else self.draw.uniform(self.load.shortest, 1.0)
             prompt, new = max(1, round(self.prompt * share)), max(1, round(self.new * other))
-            self.waiting.append(_Request(arrival, prompt, new, prompt))
+            self.waiting.append(_Request(sent, self.taken_in, prompt, new, prompt))
 
     def choose(self) -> tuple[int, list[_Request]]:
         """Tokens of prompts of the next step, and the requests whose prompts end in it."""
@@ -211,10 +233,11 @@ class _Engine:
             took = self.seconds.mixed(taken, self.running, mean)
         else:
             took = self.seconds.prompts(taken)
-        self._advance(took, 1 if self.scheduler.mixed else 0)
+        writing = self.running if self.scheduler.mixed else 0
+        self._advance(took, 1 if self.scheduler.mixed else 0, writing + len(finished))
         for request in finished:
-            request.first = self.now + self.seconds.drain
-            self.ttft += request.first - request.arrival
+            request.first = max(self.now, self.sent_out) + self.seconds.drain
+            self.ttft += request.first - request.sent
             self.done += 1
             self.running += 1
             self.past += request.prompt + 1
@@ -231,11 +254,15 @@ class _Engine:
             until = (self.waiting[0].arrival - self.now) / one
             steps = min(steps, max(1, math.floor(until)))
         took = self.seconds.tokens(self.running, mean + (steps - 1) / 2)
-        self._advance(took, steps)
+        self._advance(took, steps, self.running)
         self._finish()
 
-    def _advance(self, took: float, steps: int) -> None:
-        """took: seconds of each of `steps` steps of tokens, or of a step of prompts alone (0)."""
+    def _advance(self, took: float, steps: int, tokens: int) -> None:
+        """took: seconds of each of `steps` steps of tokens, or of a step of prompts alone (0). tokens: of each step."""
+        # of equal steps the tokens of the last leave behind those of all before, or as soon as they are there
+        leave, times = tokens * self.front_end.token_s, max(steps, 1)
+        first, last = self.now + took, self.now + took * times
+        self.sent_out = max(max(self.sent_out, first) + leave * times, last + leave)
         self.before = self.now + took * (max(steps, 1) - 1)
         self.now += took * max(steps, 1)
         self.step += steps
@@ -246,7 +273,8 @@ class _Engine:
             _, _, request = heapq.heappop(self.ends)
             self.running -= 1
             self.past = max(0.0, self.past - request.prompt - request.new)
+            ended = max(self.now, self.sent_out)
             if request.new > 1:
-                self.tpot += max(0.0, self.now - request.first) / (request.new - 1)
+                self.tpot += max(0.0, ended - request.first) / (request.new - 1)
                 self.timed += 1
-            self.send(self.now + self.load.turn_s)
+            self.send(ended + self.load.turn_s)

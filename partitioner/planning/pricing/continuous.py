@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from partitioner.planning.pricing.batching import Curve, Load, Scheduler, Served, StepSeconds, play
+from partitioner.planning.pricing.batching import Curve, FrontEnd, Load, Scheduler, Served, StepSeconds, play
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import RUN_TOKENS, Workload
 from partitioner.program.plan import Plan
@@ -36,7 +36,9 @@ class SharedSteps:
     replicas: int = 1
     worlds: int = 1
 
-    def served(self, scheduler: Scheduler | None = None, load: Load | None = None) -> Served:
+    def served(
+        self, scheduler: Scheduler | None = None, load: Load | None = None, front_end: FrontEnd | None = None
+    ) -> Served:
         """Of all worlds; by default steps of 8192 tokens, prompts cut and mixed with tokens, ten waves of requests."""
         rule = Scheduler() if scheduler is None else scheduler
         found = play(
@@ -47,6 +49,7 @@ class SharedSteps:
             self.slots,
             scheduler=replace(rule, budget=rule.budget * self.replicas),
             load=Load() if load is None else load,
+            front_end=front_end,
         )
         return replace(found, running=found.running * self.worlds)
 
@@ -76,6 +79,7 @@ def shared_steps(pricer: Pricer, plan: Plan, workload: Workload) -> SharedSteps:
             [float(size if size <= workload.prompt else size * replicas) for size in sizes], [run[1] for run in runs]
         ),
         drain=whole - slowest,
+        kernels=pricer.num_kernels,
     )
     return SharedSteps(seconds, workload.prompt, workload.new, local * replicas, running * replicas, replicas, worlds)
 

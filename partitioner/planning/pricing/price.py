@@ -6,14 +6,15 @@
     memory     weights, cache for prompt and new tokens, results alive at the same time in a run, what is exchanged
     tokens over sp    of a prompt, each rank's share of all work (`sequences`); of a single token, attention alone
 
-Kernels take what `kernel_times` says, collectives what the links of their group take (`collectives`). Nothing overlaps.
-The rank that holds most, and the slowest device, speak for all.
+Kernels take what `kernel_times` says, over the share of their speed that this product's steps reach (`own_shares`),
+collectives what the links of their group take (`collectives`). Nothing overlaps. The rank that holds most, and the
+slowest device, speak for all.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ import sympy
 from partitioner.analysis.cost.expressions import EXPERTS, MET
 from partitioner.planning.cluster import Cluster, bad_order, hops
 from partitioner.planning.collectives import Hop, collective_seconds
-from partitioner.planning.kernels import Kernels, kernels_of
+from partitioner.planning.kernels import Kernels, kernels_of, own_shares
 from partitioner.planning.pricing.held_bytes import HeldBytes
 from partitioner.planning.pricing.kernel_times import KernelTimes
 from partitioner.planning.pricing.sequences import Attending, shares_out
@@ -47,13 +48,16 @@ class Pricer(HeldBytes):
 
     def __init__(
         self, summary: Summary, cluster: Cluster, *, overhead_s: float = STEP_S, stored: StoredFormat | None = None,
-        cache_dtype: str | None = None,
+        cache_dtype: str | None = None, own: bool = True,
     ) -> None:  # fmt: skip
-        """stored: how the layers' matrices are kept, None: as the model has them. cache_dtype: as in `CacheSize`."""
+        """stored: how the layers' matrices are kept, None: as the model has them. cache_dtype: as in `CacheSize`. own:
+        price steps of this product, not of an engine that reaches what the kernels' tables say.
+        """
         kind = cluster.weakest
         super().__init__(summary, kind.usable_bytes, stored, cache_dtype)
         self.cluster, self.overhead_s = cluster, overhead_s
-        options: Any = {"overhead_s": overhead_s, "stored": stored, "cache_dtype": cache_dtype}
+        options: Any = {"overhead_s": overhead_s, "stored": stored, "cache_dtype": cache_dtype, "own": own}
+        self._shares: Mapping[str, float] = own_shares(kind.fitted) if own and kind.fitted else {}
         self._of_expanded = None if summary.expanded is None else Pricer(summary.expanded, cluster, **options)
         self.kernels: Kernels = kernels_of(kind.name, kind.bytes_per_s, kind.flops_per_s, fitted=kind.fitted)
         self._with_experts = {
@@ -168,7 +172,7 @@ class Pricer(HeldBytes):
                 times.collective(meeting.kind, next(numbers) * (plan.tp if meeting.kind == "all_gather" else 1))
             if node.kind != "meeting":
                 times.product(node, product, flops, moved)
-        return times.end()
+        return times.end().at_speed(self._shares.get(entry, 1.0))
 
     def _hops(self, plan: Plan, axes: tuple[str, ...]) -> tuple[Hop, ...]:
         key = ("hops", plan.mesh, axes)
@@ -254,6 +258,13 @@ class Pricer(HeldBytes):
             wanted = [sum((node.flops for node in nodes), sympy.Integer(0))] if key not in self._functions else []
             total += self._number(key, wanted[0] if wanted else None, values)
         return total
+
+    @property
+    def num_kernels(self) -> int:
+        """Of a run of prompts through all layers, launched one by one: each op that is more than a view."""
+        parts = self.summary.parts
+        each = [sum(node.kind != "move" or node.written != 0 for node in part.nodes["prefill"]) for part in parts]
+        return sum(each[part] for part in self.summary.order)
 
     def even_stages(self, plan: Plan) -> tuple[int, ...]:
         """Layers of each stage, the first ones one more where they do not divide."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from partitioner.planning.pricing.batching import Curve, Load, Scheduler, Served, StepSeconds, play
+from partitioner.planning.pricing.batching import Curve, FrontEnd, Load, Scheduler, Served, StepSeconds, play
 
 PROMPT, TOKEN = 1.0, 0.01
 FLAT = StepSeconds(Curve((1.0,), (TOKEN,)), Curve((1.0,), (0.0,)), Curve((1.0,), (PROMPT,)))
@@ -71,14 +71,20 @@ def test_prompts_that_wait_for_a_fuller_step() -> None:
 
 
 def one_step_after_the_other(
-    seconds: StepSeconds, lengths: Sequence[tuple[int, int]], requests: int, slots: int, rule: Scheduler, turn_s: float
+    seconds: StepSeconds,
+    lengths: Sequence[tuple[int, int]],
+    requests: int,
+    slots: int,
+    rule: Scheduler,
+    turn_s: float,
+    token_s: float = 0.0,
 ) -> Served:
     """What `play` says, by nothing but steps: each one looks at all requests."""
     waiting = [[0.0, *each, each[0]] for each in lengths[:requests]]
     unsent = list(lengths[requests:])
     running: list[list[float]] = []
     begun: list[list[float]] = []
-    now = before = 0.0
+    now = before = sent_out = 0.0
     firsts, paces = [], []
     while waiting or begun or running:
         if not running and not begun and waiting[0][0] > now:
@@ -105,17 +111,18 @@ def one_step_after_the_other(
             took = seconds.mixed(taken, len(running), 0) if rule.mixed else seconds.prompts(taken)
         before, now = now, now + took
         write = not taken or rule.mixed
+        sent_out = max(sent_out, now) + token_s * (len(running) * write + len(finished))
         for each in running if write else ():
             each[3] += 1
         for each in finished:
-            firsts.append(now - each[0])
-            running.append([now, each[1], each[2], 1])
+            firsts.append(sent_out - each[0])
+            running.append([sent_out, each[1], each[2], 1])
         for each in [each for each in running if each[3] >= each[2]]:
             running.remove(each)
-            paces.append((now - each[0]) / (each[2] - 1))
+            paces.append((sent_out - each[0]) / (each[2] - 1))
             if unsent:
                 prompt, new = unsent.pop(0)
-                waiting.append([now + turn_s, prompt, new, prompt])
+                waiting.append([sent_out + turn_s, prompt, new, prompt])
     return Served(sum(firsts) / len(firsts), sum(paces) / len(paces), min(slots, requests))
 
 
@@ -131,9 +138,11 @@ def test_the_same_as_one_step_after_the_other(seed: int) -> None:
     requests, slots, waves = draw.randint(2, 12), draw.randint(2, 14), 4
     steps = StepSeconds(Curve((1.0, 12.0), (0.01, 0.02)), Curve((1.0,), (0.0,)), Curve((1.0, 300.0), (0.02, 0.9)))
     prompt, new = draw.randint(5, 30), draw.randint(20, 60)
-    found = play(steps, prompt, new, requests, slots, scheduler=rule, load=Load(waves=waves, turn_s=0.004))
+    token_s = draw.choice((0.0, 0.0005, 0.003))  # of which the last holds all up where many run
+    load, front_end = Load(waves=waves, turn_s=0.004), FrontEnd(token_s)
+    found = play(steps, prompt, new, requests, slots, scheduler=rule, load=load, front_end=front_end)
     lengths = [(prompt, new)] * (waves * requests)
-    slow = one_step_after_the_other(steps, lengths, requests, slots, rule, 0.004)
+    slow = one_step_after_the_other(steps, lengths, requests, slots, rule, 0.004, token_s)
     assert (found.ttft_s, found.tpot_s) == pytest.approx((slow.ttft_s, slow.tpot_s), rel=1e-6)
 
 
@@ -146,6 +155,31 @@ def test_another_rule_is_told_apart() -> None:
     for other in (replace(rule, mixed=False), replace(rule, ahead=0), replace(rule, budget=11)):
         slow = one_step_after_the_other(steps, lengths, 6, 6, other, 0.004)
         assert (found.ttft_s, found.tpot_s) != pytest.approx((slow.ttft_s, slow.tpot_s), rel=1e-3)
+    slow = one_step_after_the_other(steps, lengths, 6, 6, rule, 0.004, 0.003)
+    assert (found.ttft_s, found.tpot_s) != pytest.approx((slow.ttft_s, slow.tpot_s), rel=1e-3)
+
+
+def test_a_front_end_that_is_slower_than_the_engine_sets_the_pace() -> None:
+    """Half as fast as the engine, it sends a token of each request every 20 ms; what it has no time for waits."""
+    requests, rule, load = 10, Scheduler(budget=20), Load(waves=20, turn_s=0.0)
+    seconds = StepSeconds(FLAT.decode, FLAT.past, Curve((1.0,), (TOKEN,)))
+    slow = play(seconds, 10, 400, requests, requests, scheduler=rule, load=load, front_end=FrontEnd(0.002))
+    free = play(seconds, 10, 400, requests, requests, scheduler=rule, load=load)
+    cycle = slow.ttft_s + 399 * slow.tpot_s
+    assert cycle == pytest.approx(requests * 400 * 0.002, rel=0.05)
+    assert free.ttft_s + 399 * free.tpot_s == pytest.approx(400 * TOKEN, rel=0.05)
+
+
+def test_requests_are_taken_in_one_after_the_other() -> None:
+    rule, load = Scheduler(budget=1000, ahead=0), Load(waves=100, turn_s=0.0)
+    alone = play(FLAT, 10, 100, 1, 1, scheduler=rule, load=load, front_end=FrontEnd(request_s=0.25))
+    assert alone.ttft_s == pytest.approx(PROMPT + 0.25)
+    first = replace(load, waves=1)
+    none, some = (
+        play(FLAT, 10, 100, 8, 8, scheduler=rule, load=first, front_end=FrontEnd(request_s=each)) for each in (0.0, 0.1)
+    )
+    assert none.ttft_s == pytest.approx(PROMPT)  # all eight in one step
+    assert some.ttft_s > PROMPT + 0.1
 
 
 def test_lengths_that_differ_spread_the_requests_out() -> None:
