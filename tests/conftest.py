@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from partitioner.storage.example import EXAMPLE_MODEL
-from tests.support import shared_traces
+from tests.support.traces import shared_traces
 
 torch.set_num_threads(1)  # several ranks share few cores
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from partitioner import Plan, partition
 from partitioner.compile.partition import compile_program, trace
-from tests.support import partitioned, reference, shared_traces, stored_traces, zoo
+from tests.support import partitioned, reference, zoo
 from tests.support.layers import Gated, layered
+from tests.support.traces import shared_traces, stored_traces
 
 
 @pytest.fixture

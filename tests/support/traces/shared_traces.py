@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import partitioner.compile.partition as compiling
 from partitioner.program.program import Program
-from tests.support import stored_traces
+from tests.support.traces import stored_traces
 
 LARGEST = 32 * 2**20
 """Bytes of a model's tensors up to which they are compared; larger ones are traced."""
