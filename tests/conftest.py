@@ -2,9 +2,11 @@
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
 os.environ["PARTITIONER_NO_CACHE"] = "1"  # no test is handed what a user, or another test, has compiled
@@ -14,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from partitioner.storage.example import EXAMPLE_MODEL
-from tests.support import shared_traces
+from tests.support.traces import shared_traces
 
 torch.set_num_threads(1)  # several ranks share few cores
 
@@ -22,6 +24,28 @@ torch.set_num_threads(1)  # several ranks share few cores
 settings.register_profile("partitioner", deadline=None, derandomize=True, max_examples=6)
 settings.register_profile("full", deadline=None, max_examples=1000, suppress_health_check=list(HealthCheck))
 settings.load_profile("partitioner")
+
+
+_TRACES = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Several processes of one run leave their traces in one folder, which goes when the run ends."""
+    if config.getoption("numprocesses", None):
+        config.stash[_TRACES] = tempfile.TemporaryDirectory(prefix="traces-")
+    elif hasattr(config, "workerinput"):
+        shared_traces.keep_in(Path(config.workerinput["traces"]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Of pytest-xdist, before it starts a worker."""
+    node.workerinput["traces"] = node.config.stash[_TRACES].name
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _TRACES in config.stash:
+        config.stash[_TRACES].cleanup()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
+if TYPE_CHECKING:  # its import takes a process seconds, and ranks need none of it
+    from transformers import PreTrainedModel
 
 __all__ = ["ModelRecord"]
 

@@ -30,7 +30,9 @@ def test_the_commands(tmp_path: Path) -> None:
 
 def test_the_code(tmp_path: Path) -> None:
     (code,) = typed.code(DOC)
-    assert "self" in run("-c", code, cwd=tmp_path)
+    done = typed.run_code(code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "self" in done.stdout
     text = typed.text_of(DOC)
     listed = {match.replace("DIGEST", "*").replace("N", "*") for match in re.findall(r"^\| `([^`]+)` \|", text, re.M)}
     found = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]

@@ -27,6 +27,6 @@ def test_the_code(tmp_path: Path) -> None:
         "\nwanted = parts.generate([[5, 17, 9]], max_new_tokens=8)\n"
         "assert bundle.generate([[5, 17, 9]], max_new_tokens=8).tolist() == wanted.tolist()\n"
     )
-    done = typed.run("-c", "\n".join([*typed.code(DOC), compare]), cwd=tmp_path)
+    done = typed.run_code("\n".join([*typed.code(DOC), compare]), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "model.embed_tokens.weight" in done.stdout

@@ -39,7 +39,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 def test_the_code(tmp_path: Path) -> None:
     (code,) = typed.code(DOC)
-    done = typed.run("-c", code, cwd=tmp_path)
+    done = typed.run_code(code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 3
     assert ranks_of(tmp_path / "trace.json") == {0, 1}

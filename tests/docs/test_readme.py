@@ -37,7 +37,7 @@ def test_the_code_of_the_readme(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_code_about_generation(tmp_path: Path) -> None:
     first, *_ = typed.code("generation.md")
-    done = typed.run("-c", first, cwd=tmp_path)
+    done = typed.run_code(first, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert TEXT in done.stdout
     assert done.stdout.count("|") == 8

@@ -7,6 +7,7 @@ A `Layer` is a module that is made from the hidden size and maps x[B,S,H] to x[B
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from partitioner import Parts, Plan
 from partitioner.cli.compare import difference
 from partitioner.compile.partition import compile_program, trace
+from partitioner.program import Program
 from partitioner.proof.float64 import in_float64
 from tests.support import reference
 
@@ -72,9 +74,20 @@ def layered(layer: Callable[[int], nn.Module], count: int = 1) -> Layered:
     return model
 
 
+@functools.cache
+def layered_once(layer: Callable[[int], nn.Module], count: int = 1) -> Layered:
+    """The same model whoever asks, for `partitioned`, which traces each model once."""
+    return layered(layer, count)
+
+
+@functools.cache
+def _traced(model: Layered) -> Program:
+    return in_float64(trace(model))
+
+
 def partitioned(model: Layered, tp: int, **plan: Any) -> tuple[Parts[Any], float]:
     """The model compiled in float64, and the error of the simulated ranks against its own code."""
-    parts = compile_program(in_float64(trace(model)), Plan(tp=tp, **plan))
+    parts = compile_program(_traced(model), Plan(tp=tp, **plan))
     ids = torch.randint(0, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(2))
     expected = reference.forward(model.double(), exact=False, lifted=True, input_ids=ids)
     return parts, difference(parts.simulate(input_ids=ids), expected)

@@ -62,6 +62,12 @@ def compiled(name: str, tp: int, *, odd: bool = False, **plan: Any) -> Parts[Any
     return compile_program(traced(name, odd=odd)[1], Plan(tp=tp, **plan))
 
 
+@functools.cache
+def compiled_once(name: str, tp: int, *, odd: bool = False, **plan: Any) -> Parts[Any]:
+    """The same, made once, for tests that change nothing of it."""
+    return compiled(name, tp, odd=odd, **plan)
+
+
 def tokens(name: str, length: int, *, batch: int = 2, odd: bool = False) -> Tensor:
     vocabulary = traced(name, odd=odd)[0].get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(length)

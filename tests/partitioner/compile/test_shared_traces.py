@@ -1,15 +1,18 @@
 """What the tests' shared traces must not do: hand a test the trace of a model that is not its own."""
 
 import copy
+import dataclasses
+import functools
 
 import pytest
 import torch
 from torch import nn
 
 from partitioner import Plan, partition
-from partitioner.compile.partition import trace
-from tests.support import partitioned, reference, shared_traces, zoo
+from partitioner.compile.partition import compile_program, trace
+from tests.support import partitioned, reference, zoo
 from tests.support.layers import Gated, layered
+from tests.support.traces import shared_traces, stored_traces
 
 
 @pytest.fixture
@@ -101,3 +104,63 @@ def test_ranks_compute_with_the_weights_of_their_own_model(traced):
         assert len(traced) == 1
         ids = partitioned.tokens("llama", 5)
         torch.testing.assert_close(parts.simulate(input_ids=ids), reference.forward(second, input_ids=ids))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(shared_traces, "_folder", tmp_path)
+    return tmp_path
+
+
+def test_another_process_reads_what_this_one_has_traced(traced, folder):
+    """What it reads is the whole program: the same graph, and ranks of the same code and results."""
+    first, second = fresh(), fresh()
+    own = trace(first)
+    shared_traces._known.clear()
+    read = trace(second)
+    assert traced == [first]
+    assert len(list(folder.iterdir())) == 1
+    assert str(read.graph) == str(own.graph)
+    for one, other in zip(own.graph.nodes, read.graph.nodes, strict=True):
+        assert (one.name, one.target, one.meta) == (other.name, other.target, other.meta)
+    fields = {field.name for field in dataclasses.fields(own)} - {"graph", "weight_data"}
+    assert all(vars(own)[name] == vars(read)[name] for name in fields)
+    assert own.weight_data.keys() == read.weight_data.keys()
+    parameters = dict(second.named_parameters())
+    assert all(
+        data.data_ptr() == parameters[name].data_ptr() for name, data in read.weight_data.items() if name in parameters
+    )
+    assert all(torch.equal(data, read.weight_data[name]) for name, data in own.weight_data.items())
+    ids = partitioned.tokens("llama", 5)
+    ranks = [compile_program(program, Plan(tp=2)) for program in (own, read)]
+    assert ranks[0].rank(1).graph_module.code == ranks[1].rank(1).graph_module.code
+    assert torch.equal(ranks[0].simulate(input_ids=ids), ranks[1].simulate(input_ids=ids))
+
+
+def test_a_model_that_a_test_has_changed_is_not_left_to_others(traced, folder):
+    model = fresh()
+    _forward(model)
+    trace(model)
+    assert traced == [model]
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("change", [_weight, _field, _attribute, _tied, _activation])
+def test_two_that_differ_have_two_names(change):
+    first, second = fresh(), fresh()
+    names = [stored_traces.key(shared_traces.describe(model)) for model in (first, second)]
+    change(second)
+    assert names[0] == names[1] != stored_traces.key(shared_traces.describe(second))
+
+
+def test_a_function_is_told_by_its_code_and_by_what_it_wraps():
+    def one(x):
+        return x + 1
+
+    def other(x):
+        return x + 2
+
+    other.__qualname__ = one.__qualname__
+    wrapping = [functools.wraps(each)(lambda x: x) for each in (one, other)]
+    assert stored_traces.key((one,)) != stored_traces.key((other,))
+    assert stored_traces.key((wrapping[0],)) != stored_traces.key((wrapping[1],))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.support.layers import layered, partitioned
+from tests.support.layers import layered, layered_once, partitioned
 from tests.support.partitioned import EXACT
 
 
@@ -47,7 +47,7 @@ class VectorNorms(_Heads):
 @pytest.mark.parametrize("tp", [2, 3])
 @pytest.mark.parametrize(("layer", "small"), [(LayerNorms, 4), (RMSNorms, 2), (VectorNorms, 2)])
 def test_norms_across_heads(layer: type[nn.Module], small: int, tp: int) -> None:
-    parts, error = partitioned(layered(layer, count=3), tp)
+    parts, error = partitioned(layered_once(layer, count=3), tp)
     assert error < EXACT
     assert parts.report.whole == ()
     sums = [c for c in parts.report.collectives if c.op == "all_reduce" and c.shape.endswith("sequence, 1]")]

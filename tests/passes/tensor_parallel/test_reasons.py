@@ -15,7 +15,7 @@ from partitioner.compile.partition import compile_program, trace
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Layout, Split
 from runtime.kv_cache.device_memory import readable
-from tests.support.layers import layered, partitioned
+from tests.support.layers import layered, layered_once, partitioned
 from tests.support.partitioned import EXACT
 
 
@@ -65,7 +65,7 @@ class SmallNorm(nn.Module):
 
 
 def reasons(layer: type[nn.Module], tp: int = 2, **plan: object) -> dict[str, str]:
-    parts, error = partitioned(layered(layer, count=3), tp, **plan)
+    parts, error = partitioned(layered_once(layer, count=3), tp, **plan)
     assert error < EXACT
     return {row.pattern.removeprefix("layers.*.").removesuffix(".weight"): row.reason for row in parts.report.whole}
 

@@ -17,7 +17,7 @@ from runtime.generation.token_rules import TokenRules
 from runtime.sampling import row_sampler
 from tests.support import stepping
 from tests.support.generated import prompts
-from tests.support.partitioned import compiled
+from tests.support.partitioned import compiled_once
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -68,7 +68,7 @@ def said(parts: Any, texts: Any, count: int = 12, **options: Any) -> tuple[torch
 @pytest.mark.parametrize("tp", [1, 3])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_same_texts(steps: Steps, tp: int, options: dict[str, Any]) -> None:
-    parts, texts = compiled("llama", tp), prompts("llama", (4, 1, 7))
+    parts, texts = compiled_once("llama", tp), prompts("llama", (4, 1, 7))
     expected, scores = said(parts, texts, **options)
     assert steps.count == 0
     with steps:
@@ -85,7 +85,7 @@ def test_the_same_texts(steps: Steps, tp: int, options: dict[str, Any]) -> None:
 
 
 def test_what_is_not_certain_is_asked_of_the_host(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, texts = compiled("llama", 2), prompts("llama", (4, 1, 7))
+    parts, texts = compiled_once("llama", 2), prompts("llama", (4, 1, 7))
     options = {"do_sample": True, "top_k": 0, "top_p": 0.9, "seed": 8, "temperature": 1.5}
     expected, _ = said(parts, texts, **options)
     monkeypatch.setattr(row_sampler, "_LOOK", 4)
@@ -131,7 +131,7 @@ def test_a_model_with_states_looks_at_all_of_the_vocabulary(steps: Steps, monkey
 
 
 def test_few_kinds_of_steps_serve_all_that_is_asked(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, texts = compiled("llama", 1), prompts("llama", (4, 7, 2))
+    parts, texts = compiled_once("llama", 1), prompts("llama", (4, 7, 2))
     more: list[dict[str, Any]] = [{"do_sample": True, "top_k": 5 * number} for number in range(1, 12)]
     asked = [*OPTIONS, *more]
     expected = [said(parts, texts, 5, **options)[0] for options in asked]
@@ -161,7 +161,7 @@ def test_rules_that_the_host_applies_are_told(caplog: pytest.LogCaptureFixture) 
     ]
     for given, name in rules:
         assert TokenRules(**given).on_host == name
-    engine = compiled("llama", 1)
+    engine = compiled_once("llama", 1)
     with caplog.at_level(logging.WARNING, "partitioner"):
         said(engine, prompts("llama", (4,)), 3, no_repeat_ngram_size=2)
     assert not caplog.records  # nobody asked for captured steps

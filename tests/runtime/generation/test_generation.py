@@ -14,7 +14,7 @@ from runtime.communication.thread_communicator import ThreadGroup
 from runtime.generation.generation_request import Generated
 from tests.support import zoo
 from tests.support.generated import prompts
-from tests.support.partitioned import compiled
+from tests.support.partitioned import compiled_once
 
 
 def new(parts, texts, count=6, **options):
@@ -23,7 +23,7 @@ def new(parts, texts, count=6, **options):
 
 
 def test_padding_on_either_side_is_left_where_it_is() -> None:
-    parts = compiled("llama", 2)
+    parts = compiled_once("llama", 2)
     short, long = prompts("llama", (4, 7))
     listed = new(parts, [short, long])
     left = torch.tensor([[0] * 3 + short, long])
@@ -38,15 +38,15 @@ def test_padding_on_either_side_is_left_where_it_is() -> None:
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_the_same_seed_says_the_same_on_every_plan_and_in_any_order(tp: int) -> None:
     texts = prompts("llama", (4, 7, 2))
-    one = new(compiled("llama", 1), texts, 12, do_sample=True, seed=5)
-    many = new(compiled("llama", tp), texts[::-1], 12, do_sample=True, seed=5, request_ids=[2, 1, 0])
+    one = new(compiled_once("llama", 1), texts, 12, do_sample=True, seed=5)
+    many = new(compiled_once("llama", tp), texts[::-1], 12, do_sample=True, seed=5, request_ids=[2, 1, 0])
     assert torch.equal(one[:, -12:], many.flip(0)[:, -12:])
-    other = new(compiled("llama", tp), texts, 12, do_sample=True, seed=6)
+    other = new(compiled_once("llama", tp), texts, 12, do_sample=True, seed=6)
     assert not torch.equal(one, other)
 
 
 def test_a_sequence_ends_at_eos_and_is_filled_up() -> None:
-    parts = compiled("mistral", 2)
+    parts = compiled_once("mistral", 2)
     texts = prompts("mistral", (4, 7))
     free = new(parts, texts, 8)
     end = int(free[0, 9])  # the third new token
@@ -66,7 +66,7 @@ class _Letters:
 
 
 def test_stop_strings_end_a_sequence() -> None:
-    parts = compiled("mistral", 1)
+    parts = compiled_once("mistral", 1)
     text = prompts("mistral", (5,))
     free = new(parts, text, 8)[0, 5:].tolist()
     stop = _Letters().decode(free[1:3])
@@ -80,7 +80,7 @@ def test_stop_strings_end_a_sequence() -> None:
 
 
 def test_a_stream_yields_what_generate_returns_and_may_be_left() -> None:
-    parts = compiled("llama", 2)
+    parts = compiled_once("llama", 2)
     texts = prompts("llama", (4, 7))
     steps = list(parts.stream(texts, max_new_tokens=5, eos_token_id=[]))
     assert torch.equal(torch.tensor([step.tokens for step in steps]).t(), new(parts, texts, 5)[:, -5:])
@@ -92,7 +92,7 @@ def test_a_stream_yields_what_generate_returns_and_may_be_left() -> None:
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_ranks_that_are_in_the_middle_of_a_stream_say_so(tp: int) -> None:
-    parts = compiled("llama", tp)
+    parts = compiled_once("llama", tp)
     stream = parts.stream([[5]], max_new_tokens=40, eos_token_id=[])
     next(stream)
     with pytest.raises(CommunicationError, match="close"):
@@ -104,7 +104,7 @@ def test_ranks_that_are_in_the_middle_of_a_stream_say_so(tp: int) -> None:
 
 
 def test_a_stream_that_another_text_has_overtaken_ends() -> None:
-    parts = compiled("llama", 1)
+    parts = compiled_once("llama", 1)
     engine = parts.engine(0, ThreadGroup(parts.mesh).communicator(0))
     stream = engine.stream([[5]], max_new_tokens=40, eos_token_id=[])
     next(stream)
@@ -120,14 +120,14 @@ def test_a_model_without_a_head_is_refused() -> None:
 
 
 def test_log_probabilities_go_with_the_tokens() -> None:
-    found = new(compiled("llama", 2), prompts("llama", (4,)), 5, logprobs=True)
+    found = new(compiled_once("llama", 2), prompts("llama", (4,)), 5, logprobs=True)
     assert isinstance(found, Generated)
     assert found.logprobs.shape == (1, 5)
     assert bool((found.logprobs <= 0).all())
 
 
 def test_the_cache_serves_a_second_and_a_smaller_task() -> None:
-    parts = compiled("llama", 2)
+    parts = compiled_once("llama", 2)
     texts = prompts("llama", (4, 7, 20))
     first = new(parts, texts)
     again = new(parts, texts[:2])
@@ -160,7 +160,7 @@ def test_the_cache_serves_a_second_and_a_smaller_task() -> None:
 )
 def test_options_that_make_no_sense_are_refused(options, error, says) -> None:
     with pytest.raises(error, match=says):
-        compiled("llama", 2).generate([[3, 4, 5]], **options)
+        compiled_once("llama", 2).generate([[3, 4, 5]], **options)
 
 
 @pytest.mark.parametrize(
@@ -182,16 +182,16 @@ def test_options_that_make_no_sense_are_refused(options, error, says) -> None:
 )
 def test_prompts_that_make_no_sense_are_refused(texts, says) -> None:
     with pytest.raises(InputError, match=says):
-        compiled("llama", 2).generate(texts)
+        compiled_once("llama", 2).generate(texts)
 
 
 def test_a_text_longer_than_the_table_of_positions_is_refused_before_it_starts() -> None:
     with pytest.raises(InputError, match="positions"):
-        compiled("gpt2", 2).generate([[3, 4, 5]], max_new_tokens=100_000)
+        compiled_once("gpt2", 2).generate([[3, 4, 5]], max_new_tokens=100_000)
 
 
 def test_a_mask_with_a_hole_or_of_another_shape_is_refused() -> None:
-    parts = compiled("llama", 1)
+    parts = compiled_once("llama", 1)
     ids = torch.full((1, 4), 5)
     with pytest.raises(InputError, match="hole"):
         parts.generate(ids, attention_mask=torch.tensor([[1, 0, 1, 1]]))
@@ -227,13 +227,13 @@ USUAL = {
 @pytest.mark.parametrize("option", USUAL)
 def test_an_option_that_changes_nothing_is_taken(option: str) -> None:
     text = prompts("llama", (5,))
-    found = compiled("llama", 2).generate(text, max_new_tokens=3, **{"eos_token_id": [], option: USUAL[option]})
-    assert torch.equal(found, new(compiled("llama", 2), text, 3))
+    found = compiled_once("llama", 2).generate(text, max_new_tokens=3, **{"eos_token_id": [], option: USUAL[option]})
+    assert torch.equal(found, new(compiled_once("llama", 2), text, 3))
 
 
 @pytest.mark.parametrize("name", ["input_ids", "inputs"])
 def test_prompts_go_by_transformers_names(name: str) -> None:
-    parts = compiled("llama", 2)
+    parts = compiled_once("llama", 2)
     ids = torch.tensor(prompts("llama", (5,)))
     given = {name: ids.int(), "attention_mask": torch.ones_like(ids)}
     assert torch.equal(new(parts, None, 3, **given), new(parts, ids, 3))

@@ -15,14 +15,14 @@ from runtime.pipeline.schedule import groups_of
 from runtime.program.rank_program import Crossing
 from tests.support import generated
 from tests.support.generated import prompts
-from tests.support.partitioned import EXACT, compiled
+from tests.support.partitioned import EXACT, compiled_once
 
 PLANS = ("pp=2", "pp=3", "tp=2,pp=2")
 
 
 def parts(name: str, plan: str) -> Any:
     given = Plan.parse(plan)
-    return compiled(name, given.tp, pp=given.pp)
+    return compiled_once(name, given.tp, pp=given.pp)
 
 
 @pytest.mark.parametrize("plan", PLANS)

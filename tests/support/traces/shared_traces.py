@@ -1,9 +1,9 @@
 """Traces that tests share: most of a partition's time is torch.export's, and many tests ask for the same model's.
 
 A trace follows from the model's classes, configurations and tensors and from what is asked of it. Where all of these
-are the same as before, the test is handed a copy of the trace made then, over its own model's weights. Models with code
-that is not transformers' own are always traced, and so is every model of a test about tracing (`shares`): one that
-patches what traces belongs in such a folder.
+are the same as before, the test is handed a copy of the trace made then, over its own model's weights; where tests run
+in several processes, whichever of them made it (`keep_in`). Models with code that is not transformers' own are always
+traced, and so is every model of a test about tracing (`shares`): one that patches what traces belongs in such a folder.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import partitioner.compile.partition as compiling
 from partitioner.program.program import Program
+from tests.support.traces import stored_traces
 
 LARGEST = 32 * 2**20
 """Bytes of a model's tensors up to which they are compared; larger ones are traced."""
@@ -31,6 +33,14 @@ KEPT = 64
 _NOT_COMPARED = {"_parameters", "_buffers", "_modules", "config", "generation_config"}
 
 _known: OrderedDict[Any, tuple[Program, dict[str, str | None]]] = OrderedDict()
+_folder: Path | None = None
+"""Where the processes of this run keep theirs."""
+
+
+def keep_in(folder: Path | None) -> None:
+    """From now on, traces are looked for in `folder` as well, and left there."""
+    global _folder
+    _folder = folder
 
 
 def shares(test: pytest.Item) -> bool:
@@ -60,20 +70,35 @@ def _capture(own: Callable[..., Program], model: Any, **asked: Any) -> Program:
         _known.move_to_end(key)
         program, origins = _known[key]
     else:
-        program = own(model, **asked)
-        where = {tensor.data_ptr(): name for name, tensor in tensors.items() if not tensor.is_meta and tensor.numel()}
-        origins = {
-            name: name if name in tensors and (data.is_meta or where.get(data.data_ptr()) is not None) else None
-            for name, data in program.weight_data.items()
-        }
-        _known[key] = program, origins
+        program, origins = _known[key] = _found_or_traced(key, lambda: own(model, **asked), tensors)
         while len(_known) > KEPT:
             _known.popitem(last=False)
     data = {
-        name: kept.clone() if (origin := origins[name]) is None else tensors[origin].detach()
-        for name, kept in program.weight_data.items()
+        name: program.weight_data[name].clone() if origin is None else tensors[origin].detach()
+        for name, origin in origins.items()
     }
     return dataclasses.replace(program.copy(), weight_data=data)
+
+
+def _found_or_traced(
+    key: Any, trace: Callable[[], Program], tensors: dict[str, Tensor]
+) -> tuple[Program, dict[str, str | None]]:
+    """The program, and of each of its weights the name of the model's tensor; None where no tensor is it."""
+    name = None if _folder is None else stored_traces.key(key)
+    path = None if _folder is None or name is None else _folder / name
+    if path is not None and path.exists():
+        program = stored_traces.read(path)
+        return program, {each: each if each not in program.weight_data else None for each in program.weights}
+    program = trace()
+    where = {tensor.data_ptr(): name for name, tensor in tensors.items() if not tensor.is_meta and tensor.numel()}
+    origins = {
+        name: name if name in tensors and (data.is_meta or where.get(data.data_ptr()) is not None) else None
+        for name, data in program.weight_data.items()
+    }
+    if path is not None:  # of the model's own tensors, its next owner has some
+        data = {name: data for name, data in program.weight_data.items() if origins[name] is None}
+        stored_traces.write(path, dataclasses.replace(program, weight_data=data))
+    return program, origins
 
 
 def describe(model: nn.Module) -> Any:
@@ -93,7 +118,11 @@ def describe(model: nn.Module) -> Any:
 
 def _attributes(module: nn.Module) -> str:
     """What a module holds beside its tensors and modules, its configurations in full."""
-    plain = {name: value for name, value in vars(module).items() if name not in _NOT_COMPARED}
+    plain = {
+        name: sorted(value) if isinstance(value, set) else value  # whose order differs between processes
+        for name, value in vars(module).items()
+        if name not in _NOT_COMPARED
+    }
     configs = [
         (each.to_json_string(use_diff=False), getattr(each, "_attn_implementation", None))
         for each in (getattr(module, "config", None), getattr(module, "generation_config", None))
