@@ -49,7 +49,7 @@ from partitioner.sharding.mesh import Mesh
 from passes.expert_parallel import ExpertParallel, deal
 from runtime.communication.peer_memory.measure import microseconds
 from runtime.communication.process_groups import ProcessGroups
-from runtime.execution.elementwise.operations import gated
+from runtime.execution.fusion.operations import gated
 from runtime.ops.expert_exchange import landed, localise_experts, receive_from_experts, send_to_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 

@@ -6,8 +6,8 @@
     device=... in the graph          -> the engine's device
 
 Values are dropped after their last use, as torch.fx's generated code does. On a GPU, ops in a row that go over memory
-one after the other are one (`elementwise/fuse.py`), and in captured steps products with what stands around them
-(`elementwise/fuse_products.py`); what is profiled, or compiled by torch, runs op by op.
+one after the other are one (`fusion/fuse_elementwise.py`), and in captured steps products with what stands around them
+(`fusion/fuse_products.py`); what is profiled, or compiled by torch, runs op by op.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, fx
 
 from runtime.communication.communicator import Binder, Communicator
-from runtime.execution.elementwise.fuse import fused
-from runtime.execution.elementwise.fuse_products import is_mostly_products, with_products
+from runtime.execution.fusion.fuse_elementwise import fused
+from runtime.execution.fusion.fuse_products import is_mostly_products, with_products
 from runtime.execution.overflow import Overflow
 from runtime.execution.profile import Profiled, Profiler, Recording
 from runtime.execution.prompts.in_turns import InTurns

@@ -10,8 +10,8 @@ from torch import Tensor
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
-from runtime.execution.elementwise import products
-from runtime.execution.elementwise.operations import ACTIVATIONS, rotated
+from runtime.execution.fusion import products
+from runtime.execution.fusion.operations import ACTIVATIONS, rotated
 from runtime.ops.kernels.decode.few_rows import MOST_ROWS, few_rows, takes
 from runtime.ops.kernels.decode_attention import decode_attention
 from tests.support import zoo

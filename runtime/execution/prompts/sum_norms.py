@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from runtime.communication.channels import Channel, OwnRows
-from runtime.execution.elementwise.operations import added_norm
+from runtime.execution.fusion.operations import added_norm
 
 __all__ = ["SumNorm", "begin_sum_norm", "sum_norms"]
 

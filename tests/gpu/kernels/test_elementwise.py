@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.execution.elementwise import operations
-from runtime.execution.elementwise.operations import ACTIVATIONS, added_norm, gated, rotated
+from runtime.execution.fusion import operations
+from runtime.execution.fusion.operations import ACTIVATIONS, added_norm, gated, rotated
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -12,9 +12,9 @@ from torch.nn import functional
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
-from runtime.execution.elementwise.fuse import fused
-from runtime.execution.elementwise.operations import added_norm, gated, rotated
 from runtime.execution.executable import bound_graph
+from runtime.execution.fusion.fuse_elementwise import fused
+from runtime.execution.fusion.operations import added_norm, gated, rotated
 from tests.support import zoo
 
 

@@ -12,11 +12,11 @@ from torch.nn.functional import linear, silu
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
-from runtime.execution.elementwise.fuse import fused
-from runtime.execution.elementwise.fuse_products import is_mostly_products, with_products
-from runtime.execution.elementwise.operations import added_norm, gated, rotated
-from runtime.execution.elementwise.products import product
 from runtime.execution.executable import Executable, bound_graph
+from runtime.execution.fusion.fuse_elementwise import fused
+from runtime.execution.fusion.fuse_products import is_mostly_products, with_products
+from runtime.execution.fusion.operations import added_norm, gated, rotated
+from runtime.execution.fusion.products import product
 from runtime.generation import steps
 from tests.support import zoo
 

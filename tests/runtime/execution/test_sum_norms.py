@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.channels import Channel, OwnRows
 from runtime.communication.thread_communicator import ThreadGroup
-from runtime.execution.elementwise.operations import added_norm
+from runtime.execution.fusion.operations import added_norm
 from runtime.execution.prompts.sum_norms import begin_sum_norm, sum_norms
 from runtime.generation import steps
 from tests.support.generated import prompts

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from runtime.execution.elementwise.operations import added_norm, gated, rotated
-from runtime.execution.elementwise.products import product
+from runtime.execution.fusion.operations import added_norm, gated, rotated
+from runtime.execution.fusion.products import product
 from runtime.ops.kernels.decode.few_rows import KERNEL_DTYPES
 
 __all__ = ["is_mostly_products", "with_products"]

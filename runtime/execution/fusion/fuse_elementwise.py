@@ -18,7 +18,7 @@ import torch
 from torch import fx
 from torch.nn import functional
 
-from runtime.execution.elementwise.operations import added_norm, gated, rotated
+from runtime.execution.fusion.operations import added_norm, gated, rotated
 
 __all__ = ["fused"]
 

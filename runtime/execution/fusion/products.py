@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from runtime.execution.elementwise.operations import added_norm, gated
+from runtime.execution.fusion.operations import added_norm, gated
 from runtime.ops.kernels.decode.few_rows import few_rows, takes
 
 __all__ = ["product"]

@@ -1,4 +1,4 @@
-"""The ops of `fuse.py`: by a kernel where it takes what they are given, otherwise by torch, op by op.
+"""The ops of `fuse_elementwise.py`: by a kernel where it takes what they are given, otherwise by torch, op by op.
 
     rotated(x, cos, sin, half)          [B, H, S, D]; cos, sin broadcast to it     x * cos + roll(x, -half) * sin
     gated(a, b, act)                    [.., N] both                               act(a) * b
@@ -56,7 +56,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
-    from runtime.execution.elementwise.elementwise_kernel import rotate  # Triton comes with torch for GPUs only
+    from runtime.execution.fusion.elementwise_kernel import rotate  # Triton comes with torch for GPUs only
 
     batch, heads, size, width = x.shape
     out = x.new_empty(batch, size, heads, width).transpose(1, 2)  # token by token, as linears leave their results
@@ -76,7 +76,7 @@ def gated(a: Tensor, b: Tensor, act: str) -> Tensor:
 
 
 def _gated(a: Tensor, b: Tensor, act: str) -> Tensor:
-    from runtime.execution.elementwise.elementwise_kernel import gate  # Triton comes with torch for GPUs only
+    from runtime.execution.fusion.elementwise_kernel import gate  # Triton comes with torch for GPUs only
 
     left, right, out = _rows(a), _rows(b), torch.empty(a.shape, dtype=a.dtype, device=a.device)
     rows, width = left.shape
@@ -104,7 +104,7 @@ def added_norm(
 
 
 def _added_norm(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    from runtime.execution.elementwise.elementwise_kernel import add_norm  # Triton comes with torch for GPUs only
+    from runtime.execution.fusion.elementwise_kernel import add_norm  # Triton comes with torch for GPUs only
 
     left, right = _rows(a), _rows(b)
     total, normed = (torch.empty(a.shape, dtype=a.dtype, device=a.device) for _ in range(2))

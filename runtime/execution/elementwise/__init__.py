@@ -1,1 +1,0 @@
-"""What several ops in a row do element by element, as one kernel on a GPU."""
