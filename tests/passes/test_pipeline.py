@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from partitioner import Parts, Plan, partition
+from partitioner.analysis.stages import choose_cuts
 from partitioner.analysis.tokens.token_mixing import why_rows_mix
 from partitioner.errors import LayoutError, PlanError
-from partitioner.program.stages import crossings, table_of
+from partitioner.program.stages import crossings, stages_of, table_of
 from partitioner.proof.layouts import check_entries
+from runtime.ops.attention import attention
 from runtime.ops.mask import attention_mask
 from tests.support import reference
 from tests.support.partitioned import EXACT, compiled, error, sized, tokens, traced
@@ -122,6 +125,23 @@ def test_a_stage_whose_only_weight_is_tied_to_the_next_ones_is_refused() -> None
     starts = {"stage_starts": ("model.layers.0",)}
     with pytest.raises(PlanError, match="stage 0 of 2 would compute nothing that another needs"):
         partition(model, Plan(pp=2, passes=[("pipeline", starts)]))
+
+
+@pytest.mark.parametrize(("tokens", "attentions"), [(choose_cuts.PREFILL_TOKENS, [0, 0, 1, 1]), (1024, [0, 0, 0, 0])])
+def test_stages_for_prompts_share_out_attention(
+    tokens: int, attentions: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vocabulary that is read for the last token only weighs nothing in a long prompt; in a short one it does."""
+    monkeypatch.setattr(choose_cuts, "PREFILL_TOKENS", tokens)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=400_000, max_position_embeddings=65536,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).eval()
+    parts = partition(model, Plan.parse("pp=2,pipeline.balance=prefill"))
+    found = [min(stages_of(node)) for node in parts.program.graph.nodes if node.target is attention]
+    assert found == attentions
 
 
 def test_more_stages_than_one_model_of_many_layers_needs() -> None:
