@@ -25,7 +25,7 @@ from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.batching.many_requests import assert_as_alone, mixed, on_all_ranks
 from tests.support import zoo
 from tests.support.generated import error, prompts
-from tests.support.partitioned import EXACT, compiled
+from tests.support.partitioned import EXACT, compiled_once
 
 CARRIED_AND_LATENT = 24 + 8
 SLOW = pytest.mark.slow
@@ -44,7 +44,7 @@ SLOW = pytest.mark.slow
     ],
 )
 def test_prompts_of_any_lengths_are_continued_as_each_alone(name: str, tp: int) -> None:
-    parts = compiled(name, tp)
+    parts = compiled_once(name, tp)
     nodes = [node.target for node in parts.program_of("decode").graph.nodes]
     assert nodes.count(latent_attention) == 2
     assert cached_attention not in nodes
@@ -57,15 +57,15 @@ def test_prompts_of_any_lengths_are_continued_as_each_alone(name: str, tp: int) 
     "plan", [{"pp": 2}, pytest.param({"ep": 2}, marks=SLOW), pytest.param({"pp": 2, "ep": 2}, marks=SLOW)]
 )
 def test_with_stages_and_experts(plan: dict[str, int]) -> None:
-    parts = compiled("deepseek_v3", 2, **plan)
+    parts = compiled_once("deepseek_v3", 2, **plan)
     assert error("deepseek_v3", parts, prompts("deepseek_v3"), prefill_step=7) < EXACT
 
 
 @pytest.mark.parametrize("tp", [pytest.param(1, marks=SLOW), 3])
 def test_sizes_that_divide_by_little(tp: int) -> None:
-    parts = compiled("deepseek_v3", tp, odd=True)
+    parts = compiled_once("deepseek_v3", tp, odd=True)
     assert parts.entry("decode", 0).states[0].shape == (1, CARRIED_AND_LATENT)
-    both = compiled("deepseek_v3", tp, odd=True, cache="expanded")
+    both = compiled_once("deepseek_v3", tp, odd=True, cache="expanded")
     found = [each.generate([[5, 6, 7], [8]], max_new_tokens=6, logprobs=True) for each in (parts, both)]
     assert torch.equal(found[0].sequences, found[1].sequences)
     assert (found[0].logprobs - found[1].logprobs).abs().max() < EXACT
@@ -73,21 +73,21 @@ def test_sizes_that_divide_by_little(tp: int) -> None:
 
 def test_every_rank_keeps_all_of_what_has_no_heads() -> None:
     for tp in (1, 2):
-        parts = compiled("deepseek_v3", tp)
+        parts = compiled_once("deepseek_v3", tp)
         for rank in range(tp):
             assert {state.shape for state in parts.entry("decode", rank).states} == {(1, CARRIED_AND_LATENT)}
     # keys of 16 + 8 and values of 16 for each of 4 heads
-    expanded = compiled("deepseek_v3", 1, cache="expanded")
-    bytes_ = [each.cache_bytes(max_batch=1, max_length=10)[0] for each in (compiled("deepseek_v3", 1), expanded)]
+    expanded = compiled_once("deepseek_v3", 1, cache="expanded")
+    bytes_ = [each.cache_bytes(max_batch=1, max_length=10)[0] for each in (compiled_once("deepseek_v3", 1), expanded)]
     assert bytes_ == [2 * 10 * CARRIED_AND_LATENT * 8, 2 * 10 * 4 * 40 * 8]
 
 
 def test_what_takes_fewer_bytes_is_cached_and_the_report_says_why() -> None:
-    report = compiled("deepseek_v3", 2).generation_report
+    report = compiled_once("deepseek_v3", 2).generation_report
     said = "latent: 32 numbers per token on every rank, against 80 of keys and values on one"
     assert report.caches == (f"2 x model.layers.*.self_attn: {said}",)
     assert f"cache of 2 x model.layers.*.self_attn: {said}" in str(report)
-    asked = compiled("deepseek_v3", 2, cache="expanded").generation_report
+    asked = compiled_once("deepseek_v3", 2, cache="expanded").generation_report
     assert asked.caches[0].endswith("expanded, as the plan says")
 
 
@@ -130,7 +130,7 @@ def test_where_there_is_nothing_narrower_it_is_refused_with_the_node(name: str, 
     ],
 )
 def test_ranks_that_share_out_tokens_keep_it(plan: dict[str, Any]) -> None:
-    parts = compiled("deepseek_v3", **{"tp": 1, **plan})
+    parts = compiled_once("deepseek_v3", **{"tp": 1, **plan})
     assert "latent: 32 numbers per token" in parts.generation_report.caches[0]
     target = latent_sequence_attention if "sp" in plan else latent_attention
     hows = {"prefill": "gather" if plan.get("sp_attention") == "gather" else "ring", "decode": "merge"}
@@ -145,7 +145,7 @@ def test_ranks_that_share_out_tokens_keep_it(plan: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["deepseek_v2", "minicpm3", "glm4_moe_lite", "youtu", "axk1"])
 def test_other_models_that_share_out_tokens(name: str) -> None:
-    parts = compiled(name, 2, sp=2)
+    parts = compiled_once(name, 2, sp=2)
     nodes = [node.target for node in parts.program_of("prefill").graph.nodes]
     assert nodes.count(latent_sequence_attention) == 2
     assert error(name, parts, prompts(name), prefill_step=7) < EXACT
@@ -153,9 +153,9 @@ def test_other_models_that_share_out_tokens(name: str) -> None:
 
 def test_a_rank_keeps_its_share_of_tokens() -> None:
     """Of 1,000 tokens over two ranks half each, and room for uneven ones."""
-    expanded = compiled("deepseek_v3", 1, sp=2, cache="expanded")
+    expanded = compiled_once("deepseek_v3", 1, sp=2, cache="expanded")
     of_token = 2 * CARRIED_AND_LATENT * 8
-    for parts, ratio in ((compiled("deepseek_v3", 1, sp=2), 1), (expanded, 4 * 40 / CARRIED_AND_LATENT)):
+    for parts, ratio in ((compiled_once("deepseek_v3", 1, sp=2), 1), (expanded, 4 * 40 / CARRIED_AND_LATENT)):
         (one, other) = parts.cache_bytes(max_batch=1, max_length=1000, prefill_step=8)
         assert one == other
         assert 500 <= one / of_token / ratio <= 550
@@ -173,10 +173,10 @@ def test_plans_say_it() -> None:
     "plan", [{"tp": 1}, *(pytest.param(each, marks=SLOW) for each in ({"tp": 2}, {"tp": 2, "pp": 2}))]
 )
 def test_many_requests_at_once(plan: dict[str, int]) -> None:
-    parts = compiled("deepseek_v3", **plan)
+    parts = compiled_once("deepseek_v3", **plan)
     cases = mixed(8, longest=20, new=6)
     found = on_all_ranks(parts, cases, CacheSize(max_batch=4, max_length=48, prefill_step=8))
-    assert_as_alone(cases, found, many_requests.alone(compiled("deepseek_v3", 1, cache="expanded"), cases))
+    assert_as_alone(cases, found, many_requests.alone(compiled_once("deepseek_v3", 1, cache="expanded"), cases))
 
 
 @pytest.mark.slow
@@ -185,7 +185,7 @@ def test_bundles_hold_it_and_are_split_anew(tmp_path: Path) -> None:
     partition(model, Plan(tp=2)).save(tmp_path / "bundle")
     bundle = partitioner.load(tmp_path / "bundle")
     assert {state.name.rpartition(".")[2] for state in bundle.entry("decode", 1).states} == {"latent"}
-    expected = compiled("deepseek_v3", 1, cache="expanded").generate(ids[:, :6], max_new_tokens=4)
+    expected = compiled_once("deepseek_v3", 1, cache="expanded").generate(ids[:, :6], max_new_tokens=4)
     assert torch.equal(bundle.generate(ids[:, :6], max_new_tokens=4), expected)
     anew = partition(tmp_path / "bundle", Plan(tp=3, cache="latent"))
     assert torch.equal(anew.generate(ids[:, :6], max_new_tokens=4), expected)
@@ -199,7 +199,7 @@ def _node(program: Program) -> Any:
 
 
 def test_a_cache_that_not_every_rank_has_all_of_is_refused() -> None:
-    program = compiled("deepseek_v3", 2).program_of("decode").copy()
+    program = compiled_once("deepseek_v3", 2).program_of("decode").copy()
     heads = _node(program).args[0].meta["layout"].dims[1]
     name, state = next(iter(program.states.items()))
     program.states[name] = type(state)(name, state.shape, state.dtype, Layout((heads, None)), state.sees)
@@ -208,7 +208,7 @@ def test_a_cache_that_not_every_rank_has_all_of_is_refused() -> None:
 
 
 def test_a_cache_of_all_tokens_where_ranks_share_them_out_is_refused() -> None:
-    program = compiled("deepseek_v3", 1, sp=2).program_of("prefill").copy()
+    program = compiled_once("deepseek_v3", 1, sp=2).program_of("prefill").copy()
     name, state = next(iter(program.states.items()))
     program.states[name] = replace(state, token_axes=())
     with pytest.raises(LayoutError, match=r"writes .* tokens over \(\)"):
@@ -217,7 +217,7 @@ def test_a_cache_of_all_tokens_where_ranks_share_them_out_is_refused() -> None:
 
 @pytest.mark.parametrize(("at", "what"), [(2, "latent"), (0, "queries")])
 def test_tokens_of_all_ranks_in_place_of_own_ones_are_refused(at: int, what: str) -> None:
-    program = compiled("deepseek_v3", 1, sp=2).program_of("prefill").copy()
+    program = compiled_once("deepseek_v3", 1, sp=2).program_of("prefill").copy()
     node = next(each for each in program.graph.nodes if each.target is latent_sequence_attention)
     dim, source = (1 if what == "latent" else 2), node.args[at]
     first = next(each for each in program.graph.nodes if each.op == "placeholder")
@@ -232,7 +232,7 @@ def test_tokens_of_all_ranks_in_place_of_own_ones_are_refused(at: int, what: str
 
 
 def test_rows_of_other_heads_are_refused() -> None:
-    program = compiled("deepseek_v3", 2).program_of("decode").copy()
+    program = compiled_once("deepseek_v3", 2).program_of("decode").copy()
     node = _node(program)
     weight = node.args[4]
     while weight.op != "get_attr":
@@ -243,7 +243,7 @@ def test_rows_of_other_heads_are_refused() -> None:
 
 
 def test_keys_made_of_other_tokens_are_refused() -> None:
-    program = compiled("deepseek_v3", 1).program_of("decode").copy()
+    program = compiled_once("deepseek_v3", 1).program_of("decode").copy()
     node = _node(program)
     with program.graph.inserting_before(node):
         turned = program.graph.call_function(torch.ops.aten.flip.default, (node.args[2], [1]))
@@ -255,7 +255,7 @@ def test_keys_made_of_other_tokens_are_refused() -> None:
 
 def test_weights_that_change_places_change_the_tokens() -> None:
     """Keys' and values' are of one size, so that only the numbers tell."""
-    parts = compiled("deepseek_v3", 1)
+    parts = compiled_once("deepseek_v3", 1)
     broken = parts.program_of("decode").copy()
     for node in broken.graph.nodes:
         if node.target is latent_attention:

@@ -22,7 +22,7 @@ from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.batching.many_requests import assert_as_alone, mixed, on_all_ranks
 from tests.support import interpret, stepping
 from tests.support.generated import prompts
-from tests.support.partitioned import EXACT, compiled, tokens, traced
+from tests.support.partitioned import EXACT, compiled_once, tokens, traced
 
 SLOW = pytest.mark.slow
 
@@ -60,7 +60,7 @@ def expected(name: str, ids: Tensor) -> Tensor:
 )
 def test_it_is_attention_over_rounded_keys_and_values(name: str, plan: dict[str, int]) -> None:
     ids = tokens(name, 30)
-    parts = compiled(name, **plan)
+    parts = compiled_once(name, **plan)
     parts.reserve(CacheSize(max_batch=2, max_length=30, dtype="fp8"))
     wanted = expected(name, ids)
     assert (parts.log_probabilities(ids.tolist()) - wanted).abs().max() < EXACT
@@ -70,18 +70,18 @@ def test_it_is_attention_over_rounded_keys_and_values(name: str, plan: dict[str,
 
 def test_the_latent_is_rounded_too() -> None:
     name = "deepseek_v3"
-    parts = compiled(name, 2)
+    parts = compiled_once(name, 2)
     exact = parts.log_probabilities(tokens(name, 20).tolist())
     parts.reserve(CacheSize(max_batch=2, max_length=20, dtype="fp8"))
     found = parts.log_probabilities(tokens(name, 20).tolist())
     assert 1e-4 < (found - exact).abs().max() < 1
-    each = compiled(name, 1)
+    each = compiled_once(name, 1)
     each.reserve(CacheSize(max_batch=2, max_length=20, dtype="fp8"))
     assert (each.log_probabilities(tokens(name, 20).tolist()) - found).abs().max() < EXACT
 
 
 def test_pieces_of_a_prompt_change_nothing() -> None:
-    parts, found = compiled("llama", 1), []
+    parts, found = compiled_once("llama", 1), []
     for step in (5, 64):
         parts.reserve(CacheSize(max_batch=4, max_length=48, dtype="fp8", prefill_step=step))
         found.append(parts.generate(prompts("llama"), max_new_tokens=8, eos_token_id=[], logprobs=True))
@@ -91,9 +91,9 @@ def test_pieces_of_a_prompt_change_nothing() -> None:
 
 @pytest.mark.parametrize("plan", [{}, pytest.param({"sp": 2}, marks=SLOW)])
 def test_many_requests_at_once(plan: dict[str, int]) -> None:
-    parts, cases = compiled("llama", 1), mixed(8, longest=20, new=6)
+    parts, cases = compiled_once("llama", 1), mixed(8, longest=20, new=6)
     size = CacheSize(max_batch=4, max_length=48, prefill_step=8, dtype="fp8")
-    found = on_all_ranks(compiled("llama", 1, **plan), cases, size)
+    found = on_all_ranks(compiled_once("llama", 1, **plan), cases, size)
     parts.reserve(CacheSize(max_batch=1, max_length=48, dtype="fp8"))
     assert_as_alone(cases, found, many_requests.alone(parts, cases))
 
@@ -124,9 +124,9 @@ def said(parts: Any, name: str, step: int | None, *, dtype: str | None = "fp8") 
 )
 def test_ranks_that_share_out_tokens_keep_what_one_keeps(name: str, sp: int, how: str) -> None:
     """Prompts of uneven lengths at once and in pieces: keys travel as they lie, and are rounded once."""
-    parts = compiled(name, 1, sp=sp, sp_attention=how)
+    parts = compiled_once(name, 1, sp=sp, sp_attention=how)
     for step in (5, 64):
-        wanted, found = (said(each, name, step) for each in (compiled(name, 1), parts))
+        wanted, found = (said(each, name, step) for each in (compiled_once(name, 1), parts))
         assert torch.equal(found.sequences, wanted.sequences)
         assert (found.logprobs - wanted.logprobs).abs().max() < EXACT
     exact = said(parts, name, None, dtype=None)
@@ -153,7 +153,7 @@ def test_what_travels_are_codes_and_scales() -> None:
 
 def test_bytes_are_counted_with_their_scales() -> None:
     for name, widths in (("llama", (16, 16)), ("deepseek_v3", (32,))):
-        parts = compiled(name, 1)
+        parts = compiled_once(name, 1)
         heads = 2 if name == "llama" else 1
         each = 2 * heads * sum(width + 4 for width in widths)  # two layers
         assert parts.cache_bytes(max_batch=3, max_length=10, dtype="fp8") == [3 * 10 * each]
@@ -173,7 +173,7 @@ def test_states_that_are_no_keys_and_values_are_refused() -> None:
     with pytest.raises(InputError, match=r"for keys and values: '.*' is a state per sequence"):
         held.reserve(CacheSize(max_length=8, dtype="fp8"))
     with pytest.raises(InputError, match="texts must be of one length"):
-        compiled("llama", 1).log_probabilities([[3], [4]])
+        compiled_once("llama", 1).log_probabilities([[3], [4]])
 
 
 def test_verify_measures_the_loss() -> None:

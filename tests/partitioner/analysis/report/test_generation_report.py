@@ -9,7 +9,7 @@ import pytest
 from partitioner import Parts, Plan
 from partitioner.compile.partition import compile_steps
 from tests.support import stepping
-from tests.support.partitioned import compiled
+from tests.support.partitioned import compiled_once
 
 
 def stepped(name: str, tp: int, **plan: object) -> Parts[None]:
@@ -21,7 +21,7 @@ def stepped(name: str, tp: int, **plan: object) -> Parts[None]:
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_keys_and_values_are_split_by_heads(tp: int) -> None:
-    parts = compiled("gemma2", tp)
+    parts = compiled_once("gemma2", tp)
     report = parts.generation_report
     assert report.way == "attention that reads keys and values from a cache"
     assert {row.sees for row in report.states} == {None, 8}
@@ -68,8 +68,8 @@ def test_states_of_sequences_are_counted_by_themselves() -> None:
 
 
 def test_it_is_plain_data() -> None:
-    report = compiled("gemma2", 2).generation_report
+    report = compiled_once("gemma2", 2).generation_report
     read = json.loads(json.dumps(report.to_dict()))
     assert read["states"][0]["bytes_per_rank"] == [128, 128]
     assert read["longest_text"] == report.longest_text
-    assert json.loads(json.dumps(compiled("gemma2", 2).report.to_dict()))["model"] == report.model
+    assert json.loads(json.dumps(compiled_once("gemma2", 2).report.to_dict()))["model"] == report.model

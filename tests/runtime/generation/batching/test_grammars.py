@@ -16,7 +16,7 @@ from runtime.sampling.grammar import vocabulary_text
 from tests.partitioner.serving.grammar.json_schemas import SCHEMAS, is_valid
 from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.batching.many_requests import Case, Outcome, on_all_ranks
-from tests.support.partitioned import compiled
+from tests.support.partitioned import compiled_once
 
 END = 1
 # one token of each letter, and some of several letters, which cross what a grammar tells apart
@@ -32,7 +32,7 @@ LIST = grammar_of({"type": "array", "items": {"enum": ["a", True, 10]}, "minItem
 
 def parts(plan: str) -> Any:
     wanted = Plan.parse(plan)
-    return compiled("llama", wanted.tp, pp=wanted.pp)
+    return compiled_once("llama", wanted.tp, pp=wanted.pp)
 
 
 def told(plan: str, cases: list[Case], size: CacheSize = ROOMY) -> Outcome:
