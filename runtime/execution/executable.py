@@ -74,7 +74,7 @@ class Executable:
         self.weights, self.profiler = weights, profiler
         overflow = Overflow() if profiler is None else profiler.overflow
         self._graph = bound_graph(program, communicator, device, cache, overflow)
-        self._runs = fused(self._graph) if device.type == "cuda" else self._graph
+        self._runs = fused(self._graph) if captured or device.type == "cuda" else self._graph
         if captured:
             self._runs = with_products(self._runs, len(program.weights))
         self.is_by_own_kernels = captured and is_mostly_products(self._runs, weights)

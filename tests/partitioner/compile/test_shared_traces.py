@@ -20,6 +20,7 @@ def traced(monkeypatch):
     """The models that are really traced while this is in use."""
     found, own = [], shared_traces.compiling.capture
     monkeypatch.setattr(shared_traces, "_known", type(shared_traces._known)())
+    monkeypatch.setattr(shared_traces, "_folder", None)  # another process may have traced the same
 
     def capture(model, **asked):
         found.append(model)

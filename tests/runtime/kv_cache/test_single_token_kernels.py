@@ -14,10 +14,14 @@ from torch import Tensor
 
 from partitioner import CacheSize
 from runtime.communication.thread_communicator import ThreadGroup
+from runtime.execution.executable import Executable
+from runtime.execution.fusion.operations import rotated
+from runtime.generation import steps
 from runtime.generation.decode_graphs import Decoder
 from runtime.kv_cache import cache as cache_module
 from runtime.ops.attention import allowed, attention
 from runtime.ops.kernels import decode_attention as kernels
+from runtime.ops.kernels.decode_attention import Rotation
 from runtime.ops.kernels.float8_rows import from_float8, to_float8
 from tests.runtime.generation.batching.many_requests import assert_as_alone, mixed, on_all_ranks
 from tests.support.generated import prompts
@@ -54,9 +58,12 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     def decode_attention(
         q: Tensor, k: Tensor, v: Tensor, positions: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None,
         *, scale: float, window: int | None, chunk: int | None, softcap: float | None, table: Tensor | None,
-        key_scales: Tensor | None, value_scales: Tensor | None,
+        key_scales: Tensor | None, value_scales: Tensor | None, rotation: Rotation | None,
     ) -> Tensor:  # fmt: skip
         counts["key_value"] += 1
+        if rotation is not None:
+            counts["rotated"] += 1
+            q, k = rotated(q, *rotation), rotated(k, *rotation)
         held = kept(k, positions, keys, key_scales, table), kept(v, positions, values, value_scales, table)
         mask = hidden(positions, held[0].shape[2], window, chunk, q.dtype)
         return attention(q, *held, mask, sinks, scale=scale, softcap=softcap)
@@ -111,6 +118,28 @@ def test_generation_says_the_same(
     assert torch.equal(plain.sequences, by_kernel.sequences)
     assert (plain.logprobs - by_kernel.logprobs).abs().max() < EXACT
     assert_as_alone(cases, outcome, alone)
+
+
+def test_a_rotation_reaches_the_kernel(counts: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in captured steps, though nothing is captured on a CPU: alone, and of many requests over blocks."""
+    parts, cases = compiled("llama", 1), mixed(6, longest=20, new=6)
+    size, blocks = CacheSize(max_batch=4, max_length=48), CacheSize(max_batch=4, max_length=48, prefill_step=8)
+    parts.reserve(size)
+    plain = parts.generate(prompts("llama"), max_new_tokens=8, eos_token_id=[])
+    alone = list(on_all_ranks(parts, cases, blocks).tokens.values())
+
+    class Captured(Executable):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **{**named, "captured": True})
+
+    monkeypatch.setattr(steps, "Executable", Captured)
+    by_kernels(monkeypatch)
+    parts.reserve(size)
+    assert torch.equal(parts.generate(prompts("llama"), max_new_tokens=8, eos_token_id=[]), plain)
+    assert counts["rotated"] == counts["key_value"] > 0
+    before = counts["rotated"]
+    assert_as_alone(cases, on_all_ranks(parts, cases, blocks), alone)
+    assert counts["rotated"] > before
 
 
 @pytest.mark.slow
