@@ -114,13 +114,17 @@ def _in_powers_of_two(tokens: int, most: float, *, longest: int, pairs_per_token
 
 
 def _equally_dear(tokens: int, count: int, *, longest: int, pairs_per_token: int) -> list[int]:
+    """So many, or more where they would be longer than allowed: then as many of the longest as it takes come first."""
+    start, ends = 0, list[int]()
     while True:
-        cost = _cost(0, tokens, pairs_per_token) / count
-        inner = (max(1, round(_tokens_for(cost * i, 0, pairs_per_token))) for i in range(1, count))
-        ends = sorted({*inner, tokens})
-        if max(b - a for a, b in itertools.pairwise([0, *ends])) <= longest:
-            return ends
-        count += 1
+        left = max(1, count - len(ends), -(-(tokens - start) // longest))
+        cost = _cost(start, tokens - start, pairs_per_token) / left
+        if _tokens_for(cost, start, pairs_per_token) <= longest:
+            break
+        start += longest
+        ends.append(start)
+    inner = (start + max(1, round(_tokens_for(cost * i, start, pairs_per_token))) for i in range(1, left))
+    return _no_longer_than(sorted({*ends, *inner, tokens}), longest)
 
 
 def _no_longer_than(ends: list[int], longest: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 
 import pytest
@@ -119,3 +120,18 @@ def test_no_chunk_is_longer_than_it_may_be(is_even: bool, monkeypatch: pytest.Mo
 
 def test_a_stage_alone_runs_what_it_may_at_a_time() -> None:
     assert chunk_ends(1000, stages=1, longest=400, pairs_per_token=0) == [333, 667, 1000]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("tokens", "longest", "pairs_per_token"),
+    [(4000, 16, 272), (512, 1, 64), (32_768, 64, 4000), (1001, 7, 0), (600, 599, 30)],
+)
+def test_chunks_that_must_be_short_are_no_more_than_that_takes(
+    tokens: int, longest: int, pairs_per_token: int, device: str
+) -> None:
+    ends = chunk_ends(tokens, stages=2, longest=longest, pairs_per_token=pairs_per_token, device=device)
+    sizes = [end - start for start, end in itertools.pairwise([0, *ends])]
+    assert ends[-1] == tokens
+    assert all(0 < size <= longest for size in sizes)
+    assert len(ends) <= max(-(-tokens // longest), 32)
