@@ -89,9 +89,8 @@ class Steps:
             return HeadOfAll.of(loaded.program, loaded.weights, communicator, device, profiler)
 
         self._prefill = bound(prefill)
-        self._decode = bound(decode, captured=True) if cuda_graph else self._prefill
-        if not cuda_graph and decode is not prefill:
-            self._decode = bound(decode)
+        is_shared = decode is prefill and not cuda_graph
+        self._decode = self._prefill if is_shared else bound(decode, captured=cuda_graph)
         self._head = head(prefill)
         self._decode_head = self._head if decode is prefill else head(decode)
         self._decoders: dict[tuple[int, int | None], Decoder] = {}

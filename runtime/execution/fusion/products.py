@@ -1,10 +1,12 @@
 """A product with what stands before and behind it, as one op: by a kernel for few rows, otherwise by torch, op by op.
 
-product(x, w, bias)                                    x w^T + bias
-product(x, u, gate=g, act="silu")                      act(x g^T) * (x u^T)
-product(x, [g; u], act="silu", gate_first=True)        the same of one matrix that holds both
-product(x, w, norm=(size, n, eps))                     rms_norm(x, size, n, eps) w^T
-product(x, w, added=y, norm=.., scales=..)             total = x + y, and the product of `added_norm`'s second
+    product(x, w, bias)                                    x w^T + bias
+    product(x, u, gate=g, act="silu")                      act(x g^T) * (x u^T)
+    product(x, [g; u], act="silu", gate_first=True)        the same of one matrix that holds both
+    product(x, w, norm=(size, n, eps))                     rms_norm(x, size, n, eps) w^T
+    product(x, w, added=y, norm=.., scales=..)             total = x + y, and the product of `added_norm`'s second
+
+The kernel rounds once, what torch does op by op rounds each time.
 """
 
 from __future__ import annotations

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.runtime.ops.kernels.in_tritons_interpreter import assert_interpreted, needs_triton
 
 INTERPRETED = """
 import torch
@@ -40,14 +37,6 @@ assert not torch.allclose(found, merged_rows(parts[:2], torch.float32))  # the c
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_they_are_the_plain_forms() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert_interpreted(INTERPRETED)

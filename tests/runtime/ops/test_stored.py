@@ -1,10 +1,5 @@
 """Products with weights that are held as codes and scales, against the weights as numbers."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +8,7 @@ from runtime.ops.experts import grouped_linear
 from runtime.ops.kernels.codes import FLOAT4, nibbles, pack_nibbles
 from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear, stored_weight
 from runtime.ops.kernels.stored_products import run_of
+from tests.runtime.ops.kernels.in_tritons_interpreter import assert_interpreted, needs_triton
 
 CODES = ("float8", "float4", "int4")
 Parts = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
@@ -147,14 +143,6 @@ CASES = [
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_the_kernel_is_the_plain_form_in_tritons_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert_interpreted(INTERPRETED)

@@ -4,12 +4,9 @@ nothing is summed. On a GPU: `tests/gpu/kernels/test_expert_kernels.py`.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.runtime.ops.kernels.in_tritons_interpreter import assert_interpreted, needs_triton
 
 INTERPRETED = """
 import functools, threading
@@ -115,14 +112,6 @@ for how in [{}, {"alike": True}, {"alike": True, "ahead": True}, {"ahead": True}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_the_kernels_are_the_plain_form_in_tritons_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert_interpreted(INTERPRETED, timeout_s=300)

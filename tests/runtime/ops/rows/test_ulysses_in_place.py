@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -18,6 +14,7 @@ from runtime.ops.rows import ulysses_in_place
 from runtime.ops.rows.row_moves import Move, loadable
 from runtime.ops.rows.ulysses_in_place import InPlace
 from tests.runtime.kv_cache.sharded_cases import on_one, on_sharded, text
+from tests.runtime.ops.kernels.in_tritons_interpreter import assert_interpreted, needs_triton
 from tests.runtime.ops.rows.sp_cases import Counting, drawn, over_ranks, tensors
 from tests.runtime.ops.rows.written_rows import writing
 
@@ -153,14 +150,6 @@ assert all(each.any() for each in wanted)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@needs_triton
 def test_the_kernel_is_the_plain_form_in_tritons_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert_interpreted(INTERPRETED)
