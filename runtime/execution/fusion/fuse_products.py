@@ -1,6 +1,6 @@
 """Linears of a captured decode step with the norm before them and the gate behind them, as one op: `products.py`.
 
-    linear(x, w)                                                          ->  product(x, w)
+    linear(x, w), stored_linear(x, w..)                                   ->  product(x, w)
     gated(linear(x, g), linear(x, u), act), or of one linear's halves     ->  product(x, u, gate=g, act=act)
     total, n = added_norm(a, b, ..); linear(n, w)                         ->  total, y = product(a, w, added=b, norm=..)
     attend(rotated(q, c, s, h), rotated(k, c, s, h), v, ..)               ->  attend(q, k, v, .., rotation=(c, s, h))
@@ -23,6 +23,7 @@ from torch.nn import functional
 from runtime.execution.fusion.operations import added_norm, gated, rotated
 from runtime.execution.fusion.products import product
 from runtime.ops.kernels.decode.few_rows import KERNEL_DTYPES
+from runtime.ops.kernels.stored.stored_linear import stored_linear
 
 __all__ = ["is_mostly_products", "with_products"]
 
@@ -45,8 +46,9 @@ def with_products(graph: fx.Graph, num_weights: int) -> fx.Graph:
         elif node.op == "call_function":
             _rotation(node)
     for node in list(copy.nodes):
-        if _calls(node, functional.linear) and _of_weights(node, weights):
-            node.target = product
+        if _is_linear(node, weights):
+            weight, bias = _weight_of(node)
+            node.target, node.args, node.kwargs = product, (node.args[0], weight, bias), {}
     place = {node: index for index, node in enumerate(copy.nodes)}
     for node in list(copy.nodes):
         if _calls(node, product):
@@ -62,7 +64,8 @@ _MADE_ONE: frozenset[Any] = frozenset({operator.getitem, added_norm, torch.rms_n
 
 def is_mostly_products(graph: fx.Graph, weights: Sequence[Tensor]) -> bool:
     """Whether a graph of `with_products` has few ops besides that a kernel each would be launched for."""
-    if any(weight.is_floating_point() and weight.dtype not in KERNEL_DTYPES for weight in weights):
+    taken = (*KERNEL_DTYPES, torch.float8_e4m3fn)  # the last one: codes
+    if any(weight.is_floating_point() and weight.dtype not in taken for weight in weights):
         return False
     calls = [node.target for node in graph.nodes if node.op in ("call_function", "call_method")]
     products = sum(target is product for target in calls)
@@ -76,16 +79,17 @@ def _gate(node: Any, weights: set[Any]) -> None:
         if split is not other.args[0] or {first, second} != {0, 1} or not _in_halves(split):
             return
         linear = split.args[0]
-        if all(len(each.users) == 1 for each in (activated, other, linear)) and _is_plain(linear, weights):
-            node.target, node.args = product, (linear.args[0], linear.args[1])
+        if all(len(each.users) == 1 for each in (activated, other, linear)) and _has_no_bias(linear, weights):
+            node.target, node.args = product, (linear.args[0], _weight_of(linear)[0])
             node.kwargs = {"act": act, "gate_first": first == 0}
             for each in (activated, other, split, linear):
                 node.graph.erase_node(each)
         return
-    both = activated is not other and all(_is_plain(each, weights) for each in (activated, other))
-    if both and activated.args[0] is other.args[0] and len(activated.users) == len(other.users) == 1:
-        node.target, node.args = product, (other.args[0], other.args[1])
-        node.kwargs = {"gate": activated.args[1], "act": act}
+    both = activated is not other and all(_has_no_bias(each, weights) for each in (activated, other))
+    both = both and activated.target is other.target and activated.args[0] is other.args[0]
+    if both and len(activated.users) == len(other.users) == 1:
+        node.target, node.args = product, (other.args[0], _weight_of(other)[0])
+        node.kwargs = {"gate": _weight_of(activated)[0], "act": act}
         for each in (activated, other):
             node.graph.erase_node(each)
 
@@ -152,12 +156,22 @@ def _calls(node: Any, target: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
 
 
-def _of_weights(linear: Any, weights: set[Any]) -> bool:
-    """Whether its matrix is a weight, given by its place, and its bias too if it has any."""
-    if linear.kwargs or not 2 <= len(linear.args) <= 3:
-        return False
-    return linear.args[1] in weights and all(bias is None or bias in weights for bias in linear.args[2:])
+def _is_linear(node: Any, weights: set[Any]) -> bool:
+    """Whether it is a linear of a weight, given by its place, and its bias too if it has any; held as stored or not."""
+    if _calls(node, functional.linear):
+        fits = not node.kwargs and 2 <= len(node.args) <= 3
+    else:
+        fits = _calls(node, stored_linear) and set(node.kwargs) == {"code", "computed_in"} and 6 <= len(node.args) <= 7
+    return fits and all(each is None or each in weights for each in node.args[1:])
 
 
-def _is_plain(linear: Any, weights: set[Any]) -> bool:
-    return _calls(linear, functional.linear) and _of_weights(linear, weights) and not any(linear.args[2:])
+def _weight_of(linear: Any) -> tuple[Any, Any]:
+    """The weight, as `product` takes it, and the bias."""
+    _, *given = linear.args
+    if linear.target is functional.linear:
+        return given[0], given[1] if len(given) == 2 else None
+    return (*given[:5], linear.kwargs["code"], linear.kwargs["computed_in"]), given[5] if len(given) == 6 else None
+
+
+def _has_no_bias(linear: Any, weights: set[Any]) -> bool:
+    return _is_linear(linear, weights) and _weight_of(linear)[1] is None
