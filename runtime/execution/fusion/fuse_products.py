@@ -4,14 +4,15 @@
     gated(linear(x, g), linear(x, u), act), or of one linear's halves     ->  product(x, u, gate=g, act=act)
     total, n = added_norm(a, b, ..); linear(n, w)                         ->  total, y = product(a, w, added=b, norm=..)
     attend(rotated(q, c, s, h), rotated(k, c, s, h), v, ..)               ->  attend(q, k, v, .., rotation=(c, s, h))
+    attend(q, k, v, p) at positions p of the step's inputs                ->  attend(q, k, v, p, ahead=True)
 
 A kernel of `product` reads weights before the kernel before it has ended: so they must be weights of the program, which
-nothing writes while it runs, and not what the graph makes of them. Chains that do not fit stay as they are.
+nothing writes while it runs, and not what the graph makes of them. An attention does so with its positions, and with
+what is cached of earlier tokens. Chains that do not fit stay as they are.
 """
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,12 +39,14 @@ def with_products(graph: fx.Graph, num_weights: int) -> fx.Graph:
     """A copy of a bound graph, of which the first `num_weights` placeholders are weights; nodes keep their order."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
-    weights = set(itertools.islice((node for node in copy.nodes if node.op == "placeholder"), num_weights))
+    given = [node for node in copy.nodes if node.op == "placeholder"]
+    weights, inputs = set(given[:num_weights]), set(given[num_weights:])
     for node in list(copy.nodes):
         if _calls(node, gated):
             _gate(node, weights)
         elif node.op == "call_function":
             _rotation(node)
+            _ahead(node, inputs)
     for node in list(copy.nodes):
         if _calls(node, functional.linear) and _of_weights(node, weights):
             node.target = product
@@ -101,6 +104,11 @@ def _rotation(node: Any) -> None:
     node.args, node.kwargs = (q, k, *node.args[2:]), {**node.kwargs, "rotation": tuple(by)}
 
 
+def _ahead(node: Any, inputs: set[Any]) -> None:
+    if hasattr(node.target, "rotates") and len(node.args) > 3 and node.args[3] in inputs:
+        node.kwargs = {**node.kwargs, "ahead": True}
+
+
 def _attending(attend: Callable[..., Tensor], rotates: Callable[..., bool]) -> Callable[..., Tensor]:
     """`attend` of what is still to be rotated: by itself, where it does that."""
 
@@ -109,6 +117,7 @@ def _attending(attend: Callable[..., Tensor], rotates: Callable[..., bool]) -> C
             return attend(q, k, *given, **named, rotation=rotation)
         return attend(rotated(q, *rotation), rotated(k, *rotation), *given, **named)
 
+    attend_rotated.rotates = rotates  # type: ignore[attr-defined]
     return attend_rotated
 
 
