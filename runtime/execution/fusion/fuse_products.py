@@ -59,7 +59,7 @@ def with_products(graph: fx.Graph, num_weights: int) -> fx.Graph:
     return copy
 
 
-_MADE_ONE: frozenset[Any] = frozenset({operator.getitem, added_norm, torch.rms_norm, rotated})
+_MADE_ONE: frozenset[Any] = frozenset({operator.getitem, added_norm, torch.mul, torch.rms_norm, rotated})
 """What may go once nobody reads it."""
 
 
@@ -134,6 +134,13 @@ def _norm(node: Any, place: dict[fx.Node, int]) -> None:
         node.args = (x.args[0], *node.args[1:])
         node.kwargs = {**node.kwargs, "norm": (x.args[1], x.args[2], x.args[3])}
         return
+    if _calls(x, torch.mul) and len(x.users) == 1 and not x.kwargs:
+        for scale, normed in (x.args, reversed(x.args)):
+            alone = _calls(normed, torch.rms_norm) and len(normed.args) == 4 and len(normed.users) == 1
+            if alone and normed.args[2] is None and normed.args[3] is not None and isinstance(scale, fx.Node):
+                node.args = (normed.args[0], *node.args[1:])
+                node.kwargs = {**node.kwargs, "norm": (normed.args[1], scale, normed.args[3]), "scales": True}
+                return
     if not (_calls(x, operator.getitem) and x.args[1] == 1 and len(x.users) == 1):
         return
     both = x.args[0]
