@@ -9,7 +9,6 @@ scale them. It is computed once for all positions that the cache has room for, b
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -88,7 +87,7 @@ class PositionTable:
             return self._function(positions, *weights)
         table = self._tables[-1]
         found = table.index_select(0, positions[:, 0].clamp(max=len(table) - 1))
-        parts = found.split([shape.numel() for shape in self._shapes], 1)
+        parts = torch.split(found, [shape.numel() for shape in self._shapes], 1)
         return tuple(part.view(-1, *shape) for part, shape in zip(parts, self._shapes, strict=True))
 
     def _is_made(self, device: torch.device, weights: tuple[Tensor, ...]) -> bool:
@@ -180,7 +179,7 @@ def _is_by_row(node: fx.Node, rows: set[fx.Node]) -> bool:
     dim: Any = None
     if node.target in (torch.unsqueeze, torch.narrow) and node.args[0] in rows:
         dim = node.args[1]
-    elif node.target is torch.cat and all(each in rows for each in itertools.chain(node.args[0])):
+    elif node.target is torch.cat and all(each in rows for each in node.all_input_nodes):
         dim = node.args[1] if len(node.args) > 1 else 0
     # the last dims are no rows, for positions have two dims, and none is taken away
     return isinstance(dim, int) and (dim > 0 or dim == -1)

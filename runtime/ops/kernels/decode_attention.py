@@ -102,7 +102,10 @@ def _tile_and_stages(
 @functools.cache
 def _shared(device: torch.device) -> int:
     """Bytes of shared memory that a program may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else _SHARED
+    if device.type != "cuda":
+        return _SHARED
+    found: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return found
 
 
 def _splits(pairs: int, slots: int, device: torch.device, *, each: int) -> int:
