@@ -256,24 +256,19 @@ def decode(
             if came == active - 1:
                 member = tl.arange(0, GROUP_MERGED)
                 is_member = member < GROUP
-                splits = tl.arange(0, SPLITS)
-                there = (splits < active)[:, None] & is_member[None, :]
-                at_part = (pair * SPLITS + splits)[:, None] * GROUP + member[None, :]
-                tops_of = tl.load(tops + at_part, mask=there, other=float("-inf"), cache_modifier=".cg")
-                sums_of = tl.load(sums + at_part, mask=there, other=0.0, cache_modifier=".cg")
-                # all that is read at first is under way at once
-                tops_some, some = parts_of(
-                    parts, tops, 0, pair, active, member, value_dims, GROUP, SPLITS, MERGED, DV
+                highest, whole, merged = parts_of(
+                    parts, tops, sums, 0, pair, active, member, value_dims, GROUP, SPLITS, MERGED, DV
                 )  # fmt: skip
-                highest = tl.max(tops_of, axis=0)
-                highest = tl.where(is_member, highest, 0.0)
-                whole = tl.sum(sums_of * tl.exp2(tops_of - highest[None, :]), axis=0)
-                merged = tl.sum(some * tl.exp2(tops_some - highest[None, :])[:, :, None], axis=0)
                 for first_part in range(MERGED, active, MERGED):
-                    tops_some, some = parts_of(
-                        parts, tops, first_part, pair, active, member, value_dims, GROUP, SPLITS, MERGED, DV
+                    other_top, other_whole, other = parts_of(
+                        parts, tops, sums, first_part, pair, active, member, value_dims, GROUP, SPLITS, MERGED, DV
                     )  # fmt: skip
-                    merged += tl.sum(some * tl.exp2(tops_some - highest[None, :])[:, :, None], axis=0)
+                    higher = tl.maximum(highest, other_top)
+                    base = tl.where(is_member, higher, 0.0)
+                    shrinks, grows = tl.exp2(highest - base), tl.exp2(other_top - base)
+                    whole = whole * shrinks + other_whole * grows
+                    merged = merged * shrinks[:, None] + other * grows[:, None]
+                    highest = higher
                 if SINKS:
                     sink = tl.load(sinks + head * GROUP + member, mask=is_member, other=0.0).to(tl.float32)
                     whole += tl.exp2(sink * 1.4426950408889634 - highest)

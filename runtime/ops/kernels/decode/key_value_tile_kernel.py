@@ -119,21 +119,32 @@ def attended(
 
 @triton.jit
 def parts_of(
-    parts, tops, first, pair, active, member, dims, GROUP: tl.constexpr, SPLITS: tl.constexpr, MERGED: tl.constexpr,
-    DV: tl.constexpr,
+    parts, tops, sums, first, pair, active, member, dims, GROUP: tl.constexpr, SPLITS: tl.constexpr,
+    MERGED: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """What MERGED parts from `first` on have come to: the largest scores, and the sums [MERGED, GROUP, DV]."""
-    some = first + tl.arange(0, MERGED)
-    is_one = (some < active)[:, None] & (member < GROUP)[None, :]
-    at = (pair * SPLITS + some)[:, None] * GROUP + member[None, :]
-    tops_some = tl.load(tops + at, mask=is_one, other=float("-inf"), cache_modifier=".cg")
-    results = tl.load(
-        parts + at[:, :, None] * DV + dims[None, None, :],
-        mask=is_one[:, :, None] & (dims[None, None, :] < DV),
-        other=0.0,
-        cache_modifier=".cg",
-    )
-    return tops_some, results
+    """What MERGED parts from `first` on have come to, as `attended` has it, put together within each thread."""
+    tops_of, sums_of, results = (), (), ()
+    for number in tl.static_range(MERGED):
+        is_one = (member < GROUP) & (first + number < active)
+        at = (pair * SPLITS + first + number) * GROUP + member
+        tops_of = tops_of + (tl.load(tops + at, mask=is_one, other=float("-inf"), cache_modifier=".cg"),)
+        sums_of = sums_of + (tl.load(sums + at, mask=is_one, other=0.0, cache_modifier=".cg"),)
+        inside = is_one[:, None] & (dims[None, :] < DV)
+        results = results + (
+            tl.load(parts + at[:, None] * DV + dims[None, :], mask=inside, other=0.0, cache_modifier=".cg"),
+        )
+    top = tops_of[0]
+    for number in tl.static_range(1, MERGED):
+        top = tl.maximum(top, tops_of[number])
+    base = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp2(tops_of[0] - base)
+    total = sums_of[0] * weight
+    result = results[0] * weight[:, None]
+    for number in tl.static_range(1, MERGED):
+        weight = tl.exp2(tops_of[number] - base)
+        total += sums_of[number] * weight
+        result += results[number] * weight[:, None]
+    return top, total, result
 
 
 @triton.jit
