@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -108,11 +107,10 @@ def _shared(device: torch.device) -> int:
     return found
 
 
-def _splits(pairs: int, slots: int, device: torch.device, *, each: int) -> int:
-    """So many parts that processors have `each` about, however long rows are."""
+def _splits(pairs: int, slots: int, tile: int, device: torch.device, *, each: int) -> int:
+    """So many parts that processors have `each` about, however long rows are; of short rows, one for each tile."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = min(each * processors / pairs, _MOST_SPLITS, slots / _TILE)
-    return int(2 ** max(0, math.floor(math.log2(max(1.0, wanted)))))
+    return max(1, min(each * processors // pairs, _MOST_SPLITS, _power_of_2(-(-slots // tile))))
 
 
 def decode_attention(
@@ -150,22 +148,22 @@ def decode_attention(
         kv_heads, block = keys.shape[0], keys.shape[2]
         slots, row_dim, head_dim = table.shape[1] * block, 1, 0
     group, value_width = heads // kv_heads, values.shape[-1]
+    num_key_scales, key_strides = _scales(key_scales, row_dim, head_dim)
+    num_value_scales, value_strides = _scales(value_scales, row_dim, head_dim)
+    padded, value_padded, group_padded = (max(16, _power_of_2(size)) for size in (width, value_width, group))
+    tile, stages = _tile_and_stages(
+        padded, value_padded, group_padded, q.dtype, (num_key_scales, num_value_scales), q.device
+    )
     each = _PER_PROCESSOR if key_scales is None else _PER_PROCESSOR_FLOAT8
-    splits = _splits(batch * kv_heads, slots, q.device, each=each)
+    splits = _splits(batch * kv_heads, slots, tile, q.device, each=each)
     out = q.new_empty(batch, heads, 1, value_width)
     lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device) if return_lse else out
     parts = torch.empty(batch * heads * splits * (value_width + 2), dtype=torch.float32, device=q.device)
     ends = batch * heads * splits * value_width
     tops, sums = parts[ends : ends + batch * heads * splits], parts[ends + batch * heads * splits :]
     capped = softcap is not None
-    num_key_scales, key_strides = _scales(key_scales, row_dim, head_dim)
-    num_value_scales, value_strides = _scales(value_scales, row_dim, head_dim)
     cos, sin, half = (q, q, 0) if rotation is None else rotation
     early = can_launch_early(q.device)
-    padded, value_padded, group_padded = (max(16, _power_of_2(size)) for size in (width, value_width, group))
-    tile, stages = _tile_and_stages(
-        padded, value_padded, group_padded, q.dtype, (num_key_scales, num_value_scales), q.device
-    )
     merged = max(1, _MERGED // (_power_of_2(group) * value_padded))
     decode[(batch * kv_heads, splits)](
         q.contiguous(), k.contiguous(), v.contiguous(), positions.contiguous(), keys, values,
