@@ -4,14 +4,15 @@
     gated(linear(x, g), linear(x, u), act), or of one linear's halves     ->  product(x, u, gate=g, act=act)
     total, n = added_norm(a, b, ..); linear(n, w)                         ->  total, y = product(a, w, added=b, norm=..)
     attend(rotated(q, c, s, h), rotated(k, c, s, h), v, ..)               ->  attend(q, k, v, .., rotation=(c, s, h))
+    attend(q, k, v, p) at positions p of the step's inputs                ->  attend(q, k, v, p, ahead=True)
 
 A kernel of `product` reads weights before the kernel before it has ended: so they must be weights of the program, which
-nothing writes while it runs, and not what the graph makes of them. Chains that do not fit stay as they are.
+nothing writes while it runs, and not what the graph makes of them. An attention does so with its positions, and with
+what is cached of earlier tokens. Chains that do not fit stay as they are.
 """
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -39,12 +40,14 @@ def with_products(graph: fx.Graph, num_weights: int) -> fx.Graph:
     """A copy of a bound graph, of which the first `num_weights` placeholders are weights; nodes keep their order."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
-    weights = set(itertools.islice((node for node in copy.nodes if node.op == "placeholder"), num_weights))
+    given = [node for node in copy.nodes if node.op == "placeholder"]
+    weights, inputs = set(given[:num_weights]), set(given[num_weights:])
     for node in list(copy.nodes):
         if _calls(node, gated):
             _gate(node, weights)
         elif node.op == "call_function":
             _rotation(node)
+            _ahead(node, inputs)
     for node in list(copy.nodes):
         if _is_linear(node, weights):
             weight, bias = _weight_of(node)
@@ -58,7 +61,7 @@ def with_products(graph: fx.Graph, num_weights: int) -> fx.Graph:
     return copy
 
 
-_MADE_ONE: frozenset[Any] = frozenset({operator.getitem, added_norm, torch.rms_norm, rotated})
+_MADE_ONE: frozenset[Any] = frozenset({operator.getitem, added_norm, torch.mul, torch.rms_norm, rotated})
 """What may go once nobody reads it."""
 
 
@@ -105,6 +108,11 @@ def _rotation(node: Any) -> None:
     node.args, node.kwargs = (q, k, *node.args[2:]), {**node.kwargs, "rotation": tuple(by)}
 
 
+def _ahead(node: Any, inputs: set[Any]) -> None:
+    if hasattr(node.target, "rotates") and len(node.args) > 3 and node.args[3] in inputs:
+        node.kwargs = {**node.kwargs, "ahead": True}
+
+
 def _attending(attend: Callable[..., Tensor], rotates: Callable[..., bool]) -> Callable[..., Tensor]:
     """`attend` of what is still to be rotated: by itself, where it does that."""
 
@@ -113,6 +121,7 @@ def _attending(attend: Callable[..., Tensor], rotates: Callable[..., bool]) -> C
             return attend(q, k, *given, **named, rotation=rotation)
         return attend(rotated(q, *rotation), rotated(k, *rotation), *given, **named)
 
+    attend_rotated.rotates = rotates  # type: ignore[attr-defined]
     return attend_rotated
 
 
@@ -129,6 +138,13 @@ def _norm(node: Any, place: dict[fx.Node, int]) -> None:
         node.args = (x.args[0], *node.args[1:])
         node.kwargs = {**node.kwargs, "norm": (x.args[1], x.args[2], x.args[3])}
         return
+    if _calls(x, torch.mul) and len(x.users) == 1 and not x.kwargs:
+        for scale, normed in (x.args, reversed(x.args)):
+            alone = _calls(normed, torch.rms_norm) and len(normed.args) == 4 and len(normed.users) == 1
+            if alone and normed.args[2] is None and normed.args[3] is not None and isinstance(scale, fx.Node):
+                node.args = (normed.args[0], *node.args[1:])
+                node.kwargs = {**node.kwargs, "norm": (normed.args[1], scale, normed.args[3]), "scales": True}
+                return
     if not (_calls(x, operator.getitem) and x.args[1] == 1 and len(x.users) == 1):
         return
     both = x.args[0]

@@ -3,7 +3,7 @@
     product(x, w, bias)                                    x w^T + bias
     product(x, u, gate=g, act="silu")                      act(x g^T) * (x u^T)
     product(x, [g; u], act="silu", gate_first=True)        the same of one matrix that holds both
-    product(x, w, norm=(size, n, eps))                     rms_norm(x, size, n, eps) w^T
+    product(x, w, norm=(size, n, eps), scales=..)          rms_norm(x, size, n, eps) w^T, as `added_norm` scales
     product(x, w, added=y, norm=.., scales=..)             total = x + y, and the product of `added_norm`'s second
 
 w, u, g: tensors, or weights that are held as stored (`StoredWeight`). A kernel rounds once, what torch does op by op
@@ -102,6 +102,9 @@ def _one_by_one(
         size, scale, eps = norm
         if added is not None:
             total, x = added_norm(x, added, size, scale, eps, scales=scales)
+        elif scales:
+            assert scale is not None
+            x = scale * torch.rms_norm(x, size, None, eps)
         else:
             x = torch.rms_norm(x, size, scale, eps)
     y = _linear(x, weight, bias)
