@@ -44,7 +44,7 @@ def alone() -> Any:
 
 def node_by_node(given: list[list[int]], **options: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "CAPTURED_UP_TO", 0)
+        patch.setattr(steps, "CAPTURED_ON", frozenset())
         return alone().generate(given, **options)
 
 
