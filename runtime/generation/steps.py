@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.execution.cuda_graphs import GraphPool, captured, compiled_step
 from runtime.execution.executable import Executable
+from runtime.execution.fusion.operations import of_any_size
 from runtime.execution.profile import Profiler
 from runtime.execution.prompts.captured_pieces import CapturedPieces, Runnable, asks_host
 from runtime.execution.prompts.in_turns import can_take_turns, turns_from
@@ -229,7 +231,7 @@ class Steps:
             (later, last is None, tuple(piece.starts), counts, None if rows is None else (rows.start, rows.stop)),
             place=tuple((buffer.data_ptr(), buffer.shape) for buffer in self.cache.buffers.values()),
             first=lambda: self._ready(piece, rows, in_turns=now),
-            again=lambda: self._ready(filled, rows, in_turns=later, last=last),
+            again=lambda: self._ready(filled, rows, in_turns=later, last=last, captured=True),
             varying=lambda: self._varying(filled.parts(in_turns=later), last),
         )
 
@@ -256,9 +258,17 @@ class Steps:
         return ids if last is None else [*ids, *map(self._on_device, last_of(parts, last))]
 
     def _ready(
-        self, piece: Piece, rows: slice | PagedRows | None, *, in_turns: bool, last: list[int] | None = None
+        self,
+        piece: Piece,
+        rows: slice | PagedRows | None,
+        *,
+        in_turns: bool,
+        last: list[int] | None = None,
+        captured: bool = False,
     ) -> Runnable:
-        """last: which of its tokens is the last of each row; None: all that it has are its own."""
+        """last: which of its tokens is the last of each row; None: all that it has are its own. captured: its runs are
+        to be captured.
+        """
         cache, execute = self.cache, self._prefill
         parts, joins = piece.parts(in_turns=in_turns), len(piece.tokens) > 1
         of_parts = halves_of(rows, len(piece.tokens)) if in_turns else [rows]
@@ -287,12 +297,14 @@ class Steps:
                 cache.resume(under_way[number])
                 current = number
 
-            found = run(several, resume)
+            with of_any_size() if captured else nullcontext():
+                found = run(several, resume)
             return torch.cat(found) if joins else found[-1]
 
         def whole(run: Callable[..., Tensor]) -> Tensor:
             begin()
-            return run(several[0])
+            with of_any_size() if captured else nullcontext():
+                return run(several[0])
 
         if in_turns:
             ways = execute.in_turns, execute.bare_in_turns

@@ -12,16 +12,17 @@ section 3.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from runtime.ops.kernels.triton_needs import missing_for_triton
+from runtime.ops.kernels.triton_needs import launch, missing_for_triton
 
-__all__ = ["added_norm", "gated", "rotated"]
+__all__ = ["added_norm", "gated", "of_any_size", "rotated"]
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -38,6 +39,17 @@ _MOST_NORMED = 16384
 """Numbers of a row that one program holds."""
 _ELEMENTS = 1024
 """Of a program, about."""
+
+
+@contextmanager
+def of_any_size() -> Iterator[None]:
+    """In the block kernels take few tokens too: to launch what is captured costs the host nothing."""
+    global LEAST_ROWS
+    before, LEAST_ROWS = LEAST_ROWS, 1
+    try:
+        yield
+    finally:
+        LEAST_ROWS = before
 
 
 def takes(rows: int, *tensors: Tensor) -> bool:
@@ -62,8 +74,9 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
     out = x.new_empty(batch, size, heads, width).transpose(1, 2)  # token by token, as linears leave their results
     padded = 1 << (width - 1).bit_length()
     together = max(1, min(1 << (heads - 1).bit_length(), _ELEMENTS // padded))
-    rotate[(batch * size, -(-heads // together))](
-        x, cos, sin, out, heads, size, *x.stride(), *cos.stride(), *sin.stride(), *out.stride()[:3],
+    strides = *x.stride(), *cos.stride(), *sin.stride(), *out.stride()[:3]
+    launch(
+        rotate, (batch * size, -(-heads // together), 1), (x, cos, sin, out, heads, size, *strides),
         WIDTH=width, HALF=half % width, PADDED=padded, HEADS=together, num_warps=4,
     )  # fmt: skip
     return out
@@ -81,9 +94,8 @@ def _gated(a: Tensor, b: Tensor, act: str) -> Tensor:
     left, right, out = _rows(a), _rows(b), torch.empty(a.shape, dtype=a.dtype, device=a.device)
     rows, width = left.shape
     block = min(2 * _ELEMENTS, 1 << (width - 1).bit_length())
-    gate[(rows, -(-width // block))](
-        left, right, out, width, left.stride(0), right.stride(0), ACT=act, BLOCK=block, num_warps=4
-    )
+    given = left, right, out, width, left.stride(0), right.stride(0)
+    launch(gate, (rows, -(-width // block), 1), given, ACT=act, BLOCK=block, num_warps=4)
     return out
 
 
@@ -111,8 +123,8 @@ def _added_norm(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> tupl
     rows, width = left.shape
     block = 1 << (width - 1).bit_length()
     scale: Any = left if weight is None else weight.contiguous()
-    add_norm[(rows,)](
-        left, right, scale, total, normed, width, left.stride(0), right.stride(0), eps,
+    launch(
+        add_norm, (rows, 1, 1), (left, right, scale, total, normed, width, left.stride(0), right.stride(0), eps),
         WEIGHTED=weight is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
     )  # fmt: skip
     return total, normed

@@ -45,26 +45,28 @@ def missing_for_triton() -> str:
 def launch(
     kernel: Any,
     grid: tuple[int, int, int],
-    arguments: tuple[Tensor | int, ...],
+    arguments: tuple[Tensor | int | float, ...],
     *,
     num_warps: int = 4,
     num_stages: int | None = None,
     **constants: Any,
 ) -> None:
     """kernel[grid](*arguments, **constants), whose parameters stand in that order and have no defaults. The first
-    argument is a tensor; numbers are whole.
+    argument is a tensor.
     """
     options = {"num_warps": num_warps} if num_stages is None else {"num_warps": num_warps, "num_stages": num_stages}
     if not DIRECT:
         kernel[grid](*arguments, **constants, **options)
         return
-    given: list[int] = []
+    given: list[int | float] = []
     traits: list[Any] = []
     for each in arguments:
         if isinstance(each, Tensor):
             address = each.data_ptr()
             given.append(address)
-            traits += each.dtype, address & 15
+            traits += each.dtype, address & 15 == 0
+        elif isinstance(each, float):
+            given.append(each)  # nothing is taken for granted of it
         else:
             given.append(each)
             # what a compiled kernel takes for granted of a number

@@ -28,6 +28,7 @@ from runtime.communication.channels import OwnRows
 from runtime.communication.group_collectives import Group
 from runtime.communication.peer_memory.mapped_memory import ROW_BYTES, Geometry
 from runtime.communication.peer_memory.under_way import UnderWay
+from runtime.ops.kernels.triton_needs import launch
 
 __all__ = ["RowSums"]
 
@@ -118,16 +119,20 @@ class RowSums:
             if mine.start < mine.stop:
                 inside = slice(first, first + mine.stop - mine.start)
                 block = 1 << (width - 1).bit_length()
-                self._sum_norm_kernel[(mine.stop - mine.start,)](
-                    x[mine],
-                    self._areas[own].view(x.dtype),
-                    x if residual is None else residual[inside],
-                    x if weight is None else weight,
-                    total[inside],
-                    normed[mine],
-                    width,
-                    piece,
-                    eps,
+                launch(
+                    self._sum_norm_kernel,
+                    (mine.stop - mine.start, 1, 1),
+                    (
+                        x[mine],
+                        self._areas[own].view(x.dtype),
+                        x if residual is None else residual[inside],
+                        x if weight is None else weight,
+                        total[inside],
+                        normed[mine],
+                        width,
+                        piece,
+                        eps,
+                    ),
                     RANK=own,
                     RANKS=size,
                     ADDS=residual is not None,
@@ -142,13 +147,10 @@ class RowSums:
 
     def _meet(self) -> None:
         late, abandoned, patience_ns = self._waiting
-        self._meet_kernel[(1,)](
-            self._table,
-            self._counter,
-            late,
-            abandoned,
-            patience_ns,
-            self._geometry.start_of_row_flags,
+        launch(
+            self._meet_kernel,
+            (1, 1, 1),
+            (self._table, self._counter, late, abandoned, patience_ns, self._geometry.start_of_row_flags),
             RANK=self._group.coordinate,
             RANKS=self._group.size,
             num_warps=1,
