@@ -244,8 +244,8 @@ class Steps:
     def _filled(self, piece: Piece, *, in_turns: bool) -> tuple[Piece, list[int] | None]:
         """With as many tokens more as there are places, and which ones are the last; None: nothing comes of that."""
         counts = list(map(len, piece.tokens))
-        longest, most = max(counts), min(self.cache.step, self.cache.max_length - max(piece.starts))
-        size = min(places(longest), most)
+        longest, room = max(counts), self.cache.max_length - max(piece.starts)
+        size = min(places(longest), self.cache.step, room)
         if in_turns and len(counts) == 1 and longest <= size // 2:  # its last token is one of the second half
             size = longest
         if not self._takes_more or size < longest:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from runtime.communication.thread_communicator import ThreadCommunicator
-from runtime.execution.prompts import captured_pieces
+from runtime.execution.prompts import captured_pieces, piece
 from runtime.execution.prompts.captured_pieces import asks_host
 from runtime.execution.prompts.piece import places
 from runtime.generation import steps
@@ -24,6 +24,7 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": [], "logprobs": 
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Replayed]]:
     """What is captured, whatever the device and the communicator."""
     monkeypatch.setattr(steps, "CAPTURED_ON", frozenset({"cpu"}))
+    monkeypatch.setattr(piece, "_LEAST_PLACES", 12)
     original = ThreadCommunicator.__init__
 
     def made(communicator: ThreadCommunicator, *given: Any) -> None:
@@ -204,7 +205,7 @@ def test_a_captured_piece_serves_shorter_ones(
     for seed, lengths in enumerate(LENGTHS):
         given = texts(*lengths, seed=seed)
         assert_alike(parts.generate(given, **OPTIONS), node_by_node(given, **OPTIONS))
-    if in_turns:  # two ranks; halves of 9 places, and the whole of 6 at most, of which the second is captured
+    if in_turns:  # two ranks; the halves of 12 places, and of up to 5 tokens the whole, which come twice
         assert [graph.count for graph in graphs] == [2, 2, 0, 0]
     else:
         assert [graph.count for graph in graphs] == [4]
