@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LEAST_ROWS = 1024
 """Tokens from which on a GPU is busy while its host launches: to launch one kernel of Triton's takes as long as several
 of torch's."""
+_any_size = ContextVar("any_size", default=False)
 _MOST_NORMED = 16384
 """Numbers of a row that one program holds."""
 _ELEMENTS = 1024
@@ -44,18 +46,17 @@ _ELEMENTS = 1024
 @contextmanager
 def of_any_size() -> Iterator[None]:
     """In the block kernels take few tokens too: to launch what is captured costs the host nothing."""
-    global LEAST_ROWS
-    before, LEAST_ROWS = LEAST_ROWS, 1
+    before = _any_size.set(True)
     try:
         yield
     finally:
-        LEAST_ROWS = before
+        _any_size.reset(before)
 
 
 def takes(rows: int, *tensors: Tensor) -> bool:
     """Whether kernels take these, which are of one dtype and lie on one GPU; `rows`: tokens of the first."""
     first = tensors[0]
-    if not first.is_cuda or rows < LEAST_ROWS:
+    if not first.is_cuda or (rows < LEAST_ROWS and not _any_size.get()):
         return False
     alike = all(isinstance(x, Tensor) and x.dtype == first.dtype and x.device == first.device for x in tensors)
     return alike and first.dtype in _DTYPES and first.numel() > 0 and not missing_for_triton()
