@@ -9,7 +9,7 @@ GPU all of the model besides; the slowest rank counts, of the rounds the median.
 its pieces are replayed where they are captured; "node by node" is what the first prompt of a length takes.
 
     python -m benchmarks.gpu.prefill                  one GPU, a minute
-    python -m benchmarks.gpu.prefill --ranks 2 --lengths 4096 --without transformers
+    python -m benchmarks.gpu.prefill --ranks 2 --lengths 4096 --without transformers pieces
     python -m benchmarks.gpu.prefill --ranks 2 --with merged
     python -m benchmarks.gpu.prefill --ranks 2 --device cpu --small --rounds 1
 
@@ -156,11 +156,11 @@ def measured(
         return lambda: model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
 
     piece = 16 if given.small else 512
-    contestants: dict[str, tuple[int, Callable[[], object]]] = {
-        ALONE: (1, ours(one)),
-        f"{ALONE}, in pieces of {piece}": (1, ours(one, prefill_step=piece)),
-        f"{ALONE}, in pieces of {piece}, {NODES}": (1, ours(one, captured=False, prefill_step=piece)),
-    }
+    contestants: dict[str, tuple[int, Callable[[], object]]] = {ALONE: (1, ours(one))}
+    if "pieces" not in given.left_out:
+        of_pieces = f"{ALONE}, in pieces of {piece}"
+        contestants[of_pieces] = 1, ours(one, prefill_step=piece)
+        contestants[f"{of_pieces}, {NODES}"] = 1, ours(one, captured=False, prefill_step=piece)
     if held is not None:
         contestants["transformers, 1 GPU"] = (1, theirs(held))
     if split is not None:
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="instead of all")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of prompts, in tokens")
     parser.add_argument("--with", dest="switched_on", nargs="*", choices=("merged",), default=[])
-    parser.add_argument("--without", dest="left_out", nargs="*", choices=("transformers",), default=[])
+    parser.add_argument("--without", dest="left_out", nargs="*", choices=("pieces", "transformers"), default=[])
     parser.set_defaults(ranks=1)
     given = parser.parse_args()
     if given.ranks == 1:
