@@ -265,6 +265,7 @@ class GenerateLoop:
         else:  # a longer text, or more of them, compiles nothing
             slots = slots_for(self.program, max_length)
             kept.cache.resize(max_batch=max_batch, max_length=max_length, step=step, slots=slots)
+            kept.look_for_room()
             self._bound = kept
         return self._bound
 

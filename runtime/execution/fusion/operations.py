@@ -12,18 +12,16 @@ section 3.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from runtime.ops.kernels.triton_needs import launch, missing_for_triton
+from runtime.ops.kernels.triton_needs import is_replayed, launch, missing_for_triton
 
-__all__ = ["added_norm", "gated", "of_any_size", "rotated"]
+__all__ = ["added_norm", "gated", "rotated"]
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -36,27 +34,16 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LEAST_ROWS = 1024
 """Tokens from which on a GPU is busy while its host launches: to launch one kernel of Triton's takes as long as several
 of torch's."""
-_any_size = ContextVar("any_size", default=False)
 _MOST_NORMED = 16384
 """Numbers of a row that one program holds."""
 _ELEMENTS = 1024
 """Of a program, about."""
 
 
-@contextmanager
-def of_any_size() -> Iterator[None]:
-    """In the block kernels take few tokens too: to launch what is captured costs the host nothing."""
-    before = _any_size.set(True)
-    try:
-        yield
-    finally:
-        _any_size.reset(before)
-
-
 def takes(rows: int, *tensors: Tensor) -> bool:
     """Whether kernels take these, which are of one dtype and lie on one GPU; `rows`: tokens of the first."""
     first = tensors[0]
-    if not first.is_cuda or (rows < LEAST_ROWS and not _any_size.get()):
+    if not first.is_cuda or (rows < LEAST_ROWS and not is_replayed()):
         return False
     alike = all(isinstance(x, Tensor) and x.dtype == first.dtype and x.device == first.device for x in tensors)
     return alike and first.dtype in _DTYPES and first.numel() > 0 and not missing_for_triton()

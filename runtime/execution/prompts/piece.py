@@ -1,7 +1,8 @@
 """The tokens of one run of a group of rows, as the host knows them; its halves, and room for more of them.
 
-A captured piece serves all of about its length: it has places for a few tokens more, and what stands in those comes
-after all others. Only attention looks from one token at another, and none looks ahead; what these leave in the cache
+On a GPU, what is prepared for the size of a piece serves all of about its length: plans of attention kernels, what
+ranks have compared, captured graphs. So it has places for a few tokens more, and what stands in those comes after all
+others. Only attention looks from one token at another, and none looks ahead; what these leave in the cache
 lies where the next tokens of the row are written, before anybody looks there.
 """
 
@@ -14,7 +15,7 @@ from runtime.kv_cache.batch import PagedRows
 
 __all__ = ["Piece", "halves_of", "last_of", "places"]
 
-_LEAST_PLACES, _PARTS = 64, 16
+_LEAST_PLACES, _PARTS = 64, 32
 """Places for tokens are multiples of the former, and of a part of the power of two below."""
 
 
@@ -59,7 +60,7 @@ class Piece:
 
 
 def places(tokens: int) -> int:
-    """For how many tokens a captured piece of so many has room: one sixteenth more at most, but for short ones."""
+    """For how many tokens a captured piece of so many has room: one 32nd more at most, but for short ones."""
     step = max(_LEAST_PLACES, (1 << (tokens.bit_length() - 1)) // _PARTS)
     return -(-tokens // step) * step
 
