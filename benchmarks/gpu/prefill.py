@@ -10,10 +10,7 @@ its pieces are replayed where they are captured; "node by node" is what the firs
 
     python -m benchmarks.gpu.prefill                  one GPU, a minute
     python -m benchmarks.gpu.prefill --ranks 2 --lengths 4096 --without transformers pieces
-    python -m benchmarks.gpu.prefill --ranks 2 --with merged
     python -m benchmarks.gpu.prefill --ranks 2 --device cpu --small --rounds 1
-
-`--with merged`: one product for all linears of one input, which is off; to be set beside a run without.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ from benchmarks.support.decoders import SHAPES, DrawnWeights, decoder
 from benchmarks.support.peers import tp_plan_auto
 from benchmarks.support.several import DeviceTurns, device_name, device_of_rank, options, sharing, start, synchronize
 from partitioner import Plan, partition
-from runtime.engine import Engine, engine
+from runtime.engine import Engine
 from runtime.generation import steps
 
 LENGTHS, SMALL_LENGTHS = (4096, 16384), (64, 129)
@@ -95,8 +92,6 @@ def by_tp_plan(held: Any) -> tuple[Any, str]:
 @torch.no_grad()
 def rank(given: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
-    if "merged" in given.switched_on:
-        engine.MERGED_ON = frozenset({"cuda"})
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = device_of_rank(given) if "RANK" in os.environ else torch.device(given.device)
@@ -195,7 +190,6 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--layers", type=int, help="instead of all")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of prompts, in tokens")
-    parser.add_argument("--with", dest="switched_on", nargs="*", choices=("merged",), default=[])
     parser.add_argument("--without", dest="left_out", nargs="*", choices=("pieces", "transformers"), default=[])
     parser.set_defaults(ranks=1)
     given = parser.parse_args()
