@@ -142,8 +142,7 @@ class GroupChannel(Channel):
     def sum_norm_begin(
         self, x: Tensor, residual: Tensor | OwnRows | None, weight: Tensor | None, eps: float
     ) -> Callable[[], tuple[OwnRows, Tensor]] | None:
-        rows = None if self._peers is None else self._peers.row_sums
-        if rows is None or not rows.takes(x, weight):
+        if self._peers is None or not (rows := self._peers.row_sums).takes(x, weight):
             return None
         gather = self._comparison()
         finish: Callable[[], tuple[OwnRows, Tensor]] = self._guarded(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.channels import Channel, Handle, OwnRows
-from runtime.communication.peer_memory import beside, mapped_memory
+from runtime.communication.peer_memory import beside
 from runtime.communication.peer_memory.choice import Choice, Way
 from runtime.communication.peer_memory.rows import push_rows
 from runtime.communication.process_groups import ProcessGroups
@@ -255,7 +255,6 @@ if __name__ == "__main__":
         "heads_in_place": heads_in_place,
         "exchanged_experts": exchanged_experts,
     }
-    mapped_memory.ROW_SUMS = "rows_beside_others" in sys.argv
     with torch.no_grad():
         process_groups = ProcessGroups.connect(Mesh.of(tp=RANKS), device="cuda", timeout_s=30, shared_memory="on")
         assert process_groups.transports == {"tp": "peer memory"}

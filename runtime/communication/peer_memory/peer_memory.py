@@ -24,7 +24,6 @@ from torch import Tensor
 
 from runtime.communication.channels import Handle
 from runtime.communication.group_collectives import Group, to_pieces
-from runtime.communication.peer_memory import mapped_memory
 from runtime.communication.peer_memory.choice import Choice, Way
 from runtime.communication.peer_memory.mapped_memory import (
     BLOCKS,
@@ -75,9 +74,7 @@ class PeerMemory:
         self._patience_ns = int(timeout_s * 1e9)
         self.under_way = UnderWay(device)
         waiting = self._late.data_ptr(), self._abandoned.data_ptr(), self._patience_ns
-        self.row_sums: RowSums | None = None
-        if mapped_memory.ROW_SUMS:
-            self.row_sums = RowSums(group, memory, handle, self._table, waiting, self.under_way)
+        self.row_sums = RowSums(group, memory, handle, self._table, waiting, self.under_way)
         self.choice: Choice = Choice.unmeasured()
         self.rows: PeerRows | None = None
         """What rows are written through straight to where they belong."""
