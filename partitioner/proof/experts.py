@@ -6,7 +6,7 @@
     grouped_linear                   the experts of the weights are those of the choices, rank by rank
     expert_combine                   the gates that went with the choices by which the rows were sorted
     expert_return                    the way back of those that were sent
-    landed                           stands before whoever reads what was sent ahead
+    landed                           stands before whoever reads what was sent, collected or scattered ahead
 
 Layouts say that rows are routed over an axis; which experts a rank has is in the nodes' options and in the table.
 """
@@ -26,9 +26,11 @@ from partitioner.program.node_arguments import arguments
 from partitioner.program.program import Entry, PerRankInt, Program
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Rows, Split
+from runtime.ops.collectives import landed
 from runtime.ops.communicating import as_axes
-from runtime.ops.expert_exchange import expert_return, expert_send, landed, localise_experts
+from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear, limit_experts
+from runtime.ops.rows import collect_rows, scatter_rows
 
 __all__ = ["EXPERT_CHECKS"]
 
@@ -133,6 +135,11 @@ def _check_return(program: Program, node: fx.Node, layouts: Layouts) -> None:
         raise LayoutError(f"node {node.name!r} returns what came by {_name(went)} by the way of {_name(send)}")
 
 
+def _check_under_way(program: Program, node: fx.Node, layouts: Layouts) -> None:
+    if arguments(node)["ahead"]:
+        _require_landed(node, [node])
+
+
 def _is_local(node: fx.Node) -> bool:
     source = node.args[0] if node.target is operator.getitem else None
     return isinstance(source, fx.Node) and source.target is localise_experts
@@ -182,4 +189,6 @@ EXPERT_CHECKS: dict[Any, Callable[[Program, fx.Node, Layouts], None]] = {
     grouped_linear: _check_linear,
     expert_combine: _check_combine,
     expert_return: _check_return,
+    collect_rows: _check_under_way,
+    scatter_rows: _check_under_way,
 }

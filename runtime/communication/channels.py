@@ -5,6 +5,7 @@
     sum_norm_begin(x, residual, weight, eps)     the same with a residual and a norm, by rows, where there is a way
     all_gather(x, dim, sizes)                    x[.., s[i], ..] -> [.., sum(s), ..]  the pieces in order of coordinate
     reduce_scatter(x, dim, sizes)                x[.., sum(s), ..] -> [.., s[i], ..]  this rank's piece of the sum
+    all_gather_begin, reduce_scatter_begin       the same, under way
     all_to_all(x, send_counts, receive_counts)   x[sum(s), ..]   -> [sum(r), ..]      rows for each, rows from each
     all_to_all_begin(..)                         the same, under way
     all_to_all_within(x, num_rows, ..)           the same, with counts that only the device knows
@@ -40,11 +41,15 @@ _MOST_PREPARED = 16
 
 
 class Handle:
-    """What has begun and is not finished. It keeps the tensors that are on their way alive."""
+    """What has begun and is not finished. It keeps the tensors that are on their way alive.
 
-    def __init__(self, finish: Callable[[], Tensor]) -> None:
+    into: where what comes will stand, if that is known; nobody may read it before `finish`.
+    """
+
+    def __init__(self, finish: Callable[[], Tensor], *, into: Tensor | None = None) -> None:
         self._finish: Callable[[], Tensor] | None = finish
         self._result: Tensor | None = None
+        self.into = into
 
     @classmethod
     def done(cls, result: Tensor) -> Handle:
@@ -133,6 +138,13 @@ class Channel(abc.ABC):
 
     def reduce_scatter(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
         return self._ready("reduce_scatter", dim=dim, sizes=sizes)(x)  # type: ignore[no-any-return]
+
+    def all_gather_begin(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Handle:
+        """The same, under way. Finished at once where nothing can be under way, as below."""
+        return Handle.done(self.all_gather(x, dim, sizes))
+
+    def reduce_scatter_begin(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Handle:
+        return Handle.done(self.reduce_scatter(x, dim, sizes))
 
     def all_to_all(
         self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], *, sizes_from: str | None = None

@@ -134,6 +134,25 @@ class GroupChannel(Channel):
         handle = self._guarded(call, self.ranks, lambda call: self._compare(call, gather), lambda: begin(x))
         return self._finishing(handle, call, self.ranks)
 
+    def all_gather_begin(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Handle:
+        is_even = dim == 0 and (sizes is None or set(sizes) == {x.shape[0]})
+        copies = beside.copies_of(self._peers, x, parts=1) if is_even else None
+        if copies is None:
+            return super().all_gather_begin(x, dim, sizes)
+        return self._copied("all_gather", x, lambda: beside.begin_all_gather(copies, x))
+
+    def reduce_scatter_begin(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Handle:
+        is_even = dim == 0 and len(set(piece_sizes(x, dim, sizes, self))) == 1
+        copies = beside.copies_of(self._peers, x, parts=len(self.ranks)) if is_even and x.is_floating_point() else None
+        if copies is None:
+            return super().reduce_scatter_begin(x, dim, sizes)
+        return self._copied("reduce_scatter", x, lambda: beside.begin_reduce_scatter(copies, x))
+
+    def _copied(self, kind: Kind, x: Tensor, run: Callable[[], Handle]) -> Handle:
+        call, gather = Call(self.rank, self.node, kind, axes_text(self.axes)).on(x), self._comparison()
+        handle = self._guarded(call, self.ranks, lambda call: self._compare(call, gather), run)
+        return self._finishing(handle, call, self.ranks)
+
     def _sum_of(self, x: Tensor) -> Callable[[], Call]:
         """What is told of a sum, which few ask for; without x, which need not be kept for that."""
         shape, dtype = x.shape, x.dtype
@@ -272,7 +291,7 @@ class GroupChannel(Channel):
             raise state.verdict.conclude(call if isinstance(call, Call) else call(), ranks, error) from error
 
     def _finishing(self, handle: Handle, call: Call | Callable[[], Call], ranks: tuple[int, ...]) -> Handle:
-        return Handle(lambda: self._guarded(call, ranks, _nothing_to_compare, handle.finish))
+        return Handle(lambda: self._guarded(call, ranks, _nothing_to_compare, handle.finish), into=handle.into)
 
     # -- comparing -----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
     localise_experts   index, gates [T, K]  ->  the same for one rank's experts; no communication
     expert_send        hidden [T, H], index, gates [T, K]  ->  rows for this rank's experts [R, H], [R, K], [R, K]
     expert_return      rows [R, H]  ->  [T, H]     one row from each rank that a token was sent to, summed
-    landed             x            ->  x          what was sent ahead, once it is there; other ops ran meanwhile
 
 `experts` lists the experts of coordinate 0, then those of coordinate 1, and so on, each in ascending order; `counts`
 says how many each has. Numbers may differ, and an expert may stand with several ranks (a copy): each token uses one of
@@ -17,21 +16,20 @@ A token goes once to each rank that has one of its experts, whatever their numbe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from runtime.ops.collectives import unbound
+from runtime.ops.collectives import filling, unbound
 from runtime.ops.kernels.experts import dispatch as kernels
 from runtime.ops.kernels.experts.exchange import Packed, packed, returned, unpacked
 
 __all__ = [
     "expert_return",
     "expert_send",
-    "landed",
     "localise_experts",
     "receive_from_experts",
     "send_to_experts",
@@ -83,35 +81,6 @@ def expert_return(rows: Tensor, back: Tensor, axis: str | tuple[str, ...], *, ah
     unbound("expert_return", axis)
 
 
-def landed(x: Tensor) -> Tensor:
-    """`x`, once it has come; at once where it is not on its way."""
-    landing = _under_way.pop(x, None)
-    if landing is not None:
-        landing()
-    return x
-
-
-_under_way: Any = WeakIdKeyDictionary()
-"""By a tensor that is not filled yet, what waits for it and fills it; torch's functional collectives keep the same."""
-
-
-def _filling(handle: Any, fill: Callable[[Tensor], object], *tensors: Tensor) -> None:
-    """`tensors` are filled by what comes: now, if it is there, or when the first of them is to have landed."""
-    is_filled = False
-
-    def landing() -> None:
-        nonlocal is_filled
-        if not is_filled:
-            is_filled = True
-            fill(handle.finish())
-
-    if handle.is_finished:
-        landing()
-        return
-    for tensor in tensors:
-        _under_way[tensor] = landing
-
-
 def send_to_experts(
     channel: Any,
     hidden: Tensor,
@@ -160,7 +129,7 @@ def send_to_experts(
             for into, piece, part in zip(coming, torch.split(received, widths, dim=1), parts, strict=True):
                 into.copy_(piece.clone(memory_format=torch.contiguous_format).view(part.dtype))
 
-        _filling(handle, unpack, *coming)
+        filling(handle, unpack, *coming)
         return (*coming, back)  # type: ignore[return-value]
     received = channel.all_to_all(message, given, taken, sizes_from=channel.node)
     rows, local, weights = (
@@ -180,7 +149,7 @@ def receive_from_experts(channel: Any, rows: Tensor, back: Tensor, *, ahead: boo
     found = rows.new_zeros(int(size), rows.shape[1])
     if ahead:
         handle = channel.all_to_all_begin(rows.contiguous(), *counts, sizes_from=channel.node)
-        _filling(handle, lambda returned: found.index_add_(0, sent, returned), found)
+        filling(handle, lambda returned: found.index_add_(0, sent, returned), found)
         return found
     return found.index_add_(0, sent, channel.all_to_all(rows.contiguous(), *counts, sizes_from=channel.node))
 
@@ -223,7 +192,7 @@ def _send_by_kernels(
             _fill(coming, unpack(came, sent))
 
         handle = channel.beside(whole, back, keep=tokens)
-        _filling(handle, lambda _: None, *coming)
+        filling(handle, lambda _: None, *coming)
         return (*coming, back)
     sent = pack()
     on_device = (sent.back[0], sent.back[1])
@@ -237,7 +206,7 @@ def _send_by_kernels(
     if not ahead:
         return (*unpack(handle.finish(), sent), sent.back)
     coming = [each.new_empty(num_rows, each.shape[1]) for each in tokens]
-    _filling(handle, lambda came: _fill(coming, unpack(came, sent)), *coming)
+    filling(handle, lambda came: _fill(coming, unpack(came, sent)), *coming)
     return (*coming, sent.back)
 
 
@@ -258,13 +227,13 @@ def _return_by_kernels(channel: Any, rows: Tensor, back: Tensor, *, ahead: bool)
 
         if not ahead:
             return whole()
-        _filling(channel.beside(whole, found, keep=(rows, back)), lambda _: None, found)
+        filling(channel.beside(whole, found, keep=(rows, back)), lambda _: None, found)
         return found
     counts = _numbers(back)[::-1]
     handle = _sent(channel, rows, counts, (taken, given), ahead=ahead)
     if not ahead:
         return returned(handle.finish(), position, found)
-    _filling(handle, lambda came: returned(came, position, found), found)
+    filling(handle, lambda came: returned(came, position, found), found)
     return found
 
 

@@ -9,8 +9,18 @@ from torch import Tensor
 
 from runtime.communication.channels import Handle
 from runtime.communication.peer_memory.peer_memory import PeerMemory
+from runtime.communication.peer_memory.rows.copy_rows import PeerCopies
 
-__all__ = ["begin_all_reduce", "begin_permute", "exchange_at_once", "exchange_beside", "run_beside"]
+__all__ = [
+    "begin_all_gather",
+    "begin_all_reduce",
+    "begin_permute",
+    "begin_reduce_scatter",
+    "copies_of",
+    "exchange_at_once",
+    "exchange_beside",
+    "run_beside",
+]
 
 
 PERMUTES_ON = False
@@ -18,6 +28,9 @@ PERMUTES_ON = False
 they have not run on GPUs, so only `benchmarks.gpu.sequences --unproven` and tests turn it on."""
 LEAST_BYTES = 1 << 22
 """Of a permute: shorter ones take less on the rank's own stream than what two streams take to meet."""
+COPIES_ON = False
+"""Whether gathers and scatters of as many bytes go by copy engines while the rank computes. Off: on GPUs they have not
+run; `benchmarks.gpu.experts --copies` and tests turn it on."""
 
 
 def begin_all_reduce(
@@ -54,6 +67,28 @@ def begin_permute(
     return begin
 
 
+def copies_of(peers: PeerMemory | None, x: Tensor, *, parts: int) -> PeerCopies | None:
+    """What copies pieces of x, of which there are so many; None where another way takes less."""
+    copies = None if peers is None else peers.copies
+    if not COPIES_ON or copies is None or x.nbytes < parts * LEAST_BYTES or not copies.has_room(x.nbytes):
+        return None
+    return copies
+
+
+def begin_all_gather(copies: PeerCopies, x: Tensor) -> Handle:
+    """Of pieces of one size, put together at their first dim."""
+    x = x.contiguous()
+    out = x.new_empty((copies.num_ranks * x.shape[0], *x.shape[1:]))
+    return run_beside(copies.peers, lambda: copies.gather(x, out), out, x)
+
+
+def begin_reduce_scatter(copies: PeerCopies, x: Tensor) -> Handle:
+    """Of as many rows for each."""
+    x = x.contiguous()
+    out = x.new_empty((x.shape[0] // copies.num_ranks, *x.shape[1:]))
+    return run_beside(copies.peers, lambda: copies.scatter(x, out), out, x)
+
+
 def exchange_beside(peers: PeerMemory, x: Tensor, out: Tensor, send_counts: Tensor, receive_counts: Tensor) -> Handle:
     """An all_to_all into `out`, of counts that the device reads."""
     run = lambda: peers.all_to_all(x, out, send_counts, receive_counts)  # noqa: E731
@@ -74,4 +109,4 @@ def run_beside(peers: PeerMemory, run: Callable[[], object], out: Tensor, *read:
         kept.clear()
         return out
 
-    return Handle(finish)
+    return Handle(finish, into=out)

@@ -32,6 +32,7 @@ from runtime.communication.peer_memory.mapped_memory import (
     UNITS,
     Geometry,
 )
+from runtime.communication.peer_memory.rows.copy_rows import PeerCopies
 from runtime.communication.peer_memory.rows.push_rows import PeerRows
 from runtime.communication.peer_memory.rows.sum_rows import RowSums
 from runtime.communication.peer_memory.under_way import UnderWay
@@ -42,7 +43,7 @@ from runtime.ops.kernels.triton_needs import launch
 __all__ = ["PeerMemory"]
 
 _WARPS = 16
-_BESIDE = 32
+BESIDE = 32
 """Blocks of a collective that others compute beside, as many on all ranks: those keep the other processors."""
 _WORDS = {
     torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64",
@@ -81,6 +82,8 @@ class PeerMemory:
         self.choice: Choice = Choice.unmeasured()
         self.rows: PeerRows | None = None
         """What rows are written through straight to where they belong."""
+        self.copies: PeerCopies | None = None
+        """What large pieces are brought by while this rank computes."""
 
     @property
     def group(self) -> Group:
@@ -306,7 +309,7 @@ class PeerMemory:
             )
             return
         chunk = geometry.chunk_bytes // x.element_size()
-        most = min(_BESIDE, self._blocks) if self.under_way.is_here else self._blocks
+        most = min(BESIDE, self._blocks) if self.under_way.is_here else self._blocks
         num_blocks = most if counts is not None else min(most, -(-piece // chunk))
         sent, received = counts or (self._table, self._table)
         if not sums and dtype == torch.bool:
@@ -342,6 +345,8 @@ class PeerMemory:
         self._handle = None
         if self.rows is not None:
             self.rows.close()
+        if self.copies is not None:
+            self.copies.close()
 
 
 def _padded(piece: Tensor, dim: int, size: int) -> Tensor:

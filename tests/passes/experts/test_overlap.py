@@ -18,7 +18,8 @@ from partitioner.proof.layouts import check
 from partitioner.proof.meetings import events_of
 from passes.overlap import Overlap
 from runtime.communication.channels import Channel, Handle
-from runtime.ops.expert_exchange import expert_return, expert_send, landed, receive_from_experts, send_to_experts
+from runtime.ops.collectives import landed
+from runtime.ops.expert_exchange import expert_return, expert_send, receive_from_experts, send_to_experts
 from runtime.processes.launch import launch
 from tests.support import generated
 from tests.support.partitioned import EXACT, error, traced
