@@ -68,8 +68,8 @@ class Overlap:
         """The way there, if `back` is the way back of tokens from their experts."""
         if back.target is expert_return:
             way: Any = back.args[1]
-            send: fx.Node = way.args[0]
-            return send
+            sent: fx.Node = way.args[0]
+            return sent
         return _collected(graph, back) if back.target is scatter_rows and self.gathers else None
 
 
@@ -88,7 +88,7 @@ def _collected(graph: fx.Graph, scatter: fx.Node) -> fx.Node | None:
     dispatches = [node for node in inside if node.target is expert_dispatch]
     if len(dispatches) != 1:
         return None
-    tokens = arguments(dispatches[0])["hidden"]
+    tokens: fx.Node = arguments(dispatches[0])["hidden"]
     if tokens.target is not collect_rows or as_axes(tokens.args[2]) != as_axes(scatter.args[1]):  # type: ignore[arg-type]
         return None
     place = {node: i for i, node in enumerate(graph.nodes)}

@@ -6,7 +6,7 @@
     grouped_linear                   the experts of the weights are those of the choices, rank by rank
     expert_combine                   the gates that went with the choices by which the rows were sorted
     expert_return                    the way back of those that were sent
-    landed                           stands before whoever reads what was sent, collected or scattered ahead
+    landed                           stands before whoever reads what was sent ahead
 
 Layouts say that rows are routed over an axis; which experts a rank has is in the nodes' options and in the table.
 """
@@ -30,9 +30,8 @@ from runtime.ops.collectives import landed
 from runtime.ops.communicating import as_axes
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear, limit_experts
-from runtime.ops.rows import collect_rows, scatter_rows
 
-__all__ = ["EXPERT_CHECKS"]
+__all__ = ["EXPERT_CHECKS", "require_landed"]
 
 _ROUTES = (localise_experts, expert_send)
 
@@ -70,7 +69,7 @@ def _check_route(program: Program, node: fx.Node, layouts: Layouts) -> None:
             raise LayoutError(f"node {node.name!r}: the experts of a rank must be named once, ascending; got {mine}")
         start += count
     if node.target is expert_send and a["ahead"]:
-        _require_landed(node, [user for user in node.users if user.args[1] != 3])
+        require_landed(node, [user for user in node.users if user.args[1] != 3])
     if node.target is localise_experts:
         _expect(program, node, a["rank"], Entry(0, axes, tuple(range(ranks))))
 
@@ -122,7 +121,7 @@ def _check_combine(program: Program, node: fx.Node, layouts: Layouts) -> None:
 def _check_return(program: Program, node: fx.Node, layouts: Layouts) -> None:
     a = arguments(node)
     if a["ahead"]:
-        _require_landed(node, [node])
+        require_landed(node, [node])
     send = _made_by(a["back"], expert_send, 3)
     combine = a["rows"]
     while combine.target is not expert_combine:
@@ -133,11 +132,6 @@ def _check_return(program: Program, node: fx.Node, layouts: Layouts) -> None:
     went = _route(arguments(combine)["gates"], 2) if combine.target is expert_combine else None
     if send is None or send is not went or _axes_of(send) != as_axes(a["axis"]):
         raise LayoutError(f"node {node.name!r} returns what came by {_name(went)} by the way of {_name(send)}")
-
-
-def _check_under_way(program: Program, node: fx.Node, layouts: Layouts) -> None:
-    if arguments(node)["ahead"]:
-        _require_landed(node, [node])
 
 
 def _is_local(node: fx.Node) -> bool:
@@ -153,7 +147,7 @@ def _route(node: fx.Node, place: int) -> fx.Node | None:
     return None
 
 
-def _require_landed(node: fx.Node, given: list[fx.Node]) -> None:
+def require_landed(node: fx.Node, given: list[fx.Node]) -> None:
     """What is on its way is read by who waits for it."""
     for each in given:
         if early := [user for user in each.users if user.target is not landed]:
@@ -189,6 +183,4 @@ EXPERT_CHECKS: dict[Any, Callable[[Program, fx.Node, Layouts], None]] = {
     grouped_linear: _check_linear,
     expert_combine: _check_combine,
     expert_return: _check_return,
-    collect_rows: _check_under_way,
-    scatter_rows: _check_under_way,
 }
