@@ -99,12 +99,17 @@ def collect(
         return collect(channel, _apart(x, dim, outer), total, dim=dim + 1, order=order).flatten(dim, dim + 1)
     num_ranks = len(channel.ranks)
     if order == "blocks":
-        sizes = row_counts(total, num_ranks)
+        sizes = _unless_even(row_counts(total, num_ranks))
         if ahead and not torch.compiler.is_compiling():
             return arriving(channel.all_gather_begin(x, dim, sizes))
         return channel.all_gather(x, dim=dim, sizes=sizes)  # type: ignore[no-any-return]
     found = TokenOrder.of(int(total), num_ranks, order)
     return in_order(channel.all_gather(x, dim=dim, sizes=list(found.counts)), found, dim)
+
+
+def _unless_even(counts: list[int]) -> list[int] | None:
+    """None where all have as many: then it is the same call whatever their number, which a channel prepares once."""
+    return None if not torch.compiler.is_compiling() and len(set(counts)) == 1 else counts
 
 
 def in_order(x: Tensor, order: TokenOrder, dim: int) -> Tensor:
@@ -137,7 +142,7 @@ def scatter(
         return scatter(channel, _apart(x, dim, outer), dim=dim + 1, kind=kind, order=order).flatten(dim, dim + 1)
     num_ranks = len(channel.ranks)
     if order == "blocks":
-        sizes = row_counts(x.shape[dim], num_ranks)
+        sizes = _unless_even(row_counts(x.shape[dim], num_ranks))
     else:
         found = TokenOrder.of(int(x.shape[dim]), num_ranks, order)
         sizes = list(found.counts)
