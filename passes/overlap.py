@@ -93,7 +93,9 @@ def _collected(graph: fx.Graph, scatter: fx.Node) -> fx.Node | None:
         return None
     place = {node: i for i, node in enumerate(graph.nodes)}
     last = max(collected, key=place.__getitem__)
-    if place[last] > min(place[user] for user in tokens.users):
+    read = [place[user] for user in tokens.users]
+    # what is collected ahead stands where the next such tokens will: experts copy it when they sort it
+    if place[last] > min(read) or {user.target for user in tokens.users} != {expert_dispatch}:
         return None
     if last is not tokens:
         last.append(tokens)

@@ -16,7 +16,7 @@ one in graphs.
 There and back (128 tokens per rank, experts left out), beside an all-reduce of as many bytes.
 Overlap (4,096 tokens per rank): gather and exchange with a shared expert's first product during the way there and its
 second during the way back, against one after the other: what share of the time there and back is hidden. `--copies`:
-what is gathered goes by copy engines then; `--beside 16 64`: collectives of an exchange under way on so many blocks.
+what is gathered goes by copy engines then. What GPUs exchange through each other's memory is not under way.
 
     python -m benchmarks.gpu.experts --ranks 2
     python -m benchmarks.gpu.experts --ranks 2 --nccl
@@ -48,7 +48,7 @@ from benchmarks.support.several import DeviceTurns, device_name, device_of_rank,
 from partitioner.analysis.cost.expert_exchange import OwnTokens
 from partitioner.sharding.mesh import Mesh
 from passes.expert_parallel import deal
-from runtime.communication.peer_memory import beside, peer_memory
+from runtime.communication.peer_memory import beside
 from runtime.communication.peer_memory.measure import microseconds
 from runtime.communication.process_groups import ProcessGroups
 from runtime.execution.fusion.operations import gated
@@ -343,12 +343,9 @@ def overlap(
     overlapped(
         given, turns, "gather", layer.gathered_and_back, layer.gathered_with_shared, (own, up, down), first=first
     )
-    before = peer_memory.BESIDE
-    for blocks in given.beside:
-        peer_memory.BESIDE = blocks
-        name, there = f"exchange on {blocks} blocks", functools.partial(layer.there_and_back, alike=True)
-        overlapped(given, turns, name, there, layer.with_shared, (own, up, down), first=first)
-    peer_memory.BESIDE = before
+    if given.nccl or turns.device.type == "cpu":
+        there = functools.partial(layer.there_and_back, alike=True)
+        overlapped(given, turns, "exchange", there, layer.with_shared, (own, up, down), first=first)
 
 
 def overlapped(
@@ -393,7 +390,6 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="which kernels take how long")
     parser.add_argument("--tokens", type=int, nargs="+", help="per rank; 1 to 8192, and 1 to 32 with --small")
     parser.add_argument("--copies", action="store_true", help="what is gathered ahead goes by copy engines")
-    parser.add_argument("--beside", type=int, nargs="+", default=[32], help="blocks of what is exchanged ahead")
     parser.add_argument("--blocks", nargs="+", choices=list(BLOCKS), default=["qwen3-30b-a3b", "deepseek-v3"])
     given = parser.parse_args()
     start("benchmarks.gpu.experts", given, parts=list(SMALL) if given.small else given.blocks, rank=rank)

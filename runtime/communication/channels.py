@@ -160,23 +160,14 @@ class Channel(abc.ABC):
 
     @property
     def counts_on_device(self) -> bool:
-        """Whether there are `all_to_all_within` and `beside`."""
+        """Whether there is `all_to_all_within`."""
         return False
 
-    def all_to_all_within(
-        self, x: Tensor, num_rows: int, send_counts: Tensor, receive_counts: Tensor, *, ahead: bool = False
-    ) -> Handle:
+    def all_to_all_within(self, x: Tensor, num_rows: int, send_counts: Tensor, receive_counts: Tensor) -> Tensor:
         """An all_to_all whose counts, int64 [ranks], only the device knows. It yields `num_rows` rows, enough for all
-        that come; those behind are not written. ahead: under way on a stream of its own while others compute.
+        that come; those behind are not written.
         """
-        raise self._host_only()
-
-    def beside(self, run: Callable[[], object], result: Tensor, *, keep: Sequence[Tensor]) -> Handle:
-        """`run`, which fills `result`, on a stream of its own, collectives by few processors. keep: what it reads."""
-        raise self._host_only()
-
-    def _host_only(self) -> CommunicationError:
-        return CommunicationError(
+        raise CommunicationError(
             f"node {self.node!r}: what ranks exchange over {axes_text(self.axes)!r} is known to their hosts alone"
         )
 

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from runtime.ops.collectives import filling, unbound
 from runtime.ops.kernels.experts import dispatch as kernels
-from runtime.ops.kernels.experts.exchange import Packed, packed, returned, unpacked
+from runtime.ops.kernels.experts.exchange import packed, returned, unpacked
 
 __all__ = [
     "expert_return",
@@ -168,45 +168,27 @@ def _send_by_kernels(
     ones = [1] * num_ranks
     waits = not (alike and channel.counts_on_device)
 
-    def pack() -> Packed:
-        found = packed(
-            *tokens, local=owners.local, owner=owners.ranks, copies=owners.copies, held=owners.counts, own=own,
-            own_held=counts[own], has_copies=owners.has_copies,
-        )  # fmt: skip
-        given, taken = found.back[0], found.back[1]
-        taken.copy_(channel.all_to_all(given, ones, ones))
-        return found
+    sent = packed(
+        *tokens, local=owners.local, owner=owners.ranks, copies=owners.copies, held=owners.counts, own=own,
+        own_held=counts[own], has_copies=owners.has_copies,
+    )  # fmt: skip
+    on_device = (sent.back[0], sent.back[1])
+    sent.back[1].copy_(channel.all_to_all(sent.back[0], ones, ones))
 
-    def unpack(came: Tensor, sent: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    def unpack(came: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return unpacked(came, sent.back[1], sent.form, none=counts[own], like=tokens)
 
-    if ahead and not waits:
-        num_rows = num_ranks * tokens[0].shape[0]
-        coming = [each.new_empty(num_rows, each.shape[1]) for each in tokens]
-        back = torch.empty(2 + tokens[0].shape[0], num_ranks, dtype=torch.int64, device=tokens[0].device)
-
-        def whole() -> None:
-            sent = pack()
-            back.copy_(sent.back)
-            came = channel.all_to_all_within(sent.messages, num_rows, sent.back[0], sent.back[1]).finish()
-            _fill(coming, unpack(came, sent))
-
-        handle = channel.beside(whole, back, keep=tokens)
-        filling(handle, lambda _: None, *coming)
-        return (*coming, back)
-    sent = pack()
-    on_device = (sent.back[0], sent.back[1])
     if waits:
         given, taken = _numbers(sent.back)
         num_rows = sum(taken)
         handle = _sent(channel, sent.messages[: sum(given)], (given, taken), on_device, ahead=ahead)
     else:
         num_rows = num_ranks * tokens[0].shape[0]
-        handle = channel.all_to_all_within(sent.messages, num_rows, *on_device)
-    if not ahead:
-        return (*unpack(handle.finish(), sent), sent.back)
+        handle = _Done(channel.all_to_all_within(sent.messages, num_rows, *on_device))
+    if handle.is_finished:
+        return (*unpack(handle.finish()), sent.back)
     coming = [each.new_empty(num_rows, each.shape[1]) for each in tokens]
-    filling(handle, lambda came: _fill(coming, unpack(came, sent)), *coming)
+    filling(handle, lambda came: _fill(coming, unpack(came)), *coming)
     return (*coming, sent.back)
 
 
@@ -221,14 +203,7 @@ def _return_by_kernels(channel: Any, rows: Tensor, back: Tensor, *, ahead: bool)
     found = rows.new_empty(position.shape[0], rows.shape[1])
     if channel.counts_on_device:
         num_rows = sum(_on_host[back][0]) if back in _on_host else position.numel()
-
-        def whole() -> Tensor:
-            return returned(channel.all_to_all_within(rows, num_rows, taken, given).finish(), position, found)
-
-        if not ahead:
-            return whole()
-        filling(channel.beside(whole, found, keep=(rows, back)), lambda _: None, found)
-        return found
+        return returned(channel.all_to_all_within(rows, num_rows, taken, given), position, found)
     counts = _numbers(back)[::-1]
     handle = _sent(channel, rows, counts, (taken, given), ahead=ahead)
     if not ahead:
@@ -261,7 +236,7 @@ def _sent(
     channel: Any, x: Tensor, counts: tuple[list[int], list[int]], on_device: tuple[Tensor, Tensor], *, ahead: bool
 ) -> Any:
     if channel.counts_on_device:
-        return channel.all_to_all_within(x, sum(counts[1]), *on_device, ahead=ahead)
+        return _Done(channel.all_to_all_within(x, sum(counts[1]), *on_device))
     if ahead:
         return channel.all_to_all_begin(x, *counts, sizes_from=channel.node)
     return _Done(channel.all_to_all(x, *counts, sizes_from=channel.node))

@@ -11,16 +11,7 @@ from runtime.communication.channels import Handle
 from runtime.communication.peer_memory.peer_memory import PeerMemory
 from runtime.communication.peer_memory.rows.copy_rows import PeerCopies
 
-__all__ = [
-    "begin_all_gather",
-    "begin_all_reduce",
-    "begin_permute",
-    "begin_reduce_scatter",
-    "copies_of",
-    "exchange_at_once",
-    "exchange_beside",
-    "run_beside",
-]
+__all__ = ["begin_all_reduce", "begin_permute", "copies_of", "run_beside"]
 
 
 PERMUTES_ON = False
@@ -67,37 +58,15 @@ def begin_permute(
     return begin
 
 
-def copies_of(peers: PeerMemory | None, x: Tensor, *, parts: int) -> PeerCopies | None:
-    """What copies pieces of x, of which there are so many; None where another way takes less."""
+def copies_of(peers: PeerMemory | None, x: Tensor, *, scatters: bool) -> PeerCopies | None:
+    """What copies the pieces of x, or the piece that it is; None where another way takes less."""
     copies = None if peers is None else peers.copies
-    if not COPIES_ON or copies is None or x.nbytes < parts * LEAST_BYTES or not copies.has_room(x.nbytes):
+    if not COPIES_ON or copies is None:
+        return None
+    whole = x.nbytes if scatters else x.nbytes * copies.num_ranks
+    if whole < LEAST_BYTES * copies.num_ranks or not copies.has_room(whole, scatters=scatters):
         return None
     return copies
-
-
-def begin_all_gather(copies: PeerCopies, x: Tensor) -> Handle:
-    """Of pieces of one size, put together at their first dim."""
-    x = x.contiguous()
-    out = x.new_empty((copies.num_ranks * x.shape[0], *x.shape[1:]))
-    return run_beside(copies.peers, lambda: copies.gather(x, out), out, x)
-
-
-def begin_reduce_scatter(copies: PeerCopies, x: Tensor) -> Handle:
-    """Of as many rows for each."""
-    x = x.contiguous()
-    out = x.new_empty((x.shape[0] // copies.num_ranks, *x.shape[1:]))
-    return run_beside(copies.peers, lambda: copies.scatter(x, out), out, x)
-
-
-def exchange_beside(peers: PeerMemory, x: Tensor, out: Tensor, send_counts: Tensor, receive_counts: Tensor) -> Handle:
-    """An all_to_all into `out`, of counts that the device reads."""
-    run = lambda: peers.all_to_all(x, out, send_counts, receive_counts)  # noqa: E731
-    return run_beside(peers, run, out, x, send_counts, receive_counts)
-
-
-def exchange_at_once(peers: PeerMemory, x: Tensor, out: Tensor, send_counts: Tensor, receive_counts: Tensor) -> Handle:
-    """The same, through when it returns."""
-    return Handle.done(peers.all_to_all(x, out, send_counts, receive_counts))
 
 
 def run_beside(peers: PeerMemory, run: Callable[[], object], out: Tensor, *read: Tensor) -> Handle:
@@ -109,4 +78,4 @@ def run_beside(peers: PeerMemory, run: Callable[[], object], out: Tensor, *read:
         kept.clear()
         return out
 
-    return Handle(finish, into=out)
+    return Handle(finish)

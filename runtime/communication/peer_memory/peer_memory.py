@@ -43,7 +43,7 @@ from runtime.ops.kernels.triton_needs import launch
 __all__ = ["PeerMemory"]
 
 _WARPS = 16
-BESIDE = 32
+_BESIDE = 32
 """Blocks of a collective that others compute beside, as many on all ranks: those keep the other processors."""
 _WORDS = {
     torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32", torch.float64: "float64",
@@ -326,7 +326,7 @@ class PeerMemory:
             )
             return
         chunk = geometry.chunk_bytes // x.element_size()
-        most = min(BESIDE, self._blocks) if self.under_way.is_here else self._blocks
+        most = min(_BESIDE, self._blocks) if self.under_way.is_here else self._blocks
         num_blocks = most if counts is not None else min(most, -(-piece // chunk))
         sent, received = counts or (self._table, self._table)
         if not sums and dtype == torch.bool:

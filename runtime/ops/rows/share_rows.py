@@ -86,7 +86,7 @@ def collect_rows(
 ) -> Tensor:
     """The rows of all ranks of `axis` along `dim`; `total`: how many they have together, of each of the sequences.
 
-    ahead: they are on their way, and may be read once they have `landed`.
+    ahead: they are on their way, and may be read once they have `landed`, until others are collected ahead.
     """
     unbound("collect_rows", axis)
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.communication.peer_memory.rows import copy_rows
 from runtime.communication.peer_memory.rows.copy_rows import PeerCopies
 
 
@@ -25,8 +24,9 @@ class Host:
 
     def end(self, rank: int) -> PeerCopies:
         group = SimpleNamespace(size=len(self.areas), coordinate=rank)
-        rows = SimpleNamespace(of=self._of, require=lambda sizes: True)
-        peers = SimpleNamespace(group=group, device="cpu", all_reduce=lambda *_: self._meet())
+        rows = SimpleNamespace(of=self._of, require=lambda sizes: max(sizes) <= 1 << 15, second=1 << 15)
+        under_way = SimpleNamespace(begin=lambda run: run(), finish=lambda end: None)
+        peers = SimpleNamespace(group=group, device="cpu", all_reduce=lambda *_: self._meet(), under_way=under_way)
         return PeerCopies(peers, rows)  # type: ignore[arg-type]
 
     def _of(self, coordinate: int, start: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -44,19 +44,16 @@ def everybody(host: Host, work: Callable[[PeerCopies, int], Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("area", [1 << 16, 8192])  # the smaller one holds a part
-def test_pieces_are_gathered_and_sums_scattered(ranks: int, area: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copy_rows, "_AREA_BYTES", area)
-    own = torch.randn(ranks, 5, 257, dtype=torch.float64)
-    whole = torch.randn(ranks, ranks * 5, 257, dtype=torch.float64)
+def test_pieces_are_gathered_and_sums_scattered(ranks: int) -> None:
+    own = torch.randn(ranks, 5, 37, dtype=torch.float64)
+    whole = torch.randn(ranks, ranks * 5, 37, dtype=torch.float64)
 
     def work(copies: PeerCopies, rank: int) -> list[Tensor]:
         found = []
         for turn in range(3):  # the memory is used again
-            out, piece = torch.empty(ranks * 5, 257, dtype=torch.float64), torch.empty(5, 257, dtype=torch.float64)
-            copies.gather(own[rank] + turn, out)
-            copies.scatter(whole[rank] + turn, piece)
-            found += [out, piece]
+            coming = copies.gather(own[rank] + turn)
+            found += [coming.finish().clone(), copies.scatter(whole[rank] + turn).finish()]
+            assert coming.into is not None
         return found
 
     for rank, found in enumerate(everybody(Host(ranks), work)):
@@ -66,13 +63,15 @@ def test_pieces_are_gathered_and_sums_scattered(ranks: int, area: int, monkeypat
             torch.testing.assert_close(found[2 * turn + 1], summed, rtol=1e-14, atol=1e-14)
 
 
+def test_room_is_asked_for_both_and_kept() -> None:
+    copies = Host(2).end(0)
+    assert copies.has_room(1000, scatters=False)
+    assert copies.has_room(2000, scatters=True)
+    assert copies._sizes == (1000, 2000)
+    assert not copies.has_room(1 << 16, scatters=True)
+    assert copies._sizes == (1000, 2000)
+
+
 def test_who_does_not_wait_for_the_others_reads_what_was_there() -> None:
     own, host = torch.randn(2, 64, dtype=torch.float64), Host(2, meets=False)
-
-    def work(copies: PeerCopies, rank: int) -> Tensor:
-        out = torch.empty(2, 64, dtype=torch.float64)
-        copies.gather(own[rank], out)
-        return out
-
-    first = work(host.end(0), 0)
-    assert not torch.equal(first, own)
+    assert not torch.equal(host.end(0).gather(own[0]).finish(), own.view(-1))
