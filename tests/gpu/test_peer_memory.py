@@ -183,6 +183,7 @@ def test_a_kernel_that_waits_ends_when_it_is_abandoned() -> None:
         "rows_beside_others",
         "heads_in_place",
         "exchanged_experts",
+        "copied_beside_others",
     ],
 )
 def test_between_gpus(case: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:

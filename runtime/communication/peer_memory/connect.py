@@ -22,6 +22,7 @@ from runtime.communication.peer_memory.mapped_memory import (
     standing,
 )
 from runtime.communication.peer_memory.peer_memory import PeerMemory
+from runtime.communication.peer_memory.rows.copy_rows import PeerCopies
 from runtime.communication.peer_memory.rows.push_rows import PeerRows
 
 __all__ = ["Exchange", "Unavailable", "connect"]
@@ -47,6 +48,7 @@ def connect(group: Group, device: torch.device, *, exchange: Exchange, timeout_s
     if why := first_obstacle(group.ranks, exchange({"why": _trial(made, timeout_s)})):
         raise Unavailable(why)
     made.rows = PeerRows(made, name, exchange)
+    made.copies = PeerCopies(made, PeerRows(made, f"{name} copied", exchange))
     return made
 
 
