@@ -31,6 +31,8 @@ LEAST_BYTES = 1 << 25
 """Of a rank's queries, from which groups pay for being more kernels."""
 BESIDE = 64
 """Programs of a kernel that writes rows while others compute."""
+BY_COPIES = False
+"""Whether copy engines do it, in the place of that kernel."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,8 @@ class InPlace:
         item = q.element_size()
         if q.shape[-1] * item % ALIGNED or v.shape[-1] * item % ALIGNED or not q.shape[0]:
             return None
-        found = cls(order, batch=q.shape[0], size=q.shape[-1], value=v.shape[-1], item=item, **shares)
+        made = ByCopies if BY_COPIES else cls
+        found = made(order, batch=q.shape[0], size=q.shape[-1], value=v.shape[-1], item=item, **shares)
         return found if rows.require(found.areas) else None
 
     # -- where things lie ----------------------------------------------------------------------------------------------
@@ -197,6 +200,104 @@ class InPlace:
         return result.transpose(1, 2)
 
 
+@dataclass(frozen=True)
+class ByCopies(InPlace):
+    """The same by copy engines, which take lines of bytes: tokens with some of their heads.
+
+    So what comes, and what comes back, lies as [B, S, H, D]. Keys and values behind earlier ones come from a cache,
+    which has the tokens of a head beside each other, and lie so.
+    """
+
+    def returned(self, rank: int) -> tuple[int, ...]:
+        """What comes back to a rank, of all heads."""
+        return self.batch, self.heads, self.order.counts[rank], self.value
+
+    def lies_by_tokens(self, source: int) -> bool:
+        return source == 0 or not any(self.past)
+
+    def coming(self, memory: Tensor, rank: int, dtype: torch.dtype) -> list[Tensor]:
+        """Queries, keys and values in the memory of a rank, [B, H_i, S, D]."""
+        return [
+            _lying(memory, start, shape, dtype, by_tokens=self.lies_by_tokens(source))
+            for source, (start, shape) in enumerate(zip(self.starts(rank), self.shapes(rank), strict=False))
+        ]
+
+    def put(self, rows: Any, own: int, sources: Sequence[Tensor], group: int, count: int) -> None:
+        """There: this rank's tokens of one of `count` groups of every rank's heads."""
+        for rank in _others_first(own, self.order.parts):
+            targets = self.coming(rows.memories[rank], rank, sources[0].dtype)
+            query, kv = self.groups(rank, count)[group]
+            first = self.query[rank][0]
+            for source, (x, target) in enumerate(zip(sources, targets, strict=True)):
+                heads = self.kv[rank] if source else tuple(range(first, first + self.count(rank)))
+                for places in _adjacent(heads, kv if source else query):
+                    start, stop = heads[places.start], heads[places.stop - 1] + 1
+                    for read, written in self._tokens(own, behind_past=source > 0):
+                        rows.copy(target[:, places, written], x[:, start:stop, read])
+
+    def _tokens(self, own: int, *, behind_past: bool) -> Iterator[tuple[slice, slice]]:
+        """Where a rank's tokens lie in what it brings, and among those of all ranks."""
+        before, after = (sum(self.past[:own]), sum(self.past)) if behind_past else (0, 0)
+        at = self.past[own] if behind_past else 0
+        if at:
+            yield slice(0, at), slice(before, before + at)
+        for start, stop in self.order.runs[own]:
+            yield slice(at, at + stop - start), slice(after + start, after + stop)
+            at += stop - start
+
+    def run(
+        self,
+        rows: Any,
+        own: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        *,
+        count: int = 1,
+    ) -> Tensor:
+        """As above."""
+        area: int = rows.second
+        ranks = _others_first(own, self.order.parts)
+        sources = [_by_lines(x, by_tokens=self.lies_by_tokens(source)) for source, x in enumerate((q, k, v))]
+        result = q.new_empty(self.batch, self.order.counts[own], self.heads, self.value).transpose(1, 2)
+        came = _lying(rows.memory, area, self.returned(own), q.dtype, by_tokens=True)
+
+        def there(group: int) -> None:
+            self.put(rows, own, sources, group, count)
+            rows.meet()
+
+        def back(group: int, out: Tensor) -> None:
+            start, stop = (self.query[own][0] + place for place in self.groups(own, count)[group][0])
+            for rank in ranks:
+                target = result
+                if rank != own:
+                    target = _lying(rows.memories[rank], area, self.returned(rank), q.dtype, by_tokens=True)
+                at = 0
+                for first, last in self.order.runs[rank]:
+                    rows.copy(target[:, start:stop, at : at + last - first], out[:, :, first:last])
+                    at += last - first
+            rows.meet()
+            for rank in ranks[:-1]:
+                start, stop = (self.query[rank][0] + place for place in self.groups(rank, count)[group][0])
+                rows.copy(result[:, start:stop], came[:, start:stop])
+
+        there(0)
+        coming = [rows.begin(functools.partial(there, group)) for group in range(1, count)]
+        whole, going, kept = self.coming(rows.memory, own, q.dtype), [], []
+        for group, (query, kv) in enumerate(self.groups(own, count)):
+            if group:
+                rows.finish(coming[group - 1])
+            out = attend(whole[0][:, slice(*query)], whole[1][:, slice(*kv)], whole[2][:, slice(*kv)])
+            kept.append(_by_lines(out.to(q.dtype), by_tokens=True))  # until nobody reads it any more
+            if group + 1 < count:
+                going.append(rows.begin(functools.partial(back, group, kept[-1])))
+        for each in going:
+            rows.finish(each)
+        back(count - 1, kept[-1])
+        return result
+
+
 def groups_of(kv: Sequence[Sequence[int]], q: Tensor) -> int:
     """In how many groups each rank's heads come: as many as pay, and as all ranks have kv heads for."""
     if q.nbytes < LEAST_BYTES:
@@ -210,6 +311,35 @@ def groups_of(kv: Sequence[Sequence[int]], q: Tensor) -> int:
 
 def _view(memory: Tensor, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(*shape)
+
+
+def _lying(memory: Tensor, start: int, shape: Sequence[int], dtype: torch.dtype, *, by_tokens: bool) -> Tensor:
+    """[B, H, S, D] of some memory, where the heads of a token lie beside each other, or the tokens of a head."""
+    batch, heads, tokens, width = shape
+    if not by_tokens:
+        return _view(memory, start, shape, dtype)
+    return _view(memory, start, (batch, tokens, heads, width), dtype).transpose(1, 2)
+
+
+def _by_lines(x: Tensor, *, by_tokens: bool) -> Tensor:
+    """What is [B, H, S, D], so that the heads of a token lie beside each other, or the tokens of a head."""
+    if by_tokens:
+        return x if x.stride(3) == 1 and x.stride(1) == x.shape[3] else x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
+
+
+def _others_first(own: int, parts: int) -> list[int]:
+    """So that ranks do not all write into one."""
+    return [(own + step) % parts for step in range(1, parts + 1)]
+
+
+def _adjacent(heads: Sequence[int], places: Run) -> Iterator[slice]:
+    """The places in pieces, whose heads follow each other."""
+    first = places[0]
+    for place in range(*places):
+        if place + 1 == places[1] or heads[place + 1] != heads[place] + 1:
+            yield slice(first, place + 1)
+            first = place + 1
 
 
 def _moved(runs: Sequence[Run], *, by: int = 0) -> tuple[int, tuple[int, int]]:

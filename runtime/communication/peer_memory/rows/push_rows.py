@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from runtime.communication.peer_memory.mapped_memory import Exchange, first_obstacle, mapped
+from runtime.communication.peer_memory.rows.copy_engines import copy_part
 from runtime.ops.rows.row_moves import ALIGNED, Move
+
+if TYPE_CHECKING:
+    from runtime.communication.peer_memory.peer_memory import PeerMemory
 
 __all__ = ["IN_PLACE", "PeerRows"]
 
@@ -37,10 +41,12 @@ _TABLES = 64
 class PeerRows:
     """One rank's end; see the module's docstring."""
 
-    def __init__(self, peers: Any, name: str, exchange: Exchange) -> None:
+    def __init__(self, peers: PeerMemory, name: str, exchange: Exchange) -> None:
         """peers: the `PeerMemory` whose ranks these are."""
         self._peers, self._name, self._exchange = peers, name, exchange
         self.memory = torch.empty(0, dtype=torch.uint8, device=peers.device)
+        self.memories: list[Tensor] = []
+        """Of all ranks, this one's included."""
         self.second = 0
         """Where the second area begins."""
         self._handle: Any = None
@@ -50,7 +56,6 @@ class PeerRows:
         device = peers.device
         self._word = torch.zeros(ALIGNED, dtype=torch.int32, device=device)
         self._met = torch.zeros_like(self._word)
-        self._processors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def require(self, sizes: tuple[int, int]) -> bool:
         """A collective, where an area must grow: all ranks ask for the same. False: it cannot be had."""
@@ -61,6 +66,7 @@ class PeerRows:
         device = self._peers.device
         torch.cuda.synchronize(device)  # nobody reads or writes the old one any more
         self._handle = self._starts = None
+        self.memories = []
         self.memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._generation, self.second = self._generation + 1, 0
         first, last = (-(-size // _ROUND_TO) * _ROUND_TO for size in sizes)
@@ -78,6 +84,12 @@ class PeerRows:
         self.second = first
         offset = self.memory.data_ptr() - self._handle.buffer_ptrs[self._peers.group.coordinate]
         self._starts = torch.tensor([start + offset for start in self._handle.buffer_ptrs], device=device)
+        self.memories = [
+            self.memory
+            if rank == self._peers.group.coordinate
+            else self._handle.get_buffer(rank, (size,), torch.uint8, offset)
+            for rank in range(self._peers.group.size)
+        ]
         return True
 
     def table(self, key: Hashable, moves: Callable[[], Sequence[Move]]) -> Tensor:
@@ -111,16 +123,21 @@ class PeerRows:
             given += [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3])]
         batches, tiles = sources[0].shape[0], -(-height // _TILE)
         items = len(table) * batches * tiles
-        most = programs or self._processors * _PER_PROCESSOR
+        processors = torch.cuda.get_device_properties(self._peers.device).multi_processor_count
+        most = programs or processors * _PER_PROCESSOR
         write_rows[(min(items, most),)](
             table, self._starts, (self.memory if own is None else own).data_ptr(), *given, items, batches, tiles,
             RANK=self._peers.group.coordinate, FIELDS=FIELDS, WORDS=1 << (width // 4 - 1).bit_length(), ROWS=_TILE,
             num_warps=_WARPS,
         )  # fmt: skip
 
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Both [B, H, S, D], the target in any rank's memory."""
+        copy_part(target, source)
+
     def meet(self) -> None:
         """On the stream: what every rank has written before its own is there."""
-        self._peers.all_reduce(self._word, self._met, "large", blocks=1)
+        self._peers.all_reduce(self._word, self._met, "large")
 
     def begin(self, run: Callable[[], None]) -> Any:
         """`run`, which writes and meets, on a stream of its own behind all that this one has."""
@@ -132,3 +149,4 @@ class PeerRows:
 
     def close(self) -> None:
         self._handle = self._starts = None
+        self.memories = []

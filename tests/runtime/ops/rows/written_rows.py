@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from runtime.communication.peer_memory.rows.copy_engines import lines_of
 from runtime.communication.thread_communicator import ThreadChannel
 from runtime.ops.rows.row_moves import ALIGNED, Move
 
@@ -16,11 +17,15 @@ class WrittenRows:
     """One rank's end; `memories`: of all ranks."""
 
     def __init__(self, channel: ThreadChannel, memories: list[Tensor]) -> None:
-        self._channel, self._memories = channel, memories
+        self._channel, self.memories = channel, memories
 
     @property
     def memory(self) -> Tensor:
-        return self._memories[self._channel.coordinate]
+        return self.memories[self._channel.coordinate]
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        assert not source.numel() or lines_of(target, source), "no lines that a copy engine takes"
+        target.copy_(source)
 
     @property
     def second(self) -> int:
@@ -47,7 +52,7 @@ class WrittenRows:
         own: Tensor | None = None,
         programs: int | None = None,
     ) -> None:
-        put_rows(table, sources, height, self._memories, own=own, rank=self._channel.coordinate)
+        put_rows(table, sources, height, self.memories, own=own, rank=self._channel.coordinate)
 
     def meet(self) -> None:
         self._channel.all_reduce(torch.zeros(1))
