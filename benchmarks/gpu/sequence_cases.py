@@ -44,11 +44,12 @@ class SharedOut:
         self.tokens, self.scale, self._channels = tokens, width**-0.5, channels
         self._ranks, self._number = communicator.mesh.world_size, communicator.rank
         random = torch.Generator(device).manual_seed(0)
+        # token by token, as linears and rotations leave them
         self.whole = [
-            torch.randn(1, count, tokens, width, device=device, dtype=dtype, generator=random)
+            torch.randn(1, tokens, count, width, device=device, dtype=dtype, generator=random).transpose(1, 2)
             for count in (query, kv, kv)
         ]
-        self._mine = [self._own(x).contiguous() for x in self.whole]
+        self._mine = [self._own(x).transpose(1, 2).contiguous().transpose(1, 2) for x in self.whole]
 
     def _own(self, x: Tensor) -> Tensor:
         return take_rows(x, self._number, parts=self._ranks, axes=("sp",), dim=2, kind="sequence", order="zigzag")
@@ -98,7 +99,7 @@ def torch_context_parallel(turns: DeviceTurns, whole: list[Tensor], scale: float
     why = ""
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         for grouped in (True, False):
-            q, k, v = (each.clone() for each in whole)
+            q, k, v = (each.clone(memory_format=torch.contiguous_format) for each in whole)
             if not grouped:
                 k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], 1) for each in (k, v))
             try:

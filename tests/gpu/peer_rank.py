@@ -19,6 +19,7 @@ from runtime.ops.attention import attention
 from runtime.ops.expert_exchange import landed, receive_from_experts, send_to_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 from runtime.ops.kernels import partial_kernels
+from runtime.ops.rows import ulysses_in_place
 from runtime.ops.rows.sequence_attention import attend_over_ranks
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.processes.launch import begin_worker
@@ -198,7 +199,8 @@ def heads_in_place(groups: ProcessGroups, channel: Channel) -> None:
         at = torch.tensor(order.positions(RANK), device="cuda")
         mine = [x[:, :, at] for x in whole]
         expected = attention(*(x.float() for x in whole), scale=0.1, causal=True)
-        for how in ("ulysses", "ring", "gather"):
+        for how, copies in (("ulysses", False), ("ulysses", True), ("ring", False), ("gather", False)):
+            ulysses_in_place.BY_COPIES = copies
             for _ in range(3):  # the memory is used again
                 found = attend_over_ranks(
                     channel, *mine, size, None, None, how=how, parts=RANKS, scale=0.1, causal=True
