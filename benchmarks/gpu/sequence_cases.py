@@ -13,24 +13,14 @@ from torch import distributed as dist
 from torch.nn import functional
 
 from benchmarks.support.several import DeviceTurns
-from runtime.communication.peer_memory import beside
-from runtime.communication.peer_memory.rows import push_rows
 from runtime.generation.steps import Steps
 from runtime.ops.attention import attention
-from runtime.ops.kernels import partial_kernels
-from runtime.ops.kernels.decode import shared_decode
-from runtime.ops.rows import ulysses_in_place
 from runtime.ops.rows.sequence_attention import attend_over_ranks
 from runtime.ops.rows.share_rows import take_rows
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.ops.rows.ulysses import by_heads
 
-__all__ = ["SharedOut", "drawn_prompts", "limited", "torch_context_parallel", "with_unproven"]
-
-
-def with_unproven(is_on: bool) -> None:
-    """Kernels that have not run on GPUs yet: each says so where it is switched."""
-    push_rows.IN_PLACE = beside.PERMUTES_ON = partial_kernels.BY_CUDNN = shared_decode.FUSED = is_on
+__all__ = ["SharedOut", "drawn_prompts", "limited", "torch_context_parallel"]
 
 
 class SharedOut:
@@ -54,18 +44,12 @@ class SharedOut:
     def _own(self, x: Tensor) -> Tensor:
         return take_rows(x, self._number, parts=self._ranks, axes=("sp",), dim=2, kind="sequence", order="zigzag")
 
-    def by(self, way: str, groups: int | None = None) -> Tensor:
-        """groups: of heads, by ulysses."""
+    def by(self, way: str) -> Tensor:
         factors = {"neighbours": self._ranks // 2} if way == "ring-ulysses" else {}
-        before = ulysses_in_place.GROUPS
-        ulysses_in_place.GROUPS = groups or before
-        try:
-            return attend_over_ranks(
-                self._channels[way], *self._mine, self.tokens, None, None, how=way, parts=self._ranks,
-                scale=self.scale, causal=True, **factors,
-            )  # fmt: skip
-        finally:
-            ulysses_in_place.GROUPS = before
+        return attend_over_ranks(
+            self._channels[way], *self._mine, self.tokens, None, None, how=way, parts=self._ranks,
+            scale=self.scale, causal=True, **factors,
+        )  # fmt: skip
 
     def alone(self) -> Tensor:
         return attention(*self.whole, scale=self.scale, causal=True)

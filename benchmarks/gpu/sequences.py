@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.pipeline import alone, drawn_ids, writes
-from benchmarks.gpu.sequence_cases import SharedOut, drawn_prompts, limited, torch_context_parallel, with_unproven
+from benchmarks.gpu.sequence_cases import SharedOut, drawn_prompts, limited, torch_context_parallel
 from benchmarks.support.decoders import SHAPES, DrawnWeights, decoder
 from benchmarks.support.several import (
     DeviceTurns,
@@ -104,7 +104,6 @@ def attentions(given: argparse.Namespace, device: torch.device) -> None:
         off = case.require_alike(ways)
         contestants: dict[str, Callable[[], object]] = {"1 GPU": case.alone, "exchange": case.exchanged}
         shared = {way: functools.partial(case.by, way) for way in ways}
-        shared |= {f"ulysses, {n}": functools.partial(case.by, "ulysses", n) for n in given.groups}
         times = turns.medians(contestants | shared, rounds=rounds_of(given, tokens))
         if first:
             said = ", ".join(
@@ -229,7 +228,6 @@ def memory(given: argparse.Namespace, device: torch.device) -> None:
 
 def rank(given: argparse.Namespace) -> None:
     device = device_of_rank(given)
-    with_unproven(given.unproven)
     runs = {"attention": attentions, "auto": attentions, "memory": memory}
     runs.get(given.part, whole_model)(given, device)
 
@@ -241,10 +239,6 @@ def main() -> None:
     parser.add_argument("--cached", type=int, help="tokens in the cache of decode; 256k, and 200 with --small")
     parser.add_argument("--alone", type=int, default=LONG, help="the longest prompt that one GPU is given")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument(
-        "--unproven", action="store_true", help="with kernels that have not run on GPUs yet, and are off elsewhere"
-    )
-    parser.add_argument("--groups", type=int, nargs="*", default=[], help="attention by ulysses in as many groups too")
     parser.add_argument("--compile", action="store_true", help="compiled steps of decode, besides captured")
     parser.add_argument("--plan", help="of prompts and decode, instead of sp=RANKS")
     given = parser.parse_args()

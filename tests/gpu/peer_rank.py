@@ -11,15 +11,12 @@ from torch import Tensor
 
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.channels import Channel, Handle, OwnRows
-from runtime.communication.peer_memory import beside, mapped_memory
+from runtime.communication.peer_memory import mapped_memory
 from runtime.communication.peer_memory.choice import Choice, Way
-from runtime.communication.peer_memory.rows import push_rows
 from runtime.communication.process_groups import ProcessGroups
 from runtime.ops.attention import attention
 from runtime.ops.expert_exchange import landed, receive_from_experts, send_to_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
-from runtime.ops.kernels import partial_kernels
-from runtime.ops.rows import ulysses_in_place
 from runtime.ops.rows.sequence_attention import attend_over_ranks
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.processes.launch import begin_worker
@@ -187,8 +184,7 @@ def rows_of(channel: Channel, shape: tuple[int, ...], dtype: torch.dtype, close:
 
 
 def heads_in_place(groups: ProcessGroups, channel: Channel) -> None:
-    """Heads exchanged for tokens and back, in one group and in two; and rings beside the work."""
-    push_rows.IN_PLACE = beside.PERMUTES_ON = partial_kernels.BY_CUDNN = True
+    """Heads exchanged for tokens and back, and rings, against one GPU."""
     for size, heads, kv, width in ((5, 4, 2, 64), (4099, 8 * RANKS, 2 * RANKS, 128), (16384, 4 * RANKS, RANKS, 128)):
         random = torch.Generator("cuda").manual_seed(size)
         whole = [
@@ -199,8 +195,7 @@ def heads_in_place(groups: ProcessGroups, channel: Channel) -> None:
         at = torch.tensor(order.positions(RANK), device="cuda")
         mine = [x[:, :, at] for x in whole]
         expected = attention(*(x.float() for x in whole), scale=0.1, causal=True)
-        for how, copies in (("ulysses", False), ("ulysses", True), ("ring", False), ("gather", False)):
-            ulysses_in_place.BY_COPIES = copies
+        for how in ("ulysses", "ring", "gather"):
             for _ in range(3):  # the memory is used again
                 found = attend_over_ranks(
                     channel, *mine, size, None, None, how=how, parts=RANKS, scale=0.1, causal=True

@@ -98,7 +98,7 @@ def test_auto_takes_what_is_priced_lowest_and_says_why() -> None:
         return node.kwargs["how"], note
 
     how, note = chosen("gpt2", "sp=2")
-    assert how == "ulysses"
+    assert how == "ring"
     assert "16,384 tokens a rank on GPUs of one host are 0.211 ms of attention" in note
     how, note = chosen("gemma2", "sp=2")
     assert how == "ring"

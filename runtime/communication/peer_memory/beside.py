@@ -10,14 +10,7 @@ from torch import Tensor
 from runtime.communication.channels import Handle
 from runtime.communication.peer_memory.peer_memory import PeerMemory
 
-__all__ = ["begin_all_reduce", "begin_permute", "exchange_at_once", "exchange_beside", "run_beside"]
-
-
-PERMUTES_ON = False
-"""Whether rings go so. The kernel and the stream are those of all-reduces that are under way; together with permutes
-they have not run on GPUs, so only `benchmarks.gpu.sequences --unproven` and tests turn it on."""
-LEAST_BYTES = 1 << 22
-"""Of a permute: shorter ones take less on the rank's own stream than what two streams take to meet."""
+__all__ = ["begin_all_reduce", "exchange_at_once", "exchange_beside", "run_beside"]
 
 
 def begin_all_reduce(
@@ -31,25 +24,6 @@ def begin_all_reduce(
             return otherwise(x)
         out = x if overwrite and x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
         return run_beside(peers, lambda: peers.all_reduce(x, out, way), out, x)
-
-    return begin
-
-
-def begin_permute(
-    peers: PeerMemory, *, otherwise: Callable[[Tensor], Handle], shift: int
-) -> Callable[[Tensor], Handle]:
-    """A ring attends to the block that it has while the next one comes: few processors are enough for the link.
-
-    otherwise: the same by whatever is quickest on the rank's own stream, or by NCCL on NCCL's.
-    """
-    shift %= peers.group.size
-
-    def begin(x: Tensor) -> Handle:
-        if shift == 0 or x.nbytes < LEAST_BYTES or not peers.takes(x):
-            return otherwise(x)
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        return run_beside(peers, lambda: peers.permute(x, out, "large", shift=shift), out, x)
 
     return begin
 

@@ -4,7 +4,6 @@
     rows.require(sizes)                            collective: two areas of so many bytes in the memory of every rank
     rows.write(table, (q, k, v), height)           see `push_rows_kernel.py`; nobody waits
     rows.meet()                                    behind it what the others have written before theirs is here
-    rows.finish(rows.begin(run))                   the same, under way while this rank computes
 
 An area is used again and again, and no kernel asks whether it has been read. So the two take turns: a rank that meets
 the others behind the second has read the first, as all have who meet it there, and the first may be written again.
@@ -20,17 +19,12 @@ import torch
 from torch import Tensor
 
 from runtime.communication.peer_memory.mapped_memory import Exchange, first_obstacle, mapped
-from runtime.communication.peer_memory.rows.copy_engines import copy_part
 from runtime.ops.rows.row_moves import ALIGNED, Move
 
 if TYPE_CHECKING:
     from runtime.communication.peer_memory.peer_memory import PeerMemory
 
-__all__ = ["IN_PLACE", "PeerRows"]
-
-IN_PLACE = False
-"""Whether ranks exchange heads for tokens so. The moves are proven against float64, the kernel in Triton's interpreter,
-and it compiles for Hopper; on GPUs it has not run: only `benchmarks.gpu.sequences --unproven` and tests turn it on."""
+__all__ = ["PeerRows"]
 
 _log = logging.getLogger("partitioner")
 _ROUND_TO = 1 << 26
@@ -45,8 +39,6 @@ class PeerRows:
         """peers: the `PeerMemory` whose ranks these are."""
         self._peers, self._name, self._exchange = peers, name, exchange
         self.memory = torch.empty(0, dtype=torch.uint8, device=peers.device)
-        self.memories: list[Tensor] = []
-        """Of all ranks, this one's included."""
         self.second = 0
         """Where the second area begins."""
         self._handle: Any = None
@@ -66,7 +58,6 @@ class PeerRows:
         device = self._peers.device
         torch.cuda.synchronize(device)  # nobody reads or writes the old one any more
         self._handle = self._starts = None
-        self.memories = []
         self.memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._generation, self.second = self._generation + 1, 0
         first, last = (-(-size // _ROUND_TO) * _ROUND_TO for size in sizes)
@@ -84,12 +75,6 @@ class PeerRows:
         self.second = first
         offset = self.memory.data_ptr() - self._handle.buffer_ptrs[self._peers.group.coordinate]
         self._starts = torch.tensor([start + offset for start in self._handle.buffer_ptrs], device=device)
-        self.memories = [
-            self.memory
-            if rank == self._peers.group.coordinate
-            else self._handle.get_buffer(rank, (size,), torch.uint8, offset)
-            for rank in range(self._peers.group.size)
-        ]
         return True
 
     def table(self, key: Hashable, moves: Callable[[], Sequence[Move]]) -> Tensor:
@@ -102,14 +87,8 @@ class PeerRows:
         self._tables[key] = found
         return found
 
-    def write(
-        self, table: Tensor, sources: Sequence[Tensor], height: int, *, own: Tensor | None = None,
-        programs: int | None = None,
-    ) -> None:  # fmt: skip
-        """sources: up to three, each `loadable`. height: rows of the longest move. own: where this rank's own ones go.
-
-        programs: the most that run; by default all processors have some.
-        """
+    def write(self, table: Tensor, sources: Sequence[Tensor], height: int, *, own: Tensor | None = None) -> None:
+        """sources: up to three, each `loadable`. height: rows of the longest move. own: where this rank's ones go."""
         from runtime.communication.peer_memory.rows.push_rows_kernel import (
             FIELDS,
             write_rows,
@@ -124,29 +103,15 @@ class PeerRows:
         batches, tiles = sources[0].shape[0], -(-height // _TILE)
         items = len(table) * batches * tiles
         processors = torch.cuda.get_device_properties(self._peers.device).multi_processor_count
-        most = programs or processors * _PER_PROCESSOR
-        write_rows[(min(items, most),)](
+        write_rows[(min(items, processors * _PER_PROCESSOR),)](
             table, self._starts, (self.memory if own is None else own).data_ptr(), *given, items, batches, tiles,
             RANK=self._peers.group.coordinate, FIELDS=FIELDS, WORDS=1 << (width // 4 - 1).bit_length(), ROWS=_TILE,
             num_warps=_WARPS,
         )  # fmt: skip
 
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        """Both [B, H, S, D], the target in any rank's memory."""
-        copy_part(target, source)
-
     def meet(self) -> None:
         """On the stream: what every rank has written before its own is there."""
         self._peers.all_reduce(self._word, self._met, "large")
 
-    def begin(self, run: Callable[[], None]) -> Any:
-        """`run`, which writes and meets, on a stream of its own behind all that this one has."""
-        return self._peers.under_way.begin(run)
-
-    def finish(self, end: Any) -> None:
-        """The rank's own stream goes on when what was begun has ended."""
-        self._peers.under_way.finish(end)
-
     def close(self) -> None:
         self._handle = self._starts = None
-        self.memories = []

@@ -8,11 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["FUSED", "merged_rows", "own_or_last_rows", "packed_rows"]
-
-FUSED = False
-"""Whether steps go so, in the place of torch's operations. The kernels are proven in Triton's interpreter and compile
-for Hopper; on GPUs they have not run, so only `benchmarks.gpu.sequences --unproven` and tests turn it on."""
+__all__ = ["merged_rows", "own_or_last_rows", "packed_rows"]
 
 
 def own_or_last_rows(

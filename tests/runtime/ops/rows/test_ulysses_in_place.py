@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
-from unittest.mock import create_autospec
 
 import pytest
 import torch
-from torch import Tensor
 
 from partitioner.sharding.mesh import Mesh
-from runtime.communication.peer_memory.peer_memory import PeerMemory
-from runtime.communication.peer_memory.rows.copy_engines import lines_of
-from runtime.communication.peer_memory.rows.push_rows import PeerRows
 from runtime.ops.attention import attention
-from runtime.ops.rows import ulysses_in_place
 from runtime.ops.rows.row_moves import Move, loadable
-from runtime.ops.rows.ulysses_in_place import ByCopies, InPlace
+from runtime.ops.rows.ulysses_in_place import InPlace
 from tests.runtime.kv_cache.sharded_cases import on_one, on_sharded, text
 from tests.runtime.ops.kernels.in_tritons_interpreter import assert_interpreted, needs_triton
 from tests.runtime.ops.rows.sp_cases import Counting, drawn, over_ranks, tensors
 from tests.runtime.ops.rows.written_rows import writing
-
-
-@pytest.fixture(autouse=True, params=[False, True], ids=["kernel", "copies"])
-def by_copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ulysses_in_place, "BY_COPIES", request.param)
 
 
 @pytest.mark.parametrize("parts", [2, 3])
@@ -47,26 +35,6 @@ def test_sinks_masks_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     given, mask, sinks = tensors(1, 17), drawn(1, 4, 17, 17, seed=5), drawn(4, seed=6)
     found = over_ranks(given, 3, how="ulysses", order="blocks", mask=mask, sinks=sinks, scale=0.4)
     torch.testing.assert_close(found, attention(*given, mask, sinks, scale=0.4), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("size", [1, 13])
-def test_groups_of_heads(count: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ulysses_in_place, "GROUPS", count)
-    monkeypatch.setattr(ulysses_in_place, "LEAST_BYTES", 0)
-    made = ByCopies if ulysses_in_place.BY_COPIES else InPlace
-    parts, counts, original = 2, list[int](), made.run
-
-    def run(self: InPlace, *given: Any, count: int) -> torch.Tensor:
-        counts.append(count)
-        return original(self, *given, count=count)
-
-    monkeypatch.setattr(made, "run", run)
-    writing(monkeypatch, parts)
-    given = tensors(2, size, heads=24, kv=12, value=4)
-    found = over_ranks(given, parts, how="ulysses", scale=0.4, causal=True)
-    torch.testing.assert_close(found, attention(*given, scale=0.4, causal=True), rtol=1e-12, atol=1e-12)
-    assert counts == [count] * parts
 
 
 @pytest.mark.parametrize("kv_map", [[0, 0, 0, 1], [0, 1, 0, 1]])
@@ -93,7 +61,6 @@ def test_behind_what_is_kept(parts: int, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("name", ["there", "back"])
 def test_the_second_run_of_a_rank_is_not_behind_the_first(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: moves as if a rank's tokens were one run."""
-    monkeypatch.setattr(ulysses_in_place, "BY_COPIES", False)
     original = getattr(InPlace, name)
 
     def changed(self: InPlace, *where: int) -> list[Move]:
@@ -106,52 +73,12 @@ def test_the_second_run_of_a_rank_is_not_behind_the_first(name: str, monkeypatch
     assert not torch.allclose(found, attention(*given, scale=0.4, causal=True), rtol=1e-3)
 
 
-def test_tokens_that_are_copied_to_where_others_belong(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control of copies: the runs of a rank change places."""
-    monkeypatch.setattr(ulysses_in_place, "BY_COPIES", True)
-    original = ByCopies._tokens
-
-    def changed(self: ByCopies, own: int, *, behind_past: bool) -> Any:
-        read, written = zip(*original(self, own, behind_past=behind_past), strict=True)
-        return zip(read, reversed(written), strict=True)
-
-    monkeypatch.setattr(ByCopies, "_tokens", changed)
-    writing(monkeypatch, 2)
-    given = tensors(1, 12)
-    found = over_ranks(given, 2, how="ulysses", scale=0.4, causal=True)
-    assert not torch.allclose(found, attention(*given, scale=0.4, causal=True), rtol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("target", "source", "lines"),
-    [
-        (drawn(1, 9, 6, 4).transpose(1, 2)[:, 2:4, 1:6], drawn(1, 5, 6, 4).transpose(1, 2)[:, 1:3], (5, 64, 192, 192)),
-        (drawn(1, 6, 9, 4)[:, 2:4, 1:6], drawn(1, 7, 5, 4)[:, 1:3], (2, 160, 288, 160)),
-        (drawn(1, 1, 5, 4), drawn(1, 9, 5, 4)[:, 2:3], (1, 160, 160, 160)),
-        (drawn(1, 3, 5, 4), drawn(1, 5, 3, 4).transpose(1, 2), None),
-        (drawn(1, 3, 5, 4), drawn(1, 3, 5, 8)[..., ::2], None),
-    ],
-)
-def test_lines_of_bytes(target: Tensor, source: Tensor, lines: tuple[int, ...] | None) -> None:
-    """What a copy engine is told copies that part, and no more."""
-    assert target.shape == source.shape
-    assert lines_of(target, source) == lines
-
-
 def test_too_little_memory_goes_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    writing(monkeypatch, 2, num_bytes=64)
+    writing(monkeypatch, 2, most=64)
     given, group = tensors(1, 12), Counting(Mesh.of(sp=2))
     found = over_ranks(given, 2, group=group, how="ulysses", scale=0.4, causal=True)
     torch.testing.assert_close(found, attention(*given, scale=0.4, causal=True), rtol=1e-12, atol=1e-12)
     assert group.met[0, "all_to_all"] == 2
-
-
-def test_meeting_is_a_sum_of_peer_memory_as_it_is() -> None:
-    """Of its real signature: what that lacks, a fake must lack."""
-    peers = create_autospec(PeerMemory, instance=True, device=torch.device("cpu"))
-    rows = PeerRows(peers, "rows", lambda each: [each])
-    rows.meet()
-    peers.all_reduce.assert_called_once_with(rows._word, rows._met, "large")
 
 
 def test_rows_that_loads_cannot_take_are_copied() -> None:
