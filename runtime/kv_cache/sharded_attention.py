@@ -21,7 +21,14 @@ from partitioner.errors import InputError
 from runtime.kv_cache.buffers import StateRows
 from runtime.kv_cache.sharded_slots import DealtOut, ShardedRun, moved
 from runtime.ops.kernels.decode.shared_decode import merged_rows, own_or_last_rows, packed_rows
-from runtime.ops.kernels.decode_attention import Attending, can_decode, decode_attention, registered
+from runtime.ops.kernels.decode_attention import (
+    Attending,
+    Rotation,
+    can_decode,
+    can_rotate,
+    decode_attention,
+    registered,
+)
 from runtime.ops.kernels.flash_attention import can_flash, flash_attention
 from runtime.ops.rows.attend_runs import Block, RankQueries
 from runtime.ops.rows.exchange_keys import around, filled_up
@@ -71,15 +78,29 @@ class ShardedAttention:
         packed = Attending(self._packed_by_kernel, values.width + 1, dtype=torch.float32)
         self._by_kernel = registered(packed)
 
+    def rotates(self, q: Tensor, *by: Any) -> bool:
+        """Whether it takes a `rotation` of one token's queries and keys that is still to be done."""
+        return self.has_kernel and can_rotate(q, *by)
+
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None, sinks: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         run = require_kind(self._run(), self._how, self._channel)
         if self.has_kernel and q.shape[2] == 1 and mask is None:
-            packed = self._by_kernel(q, k, v, positions, None)
+            packed = self._by_kernel(q, k, v, positions, None, rotation)
             if sinks is None and not torch.compiler.is_compiling():  # which fuses it itself
                 return merged_rows(self._channel.all_gather(packed[None], dim=0), q.dtype)
             return self._merged(packed, sinks).to(q.dtype)
+        if rotation is not None:  # behind a mask
+            cos, sin, half = rotation
+            q, k = (x * cos + torch.roll(x, -half, -1) * sin for x in (q, k))
         k, v = (keep(run, each, x, self._channel) for each, x in ((self._keys, k), (self._values, v)))
         dealt_out = run.dealt_out
         if dealt_out is None:
@@ -112,7 +133,15 @@ class ShardedAttention:
         """What the parts [B, H, S, Dv + 1] of all ranks are together: on every rank the same bits."""
         return merged_over(self._channel, packed, sinks)
 
-    def _packed_by_kernel(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None) -> Tensor:
+    def _packed_by_kernel(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        sinks: Tensor | None,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
         """The part of this rank. To the kernel a row is as long as what this rank keeps of it.
 
         The kernel appends what it is given: on a rank that does not keep the token, that is the last one that it keeps.
@@ -121,7 +150,7 @@ class ShardedAttention:
         keys, values = (each.numbers[run.rows] for each in (self._keys, self._values))
         assert run.appended is not None
         is_own, before = run.appended.is_own, run.appended.before
-        k, v, at = own_or_last_rows(k, v, keys, values, is_own, before)
+        q, k, v, at = own_or_last_rows(q, k, v, keys, values, is_own, before, rotation)
         out, lse = decode_attention(
             q, k, v, at, keys, values, scale=self._scale, softcap=self._softcap, return_lse=True
         )  # fmt: skip

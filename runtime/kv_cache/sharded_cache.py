@@ -192,7 +192,15 @@ class ShardedCache(Cache):
                     f"node {channel.node!r} deals tokens out in the order {options['order']!r}, others {self._order!r}"
                 )
             self._order = options["order"]
-        return found.__call__
+        if not isinstance(found, ShardedAttention) or not has_kernel:
+            return found.__call__
+        by_kernel = found
+
+        def attend(*given: Any, **named: Any) -> Tensor:
+            return by_kernel(*given, **named)
+
+        attend.rotates = by_kernel.rotates  # type: ignore[attr-defined]
+        return attend
 
     def _rows_of(self, name: str) -> StateRows:
         return StateRows(self._state_of[name], lambda: self.buffers)

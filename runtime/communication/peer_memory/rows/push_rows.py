@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from runtime.communication.group_collectives import Group
+from runtime.communication.peer_memory.choice import Way
 from runtime.communication.peer_memory.mapped_memory import Exchange, first_obstacle, mapped
 from runtime.ops.rows.row_moves import ALIGNED, Move
-
-if TYPE_CHECKING:
-    from runtime.communication.peer_memory.peer_memory import PeerMemory
 
 __all__ = ["PeerRows"]
 
@@ -32,10 +31,22 @@ _TILE, _WARPS, _PER_PROCESSOR = 64, 8, 4
 _TABLES = 64
 
 
+class Peers(Protocol):
+    """Of `PeerMemory`, what is used here."""
+
+    @property
+    def group(self) -> Group: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def all_reduce(self, x: Tensor, out: Tensor, way: Way) -> Tensor: ...
+
+
 class PeerRows:
     """One rank's end; see the module's docstring."""
 
-    def __init__(self, peers: PeerMemory, name: str, exchange: Exchange) -> None:
+    def __init__(self, peers: Peers, name: str, exchange: Exchange) -> None:
         """peers: the `PeerMemory` whose ranks these are."""
         self._peers, self._name, self._exchange = peers, name, exchange
         self.memory = torch.empty(0, dtype=torch.uint8, device=peers.device)
