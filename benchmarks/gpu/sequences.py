@@ -179,8 +179,13 @@ def decode(turns: DeviceTurns, one: Engine, split: Engine, ids: Tensor, *, layer
                     ends.append(time.perf_counter())
             half = len(ends) // 2
             took[name, size] = turns.slowest([(ends[-1] - ends[half]) / (len(ends) - 1 - half)])[0]
+    said = [
+        writes(engine, ids[:, : min(SHORT, ids.shape[1] // 4)], NEW)()[0, -NEW:].tolist() for engine in (one, split)
+    ]
     if not first:
         return
+    alike = next((at for at, both in enumerate(zip(*said, strict=True)) if both[0] != both[1]), NEW)
+    print(f"  of {NEW} tokens behind a prompt that is run, the first {alike} are one GPU's", flush=True)
     for (name, size), each in took.items():
         print(f"  {size} cached, {name}: {each * 1e3:.3f} ms a token")
     (alone_long, alone_short), (long, short) = ([took[name, size] for size in sizes] for name in ("1 GPU", "ranks"))
