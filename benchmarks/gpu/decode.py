@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=("8b", "70b"), default="8b", help="70b on several GPUs only")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--compiled", action="store_true", help="on several GPUs: all contestants, compiled besides")
+    parser.add_argument("--captured", action="store_true", help="on several GPUs: none of which anything is compiled")
     parser.add_argument("--kernels", default="", help="a file for the kernels of 16 tokens of rank 0, by time")
     given = parser.parse_args()
     given.layers = given.layers or SHAPES[given.shape]["num_hidden_layers"]
@@ -108,8 +109,9 @@ def main() -> None:
         begin_worker()
         on_several(given)
     else:
-        options = [f"--{name}={value}" for name, value in vars(given).items() if name != "compiled"]
-        options += ["--compiled"] if given.compiled else []
+        told = vars(given).items()
+        options = [f"--{name}={value}" for name, value in told if not isinstance(value, bool)]
+        options += [f"--{name}" for name, value in told if value is True]
         launch_ranks(["benchmarks.gpu.decode", *options], num_ranks=given.ranks, timeout_s=1200)
 
 
@@ -154,7 +156,8 @@ def on_several(given: argparse.Namespace) -> None:
 
     part = num_bytes / given.ranks
     enter(f"{several}, NCCL", nccl, part, split)
-    enter(f"{several}, {COMPILED}, NCCL", nccl, part, lambda: split(compile=True))
+    if not given.captured:
+        enter(f"{several}, {COMPILED}, NCCL", nccl, part, lambda: split(compile=True))
     enter("1 GPU", chosen, num_bytes, lambda: alone(whole, drawn, device, cuda_graph=True))
     if given.compiled:
         enter(f"{several}, {COMPILED}", chosen, part, lambda: split(compile=True))
