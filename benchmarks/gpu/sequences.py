@@ -172,7 +172,7 @@ def decode(turns: DeviceTurns, one: Engine, split: Engine, ids: Tensor, *, layer
             with drawn_prompts():
                 steps = engine.stream(
                     ids[:, :size], max_new_tokens=NEW, eos_token_id=[], do_sample=False,
-                    prefill_step=min(LAST, size // 8),
+                    prefill_step=max(1, min(LAST, size // 8)),
                 )  # fmt: skip
                 for _ in steps:
                     synchronize(turns.device)
