@@ -37,7 +37,7 @@ def wanted(
 
 
 @pytest.mark.parametrize("dtype", list(CLOSE))
-@pytest.mark.parametrize("rows", range(1, MOST_ROWS + 1))
+@pytest.mark.parametrize("rows", range(1, 5))
 def test_products(rows: int, dtype: torch.dtype) -> None:
     ways = itertools.product([(1, 3), (10, 48), (7, 1100), (300, 2048), (5, 14336)], [False, True], range(4))
     for (num_out, inner), gated, way in ways:
@@ -51,7 +51,7 @@ def test_products(rows: int, dtype: torch.dtype) -> None:
             "added": added if way == 3 else None,
             "norm": (scale if way == 3 else None, 1e-5) if way >= 2 else None,
         }
-        assert takes(x, weight)
+        assert takes(x, weight) == (rows <= MOST_ROWS)
         found = few_rows(x, weight, given.pop("bias"), **given) if way != 1 else few_rows(x, weight, **given)
         total, exact = wanted(x, weight, given.pop("bias", None), **given)
         if total is not None:
@@ -138,7 +138,7 @@ def test_captured_steps_write_as_eager_ones(name: str, compile: bool, monkeypatc
     parts = partition(model, Plan())
     if compile and name == "gpt2":
         pytest.skip("its steps are compiled by torch, which test_chain looks at")
-    for batch in (1, 3):
+    for batch in (1,) if compile else (1, 3):  # of three, torch compiles
         ids = torch.arange(2, 2 + 5 * batch, device="cuda").view(batch, 5)
         said = [
             parts.engine(0, ThreadGroup(Mesh.of()).communicator(0), device="cuda", **how).generate(
