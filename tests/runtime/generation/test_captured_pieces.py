@@ -290,3 +290,12 @@ def test_ranks_that_meet_on_the_host_capture_nothing(monkeypatch: pytest.MonkeyP
         for seed in range(3):
             parts.generate(texts(9, seed=seed), **OPTIONS)
     assert not graphs
+
+
+def test_without_memory_to_spare_nothing_is_captured(graphs: list[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "can_spare", lambda *given, **options: False)
+    parts = compiled("llama", 1)
+    for seed in range(3):
+        given = texts(9, seed=seed)
+        assert_alike(parts.generate(given, **OPTIONS), node_by_node(given, **OPTIONS))
+    assert not graphs
