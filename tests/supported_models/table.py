@@ -100,7 +100,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             f"{max(row['equal32'].values()):.0e}" if row.get("equal32") else "",
             _generated(row.get("generates", {})),
             row.get("bundle", {}).get("verdict", ""),
-            row.get("sequences", {}).get("verdict", ""),
+            _dealt(row.get("sequences", {})),
             staged(row),
             f"{default['tp=2']:.3f}" if "tp=2" in default else "",
             f"{default['tp=4']:.3f}" if "tp=4" in default else "",
@@ -186,6 +186,13 @@ def _generated(found: dict[str, Any]) -> str:
     return f"equal, {found['tokens']} tokens" if few else str(found.get("verdict", ""))
 
 
+def _dealt(found: dict[str, Any]) -> str:
+    """Its verdict, and whether it is of whole texts only, as no plan of those tried generates."""
+    refused = [isinstance(each, str) for each in found.get("generates", {}).values()]
+    verdict = str(found.get("verdict", ""))
+    return f"{verdict}, whole texts" if verdict == "equal" and refused and all(refused) else verdict
+
+
 def _traced(found: dict[str, Any]) -> str:
     """How many of its layers were traced, and why not fewer."""
     if "traced" not in found:
@@ -203,7 +210,9 @@ def _why_no_bundle(row: dict[str, Any]) -> str | None:
 def _why_not_dealt(row: dict[str, Any]) -> str | None:
     """Why ranks cannot share out its tokens, where that is not why there is nothing at all."""
     found = row.get("sequences", {})
-    return f"over sp: {found['why']}" if "why" in found and row["verdict"] == "equal" else None
+    refused = [each.removeprefix("refused: ") for each in found.get("generates", {}).values() if isinstance(each, str)]
+    why = found.get("why") or (f"whole texts only, {refused[0]}" if refused else None)
+    return f"over sp: {why}" if why and row["verdict"] == "equal" else None
 
 
 def _why_not(row: dict[str, Any]) -> str | None:
@@ -226,7 +235,7 @@ class _Column:
 
 _ADDED = {
     "tokens over sp": _Column(
-        "sequences", lambda row: str(row["sequences"]["verdict"]), _why_not_dealt, "over sp: ", "tokens over sp"
+        "sequences", lambda row: _dealt(row["sequences"]), _why_not_dealt, "over sp: ", "tokens over sp"
     ),
     STAGES: _Column("stages", staged, why_not_staged, "stages: ", "pipeline stages"),
     "traced once": _Column("layers", lambda row: _traced(row["layers"])),

@@ -140,7 +140,8 @@ class _Rewriting:
             return self._product(*_operands(node), 1.0)
         if kind is aten.baddbmm:
             scores = self._product(a["batch1"], a["batch2"], float(a["alpha"]))
-            return scores if a["beta"] == 0 else replace(scores, added=[(a["self"], float(a["beta"]))])
+            has_none = a["beta"] == 0 or operation(a["self"]) is aten.zeros
+            return scores if has_none else replace(scores, added=[(a["self"], float(a["beta"]))])
         if kind in (aten.mul, aten.div) and isinstance(a["other"], int | float) and not a.get("rounding_mode"):
             return self._scores(a["self"]).times(a["other"] if kind is aten.mul else 1 / a["other"])
         if kind is aten.add and a.get("alpha", 1) == 1 and isinstance(a["other"], fx.Node):

@@ -18,6 +18,7 @@ FORMS = [
     pytest.param("gptj", {"causal": True}, 3),  # matmul, a quotient, the causal mask
     pytest.param("bloom", {"causal": True}, 4, marks=pytest.mark.slow),  # baddbmm of alibi, [B H, S, S] in between
     pytest.param("gpt_neo", {"causal": True}, 4, marks=pytest.mark.slow),  # where, and a table of what is seen
+    pytest.param("gpt_neox_japanese", {"causal": True}, 3, marks=pytest.mark.slow),  # baddbmm of zeros
     pytest.param("trocr", {"causal": True}, 3, marks=pytest.mark.slow),  # bmm
     pytest.param("codegen", {"causal": True}, 3, marks=pytest.mark.slow),  # the mask is divided too
 ]
