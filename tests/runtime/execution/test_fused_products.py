@@ -185,3 +185,53 @@ def test_the_kernel_is_not_for_this_device() -> None:
 
     assert not takes(torch.zeros(1, 8), torch.zeros(5, 8))
     assert not can_launch_early(torch.device("cpu"))
+
+
+class Reduce:
+    """An all_reduce that knows a way between products; counts who asks for it."""
+
+    __name__ = "all_reduce"
+
+    def __init__(self, other: Tensor) -> None:
+        self.other, self.asked = other, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x + self.other
+
+    def partial_sums(self, shape: torch.Size, dtype: torch.dtype) -> None:
+        assert shape == self.other.shape
+        assert dtype == self.other.dtype
+        self.asked += 1
+
+
+def summed(reduce: Any, *, between: bool = False, twice: bool = False) -> fx.Graph:
+    """total = a + reduce(x u^T), and the product of its norm with w."""
+    graph = fx.Graph()
+    u, w, n, a, x = (graph.placeholder(name) for name in "uwnax")
+    first = graph.call_function(linear, (x, u))
+    if between:
+        graph.call_method("add_", (x, 1))
+    total = graph.call_function(torch.add, (a, graph.call_function(reduce, (first,))))
+    made = graph.call_function(linear, (graph.call_function(torch.rms_norm, (total, [6], n, 1e-5)), w))
+    graph.output((total, made, first) if twice else (total, made))
+    return with_products(fused(graph), 3)
+
+
+def test_an_all_reduce_between_products_becomes_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = u, w, n, a, x = drawn(6, 8), drawn(5, 6), drawn(6), drawn(1, 2, 6), drawn(1, 2, 8)
+    reduce = Reduce(drawn(1, 2, 6))
+    graph = summed(reduce)
+    (op,) = (target for target in targets(graph) if target is not operator.getitem)
+    assert op.num_products == 2
+    assert is_mostly_products(graph, [u.float()])
+    total = a + linear(x, u) + reduce.other
+    wanted = total, linear(torch.rms_norm(total, [6], n, 1e-5), w)
+    for found, exact in zip(fx.GraphModule({}, graph)(*given), wanted, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-13, atol=1e-13)
+    assert not reduce.asked  # no kernel takes what lies on a CPU
+    # negative controls: what is computed between them could change what the first reads; others read the first's
+    for kept in (summed(reduce, between=True), summed(reduce, twice=True)):
+        assert reduce in targets(kept)
+        assert product in targets(kept)
+    plain = lambda x: x + reduce.other  # noqa: E731
+    assert plain in targets(summed(plain))  # knows no way

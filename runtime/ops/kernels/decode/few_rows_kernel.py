@@ -12,22 +12,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from runtime.ops.kernels.decode.activations_kernel import activated
+from runtime.ops.kernels.decode.partial_sums_kernel import begin_pulling, begin_pushing, clear_last, pull, push
+
 __all__ = ["few_rows"]
-
-
-@triton.jit
-def _activated(x, ACT: tl.constexpr):
-    if ACT == "silu":
-        return x * tl.sigmoid(x)
-    elif ACT == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACT == "gelu_tanh":  # tanh(z) is 2 sigmoid(2 z) - 1
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACT == "relu":
-        return tl.where(x < 0, 0.0, x)  # what is no number stays none
-    else:
-        tl.static_assert(ACT == "sigmoid")
-        return tl.sigmoid(x)
 
 
 @triton.jit
@@ -39,12 +27,24 @@ def _weights_at(at, columns, live, inner, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _row_at(x, added, total, norm, row, columns, inner, writes, ADDS: tl.constexpr, WEIGHTED: tl.constexpr):
-    """What the norm is of, and that times its weight."""
+def _row_at(
+    x, added, total, norm, row, columns, inner, part, writes,
+    ADDS: tl.constexpr, RANKS: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """What the norm is of, and that times its weight. RANKS: of so many parts `added` is the sum."""
     inside = columns < inner
     own = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
-        own += tl.load(added + columns, mask=inside, other=0.0).to(tl.float32)
+        if RANKS == 1:
+            own += tl.load(added + columns, mask=inside, other=0.0).to(tl.float32)
+        else:
+            for rank in tl.static_range(RANKS):
+                came = tl.load(added + rank * part + columns, mask=inside, other=0.0, cache_modifier=".cg")
+                if rank == 0:
+                    parts = came.to(tl.float32)
+                else:
+                    parts += came.to(tl.float32)
+            own += parts.to(total.dtype.element_ty).to(tl.float32)
         rounded = own.to(total.dtype.element_ty)
         if writes:
             tl.store(total + row * inner + columns, rounded, mask=inside)
@@ -58,68 +58,81 @@ def _row_at(x, added, total, norm, row, columns, inner, writes, ADDS: tl.constex
 @triton.jit
 def few_rows(
     x, added, norm, weight, gate, bias, out, total, eps, num_out, inner, x_row, added_row, weight_row, gate_row,
+    table, calls, late, abandoned, patience_ns, start, part,
     ROWS: tl.constexpr, ADDS: tl.constexpr, NORMS: tl.constexpr, WEIGHTED: tl.constexpr, ACT: tl.constexpr,
     BIAS: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    PUSHES: tl.constexpr, PULLS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """x, added: [ROWS, inner]; weight, gate: [num_out, inner]; out: [ROWS, num_out]; total: [ROWS, inner].
 
     With ACT, the result is ACT(x gate^T) * (x weight^T). EARLY: whether it was launched before its predecessor's end.
+    PUSHES: the result goes to all ranks; PULLS: what is added is their sum. See `partial_sums_kernel.py`.
     """
     program = tl.program_id(0)
     n = program * TILE_N + tl.arange(0, TILE_N)
     k = tl.arange(0, TILE_K)
     live = (n < num_out)[:, None]
     at = weight + n.to(tl.int64)[:, None] * weight_row
-    first = _weights_at(at, k, live, inner, EVEN)
+    weights = _weights_at(at, k, live, inner, EVEN)
+    gates = weights
     if ACT != "":
         gate_at = gate + n.to(tl.int64)[:, None] * gate_row
-        first_gate = _weights_at(gate_at, k, live, inner, EVEN)
+        gates = _weights_at(gate_at, k, live, inner, EVEN)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
+    if PUSHES:
+        number = begin_pushing(calls, program)
+    if PULLS:
+        number = begin_pulling(calls, program)
+        added = pull(x, table, number, late, abandoned, patience_ns, start, part, ROWS * inner, RANK, RANKS, UNITS)
     sums = ()
-    gates = ()
+    gated = ()
     squares = ()
-    for row in tl.static_range(ROWS):
-        own, scaled = _row_at(
-            x + row * x_row, added + row * added_row, total, norm, row, k, inner, program == 0, ADDS, WEIGHTED
-        )
-        sums = sums + (first.to(tl.float32) * scaled[None, :],)
-        if ACT != "":
-            gates = gates + (first_gate.to(tl.float32) * scaled[None, :],)
-        squares = squares + (own * own,)
-    for start in tl.range(TILE_K, inner, TILE_K, num_stages=1):
-        columns = start + k
-        weights = _weights_at(at, columns, live, inner, EVEN)
-        if ACT != "":
-            gate_weights = _weights_at(gate_at, columns, live, inner, EVEN)
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.zeros((TILE_N, TILE_K), tl.float32),)
+        gated = gated + (tl.zeros((TILE_N, TILE_K), tl.float32),)
+        squares = squares + (tl.zeros((TILE_K,), tl.float32),)
+    for begin in tl.range(0, inner, TILE_K, num_stages=1):
         new_sums = ()
-        new_gates = ()
+        new_gated = ()
         new_squares = ()
         for row in tl.static_range(ROWS):
             own, scaled = _row_at(
-                x + row * x_row, added + row * added_row, total, norm, row, columns, inner, program == 0, ADDS, WEIGHTED
-            )
+                x + row * x_row, added + row * added_row, total, norm, row, begin + k, inner, part, program == 0,
+                ADDS, RANKS if PULLS else 1, WEIGHTED,
+            )  # fmt: skip
             new_sums = new_sums + (sums[row] + weights.to(tl.float32) * scaled[None, :],)
             if ACT != "":
-                new_gates = new_gates + (gates[row] + gate_weights.to(tl.float32) * scaled[None, :],)
+                new_gated = new_gated + (gated[row] + gates.to(tl.float32) * scaled[None, :],)
+            else:
+                new_gated = new_gated + (gated[row],)
             if NORMS:
                 new_squares = new_squares + (squares[row] + own * own,)
             else:
                 new_squares = new_squares + (squares[row],)
         sums = new_sums
-        gates = new_gates
+        gated = new_gated
         squares = new_squares
+        following = begin + TILE_K
+        weights = _weights_at(at, following + k, live & (following < inner), inner, EVEN)
+        if ACT != "":
+            gates = _weights_at(gate_at, following + k, live & (following < inner), inner, EVEN)
     for row in tl.static_range(ROWS):
         y = tl.sum(sums[row], 1)
         if NORMS:
             factor = tl.rsqrt(tl.sum(squares[row], 0) / inner + eps)
             y *= factor
         if ACT != "":
-            gated = tl.sum(gates[row], 1)
+            z = tl.sum(gated[row], 1)
             if NORMS:
-                gated *= factor
-            y *= _activated(gated, ACT)
+                z *= factor
+            y *= activated(z, ACT)
         if BIAS:
             y += tl.load(bias + n, mask=n < num_out, other=0.0).to(tl.float32)
-        tl.store(out + row * num_out + n, y.to(out.dtype.element_ty), mask=n < num_out)
+        if PUSHES:
+            push(y, x, table, number, start, part, row * num_out + n, n < num_out, RANK, RANKS)
+        else:
+            tl.store(out + row * num_out + n, y.to(out.dtype.element_ty), mask=n < num_out)
+    if PULLS:
+        clear_last(x, table, calls, number, start, part, ROWS * inner, program, RANK, RANKS)
