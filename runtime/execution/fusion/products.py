@@ -76,7 +76,8 @@ def product_of_sum(all_reduce: Any) -> Callable[..., tuple[Tensor, Tensor]]:
             sums = all_reduce.partial_sums(x.shape, x.dtype)
         if sums is None:
             return product(x, weight, bias, added=all_reduce(product(*of)), **named)  # type: ignore[no-any-return]
-        push_few_rows(sums, *of)
+        halves = weight.chunk(2) if named.get("act") and gate is None else (weight,)
+        push_few_rows(sums, *of, ahead=halves if gate is None else (gate, weight))
         return _by_kernel(  # type: ignore[no-any-return]
             x, weight, bias, gate, named.get("act", ""), sums, norm, gate_first=named.get("gate_first", True)
         )

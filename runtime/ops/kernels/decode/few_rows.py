@@ -35,6 +35,14 @@ _REGISTERS = 128
 """Of a thread at most for one row of 16-bit numbers, so that a processor has room for four programs of four warps; more
 rows would leave registers for memory."""
 
+FETCHED_COLUMNS = 0
+"""Of its rows of a matrix, behind the first, that a program fetches into the L2 cache while it waits. Off, as is what
+follows: they have not run on a GPU."""
+AHEAD_BYTES = 0
+"""Of the next product's matrices, that a product whose sums it takes fetches into the L2 cache."""
+_STAYS_BYTES = 20 << 20
+"""Of a matrix, up to which what is fetched before it is read is still in the cache afterwards."""
+
 
 @dataclass(frozen=True)
 class PartialSums:
@@ -96,7 +104,7 @@ def few_rows(
         return total, out[:, :0]
     out = x.new_empty(x.shape[0], weight.shape[0])
     total = out if added is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(x, weight, bias, gate, act, added, norm, out, total, None)
+    _launch(x, weight, bias, gate, act, added, norm, out, total, None, ())
     return out if added is None else (total, out)
 
 
@@ -109,18 +117,23 @@ def push_few_rows(
     gate: Tensor | None = None,
     act: str = "",
     norm: tuple[Tensor | None, float] | None = None,
+    ahead: tuple[Tensor, ...] = (),
 ) -> None:
-    """Called by all ranks of a group, each of which takes the sum by its next kernel of `few_rows`."""
+    """Called by all ranks of a group, each of which takes the sum by its next kernel of `few_rows`.
+
+    ahead: one or two matrices that the next kernel reads.
+    """
     if x.shape[-1] == 0:  # nothing to multiply, but the others wait for what comes of it
         x, weight = x.new_zeros(*x.shape[:-1], 16), weight.new_zeros(weight.shape[0], 16)
         gate, norm = None if gate is None else weight, None
     x = _rows(x)
-    _launch(x, weight, bias, gate, act, None, norm, x, x, sums)
+    _launch(x, weight, bias, gate, act, None, norm, x, x, sums, ahead)
 
 
 def _launch(
     x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, act: str, added: Tensor | PartialSums | None,
     norm: tuple[Tensor | None, float] | None, out: Tensor, total: Tensor, pushed: PartialSums | None,
+    ahead: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
     from runtime.ops.kernels.decode import few_rows_kernel  # Triton comes with torch for GPUs only
 
@@ -142,16 +155,37 @@ def _launch(
     if sums is not None:
         part = sums.part_bytes // x.element_size()
         ranks = (sums.table, sums.calls, sums.late, sums.abandoned, sums.patience_ns, sums.start, part)
-    few_rows_kernel.few_rows[(-(-num_out // tile_n),)](
+    programs = -(-num_out // tile_n)
+    aligned = all(
+        each.data_ptr() % 16 == 0 and each.stride(0) * each.element_size() % 16 == 0 for each in (weight, other)
+    )
+    fetch = FETCHED_COLUMNS if early and aligned and inner > tile_k and inner * x.element_size() % 16 == 0 else 0
+    fetched_ahead = _ahead(ahead, programs) if early else None
+    when = "" if fetched_ahead is None else "first" if weight.nbytes <= _STAYS_BYTES else "last"
+    few_rows_kernel.few_rows[(programs,)](
         x, left, x if scale is None else scale.contiguous(), weight, other, x if bias is None else bias.contiguous(),
         out, total, eps, num_out, inner, x.stride(0), inner if pulled else left.stride(0), weight.stride(0),
-        other.stride(0), *ranks,
+        other.stride(0), *ranks, *(fetched_ahead or (x, 0, 0)),
         ROWS=rows, ADDS=added is not None, NORMS=norm is not None, WEIGHTED=scale is not None, ACT=act,
         BIAS=bias is not None, TILE_N=tile_n, TILE_K=tile_k, EVEN=inner % tile_k == 0, EARLY=early,
         PUSHES=pushed is not None, PULLS=pulled is not None, RANK=0 if sums is None else sums.rank,
         RANKS=1 if sums is None else sums.num_ranks, UNITS=4 * 32 * num_warps,
+        FETCH=fetch, AHEAD=when,
         num_warps=num_warps, **options,
     )  # fmt: skip
+
+
+def _ahead(matrices: tuple[Tensor, ...], programs: int) -> tuple[Tensor, int, int] | None:
+    """Where the first begins, bytes from there to where odd programs begin, and bytes for each program."""
+    turns = -(-programs // 2)
+    if not AHEAD_BYTES or not matrices or any(not each.is_contiguous() or each.data_ptr() % 16 for each in matrices):
+        return None
+    first, last = matrices[0], matrices[-1]
+    room = min(each.nbytes for each in matrices) * len(matrices) // (2 * turns)
+    size = min(AHEAD_BYTES // programs, room) // 16 * 16
+    if not size:
+        return None
+    return first, turns * size if last is first else last.data_ptr() - first.data_ptr(), size
 
 
 def _tile_n(sums: int, num_out: int, device: torch.device) -> int:

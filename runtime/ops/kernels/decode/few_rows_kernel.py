@@ -4,6 +4,9 @@ Each program takes `TILE_N` rows of the matrix and all of their columns. Its fir
 for the kernel before it (programmatic dependent launch: CUDA C++ programming guide, section 4.5), so that the memory
 rests as little as can be between kernels. A norm before the product costs nothing: its factor comes out of the same
 loop, and multiplies the sums.
+
+What does not fit into registers may be fetched into the L2 cache before that wait: FETCH columns behind the first, and
+`ahead`, of the matrices of the kernel behind this one.
 """
 
 from __future__ import annotations
@@ -16,6 +19,38 @@ from runtime.ops.kernels.decode.activations_kernel import activated
 from runtime.ops.kernels.decode.partial_sums_kernel import begin_pulling, begin_pushing, clear_last, pull, push
 
 __all__ = ["few_rows"]
+
+
+@triton.jit
+def _fetch(start, pitch, rows, num_bytes):
+    """Into the L2 cache, `num_bytes` in sixteens of each of `rows` rows, `pitch` bytes apart; a thread takes one."""
+    tl.inline_asm_elementwise(
+        """
+        {
+            .reg .pred mine, some;
+            .reg .b32 thread;
+            .reg .b64 from;
+            mov.u32 thread, %tid.x;
+            setp.gt.s32 some, $4, 0;
+            setp.lt.and.s32 mine, thread, $3, some;
+            mad.wide.u32 from, thread, $2, $1;
+            @mine cp.async.bulk.prefetch.L2.global [from], $4;
+            mov.u32 $0, 0;
+        }
+        """,
+        "=r,l,r,r,r",
+        [start, pitch, rows, num_bytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _fetch_ahead(program, ahead, ahead_gap, ahead_bytes):
+    """Programs with even numbers take one matrix, those with odd ones what is `ahead_gap` bytes behind it."""
+    turn = program.to(tl.int64)
+    _fetch(ahead.to(tl.int64) + turn % 2 * ahead_gap + turn // 2 * ahead_bytes, 0, 1, ahead_bytes)
 
 
 @triton.jit
@@ -58,15 +93,17 @@ def _row_at(
 @triton.jit
 def few_rows(
     x, added, norm, weight, gate, bias, out, total, eps, num_out, inner, x_row, added_row, weight_row, gate_row,
-    table, calls, late, abandoned, patience_ns, start, part,
+    table, calls, late, abandoned, patience_ns, start, part, ahead, ahead_gap, ahead_bytes,
     ROWS: tl.constexpr, ADDS: tl.constexpr, NORMS: tl.constexpr, WEIGHTED: tl.constexpr, ACT: tl.constexpr,
     BIAS: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
     PUSHES: tl.constexpr, PULLS: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, UNITS: tl.constexpr,
+    FETCH: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """x, added: [ROWS, inner]; weight, gate: [num_out, inner]; out: [ROWS, num_out]; total: [ROWS, inner].
 
     With ACT, the result is ACT(x gate^T) * (x weight^T). EARLY: whether it was launched before its predecessor's end.
     PUSHES: the result goes to all ranks; PULLS: what is added is their sum. See `partial_sums_kernel.py`.
+    AHEAD: whether what the next kernel reads is fetched "first", or "last", or "": not.
     """
     program = tl.program_id(0)
     n = program * TILE_N + tl.arange(0, TILE_N)
@@ -78,6 +115,16 @@ def few_rows(
     if ACT != "":
         gate_at = gate + n.to(tl.int64)[:, None] * gate_row
         gates = _weights_at(gate_at, k, live, inner, EVEN)
+    if FETCH > 0:
+        size: tl.constexpr = x.dtype.element_ty.primitive_bitwidth // 8
+        top = (program * TILE_N).to(tl.int64)
+        rows = tl.minimum(TILE_N, num_out - program * TILE_N)
+        fetched = tl.minimum(FETCH, inner - TILE_K) * size
+        _fetch((weight + top * weight_row + TILE_K).to(tl.int64), weight_row * size, rows, fetched)
+        if ACT != "":
+            _fetch((gate + top * gate_row + TILE_K).to(tl.int64), gate_row * size, rows, fetched)
+    if AHEAD == "first":
+        _fetch_ahead(program, ahead, ahead_gap, ahead_bytes)
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -118,6 +165,8 @@ def few_rows(
         weights = _weights_at(at, following + k, live & (following < inner), inner, EVEN)
         if ACT != "":
             gates = _weights_at(gate_at, following + k, live & (following < inner), inner, EVEN)
+    if AHEAD == "last":
+        _fetch_ahead(program, ahead, ahead_gap, ahead_bytes)
     for row in tl.static_range(ROWS):
         y = tl.sum(sums[row], 1)
         if NORMS:
