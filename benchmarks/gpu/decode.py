@@ -18,7 +18,6 @@ are what more are set against.
     python -m benchmarks.gpu.decode --layers 8       a part of the model
     python -m benchmarks.gpu.decode --ranks 2        two GPUs; 4, 8
     python -m benchmarks.gpu.decode --ranks 8 --shape 70b --batch 32
-    python -m benchmarks.gpu.decode --ranks 2 --with sums fetch ahead    what is off by default, in turn
 """
 
 from __future__ import annotations
@@ -40,7 +39,6 @@ from benchmarks.gpu.pipeline import alone
 from benchmarks.support.decoders import SHAPES, DrawnWeights, decoder
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
-from runtime.communication.peer_memory import peer_memory
 from runtime.communication.peer_memory.choice import Choice
 from runtime.communication.peer_memory.measure import candidates, microseconds
 from runtime.communication.process_groups import ProcessGroups
@@ -48,7 +46,6 @@ from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
 from runtime.generation import steps
 from runtime.ops.collectives import all_reduce
-from runtime.ops.kernels.decode import few_rows
 from runtime.ops.kernels.decode.few_rows import MOST_ROWS
 from runtime.processes.launch import begin_worker, launch
 
@@ -56,12 +53,6 @@ PROMPT, FEW, MANY, ROUNDS = 128, 16, 144, 3
 COMPILED = "compiled by torch"
 DATA_SHEET = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}
 """Bytes per second of the largest variant."""
-SWITCHES: dict[str, tuple[Any, str, Any]] = {
-    "sums": (peer_memory, "PARTIAL_SUMS_ON", True),
-    "fetch": (few_rows, "FETCHED_COLUMNS", 2048),
-    "ahead": (few_rows, "AHEAD_BYTES", 8 << 20),
-}
-"""Where they stand, and what turns them on."""
 
 
 def build(layers: int) -> Any:
@@ -103,9 +94,6 @@ def main() -> None:
     parser.add_argument("--shape", choices=("8b", "70b"), default="8b", help="70b on several GPUs only")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--compiled", action="store_true", help="on several GPUs: all contestants, compiled besides")
-    parser.add_argument(
-        "--with", nargs="+", choices=tuple(SWITCHES), default=[], dest="besides", help="on several GPUs"
-    )
     parser.add_argument("--kernels", default="", help="a file for the kernels of 16 tokens of rank 0, by time")
     given = parser.parse_args()
     given.layers = given.layers or SHAPES[given.shape]["num_hidden_layers"]
@@ -119,9 +107,8 @@ def main() -> None:
         begin_worker()
         on_several(given)
     else:
-        options = [f"--{name}={value}" for name, value in vars(given).items() if name not in ("compiled", "besides")]
+        options = [f"--{name}={value}" for name, value in vars(given).items() if name != "compiled"]
         options += ["--compiled"] if given.compiled else []
-        options += ["--with", *given.besides] if given.besides else []
         launch(["benchmarks.gpu.decode", *options], num_ranks=given.ranks, timeout_s=1200)
 
 
@@ -165,11 +152,6 @@ def on_several(given: argparse.Namespace) -> None:
         )  # fmt: skip
 
     part = num_bytes / given.ranks
-    switched: dict[str, list[str]] = {}
-    for count in range(1, len(given.besides) + 1):
-        name = f"{several}, {' '.join(given.besides[:count])}"
-        switched[name] = given.besides[:count]
-        enter(name, chosen, part, split)
     enter(f"{several}, NCCL", nccl, part, split)
     enter(f"{several}, {COMPILED}, NCCL", nccl, part, lambda: split(compile=True))
     enter("1 GPU", chosen, num_bytes, lambda: alone(whole, drawn, device, cuda_graph=True))
@@ -182,14 +164,9 @@ def on_several(given: argparse.Namespace) -> None:
     for name, (engine, choice) in contestants.items():
         peers.choice = choice  # what is captured stays so
         steps.MOST_ROWS = 0 if COMPILED in name else MOST_ROWS
-        before = [getattr(*SWITCHES[each][:2]) for each in switched.get(name, ())]
-        for each in switched.get(name, ()):
-            setattr(*SWITCHES[each])
         start = time.perf_counter()
         said[name] = engine.generate(ids, max_new_tokens=MANY, eos_token_id=[])
         engine.generate(ids, max_new_tokens=FEW, eos_token_id=[])
-        for each, value in zip(switched.get(name, ()), before, strict=True):
-            setattr(*SWITCHES[each][:2], value)
         if rank == 0:
             print(f"warm: {name} ({time.perf_counter() - start:.0f} s)", flush=True)
     peers.choice = chosen

@@ -28,7 +28,6 @@ from runtime.communication.peer_memory.rows import push_rows
 from runtime.communication.peer_memory.rows.push_rows import PeerRows
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory
 from runtime.ops.communicating import Kind, axes_text
-from runtime.ops.kernels.decode.few_rows import PartialSums
 from runtime.processes.device_watch import DeviceWatch
 
 __all__ = ["GroupChannel", "RankState"]
@@ -83,22 +82,7 @@ class GroupChannel(Channel):
             return run
         # torch.compile cannot look into ctypes or launches: without this it tries, and warns
         opaque: Callable[..., Any] = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
-        if kind == "all_reduce" and self._peers is not None:
-            opaque.partial_sums = self._partial_sums(call, self._peers)  # type: ignore[attr-defined]
         return opaque
-
-    def _partial_sums(self, call: Call, peers: PeerMemory) -> Callable[[torch.Size, torch.dtype], PartialSums | None]:
-        """What two products that sum between them ask for instead of an all_reduce of x [shape]."""
-
-        def partial_sums(shape: torch.Size, dtype: torch.dtype) -> PartialSums | None:
-            if self._state.checking:  # what is compared is what stands in the graph
-                return None
-            found: PartialSums | None = self._guarded(
-                call.of(shape, dtype), self.ranks, _nothing_to_compare, lambda: peers.partial_sums(shape.numel(), dtype)
-            )
-            return found
-
-        return partial_sums
 
     def _collective(
         self, call: Call, kind: Kind, overwrite: bool, options: dict[str, Any]

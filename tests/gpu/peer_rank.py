@@ -5,18 +5,16 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.channels import Channel, Handle, OwnRows
-from runtime.communication.peer_memory import beside, mapped_memory, peer_memory
+from runtime.communication.peer_memory import beside, mapped_memory
 from runtime.communication.peer_memory.choice import Choice, Way
 from runtime.communication.peer_memory.rows import push_rows
 from runtime.communication.process_groups import ProcessGroups
-from runtime.execution.fusion.products import product, product_of_sum
 from runtime.ops.attention import attention
 from runtime.ops.expert_exchange import landed, receive_from_experts, send_to_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
@@ -245,63 +243,6 @@ def exchanged_experts(groups: ProcessGroups, channel: Channel) -> None:
             graph.reset()
 
 
-def sums_between_products(groups: ProcessGroups, channel: Channel) -> None:
-    """To the bit what an all_reduce between the two products says, as it is and replayed, whoever is how late."""
-    (peers,) = groups.peers.values()
-    peers.choice = Choice.always("small")
-    reduce = channel.prepare("all_reduce", overwrite=False)
-    summing = product_of_sum(reduce)
-    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
-    for dtype, rows, width, inner in (
-        (torch.bfloat16, 1, 4096, 2048), (torch.bfloat16, 4, 4096, 7168), (torch.float16, 2, 2880, 64 * RANK),
-        (torch.float32, 3, 96, 7 + RANK),
-    ):  # fmt: skip
-        random = torch.Generator("cuda").manual_seed(width)
-        residual, norm, weight = (
-            torch.randn(*shape, width, device="cuda", generator=random).to(dtype) for shape in ((1, rows), (), (300,))
-        )
-        x = torch.randn(1, rows, inner, device="cuda").to(dtype)
-        own = torch.randn(width, inner, device="cuda").to(dtype) / 50
-        named: dict[str, Any] = {"norm": ([width], norm, 1e-5), "scales": False}
-
-        def chain(summing: Callable[..., Any]) -> list[Tensor]:
-            total, made = residual, []  # noqa: B023
-            for scale in (1, 2, 3):
-                total, out = summing((x * scale, own, None), total, weight, **named)  # noqa: B023
-                made += [total, out]
-            return made
-
-        def apart(of: tuple[Any, ...], *given: Any, **named: Any) -> Any:
-            return product(*given, added=reduce(product(*of)), **named)
-
-        pushed = peers._partial_sums.calls[0].clone()
-        chain(summing)
-        assert peers._partial_sums.calls[0] == pushed + 3, "they have not summed so"
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            found = chain(summing)
-        for turn in range(250):
-            x.normal_()
-            for each in found:
-                each.fill_(float("nan"))
-            if (turn + RANK) % 3 == 0:
-                torch.cuda._sleep(100_000 * (turn % 5))  # type: ignore[no-untyped-call]
-            graph.replay()
-            if turn % 10 == 0:
-                for one, other in zip(found, chain(apart), strict=True):
-                    wrong += (one != other).any()
-                chain(summing)  # between replays
-            before = found[4].clone()
-            graph.replay()
-            wrong += (found[4] != before).any()
-        graph.reset()
-        # negative control: another part of one rank is seen by all
-        x += RANK == RANKS - 1
-        assert not torch.equal(chain(summing)[0], before)
-    assert not int(wrong), f"rank {RANK}: {int(wrong)} wrong"
-
-
 if __name__ == "__main__":
     begin_worker()
     all_cases: dict[str, Callable[[ProcessGroups, Channel], None]] = {
@@ -313,9 +254,7 @@ if __name__ == "__main__":
         "rows_beside_others": rows_beside_others,
         "heads_in_place": heads_in_place,
         "exchanged_experts": exchanged_experts,
-        "sums_between_products": sums_between_products,
     }
-    peer_memory.PARTIAL_SUMS_ON = True
     mapped_memory.ROW_SUMS = "rows_beside_others" in sys.argv
     with torch.no_grad():
         process_groups = ProcessGroups.connect(Mesh.of(tp=RANKS), device="cuda", timeout_s=30, shared_memory="on")

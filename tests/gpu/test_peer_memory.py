@@ -6,7 +6,6 @@ each other as those of several GPUs do. On several: a process for each, and real
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +14,9 @@ import torch
 
 from runtime.communication.channels import Handle
 from runtime.communication.group_collectives import Group
-from runtime.communication.peer_memory import peer_memory
 from runtime.communication.peer_memory.choice import Choice, Way
 from runtime.communication.peer_memory.mapped_memory import Geometry
 from runtime.communication.peer_memory.peer_memory import PeerMemory
-from runtime.ops.kernels.decode.few_rows import few_rows, push_few_rows
 from runtime.processes.launch import launch
 from tests.gpu.peer_cases import Case, brought, exchanges, pieces, summed, sums
 
@@ -168,49 +165,6 @@ def test_a_kernel_that_waits_ends_when_it_is_abandoned() -> None:
         ranks.streams[0].synchronize()
 
 
-def test_a_product_that_waits_for_partial_sums_names_who_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peer_memory, "PARTIAL_SUMS_ON", True)
-    ranks = Ranks(2)
-    x, residual, weight, norm = (
-        torch.randn(*shape, device="cuda").bfloat16() for shape in ((1, 256), (1, 512), (32, 512), (512,))
-    )
-    own = torch.randn(512, 256, device="cuda").bfloat16() / 16
-    ends = []
-    for peers in ranks.peers:
-        sums = peers.partial_sums(512, torch.bfloat16)
-        assert sums is not None
-        ends.append(replace(sums, patience_ns=10_000_000))
-    pull = lambda rank: few_rows(residual, weight, added=ends[rank], norm=(norm, 1e-5))  # noqa: E731
-    for end in ends:
-        push_few_rows(end, x, own)
-    wanted, also = pull(0), pull(1)
-    assert torch.equal(wanted[1], also[1])
-    part = few_rows(x, own)
-    assert torch.equal(wanted[0], residual + (part.float() * 2).bfloat16())
-    waiting = ranks.peers[0]
-    torch.cuda.synchronize()
-    assert waiting.late() == []
-    with torch.cuda.stream(ranks.streams[0]):
-        push_few_rows(ends[0], x, own)
-        found = pull(0)
-    deadline = time.monotonic() + 10
-    while not waiting.late() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert waiting.late() == [1]
-    assert not ranks.streams[0].query()
-    with torch.cuda.stream(ranks.streams[1]):
-        push_few_rows(ends[1], x, own)
-    torch.cuda.synchronize()
-    assert all(torch.equal(*each) for each in zip(found, wanted, strict=True))
-    with torch.cuda.stream(ranks.streams[0]):
-        push_few_rows(ends[0], x, own)
-        pull(0)
-    time.sleep(0.05)
-    assert not ranks.streams[0].query()
-    waiting.abandon()
-    ranks.streams[0].synchronize()
-
-
 @several
 @pytest.mark.processes
 @pytest.mark.slow
@@ -225,7 +179,6 @@ def test_a_product_that_waits_for_partial_sums_names_who_does_not_come(monkeypat
         "rows_beside_others",
         "heads_in_place",
         "exchanged_experts",
-        "sums_between_products",
     ],
 )
 def test_between_gpus(case: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:

@@ -8,7 +8,6 @@ small pieces    per source 2 slots x SMALL_BLOCKS x UNITS of 16 bytes
 data            per source 4 slots x BLOCKS x chunk_bytes
 flags           per source BLOCKS of 32 bits
 flags of rows   per source one of 32 bits
-partial sums    SLOTS x a part of PART_BYTES per source: see `decode/partial_sums_kernel.py`
 rows            ROW_BYTES, a part for each source, where ROW_SUMS are on: see `sum_rows.py`
 """
 
@@ -32,7 +31,6 @@ from runtime.ops.kernels.triton_needs import missing_for_triton
 
 __all__ = [
     "BLOCKS",
-    "PART_BYTES",
     "ROW_BYTES",
     "SMALL_BLOCKS",
     "UNITS",
@@ -51,8 +49,6 @@ BLOCKS, SLOTS = 256, 4
 ROW_SUMS = False
 """Whether ranks that meet from now on have memory for sums by rows, which halves of prompts then take. Off: they have
 been proven on CPUs and compiled for Hopper, but not run between GPUs; `benchmarks.gpu.prefill --with rows` does."""
-PART_BYTES, PART_SLOTS = 64 << 10, 3
-"""Of what a product of few rows pushes to all ranks; as many slots as its kernels take turns with."""
 ROW_BYTES = 64 << 20
 """Of rows that are summed and normed at a time."""
 
@@ -97,12 +93,8 @@ class Geometry:
         return self.start_of_flags + self.num_ranks * BLOCKS * 4
 
     @functools.cached_property
-    def start_of_parts(self) -> int:
-        return math.ceil((self.start_of_row_flags + self.num_ranks * 4) / 256) * 256
-
-    @functools.cached_property
     def start_of_rows(self) -> int:
-        return self.start_of_parts + PART_SLOTS * self.num_ranks * PART_BYTES
+        return math.ceil((self.start_of_row_flags + self.num_ranks * 4) / 256) * 256
 
     @functools.cached_property
     def num_bytes(self) -> int:

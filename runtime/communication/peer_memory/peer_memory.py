@@ -28,7 +28,6 @@ from runtime.communication.peer_memory import mapped_memory
 from runtime.communication.peer_memory.choice import Choice, Way
 from runtime.communication.peer_memory.mapped_memory import (
     BLOCKS,
-    PART_BYTES,
     SMALL_BLOCKS,
     UNITS,
     Geometry,
@@ -37,7 +36,7 @@ from runtime.communication.peer_memory.rows.push_rows import PeerRows
 from runtime.communication.peer_memory.rows.sum_rows import RowSums
 from runtime.communication.peer_memory.under_way import UnderWay
 from runtime.ops.communicating import Kind
-from runtime.ops.kernels.decode.few_rows import PartialSums, can_launch_early
+from runtime.ops.kernels.decode.few_rows import can_launch_early
 from runtime.ops.kernels.triton_needs import launch
 
 __all__ = ["PeerMemory"]
@@ -51,8 +50,6 @@ _WORDS = {
 }  # fmt: skip
 """What the kernel for small pieces sums."""
 _MOST_ELEMENTS = 1 << 30
-PARTIAL_SUMS_ON = False
-"""Whether products of few rows sum between them. Off: it has been proven on CPUs and compiled for Hopper only."""
 
 
 class PeerMemory:
@@ -78,13 +75,6 @@ class PeerMemory:
         self._patience_ns = int(timeout_s * 1e9)
         self.under_way = UnderWay(device)
         waiting = self._late.data_ptr(), self._abandoned.data_ptr(), self._patience_ns
-        parts = memory[self._geometry.start_of_parts : self._geometry.start_of_rows]
-        parts.fill_(255)  # what waits for numbers; others write there only once this rank is ready, which it tells them
-        torch.cuda.synchronize(device)
-        self._partial_sums = PartialSums(
-            self._table, torch.zeros(4, dtype=torch.int64, device=device), self._geometry.start_of_parts, PART_BYTES,
-            group.coordinate, group.size, *waiting,
-        )  # fmt: skip
         self.row_sums: RowSums | None = None
         if mapped_memory.ROW_SUMS:
             self.row_sums = RowSums(group, memory, handle, self._table, waiting, self.under_way)
@@ -150,21 +140,6 @@ class PeerMemory:
         self._exchange("large", x, mine, piece=piece, total=x.numel(), sums=True, spreads=True)
         self._exchange("large", mine, out, piece=piece, total=x.numel())
         return out
-
-    def partial_sums(self, numel: int, dtype: torch.dtype) -> PartialSums | None:
-        """For a product of few rows and the one behind it, which sums; None: an all_reduce stands between them.
-
-        By what all ranks know: only where the kernel for small pieces would sum it, which is the same way over links.
-        """
-        num_bytes = numel * dtype.itemsize
-        if (
-            not PARTIAL_SUMS_ON
-            or not self._partial_sums.takes(numel, dtype)
-            or self.choice.of("all_reduce", num_bytes) != "small"
-        ):
-            return None
-        self.under_way.wait()
-        return self._partial_sums
 
     def _all_gather(
         self, otherwise: Callable[[Tensor], Tensor], *, dim: int, sizes: list[int] | None = None

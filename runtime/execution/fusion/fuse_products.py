@@ -3,7 +3,6 @@
     linear(x, w)                                                          ->  product(x, w)
     gated(linear(x, g), linear(x, u), act), or of one linear's halves     ->  product(x, u, gate=g, act=act)
     total, n = added_norm(a, b, ..); linear(n, w)                         ->  total, y = product(a, w, added=b, norm=..)
-    y = all_reduce(product(..)); total, z = product(a, w, added=y, ..)    ->  total, z = product_of_sum(.., a, w, ..)
     attend(rotated(q, c, s, h), rotated(k, c, s, h), v, ..)               ->  attend(q, k, v, .., rotation=(c, s, h))
 
 A kernel of `product` reads weights before the kernel before it has ended: so they must be weights of the program, which
@@ -14,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from runtime.execution.fusion.operations import added_norm, gated, rotated
-from runtime.execution.fusion.products import product, product_of_sum
+from runtime.execution.fusion.products import product
 from runtime.ops.kernels.decode.few_rows import KERNEL_DTYPES
 
 __all__ = ["is_mostly_products", "with_products"]
@@ -53,9 +52,6 @@ def with_products(graph: fx.Graph, num_weights: int) -> fx.Graph:
         if _calls(node, product):
             _norm(node, place)
     copy.eliminate_dead_code(is_impure_node=lambda node: node.op != "call_function" or node.target not in _MADE_ONE)
-    for node in list(copy.nodes):
-        if _calls(node, product):
-            _sum(node)
     copy.lint()
     return copy
 
@@ -69,12 +65,8 @@ def is_mostly_products(graph: fx.Graph, weights: Sequence[Tensor]) -> bool:
     if any(weight.is_floating_point() and weight.dtype not in KERNEL_DTYPES for weight in weights):
         return False
     calls = [node.target for node in graph.nodes if node.op in ("call_function", "call_method")]
-    products = sum(_num_products(target) for target in calls)
-    return sum(not _num_products(target) and target not in _VIEWS for target in calls) <= _FEW * products
-
-
-def _num_products(target: Any) -> int:
-    return 1 if target is product else getattr(target, "num_products", 0)
+    products = sum(target is product for target in calls)
+    return sum(target is not product and target not in _VIEWS for target in calls) <= _FEW * products
 
 
 def _gate(node: Any, weights: set[Any]) -> None:
@@ -154,29 +146,6 @@ def _norm(node: Any, place: dict[fx.Node, int]) -> None:
         total.meta = dict(old.meta)
         old.replace_all_uses_with(total)
     node.target, node.args, node.kwargs = operator.getitem, (fused, 1), {}
-
-
-def _sum(node: Any) -> None:
-    """What is between the two products must not be moved before the first: so nothing but views stands there."""
-    reduced: Any = node.kwargs.get("added")
-    if not isinstance(reduced, fx.Node) or not hasattr(reduced.target, "partial_sums") or len(reduced.users) != 1:
-        return
-    first: Any = reduced.args[0]
-    if not (_calls(first, product) and len(first.users) == 1 and not first.kwargs):
-        return
-    between = itertools.takewhile(lambda each: each is not node, _behind(first))
-    if any(each is not reduced and each.target not in _VIEWS for each in between):
-        return
-    node.target = product_of_sum(reduced.target)
-    node.args = (first.args, *node.args)
-    node.kwargs = {name: value for name, value in node.kwargs.items() if name != "added"}
-    for each in (reduced, first):
-        node.graph.erase_node(each)
-
-
-def _behind(node: Any) -> Iterator[Any]:
-    while (node := node.next).op != "root":
-        yield node
 
 
 def _calls(node: Any, target: Any) -> bool:

@@ -5,14 +5,12 @@
     product(x, [g; u], act="silu", gate_first=True)        the same of one matrix that holds both
     product(x, w, norm=(size, n, eps))                     rms_norm(x, size, n, eps) w^T
     product(x, w, added=y, norm=.., scales=..)             total = x + y, and the product of `added_norm`'s second
-    product_of_sum(all_reduce)(p, x, w, norm=.., ..)       the same, y the all_reduce of another product, of `p`
 
 The kernel rounds once, what torch does op by op rounds each time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from runtime.execution.fusion.operations import added_norm, gated
-from runtime.ops.kernels.decode.few_rows import PartialSums, few_rows, push_few_rows, takes
+from runtime.ops.kernels.decode.few_rows import few_rows, takes
 
-__all__ = ["product", "product_of_sum"]
+__all__ = ["product"]
 
 Norm = tuple[list[int], Tensor | None, float]
 
@@ -42,13 +40,6 @@ def product(
     """x, added: [.., K]; weight, gate: [N, K], or weight [2 N, K] where it holds both. [.., N], or with the total."""
     if not _fits(x, weight, bias, gate, added, norm):
         return _one_by_one(x, weight, bias, gate, act, added, norm, gate_first=gate_first, scales=scales)
-    return _by_kernel(x, weight, bias, gate, act, added, norm, gate_first=gate_first)
-
-
-def _by_kernel(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, act: str,
-    added: Tensor | PartialSums | None, norm: Norm | None, *, gate_first: bool,
-) -> Any:  # fmt: skip
     if act and gate is None:
         first, second = weight.chunk(2)
         gate, weight = (first, second) if gate_first else (second, first)
@@ -57,42 +48,11 @@ def _by_kernel(
     return made.view(shape) if added is None else (made[0].view(x.shape), made[1].view(shape))
 
 
-def product_of_sum(all_reduce: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The op of two products and of `all_reduce` between them, which has no kernel of its own where there is a way.
-
-    all_reduce: of a tensor; its `partial_sums(shape, dtype)` says what ranks sum through, or None. All of them must
-    choose alike: so what is asked of the operands here is the same on all ranks, whatever the sizes of their shards.
-    """
-
-    def product_of_sum(
-        of: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor | None = None, **named: Any
-    ) -> tuple[Tensor, Tensor]:
-        """of: the first product's x, weight and bias; the others as `product` has them with `added`."""
-        gate, norm, shape = named.get("gate"), named["norm"], (*of[0].shape[:-1], of[1].shape[0])
-        first = (each for each in (*of[1:], x) if each is not None)
-        fits = x.shape == shape and takes(of[0], *first, may_be_empty=True)
-        sums = None
-        if fits and _fits(x, weight, bias, gate, None, norm, may_be_empty=True):
-            sums = all_reduce.partial_sums(x.shape, x.dtype)
-        if sums is None:
-            return product(x, weight, bias, added=all_reduce(product(*of)), **named)  # type: ignore[no-any-return]
-        halves = weight.chunk(2) if named.get("act") and gate is None else (weight,)
-        push_few_rows(sums, *of, ahead=halves if gate is None else (gate, weight))
-        return _by_kernel(  # type: ignore[no-any-return]
-            x, weight, bias, gate, named.get("act", ""), sums, norm, gate_first=named.get("gate_first", True)
-        )
-
-    product_of_sum.num_products = 2  # type: ignore[attr-defined]
-    return product_of_sum
-
-
 def _fits(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, added: Tensor | None, norm: Norm | None,
-    *, may_be_empty: bool = False,
-) -> bool:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, added: Tensor | None, norm: Norm | None
+) -> bool:
     scale = None if norm is None else norm[1]
-    others = [weight, *(each for each in (bias, gate, added, scale) if each is not None)]
-    if not takes(x, *others, may_be_empty=may_be_empty) or not x.numel():
+    if not takes(x, weight, *(each for each in (bias, gate, added, scale) if each is not None)):
         return False
     if added is not None and added.shape != x.shape:
         return False
