@@ -31,12 +31,13 @@ from transformers import Qwen3MoeConfig
 from transformers.distributed.expert_parallel import AllReduceEP, AllToAllEP
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
+from benchmarks.support.ranks import launch_ranks
 from benchmarks.support.rounds import Ratio, rounds_in, take_turns
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.process_groups import ProcessGroups
 from runtime.ops.expert_exchange import receive_from_experts, send_to_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
-from runtime.processes.launch import begin_worker, launch
+from runtime.processes.launch import begin_worker
 
 EXPERTS, CHOICES, HIDDEN, INNER = 64, 8, 1024, 384
 
@@ -116,7 +117,7 @@ def main() -> None:
     if "RANK" in os.environ:
         worker(given.tokens, given.seconds)
     else:
-        launch(["benchmarks.experts", *sys.argv[1:]], num_ranks=2, timeout_s=600)
+        launch_ranks(["benchmarks.experts", *sys.argv[1:]], num_ranks=2, timeout_s=600)
 
 
 if __name__ == "__main__":

@@ -49,12 +49,13 @@ from benchmarks.support.peers import (
     of_best,
     tp_plan_auto,
 )
+from benchmarks.support.ranks import launch_ranks
 from benchmarks.support.rounds import Ratio, rounds_in, take_turns
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
-from runtime.processes.launch import begin_worker, launch
+from runtime.processes.launch import begin_worker
 
 Run = Callable[[], Tensor]
 
@@ -153,12 +154,10 @@ def rank_main(folder: Path, seconds: float) -> None:
 
 
 def two_processes(seconds: float) -> None:
-    # where the ranks find this file
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path[1:]])
     with tempfile.TemporaryDirectory() as folder:
         transformers.utils.logging.disable_progress_bar()
         build(TWO).save_pretrained(folder)
-        launch(["benchmarks.forward", "--rank", folder, "--seconds", str(seconds)], num_ranks=2, timeout_s=300)
+        launch_ranks(["benchmarks.forward", "--rank", folder, "--seconds", str(seconds)], num_ranks=2, timeout_s=300)
         found = json.loads(Path(folder, "times.json").read_text())
     title = "two processes: hidden 1024, 8 layers"
     table = Table(title=title, title_justify="left")

@@ -53,13 +53,14 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.support.peers import AUTO, OURS, tp_plan_auto
+from benchmarks.support.ranks import launch_ranks
 from benchmarks.support.rounds import Ratio
 from partitioner import Parts, Plan, load, partition
 from partitioner.analysis.report.report import Report
 from partitioner.program.ranks import Ranks
 from partitioner.storage.compiled import found_or_kept, key_of
 from runtime.communication.process_groups import ProcessGroups
-from runtime.processes.launch import begin_worker, launch
+from runtime.processes.launch import begin_worker
 from runtime.program.rank_program import RankProgram
 from runtime.weights.load_weights import load_weights
 from runtime.weights.read_shards import Reader
@@ -213,7 +214,7 @@ def turn(contestant: str, folder: Path, bundle: Path) -> dict[str, float]:
     """The worse of the two ranks, in each respect."""
     with tempfile.TemporaryDirectory() as answers:
         command = ["benchmarks.loading", "--rank", contestant, str(folder), str(bundle), answers]
-        launch(command, num_ranks=PLAN.mesh.world_size, timeout_s=600)
+        launch_ranks(command, num_ranks=PLAN.mesh.world_size, timeout_s=600)
         ranks = [json.loads(path.read_text()) for path in sorted(Path(answers).iterdir())]
     return {field: max(rank[field] for rank in ranks) for field in ranks[0]}
 
@@ -265,8 +266,6 @@ def main() -> None:
     if given.rank is not None:
         rank_main(given.rank[0], *map(Path, given.rank[1:]))
         return
-    # where the ranks find this file
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path[1:]])
     with tempfile.TemporaryDirectory() as made:
         folder, bundle = Path(made, "checkpoint"), Path(made, "bundle")
         folder.mkdir()

@@ -39,6 +39,7 @@ from torch import distributed as dist
 from transformers import LlamaForCausalLM
 
 from benchmarks.support.peers import build
+from benchmarks.support.ranks import launch_ranks
 from benchmarks.support.rounds import take_turns
 from partitioner import Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
@@ -46,7 +47,7 @@ from runtime.engine import Engine
 from runtime.pipeline.links import sizes_of
 from runtime.pipeline.schedule import bubble, chain
 from runtime.pipeline.timing import time_of
-from runtime.processes.launch import begin_worker, launch
+from runtime.processes.launch import begin_worker
 
 SIZES = {
     "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -149,12 +150,11 @@ def main() -> None:
         rank_main(given.rank, given.rounds, given.tokens)
         return
     before, began = os.getloadavg()[0], time.perf_counter()
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path[1:]])
     with tempfile.TemporaryDirectory() as folder:
         transformers.utils.logging.disable_progress_bar()
         build(SIZES).save_pretrained(folder)
         arguments = ["--rank", folder, "--rounds", str(given.rounds), "--tokens", str(given.tokens)]
-        launch(["benchmarks.pipeline", *arguments], num_ranks=2, timeout_s=1800)
+        launch_ranks(["benchmarks.pipeline", *arguments], num_ranks=2, timeout_s=1800)
         ranks = [json.loads(Path(folder, f"times{rank}.json").read_text()) for rank in range(2)]
         left_out = Path(folder, "left_out.txt")
         reason = left_out.read_text() if left_out.exists() else ""

@@ -19,7 +19,6 @@ import os
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.support.peers import build
+from benchmarks.support.ranks import launch_ranks
 from benchmarks.support.rounds import Ratio, take_turns
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
@@ -40,7 +40,7 @@ from runtime.communication.process_groups import ProcessGroups
 from runtime.engine import Engine
 from runtime.ops.rows.sequence_attention import attend_over_ranks
 from runtime.ops.rows.share_rows import take_rows
-from runtime.processes.launch import begin_worker, launch
+from runtime.processes.launch import begin_worker
 
 WAYS = ("ring", "gather", "ulysses", "ring-ulysses")
 HEADS, KV_HEADS, WIDTH = 8, 4, 64
@@ -235,8 +235,7 @@ def main() -> None:
     if "RANK" in os.environ:
         worker(given.tokens, given.rounds, given.alone)
         return
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    launch(["benchmarks.sequences", *sys.argv[1:]], num_ranks=given.ranks, timeout_s=600)
+    launch_ranks(["benchmarks.sequences", *sys.argv[1:]], num_ranks=given.ranks, timeout_s=600)
     model = build(SIZES)
     ids = torch.randint(3, 200, (1, given.tokens), generator=torch.Generator().manual_seed(1))
     parts = partition(model, Plan())
@@ -245,7 +244,7 @@ def main() -> None:
     with Peak() as seen:
         engine(input_ids=ids)
     print(f"a whole text of {given.tokens} tokens, one rank: peak {seen.most / 2**20:.1f} MiB", flush=True)
-    launch(["benchmarks.sequences", *sys.argv[1:], f"--alone={seen.most}"], num_ranks=given.ranks, timeout_s=600)
+    launch_ranks(["benchmarks.sequences", *sys.argv[1:], f"--alone={seen.most}"], num_ranks=given.ranks, timeout_s=600)
 
 
 if __name__ == "__main__":

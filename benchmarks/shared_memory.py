@@ -31,11 +31,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 from benchmarks.support.peers import of_best
+from benchmarks.support.ranks import launch_ranks
 from benchmarks.support.rounds import Ratio, take_turns
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.process_groups import ProcessGroups
 from runtime.ops.collectives import all_reduce
-from runtime.processes.launch import begin_worker, launch
+from runtime.processes.launch import begin_worker
 
 OURS, GLOO = "shared memory", "gloo"
 SIZES = {"4 KB": 1 << 12, "64 KB": 1 << 16, "1 MB": 1 << 20, "8 MB": 1 << 23}
@@ -88,12 +89,10 @@ def main() -> None:
     if given.rank is not None:
         rank_main(given.rank, given.rounds)
         return
-    # where the ranks find this file
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path[1:]])
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         command = ["benchmarks.shared_memory", "--rank", folder, "--rounds", str(given.rounds)]
-        launch(command, num_ranks=given.ranks, timeout_s=600)
+        launch_ranks(command, num_ranks=given.ranks, timeout_s=600)
         found = json.loads(Path(folder, "times.json").read_text())
     table = Table(title=f"all_reduce, {given.ranks} processes", title_justify="left")
     for column in ("size", f"{OURS}, us", f"{GLOO}, us", "ratio", "of best"):

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from partitioner.analysis.cost.expert_exchange import OwnTokens, destinations
 from partitioner.analysis.layouts.expert_regions import Region, find_regions
 from partitioner.analysis.layouts.shared_sums import joins_a_product
 from partitioner.errors import PlanError
@@ -72,8 +73,8 @@ class ExpertParallel:
             return self
         axes = _axes(program)
         if entry != "text" and "dp" in axes:
-            # of sequences of their own: fixed shapes for single tokens; otherwise to send sends less than to gather
-            return replace(self, exchange="gather" if entry == "decode" else "exchange")
+            # of sequences of their own: fixed shapes for single tokens
+            return replace(self, exchange="gather" if entry == "decode" else _of_own_prompts(program, axes))
         ranks, own = program.mesh.size("ep"), program.mesh.size("sp") if "sp" in axes else 1
         parts, whole = program.mesh.size("etp"), frozenset(name for name, _ in self.keep_whole)
         # partial sums of other branches are over tp; those of routed experts join them if they are over the same ranks
@@ -229,10 +230,24 @@ def choose(
     """
     if entry == "decode" or shared:
         return "replicate"
-    each = num_experts / ranks
-    none_here = math.prod((num_experts - each - i) / (num_experts - i) for i in range(choices))
-    destinations = (ranks - 1) * (1 - max(none_here, 0.0))
-    return "exchange" if parts * (2 * destinations + ranks // own - 1) < 2 * (ranks - 1) else "replicate"
+    sent = 2 * destinations(ranks, num_experts, choices) + ranks // own - 1
+    return "exchange" if parts * sent < 2 * (ranks - 1) else "replicate"
+
+
+def _of_own_prompts(program: Program, axes: tuple[str, ...]) -> str:
+    """The exchange for prompts where each rank of dp has its own."""
+    # who gathers fills prompts up: not where ranks keep tokens of their own, or where a state would count those
+    if program.mesh.size("sp") > 1 or any(not state.per_token for state in program.states.values()):
+        return "exchange"
+    each = set()
+    for region in find_regions(program, axes):
+        if region.why is None:
+            hidden = arguments(region.dispatch)["hidden"].meta["val"]
+            row_bytes = int(hidden.shape[1]) * hidden.dtype.itemsize
+            own = program.mesh.size("dp")
+            layer = OwnTokens(program.mesh.size(*axes), own, region.num_experts, region.choices, row_bytes)
+            each.add(layer.cheapest())
+    return each.pop() if len(each) == 1 else "exchange"
 
 
 def _tell(program: Program, regions: list[Region], owners: Owners, exchange: str) -> None:

@@ -7,6 +7,9 @@
     sum                    shared experts, half     meanwhile
                            landed; sum
 
+Tokens that all ranks gather, and sums that are scattered, go the same way: collect_rows(ahead) of the tokens, and
+scatter_rows(ahead), with the choices and gates, which are small, before them.
+
 Ranks meet where an exchange begins, and wait where it has landed, as with torch's functional collectives: the order of
 meetings, which is proven, is that of the graph, the same on all ranks. What is moved depends on no exchange and
 communicates with nobody; each op does what it did. Where nothing stands beside the experts, nothing changes.
@@ -22,10 +25,13 @@ from typing import Any, ClassVar
 
 from torch import fx
 
-from partitioner.program.node_arguments import node_values
+from partitioner.program.node_arguments import arguments, node_values
 from partitioner.program.program import Program
-from runtime.ops.communicating import COMMUNICATING
-from runtime.ops.expert_exchange import expert_return, landed
+from runtime.ops.collectives import landed
+from runtime.ops.communicating import COMMUNICATING, as_axes
+from runtime.ops.expert_exchange import expert_return
+from runtime.ops.experts import expert_dispatch
+from runtime.ops.rows import collect_rows, scatter_rows
 
 __all__ = ["Overlap"]
 
@@ -35,19 +41,19 @@ _STEPS = 16
 
 @dataclass(frozen=True)
 class Overlap:
-    """See the module's docstring. Runs on a program whose collectives are placed."""
+    """See the module's docstring. Runs on a program whose collectives are placed. gathers: whether what is gathered
+    goes so, too: of single tokens it is too little.
+    """
 
     name: ClassVar[str] = "overlap"
+    gathers: bool = True
 
     def run(self, program: Program) -> Program:
         layers, moved, row = 0, 0, ""
         for node in list(program.graph.nodes):
-            if node.op != "call_function" or node.target is not expert_return:
-                continue
-            back: Any = node.args[1]
-            send = back.args[0]
-            beside = _beside(program.graph, send, node)
-            if beside:
+            send = self._sent_by(program.graph, node)
+            beside = _beside(program.graph, send, node) if send is not None else []
+            if send is not None and beside:
                 _reorder(program.graph, send, node, beside)
                 layers, moved, row = layers + 1, moved + len(beside), _in_flight(send)
         if layers:
@@ -58,8 +64,49 @@ class Overlap:
         program.graph.lint()
         return program
 
+    def _sent_by(self, graph: fx.Graph, back: fx.Node) -> fx.Node | None:
+        """The way there, if `back` is the way back of tokens from their experts."""
+        if back.target is expert_return:
+            way: Any = back.args[1]
+            sent: fx.Node = way.args[0]
+            return sent
+        return _collected(graph, back) if back.target is scatter_rows and self.gathers else None
+
+
+def _collected(graph: fx.Graph, scatter: fx.Node) -> fx.Node | None:
+    """Where the tokens were collected whose experts' sums are scattered; what else they collect stands before it."""
+    collected: set[fx.Node] = set()
+    inside: set[fx.Node] = set()
+    stack = [scatter]
+    while stack:
+        for each in stack.pop().all_input_nodes:
+            if each.target is collect_rows:
+                collected.add(each)
+            elif each not in inside:
+                inside.add(each)
+                stack.append(each)
+    dispatches = [node for node in inside if node.target is expert_dispatch]
+    if len(dispatches) != 1:
+        return None
+    tokens: fx.Node = arguments(dispatches[0])["hidden"]
+    if tokens.target is not collect_rows or as_axes(tokens.args[2]) != as_axes(scatter.args[1]):  # type: ignore[arg-type]
+        return None
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    last = max(collected, key=place.__getitem__)
+    read = [place[user] for user in tokens.users]
+    # what is collected ahead stands where the next such tokens will: experts copy it when they sort it
+    if place[last] > min(read) or {user.target for user in tokens.users} != {expert_dispatch}:
+        return None
+    if last is not tokens:
+        last.append(tokens)
+    return tokens
+
 
 def _in_flight(send: fx.Node) -> str:
+    if send.target is collect_rows:
+        value = send.args[0].meta["val"]  # type: ignore[union-attr]
+        size = math.prod(value.shape[1:]) * value.dtype.itemsize
+        return f"{size} bytes there and {size} back for each token and rank"
     hidden, index, gates = (send.args[i].meta["val"] for i in range(3))  # type: ignore[union-attr]
     back = hidden.shape[1] * hidden.dtype.itemsize
     there = back + index.shape[1] * (4 + gates.dtype.itemsize)
@@ -108,6 +155,10 @@ def _reorder(graph: fx.Graph, send: fx.Node, back: fx.Node, beside: list[fx.Node
         done += _work(node)
         if 2 * done >= total:
             break
+    if send.target is collect_rows:
+        _run_during(graph, send, [send], send, beside[:first])
+        _run_during(graph, back, [back], back, beside[first:])
+        return
     taken = sorted(send.users, key=lambda user: int(user.args[1]))  # type: ignore[arg-type]
     for getitem in reversed(taken):
         send.append(getitem)

@@ -49,11 +49,12 @@ from benchmarks.support.peers import (
     of_best,
     tp_plan_auto,
 )
+from benchmarks.support.ranks import launch_ranks
 from benchmarks.support.rounds import Ratio, take_turns
 from partitioner import Plan, partition
 from runtime.communication.process_groups import ProcessGroups
 from runtime.engine import Engine
-from runtime.processes.launch import begin_worker, launch
+from runtime.processes.launch import begin_worker
 
 PROMPT = 128
 OURS_GLOO = f"{OURS}, gloo"
@@ -135,12 +136,10 @@ def main() -> None:
         rank_main(given.rank, given.tokens)
         return
     before = os.getloadavg()[0]
-    # where the ranks find this file
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path[1:]])
     with tempfile.TemporaryDirectory() as folder:
         transformers.utils.logging.disable_progress_bar()
         build(TWO).save_pretrained(folder)
-        launch(
+        launch_ranks(
             ["benchmarks.generation.decode", "--rank", folder, "--tokens", str(given.tokens)],
             num_ranks=2,
             timeout_s=600,

@@ -29,7 +29,7 @@ from benchmarks.support.rounds import Ratio, rounds_in, take_turns
 from partitioner import Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.execution.profile import Profiler
-from runtime.generation.conversation import Piece
+from runtime.execution.prompts.piece import Piece
 from runtime.generation.steps import Loaded, Steps
 from runtime.kv_cache.cache import Cache
 from runtime.weights.load_weights import load_weights

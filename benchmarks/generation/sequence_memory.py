@@ -31,7 +31,7 @@ from partitioner import Parts, Plan, partition
 from runtime.communication.channels import Channel, Handle, piece_sizes
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
-from runtime.generation.conversation import Piece
+from runtime.execution.prompts.piece import Piece
 from runtime.generation.steps import Loaded, Steps
 from runtime.kv_cache.sharded_cache import cache_for
 from runtime.ops.communicating import Axes, Kind

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from benchmarks.support.ranks import launch_ranks
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.peer_memory.measure import candidates, microseconds
 from runtime.communication.peer_memory.peer_memory import PeerMemory
 from runtime.communication.process_groups import ProcessGroups
-from runtime.processes.launch import begin_worker, launch
+from runtime.processes.launch import begin_worker
 
 SIZES = [2**power for power in range(13, 28)]
 
@@ -84,7 +85,7 @@ def main() -> None:
         begin_worker()
         rank(given)
     else:
-        launch(["benchmarks.gpu.all_reduce", "--ranks", str(given.ranks)], num_ranks=given.ranks, timeout_s=300)
+        launch_ranks(["benchmarks.gpu.all_reduce", "--ranks", str(given.ranks)], num_ranks=given.ranks, timeout_s=300)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu.pipeline import alone
 from benchmarks.support.decoders import SHAPES, DrawnWeights, decoder
+from benchmarks.support.ranks import launch_ranks
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.peer_memory.choice import Choice
@@ -47,7 +48,7 @@ from runtime.engine import Engine
 from runtime.generation import steps
 from runtime.ops.collectives import all_reduce
 from runtime.ops.kernels.decode.few_rows import MOST_ROWS
-from runtime.processes.launch import begin_worker, launch
+from runtime.processes.launch import begin_worker
 
 PROMPT, FEW, MANY, ROUNDS = 128, 16, 144, 3
 COMPILED = "compiled by torch"
@@ -109,7 +110,7 @@ def main() -> None:
     else:
         options = [f"--{name}={value}" for name, value in vars(given).items() if name != "compiled"]
         options += ["--compiled"] if given.compiled else []
-        launch(["benchmarks.gpu.decode", *options], num_ranks=given.ranks, timeout_s=1200)
+        launch_ranks(["benchmarks.gpu.decode", *options], num_ranks=given.ranks, timeout_s=1200)
 
 
 def prompts(batch: int) -> torch.Tensor:

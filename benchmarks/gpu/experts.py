@@ -4,7 +4,7 @@
     gather        ranks have tokens of their own: all-gather, own experts, reduce-scatter
     exchange      ranks have tokens of their own: each token once to each rank that has one of its experts, and back
     auto          what `Plan(dp=n, ep=n)` takes for single tokens, and for prompts: one of these, named with its time
-                  over that of the best
+                  over that of the best: node by node of those for tokens of their own, in graphs of all three
     all_to_all, all_reduce    transformers' expert parallelism, where it runs; all_reduce is given all tokens
     1 GPU         a rank's own tokens through all experts, on one GPU
 
@@ -14,8 +14,9 @@ single tokens do; the slowest rank counts, of the rounds the median. What each r
 makes of its tokens. "exchange alike": among ranks that bring equally many tokens, without a wait of the host; it is the
 one in graphs.
 There and back (128 tokens per rank, experts left out), beside an all-reduce of as many bytes.
-Overlap (4,096 tokens per rank): exchange with a shared expert's first product during the way there and its second
-during the way back, against one after the other: what share of the time there and back is hidden.
+Overlap (4,096 tokens per rank): gather and exchange with a shared expert's first product during the way there and its
+second during the way back, against one after the other: what share of the time there and back is hidden. `--copies`:
+what is gathered goes by copy engines then. What GPUs exchange through each other's memory is not under way.
 
     python -m benchmarks.gpu.experts --ranks 2
     python -m benchmarks.gpu.experts --ranks 2 --nccl
@@ -29,6 +30,7 @@ during the way back, against one after the other: what share of the time there a
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import os
 from collections.abc import Callable
@@ -38,20 +40,22 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.support.expert_parallel import theirs
 from benchmarks.support.several import DeviceTurns, device_name, device_of_rank, options, sharing, start
-from partitioner import Plan
-from partitioner.program.program import Program
+from partitioner.analysis.cost.expert_exchange import OwnTokens
 from partitioner.sharding.mesh import Mesh
-from passes.expert_parallel import ExpertParallel, deal
+from passes.expert_parallel import deal
+from runtime.communication.peer_memory import beside
 from runtime.communication.peer_memory.measure import microseconds
 from runtime.communication.process_groups import ProcessGroups
 from runtime.execution.fusion.operations import gated
-from runtime.ops.expert_exchange import landed, localise_experts, receive_from_experts, send_to_experts
+from runtime.ops.collectives import landed
+from runtime.ops.expert_exchange import localise_experts, receive_from_experts, send_to_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
+from runtime.ops.rows.share_rows import collect, scatter
 
 OURS = ("replicate", "gather", "exchange")
 CHOICES, SMALL_BATCH, LARGE_BATCH = 8, 128, 4096
@@ -144,14 +148,25 @@ class Layer:
         shared = functional.linear(gated(gate, value, "silu"), down)
         return landed(coming) + shared
 
+    def gathered_with_shared(self, own: list[Tensor], up: Tensor, down: Tensor, *, ahead: bool) -> Tensor:
+        """The same of `gather`."""
+        total = own[0].shape[0] * len(self.dealt["counts"])
+        chosen = [self.channel[name].all_gather(x, 0) for name, x in zip(("index", "gates"), own[1:], strict=True)]
+        hidden = collect(self.channel["gather"], own[0], total, dim=0, ahead=ahead)
+        gate, value = functional.linear(own[0], up).chunk(2, dim=-1)
+        made = self.local(landed(hidden), *chosen)
+        coming = scatter(self.channel["scatter"], made, dim=0, kind="batch", ahead=ahead)
+        shared = functional.linear(gated(gate, value, "silu"), down)
+        return landed(coming) + shared
+
     def gathered_and_back(self, own: list[Tensor]) -> Tensor:
         return self.scattered(self.gathered(own)[0])
 
 
-def of_auto(ranks: int) -> dict[str, str]:
+def of_auto(ranks: int, block: Block) -> dict[str, str]:
     """By entry, what the pass takes where each rank has sequences of its own."""
-    program = Program(fx.Graph(), (), {}, {}, {}, Plan(dp=ranks, ep=ranks).mesh)
-    return {entry: ExpertParallel().for_entry(entry, program).exchange for entry in ("decode", "prefill")}
+    layer = OwnTokens(ranks, ranks, block.experts, CHOICES, block.hidden * torch.bfloat16.itemsize)
+    return {"decode": "gather", "prefill": layer.cheapest()}
 
 
 def through(layers: list[Callable[[Tensor], Tensor]], hidden: Tensor) -> Callable[[], Tensor]:
@@ -170,6 +185,7 @@ def through(layers: list[Callable[[Tensor], Tensor]], hidden: Tensor) -> Callabl
 def rank(given: argparse.Namespace) -> None:
     device, block = device_of_rank(given), (SMALL if given.small else BLOCKS)[given.part]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    beside.COPIES_ON = given.copies
     communicator = ProcessGroups.connect(
         Mesh.of(dp=given.ranks, ep=given.ranks), axes={("ep",)}, device=device.type, timeout_s=120,
         shared_memory="off" if given.nccl else sharing(device),
@@ -180,7 +196,7 @@ def rank(given: argparse.Namespace) -> None:
         theirs((layer.own_up, layer.own_down), device, given.ranks, num_experts=block.experts, choices=CHOICES)
         for layer in layers
     ]
-    auto = of_auto(given.ranks)
+    auto = of_auto(given.ranks, block)
     if first:
         print(f"{given.part}: {given.ranks} x {device_name(device)}, {given.layers} blocks, {block}", flush=True)
         if others[0][1]:
@@ -207,9 +223,10 @@ def rank(given: argparse.Namespace) -> None:
             print(f"  {count} tokens per rank: other numbers by transformers' {', '.join(wrong)}, timed all the same")
         times = turns.medians(ways, rounds=given.rounds, calls=1 if given.small else 10)
         best = min(times[name] for name in OURS)
+        of_own = min(times["gather"], times["exchange"])
         if first:
             said = ", ".join(f"{name} {seconds * 1e6 / given.layers:.0f}" for name, seconds in times.items())
-            chosen = ", ".join(f"{entry} {way} {times[way] / best:.2f} of the best" for entry, way in auto.items())
+            chosen = ", ".join(f"{entry} {way} {times[way] / of_own:.2f} of the best" for entry, way in auto.items())
             worst = max(off[name] for name in OURS)
             print(f"  {count} tokens per rank, us a block: {said}; auto: {chosen}; off by {worst:.1e}", flush=True)
             for name in others[0][0]:
@@ -322,18 +339,48 @@ def overlap(
     count = 4 if given.small else LARGE_BATCH
     own = [x[layer.rank * count :][:count] for x in drawn(block, count * given.ranks, turns.device, dtype)]
     up, down = layer.up[0], layer.down[0]  # as wide as a routed one
-    ways = {
-        "there and back": lambda: layer.there_and_back(own, alike=True),
-        "one after the other": lambda: layer.with_shared(own, up, down, ahead=False),
-        "ahead": lambda: layer.with_shared(own, up, down, ahead=True),
+    # as prompts run: what is gathered needs no numbers on the host, what is exchanged waits for them unless alike
+    overlapped(
+        given, turns, "gather", layer.gathered_and_back, layer.gathered_with_shared, (own, up, down), first=first
+    )
+    if given.nccl or turns.device.type == "cpu":
+        there = functools.partial(layer.there_and_back, alike=True)
+        overlapped(given, turns, "exchange", there, layer.with_shared, (own, up, down), first=first)
+
+
+def overlapped(
+    given: argparse.Namespace,
+    turns: DeviceTurns,
+    name: str,
+    there: Callable[[list[Tensor]], Tensor],
+    whole: Callable[..., Tensor],
+    tensors: tuple[list[Tensor], Tensor, Tensor],
+    *,
+    first: bool,
+) -> None:
+    ways: dict[str, Callable[[], Tensor]] = {
+        "there and back": lambda: there(tensors[0]),
+        "one after the other": lambda: whole(*tensors, ahead=False),
+        "ahead": lambda: whole(*tensors, ahead=True),
     }
     off = float((ways["ahead"]() - ways["one after the other"]()).abs().max())
-    assert off < (1e-4 if dtype == torch.float32 else 5e-2), off
+    assert off < (1e-4 if tensors[1].dtype == torch.float32 else 5e-2), off
     times = turns.medians(ways, rounds=given.rounds, calls=1 if given.small else 5)
-    if first:
-        said = ", ".join(f"{name} {seconds * 1e6:.0f}" for name, seconds in times.items())
-        hidden = (times["one after the other"] - times["ahead"]) / times["there and back"]
-        print(f"  with a shared expert, {count} tokens per rank, us: {said}; hidden {hidden:.0%}", flush=True)
+    found = {"node by node": {way: seconds * 1e6 for way, seconds in times.items()}}
+    if turns.device.type == "cuda":
+        mine = microseconds(ways, turns.device, calls=3, rounds=5)
+        found["in a CUDA graph"] = dict(zip(mine, turns.slowest(list(mine.values())), strict=True))
+    for how, took in found.items():
+        if first:
+            said = ", ".join(f"{way} {each:.0f}" for way, each in took.items())
+            hidden = (took["one after the other"] - took["ahead"]) / took["there and back"]
+            count = tensors[0][0].shape[0]
+            print(
+                f"  with a shared expert, {count} tokens per rank, {name}, {how}, us: {said}; hidden {hidden:.0%}",
+                flush=True,
+            )
+    if given.profile and turns.device.type == "cuda":
+        profiled(f"{name} ahead", ways["ahead"], first=first)
 
 
 def main() -> None:
@@ -342,6 +389,7 @@ def main() -> None:
     parser.add_argument("--nccl", action="store_true", help="not through each other's memory; gloo on CPU")
     parser.add_argument("--profile", action="store_true", help="which kernels take how long")
     parser.add_argument("--tokens", type=int, nargs="+", help="per rank; 1 to 8192, and 1 to 32 with --small")
+    parser.add_argument("--copies", action="store_true", help="what is gathered ahead goes by copy engines")
     parser.add_argument("--blocks", nargs="+", choices=list(BLOCKS), default=["qwen3-30b-a3b", "deepseek-v3"])
     given = parser.parse_args()
     start("benchmarks.gpu.experts", given, parts=list(SMALL) if given.small else given.blocks, rank=rank)

@@ -5,16 +5,11 @@
     products             of the prompt, over the time, against a large matrix product of this run
 
 On several GPUs (`--ranks`) tensor parallelism, with the defaults, in whole pieces, and in halves in turn, and on each
-GPU all of the model besides; the slowest rank counts, of the rounds the median.
-
-`--with` switches on what is off by default, as it has not been measured yet; each beside what it takes the place of:
-
-    rows        sums by rows in halves in turn, and in whole ones   an all-reduce, and norms of all rows everywhere
-    captured    pieces that come again are replayed                 node by node
-    merged      one product for all linears of one input            a run of the benchmark without
+GPU all of the model besides; the slowest rank counts, of the rounds the median. A prompt comes again and again here, so
+its pieces are replayed where they are captured; "node by node" is what the first prompt of a length takes.
 
     python -m benchmarks.gpu.prefill                  one GPU, a minute
-    python -m benchmarks.gpu.prefill --ranks 2 --with rows captured merged
+    python -m benchmarks.gpu.prefill --ranks 2 --lengths 4096 --without transformers pieces
     python -m benchmarks.gpu.prefill --ranks 2 --device cpu --small --rounds 1
 """
 
@@ -25,7 +20,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,14 +37,12 @@ from benchmarks.support.decoders import SHAPES, DrawnWeights, decoder
 from benchmarks.support.peers import tp_plan_auto
 from benchmarks.support.several import DeviceTurns, device_name, device_of_rank, options, sharing, start, synchronize
 from partitioner import Plan, partition
-from runtime.communication.peer_memory import mapped_memory
-from runtime.communication.peer_memory.rows import sum_rows
-from runtime.engine import Engine, engine
+from runtime.engine import Engine
 from runtime.generation import steps
 
 LENGTHS, SMALL_LENGTHS = (4096, 16384), (64, 129)
 ALONE, BOTH, TURNS, WHOLE = "ours, 1 GPU", "ours, defaults", "ours, halves in turn", "ours, whole pieces"
-NODES, NORMS = "node by node", "norms everywhere"
+NODES = "node by node"
 NEVER = 1 << 60
 
 
@@ -96,33 +89,23 @@ def by_tp_plan(held: Any) -> tuple[Any, str]:
             folder.rmdir()
 
 
-def switch_on(wanted: Sequence[str]) -> None:
-    """What is off by default, before anything is made."""
-    if "rows" in wanted:
-        mapped_memory.ROW_SUMS = True
-    if "captured" in wanted:
-        steps.CAPTURED_ON = frozenset({"cuda"})
-    if "merged" in wanted:
-        engine.MERGED_ON = frozenset({"cuda"})
-
-
 @torch.no_grad()
 def rank(given: argparse.Namespace) -> None:
     warnings.simplefilter("ignore")
-    switch_on(given.switched_on)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = device_of_rank(given) if "RANK" in os.environ else torch.device(given.device)
-    shape, lengths = ("small", SMALL_LENGTHS) if given.small else ("8b", LENGTHS)
+    shape, lengths = ("small", SMALL_LENGTHS) if given.small else ("8b", tuple(given.lengths))
     model = decoder(shape, layers=given.layers, positions=max(lengths) + 8, device=device)
     weights = DrawnWeights(model, device)
     one = alone(partition(model, Plan()), weights, device)
-    held = as_transformers_has_it(model, weights, device)
+    held = None if "transformers" in given.left_out else as_transformers_has_it(model, weights, device)
     split, auto, why = None, None, ""
     if given.ranks > 1:
         parts = partition(model, Plan(tp=given.ranks))
         split = Engine.connect(parts, weights, device=device.type, shared_memory=sharing(device))
-        auto, why = by_tp_plan(held)
+        if held is not None:
+            auto, why = by_tp_plan(held)
     first = split is None or split.program.rank == 0
     rate, turns = product_rate(device), DeviceTurns(device)
     if first:
@@ -137,16 +120,14 @@ def rank(given: argparse.Namespace) -> None:
 
 
 @contextmanager
-def toggled(turns_from: int | None, *, captured: bool, by_rows: bool, whole_by_rows: bool = False) -> Iterator[None]:
-    """Halves of pieces take turns from so many tokens on; captures and sums by rows are on or off."""
-    before = steps.TURNS_FROM, steps.CAPTURED_UP_TO, sum_rows.LEAST_BYTES
-    steps.TURNS_FROM, steps.WHOLE_BY_ROWS = turns_from, whole_by_rows
-    steps.CAPTURED_UP_TO, sum_rows.LEAST_BYTES = before[1] if captured else 0, before[2] if by_rows else NEVER
+def toggled(turns_from: int | None, *, captured: bool) -> Iterator[None]:
+    """Halves of pieces take turns from so many tokens on; what comes again is replayed or not."""
+    before = steps.TURNS_FROM, steps.CAPTURED_ON
+    steps.TURNS_FROM, steps.CAPTURED_ON = turns_from, before[1] if captured else frozenset()
     try:
         yield
     finally:
-        steps.TURNS_FROM, steps.CAPTURED_UP_TO, sum_rows.LEAST_BYTES = before
-        steps.WHOLE_BY_ROWS = False
+        steps.TURNS_FROM, steps.CAPTURED_ON = before
 
 
 def measured(
@@ -158,11 +139,10 @@ def measured(
     ids = ids.to(turns.device)
 
     def ours(
-        engine: Engine, *, turns_from: int | None = None, captured: bool = True, by_rows: bool = True,
-        whole_by_rows: bool = False, **made: int,
-    ) -> Callable[[], object]:  # fmt: skip
+        engine: Engine, *, turns_from: int | None = None, captured: bool = True, **made: int
+    ) -> Callable[[], object]:
         def generate() -> object:
-            with toggled(turns_from, captured=captured, by_rows=by_rows, whole_by_rows=whole_by_rows):
+            with toggled(turns_from, captured=captured):
                 return engine.generate(ids, max_new_tokens=1, eos_token_id=[], **made)
 
         return generate
@@ -171,24 +151,20 @@ def measured(
         return lambda: model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
 
     piece = 16 if given.small else 512
-    contestants: dict[str, tuple[int, Callable[[], object]]] = {
-        ALONE: (1, ours(one)),
-        f"{ALONE}, in pieces of {piece}": (1, ours(one, prefill_step=piece)),
-        "transformers, 1 GPU": (1, theirs(held)),
-    }
+    contestants: dict[str, tuple[int, Callable[[], object]]] = {ALONE: (1, ours(one))}
+    if "pieces" not in given.left_out:
+        of_pieces = f"{ALONE}, in pieces of {piece}"
+        contestants[of_pieces] = 1, ours(one, prefill_step=piece)
+        contestants[f"{of_pieces}, {NODES}"] = 1, ours(one, captured=False, prefill_step=piece)
+    if held is not None:
+        contestants["transformers, 1 GPU"] = (1, theirs(held))
     if split is not None:
-        ways = {BOTH: ours(split), TURNS: ours(split, turns_from=2), WHOLE: ours(split, turns_from=NEVER)}
+        ways = {
+            BOTH: ours(split), f"{BOTH}, {NODES}": ours(split, captured=False),
+            f"{TURNS}, {NODES}": ours(split, turns_from=2, captured=False),
+            f"{WHOLE}, {NODES}": ours(split, turns_from=NEVER, captured=False),
+        }  # fmt: skip
         contestants |= {name: (given.ranks, run) for name, run in ways.items()}
-    if "captured" in given.switched_on:
-        contestants[f"{ALONE}, in pieces of {piece}, {NODES}"] = (1, ours(one, captured=False, prefill_step=piece))
-        if split is not None:
-            contestants[f"{TURNS}, {NODES}"] = (given.ranks, ours(split, turns_from=2, captured=False))
-            contestants[f"{WHOLE}, {NODES}"] = (given.ranks, ours(split, turns_from=NEVER, captured=False))
-    if "rows" in given.switched_on and split is not None:
-        contestants[f"{WHOLE}, by rows"] = (given.ranks, ours(split, turns_from=NEVER, whole_by_rows=True))
-        # node by node, as a captured piece sums by rows for ever
-        without = ours(split, turns_from=2, captured=False, by_rows=False)
-        contestants[f"{TURNS}, {NODES}, {NORMS}"] = (given.ranks, without)
     if auto is not None:
         contestants['transformers, tp_plan="auto"'] = (given.ranks, theirs(auto))
     times = turns.medians({name: run for name, (_, run) in contestants.items()}, rounds=given.rounds, before=3)
@@ -213,7 +189,8 @@ def report(
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--layers", type=int, help="instead of all")
-    parser.add_argument("--with", dest="switched_on", nargs="*", choices=("rows", "captured", "merged"), default=[])
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of prompts, in tokens")
+    parser.add_argument("--without", dest="left_out", nargs="*", choices=("pieces", "transformers"), default=[])
     parser.set_defaults(ranks=1)
     given = parser.parse_args()
     if given.ranks == 1:

@@ -31,7 +31,7 @@ from benchmarks.support.several import device_name, synchronize
 from partitioner import Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
-from runtime.generation.conversation import Piece
+from runtime.execution.prompts.piece import Piece
 from runtime.generation.steps import Steps
 from runtime.kv_cache.sharded_cache import cache_for
 from runtime.ops.kernels import flash_attention

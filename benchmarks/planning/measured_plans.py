@@ -22,7 +22,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -33,6 +32,7 @@ from torch.distributed import TCPStore
 from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from benchmarks.support.ranks import launch_ranks
 from partitioner import Plan, partition
 from partitioner.analysis.cost.device import measure_device, measure_link
 from partitioner.planning.cluster import Cluster, Device, Dimension
@@ -43,7 +43,7 @@ from partitioner.planning.summary import Summary, summarize_program
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.process_groups import ProcessGroups, Sharing
 from runtime.engine import Engine
-from runtime.processes.launch import begin_worker, launch
+from runtime.processes.launch import begin_worker
 
 TINY = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64}
 MODELS: dict[str, tuple[str, dict[str, int]]] = {
@@ -268,8 +268,7 @@ def main() -> None:
         )
     else:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-        launch(
+        launch_ranks(
             ["benchmarks.planning.measured_plans", *sys.argv[1:], f"--port={store.port}"], num_ranks=2, timeout_s=3000
         )
 

@@ -15,15 +15,15 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import distributed as dist
 
+from benchmarks.support.ranks import launch_ranks
 from benchmarks.support.rounds import take_turns
 from partitioner.errors import PartitionerError
 from runtime.communication.process_groups import Sharing
-from runtime.processes.launch import begin_worker, launch
+from runtime.processes.launch import begin_worker
 
 __all__ = ["DeviceTurns", "device_name", "device_of_rank", "options", "sharing", "start", "synchronize"]
 
@@ -59,12 +59,11 @@ def start(
             f"--ranks {given.ranks} needs as many GPUs, and there are {torch.cuda.device_count()}: give fewer, or "
             "--device cpu --small, which runs the same code with tiny shapes"
         )
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     answers = {}
     for part in parts:
         try:
             command = [module, *sys.argv[1:], f"--part={part}"]
-            answers[part] = launch(command, num_ranks=given.ranks, timeout_s=given.timeout)
+            answers[part] = launch_ranks(command, num_ranks=given.ranks, timeout_s=given.timeout)
         except PartitionerError as error:
             print(f"left out: {part}: {error}", flush=True)
     told(answers)

@@ -107,7 +107,8 @@ ORDER = (
     ),
     BuiltIn("last-token", GENERATION, _always),
     BuiltIn("fuse", EVERYWHERE, _always),
-    BuiltIn("overlap", EVERYWHERE, lambda plan: plan.ep > 1 and plan.pp == 1),
+    BuiltIn("overlap", ("text", "prefill"), lambda plan: plan.ep > 1 and plan.pp == 1),
+    BuiltIn("overlap", ("decode",), lambda plan: plan.ep > 1 and plan.pp == 1, options=lambda plan: {"gathers": False}),
     # then the user's own, in the plan's order
     BuiltIn("pipeline", EVERYWHERE, lambda plan: plan.pp > 1, last=True),
 )

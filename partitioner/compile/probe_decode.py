@@ -26,7 +26,7 @@ from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine.check_inputs import complete_inputs
 from runtime.execution.executable import Executable
 from runtime.execution.profile import Profiler
-from runtime.generation.conversation import Piece
+from runtime.execution.prompts.piece import Piece
 from runtime.generation.steps import Loaded, Steps
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.cache_size import CacheSize, Room, slots_for

@@ -25,6 +25,7 @@ from partitioner.analysis.layouts.merged_rows import sequences_in_order
 from partitioner.errors import LayoutError
 from partitioner.program.node_arguments import arguments
 from partitioner.program.program import Entry, Program
+from partitioner.proof.experts import require_landed
 from partitioner.proof.per_rank_integers import at, expect
 from partitioner.sharding.layout import Layout, Rows
 from runtime.ops.communicating import read_call
@@ -82,6 +83,8 @@ def _collect_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     layout: Layout = layouts[a["x"]]
     rows = layout.dims[a["dim"]]
     axes, order = read_call(node).axes, a["order"]
+    if a["ahead"]:
+        require_landed(node, [node])
     if not isinstance(rows, Rows) or (rows.last_axes, rows.order) != (axes, order) or rows.kind == ROUTED:
         raise LayoutError(
             f"{at(node)} collects {order} rows of {axes} along dim {a['dim']} of {a['x']}, which is {layout}"
@@ -134,6 +137,8 @@ def _scatter_rows(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     a, axes = arguments(node), read_call(node).axes
     layout: Layout = layouts[a["x"]]
     before = layout.dims[a["dim"]]
+    if a["ahead"]:
+        require_landed(node, [node])
     fits = before is None or (isinstance(before, Rows) and before.kind != ROUTED)
     if not set(axes) <= layout.partial or not fits or not _is_run_over(program, node, a["kind"]):
         raise LayoutError(f"{at(node)} sums {a['x']} over {axes} and deals out its dim {a['dim']}, but it is {layout}")

@@ -26,11 +26,12 @@ from partitioner.program.node_arguments import arguments
 from partitioner.program.program import Entry, PerRankInt, Program
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Rows, Split
+from runtime.ops.collectives import landed
 from runtime.ops.communicating import as_axes
-from runtime.ops.expert_exchange import expert_return, expert_send, landed, localise_experts
+from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear, limit_experts
 
-__all__ = ["EXPERT_CHECKS"]
+__all__ = ["EXPERT_CHECKS", "require_landed"]
 
 _ROUTES = (localise_experts, expert_send)
 
@@ -68,7 +69,7 @@ def _check_route(program: Program, node: fx.Node, layouts: Layouts) -> None:
             raise LayoutError(f"node {node.name!r}: the experts of a rank must be named once, ascending; got {mine}")
         start += count
     if node.target is expert_send and a["ahead"]:
-        _require_landed(node, [user for user in node.users if user.args[1] != 3])
+        require_landed(node, [user for user in node.users if user.args[1] != 3])
     if node.target is localise_experts:
         _expect(program, node, a["rank"], Entry(0, axes, tuple(range(ranks))))
 
@@ -120,7 +121,7 @@ def _check_combine(program: Program, node: fx.Node, layouts: Layouts) -> None:
 def _check_return(program: Program, node: fx.Node, layouts: Layouts) -> None:
     a = arguments(node)
     if a["ahead"]:
-        _require_landed(node, [node])
+        require_landed(node, [node])
     send = _made_by(a["back"], expert_send, 3)
     combine = a["rows"]
     while combine.target is not expert_combine:
@@ -146,7 +147,7 @@ def _route(node: fx.Node, place: int) -> fx.Node | None:
     return None
 
 
-def _require_landed(node: fx.Node, given: list[fx.Node]) -> None:
+def require_landed(node: fx.Node, given: list[fx.Node]) -> None:
     """What is on its way is read by who waits for it."""
     for each in given:
         if early := [user for user in each.users if user.target is not landed]:

@@ -33,9 +33,9 @@ from partitioner.program.program import Program
 from partitioner.sharding.layout import REPLICATED, Layout
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention, last_token
-from runtime.ops.collectives import all_gather, all_reduce
+from runtime.ops.collectives import all_gather, all_reduce, landed
 from runtime.ops.communicating import COMMUNICATING, axes_text, read_call
-from runtime.ops.expert_exchange import expert_return, expert_send, landed, localise_experts
+from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.experts import limit_experts
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows

@@ -5,6 +5,7 @@
     sum_norm_begin(x, residual, weight, eps)     the same with a residual and a norm, by rows, where there is a way
     all_gather(x, dim, sizes)                    x[.., s[i], ..] -> [.., sum(s), ..]  the pieces in order of coordinate
     reduce_scatter(x, dim, sizes)                x[.., sum(s), ..] -> [.., s[i], ..]  this rank's piece of the sum
+    all_gather_begin, reduce_scatter_begin       the same, under way
     all_to_all(x, send_counts, receive_counts)   x[sum(s), ..]   -> [sum(r), ..]      rows for each, rows from each
     all_to_all_begin(..)                         the same, under way
     all_to_all_within(x, num_rows, ..)           the same, with counts that only the device knows
@@ -40,11 +41,15 @@ _MOST_PREPARED = 16
 
 
 class Handle:
-    """What has begun and is not finished. It keeps the tensors that are on their way alive."""
+    """What has begun and is not finished. It keeps the tensors that are on their way alive.
 
-    def __init__(self, finish: Callable[[], Tensor]) -> None:
+    into: where what comes will stand, if that is known; nobody may read it before `finish`.
+    """
+
+    def __init__(self, finish: Callable[[], Tensor], *, into: Tensor | None = None) -> None:
         self._finish: Callable[[], Tensor] | None = finish
         self._result: Tensor | None = None
+        self.into = into
 
     @classmethod
     def done(cls, result: Tensor) -> Handle:
@@ -134,6 +139,13 @@ class Channel(abc.ABC):
     def reduce_scatter(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Tensor:
         return self._ready("reduce_scatter", dim=dim, sizes=sizes)(x)  # type: ignore[no-any-return]
 
+    def all_gather_begin(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Handle:
+        """The same, under way. Finished at once where nothing can be under way, as below."""
+        return Handle.done(self.all_gather(x, dim, sizes))
+
+    def reduce_scatter_begin(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Handle:
+        return Handle.done(self.reduce_scatter(x, dim, sizes))
+
     def all_to_all(
         self, x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], *, sizes_from: str | None = None
     ) -> Tensor:
@@ -148,23 +160,14 @@ class Channel(abc.ABC):
 
     @property
     def counts_on_device(self) -> bool:
-        """Whether there are `all_to_all_within` and `beside`."""
+        """Whether there is `all_to_all_within`."""
         return False
 
-    def all_to_all_within(
-        self, x: Tensor, num_rows: int, send_counts: Tensor, receive_counts: Tensor, *, ahead: bool = False
-    ) -> Handle:
+    def all_to_all_within(self, x: Tensor, num_rows: int, send_counts: Tensor, receive_counts: Tensor) -> Tensor:
         """An all_to_all whose counts, int64 [ranks], only the device knows. It yields `num_rows` rows, enough for all
-        that come; those behind are not written. ahead: under way on a stream of its own while others compute.
+        that come; those behind are not written.
         """
-        raise self._host_only()
-
-    def beside(self, run: Callable[[], object], result: Tensor, *, keep: Sequence[Tensor]) -> Handle:
-        """`run`, which fills `result`, on a stream of its own, collectives by few processors. keep: what it reads."""
-        raise self._host_only()
-
-    def _host_only(self) -> CommunicationError:
-        return CommunicationError(
+        raise CommunicationError(
             f"node {self.node!r}: what ranks exchange over {axes_text(self.axes)!r} is known to their hosts alone"
         )
 

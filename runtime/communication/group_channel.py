@@ -134,6 +134,26 @@ class GroupChannel(Channel):
         handle = self._guarded(call, self.ranks, lambda call: self._compare(call, gather), lambda: begin(x))
         return self._finishing(handle, call, self.ranks)
 
+    def all_gather_begin(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Handle:
+        is_even = dim == 0 and (sizes is None or set(sizes) == {x.shape[0]})
+        copies = beside.copies_of(self._peers, x, scatters=False) if is_even else None
+        if copies is None:
+            return super().all_gather_begin(x, dim, sizes)
+        return self._copied("all_gather", x, lambda: copies.gather(x.contiguous()))
+
+    def reduce_scatter_begin(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Handle:
+        is_even = dim == 0 and len(set(piece_sizes(x, dim, sizes, self))) == 1
+        takes = is_even and x.is_floating_point()
+        copies = beside.copies_of(self._peers, x, scatters=True) if takes else None
+        if copies is None:
+            return super().reduce_scatter_begin(x, dim, sizes)
+        return self._copied("reduce_scatter", x, lambda: copies.scatter(x.contiguous()))
+
+    def _copied(self, kind: Kind, x: Tensor, run: Callable[[], Handle]) -> Handle:
+        call, gather = Call(self.rank, self.node, kind, axes_text(self.axes)).on(x), self._comparison()
+        handle = self._guarded(call, self.ranks, lambda call: self._compare(call, gather), run)
+        return self._finishing(handle, call, self.ranks)
+
     def _sum_of(self, x: Tensor) -> Callable[[], Call]:
         """What is told of a sum, which few ask for; without x, which need not be kept for that."""
         shape, dtype = x.shape, x.dtype
@@ -142,8 +162,7 @@ class GroupChannel(Channel):
     def sum_norm_begin(
         self, x: Tensor, residual: Tensor | OwnRows | None, weight: Tensor | None, eps: float
     ) -> Callable[[], tuple[OwnRows, Tensor]] | None:
-        rows = None if self._peers is None else self._peers.row_sums
-        if rows is None or not rows.takes(x, weight):
+        if self._peers is None or not (rows := self._peers.row_sums).takes(x, weight):
             return None
         gather = self._comparison()
         finish: Callable[[], tuple[OwnRows, Tensor]] = self._guarded(
@@ -178,23 +197,16 @@ class GroupChannel(Channel):
     def counts_on_device(self) -> bool:
         return self._peers is not None
 
-    def all_to_all_within(
-        self, x: Tensor, num_rows: int, send_counts: Tensor, receive_counts: Tensor, *, ahead: bool = False
-    ) -> Handle:
+    def all_to_all_within(self, x: Tensor, num_rows: int, send_counts: Tensor, receive_counts: Tensor) -> Tensor:
         assert self._peers is not None
         peers, gather = self._peers, self._comparison()
         out = x.new_empty((num_rows, *x.shape[1:]))
         call = Call(self.rank, self.node, "all_to_all", axes_text(self.axes), sizes_from=self.node).on(x)
-        run = beside.exchange_beside if ahead else beside.exchange_at_once
-        handle = self._guarded(
+        found: Tensor = self._guarded(
             call, self.ranks, lambda call: self._compare(call, gather),
-            lambda: run(peers, x, out, send_counts, receive_counts),
+            lambda: peers.all_to_all(x, out, send_counts, receive_counts),
         )  # fmt: skip
-        return self._finishing(handle, call, self.ranks) if ahead else handle
-
-    def beside(self, run: Callable[[], object], result: Tensor, *, keep: Sequence[Tensor]) -> Handle:
-        assert self._peers is not None
-        return beside.run_beside(self._peers, run, result, *keep)
+        return found
 
     def _all_to_all(self, call: Call, run: Callable[..., Any]) -> Callable[[Tensor, Sequence[int], Sequence[int]], Any]:
         gather = self._comparison()
@@ -272,7 +284,7 @@ class GroupChannel(Channel):
             raise state.verdict.conclude(call if isinstance(call, Call) else call(), ranks, error) from error
 
     def _finishing(self, handle: Handle, call: Call | Callable[[], Call], ranks: tuple[int, ...]) -> Handle:
-        return Handle(lambda: self._guarded(call, ranks, _nothing_to_compare, handle.finish))
+        return Handle(lambda: self._guarded(call, ranks, _nothing_to_compare, handle.finish), into=handle.into)
 
     # -- comparing -----------------------------------------------------------------------------------------------------
 

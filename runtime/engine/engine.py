@@ -27,7 +27,7 @@ from runtime.engine.crossing import tell_crossing
 from runtime.engine.replicas import ReplicaResults, deal, merged, work_of
 from runtime.execution.chrome_trace import Trace, from_all_ranks
 from runtime.execution.executable import Executable
-from runtime.execution.merge_linears import ANY_BYTES, SMALL_BYTES, lay_side_by_side, merge_linears
+from runtime.execution.merge_linears import lay_side_by_side, merge_linears
 from runtime.execution.profile import Profiler
 from runtime.execution.routing import Routing
 from runtime.generation.batching.batch_loop import BatchLoop
@@ -42,16 +42,11 @@ from runtime.pipeline.perform import Staged
 from runtime.processes.place import Place
 from runtime.program.bundle_errors import attribute_errors
 from runtime.program.rank_program import Entry, RankProgram
-from runtime.program.shards import WeightShard, WeightSource
+from runtime.program.shards import WeightSource
 from runtime.weights.load_weights import load_weights
-from runtime.weights.read_shards import Reader
 from runtime.weights.scale_indices import require_scales
 
 __all__ = ["Engine", "RankPrograms"]
-
-MERGED_ON: frozenset[str] = frozenset()
-"""Devices on which programs for prompts have one linear in the place of all of one input. None: whether it pays is not
-measured yet; `benchmarks.gpu.prefill --with merged` does that."""
 
 
 class RankPrograms(Protocol):
@@ -115,8 +110,6 @@ class Engine:
             require_scales(program.weights, self.weights)
             if compile or cuda_graph:
                 lay_side_by_side(program, self.weights)
-            if self._merges_for_prompts:
-                lay_side_by_side(program, self.weights, below=ANY_BYTES, is_own=self._is_own)
             self.profiler = Profiler(program, self.device)
             executable = Executable(program, self.weights, communicator, self.device, profiler=self.profiler)
             head = HeadOfAll.of(program, self.weights, communicator, self.device, self.profiler)
@@ -295,31 +288,18 @@ class Engine:
             raise InputError("this engine was made without programs for generation: give it entries=")
         prefill, decode = self._entries("prefill"), self._entries("decode")
         with attribute_errors(prefill):
-            below = SMALL_BYTES if any(self._decoding.values()) else 0
-            of_prompts = ANY_BYTES if self._merges_for_prompts else below
-            loaded = self._loaded(prefill, below=of_prompts)
+            loaded = self._loaded(prefill)
             return GenerateLoop(
                 loaded,
-                loaded if decode is prefill and of_prompts == below else self._loaded(decode, below=below),
+                loaded if decode is prefill else self._loaded(decode),
                 self.communicator,
                 self.device,
                 profiler=self.profiler,
                 **self._decoding,
             )
 
-    @property
-    def _merges_for_prompts(self) -> bool:
-        return self.device.type in MERGED_ON
-
-    def _is_own(self, weight: WeightShard) -> bool:
-        """Whether the tensor of a weight is this engine's alone: what a rank needs whole may be the caller's."""
-        return callable(self._source) or isinstance(self._source, Reader) or not weight.is_whole
-
-    def _loaded(self, program: RankProgram, *, below: float) -> Loaded:
-        """A program with its weights, which are those of the program for whole texts as far as they are the same.
-
-        below: as `merge_linears` has it.
-        """
+    def _loaded(self, program: RankProgram) -> Loaded:
+        """A program with its weights, which are those of the program for whole texts as far as they are the same."""
         mine = dict(zip(self.program.weights, self.weights, strict=True))
         # the same slices of the same weights, unless a user's pass saw to something else; what no checkpoint holds is
         # small, and two traces may give one name to two constants
@@ -328,8 +308,8 @@ class Engine:
         weights = [mine[weight] for weight in program.weights]
         if missing:
             require_scales(program.weights, weights)
-        if below:
-            program, weights = merge_linears(program, weights, below=below)
+        if any(self._decoding.values()):
+            program, weights = merge_linears(program, weights)
         return Loaded(program, weights)
 
     @contextlib.contextmanager

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from runtime.communication.communicator import Binder, Communicator
+from runtime.execution.fusion.few_tokens import for_single_tokens
 from runtime.execution.fusion.fuse_elementwise import fused
 from runtime.execution.fusion.fuse_products import is_mostly_products, with_products
 from runtime.execution.overflow import Overflow
@@ -76,6 +77,8 @@ class Executable:
         self._graph = bound_graph(program, communicator, device, cache, overflow)
         self._runs = fused(self._graph) if captured or device.type == "cuda" else self._graph
         if captured:
+            length = None if cache is None else lambda: cache.max_length
+            self._runs = for_single_tokens(self._runs, len(program.weights), length)
             self._runs = with_products(self._runs, len(program.weights))
         self.is_by_own_kernels = captured and is_mostly_products(self._runs, weights)
         """Whether a run of few tokens leaves a compiler little to gain."""

@@ -1,19 +1,16 @@
-"""Linears of one input as one product, in a graph that is about to be compiled or captured, or runs prompts on a GPU.
+"""Linears of one input as one product, in a graph that is about to be compiled or captured.
 
     linear(x, q), linear(x, k), linear(x, v)   ->   linear(x, [q; k; v]).split([q's rows, k's, v's], -1)
 
 One token's product is read from memory rather than computed, and a small matrix is over before the memory is up to
 speed: on an H200 a 4096 x 1024 one in bfloat16 takes 9 us where its bytes take 2. So linears are merged where one of
-them is small. Of a prompt all are merged: a GPU's processors share out the tiles of one large product more evenly than
-those of several small ones, as a rank of many has them. The merged matrix costs no memory: the single ones become views
-of it, side by side.
+them is small. The merged matrix costs no memory: the single ones become views of it, side by side.
 """
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -24,10 +21,10 @@ from torch import Tensor, fx
 from runtime.program.rank_program import RankProgram
 from runtime.program.shards import WeightShard
 
-__all__ = ["ANY_BYTES", "SMALL_BYTES", "lay_side_by_side", "merge_linears"]
+__all__ = ["lay_side_by_side", "merge_linears"]
 
-SMALL_BYTES, ANY_BYTES = 32 << 20, math.inf
-"""A matrix of fewer bytes is merged with its neighbours; of any, whatever they have."""
+SMALL_BYTES = 32 << 20
+"""A matrix of fewer bytes is merged with its neighbours."""
 _PAIRING = (torch.view_as_complex, torch.ops.aten.view_as_complex.default)
 """Read two neighbours as one number, and refuse them where an odd number of others comes before or between."""
 
@@ -46,36 +43,25 @@ class _Group:
         return [matrix.local_shape[0] for matrix in self.stacks[0]]
 
 
-def lay_side_by_side(
-    program: RankProgram,
-    weights: list[Tensor],
-    *,
-    below: float = SMALL_BYTES,
-    is_own: Callable[[WeightShard], bool] = lambda weight: True,
-) -> None:
+def lay_side_by_side(program: RankProgram, weights: list[Tensor]) -> None:
     """Moves the weights of linears that can be merged, one after the other, into memory of their own.
 
     `weights` in the order of `program.weights`, changed in place. What else refers to a weight that is moved, such as
-    the caller's model, keeps its own copy. below: groups of which one matrix has fewer bytes. is_own: whether nothing
-    else may refer to a weight; only groups of such ones are moved.
+    the caller's model, keeps its own copy.
     """
     place = {weight: index for index, weight in enumerate(program.weights)}
     moved: set[WeightShard] = set()
-    for group in _groups(program, below):
+    for group in _groups(program):
         for stack in group.stacks:
-            if moved.isdisjoint(stack) and all(map(is_own, stack)):
+            if moved.isdisjoint(stack):
                 moved.update(stack)
                 indices = [place[weight] for weight in stack]
-                if _joined([weights[index] for index in indices]) is not None:
-                    continue
                 joined = torch.cat([weights[index].detach() for index in indices])
                 for index, part in zip(indices, torch.split(joined, group.rows), strict=True):
                     weights[index] = part
 
 
-def merge_linears(
-    program: RankProgram, weights: Sequence[Tensor], *, below: float = SMALL_BYTES
-) -> tuple[RankProgram, list[Tensor]]:
+def merge_linears(program: RankProgram, weights: Sequence[Tensor]) -> tuple[RankProgram, list[Tensor]]:
     """The program with one linear in the place of those whose weights lie side by side, and the weights that it takes.
 
     All other nodes, the collectives among them, keep their names and their order.
@@ -85,7 +71,7 @@ def merge_linears(
     copied: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(program.graph, copied))
     joined: dict[WeightShard, Tensor] = {}
-    for group in _groups(program, below):
+    for group in _groups(program):
         found = [_joined([held[weight] for weight in stack]) for stack in group.stacks]
         wholes = [whole for whole in found if whole is not None]
         if len(wholes) == len(found):
@@ -97,8 +83,8 @@ def merge_linears(
     return merged, [*weights, *joined.values()]
 
 
-def _groups(program: RankProgram, below: float) -> Iterator[_Group]:
-    """Those of which one has fewer bytes."""
+def _groups(program: RankProgram) -> Iterator[_Group]:
+    """Those of which one is small."""
     shards = {weight.name: weight for weight in program.weights}
     found: dict[Any, list[tuple[fx.Node, tuple[WeightShard, ...]]]] = {}
     for node in program.graph.nodes:
@@ -117,7 +103,7 @@ def _groups(program: RankProgram, below: float) -> Iterator[_Group]:
         stacks = tuple(zip(*(weights for _, weights in linears), strict=True))
         differ = all(len(set(stack)) == len(stack) > 1 for stack in stacks)
         fit = not in_pairs or all(matrix.local_shape[0] % 2 == 0 for matrix in stacks[0])
-        if differ and fit and min(matrix.bytes for matrix in stacks[0]) < below:
+        if differ and fit and min(matrix.bytes for matrix in stacks[0]) < SMALL_BYTES:
             yield _Group(x, tuple(node for node, _ in linears), stacks)
 
 

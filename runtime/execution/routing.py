@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from runtime.ops.collectives import landed
 from runtime.ops.communicating import as_axes
-from runtime.ops.expert_exchange import expert_send, landed, localise_experts
+from runtime.ops.expert_exchange import expert_send, localise_experts
 from runtime.ops.experts import expert_dispatch
 from runtime.program.rank_program import RankProgram
 

@@ -12,47 +12,15 @@ Nothing here communicates: every rank that learns the same tokens knows the same
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
+from runtime.execution.prompts.piece import Piece
 from runtime.generation.generation_request import GenerationRequest, Step
 from runtime.sampling.token_edits import TokenEdits
 
-__all__ = ["Conversation", "Piece"]
+__all__ = ["Conversation"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Tokens of a group for one run: those of each row, and the position of its first.
-
-    active: rows that take tokens; the others repeat what they have.
-    """
-
-    tokens: list[list[int]]
-    starts: list[int]
-    active: tuple[bool, ...]
-    completes: tuple[bool, ...] = ()
-    """Rows whose prompt ends in this piece."""
-    packed: bool = False
-    """Whether the tokens of all stand behind each other in one row of the run, which yields those of `completes`."""
-
-    def halves(self) -> tuple[Piece, Piece]:
-        """Of several rows the first ones and the others; of one row its earlier tokens and its later ones."""
-        if len(self.tokens) > 1:
-            at = len(self.tokens) // 2
-            first, second = (
-                Piece(self.tokens[part], self.starts[part], self.active[part], self.completes[part])
-                for part in (slice(at), slice(at, None))
-            )
-            return first, second
-        (row,), (start,) = self.tokens, self.starts
-        at = len(row) // 2
-        return (
-            Piece([row[:at]], [start], self.active, (False,)),
-            Piece([row[at:]], [start + at], self.active, self.completes),
-        )
 
 
 class Conversation:

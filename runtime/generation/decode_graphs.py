@@ -282,9 +282,7 @@ class Decoder:
         logits = self._run(seen)
         said = self.rows.choose(logits, kind)
         if chained:
-            self._inputs["input_ids"].copy_(said[0, :, None])
-            self._inputs["position_ids"].add_(1)
-            self.rows.advance(said, kind)
+            self.rows.advance(said, kind, self._inputs["input_ids"], self._inputs["position_ids"])
         return logits, said
 
     @torch.no_grad()

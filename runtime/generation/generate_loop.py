@@ -21,6 +21,7 @@ import torch
 from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
+from runtime.execution.prompts.piece import places
 from runtime.generation.batching.batch_loop import BatchLoop
 from runtime.generation.batching.one_request import one_request
 from runtime.generation.choose_tokens import GivenTokens, TokenChooser, TokensOfSteps
@@ -244,6 +245,9 @@ class GenerateLoop:
                 return self._bound
             if cache.max_batch >= max_batch and cache.max_length >= max_length and cache.step >= step:
                 return self._bound
+        # without windows the cache is as large for more tokens at a time; stages may differ in that, and must not here
+        if self.program.stage is None and all(state.sees is None for state in self.program.states):
+            step = step_of(self.program, places(step), ANY_LENGTH)
         kept = self._bound
         # a stage without attention serves any
         if kept is not None and not all_stages(kept.serve_any_cache, self.program, self.communicator, self.device):
@@ -261,6 +265,7 @@ class GenerateLoop:
         else:  # a longer text, or more of them, compiles nothing
             slots = slots_for(self.program, max_length)
             kept.cache.resize(max_batch=max_batch, max_length=max_length, step=step, slots=slots)
+            kept.look_for_room()
             self._bound = kept
         return self._bound
 

@@ -7,9 +7,10 @@ run(piece)        -> the same of any piece; `rows`: those of the cache that its 
 
 from __future__ import annotations
 
+import functools
 import itertools
-import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,33 +23,32 @@ from runtime.execution.cuda_graphs import GraphPool, captured, compiled_step
 from runtime.execution.executable import Executable
 from runtime.execution.profile import Profiler
 from runtime.execution.prompts.captured_pieces import CapturedPieces, Runnable, asks_host
-from runtime.execution.prompts.in_turns import can_take_turns
-from runtime.generation.conversation import Piece
+from runtime.execution.prompts.in_turns import can_take_turns, turns_from
+from runtime.execution.prompts.piece import Piece, halves_of, last_of, places
 from runtime.generation.decode_graphs import Decoder
 from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.cache import Cache
+from runtime.kv_cache.cache_size import can_spare
 from runtime.ops.kernels.decode.few_rows import MOST_ROWS
+from runtime.ops.kernels.triton_needs import replayed
 from runtime.pipeline.head import HeadOfAll
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["Loaded", "Steps"]
 
+
 TURNS_ON = frozenset({"cuda"})
 TURNS_FROM: int | None = None
 """Tokens of a piece from which on its halves take turns; None: as many as the program says."""
-_PER_LAUNCH = 33e9
-"""Operations that a fast GPU does while its host launches what one node of a graph stands for, in turns: 65 us, as
-measured of an 8B decoder on two H200. There halves of 4,096 tokens took twice as long as the whole piece."""
-CAPTURED_ON: frozenset[str] = frozenset()
-"""Devices on which pieces of prompts are captured when they come again. None: replays have been proven on CPUs, which
-play them back op by op, but not run on a GPU; `benchmarks.gpu.prefill --with captured` does."""
-CAPTURED_UP_TO = 8192
-"""Tokens of such a piece: a larger one keeps a GPU busy."""
-WHOLE_BY_ROWS = False
-"""Whether what takes no turns sums as halves in turn do, with residual and norm: by rows where ranks have these. Off:
-`benchmarks.gpu.prefill --with rows` is to measure it first."""
-CAPTURED_TURNS_FROM = 2048
-"""Tokens of a captured piece from which on its halves take turns: those of a smaller one leave a GPU half idle."""
+CAPTURED_ON = frozenset({"cuda"})
+"""Devices on which pieces of prompts have places for more tokens, and are captured when they come again."""
+CAPTURED_TURNS_FROM = 3072
+"""Tokens of a captured piece from which on its halves take turns. Of an 8B decoder on two H200, halves and the whole
+took 30.7 and 30.8 ms for 2,048 tokens, 56.2 and 60.6 for 4,096."""
+_WHOLE_TO_TURNS = 3
+"""By how much a whole piece may be shorter until a GPU waits for its host, which then launches one run instead of two.
+One H200 takes 24.7 instead of 25.3 ms for 1,024 tokens if they are captured, two take 30.8 instead of 33.8 for 2,048.
+"""
 
 
 @dataclass(frozen=True)
@@ -99,18 +99,28 @@ class Steps:
         """What runs them; where one does for all rows, by the number only."""
         self._pool = GraphPool()
         program = prefill.program
-        alone = program.stage is None and self._head is None and not program.batch_axes
-        alone = alone and program.limits.get("batch", (1, None))[0] == 1  # half of two rows is one
-        self.takes_turns = device.type in TURNS_ON and alone and cache.takes_turns and can_take_turns(program)
+        names = [wanted.name for wanted in program.inputs]
+        alone = program.stage is None and self._head is None and not program.batch_axes and cache.takes_turns
+        halved = program.limits.get("batch", (1, None))[0] == 1  # half of two rows is one
+        self.takes_turns = device.type in TURNS_ON and alone and halved and can_take_turns(program)
         """Whether a large piece is run as two halves in turn."""
-        self._turns_from = _turns_from(program) if self.takes_turns else 0
-        steady = program.stage is None and self._head is None and not program.batch_axes
-        steady = steady and cache.takes_turns and all(state.per_token for state in program.states)
-        steady = steady and communicator.can_be_captured
-        self._captures = device.type in CAPTURED_ON and steady and not asks_host(program)
-        """Whether pieces of prompts may be captured."""
+        self._turns_from = turns_from(program)
+        steady = alone and "input_ids" in names and all(state.per_token for state in program.states)
+        self._is_steady = steady and communicator.can_be_captured and not asks_host(program)
+        """Whether runs of pieces that differ in their tokens only are the same."""
+        # a token that comes later must find its slot as if nobody had been there
+        roomy = "last" in names and "slots" not in names
+        self._takes_more = roomy and all(state.sees is None for state in program.states)
         self._pool_of_pieces = GraphPool()
-        self._pieces = CapturedPieces(lambda run: captured(run, self._pool_of_pieces))
+        self._communicator, self._has_room = communicator, True
+        self.look_for_room()
+        self._pieces = CapturedPieces(self._capture)
+
+    def look_for_room(self) -> None:
+        """For captured pieces, beside the cache as it is; a collective on GPUs, unless a rank is a stage."""
+        if self._program.stage is None and self._device.type in CAPTURED_ON:
+            rows = self._turns_from if self.takes_turns else self._turns_from // _WHOLE_TO_TURNS
+            self._has_room = can_spare(self._program, self._communicator, self._device, rows=rows)
 
     def prefill(self, pieces: Iterable[Piece]) -> Tensor:
         """The logits [B, V/n] of each prompt's last token."""
@@ -217,71 +227,85 @@ class Steps:
         execute = self._decode if decode else self._prefill
         return execute([*values, *received], like="packed" if piece.packed else like)
 
-    def _execute_piece(self, piece: Piece, rows: slice | PagedRows | None) -> Any:
+    def _execute_piece(self, piece: Piece, rows: slice | PagedRows | None) -> Tensor:
         """The logits of a piece of prompts: whole or in two halves, node by node or captured."""
-
-        def ready(*, in_turns: bool) -> Runnable:
-            if in_turns:
-                return self._in_turns(_halves(piece, rows), joins=len(piece.tokens) > 1)
-            if WHOLE_BY_ROWS and self.takes_turns:
-                return self._in_turns([(piece, rows)])
-            return self._whole(piece, rows)
-
-        now = self._pays_in_turns(piece, self._turns_from)
-        if isinstance(rows, PagedRows) or not self._may_capture(piece):
-            return ready(in_turns=now).run()
-        later = self._pays_in_turns(piece, CAPTURED_TURNS_FROM)
-        parts = piece.halves() if later else (piece,)
-        sizes = later, WHOLE_BY_ROWS, tuple(piece.starts), tuple(map(len, piece.tokens))
-        held = ((buffer.data_ptr(), buffer.shape) for buffer in self.cache.buffers.values())
+        tokens = len(piece.tokens) * max(map(len, piece.tokens))
+        may = self.takes_turns and tokens > 1 and all(piece.active)
+        now = may and tokens >= (self._turns_from if TURNS_FROM is None else TURNS_FROM)
+        later = now or (may and TURNS_FROM is None and tokens >= CAPTURED_TURNS_FROM)
+        if isinstance(rows, PagedRows) or not self._comes_again(piece):
+            return self._ready(piece, rows, in_turns=now).run()
+        filled, last = self._filled(piece, in_turns=later)
+        if tokens >= (self._turns_from if later else self._turns_from / _WHOLE_TO_TURNS):  # it keeps a GPU busy
+            return self._ready(filled, rows, in_turns=now, last=last).run()
+        counts = tuple(map(len, filled.tokens))
         return self._pieces(
-            (sizes, None if rows is None else (rows.start, rows.stop), *held),
-            first=lambda: ready(in_turns=now),
-            again=lambda: ready(in_turns=later),
-            ids=lambda: [self._ids(part, max(map(len, part.tokens))) for part in parts],
+            (later, last is None, tuple(piece.starts), counts, None if rows is None else (rows.start, rows.stop)),
+            place=tuple((buffer.data_ptr(), buffer.shape) for buffer in self.cache.buffers.values()),
+            first=lambda: self._ready(filled, rows, in_turns=now, last=last),
+            again=lambda: self._ready(filled, rows, in_turns=later, last=last, captured=True),
+            varying=lambda: self._varying(filled.parts(in_turns=later), last),
         )
 
-    def _may_capture(self, piece: Piece) -> bool:
-        is_small = len(piece.tokens) * max(map(len, piece.tokens)) <= CAPTURED_UP_TO
-        return self._captures and is_small and all(piece.active) and not self._prefill.is_observed
+    def _comes_again(self, piece: Piece) -> bool:
+        """Whether what is prepared for its size may serve others."""
+        return (
+            self._device.type in CAPTURED_ON
+            and self._is_steady
+            and self._has_room
+            and all(piece.active)
+            and not self._prefill.is_observed
+        )
 
-    def _pays_in_turns(self, piece: Piece, least: int) -> bool:
-        tokens = len(piece.tokens) * max(map(len, piece.tokens))
-        least = least if TURNS_FROM is None else TURNS_FROM
-        return self.takes_turns and tokens >= max(2, least) and all(piece.active)
+    def _filled(self, piece: Piece, *, in_turns: bool) -> tuple[Piece, list[int] | None]:
+        """With as many tokens more as there are places, and which ones are the last; None: nothing comes of that."""
+        counts = list(map(len, piece.tokens))
+        longest, room = max(counts), self.cache.max_length - max(piece.starts)
+        size = min(places(longest), self.cache.step, room)
+        if in_turns and len(counts) == 1 and longest <= size // 2:  # its last token is one of the second half
+            size = longest
+        if not self._takes_more or size < longest:
+            return piece, None
+        return piece.filled(size), [count - 1 for count in counts]
 
-    def _whole(self, piece: Piece, rows: slice | PagedRows | None) -> Runnable:
-        batch, values = self._inputs(piece, decode=False)
+    def _varying(self, parts: Sequence[Piece], last: list[int] | None) -> list[Tensor]:
+        """The tokens of each part, and which ones are the last, where these are not all that a row has."""
+        ids = [self._ids(part, max(map(len, part.tokens))) for part in parts]
+        return ids if last is None else [*ids, *map(self._on_device, last_of(parts, last))]
 
-        def begin() -> None:
-            self.cache.begin(batch, rows=rows)
+    def _ready(
+        self,
+        piece: Piece,
+        rows: slice | PagedRows | None,
+        *,
+        in_turns: bool,
+        last: list[int] | None = None,
+        captured: bool = False,
+    ) -> Runnable:
+        """last: which of its tokens is the last of each row; None: all that it has are its own. captured: its runs are
+        to be captured.
+        """
+        cache, execute = self.cache, self._prefill
+        parts, joins = piece.parts(in_turns=in_turns), len(piece.tokens) > 1
+        of_parts = halves_of(rows, len(piece.tokens)) if in_turns else [rows]
+        runs = [(*self._inputs(part, decode=False), of) for part, of in zip(parts, of_parts, strict=True)]
+        several = [values for _, values, _ in runs]
+        names = [wanted.name for wanted in self._program.inputs]
+        varying = [values[names.index("input_ids")] for values in several] if self._is_steady else []
+        if last is not None:
+            for values, ends in zip(several, last_of(parts, last), strict=True):
+                values[names.index("last")] = self._on_device(ends)
+                varying.append(values[names.index("last")])
 
-        def run() -> Any:
-            begin()
-            return self._prefill(values)
-
-        def bare() -> Any:
-            begin()
-            return self._prefill.function(*values)
-
-        return Runnable([values[self._ids_at]], begin, run, bare)
-
-    def _in_turns(self, pieces: Sequence[tuple[Piece, slice | PagedRows | None]], *, joins: bool = False) -> Runnable:
-        """Parts of a piece, and their rows of the cache, which take turns. joins: they are of different rows."""
-        cache = self.cache
-        parts = [(*self._inputs(part, decode=False), rows) for part, rows in pieces]
-        several = [values for _, values, _ in parts]
-
-        def begin() -> None:
-            for batch, _, rows in parts:
-                cache.begin(batch, rows=rows)
-
-        def turns(run: Callable[..., list[Any]]) -> Tensor:
+        def begin() -> list[dict[str, Any]]:
             under_way = []
-            for batch, _, rows in parts:
-                cache.begin(batch, rows=rows)
+            for batch, _, of in runs:
+                cache.begin(batch, rows=of)
                 under_way.append(cache.under_way())
-            current = len(several) - 1
+            return under_way
+
+        def take_turns(run: Callable[..., list[Any]]) -> Tensor:
+            under_way, current = begin(), len(runs) - 1
 
             def resume(number: int) -> None:
                 nonlocal current
@@ -289,16 +313,24 @@ class Steps:
                 cache.resume(under_way[number])
                 current = number
 
-            found = run(several, resume)
-            logits: Tensor = torch.cat(found) if joins else found[-1]
-            return logits
+            with replayed() if captured else nullcontext():
+                found = run(several, resume)
+            return torch.cat(found) if joins else found[-1]
 
-        return Runnable(
-            [values[self._ids_at] for values in several],
-            begin,
-            lambda: turns(self._prefill.in_turns),
-            lambda: turns(self._prefill.bare_in_turns),
-        )
+        def whole(run: Callable[..., Tensor]) -> Tensor:
+            begin()
+            with replayed() if captured else nullcontext():
+                return run(several[0])
+
+        if in_turns:
+            ways = execute.in_turns, execute.bare_in_turns
+            return Runnable(varying, begin, *(functools.partial(take_turns, way) for way in ways))
+        return Runnable(varying, begin, lambda: whole(execute), lambda: whole(lambda values: execute.function(*values)))
+
+    def _capture(self, run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+        # the ranks have compared the run before: what they tell each other for that comes from the host
+        self._communicator.begin_run(new_shapes=False)
+        return captured(run, self._pool_of_pieces)
 
     def head(self, piece: Piece, made: Sequence[Tensor] | None, *, decode: bool = False) -> Tensor:
         """Logits [B, 1, V/n] of a head that all stages share out, whose ranks all call this for the same pieces.
@@ -312,10 +344,6 @@ class Steps:
             sizes["batch"] = max(1, sum(piece.completes))
         logits: Tensor = head(self._inputs(piece, decode=decode)[1], sizes, made)
         return logits
-
-    @property
-    def _ids_at(self) -> int:
-        return next(at for at, wanted in enumerate(self._program.inputs) if wanted.name == "input_ids")
 
     def _ids(self, piece: Piece, size: int) -> Tensor:
         return self._on_device([row + row[-1:] * (size - len(row)) for row in piece.tokens])
@@ -367,25 +395,3 @@ class Steps:
         self._pieces.release()
         self._pool_of_pieces.renew()
         self.cache.drop()
-
-
-def _halves(piece: Piece, rows: slice | PagedRows | None) -> list[tuple[Piece, slice | PagedRows | None]]:
-    """Halves of a piece, and the rows of a cache that they are about."""
-    first, second = piece.halves()
-    num_rows = len(piece.tokens)
-    if num_rows == 1:
-        return [(first, rows), (second, rows)]
-    at = num_rows // 2
-    if isinstance(rows, PagedRows):
-        of = [PagedRows(rows.numbers[part], rows.tables[part]) for part in (slice(at), slice(at, None))]
-        return [(first, of[0]), (second, of[1])]
-    start = 0 if rows is None else rows.start
-    return [(first, slice(start, start + at)), (second, slice(start + at, start + num_rows))]
-
-
-def _turns_from(program: RankProgram) -> int:
-    """Tokens of a piece from which on a GPU has enough to do in each half while its host launches the other."""
-    launched = sum(node.op in ("call_function", "call_method") for node in program.graph.nodes)
-    matrices = (weight.local_shape for weight in program.weights if len(weight.local_shape) == 2)
-    multiplied = sum(rows * columns for rows, columns in matrices)  # once for a token: not so the stacks of experts
-    return math.ceil(launched * _PER_LAUNCH / max(1, multiplied))

@@ -43,6 +43,7 @@ __all__ = [
     "WhatIsKept",
     "all_stages",
     "bytes_needed",
+    "can_spare",
     "default_step",
     "gathered",
     "held_as",
@@ -60,6 +61,8 @@ _ALL = 1 << 40
 """Positions, where a token looks back to the first."""
 """Enough for a processor."""
 _MOST_ROWS, _LIVE = 16384, 8
+_SPARED = 4
+"""How much more than what a run takes is to be left, for others like it to be captured."""
 FLOAT8 = "fp8"
 ANY_LENGTH = 2**31 - 1
 """Stands for "as long as you like": what the model remembers does not grow, and it counts no positions in a table."""
@@ -276,16 +279,28 @@ def default_step(program: RankProgram, communicator: Communicator, device: torch
     """
     if device.type != "cuda":
         return LEAST_STEP
-    rows = [weight.local_shape[0] * weight.dtype.itemsize for weight in program.weights if len(weight.local_shape) == 2]
-    # the two largest may be those of the vocabulary, which runs for one row of a prompt
-    widest = max(1, sorted(rows)[-3:][0]) if rows else 1
     whole, free = torch.cuda.get_device_properties(device).total_memory, free_bytes(device) or 0
-    fits = min(whole // 8, free // 4) // (_LIVE * widest)
+    fits = min(whole // 8, free // 4) // _bytes_of_row(program)
     axes = {axis for state in program.states for axis in state.token_axes}
     parts = program.mesh.size(*sorted(axes)) if axes else 1
     mine = torch.tensor([min(_MOST_ROWS, fits) * parts // max_batch], device=device)
     least = int(gathered(communicator, mine).min())
     return max(LEAST_STEP, 1 << max(0, least.bit_length() - 1))
+
+
+def _bytes_of_row(program: RankProgram) -> int:
+    """What a run takes for each row of its products, about."""
+    rows = [weight.local_shape[0] * weight.dtype.itemsize for weight in program.weights if len(weight.local_shape) == 2]
+    # the two largest may be those of the vocabulary, which runs for one row of a prompt
+    return _LIVE * (max(1, sorted(rows)[-3:][0]) if rows else 1)
+
+
+def can_spare(program: RankProgram, communicator: Communicator, device: torch.device, *, rows: int) -> bool:
+    """Whether every rank has several times the memory left that a run of so many rows takes; a collective on GPUs."""
+    if device.type != "cuda":
+        return True
+    mine = torch.tensor([_SPARED * rows * _bytes_of_row(program) <= (free_bytes(device) or 0)], device=device)
+    return bool(gathered(communicator, mine.int()).all())
 
 
 def step_of(program: RankProgram, prefill_step: int, max_length: int) -> int:

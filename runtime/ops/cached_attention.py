@@ -54,5 +54,7 @@ def last_token(x: Tensor, last: Tensor) -> Tensor:
     """
     if x.shape[0] == 1 and last.numel() > 1:
         return x[0].index_select(0, last)[:, None]
+    if x.shape[1] == 1:
+        return x
     index: Any = last.reshape(-1, 1, 1).expand(-1, 1, x.shape[-1])
     return x.gather(1, index)

@@ -3,7 +3,6 @@
     localise_experts   index, gates [T, K]  ->  the same for one rank's experts; no communication
     expert_send        hidden [T, H], index, gates [T, K]  ->  rows for this rank's experts [R, H], [R, K], [R, K]
     expert_return      rows [R, H]  ->  [T, H]     one row from each rank that a token was sent to, summed
-    landed             x            ->  x          what was sent ahead, once it is there; other ops ran meanwhile
 
 `experts` lists the experts of coordinate 0, then those of coordinate 1, and so on, each in ascending order; `counts`
 says how many each has. Numbers may differ, and an expert may stand with several ranks (a copy): each token uses one of
@@ -17,21 +16,20 @@ A token goes once to each rank that has one of its experts, whatever their numbe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from runtime.ops.collectives import unbound
+from runtime.ops.collectives import filling, unbound
 from runtime.ops.kernels.experts import dispatch as kernels
-from runtime.ops.kernels.experts.exchange import Packed, packed, returned, unpacked
+from runtime.ops.kernels.experts.exchange import packed, returned, unpacked
 
 __all__ = [
     "expert_return",
     "expert_send",
-    "landed",
     "localise_experts",
     "receive_from_experts",
     "send_to_experts",
@@ -83,35 +81,6 @@ def expert_return(rows: Tensor, back: Tensor, axis: str | tuple[str, ...], *, ah
     unbound("expert_return", axis)
 
 
-def landed(x: Tensor) -> Tensor:
-    """`x`, once it has come; at once where it is not on its way."""
-    landing = _under_way.pop(x, None)
-    if landing is not None:
-        landing()
-    return x
-
-
-_under_way: Any = WeakIdKeyDictionary()
-"""By a tensor that is not filled yet, what waits for it and fills it; torch's functional collectives keep the same."""
-
-
-def _filling(handle: Any, fill: Callable[[Tensor], object], *tensors: Tensor) -> None:
-    """`tensors` are filled by what comes: now, if it is there, or when the first of them is to have landed."""
-    is_filled = False
-
-    def landing() -> None:
-        nonlocal is_filled
-        if not is_filled:
-            is_filled = True
-            fill(handle.finish())
-
-    if handle.is_finished:
-        landing()
-        return
-    for tensor in tensors:
-        _under_way[tensor] = landing
-
-
 def send_to_experts(
     channel: Any,
     hidden: Tensor,
@@ -160,7 +129,7 @@ def send_to_experts(
             for into, piece, part in zip(coming, torch.split(received, widths, dim=1), parts, strict=True):
                 into.copy_(piece.clone(memory_format=torch.contiguous_format).view(part.dtype))
 
-        _filling(handle, unpack, *coming)
+        filling(handle, unpack, *coming)
         return (*coming, back)  # type: ignore[return-value]
     received = channel.all_to_all(message, given, taken, sizes_from=channel.node)
     rows, local, weights = (
@@ -180,7 +149,7 @@ def receive_from_experts(channel: Any, rows: Tensor, back: Tensor, *, ahead: boo
     found = rows.new_zeros(int(size), rows.shape[1])
     if ahead:
         handle = channel.all_to_all_begin(rows.contiguous(), *counts, sizes_from=channel.node)
-        _filling(handle, lambda returned: found.index_add_(0, sent, returned), found)
+        filling(handle, lambda returned: found.index_add_(0, sent, returned), found)
         return found
     return found.index_add_(0, sent, channel.all_to_all(rows.contiguous(), *counts, sizes_from=channel.node))
 
@@ -199,45 +168,27 @@ def _send_by_kernels(
     ones = [1] * num_ranks
     waits = not (alike and channel.counts_on_device)
 
-    def pack() -> Packed:
-        found = packed(
-            *tokens, local=owners.local, owner=owners.ranks, copies=owners.copies, held=owners.counts, own=own,
-            own_held=counts[own], has_copies=owners.has_copies,
-        )  # fmt: skip
-        given, taken = found.back[0], found.back[1]
-        taken.copy_(channel.all_to_all(given, ones, ones))
-        return found
+    sent = packed(
+        *tokens, local=owners.local, owner=owners.ranks, copies=owners.copies, held=owners.counts, own=own,
+        own_held=counts[own], has_copies=owners.has_copies,
+    )  # fmt: skip
+    on_device = (sent.back[0], sent.back[1])
+    sent.back[1].copy_(channel.all_to_all(sent.back[0], ones, ones))
 
-    def unpack(came: Tensor, sent: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    def unpack(came: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return unpacked(came, sent.back[1], sent.form, none=counts[own], like=tokens)
 
-    if ahead and not waits:
-        num_rows = num_ranks * tokens[0].shape[0]
-        coming = [each.new_empty(num_rows, each.shape[1]) for each in tokens]
-        back = torch.empty(2 + tokens[0].shape[0], num_ranks, dtype=torch.int64, device=tokens[0].device)
-
-        def whole() -> None:
-            sent = pack()
-            back.copy_(sent.back)
-            came = channel.all_to_all_within(sent.messages, num_rows, sent.back[0], sent.back[1]).finish()
-            _fill(coming, unpack(came, sent))
-
-        handle = channel.beside(whole, back, keep=tokens)
-        _filling(handle, lambda _: None, *coming)
-        return (*coming, back)
-    sent = pack()
-    on_device = (sent.back[0], sent.back[1])
     if waits:
         given, taken = _numbers(sent.back)
         num_rows = sum(taken)
         handle = _sent(channel, sent.messages[: sum(given)], (given, taken), on_device, ahead=ahead)
     else:
         num_rows = num_ranks * tokens[0].shape[0]
-        handle = channel.all_to_all_within(sent.messages, num_rows, *on_device)
-    if not ahead:
-        return (*unpack(handle.finish(), sent), sent.back)
+        handle = _Done(channel.all_to_all_within(sent.messages, num_rows, *on_device))
+    if handle.is_finished:
+        return (*unpack(handle.finish()), sent.back)
     coming = [each.new_empty(num_rows, each.shape[1]) for each in tokens]
-    _filling(handle, lambda came: _fill(coming, unpack(came, sent)), *coming)
+    filling(handle, lambda came: _fill(coming, unpack(came)), *coming)
     return (*coming, sent.back)
 
 
@@ -252,19 +203,12 @@ def _return_by_kernels(channel: Any, rows: Tensor, back: Tensor, *, ahead: bool)
     found = rows.new_empty(position.shape[0], rows.shape[1])
     if channel.counts_on_device:
         num_rows = sum(_on_host[back][0]) if back in _on_host else position.numel()
-
-        def whole() -> Tensor:
-            return returned(channel.all_to_all_within(rows, num_rows, taken, given).finish(), position, found)
-
-        if not ahead:
-            return whole()
-        _filling(channel.beside(whole, found, keep=(rows, back)), lambda _: None, found)
-        return found
+        return returned(channel.all_to_all_within(rows, num_rows, taken, given), position, found)
     counts = _numbers(back)[::-1]
     handle = _sent(channel, rows, counts, (taken, given), ahead=ahead)
     if not ahead:
         return returned(handle.finish(), position, found)
-    _filling(handle, lambda came: returned(came, position, found), found)
+    filling(handle, lambda came: returned(came, position, found), found)
     return found
 
 
@@ -292,7 +236,7 @@ def _sent(
     channel: Any, x: Tensor, counts: tuple[list[int], list[int]], on_device: tuple[Tensor, Tensor], *, ahead: bool
 ) -> Any:
     if channel.counts_on_device:
-        return channel.all_to_all_within(x, sum(counts[1]), *on_device, ahead=ahead)
+        return _Done(channel.all_to_all_within(x, sum(counts[1]), *on_device))
     if ahead:
         return channel.all_to_all_begin(x, *counts, sizes_from=channel.node)
     return _Done(channel.all_to_all(x, *counts, sizes_from=channel.node))

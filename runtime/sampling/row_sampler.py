@@ -3,7 +3,7 @@
     rows = RowSampler(search, 8)                    for steps of 8 rows
     kind = rows.begin([RowOptions(...), ...])       the options of each, in tensors that stay where they are
     said = rows.choose(logits, kind)                [4, B] float64: tokens, best logits, certain, log-probabilities
-    rows.advance(said, kind)                        the tokens of the next choice follow these
+    rows.advance(said, kind, ids, positions)        the tokens of the next choice follow these
 
 What a choice computes depends on its `Kind` alone, so that a captured step serves all rows of a kind, whatever their
 numbers. A row is told what `Sampler` would tell it, whose random numbers and filters these are. Top-k, top-p and min-p
@@ -22,6 +22,7 @@ from torch import Tensor
 from runtime.sampling.candidates import Filters, log_ratio, softmax_mass, survivors
 from runtime.sampling.counter_random import as_signed, gumbel, random_bits
 from runtime.sampling.cutoffs import cut_off
+from runtime.sampling.likeliest.likeliest_tokens import advance
 from runtime.sampling.sampling_options import Sampling
 from runtime.sampling.vocabulary_search import VocabularySearch
 
@@ -139,8 +140,10 @@ class RowSampler:
             own = self._edits.applied(own, reals)
         way, found = reals[_WAY], None
         if kind.greedy or not (kind.unfiltered or kind.candidates):
-            tokens, best, logprobs = self._search.likeliest(own, scored=kind.scored)
-            found = _told(tokens, best, None, logprobs)
+            if kind.scored:
+                found = _told(*self._search.likeliest(own, scored=True))
+            else:
+                found = self._search.likeliest_told(own)
         if not (kind.unfiltered or kind.candidates):
             assert found is not None
             return found
@@ -149,15 +152,15 @@ class RowSampler:
             best = self._search.best(own)
             temperature = reals[_TEMPERATURE, :, None]
             tokens, logprobs = self._search.race(own, best, bits, temperature, scored=kind.scored)
-            found = _either(way == _UNFILTERED, _told(tokens, best, None, logprobs), found)
+            found = _either(way == _UNFILTERED, _told(tokens, best, logprobs), found)
         if kind.candidates:
             found = _either(way == _FILTERED, self._among_candidates(own, bits, kind), found)
         assert found is not None
         return found
 
-    def advance(self, said: Tensor, kind: Kind) -> None:
-        """The next choice is that after `said`."""
-        self._numbers[2] += 1
+    def advance(self, said: Tensor, kind: Kind, ids: Tensor, positions: Tensor) -> None:
+        """The next choice is that after `said`: ids [B, 1] become its tokens, and positions [B, 1] move on."""
+        advance(said, ids, positions, self._numbers[2])
         if kind.edits:
             assert self._edits is not None
             self._edits.learn(said[0].long())
@@ -197,7 +200,7 @@ class RowSampler:
             scaled = cut_off(scaled, typical_p=column[_TYPICAL_P], epsilon=column[_EPSILON], eta=column[_ETA])
         winner = (scaled + gumbel(bits, tokens)).argmax(dim=1, keepdim=True)
         logprobs = scaled.gather(1, winner)[:, 0] - scaled.exp().sum(dim=1).log()
-        return _told(tokens.gather(1, winner)[:, 0], best, certain, logprobs)
+        return _told(tokens.gather(1, winner)[:, 0], best, logprobs, certain)
 
     def _copy(self, given: Tensor, kept: Tensor) -> None:
         if self._device.type == "cuda":
@@ -239,7 +242,7 @@ def _reals_of(row: RowOptions) -> tuple[float, ...]:
     )
 
 
-def _told(tokens: Tensor, best: Tensor, certain: Tensor | None, logprobs: Tensor | None) -> Tensor:
+def _told(tokens: Tensor, best: Tensor, logprobs: Tensor | None, certain: Tensor | None = None) -> Tensor:
     sure = torch.ones_like(best) if certain is None else certain.double()
     return torch.stack([tokens.double(), best, sure, torch.zeros_like(best) if logprobs is None else logprobs])
 

@@ -25,6 +25,7 @@ from runtime.ops.collectives import all_gather
 from runtime.ops.communicating import as_axes, axes_text
 from runtime.sampling.candidates import rank_candidates, softmax_mass
 from runtime.sampling.counter_random import gumbel
+from runtime.sampling.likeliest.likeliest_tokens import best, largest, takes
 from runtime.sampling.vocabulary_shards import Share, shares
 
 __all__ = ["VocabularySearch", "joined", "require_finite"]
@@ -78,6 +79,14 @@ class VocabularySearch:
         values, tokens, *masses = self.gather(torch.stack(message, dim=1)[None]).unbind(dim=2)
         log_probabilities = -joined(masses[0], values, 1.0).log() if scored else None
         return _first_best(values, tokens)[0], values.amax(dim=0), log_probabilities
+
+    def likeliest_told(self, own: Tensor) -> Tensor:
+        """The same without log-probabilities, as `RowSampler.choose` tells it: [4, B] float64."""
+        if takes(own):
+            message = largest(own, self.share.tokens)
+            return best(message if len(self._sizes) == 1 else self.gather(message))
+        tokens, logits, _ = self.likeliest(own, scored=False)
+        return torch.stack([tokens.double(), logits, torch.ones_like(logits), torch.zeros_like(logits)])
 
     def best(self, own: Tensor) -> Tensor:
         """The largest logit of each row, [B] float64; NaN where one of the row is."""

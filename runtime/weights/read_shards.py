@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import WeightError
-from runtime.ops.kernels.codes import pack_nibbles
+from runtime.ops.kernels.stored.codes import pack_nibbles
 from runtime.program.shards import Block, Piece, WeightShard, at, extents
 from runtime.weights.progress import Progress
 from runtime.weights.quantized.formats import FORMATS, expand

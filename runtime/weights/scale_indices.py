@@ -14,8 +14,8 @@ __all__ = ["require_scales"]
 
 
 def require_scales(weights: Sequence[WeightShard], tensors: Sequence[Tensor]) -> None:
-    """Raises `WeightError` where rows or columns of codes (`runtime.ops.kernels.stored`) name scales that are not
-    there.
+    """Raises `WeightError` where rows or columns of codes (`runtime.ops.kernels.stored.stored_linear`) name scales
+    that are not there.
     """
     named = {weight.name: tensor for weight, tensor in zip(weights, tensors, strict=True)}
     for name in named:

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from partitioner import Plan, partition
 from runtime.communication.process_groups import ProcessGroups, Sharing
 from runtime.engine import Engine
+from runtime.generation import steps
 from runtime.processes.launch import begin_worker
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7]]
@@ -100,6 +101,23 @@ def fault(folder: Path, what: str, phase: str, victim: str, carrier: str) -> Non
         engine.generate(PROMPTS, max_new_tokens=500)
 
 
+def prompts(folder: Path, carrier: str) -> None:
+    """Halves of prompts that are captured, after ranks have compared what they do, say what they say node by node."""
+    sharing: Sharing = "off" if carrier == "nccl" else "on"
+    parts = partition(model("llama", torch.float32), Plan(tp=int(os.environ["WORLD_SIZE"])))
+    steps.CAPTURED_TURNS_FROM = 16
+    with Engine.connect(parts, device=own_host(), timeout_s=120, shared_memory=sharing) as engine:
+        for seed, length in enumerate((5000, 5000, 5000, 4900)):
+            drawn = torch.randint(0, 1024, (1, length), generator=torch.Generator().manual_seed(seed))
+            told: list[Any] = []
+            for steps.CAPTURED_ON in (frozenset(), frozenset({"cuda"})):
+                told.append(engine.generate(drawn, max_new_tokens=4, eos_token_id=[], logprobs=True))
+            torch.testing.assert_close(told[1].logprobs, told[0].logprobs, rtol=1e-3, atol=1e-3)
+        bound = engine._generate_loop._bound
+        assert bound is not None
+        assert len(bound._pieces._captured) == 1
+
+
 def graph_then_error(folder: Path) -> None:
     """An engine that holds captured graphs is closed by an error of its own, on all ranks at once, and ends."""
     parts = partition(model("llama", torch.float32), Plan(tp=int(os.environ["WORLD_SIZE"])))
@@ -111,5 +129,8 @@ def graph_then_error(folder: Path) -> None:
 
 if __name__ == "__main__":
     begin_worker()
-    case = {"results": results, "fault": fault, "graph_then_error": graph_then_error}[sys.argv[1]]
+    cases: dict[str, Callable[..., None]] = {
+        "results": results, "fault": fault, "prompts": prompts, "graph_then_error": graph_then_error,
+    }  # fmt: skip
+    case = cases[sys.argv[1]]
     case(Path(sys.argv[2]), *sys.argv[3:])

@@ -75,3 +75,10 @@ def test_captured_steps_say_the_same_tokens(tmp_path: Path) -> None:
     tokens = ranks(1, tmp_path, "llama", "float32", "eager")[0]["tokens"]
     for found in ranks(2, tmp_path, "llama", "float32", "graph"):
         assert torch.equal(found["tokens"], tokens)
+
+
+@pytest.mark.parametrize("carrier", ["nccl", "peer memory"])
+def test_captured_prompts_say_the_same(carrier: str, tmp_path: Path) -> None:
+    if carrier == "peer memory" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    launch(["tests.gpu.nccl_rank", "prompts", str(tmp_path), carrier], num_ranks=2, timeout_s=200)

@@ -34,7 +34,11 @@ class Ranks:
             for memory in memories:
                 memory.view(torch.int32).fill_(1)
                 memory[geometry.start_of_flags :].view(torch.int32).fill_(1 << 30)
-        handle: Any = SimpleNamespace(buffer_ptrs=[memory.data_ptr() for memory in memories])
+
+        def buffer(rank: int, shape: tuple[int], dtype: torch.dtype, offset: int) -> torch.Tensor:
+            return memories[rank].view(dtype)[offset : offset + shape[0]]
+
+        handle: Any = SimpleNamespace(buffer_ptrs=[memory.data_ptr() for memory in memories], get_buffer=buffer)
         ranks, nobody = tuple(range(num_ranks)), None
         self.peers = [
             PeerMemory(Group(nobody, ranks, rank, True), memory, handle, timeout_s=20)  # type: ignore[arg-type]
@@ -179,6 +183,7 @@ def test_a_kernel_that_waits_ends_when_it_is_abandoned() -> None:
         "rows_beside_others",
         "heads_in_place",
         "exchanged_experts",
+        "copied_beside_others",
     ],
 )
 def test_between_gpus(case: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:

@@ -12,8 +12,9 @@ from partitioner.analysis.rules.notation import Letters, Notation, Operand, Rule
 from partitioner.program.program import PerRankInt
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention, last_token
+from runtime.ops.collectives import landed
 from runtime.ops.embedding import vocab_parallel_embedding
-from runtime.ops.expert_exchange import expert_return, expert_send, landed, localise_experts
+from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear, limit_experts
 from runtime.ops.mask import attention_mask
 from runtime.ops.rows.sequence_attention import cached_sequence_attention, sequence_attention

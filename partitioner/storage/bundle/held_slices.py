@@ -21,7 +21,7 @@ from partitioner.sharding.index_set import IndexSet
 from partitioner.storage.bundle.slice_pieces import Part, part_of
 from partitioner.storage.checkpoint.quantized_finder import FLOAT8, SCALES
 from partitioner.storage.checkpoint.stored_form import inputs_last
-from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear, stored_weight
+from runtime.ops.kernels.stored.stored_linear import stored_grouped_linear, stored_linear, stored_weight
 from runtime.program.rank_program import RankProgram
 from runtime.program.shards import CodesOf, WeightShard
 from runtime.weights.quantized.packed import Packed

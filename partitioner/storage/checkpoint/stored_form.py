@@ -5,7 +5,7 @@
 A weight can be held so if it consists of quantised tensors of one kind, whose inputs are its inputs, all of them and in
 order: then each of its rows is a row of one of them. Experts that were stacked and projections that were fused are so;
 what was divided or rearranged along the inputs is not, and is expanded. What the rows and columns of the result mean is
-said in `runtime.ops.kernels.stored`.
+said in `runtime.ops.kernels.stored.stored_linear`.
 
 The scales of all tensors of a weight, one tensor after the other, are one table. Those of a rank are rows and columns
 of it, and say which, so that they can be put together again from several ranks' parts.

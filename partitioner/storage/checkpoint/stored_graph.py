@@ -19,7 +19,7 @@ from torch.nn import functional
 from partitioner.errors import PlanError
 from partitioner.program.program import HeldForm, Program
 from runtime.ops.experts import grouped_linear
-from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear, stored_weight
+from runtime.ops.kernels.stored.stored_linear import stored_grouped_linear, stored_linear, stored_weight
 
 __all__ = ["stored_forms", "use_stored"]
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from runtime.communication.channels import Handle
 from runtime.communication.peer_memory.peer_memory import PeerMemory
+from runtime.communication.peer_memory.rows.copy_rows import PeerCopies
 
-__all__ = ["begin_all_reduce", "begin_permute", "exchange_at_once", "exchange_beside", "run_beside"]
+__all__ = ["begin_all_reduce", "begin_permute", "copies_of", "run_beside"]
 
 
 PERMUTES_ON = False
@@ -18,6 +19,9 @@ PERMUTES_ON = False
 they have not run on GPUs, so only `benchmarks.gpu.sequences --unproven` and tests turn it on."""
 LEAST_BYTES = 1 << 22
 """Of a permute: shorter ones take less on the rank's own stream than what two streams take to meet."""
+COPIES_ON = False
+"""Whether gathers and scatters of as many bytes go by copy engines while the rank computes. Off: on GPUs they have not
+run; `benchmarks.gpu.experts --copies` and tests turn it on."""
 
 
 def begin_all_reduce(
@@ -54,15 +58,15 @@ def begin_permute(
     return begin
 
 
-def exchange_beside(peers: PeerMemory, x: Tensor, out: Tensor, send_counts: Tensor, receive_counts: Tensor) -> Handle:
-    """An all_to_all into `out`, of counts that the device reads."""
-    run = lambda: peers.all_to_all(x, out, send_counts, receive_counts)  # noqa: E731
-    return run_beside(peers, run, out, x, send_counts, receive_counts)
-
-
-def exchange_at_once(peers: PeerMemory, x: Tensor, out: Tensor, send_counts: Tensor, receive_counts: Tensor) -> Handle:
-    """The same, through when it returns."""
-    return Handle.done(peers.all_to_all(x, out, send_counts, receive_counts))
+def copies_of(peers: PeerMemory | None, x: Tensor, *, scatters: bool) -> PeerCopies | None:
+    """What copies the pieces of x, or the piece that it is; None where another way takes less."""
+    copies = None if peers is None else peers.copies
+    if not COPIES_ON or copies is None:
+        return None
+    whole = x.nbytes if scatters else x.nbytes * copies.num_ranks
+    if whole < LEAST_BYTES * copies.num_ranks or not copies.has_room(whole, scatters=scatters):
+        return None
+    return copies
 
 
 def run_beside(peers: PeerMemory, run: Callable[[], object], out: Tensor, *read: Tensor) -> Handle:

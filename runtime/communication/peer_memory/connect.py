@@ -22,6 +22,7 @@ from runtime.communication.peer_memory.mapped_memory import (
     standing,
 )
 from runtime.communication.peer_memory.peer_memory import PeerMemory
+from runtime.communication.peer_memory.rows.copy_rows import PeerCopies
 from runtime.communication.peer_memory.rows.push_rows import PeerRows
 
 __all__ = ["Exchange", "Unavailable", "connect"]
@@ -47,6 +48,7 @@ def connect(group: Group, device: torch.device, *, exchange: Exchange, timeout_s
     if why := first_obstacle(group.ranks, exchange({"why": _trial(made, timeout_s)})):
         raise Unavailable(why)
     made.rows = PeerRows(made, name, exchange)
+    made.copies = PeerCopies(made, PeerRows(made, f"{name} copied", exchange))
     return made
 
 
@@ -60,12 +62,11 @@ def _trial(peers: PeerMemory, timeout_s: float) -> str:
         out = torch.full((size,), torch.nan, device=device)
         peers.all_reduce((number + own).float(), out, cast("Way", way))
         found.append((out, (number * count + sum(ranks)).float()))
-    if peers.row_sums is not None:
-        rows = (torch.arange(16 * 256, device=device) % 97).view(16, 256)
-        total = (rows * count + sum(ranks)).float()
-        mine, normed = peers.row_sums.begin((rows + own).float(), None, None, 1e-6)()
-        found.append((mine.rows, total[OwnRows.share(16, count, own)]))
-        found.append(((normed * total.square().mean(-1, keepdim=True).sqrt()).round(), total))
+    rows = (torch.arange(16 * 256, device=device) % 97).view(16, 256)
+    total = (rows * count + sum(ranks)).float()
+    mine, normed = peers.row_sums.begin((rows + own).float(), None, None, 1e-6)()
+    found.append((mine.rows, total[OwnRows.share(16, count, own)]))
+    found.append(((normed * total.square().mean(-1, keepdim=True).sqrt()).round(), total))
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
     done.record()
     deadline = time.monotonic() + timeout_s

@@ -8,7 +8,7 @@ small pieces    per source 2 slots x SMALL_BLOCKS x UNITS of 16 bytes
 data            per source 4 slots x BLOCKS x chunk_bytes
 flags           per source BLOCKS of 32 bits
 flags of rows   per source one of 32 bits
-rows            ROW_BYTES, a part for each source, where ROW_SUMS are on: see `sum_rows.py`
+rows            ROW_BYTES, a part for each source: see `sum_rows.py`
 """
 
 from __future__ import annotations
@@ -46,9 +46,6 @@ __all__ = [
 UNITS, SMALL_BLOCKS = 256, 256
 """Of eight bytes each, per block of the kernel for small pieces: one thread has one."""
 BLOCKS, SLOTS = 256, 4
-ROW_SUMS = False
-"""Whether ranks that meet from now on have memory for sums by rows, which halves of prompts then take. Off: they have
-been proven on CPUs and compiled for Hopper, but not run between GPUs; `benchmarks.gpu.prefill --with rows` does."""
 ROW_BYTES = 64 << 20
 """Of rows that are summed and normed at a time."""
 
@@ -98,7 +95,7 @@ class Geometry:
 
     @functools.cached_property
     def num_bytes(self) -> int:
-        return self.start_of_rows + (ROW_BYTES if ROW_SUMS else 0)
+        return self.start_of_rows + ROW_BYTES
 
 
 def standing(device: torch.device) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from runtime.communication.channels import Handle
 from runtime.communication.group_collectives import Group, to_pieces
-from runtime.communication.peer_memory import mapped_memory
 from runtime.communication.peer_memory.choice import Choice, Way
 from runtime.communication.peer_memory.mapped_memory import (
     BLOCKS,
@@ -32,6 +31,7 @@ from runtime.communication.peer_memory.mapped_memory import (
     UNITS,
     Geometry,
 )
+from runtime.communication.peer_memory.rows.copy_rows import PeerCopies
 from runtime.communication.peer_memory.rows.push_rows import PeerRows
 from runtime.communication.peer_memory.rows.sum_rows import RowSums
 from runtime.communication.peer_memory.under_way import UnderWay
@@ -75,12 +75,12 @@ class PeerMemory:
         self._patience_ns = int(timeout_s * 1e9)
         self.under_way = UnderWay(device)
         waiting = self._late.data_ptr(), self._abandoned.data_ptr(), self._patience_ns
-        self.row_sums: RowSums | None = None
-        if mapped_memory.ROW_SUMS:
-            self.row_sums = RowSums(group, memory, handle, self._table, waiting, self.under_way)
+        self.row_sums = RowSums(group, memory, handle, self._table, waiting, self.under_way)
         self.choice: Choice = Choice.unmeasured()
         self.rows: PeerRows | None = None
         """What rows are written through straight to where they belong."""
+        self.copies: PeerCopies | None = None
+        """What large pieces are brought by while this rank computes."""
 
     @property
     def group(self) -> Group:
@@ -146,6 +146,14 @@ class PeerMemory:
     ) -> Callable[[Tensor], Tensor]:
         num_ranks = self._group.size
 
+        def even(x: Tensor) -> Tensor:
+            way = self.way("all_gather", x)
+            if way == "nccl":
+                return otherwise(x)
+            out = x.new_empty((num_ranks * x.shape[0], *x.shape[1:]))
+            self._exchange(way, x, out, piece=x.numel(), total=out.numel())
+            return out
+
         def run(x: Tensor) -> Tensor:
             at = dim % x.dim()
             longest = x.shape[at] if sizes is None else max(sizes)
@@ -165,12 +173,21 @@ class PeerMemory:
                 return flat.view(*x.shape[:at], num_ranks * longest, *x.shape[at + 1 :])
             return torch.cat(pieces.unbind(0), dim=at)
 
-        return run
+        return even if dim == 0 and sizes is None else run
 
     def _reduce_scatter(
         self, otherwise: Callable[[Tensor], Tensor], *, dim: int, sizes: list[int] | None = None
     ) -> Callable[[Tensor], Tensor]:
         num_ranks, own = self._group.size, self._group.coordinate
+
+        def even(x: Tensor) -> Tensor:
+            shape = (x.shape[0] // num_ranks, *x.shape[1:])
+            way = self.way("reduce_scatter", x, numel=math.prod(shape))
+            if way == "nccl":
+                return otherwise(x)
+            out = x.new_empty(shape)
+            self._exchange(way, x, out, piece=out.numel(), total=x.numel(), sums=True, spreads=True)
+            return out
 
         def run(x: Tensor) -> Tensor:
             at = dim % x.dim()
@@ -188,7 +205,7 @@ class PeerMemory:
             self._exchange(way, sent, out, piece=out.numel(), total=sent.numel(), sums=True, spreads=True)
             return out.narrow(at, 0, pieces[own].shape[at])
 
-        return run
+        return even if dim == 0 and sizes is None else run
 
     def _permute(self, otherwise: Callable[[Tensor], Handle], *, shift: int) -> Callable[[Tensor], Handle]:
         shift %= self._group.size
@@ -342,6 +359,8 @@ class PeerMemory:
         self._handle = None
         if self.rows is not None:
             self.rows.close()
+        if self.copies is not None:
+            self.copies.close()
 
 
 def _padded(piece: Tensor, dim: int, size: int) -> Tensor:

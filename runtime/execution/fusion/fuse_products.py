@@ -1,17 +1,18 @@
 """Linears of a captured decode step with the norm before them and the gate behind them, as one op: `products.py`.
 
-    linear(x, w)                                                          ->  product(x, w)
+    linear(x, w), stored_linear(x, w..)                                   ->  product(x, w)
     gated(linear(x, g), linear(x, u), act), or of one linear's halves     ->  product(x, u, gate=g, act=act)
     total, n = added_norm(a, b, ..); linear(n, w)                         ->  total, y = product(a, w, added=b, norm=..)
     attend(rotated(q, c, s, h), rotated(k, c, s, h), v, ..)               ->  attend(q, k, v, .., rotation=(c, s, h))
+    attend(q, k, v, p) at positions p of the step's inputs                ->  attend(q, k, v, p, ahead=True)
 
 A kernel of `product` reads weights before the kernel before it has ended: so they must be weights of the program, which
-nothing writes while it runs, and not what the graph makes of them. Chains that do not fit stay as they are.
+nothing writes while it runs, and not what the graph makes of them. An attention does so with its positions, and with
+what is cached of earlier tokens. Chains that do not fit stay as they are.
 """
 
 from __future__ import annotations
 
-import itertools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from torch.nn import functional
 from runtime.execution.fusion.operations import added_norm, gated, rotated
 from runtime.execution.fusion.products import product
 from runtime.ops.kernels.decode.few_rows import KERNEL_DTYPES
+from runtime.ops.kernels.stored.stored_linear import stored_linear
 
 __all__ = ["is_mostly_products", "with_products"]
 
@@ -38,15 +40,18 @@ def with_products(graph: fx.Graph, num_weights: int) -> fx.Graph:
     """A copy of a bound graph, of which the first `num_weights` placeholders are weights; nodes keep their order."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph, {}))
-    weights = set(itertools.islice((node for node in copy.nodes if node.op == "placeholder"), num_weights))
+    given = [node for node in copy.nodes if node.op == "placeholder"]
+    weights, inputs = set(given[:num_weights]), set(given[num_weights:])
     for node in list(copy.nodes):
         if _calls(node, gated):
             _gate(node, weights)
         elif node.op == "call_function":
             _rotation(node)
+            _ahead(node, inputs)
     for node in list(copy.nodes):
-        if _calls(node, functional.linear) and _of_weights(node, weights):
-            node.target = product
+        if _is_linear(node, weights):
+            weight, bias = _weight_of(node)
+            node.target, node.args, node.kwargs = product, (node.args[0], weight, bias), {}
     place = {node: index for index, node in enumerate(copy.nodes)}
     for node in list(copy.nodes):
         if _calls(node, product):
@@ -56,13 +61,14 @@ def with_products(graph: fx.Graph, num_weights: int) -> fx.Graph:
     return copy
 
 
-_MADE_ONE: frozenset[Any] = frozenset({operator.getitem, added_norm, torch.rms_norm, rotated})
+_MADE_ONE: frozenset[Any] = frozenset({operator.getitem, added_norm, torch.mul, torch.rms_norm, rotated})
 """What may go once nobody reads it."""
 
 
 def is_mostly_products(graph: fx.Graph, weights: Sequence[Tensor]) -> bool:
     """Whether a graph of `with_products` has few ops besides that a kernel each would be launched for."""
-    if any(weight.is_floating_point() and weight.dtype not in KERNEL_DTYPES for weight in weights):
+    taken = (*KERNEL_DTYPES, torch.float8_e4m3fn)  # the last one: codes
+    if any(weight.is_floating_point() and weight.dtype not in taken for weight in weights):
         return False
     calls = [node.target for node in graph.nodes if node.op in ("call_function", "call_method")]
     products = sum(target is product for target in calls)
@@ -76,16 +82,17 @@ def _gate(node: Any, weights: set[Any]) -> None:
         if split is not other.args[0] or {first, second} != {0, 1} or not _in_halves(split):
             return
         linear = split.args[0]
-        if all(len(each.users) == 1 for each in (activated, other, linear)) and _is_plain(linear, weights):
-            node.target, node.args = product, (linear.args[0], linear.args[1])
+        if all(len(each.users) == 1 for each in (activated, other, linear)) and _has_no_bias(linear, weights):
+            node.target, node.args = product, (linear.args[0], _weight_of(linear)[0])
             node.kwargs = {"act": act, "gate_first": first == 0}
             for each in (activated, other, split, linear):
                 node.graph.erase_node(each)
         return
-    both = activated is not other and all(_is_plain(each, weights) for each in (activated, other))
-    if both and activated.args[0] is other.args[0] and len(activated.users) == len(other.users) == 1:
-        node.target, node.args = product, (other.args[0], other.args[1])
-        node.kwargs = {"gate": activated.args[1], "act": act}
+    both = activated is not other and all(_has_no_bias(each, weights) for each in (activated, other))
+    both = both and activated.target is other.target and activated.args[0] is other.args[0]
+    if both and len(activated.users) == len(other.users) == 1:
+        node.target, node.args = product, (other.args[0], _weight_of(other)[0])
+        node.kwargs = {"gate": _weight_of(activated)[0], "act": act}
         for each in (activated, other):
             node.graph.erase_node(each)
 
@@ -101,6 +108,11 @@ def _rotation(node: Any) -> None:
     node.args, node.kwargs = (q, k, *node.args[2:]), {**node.kwargs, "rotation": tuple(by)}
 
 
+def _ahead(node: Any, inputs: set[Any]) -> None:
+    if hasattr(node.target, "rotates") and len(node.args) > 3 and node.args[3] in inputs:
+        node.kwargs = {**node.kwargs, "ahead": True}
+
+
 def _attending(attend: Callable[..., Tensor], rotates: Callable[..., bool]) -> Callable[..., Tensor]:
     """`attend` of what is still to be rotated: by itself, where it does that."""
 
@@ -109,6 +121,7 @@ def _attending(attend: Callable[..., Tensor], rotates: Callable[..., bool]) -> C
             return attend(q, k, *given, **named, rotation=rotation)
         return attend(rotated(q, *rotation), rotated(k, *rotation), *given, **named)
 
+    attend_rotated.rotates = rotates  # type: ignore[attr-defined]
     return attend_rotated
 
 
@@ -125,6 +138,13 @@ def _norm(node: Any, place: dict[fx.Node, int]) -> None:
         node.args = (x.args[0], *node.args[1:])
         node.kwargs = {**node.kwargs, "norm": (x.args[1], x.args[2], x.args[3])}
         return
+    if _calls(x, torch.mul) and len(x.users) == 1 and not x.kwargs:
+        for scale, normed in (x.args, reversed(x.args)):
+            alone = _calls(normed, torch.rms_norm) and len(normed.args) == 4 and len(normed.users) == 1
+            if alone and normed.args[2] is None and normed.args[3] is not None and isinstance(scale, fx.Node):
+                node.args = (normed.args[0], *node.args[1:])
+                node.kwargs = {**node.kwargs, "norm": (normed.args[1], scale, normed.args[3]), "scales": True}
+                return
     if not (_calls(x, operator.getitem) and x.args[1] == 1 and len(x.users) == 1):
         return
     both = x.args[0]
@@ -152,12 +172,22 @@ def _calls(node: Any, target: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
 
 
-def _of_weights(linear: Any, weights: set[Any]) -> bool:
-    """Whether its matrix is a weight, given by its place, and its bias too if it has any."""
-    if linear.kwargs or not 2 <= len(linear.args) <= 3:
-        return False
-    return linear.args[1] in weights and all(bias is None or bias in weights for bias in linear.args[2:])
+def _is_linear(node: Any, weights: set[Any]) -> bool:
+    """Whether it is a linear of a weight, given by its place, and its bias too if it has any; held as stored or not."""
+    if _calls(node, functional.linear):
+        fits = not node.kwargs and 2 <= len(node.args) <= 3
+    else:
+        fits = _calls(node, stored_linear) and set(node.kwargs) == {"code", "computed_in"} and 6 <= len(node.args) <= 7
+    return fits and all(each is None or each in weights for each in node.args[1:])
 
 
-def _is_plain(linear: Any, weights: set[Any]) -> bool:
-    return _calls(linear, functional.linear) and _of_weights(linear, weights) and not any(linear.args[2:])
+def _weight_of(linear: Any) -> tuple[Any, Any]:
+    """The weight, as `product` takes it, and the bias."""
+    _, *given = linear.args
+    if linear.target is functional.linear:
+        return given[0], given[1] if len(given) == 2 else None
+    return (*given[:5], linear.kwargs["code"], linear.kwargs["computed_in"]), given[5] if len(given) == 6 else None
+
+
+def _has_no_bias(linear: Any, weights: set[Any]) -> bool:
+    return _is_linear(linear, weights) and _weight_of(linear)[1] is None

@@ -3,10 +3,11 @@
     product(x, w, bias)                                    x w^T + bias
     product(x, u, gate=g, act="silu")                      act(x g^T) * (x u^T)
     product(x, [g; u], act="silu", gate_first=True)        the same of one matrix that holds both
-    product(x, w, norm=(size, n, eps))                     rms_norm(x, size, n, eps) w^T
+    product(x, w, norm=(size, n, eps), scales=..)          rms_norm(x, size, n, eps) w^T, as `added_norm` scales
     product(x, w, added=y, norm=.., scales=..)             total = x + y, and the product of `added_norm`'s second
 
-The kernel rounds once, what torch does op by op rounds each time.
+w, u, g: tensors, or weights that are held as stored (`StoredWeight`). A kernel rounds once, what torch does op by op
+rounds each time.
 """
 
 from __future__ import annotations
@@ -15,22 +16,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn import functional
 
 from runtime.execution.fusion.operations import added_norm, gated
-from runtime.ops.kernels.decode.few_rows import few_rows, takes
+from runtime.ops.kernels.decode import few_rows
+from runtime.ops.kernels.stored import few_rows as few_stored_rows
+from runtime.ops.kernels.stored.few_rows import Stored
+from runtime.ops.kernels.stored.stored_linear import stored_linear
 
 __all__ = ["product"]
 
 Norm = tuple[list[int], Tensor | None, float]
+StoredWeight = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, str, torch.dtype]
+"""As `stored_linear` takes them: codes, scales, zeros, rows, columns, code, computed_in."""
+Weight = Tensor | StoredWeight
 
 
 def product(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None = None,
     *,
-    gate: Tensor | None = None,
+    gate: Weight | None = None,
     act: str = "",
     gate_first: bool = True,
     added: Tensor | None = None,
@@ -38,29 +45,56 @@ def product(
     scales: bool = False,
 ) -> Any:
     """x, added: [.., K]; weight, gate: [N, K], or weight [2 N, K] where it holds both. [.., N], or with the total."""
-    if not _fits(x, weight, bias, gate, added, norm):
-        return _one_by_one(x, weight, bias, gate, act, added, norm, gate_first=gate_first, scales=scales)
-    if act and gate is None:
-        first, second = weight.chunk(2)
-        gate, weight = (first, second) if gate_first else (second, first)
-    made = few_rows(x, weight, bias, gate=gate, act=act, added=added, norm=None if norm is None else (norm[1], norm[2]))
-    shape = (*x.shape[:-1], weight.shape[0])
-    return made.view(shape) if added is None else (made[0].view(x.shape), made[1].view(shape))
+    if norm is None or (norm[0] == [x.shape[-1]] and (norm[1] is None or norm[1].shape == x.shape[-1:])):
+        first, second = (gate, weight) if gate is not None or not act else _halves(weight, gate_first=gate_first)
+        made = _by_kernel(x, second, bias, first, act, added, None if norm is None else (norm[1], norm[2]))
+        if made is not None:
+            y = made if added is None else made[1]
+            shape = (*x.shape[:-1], y.shape[-1])
+            return y.view(shape) if added is None else (made[0].view(x.shape), y.view(shape))
+    return _one_by_one(x, weight, bias, gate, act, added, norm, gate_first=gate_first, scales=scales)
 
 
-def _fits(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, added: Tensor | None, norm: Norm | None
-) -> bool:
-    scale = None if norm is None else norm[1]
-    if not takes(x, weight, *(each for each in (bias, gate, added, scale) if each is not None)):
-        return False
+def _by_kernel(
+    x: Tensor, weight: Weight, bias: Tensor | None, gate: Weight | None, act: str, added: Tensor | None,
+    norm: tuple[Tensor | None, float] | None,
+) -> Any:  # fmt: skip
+    """None: no kernel takes these."""
     if added is not None and added.shape != x.shape:
-        return False
-    return norm is None or (norm[0] == [x.shape[-1]] and (scale is None or scale.shape == x.shape[-1:]))
+        return None
+    others = [each for each in (bias, added, None if norm is None else norm[0]) if each is not None]
+    if isinstance(weight, Tensor):
+        assert gate is None or isinstance(gate, Tensor)
+        if not few_rows.takes(x, weight, *others, *(() if gate is None else (gate,))):
+            return None
+        return few_rows.few_rows(x, weight, bias, gate=gate, act=act, added=added, norm=norm)
+    assert not isinstance(gate, Tensor)
+    stored, other = Stored(*weight[:6]), None if gate is None else Stored(*gate[:6])
+    if not few_stored_rows.takes(x, stored, other, *others):
+        return None
+    return few_stored_rows.few_rows(x, stored, bias, gate=other, act=act, added=added, norm=norm)
+
+
+def _halves(both: Weight, *, gate_first: bool) -> tuple[Weight, Weight]:
+    """The gate, and what it is multiplied with."""
+    if isinstance(both, Tensor):
+        first, second = both.chunk(2)
+        return (first, second) if gate_first else (second, first)
+    (codes, other_codes), (rows, other_rows) = both[0].chunk(2), both[3].chunk(2)
+    one: StoredWeight = (codes, both[1], both[2], rows, *both[4:])
+    other: StoredWeight = (other_codes, both[1], both[2], other_rows, *both[4:])
+    return (one, other) if gate_first else (other, one)
+
+
+def _linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, Tensor):
+        return functional.linear(x, weight, bias)
+    codes, scales, zeros, rows, columns, code, computed_in = weight
+    return stored_linear(x, codes, scales, zeros, rows, columns, bias, code=code, computed_in=computed_in)
 
 
 def _one_by_one(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, act: str, added: Tensor | None,
+    x: Tensor, weight: Weight, bias: Tensor | None, gate: Weight | None, act: str, added: Tensor | None,
     norm: Norm | None, *, gate_first: bool, scales: bool,
 ) -> Any:  # fmt: skip
     total = None
@@ -68,11 +102,14 @@ def _one_by_one(
         size, scale, eps = norm
         if added is not None:
             total, x = added_norm(x, added, size, scale, eps, scales=scales)
+        elif scales:
+            assert scale is not None
+            x = scale * torch.rms_norm(x, size, None, eps)
         else:
             x = torch.rms_norm(x, size, scale, eps)
-    y = linear(x, weight, bias)
+    y = _linear(x, weight, bias)
     if gate is not None:
-        y = gated(linear(x, gate), y, act)
+        y = gated(_linear(x, gate), y, act)
     elif act:
         first, second = y.chunk(2, -1)
         y = gated(first, second, act) if gate_first else gated(second, first, act)

@@ -1,19 +1,21 @@
 """Pieces of prompts that come again, captured as CUDA graphs: a launch for each op of a short piece takes the host
 longer than the GPU needs.
 
-A piece comes again if all but its tokens is the same: how many there are, and the position of the first. So what is
-most often captured are first pieces. The first time it runs node by node; the second time it does so again, in the form
-in which it is then captured, for the ranks to compare what they do and for its kernels to be loaded; from the third
-time on it is replayed. Captured pieces share memory, as one is replayed at a time.
+A piece comes again if all but its tokens is the same: how many places for tokens there are, and the position of the
+first. The first time it runs node by node; the second time it does so again, in the form in which it is then captured,
+for the ranks to compare what they do and for its kernels to be loaded; from the third time on it is replayed. Captured
+pieces share memory, as one is replayed at a time. There are `MOST` at most: another one takes the place of the rarest
+when it has come more often, so that a long prompt in many pieces does not push out, one by one, those that it comes
+back to.
 
 Only what never asks the host while it runs is captured (`asks_host`), unknown ops are taken to ask. A capture runs the
-same collectives in the same order as the ops one by one, so ranks may differ in what they have captured.
+same collectives in the same order as the ops one by one, so ranks may differ in what they have captured; which form a
+piece has, whole or in turns, follows from what has come before alone, and that is the same on all ranks.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +31,8 @@ from runtime.program.rank_program import RankProgram
 __all__ = ["CapturedPieces", "Runnable", "asks_host"]
 
 _log = logging.getLogger("partitioner")
-MOST, MOST_REMEMBERED = 8, 256
-"""Pieces that are captured at a time, and that are known to have come once."""
+MOST, MOST_REMEMBERED = 32, 256
+"""Pieces that are captured at a time, and of how many it is known how often they have come."""
 _OURS = frozenset({all_gather, all_reduce, cached_attention, last_token, vocab_parallel_embedding})
 _ASKING = frozenset(
     {"bincount", "index", "index_put", "item", "masked_select", "nonzero", "repeat_interleave", "tolist", "unique"}
@@ -56,12 +58,13 @@ def asks_host(program: RankProgram) -> bool:
 
 @dataclass
 class Runnable:
-    """A piece ready to run. ids: what its tokens are read from; all else that it reads is the same whenever it comes.
+    """A piece ready to run. varying: what its tokens are read from; all else that it reads is the same whenever it
+    comes.
 
     begin: tells the cache of it. run: with what others are told of it, and compared. bare: without.
     """
 
-    ids: Sequence[Tensor]
+    varying: Sequence[Tensor]
     begin: Callable[[], object]
     run: Callable[[], Tensor]
     bare: Callable[[], Tensor]
@@ -69,6 +72,7 @@ class Runnable:
 
 @dataclass
 class _Captured:
+    place: Hashable
     piece: Runnable
     graph: Any
     result: Tensor
@@ -79,45 +83,61 @@ class CapturedPieces:
 
     def __init__(self, capture: Callable[[Callable[[], Tensor]], tuple[Any, Tensor]]) -> None:
         self._captured_as = capture
-        self._captured: OrderedDict[Hashable, _Captured] = OrderedDict()
-        """The one that came last at the end."""
-        self._seen: OrderedDict[Hashable, None] = OrderedDict()
+        self._captured: dict[Hashable, _Captured] = {}
+        self._came: dict[Hashable, int] = {}
+        """How often, lately."""
+        self._chosen: dict[Hashable, None] = {}
+        """Those that are captured when they come, in an order that all ranks have, as they have `_came`."""
         self._gave_up = False
 
     def __call__(
         self,
         key: Hashable,
         *,
+        place: Hashable,
         first: Callable[[], Runnable],
         again: Callable[[], Runnable],
-        ids: Callable[[], Sequence[Tensor]],
+        varying: Callable[[], Sequence[Tensor]],
     ) -> Tensor:
-        """What the piece yields. key: equal for those that differ in their tokens only.
+        """What the piece yields. key: equal for those that differ in their tokens only, and the same on all ranks.
 
-        first: how it runs when it comes for the first time. again: later. ids: its tokens, as `again` has them.
+        place: where the memory is that it uses besides. first: how it runs as long as it is not captured. again: later.
+        varying: its tokens, as `again` has them.
         """
+        if not self._comes_often(key):
+            return first().run()
         known = self._captured.get(key)
-        if known is not None:
-            self._captured.move_to_end(key)
+        if known is not None and known.place == place:
             known.piece.begin()
-            for held, new in zip(known.piece.ids, ids(), strict=True):
+            for held, new in zip(known.piece.varying, varying(), strict=True):
                 held.copy_(new)
             known.graph.replay()
             return known.result.clone()
-        piece = again() if key in self._seen else first()
+        piece = again()
         result = piece.run()
-        if key in self._seen and not self._gave_up:
-            self._capture(key, piece)
-        self._seen[key] = None
-        self._seen.move_to_end(key)
-        if len(self._seen) > MOST_REMEMBERED:
-            self._seen.popitem(last=False)
+        if not self._gave_up:
+            self._capture(key, place, piece)
         return result
 
-    def _capture(self, key: Hashable, piece: Runnable) -> None:
-        while len(self._captured) >= MOST:
-            _, oldest = self._captured.popitem(last=False)
-            oldest.graph.reset()
+    def _comes_often(self, key: Hashable) -> bool:
+        """Whether it is one of those that are to be captured; counts that it has come."""
+        came = self._came[key] = self._came.get(key, 0) + 1
+        if len(self._came) > MOST_REMEMBERED:  # what came long ago counts for less and less
+            halved = ((each, count // 2) for each, count in self._came.items())
+            self._came = {each: count for each, count in halved if count or each in self._chosen}
+        if key in self._chosen or came < 2:
+            return key in self._chosen
+        if len(self._chosen) >= MOST:
+            rarest = min(self._chosen, key=lambda each: self._came.get(each, 0))
+            if came <= self._came.get(rarest, 0) + 1:
+                return False
+            del self._chosen[rarest]
+            self._forget(rarest)
+        self._chosen[key] = None
+        return True
+
+    def _capture(self, key: Hashable, place: Hashable, piece: Runnable) -> None:
+        self._forget(key)
         try:
             with torch.no_grad():
                 graph, found = self._captured_as(piece.bare)
@@ -125,10 +145,14 @@ class CapturedPieces:
             self._gave_up = True
             _log.warning("pieces of prompts run node by node: %s", str(error).partition("\n")[0])
             return
-        self._captured[key] = _Captured(piece, graph, found)
+        self._captured[key] = _Captured(place, piece, graph, found)
+
+    def _forget(self, key: Hashable) -> None:
+        known = self._captured.pop(key, None)
+        if known is not None:
+            known.graph.reset()
 
     def release(self) -> None:
-        """Gives their memory back; what has come once is still known."""
-        for each in self._captured.values():
-            each.graph.reset()
-        self._captured.clear()
+        """Gives their memory back; which came often is still known."""
+        for key in list(self._captured):
+            self._forget(key)

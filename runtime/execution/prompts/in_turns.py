@@ -13,6 +13,7 @@ arXiv:2505.11329, section 3, splits a batch of tokens so.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -25,13 +26,25 @@ from runtime.ops.collectives import all_reduce
 from runtime.ops.communicating import read_call
 from runtime.program.rank_program import RankProgram
 
-__all__ = ["InTurns", "can_take_turns"]
+__all__ = ["InTurns", "can_take_turns", "turns_from"]
+
+_PER_LAUNCH = 33e9
+"""Operations that a fast GPU does while its host launches what one node of a graph stands for, in turns: 65 us, as
+measured of an 8B decoder on two H200. There halves of 4,096 tokens took twice as long as the whole piece."""
 
 
 def can_take_turns(program: RankProgram) -> bool:
     """Whether there is anything that a run waits for."""
     reduces = (node for node in program.graph.nodes if node.op == "call_function" and node.target is all_reduce)
     return any(program.mesh.size(*read_call(node).axes) > 1 for node in reduces)
+
+
+def turns_from(program: RankProgram) -> int:
+    """Tokens of a piece from which on a GPU has enough to do in each half while its host launches the other."""
+    launched = sum(node.op in ("call_function", "call_method") for node in program.graph.nodes)
+    matrices = (weight.local_shape for weight in program.weights if len(weight.local_shape) == 2)
+    multiplied = sum(rows * columns for rows, columns in matrices)  # once for a token: not so the stacks of experts
+    return math.ceil(launched * _PER_LAUNCH / max(1, multiplied))
 
 
 class InTurns:

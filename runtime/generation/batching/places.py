@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from runtime.communication.communicator import Communicator
+from runtime.execution.prompts.piece import Piece
 from runtime.generation.batching.packing import TOKENS_SHARED_OUT, why_not_packed
 from runtime.generation.batching.row_texts import SharedOut
 from runtime.generation.batching.work import Limits, Turn, Work
-from runtime.generation.conversation import Piece
 from runtime.generation.decode_graphs import Chosen, Decoder
 from runtime.generation.steps import Steps
 from runtime.kv_cache.batch import PagedRows

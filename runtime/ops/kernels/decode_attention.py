@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -39,9 +38,15 @@ __all__ = [
     "registered",
 ]
 
-_TILE, _LEAST_TILES = 64, 1
-"""Keys at a time, and the fewest such times of a part."""
-_WARPS, _STAGES = 4, 3
+_TILE, _LEAST_TILE = 64, 16
+"""Keys at a time: fewer where a program could not hold them."""
+_WARPS, _STAGES = 4, 2
+"""With more stages a program takes so much of a processor's memory that it does not start beside the kernel before it:
+3 us more for a few hundred keys on an H200."""
+_HELD = 64 << 10
+"""Bytes of keys and values that threads have room for."""
+_SHARED = 227 << 10
+"""Bytes of a program's shared memory, where nothing is known of the device."""
 _MOST_SPLITS, _PER_PROCESSOR, _PER_PROCESSOR_FLOAT8 = 64, 1, 2
 """How many parts there are at most, and programs for each processor: all parts wait for the last one. Over float8, one
 has half the bytes under way, and more to do with them.
@@ -75,11 +80,37 @@ def _counters(device: torch.device) -> Tensor:
     return torch.zeros(_MOST_COUNTERS, dtype=torch.int32, device=device)
 
 
-def _splits(pairs: int, slots: int, device: torch.device, *, each: int) -> int:
-    """So many parts that processors have `each` about, however long rows are."""
+def _tile_and_stages(
+    width: int, value_width: int, group: int, dtype: torch.dtype, scales: tuple[int, int], device: torch.device
+) -> tuple[int, int]:
+    """Keys at a time and how many such times are under way, of padded widths. scales: of a key and a value, if any."""
+    is_exact = dtype == torch.float32
+    # what a product of float32 takes lies with each thread, and a row of several scales is made float32 before it
+    held = (width + value_width) * (8 if is_exact else 4 if max(scales) > 1 else 2)
+    tile = _TILE
+    while tile > _LEAST_TILE and tile * held > _HELD:
+        tile //= 2
+    of_key, of_value = (dtype.itemsize if not count else 1 if count == 1 else 5 for count in scales)
+    others = 4 * tile * max(width, value_width) + 4 * group * (width + value_width)
+    stages = _STAGES
+    while stages > 1 and (stages - 1) * tile * (width * of_key + value_width * of_value) + others > _shared(device):
+        stages -= 1
+    return tile, stages
+
+
+@functools.cache
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    if device.type != "cuda":
+        return _SHARED
+    found: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return found
+
+
+def _splits(pairs: int, slots: int, tile: int, device: torch.device, *, each: int) -> int:
+    """So many parts that processors have `each` about, however long rows are; of short rows, one for each tile."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = min(each * processors / pairs, _MOST_SPLITS, slots / (_TILE * _LEAST_TILES))
-    return int(2 ** max(0, math.floor(math.log2(max(1.0, wanted)))))
+    return max(1, min(each * processors // pairs, _MOST_SPLITS, _power_of_2(-(-slots // tile))))
 
 
 def decode_attention(
@@ -100,8 +131,13 @@ def decode_attention(
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
     rotation: Rotation | None = None,
+    ahead: bool = False,
 ) -> Any:
-    """See the module's docstring."""
+    """See the module's docstring.
+
+    ahead: whether `positions`, `table` and what is cached were written before the step that runs now began, and not by
+    one of its kernels: then a captured call reads them while the kernel before it still runs.
+    """
     from runtime.ops.kernels.decode.key_value_kernel import decode  # Triton comes with torch for GPUs only
 
     batch, heads, _, width = q.shape
@@ -112,38 +148,43 @@ def decode_attention(
         kv_heads, block = keys.shape[0], keys.shape[2]
         slots, row_dim, head_dim = table.shape[1] * block, 1, 0
     group, value_width = heads // kv_heads, values.shape[-1]
+    num_key_scales, key_strides = _scales(key_scales, row_dim, head_dim)
+    num_value_scales, value_strides = _scales(value_scales, row_dim, head_dim)
+    padded, value_padded, group_padded = (max(16, _power_of_2(size)) for size in (width, value_width, group))
+    tile, stages = _tile_and_stages(
+        padded, value_padded, group_padded, q.dtype, (num_key_scales, num_value_scales), q.device
+    )
     each = _PER_PROCESSOR if key_scales is None else _PER_PROCESSOR_FLOAT8
-    splits = _splits(batch * kv_heads, slots, q.device, each=each)
+    splits = _splits(batch * kv_heads, slots, tile, q.device, each=each)
     out = q.new_empty(batch, heads, 1, value_width)
     lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device) if return_lse else out
     parts = torch.empty(batch * heads * splits * (value_width + 2), dtype=torch.float32, device=q.device)
     ends = batch * heads * splits * value_width
     tops, sums = parts[ends : ends + batch * heads * splits], parts[ends + batch * heads * splits :]
     capped = softcap is not None
-    num_key_scales, key_strides = _scales(key_scales, row_dim, head_dim)
-    num_value_scales, value_strides = _scales(value_scales, row_dim, head_dim)
     cos, sin, half = (q, q, 0) if rotation is None else rotation
     early = can_launch_early(q.device)
-    merged = max(1, _MERGED // (_power_of_2(group) * max(16, _power_of_2(value_width))))
+    merged = max(1, _MERGED // (_power_of_2(group) * value_padded))
     decode[(batch * kv_heads, splits)](
         q.contiguous(), k.contiguous(), v.contiguous(), positions.contiguous(), keys, values,
         out if key_scales is None else key_scales, out if value_scales is None else value_scales,
         out if sinks is None else sinks.contiguous(), cos, sin, out, lse, parts, tops, sums, _counters(q.device),
         positions if table is None else table,
-        scale if capped else scale * _LOG2_E, softcap or 1.0, window or 0, chunk or 1, slots, _LEAST_TILES,
+        scale if capped else scale * _LOG2_E, softcap or 1.0, window or 0, chunk or 1, slots,
+        int(ahead and early and torch.cuda.is_current_stream_capturing()),
         0 if table is None else table.stride(0),
         keys.stride(row_dim), keys.stride(head_dim), values.stride(row_dim), values.stride(head_dim),
         *key_strides, *value_strides,
         *(0 if x.shape[0] == 1 else x.stride(0) for x in (cos, sin)),
         HALF=half % width, EARLY=early,
-        KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=max(16, _power_of_2(group)),
-        D=width, D_PADDED=max(16, _power_of_2(width)), DV=value_width, DV_PADDED=max(16, _power_of_2(value_width)),
-        TILE=_TILE, SPLITS=splits, GROUP_MERGED=_power_of_2(group), MERGED=min(splits, merged),
+        KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=group_padded,
+        D=width, D_PADDED=padded, DV=value_width, DV_PADDED=value_padded,
+        TILE=tile, SPLITS=splits, GROUP_MERGED=_power_of_2(group), MERGED=min(splits, merged),
         WINDOWED=window is not None, CHUNKED=chunk is not None, CAPPED=capped,
         SINKS=sinks is not None, LSE=return_lse, EXACT=q.dtype == torch.float32, BLOCK=block,
         KEY_SCALES=num_key_scales, VALUE_SCALES=num_value_scales, FOLDED=q.dtype != torch.float16,
         PTX=q.is_cuda,
-        num_warps=_WARPS, num_stages=2 if width > 128 or q.dtype == torch.float32 else _STAGES,
+        num_warps=_WARPS, num_stages=stages,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return (out, lse) if return_lse else out
@@ -167,12 +208,13 @@ _GIVEN = ("scale", "window", "chunk", "softcap")
 
 def one_token(
     held: Held, table: Callable[[], Tensor | None], state: str, options: dict[str, Any], q: Tensor, k: Tensor,
-    v: Tensor, positions: Tensor, sinks: Tensor | None, rotation: Rotation | None = None,
+    v: Tensor, positions: Tensor, sinks: Tensor | None, rotation: Rotation | None = None, ahead: bool = False,
 ) -> Tensor:  # fmt: skip
     """`cached_attention` of one token of each row; options: its keywords. table: of the run, if rows lie in blocks."""
     (keys, of_keys), (values, of_values) = held(f"{state}.key"), held(f"{state}.value")
     given: dict[str, Any] = {name: options[name] for name in _GIVEN}
-    given |= {"key_scales": of_keys, "value_scales": of_values, "table": table(), "rotation": rotation}
+    given |= {"key_scales": of_keys, "value_scales": of_values, "table": table()}
+    given |= {"rotation": rotation, "ahead": ahead}
     found: Tensor = decode_attention(q, k, v, positions, keys, values, sinks, **given)
     return found
 
@@ -194,15 +236,16 @@ def one_or_several(
 ) -> Callable[..., Tensor]:
     """An attention over a cache: `one` of a token for each row where there is one that can add them, or `several`.
 
-    Its `rotates(q, *rotation)` says whether it takes a `rotation` that is still to be done.
+    Its `rotates(q, *rotation)` says whether it takes a `rotation` that is still to be done. ahead: as
+    `decode_attention` has it.
     """
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None = None, sinks: Tensor | None = None,
-        rotation: Rotation | None = None,
+        rotation: Rotation | None = None, ahead: bool = False,
     ) -> Tensor:  # fmt: skip
         if one is not None and q.shape[2] == 1 and can_add():
-            return one(q, k, v, positions, sinks, rotation)
+            return one(q, k, v, positions, sinks, rotation, ahead)
         assert rotation is None
         return several(q, k, v, mask, sinks)
 
@@ -244,10 +287,12 @@ def _decode_attention(
     cos: Tensor | None,
     sin: Tensor | None,
     half: int,
+    ahead: bool,
 ) -> Tensor:
+    attending = _attending[number]
     if cos is None or sin is None:
-        return _attending[number].run(q, k, v, positions, sinks)
-    return _attending[number].run(q, k, v, positions, sinks, (cos, sin, half))
+        return attending.run(q, k, v, positions, sinks, **({"ahead": True} if ahead else {}))
+    return attending.run(q, k, v, positions, sinks, (cos, sin, half), ahead)
 
 
 @_decode_attention.register_fake
@@ -263,6 +308,7 @@ def _(
     cos: Tensor | None,
     sin: Tensor | None,
     half: int,
+    ahead: bool,
 ) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], 1, value_width, dtype=dtype)
 
@@ -271,13 +317,14 @@ def registered(attending: Attending) -> Callable[..., Tensor]:
     """A function that torch.compile takes for one operator."""
 
     def run(
-        q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None, rotation: Rotation | None = None
-    ) -> Tensor:
+        q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None, rotation: Rotation | None = None,
+        ahead: bool = False,
+    ) -> Tensor:  # fmt: skip
         # by `attending`, which is kept alive as long as what calls it
         number, dtype = attending.number, attending.dtype
         width = v.shape[-1] if attending.value_width is None else attending.value_width
         cos, sin, half = (None, None, 0) if rotation is None else rotation
-        found: Tensor = _decode_attention(q, k, v, positions, sinks, number, width, dtype, cos, sin, half)
+        found: Tensor = _decode_attention(q, k, v, positions, sinks, number, width, dtype, cos, sin, half, ahead)
         return found
 
     return run

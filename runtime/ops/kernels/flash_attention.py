@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from runtime.ops.kernels.merge.merge_part import merge_part
-from runtime.ops.kernels.triton_needs import missing_for_triton
+from runtime.ops.kernels.triton_needs import is_replayed, missing_for_triton
 
 __all__ = ["can_flash", "cudnn_part", "flash_attention", "flash_rows", "pays_cudnn_part"]
 
@@ -60,14 +60,15 @@ _CUDNN_FROM = 1 << 40
 """Products and sums of the scores, and as many of the values, from which cuDNN's kernel pays for being prepared."""
 COMES_AGAIN = 1024
 """Numbers of tokens of which both sizes are multiples come again, as stages cut prompts there
-(`runtime.pipeline.chunks`): what is prepared for them pays from a quarter of that on."""
+(`runtime.pipeline.chunks`): what is prepared for them pays from a quarter of that on. What is captured comes again and
+again: from a 64th."""
 
 
 def _pays_cudnn(q: Tensor, k: Tensor) -> bool:
     past = k.shape[2] - q.shape[2]
     work = 2 * q.shape[0] * q.shape[1] * q.shape[2] * (past + q.shape[2] // 2) * q.shape[3]
     comes_again = past > 0 and past % COMES_AGAIN == 0 and q.shape[2] % COMES_AGAIN == 0
-    return past >= 0 and _pays(work, q.device, comes_again=comes_again)
+    return past >= 0 and q.shape[3] <= _WIDEST_OF_CUDNN and _pays(work, q.device, comes_again=comes_again)
 
 
 def pays_cudnn_part(q: Tensor, k: Tensor, *, causal: bool) -> bool:
@@ -79,7 +80,7 @@ def pays_cudnn_part(q: Tensor, k: Tensor, *, causal: bool) -> bool:
 
 
 def _pays(work: int, device: torch.device, *, comes_again: bool) -> bool:
-    least = _CUDNN_FROM >> 2 if comes_again else _CUDNN_FROM
+    least = _CUDNN_FROM >> 6 if is_replayed() else _CUDNN_FROM >> 2 if comes_again else _CUDNN_FROM
     return work >= least and _has_cudnn(device) and not missing_for_triton()
 
 

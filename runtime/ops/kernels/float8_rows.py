@@ -33,7 +33,10 @@ def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     padded = functional.pad(wide, (0, num_scales(width) * BLOCK - width))
     blocks = padded.view(*padded.shape[:-1], num_scales(width), BLOCK)
-    scales = (blocks.abs().amax(-1) / _LARGEST).float()
+    largest = blocks.abs().amax(-1)
+    # by a tensor: by a number a GPU multiplies with its rounded inverse, and a number between two codes, as many of
+    # bfloat16 are, would fall to the other one than in kernels
+    scales = (largest / torch.full_like(largest, _LARGEST)).float()
     # a number so small that its scale would be none is rounded to zero
     scales = torch.where(scales > torch.finfo(torch.float32).tiny, scales, torch.ones_like(scales))
     codes = (blocks / scales[..., None]).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)

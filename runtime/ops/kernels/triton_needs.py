@@ -1,5 +1,8 @@
 """Whether kernels in Triton can run here, which builds what launches them with the machine's C compiler; and launching.
 
+launch(kernel, grid, arguments, ..)   kernel[grid](*arguments, ..)
+replayed()                            what runs in the block is about to be captured, and comes again
+
 To find what it has compiled for the arguments at hand takes Triton longer than all else of a launch, several times as
 long as a kernel for a few tokens runs: `launch` remembers it by what Triton makes it depend on.
 """
@@ -11,18 +14,19 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["can_run", "launch", "missing_for_triton"]
+__all__ = ["can_run", "is_replayed", "launch", "missing_for_triton", "replayed"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-DIRECT = False
-"""Whether `launch` calls what it remembers by itself. Off: it has not run on a GPU, and is not Triton's stable
-interface."""
+_is_replayed = ContextVar("is_replayed", default=False)
 _ready: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 """Compiled kernels, and the constants that they are given behind their arguments."""
 
@@ -42,29 +46,42 @@ def missing_for_triton() -> str:
     return ""
 
 
+@contextmanager
+def replayed() -> Iterator[None]:
+    """In the block launches cost the host nothing when it counts, and what is prepared for sizes serves them again."""
+    before = _is_replayed.set(True)
+    try:
+        yield
+    finally:
+        _is_replayed.reset(before)
+
+
+def is_replayed() -> bool:
+    return _is_replayed.get()
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, int, int],
-    arguments: tuple[Tensor | int, ...],
+    arguments: tuple[Tensor | int | float, ...],
     *,
     num_warps: int = 4,
     num_stages: int | None = None,
     **constants: Any,
 ) -> None:
     """kernel[grid](*arguments, **constants), whose parameters stand in that order and have no defaults. The first
-    argument is a tensor; numbers are whole.
+    argument is a tensor.
     """
     options = {"num_warps": num_warps} if num_stages is None else {"num_warps": num_warps, "num_stages": num_stages}
-    if not DIRECT:
-        kernel[grid](*arguments, **constants, **options)
-        return
-    given: list[int] = []
+    given: list[int | float] = []
     traits: list[Any] = []
     for each in arguments:
         if isinstance(each, Tensor):
             address = each.data_ptr()
             given.append(address)
-            traits += each.dtype, address & 15
+            traits += each.dtype, address & 15 == 0
+        elif isinstance(each, float):
+            given.append(each)  # nothing is taken for granted of it
         else:
             given.append(each)
             # what a compiled kernel takes for granted of a number

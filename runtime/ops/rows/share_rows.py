@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.ops.collectives import unbound
+from runtime.ops.collectives import arriving, unbound
 from runtime.ops.rows.token_order import TokenOrder
 
 __all__ = [
@@ -75,21 +75,41 @@ def _apart(x: Tensor, dim: int, outer: int) -> Tensor:
 
 
 def collect_rows(
-    x: Tensor, total: int, axis: str | tuple[str, ...], outer: int = 1, *, dim: int, order: str = "blocks"
+    x: Tensor,
+    total: int,
+    axis: str | tuple[str, ...],
+    outer: int = 1,
+    *,
+    dim: int,
+    order: str = "blocks",
+    ahead: bool = False,
 ) -> Tensor:
-    """The rows of all ranks of `axis` along `dim`; `total`: how many they have together, of each of the sequences."""
+    """The rows of all ranks of `axis` along `dim`; `total`: how many they have together, of each of the sequences.
+
+    ahead: they are on their way, and may be read once they have `landed`, until others are collected ahead.
+    """
     unbound("collect_rows", axis)
 
 
-def collect(channel: Any, x: Tensor, total: int, outer: int = 1, *, dim: int, order: str = "blocks") -> Tensor:
+def collect(
+    channel: Any, x: Tensor, total: int, outer: int = 1, *, dim: int, order: str = "blocks", ahead: bool = False
+) -> Tensor:
     """`collect_rows` over a channel."""
     if outer != 1:
         return collect(channel, _apart(x, dim, outer), total, dim=dim + 1, order=order).flatten(dim, dim + 1)
     num_ranks = len(channel.ranks)
     if order == "blocks":
-        return channel.all_gather(x, dim=dim, sizes=row_counts(total, num_ranks))  # type: ignore[no-any-return]
+        sizes = _unless_even(row_counts(total, num_ranks))
+        if ahead and not torch.compiler.is_compiling():
+            return arriving(channel.all_gather_begin(x, dim, sizes))
+        return channel.all_gather(x, dim=dim, sizes=sizes)  # type: ignore[no-any-return]
     found = TokenOrder.of(int(total), num_ranks, order)
     return in_order(channel.all_gather(x, dim=dim, sizes=list(found.counts)), found, dim)
+
+
+def _unless_even(counts: list[int]) -> list[int] | None:
+    """None where all have as many: then it is the same call whatever their number, which a channel prepares once."""
+    return None if not torch.compiler.is_compiling() and len(set(counts)) == 1 else counts
 
 
 def in_order(x: Tensor, order: TokenOrder, dim: int) -> Tensor:
@@ -99,25 +119,38 @@ def in_order(x: Tensor, order: TokenOrder, dim: int) -> Tensor:
 
 
 def scatter_rows(
-    x: Tensor, axis: str | tuple[str, ...], outer: int = 1, *, dim: int, kind: str, order: str = "blocks"
+    x: Tensor,
+    axis: str | tuple[str, ...],
+    outer: int = 1,
+    *,
+    dim: int,
+    kind: str,
+    order: str = "blocks",
+    ahead: bool = False,
 ) -> Tensor:
-    """The rank's own rows along `dim` of every rank's `x`, summed over `axis`; the rest: see `take_rows`."""
+    """The rank's own rows along `dim` of every rank's `x`, summed over `axis`; ahead: see `collect_rows`; the rest:
+    `take_rows`.
+    """
     unbound("scatter_rows", axis)
 
 
-def scatter(channel: Any, x: Tensor, outer: int = 1, *, dim: int, kind: str, order: str = "blocks") -> Tensor:
+def scatter(
+    channel: Any, x: Tensor, outer: int = 1, *, dim: int, kind: str, order: str = "blocks", ahead: bool = False
+) -> Tensor:
     """`scatter_rows` over a channel."""
     if outer != 1:
         return scatter(channel, _apart(x, dim, outer), dim=dim + 1, kind=kind, order=order).flatten(dim, dim + 1)
     num_ranks = len(channel.ranks)
     if order == "blocks":
-        sizes = row_counts(x.shape[dim], num_ranks)
+        sizes = _unless_even(row_counts(x.shape[dim], num_ranks))
     else:
         found = TokenOrder.of(int(x.shape[dim]), num_ranks, order)
         sizes = list(found.counts)
         runs = [run for mine in found.runs for run in mine]
         if len(runs) > 1:
             x = torch.cat([x.narrow(dim, start, stop - start) for start, stop in runs], dim)
+    if ahead and not torch.compiler.is_compiling():
+        return arriving(channel.reduce_scatter_begin(x, dim, sizes))
     return channel.reduce_scatter(x, dim=dim, sizes=sizes)  # type: ignore[no-any-return]
 
 

@@ -12,7 +12,8 @@
 
 fp8: arXiv:2412.19437, section 3.3. mxfp4: OCP Microscaling Formats (MX) 1.0. awq: arXiv:2306.00978, packed
 by AutoAWQ. gptq: arXiv:2210.17323, packed by AutoGPTQ; its zeros are stored less one, those of gptq_v2 as they are.
-packed: compressed-tensors, "pack-quantized". held-..: what a rank holds as stored (`runtime.ops.kernels.stored`).
+packed: compressed-tensors, "pack-quantized". held-..: what a rank holds as stored
+(`runtime.ops.kernels.stored.stored_linear`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from runtime.ops.kernels.codes import exponents, nibbles, numbers
+from runtime.ops.kernels.stored.codes import exponents, nibbles, numbers
 from runtime.program.shards import Block, extents
 from runtime.weights.quantized.packed import Packed, Raw
 

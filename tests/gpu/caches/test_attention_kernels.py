@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from partitioner import CacheSize, Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.ops.attention import allowed
+from runtime.ops.kernels.decode.few_rows import MOST_ROWS
 from runtime.ops.kernels.decode_attention import decode_attention
 from runtime.ops.kernels.flash_attention import flash_rows
 from runtime.ops.kernels.float8_rows import from_float8, to_float8
@@ -138,13 +139,8 @@ def test_one_token_per_row_over_float8(dtype, heads, kv_heads, width, value_widt
         assert relative(out[row], result) < 2 * TOLERANCE[dtype], (row, position)
         assert float((lse[row].double() - sums[:, 0]).abs().max()) < 1e-2
         for held_codes, held_scales, own in ((*given[:2], new[0]), (*given[2:], new[1])):
-            kept = from_float8(
-                held_codes[row, :, position % slots], held_scales[row, :, position % slots], torch.float32
-            )
-            # the last digit of a scale may differ, and with it a number that lies between two codes
-            wanted = from_float8(*own, torch.float32)[row, :, 0]
-            assert float((kept - wanted).abs().max()) <= 0.07 * float(wanted.abs().max())
-            assert float(((kept - wanted).abs() > 1e-5).float().mean()) < 0.02
+            assert torch.equal(held_codes[row, :, position % slots], own[0][row, :, 0])
+            assert torch.equal(held_scales[row, :, position % slots], own[1][row, :, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -199,7 +195,8 @@ def test_a_longer_text_compiles_nothing():
     parts = compiled_for(torch.float32)  # in bfloat16 near ties fall either way
     compiled = engine(parts, compile=True, cuda_graph=True)
     plain = engine(parts)
-    short, long = [[5, 6, 7]], [list(range(1, 60)) * 20]
+    # of fewer sequences, steps are kernels of ours and nothing is compiled
+    short, long = [[5, 6, 7]] * (MOST_ROWS + 1), [list(range(1, 60)) * 20] * (MOST_ROWS + 1)
     compiled.generate(short, max_new_tokens=20, eos_token_id=[])
     counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert counted > 0
@@ -207,10 +204,10 @@ def test_a_longer_text_compiles_nothing():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted
     assert torch.equal(found, plain.generate(long, max_new_tokens=20, eos_token_id=[]))
     # other numbers of sequences keep their steps as well
-    compiled.generate(short * 3, max_new_tokens=5, eos_token_id=[])
+    compiled.generate(short + short, max_new_tokens=5, eos_token_id=[])
     counted = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compiled.generate(short, max_new_tokens=5, eos_token_id=[])
-    compiled.generate(short * 3, max_new_tokens=5, eos_token_id=[])
+    compiled.generate(short + short, max_new_tokens=5, eos_token_id=[])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted
 
 

@@ -1,4 +1,4 @@
-"""Pieces of prompts captured as CUDA graphs, and their linears merged, say what they say node by node."""
+"""Pieces of prompts captured as CUDA graphs say what they say node by node."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 
 from partitioner import Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
-from runtime.engine import Engine, engine
+from runtime.engine import Engine
 from runtime.generation import steps
 from tests.support import zoo
 
@@ -32,32 +32,30 @@ def test_replays_say_the_same(
         drawn = torch.Generator().manual_seed(seed)
         texts = [torch.randint(2, 60, (length,), generator=drawn).tolist() for length in lengths]
         for options in (OPTIONS, {**OPTIONS, "prefill_step": 16}):
-            wanted = plain.generate(texts, **options)
             with monkeypatch.context() as patch:
-                patch.setattr(steps, "CAPTURED_ON", frozenset({"cuda"}))
-                found = replaying.generate(texts, **options)
+                patch.setattr(steps, "CAPTURED_ON", frozenset())
+                wanted = plain.generate(texts, **options)
+            found = replaying.generate(texts, **options)
             torch.testing.assert_close(found.logprobs, wanted.logprobs, rtol=close, atol=close)  # type: ignore[union-attr]
     bound = replaying._generate_loop._bound
     assert bound is not None
-    # 33 at once, twice 16 and one more; of several rows only pieces that all have tokens of
-    assert len(bound._pieces._captured) == (4 if len(lengths) == 1 else 2)
+    # 33 at once, twice 16 and one more; of several rows only pieces that all have tokens of. Without windows a first
+    # piece of 16 has the places of one of 33
+    windows = name == "gemma3_text"
+    assert len(bound._pieces._captured) == (3 if len(lengths) == 1 else 1) + windows
 
 
-def test_merged_linears_of_prompts_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = zoo.tiny("llama")[0].double()
-    parts = partition(model, Plan())
-    wanted = on_gpu(parts).generate([list(range(2, 40))], **OPTIONS)
-    monkeypatch.setattr(engine, "MERGED_ON", frozenset({"cuda"}))
-    state = {**model.state_dict(), **dict(model.named_buffers())}
-    held = {name: value.cuda() for name, value in state.items()}
-    merged = parts.engine(
-        0, ThreadGroup(parts.mesh).communicator(0), device="cuda",
-        weights=lambda name, block: held[name][tuple(slice(*ends) for ends in block)],
-    )  # fmt: skip
-    found = merged.generate([list(range(2, 40))], **OPTIONS)
-    linears = [
-        sum(node.target is torch.nn.functional.linear for node in loaded.program.graph.nodes)
-        for loaded in (merged._generate_loop._prefill_by, merged._generate_loop._decode_by)
-    ]
-    assert linears[0] < linears[1]
-    torch.testing.assert_close(found.logprobs, wanted.logprobs, rtol=1e-9, atol=1e-9)  # type: ignore[union-attr]
+def test_a_captured_piece_serves_shorter_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = partition(zoo.tiny("llama")[0].double(), Plan())
+    plain, replaying = on_gpu(parts), on_gpu(parts)
+    monkeypatch.setattr(steps, "CAPTURED_ON", frozenset())
+    lengths = (60, 60, 60, 37, 59, 2)
+    texts = [torch.randint(2, 60, (length,), generator=torch.Generator().manual_seed(length)) for length in lengths]
+    wanted = [plain.generate(text[None], **OPTIONS) for text in texts]
+    monkeypatch.undo()
+    for text, one in zip(texts, wanted, strict=True):
+        found = replaying.generate(text[None], **OPTIONS)
+        torch.testing.assert_close(found.logprobs, one.logprobs, rtol=1e-9, atol=1e-9)  # type: ignore[union-attr]
+    bound = replaying._generate_loop._bound
+    assert bound is not None
+    assert len(bound._pieces._captured) == 1

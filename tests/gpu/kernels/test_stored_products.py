@@ -1,5 +1,8 @@
 """The kernel for weights that are held as codes and scales, against the plain form, on a GPU."""
 
+import functools
+import itertools
+
 import pytest
 import torch
 
@@ -7,8 +10,9 @@ from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.ops.experts import grouped_linear
-from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear, stored_weight
-from runtime.ops.kernels.stored_products import run_of
+from runtime.ops.kernels.stored.few_rows import Stored, few_rows
+from runtime.ops.kernels.stored.stored_linear import stored_grouped_linear, stored_linear, stored_weight
+from runtime.ops.kernels.stored.stored_products import run_of
 from tests.partitioner.compile.test_hold_stored import folder
 from tests.runtime.ops.test_stored import CODES, held
 
@@ -42,6 +46,62 @@ def test_the_kernels_are_the_product_with_the_numbers(
     assert relative(found, expected) < TOLERANCE[dtype]
     compiled = torch.compile(stored_linear, dynamic=False)
     assert torch.equal(compiled(x, *parts, bias, code=code, computed_in=torch.float32), found)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("code", CODES)
+def test_few_rows_with_what_stands_around_them(code: str, dtype: torch.dtype) -> None:
+    draw = functools.partial(torch.randn, device="cuda", dtype=dtype)
+    for (num_out, inner, run), rows, way in itertools.product(
+        [(13, 64, 32), (70, 416, 32), (1000, 4096, 128), (48, 14336, 64)], (1, 2, 3), range(4)
+    ):
+        parts, gates = (
+            tuple(None if part is None else part.cuda() for part in held(code, num_out, inner, run=run, seed=seed)[0])
+            for seed in (0, 1)
+        )
+        weight, gate = (
+            stored_weight(*each, code=code, computed_in=torch.float32, dtype=torch.float64) for each in (parts, gates)
+        )
+        x, added, bias, scale = draw(rows, inner), draw(rows, inner), draw(num_out), draw(inner)
+        total = x + added if way >= 2 else x
+        h = total.double()
+        if way:
+            h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5) * (scale.double() if way == 2 else 1.0)
+        wanted = h @ weight.T + (0.0 if way else bias.double())
+        if way in (1, 3):
+            wanted = wanted * torch.nn.functional.silu(h @ gate.T)
+        found = few_rows(
+            x, Stored(*parts, code), None if way else bias, norm=(scale if way == 2 else None, 1e-5) if way else None,
+            gate=Stored(*gates, code) if way in (1, 3) else None, act="silu" if way in (1, 3) else "",
+            added=added if way >= 2 else None,
+        )  # fmt: skip
+        if way >= 2:
+            assert torch.equal(found[0], total)
+            found = found[1]
+        assert relative(found, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_chain_of_few_rows_in_a_graph_is_one_after_the_other(code: str) -> None:
+    """Kernels that are launched before their predecessor's end read what it wrote, many times."""
+    parts, _ = held(code, 2048, 2048, run=64)
+    weight = Stored(*(None if part is None else part.cuda() for part in parts), code)
+    x, scale = torch.randn(1, 2048, device="cuda").bfloat16(), torch.ones(2048, device="cuda").bfloat16()
+
+    def chain() -> torch.Tensor:
+        total, y = x, x
+        for _ in range(12):
+            total, y = few_rows(total, weight, added=y, norm=(scale, 1e-5))
+        return y
+
+    wanted = chain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain()
+    for _ in range(200):
+        graph.replay()
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

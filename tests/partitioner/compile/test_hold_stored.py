@@ -13,7 +13,7 @@ import torch
 import partitioner
 from partitioner import Plan, PlanError, partition
 from partitioner.compile.partition import compile_program
-from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear, stored_weight
+from runtime.ops.kernels.stored.stored_linear import stored_grouped_linear, stored_linear, stored_weight
 from runtime.weights.load_weights import load_weights
 from tests.support import zoo
 from tests.supported_models import quantise

@@ -6,6 +6,7 @@ import functools
 import operator
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,11 +16,13 @@ from partitioner import Plan
 from partitioner.compile.partition import compile_program, trace
 from partitioner.errors import LayoutError
 from partitioner.program import Program
+from partitioner.program.program import State
 from partitioner.proof.float64 import in_float64
 from partitioner.proof.layouts import check
 from partitioner.proof.rows import check_rows
-from partitioner.sharding.layout import Rows
+from partitioner.sharding.layout import REPLICATED, Rows
 from passes import data_parallel
+from passes.expert_parallel import ExpertParallel
 from runtime.ops.collectives import all_reduce
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts
 from runtime.ops.rows import collect_rows, scatter_rows, take_rows
@@ -48,16 +51,36 @@ def ops(found: Program) -> dict[str, int]:
     return dict(Counter(node.target.__name__ for node in nodes if node.target in OPS))
 
 
-def test_prompts_are_sent_to_experts_and_single_tokens_are_gathered() -> None:
-    assert ops(program("ep=2")) == {"expert_send": 1, "expert_return": 1}
-    gathered = {"collect_rows": 3, "localise_experts": 1, "scatter_rows": 1}
-    assert ops(program("ep=2", "decode")) == gathered
+SENT = ",expert-parallel.exchange=exchange"
+GATHERED = {"collect_rows": 3, "localise_experts": 1, "scatter_rows": 1}
+
+
+def test_tokens_of_few_ranks_are_gathered() -> None:
+    assert ops(program("ep=2")) == ops(program("ep=2", "decode")) == GATHERED
+    assert ops(program("tp=2,ep=4")) == ops(program("tp=2,ep=4", "decode")) == {**GATHERED, "all_reduce": 1}
+
+
+def test_prompts_are_sent_to_experts() -> None:
+    assert ops(program("ep=2" + SENT)) == {"expert_send": 1, "expert_return": 1}
     # over dp and tp: of what every rank of tp has, each sends its part; sums over tp are completed as before
     sent = {"take_rows": 3, "expert_send": 1, "expert_return": 1, "collect_rows": 1}
-    assert ops(program("tp=2,ep=4")) == sent
-    assert ops(program("tp=2,ep=4", "decode")) == {**gathered, "all_reduce": 1}
+    assert ops(program("tp=2,ep=4" + SENT)) == sent
     # each rank of tp with its counterpart
-    assert ops(program("tp=2,ep=2,etp=2")) == {"expert_send": 1, "expert_return": 1, "all_reduce": 1}
+    assert ops(program("tp=2,ep=2,etp=2" + SENT)) == {"expert_send": 1, "expert_return": 1, "all_reduce": 1}
+
+
+def chosen(plan: str, **changes: Any) -> str:
+    """The exchange that prompts get."""
+    given = replace(traced(), mesh=Plan.parse(plan).mesh, **changes)
+    return ExpertParallel().for_entry("prefill", given).exchange
+
+
+def test_auto_sends_where_rows_outweigh_what_a_call_costs() -> None:
+    assert [chosen(plan) for plan in ("ep=2", "ep=4", "ep=7")] == ["gather"] * 3
+    assert chosen("ep=1024") == "exchange"
+    # prompts are not filled up where that would change a state, nor where ranks keep tokens of their own
+    state = State("a", (3,), torch.float64, REPLICATED(1), per_token=False)
+    assert chosen("ep=2", states={"a": state}) == chosen("sp=2,ep=4") == "exchange"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +171,7 @@ def test_what_needs_all_sequences_keeps_them_in_both_programs(monkeypatch: pytes
         require(self, node, found)
 
     monkeypatch.setattr(data_parallel._Own, "_require_own", fussy)
-    parts = compile_program(traced(), Plan(ep=2))
+    parts = compile_program(traced(), Plan.parse("ep=2" + SENT))
     for entry in ("prefill", "decode"):
         found: Program = parts.program_of(entry)  # type: ignore[arg-type]
         assert found.batch_axes == ()

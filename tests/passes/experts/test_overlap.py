@@ -12,18 +12,21 @@ from torch import Tensor
 
 from partitioner import Plan
 from partitioner.compile.partition import compile_program
-from partitioner.errors import LayoutError
+from partitioner.errors import LayoutError, SamplingError
 from partitioner.program import Program
 from partitioner.proof.layouts import check
 from partitioner.proof.meetings import events_of
 from passes.overlap import Overlap
 from runtime.communication.channels import Channel, Handle
-from runtime.ops.expert_exchange import expert_return, expert_send, landed, receive_from_experts, send_to_experts
+from runtime.ops.collectives import landed
+from runtime.ops.expert_exchange import expert_return, expert_send, receive_from_experts, send_to_experts
+from runtime.ops.rows import collect_rows, scatter_rows
 from runtime.processes.launch import launch
 from tests.support import generated
 from tests.support.partitioned import EXACT, error, traced
 
 PLAN = "ep=2,expert-parallel.exchange=exchange"
+GATHER = "ep=2,expert-parallel.exchange=gather"
 
 
 @functools.cache
@@ -97,6 +100,51 @@ def test_nothing_changes_where_nothing_stands_beside_an_exchange(name: str, plan
 
 def test_generation() -> None:
     assert generated.error("deepseek_v3", parts("deepseek_v3"), generated.prompts("deepseek_v3", (1, 6)), new=3) < 1e-9
+
+
+def late(monkeypatch: pytest.MonkeyPatch, *, comes: bool = True) -> None:
+    """What is gathered and scattered stands in its place when it is waited for; before, there are no numbers."""
+
+    def begun(run: Any) -> Any:
+        def begin(channel: Channel, x: Tensor, dim: int, sizes: Any = None) -> Handle:
+            found = run(channel, x, dim, sizes)
+            into = torch.full_like(found, torch.nan)
+            return Handle(lambda: into.copy_(found) if comes else into, into=into)
+
+        return begin
+
+    monkeypatch.setattr(Channel, "all_gather_begin", begun(lambda channel, *given: channel.all_gather(*given)))
+    monkeypatch.setattr(Channel, "reduce_scatter_begin", begun(lambda channel, *given: channel.reduce_scatter(*given)))
+
+
+def test_what_is_gathered_is_under_way_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = parts("deepseek_v3", GATHER)
+    program = found.program_of("prefill")
+    named = [str(n.target.__name__) for n in program.graph.nodes if n.op == "call_function"]  # type: ignore[union-attr]
+    there = len(named) - 1 - named[::-1].index("collect_rows")
+    between = named[there + 1 : named.index("landed")]
+    assert between.count("linear.default") == 2, "half of the shared experts"
+    back = named.index("scatter_rows")
+    assert named[back : named.index("landed", back)].count("linear.default") == 1
+    assert any("1 layers are under way while 8 ops" in note for note in program.notes)
+    assert not any(node.target is landed for node in found.program_of("decode").graph.nodes)
+    late(monkeypatch)
+    assert generated.error("deepseek_v3", found, generated.prompts("deepseek_v3", (1, 6)), new=2) < 1e-9
+    late(monkeypatch, comes=False)  # the negative control
+    with pytest.raises(SamplingError, match="largest logit is nan"):
+        generated.error("deepseek_v3", found, generated.prompts("deepseek_v3", (1, 6)), new=2)
+
+
+@pytest.mark.parametrize("op", [collect_rows, scatter_rows])
+def test_what_is_gathered_is_not_read_before(op: Any) -> None:
+    program = parts("deepseek_v3", GATHER).program_of("prefill").copy()
+    check(program)
+    node = next(node for node in program.graph.nodes if node.target is op and node.kwargs.get("ahead"))
+    (waits,) = [user for user in node.users if user.target is landed]
+    waits.replace_all_uses_with(node)
+    program.graph.erase_node(waits)
+    with pytest.raises(LayoutError, match="has sent ahead: it must have landed"):
+        check(program)
 
 
 @pytest.mark.parametrize("op", [expert_send, expert_return])

@@ -13,8 +13,10 @@ from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.execution.executable import bound_graph
+from runtime.execution.fusion import operations
 from runtime.execution.fusion.fuse_elementwise import fused
 from runtime.execution.fusion.operations import added_norm, gated, rotated
+from runtime.ops.kernels.triton_needs import replayed
 from tests.support import zoo
 
 
@@ -150,3 +152,19 @@ def test_a_norm_rounds_as_before_where_no_kernel_takes_it(scales: bool) -> None:
     once, twice = torch.rms_norm(a + b, [6], w, 1e-6), w * torch.rms_norm(a + b, [6], None, 1e-6)
     assert not torch.equal(once, twice)
     assert torch.equal(added_norm(a, b, [6], w, 1e-6, scales=scales)[1], twice if scales else once)
+
+
+class OnGpu(torch.Tensor):
+    """As far as it says."""
+
+    is_cuda = True
+
+
+def test_few_tokens_are_for_kernels_only_where_launches_cost_the_host_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operations, "missing_for_triton", lambda: "")
+    x = torch.zeros(4, 8).as_subclass(OnGpu)
+    assert operations.takes(1024, x)
+    assert not operations.takes(1023, x)
+    with replayed():
+        assert operations.takes(1, x)
+    assert not operations.takes(1023, x)

@@ -18,6 +18,8 @@ from runtime.execution.fusion.fuse_products import is_mostly_products, with_prod
 from runtime.execution.fusion.operations import added_norm, gated, rotated
 from runtime.execution.fusion.products import product
 from runtime.generation import steps
+from runtime.ops.kernels.stored.stored_linear import stored_linear
+from tests.runtime.ops.test_stored import CODES, held
 from tests.support import zoo
 
 
@@ -103,6 +105,53 @@ def test_a_gate_of_two_linears_and_of_one_with_both() -> None:
         wanted = silu(linear(x, g)) * linear(x, u) if act_first else linear(x, g) * silu(linear(x, u))
         torch.testing.assert_close(fx.GraphModule({}, after)(w, x), wanted)
     assert agrees(of_one, 1, w, x)[-1] is gated  # two products: their halves are not of one
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_weights_that_are_held_as_stored(code: str) -> None:
+    (gate, _), (weight, _) = held(code, 6, 16), held(code, 6, 16, seed=1)
+    options = {"code": code, "computed_in": torch.float64}
+    x, scale, bias, added = drawn(2, 16), drawn(16), drawn(6), drawn(2, 16)
+
+    def by_graph(build: Callable[[Callable[..., fx.Node]], Any], *given: Any) -> list[Any]:
+        """What `build` makes of ops on the weight's parts, and of `given`; fused, it says the same."""
+        graph = fx.Graph()
+        parts = [graph.placeholder(f"w{at}") for at in range(10)]
+        others = [graph.placeholder(f"x{at}") for at in range(len(given))]
+        graph.output(build(graph.call_function, parts[:5], parts[5:], *others))  # type: ignore[call-arg]
+        # the first placeholders are weights, those of `given` that are weights too stand before the rest
+        after = with_products(graph, 10 + sum(each is bias for each in given))
+        found, wanted = (fx.GraphModule({}, each)(*weight, *gate, *given) for each in (after, graph))
+        for one, other in zip(*(y if isinstance(y, tuple) else (y,) for y in (found, wanted)), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+        return targets(after)
+
+    def with_gate(call: Any, w: Any, g: Any, x: Any) -> Any:
+        first, second = (call(stored_linear, (x, *parts), options) for parts in (g, w))
+        return call(gated, (first, second, "silu"))
+
+    def with_bias(call: Any, w: Any, g: Any, bias: Any, x: Any) -> Any:
+        return call(stored_linear, (x, *w, bias), options)
+
+    def with_norm(call: Any, w: Any, g: Any, x: Any, scale: Any, added: Any) -> Any:
+        both = call(added_norm, (x, added, [16], scale, 1e-5), {"scales": False})
+        total, normed = (call(operator.getitem, (both, at)) for at in (0, 1))
+        return call(stored_linear, (normed, *w), options), total
+
+    def one_with_both(call: Any, w: Any, g: Any, x: Any) -> Any:
+        linear = call(stored_linear, (x, *w), options)
+        split = linear.graph.call_method("split", (linear, [3, 3], -1))
+        return call(gated, (*(call(operator.getitem, (split, at)) for at in (1, 0)), "silu"))
+
+    def of_made(call: Any, w: Any, g: Any, x: Any) -> Any:
+        return call(stored_linear, (x, w[0], call(torch.clone, (w[1],)), *w[2:]), options)
+
+    assert by_graph(with_gate, x) == [product]
+    assert by_graph(with_bias, bias, x) == [product]
+    assert added_norm not in by_graph(with_norm, x, scale, added)
+    assert by_graph(one_with_both, x) == [product]
+    # what is no weight may still be written when a kernel reads it early
+    assert stored_linear in by_graph(of_made, x)
 
 
 def norm_of_sum(n: Tensor, w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

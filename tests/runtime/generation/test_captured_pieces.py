@@ -1,15 +1,18 @@
 """Pieces of prompts that come again are replayed, and say what they say node by node."""
 
 import functools
+import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from runtime.communication.thread_communicator import ThreadCommunicator
-from runtime.execution.prompts import captured_pieces
+from runtime.execution.prompts import captured_pieces, piece
 from runtime.execution.prompts.captured_pieces import asks_host
+from runtime.execution.prompts.piece import places
 from runtime.generation import steps
 from tests.runtime.generation.replayed import Replayed, replaying
 from tests.support.partitioned import compiled
@@ -21,6 +24,7 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": [], "logprobs": 
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Replayed]]:
     """What is captured, whatever the device and the communicator."""
     monkeypatch.setattr(steps, "CAPTURED_ON", frozenset({"cpu"}))
+    monkeypatch.setattr(piece, "_LEAST_PLACES", 12)
     original = ThreadCommunicator.__init__
 
     def made(communicator: ThreadCommunicator, *given: Any) -> None:
@@ -44,7 +48,7 @@ def alone() -> Any:
 
 def node_by_node(given: list[list[int]], **options: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "CAPTURED_UP_TO", 0)
+        patch.setattr(steps, "CAPTURED_ON", frozenset())
         return alone().generate(given, **options)
 
 
@@ -104,15 +108,144 @@ def test_a_longer_text_captures_anew(graphs: list[Replayed]) -> None:
     assert [graph.count for graph in graphs] == [0, 1]
 
 
-@pytest.mark.slow
-def test_the_pieces_that_came_last_stay_captured(graphs: list[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:
+def captured_as(key: int, *, pieces: captured_pieces.CapturedPieces) -> str:
+    """How a piece of this key runs."""
+    ran: list[str] = []
+
+    def runnable(how: str) -> captured_pieces.Runnable:
+        def run() -> torch.Tensor:
+            ran.append(how)
+            return torch.zeros(())
+
+        return captured_pieces.Runnable([], lambda: None, run, lambda: torch.ones(()))
+
+    found = pieces(
+        key, place=None, first=lambda: runnable("node by node"), again=lambda: runnable("about to be captured"),
+        varying=list,
+    )  # fmt: skip
+    return ran[0] if ran else f"replayed {found.item():g}"
+
+
+def all_captured() -> captured_pieces.CapturedPieces:
+    return captured_pieces.CapturedPieces(lambda run: (SimpleNamespace(replay=lambda: None, reset=lambda: None), run()))
+
+
+def test_what_came_most_often_stays_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured_pieces, "MOST", 2)
+    pieces = all_captured()
+    nodes, about, replayed = "node by node", "about to be captured", "replayed 1"
+    for keys, wanted in (
+        ([1, 2, 3], [nodes] * 3),
+        ([1, 2, 3], [about, about, nodes]),
+        ([1, 2, 3, 1, 2, 3], [replayed, replayed, nodes] * 2),  # three in turn do not push each other out
+        ([3, 3, 3], [nodes, about, replayed]),  # 3 has come more often than 1 by now
+        ([1, 2], [nodes, replayed]),
+    ):
+        assert [captured_as(key, pieces=pieces) for key in keys] == wanted
+
+
+def test_what_came_long_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(captured_pieces, "MOST", 1)
+    monkeypatch.setattr(captured_pieces, "MOST_REMEMBERED", 4)
+    pieces = all_captured()
+    for _ in range(9):
+        captured_as(1, pieces=pieces)
+    for key in range(10, 30):
+        assert captured_as(key, pieces=pieces) == "node by node"
+    assert len(pieces._came) <= 4 + 1
+    assert [captured_as(2, pieces=pieces) for _ in range(3)][-1] == "replayed 1"
+
+
+def test_another_place_is_captured_anew() -> None:
+    reset: list[int] = []
+    made = itertools.count()
+
+    def capture(run: Any) -> Any:
+        number = next(made)
+        return SimpleNamespace(replay=lambda: None, reset=lambda: reset.append(number)), run()
+
+    pieces = captured_pieces.CapturedPieces(capture)
+    once = lambda: captured_pieces.Runnable([], lambda: None, lambda: torch.zeros(()), lambda: torch.ones(()))  # noqa: E731
+    for place in (1, 1, 1, 2, 2):
+        pieces(0, place=place, first=once, again=once, varying=list)
+    assert reset == [0]
+    assert next(made) == 2
+
+
+def test_ranks_compare_nothing_while_they_capture(graphs: list[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they would say to each other comes from the host, which no graph reads."""
+    told: list[bool] = []
+    monkeypatch.setattr(ThreadCommunicator, "begin_run", lambda self, *, new_shapes: told.append(new_shapes))
+    captured_when: list[bool] = []
+    original = steps.captured
+
+    def captured(run: Any, pool: Any) -> Any:
+        captured_when.append(told[-1])
+        return original(run, pool)
+
+    monkeypatch.setattr(steps, "captured", captured)
     parts = compiled("llama", 1)
-    lengths = [6, 4, 4, 5, 5, 4, 6, 4, 5]  # the longest first: a longer one has another cache
-    for seed, length in enumerate(lengths):
-        given = texts(length, seed=seed)
+    for seed in range(3):
+        parts.generate(texts(9, seed=seed), **OPTIONS)
+    assert True in told  # the run before it is compared
+    assert captured_when == [False]
+
+
+LENGTHS = [(9,), (7,), (9,), (4,), (8,), (1,)]
+
+
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_a_captured_piece_serves_shorter_ones(
+    in_turns: bool, graphs: list[Replayed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if in_turns:
+        monkeypatch.setattr(steps, "TURNS_ON", frozenset({"cpu"}))
+        monkeypatch.setattr(steps, "CAPTURED_TURNS_FROM", 6)
+    parts = compiled("llama", 2 if in_turns else 1)
+    for seed, lengths in enumerate(LENGTHS):
+        given = texts(*lengths, seed=seed)
         assert_alike(parts.generate(given, **OPTIONS), node_by_node(given, **OPTIONS))
-    assert [graph.count for graph in graphs] == [2, 0, 0, 0]  # 4, 5, 6 in the place of 5, and 5 anew
+    if in_turns:  # two ranks; the halves of 12 places, and of up to 5 tokens the whole, which come twice
+        assert [graph.count for graph in graphs] == [2, 2, 0, 0]
+    else:
+        assert [graph.count for graph in graphs] == [4]
+
+
+def test_rows_of_any_lengths_have_the_same_places(graphs: list[Replayed]) -> None:
+    parts = compiled("llama", 1)
+    for seed, lengths in enumerate([(5, 9, 1), (9, 9, 9), (1, 2, 8), (9, 1, 3)]):
+        given = texts(*lengths, seed=seed)
+        assert_alike(parts.generate(given, **OPTIONS), node_by_node(given, **OPTIONS))
+    assert [graph.count for graph in graphs] == [2]
+
+
+def test_a_shorter_piece_ends_at_its_own_last_token(graphs: list[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control."""
+    monkeypatch.setattr(steps, "last_of", lambda parts, last: [[8]] * len(parts))
+    parts = compiled("llama", 1)
+    found = [parts.generate(texts(*lengths, seed=0), **OPTIONS) for lengths in [(9,), (9,), (6,)]]
+    wanted = node_by_node(texts(6, seed=0), **OPTIONS)
+    assert not torch.allclose(found[2].logprobs, wanted.logprobs)
+
+
+@pytest.mark.slow
+def test_windows_have_no_places_for_more(graphs: list[Replayed]) -> None:
+    parts = compiled("gemma3_text", 1)
+    alone = compiled("gemma3_text", 1)
+    for seed, length in enumerate([9, 9, 8, 8, 8, 9]):
+        given = texts(length, seed=seed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(steps, "CAPTURED_ON", frozenset())
+            wanted = alone.generate(given, **OPTIONS)
+        assert_alike(parts.generate(given, **OPTIONS), wanted)
+    assert [graph.count for graph in graphs] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"), [(1, 64), (64, 64), (65, 128), (1000, 1024), (2049, 2112), (4096, 4096), (4097, 4224)]
+)
+def test_places(tokens: int, found: int) -> None:
+    assert places(tokens) == found
 
 
 def test_what_cannot_be_captured_runs_all_the_same(

@@ -1,6 +1,7 @@
 """A group of rows as the host knows it: what runs next, what is learnt, and groups that together are the whole."""
 
-from runtime.generation.conversation import Conversation, Piece
+from runtime.execution.prompts.piece import Piece
+from runtime.generation.conversation import Conversation
 from runtime.generation.generation_request import GenerationRequest, Step
 
 

@@ -58,7 +58,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     def decode_attention(
         q: Tensor, k: Tensor, v: Tensor, positions: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None,
         *, scale: float, window: int | None, chunk: int | None, softcap: float | None, table: Tensor | None,
-        key_scales: Tensor | None, value_scales: Tensor | None, rotation: Rotation | None,
+        key_scales: Tensor | None, value_scales: Tensor | None, rotation: Rotation | None, ahead: bool,
     ) -> Tensor:  # fmt: skip
         counts["key_value"] += 1
         if rotation is not None:

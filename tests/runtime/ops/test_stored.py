@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from runtime.ops.experts import grouped_linear
-from runtime.ops.kernels.codes import FLOAT4, nibbles, pack_nibbles
-from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear, stored_weight
-from runtime.ops.kernels.stored_products import run_of
+from runtime.ops.kernels.stored.codes import FLOAT4, nibbles, pack_nibbles
+from runtime.ops.kernels.stored.stored_linear import stored_grouped_linear, stored_linear, stored_weight
+from runtime.ops.kernels.stored.stored_products import run_of
 from tests.runtime.ops.kernels.in_tritons_interpreter import assert_interpreted, needs_triton
 
 CODES = ("float8", "float4", "int4")
@@ -65,7 +65,7 @@ def test_linears_are_those_of_the_numbers(code: str, tokens: int, monkeypatch: p
     expected = torch.nn.functional.linear(x, numbers, bias)
     options = {"code": code, "computed_in": torch.float64}
     torch.testing.assert_close(stored_linear(x, *parts, bias, **options), expected)
-    monkeypatch.setattr("runtime.ops.kernels.stored._STRIP", 40)  # two rows at a time
+    monkeypatch.setattr("runtime.ops.kernels.stored.stored_linear._STRIP", 40)  # two rows at a time
     torch.testing.assert_close(stored_linear(x, *parts, bias, **options), expected)
     codes, scales, *rest = parts
     if tokens:
@@ -107,8 +107,8 @@ def test_runs_of_columns_with_one_scale(columns: list[int], run: int) -> None:
 
 INTERPRETED = """
 import torch
-from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear
-from runtime.ops.kernels.stored_products import product
+from runtime.ops.kernels.stored.stored_linear import stored_grouped_linear, stored_linear
+from runtime.ops.kernels.stored.stored_products import product
 from tests.runtime.ops.test_stored import CODES, CASES, held
 
 torch.manual_seed(0)
@@ -146,3 +146,46 @@ CASES = [
 @needs_triton
 def test_the_kernel_is_the_plain_form_in_tritons_interpreter() -> None:
     assert_interpreted(INTERPRETED)
+
+
+FEW_ROWS = """
+import itertools
+
+import torch
+from runtime.execution.fusion.operations import ACTIVATIONS
+from runtime.ops.kernels.stored.few_rows import Stored, few_rows
+from tests.runtime.ops.test_stored import CODES, held
+
+torch.manual_seed(0)
+for code, rows, (num_out, inner, run), way in itertools.product(CODES, (1, 2), [(13, 64, 32), (9, 4160, 64)], range(4)):
+    weight, numbers = held(code, num_out, inner, run=run)
+    gate, others = held(code, num_out, inner, run=run, seed=1)
+    x, added = torch.randn(2, rows, inner)
+    norm = (torch.randn(inner) if way == 2 else None, 1e-5) if way else None
+    bias = torch.randn(num_out) if way == 0 else None
+    total = x + added if way >= 2 else x
+    h = total.double()
+    if norm is not None:
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5) * (1.0 if norm[0] is None else norm[0].double())
+    wanted = h @ numbers.T + (0.0 if bias is None else bias.double())
+    if way in (1, 3):
+        wanted = wanted * ACTIVATIONS["silu"](h @ others.T)
+    named = {"gate": Stored(*gate, code), "act": "silu"} if way in (1, 3) else {}
+    named |= {"added": added} if way >= 2 else {}
+
+    def product(scales):
+        found = few_rows(x, Stored(weight[0], scales, *weight[2:], code), bias, norm=norm, **named)
+        if way >= 2:
+            assert torch.equal(found[0], total)
+            found = found[1]
+        return float((found.double() - wanted).abs().max() / wanted.abs().max())
+
+    assert product(weight[1]) < 3e-6, (code, rows, num_out, way)
+    assert product(weight[1].flip(0)) > 1e-3
+"""
+
+
+@pytest.mark.slow
+@needs_triton
+def test_products_of_few_rows_are_those_of_the_numbers_in_tritons_interpreter() -> None:
+    assert_interpreted(FEW_ROWS, timeout_s=900)

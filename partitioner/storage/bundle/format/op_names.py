@@ -25,11 +25,12 @@ from partitioner.errors import BundleError
 from partitioner.program.torch_calls import FUNCTIONS, METHODS
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention, last_token
+from runtime.ops.collectives import landed
 from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.embedding import vocab_parallel_embedding
-from runtime.ops.expert_exchange import landed, localise_experts
+from runtime.ops.expert_exchange import localise_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear, limit_experts
-from runtime.ops.kernels.stored import stored_grouped_linear, stored_linear, stored_weight
+from runtime.ops.kernels.stored.stored_linear import stored_grouped_linear, stored_linear, stored_weight
 from runtime.ops.local import once, reorder, shard
 from runtime.ops.mask import attention_mask
 from runtime.ops.rows.share_rows import own_last_token, take_rows

@@ -46,6 +46,8 @@ class PeerRows:
         self._handle: Any = None
         self._starts: Tensor | None = None
         self._is_refused, self._generation = False, 0
+        self._is_captured, self._kept = False, list[Any]()
+        """What captured graphs read, which may be replayed when the areas have grown."""
         self._tables: dict[Hashable, Tensor] = {}
         device = peers.device
         self._word = torch.zeros(ALIGNED, dtype=torch.int32, device=device)
@@ -60,6 +62,9 @@ class PeerRows:
             return False
         device = self._peers.device
         torch.cuda.synchronize(device)  # nobody reads or writes the old one any more
+        if self._is_captured:
+            self._kept.append((self.memory, self._handle))
+            self._is_captured = False
         self._handle = self._starts = None
         self.memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._generation, self.second = self._generation + 1, 0
@@ -118,6 +123,15 @@ class PeerRows:
             num_warps=_WARPS,
         )  # fmt: skip
 
+    def of(self, coordinate: int, start: int, size: int, dtype: torch.dtype) -> Tensor:
+        """So many elements from a byte of the areas of one rank on, as this one has them mapped."""
+        self._is_captured |= torch.cuda.is_current_stream_capturing()
+        if coordinate == self._peers.group.coordinate:
+            return self.memory[start:][: size * dtype.itemsize].view(dtype)
+        first = self.memory.data_ptr() - self._handle.buffer_ptrs[self._peers.group.coordinate] + start
+        found: Tensor = self._handle.get_buffer(coordinate, (size,), dtype, first // dtype.itemsize)
+        return found
+
     def meet(self) -> None:
         """On the stream: what every rank has written before its own is there."""
         self._peers.all_reduce(self._word, self._met, "large", blocks=1)
@@ -132,3 +146,4 @@ class PeerRows:
 
     def close(self) -> None:
         self._handle = self._starts = None
+        self._kept.clear()

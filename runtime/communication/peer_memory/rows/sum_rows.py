@@ -18,7 +18,8 @@ Megatron's sequence parallelism splits the rows between its linears so: arXiv:22
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,14 +29,29 @@ from runtime.communication.channels import OwnRows
 from runtime.communication.group_collectives import Group
 from runtime.communication.peer_memory.mapped_memory import ROW_BYTES, Geometry
 from runtime.communication.peer_memory.under_way import UnderWay
+from runtime.ops.kernels.triton_needs import launch
 
 __all__ = ["RowSums"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _WIDEST = 16384
 """Numbers of a row that one program holds."""
+_MOST_KNOWN = 64
+"""Sizes of x, of which it is remembered what is moved where."""
 LEAST_BYTES = 4 << 20
 """Of x; below, the meetings take longer than what they save."""
+
+
+@dataclass(frozen=True)
+class _Round:
+    """Of the rows that areas have room for: this rank's, where these are among all of its own, and of each other rank
+    which rows go to or come from where.
+    """
+
+    mine: slice
+    inside: slice
+    sent: Sequence[tuple[slice, Tensor]]
+    fetched: Sequence[tuple[slice, Tensor]]
 
 
 class RowSums:
@@ -59,6 +75,7 @@ class RowSums:
             else handle.get_buffer(rank, (ROW_BYTES,), torch.uint8, offset)
             for rank in range(group.size)
         ]
+        self._known: dict[tuple[int, int, torch.dtype], Sequence[_Round]] = {}
 
     def takes(self, x: Tensor, weight: Tensor | None) -> bool:
         """By what all ranks know: shapes and dtypes of x [.., N] and of the norm's weight."""
@@ -102,58 +119,77 @@ class RowSums:
     def _run(
         self, x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, total: Tensor, normed: Tensor
     ) -> None:
-        size, own = self._group.size, self._group.coordinate
-        num_rows, width = x.shape
-        share = [OwnRows.share(num_rows, size, rank) for rank in range(size)]
-        piece = self._piece_bytes // x.element_size()
-        at_a_time = piece // width
-        parts = [[area.view(x.dtype)[rank * piece :] for rank in range(size)] for area in self._areas]
-        others = [(own + step) % size for step in range(1, size)]
-        for first in range(0, math.ceil(num_rows / size), at_a_time):
-            rows = [slice(min(of.start + first, of.stop), min(of.start + first + at_a_time, of.stop)) for of in share]
-            for rank in others:
-                _copy(x[rows[rank]], to=parts[rank][own])
+        own, width = self._group.coordinate, x.shape[1]
+        block = 1 << (width - 1).bit_length()
+        area, piece = self._areas[own].view(x.dtype), self._piece_bytes // x.element_size()
+        for each in self._rounds(len(x), width, x.dtype):
+            for rows, theirs in each.sent:
+                theirs.copy_(x[rows])
             self._meet()
-            mine = rows[own]
+            mine, inside = each.mine, each.inside
             if mine.start < mine.stop:
-                inside = slice(first, first + mine.stop - mine.start)
-                block = 1 << (width - 1).bit_length()
-                self._sum_norm_kernel[(mine.stop - mine.start,)](
-                    x[mine],
-                    self._areas[own].view(x.dtype),
-                    x if residual is None else residual[inside],
-                    x if weight is None else weight,
-                    total[inside],
-                    normed[mine],
-                    width,
-                    piece,
-                    eps,
+                launch(
+                    self._sum_norm_kernel,
+                    (mine.stop - mine.start, 1, 1),
+                    (
+                        x[mine],
+                        area,
+                        x if residual is None else residual[inside],
+                        x if weight is None else weight,
+                        total[inside],
+                        normed[mine],
+                        width,
+                        piece,
+                        eps,
+                    ),
                     RANK=own,
-                    RANKS=size,
+                    RANKS=self._group.size,
                     ADDS=residual is not None,
                     WEIGHTED=weight is not None,
                     BLOCK=block,
                     num_warps=min(16, max(1, block // 512)),
                 )
             self._meet()
-            for rank in others:
-                theirs = normed[rows[rank]]
-                theirs.view(-1).copy_(parts[rank][rank][: theirs.numel()])
+            for rows, theirs in each.fetched:
+                normed[rows].copy_(theirs)
+
+    def _rounds(self, num_rows: int, width: int, dtype: torch.dtype) -> Sequence[_Round]:
+        """What is moved where; remembered, as all layers of a model sum as many rows."""
+        key = num_rows, width, dtype
+        if key not in self._known:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = list(self._made_rounds(*key))
+        return self._known[key]
+
+    def _made_rounds(self, num_rows: int, width: int, dtype: torch.dtype) -> Iterator[_Round]:
+        size, own = self._group.size, self._group.coordinate
+        share = [OwnRows.share(num_rows, size, rank) for rank in range(size)]
+        piece = self._piece_bytes // dtype.itemsize
+        at_a_time = piece // width
+
+        def part(of: int, source: int, rows: slice) -> Tensor:
+            """In a rank's area that of another, as so many rows."""
+            count = rows.stop - rows.start
+            return self._areas[of].view(dtype)[source * piece :][: count * width].view(count, width)
+
+        others = [(own + step) % size for step in range(1, size)]
+        for first in range(0, math.ceil(num_rows / size), at_a_time):
+            rows = [slice(min(of.start + first, of.stop), min(of.start + first + at_a_time, of.stop)) for of in share]
+            yield _Round(
+                mine=rows[own],
+                inside=slice(first, first + rows[own].stop - rows[own].start),
+                sent=[(rows[rank], part(rank, own, rows[rank])) for rank in others],
+                fetched=[(rows[rank], part(rank, rank, rows[rank])) for rank in others],
+            )
 
     def _meet(self) -> None:
         late, abandoned, patience_ns = self._waiting
-        self._meet_kernel[(1,)](
-            self._table,
-            self._counter,
-            late,
-            abandoned,
-            patience_ns,
-            self._geometry.start_of_row_flags,
+        launch(
+            self._meet_kernel,
+            (1, 1, 1),
+            (self._table, self._counter, late, abandoned, patience_ns, self._geometry.start_of_row_flags),
             RANK=self._group.coordinate,
             RANKS=self._group.size,
             num_warps=1,
         )
-
-
-def _copy(rows: Tensor, *, to: Tensor) -> None:
-    to[: rows.numel()].copy_(rows.view(-1))

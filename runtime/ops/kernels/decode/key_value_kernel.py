@@ -14,12 +14,21 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.ops.kernels.decode.float8_kernel import largest_of, numbers_of, scale_of, to_codes
+from runtime.ops.kernels.decode.float8_kernel import numbers_of, scale_of, to_codes
+from runtime.ops.kernels.decode.key_value_tile_kernel import (
+    attended,
+    capped,
+    in_place,
+    keys_of,
+    parts_of,
+    places_of,
+    values_of,
+)
 
 __all__ = ["decode"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead"])
 def decode(
     q,
     new_key,
@@ -44,7 +53,7 @@ def decode(
     window,
     chunk,
     slots,
-    least_tiles,
+    ahead,
     table_row,
     key_row,
     key_head,
@@ -85,51 +94,24 @@ def decode(
 
     BLOCK: how many slots lie together, where `table` says of each BLOCK of a row which block of the cache it is, and
     `key_row` is from block to block; 0: a row's slots are its own. MERGED: parts that are read at a time at the end.
-    HALF: query and key become x * cos + roll(x, -HALF) * sin; 0: they have. EARLY: whether it was launched before its
-    predecessor's end. KEY_SCALES: how many of a key, which is codes of float8 then; 0: keys are numbers. VALUE_SCALES
-    alike. FOLDED: whether a value's one scale goes into the weights, whose dtype has room for that. PTX: not
-    interpreted.
+    ahead: 1 where positions, table and what is cached were written before the step began, so that they may be read
+    while the kernel before this one still runs; otherwise 0. HALF: query and key become x * cos + roll(x, -HALF) * sin;
+    0: they have. EARLY: whether it was launched before its predecessor's end. KEY_SCALES: how many of a key, which is
+    codes of float8 then; 0: keys are numbers. VALUE_SCALES alike. FOLDED: whether a value's one scale goes into the
+    weights, whose dtype has room for that. PTX: not interpreted.
     """
     if EARLY:
         gdc_launch_dependents()
-        gdc_wait()
+        if ahead == 0:
+            gdc_wait()
     pair = tl.program_id(0)
     split = tl.program_id(1)
     row = pair // KV_HEADS
     head = pair % KV_HEADS
     position = tl.load(positions + row)
-    # under way while the position is waited for
     heads = tl.arange(0, GROUP_PADDED)
     dims = tl.arange(0, D_PADDED)
     value_dims = tl.arange(0, DV_PADDED)
-    query_at = (row * KV_HEADS + head) * GROUP + heads
-    query = tl.load(
-        q + query_at[:, None] * D + dims[None, :], mask=(heads[:, None] < GROUP) & (dims[None, :] < D), other=0.0
-    )
-    key = tl.load(new_key + pair * D + dims, mask=dims < D, other=0.0)
-    value = tl.load(new_value + pair * DV + value_dims, mask=value_dims < DV, other=0.0)
-    if HALF != 0:
-        turned = (dims + HALF) % D
-        straight = tl.load(cos + row * cos_row + dims, mask=dims < D, other=0.0).to(tl.float32)
-        across = tl.load(sin + row * sin_row + dims, mask=dims < D, other=0.0).to(tl.float32)
-        other_half = tl.load(
-            q + query_at[:, None] * D + turned[None, :], mask=(heads[:, None] < GROUP) & (dims[None, :] < D), other=0.0
-        )
-        query = (query.to(tl.float32) * straight[None, :] + other_half.to(tl.float32) * across[None, :]).to(query.dtype)
-        other_key = tl.load(new_key + pair * D + turned, mask=dims < D, other=0.0)
-        key = (key.to(tl.float32) * straight + other_key.to(tl.float32) * across).to(key.dtype)
-    if KEY_SCALES:
-        key_block, key_sizes = dims // 128, dims * 0.0 + 1.0
-        for number in tl.static_range(KEY_SCALES):
-            key_sizes = tl.where(key_block == number, scale_of(largest_of(key, key_block, number)), key_sizes)
-        key_codes = to_codes(key, key_sizes)
-        key = numbers_of(key_codes, tl.float32, PTX) * key_sizes
-    if VALUE_SCALES:
-        value_block, value_sizes = value_dims // 128, value_dims * 0.0 + 1.0
-        for number in tl.static_range(VALUE_SCALES):
-            value_sizes = tl.where(value_block == number, scale_of(largest_of(value, value_block, number)), value_sizes)
-        value_codes = to_codes(value, value_sizes)
-        value = numbers_of(value_codes, tl.float32, PTX) * value_sizes
     length = position + 1
     wraps = length > slots
     held = tl.minimum(length, slots)
@@ -141,7 +123,7 @@ def decode(
         first = tl.maximum(first, position // chunk * chunk)
     first_tile = tl.where(wraps, 0, first // TILE)
     tiles = tl.cdiv(held, TILE)
-    each = tl.maximum(tl.cdiv(tiles - first_tile, SPLITS), least_tiles)
+    each = tl.cdiv(tiles - first_tile, SPLITS)
     active = tl.cdiv(tiles - first_tile, each)
     if split < active:
         keys += head.to(tl.int64) * key_head
@@ -159,102 +141,103 @@ def decode(
                 value_scales += row.to(tl.int64) * value_scale_row
         else:
             table += row.to(tl.int64) * table_row
+        start = first_tile + split * each
+        # the first tile is under way while the kernel before is waited for, which it does not depend on
+        seen, key_at, value_at, key_scale_at, value_scale_at = places_of(
+            start, position, held, at, wraps, slots, window, chunk, table, key_row, value_row, key_scale_row,
+            value_scale_row, TILE, WINDOWED, CHUNKED, BLOCK, D, DV, KEY_SCALES, VALUE_SCALES,
+        )  # fmt: skip
+        first_keys, first_key_sizes = keys_of(
+            keys, key_scales, seen, key_at, key_scale_at, dims, D, KEY_SCALES
+        )  # fmt: skip
+        first_values, first_value_sizes = values_of(
+            values, value_scales, seen, value_at, value_scale_at, value_dims, DV, VALUE_SCALES
+        )  # fmt: skip
+        # where the new token lies
+        if BLOCK == 0:
+            own_keys, own_values = keys + at * D, values + at * DV
+            own_key_scales, own_value_scales = key_scales + at * KEY_SCALES, value_scales + at * VALUE_SCALES
+        else:
+            block_of = tl.load(table + at // BLOCK).to(tl.int64)
+            own_keys = keys + block_of * key_row + at % BLOCK * D
+            own_values = values + block_of * value_row + at % BLOCK * DV
+            own_key_scales = key_scales + block_of * key_scale_row + at % BLOCK * KEY_SCALES
+            own_value_scales = value_scales + block_of * value_scale_row + at % BLOCK * VALUE_SCALES
+        if EARLY:
+            gdc_wait()
+        # all of the token is under way at once: it is read as it is needed, once for every query head, for threads that
+        # share it out anew wait for each other
+        query_at = (row * KV_HEADS + head) * GROUP + heads
+        place, value_place = dims[None, :] + heads[:, None] * 0, value_dims[None, :] + heads[:, None] * 0
+        inside, value_inside = place < D, value_place < DV
+        query_inside = inside & (heads[:, None] < GROUP)
+        query = tl.load(q + query_at[:, None] * D + place, mask=query_inside, other=0.0)
+        key = tl.load(new_key + pair * D + place, mask=inside, other=0.0)
+        value = tl.load(new_value + pair * DV + value_place, mask=value_inside, other=0.0)
+        if HALF != 0:
+            turned = (place + HALF) % D
+            other_half = tl.load(q + query_at[:, None] * D + turned, mask=query_inside, other=0.0)
+            other_key = tl.load(new_key + pair * D + turned, mask=inside, other=0.0)
+            straight = tl.load(cos + row * cos_row + place, mask=inside, other=0.0)
+            across = tl.load(sin + row * sin_row + place, mask=inside, other=0.0)
+            straight = straight.to(tl.float32)
+            across = across.to(tl.float32)
+            query = (query.to(tl.float32) * straight + other_half.to(tl.float32) * across).to(query.dtype)
+            key = (key.to(tl.float32) * straight + other_key.to(tl.float32) * across).to(key.dtype)
+        if PTX:
+            query = in_place(query)
+            value = in_place(value)
+        if KEY_SCALES:
+            key_block, key_sizes = place // 128, inside.to(tl.float32) * 0.0 + 1.0
+            for number in tl.static_range(KEY_SCALES):
+                largest = tl.max(tl.where(key_block == number, tl.abs(key.to(tl.float32)), 0.0), axis=1)
+                key_sizes = tl.where(key_block == number, scale_of(largest)[:, None], key_sizes)
+            key_codes = to_codes(key, key_sizes)
+            key = numbers_of(key_codes, tl.float32, PTX) * key_sizes
+        if VALUE_SCALES:
+            value_block, value_sizes = value_place // 128, value_inside.to(tl.float32) * 0.0 + 1.0
+            for number in tl.static_range(VALUE_SCALES):
+                largest = tl.max(tl.where(value_block == number, tl.abs(value.to(tl.float32)), 0.0), axis=1)
+                value_sizes = tl.where(value_block == number, scale_of(largest)[:, None], value_sizes)
+            value_codes = to_codes(value, value_sizes)
+            value = numbers_of(value_codes, tl.float32, PTX) * value_sizes
         if split == 0:
-            if BLOCK == 0:
-                own_keys, own_values = keys + at * D, values + at * DV
-            else:
-                block_of = tl.load(table + at // BLOCK).to(tl.int64)
-                own_keys = keys + block_of * key_row + at % BLOCK * D
-                own_values = values + block_of * value_row + at % BLOCK * DV
+            once, value_once = inside & (heads[:, None] == 0), value_inside & (heads[:, None] == 0)
             if KEY_SCALES:
-                tl.store(own_keys + dims, key_codes, mask=dims < D)
-                own_scales = key_scales + (at * KEY_SCALES if BLOCK == 0 else 0)
-                if BLOCK:
-                    own_scales += block_of * key_scale_row + at % BLOCK * KEY_SCALES
+                tl.store(own_keys + place, key_codes, mask=once)
                 # all numbers of a block have its scale, and the first of them keeps it
-                tl.store(own_scales + key_block, key_sizes, mask=(dims % 128 == 0) & (dims < D))
+                tl.store(own_key_scales + key_block, key_sizes, mask=once & (place % 128 == 0))
             else:
-                tl.store(own_keys + dims, key, mask=dims < D)
+                tl.store(own_keys + place, key, mask=once)
             if VALUE_SCALES:
-                tl.store(own_values + value_dims, value_codes, mask=value_dims < DV)
-                own_scales = value_scales + (at * VALUE_SCALES if BLOCK == 0 else 0)
-                if BLOCK:
-                    own_scales += block_of * value_scale_row + at % BLOCK * VALUE_SCALES
-                tl.store(own_scales + value_block, value_sizes, mask=(value_dims % 128 == 0) & (value_dims < DV))
+                tl.store(own_values + value_place, value_codes, mask=value_once)
+                tl.store(own_value_scales + value_block, value_sizes, mask=value_once & (value_place % 128 == 0))
             else:
-                tl.store(own_values + value_dims, value, mask=value_dims < DV)
+                tl.store(own_values + value_place, value, mask=value_once)
         # the first part has the new token, which nobody reads from the cache
-        own = tl.sum(query.to(tl.float32) * key.to(tl.float32)[None, :], axis=1) * scale
+        own = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1) * scale
         if CAPPED:
-            own = _capped(own, softcap)
+            own = capped(own, softcap)
         top = tl.where(split == 0, own, float("-inf"))
         total = tl.where(split == 0, 1.0, 0.0) + heads * 0.0
-        result = tl.where(split == 0, 1.0, 0.0) * value.to(tl.float32)[None, :] + heads[:, None] * 0.0
-        start = first_tile + split * each
-        for tile in range(start, tl.minimum(start + each, tiles)):
-            slot = tile * TILE + tl.arange(0, TILE)
-            seen = (slot < held) & (slot != at)
-            if WINDOWED or CHUNKED:
-                where = tl.where(wraps, position - (position - slot + slots) % slots, slot)
-                if WINDOWED:
-                    seen = seen & (where > position - window)
-                if CHUNKED:
-                    seen = seen & (where // chunk == position // chunk)
-            if BLOCK == 0:
-                key_at, value_at = slot * D, slot * DV
-                key_scale_at, value_scale_at = slot * KEY_SCALES, slot * VALUE_SCALES
-            else:
-                blocks = tl.load(table + slot // BLOCK, mask=seen, other=0).to(tl.int64)
-                key_at = blocks * key_row + slot % BLOCK * D
-                value_at = blocks * value_row + slot % BLOCK * DV
-                key_scale_at = blocks * key_scale_row + slot % BLOCK * KEY_SCALES
-                value_scale_at = blocks * value_scale_row + slot % BLOCK * VALUE_SCALES
-            block = tl.load(keys + key_at[None, :] + dims[:, None], mask=seen[None, :] & (dims[:, None] < D), other=0.0)
-            if KEY_SCALES:
-                block = numbers_of(block, query.dtype, PTX)
-            if KEY_SCALES > 1:
-                sizes = tl.load(
-                    key_scales + key_scale_at[None, :] + (dims // 128)[:, None],
-                    mask=seen[None, :] & (dims[:, None] < D),
-                    other=0.0,
-                )
-                block = block.to(tl.float32) * sizes
-            if EXACT:
-                scores = tl.dot(query, block.to(query.dtype), input_precision="ieee") * scale
-            else:
-                scores = tl.dot(query, block.to(query.dtype)) * scale
-            if KEY_SCALES == 1:
-                scores *= tl.load(key_scales + key_scale_at, mask=seen, other=0.0)[None, :]
-            if CAPPED:
-                scores = _capped(scores, softcap)
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, axis=1))
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            weights = tl.exp2(scores - base[:, None])
-            shrinks = tl.exp2(top - base)
-            total = total * shrinks + tl.sum(weights, axis=1)
-            block = tl.load(
-                values + value_at[:, None] + value_dims[None, :],
-                mask=seen[:, None] & (value_dims[None, :] < DV),
-                other=0.0,
-            )
-            if VALUE_SCALES:
-                block = numbers_of(block, query.dtype, PTX)
-            if VALUE_SCALES == 1 and FOLDED:
-                weights *= tl.load(value_scales + value_scale_at, mask=seen, other=0.0)[None, :]
-            elif VALUE_SCALES:
-                sizes = tl.load(
-                    value_scales + value_scale_at[:, None] + (value_dims // 128)[None, :],
-                    mask=seen[:, None] & (value_dims[None, :] < DV),
-                    other=0.0,
-                )
-                block = block.to(tl.float32) * sizes
-            if EXACT:
-                added = tl.dot(weights, block.to(tl.float32), input_precision="ieee")
-            else:
-                added = tl.dot(weights.to(query.dtype), block.to(query.dtype))
-            result = result * shrinks[:, None] + added
-            top = higher
+        result = tl.where(split == 0, 1.0, 0.0) * value.to(tl.float32)
+        top, total, result = attended(
+            query, top, total, result, first_keys, first_key_sizes, first_values, first_value_sizes, seen,
+            scale, softcap, CAPPED, EXACT, KEY_SCALES, VALUE_SCALES, FOLDED, PTX,
+        )  # fmt: skip
+        for tile in range(start + 1, tl.minimum(start + each, tiles)):
+            seen, key_at, value_at, key_scale_at, value_scale_at = places_of(
+                tile, position, held, at, wraps, slots, window, chunk, table, key_row, value_row, key_scale_row,
+                value_scale_row, TILE, WINDOWED, CHUNKED, BLOCK, D, DV, KEY_SCALES, VALUE_SCALES,
+            )  # fmt: skip
+            tile_keys, tile_key_sizes = keys_of(keys, key_scales, seen, key_at, key_scale_at, dims, D, KEY_SCALES)
+            tile_values, tile_value_sizes = values_of(
+                values, value_scales, seen, value_at, value_scale_at, value_dims, DV, VALUE_SCALES
+            )  # fmt: skip
+            top, total, result = attended(
+                query, top, total, result, tile_keys, tile_key_sizes, tile_values, tile_value_sizes, seen,
+                scale, softcap, CAPPED, EXACT, KEY_SCALES, VALUE_SCALES, FOLDED, PTX,
+            )  # fmt: skip
         ours = (heads[:, None] < GROUP) & (value_dims[None, :] < DV)
         if active == 1:
             if SINKS:
@@ -273,43 +256,28 @@ def decode(
             if came == active - 1:
                 member = tl.arange(0, GROUP_MERGED)
                 is_member = member < GROUP
-                splits = tl.arange(0, SPLITS)
-                there = (splits < active)[:, None] & is_member[None, :]
-                at_part = (pair * SPLITS + splits)[:, None] * GROUP + member[None, :]
-                tops_of = tl.load(tops + at_part, mask=there, other=float("-inf"), cache_modifier=".cg")
-                sums_of = tl.load(sums + at_part, mask=there, other=0.0, cache_modifier=".cg")
-                highest = tl.max(tops_of, axis=0)
-                highest = tl.where(is_member, highest, 0.0)
-                whole = tl.sum(sums_of * tl.exp2(tops_of - highest[None, :]), axis=0)
-                merged = tl.zeros((GROUP_MERGED, DV_PADDED), dtype=tl.float32)
-                for first_part in range(0, active, MERGED):
-                    some = first_part + tl.arange(0, MERGED)
-                    is_one = (some < active)[:, None] & is_member[None, :]
-                    at_some = (pair * SPLITS + some)[:, None] * GROUP + member[None, :]
-                    tops_some = tl.load(tops + at_some, mask=is_one, other=float("-inf"), cache_modifier=".cg")
-                    results = tl.load(
-                        parts + at_some[:, :, None] * DV + value_dims[None, None, :],
-                        mask=is_one[:, :, None] & (value_dims[None, None, :] < DV),
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
-                    merged += tl.sum(results * tl.exp2(tops_some - highest[None, :])[:, :, None], axis=0)
+                highest, whole, merged = parts_of(
+                    parts, tops, sums, 0, pair, active, member, value_dims, GROUP, SPLITS, MERGED, DV
+                )  # fmt: skip
+                for first_part in range(MERGED, active, MERGED):
+                    other_top, other_whole, other = parts_of(
+                        parts, tops, sums, first_part, pair, active, member, value_dims, GROUP, SPLITS, MERGED, DV
+                    )  # fmt: skip
+                    higher = tl.maximum(highest, other_top)
+                    base = tl.where(is_member, higher, 0.0)
+                    shrinks, grows = tl.exp2(highest - base), tl.exp2(other_top - base)
+                    whole = whole * shrinks + other_whole * grows
+                    merged = merged * shrinks[:, None] + other * grows[:, None]
+                    highest = higher
                 if SINKS:
                     sink = tl.load(sinks + head * GROUP + member, mask=is_member, other=0.0).to(tl.float32)
                     whole += tl.exp2(sink * 1.4426950408889634 - highest)
-                place = (row * KV_HEADS + head) * GROUP + member
+                member_at = (row * KV_HEADS + head) * GROUP + member
                 tl.store(
-                    out + place[:, None] * DV + value_dims[None, :],
+                    out + member_at[:, None] * DV + value_dims[None, :],
                     merged / tl.where(is_member, whole, 1.0)[:, None],
                     mask=is_member[:, None] & (value_dims[None, :] < DV),
                 )
                 if LSE:
-                    tl.store(lse + place, (highest + tl.log2(whole)) * 0.6931471805599453, mask=is_member)
+                    tl.store(lse + member_at, (highest + tl.log2(whole)) * 0.6931471805599453, mask=is_member)
                 tl.store(counters + pair, 0)
-
-
-@triton.jit
-def _capped(scores, softcap):
-    """Softcap * tanh(scores / softcap), times log2(e)."""
-    bent = 2.0 / (1.0 + tl.exp2(-2.8853900817779268 * scores / softcap)) - 1.0
-    return bent * softcap * 1.4426950408889634

@@ -62,6 +62,7 @@ def _dispatch(hidden: Tensor, index: Tensor, num_experts: int) -> tuple[Tensor, 
         return rows, empty, torch.zeros(num_experts, dtype=torch.int64, device=index.device)
     hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
     order, position, counts = sorted_choices(index, num_experts)
+    _positions[order] = position
     block = min(2 * _BLOCK, 1 << (width - 1).bit_length())
     launch(
         dispatch_kernel.spread,
@@ -83,6 +84,8 @@ def sorted_choices(index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     return order, position, counts
 
 
+_positions: Any = WeakIdKeyDictionary()
+"""By an order that was made here, where each slot stands in it."""
 _ends: Any = WeakIdKeyDictionary()
 """By counts that were counted here, where the rows of each expert end."""
 
@@ -133,6 +136,8 @@ def _combine(rows: Tensor, order: Tensor, gates: Tensor) -> Tensor:
     out = rows.new_empty(tokens, width)
     if not out.numel():
         return out
+    if (position := _positions.get(order)) is not None:
+        return summed(rows, position, gates.contiguous(), out, choices)
     if rows.shape[0] == gates.numel():
         position = torch.empty(gates.numel(), dtype=torch.int32, device=rows.device)
     else:  # those that were left out

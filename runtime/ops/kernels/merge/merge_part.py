@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from runtime.ops.kernels.triton_needs import missing_for_triton
+from runtime.ops.kernels.triton_needs import launch, missing_for_triton
 
 __all__ = ["can_merge", "merge_part"]
 
@@ -30,8 +30,8 @@ def merge_part(total: Tensor, sums: Tensor, out: Tensor, lse: Tensor) -> None:
 
     batch, heads, size, width = total.shape
     num_rows = batch * heads * size
-    merge[(-(-num_rows // _ROWS),)](
-        total, sums, out, lse, num_rows, heads, size,
-        *total.stride()[:3], *sums.stride(), *out.stride()[:3], *lse.stride(),
+    strides = *total.stride()[:3], *sums.stride(), *out.stride()[:3], *lse.stride()
+    launch(
+        merge, (-(-num_rows // _ROWS), 1, 1), (total, sums, out, lse, num_rows, heads, size, *strides),
         WIDTH=width, WIDTH_PADDED=1 << (width - 1).bit_length(), ROWS=_ROWS,
     )  # fmt: skip

@@ -20,7 +20,7 @@ import partitioner
 from partitioner import BundleError, Plan, WeightError, partition
 from partitioner.compile.partition import compile_program
 from partitioner.program.ranks import Ranks
-from runtime.ops.kernels.codes import nibbles
+from runtime.ops.kernels.stored.codes import nibbles
 from runtime.program.rank_program import RankProgram
 from runtime.program.shards import WeightShard
 from runtime.weights.load_weights import load_weights

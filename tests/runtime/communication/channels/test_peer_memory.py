@@ -102,10 +102,8 @@ def test_a_gpu_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why == "GPU 0 cannot reach the memory of rank 1's (GPU)"
 
 
-@pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 8, 16])
-def test_parts_of_the_memory_do_not_overlap(num_ranks: int, by_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mapped_memory, "ROW_SUMS", by_rows)
+def test_parts_of_the_memory_do_not_overlap(num_ranks: int) -> None:
     geometry = Geometry(num_ranks)
     small = num_ranks * 2 * (geometry.small_bytes * 2)
     assert geometry.start_of_data == small
@@ -113,7 +111,7 @@ def test_parts_of_the_memory_do_not_overlap(num_ranks: int, by_rows: bool, monke
     assert geometry.start_of_row_flags == geometry.start_of_flags + 4 * num_ranks * BLOCKS
     assert geometry.start_of_rows >= geometry.start_of_row_flags + 4 * num_ranks
     assert geometry.start_of_rows % 256 == 0
-    assert geometry.num_bytes == geometry.start_of_rows + by_rows * ROW_BYTES
+    assert geometry.num_bytes == geometry.start_of_rows + ROW_BYTES
     assert geometry.chunk_bytes & (geometry.chunk_bytes - 1) == 0
     assert geometry.num_bytes <= 200 * 2**20
 

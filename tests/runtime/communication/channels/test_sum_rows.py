@@ -39,7 +39,7 @@ def sum_norm(
     grid: tuple[int, ...], x: Tensor, area: Tensor, residual: Tensor, weight: Tensor, total: Tensor, normed: Tensor,
     width: int, piece: int, eps: float, *, RANK: int, RANKS: int, ADDS: bool, WEIGHTED: bool, **others: int,  # noqa: N803
 ) -> None:  # fmt: skip
-    assert grid == (len(x),)
+    assert grid == (len(x), 1, 1)
     part = slice(0, x.numel())
     found = torch.zeros_like(x)
     for rank in range(RANKS):

@@ -79,15 +79,12 @@ class CountsOnDevice:
     def __getattr__(self, name):
         return getattr(self.channel, name)
 
-    def all_to_all_within(self, x, num_rows, send_counts, receive_counts, *, ahead=False):
+    def all_to_all_within(self, x, num_rows, send_counts, receive_counts):
         given, taken = send_counts.tolist(), receive_counts.tolist()
         came = self.channel.all_to_all(x[: sum(given)], given, taken, sizes_from=self.channel.node)
         out = torch.full((num_rows, *x.shape[1:]), torch.nan if x.is_floating_point() else -1, dtype=x.dtype)
         out[: len(came)] = came
-        return Handle(lambda: out) if ahead else Handle.done(out)
-
-    def beside(self, run, result, *, keep):
-        return Handle(lambda: (run(), result)[1])
+        return out
 
 
 given = cases.make(6, 6, 3, seed=4)
@@ -100,11 +97,11 @@ for how in [{}, {"alike": True}, {"alike": True, "ahead": True}, {"ahead": True}
             own = slice(3 * number, 3 * number + 3)
             tokens = [each[own] for each in given[:3]]
             *sent, back = expert_exchange.send_to_experts(send, *tokens, **cases.flat(owners), **how)
-            rows, local, kept = map(expert_exchange.landed, sent)
+            rows, local, kept = map(landed, sent)
             assert len(rows) == 6 if how.get("alike") else len(rows) <= 6
             made = cases.experts(rows, local, kept, given[3][owners[number]], given[4][owners[number]], trim=True)
             ahead = how.get("ahead", False)
-            return expert_exchange.landed(expert_exchange.receive_from_experts(back_channel, made, back, ahead=ahead))
+            return landed(expert_exchange.receive_from_experts(back_channel, made, back, ahead=ahead))
         return work
     found = cases.run(cases.ThreadGroup(cases.Mesh.of(ep=2, dp=2)), rank(0), rank(1))
     assert cases.close(torch.cat(found), expected), (how, found)

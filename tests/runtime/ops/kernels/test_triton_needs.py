@@ -73,7 +73,6 @@ GRID, STREAM = (3, 1, 1), 5
 @pytest.fixture(autouse=True)
 def stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
-    monkeypatch.setattr(triton_needs, "DIRECT", True)
 
 
 def how(kernel: Kernel, x: torch.Tensor, size: int, **constants: Any) -> str:
@@ -118,9 +117,3 @@ def test_what_another_kernel_is_compiled_for_is_looked_up_anew(
 def test_where_triton_is_another_all_goes_its_long_way() -> None:
     for kernel in (Kernel(is_strange=True), Kernel(compiles=False)):
         assert [how(kernel, torch.zeros(64), 5) for _ in range(3)] == ["looked up"] * 3
-
-
-def test_by_default_triton_looks_up_what_it_has_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_needs, "DIRECT", False)
-    kernel, x = Kernel(), torch.zeros(4)
-    assert [how(kernel, x, 4) for _ in range(2)] == ["looked up"] * 2

@@ -12,7 +12,7 @@
 Which scale is whose is told by row and by column, so that a rank may hold any of them: beside the border of a block, or
 in activation order. Each weight is rounded to the dtype of the product, as it would be if it were held expanded; on a
 CPU the results are so the same to the bit. On a GPU kernels in Triton dequantise where the numbers are used, and sum in
-another order (`runtime.ops.kernels.stored_products`).
+another order (`runtime.ops.kernels.stored.stored_products`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from runtime.ops.kernels.codes import exponents, nibbles, numbers
-from runtime.ops.kernels.stored_products import product
+from runtime.ops.kernels.stored.codes import exponents, nibbles, numbers
+from runtime.ops.kernels.stored.stored_products import product
 from runtime.ops.kernels.triton_needs import missing_for_triton
 
 __all__ = ["stored_grouped_linear", "stored_linear", "stored_weight"]

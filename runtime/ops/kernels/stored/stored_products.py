@@ -1,4 +1,4 @@
-"""Which kernel computes a product with a stored weight, and how: see `runtime.ops.kernels.stored_kernel`.
+"""Which kernel computes a product with a stored weight, and how: see `runtime.ops.kernels.stored.stored_kernel`.
 
 `product` is one operator for torch.compile. Nothing waits for the device but the first product of a weight, which looks
 at how its columns share their scales.
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["product", "run_of"]
+__all__ = ["CODES", "product", "run_of"]
 
-_CODES = {"float8": 0, "float4": 1, "int4": 2}
+CODES = {"float8": 0, "float4": 1, "int4": 2}
 _RUNS = (128, 64, 32)
 _HALVES = (torch.bfloat16, torch.float16)
 _FEW = 16
@@ -57,7 +57,7 @@ def product(
     code: str,
 ) -> Tensor:
     """The product of x [.., K], [.., N]; with `counts`, x [T, K] is sorted by expert, and rows of none are zero."""
-    from runtime.ops.kernels import stored_kernel  # Triton comes with torch for GPUs only
+    from runtime.ops.kernels.stored import stored_kernel  # Triton comes with torch for GPUs only
 
     left = x.reshape(-1, x.shape[-1]).contiguous()
     codes, scales = codes.contiguous(), scales.contiguous()
@@ -76,7 +76,7 @@ def product(
     )  # fmt: skip
     strides = left.stride(0), codes.stride(-2), scales.stride(0)
     options: dict[str, Any] = {
-        "CODE": _CODES[code], "EXPONENTS": scales.dtype == torch.uint8, "ZEROS": zeros is not None,
+        "CODE": CODES[code], "EXPONENTS": scales.dtype == torch.uint8, "ZEROS": zeros is not None,
         "BIAS": bias is not None, "EXPERTS": 0 if counts is None else 1 << (experts - 1).bit_length(),
         "BFLOAT": x.dtype == torch.bfloat16, "PTX": x.is_cuda,
     }  # fmt: skip

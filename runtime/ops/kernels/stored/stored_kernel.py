@@ -1,4 +1,4 @@
-"""The kernels of `runtime.ops.kernels.stored`: products with a matrix that is dequantised where it is used.
+"""The kernels of `stored_linear.py`: products with a matrix that is dequantised where it is used.
 
     x [M, K]   codes [E, N, K] or [E, N, K/2]   scales, zeros [R, G]   rows [E, N]   columns [K]   ->   [M, N]
 
