@@ -1,18 +1,22 @@
-"""What replicas add to emission and proof: 256 ranks of one program against those of one replica, on the meta device.
+"""What replicas and stages add to emission and proof: 256 ranks of one program against few, on the meta device.
 
 python -m benchmarks.compiling.many_ranks [--layers 126] [--rounds 3]
 
-A Llama-3.1-405B shape is traced once. Then, for tp=8 and dp=32 x tp=8, and for tp=64 and dp=4 x tp=64, in turns: the
-layout check, the order of communication of all ranks, and every rank emitted (its graph, and its part of each weight).
-Prints the seconds of each and their ratio, which is to be at most 1.2.
+A Llama-3.1-405B shape is traced once. Then, for tp=8 and dp=32 x tp=8, for tp=64 and dp=4 x tp=64, and for tp=8 and
+dp=4 x pp=8 x tp=8, in turns: the layout check, the order of communication of all ranks and of their stages' schedules,
+and every rank emitted (its graph, and its part of each weight). Prints the seconds of each and their ratio, which is to
+be at most 1.2, and how much more than the mean the largest stage holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import statistics
 import time
 import warnings
+from collections.abc import Mapping
 
 import torch
 import transformers
@@ -25,7 +29,26 @@ from partitioner.compile.run_passes import choose
 from partitioner.program import Program
 from partitioner.proof.layouts import check
 from partitioner.proof.meetings import check_meetings
+from partitioner.proof.schedules import prove_stages
 from partitioner.sharding.mesh import Mesh
+
+STAGES = {"dp": 4, "pp": 8, "tp": 8}
+
+
+def named(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def laid_out(traced: Program, sizes: Mapping[str, int]) -> Program:
+    program = choose("tensor-parallel").step.run(traced.copy(Mesh.of(**sizes)))
+    return choose("pipeline").step.run(program) if "pp" in sizes else program
+
+
+def bytes_of_stages(program: Program) -> list[int]:
+    """What the first rank of each stage holds of weights."""
+    emitter = Emitter(program)
+    ranks = [emitter.rank({**dict.fromkeys(STAGES, 0), "pp": stage}) for stage in range(STAGES["pp"])]
+    return [sum(weight.bytes for weight in rank.weights) for rank in ranks]
 
 
 def prove_and_emit(program: Program) -> None:
@@ -33,6 +56,7 @@ def prove_and_emit(program: Program) -> None:
     emitter = Emitter(program)
     ranks = [emitter.rank(coordinates) for coordinates in program.mesh]
     check_meetings(ranks)
+    prove_stages(program)
     for rank in ranks:
         rank.graph  # noqa: B018 - builds it
 
@@ -51,19 +75,22 @@ def main() -> None:
     start = time.perf_counter()
     traced = trace(model)
     print(f"{len(traced.graph.nodes)} nodes, traced in {time.perf_counter() - start:.1f} s", flush=True)
-    for dp, tp in ((32, 8), (4, 64)):
-        split = [choose("tensor-parallel").step.run(traced.copy(Mesh.of(dp=d, tp=tp))) for d in (1, dp)]
-        names = [f"tp={tp}", f"dp={dp} x tp={tp}"]
-        work = {
-            name: (lambda program=program: prove_and_emit(program)) for name, program in zip(names, split, strict=True)
-        }
+    for few, many in (({"tp": 8}, {"dp": 32, "tp": 8}), ({"tp": 64}, {"dp": 4, "tp": 64}), ({"tp": 8}, STAGES)):
+        split = {named(sizes): laid_out(traced, sizes) for sizes in (few, many)}
+        work = {name: functools.partial(prove_and_emit, program) for name, program in split.items()}
         times = take_turns(work, rounds=given.rounds)
-        alone, together = (statistics.median(times[name]) for name in names)
+        (first, alone), (second, together) = ((name, statistics.median(found)) for name, found in times.items())
         print(
-            f"{names[0]}: {alone:.2f} s for {tp} ranks; {names[1]}: {together:.2f} s for {dp * tp} ranks; "
-            f"ratio {together / alone:.3f}",
+            f"{first}: {alone:.2f} s for {math.prod(few.values())} ranks; {second}: {together:.2f} s for "
+            f"{math.prod(many.values())} ranks; ratio {together / alone:.3f}",
             flush=True,
         )
+    held = bytes_of_stages(split[second])
+    print(
+        f"weights of a rank, by stage: {', '.join(f'{each / 1e9:.2f}' for each in held)} GB; the largest over the mean "
+        f"{max(held) / statistics.mean(held):.3f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -368,7 +368,7 @@ def overlapped(
     times = turns.medians(ways, rounds=given.rounds, calls=1 if given.small else 5)
     found = {"node by node": {way: seconds * 1e6 for way, seconds in times.items()}}
     if turns.device.type == "cuda":
-        mine = microseconds(ways, turns.device, calls=3, rounds=5)
+        mine = microseconds(ways, turns.device, calls=3, rounds=9)
         found["in a CUDA graph"] = dict(zip(mine, turns.slowest(list(mine.values())), strict=True))
     for how, took in found.items():
         if first:

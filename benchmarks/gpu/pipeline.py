@@ -15,7 +15,6 @@ beside them stands how far apart two bfloat16 numbers of that size are.
     python -m benchmarks.gpu.pipeline --ranks 4                      pp=4, and tp=2,pp=2
     python -m benchmarks.gpu.pipeline --ranks 8 --plan tp=2,pp=4
     python -m benchmarks.gpu.pipeline --ranks 2 --only prompt --steps 2048 4096
-    python -m benchmarks.gpu.pipeline --ranks 2 --only prompt --even-chunks
     python -m benchmarks.gpu.pipeline --ranks 2 --device cpu --small --rounds 1
 """
 
@@ -45,8 +44,6 @@ from benchmarks.support.several import (
 from partitioner import Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
-from runtime.ops.kernels import flash_attention
-from runtime.pipeline import chunks
 
 PLANS = {
     2: ("pp=2",),
@@ -70,8 +67,6 @@ def writes(engine: Engine, ids: Tensor, count: int, **given: int) -> Callable[[]
 @torch.no_grad()
 def rank(given: argparse.Namespace) -> None:
     device, plan = device_of_rank(given), Plan.parse(given.part)
-    if given.even_chunks:
-        chunks.EVEN_ON_GPUS, flash_attention.COMES_AGAIN = True, 256
     shape, tokens = ("small", given.tokens or 256) if given.small else ("8b", given.tokens or 65536)
     model = decoder(shape, layers=given.layers, positions=max(tokens, SHORT) + 2 * MANY, device=device)
     weights, whole = DrawnWeights(model, device), partition(model, Plan())
@@ -205,7 +200,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of the prompt; 65536, and 256 with --small")
     parser.add_argument("--only", choices=("prompt", "decode"))
     parser.add_argument("--steps", nargs="*", type=int, default=[], help="tokens of a prompt that run at a time")
-    parser.add_argument("--even-chunks", action="store_true", help="equally dear ones, in place of powers of two")
     parser.add_argument("--plan", nargs="+", help="instead of those for so many ranks")
     given = parser.parse_args()
     start(

@@ -6,7 +6,8 @@
 
 On several GPUs (`--ranks`) tensor parallelism, with the defaults, in whole pieces, and in halves in turn, and on each
 GPU all of the model besides; the slowest rank counts, of the rounds the median. A prompt comes again and again here, so
-its pieces are replayed where they are captured; "node by node" is what the first prompt of a length takes.
+its pieces are replayed where they are captured; "node by node" is without that. What the first calls of
+a length take, of the defaults, is printed where the longest one has been run before.
 
     python -m benchmarks.gpu.prefill                  one GPU, a minute
     python -m benchmarks.gpu.prefill --ranks 2 --lengths 4096 --without transformers pieces
@@ -113,7 +114,13 @@ def rank(given: argparse.Namespace) -> None:
             f"{given.ranks} x {device_name(device)}, shape {shape}, {model.config.num_hidden_layers} layers; products "
             f"{rate / 1e12:.2f} TFLOP/s{f'; left out: tp_plan: {why}' if why else ''}"
         )
+    told = split or one
+    told.generate(torch.ones(1, max(lengths), dtype=torch.int64), max_new_tokens=1)  # the cache is that of the longest
     for length in lengths:
+        if length < max(lengths):
+            calls = first_calls(told, length, turns)
+            if first:
+                print(f"{length:6} tokens  ours, defaults, calls one after the other, ms: {calls}", flush=True)
         report(given, length, measured(given, length, one, split, held, auto, turns, model), rate, model, first=first)
     if split is not None:
         split.close()
@@ -169,6 +176,19 @@ def measured(
         contestants['transformers, tp_plan="auto"'] = (given.ranks, theirs(auto))
     times = turns.medians({name: run for name, (_, run) in contestants.items()}, rounds=given.rounds, before=3)
     return {name: (gpus, times[name]) for name, (gpus, _) in contestants.items()}
+
+
+def first_calls(engine: Engine, length: int, turns: DeviceTurns) -> str:
+    """What the first prompts of a length take, another one each; the last is a few tokens shorter."""
+    taken = []
+    for number, size in enumerate([length] * 4 + [length - 3]):
+        drawn = torch.randint(0, 200, (1, size), generator=torch.Generator().manual_seed(number))
+        turns.meet()
+        began = time.perf_counter()
+        engine.generate(drawn, max_new_tokens=1, eos_token_id=[])
+        synchronize(turns.device)
+        taken.append(time.perf_counter() - began)
+    return ", ".join(f"{seconds * 1e3:.1f}" for seconds in turns.slowest(taken))
 
 
 def report(

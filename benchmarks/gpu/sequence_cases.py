@@ -13,24 +13,14 @@ from torch import distributed as dist
 from torch.nn import functional
 
 from benchmarks.support.several import DeviceTurns
-from runtime.communication.peer_memory import beside
-from runtime.communication.peer_memory.rows import push_rows
 from runtime.generation.steps import Steps
 from runtime.ops.attention import attention
-from runtime.ops.kernels import partial_kernels
-from runtime.ops.kernels.decode import shared_decode
-from runtime.ops.rows import ulysses_in_place
 from runtime.ops.rows.sequence_attention import attend_over_ranks
 from runtime.ops.rows.share_rows import take_rows
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.ops.rows.ulysses import by_heads
 
-__all__ = ["SharedOut", "drawn_prompts", "limited", "torch_context_parallel", "with_unproven"]
-
-
-def with_unproven(is_on: bool) -> None:
-    """Kernels that have not run on GPUs yet: each says so where it is switched."""
-    push_rows.IN_PLACE = beside.PERMUTES_ON = partial_kernels.BY_CUDNN = shared_decode.FUSED = is_on
+__all__ = ["SharedOut", "drawn_prompts", "limited", "torch_context_parallel"]
 
 
 class SharedOut:
@@ -44,27 +34,22 @@ class SharedOut:
         self.tokens, self.scale, self._channels = tokens, width**-0.5, channels
         self._ranks, self._number = communicator.mesh.world_size, communicator.rank
         random = torch.Generator(device).manual_seed(0)
+        # token by token, as linears and rotations leave them
         self.whole = [
-            torch.randn(1, count, tokens, width, device=device, dtype=dtype, generator=random)
+            torch.randn(1, tokens, count, width, device=device, dtype=dtype, generator=random).transpose(1, 2)
             for count in (query, kv, kv)
         ]
-        self._mine = [self._own(x).contiguous() for x in self.whole]
+        self._mine = [self._own(x).transpose(1, 2).contiguous().transpose(1, 2) for x in self.whole]
 
     def _own(self, x: Tensor) -> Tensor:
         return take_rows(x, self._number, parts=self._ranks, axes=("sp",), dim=2, kind="sequence", order="zigzag")
 
-    def by(self, way: str, groups: int | None = None) -> Tensor:
-        """groups: of heads, by ulysses."""
+    def by(self, way: str) -> Tensor:
         factors = {"neighbours": self._ranks // 2} if way == "ring-ulysses" else {}
-        before = ulysses_in_place.GROUPS
-        ulysses_in_place.GROUPS = groups or before
-        try:
-            return attend_over_ranks(
-                self._channels[way], *self._mine, self.tokens, None, None, how=way, parts=self._ranks,
-                scale=self.scale, causal=True, **factors,
-            )  # fmt: skip
-        finally:
-            ulysses_in_place.GROUPS = before
+        return attend_over_ranks(
+            self._channels[way], *self._mine, self.tokens, None, None, how=way, parts=self._ranks,
+            scale=self.scale, causal=True, **factors,
+        )  # fmt: skip
 
     def alone(self) -> Tensor:
         return attention(*self.whole, scale=self.scale, causal=True)
@@ -98,7 +83,7 @@ def torch_context_parallel(turns: DeviceTurns, whole: list[Tensor], scale: float
     why = ""
     for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
         for grouped in (True, False):
-            q, k, v = (each.clone() for each in whole)
+            q, k, v = (each.clone(memory_format=torch.contiguous_format) for each in whole)
             if not grouped:
                 k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], 1) for each in (k, v))
             try:

@@ -6,8 +6,9 @@
     auto        of the kinds, the one that `sp_attention="auto"` takes: the best kind's time over its, for 12 shapes
                 (query heads, kv heads, how wide) and lengths
     prompts     the whole model to the first token, 32k to 512k tokens, over one GPU (up to --alone tokens)
-    decode      256k tokens in the cache: seconds of a token behind them, over one GPU; captured, and with --compile
-                compiled. Keys and values are drawn: of the prompt only the last 2,048 tokens are run
+    decode      256k tokens in the cache: seconds of a token behind them, over one GPU, and of attention alone;
+                captured, and with --compile compiled. Keys and values are drawn: of the prompt only the last 2,048
+                tokens are run
     memory      a prompt of --cached tokens under a limit (`set_per_process_memory_fraction`) that ranks need a tenth
                 less than: they run it, one GPU cannot
 
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.pipeline import alone, drawn_ids, writes
-from benchmarks.gpu.sequence_cases import SharedOut, drawn_prompts, limited, torch_context_parallel, with_unproven
+from benchmarks.gpu.sequence_cases import SharedOut, drawn_prompts, limited, torch_context_parallel
 from benchmarks.support.decoders import SHAPES, DrawnWeights, decoder
 from benchmarks.support.several import (
     DeviceTurns,
@@ -57,8 +58,8 @@ LENGTHS, CACHED = (2**15, 2**16, 2**17, 2**18, 2**19), 2**18
 AUTO = ((32, 8, 128), (64, 8, 128), (40, 8, 128), (32, 32, 128), (28, 4, 128), (16, 2, 128))
 SMALL_AUTO = ((8, 4, 8), (4, 2, 16))
 SMALL_LENGTHS, SMALL_CACHED = (96, 203), 200
-NEW, LONG, LAST = 33, 2**17, 2048
-"""Tokens behind a prompt, the longest that is timed several times, and what is run of a drawn one."""
+NEW, LONG, LAST, SHORT = 33, 2**17, 2048, 512
+"""Tokens behind a prompt, the longest that is timed several times, what is run of a drawn one, and a short one."""
 
 
 def rounds_of(given: argparse.Namespace, tokens: int) -> int:
@@ -103,7 +104,6 @@ def attentions(given: argparse.Namespace, device: torch.device) -> None:
         off = case.require_alike(ways)
         contestants: dict[str, Callable[[], object]] = {"1 GPU": case.alone, "exchange": case.exchanged}
         shared = {way: functools.partial(case.by, way) for way in ways}
-        shared |= {f"ulysses, {n}": functools.partial(case.by, "ulysses", n) for n in given.groups}
         times = turns.medians(contestants | shared, rounds=rounds_of(given, tokens))
         if first:
             said = ", ".join(
@@ -140,7 +140,8 @@ def whole_model(given: argparse.Namespace, device: torch.device) -> None:
             layers = model.config.num_hidden_layers
             print(f"{given.part}: {plan}, {given.ranks} x {device_name(device)}, {layers} layers", flush=True)
         if is_decode:
-            decode(turns, one, split, drawn_ids(1, cached, model.config.vocab_size, device), first=first)
+            layers, ids = model.config.num_hidden_layers, drawn_ids(1, cached, model.config.vocab_size, device)
+            decode(turns, one, split, ids, layers=layers, first=first)
         else:
             for tokens in given.lengths:
                 ids = drawn_ids(1, tokens, model.config.vocab_size, device)
@@ -157,25 +158,41 @@ def whole_model(given: argparse.Namespace, device: torch.device) -> None:
             one._generate_loop.release()  # what it has captured goes before the groups
 
 
-def decode(turns: DeviceTurns, one: Engine, split: Engine, ids: Tensor, *, first: bool) -> None:
-    """The time between tokens behind one prompt; the first steps are compiled and captured, and do not count."""
+def decode(turns: DeviceTurns, one: Engine, split: Engine, ids: Tensor, *, layers: int, first: bool) -> None:
+    """The time between tokens behind one prompt, and behind the first of it; the first steps are captured, and do not
+    count. What a long cache takes more than a short one is attention; what ranks take more than one GPU behind a short
+    one is what they say to each other.
+    """
     took = {}
+    sizes = ids.shape[1], min(SHORT, ids.shape[1] // 4)
     for name, engine in (("1 GPU", one), ("ranks", split)):
-        turns.meet()
-        ends = [time.perf_counter()]
-        with drawn_prompts():
-            steps = engine.stream(
-                ids, max_new_tokens=NEW, eos_token_id=[], do_sample=False, prefill_step=min(LAST, ids.shape[1] // 8)
-            )
-            for _ in steps:
-                synchronize(turns.device)
-                ends.append(time.perf_counter())
-        half = len(ends) // 2
-        took[name] = turns.slowest([ends[1] - ends[0], (ends[-1] - ends[half]) / (len(ends) - 1 - half)])
-    if first:
-        for name, (to_first, each) in took.items():
-            print(f"  {ids.shape[1]} cached, {name}: {to_first:.2f} s to begin, then {each * 1e3:.3f} ms a token")
-        print(f"  1 GPU / ranks, a token: {took['1 GPU'][1] / took['ranks'][1]:.2f}", flush=True)
+        for size in sizes:
+            turns.meet()
+            ends = [time.perf_counter()]
+            with drawn_prompts():
+                steps = engine.stream(
+                    ids[:, :size], max_new_tokens=NEW, eos_token_id=[], do_sample=False,
+                    prefill_step=min(LAST, size // 8),
+                )  # fmt: skip
+                for _ in steps:
+                    synchronize(turns.device)
+                    ends.append(time.perf_counter())
+            half = len(ends) // 2
+            took[name, size] = turns.slowest([(ends[-1] - ends[half]) / (len(ends) - 1 - half)])[0]
+    said = [
+        writes(engine, ids[:, : min(SHORT, ids.shape[1] // 4)], NEW)()[0, -NEW:].tolist() for engine in (one, split)
+    ]
+    if not first:
+        return
+    alike = next((at for at, both in enumerate(zip(*said, strict=True)) if both[0] != both[1]), NEW)
+    print(f"  of {NEW} tokens behind a prompt that is run, the first {alike} are one GPU's", flush=True)
+    for (name, size), each in took.items():
+        print(f"  {size} cached, {name}: {each * 1e3:.3f} ms a token")
+    (alone_long, alone_short), (long, short) = ([took[name, size] for size in sizes] for name in ("1 GPU", "ranks"))
+    attention = (alone_long - alone_short) / (long - short)
+    more = (short - alone_short) / layers
+    print(f"  1 GPU / ranks: a token {alone_long / long:.2f}, attention {attention:.2f}", flush=True)
+    print(f"  besides attention ranks take {more * 1e6:.1f} us more a layer than one GPU", flush=True)
 
 
 @torch.no_grad()
@@ -216,7 +233,6 @@ def memory(given: argparse.Namespace, device: torch.device) -> None:
 
 def rank(given: argparse.Namespace) -> None:
     device = device_of_rank(given)
-    with_unproven(given.unproven)
     runs = {"attention": attentions, "auto": attentions, "memory": memory}
     runs.get(given.part, whole_model)(given, device)
 
@@ -228,10 +244,6 @@ def main() -> None:
     parser.add_argument("--cached", type=int, help="tokens in the cache of decode; 256k, and 200 with --small")
     parser.add_argument("--alone", type=int, default=LONG, help="the longest prompt that one GPU is given")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument(
-        "--unproven", action="store_true", help="with kernels that have not run on GPUs yet, and are off elsewhere"
-    )
-    parser.add_argument("--groups", type=int, nargs="*", default=[], help="attention by ulysses in as many groups too")
     parser.add_argument("--compile", action="store_true", help="compiled steps of decode, besides captured")
     parser.add_argument("--plan", help="of prompts and decode, instead of sp=RANKS")
     given = parser.parse_args()

@@ -34,8 +34,6 @@ from runtime.engine import Engine
 from runtime.execution.prompts.piece import Piece
 from runtime.generation.steps import Steps
 from runtime.kv_cache.sharded_cache import cache_for
-from runtime.ops.kernels import flash_attention
-from runtime.pipeline import chunks
 from runtime.pipeline.chunks import chunk_ends
 from runtime.pipeline.links import shape_of
 from runtime.pipeline.schedule import chain, relay
@@ -164,15 +162,12 @@ def main() -> None:
     parser.add_argument("--only", choices=("decode", "prompt"))
     parser.add_argument("--compile", action="store_true", help="decode steps compiled as well as captured")
     parser.add_argument("--transfer", type=float, default=15.0, help="microseconds")
-    parser.add_argument("--even-chunks", action="store_true", help="equally dear ones, in place of powers of two")
     parser.add_argument("--layers", type=int, help="instead of all")
     parser.add_argument("--tokens", type=int, help="of the prompt; 65536, and 256 with --small")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes, which say nothing of speed")
     given = parser.parse_args()
     device = torch.device(given.device)
-    if given.even_chunks:
-        chunks.EVEN_ON_GPUS, flash_attention.COMES_AGAIN = True, 256
     shape, tokens = ("small", given.tokens or 256) if given.small else ("8b", given.tokens or 65536)
     model = decoder(shape, layers=given.layers, positions=tokens + 2 * SHORT, device=device)
     weights = DrawnWeights(model, device)

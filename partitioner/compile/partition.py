@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from partitioner.analysis.report.report import Report, make_report
+from partitioner.analysis.rules.recognise_attention import recognise_attention
 from partitioner.analysis.tokens.step_equivalence import why_steps_differ
 from partitioner.analysis.tokens.token_mixing import why_rows_mix, why_tokens_mix
 from partitioner.capture import capture, capture_piece, capture_step
@@ -191,6 +192,9 @@ def compile_program(
     `model`: what a bundle says of it.
     """
     check_plan(plan)
+    if plan.sp > 1:  # only attention may look from one token at another
+        candidate = traced.copy()
+        traced = candidate if recognise_attention(candidate) else traced
     split = _split(traced, plan, "text")
     text = run_passes(split.copy(), passes_of(plan, "text"))
     if text.stages is not None:

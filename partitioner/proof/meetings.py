@@ -16,6 +16,7 @@ same event, whose groups part them. That is how all ranks of one graph are prove
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +113,7 @@ def play(mesh: Mesh, timelines: Mapping[int, Sequence[Event]]) -> None:
             continue  # somebody is elsewhere: whoever gets here last looks again
         for other, each in others.items():
             assert each is not None
-            if _agreed(mesh, rank, mine) != _agreed(mesh, other, each):
+            if _agreed(rank, mine, together) != _agreed(other, each, together):
                 raise RankMismatch(
                     f"ranks {rank} and {other} disagree on what they do together:\n  rank {rank}: {mine}\n"
                     f"  rank {other}: {each}"
@@ -148,18 +149,24 @@ def _shape(event: Event) -> Any:
     shape = event.meeting.shape
     if shape is None or event.meeting.kind == "all_to_all":
         return None if shape is None else tuple(map(str, shape[1:]))
-    found: list[str | None] = list(map(str, shape))
+    found: list[str | None] = [*_spelled(tuple(shape))]
     options = dict(event.options)
     if event.meeting.kind == "all_gather" and isinstance(options.get("dim"), int):
         found[options["dim"]] = None
     return tuple(found)
 
 
-def _agreed(mesh: Mesh, rank: int, event: Event) -> tuple[Any, ...]:
+@functools.lru_cache(maxsize=4096)
+def _spelled(shape: tuple[Any, ...]) -> tuple[str, ...]:
+    """Remembered, as the pieces of a schedule have the same few: sympy takes its time to print."""
+    return tuple(map(str, shape))
+
+
+def _agreed(rank: int, event: Event, together: tuple[int, ...]) -> tuple[Any, ...]:
     meeting = event.meeting
     if meeting.peer is None:
         return _of_all(event)
-    other = mesh.group(meeting.axes, rank)[meeting.peer]
+    (other,) = (each for each in together if each != rank)
     sender, receiver = (rank, other) if meeting.kind == "send" else (other, rank)
     return ("message", sender, receiver, _shape(event), str(meeting.dtype), meeting.sizes_from)
 

@@ -24,7 +24,6 @@ from runtime.communication.group_collectives import PRIMITIVES, Group, begin_all
 from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement, check_counts
 from runtime.communication.peer_memory import beside
 from runtime.communication.peer_memory.peer_memory import PeerMemory
-from runtime.communication.peer_memory.rows import push_rows
 from runtime.communication.peer_memory.rows.push_rows import PeerRows
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory
 from runtime.ops.communicating import Kind, axes_text
@@ -176,7 +175,7 @@ class GroupChannel(Channel):
     def peer_rows(self) -> PeerRows | None:
         peers = self._peers
         # rows that are written compare nothing
-        if peers is None or self._state.checking or not push_rows.IN_PLACE:
+        if peers is None or self._state.checking:
             return None
         call = Call(self.rank, self.node, "all_to_all", axes_text(self.axes))
         found: PeerRows | None = self._guarded(call, self.ranks, _nothing_to_compare, lambda: peers.rows)
@@ -230,8 +229,6 @@ class GroupChannel(Channel):
 
     def _permute(self, call: Call, options: dict[str, Any]) -> Callable[[Tensor], Handle]:
         run, gather = self._primitive("permute", **options), self._comparison()
-        if self._peers is not None and beside.PERMUTES_ON:
-            run = beside.begin_permute(self._peers, otherwise=run, shift=options["shift"])
 
         def begin(x: Tensor) -> Handle:
             own = call.on(x)

@@ -20,8 +20,15 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.kv_cache.buffers import StateRows
 from runtime.kv_cache.sharded_slots import DealtOut, ShardedRun, moved
-from runtime.ops.kernels.decode import shared_decode
-from runtime.ops.kernels.decode_attention import Attending, can_decode, decode_attention, registered
+from runtime.ops.kernels.decode.shared_decode import merged_rows, own_or_last_rows, packed_rows
+from runtime.ops.kernels.decode_attention import (
+    Attending,
+    Rotation,
+    can_decode,
+    can_rotate,
+    decode_attention,
+    registered,
+)
 from runtime.ops.kernels.flash_attention import can_flash, flash_attention
 from runtime.ops.rows.attend_runs import Block, RankQueries
 from runtime.ops.rows.exchange_keys import around, filled_up
@@ -71,15 +78,29 @@ class ShardedAttention:
         packed = Attending(self._packed_by_kernel, values.width + 1, dtype=torch.float32)
         self._by_kernel = registered(packed)
 
+    def rotates(self, q: Tensor, *by: Any) -> bool:
+        """Whether it takes a `rotation` of one token's queries and keys that is still to be done."""
+        return self.has_kernel and can_rotate(q, *by)
+
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None, sinks: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        sinks: Tensor | None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         run = require_kind(self._run(), self._how, self._channel)
         if self.has_kernel and q.shape[2] == 1 and mask is None:
-            packed = self._by_kernel(q, k, v, positions, None)
-            if shared_decode.FUSED and sinks is None and not torch.compiler.is_compiling():  # which fuses it itself
-                return shared_decode.merged_rows(self._channel.all_gather(packed[None], dim=0), q.dtype)
+            packed = self._by_kernel(q, k, v, positions, None, rotation)
+            if sinks is None and not torch.compiler.is_compiling():  # which fuses it itself
+                return merged_rows(self._channel.all_gather(packed[None], dim=0), q.dtype)
             return self._merged(packed, sinks).to(q.dtype)
+        if rotation is not None:  # behind a mask
+            cos, sin, half = rotation
+            q, k = (x * cos + torch.roll(x, -half, -1) * sin for x in (q, k))
         k, v = (keep(run, each, x, self._channel) for each, x in ((self._keys, k), (self._values, v)))
         dealt_out = run.dealt_out
         if dealt_out is None:
@@ -112,7 +133,15 @@ class ShardedAttention:
         """What the parts [B, H, S, Dv + 1] of all ranks are together: on every rank the same bits."""
         return merged_over(self._channel, packed, sinks)
 
-    def _packed_by_kernel(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None) -> Tensor:
+    def _packed_by_kernel(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        sinks: Tensor | None,
+        rotation: Rotation | None = None,
+    ) -> Tensor:
         """The part of this rank. To the kernel a row is as long as what this rank keeps of it.
 
         The kernel appends what it is given: on a rank that does not keep the token, that is the last one that it keeps.
@@ -121,22 +150,11 @@ class ShardedAttention:
         keys, values = (each.numbers[run.rows] for each in (self._keys, self._values))
         assert run.appended is not None
         is_own, before = run.appended.is_own, run.appended.before
-        if shared_decode.FUSED:
-            k, v, at = shared_decode.own_or_last_rows(k, v, keys, values, is_own, before)
-        else:
-            at, rows = (before - (~is_own).long()).clamp(min=0), torch.arange(q.shape[0], device=q.device)[:, None]
-            k, v = (
-                torch.where(is_own[..., None, None], new, kept[rows, :, at].transpose(1, 2))
-                for new, kept in ((k, keys), (v, values))
-            )
+        q, k, v, at = own_or_last_rows(q, k, v, keys, values, is_own, before, rotation)
         out, lse = decode_attention(
             q, k, v, at, keys, values, scale=self._scale, softcap=self._softcap, return_lse=True
         )  # fmt: skip
-        if shared_decode.FUSED:
-            return shared_decode.packed_rows(out, lse, is_own, before)
-        has_none = (~is_own & (before == 0))[..., None]
-        lse = lse[..., None].masked_fill(has_none, -torch.inf)
-        return torch.cat([out.float().masked_fill(has_none[..., None], 0), lse[..., None]], -1)
+        return packed_rows(out, lse, is_own, before)
 
     def _used(self, run: ShardedRun) -> Block:
         """What this rank keeps of the run's rows, as far as anyone looks; by query head where these share none."""

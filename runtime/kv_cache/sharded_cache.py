@@ -135,9 +135,7 @@ class ShardedCache(Cache):
             each = [{kept.count(rank, row, tokens.start) for row in numbers} for rank in range(self.parts)]
             before = tuple(one.pop() for one in each) if all(len(one) == 1 for one in each) else None
         order = TokenOrder.of(tokens.positions.shape[1], self.parts, self._order or "zigzag")
-        tokens_of = tuple(
-            torch.tensor(order.positions(rank), dtype=torch.int64, device=self._device) for rank in range(self.parts)
-        )
+        tokens_of = tuple(order.held(rank, self._device) for rank in range(self.parts))
         own = tokens_of[self.coordinate]
         slots = {count: each[:, own] for count, each in kept.deal_out(tokens, group, order).items()}
         dealt_out = DealtOut(order, tokens_of, has_past, tokens.start or 0, before)
@@ -194,7 +192,15 @@ class ShardedCache(Cache):
                     f"node {channel.node!r} deals tokens out in the order {options['order']!r}, others {self._order!r}"
                 )
             self._order = options["order"]
-        return found.__call__
+        if not isinstance(found, ShardedAttention) or not has_kernel:
+            return found.__call__
+        by_kernel = found
+
+        def attend(*given: Any, **named: Any) -> Tensor:
+            return by_kernel(*given, **named)
+
+        attend.rotates = by_kernel.rotates  # type: ignore[attr-defined]
+        return attend
 
     def _rows_of(self, name: str) -> StateRows:
         return StateRows(self._state_of[name], lambda: self.buffers)

@@ -171,19 +171,17 @@ class KeptTokens:
             for rank in range(self.parts) if active[at] else ():
                 runs = order.runs[rank]
                 kept[rank][row] += sum(max(0, min(stop, tokens.counts[at]) - start) for start, stop in runs)
-        before = torch.tensor(firsts, device=self._device)[:, rows]
+        before = self._sent(firsts)[:, rows]
         rank_of, index_of = self._places(order)
-        counts = torch.tensor(
-            [n if on else 0 for n, on in zip(tokens.counts, active, strict=True)], device=self._device
-        )
+        counts = self._sent([n if on else 0 for n, on in zip(tokens.counts, active, strict=True)])
         offsets = torch.arange(order.total, device=self._device)
         is_token = offsets < counts[:, None]
         place = before[rank_of].t() + index_of
-        positions = torch.tensor(tokens.starts, device=self._device)[:, None] + offsets
+        positions = self._sent(tokens.starts)[:, None] + offsets
         slots = self._note(rank_of.expand_as(place), rows, place, positions, is_token)
         self.ends, self.kept = ends, kept
-        self._ends.copy_(torch.tensor(ends))
-        self._kept.copy_(torch.tensor(kept))
+        self._ends.copy_(self._sent(ends))
+        self._kept.copy_(self._sent(kept))
         return slots
 
     def append(self, positions: Tensor, rows: slice, own: int, active: Sequence[bool] = ()) -> Appended:
@@ -210,11 +208,19 @@ class KeptTokens:
 
     def _places(self, order: TokenOrder) -> tuple[Tensor, Tensor]:
         """Of each token of a run, which rank has it, and which of that rank's it is."""
-        rank_of, index_of = [0] * order.total, [0] * order.total
-        for rank in range(order.parts):
-            for index, position in enumerate(order.positions(rank)):
-                rank_of[position], index_of[position] = rank, index
-        return torch.tensor(rank_of, device=self._device), torch.tensor(index_of, device=self._device)
+        rank_of, index_of = torch.empty(2, order.total, dtype=torch.int64, device=self._device).unbind(0)
+        for rank, runs in enumerate(order.runs):
+            index = 0
+            for start, stop in runs:
+                rank_of[start:stop] = rank
+                torch.arange(index, index + stop - start, out=index_of[start:stop])
+                index += stop - start
+        return rank_of, index_of
+
+    def _sent(self, numbers: Sequence[Any]) -> Tensor:
+        """On the device, whose work before the host does not wait for."""
+        given = torch.tensor(numbers)
+        return given.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else given
 
     def _require_next(self, tokens: Batch, numbers: range, active: Sequence[bool]) -> None:
         for row, start, on in zip(numbers, tokens.starts, active, strict=True):

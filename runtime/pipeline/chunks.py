@@ -2,12 +2,12 @@
 
     a chunk      n tokens behind s others cost n + n (s + n / 2) / pairs_per_token, and so many tokens besides
     in all       stages take as long as all chunks, and (stages - 1) times as long as the dearest one
-    how many     so many that this is shortest: the root of (stages - 1) x cost of all / what each costs besides
+    how dear     so that this is shortest: the root of cost of all x what each costs besides / (stages - 1)
     how long     equally dear ones, so that later ones have fewer tokens, as they see more
 
-GPUs have powers of two from 1,024 tokens on, eight chunks for each stage or more, each no dearer than an equal part:
-other prompts are cut at the same places, for which kernels are prepared already. With `EVEN_ON_GPUS` the above holds
-there too.
+GPUs have powers of two, none dearer than that. A GPU does so many rows of a product or of attention at a time that
+other numbers leave part of it idle: 1,792 tokens take as long as 2,048 on an H200. Where half a chunk would keep its
+host longer than itself, it is not halved. Other prompts are cut at the same places, for which kernels are prepared.
 """
 
 from __future__ import annotations
@@ -15,21 +15,17 @@ from __future__ import annotations
 import itertools
 import math
 
-from runtime.pipeline.schedule import PIECES_PER_STAGE
-
 __all__ = ["chunk_ends"]
 
-EVEN_ON_GPUS = False
-"""Off, as it has not been measured. Then chunks are multiples of 256 tokens, short ones of 64, and the dearest one is
-one of few costs: prompts of other lengths begin with the same chunks. `flash_attention.COMES_AGAIN` is to be 256 then.
-"""
-_BESIDES, _BESIDES_ON_GPUS = 5, 200
+_BESIDES, _BESIDES_ON_GPUS = 5, 250
 """What a chunk costs besides its tokens, in tokens: weights are read, kernels are begun, and their last ones wait."""
+_OF_DEAREST = 0.75
+"""What a power of two costs, in the mean, of the dearest one that is allowed."""
 _FEWEST_TOKENS = 64
-"""Of a chunk, where it is not the prompt that is short."""
-_LONG = 1024
-_MULTIPLES = 64, 256
-"""Of chunks that are shorter than that and of others: a GPU's products and attention do as many rows at a time."""
+"""Of a chunk on a CPU, where it is not the prompt that is short."""
+_LAUNCHED = 1400
+"""The cost of a piece that takes a GPU as long as its host: of an H200 that runs an 8B decoder node by node, 0.85 ms a
+layer. Larger ones have more to do in a layer."""
 
 
 def chunk_ends(
@@ -52,31 +48,12 @@ def chunk_ends(
     """
     many = {"stages": stages, "rows": rows, "groups": groups}
     cut = {"longest": longest, "pairs_per_token": pairs_per_token}
-    if device != "cuda":
-        found = _equally_dear(tokens, _best_count(tokens, _BESIDES, **many, **cut), **cut)
-    elif EVEN_ON_GPUS and pairs_per_token:
-        found = _in_multiples(tokens, _best_count(tokens, _BESIDES_ON_GPUS, **many, **cut), **cut)
-    else:
-        found = _equally_dear(tokens, _within(tokens, -(-PIECES_PER_STAGE * stages // groups), longest), **cut)
-        if pairs_per_token and min(end - start for start, end in itertools.pairwise([0, *found])) >= _LONG:
-            found = _in_powers_of_two(tokens, _cost(0, tokens, pairs_per_token) / len(found), **cut)
+    found = _in_powers_of_two(tokens, **many, **cut) if device == "cuda" else _equally_dear(tokens, **many, **cut)
     if multiple_of == 1 or longest < multiple_of:
         return found
     rounded = (end - end % multiple_of for end in found[:-1])
     found = sorted({end for end in rounded if end} | {tokens})
     return _no_longer_than(found, longest if longest >= tokens else longest - longest % multiple_of)
-
-
-def _best_count(
-    tokens: int, besides: int, *, stages: int, rows: int, groups: int, longest: int, pairs_per_token: int
-) -> int:
-    """How many chunks each group's prompts have. besides: what each costs besides its tokens."""
-    cost = rows * _cost(0, tokens, pairs_per_token)
-    return _within(tokens, round(math.sqrt((stages - 1) * cost / besides) / groups), longest)
-
-
-def _within(tokens: int, count: int, longest: int) -> int:
-    return max(1, min(count, tokens // _FEWEST_TOKENS), -(-tokens // longest))
 
 
 def _cost(start: int, tokens: int, pairs_per_token: int) -> float:
@@ -92,29 +69,34 @@ def _tokens_for(cost: float, start: int, pairs_per_token: int) -> float:
     return math.sqrt(each**2 + 2 * cost * pairs_per_token) - each
 
 
-def _in_multiples(tokens: int, count: int, *, longest: int, pairs_per_token: int) -> list[int]:
-    cost = 2 ** (round(2 * math.log2(_cost(0, tokens, pairs_per_token) / count)) / 2)
-    multiple = min(_MULTIPLES[tokens >= count * _LONG], longest)
-    ends = [0]
-    while ends[-1] < tokens:
-        size = min(int(_tokens_for(cost, ends[-1], pairs_per_token)), longest)
-        ends.append(min(ends[-1] + max(multiple, size - size % multiple), tokens))
-    return ends[1:]
+def _in_powers_of_two(
+    tokens: int, *, stages: int, rows: int, groups: int, longest: int, pairs_per_token: int
+) -> list[int]:
+    """No chunk is dearer than pays, unless half of it would be too short."""
+    in_all = rows * _cost(0, tokens, pairs_per_token)
+    most = math.sqrt(in_all * _BESIDES_ON_GPUS / _OF_DEAREST / (stages - 1)) if stages > 1 else in_all
+    start, ends = 0, list[int]()
 
+    def costs(size: int) -> float:
+        """Of a piece of these rows that begins here."""
+        return rows / groups * _cost(start, min(size, tokens - start), pairs_per_token)
 
-def _in_powers_of_two(tokens: int, most: float, *, longest: int, pairs_per_token: int) -> list[int]:
-    """Chunks that cost at most so much each, or are the shortest that there are."""
-    ends = [0]
     size = 1 << (longest.bit_length() - 1)
-    while ends[-1] < tokens:
-        while size > _LONG and _cost(ends[-1], min(size, tokens - ends[-1]), pairs_per_token) > most:
+    if costs(size) < _LAUNCHED:
+        size = longest
+    while start < tokens:
+        while costs(size) > most and costs(size // 2) >= _LAUNCHED:
             size //= 2
-        ends.append(min(ends[-1] + size, tokens))
-    return ends[1:]
+        start = min(start + size, tokens)
+        ends.append(start)
+    return ends
 
 
-def _equally_dear(tokens: int, count: int, *, longest: int, pairs_per_token: int) -> list[int]:
-    """So many, or more where they would be longer than allowed: then as many of the longest as it takes come first."""
+def _equally_dear(tokens: int, *, stages: int, rows: int, groups: int, longest: int, pairs_per_token: int) -> list[int]:
+    """As many as pay, or more where they would be longer than allowed: first as many of the longest as it takes."""
+    in_all = rows * _cost(0, tokens, pairs_per_token)
+    paid = round(math.sqrt((stages - 1) * in_all / _BESIDES) / groups)
+    count = max(1, min(paid, tokens // _FEWEST_TOKENS), -(-tokens // longest))
     start, ends = 0, list[int]()
     while True:
         left = max(1, count - len(ends), -(-(tokens - start) // longest))

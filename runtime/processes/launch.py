@@ -4,6 +4,7 @@
     begin_worker()                                 worker: first thing to call
     read_given()                                   worker: the bytes that the parent gave to launch(.., given=..)
     write_answer(b"...")                           worker: what launch returns, in the order of ranks
+    refuse(error)                                  worker: ends it; launch raises InputError, once for all ranks
 
 A failing rank ends the others, and so does the deadline, a signal to the parent, and the parent's death
 (`worker.py`). Their output goes straight to the parent's. Workers start with `python -P`, so that a folder
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType, MappingProxyType
+from typing import NoReturn
 
 import torch
 
@@ -38,6 +40,7 @@ __all__ = [
     "inherited",
     "launch",
     "read_given",
+    "refuse",
     "require_timeout",
     "signal_name",
     "start_rank",
@@ -49,6 +52,8 @@ LONGEST_S = 1e7
 """Some months; timers of the operating system end somewhere beyond."""
 
 GIVEN, _ANSWER = "PARTITIONER_GIVEN", "PARTITIONER_ANSWER"
+_REFUSED = b"\0refused\0"
+"""An answer that begins so says what is wrong with what was given."""
 _PATIENCE_S = 5.0
 """How long a rank has between being asked to end and being made to."""
 _LOOPBACK = {
@@ -73,7 +78,7 @@ def launch(
     """Run `python -P -m module[0] module[1:]` once per rank; call from the main thread (it handles signals).
 
     Returns what each rank answered. name: how errors call a rank. Refuses more ranks than this machine has room for,
-    before it starts any.
+    before it starts any. Raises InputError with what the first rank said that refused what it was given (`refuse`).
     """
     require_timeout(timeout_s)
     if sys.platform != "linux":
@@ -87,7 +92,7 @@ def launch(
         store, question, *answers = files
         write_memory(question, given)
         ranks: list[subprocess.Popen[bytes]] = []
-        with _signals() as signals:
+        with _told_once(answers), _signals() as signals:
             try:
                 for rank, answer in enumerate(answers):
                     inherits = {GIVEN: question, _ANSWER: answer}
@@ -126,6 +131,24 @@ def read_given() -> bytes:
 def write_answer(answer: bytes) -> None:
     """In a rank that `launch` started: what it returns for this rank."""
     write_memory(inherited(_ANSWER), answer)
+
+
+def refuse(error: Exception) -> NoReturn:
+    """In a rank that `launch` started: ends it, where what was given is wrong, so that each rank may find the same."""
+    write_answer(_REFUSED + str(error).encode(errors="replace"))
+    sys.exit(2)
+
+
+@contextmanager
+def _told_once(answers: Sequence[int]) -> Iterator[None]:
+    """Of ranks that have ended because one has refused what all were given, that is the reason."""
+    try:
+        yield
+    except RankLost:
+        for said in map(_read, answers):
+            if said.startswith(_REFUSED):
+                raise InputError(said.removeprefix(_REFUSED).decode()) from None
+        raise
 
 
 def inherited(name: str) -> int:

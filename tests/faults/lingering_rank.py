@@ -1,7 +1,8 @@
 """What the launcher starts in its tests: `python -P -m tests.faults.lingering_rank FAULT FOLDER`; rank 1 goes wrong.
 
 Each rank leaves its process id in FOLDER. kill, stop: that signal. exit: sys.exit(0). raise: an error. linger: nothing
-goes wrong, it only takes a minute. early: all take a minute before they import anything.
+goes wrong, it only takes a minute. early: all take a minute before they import anything. refuse: every rank finds wrong
+what it was given. refuse one: rank 1 does, while rank 0 waits for it.
 """
 
 import os
@@ -18,13 +19,16 @@ if __name__ == "__main__":
 import signal
 
 from partitioner.compile.parts import Parts
+from partitioner.errors import InputError
 from runtime.engine import Engine
-from runtime.processes.launch import begin_worker
+from runtime.processes.launch import begin_worker, refuse
 from tests.support import handmade
 
 
 def main(fault: str, folder: Path) -> None:
     begin_worker()
+    if fault == "refuse":
+        refuse(InputError("no rank can do that"))
     parts = Parts(handmade.partitioned(int(os.environ["WORLD_SIZE"])), None)
     with Engine.connect(parts, timeout_s=5.0 if fault == "stop" else 30.0) as engine:
         engine(input_ids=handmade.input_ids())
@@ -37,6 +41,8 @@ def main(fault: str, folder: Path) -> None:
                 (folder / "when").write_text(str(time.time()))
                 if fault == "raise":
                     raise ValueError("a fault of its own")
+                if fault == "refuse one":
+                    raise InputError("no rank can do that")
                 if fault == "exit":
                     sys.exit(0)
                 os.kill(os.getpid(), signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
@@ -44,4 +50,7 @@ def main(fault: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(fault, folder)
+    try:
+        main(fault, folder)
+    except InputError as error:
+        refuse(error)

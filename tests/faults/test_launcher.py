@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from partitioner.errors import RankLost
+from partitioner.errors import InputError, RankLost
 from runtime.processes.launch import launch
 
 MODULE = "tests.faults.lingering_rank"
@@ -107,6 +107,13 @@ def test_it_stops_the_others(
     assert took_s < limit_s + SLACK_S
     if fault in ("exit", "stop"):
         assert "RankLost: rank 1 " in said
+
+
+@pytest.mark.parametrize("fault", ["refuse", pytest.param("refuse one", marks=pytest.mark.slow)])
+def test_what_ranks_refuse_is_told_once(fault: str, pids: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match=r"^no rank can do that$"):
+        launch([MODULE, fault, str(pids)], num_ranks=2, timeout_s=60)
+    assert fault == "refuse one" or "no rank can do that" not in capfd.readouterr().err
 
 
 def test_it_stops_all_at_the_deadline(pids: Path) -> None:

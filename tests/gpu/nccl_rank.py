@@ -24,6 +24,11 @@ from runtime.processes.launch import begin_worker
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7]]
 NEW = 24
+SEQUENCES = {
+    2: [("llama", "sp=2,sp_attention=ring"), ("llama", "sp=2,sp_attention=ulysses"), ("mixtral", "sp=2,ep=2")],
+    4: [("mixtral", "pp=2,sp=2,ep=2,sp_attention=ring"), ("mixtral", "pp=2,sp=2,ep=2,sp_attention=ulysses")],
+}
+"""By the number of ranks: families and plans."""
 
 
 def model(family: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -40,6 +45,8 @@ def model(family: str, dtype: torch.dtype) -> PreTrainedModel:
 
 def own_host() -> str:
     """The device of this rank."""
+    if not torch.cuda.is_available():  # the same over gloo: that it runs
+        return "cpu"
     if torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"]):
         return "cuda"
     os.environ |= {"NCCL_HOSTID": os.environ["RANK"], "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
@@ -65,6 +72,30 @@ def results(folder: Path, family: str, dtype: str, cuda_graph: str) -> None:
         found["tokens"] = torch.as_tensor(engine.generate(PROMPTS, max_new_tokens=NEW)).cpu()
         rank = engine.program.rank
     torch.save(found, folder / f"rank-{rank}.pt")
+
+
+def sequences(folder: Path) -> None:
+    """Tokens over sp, with experts and stages besides: how far logits are off one rank's, and whether tokens agree."""
+    device, several = own_host(), torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"])
+    said: list[tuple[str, str, float | None, bool]] = []
+    ids = torch.arange(1, 35).reshape(2, 17)
+    for family, plan in SEQUENCES[int(os.environ["WORLD_SIZE"])]:
+        original = model(family, torch.float32)
+        tokens = torch.as_tensor(partition(original, Plan()).generate(PROMPTS, max_new_tokens=NEW))
+        with torch.no_grad():
+            expected = original(input_ids=ids, use_cache=False)[0]
+        sharings: tuple[Sharing, ...] = ("off", "on") if several else ("off",)
+        for sharing in sharings:
+            parts = partition(original, Plan.parse(plan))
+            with Engine.connect(parts, device=device, timeout_s=120, shared_memory=sharing) as engine:
+                carried_by = set(engine.communicator.transports.values())
+                assert device == "cpu" or carried_by == {"nccl" if sharing == "off" else "peer memory"}, carried_by
+                logits = engine(input_ids=ids)
+                logits = logits[0] if isinstance(logits, tuple | list) else logits
+                error = None if logits is None else float((logits.cpu() - expected).norm() / expected.norm())
+                found = torch.as_tensor(engine.generate(PROMPTS, max_new_tokens=NEW)).cpu()
+            said.append((plan, sharing, error, torch.equal(found, tokens)))
+    (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(said))
 
 
 def fault(folder: Path, what: str, phase: str, victim: str, carrier: str) -> None:
@@ -130,7 +161,8 @@ def graph_then_error(folder: Path) -> None:
 if __name__ == "__main__":
     begin_worker()
     cases: dict[str, Callable[..., None]] = {
-        "results": results, "fault": fault, "prompts": prompts, "graph_then_error": graph_then_error,
+        "results": results, "sequences": sequences, "fault": fault, "prompts": prompts,
+        "graph_then_error": graph_then_error,
     }  # fmt: skip
     case = cases[sys.argv[1]]
     case(Path(sys.argv[2]), *sys.argv[3:])

@@ -13,13 +13,11 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.channels import Channel, Handle, OwnRows
 from runtime.communication.peer_memory import beside
 from runtime.communication.peer_memory.choice import Choice, Way
-from runtime.communication.peer_memory.rows import push_rows
 from runtime.communication.process_groups import ProcessGroups
 from runtime.ops.attention import attention
 from runtime.ops.collectives import landed
 from runtime.ops.expert_exchange import receive_from_experts, send_to_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
-from runtime.ops.kernels import partial_kernels
 from runtime.ops.rows.sequence_attention import attend_over_ranks
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.processes.launch import begin_worker
@@ -187,8 +185,7 @@ def rows_of(channel: Channel, shape: tuple[int, ...], dtype: torch.dtype, close:
 
 
 def heads_in_place(groups: ProcessGroups, channel: Channel) -> None:
-    """Heads exchanged for tokens and back, in one group and in two; and rings beside the work."""
-    push_rows.IN_PLACE = beside.PERMUTES_ON = partial_kernels.BY_CUDNN = True
+    """Heads exchanged for tokens and back, and rings, against one GPU."""
     for size, heads, kv, width in ((5, 4, 2, 64), (4099, 8 * RANKS, 2 * RANKS, 128), (16384, 4 * RANKS, RANKS, 128)):
         random = torch.Generator("cuda").manual_seed(size)
         whole = [

@@ -1,5 +1,6 @@
 """Results over real NCCL, 2 and 4 ranks, against one rank on the same GPU."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,15 @@ def test_captured_prompts_say_the_same(carrier: str, tmp_path: Path) -> None:
     if carrier == "peer memory" and torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     launch(["tests.gpu.nccl_rank", "prompts", str(tmp_path), carrier], num_ranks=2, timeout_s=200)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_tokens_over_sp_with_experts_and_stages(num_ranks: int, tmp_path: Path) -> None:
+    """Over NCCL, and through the GPUs' own memory where each rank has one."""
+    launch(["tests.gpu.nccl_rank", "sequences", str(tmp_path)], num_ranks=num_ranks, timeout_s=400)
+    said = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(num_ranks)]
+    for of_plan in zip(*said, strict=True):
+        errors = [error for _, _, error, _ in of_plan if error is not None]  # stages but the last have no logits
+        assert errors, of_plan
+        assert max(errors) < 1e-5, of_plan
+        assert all(is_alike for *_, is_alike in of_plan), of_plan

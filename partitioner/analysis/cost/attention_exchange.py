@@ -6,12 +6,12 @@
 
 All of them compute the same pairs. One program serves all lengths, so one length decides, `TOKENS` on each rank, causal
 and in two bytes a number. The prices are those of two H200 of one host with NVLink, from `benchmarks/gpu/sequences.py`
-(32 heads, 8 kv heads of 128; of ideal, ulysses reached 0.72, 0.95 and 0.97 at 16k, 32k and 64k tokens a rank, the ring
-0.46, 0.50 and 0.61):
+(32 heads, 8 kv heads of 128, milliseconds at 16k, 32k and 64k tokens a rank: half of the heads alone 7.69, 29.7 and
+125.3, ring 7.16, 29.0 and 115.8; heads for tokens and back, without attention, 0.78, 1.40 and 2.74):
 
-    ulysses   its bytes, by all-to-alls and the copies before and behind them
-    ring      what of its bytes attention does not hide; a merge of each block but the first; and torch's flash kernel,
-              which says the log-sum-exp that a merge needs, in the place of cuDNN's, which is nearly twice as fast
+    ulysses   its bytes, which each rank writes straight to where they belong in the others' memory
+    ring      what of its bytes attention does not hide, and a merge of each block but the first. Its blocks are as fast
+              as the kernel for all tokens, or faster: those without a mask do no work that is thrown away
 
 Where no kernel takes an attention, ulysses writes out the scores of all tokens, a ring those of a tile at a time.
 """
@@ -30,10 +30,8 @@ __all__ = ["Exchanged", "cheapest", "choose_exchange", "neighbours_of"]
 TOKENS, ITEM = 16384, 2
 FLOPS_PER_S, MEMORY_BYTES_PER_S = 6.5e14, 4.0e12
 """Of cuDNN's causal kernel, and of the GPU's own memory."""
-EXCHANGE_BYTES_PER_S, PERMUTE_BYTES_PER_S = 1.6e11, 1.6e11
-"""Of an all-to-all with its copies: 671 MB that leave a rank took 4.2 ms. A permute is taken to be alike."""
-OF_A_BLOCK = 0.55
-"""Share of that kernel's speed which the one for blocks of keys reaches."""
+EXCHANGE_BYTES_PER_S, PERMUTE_BYTES_PER_S = 2.3e11, 1.6e11
+"""Of heads for tokens and back: 336 MB that leave a rank took 1.4 ms. A permute, and of its message the copies."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Exchanged:
         travels = others * TOKENS * self.kv_heads * (self.size + self.value) * ITEM / PERMUTE_BYTES_PER_S
         # of each block half of the queries, or all of them, see some: read twice and written
         merges = others * TOKENS / 2 * self.heads * self.value * 3 * ITEM / MEMORY_BYTES_PER_S
-        return max(0.0, travels - attention * others / ranks) + merges + attention * (1 / OF_A_BLOCK - 1)
+        return max(0.0, travels - attention * others / ranks) + merges
 
     def why_ring(self, ranks: int) -> str:
         """Why Ulysses is not to be; "": it may."""
@@ -83,8 +81,7 @@ def cheapest(attentions: list[Exchanged], ranks: int) -> tuple[str, str]:
     how = "ulysses" if ulysses <= ring else "ring"
     return how, (
         f"{TOKENS:,} tokens a rank on GPUs of one host are {alone * 1e3:.3g} ms of attention, and besides it "
-        f"{ulysses * 1e3:.3g} ms to exchange heads (ulysses) or {ring * 1e3:.3g} ms for slower kernels, merges and "
-        "waits (ring)"
+        f"{ulysses * 1e3:.3g} ms to exchange heads (ulysses) or {ring * 1e3:.3g} ms for merges and waits (ring)"
     )
 
 

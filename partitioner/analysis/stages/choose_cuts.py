@@ -269,35 +269,31 @@ def _by_cost(places: _Places, count: int, speeds: Sequence[float]) -> list[int] 
     readers = len(places.readers)
     price = torch.tensor([float("inf") if c is None else float(c) for c in places.crossing], dtype=torch.float64)
     before = torch.cat([torch.zeros(1), torch.tensor(places.costs)]).double().cumsum(0)
-    # of stage k from reader i to before reader j: its cost, and that of what it hands on
-    handed = torch.cat([torch.full((1,), float("inf")), price * LINK, torch.zeros(1)])
     if count == 1:
         return []
-
-    def stage_costs(k: int, j: int) -> torch.Tensor:
-        return (before[j] - before[:j] + handed[j]) / given[k]
-
-    slowest = torch.full((count, readers + 1), float("inf"), dtype=torch.float64)
-    for j in range(1, readers + 1):
-        slowest[0, j] = stage_costs(0, j)[0]
-        for k in range(1, count):
-            slowest[k, j] = torch.maximum(slowest[k - 1, :j], stage_costs(k, j)).min()
-    best = slowest[count - 1, readers].item()
+    # [i, j]: of a stage from reader i to before reader j, its cost and that of what it hands on
+    handed = torch.cat([torch.full((1,), float("inf")), price * LINK, torch.zeros(1)])
+    costs = before[None] - before[:, None] + handed[None]
+    costs.masked_fill_(torch.ones_like(costs, dtype=torch.bool).tril(), float("inf"))
+    at_speed = {speed: costs / speed for speed in given}
+    slowest = at_speed[given[0]][0]
+    for speed in given[1:]:
+        slowest = torch.maximum(slowest[:, None], at_speed[speed]).amin(dim=0)
+    best = slowest[readers].item()
     if best == float("inf"):
         return None
     limit = best * _AS_GOOD
     sent = torch.cat([torch.zeros(1), price, torch.zeros(1)])
-    fewest = torch.full((count, readers + 1), float("inf"), dtype=torch.float64)
-    chosen = torch.zeros((count, readers + 1), dtype=torch.int64)
-    for j in range(1, readers + 1):
-        if stage_costs(0, j)[0] <= limit:
-            fewest[0, j] = sent[j]
-        for k in range(1, count):
-            totals = torch.where(stage_costs(k, j) <= limit, fewest[k - 1, :j] + sent[j], float("inf"))
-            fewest[k, j], chosen[k, j] = totals.min(dim=0)
+    too_slow = {speed: each > limit for speed, each in at_speed.items()}
+    fewest = sent.masked_fill(too_slow[given[0]][0], float("inf"))
+    chosen = [torch.zeros(readers + 1, dtype=torch.int64)]
+    for speed in given[1:]:
+        totals = (fewest[:, None] + sent[None]).masked_fill_(too_slow[speed], float("inf"))
+        fewest, begins = totals.min(dim=0)
+        chosen.append(begins)
     cuts, j = list[int](), readers
     for k in range(count - 1, 0, -1):
-        j = int(chosen[k, j])
+        j = int(chosen[k][j])
         cuts.insert(0, j - 1)
     return cuts
 

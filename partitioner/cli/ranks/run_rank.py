@@ -8,8 +8,8 @@ import sys
 
 from partitioner.cli.common.progress import shown
 from partitioner.cli.run import Question, answer
-from partitioner.errors import PartitionerError
-from runtime.processes.launch import read_given
+from partitioner.errors import CommunicationError, PartitionerError
+from runtime.processes.launch import read_given, refuse
 
 if __name__ == "__main__":
     try:
@@ -17,5 +17,7 @@ if __name__ == "__main__":
         # the ranks compile the same at the same time
         with shown(verbose=question.compile.verbose) if os.environ.get("RANK") == "0" else contextlib.nullcontext():
             answer(question)
-    except PartitionerError as error:
+    except CommunicationError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except PartitionerError as error:
+        refuse(error)

@@ -11,14 +11,10 @@ from runtime.communication.channels import Handle
 from runtime.communication.peer_memory.peer_memory import PeerMemory
 from runtime.communication.peer_memory.rows.copy_rows import PeerCopies
 
-__all__ = ["begin_all_reduce", "begin_permute", "copies_of", "run_beside"]
+__all__ = ["begin_all_reduce", "copies_of", "run_beside"]
 
-
-PERMUTES_ON = False
-"""Whether rings go so. The kernel and the stream are those of all-reduces that are under way; together with permutes
-they have not run on GPUs, so only `benchmarks.gpu.sequences --unproven` and tests turn it on."""
 LEAST_BYTES = 1 << 22
-"""Of a permute: shorter ones take less on the rank's own stream than what two streams take to meet."""
+"""Of what copy engines bring: shorter ones take less on the rank's own stream than what two streams take to meet."""
 COPIES_ON = False
 """Whether gathers and scatters of as many bytes go by copy engines while the rank computes. Off: on GPUs they have not
 run; `benchmarks.gpu.experts --copies` and tests turn it on."""
@@ -35,25 +31,6 @@ def begin_all_reduce(
             return otherwise(x)
         out = x if overwrite and x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
         return run_beside(peers, lambda: peers.all_reduce(x, out, way), out, x)
-
-    return begin
-
-
-def begin_permute(
-    peers: PeerMemory, *, otherwise: Callable[[Tensor], Handle], shift: int
-) -> Callable[[Tensor], Handle]:
-    """A ring attends to the block that it has while the next one comes: few processors are enough for the link.
-
-    otherwise: the same by whatever is quickest on the rank's own stream, or by NCCL on NCCL's.
-    """
-    shift %= peers.group.size
-
-    def begin(x: Tensor) -> Handle:
-        if shift == 0 or x.nbytes < LEAST_BYTES or not peers.takes(x):
-            return otherwise(x)
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        return run_beside(peers, lambda: peers.permute(x, out, "large", shift=shift), out, x)
 
     return begin
 

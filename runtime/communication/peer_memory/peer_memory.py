@@ -217,18 +217,10 @@ class PeerMemory:
             if way == "nccl":
                 return otherwise(x)
             out = torch.empty_like(x, memory_format=torch.contiguous_format)
-            return Handle.done(self.permute(x, out, way, shift=shift))
+            self._exchange(way, x, out, piece=x.numel(), total=x.numel(), shift=shift)
+            return Handle.done(out)
 
         return begin
-
-    def permute(self, x: Tensor, out: Tensor, way: Way, *, shift: int) -> Tensor:
-        """Into `out`; not by NCCL."""
-        self._exchange(way, x, out, piece=x.numel(), total=x.numel(), shift=shift)
-        return out
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether the kernels move such numbers, and so many."""
-        return x.element_size() <= 8 and x.numel() < _MOST_ELEMENTS
 
     def _all_to_all(
         self, otherwise: Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]

@@ -58,29 +58,30 @@ def flash_attention(
 
 _CUDNN_FROM = 1 << 40
 """Products and sums of the scores, and as many of the values, from which cuDNN's kernel pays for being prepared."""
-COMES_AGAIN = 1024
+_COMES_AGAIN = 1024
 """Numbers of tokens of which both sizes are multiples come again, as stages cut prompts there
-(`runtime.pipeline.chunks`): what is prepared for them pays from a quarter of that on. What is captured comes again and
-again: from a 64th."""
+(`runtime.pipeline.chunks`): what is prepared for them pays from a sixteenth of that on. On an H200 it takes some 10 ms,
+which is less than the other kernel loses in the layers of one stage. What is captured comes again and again: from a
+64th."""
 
 
 def _pays_cudnn(q: Tensor, k: Tensor) -> bool:
     past = k.shape[2] - q.shape[2]
     work = 2 * q.shape[0] * q.shape[1] * q.shape[2] * (past + q.shape[2] // 2) * q.shape[3]
-    comes_again = past > 0 and past % COMES_AGAIN == 0 and q.shape[2] % COMES_AGAIN == 0
+    comes_again = past > 0 and past % _COMES_AGAIN == 0 and q.shape[2] % _COMES_AGAIN == 0
     return past >= 0 and q.shape[3] <= _WIDEST_OF_CUDNN and _pays(work, q.device, comes_again=comes_again)
 
 
 def pays_cudnn_part(q: Tensor, k: Tensor, *, causal: bool) -> bool:
     """Whether `cudnn_part` is worth being prepared for these sizes, which `can_flash` has allowed."""
     keys = min(q.shape[2], k.shape[2]) // 2 if causal else k.shape[2]
-    comes_again = q.shape[2] % COMES_AGAIN == 0 and k.shape[2] % COMES_AGAIN == 0
+    comes_again = q.shape[2] % _COMES_AGAIN == 0 and k.shape[2] % _COMES_AGAIN == 0
     work = 2 * q.shape[0] * q.shape[1] * q.shape[2] * keys * q.shape[3]
     return q.shape[3] <= _WIDEST_OF_CUDNN and _pays(work, q.device, comes_again=comes_again)
 
 
 def _pays(work: int, device: torch.device, *, comes_again: bool) -> bool:
-    least = _CUDNN_FROM >> 6 if is_replayed() else _CUDNN_FROM >> 2 if comes_again else _CUDNN_FROM
+    least = _CUDNN_FROM >> 6 if is_replayed() else _CUDNN_FROM >> 4 if comes_again else _CUDNN_FROM
     return work >= least and _has_cudnn(device) and not missing_for_triton()
 
 

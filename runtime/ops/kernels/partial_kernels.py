@@ -1,6 +1,6 @@
 """torch's kernels for GPUs that say the log-sum-exp of the scores beside the result.
 
-    cuDNN        halves on Hopper, heads of one width up to 128, no mask, much work; nearly twice flash. See `BY_CUDNN`
+    cuDNN        halves on Hopper, heads of one width up to 128, no mask, much work; nearly twice flash
     flash        halves, heads of one width, no mask; grouped heads without copies
     efficient    float32 too, values of another width, an additive mask; one kv head for each query head
 
@@ -18,10 +18,6 @@ from runtime.ops.kernels.flash_attention import can_flash, cudnn_part, pays_cudn
 
 __all__ = ["by_cuda_kernel"]
 
-BY_CUDNN = False
-"""Whether parts of much work are cuDNN's. `flash_attention` calls it so for later pieces of a prompt; with queries and
-keys that are slices of others, as rings have them, it has not run on GPUs, so only `benchmarks.gpu.sequences
---unproven` and tests turn it on."""
 _ALIGNED = 8
 """A row of a mask starts at a multiple of so many elements."""
 
@@ -31,7 +27,7 @@ def by_cuda_kernel(
 ) -> tuple[Tensor, Tensor] | None:
     """(out, lse) as `partial_attention` has them; None where no kernel takes these."""
     if mask is None and can_flash(q, v):
-        if BY_CUDNN and pays_cudnn_part(q, k, causal=causal):
+        if pays_cudnn_part(q, k, causal=causal):
             return cudnn_part(q, k, v, scale=scale, causal=causal)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, None, q.shape[2], k.shape[2], 0.0, causal,

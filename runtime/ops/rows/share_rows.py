@@ -163,7 +163,7 @@ def own_last_token(
     """
     if x.shape[1] == 0:
         return x.new_zeros(x.shape[0], 1, x.shape[2])
-    held = torch.tensor(TokenOrder.of(int(total), parts, order).positions(index), device=x.device, dtype=last.dtype)
+    held = TokenOrder.of(int(total), parts, order).held(index, x.device)
     mine = held == last[:, None]
     at: Any = mine.to(torch.int8).argmax(1)[:, None, None].expand(-1, 1, x.shape[2])
     # a product would make NaN of what must not count

@@ -17,6 +17,9 @@ import functools
 import itertools
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from partitioner.errors import LayoutError
 
 __all__ = ["Run", "TokenOrder"]
@@ -61,6 +64,11 @@ class TokenOrder:
     def positions(self, rank: int) -> list[int]:
         """Those of `rank`, ascending."""
         return [position for run in self.runs[rank] for position in range(*run)]
+
+    def held(self, rank: int, device: torch.device) -> Tensor:
+        """The same on the device, int64 [S_i]: made there, so that its host waits for nothing."""
+        runs = [torch.arange(start, stop, device=device) for start, stop in self.runs[rank]]
+        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64, device=device)
 
     def place(self, position: int) -> tuple[int, int]:
         """Who has a position, and which of its tokens it is."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from partitioner.errors import CommunicationError
 from runtime.ops.rows.token_order import TokenOrder
-from runtime.ops.rows.ulysses_in_place import InPlace, groups_of
+from runtime.ops.rows.ulysses_in_place import InPlace
 
 __all__ = ["Heads", "by_heads", "heads_of", "kv_of"]
 
@@ -101,9 +101,7 @@ def by_heads(
         in_place = InPlace.of(rows, queries, q, k, v, query=query, kv=kv, past=before)
         if in_place is not None:
             last = given_mask, given_sinks, mine.uneven_map
-            is_even = mask is None and sinks is None and all(share.uneven_map is None for share in shares)
-            count = groups_of(kv, q) if is_even else 1
-            return in_place.run(rows, own, q, k, v, lambda q, k, v: attend(q, k, v, *last), count=count)
+            return in_place.run(rows, own, q, k, v, lambda q, k, v: attend(q, k, v, *last))
     brought = list(kv_rows) if kv_rows is not None else [a + b for a, b in zip(before, queries.counts, strict=True)]
 
     def tensors(share: Heads, rank: int) -> list[tuple[int, ...]]:

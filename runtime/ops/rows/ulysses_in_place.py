@@ -10,7 +10,6 @@ meetings there and back: the bytes of two all-to-alls over links, and one pass o
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,15 +21,9 @@ from torch import Tensor
 from runtime.ops.rows.row_moves import ALIGNED, Move, loadable
 from runtime.ops.rows.token_order import Run, TokenOrder
 
-__all__ = ["InPlace", "groups_of"]
+__all__ = ["InPlace"]
 
 _APART = 256
-GROUPS = 2
-"""Of heads: while one is attended to, the next comes and the one before goes back."""
-LEAST_BYTES = 1 << 25
-"""Of a rank's queries, from which groups pay for being more kernels."""
-BESIDE = 64
-"""Programs of a kernel that writes rows while others compute."""
 
 
 @dataclass(frozen=True)
@@ -99,45 +92,35 @@ class InPlace:
 
     # -- what is written -----------------------------------------------------------------------------------------------
 
-    def groups(self, rank: int, count: int) -> list[tuple[Run, Run]]:
-        """A rank's query and kv heads in `count` groups, by their places."""
-        heads, kv = self.count(rank), len(self.kv[rank])
-        return [
-            ((heads * at // count, heads * (at + 1) // count), (kv * at // count, kv * (at + 1) // count))
-            for at in range(count)
-        ]
-
-    def there(self, own: int, group: int = 0, count: int = 1) -> Iterator[Move]:
-        """Of the rank `own`, for one of `count` groups of each rank's heads."""
+    def there(self, own: int) -> Iterator[Move]:
+        """Of the rank `own`."""
         before, all_past = sum(self.past[:own]), sum(self.past)
         for rank in range(self.order.parts):
             shapes, starts = self.shapes(rank), self.starts(rank)
-            query, kv = self.groups(rank, count)[group]
             first = self.query[rank][0]
-            for source, places in enumerate((range(*query), range(*kv), range(*kv))):
+            for source in range(3):
                 width, keys, past = shapes[source][-1] * self.item, shapes[source][2], (source > 0) * self.past[own]
                 cut, moved = _moved(self.order.runs[own], by=all_past if source else 0)
                 batch = math.prod(shapes[source][1:]) * self.item
-                for place in places:
+                for place in range(shapes[source][1]):
                     head = self.kv[rank][place] if source else first + place
                     to = (source, head, rank, starts[source] + place * keys * width, batch, width)
                     yield Move(*to, self.order.counts[own], cut, (past, past), moved, width)
                     if past:
                         yield Move(*to, past, past, (0, 0), (before, before), width)
 
-    def back(self, own: int, area: int, group: int = 0, count: int = 1) -> Iterator[Move]:
+    def back(self, own: int, area: int) -> Iterator[Move]:
         """Of the rank `own`, whose own part goes to its result; `area`: where what comes back begins."""
-        width, first = self.value * self.item, self.query[own][0]
-        (start, stop), _ = self.groups(own, count)[group]
+        width, (first, last) = self.value * self.item, self.query[own]
         for rank in range(self.order.parts):
             is_own, (low, high) = rank == own, self.query[rank]
             heads = self.heads if is_own else self.returned(rank)[2]
             cut, moved = _moved(self.order.runs[rank])
-            for head in range(first + start, first + stop):
+            for head in range(first, last):
                 place = head if is_own or head < low else head - (high - low)
                 at = place * width + (0 if is_own else area)
                 row, rows = heads * width, self.order.counts[rank]
-                yield Move(0, head - first - start, rank, at, rows * row, row, rows, cut, moved, (0, 0), width)
+                yield Move(0, head - first, rank, at, rows * row, row, rows, cut, moved, (0, 0), width)
 
     # -- the exchange --------------------------------------------------------------------------------------------------
 
@@ -149,45 +132,21 @@ class InPlace:
         k: Tensor,
         v: Tensor,
         attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-        *,
-        count: int = 1,
     ) -> Tensor:
-        """`attend(q, k, v)` with this rank's heads over all tokens, [B, H_i, S, Dv]; back come its own tokens.
-
-        count: groups of heads, each attended to while the next comes and the one before goes back.
-        """
+        """`attend(q, k, v)` with this rank's heads over all tokens, [B, H_i, S, Dv]; back come its own tokens."""
         area: int = rows.second
-        sources = [loadable(x) for x in (q, k, v)]
-        result = q.new_empty(self.batch, self.order.counts[own], self.heads, self.value)
-        longest, most = max(self.order.counts[own], self.past[own]), max(self.order.counts)
-
-        def there(group: int, programs: int | None) -> None:
-            table = rows.table((self, "there", group, count), lambda: [*self.there(own, group, count)])
-            rows.write(table, sources, longest, programs=programs)
-            rows.meet()
-
-        def back(group: int, out: Tensor, programs: int | None) -> None:
-            table = rows.table((self, area, group, count), lambda: [*self.back(own, area, group, count)])
-            rows.write(table, [out], most, own=result, programs=programs)
-            rows.meet()
-
-        there(0, None)
-        coming = [rows.begin(functools.partial(there, group, BESIDE)) for group in range(1, count)]
+        table = rows.table((self, "there"), lambda: [*self.there(own)])
+        rows.write(table, [loadable(x) for x in (q, k, v)], max(self.order.counts[own], self.past[own]))
+        rows.meet()
         whole = [
             _view(rows.memory, start, shape, q.dtype)
             for start, shape in zip(self.starts(own), self.shapes(own), strict=False)
         ]
-        going, kept = [], []
-        for group, (query, kv) in enumerate(self.groups(own, count)):
-            if group:
-                rows.finish(coming[group - 1])
-            out = attend(whole[0][:, slice(*query)], whole[1][:, slice(*kv)], whole[2][:, slice(*kv)])
-            kept.append(loadable(out.to(q.dtype)))  # until nobody reads it any more
-            if group + 1 < count:
-                going.append(rows.begin(functools.partial(back, group, kept[-1], BESIDE)))
-        for each in going:
-            rows.finish(each)
-        back(count - 1, kept[-1], None)
+        out = loadable(attend(*whole).to(q.dtype))
+        result = q.new_empty(self.batch, self.order.counts[own], self.heads, self.value)
+        table = rows.table((self, area), lambda: [*self.back(own, area)])
+        rows.write(table, [out], max(self.order.counts), own=result)
+        rows.meet()
         came = _view(rows.memory, area, self.returned(own), q.dtype)
         first, last = self.query[own]
         if first:
@@ -195,17 +154,6 @@ class InPlace:
         if last < self.heads:
             result[:, :, last:] = came[:, :, first:]
         return result.transpose(1, 2)
-
-
-def groups_of(kv: Sequence[Sequence[int]], q: Tensor) -> int:
-    """In how many groups each rank's heads come: as many as pay, and as all ranks have kv heads for."""
-    if q.nbytes < LEAST_BYTES:
-        return 1
-    found = 1
-    for count in range(2, GROUPS + 1):
-        if all(each and len(each) % count == 0 for each in kv):
-            found = count
-    return found
 
 
 def _view(memory: Tensor, start: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

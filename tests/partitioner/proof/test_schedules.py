@@ -11,6 +11,7 @@ from partitioner.compile.emit import Emitter
 from partitioner.errors import RankMismatch
 from partitioner.proof.meetings import Event, events_of
 from partitioner.proof.schedules import boundaries_of, play_schedule
+from partitioner.sharding.mesh import Mesh
 from runtime.ops.communicating import Meeting
 from runtime.pipeline.schedule import Action, Receive, Run, Send, bubble, chain, naive_ring, pieces_of, relay, ring
 from tests.support.partitioned import compiled
@@ -34,6 +35,19 @@ def test_chains_and_rings_need_no_buffers(stages: int, pieces: int) -> None:
         play_schedule(relay(stages, groups, pieces * stages), boundaries(stages))
         shared = relay(stages, groups, pieces * stages, shares_head=True)
         play_schedule(shared, [*boundaries(stages), boundaries(stages)[0]])
+
+
+def test_a_long_schedule_looks_its_ranks_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, group = [0], Mesh.group
+
+    def counted(mesh: Mesh, axes: tuple[str, ...], rank: int) -> tuple[int, ...]:
+        asked[0] += 1
+        return group(mesh, axes, rank)
+
+    monkeypatch.setattr(Mesh, "group", counted)
+    play_schedule(chain(6, 13), boundaries(6))
+    # each stage's neighbours, not each piece
+    assert asked[0] == 10
 
 
 @pytest.mark.parametrize("stages", [2, 3, 4])

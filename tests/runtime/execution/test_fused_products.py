@@ -168,10 +168,21 @@ def norm_alone(n: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return linear(torch.rms_norm(a, [8], n, 1e-5), w) + b[..., :5]
 
 
+def norm_scaled(n: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return linear(torch.mul(n, torch.rms_norm(a, [8], None, 1e-5)), w) + b[..., :5]
+
+
+def norm_scaled_for_two(n: Tensor, w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    normed = torch.rms_norm(a, [8], None, 1e-5)
+    return linear(torch.mul(normed, n), w), normed
+
+
 def test_norms_go_into_the_product_that_alone_reads_them() -> None:
     n, w, a, b = drawn(8), drawn(5, 8), drawn(2, 1, 8), drawn(2, 1, 8)
     assert added_norm not in agrees(norm_of_sum, 2, n, w, a, b)
     assert torch.rms_norm not in agrees(norm_alone, 2, n, w, a, b)
+    assert torch.rms_norm not in agrees(norm_scaled, 2, n, w, a, b)
+    assert torch.rms_norm in agrees(norm_scaled_for_two, 2, n, w, a, b)
     assert added_norm in agrees(norm_for_two, 2, n, w, a, b)
 
 
@@ -214,6 +225,26 @@ def test_a_rotation_goes_into_an_attention_that_does_it(does: bool) -> None:
     turned = [other.call_function(rotated, (x, *by, 4)) for x, by in ((q, (cos, sin)), (k, (sin, cos)))]
     other.output(other.call_function(attend, (*turned, v)))
     assert targets(with_products(other, 0)).count(rotated) == 2
+
+
+def test_only_what_was_there_before_the_step_is_read_ahead() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ahead: bool = False) -> Tensor:
+        return q * k * v + positions + (100.0 if ahead else 0.0)
+
+    attend.rotates = lambda *given: False  # type: ignore[attr-defined]
+    for at, shifts in ((1, False), (1, True), (2, False)):
+        graph = fx.Graph()
+        nodes = [graph.placeholder(name) for name in ("given", "positions", "q", "k", "v")]
+        positions = graph.call_function(torch.add, (nodes[1], 2)) if shifts else nodes[1]
+        graph.output(graph.call_function(attend, (*nodes[2:], positions)))
+        # the second placeholder is a weight in the last case, and none of the inputs that a step finds written
+        after = with_products(graph, at)
+        (node,) = (node for node in after.nodes if node.target is attend)
+        assert node.kwargs.get("ahead", False) == (at == 1 and not shifts)
+    # an attention without a kernel takes no such word
+    del attend.rotates  # type: ignore[attr-defined]
+    (node,) = (node for node in with_products(graph, 1).nodes if node.target is attend)
+    assert not node.kwargs
 
 
 def test_what_is_left_for_a_compiler() -> None:

@@ -61,6 +61,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         key_scales: Tensor | None, value_scales: Tensor | None, rotation: Rotation | None, ahead: bool,
     ) -> Tensor:  # fmt: skip
         counts["key_value"] += 1
+        counts["ahead"] += ahead
         if rotation is not None:
             counts["rotated"] += 1
             q, k = rotated(q, *rotation), rotated(k, *rotation)
@@ -113,7 +114,7 @@ def test_generation_says_the_same(
         assert bool(counts) == there
         if not there:
             alone = list(outcome.tokens.values())
-    assert set(counts) == {"latent" if name == "deepseek_v3" else "key_value"}
+    assert {name for name, count in counts.items() if count} == {"latent" if name == "deepseek_v3" else "key_value"}
     plain, by_kernel = found
     assert torch.equal(plain.sequences, by_kernel.sequences)
     assert (plain.logprobs - by_kernel.logprobs).abs().max() < EXACT
@@ -136,7 +137,7 @@ def test_a_rotation_reaches_the_kernel(counts: Counter[str], monkeypatch: pytest
     by_kernels(monkeypatch)
     parts.reserve(size)
     assert torch.equal(parts.generate(prompts("llama"), max_new_tokens=8, eos_token_id=[]), plain)
-    assert counts["rotated"] == counts["key_value"] > 0
+    assert counts["rotated"] == counts["key_value"] == counts["ahead"] > 0
     before = counts["rotated"]
     assert_as_alone(cases, on_all_ranks(parts, cases, blocks), alone)
     assert counts["rotated"] > before

@@ -7,17 +7,11 @@ from itertools import pairwise
 
 import pytest
 
-from runtime.pipeline import chunks
 from runtime.pipeline.chunks import chunk_ends
 from runtime.pipeline.schedule import chain
 from runtime.pipeline.timing import time_of
 
 BESIDES = 200
-
-
-@pytest.fixture
-def even(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "EVEN_ON_GPUS", True)
 
 
 def sizes_of(ends: list[int]) -> list[int]:
@@ -52,37 +46,41 @@ def test_chunks_of_a_prompt_take_equally_long(tokens: int, longest: int, pairs_p
 @pytest.mark.parametrize("tokens", [20_000, 40_001, 65_536, 131_072])
 @pytest.mark.parametrize("stages", [2, 4])
 @pytest.mark.parametrize("pairs_per_token", [13_000, 27_000])
-@pytest.mark.usefixtures("even")
-def test_even_chunks_of_a_gpu_are_multiples_and_nearly_as_good_as_any(
+def test_chunks_of_a_gpu_are_powers_of_two_and_nearly_as_good_as_any(
     tokens: int, stages: int, pairs_per_token: int
 ) -> None:
     ends = chunk_ends(tokens, stages=stages, longest=16384, pairs_per_token=pairs_per_token, device="cuda")
     sizes = sizes_of(ends)
     assert ends[-1] == tokens
-    multiple = 256 if tokens >= 1024 * len(sizes) else 64
-    assert all(size % multiple == 0 and size <= 16384 for size in sizes[:-1])
+    assert all(size & (size - 1) == 0 and 512 <= size <= 16384 for size in sizes[:-1])
+    assert all(start % size == 0 for start, size in zip([0, *ends], sizes[:-1], strict=False))
     assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
     found = stop(costs_of(ends, pairs_per_token), stages)
     whole = tokens + tokens**2 / 2 / pairs_per_token
     of_equal_ones = {count: stop([whole / count] * count, stages) for count in {round(1.15**k) for k in range(37)}}
-    assert found < 1.025 * min(of_equal_ones.values())
+    # in such, part of a GPU would be idle
+    assert found < 1.09 * min(of_equal_ones.values())
     # a few of them are worse than that
     assert of_equal_ones[3] > 1.05 * found
 
 
-@pytest.mark.usefixtures("even")
-def test_other_prompts_begin_with_the_same_even_chunks() -> None:
+@pytest.mark.parametrize(("tokens", "most"), [(1000, 1), (1024, 1), (2000, 1), (4096, 2)])
+def test_a_gpus_chunks_keep_its_host_no_longer_than_itself(tokens: int, most: int) -> None:
+    given = {"stages": 2, "longest": 16384, "pairs_per_token": 26_624, "device": "cuda"}
+    assert len(chunk_ends(tokens, **given)) <= most  # type: ignore[arg-type]
+    # of several rows, it is all their tokens that keep it busy
+    assert len(chunk_ends(tokens, rows=16, groups=2, **given)) > most  # type: ignore[arg-type]
+
+
+def test_other_prompts_begin_with_the_same_chunks() -> None:
     """As far as kernels are prepared for the sizes of a chunk and of what is before it."""
     given = {"stages": 2, "longest": 16384, "pairs_per_token": 26_624, "device": "cuda"}
-    whole = chunk_ends(65_536, **given)  # type: ignore[arg-type]
+    pairs = set(pairwise([0, *chunk_ends(65_536, **given)]))  # type: ignore[arg-type]
     for tokens in (60_000, 63_999, 70_001):
         ends = chunk_ends(tokens, **given)  # type: ignore[arg-type]
-        shared = min(len(ends), len(whole)) - 1
-        assert shared > 20
-        assert ends[:shared] == whole[:shared]
+        assert len(pairs & set(pairwise([0, *ends]))) > 0.75 * len(ends)
 
 
-@pytest.mark.usefixtures("even")
 def test_rows_and_groups_need_fewer_chunks_each() -> None:
     def count(**given: int) -> int:
         return len(chunk_ends(30_000, stages=2, longest=16384, pairs_per_token=27_000, device="cuda", **given))
@@ -92,24 +90,7 @@ def test_rows_and_groups_need_fewer_chunks_each() -> None:
     assert count(rows=2, groups=2) > 1
 
 
-@pytest.mark.parametrize(("tokens", "stages"), [(65536, 2), (65536, 1), (40001, 2), (131072, 4)])
-def test_a_gpus_chunks_are_powers_of_two(tokens: int, stages: int) -> None:
-    """So that other prompts are cut at the same places; no chunk costs more than an equal part, unless it is short."""
-    pairs_per_token, least = 25_000, 8 * stages
-    ends = chunk_ends(tokens, stages=stages, longest=16384, pairs_per_token=pairs_per_token, device="cuda")
-    sizes = sizes_of(ends)
-    assert ends[-1] == tokens
-    assert sizes[:-1] == sorted(sizes[:-1], reverse=True)
-    starts = [0, *ends[:-1]]
-    assert all(size & (size - 1) == 0 and start % size == 0 for start, size in zip(starts, sizes[:-1], strict=False))
-    whole = tokens + tokens**2 / 2 / pairs_per_token
-    assert max(costs_of(ends, pairs_per_token)) <= whole / least
-    assert len(ends) <= 3 * max(least, tokens / 16384)
-
-
-@pytest.mark.parametrize("is_even", [False, True])
-def test_no_chunk_is_longer_than_it_may_be(is_even: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "EVEN_ON_GPUS", is_even)
+def test_no_chunk_is_longer_than_it_may_be() -> None:
     for longest in (1, 50, 100, 300, 1000):
         for tokens in (1, 63, 999, 2000):
             for device in ("cpu", "cuda"):

@@ -132,7 +132,10 @@ def test_steps_follow_each_other() -> None:
     rows, given = RowSampler(sampler.search, len(ROWS), torch.device("cpu")), logits()
     kind = rows.begin(asked())
     first = rows.choose(given, kind)
-    rows.advance(first, kind)
+    ids, positions = (torch.zeros(len(ROWS), 1, dtype=torch.int64) for _ in range(2))
+    rows.advance(first, kind, ids, positions)
+    assert torch.equal(ids[:, 0], first[0].long())
+    assert positions.eq(1).all()
     again = RowSampler(sampler.search, len(ROWS), torch.device("cpu"))
     assert torch.equal(rows.choose(given, kind), again.choose(given, again.begin(asked(step=6))))
 
@@ -171,7 +174,7 @@ def test_penalties_and_biases_count_what_the_steps_have_chosen(num_ranks: int) -
                 )
                 assert int(said[0, row]) == int(token), (step, row)
                 texts[row].append(int(token))
-            rows.advance(said, kind)
+            rows.advance(said, kind, *(torch.zeros(3, 1, dtype=torch.int64) for _ in range(2)))
         assert len({*texts[2][4:]}) > 1  # the penalties have changed something
 
     on_ranks(num_ranks, body)

@@ -4,7 +4,6 @@
     rows.require(sizes)                            collective: two areas of so many bytes in the memory of every rank
     rows.write(table, (q, k, v), height)           see `push_rows_kernel.py`; nobody waits
     rows.meet()                                    behind it what the others have written before theirs is here
-    rows.finish(rows.begin(run))                   the same, under way while this rank computes
 
 An area is used again and again, and no kernel asks whether it has been read. So the two take turns: a rank that meets
 the others behind the second has read the first, as all have who meet it there, and the first may be written again.
@@ -14,19 +13,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from runtime.communication.group_collectives import Group
+from runtime.communication.peer_memory.choice import Way
 from runtime.communication.peer_memory.mapped_memory import Exchange, first_obstacle, mapped
 from runtime.ops.rows.row_moves import ALIGNED, Move
 
-__all__ = ["IN_PLACE", "PeerRows"]
-
-IN_PLACE = False
-"""Whether ranks exchange heads for tokens so. The moves are proven against float64, the kernel in Triton's interpreter,
-and it compiles for Hopper; on GPUs it has not run: only `benchmarks.gpu.sequences --unproven` and tests turn it on."""
+__all__ = ["PeerRows"]
 
 _log = logging.getLogger("partitioner")
 _ROUND_TO = 1 << 26
@@ -34,10 +31,22 @@ _TILE, _WARPS, _PER_PROCESSOR = 64, 8, 4
 _TABLES = 64
 
 
+class Peers(Protocol):
+    """Of `PeerMemory`, what is used here."""
+
+    @property
+    def group(self) -> Group: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def all_reduce(self, x: Tensor, out: Tensor, way: Way) -> Tensor: ...
+
+
 class PeerRows:
     """One rank's end; see the module's docstring."""
 
-    def __init__(self, peers: Any, name: str, exchange: Exchange) -> None:
+    def __init__(self, peers: Peers, name: str, exchange: Exchange) -> None:
         """peers: the `PeerMemory` whose ranks these are."""
         self._peers, self._name, self._exchange = peers, name, exchange
         self.memory = torch.empty(0, dtype=torch.uint8, device=peers.device)
@@ -52,7 +61,6 @@ class PeerRows:
         device = peers.device
         self._word = torch.zeros(ALIGNED, dtype=torch.int32, device=device)
         self._met = torch.zeros_like(self._word)
-        self._processors = torch.cuda.get_device_properties(device).multi_processor_count
 
     def require(self, sizes: tuple[int, int]) -> bool:
         """A collective, where an area must grow: all ranks ask for the same. False: it cannot be had."""
@@ -95,14 +103,8 @@ class PeerRows:
         self._tables[key] = found
         return found
 
-    def write(
-        self, table: Tensor, sources: Sequence[Tensor], height: int, *, own: Tensor | None = None,
-        programs: int | None = None,
-    ) -> None:  # fmt: skip
-        """sources: up to three, each `loadable`. height: rows of the longest move. own: where this rank's own ones go.
-
-        programs: the most that run; by default all processors have some.
-        """
+    def write(self, table: Tensor, sources: Sequence[Tensor], height: int, *, own: Tensor | None = None) -> None:
+        """sources: up to three, each `loadable`. height: rows of the longest move. own: where this rank's ones go."""
         from runtime.communication.peer_memory.rows.push_rows_kernel import (
             FIELDS,
             write_rows,
@@ -116,8 +118,8 @@ class PeerRows:
             given += [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3])]
         batches, tiles = sources[0].shape[0], -(-height // _TILE)
         items = len(table) * batches * tiles
-        most = programs or self._processors * _PER_PROCESSOR
-        write_rows[(min(items, most),)](
+        processors = torch.cuda.get_device_properties(self._peers.device).multi_processor_count
+        write_rows[(min(items, processors * _PER_PROCESSOR),)](
             table, self._starts, (self.memory if own is None else own).data_ptr(), *given, items, batches, tiles,
             RANK=self._peers.group.coordinate, FIELDS=FIELDS, WORDS=1 << (width // 4 - 1).bit_length(), ROWS=_TILE,
             num_warps=_WARPS,
@@ -134,15 +136,7 @@ class PeerRows:
 
     def meet(self) -> None:
         """On the stream: what every rank has written before its own is there."""
-        self._peers.all_reduce(self._word, self._met, "large", blocks=1)
-
-    def begin(self, run: Callable[[], None]) -> Any:
-        """`run`, which writes and meets, on a stream of its own behind all that this one has."""
-        return self._peers.under_way.begin(run)
-
-    def finish(self, end: Any) -> None:
-        """The rank's own stream goes on when what was begun has ended."""
-        self._peers.under_way.finish(end)
+        self._peers.all_reduce(self._word, self._met, "large")
 
     def close(self) -> None:
         self._handle = self._starts = None

@@ -8,31 +8,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["FUSED", "merged_rows", "own_or_last_rows", "packed_rows"]
-
-FUSED = False
-"""Whether steps go so, in the place of torch's operations. The kernels are proven in Triton's interpreter and compile
-for Hopper; on GPUs they have not run, so only `benchmarks.gpu.sequences --unproven` and tests turn it on."""
+__all__ = ["merged_rows", "own_or_last_rows", "packed_rows"]
 
 
 def own_or_last_rows(
-    k: Tensor, v: Tensor, keys: Tensor, values: Tensor, is_own: Tensor, before: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Key and value that the rank appends, and at which of its tokens, [B, 1]: the last once more where it keeps none.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    is_own: Tensor,
+    before: Tensor,
+    rotation: tuple[Tensor, Tensor, int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query, key and value that the rank appends, and at which of its tokens, [B, 1]: its last once more where it keeps
+    none.
 
-    is_own: whether it keeps the token. before: how many of the row's tokens it has kept before it.
+    is_own: whether it keeps the token. before: how many of the row's tokens it has kept before it. rotation: of q and
+    k, as in `decode_attention`, which is still to be done.
     """
     from runtime.ops.kernels.decode.shared_kernel import own_or_last  # Triton comes with torch for GPUs only
 
-    k, v = k.contiguous(), v.contiguous()
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     key, value, at = torch.empty_like(k), torch.empty_like(v), torch.empty_like(before)
-    size, value_size = k.shape[-1], v.shape[-1]
-    own_or_last[(k.shape[0] * k.shape[1],)](
-        k, v, keys, values, is_own.contiguous(), before.contiguous(), key, value, at,
-        *keys.stride()[:2], *values.stride()[:2], HEADS=k.shape[1], D=size, DV=value_size,
-        D_PADDED=_power_of_2(size), DV_PADDED=_power_of_2(value_size), num_warps=1,
+    query = q if rotation is None else torch.empty_like(q)
+    cos, sin, half = (q, q, 0) if rotation is None else rotation
+    size, value_size, pairs = k.shape[-1], v.shape[-1], k.shape[0] * k.shape[1]
+    own_or_last[(pairs + (0 if rotation is None else q.shape[0] * q.shape[1]),)](
+        k, v, keys, values, is_own.contiguous(), before.contiguous(), key, value, at, q, query, cos, sin, pairs,
+        *keys.stride()[:2], *values.stride()[:2], *(0 if x.shape[0] == 1 else x.stride(0) for x in (cos, sin)),
+        HEADS=k.shape[1], QUERY_HEADS=q.shape[1], D=size, DV=value_size, D_PADDED=_power_of_2(size),
+        DV_PADDED=_power_of_2(value_size), HALF=half % size, num_warps=1,
     )  # fmt: skip
-    return key, value, at
+    return query, key, value, at
 
 
 def packed_rows(out: Tensor, lse: Tensor, is_own: Tensor, before: Tensor) -> Tensor:

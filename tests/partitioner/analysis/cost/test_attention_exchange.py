@@ -6,26 +6,26 @@ import dataclasses
 
 import pytest
 
+from partitioner.analysis.cost import attention_exchange
 from partitioner.analysis.cost.attention_exchange import Exchanged, cheapest
 
 LLAMA = Exchanged(32, 8, 128, 128)
 
 
-def test_two_gpus_of_one_host_exchange_heads() -> None:
-    """As measured: 0.72 to 0.97 of ideal, against 0.46 to 0.61 by a ring."""
+def test_two_gpus_of_one_host_are_a_ring() -> None:
+    """As measured at 16k tokens a rank: 0.78 ms to exchange heads, and a ring 0.97 of ideal or more."""
     how, why = cheapest([LLAMA] * 32, 2)
-    assert how == "ulysses"
+    assert how == "ring"
     assert "ms to exchange heads (ulysses) or" in why
+    assert LLAMA.ulysses_s(2) == pytest.approx(0.78e-3, rel=0.1)
     ideal = LLAMA.attention_s(2)
-    assert 0.72 < ideal / (ideal + LLAMA.ulysses_s(2)) < 0.97
-    assert 0.46 < ideal / (ideal + LLAMA.ring_s(2)) < 0.61
+    assert 0.97 < ideal / (ideal + LLAMA.ring_s(2)) < 1
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 def test_prices_are_of_all_layers(ranks: int) -> None:
     few = Exchanged(ranks, 1, 128, 128)
     assert few.ulysses_s(ranks) > 0
-    assert cheapest([LLAMA, few], ranks)[0] == ("ulysses" if LLAMA.heads >= ranks else "ring")
     how, why = cheapest([LLAMA, Exchanged(ranks - 1, 1, 128, 128)], ranks)
     assert how == "ring"
     assert f"{ranks - 1} heads on a rank, fewer than {ranks}" in why
@@ -37,7 +37,7 @@ def test_scores_of_all_tokens_are_not_written_out() -> None:
     assert "a window, chunk, soft cap or sinks" in why
 
 
-def test_a_ring_whose_kernel_is_as_fast_would_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: it is the measured share that decides, where keys and values are few of the numbers."""
-    monkeypatch.setattr("partitioner.analysis.cost.attention_exchange.OF_A_BLOCK", 1.0)
-    assert cheapest([Exchanged(32, 1, 128, 128)], 2)[0] == "ring"
+def test_a_ring_whose_messages_nothing_hides_would_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: it is the measured link that decides, where keys and values are as many as queries."""
+    monkeypatch.setattr(attention_exchange, "PERMUTE_BYTES_PER_S", 2e10)
+    assert cheapest([Exchanged(32, 32, 128, 128)], 2)[0] == "ulysses"

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
 
 from partitioner.sharding.mesh import Mesh
 from runtime.ops.attention import attention
-from runtime.ops.rows import ulysses_in_place
 from runtime.ops.rows.row_moves import Move, loadable
 from runtime.ops.rows.ulysses_in_place import InPlace
 from tests.runtime.kv_cache.sharded_cases import on_one, on_sharded, text
@@ -37,25 +35,6 @@ def test_sinks_masks_and_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     given, mask, sinks = tensors(1, 17), drawn(1, 4, 17, 17, seed=5), drawn(4, seed=6)
     found = over_ranks(given, 3, how="ulysses", order="blocks", mask=mask, sinks=sinks, scale=0.4)
     torch.testing.assert_close(found, attention(*given, mask, sinks, scale=0.4), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("size", [1, 13])
-def test_groups_of_heads(count: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ulysses_in_place, "GROUPS", count)
-    monkeypatch.setattr(ulysses_in_place, "LEAST_BYTES", 0)
-    parts, counts, original = 2, list[int](), InPlace.run
-
-    def run(self: InPlace, *given: Any, count: int) -> torch.Tensor:
-        counts.append(count)
-        return original(self, *given, count=count)
-
-    monkeypatch.setattr(InPlace, "run", run)
-    writing(monkeypatch, parts)
-    given = tensors(2, size, heads=24, kv=12, value=4)
-    found = over_ranks(given, parts, how="ulysses", scale=0.4, causal=True)
-    torch.testing.assert_close(found, attention(*given, scale=0.4, causal=True), rtol=1e-12, atol=1e-12)
-    assert counts == [count] * parts
 
 
 @pytest.mark.parametrize("kv_map", [[0, 0, 0, 1], [0, 1, 0, 1]])
@@ -95,7 +74,7 @@ def test_the_second_run_of_a_rank_is_not_behind_the_first(name: str, monkeypatch
 
 
 def test_too_little_memory_goes_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    writing(monkeypatch, 2, num_bytes=64)
+    writing(monkeypatch, 2, most=64)
     given, group = tensors(1, 12), Counting(Mesh.of(sp=2))
     found = over_ranks(given, 2, group=group, how="ulysses", scale=0.4, causal=True)
     torch.testing.assert_close(found, attention(*given, scale=0.4, causal=True), rtol=1e-12, atol=1e-12)
