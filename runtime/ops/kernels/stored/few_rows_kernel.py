@@ -214,7 +214,7 @@ def few_rows(
         if ACT != "":
             gate_next_words, gate_next_scale, gate_next_zero = _words_at(
                 gate_codes, gate_scales, gate_zeros, gate_row, line, gate_columns, start + CHUNKS * RUN, is_n, inner,
-                gate_codes_row, gate_scales_row, EXPONENTS, ZEROS, RUN, CHUNKS,
+                gate_codes_row, gate_scales_row, EXPONENTS, ZEROS, RUN, CHUNKS, False,
             )  # fmt: skip
         new_sums = ()
         new_gates = ()
