@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["await_flag", "await_words", "put_words", "raise_flag"]
+__all__ = ["await_flag", "await_words", "bring_near", "put_words", "raise_flag"]
 
 
 @triton.jit
@@ -76,6 +76,14 @@ def await_words(address, number, ok, late, abandoned, patience_ns):
         dtype=(tl.int32, tl.int32),
         is_pure=False,
         pack=1,
+    )
+
+
+@triton.jit
+def bring_near(address):
+    """Into the L2 cache, which megabytes of weights have run through since: what is read there later is up to date."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
     )
 
 

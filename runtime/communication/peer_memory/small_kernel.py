@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.communication.peer_memory.signals import await_words, put_words
+from runtime.communication.peer_memory.signals import await_words, bring_near, put_words
 
 __all__ = ["small"]
 
@@ -69,16 +69,21 @@ def small(
 
     EARLY: whether it was launched before its predecessor's end.
     """
-    if EARLY:
-        gdc_launch_dependents()
-        gdc_wait()
     block = tl.program_id(0)
     lane = tl.arange(0, UNITS)
     at = block * UNITS + lane
+    # nobody writes the table, so it can be read before the wait; the counter is brought near
+    areas = ()
+    for rank in tl.static_range(RANKS):
+        areas = areas + (tl.load(table + rank),)
+    if EARLY:
+        bring_near(counters + block)
+        gdc_launch_dependents()
+        gdc_wait()
     number = tl.load(counters + block) + 1
     inside = (((number & 1) * BLOCKS + block) * UNITS + lane).to(tl.int64) * 16
     area = 2 * BLOCKS * UNITS * 16
-    own_area = tl.load(table + RANK)
+    own_area = areas[RANK]
     if SPREADS:
         own = tl.load(x + RANK * piece + at, mask=at < piece, other=0)
     else:
@@ -93,7 +98,7 @@ def small(
         if SHIFT != 0:
             if peer != (RANK + SHIFT) % RANKS:
                 ok = (lane < 1).to(tl.int32)  # nothing, but that this rank has come
-        to = tl.load(table + peer) + RANK * area + inside
+        to = areas[(RANK + step) % RANKS] + RANK * area + inside
         put_words(to, word.to(tl.int32), (word >> 32).to(tl.int32), number, ok)
     ok = (at < piece).to(tl.int32)
     for peer in tl.static_range(RANKS):

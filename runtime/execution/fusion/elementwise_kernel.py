@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from runtime.ops.kernels.decode.activations_kernel import activated
+
 __all__ = ["add_norm", "gate", "rotate"]
 
 
@@ -41,17 +43,7 @@ def gate(a, b, out, width, a_row, b_row, ACT: tl.constexpr, BLOCK: tl.constexpr)
     live = n < width
     x = tl.load(a + row * a_row + n, mask=live, other=0.0).to(tl.float32)
     y = tl.load(b + row * b_row + n, mask=live, other=0.0).to(tl.float32)
-    if ACT == "silu":
-        x = x * tl.sigmoid(x)
-    elif ACT == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACT == "gelu_tanh":  # tanh(z) is 2 sigmoid(2 z) - 1
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACT == "relu":
-        x = tl.where(x < 0, 0.0, x)  # what is no number stays none
-    else:
-        x = tl.sigmoid(x)
-    tl.store(out + row * width + n, (x * y).to(out.dtype.element_ty), mask=live)
+    tl.store(out + row * width + n, (activated(x, ACT) * y).to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit

@@ -12,22 +12,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from runtime.ops.kernels.decode.activations_kernel import activated
+
 __all__ = ["few_rows"]
-
-
-@triton.jit
-def _activated(x, ACT: tl.constexpr):
-    if ACT == "silu":
-        return x * tl.sigmoid(x)
-    elif ACT == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACT == "gelu_tanh":  # tanh(z) is 2 sigmoid(2 z) - 1
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACT == "relu":
-        return tl.where(x < 0, 0.0, x)  # what is no number stays none
-    else:
-        tl.static_assert(ACT == "sigmoid")
-        return tl.sigmoid(x)
 
 
 @triton.jit
@@ -119,7 +106,7 @@ def few_rows(
             gated = tl.sum(gates[row], 1)
             if NORMS:
                 gated *= factor
-            y *= _activated(gated, ACT)
+            y *= activated(gated, ACT)
         if BIAS:
             y += tl.load(bias + n, mask=n < num_out, other=0.0).to(tl.float32)
         tl.store(out + row * num_out + n, y.to(out.dtype.element_ty), mask=n < num_out)

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.ops.kernels.decode.few_rows_kernel import _activated, _row_at
+from runtime.ops.kernels.decode.activations_kernel import activated
+from runtime.ops.kernels.decode.few_rows_kernel import _row_at
 from runtime.ops.kernels.stored.stored_kernel import _float4
 
 __all__ = ["few_rows"]
@@ -213,7 +214,7 @@ def few_rows(
         if ACT != "":
             gate_next_words, gate_next_scale, gate_next_zero = _words_at(
                 gate_codes, gate_scales, gate_zeros, gate_row, line, gate_columns, start + CHUNKS * RUN, is_n, inner,
-                gate_codes_row, gate_scales_row, EXPONENTS, ZEROS, RUN, CHUNKS,
+                gate_codes_row, gate_scales_row, EXPONENTS, ZEROS, RUN, CHUNKS, False,
             )  # fmt: skip
         new_sums = ()
         new_gates = ()
@@ -264,7 +265,7 @@ def few_rows(
             gated = tl.sum(gates[index], 0)
             if NORMS:
                 gated *= factor
-            y *= _activated(gated, ACT)
+            y *= activated(gated, ACT)
         if BIAS:
             y += tl.load(bias + n, mask=is_n, other=0.0).to(tl.float32)
         tl.store(out + index * num_out + n, y.to(out.dtype.element_ty), mask=is_n)
