@@ -5,10 +5,9 @@
     awq      four bits, groups of 128 with a scale and a zero
 
 The embedding's table and the last projection are bfloat16 in all of them. Made-up checkpoints, in a temporary folder,
-are partitioned with Plan(weights="stored"); steps are compiled and captured. Time per token as in
-`benchmarks.gpu.decode`.
+are partitioned with Plan(weights="stored"); steps are captured. Time per token as in `benchmarks.gpu.decode`.
 
-    python -m benchmarks.gpu.stored                  about six minutes, most of it compiling
+    python -m benchmarks.gpu.stored                  about three minutes, most of it making checkpoints
     python -m benchmarks.gpu.stored --layers 4
 """
 

@@ -42,6 +42,10 @@ from runtime.ops.state.latent_heads import OfLatent
 __all__ = ["ShardedAttention"]
 
 
+ROTATES_ON = False
+"""Whether the launch before the kernel rotates queries and keys too. Off: it has not run on a GPU, but interpreted."""
+
+
 class ShardedAttention:
     """One `cached_sequence_attention`. keys, values: of its state, of sizes D and Dv."""
 
@@ -80,7 +84,7 @@ class ShardedAttention:
 
     def rotates(self, q: Tensor, *by: Any) -> bool:
         """Whether it takes a `rotation` of one token's queries and keys that is still to be done."""
-        return self.has_kernel and can_rotate(q, *by)
+        return ROTATES_ON and self.has_kernel and can_rotate(q, *by)
 
     def __call__(
         self,
