@@ -11,6 +11,8 @@ import traceback
 import warnings
 from pathlib import Path
 
+import torch
+
 __all__ = ["code", "commands", "run", "run_code", "text_of"]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +68,8 @@ def _as_a_program(text: str, cwd: Path, out: int, errors: int) -> None:
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         os.chdir(cwd)
         warnings.resetwarnings()
+        # torch makes its threads anew after a fork, without a lock: before several threads of the text ask for them
+        torch.set_num_threads(torch.get_num_threads())
         exec(compile(text, "<document>", "exec"), {"__name__": "__main__"})
         status = 0
     except BaseException:
