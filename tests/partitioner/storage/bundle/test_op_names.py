@@ -15,6 +15,7 @@ from partitioner.storage.bundle.format.op_names import _CALLS, _METHODS, ATEN, n
 
 NOT_IN_GRAPHS = {
     "allowed",
+    "arriving",
     "filling",
     "kept_choices",
     "per_query_head",
