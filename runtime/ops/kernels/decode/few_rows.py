@@ -17,7 +17,7 @@ from torch import Tensor
 
 from runtime.ops.kernels.triton_needs import missing_for_triton
 
-__all__ = ["KERNEL_DTYPES", "MOST_ROWS", "can_launch_early", "few_rows", "takes"]
+__all__ = ["KERNEL_DTYPES", "MOST_ROWS", "can_launch_early", "few_rows", "in_rows", "takes"]
 
 MOST_ROWS = 1
 """Beyond, a row's multiplications take longer than the weights take to come: products of an 8B layer on an H200, which
@@ -36,9 +36,10 @@ def can_launch_early(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def takes(x: Tensor, *others: Tensor) -> bool:
+def takes(x: Tensor, *others: Tensor, most_rows: int | None = None) -> bool:
     """Whether the kernel takes these: x [.., K] of a few rows, and all of its dtype on one GPU."""
-    if not x.is_cuda or x.dtype not in KERNEL_DTYPES or not 0 < x.shape[:-1].numel() <= MOST_ROWS or not x.numel():
+    most = MOST_ROWS if most_rows is None else most_rows
+    if not x.is_cuda or x.dtype not in KERNEL_DTYPES or not 0 < x.shape[:-1].numel() <= most or not x.numel():
         return False
     alike = all(other.dtype == x.dtype and other.device == x.device and other.numel() for other in others)
     return alike and not missing_for_triton()
@@ -57,8 +58,8 @@ def few_rows(
     """See the module's docstring: the product, or with `added` (which goes with `norm`) the total and the product."""
     from runtime.ops.kernels.decode import few_rows_kernel  # Triton comes with torch for GPUs only
 
-    x = _rows(x)
-    left = x if added is None else _rows(added)
+    x = in_rows(x)
+    left = x if added is None else in_rows(added)
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
     other = weight if gate is None else gate if gate.stride(-1) == 1 else gate.contiguous()
     (rows, inner), num_out = x.shape, weight.shape[0]
@@ -87,6 +88,6 @@ def _tile_n(sums: int, num_out: int, device: torch.device) -> int:
     return tile
 
 
-def _rows(x: Tensor) -> Tensor:
+def in_rows(x: Tensor) -> Tensor:
     """[R, K], each row's numbers one after the other."""
     return x.reshape(-1, x.shape[-1]) if x.stride(-1) == 1 else x.contiguous().view(-1, x.shape[-1])

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from runtime.ops.kernels.decode.activations_kernel import activated
 
-__all__ = ["few_rows"]
+__all__ = ["few_rows", "put", "row_at"]
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def _weights_at(at, columns, live, inner, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _row_at(x, added, total, norm, row, columns, inner, writes, ADDS: tl.constexpr, WEIGHTED: tl.constexpr):
+def row_at(x, added, total, norm, row, columns, inner, writes, ADDS: tl.constexpr, WEIGHTED: tl.constexpr):
     """What the norm is of, and that times its weight."""
     inside = columns < inner
     own = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
@@ -40,6 +40,26 @@ def _row_at(x, added, total, norm, row, columns, inner, writes, ADDS: tl.constex
     if WEIGHTED:
         scaled = own * tl.load(norm + columns, mask=inside, other=0.0).to(tl.float32)
     return own, scaled
+
+
+@triton.jit
+def put(
+    out, sums, gates, squares, bias, eps, n, num_out, inner,
+    AXIS: tl.constexpr, NORMS: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """One row of what is still to be added up along AXIS, and what stands behind it. squares: of what is normalised."""
+    y = tl.sum(sums, AXIS)
+    if NORMS:
+        factor = tl.rsqrt(tl.sum(squares, 0) / inner + eps)
+        y *= factor
+    if ACT != "":
+        gated = tl.sum(gates, AXIS)
+        if NORMS:
+            gated *= factor
+        y *= activated(gated, ACT)
+    if BIAS:
+        y += tl.load(bias + n, mask=n < num_out, other=0.0).to(tl.float32)
+    tl.store(out + n, y.to(out.dtype.element_ty), mask=n < num_out)
 
 
 @triton.jit
@@ -68,7 +88,7 @@ def few_rows(
     gates = ()
     squares = ()
     for row in tl.static_range(ROWS):
-        own, scaled = _row_at(
+        own, scaled = row_at(
             x + row * x_row, added + row * added_row, total, norm, row, k, inner, program == 0, ADDS, WEIGHTED
         )
         sums = sums + (first.to(tl.float32) * scaled[None, :],)
@@ -84,7 +104,7 @@ def few_rows(
         new_gates = ()
         new_squares = ()
         for row in tl.static_range(ROWS):
-            own, scaled = _row_at(
+            own, scaled = row_at(
                 x + row * x_row, added + row * added_row, total, norm, row, columns, inner, program == 0, ADDS, WEIGHTED
             )
             new_sums = new_sums + (sums[row] + weights.to(tl.float32) * scaled[None, :],)
@@ -98,15 +118,7 @@ def few_rows(
         gates = new_gates
         squares = new_squares
     for row in tl.static_range(ROWS):
-        y = tl.sum(sums[row], 1)
-        if NORMS:
-            factor = tl.rsqrt(tl.sum(squares[row], 0) / inner + eps)
-            y *= factor
-        if ACT != "":
-            gated = tl.sum(gates[row], 1)
-            if NORMS:
-                gated *= factor
-            y *= activated(gated, ACT)
-        if BIAS:
-            y += tl.load(bias + n, mask=n < num_out, other=0.0).to(tl.float32)
-        tl.store(out + row * num_out + n, y.to(out.dtype.element_ty), mask=n < num_out)
+        gate_sums = gates[row] if ACT != "" else None
+        put(
+            out + row * num_out, sums[row], gate_sums, squares[row], bias, eps, n, num_out, inner, 1, NORMS, ACT, BIAS
+        )  # fmt: skip

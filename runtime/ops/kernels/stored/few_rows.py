@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from runtime.ops.kernels.decode.few_rows import KERNEL_DTYPES, can_launch_early
+from runtime.ops.kernels.decode import few_rows as decode
 from runtime.ops.kernels.stored.stored_products import CODES, run_of
-from runtime.ops.kernels.triton_needs import missing_for_triton
 
 __all__ = ["Stored", "few_rows", "takes"]
 
@@ -45,11 +44,9 @@ class Stored(NamedTuple):
 
 def takes(x: Tensor, weight: Stored, gate: Stored | None, *others: Tensor) -> bool:
     """Whether the kernel takes these: x [.., K] of a few rows, and codes whose columns share their scales in runs."""
-    few = 0 < x.shape[:-1].numel() <= _MOST_ROWS[weight.code]
-    if not x.is_cuda or x.dtype not in KERNEL_DTYPES or not few or not x.numel():
+    if not decode.takes(x, *others, most_rows=_MOST_ROWS[weight.code]):
         return False
-    alike = all(other.dtype == x.dtype and other.device == x.device and other.numel() for other in others)
-    if not alike or missing_for_triton() or not weight.codes.numel() or x.shape[-1] % _RUNS[weight.code]:
+    if not weight.codes.numel() or x.shape[-1] % _RUNS[weight.code]:
         return False
     if gate is not None and not _alike(weight, gate):
         return False
@@ -76,8 +73,8 @@ def few_rows(
     """See the module's docstring: the product, or with `added` (which goes with `norm`) the total and the product."""
     from runtime.ops.kernels.stored import few_rows_kernel  # Triton comes with torch for GPUs only
 
-    x = _rows(x)
-    left = x if added is None else _rows(added)
+    x = decode.in_rows(x)
+    left = x if added is None else decode.in_rows(added)
     (rows, inner), num_out, run = x.shape, weight.codes.shape[0], _RUNS[weight.code]
     out = x.new_empty(rows, num_out)
     total = out if added is None else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -85,7 +82,7 @@ def few_rows(
     first, second = _given(weight), _given(weight if gate is None else gate)
     tile_n = _SUMS if gate is None else _SUMS // 2
     warps = _warps(inner // run)
-    early = can_launch_early(x.device)
+    early = decode.can_launch_early(x.device)
     few_rows_kernel.few_rows[(-(-num_out // tile_n),)](
         x, left, x if scale is None else scale.contiguous(), out, total, x if bias is None else bias.contiguous(),
         *first, *second, eps, num_out, inner, x.stride(0), left.stride(0),
@@ -117,8 +114,3 @@ def _warps(chunks: int) -> int:
     while warps > 1 and -(-chunks // (32 * warps)) * 32 * warps > _MOST_IDLE * chunks:
         warps //= 2
     return warps
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[R, K], each row's numbers one after the other."""
-    return x.reshape(-1, x.shape[-1]) if x.stride(-1) == 1 else x.contiguous().view(-1, x.shape[-1])

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from runtime.ops.kernels.decode.activations_kernel import activated
-from runtime.ops.kernels.decode.few_rows_kernel import _row_at
+from runtime.ops.kernels.decode.few_rows_kernel import put, row_at
 from runtime.ops.kernels.stored.stored_kernel import _float4
 
 __all__ = ["few_rows"]
@@ -226,7 +225,7 @@ def few_rows(
             square = squares[index]
             for place in tl.static_range(4):
                 at_k = start + tl.arange(0, CHUNKS)[:, None] * RUN + place * width + tl.arange(0, width)[None, :]
-                own, scaled = _row_at(
+                own, scaled = row_at(
                     x + index * x_row, added + index * added_row, total, norm, index, at_k, inner, program == 0, ADDS,
                     WEIGHTED,
                 )  # fmt: skip
@@ -257,15 +256,7 @@ def few_rows(
         if ACT != "":
             gate_words, gate_scale, gate_zero = gate_next_words, gate_next_scale, gate_next_zero
     for index in tl.static_range(ROWS):
-        y = tl.sum(sums[index], 0)
-        if NORMS:
-            factor = tl.rsqrt(tl.sum(squares[index], 0) / inner + eps)
-            y *= factor
-        if ACT != "":
-            gated = tl.sum(gates[index], 0)
-            if NORMS:
-                gated *= factor
-            y *= activated(gated, ACT)
-        if BIAS:
-            y += tl.load(bias + n, mask=is_n, other=0.0).to(tl.float32)
-        tl.store(out + index * num_out + n, y.to(out.dtype.element_ty), mask=is_n)
+        put(
+            out + index * num_out, sums[index], gates[index], squares[index], bias, eps, n, num_out, inner,
+            0, NORMS, ACT, BIAS,
+        )  # fmt: skip
