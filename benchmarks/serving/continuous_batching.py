@@ -13,6 +13,7 @@ these, it would take all memory for masks of more. Prefixes are not looked up, s
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import sys
 import time
@@ -85,6 +86,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     setting = ContinuousBatchingConfig(
         block_size=BLOCK,
