@@ -21,9 +21,9 @@ from torch import Tensor
 from runtime.communication.communicator import Communicator
 from runtime.execution.prompts.piece import Piece
 from runtime.generation.batching.packing import TOKENS_SHARED_OUT, why_not_packed
-from runtime.generation.batching.row_texts import SharedOut
+from runtime.generation.batching.prefixes.row_texts import SharedOut
 from runtime.generation.batching.work import Limits, Turn, Work
-from runtime.generation.decode_graphs import Chosen, Decoder
+from runtime.generation.decode_graphs import Begun, Decoder
 from runtime.generation.steps import Steps
 from runtime.kv_cache.batch import PagedRows
 from runtime.kv_cache.cache import Cache
@@ -160,7 +160,7 @@ class InBlocks:
         decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
         return decoder.of_first(len(run.piece.tokens), tokens, positions, received)
 
-    def choose(
+    def begin(
         self,
         steps: Steps,
         run: Run,
@@ -168,11 +168,17 @@ class InBlocks:
         *,
         few_sizes: bool,
         also: Sequence[RowOptions] = (),
-    ) -> Chosen:
-        """The same with the choice of each row in it, as `rows` ask; also: as `Decoder.choose` has it."""
+    ) -> tuple[Decoder, Begun]:
+        """The same with the choice of each row in it, as `rows` ask; also: as `Decoder.begin` has it."""
         decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
-        said, logits = decoder.choose(rows, tokens, positions, also=also)
-        return Chosen(said[:, : len(rows)], logits[: len(rows)])
+        return decoder, decoder.begin(rows, tokens, positions, also=also)
+
+    def again(self, decoder: Decoder, begun: Begun, run: Run) -> Begun:
+        """The step behind one that may not be over; run: of the same rows, whose tokens nobody knows yet."""
+        assert isinstance(self.cache, PagedCache)
+        assert isinstance(run.rows, PagedRows)
+        self.cache.fix(run.rows, decoder.batch)
+        return decoder.again(begun)
 
     def _decoder(self, steps: Steps, run: Run, *, few_sizes: bool) -> tuple[Decoder, list[int], list[int]]:
         """With the tokens and positions that it takes."""
