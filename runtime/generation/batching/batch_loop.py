@@ -105,6 +105,7 @@ class BatchLoop:
         self._release()
         self._set_aside()
         assert self._places is not None
+        self._begin_all_sizes()
         for number, asked in self._asked.items():  # in the order in which they came
             try:
                 self.scheduler.add(number, asked.text, most=asked.longest, piece=asked.settings.prefill_step)
@@ -263,6 +264,20 @@ class BatchLoop:
         return self._steps.execute(
             run.piece, received, decode=run.work.decode, rows=run.rows, least=run.least, like=run.like
         )
+
+    def _begin_all_sizes(self) -> None:
+        """Captures steps of all numbers of rows, and has kernels compiled that others need: once, and not amid requests
+        that come and go.
+        """
+        places, captured = self._places, self._decoding["cuda_graph"] and self._from_fixed_memory
+        alone = isinstance(self.scheduler, Scheduler) and self.program.stage is None
+        if not (captured and alone and isinstance(places, InBlocks)):
+            return
+        with torch.no_grad():
+            for size in places.sizes(few_sizes=self._decoding["compile"]):
+                if places.limits.packs:
+                    self.run(places.of_nobody(size))
+                places.begin_size(self._steps, size)
 
     def _named(self, number: int) -> int | None:
         """How many of the most probable tokens a sequence is told as well, if any."""

@@ -5,6 +5,7 @@ What a GPU captures runs here as it is, step by step: the same ops on the same t
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from typing import Any
 
@@ -13,10 +14,13 @@ import torch
 
 from partitioner import Plan
 from partitioner.compile.partition import compile_program
+from partitioner.sharding.mesh import Mesh
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.generation.batching import batch_loop, chosen_steps, places
 from runtime.generation.batching.batch_loop import BatchLoop
 from runtime.generation.batching.choose_rows import RowChooser
 from runtime.generation.decode_graphs import Decoder
+from runtime.generation.generation_request import GenerationRequest
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.sampling import row_sampler
 from tests.runtime.generation.batching import many_requests
@@ -219,3 +223,50 @@ def test_rows_that_were_not_certain_are_run_again(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(chosen_steps._UnderWay, "void", property(lambda _: set(), lambda *_: None), raising=False)
     with pytest.raises(AssertionError):
         assert_as_alone(cases, on_all_ranks(parts, cases, ROOMY), alone)
+
+
+class Replayed:
+    """A graph that runs its ops again, into what they yielded when it was captured."""
+
+    def __init__(self, run: Any) -> None:
+        self._run, self.result = run, run()
+
+    def replay(self) -> None:
+        for held, new in zip(self.result, self._run(), strict=True):
+            held.copy_(new)
+
+    def reset(self) -> None:
+        pass
+
+
+def test_steps_are_captured_before_requests_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few numbers of rows; 200 requests of ever new lengths then capture nothing."""
+    captures: Counter[int] = Counter()
+
+    def capture(decoder: Decoder, run: Any, seen: int) -> Any:
+        captures[decoder.batch] += 1
+        graph = Replayed(lambda: run(seen))
+        return graph, graph.result
+
+    monkeypatch.setattr(Decoder, "_capture", capture)
+    monkeypatch.setattr(Decoder, "_captures", property(lambda _: True, lambda *_: None), raising=False)
+    parts = compiled("llama", 1)
+    engine = parts.engine(0, ThreadGroup(Mesh.of()).communicator(0))
+    loop = engine.batching(CacheSize(max_batch=1, max_length=400, prefill_step=64), rows=12)
+    loop._decoding["cuda_graph"] = True
+    loop.reserve(CacheSize(max_batch=1, max_length=400, prefill_step=64))
+    assert captures == {1: 1, 2: 1, 4: 1, 8: 1, 12: 1}
+    draw = random.Random(0)
+    lengths = [(draw.randrange(1, 16), draw.randrange(1, 4)) for _ in range(200)]
+    prompts = [[draw.randrange(3, 100) for _ in range(length)] for length, _ in lengths]
+    told: dict[int, list[int]] = {number: [] for number in range(200)}
+    for number, (prompt, (_, new)) in enumerate(zip(prompts, lengths, strict=True)):
+        options = {"max_new_tokens": new, "eos_token_id": []}
+        loop.add(number, GenerationRequest.of([prompt], None, options, eos_token_id=()))
+    while loop.status()["running"] + loop.status()["waiting"]:
+        for each in loop.step():
+            told[each.number].append(each.token)
+    assert sum(captures.values()) == 5
+    for number in range(0, 200, 40):
+        step = parts.stream([prompts[number]], max_new_tokens=lengths[number][1], eos_token_id=[])
+        assert told[number] == [each.tokens[0] for each in step]
