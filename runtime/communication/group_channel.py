@@ -172,6 +172,18 @@ class GroupChannel(Channel):
         )
         return finish
 
+    def merge_parts(self, parts: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        if self._peers is None or not (merge := self._peers.part_merge).takes(parts):
+            return None
+        gather = self._comparison()
+        found: Tensor = self._guarded(
+            lambda: Call(self.rank, self.node, "all_gather", axes_text(self.axes)).on(parts),
+            self.ranks,
+            lambda call: self._compare(call, gather),
+            lambda: merge.merge(parts, sinks, dtype),
+        )
+        return found
+
     def peer_rows(self) -> PeerRows | None:
         peers = self._peers
         # rows that are written compare nothing
