@@ -174,13 +174,15 @@ def decode_attention(
     cos, sin, half = (q, q, 0) if rotation is None else rotation
     early = can_launch_early(q.device)
     merged = max(1, _MERGED // (_power_of_2(group) * value_padded))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     decode[(batch * kv_heads, splits)](
-        q.contiguous(), k.contiguous(), v.contiguous(), positions.contiguous(), keys, values,
+        q, k, v, positions.contiguous(), keys, values,
         out if key_scales is None else key_scales, out if value_scales is None else value_scales,
         out if sinks is None else sinks.contiguous(), cos, sin, out, lse, parts, tops, sums, _counters(q.device),
         positions if table is None else table, positions if is_own is None else is_own.contiguous(),
         scale if capped else scale * _LOG2_E, softcap or 1.0, window or 0, chunk or 1, slots,
         int(ahead and early and torch.cuda.is_current_stream_capturing()),
+        *(x.stride(dim) for x in (q, k, v) for dim in (0, 1)),
         0 if table is None else table.stride(0),
         keys.stride(row_dim), keys.stride(head_dim), values.stride(row_dim), values.stride(head_dim),
         *key_strides, *value_strides,

@@ -55,6 +55,12 @@ def decode(
     chunk,
     slots,
     ahead,
+    q_row,
+    q_head,
+    new_key_row,
+    new_key_head,
+    new_value_row,
+    new_value_head,
     table_row,
     key_row,
     key_head,
@@ -186,16 +192,20 @@ def decode(
         # all of the token is under way at once: it is read as it is needed, once for every query head, for threads that
         # share it out anew wait for each other
         query_at = (row * KV_HEADS + head) * GROUP + heads
+        q += row.to(tl.int64) * q_row
+        new_key += row.to(tl.int64) * new_key_row + head * new_key_head
+        new_value += row.to(tl.int64) * new_value_row + head * new_value_head
+        query_head = ((head * GROUP + heads) * q_head)[:, None]
         place, value_place = dims[None, :] + heads[:, None] * 0, value_dims[None, :] + heads[:, None] * 0
         inside, value_inside = place < D, value_place < DV
         query_inside = inside & (heads[:, None] < GROUP)
-        query = tl.load(q + query_at[:, None] * D + place, mask=query_inside, other=0.0)
-        key = tl.load(new_key + pair * D + place, mask=inside, other=0.0)
-        value = tl.load(new_value + pair * DV + value_place, mask=value_inside, other=0.0)
+        query = tl.load(q + query_head + place, mask=query_inside, other=0.0)
+        key = tl.load(new_key + place, mask=inside, other=0.0)
+        value = tl.load(new_value + value_place, mask=value_inside, other=0.0)
         if HALF != 0:
             turned = (place + HALF) % D
-            other_half = tl.load(q + query_at[:, None] * D + turned, mask=query_inside, other=0.0)
-            other_key = tl.load(new_key + pair * D + turned, mask=inside, other=0.0)
+            other_half = tl.load(q + query_head + turned, mask=query_inside, other=0.0)
+            other_key = tl.load(new_key + turned, mask=inside, other=0.0)
             straight = tl.load(cos + row * cos_row + place, mask=inside, other=0.0)
             across = tl.load(sin + row * sin_row + place, mask=inside, other=0.0)
             straight = straight.to(tl.float32)
