@@ -147,6 +147,7 @@ class ShardedAttention:
         positions: Tensor,
         sinks: Tensor | None,
         rotation: Rotation | None = None,
+        ahead: bool = False,
     ) -> Tensor:
         """The part of this rank. To the kernel a row is as long as what this rank keeps of it."""
         run = self._run()

@@ -47,7 +47,7 @@ _HELD = 64 << 10
 """Bytes of keys and values that threads have room for."""
 _SHARED = 227 << 10
 """Bytes of a program's shared memory, where nothing is known of the device."""
-_MOST_SPLITS, _PER_PROCESSOR, _PER_PROCESSOR_FLOAT8 = 64, 1, 2
+_MOST_SPLITS, _PER_PROCESSOR, _PER_PROCESSOR_FLOAT8 = 64, 3, 2
 """How many parts there are at most, and programs for each processor: all parts wait for the last one. Over float8, one
 has half the bytes under way, and more to do with them.
 """

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from runtime.kv_cache import sharded_attention
 from runtime.kv_cache.sharded_attention import ShardedAttention
+from runtime.ops.rows.partial_attention import merge_parts, partial_attention
 from tests.runtime.kv_cache.sharded_cases import on_sharded, text
 from tests.runtime.ops.kernels.in_tritons_interpreter import assert_interpreted, needs_triton
 from tests.runtime.ops.rows.sp_cases import drawn
@@ -85,6 +87,54 @@ def test_a_rotation_that_is_left_to_a_step_is_done_behind_a_mask_too(monkeypatch
 
     monkeypatch.setattr(ShardedAttention, "__call__", call)
     found, _ = on_sharded(runs, 1, 2, "ring", mask=torch.zeros(1, 1, 1, 1))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("prompts", [(1,), (5, 2, 9)])
+def test_a_step_hands_the_kernel_what_it_takes(
+    prompts: tuple[int, ...], sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With torch's own operations in the kernels' place: as without them."""
+    cos, sin, half = drawn(1, 1, 1, 6, seed=7), drawn(1, 1, 1, 6, seed=8), 3
+    runs, original, calls = text(prompts, 8, 4), ShardedAttention.__call__, []
+    options = {"sinks": drawn(4, seed=9)} if sinks else {}
+    expected, _ = on_sharded(runs, len(prompts), 3, "ring", **options)
+
+    def decode(
+        q: Tensor, k: Tensor, v: Tensor, before: Tensor, keys: Tensor, values: Tensor, *, scale: float,
+        softcap: float | None, rotation: Any, is_own: Tensor,
+    ) -> Tensor:  # fmt: skip
+        calls.append(rotation)
+        q, k = (x * cos + torch.roll(x, -half, -1) * sin for x in (q, k))
+        found = q.new_zeros(*q.shape[:3], v.shape[-1] + 1)
+        found[..., -1] = -torch.inf
+        for row, (count, own) in enumerate(zip(before[:, 0].tolist(), is_own[:, 0].tolist(), strict=True)):
+            if own:
+                keys[row, :, count], values[row, :, count] = k[row, :, 0], v[row, :, 0]
+                count += 1
+            if count:
+                held = [each[row : row + 1, :, :count] for each in (keys, values)]
+                out, lse = partial_attention(q[row : row + 1], *held, scale=scale, softcap=softcap, mask=None)
+                found[row : row + 1] = torch.cat([out, lse[..., None]], -1)
+        return found
+
+    def call(self: ShardedAttention, q: Tensor, k: Tensor, *given: Any) -> Tensor:
+        if not self.has_kernel:
+            return original(self, q, k, *given)
+        assert self.rotates(q, cos, sin, half)
+        q, k = (solved(x, cos, sin, half) for x in (q, k))
+        return original(self, q, k, *given, rotation=(cos, sin, half), ahead=True)
+
+    monkeypatch.setattr(sharded_attention, "can_decode", lambda *given: True)
+    monkeypatch.setattr(sharded_attention, "decode_attention", decode)
+    monkeypatch.setattr(
+        sharded_attention, "merged_rows", lambda parts, dtype: merge_parts(parts[..., :-1], parts[..., -1])[0].to(dtype)
+    )
+    monkeypatch.setattr(ShardedAttention, "__call__", call)
+    found, _ = on_sharded(runs, len(prompts), 3, "ring", **options)
+    assert calls
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
