@@ -23,6 +23,8 @@ from runtime.ops.kernels.decode import few_rows
 from runtime.ops.kernels.stored import few_rows as few_stored_rows
 from runtime.ops.kernels.stored.few_rows import Stored
 from runtime.ops.kernels.stored.stored_linear import stored_linear
+from runtime.ops.kernels.tiles.several_rows import several_rows
+from runtime.ops.kernels.tiles.several_rows import takes as takes_several
 
 __all__ = ["product"]
 
@@ -107,10 +109,23 @@ def _one_by_one(
             x = scale * torch.rms_norm(x, size, None, eps)
         else:
             x = torch.rms_norm(x, size, scale, eps)
+    y = _gated_product(x, weight, bias, gate, act, gate_first=gate_first)
+    return y if added is None else (total, y)
+
+
+def _gated_product(
+    x: Tensor, weight: Weight, bias: Tensor | None, gate: Weight | None, act: str, *, gate_first: bool
+) -> Tensor:
+    first, second = (gate, weight) if gate is not None or not act else _halves(weight, gate_first=gate_first)
+    if isinstance(second, Tensor):
+        assert first is None or isinstance(first, Tensor)
+        if takes_several(x, second, first, bias):
+            made = several_rows(x, second, bias, gate=first, act=act)
+            return made.view(*x.shape[:-1], made.shape[-1])
     y = _linear(x, weight, bias)
     if gate is not None:
-        y = gated(_linear(x, gate), y, act)
-    elif act:
-        first, second = y.chunk(2, -1)
-        y = gated(first, second, act) if gate_first else gated(second, first, act)
-    return y if added is None else (total, y)
+        return gated(_linear(x, gate), y, act)
+    if not act:
+        return y
+    of_first, of_second = y.chunk(2, -1)
+    return gated(of_first, of_second, act) if gate_first else gated(of_second, of_first, act)
