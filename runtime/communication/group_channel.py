@@ -172,6 +172,18 @@ class GroupChannel(Channel):
         )
         return finish
 
+    def sum_norm(self, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor] | None:
+        if self._peers is None or not (sums := self._peers.few_row_sums).takes(x, residual, weight):
+            return None
+        gather = self._comparison()
+        made: tuple[Tensor, Tensor] = self._guarded(
+            self._sum_of(x),
+            self.ranks,
+            lambda call: self._compare(call, gather),
+            lambda: sums(x, residual, weight, eps),
+        )
+        return made
+
     def peer_rows(self) -> PeerRows | None:
         peers = self._peers
         # rows that are written compare nothing
