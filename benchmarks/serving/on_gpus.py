@@ -7,7 +7,9 @@
             and the time to the prompt's first token, over what it is by itself
 
 Both have drawn weights of one folder, which lies in memory, room for the same number of tokens, and processes of their
-own, on the same GPUs at the same time; they are asked in turns. transformers' ranks are started by torchrun.
+own, on the same GPUs at the same time; they are asked in turns. transformers' ranks are started by torchrun. A round
+ends when `--requests` are answered or after `--seconds`; then tokens of answers that are not complete count as well. So
+the slower side has read shorter texts, and the quicker one has had few rows at its end: both raise the slower one.
 
     python -m benchmarks.serving.on_gpus --ranks 2
     python -m benchmarks.serving.on_gpus --ranks 2 --device cpu --small --rounds 1
@@ -16,7 +18,9 @@ own, on the same GPUs at the same time; they are asked in turns. transformers' r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import queue
 import random
 import statistics
 import subprocess
@@ -25,25 +29,30 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from dataclasses import replace
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 
 import torch
 import transformers
 
-from benchmarks.serving.continuous_batching import KEY, Question
+from benchmarks.serving.clients import LONGEST_SILENCE_S, Asked, NoAnswer, Question, run
+from benchmarks.serving.continuous_batching import GONE_S, KEY
 from benchmarks.support.decoders import DrawnWeights, decoder
 from benchmarks.support.ranks import ROOT
 from benchmarks.support.several import device_name, options
 from partitioner import CacheSize, Plan, launch
+from partitioner.errors import PartitionerError
 from partitioner.serving.load.workload import Workload
+from runtime.launching.jobs import Call
 from runtime.launching.launched import Launched
 
 LONGEST = 2048
 BESIDE, LONG = 16, 8192
+WARM_UP_S = 6.0
+PATIENCE_S = 15.0
 
 
 def written(folder: Path, given: argparse.Namespace) -> int:
@@ -70,38 +79,125 @@ def conversation(requests: int, given: argparse.Namespace, words: int, seed: int
     return [(prompt, each.new) for prompt, each in zip(ids, asked, strict=True)]
 
 
-def seconds_of(llm: Launched, questions: list[Question], clients: int) -> float:
-    def ask(question: Question) -> None:
+class Ours:
+    """As `clients.Side`."""
+
+    def __init__(self, llm: Launched) -> None:
+        self._llm = llm
+        self._over: queue.SimpleQueue[Call] = queue.SimpleQueue()
+        self._asked: set[Call] = set()
+
+    def ask(self, question: Question) -> None:
         ids, new = question
-        (answer,) = llm.submit([ids], max_new_tokens=new, do_sample=False)
-        if len(answer.result(timeout=600)) != new:
-            sys.exit("an answer is shorter than was asked for")
+        call = self._llm.begin([ids], heard=lambda: None, max_new_tokens=new, do_sample=False)
+        self._asked.add(call)
+        call.futures[0].add_done_callback(lambda _: self._over.put(call))
 
-    with ThreadPoolExecutor(clients) as pool:
-        began = time.perf_counter()
-        list(pool.map(ask, questions))
-        return time.perf_counter() - began
-
-
-@contextmanager
-def theirs(folder: Path, given: argparse.Namespace, tokens: int) -> Iterator[Connection]:
-    """A connection to the first rank of transformers, which is ready."""
-    with Listener(("127.0.0.1", 0), authkey=KEY) as listener:
-        port = str(listener.address[1])
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={given.ranks}"]
-        command += ["-m", "benchmarks.serving.continuous_batching", str(folder), port, given.device]
-        process = subprocess.Popen([*command, str(given.clients), str(tokens)], cwd=ROOT)
-        ended = threading.Thread(target=lambda: process.wait() and listener.close(), daemon=True)
-        ended.start()
+    def answered(self, timeout_s: float) -> int | None:
         try:
-            with listener.accept() as connection:
-                connection.recv()
-                yield connection
-                connection.send(None)
-                process.wait(30)
-        finally:
-            process.terminate()
-            process.wait(30)
+            call = self._over.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        if call not in self._asked:
+            return None  # of a round before, given up
+        self._asked.remove(call)
+        try:
+            return len(call.futures[0].result())
+        except PartitionerError as error:
+            raise NoAnswer(str(error)) from error
+
+    def under_way(self) -> int:
+        return sum(len(call.come(0)) for call in self._asked)
+
+    def give_up(self) -> None:
+        for call in self._asked:
+            self._llm.leave(call)
+        self._asked.clear()
+        deadline = time.perf_counter() + GONE_S
+        while self._llm.status().running:
+            if time.perf_counter() > deadline:
+                raise NoAnswer(f"requests that were given up are still there after {GONE_S:.0f} s")
+            time.sleep(0.05)
+
+    def begin_all_sizes(self, rows: int) -> None:
+        """Steps of each number of rows are captured."""
+        count = 1
+        while True:
+            for each in [self._llm.submit([[1, 2, 3]], max_new_tokens=8, do_sample=False) for _ in range(count)]:
+                each[0].result(timeout=LONGEST_SILENCE_S)
+            if count >= rows:
+                return
+            count = min(rows, 2 * count)
+
+
+class Theirs:
+    """The ranks of transformers, from when `start` is called; they begin while ours do."""
+
+    def __init__(self, folder: Path, given: argparse.Namespace, tokens: int) -> None:
+        self._folder, self._given, self._tokens = folder, given, tokens
+        self._connection: Connection | None = None
+
+    def start(self, closing: ExitStack) -> None:
+        listener = closing.enter_context(Listener(("127.0.0.1", 0), authkey=KEY))
+        port, given = str(listener.address[1]), self._given
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={given.ranks}"]
+        command += ["-m", "benchmarks.serving.continuous_batching", str(self._folder), port, given.device]
+        self._process = subprocess.Popen([*command, str(given.clients), str(self._tokens)], cwd=ROOT)
+        closing.callback(self._end)
+        self._came: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+        # what waits for a connection that never comes cannot be told to stop
+        threading.Thread(target=lambda: self._came.put(listener.accept()), daemon=True).start()
+
+    def ready(self, timeout_s: float) -> str:
+        """What it is ready with."""
+        deadline = time.perf_counter() + timeout_s
+        while self._connection is None:
+            try:
+                self._connection = self._came.get(timeout=0.5)
+            except queue.Empty:
+                self._require_alive(deadline, f"were not ready within {timeout_s:.0f} s")
+        return str(self._told(deadline)[1])
+
+    def run(self, questions: list[Question], clients: int, seconds: float) -> Asked:
+        assert self._connection is not None
+        self._connection.send((questions, clients, seconds))
+        deadline = time.perf_counter() + seconds + LONGEST_SILENCE_S + GONE_S
+        while True:
+            kind, what = self._told(deadline)
+            if kind == "asked":
+                assert isinstance(what, Asked)
+                return what
+            if kind == "failed":
+                raise NoAnswer(what)
+            print(f"    transformers: {what}", flush=True)
+
+    def _told(self, deadline: float) -> tuple[str, object]:
+        assert self._connection is not None
+        while not self._connection.poll(0.5):
+            self._require_alive(deadline, "say nothing any more")
+        try:
+            kind, what = self._connection.recv()
+        except EOFError as error:
+            raise NoAnswer("transformers' first rank has ended (why, it says above)") from error
+        return kind, what
+
+    def _require_alive(self, deadline: float, why: str) -> None:
+        if self._process.poll() is not None:
+            raise NoAnswer(f"transformers' ranks have ended with {self._process.returncode} (why, they say above)")
+        if time.perf_counter() > deadline:
+            raise NoAnswer(f"transformers' ranks {why}")
+
+    def _end(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(OSError):
+                self._connection.send(None)
+        else:
+            self._process.terminate()
+        try:
+            self._process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            self._process.wait(PATIENCE_S)
 
 
 def token_times(llm: Launched, ids: list[int], new: int) -> list[float]:
@@ -158,10 +254,59 @@ def stall(llm: Launched, given: argparse.Namespace, words: int) -> None:
     )
 
 
+def load(llm: Launched, other: Theirs, given: argparse.Namespace, words: int) -> bool:
+    """Whether both sides have a figure."""
+    ours, failure = Ours(llm), ""
+    began = time.perf_counter()
+    ours.begin_all_sizes(given.clients)
+    print(f"  ours has begun steps of all numbers of rows in {time.perf_counter() - began:.0f} s", flush=True)
+    try:
+        print(f"  theirs: {other.ready(given.start)}", flush=True)
+    except NoAnswer as error:
+        failure = str(error)
+    speeds: dict[str, list[float]] = {"ours": [], "transformers": []}
+    for number in range(-1, given.rounds):  # one round before, in which both warm up
+        questions = conversation(given.clients if number < 0 else given.requests, given, words, seed=number + 1)
+        seconds = min(given.seconds, WARM_UP_S) if number < 0 else given.seconds
+        name = "warm-up" if number < 0 else f"round {number}"
+        for side in speeds:
+            if side == "transformers" and failure:
+                continue
+            try:
+                if side == "ours":
+                    asked = run(
+                        ours, questions, clients=given.clients, seconds=seconds,
+                        say=lambda text: print(f"    ours: {text}", flush=True),
+                    )  # fmt: skip
+                else:
+                    asked = other.run(questions, given.clients, seconds)
+            except NoAnswer as error:
+                if side == "ours":
+                    raise
+                failure = str(error)
+                continue
+            print(f"  {name}: {side:12} {asked.tokens_per_s:7.0f} new tokens per second: {asked}", flush=True)
+            if number >= 0:
+                speeds[side].append(asked.tokens_per_s)
+    mine = statistics.median(speeds["ours"])
+    if failure:
+        print(f"  load: ours {mine:.0f} new tokens per second; transformers has no figure: {failure}")
+        return False
+    ratio = statistics.median(a / b for a, b in zip(speeds["ours"], speeds["transformers"], strict=True))
+    print(
+        f"  load: {given.clients} clients, ours {mine:.0f} new tokens per second: {ratio:.2f} times transformers' "
+        "(asked at least 1.5)"
+    )
+    return True
+
+
 def main() -> None:
-    parser = options(__doc__, rounds=3)
+    parser = options(__doc__, rounds=2)
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=256, help="of a round")
+    parser.add_argument("--requests", type=int, default=128, help="of a round")
+    parser.add_argument("--seconds", type=float, default=10.0, help="that a side has for a round at most")
+    parser.add_argument("--start", type=float, default=60.0, help="seconds that transformers has to be ready behind us")
+    parser.add_argument("--budgets", type=int, nargs="+", help="stall: tokens of prompts in a step, beside the default")
     parser.add_argument("--layers", type=int, help="instead of all")
     parser.add_argument("--compile", action="store_true", help="ours: steps compiled by torch as well")
     parser.add_argument("--parts", nargs="+", choices=("load", "stall"), default=["load", "stall"])
@@ -176,7 +321,11 @@ def main() -> None:
         words = written(folder, given)
         if given.device == "cuda":
             torch.cuda.empty_cache()
+        other = Theirs(folder, given, tokens)
+        if "load" in given.parts:
+            other.start(stack)
         began = time.perf_counter()
+        cache = CacheSize(max_batch=1, max_length=tokens)
         llm = stack.enter_context(
             launch(
                 folder,
@@ -185,36 +334,22 @@ def main() -> None:
                 cuda_graph=given.device == "cuda",
                 compile=given.compile,
                 max_batch=max(given.clients, BESIDE + 1),
-                cache=CacheSize(max_batch=1, max_length=tokens),
+                cache=cache,
             )
         )
         card = "CPU" if given.device == "cpu" else device_name(torch.device("cuda", 0))
         print(
             f"{given.ranks} x {card}, tp={given.ranks}; ours started in {time.perf_counter() - began:.0f} s", flush=True
         )
+        is_whole = load(llm, other, given, words) if "load" in given.parts else True
         if "stall" in given.parts:
             stall(llm, given, words)
-        if "load" in given.parts:
-            load(llm, stack.enter_context(theirs(folder, given, tokens)), given, words)
-
-
-def load(llm: Launched, other: Connection, given: argparse.Namespace, words: int) -> None:
-    ratios = []
-    for number in range(-1, given.rounds):  # one round before, in which both capture
-        requests = given.clients if number < 0 else given.requests
-        questions = conversation(requests, given, words, seed=number + 1)
-        ours_s = seconds_of(llm, questions, given.clients)
-        other.send((questions, given.clients))
-        theirs_s = float(other.recv())
-        if number >= 0:
-            new = sum(new for _, new in questions)
-            ratios.append(theirs_s / ours_s)
-            print(
-                f"  round {number}: {len(questions)} requests of {given.clients} clients: {new / ours_s:.0f} new "
-                f"tokens per second, transformers {new / theirs_s:.0f}: {ratios[-1]:.2f}",
-                flush=True,
-            )
-    print(f"  load: {statistics.median(ratios):.2f} times transformers' (asked at least 1.5)")
+            for budget in given.budgets or ():
+                llm.reserve(replace(cache, prefill_step=budget))
+                print(f"  with a budget of {budget} tokens a step:", flush=True)
+                stall(llm, given, words)
+    if not is_whole:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

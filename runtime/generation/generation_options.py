@@ -150,18 +150,24 @@ class Settings:
     def row_options(self, text: Sequence[int], step: int, request_id: int) -> RowOptions:
         """What a row asks of its choice number `step`, behind `text`; without what `TokenRules.on_host` names."""
         rules = self.rules
-        counts = rules.presence_penalty or rules.frequency_penalty
-        return RowOptions(
+        options = RowOptions(
             self.sampling,
             request_id,
-            step,
             scored=self.logprobs,
-            text=text if self.sampling.repetition_penalty != 1 else (),
-            written=text[len(text) - step :] if counts else (),
             presence_penalty=rules.presence_penalty,
             frequency_penalty=rules.frequency_penalty,
             bias=rules.logit_bias,
             banned=rules.banned_alone(self.eos_token_id),
+        )
+        return self.at(options, text, step)
+
+    def at(self, options: RowOptions, text: Sequence[int], step: int) -> RowOptions:
+        """The options of the same row at another choice."""
+        counts = options.presence_penalty or options.frequency_penalty
+        return options.at(
+            step,
+            text if self.sampling.repetition_penalty != 1 else (),
+            text[len(text) - step :] if counts else (),
         )
 
     def __post_init__(self) -> None:

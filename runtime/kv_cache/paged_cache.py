@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -79,6 +80,8 @@ class PagedCache(Cache):
         self._worth = _PART_BYTES / bytes_each if bytes_each and device.type == "cpu" else math.inf
         self._fixed_tables: dict[int, Tensor] = {}
         """By number of rows, for runs from fixed memory: [B, blocks of the longest row]."""
+        self._fixed_rows: dict[int, list[tuple[int, ...]]] = {}
+        """What these hold."""
 
     def resize(self, *, max_batch: int, max_length: int, step: int, slots: int = 0) -> None:
         self.max_batch, self.max_length, self.step = max_batch, max_length, step
@@ -162,17 +165,26 @@ class PagedCache(Cache):
 
     def fix(self, rows: PagedRows, batch: int) -> None:
         """Before a run from fixed memory: what its first rows are about. The others of `batch` are about nothing."""
-        longest = max(1, *map(len, rows.tables))
         if batch not in self._fixed_tables:
             width = -(-self.max_length // self.block_size)
             self._fixed_tables[batch] = torch.full((batch, width), self.blocks, device=self._device)
+            self._fixed_rows[batch] = [()] * batch
+        known = self._fixed_rows[batch]
+        # from one token to the next few rows begin a block
+        changed = [
+            at for at, (table, before) in enumerate(zip_longest(rows.tables, known, fillvalue=())) if table != before
+        ]
+        if not changed:
+            return
+        tables = [rows.tables[at] if at < len(rows.tables) else () for at in changed]
+        longest = max(max(len(table), len(known[at])) for at, table in zip(changed, tables, strict=True))
         rest = (self.blocks,) * longest
-        padded = torch.tensor(
-            [*((table + rest)[:longest] for table in rows.tables), *[rest] * (batch - len(rows.tables))]
-        )
+        both = torch.tensor([(at, *(table + rest)[:longest]) for at, table in zip(changed, tables, strict=True)])
         if self._device.type == "cuda":
-            padded = padded.pin_memory()
-        self._fixed_tables[batch][:, :longest].copy_(padded, non_blocking=True)
+            both = both.pin_memory().to(self._device, non_blocking=True)
+        self._fixed_tables[batch][:, :longest].index_copy_(0, both[:, 0], both[:, 1:])
+        for at, table in zip(changed, tables, strict=True):
+            known[at] = table
 
     def begin_fixed(self, positions: Tensor, seen: int, *, rows: slice | None = None) -> None:
         if rows is not None:

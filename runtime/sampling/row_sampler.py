@@ -12,6 +12,7 @@ look at a fixed number of candidates: where those were too few a row is not cert
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -55,11 +56,23 @@ class RowOptions:
     """What single logits are raised by."""
     banned: tuple[int, ...] = ()
 
-    @property
-    def edits(self) -> bool:
-        """Whether logits are changed before anything is chosen from them."""
+    asks: tuple[Sampling, bool, bool] = field(init=False, repr=False)
+    """What the kind of a choice depends on; last: whether logits are changed before anything is chosen from them."""
+    reals: tuple[float, ...] = field(init=False, repr=False)
+    seed_bits: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
         repeats = self.sampling.repetition_penalty != 1
-        return bool(repeats or self.presence_penalty or self.frequency_penalty or self.bias or self.banned)
+        edits = repeats or self.presence_penalty or self.frequency_penalty or self.bias or self.banned
+        object.__setattr__(self, "asks", (self.sampling, self.scored, bool(edits)))
+        object.__setattr__(self, "reals", _reals_of(self))
+        object.__setattr__(self, "seed_bits", as_signed(self.sampling.seed))
+
+    def at(self, step: int, text: Sequence[int], written: Sequence[int]) -> RowOptions:
+        """The same at another choice: what follows from the other options is not found out again."""
+        other = object.__new__(RowOptions)
+        vars(other).update(vars(self), step=step, text=text, written=written)
+        return other
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,10 @@ class RowSampler:
         self._numbers = torch.zeros(3, batch, dtype=torch.int64, device=device)
         self._reals = torch.zeros(_NUM_REALS, batch, dtype=torch.float64, device=device)
         self._edits: _Edits | None = None
+        # of the latest rows, which are mostly those of the next choice too
+        self._latest_reals: list[tuple[float, ...]] = []
+        self._latest_asks: list[tuple[Sampling, bool, bool]] = []
+        self._latest_kind = Kind()
 
     @property
     def changing(self) -> list[Tensor]:
@@ -107,19 +124,23 @@ class RowSampler:
         also: rows of other ranks, which the kind must serve too, so that all take the same.
         """
         batch = self._numbers.shape[1]
-        rest = [RowOptions()] * (batch - len(rows))
-        padded = [*rows, *rest]
+        padded = [*rows, *[_NOTHING] * (batch - len(rows))]
         numbers = [
-            [as_signed(row.sampling.seed) for row in padded],
+            [row.seed_bits for row in padded],
             [row.request_id for row in padded],
             [row.step for row in padded],
         ]
-        reals = [[*each] for each in zip(*(_reals_of(row) for row in padded), strict=True)]
         self._copy(torch.tensor(numbers), self._numbers)
-        self._copy(torch.tensor(reals, dtype=torch.float64), self._reals)
-        kind = Kind()
-        for row in (*rows, *also):
-            kind = kind.join(self._kind_of(row))
+        reals = [row.reals for row in padded]
+        if reals != self._latest_reals:
+            self._copy(torch.tensor(reals, dtype=torch.float64).T.contiguous(), self._reals)
+            self._latest_reals = reals
+        asks = [row.asks for row in (*rows, *also)]
+        if asks != self._latest_asks:
+            kinds = {self._kind_of(*each) for each in asks}
+            self._latest_kind = functools.reduce(Kind.join, kinds, Kind())
+            self._latest_asks = asks
+        kind = self._latest_kind
         if kind.edits and self._edits is None:
             self._edits = _Edits(self._search, batch, self._device)
         # a step of a joined kind looks at them for rows too that ask for none
@@ -165,8 +186,7 @@ class RowSampler:
             assert self._edits is not None
             self._edits.learn(said[0].long())
 
-    def _kind_of(self, row: RowOptions) -> Kind:
-        sampling, scored, edits = row.sampling, row.scored, row.edits
+    def _kind_of(self, sampling: Sampling, scored: bool, edits: bool) -> Kind:
         way = _way(sampling)
         if way != _FILTERED:
             return Kind(greedy=way == _GREEDY, unfiltered=way == _UNFILTERED, scored=scored, edits=edits)
@@ -240,6 +260,9 @@ def _reals_of(row: RowOptions) -> tuple[float, ...]:
         row.presence_penalty,
         row.frequency_penalty,
     )
+
+
+_NOTHING = RowOptions()
 
 
 def _told(tokens: Tensor, best: Tensor, logprobs: Tensor | None, certain: Tensor | None = None) -> Tensor:

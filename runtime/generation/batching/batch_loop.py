@@ -42,6 +42,7 @@ from runtime.sampling.row_sampler import RowOptions
 __all__ = ["BatchLoop", "Told"]
 
 _log = logging.getLogger("partitioner")
+_NOTHING = RowOptions()
 
 
 @dataclass(frozen=True)
@@ -305,13 +306,14 @@ class BatchLoop:
         """The programs on the tokens of a step, and the next ones: of most rows by the same step."""
         assert isinstance(self._places, InBlocks)
         numbers = self.sampled(run.work)
+        wanted = set(numbers)
         turns = [turn for _, turn in sorted(zip(run.at, run.work.turns, strict=True), key=lambda each: each[0])]
         asked = [self._asked.get(turn.number) for turn in turns]
         theirs = [self._asked.get(turn.number) for work in run.others for turn in work.turns]
         reasons = (each.on_host for each in (theirs if run.others else asked) if each is not None)
         self._why_behind = next(filter(None, reasons), self._why_behind)
         rows, also = (
-            [RowOptions() if each is None or each.on_host else each.row_options() for each in some]
+            [_NOTHING if each is None or each.on_host else each.row_options() for each in some]
             for some in (asked, theirs)
         )
         self._places.before(run)
@@ -321,7 +323,7 @@ class BatchLoop:
         behind = []
         told = zip(turns, asked, said.T.tolist(), strict=True)
         for at, (turn, each, (token, best, is_certain, logprob)) in enumerate(told):
-            if turn.number not in numbers or each is None:
+            if turn.number not in wanted or each is None:
                 continue
             if each.on_host or not is_certain or not math.isfinite(best):
                 behind.append((at, turn.number, each))

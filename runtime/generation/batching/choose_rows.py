@@ -72,6 +72,8 @@ class Asked:
             if grammars is None:
                 raise InputError("a grammar needs to know what tokens say: launch(..., vocabulary=) tells the ranks")
             self._matcher = grammars.matcher(request.settings.grammar, ends=request.settings.eos_token_id)
+        self._on_host = self._found_on_host()
+        self._options = request.settings.row_options(self.text, 0, self.request_id)
 
     def edits(self) -> TokenEdits | None:
         """Which tokens the next choice must and must not take. Once for each step, in their order."""
@@ -94,18 +96,21 @@ class Asked:
     @property
     def on_host(self) -> str:
         """The name of what it asks of its next choice that no step does by itself; "": nothing."""
+        if self._on_host or self.step or not self.settings.rules.begin_suppress_tokens:
+            return self._on_host
+        return "begin_suppress_tokens"  # a step of single tokens chooses a first one too
+
+    def _found_on_host(self) -> str:
+        """Of what it asks of every choice."""
         if self.given is not None:
             return "tokens that are given"
         if self._matcher is not None:
             return "grammar"
-        rules = self.settings.rules
-        if rules.begin_suppress_tokens and self.step == 0:  # which a step of single tokens chooses too
-            return "begin_suppress_tokens"
-        return "top_logprobs" if self.settings.top_logprobs is not None else rules.on_host
+        return "top_logprobs" if self.settings.top_logprobs is not None else self.settings.rules.on_host
 
     def row_options(self) -> RowOptions:
         """What it asks of its next choice, where nothing of it is the host's work."""
-        return self.settings.row_options(self.text, self.step, self.request_id)
+        return self.settings.at(self._options, self.text, self.step)
 
     def learn(self, token: int) -> bool:
         """Whether it ends with this token."""

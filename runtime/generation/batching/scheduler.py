@@ -313,19 +313,22 @@ class Scheduler:
 
     def _work(self, turns: list[Turn], group: int, *, decode: bool | None = None) -> Work | None:
         """decode: None for whether every turn is left with one token."""
-        for turn in turns:
-            if not self._is_on(turn):
-                self._pending.difference_update(turn.keys)
         left = tuple(turn for turn in turns if self._is_on(turn))
+        if len(left) < len(turns):
+            for turn in turns:
+                if not self._is_on(turn):
+                    self._pending.difference_update(turn.keys)
         if not left:
             return None
         if decode is None:
             decode = all(len(turn.tokens) == 1 for turn in left)
+        run = prompt = 0
         for turn in left:
-            end, known = turn.start + len(turn.tokens), self._running[turn.number].known
-            prompt = max(0, min(end, known) - turn.start)
-            self.counts.prefill_tokens += prompt
-            self.counts.decode_tokens += len(turn.tokens) - prompt
+            count = len(turn.tokens)
+            run += count
+            prompt += max(0, min(count, self._running[turn.number].known - turn.start))
+        self.counts.prefill_tokens += prompt
+        self.counts.decode_tokens += run - prompt
         return Work(left, decode, group, packed=self.limits.packs and not decode)
 
     def _is_on(self, turn: Turn) -> bool:
@@ -350,15 +353,16 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return None
-        size = self.limits.block_size
-        completed = range(sequence.computed // size, end // size) if self.limits.keeps_prefixes else ()
-        keys = tuple(sequence.key(index, size) for index in completed)
-        self._pending.update(keys)
+        size, start = self.limits.block_size, sequence.computed
+        keys: tuple[bytes, ...] = ()
+        if self.limits.keeps_prefixes and start // size < end // size:
+            keys = tuple(sequence.key(index, size) for index in range(start // size, end // size))
+            self._pending.update(keys)
         return Turn(
             sequence.number,
             sequence.row,
-            sequence.computed,
-            tuple(sequence.tokens[sequence.computed : end]),
+            start,
+            tuple(sequence.tokens[start:end]),
             samples=end == len(sequence.tokens),
             table=tuple(sequence.blocks[: self._blocks_of(end)]),
             admission=sequence.admission,

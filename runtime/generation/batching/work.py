@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from runtime.generation.batching.row_texts import SharedOut
 
@@ -37,8 +38,7 @@ class Limits:
     groups: int = 1
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """What one sequence runs in a step: tokens `start` to `start + count`."""
 
     number: int

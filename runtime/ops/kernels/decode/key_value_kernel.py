@@ -48,6 +48,7 @@ def decode(
     sums,
     counters,
     table,
+    is_own,
     scale,
     softcap,
     window,
@@ -94,6 +95,7 @@ def decode(
     KEY_SCALES: tl.constexpr,
     VALUE_SCALES: tl.constexpr,
     FOLDED: tl.constexpr,
+    SHARED: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """`scale` is that of the scores times log2(e), or without it where they are CAPPED.
@@ -105,6 +107,10 @@ def decode(
     0: they have. EARLY: whether it was launched before its predecessor's end. KEY_SCALES: how many of a key, which is
     codes of float8 then; 0: keys are numbers. VALUE_SCALES alike. FOLDED: whether a value's one scale goes into the
     weights, whose dtype has room for that. PTX: not interpreted.
+
+    SHARED: ranks share out the tokens of a row, and `is_own` says whether this one keeps the new one. `positions` are
+    how many of the row's tokens it has kept before. `out` is float32, rows of DV + 1 numbers: the last one is the
+    log-sum-exp, and where the rank has no token of a row, its numbers are zeros and that is -inf.
     """
     if EARLY:
         gdc_launch_dependents()
@@ -115,13 +121,21 @@ def decode(
     row = pair // KV_HEADS
     head = pair % KV_HEADS
     position = tl.load(positions + row)
+    keeps = split == 0
+    if SHARED:
+        owns = tl.load(is_own + row) != 0
+        keeps = keeps & owns
     heads = tl.arange(0, GROUP_PADDED)
     dims = tl.arange(0, D_PADDED)
     value_dims = tl.arange(0, DV_PADDED)
     length = position + 1
+    if SHARED:
+        length = position + owns.to(position.dtype)
     wraps = length > slots
     held = tl.minimum(length, slots)
     at = position % slots
+    if SHARED:  # of what is kept, a token of another rank's hides none
+        at = tl.where(owns, at, held)
     first = position * 0
     if WINDOWED:
         first = tl.maximum(first, length - window)
@@ -130,7 +144,11 @@ def decode(
     first_tile = tl.where(wraps, 0, first // TILE)
     tiles = tl.cdiv(held, TILE)
     each = tl.cdiv(tiles - first_tile, SPLITS)
+    if SHARED:  # of no token too, one program says so
+        each = tl.maximum(each, 1)
     active = tl.cdiv(tiles - first_tile, each)
+    if SHARED:
+        active = tl.maximum(active, 1)
     if split < active:
         keys += head.to(tl.int64) * key_head
         values += head.to(tl.int64) * value_head
@@ -211,7 +229,7 @@ def decode(
                 value_sizes = tl.where(value_block == number, scale_of(largest)[:, None], value_sizes)
             value_codes = to_codes(value, value_sizes)
             value = numbers_of(value_codes, tl.float32, PTX) * value_sizes
-        if split == 0:
+        if keeps:
             once, value_once = inside & (heads[:, None] == 0), value_inside & (heads[:, None] == 0)
             if KEY_SCALES:
                 tl.store(own_keys + place, key_codes, mask=once)
@@ -224,13 +242,13 @@ def decode(
                 tl.store(own_value_scales + value_block, value_sizes, mask=value_once & (value_place % 128 == 0))
             else:
                 tl.store(own_values + value_place, value, mask=value_once)
-        # the first part has the new token, which nobody reads from the cache
+        # the first part has the new token, where it is this rank's, which nobody reads from the cache
         own = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1) * scale
         if CAPPED:
             own = capped(own, softcap)
-        top = tl.where(split == 0, own, float("-inf"))
-        total = tl.where(split == 0, 1.0, 0.0) + heads * 0.0
-        result = tl.where(split == 0, 1.0, 0.0) * value.to(tl.float32)
+        top = tl.where(keeps, own, float("-inf"))
+        total = tl.where(keeps, 1.0, 0.0) + heads * 0.0
+        result = tl.where(keeps, 1.0, 0.0) * value.to(tl.float32)
         top, total, result = attended(
             query, top, total, result, first_keys, first_key_sizes, first_values, first_value_sizes, seen,
             scale, softcap, CAPPED, EXACT, KEY_SCALES, VALUE_SCALES, FOLDED, PTX,
@@ -253,9 +271,15 @@ def decode(
             if SINKS:
                 sink = tl.load(sinks + head * GROUP + heads, mask=heads < GROUP, other=0.0).to(tl.float32)
                 total += tl.exp2(sink * 1.4426950408889634 - top)
-            tl.store(out + query_at[:, None] * DV + value_dims[None, :], result / total[:, None], mask=ours)
+            if SHARED:
+                found = result / tl.where(total == 0, 1.0, total)[:, None]
+                tl.store(out + query_at[:, None] * (DV + 1) + value_dims[None, :], found, mask=ours)
+                lse_at = query_at * (DV + 1) + DV
+            else:
+                tl.store(out + query_at[:, None] * DV + value_dims[None, :], result / total[:, None], mask=ours)
+                lse_at = query_at
             if LSE:
-                tl.store(lse + query_at, (top + tl.log2(total)) * 0.6931471805599453, mask=heads < GROUP)
+                tl.store(lse + lse_at, (top + tl.log2(total)) * 0.6931471805599453, mask=heads < GROUP)
         else:
             part = (pair * SPLITS + split) * GROUP + heads
             tl.store(parts + part[:, None] * DV + value_dims[None, :], result, mask=ours)
@@ -283,11 +307,15 @@ def decode(
                     sink = tl.load(sinks + head * GROUP + member, mask=is_member, other=0.0).to(tl.float32)
                     whole += tl.exp2(sink * 1.4426950408889634 - highest)
                 member_at = (row * KV_HEADS + head) * GROUP + member
+                if SHARED:
+                    out_at, lse_at = member_at * (DV + 1), member_at * (DV + 1) + DV
+                else:
+                    out_at, lse_at = member_at * DV, member_at
                 tl.store(
-                    out + member_at[:, None] * DV + value_dims[None, :],
+                    out + out_at[:, None] + value_dims[None, :],
                     merged / tl.where(is_member, whole, 1.0)[:, None],
                     mask=is_member[:, None] & (value_dims[None, :] < DV),
                 )
                 if LSE:
-                    tl.store(lse + member_at, (highest + tl.log2(whole)) * 0.6931471805599453, mask=is_member)
+                    tl.store(lse + lse_at, (highest + tl.log2(whole)) * 0.6931471805599453, mask=is_member)
                 tl.store(counters + pair, 0)

@@ -1,0 +1,172 @@
+"""What steps of many requests take, on ranks of one host: of single tokens, with a prompt among them, and on the host.
+
+tokens    rows that are told one token each. Beside a whole step, what the device takes when the same captured step
+          runs again and again, and what is left over: the host's work between two steps
+prompt    the step in which a prompt of so many tokens is run amid rows. "begun": until all of it is launched
+long      a prompt of 8,192 tokens amid 16 rows by so many tokens a step: the longest step, and all of them together,
+          over what they are by budgets of which one takes all
+
+python -m benchmarks.serving.steps --ranks 2
+python -m benchmarks.serving.steps --ranks 2 --device cpu --small
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from dataclasses import replace
+
+import torch
+from torch import distributed as dist
+
+from benchmarks.support.decoders import DrawnWeights, decoder
+from benchmarks.support.several import device_name, device_of_rank, options, sharing, start, synchronize
+from partitioner import CacheSize, Plan, partition
+from runtime.engine.engine import Engine
+from runtime.execution.threads import use_threads_for
+from runtime.generation.batching.batch_loop import BatchLoop
+from runtime.generation.decode_graphs import Decoder
+from runtime.generation.generation_request import GenerationRequest
+
+FEW, MANY, NEW = 16, 64, 1500
+
+
+class Steps:
+    """A loop on this rank; all ranks do the same."""
+
+    def __init__(self, loop: BatchLoop, device: torch.device, words: int) -> None:
+        self.loop, self._device, self._words = loop, device, words
+        self._chance, self._next = random.Random(0), 0
+
+    def add(self, length: int, new: int) -> int:
+        ids = [self._chance.randrange(self._words) for _ in range(length)]
+        request = GenerationRequest.of([ids], None, {"max_new_tokens": new, "do_sample": False}, eos_token_id=())
+        self._next += 1
+        self.loop.add(self._next, request)
+        return self._next
+
+    def step(self) -> float:
+        """Milliseconds."""
+        synchronize(self._device)
+        began = time.perf_counter()
+        self.loop.step()
+        self.loop.status()
+        synchronize(self._device)
+        return 1e3 * (time.perf_counter() - began)
+
+    def steps(self, count: int) -> list[float]:
+        return [self.step() for _ in range(count)]
+
+    def until_first(self, number: int) -> list[float]:
+        """Of the steps until a sequence has been told its only token."""
+        found = []
+        while number in self.loop._asked:
+            found.append(self.step())
+        return found
+
+
+def worker(given: argparse.Namespace) -> None:
+    device = device_of_rank(given)
+    model = decoder("small" if given.small else "8b", layers=given.layers, positions=16384, device=device)
+    long, most = (256, 4096) if given.small else (8192, 160000)
+    captured = device.type == "cuda"
+    engine = Engine.connect(
+        partition(model, Plan(tp=given.ranks)), DrawnWeights(model, device), device=given.device, timeout_s=300,
+        shared_memory=sharing(device), cuda_graph=captured,
+    )  # fmt: skip
+    with engine, torch.no_grad():
+        use_threads_for(engine.program, MANY, device)
+        loop = engine.batching(CacheSize(max_batch=1, max_length=most), rows=MANY + 1)
+        run = Steps(loop, device, int(model.config.vocab_size))
+        begun, launch = [0.0], BatchLoop.run
+
+        def timed(*args: object) -> object:
+            began = time.perf_counter()
+            made = launch(*args)  # type: ignore[arg-type]
+            begun[0] = 1e3 * (time.perf_counter() - began)
+            return made
+
+        BatchLoop.run = timed  # type: ignore[method-assign, assignment]
+
+        def say(text: str) -> None:
+            if dist.get_rank() == 0:
+                print(text, flush=True)
+
+        new = 300 if given.small else NEW
+        say(f"{given.ranks} x {device_name(device)}, budget {loop_budget(run)}")
+        for _ in range(FEW):
+            run.add(20 if given.small else 128, new)
+        run.steps(12)
+        tokens(run, FEW, captured, say, device)
+        pieces(run, long, say)
+        for _ in range(MANY - FEW):
+            run.add(5 + run._chance.randrange(20 if given.small else 500), new)
+        run.steps(12)
+        tokens(run, MANY, captured, say, device)
+        for length in (16, 64, 161, 512, 1024):
+            if length < long:
+                found = []
+                for _ in range(4):
+                    (took,) = run.until_first(run.add(length, 1))[-1:]
+                    found.append((took, begun[0]))
+                    run.steps(1)
+                took, launched = (statistics.median(each) for each in zip(*found[1:], strict=True))
+                say(f"  prompt of {length} amid {MANY} rows: {took:.2f} ms, begun in {launched:.2f}")
+        loop.release()
+
+
+def loop_budget(run: Steps) -> str:
+    run.add(4, 1)
+    run.steps(2)
+    limits = run.loop.scheduler.limits  # type: ignore[union-attr]
+    return f"{limits.budget}, {limits.beside} beside others"
+
+
+def tokens(run: Steps, rows: int, captured: bool, say, device: torch.device) -> None:  # type: ignore[no-untyped-def]
+    took = statistics.median(run.steps(30))
+    line = f"  tokens of {rows} rows: {took:.2f} ms a step"
+    if captured:
+        (held,) = [each for each in decoders(run.loop) if each.batch == rows][:1]
+        graph = next(iter(held._graphs.values()))[0]
+        times = []
+        for _ in range(5):
+            synchronize(device)
+            dist.barrier()
+            began = time.perf_counter()
+            for _ in range(10):
+                graph.replay()
+            synchronize(device)
+            times.append(100 * (time.perf_counter() - began))
+        alone = statistics.median(times)
+        line += f", of which the device {alone:.2f} and the host {took - alone:.2f}"
+    say(line)
+
+
+def decoders(loop: BatchLoop) -> list[Decoder]:
+    return list(loop._steps._decoders.values())
+
+
+def pieces(run: Steps, long: int, say) -> None:  # type: ignore[no-untyped-def]
+    scheduler = run.loop.scheduler
+    limits = scheduler.limits  # type: ignore[union-attr]
+    whole = None
+    for count in (long, long // 2, long // 4, long // 8, long // 16):
+        scheduler.limits = replace(limits, budget=max(count, limits.budget), beside=count)  # type: ignore[union-attr]
+        found = [run.until_first(run.add(long, 1)) for _ in range(3)][1:]
+        all_ms, longest = (statistics.median(map(of, found)) for of in (sum, max))
+        whole = whole or all_ms
+        say(f"  long, {count} a step: longest {longest:.1f} ms, all {all_ms:.1f}: {all_ms / whole:.2f}")
+    scheduler.limits = limits  # type: ignore[union-attr]
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--layers", type=int, help="instead of all")
+    given = parser.parse_args()
+    start("benchmarks.serving.steps", given, parts=("steps",), rank=worker)
+
+
+if __name__ == "__main__":
+    main()
