@@ -172,6 +172,18 @@ class GroupChannel(Channel):
         )
         return finish
 
+    def sum_norm(self, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor] | None:
+        if self._peers is None or not (sums := self._peers.few_row_sums).takes(x, residual, weight):
+            return None
+        gather = self._comparison()
+        made: tuple[Tensor, Tensor] = self._guarded(
+            self._sum_of(x),
+            self.ranks,
+            lambda call: self._compare(call, gather),
+            lambda: sums(x, residual, weight, eps),
+        )
+        return made
+
     def merge_parts(self, parts: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if self._peers is None or not (merge := self._peers.part_merge).takes(parts):
             return None
