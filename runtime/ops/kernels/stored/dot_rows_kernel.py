@@ -89,9 +89,7 @@ def _numbers(words, CODE: tl.constexpr, PTX: tl.constexpr):
             )
             return tl.join(_pair(first), _pair(second))
         else:
-            return tl.join(
-                tl.join(_float8(words, 0), _float8(words, 1)), tl.join(_float8(words, 2), _float8(words, 3))
-            )
+            return tl.join(tl.join(_float8(words, 0), _float8(words, 1)), tl.join(_float8(words, 2), _float8(words, 3)))
     else:
         if PTX:
             a, b, c, d = tl.inline_asm_elementwise(
@@ -126,20 +124,6 @@ def _matrix(upper, lower, CODE: tl.constexpr, PTX: tl.constexpr, WARPS: tl.const
     else:
         # t g W w i q%2 q/2 h: W h g w q/2 t q%2 i
         return tl.reshape(tl.permute(both, [2, 7, 1, 3, 6, 0, 5, 4]), [WARPS, 16, 128])
-
-
-@triton.jit
-def _in_order(a, b, c, d, CODE: tl.constexpr, PTX: tl.constexpr, WARPS: tl.constexpr):
-    """Pairs [4 (t), 8 (g), WARPS, 4] of the first eight columns of each lane, the next.. as [WARPS, TILE_K, 8 (g)]."""
-    if CODE == 0:
-        both = tl.reshape(tl.join(_halves(a, PTX), _halves(b, PTX)), [4, 8, WARPS, 2, 2, 2, 2])
-        # t g W w%2 p i w/2: W w/2 w%2 t p i g
-        return tl.reshape(tl.permute(both, [2, 6, 3, 0, 4, 5, 1]), [WARPS, 64, 8])
-    else:
-        first, second = tl.join(_halves(a, PTX), _halves(b, PTX)), tl.join(_halves(c, PTX), _halves(d, PTX))
-        both = tl.reshape(tl.join(first, second), [4, 8, WARPS, 2, 2, 2, 2, 2])
-        # t g W i q/2 q%2 w%2 w/2: W w/2 w%2 q/2 t q%2 i g
-        return tl.reshape(tl.permute(both, [2, 7, 6, 4, 0, 5, 3, 1]), [WARPS, 128, 8])
 
 
 @triton.jit
@@ -196,16 +180,54 @@ def _dot(left, right, PTX: tl.constexpr):
 
 
 @triton.jit
-def _eight(
-    x_at, added_at, norm_at, is_column, ADDS: tl.constexpr, WEIGHTED: tl.constexpr, PTX: tl.constexpr,
-    EVEN: tl.constexpr,
-):  # fmt: skip
-    """Pairs of what the norm is of, times its weight, of eight columns a lane."""
-    found = tl.load(x_at, mask=is_column | EVEN, other=0)
+def _eight(x, added, norm, at, live, ADDS: tl.constexpr, WEIGHTED: tl.constexpr, PTX: tl.constexpr, EVEN: tl.constexpr):
+    """Of eight columns a lane, pairs of what the norm is of, times its weight: [4 (t), 8 (g), WARPS, 4]."""
+    found = tl.load(x + at, mask=live | EVEN, other=0)
     if ADDS:
-        found = _plus(found, tl.load(added_at, mask=is_column | EVEN, other=0), PTX)
+        found = _plus(found, tl.load(added + at, mask=live | EVEN, other=0), PTX)
     if WEIGHTED:
-        found = _times(found, tl.load(norm_at, mask=is_column | EVEN, other=0), PTX)
+        found = _times(found, tl.load(norm + at, mask=live | EVEN, other=0), PTX)
+    return found
+
+
+@triton.jit
+def _halves(pair, PTX: tl.constexpr):
+    return _pair(pair) if PTX else tl.join(_low(pair), _high(pair))
+
+
+@triton.jit
+def _right(
+    x, added, norm, live, ADDS: tl.constexpr, WEIGHTED: tl.constexpr, CODE: tl.constexpr, PTX: tl.constexpr,
+    WARPS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Rows of a tile's columns, in the order of the codes: [WARPS, TILE_K, 8 (g)]."""
+    a = _eight(x, added, norm, 0, live, ADDS, WEIGHTED, PTX, EVEN)
+    b = _eight(x, added, norm, 4, live, ADDS, WEIGHTED, PTX, EVEN)
+    if CODE == 0:
+        # t g W w%2 p i w/2: W w/2 w%2 t p i g
+        both = tl.reshape(tl.join(_halves(a, PTX), _halves(b, PTX)), [4, 8, WARPS, 2, 2, 2, 2])
+        return tl.reshape(tl.permute(both, [2, 6, 3, 0, 4, 5, 1]), [WARPS, 64, 8])
+    else:
+        c = _eight(x, added, norm, 8, live, ADDS, WEIGHTED, PTX, EVEN)
+        d = _eight(x, added, norm, 12, live, ADDS, WEIGHTED, PTX, EVEN)
+        upper, lower = tl.join(_halves(a, PTX), _halves(b, PTX)), tl.join(_halves(c, PTX), _halves(d, PTX))
+        # t g W i q/2 q%2 w%2 w/2: W w/2 w%2 q/2 t q%2 i g
+        both = tl.reshape(tl.join(upper, lower), [4, 8, WARPS, 2, 2, 2, 2, 2])
+        return tl.reshape(tl.permute(both, [2, 7, 6, 4, 0, 5, 3, 1]), [WARPS, 128, 8])
+
+
+@triton.jit
+def _words(upper, lower, live, PARTS: tl.constexpr, EVEN: tl.constexpr):
+    """Of each part the words of the upper rows, and of the lower; of columns that there are not: any if EVEN."""
+    found = ()
+    for part in tl.static_range(PARTS):
+        if EVEN:
+            found = found + (tl.load(upper + part * 16, mask=live), tl.load(lower + part * 16, mask=live))
+        else:
+            inside = part < live
+            found = found + (
+                tl.load(upper + part * 16, mask=inside, other=0), tl.load(lower + part * 16, mask=inside, other=0),
+            )  # fmt: skip
     return found
 
 
@@ -240,19 +262,19 @@ def dot_rows(
     gate_rows, gate_columns, eps, num_out, inner, x_row, added_row, codes_row, scales_row, gate_codes_row,
     gate_scales_row, ROWS: tl.constexpr, ADDS: tl.constexpr, NORMS: tl.constexpr, WEIGHTED: tl.constexpr,
     ACT: tl.constexpr, BIAS: tl.constexpr, CODE: tl.constexpr, EXPONENTS: tl.constexpr, ZEROS: tl.constexpr,
-    PTX: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr, SQUARES: tl.constexpr, DOUBLE: tl.constexpr,
-    UNROLL: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    PTX: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr, SQUARES: tl.constexpr,
+    DOUBLE: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """As `few_rows_kernel.few_rows` has them: x, added [ROWS, inner]; out [ROWS, num_out]; total [ROWS, inner]; codes
     [num_out, words of int32]. PARTS: tiles of a warp at a time, of columns one after the other. EVEN: all warps have
     something to do, always; inner is a multiple of TILE_K in any case.
     """
-    TILE_K: tl.constexpr = 64 if CODE == 0 else 128
-    LANE: tl.constexpr = TILE_K // 4
-    SPAN: tl.constexpr = TILE_K * PARTS
-    STEP: tl.constexpr = SPAN * WARPS
-    PER_WORD: tl.constexpr = 4 if CODE == 0 else 8
-    SECOND: tl.constexpr = ACT != "" or DOUBLE
+    tile_k: tl.constexpr = 64 if CODE == 0 else 128
+    lane: tl.constexpr = tile_k // 4
+    span: tl.constexpr = tile_k * PARTS
+    step: tl.constexpr = span * WARPS
+    per_word: tl.constexpr = 4 if CODE == 0 else 8
+    has_second: tl.constexpr = ACT != "" or DOUBLE
     program = tl.program_id(0)
     n = program * (32 if DOUBLE else 16) + tl.arange(0, 16)
     upper_n = program * (32 if DOUBLE else 16) + tl.arange(0, 8)
@@ -261,30 +283,21 @@ def dot_rows(
     warp = tl.arange(0, WARPS)
     word = (
         tl.arange(0, 4)[:, None, None, None] * 4
-        + warp[None, None, :, None] * (SPAN // PER_WORD)
+        + warp[None, None, :, None] * (span // per_word)
         + tl.arange(0, 4)[None, None, None, :]
     )
     upper_at, lower_at = codes + (upper * codes_row + word), codes + (lower * codes_row + word)
-    words = ()
-    for part in tl.static_range(PARTS):
-        live = (part * TILE_K + warp * SPAN < inner)[None, None, :, None]
-        words = words + (
-            tl.load(upper_at + part * 16, mask=live | EVEN),
-            tl.load(lower_at + part * 16, mask=live | EVEN),
-        )
+    # how many parts there are for each warp
+    live = tl.full((1, 1, WARPS, 1), 1, tl.int1) if EVEN else ((inner - warp * span) // tile_k)[None, None, :, None]
+    words = _words(upper_at, lower_at, live, PARTS, EVEN)
     gate_words = ()
-    if SECOND:
+    if has_second:
         other_n = n + 16 if DOUBLE else n
         upper = tl.minimum(upper_n + (16 if DOUBLE else 0), num_out - 1).to(tl.int64)[None, :, None, None]
         lower = tl.minimum(upper_n + (24 if DOUBLE else 8), num_out - 1).to(tl.int64)[None, :, None, None]
         gate_upper_at = gate_codes + (upper * gate_codes_row + word)
         gate_lower_at = gate_codes + (lower * gate_codes_row + word)
-        for part in tl.static_range(PARTS):
-            live = (part * TILE_K + warp * SPAN < inner)[None, None, :, None]
-            gate_words = gate_words + (
-                tl.load(gate_upper_at + part * 16, mask=live | EVEN),
-                tl.load(gate_lower_at + part * 16, mask=live | EVEN),
-            )
+        gate_words = _words(gate_upper_at, gate_lower_at, live, PARTS, EVEN)
         gate_row = tl.load(gate_rows + tl.minimum(other_n, num_out - 1))
     row = tl.load(rows + tl.minimum(n, num_out - 1))
     if EARLY:
@@ -312,61 +325,50 @@ def dot_rows(
             tl.store(total + each * pairs + k, _plus(one, two, PTX), mask=k < pairs)
     at_row = tl.minimum(tl.arange(0, 8), ROWS - 1)[None, :, None, None]
     pair = (
-        tl.arange(0, 4)[:, None, None, None] * (LANE // 2)
-        + warp[None, None, :, None] * (SPAN // 2)
+        tl.arange(0, 4)[:, None, None, None] * (lane // 2)
+        + warp[None, None, :, None] * (span // 2)
         + tl.arange(0, 4)[None, None, None, :]
     )
-    x_at, added_at, norm_at = x + (at_row * x_row + pair), added + (at_row * added_row + pair), norm + (0 * at_row + pair)
-    first_columns, first_gate_columns = columns + warp * SPAN, gate_columns + warp * SPAN
+    x_at, added_at, norm_at = (
+        x + (at_row * x_row + pair),
+        added + (at_row * added_row + pair),
+        norm + (0 * at_row + pair),
+    )
+    first_columns, first_gate_columns = columns + warp * span, gate_columns + warp * span
     sums = tl.zeros((WARPS, 16, 8), dtype=tl.float32)
     gates = tl.zeros((WARPS, 16, 8), dtype=tl.float32)
-    ones = tl.full((WARPS, 16, TILE_K), 1.0, dtype=tl.bfloat16 if PTX else tl.float32)
-    for start in tl.range(0, inner, STEP, num_stages=1, loop_unroll_factor=UNROLL):
-        next_words = ()
+    ones = tl.full((WARPS, 16, tile_k), 1.0, dtype=tl.bfloat16 if PTX else tl.float32)
+    for start in tl.range(0, inner, step, num_stages=1, loop_unroll_factor=UNROLL):
+        ahead = (start + step) // per_word
+        left = start + step < inner if EVEN else ((inner - start - step - warp * span) // tile_k)[None, None, :, None]
+        next_words = _words(upper_at + ahead, lower_at + ahead, left, PARTS, EVEN)
         next_gate_words = ()
-        ahead = (start + STEP) // PER_WORD
+        if has_second:
+            next_gate_words = _words(gate_upper_at + ahead, gate_lower_at + ahead, left, PARTS, EVEN)
         for part in tl.static_range(PARTS):
-            live = (start + STEP + part * TILE_K + (0 if EVEN else 1) * warp * SPAN < inner)[None, None, :, None]
-            next_words = next_words + (
-                tl.load(upper_at + ahead + part * 16, mask=live),
-                tl.load(lower_at + ahead + part * 16, mask=live),
-            )
-            if SECOND:
-                next_gate_words = next_gate_words + (
-                    tl.load(gate_upper_at + ahead + part * 16, mask=live),
-                    tl.load(gate_lower_at + ahead + part * 16, mask=live),
-                )
-        for part in tl.static_range(PARTS):
-            is_column = (start + part * TILE_K + warp * SPAN < inner)[None, None, :, None]
+            is_column = (start + part * tile_k + warp * span < inner)[None, None, :, None]
             at = start // 2
-            first = _eight(
-                x_at + at + part * (TILE_K // 2), added_at + at + part * (TILE_K // 2),
-                norm_at + at + part * (TILE_K // 2), is_column, ADDS, WEIGHTED, PTX, EVEN,
+            right = _right(
+                x_at + at + part * (tile_k // 2), added_at + at + part * (tile_k // 2),
+                norm_at + at + part * (tile_k // 2), is_column, ADDS, WEIGHTED, CODE, PTX, WARPS, EVEN,
             )  # fmt: skip
-            second = _eight(
-                x_at + at + (part * (TILE_K // 2) + 4), added_at + at + (part * (TILE_K // 2) + 4),
-                norm_at + at + (part * (TILE_K // 2) + 4), is_column, ADDS, WEIGHTED, PTX, EVEN,
-            )  # fmt: skip
-            third, fourth = first, second
-            if CODE == 2:
-                third = _eight(
-                    x_at + at + (part * (TILE_K // 2) + 8), added_at + at + (part * (TILE_K // 2) + 8),
-                    norm_at + at + (part * (TILE_K // 2) + 8), is_column, ADDS, WEIGHTED, PTX, EVEN,
-                )  # fmt: skip
-                fourth = _eight(
-                    x_at + at + (part * (TILE_K // 2) + 12), added_at + at + (part * (TILE_K // 2) + 12),
-                    norm_at + at + (part * (TILE_K // 2) + 12), is_column, ADDS, WEIGHTED, PTX, EVEN,
-                )  # fmt: skip
-            right = _in_order(first, second, third, fourth, CODE, PTX, WARPS)
-            at_column = tl.load(first_columns + start + part * TILE_K, mask=(start + part * TILE_K + warp * SPAN < inner) | EVEN, other=0)
+            at_column = tl.load(
+                first_columns + start + part * tile_k,
+                mask=(start + part * tile_k + warp * span < inner) | EVEN,
+                other=0,
+            )
             scale, zero = _scales(scales, zeros, row, at_column, scales_row, EXPONENTS, ZEROS, CODE)
             part_sums = _dot(_matrix(words[2 * part], words[2 * part + 1], CODE, PTX, WARPS), right, PTX)
             if CODE == 2:
                 whole = _dot(ones, right, PTX)
                 part_sums -= whole * zero
             sums += part_sums * scale
-            if SECOND:
-                at_column = tl.load(first_gate_columns + start + part * TILE_K, mask=(start + part * TILE_K + warp * SPAN < inner) | EVEN, other=0)
+            if has_second:
+                at_column = tl.load(
+                    first_gate_columns + start + part * tile_k,
+                    mask=(start + part * tile_k + warp * span < inner) | EVEN,
+                    other=0,
+                )
                 scale, zero = _scales(
                     gate_scales, gate_zeros, gate_row, at_column, gate_scales_row, EXPONENTS, ZEROS, CODE
                 )
@@ -379,7 +381,7 @@ def dot_rows(
     factor = tl.rsqrt(squares / inner + eps)[None, :]
     if NORMS:
         y *= factor
-    if SECOND:
+    if has_second:
         other = tl.sum(gates, 0)
         if NORMS:
             other *= factor
