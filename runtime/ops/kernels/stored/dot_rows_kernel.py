@@ -191,11 +191,6 @@ def _eight(x, added, norm, at, live, ADDS: tl.constexpr, WEIGHTED: tl.constexpr,
 
 
 @triton.jit
-def _halves(pair, PTX: tl.constexpr):
-    return _pair(pair) if PTX else tl.join(_low(pair), _high(pair))
-
-
-@triton.jit
 def _right(
     x, added, norm, live, ADDS: tl.constexpr, WEIGHTED: tl.constexpr, CODE: tl.constexpr, PTX: tl.constexpr,
     WARPS: tl.constexpr, EVEN: tl.constexpr,
