@@ -169,7 +169,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor | None:
 
 def _replace(graph: fx.Graph, group: _Group, copied: dict[fx.Node, fx.Node], names: Mapping[str, str]) -> None:
     linears = [copied[node] for node in group.nodes]
-    first = linears[0]
+    first: Any = linears[0]
     with graph.inserting_before(first):
         given: dict[str, Any] = dict(zip(_OPERANDS[first.target], first.args, strict=False)) | first.kwargs
         given |= {key: graph.get_attr(name) for key, name in names.items()}
