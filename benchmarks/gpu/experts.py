@@ -15,8 +15,8 @@ makes of its tokens. "exchange alike": among ranks that bring equally many token
 one in graphs.
 There and back (128 tokens per rank, experts left out), beside an all-reduce of as many bytes.
 Overlap (4,096 tokens per rank): gather and exchange with a shared expert's first product during the way there and its
-second during the way back, against one after the other: what share of the time there and back is hidden. `--copies`:
-what is gathered goes by copy engines then. What GPUs exchange through each other's memory is not under way.
+second during the way back, against one after the other: what share of the time there and back is hidden. What is
+gathered goes by copy engines then. What GPUs exchange through each other's memory is not under way.
 
     python -m benchmarks.gpu.experts --ranks 2
     python -m benchmarks.gpu.experts --ranks 2 --nccl
@@ -48,7 +48,6 @@ from benchmarks.support.several import DeviceTurns, device_name, device_of_rank,
 from partitioner.analysis.cost.expert_exchange import OwnTokens
 from partitioner.sharding.mesh import Mesh
 from passes.expert_parallel import deal
-from runtime.communication.peer_memory import beside
 from runtime.communication.peer_memory.measure import microseconds
 from runtime.communication.process_groups import ProcessGroups
 from runtime.execution.fusion.operations import gated
@@ -185,7 +184,6 @@ def through(layers: list[Callable[[Tensor], Tensor]], hidden: Tensor) -> Callabl
 def rank(given: argparse.Namespace) -> None:
     device, block = device_of_rank(given), (SMALL if given.small else BLOCKS)[given.part]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    beside.COPIES_ON = given.copies
     communicator = ProcessGroups.connect(
         Mesh.of(dp=given.ranks, ep=given.ranks), axes={("ep",)}, device=device.type, timeout_s=120,
         shared_memory="off" if given.nccl else sharing(device),
@@ -389,7 +387,6 @@ def main() -> None:
     parser.add_argument("--nccl", action="store_true", help="not through each other's memory; gloo on CPU")
     parser.add_argument("--profile", action="store_true", help="which kernels take how long")
     parser.add_argument("--tokens", type=int, nargs="+", help="per rank; 1 to 8192, and 1 to 32 with --small")
-    parser.add_argument("--copies", action="store_true", help="what is gathered ahead goes by copy engines")
     parser.add_argument("--blocks", nargs="+", choices=list(BLOCKS), default=["qwen3-30b-a3b", "deepseek-v3"])
     given = parser.parse_args()
     start("benchmarks.gpu.experts", given, parts=list(SMALL) if given.small else given.blocks, rank=rank)

@@ -3,6 +3,8 @@
     all_reduce(x)                                x[...]          -> [...]             the sum over the group
     all_reduce_begin(x)                          the same, under way
     sum_norm_begin(x, residual, weight, eps)     the same with a residual and a norm, by rows, where there is a way
+    sum_norm(x, residual, weight, eps)           the same, of few rows, at once
+    merge_parts(parts, sinks, dtype)             parts of an attention, put together in one call, where there is a way
     all_gather(x, dim, sizes)                    x[.., s[i], ..] -> [.., sum(s), ..]  the pieces in order of coordinate
     reduce_scatter(x, dim, sizes)                x[.., sum(s), ..] -> [.., s[i], ..]  this rank's piece of the sum
     all_gather_begin, reduce_scatter_begin       the same, under way
@@ -130,6 +132,19 @@ class Channel(abc.ABC):
         """The sum over the group, plus a residual, and its root mean square norm, under way; None: by other primitives.
 
         What it returns waits for the end: this rank's rows of the sum, and all normed rows. Shapes as in `RowSums`.
+        """
+        return None
+
+    def sum_norm(self, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor] | None:
+        """The sum over the group plus a residual, and its root mean square norm, at once and whole; None: by other
+        primitives. Shapes as in `FewRowSums`.
+        """
+        return None
+
+    def merge_parts(self, parts: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """What parts of an attention come to that ranks have over tokens of their own; None: by a gather.
+
+        parts: float32 [B, H, 1, Dv + 1], the last number the log-sum-exp; sinks [H]. [B, H, 1, Dv] of `dtype`.
         """
         return None
 

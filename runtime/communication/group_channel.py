@@ -74,7 +74,7 @@ class GroupChannel(Channel):
             run = self._permute(call, options)
         elif kind == "all_to_all":
             call = replace(call, options={}, sizes_from=options.get("sizes_from"))
-            run = self._all_to_all(call, self._primitive("all_to_all"))
+            run = self._all_to_all(call, self._primitive(call, "all_to_all"))
         else:
             run = self._collective(call, kind, overwrite, options)
         if self._shared is None and self._peers is None:
@@ -86,13 +86,7 @@ class GroupChannel(Channel):
     def _collective(
         self, call: Call, kind: Kind, overwrite: bool, options: dict[str, Any]
     ) -> Callable[[Tensor], Tensor]:
-        run: Callable[[Tensor], Tensor] = self._primitive(kind, overwrite=overwrite, **options)
-        if self._shared is not None:
-            # it has these two only; all others stay with gloo
-            if kind == "all_reduce":
-                run = self._shared.all_reduce(call, overwrite=overwrite, otherwise=run)
-            elif kind == "all_gather":
-                run = self._shared.all_gather(call, **options)
+        run: Callable[[Tensor], Tensor] = self._primitive(call, kind, overwrite=overwrite, **options)
         state, watch, ranks, coordinate = self._state, self._state.watch, self.ranks, self.coordinate
         gather = self._comparison()
 
@@ -116,9 +110,15 @@ class GroupChannel(Channel):
 
         return scatter if kind == "reduce_scatter" else collective
 
-    def _primitive(self, kind: Kind, **options: Any) -> Callable[..., Any]:
-        by_group = PRIMITIVES[kind](self._group, **options)
-        return by_group if self._peers is None else self._peers.prepare(kind, otherwise=by_group, **options)
+    def _primitive(self, call: Call, kind: Kind, *, overwrite: bool = False, **options: Any) -> Callable[..., Any]:
+        if self._shared is not None and kind != "all_reduce":
+            return self._shared.primitive(kind, call, **options)
+        if self._shared is not None:
+            return self._shared.all_reduce(call, overwrite=overwrite)
+        by_group = PRIMITIVES[kind](self._group, overwrite=overwrite, **options)
+        if self._peers is not None:
+            return self._peers.prepare(kind, otherwise=by_group, overwrite=overwrite, **options)
+        return by_group
 
     def all_reduce_begin(self, x: Tensor, *, overwrite: bool = False) -> Handle:
         if self._shared is not None:  # the host itself sums there
@@ -172,6 +172,30 @@ class GroupChannel(Channel):
         )
         return finish
 
+    def sum_norm(self, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor] | None:
+        if self._peers is None or not (sums := self._peers.few_row_sums).takes(x, residual, weight):
+            return None
+        gather = self._comparison()
+        made: tuple[Tensor, Tensor] = self._guarded(
+            self._sum_of(x),
+            self.ranks,
+            lambda call: self._compare(call, gather),
+            lambda: sums(x, residual, weight, eps),
+        )
+        return made
+
+    def merge_parts(self, parts: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        if self._peers is None or not (merge := self._peers.part_merge).takes(parts):
+            return None
+        gather = self._comparison()
+        found: Tensor = self._guarded(
+            lambda: Call(self.rank, self.node, "all_gather", axes_text(self.axes)).on(parts),
+            self.ranks,
+            lambda call: self._compare(call, gather),
+            lambda: merge.merge(parts, sinks, dtype),
+        )
+        return found
+
     def peer_rows(self) -> PeerRows | None:
         peers = self._peers
         # rows that are written compare nothing
@@ -188,7 +212,9 @@ class GroupChannel(Channel):
             return super().all_to_all_begin(x, send_counts, receive_counts, sizes_from=sizes_from)
         if sizes_from not in self._begins:
             call = Call(self.rank, self.node, "all_to_all", axes_text(self.axes), sizes_from=sizes_from)
-            self._begins[sizes_from] = self._all_to_all(call, begin_all_to_all(self._group))
+            shared = self._shared
+            begin = begin_all_to_all(self._group) if shared is None else shared.messages.all_to_all(call)
+            self._begins[sizes_from] = self._all_to_all(call, begin)
         handle: Handle = self._begins[sizes_from](x, send_counts, receive_counts)
         return self._finishing(handle, Call(self.rank, self.node, "all_to_all", axes_text(self.axes)), self.ranks)
 
@@ -228,7 +254,7 @@ class GroupChannel(Channel):
         return exchange
 
     def _permute(self, call: Call, options: dict[str, Any]) -> Callable[[Tensor], Handle]:
-        run, gather = self._primitive("permute", **options), self._comparison()
+        run, gather = self._primitive(call, "permute", **options), self._comparison()
 
         def begin(x: Tensor) -> Handle:
             own = call.on(x)
@@ -241,14 +267,16 @@ class GroupChannel(Channel):
         assert call.peer is not None
         both = tuple(sorted((call.rank, call.peer)))
         if kind == "send":
-            send = PRIMITIVES["send"](self._group, **options)
+            send = self._primitive(call, "send", **options)
 
             def send_begin(x: Tensor) -> Handle:
                 own = call.on(x)
                 return self._finishing(self._guarded(own, both, self._compare_two, lambda: send(x)), own, both)
 
             return send_begin
-        receive = PRIMITIVES["receive"](self._group, device=self._state.device, **options)
+        if self._shared is None:
+            options = {**options, "device": self._state.device}
+        receive = self._primitive(call, "receive", **options)
 
         def receive_begin(shape: Sequence[int], dtype: torch.dtype) -> Handle:
             own = call.of(shape, dtype)
@@ -305,14 +333,17 @@ class GroupChannel(Channel):
         assert call.peer is not None
         self._state.verdict.about_to(call)
         sent = self._fingerprint(call)
-        received = torch.empty_like(sent)
-        group = self._group.handle
-        operations = [
-            dist.P2POp(dist.isend, sent, call.peer, group),
-            dist.P2POp(dist.irecv, received, call.peer, group),
-        ]
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+        if self._shared is not None:
+            received = self._shared.messages.exchange(call, sent, with_=self.ranks.index(call.peer))
+        else:
+            received = torch.empty_like(sent)
+            group = self._group.handle
+            operations = [
+                dist.P2POp(dist.isend, sent, call.peer, group),
+                dist.P2POp(dist.irecv, received, call.peer, group),
+            ]
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
         check_agreement(sorted([call, Call.decode(received.cpu().numpy().tobytes())], key=lambda each: each.rank))
 
     def _fingerprint(self, call: Call) -> Tensor:

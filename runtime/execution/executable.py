@@ -31,6 +31,7 @@ from runtime.execution.prompts.in_turns import InTurns
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.sharded_cache import ShardedCache
 from runtime.ops.cached_attention import cached_attention
+from runtime.ops.collectives import all_reduce
 from runtime.ops.communicating import COMMUNICATING, read_call
 from runtime.ops.experts import limit_experts
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
@@ -230,6 +231,8 @@ def _bind(new: fx.Node, node: fx.Node, communicator: Binder) -> None:
         node.target, call.axes, node=node.name, options=call.options, overwrite=_is_last_use(node)
     )
     new.args, new.kwargs = call.operands, {}
+    if node.target is all_reduce:
+        new.meta["channel"] = communicator.channel(call.axes, node=node.name)
 
 
 def _is_last_use(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from partitioner.errors import InputError
 from runtime.execution.cuda_graphs import GraphPool, captured
 from runtime.execution.executable import Executable
 from runtime.kv_cache.cache import Cache
+from runtime.ops.kernels.triton_needs import replayed
 from runtime.pipeline.head import HeadOfAll
 from runtime.pipeline.message import Box
 from runtime.program.rank_program import RankProgram
@@ -369,17 +371,18 @@ class Decoder:
                 given.copy_(held)
             self.cache.fixed_states.restore(states)
 
-        self._execute.communicator.begin_run(new_shapes=True)
-        warm_up()
-        self._execute.communicator.begin_run(new_shapes=False)
-        if self._inputs["last"].is_cuda:
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UP):
-                    warm_up()
-            torch.cuda.current_stream().wait_stream(side)
-        return captured(lambda: run(seen), self._pool)
+        with nullcontext() if self._is_compiled else replayed():
+            self._execute.communicator.begin_run(new_shapes=True)
+            warm_up()
+            self._execute.communicator.begin_run(new_shapes=False)
+            if self._inputs["last"].is_cuda:
+                side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                side.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(side):
+                    for _ in range(_WARM_UP):
+                        warm_up()
+                torch.cuda.current_stream().wait_stream(side)
+            return captured(lambda: run(seen), self._pool)
 
 
 def _sent(said: Tensor) -> Callable[[], Tensor]:

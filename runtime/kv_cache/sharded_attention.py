@@ -20,7 +20,7 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.kv_cache.buffers import StateRows
 from runtime.kv_cache.sharded_slots import DealtOut, ShardedRun, moved
-from runtime.ops.kernels.decode.shared_decode import merged_rows, own_or_last_rows, packed_rows
+from runtime.ops.kernels.decode.shared_decode import merged_rows
 from runtime.ops.kernels.decode_attention import (
     Attending,
     Rotation,
@@ -40,10 +40,6 @@ from runtime.ops.state.latent_attention import of_heads
 from runtime.ops.state.latent_heads import OfLatent
 
 __all__ = ["ShardedAttention"]
-
-
-ROTATES_ON = False
-"""Whether the launch before the kernel rotates queries and keys too. Off: it has not run on a GPU, but interpreted."""
 
 
 class ShardedAttention:
@@ -84,7 +80,7 @@ class ShardedAttention:
 
     def rotates(self, q: Tensor, *by: Any) -> bool:
         """Whether it takes a `rotation` of one token's queries and keys that is still to be done."""
-        return ROTATES_ON and self.has_kernel and can_rotate(q, *by)
+        return self.has_kernel and can_rotate(q, *by)
 
     def __call__(
         self,
@@ -95,12 +91,18 @@ class ShardedAttention:
         mask: Tensor | None,
         sinks: Tensor | None,
         rotation: Rotation | None = None,
+        ahead: bool = False,
     ) -> Tensor:
+        """ahead: of no use, for which tokens are its own is told by the step."""
         run = require_kind(self._run(), self._how, self._channel)
         if self.has_kernel and q.shape[2] == 1 and mask is None:
             packed = self._by_kernel(q, k, v, positions, None, rotation)
-            if sinks is None and not torch.compiler.is_compiling():  # which fuses it itself
-                return merged_rows(self._channel.all_gather(packed[None], dim=0), q.dtype)
+            if not torch.compiler.is_compiling():  # which fuses it itself
+                found: Tensor | None = self._channel.merge_parts(packed, sinks, q.dtype)
+                if found is not None:
+                    return found
+                if sinks is None:
+                    return merged_rows(self._channel.all_gather(packed[None], dim=0), q.dtype)
             return self._merged(packed, sinks).to(q.dtype)
         if rotation is not None:  # behind a mask
             cos, sin, half = rotation
@@ -145,20 +147,17 @@ class ShardedAttention:
         positions: Tensor,
         sinks: Tensor | None,
         rotation: Rotation | None = None,
+        ahead: bool = False,
     ) -> Tensor:
-        """The part of this rank. To the kernel a row is as long as what this rank keeps of it.
-
-        The kernel appends what it is given: on a rank that does not keep the token, that is the last one that it keeps.
-        """
+        """The part of this rank. To the kernel a row is as long as what this rank keeps of it."""
         run = self._run()
         keys, values = (each.numbers[run.rows] for each in (self._keys, self._values))
         assert run.appended is not None
-        is_own, before = run.appended.is_own, run.appended.before
-        q, k, v, at = own_or_last_rows(q, k, v, keys, values, is_own, before, rotation)
-        out, lse = decode_attention(
-            q, k, v, at, keys, values, scale=self._scale, softcap=self._softcap, return_lse=True
+        found: Tensor = decode_attention(
+            q, k, v, run.appended.before, keys, values, scale=self._scale, softcap=self._softcap, rotation=rotation,
+            is_own=run.appended.is_own,
         )  # fmt: skip
-        return packed_rows(out, lse, is_own, before)
+        return found
 
     def _used(self, run: ShardedRun) -> Block:
         """What this rank keeps of the run's rows, as far as anyone looks; by query head where these share none."""

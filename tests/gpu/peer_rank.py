@@ -18,6 +18,7 @@ from runtime.ops.attention import attention
 from runtime.ops.collectives import landed
 from runtime.ops.expert_exchange import receive_from_experts, send_to_experts
 from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
+from runtime.ops.rows.partial_attention import merge_parts, with_sinks
 from runtime.ops.rows.sequence_attention import attend_over_ranks
 from runtime.ops.rows.token_order import TokenOrder
 from runtime.processes.launch import begin_worker
@@ -252,7 +253,7 @@ def exchanged_experts(groups: ProcessGroups, channel: Channel) -> None:
 
 def copied_beside_others(groups: ProcessGroups, channel: Channel) -> None:
     """Pieces that copy engines bring, as they are and captured, with products and collectives between."""
-    beside.COPIES_ON, beside.LEAST_BYTES = True, 0
+    beside.LEAST_BYTES = 0
     for dtype, shape in ((torch.bfloat16, (1031, 256)), (torch.float32, (7, 3)), (torch.bfloat16, (4096, 7168))):
         copied_of(channel, dtype, shape)
 
@@ -301,6 +302,65 @@ def copied_of(channel: Channel, dtype: torch.dtype, shape: tuple[int, int]) -> N
     graph.reset()
 
 
+def merged_parts(groups: ProcessGroups, channel: Channel) -> None:
+    """Parts of an attention put together, as they are and captured, amid sums that share counters with them."""
+    for shape, dtype, has_sinks in (
+        ((1, 32, 1, 128), torch.bfloat16, False), ((4, 7, 1, 64), torch.float16, True),
+        ((3, 5, 1, 33), torch.float32, True), ((2, 4, 1, 2), torch.float32, False),
+        ((8, 32, 1, 256), torch.bfloat16, True),
+    ):  # fmt: skip
+        merged_of(channel, (*shape[:-1], shape[-1] + 1), dtype, has_sinks=has_sinks)
+
+
+def merged_of(channel: Channel, shape: tuple[int, ...], dtype: torch.dtype, *, has_sinks: bool) -> None:
+    parts = torch.empty(shape, device="cuda")
+    sinks = brought(0, shape[1:2], torch.float32, 77) if has_sinks else None
+    ones = torch.ones(300, device="cuda")
+
+    def both() -> list[Tensor]:
+        found = channel.merge_parts(parts, sinks, dtype)
+        assert found is not None
+        return [found, channel.all_reduce(ones)]
+
+    def parts_of(rank: int, seed: int) -> Tensor:
+        found = brought(rank, shape, torch.float32, seed)
+        found[0, 0, :, -1] = -torch.inf  # nobody has any
+        if rank == seed % RANKS:
+            found[-1, ..., -1] = -torch.inf
+            found[-1, ..., :-1] = 0
+        return found
+
+    def check(found: list[Tensor], seed: int, how: str) -> None:
+        everyone = [parts_of(rank, seed) for rank in range(RANKS)]
+        assert torch.equal(everyone[RANK], parts)
+        whole = torch.stack(everyone)
+        wanted = with_sinks(*merge_parts(whole[..., :-1], whole[..., -1]), sinks)
+        wanted = torch.where(wanted.isnan(), 0, wanted)
+        close = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+        torch.testing.assert_close(found[0].float(), wanted.float(), rtol=close, atol=close, msg=f"{how}: {shape}")
+        assert (found[1] == RANKS).all(), how
+        bits = channel.all_gather(found[0].contiguous().view(torch.uint8)[None], 0)
+        assert all(torch.equal(bits[0], each) for each in bits), f"{how}: ranks have other bits"
+
+    for seed in range(3):
+        parts.copy_(parts_of(RANK, seed))
+        check(both(), seed, "as it is")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = both()
+    for seed in range(10, 30):
+        parts.copy_(parts_of(RANK, seed))
+        if seed % 3 == RANK:
+            time.sleep(0.01)  # one comes late
+        graph.replay()
+        check(results, seed, f"replay {seed}")
+    without = torch.stack([brought(rank, shape, torch.float32, 29) for rank in range(RANKS) if rank])  # the control
+    wrong, _ = merge_parts(without[..., :-1], without[..., -1])
+    assert not torch.allclose(results[0].float(), wrong.float(), atol=0.1)
+    graph.reset()
+
+
 if __name__ == "__main__":
     begin_worker()
     all_cases: dict[str, Callable[[ProcessGroups, Channel], None]] = {
@@ -313,6 +373,7 @@ if __name__ == "__main__":
         "heads_in_place": heads_in_place,
         "exchanged_experts": exchanged_experts,
         "copied_beside_others": copied_beside_others,
+        "merged_parts": merged_parts,
     }
     with torch.no_grad():
         process_groups = ProcessGroups.connect(Mesh.of(tp=RANKS), device="cuda", timeout_s=30, shared_memory="on")

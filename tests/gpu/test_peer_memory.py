@@ -184,6 +184,7 @@ def test_a_kernel_that_waits_ends_when_it_is_abandoned() -> None:
         "heads_in_place",
         "exchanged_experts",
         "copied_beside_others",
+        "merged_parts",
     ],
 )
 def test_between_gpus(case: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:

@@ -15,9 +15,6 @@ __all__ = ["begin_all_reduce", "copies_of", "run_beside"]
 
 LEAST_BYTES = 1 << 22
 """Of what copy engines bring: shorter ones take less on the rank's own stream than what two streams take to meet."""
-COPIES_ON = False
-"""Whether gathers and scatters of as many bytes go by copy engines while the rank computes. Off: on GPUs they have not
-run; `benchmarks.gpu.experts --copies` and tests turn it on."""
 
 
 def begin_all_reduce(
@@ -38,7 +35,7 @@ def begin_all_reduce(
 def copies_of(peers: PeerMemory | None, x: Tensor, *, scatters: bool) -> PeerCopies | None:
     """What copies the pieces of x, or the piece that it is; None where another way takes less."""
     copies = None if peers is None else peers.copies
-    if not COPIES_ON or copies is None:
+    if copies is None:
         return None
     whole = x.nbytes if scatters else x.nbytes * copies.num_ranks
     if whole < LEAST_BYTES * copies.num_ranks or not copies.has_room(whole, scatters=scatters):

@@ -32,6 +32,8 @@ from runtime.communication.peer_memory.mapped_memory import (
     Geometry,
 )
 from runtime.communication.peer_memory.rows.copy_rows import PeerCopies
+from runtime.communication.peer_memory.rows.few_row_sums import FewRowSums
+from runtime.communication.peer_memory.rows.merge_parts import PartMerge
 from runtime.communication.peer_memory.rows.push_rows import PeerRows
 from runtime.communication.peer_memory.rows.sum_rows import RowSums
 from runtime.communication.peer_memory.under_way import UnderWay
@@ -76,6 +78,11 @@ class PeerMemory:
         self.under_way = UnderWay(device)
         waiting = self._late.data_ptr(), self._abandoned.data_ptr(), self._patience_ns
         self.row_sums = RowSums(group, memory, handle, self._table, waiting, self.under_way)
+        self.few_row_sums = FewRowSums(
+            group, self._table, self._small_counters, waiting, self.under_way,
+            lambda x: self.way("all_reduce", x) == "small", early=self._early,
+        )  # fmt: skip
+        self.part_merge = PartMerge(group, self._table, self._small_counters, waiting, self.under_way)
         self.choice: Choice = Choice.unmeasured()
         self.rows: PeerRows | None = None
         """What rows are written through straight to where they belong."""

@@ -8,11 +8,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from runtime.communication.peer_memory.signals import await_words, bring_near, put_words
 
-__all__ = ["small"]
+__all__ = ["as_double_word", "high_half", "joined", "low_half", "small"]
 
 
 @triton.jit
-def _low_half(word, KIND: tl.constexpr):
+def low_half(word, KIND: tl.constexpr):
     """Of 32 bits; as float32."""
     if KIND == "bfloat16":
         return (word << 16).to(tl.float32, bitcast=True)
@@ -21,7 +21,7 @@ def _low_half(word, KIND: tl.constexpr):
 
 
 @triton.jit
-def _high_half(word, KIND: tl.constexpr):
+def high_half(word, KIND: tl.constexpr):
     if KIND == "bfloat16":
         return (word & -65536).to(tl.float32, bitcast=True)
     else:
@@ -29,7 +29,7 @@ def _high_half(word, KIND: tl.constexpr):
 
 
 @triton.jit
-def _joined(low, high, KIND: tl.constexpr):
+def joined(low, high, KIND: tl.constexpr):
     """Two float32 rounded, as 32 bits."""
     if KIND == "bfloat16":
         first = low.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
@@ -41,7 +41,7 @@ def _joined(low, high, KIND: tl.constexpr):
 
 
 @triton.jit
-def _as_double_word(low, high):
+def as_double_word(low, high):
     return (low.to(tl.int64) & 4294967295) | (high.to(tl.int64) << 32)
 
 
@@ -115,11 +115,11 @@ def small(
         if KIND == "":
             if SHIFT != 0:
                 if peer == (RANK - SHIFT) % RANKS:
-                    tl.store(out + at, _as_double_word(low, high), mask=at < piece)
+                    tl.store(out + at, as_double_word(low, high), mask=at < piece)
             else:
-                tl.store(out + peer * piece + at, _as_double_word(low, high), mask=at < piece)
+                tl.store(out + peer * piece + at, as_double_word(low, high), mask=at < piece)
         elif KIND == "bfloat16" or KIND == "float16":
-            a, b, c, d = _low_half(low, KIND), _high_half(low, KIND), _low_half(high, KIND), _high_half(high, KIND)
+            a, b, c, d = low_half(low, KIND), high_half(low, KIND), low_half(high, KIND), high_half(high, KIND)
             if peer == 0:
                 sum_a, sum_b, sum_c, sum_d = a, b, c, d
             else:
@@ -136,26 +136,26 @@ def small(
             else:
                 sum_a, sum_b = sum_a + low, sum_b + high
         elif KIND == "float64":
-            a = _as_double_word(low, high).to(tl.float64, bitcast=True)
+            a = as_double_word(low, high).to(tl.float64, bitcast=True)
             if peer == 0:
                 sum_a = a
             else:
                 sum_a = sum_a + a
         else:
             tl.static_assert(KIND == "int64")
-            a = _as_double_word(low, high)
+            a = as_double_word(low, high)
             if peer == 0:
                 sum_a = a
             else:
                 sum_a = sum_a + a
     if KIND == "bfloat16" or KIND == "float16":
-        said = _as_double_word(_joined(sum_a, sum_b, KIND), _joined(sum_c, sum_d, KIND))
+        said = as_double_word(joined(sum_a, sum_b, KIND), joined(sum_c, sum_d, KIND))
         tl.store(out + at, said, mask=at < piece)
     elif KIND == "float32":
-        said = _as_double_word(sum_a.to(tl.int32, bitcast=True), sum_b.to(tl.int32, bitcast=True))
+        said = as_double_word(sum_a.to(tl.int32, bitcast=True), sum_b.to(tl.int32, bitcast=True))
         tl.store(out + at, said, mask=at < piece)
     elif KIND == "int32":
-        tl.store(out + at, _as_double_word(sum_a, sum_b), mask=at < piece)
+        tl.store(out + at, as_double_word(sum_a, sum_b), mask=at < piece)
     elif KIND == "float64" or KIND == "int64":
         tl.store(out + at, sum_a.to(tl.int64, bitcast=True), mask=at < piece)
     tl.debug_barrier()  # all threads have read the counter

@@ -1,11 +1,11 @@
 """C++ that comes with the package, compiled on the user's machine when it is first needed, and loaded with ctypes.
 
-load("shared_memory.cpp", timeout_s=60)   -> Native: the library, and the seconds that compiling took (0.0: cached)
+load(["shared_memory.cpp"], timeout_s=60)    -> Native: the library, and the seconds that compiling took (0.0: cached)
 
 It is kept in the user's cache (TORCH_EXTENSIONS_DIR, or torch_extensions in XDG_CACHE_HOME or ~/.cache) under a hash of
-its source and of how it is built. Of several processes that come at once, one compiles and the others wait for it. Only
-a compiler is needed: no headers of Python or torch, no build system. What is in the cache is code that will run: it is
-used only where nobody else can have put it there (`own_folder.py`).
+its sources, of the headers beside them, and of how it is built. Of several processes that come at once, one compiles
+and the others wait for it. Only a compiler is needed: no headers of Python or torch, no build system. What is in the
+cache is code that will run: it is used only where nobody else can have put it there (`own_folder.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,16 +47,19 @@ class Native:
     """How long compiling took; 0.0 where it was in the cache."""
 
 
-def load(source: str, *, timeout_s: float) -> Native:
-    """The library of `source`, a file in this folder; waits for the compiler, or for who compiles, `timeout_s`."""
-    path = Path(__file__).with_name(source)
-    text = path.read_bytes()
-    name = _name(path.stem, text)
+def load(sources: Sequence[str], *, timeout_s: float) -> Native:
+    """One library of `sources`, files in this folder; waits for the compiler, or for who compiles, `timeout_s`.
+
+    A process that loads two would get the first one twice: the loader knows them by the descriptor's path.
+    """
+    paths = [Path(__file__).with_name(source) for source in sources]
+    path = paths[0]
+    name = _name(paths)
     try:
         with OwnFolder.open(cache_folder()) as folder, folder.locked(f"{path.stem}.lock", timeout_s):
             if (library := folder.library(name)) is not None:
                 return Native(library, 0.0)
-            with _compiled(path, timeout_s) as (content, seconds):
+            with _compiled(paths, timeout_s) as (content, seconds):
                 folder.add(name, content)
             library = folder.library(name)
             if library is None:
@@ -70,19 +73,20 @@ def load(source: str, *, timeout_s: float) -> Native:
             _log.warning("%s; so the library is compiled for this process alone", error)
         try:
             with tempfile.TemporaryDirectory(prefix="partitioner-") as own, OwnFolder.open(Path(own)) as folder:
-                with _compiled(path, timeout_s) as (content, seconds):
+                with _compiled(paths, timeout_s) as (content, seconds):
                     folder.add(name, content)
                 library = folder.library(name)
                 if library is None:
                     raise OSError(f"{name} is gone as soon as it was written")
                 return Native(library, seconds)
         except (NotOurs, OSError) as error:
-            raise CannotBuild(f"{source} cannot be built or loaded: {error}") from error
+            raise CannotBuild(f"{path} cannot be built or loaded: {error}") from error
 
 
-def _name(stem: str, text: bytes) -> str:
+def _name(sources: Sequence[Path]) -> str:
+    text = b"".join(each.read_bytes() for each in (*sources, *sorted(sources[0].parent.glob("*.h"))))
     built = repr((_FLAGS, platform.machine(), platform.libc_ver())).encode()
-    return f"{stem}-{hashlib.blake2b(text + built, digest_size=10).hexdigest()}.so"
+    return f"{sources[0].stem}-{hashlib.blake2b(text + built, digest_size=10).hexdigest()}.so"
 
 
 def cache_folder() -> Path:
@@ -95,7 +99,7 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def _compiled(source: Path, timeout_s: float) -> Iterator[tuple[bytes, float]]:
+def _compiled(sources: Sequence[Path], timeout_s: float) -> Iterator[tuple[bytes, float]]:
     """The library's bytes, and the seconds that it took."""
     start = time.monotonic()
     given = shlex.split(os.environ.get("CXX", ""))
@@ -105,7 +109,7 @@ def _compiled(source: Path, timeout_s: float) -> Iterator[tuple[bytes, float]]:
     with tempfile.TemporaryDirectory(prefix="partitioner-") as own, OwnFolder.open(Path(own)) as folder:
         try:
             done = subprocess.run(
-                [*found, *_FLAGS, "-o", str(Path(own, "library.so")), str(source)],
+                [*found, *_FLAGS, "-o", str(Path(own, "library.so")), *map(str, sources)],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -116,5 +120,5 @@ def _compiled(source: Path, timeout_s: float) -> Iterator[tuple[bytes, float]]:
         except subprocess.TimeoutExpired:
             raise CannotBuild(f"{found[0]} did not finish within {timeout_s:g} s") from None
         if done.returncode != 0:
-            raise CannotBuild(f"{found[0]} failed on {source}:\n{done.stderr.strip()[-2000:]}")
+            raise CannotBuild(f"{found[0]} failed on {sources[0]}:\n{done.stderr.strip()[-2000:]}")
         yield folder.read("library.so"), time.monotonic() - start

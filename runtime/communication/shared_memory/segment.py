@@ -1,6 +1,6 @@
 """Memory that several processes of one host have mapped, which also tells who of them is alive.
 
-    Segment.create(num_bytes)          the first process; `address` is what the others need
+    Segment.create(num_bytes, room)    the first process; `address` is what the others need
     Segment.open(address)              the others
     hold(i), is_held(i)                i is held until its holder lets go or its process ends, however that happens
 
@@ -47,19 +47,21 @@ class Segment:
 
     def __init__(self, descriptor: int, address: Address) -> None:
         self.address = address
-        self._descriptor = descriptor
+        self.descriptor = descriptor
         self._map = mmap.mmap(descriptor, address.num_bytes)
+        self._map.madvise(mmap.MADV_DONTDUMP)  # which would make room for what nobody has written
         self.start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
     @classmethod
-    def create(cls, num_bytes: int) -> Segment:
-        """Filled with zeros."""
+    def create(cls, num_bytes: int, room: int = 0) -> Segment:
+        """Filled with zeros. room: so many bytes besides, which the system gives when they are first asked for."""
         name = f"partitioner-{secrets.token_hex(8)}"
         descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
         try:
             # all of it now, not page by page in the midst of collectives
             os.posix_fallocate(descriptor, 0, num_bytes)
-            return cls(descriptor, Address(os.getpid(), descriptor, name, num_bytes))
+            os.ftruncate(descriptor, num_bytes + room)
+            return cls(descriptor, Address(os.getpid(), descriptor, name, num_bytes + room))
         except BaseException:
             os.close(descriptor)
             raise
@@ -78,20 +80,20 @@ class Segment:
             raise
 
     def hold(self, index: int) -> None:
-        fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
+        fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
 
     def is_held(self, index: int) -> bool:
         """Whether another process holds it; one's own locks never stand in one's way."""
         try:
             # shared: those who ask at the same time do not take each other for the holder
-            fcntl.lockf(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, index)
+            fcntl.lockf(self.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB, 1, index)
         except OSError:
             return True
-        fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, index)
+        fcntl.lockf(self.descriptor, fcntl.LOCK_UN, 1, index)
         return False
 
     def close(self) -> None:
         """Let go of what is held; the memory lives as long as anyone has it mapped."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1

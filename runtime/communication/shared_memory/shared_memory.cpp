@@ -8,15 +8,7 @@
 // or more sum large parts, each sums a share, and puts it into its slot in place of its piece; they meet again and read
 // the shares.
 //
-// Waiting ends after `patience_ns` at the latest and goes on when called again, so that the caller, in Python, can see
-// to signals, deadlines and lost ranks. A waiting rank spins for a moment, then sleeps on its peer's sequence, a futex.
-// How long it spins is learned: with a core for every rank it saves the wake-up; where ranks outnumber cores, or others
-// keep the cores busy, the awaited rank may need this very core.
-
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
+// Waiting (`waiting.h`) ends after `patience_ns` at the latest and goes on when called again.
 
 #include <algorithm>
 #include <atomic>
@@ -24,9 +16,10 @@
 #include <cstring>
 #include <new>
 
+#include "waiting.h"
+
 namespace {
 
-enum Status { DONE = 0, WAITING = 1, LEFT = 2, DISAGREE = 3, BROKEN = 4 };
 enum Type { FLOAT64 = 0, FLOAT32 = 1, BFLOAT16 = 2, FLOAT16 = 3, NONE = 4 };
 constexpr int64_t ITEM_BYTES[] = {8, 4, 2, 2};
 
@@ -44,28 +37,6 @@ struct alignas(128) Line {
   Brought brought[2];
 };
 static_assert(sizeof(Line) == 128, "the segment's size is computed in Python too");
-static_assert(std::atomic<uint32_t>::is_always_lock_free, "locks do not work between processes");
-
-int64_t now_ns() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec * 1000000000LL + t.tv_nsec;
-}
-
-void relax() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-void sleep_on(std::atomic<uint32_t>* word, uint32_t seen, int64_t ns) {
-  timespec t{static_cast<time_t>(ns / 1000000000LL), static_cast<long>(ns % 1000000000LL)};
-  syscall(SYS_futex, word, FUTEX_WAIT, seen, &t, nullptr, 0);
-}
-
-void wake_all(std::atomic<uint32_t>* word) { syscall(SYS_futex, word, FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0); }
 
 float load(float x) { return x; }
 double load(double x) { return x; }
@@ -128,17 +99,14 @@ void store(Float16* to, float x) {
   to->bits = static_cast<uint16_t>(sign | found);
 }
 
-constexpr int64_t SHORTEST_SPIN_NS = 2000, LONGEST_SPIN_NS = 100000;
 constexpr int64_t SMALL_PART = 8;  // of a slot: where there is less, a second meeting costs more than it saves
-constexpr uint32_t PROBE_EVERY = 32;  // waits: try the longest, lest a busy moment shorten it for good
 
 struct Group {
   char* base;
   int size;
   int me;
   int64_t slot_bytes;
-  int64_t spin_ns = LONGEST_SPIN_NS;
-  uint32_t num_waits;
+  Spin spin;
   uint32_t sequence;  // of the meeting that is under way
   uint32_t part;      // of which the slots hold the pieces; counted through all operations
   bool shares;        // the slots hold shares of the sum
@@ -173,9 +141,7 @@ void show(Group* g) {
   g->sequence += 1;
   Line* mine = g->line(g->me);
   mine->brought[g->sequence & 1] = g->mine;
-  // sequentially consistent, as is the sleeper's side: either it sees the new number, or we see that it sleeps
-  mine->sequence.store(g->sequence, std::memory_order_seq_cst);
-  if (mine->sleepers.load(std::memory_order_seq_cst) > 0) wake_all(&mine->sequence);
+  count_up(&mine->sequence, g->sequence, &mine->sleepers);
 }
 
 void put(Group* g) {
@@ -183,40 +149,6 @@ void put(Group* g) {
   int64_t bytes = std::min(g->slot_bytes, g->bytes - g->offset);
   if (bytes > 0) std::memcpy(g->slot(g->me), g->in + g->offset, bytes);
   show(g);
-}
-
-bool spin_for(Group* g, int rank) {
-  bool probe = ++g->num_waits % PROBE_EVERY == 0;
-  int64_t limit = probe ? LONGEST_SPIN_NS : g->spin_ns, start = now_ns(), passed = 0;
-  do {
-    for (int i = 0; i < 16; ++i) {
-      if (g->arrived(rank, std::memory_order_acquire)) {
-        g->spin_ns = std::min(std::max(g->spin_ns, 2 * passed), LONGEST_SPIN_NS);
-        return true;
-      }
-      relax();
-    }
-    passed = now_ns() - start;
-  } while (passed < limit);
-  g->spin_ns = std::max(g->spin_ns / 2, SHORTEST_SPIN_NS);
-  return false;
-}
-
-int wait_for(Group* g, int rank, int64_t deadline_ns) {
-  if (spin_for(g, rank)) return DONE;
-  Line* line = g->line(rank);
-  for (;;) {
-    // read before the sequence: a rank that has put its last part may leave
-    bool left = line->left.load(std::memory_order_acquire) != 0;
-    if (g->arrived(rank, std::memory_order_acquire)) return DONE;
-    if (left) return LEFT;
-    int64_t rest = deadline_ns - now_ns();
-    if (rest <= 0) return WAITING;
-    line->sleepers.fetch_add(1, std::memory_order_seq_cst);
-    uint32_t seen = line->sequence.load(std::memory_order_seq_cst);
-    if (static_cast<int32_t>(seen - g->sequence) < 0) sleep_on(&line->sequence, seen, rest);
-    line->sleepers.fetch_sub(1, std::memory_order_seq_cst);
-  }
 }
 
 // out[begin:end] = the sum of everyone's slots there; `out` may be my own slot.
@@ -318,7 +250,9 @@ int group_advance(Group* g, int64_t patience_ns) {
     int64_t deadline_ns = now_ns() + patience_ns;
     for (int rank = 0; rank < g->size; ++rank) {
       if (g->arrived(rank, std::memory_order_acquire)) continue;
-      int status = wait_for(g, rank, deadline_ns);
+      Line* line = g->line(rank);
+      auto arrived = [g, rank] { return g->arrived(rank, std::memory_order_acquire); };
+      int status = wait_for(&g->spin, &line->sequence, &line->sleepers, &line->left, arrived, deadline_ns);
       if (status != DONE) return status;
     }
     if (!all_agree(g)) {

@@ -3,6 +3,7 @@
     connect(ranks, rank, exchange=..) a SharedMemory on every rank of the group, or Unavailable on every one
     all_reduce(call, overwrite=..)    the operation of one node, as a callable on its tensor
     all_gather(call, dim=.., sizes=..)
+    messages                          what two of the ranks bring to each other (`mailboxes.py`)
 
 Sums are taken in order of coordinate by every rank for itself, so that all get the same bits; bfloat16 and float16 are
 summed in float32 and rounded once. The copying and waiting is C++ (`shared_memory.cpp`), which comes back to Python
@@ -16,8 +17,8 @@ import ctypes
 import functools
 import math
 import platform
+import resource
 import sys
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
@@ -29,13 +30,16 @@ from torch import Tensor
 
 from partitioner.errors import RankMismatch
 from runtime.communication.channels import require_piece
+from runtime.communication.group_collectives import sum_in_order
 from runtime.communication.matching_calls import Call
 from runtime.communication.shared_memory.build_native import CannotBuild, Native, load
+from runtime.communication.shared_memory.mailboxes import Mailboxes, declare
+from runtime.communication.shared_memory.patience import DISAGREE, DONE, PATIENCE_NS, Disconnected, Patience
 from runtime.communication.shared_memory.segment import Address, Segment
+from runtime.ops.communicating import Kind
 
 __all__ = ["Disconnected", "SharedMemory", "Unavailable"]
 
-_DONE, _WAITING, _LEFT, _DISAGREE, _BROKEN = range(5)
 _TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _KINDS = [f"an all_reduce of {dtype}, elements:" for dtype in _TYPES] + ["an all_gather, bytes:"]
 
@@ -43,8 +47,8 @@ _LINE_BYTES = 128
 SLOT_BYTES = 1 << 20
 """Longer tensors are taken in parts of this; two such slots per rank stay in the processor's caches."""
 
-_PATIENCE_NS = 50_000_000
-"""How long the C++ waits before it asks here; so soon, too, is an ended process noticed."""
+_ARENA_BYTES = 1 << 34
+"""Room for a rank's messages that are under way: addresses, which cost nothing before they are used."""
 
 Exchange = Callable[[Any], list[Any]]
 
@@ -57,10 +61,6 @@ class Unavailable(Exception):
         self.several_hosts = several_hosts
 
 
-class Disconnected(RuntimeError):
-    """An operation cannot be finished: another rank left, ended, or did not come before the deadline."""
-
-
 class SharedMemory:
     """One rank's end of the memory that the ranks of one group share; see `meet`."""
 
@@ -70,10 +70,12 @@ class SharedMemory:
         self.ranks, self.rank = tuple(ranks), rank
         self.build_s = native.seconds
         self._coordinate = self.ranks.index(rank)
-        self._segment, self._timeout_s = segment, timeout_s
+        self._segment, self._patience = segment, Patience(segment, self.ranks, timeout_s)
         self._library = library = native.library
         self._group = library.group_new(segment.start, len(ranks), self._coordinate, slot_bytes)
         weakref.finalize(self, library.group_free, self._group)
+        start = _bytes_of_parts(len(ranks), slot_bytes)
+        self.messages = Mailboxes(library, segment, start, self.ranks, rank, patience=self._patience)
 
     @classmethod
     def connect(
@@ -91,7 +93,7 @@ class SharedMemory:
         try:
             native = _library(timeout_s)
             if coordinate == 0:
-                segment = Segment.create(len(ranks) * (_LINE_BYTES + 2 * slot_bytes))
+                segment = cls.segment(native, len(ranks), slot_bytes=slot_bytes)
         except (CannotBuild, OSError) as error:
             why = str(error)
         everyone = _met(exchange([_host(), why, segment and astuple(segment.address)]))
@@ -112,22 +114,28 @@ class SharedMemory:
         assert segment is not None
         return cls(native, segment, ranks, rank, slot_bytes=slot_bytes, timeout_s=timeout_s)
 
-    def all_reduce(
-        self, call: Call, *, overwrite: bool, otherwise: Callable[[Tensor], Tensor]
-    ) -> Callable[[Tensor], Tensor]:
-        """`otherwise` takes the tensors whose dtype is not summed here."""
+    @staticmethod
+    def segment(native: Native, num_ranks: int, *, slot_bytes: int = SLOT_BYTES) -> Segment:
+        """Memory for so many ranks."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        arena = _ARENA_BYTES if limit == resource.RLIM_INFINITY else min(_ARENA_BYTES, limit // (8 * num_ranks))
+        mailboxes = native.library.post_bytes(num_ranks)
+        return Segment.create(_bytes_of_parts(num_ranks, slot_bytes) + mailboxes, num_ranks * (arena // 4096 * 4096))
+
+    def all_reduce(self, call: Call, *, overwrite: bool) -> Callable[[Tensor], Tensor]:
         group, start = self._group, self._library.group_all_reduce
+        gather = self.all_gather(call, dim=0)
 
         def run(x: Tensor) -> Tensor:
             kind = _TYPES.get(x.dtype)
             if kind is None:
-                return otherwise(x)
+                return sum_in_order(gather(x[None]).unbind(0))  # of whole numbers, which are few
             if not x.is_contiguous():
                 x = out = x.contiguous()
             else:
                 out = x if overwrite else torch.empty_like(x)
-            status = start(group, x.data_ptr(), out.data_ptr(), x.numel(), kind, _PATIENCE_NS)
-            if status != _DONE:
+            status = start(group, x.data_ptr(), out.data_ptr(), x.numel(), kind, PATIENCE_NS)
+            if status != DONE:
                 self._see_through(status, call.on(x))
             return out
 
@@ -152,46 +160,43 @@ class SharedMemory:
             rows, widths, shape = plan(x.shape, x.element_size())
             x = x.contiguous()
             out = x.new_empty(shape)
-            status = start(group, x.data_ptr(), out.data_ptr(), rows, widths, _PATIENCE_NS)
-            if status != _DONE:
+            status = start(group, x.data_ptr(), out.data_ptr(), rows, widths, PATIENCE_NS)
+            if status != DONE:
                 self._see_through(status, call.on(x))
             return out
 
         return run
 
+    def primitive(self, kind: Kind, call: Call, **options: Any) -> Callable[..., Any]:
+        """All but all_reduce, as in `runtime.communication.group_collectives.PRIMITIVES`."""
+        if kind == "all_gather":
+            return self.all_gather(call, **options)
+        if kind == "all_to_all":
+            begin = self.messages.all_to_all(call)
+            return lambda *operands: begin(*operands).finish()
+        begins: dict[Kind, Callable[..., Any]] = {
+            "reduce_scatter": self.messages.reduce_scatter,
+            "permute": self.messages.permute,
+            "send": self.messages.send,
+            "receive": self.messages.receive,
+        }
+        prepared: Callable[..., Any] = begins[kind](call, **options)
+        return prepared
+
     def close(self) -> None:
         """Take part in nothing any more; ranks that wait for this one are told."""
         self._library.group_leave(self._group)
+        self.messages.close()
         self._segment.close()
 
     def _see_through(self, status: int, call: Call) -> None:
         """Go on waiting until the operation is done, or cannot be."""
-        deadline = time.monotonic() + self._timeout_s
-        while status == _WAITING:
-            gone = [c for c in self._late() if not self._segment.is_held(c)]
-            expired = time.monotonic() > deadline
-            status = self._library.group_advance(self._group, 0 if gone or expired else _PATIENCE_NS)
-            if status == _WAITING:
-                late = self._late()
-                # it may have finished its part of the operation, and then ended
-                if gone := [c for c in gone if c in late]:
-                    raise Disconnected(f"shared memory: connection lost, {self._named(gone)} ended")
-                if expired:
-                    raise Disconnected(
-                        f"shared memory: timed out after {self._timeout_s:g} s, {self._named(late)} late"
-                    )
-        if status == _DISAGREE:
+        group, advance = self._group, self._library.group_advance
+        if self._patience.see_through(status, lambda ns: advance(group, ns), self._late) == DISAGREE:
             raise self._disagreement(call)
-        if status == _LEFT:
-            raise Disconnected("shared memory: connection closed by a rank that left")
-        if status == _BROKEN:
-            raise Disconnected("shared memory: connection closed or broken before this operation")
 
     def _late(self) -> list[int]:
         return [c for c in range(len(self.ranks)) if not self._library.group_has_arrived(self._group, c)]
-
-    def _named(self, coordinates: list[int]) -> str:
-        return f"rank {', '.join(str(self.ranks[c]) for c in coordinates)}"
 
     def _disagreement(self, call: Call) -> RankMismatch:
         kind, amount = ctypes.c_int64(), ctypes.c_int64()
@@ -206,11 +211,16 @@ class SharedMemory:
         )
 
 
+def _bytes_of_parts(num_ranks: int, slot_bytes: int) -> int:
+    """What all_reduce and all_gather take of the segment."""
+    return num_ranks * (_LINE_BYTES + 2 * slot_bytes)
+
+
 @functools.cache
 def _library(timeout_s: float) -> Native:
     if sys.platform != "linux":
         raise CannotBuild("it needs Linux (memfd, futex)")
-    native = load("shared_memory.cpp", timeout_s=timeout_s)
+    native = load(["shared_memory.cpp", "mailboxes.cpp"], timeout_s=timeout_s)
     pointer, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library = native.library
     library.group_new.restype = pointer
@@ -223,6 +233,7 @@ def _library(timeout_s: float) -> Native:
     library.group_has_arrived.argtypes = [pointer, integer]
     library.group_brought.argtypes = [pointer, integer, pointer, pointer]
     library.group_brought.restype = None
+    declare(library)
     return native
 
 

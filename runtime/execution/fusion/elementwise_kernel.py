@@ -3,12 +3,15 @@
 rotate      a program turns `HEADS` heads of one token
 gate        a program takes `BLOCK` numbers of a row
 add_norm    a program takes a row
+
+EARLY: whether they are launched before their predecessor's end, and their successor before theirs.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from runtime.ops.kernels.decode.activations_kernel import activated
 
@@ -20,7 +23,11 @@ def rotate(
     x, cos, sin, out, heads, size,
     x_b, x_h, x_s, x_d, cos_b, cos_h, cos_s, cos_d, sin_b, sin_h, sin_s, sin_d, out_b, out_h, out_s,
     WIDTH: tl.constexpr, HALF: tl.constexpr, PADDED: tl.constexpr, HEADS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     b, s = token // size, token % size
     h = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -37,7 +44,10 @@ def rotate(
 
 
 @triton.jit
-def gate(a, b, out, width, a_row, b_row, ACT: tl.constexpr, BLOCK: tl.constexpr):
+def gate(a, b, out, width, a_row, b_row, ACT: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = n < width
@@ -48,8 +58,12 @@ def gate(a, b, out, width, a_row, b_row, ACT: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def add_norm(
-    a, b, weight, total, normed, width, a_row, b_row, eps, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+    a, b, weight, total, normed, width, a_row, b_row, eps, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     n = tl.arange(0, BLOCK)
     live = n < width

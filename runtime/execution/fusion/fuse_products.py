@@ -3,6 +3,7 @@
     linear(x, w), stored_linear(x, w..)                                   ->  product(x, w)
     gated(linear(x, g), linear(x, u), act), or of one linear's halves     ->  product(x, u, gate=g, act=act)
     total, n = added_norm(a, b, ..); linear(n, w)                         ->  total, y = product(a, w, added=b, norm=..)
+    the same of b = all_reduce(y)                                         ->  total, y = summing_product(..)(a, w, ..)
     attend(rotated(q, c, s, h), rotated(k, c, s, h), v, ..)               ->  attend(q, k, v, .., rotation=(c, s, h))
     attend(q, k, v, p) at positions p of the step's inputs                ->  attend(q, k, v, p, ahead=True)
 
@@ -22,7 +23,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from runtime.execution.fusion.operations import added_norm, gated, rotated
-from runtime.execution.fusion.products import product
+from runtime.execution.fusion.products import product, summing_product
 from runtime.ops.kernels.decode.few_rows import KERNEL_DTYPES
 from runtime.ops.kernels.stored.stored_linear import stored_linear
 
@@ -32,6 +33,8 @@ _VIEWS = frozenset({
     operator.getitem, torch.transpose, torch.unsqueeze, torch.narrow, torch.permute, torch.squeeze,
     torch.Tensor.view, "view", "reshape", "split", "size", "expand", "chunk",
 })  # fmt: skip
+_LOCAL = _VIEWS | {added_norm, gated, rotated, product}
+"""What communicates with nobody."""
 _FEW = 3
 """Other ops for each product, up to which a compiler has little to gain."""
 
@@ -53,10 +56,13 @@ def with_products(graph: fx.Graph, num_weights: int) -> fx.Graph:
             weight, bias = _weight_of(node)
             node.target, node.args, node.kwargs = product, (node.args[0], weight, bias), {}
     place = {node: index for index, node in enumerate(copy.nodes)}
+    taken: set[fx.Node] = set()
     for node in list(copy.nodes):
         if _calls(node, product):
-            _norm(node, place)
-    copy.eliminate_dead_code(is_impure_node=lambda node: node.op != "call_function" or node.target not in _MADE_ONE)
+            _norm(node, place, taken)
+    copy.eliminate_dead_code(
+        is_impure_node=lambda node: node not in taken and (node.op != "call_function" or node.target not in _MADE_ONE)
+    )
     copy.lint()
     return copy
 
@@ -71,8 +77,12 @@ def is_mostly_products(graph: fx.Graph, weights: Sequence[Tensor]) -> bool:
     if any(weight.is_floating_point() and weight.dtype not in taken for weight in weights):
         return False
     calls = [node.target for node in graph.nodes if node.op in ("call_function", "call_method")]
-    products = sum(target is product for target in calls)
-    return sum(target is not product and target not in _VIEWS for target in calls) <= _FEW * products
+    products = sum(_is_product(target) for target in calls)
+    return sum(not _is_product(target) and target not in _VIEWS for target in calls) <= _FEW * products
+
+
+def _is_product(target: Any) -> bool:
+    return target is product or hasattr(target, "is_product")
 
 
 def _gate(node: Any, weights: set[Any]) -> None:
@@ -132,7 +142,8 @@ def _in_halves(split: Any) -> bool:
     return isinstance(sizes, (list, tuple)) and len(sizes) == 2 and sizes[0] == sizes[1] and len(split.users) == 2
 
 
-def _norm(node: Any, place: dict[fx.Node, int]) -> None:
+def _norm(node: Any, place: dict[fx.Node, int], taken: set[fx.Node]) -> None:
+    """taken: sums over the ranks that products take themselves."""
     x = node.args[0]
     if _calls(x, torch.rms_norm) and len(x.args) == 4 and not x.kwargs and len(x.users) == 1 and x.args[3] is not None:
         node.args = (x.args[0], *node.args[1:])
@@ -162,10 +173,27 @@ def _norm(node: Any, place: dict[fx.Node, int]) -> None:
         fused.kwargs = {**node.kwargs, "added": b, "norm": (size, weight, eps), "scales": both.kwargs["scales"]}
         total = node.graph.call_function(operator.getitem, (fused, 0))
     place[fused] = place[total] = place[node]
+    _sum(fused, place, taken)
     for old in totals:
         total.meta = dict(old.meta)
         old.replace_all_uses_with(total)
     node.target, node.args, node.kwargs = operator.getitem, (fused, 1), {}
+
+
+def _sum(node: Any, place: dict[fx.Node, int], taken: set[fx.Node]) -> None:
+    """Takes the sum over the ranks that is added, where nothing between them may communicate."""
+    x, reduce = node.args[0], node.kwargs["added"]
+    if "channel" in x.meta and "channel" not in reduce.meta:
+        x, reduce = reduce, x
+    if "channel" not in reduce.meta or len(reduce.users) != 2 or node.kwargs["norm"][2] is None:
+        return
+    between = (other for other in node.graph.nodes if place[reduce] < place[other] < place[node])
+    if any(other.op != "placeholder" and other.target not in _LOCAL for other in between):
+        return
+    (summand,) = reduce.args
+    taken.add(reduce)
+    node.target = summing_product(reduce.target, reduce.meta["channel"])
+    node.args, node.kwargs = (x, *node.args[1:]), {**node.kwargs, "added": summand}
 
 
 def _calls(node: Any, target: Any) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from runtime.ops.kernels.decode.few_rows import can_launch_early
 from runtime.ops.kernels.triton_needs import is_replayed, launch, missing_for_triton
 
 __all__ = ["added_norm", "gated", "rotated"]
@@ -38,6 +39,8 @@ _MOST_NORMED = 16384
 """Numbers of a row that one program holds."""
 _ELEMENTS = 1024
 """Of a program, about."""
+_PER_WARP, _PER_WARP_OF_FEW = 512, 256
+"""Numbers of a row that is normalised: of few rows, each program has a processor for itself."""
 
 
 def takes(rows: int, *tensors: Tensor) -> bool:
@@ -47,6 +50,12 @@ def takes(rows: int, *tensors: Tensor) -> bool:
         return False
     alike = all(isinstance(x, Tensor) and x.dtype == first.dtype and x.device == first.device for x in tensors)
     return alike and first.dtype in _DTYPES and first.numel() > 0 and not missing_for_triton()
+
+
+def _early(rows: int, device: torch.device) -> dict[str, Any]:
+    """How to launch kernels for so many rows: in captured steps of few before their predecessor's end."""
+    early = rows < LEAST_ROWS and can_launch_early(device)
+    return {"EARLY": early, **({"launch_pdl": True} if early else {})}
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
@@ -66,6 +75,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
     launch(
         rotate, (batch * size, -(-heads // together), 1), (x, cos, sin, out, heads, size, *strides),
         WIDTH=width, HALF=half % width, PADDED=padded, HEADS=together, num_warps=4,
+        **_early(batch * size, x.device),
     )  # fmt: skip
     return out
 
@@ -83,7 +93,8 @@ def _gated(a: Tensor, b: Tensor, act: str) -> Tensor:
     rows, width = left.shape
     block = min(2 * _ELEMENTS, 1 << (width - 1).bit_length())
     given = left, right, out, width, left.stride(0), right.stride(0)
-    launch(gate, (rows, -(-width // block), 1), given, ACT=act, BLOCK=block, num_warps=4)
+    early = _early(rows, a.device)
+    launch(gate, (rows, -(-width // block), 1), given, ACT=act, BLOCK=block, num_warps=4, **early)
     return out
 
 
@@ -111,9 +122,11 @@ def _added_norm(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> tupl
     rows, width = left.shape
     block = 1 << (width - 1).bit_length()
     scale: Any = left if weight is None else weight.contiguous()
+    per_warp = _PER_WARP if rows >= LEAST_ROWS else _PER_WARP_OF_FEW
     launch(
         add_norm, (rows, 1, 1), (left, right, scale, total, normed, width, left.stride(0), right.stride(0), eps),
-        WEIGHTED=weight is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+        WEIGHTED=weight is not None, BLOCK=block, num_warps=min(16, max(1, block // per_warp)),
+        **_early(rows, a.device),
     )  # fmt: skip
     return total, normed
 

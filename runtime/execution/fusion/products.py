@@ -5,6 +5,7 @@
     product(x, [g; u], act="silu", gate_first=True)        the same of one matrix that holds both
     product(x, w, norm=(size, n, eps), scales=..)          rms_norm(x, size, n, eps) w^T, as `added_norm` scales
     product(x, w, added=y, norm=.., scales=..)             total = x + y, and the product of `added_norm`'s second
+    summing_product(all_reduce, channel)                   the same of y that is still to be summed over the ranks
 
 w, u, g: tensors, or weights that are held as stored (`StoredWeight`). A kernel rounds once, what torch does op by op
 rounds each time.
@@ -12,19 +13,23 @@ rounds each time.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from runtime.communication.channels import Channel
 from runtime.execution.fusion.operations import added_norm, gated
 from runtime.ops.kernels.decode import few_rows
 from runtime.ops.kernels.stored import few_rows as few_stored_rows
 from runtime.ops.kernels.stored.few_rows import Stored
 from runtime.ops.kernels.stored.stored_linear import stored_linear
+from runtime.ops.kernels.tiles.several_rows import several_rows
+from runtime.ops.kernels.tiles.several_rows import takes as takes_several
 
-__all__ = ["product"]
+__all__ = ["product", "summing_product"]
 
 Norm = tuple[list[int], Tensor | None, float]
 StoredWeight = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, str, torch.dtype]
@@ -53,6 +58,30 @@ def product(
             shape = (*x.shape[:-1], y.shape[-1])
             return y.view(shape) if added is None else (made[0].view(x.shape), y.view(shape))
     return _one_by_one(x, weight, bias, gate, act, added, norm, gate_first=gate_first, scales=scales)
+
+
+def summing_product(all_reduce: Callable[[Tensor], Tensor], channel: Channel) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`product` with `norm` and with `added`, of which `all_reduce` over the channel's ranks is still to be taken."""
+
+    def summed(
+        x: Tensor, weight: Weight, bias: Tensor | None = None, *, added: Tensor, norm: Norm, gate: Weight | None = None,
+        act: str = "", gate_first: bool = True, scales: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        size, scale, eps = norm
+        # the product of fewer rows takes the sum with the residual itself
+        if x.shape[:-1].numel() > few_rows.MOST_ROWS and size == list(x.shape[-1:]) and added.shape == x.shape:
+            made = channel.sum_norm(added, x, scale, eps)
+            if made is not None:
+                total, normed = made
+                return total, _gated_product(normed, weight, bias, gate, act, gate_first=gate_first)
+        found: tuple[Tensor, Tensor] = product(
+            x, weight, bias, gate=gate, act=act, gate_first=gate_first, added=all_reduce(added), norm=norm,
+            scales=scales,
+        )  # fmt: skip
+        return found
+
+    summed.is_product = True  # type: ignore[attr-defined]
+    return summed
 
 
 def _by_kernel(
@@ -107,10 +136,23 @@ def _one_by_one(
             x = scale * torch.rms_norm(x, size, None, eps)
         else:
             x = torch.rms_norm(x, size, scale, eps)
+    y = _gated_product(x, weight, bias, gate, act, gate_first=gate_first)
+    return y if added is None else (total, y)
+
+
+def _gated_product(
+    x: Tensor, weight: Weight, bias: Tensor | None, gate: Weight | None, act: str, *, gate_first: bool
+) -> Tensor:
+    first, second = (gate, weight) if gate is not None or not act else _halves(weight, gate_first=gate_first)
+    if isinstance(second, Tensor):
+        assert first is None or isinstance(first, Tensor)
+        if takes_several(x, second, first, bias):
+            made = several_rows(x, second, bias, gate=first, act=act)
+            return made.view(*x.shape[:-1], made.shape[-1])
     y = _linear(x, weight, bias)
     if gate is not None:
-        y = gated(_linear(x, gate), y, act)
-    elif act:
-        first, second = y.chunk(2, -1)
-        y = gated(first, second, act) if gate_first else gated(second, first, act)
-    return y if added is None else (total, y)
+        return gated(_linear(x, gate), y, act)
+    if not act:
+        return y
+    of_first, of_second = y.chunk(2, -1)
+    return gated(of_first, of_second, act) if gate_first else gated(of_second, of_first, act)

@@ -47,7 +47,7 @@ _HELD = 64 << 10
 """Bytes of keys and values that threads have room for."""
 _SHARED = 227 << 10
 """Bytes of a program's shared memory, where nothing is known of the device."""
-_MOST_SPLITS, _PER_PROCESSOR, _PER_PROCESSOR_FLOAT8 = 64, 1, 2
+_MOST_SPLITS, _PER_PROCESSOR, _PER_PROCESSOR_FLOAT8 = 64, 3, 2
 """How many parts there are at most, and programs for each processor: all parts wait for the last one. Over float8, one
 has half the bytes under way, and more to do with them.
 """
@@ -136,11 +136,16 @@ def decode_attention(
     value_scales: Tensor | None = None,
     rotation: Rotation | None = None,
     ahead: bool = False,
+    is_own: Tensor | None = None,
 ) -> Any:
     """See the module's docstring.
 
     ahead: whether `positions`, `table` and what is cached were written before the step that runs now began, and not by
     one of its kernels: then a captured call reads them while the kernel before it still runs.
+
+    is_own: [B, 1], where ranks share out the tokens of a row: whether this one keeps the new one; `positions` are how
+    many of the row's it has kept before, and slots do not wrap. The result is its part, float32 [B, H, 1, Dv + 1]: what
+    it attends to, and the log-sum-exp, -inf where it has no token of the row. No sinks, which go into the whole.
     """
     from runtime.ops.kernels.decode.key_value_kernel import decode  # Triton comes with torch for GPUs only
 
@@ -160,8 +165,12 @@ def decode_attention(
     )
     each = _PER_PROCESSOR if key_scales is None else _PER_PROCESSOR_FLOAT8
     splits = _splits(batch * kv_heads, slots, tile, q.device, each=each)
-    out = q.new_empty(batch, heads, 1, value_width)
-    lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device) if return_lse else out
+    if is_own is not None:
+        assert (sinks, window, chunk, return_lse) == (None, None, None, False)
+        out = lse = torch.empty(batch, heads, 1, value_width + 1, dtype=torch.float32, device=q.device)
+    else:
+        out = q.new_empty(batch, heads, 1, value_width)
+        lse = torch.empty(batch, heads, dtype=torch.float32, device=q.device) if return_lse else out
     parts = torch.empty(batch * heads * splits * (value_width + 2), dtype=torch.float32, device=q.device)
     ends = batch * heads * splits * value_width
     tops, sums = parts[ends : ends + batch * heads * splits], parts[ends + batch * heads * splits :]
@@ -169,13 +178,15 @@ def decode_attention(
     cos, sin, half = (q, q, 0) if rotation is None else rotation
     early = can_launch_early(q.device)
     merged = max(1, _MERGED // (_power_of_2(group) * value_padded))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     decode[(batch * kv_heads, splits)](
-        q.contiguous(), k.contiguous(), v.contiguous(), positions.contiguous(), keys, values,
+        q, k, v, positions.contiguous(), keys, values,
         out if key_scales is None else key_scales, out if value_scales is None else value_scales,
         out if sinks is None else sinks.contiguous(), cos, sin, out, lse, parts, tops, sums, _counters(q.device),
-        positions if table is None else table,
+        positions if table is None else table, positions if is_own is None else is_own.contiguous(),
         scale if capped else scale * _LOG2_E, softcap or 1.0, window or 0, chunk or 1, slots,
         int(ahead and early and torch.cuda.is_current_stream_capturing()),
+        *(x.stride(dim) for x in (q, k, v) for dim in (0, 1)),
         0 if table is None else table.stride(0),
         keys.stride(row_dim), keys.stride(head_dim), values.stride(row_dim), values.stride(head_dim),
         *key_strides, *value_strides,
@@ -185,9 +196,9 @@ def decode_attention(
         D=width, D_PADDED=padded, DV=value_width, DV_PADDED=value_padded,
         TILE=tile, SPLITS=splits, GROUP_MERGED=_power_of_2(group), MERGED=min(splits, merged),
         WINDOWED=window is not None, CHUNKED=chunk is not None, CAPPED=capped,
-        SINKS=sinks is not None, LSE=return_lse, EXACT=q.dtype == torch.float32, BLOCK=block,
+        SINKS=sinks is not None, LSE=return_lse or is_own is not None, EXACT=q.dtype == torch.float32, BLOCK=block,
         KEY_SCALES=num_key_scales, VALUE_SCALES=num_value_scales, FOLDED=q.dtype != torch.float16,
-        PTX=q.is_cuda,
+        SHARED=is_own is not None, PTX=q.is_cuda,
         num_warps=_WARPS, num_stages=stages,
         **({"launch_pdl": True} if early else {}),
     )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 from runtime.communication.shared_memory.build_native import CannotBuild, Native, load
 from runtime.communication.shared_memory.own_folder import OwnFolder
 
-SOURCE = "shared_memory.cpp"
+SOURCES = ["shared_memory.cpp", "mailboxes.cpp"]
 
 
 @pytest.fixture
@@ -19,8 +19,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_it_is_compiled_once(cache: Path) -> None:
-    assert load(SOURCE, timeout_s=60).seconds > 0
-    again = load(SOURCE, timeout_s=60)
+    assert load(SOURCES, timeout_s=60).seconds > 0
+    again = load(SOURCES, timeout_s=60)
     assert again.seconds == 0
     assert again.library.group_advance
     assert len(list(cache.glob("*.so"))) == 1
@@ -29,7 +29,7 @@ def test_it_is_compiled_once(cache: Path) -> None:
 
 def test_of_several_at_once_one_compiles(cache: Path) -> None:
     found: list[Native] = []
-    threads = [threading.Thread(target=lambda: found.append(load(SOURCE, timeout_s=60))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(load(SOURCES, timeout_s=60))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -43,21 +43,21 @@ def test_waiting_for_who_compiles_is_bounded(cache: Path) -> None:
         folder.locked("shared_memory.lock", 1),
         pytest.raises(CannotBuild, match=r"another process is compiling: .*for 0.1 s"),
     ):
-        load(SOURCE, timeout_s=0.1)
+        load(SOURCES, timeout_s=0.1)
 
 
 def test_what_does_not_load_is_not_used(cache: Path) -> None:
-    load(SOURCE, timeout_s=60)
+    load(SOURCES, timeout_s=60)
     (library,) = cache.glob("*.so")
     library.unlink()
     library.write_bytes(b"not a library")
-    assert load(SOURCE, timeout_s=60).library.group_advance
+    assert load(SOURCES, timeout_s=60).library.group_advance
 
 
 def test_without_a_place_to_keep_it_every_process_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
-    assert load(SOURCE, timeout_s=60).library.group_advance
+    assert load(SOURCES, timeout_s=60).library.group_advance
 
 
 @pytest.mark.usefixtures("cache")
@@ -65,7 +65,7 @@ def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CannotBuild, match=r"no C\+\+ compiler found \(g\+\+, c\+\+, clang\+\+\)"):
-        load(SOURCE, timeout_s=60)
+        load(SOURCES, timeout_s=60)
 
 
 @pytest.mark.usefixtures("cache")
@@ -84,4 +84,4 @@ def test_what_the_compiler_says_is_passed_on(
     compiler.chmod(0o700)
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(CannotBuild, match=message):
-        load(SOURCE, timeout_s=0.5 if "sleep" in script else 60)
+        load(SOURCES, timeout_s=0.5 if "sleep" in script else 60)

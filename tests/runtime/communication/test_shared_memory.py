@@ -12,7 +12,6 @@ from partitioner.errors import CommunicationError
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.matching_calls import Call
 from runtime.communication.process_groups import ProcessGroups
-from runtime.communication.shared_memory.segment import Segment
 from runtime.communication.shared_memory.shared_memory import Disconnected, SharedMemory, _library
 from runtime.processes.launch import launch
 from tests.runtime.communication.shared_memory_ranks import in_order
@@ -24,7 +23,7 @@ SLOT_BYTES = 64
 
 def ends(num_ranks: int, slot_bytes: int = SLOT_BYTES) -> list[SharedMemory]:
     """Every rank's end, all in this process."""
-    segment = Segment.create(num_ranks * (128 + 2 * slot_bytes))
+    segment = SharedMemory.segment(_library(60.0), num_ranks, slot_bytes=slot_bytes)
     ranks = range(num_ranks)
     return [SharedMemory(_library(60.0), segment, ranks, r, slot_bytes=slot_bytes, timeout_s=1) for r in ranks]
 
@@ -108,10 +107,10 @@ def test_order_of_arrival_never_matters() -> None:
 
 def test_sequence_numbers_wrap_around() -> None:
     memory, order = ends(2), random.Random(0)
-    # the first field of every rank's line, and the rank's own copy behind base, size, rank, slot, spin and waits
+    # the first field of every rank's line, and the rank's own copy behind base, size, rank, slot and spin
     for rank, end in enumerate(memory):
         ctypes.c_uint32.from_address(end._segment.start + 128 * rank).value = 2**32 - 3
-        ctypes.c_uint32.from_address(end._group + 8 + 4 + 4 + 8 + 8 + 4).value = 2**32 - 3
+        ctypes.c_uint32.from_address(end._group + 8 + 4 + 4 + 8 + 16).value = 2**32 - 3
     for step in range(6):
         pieces = [torch.tensor([float(step)]), torch.tensor([1.0])]
         assert [found.item() for found in reduced(memory, pieces, order)] == [step + 1] * 2
@@ -120,7 +119,7 @@ def test_sequence_numbers_wrap_around() -> None:
 
 def test_after_close_nothing_is_touched() -> None:
     memory = ends(2)
-    reduce = memory[0].all_reduce(Call(0, "n", "all_reduce", "tp"), overwrite=False, otherwise=torch.clone)
+    reduce = memory[0].all_reduce(Call(0, "n", "all_reduce", "tp"), overwrite=False)
     memory[0].close()
     with pytest.raises(Disconnected, match="closed or broken before this operation"):
         reduce(torch.ones(1))

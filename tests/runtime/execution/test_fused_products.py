@@ -1,5 +1,6 @@
 """Linears with the norm before them and the gate behind them become one op, and the graph says what it said."""
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,8 @@ from torch.nn.functional import linear, silu
 
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
-from runtime.communication.thread_communicator import ThreadGroup
+from runtime.communication.channels import AloneChannel
+from runtime.communication.thread_communicator import ThreadChannel, ThreadGroup
 from runtime.execution.executable import Executable, bound_graph
 from runtime.execution.fusion.fuse_elementwise import fused
 from runtime.execution.fusion.fuse_products import is_mostly_products, with_products
@@ -184,6 +186,78 @@ def test_norms_go_into_the_product_that_alone_reads_them() -> None:
     assert torch.rms_norm not in agrees(norm_scaled, 2, n, w, a, b)
     assert torch.rms_norm in agrees(norm_scaled_for_two, 2, n, w, a, b)
     assert added_norm in agrees(norm_for_two, 2, n, w, a, b)
+
+
+def summed_block(between: bool, size: int = 8) -> tuple[fx.Graph, list[str]]:
+    """y = linear(w0 * norm(total)), total = x + all_reduce(h), with the all_reduce bound as an executable binds it."""
+    graph, called = fx.Graph(), list[str]()
+
+    class Twice(AloneChannel):
+        """All others have what this rank has."""
+
+        def sum_norm(self, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+            called.append("sum_norm")
+            total = residual + 2 * x
+            return total, torch.rms_norm(total, [size], weight, eps)
+
+    def all_reduce(x: Tensor) -> Tensor:
+        called.append("all_reduce")
+        return 2 * x
+
+    def other(x: Tensor) -> Tensor:
+        called.append("other")
+        return x
+
+    w, scale, x, h = (graph.placeholder(name) for name in ("w", "scale", "x", "h"))
+    reduced = graph.call_function(all_reduce, (h,))
+    reduced.meta["channel"] = Twice(("tp",), (0,), 0, node="all_reduce")
+    x = graph.call_function(other, (x,)) if between else x
+    both = graph.call_function(added_norm, (x, reduced, [size], scale, 1e-6), {"scales": True})
+    total, normed = (graph.call_function(operator.getitem, (both, at)) for at in (0, 1))
+    graph.output((total, graph.call_function(linear, (normed, w))))
+    return graph, called
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_sum_over_the_ranks_goes_to_the_norm_that_alone_reads_it(rows: int) -> None:
+    given = drawn(5, 8), drawn(8), drawn(rows, 8), drawn(rows, 8)
+    for between in (False, True):
+        graph, called = summed_block(between)
+        wanted = fx.GraphModule({}, graph)(*given)
+        after = with_products(graph, 2)
+        called.clear()
+        for one, other in zip(fx.GraphModule({}, after)(*given), wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+        # one row's product sums with the residual itself; what might communicate in between keeps its place
+        by_one = rows > 1 and not between
+        assert called == (["sum_norm"] if by_one else ["all_reduce", "other"] if between else ["all_reduce"])
+        assert is_mostly_products(after, [])
+
+
+def test_steps_over_ranks_take_sums_with_their_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As captured steps run, though nothing is captured on a CPU, over a channel that has such a way."""
+    model = zoo.tiny("llama")[0].float()
+    ids, called = torch.tensor([[3, 5, 7, 2], [9, 1, 4, 4]]), 0
+    wanted = partition(model, Plan()).generate(ids, max_new_tokens=12)
+
+    class Captured(Executable):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **{**named, "captured": True})
+
+    def sum_norm(
+        self: ThreadChannel, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, wrong: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        nonlocal called
+        called += 1
+        total = residual + self.all_reduce(x) * (1.0 + wrong)
+        return total, torch.rms_norm(total, list(x.shape[-1:]), weight, eps)
+
+    monkeypatch.setattr(steps, "Executable", Captured)
+    monkeypatch.setattr(ThreadChannel, "sum_norm", sum_norm)
+    assert torch.equal(partition(model, Plan(tp=2)).generate(ids, max_new_tokens=12), wanted)
+    assert called
+    monkeypatch.setattr(ThreadChannel, "sum_norm", functools.partialmethod(sum_norm, wrong=0.5))
+    assert not torch.equal(partition(model, Plan(tp=2)).generate(ids, max_new_tokens=12), wanted)
 
 
 def test_what_the_graph_makes_of_a_weight_is_no_weight() -> None:

@@ -49,12 +49,19 @@ def decode(
     sums,
     counters,
     table,
+    is_own,
     scale,
     softcap,
     window,
     chunk,
     slots,
     ahead,
+    q_row,
+    q_head,
+    new_key_row,
+    new_key_head,
+    new_value_row,
+    new_value_head,
     table_row,
     key_row,
     key_head,
@@ -89,6 +96,7 @@ def decode(
     KEY_SCALES: tl.constexpr,
     VALUE_SCALES: tl.constexpr,
     FOLDED: tl.constexpr,
+    SHARED: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """`scale` is that of the scores times log2(e), or without it where they are CAPPED.
@@ -100,6 +108,10 @@ def decode(
     0: they have. EARLY: whether it was launched before its predecessor's end. KEY_SCALES: how many of a key, which is
     codes of float8 then; 0: keys are numbers. VALUE_SCALES alike. FOLDED: whether a value's one scale goes into the
     weights, whose dtype has room for that. PTX: not interpreted.
+
+    SHARED: ranks share out the tokens of a row, and `is_own` says whether this one keeps the new one. `positions` are
+    how many of the row's tokens it has kept before. `out` is float32, rows of DV + 1 numbers: the last one is the
+    log-sum-exp, and where the rank has no token of a row, its numbers are zeros and that is -inf.
     """
     if EARLY:
         gdc_launch_dependents()
@@ -110,13 +122,21 @@ def decode(
     row = pair // KV_HEADS
     head = pair % KV_HEADS
     position = tl.load(positions + row)
+    keeps = split == 0
+    if SHARED:
+        owns = tl.load(is_own + row) != 0
+        keeps = keeps & owns
     heads = tl.arange(0, GROUP_PADDED)
     dims = tl.arange(0, D_PADDED)
     value_dims = tl.arange(0, DV_PADDED)
     length = position + 1
+    if SHARED:
+        length = position + owns.to(position.dtype)
     wraps = length > slots
     held = tl.minimum(length, slots)
     at = position % slots
+    if SHARED:  # of what is kept, a token of another rank's hides none
+        at = tl.where(owns, at, held)
     first = position * 0
     if WINDOWED:
         first = tl.maximum(first, length - window)
@@ -125,7 +145,11 @@ def decode(
     first_tile = tl.where(wraps, 0, first // TILE)
     tiles = tl.cdiv(held, TILE)
     each = tl.cdiv(tiles - first_tile, SPLITS)
+    if SHARED:  # of no token too, one program says so
+        each = tl.maximum(each, 1)
     active = tl.cdiv(tiles - first_tile, each)
+    if SHARED:
+        active = tl.maximum(active, 1)
     if split < active:
         keys += head.to(tl.int64) * key_head
         values += head.to(tl.int64) * value_head
@@ -169,16 +193,20 @@ def decode(
         # all of the token is under way at once: it is read as it is needed, once for every query head, for threads that
         # share it out anew wait for each other
         query_at = (row * KV_HEADS + head) * GROUP + heads
+        q += row.to(tl.int64) * q_row
+        new_key += row.to(tl.int64) * new_key_row + head * new_key_head
+        new_value += row.to(tl.int64) * new_value_row + head * new_value_head
+        query_head = ((head * GROUP + heads) * q_head)[:, None]
         place, value_place = dims[None, :] + heads[:, None] * 0, value_dims[None, :] + heads[:, None] * 0
         inside, value_inside = place < D, value_place < DV
         query_inside = inside & (heads[:, None] < GROUP)
-        query = tl.load(q + query_at[:, None] * D + place, mask=query_inside, other=0.0)
-        key = tl.load(new_key + pair * D + place, mask=inside, other=0.0)
-        value = tl.load(new_value + pair * DV + value_place, mask=value_inside, other=0.0)
+        query = tl.load(q + query_head + place, mask=query_inside, other=0.0)
+        key = tl.load(new_key + place, mask=inside, other=0.0)
+        value = tl.load(new_value + value_place, mask=value_inside, other=0.0)
         if HALF != 0:
             turned = (place + HALF) % D
-            other_half = tl.load(q + query_at[:, None] * D + turned, mask=query_inside, other=0.0)
-            other_key = tl.load(new_key + pair * D + turned, mask=inside, other=0.0)
+            other_half = tl.load(q + query_head + turned, mask=query_inside, other=0.0)
+            other_key = tl.load(new_key + turned, mask=inside, other=0.0)
             straight = tl.load(cos + row * cos_row + place, mask=inside, other=0.0)
             across = tl.load(sin + row * sin_row + place, mask=inside, other=0.0)
             straight = straight.to(tl.float32)
@@ -202,7 +230,7 @@ def decode(
                 value_sizes = tl.where(value_block == number, scale_of(largest)[:, None], value_sizes)
             value_codes = to_codes(value, value_sizes)
             value = numbers_of(value_codes, tl.float32, PTX) * value_sizes
-        if split == 0:
+        if keeps:
             once, value_once = inside & (heads[:, None] == 0), value_inside & (heads[:, None] == 0)
             if KEY_SCALES:
                 tl.store(own_keys + place, key_codes, mask=once)
@@ -215,13 +243,13 @@ def decode(
                 tl.store(own_value_scales + value_block, value_sizes, mask=value_once & (value_place % 128 == 0))
             else:
                 tl.store(own_values + value_place, value, mask=value_once)
-        # the first part has the new token, which nobody reads from the cache
+        # the first part has the new token, where it is this rank's, which nobody reads from the cache
         own = tl.sum(query.to(tl.float32) * key.to(tl.float32), axis=1) * scale
         if CAPPED:
             own = capped(own, softcap)
-        top = tl.where(split == 0, own, float("-inf"))
-        total = tl.where(split == 0, 1.0, 0.0) + heads * 0.0
-        result = tl.where(split == 0, 1.0, 0.0) * value.to(tl.float32)
+        top = tl.where(keeps, own, float("-inf"))
+        total = tl.where(keeps, 1.0, 0.0) + heads * 0.0
+        result = tl.where(keeps, 1.0, 0.0) * value.to(tl.float32)
         top, total, result = attended(
             query, top, total, result, first_keys, first_key_sizes, first_values, first_value_sizes, seen,
             scale, softcap, CAPPED, EXACT, KEY_SCALES, VALUE_SCALES, FOLDED, PTX,
@@ -244,9 +272,15 @@ def decode(
             if SINKS:
                 sink = tl.load(sinks + head * GROUP + heads, mask=heads < GROUP, other=0.0).to(tl.float32)
                 total += tl.exp2(sink * 1.4426950408889634 - top)
-            tl.store(out + query_at[:, None] * DV + value_dims[None, :], result / total[:, None], mask=ours)
+            if SHARED:
+                found = result / tl.where(total == 0, 1.0, total)[:, None]
+                tl.store(out + query_at[:, None] * (DV + 1) + value_dims[None, :], found, mask=ours)
+                lse_at = query_at * (DV + 1) + DV
+            else:
+                tl.store(out + query_at[:, None] * DV + value_dims[None, :], result / total[:, None], mask=ours)
+                lse_at = query_at
             if LSE:
-                tl.store(lse + query_at, (top + tl.log2(total)) * 0.6931471805599453, mask=heads < GROUP)
+                tl.store(lse + lse_at, (top + tl.log2(total)) * 0.6931471805599453, mask=heads < GROUP)
         else:
             part = (pair * SPLITS + split) * GROUP + heads
             tl.store(parts + part[:, None] * DV + value_dims[None, :], result, mask=ours)
@@ -274,11 +308,15 @@ def decode(
                     sink = tl.load(sinks + head * GROUP + member, mask=is_member, other=0.0).to(tl.float32)
                     whole += tl.exp2(sink * 1.4426950408889634 - highest)
                 member_at = (row * KV_HEADS + head) * GROUP + member
+                if SHARED:
+                    out_at, lse_at = member_at * (DV + 1), member_at * (DV + 1) + DV
+                else:
+                    out_at, lse_at = member_at * DV, member_at
                 tl.store(
-                    out + member_at[:, None] * DV + value_dims[None, :],
+                    out + out_at[:, None] + value_dims[None, :],
                     merged / tl.where(is_member, whole, 1.0)[:, None],
                     mask=is_member[:, None] & (value_dims[None, :] < DV),
                 )
                 if LSE:
-                    tl.store(lse + member_at, (highest + tl.log2(whole)) * 0.6931471805599453, mask=is_member)
+                    tl.store(lse + lse_at, (highest + tl.log2(whole)) * 0.6931471805599453, mask=is_member)
                 tl.store(counters + pair, 0)

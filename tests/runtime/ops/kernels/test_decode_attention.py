@@ -17,13 +17,19 @@ from runtime.ops.kernels import decode_attention as kernels
 from runtime.ops.kernels.float8_rows import from_float8, to_float8
 
 def off(
-    heads, kv_heads, width, value_width, slots, positions, *, splits, rotates=False, float8=False, block=0, **options
+    heads, kv_heads, width, value_width, slots, positions, *, splits, rotates=False, float8=False, block=0, cut=False,
+    **options
 ):
     torch.manual_seed(0)
     kernels._splits = lambda *given, **named: splits
     batch, group = len(positions), heads // kv_heads
     draw = torch.randn
     q, k, v = draw(batch, heads, 1, width), draw(batch, kv_heads, 1, width), draw(batch, kv_heads, 1, value_width)
+    if cut:  # as one product for all three leaves them
+        whole = torch.cat([x.transpose(1, 2).flatten(2) for x in (q, k, v)], -1)
+        of_each = whole.split([x.shape[1] * x.shape[3] for x in (q, k, v)], -1)
+        q, k, v = (of.view(batch, 1, -1, x.shape[3]).transpose(1, 2) for of, x in zip(of_each, (q, k, v)))
+        assert not (q.is_contiguous() or k.is_contiguous() or v.is_contiguous())
     parts = [draw(batch, kv_heads, slots, size) for size in (width, value_width)]
     rotation = (draw(batch, 1, 1, width), draw(batch, 1, 1, width), width // 2) if rotates else None
     turned = (rotated(q, *rotation), rotated(k, *rotation)) if rotates else (q, k)
@@ -80,6 +86,8 @@ def off(
     [
         "8, 2, 64, 64, 300, [0, 63, 64, 299], splits=4, rotates=True",
         "8, 2, 64, 64, 700, [0, 63, 64, 690], splits=5",
+        "8, 2, 64, 64, 300, [0, 63, 64, 299], splits=4, rotates=True, cut=True",
+        "6, 2, 80, 48, 300, [299, 5], splits=2, cut=True",
         "8, 2, 64, 64, 300, [0, 63, 64, 299], splits=1",
         "6, 2, 80, 48, 300, [299, 5], splits=2, rotates=True, softcap=20.0",
         "16, 1, 96, 64, 700, [650, 64], splits=8, sinks=True",

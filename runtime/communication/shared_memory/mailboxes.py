@@ -1,0 +1,282 @@
+"""Messages of ranks that share a host: sends, permutes and exchanges, through memory that all of them have mapped.
+
+    send(call, to=..)              (x) -> Handle                 copied when it is begun, and done
+    receive(call, from_=..)        (shape, dtype) -> Handle
+    permute(call, shift=..)        (x) -> Handle
+    all_to_all(call)               (x, send_counts, receive_counts) -> Handle
+    reduce_scatter(call, ..)       (x) -> Tensor                 summed in order of coordinate
+    exchange(call, x, with_)       x of this rank and of another one, each to the other
+
+Every rank has a queue from each other (`mailboxes.cpp`), and takes from it in the order in which it began to receive,
+whatever is finished first. Kind, dtype and size are compared with every message. At most MOST_AWAITED receives from one
+rank are begun and not taken: another one first waits for the oldest, whose send has been begun by then where nothing
+needs buffers. A sender waits where twice as many are untaken, which for the same reason is never for ever.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partitioner.errors import CommunicationError, RankMismatch
+from runtime.communication.channels import Handle
+from runtime.communication.group_collectives import sum_in_order
+from runtime.communication.matching_calls import Call
+from runtime.communication.shared_memory.patience import (
+    BROKEN,
+    DISAGREE,
+    DONE,
+    FULL,
+    PATIENCE_NS,
+    Patience,
+)
+from runtime.communication.shared_memory.segment import Segment
+
+__all__ = ["MOST_AWAITED", "Mailboxes", "declare"]
+
+MOST_AWAITED = 32
+
+_KINDS = ("send", "permute", "all_to_all", "reduce_scatter", "comparison")
+_DTYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
+_NUMBER_OF = {dtype: number for number, dtype in enumerate(_DTYPES)}
+
+
+@dataclass(eq=False, slots=True)
+class _Awaited:
+    """A message that this rank has begun to receive: rows of `width` bytes at `out`, each `stride` behind the last."""
+
+    sender: int
+    out: int
+    size: tuple[int, int, int]
+    kind: int
+    call: Call
+    keep: Tensor
+    is_taken: bool = False
+    mismatch: RankMismatch | None = None
+
+
+class Mailboxes:
+    """One rank's end; `start`: of the doors and mailboxes in the segment, behind which are the arenas."""
+
+    def __init__(
+        self, library: ctypes.CDLL, segment: Segment, start: int, ranks: Sequence[int], rank: int, *, patience: Patience
+    ) -> None:
+        self._ranks, self._own = tuple(ranks), ranks.index(rank)
+        self._library = library
+        self._segment, self._start, self._patience = segment, start, patience
+        size = len(ranks)
+        arena_bytes = (segment.address.num_bytes - start - library.post_bytes(size)) // size
+        place = segment.start + start, size, self._own, arena_bytes, segment.descriptor
+        self._post = library.post_new(*place)
+        weakref.finalize(self, library.post_free, self._post)
+        self._awaited: list[deque[_Awaited]] = [deque() for _ in ranks]
+        """By sender, in the order in which they were begun."""
+        self._brought = (ctypes.c_int64 * 2)()
+        self._is_broken = False
+        """Stays so where waiting was given up: who is at which message is not known any more."""
+
+    # -- the primitives ------------------------------------------------------------------------------------------------
+
+    def send(self, call: Call, *, to: int) -> Callable[[Tensor], Handle]:
+        def begin(x: Tensor) -> Handle:
+            self._send_whole(call, "send", to, x)
+
+            def finish() -> Tensor:
+                if self._library.post_num_untaken(self._post, to):
+                    self._patience.require_alive(to)
+                return x
+
+            return Handle(finish)
+
+        return begin
+
+    def receive(self, call: Call, *, from_: int) -> Callable[[Sequence[int], torch.dtype], Handle]:
+        def begin(shape: Sequence[int], dtype: torch.dtype) -> Handle:
+            return self._receive_whole(call, "send", from_, torch.empty(tuple(shape), dtype=dtype))
+
+        return begin
+
+    def permute(self, call: Call, *, shift: int) -> Callable[[Tensor], Handle]:
+        size = len(self._ranks)
+        if shift % size == 0:
+            return Handle.done
+        to, from_ = (self._own + shift) % size, (self._own - shift) % size
+
+        def begin(x: Tensor) -> Handle:
+            self._send_whole(call, "permute", to, x)
+            return self._receive_whole(call, "permute", from_, torch.empty(x.shape, dtype=x.dtype))
+
+        return begin
+
+    def all_to_all(self, call: Call) -> Callable[[Tensor, Sequence[int], Sequence[int]], Handle]:
+        own = self._own
+
+        def begin(x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]) -> Handle:
+            x = x.contiguous()
+            out = x.new_empty((sum(receive_counts), *x.shape[1:]))
+            each, kind = math.prod(x.shape[1:]) * x.element_size(), _kind("all_to_all", x.dtype)
+            at = x.data_ptr()
+            for to, count in enumerate(send_counts):
+                if to != own:
+                    self._send(call, kind, to, at, (1, count * each, count * each))
+                at += count * each
+            at, awaited = out.data_ptr(), list[_Awaited]()
+            for from_, count in enumerate(receive_counts):
+                if from_ != own:
+                    awaited.append(self._expect(call, kind, from_, at, (1, count * each, count * each), out))
+                at += count * each
+            if send_counts[own]:
+                mine = x.narrow(0, sum(send_counts[:own]), send_counts[own])
+                out.narrow(0, sum(receive_counts[:own]), send_counts[own]).copy_(mine)
+            return Handle(lambda: self._taken(awaited, out))
+
+        return begin
+
+    def reduce_scatter(self, call: Call, *, dim: int, sizes: Sequence[int] | None = None) -> Callable[[Tensor], Tensor]:
+        own, num_ranks = self._own, len(self._ranks)
+
+        def run(x: Tensor) -> Tensor:
+            x = x.contiguous()
+            at = dim % x.dim()
+            lengths = list(sizes) if sizes is not None else [x.shape[at] // num_ranks] * num_ranks
+            rows, inner = math.prod(x.shape[:at]), math.prod(x.shape[at + 1 :]) * x.element_size()
+            kind, stride, place = _kind("reduce_scatter", x.dtype), x.shape[at] * inner, x.data_ptr()
+            for to, length in enumerate(lengths):
+                if to != own:
+                    self._send(call, kind, to, place, (rows, length * inner, stride))
+                place += length * inner
+            mine = x.narrow(at, sum(lengths[:own]), lengths[own])
+            pieces = [mine if c == own else torch.empty(mine.shape, dtype=x.dtype) for c in range(num_ranks)]
+            size = (1, mine.numel() * x.element_size(), mine.numel() * x.element_size())
+            others = [(c, piece) for c, piece in enumerate(pieces) if c != own]
+            for one in [self._expect(call, kind, c, piece.data_ptr(), size, piece) for c, piece in others]:
+                self._take(one)
+            return sum_in_order(pieces)
+
+        return run
+
+    def exchange(self, call: Call, x: Tensor, *, with_: int) -> Tensor:
+        """What the other one brings, of the same shape; both wait for each other."""
+        self._send_whole(call, "comparison", with_, x)
+        return self._receive_whole(call, "comparison", with_, torch.empty_like(x)).finish()
+
+    def close(self) -> None:
+        """Take part in nothing any more; ranks that wait for this one are told. What was sent can be taken."""
+        self._library.post_leave(self._post)
+
+    # -- messages ------------------------------------------------------------------------------------------------------
+
+    def _send_whole(self, call: Call, kind: str, to: int, x: Tensor) -> None:
+        x = x.contiguous()
+        self._send(call, _kind(kind, x.dtype), to, x.data_ptr(), (1, x.nbytes, x.nbytes))
+
+    def _receive_whole(self, call: Call, kind: str, sender: int, out: Tensor) -> Handle:
+        size = (1, out.nbytes, out.nbytes)
+        awaited = self._expect(call, _kind(kind, out.dtype), sender, out.data_ptr(), size, out)
+        return Handle(lambda: self._taken((awaited,), out), into=out)
+
+    def _send(self, call: Call, kind: int, to: int, x: int, size: tuple[int, int, int]) -> None:
+        def again(patience_ns: int) -> int:
+            found: int = self._library.post_send(self._post, to, x, *size, kind, self._start, patience_ns)
+            return found
+
+        status = BROKEN if self._is_broken else again(0)
+        if status == DONE:
+            return
+        full = functools.partial(self._library.post_num_untaken, self._post, to)
+        status = self._waited(status, again, lambda: [to] if full() >= 2 * MOST_AWAITED else [])
+        if status == FULL:
+            raise CommunicationError(
+                f"rank {self._ranks[self._own]}: node {call.node!r} sends {size[0] * size[1]} bytes to rank "
+                f"{self._ranks[to]}, for which there is no memory: {self._library.post_backed(self._post)} bytes of "
+                "messages are there already"
+            )
+
+    def _expect(
+        self, call: Call, kind: int, sender: int, out: int, size: tuple[int, int, int], keep: Tensor
+    ) -> _Awaited:
+        awaited = _Awaited(sender, out, size, kind, call, keep)
+        before = self._awaited[sender]
+        if len(before) >= MOST_AWAITED:
+            self._take(before[0])
+        before.append(awaited)
+        return awaited
+
+    def _taken(self, awaited: Sequence[_Awaited], out: Tensor) -> Tensor:
+        for one in awaited:
+            self._take(one)
+        return out
+
+    def _take(self, awaited: _Awaited) -> None:
+        """And all that came before it from there."""
+        queue = self._awaited[awaited.sender]
+        while not awaited.is_taken:
+            self._take_first(queue)
+        if awaited.mismatch is not None:
+            raise awaited.mismatch
+
+    def _take_first(self, queue: deque[_Awaited]) -> None:
+        first, library, post = queue[0], self._library, self._post
+        sender = first.sender
+
+        def again(patience_ns: int) -> int:
+            found: int = library.post_take(post, sender, first.out, *first.size, first.kind, patience_ns, self._brought)
+            return found
+
+        status = BROKEN if self._is_broken else again(PATIENCE_NS)
+        if status != DONE:
+            status = self._waited(status, again, lambda: [] if library.post_has_come(post, sender) else [sender])
+        queue.popleft()
+        first.is_taken = True
+        if status == DISAGREE:
+            first.mismatch = self._disagreement(first)
+
+    def _waited(self, status: int, again: Callable[[int], int], late: Callable[[], list[int]]) -> int:
+        try:
+            return self._patience.see_through(status, again, late)
+        except BaseException:  # an interrupt, too
+            self._is_broken = True
+            raise
+
+    def _disagreement(self, awaited: _Awaited) -> RankMismatch:
+        sender, receiver = self._ranks[awaited.sender], self._ranks[self._own]
+        return RankMismatch(
+            f"ranks {sender} and {receiver} disagree on what they do together:\n"
+            f"  rank {sender}: {_described(*self._brought)}\n"
+            f"  rank {receiver}: {_described(awaited.kind, awaited.size[0] * awaited.size[1])}\n"
+            f"  where this one is {awaited.call}\n"
+            "All ranks must reach the same operations in the same order with the same shapes and dtypes; "
+            "check=True compares them, with the nodes' names, before each one"
+        )
+
+
+def _kind(kind: str, dtype: torch.dtype) -> int:
+    return _KINDS.index(kind) * len(_DTYPES) + _NUMBER_OF[dtype]
+
+
+def _described(kind: int, num_bytes: int) -> str:
+    name, dtype = divmod(kind, len(_DTYPES))
+    said = {"send": "a send", "permute": "a permute", "all_to_all": "an all_to_all"}.get(_KINDS[name])
+    return f"{said or f'a {_KINDS[name]}'} of {_DTYPES[dtype]}, bytes: {num_bytes}"
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """What the functions of `mailboxes.cpp` take and return."""
+    pointer, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.post_bytes.restype = library.post_num_untaken.restype = library.post_backed.restype = number
+    library.post_bytes.argtypes = [integer]
+    library.post_new.restype = pointer
+    library.post_new.argtypes = [pointer, integer, integer, number, integer]
+    library.post_free.argtypes = library.post_leave.argtypes = library.post_backed.argtypes = [pointer]
+    library.post_free.restype = library.post_leave.restype = None
+    library.post_send.argtypes = [pointer, integer, pointer, *[number] * 6]
+    library.post_take.argtypes = [pointer, integer, pointer, *[number] * 5, pointer]
+    library.post_has_come.argtypes = library.post_num_untaken.argtypes = [pointer, integer]

@@ -1,0 +1,1 @@
+"""Products of several rows of x, by tiles of the weight."""
