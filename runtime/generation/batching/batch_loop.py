@@ -17,6 +17,7 @@ All ranks of a replica are told the same in the same order, and so do the same: 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -41,6 +42,7 @@ from runtime.sampling.grammar import Grammars
 __all__ = ["BatchLoop", "Told"]
 
 _log = logging.getLogger("partitioner")
+_LONG_S = 2.0
 _BEGINS_AHEAD = False
 """Whether captured steps begin before the host has read the latest."""
 
@@ -273,11 +275,16 @@ class BatchLoop:
         alone = isinstance(self.scheduler, Scheduler) and self.program.stage is None
         if not (captured and alone and isinstance(places, InBlocks)):
             return
+        sizes = places.sizes(few_sizes=self._decoding["compile"])
         with torch.no_grad():
-            for size in places.sizes(few_sizes=self._decoding["compile"]):
-                if places.limits.packs:
+            for size in reversed(sizes):  # the largest first: what others need of memory they find there
+                began = time.perf_counter()
+                if places.limits.packs and size in (sizes[0], sizes[-1]):
                     self.run(places.of_nobody(size))
                 places.begin_size(self._steps, size)
+                took = time.perf_counter() - began
+                if took > _LONG_S and self.program.rank == 0:
+                    _log.warning("kernels of steps of %d rows were compiled and captured in %.1f s", size, took)
 
     def _named(self, number: int) -> int | None:
         """How many of the most probable tokens a sequence is told as well, if any."""
