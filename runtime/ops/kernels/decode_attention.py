@@ -108,13 +108,9 @@ def _shared(device: torch.device) -> int:
 
 
 def _splits(pairs: int, slots: int, tile: int, device: torch.device, *, each: int) -> int:
-    """So many parts that processors have `each` about, however long rows are; of short rows, one for each tile.
-
-    A power of two: the kernel is compiled for each number, and rows come and go.
-    """
+    """So many parts that processors have `each` about, however long rows are; of short rows, one for each tile."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    most = min(each * processors // pairs, _MOST_SPLITS, _power_of_2(-(-slots // tile)))
-    return 1 << max(0, most.bit_length() - 1)
+    return max(1, min(each * processors // pairs, _MOST_SPLITS, _power_of_2(-(-slots // tile))))
 
 
 def decode_attention(
@@ -194,7 +190,7 @@ def decode_attention(
         HALF=half % width, EARLY=early,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=group_padded,
         D=width, D_PADDED=padded, DV=value_width, DV_PADDED=value_padded,
-        TILE=tile, SPLITS=splits, GROUP_MERGED=_power_of_2(group), MERGED=min(splits, merged),
+        TILE=tile, GROUP_MERGED=_power_of_2(group), MERGED=min(_power_of_2(splits), merged),
         WINDOWED=window is not None, CHUNKED=chunk is not None, CAPPED=capped,
         SINKS=sinks is not None, LSE=return_lse or is_own is not None, EXACT=q.dtype == torch.float32, BLOCK=block,
         KEY_SCALES=num_key_scales, VALUE_SCALES=num_value_scales, FOLDED=q.dtype != torch.float16,

@@ -1,6 +1,6 @@
 """Attention of one new token per row to the tokens in a cache, in one kernel of Triton; see `decode_attention`.
 
-Each program takes one kv head of one row, with all query heads that share it, and one of `SPLITS` parts of the keys
+Each program takes one kv head of one row, with all query heads that share it, and one of some parts of the keys
 that the row has: what lies behind its length is not read. The one that comes last puts the parts together by their
 log-sum-exp (flash decoding: arXiv:2311.01282). Everything that depends on the length is read on the device.
 
@@ -83,7 +83,6 @@ def decode(
     DV: tl.constexpr,
     DV_PADDED: tl.constexpr,
     TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
     GROUP_MERGED: tl.constexpr,
     MERGED: tl.constexpr,
     WINDOWED: tl.constexpr,
@@ -118,7 +117,7 @@ def decode(
         if ahead == 0:
             gdc_wait()
     pair = tl.program_id(0)
-    split = tl.program_id(1)
+    split, splits = tl.program_id(1), tl.num_programs(1)
     row = pair // KV_HEADS
     head = pair % KV_HEADS
     position = tl.load(positions + row)
@@ -144,7 +143,7 @@ def decode(
         first = tl.maximum(first, position // chunk * chunk)
     first_tile = tl.where(wraps, 0, first // TILE)
     tiles = tl.cdiv(held, TILE)
-    each = tl.cdiv(tiles - first_tile, SPLITS)
+    each = tl.cdiv(tiles - first_tile, splits)
     if SHARED:  # of no token too, one program says so
         each = tl.maximum(each, 1)
     active = tl.cdiv(tiles - first_tile, each)
@@ -282,7 +281,7 @@ def decode(
             if LSE:
                 tl.store(lse + lse_at, (top + tl.log2(total)) * 0.6931471805599453, mask=heads < GROUP)
         else:
-            part = (pair * SPLITS + split) * GROUP + heads
+            part = (pair * splits + split) * GROUP + heads
             tl.store(parts + part[:, None] * DV + value_dims[None, :], result, mask=ours)
             tl.store(tops + part, top, mask=heads < GROUP)
             tl.store(sums + part, total, mask=heads < GROUP)
@@ -292,11 +291,11 @@ def decode(
                 member = tl.arange(0, GROUP_MERGED)
                 is_member = member < GROUP
                 highest, whole, merged = parts_of(
-                    parts, tops, sums, 0, pair, active, member, value_dims, GROUP, SPLITS, MERGED, DV
+                    parts, tops, sums, 0, splits, pair, active, member, value_dims, GROUP, MERGED, DV
                 )  # fmt: skip
                 for first_part in range(MERGED, active, MERGED):
                     other_top, other_whole, other = parts_of(
-                        parts, tops, sums, first_part, pair, active, member, value_dims, GROUP, SPLITS, MERGED, DV
+                        parts, tops, sums, first_part, splits, pair, active, member, value_dims, GROUP, MERGED, DV
                     )  # fmt: skip
                     higher = tl.maximum(highest, other_top)
                     base = tl.where(is_member, higher, 0.0)

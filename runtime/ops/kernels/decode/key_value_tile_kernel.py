@@ -119,14 +119,14 @@ def attended(
 
 @triton.jit
 def parts_of(
-    parts, tops, sums, first, pair, active, member, dims, GROUP: tl.constexpr, SPLITS: tl.constexpr,
-    MERGED: tl.constexpr, DV: tl.constexpr,
+    parts, tops, sums, first, splits, pair, active, member, dims, GROUP: tl.constexpr, MERGED: tl.constexpr,
+    DV: tl.constexpr,
 ):  # fmt: skip
     """What MERGED parts from `first` on have come to, as `attended` has it, put together within each thread."""
     tops_of, sums_of, results = (), (), ()
     for number in tl.static_range(MERGED):
         is_one = (member < GROUP) & (first + number < active)
-        at = (pair * SPLITS + first + number) * GROUP + member
+        at = (pair * splits + first + number) * GROUP + member
         tops_of = tops_of + (tl.load(tops + at, mask=is_one, other=float("-inf"), cache_modifier=".cg"),)
         sums_of = sums_of + (tl.load(sums + at, mask=is_one, other=0.0, cache_modifier=".cg"),)
         inside = is_one[:, None] & (dims[None, :] < DV)
