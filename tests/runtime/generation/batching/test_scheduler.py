@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partitioner.errors import InputError
+from runtime.generation.batching.chosen_steps import next_behind
 from runtime.generation.batching.prefixes.blocks import BlockPool, key_of
 from runtime.generation.batching.scheduler import Scheduler
 from runtime.generation.batching.work import Limits, Work
@@ -313,3 +315,58 @@ def test_blocks_are_given_up_from_the_end_and_the_oldest_first() -> None:
     assert pool.release([0]) == []
     assert pool.release([0], keep=False) == [0]
     assert not pool.has(a)
+
+
+@given(
+    limits=limits().map(lambda each: replace(each, groups=1)),
+    prompts=st.lists(st.tuples(st.integers(1, 6), st.integers(2, 12)), min_size=1, max_size=6),
+)
+@settings(max_examples=60, deadline=None)
+def test_what_runs_behind_a_step_is_what_would_run_next(limits: Limits, prompts: list[tuple[int, int]]) -> None:
+    """Before it is known what the step yields, where it is said at all; blocks are kept under the same keys."""
+    scheduler, left, behind = Scheduler(limits), {}, None
+    for number, (length, new) in enumerate(prompts):
+        if length + new - 1 <= limits.blocks * limits.block_size:
+            scheduler.add(number, [number] * length, most=length + new - 1)
+            left[number] = new
+    for step in range(300):
+        work = scheduler.next() if behind is None else behind
+        if work is None:
+            break
+        chosen = {turn.number: 10 + step for turn in work.turns if turn.samples}
+        ended = {number for number in chosen if left[number] == 1}
+        plain = copy.deepcopy(scheduler)
+        plain.learn(work, chosen, ended)
+        expected = plain.next()
+        behind = next_behind(scheduler, work)
+        scheduler.learn(work, chosen, ended)
+        for number in chosen:
+            left[number] -= 1
+        if behind is not None:
+            assert expected is not None
+            assert [turn._replace(tokens=(), keys=(), table=()) for turn in expected.turns] == [
+                turn._replace(tokens=(), keys=(), table=()) for turn in behind.turns
+            ]
+            assert [len(turn.table) for turn in expected.turns] == [len(turn.table) for turn in behind.turns]
+            assert scheduler.counts == plain.counts
+    assert not scheduler.running
+
+
+def test_nothing_is_said_of_the_next_step_where_rows_may_come_or_must_go() -> None:
+    scheduler = Scheduler(Limits(rows=2, blocks=4, block_size=2, budget=8, packs=True))
+    scheduler.add(0, [5], most=4)
+    scheduler.add(1, [6], most=3)
+    first = scheduler.next()
+    assert first is not None
+    assert first.decode
+    second = next_behind(scheduler, first)
+    assert second is not None
+    assert [turn.start for turn in second.turns] == [1, 1]
+    scheduler.learn(first, {0: 7, 1: 8})
+    scheduler.add(2, [9], most=1)  # there is no row for it
+    third = next_behind(scheduler, second)
+    assert third is not None
+    assert next_behind(scheduler, third) is None  # number 1 ends with it
+    scheduler.learn(second, {0: 7, 1: 8})
+    scheduler.cancel(1)
+    assert next_behind(scheduler, third) is None  # number 2 has a row now
