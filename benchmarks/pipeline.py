@@ -3,6 +3,8 @@
     c                    how much two processes get done that run a stage each at the same time, over one of them alone:
                          2 without a shared memory bus
     whole texts          m rows in m pieces; both stages are busy m / (m + 1) of the time: c x m / (m + 1) is the most
+    in pieces            what one process takes for these pieces one after the other, over all rows at once: products of
+                         few rows are done at a lower rate, with stages or without
     transformers         pp_size=2: even layer counts, nothing in flight, logits broadcast
     decode               new tokens per second of two groups of 8 rows in a ring, over those of 8 rows in one process,
                          which reads its weights for as many at a time; c is the most
@@ -76,6 +78,11 @@ def peer(folder: Path) -> Any:
         return str(error)
 
 
+def row_by_row(engine: Engine, rows: torch.Tensor) -> None:
+    for row in rows:
+        engine(input_ids=row[None])
+
+
 def stage_alone(engine: Engine, ids: torch.Tensor) -> Callable[[], object]:
     """The rank's own stage on one piece, with nobody to wait for."""
     staged: Any = engine._run
@@ -118,6 +125,7 @@ def rank_main(folder: Path, rounds: int, tokens: int) -> None:
         for m in PIECES:
             contestants[f"one {m}"] = (lambda m=m: alone(input_ids=rows[:m])) if rank == 0 else wait  # type: ignore[misc]
             contestants[f"two {m}"] = lambda m=m: engine(input_ids=rows[:m])  # type: ignore[misc]
+            contestants[f"pieces {m}"] = (lambda m=m: row_by_row(alone, rows[:m])) if rank == 0 else wait  # type: ignore[misc]
             if not isinstance(theirs, str):
                 contestants[f"peer {m}"] = lambda m=m: theirs(input_ids=rows[:m], use_cache=False)  # type: ignore[misc]
         new: Any = {"eos_token_id": []}
@@ -181,6 +189,7 @@ def report(times: dict[str, list[float]], left_out: str) -> None:
         "of the most",
         "fastest",
         "of the most",
+        "in pieces",
         "one / transformers",
         "idle: computed",
         "measured",
@@ -191,11 +200,12 @@ def report(times: dict[str, list[float]], left_out: str) -> None:
         for kind, found in (("median", middle), ("best", best)):
             ratio = found[f"one {m}"] / found[f"two {m}"]
             cells += [f"{ratio:.2f}", f"{ratio / (c[kind] * m / (m + 1)):.0%}"]
+        pieces = f"{middle[f'pieces {m}'] / middle[f'one {m}']:.2f}"
         theirs = f"{middle[f'one {m}'] / middle[f'peer {m}']:.2f}" if f"peer {m}" in middle else ""
         busy = best["stages"] * m / best[f"two {m}"]
         computed = time_of(chain(2, m), [[best["stages"]]] * 2).bubble
         assert abs(computed - bubble(2, m)) < 1e-9
-        table.add_row(f"{m} pieces", *cells, theirs, f"{computed:.1%}", f"{1 - busy:.1%}")
+        table.add_row(f"{m} pieces", *cells, pieces, theirs, f"{computed:.1%}", f"{1 - busy:.1%}")
     for name, most, done in (("prompt", 8 / 9, 1), ("decode", 1.0, GROUPS)):
         cells = []
         for kind, found in (("median", middle), ("best", best)):

@@ -4,7 +4,7 @@
     asked.tokens_per_s        of all new tokens, those of answers included that were not complete when the time was up
 
 It ends when all questions are answered, or the time is up; what is still asked for then is given up. It says how far it
-is every 10 s, and raises `NoAnswer` where no token comes for half a minute.
+is every 5 s, and raises `NoAnswer` where no token comes for 20 s.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ __all__ = ["Asked", "NoAnswer", "Question", "Side", "run"]
 
 Question = tuple[list[int], int]
 """Ids of a prompt, and how many new tokens."""
-SAY_S = 10.0
-LONGEST_SILENCE_S = 30.0
+SAY_S = 5.0
+LONGEST_SILENCE_S = 20.0
 
 
 class NoAnswer(Exception):

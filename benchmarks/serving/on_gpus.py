@@ -20,8 +20,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import os
 import queue
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -119,15 +121,18 @@ class Ours:
                 raise NoAnswer(f"requests that were given up are still there after {GONE_S:.0f} s")
             time.sleep(0.05)
 
-    def begin_all_sizes(self, rows: int) -> None:
-        """Steps of each number of rows are captured."""
-        count = 1
-        while True:
-            for each in [self._llm.submit([[1, 2, 3]], max_new_tokens=8, do_sample=False) for _ in range(count)]:
-                each[0].result(timeout=LONGEST_SILENCE_S)
-            if count >= rows:
-                return
-            count = min(rows, 2 * count)
+
+def show_stacks() -> None:
+    """Of all processes that this one has started, which end with it: Python's fault handler is on in them."""
+    found, left = [], [os.getpid()]
+    while left:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            for task in Path(f"/proc/{left.pop()}/task").iterdir():
+                children = [int(each) for each in (task / "children").read_text().split()]
+                found, left = found + children, left + children
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGABRT)
 
 
 class Theirs:
@@ -256,14 +261,7 @@ def stall(llm: Launched, given: argparse.Namespace, words: int) -> None:
 
 def load(llm: Launched, other: Theirs, given: argparse.Namespace, words: int) -> bool:
     """Whether both sides have a figure."""
-    ours, failure = Ours(llm), ""
-    began = time.perf_counter()
-    ours.begin_all_sizes(given.clients)
-    print(f"  ours has begun steps of all numbers of rows in {time.perf_counter() - began:.0f} s", flush=True)
-    try:
-        print(f"  theirs: {other.ready(given.start)}", flush=True)
-    except NoAnswer as error:
-        failure = str(error)
+    ours, failure, is_ready = Ours(llm), "", False
     speeds: dict[str, list[float]] = {"ours": [], "transformers": []}
     for number in range(-1, given.rounds):  # one round before, in which both warm up
         questions = conversation(given.clients if number < 0 else given.requests, given, words, seed=number + 1)
@@ -273,6 +271,9 @@ def load(llm: Launched, other: Theirs, given: argparse.Namespace, words: int) ->
             if side == "transformers" and failure:
                 continue
             try:
+                if side == "transformers" and not is_ready:
+                    print(f"  {other.ready(given.start)}", flush=True)
+                    is_ready = True
                 if side == "ours":
                     asked = run(
                         ours, questions, clients=given.clients, seconds=seconds,
@@ -282,6 +283,8 @@ def load(llm: Launched, other: Theirs, given: argparse.Namespace, words: int) ->
                     asked = other.run(questions, given.clients, seconds)
             except NoAnswer as error:
                 if side == "ours":
+                    show_stacks()
+                    time.sleep(2.0)
                     raise
                 failure = str(error)
                 continue
@@ -305,7 +308,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--requests", type=int, default=128, help="of a round")
     parser.add_argument("--seconds", type=float, default=10.0, help="that a side has for a round at most")
-    parser.add_argument("--start", type=float, default=60.0, help="seconds that transformers has to be ready behind us")
+    parser.add_argument("--start", type=float, default=120.0, help="seconds that each side has to start")
     parser.add_argument("--budgets", type=int, nargs="+", help="stall: tokens of prompts in a step, beside the default")
     parser.add_argument("--layers", type=int, help="instead of all")
     parser.add_argument("--compile", action="store_true", help="ours: steps compiled by torch as well")
@@ -314,6 +317,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    os.environ["PYTHONFAULTHANDLER"] = "1"  # so that a signal shows where a rank is
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     tokens = given.clients * (64 if given.small else LONGEST) + LONG + LONGEST
     with ExitStack() as stack:
@@ -326,6 +330,9 @@ def main() -> None:
             other.start(stack)
         began = time.perf_counter()
         cache = CacheSize(max_batch=1, max_length=tokens)
+        late = threading.Timer(given.start, show_stacks)
+        late.daemon = True
+        late.start()
         llm = stack.enter_context(
             launch(
                 folder,
@@ -337,9 +344,12 @@ def main() -> None:
                 cache=cache,
             )
         )
+        late.cancel()
         card = "CPU" if given.device == "cpu" else device_name(torch.device("cuda", 0))
         print(
-            f"{given.ranks} x {card}, tp={given.ranks}; ours started in {time.perf_counter() - began:.0f} s", flush=True
+            f"{given.ranks} x {card}, tp={given.ranks}; ours started in {time.perf_counter() - began:.0f} s, its steps "
+            "captured",
+            flush=True,
         )
         is_whole = load(llm, other, given, words) if "load" in given.parts else True
         if "stall" in given.parts:

@@ -27,6 +27,7 @@ from partitioner import CacheSize, Plan, partition
 from runtime.engine.engine import Engine
 from runtime.execution.threads import use_threads_for
 from runtime.generation.batching.batch_loop import BatchLoop
+from runtime.generation.batching.places import InBlocks
 from runtime.generation.decode_graphs import Decoder
 from runtime.generation.generation_request import GenerationRequest
 
@@ -78,7 +79,23 @@ def worker(given: argparse.Namespace) -> None:
     )  # fmt: skip
     with engine, torch.no_grad():
         use_threads_for(engine.program, MANY, device)
-        loop = engine.batching(CacheSize(max_batch=1, max_length=most), rows=MANY + 1)
+
+        def say(text: str) -> None:
+            if dist.get_rank() == 0:
+                print(text, flush=True)
+
+        size = CacheSize(max_batch=1, max_length=most)
+        loop, begin = engine.batching(size, rows=MANY), InBlocks.begin_size
+
+        def timed_size(places: InBlocks, steps: object, rows: int) -> None:
+            began = time.perf_counter()
+            begin(places, steps, rows)  # type: ignore[arg-type]
+            say(f"  steps of {rows} rows captured in {time.perf_counter() - began:.2f} s")
+
+        InBlocks.begin_size = timed_size  # type: ignore[method-assign, assignment]
+        began = time.perf_counter()
+        loop.reserve(size)
+        say(f"  ready for all numbers of rows in {time.perf_counter() - began:.2f} s")
         run = Steps(loop, device, int(model.config.vocab_size))
         begun, launch = [0.0], BatchLoop.run
 
@@ -90,21 +107,20 @@ def worker(given: argparse.Namespace) -> None:
 
         BatchLoop.run = timed  # type: ignore[method-assign, assignment]
 
-        def say(text: str) -> None:
-            if dist.get_rank() == 0:
-                print(text, flush=True)
-
         new = 300 if given.small else NEW
+        run.add(4, 2)
+        run.steps(3)
+        alike(run, say)
         say(f"{given.ranks} x {device_name(device)}, budget {loop_budget(run)}")
         for _ in range(FEW):
             run.add(20 if given.small else 128, new)
         run.steps(12)
         tokens(run, FEW, captured, say, device)
-        pieces(run, long, say)
-        for _ in range(MANY - FEW):
+        pieces(run, long, [32, 16] if given.small else given.pieces, say)
+        for _ in range(MANY - 1 - FEW):
             run.add(5 + run._chance.randrange(20 if given.small else 500), new)
         run.steps(12)
-        tokens(run, MANY, captured, say, device)
+        tokens(run, MANY - 1, captured, say, device)
         for length in (16, 64, 161, 512, 1024):
             if length < long:
                 found = []
@@ -113,7 +129,7 @@ def worker(given: argparse.Namespace) -> None:
                     found.append((took, begun[0]))
                     run.steps(1)
                 took, launched = (statistics.median(each) for each in zip(*found[1:], strict=True))
-                say(f"  prompt of {length} amid {MANY} rows: {took:.2f} ms, begun in {launched:.2f}")
+                say(f"  prompt of {length} amid {MANY - 1} rows: {took:.2f} ms, begun in {launched:.2f}")
         loop.release()
 
 
@@ -125,10 +141,25 @@ def loop_budget(run: Steps) -> str:
 
 
 def tokens(run: Steps, rows: int, captured: bool, say, device: torch.device) -> None:  # type: ignore[no-untyped-def]
-    took = statistics.median(run.steps(30))
+    found = {False: [], True: []}  # type: dict[bool, list[float]]
+    chosen = run.loop.in_steps
+    assert chosen is not None
+    for _ in range(3):
+        for ahead in found if captured else (False,):
+            chosen._ahead = ahead
+            run.loop.step()
+            synchronize(device)
+            began = time.perf_counter()
+            for _ in range(20):
+                run.loop.step()
+                run.loop.status()
+            found[ahead].append(50 * (time.perf_counter() - began))
+            chosen._ahead = False
+            run.loop.step()
+    took = statistics.median(found[False])
     line = f"  tokens of {rows} rows: {took:.2f} ms a step"
     if captured:
-        (held,) = [each for each in decoders(run.loop) if each.batch == rows][:1]
+        held = min((each for each in decoders(run.loop) if each.batch >= rows), key=lambda each: each.batch)
         graph = next(iter(held._graphs.values()))[0]
         times = []
         for _ in range(5):
@@ -140,19 +171,37 @@ def tokens(run: Steps, rows: int, captured: bool, say, device: torch.device) -> 
             synchronize(device)
             times.append(100 * (time.perf_counter() - began))
         alone = statistics.median(times)
-        line += f", of which the device {alone:.2f} and the host {took - alone:.2f}"
+        line += f", begun ahead {statistics.median(found[True]):.2f}; of which the device {alone:.2f}"
     say(line)
+
+
+def alike(run: Steps, say) -> None:  # type: ignore[no-untyped-def]
+    """Whether steps that begin ahead tell the same; prompts are too short to be kept."""
+    chosen, texts = run.loop.in_steps, []
+    assert chosen is not None
+    for ahead in (False, True):
+        run._chance.seed(7)
+        chosen._ahead = ahead
+        numbers = [run.add(8 + at % 4, 30 + at) for at in range(8)]
+        told: dict[int, list[int]] = {number: [] for number in numbers}
+        while any(number in run.loop._asked for number in numbers):
+            for each in run.loop.step():
+                told[each.number].append(each.token)
+        texts.append([told[number] for number in numbers])
+    chosen._ahead = False
+    same = sum(one == other for one, other in zip(*texts, strict=True))
+    say(f"  begun ahead: {same} of 8 texts are the same")
 
 
 def decoders(loop: BatchLoop) -> list[Decoder]:
     return list(loop._steps._decoders.values())
 
 
-def pieces(run: Steps, long: int, say) -> None:  # type: ignore[no-untyped-def]
+def pieces(run: Steps, long: int, counts: list[int], say) -> None:  # type: ignore[no-untyped-def]
     scheduler = run.loop.scheduler
     limits = scheduler.limits  # type: ignore[union-attr]
     whole = None
-    for count in (long, long // 2, long // 4, long // 8, long // 16):
+    for count in counts:
         scheduler.limits = replace(limits, budget=max(count, limits.budget), beside=count)  # type: ignore[union-attr]
         found = [run.until_first(run.add(long, 1)) for _ in range(3)][1:]
         all_ms, longest = (statistics.median(map(of, found)) for of in (sum, max))
@@ -164,6 +213,7 @@ def pieces(run: Steps, long: int, say) -> None:  # type: ignore[no-untyped-def]
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--layers", type=int, help="instead of all")
+    parser.add_argument("--pieces", type=int, nargs="*", default=[8192, 2048, 512], help="long: tokens of a step")
     given = parser.parse_args()
     start("benchmarks.serving.steps", given, parts=("steps",), rank=worker)
 

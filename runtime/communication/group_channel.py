@@ -113,9 +113,9 @@ class GroupChannel(Channel):
     def _primitive(self, call: Call, kind: Kind, *, overwrite: bool = False, **options: Any) -> Callable[..., Any]:
         if self._shared is not None and kind != "all_reduce":
             return self._shared.primitive(kind, call, **options)
+        if self._shared is not None:
+            return self._shared.all_reduce(call, overwrite=overwrite)
         by_group = PRIMITIVES[kind](self._group, overwrite=overwrite, **options)
-        if self._shared is not None:  # which sums floating numbers only
-            return self._shared.all_reduce(call, overwrite=overwrite, otherwise=by_group)
         if self._peers is not None:
             return self._peers.prepare(kind, otherwise=by_group, overwrite=overwrite, **options)
         return by_group
@@ -274,8 +274,9 @@ class GroupChannel(Channel):
                 return self._finishing(self._guarded(own, both, self._compare_two, lambda: send(x)), own, both)
 
             return send_begin
-        where = {} if self._shared is not None else {"device": self._state.device}
-        receive = self._primitive(call, "receive", **options, **where)
+        if self._shared is None:
+            options = {**options, "device": self._state.device}
+        receive = self._primitive(call, "receive", **options)
 
         def receive_begin(shape: Sequence[int], dtype: torch.dtype) -> Handle:
             own = call.of(shape, dtype)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from runtime.program.rank_program import RankProgram
 from runtime.sampling.row_sampler import Kind, RowOptions, RowSampler
 from runtime.sampling.vocabulary_search import VocabularySearch
 
-__all__ = ["Chosen", "Decoder", "require_fixed_shapes"]
+__all__ = ["Begun", "Chosen", "Decoder", "require_fixed_shapes"]
 
 _Step = tuple[Literal["logits", "choice", "turn", "head"], Kind | None, bool]
 """What is run: a step; a step that chooses, of which kind, and whether the next one goes on from there; one of a stage,
@@ -51,6 +52,20 @@ class Chosen(NamedTuple):
 
     said: Tensor
     logits: Tensor
+
+
+@dataclass
+class Begun:
+    """A step that chooses, which is under way. wait: for what `RowSampler.choose` has said, on the host.
+
+    logits: [B, V/n], on the device; until the next step begins, other than by `Decoder.again`.
+    """
+
+    wait: Callable[[], Tensor]
+    logits: Tensor
+    kind: Kind
+    latest: int
+    """The largest position."""
 
 
 def require_fixed_shapes(program: RankProgram, device: torch.device, *, cuda_graph: bool) -> None:
@@ -167,24 +182,33 @@ class Decoder:
             self._row_sampler = RowSampler(search, self.batch, self._device, whole=whole)
         return self._row_sampler
 
-    def choose(
+    def begin(
         self,
         rows: Sequence[RowOptions],
         tokens: Sequence[int],
         positions: Sequence[int],
         *,
         also: Sequence[RowOptions] = (),
-    ) -> Chosen:
-        """One more token per sequence, and the choice of the next one for the first `rows`; valid until the next call.
+    ) -> Begun:
+        """One more token per sequence, and the choice of the next one for the first `rows`, under way.
 
         All ranks along the vocabulary's axes ask alike. also: what ranks ask that have other rows, and run with this
         one: a step is captured by all of them or by none.
         """
         self._set(tokens, positions)
-        kind, seen = self._kind_for(self.rows.begin(rows, also)), self._seen(max(positions))
-        self._compare(seen)
-        logits, said = self._done(seen, ("choice", kind, False))
-        return Chosen(said.cpu(), logits)
+        kind, latest = self._kind_for(self.rows.begin(rows, also)), max(positions)
+        self._compare(self._seen(latest))
+        return self._begun(kind, latest)
+
+    def again(self, begun: Begun, *, keeps: bool = True) -> Begun:
+        """The next token of the same rows, behind a step that may not be over. keeps: whether its logits are wanted."""
+        if keeps:
+            begun.logits = begun.logits.clone()
+        return self._begun(begun.kind, begun.latest + 1)
+
+    def _begun(self, kind: Kind, latest: int) -> Begun:
+        logits, said = self._done(self._seen(latest), ("choice", kind, True))
+        return Begun(_sent(said), logits, kind, latest)
 
     def chain(
         self, rows: Sequence[RowOptions], tokens: Sequence[int], positions: Sequence[int], count: int
@@ -194,19 +218,14 @@ class Decoder:
         A step takes what the one before it has chosen without the host, and runs while the host reads it. `logits` are
         those of the yielded step, as long as the next one is not asked for.
         """
-        self._set(tokens, positions)
-        latest = max(positions)
-        kind = self._kind_for(self.rows.begin(rows))
-        keeps = not self.rows.is_certain(kind)
-        self._compare(self._seen(latest))
-        started: list[tuple[Callable[[], Tensor], Tensor]] = []
-        for step in range(count):
-            logits, said = self._done(self._seen(latest + step), ("choice", kind, True))
+        begun = self.begin(rows, tokens, positions)
+        keeps = not self.rows.is_certain(begun.kind)
+        for _ in range(count - 1):
             # the next step begins before the host knows whether it needs these
-            started.append((_sent(said), logits.clone() if keeps else logits))
-            if step:
-                yield _arrived(*started.pop(0))
-        yield from (_arrived(*each) for each in started)
+            following = self.again(begun, keeps=keeps)
+            yield Chosen(begun.wait(), begun.logits)
+            begun = following
+        yield Chosen(begun.wait(), begun.logits)
 
     def _kind_for(self, kind: Kind) -> Kind:
         """One for which steps are captured, and which serves `kind`."""
@@ -381,7 +400,3 @@ def _sent(said: Tensor) -> Callable[[], Tensor]:
         return copy
 
     return wait
-
-
-def _arrived(wait: Callable[[], Tensor], logits: Tensor) -> Chosen:
-    return Chosen(wait(), logits)

@@ -31,12 +31,14 @@ from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.slots import minus_infinity
 from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
-from runtime.ops.kernels.flash_attention import flash_rows
+from runtime.ops.kernels.flash_attention import can_flash, flash_attention, flash_rows
 from runtime.ops.state.latent_attention import latent_attention
 from runtime.program.shards import StateShard
 
 __all__ = ["PagedCache"]
 
+_PREPARED_FROM = 1024
+"""Tokens of a row from which torch may choose a kernel that is prepared for every number of them."""
 _PART_BYTES = 1 << 18
 """Of keys that are gathered in vain sooner than that there is another part: what its calls take to start."""
 _DIMS = (2, 2, 2)
@@ -256,6 +258,9 @@ class PagedCache(Cache):
         k, v = self._keep(keys, k), self._keep(values, v)
         tokens = self._batch
         if tokens is not None and tokens.start == 0:
+            few = q.shape[2] < _PREPARED_FROM and mask is None and sinks is None and options["causal"]
+            if few and options["softcap"] is options["chunk"] is options["kv_map"] is None and can_flash(q, v):
+                return flash_attention(q, k, v, scale=options["scale"], window=options["window"])  # type: ignore[no-any-return]
             return attention(q, k, v, mask, sinks, **options)
         seen, hidden = self._sight(self.max_length, options["window"], options["chunk"], q.dtype)
         found = self._held(keys, seen), self._held(values, seen)

@@ -69,13 +69,22 @@ def grouped_linear(
         return torch.where((row < ends[-1])[:, None], out, 0)
     if _must_not_wait(rows):
         return _by_every_expert(rows, matrix, counts, bias)
-    out = rows.new_zeros(rows.shape[0], matrix.shape[-1])
+    out = rows.new_empty(rows.shape[0], matrix.shape[-1])
+    # products are written where they belong, but for those that a gradient goes back through
+    in_place = not torch.is_grad_enabled()
     start = 0
     for i, count in enumerate(counts.tolist()):
-        if count:
-            mine, extra = rows[start : start + count], None if bias is None else bias[i]
-            out[start : start + count] = functional.linear(mine, matrix[i].transpose(0, 1), extra)
-            start += count
+        if not count:
+            continue
+        mine, into = rows[start : start + count], out[start : start + count]
+        if not in_place:
+            into.copy_(functional.linear(mine, matrix[i].transpose(0, 1), None if bias is None else bias[i]))
+        elif bias is None:
+            torch.mm(mine, matrix[i], out=into)
+        else:
+            torch.addmm(bias[i], mine, matrix[i], out=into)
+        start += count
+    out[start:].zero_()
     return out
 
 

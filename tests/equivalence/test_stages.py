@@ -1,4 +1,4 @@
-"""Pipeline stages and replicas in processes of their own, over gloo."""
+"""Pipeline stages and replicas in processes of their own."""
 
 from __future__ import annotations
 
@@ -22,11 +22,40 @@ from runtime.processes.launch import launch
         pytest.param("pp=2,sp=2,tp=2,ep=4", 8, "mixtral", marks=pytest.mark.slow),  # all axes
     ],
 )
-def test_stages_over_gloo(
+def test_stages_between_processes(
     plan: str, num_ranks: int, name: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
     launch(["tests.equivalence.ranks.staged_rank", plan, name], num_ranks=num_ranks, timeout_s=600)
+
+
+FAMILIES = (
+    "gpt2",  # tied tables, learnt positions
+    "bloom",  # biases that grow with the distance
+    "opt",
+    "gemma3_text",  # windows, norms before and behind
+    "cohere2",  # attention and feed-forward side by side
+    "gpt_oss",  # sinks, windows, routed experts with biases
+    "qwen3_moe",
+    "deepseek_v3",  # latent keys and values, shared and routed experts
+    "bart",  # the decoder alone
+    "mamba2",  # states only
+    "falcon_h1",  # states beside attention
+    "qwen3_next",  # delta rules, gated attention, experts
+    "lfm2",  # convolutions
+)
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_dozen_families_over_stages(
+    num_ranks: int, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["tests.equivalence.ranks.staged_rank", f"pp={num_ranks}", *FAMILIES]
+    launch(arguments, num_ranks=num_ranks, timeout_s=3000)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ Every rank is a process of its own that nobody supervises: the others must notic
                prefill, decode: before a collective          sampler: before the gather in which tokens are chosen
                ring: before keys and values go on to the next rank        merge: before parts of a token come together
                head: before the vocabulary head that all stages share out
+               send, permute, exchange, scatter: before one of these, of many, and nothing else
 """
 
 import faulthandler
@@ -161,6 +162,31 @@ def arm(case: Case) -> None:
     ProcessGroups.bind = armed  # type: ignore[method-assign, assignment]
 
 
+MEETINGS: dict[str, Callable[[Channel, torch.Tensor], object]] = {
+    "permute": lambda channel, x: channel.permute_begin(x, 1).finish(),
+    "exchange": lambda channel, x: channel.all_to_all(x, [2] * len(channel.ranks), [2] * len(channel.ranks)),
+    "scatter": lambda channel, x: channel.reduce_scatter(x, 0),
+}
+
+
+def meet_often(case: Case, communicator: ProcessGroups) -> None:
+    """One primitive again and again; sends go down a chain, whose first rank never waits for an answer."""
+    channel = communicator.channel("tp", node="n")
+    own, last = channel.coordinate, len(channel.ranks) - 1
+    x = torch.ones(2 * len(channel.ranks), 1000)
+    for number in range(500):
+        communicator.begin_run(new_shapes=number == 0)
+        if number == 20 and own in case.victims:
+            strike(case)
+        if case.phase != "send":
+            MEETINGS[case.phase](channel, x)
+            continue
+        if own > 0:
+            x = channel.receive_begin(x.shape, x.dtype, own - 1).finish()
+        if own < last:
+            channel.send_begin(x, own + 1).finish()
+
+
 def rank(case: Case, place: int, parts: Parts[Any]) -> None:
     # a shell's background job, and all that it starts, ignores this one
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -171,6 +197,9 @@ def rank(case: Case, place: int, parts: Parts[Any]) -> None:
     with Engine.connect(parts, timeout_s=case.timeout_s, shared_memory=case.sharing) as engine:  # type: ignore[arg-type]
         if case.fault == "close" and place in case.victims:
             strike(case)
+            return
+        if case.phase in ("send", *MEETINGS):
+            meet_often(case, engine.communicator)
             return
         if case.pp > 1 or case.sp > 1:
             engine.generate([[1, 2, 3], [4, 5], [6]], max_new_tokens=200)

@@ -179,18 +179,19 @@ def test_the_others_say_who_is_lost(case: Case, ranks: Ranks) -> None:
     check(ranks, case)
 
 
-def of_stages(fault: str, phase: str, victim: int) -> Case:
+def of_stages(fault: str, phase: str, victim: int, sharing: str = "on") -> Case:
     timeout_s = HANG_TIMEOUT_S if fault in HANGS else 30.0
-    return Case(fault, phase, (victim,), "off", timeout_s=timeout_s, pp=3, share_head=phase == "head")
+    return Case(fault, phase, (victim,), sharing, timeout_s=timeout_s, pp=3, share_head=phase == "head")
 
 
 STAGES = [
-    of_stages(fault, phase, victim)
+    of_stages(fault, phase, victim, sharing)
     for fault in ("kill", "raise", "oom", "stop")
     for phase in ("joining", "loading", "prefill", "decode", "head")
     for victim in VICTIMS
+    for sharing in ("on", "off")
 ]
-QUICK_STAGES = {("kill", "decode", (1,)), ("stop", "prefill", (0,)), ("raise", "decode", (2,))}
+QUICK_STAGES = {("kill", "decode", (1,), "on"), ("stop", "prefill", (0,), "on"), ("raise", "decode", (2,), "off")}
 
 
 @pytest.mark.parametrize(
@@ -199,12 +200,37 @@ QUICK_STAGES = {("kill", "decode", (1,)), ("stop", "prefill", (0,)), ("raise", "
         pytest.param(
             case,
             id=_name(case),
-            marks=() if (case.fault, case.phase, case.victims) in QUICK_STAGES else pytest.mark.slow,
+            marks=() if (case.fault, case.phase, case.victims, case.sharing) in QUICK_STAGES else pytest.mark.slow,
         )
         for case in STAGES
     ],
 )
 def test_a_stage_that_is_lost_is_named_by_the_others(case: Case, ranks: Ranks) -> None:
+    check(ranks, case)
+
+
+MEETINGS = [
+    Case(fault, phase, (victim,), "on", timeout_s=HANG_TIMEOUT_S if fault in HANGS else 30.0)
+    for fault in ("kill", "stop", "raise")
+    for phase in ("send", "permute", "exchange", "scatter")
+    for victim in VICTIMS
+]
+QUICK_MEETINGS = {("kill", "send", (1,)), ("stop", "exchange", (2,))}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(
+            case,
+            id=_name(case),
+            marks=() if (case.fault, case.phase, case.victims) in QUICK_MEETINGS else pytest.mark.slow,
+        )
+        for case in MEETINGS
+    ],
+)
+def test_a_rank_that_is_lost_in_a_message_is_named_by_the_others(case: Case, ranks: Ranks) -> None:
+    """Also by one that only sends, and awaits nothing."""
     check(ranks, case)
 
 

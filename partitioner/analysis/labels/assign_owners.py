@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from partitioner.analysis.labels.index_sets import Lattice
 from partitioner.sharding.index_set import IndexSet
 
-__all__ = ["Owned", "dealt_indices", "divide", "index_set"]
+__all__ = ["Owned", "dealt_indices", "divide", "index_set", "runs_of"]
 
 Atom = frozenset[int]
 
@@ -143,10 +144,13 @@ def dealt_indices(indices: Tensor, rank_of: Tensor, ranks: int) -> tuple[IndexSe
 
 def index_set(flags: Tensor) -> IndexSet:
     """The places where a vector is true."""
-    found = torch.nonzero(flags).flatten()
-    if not found.numel():
+    return runs_of(flags.numpy())
+
+
+def runs_of(flags: Any) -> IndexSet:
+    """The same of an array of numpy, whose ops on a few numbers take a tenth of the time of torch's."""
+    if not len(flags):
         return IndexSet(())
-    gaps = torch.nonzero(found.diff() > 1).flatten()
-    starts = torch.cat([found[:1], found[gaps + 1]]).tolist()
-    stops = torch.cat([found[gaps], found[-1:]]).tolist()
-    return IndexSet(tuple((a, b + 1) for a, b in zip(starts, stops, strict=True)))
+    turns = ((flags[1:] != flags[:-1]).nonzero()[0] + 1).tolist()
+    ends = [*([0] if flags[0] else []), *turns, *([len(flags)] if flags[-1] else [])]
+    return IndexSet(tuple(zip(ends[::2], ends[1::2], strict=True)))

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx
 
-from partitioner.analysis.labels.assign_owners import index_set
+from partitioner.analysis.labels.assign_owners import runs_of
 from partitioner.analysis.labels.index_sets import compact
 from partitioner.analysis.layouts.infer_layout import Inference, Layouts, layout_of, sizes_read
 from partitioner.analysis.rules.data_movement import IDENTITIES, run_move
 from partitioner.errors import PlanError
 from partitioner.program.node_arguments import arguments, evaluate, map_nodes, node_values, operation, shape_at
-from partitioner.program.program import Program, Value
+from partitioner.program.program import Program
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Layout, Rows, Split, in_order, points
 from partitioner.sharding.mesh import Mesh
@@ -64,7 +65,7 @@ def infer_move(program: Program, node: fx.Node, layouts: Layouts) -> Inference:
         held = {n: _held(given[n], program.mesh, place) for n in sources}
         key = tuple(held.values())
         if key not in known:  # the splits of two dims are independent: many coordinates, few different parts
-            found = _moved(program, node, {n: _marks(held[n], n.meta["val"], ones) for n in sources}, ones)
+            found = _moved(program, node, held, ones)
             if isinstance(found, str):
                 return Inference((), requires, found)
             known[key] = found
@@ -114,20 +115,47 @@ def _held(layout: Layout, mesh: Mesh, place: dict[str, int]) -> tuple[IndexSet |
     return tuple(dim.at(mesh, place) if isinstance(dim, Split) else None for dim in layout.dims)
 
 
-def _moved(program: Program, node: fx.Node, marks: dict[fx.Node, Tensor], ones: Any) -> list[list[IndexSet]] | str:
-    """Per output, per dim, the indices that come out of a rank's marks; or why they are no product."""
+Sets = list[list[IndexSet]]
+_known: dict[Any, Sets | str] = {}
+"""What moves yielded, by all that it follows from: layers are alike, and so are the programs of one model."""
+_KEPT = 1 << 12
+
+
+def _moved(program: Program, node: fx.Node, held: dict[fx.Node, tuple[IndexSet | None, ...]], ones: Any) -> Sets | str:
+    """Per output, per dim, the indices that come out of what a rank holds; or why they are no product."""
+    operands = [(sets, shape_at(n.meta["val"], ones)) for n, sets in held.items()]
+    places = {n: _Operand(i) for i, n in enumerate(held)}
 
     def argument(n: fx.Node) -> Any:
-        return marks[n] if n in marks else evaluate(n.meta["val"], ones)
+        return places[n] if n in places else evaluate(n.meta["val"], ones)
 
-    args, kwargs = program.whole((node.args, dict(node.kwargs)))
+    args, kwargs = map_nodes(program.whole((node.args, dict(node.kwargs))), argument)
+    key = node.target, repr((args, kwargs)), tuple(operands)
+    found = _known.get(key)
+    if found is None:
+        marks = [_marks(sets, shape) for sets, shape in operands]
+        if len(_known) >= _KEPT:
+            _known.clear()
+        found = _known[key] = _run_on(node, marks, args, kwargs)
+    return found
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """Stands for the i-th tensor."""
+
+    place: int
+
+
+def _run_on(node: fx.Node, marks: list[Tensor], args: Any, kwargs: Any) -> Sets | str:
+    args, kwargs = fx.node.map_aggregate((args, kwargs), lambda a: marks[a.place] if isinstance(a, _Operand) else a)
     try:
-        found = run_move(node, map_nodes(args, argument), map_nodes(kwargs, argument))
+        found = run_move(node, args, kwargs)
     except (RuntimeError, IndexError, ValueError) as error:
         return f"sizes that depend on data: {error}"
     sets = [_product(output) for output in (found if isinstance(found, (list, tuple)) else [found])]
-    held = [each for each in sets if each is not None]
-    return held if len(held) == len(sets) else "what a rank would hold is not a product of index sets"
+    whole = [each for each in sets if each is not None]
+    return whole if len(whole) == len(sets) else "what a rank would hold is not a product of index sets"
 
 
 def _over_fewest_axes(split: Split, mesh: Mesh) -> Split:
@@ -253,9 +281,8 @@ def _with_rows(layout: Layout, rows: dict[int, Rows]) -> Layout:
 # -- marks -------------------------------------------------------------------------------------------------------------
 
 
-def _marks(held: tuple[IndexSet | None, ...], value: Value, ones: Any) -> Tensor:
+def _marks(held: tuple[IndexSet | None, ...], shape: tuple[int, ...]) -> Tensor:
     """Present or absent for each element of one rank; all free for an operand that every rank holds whole."""
-    shape = shape_at(value, ones)
     divided = [dim for dim, indices in enumerate(held) if indices is not None]
     marks = torch.full([1] * len(shape), _PRESENT if divided else _FREE, dtype=torch.int8)
     for dim in divided:
@@ -272,31 +299,28 @@ def _product(marks: Tensor) -> list[IndexSet] | None:
     """Per dim the indices to hold: those with a present element, or with nothing but free ones. None: not a product."""
     if not marks.numel():
         return [IndexSet.range(0, size) for size in marks.shape]
-    small = compact(marks)
+    small = compact(marks).numpy()
+    present, taken, absent = small == _PRESENT, small != _FREE, small == _ABSENT
     keep = []
-    for dim in range(marks.ndim):
-        if small.shape[dim] == 1 and marks.shape[dim] != 1:
-            keep.append(IndexSet.range(0, marks.shape[dim]))
+    for dim, size in enumerate(marks.shape):
+        if small.shape[dim] == 1 and size != 1:
+            keep.append(IndexSet.range(0, size))
             continue
-        others = [d for d in range(marks.ndim) if d != dim]
-        present = (small == _PRESENT).amax(others) if others else small == _PRESENT
-        taken = (small != _FREE).amax(others) if others else small != _FREE
-        keep.append(index_set(present | ~taken))
-    held = small
+        others = tuple(d for d in range(marks.ndim) if d != dim)
+        keep.append(runs_of(present.any(others) | ~taken.any(others)))
+    if absent.any() and not present.any():
+        return _nothing(small.shape, marks)
     for dim, indices in enumerate(keep):
-        if indices.size != held.shape[dim] and small.shape[dim] == marks.shape[dim]:
-            held = held.index_select(dim, torch.tensor(indices.indices(), dtype=torch.int64))
-    absent_everywhere = not bool((small == _PRESENT).any())
-    if absent_everywhere and bool((small == _ABSENT).any()):
-        return _nothing(small, marks)
-    return None if bool((held == _ABSENT).any()) else keep
+        if indices.size != small.shape[dim] and small.shape[dim] == marks.shape[dim]:
+            absent = absent.take(indices.indices(), dim)
+    return None if absent.any() else keep
 
 
-def _nothing(small: Tensor, marks: Tensor) -> list[IndexSet]:
+def _nothing(small: tuple[int, ...], marks: Tensor) -> list[IndexSet]:
     """A rank that holds nothing: empty along the innermost dim that tells absent from free, whole along the others.
 
     `symbols are 1`: a dim of size 1 is taken only where no larger one was split, and never an expanded one.
     """
-    own = [d for d in range(marks.ndim) if small.shape[d] == marks.shape[d]]
+    own = [d for d in range(marks.ndim) if small[d] == marks.shape[d]]
     empty = max((d for d in own if marks.shape[d] > 1), default=own[-1])
     return [IndexSet.range(0, 0 if d == empty else size) for d, size in enumerate(marks.shape)]

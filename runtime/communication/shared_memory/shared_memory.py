@@ -30,6 +30,7 @@ from torch import Tensor
 
 from partitioner.errors import RankMismatch
 from runtime.communication.channels import require_piece
+from runtime.communication.group_collectives import sum_in_order
 from runtime.communication.matching_calls import Call
 from runtime.communication.shared_memory.build_native import CannotBuild, Native, load
 from runtime.communication.shared_memory.mailboxes import Mailboxes, declare
@@ -121,16 +122,14 @@ class SharedMemory:
         mailboxes = native.library.post_bytes(num_ranks)
         return Segment.create(_bytes_of_parts(num_ranks, slot_bytes) + mailboxes, num_ranks * (arena // 4096 * 4096))
 
-    def all_reduce(
-        self, call: Call, *, overwrite: bool, otherwise: Callable[[Tensor], Tensor]
-    ) -> Callable[[Tensor], Tensor]:
-        """`otherwise` takes the tensors whose dtype is not summed here."""
+    def all_reduce(self, call: Call, *, overwrite: bool) -> Callable[[Tensor], Tensor]:
         group, start = self._group, self._library.group_all_reduce
+        gather = self.all_gather(call, dim=0)
 
         def run(x: Tensor) -> Tensor:
             kind = _TYPES.get(x.dtype)
             if kind is None:
-                return otherwise(x)
+                return sum_in_order(gather(x[None]).unbind(0))  # of whole numbers, which are few
             if not x.is_contiguous():
                 x = out = x.contiguous()
             else:
@@ -181,7 +180,8 @@ class SharedMemory:
             "send": self.messages.send,
             "receive": self.messages.receive,
         }
-        return begins[kind](call, **options)
+        prepared: Callable[..., Any] = begins[kind](call, **options)
+        return prepared
 
     def close(self) -> None:
         """Take part in nothing any more; ranks that wait for this one are told."""

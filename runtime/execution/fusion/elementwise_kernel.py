@@ -18,7 +18,7 @@ from runtime.ops.kernels.decode.activations_kernel import activated
 __all__ = ["add_norm", "gate", "rotate"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "x_b", "cos_b", "sin_b", "out_b"])
 def rotate(
     x, cos, sin, out, heads, size,
     x_b, x_h, x_s, x_d, cos_b, cos_h, cos_s, cos_d, sin_b, sin_h, sin_s, sin_d, out_b, out_h, out_s,

@@ -17,7 +17,6 @@ All ranks of a replica are told the same in the same order, and so do the same: 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -28,6 +27,7 @@ from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
 from runtime.generation.batching.choose_rows import Asked, Choice, RowChooser
+from runtime.generation.batching.chosen_steps import ChosenSteps
 from runtime.generation.batching.own_batches import DealtScheduler, OwnBatches
 from runtime.generation.batching.places import InBlocks, InRows, Places, Run, places_for
 from runtime.generation.batching.scheduler import Scheduler
@@ -37,12 +37,12 @@ from runtime.generation.generation_request import GenerationRequest
 from runtime.generation.steps import Loaded, Steps
 from runtime.kv_cache.cache_size import CacheSize, Room
 from runtime.sampling.grammar import Grammars
-from runtime.sampling.row_sampler import RowOptions
 
 __all__ = ["BatchLoop", "Told"]
 
 _log = logging.getLogger("partitioner")
-_NOTHING = RowOptions()
+_BEGINS_AHEAD = False
+"""Whether captured steps begin before the host has read the latest."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class BatchLoop:
         """Those for which a cache that was set aside later has no room."""
         self._counts = Counts()
         self._turn = 0
-        self._why_behind = ""
         self._places: Places | None = None
         """None until the cache is set aside."""
+        self.in_steps: ChosenSteps | None = None
 
     def reserve(self, size: CacheSize) -> Room:
         """A collective: sets another cache aside. Sequences that are under way run their tokens again in it."""
@@ -105,6 +105,7 @@ class BatchLoop:
         self._release()
         self._set_aside()
         assert self._places is not None
+        self._begin_all_sizes()
         for number, asked in self._asked.items():  # in the order in which they came
             try:
                 self.scheduler.add(number, asked.text, most=asked.longest, piece=asked.settings.prefill_step)
@@ -140,8 +141,9 @@ class BatchLoop:
         if isinstance(self.scheduler, DealtScheduler):
             works = self.scheduler.next_of_all(turn)
             return [*refused, *(told for done in self._own.advance(works) for told in self._learn(*done))]
-        work = self.scheduler.next(turn)
-        run = None if work is None else self._places.run_of(work, self.scheduler.last_of)
+        run = None if self.in_steps is None else self.in_steps.under_way
+        if run is None and (work := self.scheduler.next(turn)) is not None:
+            run = self._places.run_of(work, self.scheduler.last_of)
         done = self._runner.advance(run)
         return refused if done is None else refused + self._learn(*done)
 
@@ -159,7 +161,7 @@ class BatchLoop:
             "why_not_kept": self._places.why_not_kept,
             "why_not_packed": self._places.why_not_packed,
             "why_eager": self._why_eager,
-            "why_chosen_behind": self._why_behind,
+            "why_chosen_behind": "" if self.in_steps is None else self.in_steps.why_behind,
         }
 
     def release(self) -> None:
@@ -216,6 +218,12 @@ class BatchLoop:
             DealtScheduler(limits, self._parts, self._counts) if self._parts > 1 else Scheduler(limits, self._counts)
         )
         self._turn = 0
+        if isinstance(places, InBlocks):
+            scheduler = self.scheduler if isinstance(self.scheduler, Scheduler) else None
+            self.in_steps = ChosenSteps(
+                places, self._steps, scheduler, self._chooser, self._asked,
+                few_sizes=self._decoding["compile"], ahead=_BEGINS_AHEAD,
+            )  # fmt: skip
         self._runner: _Runner = _OneStage(self)
         if program.stage is not None:
             assert self._decode_by.program.stage is not None
@@ -256,6 +264,20 @@ class BatchLoop:
         return self._steps.execute(
             run.piece, received, decode=run.work.decode, rows=run.rows, least=run.least, like=run.like
         )
+
+    def _begin_all_sizes(self) -> None:
+        """Captures steps of all numbers of rows, and has kernels compiled that others need: once, and not amid requests
+        that come and go.
+        """
+        places, captured = self._places, self._decoding["cuda_graph"] and self._from_fixed_memory
+        alone = isinstance(self.scheduler, Scheduler) and self.program.stage is None
+        if not (captured and alone and isinstance(places, InBlocks)):
+            return
+        with torch.no_grad():
+            for size in places.sizes(few_sizes=self._decoding["compile"]):
+                if places.limits.packs:
+                    self.run(places.of_nobody(size))
+                places.begin_size(self._steps, size)
 
     def _named(self, number: int) -> int | None:
         """How many of the most probable tokens a sequence is told as well, if any."""
@@ -302,38 +324,6 @@ class BatchLoop:
         captured = self._decoding["cuda_graph"] and self._from_fixed_memory
         return captured and run.work.decode and self._profiler.recording is None
 
-    def choose_in_step(self, run: Run) -> dict[int, Choice]:
-        """The programs on the tokens of a step, and the next ones: of most rows by the same step."""
-        assert isinstance(self._places, InBlocks)
-        numbers = self.sampled(run.work)
-        wanted = set(numbers)
-        turns = [turn for _, turn in sorted(zip(run.at, run.work.turns, strict=True), key=lambda each: each[0])]
-        asked = [self._asked.get(turn.number) for turn in turns]
-        theirs = [self._asked.get(turn.number) for work in run.others for turn in work.turns]
-        reasons = (each.on_host for each in (theirs if run.others else asked) if each is not None)
-        self._why_behind = next(filter(None, reasons), self._why_behind)
-        rows, also = (
-            [_NOTHING if each is None or each.on_host else each.row_options() for each in some]
-            for some in (asked, theirs)
-        )
-        self._places.before(run)
-        few_sizes = self._decoding["compile"]
-        said, logits = self._places.choose(self._steps, run, rows, few_sizes=few_sizes, also=also)
-        found: dict[int, Choice] = {}
-        behind = []
-        told = zip(turns, asked, said.T.tolist(), strict=True)
-        for at, (turn, each, (token, best, is_certain, logprob)) in enumerate(told):
-            if turn.number not in wanted or each is None:
-                continue
-            if each.on_host or not is_certain or not math.isfinite(best):
-                behind.append((at, turn.number, each))
-            else:
-                found[turn.number] = Choice(int(token), logprob if each.settings.logprobs else None)
-        if behind:
-            choices = self._chooser.choose(logits[[at for at, _, _ in behind]], [each for _, _, each in behind])
-            found |= {number: choice for (_, number, _), choice in zip(behind, choices, strict=True)}
-        return {number: found[number] for number in numbers}
-
     def sampled(self, work: Work) -> list[int]:
         """The sequences of a step that are to be told a token: they have none left to run, and are still wanted."""
         return [turn.number for turn in work.turns if turn.samples and turn.number in self._asked]
@@ -355,7 +345,7 @@ class BatchLoop:
     def _release(self) -> None:
         if self._places is not None:
             self._steps.release()
-            self._places = None
+            self._places = self.in_steps = None
 
 
 class _OneStage:
@@ -367,6 +357,6 @@ class _OneStage:
     def advance(self, run: Run | None) -> tuple[Work, dict[int, Choice]] | None:
         if run is None:
             return None
-        if self._loop.chooses_in_step(run):
-            return run.work, self._loop.choose_in_step(run)
+        if self._loop.in_steps is not None and self._loop.chooses_in_step(run):
+            return self._loop.in_steps.advance(run)
         return run.work, self._loop.choose(run, self._loop.run(run))

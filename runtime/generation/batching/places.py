@@ -21,9 +21,9 @@ from torch import Tensor
 from runtime.communication.communicator import Communicator
 from runtime.execution.prompts.piece import Piece
 from runtime.generation.batching.packing import TOKENS_SHARED_OUT, why_not_packed
-from runtime.generation.batching.row_texts import SharedOut
+from runtime.generation.batching.prefixes.row_texts import SharedOut
 from runtime.generation.batching.work import Limits, Turn, Work
-from runtime.generation.decode_graphs import Chosen, Decoder
+from runtime.generation.decode_graphs import Begun, Decoder
 from runtime.generation.steps import Steps
 from runtime.kv_cache.batch import PagedRows
 from runtime.kv_cache.cache import Cache
@@ -38,8 +38,11 @@ from runtime.sampling.row_sampler import RowOptions
 __all__ = ["InBlocks", "InRows", "Places", "Run", "places_for"]
 
 _DEFAULT_MEMORY = "0.5 of free"
-_BESIDE = 128
-"""Tokens of prompts between two tokens of others, where a step takes as long as it has tokens: on a CPU."""
+_BESIDE, _BESIDE_ON_GPU = 128, 2048
+"""Tokens of prompts between two tokens of others. On a CPU a step takes as long as it has tokens. A GPU has computed
+fewer than these of an 8B decoder before its host has launched the step: less would make a prompt later, and nobody
+sooner.
+"""
 _MOST_TOKENS = 1 << 15
 """Of a row, where nobody gave a size."""
 _GIVEN_UP = (
@@ -118,7 +121,7 @@ class InBlocks:
             blocks=size.blocks,
             block_size=size.block_size,
             budget=budget,
-            beside=_BESIDE if device.type == "cpu" else None,
+            beside=_BESIDE if device.type == "cpu" else _BESIDE_ON_GPU,
             packs=not why_not_packed,
             piece=program.limits.get("sequence", (1, None))[1],
             # a state per sequence would count a token twice with which a shorter row is filled up
@@ -160,7 +163,7 @@ class InBlocks:
         decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
         return decoder.of_first(len(run.piece.tokens), tokens, positions, received)
 
-    def choose(
+    def begin(
         self,
         steps: Steps,
         run: Run,
@@ -168,18 +171,42 @@ class InBlocks:
         *,
         few_sizes: bool,
         also: Sequence[RowOptions] = (),
-    ) -> Chosen:
-        """The same with the choice of each row in it, as `rows` ask; also: as `Decoder.choose` has it."""
+    ) -> tuple[Decoder, Begun]:
+        """The same with the choice of each row in it, as `rows` ask; also: as `Decoder.begin` has it."""
         decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
-        said, logits = decoder.choose(rows, tokens, positions, also=also)
-        return Chosen(said[:, : len(rows)], logits[: len(rows)])
+        return decoder, decoder.begin(rows, tokens, positions, also=also)
+
+    def again(self, decoder: Decoder, begun: Begun, run: Run) -> Begun:
+        """The step behind one that may not be over; run: of the same rows, whose tokens nobody knows yet."""
+        assert isinstance(self.cache, PagedCache)
+        assert isinstance(run.rows, PagedRows)
+        self.cache.fix(run.rows, decoder.batch)
+        return decoder.again(begun)
+
+    def sizes(self, *, few_sizes: bool) -> list[int]:
+        """Rows of compiled and captured steps, in ascending order: one, then powers of two up to all."""
+        most = self.limits.rows
+        return sorted({1, most, *(() if few_sizes else (1 << power for power in range((most - 1).bit_length())))})
+
+    def begin_size(self, steps: Steps, size: int) -> None:
+        """A captured step of so many rows of nobody, so that none who comes has to wait for it."""
+        assert isinstance(self.cache, PagedCache)
+        self.cache.fix(PagedRows((), ()), size)
+        steps.decoder(size).begin([RowOptions()] * size, [0] * size, [0] * size).wait()
+
+    def of_nobody(self, size: int) -> Run:
+        """A prompt amid so many rows with long texts, or one less; none of these is anybody's."""
+        row, far = self._size.rows, self.cache.max_length - 1
+        others = min(size, self.limits.rows - 1)
+        turns = [*[Turn(-1, row, far, (0,), True, (), 0)] * others, Turn(-1, row, 0, (0, 0), True, (), 0)]
+        return self.run_of(Work(tuple(turns), decode=False, group=0, packed=True), lambda _: (0, 0))
 
     def _decoder(self, steps: Steps, run: Run, *, few_sizes: bool) -> tuple[Decoder, list[int], list[int]]:
         """With the tokens and positions that it takes."""
         assert isinstance(self.cache, PagedCache)
         assert isinstance(run.rows, PagedRows)
-        count, most = len(run.piece.tokens), self.limits.rows
-        batch = 1 if count == 1 else most if few_sizes else min(most, 1 << (count - 1).bit_length())
+        count = len(run.piece.tokens)
+        batch = next(size for size in self.sizes(few_sizes=few_sizes) if count <= size)
         self.cache.fix(run.rows, batch)
         rest = [0] * (batch - count)
         return steps.decoder(batch), [row[0] for row in run.piece.tokens] + rest, [*run.piece.starts, *rest]

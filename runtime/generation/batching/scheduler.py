@@ -27,8 +27,8 @@ from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Tokens
 
 from partitioner.errors import InputError
-from runtime.generation.batching.blocks import BlockPool
-from runtime.generation.batching.row_texts import RowTexts, alike
+from runtime.generation.batching.prefixes.blocks import BlockPool
+from runtime.generation.batching.prefixes.row_texts import RowTexts, alike
 from runtime.generation.batching.sequence import Sequence
 from runtime.generation.batching.work import Counts, Limits, Turn, Work
 
@@ -168,7 +168,8 @@ class Scheduler:
                 sequence = next((each for each in self._waiting if each.number == turn.number), None)
             self._pending.difference_update(turn.keys)
             if sequence is not None and sequence.row >= 0:
-                for index, key in enumerate(turn.keys, turn.start // size):
+                keys = turn.keys or self._completed(sequence, turn.start, end)
+                for index, key in enumerate(keys, turn.start // size):
                     self.pool.keep(sequence.blocks[index], key)
                 self._give_back(sequence)
             if sequence is not None and turn.number in chosen:
@@ -287,9 +288,6 @@ class Scheduler:
         is_even = count % self._multiple == 0 or start + count == len(sequence.tokens)
         return is_even and start == turns[0].start and row in (min(rows) - 1, max(rows) + 1)
 
-    def _next_row(self) -> int | None:
-        return self.pool.next(fresh=self._texts is not None)
-
     def _source(self, sequence: Sequence) -> tuple[int, int] | None:
         """Which prefix a sequence that has no row of the cache yet takes over."""
         found = None if self._texts is None or sequence.blocks else self._texts.longest(sequence.tokens)
@@ -315,20 +313,14 @@ class Scheduler:
         """decode: None for whether every turn is left with one token."""
         left = tuple(turn for turn in turns if self._is_on(turn))
         if len(left) < len(turns):
-            for turn in turns:
-                if not self._is_on(turn):
-                    self._pending.difference_update(turn.keys)
+            self._pending.difference_update(*(turn.keys for turn in turns if not self._is_on(turn)))
         if not left:
             return None
         if decode is None:
             decode = all(len(turn.tokens) == 1 for turn in left)
-        run = prompt = 0
-        for turn in left:
-            count = len(turn.tokens)
-            run += count
-            prompt += max(0, min(count, self._running[turn.number].known - turn.start))
+        prompt = sum(max(0, min(len(turn.tokens), self._running[turn.number].known - turn.start)) for turn in left)
         self.counts.prefill_tokens += prompt
-        self.counts.decode_tokens += run - prompt
+        self.counts.decode_tokens += sum(len(turn.tokens) for turn in left) - prompt
         return Work(left, decode, group, packed=self.limits.packs and not decode)
 
     def _is_on(self, turn: Turn) -> bool:
@@ -353,11 +345,8 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return None
-        size, start = self.limits.block_size, sequence.computed
-        keys: tuple[bytes, ...] = ()
-        if self.limits.keeps_prefixes and start // size < end // size:
-            keys = tuple(sequence.key(index, size) for index in range(start // size, end // size))
-            self._pending.update(keys)
+        start, keys = sequence.computed, self._completed(sequence, sequence.computed, end)
+        self._pending.update(keys)
         return Turn(
             sequence.number,
             sequence.row,
@@ -369,6 +358,13 @@ class Scheduler:
             keys=keys,
             source=source,
         )
+
+    def _completed(self, sequence: Sequence, start: int, end: int) -> tuple[bytes, ...]:
+        """Keys of the blocks that tokens `start` to `end` complete, where they may be shared."""
+        size = self.limits.block_size
+        if not self.limits.keeps_prefixes or start // size == end // size:
+            return ()
+        return tuple(sequence.key(index, size) for index in range(start // size, end // size))
 
     def _preempt(self, sequence: Sequence) -> None:
         self.counts.preemptions += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from runtime.generation.batching.blocks import key_of
+from runtime.generation.batching.prefixes.blocks import key_of
 
 __all__ = ["Sequence"]
 

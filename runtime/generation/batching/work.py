@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from runtime.generation.batching.row_texts import SharedOut
+from runtime.generation.batching.prefixes.row_texts import SharedOut
 
 __all__ = ["Counts", "Limits", "Turn", "Work"]
 

@@ -108,9 +108,13 @@ def _shared(device: torch.device) -> int:
 
 
 def _splits(pairs: int, slots: int, tile: int, device: torch.device, *, each: int) -> int:
-    """So many parts that processors have `each` about, however long rows are; of short rows, one for each tile."""
+    """So many parts that processors have `each` about, however long rows are; of short rows, one for each tile.
+
+    A power of two: the kernel is compiled for each number, and rows come and go.
+    """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return max(1, min(each * processors // pairs, _MOST_SPLITS, _power_of_2(-(-slots // tile))))
+    most = min(each * processors // pairs, _MOST_SPLITS, _power_of_2(-(-slots // tile)))
+    return 1 << max(0, most.bit_length() - 1)
 
 
 def decode_attention(

@@ -53,33 +53,33 @@ def largest(
         tl.store(counters + row, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def best(
-    messages, told, RANKS: tl.constexpr, RANKS_PADDED: tl.constexpr, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr,
+    messages, told, rows, RANKS: tl.constexpr, RANKS_PADDED: tl.constexpr, ROWS_PADDED: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Messages [RANKS, ROWS, 2]; told [4, ROWS]: tokens, logits, 1, 0. Of equal logits the lowest token."""
+    """Messages [RANKS, rows, 2]; told [4, rows]: tokens, logits, 1, 0. Of equal logits the lowest token."""
     _wait(EARLY)
     rank, row = tl.arange(0, RANKS_PADDED), tl.arange(0, ROWS_PADDED)
-    there = (rank < RANKS)[:, None] & (row < ROWS)[None, :]
-    at = messages + (rank[:, None] * ROWS + row[None, :]) * 2
+    there = (rank < RANKS)[:, None] & (row < rows)[None, :]
+    at = messages + (rank[:, None] * rows + row[None, :]) * 2
     logits = tl.load(at, mask=there, other=float("-inf"))
     tokens = tl.load(at + 1, mask=there, other=float("inf"))
     is_none = tl.max((logits != logits).to(tl.int32), axis=0) == 1
     top = tl.max(tl.where(logits != logits, float("-inf"), logits), axis=0)
     token = tl.min(tl.where((logits < top[None, :]) & ~is_none[None, :], float("inf"), tokens), axis=0)
-    live = row < ROWS
+    live = row < rows
     tl.store(told + row, token, mask=live)
-    tl.store(told + ROWS + row, tl.where(is_none, float("nan"), top), mask=live)
-    tl.store(told + 2 * ROWS + row, row.to(tl.float64) * 0.0 + 1.0, mask=live)
-    tl.store(told + 3 * ROWS + row, row.to(tl.float64) * 0.0, mask=live)
+    tl.store(told + rows + row, tl.where(is_none, float("nan"), top), mask=live)
+    tl.store(told + 2 * rows + row, row.to(tl.float64) * 0.0 + 1.0, mask=live)
+    tl.store(told + 3 * rows + row, row.to(tl.float64) * 0.0, mask=live)
 
 
-@triton.jit
-def advance(told, ids, positions, steps, ROWS: tl.constexpr, ROWS_PADDED: tl.constexpr):
-    """Ids [ROWS] become the tokens that were told; positions and steps [ROWS] are one further."""
+@triton.jit(do_not_specialize=["rows"])
+def advance(told, ids, positions, steps, rows, ROWS_PADDED: tl.constexpr):
+    """Ids [rows] become the tokens that were told; positions and steps [rows] are one further."""
     row = tl.arange(0, ROWS_PADDED)
-    live = row < ROWS
+    live = row < rows
     tl.store(ids + row, tl.load(told + row, mask=live, other=0.0).to(tl.int64), mask=live)
     tl.store(positions + row, tl.load(positions + row, mask=live, other=0) + 1, mask=live)
     tl.store(steps + row, tl.load(steps + row, mask=live, other=0) + 1, mask=live)

@@ -21,7 +21,7 @@ from runtime.ops.kernels.triton_needs import missing_for_triton
 
 __all__ = ["advance", "best", "largest", "takes"]
 
-_MOST_ROWS = 256
+_FEW_ROWS, _MOST_ROWS = 64, 256
 _LEAST_PIECE, _MOST_PIECES = 1024, 128
 """Columns of a program, and programs of a row."""
 
@@ -59,8 +59,8 @@ def best(messages: Tensor) -> Tensor:
     ranks, rows, _ = messages.shape
     told = torch.empty(4, rows, dtype=torch.float64, device=messages.device)
     likeliest_kernel.best[(1,)](
-        messages, told, RANKS=ranks, RANKS_PADDED=_power_of_2(ranks), ROWS=rows, ROWS_PADDED=_power_of_2(rows),
-        num_warps=1, **_early(messages.device),
+        messages, told, rows, RANKS=ranks, RANKS_PADDED=_power_of_2(ranks), ROWS_PADDED=_padded(rows), num_warps=1,
+        **_early(messages.device),
     )  # fmt: skip
     return told
 
@@ -71,9 +71,7 @@ def advance(told: Tensor, ids: Tensor, positions: Tensor, steps: Tensor) -> None
     if told.is_cuda and rows <= _MOST_ROWS and not missing_for_triton():
         from runtime.sampling.likeliest import likeliest_kernel  # Triton comes with torch for GPUs only
 
-        likeliest_kernel.advance[(1,)](
-            told, ids, positions, steps, ROWS=rows, ROWS_PADDED=_power_of_2(rows), num_warps=1
-        )
+        likeliest_kernel.advance[(1,)](told, ids, positions, steps, rows, ROWS_PADDED=_padded(rows), num_warps=1)
         return
     ids.copy_(told[0, :, None])
     positions.add_(1)
@@ -83,6 +81,11 @@ def advance(told: Tensor, ids: Tensor, positions: Tensor, steps: Tensor) -> None
 def _early(device: torch.device) -> dict[str, Any]:
     early = can_launch_early(device)
     return {"EARLY": early, **({"launch_pdl": True} if early else {})}
+
+
+def _padded(rows: int) -> int:
+    """Few sizes, each of which is compiled."""
+    return next(size for size in (1, _FEW_ROWS, _MOST_ROWS) if rows <= size)
 
 
 def _power_of_2(count: int) -> int:

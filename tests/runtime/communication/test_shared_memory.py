@@ -119,7 +119,7 @@ def test_sequence_numbers_wrap_around() -> None:
 
 def test_after_close_nothing_is_touched() -> None:
     memory = ends(2)
-    reduce = memory[0].all_reduce(Call(0, "n", "all_reduce", "tp"), overwrite=False, otherwise=torch.clone)
+    reduce = memory[0].all_reduce(Call(0, "n", "all_reduce", "tp"), overwrite=False)
     memory[0].close()
     with pytest.raises(Disconnected, match="closed or broken before this operation"):
         reduce(torch.ones(1))

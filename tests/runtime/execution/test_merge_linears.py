@@ -12,9 +12,11 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
 from runtime.execution.executable import Executable
+from runtime.ops.kernels.stored.stored_linear import stored_linear, stored_weight
 from runtime.program.rank_program import RankProgram, RunInput
 from runtime.program.shards import WeightShard
 from runtime.weights.load_weights import load_weights
+from tests.runtime.ops.test_stored import CODES, held
 from tests.support import zoo
 from tests.support.generated import prompts
 
@@ -119,6 +121,63 @@ def test_pairs_that_are_read_as_one_number_stay_where_they_can_be(gates, count):
     run = Executable(merged, weights, ThreadGroup(Mesh.of()).communicator(0), torch.device("cpu"))
     given = torch.randn(5, 8)
     torch.testing.assert_close(run([given]), given @ torch.cat([values["q"], values["gate"]]).T)
+
+
+def of_codes(code, heights, other_columns=False):
+    """A program of linears of one input whose weights are held as stored, and the weights as numbers, float64."""
+    graph = torch.fx.Graph()
+    x, values, numbers, outputs = graph.placeholder("x"), {}, [], []
+    for i, height in enumerate(heights):
+        parts, _ = held(code, height, 64, seed=i)
+        names = [f"{i}.{role}" for role in ("codes", "scales", "zeros", "rows", "columns")]
+        columns = held(code, 1, 64, seed=0)[0][4]
+        parts = (*parts[:4], columns.flip(0) if other_columns and i else columns)
+        weight = stored_weight(*parts, code=code, computed_in=torch.float64, dtype=torch.float64)
+        numbers.append(weight)
+        given = {name: part for name, part in zip(names, parts, strict=True) if part is not None}
+        values |= given
+        leaves = [graph.get_attr(name) if name in given else None for name in names]
+        options = {"code": code, "computed_in": torch.float64}
+        outputs.append(graph.call_function(stored_linear, (x, *leaves, None), options))
+    graph.output(graph.call_function(torch.cat, (outputs, -1)))
+    shards = tuple(
+        WeightShard(
+            name, value.dtype, tuple(value.shape), tuple(value.shape), (None,) * value.ndim, "checkpoint", (), ()
+        )
+        for name, value in values.items()
+    )
+    inputs = (RunInput("x", torch.float64, (5, 64), "required"),)
+    return RankProgram(lambda: graph, Mesh.of(), Mesh.of().coordinates(0), shards, inputs, values), torch.cat(numbers)
+
+
+def products(program):
+    return [node for node in program.graph.nodes if node.target is stored_linear]
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_weights_that_are_held_as_stored_are_merged(code, monkeypatch):
+    program, numbers = of_codes(code, (6, 3, 4))
+    weights = laid_out(program)
+    merged, more = merging.merge_linears(program, weights)
+    assert len(products(merged)) == 1
+    size = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes() for w in [*weights, *more]}
+    assert sum(size.values()) == sum(w.nbytes for w in weights) + 4 * 13, "nothing twice, but for rows' indices"
+    given = torch.randn(5, 64, dtype=torch.float64)
+
+    def error(program, weights):
+        run = Executable(program, weights, ThreadGroup(Mesh.of()).communicator(0), torch.device("cpu"))
+        return float((run([given]) - given @ numbers.T).abs().max())
+
+    assert error(merged, more) < 1e-11
+    monkeypatch.setattr(merging, "_moved_on", lambda indices, heights: torch.cat(list(indices)))
+    assert error(*merging.merge_linears(program, weights)) > 1e-2, "others' scales"
+
+
+def test_columns_that_share_other_scales_are_not_merged():
+    program, _ = of_codes("int4", (6, 3), other_columns=True)
+    merged, more = merging.merge_linears(program, laid_out(program))
+    assert len(products(merged)) == 2
+    assert len(more) == len(program.weights)
 
 
 def test_only_compiled_and_captured_steps_take_the_copy():

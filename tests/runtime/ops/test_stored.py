@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from runtime.ops.experts import grouped_linear
-from runtime.ops.kernels.stored.codes import FLOAT4, nibbles, pack_nibbles
+from runtime.ops.kernels.stored.codes import FLOAT4, Stored, nibbles, pack_nibbles
+from runtime.ops.kernels.stored.dot_rows import takes
 from runtime.ops.kernels.stored.stored_linear import stored_grouped_linear, stored_linear, stored_weight
 from runtime.ops.kernels.stored.stored_products import run_of
 from tests.runtime.ops.kernels.in_tritons_interpreter import assert_interpreted, needs_triton
@@ -189,3 +190,64 @@ for code, rows, (num_out, inner, run), way in itertools.product(CODES, (1, 2), [
 @needs_triton
 def test_products_of_few_rows_are_those_of_the_numbers_in_tritons_interpreter() -> None:
     assert_interpreted(FEW_ROWS, timeout_s=900)
+
+
+DOT_ROWS = """
+import torch
+from runtime.execution.fusion.operations import ACTIVATIONS
+from runtime.ops.kernels.stored.codes import Stored
+from runtime.ops.kernels.stored.dot_rows import dot_rows, takes
+from tests.runtime.ops.test_stored import held
+
+torch.manual_seed(0)
+for code, rows, num_out, inner, way in [
+    ("float8", 1, 37, 640, 2), ("float8", 3, 5, 1024, 3), ("int4", 1, 20, 640, 3), ("int4", 8, 37, 2048, 0),
+    ("int4", 2, 16, 128, 1), ("int4", 1, 3, 1024, 2),
+]:
+    weight, numbers = held(code, num_out, inner, run=128)
+    gate, others = held(code, num_out, inner, run=128, seed=1)
+    x, added = torch.randn(2, rows, inner).bfloat16()
+    norm = (torch.randn(inner).bfloat16() if way == 2 else None, 1e-5) if way else None
+    bias = torch.randn(num_out).bfloat16() if way == 0 else None
+    total = x + added if way >= 2 else x
+    h = total.double()
+    if norm is not None:
+        factor = torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)
+        h = factor * (h if norm[0] is None else (total * norm[0]).double())
+    wanted = h @ numbers.T + (0.0 if bias is None else bias.double())
+    if way in (1, 3):
+        wanted = wanted * ACTIVATIONS["silu"](h @ others.T)
+    named = {"gate": Stored(*gate, code), "act": "silu"} if way in (1, 3) else {}
+    named |= {"added": added} if way >= 2 else {}
+    assert takes(x, Stored(*weight, code), named.get("gate"))
+
+    def error(scales):
+        found = dot_rows(x, Stored(weight[0], scales, *weight[2:], code), bias, norm=norm, **named)
+        if way >= 2:
+            assert torch.equal(found[0], total)
+            found = found[1]
+        return float(((found.double() - wanted).abs() / (wanted.abs() + 1e-3 * wanted.abs().max())).max())
+
+    assert error(weight[1]) < 2**-7, (code, rows, num_out, way)
+    assert error(weight[1].flip(0)) > 2**-4
+"""
+
+
+@pytest.mark.slow
+@needs_triton
+def test_products_by_tensor_cores_are_those_of_the_numbers_in_tritons_interpreter() -> None:
+    assert_interpreted(DOT_ROWS, timeout_s=900)
+
+
+def test_which_products_tensor_cores_take() -> None:
+    def taken(code: str, rows: int, inner: int, run: int, dtype: torch.dtype = torch.bfloat16) -> bool:
+        return takes(torch.zeros(rows, inner, dtype=dtype), Stored(*held(code, 4, inner, run=run)[0], code))
+
+    assert taken("float8", 1, 640, 64)
+    assert taken("int4", 8, 640, 128)
+    assert not taken("int4", 1, 640, 64)
+    assert not taken("float8", 1, 640, 32)
+    assert not taken("int4", 1, 704, 128)
+    assert not taken("int4", 9, 640, 128)
+    assert not taken("int4", 1, 640, 128, torch.float16)
+    assert not taken("float4", 1, 640, 128)

@@ -28,7 +28,8 @@ from runtime.ops.kernels.decode.key_value_tile_kernel import (
 __all__ = ["decode"]
 
 
-@triton.jit(do_not_specialize=["ahead"])
+# what differs from run to run compiles nothing anew
+@triton.jit(do_not_specialize=["ahead", "slots", "table_row"])
 def decode(
     q,
     new_key,

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["FLOAT4", "exponents", "nibbles", "numbers", "pack_nibbles"]
+__all__ = ["FLOAT4", "Stored", "exponents", "nibbles", "numbers", "pack_nibbles"]
 
 FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The numbers of four bits with two of exponent and one of mantissa."""
 _BIAS = 127
+
+
+class Stored(NamedTuple):
+    """A weight [N, K] as `stored_linear.py` has it. code: "float8", "float4" or "int4"."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    rows: Tensor
+    columns: Tensor
+    code: str
 
 
 def numbers(codes: Tensor, code: str, dtype: torch.dtype) -> Tensor:

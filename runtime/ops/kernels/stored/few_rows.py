@@ -4,18 +4,21 @@
     few_rows(x, stored, gate=.., act="silu")         act(x gate^T) * (x weight^T)
     few_rows(x, stored, added=.., norm=(w, eps))     total = x + added [R, K], and the product of its rms_norm times w
 
-As `runtime/ops/kernels/decode/few_rows.py`, whose sums are of numbers that are rounded to x's dtype as well: here they
+Of bfloat16 by tensor cores (`dot_rows.py`), where columns share their scales in runs that are long enough. Otherwise as
+`runtime/ops/kernels/decode/few_rows.py`, whose sums are of numbers that are rounded to x's dtype as well: here they
 are multiplied as they are stored, and sums are scaled.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from runtime.ops.kernels.decode import few_rows as decode
+from runtime.ops.kernels.stored import dot_rows
+from runtime.ops.kernels.stored.codes import Stored
 from runtime.ops.kernels.stored.stored_products import CODES, run_of
 
 __all__ = ["Stored", "few_rows", "takes"]
@@ -31,24 +34,13 @@ _MOST_IDLE = 1.15
 """Chunks that threads are given, over those that there are."""
 
 
-class Stored(NamedTuple):
-    """A weight [N, K] as `stored_linear.py` has it. code: "float8", "float4" or "int4"."""
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor | None
-    rows: Tensor
-    columns: Tensor
-    code: str
-
-
 def takes(x: Tensor, weight: Stored, gate: Stored | None, *others: Tensor) -> bool:
     """Whether the kernel takes these: x [.., K] of a few rows, and codes whose columns share their scales in runs."""
-    if not decode.takes(x, *others, most_rows=_MOST_ROWS[weight.code]):
+    if not weight.codes.numel() or (gate is not None and not _alike(weight, gate)):
         return False
-    if not weight.codes.numel() or x.shape[-1] % _RUNS[weight.code]:
-        return False
-    if gate is not None and not _alike(weight, gate):
+    if decode.takes(x, *others, most_rows=dot_rows.MOST_ROWS) and dot_rows.takes(x, weight, gate):
+        return True
+    if not decode.takes(x, *others, most_rows=_MOST_ROWS[weight.code]) or x.shape[-1] % _RUNS[weight.code]:
         return False
     return all(run_of(each.columns) > 0 for each in (weight, gate) if each is not None)
 
@@ -73,6 +65,9 @@ def few_rows(
     """See the module's docstring: the product, or with `added` (which goes with `norm`) the total and the product."""
     from runtime.ops.kernels.stored import few_rows_kernel  # Triton comes with torch for GPUs only
 
+    if x.is_cuda and dot_rows.takes(x, weight, gate):
+        early = decode.can_launch_early(x.device)
+        return dot_rows.dot_rows(x, weight, bias, gate=gate, act=act, added=added, norm=norm, early=early)
     x = decode.in_rows(x)
     left = x if added is None else decode.in_rows(added)
     (rows, inner), num_out, run = x.shape, weight.codes.shape[0], _RUNS[weight.code]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from runtime.ops.kernels.stored.codes import Stored
+
 __all__ = ["CODES", "product", "run_of"]
 
 CODES = {"float8": 0, "float4": 1, "int4": 2}
@@ -57,8 +59,11 @@ def product(
     code: str,
 ) -> Tensor:
     """The product of x [.., K], [.., N]; with `counts`, x [T, K] is sorted by expert, and rows of none are zero."""
-    from runtime.ops.kernels.stored import stored_kernel  # Triton comes with torch for GPUs only
+    from runtime.ops.kernels.stored import dot_rows, stored_kernel  # Triton comes with torch for GPUs only
 
+    stored = Stored(codes, scales, zeros, rows, columns, code)
+    if counts is None and x.is_cuda and codes.numel() and dot_rows.takes(x, stored):
+        return dot_rows.dot_rows(x, stored, bias).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
     left = x.reshape(-1, x.shape[-1]).contiguous()
     codes, scales = codes.contiguous(), scales.contiguous()
     num_x, num_out, inner = left.shape[0], rows.shape[-1], columns.shape[0]

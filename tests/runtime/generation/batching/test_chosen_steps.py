@@ -5,6 +5,7 @@ What a GPU captures runs here as it is, step by step: the same ops on the same t
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from typing import Any
 
@@ -13,10 +14,13 @@ import torch
 
 from partitioner import Plan
 from partitioner.compile.partition import compile_program
-from runtime.generation.batching import places
+from partitioner.sharding.mesh import Mesh
+from runtime.communication.thread_communicator import ThreadGroup
+from runtime.generation.batching import batch_loop, chosen_steps, places
 from runtime.generation.batching.batch_loop import BatchLoop
 from runtime.generation.batching.choose_rows import RowChooser
 from runtime.generation.decode_graphs import Decoder
+from runtime.generation.generation_request import GenerationRequest
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.sampling import row_sampler
 from tests.runtime.generation.batching import many_requests
@@ -158,3 +162,111 @@ def test_tokens_that_are_given_are_not_chosen(in_steps: Counter[str]) -> None:
     in_steps["on"] = 1
     assert torch.allclose(held.log_probabilities(texts), expected, atol=1e-9, rtol=0)
     assert in_steps["steps"] > 4
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch, in_steps: Counter[str]) -> Counter[str]:
+    """`in_steps`, each begun before the one before it is read; counts those."""
+    again = Decoder.again
+
+    def counted(decoder: Decoder, *args: Any, **kwargs: Any) -> Any:
+        in_steps["ahead"] += 1
+        return again(decoder, *args, **kwargs)
+
+    monkeypatch.setattr(batch_loop, "_BEGINS_AHEAD", True)
+    monkeypatch.setattr(Decoder, "again", counted)
+    in_steps["on"] = 1
+    return in_steps
+
+
+def ending_early(cases: list[Case], alone: list[list[int]]) -> list[Case]:
+    """Every other one ends with a token that it is told on its way."""
+    return [
+        Case(case.prompt, {**case.options, "eos_token_id": [told[len(told) // 2]]}, case.arrival, case.cancelled)
+        if number % 2 and len(told) > 3
+        else case
+        for number, (case, told) in enumerate(zip(cases, alone, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_step_that_begins_before_the_latest_is_read_tells_the_same(tp: int, ahead: Counter[str]) -> None:
+    """Rows that end, come, are cancelled, or are chosen by the host meanwhile; in a cache that is full now and then."""
+    drawn = {"max_new_tokens": 14, "do_sample": True, "seed": 3, "eos_token_id": []}
+    cases = [Case([3 + n, 5, 7 + n % 3], {**drawn, **PENALTIES[n % 4], "logprobs": True}, 3 * n) for n in range(8)]
+    cases += [
+        Case(list(range(2, 12 + n)), {"max_new_tokens": 16, "eos_token_id": []}, n, cancelled=(None, 7)[n % 2])
+        for n in range(4)
+    ]
+    cases.append(Case([4, 4], {"max_new_tokens": 9, "no_repeat_ngram_size": 2, "eos_token_id": []}, 12))
+    parts = compiled("llama", tp)
+    cases = ending_early(cases, many_requests.alone(parts, cases))
+    alone = many_requests.alone(parts, cases)
+    for size in (ROOMY, CacheSize(max_batch=1, max_length=64, prefill_step=16)):
+        before = ahead["ahead"]
+        found = on_all_ranks(parts, cases, size)
+        assert_as_alone(cases, found, alone)
+        assert ahead["ahead"] > before + 5
+
+
+def test_rows_that_were_not_certain_are_run_again(monkeypatch: pytest.MonkeyPatch, ahead: Counter[str]) -> None:
+    drawn = {"max_new_tokens": 12, "do_sample": True, "top_k": 0, "top_p": 0.95, "eos_token_id": []}
+    cases = [Case([3 + n, 5], {**drawn, "seed": n, "top_p": 0.95 if n % 2 else 1e-6}) for n in range(4)]
+    parts = compiled("llama", 1)
+    alone = many_requests.alone(parts, cases)
+    monkeypatch.setattr(row_sampler, "_LOOK", 4)
+    monkeypatch.setattr(row_sampler, "_LEAST", 2)
+    assert_as_alone(cases, on_all_ranks(parts, cases, ROOMY), alone)
+    assert ahead["ahead"] > 4
+    assert ahead["behind"] > 4
+    # what began with another token has to count for nothing
+    monkeypatch.setattr(chosen_steps._UnderWay, "void", property(lambda _: set(), lambda *_: None), raising=False)
+    with pytest.raises(AssertionError):
+        assert_as_alone(cases, on_all_ranks(parts, cases, ROOMY), alone)
+
+
+class Replayed:
+    """A graph that runs its ops again, into what they yielded when it was captured."""
+
+    def __init__(self, run: Any) -> None:
+        self._run, self.result = run, run()
+
+    def replay(self) -> None:
+        for held, new in zip(self.result, self._run(), strict=True):
+            held.copy_(new)
+
+    def reset(self) -> None:
+        pass
+
+
+def test_steps_are_captured_before_requests_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few numbers of rows; 200 requests of ever new lengths then capture nothing."""
+    captures: Counter[int] = Counter()
+
+    def capture(decoder: Decoder, run: Any, seen: int) -> Any:
+        captures[decoder.batch] += 1
+        graph = Replayed(lambda: run(seen))
+        return graph, graph.result
+
+    monkeypatch.setattr(Decoder, "_capture", capture)
+    monkeypatch.setattr(Decoder, "_captures", property(lambda _: True, lambda *_: None), raising=False)
+    parts = compiled("llama", 1)
+    engine = parts.engine(0, ThreadGroup(Mesh.of()).communicator(0))
+    loop = engine.batching(CacheSize(max_batch=1, max_length=400, prefill_step=64), rows=12)
+    loop._decoding["cuda_graph"] = True
+    loop.reserve(CacheSize(max_batch=1, max_length=400, prefill_step=64))
+    assert captures == {1: 1, 2: 1, 4: 1, 8: 1, 12: 1}
+    draw = random.Random(0)
+    lengths = [(draw.randrange(1, 16), draw.randrange(1, 4)) for _ in range(200)]
+    prompts = [[draw.randrange(3, 100) for _ in range(length)] for length, _ in lengths]
+    told: dict[int, list[int]] = {number: [] for number in range(200)}
+    for number, (prompt, (_, new)) in enumerate(zip(prompts, lengths, strict=True)):
+        options = {"max_new_tokens": new, "eos_token_id": []}
+        loop.add(number, GenerationRequest.of([prompt], None, options, eos_token_id=()))
+    while loop.status()["running"] + loop.status()["waiting"]:
+        for each in loop.step():
+            told[each.number].append(each.token)
+    assert sum(captures.values()) == 5
+    for number in range(0, 200, 40):
+        step = parts.stream([prompts[number]], max_new_tokens=lengths[number][1], eos_token_id=[])
+        assert told[number] == [each.tokens[0] for each in step]

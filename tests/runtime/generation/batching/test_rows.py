@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from partitioner import Plan
 from partitioner.errors import InputError
-from runtime.generation.batching.row_texts import RowTexts, SharedOut, alike
+from runtime.generation.batching.prefixes.row_texts import RowTexts, SharedOut, alike
 from runtime.generation.batching.scheduler import Scheduler
 from runtime.generation.batching.work import Limits
 from runtime.kv_cache.cache_size import CacheSize

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partitioner.errors import InputError
-from runtime.generation.batching.blocks import BlockPool, key_of
+from runtime.generation.batching.prefixes.blocks import BlockPool, key_of
 from runtime.generation.batching.scheduler import Scheduler
 from runtime.generation.batching.work import Limits, Work
 

@@ -1,0 +1,92 @@
+"""Products of up to eight rows of bfloat16 with codes, by tensor cores: `dot_rows_kernel.py`.
+
+dot_rows(x, weight, ..)   as `few_rows.few_rows` has it, for what `takes` says
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.ops.kernels.decode import few_rows as decode
+from runtime.ops.kernels.stored.codes import Stored
+from runtime.ops.kernels.stored.stored_products import CODES, run_of
+
+__all__ = ["MOST_ROWS", "dot_rows", "takes"]
+
+MOST_ROWS = 8
+"""Columns of the narrowest tile of tensor cores."""
+_TILE_N = 16
+_TILE_K = {"float8": 64, "int4": 128}
+"""Columns of a matrix that become one tile of tensor cores' operands, of 16 bytes of codes for each of four lanes."""
+_WARPS = 4
+_PARTS, _PARTS_WITH_GATE = 4, 2
+"""Tiles of a warp at a time."""
+_MOST_SQUARES = 4096
+"""Pairs of numbers whose squares are summed at a time."""
+
+
+def takes(x: Tensor, weight: Stored, gate: Stored | None = None) -> bool:
+    """Whether the kernel takes these: x [.., K] of a few rows, and tiles of codes whose columns share a scale."""
+    tile_k = _TILE_K.get(weight.code)
+    if tile_k is None or x.dtype != torch.bfloat16 or not 0 < x.shape[:-1].numel() <= MOST_ROWS or x.shape[-1] % tile_k:
+        return False
+    return all(run_of(each.columns) % tile_k == 0 < run_of(each.columns) for each in (weight, gate) if each is not None)
+
+
+def dot_rows(
+    x: Tensor,
+    weight: Stored,
+    bias: Tensor | None = None,
+    *,
+    gate: Stored | None = None,
+    act: str = "",
+    added: Tensor | None = None,
+    norm: tuple[Tensor | None, float] | None = None,
+    early: bool = False,
+) -> Any:
+    """The product, or with `added` the total and the product. early: weights may be read before the kernel before this
+    one has ended.
+    """
+    from runtime.ops.kernels.stored import dot_rows_kernel  # Triton comes with torch for GPUs only
+
+    x = _in_pairs(x)
+    left = x if added is None else _in_pairs(added)
+    (rows, pairs), num_out = x.shape, weight.codes.shape[0]
+    out = torch.empty(rows, num_out, dtype=torch.bfloat16, device=x.device)
+    total = x if added is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    scale, eps = (None, 0.0) if norm is None else norm
+    first, second = _given(weight), _given(weight if gate is None else gate)
+    parts = _PARTS if gate is None else _PARTS_WITH_GATE
+    programs = -(-num_out // _TILE_N)
+    dot_rows_kernel.dot_rows[(programs,)](
+        x, left, x if scale is None else _in_pairs(scale)[0], out, total, x if bias is None else bias.contiguous(),
+        *first, *second, eps, num_out, 2 * pairs, x.stride(0), left.stride(0),
+        first[0].stride(0), first[1].stride(0), second[0].stride(0), second[1].stride(0),
+        ROWS=rows, ADDS=added is not None, NORMS=norm is not None, WEIGHTED=scale is not None, ACT=act,
+        BIAS=bias is not None, CODE=CODES[weight.code], EXPONENTS=weight.scales.dtype == torch.uint8,
+        ZEROS=weight.zeros is not None, PTX=x.is_cuda, WARPS=_WARPS, PARTS=parts, SHARE=_power(-(-pairs // programs)),
+        DOUBLE=False, UNROLL=1, SQUARES=min(_MOST_SQUARES, _power(pairs)), EVEN=2 * pairs % (_TILE_K[weight.code] * _WARPS * parts) == 0,
+        EARLY=early, num_warps=_WARPS, **({"launch_pdl": True} if early else {}),
+    )  # fmt: skip
+    return out if added is None else (total.view(torch.bfloat16), out)
+
+
+def _in_pairs(x: Tensor) -> Tensor:
+    """[R, K] of bfloat16 as [R, K / 2] of int32."""
+    rows = decode.in_rows(x)
+    if rows.stride(0) % 2 or rows.storage_offset() % 2:
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    return rows.view(torch.int32)
+
+
+def _given(stored: Stored) -> tuple[Tensor, ...]:
+    codes, scales = stored.codes.contiguous().view(torch.int32), stored.scales.contiguous()
+    zeros = scales if stored.zeros is None else stored.zeros.contiguous()
+    return codes, scales, zeros, stored.rows.contiguous(), stored.columns.contiguous()
+
+
+def _power(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
