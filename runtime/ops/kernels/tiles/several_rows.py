@@ -21,8 +21,8 @@ from runtime.ops.kernels.triton_needs import is_replayed, missing_for_triton
 __all__ = ["MOST_ROWS", "several_rows", "takes"]
 
 MOST_ROWS, _MOST_ROWS_OF_SMALL, _SMALL_BYTES = 64, 32, 64 << 20
-"""Beyond, products take longer than the weights take to come. Beyond the second, what parts of the columns come to takes
-as long to add up as what is saved, if a weight has fewer bytes and no gate.
+"""Beyond, products take longer than the weights take to come. Beyond the second, what parts of the columns come to
+takes as long to add up as what is saved, if a weight has fewer bytes and no gate.
 """
 _DTYPES = (torch.bfloat16, torch.float16)
 _TILE_M, _TILE_K = 64, 64
