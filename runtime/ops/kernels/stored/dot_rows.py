@@ -68,7 +68,8 @@ def dot_rows(
         ROWS=rows, ADDS=added is not None, NORMS=norm is not None, WEIGHTED=scale is not None, ACT=act,
         BIAS=bias is not None, CODE=CODES[weight.code], EXPONENTS=weight.scales.dtype == torch.uint8,
         ZEROS=weight.zeros is not None, PTX=x.is_cuda, WARPS=_WARPS, PARTS=parts, SHARE=_power(-(-pairs // programs)),
-        DOUBLE=False, UNROLL=1, SQUARES=min(_MOST_SQUARES, _power(pairs)), EVEN=2 * pairs % (_TILE_K[weight.code] * _WARPS * parts) == 0,
+        DOUBLE=False, UNROLL=1, SQUARES=min(_MOST_SQUARES, _power(pairs)),
+        EVEN=2 * pairs % (_TILE_K[weight.code] * _WARPS * parts) == 0,
         EARLY=early, num_warps=_WARPS, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out if added is None else (total.view(torch.bfloat16), out)

@@ -227,19 +227,26 @@ def _words(upper, lower, live, PARTS: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _scales(scales, zeros, row, column, scales_row, EXPONENTS: tl.constexpr, ZEROS: tl.constexpr, CODE: tl.constexpr):
-    """[WARPS, 16, 1] of rows' and warps' scales, and of what is to be subtracted of codes."""
-    place = row[None, :] * scales_row + column[:, None]
-    scale = tl.load(scales + place).to(tl.float32)
-    if EXPONENTS:
-        scale = tl.exp2(scale - 127.0)
-    zero = scale
+def _scales(
+    scales, zeros, columns, row, scales_row, left, ZEROS: tl.constexpr, TILE_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Of each part, rows' and warps' scales and zeros, [WARPS, 16]. left: how many parts there are."""
+    found = ()
+    for part in tl.static_range(PARTS):
+        column = tl.load(columns + part * TILE_K, mask=part < left, other=0)
+        place = row[None, :] * scales_row + column[:, None]
+        scale = tl.load(scales + place)
+        found = found + (scale, tl.load(zeros + place) if ZEROS else scale)
+    return found
+
+
+@triton.jit
+def _scaled(sums, whole, scale, zero, CODE: tl.constexpr, EXPONENTS: tl.constexpr, ZEROS: tl.constexpr):
+    """Sums [WARPS, 16, 8] of codes times x; whole: of x. Integers are 128 and the code."""
     if CODE == 2:
-        if ZEROS:
-            zero = tl.load(zeros + place).to(tl.float32) + 128.0
-        else:
-            zero = tl.full(scale.shape, 136.0, tl.float32)
-    return scale[:, :, None], zero[:, :, None]
+        sums -= whole * (zero.to(tl.float32) + 128.0 if ZEROS else 136.0)
+    scale = scale.to(tl.float32)
+    return sums * (tl.exp2(scale - 127.0) if EXPONENTS else scale)
 
 
 @triton.jit
@@ -284,8 +291,13 @@ def dot_rows(
     upper_at, lower_at = codes + (upper * codes_row + word), codes + (lower * codes_row + word)
     # how many parts there are for each warp
     live = tl.full((1, 1, WARPS, 1), 1, tl.int1) if EVEN else ((inner - warp * span) // tile_k)[None, None, :, None]
+    warps_left = (inner - warp * span) // tile_k
     words = _words(upper_at, lower_at, live, PARTS, EVEN)
+    row = tl.load(rows + tl.minimum(n, num_out - 1))
+    first_columns = columns + warp * span
+    by = _scales(scales, zeros, first_columns, row, scales_row, warps_left, ZEROS, tile_k, PARTS)
     gate_words = ()
+    gate_by = ()
     if has_second:
         other_n = n + 16 if DOUBLE else n
         upper = tl.minimum(upper_n + (16 if DOUBLE else 0), num_out - 1).to(tl.int64)[None, :, None, None]
@@ -294,7 +306,10 @@ def dot_rows(
         gate_lower_at = gate_codes + (lower * gate_codes_row + word)
         gate_words = _words(gate_upper_at, gate_lower_at, live, PARTS, EVEN)
         gate_row = tl.load(gate_rows + tl.minimum(other_n, num_out - 1))
-    row = tl.load(rows + tl.minimum(n, num_out - 1))
+        first_gate_columns = gate_columns + warp * span
+        gate_by = _scales(
+            gate_scales, gate_zeros, first_gate_columns, gate_row, gate_scales_row, warps_left, ZEROS, tile_k, PARTS
+        )
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -329,7 +344,6 @@ def dot_rows(
         added + (at_row * added_row + pair),
         norm + (0 * at_row + pair),
     )
-    first_columns, first_gate_columns = columns + warp * span, gate_columns + warp * span
     sums = tl.zeros((WARPS, 16, 8), dtype=tl.float32)
     gates = tl.zeros((WARPS, 16, 8), dtype=tl.float32)
     ones = tl.full((WARPS, 16, tile_k), 1.0, dtype=tl.bfloat16 if PTX else tl.float32)
@@ -337,8 +351,17 @@ def dot_rows(
         ahead = (start + step) // per_word
         left = start + step < inner if EVEN else ((inner - start - step - warp * span) // tile_k)[None, None, :, None]
         next_words = _words(upper_at + ahead, lower_at + ahead, left, PARTS, EVEN)
+        warps_left = (inner - start - step - warp * span) // tile_k
+        next_by = _scales(
+            scales, zeros, first_columns + start + step, row, scales_row, warps_left, ZEROS, tile_k, PARTS
+        )
         next_gate_words = ()
+        next_gate_by = ()
         if has_second:
+            next_gate_by = _scales(
+                gate_scales, gate_zeros, first_gate_columns + start + step, gate_row, gate_scales_row, warps_left,
+                ZEROS, tile_k, PARTS,
+            )  # fmt: skip
             next_gate_words = _words(gate_upper_at + ahead, gate_lower_at + ahead, left, PARTS, EVEN)
         for part in tl.static_range(PARTS):
             is_column = (start + part * tile_k + warp * span < inner)[None, None, :, None]
@@ -347,31 +370,15 @@ def dot_rows(
                 x_at + at + part * (tile_k // 2), added_at + at + part * (tile_k // 2),
                 norm_at + at + part * (tile_k // 2), is_column, ADDS, WEIGHTED, CODE, PTX, WARPS, EVEN,
             )  # fmt: skip
-            at_column = tl.load(
-                first_columns + start + part * tile_k,
-                mask=(start + part * tile_k + warp * span < inner) | EVEN,
-                other=0,
-            )
-            scale, zero = _scales(scales, zeros, row, at_column, scales_row, EXPONENTS, ZEROS, CODE)
+            whole = _dot(ones, right, PTX) if CODE == 2 else right
             part_sums = _dot(_matrix(words[2 * part], words[2 * part + 1], CODE, PTX, WARPS), right, PTX)
-            if CODE == 2:
-                whole = _dot(ones, right, PTX)
-                part_sums -= whole * zero
-            sums += part_sums * scale
+            scale, zero = by[2 * part][:, :, None], by[2 * part + 1][:, :, None]
+            sums += _scaled(part_sums, whole, scale, zero, CODE, EXPONENTS, ZEROS)
             if has_second:
-                at_column = tl.load(
-                    first_gate_columns + start + part * tile_k,
-                    mask=(start + part * tile_k + warp * span < inner) | EVEN,
-                    other=0,
-                )
-                scale, zero = _scales(
-                    gate_scales, gate_zeros, gate_row, at_column, gate_scales_row, EXPONENTS, ZEROS, CODE
-                )
                 part_sums = _dot(_matrix(gate_words[2 * part], gate_words[2 * part + 1], CODE, PTX, WARPS), right, PTX)
-                if CODE == 2:
-                    part_sums -= whole * zero
-                gates += part_sums * scale
-        words, gate_words = next_words, next_gate_words
+                scale, zero = gate_by[2 * part][:, :, None], gate_by[2 * part + 1][:, :, None]
+                gates += _scaled(part_sums, whole, scale, zero, CODE, EXPONENTS, ZEROS)
+        words, gate_words, by, gate_by = next_words, next_gate_words, next_by, next_gate_by
     y = tl.sum(sums, 0)
     factor = tl.rsqrt(squares / inner + eps)[None, :]
     if NORMS:
