@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from runtime.ops.kernels.decode.activations_kernel import activated
 
-__all__ = ["TILE_K", "dot_rows"]
+__all__ = ["TILE_K", "dot_rows", "halves", "in_order_of_nibbles"]
 
 TILE_K = {"float8": 64, "int4": 128}
 """Columns of a tile: four times 16 bytes of codes."""
@@ -137,7 +137,7 @@ def _high(pair):
 
 
 @triton.jit
-def _halves(pair, PTX: tl.constexpr):
+def halves(pair, PTX: tl.constexpr):
     if PTX:
         return _pair(pair)
     else:
@@ -191,6 +191,15 @@ def _eight(x, added, norm, at, live, ADDS: tl.constexpr, WEIGHTED: tl.constexpr,
 
 
 @triton.jit
+def in_order_of_nibbles(a, b, c, d, PTX: tl.constexpr, WARPS: tl.constexpr):
+    """Pairs of four times eight columns, [4 (t), 8 (g), WARPS, 4] each, as [WARPS, 128, 8 (g)] of int4's tile."""
+    upper, lower = tl.join(halves(a, PTX), halves(b, PTX)), tl.join(halves(c, PTX), halves(d, PTX))
+    # t g W i q/2 q%2 w%2 w/2: W w/2 w%2 q/2 t q%2 i g
+    both = tl.reshape(tl.join(upper, lower), [4, 8, WARPS, 2, 2, 2, 2, 2])
+    return tl.reshape(tl.permute(both, [2, 7, 6, 4, 0, 5, 3, 1]), [WARPS, 128, 8])
+
+
+@triton.jit
 def _right(
     x, added, norm, live, ADDS: tl.constexpr, WEIGHTED: tl.constexpr, CODE: tl.constexpr, PTX: tl.constexpr,
     WARPS: tl.constexpr, EVEN: tl.constexpr,
@@ -200,15 +209,12 @@ def _right(
     b = _eight(x, added, norm, 4, live, ADDS, WEIGHTED, PTX, EVEN)
     if CODE == 0:
         # t g W w%2 p i w/2: W w/2 w%2 t p i g
-        both = tl.reshape(tl.join(_halves(a, PTX), _halves(b, PTX)), [4, 8, WARPS, 2, 2, 2, 2])
+        both = tl.reshape(tl.join(halves(a, PTX), halves(b, PTX)), [4, 8, WARPS, 2, 2, 2, 2])
         return tl.reshape(tl.permute(both, [2, 6, 3, 0, 4, 5, 1]), [WARPS, 64, 8])
     else:
         c = _eight(x, added, norm, 8, live, ADDS, WEIGHTED, PTX, EVEN)
         d = _eight(x, added, norm, 12, live, ADDS, WEIGHTED, PTX, EVEN)
-        upper, lower = tl.join(_halves(a, PTX), _halves(b, PTX)), tl.join(_halves(c, PTX), _halves(d, PTX))
-        # t g W i q/2 q%2 w%2 w/2: W w/2 w%2 q/2 t q%2 i g
-        both = tl.reshape(tl.join(upper, lower), [4, 8, WARPS, 2, 2, 2, 2, 2])
-        return tl.reshape(tl.permute(both, [2, 7, 6, 4, 0, 5, 3, 1]), [WARPS, 128, 8])
+        return in_order_of_nibbles(a, b, c, d, PTX, WARPS)
 
 
 @triton.jit
