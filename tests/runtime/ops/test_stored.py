@@ -196,16 +196,32 @@ DOT_ROWS = """
 import torch
 from runtime.execution.fusion.operations import ACTIVATIONS
 from runtime.ops.kernels.stored.codes import Stored
+from runtime.ops.kernels.stored import dot_rows as dot_rows_host
 from runtime.ops.kernels.stored.dot_rows import dot_rows
+from runtime.ops.kernels.stored.stored_linear import stored_weight
 from tests.runtime.ops.test_stored import held
 
 torch.manual_seed(0)
-for code, rows, num_out, inner, way in [
-    ("float8", 1, 37, 640, 2), ("float8", 3, 5, 1024, 3), ("int4", 1, 20, 640, 3), ("int4", 8, 37, 2048, 0),
-    ("int4", 2, 16, 128, 1), ("int4", 1, 3, 1024, 2),
+dot_rows_host.WIDE_ON = True
+
+def in_order(parts, dtype):
+    codes, scales, zeros, rows, columns = parts
+    groups = len(columns) // 128
+    zeros = None if zeros is None else zeros[:, :groups].contiguous()
+    columns = (torch.arange(len(columns)) // 128).to(torch.int32)
+    parts = (codes, scales[:, :groups].to(dtype).contiguous(), zeros, rows, columns)
+    return parts, stored_weight(*parts, code="int4", computed_in=torch.float64, dtype=torch.float64)
+
+for code, rows, num_out, inner, way, dtype in [
+    ("float8", 1, 37, 640, 2, None), ("float8", 3, 5, 1024, 3, None), ("int4", 1, 20, 640, 3, None),
+    ("int4", 8, 37, 2048, 0, None), ("int4", 2, 16, 128, 1, None), ("int4", 1, 3, 1024, 2, torch.float16),
+    ("int4", 1, 17, 768, 3, torch.bfloat16),
 ]:
     weight, numbers = held(code, num_out, inner, run=128)
     gate, others = held(code, num_out, inner, run=128, seed=1)
+    if dtype is not None:
+        (weight, numbers), (gate, others) = in_order(weight, dtype), in_order(gate, dtype)
+        assert dot_rows_host._are_wide(Stored(*weight, code))
     x, added = torch.randn(2, rows, inner).bfloat16()
     norm = (torch.randn(inner).bfloat16() if way == 2 else None, 1e-5) if way else None
     bias = torch.randn(num_out).bfloat16() if way == 0 else None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from runtime.ops.kernels.decode import few_rows as decode
 from runtime.ops.kernels.stored.codes import Stored
-from runtime.ops.kernels.stored.stored_products import CODES, run_of
+from runtime.ops.kernels.stored.stored_products import CODES, are_in_order, run_of
 
 __all__ = ["MOST_ROWS", "dot_rows", "takes"]
 
@@ -34,6 +34,9 @@ _MOST_REGISTERS = 128
 _LEAST_OF_ONE_ROW = 8192
 """Columns of both matrices from which a single row is taken: in shorter ones the start of a program is too large a part
 of its time (on an H200, 4096 columns: FP8 7.4 us for 6.8, 4 bits 5.8 for 5.5; 14,336: 17.7 for 24.9, 12.7 for 19.8)."""
+_WIDE = {torch.float16: 1, torch.bfloat16: 2}
+WIDE_ON = False
+"""Whether scales of four bits' groups are read two by two: no GPU has shown yet what that is worth."""
 _MOST_SQUARES = 4096
 """Pairs of numbers whose squares are summed at a time."""
 
@@ -71,7 +74,9 @@ def dot_rows(
     out = torch.empty(rows, num_out, dtype=torch.bfloat16, device=x.device)
     total = x if added is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     scale, eps = (None, 0.0) if norm is None else norm
-    first, second = _given(weight), _given(weight if gate is None else gate)
+    other = weight if gate is None else gate
+    wide = _WIDE.get(weight.scales.dtype, 0) if WIDE_ON and _are_wide(weight) and _are_wide(other) else 0
+    first, second = _given(weight, wide > 0), _given(other, wide > 0)
     warps, parts = _SHAPES[weight.code, "gate" if gate is not None else "plain" if norm is None else "norm"]
     programs = -(-num_out // _TILE_N)
     dot_rows_kernel.dot_rows[(programs,)](
@@ -81,7 +86,7 @@ def dot_rows(
         ROWS=rows, ADDS=added is not None, NORMS=norm is not None, WEIGHTED=scale is not None, ACT=act,
         BIAS=bias is not None, CODE=CODES[weight.code], EXPONENTS=weight.scales.dtype == torch.uint8,
         ZEROS=weight.zeros is not None, PTX=x.is_cuda, WARPS=warps, PARTS=parts, SHARE=_power(-(-pairs // programs)),
-        DOUBLE=False, UNROLL=1, SQUARES=min(_MOST_SQUARES, _power(pairs)),
+        WIDE=wide, SQUARES=min(_MOST_SQUARES, _power(pairs)),
         EVEN=2 * pairs % (_TILE_K[weight.code] * warps * parts) == 0,
         EARLY=early, num_warps=warps, maxnreg=_MOST_REGISTERS, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
@@ -96,10 +101,23 @@ def _in_pairs(x: Tensor) -> Tensor:
     return rows.view(torch.int32)
 
 
-def _given(stored: Stored) -> tuple[Tensor, ...]:
+def _given(stored: Stored, wide: bool) -> tuple[Tensor, ...]:
     codes, scales = stored.codes.contiguous().view(torch.int32), stored.scales.contiguous()
     zeros = scales if stored.zeros is None else stored.zeros.contiguous()
+    if wide:
+        scales = scales.view(torch.int32)
+        zeros = scales if stored.zeros is None else zeros.view(torch.int16)
     return codes, scales, zeros, stored.rows.contiguous(), stored.columns.contiguous()
+
+
+def _are_wide(stored: Stored) -> bool:
+    """Whether scales of four bits' groups can be read two by two, in the columns' order."""
+    groups = stored.scales.shape[-1]
+    in_order = stored.code == "int4" and groups % 2 == 0 and stored.columns.shape[0] == _TILE_K["int4"] * groups
+    in_order = in_order and stored.scales.storage_offset() % 2 == 0
+    if stored.zeros is not None:
+        in_order = in_order and stored.zeros.dtype == torch.uint8 and stored.zeros.storage_offset() % 2 == 0
+    return in_order and stored.scales.dtype in _WIDE and are_in_order(stored.columns, _TILE_K["int4"])
 
 
 def _power(size: int) -> int:
