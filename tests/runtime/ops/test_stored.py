@@ -254,6 +254,43 @@ def test_products_by_tensor_cores_are_those_of_the_numbers_in_tritons_interprete
     assert_interpreted(DOT_ROWS, timeout_s=900)
 
 
+DOT_EXPERTS = """
+import torch
+from runtime.ops.experts import grouped_linear
+from runtime.ops.kernels.stored import dot_rows
+from runtime.ops.kernels.stored.codes import Stored
+from runtime.ops.kernels.stored.stored_linear import stored_weight
+from tests.runtime.ops.test_stored import held
+
+torch.manual_seed(0)
+dot_rows.EXPERTS_ON = True
+for num_out, inner in [(20, 160), (37, 1184)]:
+    parts, _ = held("float4", 5, num_out, inner, run=32)
+    assert not dot_rows.takes_experts(torch.zeros(4, inner).bfloat16(), Stored(*parts, "float4")), "scales above 2"
+    parts = (parts[0], parts[1].clamp(max=128), *parts[2:])
+    numbers = stored_weight(*parts, code="float4", computed_in=torch.float64, dtype=torch.float64)
+    counts = torch.tensor([1, 0, 2, 0, 1])
+    x, bias = torch.randn(5, inner).bfloat16(), torch.randn(5, num_out).bfloat16()
+    wanted = grouped_linear(x.double(), numbers, counts, bias.double())
+
+    def error(scales):
+        weight = Stored(parts[0], scales, *parts[2:], "float4")
+        assert dot_rows.takes_experts(x, weight)
+        found = dot_rows.dot_experts(x, weight, bias, counts)
+        assert not found[4:].any()
+        return float((found.double() - wanted)[:4].abs().max() / wanted.abs().max())
+
+    assert error(parts[1]) < 2**-7
+    assert error(parts[1].flip(1)) > 2**-4
+"""
+
+
+@pytest.mark.slow
+@needs_triton
+def test_experts_by_tensor_cores_are_those_of_the_numbers_in_tritons_interpreter() -> None:
+    assert_interpreted(DOT_EXPERTS, timeout_s=900)
+
+
 def test_which_products_tensor_cores_take() -> None:
     def taken(code: str, rows: int, inner: int, run: int, dtype: torch.dtype = torch.bfloat16) -> bool:
         return takes(torch.zeros(rows, inner, dtype=dtype), Stored(*held(code, 4, inner, run=run)[0], code))

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from runtime.ops.kernels.decode import few_rows as decode
 from runtime.ops.kernels.stored.codes import Stored
-from runtime.ops.kernels.stored.stored_products import CODES, are_in_order, run_of
+from runtime.ops.kernels.stored.stored_products import CODES, are_in_order, largest_of, run_of
 
-__all__ = ["MOST_ROWS", "dot_rows", "takes"]
+__all__ = ["MOST_ROWS", "dot_experts", "dot_rows", "takes", "takes_experts"]
 
 MOST_ROWS = 8
 """Columns of the narrowest tile of tensor cores."""
@@ -37,6 +37,12 @@ of its time (on an H200, 4096 columns: FP8 7.4 us for 6.8, 4 bits 5.8 for 5.5; 1
 _WIDE = {torch.float16: 1, torch.bfloat16: 2}
 WIDE_ON = False
 """Whether scales of four bits' groups are read two by two: no GPU has shown yet what that is worth."""
+EXPERTS_ON = False
+"""Whether experts of float4 take tensor cores: no GPU has shown yet what that is worth."""
+_SHAPE_OF_EXPERTS = 4, 2
+_MOST_OF_EXPERTS = 16
+"""Rows of experts, each of which reads its matrix by itself."""
+_LARGEST_EXPONENT = 128
 _MOST_SQUARES = 4096
 """Pairs of numbers whose squares are summed at a time."""
 
@@ -91,6 +97,32 @@ def dot_rows(
         EARLY=early, num_warps=warps, maxnreg=_MOST_REGISTERS, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out if added is None else (total.view(torch.bfloat16), out)
+
+
+def takes_experts(x: Tensor, weight: Stored) -> bool:
+    """Whether `dot_experts` takes these: x [T, K] of a few rows, weights [E, N, K] of float4 with scales up to 2."""
+    fits = EXPERTS_ON and weight.code == "float4" and x.dtype == torch.bfloat16 and weight.scales.dtype == torch.uint8
+    if not fits or not 0 < x.shape[0] <= _MOST_OF_EXPERTS or x.shape[-1] % 32 or not weight.codes.numel():
+        return False
+    return run_of(weight.columns) > 0 and largest_of(weight.scales) <= _LARGEST_EXPONENT
+
+
+def dot_experts(x: Tensor, weight: Stored, bias: Tensor | None, counts: Tensor) -> Tensor:
+    """Rows x [T, K], sorted by expert, times their experts' weights: [T, N]; rows of none are zero."""
+    from runtime.ops.kernels.stored import dot_experts_kernel  # Triton comes with torch for GPUs only
+
+    x = _in_pairs(x)
+    codes, scales, _, rows, columns = _given(weight, wide=False)
+    (num_x, pairs), (num_experts, num_out) = x.shape, weight.codes.shape[:2]
+    out = torch.zeros(num_x, num_out, dtype=torch.bfloat16, device=x.device)
+    warps, parts = _SHAPE_OF_EXPERTS
+    dot_experts_kernel.dot_experts[(-(-num_out // _TILE_N), num_x)](
+        x, codes, scales, rows, columns, scales if bias is None else bias.contiguous(), counts.contiguous(), out,
+        num_out, 2 * pairs, num_experts, x.stride(0), codes.stride(-2), scales.stride(0),
+        BIAS=bias is not None, EXPERTS=1 << (num_experts - 1).bit_length(), PTX=x.is_cuda, WARPS=warps, PARTS=parts,
+        num_warps=warps,
+    )  # fmt: skip
+    return out
 
 
 def _in_pairs(x: Tensor) -> Tensor:
