@@ -10,6 +10,8 @@ STAMP := $(VENV)/.installed
 # No model is ever fetched from a hub, and one thread per process: several ranks share few cores.
 export HF_HUB_OFFLINE  = 1
 export OMP_NUM_THREADS = 1
+# Hundreds of processes are started: where this is set, each compiles all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install demo serve test test-all lint format types check clean
 
@@ -42,10 +44,10 @@ serve: $(STAMP)
 	$(BIN)/partitioner serve --chat-template examples/serving/plain_chat.jinja
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not gpu"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not gpu"
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

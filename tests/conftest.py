@@ -1,6 +1,7 @@
 """What all tests share: no network, one thread per process, and the two real models."""
 
 import importlib.util
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ from partitioner.storage.example import EXAMPLE_MODEL
 from tests.support.traces import shared_traces
 
 torch.set_num_threads(1)  # several ranks share few cores
+
+# torch writes down each step of a trace where this logger has a handler, and pytest gives one to all that propagate not
+logging.getLogger("torch.__trace").propagate = True
 
 # the same examples on every machine; a model is traced per example
 settings.register_profile("partitioner", deadline=None, derandomize=True, max_examples=6)

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -126,7 +129,7 @@ def _run_other(program: Program, chosen: Chosen) -> Program:
 
 
 def _declared(name: str) -> EntryPoint:
-    points = list(entry_points(group=GROUP))
+    points = _points(_places())
     found = [point for point in points if point.name == name]
     if not found:
         names = sorted({point.name for point in points})
@@ -140,6 +143,23 @@ def _declared(name: str) -> EntryPoint:
             f"several passes are named {name!r}:{whose}\n{shadow.strip()} Uninstall one, or rename it".strip()
         )
     return found[0]
+
+
+def _places() -> tuple[object, ...]:
+    """Where distributions are looked for, and when something was last installed there or removed."""
+    found: list[object] = [*map(id, sys.meta_path)]
+    for place in sys.path:
+        try:
+            found.append((place, os.stat(place or ".").st_mtime_ns))
+        except OSError:
+            found.append((place, None))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=4)
+def _points(places: tuple[object, ...]) -> tuple[EntryPoint, ...]:
+    """What is declared there. Each pass of a compile is looked up, and every file of entry points would be read."""
+    return tuple(entry_points(group=GROUP))
 
 
 def _distribution(point: EntryPoint, *, version: bool = False) -> str:

@@ -68,6 +68,25 @@ def test_a_bundle_holds_them_all(tmp_path: Any) -> None:
     assert torch.equal(loaded.generate(ids, max_new_tokens=3), parts.generate(ids, max_new_tokens=3))  # type: ignore[arg-type]
 
 
+@pytest.mark.processes
+def test_processes_over_gloo_say_what_one_does(pytestconfig: pytest.Config) -> None:
+    """Two ranks of each axis that has messages of its own; more plans and ranks, each an interpreter: slow tests of
+    test_generation.py, test_stages.py and test_experts.py.
+    """
+    said = run_forked(pytestconfig, "tp=2", "llama", "pp=2", "llama", "tp=2,ep=2,expert-parallel.exchange=exchange,"
+                      "sequence-parallel", "mixtral", "ep=2,expert-parallel.exchange=exchange", "mixtral")  # fmt: skip
+    assert said.count("2 of 2 ranks agree with one process") == 4
+
+
+def run_forked(pytestconfig: pytest.Config, *pairs: str) -> str:
+    command = [sys.executable, "-P", "-m", "tests.equivalence.ranks.forked_ranks", *pairs]
+    environment = {"PYTHONPATH": str(pytestconfig.rootpath), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize(
@@ -78,12 +97,7 @@ def test_a_bundle_holds_them_all(tmp_path: Any) -> None:
     ],
 )
 def test_sixteen_processes_with_every_axis_say_what_one_does(plan: str, pytestconfig: pytest.Config) -> None:
-    command = [sys.executable, "-P", "-m", "tests.equivalence.ranks.forked_ranks", plan, "mixtral"]
-    environment = {"PYTHONPATH": str(pytestconfig.rootpath), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "16 of 16 ranks agree with one process" in done.stdout
+    assert "16 of 16 ranks agree with one process" in run_forked(pytestconfig, plan, "mixtral")
 
 
 # -- any plan ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ PLANS = (
 )
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_processes_over_gloo(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
     launch(["tests.equivalence.ranks.expert_rank", "mixtral", *PLANS], num_ranks=2, timeout_s=300)

@@ -22,15 +22,21 @@ SAMPLE = ("llama", "gpt2", "gemma2", "gpt_oss", "deepseek_v3", "mixtral")
 """Grouped heads; a table of positions; windows of 8 and soft-caps; sinks; latent attention; experts."""
 
 
-def compare(name: str) -> dict[str, Any]:
-    return generating.compare_generation(*partitioned.traced(name))
+FEW = 12
+"""New tokens behind prompts of up to 40: more than a window of 8, so that a cache of windows begins anew."""
 
 
+def compare(name: str, *, new: int = FEW, **options: Any) -> dict[str, Any]:
+    return generating.compare_generation(*partitioned.traced(name), new=new, **options)
+
+
+@pytest.mark.parametrize("new", [FEW, pytest.param(generating.NEW, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SAMPLE)
-def test_generates_what_the_model_would(name: str) -> None:
-    found = compare(name)
+def test_generates_what_the_model_would(name: str, new: int) -> None:
+    plans = generating.PLANS if new == generating.NEW else (generating.ALONE, "tp=3")
+    found = compare(name, new=new, plans=plans)
     assert found["verdict"] == "equal", found
-    assert found["tokens"] == generating.NEW
+    assert found["tokens"] == new
     assert 0 < found["logprob_error"] < 1e-12
 
 
@@ -41,10 +47,10 @@ def test_a_window_that_is_one_too_wide_is_wrong(monkeypatch: pytest.MonkeyPatch)
         return right(*positions, window=None if window is None else window + 1, **options)
 
     monkeypatch.setattr(runtime.kv_cache.slots, "allowed", wider)
-    found = compare("gemma2")
+    found = compare("gemma2", plans=[generating.ALONE])
     assert found["verdict"] == "wrong"
     assert "tp=1, greedy, prompt of" in found["why"]
-    assert compare("gpt2")["verdict"] == "equal"  # has no window
+    assert compare("gpt2", plans=[generating.ALONE])["verdict"] == "equal"  # has no window
 
 
 def test_keys_that_are_not_kept_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +65,7 @@ def test_keys_that_are_not_kept_are_noticed(monkeypatch: pytest.MonkeyPatch) -> 
         return out
 
     monkeypatch.setattr(Cache, "_attend", forgetful)
-    found = compare("llama")
+    found = compare("llama", plans=[generating.ALONE])
     assert found["verdict"] == "wrong"
     assert "greedy, prompt of 1: " in found["why"]
 
@@ -91,7 +97,7 @@ def test_a_text_becomes_no_longer_than_the_graph_is_right_for() -> None:
     assert parts.generate([[3] * 40], max_new_tokens=21).shape == (1, 61)
     with pytest.raises(InputError, match="make up to 61, but this model was compiled for up to 60"):
         parts.generate([[3] * 40], max_new_tokens=22)
-    found = generating.compare_generation(model, short)
+    found = generating.compare_generation(model, short, plans=[generating.ALONE])
     assert (found["verdict"], found["tokens"]) == ("equal", 21)
 
 
@@ -105,7 +111,7 @@ def test_where_the_model_itself_does_something_else_for_longer_texts() -> None:
 
 def test_fewer_tokens_where_positions_end() -> None:
     model = zoo.tiny("gpt2", n_positions=60)[0]
-    found = generating.compare_generation(model, in_float64(trace(model)))
+    found = generating.compare_generation(model, in_float64(trace(model)), plans=[generating.ALONE])
     assert (found["verdict"], found["tokens"]) == ("equal", 21)
 
 
@@ -113,7 +119,7 @@ def test_fewer_tokens_where_positions_end() -> None:
 @pytest.mark.parametrize(
     ("names", "num_ranks"),
     [
-        pytest.param(["llama"], 2),
+        pytest.param(["llama"], 2, marks=pytest.mark.slow),
         pytest.param(
             [
                 "gemma2",

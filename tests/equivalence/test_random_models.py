@@ -1,6 +1,6 @@
 """Random small models, ranks and inputs: the simulated ranks compute what the model computes, in float64.
 
-pytest tests/equivalence/test_random_models.py                                    a few examples of each property
+pytest tests/equivalence/test_random_models.py                                    20 models and a few examples more
 pytest tests/equivalence/test_random_models.py --hypothesis-profile=full          1,000
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from partitioner import Plan
@@ -49,15 +49,28 @@ def models(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return name, sizes
 
 
-@given(
+CASE = st.tuples(
     models(),
     st.lists(st.integers(2, 6), min_size=1, max_size=2, unique=True),
     st.integers(1, 3),
     st.lists(st.integers(1, 24), min_size=1, max_size=2),
 )
-def test_random_models_are_equal(
-    chosen: tuple[str, dict[str, Any]], degrees: list[int], batch: int, lengths: list[int]
-) -> None:
+
+
+@settings(max_examples=min(3, settings().max_examples))
+@given(CASE)
+def test_a_few_random_models_are_equal(case: Any) -> None:
+    is_equal(*case)
+
+
+@pytest.mark.slow
+@settings(max_examples=max(20, settings().max_examples))
+@given(CASE)
+def test_random_models_are_equal(case: Any) -> None:
+    is_equal(*case)
+
+
+def is_equal(chosen: tuple[str, dict[str, Any]], degrees: list[int], batch: int, lengths: list[int]) -> None:
     name, sizes = chosen
     try:
         model = sized(name, **sizes)

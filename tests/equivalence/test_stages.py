@@ -12,7 +12,7 @@ from runtime.processes.launch import launch
 @pytest.mark.parametrize(
     ("plan", "num_ranks", "name"),
     [
-        ("pp=2", 2, "llama"),
+        pytest.param("pp=2", 2, "llama", marks=pytest.mark.slow),
         pytest.param("pp=3", 3, "llama", marks=pytest.mark.slow),
         pytest.param("tp=2,pp=2", 4, "llama", marks=pytest.mark.slow),
         pytest.param("pp=2,sp=2", 4, "llama", marks=pytest.mark.slow),

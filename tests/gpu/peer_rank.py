@@ -185,6 +185,53 @@ def rows_of(channel: Channel, shape: tuple[int, ...], dtype: torch.dtype, close:
     graph.reset()
 
 
+def few_rows_with_norms(groups: ProcessGroups, channel: Channel) -> None:
+    """Sums of few rows with their norms, between others that take the same words, captured, and one rank late."""
+    (peers,) = groups.peers.values()
+    peers.choice = Choice.always("small")
+    for dtype, shape in itertools.product((torch.bfloat16, torch.float16), [(1, 1, 4096), (32, 1, 4096), (5, 1, 3072)]):
+        few_rows_of(channel, shape, dtype)
+
+
+def few_rows_of(channel: Channel, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    residual, weight = brought(0, shape, dtype, 8), brought(0, shape[-1:], dtype, 9)
+    parts = [brought(rank, shape, dtype, 7) for rank in range(RANKS)]
+    x, sums = parts[RANK].clone(), summed(parts)
+    assert channel.sum_norm(x.float(), residual, weight, 1e-5) is None
+
+    def thrice() -> list[torch.Tensor]:
+        first = channel.sum_norm(x, residual, weight, 1e-5)
+        plain = channel.all_reduce(x)
+        second = channel.sum_norm(plain, residual, None, 1e-5)
+        assert first is not None
+        assert second is not None
+        return [plain, *first, *second]
+
+    def check(found: list[torch.Tensor], how: str) -> None:
+        assert torch.equal(found[0], sums), how
+        exact = torch.stack([part.double() for part in parts]).sum(0)
+        for at, (total, scale) in enumerate(((exact, weight.double()), (RANKS * sums.double(), None))):
+            got, normed = (each.double() for each in found[2 * at + 1 : 2 * at + 3])
+            torch.testing.assert_close(got, total + residual.double(), rtol=2**-7, atol=2**-6)
+            wanted = got * torch.rsqrt(got.square().mean(-1, keepdim=True) + 1e-5)
+            torch.testing.assert_close(normed, wanted if scale is None else wanted * scale, rtol=2**-7, atol=2**-7)
+
+    check(thrice(), "as it is")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = thrice()
+    graph.replay()
+    first = [result.clone() for result in results]
+    check(first, "replayed")
+    for seed in range(100):
+        if seed % 5 == RANK:
+            torch.cuda._sleep(100_000)  # type: ignore[no-untyped-call]
+        graph.replay()
+        assert all(map(torch.equal, results, first)), f"rank {RANK}, {dtype} {shape}, replay {seed}"
+    graph.reset()
+
+
 def heads_in_place(groups: ProcessGroups, channel: Channel) -> None:
     """Heads exchanged for tokens and back, and rings, against one GPU."""
     for size, heads, kv, width in ((5, 4, 2, 64), (4099, 8 * RANKS, 2 * RANKS, 128), (16384, 4 * RANKS, RANKS, 128)):
@@ -370,6 +417,7 @@ if __name__ == "__main__":
         "many_calls": many_calls,
         "beside_others": beside_others,
         "rows_beside_others": rows_beside_others,
+        "few_rows_with_norms": few_rows_with_norms,
         "heads_in_place": heads_in_place,
         "exchanged_experts": exchanged_experts,
         "copied_beside_others": copied_beside_others,

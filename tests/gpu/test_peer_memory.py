@@ -181,6 +181,7 @@ def test_a_kernel_that_waits_ends_when_it_is_abandoned() -> None:
         "many_calls",
         "beside_others",
         "rows_beside_others",
+        "few_rows_with_norms",
         "heads_in_place",
         "exchanged_experts",
         "copied_beside_others",

@@ -30,6 +30,16 @@ def test_leaf_pulls_in_nothing_else(leaf: str) -> None:
     assert f"partitioner.{leaf}" in ours
 
 
+def test_ranks_of_a_bundle_start_without_what_they_do_not_need() -> None:
+    """Importing transformers takes a process seconds."""
+    done = python("import partitioner; partitioner.load; import partitioner.compile.parts, runtime.engine.engine\n"
+                  "print(*sys.modules, sep='\\n')", ROOT)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert {"partitioner.storage.bundle.bundle", "runtime.engine.engine"} <= loaded
+    assert not loaded & {"transformers", "torch._dynamo", "torch._inductor"}
+
+
 def test_every_exported_name_is_there() -> None:
     for name in partitioner.__all__:
         assert getattr(partitioner, name) is not None

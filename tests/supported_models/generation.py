@@ -21,6 +21,7 @@ casts raised to float64 in both models.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,11 +64,11 @@ MODEL_IS_WRONG = _Wrong
 """What `Own.judge` raises."""
 
 
-def compare_generation(model: Any, traced: Program) -> dict[str, Any]:
+def compare_generation(model: Any, traced: Program, *, new: int = NEW, plans: Sequence[str] = PLANS) -> dict[str, Any]:
     """The verdict on a model in float64 and its trace in float64: "equal", "refused" or "wrong", and why.
 
-    tokens: how many were generated, fewer than 64 where the model has no more positions. logprob_error: the largest
-    difference of a log-probability.
+    tokens: how many were generated, fewer than `new` where the model has no more positions. logprob_error: the largest
+    difference of a log-probability. plans: the first one is that of one rank.
     """
     row: dict[str, Any] = {"verdict": "equal", "tokens": 0, "logprob_error": 0.0}
     own = Own(model)
@@ -79,15 +80,15 @@ def compare_generation(model: Any, traced: Program) -> dict[str, Any]:
         return in_float64(trace_step(model))
 
     try:
-        for plan in PLANS:
+        for plan in plans:
             parts = compile_program(traced, Plan.parse(plan), step=step)
-            new = min(NEW, positions(parts) - max(PROMPTS) + 1)
+            count = min(new, positions(parts) - max(PROMPTS) + 1)
             temperature = max(1.0, float(own.logits(prompts[-1])[-1].std()))  # some models' logits are far apart
-            greedy = generate(parts, prompts, new, prefill_step=PREFILL_STEP)
+            greedy = generate(parts, prompts, count, prefill_step=PREFILL_STEP)
             sampled = generate(
-                parts, prompts, min(SAMPLED, new), do_sample=True, top_k=None, seed=1, temperature=temperature
+                parts, prompts, min(SAMPLED, count), do_sample=True, top_k=None, seed=1, temperature=temperature
             )
-            row["tokens"], drawn[plan] = new, sampled.sequences
+            row["tokens"], drawn[plan] = count, sampled.sequences
             errors = (
                 own.judge(prompts, greedy, f"{plan}, greedy"),
                 own.judge(prompts, sampled, f"{plan}, sampled", temperature=temperature),
@@ -103,9 +104,9 @@ def compare_generation(model: Any, traced: Program) -> dict[str, Any]:
         row["why"] = (
             f"as with the model's own cache, whose logits are up to {own.split:.0e} from those of the whole text"
         )
-    new = drawn[ALONE][:, max(PROMPTS) :]
-    if new.unique().numel() < 5:
-        return {**row, "verdict": "wrong", "why": f"sampled: only {new.unique().numel()} tokens, which proves little"}
+    distinct = drawn[ALONE][:, max(PROMPTS) :].unique().numel()
+    if distinct < 5:
+        return {**row, "verdict": "wrong", "why": f"sampled: only {distinct} tokens, which proves little"}
     return row
 
 

@@ -7,10 +7,7 @@ views that change nothing. `view` becomes `reshape`, because the copies that mad
 from __future__ import annotations
 
 import operator
-import os
-import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import sympy
@@ -23,6 +20,7 @@ from partitioner.capture.layers.share_layers import BLOCK, ENTER, LEAVE, NotShar
 from partitioner.capture.layers.stamp_layers import Stamps
 from partitioner.capture.trace.export_graph import WRAPPER
 from partitioner.capture.trace.shape_limits import decisions, interval
+from partitioner.capture.trace.source_lines import source_of
 from partitioner.capture.trace.transformers_hooks import COMBINE, DISPATCH, GROUPED_LINEAR
 from partitioner.errors import CaptureError
 from partitioner.program.program import Value
@@ -321,7 +319,7 @@ class Builder:
         path = path_of(node)
         if path:
             made.meta["path"] = path
-        source = _source(node)
+        source = source_of(node)
         if source:
             made.meta["source"] = source
         return made
@@ -347,8 +345,6 @@ class Builder:
         return self._exprs[expr]
 
 
-_NOT_THE_MODELS = (f"{os.sep}torch{os.sep}", f"{os.sep}partitioner{os.sep}capture{os.sep}")
-"""Code that stands between a model's and an op: torch's, and what stands in for layers while they are traced."""
 _NO_MODULE = "_empty_nn_module_stack"
 """How the name begins that torch.export writes for nodes which its own passes add outside of every module."""
 
@@ -369,14 +365,6 @@ def path_of(node: fx.Node) -> str:
 def _is_whole(path: str) -> bool:
     """Whether it begins at the module that is traced."""
     return path in ("", WRAPPER) or path.startswith(f"{WRAPPER}.")
-
-
-def _source(node: fx.Node) -> str:
-    """The line of the model's code that a node came from, "file.py:12"; "" where the trace does not say."""
-    trace = node.meta.get("stack_trace")
-    lines = re.findall(r'File "([^"]+)", line (\d+)', trace) if isinstance(trace, str) else []
-    mine = [(file, line) for file, line in lines if not any(part in file for part in _NOT_THE_MODELS)]
-    return f"{Path(mine[-1][0]).name}:{mine[-1][1]}" if mine else ""
 
 
 def _crosses_a_layer(node: Any) -> bool:

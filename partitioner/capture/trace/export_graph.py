@@ -24,6 +24,7 @@ from transformers.masking_utils import eager_mask
 from partitioner.capture.layers.layer_kinds import outermost_lists
 from partitioner.capture.layers.share_layers import NotSharedError, SharedLayers, shares
 from partitioner.capture.trace.recognise_masks import MaskKind
+from partitioner.capture.trace.source_lines import innermost_lines
 from partitioner.capture.trace.transformers_hooks import MASK, installed
 from partitioner.errors import CaptureError
 
@@ -181,7 +182,7 @@ def export_step(
 def run_export(
     traced: nn.Module, example: Mapping[str, Tensor], masks: _Masks, dims: Mapping[str, Mapping[int, Any]]
 ) -> ExportedProgram:
-    with installed(masks), torch.no_grad(), _remembering(traced):
+    with installed(masks), torch.no_grad(), _remembering(traced), innermost_lines():
         return torch.export.export(
             traced,
             # a failed export leaves marks on its inputs

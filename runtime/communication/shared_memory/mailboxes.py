@@ -81,7 +81,9 @@ class Mailboxes:
         """By sender, in the order in which they were begun."""
         self._brought = (ctypes.c_int64 * 2)()
         self._is_broken = False
-        """Stays so where waiting was given up: who is at which message is not known any more."""
+        """While a message is sent or taken, and from then on where that was given up, also by an interrupt: who is at
+        which message is not known any more."""
+        self._is_closed = False
 
     # -- the primitives ------------------------------------------------------------------------------------------------
 
@@ -90,7 +92,7 @@ class Mailboxes:
             self._send_whole(call, "send", to, x)
 
             def finish() -> Tensor:
-                if self._library.post_num_untaken(self._post, to):
+                if not self._is_closed and self._library.post_num_untaken(self._post, to):
                     self._patience.require_alive(to)
                 return x
 
@@ -170,6 +172,7 @@ class Mailboxes:
 
     def close(self) -> None:
         """Take part in nothing any more; ranks that wait for this one are told. What was sent can be taken."""
+        self._is_closed = True
         self._library.post_leave(self._post)
 
     # -- messages ------------------------------------------------------------------------------------------------------
@@ -188,11 +191,12 @@ class Mailboxes:
             found: int = self._library.post_send(self._post, to, x, *size, kind, self._start, patience_ns)
             return found
 
-        status = BROKEN if self._is_broken else again(0)
-        if status == DONE:
-            return
-        full = functools.partial(self._library.post_num_untaken, self._post, to)
-        status = self._waited(status, again, lambda: [to] if full() >= 2 * MOST_AWAITED else [])
+        was_broken, self._is_broken = self._is_broken, True
+        status = BROKEN if was_broken else again(0)
+        if status != DONE:
+            full = functools.partial(self._library.post_num_untaken, self._post, to)
+            status = self._patience.see_through(status, again, lambda: [to] if full() >= 2 * MOST_AWAITED else [])
+        self._is_broken = False
         if status == FULL:
             raise CommunicationError(
                 f"rank {self._ranks[self._own]}: node {call.node!r} sends {size[0] * size[1]} bytes to rank "
@@ -231,20 +235,17 @@ class Mailboxes:
             found: int = library.post_take(post, sender, first.out, *first.size, first.kind, patience_ns, self._brought)
             return found
 
-        status = BROKEN if self._is_broken else again(PATIENCE_NS)
+        was_broken, self._is_broken = self._is_broken, True
+        status = BROKEN if was_broken else again(PATIENCE_NS)
         if status != DONE:
-            status = self._waited(status, again, lambda: [] if library.post_has_come(post, sender) else [sender])
+            status = self._patience.see_through(
+                status, again, lambda: [] if library.post_has_come(post, sender) else [sender]
+            )
         queue.popleft()
         first.is_taken = True
+        self._is_broken = False
         if status == DISAGREE:
             first.mismatch = self._disagreement(first)
-
-    def _waited(self, status: int, again: Callable[[int], int], late: Callable[[], list[int]]) -> int:
-        try:
-            return self._patience.see_through(status, again, late)
-        except BaseException:  # an interrupt, too
-            self._is_broken = True
-            raise
 
     def _disagreement(self, awaited: _Awaited) -> RankMismatch:
         sender, receiver = self._ranks[awaited.sender], self._ranks[self._own]

@@ -117,8 +117,8 @@ class SharedMemory:
     @staticmethod
     def segment(native: Native, num_ranks: int, *, slot_bytes: int = SLOT_BYTES) -> Segment:
         """Memory for so many ranks."""
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        arena = _ARENA_BYTES if limit == resource.RLIM_INFINITY else min(_ARENA_BYTES, limit // (8 * num_ranks))
+        limits = (resource.getrlimit(each)[0] for each in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE))
+        arena = min([_ARENA_BYTES, *(each // (8 * num_ranks) for each in limits if each != resource.RLIM_INFINITY)])
         mailboxes = native.library.post_bytes(num_ranks)
         return Segment.create(_bytes_of_parts(num_ranks, slot_bytes) + mailboxes, num_ranks * (arena // 4096 * 4096))
 

@@ -53,6 +53,7 @@ has half the bytes under way, and more to do with them.
 """
 _MERGED = 8192
 """Numbers of parts that are read at a time when they are put together."""
+_FEW_MERGED = (1, 4)
 _WIDEST = 256
 _LOG2_E = 1.4426950408889634
 _MOST_COUNTERS = 65536
@@ -174,6 +175,8 @@ def decode_attention(
     cos, sin, half = (q, q, 0) if rotation is None else rotation
     early = can_launch_early(q.device)
     merged = max(1, _MERGED // (_power_of_2(group) * value_padded))
+    # few numbers: the kernel is compiled for each, in seconds where they are large
+    merged = next((few for few in _FEW_MERGED if splits <= few <= merged), merged)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     decode[(batch * kv_heads, splits)](
         q, k, v, positions.contiguous(), keys, values,
@@ -190,7 +193,7 @@ def decode_attention(
         HALF=half % width, EARLY=early,
         KV_HEADS=kv_heads, GROUP=group, GROUP_PADDED=group_padded,
         D=width, D_PADDED=padded, DV=value_width, DV_PADDED=value_padded,
-        splits=splits, TILE=tile, GROUP_MERGED=_power_of_2(group), MERGED=1 if splits == 1 else merged,
+        TILE=tile, GROUP_MERGED=_power_of_2(group), MERGED=merged,
         WINDOWED=window is not None, CHUNKED=chunk is not None, CAPPED=capped,
         SINKS=sinks is not None, LSE=return_lse or is_own is not None, EXACT=q.dtype == torch.float32, BLOCK=block,
         KEY_SCALES=num_key_scales, VALUE_SCALES=num_value_scales, FOLDED=q.dtype != torch.float16,

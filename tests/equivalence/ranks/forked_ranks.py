@@ -1,12 +1,13 @@
-"""All ranks of one plan over gloo, forked from one process that has compiled it, against the same model on one rank.
+"""All ranks of a plan over gloo, forked from one process that has compiled it, against the same model on one rank.
 
-    python -P -m tests.equivalence.ranks.forked_ranks PLAN NAME        started by test_all_axes.py
+    python -P -m tests.equivalence.ranks.forked_ranks PLAN NAME ...    started by test_all_axes.py; one after the other
 
 Ranks that are forked share what was imported and compiled, so that sixteen of them fit where few cores are.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import socket
@@ -29,6 +30,7 @@ LENGTHS = (1, 4, 11)
 TIMEOUT_S = 300.0
 
 
+@functools.cache
 def expected_of(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of a text and the tokens after prompts, by one rank in one process."""
     alone = compile_program(traced(name)[1], Plan())
@@ -61,8 +63,13 @@ def rank(number: int, port: int, name: str, parts: Parts[Any], expected: tuple[t
 
 
 def main() -> int:
-    plan, name = Plan.parse(sys.argv[1]), sys.argv[2]
-    expected = expected_of(name)
+    pairs = zip(sys.argv[1::2], sys.argv[2::2], strict=True)
+    return max([failures(text, name) for text, name in pairs])
+
+
+def failures(text: str, name: str) -> int:
+    """How many ranks of the plan did not end well."""
+    plan, expected = Plan.parse(text), expected_of(name)
     parts = compile_program(traced(name)[1], plan)
     for number in range(parts.mesh.world_size):  # all that ranks read is made once
         for entry in ("text", "prefill", "decode"):
@@ -70,7 +77,7 @@ def main() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     count = parts.mesh.world_size * parts.replicas
-    print(f"{name} at {sys.argv[1]}: {count} processes", flush=True)
+    print(f"{name} at {text}: {count} processes", flush=True)
     gc.freeze()  # a rank that ends would else look at, and so copy, all that was made here
     start, pids = time.monotonic(), []
     for number in range(count):
@@ -88,7 +95,7 @@ def main() -> int:
     print(
         f"{count - len(failed)} of {count} ranks agree with one process, {time.monotonic() - start:.0f} s", flush=True
     )
-    return 1 if failed else 0
+    return len(failed)
 
 
 if __name__ == "__main__":

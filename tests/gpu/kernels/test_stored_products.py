@@ -81,12 +81,13 @@ def test_few_rows_with_what_stands_around_them(code: str, dtype: torch.dtype) ->
         assert relative(found, wanted) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("code", CODES)
-def test_a_chain_of_few_rows_in_a_graph_is_one_after_the_other(code: str) -> None:
+def test_a_chain_of_few_rows_in_a_graph_is_one_after_the_other(code: str, rows: int) -> None:
     """Kernels that are launched before their predecessor's end read what it wrote, many times."""
-    parts, _ = held(code, 2048, 2048, run=64)
+    parts, _ = held(code, 2048, 2048, run=128)
     weight = Stored(*(None if part is None else part.cuda() for part in parts), code)
-    x, scale = torch.randn(1, 2048, device="cuda").bfloat16(), torch.ones(2048, device="cuda").bfloat16()
+    x, scale = torch.randn(rows, 2048, device="cuda").bfloat16(), torch.ones(2048, device="cuda").bfloat16()
 
     def chain() -> torch.Tensor:
         total, y = x, x

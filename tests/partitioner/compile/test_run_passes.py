@@ -1,5 +1,6 @@
 """A broken pass is named: which, by what entry point, of which distribution. And options go where they belong."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -235,6 +236,18 @@ def test_an_unknown_name_names_the_nearest(site: Path) -> None:
     fake(site, "my-probes", "probes_near", GOOD, {"probe": "Probe"})
     with pytest.raises(PlanError, match="no pass named 'prob' is installed; did you mean 'probe'"):
         choose("prob")
+
+
+def test_what_is_installed_or_removed_later_is_seen(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is declared is remembered only as long as nothing is installed."""
+    os.utime(site, ns=(0, 0))
+    with pytest.raises(PlanError, match="no pass named 'probe'"):
+        choose("probe")
+    fake(site, "my-probes", "probes_later", GOOD, {"probe": "Probe"})
+    assert choose("probe").step.name == "probe"
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place != str(site)])
+    with pytest.raises(PlanError, match="no pass named 'probe'"):
+        choose("probe")
 
 
 def test_passes_are_looked_up_before_the_model_is_traced() -> None:

@@ -196,16 +196,32 @@ DOT_ROWS = """
 import torch
 from runtime.execution.fusion.operations import ACTIVATIONS
 from runtime.ops.kernels.stored.codes import Stored
-from runtime.ops.kernels.stored.dot_rows import dot_rows, takes
+from runtime.ops.kernels.stored import dot_rows as dot_rows_host
+from runtime.ops.kernels.stored.dot_rows import dot_rows
+from runtime.ops.kernels.stored.stored_linear import stored_weight
 from tests.runtime.ops.test_stored import held
 
 torch.manual_seed(0)
-for code, rows, num_out, inner, way in [
-    ("float8", 1, 37, 640, 2), ("float8", 3, 5, 1024, 3), ("int4", 1, 20, 640, 3), ("int4", 8, 37, 2048, 0),
-    ("int4", 2, 16, 128, 1), ("int4", 1, 3, 1024, 2),
+dot_rows_host.WIDE_ON = True
+
+def in_order(parts, dtype):
+    codes, scales, zeros, rows, columns = parts
+    groups = len(columns) // 128
+    zeros = None if zeros is None else zeros[:, :groups].contiguous()
+    columns = (torch.arange(len(columns)) // 128).to(torch.int32)
+    parts = (codes, scales[:, :groups].to(dtype).contiguous(), zeros, rows, columns)
+    return parts, stored_weight(*parts, code="int4", computed_in=torch.float64, dtype=torch.float64)
+
+for code, rows, num_out, inner, way, dtype in [
+    ("float8", 1, 37, 640, 2, None), ("float8", 3, 5, 1024, 3, None), ("int4", 1, 20, 640, 3, None),
+    ("int4", 8, 37, 2048, 0, None), ("int4", 2, 16, 128, 1, None), ("int4", 1, 3, 1024, 2, torch.float16),
+    ("int4", 1, 17, 768, 3, torch.bfloat16),
 ]:
     weight, numbers = held(code, num_out, inner, run=128)
     gate, others = held(code, num_out, inner, run=128, seed=1)
+    if dtype is not None:
+        (weight, numbers), (gate, others) = in_order(weight, dtype), in_order(gate, dtype)
+        assert dot_rows_host._are_wide(Stored(*weight, code))
     x, added = torch.randn(2, rows, inner).bfloat16()
     norm = (torch.randn(inner).bfloat16() if way == 2 else None, 1e-5) if way else None
     bias = torch.randn(num_out).bfloat16() if way == 0 else None
@@ -219,7 +235,6 @@ for code, rows, num_out, inner, way in [
         wanted = wanted * ACTIVATIONS["silu"](h @ others.T)
     named = {"gate": Stored(*gate, code), "act": "silu"} if way in (1, 3) else {}
     named |= {"added": added} if way >= 2 else {}
-    assert takes(x, Stored(*weight, code), named.get("gate"))
 
     def error(scales):
         found = dot_rows(x, Stored(weight[0], scales, *weight[2:], code), bias, norm=norm, **named)
@@ -239,15 +254,54 @@ def test_products_by_tensor_cores_are_those_of_the_numbers_in_tritons_interprete
     assert_interpreted(DOT_ROWS, timeout_s=900)
 
 
+DOT_EXPERTS = """
+import torch
+from runtime.ops.experts import grouped_linear
+from runtime.ops.kernels.stored import dot_rows
+from runtime.ops.kernels.stored.codes import Stored
+from runtime.ops.kernels.stored.stored_linear import stored_weight
+from tests.runtime.ops.test_stored import held
+
+torch.manual_seed(0)
+dot_rows.EXPERTS_ON = True
+for num_out, inner in [(20, 160), (37, 1184)]:
+    parts, _ = held("float4", 5, num_out, inner, run=32)
+    assert not dot_rows.takes_experts(torch.zeros(4, inner).bfloat16(), Stored(*parts, "float4")), "scales above 2"
+    parts = (parts[0], parts[1].clamp(max=128), *parts[2:])
+    numbers = stored_weight(*parts, code="float4", computed_in=torch.float64, dtype=torch.float64)
+    counts = torch.tensor([1, 0, 2, 0, 1])
+    x, bias = torch.randn(5, inner).bfloat16(), torch.randn(5, num_out).bfloat16()
+    wanted = grouped_linear(x.double(), numbers, counts, bias.double())
+
+    def error(scales):
+        weight = Stored(parts[0], scales, *parts[2:], "float4")
+        assert dot_rows.takes_experts(x, weight)
+        found = dot_rows.dot_experts(x, weight, bias, counts)
+        assert not found[4:].any()
+        return float((found.double() - wanted)[:4].abs().max() / wanted.abs().max())
+
+    assert error(parts[1]) < 2**-7
+    assert error(parts[1].flip(1)) > 2**-4
+"""
+
+
+@pytest.mark.slow
+@needs_triton
+def test_experts_by_tensor_cores_are_those_of_the_numbers_in_tritons_interpreter() -> None:
+    assert_interpreted(DOT_EXPERTS, timeout_s=900)
+
+
 def test_which_products_tensor_cores_take() -> None:
     def taken(code: str, rows: int, inner: int, run: int, dtype: torch.dtype = torch.bfloat16) -> bool:
         return takes(torch.zeros(rows, inner, dtype=dtype), Stored(*held(code, 4, inner, run=run)[0], code))
 
-    assert taken("float8", 1, 640, 64)
+    assert taken("float8", 2, 640, 64)
     assert taken("int4", 8, 640, 128)
-    assert not taken("int4", 1, 640, 64)
-    assert not taken("float8", 1, 640, 32)
-    assert not taken("int4", 1, 704, 128)
+    assert taken("int4", 1, 8192, 128)
+    assert not taken("int4", 1, 4096, 128), "too short for one row"
+    assert not taken("int4", 2, 640, 64)
+    assert not taken("float8", 2, 640, 32)
+    assert not taken("int4", 2, 704, 128)
     assert not taken("int4", 9, 640, 128)
-    assert not taken("int4", 1, 640, 128, torch.float16)
-    assert not taken("float4", 1, 640, 128)
+    assert not taken("int4", 2, 640, 128, torch.float16)
+    assert not taken("float4", 2, 640, 128)

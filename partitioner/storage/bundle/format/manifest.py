@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 
 from partitioner.errors import BundleError, PlanError
 from partitioner.program.plan import SP_ATTENTION
@@ -77,7 +76,7 @@ class Manifest:
             "versions": {
                 "partitioner": VERSION,
                 "torch": torch.__version__,
-                "transformers": transformers.__version__,
+                "transformers": importlib.metadata.version("transformers"),  # whoever reads a bundle runs without it
             },
             "model_class": self.model_class,
             "plan": self.plan,

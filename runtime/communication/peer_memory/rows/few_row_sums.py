@@ -19,11 +19,11 @@ from runtime.ops.kernels.triton_needs import launch
 
 __all__ = ["FewRowSums"]
 
-ON = False
-"""Whether they take the place of an all_reduce and a kernel behind it."""
 _KINDS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_WIDEST = 16384
-"""Numbers of a row that one program holds."""
+_WIDEST = 1024
+"""Units of a row: a thread of a program has one. Two H200 take 4.4 us for 32 such rows, where an all_reduce and a
+kernel behind it take 4.8; but 10.0 for rows of twice as many units, and these two kernels 7.2.
+"""
 
 
 class FewRowSums:
@@ -42,10 +42,8 @@ class FewRowSums:
 
     def takes(self, x: Tensor, residual: Tensor, weight: Tensor | None) -> bool:
         """By what all ranks know: shapes and dtypes of x, residual [.., N] and of the norm's weight [N]."""
-        if not ON:
-            return False
-        width = x.shape[-1]
-        fits = x.dtype in _KINDS and 0 < width <= _WIDEST and width * x.element_size() % (8 * UNITS) == 0
+        units, rest = divmod(x.shape[-1] * x.element_size(), 8)
+        fits = x.dtype in _KINDS and rest == 0 and 0 < units <= _WIDEST and units % UNITS == 0
         fits = fits and x.numel() > 0 and residual.shape == x.shape and residual.dtype == x.dtype
         weighs = weight is None or (weight.dtype == x.dtype and weight.shape == x.shape[-1:])
         return fits and weighs and self._is_small(x)
@@ -56,15 +54,15 @@ class FewRowSums:
         total, normed = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
         units = x.shape[-1] * x.element_size() // 8
         x = _words(x)
-        late, abandoned, patience_ns = self._waiting
+        padded = 1 << (units - 1).bit_length()
         launch(
             self._kernel,
             (x.numel() // units, 1, 1),
             (
                 x, _words(residual), x if weight is None else _words(weight), _words(total), _words(normed),
-                self._table, self._counters, late, abandoned, patience_ns, units, eps,
+                self._table, self._counters, *self._waiting, units, eps,
             ),
-            num_warps=min(32, max(4, units // 32)),
+            num_warps=padded // 32,
             num_stages=1,
             RANK=self._group.coordinate,
             RANKS=self._group.size,
@@ -72,7 +70,7 @@ class FewRowSums:
             KIND=_KINDS[total.dtype],
             UNITS=UNITS,
             BLOCKS=SMALL_BLOCKS,
-            PADDED=1 << (units - 1).bit_length(),
+            PADDED=padded,
             EARLY=self._early,
             **({"launch_pdl": True} if self._early else {}),
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """Attention of one new token per row to the tokens in a cache, in one kernel of Triton; see `decode_attention`.
 
-Each program takes one kv head of one row, with all query heads that share it, and one of `splits` parts of the keys
+Each program takes one kv head of one row, with all query heads that share it, and one of some parts of the keys
 that the row has: what lies behind its length is not read. The one that comes last puts the parts together by their
 log-sum-exp (flash decoding: arXiv:2311.01282). Everything that depends on the length is read on the device.
 
@@ -29,7 +29,7 @@ __all__ = ["decode"]
 
 
 # what differs from run to run compiles nothing anew
-@triton.jit(do_not_specialize=["ahead", "slots", "table_row", "splits"])
+@triton.jit(do_not_specialize=["ahead", "slots", "table_row"])
 def decode(
     q,
     new_key,
@@ -73,7 +73,6 @@ def decode(
     value_scale_head,
     cos_row,
     sin_row,
-    splits,
     HALF: tl.constexpr,
     EARLY: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -118,7 +117,7 @@ def decode(
         if ahead == 0:
             gdc_wait()
     pair = tl.program_id(0)
-    split = tl.program_id(1)
+    split, splits = tl.program_id(1), tl.num_programs(1)
     row = pair // KV_HEADS
     head = pair % KV_HEADS
     position = tl.load(positions + row)
@@ -292,11 +291,11 @@ def decode(
                 member = tl.arange(0, GROUP_MERGED)
                 is_member = member < GROUP
                 highest, whole, merged = parts_of(
-                    parts, tops, sums, 0, pair, active, member, value_dims, GROUP, splits, MERGED, DV
+                    parts, tops, sums, 0, splits, pair, active, member, value_dims, GROUP, MERGED, DV
                 )  # fmt: skip
                 for first_part in range(MERGED, active, MERGED):
                     other_top, other_whole, other = parts_of(
-                        parts, tops, sums, first_part, pair, active, member, value_dims, GROUP, splits, MERGED, DV
+                        parts, tops, sums, first_part, splits, pair, active, member, value_dims, GROUP, MERGED, DV
                     )  # fmt: skip
                     higher = tl.maximum(highest, other_top)
                     base = tl.where(is_member, higher, 0.0)

@@ -119,7 +119,7 @@ def attended(
 
 @triton.jit
 def parts_of(
-    parts, tops, sums, first, pair, active, member, dims, GROUP: tl.constexpr, splits, MERGED: tl.constexpr,
+    parts, tops, sums, first, splits, pair, active, member, dims, GROUP: tl.constexpr, MERGED: tl.constexpr,
     DV: tl.constexpr,
 ):  # fmt: skip
     """What MERGED parts from `first` on have come to, as `attended` has it, put together within each thread."""

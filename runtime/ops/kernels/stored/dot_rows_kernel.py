@@ -27,10 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from runtime.ops.kernels.decode.activations_kernel import activated
 
-__all__ = ["TILE_K", "dot_rows"]
-
-TILE_K = {"float8": 64, "int4": 128}
-"""Columns of a tile: four times 16 bytes of codes."""
+__all__ = ["dot_rows", "halves", "in_order_of_nibbles"]
 
 _ADD = tl.constexpr("add.rn.bf16x2 $0, $1, $2;")
 _MULTIPLY = tl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
@@ -137,7 +134,7 @@ def _high(pair):
 
 
 @triton.jit
-def _halves(pair, PTX: tl.constexpr):
+def halves(pair, PTX: tl.constexpr):
     if PTX:
         return _pair(pair)
     else:
@@ -191,6 +188,15 @@ def _eight(x, added, norm, at, live, ADDS: tl.constexpr, WEIGHTED: tl.constexpr,
 
 
 @triton.jit
+def in_order_of_nibbles(a, b, c, d, PTX: tl.constexpr, WARPS: tl.constexpr):
+    """Pairs of four times eight columns, [4 (t), 8 (g), WARPS, 4] each, as [WARPS, 128, 8 (g)] of int4's tile."""
+    upper, lower = tl.join(halves(a, PTX), halves(b, PTX)), tl.join(halves(c, PTX), halves(d, PTX))
+    # t g W i q/2 q%2 w%2 w/2: W w/2 w%2 q/2 t q%2 i g
+    both = tl.reshape(tl.join(upper, lower), [4, 8, WARPS, 2, 2, 2, 2, 2])
+    return tl.reshape(tl.permute(both, [2, 7, 6, 4, 0, 5, 3, 1]), [WARPS, 128, 8])
+
+
+@triton.jit
 def _right(
     x, added, norm, live, ADDS: tl.constexpr, WEIGHTED: tl.constexpr, CODE: tl.constexpr, PTX: tl.constexpr,
     WARPS: tl.constexpr, EVEN: tl.constexpr,
@@ -200,15 +206,12 @@ def _right(
     b = _eight(x, added, norm, 4, live, ADDS, WEIGHTED, PTX, EVEN)
     if CODE == 0:
         # t g W w%2 p i w/2: W w/2 w%2 t p i g
-        both = tl.reshape(tl.join(_halves(a, PTX), _halves(b, PTX)), [4, 8, WARPS, 2, 2, 2, 2])
+        both = tl.reshape(tl.join(halves(a, PTX), halves(b, PTX)), [4, 8, WARPS, 2, 2, 2, 2])
         return tl.reshape(tl.permute(both, [2, 6, 3, 0, 4, 5, 1]), [WARPS, 64, 8])
     else:
         c = _eight(x, added, norm, 8, live, ADDS, WEIGHTED, PTX, EVEN)
         d = _eight(x, added, norm, 12, live, ADDS, WEIGHTED, PTX, EVEN)
-        upper, lower = tl.join(_halves(a, PTX), _halves(b, PTX)), tl.join(_halves(c, PTX), _halves(d, PTX))
-        # t g W i q/2 q%2 w%2 w/2: W w/2 w%2 q/2 t q%2 i g
-        both = tl.reshape(tl.join(upper, lower), [4, 8, WARPS, 2, 2, 2, 2, 2])
-        return tl.reshape(tl.permute(both, [2, 7, 6, 4, 0, 5, 3, 1]), [WARPS, 128, 8])
+        return in_order_of_nibbles(a, b, c, d, PTX, WARPS)
 
 
 @triton.jit
@@ -227,19 +230,46 @@ def _words(upper, lower, live, PARTS: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _scales(scales, zeros, row, column, scales_row, EXPONENTS: tl.constexpr, ZEROS: tl.constexpr, CODE: tl.constexpr):
-    """[WARPS, 16, 1] of rows' and warps' scales, and of what is to be subtracted of codes."""
-    place = row[None, :] * scales_row + column[:, None]
-    scale = tl.load(scales + place).to(tl.float32)
+def _scales(
+    scales, zeros, columns, row, scales_row, at, inner, ZEROS: tl.constexpr, WIDE: tl.constexpr, TILE_K: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Of each part, rows' and warps' scales and zeros, [WARPS, 16]. at: warps' first columns. WIDE: of two at once."""
+    found = ()
+    if WIDE:
+        place = row[None, :] * scales_row + (at // (2 * TILE_K))[:, None]
+        live = (at < inner)[:, None]
+        scale = tl.load(scales + place, mask=live, other=0)
+        found = found + (scale, tl.load(zeros + place, mask=live, other=0).to(tl.int32) if ZEROS else scale)
+    else:
+        for part in tl.static_range(PARTS):
+            column = tl.load(columns + at + part * TILE_K, mask=at + part * TILE_K < inner, other=0)
+            place = row[None, :] * scales_row + column[:, None]
+            scale = tl.load(scales + place)
+            found = found + (scale, tl.load(zeros + place) if ZEROS else scale)
+    return found
+
+
+@triton.jit
+def _scaled(
+    sums, whole, by, part: tl.constexpr, CODE: tl.constexpr, EXPONENTS: tl.constexpr, ZEROS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Sums [WARPS, 16, 8] of codes times x; whole: of x. Integers are 128 and the code."""
+    if WIDE:
+        # 1: of float16, 2: of bfloat16
+        if WIDE == 1:
+            scale = (by[0] >> (16 * part)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        else:
+            scale = ((by[0] >> (16 * part)) << 16).to(tl.float32, bitcast=True)
+        zero = ((by[1] >> (8 * part)) & 255).to(tl.float32)
+    else:
+        scale, zero = by[2 * part].to(tl.float32), by[2 * part + 1].to(tl.float32)
+    if CODE == 2:
+        sums -= whole * (zero[:, :, None] + 128.0 if ZEROS else 136.0)
     if EXPONENTS:
         scale = tl.exp2(scale - 127.0)
-    zero = scale
-    if CODE == 2:
-        if ZEROS:
-            zero = tl.load(zeros + place).to(tl.float32) + 128.0
-        else:
-            zero = tl.full(scale.shape, 136.0, tl.float32)
-    return scale[:, :, None], zero[:, :, None]
+    return sums * scale[:, :, None]
 
 
 @triton.jit
@@ -258,43 +288,44 @@ def dot_rows(
     gate_scales_row, ROWS: tl.constexpr, ADDS: tl.constexpr, NORMS: tl.constexpr, WEIGHTED: tl.constexpr,
     ACT: tl.constexpr, BIAS: tl.constexpr, CODE: tl.constexpr, EXPONENTS: tl.constexpr, ZEROS: tl.constexpr,
     PTX: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr, SQUARES: tl.constexpr,
-    DOUBLE: tl.constexpr, UNROLL: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    WIDE: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """As `few_rows_kernel.few_rows` has them: x, added [ROWS, inner]; out [ROWS, num_out]; total [ROWS, inner]; codes
     [num_out, words of int32]. PARTS: tiles of a warp at a time, of columns one after the other. EVEN: all warps have
-    something to do, always; inner is a multiple of TILE_K in any case.
+    something to do, always; inner is a multiple of TILE_K in any case. WIDE: scales and zeros are read two by two, and
+    lie in the order of the columns.
     """
     tile_k: tl.constexpr = 64 if CODE == 0 else 128
     lane: tl.constexpr = tile_k // 4
     span: tl.constexpr = tile_k * PARTS
     step: tl.constexpr = span * WARPS
     per_word: tl.constexpr = 4 if CODE == 0 else 8
-    has_second: tl.constexpr = ACT != "" or DOUBLE
     program = tl.program_id(0)
-    n = program * (32 if DOUBLE else 16) + tl.arange(0, 16)
-    upper_n = program * (32 if DOUBLE else 16) + tl.arange(0, 8)
+    n = program * 16 + tl.arange(0, 16)
+    upper_n = program * 16 + tl.arange(0, 8)
     upper = tl.minimum(upper_n, num_out - 1).to(tl.int64)[None, :, None, None]
     lower = tl.minimum(upper_n + 8, num_out - 1).to(tl.int64)[None, :, None, None]
     warp = tl.arange(0, WARPS)
-    word = (
-        tl.arange(0, 4)[:, None, None, None] * 4
-        + warp[None, None, :, None] * (span // per_word)
-        + tl.arange(0, 4)[None, None, None, :]
-    )
+    four, of_warp = tl.arange(0, 4)[None, None, None, :], warp[None, None, :, None]
+    quarter = tl.arange(0, 4)[:, None, None, None]
+    word = quarter * 4 + of_warp * (span // per_word) + four
     upper_at, lower_at = codes + (upper * codes_row + word), codes + (lower * codes_row + word)
     # how many parts there are for each warp
     live = tl.full((1, 1, WARPS, 1), 1, tl.int1) if EVEN else ((inner - warp * span) // tile_k)[None, None, :, None]
     words = _words(upper_at, lower_at, live, PARTS, EVEN)
+    row = tl.load(rows + tl.minimum(n, num_out - 1))
+    by = _scales(scales, zeros, columns, row, scales_row, warp * span, inner, ZEROS, WIDE, tile_k, PARTS)
     gate_words = ()
-    if has_second:
-        other_n = n + 16 if DOUBLE else n
-        upper = tl.minimum(upper_n + (16 if DOUBLE else 0), num_out - 1).to(tl.int64)[None, :, None, None]
-        lower = tl.minimum(upper_n + (24 if DOUBLE else 8), num_out - 1).to(tl.int64)[None, :, None, None]
+    gate_by = ()
+    if ACT != "":
         gate_upper_at = gate_codes + (upper * gate_codes_row + word)
         gate_lower_at = gate_codes + (lower * gate_codes_row + word)
         gate_words = _words(gate_upper_at, gate_lower_at, live, PARTS, EVEN)
-        gate_row = tl.load(gate_rows + tl.minimum(other_n, num_out - 1))
-    row = tl.load(rows + tl.minimum(n, num_out - 1))
+        gate_row = tl.load(gate_rows + tl.minimum(n, num_out - 1))
+        gate_by = _scales(
+            gate_scales, gate_zeros, gate_columns, gate_row, gate_scales_row, warp * span, inner, ZEROS, WIDE, tile_k,
+            PARTS,
+        )  # fmt: skip
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
@@ -319,26 +350,25 @@ def dot_rows(
             two = tl.load(added + each * added_row + k, mask=k < pairs, other=0)
             tl.store(total + each * pairs + k, _plus(one, two, PTX), mask=k < pairs)
     at_row = tl.minimum(tl.arange(0, 8), ROWS - 1)[None, :, None, None]
-    pair = (
-        tl.arange(0, 4)[:, None, None, None] * (lane // 2)
-        + warp[None, None, :, None] * (span // 2)
-        + tl.arange(0, 4)[None, None, None, :]
-    )
-    x_at, added_at, norm_at = (
-        x + (at_row * x_row + pair),
-        added + (at_row * added_row + pair),
-        norm + (0 * at_row + pair),
-    )
-    first_columns, first_gate_columns = columns + warp * span, gate_columns + warp * span
+    pair = quarter * (lane // 2) + of_warp * (span // 2) + four
+    x_at, added_at = x + (at_row * x_row + pair), added + (at_row * added_row + pair)
+    norm_at = norm + (0 * at_row + pair)
     sums = tl.zeros((WARPS, 16, 8), dtype=tl.float32)
     gates = tl.zeros((WARPS, 16, 8), dtype=tl.float32)
     ones = tl.full((WARPS, 16, tile_k), 1.0, dtype=tl.bfloat16 if PTX else tl.float32)
-    for start in tl.range(0, inner, step, num_stages=1, loop_unroll_factor=UNROLL):
+    for start in tl.range(0, inner, step, num_stages=1):
         ahead = (start + step) // per_word
         left = start + step < inner if EVEN else ((inner - start - step - warp * span) // tile_k)[None, None, :, None]
         next_words = _words(upper_at + ahead, lower_at + ahead, left, PARTS, EVEN)
+        next_at = start + step + warp * span
+        next_by = _scales(scales, zeros, columns, row, scales_row, next_at, inner, ZEROS, WIDE, tile_k, PARTS)
         next_gate_words = ()
-        if has_second:
+        next_gate_by = ()
+        if ACT != "":
+            next_gate_by = _scales(
+                gate_scales, gate_zeros, gate_columns, gate_row, gate_scales_row, next_at, inner, ZEROS, WIDE, tile_k,
+                PARTS,
+            )  # fmt: skip
             next_gate_words = _words(gate_upper_at + ahead, gate_lower_at + ahead, left, PARTS, EVEN)
         for part in tl.static_range(PARTS):
             is_column = (start + part * tile_k + warp * span < inner)[None, None, :, None]
@@ -347,41 +377,20 @@ def dot_rows(
                 x_at + at + part * (tile_k // 2), added_at + at + part * (tile_k // 2),
                 norm_at + at + part * (tile_k // 2), is_column, ADDS, WEIGHTED, CODE, PTX, WARPS, EVEN,
             )  # fmt: skip
-            at_column = tl.load(
-                first_columns + start + part * tile_k,
-                mask=(start + part * tile_k + warp * span < inner) | EVEN,
-                other=0,
-            )
-            scale, zero = _scales(scales, zeros, row, at_column, scales_row, EXPONENTS, ZEROS, CODE)
+            whole = _dot(ones, right, PTX) if CODE == 2 else right
             part_sums = _dot(_matrix(words[2 * part], words[2 * part + 1], CODE, PTX, WARPS), right, PTX)
-            if CODE == 2:
-                whole = _dot(ones, right, PTX)
-                part_sums -= whole * zero
-            sums += part_sums * scale
-            if has_second:
-                at_column = tl.load(
-                    first_gate_columns + start + part * tile_k,
-                    mask=(start + part * tile_k + warp * span < inner) | EVEN,
-                    other=0,
-                )
-                scale, zero = _scales(
-                    gate_scales, gate_zeros, gate_row, at_column, gate_scales_row, EXPONENTS, ZEROS, CODE
-                )
+            sums += _scaled(part_sums, whole, by, part, CODE, EXPONENTS, ZEROS, WIDE)
+            if ACT != "":
                 part_sums = _dot(_matrix(gate_words[2 * part], gate_words[2 * part + 1], CODE, PTX, WARPS), right, PTX)
-                if CODE == 2:
-                    part_sums -= whole * zero
-                gates += part_sums * scale
-        words, gate_words = next_words, next_gate_words
+                gates += _scaled(part_sums, whole, gate_by, part, CODE, EXPONENTS, ZEROS, WIDE)
+        words, gate_words, by, gate_by = next_words, next_gate_words, next_by, next_gate_by
     y = tl.sum(sums, 0)
     factor = tl.rsqrt(squares / inner + eps)[None, :]
     if NORMS:
         y *= factor
-    if has_second:
+    if ACT != "":
         other = tl.sum(gates, 0)
         if NORMS:
             other *= factor
-        if DOUBLE:
-            _put(out, other, bias, other_n, num_out, ROWS, BIAS)
-        else:
-            y *= activated(other, ACT)
+        y *= activated(other, ACT)
     _put(out, y, bias, n, num_out, ROWS, BIAS)

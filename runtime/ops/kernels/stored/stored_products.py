@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from runtime.ops.kernels.stored.codes import Stored
 
-__all__ = ["CODES", "product", "run_of"]
+__all__ = ["CODES", "are_in_order", "largest_of", "product", "run_of"]
 
 CODES = {"float8": 0, "float4": 1, "int4": 2}
 _RUNS = (128, 64, 32)
@@ -31,6 +31,8 @@ _TILES, _WIDE_TILES = (32, 16, 128, 2, 6), (64, 64, 64, 4, 3)
 """TILE_N, TILE_M, TILE_K, warps and stages of products of few rows, and of many."""
 
 _runs: Any = WeakTensorKeyDictionary()
+_orders: Any = WeakTensorKeyDictionary()
+_largest: Any = WeakTensorKeyDictionary()
 
 
 def run_of(columns: Tensor) -> int:
@@ -44,6 +46,24 @@ def run_of(columns: Tensor) -> int:
     least = math.gcd(0, *borders)
     _runs[columns] = next((run for run in _RUNS if least % run == 0), 0)
     return int(_runs[columns])
+
+
+def are_in_order(columns: Tensor, run: int) -> bool:
+    """Whether column i has scale i // run."""
+    if columns not in _orders:
+        if columns.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        _orders[columns] = torch.equal(columns.cpu(), torch.arange(columns.shape[0], dtype=columns.dtype) // run)
+    return bool(_orders[columns])
+
+
+def largest_of(scales: Tensor) -> float:
+    """The largest number of a weight's scales."""
+    if scales not in _largest:
+        if scales.is_cuda and torch.cuda.is_current_stream_capturing():
+            return math.inf
+        _largest[scales] = float(scales.max()) if scales.numel() else 0.0
+    return float(_largest[scales])
 
 
 @torch.library.custom_op("partitioner::stored_product", mutates_args=())
@@ -64,6 +84,8 @@ def product(
     stored = Stored(codes, scales, zeros, rows, columns, code)
     if counts is None and x.is_cuda and codes.numel() and dot_rows.takes(x, stored):
         return dot_rows.dot_rows(x, stored, bias).view(*x.shape[:-1], -1)  # type: ignore[no-any-return]
+    if counts is not None and x.is_cuda and dot_rows.takes_experts(x, stored):
+        return dot_rows.dot_experts(x, stored, bias, counts)
     left = x.reshape(-1, x.shape[-1]).contiguous()
     codes, scales = codes.contiguous(), scales.contiguous()
     num_x, num_out, inner = left.shape[0], rows.shape[-1], columns.shape[0]

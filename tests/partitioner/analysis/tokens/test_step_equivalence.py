@@ -19,7 +19,7 @@ SLOW = ["mamba2", "falcon_mamba", "jamba", "falcon_h1", "granitemoehybrid", "lfm
 QUICK = ["bloom", "mpt", "gpt_neo", "lfm2_moe"]
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3])
+@pytest.mark.parametrize("tp", [*(pytest.param(tp, marks=pytest.mark.slow) for tp in (1, 2)), 3])
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BY_POSITION + BY_SEQUENCE + SLOW]
 )

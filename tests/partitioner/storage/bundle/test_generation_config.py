@@ -38,7 +38,14 @@ def test_it_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "ends"), [(-1, ()), ([-1], ()), ([7, -1], (7,)), (-100, ()), ([], ()), (None, ()), (0, (0,))]
+    ("said", "ends"),
+    [
+        (-1, ()),
+        ([7, -1], (7,)),
+        (None, ()),
+        (0, (0,)),
+        *(pytest.param(said, (), marks=pytest.mark.slow) for said in ([-1], -100, [])),
+    ],
 )
 def test_what_a_file_says_of_ends_can_be_read_again(said: object, ends: tuple[int, ...], tmp_path: Path) -> None:
     """A negative id is that of no token, as transformers takes it."""

@@ -16,6 +16,7 @@ from runtime.communication.channels import Channel, Handle
 from runtime.communication.group_channel import GroupChannel
 from runtime.communication.shared_memory import shared_memory
 from runtime.communication.shared_memory.mailboxes import MOST_AWAITED
+from runtime.communication.shared_memory.segment import Segment
 from runtime.communication.thread_communicator import ThreadGroup
 from tests.runtime.communication.channels.channel_cases import every_primitive, piece
 from tests.runtime.communication.channels.ends import channels, in_threads
@@ -222,6 +223,22 @@ def test_to_a_rank_that_left_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) ->
     receiver._shared.close()
     with pytest.raises(RankLost, match="closed by a rank that left"):
         sender.send_begin(torch.ones(1), 1)
+
+
+def test_behind_an_interrupt_nothing_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the message was taken is not known then."""
+    _, receiver = channels(2, monkeypatch)
+    handle = receiver.receive_begin((1,), torch.float32, 0)
+
+    def interrupted(self: Segment, index: int) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Segment, "is_held", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        handle.finish()
+    for begin in (lambda: handle.finish(), lambda: receiver.send_begin(torch.ones(1), 0)):
+        with pytest.raises(RankLost, match="broken before this operation"):
+            begin()
 
 
 def test_more_than_there_is_memory_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
