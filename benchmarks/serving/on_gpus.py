@@ -306,8 +306,8 @@ def load(llm: Launched, other: Theirs, given: argparse.Namespace, words: int) ->
 def main() -> None:
     parser = options(__doc__, rounds=2)
     parser.add_argument("--clients", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=128, help="of a round")
-    parser.add_argument("--seconds", type=float, default=10.0, help="that a side has for a round at most")
+    parser.add_argument("--requests", type=int, default=256, help="of a round at most")
+    parser.add_argument("--seconds", type=float, default=8.0, help="that a side has for a round at most")
     parser.add_argument("--start", type=float, default=120.0, help="seconds that each side has to start")
     parser.add_argument("--budgets", type=int, nargs="+", help="stall: tokens of prompts in a step, beside the default")
     parser.add_argument("--layers", type=int, help="instead of all")

@@ -158,7 +158,7 @@ class InBlocks:
     def decode(self, steps: Steps, run: Run, received: Sequence[Tensor] = (), *, few_sizes: bool) -> Any:
         """Logits [n, 1, V/r], or what a stage hands on, by a compiled or captured step for as many rows or some more.
 
-        few_sizes: whether there is one for one row and one for all; otherwise one for each power of two.
+        few_sizes: whether there is one for one row and one for all; otherwise one for each power of four.
         """
         decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
         return decoder.of_first(len(run.piece.tokens), tokens, positions, received)
@@ -184,9 +184,13 @@ class InBlocks:
         return decoder.again(begun)
 
     def sizes(self, *, few_sizes: bool) -> list[int]:
-        """Rows of compiled and captured steps, in ascending order: one, then powers of two up to all."""
+        """Rows of compiled and captured steps, in ascending order: one, then powers of four up to all.
+
+        Kernels are compiled for each, in seconds; a step of some rows more takes little longer, as weights are what it
+        reads.
+        """
         most = self.limits.rows
-        return sorted({1, most, *(() if few_sizes else (1 << power for power in range((most - 1).bit_length())))})
+        return sorted({1, most, *(() if few_sizes else (1 << power for power in range(0, (most - 1).bit_length(), 2)))})
 
     def begin_size(self, steps: Steps, size: int) -> None:
         """A captured step of so many rows of nobody, so that none who comes has to wait for it."""

@@ -255,7 +255,7 @@ def test_steps_are_captured_before_requests_come(monkeypatch: pytest.MonkeyPatch
     loop = engine.batching(CacheSize(max_batch=1, max_length=400, prefill_step=64), rows=12)
     loop._decoding["cuda_graph"] = True
     loop.reserve(CacheSize(max_batch=1, max_length=400, prefill_step=64))
-    assert captures == {1: 1, 2: 1, 4: 1, 8: 1, 12: 1}
+    assert captures == {1: 1, 4: 1, 12: 1}
     draw = random.Random(0)
     lengths = [(draw.randrange(1, 16), draw.randrange(1, 4)) for _ in range(200)]
     prompts = [[draw.randrange(3, 100) for _ in range(length)] for length, _ in lengths]
@@ -266,7 +266,7 @@ def test_steps_are_captured_before_requests_come(monkeypatch: pytest.MonkeyPatch
     while loop.status()["running"] + loop.status()["waiting"]:
         for each in loop.step():
             told[each.number].append(each.token)
-    assert sum(captures.values()) == 5
+    assert sum(captures.values()) == 3
     for number in range(0, 200, 40):
         step = parts.stream([prompts[number]], max_new_tokens=lengths[number][1], eos_token_id=[])
         assert told[number] == [each.tokens[0] for each in step]
