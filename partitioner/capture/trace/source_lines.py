@@ -43,7 +43,7 @@ def innermost_lines() -> Iterator[None]:
     Those of other threads keep theirs, and so do all where this torch keeps stacks in another way.
     """
     proxies: Any = fx.proxy
-    real = getattr(proxies, "CapturedTraceback", None)
+    real: Any = getattr(proxies, "CapturedTraceback", None)
     if real is None:
         yield
         return
