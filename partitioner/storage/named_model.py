@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import hub
 
 from partitioner.errors import CaptureError, WeightError
+from partitioner.storage.json_fields import read_fields
 from partitioner.storage.recognise import MANIFEST
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "load_config",
     "load_model",
     "own_code",
-    "read_fields",
     "without_grouped_mm",
 ]
 
@@ -157,17 +156,6 @@ def _build(name: str, config: Any, device: str) -> Any:
             return model_class._from_config(copy.deepcopy(config), dtype=torch.float32)
     except Exception as error:
         raise CaptureError(f"transformers cannot build {model_class.__name__} for {name!r}: {_line(error)}") from error
-
-
-def read_fields(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a folder. Raises `CaptureError` where there is none."""
-    try:
-        fields = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CaptureError(f"cannot read the configuration {path}: {_line(error)}") from error
-    if not isinstance(fields, dict):
-        raise CaptureError(f"{path} must be a JSON object, got a {type(fields).__name__}")
-    return fields
 
 
 def _from_file(path: Path) -> Any:

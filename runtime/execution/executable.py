@@ -231,7 +231,7 @@ def _bind(new: fx.Node, node: fx.Node, communicator: Binder) -> None:
         node.target, call.axes, node=node.name, options=call.options, overwrite=_is_last_use(node)
     )
     new.args, new.kwargs = call.operands, {}
-    if node.target is all_reduce:
+    if node.target is all_reduce and isinstance(communicator, Communicator):  # what is compiled by torch is not fused
         new.meta["channel"] = communicator.channel(call.axes, node=node.name)
 
 

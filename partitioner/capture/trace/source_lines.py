@@ -42,7 +42,8 @@ def innermost_lines() -> Iterator[None]:
 
     Those of other threads keep theirs, and so do all where this torch keeps stacks in another way.
     """
-    real: Any = getattr(fx.proxy, "CapturedTraceback", None)
+    proxies: Any = fx.proxy
+    real = getattr(proxies, "CapturedTraceback", None)
     if real is None:
         yield
         return
@@ -54,11 +55,11 @@ def innermost_lines() -> Iterator[None]:
             frames = _frames_within(opener)
             return real.extract() if frames is None else _Stack(frames)
 
-    fx.proxy.CapturedTraceback = Innermost  # type: ignore[misc, assignment]
+    proxies.CapturedTraceback = Innermost
     try:
         yield
     finally:
-        fx.proxy.CapturedTraceback = real  # type: ignore[misc]
+        proxies.CapturedTraceback = real
 
 
 class _Stack:

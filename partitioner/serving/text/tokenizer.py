@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoTokenizer
 
 from partitioner.errors import CaptureError, InputError
 from partitioner.storage.bundle.bundle import load
-from partitioner.storage.named_model import own_code, read_fields
+from partitioner.storage.json_fields import read_fields
+from partitioner.storage.named_model import own_code
 from partitioner.storage.recognise import is_bundle
 
 __all__ = ["context_length", "load_tokenizer"]

@@ -26,12 +26,12 @@ from partitioner.storage.checkpoint.quantized_tensors import Quantized, find_qua
 from partitioner.storage.checkpoint.recording_tensor import RecordingTensor
 from partitioner.storage.checkpoint.strided_windows import Moved
 from partitioner.storage.checkpoint.weight_origins import Origins
+from partitioner.storage.json_fields import read_fields
 from partitioner.storage.named_model import (
     class_notes,
     class_of,
     hub_hint,
     load_config,
-    read_fields,
     without_grouped_mm,
 )
 from runtime.weights.safetensors_files import INDEX, SINGLE, TensorFiles

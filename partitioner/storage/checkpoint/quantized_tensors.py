@@ -22,7 +22,7 @@ import torch
 
 from partitioner.errors import CaptureError, WeightError
 from partitioner.storage.checkpoint.quantized_finder import FLOAT8, SCALES, Finder, Quantized, said
-from partitioner.storage.named_model import read_fields
+from partitioner.storage.json_fields import read_fields
 from runtime.weights.quantized.packed import Packed
 from runtime.weights.safetensors_files import TensorFiles
 

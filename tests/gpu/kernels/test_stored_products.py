@@ -11,8 +11,8 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.ops.experts import grouped_linear
 from runtime.ops.kernels.stored.few_rows import Stored, few_rows
+from runtime.ops.kernels.stored.scales import run_of
 from runtime.ops.kernels.stored.stored_linear import stored_grouped_linear, stored_linear, stored_weight
-from runtime.ops.kernels.stored.stored_products import run_of
 from tests.partitioner.compile.test_hold_stored import folder
 from tests.runtime.ops.test_stored import CODES, held
 

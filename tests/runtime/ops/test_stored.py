@@ -7,8 +7,8 @@ from torch import Tensor
 from runtime.ops.experts import grouped_linear
 from runtime.ops.kernels.stored.codes import FLOAT4, Stored, nibbles, pack_nibbles
 from runtime.ops.kernels.stored.dot_rows import takes
+from runtime.ops.kernels.stored.scales import run_of
 from runtime.ops.kernels.stored.stored_linear import stored_grouped_linear, stored_linear, stored_weight
-from runtime.ops.kernels.stored.stored_products import run_of
 from tests.runtime.ops.kernels.in_tritons_interpreter import assert_interpreted, needs_triton
 
 CODES = ("float8", "float4", "int4")

@@ -1,7 +1,9 @@
-"""What each process checks of captured stages; started by test_relay_ranks.py, with a plan and a device.
+"""What each process checks of captured stages.
 
-On a CPU a captured step is one that runs again (`tests.runtime.generation.replayed`), over gloo; on GPUs it is a CUDA
-graph, over NCCL. With one GPU all use that, over sockets.
+python -P -m tests.runtime.pipeline.relay_rank PLAN DEVICE SHARING     started by test_relay_ranks.py
+
+On a CPU a captured step is one that runs again (`tests.runtime.generation.replayed`), over memory or gloo; on GPUs it
+is a CUDA graph, over NCCL. With one GPU all use that, over sockets.
 """
 
 import contextlib
@@ -48,7 +50,7 @@ def a_lost_rank(engine: Engine, texts: list[list[int]]) -> None:
 
 def main() -> None:
     begin_worker()
-    plan, device = sys.argv[1:]
+    plan, device, sharing = sys.argv[1:]
     if device == "cuda" and torch.cuda.device_count() < int(os.environ["WORLD_SIZE"]):
         device = "cuda:0"
         alone_there = {"NCCL_HOSTID": os.environ["RANK"], "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
@@ -62,7 +64,7 @@ def main() -> None:
     )
     whole = alone.generate(texts, max_new_tokens=20, eos_token_id=[]).cpu()
     ends = {"eos_token_id": [int(whole[0, -15]), int(whole[2, -9])], "pad_token_id": 0}
-    how: dict[str, Any] = {"device": device, "cuda_graph": True, "timeout_s": 20, "shared_memory": "off"}
+    how: dict[str, Any] = {"device": device, "cuda_graph": True, "timeout_s": 20, "shared_memory": sharing}
     with replaying() if device == "cpu" else contextlib.nullcontext():
         with Engine.connect(parts, **how) as engine:
             for rows in (5, 1):

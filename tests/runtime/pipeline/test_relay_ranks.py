@@ -11,9 +11,12 @@ from runtime.processes.launch import launch
 @pytest.mark.parametrize(
     ("plan", "ranks"), [("pp=2", 2), ("pp=3", 3), ("tp=2,pp=2", 4), ("pp=3,pipeline.share_head=true", 3)]
 )
-def test_over_gloo(plan: str, ranks: int, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
+@pytest.mark.parametrize("sharing", ["on", "off"])
+def test_on_cpus(
+    plan: str, ranks: int, sharing: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
-    launch(["tests.runtime.pipeline.relay_rank", plan, "cpu"], num_ranks=ranks, timeout_s=200)
+    launch(["tests.runtime.pipeline.relay_rank", plan, "cpu", sharing], num_ranks=ranks, timeout_s=400)
 
 
 @pytest.mark.gpu
@@ -22,4 +25,4 @@ def test_over_gloo(plan: str, ranks: int, monkeypatch: pytest.MonkeyPatch, pytes
 @pytest.mark.parametrize("plan", ["pp=2", "pp=2,pipeline.share_head=true"])
 def test_over_nccl(plan: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
-    launch(["tests.runtime.pipeline.relay_rank", plan, "cuda"], num_ranks=2, timeout_s=300)
+    launch(["tests.runtime.pipeline.relay_rank", plan, "cuda", "off"], num_ranks=2, timeout_s=300)

@@ -45,15 +45,25 @@ def visitors() -> list[Visitor]:
     return [Visitor(is_stranger, where) for is_stranger in users for where in places]
 
 
-@pytest.mark.parametrize("sharing", ["on", pytest.param("off", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("sharing", "contents"),
+    [
+        ("on", GARBAGE[::3]),  # nobody is answered, for a second each; test_strangers.py sends more
+        pytest.param("on", GARBAGE, marks=pytest.mark.slow),
+        pytest.param("off", GARBAGE, marks=pytest.mark.slow),
+    ],
+    ids=["on", "all-on", "all-off"],
+)
 def test_a_job_and_a_stranger(
-    sharing: str, tmp_path: Path, visitors: list[Visitor], pytestconfig: pytest.Config
+    sharing: str, contents: list[bytes], tmp_path: Path, visitors: list[Visitor], pytestconfig: pytest.Config
 ) -> None:
     with started("tests.security.jobs.job_rank", sharing, tmp_path, pytestconfig.rootpath) as job:
-        check(job, sharing, visitors, documented(pytestconfig.rootpath))
+        check(job, sharing, contents, visitors, documented(pytestconfig.rootpath))
 
 
-def check(job: Job, sharing: str, visitors: list[Visitor], expected: dict[tuple[str, str, str], int]) -> None:
+def check(
+    job: Job, sharing: str, contents: list[bytes], visitors: list[Visitor], expected: dict[tuple[str, str, str], int]
+) -> None:
     job.wait_for("pid-0", "pid-1")
     (door,) = job.wait_for_doors()
     seen = {("launcher", "meeting", "none"): len(listening(job.process.pid))}
@@ -61,7 +71,7 @@ def check(job: Job, sharing: str, visitors: list[Visitor], expected: dict[tuple[
     assert door.kind == "unix"
     assert door.address.startswith("@")
     seen["rank 0", "meeting", "Unix socket, abstract"] = 1
-    for content in GARBAGE:
+    for content in contents:
         for visitor in visitors:
             said = knock(door, content, is_stranger=visitor.is_stranger, where=visitor.where)
             # from another namespace it cannot even be called; here nobody gets an answer without the key

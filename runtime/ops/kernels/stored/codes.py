@@ -8,11 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FLOAT4", "Stored", "exponents", "nibbles", "numbers", "pack_nibbles"]
+__all__ = ["CODES", "FLOAT4", "Stored", "exponents", "nibbles", "numbers", "pack_nibbles"]
 
 FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The numbers of four bits with two of exponent and one of mantissa."""
 _BIAS = 127
+CODES = {"float8": 0, "float4": 1, "int4": 2}
+"""What kernels call them."""
 
 
 class Stored(NamedTuple):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from runtime.ops.kernels.decode import few_rows as decode
-from runtime.ops.kernels.stored.codes import Stored
-from runtime.ops.kernels.stored.stored_products import CODES, are_in_order, largest_of, run_of
+from runtime.ops.kernels.stored.codes import CODES, Stored
+from runtime.ops.kernels.stored.scales import are_in_order, largest_of, run_of
 
 __all__ = ["MOST_ROWS", "dot_experts", "dot_rows", "takes", "takes_experts"]
 

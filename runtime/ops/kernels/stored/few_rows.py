@@ -18,8 +18,8 @@ from torch import Tensor
 
 from runtime.ops.kernels.decode import few_rows as decode
 from runtime.ops.kernels.stored import dot_rows
-from runtime.ops.kernels.stored.codes import Stored
-from runtime.ops.kernels.stored.stored_products import CODES, run_of
+from runtime.ops.kernels.stored.codes import CODES, Stored
+from runtime.ops.kernels.stored.scales import run_of
 
 __all__ = ["Stored", "few_rows", "takes"]
 

@@ -6,19 +6,17 @@ at how its columns share their scales.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from runtime.ops.kernels.stored.codes import Stored
+from runtime.ops.kernels.stored import dot_rows
+from runtime.ops.kernels.stored.codes import CODES, Stored
+from runtime.ops.kernels.stored.scales import run_of
 
-__all__ = ["CODES", "are_in_order", "largest_of", "product", "run_of"]
+__all__ = ["product"]
 
-CODES = {"float8": 0, "float4": 1, "int4": 2}
-_RUNS = (128, 64, 32)
 _HALVES = (torch.bfloat16, torch.float16)
 _FEW = 16
 """Rows of experts up to which each is a product by itself."""
@@ -29,41 +27,6 @@ _MOST_IDLE = 1.1
 _MOST_OF_NARROW = 16
 _TILES, _WIDE_TILES = (32, 16, 128, 2, 6), (64, 64, 64, 4, 3)
 """TILE_N, TILE_M, TILE_K, warps and stages of products of few rows, and of many."""
-
-_runs: Any = WeakTensorKeyDictionary()
-_orders: Any = WeakTensorKeyDictionary()
-_largest: Any = WeakTensorKeyDictionary()
-
-
-def run_of(columns: Tensor) -> int:
-    """So many columns, from any multiple of it on, share their scale; 0 where there is no such number among `_RUNS`."""
-    if columns in _runs:
-        return int(_runs[columns])
-    if columns.is_cuda and torch.cuda.is_current_stream_capturing():
-        return 0
-    on_host = columns.cpu()
-    borders = (on_host.diff().nonzero().view(-1) + 1).tolist()
-    least = math.gcd(0, *borders)
-    _runs[columns] = next((run for run in _RUNS if least % run == 0), 0)
-    return int(_runs[columns])
-
-
-def are_in_order(columns: Tensor, run: int) -> bool:
-    """Whether column i has scale i // run."""
-    if columns not in _orders:
-        if columns.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False
-        _orders[columns] = torch.equal(columns.cpu(), torch.arange(columns.shape[0], dtype=columns.dtype) // run)
-    return bool(_orders[columns])
-
-
-def largest_of(scales: Tensor) -> float:
-    """The largest number of a weight's scales."""
-    if scales not in _largest:
-        if scales.is_cuda and torch.cuda.is_current_stream_capturing():
-            return math.inf
-        _largest[scales] = float(scales.max()) if scales.numel() else 0.0
-    return float(_largest[scales])
 
 
 @torch.library.custom_op("partitioner::stored_product", mutates_args=())
@@ -79,7 +42,7 @@ def product(
     code: str,
 ) -> Tensor:
     """The product of x [.., K], [.., N]; with `counts`, x [T, K] is sorted by expert, and rows of none are zero."""
-    from runtime.ops.kernels.stored import dot_rows, stored_kernel  # Triton comes with torch for GPUs only
+    from runtime.ops.kernels.stored import stored_kernel  # Triton comes with torch for GPUs only
 
     stored = Stored(codes, scales, zeros, rows, columns, code)
     if counts is None and x.is_cuda and codes.numel() and dot_rows.takes(x, stored):

@@ -13,8 +13,11 @@ from partitioner.capture.layers.share_layers import every_layer
 from partitioner.capture.steps.watched_cache import WatchedLayers
 from partitioner.compile.partition import trace_step
 from partitioner.program import Program
-from tests.partitioner.capture.layers.test_traced_once import DEPTH, SIZES, llama, number_traced
+from tests.partitioner.capture.layers.test_traced_once import SIZES, llama, number_traced
 from tests.supported_models.columns.same_program import difference
+
+SHALLOW = 4
+"""The first, the last and two in between."""
 
 
 def compared(model: Any) -> tuple[Program, Program]:
@@ -24,7 +27,7 @@ def compared(model: Any) -> tuple[Program, Program]:
 
 
 def test_attention_that_adds_to_its_cache() -> None:
-    once, full = compared(llama())
+    once, full = compared(llama(SHALLOW))
     assert number_traced(once) == 2
     assert difference(once, full) is None
 
@@ -64,7 +67,7 @@ def test_a_layer_that_asks_about_another_stands_for_none() -> None:
 
 
 def test_what_a_layer_asks_of_the_whole_cache_is_seen_in_the_trace() -> None:
-    model = llama()
+    model = llama(SHALLOW)
     for layer in model.model.layers:
         own = layer.self_attn.forward
 
@@ -76,5 +79,5 @@ def test_what_a_layer_asks_of_the_whole_cache_is_seen_in_the_trace() -> None:
 
         layer.self_attn.forward = forward
     once, full = compared(model)
-    assert number_traced(once) == DEPTH
+    assert number_traced(once) == SHALLOW
     assert difference(once, full) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -37,15 +38,21 @@ SIZES: dict[str, Any] = {
 IDS = torch.tensor([[5, 17, 9, 33, 2], [1, 1, 30, 7, 20]])
 
 
-def llama() -> Any:
+def llama(depth: int = DEPTH) -> Any:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).double().eval()
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": depth})).double().eval()
 
 
 def compared(model: PreTrainedModel) -> tuple[Program, Program]:
     once = trace(model)
     with every_layer():
         return once, trace(model)
+
+
+@functools.cache
+def llamas() -> tuple[Any, Program, Program]:
+    model = llama()
+    return model, *compared(model)
 
 
 def number_traced(program: Program) -> int:
@@ -58,8 +65,7 @@ def report_of(program: Program) -> str:
 
 
 def test_alike_layers_are_traced_twice_and_give_the_same_program() -> None:
-    model = llama()
-    once, full = compared(model)
+    model, once, full = llamas()
     assert once.layers == LayersTraced(DEPTH, 2)
     assert number_traced(full) == DEPTH
     assert difference(once, full) is None
@@ -84,7 +90,7 @@ def test_a_node_is_said_to_come_from_where_it_comes_from(model_type: str, depth:
 
 
 def test_the_comparison_sees_another_weight() -> None:
-    once, full = compared(llama())
+    once, full = llamas()[1].copy(), llamas()[2]
     node = next(n for n in once.graph.nodes if n.op == "get_attr" and n.target == "model.layers.3.mlp.up_proj.weight")
     node.target = "model.layers.2.mlp.up_proj.weight"
     assert "up_proj" in (difference(once, full) or "")
