@@ -56,7 +56,7 @@ class Chosen(NamedTuple):
 
 @dataclass
 class Begun:
-    """A step that chooses, under way. wait: for what `RowSampler.choose` has said, on the host; latest: largest position.
+    """A step that chooses, under way. wait: for what `RowSampler.choose` has said, on the host; latest: last position.
 
     logits: [B, V/n], on the device; until the next step begins, other than by `Decoder.again`.
     """
