@@ -56,7 +56,7 @@ class Chosen(NamedTuple):
 
 @dataclass
 class Begun:
-    """A step that chooses, which is under way. wait: for what `RowSampler.choose` has said, on the host.
+    """A step that chooses, under way. wait: for what `RowSampler.choose` has said, on the host; latest: last position.
 
     logits: [B, V/n], on the device; until the next step begins, other than by `Decoder.again`.
     """
@@ -65,7 +65,6 @@ class Begun:
     logits: Tensor
     kind: Kind
     latest: int
-    """The largest position."""
 
 
 def require_fixed_shapes(program: RankProgram, device: torch.device, *, cuda_graph: bool) -> None:
@@ -219,10 +218,9 @@ class Decoder:
         those of the yielded step, as long as the next one is not asked for.
         """
         begun = self.begin(rows, tokens, positions)
-        keeps = not self.rows.is_certain(begun.kind)
         for _ in range(count - 1):
             # the next step begins before the host knows whether it needs these
-            following = self.again(begun, keeps=keeps)
+            following = self.again(begun, keeps=not self.rows.is_certain(begun.kind))
             yield Chosen(begun.wait(), begun.logits)
             begun = following
         yield Chosen(begun.wait(), begun.logits)

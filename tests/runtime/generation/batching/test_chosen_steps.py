@@ -125,7 +125,8 @@ def test_logits_that_are_no_numbers_are_those_of_one_row(
 
     def broken(decoder: Decoder, seen: int) -> Any:
         logits = run(decoder, seen)
-        if decoder.batch == 4:
+        if decoder.batch == 4 and not in_steps["broken"]:
+            in_steps["broken"] += 1
             logits[1] = float("nan")
         return logits
 
