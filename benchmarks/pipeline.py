@@ -7,7 +7,8 @@
                          few rows are done at a lower rate, with stages or without
     transformers         pp_size=2: even layer counts, nothing in flight, logits broadcast
     decode               new tokens per second of two groups of 8 rows in a ring, over those of 8 rows in one process,
-                         which reads its weights for as many at a time; c is the most
+                         which reads its weights for as many at a time; the most is a c of its own, of steps: of two
+                         processes that write with half of the layers each at the same time, over one of them alone
     one prompt           in chunks, to its first token
 
 A Llama-shaped model with random weights (fixed seed), hidden 512, 8 layers, float32, one thread per process. The
@@ -61,7 +62,7 @@ STARTS = ("model.layers.4",)
 GROUPS = 2
 """Of 8 rows, in decode."""
 
-console = Console(width=None if sys.stdout.isatty() else 110)
+console = Console(width=None if sys.stdout.isatty() else 130)
 
 
 def wait() -> None:
@@ -141,6 +142,11 @@ def rank_main(folder: Path, rounds: int, tokens: int) -> None:
         more = {**new, "max_new_tokens": tokens}
         contestants["one decode"] = (lambda: alone.generate(rows[:8, :4], **more)) if rank == 0 else wait
         contestants["two decode"] = lambda: engine.generate(rows[: 8 * GROUPS, :4], **more)
+        # a stage's steps by themselves: half of the layers, each process its own
+        half = partition(build({**SIZES, "num_hidden_layers": SIZES["num_hidden_layers"] // 2}), Plan())
+        own = Engine(half.rank(0), ThreadGroup(half.mesh).communicator(0), entries=lambda e: half.entry(e, 0))
+        contestants["stages decode"] = lambda: own.generate(rows[:8, :4], **more)
+        contestants["stage decode"] = contestants["stages decode"] if rank == 0 else wait
         take_turns(contestants, rounds=1, meet=dist.barrier)
         times = take_turns(contestants, rounds=rounds, meet=dist.barrier)
         dist.barrier()
@@ -180,8 +186,14 @@ def report(times: dict[str, list[float]], left_out: str) -> None:
     """Of the medians, and of the fastest rounds."""
     middle = {name: statistics.median(of_one) for name, of_one in times.items()}
     best = {name: min(of_one) for name, of_one in times.items()}
-    c = {kind: 2 * found["stage"] / found["stages"] for kind, found in (("median", middle), ("best", best))}
-    console.print(f"c, two stages at a time over one alone: {c['median']:.2f} (fastest rounds {c['best']:.2f})")
+    c, of_steps = (
+        {kind: 2 * found["stage" + of] / found["stages" + of] for kind, found in (("median", middle), ("best", best))}
+        for of in ("", " decode")
+    )
+    console.print(
+        f"c, two stages at a time over one alone: {c['median']:.2f} (fastest rounds {c['best']:.2f}); of steps of 8 "
+        f"rows {of_steps['median']:.2f} ({of_steps['best']:.2f})"
+    )
     table = Table(title="one process / ours: how many times faster", title_justify="left")
     for column in (
         "",
@@ -206,11 +218,11 @@ def report(times: dict[str, list[float]], left_out: str) -> None:
         computed = time_of(chain(2, m), [[best["stages"]]] * 2).bubble
         assert abs(computed - bubble(2, m)) < 1e-9
         table.add_row(f"{m} pieces", *cells, pieces, theirs, f"{computed:.1%}", f"{1 - busy:.1%}")
-    for name, most, done in (("prompt", 8 / 9, 1), ("decode", 1.0, GROUPS)):
+    for name, of, most, done in (("prompt", c, 8 / 9, 1), ("decode", of_steps, 1.0, GROUPS)):
         cells = []
         for kind, found in (("median", middle), ("best", best)):
             ratio = done * found[f"one {name}"] / found[f"two {name}"]
-            cells += [f"{ratio:.2f}", f"{ratio / (c[kind] * most):.0%}"]
+            cells += [f"{ratio:.2f}", f"{ratio / (of[kind] * most):.0%}"]
         table.add_row({"prompt": "one prompt in 8 chunks", "decode": f"decode, {GROUPS} groups of 8"}[name], *cells)
     console.print(table)
     if left_out:
