@@ -11,7 +11,7 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.ops.experts import grouped_linear
 from runtime.ops.kernels.stored.few_rows import Stored, few_rows
-from runtime.ops.kernels.stored.scales import run_of
+from runtime.ops.kernels.stored.scales import largest_of, run_of
 from runtime.ops.kernels.stored.stored_linear import stored_grouped_linear, stored_linear, stored_weight
 from tests.partitioner.compile.test_hold_stored import folder
 from tests.runtime.ops.test_stored import CODES, held
@@ -117,6 +117,7 @@ def test_experts_from_counts_on_the_device(code: str, counts: list[int], dtype: 
     on_device = torch.tensor(counts, device="cuda")
     expected = grouped_linear(x.double(), weight, on_device, bias.double())
     run_of(parts[-1])
+    largest_of(parts[1])
     torch.cuda.set_sync_debug_mode("error")  # nothing waits for the device
     try:
         found = stored_grouped_linear(x, *parts, on_device, bias, code=code, computed_in=torch.float32)

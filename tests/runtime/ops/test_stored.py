@@ -196,13 +196,11 @@ DOT_ROWS = """
 import torch
 from runtime.execution.fusion.operations import ACTIVATIONS
 from runtime.ops.kernels.stored.codes import Stored
-from runtime.ops.kernels.stored import dot_rows as dot_rows_host
-from runtime.ops.kernels.stored.dot_rows import dot_rows
+from runtime.ops.kernels.stored.dot_rows import _are_wide as are_wide, dot_rows
 from runtime.ops.kernels.stored.stored_linear import stored_weight
 from tests.runtime.ops.test_stored import held
 
 torch.manual_seed(0)
-dot_rows_host.WIDE_ON = True
 
 def in_order(parts, dtype):
     codes, scales, zeros, rows, columns = parts
@@ -221,7 +219,7 @@ for code, rows, num_out, inner, way, dtype in [
     gate, others = held(code, num_out, inner, run=128, seed=1)
     if dtype is not None:
         (weight, numbers), (gate, others) = in_order(weight, dtype), in_order(gate, dtype)
-        assert dot_rows_host._are_wide(Stored(*weight, code))
+        assert are_wide(Stored(*weight, code))
     x, added = torch.randn(2, rows, inner).bfloat16()
     norm = (torch.randn(inner).bfloat16() if way == 2 else None, 1e-5) if way else None
     bias = torch.randn(num_out).bfloat16() if way == 0 else None
@@ -263,7 +261,6 @@ from runtime.ops.kernels.stored.stored_linear import stored_weight
 from tests.runtime.ops.test_stored import held
 
 torch.manual_seed(0)
-dot_rows.EXPERTS_ON = True
 for num_out, inner in [(20, 160), (37, 1184)]:
     parts, _ = held("float4", 5, num_out, inner, run=32)
     assert not dot_rows.takes_experts(torch.zeros(4, inner).bfloat16(), Stored(*parts, "float4")), "scales above 2"
