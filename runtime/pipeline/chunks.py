@@ -17,8 +17,10 @@ import math
 
 __all__ = ["chunk_ends"]
 
-_BESIDES, _BESIDES_ON_GPUS = 5, 250
-"""What a chunk costs besides its tokens, in tokens: weights are read, kernels are begun, and their last ones wait."""
+_BESIDES, _BESIDES_ON_GPUS = 20, 250
+"""What a chunk costs besides its tokens, in tokens: weights are read, kernels are begun, and their last ones wait. On a
+CPU, products of few rows are done at a lower rate: a prompt of 1,024 tokens over two stages came 1.72 times sooner than
+on one with 20, 1.48 times with 5."""
 _OF_DEAREST = 0.75
 """What a power of two costs, in the mean, of the dearest one that is allowed."""
 _FEWEST_TOKENS = 64

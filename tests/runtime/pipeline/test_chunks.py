@@ -11,7 +11,7 @@ from runtime.pipeline.chunks import chunk_ends
 from runtime.pipeline.schedule import chain
 from runtime.pipeline.timing import time_of
 
-BESIDES = 200
+BESIDES, BESIDES_ON_CPU = 200, 20
 
 
 def sizes_of(ends: list[int]) -> list[int]:
@@ -22,9 +22,9 @@ def costs_of(ends: list[int], pairs_per_token: int) -> list[float]:
     return [n + n * (end - n / 2) / pairs_per_token for n, end in zip(sizes_of(ends), ends, strict=True)]
 
 
-def stop(costs: list[float], stages: int) -> float:
+def stop(costs: list[float], stages: int, besides: float = BESIDES) -> float:
     """When a chain of these is through, of whose stages each does an equal part."""
-    return time_of(chain(stages, len(costs)), [[(cost + BESIDES) / stages for cost in costs]] * stages).stop
+    return time_of(chain(stages, len(costs)), [[(cost + besides) / stages for cost in costs]] * stages).stop
 
 
 @pytest.mark.parametrize(("tokens", "longest"), [(1, 512), (63, 512), (700, 512), (5000, 512)])
@@ -36,9 +36,13 @@ def test_chunks_of_a_prompt_take_equally_long(tokens: int, longest: int, pairs_p
     assert ends[-1] == tokens
     assert min(sizes) > 0
     assert max(sizes) <= longest
-    assert len(ends) >= min(8, tokens // 64)
+    costs = costs_of(ends, pairs_per_token) if pairs_per_token else [float(size) for size in sizes]
+    if tokens >= 700:
+        found, many = stop(costs, stages, BESIDES_ON_CPU), range(1, tokens // 64 + 1)
+        of_equal_ones = {count: stop([sum(costs) / count] * count, stages, BESIDES_ON_CPU) for count in many}
+        assert found < 1.06 * min(of_equal_ones.values())
+        assert of_equal_ones[1] > 1.3 * found  # in one piece
     if tokens >= 700 and pairs_per_token:
-        costs = costs_of(ends, pairs_per_token)
         assert max(costs) < 1.15 * min(costs)
         assert sizes[0] >= sizes[-1]
 
