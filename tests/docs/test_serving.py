@@ -33,7 +33,11 @@ def test_every_code_of_an_error_is_named() -> None:
 
 def test_options_and_paths_that_it_names_exist() -> None:
     reference = (ROOT / "docs" / "reference" / "command_line.md").read_text(encoding="utf-8")
-    options = set(re.findall(r"`?(--[a-z][a-z-]+)", PAGE)) - {"--continuous-batching", "--minutes", "--ranks"}  # others'
+    options = set(re.findall(r"`?(--[a-z][a-z-]+)", PAGE)) - {
+        "--continuous-batching",
+        "--minutes",
+        "--ranks",
+    }  # others'
     sections = [reference.partition(f"## partitioner {name}\n")[2].partition("\n## ")[0] for name in ("serve", "bench")]
     assert len(options) > 12
     assert not [option for option in options if not any(f"`{option}`" in section for section in sections)]
