@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
+import os
 import platform
 import resource
 import sys
@@ -238,9 +239,15 @@ def _library(timeout_s: float) -> Native:
 
 
 def _host() -> str:
-    """Names the running kernel: hosts may have the same name, containers of one host may not."""
+    """Names the running kernel and its network as this process sees it: hosts may have the same name, containers of one
+    host may not. Ranks whose networks are two meet over what joins these, and must notice when that is gone.
+    """
     path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else platform.node()
+    kernel = path.read_text().strip() if path.exists() else platform.node()
+    try:
+        return f"{kernel} {os.readlink('/proc/self/ns/net')}"
+    except OSError:
+        return kernel
 
 
 def _met(everyone: list[Any]) -> list[tuple[str, str, Address | None]]:
