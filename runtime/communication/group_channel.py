@@ -128,9 +128,9 @@ class GroupChannel(Channel):
             if self._peers is not None:
                 begin = beside.begin_all_reduce(self._peers, otherwise=begin, overwrite=overwrite)
             self._reduces[overwrite] = begin
-        begin, gather = self._reduces[overwrite], self._comparison()
+        begin = self._reduces[overwrite]
         call = self._sum_of(x)
-        handle = self._guarded(call, self.ranks, lambda call: self._compare(call, gather), lambda: begin(x))
+        handle = self._compared(call, lambda: begin(x))
         return self._finishing(handle, call, self.ranks)
 
     def all_gather_begin(self, x: Tensor, dim: int, sizes: Sequence[int] | None = None) -> Handle:
@@ -149,8 +149,8 @@ class GroupChannel(Channel):
         return self._copied("reduce_scatter", x, lambda: copies.scatter(x.contiguous()))
 
     def _copied(self, kind: Kind, x: Tensor, run: Callable[[], Handle]) -> Handle:
-        call, gather = Call(self.rank, self.node, kind, axes_text(self.axes)).on(x), self._comparison()
-        handle = self._guarded(call, self.ranks, lambda call: self._compare(call, gather), run)
+        call = Call(self.rank, self.node, kind, axes_text(self.axes)).on(x)
+        handle = self._compared(call, run)
         return self._finishing(handle, call, self.ranks)
 
     def _sum_of(self, x: Tensor) -> Callable[[], Call]:
@@ -163,35 +163,22 @@ class GroupChannel(Channel):
     ) -> Callable[[], tuple[OwnRows, Tensor]] | None:
         if self._peers is None or not (rows := self._peers.row_sums).takes(x, weight):
             return None
-        gather = self._comparison()
-        finish: Callable[[], tuple[OwnRows, Tensor]] = self._guarded(
-            self._sum_of(x),
-            self.ranks,
-            lambda call: self._compare(call, gather),
-            lambda: rows.begin(x, residual, weight, eps),
+        finish: Callable[[], tuple[OwnRows, Tensor]] = self._compared(
+            self._sum_of(x), lambda: rows.begin(x, residual, weight, eps)
         )
         return finish
 
     def sum_norm(self, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor] | None:
         if self._peers is None or not (sums := self._peers.few_row_sums).takes(x, residual, weight):
             return None
-        gather = self._comparison()
-        made: tuple[Tensor, Tensor] = self._guarded(
-            self._sum_of(x),
-            self.ranks,
-            lambda call: self._compare(call, gather),
-            lambda: sums(x, residual, weight, eps),
-        )
+        made: tuple[Tensor, Tensor] = self._compared(self._sum_of(x), lambda: sums(x, residual, weight, eps))
         return made
 
     def merge_parts(self, parts: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if self._peers is None or not (merge := self._peers.part_merge).takes(parts):
             return None
-        gather = self._comparison()
-        found: Tensor = self._guarded(
+        found: Tensor = self._compared(
             lambda: Call(self.rank, self.node, "all_gather", axes_text(self.axes)).on(parts),
-            self.ranks,
-            lambda call: self._compare(call, gather),
             lambda: merge.merge(parts, sinks, dtype),
         )
         return found
@@ -224,13 +211,10 @@ class GroupChannel(Channel):
 
     def all_to_all_within(self, x: Tensor, num_rows: int, send_counts: Tensor, receive_counts: Tensor) -> Tensor:
         assert self._peers is not None
-        peers, gather = self._peers, self._comparison()
+        peers = self._peers
         out = x.new_empty((num_rows, *x.shape[1:]))
         call = Call(self.rank, self.node, "all_to_all", axes_text(self.axes), sizes_from=self.node).on(x)
-        found: Tensor = self._guarded(
-            call, self.ranks, lambda call: self._compare(call, gather),
-            lambda: peers.all_to_all(x, out, send_counts, receive_counts),
-        )  # fmt: skip
+        found: Tensor = self._compared(call, lambda: peers.all_to_all(x, out, send_counts, receive_counts))
         return found
 
     def _all_to_all(self, call: Call, run: Callable[..., Any]) -> Callable[[Tensor, Sequence[int], Sequence[int]], Any]:
@@ -307,6 +291,10 @@ class GroupChannel(Channel):
             if not is_broken(error):
                 raise
             raise state.verdict.conclude(call if isinstance(call, Call) else call(), ranks, error) from error
+
+    def _compared(self, call: Call | Callable[[], Call], run: Callable[[], Any]) -> Any:
+        """`run` of all ranks of the group; what they compare by is made in checked runs only."""
+        return self._guarded(call, self.ranks, lambda call: self._compare(call, self._comparison()), run)
 
     def _finishing(self, handle: Handle, call: Call | Callable[[], Call], ranks: tuple[int, ...]) -> Handle:
         return Handle(lambda: self._guarded(call, ranks, _nothing_to_compare, handle.finish), into=handle.into)

@@ -82,7 +82,9 @@ class PeerMemory:
             group, self._table, self._small_counters, waiting, self.under_way,
             lambda x: self.way("all_reduce", x) == "small", early=self._early,
         )  # fmt: skip
-        self.part_merge = PartMerge(group, self._table, self._small_counters, waiting, self.under_way)
+        self.part_merge = PartMerge(
+            group, self._table, self._small_counters, waiting, self.under_way, early=self._early
+        )
         self.choice: Choice = Choice.unmeasured()
         self.rows: PeerRows | None = None
         """What rows are written through straight to where they belong."""

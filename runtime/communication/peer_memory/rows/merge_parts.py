@@ -14,7 +14,6 @@ from torch import Tensor
 from runtime.communication.group_collectives import Group
 from runtime.communication.peer_memory.mapped_memory import SMALL_BLOCKS, UNITS
 from runtime.communication.peer_memory.under_way import UnderWay
-from runtime.ops.kernels.decode.few_rows import can_launch_early
 from runtime.ops.kernels.triton_needs import launch
 
 __all__ = ["PartMerge"]
@@ -26,14 +25,20 @@ class PartMerge:
     """
 
     def __init__(
-        self, group: Group, table: Tensor, counters: Tensor, waiting: tuple[Any, ...], under_way: UnderWay
+        self,
+        group: Group,
+        table: Tensor,
+        counters: Tensor,
+        waiting: tuple[Any, ...],
+        under_way: UnderWay,
+        *,
+        early: bool,
     ) -> None:
         from runtime.communication.peer_memory.rows import merge_parts_kernel  # Triton comes with torch for GPUs only
 
         self._kernel = merge_parts_kernel.merge
         self._group, self._table, self._counters = group, table, counters
-        self._waiting, self._under_way = waiting, under_way
-        self._early = can_launch_early(table.device)
+        self._waiting, self._under_way, self._early = waiting, under_way, early
 
     def takes(self, parts: Tensor) -> bool:
         """By what all ranks know: the shape."""
