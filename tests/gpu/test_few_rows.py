@@ -14,6 +14,7 @@ from runtime.execution.fusion import operations, products
 from runtime.execution.fusion.operations import ACTIVATIONS, rotated
 from runtime.ops.kernels.decode.few_rows import MOST_ROWS, few_rows, takes
 from runtime.ops.kernels.decode_attention import decode_attention
+from tests.gpu.kernels.replays import assert_replays_are_exact
 from tests.support import zoo
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -87,20 +88,7 @@ def test_a_chain_that_starts_early_reads_what_was_written() -> None:
                 torch.cuda.synchronize()
         return x
 
-    first = torch.randn(1, 512, device="cuda", dtype=torch.bfloat16)
-    exact = run(first, waits=True)
-    given = first.clone()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run(given, waits=False)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = run(given, waits=False)
-    for _ in range(300):
-        given.copy_(first)
-        graph.replay()
-        assert torch.equal(made, exact)
+    assert_replays_are_exact(run, torch.randn(1, 512, device="cuda", dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", list(CLOSE))

@@ -10,6 +10,7 @@ from torch.nn import functional
 from runtime.execution.fusion.operations import ACTIVATIONS
 from runtime.ops.kernels.tiles.several_rows import several_rows, takes
 from runtime.ops.kernels.triton_needs import replayed
+from tests.gpu.kernels.replays import assert_replays_are_exact
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,17 +69,4 @@ def test_a_chain_that_starts_early_reads_what_was_written() -> None:
                 torch.cuda.synchronize()
         return x
 
-    first = torch.randn(32, 512, device="cuda", dtype=torch.bfloat16)
-    exact = run(first, waits=True)
-    given = first.clone()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run(given, waits=False)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        made = run(given, waits=False)
-    for _ in range(300):
-        given.copy_(first)
-        graph.replay()
-        assert torch.equal(made, exact)
+    assert_replays_are_exact(run, torch.randn(32, 512, device="cuda", dtype=torch.bfloat16))
