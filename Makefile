@@ -13,13 +13,14 @@ export OMP_NUM_THREADS = 1
 # Hundreds of processes are started: where this is set, each compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo serve test test-all lint format types check clean
+.PHONY: help install demo serve test test-all test-gpu lint format types check clean
 
 help:
 	@echo "make demo      partition models over local processes and every axis, and compare with plain transformers"
 	@echo "make serve     serve the model that comes along to OpenAI's clients, at http://127.0.0.1:8000/v1"
 	@echo "make test      the quick test suite"
 	@echo "make test-all  slow tests too"
+	@echo "make test-gpu  tests of CUDA devices, with the python at hand: PYTHON=..."
 	@echo "make lint      ruff: format and lint"
 	@echo "make format    rewrite the files as ruff wants them"
 	@echo "make types     mypy"
@@ -48,6 +49,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not gpu"
+
+test-gpu:
+	$(PYTHON) -m pytest -q -n 16 --dist worksteal -m gpu tests/gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

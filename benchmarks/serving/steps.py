@@ -1,7 +1,7 @@
 """What steps of many requests take, on ranks of one host: of single tokens, with a prompt among them, and on the host.
 
 tokens    rows that are told one token each. Beside a whole step, what the device takes when the same captured step
-          runs again and again, and what is left over: the host's work between two steps
+          runs again and again: less than a step where the host's work is not hidden behind the next one
 prompt    the step in which a prompt of so many tokens is run amid rows. "begun": until all of it is launched
 long      a prompt of 8,192 tokens amid 16 rows by so many tokens a step: the longest step, and all of them together,
           over what they are by budgets of which one takes all
@@ -110,7 +110,6 @@ def worker(given: argparse.Namespace) -> None:
         new = 300 if given.small else NEW
         run.add(4, 2)
         run.steps(3)
-        alike(run, say)
         say(f"{given.ranks} x {device_name(device)}, budget {loop_budget(run)}")
         for _ in range(FEW):
             run.add(20 if given.small else 128, new)
@@ -141,23 +140,16 @@ def loop_budget(run: Steps) -> str:
 
 
 def tokens(run: Steps, rows: int, captured: bool, say, device: torch.device) -> None:  # type: ignore[no-untyped-def]
-    found = {False: [], True: []}  # type: dict[bool, list[float]]
-    chosen = run.loop.in_steps
-    assert chosen is not None
+    found = []
     for _ in range(3):
-        for ahead in found if captured else (False,):
-            chosen._ahead = ahead
+        run.loop.step()
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(20):
             run.loop.step()
-            synchronize(device)
-            began = time.perf_counter()
-            for _ in range(20):
-                run.loop.step()
-                run.loop.status()
-            found[ahead].append(50 * (time.perf_counter() - began))
-            chosen._ahead = False
-            run.loop.step()
-    took = statistics.median(found[False])
-    line = f"  tokens of {rows} rows: {took:.2f} ms a step"
+            run.loop.status()
+        found.append(50 * (time.perf_counter() - began))
+    line = f"  tokens of {rows} rows: {statistics.median(found):.2f} ms a step"
     if captured:
         held = min((each for each in decoders(run.loop) if each.batch >= rows), key=lambda each: each.batch)
         graph = next(iter(held._graphs.values()))[0]
@@ -171,26 +163,8 @@ def tokens(run: Steps, rows: int, captured: bool, say, device: torch.device) -> 
             synchronize(device)
             times.append(100 * (time.perf_counter() - began))
         alone = statistics.median(times)
-        line += f", begun ahead {statistics.median(found[True]):.2f}; of which the device {alone:.2f}"
+        line += f"; the device alone {alone:.2f}"
     say(line)
-
-
-def alike(run: Steps, say) -> None:  # type: ignore[no-untyped-def]
-    """Whether steps that begin ahead tell the same; prompts are too short to be kept."""
-    chosen, texts = run.loop.in_steps, []
-    assert chosen is not None
-    for ahead in (False, True):
-        run._chance.seed(7)
-        chosen._ahead = ahead
-        numbers = [run.add(8 + at % 4, 30 + at) for at in range(8)]
-        told: dict[int, list[int]] = {number: [] for number in numbers}
-        while any(number in run.loop._asked for number in numbers):
-            for each in run.loop.step():
-                told[each.number].append(each.token)
-        texts.append([told[number] for number in numbers])
-    chosen._ahead = False
-    same = sum(one == other for one, other in zip(*texts, strict=True))
-    say(f"  begun ahead: {same} of 8 texts are the same")
 
 
 def decoders(loop: BatchLoop) -> list[Decoder]:

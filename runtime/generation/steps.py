@@ -120,7 +120,8 @@ class Steps:
         """For captured pieces, beside the cache as it is; a collective on GPUs, unless a rank is a stage."""
         if self._program.stage is None and self._device.type in CAPTURED_ON:
             rows = self._turns_from if self.takes_turns else self._turns_from // _WHOLE_TO_TURNS
-            self._has_room = can_spare(self._program, self._communicator, self._device, rows=rows)
+            most = min(rows, self.cache.max_batch * self.cache.step)  # nothing larger comes
+            self._has_room = can_spare(self._program, self._communicator, self._device, rows=most)
 
     def prefill(self, pieces: Iterable[Piece]) -> Tensor:
         """The logits [B, V/n] of each prompt's last token."""

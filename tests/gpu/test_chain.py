@@ -29,6 +29,11 @@ def engine(parts, **options):
     return parts.engine(0, ThreadGroup(parts.mesh).communicator(0), device="cuda", **options)
 
 
+def are_chained(engine) -> list[bool]:
+    """Of each captured step, whether it takes what the one before it has chosen."""
+    return [chained for _, (*_, chained) in engine._generate_loop._bound.decoder(len(PROMPTS))._graphs]
+
+
 PROMPTS = [[5], [7, 8, 9, 10, 11], list(range(20)), [3, 1, 4]]
 
 
@@ -38,7 +43,7 @@ def test_chained_steps_write_what_single_steps_write(parts, compile, monkeypatch
     waits, chains = engine(parts), engine(parts, cuda_graph=True, compile=compile)
     plain = waits.generate(PROMPTS, max_new_tokens=50, eos_token_id=[])
     assert torch.equal(chains.generate(PROMPTS, max_new_tokens=50, eos_token_id=[]), plain)
-    assert any(chained for *_, chained in chains._generate_loop._bound.decoder(len(PROMPTS))._graphs)
+    assert any(are_chained(chains))
     # texts that end at different steps, and a second task on the same captured steps
     ends = [int(plain[0, 30]), int(plain[1, 45])]
     wanted = waits.generate(PROMPTS, max_new_tokens=50, eos_token_id=ends)
@@ -62,7 +67,7 @@ def test_sampled_steps_are_captured_and_write_the_same(parts):
         wanted = waits.generate(PROMPTS, max_new_tokens=20, eos_token_id=[], **options)
         assert torch.equal(chains.generate(PROMPTS, max_new_tokens=20, eos_token_id=[], **options), wanted), options
     decoder = chains._generate_loop._bound.decoder(len(PROMPTS))
-    assert all(chained for *_, chained in decoder._graphs)
+    assert all(are_chained(chains))
     assert 4 < len(decoder._kinds) < 7  # then one that serves all
     # its own scores, by the same steps
     given = {"max_new_tokens": 20, "eos_token_id": [], "do_sample": True, "seed": 1, "logprobs": True}
@@ -85,7 +90,8 @@ def test_what_is_asked_of_the_host_is_not_chained(parts):
     options = {"no_repeat_ngram_size": 2}
     wanted = waits.generate(PROMPTS, max_new_tokens=20, eos_token_id=[], **options)
     assert torch.equal(chains.generate(PROMPTS, max_new_tokens=20, eos_token_id=[], **options), wanted)
-    assert not any(chained for *_, chained in chains._generate_loop._bound.decoder(len(PROMPTS))._graphs)
+    assert are_chained(chains)
+    assert not any(are_chained(chains))
 
 
 def test_a_stream_that_is_left_early_harms_no_other(parts):

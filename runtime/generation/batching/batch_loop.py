@@ -43,8 +43,6 @@ __all__ = ["BatchLoop", "Told"]
 
 _log = logging.getLogger("partitioner")
 _LONG_S = 2.0
-_BEGINS_AHEAD = False
-"""Whether captured steps begin before the host has read the latest."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +222,7 @@ class BatchLoop:
             scheduler = self.scheduler if isinstance(self.scheduler, Scheduler) else None
             self.in_steps = ChosenSteps(
                 places, self._steps, scheduler, self._chooser, self._asked,
-                few_sizes=self._decoding["compile"], ahead=_BEGINS_AHEAD,
+                few_sizes=self._decoding["compile"],
             )  # fmt: skip
         self._runner: _Runner = _OneStage(self)
         if program.stage is not None:

@@ -53,10 +53,9 @@ class ChosenSteps:
         asked: Mapping[int, Asked],
         *,
         few_sizes: bool,
-        ahead: bool,
     ) -> None:
         self._places, self._steps, self._scheduler, self._chooser = places, steps, scheduler, chooser
-        self._asked, self._few_sizes, self._ahead = asked, few_sizes, ahead
+        self._asked, self._few_sizes = asked, few_sizes
         self._latest: _UnderWay | None = None
         self.why_behind = ""
         """The option for which the host chose tokens behind a step, the last such."""
@@ -70,8 +69,7 @@ class ChosenSteps:
     def advance(self, run: Run) -> tuple[Work, dict[int, Choice]]:
         """run: `under_way`, if there is one."""
         latest, self._latest = self._latest or self._begin(run), None
-        if self._ahead:
-            self._latest = self._begin_next(latest)
+        self._latest = self._begin_next(latest)
         return self._read(latest)
 
     def _begin(self, run: Run) -> _UnderWay:

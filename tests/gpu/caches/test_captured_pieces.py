@@ -27,7 +27,7 @@ def test_replays_say_the_same(
 ) -> None:
     parts = partition(zoo.tiny(name)[0].to(dtype), Plan())
     plain, replaying = on_gpu(parts), on_gpu(parts)
-    close = 1e-9 if dtype == torch.float64 else 1e-3
+    close = 1e-9 if dtype == torch.float64 else 4e-2  # bfloat16 logits of about 3 are 0.016 apart
     for seed in range(5):
         drawn = torch.Generator().manual_seed(seed)
         texts = [torch.randint(2, 60, (length,), generator=drawn).tolist() for length in lengths]

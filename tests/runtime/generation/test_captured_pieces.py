@@ -299,3 +299,12 @@ def test_without_memory_to_spare_nothing_is_captured(graphs: list[Replayed], mon
         given = texts(9, seed=seed)
         assert_alike(parts.generate(given, **OPTIONS), node_by_node(given, **OPTIONS))
     assert not graphs
+
+
+def test_room_is_asked_for_what_comes_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model's pieces would have to be millions of tokens long to keep a GPU busy."""
+    asked: list[int] = []
+    monkeypatch.setattr(steps, "CAPTURED_ON", frozenset({"cpu"}))
+    monkeypatch.setattr(steps, "can_spare", lambda *given, rows: asked.append(rows) or True)
+    compiled("llama", 1).generate(texts(9, seed=0), **OPTIONS)
+    assert 0 < max(asked) < 1000

@@ -16,7 +16,7 @@ from partitioner import Plan
 from partitioner.compile.partition import compile_program
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
-from runtime.generation.batching import batch_loop, chosen_steps, places
+from runtime.generation.batching import chosen_steps, places
 from runtime.generation.batching.batch_loop import BatchLoop
 from runtime.generation.batching.choose_rows import RowChooser
 from runtime.generation.decode_graphs import Decoder
@@ -174,7 +174,6 @@ def ahead(monkeypatch: pytest.MonkeyPatch, in_steps: Counter[str]) -> Counter[st
         in_steps["ahead"] += 1
         return again(decoder, *args, **kwargs)
 
-    monkeypatch.setattr(batch_loop, "_BEGINS_AHEAD", True)
     monkeypatch.setattr(Decoder, "again", counted)
     in_steps["on"] = 1
     return in_steps
