@@ -8,7 +8,6 @@ run(piece)        -> the same of any piece; `rows`: those of the cache that its 
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,18 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.execution.cuda_graphs import GraphPool, captured, compiled_step
 from runtime.execution.executable import Executable
 from runtime.execution.profile import Profiler
 from runtime.execution.prompts.captured_pieces import CapturedPieces, Runnable, asks_host
 from runtime.execution.prompts.in_turns import can_take_turns, turns_from
+from runtime.execution.prompts.inputs import filled_up, inputs_of, on_device
+from runtime.execution.prompts.packed_pieces import PackedPieces
 from runtime.execution.prompts.piece import Piece, halves_of, last_of, places
 from runtime.generation.decode_graphs import Decoder
 from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.cache_size import can_spare
+from runtime.kv_cache.paged_cache import PagedCache
 from runtime.ops.kernels.decode.few_rows import MOST_ROWS
 from runtime.ops.kernels.triton_needs import replayed
 from runtime.pipeline.head import HeadOfAll
@@ -115,6 +116,7 @@ class Steps:
         self._communicator, self._has_room = communicator, True
         self.look_for_room()
         self._pieces = CapturedPieces(self._capture)
+        self._packed = PackedPieces(self._prefill, cache, self._pieces) if isinstance(cache, PagedCache) else None
 
     def look_for_room(self) -> None:
         """For captured pieces, beside the cache as it is; a collective on GPUs, unless a rank is a stage."""
@@ -223,6 +225,17 @@ class Steps:
         """
         if not (decode or received or least > 1 or like is not None or piece.packed):
             return self._execute_piece(piece, rows)
+        if piece.packed and self._packed is not None and like is None and self._comes_again(piece):
+            assert isinstance(rows, PagedRows)
+            few = sum(map(len, piece.tokens)) < self._turns_from / _WHOLE_TO_TURNS  # more keep a GPU busy
+            if few:
+                return self._packed(piece, rows, lambda: self._op_by_op(piece, rows))
+        return self._op_by_op(piece, rows, received, decode=decode, least=least, like=like)
+
+    def _op_by_op(
+        self, piece: Piece, rows: slice | PagedRows | None, received: Sequence[Tensor] = (), *, decode: bool = False,
+        least: int = 1, like: Hashable = None,
+    ) -> Any:  # fmt: skip
         batch, values = self._inputs(piece, decode=decode, least=least)
         self.cache.begin(batch, rows=rows, decode=decode)
         execute = self._decode if decode else self._prefill
@@ -272,7 +285,7 @@ class Steps:
     def _varying(self, parts: Sequence[Piece], last: list[int] | None) -> list[Tensor]:
         """The tokens of each part, and which ones are the last, where these are not all that a row has."""
         ids = [self._ids(part, max(map(len, part.tokens))) for part in parts]
-        return ids if last is None else [*ids, *map(self._on_device, last_of(parts, last))]
+        return ids if last is None else [*ids, *(on_device(ends, self._device) for ends in last_of(parts, last))]
 
     def _ready(
         self,
@@ -295,7 +308,7 @@ class Steps:
         varying = [values[names.index("input_ids")] for values in several] if self._is_steady else []
         if last is not None:
             for values, ends in zip(several, last_of(parts, last), strict=True):
-                values[names.index("last")] = self._on_device(ends)
+                values[names.index("last")] = on_device(ends, self._device)
                 varying.append(values[names.index("last")])
 
         def begin() -> list[dict[str, Any]]:
@@ -347,7 +360,7 @@ class Steps:
         return logits
 
     def _ids(self, piece: Piece, size: int) -> Tensor:
-        return self._on_device([row + row[-1:] * (size - len(row)) for row in piece.tokens])
+        return on_device(filled_up(piece, size), self._device)
 
     @property
     def shares_head(self) -> bool:
@@ -355,38 +368,8 @@ class Steps:
         return self._head is not None
 
     def _inputs(self, piece: Piece, *, decode: bool, least: int = 0) -> tuple[Batch, list[Tensor]]:
-        """A run of `piece` as the cache is told of it, and the inputs of its program."""
-        counts = [len(row) for row in piece.tokens]
-        if piece.packed:
-            rows = zip(piece.starts, counts, strict=True)
-            ids = self._on_device([[token for row in piece.tokens for token in row]])
-            positions = self._on_device([[at for start, count in rows for at in range(start, start + count)]])
-            ends = zip(itertools.accumulate(counts), piece.completes, strict=True)
-            last = self._on_device([end - 1 for end, is_told in ends if is_told] or [sum(counts) - 1])
-        else:
-            size = max(*counts, least)
-            ids = self._ids(piece, size)
-            last = self._on_device(counts) - 1
-            offsets = torch.arange(size, device=self._device).minimum(last[:, None])
-            positions = self._on_device(piece.starts)[:, None] + offsets
-        batch = Batch(positions, tuple(piece.starts), tuple(counts), piece.active, piece.packed)
         program = self._decode_program if decode else self._program
-        known = {
-            "input_ids": ids,
-            "position_ids": positions,
-            "last": last,
-            "active": self._on_device(piece.active),
-            "slots": torch.arange(max(batch.end + 1, self._least_slots), device=self._device),
-        }
-        for wanted in program.inputs:
-            if wanted.name not in known:
-                raise InputError(f"generation knows nothing to give the input {wanted.name!r} of this model")
-        return batch, [known[wanted.name] for wanted in program.inputs]
-
-    def _on_device(self, numbers: Sequence[Any]) -> Tensor:
-        """As a tensor, for which the host does not wait until the device has done what it was told before."""
-        given = torch.tensor(numbers)
-        return given.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else given
+        return inputs_of(piece, program, self._device, least=least, least_slots=self._least_slots)
 
     def release(self) -> None:
         """Gives back what captured steps hold, and the cache's memory; what is compiled stays."""

@@ -165,6 +165,16 @@ class PagedCache(Cache):
         self._batch, self._paged = part.batch, part.rows
         self._tables, self._masks, self._places = part.tables, part.masks, part.places
 
+    def begin_parts(self, tokens: Batch, parts: list[Part]) -> None:
+        """Before a run whose parts know their tables and places: nothing of it is asked of the host, or put there."""
+        self._batch, self._active, self._fixed, self._is_fixed = tokens, None, None, False
+        self._group, self._paged, self._parts = slice(0, len(tokens.counts)), PagedRows((), ()), parts
+        self._tables, self._masks, self._found, self._places = {}, {}, {}, None
+
+    def table(self, batch: int) -> Tensor:
+        """The blocks of rows that `fix` has named, [batch, blocks of the longest row]: the same memory each time."""
+        return self._fixed_tables[batch]
+
     def fix(self, rows: PagedRows, batch: int) -> None:
         """Before a run from fixed memory: what its first rows are about. The others of `batch` are about nothing."""
         if batch not in self._fixed_tables:

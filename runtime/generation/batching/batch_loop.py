@@ -43,6 +43,8 @@ __all__ = ["BatchLoop", "Told"]
 
 _log = logging.getLogger("partitioner")
 _LONG_S = 2.0
+_PROMPTS = 64, 1024
+"""Tokens: kernels for fewer than a thousand, and for more, are not the same."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,9 @@ class BatchLoop:
             for size in reversed(sizes):  # the largest first: what others need of memory they find there
                 began = time.perf_counter()
                 if places.limits.packs and size in (sizes[0], sizes[-1]):
-                    self.run(places.of_nobody(size))
+                    for tokens in _PROMPTS:
+                        for _ in range(2):  # the second is captured
+                            self.run(places.of_nobody(size, tokens))
                 places.begin_size(self._steps, size)
                 took = time.perf_counter() - began
                 if took > _LONG_S and self.program.rank == 0:

@@ -198,11 +198,11 @@ class InBlocks:
         self.cache.fix(PagedRows((), ()), size)
         steps.decoder(size).begin([RowOptions()] * size, [0] * size, [0] * size).wait()
 
-    def of_nobody(self, size: int) -> Run:
+    def of_nobody(self, size: int, tokens: int) -> Run:
         """A prompt amid so many rows with long texts, or one less; none of these is anybody's."""
         row, far = self._size.rows, self.cache.max_length - 1
         others = min(size, self.limits.rows - 1)
-        turns = [*[Turn(-1, row, far, (0,), True, (), 0)] * others, Turn(-1, row, 0, (0, 0), True, (), 0)]
+        turns = [*[Turn(-1, row, far, (0,), True, (), 0)] * others, Turn(-1, row, 0, (0,) * tokens, True, (), 0)]
         return self.run_of(Work(tuple(turns), decode=False, group=0, packed=True), lambda _: (0, 0))
 
     def _decoder(self, steps: Steps, run: Run, *, few_sizes: bool) -> tuple[Decoder, list[int], list[int]]:

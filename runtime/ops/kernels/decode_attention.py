@@ -334,6 +334,9 @@ def registered(attending: Attending) -> Callable[..., Tensor]:
         q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None, rotation: Rotation | None = None,
         ahead: bool = False,
     ) -> Tensor:  # fmt: skip
+        if not torch.compiler.is_compiling():  # an operator's wrappers take the host longer than the launch
+            more = {"ahead": True} if ahead else {}
+            return attending.run(q, k, v, positions, sinks, *(() if rotation is None else (rotation,)), **more)
         # by `attending`, which is kept alive as long as what calls it
         number, dtype = attending.number, attending.dtype
         width = v.shape[-1] if attending.value_width is None else attending.value_width

@@ -4,11 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
-from partitioner import Plan, partition
+from partitioner import CacheSize, Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
 from runtime.generation import steps
+from runtime.generation.steps import Steps
+from tests.runtime.generation.batching.many_requests import Case, serve
 from tests.support import zoo
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -59,3 +62,29 @@ def test_a_captured_piece_serves_shorter_ones(monkeypatch: pytest.MonkeyPatch) -
     bound = replaying._generate_loop._bound
     assert bound is not None
     assert len(bound._pieces._captured) == 1
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_prompts_amid_rows_are_captured(window: int | None) -> None:
+    """Of ever other lengths, among them some of over a thousand tokens, which other kernels attend to."""
+    config = MistralConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, vocab_size=61, initializer_range=0.5, max_position_embeddings=4096, sliding_window=window,
+    )  # fmt: skip
+    parts = partition(MistralForCausalLM(config).float().eval(), Plan())
+    lengths = [(5, 70, 1, 300, 33, 1100)[number % 6] + number for number in range(30)]
+    options = {"max_new_tokens": 9, "eos_token_id": []}
+    cases = [
+        Case([3 + (7 * number + at) % 50 for at in range(length)], options, 2 * number)
+        for number, length in enumerate(lengths)
+    ]
+    size = CacheSize(max_batch=1, max_length=20000)
+    plain = serve(on_gpu(parts), cases, size, block_size=16)
+    engine = parts.engine(0, ThreadGroup(parts.mesh).communicator(0), device="cuda", cuda_graph=True)
+    with pytest.MonkeyPatch.context() as patch:
+        captured = []
+        capture = Steps._capture
+        patch.setattr(Steps, "_capture", lambda steps, run: captured.append(capture(steps, run)) or captured[-1])
+        found = serve(engine, cases, size, block_size=16)
+    assert found.tokens == plain.tokens
+    assert 3 < len(captured) < 12

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from partitioner import CacheSize
-from runtime.communication.thread_communicator import ThreadGroup
+from runtime.communication.thread_communicator import ThreadCommunicator, ThreadGroup
 from runtime.execution.executable import Executable
 from runtime.execution.fusion.operations import rotated
+from runtime.execution.prompts import packed_pieces
+from runtime.execution.prompts.packed_pieces import PackedPieces
 from runtime.generation import steps
 from runtime.generation.decode_graphs import Decoder
 from runtime.kv_cache import cache as cache_module
@@ -23,7 +25,9 @@ from runtime.ops.attention import allowed, attention
 from runtime.ops.kernels import decode_attention as kernels
 from runtime.ops.kernels.decode_attention import Rotation
 from runtime.ops.kernels.float8_rows import from_float8, to_float8
-from tests.runtime.generation.batching.many_requests import assert_as_alone, mixed, on_all_ranks
+from tests.runtime.generation.batching import many_requests
+from tests.runtime.generation.batching.many_requests import Case, assert_as_alone, mixed, on_all_ranks
+from tests.runtime.generation.replayed import replaying
 from tests.support.generated import prompts
 from tests.support.partitioned import EXACT, compiled
 
@@ -176,3 +180,35 @@ def test_what_the_kernel_does_not_keep_is_noticed(counts: Counter[str], monkeypa
     parts.reserve(CacheSize(max_batch=4, max_length=48))
     wrong = parts.generate(prompts("deepseek_v3"), max_new_tokens=8, eos_token_id=[], logprobs=True)
     assert (plain.logprobs - wrong.logprobs).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("mistral", marks=pytest.mark.slow)])
+def test_prompts_amid_rows_are_captured(name: str, counts: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ever other lengths, amid more and fewer rows, in blocks that others had before: as each is told alone."""
+    parts, size = compiled(name, 1), CacheSize(max_batch=4, max_length=48)
+    cases = [Case([3 + 7 * n % 50 + at for at in range(1 + 5 * n % 17)], {"max_new_tokens": 3 + n % 5,
+             "eos_token_id": [], "logprobs": True}, 2 * n) for n in range(24)]  # fmt: skip
+    alone = many_requests.alone(parts, cases)
+    by_kernels(monkeypatch)
+    monkeypatch.setattr(steps, "CAPTURED_ON", frozenset({"cpu"}))
+    monkeypatch.setattr(packed_pieces, "_LEAST", 4)
+    made = ThreadCommunicator.__init__
+
+    def capturing(communicator: ThreadCommunicator, *given: Any) -> None:
+        made(communicator, *given)
+        communicator.can_be_captured = True
+
+    monkeypatch.setattr(ThreadCommunicator, "__init__", capturing)
+    with replaying() as graphs:
+        assert_as_alone(cases, on_all_ranks(parts, cases, size), alone)
+        assert 0 < len(graphs) < 12
+        assert sum(graph.count for graph in graphs) > 8
+        # what fills a prompt up must lie where nobody reads
+        monkeypatch.setattr(PackedPieces, "_varying", _in_the_first_block)
+        with pytest.raises(AssertionError):
+            assert_as_alone(cases, on_all_ranks(parts, cases, size), alone)
+
+
+def _in_the_first_block(pieces: PackedPieces, *given: Any, of: Any = PackedPieces._varying) -> list[Tensor]:
+    *others, lie = of(pieces, *given)
+    return [*others, lie % pieces._cache.block_size]

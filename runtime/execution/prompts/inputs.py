@@ -1,0 +1,63 @@
+"""The inputs of a run on its device, by the names that a rank's program has for them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from partitioner.errors import InputError
+from runtime.execution.prompts.piece import Piece
+from runtime.kv_cache.batch import Batch
+from runtime.program.rank_program import RankProgram
+
+__all__ = ["filled_up", "inputs_of", "on_device"]
+
+
+def on_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """As a tensor, for which the host does not wait until the device has done what it was told before."""
+    given = torch.tensor(numbers)
+    return given.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else given
+
+
+def filled_up(piece: Piece, size: int) -> list[list[int]]:
+    """Its rows with `size` tokens each, the last one repeated."""
+    return [row + row[-1:] * (size - len(row)) for row in piece.tokens]
+
+
+def inputs_of(
+    piece: Piece, program: RankProgram, device: torch.device, *, least: int, least_slots: int
+) -> tuple[Batch, list[Tensor]]:
+    """A run of `piece` as a cache is told of it, and the inputs of its program in their order.
+
+    least: how many tokens each row is filled up to, if not more. least_slots: how many slots there are at least. Raises
+    `InputError` where the program wants what a text does not say.
+    """
+    counts = [len(row) for row in piece.tokens]
+    if piece.packed:
+        rows = zip(piece.starts, counts, strict=True)
+        ids = on_device([[token for row in piece.tokens for token in row]], device)
+        positions = on_device([[at for start, count in rows for at in range(start, start + count)]], device)
+        ends = zip(itertools.accumulate(counts), piece.completes, strict=True)
+        last = on_device([end - 1 for end, is_told in ends if is_told] or [sum(counts) - 1], device)
+    else:
+        size = max(*counts, least)
+        ids = on_device(filled_up(piece, size), device)
+        last = on_device(counts, device) - 1
+        offsets = torch.arange(size, device=device).minimum(last[:, None])
+        positions = on_device(piece.starts, device)[:, None] + offsets
+    batch = Batch(positions, tuple(piece.starts), tuple(counts), piece.active, piece.packed)
+    known = {
+        "input_ids": ids,
+        "position_ids": positions,
+        "last": last,
+        "active": on_device(piece.active, device),
+        "slots": torch.arange(max(batch.end + 1, least_slots), device=device),
+    }
+    for wanted in program.inputs:
+        if wanted.name not in known:
+            raise InputError(f"generation knows nothing to give the input {wanted.name!r} of this model")
+    return batch, [known[wanted.name] for wanted in program.inputs]

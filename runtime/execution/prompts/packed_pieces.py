@@ -1,0 +1,122 @@
+"""Steps of many requests that run one prompt beside single tokens, captured as CUDA graphs.
+
+    ids, positions [1, R + T]    R rows of one token each, the last ones perhaps nobody's, then T tokens of a prompt
+    last [R + 1]                 of each row, and of the prompt
+    places [T]                   where the prompt's tokens lie in the blocks; those that fill it up where nobody reads
+
+A launch for each op takes the host ten times as long as a GPU needs for a few hundred tokens, and all rows wait for
+that. One capture serves every step with up to R rows and a prompt of up to T tokens: rows are attended to by the
+kernel for single tokens, which reads their positions and blocks where these lie; a prompt from its first token on sees
+nothing of the cache. A prompt behind others of its own, or a second one beside it, runs op by op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from runtime.execution.executable import Executable
+from runtime.execution.prompts.captured_pieces import CapturedPieces, Runnable
+from runtime.execution.prompts.inputs import on_device
+from runtime.execution.prompts.piece import Piece, places
+from runtime.kv_cache.batch import Batch, PagedRows, Part
+from runtime.kv_cache.paged_cache import PagedCache
+from runtime.ops.kernels.triton_needs import replayed
+
+__all__ = ["PackedPieces"]
+
+_LEAST, _FEW = 64, 1 << 10
+"""Tokens of a prompt up to which it is filled up to a power of two, from the former on."""
+
+
+class PackedPieces:
+    """Those of one rank over one cache. pieces: what holds their captures."""
+
+    def __init__(self, execute: Executable, cache: PagedCache, pieces: CapturedPieces) -> None:
+        self._execute, self._cache, self._pieces = execute, cache, pieces
+
+    def __call__(self, piece: Piece, rows: PagedRows, plain: Callable[[], Tensor]) -> Tensor:
+        """Logits [n, 1, V/r] of the rows that are told. plain: the same op by op, which is taken where none serves."""
+        cache, counts = self._cache, [len(row) for row in piece.tokens]
+        singles = len(counts) - 1
+        size = _size(counts[-1])
+        fits = counts[-1] > 1 and not piece.starts[-1] and all(count == 1 for count in counts[:-1])
+        if not (fits and size <= min(cache.step, cache.max_length) and cache.any_length):
+            return plain()
+        batch = min(cache.max_batch, _power_of_4(max(1, singles)))
+        cache.fix(PagedRows(rows.numbers[:-1], rows.tables[:-1]), batch)
+        told = [at for at, is_told in enumerate(piece.completes[:-1]) if is_told]
+        told += [batch] if piece.completes[-1] or not told else []
+
+        def varying() -> Sequence[Tensor]:
+            return self._varying(piece, rows.tables[-1], batch, size)
+
+        first = _Plain(plain)
+        logits = self._pieces(
+            ("packed", batch, size), place=tuple(x.data_ptr() for x in (*cache.buffers.values(), cache.table(batch))),
+            first=lambda: first.as_runnable(), again=lambda: self._ready(varying(), batch, size), varying=varying,
+        )  # fmt: skip
+        return logits if first.has_run else logits.index_select(0, on_device(told, self._execute.device))
+
+    def _varying(self, piece: Piece, table: Sequence[int], batch: int, size: int) -> list[Tensor]:
+        """ids, positions, last, places."""
+        cache, prompt, rest = self._cache, piece.tokens[-1], [0] * (batch + 1 - len(piece.tokens))
+        missing = size - len(prompt)
+        ids = [*(row[0] for row in piece.tokens[:-1]), *rest, *prompt, *[prompt[-1]] * missing]
+        positions = [*piece.starts[:-1], *rest, *range(size)]
+        block, nobody = cache.block_size, cache.blocks * cache.block_size
+        taken = [table[at // block] * block + at % block for at in range(min(len(prompt), block * len(table)))]
+        last = [*range(batch), batch + len(prompt) - 1]
+        lie = taken + [nobody] * (size - len(taken))
+        return [on_device(numbers, self._execute.device) for numbers in ([ids], [positions], last, lie)]
+
+    def _ready(self, varying: Sequence[Tensor], batch: int, size: int) -> Runnable:
+        ids, positions, last, lie = varying
+        cache = self._cache
+        singles = Batch(positions[:, :batch].view(batch, 1), (cache.max_length - 1,) * batch, (1,) * batch)
+        prompt = Batch(positions[:, batch:], (0,), (size,))
+        table = cache.table(batch)
+        parts = [
+            Part(slice(0, batch), singles, PagedRows((), ()), tables={table.shape[1]: table}),
+            Part(slice(batch, batch + size), prompt, PagedRows((), ()), places=lie),
+        ]
+        whole = Batch(positions, singles.starts + prompt.starts, singles.counts + prompt.counts, packed=True)
+        known = {"input_ids": ids, "position_ids": positions, "last": last}
+        values = [known[wanted.name] for wanted in self._execute.program.inputs]
+
+        def run(by: Callable[..., Any]) -> Tensor:
+            cache.begin_parts(whole, parts)
+            with replayed():
+                found: Tensor = by(values)
+            return found
+
+        like = ("packed", batch, size)
+        return Runnable(
+            varying, lambda: None, lambda: run(lambda values: self._execute(values, like=like)),
+            lambda: run(lambda values: self._execute.function(*values)),
+        )  # fmt: skip
+
+
+class _Plain:
+    """A run op by op, which may turn out not to be asked for."""
+
+    def __init__(self, run: Callable[[], Tensor]) -> None:
+        self._run, self.has_run = run, False
+
+    def as_runnable(self) -> Runnable:
+        def run() -> Tensor:
+            self.has_run = True
+            return self._run()
+
+        return Runnable((), lambda: None, run, run)
+
+
+def _size(tokens: int) -> int:
+    """For how many tokens of a prompt a capture has room."""
+    return max(_LEAST, 1 << (tokens - 1).bit_length()) if tokens <= _FEW else places(tokens)
+
+
+def _power_of_4(count: int) -> int:
+    return 1 << -(-(count - 1).bit_length() // 2) * 2
