@@ -17,7 +17,7 @@ from torch import Tensor
 
 from runtime.ops.kernels.triton_needs import missing_for_triton
 
-__all__ = ["KERNEL_DTYPES", "MOST_ROWS", "can_launch_early", "few_rows", "in_rows", "takes"]
+__all__ = ["KERNEL_DTYPES", "MOST_ROWS", "can_launch_early", "few_rows", "in_rows", "is_whole", "takes"]
 
 MOST_ROWS = 1
 """Beyond, a row's multiplications take longer than the weights take to come: products of an 8B layer on an H200, which
@@ -50,6 +50,11 @@ def takes(x: Tensor, *others: Tensor, most_rows: int | None = None) -> bool:
     return alike and not missing_for_triton()
 
 
+def is_whole(x: Tensor) -> bool:
+    """Whether all of a product's weights are under way before its norm's input x [.., K] is there."""
+    return x.shape[:-1].numel() == 1 and x.shape[-1] <= _WHOLE and x.element_size() == 2
+
+
 def few_rows(
     x: Tensor,
     weight: Tensor,
@@ -73,7 +78,7 @@ def few_rows(
     scale, eps = (None, 0.0) if norm is None else norm
     tile_k = min(_COLUMNS, max(16, 1 << (inner - 1).bit_length()))
     early = can_launch_early(x.device)
-    if rows == 1 and norm is not None and inner <= _WHOLE and x.element_size() == 2:
+    if norm is not None and is_whole(x):
         tile_n = _tile_n(1 if gate is None else 2, num_out, x.device, _WHOLE_SUMS)
         few_rows_kernel.whole_row[(-(-num_out // tile_n),)](
             x, left, x if scale is None else scale.contiguous(), weight, other,
