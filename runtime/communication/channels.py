@@ -4,6 +4,7 @@
     all_reduce_begin(x)                          the same, under way
     sum_norm_begin(x, residual, weight, eps)     the same with a residual and a norm, by rows, where there is a way
     sum_norm(x, residual, weight, eps)           the same, of few rows, at once
+    sum_added(x, residual)                       the sum plus a residual, of few rows, at once
     merge_parts(parts, sinks, dtype)             parts of an attention, put together in one call, where there is a way
     all_gather(x, dim, sizes)                    x[.., s[i], ..] -> [.., sum(s), ..]  the pieces in order of coordinate
     reduce_scatter(x, dim, sizes)                x[.., sum(s), ..] -> [.., s[i], ..]  this rank's piece of the sum
@@ -139,6 +140,10 @@ class Channel(abc.ABC):
         """The sum over the group plus a residual, and its root mean square norm, at once and whole; None: by other
         primitives. Shapes as in `FewRowSums`.
         """
+        return None
+
+    def sum_added(self, x: Tensor, residual: Tensor) -> Tensor | None:
+        """The sum over the group plus a residual of its shape, rounded once; None: by other primitives."""
         return None
 
     def merge_parts(self, parts: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -174,6 +174,13 @@ class GroupChannel(Channel):
         made: tuple[Tensor, Tensor] = self._compared(self._sum_of(x), lambda: sums(x, residual, weight, eps))
         return made
 
+    def sum_added(self, x: Tensor, residual: Tensor) -> Tensor | None:
+        peers = self._peers
+        if peers is None or not peers.adds(x, residual):
+            return None
+        made: Tensor = self._compared(self._sum_of(x), lambda: peers.sum_added(x, residual))
+        return made
+
     def merge_parts(self, parts: Tensor, sinks: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         if self._peers is None or not (merge := self._peers.part_merge).takes(parts):
             return None

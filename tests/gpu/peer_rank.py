@@ -198,18 +198,22 @@ def few_rows_of(channel: Channel, shape: tuple[int, ...], dtype: torch.dtype) ->
     parts = [brought(rank, shape, dtype, 7) for rank in range(RANKS)]
     x, sums = parts[RANK].clone(), summed(parts)
     assert channel.sum_norm(x.float(), residual, weight, 1e-5) is None
+    assert channel.sum_added(x.float(), residual) is None
 
     def thrice() -> list[torch.Tensor]:
         first = channel.sum_norm(x, residual, weight, 1e-5)
         plain = channel.all_reduce(x)
         second = channel.sum_norm(plain, residual, None, 1e-5)
+        added = channel.sum_added(x, residual)
         assert first is not None
         assert second is not None
-        return [plain, *first, *second]
+        assert added is not None
+        return [plain, *first, *second, added]
 
     def check(found: list[torch.Tensor], how: str) -> None:
         assert torch.equal(found[0], sums), how
         exact = torch.stack([part.double() for part in parts]).sum(0)
+        torch.testing.assert_close(found[5].double(), exact + residual.double(), rtol=2**-8, atol=2**-8)
         for at, (total, scale) in enumerate(((exact, weight.double()), (RANKS * sums.double(), None))):
             got, normed = (each.double() for each in found[2 * at + 1 : 2 * at + 3])
             torch.testing.assert_close(got, total + residual.double(), rtol=2**-7, atol=2**-6)

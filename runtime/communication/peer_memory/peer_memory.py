@@ -32,7 +32,7 @@ from runtime.communication.peer_memory.mapped_memory import (
     Geometry,
 )
 from runtime.communication.peer_memory.rows.copy_rows import PeerCopies
-from runtime.communication.peer_memory.rows.few_row_sums import FewRowSums
+from runtime.communication.peer_memory.rows.few_row_sums import FewRowSums, as_words
 from runtime.communication.peer_memory.rows.merge_parts import PartMerge
 from runtime.communication.peer_memory.rows.push_rows import PeerRows
 from runtime.communication.peer_memory.rows.sum_rows import RowSums
@@ -148,6 +148,17 @@ class PeerMemory:
         mine = x.new_empty(piece)
         self._exchange("large", x, mine, piece=piece, total=x.numel(), sums=True, spreads=True)
         self._exchange("large", mine, out, piece=piece, total=x.numel())
+        return out
+
+    def adds(self, x: Tensor, residual: Tensor) -> bool:
+        """Whether one kernel sums x and adds a residual; by what all ranks know."""
+        fits = residual.shape == x.shape and residual.dtype == x.dtype and x.dtype in (torch.bfloat16, torch.float16)
+        return fits and x.numel() > 0 and self.way("all_reduce", x) == "small"
+
+    def sum_added(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The sum plus a residual of its shape, rounded once."""
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self._exchange("small", x, out, piece=x.numel(), total=x.numel(), sums=True, residual=as_words(residual))
         return out
 
     def _all_gather(
@@ -288,8 +299,12 @@ class PeerMemory:
         spreads: bool = False,
         shift: int = 0,
         counts: tuple[Tensor, Tensor] | None = None,
+        residual: Tensor | None = None,
     ) -> None:
-        """`piece`: elements for or from each; see `large_kernel.py`. What others compute beside takes few blocks."""
+        """`piece`: elements for or from each; see `large_kernel.py`. What others compute beside takes few blocks.
+
+        residual: eights of bytes, which the way "small" adds to the sum.
+        """
         if piece == 0:
             return
         self.under_way.wait()
@@ -299,6 +314,8 @@ class PeerMemory:
             each = 8 // x.element_size()
             if x.data_ptr() % 8:
                 x = x.clone()
+            words = x.view(torch.int64)
+            adds = words if residual is None else residual
             numbers = (
                 self._late.data_ptr(),
                 self._abandoned.data_ptr(),
@@ -309,13 +326,14 @@ class PeerMemory:
             launch(
                 self._small,
                 (-(-piece // (each * UNITS)), 1, 1),
-                (x.view(torch.int64), out.view(-1).view(torch.int64), self._table, self._small_counters, *numbers),
+                (words, out.view(-1).view(torch.int64), adds, self._table, self._small_counters, *numbers),
                 num_warps=UNITS // 32,
                 num_stages=1,
                 RANK=group.coordinate,
                 RANKS=group.size,
                 SPREADS=spreads,
                 KIND=_WORDS[dtype] if sums else "",
+                ADDS=residual is not None,
                 SHIFT=shift,
                 UNITS=UNITS,
                 BLOCKS=SMALL_BLOCKS,

@@ -49,6 +49,7 @@ def as_double_word(low, high):
 def small(
     x,  # int64: eight bytes of whatever it holds
     out,
+    residual,
     table,
     counters,
     late,
@@ -60,12 +61,14 @@ def small(
     RANKS: tl.constexpr,
     SPREADS: tl.constexpr,
     KIND: tl.constexpr,
+    ADDS: tl.constexpr,
     SHIFT: tl.constexpr,
     UNITS: tl.constexpr,
     BLOCKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """`total`, `piece`: eights of bytes; KIND: what is summed, "" lays side by side. Each block has UNITS of them.
+    ADDS: the residual too, to the sum of numbers of 16 bits, which is rounded once.
 
     EARLY: whether it was launched before its predecessor's end.
     """
@@ -100,6 +103,8 @@ def small(
                 ok = (lane < 1).to(tl.int32)  # nothing, but that this rank has come
         to = areas[(RANK + step) % RANKS] + RANK * area + inside
         put_words(to, word.to(tl.int32), (word >> 32).to(tl.int32), number, ok)
+    if ADDS:
+        before = tl.load(residual + at, mask=at < piece, other=0)
     ok = (at < piece).to(tl.int32)
     for peer in tl.static_range(RANKS):
         if peer == RANK:
@@ -148,6 +153,10 @@ def small(
                 sum_a = a
             else:
                 sum_a = sum_a + a
+    if ADDS:
+        low, high = before.to(tl.int32), (before >> 32).to(tl.int32)
+        sum_a, sum_b = sum_a + low_half(low, KIND), sum_b + high_half(low, KIND)
+        sum_c, sum_d = sum_c + low_half(high, KIND), sum_d + high_half(high, KIND)
     if KIND == "bfloat16" or KIND == "float16":
         said = as_double_word(joined(sum_a, sum_b, KIND), joined(sum_c, sum_d, KIND))
         tl.store(out + at, said, mask=at < piece)

@@ -4,6 +4,7 @@
     gated(linear(x, g), linear(x, u), act), or of one linear's halves     ->  product(x, u, gate=g, act=act)
     total, n = added_norm(a, b, ..); linear(n, w)                         ->  total, y = product(a, w, added=b, norm=..)
     the same of b = all_reduce(y)                                         ->  total, y = summing_product(..)(a, w, ..)
+    the same of b = product(h, v)                                         ->  total, y = chained_product(a, w, ..)
     attend(rotated(q, c, s, h), rotated(k, c, s, h), v, ..)               ->  attend(q, k, v, .., rotation=(c, s, h))
     attend(q, k, v, p) at positions p of the step's inputs                ->  attend(q, k, v, p, ahead=True)
 
@@ -23,7 +24,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from runtime.execution.fusion.operations import added_norm, gated, rotated
-from runtime.execution.fusion.products import product, summing_product
+from runtime.execution.fusion.products import chained_product, product, summing_product
 from runtime.ops.kernels.decode.few_rows import KERNEL_DTYPES
 from runtime.ops.kernels.stored.stored_linear import stored_linear
 
@@ -33,7 +34,7 @@ _VIEWS = frozenset({
     operator.getitem, torch.transpose, torch.unsqueeze, torch.narrow, torch.permute, torch.squeeze,
     torch.Tensor.view, "view", "reshape", "split", "size", "expand", "chunk",
 })  # fmt: skip
-_LOCAL = _VIEWS | {added_norm, gated, rotated, product}
+_LOCAL = _VIEWS | {added_norm, gated, rotated, product, chained_product}
 """What communicates with nobody."""
 _FEW = 3
 """Other ops for each product, up to which a compiler has little to gain."""
@@ -143,7 +144,7 @@ def _in_halves(split: Any) -> bool:
 
 
 def _norm(node: Any, place: dict[fx.Node, int], taken: set[fx.Node]) -> None:
-    """taken: sums over the ranks that products take themselves."""
+    """taken: sums over the ranks, and products, that other products take themselves."""
     x = node.args[0]
     if _calls(x, torch.rms_norm) and len(x.args) == 4 and not x.kwargs and len(x.users) == 1 and x.args[3] is not None:
         node.args = (x.args[0], *node.args[1:])
@@ -174,6 +175,7 @@ def _norm(node: Any, place: dict[fx.Node, int], taken: set[fx.Node]) -> None:
         total = node.graph.call_function(operator.getitem, (fused, 0))
     place[fused] = place[total] = place[node]
     _sum(fused, place, taken)
+    _chain(fused, taken)
     for old in totals:
         total.meta = dict(old.meta)
         old.replace_all_uses_with(total)
@@ -194,6 +196,19 @@ def _sum(node: Any, place: dict[fx.Node, int], taken: set[fx.Node]) -> None:
     taken.add(reduce)
     node.target = summing_product(reduce.target, reduce.meta["channel"])
     node.args, node.kwargs = (x, *node.args[1:]), {**node.kwargs, "added": summand}
+
+
+def _chain(node: Any, taken: set[fx.Node]) -> None:
+    """Takes the product that is added."""
+    if node.target is not product or node.kwargs["norm"][2] is None:
+        return
+    for x, other in ((node.args[0], node.kwargs["added"]), (node.kwargs["added"], node.args[0])):
+        if not _calls(other, product) or other.kwargs or other.args[2] is not None or len(other.users) != 2:
+            continue
+        taken.add(other)
+        named = {name: value for name, value in node.kwargs.items() if name != "added"}
+        node.target, node.args, node.kwargs = chained_product, (x, *node.args[1:]), {**named, "first": other.args[:2]}
+        return
 
 
 def _calls(node: Any, target: Any) -> bool:

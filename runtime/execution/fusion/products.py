@@ -6,6 +6,7 @@
     product(x, w, norm=(size, n, eps), scales=..)          rms_norm(x, size, n, eps) w^T, as `added_norm` scales
     product(x, w, added=y, norm=.., scales=..)             total = x + y, and the product of `added_norm`'s second
     summing_product(all_reduce, channel)                   the same of y that is still to be summed over the ranks
+    chained_product(x, w, first=(h, v), norm=.., ..)       the same of y = h v^T
 
 w, u, g: tensors, or weights that are held as stored (`StoredWeight`). A kernel rounds once, what torch does op by op
 rounds each time.
@@ -29,7 +30,7 @@ from runtime.ops.kernels.stored.stored_linear import stored_linear
 from runtime.ops.kernels.tiles.several_rows import several_rows
 from runtime.ops.kernels.tiles.several_rows import takes as takes_several
 
-__all__ = ["product", "summing_product"]
+__all__ = ["chained_product", "product", "summing_product"]
 
 Norm = tuple[list[int], Tensor | None, float]
 StoredWeight = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, str, torch.dtype]
@@ -63,25 +64,63 @@ def product(
 def summing_product(all_reduce: Callable[[Tensor], Tensor], channel: Channel) -> Callable[..., tuple[Tensor, Tensor]]:
     """`product` with `norm` and with `added`, of which `all_reduce` over the channel's ranks is still to be taken."""
 
-    def summed(
+    def of_sum(
         x: Tensor, weight: Weight, bias: Tensor | None = None, *, added: Tensor, norm: Norm, gate: Weight | None = None,
         act: str = "", gate_first: bool = True, scales: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         size, scale, eps = norm
-        # the product of fewer rows takes the sum with the residual itself
-        if x.shape[:-1].numel() > few_rows.MOST_ROWS and size == list(x.shape[-1:]) and added.shape == x.shape:
-            made = channel.sum_norm(added, x, scale, eps)
-            if made is not None:
-                total, normed = made
-                return total, _gated_product(normed, weight, bias, gate, act, gate_first=gate_first)
+        if size == list(x.shape[-1:]) and added.shape == x.shape:
+            if x.shape[:-1].numel() > few_rows.MOST_ROWS:
+                made = channel.sum_norm(added, x, scale, eps)
+                if made is not None:
+                    total, normed = made
+                    return total, _gated_product(normed, weight, bias, gate, act, gate_first=gate_first)
+            # the product of fewer rows takes the norm itself
+            elif not _adds_for_nothing(x, weight) and (summed := channel.sum_added(added, x)) is not None:
+                return summed, product(
+                    summed, weight, bias, gate=gate, act=act, gate_first=gate_first, norm=norm, scales=scales
+                )  # fmt: skip
         found: tuple[Tensor, Tensor] = product(
             x, weight, bias, gate=gate, act=act, gate_first=gate_first, added=all_reduce(added), norm=norm,
             scales=scales,
         )  # fmt: skip
         return found
 
-    summed.is_product = True  # type: ignore[attr-defined]
-    return summed
+    of_sum.is_product = True  # type: ignore[attr-defined]
+    return of_sum
+
+
+def chained_product(
+    x: Tensor, weight: Weight, bias: Tensor | None = None, *, first: tuple[Tensor, Weight], norm: Norm,
+    gate: Weight | None = None, act: str = "", gate_first: bool = True, scales: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`product` with `norm` and with `added`, which is another product: of one row, that one adds x to what it yields.
+
+    Each of its programs adds a few numbers, where each program of the product behind it would add a whole row.
+    """
+    h, of_h = first
+    is_row = x.shape[:-1].numel() == h.shape[:-1].numel() == 1 and norm[0] == list(x.shape[-1:])
+    if is_row and not _adds_for_nothing(x, weight):
+        total = _by_kernel(h, of_h, x.reshape(-1), None, "", None, None)
+        if total is not None and total.numel() == x.numel():
+            total = total.view(x.shape)
+            y = product(total, weight, bias, gate=gate, act=act, gate_first=gate_first, norm=norm, scales=scales)
+            return total, y
+    found: tuple[Tensor, Tensor] = product(
+        x, weight, bias, gate=gate, act=act, gate_first=gate_first, added=product(h, of_h), norm=norm, scales=scales
+    )  # fmt: skip
+    return found
+
+
+chained_product.is_product = True  # type: ignore[attr-defined]
+
+
+def _adds_for_nothing(x: Tensor, weight: Weight) -> bool:
+    """Whether a product with `norm` takes no longer for what it adds before: it waits for its weights anyway.
+
+    Of an 8B layer on an H200, FP8 takes 10 us less where x is added elsewhere, four bits 5, bfloat16 nothing.
+    """
+    return isinstance(weight, Tensor) and few_rows.is_whole(x)
 
 
 def _by_kernel(

@@ -15,10 +15,11 @@ from partitioner.sharding.mesh import Mesh
 from runtime.communication.channels import AloneChannel
 from runtime.communication.thread_communicator import ThreadChannel, ThreadGroup
 from runtime.execution.executable import Executable, bound_graph
+from runtime.execution.fusion import products
 from runtime.execution.fusion.fuse_elementwise import fused
 from runtime.execution.fusion.fuse_products import is_mostly_products, with_products
 from runtime.execution.fusion.operations import added_norm, gated, rotated
-from runtime.execution.fusion.products import product
+from runtime.execution.fusion.products import chained_product, product
 from runtime.generation import steps
 from runtime.ops.kernels.stored.stored_linear import stored_linear
 from tests.runtime.ops.test_stored import CODES, held
@@ -188,6 +189,39 @@ def test_norms_go_into_the_product_that_alone_reads_them() -> None:
     assert added_norm in agrees(norm_for_two, 2, n, w, a, b)
 
 
+def chain(v: Tensor, n: Tensor, w: Tensor, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    total = torch.add(a, linear(h, v))
+    return linear(torch.rms_norm(total, [8], n, 1e-5), w), total
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_product_that_is_added_to_something_adds_that_itself(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    called, wrong = list[str](), 0.0
+
+    def by_kernel(
+        x: Tensor, weight: Tensor, bias: Tensor | None, gate: None, act: str, added: Tensor | None, norm: Any
+    ) -> Any:
+        called.append("bias" if bias is not None else "added" if added is not None else "plain")
+        total = x if added is None else x + added
+        normed = total if norm is None else torch.rms_norm(total, list(x.shape[-1:]), *norm)
+        y = linear(normed, weight, None if bias is None else bias * (1.0 - wrong))
+        return y if added is None else (total, y)
+
+    given = drawn(8, 6), drawn(8), drawn(5, 8), drawn(rows, 1, 8), drawn(rows, 1, 6)
+    assert agrees(chain, 3, *given).count(chained_product) == 1
+    monkeypatch.setattr(products, "_by_kernel", by_kernel)
+    assert product not in agrees(chain, 3, *given)
+    assert called == (["bias", "plain"] if rows == 1 else ["plain", "added"])
+    called.clear()
+    v, n, w, a, h = (each.bfloat16() for each in given)
+    chained_product(a, w, first=(h, v), norm=([8], n, 1e-5))
+    assert called == ["plain", "added"]  # its weights take longer to come than what it adds
+    wrong = 0.1
+    if rows == 1:  # the negative control
+        with pytest.raises(AssertionError):
+            agrees(chain, 3, *given)
+
+
 def summed_block(between: bool, size: int = 8) -> tuple[fx.Graph, list[str]]:
     """y = linear(w0 * norm(total)), total = x + all_reduce(h), with the all_reduce bound as an executable binds it."""
     graph, called = fx.Graph(), list[str]()
@@ -199,6 +233,10 @@ def summed_block(between: bool, size: int = 8) -> tuple[fx.Graph, list[str]]:
             called.append("sum_norm")
             total = residual + 2 * x
             return total, torch.rms_norm(total, [size], weight, eps)
+
+        def sum_added(self, x: Tensor, residual: Tensor) -> Tensor:
+            called.append("sum_added")
+            return residual + 2 * x
 
     def all_reduce(x: Tensor) -> Tensor:
         called.append("all_reduce")
@@ -228,9 +266,9 @@ def test_a_sum_over_the_ranks_goes_to_the_norm_that_alone_reads_it(rows: int) ->
         called.clear()
         for one, other in zip(fx.GraphModule({}, after)(*given), wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
-        # one row's product sums with the residual itself; what might communicate in between keeps its place
-        by_one = rows > 1 and not between
-        assert called == (["sum_norm"] if by_one else ["all_reduce", "other"] if between else ["all_reduce"])
+        # one row's product takes the norm itself; what might communicate in between keeps its place
+        by_one = "sum_norm" if rows > 1 else "sum_added"
+        assert called == (["all_reduce", "other"] if between else [by_one])
         assert is_mostly_products(after, [])
 
 

@@ -17,7 +17,7 @@ from runtime.communication.peer_memory.mapped_memory import SMALL_BLOCKS, UNITS
 from runtime.communication.peer_memory.under_way import UnderWay
 from runtime.ops.kernels.triton_needs import launch
 
-__all__ = ["FewRowSums"]
+__all__ = ["FewRowSums", "as_words"]
 
 _KINDS = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _WIDEST = 1024
@@ -53,13 +53,13 @@ class FewRowSums:
         self._under_way.wait()
         total, normed = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
         units = x.shape[-1] * x.element_size() // 8
-        x = _words(x)
+        x = as_words(x)
         padded = 1 << (units - 1).bit_length()
         launch(
             self._kernel,
             (x.numel() // units, 1, 1),
             (
-                x, _words(residual), x if weight is None else _words(weight), _words(total), _words(normed),
+                x, as_words(residual), x if weight is None else as_words(weight), as_words(total), as_words(normed),
                 self._table, self._counters, *self._waiting, units, eps,
             ),
             num_warps=padded // 32,
@@ -77,7 +77,7 @@ class FewRowSums:
         return total, normed
 
 
-def _words(x: Tensor) -> Tensor:
-    """As eights of bytes."""
+def as_words(x: Tensor) -> Tensor:
+    """As eights of bytes, one after the other."""
     x = x.contiguous().view(-1)
     return (x.clone() if x.data_ptr() % 8 else x).view(torch.int64)

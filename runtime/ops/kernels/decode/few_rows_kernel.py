@@ -4,6 +4,9 @@ Each program takes `TILE_N` rows of the matrix and all of their columns. Its fir
 for the kernel before it (programmatic dependent launch: CUDA C++ programming guide, section 4.5), so that the memory
 rests as little as can be between kernels. A norm before the product costs nothing: its factor comes out of the same
 loop, and multiplies the sums.
+
+few_rows       a part of the columns at a time, of any number
+whole_row      all columns at once, of one row with its norm: all of a program's weights are under way before it waits
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from runtime.ops.kernels.decode.activations_kernel import activated
 
-__all__ = ["few_rows", "put", "row_at"]
+__all__ = ["few_rows", "put", "row_at", "whole_row"]
+
+_EACH = tl.constexpr(8)
+"""Columns that a thread has one after the other: what it sums before anything else."""
 
 
 @triton.jit
@@ -122,3 +128,80 @@ def few_rows(
         put(
             out + row * num_out, sums[row], gate_sums, squares[row], bias, eps, n, num_out, inner, 1, NORMS, ACT, BIAS
         )  # fmt: skip
+
+
+@triton.jit
+def _not_before(x, zero, PTX: tl.constexpr):
+    """The same numbers of 16 bits: but what is computed of them stays behind the load that `zero` comes from.
+
+    Otherwise the assembler moves conversions in front of the wait for the kernel before, where they wait for weights.
+    """
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "xor.b32 $0, $1, $2;", "=r,r,r,r", [x, zero], dtype=x.dtype, is_pure=True, pack=2
+        )
+    else:
+        return x
+
+
+@triton.jit
+def _in_threads(x, TILE_N: tl.constexpr, LANES: tl.constexpr):
+    return tl.sum(tl.reshape(x, [TILE_N, LANES, _EACH]), axis=2)
+
+
+@triton.jit(do_not_specialize=["nothing"])
+def whole_row(
+    x, added, norm, weight, gate, bias, out, total, eps, num_out, inner, weight_row, gate_row, nothing,
+    ADDS: tl.constexpr, WEIGHTED: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """As `few_rows` of one row with NORMS, of numbers of 16 bits and CHUNKS times TILE_K columns. nothing: 0."""
+    lanes: tl.constexpr = TILE_K // _EACH
+    program = tl.program_id(0)
+    n = program * TILE_N + tl.arange(0, TILE_N)
+    k = tl.arange(0, TILE_K)
+    live = (n < num_out)[:, None]
+    at = weight + n.to(tl.int64)[:, None] * weight_row
+    gate_at = gate + n.to(tl.int64)[:, None] * gate_row
+    weights = ()
+    gate_weights = ()
+    norms = ()
+    for chunk in tl.static_range(CHUNKS):
+        columns = chunk * TILE_K + k
+        weights = weights + (_weights_at(at, columns, live, inner, EVEN),)
+        if ACT != "":
+            gate_weights = gate_weights + (_weights_at(gate_at, columns, live, inner, EVEN),)
+    for chunk in tl.static_range(CHUNKS):
+        if WEIGHTED:
+            columns = chunk * TILE_K + k
+            norms = norms + (tl.load(norm + columns, mask=columns < inner, other=0.0),)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    zero = tl.load(x).to(tl.int16, bitcast=True).to(tl.int32) & nothing
+    xs = ()
+    others = ()
+    for chunk in tl.static_range(CHUNKS):
+        columns = chunk * TILE_K + k
+        xs = xs + (tl.load(x + columns, mask=columns < inner, other=0.0),)
+        if ADDS:
+            others = others + (tl.load(added + columns, mask=columns < inner, other=0.0),)
+    sums = tl.zeros((TILE_N, lanes), tl.float32)
+    gates = tl.zeros((TILE_N, lanes), tl.float32)
+    squares = tl.zeros((lanes,), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        own = xs[chunk].to(tl.float32)
+        if ADDS:
+            rounded = (own + others[chunk].to(tl.float32)).to(total.dtype.element_ty)
+            columns = chunk * TILE_K + k
+            if program == 0:
+                tl.store(total + columns, rounded, mask=columns < inner)
+            own = rounded.to(tl.float32)
+        squares += tl.sum(tl.reshape(own * own, [lanes, _EACH]), axis=1)
+        if WEIGHTED:
+            own *= _not_before(norms[chunk], zero, PTX).to(tl.float32)
+        sums += _in_threads(_not_before(weights[chunk], zero, PTX).to(tl.float32) * own[None, :], TILE_N, lanes)
+        if ACT != "":
+            numbers = _not_before(gate_weights[chunk], zero, PTX).to(tl.float32)
+            gates += _in_threads(numbers * own[None, :], TILE_N, lanes)
+    put(out, sums, gates, squares, bias, eps, n, num_out, inner, 1, True, ACT, BIAS)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
+from runtime.communication.peer_memory import small_kernel
 from runtime.communication.peer_memory.rows import few_row_sums_kernel as kernel
 
 UNITS, BLOCKS = 4, 64
@@ -36,7 +37,8 @@ def await_words(address, number, ok, late, abandoned, patience_ns):
     of = tl.block_type(tl.int32, [len(words)])
     return tuple(tl.tensor(TensorHandle(words[:, half].copy(), tl.int32), of) for half in (0, 1))
 
-kernel.put_words, kernel.await_words = put_words, await_words
+for each_kernel in (kernel, small_kernel):
+    each_kernel.put_words, each_kernel.await_words = put_words, await_words
 
 def off(rows, width, dtype, weighted, calls=3):
     global MUST
@@ -79,6 +81,33 @@ def off(rows, width, dtype, weighted, calls=3):
         used = rows * width // 16
         assert all((each[:used] == call + 1).all() and not each[used:].any() for each in counters)
     return worst
+
+def off_with_residual(numbers, dtype, adds=True):
+    global MUST
+    torch.manual_seed(0)
+    memory = [torch.zeros(2 * AREA, dtype=torch.uint8) for _ in range(2)]
+    table = torch.tensor([each.data_ptr() for each in memory])
+    counters = [torch.zeros(BLOCKS, dtype=torch.int32) for _ in range(2)]
+    xs, residual = [torch.randn(numbers).to(dtype) for _ in range(2)], torch.randn(numbers).to(dtype)
+    made = {}
+
+    def run(rank):
+        made[rank], piece = torch.empty(numbers, dtype=dtype), numbers // 4
+        small_kernel.small[(-(-piece // UNITS),)](
+            *(x.view(torch.int64) for x in (xs[rank], made[rank], residual)), table, counters[rank], 0, 0, 0, piece,
+            piece, RANK=rank, RANKS=2, SPREADS=False, KIND=str(dtype).partition(".")[2], ADDS=adds, SHIFT=0,
+            UNITS=UNITS, BLOCKS=BLOCKS, EARLY=False,
+        )
+
+    MUST = False
+    run(0)  # which reads what the other rank has not sent yet
+    counters[0].zero_()
+    MUST = True
+    run(1)
+    run(0)
+    assert torch.equal(made[0], made[1])
+    exact = xs[0].double() + xs[1].double() + residual.double()
+    return float((made[0].double() - exact).abs().max())
 """
 
 
@@ -89,6 +118,17 @@ def off(rows, width, dtype, weighted, calls=3):
 )
 def test_sums_with_their_norms(case: str) -> None:
     assert_interpreted(f"{CODE}\nassert off({case}) < 0.05")
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_sum_takes_the_residual(dtype: str) -> None:
+    # the interpreter cuts bfloat16 off where GPUs round
+    assert_interpreted(
+        f"{CODE}\nassert off_with_residual(36, torch.{dtype}) < {0.04 if dtype == 'bfloat16' else 0.003}\n"
+        f"assert off_with_residual(36, torch.{dtype}, adds=False) > 0.1"
+    )
 
 
 @needs_triton
