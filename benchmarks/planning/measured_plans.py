@@ -2,9 +2,10 @@
 
     python -m benchmarks.planning.measured_plans [--rounds 5] [--prompt 64] [--new 12] [--batch 2]
 
-calibration    both ranks at the same time, since they share the machine's memory: products of several sizes, attention
-               of a token, copies; all-reduces of two sizes between them (gloo); and what a step takes beside its
-               kernels, from two models too small to have any work
+calibration    anew before each case, both ranks at the same time, since they share the machine's memory: products of
+               several sizes, attention of a token; all-reduces of two sizes between them (shared memory, as in the
+               cases); and, for each model, what a step takes beside its kernels, from two models too small to have any
+               work
 measured       seconds between two tokens of greedy generation: (new tokens - first token) / (new - 1), of the rank that
                takes longest, the least of all rounds
 predicted      `Pricer` over the calibrated tables, nothing fitted on the cases
@@ -34,7 +35,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from benchmarks.support.ranks import launch_ranks
 from partitioner import Plan, partition
-from partitioner.analysis.cost.device import measure_device, measure_link
+from partitioner.analysis.cost.device import measure_link
 from partitioner.planning.cluster import Cluster, Device, Dimension
 from partitioner.planning.kernels import Grid, Kernels
 from partitioner.planning.pricing.price import Pricer
@@ -69,15 +70,20 @@ def model_of(kind: str, fields: dict[str, int]) -> Any:
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**shape), dtype=torch.float32).eval()
 
 
-def least(work: Callable[[], object], *, seconds: float = 0.02) -> float:
-    """Of as many runs as take so long, at least three."""
-    best, spent, runs = float("inf"), 0.0, 0
-    while spent < seconds or runs < 3:
-        start = time.perf_counter()
-        work()
-        took = time.perf_counter() - start
-        best, spent, runs = min(best, took), spent + took, runs + 1
-    return best
+def least(work: Callable[[], object], clock: str, *, seconds: float = 0.004, blocks: int = 5) -> float:
+    """Of several blocks of runs, each as long as a step, the least mean of one: what steps are compared by, too."""
+    work()
+    runs, found = 1, float("inf")
+    while blocks:
+        start = CLOCKS[clock]()
+        for _ in range(runs):
+            work()
+        took = CLOCKS[clock]() - start
+        if took < seconds:
+            runs *= 2
+            continue
+        found, blocks = min(found, took / runs), blocks - 1
+    return found
 
 
 class Meeting:
@@ -97,8 +103,8 @@ class Meeting:
         return [float(self._store.get(f"measured/{self._number}/{rank}")) for rank in (0, 1)]
 
 
-def calibrated(channel: Any, meeting: Meeting) -> tuple[Kernels, Dimension, Device]:
-    kernels, kind = calibrated_kernels(meeting)
+def calibrated(channel: Any, meeting: Meeting, clock: str) -> tuple[Kernels, Dimension, Device]:
+    kernels, kind = calibrated_kernels(meeting, clock)
     meeting.most(0)
     return kernels, calibrated_link(channel), kind
 
@@ -108,13 +114,14 @@ def calibrated_link(channel: Any) -> Dimension:
     return Dimension("gloo", 2, 1 / max(link.beta_s_per_byte, 1e-13), link.alpha_s)
 
 
-def calibrated_kernels(meeting: Meeting) -> tuple[Kernels, Device]:
+def calibrated_kernels(meeting: Meeting, clock: str = "wall") -> tuple[Kernels, Device]:
     meeting.most(0)
-    here = measure_device(torch.device("cpu"), dtypes=(torch.float32,))
     # a matrix that no cache holds: what reading weights reaches
     matrix, one = torch.randn(4096, 4096), torch.randn(1, 4096)
-    speed = 4 * 4096**2 / meeting.most(least(lambda: functional.linear(one, matrix)))
-    bare = Kernels("here", speed, here.flops_per_s, {})
+    speed = 4 * 4096**2 / meeting.most(least(lambda: functional.linear(one, matrix), clock))
+    square = torch.randn(512, 512)
+    flops = {"float32": 2 * 512**3 / meeting.most(least(lambda: functional.linear(square, square), clock))}
+    bare = Kernels("here", speed, flops, {})
 
     def share(flops: float, size: float, seconds: float) -> float:
         return bare.roofline(flops, size, "float32") / meeting.most(seconds)
@@ -124,14 +131,14 @@ def calibrated_kernels(meeting: Meeting) -> tuple[Kernels, Device]:
         # so many matrices that none is in a cache when its turn comes
         copies = [torch.randn(1 << n, 1 << k) for _ in range(min(64, 1 << (24 - n - k)))]
         turn = iter(range(1 << 30))
-        seconds = least(lambda: functional.linear(x, copies[next(turn) % len(copies)]))
+        seconds = least(lambda: functional.linear(x, copies[next(turn) % len(copies)]), clock)
         size = 4 * ((1 << (m + k)) + (1 << (n + k)) + (1 << (m + n)))
         return share(2.0 * (1 << (m + n + k)), size, seconds)
 
     def decode(keys: int, heads: int) -> float:
         q = torch.randn(1, 1 << heads, 1, 64)
         k = torch.randn(1, 1 << heads, 1 << keys, 64)
-        seconds = least(lambda: functional.scaled_dot_product_attention(q, k, k))
+        seconds = least(lambda: functional.scaled_dot_product_attention(q, k, k), clock)
         return share(4.0 * 64 * (1 << (keys + heads)), 8.0 * 64 * (1 << (keys + heads)), seconds)
 
     grids = {
@@ -140,8 +147,8 @@ def calibrated_kernels(meeting: Meeting) -> tuple[Kernels, Device]:
         ),
         ("decode", "float32"): Grid((KEYS, HEADS), [[decode(keys, heads) for heads in HEADS] for keys in KEYS]),
     }
-    kind = Device("here", 8 << 30, 1 << 30, speed, dict(here.flops_per_s))
-    return Kernels("here", speed, here.flops_per_s, grids), kind
+    kind = Device("here", 8 << 30, 1 << 30, speed, dict(flops))
+    return Kernels("here", speed, flops, grids), kind
 
 
 class Case:
@@ -207,45 +214,51 @@ def predicted(summary: Summary, plan: Plan, workload: Workload, tables: Any, bes
 def worker(workload: Workload, rounds: int, names: list[str], port: int, clock: str) -> None:
     begin_worker()
     meeting = Meeting(TCPStore("127.0.0.1", port, is_master=False))
-    communicator = ProcessGroups.connect(Mesh.of(tp=2), axes={("tp",)}, device="cpu", timeout_s=300)
-    tables = calibrated(communicator.channel("tp", node="calibration"), meeting)
-    communicator.close()
-    beside = beside_kernels(workload, rounds, meeting, clock)
-    if meeting.rank == 0:
-        kernels, dimension, _ = tables
-        print(
-            f"reads {kernels.bytes_per_s / 1e9:.1f} GB/s, products {kernels.flops_per_s['float32'] / 1e9:.0f} GFLOP/s "
-            f"a rank; all-reduce {dimension.latency_s * 1e6:.0f} us and {dimension.bytes_per_s / 1e9:.2f} GB/s; "
-            f"beside kernels {beside[0] * 1e3:.2f} ms a step and {beside[1] * 1e3:.2f} ms a layer; "
-            f"load {os.getloadavg()[0]:.1f}"
-        )
-        print(f"{'model':26} {'plan':6} {'predicted':>10} {'measured':>10} {'off':>6}")
+
+    def say(text: str) -> None:
+        if meeting.rank == 0:
+            print(text, flush=True)
+
+    def calibration() -> tuple[Kernels, Dimension, Device]:
+        communicator = ProcessGroups.connect(Mesh.of(tp=2), axes={("tp",)}, device="cpu", timeout_s=300)
+        found = calibrated(communicator.channel("tp", node="calibration"), meeting, clock)
+        communicator.close()
+        return found
+
+    say(f"{'model':26} {'plan':6} {'predicted':>10} {'measured':>10} {'off':>6}")
     off, regrets = [], []
     for name in names:
         model = model_of(*MODELS[name])
         guessed: dict[str, float] = {}
         measured: dict[str, float] = {}
+        beside = beside_kernels(workload, rounds, meeting, clock)
         for plan in PLANS:
+            tables = calibration()
             case = Case(model, plan, workload, meeting, clock)
             case.token_s()  # warms up
             measured[plan] = min(case.token_s() for _ in range(rounds))
             case.engine.close()
             guessed[plan] = predicted(summarize_program(case.traced), case.plan, workload, tables, beside)
             off.append(abs(guessed[plan] / measured[plan] - 1))
-            if meeting.rank == 0:
-                print(
-                    f"{name:26} {plan:6} {guessed[plan] * 1e3:7.2f} ms {measured[plan] * 1e3:7.2f} ms "
-                    f"{guessed[plan] / measured[plan] - 1:+6.0%}",
-                    flush=True,
-                )
+            say(
+                f"{name:26} {plan:6} {guessed[plan] * 1e3:7.2f} ms {measured[plan] * 1e3:7.2f} ms "
+                f"{guessed[plan] / measured[plan] - 1:+6.0%}  {told(tables, beside)}"
+            )
         first = min(guessed, key=lambda plan: guessed[plan])
         regrets.append(measured[first] / min(measured.values()) - 1)
-        if meeting.rank == 0:
-            print(f"{'':26} first choice {first}, {regrets[-1]:.1%} slower than the best", flush=True)
-    if meeting.rank == 0:
-        within = sum(each <= 0.15 for each in off)
-        print(f"within 15%: {within} of {len(off)} cases; the first choice is slower than the best by "
-              f"{', '.join(f'{each:.1%}' for each in regrets)}")  # fmt: skip
+        say(f"{'':26} first choice {first}, {regrets[-1]:.1%} slower than the best")
+    within = sum(each <= 0.15 for each in off)
+    slower = ", ".join(f"{each:.1%}" for each in regrets)
+    say(f"within 15%: {within} of {len(off)} cases; the first choice is slower than the best by {slower}")
+
+
+def told(tables: tuple[Kernels, Dimension, Device], beside: tuple[float, float]) -> str:
+    kernels, dimension, _ = tables
+    return (
+        f"{kernels.bytes_per_s / 1e9:.0f} GB/s, {kernels.flops_per_s['float32'] / 1e9:.0f} GFLOP/s; all-reduce "
+        f"{dimension.latency_s * 1e6:.0f} us, {dimension.bytes_per_s / 1e9:.1f} GB/s; beside kernels "
+        f"{beside[0] * 1e3:.2f} ms and {beside[1] * 1e3:.2f} ms a layer; load {os.getloadavg()[0]:.0f}"
+    )
 
 
 def main() -> None:

@@ -71,7 +71,7 @@ from runtime.processes.place import is_rank
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 
 _OF_CONFIG = typer.Option(help="by default as the model's generation config says")
