@@ -30,14 +30,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from torch.distributed import TCPStore
-from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from benchmarks.support.ranks import launch_ranks
 from partitioner import Plan, partition
-from partitioner.analysis.cost.device import measure_link
+from partitioner.cli.bench_plan import Host
 from partitioner.planning.cluster import Cluster, Device, Dimension
-from partitioner.planning.kernels import Grid, Kernels
+from partitioner.planning.kernels import Kernels
+from partitioner.planning.machine.calibrate import calibrate, link_of
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Workload
 from partitioner.planning.summary import Summary, summarize_program
@@ -60,30 +60,12 @@ MODELS: dict[str, tuple[str, dict[str, int]]] = {
 }  # fmt: skip
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 PLANS = ("tp=2", "pp=2", "dp=2")
-ROWS, WIDTHS, KEYS, HEADS = (0, 1, 6), (6, 8, 10, 12), (4, 6, 8, 10), (0, 2, 4, 6)
-"""Logarithms of the sizes that are calibrated."""
 
 
 def model_of(kind: str, fields: dict[str, int]) -> Any:
     torch.manual_seed(0)
     shape = {"vocab_size": 1024, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2, **fields}
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**shape), dtype=torch.float32).eval()
-
-
-def least(work: Callable[[], object], clock: str, *, seconds: float = 0.004, blocks: int = 5) -> float:
-    """Of several blocks of runs, each as long as a step, the least mean of one: what steps are compared by, too."""
-    work()
-    runs, found = 1, float("inf")
-    while blocks:
-        start = CLOCKS[clock]()
-        for _ in range(runs):
-            work()
-        took = CLOCKS[clock]() - start
-        if took < seconds:
-            runs *= 2
-            continue
-        found, blocks = min(found, took / runs), blocks - 1
-    return found
 
 
 class Meeting:
@@ -106,49 +88,11 @@ class Meeting:
 def calibrated(channel: Any, meeting: Meeting, clock: str) -> tuple[Kernels, Dimension, Device]:
     kernels, kind = calibrated_kernels(meeting, clock)
     meeting.most(0)
-    return kernels, calibrated_link(channel), kind
-
-
-def calibrated_link(channel: Any) -> Dimension:
-    link = measure_link(channel, torch.device("cpu"))
-    return Dimension("gloo", 2, 1 / max(link.beta_s_per_byte, 1e-13), link.alpha_s)
+    return kernels, link_of(channel), kind
 
 
 def calibrated_kernels(meeting: Meeting, clock: str = "wall") -> tuple[Kernels, Device]:
-    meeting.most(0)
-    # a matrix that no cache holds: what reading weights reaches
-    matrix, one = torch.randn(4096, 4096), torch.randn(1, 4096)
-    speed = 4 * 4096**2 / meeting.most(least(lambda: functional.linear(one, matrix), clock))
-    square = torch.randn(512, 512)
-    flops = {"float32": 2 * 512**3 / meeting.most(least(lambda: functional.linear(square, square), clock))}
-    bare = Kernels("here", speed, flops, {})
-
-    def share(flops: float, size: float, seconds: float) -> float:
-        return bare.roofline(flops, size, "float32") / meeting.most(seconds)
-
-    def linear(m: int, n: int, k: int) -> float:
-        x = torch.randn(1 << m, 1 << k)
-        # so many matrices that none is in a cache when its turn comes
-        copies = [torch.randn(1 << n, 1 << k) for _ in range(min(64, 1 << (24 - n - k)))]
-        turn = iter(range(1 << 30))
-        seconds = least(lambda: functional.linear(x, copies[next(turn) % len(copies)]), clock)
-        size = 4 * ((1 << (m + k)) + (1 << (n + k)) + (1 << (m + n)))
-        return share(2.0 * (1 << (m + n + k)), size, seconds)
-
-    def decode(keys: int, heads: int) -> float:
-        q = torch.randn(1, 1 << heads, 1, 64)
-        k = torch.randn(1, 1 << heads, 1 << keys, 64)
-        seconds = least(lambda: functional.scaled_dot_product_attention(q, k, k), clock)
-        return share(4.0 * 64 * (1 << (keys + heads)), 8.0 * 64 * (1 << (keys + heads)), seconds)
-
-    grids = {
-        ("linear", "float32"): Grid(
-            (ROWS, WIDTHS, WIDTHS), [[[linear(m, n, k) for k in WIDTHS] for n in WIDTHS] for m in ROWS]
-        ),
-        ("decode", "float32"): Grid((KEYS, HEADS), [[decode(keys, heads) for heads in HEADS] for keys in KEYS]),
-    }
-    kind = Device("here", 8 << 30, 1 << 30, speed, dict(flops))
-    return Kernels("here", speed, flops, grids), kind
+    return calibrate(meeting.most, CLOCKS[clock])
 
 
 class Case:
@@ -183,32 +127,27 @@ class Case:
         return max(took)
 
 
-def beside_kernels(
-    workload: Workload, rounds: int, meeting: Meeting, clock: str, *, sharing: Sharing = "auto"
-) -> tuple[float, float]:
-    """Seconds of a step whose kernels have no work: once, and per layer."""
-    found = []
+def beside_kernels(workload: Workload, rounds: int, meeting: Meeting, clock: str, *, sharing: Sharing = "auto") -> Host:
+    """Of steps whose kernels have no work."""
+    found, ops = [], []
     for layers in (2, 6):
-        case = Case(
-            model_of("llama", {**TINY, "num_hidden_layers": layers}), "dp=2", workload, meeting, clock, sharing=sharing
-        )
+        model = model_of("llama", {**TINY, "num_hidden_layers": layers})
+        case = Case(model, "dp=2", workload, meeting, clock, sharing=sharing)
         case.token_s()
         found.append(min(case.token_s() for _ in range(rounds)))
+        ops.append(summarize_program(case.traced).num_ops)
         case.engine.close()
-    per_layer = max(0.0, (found[1] - found[0]) / 4)
-    return max(0.0, found[0] - 2 * per_layer), per_layer
+    op_s = max(0.0, found[1] - found[0]) / (ops[1] - ops[0])
+    return Host(max(0.0, found[0] - op_s * ops[0]), op_s)
 
 
-def predicted(summary: Summary, plan: Plan, workload: Workload, tables: Any, beside: tuple[float, float]) -> float:
+def predicted(summary: Summary, plan: Plan, workload: Workload, tables: Any, host: Host) -> float:
     kernels, dimension, kind = tables
-    once, per_layer = beside
     pricer = Pricer(summary, Cluster("here", (dimension,), (kind,)), overhead_s=0.0)
     pricer.kernels = kernels
-    own = -(-workload.batch // plan.mesh.size("dp"))
-    turns = min(plan.pp, own)  # a step of the host for each group of rows
-    layers = pricer.even_stages(plan)
-    seconds = pricer.step_seconds(plan, own, workload.prompt + workload.new // 2, layers)
-    return seconds + turns * (once + per_layer * summary.num_layers)
+    price = pricer.price(plan, workload)
+    assert not price.refused, price.refused
+    return price.tpot_s + host.beside(summary, plan)
 
 
 def worker(workload: Workload, rounds: int, names: list[str], port: int, clock: str) -> None:
@@ -252,12 +191,12 @@ def worker(workload: Workload, rounds: int, names: list[str], port: int, clock: 
     say(f"within 15%: {within} of {len(off)} cases; the first choice is slower than the best by {slower}")
 
 
-def told(tables: tuple[Kernels, Dimension, Device], beside: tuple[float, float]) -> str:
+def told(tables: tuple[Kernels, Dimension, Device], host: Host) -> str:
     kernels, dimension, _ = tables
     return (
         f"{kernels.bytes_per_s / 1e9:.0f} GB/s, {kernels.flops_per_s['float32'] / 1e9:.0f} GFLOP/s; all-reduce "
         f"{dimension.latency_s * 1e6:.0f} us, {dimension.bytes_per_s / 1e9:.1f} GB/s; beside kernels "
-        f"{beside[0] * 1e3:.2f} ms and {beside[1] * 1e3:.2f} ms a layer; load {os.getloadavg()[0]:.0f}"
+        f"{host.step_s * 1e3:.2f} ms and {host.op_s * 1e6:.1f} us an op; load {os.getloadavg()[0]:.0f}"
     )
 
 
