@@ -65,7 +65,7 @@ check: lint types test
 
 site: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt 'mkdocs<2'
-	$(BIN)/mkdocs build --strict
+	$(BIN)/mkdocs build --strict --config-file docs/reference/site.yml
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from partitioner.cli.bench_plan import Host, PlanCase, predicted
 from partitioner.compile.partition import partition
@@ -19,14 +19,15 @@ from partitioner.planning.machine.calibrate import calibrate, link_of
 from partitioner.planning.summary import summarize_program
 from partitioner.program.plan import Plan
 from partitioner.sharding.mesh import Mesh
-from partitioner.storage.named_model import dtype_named, load_model
+from partitioner.storage.example import EXAMPLE_MODEL
+from partitioner.storage.named_model import dtype_named, load_config, load_model
 from runtime.communication.process_groups import ProcessGroups
 from runtime.engine.engine import Engine
 from runtime.processes.launch import begin_worker, read_given, refuse, write_answer
 
 _TINY = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
          "intermediate_size": 64, "vocab_size": 64}  # fmt: skip
-"""A decoder whose kernels have no work, so that a step of it is the host's."""
+"""Sizes of the model that comes along at which its kernels have no work, so that a step of it is the host's."""
 _FEW, _MORE = 2, 6
 
 
@@ -65,9 +66,10 @@ def _calibrated(ranks: int) -> tuple[Kernels, Dimension, Device]:
 
 def _host(case: PlanCase) -> Host:
     """From two models without work: what their layers differ in, and what is left."""
+    example = load_config(str(EXAMPLE_MODEL))
     found, ops = [], []
     for layers in (_FEW, _MORE):
-        config = CONFIG_MAPPING["llama"](**_TINY, num_hidden_layers=layers)
+        config = type(example)(**{**example.to_dict(), **_TINY, "num_hidden_layers": layers})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         parts = partition(model, Plan(dp=case.plan.mesh.world_size))
         assert parts.traced is not None
