@@ -13,7 +13,7 @@ export OMP_NUM_THREADS = 1
 # Hundreds of processes are started: where this is set, each compiles all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo serve test test-all test-gpu lint format types check clean
+.PHONY: help install demo serve test test-all test-gpu lint format types check site clean
 
 help:
 	@echo "make demo      partition models over local processes and every axis, and compare with plain transformers"
@@ -25,6 +25,7 @@ help:
 	@echo "make format    rewrite the files as ruff wants them"
 	@echo "make types     mypy"
 	@echo "make check     lint, types and test"
+	@echo "make site      the documentation as a site, in build/site"
 	@echo "make clean     remove .venv and caches"
 
 install: $(STAMP)
@@ -65,6 +66,10 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 check: lint types test
+
+site: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt 'mkdocs<2'
+	$(BIN)/mkdocs build --strict --config-file docs/reference/site.yml
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,7 +34,7 @@ from benchmarks.support.decoders import DrawnWeights, decoder
 from benchmarks.support.several import device_of_rank, options, sharing, start, synchronize
 from partitioner import Plan, partition
 from partitioner.planning.cluster import Cluster
-from partitioner.planning.detect import detect
+from partitioner.planning.machine.detect import detect
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Workload
 from partitioner.planning.search import plans

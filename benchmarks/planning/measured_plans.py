@@ -2,9 +2,10 @@
 
     python -m benchmarks.planning.measured_plans [--rounds 5] [--prompt 64] [--new 12] [--batch 2]
 
-calibration    both ranks at the same time, since they share the machine's memory: products of several sizes, attention
-               of a token, copies; all-reduces of two sizes between them (gloo); and what a step takes beside its
-               kernels, from two models too small to have any work
+calibration    anew before each case, both ranks at the same time, since they share the machine's memory: products of
+               several sizes, attention of a token; all-reduces of two sizes between them (shared memory, as in the
+               cases); and, for each model, what a step takes beside its kernels, from two models too small to have any
+               work
 measured       seconds between two tokens of greedy generation: (new tokens - first token) / (new - 1), of the rank that
                takes longest, the least of all rounds
 predicted      `Pricer` over the calibrated tables, nothing fitted on the cases
@@ -29,14 +30,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from torch.distributed import TCPStore
-from torch.nn import functional
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from benchmarks.support.ranks import launch_ranks
 from partitioner import Plan, partition
-from partitioner.analysis.cost.device import measure_device, measure_link
+from partitioner.cli.bench_plan import Host
 from partitioner.planning.cluster import Cluster, Device, Dimension
-from partitioner.planning.kernels import Grid, Kernels
+from partitioner.planning.kernels import Kernels
+from partitioner.planning.machine.calibrate import calibrate, link_of
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Workload
 from partitioner.planning.summary import Summary, summarize_program
@@ -59,25 +60,12 @@ MODELS: dict[str, tuple[str, dict[str, int]]] = {
 }  # fmt: skip
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
 PLANS = ("tp=2", "pp=2", "dp=2")
-ROWS, WIDTHS, KEYS, HEADS = (0, 1, 6), (6, 8, 10, 12), (4, 6, 8, 10), (0, 2, 4, 6)
-"""Logarithms of the sizes that are calibrated."""
 
 
 def model_of(kind: str, fields: dict[str, int]) -> Any:
     torch.manual_seed(0)
     shape = {"vocab_size": 1024, "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2, **fields}
     return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**shape), dtype=torch.float32).eval()
-
-
-def least(work: Callable[[], object], *, seconds: float = 0.02) -> float:
-    """Of as many runs as take so long, at least three."""
-    best, spent, runs = float("inf"), 0.0, 0
-    while spent < seconds or runs < 3:
-        start = time.perf_counter()
-        work()
-        took = time.perf_counter() - start
-        best, spent, runs = min(best, took), spent + took, runs + 1
-    return best
 
 
 class Meeting:
@@ -97,51 +85,14 @@ class Meeting:
         return [float(self._store.get(f"measured/{self._number}/{rank}")) for rank in (0, 1)]
 
 
-def calibrated(channel: Any, meeting: Meeting) -> tuple[Kernels, Dimension, Device]:
-    kernels, kind = calibrated_kernels(meeting)
+def calibrated(channel: Any, meeting: Meeting, clock: str) -> tuple[Kernels, Dimension, Device]:
+    kernels, kind = calibrated_kernels(meeting, clock)
     meeting.most(0)
-    return kernels, calibrated_link(channel), kind
+    return kernels, link_of(channel), kind
 
 
-def calibrated_link(channel: Any) -> Dimension:
-    link = measure_link(channel, torch.device("cpu"))
-    return Dimension("gloo", 2, 1 / max(link.beta_s_per_byte, 1e-13), link.alpha_s)
-
-
-def calibrated_kernels(meeting: Meeting) -> tuple[Kernels, Device]:
-    meeting.most(0)
-    here = measure_device(torch.device("cpu"), dtypes=(torch.float32,))
-    # a matrix that no cache holds: what reading weights reaches
-    matrix, one = torch.randn(4096, 4096), torch.randn(1, 4096)
-    speed = 4 * 4096**2 / meeting.most(least(lambda: functional.linear(one, matrix)))
-    bare = Kernels("here", speed, here.flops_per_s, {})
-
-    def share(flops: float, size: float, seconds: float) -> float:
-        return bare.roofline(flops, size, "float32") / meeting.most(seconds)
-
-    def linear(m: int, n: int, k: int) -> float:
-        x = torch.randn(1 << m, 1 << k)
-        # so many matrices that none is in a cache when its turn comes
-        copies = [torch.randn(1 << n, 1 << k) for _ in range(min(64, 1 << (24 - n - k)))]
-        turn = iter(range(1 << 30))
-        seconds = least(lambda: functional.linear(x, copies[next(turn) % len(copies)]))
-        size = 4 * ((1 << (m + k)) + (1 << (n + k)) + (1 << (m + n)))
-        return share(2.0 * (1 << (m + n + k)), size, seconds)
-
-    def decode(keys: int, heads: int) -> float:
-        q = torch.randn(1, 1 << heads, 1, 64)
-        k = torch.randn(1, 1 << heads, 1 << keys, 64)
-        seconds = least(lambda: functional.scaled_dot_product_attention(q, k, k))
-        return share(4.0 * 64 * (1 << (keys + heads)), 8.0 * 64 * (1 << (keys + heads)), seconds)
-
-    grids = {
-        ("linear", "float32"): Grid(
-            (ROWS, WIDTHS, WIDTHS), [[[linear(m, n, k) for k in WIDTHS] for n in WIDTHS] for m in ROWS]
-        ),
-        ("decode", "float32"): Grid((KEYS, HEADS), [[decode(keys, heads) for heads in HEADS] for keys in KEYS]),
-    }
-    kind = Device("here", 8 << 30, 1 << 30, speed, dict(here.flops_per_s))
-    return Kernels("here", speed, here.flops_per_s, grids), kind
+def calibrated_kernels(meeting: Meeting, clock: str = "wall") -> tuple[Kernels, Device]:
+    return calibrate(meeting.most, CLOCKS[clock])
 
 
 class Case:
@@ -176,76 +127,77 @@ class Case:
         return max(took)
 
 
-def beside_kernels(
-    workload: Workload, rounds: int, meeting: Meeting, clock: str, *, sharing: Sharing = "auto"
-) -> tuple[float, float]:
-    """Seconds of a step whose kernels have no work: once, and per layer."""
-    found = []
+def beside_kernels(workload: Workload, rounds: int, meeting: Meeting, clock: str, *, sharing: Sharing = "auto") -> Host:
+    """Of steps whose kernels have no work."""
+    found, ops = [], []
     for layers in (2, 6):
-        case = Case(
-            model_of("llama", {**TINY, "num_hidden_layers": layers}), "dp=2", workload, meeting, clock, sharing=sharing
-        )
+        model = model_of("llama", {**TINY, "num_hidden_layers": layers})
+        case = Case(model, "dp=2", workload, meeting, clock, sharing=sharing)
         case.token_s()
         found.append(min(case.token_s() for _ in range(rounds)))
+        ops.append(summarize_program(case.traced).num_ops)
         case.engine.close()
-    per_layer = max(0.0, (found[1] - found[0]) / 4)
-    return max(0.0, found[0] - 2 * per_layer), per_layer
+    op_s = max(0.0, found[1] - found[0]) / (ops[1] - ops[0])
+    return Host(max(0.0, found[0] - op_s * ops[0]), op_s)
 
 
-def predicted(summary: Summary, plan: Plan, workload: Workload, tables: Any, beside: tuple[float, float]) -> float:
+def predicted(summary: Summary, plan: Plan, workload: Workload, tables: Any, host: Host) -> float:
     kernels, dimension, kind = tables
-    once, per_layer = beside
     pricer = Pricer(summary, Cluster("here", (dimension,), (kind,)), overhead_s=0.0)
     pricer.kernels = kernels
-    own = -(-workload.batch // plan.mesh.size("dp"))
-    turns = min(plan.pp, own)  # a step of the host for each group of rows
-    layers = pricer.even_stages(plan)
-    seconds = pricer.step_seconds(plan, own, workload.prompt + workload.new // 2, layers)
-    return seconds + turns * (once + per_layer * summary.num_layers)
+    price = pricer.price(plan, workload)
+    assert not price.refused, price.refused
+    return price.tpot_s + host.beside(summary, plan)
 
 
 def worker(workload: Workload, rounds: int, names: list[str], port: int, clock: str) -> None:
     begin_worker()
     meeting = Meeting(TCPStore("127.0.0.1", port, is_master=False))
-    communicator = ProcessGroups.connect(Mesh.of(tp=2), axes={("tp",)}, device="cpu", timeout_s=300)
-    tables = calibrated(communicator.channel("tp", node="calibration"), meeting)
-    communicator.close()
-    beside = beside_kernels(workload, rounds, meeting, clock)
-    if meeting.rank == 0:
-        kernels, dimension, _ = tables
-        print(
-            f"reads {kernels.bytes_per_s / 1e9:.1f} GB/s, products {kernels.flops_per_s['float32'] / 1e9:.0f} GFLOP/s "
-            f"a rank; all-reduce {dimension.latency_s * 1e6:.0f} us and {dimension.bytes_per_s / 1e9:.2f} GB/s; "
-            f"beside kernels {beside[0] * 1e3:.2f} ms a step and {beside[1] * 1e3:.2f} ms a layer; "
-            f"load {os.getloadavg()[0]:.1f}"
-        )
-        print(f"{'model':26} {'plan':6} {'predicted':>10} {'measured':>10} {'off':>6}")
+
+    def say(text: str) -> None:
+        if meeting.rank == 0:
+            print(text, flush=True)
+
+    def calibration() -> tuple[Kernels, Dimension, Device]:
+        communicator = ProcessGroups.connect(Mesh.of(tp=2), axes={("tp",)}, device="cpu", timeout_s=300)
+        found = calibrated(communicator.channel("tp", node="calibration"), meeting, clock)
+        communicator.close()
+        return found
+
+    say(f"{'model':26} {'plan':6} {'predicted':>10} {'measured':>10} {'off':>6}")
     off, regrets = [], []
     for name in names:
         model = model_of(*MODELS[name])
         guessed: dict[str, float] = {}
         measured: dict[str, float] = {}
+        beside = beside_kernels(workload, rounds, meeting, clock)
         for plan in PLANS:
+            tables = calibration()
             case = Case(model, plan, workload, meeting, clock)
             case.token_s()  # warms up
             measured[plan] = min(case.token_s() for _ in range(rounds))
             case.engine.close()
             guessed[plan] = predicted(summarize_program(case.traced), case.plan, workload, tables, beside)
             off.append(abs(guessed[plan] / measured[plan] - 1))
-            if meeting.rank == 0:
-                print(
-                    f"{name:26} {plan:6} {guessed[plan] * 1e3:7.2f} ms {measured[plan] * 1e3:7.2f} ms "
-                    f"{guessed[plan] / measured[plan] - 1:+6.0%}",
-                    flush=True,
-                )
+            say(
+                f"{name:26} {plan:6} {guessed[plan] * 1e3:7.2f} ms {measured[plan] * 1e3:7.2f} ms "
+                f"{guessed[plan] / measured[plan] - 1:+6.0%}  {told(tables, beside)}"
+            )
         first = min(guessed, key=lambda plan: guessed[plan])
         regrets.append(measured[first] / min(measured.values()) - 1)
-        if meeting.rank == 0:
-            print(f"{'':26} first choice {first}, {regrets[-1]:.1%} slower than the best", flush=True)
-    if meeting.rank == 0:
-        within = sum(each <= 0.15 for each in off)
-        print(f"within 15%: {within} of {len(off)} cases; the first choice is slower than the best by "
-              f"{', '.join(f'{each:.1%}' for each in regrets)}")  # fmt: skip
+        say(f"{'':26} first choice {first}, {regrets[-1]:.1%} slower than the best")
+    within = sum(each <= 0.15 for each in off)
+    slower = ", ".join(f"{each:.1%}" for each in regrets)
+    say(f"within 15%: {within} of {len(off)} cases; the first choice is slower than the best by {slower}")
+
+
+def told(tables: tuple[Kernels, Dimension, Device], host: Host) -> str:
+    kernels, dimension, _ = tables
+    return (
+        f"{kernels.bytes_per_s / 1e9:.0f} GB/s, {kernels.flops_per_s['float32'] / 1e9:.0f} GFLOP/s; all-reduce "
+        f"{dimension.latency_s * 1e6:.0f} us, {dimension.bytes_per_s / 1e9:.1f} GB/s; beside kernels "
+        f"{host.step_s * 1e3:.2f} ms and {host.op_s * 1e6:.1f} us an op; load {os.getloadavg()[0]:.0f}"
+    )
 
 
 def main() -> None:

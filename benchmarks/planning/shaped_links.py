@@ -38,10 +38,11 @@ from benchmarks.planning.measured_plans import (
     Meeting,
     beside_kernels,
     calibrated_kernels,
-    calibrated_link,
     model_of,
 )
+from partitioner.cli.bench_plan import Host
 from partitioner.planning.cluster import Cluster
+from partitioner.planning.machine.calibrate import link_of
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Workload
 from partitioner.planning.summary import Summary, summarize_program
@@ -114,18 +115,14 @@ def shape(rate: float) -> None:
     )
 
 
-def predicted(
-    summary: Summary, plan: Plan, workload: Workload, tables: Any, beside: tuple[float, float]
-) -> tuple[float, float]:
+def predicted(summary: Summary, plan: Plan, workload: Workload, tables: Any, host: Host) -> tuple[float, float]:
     kernels, dimension, kind = tables
     pricer = Pricer(summary, Cluster("here", (dimension,), (kind,)), overhead_s=0.0)
     pricer.kernels = kernels
     price = pricer.price(plan, workload)
     assert not price.refused, price.refused
-    host = beside[0] + beside[1] * summary.num_layers
-    groups = min(plan.pp, -(-workload.batch // plan.mesh.size("dp")))
-    first = price.ttft_s + host
-    return first, first + (workload.new - 1) * (price.tpot_s + groups * host)
+    first = price.ttft_s + host.beside(summary, plan)
+    return first, first + (workload.new - 1) * (price.tpot_s + host.beside(summary, plan))
 
 
 def worker(workload: Workload, rates: list[float], rounds: int, names: list[str], plans: list[str], out: str) -> None:
@@ -148,7 +145,7 @@ def worker(workload: Workload, rates: list[float], rounds: int, names: list[str]
     links = {}
     for rate in rates:
         at(rate)
-        links[rate] = calibrated_link(channel)
+        links[rate] = link_of(channel)
         if rank == 0:
             link = links[rate]
             print(f"{rate:g} Mbit/s: {link.latency_s * 1e6:.0f} us and {link.bytes_per_s / 1e6:.2f} MB/s", flush=True)

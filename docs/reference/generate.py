@@ -193,15 +193,27 @@ def cell(text: str) -> str:
 def command_line() -> str:
     root = typer.main.get_command(app)
     lines = ["# Command line", "", MADE, "```text", inspect.cleandoc(str(root.help)), "```", ""]
-    functions = {info.name: info.callback for info in app.registered_commands}
-    for name, command in root.commands.items():  # type: ignore[attr-defined]
-        kinds = get_type_hints(functions[name])
+    for name, command, function in commands(root, app):
+        kinds = get_type_hints(function)
         lines += [f"## partitioner {name}", "", inspect.cleandoc(str(command.help)), ""]
         lines += ["| argument or option | type | default | |", "|---|---|---|---|"]
         lines += [parameter_row(parameter, kinds[parameter.name]) for parameter in command.params]
         lines += [""]
-    lines += ["Every command has `--help`."]
+    lines += [
+        "Every command has `--help`. `partitioner --install-completion` completes names and options in this shell."
+    ]
     return "\n".join(lines) + "\n"
+
+
+def commands(group: Any, source: typer.Typer) -> Iterator[tuple[str, Any, Any]]:
+    """Each with the function that it calls; those of a group under both names."""
+    functions = {info.name: info.callback for info in source.registered_commands}
+    groups = {info.name: info.typer_instance for info in source.registered_groups}
+    for name, command in group.commands.items():
+        if name in groups:
+            yield from ((f"{name} {inner}", each, call) for inner, each, call in commands(command, groups[name]))
+        else:
+            yield name, command, functions[name]
 
 
 def parameter_row(parameter: Any, kind: Any) -> str:

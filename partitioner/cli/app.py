@@ -5,6 +5,7 @@
     partitioner run MODEL --prompt "..." write what follows
     partitioner serve MODEL --dp 2       answer requests over HTTP, as OpenAI's clients send them
     partitioner bench serve --rate 4     ask a server as many users would, and print its throughput and times
+    partitioner bench plan MODEL --tp 2  a plan on this machine: predicted times beside measured ones
     partitioner export MODEL -o FOLDER   write a bundle: every rank's program and slices of the weights
     partitioner show FOLDER              what is in a bundle
     partitioner schedule MODEL --pp 4    what each pipeline stage does when, as a picture
@@ -71,7 +72,7 @@ from runtime.processes.place import is_rank
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 
 _OF_CONFIG = typer.Option(help="by default as the model's generation config says")

@@ -1,4 +1,6 @@
-"""`partitioner bench serve`: how a server does under load, whoever's it is. Needs the extra `partitioner[serve]`."""
+"""`partitioner bench serve`: how a server does under load, whoever's it is, which needs the extra `partitioner[serve]`;
+`partitioner bench plan`: what a plan takes on this machine, beside what is predicted.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,58 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from partitioner.cli.bench_plan import PlanCase, measure
 from partitioner.cli.common.command import command
+from partitioner.cli.common.options import Compile, Device, Model, Timeout
 from partitioner.errors import InputError
 from partitioner.serving.load.workload import ANSWER_MEAN, PROMPT_MEAN, Workload
 from partitioner.serving.text.tokenizer import load_tokenizer
+from runtime.processes.launch import require_timeout
 
 __all__ = ["register"]
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the command."""
-    command(app, "bench")(bench_command)
+    """Adds the commands."""
+    bench = typer.Typer(no_args_is_help=True)
+    command(bench, "serve")(bench_serve)
+    command(bench, "plan")(bench_plan)
+    app.add_typer(bench, name="bench", help="Measure a server under load, or a plan on this machine.")
 
 
-def bench_command(
-    what: Annotated[str, typer.Argument(help="serve: a server, by its address")],
+def bench_plan(
+    model: Model,
+    how: Compile,
+    prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 64,
+    new: Annotated[int, typer.Option(help="tokens written for each")] = 16,
+    batch: Annotated[int, typer.Option(help="requests at the same time, over all ranks")] = 2,
+    gpus: Annotated[
+        str | None, typer.Option(help="predict with this cluster's tables: 2xH200; by default this CPU is calibrated")
+    ] = None,
+    device: Device = "auto",
+    rounds: Annotated[int, typer.Option(help="of which the fastest counts")] = 5,
+    timeout_s: Timeout = 600.0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Run a plan over one process per rank of this machine, and print its times beside the predicted ones."""
+    case = PlanCase(model, how, prompt, new, batch, gpus, device, rounds)
+    require_timeout(timeout_s)
+    found = measure(case, timeout_s=timeout_s)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    table = Table(title=f"{model}, {how.plan_of(model)}: {batch} x {prompt} tokens, {new} new")
+    for heading in ("", "predicted", "measured", "off"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for what, name in (("ttft_s", "first token"), ("tpot_s", "each token")):
+        guess, took = found["predicted"][what], found["measured"][what]
+        table.add_row(name, f"{guess * 1e3:.2f} ms", f"{took * 1e3:.2f} ms", f"{guess / took - 1:+.0%}")
+    console = Console()
+    console.print(table)
+    console.print(found["by"], markup=False, highlight=False, soft_wrap=True)
+
+
+def bench_serve(
     url: Annotated[str, typer.Option(help="of the server, up to /v1")] = "http://127.0.0.1:8000/v1",
     rate: Annotated[float | None, typer.Option(help="requests that arrive per second, at random (Poisson)")] = None,
     clients: Annotated[int | None, typer.Option(help="instead: so many ask, one request after the other")] = None,
@@ -47,8 +86,6 @@ def bench_command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Ask a server as many users would, and print its throughput and times. A key is read from OPENAI_API_KEY."""
-    if what != "serve":
-        raise InputError(f"partitioner bench {what}: say serve")
     try:
         from partitioner.serving.load.ask import ask_all, model_of  # needs the extra
         from partitioner.serving.load.measures import Measures, write_plot

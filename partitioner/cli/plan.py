@@ -22,9 +22,9 @@ from partitioner.cli.common.command import command
 from partitioner.cli.common.options import CacheDtype, Dtype, Model
 from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster
-from partitioner.planning.detect import detect
 from partitioner.planning.explain import as_data, cards_for_weights, held_text, interval, reason, served_text, sureness
 from partitioner.planning.importers.read_file import import_cluster
+from partitioner.planning.machine.detect import detect
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.pricing.stored_format import StoredFormat
 from partitioner.planning.quantities import Price, Workload

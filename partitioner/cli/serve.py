@@ -50,7 +50,10 @@ def serve_command(
     model: ModelWithTokenizer = str(EXAMPLE_MODEL),
     host: Annotated[str, typer.Option(help="the address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="the port; 0: one that is free")] = 8000,
-    name: Annotated[str | None, typer.Option(help="of the model, for clients; by default its folder's")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", "--served-model-name", help="of the model, for clients; by default its folder's"),
+    ] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="a file with the template of chats, where the tokenizer has none or another")
     ] = None,
@@ -59,7 +62,13 @@ def serve_command(
     ] = None,
     max_requests: Annotated[int, typer.Option(help="rows that run or wait at a time; more are refused with 429")] = 256,
     max_context: Annotated[
-        int | None, typer.Option(help="tokens of a prompt with its answer; by default what the model takes")
+        int | None,
+        typer.Option(
+            "--max-context",
+            "--max-model-len",
+            "--context-length",
+            help="tokens of a prompt with its answer; by default what the model takes",
+        ),
     ] = None,
     max_body: Annotated[int, typer.Option(help="bytes of a request")] = 4 << 20,
     request_timeout: Annotated[float, typer.Option(help="seconds that a request may take")] = 600.0,
@@ -68,7 +77,13 @@ def serve_command(
         bool, typer.Option("--restart", help="start a replica that is lost again, while others serve")
     ] = False,
     max_batch: Annotated[
-        int | None, typer.Option(help="rows that a replica continues at a time; by default 32")
+        int | None,
+        typer.Option(
+            "--max-batch",
+            "--max-num-seqs",
+            "--max-running-requests",
+            help="rows that a replica continues at a time; by default 32",
+        ),
     ] = None,
     cache_memory: Annotated[
         str | None, typer.Option(help='the most that a rank may keep for the cache: "4 GB", or "0.9 of free"')

@@ -116,6 +116,12 @@ class Summary:
         return len(self.order)
 
     @property
+    def num_ops(self) -> int:
+        """Of a run through all layers, launched one by one: each op that is more than a view."""
+        each = [sum(node.kind != "move" or node.written != 0 for node in part.nodes["prefill"]) for part in self.parts]
+        return sum(each[part] for part in self.order)
+
+    @property
     def atoms(self) -> dict[str, int]:
         """By class, how many ranks it can be split over."""
         return {str(symbol): kind.atoms for symbol, (kind, _) in self.classes.items()}

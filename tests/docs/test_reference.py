@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import partitioner
 import partitioner.plugin
@@ -55,3 +56,13 @@ def test_the_glossary_is_in_order_and_says_each_word_once() -> None:
     text = (REFERENCE / "glossary.md").read_text(encoding="utf-8")
     words = [word.lower() for word in re.findall(r"^\| \*\*([^*]+)\*\*", text, re.MULTILINE)]
     assert words == sorted(set(words))
+
+
+def test_the_contents_of_the_site_are_all_pages() -> None:
+    told = yaml.safe_load((REFERENCE / "site.yml").read_text(encoding="utf-8"))
+    named: list[str] = []
+    for entry in told["nav"]:
+        ((_, inside),) = entry.items()
+        named += [inside] if isinstance(inside, str) else [path for each in inside for path in each.values()]
+    assert len(named) == len(set(named))
+    assert set(named) == {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}

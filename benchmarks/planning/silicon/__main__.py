@@ -1,6 +1,6 @@
 """Predicted against measured: rows of three serving engines on H100 and H200, and the residuals that bars are made of.
 
-    python -m benchmarks.planning.silicon FOLDER [--cache CACHE] [--cached] [--others ESTIMATES.json] [--write]
+    python -m benchmarks.planning.silicon FOLDER [--cache CACHE] [--doubted] [--others ESTIMATES.json] [--write]
 
 FOLDER: an unpacked wheel of aiconfigurator-core (Apache-2.0, NVIDIA), whose systems/silicon_sample.csv holds measured
 times to the first token (TTFT) and between tokens (TPOT); `rows` says which rows are taken, `loads` how
@@ -10,8 +10,8 @@ steps: `partitioner.planning.pricing.batching` plays the engine's steps through,
 Printed: mean absolute percentage errors of both with nothing fitted on rows; with one efficiency and one overhead per
 engine (how slow its host code is: `Engine`), fitted on one model of three, the others held out; the same rows with one
 overhead for all; what the errors of first tokens are made of; and regrets (`regret`). --others puts another predictor's
-times (`aiconfigurator_rows`) beside ours, on the rows that it has. --cached keeps the rows whose prompts came from a
-cache. --write keeps the quantiles of measured over predicted, of nothing fitted (partitioner/planning/tables).
+times (`aiconfigurator_rows`) beside ours, on the rows that it has. --doubted keeps the rows that are not what their
+columns say. --write keeps the quantiles of measured over predicted, of nothing fitted (partitioner/planning/tables).
 """
 
 from __future__ import annotations
@@ -201,12 +201,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--cache", type=Path, help="where summaries of models are kept; FOLDER by default")
-    parser.add_argument("--cached", action="store_true", help="keep rows whose prompts came from a cache")
+    parser.add_argument("--doubted", action="store_true", help="keep rows that are not what their columns say")
     parser.add_argument("--others", type=Path, help="estimates of another predictor")
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     left: Counter[str] = Counter()
-    rows = read(given.folder, given.cache or given.folder, left, cached=given.cached)
+    rows = read(given.folder, given.cache or given.folder, left, doubted=given.doubted)
     print("mean absolute percentage error, nothing fitted on rows")
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:

@@ -36,8 +36,6 @@ def estimate(row: dict[str, str]) -> dict[str, Any]:
     degrees |= {name: int(row[name]) for name in ("moe_tp_size", "moe_ep_size") if row[name]}
     kinds = {name: row[name] for name in ("gemm_quant_mode", "moe_quant_mode") if row[name]}
     sizes = {"isl": int(row["isl"]), "osl": int(row["osl"]), "batch_size": int(row["batch_size"])}
-    if degrees["attention_dp_size"] > 1:  # its batch is that of a rank
-        sizes["batch_size"] = max(1, sizes["batch_size"] // degrees["attention_dp_size"])
     try:
         name = SAME_SHAPES.get(row["model_path"], row["model_path"])
         found = cli_estimate(name, row["system"], backend_name=row["backend"], **degrees, **sizes, **kinds)

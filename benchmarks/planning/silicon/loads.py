@@ -23,11 +23,16 @@ from dataclasses import replace
 
 from partitioner.planning.pricing.batching import Load, Scheduler
 
-__all__ = ["cache_dtype_of", "load_of", "scheduler_of"]
+__all__ = ["cache_dtype_of", "load_of", "requests_of", "scheduler_of"]
 
 
 def is_inferencemax(row: Mapping[str, str]) -> bool:
     return "gap-analysis" not in row["silicon_data_source"]
+
+
+def requests_of(row: Mapping[str, str]) -> int:
+    """At a time, of all ranks of attention's dp; the column has those of one rank."""
+    return int(row["batch_size"]) * max(1, int(row["attention_dp_size"] or 1))
 
 
 def load_of(row: Mapping[str, str]) -> Load:
@@ -44,7 +49,7 @@ def cache_dtype_of(row: Mapping[str, str], system: str) -> str | None:
 
 def scheduler_of(row: Mapping[str, str]) -> Scheduler:
     engine, version = row["backend"], row["backend_version"]
-    prompt, new, batch = int(row["isl"]), int(row["osl"]), int(row["batch_size"])
+    prompt, new, batch = int(row["isl"]), int(row["osl"]), requests_of(row)
     if is_inferencemax(row):
         if engine == "vllm":
             return Scheduler(budget=8192)

@@ -1,23 +1,30 @@
 """Measured rows of three serving engines on H100 and H200, each with the steps that its plan is priced at.
 
 Left out, and counted: rows in formats that the product cannot run (fp4, int4), shapes that are not in `shapes`, prefill
-and decode apart, rows that stand there several times, and two kinds that contradict themselves:
+and decode apart, rows that stand there several times, and three kinds that are not what their columns say:
 
-    degrees     one engine's rows of more GPUs than a host has, where the same measured times stand with fewer
+    degrees     rows of more GPUs than a host has, where the same measured times stand with fewer, or whose identity
+                names another tp (one source's columns have tp x ep where its identities have tp)
     cached      the rows of a source with one that computed above 70% of the device's peak products, had it computed
                 its prompts (the others reach 50% at most): they came from a cache of prefixes
+    drafted     TensorRT-LLM's rows of DeepSeek, measured on the day after its multi-token prediction came in
+                (`DRAFTED`): a step writes up to four tokens. The same version takes 1.4 to 1.9 times as long in the
+                rows measured before that
+
+The column of the batch is that of a rank of attention's dp: all rows with dp name dp times as many requests at a time.
 """
 
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.planning.models import SHAPES, summary_of
-from benchmarks.planning.silicon.loads import cache_dtype_of, load_of, scheduler_of
+from benchmarks.planning.silicon.loads import cache_dtype_of, load_of, requests_of, scheduler_of
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.pricing.batching import Load, Scheduler
 from partitioner.planning.pricing.continuous import SharedSteps, shared_steps
@@ -39,7 +46,9 @@ MODELS = {
     "MiniMax-M2.5": "minimax-m2.5",
 }
 DENSE = ("llama-3.1-8b", "llama-3.1-70b", "qwen3-32b")
-MOST_OF_PEAK = 0.7
+MOST_OF_PEAK, HOST = 0.7, 8
+DRAFTED = "measured=2026-01-14"
+"""github.com/SemiAnalysisAI/InferenceX, pull requests 392 and 412 of 2026-01-12: dsr1-fp8-h200-trt-mtp."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +71,8 @@ class Row:
     scheduler: Scheduler
     load: Load
     of_peak: float
+    named_tp: int
+    drafted: bool
 
     @property
     def gpus(self) -> int:
@@ -78,8 +89,10 @@ class Row:
         return self.model, self.engine, self.system, self.precision, self.prompt, self.new
 
 
-def read(folder: Path, cache: Path, left: Counter[str], *, cached: bool = False) -> list[Row]:
-    """folder: an unpacked wheel; cache: of summaries. left: counts what is not priced. cached: keep those rows too."""
+def read(folder: Path, cache: Path, left: Counter[str], *, doubted: bool = False) -> list[Row]:
+    """folder: an unpacked wheel; cache: of summaries. left: counts what is not priced. doubted: keep the rows that are
+    not what their columns say.
+    """
     pricers: dict[tuple[str, ...], Pricer] = {}
     found: dict[tuple[object, ...], Row] = {}
     with next(folder.rglob("silicon_sample.csv")).open(encoding="utf-8") as file:
@@ -102,7 +115,7 @@ def read(folder: Path, cache: Path, left: Counter[str], *, cached: bool = False)
                 key = (*priced.group, priced.plan, priced.batch, priced.ttft, priced.tpot)
                 left["twice"] += key in found
                 found[key] = priced
-    return list(_without(found.values(), left, cached=cached))
+    return list(found.values()) if doubted else list(_without(found.values(), left))
 
 
 def _price(
@@ -122,10 +135,10 @@ def _price(
         cluster = Cluster.parse(f"{tp * dp}x{system}")
         pricers[key] = Pricer(summary, cluster, stored=stored, cache_dtype=kept, own=False)
     pricer = pricers[key]
-    prompt, new, batch = int(row["isl"]), int(row["osl"]), int(row["batch_size"])
+    prompt, new, batch = int(row["isl"]), int(row["osl"]), requests_of(row)
     ttft, tpot = float(row["silicon_ttft_ms"]) * 1e-3, float(row["silicon_tpot_ms"]) * 1e-3
     steps = shared_steps(pricer, plan, Workload(prompt, new, batch))
-    flops = pricer.prompt_flops(plan, prompt) * batch / (ttft + new * tpot)
+    flops = pricer.prompt_flops(plan, prompt) * batch / dp / (ttft + new * tpot)
     peak = pricer.kernels.rate(kind or pricer.summary.dtype)
     source = row["silicon_data_source"].partition(";")[0]
     return Row(
@@ -145,22 +158,32 @@ def _price(
         scheduler_of(row),
         load_of(row),
         flops / peak,
+        _named_tp(row, tp * dp),
+        DRAFTED in row["silicon_data_source"] and engine == "trtllm" and name == "deepseek-v3",
     )
 
 
-def _without(rows: Iterable[Row], left: Counter[str], *, cached: bool) -> Iterable[Row]:
+def _named_tp(row: dict[str, str], ranks: int) -> int:
+    """Ranks of attention that a row's identity names, those of dp among them; those of its columns, if none."""
+    found = re.search(r"_tp(\d+)_", row["id"])
+    return int(found[1]) if found else ranks
+
+
+def _without(rows: Iterable[Row], left: Counter[str]) -> Iterable[Row]:
     rows = list(rows)
     gpus: dict[tuple[object, ...], set[int]] = defaultdict(set)
     for row in rows:
         gpus[row.model, row.engine, row.prompt, row.new, row.ttft, row.tpot].add(row.gpus)
     doubted = set()
     for (model, engine, *_), counts in gpus.items():
-        doubted |= {(model, engine, count) for count in counts if count > 8 and min(counts) < count}
+        doubted |= {(model, engine, count) for count in counts if count > HOST and min(counts) < count}
     impossible = {(row.source, row.model) for row in rows if row.of_peak > MOST_OF_PEAK}
     for row in rows:
-        if (row.model, row.engine, row.gpus) in doubted:
+        if (row.model, row.engine, row.gpus) in doubted or (row.gpus > HOST and row.named_tp != row.gpus):
             left[f"degrees in doubt ({row.gpus} GPUs)"] += 1
-        elif (row.source, row.model) in impossible and not cached:
+        elif (row.source, row.model) in impossible:
             left["prompts from a cache"] += 1
+        elif row.drafted:
+            left["tokens drafted"] += 1
         else:
             yield row

@@ -70,6 +70,7 @@ Tp = Annotated[
         "--tp",
         "--tensor-parallel-size",
         "--tensor_parallel_size",
+        "--tp-size",
         help="tensor-parallel ranks; by default 1, or those of the bundle",
     ),
 ]
@@ -79,6 +80,7 @@ Pp = Annotated[
         "--pp",
         "--pipeline-parallel-size",
         "--pipeline_parallel_size",
+        "--pp-size",
         help="pipeline stages; by default 1, or those of the bundle",
     ),
 ]
@@ -88,6 +90,7 @@ Ep = Annotated[
         "--ep",
         "--expert-parallel-size",
         "--expert_parallel_size",
+        "--ep-size",
         help="ranks that share out the experts of each layer; by default 1, or those of the bundle",
     ),
 ]
@@ -106,6 +109,7 @@ Dp = Annotated[
         "--dp",
         "--data-parallel-size",
         "--data_parallel_size",
+        "--dp-size",
         help="replicas, which share out requests; by default 1, or those of the bundle",
     ),
 ]
@@ -133,7 +137,12 @@ KeepWhole = Annotated[list[str] | None, typer.Option(help="names of weights, wit
 Passes = Annotated[list[str] | None, typer.Option("--pass", help="an installed pass to run as well, by its name")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="say what compiling did, and how long each step took")]
 CacheDtype = Annotated[
-    str | None, typer.Option(help="fp8: keys and values are cached as float8 with a scale per token and head")
+    str | None,
+    typer.Option(
+        "--cache-dtype",
+        "--kv-cache-dtype",
+        help="fp8: keys and values are cached as float8 with a scale per token and head",
+    ),
 ]
 NoCache = Annotated[
     bool, typer.Option("--no-cache", help="neither use nor keep a compiled program in the user's cache")

@@ -79,7 +79,7 @@ def shared_steps(pricer: Pricer, plan: Plan, workload: Workload) -> SharedSteps:
             [float(size if size <= workload.prompt else size * replicas) for size in sizes], [run[1] for run in runs]
         ),
         drain=whole - slowest,
-        kernels=pricer.num_kernels,
+        kernels=pricer.summary.num_ops,
     )
     return SharedSteps(seconds, workload.prompt, workload.new, local * replicas, running * replicas, replicas, worlds)
 

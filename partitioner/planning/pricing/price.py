@@ -259,13 +259,6 @@ class Pricer(HeldBytes):
             total += self._number(key, wanted[0] if wanted else None, values)
         return total
 
-    @property
-    def num_kernels(self) -> int:
-        """Of a run of prompts through all layers, launched one by one: each op that is more than a view."""
-        parts = self.summary.parts
-        each = [sum(node.kind != "move" or node.written != 0 for node in part.nodes["prefill"]) for part in parts]
-        return sum(each[part] for part in self.summary.order)
-
     def even_stages(self, plan: Plan) -> tuple[int, ...]:
         """Layers of each stage, the first ones one more where they do not divide."""
         small, larger = divmod(self.summary.num_layers, plan.pp)

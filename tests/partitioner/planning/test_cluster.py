@@ -6,7 +6,7 @@ import pytest
 
 from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster, bad_order, device, hops
-from partitioner.planning.detect import detect
+from partitioner.planning.machine.detect import detect
 from partitioner.sharding.mesh import Mesh
 
 GIB = 1 << 30

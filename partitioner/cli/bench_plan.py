@@ -1,0 +1,105 @@
+"""What `partitioner bench plan` does: a plan is run on this machine, and priced by what was measured on it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from partitioner.cli.common.options import Job
+from partitioner.errors import InputError
+from partitioner.planning.cluster import Cluster, Dimension
+from partitioner.planning.cluster import Device as Machine
+from partitioner.planning.kernels import Kernels
+from partitioner.planning.pricing.price import Pricer
+from partitioner.planning.quantities import Workload
+from partitioner.planning.summary import Summary
+from partitioner.program.plan import Plan
+from partitioner.storage.named_model import load_config
+from runtime.processes.choose_device import choose_device
+from runtime.processes.launch import launch
+from runtime.processes.place import Place
+
+__all__ = ["Host", "PlanCase", "measure", "predicted"]
+
+
+@dataclass(frozen=True)
+class PlanCase(Job):
+    """gpus: the cluster whose tables predict; None: this CPU, calibrated."""
+
+    prompt: int = 64
+    new: int = 16
+    batch: int = 2
+    gpus: str | None = None
+    device: str = "auto"
+    rounds: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.workload  # noqa: B018 - checks the numbers
+        if self.new < 2 or self.rounds < 1:
+            raise InputError(f"--new is at least 2 and --rounds at least 1; got {self.new} and {self.rounds}")
+        if self.gpus is not None:
+            Cluster.parse(self.gpus)
+        elif self.placed.type != "cpu":
+            raise InputError(
+                "kernels of GPUs are priced by tables: name the cluster, as --gpus 2xH200, or --device cpu"
+            )
+
+    @property
+    def workload(self) -> Workload:
+        return Workload(self.prompt, self.new, self.batch)
+
+    @property
+    def placed(self) -> torch.device:
+        return choose_device(self.device, num_ranks=self.plan.mesh.world_size)
+
+
+@dataclass(frozen=True)
+class Host:
+    """Seconds of a step's host code beside its kernels: once on each stage, and for each op but views."""
+
+    step_s: float = 0.0
+    op_s: float = 0.0
+
+    def beside(self, summary: Summary, plan: Plan) -> float:
+        """Of a row's token: its stages follow each other, each with its own ops, however many groups take turns."""
+        return plan.pp * self.step_s + self.op_s * summary.num_ops
+
+
+def predicted(
+    summary: Summary, case: PlanCase, host: Host, found: tuple[Kernels, Dimension, Machine] | None
+) -> tuple[float, float]:
+    """Seconds to the first token and between two. found: what was calibrated here; None: the cluster's tables."""
+    if found is None:
+        pricer = Pricer(summary, Cluster.parse(str(case.gpus)))
+    else:
+        kernels, link, machine = found
+        pricer = Pricer(summary, Cluster("here", (link,), (machine,)), overhead_s=0.0)
+        pricer.kernels = kernels
+    price = pricer.price(case.plan, case.workload)
+    if price.refused:
+        raise InputError(f"{case.plan}: {price.refused}")
+    beside = host.beside(summary, case.plan)
+    return price.ttft_s + beside, price.tpot_s + beside
+
+
+def measure(case: PlanCase, *, timeout_s: float) -> dict[str, Any]:
+    """Both in seconds; measured ones are those of the rank that takes longest."""
+    load_config(case.model, small=True)  # here once, rather than on every rank: a wrong name should be one line
+    answers = [
+        json.loads(answer)
+        for answer in launch(
+            ["partitioner.cli.ranks.bench_rank"],
+            num_ranks=case.plan.mesh.world_size,
+            timeout_s=timeout_s,
+            given=case.to_json().encode(),
+            name=Place(case.plan.replica_mesh, 0, 0, case.plan.replicas).name_of_all,
+        )
+    ]
+    measured = {what: max(answer["measured"][what] for answer in answers) for what in ("ttft_s", "tpot_s")}
+    foretold = {what: statistics.fmean(answer["predicted"][what] for answer in answers) for what in measured}
+    return {"plan": str(case.plan), "predicted": foretold, "measured": measured, "by": answers[0]["by"]}

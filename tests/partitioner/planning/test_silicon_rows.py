@@ -1,0 +1,43 @@
+"""benchmarks/planning/silicon: how rows of the public sample are read, and which are not what their columns say."""
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from benchmarks.planning.silicon.loads import requests_of
+from benchmarks.planning.silicon.rows import _named_tp, _without
+
+
+def row(**fields: Any) -> SimpleNamespace:
+    usual = {"model": "m", "engine": "e", "prompt": 8, "new": 8, "ttft": 1.0, "tpot": 0.1, "gpus": 8, "named_tp": 8,
+             "source": "s", "of_peak": 0.3, "drafted": False}  # fmt: skip
+    return SimpleNamespace(**(usual | fields))
+
+
+def kept(*rows: SimpleNamespace) -> tuple[list[SimpleNamespace], Counter[str]]:
+    left: Counter[str] = Counter()
+    return list(_without(rows, left)), left  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("dp", "requests"), [("", 16), ("1", 16), ("8", 128)])
+def test_a_row_has_the_requests_of_all_ranks_of_dp(dp: str, requests: int) -> None:
+    assert requests_of({"batch_size": "16", "attention_dp_size": dp}) == requests
+
+
+@pytest.mark.parametrize(
+    ("identity", "named"), [("a_c32_tp4_ep4_1", 4), ("a_c32_tp8_0_ep8_0_1", 8), ("a_c64_cfg83", 16)]
+)
+def test_an_identity_names_its_ranks_or_none(identity: str, named: int) -> None:
+    assert _named_tp({"id": identity}, 16) == named
+
+
+def test_rows_that_are_not_what_they_say_are_counted_apart() -> None:
+    good = row()
+    assert kept(good) == ([good], Counter())
+    assert kept(good, row(gpus=16, named_tp=4, ttft=2.0))[1] == {"degrees in doubt (16 GPUs)": 1}
+    assert kept(good, row(gpus=64, named_tp=64))[1] == {"degrees in doubt (64 GPUs)": 1}
+    assert kept(row(gpus=16, named_tp=16))[1] == {}
+    assert kept(good, row(drafted=True))[1] == {"tokens drafted": 1}
+    assert kept(good, row(of_peak=0.8, source="other"))[1] == {"prompts from a cache": 1}
