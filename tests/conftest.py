@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,6 +21,10 @@ from partitioner.storage.example import EXAMPLE_MODEL
 from tests.support.traces import shared_traces
 
 torch.set_num_threads(1)  # several ranks share few cores
+
+# hundreds of processes are started: where this is set, each compiles all the code that it imports
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # torch writes down each step of a trace where this logger has a handler, and pytest gives one to all that propagate not
 logging.getLogger("torch.__trace").propagate = True

@@ -106,6 +106,9 @@ class Traced:
 class SharedLayers:
     """One for each trace: `wrapped` replaces the forwards of the layers of `model`, which is a copy of the user's."""
 
+    fewest = FEWEST
+    """Layers of a kind from which any is left out."""
+
     def __init__(self, model: nn.Module, *, late: bool = False, skipped: Collection[str] = ()) -> None:
         """skipped: paths of layers that need no trace, by all that is known."""
         self.model = model
@@ -135,7 +138,9 @@ class SharedLayers:
 
     @contextlib.contextmanager
     def wrapped(self) -> Iterator[None]:
-        wanted = [layer for layer in self.layers if layer.members >= FEWEST and "forward" not in vars(layer.module)]
+        wanted = [
+            layer for layer in self.layers if layer.members >= self.fewest and "forward" not in vars(layer.module)
+        ]
         wanted = wanted if shares() else []
         self.begin()
         _open.append(self)

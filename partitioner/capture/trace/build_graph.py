@@ -306,8 +306,7 @@ class Builder:
     def _inline(self, node: Any, module: Any, env: dict[fx.Node, Any]) -> Any:
         name = str(node.target)
         bodies = [i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr"]
-        grad_mode = "set_grad_enabled" in name
-        if not bodies or not (grad_mode or ("autocast" in name and node.args[2] is False)):
+        if not bodies or "autocast" not in name or node.args[2] is not False:
             raise CaptureError(f"cannot capture {node.target}, at {path_of(node)}: not an op that a rank can run")
         body = getattr(module, node.args[bodies[0]].target)
         given = fx.node.map_arg(list(node.args[bodies[0] + 1 :]), lambda n: env[n])

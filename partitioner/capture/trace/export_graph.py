@@ -6,11 +6,12 @@ Non-strict export runs the model's Python on fake tensors and records the ops (t
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.masking_utils import eager_mask
 
@@ -182,7 +184,7 @@ def export_step(
 def run_export(
     traced: nn.Module, example: Mapping[str, Tensor], masks: _Masks, dims: Mapping[str, Mapping[int, Any]]
 ) -> ExportedProgram:
-    with installed(masks), torch.no_grad(), _remembering(traced), innermost_lines():
+    with installed(masks), torch.no_grad(), _remembering(traced), innermost_lines(), _grad_mode_unrecorded(traced):
         return torch.export.export(
             traced,
             # a failed export leaves marks on its inputs
@@ -190,6 +192,35 @@ def run_export(
             dynamic_shapes=(tuple(dict(dims[name]) for name in example),),
             strict=False,
         )
+
+
+@contextlib.contextmanager
+def _grad_mode_unrecorded(traced: nn.Module) -> Iterator[None]:
+    """Within this context, `traced` runs in a mode of its own: inside of those of the trace."""
+    own = traced.forward
+
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _GradModeUnrecorded():
+            return own(*args, **kwargs)
+
+    vars(traced)["forward"] = forward
+    try:
+        yield
+    finally:
+        del vars(traced)["forward"]
+
+
+class _GradModeUnrecorded(TorchFunctionMode):
+    """Turning gradients on and off has its effect and leaves no node: at each such node torch.export cuts the graph,
+    puts the pieces into modules, and joins them again, which takes a twentieth of the time of a trace.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._C._set_grad_enabled:
+            with torch._C.DisableTorchFunction():
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 _FEW_LAYERS = 2

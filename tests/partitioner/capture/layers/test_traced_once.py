@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -22,8 +23,10 @@ from transformers import (
 )
 
 from partitioner.analysis.report.report import make_report
+from partitioner.capture.inputs.graph_inputs import choose_inputs
 from partitioner.capture.layers.layer_index import LayerIndex
 from partitioner.capture.layers.share_layers import every_layer
+from partitioner.capture.trace.fake_model import make_fake_model
 from partitioner.compile.partition import trace
 from partitioner.program import Program
 from partitioner.program.program import LayersTraced
@@ -283,6 +286,14 @@ def test_a_weight_that_is_missed_is_put_back() -> None:
     once = trace(model)
     assert number_traced(once) == 2
     assert torch.allclose(interpret.run(once, input_ids=IDS), model(IDS).logits, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("scale", "left_out"), [(1, {"model.layers.1"}), (2, set())])
+def test_a_plain_run_leaves_the_second_of_two_out_where_they_are_alike(scale: int, left_out: set[str]) -> None:
+    model = llama(2)
+    model.model.layers[1].self_attn.scaling *= scale
+    fake = FakeTensorMode()
+    assert choose_inputs(make_fake_model(model, fake), fake, {}, length=None).probe.skipped == left_out
 
 
 def test_one_layer_unlike_the_others_costs_one_more() -> None:
