@@ -179,8 +179,8 @@ class Steps:
 
     @property
     def serve_any_cache(self) -> bool:
-        """Whether there are steps whose compiled code does not depend on the cache's size."""
-        return bool(self._decoders) and self.cache.any_length
+        """Whether nothing that is bound to the cache depends on its size: of what is compiled, something may."""
+        return not self.decodes_from_fixed_memory or (bool(self._decoders) and self.cache.any_length)
 
     def run(self, piece: Piece, *, decode: bool = False, rows: slice | PagedRows | None = None) -> Tensor:
         """The logits [B, V/n] of each row's last token.
@@ -356,31 +356,33 @@ class Steps:
     def _inputs(self, piece: Piece, *, decode: bool, least: int = 0) -> tuple[Batch, list[Tensor]]:
         """A run of `piece` as the cache is told of it, and the inputs of its program."""
         counts = [len(row) for row in piece.tokens]
+        size = max(*counts, least)
+        last = [count - 1 for count in counts]
         if piece.packed:
             rows = zip(piece.starts, counts, strict=True)
             ids = self._on_device([[token for row in piece.tokens for token in row]])
             positions = self._on_device([[at for start, count in rows for at in range(start, start + count)]])
             ends = zip(itertools.accumulate(counts), piece.completes, strict=True)
-            last = self._on_device([end - 1 for end, is_told in ends if is_told] or [sum(counts) - 1])
+            last = [end - 1 for end, is_told in ends if is_told] or [sum(counts) - 1]
+        elif size == 1:
+            ids, positions = self._on_device(piece.tokens), self._on_device([[start] for start in piece.starts])
         else:
-            size = max(*counts, least)
             ids = self._ids(piece, size)
-            last = self._on_device(counts) - 1
-            offsets = torch.arange(size, device=self._device).minimum(last[:, None])
+            offsets = torch.arange(size, device=self._device).minimum(self._on_device(last)[:, None])
             positions = self._on_device(piece.starts)[:, None] + offsets
         batch = Batch(positions, tuple(piece.starts), tuple(counts), piece.active, piece.packed)
         program = self._decode_program if decode else self._program
-        known = {
-            "input_ids": ids,
-            "position_ids": positions,
-            "last": last,
-            "active": self._on_device(piece.active),
-            "slots": torch.arange(max(batch.end + 1, self._least_slots), device=self._device),
+        known: dict[str, Callable[[], Tensor]] = {
+            "input_ids": lambda: ids,
+            "position_ids": lambda: positions,
+            "last": lambda: self._on_device(last),
+            "active": lambda: self._on_device(piece.active),
+            "slots": lambda: torch.arange(max(batch.end + 1, self._least_slots), device=self._device),
         }
         for wanted in program.inputs:
             if wanted.name not in known:
                 raise InputError(f"generation knows nothing to give the input {wanted.name!r} of this model")
-        return batch, [known[wanted.name] for wanted in program.inputs]
+        return batch, [known[wanted.name]() for wanted in program.inputs]
 
     def _on_device(self, numbers: Sequence[Any]) -> Tensor:
         """As a tensor, for which the host does not wait until the device has done what it was told before."""
