@@ -20,9 +20,10 @@ stages has no group yet: 1 / (2 x tokens) of the time.
 
 A Llama-shaped model with random weights (fixed seed), hidden 512, 8 layers, float32, one thread per process. The
 contestants take turns in the same processes. Printed are ratios to one process; in brackets what share of the most that
-is. The computed idle share stands beside the measured one.
+is. The computed idle share stands beside the measured one, the median over rounds: in each, what the stages' pieces
+take by themselves, of what the run takes.
 
-    python -m benchmarks.pipeline                      about two minutes on an idle machine
+    python -m benchmarks.pipeline                      about three minutes on an idle machine
     python -m benchmarks.pipeline --rounds 3 --tokens 8
 """
 
@@ -230,7 +231,9 @@ def report(times: dict[str, list[float]], left_out: str) -> None:
             cells += [f"{ratio:.2f}", f"{ratio / (c[kind] * m / (m + 1)):.0%}"]
         pieces = f"{middle[f'pieces {m}'] / middle[f'one {m}']:.2f}"
         theirs = f"{middle[f'one {m}'] / middle[f'peer {m}']:.2f}" if f"peer {m}" in middle else ""
-        busy = best["stages"] * m / best[f"two {m}"]
+        busy = statistics.median(
+            alone * m / of_one for alone, of_one in zip(times["stages"], times[f"two {m}"], strict=True)
+        )
         computed = time_of(chain(2, m), [[best["stages"]]] * 2).bubble
         assert abs(computed - bubble(2, m)) < 1e-9
         table.add_row(f"{m} pieces", *cells, pieces, theirs, f"{computed:.1%}", f"{1 - busy:.1%}")
