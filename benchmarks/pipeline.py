@@ -7,15 +7,23 @@
                          few rows are done at a lower rate, with stages or without
     transformers         pp_size=2: even layer counts, nothing in flight, logits broadcast
     decode               new tokens per second of two groups of 8 rows in a ring, over those of 8 rows in one process,
-                         which reads its weights for as many at a time; the most is a c of its own, of steps: of two
-                         processes that write with half of the layers each at the same time, over one of them alone
+                         which reads its weights for as many at a time; of all, from the first token on. The most is a
+                         c of its own, of steps: of two processes that write with half of the layers each at the same
+                         time, over one of them alone
     one prompt           in chunks, to its first token
+
+Is that c the most that two stages can do? Each of the two processes has what a stage has: half of the layers, 8 rows at
+a time, as many tokens in its cache, one thread, and the other beside it on the memory bus. What does not go by halves
+is against the ring: an embedding, the head and the choice of tokens are there once in a step of one process, and stand
+on one stage, as does what the host does for each step besides; so do the first and the last slot, in which one of the
+stages has no group yet: 1 / (2 x tokens) of the time.
 
 A Llama-shaped model with random weights (fixed seed), hidden 512, 8 layers, float32, one thread per process. The
 contestants take turns in the same processes. Printed are ratios to one process; in brackets what share of the most that
-is. The computed idle share stands beside the measured one.
+is. The computed idle share stands beside the measured one, the median over rounds: in each, what the stages' pieces
+take by themselves, of what the run takes.
 
-    python -m benchmarks.pipeline                      about two minutes on an idle machine
+    python -m benchmarks.pipeline                      about three minutes on an idle machine
     python -m benchmarks.pipeline --rounds 3 --tokens 8
 """
 
@@ -44,7 +52,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.support.peers import build
 from benchmarks.support.ranks import launch_ranks
-from benchmarks.support.rounds import take_turns
+from benchmarks.support.rounds import Took, take_turns
 from partitioner import Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
@@ -82,6 +90,16 @@ def peer(folder: Path) -> Any:
 def row_by_row(engine: Engine, rows: torch.Tensor) -> None:
     for row in rows:
         engine(input_ids=row[None])
+
+
+def steps_of(engine: Engine, rows: torch.Tensor, tokens: int) -> Took:
+    """The steps behind the first token, `tokens` of each row."""
+    steps = engine.stream(rows, eos_token_id=[], max_new_tokens=tokens + 1)
+    next(steps)
+    start = time.perf_counter()
+    for _ in steps:
+        pass
+    return Took(time.perf_counter() - start)
 
 
 def stage_alone(engine: Engine, ids: torch.Tensor) -> Callable[[], object]:
@@ -139,13 +157,12 @@ def rank_main(folder: Path, rounds: int, tokens: int) -> None:
             contestants["one prompt, chunks"] = lambda: alone.generate(long, **first)
         else:
             contestants["one prompt, chunks"] = wait
-        more = {**new, "max_new_tokens": tokens}
-        contestants["one decode"] = (lambda: alone.generate(rows[:8, :4], **more)) if rank == 0 else wait
-        contestants["two decode"] = lambda: engine.generate(rows[: 8 * GROUPS, :4], **more)
+        contestants["one decode"] = (lambda: steps_of(alone, rows[:8, :4], tokens)) if rank == 0 else wait
+        contestants["two decode"] = lambda: steps_of(engine, rows[: 8 * GROUPS, :4], tokens)
         # a stage's steps by themselves: half of the layers, each process its own
         half = partition(build({**SIZES, "num_hidden_layers": SIZES["num_hidden_layers"] // 2}), Plan())
         own = Engine(half.rank(0), ThreadGroup(half.mesh).communicator(0), entries=lambda e: half.entry(e, 0))
-        contestants["stages decode"] = lambda: own.generate(rows[:8, :4], **more)
+        contestants["stages decode"] = lambda: steps_of(own, rows[:8, :4], tokens)
         contestants["stage decode"] = contestants["stages decode"] if rank == 0 else wait
         take_turns(contestants, rounds=1, meet=dist.barrier)
         times = take_turns(contestants, rounds=rounds, meet=dist.barrier)
@@ -159,7 +176,7 @@ def rank_main(folder: Path, rounds: int, tokens: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pipeline stages in two processes.")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rank", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -214,7 +231,9 @@ def report(times: dict[str, list[float]], left_out: str) -> None:
             cells += [f"{ratio:.2f}", f"{ratio / (c[kind] * m / (m + 1)):.0%}"]
         pieces = f"{middle[f'pieces {m}'] / middle[f'one {m}']:.2f}"
         theirs = f"{middle[f'one {m}'] / middle[f'peer {m}']:.2f}" if f"peer {m}" in middle else ""
-        busy = best["stages"] * m / best[f"two {m}"]
+        busy = statistics.median(
+            alone * m / of_one for alone, of_one in zip(times["stages"], times[f"two {m}"], strict=True)
+        )
         computed = time_of(chain(2, m), [[best["stages"]]] * 2).bubble
         assert abs(computed - bubble(2, m)) < 1e-9
         table.add_row(f"{m} pieces", *cells, pieces, theirs, f"{computed:.1%}", f"{1 - busy:.1%}")

@@ -10,6 +10,7 @@ unbounded: the group has a timeout, and what fails because of others becomes Ran
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -248,7 +249,7 @@ class GroupChannel(Channel):
         run, gather = self._primitive(call, "permute", **options), self._comparison()
 
         def begin(x: Tensor) -> Handle:
-            own = call.on(x)
+            own = functools.partial(call.of, x.shape, x.dtype)
             handle = self._guarded(own, self.ranks, lambda own: self._compare(own, gather), lambda: run(x))
             return self._finishing(handle, own, self.ranks)
 
@@ -261,7 +262,7 @@ class GroupChannel(Channel):
             send = self._primitive(call, "send", **options)
 
             def send_begin(x: Tensor) -> Handle:
-                own = call.on(x)
+                own = functools.partial(call.of, x.shape, x.dtype)
                 return self._finishing(self._guarded(own, both, self._compare_two, lambda: send(x)), own, both)
 
             return send_begin
@@ -270,7 +271,7 @@ class GroupChannel(Channel):
         receive = self._primitive(call, "receive", **options)
 
         def receive_begin(shape: Sequence[int], dtype: torch.dtype) -> Handle:
-            own = call.of(shape, dtype)
+            own = functools.partial(call.of, shape, dtype)
             return self._finishing(
                 self._guarded(own, both, self._compare_two, lambda: receive(shape, dtype)), own, both
             )

@@ -40,13 +40,15 @@ class TokenChooser:
             device=device,
         )
         self._sample = profiler.timed("sampling", self.sampler)
+        self._ids: dict[tuple[int, ...], Tensor] = {}
+        """Request ids by themselves: those of a group of rows are the same in all steps."""
 
     def choose(self, logits: Tensor, conversation: Conversation) -> tuple[list[int], list[float] | None]:
         """A token of each row, from logits [B, V/n], and its log-probability where the settings ask for it."""
         history, lengths = self._history(conversation.texts)
         tokens, logprobs = self._sample(
             logits,
-            request_ids=torch.tensor(conversation.request_ids, device=self._device),
+            request_ids=self._ids_of(conversation),
             step=conversation.step,
             history=history,
             lengths=lengths,
@@ -54,6 +56,12 @@ class TokenChooser:
             scored=self._settings.logprobs,
         )
         return tokens.tolist(), None if logprobs is None else logprobs.tolist()
+
+    def _ids_of(self, conversation: Conversation) -> Tensor:
+        key = tuple(conversation.request_ids)
+        if key not in self._ids:
+            self._ids[key] = torch.tensor(key, device=self._device)
+        return self._ids[key]
 
     def _history(self, texts: list[list[int]]) -> tuple[Tensor | None, Tensor | None]:
         """The tokens so far [B, L], of which the first [B] count; only the repetition penalty asks for them."""

@@ -262,7 +262,7 @@ class GenerateLoop:
             max_length = min(max_length, room.tokens)
         if kept is None:
             self._bound = self._steps_over(self.program, max_batch=max_batch, max_length=max_length, step=step)
-        else:  # a longer text, or more of them, compiles nothing
+        else:  # a longer text, or more of them, binds and compiles nothing
             slots = slots_for(self.program, max_length)
             kept.cache.resize(max_batch=max_batch, max_length=max_length, step=step, slots=slots)
             kept.look_for_room()

@@ -182,8 +182,8 @@ class Steps:
 
     @property
     def serve_any_cache(self) -> bool:
-        """Whether there are steps whose compiled code does not depend on the cache's size."""
-        return bool(self._decoders) and self.cache.any_length
+        """Whether nothing that is bound to the cache depends on its size: of what is compiled, something may."""
+        return not self.decodes_from_fixed_memory or (bool(self._decoders) and self.cache.any_length)
 
     def run(self, piece: Piece, *, decode: bool = False, rows: slice | PagedRows | None = None) -> Tensor:
         """The logits [B, V/n] of each row's last token.

@@ -76,6 +76,7 @@ class Watcher:
     ) -> None:
         rules.check(vocab_size)
         self.rules, self._width, self._last, self._vocab_size = rules, width, max_new_tokens, vocab_size
+        self._speaks = rules != TokenRules()
         self._eos = tuple(eos_token_id)
         self._always = rules.banned_alone(self._eos)
         self._words = [word for word in rules.bad_words_ids if len(word) > 1]
@@ -85,6 +86,8 @@ class Watcher:
 
     def edits(self, texts: Sequence[Sequence[int]], count: int) -> TokenEdits | None:
         """For the `count`-th new token of `texts`, prompts and what was added; None where no rule speaks."""
+        if not self._speaks:
+            return None
         rules = self.rules
         banned = list(rules.suppress_tokens)
         alone = self._width > 1 or not rules.forced_bos_token_id

@@ -14,7 +14,9 @@ relay the device writes and reads messages, each in memory that stays (`Box`):
 
 from __future__ import annotations
 
+import functools
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,34 +42,36 @@ class Message:
 
     def pack(self, size: int, rows: int, device: torch.device) -> Tensor:
         """`size` bytes; rows: how many there is room for."""
-        packed = torch.zeros(size, dtype=torch.uint8, device=device)
-        head = torch.zeros(2 + rows, dtype=torch.int64)
-        head[0], head[1] = self.step, len(self.values)
-        head[2 : 2 + len(self.tokens)] = torch.tensor(self.tokens, dtype=torch.int64)
-        scores = torch.full((rows,), math.nan, dtype=torch.float64)
+        packed = torch.empty(size, dtype=torch.uint8, device=device)
+        head = _head(rows)
+        # a message is written and read in each slot of a ring, where others wait for it: no op of torch for a number
+        host = packed if packed.device.type == "cpu" else torch.empty(head.size, dtype=torch.uint8)
+        filler = (0,) * (rows - len(self.tokens))
+        scores = (math.nan,) * rows
         if self.logprobs is not None:
-            scores[: len(self.logprobs)] = torch.tensor(self.logprobs, dtype=torch.float64)
-        packed[: 8 * (2 + 2 * rows)] = torch.cat([head.view(torch.uint8), scores.view(torch.uint8)]).to(device)
-        at = _head_bytes(rows)
+            scores = (*self.logprobs, *scores[len(self.logprobs) :])
+        head.pack_into(host.numpy().data, 0, self.step, len(self.values), *self.tokens, *filler, *scores)
+        if host is not packed:
+            packed[: head.size] = host.to(device)
+        at = _aligned(head.size)
         for value in self.values:
-            packed[at : at + value.nbytes] = value.contiguous().view(-1).view(torch.uint8)
+            packed[at : at + value.nbytes].view(value.dtype).view(value.shape).copy_(value)
             at = _aligned(at + value.nbytes)
         return packed
 
     @classmethod
     def unpack(cls, packed: Tensor, rows: int, *, count: int, crossings: Sequence[Crossing], scored: bool) -> Message:
-        """count: how many rows the group has. crossings: what the stage before hands on."""
-        head = packed[: 8 * (2 + 2 * rows)].cpu()
-        numbers = head[: 8 * (2 + rows)].view(torch.int64).tolist()
-        scores = head[8 * (2 + rows) :].view(torch.float64).tolist() if scored else None
-        at, values = _head_bytes(rows), []
-        for crossing in crossings if numbers[1] else ():
+        """count: how many rows the group has. crossings: what the stage before hands on; values: parts of `packed`."""
+        head = _head(rows)
+        step, has_values, *numbers = head.unpack_from(packed[: head.size].cpu().numpy().data)
+        at, values = _aligned(head.size), []
+        for crossing in crossings if has_values else ():
             shape = _shape(crossing, count)
             size = math.prod(shape) * crossing.dtype.itemsize
             values.append(packed[at : at + size].view(crossing.dtype).view(shape))
             at = _aligned(at + size)
-        tokens = tuple(numbers[2 : 2 + count])
-        return cls(numbers[0], tokens, None if scores is None else tuple(scores[:count]), tuple(values))
+        scores = tuple(numbers[rows : rows + count]) if scored else None
+        return cls(step, tuple(numbers[:count]), scores, tuple(values))
 
 
 class Box:
@@ -89,14 +93,16 @@ class Box:
 
 def message_bytes(crossings: Sequence[Crossing], rows: int) -> int:
     """How long the messages of a stage are that hands these on."""
-    size = _head_bytes(rows)
+    size = _aligned(_head(rows).size)
     for crossing in crossings:
         size = _aligned(size + math.prod(_shape(crossing, rows)) * crossing.dtype.itemsize)
     return size
 
 
-def _head_bytes(rows: int) -> int:
-    return _aligned(8 * (2 + 2 * rows))
+@functools.cache
+def _head(rows: int) -> struct.Struct:
+    """What comes before the values; see the module's docstring."""
+    return struct.Struct(f"=2q{rows}q{rows}d")
 
 
 def _aligned(at: int) -> int:

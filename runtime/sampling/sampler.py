@@ -94,8 +94,9 @@ class Sampler:
                 f"logits must be [batch, {self.search.num_local}] on this rank, got {list(logits.shape)}"
             )
         batch = logits.shape[0]
-        steps = step if isinstance(step, Tensor) else torch.full_like(request_ids, step)
-        for name, given in (("request_ids", request_ids), ("step", steps)):
+        for name, given in (("request_ids", request_ids), ("step", step)):
+            if isinstance(given, int):
+                continue
             if given.shape != (batch,) or given.dtype != torch.int64:
                 raise SamplingError(f"{name} must be int64 [{batch}], got {given.dtype} {list(given.shape)}")
         if not batch:
@@ -104,6 +105,7 @@ class Sampler:
         own = own if edits is None else edits.applied(own, self.search.share)
         if not self.sampling.do_sample:
             return self._greedy(own, scored=scored)
+        steps = step if isinstance(step, Tensor) else torch.full_like(request_ids, step)
         bits = random_bits(self.sampling.seed if seeds is None else seeds, request_ids, steps).to(logits.device)[
             :, None
         ]

@@ -72,7 +72,7 @@ class VocabularySearch:
         """Tokens, their logits, and log-probabilities where `scored`, [B] each."""
         largest, column = _largest(own)
         if not scored and len(self._sizes) == 1:
-            return self.share.tokens[column], largest.double(), None
+            return self.share.tokens.index_select(0, column), largest.double(), None
         message = [largest.double(), self.share.tokens[column].double()]
         if scored:
             message.append(softmax_mass(own, largest.double(), 1.0))
@@ -175,10 +175,9 @@ def _first_best(values: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def require_finite(best: Tensor) -> None:
     """`best`[B], the largest logit of each row; NaN where one of the row is."""
-    finite = best.isfinite()
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        value = float(best[row])
+    values = best.tolist()
+    if not all(map(math.isfinite, values)):
+        row, value = next((row, value) for row, value in enumerate(values) if not math.isfinite(value))
         cause = "every logit is -inf" if value == -math.inf else f"its largest logit is {value}"
         raise SamplingError(
             f"no token can be chosen for row {row}: {cause}; the largest of each row must be finite. Look for an "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,27 +37,29 @@ def inputs_of(
     `InputError` where the program wants what a text does not say.
     """
     counts = [len(row) for row in piece.tokens]
+    size = max(*counts, least)
+    last = [count - 1 for count in counts]
     if piece.packed:
         rows = zip(piece.starts, counts, strict=True)
         ids = on_device([[token for row in piece.tokens for token in row]], device)
         positions = on_device([[at for start, count in rows for at in range(start, start + count)]], device)
         ends = zip(itertools.accumulate(counts), piece.completes, strict=True)
-        last = on_device([end - 1 for end, is_told in ends if is_told] or [sum(counts) - 1], device)
+        last = [end - 1 for end, is_told in ends if is_told] or [sum(counts) - 1]
+    elif size == 1:
+        ids, positions = on_device(piece.tokens, device), on_device([[start] for start in piece.starts], device)
     else:
-        size = max(*counts, least)
         ids = on_device(filled_up(piece, size), device)
-        last = on_device(counts, device) - 1
-        offsets = torch.arange(size, device=device).minimum(last[:, None])
+        offsets = torch.arange(size, device=device).minimum(on_device(last, device)[:, None])
         positions = on_device(piece.starts, device)[:, None] + offsets
     batch = Batch(positions, tuple(piece.starts), tuple(counts), piece.active, piece.packed)
-    known = {
-        "input_ids": ids,
-        "position_ids": positions,
-        "last": last,
-        "active": on_device(piece.active, device),
-        "slots": torch.arange(max(batch.end + 1, least_slots), device=device),
+    known: dict[str, Callable[[], Tensor]] = {
+        "input_ids": lambda: ids,
+        "position_ids": lambda: positions,
+        "last": lambda: on_device(last, device),
+        "active": lambda: on_device(piece.active, device),
+        "slots": lambda: torch.arange(max(batch.end + 1, least_slots), device=device),
     }
     for wanted in program.inputs:
         if wanted.name not in known:
             raise InputError(f"generation knows nothing to give the input {wanted.name!r} of this model")
-    return batch, [known[wanted.name] for wanted in program.inputs]
+    return batch, [known[wanted.name]() for wanted in program.inputs]

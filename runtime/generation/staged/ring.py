@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from runtime.communication.channels import Handle
 from runtime.generation.choose_tokens import TokenChooser
 from runtime.generation.conversation import Conversation
 from runtime.generation.generation_request import Step
@@ -48,6 +49,8 @@ class Ring:
         self.received: dict[int, tuple[Tensor, ...]] = {}
         self.made: tuple[Tensor, ...] | None = None
         """On the last stage of those that share the head: what it has made in this slot."""
+        self.chosen: Message | None = None
+        """On the last stage of others: what it has chosen in this slot, and not learnt."""
         self.last_chosen = -1
         """The latest slot in which the last stage chose tokens that this rank knows."""
         self.latest: dict[int, Message] = {}
@@ -85,19 +88,23 @@ class Ring:
             match action:
                 case Run(group):
                     message = self._turn(group, runs=runs)
-                case Shift(_, takes):
-                    packed = self._shift(message)
+                case Shift(own, takes):
+                    arriving = self._shift(message)
+                    if own is not None and self.chosen is not None:  # while the others have their message already
+                        self._learn(own, self.chosen)
+                        self.chosen = None
+                    packed = arriving.finish()
                     if takes is not None:
                         self._take(takes, packed)
                 case Head(group):
                     self._choose(group)
         self.slot += 1
 
-    def _shift(self, message: Message) -> Tensor:
-        """Hands on `message`, and returns the bytes of the one that came."""
+    def _shift(self, message: Message) -> Handle:
+        """Hands on `message`; yields the bytes of the one that comes."""
         packed = message.pack(self.length, self.most, self.part.device)
         self.part.communicator.begin_run(new_shapes=self.slot == 0)
-        return self.part.channel.permute_begin(packed, 1).finish()
+        return self.part.channel.permute_begin(packed, 1)
 
     def _turn(self, number: int, *, runs: bool) -> Message:
         """What this stage has to say of a group: its tokens, and what the stage hands on."""
@@ -112,9 +119,9 @@ class Ring:
         if not self.part.is_last:
             return Message(known.step, known.tokens, known.logprobs, tuple(made))
         tokens, logprobs = self.chooser.choose(made, group)
-        self.said.learn(number, tokens, logprobs)
         self.last_chosen = self.slot
-        return Message(group.step, tuple(tokens), None if logprobs is None else tuple(logprobs))
+        self.chosen = Message(group.step + 1, tuple(tokens), None if logprobs is None else tuple(logprobs))
+        return self.chosen
 
     def _choose(self, number: int) -> None:
         """What all stages choose of a group that the last one has just run: they know the same, so all know that."""
@@ -138,5 +145,8 @@ class Ring:
             self.received[number] = message.values
         if message.step == group.step + 1:
             self.latest[number] = Message(message.step, message.tokens, message.logprobs)
-            self.said.learn(number, list(message.tokens), None if message.logprobs is None else list(message.logprobs))
+            self._learn(number, message)
             self.last_chosen = max(self.last_chosen, self.slot - self._delay(self.stage))
+
+    def _learn(self, number: int, told: Message) -> None:
+        self.said.learn(number, told.tokens, told.logprobs)

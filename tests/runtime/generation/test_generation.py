@@ -249,3 +249,23 @@ def test_what_a_tokenizer_returns_is_what_generate_and_simulate_take(embedded_fo
     assert torch.equal(parts.generate(**given, max_new_tokens=4), model.generate(**given, max_new_tokens=4))
     given = tokenizer(["Return a list of"], return_tensors="pt")
     torch.testing.assert_close(parts.simulate(**given, use_cache=False), model(**given, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("plan", ["tp=1", "sp=2"])
+def test_a_larger_cache_binds_no_program_anew(plan: str) -> None:
+    """Whatever its size, a program that runs node by node looks up where rows lie when it runs."""
+    # with a window: how many slots it has follows from the size
+    parts = partition(zoo.tiny("mistral")[0], Plan.parse(plan))
+    short, long = prompts("mistral", (3, 90))
+    new(parts, [short], 2)
+    loops = [engine._generate_loop for engine in parts._simulator.engines]
+    before, sizes = [loop._bound for loop in loops], [loop.cache.bytes for loop in loops]
+    tasks = ([long, short], [short] * 3, [long])
+    found = [new(parts, texts, 3, prefill_step=16) for texts in tasks]
+    assert [loop._bound for loop in loops] == before
+    assert all(loop.cache.bytes > size for loop, size in zip(loops, sizes, strict=True))
+    for texts, said in zip(tasks, found, strict=True):
+        for loop in loops:
+            loop.release()
+        assert torch.equal(new(parts, texts, 3, prefill_step=16), said)
+    assert loops[0]._bound is not before[0]
