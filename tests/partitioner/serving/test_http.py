@@ -72,7 +72,7 @@ def url() -> Iterator[str]:
     [
         (b"", "parse the JSON"),
         (b"{", "parse the JSON"),
-        (b"[1]", "Invalid value"),
+        (b"[1]", "Invalid request: Input should be an object"),
         (b"[" * 4000, "parse the JSON"),
         (b'{"model": "m", "prompt": "\\ud800"}', "parse the JSON"),
         (b'{"model": "m", "prompt": "a", "temperature": NaN}', "temperature"),
@@ -80,10 +80,13 @@ def url() -> Iterator[str]:
         (b'{"model": "m", "prompt": "a", "max_tokens": 1e99}', "max_tokens"),
         (b'{"model": "m", "prompt": "a", "max_tokens": true}', "max_tokens"),
         (b'{"model": "m", "prompt": {"a": 1}}', "prompt"),
+        # of several kinds of value, what is wrong with the one that it is of
+        (b'{"model": "m", "prompt": [-1]}', "'prompt[0]': Input should be greater than or equal to 0"),
+        (b'{"model": "m", "prompt": "a", "stop": [' + b", ".join([b'"b"'] * 17) + b"]}", "at most 16 items"),
         (b'{"model": "m"}', "Missing required parameter: 'prompt'"),
         (b'{"model": "m", "prompt": "a", "n": 7}', "6 choices"),
         (b'{"model": "m", "prompt": ["a", "b", "c", "d"], "n": 2}', "6 choices"),
-        (b'{"model": "m", "prompt": "a", "stream_options": {"include_usage": true}}', "stream_options"),
+        (b'{"model": "m", "prompt": "a", "stream_options": {"include_usage": true}}', "request: stream_options"),
         (b"\xff\xfe", "parse the JSON"),
     ],
 )
