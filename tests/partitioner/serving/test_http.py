@@ -23,6 +23,7 @@ from partitioner.errors import InputError
 from partitioner.serving.http.keys import API_KEY, Keys
 from partitioner.serving.http.limits import Limits
 from partitioner.serving.http.service import Service
+from partitioner.serving.openai.answers import CompletionAnswer, ScoredToken, Usage
 from partitioner.storage.example import EXAMPLE_MODEL
 from tests.partitioner.serving.scripted_model import ScriptedModel
 from tests.partitioner.serving.served import TEMPLATE, in_thread
@@ -311,3 +312,11 @@ def until(done: Callable[[], bool]) -> None:
     while not done():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_of_tokens_that_say_the_same_the_likeliest_is_listed() -> None:
+    """Bytes that are no letter alone are all written as one sign, by which the form of completions knows them."""
+    token = ScoredToken("\ufffd", 0, -0.5, (("\ufffd", -0.5), (" a", -1.0), ("\ufffd", -3.0)))
+    assert CompletionAnswer("m", Usage(), True, False)._scores([token])["top_logprobs"] == [
+        {"\ufffd": -0.5, " a": -1.0}
+    ]
