@@ -304,9 +304,11 @@ def can_spare(program: RankProgram, communicator: Communicator, device: torch.de
 
 
 def step_of(program: RankProgram, prefill_step: int, max_length: int) -> int:
-    """How many tokens of a text are run at a time."""
+    """How many tokens of a text are run at a time; one for each rank at least, where they share out its tokens."""
     most = program.limits.get("sequence", (1, None))[1]
-    return min(prefill_step, max_length, prefill_step if most is None else most)
+    # the first ranks would keep all tokens of shorter pieces, and have no room for them
+    step = max(prefill_step, program.mesh.size("sp"))
+    return min(step, max_length, step if most is None else most)
 
 
 def bytes_needed(program: RankProgram, *, max_batch: int, max_length: int, prefill_step: int) -> int:

@@ -16,6 +16,7 @@ from partitioner.errors import LayoutError
 from partitioner.proof.layouts import check, check_entries
 from partitioner.proof.rows import check_rows
 from partitioner.storage.bundle.bundle import load
+from runtime.generation import generate_loop
 from runtime.kv_cache.sharded_cache import ShardedCache
 from runtime.kv_cache.sharded_slots import FAR, KeptTokens
 from runtime.ops.collectives import all_reduce
@@ -83,6 +84,24 @@ def test_what_fills_up_would_be_seen_if_it_were_kept(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(KeptTokens, "_note", everything)
     parts = compiled("llama", "sp=3,sp_attention=ring")
     assert generated.error("llama", parts, generated.prompts("llama", (1, 2, 7, 11)), new=4, prefill_step=5) > 1e-6
+
+
+def test_pieces_shorter_than_the_ranks_are_shared_out_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By pieces of one token the first rank would keep them all: of a long prompt more than it has room for."""
+    parts = compiled("llama", "sp=3,sp_attention=ring")
+
+    def kept() -> list[int]:
+        cache = parts._simulator.engines[0]._generate_loop.cache
+        assert isinstance(cache, ShardedCache)
+        return [each[0] for each in cache.kept.kept]
+
+    texts = generated.prompts("llama", (20, 4))
+    assert generated.error("llama", parts, texts, new=1, prefill_step=1) < 1e-9
+    assert kept() == [7, 7, 6]
+    # the control: pieces as short as they were asked for
+    monkeypatch.setattr(generate_loop, "step_of", lambda _, step, most: min(step, most))
+    assert generated.error("llama", parts, texts, new=1, prefill_step=1) < 1e-9
+    assert kept() == [20, 0, 0]
 
 
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[ShardedCache]:

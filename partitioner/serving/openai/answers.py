@@ -188,7 +188,8 @@ class CompletionAnswer(Answer):
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [_number(token.logprob) for token in tokens],
-            "top_logprobs": [{text: _number(value) for text, value in token.top} for token in tokens],
+            # the likeliest first, which stays where several tokens say the same: bytes that are no letter alone
+            "top_logprobs": [{text: _number(value) for text, value in reversed(token.top)} for token in tokens],
             "text_offset": [token.offset for token in tokens],
         }
 

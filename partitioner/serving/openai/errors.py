@@ -57,8 +57,11 @@ def invalid(message: str, *, param: str | None = None, code: str | None = None, 
 def of_validation(error: ValidationError) -> ApiError:
     """The first thing that pydantic found, in the words that OpenAI has for it."""
     found = error.errors(include_url=False, include_context=False)
-    # where a field may be of several kinds, the one that the value came furthest with
-    first = max((each for each in found if each["loc"][:1] == found[0]["loc"][:1]), key=lambda each: len(each["loc"]))
+    # where a field may be of several kinds, the one that the value came furthest with; of those the one that it is of
+    first = max(
+        (each for each in found if each["loc"][:1] == found[0]["loc"][:1]),
+        key=lambda each: (len(_place(each["loc"])), not each["type"].endswith("_type")),
+    )
     where = shown(_place(first["loc"]))
     if first["type"] == "json_invalid":
         return invalid(f"We could not parse the JSON body of your request: {first['msg']}")
@@ -67,6 +70,8 @@ def of_validation(error: ValidationError) -> ApiError:
     if first["type"] == "missing":
         return invalid(f"Missing required parameter: '{where}'.", param=where, code="missing_required_parameter")
     said = first["msg"].removeprefix("Value error, ")
+    if not where:  # of the body as a whole, which is not repeated
+        return invalid(f"Invalid request: {said}", code="invalid_value")
     return invalid(
         f"Invalid value for '{where}': {said}; got {shown(repr(first['input']))}", param=where, code="invalid_value"
     )

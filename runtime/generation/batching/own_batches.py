@@ -30,6 +30,7 @@ from runtime.generation.batching.choose_rows import Choice
 from runtime.generation.batching.places import Places, Run
 from runtime.generation.batching.scheduler import Scheduler, next_alike
 from runtime.generation.batching.work import Counts, Limits, Work
+from runtime.kv_cache.cache_size import all_stages
 from runtime.ops.communicating import as_axes
 from runtime.ops.rows import collect_rows
 from runtime.program.rank_program import RankProgram
@@ -113,7 +114,9 @@ class OwnBatches:
     ) -> None:
         (axis,) = prefill.batch_axes
         self._index, self._device, self._communicator = prefill.coordinates[axis], device, communicator
-        self._alike = {False: brings_alike(prefill), True: True}
+        # a stage of dense layers alone goes along with those that have experts: their runs are each other's
+        alone = all_stages(not brings_alike(prefill), prefill, communicator, device)
+        self._alike = {False: not alone, True: True}
         """By whether single tokens are run: whether all ranks bring as many rows, as captured steps have to."""
         if self._alike[False] and places.limits.alike:
             raise InputError(

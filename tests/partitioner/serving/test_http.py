@@ -23,6 +23,7 @@ from partitioner.errors import InputError
 from partitioner.serving.http.keys import API_KEY, Keys
 from partitioner.serving.http.limits import Limits
 from partitioner.serving.http.service import Service
+from partitioner.serving.openai.answers import CompletionAnswer, ScoredToken, Usage
 from partitioner.storage.example import EXAMPLE_MODEL
 from tests.partitioner.serving.scripted_model import ScriptedModel
 from tests.partitioner.serving.served import TEMPLATE, in_thread
@@ -72,7 +73,7 @@ def url() -> Iterator[str]:
     [
         (b"", "parse the JSON"),
         (b"{", "parse the JSON"),
-        (b"[1]", "Invalid value"),
+        (b"[1]", "Invalid request: Input should be an object"),
         (b"[" * 4000, "parse the JSON"),
         (b'{"model": "m", "prompt": "\\ud800"}', "parse the JSON"),
         (b'{"model": "m", "prompt": "a", "temperature": NaN}', "temperature"),
@@ -80,10 +81,13 @@ def url() -> Iterator[str]:
         (b'{"model": "m", "prompt": "a", "max_tokens": 1e99}', "max_tokens"),
         (b'{"model": "m", "prompt": "a", "max_tokens": true}', "max_tokens"),
         (b'{"model": "m", "prompt": {"a": 1}}', "prompt"),
+        # of several kinds of value, what is wrong with the one that it is of
+        (b'{"model": "m", "prompt": [-1]}', "'prompt[0]': Input should be greater than or equal to 0"),
+        (b'{"model": "m", "prompt": "a", "stop": [' + b", ".join([b'"b"'] * 17) + b"]}", "at most 16 items"),
         (b'{"model": "m"}', "Missing required parameter: 'prompt'"),
         (b'{"model": "m", "prompt": "a", "n": 7}', "6 choices"),
         (b'{"model": "m", "prompt": ["a", "b", "c", "d"], "n": 2}', "6 choices"),
-        (b'{"model": "m", "prompt": "a", "stream_options": {"include_usage": true}}', "stream_options"),
+        (b'{"model": "m", "prompt": "a", "stream_options": {"include_usage": true}}', "request: stream_options"),
         (b"\xff\xfe", "parse the JSON"),
     ],
 )
@@ -308,3 +312,11 @@ def until(done: Callable[[], bool]) -> None:
     while not done():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_of_tokens_that_say_the_same_the_likeliest_is_listed() -> None:
+    """Bytes that are no letter alone are all written as one sign, by which the form of completions knows them."""
+    token = ScoredToken("\ufffd", 0, -0.5, (("\ufffd", -0.5), (" a", -1.0), ("\ufffd", -3.0)))
+    assert CompletionAnswer("m", Usage(), True, False)._scores([token])["top_logprobs"] == [
+        {"\ufffd": -0.5, " a": -1.0}
+    ]

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from partitioner import Plan, partition
+from partitioner import Plan, RankMismatch, partition
+from runtime.generation.batching import own_batches
 from runtime.kv_cache.cache_size import CacheSize
 from tests.runtime.generation.batching.many_requests import Case, assert_as_alone, on_all_ranks
-from tests.support import zoo
+from tests.support import reference, zoo
 
 PREFIX = [3 + number % 50 for number in range(9)]
 CASES = [
@@ -26,8 +27,7 @@ def continued(model: Any) -> list[list[int]]:
     for case in CASES:
         text = list(case.prompt)
         for _ in range(case.options["max_new_tokens"]):
-            with torch.no_grad():
-                text.append(int(model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+            text.append(int(reference.forward(model, input_ids=torch.tensor([text]))[0, -1].argmax()))
         found.append(text[len(case.prompt) :])
     return found
 
@@ -49,6 +49,17 @@ def test_states_per_sequence_on_some_stages_only() -> None:
     layers = {"num_hidden_layers": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1}
     model, _ = zoo.tiny("jamba", **layers)
     _assert_right(model, "pp=2")
+
+
+def test_a_stage_of_dense_layers_runs_what_those_with_experts_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts that gather tokens take as many of each rank of dp: the stage before them fills its rows up as well."""
+    model, _ = zoo.tiny("qwen3_moe", mlp_only_layers=[0])
+    parts = partition(model, Plan.parse("pp=2,ep=2,expert-parallel.exchange=gather"))
+    assert_as_alone(CASES, on_all_ranks(parts, CASES, SIZE, block_size=4), continued(model))
+    # the control: each stage goes by what it has itself
+    monkeypatch.setattr(own_batches, "all_stages", lambda said, *_: said)
+    with pytest.raises(RankMismatch):
+        on_all_ranks(parts, CASES, SIZE, block_size=4)
 
 
 def _assert_right(model: Any, plan: str) -> None:
