@@ -36,7 +36,10 @@ def test_options_and_paths_that_it_names_exist() -> None:
     options = set(re.findall(r"`?(--[a-z][a-z-]+)", PAGE)) - {
         "--continuous-batching",
         "--minutes",
+        "--parts",
         "--ranks",
+        "--rounds",
+        "--seconds",
     }  # others'
     sections = [
         reference.partition(f"## partitioner {name}\n")[2].partition("\n## ")[0] for name in ("serve", "bench serve")

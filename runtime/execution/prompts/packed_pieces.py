@@ -12,18 +12,19 @@ nothing of the cache. A prompt behind others of its own, or a second one beside 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from runtime.execution.executable import Executable
 from runtime.execution.prompts.captured_pieces import CapturedPieces, Runnable
 from runtime.execution.prompts.inputs import on_device
 from runtime.execution.prompts.piece import Piece, places
 from runtime.kv_cache.batch import Batch, PagedRows, Part
 from runtime.kv_cache.paged_cache import PagedCache
 from runtime.ops.kernels.triton_needs import replayed
+from runtime.program.rank_program import RankProgram
 
 __all__ = ["PackedPieces"]
 
@@ -31,10 +32,21 @@ _LEAST, _FEW = 64, 1 << 10
 """Tokens of a prompt up to which it is filled up to a power of two, from the former on."""
 
 
+class Runs(Protocol):
+    """The program for prompts, ready to run; as `Executable` has it."""
+
+    program: RankProgram
+    device: torch.device
+    @property
+    def function(self) -> Callable[..., Any]: ...
+
+    def __call__(self, values: Sequence[Tensor], *, like: Hashable = None) -> Any: ...
+
+
 class PackedPieces:
     """Those of one rank over one cache. pieces: what holds their captures."""
 
-    def __init__(self, execute: Executable, cache: PagedCache, pieces: CapturedPieces) -> None:
+    def __init__(self, execute: Runs, cache: PagedCache, pieces: CapturedPieces) -> None:
         self._execute, self._cache, self._pieces = execute, cache, pieces
 
     def __call__(self, piece: Piece, rows: PagedRows, plain: Callable[[], Tensor]) -> Tensor:
