@@ -15,7 +15,7 @@ RUNS = {
     "experts": (["--tokens", "1", "3"], ["small: 2 x CPU", "uneven: 2 x CPU", "3 tokens per rank", "; hidden "]),
     "sequences": (
         ["--lengths", "33", "--cached", "20", "--layers", "2"],
-        ["33 tokens", "first token of 33", "20 cached", "the same tokens"],
+        ["33 tokens", "first token of 33", "20 cached", "one GPU's"],
     ),
     "plans": (["--plan", "tp=2", "dp=2", "--layers", "2"], ["2 plans: Kendall's tau"]),
 }
