@@ -8,7 +8,7 @@ and decode apart, rows that stand there several times, and three kinds that are 
     cached      the rows of a source with one that computed above 70% of the device's peak products, had it computed
                 its prompts (the others reach 50% at most): they came from a cache of prefixes
     drafted     TensorRT-LLM's rows of DeepSeek, measured on the day after its multi-token prediction came in
-                (`DRAFTED`): a step writes up to four tokens. The same version takes 1.4 to 1.9 times as long in the
+                (`DRAFTED`): a step writes up to four tokens. The same version takes 1.2 to 1.9 times as long in the
                 rows measured before that
 
 The column of the batch is that of a rank of attention's dp: all rows with dp name dp times as many requests at a time.

@@ -60,7 +60,7 @@ def of_validation(error: ValidationError) -> ApiError:
     # where a field may be of several kinds, the one that the value came furthest with; of those the one that it is of
     first = max(
         (each for each in found if each["loc"][:1] == found[0]["loc"][:1]),
-        key=lambda each: (len(_place(each["loc"])), not each["type"].endswith("_type")),
+        key=lambda each: (len(_parts(each["loc"])), not each["type"].endswith("_type")),
     )
     where = shown(_place(first["loc"]))
     if first["type"] == "json_invalid":
@@ -96,11 +96,11 @@ def of_exception(error: BaseException) -> ApiError:
 
 
 def _place(location: Sequence[int | str]) -> str:
-    """`messages[0].content`; names of alternatives, which are ours, are left out."""
-    said = ""
-    for part in location:
-        if isinstance(part, int):
-            said += f"[{part}]"
-        elif part.isidentifier() and part not in ("str", "int", "list", "dict", "bool", "float"):
-            said += f".{part}" if said else part
-    return said
+    """`messages[0].content`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in _parts(location)).removeprefix(".")
+
+
+def _parts(location: Sequence[int | str]) -> list[int | str]:
+    """Names of alternatives, which are ours, are left out."""
+    kinds = ("str", "int", "list", "dict", "bool", "float")
+    return [part for part in location if isinstance(part, int) or (part.isidentifier() and part not in kinds)]

@@ -37,6 +37,7 @@ class Runs(Protocol):
 
     program: RankProgram
     device: torch.device
+
     @property
     def function(self) -> Callable[..., Any]: ...
 

@@ -280,7 +280,8 @@ class BatchLoop:
             for size in reversed(sizes):  # the largest first: what others need of memory they find there
                 began = time.perf_counter()
                 if places.limits.packs and size in (sizes[0], sizes[-1]):
-                    for tokens in _PROMPTS:
+                    most = min(places.cache.step, places.cache.max_length)
+                    for tokens in sorted({min(tokens, most) for tokens in _PROMPTS}):
                         for _ in range(2):  # the second is captured
                             self.run(places.of_nobody(size, tokens))
                 places.begin_size(self._steps, size)
