@@ -28,7 +28,7 @@ from runtime.execution.prompts.piece import Piece, halves_of, last_of, places
 from runtime.generation.decode_graphs import Decoder
 from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.cache import Cache
-from runtime.kv_cache.cache_size import can_spare
+from runtime.kv_cache.cache_size import can_spare, gathered
 from runtime.kv_cache.paged_cache import PagedCache
 from runtime.ops.kernels.decode.few_rows import MOST_ROWS
 from runtime.ops.kernels.triton_needs import replayed
@@ -103,12 +103,20 @@ class Steps:
         names = [wanted.name for wanted in program.inputs]
         alone = program.stage is None and self._head is None and not program.batch_axes and cache.takes_turns
         halved = program.limits.get("batch", (1, None))[0] == 1  # half of two rows is one
-        self.takes_turns = device.type in TURNS_ON and alone and halved and can_take_turns(program)
-        """Whether a large piece is run as two halves in turn."""
-        self._turns_from = turns_from(program)
+        halves = device.type in TURNS_ON and alone and halved and can_take_turns(program)
         steady = alone and "input_ids" in names and all(state.per_token for state in program.states)
-        self._is_steady = steady and communicator.can_be_captured and not asks_host(program)
-        """Whether runs of pieces that differ in their tokens only are the same."""
+        steady = steady and communicator.can_be_captured and not asks_host(program)
+        turns = turns_from(program)
+        if program.stage is None and device.type in CAPTURED_ON:  # parts may be uneven, and ranks do the same
+            own = torch.tensor([[turns, not halves, not steady, not cache.any_length]], device=device)
+            turns, *others = gathered(communicator, own).amax(0).tolist()
+            halves, steady, one_by_kernel = (not each for each in others)
+        else:
+            one_by_kernel = False
+        self._turns_from, self.takes_turns, self._is_steady = turns, halves, steady
+        """From how many tokens on a piece is run as two halves in turn, whether any is, and whether runs of pieces that
+        differ in their tokens only are the same.
+        """
         # a token that comes later must find its slot as if nobody had been there
         roomy = "last" in names and "slots" not in names
         self._takes_more = roomy and all(state.sees is None for state in program.states)
@@ -116,7 +124,9 @@ class Steps:
         self._communicator, self._has_room = communicator, True
         self.look_for_room()
         self._pieces = CapturedPieces(self._capture)
-        self._packed = PackedPieces(self._prefill, cache, self._pieces) if isinstance(cache, PagedCache) else None
+        self._packed: PackedPieces | None = None
+        if one_by_kernel and isinstance(cache, PagedCache):
+            self._packed = PackedPieces(self._prefill, cache, self._pieces)
 
     def look_for_room(self) -> None:
         """For captured pieces, beside the cache as it is; a collective on GPUs, unless a rank is a stage."""
@@ -225,21 +235,19 @@ class Steps:
         """
         if not (decode or received or least > 1 or like is not None or piece.packed):
             return self._execute_piece(piece, rows)
-        if piece.packed and self._packed is not None and like is None and self._comes_again(piece):
-            assert isinstance(rows, PagedRows)
-            few = sum(map(len, piece.tokens)) < self._turns_from / _WHOLE_TO_TURNS  # more keep a GPU busy
-            if few:
-                return self._packed(piece, rows, lambda: self._op_by_op(piece, rows))
-        return self._op_by_op(piece, rows, received, decode=decode, least=least, like=like)
-
-    def _op_by_op(
-        self, piece: Piece, rows: slice | PagedRows | None, received: Sequence[Tensor] = (), *, decode: bool = False,
-        least: int = 1, like: Hashable = None,
-    ) -> Any:  # fmt: skip
+        if piece.packed and isinstance(rows, PagedRows) and (found := self._packed_piece(piece, rows)) is not None:
+            return found
         batch, values = self._inputs(piece, decode=decode, least=least)
         self.cache.begin(batch, rows=rows, decode=decode)
         execute = self._decode if decode else self._prefill
         return execute([*values, *received], like="packed" if piece.packed else like)
+
+    def _packed_piece(self, piece: Piece, rows: PagedRows) -> Tensor | None:
+        """The logits of a packed piece where it may be captured."""
+        keeps_busy = sum(map(len, piece.tokens)) >= self._turns_from / _WHOLE_TO_TURNS
+        if self._packed is None or keeps_busy or not self._comes_again(piece):
+            return None
+        return self._packed(piece, rows)
 
     def _execute_piece(self, piece: Piece, rows: slice | PagedRows | None) -> Tensor:
         """The logits of a piece of prompts: whole or in two halves, node by node or captured."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from runtime.execution.prompts.captured_pieces import CapturedPieces, Runnable
 from runtime.execution.prompts.inputs import on_device
-from runtime.execution.prompts.piece import Piece, places
+from runtime.execution.prompts.piece import Piece, places, row_sizes
 from runtime.kv_cache.batch import Batch, PagedRows, Part
 from runtime.kv_cache.paged_cache import PagedCache
 from runtime.ops.kernels.triton_needs import replayed
@@ -45,33 +45,37 @@ class Runs(Protocol):
 
 
 class PackedPieces:
-    """Those of one rank over one cache. pieces: what holds their captures."""
+    """Those of one rank over one cache, all of whose attention has a kernel for single tokens.
+
+    pieces: what holds their captures.
+    """
 
     def __init__(self, execute: Runs, cache: PagedCache, pieces: CapturedPieces) -> None:
         self._execute, self._cache, self._pieces = execute, cache, pieces
 
-    def __call__(self, piece: Piece, rows: PagedRows, plain: Callable[[], Tensor]) -> Tensor:
-        """Logits [n, 1, V/r] of the rows that are told. plain: the same op by op, which is taken where none serves."""
+    def __call__(self, piece: Piece, rows: PagedRows) -> Tensor | None:
+        """Logits [n, 1, V/r] of the rows that are told; None: it is none of these."""
         cache, counts = self._cache, [len(row) for row in piece.tokens]
-        singles = len(counts) - 1
-        size = _size(counts[-1])
+        singles, size = len(counts) - 1, _size(counts[-1])
         fits = counts[-1] > 1 and not piece.starts[-1] and all(count == 1 for count in counts[:-1])
-        if not (fits and size <= min(cache.step, cache.max_length) and cache.any_length):
-            return plain()
-        batch = min(cache.max_batch, _power_of_4(max(1, singles)))
+        if not fits or size > min(cache.step, cache.max_length):
+            return None
+        batch = next(each for each in row_sizes(cache.max_batch) if singles <= each)
         cache.fix(PagedRows(rows.numbers[:-1], rows.tables[:-1]), batch)
-        told = [at for at, is_told in enumerate(piece.completes[:-1]) if is_told]
-        told += [batch] if piece.completes[-1] or not told else []
 
         def varying() -> Sequence[Tensor]:
             return self._varying(piece, rows.tables[-1], batch, size)
 
-        first = _Plain(plain)
+        def ready() -> Runnable:
+            return self._ready(varying(), batch, size)
+
         logits = self._pieces(
             ("packed", batch, size), place=tuple(x.data_ptr() for x in (*cache.buffers.values(), cache.table(batch))),
-            first=lambda: first.as_runnable(), again=lambda: self._ready(varying(), batch, size), varying=varying,
+            first=ready, again=ready, varying=varying,
         )  # fmt: skip
-        return logits if first.has_run else logits.index_select(0, on_device(told, self._execute.device))
+        told = [at for at, is_told in enumerate(piece.completes[:-1]) if is_told]
+        told += [batch] if piece.completes[-1] or not told else []
+        return logits.index_select(0, on_device(told, self._execute.device))
 
     def _varying(self, piece: Piece, table: Sequence[int], batch: int, size: int) -> list[Tensor]:
         """ids, positions, last, places."""
@@ -112,24 +116,6 @@ class PackedPieces:
         )  # fmt: skip
 
 
-class _Plain:
-    """A run op by op, which may turn out not to be asked for."""
-
-    def __init__(self, run: Callable[[], Tensor]) -> None:
-        self._run, self.has_run = run, False
-
-    def as_runnable(self) -> Runnable:
-        def run() -> Tensor:
-            self.has_run = True
-            return self._run()
-
-        return Runnable((), lambda: None, run, run)
-
-
 def _size(tokens: int) -> int:
     """For how many tokens of a prompt a capture has room."""
     return max(_LEAST, 1 << (tokens - 1).bit_length()) if tokens <= _FEW else places(tokens)
-
-
-def _power_of_4(count: int) -> int:
-    return 1 << -(-(count - 1).bit_length() // 2) * 2

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from runtime.kv_cache.batch import PagedRows
 
-__all__ = ["Piece", "halves_of", "last_of", "places"]
+__all__ = ["Piece", "halves_of", "last_of", "places", "row_sizes"]
 
 _LEAST_PLACES, _PARTS = 64, 32
 """Places for tokens are multiples of the former, and of a part of the power of two below."""
@@ -63,6 +63,14 @@ def places(tokens: int) -> int:
     """For how many tokens a captured piece of so many has room: one 32nd more at most, but for short ones."""
     step = max(_LEAST_PLACES, (1 << (tokens.bit_length() - 1)) // _PARTS)
     return -(-tokens // step) * step
+
+
+def row_sizes(most: int) -> list[int]:
+    """For how many rows there are captured steps, in ascending order: one, then powers of four up to `most`.
+
+    Kernels are compiled for each, in seconds; a step of some rows more takes little longer, as it reads weights mostly.
+    """
+    return sorted({1, most, *(1 << power for power in range(0, (most - 1).bit_length(), 2))})
 
 
 def last_of(parts: Sequence[Piece], last: list[int]) -> list[list[int]]:

@@ -280,14 +280,18 @@ class BatchLoop:
             for size in reversed(sizes):  # the largest first: what others need of memory they find there
                 began = time.perf_counter()
                 if places.limits.packs and size in (sizes[0], sizes[-1]):
-                    most = min(places.cache.step, places.cache.max_length)
-                    for tokens in sorted({min(tokens, most) for tokens in _PROMPTS}):
-                        for _ in range(2):  # the second is captured
-                            self.run(places.of_nobody(size, tokens))
+                    self._begin_prompts(places, size)
                 places.begin_size(self._steps, size)
                 took = time.perf_counter() - began
                 if took > _LONG_S and self.program.rank == 0:
                     _log.warning("kernels of steps of %d rows were compiled and captured in %.1f s", size, took)
+
+    def _begin_prompts(self, places: InBlocks, rows: int) -> None:
+        """Captures prompts of nobody amid so many rows."""
+        most = min(places.cache.step, places.cache.max_length)
+        for tokens in sorted({min(tokens, most) for tokens in _PROMPTS}):
+            for _ in range(2):  # the second is captured
+                self.run(places.of_nobody(rows, tokens))
 
     def _named(self, number: int) -> int | None:
         """How many of the most probable tokens a sequence is told as well, if any."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from runtime.communication.communicator import Communicator
-from runtime.execution.prompts.piece import Piece
+from runtime.execution.prompts.piece import Piece, row_sizes
 from runtime.generation.batching.packing import TOKENS_SHARED_OUT, why_not_packed
 from runtime.generation.batching.prefixes.row_texts import SharedOut
 from runtime.generation.batching.work import Limits, Turn, Work
@@ -184,13 +184,9 @@ class InBlocks:
         return decoder.again(begun)
 
     def sizes(self, *, few_sizes: bool) -> list[int]:
-        """Rows of compiled and captured steps, in ascending order: one, then powers of four up to all.
-
-        Kernels are compiled for each, in seconds; a step of some rows more takes little longer, as weights are what it
-        reads.
-        """
+        """Rows of compiled and captured steps, in ascending order; few_sizes: one and all."""
         most = self.limits.rows
-        return sorted({1, most, *(() if few_sizes else (1 << power for power in range(0, (most - 1).bit_length(), 2)))})
+        return sorted({1, most}) if few_sizes else row_sizes(most)
 
     def begin_size(self, steps: Steps, size: int) -> None:
         """A captured step of so many rows of nobody, so that none who comes has to wait for it."""

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from runtime.communication.thread_communicator import ThreadCommunicator
 from runtime.generation import decode_graphs, generate_loop, steps
 
-__all__ = ["Replayed", "replaying"]
+__all__ = ["Replayed", "capturing_prompts", "replaying"]
 
 
 class Replayed:
@@ -79,6 +80,23 @@ def replaying() -> Iterator[list[Replayed]]:
         mock.patch.object(generate_loop, "require_fixed_shapes"),
     ):
         yield made
+
+
+@contextmanager
+def capturing_prompts() -> Iterator[list[Replayed]]:
+    """`replaying`, with pieces of prompts captured, whatever the device and the communicator."""
+    original = ThreadCommunicator.__init__
+
+    def made(communicator: ThreadCommunicator, *given: Any) -> None:
+        original(communicator, *given)
+        communicator.can_be_captured = True
+
+    with (
+        mock.patch.object(steps, "CAPTURED_ON", frozenset({"cpu"})),
+        mock.patch.object(ThreadCommunicator, "__init__", made),
+        replaying() as found,
+    ):
+        yield found
 
 
 def _owned(found: Any) -> Any:

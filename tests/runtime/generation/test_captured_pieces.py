@@ -14,7 +14,8 @@ from runtime.execution.prompts import captured_pieces, piece
 from runtime.execution.prompts.captured_pieces import asks_host
 from runtime.execution.prompts.piece import places
 from runtime.generation import steps
-from tests.runtime.generation.replayed import Replayed, replaying
+from runtime.generation.steps import Steps
+from tests.runtime.generation.replayed import Replayed, capturing_prompts, replaying
 from tests.support.partitioned import compiled
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": [], "logprobs": True}
@@ -23,16 +24,8 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": [], "logprobs": 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Replayed]]:
     """What is captured, whatever the device and the communicator."""
-    monkeypatch.setattr(steps, "CAPTURED_ON", frozenset({"cpu"}))
     monkeypatch.setattr(piece, "_LEAST_PLACES", 12)
-    original = ThreadCommunicator.__init__
-
-    def made(communicator: ThreadCommunicator, *given: Any) -> None:
-        original(communicator, *given)
-        communicator.can_be_captured = True
-
-    monkeypatch.setattr(ThreadCommunicator, "__init__", made)
-    with replaying() as found:
+    with capturing_prompts() as found:
         yield found
 
 
@@ -308,3 +301,23 @@ def test_room_is_asked_for_what_comes_at_most(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(steps, "can_spare", lambda *given, rows: asked.append(rows) or True)
     compiled("llama", 1).generate(texts(9, seed=0), **OPTIONS)
     assert 0 < max(asked) < 1000
+
+
+def test_ranks_with_uneven_parts_do_the_same(graphs: list[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From how many tokens on a piece keeps a GPU busy depends on what a rank multiplies."""
+    own, found = [], []
+    alone, init = steps.turns_from, Steps.__init__
+
+    def told(program: Any) -> int:
+        own.append(alone(program))
+        return own[-1]
+
+    def made(each: Steps, *given: Any, **named: Any) -> None:
+        init(each, *given, **named)
+        found.append(each._turns_from)
+
+    monkeypatch.setattr(steps, "turns_from", told)
+    monkeypatch.setattr(Steps, "__init__", made)
+    compiled("llama", 3).generate(texts(9, seed=0), **OPTIONS)
+    assert len(set(own)) > 1
+    assert set(found) == {max(own)}

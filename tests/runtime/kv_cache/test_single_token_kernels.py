@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from partitioner import CacheSize
-from runtime.communication.thread_communicator import ThreadCommunicator, ThreadGroup
+from runtime.communication.thread_communicator import ThreadGroup
 from runtime.execution.executable import Executable
 from runtime.execution.fusion.operations import rotated
 from runtime.execution.prompts import packed_pieces
@@ -27,7 +27,7 @@ from runtime.ops.kernels.decode_attention import Rotation
 from runtime.ops.kernels.float8_rows import from_float8, to_float8
 from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.batching.many_requests import Case, assert_as_alone, mixed, on_all_ranks
-from tests.runtime.generation.replayed import replaying
+from tests.runtime.generation.replayed import capturing_prompts
 from tests.support.generated import prompts
 from tests.support.partitioned import EXACT, compiled
 
@@ -190,16 +190,8 @@ def test_prompts_amid_rows_are_captured(name: str, counts: Counter[str], monkeyp
              "eos_token_id": [], "logprobs": True}, 2 * n) for n in range(24)]  # fmt: skip
     alone = many_requests.alone(parts, cases)
     by_kernels(monkeypatch)
-    monkeypatch.setattr(steps, "CAPTURED_ON", frozenset({"cpu"}))
     monkeypatch.setattr(packed_pieces, "_LEAST", 4)
-    made = ThreadCommunicator.__init__
-
-    def capturing(communicator: ThreadCommunicator, *given: Any) -> None:
-        made(communicator, *given)
-        communicator.can_be_captured = True
-
-    monkeypatch.setattr(ThreadCommunicator, "__init__", capturing)
-    with replaying() as graphs:
+    with capturing_prompts() as graphs:
         assert_as_alone(cases, on_all_ranks(parts, cases, size), alone)
         assert 0 < len(graphs) < 12
         assert sum(graph.count for graph in graphs) > 8
