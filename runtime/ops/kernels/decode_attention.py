@@ -282,6 +282,14 @@ class Attending:
         self.number = next(_numbers)
         _attending[self.number] = self
 
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sinks: Tensor | None, rotation: Rotation | None,
+        *, ahead: bool,
+    ) -> Tensor:  # fmt: skip
+        # what takes neither is told of neither
+        named = {"rotation": rotation} if rotation is not None else {}
+        return self.run(q, k, v, positions, sinks, **named, **({"ahead": True} if ahead else {}))
+
 
 _numbers = itertools.count()
 _attending: weakref.WeakValueDictionary[int, Attending] = weakref.WeakValueDictionary()
@@ -303,10 +311,8 @@ def _decode_attention(
     half: int,
     ahead: bool,
 ) -> Tensor:
-    attending = _attending[number]
-    if cos is None or sin is None:
-        return attending.run(q, k, v, positions, sinks, **({"ahead": True} if ahead else {}))
-    return attending.run(q, k, v, positions, sinks, (cos, sin, half), ahead)
+    rotation = None if cos is None or sin is None else (cos, sin, half)
+    return _attending[number](q, k, v, positions, sinks, rotation, ahead=ahead)
 
 
 @_decode_attention.register_fake
@@ -335,8 +341,7 @@ def registered(attending: Attending) -> Callable[..., Tensor]:
         ahead: bool = False,
     ) -> Tensor:  # fmt: skip
         if not torch.compiler.is_compiling():  # an operator's wrappers take the host longer than the launch
-            more = {"ahead": True} if ahead else {}
-            return attending.run(q, k, v, positions, sinks, *(() if rotation is None else (rotation,)), **more)
+            return attending(q, k, v, positions, sinks, rotation, ahead=ahead)
         # by `attending`, which is kept alive as long as what calls it
         number, dtype = attending.number, attending.dtype
         width = v.shape[-1] if attending.value_width is None else attending.value_width
