@@ -34,13 +34,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from benchmarks.support.ranks import launch_ranks
 from partitioner import Plan, partition
-from partitioner.cli.bench_plan import Host
-from partitioner.planning.cluster import Cluster, Device, Dimension
+from partitioner.planning.cluster import Device, Dimension
 from partitioner.planning.kernels import Kernels
 from partitioner.planning.machine.calibrate import calibrate, link_of
-from partitioner.planning.pricing.price import Pricer
+from partitioner.planning.machine.host import Host, pricer_here, times_of
 from partitioner.planning.quantities import Workload
-from partitioner.planning.summary import Summary, summarize_program
+from partitioner.planning.summary import summarize_program
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.process_groups import ProcessGroups, Sharing
 from runtime.engine import Engine
@@ -129,25 +128,14 @@ class Case:
 
 def beside_kernels(workload: Workload, rounds: int, meeting: Meeting, clock: str, *, sharing: Sharing = "auto") -> Host:
     """Of steps whose kernels have no work."""
-    found, ops = [], []
+    found = []
     for layers in (2, 6):
         model = model_of("llama", {**TINY, "num_hidden_layers": layers})
         case = Case(model, "dp=2", workload, meeting, clock, sharing=sharing)
         case.token_s()
-        found.append(min(case.token_s() for _ in range(rounds)))
-        ops.append(summarize_program(case.traced).num_ops)
+        found.append((min(case.token_s() for _ in range(rounds)), summarize_program(case.traced).num_ops))
         case.engine.close()
-    op_s = max(0.0, found[1] - found[0]) / (ops[1] - ops[0])
-    return Host(max(0.0, found[0] - op_s * ops[0]), op_s)
-
-
-def predicted(summary: Summary, plan: Plan, workload: Workload, tables: Any, host: Host) -> float:
-    kernels, dimension, kind = tables
-    pricer = Pricer(summary, Cluster("here", (dimension,), (kind,)), overhead_s=0.0)
-    pricer.kernels = kernels
-    price = pricer.price(plan, workload)
-    assert not price.refused, price.refused
-    return price.tpot_s + host.beside(summary, plan)
+    return Host.of(*found)
 
 
 def worker(workload: Workload, rounds: int, names: list[str], port: int, clock: str) -> None:
@@ -177,7 +165,8 @@ def worker(workload: Workload, rounds: int, names: list[str], port: int, clock: 
             case.token_s()  # warms up
             measured[plan] = min(case.token_s() for _ in range(rounds))
             case.engine.close()
-            guessed[plan] = predicted(summarize_program(case.traced), case.plan, workload, tables, beside)
+            pricer = pricer_here(summarize_program(case.traced), *tables)
+            guessed[plan] = times_of(pricer, case.plan, workload, beside)[1]
             off.append(abs(guessed[plan] / measured[plan] - 1))
             say(
                 f"{name:26} {plan:6} {guessed[plan] * 1e3:7.2f} ms {measured[plan] * 1e3:7.2f} ms "

@@ -40,10 +40,8 @@ from benchmarks.planning.measured_plans import (
     calibrated_kernels,
     model_of,
 )
-from partitioner.cli.bench_plan import Host
-from partitioner.planning.cluster import Cluster
 from partitioner.planning.machine.calibrate import link_of
-from partitioner.planning.pricing.price import Pricer
+from partitioner.planning.machine.host import Host, pricer_here, times_of
 from partitioner.planning.quantities import Workload
 from partitioner.planning.summary import Summary, summarize_program
 from partitioner.program.plan import Plan
@@ -116,13 +114,8 @@ def shape(rate: float) -> None:
 
 
 def predicted(summary: Summary, plan: Plan, workload: Workload, tables: Any, host: Host) -> tuple[float, float]:
-    kernels, dimension, kind = tables
-    pricer = Pricer(summary, Cluster("here", (dimension,), (kind,)), overhead_s=0.0)
-    pricer.kernels = kernels
-    price = pricer.price(plan, workload)
-    assert not price.refused, price.refused
-    first = price.ttft_s + host.beside(summary, plan)
-    return first, first + (workload.new - 1) * (price.tpot_s + host.beside(summary, plan))
+    first, between = times_of(pricer_here(summary, *tables), plan, workload, host)
+    return first, first + (workload.new - 1) * between
 
 
 def worker(workload: Workload, rates: list[float], rounds: int, names: list[str], plans: list[str], out: str) -> None:

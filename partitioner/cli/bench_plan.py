@@ -14,16 +14,16 @@ from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster, Dimension
 from partitioner.planning.cluster import Device as Machine
 from partitioner.planning.kernels import Kernels
+from partitioner.planning.machine.host import Host, pricer_here, times_of
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Workload
 from partitioner.planning.summary import Summary
-from partitioner.program.plan import Plan
 from partitioner.storage.named_model import load_config
 from runtime.processes.choose_device import choose_device
 from runtime.processes.launch import launch
 from runtime.processes.place import Place
 
-__all__ = ["Host", "PlanCase", "measure", "predicted"]
+__all__ = ["PlanCase", "measure", "predicted"]
 
 
 @dataclass(frozen=True)
@@ -58,33 +58,12 @@ class PlanCase(Job):
         return choose_device(self.device, num_ranks=self.plan.mesh.world_size)
 
 
-@dataclass(frozen=True)
-class Host:
-    """Seconds of a step's host code beside its kernels: once on each stage, and for each op but views."""
-
-    step_s: float = 0.0
-    op_s: float = 0.0
-
-    def beside(self, summary: Summary, plan: Plan) -> float:
-        """Of a row's token: its stages follow each other, each with its own ops, however many groups take turns."""
-        return plan.pp * self.step_s + self.op_s * summary.num_ops
-
-
 def predicted(
     summary: Summary, case: PlanCase, host: Host, found: tuple[Kernels, Dimension, Machine] | None
 ) -> tuple[float, float]:
     """Seconds to the first token and between two. found: what was calibrated here; None: the cluster's tables."""
-    if found is None:
-        pricer = Pricer(summary, Cluster.parse(str(case.gpus)))
-    else:
-        kernels, link, machine = found
-        pricer = Pricer(summary, Cluster("here", (link,), (machine,)), overhead_s=0.0)
-        pricer.kernels = kernels
-    price = pricer.price(case.plan, case.workload)
-    if price.refused:
-        raise InputError(f"{case.plan}: {price.refused}")
-    beside = host.beside(summary, case.plan)
-    return price.ttft_s + beside, price.tpot_s + beside
+    pricer = Pricer(summary, Cluster.parse(str(case.gpus))) if found is None else pricer_here(summary, *found)
+    return times_of(pricer, case.plan, case.workload, host)
 
 
 def measure(case: PlanCase, *, timeout_s: float) -> dict[str, Any]:

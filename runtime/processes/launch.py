@@ -5,6 +5,7 @@
     read_given()                                   worker: the bytes that the parent gave to launch(.., given=..)
     write_answer(b"...")                           worker: what launch returns, in the order of ranks
     refuse(error)                                  worker: ends it; launch raises InputError, once for all ranks
+    with told_to_launch(): ...                     worker: errors of ours end it, by `refuse` or in one line
 
 A failing rank ends the others, and so does the deadline, a signal to the parent, and the parent's death
 (`worker.py`). Their output goes straight to the parent's. Workers start with `python -P`, so that a folder
@@ -29,7 +30,7 @@ from typing import NoReturn
 
 import torch
 
-from partitioner.errors import InputError, RankLost
+from partitioner.errors import CommunicationError, InputError, PartitionerError, RankLost
 from runtime.processes.capacity import require_capacity
 from runtime.processes.place import LOCAL_STORE, REPLICA
 
@@ -44,6 +45,7 @@ __all__ = [
     "require_timeout",
     "signal_name",
     "start_rank",
+    "told_to_launch",
     "write_answer",
     "write_memory",
 ]
@@ -137,6 +139,17 @@ def refuse(error: Exception) -> NoReturn:
     """In a rank that `launch` started: ends it, where what was given is wrong, so that each rank may find the same."""
     write_answer(_REFUSED + str(error).encode(errors="replace"))
     sys.exit(2)
+
+
+@contextmanager
+def told_to_launch() -> Iterator[None]:
+    """In a rank that `launch` started: an error of ours ends it in one line, or is what the rank refuses."""
+    try:
+        yield
+    except CommunicationError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except PartitionerError as error:
+        refuse(error)
 
 
 @contextmanager

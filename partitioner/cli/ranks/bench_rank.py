@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from partitioner.cli.bench_plan import Host, PlanCase, predicted
+from partitioner.cli.bench_plan import PlanCase, predicted
 from partitioner.compile.partition import partition
-from partitioner.errors import CommunicationError, PartitionerError
 from partitioner.planning.cluster import Device, Dimension
 from partitioner.planning.kernels import Kernels
 from partitioner.planning.machine.calibrate import calibrate, link_of
+from partitioner.planning.machine.host import Host
 from partitioner.planning.summary import summarize_program
 from partitioner.program.plan import Plan
 from partitioner.sharding.mesh import Mesh
@@ -23,7 +22,7 @@ from partitioner.storage.example import EXAMPLE_MODEL
 from partitioner.storage.named_model import dtype_named, load_config, load_model
 from runtime.communication.process_groups import ProcessGroups
 from runtime.engine.engine import Engine
-from runtime.processes.launch import begin_worker, read_given, refuse, write_answer
+from runtime.processes.launch import begin_worker, read_given, told_to_launch, write_answer
 
 _TINY = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
          "intermediate_size": 64, "vocab_size": 64}  # fmt: skip
@@ -67,16 +66,14 @@ def _calibrated(ranks: int) -> tuple[Kernels, Dimension, Device]:
 def _host(case: PlanCase) -> Host:
     """From two models without work: what their layers differ in, and what is left."""
     example = load_config(str(EXAMPLE_MODEL))
-    found, ops = [], []
+    found = []
     for layers in (_FEW, _MORE):
         config = type(example)(**{**example.to_dict(), **_TINY, "num_hidden_layers": layers})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         parts = partition(model, Plan(dp=case.plan.mesh.world_size))
         assert parts.traced is not None
-        found.append(_run(parts, case, _TINY["vocab_size"])[1])
-        ops.append(summarize_program(parts.traced).num_ops)
-    op_s = max(0.0, found[1] - found[0]) / (ops[1] - ops[0])
-    return Host(max(0.0, found[0] - op_s * ops[0]), op_s)
+        found.append((_run(parts, case, _TINY["vocab_size"])[1], summarize_program(parts.traced).num_ops))
+    return Host.of(*found)
 
 
 def _run(parts: Any, case: PlanCase, vocabulary: int) -> tuple[float, float]:
@@ -105,9 +102,5 @@ def _said(here: tuple[Kernels, Dimension, Device], host: Host) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with told_to_launch():
         main()
-    except CommunicationError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except PartitionerError as error:
-        refuse(error)

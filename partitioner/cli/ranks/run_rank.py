@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 
 from partitioner.cli.common.progress import shown
 from partitioner.cli.run import Question, answer
-from partitioner.errors import CommunicationError, PartitionerError
-from runtime.processes.launch import read_given, refuse
+from runtime.processes.launch import read_given, told_to_launch
 
 if __name__ == "__main__":
-    try:
+    with told_to_launch():
         question = Question.from_json(read_given().decode())
         # the ranks compile the same at the same time
         with shown(verbose=question.compile.verbose) if os.environ.get("RANK") == "0" else contextlib.nullcontext():
             answer(question)
-    except CommunicationError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except PartitionerError as error:
-        refuse(error)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from partitioner.cli.verify import CacheLoss, Case, Outcome, compiled, losses_of, outcomes_of
-from partitioner.errors import CommunicationError, PartitionerError
 from partitioner.storage.named_model import dtype_named, load_model
 from runtime.engine.engine import Engine
 from runtime.kv_cache.cache_size import CacheSize
-from runtime.processes.launch import begin_worker, read_given, refuse, write_answer
+from runtime.processes.launch import begin_worker, read_given, told_to_launch, write_answer
 
 
 def main() -> None:
@@ -50,9 +48,5 @@ def _run(engine: Engine, input_ids: Tensor) -> list[Tensor | None]:
 
 
 if __name__ == "__main__":
-    try:
+    with told_to_launch():
         main()
-    except CommunicationError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except PartitionerError as error:
-        refuse(error)

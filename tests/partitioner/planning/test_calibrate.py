@@ -9,9 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from partitioner.cli.app import app
-from partitioner.cli.bench_plan import Host, PlanCase
+from partitioner.cli.bench_plan import PlanCase
 from partitioner.errors import InputError
 from partitioner.planning.machine.calibrate import block_seconds
+from partitioner.planning.machine.host import Host
 from partitioner.program.plan import Plan
 
 SUMMARY: Any = SimpleNamespace(num_ops=100, num_layers=4)
