@@ -25,6 +25,7 @@ from runtime.communication.channels import Channel
 from runtime.execution.fusion.operations import added_norm, gated
 from runtime.ops.kernels.decode import few_rows
 from runtime.ops.kernels.stored import few_rows as few_stored_rows
+from runtime.ops.kernels.stored.dot_rows import Ready
 from runtime.ops.kernels.stored.few_rows import Stored
 from runtime.ops.kernels.stored.stored_linear import stored_linear
 from runtime.ops.kernels.tiles.several_rows import several_rows
@@ -49,11 +50,15 @@ def product(
     added: Tensor | None = None,
     norm: Norm | None = None,
     scales: bool = False,
+    ready: Ready | None = None,
 ) -> Any:
-    """x, added: [.., K]; weight, gate: [N, K], or weight [2 N, K] where it holds both. [.., N], or with the total."""
+    """x, added: [.., K]; weight, gate: [N, K], or weight [2 N, K] where it holds both. [.., N], or with the total.
+
+    ready: what has been made ready of x for the norm's product, if it was.
+    """
     if norm is None or (norm[0] == [x.shape[-1]] and (norm[1] is None or norm[1].shape == x.shape[-1:])):
         first, second = (gate, weight) if gate is not None or not act else _halves(weight, gate_first=gate_first)
-        made = _by_kernel(x, second, bias, first, act, added, None if norm is None else (norm[1], norm[2]))
+        made = _by_kernel(x, second, bias, first, act, added, None if norm is None else (norm[1], norm[2]), ready)
         if made is not None:
             y = made if added is None else made[1]
             shape = (*x.shape[:-1], y.shape[-1])
@@ -101,10 +106,13 @@ def chained_product(
     h, of_h = first
     is_row = x.shape[:-1].numel() == h.shape[:-1].numel() == 1 and norm[0] == list(x.shape[-1:])
     if is_row and not _adds_for_nothing(x, weight):
-        total = _by_kernel(h, of_h, x.reshape(-1), None, "", None, None)
+        made = _made_ready(h, of_h, x, norm, weight, gate, act, gate_first=gate_first)
+        total, ready = made or (_by_kernel(h, of_h, x.reshape(-1), None, "", None, None), None)
         if total is not None and total.numel() == x.numel():
             total = total.view(x.shape)
-            y = product(total, weight, bias, gate=gate, act=act, gate_first=gate_first, norm=norm, scales=scales)
+            y = product(
+                total, weight, bias, gate=gate, act=act, gate_first=gate_first, norm=norm, scales=scales, ready=ready
+            )
             return total, y
     found: tuple[Tensor, Tensor] = product(
         x, weight, bias, gate=gate, act=act, gate_first=gate_first, added=product(h, of_h), norm=norm, scales=scales
@@ -123,9 +131,25 @@ def _adds_for_nothing(x: Tensor, weight: Weight) -> bool:
     return isinstance(weight, Tensor) and few_rows.is_whole(x)
 
 
+def _made_ready(
+    h: Tensor, of_h: Weight, x: Tensor, norm: Norm, weight: Weight, gate: Weight | None, act: str, *, gate_first: bool
+) -> tuple[Tensor, Ready] | None:
+    """The total of one row, x and the product of h, and what the product behind its norm needs of it."""
+    first, second = (gate, weight) if gate is not None or not act else _halves(weight, gate_first=gate_first)
+    if (
+        isinstance(of_h, Tensor)
+        or isinstance(second, Tensor)
+        or isinstance(first, Tensor)
+        or of_h[0].shape[0] != x.numel()
+    ):
+        return None
+    gate_held = None if first is None else Stored(*first[:6])
+    return few_stored_rows.sum_for_norm(h, Stored(*of_h[:6]), x, norm[1], Stored(*second[:6]), gate_held)
+
+
 def _by_kernel(
     x: Tensor, weight: Weight, bias: Tensor | None, gate: Weight | None, act: str, added: Tensor | None,
-    norm: tuple[Tensor | None, float] | None,
+    norm: tuple[Tensor | None, float] | None, ready: Ready | None = None,
 ) -> Any:  # fmt: skip
     """None: no kernel takes these."""
     if added is not None and added.shape != x.shape:
@@ -140,7 +164,7 @@ def _by_kernel(
     stored, other = Stored(*weight[:6]), None if gate is None else Stored(*gate[:6])
     if not few_stored_rows.takes(x, stored, other, *others):
         return None
-    return few_stored_rows.few_rows(x, stored, bias, gate=other, act=act, added=added, norm=norm)
+    return few_stored_rows.few_rows(x, stored, bias, gate=other, act=act, added=added, norm=norm, ready=ready)
 
 
 def _halves(both: Weight, *, gate_first: bool) -> tuple[Weight, Weight]:

@@ -10,7 +10,7 @@ from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.ops.experts import grouped_linear
-from runtime.ops.kernels.stored.few_rows import Stored, few_rows
+from runtime.ops.kernels.stored.few_rows import Stored, few_rows, sum_for_norm
 from runtime.ops.kernels.stored.scales import largest_of, run_of
 from runtime.ops.kernels.stored.stored_linear import stored_grouped_linear, stored_linear, stored_weight
 from tests.partitioner.compile.test_hold_stored import folder
@@ -104,6 +104,50 @@ def test_a_chain_of_few_rows_in_a_graph_is_one_after_the_other(code: str, rows: 
     for _ in range(200):
         graph.replay()
         assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("code", "first"), [("int4", "int4"), ("int4", "float8"), ("float8", "float8")])
+def test_rows_made_ready_for_their_norm_in_a_graph(code: str, first: str, gated: bool) -> None:
+    """Of numbers, and of what reads them before its predecessor has ended, many times."""
+    width, inner = 1024, 640
+    draw = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    held_by = functools.partial(_on_gpu, width=width, inner=inner)
+    (of_h, first_numbers), (weight, numbers), (gate, gates) = held_by(first, 0), held_by(code, 1), held_by(code, 2)
+    h, x, scale = draw(1, inner), draw(1, width), draw(width)
+    behind = gate if gated else None
+    if code == "float8" and not gated:
+        assert sum_for_norm(h, of_h, x, scale, weight, None) is None, "not worth it"
+        return
+
+    def both(scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        made = sum_for_norm(h, of_h, x, scale, weight, behind)
+        assert made is not None
+        total, ready = made
+        y = few_rows(total, weight, gate=behind, act="silu" if gated else "", norm=(scale, 1e-5), ready=ready)
+        return total, y
+
+    total, y = both(scale)
+    assert relative(total, x.double() + h.double() @ first_numbers.T) < TOLERANCE[torch.bfloat16]
+    normed = total.double() * torch.rsqrt(total.double().square().mean() + 1e-5) * scale.double()
+    wanted = normed @ numbers.T
+    if gated:
+        wanted = wanted * torch.nn.functional.silu(normed @ gates.T)
+    assert relative(y, wanted) < 2 * TOLERANCE[torch.bfloat16]
+    assert relative(both(scale.flip(0))[1], wanted) > 0.1, "another weight of the norm would not be noticed"
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = [both(scale) for _ in range(12)]
+    for _ in range(200):
+        graph.replay()
+        assert all(torch.equal(a, total) and torch.equal(b, y) for a, b in found)
+
+
+def _on_gpu(code: str, seed: int, *, width: int, inner: int) -> tuple[Stored, torch.Tensor]:
+    """The first weight leads to the width, others away from it."""
+    shape = (width, inner) if seed == 0 else (inner, width)
+    parts, numbers = held(code, *shape, run=128, seed=seed)
+    return Stored(*(None if part is None else part.cuda() for part in parts), code), numbers.cuda()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -252,6 +252,47 @@ def test_products_by_tensor_cores_are_those_of_the_numbers_in_tritons_interprete
     assert_interpreted(DOT_ROWS, timeout_s=900)
 
 
+READY_ROWS = """
+import torch
+from runtime.ops.kernels.stored.codes import Stored
+from runtime.ops.kernels.stored.dot_rows import dot_rows, sum_for_norm, takes_ready
+from tests.runtime.ops.test_stored import held
+
+torch.manual_seed(0)
+for code, num_out, width, gated, first, inner in [
+    ("float8", 40, 640, True, "int4", 384), ("int4", 37, 640, False, "float8", 256),
+    ("int4", 20, 1024, True, "int4", 128),
+]:
+    (weight, numbers), (gate, gates) = (held(code, num_out, width, run=128, seed=seed) for seed in (0, 1))
+    of_h, first_numbers = held(first, width, inner, run=128, seed=2)
+    h, x, scale = torch.randn(1, inner).bfloat16(), torch.randn(1, width).bfloat16(), torch.randn(width).bfloat16()
+    weight, gate, of_h = Stored(*weight, code), Stored(*gate, code), Stored(*of_h, first)
+    behind = {"gate": gate, "act": "silu"} if gated else {}
+    assert takes_ready(h, of_h, weight, gate if gated else None)
+
+    def error(scale):
+        total, ready = sum_for_norm(h, of_h, x, scale, code)
+        sums = x.double() + h.double() @ first_numbers.T
+        assert (total.double() - sums).norm() < 6e-3 * sums.norm()
+        return (dot_rows(total, weight, norm=(scale, 1e-5), ready=ready, **behind).double() - wanted(total)).norm()
+
+    def wanted(total):
+        normed = total.double() * torch.rsqrt(total.double().square().mean() + 1e-5) * scale.double()
+        found = normed @ numbers.T
+        return found * torch.nn.functional.silu(normed @ gates.T) if gated else found
+
+    size = wanted(sum_for_norm(h, of_h, x, scale, code)[0]).norm()
+    assert error(scale) < 2e-2 * size  # the interpreter cuts what a GPU rounds
+    assert error(scale.flip(0)) > 0.1 * size
+"""
+
+
+@pytest.mark.slow
+@needs_triton
+def test_rows_made_ready_for_their_norm_in_tritons_interpreter() -> None:
+    assert_interpreted(READY_ROWS, timeout_s=900)
+
+
 DOT_EXPERTS = """
 import torch
 from runtime.ops.experts import grouped_linear

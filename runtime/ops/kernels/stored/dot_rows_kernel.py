@@ -15,8 +15,10 @@ does not matter for a sum, so x is read in the order that the codes have:
 
 Of integers of four bits, 128 and the code is one bfloat16; 128 and the zero times the sum of x are subtracted from the
 sum, in float32. Columns of a tile share a scale, which multiplies their sum. x is added, normalised and weighted in
-bfloat16, as ops one by one would; only the factor of the norm multiplies the sums. The squares are summed by tensor
-cores too.
+bfloat16, as ops one by one would; only the factor of the norm multiplies the sums. One row can be made ready for that
+by the product before it (`dot_rows.Ready`): then it is only read here.
+
+PARTS tiles of each warp are under way at any time: as soon as one is multiplied, its registers are there for the next.
 """
 
 from __future__ import annotations
@@ -31,14 +33,13 @@ __all__ = ["dot_rows", "halves", "in_order_of_nibbles"]
 
 _ADD = tl.constexpr("add.rn.bf16x2 $0, $1, $2;")
 _MULTIPLY = tl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
-_SPLIT = tl.constexpr("mov.b32 {$0, $1}, $2;")
 # four codes as float16, then as float32, whose upper halves are bfloat16: exactly, the mantissa has three bits
 _FLOAT8 = tl.constexpr("""{
     .reg .b16 low, high, a, b, c, d;
     .reg .b32 two, more;
     .reg .f32 fa, fb, fc, fd;
     .reg .b32 x, y, z, w;
-    mov.b32 {low, high}, $2;
+    mov.b32 {low, high}, $4;
     cvt.rn.f16x2.e4m3x2 two, low;
     cvt.rn.f16x2.e4m3x2 more, high;
     mov.b32 {a, b}, two;
@@ -51,8 +52,10 @@ _FLOAT8 = tl.constexpr("""{
     mov.b32 y, fb;
     mov.b32 z, fc;
     mov.b32 w, fd;
-    prmt.b32 $0, x, y, 0x7632;
-    prmt.b32 $1, z, w, 0x7632;
+    mov.b32 {low, $0}, x;
+    mov.b32 {low, $1}, y;
+    mov.b32 {low, $2}, z;
+    mov.b32 {low, $3}, w;
 }""")
 # nibbles i and 4 + i into the lowest four bits of two bfloat16 of 128
 _INTEGER4 = tl.constexpr("""{
@@ -69,35 +72,34 @@ _INTEGER4 = tl.constexpr("""{
 
 @triton.jit
 def _pair(both):
-    """int32 as its two halves of bfloat16, [.., 2]."""
-    low, high = tl.inline_asm_elementwise(
-        _SPLIT, "=h,=h,r", [both], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=1
-    )
-    return tl.join(low, high)
+    """int32 as its two halves of bfloat16, [.., 2]. Without PTX: so the compiler sees that both are one register."""
+    low, high = both.to(tl.int16), (both >> 16).to(tl.int16)
+    return tl.join(low, high).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
 def _numbers(words, CODE: tl.constexpr, PTX: tl.constexpr):
-    """What words [.., 4] stand for, [.., 4, i, p] of float8, [.., 4, i, q % 2, q / 2] of int4: see the docstring."""
+    """What 16 bytes of codes stand for: of float8's int32 [.., 4] as [.., 4, i, p], of int4's int16 [.., 8 (w, i)] as
+    [.., 8, q % 2, q / 2]. See the docstring.
+    """
     if CODE == 0:
         if PTX:
-            first, second = tl.inline_asm_elementwise(
-                _FLOAT8, "=r,=r,r", [words], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
-            )
-            return tl.join(_pair(first), _pair(second))
-        else:
-            return tl.join(tl.join(_float8(words, 0), _float8(words, 1)), tl.join(_float8(words, 2), _float8(words, 3)))
-    else:
-        if PTX:
             a, b, c, d = tl.inline_asm_elementwise(
-                _INTEGER4, "=r,=r,=r,=r,r", [words], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True,
-                pack=1,
+                _FLOAT8, "=h,=h,=h,=h,r", [words], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                is_pure=True, pack=1,
             )  # fmt: skip
-            return tl.join(tl.join(_pair(a), _pair(b)), tl.join(_pair(c), _pair(d)))
         else:
-            return tl.join(
-                tl.join(_integer4(words, 0), _integer4(words, 1)), tl.join(_integer4(words, 2), _integer4(words, 3))
-            )
+            a, b, c, d = _float8(words, 0), _float8(words, 1), _float8(words, 2), _float8(words, 3)
+        return tl.join(tl.join(a, b), tl.join(c, d))
+    elif PTX:
+        a, b, c, d = tl.inline_asm_elementwise(
+            _INTEGER4, "=r,=r,=r,=r,r", [words], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1
+        )
+        return tl.join(tl.join(_pair(a), _pair(b)), tl.join(_pair(c), _pair(d)))
+    else:
+        return tl.join(
+            tl.join(_integer4(words, 0), _integer4(words, 1)), tl.join(_integer4(words, 2), _integer4(words, 3))
+        )
 
 
 @triton.jit
@@ -113,7 +115,7 @@ def _integer4(words, q: tl.constexpr):
 
 @triton.jit
 def _matrix(upper, lower, CODE: tl.constexpr, PTX: tl.constexpr, WARPS: tl.constexpr):
-    """Words [4 (t), 8 (g), WARPS, 4] of rows g, and of rows 8 + g, as numbers [WARPS, 16, TILE_K]."""
+    """Codes [4 (t), 8 (g), WARPS, ..] of rows g, and of rows 8 + g, as numbers [WARPS, 16, TILE_K]."""
     both = tl.join(_numbers(upper, CODE, PTX), _numbers(lower, CODE, PTX))
     if CODE == 0:
         # t g W w i p h: W h g w t p i
@@ -177,14 +179,26 @@ def _dot(left, right, PTX: tl.constexpr):
 
 
 @triton.jit
-def _eight(x, added, norm, at, live, ADDS: tl.constexpr, WEIGHTED: tl.constexpr, PTX: tl.constexpr, EVEN: tl.constexpr):
-    """Of eight columns a lane, pairs of what the norm is of, times its weight: [4 (t), 8 (g), WARPS, 4]."""
-    found = tl.load(x + at, mask=live | EVEN, other=0)
+def _eight(
+    x, added, norm, at, live, mine, ADDS: tl.constexpr, WEIGHTED: tl.constexpr, PTX: tl.constexpr, EVEN: tl.constexpr
+):
+    """Of eight columns a lane, pairs of what the norm is of, times its weight: [4 (t), 8 (g), WARPS, 4]. Lanes of rows
+    that there are not (`mine`) have anything: what is computed of it is not put.
+    """
+    found = _four(x + at, live, mine, EVEN)
     if ADDS:
-        found = _plus(found, tl.load(added + at, mask=live | EVEN, other=0), PTX)
+        found = _plus(found, _four(added + at, live, mine, EVEN), PTX)
     if WEIGHTED:
-        found = _times(found, tl.load(norm + at, mask=live | EVEN, other=0), PTX)
+        found = _times(found, _four(norm + at, live, mine, EVEN), PTX)
     return found
+
+
+@triton.jit
+def _four(at, live, mine, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(at, mask=mine)
+    else:
+        return tl.load(at, mask=mine & live, other=0)
 
 
 @triton.jit
@@ -198,56 +212,65 @@ def in_order_of_nibbles(a, b, c, d, PTX: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def _right(
-    x, added, norm, live, ADDS: tl.constexpr, WEIGHTED: tl.constexpr, CODE: tl.constexpr, PTX: tl.constexpr,
+    x, added, norm, live, mine, ADDS: tl.constexpr, WEIGHTED: tl.constexpr, CODE: tl.constexpr, PTX: tl.constexpr,
     WARPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Rows of a tile's columns, in the order of the codes: [WARPS, TILE_K, 8 (g)]."""
-    a = _eight(x, added, norm, 0, live, ADDS, WEIGHTED, PTX, EVEN)
-    b = _eight(x, added, norm, 4, live, ADDS, WEIGHTED, PTX, EVEN)
+    a = _eight(x, added, norm, 0, live, mine, ADDS, WEIGHTED, PTX, EVEN)
+    b = _eight(x, added, norm, 4, live, mine, ADDS, WEIGHTED, PTX, EVEN)
     if CODE == 0:
         # t g W w%2 p i w/2: W w/2 w%2 t p i g
         both = tl.reshape(tl.join(halves(a, PTX), halves(b, PTX)), [4, 8, WARPS, 2, 2, 2, 2])
         return tl.reshape(tl.permute(both, [2, 6, 3, 0, 4, 5, 1]), [WARPS, 64, 8])
     else:
-        c = _eight(x, added, norm, 8, live, ADDS, WEIGHTED, PTX, EVEN)
-        d = _eight(x, added, norm, 12, live, ADDS, WEIGHTED, PTX, EVEN)
+        c = _eight(x, added, norm, 8, live, mine, ADDS, WEIGHTED, PTX, EVEN)
+        d = _eight(x, added, norm, 12, live, mine, ADDS, WEIGHTED, PTX, EVEN)
         return in_order_of_nibbles(a, b, c, d, PTX, WARPS)
 
 
 @triton.jit
-def _words(upper, lower, live, PARTS: tl.constexpr, EVEN: tl.constexpr):
-    """Of each part the words of the upper rows, and of the lower; of columns that there are not: any if EVEN."""
-    found = ()
-    for part in tl.static_range(PARTS):
-        if EVEN:
-            found = found + (tl.load(upper + part * 16, mask=live), tl.load(lower + part * 16, mask=live))
-        else:
-            inside = part < live
-            found = found + (
-                tl.load(upper + part * 16, mask=inside, other=0), tl.load(lower + part * 16, mask=inside, other=0),
-            )  # fmt: skip
-    return found
+def _ready(x, live, mine, CODE: tl.constexpr, PTX: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr):
+    """As `_right`, of one row that lies in the order of the codes: no thread does anything with it but to read it."""
+    a = _eight(x, x, x, 0, live, mine, False, False, PTX, EVEN)
+    b = _eight(x, x, x, 4, live, mine, False, False, PTX, EVEN)
+    if CODE == 0:
+        # t g W p w%2 i w/2: W w/2 w%2 t p i g
+        both = tl.reshape(tl.join(halves(a, PTX), halves(b, PTX)), [4, 8, WARPS, 2, 2, 2, 2])
+        return tl.reshape(tl.permute(both, [2, 6, 4, 0, 3, 5, 1]), [WARPS, 64, 8])
+    else:
+        c = _eight(x, x, x, 8, live, mine, False, False, PTX, EVEN)
+        d = _eight(x, x, x, 12, live, mine, False, False, PTX, EVEN)
+        upper, lower = tl.join(halves(a, PTX), halves(b, PTX)), tl.join(halves(c, PTX), halves(d, PTX))
+        # t g W q%2 q/2 i w%2 w/2: W w/2 w%2 q/2 t q%2 i g
+        both = tl.reshape(tl.join(upper, lower), [4, 8, WARPS, 2, 2, 2, 2, 2])
+        return tl.reshape(tl.permute(both, [2, 7, 6, 4, 0, 3, 5, 1]), [WARPS, 128, 8])
+
+
+@triton.jit
+def _words(upper, lower, part: tl.constexpr, live, EVEN: tl.constexpr):
+    """Of one part the words of the upper rows, and of the lower; of columns that there are not: any if EVEN."""
+    if EVEN:
+        return tl.load(upper + part * 16, mask=live), tl.load(lower + part * 16, mask=live)
+    else:
+        inside = part < live
+        return tl.load(upper + part * 16, mask=inside, other=0), tl.load(lower + part * 16, mask=inside, other=0)
 
 
 @triton.jit
 def _scales(
-    scales, zeros, columns, row, scales_row, at, inner, ZEROS: tl.constexpr, WIDE: tl.constexpr, TILE_K: tl.constexpr,
-    PARTS: tl.constexpr,
-):  # fmt: skip
-    """Of each part, rows' and warps' scales and zeros, [WARPS, 16]. at: warps' first columns. WIDE: of two at once."""
-    found = ()
+    scales, zeros, columns, row, scales_row, at, inner, ZEROS: tl.constexpr, WIDE: tl.constexpr, TILE_K: tl.constexpr
+):
+    """Rows' and warps' scales and zeros, [WARPS, 16], of the part whose first columns are `at`; WIDE: of two parts."""
     if WIDE:
         place = row[None, :] * scales_row + (at // (2 * TILE_K))[:, None]
         live = (at < inner)[:, None]
         scale = tl.load(scales + place, mask=live, other=0)
-        found = found + (scale, tl.load(zeros + place, mask=live, other=0).to(tl.int32) if ZEROS else scale)
+        return scale, tl.load(zeros + place, mask=live, other=0).to(tl.int32) if ZEROS else scale
     else:
-        for part in tl.static_range(PARTS):
-            column = tl.load(columns + at + part * TILE_K, mask=at + part * TILE_K < inner, other=0)
-            place = row[None, :] * scales_row + column[:, None]
-            scale = tl.load(scales + place)
-            found = found + (scale, tl.load(zeros + place) if ZEROS else scale)
-    return found
+        column = tl.load(columns + at, mask=at < inner, other=0)
+        place = row[None, :] * scales_row + column[:, None]
+        scale = tl.load(scales + place)
+        return scale, tl.load(zeros + place) if ZEROS else scale
 
 
 @triton.jit
@@ -258,11 +281,12 @@ def _scaled(
     """Sums [WARPS, 16, 8] of codes times x; whole: of x. Integers are 128 and the code."""
     if WIDE:
         # 1: of float16, 2: of bfloat16
+        two = by[part // 2 * 2]
         if WIDE == 1:
-            scale = (by[0] >> (16 * part)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            scale = (two >> (16 * (part % 2))).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         else:
-            scale = ((by[0] >> (16 * part)) << 16).to(tl.float32, bitcast=True)
-        zero = ((by[1] >> (8 * part)) & 255).to(tl.float32)
+            scale = ((two >> (16 * (part % 2))) << 16).to(tl.float32, bitcast=True)
+        zero = ((by[part // 2 * 2 + 1] >> (8 * (part % 2))) & 255).to(tl.float32)
     else:
         scale, zero = by[2 * part].to(tl.float32), by[2 * part + 1].to(tl.float32)
     if CODE == 2:
@@ -282,18 +306,45 @@ def _put(out, y, bias, n, num_out, ROWS: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
+def _put_for_norm(
+    out, y, bias, norm, ready, squares, program, n, num_out, BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
+    NIBBLES: tl.constexpr,
+):  # fmt: skip
+    """The one row, and what a product behind a norm needs of it: see `dot_rows.Ready`."""
+    live = n < num_out
+    one = tl.sum(tl.where(tl.arange(0, 8)[None, :] == 0, y, 0.0), 1)
+    if BIAS:
+        one += tl.load(bias + n, mask=live, other=0.0).to(tl.float32)
+    rounded = one.to(out.dtype.element_ty)
+    tl.store(out + n, rounded, mask=live)
+    one = tl.where(live, rounded.to(tl.float32), 0.0)
+    tl.store(squares + program, tl.sum(one * one, 0))
+    if WEIGHTED:
+        one *= tl.load(norm + n, mask=live, other=0.0).to(tl.float32)
+    # see `dot_rows.Ready`
+    if NIBBLES:
+        place = n - n % 8 + n % 2 * 4 + n // 2 % 2 * 2 + n // 4 % 2
+    else:
+        place = n - n % 8 + n // 2 % 2 * 4 + n // 4 % 2 * 2 + n % 2
+    tl.store(ready + place, one.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
 def dot_rows(
-    x, added, norm, out, total, bias, codes, scales, zeros, rows, columns, gate_codes, gate_scales, gate_zeros,
-    gate_rows, gate_columns, eps, num_out, inner, x_row, added_row, codes_row, scales_row, gate_codes_row,
+    x, added, norm, out, total, bias, ready, squares, codes, scales, zeros, rows, columns, gate_codes, gate_scales,
+    gate_zeros, gate_rows, gate_columns, eps, num_out, inner, x_row, added_row, codes_row, scales_row, gate_codes_row,
     gate_scales_row, ROWS: tl.constexpr, ADDS: tl.constexpr, NORMS: tl.constexpr, WEIGHTED: tl.constexpr,
     ACT: tl.constexpr, BIAS: tl.constexpr, CODE: tl.constexpr, EXPONENTS: tl.constexpr, ZEROS: tl.constexpr,
     PTX: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, SHARE: tl.constexpr, SQUARES: tl.constexpr,
-    WIDE: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    WIDE: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr, READY: tl.constexpr, FOR_NORM: tl.constexpr,
 ):  # fmt: skip
-    """As `few_rows_kernel.few_rows` has them: x, added [ROWS, inner]; out [ROWS, num_out]; total [ROWS, inner]; codes
-    [num_out, words of int32]. PARTS: tiles of a warp at a time, of columns one after the other. EVEN: all warps have
-    something to do, always; inner is a multiple of TILE_K in any case. WIDE: scales and zeros are read two by two, and
-    lie in the order of the columns.
+    """As `few_rows_kernel.few_rows` has them: x, added [ROWS, inner], total as int32 of two numbers; out
+    [ROWS, num_out]; codes [num_out, words of int32]. PARTS: tiles of a warp, of columns one after the other. EVEN: all
+    warps have something to do, always; inner is a multiple of TILE_K in any case. WIDE: scales and zeros are read two
+    by two, and lie in the order of the columns.
+
+    READY: x and squares are those of a `dot_rows.Ready`. FOR_NORM: ready and squares are written, for a norm of `norm`;
+    1: for float8, 2: for int4.
     """
     tile_k: tl.constexpr = 64 if CODE == 0 else 128
     lane: tl.constexpr = tile_k // 4
@@ -306,50 +357,65 @@ def dot_rows(
     upper = tl.minimum(upper_n, num_out - 1).to(tl.int64)[None, :, None, None]
     lower = tl.minimum(upper_n + 8, num_out - 1).to(tl.int64)[None, :, None, None]
     warp = tl.arange(0, WARPS)
+    weighs: tl.constexpr = NORMS and WEIGHTED
     four, of_warp = tl.arange(0, 4)[None, None, None, :], warp[None, None, :, None]
     quarter = tl.arange(0, 4)[:, None, None, None]
     word = quarter * 4 + of_warp * (span // per_word) + four
     upper_at, lower_at = codes + (upper * codes_row + word), codes + (lower * codes_row + word)
     # how many parts there are for each warp
     live = tl.full((1, 1, WARPS, 1), 1, tl.int1) if EVEN else ((inner - warp * span) // tile_k)[None, None, :, None]
-    words = _words(upper_at, lower_at, live, PARTS, EVEN)
-    row = tl.load(rows + tl.minimum(n, num_out - 1))
-    by = _scales(scales, zeros, columns, row, scales_row, warp * span, inner, ZEROS, WIDE, tile_k, PARTS)
+    words = ()
     gate_words = ()
-    gate_by = ()
+    gate_upper_at, gate_lower_at = upper_at, lower_at
     if ACT != "":
         gate_upper_at = gate_codes + (upper * gate_codes_row + word)
         gate_lower_at = gate_codes + (lower * gate_codes_row + word)
-        gate_words = _words(gate_upper_at, gate_lower_at, live, PARTS, EVEN)
-        gate_row = tl.load(gate_rows + tl.minimum(n, num_out - 1))
-        gate_by = _scales(
-            gate_scales, gate_zeros, gate_columns, gate_row, gate_scales_row, warp * span, inner, ZEROS, WIDE, tile_k,
-            PARTS,
-        )  # fmt: skip
+    for part in tl.static_range(PARTS):
+        words = words + _words(upper_at, lower_at, part, live, EVEN)
+        if ACT != "":
+            gate_words = gate_words + _words(gate_upper_at, gate_lower_at, part, live, EVEN)
+    row = tl.load(rows + tl.minimum(n, num_out - 1))
+    gate_row = tl.load(gate_rows + tl.minimum(n, num_out - 1)) if ACT != "" else row
+    by = ()
+    gate_by = ()
+    for part in tl.static_range(0, PARTS, 2 if WIDE else 1):
+        of_part = warp * span + part * tile_k
+        by = by + _scales(scales, zeros, columns, row, scales_row, of_part, inner, ZEROS, WIDE, tile_k)
+        if ACT != "":
+            gate_by = gate_by + _scales(
+                gate_scales, gate_zeros, gate_columns, gate_row, gate_scales_row, of_part, inner, ZEROS, WIDE, tile_k
+            )
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     m = tl.arange(0, 8)
     pairs = inner // 2
-    squares = tl.zeros((8,), dtype=tl.float32)
-    if NORMS:
-        for each in tl.static_range(ROWS):
-            square = tl.zeros((SQUARES,), dtype=tl.float32)
+    square = tl.zeros((8,), dtype=tl.float32)
+    if READY:
+        part_squares = tl.zeros((SQUARES,), dtype=tl.float32)
+        for start in range(0, tl.cdiv(inner, 16), SQUARES):
+            k = start + tl.arange(0, SQUARES)
+            part_squares += tl.load(squares + k, mask=k < tl.cdiv(inner, 16), other=0.0)
+        square += tl.sum(part_squares, 0)
+    elif NORMS:
+        for index in tl.static_range(ROWS):
+            of_row = tl.zeros((SQUARES,), dtype=tl.float32)
             for start in range(0, pairs, SQUARES):
                 k = start + tl.arange(0, SQUARES)
-                own = tl.load(x + each * x_row + k, mask=k < pairs, other=0)
+                own = tl.load(x + index * x_row + k, mask=k < pairs, other=0)
                 if ADDS:
-                    own = _plus(own, tl.load(added + each * added_row + k, mask=k < pairs, other=0), PTX)
-                square += _low(own) * _low(own) + _high(own) * _high(own)
-            squares += tl.where(m == each, tl.sum(square, 0), 0.0)
+                    own = _plus(own, tl.load(added + index * added_row + k, mask=k < pairs, other=0), PTX)
+                of_row += _low(own) * _low(own) + _high(own) * _high(own)
+            square += tl.where(m == index, tl.sum(of_row, 0), 0.0)
     if ADDS:
         # a part of the total for each program
         k = program * SHARE + tl.arange(0, SHARE)
-        for each in tl.static_range(ROWS):
-            one = tl.load(x + each * x_row + k, mask=k < pairs, other=0)
-            two = tl.load(added + each * added_row + k, mask=k < pairs, other=0)
-            tl.store(total + each * pairs + k, _plus(one, two, PTX), mask=k < pairs)
-    at_row = tl.minimum(tl.arange(0, 8), ROWS - 1)[None, :, None, None]
+        for index in tl.static_range(ROWS):
+            one = tl.load(x + index * x_row + k, mask=k < pairs, other=0)
+            two = tl.load(added + index * added_row + k, mask=k < pairs, other=0)
+            tl.store(total + index * pairs + k, _plus(one, two, PTX), mask=k < pairs)
+    at_row = tl.minimum(m, ROWS - 1)[None, :, None, None]
+    mine = (m < ROWS)[None, :, None, None]
     pair = quarter * (lane // 2) + of_warp * (span // 2) + four
     x_at, added_at = x + (at_row * x_row + pair), added + (at_row * added_row + pair)
     norm_at = norm + (0 * at_row + pair)
@@ -359,33 +425,44 @@ def dot_rows(
     for start in tl.range(0, inner, step, num_stages=1):
         ahead = (start + step) // per_word
         left = start + step < inner if EVEN else ((inner - start - step - warp * span) // tile_k)[None, None, :, None]
-        next_words = _words(upper_at + ahead, lower_at + ahead, left, PARTS, EVEN)
-        next_at = start + step + warp * span
-        next_by = _scales(scales, zeros, columns, row, scales_row, next_at, inner, ZEROS, WIDE, tile_k, PARTS)
+        next_words = ()
+        next_by = ()
         next_gate_words = ()
         next_gate_by = ()
-        if ACT != "":
-            next_gate_by = _scales(
-                gate_scales, gate_zeros, gate_columns, gate_row, gate_scales_row, next_at, inner, ZEROS, WIDE, tile_k,
-                PARTS,
-            )  # fmt: skip
-            next_gate_words = _words(gate_upper_at + ahead, gate_lower_at + ahead, left, PARTS, EVEN)
         for part in tl.static_range(PARTS):
             is_column = (start + part * tile_k + warp * span < inner)[None, None, :, None]
-            at = start // 2
-            right = _right(
-                x_at + at + part * (tile_k // 2), added_at + at + part * (tile_k // 2),
-                norm_at + at + part * (tile_k // 2), is_column, ADDS, WEIGHTED, CODE, PTX, WARPS, EVEN,
-            )  # fmt: skip
+            at = start // 2 + part * (tile_k // 2)
+            if READY:
+                right = _ready(x_at + at, is_column, mine, CODE, PTX, WARPS, EVEN)
+            else:
+                right = _right(
+                    x_at + at, added_at + at, norm_at + at, is_column, mine, ADDS, weighs, CODE, PTX, WARPS, EVEN
+                )
             whole = _dot(ones, right, PTX) if CODE == 2 else right
             part_sums = _dot(_matrix(words[2 * part], words[2 * part + 1], CODE, PTX, WARPS), right, PTX)
             sums += _scaled(part_sums, whole, by, part, CODE, EXPONENTS, ZEROS, WIDE)
             if ACT != "":
                 part_sums = _dot(_matrix(gate_words[2 * part], gate_words[2 * part + 1], CODE, PTX, WARPS), right, PTX)
                 gates += _scaled(part_sums, whole, gate_by, part, CODE, EXPONENTS, ZEROS, WIDE)
+            # where these words were, the next: so the memory never has nothing to bring
+            next_words = next_words + _words(upper_at + ahead, lower_at + ahead, part, left, EVEN)
+            if ACT != "":
+                next_gate_words = next_gate_words + _words(
+                    gate_upper_at + ahead, gate_lower_at + ahead, part, left, EVEN
+                )
+            if not WIDE or part % 2 == 1:
+                next_at = start + step + warp * span + (part - 1 if WIDE else part) * tile_k
+                next_by = next_by + _scales(
+                    scales, zeros, columns, row, scales_row, next_at, inner, ZEROS, WIDE, tile_k
+                )
+                if ACT != "":
+                    next_gate_by = next_gate_by + _scales(
+                        gate_scales, gate_zeros, gate_columns, gate_row, gate_scales_row, next_at, inner, ZEROS, WIDE,
+                        tile_k,
+                    )  # fmt: skip
         words, gate_words, by, gate_by = next_words, next_gate_words, next_by, next_gate_by
     y = tl.sum(sums, 0)
-    factor = tl.rsqrt(squares / inner + eps)[None, :]
+    factor = tl.rsqrt(square / inner + eps)[None, :]
     if NORMS:
         y *= factor
     if ACT != "":
@@ -393,4 +470,7 @@ def dot_rows(
         if NORMS:
             other *= factor
         y *= activated(other, ACT)
-    _put(out, y, bias, n, num_out, ROWS, BIAS)
+    if FOR_NORM:
+        _put_for_norm(out, y, bias, norm, ready, squares, program, n, num_out, BIAS, WEIGHTED, FOR_NORM == 2)
+    else:
+        _put(out, y, bias, n, num_out, ROWS, BIAS)

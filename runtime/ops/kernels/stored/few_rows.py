@@ -3,6 +3,7 @@
     few_rows(x, stored, bias)                        x [R, K], a weight [N, K]: x weight^T + bias, [R, N]
     few_rows(x, stored, gate=.., act="silu")         act(x gate^T) * (x weight^T)
     few_rows(x, stored, added=.., norm=(w, eps))     total = x + added [R, K], and the product of its rms_norm times w
+    sum_for_norm(h, stored, x, w, behind, gate)      total = x + h weight^T of one row, made ready for such a product
 
 Of bfloat16 by tensor cores (`dot_rows.py`), where columns share their scales in runs that are long enough. Otherwise as
 `runtime/ops/kernels/decode/few_rows.py`, whose sums are of numbers that are rounded to x's dtype as well: here they
@@ -21,7 +22,7 @@ from runtime.ops.kernels.stored import dot_rows
 from runtime.ops.kernels.stored.codes import CODES, Stored
 from runtime.ops.kernels.stored.scales import run_of
 
-__all__ = ["Stored", "few_rows", "takes"]
+__all__ = ["Stored", "few_rows", "sum_for_norm", "takes"]
 
 _RUNS = {"float8": 16, "float4": 32, "int4": 32}
 """Columns of a thread at a time: 16 bytes of codes, four words."""
@@ -61,13 +62,17 @@ def few_rows(
     act: str = "",
     added: Tensor | None = None,
     norm: tuple[Tensor | None, float] | None = None,
+    ready: dot_rows.Ready | None = None,
 ) -> Any:
-    """See the module's docstring: the product, or with `added` (which goes with `norm`) the total and the product."""
+    """See the module's docstring: the product, or with `added` (which goes with `norm`) the total and the product.
+
+    ready: what `sum_for_norm` yielded beside x, for this weight and gate.
+    """
     from runtime.ops.kernels.stored import few_rows_kernel  # Triton comes with torch for GPUs only
 
-    if x.is_cuda and dot_rows.takes(x, weight, gate):
+    if ready is not None or (x.is_cuda and dot_rows.takes(x, weight, gate)):
         early = decode.can_launch_early(x.device)
-        return dot_rows.dot_rows(x, weight, bias, gate=gate, act=act, added=added, norm=norm, early=early)
+        return dot_rows.dot_rows(x, weight, bias, gate=gate, act=act, added=added, norm=norm, ready=ready, early=early)
     x = decode.in_rows(x)
     left = x if added is None else decode.in_rows(added)
     (rows, inner), num_out, run = x.shape, weight.codes.shape[0], _RUNS[weight.code]
@@ -89,6 +94,19 @@ def few_rows(
         num_warps=warps, **({"launch_pdl": True} if early else {}),
     )  # fmt: skip
     return out if added is None else (total, out)
+
+
+def sum_for_norm(
+    h: Tensor, of_h: Stored, x: Tensor, scale: Tensor | None, weight: Stored, gate: Stored | None
+) -> tuple[Tensor, dot_rows.Ready] | None:
+    """The total x + h of_h^T of one row, and what `few_rows` of it with a norm of `scale` needs; None: not taken."""
+    others = [x, *(() if scale is None else (scale,))]
+    if not decode.takes(h, *others) or not takes(x, weight, gate):
+        return None
+    if not of_h.codes.numel() or not dot_rows.takes_ready(h, of_h, weight, gate):
+        return None
+    early = decode.can_launch_early(h.device)
+    return dot_rows.sum_for_norm(h, of_h, x, scale, weight.code, early=early)
 
 
 def _given(stored: Stored) -> tuple[Tensor, ...]:
