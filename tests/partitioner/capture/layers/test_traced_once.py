@@ -231,18 +231,21 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__qualname__)
-def test_what_differs_between_layers_is_never_lost(change: Callable[[Any], None]) -> None:
+@functools.cache
+def changed(change: Callable[[Any], None]) -> tuple[Any, Program]:
     model = llama()
     change(model)
-    once = trace(model)
+    return model, trace(model)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__qualname__)
+def test_what_differs_between_layers_is_never_lost(change: Callable[[Any], None]) -> None:
+    model, once = changed(change)
     assert torch.allclose(interpret.run(once, input_ids=IDS), model(IDS).logits, rtol=1e-12, atol=1e-12)
 
 
 def test_the_reason_is_said() -> None:
-    model = llama()
-    of_their_number(Parity)(model)
-    program = trace(model)
+    program = changed(next(each for each in CHANGES if each.__qualname__.startswith("of_their_number")))[1]
     found = program.layers
     assert found is not None
     assert found.traced == DEPTH
@@ -297,9 +300,7 @@ def test_a_plain_run_leaves_the_second_of_two_out_where_they_are_alike(scale: in
 
 
 def test_one_layer_unlike_the_others_costs_one_more() -> None:
-    model = llama()
-    scaled(model)
-    assert number_traced(trace(model)) == 3
+    assert number_traced(changed(scaled)[1]) == 3
 
 
 def test_a_number_tells_of_every_use() -> None:
