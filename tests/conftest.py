@@ -1,5 +1,6 @@
 """What all tests share: no network, one thread per process, and the two real models."""
 
+import gc
 import importlib.util
 import logging
 import os
@@ -21,6 +22,7 @@ from partitioner.storage.example import EXAMPLE_MODEL
 from tests.support.traces import shared_traces
 
 torch.set_num_threads(1)  # several ranks share few cores
+gc.set_threshold(10_000, 10, 10)  # graphs are many small objects, and few of them are garbage
 
 # hundreds of processes are started: where this is set, each compiles all the code that it imports
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -55,6 +57,12 @@ def pytest_configure_node(node: Any) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _TRACES in config.stash:
         config.stash[_TRACES].cleanup()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays, and is no longer looked through for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,6 +4,7 @@ Each rule is a function from source text to complaints, and each has a negative 
 """
 
 import ast
+import functools
 import graphlib
 import re
 import sys
@@ -118,9 +119,21 @@ def sources() -> Iterator[Path]:
         yield from sorted((ROOT / package).rglob("*.py"))
 
 
-def imported(module: str, source: str) -> Iterator[tuple[int, str]]:
+@functools.lru_cache(1)  # of the module that the rules look at one after the other
+def parsed(source: str) -> tuple[ast.Module, tuple[ast.AST, ...]]:
+    """A module, and all that is in it."""
+    tree = ast.parse(source)
+    return tree, tuple(ast.walk(tree))
+
+
+@functools.cache
+def imported(module: str, source: str) -> tuple[tuple[int, str], ...]:
     """Every module name that `source` imports, at any depth, with `from a import b` as both `a` and `a.b`."""
-    for node in ast.walk(ast.parse(source)):
+    return tuple(_imported(module, source))
+
+
+def _imported(module: str, source: str) -> Iterator[tuple[int, str]]:
+    for node in parsed(source)[1]:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
@@ -197,7 +210,7 @@ def wrong_distributed(module: str, source: str) -> list[str]:
         return []
     return [
         f"{module}:{node.lineno} touches torch.distributed"
-        for node in ast.walk(ast.parse(source))
+        for node in parsed(source)[1]
         if isinstance(node, ast.Attribute)
         and node.attr == "distributed"
         and isinstance(node.value, ast.Name)
@@ -229,9 +242,9 @@ def model_names(module: str, source: str) -> list[str]:
     return complaints
 
 
-def docstrings(tree: ast.AST) -> set[int]:
+def docstrings(source: str) -> set[int]:
     found = set()
-    for node in ast.walk(tree):
+    for node in parsed(source)[1]:
         body = node.body if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) else []
         for statement in body:  # strings that stand alone: docstrings of modules, functions, classes and fields
             if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
@@ -241,10 +254,9 @@ def docstrings(tree: ast.AST) -> set[int]:
 
 def weight_names(module: str, source: str) -> list[str]:
     """Names of weights in what is executed: strings that are no docstrings, and identifiers."""
-    tree = ast.parse(source)
-    prose = docstrings(tree)
+    prose = docstrings(source)
     complaints = []
-    for node in ast.walk(tree):
+    for node in parsed(source)[1]:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
             text = node.value
         elif isinstance(node, ast.Name):
@@ -265,7 +277,7 @@ def too_long(module: str, source: str) -> list[str]:
 
 def undocumented(module: str, source: str) -> list[str]:
     private = any(part.startswith("_") for part in module.split("."))
-    if private or not source.strip() or ast.get_docstring(ast.parse(source)):
+    if private or not source.strip() or ast.get_docstring(parsed(source)[0]):
         return []
     return [f"{module} has no docstring"]
 
@@ -281,11 +293,11 @@ RULES: list[Callable[[str, str], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_rule(rule: Callable[[str, str], list[str]]) -> None:
+def test_every_module_keeps_every_rule() -> None:
     paths = list(sources())
     assert len(paths) > 10
-    complaints = [text for path in paths for text in rule(module_name(path), path.read_text(encoding="utf-8"))]
+    read = ((module_name(path), path.read_text(encoding="utf-8")) for path in paths)
+    complaints = [text for module, source in read for rule in RULES for text in rule(module, source)]
     assert not complaints, "\n" + "\n".join(complaints)
 
 

@@ -21,7 +21,7 @@ from tests.support.partitioned import EXACT, compiled, traced
 ARCHITECTURES = ["llama", "gpt2", "gemma2", "gpt_oss", "mixtral", "deepseek_v3", "llama4_text", "olmo2"]
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3])
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_prompts_of_any_lengths_are_continued_as_each_alone(name: str, tp: int) -> None:
     # in pieces of 7, so that windows of 8 and prompts of 30 end in the middle of one

@@ -59,13 +59,36 @@ def _traced(name: str, odd: bool) -> tuple[Any, Program]:
 
 
 def compiled(name: str, tp: int, *, odd: bool = False, **plan: Any) -> Parts[Any]:
-    return compile_program(traced(name, odd=odd)[1], Plan(tp=tp, **plan))
+    """Parts of the test's own, of what was compiled once for all who ask for the same."""
+    try:
+        hash(tuple(plan.values()))
+    except TypeError:  # passes of the test's own
+        return _compiled(name, tp, odd, **plan)
+    return _copied(compiled_once(name, tp, odd=odd, **plan), Plan(tp=tp, **plan))
+
+
+def compiled_once(name: str, tp: int, *, odd: bool = False, **plan: Any) -> Parts[Any]:
+    """The same, with its engines, for tests that change nothing of it."""
+    return _compiled_once(name, tp, odd, **plan)
 
 
 @functools.cache
-def compiled_once(name: str, tp: int, *, odd: bool = False, **plan: Any) -> Parts[Any]:
-    """The same, made once, for tests that change nothing of it."""
-    return compiled(name, tp, odd=odd, **plan)
+def _compiled_once(name: str, tp: int, odd: bool, **plan: Any) -> Parts[Any]:
+    return _compiled(name, tp, odd, **plan)
+
+
+def _compiled(name: str, tp: int, odd: bool, **plan: Any) -> Parts[Any]:
+    return compile_program(traced(name, odd=odd)[1], Plan(tp=tp, **plan))
+
+
+def _copied(parts: Parts[Any], plan: Plan) -> Parts[Any]:
+    def generation() -> tuple[Program, Program]:
+        prefill, decode = (parts.program_of(entry) for entry in ("prefill", "decode"))
+        own = prefill.copy()
+        return own, own if decode is prefill else decode.copy()
+
+    program = parts.program.copy()
+    return Parts(program, parts.report, traced=parts.traced, generation=generation, plan=plan)
 
 
 def tokens(name: str, length: int, *, batch: int = 2, odd: bool = False) -> Tensor:

@@ -24,7 +24,7 @@ __all__ = ["ProbedLayers"]
 class ProbedLayers(SharedLayers):
     """The same for an eager run: a body is what a layer returned."""
 
-    fewest = 2  # the last of a kind is not run either
+    fewest, compares = 2, False  # the last of a kind is not run either
 
     def __init__(self, model: nn.Module, fake: FakeTensorMode, count_masks: Callable[[], int]) -> None:
         super().__init__(model)
@@ -37,9 +37,6 @@ class ProbedLayers(SharedLayers):
     def begin(self) -> None:
         super().begin()
         self._results = []
-
-    def _again(self, layer: Layer, own: Callable[..., Any], given: Flat, about: Any, body: int) -> bool:
-        return False
 
     def _trace(self, layer: Layer, own: Callable[..., Any], given: Flat, about: Any) -> int | None:
         before, masks = [tensor._version for tensor in given.tensors], self.count_masks()

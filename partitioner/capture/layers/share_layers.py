@@ -30,7 +30,6 @@ from partitioner.capture.layers.layer_kinds import Layer, find_layers, signature
 __all__ = [
     "BLOCK",
     "ENTER",
-    "FEWEST",
     "LEAVE",
     "NotSharedError",
     "SharedLayers",
@@ -46,10 +45,6 @@ _library.define("leave(Tensor[] outputs, int body) -> Tensor[]")
 _library.define("block(Tensor[] inputs, int body, int call) -> Tensor[]")
 _open: list[SharedLayers] = []
 """The sharing of the trace that is being made."""
-
-FEWEST = 3
-"""Layers of a kind from which one is left out: the first and the last are traced."""
-
 
 _every_layer: ContextVar[bool] = ContextVar("every_layer", default=False)
 
@@ -106,8 +101,10 @@ class Traced:
 class SharedLayers:
     """One for each trace: `wrapped` replaces the forwards of the layers of `model`, which is a copy of the user's."""
 
-    fewest = FEWEST
-    """Layers of a kind from which any is left out."""
+    fewest = 3
+    """Layers of a kind from which one is left out: the first and the last are traced."""
+    compares = True
+    """Whether the last of a kind is traced too, to be compared with the first."""
 
     def __init__(self, model: nn.Module, *, late: bool = False, skipped: Collection[str] = ()) -> None:
         """skipped: paths of layers that need no trace, by all that is known."""
@@ -220,7 +217,7 @@ class SharedLayers:
 
     def _again(self, layer: Layer, own: Callable[..., Any], given: Flat, about: Any, body: int) -> bool:
         """Whether the layer was traced although it is known."""
-        if not layer.last:
+        if not (self.compares and layer.last):
             return False
         again = self._trace(layer, own, given, about)
         if again is not None:

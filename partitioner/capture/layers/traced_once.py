@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from partitioner.capture.layers.share_layers import FEWEST, NotSharedError, SharedLayers, shares
+from partitioner.capture.layers.share_layers import NotSharedError, SharedLayers, shares
 from partitioner.program.program import LayersTraced
 
 __all__ = ["traced_once"]
@@ -25,8 +25,8 @@ def traced_once(
     count = len(shared.layers)
     if not shares():
         return build(None), LayersTraced(count, count, "every layer was asked for")
-    if all(layer.members < FEWEST for layer in shared.layers):
-        return build(None), LayersTraced(count, count, f"no {FEWEST} layers are alike")
+    if all(layer.members < shared.fewest for layer in shared.layers):
+        return build(None), LayersTraced(count, count, f"no {shared.fewest} layers are alike")
     while True:
         try:
             found = build(shared)

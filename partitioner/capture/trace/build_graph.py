@@ -18,9 +18,9 @@ from torch.export.graph_signature import InputKind
 
 from partitioner.capture.layers.share_layers import BLOCK, ENTER, LEAVE, NotSharedError, SharedLayers
 from partitioner.capture.layers.stamp_layers import Stamps
+from partitioner.capture.overheads.source_lines import source_of
 from partitioner.capture.trace.export_graph import WRAPPER
 from partitioner.capture.trace.shape_limits import decisions, interval
-from partitioner.capture.trace.source_lines import source_of
 from partitioner.capture.trace.transformers_hooks import COMBINE, DISPATCH, GROUPED_LINEAR
 from partitioner.errors import CaptureError
 from partitioner.program.program import Value

@@ -6,12 +6,11 @@ Non-strict export runs the model's Python on fake tensors and records the ops (t
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
 from torch.export import Dim, ExportedProgram
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.masking_utils import eager_mask
 
 from partitioner.capture.layers.layer_kinds import outermost_lists
 from partitioner.capture.layers.share_layers import NotSharedError, SharedLayers, shares
+from partitioner.capture.overheads.size_arithmetic import asked_once
+from partitioner.capture.overheads.source_lines import innermost_lines
+from partitioner.capture.overheads.unread import unread_left_out
 from partitioner.capture.trace.recognise_masks import MaskKind
-from partitioner.capture.trace.source_lines import innermost_lines
 from partitioner.capture.trace.transformers_hooks import MASK, installed
 from partitioner.errors import CaptureError
 
@@ -72,9 +72,12 @@ class _Masks:
         self.kinds = kinds
         self.asked = 0
 
+    def next_is_known(self) -> bool:
+        return self.asked < len(self.kinds) and self.kinds[self.asked] is not None
+
     def __call__(self, **call: Any) -> Tensor | None:
-        index, self.asked = self.asked, self.asked + 1
-        if index >= len(self.kinds) or self.kinds[index] is None:
+        known, index, self.asked = self.next_is_known(), self.asked, self.asked + 1
+        if not known:
             return _written_out(call)
         padding = call.get("attention_mask")
         mask: Tensor = MASK(call["batch_size"], call["q_length"], call["kv_length"], padding, index, call["dtype"])
@@ -184,7 +187,14 @@ def export_step(
 def run_export(
     traced: nn.Module, example: Mapping[str, Tensor], masks: _Masks, dims: Mapping[str, Mapping[int, Any]]
 ) -> ExportedProgram:
-    with installed(masks), torch.no_grad(), _remembering(traced), innermost_lines(), _grad_mode_unrecorded(traced):
+    with (
+        installed(masks),
+        torch.no_grad(),
+        _remembering(traced),
+        innermost_lines(),
+        asked_once(),
+        unread_left_out(traced, masks.next_is_known),
+    ):
         return torch.export.export(
             traced,
             # a failed export leaves marks on its inputs
@@ -192,35 +202,6 @@ def run_export(
             dynamic_shapes=(tuple(dict(dims[name]) for name in example),),
             strict=False,
         )
-
-
-@contextlib.contextmanager
-def _grad_mode_unrecorded(traced: nn.Module) -> Iterator[None]:
-    """Within this context, `traced` runs in a mode of its own: inside of those of the trace."""
-    own = traced.forward
-
-    @functools.wraps(own)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with _GradModeUnrecorded():
-            return own(*args, **kwargs)
-
-    vars(traced)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(traced)["forward"]
-
-
-class _GradModeUnrecorded(TorchFunctionMode):
-    """Turning gradients on and off has its effect and leaves no node: at each such node torch.export cuts the graph,
-    puts the pieces into modules, and joins them again, which takes a twentieth of the time of a trace.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._C._set_grad_enabled:
-            with torch._C.DisableTorchFunction():
-                return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
 
 
 _FEW_LAYERS = 2

@@ -40,7 +40,7 @@ SEQUENTIAL = [
 PARALLEL = ["gptj", "cohere", "falcon", "phi", "gpt_neox"]
 
 
-@pytest.mark.parametrize("tp", [2, 3, 4])
+@pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.slow), 3, 4])
 @pytest.mark.parametrize("name", SEQUENTIAL)
 def test_sequential_layers_reduce_twice(name: str, tp: int) -> None:
     parts = compiled_once(name, tp)
@@ -50,7 +50,7 @@ def test_sequential_layers_reduce_twice(name: str, tp: int) -> None:
     assert error(name, parts, 9) < EXACT
 
 
-@pytest.mark.parametrize("tp", [2, 3, 4])
+@pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.slow), 3, 4])
 @pytest.mark.parametrize("name", PARALLEL)
 def test_attention_and_mlp_side_by_side_share_one_reduction(name: str, tp: int) -> None:
     parts = compiled_once(name, tp)
@@ -65,9 +65,9 @@ def test_one_graph_serves_every_length_and_batch(length: int, batch: int) -> Non
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "gpt_neox", "bloom", "gpt_oss", "olmo2"])
-def test_sizes_that_divide_by_little(name: str) -> None:
-    for tp in (2, 3, 4):
-        assert error(name, compiled_once(name, tp, odd=True), 7, odd=True) < EXACT
+@pytest.mark.parametrize("tp", [2, pytest.param(3, marks=pytest.mark.slow), 4])
+def test_sizes_that_divide_by_little(name: str, tp: int) -> None:
+    assert error(name, compiled_once(name, tp, odd=True), 7, odd=True) < EXACT
 
 
 def test_kv_heads_fewer_than_ranks_live_where_they_are_needed() -> None:

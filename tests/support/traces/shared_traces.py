@@ -1,5 +1,8 @@
 """Traces that tests share: most of a partition's time is torch.export's, and many tests ask for the same model's.
 
+Of layers that are alike the first is traced, and the last is not compared with it: whether they come out the same is
+what tests about tracing are for, and of a model of two layers that is a third of the time.
+
 A trace follows from the model's classes, configurations and tensors and from what is asked of it. Where all of these
 are the same as before, the test is handed a copy of the trace made then, over its own model's weights; where tests run
 in several processes, whichever of them made it (`keep_in`). Models with code that is not transformers' own are always
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import partitioner.compile.partition as compiling
+from partitioner.capture.layers.share_layers import SharedLayers
 from partitioner.program.program import Program
 from tests.support.traces import stored_traces
 
@@ -50,14 +54,17 @@ def shares(test: pytest.Item) -> bool:
 
 @contextmanager
 def sharing() -> Iterator[None]:
-    """As long as it is open, `partition` and `trace` make each trace once."""
+    """As long as it is open, `partition` and `trace` make each trace once, and trace one of layers that are alike."""
     own = compiling.capture, compiling.capture_step, compiling.capture_piece
     shared = (functools.partial(_capture, each) for each in own)
     compiling.capture, compiling.capture_step, compiling.capture_piece = shared
+    fewest = SharedLayers.fewest
+    SharedLayers.fewest, SharedLayers.compares = 2, False
     try:
         yield
     finally:
         compiling.capture, compiling.capture_step, compiling.capture_piece = own
+        SharedLayers.fewest, SharedLayers.compares = fewest, True
 
 
 def _capture(own: Callable[..., Program], model: Any, **asked: Any) -> Program:

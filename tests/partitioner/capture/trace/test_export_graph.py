@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from partitioner.capture.overheads import unread
 from partitioner.capture.trace import export_graph
 
 _seen: list[bool] = []
@@ -44,5 +45,5 @@ def test_the_grad_mode_is_switched_and_not_recorded(monkeypatch: pytest.MonkeyPa
     assert _ops(model, x) == ["aten.linear.default", "aten.cos.default", "aten.add.Tensor"]
     assert _seen[:2] == [True, False]
     assert "forward" not in vars(model)
-    monkeypatch.setattr(export_graph, "_grad_mode_unrecorded", lambda traced: contextlib.nullcontext())
+    monkeypatch.setattr(unread, "_grad_mode_unrecorded", lambda traced: contextlib.nullcontext())
     assert "wrap_with_set_grad_enabled" in _ops(model, x)

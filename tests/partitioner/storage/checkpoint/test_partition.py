@@ -47,7 +47,7 @@ def traced(name: str) -> tuple[Program, Program]:
     return by_parts, trace(model)
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3])
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_rank_has_the_slices_of_from_pretrained(name: str, tp: int) -> None:
     folder, model, ids, _ = checkpoint(name)
