@@ -183,7 +183,11 @@ def _best(cuts: Sequence[int], borders: Borders, load: Load, most: tuple[int, fl
         found: dict[int, tuple[Price, list[int]]] = {}
         for place, (start, ((divided, squares, order), dealt)) in itertools.product(places, best.items()):
             if 0 < place - start <= most[0] and (mine := load(start, place)) <= most[1]:
-                price = divided + borders.divided[place], round(squares + (mine / mean) ** 2, 9), [*order, start - place]
+                price = (
+                    divided + borders.divided[place],
+                    round(squares + (mine / mean) ** 2, 9),
+                    [*order, start - place],
+                )
                 if place not in found or price < found[place][0]:
                     found[place] = price, [*dealt, place - start]
         best = found

@@ -78,7 +78,8 @@ def test_no_other_sizes_divide_fewer_blocks(count: int, ranks: int, blocks: list
     if mine:
         others = itertools.combinations(range(1, count), ranks - 1)
         assert not any(
-            price(cuts) == 0 and max(b - a for a, b in itertools.pairwise((0, *cuts, count))) <= wider for cuts in others
+            price(cuts) == 0 and max(b - a for a, b in itertools.pairwise((0, *cuts, count))) <= wider
+            for cuts in others
         )
 
 
