@@ -199,6 +199,7 @@ def main() -> None:
                 command = [sys.executable, "-m", "benchmarks.compiling.quantized_loading", "--rank", folder, plan]
                 said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 told = json.loads(said.splitlines()[-1])
+                print(f"{form} {plan}: {told}", file=sys.stderr, flush=True)  # a run takes minutes
                 within = told["peak"] <= ALLOWED * told["held"] + EXTRA_BYTES and told["read"] <= 1.1 * told["shard"]
                 table.add_row(
                     form, plan, f"{told['shard'] / 1e6:.0f} MB", f"{told['held'] / 1e6:.0f} MB",
