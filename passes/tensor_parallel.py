@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from partitioner.analysis.labels.block_borders import cut_notes
 from partitioner.analysis.labels.choose_splits import Decisions, decide
 from partitioner.analysis.labels.repeated_blocks import Blocks, find_blocks
 from partitioner.analysis.layouts.localise import Scaled
@@ -54,6 +55,7 @@ class TensorParallel:
         kept = decisions.pinned | decisions.shared
         program.kept_whole.update({n: why for n, why in kept.items() if n not in dealt})
         program.split_classes |= decisions.classes
+        program.notes += cut_notes(decisions.cuts)
         program.unplaced = False
         for name, layout in placement.states.items():
             program.states[name] = replace(program.states[name], layout=layout)
@@ -122,6 +124,7 @@ class TensorParallel:
                 found.pinned | pinned,
                 found.shared | more.shared,
                 found.classes | more.classes,
+                found.cuts | more.cuts,
             )
         return found
 

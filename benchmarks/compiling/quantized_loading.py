@@ -4,11 +4,12 @@
     read              bytes asked of the files, over the stored shard
     peak              highest Private_Dirty from before loading on, less what was there then (the imports and the trace)
 
-A made-up checkpoint in the shape of a Llama is written into a temporary folder: codes drawn at random, a file a layer.
+A made-up checkpoint is written into a temporary folder: codes drawn at random, a file a layer, in the shape of a Llama;
+of mxfp4 in that of gpt-oss, and of fp8-experts in that of a Qwen3-MoE, whose ranks are those of experts too.
 Each row is a process of its own, which partitions the folder and loads rank 0. Whether peak is at most 1.05 times what
 the rank holds and 250 MB is said in the last column.
 
-    python -m benchmarks.compiling.quantized_loading                     1 GB in fp8, then in 4 bits; tp=2 and tp=3
+    python -m benchmarks.compiling.quantized_loading               1 GB in fp8, then in 4 bits; tp=2, tp=3 and ep=2
     python -m benchmarks.compiling.quantized_loading --layers 1
 """
 
@@ -21,7 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -31,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from benchmarks.loading import peak, private_bytes
 from partitioner import Plan, partition
@@ -54,6 +57,15 @@ CONFIGS = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"},
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False},
 }
+EXPERTS = {
+    "mxfp4": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"],
+    },
+    "fp8-experts": CONFIGS["fp8"],
+}
+PLANS = ("tp=2,weights=stored", "tp=3,weights=stored", "tp=2")
+EXPERT_PLANS = ("ep=2,weights=stored", "tp=3,weights=stored", "ep=2")
 ALLOWED, EXTRA_BYTES = 1.05, 250_000_000
 DRAWN_ON = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -76,28 +88,82 @@ def quantised(form: str, name: str, rows: int, cols: int) -> dict[str, Tensor]:
 
 
 def make_checkpoint(folder: Path, form: str, layers: int, vocabulary: int = 1000) -> None:
-    """`form`: of CONFIGS."""
-    config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=FFN, num_hidden_layers=layers, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, vocab_size=vocabulary, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config.to_dict() | {"quantization_config": CONFIGS[form]}))
+    """`form`: of CONFIGS or EXPERTS."""
+    sizes: dict[str, Any] = {"num_hidden_layers": layers, "vocab_size": vocabulary, "dtype": torch.bfloat16}
+    config: PreTrainedConfig
+    if form == "mxfp4":
+        config = GptOssConfig(**sizes, num_local_experts=32, architectures=["GptOssForCausalLM"])
+    elif form == "fp8-experts":
+        config = Qwen3MoeConfig(
+            **sizes, hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, head_dim=128,
+            num_attention_heads=32, num_key_value_heads=4, architectures=["Qwen3MoeForCausalLM"],
+        )  # fmt: skip
+    else:
+        config = LlamaConfig(
+            **sizes, hidden_size=HIDDEN, intermediate_size=FFN, num_attention_heads=HEADS,
+            num_key_value_heads=KV_HEADS, architectures=["LlamaForCausalLM"],
+        )  # fmt: skip
+    fields = CONFIGS[form] if form in CONFIGS else EXPERTS[form]
+    (folder / "config.json").write_text(json.dumps(config.to_dict() | {"quantization_config": fields}))
     places: dict[str, str] = {}
 
     def put(file: str, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, folder / file, {"format": "pt"})
         places.update(dict.fromkeys(tensors, file))
 
-    table = (torch.randn(vocabulary, HIDDEN) * 0.02).bfloat16()
-    ones = torch.ones(HIDDEN, dtype=torch.bfloat16)
+    table = (torch.randn(vocabulary, config.hidden_size) * 0.02).bfloat16()
+    ones = torch.ones(config.hidden_size, dtype=torch.bfloat16)
     tables = {"model.embed_tokens.weight": table, "lm_head.weight": table.clone(), "model.norm.weight": ones}
     put("model-tables.safetensors", tables)
     for layer in range(layers):
         base = f"model.layers.{layer}"
         norms = {f"{base}.{which}_layernorm.weight": ones.clone() for which in ("input", "post_attention")}
-        linears = (quantised(form, f"{base}.{name}", *shape) for name, shape in LINEARS.items())
+        if form in CONFIGS:
+            linears = [quantised(form, f"{base}.{name}", *shape) for name, shape in LINEARS.items()]
+        else:
+            linears = mxfp4_layer(base, config) if form == "mxfp4" else fp8_layer(base, config)
         put(f"model-{layer}.safetensors", {**norms, **{k: v for each in linears for k, v in each.items()}})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def attention(base: str, config: Any, names: Sequence[str] = "qkvo") -> dict[str, tuple[int, int]]:
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    outputs = {"q": queries, "k": keys, "v": keys}
+    shapes = {name: (outputs[name], config.hidden_size) for name in "qkv"} | {"o": (config.hidden_size, queries)}
+    return {f"{base}.self_attn.{name}_proj": shapes[name] for name in names}
+
+
+def mxfp4_layer(base: str, config: Any) -> Iterator[dict[str, Tensor]]:
+    """The experts in MXFP4, [E, outputs, inputs / 32, 16]; the rest in 16 bits."""
+
+    def plain(*shape: int) -> Tensor:
+        return (torch.randn(shape) * 0.02).bfloat16()
+
+    for name, (rows, cols) in attention(base, config).items():
+        yield {f"{name}.weight": plain(rows, cols), f"{name}.bias": plain(rows)}
+    hidden, ffn, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+    yield {f"{base}.self_attn.sinks": plain(config.num_attention_heads)}
+    yield {f"{base}.mlp.router.weight": plain(experts, hidden), f"{base}.mlp.router.bias": plain(experts)}
+    for name, rows, cols in (("gate_up_proj", 2 * ffn, hidden), ("down_proj", hidden, ffn)):
+        found = f"{base}.mlp.experts.{name}"
+        yield {
+            f"{found}_blocks": torch.randint(0, 256, (experts, rows, cols // 32, 16), dtype=torch.uint8),
+            f"{found}_scales": torch.randint(110, 125, (experts, rows, cols // 32), dtype=torch.uint8),
+            f"{found}_bias": plain(experts, rows),
+        }
+
+
+def fp8_layer(base: str, config: Any) -> Iterator[dict[str, Tensor]]:
+    """Each expert's linears by themselves."""
+    for name, (rows, cols) in attention(base, config).items():
+        yield quantised("fp8", name, rows, cols)
+    for name in ("q_norm", "k_norm"):
+        yield {f"{base}.self_attn.{name}.weight": torch.ones(config.head_dim, dtype=torch.bfloat16)}
+    yield {f"{base}.mlp.gate.weight": (torch.randn(config.num_experts, config.hidden_size) * 0.02).bfloat16()}
+    wide, narrow = config.hidden_size, config.moe_intermediate_size
+    for expert in range(config.num_experts):
+        for name, rows, cols in (("gate", narrow, wide), ("up", narrow, wide), ("down", wide, narrow)):
+            yield quantised("fp8", f"{base}.mlp.experts.{expert}.{name}_proj", rows, cols)
 
 
 def rank_main(folder: str, plan: str) -> None:
@@ -119,7 +185,7 @@ def rank_main(folder: str, plan: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--formats", nargs="+", choices=list(CONFIGS), default=["fp8", "awq", "gptq"])
+    parser.add_argument("--formats", nargs="+", choices=[*CONFIGS, *EXPERTS], default=[*CONFIGS, *EXPERTS])
     parser.add_argument("--rank", nargs=2, metavar=("FOLDER", "PLAN"), help="what a process of ours is started with")
     given = parser.parse_args()
     if given.rank:
@@ -128,11 +194,12 @@ def main() -> None:
     table = Table("format", "plan", "stored shard", "held", "read", "peak", "seconds", "within")
     for form in given.formats:
         with tempfile.TemporaryDirectory() as folder:
-            make_checkpoint(Path(folder), form, given.layers)
-            for plan in ("tp=2,weights=stored", "tp=3,weights=stored", "tp=2"):
+            make_checkpoint(Path(folder), form, given.layers if form in CONFIGS else max(1, given.layers // 2))
+            for plan in PLANS if form in CONFIGS else EXPERT_PLANS:
                 command = [sys.executable, "-m", "benchmarks.compiling.quantized_loading", "--rank", folder, plan]
                 said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 told = json.loads(said.splitlines()[-1])
+                print(f"{form} {plan}: {told}", file=sys.stderr, flush=True)  # a run takes minutes
                 within = told["peak"] <= ALLOWED * told["held"] + EXTRA_BYTES and told["read"] <= 1.1 * told["shard"]
                 table.add_row(
                     form, plan, f"{told['shard'] / 1e6:.0f} MB", f"{told['held'] / 1e6:.0f} MB",

@@ -10,6 +10,7 @@ partitioner cluster import topology.xml   NCCL's, Slurm's or AIConfigurator's, t
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +69,12 @@ def register(app: typer.Typer) -> None:
         """Rank plans for a model on a cluster by predicted times. Needs no weights and runs nothing on the cluster."""
         cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch, ttft, tpot)
         summary = summarize(_model(model, dtype))
-        stored = _stored(model, weights, summary.dtype)
+        fields = _stored(model, weights)
+        if weights == "stored" and fields is None:
+            raise InputError(
+                f"{model} has no quantization_config: nothing of it is stored in fewer bits; leave --weights out"
+            )
+        stored = None if fields is None else StoredFormat.released(summary.dtype, fields)
         choice = search(summary, cluster, workload, goal=goal, stored=stored, cache_dtype=cache_dtype)
         if as_json:
             data = as_data(choice, cluster, summary, most=top, stored=stored, cache_dtype=cache_dtype)
@@ -93,11 +99,19 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Say whether a model fits on a cluster, and how. Exit code 0: it does, 1: it does not."""
         cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch)
-        told = [_fit(name, dtype, cluster, workload, weights_only, weights, cache_dtype) for name in models]
+        formats = [_stored(name, weights) for name in models]
+        if weights == "stored" and not any(formats):
+            raise InputError(
+                f"{', '.join(models)}: no quantization_config, so nothing is stored in fewer bits; leave --weights out"
+            )
+        told = [
+            _fit(name, dtype, cluster, workload, weights_only, fields, cache_dtype)
+            for name, fields in zip(models, formats, strict=True)
+        ]
         if as_json:
             print(json.dumps(told, indent=1))
         else:
-            Console().print(_fit_table(told, cluster))
+            Console().print(_weights_table(told, cluster) if weights_only else _fit_table(told, cluster))
             for each in told:
                 if each.get("why"):
                     Console().print(f"{each['model']}: {each['why']}", markup=False, highlight=False, soft_wrap=True)
@@ -144,18 +158,11 @@ def _model(name: str, dtype: str | None) -> Any:
     return load_model(name, dtype=kind, meta=True)
 
 
-def _stored(name: str, weights: str, dtype: str) -> StoredFormat | None:
-    """How the ranks hold a checkpoint's weights; None: expanded."""
+def _stored(name: str, weights: str) -> Mapping[str, Any] | None:
+    """The quantization_config of what ranks hold as stored; None: they hold it expanded, or it has none."""
     if weights not in WEIGHTS:
         raise InputError(f"--weights is one of {', '.join(WEIGHTS)}; got {weights!r}")
-    if weights == "expanded":
-        return None
-    fields = quantization_fields(load_config(fetched(name)).to_dict())
-    if fields is None:
-        raise InputError(
-            f"{name} has no quantization_config: nothing of it is stored in fewer bits; leave --weights out"
-        )
-    return StoredFormat.released(dtype, fields)
+    return None if weights == "expanded" else quantization_fields(load_config(fetched(name)).to_dict())
 
 
 def _fit(
@@ -164,7 +171,7 @@ def _fit(
     cluster: Cluster,
     workload: Workload,
     weights_only: bool,
-    weights: str,
+    stored: Mapping[str, Any] | None,
     cache_dtype: str | None,
 ) -> dict[str, Any]:
     require_dtype(cache_dtype)
@@ -184,10 +191,13 @@ def _fit(
     if released is not None:
         told["released_bytes"] = round(released_bytes(model, released))
         told["cards_as_released"] = cards_for_weights(told["released_bytes"], kind.usable_bytes)
+        told["fits_as_released"] = told["cards_as_released"] <= cluster.size
     if weights_only:
-        return {**told, "fits": told["cards_for_weights"] <= cluster.size}
+        fits = told["cards_for_weights"] <= cluster.size
+        return {**told, "fits": fits if stored is None else told["fits_as_released"]}
     summary = summarize(model)
-    kept: dict[str, Any] = {"stored": _stored(name, weights, summary.dtype), "cache_dtype": cache_dtype}
+    held = None if stored is None else StoredFormat.released(summary.dtype, stored)
+    kept: dict[str, Any] = {"stored": held, "cache_dtype": cache_dtype}
     pricer = Pricer(summary, cluster, **kept)
     choice = search(summary, cluster, workload, goal="throughput", frontier=False, **kept)
     cache = sum(pricer.memory(each.plan, workload, each.layers).cache for each in choice.ranked[:1])
@@ -206,6 +216,28 @@ def _fit(
         "activations": fewest.memory.activations,
         "cache_of_best": cache,
     }
+
+
+def _weights_table(told: list[dict[str, Any]], cluster: Cluster) -> Table:
+    """Of the weights alone: in the model's dtype, and as they were released."""
+    kind = cluster.weakest
+    usable = f"{kind.usable_bytes / (1 << 30):.0f} GiB usable each"
+    table = Table(title=f"weights on {cluster.name}: {cluster.size} x {kind.name}, {usable}")
+    table.add_column("model")
+    for heading in ("weights", "cards", "fits", "as released", "cards", "fits"):
+        table.add_column(heading, justify="right")
+    for each in told:
+        cards = each["cards_for_weights"]
+        released = "cards_as_released" in each
+        table.add_row(
+            each["model"], f"{each['weight_bytes'] / 1e9:.1f} GB", str(cards), _yes(cards <= cluster.size),
+            *_released(each), _yes(each["fits_as_released"]) if released else "",
+        )  # fmt: skip
+    return table
+
+
+def _yes(fits: bool) -> str:
+    return "yes" if fits else "no"
 
 
 def _fit_table(told: list[dict[str, Any]], cluster: Cluster) -> Table:
@@ -231,7 +263,7 @@ def _fit_table(told: list[dict[str, Any]], cluster: Cluster) -> Table:
         table.add_row(
             each["model"], f"{each['weight_bytes'] / 1e9:.1f} GB", str(each["cards_for_weights"]),
             str(each["cards_for_weights_of_one_byte"]), *(_released(each) if told_of_released else ()),
-            "yes" if each["fits"] else "no", str(each.get("devices", "")),
+            _yes(each["fits"]), str(each.get("devices", "")),
             each.get("plan", ""), fullest,
         )  # fmt: skip
     return table

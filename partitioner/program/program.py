@@ -172,6 +172,11 @@ class HeldForm(Protocol):
     @property
     def num_dims(self) -> int: ...
 
+    def scale_blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N], [K]: the number of the block of scales that each output and each input is in; of experts, of the first
+        one's.
+        """
+
     def shards(self, shard: WeightShard) -> tuple[dict[str, WeightShard | None], dict[str, torch.Tensor]]:
         """What a rank holds of a weight of which `shard` is its part, by role; and the data of what no file holds."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from partitioner.analysis.labels.index_sets import Lattice
 from partitioner.sharding.index_set import IndexSet
 
-__all__ = ["Owned", "dealt_indices", "divide", "index_set", "runs_of"]
+__all__ = ["Owned", "dealt_indices", "divide", "even_sizes", "index_set", "loads_of", "runs_of"]
 
 Atom = frozenset[int]
 
@@ -33,7 +33,7 @@ def divide(atoms: list[Atom], extra: list[float], ranks: int, cost: Callable[[in
     loads = [sum(map(cost, atom)) + e for atom, e in zip(atoms, extra, strict=True)]
     disjoint = sum(map(len, atoms)) == len(frozenset[int]().union(*atoms))
     if disjoint and max(loads) - min(loads) <= 1e-9 * max(loads):
-        return [rank for rank, size in enumerate(_even(count, ranks)) for _ in range(size)]
+        return [rank for rank, size in enumerate(even_sizes(count, ranks)) for _ in range(size)]
     low, high = max(loads), sum(loads)
     best = _fill(atoms, extra, ranks, cost, high)
     assert best is not None
@@ -49,7 +49,7 @@ def divide(atoms: list[Atom], extra: list[float], ranks: int, cost: Callable[[in
     return best
 
 
-def _even(count: int, ranks: int) -> list[int]:
+def even_sizes(count: int, ranks: int) -> list[int]:
     """How many each rank has of `count`: the first ones have one more."""
     small, larger = divmod(count, ranks)
     return [small + (rank < larger) for rank in range(ranks)]
@@ -84,6 +84,17 @@ def _missing(atom: Atom, held: set[int]) -> Iterable[int]:
     return (label for label in atom if label not in held)
 
 
+def loads_of(
+    atoms: Sequence[Atom], extra: Sequence[float], cost: Callable[[int], float]
+) -> Callable[[int, int], float]:
+    """The load of a rank that has the atoms from one to another; see `divide`."""
+    if sum(map(len, atoms)) == len(frozenset[int]().union(*atoms)):
+        each = (sum(map(cost, atom)) + more for atom, more in zip(atoms, extra, strict=True))
+        ends = list(itertools.accumulate(each, initial=0.0))
+        return lambda first, last: ends[last] - ends[first]
+    return lambda first, last: sum(map(cost, frozenset[int]().union(*atoms[first:last]))) + sum(extra[first:last])
+
+
 class Owned:
     """The ranks that own each label, as bits; a group's owners own its members."""
 
@@ -99,19 +110,17 @@ class Owned:
             for member in (label,) if label < len(self._masks) else self._lattice.members(label):
                 self._masks[member] |= 1 << rank
 
-    def give_runs(self, runs: Sequence[range], ranks: int) -> Tensor | None:
-        """Deals runs of labels, as many in each, as `divide` does atoms of equal loads that hold one label of each: the
-        rank of each atom.
+    def can_give_runs(self, runs: Sequence[range], ranks: int) -> bool:
+        """Whether runs of labels, as many in each, are as many as ranks and no rank owns one already."""
+        return len(runs[0]) >= ranks and not any(any(self._masks[run.start : run.stop]) for run in runs)
 
-        None, and nothing is dealt, where there are fewer than ranks or some rank owns one already.
+    def give_runs(self, runs: Sequence[range], sizes: Sequence[int]) -> Tensor:
+        """Deals runs of labels, `sizes` of each in order, as to atoms that hold one label of each: the rank of each
+        atom.
         """
-        count = len(runs[0])
-        if count < ranks or any(any(self._masks[run.start : run.stop]) for run in runs):
-            return None
-        sizes = _even(count, ranks)
         for run in runs:
             self._masks[run.start : run.stop] = [1 << rank for rank, size in enumerate(sizes) for _ in range(size)]
-        return torch.arange(ranks).repeat_interleave(torch.tensor(sizes))
+        return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
 
     def common(self, atom: Atom, ranks: int) -> int:
         """The ranks that own all of an atom already."""

@@ -17,10 +17,11 @@ from types import MappingProxyType
 import torch
 from torch import fx
 
-from partitioner.analysis.labels.assign_owners import Atom, Owned, dealt_indices, divide
+from partitioner.analysis.labels.assign_owners import Atom, Owned, dealt_indices, divide, even_sizes, loads_of
+from partitioner.analysis.labels.block_borders import ScaleBlocks, members_of, members_of_runs
 from partitioner.analysis.labels.causes import Offence, earliest, offences_of, price_of_parts, why_everywhere
 from partitioner.analysis.labels.label_runs import runs_of
-from partitioner.analysis.labels.label_state import Collapse, Labels, Site
+from partitioner.analysis.labels.label_state import Collapse, Cut, Labels, Site
 from partitioner.analysis.labels.propagate_labels import LabelRun
 from partitioner.analysis.labels.repeated_blocks import Blocks
 from partitioner.analysis.labels.split_classes import split_classes
@@ -48,6 +49,8 @@ class Decisions:
     """Split weights that several ranks hold some of, where that is due to a whole row -> what needs the row."""
     classes: dict[str, SplitClass] = field(default_factory=dict)
     """Split weights, with what a rank would hold of them at other numbers of ranks."""
+    cuts: dict[str, Cut] = field(default_factory=dict)
+    """Split weights that are quantised in blocks, with how these lie to the cuts."""
 
 
 @dataclass
@@ -74,6 +77,7 @@ class _Search:
         self.together = {same: n for name, n in together.items() for same in blocks.same_nodes(name)}
         self.ranks = program.mesh.size(axis)
         self.rules: dict[fx.Node, Notation] = {}
+        self.scales = ScaleBlocks(program, blocks)
         self.bytes: dict[str, int] = {}
         """Weights that some run could split, with their sizes: what keeping whole is measured against."""
         self.order = {str(n.target): i for i, n in reversed(list(enumerate(program.graph.nodes))) if n.op == "get_attr"}
@@ -97,7 +101,7 @@ class _Search:
         """Weights that could have ended a split, by now whole, with the cause: it is theirs too if they start none."""
         while True:
             labels = self.labels(pinned, partial)
-            found = _divide_sites(self.program, labels, self.axis)
+            found = _divide_sites(labels, self.axis, self.scales)
             self._note_sizes(labels)
             if isinstance(found, dict):
                 everywhere = [name for name, (dim, split) in found.items() if self._is_whole(name, dim, split)]
@@ -232,11 +236,12 @@ class _Search:
         return best
 
 
-def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tuple[int, Split]] | list[Offence]:
+def _divide_sites(labels: Labels, axis: str, scales: ScaleBlocks) -> dict[str, tuple[int, Split]] | list[Offence]:
     """Owners of every labelled weight index, or what keeps sites from being divided.
 
     Of sites that share weights only the earliest weight is reported: keeping it whole may bring the others right.
     """
+    program = scales.program
     ranks = program.mesh.size(axis)
     offences = offences_of(labels, ranks)
     if offences:
@@ -251,10 +256,14 @@ def _divide_sites(program: Program, labels: Labels, axis: str) -> dict[str, tupl
         size = len(runs) if atoms is None else max(map(cost.size, atoms.sets), default=0)
         sized.append((-size, site, runs, atoms))
     for _, site, runs, atoms in sorted(sized, key=lambda s: s[0]):
-        indices = owned.give_runs(runs, ranks) if atoms is None else None
-        if indices is None:
+        if atoms is None and owned.can_give_runs(runs, ranks):
+            count = len(runs[0])
+            sizes = even_sizes(count, ranks)
+            sizes = scales.deal(sizes, site, torch.arange(count), members_of_runs(runs), labels, lambda a, b: b - a)
+            indices = owned.give_runs(runs, sizes)
+        else:
             atoms = atoms or _Atoms.of(site, labels)
-            places = _assign(site, atoms, owned, ranks, cost, program)
+            places = _assign(site, atoms, owned, ranks, cost, labels, scales)
             for atom, rank in zip(atoms.sets, places, strict=True):
                 owned.give(atom, rank)
             indices = torch.tensor(places)[atoms.inverse]
@@ -310,13 +319,15 @@ class _Atoms:
         return cls([labels.lattice.labels(i) for i in ids], inverse)
 
 
-def _assign(site: Site, found_atoms: _Atoms, owned: Owned, ranks: int, cost: _Cost, program: Program) -> list[int]:
+def _assign(
+    site: Site, found_atoms: _Atoms, owned: Owned, ranks: int, cost: _Cost, labels: Labels, scales: ScaleBlocks
+) -> list[int]:
     """The rank of each atom: where a coarser site has put its sources already, else by load."""
     atoms, inverse = found_atoms.sets, found_atoms.inverse
     counts = torch.bincount(inverse, minlength=len(atoms)).tolist()
     column = 0.0
     if site.weight is not None:
-        weight = program.weights[site.weight.name]
+        weight = scales.program.weights[site.weight.name]
         column = weight.bytes / max(weight.shape[site.weight.dim], 1)
     found: list[int | None] = []
     for atom in atoms:
@@ -324,7 +335,12 @@ def _assign(site: Site, found_atoms: _Atoms, owned: Owned, ranks: int, cost: _Co
         found.append((common & -common).bit_length() - 1 if common else None)
     new = [i for i, rank in enumerate(found) if rank is None]
     if len(new) >= ranks:
-        dealt = divide([atoms[i] for i in new], [column * counts[i] for i in new], ranks, cost)
+        extra = [column * counts[i] for i in new]
+        dealt = divide([atoms[i] for i in new], extra, ranks, cost)
+        if scales.any and len(new) == len(atoms):
+            sizes, load = [dealt.count(rank) for rank in range(ranks)], loads_of(atoms, extra, cost)
+            sizes = scales.deal(sizes, site, inverse, members_of(map(labels.expanded, atoms)), labels, load)
+            dealt = [rank for rank, size in enumerate(sizes) for _ in range(size)]
     else:
         dealt = [i % ranks for i in range(len(new))]
     for i, rank in zip(new, dealt, strict=True):
@@ -376,4 +392,6 @@ def decide(
                     classes[mine] = classes[theirs]
     pinned = {name: reason for name, reason in found.pinned.items() if name not in splits}
     by_dim = {name: {dim: split} for name, (dim, split) in splits.items()}
-    return Decisions(by_dim, found.partial, pinned, found.shared, classes)
+    cuts = {same: cut for name, cut in found.labels.cuts.items() for same in blocks.same_weights(name)}
+    cuts = {name: cut for name, cut in cuts.items() if name in splits}
+    return Decisions(by_dim, found.partial, pinned, found.shared, classes, cuts)

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from partitioner.analysis.labels.index_sets import Lattice
 
-__all__ = ["Collapse", "Labels", "Site", "WeightSlice", "WeightState"]
+__all__ = ["Collapse", "Cut", "Labels", "Site", "WeightSlice", "WeightState"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,17 @@ class Collapse:
     """The labels that became one, or are together in fewer groups than there are ranks."""
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How a weight whose scales are shared by blocks is cut, in atoms for each rank. even: as they would be dealt
+    without blocks. divided: blocks that lie on both sides of a cut, of all weights that are cut with it.
+    """
+
+    even: tuple[int, ...]
+    sizes: tuple[int, ...]
+    divided: int
+
+
 @dataclass
 class Labels:
     """The result of one run."""
@@ -69,6 +80,8 @@ class Labels:
     """Weights that could start no labels, with the reason."""
     bases: dict[tuple[str, int], int] = field(default_factory=dict)
     count: int = 0
+    cuts: dict[str, Cut] = field(default_factory=dict)
+    """Of weights that are quantised in blocks, once their indices are dealt out."""
     _weights_of_label: dict[int, frozenset[str]] = field(default_factory=dict)
 
     def base(self, weight: str, dim: int, size: int) -> int:
@@ -80,8 +93,11 @@ class Labels:
 
     def joined(self, ids: Iterable[int]) -> frozenset[int]:
         """The labels in these sets, groups expanded."""
-        found = {label for i in ids for label in self.lattice.labels(i)}
-        return frozenset(member for label in found for member in self.lattice.members(label))
+        return self.expanded({label for i in ids for label in self.lattice.labels(i)})
+
+    def expanded(self, labels: Iterable[int]) -> frozenset[int]:
+        """With the members of groups in place of these."""
+        return frozenset(member for label in labels for member in self.lattice.members(label))
 
     def weights_of(self, ids: Iterable[int]) -> frozenset[str]:
         """The weights whose indices are in these sets."""

@@ -62,6 +62,13 @@ class HeldWeight:
             self._in_own_order(piece, own) if self.turned else piece for own, piece in self._codes(self._mine(shard))
         )
 
+    def scale_blocks(self) -> tuple[Tensor, Tensor]:
+        """See `partitioner.program.program.HeldForm`."""
+        *lead, outputs, inputs = inputs_last(self.slices[0].of.weight, self.turned).global_shape
+        first = (*(IndexSet.range(0, 1) for _ in lead), *(IndexSet.range(0, size) for size in (outputs, inputs)))
+        rows, groups = self._scales_of(first)
+        return torch.unique(rows, return_inverse=True)[1].reshape(-1), torch.unique(groups, return_inverse=True)[1]
+
     def shards(self, shard: WeightShard) -> tuple[dict[str, WeightShard | None], dict[str, Tensor]]:
         """See `partitioner.program.program.HeldForm`."""
         mine = self._mine(shard)

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from partitioner.errors import CaptureError, PartitionerError, WeightError
 from partitioner.storage.checkpoint.equal_tensors import same_values
+from partitioner.storage.checkpoint.quantized_finder import FLOAT8
 from partitioner.storage.checkpoint.quantized_tensors import Quantized, find_quantized, quantization_fields
 from partitioner.storage.checkpoint.recording_tensor import RecordingTensor
 from partitioner.storage.checkpoint.strided_windows import Moved
@@ -71,6 +72,7 @@ def open_checkpoint(folder: str | Path, *, dtype: torch.dtype | None = None, map
     _require_few_layers(path, config, len(stored))
     model, info = _load(model_class, config, stored, dtype or "auto")
     _require_complete(path, model, info, files.entries)
+    _require_numbers(path, model)
     moved, computed, cast = _take_recording_tensors(model)
     if model.can_generate() and (path / "generation_config.json").exists():
         model.generation_config = _generation_config(path / "generation_config.json")
@@ -230,6 +232,18 @@ def _require_complete(path: Path, model: PreTrainedModel, info: Any, stored: Col
             f"{path} lacks {len(missing)} weights of {name}: {', '.join(said)}{_more(missing)}; transformers would "
             "draw them at random: complete the checkpoint, or name the class it was saved from in 'architectures'"
         )
+
+
+def _require_numbers(path: Path, model: nn.Module) -> None:
+    """Codes that no configuration calls codes: transformers casts them to numbers."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, RecordingTensor) and parameter.is_floating_point():
+            stored = parameter.stored
+            if not stored.is_floating_point or stored in FLOAT8:
+                raise WeightError(
+                    f"{path}: {name!r} is stored as {str(stored).removeprefix('torch.')}, and no quantization_config "
+                    "in config.json says with which scales: add it as it was released, or save the weights in 16 bits"
+                )
 
 
 def _left_out(model: PreTrainedModel, unexpected: list[str]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,8 +45,8 @@ class Quantized:
         if not self.unused:
             return ()
         return (
-            f"{len(self.unused)} scales of quantised activations not used, {self.unused[0]!r} for one: activations are "
-            "not quantised",
+            f"{len(self.unused)} scales of quantised activations or caches not used, {self.unused[0]!r} for one: "
+            "activations are not quantised, and a cache in FP8 computes its own",
         )
 
 
@@ -133,20 +133,21 @@ class Finder:
             )
         return value[0], value[1]
 
-    def scaled(self, name: str, scales: str, block: tuple[int, int] | None, computed_in: torch.dtype | None) -> None:
-        """Codes of a byte each, and a grid of scales. `computed_in`: None for the dtype of the scales."""
+    def scaled(
+        self, name: str, scales: str, blocks: Sequence[tuple[int, int]], computed_in: torch.dtype | None
+    ) -> None:
+        """Codes of a byte each, and a grid of scales. blocks: those that the configuration has. `computed_in`: None for
+        the dtype of the scales.
+        """
         codes, scale = self.get(name, name), self.get(scales, name)
         self.require(
             codes.dtype in (*FLOAT8, torch.int8) and len(codes.shape) >= 2, codes, "a matrix of float8 or int8"
         )
         self.require(scale.dtype in (*SCALES, *EXPONENTS), scale, "scales of 16 bits, 32 bits or powers of two")
-        found = _block(codes.shape, scale.shape, block)
+        found = _block(codes.shape, scale.shape, blocks)
         if found is None:
-            self.require(
-                False,
-                scale,
-                f"one scale for each {'row' if block is None else f'block of {block}'} of {name!r}, {said(codes)}",
-            )
+            each = f"block of {' or '.join(map(str, blocks))}" if blocks else "row"
+            self.require(False, scale, f"one scale for each {each} of {name!r}, {said(codes)}")
         assert found is not None
         inside = scale.dtype if computed_in is None and scale.dtype in SCALES else torch.float32
         self.found.add(Packed(name, "fp8", codes.shape, {"codes": name, "scales": scales}, found, inside))
@@ -163,17 +164,22 @@ def said(entry: Entry) -> str:
     return f"{str(entry.dtype).removeprefix('torch.')} {list(entry.shape)}"
 
 
-def _block(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, int] | None:
+def _block(
+    shape: tuple[int, ...], scales: tuple[int, ...], blocks: Sequence[tuple[int, int]]
+) -> tuple[int, int] | None:
     """The rows and columns that one scale is for; None where the shapes do not fit.
 
-    A grid of the block that the configuration names is taken so, its last blocks may be cut off; another grid must
-    divide the tensor evenly.
+    A grid of a block that the configuration names is taken so, its last blocks may be cut off; another grid must
+    divide the tensor evenly. Two blocks with the same grid do not tell which is meant, unless one is even.
     """
     *lead, rows, cols = shape
     if 0 in shape or 0 in scales:
         return None
-    if block is not None and tuple(scales) == (*lead, -(-rows // block[0]), -(-cols // block[1])):
-        return block
+    named = [each for each in blocks if tuple(scales) == (*lead, -(-rows // each[0]), -(-cols // each[1]))]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        return next((each for each in named if not (rows % each[0] or cols % each[1])), None)
     if math.prod(scales) == 1 and math.prod(lead) == 1 and len(scales) <= len(shape):
         return rows, cols
     if scales == (*lead, rows):

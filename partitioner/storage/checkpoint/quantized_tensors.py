@@ -14,7 +14,7 @@ against each other here; numbers are read only where they decide what is read of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,11 @@ from partitioner.storage.checkpoint.quantized_finder import FLOAT8, SCALES, Find
 from partitioner.storage.json_fields import read_fields
 from runtime.weights.quantized.packed import Packed
 from runtime.weights.safetensors_files import TensorFiles
+
+_COMPRESSED = (
+    "dense", "float-quantized", "int-quantized", "mixed-precision", "mxfp8-quantized", "naive-quantized",
+    "pack-quantized",
+)  # fmt: skip
 
 __all__ = ["METHODS", "Quantized", "checkpoint_files", "find_quantized", "quantization_fields"]
 
@@ -75,15 +80,19 @@ def find_quantized(files: TensorFiles, fields: Mapping[str, Any], where: str) ->
 
 
 def _fp8(finder: Finder) -> None:
-    block = finder.block_of("weight_block_size")
+    blocks = _given(finder.block_of("weight_block_size", [128, 128]))  # transformers' default too
     for name in finder.ending("_scale_inv"):
-        finder.scaled(name, name + "_scale_inv", block, torch.float32)
+        finder.scaled(name, name + "_scale_inv", blocks, torch.float32)
     for suffix in (".scale", ".qscale_weight"):
         for owner in finder.ending(suffix):
             codes = finder.files.entries.get(f"{owner}.weight")
             if codes is not None and codes.dtype in FLOAT8:
-                finder.scaled(codes.name, owner + suffix, block, torch.float32)
+                finder.scaled(codes.name, owner + suffix, blocks, torch.float32)
     finder.unused(".activation_scale", ".input_scale", ".qscale_act")
+
+
+def _given(*blocks: tuple[int, int] | None) -> tuple[tuple[int, int], ...]:
+    return tuple(block for block in blocks if block is not None)
 
 
 def _compressed(finder: Finder) -> None:
@@ -98,15 +107,23 @@ def _compressed(finder: Finder) -> None:
     weights = [
         group["weights"] for group in groups if isinstance(group, dict) and isinstance(group.get("weights"), dict)
     ]
-    blocks = {finder.pair(each.get("block_structure"), "block_structure") for each in weights} - {None}
-    block = blocks.pop() if len(blocks) == 1 else None
+    for form in (finder.fields.get("format"), *(group.get("format") for group in groups if isinstance(group, dict))):
+        if form is not None and form not in _COMPRESSED:
+            raise CaptureError(
+                f"{finder.where}: compressed-tensors of format {str(form)[:100]!r}; those that can be read by parts: "
+                f"{', '.join(_COMPRESSED)}; dequantise the model and save that"
+            )
+    structures = {finder.pair(each.get("block_structure"), "block_structure") for each in weights}
+    blocks = _given(*sorted(structures - {None}))  # type: ignore[type-var]
+    sizes = {finder.integer(each, "group_size", -1) for each in weights if each.get("group_size") is not None} - {-1}
     packed = finder.ending(".weight_packed")
     if packed:
         for each in weights:
             if each.get("type") == "int" and each.get("num_bits") != 8:
                 finder.four_bits(each, "num_bits")
+    has_zeros = bool(weights) and all(each.get("symmetric") is False for each in weights)
     for owner in packed:
-        _compressed_words(finder, owner)
+        _compressed_words(finder, owner, sizes, has_zeros=has_zeros)
     for owner in finder.ending(".weight_scale"):
         if f"{owner}.weight_packed" not in finder.files.entries:
             if f"{owner}.weight_zero_point" in finder.files.entries:
@@ -114,12 +131,15 @@ def _compressed(finder: Finder) -> None:
                     f"{finder.where}: {owner + '.weight_zero_point'!r}: codes of a byte with zero points cannot be "
                     "read by parts; dequantise the model and save that"
                 )
-            finder.scaled(f"{owner}.weight", f"{owner}.weight_scale", block, None)
+            finder.scaled(f"{owner}.weight", f"{owner}.weight_scale", blocks, None)
     finder.unused(".input_scale", ".input_zero_point", ".output_scale", ".input_global_scale")
     finder.unused(".k_scale", ".v_scale")
 
 
-def _compressed_words(finder: Finder, owner: str) -> None:
+def _compressed_words(finder: Finder, owner: str, sizes: Set[int], *, has_zeros: bool) -> None:
+    """`sizes`: of the groups that the configuration has; several where its modules differ. has_zeros: whether all have
+    zero points.
+    """
     name = f"{owner}.weight"
     if f"{owner}.weight_global_scale" in finder.files.entries:
         raise CaptureError(
@@ -133,19 +153,26 @@ def _compressed_words(finder: Finder, owner: str) -> None:
         true_shape.shape == (2,) and true_shape.dtype in (torch.int32, torch.int64), true_shape, "two whole numbers"
     )
     rows, cols = map(int, finder.numbers(true_shape))
+    if cols > 0 and codes.shape[1] == -(-cols // 4) != -(-cols // 8):
+        raise CaptureError(
+            f"{finder.where}: {codes.name!r} holds codes of 8 bits in words: only 4 bits can be read so by parts; "
+            "dequantise the model and save that"
+        )
     finder.require(
         rows == codes.shape[0] > 0 and cols > 0 and -(-cols // 8) == codes.shape[1],
         codes,
         f"int32 of {[rows, cols]} codes, eight a word, as {true_shape.name!r} says",
     )
     groups = scales.shape[1] if len(scales.shape) == 2 else 0
+    fitting = [size for size in sizes if -(-cols // size) == groups] or ([cols] if groups == 1 else [])
     finder.require(
-        scales.dtype in SCALES and scales.shape[:1] == (rows,) and groups > 0 and cols % groups == 0,
+        scales.dtype in SCALES and scales.shape[:1] == (rows,) and len(fitting) == 1,
         scales,
-        f"scales of 16 or 32 bits, {rows} rows with one for each group of the {cols} columns",
+        f"scales of 16 or 32 bits, {rows} rows with one for each group of the {cols} columns, of "
+        f"{' or '.join(map(str, sorted(sizes))) or cols}",
     )
     parts = {"codes": codes.name, "scales": scales.name}
-    if f"{owner}.weight_zero_point" in finder.files.entries:
+    if has_zeros or f"{owner}.weight_zero_point" in finder.files.entries:
         zeros = finder.get(f"{owner}.weight_zero_point", name)
         finder.require(
             zeros.dtype == torch.int32 and zeros.shape == (-(-rows // 8), groups),
@@ -153,7 +180,7 @@ def _compressed_words(finder: Finder, owner: str) -> None:
             f"int32 {[-(-rows // 8), groups]}",
         )
         parts["zeros"] = zeros.name
-    packed = Packed(name, "packed", (rows, cols), parts, (1, cols // groups), scales.dtype)
+    packed = Packed(name, "packed", (rows, cols), parts, (1, fitting[0]), scales.dtype)
     finder.found.add(_ordered(finder, packed, f"{owner}.weight_g_idx"), true_shape.name)
 
 
@@ -185,21 +212,38 @@ def _awq(finder: Finder) -> None:
 
 def _gptq(finder: Finder) -> None:
     finder.four_bits(finder.fields, "bits")
-    form = finder.one_of("checkpoint_format", "gptq", ("gptq", "gptq_v2"))
+    known = ("gptq", "gptq_v2")
+    form = finder.one_of("checkpoint_format", finder.one_of("format", "gptq", known), known)
+    if finder.fields.get("is_marlin_format"):
+        raise CaptureError(
+            f"{finder.where}: GPTQ in marlin's order cannot be read by parts; take the checkpoint from before it was "
+            "rearranged, or dequantise it and save that"
+        )
     _words(finder, form, in_rows=True)
 
 
 def _words(finder: Finder, form: str, *, in_rows: bool) -> None:
-    """Linears of codes in words of eight; `in_rows`: of eight inputs of one output, else of eight outputs."""
-    size = finder.integer(finder.fields, "group_size", 128)
+    """Linears of codes in words of eight; `in_rows`: of eight inputs of one output, else of eight outputs.
+
+    Where the configuration has other sizes of groups for some modules (`dynamic`), the shapes say which.
+    """
+    size, differs = finder.integer(finder.fields, "group_size", 128), bool(finder.fields.get("dynamic"))
     for owner in finder.ending(".qweight"):
         name = f"{owner}.weight"
         codes, zeros, scales = (finder.get(f"{owner}.{role}", name) for role in ("qweight", "qzeros", "scales"))
         finder.require(
             codes.dtype == torch.int32 and len(codes.shape) == 2 and 0 not in codes.shape, codes, "int32 [K, N]"
         )
+        if differs and len(zeros.shape) == len(scales.shape) == 2 and zeros.shape[1] * 8 > scales.shape[1] + 7:
+            bits = zeros.shape[1] * 32 // max(scales.shape[1], 1)
+            raise CaptureError(
+                f"{finder.where}: {codes.name!r} is quantised to {bits} bits, other modules to 4: only 4 bits can be "
+                "read by parts; dequantise it and save that"
+            )
         cols, rows = (codes.shape[0] * 8, codes.shape[1]) if in_rows else (codes.shape[0], codes.shape[1] * 8)
         group = cols if size == -1 else size
+        if differs and len(scales.shape) == 2 and scales.shape[0] and cols % scales.shape[0] == 0:
+            group = cols // scales.shape[0]
         groups = -(-cols // group)
         finder.require(
             scales.dtype in SCALES and scales.shape == (groups, rows),

@@ -84,6 +84,15 @@ class StoredForm:
     def num_dims(self) -> int:
         return len(self.moved.shape)
 
+    def scale_blocks(self) -> tuple[Tensor, Tensor]:
+        """See `partitioner.program.program.HeldForm`."""
+        *lead, outputs, inputs = self.moved.shape
+        rows = torch.zeros(*(1 for _ in lead), outputs, dtype=torch.int64)
+        for window in self.moved.block((*((0, 1) for _ in lead), (0, outputs), (0, inputs))):
+            list(self._rows_of(window, [0] * rows.ndim, rows))
+        columns, _ = self._columns(None)
+        return torch.unique(rows, return_inverse=True)[1].reshape(-1), columns.long()
+
     def shards(self, shard: WeightShard) -> tuple[dict[str, WeightShard | None], dict[str, Tensor]]:
         """What a rank holds of a weight of which `shard` is its part, by role; and the data of what no file holds."""
         mine = inputs_last(shard, self.turned)

@@ -11,7 +11,8 @@
     held-int4           codes [.., N, K/2]  scales, zeros [R, G] or none                       4 bits, two a byte
 
 fp8: arXiv:2412.19437, section 3.3. mxfp4: OCP Microscaling Formats (MX) 1.0. awq: arXiv:2306.00978, packed
-by AutoAWQ. gptq: arXiv:2210.17323, packed by AutoGPTQ; its zeros are stored less one, those of gptq_v2 as they are.
+by AutoAWQ. gptq: arXiv:2210.17323, packed by AutoGPTQ; its zeros are stored less one, word by word, those of
+gptq_v2 as they are.
 packed: compressed-tensors, "pack-quantized". held-..: what a rank holds as stored
 (`runtime.ops.kernels.stored.stored_linear`).
 """
@@ -33,6 +34,9 @@ __all__ = ["FORMATS", "Format", "expand"]
 
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in a word the codes of eight outputs are."""
+
+_ONES = 0x11111111
+"""One in each of the eight codes of a word."""
 
 Read = Callable[[Packed, Raw, Block], Tensor]
 
@@ -106,9 +110,11 @@ def _gptq_codes(packed: Packed, raw: Raw, box: Block) -> Tensor:
     return nibbles(raw("codes", (_words(cols), rows)).T, *cols)
 
 
-def _gptq_zeros(packed: Packed, raw: Raw, grid: Block, *, stored_less: int) -> Tensor:
+def _gptq_zeros(packed: Packed, raw: Raw, grid: Block, *, less: int) -> Tensor:
+    """`less`: what was taken from each zero, of whole words: a zero of 0 has borrowed from the next one in its word."""
     rows, groups = grid
-    return nibbles(raw("zeros", (groups, _words(rows))), *rows).T + stored_less
+    words = raw("zeros", (groups, _words(rows))).long() + less * _ONES
+    return nibbles(torch.where(words >= 2**31, words - 2**32, words).to(torch.int32), *rows).T
 
 
 def _packed_codes(packed: Packed, raw: Raw, box: Block) -> Tensor:
@@ -136,8 +142,8 @@ FORMATS: dict[str, Format] = {
     "fp8": Format(_plain, _scales, None, "float8"),
     "mxfp4": Format(_float4, _scales, None, "float4"),
     "awq": Format(_awq_codes, _turned_scales, _awq_zeros, "int4", turned=True),
-    "gptq": Format(_gptq_codes, _turned_scales, functools.partial(_gptq_zeros, stored_less=1), "int4", turned=True),
-    "gptq_v2": Format(_gptq_codes, _turned_scales, functools.partial(_gptq_zeros, stored_less=0), "int4", turned=True),
+    "gptq": Format(_gptq_codes, _turned_scales, functools.partial(_gptq_zeros, less=1), "int4", turned=True),
+    "gptq_v2": Format(_gptq_codes, _turned_scales, functools.partial(_gptq_zeros, less=0), "int4", turned=True),
     "packed": Format(_packed_codes, _scales, _packed_zeros, "int4"),
     "held-float8": Format(_plain, _scales, None, "float8"),
     "held-float4": Format(_held_codes, _scales, None, "float4"),

@@ -57,6 +57,19 @@ def test_fit_says_yes_no_and_wrong_call(tmp_path: Path) -> None:
     assert "unknown device" in said
 
 
+def test_fit_of_weights_as_they_are_released() -> None:
+    shapes = Path(__file__).parents[3] / "benchmarks" / "planning" / "shapes"
+    both = [f"config:{shapes / name}.json" for name in ("gpt-oss-120b", "llama-3.1-8b")]
+    code, said = run("fit", *both, "--gpus", "2xH100", "--weights-only")
+    (row,) = (line for line in said.splitlines() if "gpt-oss-120b" in line)
+    assert code == 1
+    assert row.replace("│", " ").split() == ["gpt-oss-120b", "233.7", "GB", "3", "no", "65.2", "GB", "1", "yes"]
+    assert run("fit", *both, "--gpus", "2xH100", "--weights-only", "--weights", "stored")[0] == 0
+    code, said = run("fit", both[1], "--gpus", "2xH100", "--weights-only", "--weights", "stored")
+    assert code == 2
+    assert "no quantization_config" in said
+
+
 def test_fit_names_the_fewest_cards() -> None:
     code, said = run("fit", MODEL, "--gpus", "2xH100", "--json")
     assert code == 0

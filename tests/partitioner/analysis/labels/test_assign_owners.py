@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from partitioner.analysis.labels.assign_owners import Owned, dealt_indices, divide, index_set
+from partitioner.analysis.labels.assign_owners import Owned, dealt_indices, divide, even_sizes, index_set
 from partitioner.analysis.labels.index_sets import Lattice
 from partitioner.sharding.index_set import IndexSet
 
@@ -39,8 +39,7 @@ def test_a_run_is_dealt_as_its_labels_one_by_one_would_be(count: int, ranks: int
     places = divide(atoms, [0.0] * count, ranks, lambda label: 8.0)
     for atom, rank in zip(atoms, places, strict=True):
         single.give(atom, rank)
-    found = run.give_runs([range(1, count + 1)], ranks)
-    assert found is not None
+    found = run.give_runs([range(1, count + 1)], even_sizes(count, ranks))
     assert found.tolist() == places
     assert run.sets(0, count + 2, ranks) == single.sets(0, count + 2, ranks)
 
@@ -48,6 +47,6 @@ def test_a_run_is_dealt_as_its_labels_one_by_one_would_be(count: int, ranks: int
 def test_a_run_that_is_dealt_in_part_already_is_left() -> None:
     owned = Owned(Lattice(), 5)
     owned.give(frozenset({3}), 1)
-    assert owned.give_runs([range(5)], 2) is None
-    assert owned.give_runs([range(2)], 3) is None  # fewer than ranks
-    assert owned.sets(0, 5, 2) == (IndexSet(()), IndexSet(((3, 4),)))
+    assert not owned.can_give_runs([range(5)], 2)
+    assert owned.can_give_runs([range(3)], 2)
+    assert not owned.can_give_runs([range(2)], 3)  # fewer than ranks

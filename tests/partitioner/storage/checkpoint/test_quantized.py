@@ -301,7 +301,19 @@ def test_damaged_words_are_refused_by_name(tmp_path: Path, form: str, part: str,
         ("awq", {"version": "gemv"}, r"version='gemv'; those that can be read by parts: gemm"),
         ("gptq", {"group_size": -7}, r"group_size .* whole number of at least 1, got '-7'"),
         ("gptq", {"checkpoint_format": "marlin"}, r"checkpoint_format='marlin'"),
+        ("gptq", {"format": "marlin"}, r"format='marlin'; those that can be read by parts: gptq, gptq_v2"),
+        ("gptq", {"is_marlin_format": True}, r"GPTQ in marlin's order"),
         ("packed", {"sparsity_config": {"format": "sparse-24"}}, r"weights with a sparsity_config"),
+        ("packed", {"format": "mxfp4-pack-quantized"}, r"of format 'mxfp4-pack-quantized'; those that can"),
+        (
+            "packed",
+            {
+                "config_groups": {
+                    "all": {"weights": {"type": "int", "num_bits": 4, "group_size": 32, "symmetric": False}}
+                }
+            },
+            r"lacks '.*weight_zero_point'",
+        ),
     ],
 )
 def test_variants_that_cannot_be_read_are_refused_by_name(
@@ -315,6 +327,93 @@ def test_variants_that_cannot_be_read_are_refused_by_name(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises((WeightError, CaptureError), match=message):
         open_checkpoint(tmp_path)
+
+
+def linear(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], **fields: Any) -> Any:
+    """What is found in a folder of these tensors."""
+    quantise.write(folder, tensors)
+    return find_quantized(TensorFiles(folder), {**config, **fields}, "here").packed["up_proj.weight"]
+
+
+def test_groups_are_of_the_size_that_the_configuration_has(tmp_path: Path) -> None:
+    """Four groups of 32, the last one cut off, are not four of 28; of several sizes the one that fits is taken."""
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    pack, config = quantise.FORMATS["packed"]
+    tensors = pack("up_proj", weight)
+    tensors |= {
+        "up_proj.weight_packed": tensors["up_proj.weight_packed"][:, :14],
+        "up_proj.weight_shape": torch.tensor([8, 112]),
+    }
+    assert linear(tmp_path, tensors, config).block == (1, 32)
+    both = {size: {"weights": {"type": "int", "num_bits": 4, "group_size": size}} for size in (32, 64)}
+    assert linear(tmp_path, tensors, config, config_groups=both).block == (1, 32)
+    alike = {size: {"weights": {"type": "int", "num_bits": 4, "group_size": size}} for size in (32, 30)}
+    with pytest.raises(WeightError, match=r"weight_scale' is .*one for each group of the 112 columns, of 30 or 32"):
+        linear(tmp_path, tensors, config, config_groups=alike)
+    words = tensors | {"up_proj.weight_packed": torch.zeros(8, 28, dtype=torch.int32)}
+    with pytest.raises(CaptureError, match=r"'up_proj.weight_packed' holds codes of 8 bits in words"):
+        linear(tmp_path, words, config)
+
+
+def test_blocks_are_of_the_size_that_the_configuration_has(tmp_path: Path) -> None:
+    """Five blocks of 128 rows, of which the last is cut off, are not five of 120; transformers' default is 128."""
+    tensors = {
+        "up_proj.weight": torch.zeros(600, 128).to(torch.float8_e4m3fn),
+        "up_proj.weight_scale_inv": torch.ones(5, 1),
+    }
+    for fields in ({}, {"weight_block_size": [128, 128]}):
+        assert linear(tmp_path, tensors, {"quant_method": "fp8"}, **fields).block == (128, 128)
+    tensors["up_proj.weight_scale"] = tensors.pop("up_proj.weight_scale_inv")
+    config = quantise.FORMATS["fp8-channel"][1]
+    groups = [{"weights": {"type": "float", "num_bits": 8, "block_structure": [rows, 128]}} for rows in (128, 125)]
+    with pytest.raises(WeightError, match=r"one scale for each block of \(125, 128\) or \(128, 128\)"):
+        linear(tmp_path, tensors, config, config_groups=dict(enumerate(groups)))
+
+
+def test_gptq_whose_modules_differ(tmp_path: Path) -> None:
+    pack, config = quantise.FORMATS["gptq"]
+    tensors = pack("up_proj", torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
+    dynamic = {"+:.*up_proj": {"group_size": 32}}
+    assert linear(tmp_path, tensors, config, group_size=128, dynamic=dynamic).block == (1, 32)
+    tensors["up_proj.qzeros"] = torch.zeros(2, 4, dtype=torch.int32)
+    with pytest.raises(CaptureError, match=r"'up_proj.qweight' is quantised to 8 bits, other modules to 4"):
+        linear(tmp_path, tensors, config, dynamic=dynamic)
+
+
+def test_gptq_of_the_second_version_by_its_older_name(tmp_path: Path) -> None:
+    pack, config = quantise.FORMATS["gptq"]
+    tensors = pack("up_proj", torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
+    assert linear(tmp_path, tensors, config, format="gptq_v2").format == "gptq_v2"
+    assert linear(tmp_path, tensors, config).format == "gptq"
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8])
+def test_codes_that_no_configuration_names_are_refused(tmp_path: Path, kind: torch.dtype) -> None:
+    """transformers casts them to numbers, without their scales."""
+    tensors = stored(quantised("llama", "fp8")[0])
+    for name in [name for name in tensors if f"{name}_scale_inv" in tensors]:
+        tensors[name] = tensors[name].float().to(kind)
+    folder = copied(tmp_path, tensors)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightError, match=r"weight' is stored as \w+, and no quantization_config in config.json says"):
+        open_checkpoint(folder)
+
+
+def test_layers_that_predict_further_tokens_are_left_out_and_told(tmp_path: Path) -> None:
+    folder = quantised("deepseek_v3", "fp8")[0]
+    tensors = stored(folder)
+    tensors |= {
+        name.replace(".layers.1.", ".layers.2."): t.clone() for name, t in tensors.items() if ".layers.1." in name
+    }
+    tensors["model.layers.2.eh_proj.weight"] = torch.zeros(64, 128)
+    for file in folder.glob("*.json"):
+        (tmp_path / file.name).write_text(file.read_text())
+    quantise.write(tmp_path, tensors)
+    opened = open_checkpoint(tmp_path)
+    assert any("not loaded" in note and "model.layers.2." in note for note in opened.notes)
+    assert not list(differences(opened, dequantised("deepseek_v3", "fp8")))
 
 
 def test_modules_that_were_not_converted_stay_as_they_are() -> None:
