@@ -38,16 +38,17 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few_rows, "LEAST_PRODUCTS", 0)
 
 
-def made(rows: int, columns: int, inner: int, *, gap: int = 0, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def made(
+    rows: int, columns: int, inner: int, *, gap: int = 0, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     """x, weight and bias; gap: between the rows of both."""
     random = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, inner + gap, generator=random)[:, :inner]
-    weight = torch.randn(columns, inner + gap, generator=random)[:, :inner]
-    return x, weight, torch.randn(columns, generator=random)
+    x, weight, bias = (torch.randn(each, inner + gap, generator=random).to(dtype) for each in (rows, columns, columns))
+    return x[:, :inner], weight[:, :inner], bias[:, 0].contiguous()
 
 
 def kernel(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    out = torch.full((len(x), len(weight) + 3), float("nan"))
+    out = torch.full((len(x), len(weight) + 3), float("nan"), dtype=x.dtype)
     multiplied(x, weight, bias, out=out[:, : len(weight)])
     assert out[:, len(weight) :].isnan().all()
     return out[:, : len(weight)].clone()
@@ -59,17 +60,22 @@ def off(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     exact = functional.linear(*wide)  # type: ignore[arg-type]
     most = functional.linear(*(None if each is None else each.abs() for each in wide))  # type: ignore[arg-type]
     steps = min(MOST_SUMMED, x.shape[1]) + x.shape[1] / MOST_SUMMED + 4
-    return float(((found.double() - exact).abs() / (most * ROUNDING * steps + 1e-30)).max())
+    most *= ROUNDING * steps
+    if found.dtype == torch.bfloat16:
+        most += (exact.abs() + most) * 2.0**-8
+    return float(((found.double() - exact).abs() / (most + 1e-30)).max())
 
 
 @needs_kernel
 @settings(max_examples=120, deadline=None)
 @given(
-    st.integers(1, MOST_ROWS + 2), st.integers(1, 70), st.integers(1, 1100), st.integers(0, 9), st.booleans(),
-    st.integers(1, 3),
+    st.integers(1, 300), st.integers(1, 70), st.integers(1, 1100), st.integers(0, 9), st.booleans(),
+    st.integers(1, 3), st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
-def test_any_sizes(rows: int, columns: int, inner: int, gap: int, has_bias: bool, threads: int) -> None:
-    x, weight, bias = made(rows, columns, inner, gap=gap, seed=rows + columns)
+def test_any_sizes(
+    rows: int, columns: int, inner: int, gap: int, has_bias: bool, threads: int, dtype: torch.dtype
+) -> None:
+    x, weight, bias = made(rows, columns, inner, gap=gap, seed=rows + columns, dtype=dtype)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -108,7 +114,8 @@ def test_threads_and_neighbours_change_no_bit(rows: int) -> None:
 
 @needs_kernel
 @pytest.mark.parametrize(("rows", "inner"), [(1, 13), (3, 1021), (4, 8), (6, 100), (15, 33), (24, 513), (40, 7)])
-def test_nothing_behind_a_tensor_is_read(rows: int, inner: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_behind_a_tensor_is_read(rows: int, inner: int, dtype: torch.dtype) -> None:
     def at_the_end(of: Tensor) -> tuple[Tensor, mmap.mmap]:
         """A copy that ends where memory ends that may be read."""
         size = -(-of.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -116,10 +123,10 @@ def test_nothing_behind_a_tensor_is_read(rows: int, inner: int) -> None:
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         protect = ctypes.CDLL(None, use_errno=True).mprotect
         assert protect(ctypes.c_void_p(address + size), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
-        copy = torch.frombuffer(memory, dtype=torch.float32, count=of.numel(), offset=size - of.nbytes).view(of.shape)
+        copy = torch.frombuffer(memory, dtype=of.dtype, count=of.numel(), offset=size - of.nbytes).view(of.shape)
         return copy.copy_(of), memory
 
-    x, weight, bias = made(rows, 11, inner)
+    x, weight, bias = made(rows, 11, inner, dtype=dtype)
     (own_x, _), (own_weight, _), (own_bias, _) = map(at_the_end, (x, weight, bias))
     assert torch.equal(kernel(own_x, own_weight, own_bias), kernel(x, weight, bias))
 
@@ -139,6 +146,17 @@ def test_inputs_of_any_dims_and_strides() -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("rows", [1, 3, 96])
+def test_bfloat16_is_rounded_once_to_the_nearest(rows: int) -> None:
+    random = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 1 << 16, (rows + 2000,), generator=random) - (1 << 15)
+    x, weight = bits.to(torch.int16).view(torch.bfloat16)[:, None].split([rows, 2000])
+    # products of two are float32's
+    wanted = (x.float() * weight.float().t()).bfloat16()
+    torch.testing.assert_close(kernel(x, weight), wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_kernel
 @pytest.mark.usefixtures("every_size")
 def test_what_is_torchs() -> None:
     x, weight, bias = made(4, 32, 64)
@@ -147,10 +165,10 @@ def test_what_is_torchs() -> None:
     wanting = weight.clone().requires_grad_()
     others: list[tuple[Tensor, Tensor]] = [
         (x.double(), weight.double()),
-        (x.bfloat16(), weight.bfloat16()),
+        (x.half(), weight.half()),
         (x, torch.randn(64, 32).t()),
         (x[:0], weight),
-        (torch.randn(MOST_ROWS + 1, 64), weight),
+        (torch.randn(MOST_ROWS[torch.float32] + 1, 64), weight),
         (fake.from_tensor(x), fake.from_tensor(weight)),
         (x.to("meta"), weight.to("meta")),
     ]
@@ -168,6 +186,8 @@ def test_what_is_torchs() -> None:
     for wrong in (torch.randn(4, 63), torch.randn(4, 65)):
         with pytest.raises(RuntimeError, match="mat1 and mat2 shapes"):
             linear(wrong, weight)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        linear(x.bfloat16(), weight)
 
 
 @needs_kernel
@@ -209,7 +229,7 @@ def other_threads(monkeypatch: pytest.MonkeyPatch, _: Path) -> None:
     ("spoil", "why"),
     [
         (no_compiler, r"no C\+\+ compiler found \(no-such-compiler\)"),
-        (other_processor, r"no AVX2 \(torch finds DEFAULT\)"),
+        (other_processor, r"for CPUs with AVX2 \(torch finds DEFAULT\)"),
         (other_threads, "GOMP_parallel"),
     ],
 )
@@ -242,6 +262,7 @@ def graph_of_linear() -> fx.Graph:
     ("weight", "is_ours"),
     [
         (torch.randn(8, 8), True),
+        (torch.randn(8, 8).bfloat16(), True),
         (torch.randn(8, 8, dtype=torch.float64), False),
         (torch.randn(8, 8).t(), False),
         (torch.randn(8), False),
