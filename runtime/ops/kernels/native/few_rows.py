@@ -29,14 +29,15 @@ from runtime.ops.kernels.native.build_native import CannotBuild, load
 
 __all__ = ["MOST_ROWS", "linear", "may_take", "missing", "multiplied", "takes"]
 
-MOST_ROWS = {torch.float32: 128, torch.bfloat16: 1 << 60}
+MOST_ROWS = {torch.float32: 512, torch.bfloat16: 1 << 60}
 """Beyond, torch's product is as fast. Measured on Zen 3 with matrices of 128 x 128 to 4096 x 4096, times as fast as
-torch's: float32 1.1 to 1.3 at 1 row, 1.6 to 3 at 4, 1.5 to 2.5 at 16, 1.1 to 1.6 at 64, 1.0 to 1.3 at 128; bfloat16,
+torch's: float32 1.1 to 1.3 at 1 row, 1.6 to 3 at 4, 1.5 to 2.5 at 16, 1.1 to 1.6 at 64, 1.0 to 1.2 at 256; bfloat16,
 for which torch has no fast product there, 1.1 to 1.6 at 1 row, 3.5 to 4 at 4, 5.5 to 8 at more."""
 LEAST_PRODUCTS = 1 << 17
 """Multiplications; fewer take less time than to call the kernel takes longer than to call torch."""
-_PER_THREAD = 1 << 19
-"""Multiplications that are worth a thread of their own: a tenth of a millisecond's."""
+_PER_THREAD = 1 << 22
+"""What is worth a thread of its own, a tenth of a millisecond: numbers of the matrix times rows and 8 more, as many as
+could be multiplied while it is read."""
 _DTYPES = (torch.float32, torch.bfloat16)
 _FLAGS = ("-mavx2", "-mfma", "-ffp-contract=fast")
 _log = logging.getLogger("partitioner")
@@ -92,7 +93,7 @@ def _run(
 ) -> None:  # fmt: skip
     columns, inner = weight.shape
     bias = None if bias is None else bias.contiguous()
-    threads = 1 + rows * columns * inner // _PER_THREAD
+    threads = 1 + (rows + 8) * columns * inner // _PER_THREAD
     threads = 1 if threads == 1 else min(torch.get_num_threads(), threads)
     made = _kernel()(
         x.data_ptr(), rows, x_stride, weight.data_ptr(), columns, weight.stride(0),

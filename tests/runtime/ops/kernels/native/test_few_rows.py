@@ -16,10 +16,14 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from runtime.execution.executable import use_few_rows
+from partitioner import Plan, partition
+from runtime.communication.thread_communicator import ThreadGroup
+from runtime.execution.executable import build, use_few_rows
 from runtime.ops.experts import grouped_linear
 from runtime.ops.kernels.native import few_rows
 from runtime.ops.kernels.native.few_rows import MOST_ROWS, linear, multiplied, takes
+from runtime.weights.load_weights import load_weights
+from tests.support import zoo
 
 needs_kernel = pytest.mark.skipif(bool(few_rows.missing()), reason=few_rows.missing() or "it is there")
 ROUNDING = 2.0**-24
@@ -281,8 +285,8 @@ def test_graphs_with_such_weights_get_it(weight: Tensor, is_ours: bool) -> None:
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_experts(has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     random = torch.Generator().manual_seed(0)
-    counts = torch.tensor([0, 1, 200, 5, 17, 0, 60])
-    rows, weight = torch.randn(300, 96, generator=random), torch.randn(7, 40, 96, generator=random)
+    counts = torch.tensor([0, 1, 600, 5, 17, 0, 60])
+    rows, weight = torch.randn(700, 96, generator=random), torch.randn(7, 40, 96, generator=random)
     bias = torch.randn(7, 40, generator=random) if has_bias else None
     given_to: list[int] = []
     monkeypatch.setattr(
@@ -292,7 +296,33 @@ def test_experts(has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert given_to == [1, 5, 17, 60]
     wide = grouped_linear(rows.double(), weight.double(), counts, None if bias is None else bias.double())
     assert torch.allclose(found.double(), wide, rtol=1e-5, atol=1e-4)
-    assert not found[283:].any()
+    assert not found[683:].any()
     transposed = grouped_linear(rows, weight.transpose(1, 2).contiguous(), counts, bias, transposed=True)
     assert len(given_to) == 4
     assert torch.allclose(found, transposed, rtol=1e-5, atol=1e-4)
+
+
+@needs_kernel
+@pytest.mark.usefixtures("every_size")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_programs_run_by_it_where_torch_compiles_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    run = few_rows._run
+    monkeypatch.setattr(few_rows, "_run", lambda *given: (runs.append(1), run(*given)))
+    model = zoo.odd("llama")[0].to(dtype)
+    parts = partition(model, Plan())
+    ids = torch.randint(0, 100, (2, 5), generator=torch.Generator().manual_seed(0))
+    found, expected = parts.simulate(input_ids=ids), model(input_ids=ids).logits
+    program = parts.rank(0)
+    linears = [node for node in program.graph.nodes if node.target is functional.linear]
+    assert linears
+    assert len(runs) == (0 if dtype == torch.float64 else len(linears))
+    rounding = {torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
+
+    runs.clear()
+    weights = load_weights(program.weights, program.weight_data, None, torch.device("cpu"))
+    bare = build(program, ThreadGroup(program.mesh).communicator(0), torch.device("cpu"), None)
+    given_to = {"input_ids": ids, "position_ids": torch.arange(5).expand(2, 5)}
+    bare(*weights, *(given_to[each.name] for each in program.inputs))
+    assert not runs
