@@ -31,10 +31,10 @@ __all__ = ["MOST_ROWS", "linear", "may_take", "missing", "multiplied", "takes"]
 
 MOST_ROWS = {torch.float32: 512, torch.bfloat16: 1 << 60}
 """Beyond, torch's product is as fast. Measured on Zen 3 with matrices of 128 x 128 to 4096 x 4096, times as fast as
-torch's: float32 1.1 to 1.3 at 1 row, 1.6 to 3 at 4, 1.5 to 2.5 at 16, 1.1 to 1.6 at 64, 1.0 to 1.2 at 256; bfloat16,
+torch's: float32 1.05 to 1.3 at 1 row, 1.6 to 3 at 4, 1.5 to 2.5 at 16, 1.1 to 1.6 at 64, 1.0 to 1.2 at 256; bfloat16,
 for which torch has no fast product there, 1.1 to 1.6 at 1 row, 3.5 to 4 at 4, 5.5 to 8 at more."""
-LEAST_PRODUCTS = 1 << 17
-"""Multiplications; fewer take less time than to call the kernel takes longer than to call torch."""
+LEAST_PRODUCTS, LEAST_OF_ONE_ROW = 1 << 18, 1 << 20
+"""Multiplications: the kernel is called from Python, which takes longer than to call torch by what these gain."""
 _PER_THREAD = 1 << 22
 """What is worth a thread of its own, a tenth of a millisecond: numbers of the matrix times rows and 8 more, as many as
 could be multiplied while it is read."""
@@ -65,11 +65,8 @@ def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         return False
     inner = weight.shape[1]
     numbers = x.numel()
-    if (
-        not 0 < numbers <= MOST_ROWS[x.dtype] * inner
-        or numbers * weight.shape[0] < LEAST_PRODUCTS
-        or x.shape[-1] != inner
-    ):
+    least = LEAST_PRODUCTS if numbers > inner else LEAST_OF_ONE_ROW
+    if not 0 < numbers <= MOST_ROWS[x.dtype] * inner or numbers * weight.shape[0] < least or x.shape[-1] != inner:
         return False
     # what is traced, or stands for something else, is no plain tensor
     plain = type(x) is Tensor and type(weight) in (Tensor, Parameter) and x.is_cpu

@@ -40,6 +40,7 @@ def _no_grad() -> Iterator[None]:
 @pytest.fixture
 def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few_rows, "LEAST_PRODUCTS", 0)
+    monkeypatch.setattr(few_rows, "LEAST_OF_ONE_ROW", 0)
 
 
 def made(
@@ -196,9 +197,8 @@ def test_what_is_torchs() -> None:
 
 @needs_kernel
 def test_small_products_are_torchs() -> None:
-    x, weight, _ = made(1, 32, 64)
-    assert not takes(x, weight)
-    assert takes(*made(1, 2048, 64)[:2])
+    for rows, columns, is_taken in ((4, 512, False), (4, 1024, True), (1, 8192, False), (1, 16384, True)):
+        assert takes(*made(rows, columns, 64)[:2]) is is_taken
 
 
 @pytest.fixture
