@@ -29,7 +29,7 @@ from partitioner.errors import PartitionerError
 from partitioner.program.plan import Plan
 from partitioner.storage.bundle.bundle import Bundle, load
 from partitioner.storage.recognise import MANIFEST
-from runtime.communication.shared_memory.own_folder import NotOurs, OwnFolder
+from runtime.ops.kernels.native.own_folder import NotOurs, OwnFolder
 from runtime.weights.read_shards import Reader
 
 __all__ = ["NO_CACHE", "cache_folder", "find", "found_or_kept", "keep", "key_of"]

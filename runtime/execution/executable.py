@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from runtime.communication.communicator import Binder, Communicator
 from runtime.execution.fusion.few_tokens import for_single_tokens
@@ -34,13 +35,14 @@ from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import all_reduce
 from runtime.ops.communicating import COMMUNICATING, read_call
 from runtime.ops.experts import limit_experts
+from runtime.ops.kernels.native import few_rows
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.state import cache_append, state_read, state_write
 from runtime.ops.state.latent_attention import latent_attention
 from runtime.ops.state.latent_sequence_attention import latent_sequence_attention
 from runtime.program.rank_program import RankProgram
 
-__all__ = ["Executable", "build", "failing_node"]
+__all__ = ["Executable", "build", "failing_node", "use_few_rows"]
 
 # operations that always return memory of their own, which a collective may therefore overwrite
 _FRESH = frozenset({"add", "addmm", "baddbmm", "bmm", "embedding", "linear", "matmul", "mm", "mul"})
@@ -76,6 +78,8 @@ class Executable:
         self.weights, self.profiler = weights, profiler
         overflow = Overflow() if profiler is None else profiler.overflow
         self._graph = bound_graph(program, communicator, device, cache, overflow)
+        if device.type == "cpu" and not captured:
+            use_few_rows(self._graph, weights)
         self._runs = fused(self._graph) if captured or device.type == "cuda" else self._graph
         if captured:
             length = None if cache is None else lambda: cache.max_length
@@ -213,6 +217,15 @@ def bound_graph(
                 new.args = fx.node.map_aggregate(new.args, lambda leaf: _moved(leaf, device))
                 new.kwargs = fx.node.map_aggregate(new.kwargs, lambda leaf: _moved(leaf, device))
     return graph
+
+
+def use_few_rows(graph: fx.Graph, weights: Sequence[Tensor]) -> None:
+    """Puts linears that read their weights faster in the place of torch's, which what torch compiles keeps."""
+    if not any(few_rows.may_take(weight) for weight in weights) or few_rows.missing():
+        return
+    for node in graph.nodes:
+        if node.target is functional.linear:
+            node.target = few_rows.linear
 
 
 def failing_node(error: BaseException) -> str | None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from runtime.ops.kernels.experts import dispatch as kernels
+from runtime.ops.kernels.native import few_rows
 
 __all__ = ["expert_combine", "expert_dispatch", "grouped_linear", "kept_choices", "limit_experts"]
 
@@ -77,12 +78,15 @@ def grouped_linear(
         if not count:
             continue
         mine, into = rows[start : start + count], out[start : start + count]
-        if not in_place:
-            into.copy_(functional.linear(mine, matrix[i].transpose(0, 1), None if bias is None else bias[i]))
-        elif bias is None:
+        own_bias = None if bias is None else bias[i]
+        if not transposed and few_rows.takes(mine, weight[i], own_bias):
+            few_rows.multiplied(mine, weight[i], own_bias, out=into)
+        elif not in_place:
+            into.copy_(functional.linear(mine, matrix[i].transpose(0, 1), own_bias))
+        elif own_bias is None:
             torch.mm(mine, matrix[i], out=into)
         else:
-            torch.addmm(bias[i], mine, matrix[i], out=into)
+            torch.addmm(own_bias, mine, matrix[i], out=into)
         start += count
     out[start:].zero_()
     return out

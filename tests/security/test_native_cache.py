@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from runtime.communication.shared_memory import build_native
-from runtime.communication.shared_memory.build_native import _name, load
+from runtime.communication.shared_memory import shared_memory
+from runtime.ops.kernels.native import build_native
+from runtime.ops.kernels.native.build_native import _name, load
 
-SOURCE = Path(build_native.__file__).with_name("shared_memory.cpp")
+SOURCE = Path(shared_memory.__file__).with_name("shared_memory.cpp")
 NAME = _name([SOURCE])
 STRANGER = 65534
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -111,7 +112,7 @@ PLANTS = [
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
 def test_a_planted_library_does_not_run(plant: Callable[[Path, Path], None], planted: Path, cache: Path) -> None:
     plant(planted, cache)
-    found = load([SOURCE.name], timeout_s=60)
+    found = load([SOURCE], timeout_s=60)
     assert not (cache.parent.parent / "trace").exists()
     assert found.library.group_advance
     assert found.seconds > 0
@@ -131,7 +132,7 @@ def test_without_a_home_nothing_is_loaded_from_where_one_stands(
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where there is neither HOME nor an account
     monkeypatch.chdir(tmp_path)
     put(planted, tmp_path / "~" / ".cache" / "torch_extensions" / "partitioner")
-    assert load([SOURCE.name], timeout_s=60).seconds > 0
+    assert load([SOURCE], timeout_s=60).seconds > 0
     assert not (tmp_path / "trace").exists()
 
 
@@ -148,7 +149,7 @@ def test_a_planted_lock_spoils_no_file(kind: str, cache: Path, tmp_path: Path) -
     else:
         os.chown(victim, STRANGER, STRANGER)
         lock.hardlink_to(victim)
-    assert load([SOURCE.name], timeout_s=60).library.group_advance
+    assert load([SOURCE], timeout_s=60).library.group_advance
     assert victim.read_text() == "precious"
 
 
@@ -157,5 +158,5 @@ def test_a_hard_link_of_our_own_is_not_truncated(cache: Path, tmp_path: Path) ->
     victim.write_text("precious")
     cache.mkdir(parents=True, mode=0o700)
     (cache / "shared_memory.lock").hardlink_to(victim)
-    load([SOURCE.name], timeout_s=60)
+    load([SOURCE], timeout_s=60)
     assert victim.read_text() == "precious"

@@ -27,9 +27,9 @@ from runtime.communication.group_collectives import PRIMITIVES
 from runtime.communication.peer_memory.choice import SIZES, Choice, Row, Way
 from runtime.communication.peer_memory.mapped_memory import Exchange
 from runtime.communication.peer_memory.peer_memory import PeerMemory
-from runtime.communication.shared_memory.build_native import cache_folder
-from runtime.communication.shared_memory.own_folder import NotOurs, OwnFolder
 from runtime.ops.communicating import Kind
+from runtime.ops.kernels.native.build_native import cache_folder
+from runtime.ops.kernels.native.own_folder import NotOurs, OwnFolder
 
 __all__ = ["candidates", "choose", "measured", "microseconds"]
 

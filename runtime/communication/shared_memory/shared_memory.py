@@ -33,14 +33,15 @@ from partitioner.errors import RankMismatch
 from runtime.communication.channels import require_piece
 from runtime.communication.group_collectives import sum_in_order
 from runtime.communication.matching_calls import Call
-from runtime.communication.shared_memory.build_native import CannotBuild, Native, load
 from runtime.communication.shared_memory.mailboxes import Mailboxes, declare
 from runtime.communication.shared_memory.patience import DISAGREE, DONE, PATIENCE_NS, Disconnected, Patience
 from runtime.communication.shared_memory.segment import Address, Segment
 from runtime.ops.communicating import Kind
+from runtime.ops.kernels.native.build_native import CannotBuild, Native, load
 
 __all__ = ["Disconnected", "SharedMemory", "Unavailable"]
 
+_SOURCES = ("shared_memory.cpp", "mailboxes.cpp")
 _TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _KINDS = [f"an all_reduce of {dtype}, elements:" for dtype in _TYPES] + ["an all_gather, bytes:"]
 
@@ -221,7 +222,7 @@ def _bytes_of_parts(num_ranks: int, slot_bytes: int) -> int:
 def _library(timeout_s: float) -> Native:
     if sys.platform != "linux":
         raise CannotBuild("it needs Linux (memfd, futex)")
-    native = load(["shared_memory.cpp", "mailboxes.cpp"], timeout_s=timeout_s)
+    native = load([Path(__file__).with_name(name) for name in _SOURCES], timeout_s=timeout_s)
     pointer, number, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library = native.library
     library.group_new.restype = pointer

@@ -1,1 +1,1 @@
-"""Attention by kernels of GPUs: torch's flash kernel, and one of ours in Triton."""
+"""Kernels of GPUs, such as torch's flash attention and one of ours in Triton, and of CPUs."""

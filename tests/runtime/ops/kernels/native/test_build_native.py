@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from runtime.communication.shared_memory.build_native import CannotBuild, Native, load
-from runtime.communication.shared_memory.own_folder import OwnFolder
+from runtime.communication.shared_memory import shared_memory
+from runtime.ops.kernels.native.build_native import CannotBuild, Native, load
+from runtime.ops.kernels.native.own_folder import OwnFolder
 
-SOURCES = ["shared_memory.cpp", "mailboxes.cpp"]
+FOLDER = Path(shared_memory.__file__).parent
+SOURCES = [FOLDER / "shared_memory.cpp", FOLDER / "mailboxes.cpp"]
 
 
 @pytest.fixture

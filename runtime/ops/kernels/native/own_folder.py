@@ -79,11 +79,12 @@ class OwnFolder:
         except FileNotFoundError:
             return None
         try:
-            # by the descriptor that was looked at
+            # by the descriptor that was looked at, which stays open: the loader takes two libraries of one path for one
             by_descriptor = Path(f"/proc/self/fd/{descriptor}")
             return ctypes.CDLL(str(by_descriptor if by_descriptor.exists() else self.path / name))
-        finally:
+        except BaseException:
             os.close(descriptor)
+            raise
 
     @contextmanager
     def locked(self, name: str, timeout_s: float) -> Iterator[None]:

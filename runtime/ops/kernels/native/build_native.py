@@ -1,6 +1,6 @@
 """C++ that comes with the package, compiled on the user's machine when it is first needed, and loaded with ctypes.
 
-load(["shared_memory.cpp"], timeout_s=60)    -> Native: the library, and the seconds that compiling took (0.0: cached)
+load([Path("some.cpp")], timeout_s=60)    -> Native: the library, and the seconds that compiling took (0.0: cached)
 
 It is kept in the user's cache (TORCH_EXTENSIONS_DIR, or torch_extensions in XDG_CACHE_HOME or ~/.cache) under a hash of
 its sources, of the headers beside them, and of how it is built. Of several processes that come at once, one compiles
@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.communication.shared_memory.own_folder import Busy, NotOurs, OwnFolder
+from runtime.ops.kernels.native.own_folder import Busy, NotOurs, OwnFolder
 
 __all__ = ["CannotBuild", "Native", "cache_folder", "load"]
 
@@ -47,19 +47,19 @@ class Native:
     """How long compiling took; 0.0 where it was in the cache."""
 
 
-def load(sources: Sequence[str], *, timeout_s: float) -> Native:
-    """One library of `sources`, files in this folder; waits for the compiler, or for who compiles, `timeout_s`.
+def load(sources: Sequence[Path], *, timeout_s: float, flags: Sequence[str] = ()) -> Native:
+    """One library of `sources`, files of one folder; waits for the compiler, or for who compiles, `timeout_s`.
 
-    A process that loads two would get the first one twice: the loader knows them by the descriptor's path.
+    flags: of the compiler, beside those that all libraries are built with.
     """
-    paths = [Path(__file__).with_name(source) for source in sources]
-    path = paths[0]
-    name = _name(paths)
+    path = sources[0]
+    flags = (*_FLAGS, *flags)
+    name = _name(sources, flags)
     try:
         with OwnFolder.open(cache_folder()) as folder, folder.locked(f"{path.stem}.lock", timeout_s):
             if (library := folder.library(name)) is not None:
                 return Native(library, 0.0)
-            with _compiled(paths, timeout_s) as (content, seconds):
+            with _compiled(sources, flags, timeout_s) as (content, seconds):
                 folder.add(name, content)
             library = folder.library(name)
             if library is None:
@@ -73,7 +73,7 @@ def load(sources: Sequence[str], *, timeout_s: float) -> Native:
             _log.warning("%s; so the library is compiled for this process alone", error)
         try:
             with tempfile.TemporaryDirectory(prefix="partitioner-") as own, OwnFolder.open(Path(own)) as folder:
-                with _compiled(paths, timeout_s) as (content, seconds):
+                with _compiled(sources, flags, timeout_s) as (content, seconds):
                     folder.add(name, content)
                 library = folder.library(name)
                 if library is None:
@@ -83,9 +83,9 @@ def load(sources: Sequence[str], *, timeout_s: float) -> Native:
             raise CannotBuild(f"{path} cannot be built or loaded: {error}") from error
 
 
-def _name(sources: Sequence[Path]) -> str:
+def _name(sources: Sequence[Path], flags: Sequence[str] = _FLAGS) -> str:
     text = b"".join(each.read_bytes() for each in (*sources, *sorted(sources[0].parent.glob("*.h"))))
-    built = repr((_FLAGS, platform.machine(), platform.libc_ver())).encode()
+    built = repr((tuple(flags), platform.machine(), platform.libc_ver())).encode()
     return f"{sources[0].stem}-{hashlib.blake2b(text + built, digest_size=10).hexdigest()}.so"
 
 
@@ -99,7 +99,7 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def _compiled(sources: Sequence[Path], timeout_s: float) -> Iterator[tuple[bytes, float]]:
+def _compiled(sources: Sequence[Path], flags: Sequence[str], timeout_s: float) -> Iterator[tuple[bytes, float]]:
     """The library's bytes, and the seconds that it took."""
     start = time.monotonic()
     given = shlex.split(os.environ.get("CXX", ""))
@@ -109,7 +109,7 @@ def _compiled(sources: Sequence[Path], timeout_s: float) -> Iterator[tuple[bytes
     with tempfile.TemporaryDirectory(prefix="partitioner-") as own, OwnFolder.open(Path(own)) as folder:
         try:
             done = subprocess.run(
-                [*found, *_FLAGS, "-o", str(Path(own, "library.so")), *map(str, sources)],
+                [*found, *flags, "-o", str(Path(own, "library.so")), *map(str, sources)],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
