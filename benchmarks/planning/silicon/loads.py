@@ -23,7 +23,7 @@ from dataclasses import replace
 
 from partitioner.planning.pricing.batching import Load, Scheduler
 
-__all__ = ["cache_dtype_of", "load_of", "requests_of", "scheduler_of"]
+__all__ = ["cache_dtype_of", "load_of", "pads_experts", "requests_of", "scheduler_of"]
 
 
 def is_inferencemax(row: Mapping[str, str]) -> bool:
@@ -45,6 +45,12 @@ def cache_dtype_of(row: Mapping[str, str], system: str) -> str | None:
         return None
     by_request = row["backend"] == "vllm" and is_inferencemax(row) and "Llama" in row["model_path"] and system == "H200"
     return "fp8" if row["backend"] == "trtllm" or by_request else None
+
+
+def pads_experts(row: Mapping[str, str]) -> bool:
+    """Whether experts are multiplied as `engine_kernels.ContiguousExperts` says."""
+    old = row["backend"] == "vllm" and row["backend_version"].startswith("0.12.")
+    return old and row["precision"] == "fp8" and int(row["moe_tp_size"] or row["tp_size"]) < 8
 
 
 def scheduler_of(row: Mapping[str, str]) -> Scheduler:
