@@ -3,8 +3,8 @@
     python -m benchmarks.planning.fit_kernels FOLDER [--write]
 
 FOLDER: an unpacked wheel of aiconfigurator-core (Apache-2.0, NVIDIA): systems/data/*/{gemm,attention,mla,moe} tables
-of three engines, of which the fastest counts; of attention, heads of 128 in groups of 2 to 16, and over latents. Needs pyarrow. Each kind
-of kernel has a grid of shares, at logarithms of sizes; a point is the median of the rows near it.
+of three engines, of which the fastest counts; of attention, heads of 128 in groups of 2 to 16, and over latents. Needs
+pyarrow. Each kind of kernel has a grid of shares, at logarithms of sizes; a point is the median of the rows near it.
 --write puts them into partitioner/planning/tables.
 """
 
@@ -177,7 +177,9 @@ def main() -> None:
             print(f"{name:10} {kind:9} {dtype:14} {len(rows):6}  {middle:6.1%} {most:7.1%} {within:7.1%}", flush=True)
             devices.setdefault(name, {}).setdefault(kind, {})[dtype] = {"axes": grid.axes, "values": grid.values}
     if given.write:
-        source = "aiconfigurator-core 0.12.0 (Apache-2.0, NVIDIA), systems/data/*/{gemm,attention,mla,moe}/*/*/*.parquet"
+        source = (
+            "aiconfigurator-core 0.12.0 (Apache-2.0, NVIDIA), systems/data/*/{gemm,attention,mla,moe}/*/*/*.parquet"
+        )
         text = json.dumps({"source": source, "made_by": "benchmarks/planning/fit_kernels.py", "devices": devices},
                           separators=(",", ":"))  # fmt: skip
         FITTED.write_text(text.replace('},"', '},\n"') + "\n", encoding="utf-8")

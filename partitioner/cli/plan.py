@@ -29,7 +29,7 @@ from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.pricing.stored_format import StoredFormat
 from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.released import released_bytes
-from partitioner.planning.search import Choice, broken_limits, search
+from partitioner.planning.search import GOALS, Choice, broken_limits, search
 from partitioner.planning.summary import summarize
 from partitioner.program.plan import WEIGHTS
 from partitioner.storage.checkpoint.open_checkpoint import can_open, open_checkpoint
@@ -59,7 +59,7 @@ def register(app: typer.Typer) -> None:
         goal: Annotated[str, typer.Option("--for", help="latency, throughput or context")] = "latency",
         ttft: Annotated[float | None, typer.Option(help="the most seconds until the first token")] = None,
         tpot: Annotated[float | None, typer.Option(help="the most seconds between two tokens")] = None,
-        top: Annotated[int, typer.Option(help="how many plans to print")] = 8,
+        top: Annotated[int, typer.Option(min=1, help="how many plans to print")] = 8,
         weights: Weights = "expanded",
         dtype: Dtype = None,
         cache_dtype: CacheDtype = None,
@@ -67,6 +67,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Rank plans for a model on a cluster by predicted times. Needs no weights and runs nothing on the cluster."""
         cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch, ttft, tpot)
+        _require(goal, weights, cache_dtype)
         summary = summarize(_model(model, dtype))
         stored = _stored(model, weights, summary.dtype)
         choice = search(summary, cluster, workload, goal=goal, stored=stored, cache_dtype=cache_dtype)
@@ -144,10 +145,17 @@ def _model(name: str, dtype: str | None) -> Any:
     return load_model(name, dtype=kind, meta=True)
 
 
-def _stored(name: str, weights: str, dtype: str) -> StoredFormat | None:
-    """How the ranks hold a checkpoint's weights; None: expanded."""
+def _require(goal: str, weights: str, cache_dtype: str | None) -> None:
+    """Before a model is traced, which takes a minute."""
+    if goal not in GOALS:
+        raise InputError(f"--for is one of {', '.join(GOALS)}; got {goal!r}")
     if weights not in WEIGHTS:
         raise InputError(f"--weights is one of {', '.join(WEIGHTS)}; got {weights!r}")
+    require_dtype(cache_dtype)
+
+
+def _stored(name: str, weights: str, dtype: str) -> StoredFormat | None:
+    """How the ranks hold a checkpoint's weights; None: expanded."""
     if weights == "expanded":
         return None
     fields = quantization_fields(load_config(fetched(name)).to_dict())
@@ -167,7 +175,7 @@ def _fit(
     weights: str,
     cache_dtype: str | None,
 ) -> dict[str, Any]:
-    require_dtype(cache_dtype)
+    _require("throughput", weights, cache_dtype)
     model = _model(name, dtype)
     kind = cluster.weakest
     own = {id(p): p.numel() * p.element_size() for p in model.parameters()}

@@ -14,7 +14,7 @@ slowest device, speak for all.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +57,13 @@ class Pricer(HeldBytes):
         kind = cluster.weakest
         super().__init__(summary, kind.usable_bytes, stored, cache_dtype)
         self.cluster, self.overhead_s = cluster, overhead_s
-        options: Any = {"overhead_s": overhead_s, "stored": stored, "cache_dtype": cache_dtype, "own": own, "kernels": kernels}
+        options: Any = {
+            "overhead_s": overhead_s,
+            "stored": stored,
+            "cache_dtype": cache_dtype,
+            "own": own,
+            "kernels": kernels,
+        }
         self._shares: Mapping[str, float] = own_shares(kind.fitted) if own and kind.fitted else {}
         self._of_expanded = None if summary.expanded is None else Pricer(summary.expanded, cluster, **options)
         known = kernels_of(kind.name, kind.bytes_per_s, kind.flops_per_s, fitted=kind.fitted)
