@@ -2,9 +2,9 @@
 
     python -m benchmarks.planning.fit_kernels FOLDER [--write]
 
-FOLDER: an unpacked wheel of aiconfigurator-core (Apache-2.0, NVIDIA): systems/data/*/{gemm,attention,moe} tables of
-three engines, of which the fastest counts; of attention, heads of 128 in groups of 2 to 16. Needs pyarrow. Each kind
-of kernel has a grid of shares, at logarithms of sizes; a point is the median of the rows near it.
+FOLDER: an unpacked wheel of aiconfigurator-core (Apache-2.0, NVIDIA): systems/data/*/{gemm,attention,mla,moe} tables
+of three engines, of which the fastest counts; of attention, heads of 128 in groups of 2 to 16, and over latents. Needs
+pyarrow. Each kind of kernel has a grid of shares, at logarithms of sizes; a point is the median of the rows near it.
 --write puts them into partitioner/planning/tables.
 """
 
@@ -31,6 +31,9 @@ ITEM = {"bfloat16": 2, "float8_e4m3fn": 1, EXPANDING: 0.5}
 LINEAR = ([0, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [8, 10, 11, 12, 13, 14, 16], [8, 10, 11, 12, 13, 14, 16])
 PREFILL = ([4, 6, 8, 9, 10, 11, 12, 13, 14], [0, 2, 3, 4, 5, 6, 7, 8, 10, 12])
 DECODE = ([4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12])
+LATENT = ([4, 6, 8, 9, 10, 11, 12, 13, 14, 15, 17], [0, 2, 3, 4, 5, 6, 7, 8, 9, 10], [0, 2, 3, 4, 5, 6, 7])
+LATENT_WIDTH, CARRIED, HEAD = 512, 64, 128 + 128
+"""Of the models whose attention over latents was measured: a latent, what is carried beside it, keys and values."""
 EXPERTS = ([-7, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 10], [0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14])
 
 Rows = list[tuple[tuple[float, ...], float]]
@@ -76,6 +79,35 @@ def attention(folder: Path, name: str, at: Kernels, *, decode: bool) -> Rows:
     return found
 
 
+def latent(folder: Path, name: str, at: Kernels) -> Rows:
+    """Of a token, with the products that take queries to latents and latents to values; as `products.latent_products`
+    counts them.
+    """
+    taken: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for op in ("mla_gen_pre", "mla_gen_post"):
+        best: dict[tuple[int, int], float] = {}
+        for row in tables(folder, name, "mla_bmm", "mla_bmm_perf.parquet"):
+            if row["op_name"] == op and row["bmm_dtype"] == "bfloat16":
+                key = (row["num_tokens"], row["num_heads"])
+                best[key] = min(row["latency"] * 1e-3, best.get(key, 1.0))
+        for key, seconds in best.items():
+            taken[key].append(seconds)
+    best_of: dict[tuple[int, int, int], list[float]] = defaultdict(list)
+    for row in tables(folder, name, "mla", "generation_mla_perf.parquet"):
+        if row["mla_dtype"] == "bfloat16" == row["kv_cache_dtype"]:
+            best_of[row["batch_size"], row["isl"] + row["step"], row["num_heads"]].append(row["latency"] * 1e-3)
+    found: Rows = []
+    for (batch, length, heads), attending in best_of.items():
+        around = taken.get((batch, heads), [])
+        if len(around) == 2:
+            made = LATENT_WIDTH * HEAD
+            flops = 2 * batch * heads * (made + length * (2 * LATENT_WIDTH + CARRIED))
+            size = 2 * (batch * length * (LATENT_WIDTH + CARRIED) + heads * made + batch * heads * (HEAD + CARRIED))
+            share = at.roofline(flops, size, "bfloat16") / (min(attending) + sum(around))
+            found.append(((length, batch, heads), share))
+    return found
+
+
 def experts(folder: Path, name: str, at: Kernels, dtype: str) -> Rows:
     """Routing as skewed as in the tables' power law; experts met are those of an even one."""
     best: dict[tuple[int, ...], list[float]] = defaultdict(list)
@@ -114,6 +146,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--dtypes", default=",".join(DTYPES.values()), help="with commas; others keep what was written")
+    parser.add_argument("--kinds", default="prefill,decode,latent,linear,experts", help="with commas; others are kept")
     parser.add_argument("--devices", default=",".join(DEVICES), help="with commas; others keep what was written")
     given = parser.parse_args()
     devices: dict[str, dict[str, dict[str, Any]]] = (
@@ -127,10 +160,13 @@ def main() -> None:
         if "bfloat16" in given.dtypes.split(","):
             kinds.append(("prefill", "bfloat16", attention(given.folder, name, at, decode=False), PREFILL))
             kinds.append(("decode", "bfloat16", attention(given.folder, name, at, decode=True), DECODE))
+            kinds.append(("latent", "bfloat16", latent(given.folder, name, at), LATENT))
         for dtype in given.dtypes.split(","):
             kinds.append(("linear", dtype, linear(given.folder, name, at, dtype), LINEAR))
             kinds.append(("experts", dtype, experts(given.folder, name, at, dtype), EXPERTS))
         for kind, dtype, rows, axes in kinds:
+            if kind not in given.kinds.split(","):
+                continue
             if len(rows) < 50:
                 print(f"{name:10} {kind:9} {dtype:14} {len(rows):6}  too few rows: no grid")
                 continue
@@ -141,7 +177,9 @@ def main() -> None:
             print(f"{name:10} {kind:9} {dtype:14} {len(rows):6}  {middle:6.1%} {most:7.1%} {within:7.1%}", flush=True)
             devices.setdefault(name, {}).setdefault(kind, {})[dtype] = {"axes": grid.axes, "values": grid.values}
     if given.write:
-        source = "aiconfigurator-core 0.12.0 (Apache-2.0, NVIDIA), systems/data/*/{gemm,attention,moe}/*/*/*.parquet"
+        source = (
+            "aiconfigurator-core 0.12.0 (Apache-2.0, NVIDIA), systems/data/*/{gemm,attention,mla,moe}/*/*/*.parquet"
+        )
         text = json.dumps({"source": source, "made_by": "benchmarks/planning/fit_kernels.py", "devices": devices},
                           separators=(",", ":"))  # fmt: skip
         FITTED.write_text(text.replace('},"', '},\n"') + "\n", encoding="utf-8")

@@ -30,7 +30,7 @@ from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.pricing.stored_format import StoredFormat
 from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.released import released_bytes
-from partitioner.planning.search import Choice, broken_limits, search
+from partitioner.planning.search import GOALS, Choice, broken_limits, search
 from partitioner.planning.summary import summarize
 from partitioner.program.plan import WEIGHTS
 from partitioner.storage.checkpoint.open_checkpoint import can_open, open_checkpoint
@@ -60,7 +60,7 @@ def register(app: typer.Typer) -> None:
         goal: Annotated[str, typer.Option("--for", help="latency, throughput or context")] = "latency",
         ttft: Annotated[float | None, typer.Option(help="the most seconds until the first token")] = None,
         tpot: Annotated[float | None, typer.Option(help="the most seconds between two tokens")] = None,
-        top: Annotated[int, typer.Option(help="how many plans to print")] = 8,
+        top: Annotated[int, typer.Option(min=1, help="how many plans to print")] = 8,
         weights: Weights = "expanded",
         dtype: Dtype = None,
         cache_dtype: CacheDtype = None,
@@ -68,12 +68,13 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Rank plans for a model on a cluster by predicted times. Needs no weights and runs nothing on the cluster."""
         cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch, ttft, tpot)
-        summary = summarize(_model(model, dtype))
+        _require(goal, weights, cache_dtype)
         fields = _stored(model, weights)
         if weights == "stored" and fields is None:
             raise InputError(
                 f"{model} has no quantization_config: nothing of it is stored in fewer bits; leave --weights out"
             )
+        summary = summarize(_model(model, dtype))
         stored = None if fields is None else StoredFormat.released(summary.dtype, fields)
         choice = search(summary, cluster, workload, goal=goal, stored=stored, cache_dtype=cache_dtype)
         if as_json:
@@ -99,6 +100,7 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Say whether a model fits on a cluster, and how. Exit code 0: it does, 1: it does not."""
         cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch)
+        _require("throughput", weights, cache_dtype)
         formats = [_stored(name, weights) for name in models]
         if weights == "stored" and not any(formats):
             raise InputError(
@@ -158,10 +160,17 @@ def _model(name: str, dtype: str | None) -> Any:
     return load_model(name, dtype=kind, meta=True)
 
 
-def _stored(name: str, weights: str) -> Mapping[str, Any] | None:
-    """The quantization_config of what ranks hold as stored; None: they hold it expanded, or it has none."""
+def _require(goal: str, weights: str, cache_dtype: str | None) -> None:
+    """Before a model is traced, which takes a minute."""
+    if goal not in GOALS:
+        raise InputError(f"--for is one of {', '.join(GOALS)}; got {goal!r}")
     if weights not in WEIGHTS:
         raise InputError(f"--weights is one of {', '.join(WEIGHTS)}; got {weights!r}")
+    require_dtype(cache_dtype)
+
+
+def _stored(name: str, weights: str) -> Mapping[str, Any] | None:
+    """The quantization_config of what ranks hold as stored; None: they hold it expanded, or it has none."""
     return None if weights == "expanded" else quantization_fields(load_config(fetched(name)).to_dict())
 
 
@@ -174,7 +183,6 @@ def _fit(
     stored: Mapping[str, Any] | None,
     cache_dtype: str | None,
 ) -> dict[str, Any]:
-    require_dtype(cache_dtype)
     model = _model(name, dtype)
     kind = cluster.weakest
     own = {id(p): p.numel() * p.element_size() for p in model.parameters()}

@@ -112,7 +112,10 @@ class Cluster:
             return cls.from_yaml(Path(text))
         found = re.fullmatch(r"((?:\d+x){0,3})([A-Za-z]\w*)", text.strip())
         if not found:
-            raise InputError(f"{text!r} is no cluster: write 8xH100, 32x8xH100 or the path of a .yaml file")
+            raise InputError(
+                f"{text!r} is no cluster: write 8xH100, 32x8xH100 or the path of a .yaml file; of other devices, edit "
+                f"what `partitioner cluster show 8xH100` prints. Known: {', '.join(sorted(_presets()['devices']))}"
+            )
         name = found.group(2)
         sizes = [int(each) for each in found.group(1).split("x") if each] or [1]
         if min(sizes) < 1 or math.prod(sizes) > 16_384:

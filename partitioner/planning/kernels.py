@@ -3,6 +3,7 @@
     linear      [m, k] x [n, k]      by rows, columns and summed size
     prefill     attention of texts   by length, and rows x heads
     decode      attention of a token by tokens in the cache, and rows x kv heads
+    latent      the same over latents, with what is made of them, and heads
     experts     grouped linears      by rows of an expert, and the roofline's own seconds
     other       bytes                at the share of the memory's speed that copies reach
 
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EXPANDING", "UNMEASURED", "Grid", "Kernels", "kernels_of", "own_shares"]
+__all__ = ["EXPANDING", "UNMEASURED", "Grid", "Grouped", "Kernels", "kernels_of", "own_shares"]
 
 FITTED = Path(__file__).with_name("tables") / "kernels.json"
 OWN_STEPS = Path(__file__).with_name("tables") / "own_steps.json"
@@ -56,6 +57,21 @@ class Grid:
                 if part
             ]
         return float(sum(weight * value for weight, value in values))
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """The grouped linears of a layer's experts on one rank. rows: tokens of all its experts. hidden, inner: numbers of
+    a token outside and inside an expert.
+    """
+
+    rows: float
+    experts: float
+    hidden: float
+    inner: float
+    flops: float
+    num_bytes: float
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -94,21 +110,27 @@ class Kernels:
 
     def attention(
         self, *, rows: float, heads: float, kv_heads: float, queries: float, keys: float, flops: float,
-        num_bytes: float, dtype: str,
+        num_bytes: float, dtype: str, latent: bool = False,
     ) -> float:  # fmt: skip
+        """latent: to one latent of each token, which queries are taken to and values are made of."""
         if not rows * heads:
             return 0.0
-        kind, sizes = ("prefill", (queries, rows * heads)) if queries > 1 else ("decode", (keys, rows * kv_heads))
+        kind: str
+        sizes: tuple[float, ...]
+        if queries > 1:
+            kind, sizes = "prefill", (queries, rows * heads)
+        elif latent and self.measured("latent", dtype):
+            kind, sizes = "latent", (keys, rows, heads)
+        else:
+            kind, sizes = "decode", (keys, rows * kv_heads)
         return self.roofline(flops, num_bytes, dtype) / self._share(kind, dtype, *sizes)
 
-    def experts(
-        self, *, rows: float, experts: float, flops: float, num_bytes: float, dtype: str, table: str = ""
-    ) -> float:
+    def experts(self, given: Grouped, *, table: str = "") -> float:
         """table: as of `linear`."""
-        if not rows * experts:
+        if not given.rows * given.experts:
             return 0.0
-        light = self.roofline(flops, num_bytes, dtype)
-        return light / self._share("experts", table or dtype, rows / experts, light * 1e6)
+        light = self.roofline(given.flops, given.num_bytes, given.dtype)
+        return light / self._share("experts", table or given.dtype, given.rows / given.experts, light * 1e6)
 
     def other(self, num_bytes: float) -> float:
         return num_bytes / self.bytes_per_s / self._share("other", "")

@@ -24,23 +24,39 @@ def rows() -> list[list[str]]:
 
 
 def names(cell: str) -> set[str]:
-    return set(re.findall(r"--[a-z][a-z-]+", cell))
+    return set(re.findall(r"(?<![\w-])--?[a-z][a-z-]+", cell))
 
 
 def test_every_option_of_ours_exists_and_takes_the_names_of_vllm_and_sglang() -> None:
     assert len(rows()) == 11
     for ours, vllm, sglang, *_ in rows():
-        (own,) = names(ours)
+        (own,) = (name for name in names(ours) if name.startswith("--"))
         assert own in options_of("serve")
         # degrees that are a flag there, or split something else, and numbers of memory that mean something else
-        skipped = {"--enable-expert-parallel", "--decode-context-parallel-size", "--attn-cp-size"}
+        skipped = {"--enable-expert-parallel", "--decode-context-parallel-size", "--prefill-context-parallel-size"}
+        skipped |= {"--attn-cp-size", "--dcp-size"}
         skipped |= {"--gpu-memory-utilization", "--mem-fraction-static"}
         assert (names(vllm) | names(sglang)) - skipped <= options_of("serve"), ours
 
 
+DEGREES = {
+    "tp": ("--tp", "--tp-size", "--tensor-parallel-size", "-tp"),
+    "pp": ("--pp", "--pp-size", "--pipeline-parallel-size", "-pp"),
+    "dp": ("--dp", "--dp-size", "--data-parallel-size", "-dp"),
+    "ep": ("--ep", "--ep-size", "--expert-parallel-size"),
+    "sp": ("--sp", "--context-parallel-size"),
+}
+
+
 @pytest.mark.parametrize("command", OF_PLANS)
-def test_degrees_have_the_same_names_in_every_command(command: str) -> None:
-    assert {"--tp-size", "--tensor-parallel-size", "--pp-size", "--dp-size", "--ep-size"} <= options_of(command)
+def test_each_name_of_a_degree_is_read_as_it_in_every_command(command: str) -> None:
+    known = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    needed = {"export": ["MODEL", "--out", "FOLDER"], "run": ["MODEL", "--prompt", "Hello"]}.get(command, ["MODEL"])
+    for degree, names_of in DEGREES.items():
+        for name in names_of:
+            context = known.make_context(command, [*needed, name, "3"], resilient_parsing=False)
+            read = {each: value for each, value in context.params.items() if value == 3}
+            assert read == {degree: 3}, name
 
 
 def test_commands_name_options_that_exist() -> None:

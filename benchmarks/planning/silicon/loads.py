@@ -7,11 +7,14 @@ Nothing here is fitted. The sample names its sources; what each ran is published
         prefixes; vLLM: steps of 8192 tokens, async scheduling, on H200 a cache of fp8; TensorRT-LLM: Llama 70B steps of
         16384 tokens, for 1024 and 1024 tokens on fewer than 8 GPUs prompts wait up to 20 steps for a fuller one
         (batch_wait_timeout_iters); DeepSeek: prompt + concurrency + 64 tokens; SGLang: prompts first, 32768 tokens
-    gap-analysis files of aiconfigurator: lengths as named; steps of prompt + concurrency + 500 tokens for TensorRT-LLM,
-        whose prompts are not cut, and prompt + 1500 for vLLM (plus concurrency) and SGLang (aiconfigurator 0.12.0,
-        generator/rule_plugin/*.rule); waves are ours: ten
+    gap-analysis files of aiconfigurator: lengths as named, ten requests for each at a time (github.com/ai-dynamo, eval/
+        benchmarks/genai_perf_runner.py of 2025); steps of prompt + concurrency + 500 tokens for TensorRT-LLM, whose
+        prompts are not cut, and of prompt + 1500 for vLLM (plus concurrency) and SGLang (aiconfigurator 0.12.0,
+        generator/rule_plugin/*.rule)
     engines' defaults: TensorRT-LLM and SGLang make up a step while one runs (overlap scheduler), vLLM from 0.14 on;
-        SGLang runs prompts first unless told to mix, as the generator does from 0.5.2 on
+        SGLang runs prompts first unless told to mix, as the generator does from 0.5.2 on. Without a cache of prefixes
+        it takes requests that ignore the end of text until its prompts' tokens are used up, the last one whole, and
+        cuts at 8192 (sglang 0.5.8, managers/schedule_policy.py, add_one_req_ignore_eos; server_args.py)
 
 SGLang 0.5.1 in the gap-analysis rows is taken to run prompts first, since its first tokens come as those of such steps.
 """
@@ -23,7 +26,7 @@ from dataclasses import replace
 
 from partitioner.planning.pricing.batching import Load, Scheduler
 
-__all__ = ["cache_dtype_of", "load_of", "requests_of", "scheduler_of"]
+__all__ = ["cache_dtype_of", "load_of", "pads_experts", "requests_of", "scheduler_of"]
 
 
 def is_inferencemax(row: Mapping[str, str]) -> bool:
@@ -47,6 +50,12 @@ def cache_dtype_of(row: Mapping[str, str], system: str) -> str | None:
     return "fp8" if row["backend"] == "trtllm" or by_request else None
 
 
+def pads_experts(row: Mapping[str, str]) -> bool:
+    """Whether experts are multiplied as `engine_kernels.ContiguousExperts` says."""
+    old = row["backend"] == "vllm" and row["backend_version"].startswith("0.12.")
+    return old and row["precision"] == "fp8" and int(row["moe_tp_size"] or row["tp_size"]) < 8
+
+
 def scheduler_of(row: Mapping[str, str]) -> Scheduler:
     engine, version = row["backend"], row["backend_version"]
     prompt, new, batch = int(row["isl"]), int(row["osl"]), requests_of(row)
@@ -62,5 +71,5 @@ def scheduler_of(row: Mapping[str, str]) -> Scheduler:
     if engine == "vllm":
         return Scheduler(budget=prompt + batch + 1500, ahead=0)
     if engine == "sglang":
-        return Scheduler(budget=prompt + 1500, mixed=not version.startswith("0.5.1"))
+        return Scheduler(budget=prompt + 1500, most=8192, mixed=not version.startswith("0.5.1"))
     return Scheduler(budget=prompt + batch + 500, chunked=False)

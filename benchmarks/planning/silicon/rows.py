@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.planning.models import SHAPES, summary_of
-from benchmarks.planning.silicon.loads import cache_dtype_of, load_of, requests_of, scheduler_of
+from benchmarks.planning.silicon.engine_kernels import ContiguousExperts
+from benchmarks.planning.silicon.loads import cache_dtype_of, load_of, pads_experts, requests_of, scheduler_of
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.pricing.batching import Load, Scheduler
 from partitioner.planning.pricing.continuous import SharedSteps, shared_steps
@@ -128,12 +129,14 @@ def _price(
     plan = Plan(tp=tp, dp=dp, ep=ep, etp=etp if ep > 1 else 1)
     kind, engine = "float8_e4m3fn" if row["precision"] == "fp8" else "", row["backend"]
     kept = cache_dtype_of(row, system)
-    key = (name, system, kind, kept or "", str(tp * dp))
+    contiguous = pads_experts(row)
+    key = (name, system, kind, kept or "", str(tp * dp), str(contiguous))
     if key not in pricers:
         summary = summary_of(name, cache)
         stored = StoredFormat.float8(summary.dtype) if kind else None
         cluster = Cluster.parse(f"{tp * dp}x{system}")
-        pricers[key] = Pricer(summary, cluster, stored=stored, cache_dtype=kept, own=False)
+        kernels = ContiguousExperts.of if contiguous else None
+        pricers[key] = Pricer(summary, cluster, stored=stored, cache_dtype=kept, own=False, kernels=kernels)
     pricer = pricers[key]
     prompt, new, batch = int(row["isl"]), int(row["osl"]), requests_of(row)
     ttft, tpot = float(row["silicon_ttft_ms"]) * 1e-3, float(row["silicon_tpot_ms"]) * 1e-3

@@ -71,6 +71,7 @@ Tp = Annotated[
         "--tensor-parallel-size",
         "--tensor_parallel_size",
         "--tp-size",
+        "-tp",
         help="tensor-parallel ranks; by default 1, or those of the bundle",
     ),
 ]
@@ -81,6 +82,7 @@ Pp = Annotated[
         "--pipeline-parallel-size",
         "--pipeline_parallel_size",
         "--pp-size",
+        "-pp",
         help="pipeline stages; by default 1, or those of the bundle",
     ),
 ]
@@ -110,6 +112,7 @@ Dp = Annotated[
         "--data-parallel-size",
         "--data_parallel_size",
         "--dp-size",
+        "-dp",
         help="replicas, which share out requests; by default 1, or those of the bundle",
     ),
 ]

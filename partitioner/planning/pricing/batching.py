@@ -34,12 +34,14 @@ TILE = 256
 class Scheduler:
     """What an engine puts into a step.
 
-    budget: tokens of a step, in each of `replicas` that run in step. mixed: whether tokens and prompts share steps.
-    chunked: whether a prompt may be cut where the budget ends. ahead: see the module's docstring. patience: for how
-    many steps prompts wait until those that wait fill `full` of the budget.
+    budget: tokens of a step, in each of `replicas` that run in step. most: where it is given, a step takes prompts
+    until they reach the budget, and no more tokens than this. mixed: whether tokens and prompts share steps. chunked:
+    whether a prompt may be cut where a step ends. ahead: see the module's docstring. patience: for how many steps
+    prompts wait until those that wait fill `full` of the budget.
     """
 
     budget: int = 8192
+    most: int | None = None
     mixed: bool = True
     chunked: bool = True
     ahead: int = 1
@@ -195,14 +197,15 @@ class _Engine:
         """Tokens of prompts of the next step, and the requests whose prompts end in it."""
         rule = self.scheduler
         made_up = self.before if rule.ahead and self.running + len(self.begun) else self.now
-        room = rule.budget - (self.running if rule.mixed else 0)
+        beside = self.running if rule.mixed else 0
+        enough, room = rule.budget - beside, (rule.most or rule.budget) - beside
         free = self.slots - self.running - len(self.begun)
         while self.waiting and free > 0 and self.waiting[0].arrival <= made_up:
             if not self._enough(made_up):
                 break
             self.begun.append(self.waiting.popleft())
             free -= 1
-            if sum(each.left for each in self.begun) >= room:
+            if sum(each.left for each in self.begun) >= enough:
                 break
         taken, finished = 0, []
         while self.begun:
@@ -215,7 +218,7 @@ class _Engine:
             if request.left:
                 break
             finished.append(self.begun.popleft())
-            if taken >= room:
+            if taken >= enough:
                 break
         self.held = 0 if taken else self.held + bool(self.waiting)
         return taken, finished

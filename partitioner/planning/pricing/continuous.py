@@ -47,7 +47,11 @@ class SharedSteps:
             self.new,
             self.requests,
             self.slots,
-            scheduler=replace(rule, budget=rule.budget * self.replicas),
+            scheduler=replace(
+                rule,
+                budget=rule.budget * self.replicas,
+                most=None if rule.most is None else rule.most * self.replicas,
+            ),
             load=Load() if load is None else load,
             front_end=front_end,
         )

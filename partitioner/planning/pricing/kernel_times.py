@@ -16,13 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from partitioner.analysis.cost.expressions import NodeExpression
+from partitioner.analysis.cost.products import LATENT
 from partitioner.planning.collectives import Hop, collective_seconds
-from partitioner.planning.kernels import Kernels
+from partitioner.planning.kernels import Grouped, Kernels
 from partitioner.planning.pricing.stored_format import ITEM, StoredFormat
 from partitioner.planning.quantities import Seconds
 
 __all__ = ["LAUNCH_S", "KernelTimes"]
 
+_LATENT = {op.__name__ for op in LATENT}
 LAUNCH_S = 1.5e-6
 """From the end of a kernel to the start of the next one in a captured step."""
 
@@ -100,8 +102,9 @@ class KernelTimes:
         if node.kind == "linear":
             seconds = kernels.linear(product.rows, product.columns, product.summed, moved, dtype, table=table)
         else:
-            seconds = kernels.experts(rows=product.rows, experts=self.held, flops=product.flops, num_bytes=moved,
-                                      dtype=dtype, table=table)  # fmt: skip
+            inner = (product.columns - product.summed) / 2  # of gate, up and down together
+            grouped = Grouped(product.rows, self.held, product.summed, inner, product.flops, moved, dtype)
+            seconds = kernels.experts(grouped, table=table)
         self._spend(seconds, product.flops, moved, dtype)
 
     def _attention(self, node: NodeExpression, sizes: Sequence[float], flops: float, moved: float) -> None:
@@ -109,7 +112,8 @@ class KernelTimes:
         if self.cache_item:  # keys and values are read from the cache as it holds them
             moved -= (ITEM[node.dtype] - self.cache_item) * rows * kv_heads * keys * size
         seconds = self.kernels.attention(rows=rows, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys,
-                                         flops=flops, num_bytes=moved, dtype=node.dtype)  # fmt: skip
+                                         flops=flops, num_bytes=moved, dtype=node.dtype,
+                                         latent=node.op in _LATENT)  # fmt: skip
         self._spend(seconds, flops, moved, node.dtype)
 
     def _spend(self, seconds: float, flops: float, moved: float, dtype: str) -> None:

@@ -14,7 +14,7 @@ slowest device, speak for all.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,18 +48,26 @@ class Pricer(HeldBytes):
 
     def __init__(
         self, summary: Summary, cluster: Cluster, *, overhead_s: float = STEP_S, stored: StoredFormat | None = None,
-        cache_dtype: str | None = None, own: bool = True,
+        cache_dtype: str | None = None, own: bool = True, kernels: Callable[[Kernels], Kernels] | None = None,
     ) -> None:  # fmt: skip
         """stored: how the layers' matrices are kept, None: as the model has them. cache_dtype: as in `CacheSize`. own:
-        price steps of this product, not of an engine that reaches what the kernels' tables say.
+        price steps of this product, not of an engine that reaches what the kernels' tables say. kernels: makes those of
+        an engine out of the device's.
         """
         kind = cluster.weakest
         super().__init__(summary, kind.usable_bytes, stored, cache_dtype)
         self.cluster, self.overhead_s = cluster, overhead_s
-        options: Any = {"overhead_s": overhead_s, "stored": stored, "cache_dtype": cache_dtype, "own": own}
+        options: Any = {
+            "overhead_s": overhead_s,
+            "stored": stored,
+            "cache_dtype": cache_dtype,
+            "own": own,
+            "kernels": kernels,
+        }
         self._shares: Mapping[str, float] = own_shares(kind.fitted) if own and kind.fitted else {}
         self._of_expanded = None if summary.expanded is None else Pricer(summary.expanded, cluster, **options)
-        self.kernels: Kernels = kernels_of(kind.name, kind.bytes_per_s, kind.flops_per_s, fitted=kind.fitted)
+        known = kernels_of(kind.name, kind.bytes_per_s, kind.flops_per_s, fitted=kind.fitted)
+        self.kernels = known if kernels is None else kernels(known)
         self._with_experts = {
             number
             for number, part in enumerate(summary.parts)

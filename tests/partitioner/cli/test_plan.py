@@ -36,6 +36,22 @@ def test_plans_are_ranked_and_told_as_json() -> None:
     assert told["cluster"]["devices"][0]["name"] == "H100"
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--for", "speed"), "--for is one of latency, throughput, context; got 'speed'"),
+        (("--weights", "int3"), "--weights is one of expanded, stored; got 'int3'"),
+        (("--cache-dtype", "fp4"), "got 'fp4'"),
+        (("--top", "0"), "--top"),
+        (("--gpus", "3x24GB"), "Known: A100"),
+    ],
+)
+def test_wrong_calls_are_told_before_a_model_is_read(given: tuple[str, str], said: str) -> None:
+    code, printed = run("plan", "/nowhere", "--gpus", "2xH100", *given)
+    assert code == 2
+    assert said in printed
+
+
 def test_the_table_says_what_is_measured() -> None:
     code, said = run("plan", MODEL, "--gpus", "2xH100", "--for", "throughput", "--tpot", "0.0000001")
     assert code == 0

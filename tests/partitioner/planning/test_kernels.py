@@ -23,6 +23,19 @@ def test_what_was_not_measured_is_speed_of_light_and_says_so() -> None:
     assert bare.linear(0, 4096, 4096, 0, "bfloat16") == 0
 
 
+def test_attention_over_latents_has_tables_of_its_own_where_they_were_measured() -> None:
+    given = {"rows": 4, "heads": 16, "kv_heads": 1, "keys": 1024, "flops": 1e6, "num_bytes": 5e6, "dtype": "bfloat16"}
+    rates = {"bfloat16": 989e12}
+    found, bare = (kernels_of("H100", 3350e9, rates, fitted=name) for name in ("h100_sxm", ""))
+    assert found.measured("latent", "bfloat16")
+    plain, latent = (found.attention(queries=1, latent=kind, **given) for kind in (False, True))
+    assert 10e-6 < latent < plain  # 26 us by the tables of the kernel and of its two products
+    prompts = [found.attention(queries=8, latent=kind, **given) for kind in (False, True)]
+    unknown = [bare.attention(queries=1, latent=kind, **given) for kind in (False, True)]
+    assert prompts[0] == prompts[1]
+    assert unknown[0] == unknown[1]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
 def test_measured_kernels_reach_less_than_the_roofline_and_small_ones_least(dtype: str) -> None:
     found = kernels_of("H100", 3350e9, {"bfloat16": 989e12, "float8_e4m3fn": 1978e12}, fitted="h100_sxm")

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.planning.silicon.loads import requests_of
+from benchmarks.planning.silicon import engine_kernels
+from benchmarks.planning.silicon.engine_kernels import ContiguousExperts
+from benchmarks.planning.silicon.loads import pads_experts, requests_of
 from benchmarks.planning.silicon.rows import _named_tp, _without
+from partitioner.planning.kernels import Grouped, kernels_of
 
 
 def row(**fields: Any) -> SimpleNamespace:
@@ -41,3 +44,36 @@ def test_rows_that_are_not_what_they_say_are_counted_apart() -> None:
     assert kept(row(gpus=16, named_tp=16))[1] == {}
     assert kept(good, row(drafted=True))[1] == {"tokens drafted": 1}
     assert kept(good, row(of_peak=0.8, source="other"))[1] == {"prompts from a cache": 1}
+
+
+@pytest.mark.parametrize(
+    ("version", "precision", "tp", "padded"),
+    [
+        ("0.12.0", "fp8", "4", True),
+        ("0.18.0", "fp8", "4", False),
+        ("0.12.0", "", "4", False),
+        ("0.12.0", "fp8", "8", False),
+    ],
+)
+def test_which_rows_multiply_experts_padded(version: str, precision: str, tp: str, padded: bool) -> None:
+    told = {"backend": "vllm", "backend_version": version, "precision": precision, "tp_size": tp, "moe_tp_size": tp}
+    assert pads_experts(told) is padded
+    assert not pads_experts(told | {"backend": "sglang"})
+
+
+def test_padded_experts_take_as_long_with_few_tokens_as_with_more() -> None:
+    plain = kernels_of("H200", 4800e9, {"bfloat16": 989e12, "float8_e4m3fn": 1979e12}, fitted="h200_sxm")
+    padded = ContiguousExperts.of(plain)
+
+    def seconds(kernels: Any, rows: float) -> float:
+        flops, moved = 6 * rows * 4096 * 768, 3 * min(rows, 128) * 4096 * 768
+        return float(kernels.experts(Grouped(rows, 128, 4096, 768, flops, moved, "float8_e4m3fn")))
+
+    assert seconds(padded, 160) == pytest.approx(seconds(padded, 32), rel=0.02)
+    assert seconds(plain, 160) > 1.5 * seconds(plain, 32)
+    # the published speeds that its two constants are of
+    tile = 2 * 128 * 128 / 1e12
+    for summed, tflops in ((7168, 1297), (2048, 1099)):
+        took = summed / 128 * engine_kernels.STEP_S + engine_kernels.END_S
+        assert tile * summed * engine_kernels.PROCESSORS / took == pytest.approx(tflops, rel=0.01)
+    assert padded.experts(Grouped(0, 128, 4096, 768, 0, 0, "bfloat16")) == 0

@@ -44,6 +44,15 @@ def test_where_prompts_go_first_all_end_together(requests: int) -> None:
     assert found.tpot_s == pytest.approx(TOKEN + PROMPT * (requests - 1) / 2 / 99, rel=0.02)
 
 
+@pytest.mark.parametrize(("most", "steps"), [(None, "112233"), (30, "111222"), (25, "112223")])
+def test_a_step_takes_prompts_until_they_reach_its_budget_and_no_more_than_its_most(
+    most: int | None, steps: str
+) -> None:
+    """Six prompts of 10 tokens come at once, and end in these steps: with 25 at most, the third is cut."""
+    found = served(6, mixed=False, waves=1, budget=21 if most else 20, most=most)
+    assert found.ttft_s == pytest.approx(PROMPT * sum(map(int, steps)) / 6, rel=0.02)
+
+
 def test_who_finds_no_room_waits_as_little_says() -> None:
     found = served(12, slots=8, new=400, waves=400)
     rate = 8 / (PROMPT + 399 * found.tpot_s)  # of requests that end

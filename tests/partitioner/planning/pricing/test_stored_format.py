@@ -15,7 +15,7 @@ from partitioner.cli.app import app
 from partitioner.compile.partition import compile_program
 from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster
-from partitioner.planning.kernels import EXPANDING, kernels_of
+from partitioner.planning.kernels import EXPANDING, Grouped, kernels_of
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.pricing.stored_format import ITEM, StoredFormat
 from partitioner.planning.quantities import Workload
@@ -62,8 +62,8 @@ def test_steps_read_fewer_bytes_and_expanding_kernels_have_their_own_speed() -> 
     table = kernels_of("H100", 1e12, {"bfloat16": 1e15}, fitted="h100_sxm")
     assert table.measured("experts", EXPANDING)
     assert not table.measured("linear", EXPANDING)
-    times = [table.experts(rows=64, experts=8, flops=1e9, num_bytes=1e9, dtype="bfloat16", table=each)
-             for each in ("", EXPANDING)]  # fmt: skip
+    grouped = Grouped(rows=64, experts=8, hidden=4096, inner=1024, flops=1e9, num_bytes=1e9, dtype="bfloat16")
+    times = [table.experts(grouped, table=each) for each in ("", EXPANDING)]
     assert times[0] != times[1]
     stored = StoredFormat("four", found.dtype, 4.5)
     plain, light = (Pricer(found, where, stored=each).price(Plan(), WORKLOAD).tpot_s for each in (None, stored))
