@@ -23,6 +23,7 @@ from partitioner.analysis.report.report import Report, make_report
 from partitioner.analysis.rules.recognise_attention import recognise_attention
 from partitioner.analysis.tokens.step_equivalence import why_steps_differ
 from partitioner.analysis.tokens.token_mixing import why_rows_mix, why_tokens_mix
+from partitioner.analysis.tokens.tokens_as_rows import why_not_as_rows, why_rows_meet
 from partitioner.capture import capture, capture_piece, capture_step
 from partitioner.capture.inputs.explicit_positions import explicit_positions
 from partitioner.compile.canonicalize import canonicalize
@@ -36,7 +37,7 @@ from partitioner.errors import CaptureError, LayoutError, PlanError
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.pause_collector import collector_paused
 from partitioner.program.plan import Plan
-from partitioner.program.program import Origins, Program
+from partitioner.program.program import Origins, Program, Value
 from partitioner.program.progress import timed
 from partitioner.program.stages import StageTable
 from partitioner.proof.layouts import check_entries
@@ -305,9 +306,22 @@ def compile_steps(
         prefill, decode = _for_pieces(stepping, plan, stages, piece, whole)
     except (CaptureError, LayoutError, PlanError) as reason:
         prefill, decode = _entries(stepping, plan, stages=stages)
+        why = why_rows_meet(stepping) or why_not_as_rows(prefill)
+        if why is None:
+            return _as_rows(prefill), decode
         for program in {id(each): each for each in (prefill, decode)}.values():
-            program.notes += [f"prompts run token by token: {reason}"]
+            program.notes += [f"prompts run token by token: {reason}; and not as rows of a batch: {why}"]
     return prefill, decode
+
+
+def _as_rows(step: Program) -> Program:
+    """A program for one token, for several at once: they are rows of its batch."""
+    found = step.copy()
+    batch = found.symbols["batch"]
+    found.add_input("last", Value((batch,), torch.int64), "required")
+    found.limits = {**found.limits, "sequence": (1, None)}
+    found.tokens_as_rows = True
+    return found
 
 
 _BY_PIECES = (

@@ -28,6 +28,7 @@ from runtime.execution.fusion.fuse_products import is_mostly_products, with_prod
 from runtime.execution.overflow import Overflow
 from runtime.execution.profile import Profiled, Profiler, Recording
 from runtime.execution.prompts.in_turns import InTurns
+from runtime.execution.prompts.tokens_as_rows import tokens_as_rows
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.sharded_cache import ShardedCache
 from runtime.ops.cached_attention import cached_attention
@@ -185,7 +186,7 @@ def bound_graph(
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     arguments = {weight.name: graph.placeholder(f"weight_{index}") for index, weight in enumerate(program.weights)}
-    for node in program.graph.nodes:
+    for node in (tokens_as_rows(program.graph) if program.tokens_as_rows else program.graph).nodes:
         if node.op == "get_attr":
             copied[node] = arguments[str(node.target)]
             continue
