@@ -13,6 +13,7 @@ such states does with S tokens behind others: whether that is what S single step
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Mapping
@@ -35,6 +36,8 @@ from partitioner.capture.steps.fold_recurrences import fold_recurrences
 from partitioner.capture.steps.fold_states import fold_steps
 from partitioner.capture.steps.layer_states import LayerStates
 from partitioner.capture.steps.position_tables import most_slots
+from partitioner.capture.steps.rows_apart import RowsApart
+from partitioner.capture.steps.split_states import split_states
 from partitioner.capture.steps.kept_elsewhere import own_object
 from partitioner.capture.steps.traced_cache import (
     StepCache,
@@ -94,17 +97,28 @@ def _capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None, seve
     symbols: dict[int, Any] = {0: Dim.DYNAMIC} if single else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     dims = {name: {0: Dim.DYNAMIC} if name in _DIMS else symbols for name in example}
 
+    apart = False
+
     def build(shared: SharedLayers | None) -> tuple[Builder, fx.Graph]:
-        traced = _Stepping(fake_model, tuple(example), kept, shared)
+        traced = _Stepping(fake_model, tuple(example), kept, shared, apart=apart)
         with timed("export" if shared is None else "export, identical layers once"), recurrences_installed(fake_model):
             exported = functionalize(export_step(traced, fake_model, example, kinds, dims, shared=shared))
         builder = Builder(exported, tuple(example), known.canonical.__getitem__, _DIMS, shared=shared)
         return builder, builder.build()
 
-    (builder, graph), layers = traced_once(fake_model, build) if kept.by_layer else traced_in_full(fake_model, build)
-    notes += builder.limits()
+    try:
+        (builder, graph), layers = (traced_once if kept.by_layer else traced_in_full)(fake_model, build)
+        said = builder.limits()
+    except CaptureError:
+        if not single or any(state.per_token for state in states):
+            raise
+        apart = True  # its code for one token may be right for one sequence only
+        (builder, graph), layers = traced_in_full(fake_model, build)
+        said = builder.limits()
+    notes += said
     check_together(builder.guards, builder.symbols, name=type(model).__name__)
-    inputs = fold_steps(graph, kinds, states, builder.further, builder.symbols)
+    states, written = split_states(graph, states, builder.further)
+    inputs = fold_steps(graph, kinds, states, tuple(written), builder.symbols)
     most = most_slots(graph, builder.symbols)
     if most is not None:
         low, high = builder.ranges.get("slots", (1, None))
@@ -143,10 +157,16 @@ class _Stepping(nn.Module):
     """The model with positional inputs; what it returns, and what its states per sequence have become."""
 
     def __init__(
-        self, model: PreTrainedModel, names: tuple[str, ...], kept: _Kept, shared: SharedLayers | None
+        self,
+        model: PreTrainedModel,
+        names: tuple[str, ...],
+        kept: _Kept,
+        shared: SharedLayers | None,
+        *,
+        apart: bool,
     ) -> None:
         super().__init__()
-        self.model, self.shared = model, shared
+        self.model, self.shared, self.apart = model, shared, apart
         self.names, self.kept = names, kept
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -155,7 +175,9 @@ class _Stepping(nn.Module):
         if self.shared is not None:
             assert isinstance(step, StepCache)
             self.shared.cache, self.shared.append, self.shared.common = LayerStates(step), APPEND, ("slots",)
-        output = self.model(**given, **{self.kept.parameter: step.cache}, use_cache=True)
+        rows = RowsApart(given["input_ids"].shape[0]) if self.apart else contextlib.nullcontext()
+        with rows:
+            output = self.model(**given, **{self.kept.parameter: step.cache}, use_cache=True)
         return (result_of(self.model, output), *step.written())
 
 
@@ -184,11 +206,10 @@ def _step_cache(
 
     def read(state: TracedState, number: int) -> Tensor:
         held: Tensor = READ(batch, list(state.shape), state.dtype, number)
-        if not state.initial:
+        if not state.initial or positions is None:
             return held
-        assert positions is not None
         begins = (positions[:, :1] == 0).reshape(-1, *(1 for _ in state.shape))
-        return torch.where(begins, state.initial, held)
+        return held.masked_fill(begins, state.initial)
 
     if kept.example is not None:
         return StepObject(
@@ -281,6 +302,8 @@ def _probe_masks(
 ) -> list[Any]:
     given = dict(example)
     past = SLOTS - given["input_ids"].shape[1]
+    if "position_ids" not in _accepted(fake_model):  # what states hold does not matter here
+        given.pop("position_ids", None)
     step = _step_cache(fake_model, kept, given, fake.from_tensor(given["input_ids"]))
     inputs = {**given, kept.parameter: step.cache, "use_cache": True}
     found = probe(fake_model, inputs, fake, known.indices(), offset=past)
