@@ -106,11 +106,13 @@ def row_of(name: str, given: argparse.Namespace, *, say: Callable[[str], None], 
     model = build(name).to(given.device)
     parts = partition(model, Plan())
     parts.generation_report  # noqa: B018  compiles
-    compiled = time.perf_counter() - begun
+    say(f"{name}: compiled after {time.perf_counter() - begun:.0f} s")
     runner: Any = parts
     if given.device == "cuda":
         runner = parts.engine(0, ThreadGroup(Mesh.of()).communicator(0), device="cuda", cuda_graph=True)
-    ours, theirs = (ask(one, ids, FOLLOWING)[:, given.tokens :].tolist() for one in (runner, model))
+    theirs = ask(model, ids, FOLLOWING)[:, given.tokens :].tolist()
+    say(f"{name}: transformers has run after {time.perf_counter() - begun:.0f} s")
+    ours = ask(runner, ids, FOLLOWING)[:, given.tokens :].tolist()
     if ours != theirs:
         raise ValueError(f"continues otherwise: {ours}, transformers {theirs}")
     contestants = {
@@ -119,7 +121,7 @@ def row_of(name: str, given: argparse.Namespace, *, say: Callable[[str], None], 
     }
     if given.device == "cuda":
         take_turns(contestants, rounds=1)
-    say(f"{name}: compiled after {compiled:.0f} s, run after {time.perf_counter() - begun:.0f} s")
+    say(f"{name}: run after {time.perf_counter() - begun:.0f} s")
     alone()
     times = take_turns(contestants, rounds=rounds_in(given.seconds, contestants))
     most = parts.generation_report.tokens_at_a_time
