@@ -7,7 +7,7 @@ rules, alone and beside attention. The two take turns, and what is printed is th
 below 1 we are faster. In brackets are the quartiles of that ratio within a round. The tokens that follow the prompt
 must be those of transformers' own generate.
 
-    python -m benchmarks.generation.prompts                        all, about ten minutes, most of it compiling
+    python -m benchmarks.generation.prompts                        all, about a quarter of an hour, most of it compiling
     python -m benchmarks.generation.prompts lfm2 --tokens 512      one of them
     python -m benchmarks.generation.prompts --device cuda          and single tokens besides, captured
 
@@ -59,6 +59,16 @@ MODELS: dict[str, dict[str, Any]] = {
         **_SIZES, **_ATTENTION, **_SCAN, "layer_types": ["mamba", "mamba", "attention", "mamba"],
         "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 256,
     },
+    "minimax": {
+        **_SIZES, **_ATTENTION, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+    },
+    "recurrent_gemma": {
+        **_SIZES, **_ATTENTION, "head_dim": 32, "lru_width": 256,
+        "block_types": ["recurrent", "recurrent", "attention"], "attention_window_size": 4096,
+    },
+    "rwkv": {**_SIZES, "attention_hidden_size": 256},
+    "xlstm": {**_SIZES, "num_blocks": LAYERS, "num_heads": 4, "qk_dim_factor": 1.0},
 }  # fmt: skip
 
 

@@ -210,7 +210,7 @@ class Program:
     stages: StageTable | None = None
     """Which stages hold which weights; None where there is one stage. Nodes say theirs in node.meta["stages"]."""
     tokens_as_rows: bool = False
-    """Whether its graph, which is for one token, runs several at once (`runtime/execution/prompts/tokens_as_rows.py`)."""
+    """Whether its graph, which is for one token, runs several: `runtime/execution/prompts/tokens_as_rows.py`."""
     unplaced: bool = False
     """Whether a pass has dealt out weights and left the collectives to the one after it, which places all axes."""
     kept_whole: dict[str, str] = field(default_factory=dict)

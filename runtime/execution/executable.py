@@ -186,7 +186,10 @@ def bound_graph(
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     arguments = {weight.name: graph.placeholder(f"weight_{index}") for index, weight in enumerate(program.weights)}
-    for node in (tokens_as_rows(program.graph) if program.tokens_as_rows else program.graph).nodes:
+    source = program.graph
+    if program.tokens_as_rows:
+        source = tokens_as_rows(source, whole=None if cache else {state.name: state.shape for state in program.states})
+    for node in source.nodes:
         if node.op == "get_attr":
             copied[node] = arguments[str(node.target)]
             continue

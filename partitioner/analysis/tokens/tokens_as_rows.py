@@ -17,6 +17,7 @@ from partitioner.program.program import Program, Value
 from partitioner.sharding.layout import REPLICATED
 from runtime.execution.prompts.token_loops import loops_of, states_of
 from runtime.execution.prompts.tokens_as_rows import is_size, of_rows
+from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.state import state_read, state_write
@@ -24,7 +25,7 @@ from runtime.ops.state import state_read, state_write
 __all__ = ["why_not_as_rows", "why_rows_meet"]
 
 _INPUTS = {"input_ids", "position_ids", "active"}
-_KNOWN = (cached_attention, state_read, state_write)
+_KNOWN = (attention, cached_attention, state_read, state_write)
 
 
 def why_rows_meet(step: Program) -> str | None:
@@ -37,12 +38,12 @@ def why_not_as_rows(program: Program) -> str | None:
     if program.stages is not None or program.batch_axes or program.mesh.size("sp") > 1:
         return "stages, or ranks with tokens or sequences of their own, run them one by one"
     names = {given.name for given in program.inputs}
-    if not _INPUTS >= names or not {"input_ids", "active"} <= names:
+    if not names <= _INPUTS or not {"input_ids", "active"} <= names:
         return f"it takes {', '.join(sorted(names))}"
     for node in program.graph.nodes:
         if node.kwargs.get("state") is not None and node.target not in _KNOWN:
             return f"{node.name} reads what is kept of earlier tokens in a way that is for one token"
-        if node.target is cached_attention and (problem := _why_attention(program, node)):
+        if node.target in (attention, cached_attention) and (problem := _why_attention(program, node)):
             return problem
     states, loops = states_of(program.graph), loops_of(program.graph)
     if isinstance(states, str) or isinstance(loops, str):
@@ -52,7 +53,9 @@ def why_not_as_rows(program: Program) -> str | None:
     for loop in loops:
         talks = next((node for node in loop.body if node.target in COMMUNICATING or node.target in _KNOWN), None)
         if talks is not None:
-            return f"{talks.name} in {talks.meta.get('path') or 'the model'} waits for the token before, and asks others"
+            return (
+                f"{talks.name} in {talks.meta.get('path') or 'the model'} waits for the token before, and asks others"
+            )
         crossing += [*loop.handed_on, *(n for n in loop.given if n in rows and not is_size(n))]
         held = [n for n in loop.given if n not in rows and not is_size(n)]
         counting = next((n for n in held if not _is_without(n.meta["val"], batch)), None)
@@ -68,8 +71,8 @@ def why_not_as_rows(program: Program) -> str | None:
 
 def _why_attention(program: Program, node: fx.Node) -> str | None:
     a = arguments(node)
-    if a["mask"] is not None:
-        return f"the attention {node.name!r} has a mask of its own"
+    if a["mask"] is not None or not a["causal"]:
+        return f"the attention {node.name!r} has a mask of its own, or none"
     shapes = [a[name].meta["val"].shape for name in ("q", "k", "v")]
     if any((shape[0], shape[2]) != (program.symbols["batch"], 1) for shape in shapes):
         return f"the attention {node.name!r} is not of one token per row"
@@ -90,16 +93,14 @@ def _is_without(value: object, batch: sympy.Symbol) -> bool:
 def _read(node: fx.Node, layouts: Layouts) -> str | None:
     (batch,) = node.all_input_nodes
     rank = len(node.meta["val"].shape)
-    layouts[node] = REPLICATED(rank).with_dim(0, layouts[batch].dims[0])  # type: ignore[union-attr]
+    layouts[node] = REPLICATED(rank).with_dim(0, layouts[batch].dims[0])
     return None
 
 
 def _write(node: fx.Node, layouts: Layouts) -> str | None:
     value, active = node.all_input_nodes
     rank = len(node.meta["val"].shape)
-    if layouts[value] != REPLICATED(rank).with_dim(0, layouts[active].dims[0]):  # type: ignore[union-attr]
+    if layouts[value] != REPLICATED(rank).with_dim(0, layouts[active].dims[0]):
         return "keeps something other than one row per {what}"
     layouts[node] = layouts[value]
     return None
-
-

@@ -42,9 +42,7 @@ def traced_once(
     return found, LayersTraced(count, count - shared.shared, "; ".join(reasons[:2]))
 
 
-def traced_in_full(
-    model: nn.Module, build: Callable[[SharedLayers | None], Built]
-) -> tuple[Built, LayersTraced]:
+def traced_in_full(model: nn.Module, build: Callable[[SharedLayers | None], Built]) -> tuple[Built, LayersTraced]:
     """The same with every layer, of a model whose layers keep what a trace of another would not tell."""
     count = len(SharedLayers(model).layers)
     return build(None), LayersTraced(count, count, "layers keep states outside of a cache")

@@ -34,11 +34,11 @@ from partitioner.capture.layers.share_layers import SharedLayers
 from partitioner.capture.layers.traced_once import traced_in_full, traced_once
 from partitioner.capture.steps.fold_recurrences import fold_recurrences
 from partitioner.capture.steps.fold_states import fold_steps
+from partitioner.capture.steps.kept_elsewhere import own_object
 from partitioner.capture.steps.layer_states import LayerStates
 from partitioner.capture.steps.position_tables import most_slots
 from partitioner.capture.steps.rows_apart import RowsApart
 from partitioner.capture.steps.split_states import split_states
-from partitioner.capture.steps.kept_elsewhere import own_object
 from partitioner.capture.steps.traced_cache import (
     StepCache,
     StepObject,
@@ -195,9 +195,7 @@ class _Kept:
         return self.example is None and all(state.name.startswith("cache.") for state in self.states)
 
 
-def _step_cache(
-    model: PreTrainedModel, kept: _Kept, given: dict[str, Tensor], batch: Tensor
-) -> StepCache | StepObject:
+def _step_cache(model: PreTrainedModel, kept: _Kept, given: dict[str, Tensor], batch: Tensor) -> StepCache | StepObject:
     """Takes what the model does not out of its inputs; `batch` has as many rows as they."""
     slots, ids = given.pop("slots"), given["input_ids"]
     positions = given.get("position_ids")

@@ -64,7 +64,7 @@ class Attributes:
             plain(module, name, value)
 
         with ONE_CAPTURE_AT_A_TIME:
-            nn.Module.__setattr__ = watching  # type: ignore[method-assign]
+            nn.Module.__setattr__ = watching  # type: ignore[method-assign,assignment]
             try:
                 yield
             finally:

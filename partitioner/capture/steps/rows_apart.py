@@ -26,7 +26,7 @@ class RowsApart(TorchFunctionMode):
     """Within it, tensors are combined row by row. rows: how many there are, a symbol of the trace."""
 
     def __init__(self, rows: int | SymInt) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._rows = rows
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -32,7 +33,7 @@ def split_states(
     """Rewrites `graph`; the states then, with what is written of those per sequence, in their order."""
     written = _without_whole_slices(graph, written)
     kept, values = [state for state in states if state.per_token], list[fx.Node]()
-    reads = {int(node.args[3]): node for node in graph.nodes if node.target is READ}  # type: ignore[call-overload]
+    reads = {int(node.args[3]): node for node in graph.nodes if node.target is READ}
     last = iter(written)
     numbers: dict[fx.Node, TracedState] = {
         reads[number]: state for number, state in enumerate(states) if state.per_token and number in reads
@@ -68,10 +69,11 @@ def _without_whole_slices(graph: fx.Graph, written: Sequence[fx.Node]) -> list[f
     for node in list(graph.nodes):
         if node.target is not aten.slice_scatter.default:
             continue
-        base, put, _, start, end, step = (*node.args, *(0, 0, _ALL, 1)[len(node.args) - 2 :])
-        if (start or 0, step) == (0, 1) and end in (None, _ALL) and base.meta["val"].shape == put.meta["val"].shape:  # type: ignore[union-attr]
-            node.replace_all_uses_with(put)  # type: ignore[arg-type]
-            found = [put if each is node else each for each in found]  # type: ignore[misc]
+        given: list[Any] = [*node.args, *(0, 0, _ALL, 1)[len(node.args) - 2 :]]
+        base, put, _, start, end, step = given
+        if (start or 0, step) == (0, 1) and end in (None, _ALL) and base.meta["val"].shape == put.meta["val"].shape:
+            node.replace_all_uses_with(put)
+            found = [put if each is node else each for each in found]
             graph.erase_node(node)
     return found
 
@@ -94,7 +96,7 @@ def _split(
                     if not (user.op == "output" and node is value):
                         return None
                     continue
-                at = int(user.args[1 if user.target is _SELECT else 2]) % len(base.meta["val"].shape)  # type: ignore[arg-type]
+                at = int(user.args[1 if user.target is _SELECT else 2]) % len(base.meta["val"].shape)
                 if dim not in (None, at) or at == 0:
                     return None
                 dim = at
@@ -109,11 +111,11 @@ def _split(
     current: dict[fx.Node, list[fx.Node]] = {base: [each for _, each in held[base]]}
     for node in list(graph.nodes):
         if node.target is _PUT and node.args[0] in current and node in chain:
-            index = int(node.args[3]) % size  # type: ignore[arg-type]
+            index = int(node.args[3]) % size
             current[node] = list(current[node.args[0]])
-            current[node][index] = node.args[1]  # type: ignore[assignment]
+            current[node][index] = node.args[1]
         elif node.target is _SELECT and node.args[0] in current:
-            node.replace_all_uses_with(current[node.args[0]][int(node.args[2]) % size])  # type: ignore[arg-type]
+            node.replace_all_uses_with(current[node.args[0]][int(node.args[2]) % size])
     found = []
     for index, (first, now) in enumerate(zip(firsts, current[value], strict=True)):
         if now in (each for each in current[base]):
@@ -132,9 +134,10 @@ def _read(
         made.meta = {**read.meta, "val": Value((value.shape[0], *shape), value.dtype)}
         if begins is None:
             return made, made
-        _, first, number = begins.args
+        given: Any = begins.args
+        _, first, number = given
         place = graph.call_function(_SELECT, (first, dim, 0))
-        asked = first.meta["val"]  # type: ignore[union-attr]
+        asked = first.meta["val"]
         place.meta = {**begins.meta, "val": Value((*asked.shape[:dim], *asked.shape[dim + 1 :]), asked.dtype)}
         chosen = graph.call_function(aten.masked_fill.Scalar, (made, place, number))
         chosen.meta = {**begins.meta, "val": made.meta["val"]}

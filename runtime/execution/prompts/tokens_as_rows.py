@@ -13,13 +13,14 @@ the compiler has proven (`partitioner.analysis.tokens.tokens_as_rows`).
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from runtime.execution.prompts.token_loops import TokenLoop, loops_of, states_of
+from runtime.ops.attention import attention
 from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.state import state_read, state_write
@@ -58,9 +59,12 @@ def of_rows(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def tokens_as_rows(graph: fx.Graph) -> fx.Graph:
-    """`graph`, of a rank, for several tokens of each sequence. See the module's docstring."""
-    return _Rewriting(graph).made()
+def tokens_as_rows(graph: fx.Graph, *, whole: Mapping[str, Sequence[int]] | None = None) -> fx.Graph:
+    """`graph`, of a rank, for several tokens of each sequence. See the module's docstring.
+
+    whole: the shapes of states, by name, where texts are run from their first token on and nothing is kept.
+    """
+    return _Rewriting(graph, whole).made()
 
 
 # -- what stands in the graph that is made -----------------------------------------------------------------------------
@@ -102,6 +106,16 @@ def of_last_tokens(rows: Tensor, ids: Tensor, last: Tensor) -> Tensor:
     return last_token(by_sequence(rows, ids).squeeze(2), last)
 
 
+def of_all_tokens(rows: Tensor, ids: Tensor) -> Tensor:
+    """[B * S, 1, H] -> [B, S, H]."""
+    return by_sequence(rows, ids).squeeze(2)
+
+
+def of_no_token(ids: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A state before the first token, [B, *shape]."""
+    return torch.zeros((ids.shape[0], *shape), dtype=dtype, device=ids.device)
+
+
 def loop_over_tokens(body: Callable[..., Sequence[Tensor]], states: int) -> Callable[..., tuple[Tensor, ...]]:
     """body(one, *states [B, ..], *values of a token [B, ..], *whole) -> new states, then values of that token.
 
@@ -129,11 +143,12 @@ def loop_over_tokens(body: Callable[..., Sequence[Tensor]], states: int) -> Call
 
 
 class _Rewriting:
-    def __init__(self, graph: fx.Graph) -> None:
-        self._source, self._graph = graph, fx.Graph()
+    def __init__(self, graph: fx.Graph, whole: Mapping[str, Sequence[int]] | None) -> None:
+        self._source, self._graph, self._whole = graph, fx.Graph(), whole
         self._rows = of_rows(graph)
         states, loops = states_of(graph), loops_of(graph)
-        assert not isinstance(states, str) and not isinstance(loops, str), (states, loops)
+        assert not isinstance(states, str), states
+        assert not isinstance(loops, str), loops
         self._loops = {node: loop for loop in loops for node in loop.nodes}
         self._shifts = {read: write for read, write in states.values() if read not in self._loops}
         self._given = {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
@@ -141,7 +156,7 @@ class _Rewriting:
         """By node: its rows in the graph that is made; sizes and what is the same for all rows as they are."""
         self._last: dict[fx.Node, fx.Node] = {}
         """By write of a loop: its state after the last token."""
-        self._end = _end(graph, self._rows)
+        self._end = _end(graph, self._rows) if whole is None else None
 
     def made(self) -> fx.Graph:
         inputs = {}
@@ -190,8 +205,11 @@ class _Rewriting:
             value = self._found[node.args[0]]  # type: ignore[index]
             self._write(node, self._call(of_last_token, value, self._ids))
             self._found[node] = value
-        elif node.target is cached_attention:
+        elif node.target in (attention, cached_attention):
             self._make_attention(node)
+        elif node.op == "output" and self._whole is not None:
+            (logits,) = node.all_input_nodes
+            self._found[node] = self._graph.output(self._call(of_all_tokens, self._found[logits], self._ids))
         else:
             made = self._graph.node_copy(node, self._found.__getitem__)
             self._found[node] = made
@@ -201,10 +219,10 @@ class _Rewriting:
 
     def _make_attention(self, node: fx.Node) -> None:
         operands = [self._call(tokens_in_row, self._found[x], self._ids) for x in node.args[:_ATTENDED]]  # type: ignore[index]
-        positions = self._inputs[self._given[_POSITIONS]]
-        rest = fx.node.map_arg(node.args[_ATTENDED + 1 :], self._found.__getitem__)
+        positions = () if node.target is attention else (self._inputs[self._given[_POSITIONS]],)
+        rest = fx.node.map_arg(node.args[_ATTENDED + len(positions) :], self._found.__getitem__)
         made = self._graph.create_node(
-            "call_function", cached_attention, (*operands, positions, *rest),
+            "call_function", node.target, (*operands, *positions, *rest),
             fx.node.map_arg(node.kwargs, self._found.__getitem__), node.name,
         )  # fmt: skip
         made.meta.update(node.meta)
@@ -242,11 +260,16 @@ class _Rewriting:
             self._found[node] = value
 
     def _read(self, node: fx.Node) -> fx.Node:
+        if self._whole is not None:
+            shape: Any = list(self._whole[str(node.kwargs["state"])])
+            return self._call(of_no_token, self._ids, shape, node.kwargs["dtype"])
         made = self._graph.create_node("call_function", state_read, (self._ids,), dict(node.kwargs), node.name)
         made.meta.update(node.meta)
         return made
 
     def _write(self, node: fx.Node, value: fx.Node) -> None:
+        if self._whole is not None:
+            return
         active = self._inputs[self._given[_ACTIVE]]
         made = self._graph.create_node("call_function", state_write, (value, active), dict(node.kwargs), node.name)
         made.meta.update(node.meta)
