@@ -94,6 +94,7 @@ class Emitter:
             **_vocabulary(self.program),
             limits=self.program.limits,
             batch_axes=self.program.batch_axes,
+            tokens_as_rows=self.program.tokens_as_rows,
             stage=parts.stage,
             shared_head=self._shared_head(coordinates, head[0]) if head else None,
             weight_data={**self.program.weight_data, **data} if data else self.program.weight_data,

@@ -16,34 +16,32 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from partitioner.analysis.report.report import Report, make_report
 from partitioner.analysis.rules.recognise_attention import recognise_attention
 from partitioner.analysis.tokens.step_equivalence import why_steps_differ
 from partitioner.analysis.tokens.token_mixing import why_rows_mix, why_tokens_mix
-from partitioner.capture import capture, capture_piece, capture_step
+from partitioner.analysis.tokens.tokens_as_rows import why_not_as_rows, why_rows_meet
 from partitioner.capture.inputs.explicit_positions import explicit_positions
-from partitioner.compile.canonicalize import canonicalize
 from partitioner.compile.emit import Emitter
 from partitioner.compile.input_bounds import bound_inputs
 from partitioner.compile.parts import Parts
 from partitioner.compile.pass_order import check_plan, passes_of, splitting
-from partitioner.compile.probe_decode import compare_steps, is_another_text
 from partitioner.compile.run_passes import choose, run_passes
+from partitioner.compile.tracing.probe_decode import compare_steps, is_another_text
+from partitioner.compile.tracing.trace import trace, trace_piece, trace_step
 from partitioner.errors import CaptureError, LayoutError, PlanError
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.pause_collector import collector_paused
 from partitioner.program.plan import Plan
-from partitioner.program.program import Origins, Program
+from partitioner.program.program import Origins, Program, Value
 from partitioner.program.progress import timed
 from partitioner.program.stages import StageTable
 from partitioner.proof.layouts import check_entries
 from partitioner.proof.recurrences import why_pieces_differ
 from partitioner.proof.rows import check_rows
 from partitioner.proof.schedules import prove_stages
-from partitioner.sharding.mesh import Mesh
 from partitioner.storage.bundle.bundle import load
 from partitioner.storage.bundle.reshard_model import open_bundle
 from partitioner.storage.checkpoint.open_checkpoint import open_checkpoint
@@ -132,51 +130,6 @@ def _from(origins: Origins | None, traced: Program) -> Program:
 
 
 @collector_paused()
-def trace(model: PreTrainedModel, *, max_length: int | None = None, fixed_length: int | None = None) -> Program:
-    """The model as one canonical program, before any pass; it can be compiled for several plans."""
-    if not isinstance(model, PreTrainedModel):
-        raise CaptureError(
-            f"cannot capture a {type(model).__name__}: required is a model of transformers (a PreTrainedModel with its "
-            "config), such as AutoModelForCausalLM.from_pretrained(...) yields" + _within(model)
-        )
-    for name, given in (("max_length", max_length), ("fixed_length", fixed_length)):
-        if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):
-            raise CaptureError(f"{name} must be a whole number of tokens, at least 1; got {given!r}")
-    with timed("trace"):
-        traced = capture(model, mesh=Mesh.of(), max_length=max_length, fixed_length=fixed_length)
-        canonicalize(traced)
-        bound_inputs(traced)
-    return traced
-
-
-def _within(wrapper: object) -> str:
-    """What a wrapper (compiled, parallel, with adapters) is wrapped around."""
-    for path, module in wrapper.named_modules() if isinstance(wrapper, nn.Module) else ():
-        if isinstance(module, PreTrainedModel):
-            return f"; it is wrapped around one, a {type(module).__name__}: give that, its .{path}"
-    return ""
-
-
-@collector_paused()
-def trace_step(model: PreTrainedModel, *, max_length: int | None = None) -> Program:
-    """The model as one program that takes some tokens at a time, with what it remembers of those before as states."""
-    with timed("trace with a cache"):
-        traced = capture_step(model, mesh=Mesh.of(), max_length=max_length)
-        canonicalize(traced)
-        bound_inputs(traced)
-    return traced
-
-
-@collector_paused()
-def trace_piece(model: PreTrainedModel, *, max_length: int | None = None) -> Program:
-    """The same for several tokens at a time, of a model that remembers a state per sequence."""
-    traced = capture_piece(model, mesh=Mesh.of(), max_length=max_length)
-    canonicalize(traced)
-    bound_inputs(traced)
-    return traced
-
-
-@collector_paused()
 def compile_program(
     traced: Program,
     plan: Plan,
@@ -197,6 +150,8 @@ def compile_program(
         traced = candidate if recognise_attention(candidate) else traced
     split = _split(traced, plan, "text")
     text = run_passes(split.copy(), passes_of(plan, "text"))
+    if text.tokens_as_rows and (why := why_not_as_rows(text)) is not None:
+        raise PlanError(f"{text.name} runs whole texts by its code for single tokens, and cannot with this plan: {why}")
     if text.stages is not None:
         text.stages = replace(text.stages, rows_apart=_rows_apart(traced))
     split.stages = text.stages
@@ -258,7 +213,7 @@ def _with_a_cache(
     if not traced.has_head:
         raise PlanError(f"{traced.name} cannot generate: it has no head, so that its result is no logits")
     continuing = explicit_positions(traced)
-    reason = why_tokens_mix(continuing) or why_rows_mix(continuing)
+    reason = _BY_STEPS if traced.tokens_as_rows else why_tokens_mix(continuing) or why_rows_mix(continuing)
     if reason is None:
         if continuing is not traced:  # another graph than that of the whole text
             bound_inputs(continuing)
@@ -278,7 +233,7 @@ def _with_a_cache(
     reason = why_steps_differ(stepping)
     if reason is not None:
         raise PlanError(f"{refusal}; and with its own cache, {reason}")
-    note = compare_steps(traced, run_passes(stepping.copy(), [choose("kv-cache")]))
+    note = None if traced.tokens_as_rows else compare_steps(traced, run_passes(stepping.copy(), [choose("kv-cache")]))
     prefill, decode = compile_steps(stepping, plan, stages=split.stages, piece=piece, whole=lambda: traced)
     for program in {id(each): each for each in (prefill, decode)}.values():
         program.notes += [note] if note is not None and _BY_PIECES not in program.notes else []
@@ -305,11 +260,25 @@ def compile_steps(
         prefill, decode = _for_pieces(stepping, plan, stages, piece, whole)
     except (CaptureError, LayoutError, PlanError) as reason:
         prefill, decode = _entries(stepping, plan, stages=stages)
+        why = why_rows_meet(stepping) or why_not_as_rows(prefill)
+        if why is None:
+            return _as_rows(prefill), decode
         for program in {id(each): each for each in (prefill, decode)}.values():
-            program.notes += [f"prompts run token by token: {reason}"]
+            program.notes += [f"prompts run token by token: {reason}; and not as rows of a batch: {why}"]
     return prefill, decode
 
 
+def _as_rows(step: Program) -> Program:
+    """A program for one token, for several at once: they are rows of its batch."""
+    found = step.copy()
+    batch = found.symbols["batch"]
+    found.add_input("last", Value((batch,), torch.int64), "required")
+    found.limits = {**found.limits, "sequence": (1, None)}
+    found.tokens_as_rows = True
+    return found
+
+
+_BY_STEPS = "its code for whole texts is traced for some lengths only"
 _BY_PIECES = (
     "single tokens run by the model's code for several, as prompts and whole texts do: its code for single tokens "
     "computes something else"

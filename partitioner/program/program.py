@@ -214,6 +214,8 @@ class Program:
     """Those whose ranks have sequences of their own: inputs, states and the result are about these."""
     stages: StageTable | None = None
     """Which stages hold which weights; None where there is one stage. Nodes say theirs in node.meta["stages"]."""
+    tokens_as_rows: bool = False
+    """Whether its graph, which is for one token, runs several: `runtime/execution/prompts/tokens_as_rows.py`."""
     unplaced: bool = False
     """Whether a pass has dealt out weights and left the collectives to the one after it, which places all axes."""
     kept_whole: dict[str, str] = field(default_factory=dict)

@@ -3,7 +3,7 @@
     get_attr "model.norm.weight"     -> an argument: no module attributes are looked up while running
     all_reduce(x, "tp")              -> the communicator's own function of x
     cached_attention(.., state=..)   -> the cache's own function of the tensors
-    device=... in the graph          -> the engine's device
+    device=... in the graph          -> the engine's device, and of what is made of no tensor
 
 Values are dropped after their last use, as torch.fx's generated code does. On a GPU, ops in a row that go over memory
 one after the other are one (`fusion/fuse_elementwise.py`), and in captured steps products with what stands around them
@@ -29,6 +29,7 @@ from runtime.execution.fusion.fuse_products import is_mostly_products, with_prod
 from runtime.execution.overflow import Overflow
 from runtime.execution.profile import Profiled, Profiler, Recording
 from runtime.execution.prompts.in_turns import InTurns
+from runtime.execution.prompts.tokens_as_rows import tokens_as_rows
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.sharded_cache import ShardedCache
 from runtime.ops.cached_attention import cached_attention
@@ -189,7 +190,10 @@ def bound_graph(
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     arguments = {weight.name: graph.placeholder(f"weight_{index}") for index, weight in enumerate(program.weights)}
-    for node in program.graph.nodes:
+    source = program.graph
+    if program.tokens_as_rows:
+        source = tokens_as_rows(source, whole=None if cache else {state.name: state.shape for state in program.states})
+    for node in source.nodes:
         if node.op == "get_attr":
             copied[node] = arguments[str(node.target)]
             continue
@@ -216,6 +220,8 @@ def bound_graph(
             else:
                 new.args = fx.node.map_aggregate(new.args, lambda leaf: _moved(leaf, device))
                 new.kwargs = fx.node.map_aggregate(new.kwargs, lambda leaf: _moved(leaf, device))
+                if _makes_from_nothing(node.target):
+                    new.kwargs = {**new.kwargs, "device": device}
     return graph
 
 
@@ -255,6 +261,15 @@ def _is_last_use(node: fx.Node) -> bool:
     name = source.target.__name__.partition(".")[0]
     is_torch = source.target.__module__ is None or source.target.__module__.partition(".")[0] == "torch"
     return name in (_FRESH if is_torch else _FRESH_OWN)
+
+
+@functools.cache
+def _makes_from_nothing(target: Any) -> bool:
+    """Whether an op makes a tensor of no other, on a device that it is told: `zeros`, `arange` and their like."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    given = target._schema.arguments
+    return any(each.name == "device" for each in given) and not any("Tensor" in str(each.type) for each in given)
 
 
 def _moved(leaf: Any, device: torch.device) -> Any:

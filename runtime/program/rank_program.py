@@ -135,6 +135,8 @@ class RankProgram:
     """By name of a dim: the smallest and the largest size that the graph is right for, where not all are."""
     batch_axes: tuple[str, ...] = ()
     """Those whose ranks run sequences of their own; where empty, all ranks run the same."""
+    tokens_as_rows: bool = False
+    """Whether its graph, which is for one token, runs several at once: see `runtime/execution/prompts/`."""
 
     @property
     def rank(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from torch import fx
 from partitioner import Plan, load, partition
 from partitioner.compile.partition import compile_steps
 from partitioner.program import Program
+from partitioner.program.program import Value
+from runtime.execution.prompts import tokens_as_rows
+from runtime.execution.prompts.tokens_as_rows import loop_over_tokens
 from runtime.ops.state import selective_scan, state_write
 from tests.support import stepping, zoo
 
@@ -41,6 +45,72 @@ def test_prompts_in_pieces_say_what_the_model_says(name: str, tp: int) -> None:
     assert parts.generation_report.tokens_at_a_time is None
     for step in (None, 1, 7):
         assert stepping.error(name, parts, prefill_step=step) < EXACT
+
+
+AS_ROWS = ["minimax", "recurrent_gemma", "rwkv"]
+"""Whose code for several tokens loops over them: they run by that for single ones, as rows of its batch."""
+
+
+@pytest.mark.parametrize("name", ["xlstm", *(pytest.param(name, marks=pytest.mark.slow) for name in AS_ROWS)])
+@pytest.mark.parametrize("tp", [*(pytest.param(tp, marks=pytest.mark.slow) for tp in (1, 2)), 3])
+def test_prompts_as_rows_say_what_the_model_says(name: str, tp: int) -> None:
+    exact = 1e-8 if name == "minimax" else EXACT  # its own code for whole texts differs by so much
+    programs = compile_steps(stepping.traced(name)[1], Plan(tp=tp))
+    assert [program.tokens_as_rows for program in programs] == [True, False]
+    parts = stepping.parts_of(*programs)
+    assert parts.generation_report.tokens_at_a_time is None
+    assert not parts.generation_report.notes
+    assert stepping.error(name, parts) < exact
+    for step in (1, 7):
+        assert stepping.error(name, parts, prefill_step=step) < exact
+
+
+def test_rows_that_forget_the_token_before_say_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token of a loop begins at what was there before the first one."""
+    programs = compile_steps(stepping.traced("xlstm")[1], Plan())
+
+    def forgetful(body: Any, states: int) -> Any:
+        own = loop_over_tokens(body, states)
+        return lambda ids, before, *rest: (*before, *own(ids, before, *rest)[states:])
+
+    monkeypatch.setattr(tokens_as_rows, "loop_over_tokens", forgetful)
+    with pytest.raises(AssertionError):
+        stepping.error("xlstm", stepping.parts_of(*programs))
+
+
+def test_a_code_whose_rows_meet_runs_token_by_token_and_says_why() -> None:
+    step = stepping.traced("xlstm")[1].copy()
+    write = next(node for node in step.graph.nodes if node.target is state_write)
+    with step.graph.inserting_before(write):
+        mean = step.graph.call_function(torch.ops.aten.mean.dim, (write.args[0], [0], True))
+        mean.meta = {**write.meta, "val": Value((1, *write.meta["val"].shape[1:]), torch.float64)}
+        other = step.graph.call_function(torch.ops.aten.sub.Tensor, (write.args[0], mean))
+        other.meta = dict(write.meta)
+    write.args = (other, *write.args[1:])
+    prefill, decode = compile_steps(step, Plan())
+    assert prefill is decode
+    assert "as rows of a batch: mean" in prefill.notes[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["recurrent_gemma", "rwkv", "xlstm"])
+def test_whole_texts_run_by_the_code_for_single_tokens_and_from_bundles(name: str, tmp_path: Path) -> None:
+    model, ids = zoo.tiny(name)
+    parts = partition(model, Plan(tp=2))
+    assert any(note.startswith("whole texts run by") for note in parts.program.notes)
+    for length in (1, 5, 40):
+        with torch.no_grad():
+            said = torch.cat([model(input_ids=row[None, :length]).logits for row in ids])
+        assert torch.allclose(parts.simulate(input_ids=ids[:, :length]), said, rtol=1e-4, atol=1e-5)
+    parts.save(tmp_path / "bundle")
+    bundle = load(tmp_path / "bundle")
+    prompts: list[list[int]] = [[5], ids[0, :7].tolist(), ids[1, :12].tolist()]
+    options: dict[str, Any] = {"max_new_tokens": 5, "eos_token_id": []}
+    found = bundle.generate(prompts, **options).tolist()
+    assert found == parts.generate(prompts, **options).tolist()
+    for row, prompt in zip(found, prompts, strict=True):
+        wanted = model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False, eos_token_id=-1)
+        assert row[-5:] == wanted[0, -5:].tolist()
 
 
 def broken() -> Program:

@@ -231,7 +231,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "hidden_size": 64,
         "attention_head_size": 16,
     },
-    "xlstm": {"chunk_size": 16},
+    "xlstm": {"chunk_size": 16, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid", "mamba", "hybrid"]},
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},

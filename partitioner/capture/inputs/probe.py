@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from partitioner.capture.layers.probe_layers import ProbedLayers
 from partitioner.capture.trace.recognise_masks import MaskKind, recognize
 from partitioner.capture.trace.transformers_hooks import installed
+from partitioner.errors import CaptureError
 
 __all__ = ["Probe", "probe"]
 
@@ -43,6 +44,8 @@ class Probe:
     """How many tokens came before the first one of this run."""
     skipped: frozenset[str] = frozenset()
     """Paths of the layers that were not run, because they do what an earlier one did."""
+    changes_weights: bool = False
+    """Whether the run wrote to a weight: the next one would not start from what the checkpoint holds."""
     failure: Exception | None = None
     """Why the forward stopped early, if it did: a decision on a value that only real weights have."""
 
@@ -63,6 +66,15 @@ def _has_real(values: Iterable[Any]) -> bool:
     return False
 
 
+def _writes_to_weight(func: Any, args: Any) -> bool:
+    """Whether an op changes a parameter; times or over 1, it stays what it is."""
+    if not args or not isinstance(args[0], torch.nn.Parameter) or not func._schema.is_mutable:
+        return False
+    by = args[1] if len(args) > 1 else None
+    by = by.item() if isinstance(by, Tensor) and not isinstance(by, FakeTensor) and by.numel() == 1 else by
+    return not (func._schema.name in ("aten::mul_", "aten::div_") and by == 1)
+
+
 class _Mixed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Real tensors stay real until they meet a fake one."""
 
@@ -76,6 +88,8 @@ class _Mixed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if FakeTensor not in types:
             return func(*args, **kwargs)
+        if _writes_to_weight(func, args):
+            self.found.changes_weights = True
         if func in _LOOKUPS:
             tree_map_only(Tensor, self._note, args[1:])
         if _has_real(args) or _has_real(kwargs.values()):  # most ops of a layer have none
@@ -132,4 +146,9 @@ def probe(
         except Exception as error:  # what was seen up to here still counts; the trace gives the reason if it matters
             found.failure = error
     found.skipped = frozenset(layers.skipped)
+    if found.changes_weights:
+        raise CaptureError(
+            f"cannot capture {type(fake_model).__name__}: its first run changes its own weights, so that those of a "
+            "checkpoint are not what it computes with: load it, run it once, and give the model instead of the folder"
+        )
     return found

@@ -13,7 +13,11 @@ such states does with S tokens behind others: whether that is what S single step
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,12 +31,21 @@ from partitioner.capture.inputs.graph_inputs import BATCH, LENGTH, choose_inputs
 from partitioner.capture.inputs.probe import Probe, probe
 from partitioner.capture.inputs.rope import fix_rope
 from partitioner.capture.layers.share_layers import SharedLayers
-from partitioner.capture.layers.traced_once import traced_once
+from partitioner.capture.layers.traced_once import traced_in_full, traced_once
 from partitioner.capture.steps.fold_recurrences import fold_recurrences
 from partitioner.capture.steps.fold_states import fold_steps
+from partitioner.capture.steps.kept_elsewhere import own_object
 from partitioner.capture.steps.layer_states import LayerStates
 from partitioner.capture.steps.position_tables import most_slots
-from partitioner.capture.steps.traced_cache import StepCache, TracedState, find_states
+from partitioner.capture.steps.rows_apart import RowsApart
+from partitioner.capture.steps.split_states import split_states
+from partitioner.capture.steps.traced_cache import (
+    StepCache,
+    StepObject,
+    TracedState,
+    find_states,
+    states_of_object,
+)
 from partitioner.capture.trace.build_graph import Builder
 from partitioner.capture.trace.export_graph import export_step, result_of
 from partitioner.capture.trace.fake_model import configs, make_fake_model
@@ -74,39 +87,50 @@ def _capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None, seve
     _require_counting_from_zero(fake_model, fake, known)
     for config in configs(fake_model):
         config.use_cache = True
-    cache = _parameter(fake_model)
-    states = _find_states(fake_model, cache, fake, known)
+    kept = _find_kept(fake_model, fake, known)
+    states = kept.states
     recurrent = any(not state.per_token for state in states)
     single = recurrent and not several
     length = 1 if single else LENGTH
-    example = _example(fake_model, length)
-    kinds = _probe_masks(fake_model, cache, states, example, fake, known)
+    example = _example(fake_model, length, positions=any(state.initial for state in states))
+    kinds = _probe_masks(fake_model, kept, example, fake, known)
     symbols: dict[int, Any] = {0: Dim.DYNAMIC} if single else {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     dims = {name: {0: Dim.DYNAMIC} if name in _DIMS else symbols for name in example}
 
+    apart = False
+
     def build(shared: SharedLayers | None) -> tuple[Builder, fx.Graph]:
-        traced = _Stepping(fake_model, tuple(example), cache, states, shared)
+        traced = _Stepping(fake_model, tuple(example), kept, shared, apart=apart)
         with timed("export" if shared is None else "export, identical layers once"), recurrences_installed(fake_model):
             exported = functionalize(export_step(traced, fake_model, example, kinds, dims, shared=shared))
         builder = Builder(exported, tuple(example), known.canonical.__getitem__, _DIMS, shared=shared)
         return builder, builder.build()
 
-    (builder, graph), layers = traced_once(fake_model, build)
-    notes += builder.limits()
+    try:
+        (builder, graph), layers = (traced_once if kept.by_layer else traced_in_full)(fake_model, build)
+        said = builder.limits()
+    except CaptureError:
+        if not single or any(state.per_token for state in states):
+            raise
+        apart = True  # its code for one token may be right for one sequence only
+        (builder, graph), layers = traced_in_full(fake_model, build)
+        said = builder.limits()
+    notes += said
     check_together(builder.guards, builder.symbols, name=type(model).__name__)
-    inputs = fold_steps(graph, kinds, states, builder.further, builder.symbols)
+    states, written = split_states(graph, states, builder.further)
+    inputs = fold_steps(graph, kinds, states, tuple(written), builder.symbols)
     most = most_slots(graph, builder.symbols)
     if most is not None:
         low, high = builder.ranges.get("slots", (1, None))
         builder.ranges["slots"] = (low, most if high is None else min(high, most))
     weights, values = describe_weights(graph, builder, known)
     used = {str(node.kwargs["state"]) for node in graph.nodes if "state" in node.kwargs}
-    kept = {
+    kept_states = {
         s.name: State(s.name, s.shape, s.dtype, REPLICATED(len(s.shape)), per_token=s.per_token)
         for s in states
         if s.name in used
     }
-    fold_recurrences(graph, kept, inputs["input_ids"])
+    fold_recurrences(graph, kept_states, inputs["input_ids"])
     if single:
         builder.ranges["sequence"] = (1, 1)
     return Program(
@@ -120,7 +144,7 @@ def _capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None, seve
         limits=limits_of(builder.ranges, longest),
         eos_token_id=ends_of(model),
         generation=generation_of(model),
-        states=kept,
+        states=kept_states,
         layers=layers,
         notes=notes,
     )
@@ -136,39 +160,90 @@ class _Stepping(nn.Module):
         self,
         model: PreTrainedModel,
         names: tuple[str, ...],
-        cache: str,
-        states: list[TracedState],
+        kept: _Kept,
         shared: SharedLayers | None,
+        *,
+        apart: bool,
     ) -> None:
         super().__init__()
-        self.model, self.shared = model, shared
-        self.names, self.cache, self.states = names, cache, states
+        self.model, self.shared, self.apart = model, shared, apart
+        self.names, self.kept = names, kept
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.names, tensors, strict=True))
-        step = _step_cache(self.model, self.states, given, given["input_ids"])
+        step = _step_cache(self.model, self.kept, given, given["input_ids"])
         if self.shared is not None:
+            assert isinstance(step, StepCache)
             self.shared.cache, self.shared.append, self.shared.common = LayerStates(step), APPEND, ("slots",)
-        output = self.model(**given, **{self.cache: step.cache}, use_cache=True)
+        rows = RowsApart(given["input_ids"].shape[0]) if self.apart else contextlib.nullcontext()
+        with rows:
+            output = self.model(**given, **{self.kept.parameter: step.cache}, use_cache=True)
         return (result_of(self.model, output), *step.written())
 
 
-def _step_cache(
-    model: PreTrainedModel, states: list[TracedState], given: dict[str, Tensor], batch: Tensor
-) -> StepCache:
-    """Takes `slots` out of the inputs that are given to the model; `batch` has as many rows as they."""
+@dataclass(frozen=True)
+class _Kept:
+    """What the model remembers: in a cache that it takes as `parameter`, or in an object of its own like `example`."""
+
+    parameter: str
+    states: list[TracedState]
+    example: Any = None
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether the layers of a transformers Cache hold all of it, so that one layer's trace tells of another."""
+        return self.example is None and all(state.name.startswith("cache.") for state in self.states)
+
+
+def _step_cache(model: PreTrainedModel, kept: _Kept, given: dict[str, Tensor], batch: Tensor) -> StepCache | StepObject:
+    """Takes what the model does not out of its inputs; `batch` has as many rows as they."""
     slots, ids = given.pop("slots"), given["input_ids"]
+    positions = given.get("position_ids")
+    if positions is not None and "position_ids" not in inspect.signature(type(model).forward).parameters:
+        del given["position_ids"]
+
+    def read(state: TracedState, number: int) -> Tensor:
+        held: Tensor = READ(batch, list(state.shape), state.dtype, number)
+        if not state.initial or positions is None:
+            return held
+        begins = (positions[:, :1] == 0).reshape(-1, *(1 for _ in state.shape))
+        return held.masked_fill(begins, state.initial)
+
+    if kept.example is not None:
+        return StepObject(
+            kept.states,
+            example=kept.example,
+            read=read,
+            other=lambda tensor: READ(batch, list(tensor.shape), tensor.dtype, -1)[0],
+        )
     return StepCache(
         model,
-        states,
+        kept.states,
         past=slots.shape[0] - ids.shape[1],
         append=lambda x, number: APPEND(x, slots, number),
-        read=lambda state, number: READ(batch, list(state.shape), state.dtype, number),
+        read=read,
     )
 
 
+def _find_kept(fake_model: PreTrainedModel, fake: FakeTensorMode, known: ModelWeights) -> _Kept:
+    try:
+        cache = _parameter(fake_model)
+        return _Kept(cache, _find_states(fake_model, cache, fake, known))
+    except CaptureError:
+        inputs = _plain_inputs(fake_model, 1)
+        run = functools.partial(probe, fake_model, {**inputs, "use_cache": True}, fake, known.indices())
+        found = own_object(fake_model, run) if "use_cache" in _accepted(fake_model) else None
+        if found is None or not (states := states_of_object(*found, batch=BATCH)):
+            raise
+        return _Kept(found[0], states, found[1])
+
+
+def _accepted(fake_model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(fake_model).forward).parameters
+
+
 def _parameter(fake_model: PreTrainedModel) -> str:
-    accepted = inspect.signature(type(fake_model).forward).parameters
+    accepted = _accepted(fake_model)
     found = next((name for name in _CACHES if name in accepted), None)
     if found is None or "input_ids" not in accepted:
         raise CaptureError(
@@ -179,50 +254,58 @@ def _parameter(fake_model: PreTrainedModel) -> str:
 
 def _require_counting_from_zero(fake_model: PreTrainedModel, fake: FakeTensorMode, known: ModelWeights) -> None:
     """Positions are given as 0, 1, 2 ...: a model that makes others of its tokens would be given wrong ones."""
-    if "position_ids" not in inspect.signature(type(fake_model).forward).parameters:
+    if "position_ids" not in _accepted(fake_model):
         return
     if "position_ids" not in choose_inputs(fake_model, fake, known.indices(), length=None).tensors:
         raise CaptureError(f"{type(fake_model).__name__} counts positions by a rule of its own, not 0, 1, 2 and so on")
 
 
-def _example(fake_model: PreTrainedModel, length: int) -> dict[str, Tensor]:
-    accepted = inspect.signature(type(fake_model).forward).parameters
+def _example(fake_model: PreTrainedModel, length: int, *, positions: bool = False) -> dict[str, Tensor]:
+    accepted = _accepted(fake_model)
     vocabulary = fake_model.get_input_embeddings().weight.shape[0]
     shape = (BATCH, length)
     found = {"input_ids": torch.arange(BATCH * length).reshape(shape) % max(vocabulary // 2, 1) + vocabulary // 2}
-    if "position_ids" in accepted:
+    if positions or "position_ids" in accepted:
         found["position_ids"] = torch.arange(SLOTS - length, SLOTS).expand(shape).contiguous()
     found["slots"] = torch.arange(SLOTS)
     return found
 
 
+def _plain_inputs(fake_model: PreTrainedModel, length: int) -> dict[str, Tensor]:
+    """Of a text from its first token on."""
+    inputs = {name: value for name, value in _example(fake_model, length).items() if name != "slots"}
+    if "position_ids" in inputs:
+        inputs["position_ids"] = torch.arange(length).expand(BATCH, length).contiguous()
+    return inputs
+
+
 def _find_states(
     fake_model: PreTrainedModel, cache: str, fake: FakeTensorMode, known: ModelWeights
 ) -> list[TracedState]:
-    given = _example(fake_model, LENGTH)
-    inputs = {name: value for name, value in given.items() if name != "slots"}
-    if "position_ids" in inputs:
-        inputs["position_ids"] = torch.arange(LENGTH).expand(BATCH, LENGTH).contiguous()
+    inputs = _plain_inputs(fake_model, LENGTH)
 
     def run(empty: Any) -> None:
         found = probe(fake_model, {**inputs, cache: empty, "use_cache": True}, fake, known.indices())
         _succeeded(fake_model, found)
 
-    return find_states(fake_model, run)
+    return find_states(fake_model, run, batch=BATCH)
 
 
 def _probe_masks(
     fake_model: PreTrainedModel,
-    cache: str,
-    states: list[TracedState],
+    kept: _Kept,
     example: dict[str, Tensor],
     fake: FakeTensorMode,
     known: ModelWeights,
 ) -> list[Any]:
     given = dict(example)
     past = SLOTS - given["input_ids"].shape[1]
-    step = _step_cache(fake_model, states, given, fake.from_tensor(given["input_ids"]))
-    found = probe(fake_model, {**given, cache: step.cache, "use_cache": True}, fake, known.indices(), offset=past)
+    if "position_ids" not in _accepted(fake_model):  # what states hold does not matter here
+        given.pop("position_ids", None)
+    step = _step_cache(fake_model, kept, given, fake.from_tensor(given["input_ids"]))
+    inputs = {**given, kept.parameter: step.cache, "use_cache": True}
+    found = probe(fake_model, inputs, fake, known.indices(), offset=past)
+    step.written()
     _succeeded(fake_model, found)
     if None in found.kinds:
         raise CaptureError(f"{type(fake_model).__name__} masks its attention by a rule that capture does not know")

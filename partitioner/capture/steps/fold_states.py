@@ -54,6 +54,8 @@ def fold_steps(
     for node in list(graph.nodes):
         if node.target is READ:
             _, shape, dtype, number = node.args
+            if number < 0:
+                raise CaptureError("the model reads what it keeps of all sequences together, not one row of each")
             first = min(node.users, key=list(graph.nodes).index, default=None)
             node.target, node.args = state_read, (inputs["input_ids"],)
             node.kwargs = {"state": states[number].name, "shape": list(shape), "dtype": dtype}

@@ -2,6 +2,7 @@
 
     keys, values, indexer keys   [.., S, D]   appended to what came before: `APPEND`, [.., T, D]
     conv and recurrent states    [B, ...]     read at first (`READ`), overwritten by the model, returned at the end
+    attributes of modules        [B, ...]     the same
 
 The layers are transformers' own, so that models find what they expect; only what would grow is replaced. A cache that
 is empty and one that holds zeros are the same to a recurrent state: zeros are what came before the first token.
@@ -21,20 +22,25 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from partitioner.capture.steps.kept_elsewhere import Attributes, filled_with, leaves_of, rebuilt
 from partitioner.capture.steps.watched_cache import WatchedCache, WatchedLayers
 from partitioner.errors import CaptureError
 
-__all__ = ["StepCache", "TracedState", "find_states"]
+__all__ = ["StepCache", "StepObject", "TracedState", "find_states", "states_of_object"]
 
 _LAYERS = "transformers.cache_utils"
-_BESIDE = -1
-"""The layer of a state that the cache itself holds."""
+_BESIDE, _IN_MODULE, _IN_OBJECT = -1, -2, -3
+"""The layer of a state that the cache itself holds, of one that a module holds (`part`: its path and name), and of one
+in an object that the model takes in the place of a cache (`part`: the way to it)."""
 _PER_SEQUENCE = {"conv": "conv_states", "recurrent": "recurrent_states"}
 
 
 @dataclass(frozen=True)
 class TracedState:
-    """One tensor that a layer keeps: per token (shape without batch and tokens), or per sequence (without batch)."""
+    """One tensor that a layer keeps: per token (shape without batch and tokens), or per sequence (without batch).
+
+    initial: what it is filled with before the first token.
+    """
 
     name: str
     layer: int
@@ -43,22 +49,26 @@ class TracedState:
     shape: tuple[int, ...]
     dtype: torch.dtype
     per_token: bool
+    initial: float = 0.0
 
 
-def find_states(model: PreTrainedModel, run: Callable[[Any], None]) -> list[TracedState]:
-    """What the layers of a cache hold after `run(cache)`, in order; raises where the model keeps more than that."""
-    cache = _empty_cache(model)
-    before = _tensors_of_modules(model)
-    run(cache)
-    kept = [name for name in _tensors_of_modules(model) if name not in before]
-    if kept:
-        raise CaptureError(
-            f"the model keeps tensors of its own between tokens ({kept[0]}), not in a transformers Cache"
-        )
+def find_states(model: PreTrainedModel, run: Callable[[Any], None], *, batch: int) -> list[TracedState]:
+    """What the layers of a cache hold after `run(cache)` of so many rows, in order, and then what modules do; raises
+    where the model keeps more than that.
+    """
+    cache, attributes = _empty_cache(model), Attributes(model)
+    with attributes.watched():
+        run(cache)
+    if attributes.forget():  # of an earlier run, something may have been left
+        cache = _empty_cache(model)
+        with attributes.watched():
+            run(cache)
     found: list[TracedState] = []
     for number, layer in enumerate(cache.layers):
         found += _states_of(number, layer)
     found += _states_beside_layers(cache)
+    found += _states_in_modules(attributes, batch)
+    attributes.forget()
     if not found:
         raise CaptureError("the model does not use the cache that it is given")
     return found
@@ -141,13 +151,15 @@ class _Counting:
         return not self.layers or any(isinstance(layer, CacheLayerMixin) for layer in self.layers)
 
 
-def _tensors_of_modules(model: PreTrainedModel) -> set[str]:
-    return {
-        f"{path}.{name}"
-        for path, module in model.named_modules()
-        for name, value in [*vars(module).items(), *module._buffers.items()]
-        if isinstance(value, (Tensor, list, tuple)) and _has_tensors(value)
-    }
+def _states_in_modules(attributes: Attributes, batch: int) -> Iterable[TracedState]:
+    for (path, name), (value, initial) in attributes.new().items():
+        where = f"{path}.{name}"
+        if not isinstance(value, Tensor) or not value.dim() or value.shape[0] != batch or initial is None:
+            raise CaptureError(
+                f"the model keeps tensors of its own between tokens ({where}), which are not one row per sequence, or "
+                "of which it is not known what they are before the first token"
+            )
+        yield TracedState(where, _IN_MODULE, where, 0, tuple(value.shape[1:]), value.dtype, False, initial)
 
 
 def _has_tensors(value: Any) -> bool:
@@ -166,12 +178,12 @@ class StepCache:
         append: Callable[[Tensor, int], Tensor],
         read: Callable[[TracedState, int], Tensor],
     ) -> None:
-        self.states = states
+        self.states, self._model = states, model
         self.cache = _empty_cache(model)
         self.cache.past = past
         number = {(s.layer, s.part): i for i, s in enumerate(states)}
         replicated = self.cache.layer_class_to_replicate
-        while len(self.cache.layers) <= max(state.layer for state in states):
+        while len(self.cache.layers) <= max((state.layer for state in states), default=-1):
             assert replicated is not None
             self.cache.layers.append(replicated())
         for i, layer in enumerate(self.cache.layers):
@@ -184,6 +196,9 @@ class StepCache:
         self.cache.layers = WatchedLayers(self.cache)
 
     def _preset(self, state: TracedState, tensor: Tensor) -> None:
+        if state.layer == _IN_MODULE:
+            setattr(*self._place(state), tensor)
+            return
         if state.layer == _BESIDE:
             held = vars(self.cache)[state.part]
             held += [[] for _ in range(len(held), state.index + 1)]  # as the model fills it up
@@ -199,10 +214,22 @@ class StepCache:
             layer.dtype, layer.device = tensor.dtype, tensor.device
 
     def written(self) -> list[Tensor]:
-        """What the states per sequence hold now, in their order."""
-        return [self._held(state) for state in self.states if not state.per_token]
+        """What the states per sequence hold now, in their order; modules hold nothing from then on."""
+        found = [self._held(state) for state in self.states if not state.per_token]
+        for state in self.states:
+            if state.layer == _IN_MODULE:
+                setattr(*self._place(state), None)
+        return found
+
+    def _place(self, state: TracedState) -> tuple[Any, str]:
+        path, _, name = state.part.rpartition(".")
+        return self._model.get_submodule(path), name
 
     def _held(self, state: TracedState) -> Tensor:
+        if state.layer == _IN_MODULE:
+            module, name = self._place(state)
+            kept: Tensor = vars(module)[name]
+            return kept
         if state.layer == _BESIDE:
             held: Tensor = vars(self.cache)[state.part][state.index]
         else:
@@ -259,3 +286,45 @@ def _appending(layer: Any, step: _Step) -> Any:
     made.__dict__.update(vars(layer))
     made._step, made.is_initialized = step, True
     return made
+
+
+class StepObject:
+    """What a model takes and returns of its own in the place of a cache (`cache`), whose tensors are `states`.
+
+    example: one of them. other: what stands for a tensor that is not one row per sequence.
+    """
+
+    def __init__(
+        self,
+        states: list[TracedState],
+        *,
+        example: Any,
+        read: Callable[[TracedState, int], Tensor],
+        other: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.states = states
+        numbers = {state.part: number for number, state in enumerate(states)}
+
+        def leaf(path: tuple[str, ...], tensor: Tensor) -> Tensor:
+            number = numbers.get(".".join(path))
+            return other(tensor) if number is None else read(states[number], number)
+
+        self.cache = rebuilt(example, leaf)
+
+    def written(self) -> list[Tensor]:
+        held = {".".join(path): tensor for path, tensor in leaves_of(self.cache)}
+        return [held[state.part] for state in self.states]
+
+
+def states_of_object(name: str, value: Any, *, batch: int) -> list[TracedState]:
+    """The tensors that what the model takes as `name` leads to, but for those that are not one row per sequence."""
+    found = []
+    for path, tensor in leaves_of(value):
+        if not tensor.dim() or tensor.shape[0] != batch:
+            continue
+        initial, where = filled_with(tensor), ".".join(path)
+        if initial is None:
+            raise CaptureError(f"the model keeps {name}.{where}, and what that is before the first token is not known")
+        shape = tuple(tensor.shape[1:])
+        found.append(TracedState(f"{name}.{where}", _IN_OBJECT, where, 0, shape, tensor.dtype, False, initial))
+    return found

@@ -198,11 +198,15 @@ def _channels_example(draw: Callable[..., Tensor], size: int, *, known: bool) ->
     return given | {"delta_bias": draw(4), "delta_softplus": True, "return_last_state": True}
 
 
+def _alike_example(draw: Callable[..., Tensor], size: int, *, known: bool) -> dict[str, Any]:
+    """Of as many heads of keys as of values, where the module repeats them."""
+    given = _heads_example(draw, size, known=known)
+    return given | {name: draw(2, size, 4, 6) for name in ("query", "key")}
+
+
 def _rows_example(draw: Callable[..., Tensor], size: int, *, known: bool) -> dict[str, Any]:
     """With a decay for each row of the state, of as many heads as there are keys."""
-    given = _heads_example(draw, size, known=known)
-    given |= {name: draw(2, size, 4, 6) for name in ("query", "key")}
-    return given | {"g": -draw(2, size, 4, 6).abs()}
+    return _alike_example(draw, size, known=known) | {"g": -draw(2, size, 4, 6).abs()}
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,7 @@ class _Recurrence:
 
 _RECURRENCES = (
     _Recurrence(_ops.gated_delta_rule.default, _delta_rule, _heads_example),
+    _Recurrence(_ops.gated_delta_rule.default, _delta_rule, _alike_example),
     _Recurrence(_ops.gated_delta_rule.default, _delta_rule, _rows_example),
     _Recurrence(_ops.gated_linear_attention.default, _linear_attention, _groups_example),
     _Recurrence(_ops.selective_scan.default, _scan, _channels_example),

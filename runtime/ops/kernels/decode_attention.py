@@ -51,8 +51,9 @@ _MOST_SPLITS, _PER_PROCESSOR, _PER_PROCESSOR_FLOAT8 = 64, 3, 2
 """How many parts there are at most, and programs for each processor: all parts wait for the last one. Over float8, one
 has half the bytes under way, and more to do with them.
 """
-_MERGED = 8192
-"""Numbers of parts that are read at a time when they are put together."""
+_MERGED, _MOST_MERGED = 8192, 16
+"""Numbers of parts that are read at a time when they are put together, and of how many parts: what the kernel takes to
+be compiled grows with them, and is minutes where heads are few and narrow."""
 _FEW_MERGED = (1, 4)
 _WIDEST = 256
 _LOG2_E = 1.4426950408889634
@@ -174,7 +175,7 @@ def decode_attention(
     capped = softcap is not None
     cos, sin, half = (q, q, 0) if rotation is None else rotation
     early = can_launch_early(q.device)
-    merged = max(1, _MERGED // (_power_of_2(group) * value_padded))
+    merged = max(1, min(_MOST_MERGED, _MERGED // (_power_of_2(group) * value_padded)))
     # few numbers: the kernel is compiled for each, in seconds where they are large
     merged = next((few for few in _FEW_MERGED if splits <= few <= merged), merged)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))

@@ -12,7 +12,7 @@ from torch import fx
 
 from partitioner import Plan, PlanError, partition
 from partitioner.compile.partition import trace, trace_step
-from partitioner.compile.probe_decode import compare_steps
+from partitioner.compile.tracing.probe_decode import compare_steps
 from partitioner.program import Program
 from passes.kv_cache import KvCache
 from runtime.ops.state import state_write
@@ -56,8 +56,8 @@ def test_a_small_difference_is_a_note() -> None:
 
 
 def test_in_the_dtype_of_the_model_where_it_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("partitioner.compile.probe_decode.EXACT_BYTES", 0)
-    monkeypatch.setattr("partitioner.compile.probe_decode._ROUNDING", {torch.float64: 0.0})
+    monkeypatch.setattr("partitioner.compile.tracing.probe_decode.EXACT_BYTES", 0)
+    monkeypatch.setattr("partitioner.compile.tracing.probe_decode._ROUNDING", {torch.float64: 0.0})
     note = compare_steps(*programs())
     assert note is not None  # its norms go through float32
 

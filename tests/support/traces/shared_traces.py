@@ -24,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import partitioner.compile.partition as compiling
+import partitioner.compile.tracing.trace as compiling
 from partitioner.capture.layers.share_layers import SharedLayers
 from partitioner.program.program import Program
 from tests.support.traces import stored_traces

@@ -82,6 +82,7 @@ def program_data(
         "limits": {name: list(limit) for name, limit in program.limits.items()},
         "stage": None if program.stage is None else stage_data(program.stage),
         **({"batch_axes": list(program.batch_axes)} if program.batch_axes else {}),
+        **({"tokens_as_rows": True} if program.tokens_as_rows else {}),
     }
     if head is not None and program.shared_head is not None:
         found["shared_head"] = head_data(program.shared_head, graph=head[0], integers=head[1])
@@ -163,6 +164,7 @@ def read_program(
         limits=_read_limits(record.record("limits")),
         stage=stage,
         batch_axes=_read_batch_axes(record, mesh),
+        tokens_as_rows=record.flag("tokens_as_rows") if record.has("tokens_as_rows") else False,
         shared_head=head,
         source=source,
         read_from=where,

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 from partitioner.capture import capture_piece, capture_step
+from partitioner.capture.steps.kept_elsewhere import Attributes
 from partitioner.errors import CaptureError
 from partitioner.program import Program
 from partitioner.sharding.mesh import Mesh
@@ -62,8 +63,6 @@ def test_states_are_read_and_written_once_and_take_one_token() -> None:
     ("name", "why"),
     [
         ("openai-gpt", "takes no transformers Cache: its forward takes"),
-        ("recurrent_gemma", r"keeps tensors of its own between tokens \(model.layers"),
-        ("xlstm", "cannot be run with a cache"),
         ("deepseek_v4", "in a cache of its own kind"),
         ("roberta", "counts positions by a rule of its own"),
     ],
@@ -71,6 +70,48 @@ def test_states_are_read_and_written_once_and_take_one_token() -> None:
 def test_what_is_kept_elsewhere_is_refused(name: str, why: str) -> None:
     with pytest.raises(CaptureError, match=why):
         capture_step(zoo.tiny(name)[0], mesh=Mesh.of())
+
+
+@pytest.mark.parametrize(
+    ("name", "states"),
+    [
+        pytest.param(
+            "recurrent_gemma", "model.layers.0.temporal_block.rg_lru.recurrent_states", marks=pytest.mark.slow
+        ),
+        pytest.param("rwkv", "state.4.1", marks=pytest.mark.slow),  # one tensor holds that of every layer
+        ("xlstm", "cache_params.rnn_state.1.0"),
+    ],
+)
+def test_states_in_modules_and_in_objects_of_the_models_own_are_found(name: str, states: str) -> None:
+    program = stepping.traced(name)[1]
+    assert states in program.states
+    assert not any(state.per_token for state in program.states.values())
+    begins = nodes(program, torch.ops.aten.masked_fill.Scalar)
+    assert {round(node.args[2] / 1e30) for node in begins} == ({-1} if name == "rwkv" else set())
+
+
+def test_a_model_whose_first_run_changes_its_weights_is_refused() -> None:
+    model, ids = zoo.tiny("rwkv", num_hidden_layers=7)
+    with pytest.raises(CaptureError, match="its first run changes its own weights"):
+        capture_step(model, mesh=Mesh.of())
+    model(ids)
+    attributes = Attributes(model)
+    assert not attributes.new()
+
+
+def test_what_modules_are_given_during_a_run_is_told_from_what_they_had() -> None:
+    model = nn.Linear(2, 2)
+    model.left, model.held = torch.ones(3, 2), torch.ones(2)
+    attributes = Attributes(model)
+    with attributes.watched():
+        model.left = torch.full((3, 2), 7.0)
+        model.left = torch.randn(3, 2)
+    ((key, (value, initial)),) = attributes.new().items()
+    assert (key, initial) == (("", "left"), 7.0)
+    assert value is model.left
+    assert attributes.forget()
+    assert model.left is None
+    assert not attributes.forget()
 
 
 def test_the_model_is_not_changed() -> None:
