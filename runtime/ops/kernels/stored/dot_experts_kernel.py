@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from runtime.ops.kernels.stored.dot_rows_kernel import halves, in_order_of_nibbles
+from runtime.ops.kernels.stored.operands_kernel import halves, in_order_of_nibbles
 from runtime.ops.kernels.stored.stored_kernel import _float4
 
 __all__ = ["dot_experts"]
