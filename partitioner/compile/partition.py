@@ -251,8 +251,9 @@ def compile_steps(
     """What `trace_step` yields, for `plan`: for prompts, and for single tokens; cut as the whole text's program is.
 
     Where it takes one token at a time, prompts run by what `piece` yields, if it is proven to do the same; otherwise
-    they run token by token, and a note says why. Where the model's code for single tokens is another than for several,
-    and that for several, however a text is cut, says what `whole` says of it, single tokens run by that too.
+    their tokens are rows of a batch of it, or run one after the other, and a note says why. Where the model's code for
+    single tokens is another than for several, and that for several, however a text is cut, says what `whole` says of
+    it, single tokens run by that too.
     """
     if all(state.per_token for state in stepping.states.values()):
         return _entries(stepping, plan, stages=stages)
@@ -261,10 +262,13 @@ def compile_steps(
     except (CaptureError, LayoutError, PlanError) as reason:
         prefill, decode = _entries(stepping, plan, stages=stages)
         why = why_rows_meet(stepping) or why_not_as_rows(prefill)
+        note = f"prompts run token by token: {reason}; and not as rows of a batch: {why}"
         if why is None:
-            return _as_rows(prefill), decode
-        for program in {id(each): each for each in (prefill, decode)}.values():
-            program.notes += [f"prompts run token by token: {reason}; and not as rows of a batch: {why}"]
+            prefill = _as_rows(prefill)
+            note = f"prompts run by the model's code for single tokens, which are rows of a batch: {reason}"
+        if why is not None or piece is not None:
+            for program in {id(each): each for each in (prefill, decode)}.values():
+                program.notes += [note]
     return prefill, decode
 
 

@@ -90,6 +90,9 @@ def test_a_code_whose_rows_meet_runs_token_by_token_and_says_why() -> None:
     prefill, decode = compile_steps(step, Plan())
     assert prefill is decode
     assert "as rows of a batch: mean" in prefill.notes[0]
+    report = stepping.parts_of(prefill, decode).generation_report
+    assert report.tokens_at_a_time == 1
+    assert "prompts run token by token" in str(report)
 
 
 @pytest.mark.slow
@@ -122,13 +125,15 @@ def broken() -> Program:
     return program
 
 
-def test_what_is_not_proven_runs_token_by_token_and_says_why() -> None:
-    parts = stepping.parts_of(*compile_steps(stepping.traced("mamba")[1], Plan(tp=2), piece=broken))
-    assert parts.program_of("prefill") is parts.program_of("decode")
-    report = parts.generation_report
-    assert report.tokens_at_a_time == 1
-    (note,) = [note for note in report.notes if note.startswith("prompts run token by token: ")]
+def test_what_is_not_proven_gives_way_to_rows_of_a_batch_and_says_why() -> None:
+    prefill, decode = compile_steps(stepping.traced("mamba")[1], Plan(tp=2), piece=broken)
+    assert prefill.tokens_as_rows
+    assert not decode.tokens_as_rows
+    parts = stepping.parts_of(prefill, decode)
+    (note,) = parts.generation_report.notes
+    assert note.startswith("prompts run by the model's code for single tokens, which are rows of a batch: ")
     assert "at once than for single ones" in note
+    assert f"note: {note}" in str(parts.generation_report)
     assert stepping.error("mamba", parts) < EXACT
 
 
@@ -149,8 +154,8 @@ def test_a_code_for_single_tokens_that_is_another_gives_way_to_that_for_several(
     assert note.startswith("single tokens run by the model's code for several, as prompts and whole texts do")
     assert stepping.error("mamba", parts) < EXACT
     for piece, said in ((broken, whole), (lambda: stepping.pieces("mamba"), None)):
-        programs = compile_steps(step, Plan(tp=2), piece=piece, whole=lambda said=said: said)  # type: ignore[misc]
-        assert stepping.parts_of(*programs).generation_report.tokens_at_a_time == 1
+        prefill, _ = compile_steps(step, Plan(tp=2), piece=piece, whole=lambda said=said: said)  # type: ignore[misc]
+        assert prefill.tokens_as_rows
 
 
 def test_pieces_that_do_not_say_what_the_whole_text_says_are_refused() -> None:
@@ -163,8 +168,8 @@ def test_pieces_that_do_not_say_what_the_whole_text_says_are_refused() -> None:
                 larger = other.graph.call_function(torch.ops.aten.mul.Tensor, (node, 1.001))
             larger.meta = dict(node.meta)
             node.replace_all_uses_with(larger, delete_user_cb=lambda user, made=larger: user is not made)
-    parts = stepping.parts_of(*compile_steps(step, Plan(tp=2), piece=lambda: other, whole=lambda: whole))
-    assert parts.generation_report.tokens_at_a_time == 1
+    prefill, _ = compile_steps(step, Plan(tp=2), piece=lambda: other, whole=lambda: whole)
+    assert prefill.tokens_as_rows
 
 
 @pytest.mark.slow

@@ -199,8 +199,9 @@ def test_a_product_that_is_added_to_something_adds_that_itself(rows: int, monkey
     called, wrong = list[str](), 0.0
 
     def by_kernel(
-        x: Tensor, weight: Tensor, bias: Tensor | None, gate: None, act: str, added: Tensor | None, norm: Any
-    ) -> Any:
+        x: Tensor, weight: Tensor, bias: Tensor | None, gate: None, act: str, added: Tensor | None, norm: Any,
+        ready: None = None,
+    ) -> Any:  # fmt: skip
         called.append("bias" if bias is not None else "added" if added is not None else "plain")
         total = x if added is None else x + added
         normed = total if norm is None else torch.rms_norm(total, list(x.shape[-1:]), *norm)
