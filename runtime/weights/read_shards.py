@@ -49,8 +49,8 @@ from runtime.weights.strided_reads import Strided, row_major
 __all__ = ["Reader", "digest_of"]
 
 STRIP_BYTES = 4 << 20
-SHORTEST_RUN_BYTES = 4 << 10
-"""Shorter runs are read with what lies between them: from a disk, whole pages come anyway."""
+SHORTEST_RUN_BYTES = 2 << 10
+"""Shorter runs are read with what lies between them: from a disk, whole pages of twice as many come anyway."""
 SHORTEST_PACKED_RUN_BYTES = 1 << 8
 """Of quantised tensors, whose rows are a half or a quarter as long."""
 PACKED_ELEMENTS = 1 << 20

@@ -87,6 +87,8 @@ def test_experts_are_those_of_the_numbers(code: str) -> None:
 def test_codes_survive_packing() -> None:
     codes = torch.arange(45, dtype=torch.uint8).reshape(3, 15) % 16
     assert torch.equal(nibbles(pack_nibbles(codes), 0, 15), codes)
+    words = (torch.arange(7)[None] * 0x1234567).to(torch.int32)
+    assert torch.equal(nibbles(words.T, 0, 8), nibbles(torch.stack(list(words.T)), 0, 8))
 
 
 @pytest.mark.parametrize(

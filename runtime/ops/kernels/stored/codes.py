@@ -45,8 +45,10 @@ def nibbles(words: Tensor, start: int, stop: int, order: Sequence[int] | None = 
 
     The lowest bits come first; `order[i]`: the place within eight of code i, where it is another.
     """
-    per_word = 2 * words.element_size()
-    packed = words.contiguous().view(torch.uint8)
+    size = words.element_size()
+    per_word = 2 * size
+    # flat first: of a single word in the last dim the stride may be any, which no bytes are viewed of
+    packed = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], size * words.shape[-1])
     codes = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
     if order is not None:
         codes = codes.reshape(*codes.shape[:-1], -1, len(order))[..., list(order)].flatten(-2)
