@@ -1,4 +1,4 @@
-"""Kernels of this machine's CPU, measured in a few seconds: what predicted times of plans are made of here.
+"""Kernels of this machine's CPU, as engines call them, measured in a few seconds: what predicted times are made of.
 
     reads       a product with a matrix that no cache holds, by one row
     products    512 x 512 by 512 x 512
@@ -20,10 +20,11 @@ from partitioner.analysis.cost.device import measure_link
 from partitioner.planning.cluster import Device, Dimension
 from partitioner.planning.kernels import Grid, Kernels
 from runtime.communication.channels import Channel
+from runtime.ops.kernels.native.few_rows import linear as product
 
 __all__ = ["block_seconds", "calibrate", "link_of"]
 
-ROWS, WIDTHS, KEYS, HEADS = (0, 1, 6), (6, 8, 10, 12), (4, 6, 8, 10), (0, 2, 4, 6)
+ROWS, WIDTHS, KEYS, HEADS = (0, 1, 3, 6), (6, 8, 10, 12), (4, 6, 8, 10), (0, 2, 4, 6)
 """Logarithms of the sizes that are measured."""
 
 
@@ -55,8 +56,8 @@ def calibrate(
         return agree(block_seconds(work, clock))
 
     matrix, one, square = torch.randn(4096, 4096), torch.randn(1, 4096), torch.randn(512, 512)
-    speed = 4 * 4096**2 / timed(lambda: functional.linear(one, matrix))
-    rates = {"float32": 2 * 512**3 / timed(lambda: functional.linear(square, square))}
+    speed = 4 * 4096**2 / timed(lambda: product(one, matrix))
+    rates = {"float32": 2 * 512**3 / timed(lambda: product(square, square))}
     bare = Kernels("here", speed, rates, {})
 
     def linear(m: int, n: int, k: int) -> float:
@@ -64,7 +65,7 @@ def calibrate(
         # so many matrices that none is in a cache when its turn comes
         copies = [torch.randn(1 << n, 1 << k) for _ in range(min(64, 1 << (24 - n - k)))]
         turn = iter(range(1 << 30))
-        seconds = timed(lambda: functional.linear(x, copies[next(turn) % len(copies)]))
+        seconds = timed(lambda: product(x, copies[next(turn) % len(copies)]))
         size = 4 * ((1 << (m + k)) + (1 << (n + k)) + (1 << (m + n)))
         return bare.roofline(2.0 * (1 << (m + n + k)), size, "float32") / seconds
 
