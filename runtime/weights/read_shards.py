@@ -50,7 +50,7 @@ __all__ = ["Reader", "digest_of"]
 
 STRIP_BYTES = 4 << 20
 SHORTEST_RUN_BYTES = 2 << 10
-"""Shorter runs are read with what lies between them: from a disk, whole pages of twice as many come anyway."""
+"""Shorter runs, of less than half a page, are read with what lies between them: a disk reads whole pages anyway."""
 SHORTEST_PACKED_RUN_BYTES = 1 << 8
 """Of quantised tensors, whose rows are a half or a quarter as long."""
 PACKED_ELEMENTS = 1 << 20

@@ -5,7 +5,8 @@
     p = state_read("p") -> add(p, x) ..      state_write(x, "p")                         p is x of the token before
 
 Where what is written of a token is taken to be read by the next one, the graph has cycles; its strongly connected
-components are what must run token by token, and nothing else must (Tarjan, SIAM J. Comput. 1(2), 1972).
+components are what must run token by token, and nothing else must. They are found by two walks (Kosaraju; Sharir,
+Computers & Mathematics with Applications 7(1), 1981).
 """
 
 from __future__ import annotations

@@ -59,12 +59,7 @@ def load(sources: Sequence[Path], *, timeout_s: float, flags: Sequence[str] = ()
         with OwnFolder.open(cache_folder()) as folder, folder.locked(f"{path.stem}.lock", timeout_s):
             if (library := folder.library(name)) is not None:
                 return Native(library, 0.0)
-            with _compiled(sources, flags, timeout_s) as (content, seconds):
-                folder.add(name, content)
-            library = folder.library(name)
-            if library is None:
-                raise OSError(f"{name} is gone as soon as it was written")
-            return Native(library, seconds)
+            return _made(folder, name, sources, flags, timeout_s)
     except Busy as error:
         raise CannotBuild(f"another process is compiling: {error}") from None
     except (NotOurs, OSError) as error:
@@ -73,14 +68,18 @@ def load(sources: Sequence[Path], *, timeout_s: float, flags: Sequence[str] = ()
             _log.warning("%s; so the library is compiled for this process alone", error)
         try:
             with tempfile.TemporaryDirectory(prefix="partitioner-") as own, OwnFolder.open(Path(own)) as folder:
-                with _compiled(sources, flags, timeout_s) as (content, seconds):
-                    folder.add(name, content)
-                library = folder.library(name)
-                if library is None:
-                    raise OSError(f"{name} is gone as soon as it was written")
-                return Native(library, seconds)
+                return _made(folder, name, sources, flags, timeout_s)
         except (NotOurs, OSError) as error:
             raise CannotBuild(f"{path} cannot be built or loaded: {error}") from error
+
+
+def _made(folder: OwnFolder, name: str, sources: Sequence[Path], flags: Sequence[str], timeout_s: float) -> Native:
+    with _compiled(sources, flags, timeout_s) as (content, seconds):
+        folder.add(name, content)
+    library = folder.library(name)
+    if library is None:
+        raise OSError(f"{name} is gone as soon as it was written")
+    return Native(library, seconds)
 
 
 def _name(sources: Sequence[Path], flags: Sequence[str] = _FLAGS) -> str:

@@ -47,7 +47,7 @@ def nibbles(words: Tensor, start: int, stop: int, order: Sequence[int] | None = 
     """
     size = words.element_size()
     per_word = 2 * size
-    # flat first: of a single word in the last dim the stride may be any, which no bytes are viewed of
+    # flat first: where the last dim is one word, its stride may be anything, and torch views no bytes of it
     packed = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], size * words.shape[-1])
     codes = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
     if order is not None:

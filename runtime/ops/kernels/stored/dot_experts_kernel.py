@@ -84,7 +84,7 @@ def _row(x, live, PTX: tl.constexpr, WARPS: tl.constexpr):
     """Pairs of a row at x [4 (t), 8 (g), WARPS, 4], and of three times as many behind them, [WARPS, 128, 8 (g)]."""
     a, b = tl.load(x, mask=live, other=0), tl.load(x + 4, mask=live, other=0)
     c, d = tl.load(x + 8, mask=live, other=0), tl.load(x + 12, mask=live, other=0)
-    return in_order_of_nibbles(a, b, c, d, PTX, WARPS)
+    return in_order_of_nibbles(a, b, c, d, False, PTX, WARPS)
 
 
 @triton.jit

@@ -67,38 +67,25 @@ def _four(at, live, mine, EVEN: tl.constexpr):
 
 @triton.jit
 def _right(
-    x, added, norm, live, mine, ADDS: tl.constexpr, WEIGHTED: tl.constexpr, CODE: tl.constexpr, PTX: tl.constexpr,
-    WARPS: tl.constexpr, EVEN: tl.constexpr,
+    x, added, norm, live, mine, ADDS: tl.constexpr, WEIGHTED: tl.constexpr, READY: tl.constexpr, CODE: tl.constexpr,
+    PTX: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a tile's columns, in the order of the codes: [WARPS, TILE_K, 8 (g)]."""
+    """Rows of a tile's columns, in the order of the codes: [WARPS, TILE_K, 8 (g)]. READY: one row that lies so already,
+    so that no thread does anything with it but to read it.
+    """
     a = _eight(x, added, norm, 0, live, mine, ADDS, WEIGHTED, PTX, EVEN)
     b = _eight(x, added, norm, 4, live, mine, ADDS, WEIGHTED, PTX, EVEN)
     if CODE == 0:
-        # t g W w%2 p i w/2: W w/2 w%2 t p i g
         both = tl.reshape(tl.join(halves(a, PTX), halves(b, PTX)), [4, 8, WARPS, 2, 2, 2, 2])
-        return tl.reshape(tl.permute(both, [2, 6, 3, 0, 4, 5, 1]), [WARPS, 64, 8])
+        # t g W w%2 p i w/2, READY: t g W p w%2 i w/2; to W w/2 w%2 t p i g
+        if READY:
+            return tl.reshape(tl.permute(both, [2, 6, 4, 0, 3, 5, 1]), [WARPS, 64, 8])
+        else:
+            return tl.reshape(tl.permute(both, [2, 6, 3, 0, 4, 5, 1]), [WARPS, 64, 8])
     else:
         c = _eight(x, added, norm, 8, live, mine, ADDS, WEIGHTED, PTX, EVEN)
         d = _eight(x, added, norm, 12, live, mine, ADDS, WEIGHTED, PTX, EVEN)
-        return in_order_of_nibbles(a, b, c, d, PTX, WARPS)
-
-
-@triton.jit
-def _ready(x, live, mine, CODE: tl.constexpr, PTX: tl.constexpr, WARPS: tl.constexpr, EVEN: tl.constexpr):
-    """As `_right`, of one row that lies in the order of the codes: no thread does anything with it but to read it."""
-    a = _eight(x, x, x, 0, live, mine, False, False, PTX, EVEN)
-    b = _eight(x, x, x, 4, live, mine, False, False, PTX, EVEN)
-    if CODE == 0:
-        # t g W p w%2 i w/2: W w/2 w%2 t p i g
-        both = tl.reshape(tl.join(halves(a, PTX), halves(b, PTX)), [4, 8, WARPS, 2, 2, 2, 2])
-        return tl.reshape(tl.permute(both, [2, 6, 4, 0, 3, 5, 1]), [WARPS, 64, 8])
-    else:
-        c = _eight(x, x, x, 8, live, mine, False, False, PTX, EVEN)
-        d = _eight(x, x, x, 12, live, mine, False, False, PTX, EVEN)
-        upper, lower = tl.join(halves(a, PTX), halves(b, PTX)), tl.join(halves(c, PTX), halves(d, PTX))
-        # t g W q%2 q/2 i w%2 w/2: W w/2 w%2 q/2 t q%2 i g
-        both = tl.reshape(tl.join(upper, lower), [4, 8, WARPS, 2, 2, 2, 2, 2])
-        return tl.reshape(tl.permute(both, [2, 7, 6, 4, 0, 3, 5, 1]), [WARPS, 128, 8])
+        return in_order_of_nibbles(a, b, c, d, READY, PTX, WARPS)
 
 
 @triton.jit
@@ -287,12 +274,9 @@ def dot_rows(
         for part in tl.static_range(PARTS):
             is_column = (start + part * tile_k + warp * span < inner)[None, None, :, None]
             at = start // 2 + part * (tile_k // 2)
-            if READY:
-                right = _ready(x_at + at, is_column, mine, CODE, PTX, WARPS, EVEN)
-            else:
-                right = _right(
-                    x_at + at, added_at + at, norm_at + at, is_column, mine, ADDS, weighs, CODE, PTX, WARPS, EVEN
-                )
+            right = _right(
+                x_at + at, added_at + at, norm_at + at, is_column, mine, ADDS, weighs, READY, CODE, PTX, WARPS, EVEN
+            )
             whole = _dot(ones, right, PTX) if CODE == 2 else right
             part_sums = _dot(matrix(words[2 * part], words[2 * part + 1], CODE, PTX, WARPS), right, PTX)
             sums += _scaled(part_sums, whole, by, part, CODE, EXPONENTS, ZEROS, WIDE)

@@ -150,9 +150,14 @@ def times(x, y, PTX: tl.constexpr):
 
 
 @triton.jit
-def in_order_of_nibbles(a, b, c, d, PTX: tl.constexpr, WARPS: tl.constexpr):
-    """Pairs of four times eight columns, [4 (t), 8 (g), WARPS, 4] each, as [WARPS, 128, 8 (g)] of int4's tile."""
+def in_order_of_nibbles(a, b, c, d, READY: tl.constexpr, PTX: tl.constexpr, WARPS: tl.constexpr):
+    """Pairs of four times eight columns, [4 (t), 8 (g), WARPS, 4] each, as [WARPS, 128, 8 (g)] of int4's tile. READY:
+    each eight lie as `dot_rows.Ready` has them.
+    """
     upper, lower = tl.join(halves(a, PTX), halves(b, PTX)), tl.join(halves(c, PTX), halves(d, PTX))
-    # t g W i q/2 q%2 w%2 w/2: W w/2 w%2 q/2 t q%2 i g
     both = tl.reshape(tl.join(upper, lower), [4, 8, WARPS, 2, 2, 2, 2, 2])
-    return tl.reshape(tl.permute(both, [2, 7, 6, 4, 0, 5, 3, 1]), [WARPS, 128, 8])
+    # t g W i q/2 q%2 w%2 w/2, READY: t g W q%2 q/2 i w%2 w/2; to W w/2 w%2 q/2 t q%2 i g
+    if READY:
+        return tl.reshape(tl.permute(both, [2, 7, 6, 4, 0, 3, 5, 1]), [WARPS, 128, 8])
+    else:
+        return tl.reshape(tl.permute(both, [2, 7, 6, 4, 0, 5, 3, 1]), [WARPS, 128, 8])
