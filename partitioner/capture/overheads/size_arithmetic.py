@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import sympy
 import torch
-from torch.fx.experimental import sym_node
+from torch.fx.experimental import sym_node, symbolic_shapes
 
 __all__ = ["asked_once"]
 
@@ -23,6 +24,7 @@ _OPERATIONS = (
 """Those of two operands whose result depends on nothing else. Not "mod": it looks at how small the sizes can be."""
 
 _NODE: Any = sym_node.SymNode
+_OF_A_NODE = ("shape_env", "_expr", "pytype", "_hint", "_optimized_summation")
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 _recording: Any = torch._C._get_dispatch_mode
 _recording_early: Any = torch._ops._get_dispatch_mode_pre_dispatch
@@ -30,11 +32,18 @@ _recording_early: Any = torch._ops._get_dispatch_mode_pre_dispatch
 
 @contextmanager
 def asked_once() -> Iterator[None]:
-    """Within this context, arithmetic on sizes that are not recorded as nodes is done once."""
+    """Within this context, arithmetic on sizes that are not recorded as nodes is done once.
+
+    It is done as ever where this torch does not say what an answer follows from.
+    """
+    version = _version_of_equal_sizes()
+    if version is None:
+        yield
+        return
     known: dict[Any, Any] = {}
     before = {name: vars(_NODE)[name] for name in _OPERATIONS if name in vars(_NODE)}
     for name, own in before.items():
-        setattr(_NODE, name, _remembered(own, known))
+        setattr(_NODE, name, _remembered(own, known, version))
     try:
         yield
     finally:
@@ -42,7 +51,21 @@ def asked_once() -> Iterator[None]:
             setattr(_NODE, name, own)
 
 
-def _remembered(own: Callable[[Any, Any], Any], known: dict[Any, Any]) -> Callable[[Any, Any], Any]:
+@functools.cache
+def _version_of_equal_sizes() -> str | None:
+    """The name of what counts each time that sizes are found to be equal; None where this torch lacks it, or anything
+    else that is looked at.
+    """
+    sizes: Any = symbolic_shapes.ShapeEnv()
+    node = _NODE(sympy.Integer(1), sizes, int, 1)
+    if not (all(hasattr(node, name) for name in _OF_A_NODE) and hasattr(sizes, "_translation_validation_enabled")):
+        return None
+    # up to 2.12 all that torch itself remembers goes by the second one, which counts whatever else is found as well
+    names = ("_replacements_version_counter", "_version_counter")
+    return next((name for name in names if hasattr(sizes, name)), None)
+
+
+def _remembered(own: Callable[[Any, Any], Any], known: dict[Any, Any], version: str) -> Callable[[Any, Any], Any]:
     @functools.wraps(own)
     def operation(self: Any, other: Any) -> Any:
         sizes = self.shape_env
@@ -55,8 +78,7 @@ def _remembered(own: Callable[[Any, Any], Any], known: dict[Any, Any]) -> Callab
             or _recording_early(_PROXY) is not None
         ):
             return own(self, other)
-        # each time that sizes are found to be equal, the version counts
-        key = own, sizes, sizes._replacements_version_counter, _about(self), _about(other)
+        key = own, sizes, getattr(sizes, version), _about(self), _about(other)
         found = known.get(key)
         if found is None:
             found = known[key] = own(self, other)

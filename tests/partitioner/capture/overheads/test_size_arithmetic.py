@@ -11,6 +11,7 @@ from torch.fx.experimental import sym_node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from partitioner.capture.overheads import size_arithmetic
 from partitioner.capture.overheads.size_arithmetic import asked_once
 
 OPERATIONS: list[Any] = [
@@ -52,6 +53,21 @@ def test_a_question_is_answered_once_for_each_of_its_operands(done: list[str]) -
     done.clear()
     assert (first + 2) * first == (first + 2) * first
     assert len(done) == 5
+
+
+@pytest.mark.parametrize("lacking", ["_hint", "_version_counter"])
+def test_a_torch_that_keeps_sizes_in_another_way_does_all_arithmetic_itself(
+    done: list[str], monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    first = sizes(ShapeEnv(), 5)[0]
+    done.clear()
+    size_arithmetic._version_of_equal_sizes.cache_clear()
+    monkeypatch.setattr(size_arithmetic, "hasattr", lambda holder, name: not name.endswith(lacking), raising=False)
+    with asked_once():
+        for _ in range(3):
+            assert first + 2 == first + 2
+    size_arithmetic._version_of_equal_sizes.cache_clear()
+    assert len(done) == 9
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda each: each.__name__)
