@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import platform
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,7 @@ def standing(device: torch.device) -> dict[str, Any]:
         "name": properties.name,
         "capability": [properties.major, properties.minor],
         "missing": missing_for_triton(),
-        "token": f"{torch.randint(2**62, ()).item():x}{Path('/proc/self').resolve().name}",
+        "token": secrets.token_hex(16),  # not of torch's generator: a seed set twice would name two groups alike
     }
 
 

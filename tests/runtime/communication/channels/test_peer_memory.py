@@ -93,6 +93,19 @@ def test_why_gpus_cannot(second: dict[str, Any], why: str, monkeypatch: pytest.M
     assert obstacle([0, 2], [rank(), rank(**second)], torch.device("cuda", 0)) == why
 
 
+def test_groups_have_names_of_their_own_whatever_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses a second group of a name: a program connects twice, with one seed."""
+    properties = SimpleNamespace(uuid="a", name="GPU", major=9, minor=0)
+    monkeypatch.setattr(mapped_memory.torch.cuda, "get_device_properties", lambda device: properties)
+    tokens = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        tokens.append(mapped_memory.standing(torch.device("cuda", 0))["token"])
+        assert torch.equal(torch.get_rng_state(), before)
+    assert tokens[0] != tokens[1]
+
+
 def test_a_gpu_out_of_reach_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = mapped_memory.torch.cuda
     monkeypatch.setattr(cuda, "device_count", lambda: 2)
