@@ -1,6 +1,7 @@
-"""What ranks tell each other over gloo before they share anything, and who may listen.
+"""What ranks tell each other beside their tensors, and who may listen.
 
     exchange_json(x, group=.., num_ranks=..)    every rank's x, plain data, in their order: JSON, never pickle
+    StoreGather(store, ranks, rank, ..)         small messages of ranks with GPUs, gathered on the host
     shut_out_strangers(before, heartbeat, ..)   once all groups are made: nobody else is in them, or can come
 
 gloo listens on one port per group and process. It takes the first connection that names a peer's number, a small
@@ -15,6 +16,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from partitioner.errors import CommunicationError
 from runtime.processes.heartbeat import Heartbeat
 from runtime.processes.listening import listening_sockets, shut
 
-__all__ = ["exchange_json", "shut_out_strangers"]
+__all__ = ["StoreGather", "exchange_json", "shut_out_strangers"]
 
 _LARGEST = 1 << 20
 _PROOF_BYTES = 32
@@ -46,6 +48,39 @@ def exchange_json(
     texts = [torch.empty_like(padded) for _ in range(num_ranks)]
     dist.all_gather(texts, padded, group=group)
     return [json.loads(each[: int(size)].cpu().numpy().tobytes()) for each, size in zip(texts, sizes, strict=True)]
+
+
+class StoreGather:
+    """Gathers what ranks say on the host, through the store in which their group has met.
+
+    A host that waits for its device can only be ended, and never learns whom the device waits for. One that waits here
+    gives up after `timeout_s` seconds, with a DistError: what it means, the failure verdict says.
+    """
+
+    def __init__(self, store: Any, ranks: Sequence[int], rank: int, *, timeout_s: float) -> None:
+        self.ranks = tuple(ranks)
+        self._rank, self._timeout = rank, timedelta(seconds=timeout_s)
+        # a connection of its own: NCCL's threads ask the store too, and would wait for as long as this one does
+        self._store = store.clone()
+        self._rounds: dict[tuple[int, ...], int] = {}
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup, ranks: Sequence[int], rank: int, *, timeout_s: float) -> StoreGather:
+        return cls(dist.distributed_c10d._get_process_group_store(group), ranks, rank, timeout_s=timeout_s)
+
+    def gather(self, mine: bytes, ranks: Sequence[int] | None = None) -> list[bytes]:
+        """What each of `ranks` has given, in their order: all of the group, or two of it. Each of them calls this."""
+        among = self.ranks if ranks is None else tuple(ranks)
+        number = self._rounds.get(among, 0)
+        self._rounds[among] = number + 1
+        name = f"said among {'-'.join(map(str, among))}"
+        keys = [f"{name}/{number}/{rank}" for rank in among]
+        self._store.set(f"{name}/{number}/{self._rank}", mine)
+        self._store.wait(keys, self._timeout)
+        said = self._store.multi_get(keys)
+        if number:  # who has come to this round has read the one before
+            self._store.delete_key(f"{name}/{number - 1}/{self._rank}")
+        return [bytes(each) for each in said]
 
 
 def shut_out_strangers(

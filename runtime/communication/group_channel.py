@@ -234,7 +234,7 @@ class GroupChannel(Channel):
 
             def compare(own: Call) -> None:
                 everyone = self._compare(own, gather)
-                sent = torch.tensor([*send_counts, *receive_counts], device=self._state.device)
+                sent = torch.tensor([*send_counts, *receive_counts])
                 rows = gather(sent).view(len(self.ranks), 2, len(self.ranks)).tolist()
                 told = zip(everyone, rows, strict=True)
                 check_counts([replace(each, counts=(tuple(out), tuple(back))) for each, (out, back) in told])
@@ -310,14 +310,16 @@ class GroupChannel(Channel):
     # -- comparing -----------------------------------------------------------------------------------------------------
 
     def _comparison(self) -> Callable[[Tensor], Tensor]:
-        """Brings what every rank of the group has to say to all of them."""
+        """Brings what every rank of the group has to say to all of them, on the host."""
+        if (on_host := self._group.on_host) is not None:
+            return lambda said: _bytes_tensor(b"".join(on_host.gather(said.numpy().tobytes()))).view(said.dtype)
         if self._shared is not None:
             return self._shared.all_gather(Call(self.rank, self.node, "comparison", axes_text(self.axes)), dim=0)
         return PRIMITIVES["all_gather"](self._group, dim=0)
 
     def _compare(self, call: Call, gather: Callable[[Tensor], Tensor]) -> list[Call]:
         self._state.verdict.about_to(call)
-        received = gather(self._fingerprint(call)).cpu().numpy().tobytes()
+        received = gather(_bytes_tensor(call.encode())).numpy().tobytes()
         calls = [
             Call.decode(received[at : at + FINGERPRINT_BYTES]) for at in range(0, len(received), FINGERPRINT_BYTES)
         ]
@@ -328,22 +330,27 @@ class GroupChannel(Channel):
         """Between the two of a send and receive; each has sent all that came before, so that these meet."""
         assert call.peer is not None
         self._state.verdict.about_to(call)
-        sent = self._fingerprint(call)
+        check_agreement(sorted([call, Call.decode(self._exchange(call, call.peer))], key=lambda each: each.rank))
+
+    def _exchange(self, call: Call, peer: int) -> bytes:
+        """What `peer` says at the same time."""
+        if (on_host := self._group.on_host) is not None:
+            both = sorted((self.rank, peer))
+            return on_host.gather(call.encode(), both)[both.index(peer)]
+        sent = _bytes_tensor(call.encode())
         if self._shared is not None:
-            received = self._shared.messages.exchange(call, sent, with_=self.ranks.index(call.peer))
+            received = self._shared.messages.exchange(call, sent, with_=self.ranks.index(peer))
         else:
             received = torch.empty_like(sent)
             group = self._group.handle
-            operations = [
-                dist.P2POp(dist.isend, sent, call.peer, group),
-                dist.P2POp(dist.irecv, received, call.peer, group),
-            ]
+            operations = [dist.P2POp(dist.isend, sent, peer, group), dist.P2POp(dist.irecv, received, peer, group)]
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
-        check_agreement(sorted([call, Call.decode(received.cpu().numpy().tobytes())], key=lambda each: each.rank))
+        return received.numpy().tobytes()
 
-    def _fingerprint(self, call: Call) -> Tensor:
-        return torch.frombuffer(bytearray(call.encode()), dtype=torch.uint8).to(self._state.device)
+
+def _bytes_tensor(said: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(said), dtype=torch.uint8)
 
 
 def _nothing_to_compare(call: Call) -> None:

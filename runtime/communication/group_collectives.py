@@ -20,6 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from runtime.communication.channels import Handle
+from runtime.communication.exchange import StoreGather
 from runtime.ops.communicating import Kind
 
 __all__ = ["PRIMITIVES", "Group", "begin_all_reduce", "begin_all_to_all", "sum_in_order", "to_pieces"]
@@ -37,6 +38,8 @@ class Group:
     ranks: tuple[int, ...]
     coordinate: int
     is_nccl: bool
+    on_host: StoreGather | None = None
+    """What ranks with GPUs compare by; those without compare over the group itself, or over memory that they share."""
 
     @property
     def size(self) -> int:

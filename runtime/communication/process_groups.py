@@ -38,7 +38,7 @@ from partitioner.sharding.layout import in_order
 from partitioner.sharding.mesh import AXES, EXPERT_AXES, Mesh
 from runtime.communication.channels import AloneChannel, Channel
 from runtime.communication.communicator import Communicator, require_axes
-from runtime.communication.exchange import exchange_json, shut_out_strangers
+from runtime.communication.exchange import StoreGather, exchange_json, shut_out_strangers
 from runtime.communication.failure_verdict import FailureVerdict
 from runtime.communication.failure_verdict import is_broken as _is_broken
 from runtime.communication.group_channel import GroupChannel, RankState
@@ -110,6 +110,7 @@ class ProcessGroups(Communicator):
         self._store: Store | None = None
         self.meeting: Meeting | None = None
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._on_host: dict[tuple[int, ...], StoreGather] = {}
         self._shared: dict[tuple[int, ...], SharedMemory] = {}
         self.peers: dict[tuple[int, ...], PeerMemory] = {}
         """By the ranks of a group: the memory of its GPUs that all of them write into."""
@@ -131,6 +132,7 @@ class ProcessGroups(Communicator):
                     # NCCL connects at the first use: here, where a lost rank is noticed
                     dist.all_reduce(torch.zeros(1, device=device), group=group)
                     torch.cuda.synchronize(device)
+                    self._on_host[ranks] = StoreGather.of(group, ranks, self.rank, timeout_s=timeout_s)
                 everyone = exchange_json(_host(), group=group, num_ranks=len(ranks), device=device)
                 self.hosts[named] = len(set(everyone))
                 self.transports[axis] = self._share(ranks, axis, shared_memory)
@@ -243,7 +245,8 @@ class ProcessGroups(Communicator):
                 f"node {node!r} communicates over {axes_text(axes)!r}, for which no process group was made; there are "
                 f"{', '.join(self.transports) or 'none'}: name it in ProcessGroups(axes=...)"
             )
-        return Group(self._groups[ranks], ranks, ranks.index(self.rank), self.device.type == "cuda")
+        on_host = self._on_host.get(ranks)
+        return Group(self._groups[ranks], ranks, ranks.index(self.rank), on_host is not None, on_host)
 
     def explained(self, error: BaseException) -> BaseException:
         if not isinstance(error, RuntimeError) or isinstance(error, Disconnected) or not _is_broken(error):
@@ -280,7 +283,7 @@ class ProcessGroups(Communicator):
 
     def _share_gpus(self, ranks: tuple[int, ...], axis: str, exchange: Exchange, wanted: Sharing) -> str:
         """The same for ranks with a GPU each."""
-        group = Group(self._groups[ranks], ranks, ranks.index(self.rank), is_nccl=True)
+        group = self._group((axis,), ranks, "memory of GPUs")
         try:
             peers = connect(group, self.device, exchange=exchange, timeout_s=self.timeout_s)
         except NoPeers as reason:

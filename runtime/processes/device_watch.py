@@ -33,10 +33,12 @@ _PATIENCE_S = 0.4
 
 @functools.cache
 def end_quickly() -> None:
-    """Lets a process that an uncaught RankLost ends be gone at once.
+    """Lets a process that an uncaught RankLost ends be gone at once, and one that NCCL's watchdog ends.
 
-    To clear away all that CUDA and NCCL hold, among it kernels that wait for the lost rank, takes seconds.
+    To clear away all that CUDA and NCCL hold, among it kernels that wait for the lost rank, takes seconds. The watchdog
+    would wait a minute for records that nobody asked for.
     """
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
     atexit.register(_end_if_lost)
 
 

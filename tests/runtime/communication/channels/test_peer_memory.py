@@ -135,7 +135,7 @@ def test_where_it_cannot_be_had_it_says_why(
 ) -> None:
     groups = ProcessGroups.__new__(ProcessGroups)
     groups.rank, groups.device, groups.timeout_s, groups.peers = 0, torch.device("cuda", 0), 1.0, {}
-    groups._groups = {(0, 1): None}  # type: ignore[dict-item]
+    groups._groups, groups._on_host = {(0, 1): None}, {}  # type: ignore[dict-item]
 
     def cannot(*given: Any, **options: Any) -> None:
         raise Unavailable("rank 1: no way there", several_hosts=several_hosts)
