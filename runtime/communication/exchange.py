@@ -16,13 +16,13 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
 from partitioner.errors import CommunicationError
+from runtime.processes.bootstrap import WatchedStore
 from runtime.processes.heartbeat import Heartbeat
 from runtime.processes.listening import listening_sockets, shut
 
@@ -30,6 +30,8 @@ __all__ = ["StoreGather", "exchange_json", "shut_out_strangers"]
 
 _LARGEST = 1 << 20
 _PROOF_BYTES = 32
+_PAUSE_S = 0.004
+"""Between two looks whether all have said what they have to say."""
 _log = logging.getLogger("partitioner")
 
 
@@ -51,33 +53,40 @@ def exchange_json(
 
 
 class StoreGather:
-    """Gathers what ranks say on the host, through the store in which their group has met.
+    """Gathers what ranks say on the host, through a store that all of them reach.
 
     A host that waits for its device can only be ended, and never learns whom the device waits for. One that waits here
-    gives up after `timeout_s` seconds, with a DistError: what it means, the failure verdict says.
+    gives up when a rank is lost, or after the store's timeout, with a DistError. What it means, the failure verdict says.
     """
 
-    def __init__(self, store: Any, ranks: Sequence[int], rank: int, *, timeout_s: float) -> None:
-        self.ranks = tuple(ranks)
-        self._rank, self._timeout = rank, timedelta(seconds=timeout_s)
-        # a connection of its own: NCCL's threads ask the store too, and would wait for as long as this one does
-        self._store = store.clone()
+    def __init__(self, store: WatchedStore, ranks: Sequence[int], rank: int) -> None:
+        self._store, self._ranks, self._rank = store, tuple(ranks), rank
         self._rounds: dict[tuple[int, ...], int] = {}
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, ranks: Sequence[int], rank: int, *, timeout_s: float) -> StoreGather:
-        return cls(dist.distributed_c10d._get_process_group_store(group), ranks, rank, timeout_s=timeout_s)
+    def of(
+        cls,
+        group: dist.ProcessGroup,
+        ranks: Sequence[int],
+        rank: int,
+        heartbeat: Heartbeat | None,
+        *,
+        timeout_s: float,
+    ) -> StoreGather:
+        """Through the store in which `group` has met."""
+        # over a connection of its own: NCCL's threads ask the store too
+        store: Any = dist.distributed_c10d._get_process_group_store(group)
+        watched = WatchedStore(store.clone(), heartbeat, timeout_s=timeout_s, longest_pause_s=_PAUSE_S)
+        return cls(watched, ranks, rank)
 
     def gather(self, mine: bytes, ranks: Sequence[int] | None = None) -> list[bytes]:
         """What each of `ranks` has given, in their order: all of the group, or two of it. Each of them calls this."""
-        among = self.ranks if ranks is None else tuple(ranks)
+        among = self._ranks if ranks is None else tuple(ranks)
         number = self._rounds.get(among, 0)
         self._rounds[among] = number + 1
         name = f"said among {'-'.join(map(str, among))}"
-        keys = [f"{name}/{number}/{rank}" for rank in among]
         self._store.set(f"{name}/{number}/{self._rank}", mine)
-        self._store.wait(keys, self._timeout)
-        said = self._store.multi_get(keys)
+        said = self._store.multi_get([f"{name}/{number}/{rank}" for rank in among])
         if number:  # who has come to this round has read the one before
             self._store.delete_key(f"{name}/{number - 1}/{self._rank}")
         return [bytes(each) for each in said]
