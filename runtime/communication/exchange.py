@@ -56,7 +56,7 @@ class StoreGather:
     """Gathers what ranks say on the host, through a store that all of them reach.
 
     A host that waits for its device can only be ended, and never learns whom the device waits for. One that waits here
-    gives up when a rank is lost, or after the store's timeout, with a DistError. What it means, the failure verdict says.
+    gives up when a rank is lost, or after the timeout, with a DistError. What it means, the failure verdict says.
     """
 
     def __init__(self, store: WatchedStore, ranks: Sequence[int], rank: int) -> None:
