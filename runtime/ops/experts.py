@@ -145,6 +145,7 @@ def _has_kernel(rows: Tensor, matrix: Tensor) -> bool:
     """Whether torch's grouped matmul takes these: bfloat16 on a GPU, rows of whole 16-byte units."""
     return (
         rows.is_cuda
+        and hasattr(torch, "_grouped_mm")
         and rows.dtype == matrix.dtype == torch.bfloat16
         and torch.cuda.get_device_capability(rows.device) >= (8, 0)
         and rows.shape[-1] % 8 == 0

@@ -90,7 +90,7 @@ def first_mixing(
     concrete = _with_sizes(program, ranks=len(split.owned))
     layouts: Layouts = {}
     inferrer = Inferrer(concrete)
-    alike: set[fx.Node] = set()
+    alike: _Alike = {}
     constant: set[fx.Node] = set()
     for node in concrete.graph.nodes:
         if node.op == "placeholder":
@@ -108,8 +108,7 @@ def first_mixing(
         elif node.op == "call_function" and node_values(node):
             if node.all_input_nodes and constant.issuperset(node.all_input_nodes):
                 constant.add(node)
-            if _is_alike(node, alike) or _is_repeated(node, constant):
-                alike.add(node)
+            alike[node] = _alike_dims(node, alike, constant)
             problem = _infer(node, layouts, inferrer, alike, rules)
             if problem is None and also is not None:
                 problem = also(node, layouts)
@@ -148,13 +147,8 @@ def _with_sizes(program: Program, *, ranks: int) -> Program:
     return replace(copy, symbols={}, weight_layouts={})
 
 
-def _infer(
-    node: fx.Node, layouts: Layouts, inferrer: Inferrer, alike: set[fx.Node], rules: Mapping[Any, Rule]
-) -> str | None:
-    """Sets the layout of `node`; the problem, if it would need more than its own token ({what}).
-
-    `alike`: values that are the same for every token, so that it matters to nobody which ones they stand for.
-    """
+def _infer(node: fx.Node, layouts: Layouts, inferrer: Inferrer, alike: _Alike, rules: Mapping[Any, Rule]) -> str | None:
+    """Sets the layout of `node`; the problem, if it would need more than its own token ({what})."""
     special = rules.get(node.target)
     if special is not None:
         return special(node, layouts)
@@ -162,7 +156,7 @@ def _infer(
     if found.problem:
         return "cannot be told apart by {what}: " + found.problem
     for source, wanted in found.requires:
-        if layouts[source] == wanted or source in alike:
+        if layouts[source] == wanted or _is_same_rows(layouts[source], wanted, alike.get(source, _NONE)):
             continue
         if layouts[source].split_dims:
             return "reads other {what}s than its own"
@@ -173,6 +167,9 @@ def _infer(
     return "sums over {what}s" if any(layout.partial for layout in found.outputs) else None
 
 
+_Alike = dict[fx.Node, frozenset[int]]
+"""The dims of a value along which all its rows are the same, so that it matters to nobody which ones they stand for."""
+_NONE: frozenset[int] = frozenset()
 _PER_TOKEN = {
     aten.embedding, *IDENTITIES, aten.expand, aten.unsqueeze, aten.reshape, aten.view,
     all_gather, all_reduce, collect_rows, once, reorder, shard, take_rows, vocab_parallel_embedding,
@@ -180,20 +177,40 @@ _PER_TOKEN = {
 _FILLED = {aten.empty, aten.full, aten.new_empty, aten.new_full, aten.new_ones, aten.new_zeros, aten.ones, aten.zeros}
 
 
-def _is_alike(node: fx.Node, alike: set[fx.Node]) -> bool:
-    """Whether a value is filled with one number, or made of such a value element by element or row by row."""
-    if operation(node) in _FILLED:
-        return True
+def _alike_dims(node: fx.Node, alike: _Alike, constant: set[fx.Node]) -> frozenset[int]:
+    """All dims of what is filled with one number, and of what is made of such values element by element or row by row;
+    of what is made of weights alone and repeated, those along which it is.
+    """
+    if not isinstance(node.meta["val"], Value):
+        return _NONE
+    shape = node.meta["val"].shape
+    every = frozenset(range(len(shape)))
     operands = [n for n in node.all_input_nodes if node_values(n) and n.op != "get_attr"]
+    if operation(node) in _FILLED:
+        return every
+    if operation(node) is aten.expand and constant.issuperset(node.all_input_nodes[:1]):
+        before = node.all_input_nodes[0].meta["val"].shape
+        # a weight may have as many rows as there are tokens here: those are its own
+        own = every if {_BATCH, _SEQUENCE}.intersection(before) else _NONE
+        made = len(shape) - len(before)
+        return every - frozenset(
+            made + i for i, size in enumerate(before) if made + i in own and size == shape[made + i]
+        )
     is_pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return bool(operands) and alike.issuperset(operands) and (is_pointwise or operation(node) in _PER_TOKEN)
+    if not operands or not (is_pointwise or operation(node) in _PER_TOKEN):
+        return _NONE
+    shapes = [n.meta["val"].shape for n in operands]
+    if all(len(alike.get(n, _NONE)) == len(of) for n, of in zip(operands, shapes, strict=True)):
+        return every
+    if is_pointwise and all(of == shape for of in shapes):
+        return every.intersection(*(alike.get(n, _NONE) for n in operands))
+    return _NONE
 
 
-def _is_repeated(node: fx.Node, constant: set[fx.Node]) -> bool:
-    """Whether a value is one of these, which are made of weights alone, once for every token."""
-    if operation(node) is not aten.expand or not constant.issuperset(node.all_input_nodes[:1]):
-        return False
-    return not {_BATCH, _SEQUENCE}.intersection(node.all_input_nodes[0].meta["val"].shape)
+def _is_same_rows(layout: Layout, wanted: Layout, alike: frozenset[int]) -> bool:
+    """Whether a value has the same rows in either layout, if they are the same along the dims `alike`."""
+    moved = {i for i, (a, b) in enumerate(zip(layout.dims, wanted.dims, strict=True)) if a != b}
+    return layout.partial == wanted.partial and moved <= alike
 
 
 def _attention(node: fx.Node, layouts: Layouts) -> str | None:

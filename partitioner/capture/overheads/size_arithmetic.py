@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import sympy
-import torch
-from torch.fx.experimental import sym_node, symbolic_shapes
+
+from partitioner.capture.overheads.internals import internal
 
 __all__ = ["asked_once"]
 
@@ -23,11 +23,10 @@ _OPERATIONS = (
 )  # fmt: skip
 """Those of two operands whose result depends on nothing else. Not "mod": it looks at how small the sizes can be."""
 
-_NODE: Any = sym_node.SymNode
+_NODE, _SIZES = "torch.fx.experimental.sym_node.SymNode", "torch.fx.experimental.symbolic_shapes.ShapeEnv"
+_PROXY = "torch._C._TorchDispatchModeKey.PROXY"
+_RECORDING, _RECORDING_EARLY = "torch._C._get_dispatch_mode", "torch._ops._get_dispatch_mode_pre_dispatch"
 _OF_A_NODE = ("shape_env", "_expr", "pytype", "_hint", "_optimized_summation")
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
-_recording: Any = torch._C._get_dispatch_mode
-_recording_early: Any = torch._ops._get_dispatch_mode_pre_dispatch
 
 
 @contextmanager
@@ -36,28 +35,34 @@ def asked_once() -> Iterator[None]:
 
     It is done as ever where this torch does not say what an answer follows from.
     """
-    version = _version_of_equal_sizes()
+    parts = [internal(path) for path in (_NODE, _SIZES, _PROXY, _RECORDING, _RECORDING_EARLY)]
+    node, sizes, proxy, recording, recording_early = parts
+    version = None if None in parts else _version_of_equal_sizes(node, sizes)
     if version is None:
         yield
         return
+
+    def is_recorded() -> bool:
+        return recording(proxy) is not None or recording_early(proxy) is not None
+
     known: dict[Any, Any] = {}
-    before = {name: vars(_NODE)[name] for name in _OPERATIONS if name in vars(_NODE)}
+    before = {name: vars(node)[name] for name in _OPERATIONS if name in vars(node)}
     for name, own in before.items():
-        setattr(_NODE, name, _remembered(own, known, version))
+        setattr(node, name, _remembered(own, known, version, is_recorded))
     try:
         yield
     finally:
         for name, own in before.items():
-            setattr(_NODE, name, own)
+            setattr(node, name, own)
 
 
 @functools.cache
-def _version_of_equal_sizes() -> str | None:
+def _version_of_equal_sizes(node_class: Any, sizes_class: Any) -> str | None:
     """The name of what counts each time that sizes are found to be equal; None where this torch lacks it, or anything
     else that is looked at.
     """
-    sizes: Any = symbolic_shapes.ShapeEnv()
-    node = _NODE(sympy.Integer(1), sizes, int, 1)
+    sizes = sizes_class()
+    node = node_class(sympy.Integer(1), sizes, int, 1)
     if not (all(hasattr(node, name) for name in _OF_A_NODE) and hasattr(sizes, "_translation_validation_enabled")):
         return None
     # up to 2.12 all that torch itself remembers goes by the second one, which counts whatever else is found as well
@@ -65,17 +70,18 @@ def _version_of_equal_sizes() -> str | None:
     return next((name for name in names if hasattr(sizes, name)), None)
 
 
-def _remembered(own: Callable[[Any, Any], Any], known: dict[Any, Any], version: str) -> Callable[[Any, Any], Any]:
+def _remembered(
+    own: Callable[[Any, Any], Any], known: dict[Any, Any], version: str, is_recorded: Callable[[], bool]
+) -> Callable[[Any, Any], Any]:
     @functools.wraps(own)
     def operation(self: Any, other: Any) -> Any:
         sizes = self.shape_env
         if (
-            type(other) is not _NODE
+            type(other) is not type(self)
             or other.shape_env is not sizes
             or sizes is None
             or sizes._translation_validation_enabled  # it wants a node of each
-            or _recording(_PROXY) is not None
-            or _recording_early(_PROXY) is not None
+            or is_recorded()
         ):
             return own(self, other)
         key = own, sizes, getattr(sizes, version), _about(self), _about(other)

@@ -18,10 +18,16 @@ from typing import Any
 
 from torch import fx
 
+from partitioner.capture.overheads.internals import internal
+
 __all__ = ["innermost_lines", "source_of"]
 
 _NOT_THE_MODELS = (f"{os.sep}torch{os.sep}", f"{os.sep}partitioner{os.sep}capture{os.sep}")
 """Code that stands between a model's and an op: torch's, and what stands in for layers while they are traced."""
+
+
+_STACKS = "torch.fx.proxy.CapturedTraceback"
+"""By which the stack of a new node is kept."""
 
 
 def source_of(node: fx.Node) -> str:
@@ -43,7 +49,7 @@ def innermost_lines() -> Iterator[None]:
     Those of other threads keep theirs, and so do all where this torch keeps stacks in another way.
     """
     proxies: Any = fx.proxy
-    real: Any = getattr(proxies, "CapturedTraceback", None)
+    real = internal(_STACKS)
     if real is None:
         yield
         return

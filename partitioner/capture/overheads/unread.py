@@ -16,14 +16,17 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
-from torch.fx import _lazy_graph_module
-from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
-from transformers import masking_utils
+
+from partitioner.capture.overheads.internals import internal
 
 __all__ = ["unread_left_out"]
+
+_METADATA = "torch.fx.experimental.proxy_tensor._extract_tensor_metadata"
+_PACKED = "transformers.masking_utils.find_packed_sequence_indices"
+_LAZY_CODE = "torch.fx._lazy_graph_module._use_lazy_graph_module"
+_GRAD_MODE, _UNWATCHED = "torch._C._set_grad_enabled", "torch._C.DisableTorchFunction"
 
 
 @contextmanager
@@ -33,19 +36,22 @@ def unread_left_out(traced: nn.Module, mask_known: Callable[[], bool]) -> Iterat
     """
     with ExitStack() as stack:
         stack.enter_context(_grad_mode_unrecorded(traced))
-        stack.enter_context(_lazy_graph_module._use_lazy_graph_module(True))
-        stack.enter_context(_without(proxy_tensor, "_extract_tensor_metadata"))
-        stack.enter_context(_without(masking_utils, "find_packed_sequence_indices", mask_known))
+        if (lazy := internal(_LAZY_CODE)) is not None:
+            stack.enter_context(lazy(True))
+        stack.enter_context(_without(_METADATA))
+        stack.enter_context(_without(_PACKED, mask_known))
         yield
 
 
 @contextmanager
-def _without(module: Any, name: str, unread: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Within it, the calling thread gets None of the function `name` where that is `unread`."""
-    own: Callable[..., Any] | None = vars(module).get(name)
-    if own is None:  # in another version it has another name
+def _without(path: str, unread: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Within it, the calling thread gets None of the function at `path` where that is `unread`."""
+    own: Callable[..., Any] | None = internal(path)
+    if own is None:
         yield
         return
+    holder, _, name = path.rpartition(".")
+    module = internal(holder)
     mine = threading.get_ident()
 
     @functools.wraps(own)
@@ -62,11 +68,15 @@ def _without(module: Any, name: str, unread: Callable[[], bool] = lambda: True) 
 @contextmanager
 def _grad_mode_unrecorded(traced: nn.Module) -> Iterator[None]:
     """Within this context, `traced` runs in a mode of its own: inside of those of the trace."""
+    parts = internal(_GRAD_MODE), internal(_UNWATCHED)
+    if None in parts:
+        yield
+        return
     own = traced.forward
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with _GradModeUnrecorded():
+        with _GradModeUnrecorded(*parts):
             return own(*args, **kwargs)
 
     vars(traced)["forward"] = forward
@@ -79,8 +89,12 @@ def _grad_mode_unrecorded(traced: nn.Module) -> Iterator[None]:
 class _GradModeUnrecorded(TorchFunctionMode):
     """Turning gradients on and off has its effect and leaves no node."""
 
+    def __init__(self, setting: Any, unwatched: Any) -> None:
+        super().__init__()
+        self._setting, self._unwatched = setting, unwatched
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._C._set_grad_enabled:
-            with torch._C.DisableTorchFunction():
+        if func is self._setting:
+            with self._unwatched():
                 return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from partitioner import Plan
-from partitioner.analysis.tokens.token_mixing import why_rows_mix, why_tokens_mix
+from partitioner.analysis.tokens.token_mixing import _is_same_rows, why_rows_mix, why_tokens_mix
 from partitioner.compile.partition import compile_program, trace
 from partitioner.program import Program
+from partitioner.sharding.index_set import IndexSet
+from partitioner.sharding.layout import Layout, Split
 from runtime.ops.embedding import vocab_parallel_embedding
 from tests.support import zoo
 
@@ -109,17 +111,27 @@ def test_each_sequence_by_itself_is_fine() -> None:
     assert why_rows_mix(_traced(lambda x, table: torch.softmax(x, 1) + x.cumsum(2))) is None
 
 
-def test_a_weight_repeated_for_each_sequence_is_fine() -> None:
+@pytest.mark.parametrize("rows", [2, 3], ids=["as many as sequences are tried", "other than"])
+def test_a_weight_repeated_for_each_sequence_is_fine(rows: int) -> None:
     def meddle(x: Tensor, table: Tensor) -> Tensor:
         """As rotary frequencies are made."""
-        return x + (table[:3][None].exp().expand(x.shape[0], -1, 1) @ x[:, :1, :1]).sum(1, keepdim=True)
+        repeated = table[:rows][None].exp().expand(x.shape[0], -1, 1)
+        return x + (repeated.mul(2) @ x[:, :1, :1]).sum(1, keepdim=True)
 
     assert why_rows_mix(_traced(meddle)) is None
 
 
-def test_rows_that_are_counted_are_not_repeated_weights() -> None:
+@pytest.mark.parametrize("rows", [2, 3], ids=["as many as sequences are tried", "other than"])
+def test_rows_that_are_counted_are_not_repeated_weights(rows: int) -> None:
     def meddle(x: Tensor, table: Tensor) -> Tensor:
-        counted = torch.arange(x.shape[0]).view(-1, 1, 1).double().expand(-1, 3, 1)
-        return x + (counted @ x[:, :1, :1]).sum(1, keepdim=True)
+        counted = torch.arange(x.shape[0]).view(-1, 1, 1).double().expand(-1, rows, 1)
+        return x + (counted.mul(2) @ x[:, :1, :1]).sum(1, keepdim=True)
 
     assert "counts sequences from the start" in str(why_rows_mix(_traced(meddle)))
+
+
+def test_rows_of_a_weight_that_are_as_many_as_sequences_are_its_own() -> None:
+    rows = Layout((Split(("sp",), (IndexSet.range(0, 1), IndexSet.range(1, 2))), None))
+    columns = Layout((None, rows.dims[0]))
+    assert _is_same_rows(Layout((None, None)), rows, frozenset({0}))
+    assert not _is_same_rows(Layout((None, None)), columns, frozenset({0}))
