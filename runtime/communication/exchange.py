@@ -1,7 +1,7 @@
 """What ranks tell each other beside their tensors, and who may listen.
 
     exchange_json(x, group=.., num_ranks=..)    every rank's x, plain data, in their order: JSON, never pickle
-    StoreGather(store, ranks, rank, ..)         small messages of ranks with GPUs, gathered on the host
+    HostGather(heartbeat, ranks, ..)            small messages of ranks with GPUs, gathered on their hosts
     shut_out_strangers(before, heartbeat, ..)   once all groups are made: nobody else is in them, or can come
 
 gloo listens on one port per group and process. It takes the first connection that names a peer's number, a small
@@ -15,6 +15,7 @@ import hmac
 import json
 import logging
 import os
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,16 +23,16 @@ import torch
 from torch import distributed as dist
 
 from partitioner.errors import CommunicationError
-from runtime.processes.bootstrap import WatchedStore
 from runtime.processes.heartbeat import Heartbeat
+from runtime.processes.links import LONGEST
 from runtime.processes.listening import listening_sockets, shut
 
-__all__ = ["StoreGather", "exchange_json", "shut_out_strangers"]
+__all__ = ["HostGather", "exchange_json", "shut_out_strangers"]
 
 _LARGEST = 1 << 20
 _PROOF_BYTES = 32
 _PAUSE_S = 0.004
-"""Between two looks whether all have said what they have to say."""
+"""At most, between two looks whether all have said what they have to say."""
 _log = logging.getLogger("partitioner")
 
 
@@ -52,44 +53,55 @@ def exchange_json(
     return [json.loads(each[: int(size)].cpu().numpy().tobytes()) for each, size in zip(texts, sizes, strict=True)]
 
 
-class StoreGather:
-    """Gathers what ranks say on the host, through a store that all of them reach.
+class HostGather:
+    """Gathers what ranks say on their hosts, over the connections of the heartbeat.
 
     A host that waits for its device can only be ended, and never learns whom the device waits for. One that waits here
-    gives up when a rank is lost, or after the timeout, with a DistError. What it means, the failure verdict says.
+    gives up when a rank is lost, or after `timeout_s`, with a DistError. What it means, the failure verdict says.
     """
 
-    def __init__(self, store: WatchedStore, ranks: Sequence[int], rank: int) -> None:
-        self._store, self._ranks, self._rank = store, tuple(ranks), rank
+    def __init__(self, heartbeat: Heartbeat, ranks: Sequence[int], *, timeout_s: float) -> None:
+        self._heartbeat, self._ranks, self._timeout_s = heartbeat, tuple(ranks), timeout_s
         self._rounds: dict[tuple[int, ...], int] = {}
-
-    @classmethod
-    def of(
-        cls,
-        group: dist.ProcessGroup,
-        ranks: Sequence[int],
-        rank: int,
-        heartbeat: Heartbeat | None,
-        *,
-        timeout_s: float,
-    ) -> StoreGather:
-        """Through the store in which `group` has met."""
-        # over a connection of its own: NCCL's threads ask the store too
-        store: Any = dist.distributed_c10d._get_process_group_store(group)
-        watched = WatchedStore(store.clone(), heartbeat, timeout_s=timeout_s, longest_pause_s=_PAUSE_S)
-        return cls(watched, ranks, rank)
 
     def gather(self, mine: bytes, ranks: Sequence[int] | None = None) -> list[bytes]:
         """What each of `ranks` has given, in their order: all of the group, or two of it. Each of them calls this."""
         among = self._ranks if ranks is None else tuple(ranks)
-        number = self._rounds.get(among, 0)
-        self._rounds[among] = number + 1
-        name = f"said among {'-'.join(map(str, among))}"
-        self._store.set(f"{name}/{number}/{self._rank}", mine)
-        said = self._store.multi_get([f"{name}/{number}/{rank}" for rank in among])
-        if number:  # who has come to this round has read the one before
-            self._store.delete_key(f"{name}/{number - 1}/{self._rank}")
-        return [bytes(each) for each in said]
+        number = self._rounds[among] = self._rounds.get(among, 0) + 1
+        first, others = among[0], among[1:]
+        topic = f"said {'-'.join(map(str, among))} {number}"
+        # all to the first one, and it to all: rank 0, which passes everything on, sends no more than that
+        if self._heartbeat.rank == first:
+            everything = " ".join([mine.hex(), *(self._hear(topic, rank) for rank in others)])
+            self._say(topic, everything, others)
+        else:
+            self._say(topic, mine.hex(), [first])
+            everything = self._hear(topic, first)
+        return [bytes.fromhex(each) for each in everything.split(" ")]
+
+    def _say(self, topic: str, text: str, to: Sequence[int]) -> None:
+        most = LONGEST - 1
+        for at in range(0, len(text), most):
+            piece = (".", "+")[len(text) > at + most] + text[at : at + most]
+            self._heartbeat.tell(f"{topic} from {self._heartbeat.rank} {at}", piece, to=to)
+
+    def _hear(self, topic: str, rank: int) -> str:
+        text, goes_on = "", "+"
+        while goes_on == "+":
+            piece = self._piece(f"{topic} from {rank} {len(text)}", rank)
+            goes_on, text = piece[0], text + piece[1:]
+        return text
+
+    def _piece(self, kind: str, rank: int) -> str:
+        heartbeat, deadline, pause_s = self._heartbeat, time.monotonic() + self._timeout_s, 0.0002
+        while (piece := heartbeat.taken(kind)) is None:
+            if not heartbeat.is_well:
+                raise dist.DistNetworkError("connection lost")
+            if time.monotonic() > deadline:
+                raise dist.DistNetworkError(f"timed out, waiting for {heartbeat.names([rank])}")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _PAUSE_S)
+        return piece
 
 
 def shut_out_strangers(

@@ -315,7 +315,8 @@ class GroupChannel(Channel):
             return lambda said: _bytes_tensor(b"".join(on_host.gather(said.numpy().tobytes()))).view(said.dtype)
         if self._shared is not None:
             return self._shared.all_gather(Call(self.rank, self.node, "comparison", axes_text(self.axes)), dim=0)
-        return PRIMITIVES["all_gather"](self._group, dim=0)
+        gather, device = PRIMITIVES["all_gather"](self._group, dim=0), self._state.device
+        return lambda said: gather(said.to(device)).cpu()
 
     def _compare(self, call: Call, gather: Callable[[Tensor], Tensor]) -> list[Call]:
         self._state.verdict.about_to(call)
@@ -337,7 +338,7 @@ class GroupChannel(Channel):
         if (on_host := self._group.on_host) is not None:
             both = sorted((self.rank, peer))
             return on_host.gather(call.encode(), both)[both.index(peer)]
-        sent = _bytes_tensor(call.encode())
+        sent = _bytes_tensor(call.encode()).to(self._state.device)
         if self._shared is not None:
             received = self._shared.messages.exchange(call, sent, with_=self.ranks.index(peer))
         else:
@@ -346,7 +347,7 @@ class GroupChannel(Channel):
             operations = [dist.P2POp(dist.isend, sent, peer, group), dist.P2POp(dist.irecv, received, peer, group)]
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
-        return received.numpy().tobytes()
+        return received.cpu().numpy().tobytes()
 
 
 def _bytes_tensor(said: bytes) -> Tensor:

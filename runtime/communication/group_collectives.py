@@ -20,7 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from runtime.communication.channels import Handle
-from runtime.communication.exchange import StoreGather
+from runtime.communication.exchange import HostGather
 from runtime.ops.communicating import Kind
 
 __all__ = ["PRIMITIVES", "Group", "begin_all_reduce", "begin_all_to_all", "sum_in_order", "to_pieces"]
@@ -38,7 +38,7 @@ class Group:
     ranks: tuple[int, ...]
     coordinate: int
     is_nccl: bool
-    on_host: StoreGather | None = None
+    on_host: HostGather | None = None
     """What ranks with GPUs compare by; those without compare over the group itself, or over memory that they share."""
 
     @property

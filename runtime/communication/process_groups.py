@@ -38,7 +38,7 @@ from partitioner.sharding.layout import in_order
 from partitioner.sharding.mesh import AXES, EXPERT_AXES, Mesh
 from runtime.communication.channels import AloneChannel, Channel
 from runtime.communication.communicator import Communicator, require_axes
-from runtime.communication.exchange import StoreGather, exchange_json, shut_out_strangers
+from runtime.communication.exchange import HostGather, exchange_json, shut_out_strangers
 from runtime.communication.failure_verdict import FailureVerdict
 from runtime.communication.failure_verdict import is_broken as _is_broken
 from runtime.communication.group_channel import GroupChannel, RankState
@@ -110,7 +110,7 @@ class ProcessGroups(Communicator):
         self._store: Store | None = None
         self.meeting: Meeting | None = None
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        self._on_host: dict[tuple[int, ...], StoreGather] = {}
+        self._on_host: dict[tuple[int, ...], HostGather] = {}
         self._shared: dict[tuple[int, ...], SharedMemory] = {}
         self.peers: dict[tuple[int, ...], PeerMemory] = {}
         """By the ranks of a group: the memory of its GPUs that all of them write into."""
@@ -132,7 +132,8 @@ class ProcessGroups(Communicator):
                     # NCCL connects at the first use: here, where a lost rank is noticed
                     dist.all_reduce(torch.zeros(1, device=device), group=group)
                     torch.cuda.synchronize(device)
-                    self._on_host[ranks] = StoreGather.of(group, ranks, self.rank, heartbeat, timeout_s=timeout_s)
+                    if heartbeat is not None:
+                        self._on_host[ranks] = HostGather(heartbeat, ranks, timeout_s=timeout_s)
                 everyone = exchange_json(_host(), group=group, num_ranks=len(ranks), device=device)
                 self.hosts[named] = len(set(everyone))
                 self.transports[axis] = self._share(ranks, axis, shared_memory)
@@ -246,7 +247,7 @@ class ProcessGroups(Communicator):
                 f"{', '.join(self.transports) or 'none'}: name it in ProcessGroups(axes=...)"
             )
         on_host = self._on_host.get(ranks)
-        return Group(self._groups[ranks], ranks, ranks.index(self.rank), on_host is not None, on_host)
+        return Group(self._groups[ranks], ranks, ranks.index(self.rank), self.device.type == "cuda", on_host)
 
     def explained(self, error: BaseException) -> BaseException:
         if not isinstance(error, RuntimeError) or isinstance(error, Disconnected) or not _is_broken(error):

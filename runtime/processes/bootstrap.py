@@ -101,12 +101,9 @@ def _store(is_first: bool, *, timeout_s: float) -> Store:
 class WatchedStore(Store):
     """A store at which nobody waits for a rank that is lost."""
 
-    def __init__(
-        self, store: Store, heartbeat: Heartbeat | None, *, timeout_s: float, longest_pause_s: float = 0.1
-    ) -> None:
+    def __init__(self, store: Store, heartbeat: Heartbeat, *, timeout_s: float) -> None:
         super().__init__()
         self._store, self._heartbeat, self._timeout_s = store, heartbeat, timeout_s
-        self._longest_pause_s = longest_pause_s
 
     def set(self, key: str, value: bytes | str) -> None:
         self._store.set(key, value)  # type: ignore[arg-type]
@@ -114,10 +111,6 @@ class WatchedStore(Store):
     def get(self, key: str) -> bytes:
         self.wait([key])
         return self._store.get(key)
-
-    def multi_get(self, keys: list[str]) -> list[bytes]:
-        self.wait(keys)
-        return self._store.multi_get(keys)
 
     def add(self, key: str, value: int) -> int:
         return self._store.add(key, value)
@@ -132,12 +125,12 @@ class WatchedStore(Store):
         deadline = time.monotonic() + (self._timeout_s if timeout is None else timeout.total_seconds())
         pause_s = 0.001
         while not self._store.check(keys):
-            if self._heartbeat is not None and not self._heartbeat.is_well:
+            if not self._heartbeat.is_well:
                 raise dist.DistNetworkError("connection lost")
             if time.monotonic() > deadline:
                 raise dist.DistNetworkError(f"timed out, waiting for {', '.join(keys)}")
             time.sleep(pause_s)
-            pause_s = min(2 * pause_s, self._longest_pause_s)  # many ranks ask one store
+            pause_s = min(2 * pause_s, 0.1)  # many ranks ask one store
 
 
 def watched(work: Callable[[], T], *, timeout_s: float, heartbeat: Heartbeat | None = None) -> T:

@@ -1,7 +1,7 @@
 """Which of the other ranks are still there: a connection from every rank to rank 0, which passes on what it hears.
 
     Heartbeat.connect(store, ..) all ranks together; RankLost names those that have not come before the deadline
-    tell(kind, text)        all others know it within milliseconds
+    tell(kind, text)        all others know it within milliseconds; with `to`, those of them
     known(kind)             {rank: text} of what has been told; `ended` and `left` come from the connections themselves
     silent_s(rank)          how long no sign of life has come
 
@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -105,13 +105,17 @@ class Heartbeat:
             raise
         return self
 
-    def tell(self, kind: str, text: str) -> None:
-        """Never raises: a rank that fails has nobody to turn to."""
+    def tell(self, kind: str, text: str, *, to: Collection[int] | None = None) -> None:
+        """Never raises: a rank that fails has nobody to turn to. What only some are told, this rank does not keep."""
         text = text[:LONGEST]
-        self._known[kind].setdefault(self.rank, text)
-        message = {"rank": self.rank, "kind": kind, "text": text}
+        message: _Message = {"rank": self.rank, "kind": kind, "text": text}
+        if to is None:
+            self._known[kind].setdefault(self.rank, text)
+        else:
+            message["to"] = sorted(to)
         for other in list(self._links):
-            self._send(other, message)
+            if self.rank != 0 or to is None or other in to:
+                self._send(other, message)
 
     def start(self, *, timeout_s: float) -> None:
         """Waits until all ranks have come here: one that is quick could be through, and gone, while others connect."""
@@ -122,6 +126,11 @@ class Heartbeat:
 
     def known(self, kind: str) -> dict[int, str]:
         return dict(self._known[kind])
+
+    def taken(self, kind: str) -> str | None:
+        """What one rank alone tells of this kind, forgotten from here on; None: nothing yet."""
+        told = self._known.pop(kind, None) if self._known.get(kind) else None
+        return next(iter(told.values())) if told else None
 
     def lost(self) -> dict[int, str]:
         """Ranks that failed, or ended without a word."""
@@ -306,7 +315,8 @@ class Heartbeat:
             self._has_told_where = True
             for other, at in (self.known("at") | {0: self.at}).items():
                 self._pass_on({"rank": other, "kind": "at", "text": at})
-        self._known[kind].setdefault(rank, text)
+        if self.rank in message.get("to", (self.rank,)):
+            self._known[kind].setdefault(rank, text)
 
     def _drop(self, selector: selectors.BaseSelector, source: Link) -> None:
         with suppress(KeyError, ValueError):
@@ -326,7 +336,7 @@ class Heartbeat:
     def _pass_on(self, message: _Message) -> None:
         if self.rank == 0:
             for other in list(self._links):
-                if other != message["rank"]:
+                if other != message["rank"] and other in message.get("to", (other,)):
                     self._send(other, message)
 
     def _beat(self) -> None:
