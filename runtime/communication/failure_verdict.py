@@ -42,6 +42,11 @@ class FailureVerdict:
         self._rank = rank
         self._timeout_s = timeout_s
 
+    @property
+    def is_known(self) -> bool:
+        """Whether this rank, or another one, has concluded that a rank is lost or that ranks disagree."""
+        return self._heartbeat is not None and bool(self._heartbeat.known("verdict"))
+
     def about_to(self, call: Call) -> None:
         if self._heartbeat is not None:
             self._heartbeat.at = str(call)

@@ -332,7 +332,7 @@ class ProcessGroups(Communicator):
         """May be called again. CUDA graphs with collectives in them must be gone before."""
         for shared in self._shared.values():
             shared.close()
-        lost = self._watch is not None and self._watch.cause() is not None
+        lost = self._watch is not None and (self._watch.cause() is not None or self._failure_verdict.is_known)
         for peers in self.peers.values():
             if lost:
                 peers.abandon()
