@@ -118,9 +118,9 @@ def test_send_and_receive_compare_between_two(meet: Meet) -> None:
 @pytest.mark.parametrize("waits", [0, 1])
 def test_a_rank_that_lives_and_does_not_come_is_named_within_the_timeout(waits: int, meet: Meet) -> None:
     """From then on groups are aborted, not destroyed: that would wait for it."""
-    rank = channels(meet(2), timeout_s=0.3)[waits]
+    rank = channels(meet(2), timeout_s=1.5)[waits]
     assert not rank._state.verdict.is_known
-    with pytest.raises(RankLost, match=f"rank {1 - waits} did not answer within 0.3 s; its process is alive"):
+    with pytest.raises(RankLost, match=f"rank {1 - waits} did not answer within 1.5 s; its process is alive"):
         rank.prepare("all_reduce")(torch.ones(4))
     assert rank._state.verdict.is_known
 
