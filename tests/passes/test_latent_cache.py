@@ -31,7 +31,7 @@ CARRIED_AND_LATENT = 24 + 8
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=SLOW), 3])
+@pytest.mark.parametrize("tp", [*(pytest.param(tp, marks=SLOW) for tp in (1, 2)), 3])
 @pytest.mark.parametrize(
     "name",
     [

@@ -35,7 +35,12 @@ def summary(name: str) -> Summary:
 
 
 @pytest.mark.parametrize(
-    ("name", "plan"), [("llama", "tp=2"), ("llama", "tp=4"), ("mixtral", "tp=2"), ("llama", "tp=3")]
+    ("name", "plan"),
+    [
+        *(pytest.param("llama", plan, marks=pytest.mark.slow) for plan in ("tp=2", "tp=4")),
+        ("mixtral", "tp=2"),
+        ("llama", "tp=3"),
+    ],
 )
 def test_weights_and_cache_are_those_of_the_fullest_rank(name: str, plan: str) -> None:
     found = summary(name)

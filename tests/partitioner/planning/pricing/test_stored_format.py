@@ -80,7 +80,7 @@ def quantised() -> tuple[Path, Any]:
     return Path(kept.name), kept
 
 
-@pytest.mark.parametrize("plan", ["tp=1", "tp=2"])
+@pytest.mark.parametrize("plan", [pytest.param("tp=1", marks=pytest.mark.slow), "tp=2"])
 def test_bytes_are_those_that_ranks_hold_of_a_quantised_checkpoint(plan: str) -> None:
     folder, _ = quantised()
     program = partition(folder, Plan()).traced
