@@ -202,6 +202,11 @@ def without_a_compiler() -> None:
     assert not dist.is_initialized()
 
 
+def over_gloo() -> None:
+    without_a_compiler()
+    several_hosts()
+
+
 def several_hosts() -> None:
     """The host's name is changed, which is all that the ranks compare before they try."""
     import runtime.communication.shared_memory.shared_memory
@@ -216,7 +221,7 @@ def several_hosts() -> None:
 
 
 ALIVE = [results, in_a_row, disagreements, nothing_is_left]
-ALONE = {function.__name__: function for function in (several_axes, without_a_compiler, several_hosts)}
+ALONE = {function.__name__: function for function in (several_axes, over_gloo)}
 
 if __name__ == "__main__":
     warnings.simplefilter("error")

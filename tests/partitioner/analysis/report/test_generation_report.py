@@ -19,7 +19,7 @@ def stepped(name: str, tp: int, **plan: object) -> Parts[None]:
     return stepping.parts_of(*compile_steps(stepping.traced(name)[1], Plan(tp=tp, **plan)))
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_keys_and_values_are_split_by_heads(tp: int) -> None:
     parts = compiled_once("gemma2", tp)
     report = parts.generation_report
@@ -35,6 +35,7 @@ def test_keys_and_values_are_split_by_heads(tp: int) -> None:
     assert sum(report.bytes_per_sequence) == sum(report.further_weights) == 0
 
 
+@pytest.mark.slow
 def test_a_whole_state_is_reported_with_what_keeps_it_whole() -> None:
     report = stepped("deepseek_v32", 2).generation_report
     found = {row.pattern: row.reason for row in report.whole}
