@@ -86,7 +86,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "sizes", "workload", "goal"), CASES, ids=map(str, range(len(CASES))))
+@pytest.mark.parametrize(
+    ("name", "sizes", "workload", "goal"),
+    # in the quick suite each goal, cluster and model
+    [pytest.param(*case, id=str(i), marks=pytest.mark.slow if i % 3 else ()) for i, case in enumerate(CASES)],
+)
 def test_the_optimum_is_that_of_exhaustive_search(
     name: str, sizes: tuple[int, ...], workload: Workload, goal: str
 ) -> None:

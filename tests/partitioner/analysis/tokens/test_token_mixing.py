@@ -49,7 +49,7 @@ def test_each_token_by_itself_is_fine() -> None:
     [
         lambda x, table: x + x.mean(1, keepdim=True),
         lambda x, table: x.cumsum(1),
-        lambda x, table: torch.cat([x[:, :1] * 0, x[:, :-1]], 1),
+        pytest.param(lambda x, table: torch.cat([x[:, :1] * 0, x[:, :-1]], 1), marks=pytest.mark.slow),
         pytest.param(lambda x, table: x.flip(1), marks=pytest.mark.slow),
         pytest.param(lambda x, table: torch.softmax(x, 1), marks=pytest.mark.slow),
         lambda x, table: x * table[: x.shape[1]],
