@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from typing import Any
 
 from partitioner.compile.validate_graph import fault
@@ -165,8 +165,15 @@ def _points(places: tuple[object, ...]) -> tuple[EntryPoint, ...]:
 def _distribution(point: EntryPoint, *, version: bool = False) -> str:
     if point.dist is None:
         return "an unknown distribution"
-    name = point.dist.metadata["Name"]
-    return f"{name} {point.dist.version}" if version else str(name).lower()
+    name, number = _name_and_version(point.dist)
+    return f"{name} {number}" if version else name.lower()
+
+
+@functools.lru_cache(maxsize=64)
+def _name_and_version(distribution: Distribution) -> tuple[str, str]:
+    """Its file is parsed as a mail is, which would be done for each pass of a compile."""
+    metadata = distribution.metadata
+    return str(metadata["Name"]), str(metadata["Version"])
 
 
 def _check_options(who: str, kind: type, options: Mapping[str, object]) -> None:

@@ -64,6 +64,7 @@ def test_what_the_doc_shows_of_a_file_is_in_it() -> None:
         assert text in (EXAMPLE / file).read_text(encoding="utf-8"), f"{file} has no such lines:\n{text}"
 
 
+@pytest.mark.slow  # pip builds a package; tests/partitioner/storage/bundle/test_plugins.py uses what it would install
 def test_what_the_doc_says_to_type_runs(installed: dict[str, str], tmp_path: Path) -> None:
     typed = "\n".join(text for language, file, text in blocks() if language == "python" and not file)
     said = run(installed, "-c", typed, cwd=tmp_path)

@@ -59,6 +59,7 @@ def test_texts_prompts_and_new_tokens(name: str, plan: str) -> None:
     assert generated.error(name, parts, generated.prompts(name, (3, 11)), new=2, prefill_step=4) < 1e-9
 
 
+@pytest.mark.slow  # bundles of fewer axes: test_experts.py, test_sequences.py, test_sequence_stages.py
 def test_a_bundle_holds_them_all(tmp_path: Any) -> None:
     parts = partition(traced("mixtral")[0], Plan.parse(f"{ALL},expert-parallel.exchange=exchange"))
     ids = tokens("mixtral", 7)

@@ -43,7 +43,12 @@ def test_more_processes_over_gloo(
 
 
 @pytest.mark.parametrize(
-    "plan", ["pp=2,ep=2", "pp=2,tp=2,ep=2,expert-parallel.exchange=exchange", "pp=2,tp=2,ep=2,sequence-parallel"]
+    "plan",
+    [
+        pytest.param("pp=2,ep=2", marks=pytest.mark.slow),
+        pytest.param("pp=2,tp=2,ep=2,expert-parallel.exchange=exchange", marks=pytest.mark.slow),
+        "pp=2,tp=2,ep=2,sequence-parallel",
+    ],
 )
 def test_stages_with_experts(plan: str) -> None:
     parts = compile_program(traced("mixtral")[1], Plan.parse(plan))
@@ -67,7 +72,13 @@ def test_any_mesh(case: tuple[int, int, int, int, bool, bool]) -> None:
     assert error("mixtral", compile_program(traced("mixtral")[1], plan), 5) < EXACT
 
 
-@pytest.mark.parametrize("plan", ["ep=3", "ep=2,expert-parallel.exchange=exchange", PLANS[-1]])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "ep=3",
+        *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("ep=2,expert-parallel.exchange=exchange", PLANS[-1])),
+    ],
+)
 def test_bundles_hold_what_ranks_run(plan: str, tmp_path: Path) -> None:
     model, ids = zoo.tiny("mixtral")
     parts = partition(model, Plan.parse(plan))

@@ -20,6 +20,7 @@ from tests.supported_models import generation as generating
 
 SAMPLE = ("llama", "gpt2", "gemma2", "gpt_oss", "deepseek_v3", "mixtral")
 """Grouped heads; a table of positions; windows of 8 and soft-caps; sinks; latent attention; experts."""
+QUICK = ("gemma2", "mixtral")  # each at tp=3; further ones, by every way of a cache, in tests/passes/test_kv_cache.py
 
 
 FEW = 12
@@ -30,8 +31,14 @@ def compare(name: str, *, new: int = FEW, **options: Any) -> dict[str, Any]:
     return generating.compare_generation(*partitioned.traced(name), new=new, **options)
 
 
-@pytest.mark.parametrize("new", [FEW, pytest.param(generating.NEW, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize(
+    ("name", "new"),
+    [
+        pytest.param(name, new, marks=() if name in QUICK and new == FEW else pytest.mark.slow)
+        for name in SAMPLE
+        for new in (FEW, generating.NEW)
+    ],
+)
 def test_generates_what_the_model_would(name: str, new: int) -> None:
     plans = generating.PLANS if new == generating.NEW else (generating.ALONE, "tp=3")
     found = compare(name, new=new, plans=plans)

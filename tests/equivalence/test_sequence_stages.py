@@ -39,9 +39,9 @@ def compiled(name: str, plan: str) -> Parts[Any]:
 @pytest.mark.parametrize(
     ("name", "plan"),
     [
-        ("llama", "pp=2,sp=2"),
+        pytest.param("llama", "pp=2,sp=2", marks=pytest.mark.slow),
         ("llama", "pp=2,sp=2,tp=2,sp_attention=ring"),
-        ("gpt2", "pp=3,sp=2"),
+        pytest.param("gpt2", "pp=3,sp=2", marks=pytest.mark.slow),
         ("gemma2", "pp=2,sp=3,sp_attention=gather"),  # windows, a soft cap; more ranks than some texts have tokens
     ],
 )

@@ -36,11 +36,11 @@ def compiled(name: str, plan: str) -> Parts[Any]:
 @pytest.mark.parametrize(
     ("name", "plan"),
     [
-        ("llama", "sp=2,sp_attention=ring"),
+        pytest.param("llama", "sp=2,sp_attention=ring", marks=pytest.mark.slow),
         ("llama", "tp=2,sp=3,sp_attention=ulysses"),
         ("gemma2", "sp=3,sp_attention=gather"),  # windows and a soft cap
         ("gpt_oss", "sp=2,sp_attention=ring"),  # windows and sinks
-        ("deepseek_v3", "tp=2,sp=2"),  # keys wider than values
+        pytest.param("deepseek_v3", "tp=2,sp=2", marks=pytest.mark.slow),  # keys wider than values
     ],
 )
 def test_prompts_of_different_lengths_are_continued_as_the_model_would(name: str, plan: str) -> None:

@@ -18,17 +18,20 @@ if __name__ == "__main__":
 
 import signal
 
-from partitioner.compile.parts import Parts
 from partitioner.errors import InputError
-from runtime.engine import Engine
 from runtime.processes.launch import begin_worker, refuse
+
+if __name__ == "__main__" and fault == "refuse":  # before it imports what it would run with
+    begin_worker()
+    refuse(InputError("no rank can do that"))
+
+from partitioner.compile.parts import Parts
+from runtime.engine import Engine
 from tests.support import handmade
 
 
 def main(fault: str, folder: Path) -> None:
     begin_worker()
-    if fault == "refuse":
-        refuse(InputError("no rank can do that"))
     parts = Parts(handmade.partitioned(int(os.environ["WORLD_SIZE"])), None)
     with Engine.connect(parts, timeout_s=5.0 if fault == "stop" else 30.0) as engine:
         engine(input_ids=handmade.input_ids())

@@ -93,7 +93,8 @@ def wait_for(done: object, what: str) -> None:
             marks=pytest.mark.slow,
         ),
         pytest.param("exit", 1, "rank 0 ended with exit code 1", marks=pytest.mark.slow),
-        ("stop", 6, "rank 0 ended with exit code 1"),
+        # that the others end, and say why: test_lost_rank.py
+        pytest.param("stop", 6, "rank 0 ended with exit code 1", marks=pytest.mark.slow),
     ],
 )
 def test_it_stops_the_others(
@@ -128,7 +129,7 @@ def test_it_stops_all_at_the_deadline(pids: Path) -> None:
     [
         (signal.SIGKILL, "linger"),
         (signal.SIGINT, "early"),
-        (signal.SIGTERM, "early"),
+        pytest.param(signal.SIGTERM, "early", marks=pytest.mark.slow),  # the test below ends by it, too
         pytest.param(signal.SIGKILL, "early", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, "linger", marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, "linger", marks=pytest.mark.slow),

@@ -191,7 +191,7 @@ STAGES = [
     for victim in VICTIMS
     for sharing in ("on", "off")
 ]
-QUICK_STAGES = {("kill", "decode", (1,), "on"), ("stop", "prefill", (0,), "on"), ("raise", "decode", (2,), "off")}
+QUICK_STAGES = {("kill", "decode", (1,), "off"), ("stop", "prefill", (0,), "on")}
 
 
 @pytest.mark.parametrize(

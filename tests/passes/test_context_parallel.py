@@ -52,14 +52,14 @@ def test_every_attention_is_over_all_ranks_and_nothing_else_is(name: str, sp: in
         ("llama", True, "tp=2,sp=2,sp_attention=ulysses"),  # 6 heads over 3, shared by two ranks of tp
         ("llama", True, "tp=4,sp=2,sp_attention=ulysses"),  # 1 or 2 heads on a rank of tp
         ("llama", True, "sp=4,sp_attention=ulysses"),  # fewer kv heads than ranks
-        ("qwen3", True, "tp=3,sp=2,sp_attention=ring"),
+        pytest.param("qwen3", True, "tp=3,sp=2,sp_attention=ring", marks=pytest.mark.slow),
         ("falcon", False, "tp=2,sp=2,sp_attention=gather"),  # one kv head
         ("gemma2", False, "tp=2,sp=2,sp_attention=ring"),  # windows and a soft cap
         ("gpt_oss", False, "sp=3,sp_attention=ring"),  # windows and sinks; experts
         ("gpt_oss", False, "tp=2,sp=2,sp_attention=ulysses"),
         ("deepseek_v3", False, "sp=2,sp_attention=gather"),  # keys wider than values; experts, some for all
-        ("deepseek_v3", False, "tp=2,sp=2"),
-        ("mixtral", False, "tp=2,sp=3"),
+        pytest.param("deepseek_v3", False, "tp=2,sp=2", marks=pytest.mark.slow),
+        pytest.param("mixtral", False, "tp=2,sp=3", marks=pytest.mark.slow),
         ("opt", False, "sp=3"),  # a table of positions
     ],
 )
@@ -112,7 +112,7 @@ def test_auto_takes_what_is_priced_lowest_and_says_why() -> None:
 @pytest.mark.parametrize(
     ("name", "plan", "neighbours"),
     [
-        ("llama", "sp=4,sp_attention=ring-ulysses", 2),
+        pytest.param("llama", "sp=4,sp_attention=ring-ulysses", 2, marks=pytest.mark.slow),
         ("llama", "sp=6,sp_attention=ring-ulysses", 3),
         ("gemma2", "tp=2,sp=4,sp_attention=ring-ulysses", 2),  # windows and a soft cap
         (
@@ -151,7 +151,7 @@ def test_one_rank_is_left_as_it_is() -> None:
     ("name", "node"),
     [
         ("mpt", "matmul in transformer.blocks.0.attn"),
-        ("openai-gpt", "transformer.h.0.attn"),
+        pytest.param("openai-gpt", "transformer.h.0.attn", marks=pytest.mark.slow),
     ],
 )
 def test_a_model_whose_tokens_meet_elsewhere_is_refused_with_the_node(name: str, node: str) -> None:

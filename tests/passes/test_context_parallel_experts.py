@@ -64,15 +64,15 @@ def ops(name: str, degrees: str, exchange: str) -> dict[str, int]:
     "degrees",
     [
         "sp=2,ep=2",
-        "sp=3,ep=3",
+        pytest.param("sp=3,ep=3", marks=pytest.mark.slow),
         "sp=2,tp=2,ep=2",  # experts over tp: own tokens of sp
         "sp=2,tp=2,ep=4",
         "sp=2,ep=2,tp=2,etp=2",
         "sp=2,tp=2,etp=4",  # an expert's matrices over sp
         "sp=2,ep=4",  # experts over dp as well
         "sp=2,tp=3,ep=2",  # groups that go across those of attention
-        "sp=2,tp=2,ep=2,etp=4",
-        "sp=4,tp=3,ep=2,etp=3",
+        pytest.param("sp=2,tp=2,ep=2,etp=4", marks=pytest.mark.slow),
+        pytest.param("sp=4,tp=3,ep=2,etp=3", marks=pytest.mark.slow),
         "sp=2,tp=2,ep=4,sequence-parallel",
     ],
 )

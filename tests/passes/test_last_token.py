@@ -11,8 +11,8 @@ from runtime.ops.collectives import all_gather
 from tests.support.partitioned import compiled
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "gpt2"])
-@pytest.mark.parametrize("tp", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "gemma2", pytest.param("cohere", marks=pytest.mark.slow), "gpt2"])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_only_the_last_hidden_state_reaches_the_vocabulary(name: str, tp: int) -> None:
     graph = compiled(name, tp).program_of("decode").graph
     (picked,) = [node for node in graph.nodes if node.target is last_token]

@@ -31,7 +31,7 @@ CARRIED_AND_LATENT = 24 + 8
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=SLOW), 3])
+@pytest.mark.parametrize("tp", [*(pytest.param(tp, marks=SLOW) for tp in (1, 2)), 3])
 @pytest.mark.parametrize(
     "name",
     [
@@ -61,7 +61,8 @@ def test_with_stages_and_experts(plan: dict[str, int]) -> None:
     assert error("deepseek_v3", parts, prompts("deepseek_v3"), prefill_step=7) < EXACT
 
 
-@pytest.mark.parametrize("tp", [pytest.param(1, marks=SLOW), 3])
+@SLOW  # four heads on three ranks are above
+@pytest.mark.parametrize("tp", [1, 3])
 def test_sizes_that_divide_by_little(tp: int) -> None:
     parts = compiled_once("deepseek_v3", tp, odd=True)
     assert parts.entry("decode", 0).states[0].shape == (1, CARRIED_AND_LATENT)

@@ -24,15 +24,32 @@ def staged(name: str, pp: int, *, tp: int = 1, odd: bool = False, **options: Any
     return compiled(name, tp, odd=odd, pp=pp, passes=[("pipeline", options)] if options else [])
 
 
-@pytest.mark.parametrize("pp", [2, 3])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "mixtral", "masked:bert", "gemma2"])
+@pytest.mark.parametrize(
+    ("name", "pp"),
+    [
+        ("llama", 2),
+        ("llama", 3),
+        ("gpt2", 3),
+        ("bloom", 2),
+        ("gemma2", 3),
+        *(
+            pytest.param(name, pp, marks=pytest.mark.slow)
+            for name, pp in (
+                ("gpt2", 2), ("bloom", 3), ("gemma2", 2), ("mixtral", 2), ("mixtral", 3), ("masked:bert", 2),
+                ("masked:bert", 3),
+            )
+        ),
+    ],
+)  # fmt: skip
 def test_stages_together_are_the_whole(name: str, pp: int) -> None:
     parts = staged(name, pp)
     for length, batch in ((1, 1), (5, 3), (9, 2)):
         assert error(name, parts, length, batch=batch) < EXACT
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gpt2")), "mixtral"]
+)
 def test_stages_of_several_ranks_each(name: str) -> None:
     parts = staged(name, 2, tp=2, odd=True)
     assert error(name, parts, 7, batch=3, odd=True) < EXACT

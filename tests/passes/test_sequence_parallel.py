@@ -28,7 +28,7 @@ def ops(program: Program) -> Counter[str]:
     return Counter(node.target.__name__ for node in program.graph.nodes if node.target in targets)
 
 
-@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "olmo2"])
 def test_every_reduction_is_scattered_and_collected(name: str, tp: int) -> None:
     parts = compiled(name, f"tp={tp},sequence-parallel")

@@ -43,8 +43,8 @@ def parts(name: str, plan: str, *, odd: bool = False) -> Parts[Any]:
     [
         ("llama", "pp=2"),
         ("llama", "tp=2,pp=2"),
-        ("gpt2", "pp=2"),  # its table is the embedding's too
-        ("gpt2", "tp=2,pp=2"),
+        pytest.param("gpt2", "pp=2", marks=pytest.mark.slow),
+        ("gpt2", "tp=2,pp=2"),  # its table is the embedding's too
         ("gemma2", "pp=2"),  # caps its logits
         ("phi", "pp=2"),  # a bias
         *(
@@ -62,7 +62,7 @@ def test_logits_are_those_of_the_whole(name: str, plan: str) -> None:
     assert all(torch.equal(result, everywhere[0]) for result in everywhere)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_each_rank_has_its_rows_and_no_more(name: str) -> None:
     """Of a vocabulary that no number of ranks divides."""
     found = parts(name, "tp=2,pp=3", odd=True)

@@ -287,9 +287,13 @@ def _part(whole: Tensor, layout: Layout, coordinates: Mapping[str, int], value: 
         if not isinstance(split, Split):
             continue
         static = evaluate(value.shape[dim], _ones(program))
-        inner = torch.tensor(split.at(program.mesh, coordinates).indices(), dtype=torch.int64)
+        held = split.at(program.mesh, coordinates)
+        if held.size and held.is_interval and whole.shape[dim] == static:  # as most are: no indices are written out
+            ((start, _),) = held.intervals
+            whole = whole.narrow(dim, start, held.size).contiguous()
+            continue
         outer = torch.arange(whole.shape[dim] // max(static, 1)) * static
-        whole = whole.index_select(dim, (outer[:, None] + inner).flatten())
+        whole = whole.index_select(dim, (outer[:, None] + torch.tensor(held.indices(), dtype=torch.int64)).flatten())
     return whole
 
 

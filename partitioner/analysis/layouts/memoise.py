@@ -26,11 +26,14 @@ __all__ = ["Inferrer"]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Operand:
     """Stands for the i-th input node."""
 
     place: int
+
+    def __repr__(self) -> str:  # of which each key is made: without the guard against circles of a dataclass's own
+        return f"_Operand({self.place})"
 
 
 class Inferrer:

@@ -46,7 +46,8 @@ def rank(number: int, port: int, name: str, parts: Parts[Any], expected: tuple[t
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     logits, said = expected
     texts = generated.prompts(name, LENGTHS)
-    with Engine.connect(parts, timeout_s=TIMEOUT_S) as engine:
+    sharing = "off" if size == 2 and parts.mesh.size("tp") == 2 else "auto"  # two ranks of tp alone: over gloo
+    with Engine.connect(parts, timeout_s=TIMEOUT_S, shared_memory=sharing) as engine:
         result = engine(input_ids=tokens(name, 9))
         for options in ({}, {"prefill_step": 4}):
             found = torch.as_tensor(engine.generate(texts, max_new_tokens=NEW, eos_token_id=[], **options))  # type: ignore[arg-type]

@@ -50,7 +50,14 @@ def count(program: Program, target: object) -> int:
     return sum(node.target is target for node in program.graph.nodes)
 
 
-@pytest.mark.parametrize("name", [*WIDE, "masked:bert", "masked:roberta", "masked:modernbert"])
+# experts and sinks of the others: deepseek_v3's and llama4_text's captures are as those of mixtral and gpt_oss
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("gpt2", "mixtral", "masked:roberta") else name
+        for name in (*WIDE, "masked:bert", "masked:roberta", "masked:modernbert")
+    ],
+)
 def test_graph_equals_model(name: str) -> None:
     model, ids, program = captured(name)
     for length in (1, 5, 40):
@@ -108,7 +115,7 @@ def test_batch_and_sequence_are_symbols() -> None:
     assert program.notes == []
 
 
-@pytest.mark.parametrize("name", ["gpt2", "deepseek_v32", "bloom"])
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "deepseek_v32", "bloom"])
 def test_the_graph_is_functional_and_has_no_leftovers(name: str) -> None:
     _, _, program = captured(name)
     for node in program.graph.nodes:
@@ -183,7 +190,9 @@ def test_a_scan_over_tokens_is_one_op_for_any_number_of_them() -> None:
         assert difference(model, program, ids[:, :length], lifted=True) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "masked:bert"])
+@pytest.mark.parametrize(
+    "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "masked:bert"))]
+)
 def test_a_model_on_meta_gives_the_same_graph_and_computed_values(name: str) -> None:
     model, ids, program = captured(name)
     with torch.device("meta"):

@@ -102,7 +102,7 @@ def test_cluster_is_written_and_read(tmp_path: Path) -> None:
     assert run("cluster", "show")[0] == 2
 
 
-@pytest.mark.parametrize("goal", ["glory", ""])
+@pytest.mark.parametrize("goal", ["glory", pytest.param("", marks=pytest.mark.slow)])
 def test_a_wrong_goal_is_refused(goal: str) -> None:
     assert run("plan", MODEL, "--gpus", "H100", "--for", goal)[0] == 2
 

@@ -42,7 +42,7 @@ def traced(name: str, form: str) -> Any:
 @pytest.mark.parametrize(
     ("name", "form", "plan", "op"),
     [
-        ("llama", "fp8", "tp=2", stored_linear),
+        pytest.param("llama", "fp8", "tp=2", stored_linear, marks=slow),
         ("llama", "fp8", "tp=3", stored_linear),
         ("llama", "fp8", "pp=2", stored_linear),
         ("llama", "gptq-ordered", "tp=3", stored_linear),

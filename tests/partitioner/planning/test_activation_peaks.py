@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.planning.activation_peaks import MODELS, measure
 
-QUICK = ("llama", "gemma2")
+QUICK = ("llama",)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,12 @@ def summary(name: str) -> Summary:
 
 
 @pytest.mark.parametrize(
-    ("name", "plan"), [("llama", "tp=2"), ("llama", "tp=4"), ("mixtral", "tp=2"), ("llama", "tp=3")]
+    ("name", "plan"),
+    [
+        *(pytest.param("llama", plan, marks=pytest.mark.slow) for plan in ("tp=2", "tp=4")),
+        ("mixtral", "tp=2"),
+        ("llama", "tp=3"),
+    ],
 )
 def test_weights_and_cache_are_those_of_the_fullest_rank(name: str, plan: str) -> None:
     found = summary(name)
@@ -81,7 +86,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "sizes", "workload", "goal"), CASES, ids=map(str, range(len(CASES))))
+@pytest.mark.parametrize(
+    ("name", "sizes", "workload", "goal"),
+    # in the quick suite each goal, cluster and model
+    [pytest.param(*case, id=str(i), marks=pytest.mark.slow if i % 3 else ()) for i, case in enumerate(CASES)],
+)
 def test_the_optimum_is_that_of_exhaustive_search(
     name: str, sizes: tuple[int, ...], workload: Workload, goal: str
 ) -> None:

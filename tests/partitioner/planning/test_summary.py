@@ -22,8 +22,8 @@ def of_depth(layers: int) -> Summary:
 
 
 def test_a_few_layers_say_what_a_deeper_model_costs() -> None:
-    deep, few = of_depth(5), deepened(of_depth(3), 5)
-    assert few.num_layers == deep.num_layers == 5
+    deep, few = of_depth(4), deepened(of_depth(3), 4)
+    assert few.num_layers == deep.num_layers == 4
     assert few.num_bytes == deep.num_bytes
     workload = Workload(16, 4, 2)
     for text in ("tp=2", "pp=2"):

@@ -161,7 +161,9 @@ def test_an_op_that_communicates_without_a_rule_is_refused(monkeypatch: pytest.M
 # -- real models -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "tp"), [("llama", 3), ("mixtral", 2), ("deepseek_v3", 2)])
+@pytest.mark.parametrize(
+    ("name", "tp"), [("llama", 3), ("mixtral", 2), pytest.param("deepseek_v3", 2, marks=pytest.mark.slow)]
+)
 def test_real_models_split_over_ranks_are_right(name: str, tp: int) -> None:
     check_rows(partitioned.compiled(name, tp).program_of("decode"))
 

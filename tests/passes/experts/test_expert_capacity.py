@@ -92,7 +92,7 @@ def test_kept_choices() -> None:
 
 
 @pytest.mark.parametrize("exchange", ["replicate", "exchange"])
-@pytest.mark.parametrize("degrees", ["ep=2", "tp=2,ep=4"])
+@pytest.mark.parametrize("degrees", [pytest.param("ep=2", marks=pytest.mark.slow), "tp=2,ep=4"])
 def test_equal_where_nothing_is_over(degrees: str, exchange: str, caplog: pytest.LogCaptureFixture) -> None:
     held = parts(degrees, exchange, EXPERTS)
     with caplog.at_level(logging.WARNING, logger="partitioner"):

@@ -96,7 +96,7 @@ def test_any_owners(owners: tuple[tuple[int, ...], ...], exchange: str) -> None:
     assert error(seven(), plan(f"ep={len(owners)}", exchange=exchange, owners=owners), 1, 7) < EXACT
 
 
-@pytest.mark.parametrize("exchange", ["replicate", "exchange"])
+@pytest.mark.parametrize("exchange", [pytest.param("replicate", marks=pytest.mark.slow), "exchange"])
 def test_biases_and_shared_experts(exchange: str) -> None:
     assert error(small("gpt_oss"), plan("ep=3", exchange=exchange), 5) < EXACT  # biases, interleaved, transposed
     assert error(small("deepseek_v3"), plan("tp=2,ep=2", exchange=exchange), 5) < EXACT

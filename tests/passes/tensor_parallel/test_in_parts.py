@@ -44,7 +44,7 @@ class VectorNorms(_Heads):
         return self.attend(functional.normalize(self.q(x), dim=-1), k, x)
 
 
-@pytest.mark.parametrize("tp", [2, 3])
+@pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(("layer", "small"), [(LayerNorms, 4), (RMSNorms, 2), (VectorNorms, 2)])
 def test_norms_across_heads(layer: type[nn.Module], small: int, tp: int) -> None:
     parts, error = partitioned(layered_once(layer, count=3), tp)

@@ -58,7 +58,7 @@ class HeadsPutTogether(_Wide):
         return self.down(torch.cat([other, one], 1).transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("tp", [2, 3, 5])
+@pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.slow), 3, 5])
 @pytest.mark.parametrize(
     "layer", [SplitUnevenly, PiecesSwapped, SlicesPutTogether, Narrowed, SlicesAssigned, HeadsPutTogether]
 )

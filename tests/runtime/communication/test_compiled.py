@@ -43,7 +43,15 @@ def test_a_rank_alone_is_one_graph_too(name: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("name", ["gemma2", "llama", "mamba", pytest.param("falcon_h1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gemma2",
+        pytest.param("llama", marks=pytest.mark.slow),
+        "mamba",
+        pytest.param("falcon_h1", marks=pytest.mark.slow),
+    ],
+)
 def test_steps_from_fixed_memory_say_what_others_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of several lengths, past the window of those layers that have one; states stay where they are."""
     parts = partition(zoo.tiny(name)[0], Plan(tp=1))

@@ -12,7 +12,8 @@ ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MAST
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("sharing", [pytest.param("on", marks=pytest.mark.slow), "off"])
+@pytest.mark.slow  # over gloo: test_all_axes.py, and tests/faults/test_lost_rank.py
+@pytest.mark.parametrize("sharing", ["on", "off"])
 def test_three_processes(sharing: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
     launch(["tests.runtime.communication.three_processes", "cpu", sharing], num_ranks=3, timeout_s=60)

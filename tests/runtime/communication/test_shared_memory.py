@@ -160,16 +160,10 @@ def test_every_axis_has_memory_of_its_own() -> None:
 
 @pytest.mark.processes
 @pytest.mark.usefixtures("_path")
-def test_ranks_of_several_hosts_use_gloo() -> None:
-    run("several_hosts", 2)
-
-
-@pytest.mark.processes
-@pytest.mark.usefixtures("_path")
-def test_without_a_compiler_it_says_so(
+def test_without_a_compiler_it_says_so_and_ranks_of_several_hosts_use_gloo(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    run("without_a_compiler", 2)
+    run("over_gloo", 2)
     assert "talk over gloo, not through shared memory: rank 0: no C++ compiler found" in capfd.readouterr().err

@@ -29,6 +29,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"do_sample": True, "presence_penalty": 1.0, "frequency_penalty": 0.5, "logit_bias": {5: 3.0}},
     {"suppress_tokens": [3, 4, 5], "bad_words_ids": [[7]], "frequency_penalty": 2.0},
 ]
+IN_PARTS = [OPTIONS[1], OPTIONS[4], OPTIONS[5]]
+"""What asks of ranks that hold parts of a vocabulary more than their likeliest tokens."""
 
 
 class Steps:
@@ -65,8 +67,14 @@ def said(parts: Any, texts: Any, count: int = 12, **options: Any) -> tuple[torch
     return (found.sequences, found.logprobs) if options.get("logprobs") else (found, None)
 
 
-@pytest.mark.parametrize("tp", [1, 3])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    ("tp", "options"),
+    [
+        pytest.param(tp, options, marks=() if tp == 1 or options in IN_PARTS else pytest.mark.slow)
+        for options in OPTIONS
+        for tp in (1, 3)
+    ],
+)
 def test_the_same_texts(steps: Steps, tp: int, options: dict[str, Any]) -> None:
     parts, texts = compiled_once("llama", tp), prompts("llama", (4, 1, 7))
     expected, scores = said(parts, texts, **options)

@@ -53,7 +53,7 @@ def test_halves_in_turn_say_what_a_whole_piece_says(family: str, tp: int, in_tur
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lfm2_moe", "falcon_h1"])
+@pytest.mark.parametrize("name", ["lfm2_moe", pytest.param("falcon_h1", marks=pytest.mark.slow)])
 def test_states_of_sequences_follow_the_halves(name: str, in_turns: list[tuple[str, int]]) -> None:
     assert stepping.error(name, stepping.compiled_in_pieces(name, 2)) < 1e-9
     assert in_turns

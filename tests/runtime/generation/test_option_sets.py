@@ -133,7 +133,7 @@ def _may_be_refused(options: dict[str, Any], said: str) -> bool:
     return none_left is not None and set(none_left[1].split(", ")) <= {*options, "eos_token_id"}
 
 
-@pytest.mark.parametrize("first", [0, 50, *(pytest.param(n, marks=pytest.mark.slow) for n in (100, 150))])
+@pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (50, 100, 150))])
 def test_transformers_tokens_or_a_refusal_by_name(first: int) -> None:
     outcomes: Counter[str] = Counter()
     for seed in range(first, first + 50):

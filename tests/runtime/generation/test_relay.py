@@ -64,7 +64,9 @@ def same(plan: str, texts: Any, *, name: str = "llama", **options: Any) -> bool:
     return torch.equal(one, parts(name, plan).generate(texts, **given))
 
 
-@pytest.mark.parametrize("plan", [*PLANS, SHARED_HEAD])
+@pytest.mark.parametrize(
+    "plan", [*(pytest.param(plan, marks=pytest.mark.slow) for plan in PLANS[:2]), PLANS[2], SHARED_HEAD]
+)
 def test_captured_stages_write_what_one_rank_writes(plan: str) -> None:
     texts = prompts("llama", (4, 7, 2, 5, 3))
     with captured(parts("llama", plan)) as graphs:

@@ -26,7 +26,7 @@ def parts(name: str, plan: str) -> Any:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_stages_say_what_the_model_says(plan: str, batch: int) -> None:
     texts = prompts("llama")[:batch]
     assert generated.error("llama", parts("llama", plan), texts, prefill_step=4) < EXACT

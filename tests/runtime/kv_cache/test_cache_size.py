@@ -21,8 +21,17 @@ STEPS = ("mamba2", "jamba", "gpt_neox_japanese")
 MEMINFO = "MemTotal:       2000 kB\nMemAvailable:    1000 kB\n"
 
 
-@pytest.mark.parametrize("name", ["gemma2", "llama", "mamba2", "gpt_neox_japanese", "jamba"])
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "tp"),
+    [
+        ("gemma2", 2),
+        ("mamba2", 2),
+        ("gpt_neox_japanese", 1),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("gemma2", "mamba2")),
+        *(pytest.param(name, tp, marks=pytest.mark.slow) for name in ("llama", "jamba") for tp in (1, 2)),
+        pytest.param("gpt_neox_japanese", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_what_fits_is_the_most_that_does(name: str, tp: int) -> None:
     parts = (stepping.compiled if name in STEPS else compiled)(name, tp)
     sizes = {"max_batch": 3, "prefill_step": 4}

@@ -53,7 +53,7 @@ def test_prompts_and_steps(how: str, parts: int, prompts: tuple[int, ...], step:
 @pytest.mark.parametrize(
     "options", [{"window": 5}, {"window": 1}, {"chunk": 7}, {"softcap": 2.0}, {"kv_map": [0, 1, 1, 1]}]
 )
-@pytest.mark.parametrize("step", [40, 6])
+@pytest.mark.parametrize("step", [pytest.param(40, marks=pytest.mark.slow), 6])
 def test_options(how: str, options: dict[str, Any], step: int) -> None:
     check(text((5, 23), step, 9), 2, 3, how, **options)
     sees = options.get("window") or options.get("chunk")

@@ -72,7 +72,9 @@ class Captured(OnMeta):
         return super().call_function(as_captured if target is grouped_linear else target, args, kwargs)
 
 
-@pytest.mark.parametrize(("plan", "ranks"), [("ep=2", 2), ("tp=2,ep=4", 2), ("tp=2,ep=2", 1)])
+@pytest.mark.parametrize(
+    ("plan", "ranks"), [pytest.param("ep=2", 2, marks=pytest.mark.slow), ("tp=2,ep=4", 2), ("tp=2,ep=2", 1)]
+)
 def test_a_step_reads_no_number(plan: str, ranks: int) -> None:
     assert step(plan, ranks, kind=Captured).met > 0
 

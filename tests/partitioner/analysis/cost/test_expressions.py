@@ -28,8 +28,17 @@ def largest(program: Any, tp: int, sizes: dict[str, int]) -> dict[str, tuple[int
     return found
 
 
-@pytest.mark.parametrize(("name", "moe"), [("llama", 0), ("mixtral", 2), ("gemma3_text", 0)])
-@pytest.mark.parametrize(("length", "past"), [(7, 0), (1, 11)])
+@pytest.mark.parametrize(
+    ("name", "moe", "length", "past"),
+    [
+        ("llama", 0, 7, 0),
+        ("mixtral", 2, 1, 11),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("llama", 0, 1, 11), ("mixtral", 2, 7, 0), ("gemma3_text", 0, 7, 0), ("gemma3_text", 0, 1, 11))
+        ),
+    ],
+)
 def test_one_analysis_for_two_ranks_prices_three(name: str, moe: int, length: int, past: int) -> None:
     program = traced(name)[1]
     made = Expressions(compile_program(program, Plan(tp=2)).program_of("prefill"), length)

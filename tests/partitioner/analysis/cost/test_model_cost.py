@@ -54,7 +54,7 @@ def all_pairs(queries: int, keys: int) -> int:
     return LAYERS * 2 * BATCH * HEADS * queries * keys * 2 * HEAD_DIM
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "gpt2", "mixtral"])
 def test_products_of_a_text_are_those_that_torch_counts(name: str) -> None:
     """But for attention: of a causal text the pairs up to the diagonal, (s + 1) / 2s of what torch counts."""
     model, program = partitioned.traced(name)
@@ -68,7 +68,9 @@ def test_products_of_a_text_are_those_that_torch_counts(name: str) -> None:
     assert longer.flops != cost.flops
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gpt2")), "mixtral"]
+)
 def test_products_of_one_token_after_a_cache_are_those_that_torch_counts(name: str) -> None:
     model, program = stepping.traced(name)[0], decoding(name)
     ids = partitioned.tokens(name, LENGTH)

@@ -59,12 +59,12 @@ def test_thousands_of_groups_that_differ_in_little() -> None:
     """As where each head's channels depend on all of a state: to compare each with each would take minutes."""
     lattice = Lattice()
     state = lattice.singletons(torch.arange(256))
-    channels = lattice.singletons(torch.arange(1000, 5000)).view(-1, 1)
-    rows = lattice.merge(channels.expand(4000, 256), state.expand(4000, 256))
+    channels = lattice.singletons(torch.arange(1000, 2500)).view(-1, 1)
+    rows = lattice.merge(channels.expand(1500, 256), state.expand(1500, 256))
     each = lattice.reduce(rows, [1])
-    assert torch.unique(each).numel() == 4000
+    assert torch.unique(each).numel() == 1500
     (whole,) = lattice.reduce(each, [0]).view(-1).tolist()
-    assert all_of(lattice, whole) == frozenset(range(256)) | frozenset(range(1000, 5000))
+    assert all_of(lattice, whole) == frozenset(range(256)) | frozenset(range(1000, 2500))
 
 
 def test_what_a_move_has_written_out_is_expanded_again() -> None:

@@ -19,7 +19,7 @@ def stepped(name: str, tp: int, **plan: object) -> Parts[None]:
     return stepping.parts_of(*compile_steps(stepping.traced(name)[1], Plan(tp=tp, **plan)))
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_keys_and_values_are_split_by_heads(tp: int) -> None:
     parts = compiled_once("gemma2", tp)
     report = parts.generation_report
@@ -35,6 +35,7 @@ def test_keys_and_values_are_split_by_heads(tp: int) -> None:
     assert sum(report.bytes_per_sequence) == sum(report.further_weights) == 0
 
 
+@pytest.mark.slow
 def test_a_whole_state_is_reported_with_what_keeps_it_whole() -> None:
     report = stepped("deepseek_v32", 2).generation_report
     found = {row.pattern: row.reason for row in report.whole}
@@ -48,18 +49,18 @@ def test_a_whole_state_is_reported_with_what_keeps_it_whole() -> None:
 
 
 def test_a_state_that_the_plan_keeps_whole_says_so() -> None:
-    parts = stepped("jamba", 2, keep_whole=("model.layers.0.mamba",))
-    (row,) = (row for row in parts.generation_report.whole if row.names == ("cache.0.recurrent.0",))
-    assert row.reason.endswith("which is whole: kept whole by the plan (model.layers.0.mamba)")
+    parts = stepped("lfm2_moe", 2, keep_whole=("model.layers.0.conv",))
+    (row,) = (row for row in parts.generation_report.whole if row.names == ("cache.0.conv.0",))
+    assert row.reason.endswith("which is whole: kept whole by the plan (model.layers.0.conv)")
 
 
 def test_states_of_sequences_are_counted_by_themselves() -> None:
-    parts = stepped("jamba", 2)
+    parts = stepped("lfm2_moe", 2)
     report = parts.generation_report
     assert report.way == "the model's own use of a cache"
     assert report.tokens_at_a_time is None
     assert "prompts run as many tokens at a time as wanted" in str(report)
-    assert {row.pattern: row.per_token for row in report.states}["cache.*.recurrent.0"] is False
+    assert {row.pattern: row.per_token for row in report.states}["cache.*.conv.0"] is False
     per_token, per_sequence = report.bytes_per_token, report.bytes_per_sequence
     expected = [a * 9 + b for a, b in zip(per_token, per_sequence, strict=True)]
     assert parts.cache_bytes(max_batch=1, max_length=9) == expected

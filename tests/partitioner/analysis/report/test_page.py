@@ -226,7 +226,7 @@ def test_a_tied_table_is_a_step_wherever_it_is_used() -> None:
 
 def test_models_with_a_cache_of_their_own_have_traffic_and_layers() -> None:
     """They run token by token: their programs know a size of the cache, and no length of the text."""
-    program = stepping.compiled("jamba", 2).program_of("decode")
+    program = stepping.compiled("lfm2_moe", 2).program_of("decode")
     assert "sequence" not in program.symbols
     found = traffic("decode", program, {"batch": 2, "sequence": 1, "past": 5}, None)
     assert (found["rows_of_batch"], found["tokens"], found["past"]) == (2, 1, 5)
@@ -286,7 +286,7 @@ def test_without_a_cluster_there_is_a_mesh(contents: dict[str, Any]) -> None:
 
 
 def test_a_model_that_cannot_generate_has_a_page() -> None:
-    found = page_of(compiled("camembert", 2), Plan(tp=2), WORK, gpus="2xH100")
+    found = page_of(compiled("roberta", 2), Plan(tp=2), WORK, gpus="2xH100")
     assert [each["entry"] for each in found["communication"]] == ["text"]
     assert any("no page of generation" in note for note in found["notes"])
     assert "Times are not predicted" in Page(render(found, version="0")).text

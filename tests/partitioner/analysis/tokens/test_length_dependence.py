@@ -28,7 +28,9 @@ def reason(change: Callable[[Tensor], Tensor]) -> str | None:
     return why_tokens_mix(trace(model))
 
 
-@pytest.mark.parametrize("op", COUNTING)
+@pytest.mark.parametrize(
+    "op", [pytest.param(op, marks=pytest.mark.slow) if op in ("div", "full") else op for op in COUNTING]
+)
 def test_a_result_that_depends_on_the_number_of_tokens(op: str) -> None:
     assert f"{op} at '" in (found := str(reason(COUNTING[op])))
     assert found.endswith(" in transformer.ln_f computes with the number of tokens")

@@ -13,7 +13,7 @@ from tests.support.partitioned import EXACT, compiled, traced
 aten = torch.ops.aten
 
 
-@pytest.mark.parametrize("name", ["bart", "moss_transcribe_diarize", "whisper"])
+@pytest.mark.parametrize("name", ["bart", pytest.param("moss_transcribe_diarize", marks=pytest.mark.slow), "whisper"])
 def test_what_counts_from_the_start_counts_by_position(name: str) -> None:
     program = traced(name)[1]
     assert "counts tokens from the start" in str(why_tokens_mix(program))
@@ -24,7 +24,7 @@ def test_what_counts_from_the_start_counts_by_position(name: str) -> None:
     assert [given.name for given in program.inputs] == ["input_ids"]  # and that one is as it was
 
 
-@pytest.mark.parametrize("tp", [1, 3])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_prompts_of_any_lengths_are_continued_as_each_alone(tp: int) -> None:
     assert error("bart", compiled("bart", tp), prompts("bart"), prefill_step=7) < EXACT
 
@@ -34,7 +34,7 @@ def test_a_text_longer_than_the_table_is_refused() -> None:
         compiled("bart", 1).generate([[3, 4, 5]], max_new_tokens=10_000)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
 def test_a_program_that_takes_positions_stays_itself(name: str) -> None:
     program = traced(name)[1]
     assert explicit_positions(program) is program

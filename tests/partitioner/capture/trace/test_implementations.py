@@ -41,7 +41,7 @@ def error(model: PreTrainedModel, ids: Tensor, *, of: PreTrainedModel) -> float:
     [
         ("falcon", ALIBI),  # eager adds the slopes twice, sdpa once
         ("gpt2", {"reorder_and_upcast_attn": True}),  # which eager alone reads
-        ("gemma2", {"attn_implementation": "eager"}),  # which alone caps scores
+        pytest.param("gemma2", {"attn_implementation": "eager"}, marks=pytest.mark.slow),  # which alone caps scores
     ],
 )
 def test_the_models_own_branch(name: str, fields: dict[str, Any]) -> None:

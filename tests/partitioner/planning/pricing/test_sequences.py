@@ -54,11 +54,12 @@ def attending(name: str, plan: Plan, *, entry: str, length: int, past: int) -> l
 @pytest.mark.parametrize(
     ("name", "plan"),
     [
-        ("llama", "sp=2,sp_attention=ring"),
         ("llama", "sp=3,sp_attention=gather"),
         ("llama", "sp=2,sp_attention=ulysses"),
-        ("llama", "tp=2,sp=2"),
-        ("gpt2", "sp=4"),
+        *(
+            pytest.param(name, plan, marks=pytest.mark.slow)
+            for name, plan in (("llama", "sp=2,sp_attention=ring"), ("llama", "tp=2,sp=2"), ("gpt2", "sp=4"))
+        ),
         ("mixtral", "tp=2,sp=2,sp_attention=ring"),
     ],
 )

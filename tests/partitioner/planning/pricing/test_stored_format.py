@@ -80,7 +80,7 @@ def quantised() -> tuple[Path, Any]:
     return Path(kept.name), kept
 
 
-@pytest.mark.parametrize("plan", ["tp=1", "tp=2"])
+@pytest.mark.parametrize("plan", [pytest.param("tp=1", marks=pytest.mark.slow), "tp=2"])
 def test_bytes_are_those_that_ranks_hold_of_a_quantised_checkpoint(plan: str) -> None:
     folder, _ = quantised()
     program = partition(folder, Plan()).traced
@@ -98,12 +98,12 @@ def test_bytes_are_those_that_ranks_hold_of_a_quantised_checkpoint(plan: str) ->
 def test_plan_and_fit_take_stored_weights() -> None:
     folder = str(quantised()[0])
     found = CliRunner().invoke(
-        app, ["plan", folder, "--gpus", "2xH100", "--weights", "stored", "--json", "--prompt", "8"]
+        app, ["plan", folder, "--gpus", "H100", "--weights", "stored", "--json", "--prompt", "8"]
     )
     assert found.exit_code == 0, found.output
     told = json.loads(found.output)["plans"]
     assert all("weights=stored" in each["plan"] for each in told)
-    plain = CliRunner().invoke(app, ["plan", folder, "--gpus", "2xH100", "--json", "--prompt", "8"])
+    plain = CliRunner().invoke(app, ["plan", folder, "--gpus", "H100", "--json", "--prompt", "8"])
     weights = {each["plan"]: each["memory_bytes"]["weights"] for each in json.loads(plain.output)["plans"]}
     for each in told:
         same = str(replace(Plan.parse(each["plan"]), weights="expanded"))

@@ -24,6 +24,7 @@ from tests.support import zoo
 NAMES = ("llama", "mixtral", "gpt2", "mamba2", "bloom", "deepseek_v3", "masked:bert")
 # falcon: columns in another order; minimax: values that only its own cache needs; the others: ops that few models have
 RARE = ("falcon", "minimax", "masked:fnet", "masked:convbert")
+QUICK = ("mixtral", "deepseek_v3", "masked:bert", "falcon", "masked:fnet")  # llama's are in the tests below
 
 
 def same(one: Tensor, other: Tensor) -> bool:
@@ -58,10 +59,7 @@ def assert_same(parts: Parts[Any], bundle: Bundle, ids: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("mamba2", "minimax", "masked:convbert") else name
-        for name in (*NAMES, *RARE)
-    ],
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in (*NAMES, *RARE)],
 )
 def test_the_same_before_and_after(name: str, tmp_path: Path) -> None:
     model, ids = zoo.tiny(name)
@@ -99,7 +97,7 @@ def test_one_rank_by_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "tp"),
     [
-        ("llama", 1), ("llama", 3), pytest.param("gpt2", 2, marks=pytest.mark.slow),
+        ("llama", 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", 1), ("gpt2", 2))),
         *(pytest.param(name, 3, marks=pytest.mark.slow) for name in NAMES if name != "llama"),
     ],
 )  # fmt: skip
@@ -129,8 +127,15 @@ def test_from_a_checkpoint_folder(reference: bool, tmp_path: Path) -> None:
     assert_same(parts, bundle, bundles.IDS)
 
 
-@pytest.mark.parametrize("reference", [False, True], ids=["copied", "referred to"])
-@pytest.mark.parametrize("checked", [False, True])
+@pytest.mark.parametrize(
+    ("checked", "reference"),
+    [
+        pytest.param(True, False, id="checked-copied"),
+        pytest.param(False, True, id="unchecked-referred to"),
+        pytest.param(True, True, id="checked-referred to", marks=pytest.mark.slow),
+        pytest.param(False, False, id="unchecked-copied", marks=pytest.mark.slow),
+    ],
+)
 def test_used_where_it_lies(reference: bool, checked: bool, tmp_path: Path) -> None:
     bundles.tiny_model().save_pretrained(tmp_path / "checkpoint")
     parts = partition(tmp_path / "checkpoint", Plan(tp=2))
@@ -206,7 +211,7 @@ def test_why_it_cannot_continue_texts_is_stored(tmp_path: Path) -> None:
     assert str(before.value) == str(after.value)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "mixtral"])
 def test_the_text_of_a_graph_is_all_of_it(name: str) -> None:
     """Built and written again it is the same text, byte for byte; for each rank, and for all that share it."""
     parts = partition(zoo.tiny(name)[0], Plan(tp=2))
@@ -236,7 +241,7 @@ def test_ranks_share_graphs_that_differ_in_integers_only(tmp_path: Path) -> None
     assert len(list((tmp_path / "bundle/graphs").iterdir())) == 2  # whole texts, and their continuation
 
 
-@pytest.mark.parametrize("name", ["a-b", "__a"])
+@pytest.mark.parametrize("name", ["a-b", pytest.param("__a", marks=pytest.mark.slow)])
 def test_a_weight_whose_name_cannot_be_read_is_not_written(name: str, tmp_path: Path) -> None:
     model = bundles.tiny_model()
     layers = model.model.layers[0].mlp

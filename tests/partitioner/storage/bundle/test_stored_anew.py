@@ -242,8 +242,14 @@ def test_a_forged_description_is_refused(what: str, tmp_path: Path) -> None:
         partition(folder, Plan(tp=2, weights="stored")).rank(0)
 
 
-@pytest.mark.parametrize("role", ["rows", "columns"])
-@pytest.mark.parametrize("number", [-1, 1000])
+@pytest.mark.parametrize(
+    ("role", "number"),
+    [
+        ("rows", -1),
+        ("columns", 1000),
+        *(pytest.param(*case, marks=slow) for case in (("rows", 1000), ("columns", -1))),
+    ],
+)
 def test_an_index_of_no_scale_is_refused(role: str, number: int, tmp_path: Path) -> None:
     """Before it is used: on a GPU, what lies there would be read."""
     folder = Path(shutil.copytree(bundle("llama", "gptq-ordered", "tp=3")[0], tmp_path / "bundle"))

@@ -45,14 +45,14 @@ def configure(folder: Path, **fields: object) -> None:
         "llama",
         "gpt2",
         "mixtral",
-        "qwen3_moe",
+        pytest.param("qwen3_moe", marks=pytest.mark.slow),
         "deepseek_v3",
         "gpt_oss",
         "granitemoe",
         "mamba2",
         "recurrent_gemma",
         "masked:bert",
-        "hy_v4",
+        pytest.param("hy_v4", marks=pytest.mark.slow),
     ],
 )
 def test_every_weight_has_the_bits_of_from_pretrained(name: str) -> None:

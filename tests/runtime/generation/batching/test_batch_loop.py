@@ -146,7 +146,7 @@ def test_a_long_prompt_holds_nobody_up() -> None:
     assert all(later - earlier == 2 for earlier, later in itertools.pairwise(pieces))
 
 
-@pytest.mark.parametrize("plan", ["tp=1", "pp=2", pytest.param("tp=2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("plan", [*(pytest.param(plan, marks=pytest.mark.slow) for plan in ("tp=1", "tp=2")), "pp=2"])
 def test_blocks_behind_the_windows_of_all_layers_are_given_back(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of more tokens than the window, with a prefix in common; the control has layers without one."""
     prefix = [3 + n % 50 for n in range(30)]

@@ -58,7 +58,7 @@ def in_steps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_each_is_told_what_it_is_told_alone(tp: int, in_steps: Counter[str]) -> None:
     cases = mixed(14, longest=40, new=8)
     cases += [Case([4 + n, 7], {"max_new_tokens": 9, **options}, n) for n, options in enumerate(PENALTIES)]

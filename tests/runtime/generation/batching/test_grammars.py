@@ -63,7 +63,7 @@ def test_whatever_ends_is_valid(schema: Any) -> None:
 MIXED = [asking(LIST if number % 2 else None, new=40, **KINDS[number // 2 % 4]) for number in range(8)]
 
 
-@pytest.mark.parametrize("plan", ["tp=1", "tp=2", "pp=2"])
+@pytest.mark.parametrize("plan", [*(pytest.param(plan, marks=pytest.mark.slow) for plan in ("tp=1", "pp=2")), "tp=2"])
 def test_rows_with_and_without_beside_each_other(plan: str) -> None:
     alone = many_requests.alone(parts("tp=1"), [Case(case.prompt, without(case)) for case in MIXED])
     found = told(plan, MIXED)

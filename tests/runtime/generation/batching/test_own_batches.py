@@ -36,11 +36,11 @@ def parts(plan: str) -> Any:
     [
         "ep=2",
         "tp=2,ep=4",
-        "sp=2,ep=4",
-        "pp=2,ep=2",
         *(
             pytest.param(plan, marks=pytest.mark.slow)
             for plan in (
+                "sp=2,ep=4",
+                "pp=2,ep=2",
                 "ep=3",
                 "tp=2,ep=2,etp=2",
                 "ep=2,expert-parallel.exchange=gather",
