@@ -93,6 +93,7 @@ class Executable:
         self.function = functools.partial(fx.GraphModule({}, self._runs).forward, *weights)
         """What runs, bare: of the inputs in their order."""
         self._profiled: Profiled | None = None
+        self._no_grad = torch.no_grad()
         self._seen: set[Hashable] = set()
 
     @functools.cached_property
@@ -144,7 +145,7 @@ class Executable:
         self.communicator.begin_run(new_shapes=shapes not in self._seen)
         try:
             # not inference_mode: the caller may write to what comes back
-            with torch.no_grad():
+            with self._no_grad:
                 result = run()
         except BaseException as error:
             name = failing_node(error)
