@@ -20,8 +20,14 @@ stages has no group yet: 1 / (2 x tokens) of the time.
 
 A Llama-shaped model with random weights (fixed seed), hidden 512, 8 layers, float32, one thread per process. The
 contestants take turns in the same processes. Printed are ratios to one process; in brackets what share of the most that
-is. The computed idle share stands beside the measured one, the median over rounds: in each, what the stages' pieces
-take by themselves, of what the run takes.
+is. How long the stages are idle stands beside it, of runs that are profiled:
+
+    if equal             1 / (m + 1), of stages and pieces that all take as long
+    computed             by the schedule, from what each stage spent on each piece
+    measured             the time in which ranks had nothing to do (`runtime/pipeline/measured.py`)
+
+Computed is less than if equal where two processes share a memory bus: the first piece and the last one run while the
+other stage is idle, and are the quicker for it. Measured is more than computed by what a message takes to be noticed.
 
     python -m benchmarks.pipeline                      about three minutes on an idle machine
     python -m benchmarks.pipeline --rounds 3 --tokens 8
@@ -30,6 +36,7 @@ take by themselves, of what the run takes.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -57,7 +64,8 @@ from partitioner import Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
 from runtime.pipeline.links import sizes_of
-from runtime.pipeline.schedule import bubble, chain
+from runtime.pipeline.measured import measured
+from runtime.pipeline.schedule import Timelines, bubble, chain, ring
 from runtime.pipeline.timing import time_of
 from runtime.processes.launch import begin_worker
 
@@ -117,6 +125,21 @@ def stage_alone(engine: Engine, ids: torch.Tensor) -> Callable[[], object]:
     return lambda: staged.executable([*values, *received])
 
 
+def idle_of(engine: Engine, run: Callable[[], object], timelines: Callable[[int], Timelines]) -> tuple[float, float]:
+    """Computed and measured, of one run. timelines: of so many runs of a stage's graph."""
+    with engine.profile(by_node=False) as trace:
+        run()
+    found = measured(trace.ranks)
+    return time_of(timelines(len(found.seconds[0])), found.seconds).bubble, found.bubble
+
+
+def of_decode(runs: int) -> Timelines:
+    """Each group's prompt in a chain, then the ring; in its last slot the first stage has nothing to run any more."""
+    first, last = ring(2, GROUPS, runs - GROUPS + 1)
+    prompts = chain(2, GROUPS)
+    return (*prompts[0], *first[:-2], first[-1]), (*prompts[1], *last)
+
+
 @torch.no_grad()
 def rank_main(folder: Path, rounds: int, tokens: int) -> None:
     """One of the two ranks: every contestant lives in both."""
@@ -164,9 +187,19 @@ def rank_main(folder: Path, rounds: int, tokens: int) -> None:
         own = Engine(half.rank(0), ThreadGroup(half.mesh).communicator(0), entries=lambda e: half.entry(e, 0))
         contestants["stages decode"] = lambda: steps_of(own, rows[:8, :4], tokens)
         contestants["stage decode"] = contestants["stages decode"] if rank == 0 else wait
+        idle: dict[str, list[tuple[float, float]]] = {}
+        for name in [name for name in contestants if name.startswith("two ")]:
+            timelines = of_decode if name == "two decode" else functools.partial(chain, 2)
+            contestants[f"idle {name}"] = functools.partial(
+                lambda name, run, of: idle.setdefault(name, []).append(idle_of(engine, run, of)),
+                name, contestants[name], timelines,
+            )  # fmt: skip
         take_turns(contestants, rounds=1, meet=dist.barrier)
+        idle.clear()
         times = take_turns(contestants, rounds=rounds, meet=dist.barrier)
         dist.barrier()
+        if rank == 0:
+            Path(folder, "idle.json").write_text(json.dumps(idle))
         # a stage that ends early has not ended the run: the last stage's time counts
         Path(folder, f"times{rank}.json").write_text(json.dumps(times))
         if rank == 0 and isinstance(theirs, str):
@@ -192,15 +225,20 @@ def main() -> None:
         ranks = [json.loads(Path(folder, f"times{rank}.json").read_text()) for rank in range(2)]
         left_out = Path(folder, "left_out.txt")
         reason = left_out.read_text() if left_out.exists() else ""
-    report({name: list(map(max, *(rank[name] for rank in ranks))) for name in ranks[0]}, reason)
+        idle = json.loads(Path(folder, "idle.json").read_text())
+    report({name: list(map(max, *(rank[name] for rank in ranks))) for name in ranks[0]}, idle, reason)
     console.print(
         f"load {before:.1f} before it began, on {os.cpu_count()} cores; {time.perf_counter() - began:.0f} s",
         markup=False,
     )
 
 
-def report(times: dict[str, list[float]], left_out: str) -> None:
-    """Of the medians, and of the fastest rounds."""
+def report(times: dict[str, list[float]], idle: dict[str, list[tuple[float, float]]], left_out: str) -> None:
+    """Of the medians, and of the fastest rounds. idle: computed and measured shares of each round."""
+
+    def idle_in(name: str) -> list[str]:
+        return [f"{statistics.median(shares):.1%}" for shares in zip(*idle[name], strict=True)]
+
     middle = {name: statistics.median(of_one) for name, of_one in times.items()}
     best = {name: min(of_one) for name, of_one in times.items()}
     c, of_steps = (
@@ -220,7 +258,8 @@ def report(times: dict[str, list[float]], left_out: str) -> None:
         "of the most",
         "in pieces",
         "one / transformers",
-        "idle: computed",
+        "idle: if equal",
+        "computed",
         "measured",
     ):
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
@@ -231,18 +270,15 @@ def report(times: dict[str, list[float]], left_out: str) -> None:
             cells += [f"{ratio:.2f}", f"{ratio / (c[kind] * m / (m + 1)):.0%}"]
         pieces = f"{middle[f'pieces {m}'] / middle[f'one {m}']:.2f}"
         theirs = f"{middle[f'one {m}'] / middle[f'peer {m}']:.2f}" if f"peer {m}" in middle else ""
-        busy = statistics.median(
-            alone * m / of_one for alone, of_one in zip(times["stages"], times[f"two {m}"], strict=True)
-        )
-        computed = time_of(chain(2, m), [[best["stages"]]] * 2).bubble
-        assert abs(computed - bubble(2, m)) < 1e-9
-        table.add_row(f"{m} pieces", *cells, pieces, theirs, f"{computed:.1%}", f"{1 - busy:.1%}")
+        table.add_row(f"{m} pieces", *cells, pieces, theirs, f"{bubble(2, m):.1%}", *idle_in(f"two {m}"))
     for name, of, most, done in (("prompt", c, 8 / 9, 1), ("decode", of_steps, 1.0, GROUPS)):
         cells = []
         for kind, found in (("median", middle), ("best", best)):
             ratio = done * found[f"one {name}"] / found[f"two {name}"]
             cells += [f"{ratio:.2f}", f"{ratio / (of[kind] * most):.0%}"]
-        table.add_row({"prompt": "one prompt in 8 chunks", "decode": f"decode, {GROUPS} groups of 8"}[name], *cells)
+        title = {"prompt": "one prompt in 8 chunks", "decode": f"decode, {GROUPS} groups of 8"}[name]
+        equal = f"{bubble(2, 8):.1%}" if name == "prompt" else ""
+        table.add_row(title, *cells, "", "", equal, *idle_in(f"two {name}"))
     console.print(table)
     if left_out:
         console.print(f"left out: transformers' pp_size=2: {left_out[:200]}", markup=False)

@@ -43,6 +43,7 @@ from runtime.generation.decode_graphs import require_fixed_shapes
 from runtime.kv_cache.cache_size import CacheSize, require_dtype
 from runtime.kv_cache.device_memory import Amount, readable
 from runtime.launching.launched import Launched
+from runtime.pipeline.measured import measured
 from runtime.processes.capacity import require_threads
 from runtime.processes.choose_device import choose_device
 from runtime.processes.launch import begin_worker, launch
@@ -286,7 +287,8 @@ def _profiled(question: Question, engine: Engine | Ranks, *, writes: bool) -> It
             trace.save(question.profile)
         except OSError as error:
             raise InputError(f"cannot write a trace to {question.profile!r}: {error}") from error
-        _say(f"{trace}\ntrace in {question.profile}: open it at https://ui.perfetto.dev")
+        idle = f"\nstages idle: {measured(trace.ranks).bubble:.1%}" if engine.mesh.size("pp") > 1 else ""
+        _say(f"{trace}{idle}\ntrace in {question.profile}: open it at https://ui.perfetto.dev")
 
 
 def _load(question: Question) -> tuple[Ranks, Any]:

@@ -167,9 +167,9 @@ class Ranks(ABC):
         """Of each token of `texts` after those before it, [B, L - 1]; see `Engine.log_probabilities`."""
         return same_on_all_ranks(self._simulator.run(lambda engine: engine.log_probabilities(texts)))
 
-    def profile(self) -> AbstractContextManager[Trace]:
-        """`with ranks.profile() as trace:` records what all ranks do in this process; see docs/profiling.md."""
-        return self._simulator.profile()
+    def profile(self, *, by_node: bool = True) -> AbstractContextManager[Trace]:
+        """`with ranks.profile() as trace:` records what all ranks do in this process; see `Engine.profile`."""
+        return self._simulator.profile(by_node=by_node)
 
     def reserve(self, size: CacheSize) -> Room:
         """Sets the caches of all ranks in this process aside; see `Engine.reserve`."""

@@ -45,6 +45,10 @@ class RankState:
     watch: DeviceWatch | None = None
 
 
+_BETWEEN_GRAPHS = frozenset({"send", "receive", "permute"})
+"""Kinds that stages use, and that no graph which torch compiles calls by itself (`traceable.py` does)."""
+
+
 class GroupChannel(Channel):
     """See the module's docstring; `shared`, `peers`: the memory that the ranks of `group` share, None: they do not."""
 
@@ -78,7 +82,8 @@ class GroupChannel(Channel):
             run = self._all_to_all(call, self._primitive(call, "all_to_all"))
         else:
             run = self._collective(call, kind, overwrite, options)
-        if self._shared is None and self._peers is None:
+        # what is begun for another rank stands between graphs, where the call around `run` would cost more than `run`
+        if (self._shared is None and self._peers is None) or kind in _BETWEEN_GRAPHS:
             return run
         # torch.compile cannot look into ctypes or launches: without this it tries, and warns
         opaque: Callable[..., Any] = torch.compiler.disable(run)  # type: ignore[no-untyped-call]
@@ -248,9 +253,12 @@ class GroupChannel(Channel):
     def _permute(self, call: Call, options: dict[str, Any]) -> Callable[[Tensor], Handle]:
         run, gather = self._primitive(call, "permute", **options), self._comparison()
 
+        def compare(own: Call) -> None:
+            self._compare(own, gather)
+
         def begin(x: Tensor) -> Handle:
             own = functools.partial(call.of, x.shape, x.dtype)
-            handle = self._guarded(own, self.ranks, lambda own: self._compare(own, gather), lambda: run(x))
+            handle = self._guarded(own, self.ranks, compare, functools.partial(run, x))
             return self._finishing(handle, own, self.ranks)
 
         return begin
@@ -305,7 +313,8 @@ class GroupChannel(Channel):
         return self._guarded(call, self.ranks, lambda call: self._compare(call, self._comparison()), run)
 
     def _finishing(self, handle: Handle, call: Call | Callable[[], Call], ranks: tuple[int, ...]) -> Handle:
-        return Handle(lambda: self._guarded(call, ranks, _nothing_to_compare, handle.finish), into=handle.into)
+        finish = functools.partial(self._guarded, call, ranks, _nothing_to_compare, handle.finish)
+        return Handle(finish, into=handle.into)
 
     # -- comparing -----------------------------------------------------------------------------------------------------
 

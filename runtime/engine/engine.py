@@ -313,13 +313,14 @@ class Engine:
         return Loaded(program, weights)
 
     @contextlib.contextmanager
-    def profile(self) -> Iterator[Trace]:
+    def profile(self, *, by_node: bool = True) -> Iterator[Trace]:
         """Records what the ranks do in the block; every rank must enter it, and leaves it with the trace of all.
 
-        Raises InputError where decode steps are compiled or captured: those have no nodes to tell apart.
+        by_node: whether each run is told node by node, or as a whole, which costs it nothing. Raises InputError where
+        decode steps are compiled or captured: those have no nodes to tell apart.
         """
         self.require_nodes()
-        self.profiler.start()
+        self.profiler.start(by_node=by_node)
         trace = Trace()
         try:
             yield trace

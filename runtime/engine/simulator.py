@@ -76,11 +76,11 @@ class Simulator:
             self._busy.release()
 
     @contextlib.contextmanager
-    def profile(self) -> Iterator[Trace]:
+    def profile(self, *, by_node: bool = True) -> Iterator[Trace]:
         """Records what all ranks do in the block; see `Engine.profile`."""
         with self._alone():
             for engine in self.engines:
-                engine.profiler.start()
+                engine.profiler.start(by_node=by_node)
         trace = Trace()
         try:
             yield trace

@@ -29,7 +29,7 @@ from partitioner.errors import InputError
 from runtime.communication.communicator import Communicator
 from runtime.ops.collectives import all_gather
 
-__all__ = ["Recorded", "Totals", "Trace", "from_all_ranks"]
+__all__ = ["Recorded", "Totals", "Trace", "from_all_ranks", "latest_arrivals"]
 
 TRACKS = ("steps", "compute", "communication", "waiting", "transfers")
 _OFF_NS = 200_000
@@ -103,7 +103,7 @@ class Trace:
 
     def complete(self, ranks: Sequence[Recorded]) -> None:
         self._ranks = sorted(ranks, key=lambda recorded: recorded.rank)
-        self._latest = _latest_arrivals(self._ranks)
+        self._latest = latest_arrivals(self._ranks)
 
     def save(self, path: str | Path) -> None:
         """Write the file that viewers open."""
@@ -208,6 +208,8 @@ class Trace:
         else:
             told_all["waiting"] = f"cannot be told apart: {len(meetings)} meetings in one node"
             yield _span(recorded.rank, 2, node["name"], start, end, {**told_all, "meetings": meetings})
+        if run["memory"][at] is None:
+            return
         name = "live values" if recorded.device == "cpu" else "allocated"
         most, after = run["memory"][at]
         yield {"ph": "C", "name": "memory", "pid": recorded.rank, "tid": 0, "ts": end, "args": {name: most}}
@@ -244,7 +246,7 @@ class Trace:
         yield _span(recorded.rank, 2, name, middle, end, told)
 
 
-def _latest_arrivals(ranks: Sequence[Recorded]) -> dict[tuple[tuple[int, ...], int], int]:
+def latest_arrivals(ranks: Sequence[Recorded]) -> dict[tuple[tuple[int, ...], int], int]:
     """When the last rank came to each meeting; without those of which that cannot be said."""
     hosts = {recorded.rank: recorded.host for recorded in ranks}
     marks: dict[tuple[tuple[int, ...], int], dict[int, tuple[int, int]]] = {}

@@ -93,6 +93,7 @@ class Executable:
         self.function = functools.partial(fx.GraphModule({}, self._runs).forward, *weights)
         """What runs, bare: of the inputs in their order."""
         self._profiled: Profiled | None = None
+        self._no_grad = torch.no_grad()
         self._seen: set[Hashable] = set()
 
     @functools.cached_property
@@ -144,7 +145,7 @@ class Executable:
         self.communicator.begin_run(new_shapes=shapes not in self._seen)
         try:
             # not inference_mode: the caller may write to what comes back
-            with torch.no_grad():
+            with self._no_grad:
                 result = run()
         except BaseException as error:
             name = failing_node(error)
@@ -161,6 +162,11 @@ class Executable:
         return result
 
     def _run_profiled(self, recording: Recording, values: Sequence[Tensor]) -> Any:
+        if not recording.by_node:
+            start = recording.now()
+            result = self.function(*values)
+            recording.add_run(values, start, recording.now())
+            return result
         if self._profiled is None:
             self._profiled = Profiled(self.program, self._graph, self.weights)
             # generating code takes longer than many a run: without this the others' first wait would be for that

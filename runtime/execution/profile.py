@@ -49,10 +49,10 @@ class Profiler:
         self.overflow = Overflow()
         """What full experts have left out, which is always counted."""
 
-    def start(self) -> None:
+    def start(self, *, by_node: bool = True) -> None:
         if self.recording is not None:
             raise InputError("this engine is being profiled already: profiles do not nest")
-        self.recording = Recording(self.program, self.device)
+        self.recording = Recording(self.program, self.device, by_node=by_node)
 
     def stop(self) -> Recorded:
         assert self.recording is not None

@@ -24,7 +24,9 @@ __all__ = ["Recording"]
 class Recording:
     """What one rank has done since `Profiler.start`."""
 
-    def __init__(self, program: RankProgram, device: torch.device) -> None:
+    def __init__(self, program: RankProgram, device: torch.device, *, by_node: bool = True) -> None:
+        """by_node: whether runs are told node by node, or each as one."""
+        self.by_node = by_node
         self.mesh, self.rank = program.mesh, program.rank
         self._device = device
         self.on_cuda = device.type == "cuda"
@@ -70,6 +72,15 @@ class Recording:
             group = tuple(sorted((self.rank, group[peer])))
         self._meetings[group] += 1
         return [list(group), self._meetings[group] - 1]
+
+    def add_run(self, values: Sequence[Tensor], start: Any, end: Any) -> None:
+        """One that is told as a whole: a single event of computing."""
+        first, last = self.times([start, end])
+        name = f"run {list(values[0].shape)}" if values else "run"
+        node = {"name": "run", "op": "run", "path": "", "why": "", "axis": "", "meetings": []}
+        told = {"begins": [first, last], "ends": [last], "shapes": [""], "bytes": [0], "memory": [None]}
+        graph = self.graph(self, [node])
+        self.recorded.runs.append({"graph": graph, "name": name, "start": first, "end": last, **told, "meetings": [[]]})
 
     def add_step(self, name: str, start: Any, end: Any) -> None:
         first, last = self.times([start, end])

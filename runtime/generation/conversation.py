@@ -67,7 +67,7 @@ class Conversation:
         return Piece(
             [text[-1:] for text in self.texts],
             [len(text) - 1 for text in self.texts],
-            active=tuple(not over for over in self.ended),
+            active=tuple(not over for over in self.ended) if any(self.ended) else (True,) * len(self.ended),
         )
 
     def edits(self) -> TokenEdits | None:
@@ -78,12 +78,16 @@ class Conversation:
         """Adds the tokens chosen for all rows; what those that have ended were given counts for nothing."""
         step = Step(_unless(self.ended, tokens), None if logprobs is None else _unless(self.ended, logprobs))
         self.step += 1
+        ends, stops = self._request.settings.eos_token_id, self._request.stops is not None
         for row, token in enumerate(tokens):
             if not self.ended[row]:
                 self.texts[row].append(token)
-                self.ended[row] = self._request.has_ended(self.texts[row])
+                if stops or token in ends:
+                    self.ended[row] = self._request.has_ended(self.texts[row])
         return step
 
 
 def _unless(ended: list[bool], values: Sequence[T]) -> tuple[T | None, ...]:
+    if not any(ended) and len(values) == len(ended):
+        return tuple(values)
     return tuple(None if over else value for value, over in zip(values, ended, strict=True))

@@ -152,7 +152,7 @@ class Steps:
         """
         if not self.decodes_from_fixed_memory:
             made = self.execute(piece, received, decode=True, rows=rows)
-            return made if isinstance(made, tuple) else made[:, 0]
+            return made if isinstance(made, tuple) else made.select(1, 0)
         assert not isinstance(rows, PagedRows)
         decoder = self.decoder(len(piece.tokens), rows)
         return decoder([row[0] for row in piece.tokens], piece.starts, piece.active, received)

@@ -7,6 +7,7 @@ packed        positions [1, N]     those of all sequences behind each other, non
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +49,8 @@ class Batch:
     @functools.cached_property
     def end(self) -> int:
         """One more than the largest position."""
-        return max(start + count for start, count in zip(self.starts, self.counts, strict=True))
+        ends: map[int] = map(operator.add, self.starts, self.counts)
+        return max(ends)
 
     @functools.cached_property
     def start(self) -> int | None:

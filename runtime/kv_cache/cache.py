@@ -136,7 +136,7 @@ class Cache:
             )
         self._batch, self._fixed, self._group, self._is_fixed = tokens, None, rows, False
         self._used = max(self._used, tokens.end)
-        numbers = [row for row, active in enumerate(tokens.active) if active]
+        numbers = [] if all(tokens.active) else [row for row, active in enumerate(tokens.active) if active]
         self._active = None if all(tokens.active) else torch.tensor(numbers, device=tokens.positions.device)
         self._masks, self._found = {}, {}
 

@@ -14,6 +14,7 @@ relay the device writes and reads messages, each in memory that stays (`Box`):
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import struct
@@ -44,18 +45,24 @@ class Message:
         """`size` bytes; rows: how many there is room for."""
         packed = torch.empty(size, dtype=torch.uint8, device=device)
         head = _head(rows)
-        # a message is written and read in each slot of a ring, where others wait for it: no op of torch for a number
-        host = packed if packed.device.type == "cpu" else torch.empty(head.size, dtype=torch.uint8)
+        # a message is written and read in each slot of a ring, where others wait for it: as few ops of torch as can be
+        on_host = device.type == "cpu"
+        host = packed.numpy() if on_host else torch.empty(head.size, dtype=torch.uint8).numpy()
         filler = (0,) * (rows - len(self.tokens))
         scores = (math.nan,) * rows
         if self.logprobs is not None:
             scores = (*self.logprobs, *scores[len(self.logprobs) :])
-        head.pack_into(host.numpy().data, 0, self.step, len(self.values), *self.tokens, *filler, *scores)
-        if host is not packed:
-            packed[: head.size] = host.to(device)
+        head.pack_into(host.data, 0, self.step, len(self.values), *self.tokens, *filler, *scores)
+        if not on_host:
+            packed[: head.size] = torch.from_numpy(host).to(device)
         at = _aligned(head.size)
         for value in self.values:
-            packed[at : at + value.nbytes].view(value.dtype).view(value.shape).copy_(value)
+            assert at + value.nbytes <= size, "a message is as long as the longest"
+            if on_host:
+                value = value.contiguous()
+                ctypes.memmove(packed.data_ptr() + at, value.data_ptr(), value.nbytes)
+            else:
+                packed[at : at + value.nbytes].view(value.dtype).view(value.shape).copy_(value)
             at = _aligned(at + value.nbytes)
         return packed
 
@@ -63,12 +70,19 @@ class Message:
     def unpack(cls, packed: Tensor, rows: int, *, count: int, crossings: Sequence[Crossing], scored: bool) -> Message:
         """count: how many rows the group has. crossings: what the stage before hands on; values: parts of `packed`."""
         head = _head(rows)
-        step, has_values, *numbers = head.unpack_from(packed[: head.size].cpu().numpy().data)
+        on_host = packed.device.type == "cpu"
+        host = (packed if on_host else packed[: head.size].cpu()).numpy()
+        step, has_values, *numbers = head.unpack_from(host.data)
         at, values = _aligned(head.size), []
         for crossing in crossings if has_values else ():
             shape = _shape(crossing, count)
-            size = math.prod(shape) * crossing.dtype.itemsize
-            values.append(packed[at : at + size].view(crossing.dtype).view(shape))
+            numel = math.prod(shape)
+            size = numel * crossing.dtype.itemsize
+            if on_host and size:
+                value = torch.frombuffer(host, dtype=crossing.dtype, count=numel, offset=at)
+            else:
+                value = packed[at : at + size].view(crossing.dtype)
+            values.append(value.view(shape))
             at = _aligned(at + size)
         scores = tuple(numbers[rows : rows + count]) if scored else None
         return cls(step, tuple(numbers[:count]), scores, tuple(values))

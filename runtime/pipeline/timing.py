@@ -1,6 +1,6 @@
 """When each action of a schedule takes place, given how long a piece takes on each stage: the computed timeline.
 
-    seconds[stage][piece]   of a `Run`; pieces beyond the list start again at its head
+    seconds[stage][n]       of the stage's n-th `Run`; those beyond the list start again at its head
     transfer                from the end of a `Run` to when the next stage has what it made
 
 A receive that has begun costs nothing until its `Run`; a `Shift` ends for all stages when the last has come to it.
@@ -40,6 +40,14 @@ class Timing:
         busy = sum(span.stop - span.start for span in self.spans)
         return 1 - busy / (self.stop * self.stages) if self.stop else 0.0
 
+    @property
+    def seconds(self) -> list[list[float]]:
+        """As `time_of` takes them: by stage, how long each of its spans is."""
+        found: list[list[float]] = [[] for _ in range(self.stages)]
+        for span in sorted(self.spans, key=lambda span: span.start):
+            found[span.stage].append(span.stop - span.start)
+        return found
+
 
 def time_of(timelines: Timelines, seconds: Sequence[Sequence[float]], *, transfer: float = 0.0) -> Timing:
     """Raises `InputError` where the schedule waits for ever."""
@@ -72,7 +80,7 @@ class _Clock:
 
     def __post_init__(self) -> None:
         count = len(self.timelines)
-        self.at, self.now, self.shifts = [0] * count, [0.0] * count, [0] * count
+        self.at, self.now, self.shifts, self.runs = [0] * count, [0.0] * count, [0] * count, [0] * count
         self.sent: dict[tuple[int, int], float] = {}
         """By the stage that receives, and the piece: when it has come."""
         self.awaited: list[set[int]] = [set() for _ in range(count)]
@@ -101,7 +109,8 @@ class _Clock:
                     start = max(start, self.sent.pop((stage, piece)))
                     self.awaited[stage].discard(piece)
                 times = self.seconds[stage]
-                self.now[stage] = start + times[piece % len(times)]
+                self.now[stage] = start + times[self.runs[stage] % len(times)]
+                self.runs[stage] += 1
                 self.spans.append(Span(stage, piece, start, self.now[stage]))
             case Shift():
                 number = self.shifts[stage]

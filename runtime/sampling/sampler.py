@@ -144,7 +144,7 @@ class Sampler:
     def best(self, logits: Tensor) -> Tensor:
         """The likeliest tokens and their logits, [2, B] float64, without waiting for the device: see `chosen`."""
         tokens, best, _ = self.search.likeliest(self.search.share.of(logits), scored=False)
-        return torch.stack([tokens.double(), best])
+        return torch.stack([tokens.double(), best.double()])
 
     def chosen(self, best: Tensor) -> list[int]:
         """The tokens that `best` found, once it lies on the host."""

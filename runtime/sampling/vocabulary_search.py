@@ -64,15 +64,16 @@ class VocabularySearch:
         self.share = Share(owned[coordinate], parts[coordinate], vocab_size=vocab_size, device=device)
         self.largest_size = max(part.size for part in parts)
         """The most columns that one rank searches."""
+        self._is_alone = len(parts) == 1
         self._sizes = torch.tensor([part.size for part in parts], device=device)
         self.gather = communicator.bind(all_gather, axis, node="sampler", options={"dim": 0})
         """Of what each rank brings, [1, ..]."""
 
     def likeliest(self, own: Tensor, *, scored: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Tokens, their logits, and log-probabilities where `scored`, [B] each."""
+        """Tokens, their logits in float64 or as they are, and log-probabilities where `scored`, [B] each."""
         largest, column = _largest(own)
-        if not scored and len(self._sizes) == 1:
-            return self.share.tokens.index_select(0, column), largest.double(), None
+        if not scored and self._is_alone:
+            return self.share.tokens_at(column), largest, None
         message = [largest.double(), self.share.tokens[column].double()]
         if scored:
             message.append(softmax_mass(own, largest.double(), 1.0))
@@ -84,8 +85,9 @@ class VocabularySearch:
         """The same without log-probabilities, as `RowSampler.choose` tells it: [4, B] float64."""
         if takes(own):
             message = largest(own, self.share.tokens)
-            return best(message if len(self._sizes) == 1 else self.gather(message))
+            return best(message if self._is_alone else self.gather(message))
         tokens, logits, _ = self.likeliest(own, scored=False)
+        logits = logits.double()
         return torch.stack([tokens.double(), logits, torch.ones_like(logits), torch.zeros_like(logits)])
 
     def best(self, own: Tensor) -> Tensor:

@@ -55,14 +55,21 @@ class Share:
         self._start = int(self._columns[0]) if share.size else 0
         self._adjacent = share.size > 0 and int(self._columns[-1]) - self._start + 1 == share.size
         self._column_of: Tensor | None = None
+        self._is_all = share == IndexSet.range(0, vocab_size)
 
     def of(self, logits: Tensor) -> Tensor:
         """The share's columns [B, n]; a single one of -inf where it is empty."""
         if not self.size:
             return logits.new_full((logits.shape[0], 1), -torch.inf)
+        if self.size == logits.shape[1]:
+            return logits
         if self._adjacent:
             return logits.narrow(1, self._start, self.size)
         return logits.index_select(1, self._columns)
+
+    def tokens_at(self, columns: Tensor) -> Tensor:
+        """What `columns` [B] of the share stand for."""
+        return columns if self._is_all else self.tokens.index_select(0, columns)
 
     def locate(self, tokens: Tensor) -> Tensor:
         """Where `tokens` (any shape) stand among the share's columns; n for those that are not there."""

@@ -46,7 +46,6 @@ MOST_AWAITED = 32
 
 _KINDS = ("send", "permute", "all_to_all", "reduce_scatter", "comparison")
 _DTYPES = sorted({each for each in vars(torch).values() if isinstance(each, torch.dtype)}, key=str)
-_NUMBER_OF = {dtype: number for number, dtype in enumerate(_DTYPES)}
 
 
 @dataclass(eq=False, slots=True)
@@ -259,8 +258,9 @@ class Mailboxes:
         )
 
 
+@functools.cache
 def _kind(kind: str, dtype: torch.dtype) -> int:
-    return _KINDS.index(kind) * len(_DTYPES) + _NUMBER_OF[dtype]
+    return _KINDS.index(kind) * len(_DTYPES) + _DTYPES.index(dtype)
 
 
 def _described(kind: int, num_bytes: int) -> str:

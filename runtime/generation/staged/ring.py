@@ -26,6 +26,8 @@ from runtime.pipeline.schedule import Head, Run, Shift, in_slot
 
 __all__ = ["Ring"]
 
+_NOTHING = Message()
+
 
 class Ring:
     """The slots of one request on one rank. length: of messages; scored: whether they tell log-probabilities."""
@@ -46,6 +48,10 @@ class Ring:
         self.most = max(len(group.texts) for group in groups)
         self.stage, self.count = part.stage.index, part.stage.count
         self.slot = 0
+        every = range(self.count + len(groups))  # from then on they come again
+        shares = part.shares_head
+        self._actions = [in_slot(self.stage, self.count, len(groups), slot, shares_head=shares) for slot in every]
+        self._permute = part.channel.prepare("permute", shift=1)
         self.received: dict[int, tuple[Tensor, ...]] = {}
         self.made: tuple[Tensor, ...] | None = None
         """On the last stage of those that share the head: what it has made in this slot."""
@@ -82,9 +88,9 @@ class Ring:
 
     def advance(self, *, runs: bool) -> None:
         """One slot. runs: whether a group's step is computed, or only what is known already is told."""
-        message = Message()
-        shares_head = self.part.shares_head
-        for action in in_slot(self.stage, self.count, len(self.groups), self.slot, shares_head=shares_head):
+        message = _NOTHING
+        again = self.count + (self.slot - self.count) % len(self.groups)
+        for action in self._actions[min(self.slot, again)]:
             match action:
                 case Run(group):
                     message = self._turn(group, runs=runs)
@@ -104,18 +110,18 @@ class Ring:
         """Hands on `message`; yields the bytes of the one that comes."""
         packed = message.pack(self.length, self.most, self.part.device)
         self.part.communicator.begin_run(new_shapes=self.slot == 0)
-        return self.part.channel.permute_begin(packed, 1)
+        return self._permute(packed)  # type: ignore[no-any-return]
 
     def _turn(self, number: int, *, runs: bool) -> Message:
         """What this stage has to say of a group: its tokens, and what the stage hands on."""
         group, received = self.groups[number], self.received.pop(number, ())
-        known = self.latest.get(number, Message())
+        known = self.latest.get(number, _NOTHING)
         if group.is_over or not runs or (self.stage and not received):
-            return Message() if self.part.is_last else known
+            return _NOTHING if self.part.is_last else known
         made = self.part.run.decode(group.next_piece(), received, rows=self.rows[number])
         if self.part.is_last and self.part.shares_head:
             self.made = made
-            return Message()
+            return _NOTHING
         if not self.part.is_last:
             return Message(known.step, known.tokens, known.logprobs, tuple(made))
         tokens, logprobs = self.chooser.choose(made, group)

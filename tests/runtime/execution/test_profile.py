@@ -22,6 +22,7 @@ from runtime.engine.simulator import Simulator
 from runtime.execution.chrome_trace import Trace
 from runtime.execution.profile import Recording
 from runtime.ops.collectives import all_reduce
+from runtime.pipeline.measured import measured
 from runtime.processes.launch import launch
 from runtime.program.rank_program import RankProgram
 from tests.runtime.execution import valid_trace
@@ -316,6 +317,23 @@ def test_transfers_between_stages_have_arrows() -> None:
             assert inside, "a viewer binds an arrow to the span around it"
     assert all(row.transfers > 0 for row in found.totals())
     assert "between stages [ms]" in str(found)
+    assert_the_same_as_a_whole(staged, found, texts, plain)
+
+
+def assert_the_same_as_a_whole(staged: Parts, by_node: Trace, texts: list[list[int]], plain: object) -> None:
+    """Runs that are told as one event each."""
+    with staged.profile(by_node=False) as found:
+        staged.simulate(input_ids=IDS)
+        assert torch.equal(staged.generate(texts, max_new_tokens=4, eos_token_id=[]), plain)  # type: ignore[arg-type]
+    assert [len(each.runs) for each in found.ranks] == [len(each.runs) for each in by_node.ranks]
+    for row in found.totals():
+        assert 0 < row.compute <= row.steps
+        assert row.recording == 0
+    assert not [event for event in found.events() if event["ph"] == "C"]
+    for each in (found, by_node):
+        timing = measured(each.ranks)
+        assert [len(of_stage) for of_stage in timing.seconds] == [len(ranks.runs) for ranks in each.ranks]
+        assert 0 < timing.bubble < 1
 
 
 def test_a_profile_of_one_stage_has_no_transfers() -> None:
