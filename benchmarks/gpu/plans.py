@@ -1,103 +1,237 @@
-"""The planner's order of plans on several GPUs of one host against the measured one: Kendall's tau, and the regret.
+"""Plans on several GPUs of one host: a step and a first token as predicted and as measured, and the choice by them.
 
-    predicted   seconds to the last token of a batch, as `partitioner plan` ranks them, nothing fitted on these plans
-    measured    the same through `generate`; decode steps are captured but for those of pipeline stages, which are not
-    regret      how much slower the plan that is ranked first is than the one that was measured to be the fastest
+    predicted   `Pricer` over the tables of the cluster, with the speed that this product's steps reach of them
+                (`benchmarks/planning/own_steps.py`); nothing is fitted on what is printed here
+    measured    seconds between two tokens of greedy generation, (new tokens - first token) / (new - 1), and to the
+                first tokens of all requests: of the rank that takes longest, the median of the rounds; steps are
+                captured
+    regret      how much longer a step of the plan with the shortest predicted one takes than the shortest measured one
+    tau         Kendall's, of all plans of a model in the order of their steps
 
-Of the plans that use all GPUs, `--plans` many from the first to the last of the ranking, a Llama-3-8B shape in bfloat16
-with weights drawn on the devices. Each plan has ranks of its own; the slowest counts, of the rounds the median.
+Four shapes in bfloat16 with few of their layers, whose weights are drawn on the devices: Llama 3.1 8B and 70B, Qwen3
+32B and Qwen3 30B-A3B (128 experts). Two ranks run the plans of `CASES`; for more, plans are taken from the first to the
+last of the ranking, or named. A case is printed when it is done, and one that fails is told.
 
-    python -m benchmarks.gpu.plans --ranks 8 --layers 8 --cluster 8xH200
+    python -m benchmarks.gpu.plans --ranks 2                               18 cases, two or three minutes
+    python -m benchmarks.gpu.plans --ranks 2 --models "llama 8b" --batch 16 1
+    python -m benchmarks.gpu.plans --ranks 8 --cluster 8xH200 --plans 12
     python -m benchmarks.gpu.plans --ranks 8 --plan tp=8 tp=4,pp=2 dp=2,tp=4
     python -m benchmarks.gpu.plans --ranks 2 --device cpu --small --rounds 1
 
-Without --cluster the devices are measured first, as `partitioner plan` does without one.
+--cluster: whose tables predict; without it, so many of the GPU that is there, or what `cluster detect` measures where
+nothing is known of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import os
 import statistics
 import time
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
 
 import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from benchmarks.gpu.pipeline import drawn_ids
-from benchmarks.support.decoders import DrawnWeights, decoder
-from benchmarks.support.several import device_of_rank, options, sharing, start, synchronize
-from partitioner import Plan, partition
+from benchmarks.gpu.pipeline import alone, drawn_ids
+from benchmarks.support.decoders import SHAPES, DrawnWeights
+from benchmarks.support.several import DeviceTurns, device_of_rank, options, sharing, start, synchronize
+from partitioner import Plan
+from partitioner.compile.partition import compile_program, trace
+from partitioner.errors import InputError, PartitionerError
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.machine.detect import detect
 from partitioner.planning.pricing.price import Pricer
-from partitioner.planning.quantities import Workload
+from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.search import plans
-from partitioner.planning.summary import summarize
+from partitioner.planning.summary import Summary, summarize_program
 from runtime.engine import Engine
-from runtime.processes.launch import write_answer
+
+ONE = "tp=1"
+"""All of a model on each GPU, beside the plans: no choice among them."""
 
 
-def workload_of(given: argparse.Namespace) -> Workload:
+@dataclass(frozen=True)
+class Shape:
+    """layers: that are run of the published ones. plans: of two ranks."""
+
+    kind: str
+    fields: Mapping[str, int]
+    layers: int
+    plans: Sequence[str]
+
+
+CASES = {
+    "llama 8b": Shape("llama", SHAPES["8b"], 12, (ONE, "tp=2", "pp=2", "dp=2", "sp=2")),
+    "qwen3 32b": Shape("qwen3", {
+        "hidden_size": 5120, "intermediate_size": 25600, "num_attention_heads": 64, "num_key_value_heads": 8,
+        "head_dim": 128, "vocab_size": 151936,
+    }, 6, (ONE, "tp=2", "pp=2", "dp=2")),
+    "qwen3 30b-a3b": Shape("qwen3_moe", {
+        "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
+        "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "vocab_size": 151936, "decoder_sparse_step": 1,
+    }, 6, (ONE, "tp=2,ep=2", "tp=2", "dp=2,ep=2", "dp=2")),
+    "llama 70b": Shape("llama", SHAPES["70b"], 4, (ONE, "tp=2", "pp=2", "dp=2")),
+}  # fmt: skip
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_experts": 8, "vocab_size": 256,
+         "num_experts_per_tok": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """Seconds to the first token of a batch, and of a step."""
+
+    first: float
+    step: float
+
+
+def workloads_of(given: argparse.Namespace) -> list[Workload]:
+    """The one with the most requests first: its cache has room for the others."""
     small = given.small
-    return Workload(
-        given.prompt or (40 if small else 4096), given.new or (6 if small else 64), given.batch or (4 if small else 16)
-    )
+    sizes = sorted(given.batch or [4 if small else 16], reverse=True)
+    return [
+        Workload(given.prompt or (40 if small else 1024), given.new or (10 if small else 52), size) for size in sizes
+    ]
 
 
-def model_of(given: argparse.Namespace, workload: Workload, device: torch.device) -> Any:
-    positions = workload.prompt + workload.new
-    return decoder("small" if given.small else "8b", layers=given.layers, positions=positions, device=device)
-
-
-@torch.no_grad()
-def rank(given: argparse.Namespace) -> None:
-    device, plan, workload = device_of_rank(given), Plan.parse(given.part), workload_of(given)
-    model = model_of(given, workload, device)
-    ids = drawn_ids(workload.batch, workload.prompt, model.config.vocab_size, device)
-    with Engine.connect(
-        partition(model, plan), DrawnWeights(model, device), device=device.type, timeout_s=300,
-        shared_memory=sharing(device), cuda_graph=device.type == "cuda" and plan.pp == 1,
-    ) as engine:  # fmt: skip
-        times = []
-        for _ in range(given.rounds + 1):
-            synchronize(device)
-            began = time.perf_counter()
-            engine.generate(ids, max_new_tokens=workload.new, eos_token_id=[], do_sample=False)
-            synchronize(device)
-            times.append(time.perf_counter() - began)
-        write_answer(json.dumps(times[1:]).encode())
+def model_of(shape: Shape, given: argparse.Namespace, device: torch.device) -> Any:
+    """On the meta device."""
+    fields = {**shape.fields, "num_hidden_layers": given.layers or shape.layers}
+    if given.small:
+        fields |= {name: value for name, value in SMALL.items() if name in fields or name == "head_dim"}
+        fields["num_hidden_layers"] = given.layers or 2
+    workload = workloads_of(given)[0]
+    config = CONFIG_MAPPING[shape.kind](
+        **fields, max_position_embeddings=workload.prompt + workload.new, rope_theta=500000.0,
+        attn_implementation="sdpa", eos_token_id=None, tie_word_embeddings=False,
+    )  # fmt: skip
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def cluster_of(given: argparse.Namespace) -> Cluster:
     if given.cluster:
         return Cluster.parse(given.cluster)
+    if given.device == "cuda":
+        name = torch.cuda.get_device_name().rpartition(" ")[2]
+        try:
+            return Cluster.parse(f"{given.ranks}x{name}")
+        except InputError:
+            print(f"nothing is known of {name}: measured", flush=True)
     found = detect()
     return replace(found, dimensions=(replace(found.dimensions[0], size=given.ranks),))
 
 
-def predictions(given: argparse.Namespace, workload: Workload) -> dict[str, float]:
-    """Seconds, by plan, the shortest first."""
-    device = torch.device(given.device)
-    summary, cluster = summarize(model_of(given, workload, device)), cluster_of(given)
-    pricer = Pricer(summary, cluster)
+def chosen(shape: Shape, given: argparse.Namespace, summary: Summary, cluster: Cluster) -> Sequence[str]:
+    """Plans, by their text."""
     if given.plan:
-        wanted = [Plan.parse(text) for text in given.plan]
-    else:
-        wanted = [plan for plan in plans(summary, cluster, workload) if plan.mesh.world_size == given.ranks]
+        return tuple(given.plan)
+    if given.ranks == 2:
+        return shape.plans
+    workload, pricer = workloads_of(given)[0], Pricer(summary, cluster)
+    wanted = [plan for plan in plans(summary, cluster, workload) if plan.mesh.world_size == given.ranks]
     prices = [pricer.price(plan, workload) for plan in wanted]
-    for price in prices:
-        if price.refused:
-            print(f"left out: {price.plan}: {price.refused}")
     ranked = sorted((price.latency_s, str(price.plan)) for price in prices if not price.refused)
-    if not given.plan and len(ranked) > given.plans:
+    if len(ranked) > given.plans:
         ranked = [ranked[round(i * (len(ranked) - 1) / (given.plans - 1))] for i in range(given.plans)]
-    return {plan: seconds for seconds, plan in ranked}
+    return [plan for _, plan in ranked]
+
+
+def price_of(summary: Summary, cluster: Cluster, plan: str, workload: Workload) -> Price:
+    """Of one GPU by itself: a cluster of one."""
+    size = 1 if plan == ONE else cluster.size
+    within = replace(cluster, dimensions=(replace(cluster.dimensions[0], size=size), *cluster.dimensions[1:]))
+    return Pricer(summary, within).price(Plan.parse(plan), workload)
+
+
+def measured(engine: Engine, ids: Tensor, turns: DeviceTurns, new: int, rounds: int) -> Found:
+    """Of the rank that takes longest."""
+
+    def took(count: int) -> float:
+        turns.meet()
+        began = time.perf_counter()
+        engine.generate(ids, max_new_tokens=count, eos_token_id=[], do_sample=False)
+        synchronize(turns.device)
+        return time.perf_counter() - began
+
+    took(new)  # makes the cache, and captures
+    times = [turns.slowest([took(1), took(new)]) for _ in range(rounds)]
+    first, last = (statistics.median(each) for each in zip(*times, strict=True))
+    return Found(first, (last - first) / (new - 1))
+
+
+@torch.no_grad()
+def rank(given: argparse.Namespace) -> None:
+    device, workloads, began = device_of_rank(given), workloads_of(given), time.perf_counter()
+    turns, is_first, cluster = DeviceTurns(device), os.environ["RANK"] == "0", cluster_of(given)
+
+    def say(text: str) -> None:
+        if is_first:
+            print(text, flush=True)
+
+    say(f"{cluster.name}, prompts of {workloads[0].prompt}; ms of a step, and to the first tokens of all requests")
+    say(
+        f"{'model':14} {'plan':10} {'batch':>5} {'predicted':>9} {'measured':>9} {'off':>6} "
+        f"{'first':>9} {'measured':>9} {'off':>6}"
+    )
+    steps: dict[str, dict[str, tuple[float, float]]] = {}
+    for name in given.models:
+        shape = CASES[name]
+        model = model_of(shape, given, device)
+        traced, weights = trace(model), DrawnWeights(model, device)
+        summary = summarize_program(traced)
+        for plan in chosen(shape, given, summary, cluster):
+            prices = {each.batch: price_of(summary, cluster, plan, each) for each in workloads}
+            try:
+                engine = engine_of(traced, plan, weights, device)
+                for workload in workloads:
+                    price = prices[workload.batch]
+                    why = "fewer than replicas" if workload.batch < Plan.parse(plan).replicas else price.refused
+                    if why:
+                        say(f"left out: {name}, {plan}, {workload.batch} requests: {why}")
+                        continue
+                    ids = drawn_ids(workload.batch, workload.prompt, model.config.vocab_size, device)
+                    found = measured(engine, ids, turns, workload.new, given.rounds)
+                    steps.setdefault(f"{name}, {workload.batch}", {})[plan] = price.tpot_s, found.step
+                    pairs = ((price.tpot_s, found.step), (price.ttft_s, found.first))
+                    said = "".join(f" {a * 1e3:9.3f} {b * 1e3:9.3f} {a / b - 1:+6.1%}" for a, b in pairs)
+                    say(f"{name:14} {plan:10} {workload.batch:5}{said}  {time.perf_counter() - began:4.0f} s")
+                release(engine, plan)
+                del engine
+            except (PartitionerError, RuntimeError) as error:
+                print(f"left out: {name}, {plan}: {type(error).__name__}: {error}", flush=True)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        for workload in workloads:
+            case = f"{name}, {workload.batch}"
+            say(choice_of(case, steps.get(case, {})))
+    say(within(steps))
+
+
+def engine_of(traced: Any, plan: str, weights: Callable[..., Tensor], device: torch.device) -> Engine:
+    parts, captured = compile_program(traced, Plan.parse(plan)), device.type == "cuda"
+    if plan == ONE:
+        return alone(parts, weights, device, cuda_graph=captured)  # type: ignore[arg-type]
+    return Engine.connect(
+        parts, weights, device=device.type, timeout_s=120, shared_memory=sharing(device), cuda_graph=captured
+    )
+
+
+def release(engine: Engine, plan: str) -> None:
+    if plan == ONE:
+        engine._generate_loop.release()
+    else:
+        engine.close()
 
 
 def kendall(pairs: list[tuple[float, float]]) -> float:
@@ -106,39 +240,37 @@ def kendall(pairs: list[tuple[float, float]]) -> float:
     return sum((each > 0) - (each < 0) for each in agrees) / len(agrees)
 
 
+def choice_of(name: str, steps: Mapping[str, tuple[float, float]]) -> str:
+    """steps: by plan, as predicted and as measured."""
+    several = {plan: each for plan, each in steps.items() if plan != ONE}
+    if len(several) < 2:
+        return f"{name}: no choice"
+    first = min(several, key=lambda plan: several[plan][0])
+    best = min(several, key=lambda plan: several[plan][1])
+    regret = several[first][1] / several[best][1] - 1
+    tau = kendall(list(several.values()))
+    return (
+        f"{name}: {len(several)} plans, Kendall's tau {tau:.2f}; the first choice, {first}, is {regret:.1%} slower "
+        f"than the fastest, {best}"
+    )
+
+
+def within(steps: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
+    off = [abs(a / b - 1) for of_model in steps.values() for a, b in of_model.values()]
+    return f"steps within 8%: {sum(each <= 0.08 for each in off)} of {len(off)} cases"
+
+
 def main() -> None:
     parser = options(__doc__, rounds=3)
-    parser.add_argument("--layers", type=int, help="instead of all")
+    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--layers", type=int, help="instead of those of `CASES`")
     parser.add_argument("--plans", type=int, default=12, help="how many, from the first of the ranking to the last")
     parser.add_argument("--plan", nargs="+", help="these instead")
-    parser.add_argument("--cluster", help='such as "8xH200"; without it the devices are measured')
-    for name in ("prompt", "new", "batch"):
+    parser.add_argument("--cluster", help='such as "8xH200"')
+    for name in ("prompt", "new"):
         parser.add_argument(f"--{name}", type=int)
-    given = parser.parse_args()
-    is_rank = "RANK" in os.environ
-    predicted = {} if is_rank else predictions(given, workload_of(given))
-    start(
-        "benchmarks.gpu.plans", given, parts=list(predicted), rank=rank,
-        told=lambda answers: table(given, predicted, answers),
-    )  # fmt: skip
-
-
-def table(given: argparse.Namespace, predicted: dict[str, float], answers: dict[str, list[bytes]]) -> None:
-    measured = {
-        plan: statistics.median(map(max, zip(*map(json.loads, of_ranks), strict=True)))
-        for plan, of_ranks in answers.items()
-    }
-    print(f"{given.ranks} ranks, {workload_of(given)}: seconds to the last token")
-    print(f"{'plan':28} {'predicted':>10} {'measured':>10}")
-    for plan, seconds in measured.items():
-        print(f"{plan:28} {predicted[plan]:10.4f} {seconds:10.4f}")
-    if len(measured) > 1:
-        first, fastest = next(iter(measured)), min(measured, key=measured.__getitem__)
-        tau = kendall([(predicted[plan], seconds) for plan, seconds in measured.items()])
-        print(
-            f"{len(measured)} plans: Kendall's tau {tau:.2f}; the first, {first}, is "
-            f"{measured[first] / measured[fastest] - 1:.1%} slower than the fastest, {fastest}"
-        )
+    parser.add_argument("--batch", type=int, nargs="+", help="requests at a time")
+    start("benchmarks.gpu.plans", parser.parse_args(), parts=("plans",), rank=rank)
 
 
 if __name__ == "__main__":

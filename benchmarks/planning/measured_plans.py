@@ -4,8 +4,8 @@
 
 calibration    anew before each case, both ranks at the same time, since they share the machine's memory: products of
                several sizes, attention of a token; all-reduces of two sizes between them (shared memory, as in the
-               cases); and, for each model, what a step takes beside its kernels, from two models too small to have any
-               work
+               cases), alone and behind a product; and, for each model, what a step takes beside its kernels, from two
+               models too small to have any work
 measured       seconds between two tokens of greedy generation: (new tokens - first token) / (new - 1), of the rank that
                takes longest, the least of all rounds
 predicted      `Pricer` over the calibrated tables, nothing fitted on the cases
@@ -86,8 +86,7 @@ class Meeting:
 
 def calibrated(channel: Any, meeting: Meeting, clock: str) -> tuple[Kernels, Dimension, Device]:
     kernels, kind = calibrated_kernels(meeting, clock)
-    meeting.most(0)
-    return kernels, link_of(channel), kind
+    return kernels, link_of(channel, meeting.most, CLOCKS[clock]), kind
 
 
 def calibrated_kernels(meeting: Meeting, clock: str = "wall") -> tuple[Kernels, Device]:

@@ -138,7 +138,7 @@ def worker(workload: Workload, rates: list[float], rounds: int, names: list[str]
     links = {}
     for rate in rates:
         at(rate)
-        links[rate] = link_of(channel)
+        links[rate] = link_of(channel, meeting.most)
         if rank == 0:
             link = links[rate]
             print(f"{rate:g} Mbit/s: {link.latency_s * 1e6:.0f} us and {link.bytes_per_s / 1e6:.2f} MB/s", flush=True)

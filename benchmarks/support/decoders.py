@@ -28,6 +28,9 @@ SHAPES: dict[str, dict[str, int]] = {
               "num_key_value_heads": 4, "vocab_size": 256},
 }  # fmt: skip
 
+NARROW = {"num_hidden_layers": 1, "vocab_size": 8, "intermediate_size": 8, "moe_intermediate_size": 8}
+"""Sizes that no buffer of rotary embeddings has to do with."""
+
 
 def decoder(shape: str, *, layers: int | None, positions: int, device: torch.device) -> Any:
     """bfloat16 on GPUs, float32 elsewhere. layers: None, as many as the shape has."""
@@ -50,7 +53,9 @@ class DrawnWeights:
         self._device = device
         self._drawn = {name: (each.shape, each.dtype) for name, each in model.named_parameters()}
         narrow = copy.deepcopy(model.config)
-        narrow.num_hidden_layers, narrow.vocab_size, narrow.intermediate_size = 1, 8, 8
+        for name, size in NARROW.items():
+            if hasattr(narrow, name):
+                setattr(narrow, name, size)
         self._computed = dict(type(model)(narrow).named_buffers())  # of rotary embeddings: no size but a head's matters
 
     def __call__(self, name: str, block: tuple[tuple[int, int], ...]) -> Tensor:

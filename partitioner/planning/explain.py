@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from partitioner.planning.cluster import Cluster
-from partitioner.planning.kernels import own_shares
+from partitioner.planning.kernels import own_steps
 from partitioner.planning.pricing.continuous import shared_steps
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.pricing.stored_format import StoredFormat
@@ -76,10 +76,8 @@ def sureness(cluster: Cluster, summary: Summary, *, tables: Mapping[str, bool]) 
     ]
     if missing:
         said.append(f"{', '.join(missing)}: speed of light, times a fixed share")
-    own = own_shares(cluster.weakest.fitted)
-    if own:
-        shares = ", ".join(f"{entry} {share:g}" for entry, share in own.items())
-        said.append(f"steps: this product's own, as measured on {kind}, over the tables' speed: {shares}")
+    if own := own_steps(cluster.weakest.fitted):
+        said.append(f"steps: this product's own, as measured on {kind}: {own}")
     for dimension in cluster.dimensions:
         how = "NCCL tables of 2 to 8 GPUs" if dimension.fitted else "alpha and beta of its data sheet, not measured"
         said.append(f"{dimension.name}: {how}")

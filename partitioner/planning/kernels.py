@@ -11,8 +11,8 @@ Shares are read off tables of measured kernels (`benchmarks/planning/fit_kernels
 their points, which stand at logarithms of sizes. Where a device has no table, the same device's other dtypes, and then
 a fixed share, are taken; `measured` says which it was.
 
-Tables are of kernels that other engines run. `own_shares` says how much of their speed whole steps of this product
-reach (`benchmarks/planning/own_steps.py`), on devices where that was measured.
+Tables are of kernels that other engines run. `own_steps` says how fast whole steps of this product are
+(`benchmarks/planning/own_steps.py`), on devices where that was measured.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-__all__ = ["EXPANDING", "UNMEASURED", "Grid", "Grouped", "Kernels", "kernels_of", "own_shares"]
+__all__ = ["EXPANDING", "UNMEASURED", "Grid", "Grouped", "Kernels", "OwnSteps", "kernels_of", "own_steps"]
 
 FITTED = Path(__file__).with_name("tables") / "kernels.json"
 OWN_STEPS = Path(__file__).with_name("tables") / "own_steps.json"
@@ -156,11 +156,40 @@ def fitted_grids(device: str) -> Mapping[tuple[str, str], Grid]:
     }
 
 
+@dataclass(frozen=True)
+class OwnSteps:
+    """Speed of this product's captured steps, in 16 bits. prefill: of prompts, over that of the tables. streamed: of
+    steps of few rows, over that of the memory, by rows: a product asks for its weights while the kernel before it runs,
+    and does what stands between products, so that nothing waits but for the memory.
+    """
+
+    prefill: float
+    streamed: Grid
+    DTYPES: ClassVar = ("bfloat16", "float16")
+    MOST_ROWS: ClassVar = 64
+
+    def share(self, entry: str, rows: int, dtype: str) -> float:
+        """Of the memory's speed, at which a step streams its weights; 0 where it does not."""
+        streams = entry == "decode" and rows <= self.MOST_ROWS and dtype in self.DTYPES
+        return self.streamed.at(rows) if streams else 0.0
+
+    def __str__(self) -> str:
+        first, last = (round(2**end) for end in (self.streamed.axes[0][0], self.streamed.axes[0][-1]))
+        return (
+            f"prompts at {self.prefill:g} of the tables' speed, steps of {first} and of {last} rows at "
+            f"{self.streamed.at(first):.2f} and {self.streamed.at(last):.2f} of the memory's"
+        )
+
+
 @functools.cache
-def own_shares(fitted: str) -> Mapping[str, float]:
-    """By entry, "prefill" and "decode": speed of this product's steps over that of tables; empty where not measured."""
+def own_steps(fitted: str) -> OwnSteps | None:
+    """None where they were not measured."""
     told = json.loads(OWN_STEPS.read_text(encoding="utf-8"))["devices"] if OWN_STEPS.is_file() else {}
-    return {entry: float(share) for entry, share in told.get(fitted, {}).items()}
+    if fitted not in told:
+        return None
+    streamed = told[fitted]["streamed"]
+    grid = Grid((tuple(map(math.log2, streamed["rows"])),), streamed["shares"])
+    return OwnSteps(float(told[fitted]["prefill"]), grid)
 
 
 def kernels_of(device: str, bytes_per_s: float, flops_per_s: Mapping[str, float], *, fitted: str = "") -> Kernels:

@@ -17,7 +17,7 @@ RUNS = {
         ["--lengths", "33", "--cached", "20", "--layers", "2"],
         ["33 tokens", "first token of 33", "20 cached", "one GPU's"],
     ),
-    "plans": (["--plan", "tp=2", "dp=2", "--layers", "2"], ["2 plans: Kendall's tau"]),
+    "plans": (["--plan", "tp=2", "dp=2", "--models", "llama 8b", "qwen3 30b-a3b"], ["2 plans, Kendall's tau"]),
 }
 
 

@@ -1,12 +1,14 @@
 """Measured rows of three serving engines on H100 and H200, each with the steps that its plan is priced at.
 
 Left out, and counted: rows in formats that the product cannot run (fp4, int4), shapes that are not in `shapes`, prefill
-and decode apart, rows that stand there several times, and three kinds that are not what their columns say:
+and decode apart, rows that stand there several times, and four kinds that are not what their columns say:
 
     degrees     rows of more GPUs than a host has, where the same measured times stand with fewer, or whose identity
                 names another tp (one source's columns have tp x ep where its identities have tp)
     cached      the rows of a source with one that computed above 70% of the device's peak products, had it computed
                 its prompts (the others reach 50% at most): they came from a cache of prefixes
+    light       rows of dense models whose tokens took less than the data sheet's memory needs to read the weights and
+                the caches once, half of the new tokens written: two rows, by 11% and 17%; the next one has 7% to spare
     drafted     TensorRT-LLM's rows of DeepSeek, measured on the day after its multi-token prediction came in
                 (`DRAFTED`): a step writes up to four tokens. The same version takes 1.2 to 1.9 times as long in the
                 rows measured before that
@@ -72,6 +74,7 @@ class Row:
     scheduler: Scheduler
     load: Load
     of_peak: float
+    of_memory: float
     named_tp: int
     drafted: bool
 
@@ -143,6 +146,11 @@ def _price(
     steps = shared_steps(pricer, plan, Workload(prompt, new, batch))
     flops = pricer.prompt_flops(plan, prompt) * batch / dp / (ttft + new * tpot)
     peak = pricer.kernels.rate(kind or pricer.summary.dtype)
+    of_memory = 0.0
+    if name in DENSE:
+        held = Workload(prompt, max(1, new // 2), min(batch, steps.slots * steps.worlds))
+        read = pricer.memory(plan, held, pricer.even_stages(plan))
+        of_memory = (read.weights + read.cache) / pricer.kernels.bytes_per_s / tpot
     source = row["silicon_data_source"].partition(";")[0]
     return Row(
         row["id"],
@@ -161,6 +169,7 @@ def _price(
         scheduler_of(row),
         load_of(row),
         flops / peak,
+        of_memory,
         _named_tp(row, tp * dp),
         DRAFTED in row["silicon_data_source"] and engine == "trtllm" and name == "deepseek-v3",
     )
@@ -186,6 +195,8 @@ def _without(rows: Iterable[Row], left: Counter[str]) -> Iterable[Row]:
             left[f"degrees in doubt ({row.gpus} GPUs)"] += 1
         elif (row.source, row.model) in impossible:
             left["prompts from a cache"] += 1
+        elif row.of_memory > 1:
+            left["faster than memory"] += 1
         elif row.drafted:
             left["tokens drafted"] += 1
         else:

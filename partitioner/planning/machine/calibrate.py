@@ -4,12 +4,16 @@
     products    512 x 512 by 512 x 512
     linear      shares of the roofline by rows, columns and summed size, of matrices that are in no cache
     decode      attention of a token, by tokens in the cache and heads
+    link        all-reduces of two sizes; and what one costs behind a product, as engines have them: ranks wait for the
+                one that comes last
 
-All ranks measure at the same time, since they share the machine's memory, and agree on each number.
+All ranks measure at the same time, since they share the machine's memory: in windows in which each has the same runs,
+that begin together. Of the windows the least counts, and in it the rank that takes longest, as of steps.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -22,38 +26,45 @@ from partitioner.planning.kernels import Grid, Kernels
 from runtime.communication.channels import Channel
 from runtime.ops.kernels.native.few_rows import linear as product
 
-__all__ = ["block_seconds", "calibrate", "link_of"]
+__all__ = ["calibrate", "link_of", "window_seconds"]
 
 ROWS, WIDTHS, KEYS, HEADS = (0, 1, 3, 6), (6, 8, 10, 12), (4, 6, 8, 10), (0, 2, 4, 6)
 """Logarithms of the sizes that are measured."""
+BEHIND = (1024, 2048)
+"""Columns and summed size of the product that an all-reduce stands behind."""
 
 
-def block_seconds(
-    work: Callable[[], object], clock: Callable[[], float], *, seconds: float = 0.004, blocks: int = 5
-) -> float:
-    """Of several blocks of runs, each as long as a step, the least mean of one: what steps are compared by, too."""
+def window_seconds(
+    work: Callable[[], object], agree: Callable[[float], float], clock: Callable[[], float], *, seconds: float = 0.012,
+    windows: int = 3,
+) -> float:  # fmt: skip
+    """Seconds of a run, where all ranks do the same at the same time: the least of several windows' means.
+
+    agree: from a rank's number to that of all, for which all wait. Windows have as many runs on each rank: work may
+    communicate.
+    """
     work()
-    runs, found = 1, float("inf")
-    while blocks:
+    agree(0.0)
+    start = clock()
+    work()
+    runs = max(1, math.ceil(seconds / max(agree(clock() - start), 1e-7)))
+    found = math.inf
+    for _ in range(windows):
+        agree(0.0)
         start = clock()
         for _ in range(runs):
             work()
-        took = clock() - start
-        if took < seconds:
-            runs *= 2
-            continue
-        found, blocks = min(found, took / runs), blocks - 1
+        found = min(found, agree((clock() - start) / runs))
     return found
 
 
 def calibrate(
     agree: Callable[[float], float], clock: Callable[[], float] = time.perf_counter
 ) -> tuple[Kernels, Device]:
-    """agree: from a rank's seconds to those of all; every rank calls it as often, in the same order."""
-    agree(0.0)
+    """agree: from a rank's seconds to those of all, for which it waits; every rank calls it as often, in order."""
 
     def timed(work: Callable[[], object]) -> float:
-        return agree(block_seconds(work, clock))
+        return window_seconds(work, agree, clock)
 
     matrix, one, square = torch.randn(4096, 4096), torch.randn(1, 4096), torch.randn(512, 512)
     speed = 4 * 4096**2 / timed(lambda: product(one, matrix))
@@ -84,7 +95,22 @@ def calibrate(
     return Kernels("here", speed, rates, grids), Device("here", 8 << 30, 1 << 30, speed, rates)
 
 
-def link_of(channel: Channel) -> Dimension:
-    """Between the ranks of `channel`, by all-reduces of two sizes; every rank calls this."""
+def link_of(
+    channel: Channel, agree: Callable[[float], float], clock: Callable[[], float] = time.perf_counter
+) -> Dimension:
+    """Between the ranks of `channel`, by all-reduces of two sizes and behind a product; every rank calls this."""
     link = measure_link(channel, torch.device("cpu"))
-    return Dimension("here", len(channel.ranks), 1 / max(link.beta_s_per_byte, 1e-13), link.alpha_s)
+    matrix, x, sent = torch.randn(BEHIND), torch.randn(1, BEHIND[1]), torch.zeros(1, BEHIND[0])
+
+    def behind() -> None:
+        product(x, matrix)
+        channel.all_reduce(sent)
+
+    alone = together = math.inf
+    for _ in range(4):  # in turn: what else the machine does meets both alike
+        alone = min(alone, window_seconds(lambda: product(x, matrix), agree, clock))
+        together = min(together, window_seconds(behind, agree, clock))
+    n, beta = len(channel.ranks), link.beta_s_per_byte
+    # a ring's messages and bytes, as `measure_link` counts them
+    alpha = (together - alone - 2 * (n - 1) / n * sent.nbytes * beta) / (2 * (n - 1))
+    return Dimension("here", n, 1 / max(beta, 1e-13), max(link.alpha_s, alpha))

@@ -7,7 +7,8 @@
                  steps fuse them
     collective   what the links of its group take
 
-Each kernel waits `LAUNCH_S` for the one before it.
+Each kernel waits `LAUNCH_S` for the one before it. In steps that stream their weights (`OwnSteps`) linears do not, and
+what stands between them is part of them.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class KernelTimes:
     """Takes the ops of a part in order; `seconds` is complete after `end`. stored: how its matrices are kept, or None.
 
     held, met: experts of the rank, and how many of them have a row. cache_item: bytes of a number in the cache.
+    streamed: of the memory's speed, at which linears come; 0: each by its table.
     """
 
     kernels: Kernels
@@ -55,12 +57,13 @@ class KernelTimes:
     held: float
     met: float
     cache_item: int = 0
+    streamed: float = 0.0
     seconds: Seconds = field(default_factory=Seconds)
     _run: list[float] = field(default_factory=list)
     _products: dict[str, _Product] = field(default_factory=dict)
 
     def other(self, moved: float) -> None:
-        if moved:
+        if moved and not self.streamed:
             self._run.append(moved)
 
     def end_run(self) -> None:
@@ -99,6 +102,9 @@ class KernelTimes:
         if stored is not None and dtype == stored.dtype and stored.holds(experts=node.kind == "experts"):
             moved -= (ITEM[dtype] - stored.item) * product.weights
             dtype, table = stored.product_dtype or dtype, stored.table
+        if node.kind == "linear" and self.streamed:
+            self.seconds.memory += moved / self.kernels.bytes_per_s / self.streamed
+            return
         if node.kind == "linear":
             seconds = kernels.linear(product.rows, product.columns, product.summed, moved, dtype, table=table)
         else:

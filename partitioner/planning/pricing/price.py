@@ -6,7 +6,7 @@
     memory     weights, cache for prompt and new tokens, results alive at the same time in a run, what is exchanged
     tokens over sp    of a prompt, each rank's share of all work (`sequences`); of a single token, attention alone
 
-Kernels take what `kernel_times` says, over the share of their speed that this product's steps reach (`own_shares`),
+Kernels take what `kernel_times` says, at the speed of this product's steps where that was measured (`OwnSteps`),
 collectives what the links of their group take (`collectives`). Nothing overlaps. The rank that holds most, and the
 slowest device, speak for all.
 """
@@ -14,7 +14,7 @@ slowest device, speak for all.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ import sympy
 from partitioner.analysis.cost.expressions import EXPERTS, MET
 from partitioner.planning.cluster import Cluster, bad_order, hops
 from partitioner.planning.collectives import Hop, collective_seconds
-from partitioner.planning.kernels import Kernels, kernels_of, own_shares
+from partitioner.planning.kernels import Kernels, OwnSteps, kernels_of, own_steps
 from partitioner.planning.pricing.held_bytes import HeldBytes
 from partitioner.planning.pricing.kernel_times import KernelTimes
 from partitioner.planning.pricing.sequences import Attending, shares_out
@@ -48,11 +48,12 @@ class Pricer(HeldBytes):
 
     def __init__(
         self, summary: Summary, cluster: Cluster, *, overhead_s: float = STEP_S, stored: StoredFormat | None = None,
-        cache_dtype: str | None = None, own: bool = True, kernels: Callable[[Kernels], Kernels] | None = None,
+        cache_dtype: str | None = None, own: bool | OwnSteps = True,
+        kernels: Callable[[Kernels], Kernels] | None = None,
     ) -> None:  # fmt: skip
         """stored: how the layers' matrices are kept, None: as the model has them. cache_dtype: as in `CacheSize`. own:
-        price steps of this product, not of an engine that reaches what the kernels' tables say. kernels: makes those of
-        an engine out of the device's.
+        price steps of this product, as they were measured or as given, not of an engine that reaches what the kernels'
+        tables say. kernels: makes those of an engine out of the device's.
         """
         kind = cluster.weakest
         super().__init__(summary, kind.usable_bytes, stored, cache_dtype)
@@ -64,7 +65,7 @@ class Pricer(HeldBytes):
             "own": own,
             "kernels": kernels,
         }
-        self._shares: Mapping[str, float] = own_shares(kind.fitted) if own and kind.fitted else {}
+        self._own = own if isinstance(own, OwnSteps) else own_steps(kind.fitted) if own else None
         self._of_expanded = None if summary.expanded is None else Pricer(summary.expanded, cluster, **options)
         known = kernels_of(kind.name, kind.bytes_per_s, kind.flops_per_s, fitted=kind.fitted)
         self.kernels = known if kernels is None else kernels(known)
@@ -162,7 +163,7 @@ class Pricer(HeldBytes):
             whole = iter(self._function((part, entry), [])(*self._given(every)))
         inside = part not in (self.summary.first, self.summary.last)
         times = KernelTimes(self.kernels, self._hops(plan, ("tp",)), self.stored if inside else None, values[EXPERTS],
-                            values[MET], self.cache_item)  # fmt: skip
+                            values[MET], self.cache_item, self._streamed(entry, rows))  # fmt: skip
         for node in nodes:
             flops, moved = next(numbers), next(numbers)
             product = [next(numbers) for _ in node.product]
@@ -180,7 +181,12 @@ class Pricer(HeldBytes):
                 times.collective(meeting.kind, next(numbers) * (plan.tp if meeting.kind == "all_gather" else 1))
             if node.kind != "meeting":
                 times.product(node, product, flops, moved)
-        return times.end().at_speed(self._shares.get(entry, 1.0))
+        return times.end().at_speed(1.0 if self._own is None or steps else self._own.prefill)
+
+    def _streamed(self, entry: str, rows: int) -> float:
+        if self._own is None or self.stored is not None:
+            return 0.0
+        return self._own.share(entry, rows, self.summary.dtype)
 
     def _hops(self, plan: Plan, axes: tuple[str, ...]) -> tuple[Hop, ...]:
         key = ("hops", plan.mesh, axes)

@@ -15,7 +15,7 @@ from partitioner.planning.kernels import Grouped, kernels_of
 
 def row(**fields: Any) -> SimpleNamespace:
     usual = {"model": "m", "engine": "e", "prompt": 8, "new": 8, "ttft": 1.0, "tpot": 0.1, "gpus": 8, "named_tp": 8,
-             "source": "s", "of_peak": 0.3, "drafted": False}  # fmt: skip
+             "source": "s", "of_peak": 0.3, "of_memory": 0.9, "drafted": False}  # fmt: skip
     return SimpleNamespace(**(usual | fields))
 
 
@@ -44,6 +44,7 @@ def test_rows_that_are_not_what_they_say_are_counted_apart() -> None:
     assert kept(row(gpus=16, named_tp=16))[1] == {}
     assert kept(good, row(drafted=True))[1] == {"tokens drafted": 1}
     assert kept(good, row(of_peak=0.8, source="other"))[1] == {"prompts from a cache": 1}
+    assert kept(good, row(of_memory=1.01)) == ([good], Counter({"faster than memory": 1}))
 
 
 @pytest.mark.parametrize(
