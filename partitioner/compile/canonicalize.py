@@ -6,9 +6,12 @@ slice_scatter(x, y[.., 0 elements])   ->  x
 broadcast_to(x, shape)                ->  expand(x, shape)
 glu(x, dim)                           ->  a * sigmoid(b), where a, b are the halves of x: each on its own is a move
 baddbmm(e, x, y, beta=0, alpha=a)     ->  a * bmm(x, y): e is not read, but would need a rank's size
+expand(x, [B, M, 1]) @ y[B, 1, N]     ->  x * y: each number is one product, and no rows are copied to be multiplied
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import fx
@@ -40,6 +43,8 @@ def canonicalize(program: Program) -> None:
             _gated(program, node)
         elif node.op == "call_function" and operation(node) in _PRODUCTS:
             _product_alone(program, node)
+        elif node.op == "call_function" and operation(node) in _MATMULS:
+            _outer_product(program, node)
     program.graph.eliminate_dead_code()
     used = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
     for name in [name for name in program.weights if name not in used]:
@@ -91,6 +96,53 @@ def _product_alone(program: Program, node: fx.Node) -> None:
         made = program.graph.call_function(product, (a[first], a[second]))
     made.meta = dict(node.meta)
     node.target, node.args, node.kwargs = aten.mul.Tensor, (made, a["alpha"]), {}
+
+
+_MATMULS, _CASTS = {aten.matmul, aten.bmm, aten.mm}, {aten.to, aten._to_copy}
+
+
+def _outer_product(program: Program, node: fx.Node) -> None:
+    """A matmul that sums one product, where an operand was only repeated: the other one says how often."""
+    operands = [n for n in node.args if isinstance(n, fx.Node)]
+    values = [n.meta["val"] for n in operands]
+    if len(values) != 2 or any(len(v.shape) < 2 or not v.dtype.is_floating_point for v in values):
+        return
+    if values[0].shape[-1] != 1 or values[1].shape[-2] != 1:
+        return
+    plain = [_before_repeated(program, n) for n in operands]
+    shape = _broadcast([n.meta["val"].shape for n in plain])
+    if plain != operands and shape == tuple(node.meta["val"].shape):
+        node.target, node.args, node.kwargs = aten.mul.Tensor, tuple(plain), {}
+
+
+def _before_repeated(program: Program, node: fx.Node) -> fx.Node:
+    """What `node` repeats, cast as it is; itself where it repeats nothing."""
+    if operation(node) is aten.expand:
+        repeated: fx.Node = arguments(node)["self"]
+        return repeated
+    if operation(node) not in _CASTS or len(node.all_input_nodes) != 1:
+        return node
+    (source,) = node.all_input_nodes
+    plain = _before_repeated(program, source)
+    if plain is source:
+        return node
+    cast: Any = node.target
+    with program.graph.inserting_before(node):
+        made = program.graph.call_function(cast, (plain, *node.args[1:]), dict(node.kwargs))
+    made.meta = {**node.meta, "val": Value(plain.meta["val"].shape, node.meta["val"].dtype)}
+    return made
+
+
+def _broadcast(shapes: list[tuple[Any, ...]]) -> tuple[Any, ...] | None:
+    """The shape of what is computed of these element by element; None where they do not go together."""
+    rank = max(map(len, shapes))
+    found = []
+    for sizes in zip(*((1,) * (rank - len(shape)) + tuple(shape) for shape in shapes), strict=True):
+        several = {size for size in sizes if size != 1}
+        if len(several) > 1:
+            return None
+        found.append(several.pop() if several else 1)
+    return tuple(found)
 
 
 def _constant_index(program: Program, node: fx.Node) -> None:

@@ -35,7 +35,7 @@ def asked_once() -> Iterator[None]:
 
     It is done as ever where this torch does not say what an answer follows from.
     """
-    parts = [internal(path) for path in (_NODE, _SIZES, _PROXY, _RECORDING, _RECORDING_EARLY)]
+    parts: list[Any] = [internal(path) for path in (_NODE, _SIZES, _PROXY, _RECORDING, _RECORDING_EARLY)]
     node, sizes, proxy, recording, recording_early = parts
     version = None if None in parts else _version_of_equal_sizes(node, sizes)
     if version is None:

@@ -49,7 +49,7 @@ def innermost_lines() -> Iterator[None]:
     Those of other threads keep theirs, and so do all where this torch keeps stacks in another way.
     """
     proxies: Any = fx.proxy
-    real = internal(_STACKS)
+    real: Any = internal(_STACKS)
     if real is None:
         yield
         return
