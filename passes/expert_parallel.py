@@ -24,6 +24,7 @@ from partitioner.analysis.cost.expert_exchange import OwnTokens, destinations
 from partitioner.analysis.layouts.expert_regions import Region, find_regions
 from partitioner.analysis.layouts.shared_sums import joins_a_product
 from partitioner.errors import PlanError
+from partitioner.program.balance import Owners, deal
 from partitioner.program.node_arguments import arguments
 from partitioner.program.program import Entry, Program, Value
 from partitioner.sharding.index_set import IndexSet
@@ -34,7 +35,6 @@ from runtime.ops.experts import limit_experts
 __all__ = ["ExpertParallel"]
 
 EXCHANGES = ("auto", "replicate", "gather", "exchange")
-Owners = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -206,15 +206,6 @@ class _Deal:
 
 def _axes(program: Program) -> tuple[str, ...]:
     return program.mesh.in_attention_view("ep")
-
-
-def deal(num_experts: int, ranks: int) -> Owners:
-    """Runs of experts, as even as can be; with fewer experts than ranks, each stands with several."""
-    if num_experts < ranks:
-        return tuple((rank * num_experts // ranks,) for rank in range(ranks))
-    base, more = divmod(num_experts, ranks)
-    ends = [rank * base + min(rank, more) for rank in range(ranks + 1)]
-    return tuple(tuple(range(ends[rank], ends[rank + 1])) for rank in range(ranks))
 
 
 def choose(

@@ -46,8 +46,8 @@ from torch.nn import functional
 from benchmarks.support.expert_parallel import theirs
 from benchmarks.support.several import DeviceTurns, device_name, device_of_rank, options, sharing, start
 from partitioner.analysis.cost.expert_exchange import OwnTokens
+from partitioner.program.balance import deal
 from partitioner.sharding.mesh import Mesh
-from passes.expert_parallel import deal
 from runtime.communication.peer_memory.measure import microseconds
 from runtime.communication.process_groups import ProcessGroups
 from runtime.execution.fusion.operations import gated

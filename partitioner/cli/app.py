@@ -6,6 +6,7 @@
     partitioner serve MODEL --dp 2       answer requests over HTTP, as OpenAI's clients send them
     partitioner bench serve --rate 4     ask a server as many users would, and print its throughput and times
     partitioner bench plan MODEL --tp 2  a plan on this machine: predicted times beside measured ones
+    partitioner balance MODEL --text F   which experts a text is routed to, and the plan that evens them out
     partitioner export MODEL -o FOLDER   write a bundle: every rank's program and slices of the weights
     partitioner show FOLDER              what is in a bundle
     partitioner schedule MODEL --pp 4    what each pipeline stage does when, as a picture
@@ -28,7 +29,8 @@ from rich.table import Table
 from partitioner.analysis.report.explain import explain as explain_weight
 from partitioner.analysis.report.page.contents import Work
 from partitioner.analysis.report.page.render import as_json
-from partitioner.cli.bench import register as register_bench
+from partitioner.cli.balance import register as register_balance
+from partitioner.cli.bench.command import register as register_bench
 from partitioner.cli.common.command import command
 from partitioner.cli.common.options import (
     CacheDtype,
@@ -307,6 +309,7 @@ def schedule_command(
 
 
 register(app)
+register_balance(app)
 register_serve(app)
 register_bench(app)
 

@@ -14,9 +14,18 @@ from collections.abc import Sequence
 
 from partitioner.errors import PlanError
 
-__all__ = ["balance", "imbalance"]
+__all__ = ["Owners", "balance", "deal", "imbalance"]
 
 Owners = tuple[tuple[int, ...], ...]
+
+
+def deal(num_experts: int, ranks: int) -> Owners:
+    """Runs of experts, as even as can be; with fewer experts than ranks, each stands with several."""
+    if num_experts < ranks:
+        return tuple((rank * num_experts // ranks,) for rank in range(ranks))
+    base, more = divmod(num_experts, ranks)
+    ends = [rank * base + min(rank, more) for rank in range(ranks + 1)]
+    return tuple(tuple(range(ends[rank], ends[rank + 1])) for rank in range(ranks))
 
 
 def balance(counts: Sequence[float], ranks: int, extra: int = 0) -> Owners:

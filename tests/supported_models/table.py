@@ -17,6 +17,9 @@ __all__ = ["add", "read", "write"]
 
 STAGES = "pp=2, pp=3, tp=2 x pp=2"
 """The title of the column of pipeline stages."""
+EXPERTS = "ep=2, 3, 4, tp=2 x ep=2"
+"""The title of the column of experts dealt out."""
+EXPERTS_COUNTED = "experts over ep, tokens replicated and exchanged, whole texts and generation with requests over dp"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -63,6 +66,7 @@ def write(source: Path, to: Path, *, made_by: str) -> None:
     )
     text.append(_counted("tokens over sp", [row for row in (*plain, *masked) if "sequences" in row], "sequences"))
     text.append(_counted("pipeline stages", [row for row in (*plain, *masked) if "stages" in row], "stages"))
+    text.append(_counted(EXPERTS_COUNTED, [row for row in (*plain, *masked) if "experts" in row], "experts"))
     for tp in (2, 4):
         shares = [row["default"][f"tp={tp}"] for row in plain if f"tp={tp}" in row.get("default", {})]
         near = sum(share <= 1.15 / tp for share in shares)
@@ -78,8 +82,8 @@ def write(source: Path, to: Path, *, made_by: str) -> None:
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         "| architecture | verdict | float64, worst of tp 2, 3, 4 | float32 | generates | bundle | tokens over sp "
-        f"| {STAGES} | share tp=2 | share tp=4 | all-reduces per layer | traced once | whole, and why |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {STAGES} | {EXPERTS} | share tp=2 | share tp=4 | all-reduces per layer | traced once | whole, and why |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         default = row.get("default", {})
@@ -90,6 +94,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             _why_no_bundle(row),
             _why_not_dealt(row),
             why_not_staged(row),
+            _why_not_shared_out(row),
             *default.get("whole", []),
             *row.get("static", []),
         ]
@@ -100,8 +105,9 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             f"{max(row['equal32'].values()):.0e}" if row.get("equal32") else "",
             _generated(row.get("generates", {})),
             row.get("bundle", {}).get("verdict", ""),
-            _dealt(row.get("sequences", {})),
+            _of_text_or_both(row.get("sequences", {})),
             staged(row),
+            _of_text_or_both(row.get("experts", {})),
             f"{default['tp=2']:.3f}" if "tp=2" in default else "",
             f"{default['tp=4']:.3f}" if "tp=4" in default else "",
             ", ".join(map(str, default.get("all_reduces", []))),
@@ -186,7 +192,7 @@ def _generated(found: dict[str, Any]) -> str:
     return f"equal, {found['tokens']} tokens" if few else str(found.get("verdict", ""))
 
 
-def _dealt(found: dict[str, Any]) -> str:
+def _of_text_or_both(found: dict[str, Any]) -> str:
     """Its verdict, and whether it is of whole texts only, as no plan of those tried generates."""
     refused = [isinstance(each, str) for each in found.get("generates", {}).values()]
     verdict = str(found.get("verdict", ""))
@@ -215,6 +221,14 @@ def _why_not_dealt(row: dict[str, Any]) -> str | None:
     return f"over sp: {why}" if why and row["verdict"] == "equal" else None
 
 
+def _why_not_shared_out(row: dict[str, Any]) -> str | None:
+    """Why its experts cannot be dealt out, where that is not why there is nothing at all."""
+    found = row.get("experts", {})
+    refused = [each.removeprefix("refused: ") for each in found.get("generates", {}).values() if isinstance(each, str)]
+    why = found.get("why") or found.get("own cache") or (f"not all generate, {refused[0]}" if refused else None)
+    return f"over ep: {why}" if why and row["verdict"] == "equal" else None
+
+
 def _why_not(row: dict[str, Any]) -> str | None:
     """Why there is no generation, where that is not why there is nothing at all."""
     found = row.get("generates", {})
@@ -235,9 +249,12 @@ class _Column:
 
 _ADDED = {
     "tokens over sp": _Column(
-        "sequences", lambda row: _dealt(row["sequences"]), _why_not_dealt, "over sp: ", "tokens over sp"
+        "sequences", lambda row: _of_text_or_both(row["sequences"]), _why_not_dealt, "over sp: ", "tokens over sp"
     ),
     STAGES: _Column("stages", staged, why_not_staged, "stages: ", "pipeline stages"),
+    EXPERTS: _Column(
+        "experts", lambda row: _of_text_or_both(row["experts"]), _why_not_shared_out, "over ep: ", EXPERTS_COUNTED
+    ),
     "traced once": _Column("layers", lambda row: _traced(row["layers"])),
 }
 """By their titles."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.supported_models import recurrent_section, survey
-from tests.supported_models.table import STAGES
+from tests.supported_models.table import EXPERTS, STAGES
 
 TABLE = Path(__file__).parents[2] / "docs" / "reference" / "supported_models.md"
 
@@ -22,6 +22,9 @@ BUNDLE = 221
 
 STAGED = 180
 """How many of these and of the encoders compute and generate the same as pipeline stages."""
+
+DEALT = 4
+"""How many mixtures of experts compute and generate the same with their experts dealt out, by every plan tried."""
 
 IN_PIECES = 7
 """How many recurrent models run prompts many tokens at a time, at tp = 2 and 3."""
@@ -76,6 +79,14 @@ def test_nothing_is_wrong_as_pipeline_stages() -> None:
     )
     assert found.keys() <= {"equal", "refused", ""}  # empty: not measured yet
     assert found["equal"] >= STAGED
+
+
+def test_nothing_is_wrong_with_experts_dealt_out() -> None:
+    found = Counter(
+        row[EXPERTS].split(",")[0] for title in ("Causal language models", "Encoders") for row in rows(title)
+    )
+    assert found.keys() <= {"equal", "refused", "no experts", "not built", ""}  # empty: not measured, or no mixture
+    assert found["equal"] >= DEALT
 
 
 def test_prompts_of_recurrent_models_run_in_pieces_or_have_a_reason() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from partitioner.cli.bench_plan import PlanCase, predicted
+from partitioner.cli.bench.plan import PlanCase, predicted
 from partitioner.compile.partition import partition
 from partitioner.planning.cluster import Device, Dimension
 from partitioner.planning.kernels import Kernels

@@ -15,11 +15,12 @@ from partitioner.cli.compare import difference
 from partitioner.compile.partition import compile_program, trace
 from partitioner.errors import LayoutError, PlanError
 from partitioner.program import Program
+from partitioner.program.balance import deal
 from partitioner.program.program import PerRankInt
 from partitioner.proof.float64 import in_float64
 from partitioner.proof.layouts import check
 from partitioner.sharding.layout import Split
-from passes.expert_parallel import ExpertParallel, choose, deal
+from passes.expert_parallel import ExpertParallel, choose
 from runtime.communication.matching_calls import Call
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.ops.expert_exchange import expert_return, expert_send, localise_experts

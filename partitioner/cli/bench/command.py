@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from partitioner.cli.bench_plan import PlanCase, measure
+from partitioner.cli.bench.plan import PlanCase, measure
 from partitioner.cli.common.command import command
 from partitioner.cli.common.options import Compile, Device, Model, Timeout
 from partitioner.errors import InputError

@@ -1,0 +1,1 @@
+"""`partitioner bench`: a server under load, a plan on this machine."""
