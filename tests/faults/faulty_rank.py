@@ -15,6 +15,7 @@ Every rank is a process of its own that nobody supervises: the others must notic
 """
 
 import faulthandler
+import functools
 import gc
 import json
 import os
@@ -32,8 +33,10 @@ from torch import distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import runtime.engine.engine
-from partitioner import Plan, partition
+from partitioner import Plan
+from partitioner.compile.partition import compile_program, trace
 from partitioner.compile.parts import Parts
+from partitioner.program import Program
 from runtime.communication.channels import Channel
 from runtime.communication.process_groups import ProcessGroups
 from runtime.engine import Engine
@@ -209,8 +212,9 @@ def rank(case: Case, place: int, parts: Parts[Any]) -> None:
         engine.generate([[1, 2, 3], [4, 5]], max_new_tokens=200)
 
 
-def run(case: Case, parts: dict[tuple[int, int, int, bool], Parts[Any]]) -> Outcome | None:
+def run(case: Case) -> Outcome | None:
     """None: in a rank, which is over."""
+    parts = tiny(case.num_ranks, case.pp, case.sp, case.share_head)
     started = time.monotonic()
     pids = [os.fork() for _ in range(case.num_ranks) if os.getpid() == HERE]
     if os.getpid() != HERE:
@@ -226,7 +230,7 @@ def run(case: Case, parts: dict[tuple[int, int, int, bool], Parts[Any]]) -> Outc
                 os.dup2(file.fileno(), 2)
             os.dup2(2, 1)
             faulthandler.enable()
-            rank(case, place, parts[case.num_ranks, case.pp, case.sp, case.share_head])
+            rank(case, place, parts)
             return None
         pids.append(pid)
     codes: dict[int, int] = {}
@@ -255,29 +259,33 @@ def run(case: Case, parts: dict[tuple[int, int, int, bool], Parts[Any]]) -> Outc
     )
 
 
-def tiny(num_ranks: int, pp: int, sp: int, share_head: bool) -> Parts[Any]:
+@functools.cache
+def traced() -> Program:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
+    return trace(LlamaForCausalLM(config).eval())
+
+
+@functools.cache
+def tiny(num_ranks: int, pp: int, sp: int, share_head: bool) -> Parts[Any]:
     way = "ring" if sp > 1 else "auto"
     plan = Plan(
         tp=num_ranks // pp // sp, pp=pp, sp=sp, sp_attention=way, passes=[("pipeline", {"share_head": share_head})]
     )
-    parts = partition(LlamaForCausalLM(config).eval(), plan)
+    parts = compile_program(traced(), plan)
     parts.entry("decode", 0)
+    gc.freeze()  # a rank that ends would else look at, and so copy, all that was made here
     return parts
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    ways = ((1, 1, 1, False), (3, 1, 1, False), (4, 1, 1, False), (3, 3, 1, False), (3, 1, 3, False), (3, 3, 1, True))
-    parts = {each: tiny(*each) for each in ways}
-    gc.freeze()  # a rank that ends would else look at, and so copy, all that was made here
     for line in sys.stdin:
         case = Case(**json.loads(line))
-        outcome = run(case, parts)
+        outcome = run(case)
         if outcome is None:
             return
         answers.write(json.dumps(asdict(outcome)) + "\n")
