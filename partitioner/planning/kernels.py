@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-__all__ = ["EXPANDING", "UNMEASURED", "Grid", "Grouped", "Kernels", "OwnSteps", "kernels_of", "own_steps"]
+__all__ = ["EXPANDING", "UNMEASURED", "Grid", "Grouped", "Kernels", "OwnSteps", "StepShares", "kernels_of", "own_steps"]
 
 FITTED = Path(__file__).with_name("tables") / "kernels.json"
 OWN_STEPS = Path(__file__).with_name("tables") / "own_steps.json"
@@ -157,21 +157,36 @@ def fitted_grids(device: str) -> Mapping[tuple[str, str], Grid]:
 
 
 @dataclass(frozen=True)
+class StepShares:
+    """Of a captured step of few rows. streamed, attention: of the memory's speed, at which the weights of its linears
+    come, and its caches. experts: over the speed of the tables.
+    """
+
+    streamed: float
+    attention: float = 1.0
+    experts: float = 1.0
+
+
+@dataclass(frozen=True)
 class OwnSteps:
     """Speed of this product's captured steps, in 16 bits. prefill: of prompts, over that of the tables. streamed: of
     steps of few rows, over that of the memory, by rows: a product asks for its weights while the kernel before it runs,
-    and does what stands between products, so that nothing waits but for the memory.
+    and does what stands between products, so that nothing waits but for the memory. attention: of the caches of such
+    steps, over the memory's speed. experts: of such steps by rows, over the tables' speed.
     """
 
     prefill: float
     streamed: Grid
+    attention: float = 1.0
+    experts: Grid = Grid(((0.0,),), [1.0])
     DTYPES: ClassVar = ("bfloat16", "float16")
     MOST_ROWS: ClassVar = 64
 
-    def share(self, entry: str, rows: int, dtype: str) -> float:
-        """Of the memory's speed, at which a step streams its weights; 0 where it does not."""
-        streams = entry == "decode" and rows <= self.MOST_ROWS and dtype in self.DTYPES
-        return self.streamed.at(rows) if streams else 0.0
+    def of_step(self, entry: str, rows: int, dtype: str) -> StepShares | None:
+        """None where a step does not stream its weights."""
+        if entry != "decode" or rows > self.MOST_ROWS or dtype not in self.DTYPES:
+            return None
+        return StepShares(self.streamed.at(rows), self.attention, self.experts.at(rows))
 
     def __str__(self) -> str:
         first, last = (round(2**end) for end in (self.streamed.axes[0][0], self.streamed.axes[0][-1]))
@@ -180,16 +195,30 @@ class OwnSteps:
             f"{self.streamed.at(first):.2f} and {self.streamed.at(last):.2f} of the memory's"
         )
 
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> OwnSteps:
+        streamed, experts = (
+            Grid((tuple(map(math.log2, told[name]["rows"])),), told[name]["shares"]) for name in ("streamed", "experts")
+        )
+        return cls(float(told["prefill"]), streamed, float(told["attention"]), experts)
+
+    def to_json(self) -> dict[str, Any]:
+        def by_rows(grid: Grid) -> dict[str, Any]:
+            return {"rows": [round(2**each) for each in grid.axes[0]], "shares": grid.values}
+
+        return {
+            "prefill": self.prefill,
+            "streamed": by_rows(self.streamed),
+            "attention": self.attention,
+            "experts": by_rows(self.experts),
+        }
+
 
 @functools.cache
 def own_steps(fitted: str) -> OwnSteps | None:
     """None where they were not measured."""
     told = json.loads(OWN_STEPS.read_text(encoding="utf-8"))["devices"] if OWN_STEPS.is_file() else {}
-    if fitted not in told:
-        return None
-    streamed = told[fitted]["streamed"]
-    grid = Grid((tuple(map(math.log2, streamed["rows"])),), streamed["shares"])
-    return OwnSteps(float(told[fitted]["prefill"]), grid)
+    return OwnSteps.from_json(told[fitted]) if fitted in told else None
 
 
 def kernels_of(device: str, bytes_per_s: float, flops_per_s: Mapping[str, float], *, fitted: str = "") -> Kernels:

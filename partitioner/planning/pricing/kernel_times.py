@@ -7,8 +7,8 @@
                  steps fuse them
     collective   what the links of its group take
 
-Each kernel waits `LAUNCH_S` for the one before it. In steps that stream their weights (`OwnSteps`) linears do not, and
-what stands between them is part of them.
+Each kernel waits `LAUNCH_S` for the one before it. In steps that stream their weights (`StepShares`) linears and
+attention do not, and what stands between them is part of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from partitioner.analysis.cost.expressions import NodeExpression
 from partitioner.analysis.cost.products import LATENT
 from partitioner.planning.collectives import Hop, collective_seconds
-from partitioner.planning.kernels import Grouped, Kernels
+from partitioner.planning.kernels import Grouped, Kernels, StepShares
 from partitioner.planning.pricing.stored_format import ITEM, StoredFormat
 from partitioner.planning.quantities import Seconds
 
@@ -48,7 +48,7 @@ class KernelTimes:
     """Takes the ops of a part in order; `seconds` is complete after `end`. stored: how its matrices are kept, or None.
 
     held, met: experts of the rank, and how many of them have a row. cache_item: bytes of a number in the cache.
-    streamed: of the memory's speed, at which linears come; 0: each by its table.
+    own: of a step that streams its weights; None: each kernel by its table.
     """
 
     kernels: Kernels
@@ -57,13 +57,13 @@ class KernelTimes:
     held: float
     met: float
     cache_item: int = 0
-    streamed: float = 0.0
+    own: StepShares | None = None
     seconds: Seconds = field(default_factory=Seconds)
     _run: list[float] = field(default_factory=list)
     _products: dict[str, _Product] = field(default_factory=dict)
 
     def other(self, moved: float) -> None:
-        if moved and not self.streamed:
+        if moved and self.own is None:
             self._run.append(moved)
 
     def end_run(self) -> None:
@@ -102,21 +102,24 @@ class KernelTimes:
         if stored is not None and dtype == stored.dtype and stored.holds(experts=node.kind == "experts"):
             moved -= (ITEM[dtype] - stored.item) * product.weights
             dtype, table = stored.product_dtype or dtype, stored.table
-        if node.kind == "linear" and self.streamed:
-            self.seconds.memory += moved / self.kernels.bytes_per_s / self.streamed
+        if node.kind == "linear" and self.own is not None:
+            self.seconds.memory += moved / self.kernels.bytes_per_s / self.own.streamed
             return
         if node.kind == "linear":
             seconds = kernels.linear(product.rows, product.columns, product.summed, moved, dtype, table=table)
         else:
             inner = (product.columns - product.summed) / 2  # of gate, up and down together
             grouped = Grouped(product.rows, self.held, product.summed, inner, product.flops, moved, dtype)
-            seconds = kernels.experts(grouped, table=table)
+            seconds = kernels.experts(grouped, table=table) / (1.0 if self.own is None else self.own.experts)
         self._spend(seconds, product.flops, moved, dtype)
 
     def _attention(self, node: NodeExpression, sizes: Sequence[float], flops: float, moved: float) -> None:
         rows, heads, kv_heads, size, queries, keys, _ = sizes
         if self.cache_item:  # keys and values are read from the cache as it holds them
             moved -= (ITEM[node.dtype] - self.cache_item) * rows * kv_heads * keys * size
+        if self.own is not None:
+            self.seconds.memory += moved / self.kernels.bytes_per_s / self.own.attention
+            return
         seconds = self.kernels.attention(rows=rows, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys,
                                          flops=flops, num_bytes=moved, dtype=node.dtype,
                                          latent=node.op in _LATENT)  # fmt: skip

@@ -23,7 +23,7 @@ import sympy
 from partitioner.analysis.cost.expressions import EXPERTS, MET
 from partitioner.planning.cluster import Cluster, bad_order, hops
 from partitioner.planning.collectives import Hop, collective_seconds
-from partitioner.planning.kernels import Kernels, OwnSteps, kernels_of, own_steps
+from partitioner.planning.kernels import Kernels, OwnSteps, StepShares, kernels_of, own_steps
 from partitioner.planning.pricing.held_bytes import HeldBytes
 from partitioner.planning.pricing.kernel_times import KernelTimes
 from partitioner.planning.pricing.sequences import Attending, shares_out
@@ -163,7 +163,7 @@ class Pricer(HeldBytes):
             whole = iter(self._function((part, entry), [])(*self._given(every)))
         inside = part not in (self.summary.first, self.summary.last)
         times = KernelTimes(self.kernels, self._hops(plan, ("tp",)), self.stored if inside else None, values[EXPERTS],
-                            values[MET], self.cache_item, self._streamed(entry, rows))  # fmt: skip
+                            values[MET], self.cache_item, self._of_step(entry, rows))  # fmt: skip
         for node in nodes:
             flops, moved = next(numbers), next(numbers)
             product = [next(numbers) for _ in node.product]
@@ -183,10 +183,10 @@ class Pricer(HeldBytes):
                 times.product(node, product, flops, moved)
         return times.end().at_speed(1.0 if self._own is None or steps else self._own.prefill)
 
-    def _streamed(self, entry: str, rows: int) -> float:
+    def _of_step(self, entry: str, rows: int) -> StepShares | None:
         if self._own is None or self.stored is not None:
-            return 0.0
-        return self._own.share(entry, rows, self.summary.dtype)
+            return None
+        return self._own.of_step(entry, rows, self.summary.dtype)
 
     def _hops(self, plan: Plan, axes: tuple[str, ...]) -> tuple[Hop, ...]:
         key = ("hops", plan.mesh, axes)

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.planning.models import summary_of
-from benchmarks.planning.own_steps import MODEL, fitted, steps
+from benchmarks.planning.own_steps import fitted, shapes_of, steps
 from partitioner import Plan
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.explain import sureness
-from partitioner.planning.kernels import Grid, OwnSteps, own_steps
+from partitioner.planning.kernels import Grid, OwnSteps, StepShares, own_steps
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.summary import Summary, summarize
@@ -58,9 +57,10 @@ def test_steps_of_few_rows_stream_their_weights() -> None:
 def test_many_rows_and_wide_numbers_are_priced_by_the_tables() -> None:
     assert price(SLOW, rows=65).tpot_s == price(False, rows=65).tpot_s
     assert price(SLOW, rows=64).tpot_s != price(False, rows=64).tpot_s
-    assert SLOW.share("decode", 64, "bfloat16") == 0.4
-    assert not SLOW.share("decode", 2, "float32")
-    assert not SLOW.share("prefill", 2, "bfloat16")
+    assert SLOW.of_step("decode", 64, "bfloat16") == StepShares(0.4)
+    assert SLOW.of_step("decode", 2, "float32") is None
+    assert SLOW.of_step("prefill", 2, "bfloat16") is None
+    assert OwnSteps.from_json(SLOW.to_json()) == SLOW
 
 
 def test_where_nothing_was_measured_kernels_are_those_of_the_tables() -> None:
@@ -70,11 +70,12 @@ def test_where_nothing_was_measured_kernels_are_those_of_the_tables() -> None:
     assert "this product's own" not in sureness(Cluster.parse("2xH100"), summary(), tables={"linear": True})
 
 
-@pytest.mark.slow  # traces layers of an 8B shape
+@pytest.mark.slow  # traces layers of four shapes
 def test_measured_steps_of_two_gpus_that_nothing_was_fitted_on(tmp_path: Path) -> None:
-    known, shape, measured = own_steps("h200_sxm"), summary_of(MODEL, tmp_path), steps()
-    assert known == fitted(shape, measured)
-    held_out = [each for each in measured if each.gpus > 1]
+    known, measured = own_steps("h200_sxm"), steps()
+    shapes = shapes_of(measured, tmp_path)
+    assert known == fitted(shapes, measured)
+    held_out = [each for each in measured if each.gpus > 1 and each.model == "llama-3.1-8b"]
     assert len(held_out) >= 5
-    assert max(abs(each.off(shape, known)) for each in measured) <= WITHIN
-    assert max(abs(each.off(shape, False)) for each in held_out) > WITHIN
+    assert max(abs(each.off(shapes, known)) for each in held_out) <= WITHIN
+    assert max(abs(each.off(shapes, False)) for each in held_out) > WITHIN
