@@ -14,13 +14,14 @@ import argparse
 import os
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import distributed as dist
 
 from benchmarks.support.ranks import launch_ranks
-from benchmarks.support.rounds import take_turns
+from benchmarks.support.rounds import Took, take_turns
 from partitioner.errors import PartitionerError
 from runtime.communication.process_groups import Sharing
 from runtime.processes.launch import begin_worker
@@ -28,6 +29,9 @@ from runtime.processes.launch import begin_worker
 __all__ = ["DeviceTurns", "device_name", "device_of_rank", "options", "sharing", "start", "synchronize"]
 
 Run = Callable[[], object]
+
+_QUEUED_CYCLES = 10_000_000
+"""For which a GPU waits, some 5 ms, while the host fills its queue."""
 
 
 def options(description: str | None, *, rounds: int = 5) -> argparse.ArgumentParser:
@@ -136,5 +140,36 @@ class DeviceTurns:
 
         ready = {name: through(run) for name, run in contestants.items()}
         take_turns(ready, rounds=before, meet=self.meet)
+        times = take_turns(ready, rounds=rounds, meet=self.meet)
+        return {name: statistics.median(self.slowest(of_one)) / calls for name, of_one in times.items()}
+
+    def queued_medians(
+        self, contestants: Mapping[str, Run], *, rounds: int, calls: int, rest_s: float
+    ) -> dict[str, float]:
+        """The same of calls that stand in the GPU's queue before the first of them begins, as those of a prompt's later
+        layers do; on a CPU, as they come. rest_s: before each turn nothing runs for so long.
+        """
+        if self.device.type == "cpu":
+            return self.medians(contestants, rounds=rounds, calls=calls)
+        together = torch.zeros(1, device=self.device)
+
+        def behind(run: Run) -> Run:
+            def turn() -> Took:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                time.sleep(rest_s)
+                torch.cuda._sleep(_QUEUED_CYCLES)
+                if dist.is_initialized():
+                    dist.all_reduce(together)  # the ranks' GPUs come together here
+                start.record()
+                for _ in range(calls):
+                    run()
+                end.record()
+                end.synchronize()
+                return Took(start.elapsed_time(end) / 1e3)
+
+            return turn
+
+        ready = {name: behind(run) for name, run in contestants.items()}
+        take_turns(ready, rounds=1, meet=self.meet)
         times = take_turns(ready, rounds=rounds, meet=self.meet)
         return {name: statistics.median(self.slowest(of_one)) / calls for name, of_one in times.items()}

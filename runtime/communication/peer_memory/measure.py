@@ -103,9 +103,12 @@ def candidates(peers: PeerMemory, kind: Kind, num_bytes: int) -> dict[str, Calla
 
 
 def microseconds(
-    ways: Mapping[str, Callable[[], object]], device: torch.device, *, calls: int, rounds: int
+    ways: Mapping[str, Callable[[], object]], device: torch.device, *, calls: int, rounds: int, rest_s: float = 0
 ) -> dict[str, float]:
-    """Of one call in a CUDA graph of `calls`, the median of `rounds` in which the ways take turns."""
+    """Of one call in a CUDA graph of `calls`, the median of `rounds` in which the ways take turns.
+
+    rest_s: before each turn nothing runs for so long.
+    """
     graphs: dict[str, torch.cuda.CUDAGraph] = {}
     side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     for name, call in ways.items():
@@ -122,6 +125,7 @@ def microseconds(
     for turn in range(rounds + 1):
         for name, graph in graphs.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            time.sleep(rest_s)
             graph.replay()  # the ranks come together here
             start.record()
             graph.replay()

@@ -22,7 +22,6 @@ from runtime.communication.peer_memory.rows.push_rows import PeerRows
 __all__ = ["PeerCopies"]
 
 _MOST_BYTES = 1 << 29
-_WORDS = 16
 
 
 class PeerCopies:
@@ -34,8 +33,6 @@ class PeerCopies:
         """
         self.num_ranks: int = peers.group.size
         self._peers, self._rows, self._sizes = peers, rows, (0, 0)
-        self._word = torch.zeros(_WORDS, dtype=torch.int32, device=peers.device)
-        self._met = torch.empty_like(self._word)
 
     def has_room(self, num_bytes: int, *, scatters: bool) -> bool:
         """For the pieces of all ranks; a collective, where an area must grow: all ranks bring as much."""
@@ -100,4 +97,5 @@ class PeerCopies:
 
     def _meet(self) -> None:
         """On the stream: what every rank has done before its own is done."""
-        self._peers.all_reduce(self._word, self._met, "large")
+        self._peers.under_way.wait()  # sums by rows meet by the same flags, on that stream
+        self._peers.row_sums.meet()

@@ -125,7 +125,7 @@ class RowSums:
         for each in self._rounds(len(x), width, x.dtype):
             for rows, theirs in each.sent:
                 theirs.copy_(x[rows])
-            self._meet()
+            self.meet()
             mine, inside = each.mine, each.inside
             if mine.start < mine.stop:
                 launch(
@@ -149,7 +149,7 @@ class RowSums:
                     BLOCK=block,
                     num_warps=min(16, max(1, block // 512)),
                 )
-            self._meet()
+            self.meet()
             for rows, theirs in each.fetched:
                 normed[rows].copy_(theirs)
 
@@ -183,7 +183,8 @@ class RowSums:
                 fetched=[(rows[rank], part(rank, rank, rows[rank])) for rank in others],
             )
 
-    def _meet(self) -> None:
+    def meet(self) -> None:
+        """On the stream: every rank has come so far on its own."""
         late, abandoned, patience_ns = self._waiting
         launch(
             self._meet_kernel,
