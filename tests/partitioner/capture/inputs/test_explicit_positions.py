@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from partitioner.analysis.tokens.token_mixing import why_tokens_mix
 from partitioner.capture.inputs.explicit_positions import explicit_positions
@@ -15,6 +16,8 @@ aten = torch.ops.aten
 
 @pytest.mark.parametrize("name", ["bart", pytest.param("moss_transcribe_diarize", marks=pytest.mark.slow), "whisper"])
 def test_what_counts_from_the_start_counts_by_position(name: str) -> None:
+    if name == "moss_transcribe_diarize" and name not in CONFIG_MAPPING:
+        pytest.skip("transformers 5.17 has no such model yet")
     program = traced(name)[1]
     assert "counts tokens from the start" in str(why_tokens_mix(program))
     explicit = explicit_positions(program)
