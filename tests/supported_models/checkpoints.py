@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import sys
 import tempfile
 import warnings
@@ -59,6 +60,15 @@ def shard(name: str, tensor: Tensor, block: tuple[tuple[int, int], ...]) -> Weig
     indices = tuple(IndexSet.range(low, high) for low, high in block)
     local = tuple(high - low for low, high in block)
     return WeightShard(name, tensor.dtype, tuple(tensor.shape), local, indices, "checkpoint", (), ())
+
+
+def without_scales(model: PreTrainedModel) -> PreTrainedModel:
+    """`model`, which from_pretrained has dequantised, without the scales that some versions leave beside its weights."""
+    for name in model.state_dict().keys() - type(model)(model.config).state_dict().keys():
+        module, _, tensor = name.rpartition(".")
+        assert re.fullmatch("weight_(scale|zero_point|shape|packed)", tensor), name
+        delattr(model.get_submodule(module), tensor)
+    return model
 
 
 def differences(opened: Checkpoint, expected: PreTrainedModel) -> Iterator[str]:

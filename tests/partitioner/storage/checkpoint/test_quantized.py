@@ -25,7 +25,7 @@ from runtime.weights.read_shards import Reader
 from runtime.weights.safetensors_files import TensorFiles
 from tests.support import zoo
 from tests.supported_models import quantise
-from tests.supported_models.checkpoints import blocks, differences, same_bits, shard
+from tests.supported_models.checkpoints import blocks, differences, same_bits, shard, without_scales
 
 CPU = torch.device("cpu")
 OWN = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config, "compressed-tensors": CompressedTensorsConfig}
@@ -54,8 +54,10 @@ def dequantised(name: str, form: str, dtype: torch.dtype | None = None) -> Any:
     method = quantise.FORMATS[form][1]["quant_method"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the folder's own configuration is used
-        return plain(name)[1].from_pretrained(
-            folder, quantization_config=OWN[method](dequantize=True), dtype=dtype or "auto"
+        return without_scales(
+            plain(name)[1].from_pretrained(
+                folder, quantization_config=OWN[method](dequantize=True), dtype=dtype or "auto"
+            )
         )
 
 
