@@ -63,7 +63,7 @@ def shard(name: str, tensor: Tensor, block: tuple[tuple[int, int], ...]) -> Weig
 
 
 def without_scales(model: PreTrainedModel) -> PreTrainedModel:
-    """`model`, which from_pretrained has dequantised, without the scales that some versions leave beside its weights."""
+    """`model`, which from_pretrained has dequantised, without the scales that some versions leave beside weights."""
     for name in model.state_dict().keys() - type(model)(model.config).state_dict().keys():
         module, _, tensor = name.rpartition(".")
         assert re.fullmatch("weight_(scale|zero_point|shape|packed)", tensor), name
