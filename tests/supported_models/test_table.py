@@ -23,7 +23,7 @@ BUNDLE = 221
 STAGED = 180
 """How many of these and of the encoders compute and generate the same as pipeline stages."""
 
-DEALT = 36
+DEALT = 48
 """How many mixtures of experts compute and generate the same with their experts dealt out, by every plan tried."""
 
 IN_PIECES = 7
