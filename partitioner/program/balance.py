@@ -1,6 +1,6 @@
 """Which ranks hold which experts, and copies of which, so that all have about as much to do.
 
-    counts [E]                  how many tokens chose each expert: of one layer, or summed over layers (`Engine.routing`)
+    counts [E]                  how many tokens chose each expert, of one layer or summed (`Engine.routing`)
     owners                      per rank its experts, ascending: `ExpertParallel(owners=...)`
 
 Greedy, as DeepSeek's EPLB (github.com/deepseek-ai/EPLB): copies go one by one to the expert with the most tokens per
