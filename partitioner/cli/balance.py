@@ -53,6 +53,14 @@ class TextCase(Job):
             raise InputError("experts are balanced over the ranks of ep, of which there is one: give --ep, at least 2")
         if self.length < 1:
             raise InputError(f"--length must be at least 1, got {self.length}")
+        if any(
+            isinstance(chosen, tuple) and chosen[0] == PASS and "capacity" in dict(chosen[1])
+            for chosen in self.plan.passes
+        ):
+            raise InputError(
+                f"{PASS}.capacity leaves out what full experts refuse, so that the hottest ones would not be counted: "
+                "measure without it, and add it to the plan that is printed"
+            )
         self.placed  # noqa: B018 - checks the device
 
     @property
@@ -112,6 +120,7 @@ def balanced(plan: Plan, counts: Counts, *, extra: int) -> tuple[Plan, str]:
         elif chosen != PASS:
             others.append(chosen)
     before = options.get("owners") or deal(num_experts, plan.ep)
+    extra = max(extra, plan.ep - num_experts)  # every rank has something to do
     owners = balance([sum(layer) for layer in zip(*counts.values(), strict=True)], plan.ep, extra)
     now, then = ([imbalance(layer, of) for layer in counts.values()] for of in (before, owners))
     said = (
@@ -119,6 +128,8 @@ def balanced(plan: Plan, counts: Counts, *, extra: int) -> tuple[Plan, str]:
         f"{statistics.fmean(now):.3f} before (at most {max(now):.3f}), {statistics.fmean(then):.3f} after (at most "
         f"{max(then):.3f})"
     )
+    if statistics.fmean(then) >= statistics.fmean(now):
+        return plan, f"{said}: no gain, the plan is as it was"
     return replace(plan, passes=(*others, (PASS, {**options, "owners": owners}))), said
 
 
@@ -139,6 +150,8 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Count which experts a text is routed to, and print the plan that gives each rank about as much to do."""
         require_timeout(timeout_s)
+        if extra < 0:
+            raise InputError(f"--extra must be at least 0, got {extra}")
         if out is not None and (Path(out).is_dir() or not Path(out).resolve().parent.is_dir()):
             raise InputError(f"--out {out}: give a file in a folder that exists")
         case = TextCase(model, how, text_tokens(model, text), length, dtype, device)

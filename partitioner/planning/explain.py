@@ -77,7 +77,7 @@ def sureness(cluster: Cluster, summary: Summary, *, tables: Mapping[str, bool]) 
     if missing:
         said.append(f"{', '.join(missing)}: speed of light, times a fixed share")
     if own := own_steps(cluster.weakest.fitted):
-        said.append(f"steps: this product's own, as measured on {kind}: {own}")
+        said.append(f"steps of up to {own.MOST_ROWS} rows in 16 bits: this product's own, as measured on {kind}: {own}")
     for dimension in cluster.dimensions:
         how = "NCCL tables of 2 to 8 GPUs" if dimension.fitted else "alpha and beta of its data sheet, not measured"
         said.append(f"{dimension.name}: {how}")

@@ -54,8 +54,9 @@ def exchange_json(
 
 
 class HostGather:
-    """Gathers what ranks say on their hosts, over the connections of the heartbeat.
+    """Gathers what ranks say on their hosts, over the connections of the heartbeat; rank 0 is among them.
 
+    It passes everything on, and may be through and gone while others still compare.
     A host that waits for its device can only be ended, and never learns whom the device waits for. One that waits here
     gives up when a rank is lost, or after `timeout_s`, with a DistError. What it means, the failure verdict says.
     """
@@ -81,7 +82,7 @@ class HostGather:
 
     def _say(self, topic: str, text: str, to: Sequence[int]) -> None:
         most = LONGEST - 1
-        for at in range(0, len(text), most):
+        for at in range(0, max(1, len(text)), most):
             piece = (".", "+")[len(text) > at + most] + text[at : at + most]
             self._heartbeat.tell(f"{topic} from {self._heartbeat.rank} {at}", piece, to=to)
 
@@ -95,7 +96,9 @@ class HostGather:
     def _piece(self, kind: str, rank: int) -> str:
         heartbeat, deadline, pause_s = self._heartbeat, time.monotonic() + self._timeout_s, 0.0002
         while (piece := heartbeat.taken(kind)) is None:
-            if not heartbeat.is_well:
+            if not heartbeat.is_well or rank in heartbeat.known("left"):
+                if (piece := heartbeat.taken(kind)) is not None:  # its last word
+                    return piece
                 raise dist.DistNetworkError("connection lost")
             if time.monotonic() > deadline:
                 raise dist.DistNetworkError(f"timed out, waiting for {heartbeat.names([rank])}")

@@ -344,8 +344,8 @@ class GroupChannel(Channel):
 
     def _exchange(self, call: Call, peer: int) -> bytes:
         """What `peer` says at the same time."""
-        if (on_host := self._group.on_host) is not None:
-            both = sorted((self.rank, peer))
+        both = sorted((self.rank, peer))
+        if (on_host := self._group.on_host) is not None and 0 in both:
             return on_host.gather(call.encode(), both)[both.index(peer)]
         sent = _bytes_tensor(call.encode()).to(self._state.device)
         if self._shared is not None:

@@ -132,7 +132,7 @@ class ProcessGroups(Communicator):
                     # NCCL connects at the first use: here, where a lost rank is noticed
                     dist.all_reduce(torch.zeros(1, device=device), group=group)
                     torch.cuda.synchronize(device)
-                    if heartbeat is not None:
+                    if heartbeat is not None and 0 in ranks:
                         self._on_host[ranks] = HostGather(heartbeat, ranks, timeout_s=timeout_s)
                 everyone = exchange_json(_host(), group=group, num_ranks=len(ranks), device=device)
                 self.hosts[named] = len(set(everyone))

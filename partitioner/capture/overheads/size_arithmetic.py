@@ -61,8 +61,11 @@ def _version_of_equal_sizes(node_class: Any, sizes_class: Any) -> str | None:
     """The name of what counts each time that sizes are found to be equal; None where this torch lacks it, or anything
     else that is looked at.
     """
-    sizes = sizes_class()
-    node = node_class(sympy.Integer(1), sizes, int, 1)
+    try:
+        sizes = sizes_class()
+        node = node_class(sympy.Integer(1), sizes, int, 1)
+    except TypeError:  # made in another way
+        return None
     if not (all(hasattr(node, name) for name in _OF_A_NODE) and hasattr(sizes, "_translation_validation_enabled")):
         return None
     # up to 2.12 all that torch itself remembers goes by the second one, which counts whatever else is found as well

@@ -37,7 +37,7 @@ def _columns(tokens: Sequence[int], positions: Sequence[int], device: torch.devi
 @functools.lru_cache(64)
 def _zeros(count: int) -> Tensor:
     """Which tokens are the last of so many single ones, on a CPU: no graph writes to its inputs."""
-    return torch.zeros(count, dtype=torch.int64)
+    return torch.zeros(count, dtype=torch.int64, device="cpu")
 
 
 def filled_up(piece: Piece, size: int) -> list[list[int]]:

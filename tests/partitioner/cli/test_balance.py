@@ -73,6 +73,19 @@ def counted(folder: str) -> dict[str, list[int]]:
     return {key: value.tolist() for key, value in routing.counts.items()}
 
 
+def test_every_rank_has_something_to_do() -> None:
+    plan, _ = balanced(Plan(ep=4), {"layer": [1, 1, 9]}, extra=0)
+    owners = dict(dict(plan.passes)["expert-parallel"])["owners"]
+    assert len(owners) == 4
+    assert all(owners)
+
+
+def test_a_plan_that_is_even_stays_as_it_is() -> None:
+    plan, said = balanced(Plan(ep=2), {"layer": [5, 5, 5, 5]}, extra=0)
+    assert plan == Plan(ep=2)
+    assert said.endswith("no gain, the plan is as it was")
+
+
 def test_the_plan_keeps_its_other_options_and_the_gain_is_that_of_layers() -> None:
     counts = {"a": [90, 10, 10, 10], "b": [50, 30, 10, 10]}
     plan, said = balanced(
@@ -95,6 +108,8 @@ def test_the_plan_keeps_its_other_options_and_the_gain_is_that_of_layers() -> No
         (["{folder}", "--text", "{text}"], "give --ep, at least 2"),
         (["{folder}", "--text", "{text}", "--ep", "2", "--length", "0"], "--length must be at least 1, got 0"),
         (["{folder}", "--text", "{text}", "--ep", "2", "-o", "/nowhere/plan"], "give a file in a folder that exists"),
+        (["{folder}", "--text", "{text}", "--ep", "2", "--extra", "-1"], "--extra must be at least 0, got -1"),
+        (["{folder}", "--text", "{text}", "--plan", "ep=2,expert-parallel.capacity=1.0"], "measure without it"),
     ],
 )
 def test_what_is_asked_wrongly_is_one_line(
@@ -114,4 +129,4 @@ def test_a_model_without_experts_is_refused(embedded_folder: Path, tmp_path: Pat
     (tmp_path / "text").write_text(TEXT)
     code, _, said = run(str(embedded_folder), "--text", str(tmp_path / "text"), "--ep", "2", "--timeout", "200")
     assert code != 0
-    assert "expert" in said
+    assert "ep=2 divides routed experts, and LlamaForCausalLM has none" in said

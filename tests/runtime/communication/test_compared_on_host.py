@@ -133,3 +133,25 @@ def test_a_rank_that_fails_is_named_at_once(waits: int, meet: Meet) -> None:
     with pytest.raises(RankLost, match=f"rank {1 - waits} failed: ValueError: its own"):
         channels(heartbeats)[waits].prepare("all_reduce")(torch.ones(4))
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("waits", [0, 1])
+def test_a_rank_that_left_is_not_waited_for(waits: int, meet: Meet) -> None:
+    heartbeats = meet(2)
+    heartbeats[1 - waits].close()
+    start = time.monotonic()
+    with pytest.raises(RankLost, match="left" if waits == 0 else "lost|left"):
+        channels(heartbeats)[waits].prepare("all_reduce")(torch.ones(4))
+    assert time.monotonic() - start < 10
+
+
+def test_the_last_word_of_a_rank_that_left_is_heard(meet: Meet) -> None:
+    heartbeats = meet(2)
+    ranks = [HostGather(each, range(2), timeout_s=20) for each in heartbeats]
+
+    def first() -> list[bytes]:
+        said = ranks[0].gather(b"a")
+        heartbeats[0].close()
+        return said
+
+    assert together([first, partial(ranks[1].gather, b"b")]) == [[b"a", b"b"]] * 2

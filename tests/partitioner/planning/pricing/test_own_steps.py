@@ -54,6 +54,15 @@ def test_steps_of_few_rows_stream_their_weights() -> None:
     )
 
 
+def test_caches_are_read_no_slower_than_the_tables_say() -> None:
+    """What was measured behind short caches is a kernel's start as well."""
+    slow = OwnSteps(1.0, Grid(((0.0,),), [0.8]), attention=1e-6)
+    found, tables = (price(own).decode for own in (slow, False))
+    assert found is not None
+    assert tables is not None
+    assert found.memory < 2 * (tables.memory + tables.waiting)
+
+
 def test_many_rows_and_wide_numbers_are_priced_by_the_tables() -> None:
     assert price(SLOW, rows=65).tpot_s == price(False, rows=65).tpot_s
     assert price(SLOW, rows=64).tpot_s != price(False, rows=64).tpot_s
