@@ -105,6 +105,9 @@ class FailureVerdict:
             # of the others nothing is known, whoever is in the group: it all comes through rank 0
             silent, stopped = [0], {0}
         at = heartbeat.known("at")
+        here = _without_rank(str(call))
+        elsewhere_or_lost = [rank for rank in silent if rank in stopped or _without_rank(at.get(rank, "")) != here]
+        silent = elsewhere_or_lost or silent  # who is here as well waits too, and has merely not said so
         seen = "".join(f"\n  last checked there: {at[rank]}" for rank in silent if at.get(rank))
         if not silent and (elsewhere := self._stopped([r for r in range(heartbeat.num_ranks) if r != self._rank])):
             silent = sorted(elsewhere)  # of two stages that wait, each may wait because of a third
@@ -124,6 +127,11 @@ class FailureVerdict:
         named = [rank for rank in silent if rank in stopped] or silent
         within = f"within {self._timeout_s:g} s"
         return "lost", f"{names(named)} did not answer {within}; {how}{seen}{detail}"
+
+
+def _without_rank(call: str) -> str:
+    """What is to be done, as in "rank 3: node 'n', all_reduce ..", without who does it."""
+    return call.partition(": ")[2]
 
 
 def is_broken(error: RuntimeError) -> bool:

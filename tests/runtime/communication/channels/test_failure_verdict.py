@@ -75,6 +75,16 @@ def test_a_rank_0_that_is_late_by_a_beat_or_two_is_not_blamed() -> None:
     assert found.startswith("rank 2 of replica 1 (stage 1) did not say why")
 
 
+def test_who_waits_at_the_same_call_is_not_blamed() -> None:
+    """Ranks came at different times, so that some have not given up yet."""
+    at = {2: "rank 2: a node", 3: "rank 3: the node before"}
+    found = str(concluded(Known(0, told={"at": at}), (0, 2, 3), TIMED_OUT))
+    assert found.startswith("rank 3 of replica 1 (stage 1) did not answer within 8 s; its process is alive")
+    assert "last checked there: rank 3: the node before" in found
+    unknown = str(concluded(Known(0, told={"at": {2: "rank 2: a node"}}), (0, 2), TIMED_OUT))
+    assert unknown.startswith("rank 2 of replica 1 (stage 1) did not answer")
+
+
 def test_what_is_known_comes_before_silence() -> None:
     gone = Known(3, silent={0: 9.0}, told={"lost": {1: "lost: its process ended"}})
     assert str(concluded(gone, (2, 3), CLOSED)).startswith("rank 1 of replica 1 (stage 0) lost: its process ended")
