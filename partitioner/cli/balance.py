@@ -53,10 +53,7 @@ class TextCase(Job):
             raise InputError("experts are balanced over the ranks of ep, of which there is one: give --ep, at least 2")
         if self.length < 1:
             raise InputError(f"--length must be at least 1, got {self.length}")
-        if any(
-            isinstance(chosen, tuple) and chosen[0] == PASS and "capacity" in dict(chosen[1])
-            for chosen in self.plan.passes
-        ):
+        if "capacity" in _options(self.plan)[0]:
             raise InputError(
                 f"{PASS}.capacity leaves out what full experts refuse, so that the hottest ones would not be counted: "
                 "measure without it, and add it to the plan that is printed"
@@ -112,13 +109,7 @@ def measured(case: TextCase, *, timeout_s: float) -> dict[str, list[int]]:
 def balanced(plan: Plan, counts: Counts, *, extra: int) -> tuple[Plan, str]:
     """`plan` with the owners that `counts` and `extra` copies give, its other options as they are; and the gain."""
     num_experts = len(next(iter(counts.values())))
-    options: dict[str, Any] = {}
-    others: list[Any] = []
-    for chosen in plan.passes:  # as a plan holds them that was read
-        if isinstance(chosen, tuple) and chosen[0] == PASS:
-            options = dict(chosen[1])
-        elif chosen != PASS:
-            others.append(chosen)
+    options, others = _options(plan)
     before = options.get("owners") or deal(num_experts, plan.ep)
     extra = max(extra, plan.ep - num_experts)  # every rank has something to do
     owners = balance([sum(layer) for layer in zip(*counts.values(), strict=True)], plan.ep, extra)
@@ -131,6 +122,18 @@ def balanced(plan: Plan, counts: Counts, *, extra: int) -> tuple[Plan, str]:
     if statistics.fmean(then) >= statistics.fmean(now):
         return plan, f"{said}: no gain, the plan is as it was"
     return replace(plan, passes=(*others, (PASS, {**options, "owners": owners}))), said
+
+
+def _options(plan: Plan) -> tuple[dict[str, Any], list[Any]]:
+    """Those of the pass, and the plan's other passes."""
+    options: dict[str, Any] = {}
+    others: list[Any] = []
+    for chosen in plan.passes:  # as a plan holds them that was read
+        if isinstance(chosen, tuple) and chosen[0] == PASS:
+            options = dict(chosen[1])
+        elif chosen != PASS:
+            others.append(chosen)
+    return options, others
 
 
 def register(app: typer.Typer) -> None:

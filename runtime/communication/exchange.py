@@ -54,9 +54,10 @@ def exchange_json(
 
 
 class HostGather:
-    """Gathers what ranks say on their hosts, over the connections of the heartbeat; rank 0 is among them.
+    """Gathers what ranks say on their hosts, over the connections of the heartbeat.
 
-    It passes everything on, and may be through and gone while others still compare.
+    Rank 0, which passes everything on, must be one of them: it may be through, and gone, while others still compare.
+
     A host that waits for its device can only be ended, and never learns whom the device waits for. One that waits here
     gives up when a rank is lost, or after `timeout_s`, with a DistError. What it means, the failure verdict says.
     """
@@ -95,16 +96,16 @@ class HostGather:
 
     def _piece(self, kind: str, rank: int) -> str:
         heartbeat, deadline, pause_s = self._heartbeat, time.monotonic() + self._timeout_s, 0.0002
-        while (piece := heartbeat.taken(kind)) is None:
-            if not heartbeat.is_well or rank in heartbeat.known("left"):
-                if (piece := heartbeat.taken(kind)) is not None:  # its last word
-                    return piece
+        while True:
+            is_over = not heartbeat.is_well or rank in heartbeat.known("left")
+            if (piece := heartbeat.taken(kind)) is not None:  # looked for last: it may be the last word of a rank
+                return piece
+            if is_over:
                 raise dist.DistNetworkError("connection lost")
             if time.monotonic() > deadline:
                 raise dist.DistNetworkError(f"timed out, waiting for {heartbeat.names([rank])}")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _PAUSE_S)
-        return piece
 
 
 def shut_out_strangers(

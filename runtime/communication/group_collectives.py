@@ -39,7 +39,7 @@ class Group:
     coordinate: int
     is_nccl: bool
     on_host: HostGather | None = None
-    """What ranks with GPUs compare by; those without compare over the group itself, or over memory that they share."""
+    """What ranks with GPUs compare by, where rank 0 is among them; others do so over the group or shared memory."""
 
     @property
     def size(self) -> int:
