@@ -15,13 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads 
 os.environ["PARTITIONER_NO_CACHE"] = "1"  # no test is handed what a user, or another test, has compiled
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
-from partitioner.storage.example import EXAMPLE_MODEL
-from tests.support.traces import shared_traces
-
-torch.set_num_threads(1)  # several ranks share few cores
 gc.set_threshold(10_000, 10, 10)  # graphs are many small objects, and few of them are garbage
 
 # hundreds of processes are started: where this is set, each compiles all the code that it imports
@@ -37,6 +32,7 @@ settings.register_profile("full", deadline=None, max_examples=1000, suppress_hea
 settings.load_profile("partitioner")
 
 
+# torch is imported where tests run: the process that deals them out to others needs none of it
 _TRACES = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
 
@@ -44,7 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Several processes of one run leave their traces in one folder, which goes when the run ends."""
     if config.getoption("numprocesses", None):
         config.stash[_TRACES] = tempfile.TemporaryDirectory(prefix="traces-")
-    elif hasattr(config, "workerinput"):
+        return
+    import torch
+
+    torch.set_num_threads(1)  # several ranks share few cores
+    if hasattr(config, "workerinput"):
+        from tests.support.traces import shared_traces
+
         shared_traces.keep_in(Path(config.workerinput["traces"]))
 
 
@@ -67,14 +69,22 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """A test's fixtures and the test itself, with the traces that it may share."""
-    with shared_traces.sharing() if shared_traces.shares(item) else nullcontext():
+    """A test's fixtures and the test itself, with the traces that it may share, and copies of this process as ranks."""
+    from tests.support.processes import forked
+    from tests.support.traces import shared_traces
+
+    with (
+        shared_traces.sharing() if shared_traces.shares(item) else nullcontext(),
+        forked.forking() if forked.forks(item) else nullcontext(),
+    ):
         return (yield)
 
 
 @pytest.fixture(scope="session")
 def embedded_folder() -> Path:
     """Checkpoint folder of the small decoder that comes with the package."""
+    from partitioner.storage.example import EXAMPLE_MODEL
+
     return EXAMPLE_MODEL
 
 

@@ -8,7 +8,7 @@ import torch
 
 from partitioner.analysis.rules import RULES
 from partitioner.analysis.rules.notation import Notation
-from tests.support import typed
+from tests.support.processes import typed
 
 DOC = "extending/adding_a_rule.md"
 

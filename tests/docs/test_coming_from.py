@@ -7,7 +7,7 @@ import pytest
 import typer.main
 
 from partitioner.cli.app import app
-from tests.support import typed
+from tests.support.processes import typed
 
 PAGE = typed.text_of("coming_from.md")
 OF_PLANS = ("run", "serve", "verify", "report", "export", "schedule")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import typed
+from tests.support.processes import typed
 
 DOC = "loading.md"
 

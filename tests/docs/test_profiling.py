@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from partitioner.cli.app import app
-from tests.support import typed
+from tests.support.processes import typed
 
 DOC = "profiling.md"
 

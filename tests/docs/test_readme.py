@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import typed
+from tests.support.processes import typed
 
 README = (typed.ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import subprocess
-import sys
 from collections import Counter
 from typing import Any
 
@@ -29,6 +27,7 @@ from runtime.ops.expert_exchange import expert_return
 from runtime.ops.rows import collect_rows, scatter_rows
 from tests.support import generated
 from tests.support.partitioned import EXACT, error, sized, tokens, traced
+from tests.support.processes import forked
 
 EXAMPLES = int(os.environ.get("EXAMPLES", "1000"))
 VOCABULARY = 61
@@ -80,9 +79,9 @@ def test_processes_over_gloo_say_what_one_does(pytestconfig: pytest.Config) -> N
 
 
 def run_forked(pytestconfig: pytest.Config, *pairs: str) -> str:
-    command = [sys.executable, "-P", "-m", "tests.equivalence.ranks.forked_ranks", *pairs]
+    command = ["-m", "tests.equivalence.ranks.forked_ranks", *pairs]
     environment = {"PYTHONPATH": str(pytestconfig.rootpath), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900)
+    done = forked.run(command, env={**os.environ, **environment})
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

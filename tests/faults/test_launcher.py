@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 
 from partitioner.errors import InputError, RankLost
 from runtime.processes.launch import launch
+from tests.support.processes import forked
 
 MODULE = "tests.faults.lingering_rank"
 SLACK_S = 4.0
@@ -60,7 +60,7 @@ def started(command: list[str], *, ignored: signal.Signals | None = None, **opti
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN if number == ignored else signal.SIG_DFL)
 
-    return subprocess.Popen(command, text=True, preexec_fn=prepare, **options)
+    return forked.popen(command, text=True, preexec_fn=prepare, **options)
 
 
 def running(pid: int) -> bool:
@@ -110,6 +110,7 @@ def test_it_stops_the_others(
         assert "RankLost: rank 1 " in said
 
 
+@pytest.mark.interpreters
 @pytest.mark.parametrize("fault", ["refuse", pytest.param("refuse one", marks=pytest.mark.slow)])
 def test_what_ranks_refuse_is_told_once(fault: str, pids: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match=r"^no rank can do that$"):
@@ -137,7 +138,7 @@ def test_it_stops_all_at_the_deadline(pids: Path) -> None:
 )
 def test_ranks_do_not_outlive_it(number: signal.Signals, moment: str, pids: Path) -> None:
     code = f"from runtime.processes.launch import launch; launch([{MODULE!r}, {moment!r}, {str(pids)!r}], num_ranks=2)"
-    launcher = started([sys.executable, "-P", "-c", code], stderr=subprocess.PIPE)
+    launcher = started(["-c", code], stderr=subprocess.PIPE)
     try:
         ready = {"early": lambda: len(list(pids.iterdir())) == 2, "linger": lambda: (pids / "ready").exists()}[moment]
         wait_for(ready, "the ranks did not begin")
@@ -157,7 +158,7 @@ def test_ranks_do_not_outlive_it(number: signal.Signals, moment: str, pids: Path
 
 def test_what_it_was_started_to_ignore_ends_nothing(pids: Path) -> None:
     code = f"from runtime.processes.launch import launch; launch([{MODULE!r}, 'early', {str(pids)!r}], num_ranks=2)"
-    launcher = started([sys.executable, "-P", "-c", code], ignored=signal.SIGHUP, stderr=subprocess.PIPE)
+    launcher = started(["-c", code], ignored=signal.SIGHUP, stderr=subprocess.PIPE)
     try:
         wait_for(lambda: len(list(pids.iterdir())) == 2, "the ranks did not begin")
         launcher.send_signal(signal.SIGHUP)
@@ -175,7 +176,7 @@ def test_what_it_was_started_to_ignore_ends_nothing(pids: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_the_command_line_leaves_nothing(number: signal.Signals, pids: Path) -> None:
-    command = [sys.executable, "-P", "-m", "partitioner", "run", "--prompt", "def f", "--tp", "2"]
+    command = ["-m", "partitioner", "run", "--prompt", "def f", "--tp", "2"]
     run = started([*command, "--max-new-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
@@ -201,7 +202,7 @@ def test_the_command_line_leaves_nothing(number: signal.Signals, pids: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_command_line_says_which_rank_was_killed(victim: int, pids: Path) -> None:
-    command = [sys.executable, "-P", "-m", "partitioner", "run", "--prompt", "def f", "--tp", "2"]
+    command = ["-m", "partitioner", "run", "--prompt", "def f", "--tp", "2"]
     run = started([*command, "--max-new-tokens", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert run.stdout is not None

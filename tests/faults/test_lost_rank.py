@@ -14,7 +14,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 import pytest
 
 from tests.faults.faulty_rank import Case, Outcome
+from tests.support.processes import forked
 
 pytestmark = pytest.mark.processes
 
@@ -75,8 +75,8 @@ class Ranks:
         self.temporary = scratch / "temporary"
         self.temporary.mkdir()
         environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tests.faults.faulty_rank"],
+        self._process = forked.popen(
+            ["-m", "tests.faults.faulty_rank"],
             env={**os.environ, **environment, "TMPDIR": str(self.temporary)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

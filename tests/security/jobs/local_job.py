@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.security.jobs.doors import Listening, listening
+from tests.support.processes import forked
 
 GARBAGE = [b"", b"\n", b"[" * 60_000 + b"\n", b"\0" * 8, b"\1" + b"\0" * 7 + b"x" * 1000, b"HELLO 1 2 3\n", b"x" * 300]
 """What a stranger may send; `test_strangers.py` has more of it."""
@@ -67,8 +67,8 @@ class Job:
 def started(module: str, sharing: str, folder: Path, root: Path) -> Iterator[Job]:
     """`python -P -m MODULE SHARING FOLDER` on two ranks."""
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-c", CODE.format(module=module, sharing=sharing, folder=str(folder))]
-    process = subprocess.Popen(
+    command = ["-c", CODE.format(module=module, sharing=sharing, folder=str(folder))]
+    process = forked.popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
