@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from partitioner import CacheSize, Plan, partition
+from partitioner import CacheSize, Parts, Plan, partition
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Workload
@@ -111,14 +111,20 @@ def model_of(kind: str, fields: dict[str, Any], device: torch.device) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def measure(kind: str, tokens: int, batch: int, device: str = "cpu") -> Peak:
+def predict(kind: str, tokens: int, batch: int, device: str = "cpu") -> tuple[Parts, float]:
+    """The model on one rank, and bytes."""
     torch.manual_seed(0)
     where = torch.device(device)
     parts = partition(model_of(kind, MODELS[kind], where), Plan())
     assert parts.traced is not None
     summary = summarize_program(parts.traced)
     pricer = Pricer(summary, Cluster.parse("CPU" if where.type == "cpu" else "H200"))
-    predicted = pricer.memory(Plan(), Workload(tokens, 1, batch), (summary.num_layers,)).activations
+    return parts, pricer.memory(Plan(), Workload(tokens, 1, batch), (summary.num_layers,)).activations
+
+
+def measure(kind: str, tokens: int, batch: int, device: str = "cpu") -> Peak:
+    where = torch.device(device)
+    parts, predicted = predict(kind, tokens, batch, device)
     engine = Engine(
         parts.rank(0),
         ThreadGroup(parts.mesh).communicator(0),
