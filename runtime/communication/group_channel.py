@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -114,9 +114,7 @@ class GroupChannel(Channel):
                     raise Disconnected(f"connection lost: {cause}")
                 return run(x)
             except RuntimeError as error:
-                if not is_broken(error):
-                    raise
-                raise state.verdict.conclude(call.on(x), ranks, error) from error
+                self._raise(error, call.on(x), ranks)
 
         def scatter(x: Tensor) -> Tensor:
             piece_sizes(x, options["dim"], options.get("sizes"), self)
@@ -274,17 +272,25 @@ class GroupChannel(Channel):
     def persistent_permute(self, x: Tensor, shift: int) -> PersistentPermute:
         if self._shared is None:
             return super().persistent_permute(x, shift)
-        call = Call(self.rank, self.node, "permute", axes_text(self.axes), {"shift": shift})
-        bare, gather = self._shared.messages.persistent_permute(call, x, shift=shift), self._comparison()
-        own, ranks = call.on(x), self.ranks
+        own = Call(self.rank, self.node, "permute", axes_text(self.axes), {"shift": shift}).on(x)
+        bare, gather = self._shared.messages.persistent_permute(own, x, shift=shift), self._comparison()
 
-        def compare(own: Call) -> None:
-            self._compare(own, gather)
+        # as `_guarded`, written out; nothing watches the ranks that share memory of the host
+        def begin() -> None:
+            try:
+                if self._state.checking:
+                    self._compare(own, gather)
+                bare.begin()
+            except RuntimeError as error:
+                self._raise(error, own, self.ranks)
 
-        return PersistentPermute(
-            functools.partial(self._guarded, own, ranks, compare, bare.begin),
-            functools.partial(self._guarded, own, ranks, _nothing_to_compare, bare.finish),
-        )
+        def finish() -> Tensor:
+            try:
+                return bare.finish()
+            except RuntimeError as error:
+                self._raise(error, own, self.ranks)
+
+        return PersistentPermute(begin, finish)
 
     def _between_two(self, call: Call, kind: Kind, options: dict[str, Any]) -> Callable[..., Handle]:
         assert call.peer is not None
@@ -327,9 +333,13 @@ class GroupChannel(Channel):
                 raise Disconnected(f"connection lost: {cause}")
             return run()
         except RuntimeError as error:
-            if not is_broken(error):
-                raise
-            raise state.verdict.conclude(call if isinstance(call, Call) else call(), ranks, error) from error
+            self._raise(error, call, ranks)
+
+    def _raise(self, error: RuntimeError, call: Call | Callable[[], Call], ranks: tuple[int, ...]) -> NoReturn:
+        """Raises `error`, or who caused it where that is others."""
+        if not is_broken(error):
+            raise error
+        raise self._state.verdict.conclude(call if isinstance(call, Call) else call(), ranks, error) from error
 
     def _compared(self, call: Call | Callable[[], Call], run: Callable[[], Any]) -> Any:
         """`run` of all ranks of the group; what they compare by is made in checked runs only."""

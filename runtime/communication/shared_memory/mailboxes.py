@@ -124,19 +124,38 @@ class Mailboxes:
         to, from_ = (self._own + shift) % size, (self._own - shift) % size
         if to == self._own:
             return PersistentPermute.of(Handle.done, x)
-        kind, place, whole = _kind("permute", x.dtype), x.data_ptr(), (1, x.nbytes, x.nbytes)
+        kind, whole = _kind("permute", x.dtype), (1, x.nbytes, x.nbytes)
         outs = [torch.empty_like(x) for _ in range(2)]
         places = [_Awaited(from_, out.data_ptr(), whole, kind, call, out) for out in outs]
-        turn = 0
+        queue, turn = self._awaited[from_], 0
+        given = self._post, to, x.data_ptr(), *whole, kind, self._start, 0
+        wanted = [(self._post, from_, each.out, *whole, kind, PATIENCE_NS, self._brought) for each in places]
+        send, take = self._library.post_send, self._library.post_take
 
+        # what nearly always happens is written out: nobody is full, nothing else comes before, and it agrees
         def begin() -> None:
-            self._send(call, kind, to, place, whole)
+            was_broken, self._is_broken = self._is_broken, True
+            status = BROKEN if was_broken else send(*given)
+            if status == DONE:
+                self._is_broken = False
+            else:
+                self._sent(call, kind, to, x.data_ptr(), whole, status)
             self._await(places[turn])
 
         def finish() -> Tensor:
             nonlocal turn
-            self._take(awaited := places[turn])
-            turn = 1 - turn
+            awaited, arguments, turn = places[turn], wanted[turn], 1 - turn
+            if self._is_broken or not queue or queue[0] is not awaited:
+                self._take(awaited)
+                return awaited.keep
+            self._is_broken = True
+            status = take(*arguments)
+            if status == DONE:
+                queue.popleft()
+                self._is_broken = False
+            else:
+                self._taken_first(queue, status)
+                self._take(awaited)
             return awaited.keep
 
         return PersistentPermute(begin, finish)
@@ -211,11 +230,15 @@ class Mailboxes:
 
     def _send(self, call: Call, kind: int, to: int, x: int, size: tuple[int, int, int]) -> None:
         was_broken, self._is_broken = self._is_broken, True
-        send, post, start = self._library.post_send, self._post, self._start
-        status = BROKEN if was_broken else send(post, to, x, *size, kind, start, 0)
-        if status == DONE:  # as nearly always
+        status = BROKEN if was_broken else self._library.post_send(self._post, to, x, *size, kind, self._start, 0)
+        if status == DONE:
             self._is_broken = False
-            return
+        else:
+            self._sent(call, kind, to, x, size, status)
+
+    def _sent(self, call: Call, kind: int, to: int, x: int, size: tuple[int, int, int], status: int) -> None:
+        """Goes on with a send that has not been done at once."""
+        send, post, start = self._library.post_send, self._post, self._start
         full = functools.partial(self._library.post_num_untaken, post, to)
         status = self._patience.see_through(
             status,
@@ -258,14 +281,22 @@ class Mailboxes:
             raise awaited.mismatch
 
     def _take_first(self, queue: deque[_Awaited]) -> None:
-        first, library, post = queue[0], self._library, self._post
-        sender, take, wanted = first.sender, library.post_take, (first.out, *first.size, first.kind)
         was_broken, self._is_broken = self._is_broken, True
-        status = BROKEN if was_broken else take(post, sender, *wanted, PATIENCE_NS, self._brought)
+        self._taken_first(queue, BROKEN if was_broken else self._take_within(queue[0], PATIENCE_NS))
+
+    def _take_within(self, first: _Awaited, patience_ns: int) -> int:
+        wanted = first.out, *first.size, first.kind, patience_ns, self._brought
+        found: int = self._library.post_take(self._post, first.sender, *wanted)
+        return found
+
+    def _taken_first(self, queue: deque[_Awaited], status: int) -> None:
+        """Goes on with the first take of a queue from what has come of it so far."""
+        first, library, post = queue[0], self._library, self._post
+        sender = first.sender
         if status != DONE:
             status = self._patience.see_through(
                 status,
-                lambda patience_ns: take(post, sender, *wanted, patience_ns, self._brought),
+                functools.partial(self._take_within, first),
                 lambda: [] if library.post_has_come(post, sender) else [sender],
             )
         queue.popleft()

@@ -11,7 +11,7 @@ every token at once, messages carry values only, and all leave behind the slot i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from runtime.generation.generation_request import Step
 from runtime.generation.staged.part import Part
 from runtime.generation.staged.said import Said
 from runtime.pipeline.message import Message, MessageReader, MessageWriter
-from runtime.pipeline.schedule import Head, Run, Shift, in_slot
+from runtime.pipeline.schedule import Action, Head, Run, Shift, in_slot
 
 __all__ = ["Ring"]
 
@@ -48,7 +48,7 @@ class Ring:
         self.slot = 0
         every = range(self.count + len(groups))  # from then on they come again
         shares = part.shares_head
-        self._actions = [in_slot(self.stage, self.count, len(groups), slot, shares_head=shares) for slot in every]
+        self._slots = [_flat(in_slot(self.stage, self.count, len(groups), slot, shares_head=shares)) for slot in every]
         self._writer = MessageWriter(length, self.most, part.device)
         self._reader = MessageReader(self.most, part.stage.receives if self.stage else (), scored=scored)
         self._permute = part.channel.persistent_permute(self._writer.packed, 1)
@@ -90,27 +90,21 @@ class Ring:
         """One slot. runs: whether a group's step is computed, or only what is known already is told."""
         message = _NOTHING
         again = self.count + (self.slot - self.count) % len(self.groups)
-        for action in self._actions[min(self.slot, again)]:
-            match action:
-                case Run(group):
-                    message = self._turn(group, runs=runs)
-                case Shift(own, takes):
-                    self._shift(message)
-                    if own is not None and self.chosen is not None:  # while the others have their message already
-                        self._learn(own, self.chosen)
-                        self.chosen = None
-                    packed = self._permute.finish()
-                    if takes is not None:
-                        self._take(takes, packed)
-                case Head(group):
-                    self._choose(group)
-        self.slot += 1
-
-    def _shift(self, message: Message) -> None:
-        """Begins to hand on `message`."""
+        runs_group, own, takes, head = self._slots[min(self.slot, again)]
+        if runs_group is not None:
+            message = self._turn(runs_group, runs=runs)
         self._writer.write(*message)
         self.part.communicator.begin_run(new_shapes=self.slot == 0)
         self._permute.begin()
+        if own is not None and self.chosen is not None:  # while the others have their message already
+            self.said.learn(own, self.chosen.tokens, self.chosen.logprobs)
+            self.chosen = None
+        packed = self._permute.finish()
+        if takes is not None:
+            self._take(takes, packed)
+        if head is not None:
+            self._choose(head)
+        self.slot += 1
 
     def _turn(self, number: int, *, runs: bool) -> Message:
         """What this stage has to say of a group: its tokens, and what the stage hands on."""
@@ -145,8 +139,17 @@ class Ring:
             self.received[number] = message.values
         if message.step == group.step + 1:
             self.latest[number] = message._replace(values=())
-            self._learn(number, message)
+            self.said.learn(number, message.tokens, message.logprobs)
             self.last_chosen = max(self.last_chosen, self.slot - self._delay(self.stage))
 
-    def _learn(self, number: int, told: Message) -> None:
-        self.said.learn(number, told.tokens, told.logprobs)
+
+def _flat(actions: Sequence[Action]) -> tuple[int | None, int | None, int | None, int | None]:
+    """What one stage does in one slot, which has one order: the group that it runs; that which it hands on and that
+    which it takes in the shift; the one that all choose for behind it.
+    """
+    order = [(Run, Shift, Head).index(type(each)) for each in actions]
+    assert order == sorted(order)
+    runs = next((each.piece for each in actions if isinstance(each, Run)), None)
+    shift = next(each for each in actions if isinstance(each, Shift))
+    head = next((each.piece for each in actions if isinstance(each, Head)), None)
+    return runs, shift.piece, shift.takes, head

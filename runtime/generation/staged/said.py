@@ -25,9 +25,13 @@ class Said:
     @property
     def has_next(self) -> bool:
         """Whether every group has been given its next token, or has ended before, and some have not."""
-        number = self._yielded
-        through = [len(steps) > number or group.is_over for group, steps in zip(self.groups, self._steps, strict=True)]
-        return all(through) and any(len(steps) > number for steps in self._steps)
+        found = False
+        for group, steps in zip(self.groups, self._steps, strict=True):
+            if len(steps) > self._yielded:
+                found = True
+            elif not group.is_over:
+                return False
+        return found
 
     @property
     def is_over(self) -> bool:
