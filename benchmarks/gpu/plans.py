@@ -2,20 +2,24 @@
 
     predicted   `Pricer` over the tables of the cluster, with the speed that this product's steps reach of them
                 (`benchmarks/planning/own_steps.py`); nothing is fitted on what is printed here
-    measured    seconds between two tokens of greedy generation, (new tokens - first token) / (new - 1), and to the
-                first tokens of all requests: of the rank that takes longest, the median of the rounds; steps are
-                captured
+    measured    seconds between two tokens of greedy generation, as its stream yields them from the `SETTLED`th one to
+                the last, and to the first tokens of all requests: of the rank that takes longest, the median of the
+                rounds; steps and prompts are captured
+    longest     from one of these tokens to the next, over the mean: far above 1, something else was in a round
     regret      how much longer a step of the plan with the shortest predicted one takes than the shortest measured one
     tau         Kendall's, of all plans of a model in the order of their steps
 
-Four shapes in bfloat16 with few of their layers, whose weights are drawn on the devices: Llama 3.1 8B and 70B, Qwen3
-32B and Qwen3 30B-A3B (128 experts). Two ranks run the plans of `CASES`; for more, plans are taken from the first to the
-last of the ranking, or named. A case is printed when it is done, and one that fails is told.
+Shapes in bfloat16 with few of their layers, whose weights are drawn on the devices: those of `CASES` are Llama 3.1 8B
+and 70B, Qwen3 32B and Qwen3 30B-A3B (128 experts); `--models` may name those of `FITTED`, on which prices are fitted.
+Two ranks run the plans of their shape; for more, plans are taken from the first to the last of the ranking, or named. A
+case is printed when it is done, and one that fails is told. Nothing is captured, compiled or compared for the first
+time in what is timed: each case runs `WARM_UPS` times before, and captures in its rounds are told.
 
     python -m benchmarks.gpu.plans --ranks 2                               18 cases, two or three minutes
     python -m benchmarks.gpu.plans --ranks 2 --models "llama 8b" --batch 16 1
     python -m benchmarks.gpu.plans --ranks 8 --cluster 8xH200 --plans 12
     python -m benchmarks.gpu.plans --ranks 8 --plan tp=8 tp=4,pp=2 dp=2,tp=4
+    python -m benchmarks.gpu.plans --ranks 1 --models dense half large --batch 32 8 1
     python -m benchmarks.gpu.plans --ranks 2 --device cpu --small --rounds 1
 
 --cluster: whose tables predict; without it, so many of the GPU that is there, or what `cluster detect` measures where
@@ -29,20 +33,22 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads this once
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from benchmarks.gpu.pipeline import alone, drawn_ids
-from benchmarks.support.decoders import SHAPES, DrawnWeights
+from benchmarks.support.decoders import DrawnWeights
 from benchmarks.support.several import DeviceTurns, device_of_rank, options, sharing, start, synchronize
+from benchmarks.support.step_shapes import CASES, FITTED, ONE, Shape, model_of
 from partitioner import Plan
 from partitioner.compile.partition import compile_program, trace
 from partitioner.errors import InputError, PartitionerError
@@ -54,43 +60,21 @@ from partitioner.planning.search import plans
 from partitioner.planning.summary import Summary, summarize_program
 from runtime.engine import Engine
 
-ONE = "tp=1"
-"""All of a model on each GPU, beside the plans: no choice among them."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """layers: that are run of the published ones. plans: of two ranks."""
-
-    kind: str
-    fields: Mapping[str, int]
-    layers: int
-    plans: Sequence[str]
-
-
-CASES = {
-    "llama 8b": Shape("llama", SHAPES["8b"], 12, (ONE, "tp=2", "pp=2", "dp=2", "sp=2")),
-    "qwen3 32b": Shape("qwen3", {
-        "hidden_size": 5120, "intermediate_size": 25600, "num_attention_heads": 64, "num_key_value_heads": 8,
-        "head_dim": 128, "vocab_size": 151936,
-    }, 6, (ONE, "tp=2", "pp=2", "dp=2")),
-    "qwen3 30b-a3b": Shape("qwen3_moe", {
-        "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
-        "num_experts_per_tok": 8, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
-        "vocab_size": 151936, "decoder_sparse_step": 1,
-    }, 6, (ONE, "tp=2,ep=2", "tp=2", "dp=2,ep=2", "dp=2")),
-    "llama 70b": Shape("llama", SHAPES["70b"], 4, (ONE, "tp=2", "pp=2", "dp=2")),
-}  # fmt: skip
-SMALL = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_experts": 8, "vocab_size": 256,
-         "num_experts_per_tok": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}  # fmt: skip
+SHAPES = CASES | FITTED
+WARM_UPS = 3
+"""Generations before those that are timed: a prompt's first runs node by node, and its second is captured."""
+SETTLED = 8
+"""Tokens of a generation before those that steps are timed between."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Seconds to the first token of a batch, and of a step."""
+    """Seconds to the first tokens of all requests, and of a step. longest: step, over the mean. captures: in rounds."""
 
     first: float
     step: float
+    longest: float
+    captures: int
 
 
 def workloads_of(given: argparse.Namespace) -> list[Workload]:
@@ -102,20 +86,12 @@ def workloads_of(given: argparse.Namespace) -> list[Workload]:
     ]
 
 
-def model_of(shape: Shape, given: argparse.Namespace, device: torch.device) -> Any:
-    """On the meta device."""
-    fields = {**shape.fields, "num_hidden_layers": given.layers or shape.layers}
-    if given.small:
-        fields |= {name: value for name, value in SMALL.items() if name in fields or name == "head_dim"}
-        fields["num_hidden_layers"] = given.layers or 2
+def drawn_model(shape: Shape, given: argparse.Namespace, device: torch.device) -> Any:
     workload = workloads_of(given)[0]
-    config = CONFIG_MAPPING[shape.kind](
-        **fields, max_position_embeddings=workload.prompt + workload.new, rope_theta=500000.0,
-        attn_implementation="sdpa", eos_token_id=None, tie_word_embeddings=False,
+    return model_of(
+        shape, workload.prompt + workload.new, layers=given.layers, small=given.small,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
     )  # fmt: skip
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def cluster_of(given: argparse.Namespace) -> Cluster:
@@ -135,8 +111,8 @@ def chosen(shape: Shape, given: argparse.Namespace, summary: Summary, cluster: C
     """Plans, by their text."""
     if given.plan:
         return tuple(given.plan)
-    if given.ranks == 2:
-        return shape.plans
+    if given.ranks <= 2:
+        return [plan for plan in shape.plans if plan == ONE or given.ranks == 2]
     workload, pricer = workloads_of(given)[0], Pricer(summary, cluster)
     wanted = [plan for plan in plans(summary, cluster, workload) if plan.mesh.world_size == given.ranks]
     prices = [pricer.price(plan, workload) for plan in wanted]
@@ -153,20 +129,41 @@ def price_of(summary: Summary, cluster: Cluster, plan: str, workload: Workload) 
     return Pricer(summary, within).price(Plan.parse(plan), workload)
 
 
-def measured(engine: Engine, ids: Tensor, turns: DeviceTurns, new: int, rounds: int) -> Found:
-    """Of the rank that takes longest."""
+def measured(engine: Engine, plan: Plan, ids: Tensor, turns: DeviceTurns, new: int, rounds: int) -> Found:
+    """Of the rank that takes longest. ids: of all requests; a replica is timed with its own."""
+    replica = int(os.environ["RANK"]) // plan.replica_mesh.world_size if plan.replicas > 1 else 0
+    mine, settled = ids.tensor_split(plan.replicas)[replica], min(SETTLED, new - 2)
 
-    def took(count: int) -> float:
+    def run() -> tuple[float, float, float]:
+        request = engine.request(mine, max_new_tokens=new, eos_token_id=[], do_sample=False)
         turns.meet()
         began = time.perf_counter()
-        engine.generate(ids, max_new_tokens=count, eos_token_id=[], do_sample=False)
+        at = [time.perf_counter() for _ in engine.steps(request)]
         synchronize(turns.device)
-        return time.perf_counter() - began
+        between = [after - before for before, after in pairwise(at[settled - 1 :])]
+        return at[0] - began, statistics.fmean(between), max(between)
 
-    took(new)  # makes the cache, and captures
-    times = [turns.slowest([took(1), took(new)]) for _ in range(rounds)]
-    first, last = (statistics.median(each) for each in zip(*times, strict=True))
-    return Found(first, (last - first) / (new - 1))
+    for _ in range(WARM_UPS):
+        run()
+    with captures() as counted:
+        times = [turns.slowest(run()) for _ in range(rounds)]
+    (captured,) = turns.slowest([len(counted)])
+    first, step, longest = (statistics.median(each) for each in zip(*times, strict=True))
+    return Found(first, step, longest / step, round(captured))
+
+
+@contextmanager
+def captures() -> Iterator[list[None]]:
+    """One for each CUDA graph that this process captures in the block."""
+    counted: list[None] = []
+    capture = torch.cuda.graph.__enter__
+
+    def counting(graph: torch.cuda.graph) -> None:
+        counted.append(None)
+        capture(graph)
+
+    with patch.object(torch.cuda.graph, "__enter__", counting):
+        yield counted
 
 
 @torch.no_grad()
@@ -181,12 +178,12 @@ def rank(given: argparse.Namespace) -> None:
     say(f"{cluster.name}, prompts of {workloads[0].prompt}; ms of a step, and to the first tokens of all requests")
     say(
         f"{'model':14} {'plan':10} {'batch':>5} {'predicted':>9} {'measured':>9} {'off':>6} "
-        f"{'first':>9} {'measured':>9} {'off':>6}"
+        f"{'first':>9} {'measured':>9} {'off':>6} {'longest':>7}"
     )
     steps: dict[str, dict[str, tuple[float, float]]] = {}
     for name in given.models:
-        shape = CASES[name]
-        model = model_of(shape, given, device)
+        shape = SHAPES[name]
+        model = drawn_model(shape, given, device)
         traced, weights = trace(model), DrawnWeights(model, device)
         summary = summarize_program(traced)
         for plan in chosen(shape, given, summary, cluster):
@@ -200,10 +197,11 @@ def rank(given: argparse.Namespace) -> None:
                         say(f"left out: {name}, {plan}, {workload.batch} requests: {why}")
                         continue
                     ids = drawn_ids(workload.batch, workload.prompt, model.config.vocab_size, device)
-                    found = measured(engine, ids, turns, workload.new, given.rounds)
+                    found = measured(engine, Plan.parse(plan), ids, turns, workload.new, given.rounds)
                     steps.setdefault(f"{name}, {workload.batch}", {})[plan] = price.tpot_s, found.step
                     pairs = ((price.tpot_s, found.step), (price.ttft_s, found.first))
                     said = "".join(f" {a * 1e3:9.3f} {b * 1e3:9.3f} {a / b - 1:+6.1%}" for a, b in pairs)
+                    said += f" {found.longest:7.1f}" + f" {found.captures} captures!" * bool(found.captures)
                     say(f"{name:14} {plan:10} {workload.batch:5}{said}  {time.perf_counter() - began:4.0f} s")
                 release(engine, plan)
                 del engine
@@ -262,7 +260,7 @@ def within(steps: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
 
 def main() -> None:
     parser = options(__doc__, rounds=3)
-    parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(CASES))
     parser.add_argument("--layers", type=int, help="instead of those of `CASES`")
     parser.add_argument("--plans", type=int, default=12, help="how many, from the first of the ranking to the last")
     parser.add_argument("--plan", nargs="+", help="these instead")

@@ -27,10 +27,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from benchmarks.gpu.plans import CASES, model_of
 from benchmarks.planning.models import SHAPES, summary_of
+from benchmarks.support.step_shapes import CASES, FITTED, model_of
 from partitioner.compile.partition import trace
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.kernels import OWN_STEPS, Grid, OwnSteps
@@ -41,6 +40,7 @@ from partitioner.program.plan import Plan
 
 WHOLE, FEW_LAYERS, WITH_EXPERTS = "llama-3.1-8b", "llama 8b", "qwen3 30b-a3b"
 DEVICE = "H200"
+POSITIONS = 1076
 TURNS = 5
 MEASURED = Path(__file__).with_suffix(".csv")
 Shapes = Mapping[str, Summary]
@@ -95,8 +95,7 @@ def _shape(name: str, cache: Path) -> Summary:
         return summary_of(name, cache)
     kept = cache / f"{name}, few layers.pickle"
     if not kept.is_file():
-        given = argparse.Namespace(small=False, prompt=None, new=None, batch=None, layers=None)
-        model = model_of(CASES[name], given, torch.device("cuda"))
+        model = model_of((CASES | FITTED)[name], POSITIONS)
         kept.write_bytes(pickle.dumps(summarize_program(trace(model))))
     found: Summary = pickle.loads(kept.read_bytes())
     return found

@@ -35,7 +35,9 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Device:
-    """flops_per_s: of products, by dtype. reserved_bytes: what a model cannot have. fitted: its kernel tables."""
+    """flops_per_s: of products, by dtype. reserved_bytes: what a model cannot have. fitted: its kernel tables. fuses:
+    whether ops that go over memory one after the other are one kernel there, as this product's are on GPUs.
+    """
 
     name: str
     memory_bytes: int
@@ -44,6 +46,7 @@ class Device:
     flops_per_s: Mapping[str, float]
     fitted: str = ""
     source: str = ""
+    fuses: bool = True
 
     def __post_init__(self) -> None:
         numbers = [self.bytes_per_s, *self.flops_per_s.values(), float(self.memory_bytes - self.reserved_bytes)]
@@ -99,7 +102,8 @@ class Cluster:
         rates = {name: min(each.flops_per_s[name] for each in self.devices) for name in sorted(dtypes)}
         slow = min(self.devices, key=lambda each: each.bytes_per_s)
         names = " and ".join(dict.fromkeys(each.name for each in self.devices))
-        return Device(names, first.memory_bytes, first.reserved_bytes, slow.bytes_per_s, rates, slow.fitted, "")
+        return Device(names, first.memory_bytes, first.reserved_bytes, slow.bytes_per_s, rates, slow.fitted, "",
+                      all(each.fuses for each in self.devices))  # fmt: skip
 
     @property
     def is_mixed(self) -> bool:
@@ -216,6 +220,7 @@ def _device(told: Mapping[str, Any]) -> Device:
         {str(dtype): float(rate) * 1e12 for dtype, rate in fields["tflops"].items()},
         str(fields.get("fitted", "")),
         str(fields.get("source", "")),
+        bool(fields.get("fuses", True)),
     )
 
 
@@ -228,6 +233,7 @@ def _told(kind: Device) -> dict[str, Any]:
         "tflops": {dtype: round(rate / 1e12, 6) for dtype, rate in kind.flops_per_s.items()},
         **({"fitted": kind.fitted} if kind.fitted else {}),
         **({"source": kind.source} if kind.source else {}),
+        **({} if kind.fuses else {"fuses": False}),
     }
 
 

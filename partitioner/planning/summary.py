@@ -11,7 +11,6 @@ ranks: how far each dim could be split is known from it (`SplitClass`).
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ import sympy
 from torch import fx
 
 from partitioner.analysis.cost.expressions import EXPERTS, MET, PAST, ROUTED, Expressions, NodeExpression
+from partitioner.analysis.cost.live_results import Live, chain, fused_chain, live_results
 from partitioner.analysis.cost.products import LATENT
 from partitioner.compile.partition import compile_program, trace
 from partitioner.errors import PlanError
@@ -31,18 +31,7 @@ from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.experts import expert_dispatch, grouped_linear
 from runtime.ops.kernels.float8_rows import SCALE_BYTES, num_scales
 
-_ITEM = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-
 __all__ = ["Experts", "Part", "Summary", "summarize", "summarize_program"]
-
-
-@dataclass(frozen=True)
-class Live:
-    """A result: its bytes, the node that makes it and the last that reads it, by place in its part."""
-
-    bytes: Any
-    first: int
-    last: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +55,8 @@ class Part:
     kept: list[Kept] = field(default_factory=list)
     live: list[Live] = field(default_factory=list)
     """Of the entry "prefill"; a single token's results are small."""
+    live_fused: list[Live] = field(default_factory=list)
+    """The same where ops that go over memory one after the other are one kernel."""
     tied: Any = 0
     """Bytes of weights that a part before this one reads, too: on a stage of its own it has them again."""
 
@@ -214,7 +205,9 @@ class _Summarizing:
             state = node.kwargs.get("state")
             if isinstance(state, str):
                 kept += [self._kept(node, each) for key, each in self.program.states.items() if _is_of(key, state)]
-        return Part(name, costs, list(weights.items()), kept, self._live(nodes))
+        entry, known = self.entries["prefill"], self.costs["prefill"]
+        live, live_fused = (live_results(each, entry, known) for each in (chain(nodes), fused_chain(nodes)))
+        return Part(name, costs, list(weights.items()), kept, live, live_fused)
 
     def _held(self, weight: fx.Node, user: fx.Node) -> Any:
         known = self.program.weights[str(weight.target)]
@@ -235,43 +228,6 @@ class _Summarizing:
         float8 = size / state.dtype.itemsize * (width + SCALE_BYTES * num_scales(width)) / width
         return Kept(size, state.per_token, state.sees, float8)
 
-    def _live(self, nodes: list[fx.Node]) -> list[Live]:
-        """Results that hold memory of their own; a view prolongs the life of what it is a view of."""
-        owner: dict[fx.Node, fx.Node] = {}
-        last: dict[fx.Node, int] = {}
-        first: dict[fx.Node, int] = {}
-        size: dict[fx.Node, Any] = {}
-        scores: dict[int, Any] = {}
-        costs = self.costs["prefill"]
-        inside = set(nodes)
-        for i, node in enumerate(nodes):
-            for source in node.all_input_nodes:
-                if source.op in ("get_attr", "placeholder") or not node_values(source):
-                    continue
-                base = owner.setdefault(source, source)
-                if base not in size:  # comes from the part before
-                    size[base], first[base] = self.entries["prefill"].bytes(base), 0
-                last[base] = i
-            cost = costs.get(node)
-            is_view = cost is not None and cost.kind == "move" and cost.written == 0
-            sources = [n for n in node.all_input_nodes if n.op not in ("get_attr", "placeholder") and node_values(n)]
-            made = sources[0] if operation(node) is operator.getitem and sources else None
-            if made is not None and owner.get(made) is made:  # of several results each lives as long as it is read
-                size[made] = 0
-                owner[node], first[node], size[node] = node, first[made], self.entries["prefill"].bytes(node)
-            elif is_view and sources:
-                owner[node] = owner.get(sources[0], sources[0])
-            else:
-                owner[node], first[node], size[node] = node, i, self.entries["prefill"].bytes(node)
-            if cost is not None and cost.kind == "attention":
-                scores[i] = _scores(node, cost)
-            if any(user not in inside for user in node.users):
-                last[owner[node]] = len(nodes)
-            else:
-                last.setdefault(owner[node], i)
-        found = [Live(size[node], first[node], last.get(node, first[node])) for node in size]
-        return found + [Live(each, place, place) for place, each in scores.items() if each != 0]
-
     def _experts(self) -> Experts | None:
         for node in self.program.graph.nodes:
             if node.op == "call_function" and operation(node) is expert_dispatch:
@@ -287,17 +243,6 @@ class _Summarizing:
                 return int(value.shape[-1]) * value.dtype.itemsize
         (result,) = self.program.graph.output_node().all_input_nodes[:1]
         return int(node_values(result)[0].shape[-1]) * node_values(result)[0].dtype.itemsize
-
-
-def _scores(node: fx.Node, cost: NodeExpression) -> Any:
-    """Bytes inside an attention that no kernel computes piece by piece: one with a soft cap or sinks
-    (`runtime.ops.attention`), which has all scores at once, before and after a step, and of the cap once more.
-    """
-    a = arguments(node)
-    if a.get("softcap") is None and a.get("sinks") is None and not a.get("written_out"):
-        return 0
-    rows, heads, _, _, queries, keys, _ = cost.product
-    return (2 if a.get("softcap") is None else 3) * rows * heads * queries * keys * max(4, _ITEM[cost.dtype])
 
 
 def _is_of(key: str, state: str) -> bool:

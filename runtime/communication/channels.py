@@ -13,6 +13,7 @@
     all_to_all_begin(..)                         the same, under way
     all_to_all_within(x, num_rows, ..)           the same, with counts that only the device knows
     permute_begin(x, shift)                      x[...]          -> [...]             from coordinate - shift
+    persistent_permute(x, shift)                 the same again and again, of what stands in the same memory
     send_begin(x, to), receive_begin(shape, dtype, from_)                             to and from one coordinate
 
 Sizes are None where all are alike. Zero rows are sizes like others. `to`, `from_` are coordinates: places in `ranks`.
@@ -37,7 +38,16 @@ from torch import Tensor
 from partitioner.errors import CommunicationError
 from runtime.ops.communicating import Kind, axes_text
 
-__all__ = ["AloneChannel", "Channel", "Handle", "OwnRows", "piece_sizes", "require_counts", "require_piece"]
+__all__ = [
+    "AloneChannel",
+    "Channel",
+    "Handle",
+    "OwnRows",
+    "PersistentPermute",
+    "piece_sizes",
+    "require_counts",
+    "require_piece",
+]
 
 
 _MOST_PREPARED = 16
@@ -71,6 +81,24 @@ class Handle:
     @property
     def is_finished(self) -> bool:
         return self._finish is None
+
+
+@dataclass(frozen=True)
+class PersistentPermute:
+    """A permute of what stands in the same memory whenever it begins, as MPI's persistent communication (MPI 4.0, 3.9).
+
+    begin: hands on what stands there, which nobody may write to until the finish. finish: what has come, which stays
+    as it is until the finish after the next one. One is begun at a time.
+    """
+
+    begin: Callable[[], None]
+    finish: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, permute: Callable[[Tensor], Handle], x: Tensor) -> PersistentPermute:
+        """By one that makes what comes anew each time."""
+        under_way: list[Handle] = []
+        return cls(lambda: under_way.append(permute(x)), lambda: under_way.pop().finish())
 
 
 @dataclass(frozen=True)
@@ -194,6 +222,10 @@ class Channel(abc.ABC):
     def permute_begin(self, x: Tensor, shift: int) -> Handle:
         """All bring tensors of one shape; the rank at coordinate c gets that of coordinate (c - shift) mod size."""
         return self._ready("permute", shift=shift)(x)  # type: ignore[no-any-return]
+
+    def persistent_permute(self, x: Tensor, shift: int) -> PersistentPermute:
+        """The same for what is permuted often: `x` stays where it is, and with it all that can be prepared once."""
+        return PersistentPermute.of(self.prepare("permute", shift=shift), x)
 
     def peer_rows(self) -> Any:
         """What writes rows straight into the others' memory (`peer_memory.rows.push_rows`); None: nothing does."""

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from runtime.communication.channels import Channel, Handle, OwnRows, piece_sizes, require_counts, require_piece
+from runtime.communication.channels import (
+    Channel,
+    Handle,
+    OwnRows,
+    PersistentPermute,
+    piece_sizes,
+    require_counts,
+    require_piece,
+)
 from runtime.communication.failure_verdict import FailureVerdict, is_broken
 from runtime.communication.group_collectives import PRIMITIVES, Group, begin_all_reduce, begin_all_to_all
 from runtime.communication.matching_calls import FINGERPRINT_BYTES, Call, check_agreement, check_counts
@@ -262,6 +270,21 @@ class GroupChannel(Channel):
             return self._finishing(handle, own, self.ranks)
 
         return begin
+
+    def persistent_permute(self, x: Tensor, shift: int) -> PersistentPermute:
+        if self._shared is None:
+            return super().persistent_permute(x, shift)
+        call = Call(self.rank, self.node, "permute", axes_text(self.axes), {"shift": shift})
+        bare, gather = self._shared.messages.persistent_permute(call, x, shift=shift), self._comparison()
+        own, ranks = call.on(x), self.ranks
+
+        def compare(own: Call) -> None:
+            self._compare(own, gather)
+
+        return PersistentPermute(
+            functools.partial(self._guarded, own, ranks, compare, bare.begin),
+            functools.partial(self._guarded, own, ranks, _nothing_to_compare, bare.finish),
+        )
 
     def _between_two(self, call: Call, kind: Kind, options: dict[str, Any]) -> Callable[..., Handle]:
         assert call.peer is not None

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from runtime.communication.channels import Channel, Handle
+from runtime.communication.channels import Channel, Handle, PersistentPermute
 from runtime.communication.communicator import Communicator
 from runtime.execution.recording import Recording
 from runtime.ops.communicating import Axes, Kind, axes_text
@@ -99,6 +99,17 @@ class TransferChannel(Channel):
             return recording.add_transfer({**told, **ranks}, self.axes, peer, start, end, found)
 
         return run
+
+    def persistent_permute(self, x: Tensor, shift: int) -> PersistentPermute:
+        bare, recorded = self._channel.persistent_permute(x, shift), super().persistent_permute(x, shift)
+        current, used = self._current, bare
+
+        def begin() -> None:
+            nonlocal used
+            used = bare if current() is None else recorded
+            used.begin()
+
+        return PersistentPermute(begin, lambda: used.finish())
 
 
 def _said(value: Tensor) -> str:

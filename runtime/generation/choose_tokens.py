@@ -40,11 +40,16 @@ class TokenChooser:
             device=device,
         )
         self._sample = profiler.timed("sampling", self.sampler)
+        self._likeliest = profiler.timed("sampling", self.sampler.likeliest)
+        self._is_plain = self.sampler.is_plain and not settings.logprobs
         self._ids: dict[tuple[int, ...], Tensor] = {}
         """Request ids by themselves: those of a group of rows are the same in all steps."""
 
     def choose(self, logits: Tensor, conversation: Conversation) -> tuple[list[int], list[float] | None]:
         """A token of each row, from logits [B, V/n], and its log-probability where the settings ask for it."""
+        edits = conversation.edits()
+        if self._is_plain and edits is None:
+            return self._likeliest(logits), None
         history, lengths = self._history(conversation.texts)
         tokens, logprobs = self._sample(
             logits,
@@ -52,7 +57,7 @@ class TokenChooser:
             step=conversation.step,
             history=history,
             lengths=lengths,
-            edits=conversation.edits(),
+            edits=edits,
             scored=self._settings.logprobs,
         )
         return tokens.tolist(), None if logprobs is None else logprobs.tolist()

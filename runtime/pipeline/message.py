@@ -19,7 +19,7 @@ import functools
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,13 +27,14 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.program.rank_program import Crossing
 
-__all__ = ["Box", "Message", "message_bytes"]
+__all__ = ["Box", "Message", "MessageReader", "MessageWriter", "message_bytes"]
 
 _ALIGNED = 16
+_MOST_PLACES = 4
+"""Of messages, whose memory is kept: two that come by turns, for groups of two sizes."""
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """See the module's docstring. values: empty where the group does not run."""
 
     step: int = 0
@@ -41,51 +42,74 @@ class Message:
     logprobs: tuple[float, ...] | None = None
     values: tuple[Tensor, ...] = ()
 
-    def pack(self, size: int, rows: int, device: torch.device) -> Tensor:
-        """`size` bytes; rows: how many there is room for."""
-        packed = torch.empty(size, dtype=torch.uint8, device=device)
-        head = _head(rows)
-        # a message is written and read in each slot of a ring, where others wait for it: as few ops of torch as can be
-        on_host = device.type == "cpu"
-        host = packed.numpy() if on_host else torch.empty(head.size, dtype=torch.uint8).numpy()
-        filler = (0,) * (rows - len(self.tokens))
-        scores = (math.nan,) * rows
-        if self.logprobs is not None:
-            scores = (*self.logprobs, *scores[len(self.logprobs) :])
-        head.pack_into(host.data, 0, self.step, len(self.values), *self.tokens, *filler, *scores)
-        if not on_host:
-            packed[: head.size] = torch.from_numpy(host).to(device)
-        at = _aligned(head.size)
-        for value in self.values:
-            assert at + value.nbytes <= size, "a message is as long as the longest"
-            if on_host:
-                value = value.contiguous()
-                ctypes.memmove(packed.data_ptr() + at, value.data_ptr(), value.nbytes)
-            else:
-                packed[at : at + value.nbytes].view(value.dtype).view(value.shape).copy_(value)
-            at = _aligned(at + value.nbytes)
-        return packed
 
-    @classmethod
-    def unpack(cls, packed: Tensor, rows: int, *, count: int, crossings: Sequence[Crossing], scored: bool) -> Message:
-        """count: how many rows the group has. crossings: what the stage before hands on; values: parts of `packed`."""
-        head = _head(rows)
-        on_host = packed.device.type == "cpu"
-        host = (packed if on_host else packed[: head.size].cpu()).numpy()
-        step, has_values, *numbers = head.unpack_from(host.data)
-        at, values = _aligned(head.size), []
-        for crossing in crossings if has_values else ():
-            shape = _shape(crossing, count)
-            numel = math.prod(shape)
-            size = numel * crossing.dtype.itemsize
-            if on_host and size:
-                value = torch.frombuffer(host, dtype=crossing.dtype, count=numel, offset=at)
+class MessageWriter:
+    """Writes messages of up to `size` bytes and `rows` rows to `packed`, memory that stays.
+
+    A message is written and read in each slot of a ring, where others wait for it, by code that the weights of a step
+    have driven out of the processor's caches: as little of it as can be.
+    """
+
+    def __init__(self, size: int, rows: int, device: torch.device) -> None:
+        self.packed = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._rows, self._head, self._device = rows, _head(rows), device
+        self._on_host = device.type == "cpu"
+        self._host = (self.packed if self._on_host else torch.empty(self._head.size, dtype=torch.uint8)).numpy().data
+        self._place, self._start = self.packed.data_ptr(), _aligned(self._head.size)
+        self._no_scores = (math.nan,) * rows
+
+    def write(
+        self, step: int, tokens: Sequence[int], logprobs: Sequence[float] | None, values: Sequence[Tensor]
+    ) -> None:
+        filler = (0,) * (self._rows - len(tokens))
+        scores = self._no_scores if logprobs is None else (*logprobs, *self._no_scores[len(logprobs) :])
+        self._head.pack_into(self._host, 0, step, len(values), *tokens, *filler, *scores)
+        packed, at = self.packed, self._start
+        if not self._on_host:
+            packed[: self._head.size] = torch.frombuffer(self._host, dtype=torch.uint8).to(self._device)
+        for value in values:
+            end = at + value.nbytes
+            assert end <= len(packed), "a message is as long as the longest"
+            if self._on_host:
+                value = value.contiguous()
+                ctypes.memmove(self._place + at, value.data_ptr(), value.nbytes)
             else:
-                value = packed[at : at + size].view(crossing.dtype)
-            values.append(value.view(shape))
+                packed[at:end].view(value.dtype).view(value.shape).copy_(value)
+            at = _aligned(end)
+
+
+class MessageReader:
+    """Reads what a `MessageWriter` of `rows` rows has written. crossings: what the stage before hands on."""
+
+    def __init__(self, rows: int, crossings: Sequence[Crossing], *, scored: bool) -> None:
+        self._rows, self._crossings, self._scored, self._head = rows, crossings, scored, _head(rows)
+        self._views: dict[tuple[int, int], tuple[Tensor, Any, tuple[Tensor, ...]]] = {}
+        """Of messages that lie where one lay before, on the host: their bytes, and their values."""
+
+    def read(self, packed: Tensor, count: int) -> Message:
+        """count: how many rows the group has. values: parts of `packed`."""
+        found = self._views.get((id(packed), count))
+        if found is None:
+            found = self._found(packed, count)
+        _, host, values = found
+        step, has_values, *numbers = self._head.unpack_from(host)
+        scores = tuple(numbers[self._rows : self._rows + count]) if self._scored else None
+        return Message(step, tuple(numbers[:count]), scores, values if has_values else ())
+
+    def _found(self, packed: Tensor, count: int) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
+        on_host, at, values = packed.device.type == "cpu", _aligned(self._head.size), list[Tensor]()
+        for crossing in self._crossings:
+            shape = _shape(crossing, count)
+            size = math.prod(shape) * crossing.dtype.itemsize
+            values.append(packed[at : at + size].view(crossing.dtype).view(shape))
             at = _aligned(at + size)
-        scores = tuple(numbers[rows : rows + count]) if scored else None
-        return cls(step, tuple(numbers[:count]), scores, tuple(values))
+        host = packed if on_host else packed[: self._head.size].cpu()
+        found = packed, host.numpy().data, tuple(values)
+        if on_host:
+            if len(self._views) >= _MOST_PLACES:
+                self._views.clear()
+            self._views[id(packed), count] = found
+        return found
 
 
 class Box:

@@ -33,7 +33,7 @@ def _host() -> Cluster:
     cores = os.cpu_count() or 1
     threads = torch.get_num_threads()
     said = f"measured with {threads} threads; {cores} cores"
-    kind = Device("host", memory, memory // 10, found.bytes_per_s, found.flops_per_s, "", said)
+    kind = Device("host", memory, memory // 10, found.bytes_per_s, found.flops_per_s, "", said, fuses=False)
     return Cluster("this-host", (Dimension("Memory", max(1, cores // threads), 1 / beta, alpha),), (kind,))
 
 

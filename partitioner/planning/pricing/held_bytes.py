@@ -7,24 +7,27 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from partitioner.analysis.cost.expressions import EXPERTS
+from partitioner.planning.cluster import Device
 from partitioner.planning.pricing.evaluate import Evaluated
 from partitioner.planning.pricing.sequences import Attending
 from partitioner.planning.pricing.stored_format import ITEM, StoredFormat
 from partitioner.planning.quantities import Memory, Workload, runs_of
 from partitioner.planning.summary import Summary
 from partitioner.program.plan import Plan
+from runtime.execution.fusion.operations import LEAST_ROWS
 from runtime.kv_cache.cache_size import require_dtype
 
 __all__ = ["HeldBytes"]
 
 
 class HeldBytes(Evaluated):
-    """usable: bytes of a device that a rank may have. stored, cache_dtype: as of `Pricer`."""
+    """device: that a rank has. stored, cache_dtype: as of `Pricer`."""
 
-    def __init__(self, summary: Summary, usable: float, stored: StoredFormat | None, cache_dtype: str | None) -> None:
+    def __init__(self, summary: Summary, device: Device, stored: StoredFormat | None, cache_dtype: str | None) -> None:
         super().__init__(summary)
         require_dtype(cache_dtype)
-        self.usable, self.stored, self.cache_dtype = usable, stored, cache_dtype
+        self.usable, self.fuses = device.usable_bytes, device.fuses
+        self.stored, self.cache_dtype = stored, cache_dtype
         self.cache_item = 0 if cache_dtype is None else 1
 
     def memory(self, plan: Plan, workload: Workload, layers: Sequence[int], *, shares_head: bool = False) -> Memory:
@@ -114,14 +117,15 @@ class HeldBytes(Evaluated):
 
     def _peak(self, part: int, plan: Plan, rows: int, length: int) -> float:
         """The most bytes of results that are alive at the same time."""
-        live = self.summary.parts[part].live
+        is_fused = self.fuses and rows * length >= LEAST_ROWS
+        live = self.summary.parts[part].live_fused if is_fused else self.summary.parts[part].live
         if not live:
             return 0.0
         key = ("peak", part, plan.tp, plan.ep, plan.etp, plan.sp, rows, length)
         if key in self._costs:
             return float(self._costs[key])
         values = self._values(plan, rows, length, 0)
-        sizes = self._function(("live", part), [each.bytes for each in live])(*self._given(values))
+        sizes = self._function(("live", part, is_fused), [each.bytes for each in live])(*self._given(values))
         change: dict[int, float] = {}
         for each, size in zip(live, sizes, strict=True):
             change[each.first] = change.get(each.first, 0.0) + size

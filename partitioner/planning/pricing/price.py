@@ -56,7 +56,7 @@ class Pricer(HeldBytes):
         tables say. kernels: makes those of an engine out of the device's.
         """
         kind = cluster.weakest
-        super().__init__(summary, kind.usable_bytes, stored, cache_dtype)
+        super().__init__(summary, kind, stored, cache_dtype)
         self.cluster, self.overhead_s = cluster, overhead_s
         options: Any = {
             "overhead_s": overhead_s,

@@ -3,6 +3,7 @@
     send(call, to=..)              (x) -> Handle                 copied when it is begun, and done
     receive(call, from_=..)        (shape, dtype) -> Handle
     permute(call, shift=..)        (x) -> Handle
+    persistent_permute(call, x, ..)
     all_to_all(call)               (x, send_counts, receive_counts) -> Handle
     reduce_scatter(call, ..)       (x) -> Tensor                 summed in order of coordinate
     exchange(call, x, with_)       x of this rank and of another one, each to the other
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import CommunicationError, RankMismatch
-from runtime.communication.channels import Handle
+from runtime.communication.channels import Handle, PersistentPermute
 from runtime.communication.group_collectives import sum_in_order
 from runtime.communication.matching_calls import Call
 from runtime.communication.shared_memory.patience import (
@@ -117,6 +118,29 @@ class Mailboxes:
 
         return begin
 
+    def persistent_permute(self, call: Call, x: Tensor, *, shift: int) -> PersistentPermute:
+        """x: contiguous. What comes lies in two places by turns."""
+        size = len(self._ranks)
+        to, from_ = (self._own + shift) % size, (self._own - shift) % size
+        if to == self._own:
+            return PersistentPermute.of(Handle.done, x)
+        kind, place, whole = _kind("permute", x.dtype), x.data_ptr(), (1, x.nbytes, x.nbytes)
+        outs = [torch.empty_like(x) for _ in range(2)]
+        places = [_Awaited(from_, out.data_ptr(), whole, kind, call, out) for out in outs]
+        turn = 0
+
+        def begin() -> None:
+            self._send(call, kind, to, place, whole)
+            self._await(places[turn])
+
+        def finish() -> Tensor:
+            nonlocal turn
+            self._take(awaited := places[turn])
+            turn = 1 - turn
+            return awaited.keep
+
+        return PersistentPermute(begin, finish)
+
     def all_to_all(self, call: Call) -> Callable[[Tensor, Sequence[int], Sequence[int]], Handle]:
         own = self._own
 
@@ -186,15 +210,18 @@ class Mailboxes:
         return Handle(lambda: self._taken((awaited,), out), into=out)
 
     def _send(self, call: Call, kind: int, to: int, x: int, size: tuple[int, int, int]) -> None:
-        def again(patience_ns: int) -> int:
-            found: int = self._library.post_send(self._post, to, x, *size, kind, self._start, patience_ns)
-            return found
-
         was_broken, self._is_broken = self._is_broken, True
-        status = BROKEN if was_broken else again(0)
-        if status != DONE:
-            full = functools.partial(self._library.post_num_untaken, self._post, to)
-            status = self._patience.see_through(status, again, lambda: [to] if full() >= 2 * MOST_AWAITED else [])
+        send, post, start = self._library.post_send, self._post, self._start
+        status = BROKEN if was_broken else send(post, to, x, *size, kind, start, 0)
+        if status == DONE:  # as nearly always
+            self._is_broken = False
+            return
+        full = functools.partial(self._library.post_num_untaken, post, to)
+        status = self._patience.see_through(
+            status,
+            lambda patience_ns: send(post, to, x, *size, kind, start, patience_ns),
+            lambda: [to] if full() >= 2 * MOST_AWAITED else [],
+        )
         self._is_broken = False
         if status == FULL:
             raise CommunicationError(
@@ -207,11 +234,15 @@ class Mailboxes:
         self, call: Call, kind: int, sender: int, out: int, size: tuple[int, int, int], keep: Tensor
     ) -> _Awaited:
         awaited = _Awaited(sender, out, size, kind, call, keep)
-        before = self._awaited[sender]
+        self._await(awaited)
+        return awaited
+
+    def _await(self, awaited: _Awaited) -> None:
+        awaited.is_taken, awaited.mismatch = False, None
+        before = self._awaited[awaited.sender]
         if len(before) >= MOST_AWAITED:
             self._take(before[0])
         before.append(awaited)
-        return awaited
 
     def _taken(self, awaited: Sequence[_Awaited], out: Tensor) -> Tensor:
         for one in awaited:
@@ -228,17 +259,14 @@ class Mailboxes:
 
     def _take_first(self, queue: deque[_Awaited]) -> None:
         first, library, post = queue[0], self._library, self._post
-        sender = first.sender
-
-        def again(patience_ns: int) -> int:
-            found: int = library.post_take(post, sender, first.out, *first.size, first.kind, patience_ns, self._brought)
-            return found
-
+        sender, take, wanted = first.sender, library.post_take, (first.out, *first.size, first.kind)
         was_broken, self._is_broken = self._is_broken, True
-        status = BROKEN if was_broken else again(PATIENCE_NS)
+        status = BROKEN if was_broken else take(post, sender, *wanted, PATIENCE_NS, self._brought)
         if status != DONE:
             status = self._patience.see_through(
-                status, again, lambda: [] if library.post_has_come(post, sender) else [sender]
+                status,
+                lambda patience_ns: take(post, sender, *wanted, patience_ns, self._brought),
+                lambda: [] if library.post_has_come(post, sender) else [sender],
             )
         queue.popleft()
         first.is_taken = True

@@ -25,15 +25,6 @@ def on_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
     return given.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else given
 
 
-def _columns(tokens: Sequence[int], positions: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """[B, 1] each; on a CPU, where each token waits for it, with as few ops as can be."""
-    if device.type != "cpu":
-        return on_device([[token] for token in tokens], device), on_device([[at] for at in positions], device)
-    both = torch.frombuffer(array("q", [*tokens, *positions]), dtype=torch.int64)
-    ids, at = both.view(2, len(tokens), 1).unbind()
-    return ids, at
-
-
 @functools.lru_cache(64)
 def _zeros(count: int) -> Tensor:
     """Which tokens are the last of so many single ones, on a CPU: no graph writes to its inputs."""
@@ -55,16 +46,17 @@ def inputs_of(
     """
     counts = [len(row) for row in piece.tokens]
     size = max(*counts, least)
+    if size == 1 and device.type == "cpu" and not piece.packed:
+        return _single_on_host(piece, program, least_slots)
     last = [count - 1 for count in counts]
-    is_single = size == 1 and not piece.packed
     if piece.packed:
         rows = zip(piece.starts, counts, strict=True)
         ids = on_device([[token for row in piece.tokens for token in row]], device)
         positions = on_device([[at for start, count in rows for at in range(start, start + count)]], device)
         ends = zip(itertools.accumulate(counts), piece.completes, strict=True)
         last = [end - 1 for end, is_told in ends if is_told] or [sum(counts) - 1]
-    elif is_single:
-        ids, positions = _columns([token for (token,) in piece.tokens], piece.starts, device)
+    elif size == 1:
+        ids, positions = on_device(piece.tokens, device), on_device([[at] for at in piece.starts], device)
     else:
         ids = on_device(filled_up(piece, size), device)
         offsets = torch.arange(size, device=device).minimum(on_device(last, device)[:, None])
@@ -73,11 +65,38 @@ def inputs_of(
     known: dict[str, Callable[[], Tensor]] = {
         "input_ids": lambda: ids,
         "position_ids": lambda: positions,
-        "last": lambda: _zeros(len(last)) if is_single and device.type == "cpu" else on_device(last, device),
+        "last": lambda: on_device(last, device),
         "active": lambda: on_device(piece.active, device),
         "slots": lambda: torch.arange(max(batch.end + 1, least_slots), device=device),
     }
+    return batch, [_known(known, wanted.name)() for wanted in program.inputs]
+
+
+def _single_on_host(piece: Piece, program: RankProgram, least_slots: int) -> tuple[Batch, list[Tensor]]:
+    """The same of a token of each row, on a CPU, where the next one waits for it: with as few ops as can be."""
+    starts, count = piece.starts, len(piece.starts)
+    both = torch.frombuffer(array("q", [*itertools.chain(*piece.tokens), *starts]), dtype=torch.int64)
+    ids, positions = both.view(2, count, 1).unbind()
+    batch = Batch(positions, tuple(starts), (1,) * count, piece.active)
+    values = []
     for wanted in program.inputs:
-        if wanted.name not in known:
-            raise InputError(f"generation knows nothing to give the input {wanted.name!r} of this model")
-    return batch, [known[wanted.name]() for wanted in program.inputs]
+        match wanted.name:
+            case "input_ids":
+                values.append(ids)
+            case "position_ids":
+                values.append(positions)
+            case "last":
+                values.append(_zeros(count))
+            case name:
+                known = {
+                    "active": lambda: torch.tensor(piece.active, device="cpu"),
+                    "slots": lambda: torch.arange(max(batch.end + 1, least_slots), device="cpu"),
+                }
+                values.append(_known(known, name)())
+    return batch, values
+
+
+def _known(known: dict[str, Callable[[], Tensor]], name: str) -> Callable[[], Tensor]:
+    if name not in known:
+        raise InputError(f"generation knows nothing to give the input {name!r} of this model")
+    return known[name]

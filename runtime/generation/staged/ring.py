@@ -15,13 +15,12 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from runtime.communication.channels import Handle
 from runtime.generation.choose_tokens import TokenChooser
 from runtime.generation.conversation import Conversation
 from runtime.generation.generation_request import Step
 from runtime.generation.staged.part import Part
 from runtime.generation.staged.said import Said
-from runtime.pipeline.message import Message
+from runtime.pipeline.message import Message, MessageReader, MessageWriter
 from runtime.pipeline.schedule import Head, Run, Shift, in_slot
 
 __all__ = ["Ring"]
@@ -44,14 +43,15 @@ class Ring:
         scored: bool,
     ) -> None:
         self.part, self.groups, self.rows, self.chooser, self.said = part, groups, rows, chooser, said
-        self.length, self.scored = length, scored
         self.most = max(len(group.texts) for group in groups)
         self.stage, self.count = part.stage.index, part.stage.count
         self.slot = 0
         every = range(self.count + len(groups))  # from then on they come again
         shares = part.shares_head
         self._actions = [in_slot(self.stage, self.count, len(groups), slot, shares_head=shares) for slot in every]
-        self._permute = part.channel.prepare("permute", shift=1)
+        self._writer = MessageWriter(length, self.most, part.device)
+        self._reader = MessageReader(self.most, part.stage.receives if self.stage else (), scored=scored)
+        self._permute = part.channel.persistent_permute(self._writer.packed, 1)
         self.received: dict[int, tuple[Tensor, ...]] = {}
         self.made: tuple[Tensor, ...] | None = None
         """On the last stage of those that share the head: what it has made in this slot."""
@@ -95,22 +95,22 @@ class Ring:
                 case Run(group):
                     message = self._turn(group, runs=runs)
                 case Shift(own, takes):
-                    arriving = self._shift(message)
+                    self._shift(message)
                     if own is not None and self.chosen is not None:  # while the others have their message already
                         self._learn(own, self.chosen)
                         self.chosen = None
-                    packed = arriving.finish()
+                    packed = self._permute.finish()
                     if takes is not None:
                         self._take(takes, packed)
                 case Head(group):
                     self._choose(group)
         self.slot += 1
 
-    def _shift(self, message: Message) -> Handle:
-        """Hands on `message`; yields the bytes of the one that comes."""
-        packed = message.pack(self.length, self.most, self.part.device)
+    def _shift(self, message: Message) -> None:
+        """Begins to hand on `message`."""
+        self._writer.write(*message)
         self.part.communicator.begin_run(new_shapes=self.slot == 0)
-        return self._permute(packed)  # type: ignore[no-any-return]
+        self._permute.begin()
 
     def _turn(self, number: int, *, runs: bool) -> Message:
         """What this stage has to say of a group: its tokens, and what the stage hands on."""
@@ -140,17 +140,11 @@ class Ring:
 
     def _take(self, number: int, packed: Tensor) -> None:
         group = self.groups[number]
-        message = Message.unpack(
-            packed,
-            self.most,
-            count=len(group.texts),
-            crossings=self.part.stage.receives if self.stage else (),
-            scored=self.scored,
-        )
+        message = self._reader.read(packed, len(group.texts))
         if message.values:
             self.received[number] = message.values
         if message.step == group.step + 1:
-            self.latest[number] = Message(message.step, message.tokens, message.logprobs)
+            self.latest[number] = message._replace(values=())
             self._learn(number, message)
             self.last_chosen = max(self.last_chosen, self.slot - self._delay(self.stage))
 

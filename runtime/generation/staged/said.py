@@ -26,7 +26,7 @@ class Said:
     def has_next(self) -> bool:
         """Whether every group has been given its next token, or has ended before, and some have not."""
         number = self._yielded
-        through = [group.is_over or len(steps) > number for group, steps in zip(self.groups, self._steps, strict=True)]
+        through = [len(steps) > number or group.is_over for group, steps in zip(self.groups, self._steps, strict=True)]
         return all(through) and any(len(steps) > number for steps in self._steps)
 
     @property

@@ -10,7 +10,7 @@ import torch
 from partitioner import Plan
 from partitioner.errors import InputError
 from runtime.generation.generation_request import Generated
-from runtime.pipeline.message import Message, message_bytes
+from runtime.pipeline.message import Message, MessageReader, MessageWriter, message_bytes
 from runtime.pipeline.schedule import groups_of
 from runtime.program.rank_program import Crossing
 from tests.support import generated
@@ -108,10 +108,17 @@ def test_a_message_comes_out_as_it_went_in() -> None:
     )
     values = (torch.rand(2, 1, 3), torch.rand(2, 1, 5, dtype=torch.float64))
     given = Message(7, (5, 2**40), (-0.5, -1.25), values)
-    packed = given.pack(message_bytes(crossings, 4), 4, torch.device("cpu"))
-    found = Message.unpack(packed, 4, count=2, crossings=crossings, scored=True)
-    assert (found.step, found.tokens, found.logprobs) == (given.step, given.tokens, given.logprobs)
-    assert all(torch.equal(a, b) for a, b in zip(found.values, values, strict=True))
+    writer = MessageWriter(message_bytes(crossings, 4), 4, torch.device("cpu"))
+    reader = MessageReader(4, crossings, scored=True)
+    for _ in range(2):
+        writer.write(*given)
+        found = reader.read(writer.packed, 2)
+        assert (found.step, found.tokens, found.logprobs) == (given.step, given.tokens, given.logprobs)
+        assert all(torch.equal(a, b) for a, b in zip(found.values, values, strict=True))
+        writer.write(8, (1, 2, 3), None, ())
+        assert reader.read(writer.packed, 3)[:2] == (8, (1, 2, 3))
+        assert reader.read(writer.packed, 3).values == ()
+        given = Message(9, (2**60, 0), (-2.5, 0.0), values := tuple(value + 1 for value in values))
     with pytest.raises(InputError, match="grows with the slots"):
         message_bytes((Crossing("mask", ("batch", "slots"), torch.float32),), 1)
 

@@ -80,6 +80,26 @@ def _permutes(channel: Channel, dtype: torch.dtype) -> None:
     first, second = channel.permute_begin(piece(own, 2), 1), channel.permute_begin(piece(own, 5), -1)
     assert torch.equal(second.finish(), piece((own + 1) % num_ranks, 5))
     assert torch.equal(first.finish(), piece((own - 1) % num_ranks, 2))
+    for shift in (1, -1, 0):
+        _permutes_again(channel, dtype, shift)
+
+
+def _permutes_again(channel: Channel, dtype: torch.dtype, shift: int) -> None:
+    """From memory that is written to between the turns; what came stays for one turn more."""
+    num_ranks, own = len(channel.ranks), channel.coordinate
+    memory = torch.empty(5, dtype=dtype)
+    again, before = channel.persistent_permute(memory, shift), None
+    for turn in range(5):
+        memory.copy_(piece(10 * turn + own, 5, dtype=dtype))
+        again.begin()
+        beside = channel.permute_begin(memory + 1, shift)  # which comes behind it
+        found = again.finish()
+        sender = (own - shift) % num_ranks
+        assert torch.equal(found, piece(10 * turn + sender, 5, dtype=dtype))
+        assert torch.equal(beside.finish(), found + 1)
+        if shift and before is not None:
+            assert torch.equal(before, piece(10 * (turn - 1) + sender, 5, dtype=dtype))
+        before = found
 
 
 def sends(channel: Channel) -> None:

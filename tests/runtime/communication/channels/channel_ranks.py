@@ -40,6 +40,7 @@ def disagreements(groups: ProcessGroups) -> None:
     refused("scattered", lambda c: c.all_gather(ones, 0) if odd else c.reduce_scatter(ones, 0), "reduce_scatter")
     refused("shifted", lambda c: c.permute_begin(ones, 2 if odd else 1), "permute")
     refused("dtype", lambda c: c.permute_begin(ones.double() if odd else ones, 1), "permute")
+    refused("again", lambda c: c.persistent_permute(ones, 2 if odd else 1).begin(), "permute")
     counts = [1] * num_ranks
     refused("source", lambda c: c.all_to_all(ones, counts, counts, sizes_from=f"n{odd}"), "all_to_all")
     expected = [2, *counts[1:]] if odd else counts

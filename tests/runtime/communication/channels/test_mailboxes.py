@@ -45,6 +45,7 @@ STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("send"), PEERS, SIZES),
         st.tuples(st.just("permute"), SHIFTS, SIZES),
+        st.tuples(st.just("again"), SHIFTS, SIZES),
         st.tuples(st.just("exchange"), TABLES),
         st.tuples(st.just("scatter"), st.integers(0, 40)),
         st.tuples(st.just("sum"), st.integers(1, 40)),
@@ -69,6 +70,15 @@ def program(channel: Channel, steps: list[tuple[Any, ...]], seed: int) -> list[T
         elif kind == "permute":
             shift, size = of_step
             begun[number] = channel.permute_begin(piece(10 * number + own, size, dtype=dtype), shift)
+        elif kind == "again":
+            shift, size = of_step
+            memory = piece(10 * number + own, size, dtype=dtype)
+            again = channel.persistent_permute(memory, shift)
+            again.begin()
+            first = again.finish().clone()
+            memory.copy_(piece(10 * number + own + 3, size, dtype=dtype) + first)
+            again.begin()
+            begun[number] = Handle(again.finish)
         elif kind == "exchange":
             (counts,) = of_step
             rows = piece(10 * number + own, sum(counts[own]), 3, dtype=dtype)
