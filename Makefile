@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-JOBS   ?= 2
+# of tests, some of which wait: one more than two cores need
+JOBS   ?= 3
 
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -148,7 +148,12 @@ def _imported(module: str, source: str) -> Iterator[tuple[int, str]]:
 
 
 def within(name: str, prefixes: tuple[str, ...]) -> bool:
-    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+    return f"{name}.".startswith(_dotted(prefixes))
+
+
+@functools.cache
+def _dotted(prefixes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{prefix}." for prefix in prefixes)
 
 
 def wrong_imports(module: str, source: str) -> list[str]:
@@ -227,6 +232,7 @@ def camel_words(line: str) -> list[str]:
 
 
 MODEL_NAMES = {tuple(words(name)): name for name in CONFIG_MAPPING_NAMES if len(name) > 3 and name not in ENGLISH}
+FIRST_WORDS = {first for first, *_ in MODEL_NAMES}
 
 
 def model_names(module: str, source: str) -> list[str]:
@@ -235,7 +241,7 @@ def model_names(module: str, source: str) -> list[str]:
     for number, line in enumerate(source.splitlines(), 1):
         found = set()
         for split in (words(line), camel_words(line)):
-            for start in range(len(split)):
+            for start in (place for place, word in enumerate(split) if word in FIRST_WORDS):
                 for stop in range(start + 1, min(start + 6, len(split)) + 1):
                     found.add(MODEL_NAMES.get(tuple(split[start:stop])))
         complaints += [f"{module}:{number} names the model {name!r}" for name in sorted(filter(None, found))]

@@ -26,7 +26,7 @@ from runtime.ops.collectives import all_reduce
 from runtime.ops.expert_exchange import expert_return
 from runtime.ops.rows import collect_rows, scatter_rows
 from tests.support import generated
-from tests.support.partitioned import EXACT, error, sized, tokens, traced
+from tests.support.partitioned import EXACT, compiled_for, error, sized, tokens, traced
 from tests.support.processes import forked
 
 EXAMPLES = int(os.environ.get("EXAMPLES", "1000"))
@@ -36,7 +36,7 @@ ALL = "pp=2,sp=2,tp=2,ep=4"
 
 @functools.cache
 def compiled(name: str, plan: str) -> Parts[Any]:
-    return compile_program(traced(name)[1], Plan.parse(plan))
+    return compiled_for(name, plan)
 
 
 @pytest.mark.parametrize(

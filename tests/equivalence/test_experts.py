@@ -14,7 +14,7 @@ from partitioner import Plan, partition
 from partitioner.compile.partition import compile_program
 from runtime.processes.launch import launch
 from tests.support import generated, zoo
-from tests.support.partitioned import EXACT, error, traced
+from tests.support.partitioned import EXACT, compiled_for, error, traced
 
 PLANS = (
     "ep=2",
@@ -51,7 +51,7 @@ def test_more_processes_over_gloo(
     ],
 )
 def test_stages_with_experts(plan: str) -> None:
-    parts = compile_program(traced("mixtral")[1], Plan.parse(plan))
+    parts = compiled_for("mixtral", plan)
     assert error("mixtral", parts, 6) < EXACT
     assert generated.error("mixtral", parts, generated.prompts("mixtral", (1, 7)), new=3) < 1e-9
 

@@ -11,7 +11,6 @@ import torch
 
 from partitioner import Parts, Plan, partition
 from partitioner.compile.emit import emit
-from partitioner.compile.partition import compile_program
 from partitioner.errors import BundleError, InputError, LayoutError, PartitionerError
 from partitioner.program.stages import crossings
 from partitioner.proof.layouts import check
@@ -26,14 +25,14 @@ from runtime.pipeline.links import shape_of
 from runtime.pipeline.message import message_bytes
 from runtime.program.rank_program import Crossing, OwnRows, Stage
 from tests.support import generated
-from tests.support.partitioned import EXACT, error, tokens, traced
+from tests.support.partitioned import EXACT, compiled_for, error, tokens, traced
 
 ZIGZAG = (OwnRows(1, ("sp",), "zigzag"),)
 
 
 @functools.cache
 def compiled(name: str, plan: str) -> Parts[Any]:
-    return compile_program(traced(name)[1], Plan.parse(plan))
+    return compiled_for(name, plan)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partitioner import Parts, Plan, partition
-from partitioner.compile.partition import compile_program
 from partitioner.errors import LayoutError
 from partitioner.proof.layouts import check, check_entries
 from partitioner.proof.rows import check_rows
@@ -23,14 +22,14 @@ from runtime.ops.collectives import all_reduce
 from runtime.ops.rows.sequence_attention import cached_sequence_attention
 from runtime.ops.rows.share_rows import own_last_token, take_rows
 from tests.support import generated
-from tests.support.partitioned import EXACT, error, tokens, traced
+from tests.support.partitioned import EXACT, compiled_for, error, tokens, traced
 
 NAMES = ("llama", "gpt2", "gemma2", "gpt_oss", "mixtral")
 
 
 @functools.cache
 def compiled(name: str, plan: str) -> Parts[Any]:
-    return compile_program(traced(name)[1], Plan.parse(plan))
+    return compiled_for(name, plan)
 
 
 @pytest.mark.parametrize(

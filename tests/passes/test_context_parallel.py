@@ -20,13 +20,13 @@ from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.rows.sequence_attention import sequence_attention
 from runtime.ops.rows.share_rows import collect_rows, take_rows
 from tests.support import generated, reference
-from tests.support.partitioned import EXACT, error, traced
+from tests.support.partitioned import EXACT, compiled_for, error, traced
 
 WAYS = ("ring", "gather", "ulysses")
 
 
 def compiled(name: str, plan: str, *, odd: bool = False):
-    return compile_program(traced(name, odd=odd)[1], Plan.parse(plan))
+    return compiled_for(name, plan, odd=odd)
 
 
 def ops(program: Program) -> Counter[str]:

@@ -7,20 +7,18 @@ from collections import Counter
 import pytest
 import torch
 
-from partitioner import Plan
 from partitioner.analysis.cost.program_cost import program_cost
-from partitioner.compile.partition import compile_program
 from partitioner.errors import LayoutError
 from partitioner.program import Program
 from partitioner.proof.layouts import check
 from runtime.ops.collectives import all_reduce
 from runtime.ops.rows import collect_rows, scatter_rows
 from tests.support import generated
-from tests.support.partitioned import EXACT, error, traced
+from tests.support.partitioned import EXACT, compiled_for, error
 
 
 def compiled(name: str, plan: str):
-    return compile_program(traced(name)[1], Plan.parse(plan))
+    return compiled_for(name, plan)
 
 
 def ops(program: Program) -> Counter[str]:

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING
 from partitioner import Parts, Plan
 from partitioner.cli.compare import difference
 from partitioner.compile.partition import compile_program, trace
+from partitioner.errors import PlanError
 from partitioner.program import Program
 from partitioner.proof.float64 import in_float64
 from tests.support import reference, zoo
@@ -60,25 +61,34 @@ def _traced(name: str, odd: bool) -> tuple[Any, Program]:
 
 def compiled(name: str, tp: int, *, odd: bool = False, **plan: Any) -> Parts[Any]:
     """Parts of the test's own, of what was compiled once for all who ask for the same."""
+    return compiled_for(name, Plan(tp=tp, **plan), odd=odd)
+
+
+def compiled_for(name: str, plan: Plan | str, *, odd: bool = False) -> Parts[Any]:
+    asked = Plan.parse(plan) if isinstance(plan, str) else plan
+    if not _can_be_written(asked):
+        return compile_program(traced(name, odd=odd)[1], asked)
+    return _copied(_compiled_once(name, str(asked), odd), asked)
+
+
+def _can_be_written(plan: Plan) -> bool:
+    """Not one with passes of the test's own."""
     try:
-        hash(tuple(plan.values()))
-    except TypeError:  # passes of the test's own
-        return _compiled(name, tp, odd, **plan)
-    return _copied(compiled_once(name, tp, odd=odd, **plan), Plan(tp=tp, **plan))
+        return Plan.parse(str(plan)) == plan
+    except PlanError:
+        return False
 
 
 def compiled_once(name: str, tp: int, *, odd: bool = False, **plan: Any) -> Parts[Any]:
     """The same, with its engines, for tests that change nothing of it."""
-    return _compiled_once(name, tp, odd, **plan)
+    asked = Plan(tp=tp, **plan)
+    assert _can_be_written(asked)
+    return _compiled_once(name, str(asked), odd)
 
 
 @functools.cache
-def _compiled_once(name: str, tp: int, odd: bool, **plan: Any) -> Parts[Any]:
-    return _compiled(name, tp, odd, **plan)
-
-
-def _compiled(name: str, tp: int, odd: bool, **plan: Any) -> Parts[Any]:
-    return compile_program(traced(name, odd=odd)[1], Plan(tp=tp, **plan))
+def _compiled_once(name: str, plan: str, odd: bool) -> Parts[Any]:
+    return compile_program(traced(name, odd=odd)[1], Plan.parse(plan))
 
 
 def _copied(parts: Parts[Any], plan: Plan) -> Parts[Any]:

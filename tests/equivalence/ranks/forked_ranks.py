@@ -20,10 +20,9 @@ import torch
 
 from partitioner import Parts, Plan
 from partitioner.cli.compare import difference
-from partitioner.compile.partition import compile_program
 from runtime.engine import Engine
 from tests.support import generated
-from tests.support.partitioned import EXACT, tokens, traced
+from tests.support.partitioned import EXACT, compiled_for, tokens
 
 NEW = 6
 LENGTHS = (1, 4, 11)
@@ -33,7 +32,7 @@ TIMEOUT_S = 300.0
 @functools.cache
 def expected_of(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of a text and the tokens after prompts, by one rank in one process."""
-    alone = compile_program(traced(name)[1], Plan())
+    alone = compiled_for(name, Plan())
     texts = generated.prompts(name, LENGTHS)
     return alone.simulate(input_ids=tokens(name, 9)), torch.as_tensor(
         alone.generate(texts, max_new_tokens=NEW, eos_token_id=[])
@@ -71,7 +70,7 @@ def main() -> int:
 def failures(text: str, name: str) -> int:
     """How many ranks of the plan did not end well."""
     plan, expected = Plan.parse(text), expected_of(name)
-    parts = compile_program(traced(name)[1], plan)
+    parts = compiled_for(name, plan)
     for number in range(parts.mesh.world_size):  # all that ranks read is made once
         for entry in ("text", "prefill", "decode"):
             parts.entry(entry, number)  # type: ignore[arg-type]

@@ -50,11 +50,14 @@ def count(program: Program, target: object) -> int:
     return sum(node.target is target for node in program.graph.nodes)
 
 
-# experts and sinks of the others: deepseek_v3's and llama4_text's captures are as those of mixtral and gpt_oss
+# test_tensor_parallel.py compares what these compute, too; experts are as those of deepseek_v3 and llama4_text
+SLOW = ("gpt2", "mixtral", "gpt_oss", "bloom", "masked:roberta")
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("gpt2", "mixtral", "masked:roberta") else name
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
         for name in (*WIDE, "masked:bert", "masked:roberta", "masked:modernbert")
     ],
 )

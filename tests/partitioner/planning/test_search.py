@@ -9,7 +9,6 @@ import re
 import pytest
 
 from partitioner import Plan
-from partitioner.compile.partition import compile_program
 from partitioner.errors import InputError, PlanError
 from partitioner.planning.cluster import Cluster, Device, Dimension
 from partitioner.planning.explain import cards_for_weights, reason
@@ -18,7 +17,7 @@ from partitioner.planning.pricing.stage_split import split_layers
 from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.search import broken_limits, choose_plan, longest_prompt, plans, search
 from partitioner.planning.summary import Summary, summarize_program
-from tests.support.partitioned import traced
+from tests.support.partitioned import compiled_for, traced
 
 SMALL = Device("small", 4 << 20, 1 << 10, 1e9, {"float64": 1e10})
 
@@ -44,7 +43,7 @@ def summary(name: str) -> Summary:
 )
 def test_weights_and_cache_are_those_of_the_fullest_rank(name: str, plan: str) -> None:
     found = summary(name)
-    compiled = compile_program(traced(name)[1], Plan.parse(plan))
+    compiled = compiled_for(name, plan)
     workload = Workload(prompt=20, new=4, batch=3)
     memory = Pricer(found, cluster(4)).memory(Plan.parse(plan), workload, (found.num_layers,))
     assert memory.weights == pytest.approx(max(compiled.report.bytes_per_rank), rel=0.002)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from partitioner import Plan
+from partitioner import Parts, Plan
 from partitioner.compile.partition import compile_program, trace
 from partitioner.errors import LayoutError
 from partitioner.program import Program
@@ -41,8 +41,12 @@ def traced() -> Program:
 
 
 @functools.cache
+def compiled(plan: str) -> Parts[Any]:
+    return compile_program(traced(), Plan.parse(plan))
+
+
 def program(plan: str, entry: Any = "prefill") -> Program:
-    return compile_program(traced(), Plan.parse(plan)).program_of(entry)
+    return compiled(plan).program_of(entry)
 
 
 def ops(found: Program) -> dict[str, int]:
@@ -140,7 +144,7 @@ def test_stages_hand_on_what_is_of_own_sequences() -> None:
 
 
 def test_the_whole_text_is_as_it_was() -> None:
-    parts = compile_program(traced(), Plan(ep=2))
+    parts = compiled("ep=2")
     assert parts.program.batch_axes == ()
     assert any("are given one batch" in note for note in parts.program.notes)
     assert any("have sequences of their own" in note for note in program("ep=2").notes)

@@ -23,7 +23,7 @@ from runtime.ops.expert_exchange import expert_return, expert_send, receive_from
 from runtime.ops.rows import collect_rows, scatter_rows
 from runtime.processes.launch import launch
 from tests.support import generated
-from tests.support.partitioned import EXACT, error, traced
+from tests.support.partitioned import EXACT, compiled_for, error, traced
 
 PLAN = "ep=2,expert-parallel.exchange=exchange"
 GATHER = "ep=2,expert-parallel.exchange=gather"
@@ -31,7 +31,7 @@ GATHER = "ep=2,expert-parallel.exchange=gather"
 
 @functools.cache
 def parts(name: str, plan: str = PLAN) -> Any:
-    return compile_program(traced(name)[1], Plan.parse(plan))
+    return compiled_for(name, plan)
 
 
 def names(program: Program) -> list[str]:

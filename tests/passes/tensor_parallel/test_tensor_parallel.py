@@ -40,13 +40,12 @@ SEQUENTIAL = plans(
         "bloom": (3,),
         "gemma2": (3,),
         "mixtral": (3,),
-        "gpt_oss": (3,),
-        "deepseek_v3": (3, 4),
+        "deepseek_v3": (3,),
     },
-    ["phi3", "qwen3", "minicpm3", "opt"],
+    ["gpt_oss", "phi3", "qwen3", "minicpm3", "opt"],
 )
 PARALLEL = plans({"gptj": (3,), "falcon": (3, 4)}, ["cohere", "phi", "gpt_neox"])
-ODD = plans({"llama": (4,), "phi3": (4,), "bloom": (4,), "gpt_oss": (4,), "olmo2": (4,)}, ["gpt2", "gpt_neox"])
+ODD = plans({"llama": (4,), "phi3": (4,), "gpt_oss": (4,), "olmo2": (4,)}, ["bloom", "gpt2", "gpt_neox"])
 
 
 @pytest.mark.parametrize(("name", "tp"), SEQUENTIAL)

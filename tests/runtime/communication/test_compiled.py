@@ -56,10 +56,11 @@ def test_steps_from_fixed_memory_say_what_others_say(name: str, monkeypatch: pyt
     """Rows of several lengths, past the window of those layers that have one; states stay where they are."""
     parts = partition(zoo.tiny(name)[0], Plan(tp=1))
     texts = prompts(name, (3, 11))
-    expected = parts.generate(texts, max_new_tokens=14, eos_token_id=[])
+    new = 14 if name == "gemma2" else 5
+    expected = parts.generate(texts, max_new_tokens=new, eos_token_id=[])
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     engine = parts.engine(0, ThreadGroup(parts.mesh).communicator(0), compile=True)
-    assert torch.equal(engine.generate(texts, max_new_tokens=14, eos_token_id=[], prefill_step=4), expected)
+    assert torch.equal(engine.generate(texts, max_new_tokens=new, eos_token_id=[], prefill_step=4), expected)
     shorter = [text[:2] for text in texts]  # with states that begin anew
     assert engine.generate(shorter, max_new_tokens=4, eos_token_id=[]).tolist() == (
         parts.generate(shorter, max_new_tokens=4, eos_token_id=[]).tolist()

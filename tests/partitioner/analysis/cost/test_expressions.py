@@ -12,7 +12,7 @@ from partitioner.analysis.cost.node_cost import node_costs
 from partitioner.compile.partition import compile_program
 from partitioner.sharding.split_class import SplitClass
 from tests.support import zoo
-from tests.support.partitioned import traced
+from tests.support.partitioned import compiled_for, traced
 
 BATCH = 2
 
@@ -60,7 +60,7 @@ def test_one_analysis_for_two_ranks_prices_three(name: str, moe: int, length: in
 
 def test_a_wrong_class_is_noticed() -> None:
     """Negative control: a class that does not give the sizes at hand is not used."""
-    program = compile_program(traced("llama")[1], Plan(tp=2)).program_of("prefill")
+    program = compiled_for("llama", "tp=2").program_of("prefill")
     program.split_classes = {name: SplitClass(3, 3) for name in program.split_classes}
     made = Expressions(program, 7)
     made.all()
@@ -68,7 +68,7 @@ def test_a_wrong_class_is_noticed() -> None:
 
 
 def test_the_cost_of_parts_is_printed_by_kind_of_layer() -> None:
-    parts = compile_program(traced("llama")[1], Plan(tp=2))
+    parts = compiled_for("llama", "tp=2")
     found = parts.cost()
     said = str(found)
     assert "heads: of 4" in said
@@ -81,5 +81,5 @@ def test_the_cost_of_parts_is_printed_by_kind_of_layer() -> None:
 
 
 def test_costs_at_one_rank_have_no_classes() -> None:
-    found = layer_costs(compile_program(traced("llama")[1], Plan()).program_of("prefill"))
+    found = layer_costs(compiled_for("llama", "tp=1").program_of("prefill"))
     assert not found.classes

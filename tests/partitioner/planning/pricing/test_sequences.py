@@ -11,14 +11,13 @@ import sympy
 
 from partitioner import Parts, Plan
 from partitioner.analysis.cost.program_cost import program_cost
-from partitioner.compile.partition import compile_program
 from partitioner.planning.cluster import Cluster, Device, Dimension
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.pricing.sequences import Attending
 from partitioner.planning.quantities import Seconds, Workload
 from partitioner.planning.search import search
 from partitioner.planning.summary import Summary, summarize_program
-from tests.support.partitioned import traced
+from tests.support.partitioned import compiled_for, traced
 
 TOKENS = 48
 DEVICE = Device("toy", 1 << 30, 0, 1e11, {"float64": 1e10})
@@ -36,7 +35,7 @@ def summary(name: str) -> Summary:
 
 @functools.cache
 def compiled(name: str, plan: str) -> Parts[Any]:
-    return compile_program(traced(name)[1], Plan.parse(plan))
+    return compiled_for(name, plan)
 
 
 def attending(name: str, plan: Plan, *, entry: str, length: int, past: int) -> list[Attending]:

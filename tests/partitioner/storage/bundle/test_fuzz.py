@@ -24,7 +24,7 @@ from partitioner import PartitionerError
 from tests.support.bundle_forger import Forger, use
 
 pytestmark = pytest.mark.usefixtures("canary")
-QUICK, ALL = 60, 1000
+QUICK, ALL = 30, 1000
 SECONDS = 100
 """For one case: longer than ranks wait for each other."""
 SPARE_BYTES = 4 << 30

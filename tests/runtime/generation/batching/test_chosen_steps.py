@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from partitioner import Plan
-from partitioner.compile.partition import compile_program
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.generation.batching import chosen_steps, places
@@ -25,7 +23,7 @@ from runtime.kv_cache.cache_size import CacheSize
 from runtime.sampling import row_sampler
 from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.batching.many_requests import Case, assert_as_alone, mixed, on_all_ranks
-from tests.support.partitioned import compiled, traced
+from tests.support.partitioned import compiled, compiled_for
 
 ROOMY = CacheSize(max_batch=8, max_length=96, prefill_step=16)
 PENALTIES: list[dict[str, Any]] = [
@@ -90,10 +88,10 @@ def test_ranks_with_sequences_of_their_own(plan: str, in_steps: Counter[str], mo
 
     monkeypatch.setattr(Decoder, "_chosen", watched)
     cases = mixed(10, longest=30, new=6)
-    whole = compile_program(traced("qwen3_moe")[1], Plan.parse("tp=1"))
+    whole = compiled_for("qwen3_moe", "tp=1")
     alone = many_requests.alone(whole, cases)
     in_steps["on"] = 1
-    found = on_all_ranks(compile_program(traced("qwen3_moe")[1], Plan.parse(plan)), cases, ROOMY)
+    found = on_all_ranks(compiled_for("qwen3_moe", plan), cases, ROOMY)
     assert_as_alone(cases, found, alone)
     assert len(kinds) > 2
     for (_, batch), said in kinds.items():
@@ -158,7 +156,7 @@ def test_first_tokens_that_steps_of_single_tokens_choose(prefill_step: int, in_s
 def test_tokens_that_are_given_are_not_chosen(in_steps: Counter[str]) -> None:
     """Log-probabilities of texts, where ranks have sequences of their own."""
     texts = [[5 + 7 * row, 9, 60 - row, 4, 33 + row, 8] for row in range(3)]
-    held = compile_program(traced("qwen3_moe")[1], Plan(ep=2))
+    held = compiled_for("qwen3_moe", "ep=2")
     expected = held.log_probabilities(texts)
     in_steps["on"] = 1
     assert torch.allclose(held.log_probabilities(texts), expected, atol=1e-9, rtol=0)

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from partitioner import CacheSize, Plan, partition
-from partitioner.compile.partition import compile_program
 from partitioner.errors import InputError
 from runtime.generation.batching import own_batches
 from runtime.generation.batching.batch_loop import BatchLoop
@@ -19,7 +18,7 @@ from runtime.ops.expert_exchange import expert_send
 from tests.runtime.generation.batching import many_requests
 from tests.runtime.generation.batching.many_requests import Case, assert_as_alone, mixed, on_all_ranks
 from tests.support import generated, zoo
-from tests.support.partitioned import traced
+from tests.support.partitioned import compiled_for
 
 NAME = "qwen3_moe"
 SIZE = CacheSize(max_batch=8, max_length=64, prefill_step=8)
@@ -28,7 +27,7 @@ GREEDY = {"max_new_tokens": 4, "eos_token_id": []}
 
 @functools.cache
 def parts(plan: str) -> Any:
-    return compile_program(traced(NAME)[1], Plan.parse(plan))
+    return compiled_for(NAME, plan)
 
 
 @pytest.mark.parametrize(
