@@ -145,6 +145,7 @@ def compile_program(
     `model`: what a bundle says of it.
     """
     check_plan(plan)
+    traced = replace(traced, inferred={})  # rules may have changed since another compile of it
     if plan.sp > 1:  # only attention may look from one token at another
         candidate = traced.copy()
         traced = candidate if recognise_attention(candidate) else traced

@@ -233,6 +233,8 @@ class Program:
     """Whether ranks hold quantised weights as their files do."""
     notes: list[str] = field(default_factory=list)
     """What the user should know: variants fixed at capture, inputs refused."""
+    inferred: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What layout rules have said (`analysis/layouts/memoise.py`); one for all copies, within a compile."""
 
     def copy(self, mesh: Mesh | None = None) -> Program:
         """The same program with a graph of its own; on another mesh if one is given, before anything is laid out."""

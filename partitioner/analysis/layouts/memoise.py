@@ -1,7 +1,9 @@
 """Layouts of identical nodes inferred once: layers repeat, and what holds for one holds for all.
 
 A node is known by its op, its arguments and the layouts and shapes of its operands. What is remembered names operands
-by their place, so that it serves any node that is known by the same.
+by their place, so that it serves any node that is known by the same: of the same program, after each pass, and of all
+others in one compile, where the mesh, the symbols and the integers of ranks that stand in the arguments are the same
+too. What other nodes say (sizes that are read off tensors) serves the one program only.
 """
 
 from __future__ import annotations
@@ -17,8 +19,7 @@ from partitioner.analysis.layouts.infer_layout import Inference, Layouts, infer_
 from partitioner.analysis.layouts.infer_move import infer_move
 from partitioner.analysis.layouts.localise import Localised, Scaled, localise, moves_alike
 from partitioner.analysis.rules.data_movement import is_move
-from partitioner.program.node_arguments import map_nodes
-from partitioner.program.program import Program
+from partitioner.program.program import Entry, PerRankInt, Program
 from partitioner.sharding.layout import Layout
 
 __all__ = ["Inferrer"]
@@ -41,7 +42,8 @@ class Inferrer:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self._known: dict[Any, Any] = {}
+        self._own: dict[Any, Any] = {}
+        self._of_all = program.inferred.setdefault((program.mesh, tuple(program.symbols.items())), {})
 
     def infer(self, node: fx.Node, layouts: Layouts) -> Inference:
         def work() -> Inference:
@@ -51,7 +53,7 @@ class Inferrer:
                 return infer_experts(self.program, node, layouts)
             return infer_compute(self.program, node, layouts)
 
-        return self._memoised("infer", node, layouts, work)
+        return self._memoised("infer", node, layouts, work, shared=True)
 
     def localise(self, node: fx.Node, given: Layouts, outputs: tuple[Layout, ...]) -> tuple[bool, Localised | None]:
         """Whether a move can run on local tensors, and what it becomes if it is not left as it is."""
@@ -65,20 +67,33 @@ class Inferrer:
     def moves_alike(self, node: fx.Node, given: Layouts, outputs: tuple[Layout, ...]) -> bool:
         """Whether a move as it stands is right on every rank."""
         return self._memoised(
-            "alike", node, given, lambda: moves_alike(self.program, node, _as_is(node), given, outputs)
+            "alike", node, given, lambda: moves_alike(self.program, node, _as_is(node), given, outputs), shared=True
         )
 
-    def _memoised(self, question: str, node: fx.Node, layouts: Layouts, work: Callable[[], T]) -> T:
+    def _memoised(
+        self, question: str, node: fx.Node, layouts: Layouts, work: Callable[[], T], *, shared: bool = False
+    ) -> T:
+        """shared: whether an answer adds nothing to the program, so that others may have it."""
         inputs = node.all_input_nodes
         place = {source: i for i, source in enumerate(inputs)}
-        shape = map_nodes((node.args, tuple(sorted(node.kwargs.items()))), lambda n: _Operand(place[n]))
+        integers: list[Entry] = []
+
+        def stand_in(leaf: Any) -> Any:
+            if isinstance(leaf, PerRankInt) and leaf.name in self.program.table:
+                integers.append(self.program.table[leaf.name])
+            return _Operand(place[leaf]) if isinstance(leaf, fx.Node) else leaf
+
+        shape = fx.node.map_aggregate((node.args, tuple(sorted(node.kwargs.items()))), stand_in)
         operands = tuple((layouts.get(n), _hashable(n.meta.get("val"))) for n in inputs)
         local = tuple(n.args for n in inputs if n not in layouts and n.op == "call_function")
-        key = (question, node.target, repr(shape), operands, repr(local) if local else "")
-        known = self._known.get(key)
+        key: tuple[Any, ...] = (question, node.target, repr(shape), operands, repr(local) if local else "")
+        memory = self._own
+        if shared and not local:
+            memory, key = self._of_all, (*key, tuple(integers), _hashable(node.meta.get("val")))
+        known = memory.get(key)
         if known is None:
             found = work()
-            self._known[key] = _exchange(found, lambda n: _Operand(place[n]) if isinstance(n, fx.Node) else n)
+            memory[key] = _exchange(found, lambda n: _Operand(place[n]) if isinstance(n, fx.Node) else n)
             return found
         answer: T = _exchange(known, lambda n: inputs[n.place] if isinstance(n, _Operand) else n)
         return answer

@@ -16,7 +16,7 @@ import sympy
 
 from partitioner.capture.overheads.internals import internal
 
-__all__ = ["asked_once"]
+__all__ = ["about_size", "asked_once", "version_of_equal_sizes"]
 
 _OPERATIONS = (
     "add", "sub", "mul", "eq", "ne", "lt", "le", "gt", "ge", "sym_min", "sym_max", "int_floordiv", "and_", "or_"
@@ -35,10 +35,10 @@ def asked_once() -> Iterator[None]:
 
     It is done as ever where this torch does not say what an answer follows from.
     """
-    parts: list[Any] = [internal(path) for path in (_NODE, _SIZES, _PROXY, _RECORDING, _RECORDING_EARLY)]
-    node, sizes, proxy, recording, recording_early = parts
-    version = None if None in parts else _version_of_equal_sizes(node, sizes)
-    if version is None:
+    parts: list[Any] = [internal(path) for path in (_NODE, _PROXY, _RECORDING, _RECORDING_EARLY)]
+    node, proxy, recording, recording_early = parts
+    version = version_of_equal_sizes()
+    if version is None or None in parts:
         yield
         return
 
@@ -56,11 +56,16 @@ def asked_once() -> Iterator[None]:
             setattr(node, name, own)
 
 
+def version_of_equal_sizes() -> str | None:
+    """The name of what counts, in the environment of a trace's sizes, each time that some are found to be equal; None
+    where this torch lacks it, or anything else that is looked at.
+    """
+    node, sizes = internal(_NODE), internal(_SIZES)
+    return None if node is None or sizes is None else _version_of_equal_sizes(node, sizes)
+
+
 @functools.cache
 def _version_of_equal_sizes(node_class: Any, sizes_class: Any) -> str | None:
-    """The name of what counts each time that sizes are found to be equal; None where this torch lacks it, or anything
-    else that is looked at.
-    """
     try:
         sizes = sizes_class()
         node = node_class(sympy.Integer(1), sizes, int, 1)
@@ -87,7 +92,7 @@ def _remembered(
             or is_recorded()
         ):
             return own(self, other)
-        key = own, sizes, getattr(sizes, version), _about(self), _about(other)
+        key = own, sizes, getattr(sizes, version), about_size(self), about_size(other)
         found = known.get(key)
         if found is None:
             found = known[key] = own(self, other)
@@ -96,6 +101,7 @@ def _remembered(
     return operation
 
 
-def _about(node: Any) -> tuple[Any, ...]:
+def about_size(node: Any) -> tuple[Any, ...]:
+    """What all that is asked of a size follows from, together with which sizes are known to be equal."""
     # 1, 1.0 and True are equal: the type tells them apart
     return node._expr, node.pytype, node._hint, node._optimized_summation

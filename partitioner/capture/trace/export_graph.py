@@ -9,20 +9,18 @@ import contextlib
 import io
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo_config
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from partitioner.capture.layers.layer_kinds import outermost_lists
-from partitioner.capture.layers.share_layers import NotSharedError, SharedLayers, shares
+from partitioner.capture.layers.share_layers import NotSharedError, SharedLayers
+from partitioner.capture.overheads.shapes_once import shapes_found_once
 from partitioner.capture.overheads.size_arithmetic import asked_once
 from partitioner.capture.overheads.source_lines import innermost_lines
 from partitioner.capture.overheads.unread import unread_left_out
@@ -190,9 +188,9 @@ def run_export(
     with (
         installed(masks),
         torch.no_grad(),
-        _remembering(traced),
         innermost_lines(),
         asked_once(),
+        shapes_found_once(),
         unread_left_out(traced, masks.next_is_known),
     ):
         return torch.export.export(
@@ -202,23 +200,6 @@ def run_export(
             dynamic_shapes=(tuple(dict(dims[name]) for name in example),),
             strict=False,
         )
-
-
-_FEW_LAYERS = 2
-
-
-def _remembering(traced: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Without what fake tensors remember of ops and shapes, where few layers are traced: it takes a tenth of the time
-    of such a trace, and saves as much only where the same ops come again.
-    """
-    kinds = Counter(
-        (path, tuple(map(type, layer.modules()))) for path, layers in outermost_lists(traced) for layer in layers
-    )
-    runs = sum(min(members, _FEW_LAYERS) if shares() else members for members in kinds.values())
-    if runs > _FEW_LAYERS:
-        return contextlib.nullcontext()
-    held: contextlib.AbstractContextManager[None] = dynamo_config.patch(fake_tensor_cache_enabled=False)
-    return held
 
 
 _SHORT = 3

@@ -7,6 +7,7 @@ from torch import fx
 from partitioner.capture import capture_piece
 from partitioner.compile.canonicalize import canonicalize
 from partitioner.program import Program
+from partitioner.proof import recurrences
 from partitioner.proof.recurrences import why_pieces_differ
 from partitioner.proof.regions import regions_of
 from partitioner.sharding.mesh import Mesh
@@ -126,3 +127,24 @@ def test_each_value_that_a_layer_hands_on_is_compared(piece: Program, step: Prog
     reason = why_pieces_differ(twofold(piece, 2.0), step)
     assert reason is not None
     assert reason.endswith("its code for several tokens hands on other values than its code for one")
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize(
+    ("channels", "groups", "stride", "bias"), [(6, 6, 1, True), (6, 6, 1, False), (6, 3, 1, True), (6, 6, 2, True)]
+)
+def test_a_convolution_is_tried_as_torch_does_it(
+    channels: int, groups: int, stride: int, padding: int, bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x, weight = random(2, channels, 9), random(channels, channels // groups, 4)
+    given = (x, weight, random(channels) if bias else None, [stride], [padding], [1], groups)
+    faster = recurrences._FASTER[aten.conv1d.default]
+    wanted = aten.conv1d.default(*given)
+    torch.testing.assert_close(faster(*given), wanted, rtol=1e-12, atol=1e-12)
+    other = faster(x, weight.flip(2), *given[2:])
+    assert (other - wanted).abs().max() > 0.1

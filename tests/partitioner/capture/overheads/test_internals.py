@@ -12,17 +12,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import sym_node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import partitioner
-from partitioner.capture.overheads import internals, size_arithmetic, source_lines, unread
+from partitioner.capture.overheads import internals, shapes_once, size_arithmetic, source_lines, unread
 from partitioner.capture.overheads.internals import internal
 
 OF_SIZES = [f"_{name}" for name in ("NODE", "SIZES", "PROXY", "RECORDING", "RECORDING_EARLY")]
 LOOKED_UP = [
     *((size_arithmetic, name) for name in OF_SIZES),
     *((unread, f"_{name}") for name in ("METADATA", "PACKED", "LAZY_CODE", "GRAD_MODE", "UNWATCHED")),
+    *((shapes_once, f"_{name}") for name in ("DISPATCH", "KERNEL", "UNGUARDED", "TORCHS_OWN")),
     (source_lines, "_STACKS"),
 ]
 """The constants that hold the paths."""
@@ -115,14 +117,14 @@ def traced() -> list[str]:
 
 def test_every_path_is_among_these() -> None:
     assert {vars(module)[name] for module, name in LOOKED_UP} == set.union(
-        *(paths_of(module) for module in (size_arithmetic, source_lines, unread))
+        *(paths_of(module) for module in (shapes_once, size_arithmetic, source_lines, unread))
     )
 
 
 @pytest.mark.parametrize(("module", "name"), LOOKED_UP, ids=lambda each: str(each).rpartition(".")[2])
 def test_a_trace_is_the_same_without(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = vars(module)[name]
-    plain, own, sizes = traced(), internal(path), dict(vars(sym_node.SymNode))
+    plain, own, sizes, ops = traced(), internal(path), dict(vars(sym_node.SymNode)), FakeTensorMode.dispatch
     assert own is not None
     resolve = pkgutil.resolve_name
 
@@ -133,11 +135,12 @@ def test_a_trace_is_the_same_without(module: Any, name: str, monkeypatch: pytest
 
     monkeypatch.setattr(internals.pkgutil, "resolve_name", without)
     assert internal(path) is None
-    with unread.unread_left_out(Growing(), lambda: True), size_arithmetic.asked_once():
+    with unread.unread_left_out(Growing(), lambda: True), size_arithmetic.asked_once(), shapes_once.shapes_found_once():
         for _ in _opened(source_lines.innermost_lines()):
             assert traced() == plain
             assert resolve(path) is own  # and not one of ours
             assert (dict(vars(sym_node.SymNode)) == sizes) is (module is size_arithmetic)
+            assert (FakeTensorMode.dispatch is ops) is (module is shapes_once or name in ("_NODE", "_SIZES"))
     assert resolve(path) is own
 
 
