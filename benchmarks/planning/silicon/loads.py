@@ -26,7 +26,7 @@ from dataclasses import replace
 
 from partitioner.planning.pricing.batching import Load, Scheduler
 
-__all__ = ["cache_dtype_of", "load_of", "pads_experts", "requests_of", "scheduler_of"]
+__all__ = ["cache_dtype_of", "degrees_of", "load_of", "pads_experts", "requests_of", "scheduler_of"]
 
 
 def is_inferencemax(row: Mapping[str, str]) -> bool:
@@ -48,6 +48,28 @@ def cache_dtype_of(row: Mapping[str, str], system: str) -> str | None:
         return None
     by_request = row["backend"] == "vllm" and is_inferencemax(row) and "Llama" in row["model_path"] and system == "H200"
     return "fp8" if row["backend"] == "trtllm" or by_request else None
+
+
+def degrees_of(row: Mapping[str, str]) -> tuple[int, int, int, int]:
+    """tp, dp, ep and etp; InferenceMAX's scripts ran others than their matrix names, and the columns have the matrix's:
+
+    MiniMax M2.5, vLLM 0.18, H200     expert parallelism for any EP_SIZE from 1 on, and the matrix names none
+                                      (benchmarks/single_node/minimaxm2.5_fp8_h200.sh at 0f78cf4e, 2026-03-27)
+    DeepSeek, TensorRT-LLM, H200      EP_SIZE=$TP; attention by dp above 64 requests, of prompts of 8192 above 32
+                                      (benchmarks/dsr1_fp8_h200_trt_slurm.sh at e06929c7, 2025-11-01)
+    """
+    tp, dp, ep, etp = (
+        max(1, int(row[name] or 1)) for name in ("tp_size", "attention_dp_size", "moe_ep_size", "moe_tp_size")
+    )
+    if is_inferencemax(row) and row["system"].startswith("h200"):
+        model, engine = row["model_path"].rpartition("/")[2], row["backend"]
+        if model == "MiniMax-M2.5" and engine == "vllm" and row["backend_version"].startswith("0.18."):
+            ep, etp = ep * etp, 1
+        if model.startswith("DeepSeek") and engine == "trtllm" and not row["backend_version"]:
+            ep, etp = ep * etp, 1
+            if int(row["batch_size"]) > (32 if row["isl"] == "8192" else 64):
+                tp, dp = 1, tp
+    return tp, dp, ep, etp
 
 
 def pads_experts(row: Mapping[str, str]) -> bool:
