@@ -6,7 +6,8 @@ Nothing here is fitted. The sample names its sources; what each ran is published
         ten waves; lengths spread evenly over 80 to 100% of the ones named (--random-range-ratio 0.8); no cache of
         prefixes; vLLM: steps of 8192 tokens, async scheduling, on H200 a cache of fp8; TensorRT-LLM: Llama 70B steps of
         16384 tokens, for 1024 and 1024 tokens on fewer than 8 GPUs prompts wait up to 20 steps for a fuller one
-        (batch_wait_timeout_iters); DeepSeek: prompt + concurrency + 64 tokens; SGLang: prompts first, 32768 tokens
+        (batch_wait_timeout_iters); DeepSeek: prompt + concurrency + 64 tokens, with attention by dp prompts wait up to
+        60 steps for one on each rank (attention_dp_config: timeout_iters); SGLang: prompts first, 32768 tokens
     gap-analysis files of aiconfigurator: lengths as named, ten requests for each at a time (github.com/ai-dynamo, eval/
         benchmarks/genai_perf_runner.py of 2025); steps of prompt + concurrency + 500 tokens for TensorRT-LLM, whose
         prompts are not cut, and of prompt + 1500 for vLLM (plus concurrency) and SGLang (aiconfigurator 0.12.0,
@@ -87,7 +88,8 @@ def scheduler_of(row: Mapping[str, str]) -> Scheduler:
         if engine == "sglang":
             return Scheduler(budget=32768, mixed=False)
         if "Llama" not in row["model_path"]:
-            return Scheduler(budget=prompt + batch + 64, chunked=False)
+            patience = 60 if degrees_of(row)[1] > 1 else 0
+            return Scheduler(budget=prompt + batch + 64, chunked=False, patience=patience)
         waits = prompt == new == 1024 and int(row["tp_size"]) < 8
         return replace(Scheduler(budget=16384, chunked=False), patience=20 if waits else 0)
     if engine == "vllm":
