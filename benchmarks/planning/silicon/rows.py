@@ -19,16 +19,25 @@ The column of the batch is that of a rank of attention's dp: all rows with dp na
 from __future__ import annotations
 
 import csv
+import functools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.planning.models import SHAPES, summary_of
-from benchmarks.planning.silicon.engine_kernels import ContiguousExperts
-from benchmarks.planning.silicon.loads import cache_dtype_of, load_of, pads_experts, requests_of, scheduler_of
+from benchmarks.planning.silicon.engine_kernels import ContiguousExperts, TableExperts, expert_times
+from benchmarks.planning.silicon.loads import (
+    cache_dtype_of,
+    degrees_of,
+    load_of,
+    pads_experts,
+    requests_of,
+    scheduler_of,
+)
 from partitioner.planning.cluster import Cluster
+from partitioner.planning.kernels import Kernels
 from partitioner.planning.pricing.batching import Load, Scheduler
 from partitioner.planning.pricing.continuous import SharedSteps, shared_steps
 from partitioner.planning.pricing.price import Pricer
@@ -50,6 +59,8 @@ MODELS = {
 }
 DENSE = ("llama-3.1-8b", "llama-3.1-70b", "qwen3-32b")
 MOST_OF_PEAK, HOST = 0.7, 8
+BLOCKWISE = "fp8_block"
+"""How the mixtures' checkpoints in float8 are scaled."""
 DRAFTED = "measured=2026-01-14"
 """github.com/SemiAnalysisAI/InferenceX, pull requests 392 and 412 of 2026-01-12: dsr1-fp8-h200-trt-mtp."""
 
@@ -112,7 +123,7 @@ def read(folder: Path, cache: Path, left: Counter[str], *, doubted: bool = False
             elif name is None or not (SHAPES / f"{name}.json").is_file():
                 left[f"no shape: {row['model_path']}"] += 1
             else:
-                priced = _price(row, name, system, cache, pricers)
+                priced = _price(row, name, system, folder, cache, pricers)
                 if isinstance(priced, str):
                     left[priced] += 1
                     continue
@@ -123,22 +134,25 @@ def read(folder: Path, cache: Path, left: Counter[str], *, doubted: bool = False
 
 
 def _price(
-    row: dict[str, str], name: str, system: str, cache: Path, pricers: dict[tuple[str, ...], Pricer]
+    row: dict[str, str], name: str, system: str, folder: Path, cache: Path, pricers: dict[tuple[str, ...], Pricer]
 ) -> Row | str:
-    tp, dp = (max(1, int(row[name] or 1)) for name in ("tp_size", "attention_dp_size"))
-    ep, etp = (max(1, int(row[name] or 1)) for name in ("moe_ep_size", "moe_tp_size"))
+    tp, dp, ep, etp = degrees_of(row)
     if ep * etp > 1 and ep * etp != tp * dp:
         return "experts over other ranks than attention"
     plan = Plan(tp=tp, dp=dp, ep=ep, etp=etp if ep > 1 else 1)
     kind, engine = "float8_e4m3fn" if row["precision"] == "fp8" else "", row["backend"]
     kept = cache_dtype_of(row, system)
     contiguous = pads_experts(row)
-    key = (name, system, kind, kept or "", str(tp * dp), str(contiguous))
+    key = (name, system, kind, kept or "", str(plan), engine, str(contiguous))
     if key not in pricers:
         summary = summary_of(name, cache)
         stored = StoredFormat.float8(summary.dtype) if kind else None
         cluster = Cluster.parse(f"{tp * dp}x{system}")
-        kernels = ContiguousExperts.of if contiguous else None
+        kernels: Callable[[Kernels], Kernels] | None = ContiguousExperts.of if contiguous else None
+        if summary.experts is not None and not contiguous:
+            times = expert_times(folder, f"{system.lower()}_sxm", engine, BLOCKWISE if kind else summary.dtype)
+            sizes = plan.etp if plan.ep > 1 else plan.tp, summary.experts.chosen, summary.experts.count, plan.ep
+            kernels = functools.partial(TableExperts.of, times=times, sizes=sizes)
         pricers[key] = Pricer(summary, cluster, stored=stored, cache_dtype=kept, own=False, kernels=kernels)
     pricer = pricers[key]
     prompt, new, batch = int(row["isl"]), int(row["osl"]), requests_of(row)

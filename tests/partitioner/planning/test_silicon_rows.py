@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from benchmarks.planning.silicon import engine_kernels
-from benchmarks.planning.silicon.engine_kernels import ContiguousExperts
-from benchmarks.planning.silicon.loads import pads_experts, requests_of
+from benchmarks.planning.silicon.engine_kernels import ContiguousExperts, TableExperts
+from benchmarks.planning.silicon.loads import degrees_of, pads_experts, requests_of
 from benchmarks.planning.silicon.rows import _named_tp, _without
 from partitioner.planning.kernels import Grouped, kernels_of
+from partitioner.planning.pricing.batching import Curve
 
 
 def row(**fields: Any) -> SimpleNamespace:
@@ -78,3 +79,38 @@ def test_padded_experts_take_as_long_with_few_tokens_as_with_more() -> None:
         took = summed / 128 * engine_kernels.STEP_S + engine_kernels.END_S
         assert tile * summed * engine_kernels.PROCESSORS / took == pytest.approx(tflops, rel=0.01)
     assert padded.experts(Grouped(0, 128, 4096, 768, 0, 0, "bfloat16")) == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "backend", "version", "isl", "batch", "source", "degrees"),
+    [
+        ("MiniMax-M2.5", "vllm", "0.18.0", "1024", "4", "db-dump", (8, 1, 8, 1)),
+        ("MiniMax-M2.5", "vllm", "0.16.0", "1024", "4", "db-dump", (8, 1, 1, 8)),
+        ("MiniMax-M2.5", "vllm", "0.18.0", "1024", "4", "gap-analysis", (8, 1, 1, 8)),
+        ("DeepSeek-V3", "trtllm", "", "8192", "32", "db-dump", (8, 1, 8, 1)),
+        ("DeepSeek-V3", "trtllm", "", "8192", "64", "db-dump", (1, 8, 8, 1)),
+        ("DeepSeek-V3", "trtllm", "", "1024", "64", "db-dump", (8, 1, 8, 1)),
+        ("DeepSeek-V3", "sglang", "0.5.9", "8192", "64", "db-dump", (8, 1, 1, 8)),
+    ],
+)
+def test_degrees_are_those_that_a_script_ran(
+    model: str, backend: str, version: str, isl: str, batch: str, source: str, degrees: tuple[int, ...]
+) -> None:
+    told = {"model_path": f"org/{model}", "backend": backend, "backend_version": version, "isl": isl,
+            "batch_size": batch, "silicon_data_source": source, "system": "h200_sxm", "tp_size": "8",
+            "attention_dp_size": "1", "moe_ep_size": "1", "moe_tp_size": "8"}  # fmt: skip
+    assert degrees_of(told) == degrees
+
+
+def test_experts_take_what_their_own_table_says() -> None:
+    plain = kernels_of("H200", 4.8e12, {"bfloat16": 989e12}, fitted="h200_sxm")
+    times = {(4, 3072, 1536, 8, 256, 1): Curve((512, 1024), (1e-3, 2e-3))}
+    own = TableExperts.of(plain, times, (4, 8, 256, 1))
+    other = TableExperts.of(plain, times, (1, 8, 256, 4))
+
+    def experts(tokens: int) -> Grouped:
+        return Grouped(8.0 * tokens, 256, 3072, 384, 1e12, 1e9, "bfloat16")
+
+    assert own.experts(experts(768)) == pytest.approx(1.5e-3)
+    assert other.experts(experts(768)) == plain.experts(experts(768))
+    assert own.experts(experts(0)) == 0.0
