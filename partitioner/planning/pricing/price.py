@@ -13,6 +13,7 @@ slowest device, speak for all.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,9 +24,10 @@ import sympy
 from partitioner.analysis.cost.expressions import EXPERTS, MET
 from partitioner.planning.cluster import Cluster, bad_order, hops
 from partitioner.planning.collectives import Hop, collective_seconds
-from partitioner.planning.kernels import Kernels, OwnSteps, StepShares, kernels_of, own_steps
+from partitioner.planning.kernels import Kernels, kernels_of
 from partitioner.planning.pricing.held_bytes import HeldBytes
 from partitioner.planning.pricing.kernel_times import KernelTimes
+from partitioner.planning.pricing.own_steps import OwnSteps, StepShares, own_steps
 from partitioner.planning.pricing.sequences import Attending, shares_out
 from partitioner.planning.pricing.stage_split import split_layers
 from partitioner.planning.pricing.stored_format import ITEM, StoredFormat
@@ -83,6 +85,13 @@ class Pricer(HeldBytes):
     def keeps_latents(self, plan: Plan) -> bool:
         """Whether what is remembered of a token is narrower than its keys and values."""
         return self._of_expanded is not None and self._of(plan) is self
+
+    def at_steps(self, own: OwnSteps) -> Pricer:
+        """The same, by other steps of this product."""
+        found = copy.copy(self)
+        found._own, found._costs = own, {}
+        found._of_expanded = None if self._of_expanded is None else self._of_expanded.at_steps(own)
+        return found
 
     def cache_bytes(self, plan: Plan) -> float:
         """Of one token, on the rank that keeps the most of it."""
@@ -163,7 +172,8 @@ class Pricer(HeldBytes):
             whole = iter(self._function((part, entry), [])(*self._given(every)))
         inside = part not in (self.summary.first, self.summary.last)
         times = KernelTimes(self.kernels, self._hops(plan, ("tp",)), self.stored if inside else None, values[EXPERTS],
-                            values[MET], self.cache_item, self._of_step(entry, rows))  # fmt: skip
+                            values[MET], self.cache_item, self._of_step(entry, rows),
+                            0.0 if self._own is None else self._own.meeting_s)  # fmt: skip
         for node in nodes:
             flops, moved = next(numbers), next(numbers)
             product = [next(numbers) for _ in node.product]
@@ -174,7 +184,7 @@ class Pricer(HeldBytes):
                     flops, moved = attending.meet(times.seconds, plan, self._hops(plan, ("sp",)), of_all, steps=steps)
                     product = attending.on_a_rank(plan, steps=steps)
             if node.kind in ("move", "other") and not node.meetings:
-                times.other(moved)
+                times.other(node, moved)
                 continue
             times.end_run()
             for meeting in node.meetings:
@@ -249,11 +259,25 @@ class Pricer(HeldBytes):
                 mine.add(self.part_seconds(summary.first, entry, plan, rows, length, past))
             if head and stage == len(layers) - 1:
                 mine.add(self.part_seconds(summary.last, entry, plan, rows, length, past))
-            mine.waiting += self.overhead_s
+            mine.waiting += self._beside(entry, mine, plan, rows, start - count, count)
             if stage < len(layers) - 1:
                 mine.link("send", collective_seconds("send", self._next_stage(plan), own * summary.hidden_bytes))
             found.append(mine)
         return found, how
+
+    def _beside(self, entry: str, mine: Seconds, plan: Plan, rows: int, start: int, count: int) -> float:
+        """What a stage's run takes beside its kernels. count: its layers, from `start` on."""
+        own = self._own
+        if own is None or self.summary.dtype not in own.DTYPES:
+            return self.overhead_s
+        if (step := self._of_step(entry, rows)) is not None:
+            return step.step_s / plan.pp + (own.turn_s if plan.pp > 1 else 0.0)
+        if entry == "decode":
+            return self.overhead_s
+        # pieces that come again are captured where all tokens meet in attention, on one stage
+        is_captured = plan.pp == plan.sp == 1 and self.summary.experts is None
+        launched = 0 if is_captured else self.summary.ops_of(self.summary.order[start : start + count])
+        return max(0.0, own.op_s * launched - mine.total)
 
     def step_seconds(self, plan: Plan, rows: int, past: int, layers: Sequence[int]) -> float:
         """Between two tokens of the rows of one replica, whose caches hold `past` tokens each."""
@@ -301,6 +325,8 @@ class Pricer(HeldBytes):
         found.add(slowest, runs - 1)
         if shares_head:
             found.add(self._shared_head(plan, "prefill", run_rows, length, past), runs)
+        if self._own is not None and self.summary.dtype in self._own.DTYPES:
+            found.waiting += self._own.first_s
         return found, how
 
     def _decode(
@@ -315,6 +341,9 @@ class Pricer(HeldBytes):
         for stage in (*stages, head):
             found.add(stage)
         turn = groups * (max(stage.total for stage in stages) + head.total)
+        if self._of_step("decode", of_group) is not None and self._own is not None:
+            found.waiting += self._own.message_s * (plan.pp if plan.pp > 1 else 0)
+            found.waiting += self._own.told_s * (plan.mesh.size("dp") > plan.replicas)
         found.waiting += max(0.0, turn - found.total)
         return found, how
 
