@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from partitioner import Plan, partition
 from runtime.communication.thread_communicator import ThreadCommunicator
 from runtime.execution.prompts import captured_pieces, piece
 from runtime.execution.prompts.captured_pieces import asks_host
@@ -16,6 +17,7 @@ from runtime.execution.prompts.piece import places
 from runtime.generation import steps
 from runtime.generation.steps import Steps
 from tests.runtime.generation.replayed import Replayed, capturing_prompts, replaying
+from tests.support import zoo
 from tests.support.partitioned import compiled
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": [], "logprobs": True}
@@ -274,6 +276,17 @@ def test_a_profile_sees_every_node(graphs: list[Replayed]) -> None:
 )
 def test_which_programs_ask_the_host(name: str, asks: bool) -> None:
     assert asks_host(compiled(name, 1).entry("prefill", 0)) == asks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "asks"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_experts_ask_for_their_rows_unless_torch_takes_all_at_once(
+    dtype: torch.dtype, asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = partition(zoo.tiny("qwen3_moe")[0].to(dtype), Plan(tp=2, ep=2)).entry("prefill", 0)
+    assert asks_host(program)
+    monkeypatch.setattr(captured_pieces, "CAPTURES_EXPERTS", True)
+    assert asks_host(program) == asks
 
 
 def test_ranks_that_meet_on_the_host_capture_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
