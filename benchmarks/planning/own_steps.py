@@ -43,10 +43,9 @@ from partitioner.planning.quantities import Workload
 from partitioner.planning.summary import Summary, summarize_program
 from partitioner.program.plan import Plan
 
-WHOLE = "llama-3.1-8b"
+WHOLE, THIN = "llama-3.1-8b", "thin"
 DEVICE = "H200"
 POSITIONS = 1076
-TURNS = 3
 MEASURED = Path(__file__).with_suffix(".csv")
 Pricers = Callable[[str, int], Pricer]
 SHARES, TIMES = ("streamed", "attention", "experts"), ("product_s", "attention_s", "experts_s", "norm_s", "step_s")
@@ -130,14 +129,16 @@ def fitted(pricers: Pricers, measured: Sequence[Step]) -> OwnSteps:
     own = replace(own, first_s=statistics.median(each.seconds - each.predicted(pricers, own) for each in short))
     own = replace(own, first_s=round(own.first_s, 5))
     own = replace(own, op_s=least(pricers, experts, own, "op_s", np.arange(0, 60, 0.5) * 1e-6))
-    between = {
-        "meeting_s": ("tp=2", "tp=2,ep=2"), "turn_s": ("pp=2",), "message_s": ("pp=2",), "told_s": ("dp=2,ep=2",),
-    }  # fmt: skip
-    for name in [name for _ in range(TURNS) for name in between]:
-        rows = [each for each in decode if each.plan in between[name]]
-        step = 10 if name == "told_s" else 1
-        if rows:
-            own = replace(own, **{name: least(pricers, rows, own, name, np.arange(0, 100 * step, step) * 1e-6)})
+    microseconds = np.arange(0, 2000, 5) * 1e-6
+    between: dict[str, tuple[Any, Callable[[Step], bool]]] = {
+        "reduces": (np.arange(0.5, 5, 0.05), lambda each: each.plan == "tp=2"),
+        "turn_s": (microseconds, lambda each: each.plan == "pp=2" and each.model == THIN),
+        "message_s": (microseconds, lambda each: each.plan == "pp=2" and each.model != THIN and each.rows == 1),
+        "told_s": (microseconds, lambda each: each.plan == "dp=2,ep=2"),
+    }
+    for name, (values, has_it) in between.items():
+        if rows := [each for each in decode if has_it(each)]:
+            own = replace(own, **{name: least(pricers, rows, own, name, values)})
     return own
 
 

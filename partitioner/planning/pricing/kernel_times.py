@@ -50,8 +50,8 @@ class KernelTimes:
     """Takes the ops of a part in order; `seconds` is complete after `end`. stored: how its matrices are kept, or None.
 
     held, met: experts of the rank, and how many of them have a row. cache_item: bytes of a number in the cache.
-    own: of a step that streams its weights; None: each kernel by its table. meeting_s: of a collective of such a step,
-    besides.
+    own: of a step that streams its weights; None: each kernel by its table. reduces: the speed of all-reduces of such a
+    step, over that of the tables.
     """
 
     kernels: Kernels
@@ -61,7 +61,7 @@ class KernelTimes:
     met: float
     cache_item: int = 0
     own: StepShares | None = None
-    meeting_s: float = 0.0
+    reduces: float = 1.0
     seconds: Seconds = field(default_factory=Seconds)
     _run: list[float] = field(default_factory=list)
     _products: dict[str, _Product] = field(default_factory=dict)
@@ -80,8 +80,8 @@ class KernelTimes:
             self._run.clear()
 
     def collective(self, kind: str, size: float) -> None:
-        seconds = collective_seconds(kind, self.links, size)
-        self.seconds.link(kind, seconds + self.meeting_s if seconds and self.own is not None else seconds)
+        share = self.reduces if kind == "all_reduce" and self.own is not None else 1.0
+        self.seconds.link(kind, collective_seconds(kind, self.links, size) / share)
 
     def product(self, node: NodeExpression, sizes: Sequence[float], flops: float, moved: float) -> None:
         """Of a linear, of experts or of an attention."""

@@ -49,8 +49,9 @@ class OwnSteps:
     """one, several: of steps of one row, and of several. prefill: of prompts, over the tables' speed.
 
     first_s: until first tokens, besides. op_s: the host's, of each op of a prompt that is not captured.
-    meeting_s: of each collective of a captured step, besides. turn_s, message_s: of a stage's turn, and from there to
-    the next stage. told_s: of a step whose ranks tell each other the tokens of their own sequences.
+    reduces: of all-reduces of captured steps, over the tables' speed. message_s: from a stage to the next one. turn_s:
+    the host's, of a group's turn on a stage. told_s: of a step whose ranks tell each other the tokens of their own
+    sequences.
     """
 
     prefill: float
@@ -58,9 +59,9 @@ class OwnSteps:
     several: StepShares
     first_s: float = 0.0
     op_s: float = 0.0
-    meeting_s: float = 0.0
-    turn_s: float = 0.0
+    reduces: float = 1.0
     message_s: float = 0.0
+    turn_s: float = 0.0
     told_s: float = 0.0
     DTYPES: ClassVar = ("bfloat16", "float16")
     MOST_ROWS: ClassVar = 64

@@ -14,9 +14,11 @@ slowest device, speak for all.
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import NormalDist
 from typing import Any
 
 import sympy
@@ -35,7 +37,7 @@ from partitioner.planning.quantities import Memory, Price, Seconds, Workload, ru
 from partitioner.planning.summary import Summary
 from partitioner.program.plan import Plan
 
-__all__ = ["Pricer"]
+__all__ = ["Pricer", "met_of_fullest"]
 
 STEP_S = 50e-6
 """Host work of a step that is launched as one graph: inputs, the choice of tokens."""
@@ -159,6 +161,8 @@ class Pricer(HeldBytes):
         nodes = self.summary.parts[part].nodes[entry]
         dealt, steps = plan.sp if entry == "prefill" else 1, entry == "decode"
         values = self._values(plan, rows, -(-length // dealt), past, alike=steps)
+        if self._of_step(entry, rows) is not None:
+            values[MET] = met_of_fullest(values[MET], values[EXPERTS], plan.ep)
         if over_stages:
             values = self._over_stages(plan, values)
         wanted: list[Any] = []
@@ -173,7 +177,7 @@ class Pricer(HeldBytes):
         inside = part not in (self.summary.first, self.summary.last)
         times = KernelTimes(self.kernels, self._hops(plan, ("tp",)), self.stored if inside else None, values[EXPERTS],
                             values[MET], self.cache_item, self._of_step(entry, rows),
-                            0.0 if self._own is None else self._own.meeting_s)  # fmt: skip
+                            1.0 if self._own is None else self._own.reduces)  # fmt: skip
         for node in nodes:
             flops, moved = next(numbers), next(numbers)
             product = [next(numbers) for _ in node.product]
@@ -271,7 +275,7 @@ class Pricer(HeldBytes):
         if own is None or self.summary.dtype not in own.DTYPES:
             return self.overhead_s
         if (step := self._of_step(entry, rows)) is not None:
-            return step.step_s / plan.pp + (own.turn_s if plan.pp > 1 else 0.0)
+            return step.step_s / plan.pp
         if entry == "decode":
             return self.overhead_s
         # pieces that come again are captured where all tokens meet in attention, on one stage
@@ -341,8 +345,10 @@ class Pricer(HeldBytes):
         for stage in (*stages, head):
             found.add(stage)
         turn = groups * (max(stage.total for stage in stages) + head.total)
-        if self._of_step("decode", of_group) is not None and self._own is not None:
-            found.waiting += self._own.message_s * (plan.pp if plan.pp > 1 else 0)
+        if self._own is not None and self._of_step("decode", of_group) is not None:
+            if plan.pp > 1:  # what is queued ahead hides a message, and a host that is quicker than the stages
+                found.waiting += self._own.message_s * plan.pp
+                turn = max(turn, groups * self._own.turn_s)
             found.waiting += self._own.told_s * (plan.mesh.size("dp") > plan.replicas)
         found.waiting += max(0.0, turn - found.total)
         return found, how
@@ -366,6 +372,17 @@ class Pricer(HeldBytes):
             now = self._decode(plan, workload, rows, alone)[0].total
             asked = now / self._decode(plan, workload, rows, shared, shares_head=True)[0].total - 1 >= HEAD_WORTH
         return (shared if asked else alone), asked
+
+
+def met_of_fullest(met: float, held: float, ranks: int) -> float:
+    """Experts with a row on the one of `ranks` that has the most of them, for which the others wait in each layer.
+
+    met: in the mean, of `held` on each. As of so many numbers that are drawn: Blom (1958), the largest of n.
+    """
+    if ranks < 2 or not 0 < met < held:
+        return met
+    most = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
+    return min(held, met + most * math.sqrt(met * (1 - met / held)))
 
 
 def asked_head(plan: Plan) -> bool | None:

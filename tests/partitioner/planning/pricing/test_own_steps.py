@@ -12,7 +12,7 @@ from partitioner import Plan
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.explain import sureness
 from partitioner.planning.pricing.own_steps import OwnSteps, StepShares, own_steps
-from partitioner.planning.pricing.price import Pricer
+from partitioner.planning.pricing.price import Pricer, met_of_fullest
 from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.summary import Summary, summarize
 from tests.support import zoo
@@ -85,15 +85,31 @@ def test_each_kernel_takes_its_time_besides() -> None:
 
 
 def test_what_ranks_wait_for_is_priced_where_they_meet() -> None:
-    # of a table of tokens that is shared out, of attention and of the FFN
-    assert beside(plan="tp=2", meeting_s=1e-3) == pytest.approx((2 * LAYERS + 1) * 1e-3)
-    assert beside(meeting_s=1e-3) == 0
-    # one row waits for all stages and the way back; of two groups, both for the slower one
-    assert beside(plan="pp=2", rows=1, turn_s=1e-3) == pytest.approx(2e-3)
+    all_reduces = price(SLOW).decode.links  # type: ignore[union-attr]
+    assert beside(plan="tp=2", reduces=2.0) == pytest.approx(-all_reduces / 2)
+    assert beside(reduces=2.0) == 0
+    # one row waits for all stages and the way back; of two groups, both for a host that is slower than a stage
     assert beside(plan="pp=2", rows=1, message_s=1e-3) == pytest.approx(2e-3)
+    assert beside(plan="pp=2", rows=1, turn_s=1.0) == pytest.approx(1.0, rel=1e-2)
+    assert beside(plan="pp=2", rows=4, turn_s=1.0) == pytest.approx(2.0, rel=1e-2)
+    assert beside(plan="pp=2", rows=4, turn_s=1e-9) == 0
     assert beside(turn_s=1e-3) == beside(message_s=1e-3) == 0
     assert beside("qwen3_moe", "dp=2,ep=2", told_s=1e-3) == pytest.approx(1e-3)
     assert beside("qwen3_moe", "dp=2", told_s=1e-3) == beside("qwen3_moe", "tp=2,ep=2", told_s=1e-3) == 0
+
+
+@pytest.mark.parametrize(("count", "chosen", "ranks"), [(128, 8, 2), (64, 6, 4), (16, 4, 8)])
+def test_a_step_waits_for_the_rank_whose_experts_are_chosen_most(count: int, chosen: int, ranks: int) -> None:
+    drawn = torch.Generator().manual_seed(0)
+    held, rows = count // ranks, 3
+    most = []
+    for _ in range(2000):
+        choices = torch.rand(rows, count, generator=drawn).topk(chosen).indices.unique()
+        most.append(int(torch.bincount(choices // held, minlength=ranks).max()))
+    mean = held * (1 - (1 - chosen / count) ** rows)
+    assert met_of_fullest(mean, held, ranks) == pytest.approx(sum(most) / len(most), rel=0.1)
+    assert met_of_fullest(mean, held, 1) == mean < 0.9 * sum(most) / len(most)
+    assert met_of_fullest(held, held, ranks) == held
 
 
 def test_the_host_s_part_of_prompts() -> None:
