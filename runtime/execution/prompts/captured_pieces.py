@@ -37,10 +37,8 @@ MOST, MOST_REMEMBERED = 32, 256
 """Pieces that are captured at a time, and of how many it is known how often they have come."""
 _OURS = frozenset({all_gather, all_reduce, cached_attention, last_token, vocab_parallel_embedding})
 _OF_EXPERTS = frozenset({expert_combine, expert_dispatch, grouped_linear, localise_experts})
-"""Of ours too, where torch multiplies the rows of all experts at once, however many each has (`grouped_linear`):
-in bfloat16, of widths in whole units of 16 bytes."""
-CAPTURES_EXPERTS = False
-"""Whether pieces with routed experts are captured. Off: not measured yet."""
+"""Of ours too, where torch multiplies the rows of all experts at once, however many each has (`grouped_linear`): in
+bfloat16, of widths in whole units of 16 bytes."""
 _ASKING = frozenset(
     {"bincount", "index", "index_put", "item", "masked_select", "nonzero", "repeat_interleave", "tolist", "unique"}
 )
@@ -51,7 +49,7 @@ def asks_host(program: RankProgram) -> bool:
     """Whether an op of the program may do what depends on the numbers that the GPU has, or is not known not to."""
     stacks = [weight for weight in program.weights if len(weight.local_shape) == 3]
     at_once = all(w.dtype == torch.bfloat16 and all(size % 8 == 0 for size in w.local_shape[1:]) for w in stacks)
-    ours = _OURS | _OF_EXPERTS if CAPTURES_EXPERTS and at_once else _OURS
+    ours = _OURS | _OF_EXPERTS if at_once else _OURS
     for node in program.graph.nodes:
         if node.op == "call_method":
             asks = str(node.target) in _ASKING

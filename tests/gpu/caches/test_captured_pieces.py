@@ -9,7 +9,6 @@ from transformers import MistralConfig, MistralForCausalLM
 from partitioner import CacheSize, Plan, partition
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
-from runtime.execution.prompts import captured_pieces
 from runtime.generation import steps
 from runtime.generation.steps import Steps
 from tests.runtime.generation.batching.many_requests import Case, serve
@@ -51,7 +50,6 @@ def test_replays_say_the_same(
 
 def test_experts_of_replays_are_those_of_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each prompt chooses others, and a piece has places for tokens that nobody has."""
-    monkeypatch.setattr(captured_pieces, "CAPTURES_EXPERTS", True)
     parts = partition(zoo.tiny("qwen3_moe")[0].bfloat16(), Plan())
     plain, replaying = on_gpu(parts), on_gpu(parts)
     for seed, length in enumerate((60, 60, 60, 37, 59, 2)):

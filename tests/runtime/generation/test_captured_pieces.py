@@ -61,6 +61,24 @@ def test_a_piece_that_comes_again_is_replayed(lengths: tuple[int, ...], graphs: 
         assert [graph.count for graph in graphs] == [[], [0], [1], [2]][seed]
 
 
+@pytest.mark.slow
+def test_experts_of_a_replayed_piece_are_those_of_its_own_tokens(
+    graphs: list[Replayed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts that fill a piece's places, and shorter ones, whose last token stands there more than once."""
+    # the host is asked here, where it computes: what is replayed runs anew
+    ours = captured_pieces._OURS | captured_pieces._OF_EXPERTS
+    plain = compiled("mixtral", 1)
+    given = [texts(length, seed=seed) for seed, length in enumerate((12, 9, 12, 7, 11))]
+    wanted = [plain.generate(each, **OPTIONS) for each in given]
+    assert not graphs
+    monkeypatch.setattr(captured_pieces, "_OURS", ours)
+    parts = compiled("mixtral", 1)
+    for each, one in zip(given, wanted, strict=True):
+        assert_alike(parts.generate(each, **OPTIONS), one)
+    assert [graph.count for graph in graphs] == [3]
+
+
 def test_pieces_of_other_sizes_and_places_are_others(graphs: list[Replayed]) -> None:
     parts = compiled("llama", 1)
     for seed in range(3):
@@ -280,12 +298,8 @@ def test_which_programs_ask_the_host(name: str, asks: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "asks"), [(torch.bfloat16, False), (torch.float32, True)])
-def test_experts_ask_for_their_rows_unless_torch_takes_all_at_once(
-    dtype: torch.dtype, asks: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experts_ask_for_their_rows_unless_torch_takes_all_at_once(dtype: torch.dtype, asks: bool) -> None:
     program = partition(zoo.tiny("qwen3_moe")[0].to(dtype), Plan(tp=2, ep=2)).entry("prefill", 0)
-    assert asks_host(program)
-    monkeypatch.setattr(captured_pieces, "CAPTURES_EXPERTS", True)
     assert asks_host(program) == asks
 
 
