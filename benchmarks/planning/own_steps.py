@@ -10,11 +10,12 @@ shapes of `benchmarks.support.step_shapes`, which have few layers.
                 steps of one GPU are what was measured, by least squares of relative errors
     prompts     the share of the tables' speed that makes the largest error of long ones the smallest; what is left of
                 short ones; and a time of each op, of those that are not captured
-    between     of thin shapes over two GPUs, and one that is not: collectives, stages' turns and messages, tokens told;
-                each as it makes the largest error of the rows that have it the smallest
+    between     of a thin shape over two GPUs: all-reduces and stages' turns, each as it makes the largest error of the
+                rows that have it the smallest; a message, by how much longer two groups' turns of the 8B take than its
+                stages by themselves; tokens told, by the steps that have them
 
-Nothing is fitted on the shapes of `CASES`, nor on the 8B over two GPUs: all of these are held out. --write keeps what
-was found (partitioner/planning/tables).
+The shapes of `CASES`, and the 8B over two GPUs, are held out; but steps in which tokens are told were measured of no
+other shape, and are not. --write keeps what was found (partitioner/planning/tables).
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ from partitioner.planning.quantities import Workload
 from partitioner.planning.summary import Summary, summarize_program
 from partitioner.program.plan import Plan
 
-WHOLE, THIN = "llama-3.1-8b", "thin"
+WHOLE, THIN, TOLD = "llama-3.1-8b", "thin", "dp=2,ep=2"
 DEVICE = "H200"
 POSITIONS = 1076
 MEASURED = Path(__file__).with_suffix(".csv")
+DENSE = [name for name, shape in FITTED.items() if shape.kind != "qwen3_moe" and name != THIN]
 Pricers = Callable[[str, int], Pricer]
 SHARES, TIMES = ("streamed", "attention", "experts"), ("product_s", "attention_s", "experts_s", "norm_s", "step_s")
 NO_STEP = StepShares(math.inf, math.inf, math.inf)
@@ -55,7 +57,9 @@ NOTHING = OwnSteps(1.0, NO_STEP, NO_STEP)
 
 @dataclass(frozen=True)
 class Step:
-    """seconds: measured. past: tokens in the caches before it."""
+    """seconds: measured. past: tokens in the caches before it. entry: "decode", "prefill"; "eager", a prompt that is
+    not captured; "turn", a group's of two on two stages; "stage", the mean of these by themselves.
+    """
 
     entry: str
     model: str
@@ -71,7 +75,11 @@ class Step:
 
     @property
     def is_fitted(self) -> bool:
-        return self.model in FITTED or (self.model == WHOLE and self.gpus == 1)
+        return (
+            self.model in FITTED
+            or (self.model == WHOLE and self.gpus == 1)
+            or (self.plan == TOLD and self.entry == "decode")
+        )
 
     def predicted(self, pricers: Pricers, own: OwnSteps | None) -> float:
         """own: None: at the tables' speed."""
@@ -115,8 +123,11 @@ def pricers_in(cache: Path) -> Pricers:
 
 
 def fitted(pricers: Pricers, measured: Sequence[Step]) -> OwnSteps:
-    mine = [each for each in measured if each.is_fitted]
-    decode, prefill = ([each for each in mine if each.entry == entry] for entry in ("decode", "prefill"))
+    by_entry: dict[str, list[Step]] = {}
+    for each in measured:
+        if each.is_fitted or each.entry in ("turn", "stage"):
+            by_entry.setdefault(each.entry, []).append(each)
+    decode, prefill = by_entry["decode"], by_entry["prefill"]
     alone = [each for each in decode if each.gpus == 1]
     several = shares_of(pricers, [each for each in alone if each.rows > 1], known={})
     # how far attention is from the memory's speed shows in many rows
@@ -124,17 +135,18 @@ def fitted(pricers: Pricers, measured: Sequence[Step]) -> OwnSteps:
     own = OwnSteps(1.0, one, several)
     long = [each for each in prefill if each.model == WHOLE]
     own = replace(own, prefill=least(pricers, long, own, "prefill", np.arange(0.5, 1.5, 0.005)))
-    experts = [each for each in prefill if "experts" in each.model and each.rows == each.gpus == 1]
-    short = [each for each in prefill if each.model != WHOLE and each.gpus == each.rows == 1 and each not in experts]
+    short = [each for each in prefill if each.model in DENSE and each.gpus == each.rows == 1]
     own = replace(own, first_s=statistics.median(each.seconds - each.predicted(pricers, own) for each in short))
     own = replace(own, first_s=round(own.first_s, 5))
-    own = replace(own, op_s=least(pricers, experts, own, "op_s", np.arange(0, 60, 0.5) * 1e-6))
+    eager = [(each.seconds - own.first_s) / pricers(each.model, 1).summary.num_ops for each in by_entry["eager"]]
+    (turn,), (stage,) = by_entry["turn"], by_entry["stage"]
+    own = replace(own, op_s=round(statistics.median(eager), 7), message_s=round(turn.seconds - stage.seconds, 7))
     microseconds = np.arange(0, 2000, 5) * 1e-6
     between: dict[str, tuple[Any, Callable[[Step], bool]]] = {
         "reduces": (np.arange(0.5, 5, 0.05), lambda each: each.plan == "tp=2"),
         "turn_s": (microseconds, lambda each: each.plan == "pp=2" and each.model == THIN),
-        "message_s": (microseconds, lambda each: each.plan == "pp=2" and each.model != THIN and each.rows == 1),
-        "told_s": (microseconds, lambda each: each.plan == "dp=2,ep=2"),
+        "told_s": (microseconds, lambda each: each.plan == TOLD and each.rows == 1),
+        "told_row_s": (microseconds, lambda each: each.plan == TOLD),
     }
     for name, (values, has_it) in between.items():
         if rows := [each for each in decode if has_it(each)]:
@@ -189,6 +201,7 @@ def main() -> None:
     pricers = pricers_in(given.cache)
     own = fitted(pricers, measured)
     print(f"{'entry':8} {'model':14} {'plan':10} {'step':10} {'measured':>9} {'tables':>9} {'ours':>9}")
+    measured = [each for each in measured if each.entry in ("decode", "prefill")]
     for each in measured:
         shape = f"{each.rows} x {each.tokens}" if each.entry == "prefill" else f"{each.rows} rows"
         print(

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, ClassVar
 
-__all__ = ["OWN_STEPS", "OwnSteps", "StepShares", "own_steps"]
+__all__ = ["OWN_STEPS", "OwnSteps", "StepShares", "met_of_fullest", "own_steps"]
 
 OWN_STEPS = Path(__file__).parents[1] / "tables" / "own_steps.json"
 
@@ -50,8 +52,8 @@ class OwnSteps:
 
     first_s: until first tokens, besides. op_s: the host's, of each op of a prompt that is not captured.
     reduces: of all-reduces of captured steps, over the tables' speed. message_s: from a stage to the next one. turn_s:
-    the host's, of a group's turn on a stage. told_s: of a step whose ranks tell each other the tokens of their own
-    sequences.
+    the host's, of a group's turn on a stage. told_s, told_row_s: the host's, of a step whose ranks tell each other the
+    tokens of their own sequences, and of each row of a rank's.
     """
 
     prefill: float
@@ -63,6 +65,7 @@ class OwnSteps:
     message_s: float = 0.0
     turn_s: float = 0.0
     told_s: float = 0.0
+    told_row_s: float = 0.0
     DTYPES: ClassVar = ("bfloat16", "float16")
     MOST_ROWS: ClassVar = 64
 
@@ -91,3 +94,14 @@ def own_steps(fitted: str) -> OwnSteps | None:
     """fitted: the name of a device's tables. None where they were not measured."""
     told = json.loads(OWN_STEPS.read_text(encoding="utf-8"))["devices"] if OWN_STEPS.is_file() else {}
     return OwnSteps.from_json(told[fitted]) if fitted in told else None
+
+
+def met_of_fullest(met: float, held: float, ranks: int) -> float:
+    """Experts with a row on the one of `ranks` that has the most of them, for which the others wait in each layer.
+
+    met: in the mean, of `held` on each. As of so many numbers that are drawn: Blom (1958), the largest of n.
+    """
+    if ranks < 2 or not 0 < met < held:
+        return met
+    most = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
+    return min(held, met + most * math.sqrt(met * (1 - met / held)))

@@ -14,11 +14,9 @@ slowest device, speak for all.
 from __future__ import annotations
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from statistics import NormalDist
 from typing import Any
 
 import sympy
@@ -29,15 +27,15 @@ from partitioner.planning.collectives import Hop, collective_seconds
 from partitioner.planning.kernels import Kernels, kernels_of
 from partitioner.planning.pricing.held_bytes import HeldBytes
 from partitioner.planning.pricing.kernel_times import KernelTimes
-from partitioner.planning.pricing.own_steps import OwnSteps, StepShares, own_steps
+from partitioner.planning.pricing.own_steps import OwnSteps, StepShares, met_of_fullest, own_steps
 from partitioner.planning.pricing.sequences import Attending, shares_out
-from partitioner.planning.pricing.stage_split import split_layers
+from partitioner.planning.pricing.stage_split import asked_head, slowest_of, split_layers
 from partitioner.planning.pricing.stored_format import ITEM, StoredFormat
 from partitioner.planning.quantities import Memory, Price, Seconds, Workload, runs_of
 from partitioner.planning.summary import Summary
 from partitioner.program.plan import Plan
 
-__all__ = ["Pricer", "met_of_fullest"]
+__all__ = ["Pricer"]
 
 STEP_S = 50e-6
 """Host work of a step that is launched as one graph: inputs, the choice of tokens."""
@@ -278,8 +276,8 @@ class Pricer(HeldBytes):
             return step.step_s / plan.pp
         if entry == "decode":
             return self.overhead_s
-        # pieces that come again are captured where all tokens meet in attention, on one stage
-        is_captured = plan.pp == plan.sp == 1 and self.summary.experts is None
+        # pieces that come again are captured on one stage, where sequences are whole and all ranks have the same
+        is_captured = plan.pp == plan.sp == 1 and plan.mesh.size("dp") == plan.replicas
         launched = 0 if is_captured else self.summary.ops_of(self.summary.order[start : start + count])
         return max(0.0, own.op_s * launched - mine.total)
 
@@ -305,6 +303,14 @@ class Pricer(HeldBytes):
         """Layers of each stage, the first ones one more where they do not divide."""
         small, larger = divmod(self.summary.num_layers, plan.pp)
         return tuple(small + (stage < larger) for stage in range(plan.pp))
+
+    def _products_of(self, part: int, plan: Plan, seconds: float) -> list[float]:
+        """The seconds of a part, as its products share them out by what they read."""
+        nodes = [node for node in self.summary.parts[part].nodes["decode"] if node.kind in ("linear", "experts")]
+        key = "products of", part
+        wanted = [] if key in self._functions else [node.read for node in nodes]
+        moved = self._function(key, wanted)(*self._given(self._values(plan, 1, 1, 0, alike=True)))
+        return [seconds * float(each) / sum(moved) for each in moved] or [seconds]
 
     def _shared_head(self, plan: Plan, entry: str, rows: int, length: int, past: int) -> Seconds:
         """Of the vocabulary head whose rows all stages share out: what it reads goes to all, and their choices back."""
@@ -349,7 +355,8 @@ class Pricer(HeldBytes):
             if plan.pp > 1:  # what is queued ahead hides a message, and a host that is quicker than the stages
                 found.waiting += self._own.message_s * plan.pp
                 turn = max(turn, groups * self._own.turn_s)
-            found.waiting += self._own.told_s * (plan.mesh.size("dp") > plan.replicas)
+            if plan.mesh.size("dp") > plan.replicas:
+                found.waiting += self._own.told_s + self._own.told_row_s * rows
         found.waiting += max(0.0, turn - found.total)
         return found, how
 
@@ -361,36 +368,18 @@ class Pricer(HeldBytes):
             return (self.summary.num_layers,), False
         past = workload.prompt + workload.new // 2
         group = -(-rows // min(plan.pp, rows))
-        times = [self.part_seconds(p, "decode", plan, group, 1, past).total for p in range(len(self.summary.parts))]
+        parts = range(len(self.summary.parts))
+        times = [self.part_seconds(part, "decode", plan, group, 1, past).total for part in parts]
         costs = [times[part] for part in self.summary.order]
         costs[0] += times[self.summary.first]
         shared = split_layers(costs, plan.pp)
         costs[-1] += times[self.summary.last]
         alone = split_layers(costs, plan.pp)
         asked = asked_head(plan)
-        if asked is None:
-            now = self._decode(plan, workload, rows, alone)[0].total
-            asked = now / self._decode(plan, workload, rows, shared, shares_head=True)[0].total - 1 >= HEAD_WORTH
+        if asked is None:  # stages are cut between products, and so as even as those are small
+            products = [share for part in self.summary.order for share in self._products_of(part, plan, times[part])]
+            head = self._products_of(self.summary.last, plan, times[self.summary.last])
+            meetings = self._shared_head(plan, "decode", group, 1, past).total
+            now = slowest_of([times[self.summary.first], *products, *head], plan.pp)
+            asked = now / (slowest_of([times[self.summary.first], *products], plan.pp) + meetings) - 1 >= HEAD_WORTH
         return (shared if asked else alone), asked
-
-
-def met_of_fullest(met: float, held: float, ranks: int) -> float:
-    """Experts with a row on the one of `ranks` that has the most of them, for which the others wait in each layer.
-
-    met: in the mean, of `held` on each. As of so many numbers that are drawn: Blom (1958), the largest of n.
-    """
-    if ranks < 2 or not 0 < met < held:
-        return met
-    most = NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
-    return min(held, met + most * math.sqrt(met * (1 - met / held)))
-
-
-def asked_head(plan: Plan) -> bool | None:
-    """What a plan says of the vocabulary head, as an option of the pass `pipeline` or in that pass itself."""
-    for each in plan.passes:
-        if isinstance(each, tuple) and each[0] == "pipeline":
-            found = dict(each[1]).get("share_head")
-            return None if found is None else bool(found)
-        if not isinstance(each, (str, tuple)) and each.name == "pipeline":
-            return None if (told := vars(each).get("share_head")) is None else bool(told)
-    return None

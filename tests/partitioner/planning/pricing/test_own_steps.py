@@ -11,8 +11,8 @@ from benchmarks.planning.own_steps import fitted, pricers_in, steps
 from partitioner import Plan
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.explain import sureness
-from partitioner.planning.pricing.own_steps import OwnSteps, StepShares, own_steps
-from partitioner.planning.pricing.price import Pricer, met_of_fullest
+from partitioner.planning.pricing.own_steps import OwnSteps, StepShares, met_of_fullest, own_steps
+from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Price, Workload
 from partitioner.planning.summary import Summary, summarize
 from tests.support import zoo
@@ -95,6 +95,7 @@ def test_what_ranks_wait_for_is_priced_where_they_meet() -> None:
     assert beside(plan="pp=2", rows=4, turn_s=1e-9) == 0
     assert beside(turn_s=1e-3) == beside(message_s=1e-3) == 0
     assert beside("qwen3_moe", "dp=2,ep=2", told_s=1e-3) == pytest.approx(1e-3)
+    assert beside("qwen3_moe", "dp=2,ep=2", rows=6, told_row_s=1e-3) == pytest.approx(3e-3)
     assert beside("qwen3_moe", "dp=2", told_s=1e-3) == beside("qwen3_moe", "tp=2,ep=2", told_s=1e-3) == 0
 
 
@@ -118,7 +119,8 @@ def test_the_host_s_part_of_prompts() -> None:
     captured, eager = (price(slow_host, plan=plan).ttft_s for plan in ("tp=2", "pp=2"))
     assert 0.5 < captured < 0.51
     assert eager == pytest.approx(0.5 + summary().num_ops * 1e-3, rel=0.01)
-    assert price(slow_host, family="qwen3_moe").ttft_s > 0.5 + 0.9 * summary("qwen3_moe").num_ops * 1e-3
+    with_experts = [price(slow_host, family="qwen3_moe", plan=plan).ttft_s for plan in ("tp=2,ep=2", "dp=2,ep=2")]
+    assert with_experts[0] < 0.51 < with_experts[1]
 
 
 def test_many_rows_and_wide_numbers_are_priced_by_the_tables() -> None:
@@ -143,7 +145,6 @@ def test_measured_steps_of_two_gpus_that_nothing_was_fitted_on(tmp_path: Path) -
     pricers = pricers_in(tmp_path)
     assert known == fitted(pricers, measured)
     held_out = [each for each in measured if not each.is_fitted and each.entry == "decode"]
-    assert len(held_out) >= 4
-    within = sum(abs(each.off(pricers, known)) <= WITHIN for each in held_out)
-    assert within >= 0.8 * len(held_out)
+    assert len(held_out) >= 30
+    assert max(abs(each.off(pricers, known)) for each in held_out) <= WITHIN
     assert sum(abs(each.off(pricers, None)) <= WITHIN for each in held_out) < 0.5 * len(held_out)
