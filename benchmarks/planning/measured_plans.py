@@ -2,13 +2,16 @@
 
     python -m benchmarks.planning.measured_plans [--rounds 5] [--prompt 64] [--new 12] [--batch 2]
 
-calibration    anew before each case, both ranks at the same time, since they share the machine's memory: products of
-               several sizes, attention of a token; all-reduces of two sizes between them (shared memory, as in the
-               cases), alone and behind a product; and, for each model, what a step takes beside its kernels, from two
-               models too small to have any work
+calibration    in turn with the rounds of each case, both ranks at the same time, since they share the machine's memory:
+               products of several sizes, attention of a token; all-reduces of two sizes between them (shared memory,
+               as in the cases), alone and behind a product; and what a step takes beside its kernels, from two models
+               too small to have any work
 measured       seconds between two tokens of greedy generation: (new tokens - first token) / (new - 1), of the rank that
-               takes longest, the least of all rounds
+               takes longest
 predicted      `Pricer` over the calibrated tables, nothing fitted on the cases
+
+A machine is not as fast now as a minute ago, so that all of these are taken in the same minutes, and of each the median
+of its rounds, or windows, counts.
 
 Each model has random weights in float32 and one thread per rank. On a machine with other work, and with more ranks than
 cores, times are those of ranks that wait for each other to be scheduled: the load is printed beside. --clock processor
@@ -20,9 +23,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -36,7 +42,7 @@ from benchmarks.support.ranks import launch_ranks
 from partitioner import Plan, partition
 from partitioner.planning.cluster import Device, Dimension
 from partitioner.planning.kernels import Kernels
-from partitioner.planning.machine.calibrate import calibrate, link_of
+from partitioner.planning.machine.calibrate import Calibration, link_of
 from partitioner.planning.machine.host import Host, pricer_here, times_of
 from partitioner.planning.quantities import Workload
 from partitioner.planning.summary import summarize_program
@@ -84,30 +90,31 @@ class Meeting:
         return [float(self._store.get(f"measured/{self._number}/{rank}")) for rank in (0, 1)]
 
 
-def calibrated(channel: Any, meeting: Meeting, clock: str) -> tuple[Kernels, Dimension, Device]:
-    kernels, kind = calibrated_kernels(meeting, clock)
-    return kernels, link_of(channel, meeting.most, CLOCKS[clock]), kind
-
-
-def calibrated_kernels(meeting: Meeting, clock: str = "wall") -> tuple[Kernels, Device]:
-    return calibrate(meeting.most, CLOCKS[clock])
-
-
 class Case:
-    """A model on a plan, ready to be run."""
+    """A model on a plan. Of all cases of a process one at a time is connected."""
 
     def __init__(
         self, model: Any, plan: str, workload: Workload, meeting: Meeting, clock: str, *, sharing: Sharing = "auto"
     ) -> None:
         self.plan, self.workload, self.meeting, self.clock = Plan.parse(plan), workload, meeting, clock
-        parts = partition(model, self.plan)
-        assert parts.traced is not None
-        self.traced = parts.traced
-        self.engine = Engine.connect(parts, timeout_s=300, shared_memory=sharing)
+        self._sharing: Sharing = sharing
+        self._parts = partition(model, self.plan)
+        assert self._parts.traced is not None
+        self.summary = summarize_program(self._parts.traced)
         vocabulary = int(model.config.vocab_size)
         self.ids = torch.randint(
             3, vocabulary, (workload.batch, workload.prompt), generator=torch.Generator().manual_seed(1)
         )
+        self._engine: Engine | None = None
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        self._engine = Engine.connect(self._parts, timeout_s=300, shared_memory=self._sharing)
+        try:
+            self.write_s(2)  # warms up
+            yield
+        finally:
+            self._engine.close()
 
     def token_s(self) -> float:
         """Between two tokens."""
@@ -116,25 +123,47 @@ class Case:
 
     def write_s(self, count: int) -> float:
         """Until each row has so many tokens."""
+        assert self._engine is not None
         self.meeting.most(0)
         start = CLOCKS[self.clock]()
-        self.engine.generate(self.ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        self._engine.generate(self.ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)
         took = self.meeting.both(CLOCKS[self.clock]() - start)
         if self.clock == "processor" and self.plan.pp > 1:  # stages take turns: what both have done is one's time
             return sum(took) / min(self.plan.pp, self.workload.batch)
         return max(took)
 
 
-def beside_kernels(workload: Workload, rounds: int, meeting: Meeting, clock: str, *, sharing: Sharing = "auto") -> Host:
-    """Of steps whose kernels have no work."""
-    found = []
-    for layers in (2, 6):
-        model = model_of("llama", {**TINY, "num_hidden_layers": layers})
-        case = Case(model, "dp=2", workload, meeting, clock, sharing=sharing)
-        case.token_s()
-        found.append((min(case.token_s() for _ in range(rounds)), summarize_program(case.traced).num_ops))
-        case.engine.close()
-    return Host.of(*found)
+class Beside:
+    """Steps of two models whose kernels have no work: what a host takes beside them."""
+
+    def __init__(self, workload: Workload, meeting: Meeting, clock: str, *, sharing: Sharing = "auto") -> None:
+        self._cases = [
+            Case(model_of("llama", {**TINY, "num_hidden_layers": layers}), "dp=2", workload, meeting, clock,
+                 sharing=sharing)
+            for layers in (2, 6)
+        ]  # fmt: skip
+        self._took: list[tuple[float, ...]] = []
+
+    def measure(self, rounds: int = 2) -> None:
+        took = []
+        for case in self._cases:
+            with case.connected():
+                took.append([case.token_s() for _ in range(rounds)])
+        self._took += zip(*took, strict=True)
+
+    def forget(self) -> None:
+        self._took.clear()
+
+    def host(self) -> Host:
+        seconds = (statistics.median(each) for each in zip(*self._took, strict=True))
+        few, more = zip(seconds, (case.summary.num_ops for case in self._cases), strict=True)
+        return Host.of(few, more)
+
+
+def median_link(found: Sequence[Dimension]) -> Dimension:
+    """Start and speed each by itself."""
+    latencies, speeds = ([getattr(each, name) for each in found] for name in ("latency_s", "bytes_per_s"))
+    return replace(found[0], latency_s=statistics.median(latencies), bytes_per_s=statistics.median(speeds))
 
 
 def worker(workload: Workload, rounds: int, names: list[str], port: int, clock: str) -> None:
@@ -145,31 +174,43 @@ def worker(workload: Workload, rounds: int, names: list[str], port: int, clock: 
         if meeting.rank == 0:
             print(text, flush=True)
 
-    def calibration() -> tuple[Kernels, Dimension, Device]:
+    def link() -> Dimension:
         communicator = ProcessGroups.connect(Mesh.of(tp=2), axes={("tp",)}, device="cpu", timeout_s=300)
-        found = calibrated(communicator.channel("tp", node="calibration"), meeting, clock)
+        found = link_of(communicator.channel("tp", node="calibration"), meeting.most, CLOCKS[clock])
         communicator.close()
         return found
 
+    beside = Beside(workload, meeting, clock)
     say(f"{'model':26} {'plan':6} {'predicted':>10} {'measured':>10} {'off':>6}")
     off, regrets = [], []
     for name in names:
         model = model_of(*MODELS[name])
+        cases = {plan: Case(model, plan, workload, meeting, clock) for plan in PLANS}
+        calibration = Calibration(meeting.most, CLOCKS[clock], of_windows=statistics.median)
+        links: list[Dimension] = []
+        times: dict[str, list[float]] = {plan: [] for plan in PLANS}
+        beside.forget()
+        for _ in range(rounds):
+            calibration.measure(1)
+            links.append(link())
+            for plan, case in cases.items():
+                with case.connected():
+                    times[plan] += (case.token_s() for _ in range(2))
+            beside.measure()
+        kernels, kind = calibration.tables()
+        tables, host = (kernels, median_link(links), kind), beside.host()
+        say(f"{name}: {told(tables, host)}")
         guessed: dict[str, float] = {}
         measured: dict[str, float] = {}
-        beside = beside_kernels(workload, rounds, meeting, clock)
-        for plan in PLANS:
-            tables = calibration()
-            case = Case(model, plan, workload, meeting, clock)
-            case.token_s()  # warms up
-            measured[plan] = min(case.token_s() for _ in range(rounds))
-            case.engine.close()
-            pricer = pricer_here(summarize_program(case.traced), *tables)
-            guessed[plan] = times_of(pricer, case.plan, workload, beside)[1]
+        for plan, case in cases.items():
+            pricer = pricer_here(case.summary, *tables)
+            guessed[plan] = times_of(pricer, case.plan, workload, host)[1]
+            measured[plan] = statistics.median(times[plan])
             off.append(abs(guessed[plan] / measured[plan] - 1))
             say(
                 f"{name:26} {plan:6} {guessed[plan] * 1e3:7.2f} ms {measured[plan] * 1e3:7.2f} ms "
-                f"{guessed[plan] / measured[plan] - 1:+6.0%}  {told(tables, beside)}"
+                f"{guessed[plan] / measured[plan] - 1:+6.0%}  of {min(times[plan]) * 1e3:.2f} to "
+                f"{max(times[plan]) * 1e3:.2f} ms"
             )
         first = min(guessed, key=lambda plan: guessed[plan])
         regrets.append(measured[first] / min(measured.values()) - 1)

@@ -2,29 +2,35 @@
 
     python -m benchmarks.planning.own_steps CACHE [--write]
 
-CACHE: a folder for the models' summaries. `own_steps.csv` holds measured steps in bfloat16 on 1 and 2 H200 of one host
-(torch 2.11, captured steps), each with the script of `benchmarks/gpu` that measured it: of a Llama 3.1 8B shape, and of
-the shapes of `benchmarks.gpu.plans`, which have few layers.
+CACHE: a folder for the models' summaries. `own_steps.csv` holds steps in bfloat16 on 1 and 2 H200 of one host (torch
+2.11, captured steps), each with the script of `benchmarks/gpu` that measured it: of a Llama 3.1 8B shape, and of the
+shapes of `benchmarks.support.step_shapes`, which have few layers.
 
-    prefill     the share of the tables' speed that makes the largest error of the fitted rows the smallest
-    streamed    of steps by rows, the share of the memory's speed with which they are what was measured
-    attention   the same of caches, of a step of 16 rows behind 1,050 tokens each
-    experts     of steps by rows, of the shape that has them, over the tables' speed
+    steps       of one row and of several: shares of the memory's speed, and times of each kernel besides, with which
+                steps of one GPU are what was measured, by least squares of relative errors
+    prompts     the share of the tables' speed that makes the largest error of long ones the smallest; what is left of
+                short ones; and a time of each op, of those that are not captured
+    between     of a thin shape over two GPUs: all-reduces and stages' turns, each as it makes the largest error of the
+                rows that have it the smallest; a message, by how much longer two groups' turns of the 8B take than its
+                stages by themselves; tokens told, by the steps that have them
 
-Each is fitted on rows of one GPU; rows of two GPUs and other models are held out. --write keeps them
-(partitioner/planning/tables).
+The shapes of `CASES`, and the 8B over two GPUs, are held out; but steps in which tokens are told were measured of no
+other shape, and are not. --write keeps what was found (partitioner/planning/tables).
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import json
 import math
 import pickle
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,23 +38,28 @@ from benchmarks.planning.models import SHAPES, summary_of
 from benchmarks.support.step_shapes import CASES, FITTED, model_of
 from partitioner.compile.partition import trace
 from partitioner.planning.cluster import Cluster
-from partitioner.planning.kernels import OWN_STEPS, Grid, OwnSteps
+from partitioner.planning.pricing.own_steps import OWN_STEPS, OwnSteps, StepShares
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.quantities import Workload
 from partitioner.planning.summary import Summary, summarize_program
 from partitioner.program.plan import Plan
 
-WHOLE, FEW_LAYERS, WITH_EXPERTS = "llama-3.1-8b", "llama 8b", "qwen3 30b-a3b"
+WHOLE, THIN, TOLD = "llama-3.1-8b", "thin", "dp=2,ep=2"
 DEVICE = "H200"
 POSITIONS = 1076
-TURNS = 5
 MEASURED = Path(__file__).with_suffix(".csv")
-Shapes = Mapping[str, Summary]
+DENSE = [name for name, shape in FITTED.items() if shape.kind != "qwen3_moe" and name != THIN]
+Pricers = Callable[[str, int], Pricer]
+SHARES, TIMES = ("streamed", "attention", "experts"), ("product_s", "attention_s", "experts_s", "norm_s", "step_s")
+NO_STEP = StepShares(math.inf, math.inf, math.inf)
+NOTHING = OwnSteps(1.0, NO_STEP, NO_STEP)
 
 
 @dataclass(frozen=True)
 class Step:
-    """seconds: measured. past: tokens in the caches before it."""
+    """seconds: measured. past: tokens in the caches before it. entry: "decode", "prefill"; "eager", a prompt that is
+    not captured; "turn", a group's of two on two stages; "stage", the mean of these by themselves.
+    """
 
     entry: str
     model: str
@@ -64,17 +75,22 @@ class Step:
 
     @property
     def is_fitted(self) -> bool:
-        return self.gpus == 1 and self.model in (WHOLE, FEW_LAYERS, WITH_EXPERTS)
+        return (
+            self.model in FITTED
+            or (self.model == WHOLE and self.gpus == 1)
+            or (self.plan == TOLD and self.entry == "decode")
+        )
 
-    def predicted(self, shapes: Shapes, own: OwnSteps | bool) -> float:
-        pricer = Pricer(shapes[self.model], Cluster.parse(f"{self.gpus}x{DEVICE}"), own=own)
+    def predicted(self, pricers: Pricers, own: OwnSteps | None) -> float:
+        """own: None: at the tables' speed."""
+        pricer = pricers(self.model, self.gpus) if own is None else pricers(self.model, self.gpus).at_steps(own)
         before = self.tokens if self.entry == "prefill" else self.past
         price = pricer.price(Plan.parse(self.plan), Workload(before, 1, self.rows))
         assert not price.refused, price.refused
         return price.ttft_s if self.entry == "prefill" else price.tpot_s
 
-    def off(self, shapes: Shapes, own: OwnSteps | bool) -> float:
-        return self.predicted(shapes, own) / self.seconds - 1
+    def off(self, pricers: Pricers, own: OwnSteps | None) -> float:
+        return self.predicted(pricers, own) / self.seconds - 1
 
 
 def steps() -> list[Step]:
@@ -86,56 +102,94 @@ def steps() -> list[Step]:
         ]  # fmt: skip
 
 
-def shapes_of(measured: Sequence[Step], cache: Path) -> Shapes:
-    return {name: _shape(name, cache) for name in {each.model for each in measured}}
+def pricers_in(cache: Path) -> Pricers:
+    """By the name of a model, and how many GPUs; cache: of summaries."""
+
+    @functools.cache
+    def shape(name: str) -> Summary:
+        if (SHAPES / f"{name}.json").is_file():
+            return summary_of(name, cache)
+        kept = cache / f"{name}, few layers.pickle"
+        if not kept.is_file():
+            kept.write_bytes(pickle.dumps(summarize_program(trace(model_of((CASES | FITTED)[name], POSITIONS)))))
+        found: Summary = pickle.loads(kept.read_bytes())
+        return found
+
+    @functools.cache
+    def pricer(name: str, gpus: int) -> Pricer:
+        return Pricer(shape(name), Cluster.parse(f"{gpus}x{DEVICE}"), own=False)
+
+    return pricer
 
 
-def _shape(name: str, cache: Path) -> Summary:
-    if (SHAPES / f"{name}.json").is_file():
-        return summary_of(name, cache)
-    kept = cache / f"{name}, few layers.pickle"
-    if not kept.is_file():
-        model = model_of((CASES | FITTED)[name], POSITIONS)
-        kept.write_bytes(pickle.dumps(summarize_program(trace(model))))
-    found: Summary = pickle.loads(kept.read_bytes())
-    return found
+def fitted(pricers: Pricers, measured: Sequence[Step]) -> OwnSteps:
+    by_entry: dict[str, list[Step]] = {}
+    for each in measured:
+        if each.is_fitted or each.entry in ("turn", "stage"):
+            by_entry.setdefault(each.entry, []).append(each)
+    decode, prefill = by_entry["decode"], by_entry["prefill"]
+    alone = [each for each in decode if each.gpus == 1]
+    several = shares_of(pricers, [each for each in alone if each.rows > 1], known={})
+    # how far attention is from the memory's speed shows in many rows
+    one = shares_of(pricers, [each for each in alone if each.rows == 1], known={"attention": several.attention})
+    own = OwnSteps(1.0, one, several)
+    long = [each for each in prefill if each.model == WHOLE]
+    own = replace(own, prefill=least(pricers, long, own, "prefill", np.arange(0.5, 1.5, 0.005)))
+    short = [each for each in prefill if each.model in DENSE and each.gpus == each.rows == 1]
+    own = replace(own, first_s=statistics.median(each.seconds - each.predicted(pricers, own) for each in short))
+    own = replace(own, first_s=round(own.first_s, 5))
+    eager = [(each.seconds - own.first_s) / pricers(each.model, 1).summary.num_ops for each in by_entry["eager"]]
+    (turn,), (stage,) = by_entry["turn"], by_entry["stage"]
+    own = replace(own, op_s=round(statistics.median(eager), 7), message_s=round(turn.seconds - stage.seconds, 7))
+    microseconds = np.arange(0, 2000, 5) * 1e-6
+    between: dict[str, tuple[Any, Callable[[Step], bool]]] = {
+        "reduces": (np.arange(0.5, 5, 0.05), lambda each: each.plan == "tp=2"),
+        "turn_s": (microseconds, lambda each: each.plan == "pp=2" and each.model == THIN),
+        "told_s": (microseconds, lambda each: each.plan == TOLD and each.rows == 1),
+        "told_row_s": (microseconds, lambda each: each.plan == TOLD),
+    }
+    for name, (values, has_it) in between.items():
+        if rows := [each for each in decode if has_it(each)]:
+            own = replace(own, **{name: least(pricers, rows, own, name, values)})
+    return own
 
 
-def solved(step: Step, shapes: Shapes, own: OwnSteps, name: str) -> float:
-    """The share of that name at which a step takes as long as was measured: it is a constant, and a part over it."""
-    ways = [with_share(own, name, share) for share in (1.0, 0.5)]
-    at_one, at_half = (step.predicted(shapes, way) for way in ways)
-    part = at_half - at_one
-    return round(part / (step.seconds - (at_one - part)), 3)
+def least(pricers: Pricers, rows: Sequence[Step], own: OwnSteps, name: str, values: Any) -> float:
+    """With which of the values of that name the largest error of the rows is the smallest."""
+
+    def worst(value: float) -> float:
+        return max(abs(each.off(pricers, replace(own, **{name: value}))) for each in rows)
+
+    return min(values.round(7).tolist(), key=worst)  # type: ignore[no-any-return]
 
 
-def with_share(own: OwnSteps, name: str, share: float) -> OwnSteps:
-    """The same for all numbers of rows."""
-    if name == "attention":
-        return replace(own, attention=share)
-    every = by_rows({1: share})
-    return replace(own, streamed=every) if name == "streamed" else replace(own, experts=every)
+def shares_of(pricers: Pricers, rows: Sequence[Step], *, known: Mapping[str, float]) -> StepShares:
+    """Of steps that are all of one row, or all of several: by least squares of relative errors.
 
+    A step's seconds are a sum: of its bytes over the speeds that are looked for, and of its kernels times their times.
+    What comes out below 0 is left out, the lowest first. known: shares that are not looked for.
+    """
+    parts = {name: replace(NO_STEP, **{name: 1.0}) for name in SHARES}
+    parts |= {name: replace(NO_STEP, **{name: 1e-6}) for name in TIMES}
 
-def by_rows(shares: Mapping[int, float]) -> Grid:
-    return Grid((tuple(map(math.log2, shares)),), list(shares.values()))
+    def seconds(each: Step, shares: StepShares) -> float:
+        return each.predicted(pricers, OwnSteps(1.0, shares, shares))
 
-
-def fitted(shapes: Shapes, measured: Sequence[Step]) -> OwnSteps:
-    own = OwnSteps(1.0, by_rows({1: 1.0}))
-    alone = sorted((each for each in measured if each.is_fitted), key=lambda each: each.rows)
-    at_tables = {each: each.predicted(shapes, own) for each in alone if each.entry == "prefill"}
-
-    def worst(share: float) -> float:
-        return max(abs(seconds / share / each.seconds - 1) for each, seconds in at_tables.items())
-
-    own = replace(own, prefill=min(np.arange(0.5, 1.5, 0.005).round(3).tolist(), key=worst))
-    of = {name: [each for each in alone if (each.entry, each.model) == ("decode", name)] for name in shapes}
-    (behind_many,) = of[FEW_LAYERS]
-    for _ in range(TURNS):  # each is part of the other's steps
-        own = replace(own, streamed=by_rows({each.rows: solved(each, shapes, own, "streamed") for each in of[WHOLE]}))
-        own = replace(own, attention=solved(behind_many, shapes, own, "attention"))
-    return replace(own, experts=by_rows({each.rows: solved(each, shapes, own, "experts") for each in of[WITH_EXPERTS]}))
+    base = np.array([seconds(each, NO_STEP) for each in rows])
+    takes = {name: np.array([seconds(each, part) for each in rows]) - base for name, part in parts.items()}
+    measured = np.array([each.seconds for each in rows])
+    left = measured - base - sum(takes[name] / share for name, share in known.items())
+    wanted = [name for name in parts if name not in known]
+    while True:
+        found, *_ = np.linalg.lstsq(np.stack([takes[name] / measured for name in wanted], 1), left / measured)
+        if (found >= 0).all():
+            break
+        wanted.pop(int(found.argmin()))
+    by_name = dict(zip(wanted, found.tolist(), strict=True))
+    shares = {name: round(1 / by_name[name], 3) for name in SHARES if by_name.get(name)}
+    return replace(
+        StepShares(1.0), **shares, **known, **{name: round(by_name.get(name, 0.0) * 1e-6, 8) for name in TIMES}
+    )
 
 
 def main() -> None:
@@ -144,22 +198,23 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     measured = steps()
-    shapes = shapes_of(measured, given.cache)
-    own = fitted(shapes, measured)
+    pricers = pricers_in(given.cache)
+    own = fitted(pricers, measured)
     print(f"{'entry':8} {'model':14} {'plan':10} {'step':10} {'measured':>9} {'tables':>9} {'ours':>9}")
+    measured = [each for each in measured if each.entry in ("decode", "prefill")]
     for each in measured:
         shape = f"{each.rows} x {each.tokens}" if each.entry == "prefill" else f"{each.rows} rows"
         print(
             f"{each.entry:8} {each.model:14} {each.plan:10} {shape:10} {each.seconds * 1e3:7.2f}ms "
-            f"{each.off(shapes, False):+9.1%} {each.off(shapes, own):+9.1%}  "
+            f"{each.off(pricers, None):+9.1%} {each.off(pricers, own):+9.1%}  "
             f"{'fitted' if each.is_fitted else 'held out'}"
         )
     for is_fitted, kind in ((True, "fitted"), (False, "held out")):
         mine = [each for each in measured if each.is_fitted is is_fitted]
-        for how, name in ((False, "the tables' speed"), (own, "ours")):
-            off = [abs(each.off(shapes, how)) for each in mine]
+        for how, name in ((None, "the tables' speed"), (own, "ours")):
+            off = [abs(each.off(pricers, how)) for each in mine]
             print(f"{kind}, at {name}: {sum(each <= 0.08 for each in off)} of {len(off)} within 8%, all {max(off):.1%}")
-    print(own)
+    print(own.to_json())
     if given.write:
         told = {
             "source": f"benchmarks/planning/{MEASURED.name}: steps on 1 {DEVICE}, torch 2.11",

@@ -6,9 +6,10 @@ Each host is a network namespace with one rank in it; a pair of virtual interfac
 each sends to a rate in Mbit/s (ip and tc: iproute2). The namespaces are gone at the end. Shared memory is off, as it is
 between hosts.
 
-calibration    products, attention and copies on both ranks at the same time, and what a step takes beside its kernels
-               (`measured_plans`); the link at every rate, by all-reduces of two sizes
-measured       seconds to the first token of a batch of prompts, and to the last; the least of all rounds
+calibration    in turn with the cases of a model: products and attention on both ranks at the same time, and what a
+               step takes beside its kernels (`measured_plans`); before, the link at every rate, by all-reduces of two
+               sizes
+measured       seconds to the first token of a batch of prompts, and to the last; the median of all rounds
 predicted      `Pricer` over these tables, nothing fitted on the cases
 printed        both, per model, rate and plan; how many pairs of plans are in the measured order, of those that differ
                by more than 5%; and how much slower the first choice is than the best plan
@@ -22,6 +23,7 @@ import itertools
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,17 +35,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from torch.distributed import TCPStore
 
-from benchmarks.planning.measured_plans import (
-    Case,
-    Meeting,
-    beside_kernels,
-    calibrated_kernels,
-    model_of,
-)
-from partitioner.planning.machine.calibrate import link_of
+from benchmarks.planning.measured_plans import Beside, Case, Meeting, model_of
+from partitioner.planning.machine.calibrate import Calibration, link_of
 from partitioner.planning.machine.host import Host, pricer_here, times_of
 from partitioner.planning.quantities import Workload
-from partitioner.planning.summary import Summary, summarize_program
+from partitioner.planning.summary import Summary
 from partitioner.program.plan import Plan
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.process_groups import ProcessGroups
@@ -134,7 +130,6 @@ def worker(workload: Workload, rates: list[float], rounds: int, names: list[str]
         Mesh.of(tp=HOSTS), axes={("tp",)}, device="cpu", timeout_s=300, shared_memory="off"
     )
     channel = communicator.channel("tp", node="calibration")
-    kernels, kind = calibrated_kernels(meeting)
     links = {}
     for rate in rates:
         at(rate)
@@ -143,24 +138,33 @@ def worker(workload: Workload, rates: list[float], rounds: int, names: list[str]
             link = links[rate]
             print(f"{rate:g} Mbit/s: {link.latency_s * 1e6:.0f} us and {link.bytes_per_s / 1e6:.2f} MB/s", flush=True)
     communicator.close()
-    beside = beside_kernels(workload, rounds, meeting, "wall", sharing="off")
+    beside = Beside(workload, meeting, "wall", sharing="off")
     found: dict[str, dict[str, dict[str, Times]]] = {}
     for name in names:
         model = model_of(*MODELS[name])
         mine = found[name] = {f"{rate:g}": {"predicted": {}, "measured": {}} for rate in rates}
+        calibration, summaries = Calibration(meeting.most, of_windows=statistics.median), {}
+        beside.forget()
         for plan in plans:
+            calibration.measure(1)
+            beside.measure()
             case = Case(model, plan, workload, meeting, "wall", sharing="off")
-            summary = summarize_program(case.traced)
-            for rate in rates:
-                at(rate)
-                case.write_s(2)  # warms up
-                measured = tuple(min(case.write_s(count) for _ in range(rounds)) for count in (1, workload.new))
-                mine[f"{rate:g}"]["measured"][plan] = measured
-                tables = (kernels, links[rate], kind)
-                mine[f"{rate:g}"]["predicted"][plan] = predicted(summary, case.plan, workload, tables, beside)
-                if rank == 0:
-                    print(f"{name}, {plan}, {rate:g} Mbit/s: {measured[0]:.3f} s and {measured[1]:.3f} s", flush=True)
-            case.engine.close()
+            summaries[plan] = case.summary
+            with case.connected():
+                for rate in rates:
+                    at(rate)
+                    case.write_s(2)  # warms up
+                    first, last = (
+                        statistics.median(case.write_s(count) for _ in range(rounds)) for count in (1, workload.new)
+                    )
+                    mine[f"{rate:g}"]["measured"][plan] = first, last
+                    if rank == 0:
+                        print(f"{name}, {plan}, {rate:g} Mbit/s: {first:.3f} s and {last:.3f} s", flush=True)
+        kernels, kind = calibration.tables()
+        for plan, rate in itertools.product(plans, rates):
+            tables = kernels, links[rate], kind
+            guess = predicted(summaries[plan], Plan.parse(plan), workload, tables, beside.host())
+            mine[f"{rate:g}"]["predicted"][plan] = guess
     if rank == 0:
         Path(out).write_text(json.dumps(found), encoding="utf-8")
 

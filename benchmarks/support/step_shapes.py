@@ -61,7 +61,7 @@ def _experts(hidden: int, inner: int, count: int, chosen: int, heads: int, kv_he
 
 
 FITTED = {
-    "dense": Shape("llama", _dense(4096, 12288, 32, 8), 8),
+    "dense": Shape("llama", _dense(4096, 12288, 32, 8), 8, (ONE, "tp=2", "pp=2")),
     "dense, shallow": Shape("llama", _dense(4096, 12288, 32, 8), 2),
     "half": Shape("llama", _dense(4096, 6144, 16, 4), 8),
     "large": Shape("llama", _dense(8192, 16384, 32, 4), 4),
@@ -69,8 +69,9 @@ FITTED = {
     "half, norms": Shape("qwen3", _dense(4096, 6144, 16, 4), 8),
     "experts": Shape("qwen3_moe", _experts(2048, 1024, 64, 8, 16, 4), 6),
     "few experts": Shape("qwen3_moe", _experts(4096, 768, 32, 4, 32, 8), 6),
-    "thin": Shape("llama", _dense(4096, 256, 4, 2, 512), 4, (ONE, "tp=2", "pp=2", "sp=2", "dp=2")),
+    "thin": Shape("llama", _dense(4096, 256, 4, 2, 512), 4, (ONE, "tp=2", "pp=2", "sp=2")),
     "thin experts": Shape("qwen3_moe", _experts(2048, 64, 16, 8, 4, 2), 4, (ONE, "tp=2,ep=2", "dp=2,ep=2")),
+    "thin experts, deep": Shape("qwen3_moe", _experts(2048, 64, 16, 8, 4, 2), 12, ("tp=2,ep=2", "dp=2,ep=2")),
 }
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_experts": 8, "vocab_size": 256,
          "num_experts_per_tok": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}  # fmt: skip

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from partitioner.planning.cluster import Cluster
-from partitioner.planning.kernels import own_steps
 from partitioner.planning.pricing.continuous import shared_steps
+from partitioner.planning.pricing.own_steps import own_steps
 from partitioner.planning.pricing.price import Pricer
 from partitioner.planning.pricing.stored_format import StoredFormat
 from partitioner.planning.quantities import Price

@@ -11,8 +11,7 @@ Shares are read off tables of measured kernels (`benchmarks/planning/fit_kernels
 their points, which stand at logarithms of sizes. Where a device has no table, the same device's other dtypes, and then
 a fixed share, are taken; `measured` says which it was.
 
-Tables are of kernels that other engines run. `own_steps` says how fast whole steps of this product are
-(`benchmarks/planning/own_steps.py`), on devices where that was measured.
+Tables are of kernels that other engines run. `pricing.own_steps` says how fast whole steps of this product are.
 """
 
 from __future__ import annotations
@@ -23,12 +22,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-__all__ = ["EXPANDING", "UNMEASURED", "Grid", "Grouped", "Kernels", "OwnSteps", "StepShares", "kernels_of", "own_steps"]
+__all__ = ["EXPANDING", "UNMEASURED", "Grid", "Grouped", "Kernels", "kernels_of"]
 
 FITTED = Path(__file__).with_name("tables") / "kernels.json"
-OWN_STEPS = Path(__file__).with_name("tables") / "own_steps.json"
 EXPANDING = "expanding"
 """In place of a dtype: products in 16 bits whose weights are codes of 4, expanded inside the kernel."""
 UNMEASURED = {"linear": 0.7, "prefill": 0.5, "decode": 0.6, "experts": 0.5, "other": 0.8}
@@ -154,71 +152,6 @@ def fitted_grids(device: str) -> Mapping[tuple[str, str], Grid]:
         for kind, by_dtype in devices.get(device, {}).items()
         for dtype, found in by_dtype.items()
     }
-
-
-@dataclass(frozen=True)
-class StepShares:
-    """Of a captured step of few rows. streamed, attention: of the memory's speed, at which the weights of its linears
-    come, and its caches. experts: over the speed of the tables.
-    """
-
-    streamed: float
-    attention: float = 1.0
-    experts: float = 1.0
-
-
-@dataclass(frozen=True)
-class OwnSteps:
-    """Speed of this product's captured steps, in 16 bits. prefill: of prompts, over that of the tables. streamed: of
-    steps of few rows, over that of the memory, by rows: a product asks for its weights while the kernel before it runs,
-    and does what stands between products, so that nothing waits but for the memory. attention: of the caches of such
-    steps, over the memory's speed. experts: of such steps by rows, over the tables' speed.
-    """
-
-    prefill: float
-    streamed: Grid
-    attention: float = 1.0
-    experts: Grid = Grid(((0.0,),), [1.0])
-    DTYPES: ClassVar = ("bfloat16", "float16")
-    MOST_ROWS: ClassVar = 64
-
-    def of_step(self, entry: str, rows: int, dtype: str) -> StepShares | None:
-        """None where a step does not stream its weights."""
-        if entry != "decode" or rows > self.MOST_ROWS or dtype not in self.DTYPES:
-            return None
-        return StepShares(self.streamed.at(rows), self.attention, self.experts.at(rows))
-
-    def __str__(self) -> str:
-        first, last = (round(2**end) for end in (self.streamed.axes[0][0], self.streamed.axes[0][-1]))
-        return (
-            f"prompts at {self.prefill:g} of the tables' speed, steps of {first} and of {last} rows at "
-            f"{self.streamed.at(first):.2f} and {self.streamed.at(last):.2f} of the memory's"
-        )
-
-    @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> OwnSteps:
-        streamed, experts = (
-            Grid((tuple(map(math.log2, told[name]["rows"])),), told[name]["shares"]) for name in ("streamed", "experts")
-        )
-        return cls(float(told["prefill"]), streamed, float(told["attention"]), experts)
-
-    def to_json(self) -> dict[str, Any]:
-        def by_rows(grid: Grid) -> dict[str, Any]:
-            return {"rows": [round(2**each) for each in grid.axes[0]], "shares": grid.values}
-
-        return {
-            "prefill": self.prefill,
-            "streamed": by_rows(self.streamed),
-            "attention": self.attention,
-            "experts": by_rows(self.experts),
-        }
-
-
-@functools.cache
-def own_steps(fitted: str) -> OwnSteps | None:
-    """None where they were not measured."""
-    told = json.loads(OWN_STEPS.read_text(encoding="utf-8"))["devices"] if OWN_STEPS.is_file() else {}
-    return OwnSteps.from_json(told[fitted]) if fitted in told else None
 
 
 def kernels_of(device: str, bytes_per_s: float, flops_per_s: Mapping[str, float], *, fitted: str = "") -> Kernels:

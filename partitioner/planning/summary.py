@@ -11,6 +11,7 @@ ranks: how far each dim could be split is known from it (`SplitClass`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,8 +110,12 @@ class Summary:
     @property
     def num_ops(self) -> int:
         """Of a run through all layers, launched one by one: each op that is more than a view."""
+        return self.ops_of(self.order)
+
+    def ops_of(self, layers: Sequence[int]) -> int:
+        """The same of some layers, by the numbers of their parts."""
         each = [sum(node.kind != "move" or node.written != 0 for node in part.nodes["prefill"]) for part in self.parts]
-        return sum(each[part] for part in self.order)
+        return sum(each[part] for part in layers)
 
     @property
     def atoms(self) -> dict[str, int]:

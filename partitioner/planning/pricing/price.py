@@ -13,6 +13,7 @@ slowest device, speak for all.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,11 +24,12 @@ import sympy
 from partitioner.analysis.cost.expressions import EXPERTS, MET
 from partitioner.planning.cluster import Cluster, bad_order, hops
 from partitioner.planning.collectives import Hop, collective_seconds
-from partitioner.planning.kernels import Kernels, OwnSteps, StepShares, kernels_of, own_steps
+from partitioner.planning.kernels import Kernels, kernels_of
 from partitioner.planning.pricing.held_bytes import HeldBytes
 from partitioner.planning.pricing.kernel_times import KernelTimes
+from partitioner.planning.pricing.own_steps import OwnSteps, StepShares, met_of_fullest, own_steps
 from partitioner.planning.pricing.sequences import Attending, shares_out
-from partitioner.planning.pricing.stage_split import split_layers
+from partitioner.planning.pricing.stage_split import asked_head, slowest_of, split_layers
 from partitioner.planning.pricing.stored_format import ITEM, StoredFormat
 from partitioner.planning.quantities import Memory, Price, Seconds, Workload, runs_of
 from partitioner.planning.summary import Summary
@@ -83,6 +85,13 @@ class Pricer(HeldBytes):
     def keeps_latents(self, plan: Plan) -> bool:
         """Whether what is remembered of a token is narrower than its keys and values."""
         return self._of_expanded is not None and self._of(plan) is self
+
+    def at_steps(self, own: OwnSteps) -> Pricer:
+        """The same, by other steps of this product."""
+        found = copy.copy(self)
+        found._own, found._costs = own, {}
+        found._of_expanded = None if self._of_expanded is None else self._of_expanded.at_steps(own)
+        return found
 
     def cache_bytes(self, plan: Plan) -> float:
         """Of one token, on the rank that keeps the most of it."""
@@ -150,6 +159,8 @@ class Pricer(HeldBytes):
         nodes = self.summary.parts[part].nodes[entry]
         dealt, steps = plan.sp if entry == "prefill" else 1, entry == "decode"
         values = self._values(plan, rows, -(-length // dealt), past, alike=steps)
+        if self._of_step(entry, rows) is not None:
+            values[MET] = met_of_fullest(values[MET], values[EXPERTS], plan.ep)
         if over_stages:
             values = self._over_stages(plan, values)
         wanted: list[Any] = []
@@ -163,7 +174,8 @@ class Pricer(HeldBytes):
             whole = iter(self._function((part, entry), [])(*self._given(every)))
         inside = part not in (self.summary.first, self.summary.last)
         times = KernelTimes(self.kernels, self._hops(plan, ("tp",)), self.stored if inside else None, values[EXPERTS],
-                            values[MET], self.cache_item, self._of_step(entry, rows))  # fmt: skip
+                            values[MET], self.cache_item, self._of_step(entry, rows),
+                            1.0 if self._own is None else self._own.reduces)  # fmt: skip
         for node in nodes:
             flops, moved = next(numbers), next(numbers)
             product = [next(numbers) for _ in node.product]
@@ -174,7 +186,7 @@ class Pricer(HeldBytes):
                     flops, moved = attending.meet(times.seconds, plan, self._hops(plan, ("sp",)), of_all, steps=steps)
                     product = attending.on_a_rank(plan, steps=steps)
             if node.kind in ("move", "other") and not node.meetings:
-                times.other(moved)
+                times.other(node, moved)
                 continue
             times.end_run()
             for meeting in node.meetings:
@@ -249,11 +261,25 @@ class Pricer(HeldBytes):
                 mine.add(self.part_seconds(summary.first, entry, plan, rows, length, past))
             if head and stage == len(layers) - 1:
                 mine.add(self.part_seconds(summary.last, entry, plan, rows, length, past))
-            mine.waiting += self.overhead_s
+            mine.waiting += self._beside(entry, mine, plan, rows, start - count, count)
             if stage < len(layers) - 1:
                 mine.link("send", collective_seconds("send", self._next_stage(plan), own * summary.hidden_bytes))
             found.append(mine)
         return found, how
+
+    def _beside(self, entry: str, mine: Seconds, plan: Plan, rows: int, start: int, count: int) -> float:
+        """What a stage's run takes beside its kernels. count: its layers, from `start` on."""
+        own = self._own
+        if own is None or self.summary.dtype not in own.DTYPES:
+            return self.overhead_s
+        if (step := self._of_step(entry, rows)) is not None:
+            return step.step_s / plan.pp
+        if entry == "decode":
+            return self.overhead_s
+        # pieces that come again are captured on one stage, where sequences are whole and all ranks have the same
+        is_captured = plan.pp == plan.sp == 1 and plan.mesh.size("dp") == plan.replicas
+        launched = 0 if is_captured else self.summary.ops_of(self.summary.order[start : start + count])
+        return max(0.0, own.op_s * launched - mine.total)
 
     def step_seconds(self, plan: Plan, rows: int, past: int, layers: Sequence[int]) -> float:
         """Between two tokens of the rows of one replica, whose caches hold `past` tokens each."""
@@ -278,6 +304,14 @@ class Pricer(HeldBytes):
         small, larger = divmod(self.summary.num_layers, plan.pp)
         return tuple(small + (stage < larger) for stage in range(plan.pp))
 
+    def _products_of(self, part: int, plan: Plan, seconds: float) -> list[float]:
+        """The seconds of a part, as its products share them out by what they read."""
+        nodes = [node for node in self.summary.parts[part].nodes["decode"] if node.kind in ("linear", "experts")]
+        key = "products of", part
+        wanted = [] if key in self._functions else [node.read for node in nodes]
+        moved = self._function(key, wanted)(*self._given(self._values(plan, 1, 1, 0, alike=True)))
+        return [seconds * float(each) / sum(moved) for each in moved] or [seconds]
+
     def _shared_head(self, plan: Plan, entry: str, rows: int, length: int, past: int) -> Seconds:
         """Of the vocabulary head whose rows all stages share out: what it reads goes to all, and their choices back."""
         found = Seconds()
@@ -301,6 +335,8 @@ class Pricer(HeldBytes):
         found.add(slowest, runs - 1)
         if shares_head:
             found.add(self._shared_head(plan, "prefill", run_rows, length, past), runs)
+        if self._own is not None and self.summary.dtype in self._own.DTYPES:
+            found.waiting += self._own.first_s
         return found, how
 
     def _decode(
@@ -315,6 +351,12 @@ class Pricer(HeldBytes):
         for stage in (*stages, head):
             found.add(stage)
         turn = groups * (max(stage.total for stage in stages) + head.total)
+        if self._own is not None and self._of_step("decode", of_group) is not None:
+            if plan.pp > 1:  # what is queued ahead hides a message, and a host that is quicker than the stages
+                found.waiting += self._own.message_s * plan.pp
+                turn = max(turn, groups * self._own.turn_s)
+            if plan.mesh.size("dp") > plan.replicas:
+                found.waiting += self._own.told_s + self._own.told_row_s * rows
         found.waiting += max(0.0, turn - found.total)
         return found, how
 
@@ -326,25 +368,18 @@ class Pricer(HeldBytes):
             return (self.summary.num_layers,), False
         past = workload.prompt + workload.new // 2
         group = -(-rows // min(plan.pp, rows))
-        times = [self.part_seconds(p, "decode", plan, group, 1, past).total for p in range(len(self.summary.parts))]
+        parts = range(len(self.summary.parts))
+        times = [self.part_seconds(part, "decode", plan, group, 1, past).total for part in parts]
         costs = [times[part] for part in self.summary.order]
         costs[0] += times[self.summary.first]
         shared = split_layers(costs, plan.pp)
         costs[-1] += times[self.summary.last]
         alone = split_layers(costs, plan.pp)
         asked = asked_head(plan)
-        if asked is None:
-            now = self._decode(plan, workload, rows, alone)[0].total
-            asked = now / self._decode(plan, workload, rows, shared, shares_head=True)[0].total - 1 >= HEAD_WORTH
+        if asked is None:  # stages are cut between products, and so as even as those are small
+            products = [share for part in self.summary.order for share in self._products_of(part, plan, times[part])]
+            head = self._products_of(self.summary.last, plan, times[self.summary.last])
+            meetings = self._shared_head(plan, "decode", group, 1, past).total
+            now = slowest_of([times[self.summary.first], *products, *head], plan.pp)
+            asked = now / (slowest_of([times[self.summary.first], *products], plan.pp) + meetings) - 1 >= HEAD_WORTH
         return (shared if asked else alone), asked
-
-
-def asked_head(plan: Plan) -> bool | None:
-    """What a plan says of the vocabulary head, as an option of the pass `pipeline` or in that pass itself."""
-    for each in plan.passes:
-        if isinstance(each, tuple) and each[0] == "pipeline":
-            found = dict(each[1]).get("share_head")
-            return None if found is None else bool(found)
-        if not isinstance(each, (str, tuple)) and each.name == "pipeline":
-            return None if (told := vars(each).get("share_head")) is None else bool(told)
-    return None

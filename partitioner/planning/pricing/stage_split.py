@@ -7,8 +7,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from partitioner.errors import PlanError
+from partitioner.program.plan import Plan
 
-__all__ = ["split_layers"]
+__all__ = ["asked_head", "slowest_of", "split_layers"]
 
 
 def split_layers(costs: Sequence[float], stages: int) -> tuple[int, ...]:
@@ -45,3 +46,20 @@ def _fill(until: Sequence[float], stages: int, limit: float) -> tuple[int, ...] 
         found.append(end - start)
         start = end
     return tuple(found) if start == len(until) - 1 else None
+
+
+def slowest_of(costs: Sequence[float], stages: int) -> float:
+    """What the slowest stage takes."""
+    ends = list(itertools.accumulate(split_layers(costs, stages))) if len(costs) > stages else range(1, len(costs) + 1)
+    return max(sum(costs[start:end]) for start, end in itertools.pairwise([0, *ends]))
+
+
+def asked_head(plan: Plan) -> bool | None:
+    """What a plan says of the vocabulary head, as an option of the pass `pipeline` or in that pass itself."""
+    for each in plan.passes:
+        if isinstance(each, tuple) and each[0] == "pipeline":
+            found = dict(each[1]).get("share_head")
+            return None if found is None else bool(found)
+        if not isinstance(each, (str, tuple)) and each.name == "pipeline":
+            return None if (told := vars(each).get("share_head")) is None else bool(told)
+    return None

@@ -26,6 +26,8 @@ from torch import Tensor
 from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.embedding import vocab_parallel_embedding
+from runtime.ops.expert_exchange import localise_experts
+from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["CapturedPieces", "Runnable", "asks_host"]
@@ -34,6 +36,9 @@ _log = logging.getLogger("partitioner")
 MOST, MOST_REMEMBERED = 32, 256
 """Pieces that are captured at a time, and of how many it is known how often they have come."""
 _OURS = frozenset({all_gather, all_reduce, cached_attention, last_token, vocab_parallel_embedding})
+_OF_EXPERTS = frozenset({expert_combine, expert_dispatch, grouped_linear, localise_experts})
+"""Of ours too, where torch multiplies the rows of all experts at once, however many each has (`grouped_linear`): in
+bfloat16, of widths in whole units of 16 bytes."""
 _ASKING = frozenset(
     {"bincount", "index", "index_put", "item", "masked_select", "nonzero", "repeat_interleave", "tolist", "unique"}
 )
@@ -42,13 +47,16 @@ _ASKING = frozenset(
 
 def asks_host(program: RankProgram) -> bool:
     """Whether an op of the program may do what depends on the numbers that the GPU has, or is not known not to."""
+    stacks = [weight for weight in program.weights if len(weight.local_shape) == 3]
+    at_once = all(w.dtype == torch.bfloat16 and all(size % 8 == 0 for size in w.local_shape[1:]) for w in stacks)
+    ours = _OURS | _OF_EXPERTS if at_once else _OURS
     for node in program.graph.nodes:
         if node.op == "call_method":
             asks = str(node.target) in _ASKING
         elif node.op == "call_function":
             name, module = getattr(node.target, "__name__", ""), str(getattr(node.target, "__module__", None))
             of_torch = module == "None" or module.partition(".")[0] in ("torch", "_operator", "math")
-            asks = name.partition(".")[0] in _ASKING if of_torch else node.target not in _OURS
+            asks = name.partition(".")[0] in _ASKING if of_torch else node.target not in ours
         else:
             asks = node.op == "call_module"
         if asks:

@@ -48,6 +48,22 @@ def test_replays_say_the_same(
     assert len(bound._pieces._captured) == (3 if len(lengths) == 1 else 1) + windows
 
 
+def test_experts_of_replays_are_those_of_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each prompt chooses others, and a piece has places for tokens that nobody has."""
+    parts = partition(zoo.tiny("qwen3_moe")[0].bfloat16(), Plan())
+    plain, replaying = on_gpu(parts), on_gpu(parts)
+    for seed, length in enumerate((60, 60, 60, 37, 59, 2)):
+        text = torch.randint(2, 60, (1, length), generator=torch.Generator().manual_seed(seed))
+        with monkeypatch.context() as patch:
+            patch.setattr(steps, "CAPTURED_ON", frozenset())
+            wanted = plain.generate(text, **OPTIONS)
+        found = replaying.generate(text, **OPTIONS)
+        torch.testing.assert_close(found.logprobs, wanted.logprobs, rtol=4e-2, atol=4e-2)  # type: ignore[union-attr]
+    bound = replaying._generate_loop._bound
+    assert bound is not None
+    assert len(bound._pieces._captured) == 1
+
+
 def test_a_captured_piece_serves_shorter_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = partition(zoo.tiny("llama")[0].double(), Plan())
     plain, replaying = on_gpu(parts), on_gpu(parts)

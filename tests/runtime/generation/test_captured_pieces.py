@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from partitioner import Plan, partition
 from runtime.communication.thread_communicator import ThreadCommunicator
 from runtime.execution.prompts import captured_pieces, piece
 from runtime.execution.prompts.captured_pieces import asks_host
@@ -16,6 +17,7 @@ from runtime.execution.prompts.piece import places
 from runtime.generation import steps
 from runtime.generation.steps import Steps
 from tests.runtime.generation.replayed import Replayed, capturing_prompts, replaying
+from tests.support import zoo
 from tests.support.partitioned import compiled
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 3, "eos_token_id": [], "logprobs": True}
@@ -57,6 +59,24 @@ def test_a_piece_that_comes_again_is_replayed(lengths: tuple[int, ...], graphs: 
         given = texts(*lengths, seed=seed)
         assert_alike(parts.generate(given, **OPTIONS), node_by_node(given, **OPTIONS))
         assert [graph.count for graph in graphs] == [[], [0], [1], [2]][seed]
+
+
+@pytest.mark.slow
+def test_experts_of_a_replayed_piece_are_those_of_its_own_tokens(
+    graphs: list[Replayed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts that fill a piece's places, and shorter ones, whose last token stands there more than once."""
+    # the host is asked here, where it computes: what is replayed runs anew
+    ours = captured_pieces._OURS | captured_pieces._OF_EXPERTS
+    plain = compiled("mixtral", 1)
+    given = [texts(length, seed=seed) for seed, length in enumerate((12, 9, 12, 7, 11))]
+    wanted = [plain.generate(each, **OPTIONS) for each in given]
+    assert not graphs
+    monkeypatch.setattr(captured_pieces, "_OURS", ours)
+    parts = compiled("mixtral", 1)
+    for each, one in zip(given, wanted, strict=True):
+        assert_alike(parts.generate(each, **OPTIONS), one)
+    assert [graph.count for graph in graphs] == [3]
 
 
 def test_pieces_of_other_sizes_and_places_are_others(graphs: list[Replayed]) -> None:
@@ -274,6 +294,13 @@ def test_a_profile_sees_every_node(graphs: list[Replayed]) -> None:
 )
 def test_which_programs_ask_the_host(name: str, asks: bool) -> None:
     assert asks_host(compiled(name, 1).entry("prefill", 0)) == asks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "asks"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_experts_ask_for_their_rows_unless_torch_takes_all_at_once(dtype: torch.dtype, asks: bool) -> None:
+    program = partition(zoo.tiny("qwen3_moe")[0].to(dtype), Plan(tp=2, ep=2)).entry("prefill", 0)
+    assert asks_host(program) == asks
 
 
 def test_ranks_that_meet_on_the_host_capture_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
