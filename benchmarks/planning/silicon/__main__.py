@@ -4,8 +4,9 @@
 
 FOLDER: an unpacked wheel of aiconfigurator-core (Apache-2.0, NVIDIA), whose systems/silicon_sample.csv holds measured
 times to the first token (TTFT) and between tokens (TPOT); `rows` says which rows are taken, `loads` how
-they came about. Rows are means over requests that come as others end, which two designs predict from the same priced
-steps: `partitioner.planning.pricing.batching` plays the engine's steps through, `queue_formula` has a closed form.
+they came about; pyarrow reads its tables. Rows are means over requests that come as others end, which two designs
+predict from the same priced steps: `partitioner.planning.pricing.batching` plays the engine's steps through,
+`queue_formula` has a closed form.
 
 Printed: mean absolute percentage errors of both with nothing fitted on rows; with one efficiency and one overhead per
 engine (how slow its host code is: `Engine`), fitted on one model of three, the others held out; the same rows with one
