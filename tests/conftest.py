@@ -23,9 +23,6 @@ gc.set_threshold(10_000, 10, 10)  # graphs are many small objects, and few of th
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# torch writes down each step of a trace where this logger has a handler, and pytest gives one to all that propagate not
-logging.getLogger("torch.__trace").propagate = True
-
 # the same examples on every machine; a model is traced per example
 settings.register_profile("partitioner", deadline=None, derandomize=True, max_examples=6)
 settings.register_profile("full", deadline=None, max_examples=1000, suppress_health_check=list(HealthCheck))
@@ -44,6 +41,8 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
 
     torch.set_num_threads(1)  # several ranks share few cores
+    # torch writes each step of a trace where this logger has a handler, and pytest gives one to all that propagate not
+    logging.getLogger("torch.__trace").propagate = True
     if hasattr(config, "workerinput"):
         from tests.support.traces import shared_traces
 
