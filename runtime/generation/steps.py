@@ -105,7 +105,7 @@ class Steps:
         halved = program.limits.get("batch", (1, None))[0] == 1  # half of two rows is one
         halves = device.type in TURNS_ON and alone and halved and can_take_turns(program)
         steady = alone and "input_ids" in names and all(state.per_token for state in program.states)
-        steady = steady and communicator.can_be_captured and not asks_host(program)
+        steady = steady and communicator.can_be_captured and not asks_host(program, device)
         turns = turns_from(program)
         if program.stage is None and device.type in CAPTURED_ON:  # parts may be uneven, and ranks do the same
             own = torch.tensor([[turns, not halves, not steady, not cache.any_length]], device=device)

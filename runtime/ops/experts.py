@@ -26,7 +26,14 @@ from torch.nn import functional
 from runtime.ops.kernels.experts import dispatch as kernels
 from runtime.ops.kernels.native import few_rows
 
-__all__ = ["expert_combine", "expert_dispatch", "grouped_linear", "kept_choices", "limit_experts"]
+__all__ = [
+    "expert_combine",
+    "expert_dispatch",
+    "grouped_linear",
+    "kept_choices",
+    "limit_experts",
+    "multiplies_at_once",
+]
 
 _MOST_UNTRIMMED = 1 << 15
 """Rows up to which to compute nothing with those of no expert costs less than to wait for their number."""
@@ -134,6 +141,14 @@ def kept_choices(index: Tensor, *, num_experts: int, capacity: float) -> Tensor:
     return torch.empty_like(fits).index_copy_(0, order, fits).view(index.shape)
 
 
+def multiplies_at_once(device: torch.device) -> bool:
+    """Whether torch's grouped matmul is a kernel there, which reads on the GPU how many rows each expert has: on Hopper
+    and Blackwell. On other GPUs it is a loop of products, for which the host waits, as it does here.
+    """
+    is_there = device.type == "cuda" and hasattr(torch, "_grouped_mm")
+    return is_there and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def _must_not_wait(rows: Tensor) -> bool:
     """Whether the host must not ask the GPU for numbers: in captured steps, and in compiled ones, which are one graph
     that may be captured later.
@@ -142,12 +157,10 @@ def _must_not_wait(rows: Tensor) -> bool:
 
 
 def _has_kernel(rows: Tensor, matrix: Tensor) -> bool:
-    """Whether torch's grouped matmul takes these: bfloat16 on a GPU, rows of whole 16-byte units."""
+    """Whether torch's grouped matmul takes these: bfloat16, rows of whole 16-byte units."""
     return (
-        rows.is_cuda
-        and hasattr(torch, "_grouped_mm")
+        multiplies_at_once(rows.device)
         and rows.dtype == matrix.dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(rows.device) >= (8, 0)
         and rows.shape[-1] % 8 == 0
         and matrix.shape[-1] % 8 == 0
     )

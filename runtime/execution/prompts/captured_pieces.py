@@ -27,7 +27,7 @@ from runtime.ops.cached_attention import cached_attention, last_token
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.ops.embedding import vocab_parallel_embedding
 from runtime.ops.expert_exchange import localise_experts
-from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear
+from runtime.ops.experts import expert_combine, expert_dispatch, grouped_linear, multiplies_at_once
 from runtime.program.rank_program import RankProgram
 
 __all__ = ["CapturedPieces", "Runnable", "asks_host"]
@@ -45,10 +45,12 @@ _ASKING = frozenset(
 """Ops of torch that may wait for the GPU, by what they are given."""
 
 
-def asks_host(program: RankProgram) -> bool:
+def asks_host(program: RankProgram, device: torch.device) -> bool:
     """Whether an op of the program may do what depends on the numbers that the GPU has, or is not known not to."""
     stacks = [weight for weight in program.weights if len(weight.local_shape) == 3]
-    at_once = all(w.dtype == torch.bfloat16 and all(size % 8 == 0 for size in w.local_shape[1:]) for w in stacks)
+    at_once = multiplies_at_once(device) and all(
+        w.dtype == torch.bfloat16 and all(size % 8 == 0 for size in w.local_shape[1:]) for w in stacks
+    )
     ours = _OURS | _OF_EXPERTS if at_once else _OURS
     for node in program.graph.nodes:
         if node.op == "call_method":

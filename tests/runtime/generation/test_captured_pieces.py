@@ -293,14 +293,20 @@ def test_a_profile_sees_every_node(graphs: list[Replayed]) -> None:
     [("llama", False), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("gpt2", False), ("mixtral", True)))],
 )
 def test_which_programs_ask_the_host(name: str, asks: bool) -> None:
-    assert asks_host(compiled(name, 1).entry("prefill", 0)) == asks
+    assert asks_host(compiled(name, 1).entry("prefill", 0), torch.device("cpu")) == asks
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "asks"), [(torch.bfloat16, False), (torch.float32, True)])
-def test_experts_ask_for_their_rows_unless_torch_takes_all_at_once(dtype: torch.dtype, asks: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "has_kernel", "asks"),
+    [(torch.bfloat16, True, False), (torch.float32, True, True), (torch.bfloat16, False, True)],
+)
+def test_experts_ask_for_their_rows_unless_torch_takes_all_at_once(
+    dtype: torch.dtype, has_kernel: bool, asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captured_pieces, "multiplies_at_once", lambda device: has_kernel)
     program = partition(zoo.tiny("qwen3_moe")[0].to(dtype), Plan(tp=2, ep=2)).entry("prefill", 0)
-    assert asks_host(program) == asks
+    assert asks_host(program, torch.device("cuda")) == asks
 
 
 def test_ranks_that_meet_on_the_host_capture_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
