@@ -89,10 +89,7 @@ class Sampler:
         has it with normalize_logits=True (its default leaves generate's `scores` unnormalised). Greedy search:
         temperature 1.
         """
-        if logits.dim() != 2 or logits.shape[1] != self.search.num_local:
-            raise SamplingError(
-                f"logits must be [batch, {self.search.num_local}] on this rank, got {list(logits.shape)}"
-            )
+        own = self.search.share.of(logits)
         batch = logits.shape[0]
         for name, given in (("request_ids", request_ids), ("step", step)):
             if isinstance(given, int):
@@ -101,7 +98,7 @@ class Sampler:
                 raise SamplingError(f"{name} must be int64 [{batch}], got {given.dtype} {list(given.shape)}")
         if not batch:
             return request_ids.new_empty(0, device=logits.device), logits.new_empty(0, dtype=torch.float64)
-        own = self._penalised(self.search.share.of(logits), history, lengths)
+        own = self._penalised(own, history, lengths)
         own = own if edits is None else edits.applied(own, self.search.share)
         if not self.sampling.do_sample:
             return self._greedy(own, scored=scored)

@@ -58,8 +58,6 @@ class VocabularySearch:
                 f"{len(owned)}"
             )
         parts = shares(owned, vocab_size)
-        self.num_local = owned[coordinate].size
-        """Columns of this rank's logits."""
         self.vocab_size = vocab_size
         self.share = Share(owned[coordinate], parts[coordinate], vocab_size=vocab_size, device=device)
         self.largest_size = max(part.size for part in parts)

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from partitioner.errors import LayoutError
+from partitioner.errors import LayoutError, SamplingError
 from partitioner.sharding.index_set import IndexSet
 
 __all__ = ["Share", "shares"]
@@ -46,7 +46,7 @@ class Share:
     """The part of a rank's logits [B, owned] that is its own to search, with the tokens that they stand for."""
 
     def __init__(self, owned: IndexSet, share: IndexSet, *, vocab_size: int, device: torch.device) -> None:
-        self.size = share.size
+        self.size, self._num_held = share.size, owned.size
         self._vocab_size = vocab_size
         held, tokens = _indices(owned, device), _indices(share, device)
         self.tokens = tokens if share.size else torch.tensor([vocab_size], device=device)
@@ -58,7 +58,9 @@ class Share:
         self._is_all = share == IndexSet.range(0, vocab_size)
 
     def of(self, logits: Tensor) -> Tensor:
-        """The share's columns [B, n]; a single one of -inf where it is empty."""
+        """The share's columns [B, n]; a single one of -inf where it is empty. SamplingError: not this rank's logits."""
+        if logits.dim() != 2 or logits.shape[1] != self._num_held:
+            raise SamplingError(f"logits must be [batch, {self._num_held}] on this rank, got {list(logits.shape)}")
         if not self.size:
             return logits.new_full((logits.shape[0], 1), -torch.inf)
         if self.size == logits.shape[1]:

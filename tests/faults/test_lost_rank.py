@@ -128,6 +128,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config)
     ranks.close()
 
 
+@pytest.fixture
+def ranks_of_their_own(tmp_path: Path, pytestconfig: pytest.Config) -> Iterator[Ranks]:
+    """Whose memory is soon given back: a copy of the tests' process has theirs too, and two of them end apart."""
+    ranks = Ranks(pytestconfig.rootpath, tmp_path)
+    yield ranks
+    ranks.close()
+
+
 def check(ranks: Ranks, case: Case, named: tuple[int, ...] | None = None, *, told: bool = True) -> Outcome:
     """`named`: the victims that the others must name, where that is not all. told: whether the time is printed."""
     limit_s = case.timeout_s + 1 if case.fault in HANGS or case.phase == "absent" else 1
@@ -250,9 +258,10 @@ def test_a_rank_that_is_lost_in_a_ring_is_named_by_the_others(case: Case, ranks:
     check(ranks, case)
 
 
+@pytest.mark.interpreters
 @pytest.mark.parametrize("sharing", ["on", pytest.param("off", marks=pytest.mark.slow)])
-def test_two_at_once(sharing: str, ranks: Ranks) -> None:
-    check(ranks, Case("kill", "decode", (1, 3), sharing, num_ranks=4))
+def test_two_at_once(sharing: str, ranks_of_their_own: Ranks) -> None:
+    check(ranks_of_their_own, Case("kill", "decode", (1, 3), sharing, num_ranks=4))
 
 
 @pytest.mark.slow

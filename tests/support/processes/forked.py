@@ -117,7 +117,8 @@ def _become(
         for file in map(int, os.listdir("/proc/self/fd")):
             if file > 2 and file not in kept:
                 with contextlib.suppress(OSError):
-                    os.close(file)
+                    if not _is_library(file):
+                        os.close(file)
         if prepare is not None:
             prepare()
         if environment is not None:
@@ -135,6 +136,11 @@ def _become(
     with contextlib.suppress(BaseException):
         sys.stderr.flush()
     os._exit(status)
+
+
+def _is_library(file: int) -> bool:
+    """Whether code was loaded from it: what is loaded from the next file of that number would be taken for the same."""
+    return os.readlink(f"/proc/self/fd/{file}").removesuffix(" (deleted)").endswith(".so")
 
 
 def _as_new_signals() -> None:

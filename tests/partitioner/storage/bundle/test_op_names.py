@@ -18,6 +18,7 @@ NOT_IN_GRAPHS = {
     "arriving",
     "filling",
     "kept_choices",
+    "multiplies_at_once",
     "per_query_head",
     "products",
     "receive_from_experts",
