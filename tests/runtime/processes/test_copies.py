@@ -14,7 +14,10 @@ SEEN = """
 import json, logging, os, random, signal, sys, threading, warnings
 print(json.dumps({
     "variables": sorted(os.environ),
-    "files": sorted(f for f in map(int, os.listdir("/proc/self/fd")) if f < 3 or os.path.exists(f"/proc/self/fd/{f}")),
+    "files": sorted(
+        f for f in map(int, os.listdir("/proc/self/fd"))
+        if f < 3 or (os.path.exists(p := f"/proc/self/fd/{f}") and ".so" not in os.path.realpath(p))  # code is loaded
+    ),
     "signals": [str(signal.getsignal(n)) for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)],
     "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
     "arguments": sys.argv, "name": __name__, "threads": threading.active_count(),
