@@ -1,13 +1,17 @@
 """Clusters by text and by file, and where ranks lie."""
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster, bad_order, device, hops
 from partitioner.planning.machine.detect import detect
 from partitioner.sharding.mesh import Mesh
+from tests.support.processes import typed
 
 GIB = 1 << 30
 MIXED = """
@@ -54,6 +58,19 @@ def test_yaml_round_trip_and_mixed_devices(tmp_path: Path) -> None:
     path.write_text("name: broken\ndimensions: 3\ndevices: []")
     with pytest.raises(InputError, match="cannot read the cluster"):
         Cluster.parse(str(path))
+
+
+def test_the_page_has_a_file_that_is_read_and_all_fields(tmp_path: Path) -> None:
+    page = typed.text_of("parallelism/choosing.md")
+    file = tmp_path / "page.yaml"
+    file.write_text(re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[0], encoding="utf-8")
+    cluster = Cluster.from_yaml(file)
+    assert cluster.size == 16
+    kind = dataclasses.replace(cluster.weakest, source="all fields are written", fuses=False)
+    told = yaml.safe_load(dataclasses.replace(cluster, devices=(kind,)).to_yaml())
+    explained = set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+    assert explained >= {*told["dimensions"][0], *told["devices"][0]}
+    assert "fuses" in told["devices"][0]
 
 
 def test_tp_lies_inside_hosts_and_pp_across() -> None:
