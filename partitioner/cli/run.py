@@ -350,8 +350,11 @@ def _write(question: Question, tokenizer: Any, engine: Engine | Ranks | Launched
             between = "\n" if question.chat else ""
             out.write(f"{prompt}{between}{text.after(tokens)}\n\n")
     out.flush()
+    total, replicas = sum(map(len, said)), question.replicated.replicas
+    if isinstance(engine, Engine) and replicas > 1:  # which tell each other their rows at the end
+        _say(f"{total} tokens in {time.perf_counter() - started:.2f} s ({replicas} replicas of {engine.mesh})")
+        return
     rate = f"{later / later_s:.1f} tokens/s" if later and later_s > 0 else "one token"
-    total = sum(map(len, said))
     _say(f"{total} tokens, the first after {firsts:.2f} s, then {rate} ({engine.mesh})")
 
 

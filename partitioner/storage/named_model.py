@@ -21,7 +21,7 @@ import torch
 import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import hub
+from transformers.utils import hub, logging
 
 from partitioner.errors import CaptureError, WeightError
 from partitioner.storage.json_fields import read_fields
@@ -101,6 +101,8 @@ def load_model(name: str, *, dtype: torch.dtype | None, seed: int = 0, meta: boo
     if not meta and Path(name).is_dir():
         config = load_config(name)
         model_class = class_of(config)
+        bar = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()  # of which each rank would draw its own
         try:
             model, info = model_class.from_pretrained(
                 name, dtype=dtype, local_files_only=True, output_loading_info=True
@@ -109,6 +111,9 @@ def load_model(name: str, *, dtype: torch.dtype | None, seed: int = 0, meta: boo
             raise CaptureError(
                 f"transformers cannot load {model_class.__name__} from {name!r}: {_line(error)}"
             ) from error
+        finally:
+            if bar:
+                logging.enable_progress_bar()
         if missing := sorted(info["missing_keys"]):
             raise WeightError(
                 f"{name} lacks {len(missing)} weights of {model_class.__name__}, {missing[0]!r} for one, which "
