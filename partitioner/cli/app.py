@@ -1,18 +1,18 @@
 """The command line.
 
-    partitioner verify MODEL --tp 4      compare the partitioned model with the original; exit code 1 where they differ
-    partitioner report MODEL --tp 4      what would be split and what not, without any data
-    partitioner run MODEL --prompt "..." write what follows
-    partitioner serve MODEL --dp 2       answer requests over HTTP, as OpenAI's clients send them
-    partitioner bench serve --rate 4     ask a server as many users would, and print its throughput and times
-    partitioner bench plan MODEL --tp 2  a plan on this machine: predicted times beside measured ones
-    partitioner balance MODEL --text F   which experts a text is routed to, and the plan that evens them out
+    partitioner verify MODEL --tp 4      compare the partitioned model with the original; exit code 1 if they differ
+    partitioner report MODEL --tp 4      print what would be split and what not, without any weights
+    partitioner run MODEL --prompt "..." continue a prompt
+    partitioner serve MODEL --dp 2       answer requests over HTTP, with OpenAI's API
+    partitioner bench serve --rate 4     put load on a server, and print its throughput and times
+    partitioner bench plan MODEL --tp 2  run a plan on this machine: predicted times beside measured ones
+    partitioner balance MODEL --text F   count which experts a text uses, and print a plan that evens them out
     partitioner export MODEL -o FOLDER   write a bundle: every rank's program and slices of the weights
-    partitioner show FOLDER              what is in a bundle
-    partitioner schedule MODEL --pp 4    what each pipeline stage does when, as a picture
-    partitioner plan MODEL --gpus 8xH100 which plans there are for it, ranked by predicted times
-    partitioner fit MODEL --gpus 8xH100  whether it fits; exit code 1 where it does not
-    partitioner cluster detect           this machine, measured, as a file to plan with
+    partitioner show FOLDER              print what is in a bundle
+    partitioner schedule MODEL --pp 4    print or draw what each pipeline stage does when
+    partitioner plan MODEL --gpus 8xH100 rank plans for a cluster by predicted times
+    partitioner fit MODEL --gpus 8xH100  say whether it fits; exit code 1 if it does not
+    partitioner cluster detect           measure this machine, as a file to plan with
 
 Exit codes: 0 equal, 1 a difference or a lost rank, 2 invalid arguments (one line says which).
 """
@@ -77,22 +77,22 @@ __all__ = ["app", "main"]
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 
-_OF_CONFIG = typer.Option(help="by default as the model's generation config says")
+_OF_CONFIG = typer.Option(help="by default what the model's generation config says")
 
 
 @command(app, "verify")
 def verify_command(
     model: Model,
     how: Compile,
-    dtype: Annotated[str, typer.Option(help="to compare in: one or several, with commas between")] = "float64,float32",
-    lengths: Annotated[str, typer.Option(help="sequence lengths, with commas between")] = "1,5,40",
+    dtype: Annotated[str, typer.Option(help="dtypes to compare in, separated by commas")] = "float64,float32",
+    lengths: Annotated[str, typer.Option(help="sequence lengths, separated by commas")] = "1,5,40",
     simulate: Simulate = False,
     device: Device = "auto",
     revision: Revision = None,
-    seed: Annotated[int, typer.Option(help="of random weights and inputs")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of random weights and inputs")] = 0,
     timeout_s: Timeout = 600.0,
     cache_dtype: Annotated[
-        str | None, typer.Option(help="fp8: also print what such a cache loses against one in bfloat16")
+        str | None, typer.Option(help="fp8: also print how much worse such a cache is than one in bfloat16")
     ] = None,
 ) -> None:
     """Compare the partitioned model with the original, over one process per rank."""
@@ -127,21 +127,22 @@ def report_command(
     how: Compile,
     dtype: Dtype = None,
     explain: Annotated[
-        str | None, typer.Option(help="instead: why this weight (by name, or with *) is held as it is")
+        str | None,
+        typer.Option(help="print instead why this weight is held as it is: a name, in which * matches anything"),
     ] = None,
     generate: Annotated[
-        bool, typer.Option("--generate", help="also of the decode graph: what ranks keep of each sequence")
+        bool, typer.Option("--generate", help="also report the decode graph: what ranks keep of each sequence")
     ] = False,
-    html: Annotated[str | None, typer.Option(help="instead: write a page with pictures to this file")] = None,
-    print_json: Annotated[bool, typer.Option("--json", help="instead: print all that the page says as JSON")] = False,
+    html: Annotated[str | None, typer.Option(help="write instead a page with pictures to this file")] = None,
+    print_json: Annotated[bool, typer.Option("--json", help="print instead all that the page says as JSON")] = False,
     gpus: Annotated[
         str | None,
-        typer.Option(help="of the page: the cluster, for places and predicted times: 8xH100, or a .yaml file"),
+        typer.Option(help="for the page: the cluster, for places and predicted times: 8xH100, or a .yaml file"),
     ] = None,
-    prompt: Annotated[int, typer.Option(help="of the page: tokens of a prompt")] = 1024,
-    new: Annotated[int, typer.Option(help="of the page: tokens written for each")] = 256,
-    batch: Annotated[int, typer.Option(help="of the page: requests at the same time")] = 1,
-    goal: Annotated[str, typer.Option("--for", help="of the page: latency, throughput or context")] = "latency",
+    prompt: Annotated[int, typer.Option(help="for the page: tokens per prompt")] = 1024,
+    new: Annotated[int, typer.Option(help="for the page: new tokens per prompt")] = 256,
+    batch: Annotated[int, typer.Option(help="for the page: requests at the same time")] = 1,
+    goal: Annotated[str, typer.Option("--for", help="for the page: goal: latency, throughput or context")] = "latency",
 ) -> None:
     """Print what would be split over the ranks and what would not, and why. Needs no weights and little memory."""
     if min(prompt, new, batch) < 1:
@@ -175,15 +176,15 @@ def report_command(
 
 @command(app, "run")
 def run_command(
-    prompt: Annotated[list[str], typer.Option(help="what to continue; given several times, a batch")],
+    prompt: Annotated[list[str], typer.Option(help="text to continue; several make a batch")],
     how: Compile,
     model: ModelWithTokenizer = str(EXAMPLE_MODEL),
     dtype: Dtype = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="new tokens per prompt, at most")] = 64,
     sample: Annotated[
         bool | None,
         typer.Option(
-            "--sample/--greedy", help="draw tokens, or take the likeliest; by default as the model's config says"
+            "--sample/--greedy", help="draw tokens, or take the likeliest; by default what the model's config says"
         ),
     ] = None,
     temperature: Annotated[float | None, _OF_CONFIG] = None,
@@ -191,11 +192,11 @@ def run_command(
     top_p: Annotated[float | None, _OF_CONFIG] = None,
     min_p: Annotated[float | None, _OF_CONFIG] = None,
     repetition_penalty: Annotated[float | None, _OF_CONFIG] = None,
-    seed: Annotated[int, typer.Option(help="the same seed says the same on any number of ranks")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="text after which to stop; may be given several times")] = None,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same text on any number of ranks")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="stop after this text; may be given several times")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the tokenizer's chat template")] = False,
     cache_memory: Annotated[
-        str | None, typer.Option(help='the most that a rank may keep for the cache: "4 GB", or "0.9 of free"')
+        str | None, typer.Option(help='limit for the cache of a rank: "4 GB", or "0.9 of free"')
     ] = None,
     cache_dtype: CacheDtype = None,
     simulate: Simulate = False,
@@ -204,7 +205,7 @@ def run_command(
     compile_steps: CompileSteps = False,
     max_batch: MaxBatch = None,
     timeout_s: Timeout = 3600.0,
-    profile: Annotated[str, typer.Option(help="write what every rank did, node by node, to this file")] = "",
+    profile: Annotated[str, typer.Option(help="write a trace of every rank, node by node, to this file")] = "",
     checkpoint: Checkpoint = None,
     mapped: Annotated[
         bool, typer.Option("--mapped", help="memory-map the weights; the files must not change meanwhile")
@@ -214,7 +215,7 @@ def run_command(
     ] = False,
     no_cache: NoCache = False,
 ) -> None:
-    """Write what follows a prompt, over one process per rank: of this machine, or those that torchrun started."""
+    """Continue a prompt, over one process per rank: of this machine, or those that torchrun started."""
     options = {
         "max_new_tokens": max_new_tokens,
         "do_sample": sample,
@@ -269,11 +270,11 @@ def export_command(
     how: Compile,
     dtype: Dtype = None,
     reference: Annotated[
-        bool, typer.Option("--reference", help="leave the weights in the checkpoint, and say where each rank's are")
+        bool, typer.Option("--reference", help="leave the weights in the checkpoint, and refer to them")
     ] = False,
     revision: Revision = None,
 ) -> None:
-    """Write a bundle: what each rank runs, and its slices of the weights. Loading it runs nothing of what is in it."""
+    """Write a bundle: what each rank runs, and its slices of the weights. Loading a bundle executes no code from it."""
     said = export(fetched(model, revision=revision), how, out, dtype=dtype, reference=reference)
     Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
 
@@ -282,8 +283,8 @@ def export_command(
 def show_command(
     folder: Annotated[str, typer.Argument(help="a bundle")],
     rank: Annotated[int | None, typer.Option(help="print what this rank runs")] = None,
-    generation: Annotated[bool, typer.Option("--generation", help="its decode graph")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="read all of it, the weights too, and check it")] = False,
+    generation: Annotated[bool, typer.Option("--generation", help="with --rank: its decode graph")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="read and check all files, weights included")] = False,
     checkpoint: Checkpoint = None,
 ) -> None:
     """Print what is in a bundle."""
@@ -301,7 +302,7 @@ def schedule_command(
     model: Model,
     how: Compile,
     dtype: Dtype = None,
-    microbatches: Annotated[int, typer.Option(help="into how many pieces a batch or prompt is divided")] = 8,
+    microbatches: Annotated[int, typer.Option(help="number of pieces of a batch or prompt")] = 8,
     out: Annotated[str | None, typer.Option("--out", "-o", help="write the picture to this file, as SVG")] = None,
 ) -> None:
     """Print how long pipeline stages are idle, from their predicted times; needs no weights."""

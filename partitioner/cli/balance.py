@@ -142,11 +142,11 @@ def register(app: typer.Typer) -> None:
     @command(app, "balance")
     def balance_command(
         model: Model,
-        text: Annotated[str, typer.Option(help="a file of text such as the model will be given")],
+        text: Annotated[str, typer.Option(help="file with text like that which the model will get")],
         how: Compile,
-        extra: Annotated[int, typer.Option(help="how many copies of the hottest experts stand with a second rank")] = 0,
-        length: Annotated[int, typer.Option(help="tokens of the pieces in which the text is run")] = 512,
-        out: Annotated[str | None, typer.Option("--out", "-o", help="write the plan to this file too")] = None,
+        extra: Annotated[int, typer.Option(help="how many copies of the hottest experts to put on a second rank")] = 0,
+        length: Annotated[int, typer.Option(help="the text is run in pieces of this many tokens")] = 512,
+        out: Annotated[str | None, typer.Option("--out", "-o", help="also write the plan to this file")] = None,
         dtype: Dtype = None,
         device: Device = "auto",
         timeout_s: Timeout = 600.0,

@@ -44,7 +44,7 @@ __all__ = ["register"]
 Gpus = Annotated[str, typer.Option("--gpus", help="the cluster: 8xH100, 32x8xH100, or a .yaml file")]
 Weights = Annotated[
     str,
-    typer.Option(help="of a quantised checkpoint: expanded, or stored, as its files hold them (--plan weights=stored)"),
+    typer.Option(help="weights of a quantised checkpoint: expanded, or stored as in its files (--plan weights=stored)"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
@@ -54,12 +54,12 @@ def register(app: typer.Typer) -> None:
     def plan_command(
         model: Model,
         gpus: Gpus,
-        prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 1024,
-        new: Annotated[int, typer.Option(help="tokens written for each")] = 256,
+        prompt: Annotated[int, typer.Option(help="tokens per prompt")] = 1024,
+        new: Annotated[int, typer.Option(help="new tokens per prompt")] = 256,
         batch: Annotated[int, typer.Option(help="requests at the same time, over the whole cluster")] = 1,
-        goal: Annotated[str, typer.Option("--for", help="latency, throughput or context")] = "latency",
-        ttft: Annotated[float | None, typer.Option(help="the most seconds until the first token")] = None,
-        tpot: Annotated[float | None, typer.Option(help="the most seconds between two tokens")] = None,
+        goal: Annotated[str, typer.Option("--for", help="goal: latency, throughput or context")] = "latency",
+        ttft: Annotated[float | None, typer.Option(help="limit: seconds to the first token")] = None,
+        tpot: Annotated[float | None, typer.Option(help="limit: seconds between two tokens")] = None,
         top: Annotated[int, typer.Option(min=1, help="how many plans to print")] = 8,
         weights: Weights = "expanded",
         dtype: Dtype = None,
@@ -89,8 +89,8 @@ def register(app: typer.Typer) -> None:
     def fit_command(
         models: Annotated[list[str], typer.Argument(help="checkpoint folders, config:FILE.json or model types")],
         gpus: Gpus,
-        prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 4096,
-        new: Annotated[int, typer.Option(help="tokens written for each")] = 512,
+        prompt: Annotated[int, typer.Option(help="tokens per prompt")] = 4096,
+        new: Annotated[int, typer.Option(help="new tokens per prompt")] = 512,
         batch: Annotated[int, typer.Option(help="requests at the same time")] = 1,
         weights_only: Annotated[bool, typer.Option("--weights-only", help="count cards, without tracing")] = False,
         weights: Weights = "expanded",
@@ -126,15 +126,20 @@ def register(app: typer.Typer) -> None:
         what: Annotated[
             str | None,
             typer.Argument(
-                help="of show: 8xH100, 32x8xH100, or a .yaml file; of import: NCCL's topology XML, Slurm's "
+                help="for show: 8xH100, 32x8xH100, or a .yaml file; for import: NCCL's topology XML, Slurm's "
                 "topology.yaml, or a system of aiconfigurator-core"
             ),
         ] = None,
         device: Annotated[
-            str | None, typer.Option(help="of import: the device or host, where the file does not say it: H100, 8xH100")
+            str | None, typer.Option(help="for import: the device or host, if the file does not say it: H100, 8xH100")
         ] = None,
-        hosts: Annotated[int | None, typer.Option(help="of import: how many hosts like the one of the file")] = None,
-        topology: Annotated[str, typer.Option(help="of import: which topology of Slurm's file; its default")] = "",
+        hosts: Annotated[int | None, typer.Option(help="for import: how many hosts like the one of the file")] = None,
+        topology: Annotated[
+            str,
+            typer.Option(
+                help="for import: which topology of Slurm's file; by default the one that it marks as default"
+            ),
+        ] = "",
         out: Annotated[str | None, typer.Option("--out", "-o", help="write it to this file")] = None,
     ) -> None:
         """Print a cluster as YAML: a preset, this machine, measured in some seconds, or a file of another tool."""

@@ -49,32 +49,34 @@ def serve_command(
     how: Compile,
     model: ModelWithTokenizer = str(EXAMPLE_MODEL),
     host: Annotated[str, typer.Option(help="the address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="the port; 0: one that is free")] = 8000,
+    port: Annotated[int, typer.Option(help="the port; 0 takes a free one")] = 8000,
     name: Annotated[
         str | None,
-        typer.Option("--name", "--served-model-name", help="of the model, for clients; by default its folder's"),
+        typer.Option("--name", "--served-model-name", help="name of the model for clients; by default its folder's"),
     ] = None,
     chat_template: Annotated[
-        str | None, typer.Option(help="a file with the template of chats, where the tokenizer has none or another")
+        str | None, typer.Option(help="file with the template of chats, in place of the tokenizer's")
     ] = None,
     api_key_file: Annotated[
-        str | None, typer.Option(help="a file of keys, one per line, mode 0600; or one in PARTITIONER_API_KEY")
+        str | None, typer.Option(help="file of keys, one per line, mode 0600; or give one key in PARTITIONER_API_KEY")
     ] = None,
-    max_requests: Annotated[int, typer.Option(help="rows that run or wait at a time; more are refused with 429")] = 256,
+    max_requests: Annotated[
+        int, typer.Option(help="rows that may run or wait at a time; more are refused with 429")
+    ] = 256,
     max_context: Annotated[
         int | None,
         typer.Option(
             "--max-context",
             "--max-model-len",
             "--context-length",
-            help="tokens of a prompt with its answer; by default what the model takes",
+            help="tokens of a prompt with its answer, at most; by default the model's limit",
         ),
     ] = None,
-    max_body: Annotated[int, typer.Option(help="bytes of a request")] = 4 << 20,
+    max_body: Annotated[int, typer.Option(help="bytes of a request, at most")] = 4 << 20,
     request_timeout: Annotated[float, typer.Option(help="seconds that a request may take")] = 600.0,
-    grace: Annotated[float, typer.Option(help="seconds that requests may go on after SIGTERM")] = 30.0,
+    grace: Annotated[float, typer.Option(help="seconds that running requests have after SIGTERM")] = 30.0,
     restart: Annotated[
-        bool, typer.Option("--restart", help="start a replica that is lost again, while others serve")
+        bool, typer.Option("--restart", help="start a lost replica again, while the others serve")
     ] = False,
     max_batch: Annotated[
         int | None,
@@ -82,15 +84,15 @@ def serve_command(
             "--max-batch",
             "--max-num-seqs",
             "--max-running-requests",
-            help="rows that a replica continues at a time; by default 32",
+            help="rows that a replica runs at a time; by default 32",
         ),
     ] = None,
     cache_memory: Annotated[
-        str | None, typer.Option(help='the most that a rank may keep for the cache: "4 GB", or "0.9 of free"')
+        str | None, typer.Option(help='limit for the cache of a rank: "4 GB", or "0.9 of free"')
     ] = None,
     cache_dtype: CacheDtype = None,
-    rank_timeout: Annotated[float, typer.Option(help="seconds after which a silent rank is lost")] = 60.0,
-    start_timeout: Annotated[float, typer.Option(help="seconds until all ranks must have loaded")] = 600.0,
+    rank_timeout: Annotated[float, typer.Option(help="seconds after which a silent rank counts as lost")] = 60.0,
+    start_timeout: Annotated[float, typer.Option(help="seconds in which all ranks must have loaded")] = 600.0,
     dtype: Dtype = None,
     device: Device = "auto",
     compile_steps: CompileSteps = False,

@@ -36,14 +36,15 @@ def register(app: typer.Typer) -> None:
 def bench_plan(
     model: Model,
     how: Compile,
-    prompt: Annotated[int, typer.Option(help="tokens of a prompt")] = 64,
-    new: Annotated[int, typer.Option(help="tokens written for each")] = 16,
+    prompt: Annotated[int, typer.Option(help="tokens per prompt")] = 64,
+    new: Annotated[int, typer.Option(help="new tokens per prompt")] = 16,
     batch: Annotated[int, typer.Option(help="requests at the same time, over all ranks")] = 2,
     gpus: Annotated[
-        str | None, typer.Option(help="predict with this cluster's tables: 2xH200; by default this CPU is calibrated")
+        str | None,
+        typer.Option(help="predict by this cluster's tables, such as 2xH200; by default this CPU is calibrated"),
     ] = None,
     device: Device = "auto",
-    rounds: Annotated[int, typer.Option(help="of which the fastest counts")] = 5,
+    rounds: Annotated[int, typer.Option(help="number of rounds, of which the fastest counts")] = 5,
     timeout_s: Timeout = 600.0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -66,21 +67,25 @@ def bench_plan(
 
 
 def bench_serve(
-    url: Annotated[str, typer.Option(help="of the server, up to /v1")] = "http://127.0.0.1:8000/v1",
+    url: Annotated[str, typer.Option(help="address of the server, up to /v1")] = "http://127.0.0.1:8000/v1",
     rate: Annotated[float | None, typer.Option(help="requests that arrive per second, at random (Poisson)")] = None,
-    clients: Annotated[int | None, typer.Option(help="instead: so many ask, one request after the other")] = None,
-    requests: Annotated[int, typer.Option(help="how many in all")] = 100,
-    prompt_mean: Annotated[float, typer.Option(help="tokens of a prompt")] = PROMPT_MEAN,
-    answer_mean: Annotated[float, typer.Option(help="tokens that are asked for")] = ANSWER_MEAN,
+    clients: Annotated[
+        int | None, typer.Option(help="instead of --rate: number of clients that each send one request after the other")
+    ] = None,
+    requests: Annotated[int, typer.Option(help="number of requests")] = 100,
+    prompt_mean: Annotated[float, typer.Option(help="mean tokens of a prompt")] = PROMPT_MEAN,
+    answer_mean: Annotated[float, typer.Option(help="mean tokens of an answer")] = ANSWER_MEAN,
     longest: Annotated[int, typer.Option(help="tokens of a prompt with its answer, at most")] = 2048,
-    seed: Annotated[int, typer.Option(help="the same seed asks the same")] = 0,
-    model: Annotated[str | None, typer.Option(help="its name; by default the first that the server lists")] = None,
+    seed: Annotated[int, typer.Option(help="the same seed sends the same requests")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="name of the model; by default the first that the server lists")
+    ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="a folder, to cut prompts to their number of tokens; by default words are counted"),
+        typer.Option(help="folder of a tokenizer, to count tokens of prompts; by default words are counted"),
     ] = None,
     timeout_s: Annotated[
-        float, typer.Option("--timeout", help="seconds without a byte after which one has failed")
+        float, typer.Option("--timeout", help="seconds without a byte after which a request has failed")
     ] = 600,
     plot: Annotated[str | None, typer.Option(help="write the distributions to this file, .svg or .png")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,

@@ -58,11 +58,12 @@ __all__ = [
 Model = Annotated[
     str,
     typer.Argument(
-        help="a checkpoint folder, a hub's org/name, a bundle to split anew, config:FILE.json, or a model type"
+        help="a checkpoint folder, a hub's org/name, a bundle to reshard, config:FILE.json, or a model type"
     ),
 ]
 PlanText = Annotated[
-    str | None, typer.Option("--plan", help='degrees and options of passes: "tp=2,pp=2", "tp=4,keep_whole=[*.head]"')
+    str | None,
+    typer.Option("--plan", help='degrees and options of passes, such as "tp=2,pp=2" or "tp=4,keep_whole=[*.head]"'),
 ]
 Tp = Annotated[
     int | None,
@@ -119,44 +120,45 @@ Dp = Annotated[
 ModelWithTokenizer = Annotated[
     str,
     typer.Argument(
-        help="a checkpoint folder with its tokenizer, a hub's org/name, or a bundle; by default a small one inside"
+        help="a checkpoint folder with its tokenizer, a hub's org/name, or a bundle; by default a small trained one"
     ),
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="of the weights; by default, or auto, the checkpoint's, or what the configuration names"),
+    typer.Option(help="dtype of the weights; by default (or auto) the checkpoint's, or what the configuration names"),
 ]
 Device = Annotated[
-    str, typer.Option(help="cpu, cuda, or auto: GPUs where this machine has one for each of its ranks, else cpu")
+    str, typer.Option(help="cpu, cuda, or auto: GPUs if this machine has one for each of its ranks, else cpu")
 ]
 CompileSteps = Annotated[
-    bool, typer.Option("--compile/--no-compile", help="put decode steps through torch.compile, which takes a minute")
+    bool, typer.Option("--compile/--no-compile", help="compile decode steps by torch.compile, which takes a minute")
 ]
 Revision = Annotated[
-    str | None, typer.Option(help="of a repository on a hub: a branch, tag or commit; by default its main branch")
+    str | None, typer.Option(help="branch, tag or commit of a repository on a hub; by default its main branch")
 ]
-MaxBatch = Annotated[int | None, typer.Option(help="the most prompts to run at a time; by default all")]
-KeepWhole = Annotated[list[str] | None, typer.Option(help="names of weights, with *, that no rank splits")]
-Passes = Annotated[list[str] | None, typer.Option("--pass", help="an installed pass to run as well, by its name")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="say what compiling did, and how long each step took")]
+MaxBatch = Annotated[int | None, typer.Option(help="how many prompts run at a time, at most; by default all")]
+KeepWhole = Annotated[
+    list[str] | None, typer.Option(help="weights that stay whole on every rank: names, in which * matches anything")
+]
+Passes = Annotated[list[str] | None, typer.Option("--pass", help="name of an installed pass to run as well")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="print what compiling did, and how long each step took")]
 CacheDtype = Annotated[
     str | None,
     typer.Option(
         "--cache-dtype",
         "--kv-cache-dtype",
-        help="fp8: keys and values are cached as float8 with a scale per token and head",
+        help="fp8: cache keys and values as float8 with a scale per token and head",
     ),
 ]
-NoCache = Annotated[
-    bool, typer.Option("--no-cache", help="neither use nor keep a compiled program in the user's cache")
-]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="do not use or keep compiled programs in the user's cache")]
 MaxLength = Annotated[
-    int | None, typer.Option(help="the longest text that will be run, for rotary embeddings that depend on it")
+    int | None,
+    typer.Option(help="length of the longest text, in tokens; matters for rotary embeddings that depend on it"),
 ]
-Simulate = Annotated[bool, typer.Option("--simulate", help="all ranks in this process, one thread each")]
-Timeout = Annotated[float, typer.Option("--timeout", help="kill the whole run after so many seconds")]
+Simulate = Annotated[bool, typer.Option("--simulate", help="run all ranks in this process, one thread each")]
+Timeout = Annotated[float, typer.Option("--timeout", help="kill the whole run after this many seconds")]
 Checkpoint = Annotated[
-    str | None, typer.Option(help="the folder with the weights, where a bundle was exported with --reference")
+    str | None, typer.Option(help="folder with the weights of a bundle that was exported with --reference")
 ]
 
 
