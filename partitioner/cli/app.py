@@ -47,6 +47,7 @@ from partitioner.cli.common.options import (
     Simulate,
     Timeout,
 )
+from partitioner.cli.common.tables import print_table
 from partitioner.cli.export import export
 from partitioner.cli.plan import register
 from partitioner.cli.report import page_of, schedule, write_page
@@ -105,9 +106,7 @@ def verify_command(
     outcomes = list(verify(case)) if simulate else verify_in_processes(case, timeout_s=timeout_s)
     console = Console()
     over = "one process per rank, over gloo" if case.placed.type == "cpu" else "one process and GPU per rank"
-    title = f"{case.model}, {case.plan}, {'one thread per rank' if simulate else over}"
-    console.print(title, markup=False, highlight=False, soft_wrap=True)
-    console.print(_table(outcomes))
+    print_table(f"{case.model}, {case.plan}, {'one thread per rank' if simulate else over}", _table(outcomes))
     worst = next((outcome for outcome in outcomes if not outcome.equal), None)
     if worst is not None:
         divergence = explain(case, worst)

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from partitioner.cli.common.command import command
 from partitioner.cli.common.options import CacheDtype, Dtype, Model
+from partitioner.cli.common.tables import print_table, say
 from partitioner.errors import InputError
 from partitioner.planning.cluster import Cluster
 from partitioner.planning.explain import as_data, cards_for_weights, held_text, interval, reason, served_text, sureness
@@ -113,10 +114,12 @@ def register(app: typer.Typer) -> None:
         if as_json:
             print(json.dumps(told, indent=1))
         else:
-            Console().print(_weights_table(told, cluster) if weights_only else _fit_table(told, cluster))
+            kind = cluster.weakest
+            title = f"{cluster.name}: {cluster.size} x {kind.name}, {kind.usable_bytes / (1 << 30):.0f} GiB usable each"
+            print_table(title, _weights_table(told, cluster) if weights_only else _fit_table(told))
             for each in told:
                 if each.get("why"):
-                    Console().print(f"{each['model']}: {each['why']}", markup=False, highlight=False, soft_wrap=True)
+                    say(f"{each['model']}: {each['why']}")
         if not all(each["fits"] for each in told):
             raise typer.Exit(1)
 
@@ -233,9 +236,7 @@ def _fit(
 
 def _weights_table(told: list[dict[str, Any]], cluster: Cluster) -> Table:
     """Of the weights alone: in the model's dtype, and as they were released."""
-    kind = cluster.weakest
-    usable = f"{kind.usable_bytes / (1 << 30):.0f} GiB usable each"
-    table = Table(title=f"weights on {cluster.name}: {cluster.size} x {kind.name}, {usable}")
+    table = Table()
     table.add_column("model")
     for heading in ("weights", "cards", "fits", "as released", "cards", "fits"):
         table.add_column(heading, justify="right")
@@ -253,11 +254,8 @@ def _yes(fits: bool) -> str:
     return "yes" if fits else "no"
 
 
-def _fit_table(told: list[dict[str, Any]], cluster: Cluster) -> Table:
-    kind = cluster.weakest
-    table = Table(
-        title=f"{cluster.name}: {cluster.size} x {kind.name}, {kind.usable_bytes / (1 << 30):.0f} GiB usable each"
-    )
+def _fit_table(told: list[dict[str, Any]]) -> Table:
+    table = Table()
     told_of_released = any("released_bytes" in each for each in told)
     for heading in (
         "model",
@@ -289,51 +287,54 @@ def _released(each: dict[str, Any]) -> tuple[str, str]:
 
 
 def _print_choice(choice: Choice, pricer: Pricer, top: int) -> None:
-    console, cluster, summary = Console(), pricer.cluster, pricer.summary
+    cluster, summary = pricer.cluster, pricer.summary
     if choice.ranked:
-        table = Table(title=f"{summary.name} on {cluster.name}, for {choice.goal}")
-        for heading in ("plan", "cards", "memory", "ttft", "tpot", "tokens/s", "per card", "binds", "limits"):
-            table.add_column(heading, justify="left" if heading in ("plan", "binds", "limits") else "right")
+        table = Table()
+        for heading in ("plan", "cards", "memory", "ttft", "tpot", "tokens/s", "per card", "binds"):
+            table.add_column(heading, justify="left" if heading in ("plan", "binds") else "right")
         for each in choice.ranked[:top]:
             table.add_row(*_row(each))
-        console.print(table)
-        for each in choice.ranked[: min(3, top)]:
-            why = reason(each, cluster, summary, num_bytes=pricer.num_bytes)
-            console.print(f"{each.plan}: {why}", markup=False, highlight=False, soft_wrap=True)
-        for each in choice.ranked[: min(3, top)]:
-            console.print(served_text(pricer, each), markup=False, highlight=False, soft_wrap=True)
-        for each in choice.ranked[: min(3, top)]:
-            console.print(
-                f"{each.plan} holds {held_text(pricer, each.plan)}", markup=False, highlight=False, soft_wrap=True
-            )
+        print_table(f"{summary.name} on {cluster.name}, for {choice.goal}", table)
+        for each in choice.ranked[:top]:
+            if limits := "; ".join(text for text in (*broken_limits(each), each.note) if text):
+                say(f"{each.plan} breaks a limit: {limits}" if broken_limits(each) else f"{each.plan}: {limits}")
+        best = choice.ranked[: min(3, top)]
+        for each in best:
+            say(f"{each.plan}: {reason(each, cluster, summary, num_bytes=pricer.num_bytes)}")
+        for each in best:
+            ttft, tpot = _with_bar(each.ttft_s, "ttft"), _with_bar(each.tpot_s, "tpot")
+            say(f"{each.plan} for one batch: ttft {ttft}, tpot {tpot}")
+        for each in best:
+            say(served_text(pricer, each))
+        for each in best:
+            say(f"{each.plan} holds {held_text(pricer, each.plan)}")
     for each in choice.refused[: 3 if choice.ranked else top]:
-        console.print(f"refused {each.plan}: {each.refused}", markup=False, highlight=False, soft_wrap=True)
+        say(f"refused {each.plan}: {each.refused}")
     if choice.contexts:
         longest = choice.contexts[0]
-        console.print(f"longest prompt: {longest[1]} tokens, by {longest[0]}", markup=False, highlight=False)
+        say(f"longest prompt: {longest[1]} tokens, by {longest[0]}")
     if choice.frontier:
         points = ", ".join(f"{p.tokens_per_s:.0f} tok/s at {p.tpot_s * 1e3:.1f} ms ({p.plan}, batch {p.workload.batch})"
                            for p in choice.frontier[:8] if p.workload is not None)  # fmt: skip
-        console.print(f"frontier: {points}", markup=False, highlight=False, soft_wrap=True)
+        say(f"frontier: {points}")
     own = summary.dtype if pricer.stored is None else pricer.stored.table
     kinds = {"linear": own, "prefill": summary.dtype, "decode": summary.dtype, "experts": own}
     tables = {kind: pricer.kernels.measured(kind, dtype) for kind, dtype in kinds.items()}
     if summary.experts is None:
         del tables["experts"]
-    console.print(sureness(cluster, summary, tables=tables), markup=False, highlight=False, soft_wrap=True)
+    say(sureness(cluster, summary, tables=tables))
+
+
+def _with_bar(seconds: float, what: str) -> str:
+    bar = interval(seconds, what)
+    said = f"{seconds * 1e3:.1f} ms"
+    return said if bar is None else f"{said} ({bar[0] * 1e3:.1f}..{bar[1] * 1e3:.1f})"
 
 
 def _row(price: Price) -> list[str]:
-    def timed(seconds: float, what: str) -> str:
-        bar = interval(seconds, what)
-        said = f"{seconds * 1e3:.1f} ms"
-        return said if bar is None else f"{said} ({bar[0] * 1e3:.1f}..{bar[1] * 1e3:.1f})"
-
     cards = price.plan.mesh.world_size
-    binds = price.decode.binds if price.decode is not None else ""
-    limits = "; ".join(each for each in (*broken_limits(price), price.note) if each)
     return [
-        str(price.plan), str(cards), f"{price.memory.total / 1e9:.1f} GB", timed(price.ttft_s, "ttft"),
-        timed(price.tpot_s, "tpot"), f"{price.tokens_per_s:.0f}", f"{price.tokens_per_s / cards:.1f}",
-        binds, limits,
+        str(price.plan), str(cards), f"{price.memory.total / 1e9:.1f} GB", f"{price.ttft_s * 1e3:.1f} ms",
+        f"{price.tpot_s * 1e3:.1f} ms", f"{price.tokens_per_s:.0f}", f"{price.tokens_per_s / cards:.1f}",
+        price.decode.binds if price.decode is not None else "",
     ]  # fmt: skip

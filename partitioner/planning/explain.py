@@ -67,7 +67,7 @@ def interval(seconds: float, what: str) -> tuple[float, float] | None:
 
 
 def sureness(cluster: Cluster, summary: Summary, *, tables: Mapping[str, bool]) -> str:
-    """What is measured, and what is speed of light."""
+    """Which prices are from measured tables, and which are speed of light."""
     names = [name for name, known in tables.items() if known]
     missing = [name for name, known in tables.items() if not known]
     kind = cluster.weakest.name
@@ -82,7 +82,7 @@ def sureness(cluster: Cluster, summary: Summary, *, tables: Mapping[str, bool]) 
         how = "NCCL tables of 2 to 8 GPUs" if dimension.fitted else "alpha and beta of its data sheet, not measured"
         said.append(f"{dimension.name}: {how}")
     found = residuals()
-    said.append(f"bars: {found['said']}" if found else "bars: none, nothing measured to compare with")
+    said.append(f"{found['said']} the bounds in brackets" if found else "no bounds: nothing measured to compare with")
     return "; ".join(said + summary.notes)
 
 

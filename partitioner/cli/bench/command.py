@@ -17,6 +17,7 @@ from rich.table import Table
 from partitioner.cli.bench.plan import PlanCase, measure
 from partitioner.cli.common.command import command
 from partitioner.cli.common.options import Compile, Device, Model, Timeout
+from partitioner.cli.common.tables import print_table, say
 from partitioner.errors import InputError
 from partitioner.serving.load.workload import ANSWER_MEAN, PROMPT_MEAN, Workload
 from partitioner.serving.text.tokenizer import load_tokenizer
@@ -55,15 +56,14 @@ def bench_plan(
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    table = Table(title=f"{model}, {how.plan_of(model)}: {batch} x {prompt} tokens, {new} new")
+    table = Table()
     for heading in ("", "predicted", "measured", "off"):
         table.add_column(heading, justify="right" if heading else "left")
     for what, name in (("ttft_s", "first token"), ("tpot_s", "each token")):
         guess, took = found["predicted"][what], found["measured"][what]
         table.add_row(name, f"{guess * 1e3:.2f} ms", f"{took * 1e3:.2f} ms", f"{guess / took - 1:+.0%}")
-    console = Console()
-    console.print(table)
-    console.print(found["by"], markup=False, highlight=False, soft_wrap=True)
+    print_table(f"{model}, {how.plan_of(model)}: {batch} x {prompt} tokens, {new} new", table)
+    say(found["by"])
 
 
 def bench_serve(
@@ -125,14 +125,13 @@ def bench_serve(
 
 
 def _show(rows: list[list[str]], title: str, summary: str) -> None:
-    table = Table(title=title)
+    table = Table()
     for heading in ("ms", "mean", "p50", "p99"):
         table.add_column(heading, justify="left" if heading == "ms" else "right")
     for row in rows:
         table.add_row(*row)
-    console = Console()
-    console.print(table)
-    console.print(summary, markup=False, highlight=False, soft_wrap=True)
+    print_table(title, table)
+    say(summary)
 
 
 def _cutter(folder: str) -> Callable[[str, int], str]:
