@@ -95,6 +95,22 @@ class Report:
         """Matrices that every rank holds whole."""
         return tuple(row for row in self.rows if row.is_matrix and not row.split)
 
+    def _matrices(self) -> list[str]:
+        split, whole = [row for row in self.rows if row.split and row.is_matrix], self.whole
+        reasons = {row.reason for row in whole}
+        if not split and len(reasons) == 1:
+            return [f"no matrix is split: {reasons.pop()}"]
+        lines = ["split:"]
+        for row in split:
+            count = f"{len(row.names)} x " if len(row.names) > 1 else ""
+            why = f"   ({row.reason})" if row.reason else ""
+            lines.append(f"  {count}{row.pattern} {list(row.shape)}: {row.split}{why}")
+        lines.append("whole on every rank:" if whole else "whole on every rank: nothing that is a matrix")
+        for row in whole:
+            count = f"{len(row.names)} x " if len(row.names) > 1 else ""
+            lines.append(f"  {count}{row.pattern} {list(row.shape)}, {readable(row.bytes)}: {row.reason}")
+        return lines
+
     def per_layer(self, op: str) -> dict[str, int]:
         """How many collectives of a kind each layer has, by the layer's path ("" for those outside layers)."""
         found: Counter[str] = Counter()
@@ -108,18 +124,7 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"{self.model}, {self.plan}"]
-        lines.append("")
-        lines.append("split:")
-        for row in self.rows:
-            if row.split and row.is_matrix:
-                count = f"{len(row.names)} x " if len(row.names) > 1 else ""
-                why = f"   ({row.reason})" if row.reason else ""
-                lines.append(f"  {count}{row.pattern} {list(row.shape)}: {row.split}{why}")
-        lines.append("whole on every rank:" if self.whole else "whole on every rank: nothing that is a matrix")
-        for row in self.whole:
-            count = f"{len(row.names)} x " if len(row.names) > 1 else ""
-            lines.append(f"  {count}{row.pattern} {list(row.shape)}, {readable(row.bytes)}: {row.reason}")
+        lines = [f"{self.model}, {self.plan}", "", *self._matrices()]
         lines.append("collectives:")
         for op in sorted({c.op for c in self.collectives}):
             layers = self.per_layer(op)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,8 +30,9 @@ class StageRow:
         first, last = (self.layers[0], self.layers[-1]) if self.layers else ("no layer", "")
         layers = first if last in ("", first) else f"{first} to {last}"
         share = f", {self.share:.1%} of the time" if self.share else ""
-        hands = f"; hands on {' and '.join(self.hands_on)}" if self.hands_on else ""
-        return f"{layers}: {readable(self.bytes)} per rank{share}{hands}"
+        counts = Counter(self.hands_on).items()
+        sent = ", ".join(f"{count} x {value}" if count > 1 else value for value, count in counts)
+        return f"{layers}: {readable(self.bytes)} per rank{share}" + (f"; sends {sent}" if sent else "")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class StageReport:
             found.append(f"  all stages share out the rows of {' and '.join(self.head)}, {rows}{alone}")
         if self.why_alone:
             found.append(f"  the last stage has all of the vocabulary head: {self.why_alone}")
-        found.append("  one sequence takes as long as on one rank of each stage in turn: stages serve more at a time")
+        found.append("  a single sequence is no faster for it: stages gain by working on several at a time")
         return found
 
 
