@@ -192,7 +192,7 @@ def cell(text: str) -> str:
 
 def command_line() -> str:
     root = typer.main.get_command(app)
-    lines = ["# Command line", "", MADE, "```text", inspect.cleandoc(str(root.help)), "```", ""]
+    lines = ["# Command line", "", MADE, "```text", inspect.cleandoc(str(partitioner.cli.app.__doc__)), "```", ""]
     for name, command, function in commands(root, app):
         kinds = get_type_hints(function)
         lines += [f"## partitioner {name}", "", inspect.cleandoc(str(command.help)), ""]

@@ -75,7 +75,12 @@ from runtime.processes.place import is_rank
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+_HELP = """Partition Hugging Face models over ranks, and run them.
+
+MODEL is a checkpoint folder, a hub's org/name, a bundle, config:FILE.json, or a model type of transformers.
+Exit codes: 0 equal, 1 a difference or a lost rank, 2 invalid arguments (one line says which)."""
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=_HELP)
 
 
 _OF_CONFIG = typer.Option(help="by default what the model's generation config says")

@@ -151,7 +151,7 @@ def register(app: typer.Typer) -> None:
         device: Device = "auto",
         timeout_s: Timeout = 600.0,
     ) -> None:
-        """Count which experts a text is routed to, and print the plan that gives each rank about as much to do."""
+        """Count which experts a text uses, and print a plan that gives all ranks about equal work."""
         require_timeout(timeout_s)
         if extra < 0:
             raise InputError(f"--extra must be at least 0, got {extra}")

@@ -99,7 +99,7 @@ def register(app: typer.Typer) -> None:
         cache_dtype: CacheDtype = None,
         as_json: Json = False,
     ) -> None:
-        """Say whether a model fits on a cluster, and how. Exit code 0: it does, 1: it does not."""
+        """Say whether models fit on a cluster, and how. Exit code 0 if all do, 1 if one does not."""
         cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch)
         _require("throughput", weights, cache_dtype)
         formats = [_stored(name, weights) for name in models]
@@ -145,7 +145,7 @@ def register(app: typer.Typer) -> None:
         ] = "",
         out: Annotated[str | None, typer.Option("--out", "-o", help="write it to this file")] = None,
     ) -> None:
-        """Print a cluster as YAML: a preset, this machine, measured in some seconds, or a file of another tool."""
+        """Print a cluster as YAML: a preset, this machine (measured in some seconds), or a file of another tool."""
         if action not in ("show", "detect", "import") or (action != "detect") != (what is not None):
             raise InputError("write partitioner cluster show 8xH100, cluster detect, or cluster import FILE")
         if action != "import" and (device is not None or hosts is not None or topology):

@@ -90,7 +90,7 @@ def bench_serve(
     plot: Annotated[str | None, typer.Option(help="write the distributions to this file, .svg or .png")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Ask a server as many users would, and print its throughput and times. A key is read from OPENAI_API_KEY."""
+    """Put load on a server, and print its throughput and times. A key is read from OPENAI_API_KEY."""
     try:
         from partitioner.serving.load.ask import ask_all, model_of  # needs the extra
         from partitioner.serving.load.measures import Measures, write_plot
