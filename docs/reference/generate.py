@@ -158,10 +158,11 @@ def block(text: str) -> Iterator[str]:
 
 
 def docstring(thing: Any) -> Iterator[str]:
-    """Paragraphs as they are; those that are indented, or set out in columns, as blocks."""
+    """Paragraphs and lists as they are; what is indented, or set out in columns, as blocks."""
     table: list[str] = []
     for paragraph in re.split(r"\n\s*\n", own_docstring(thing)):
-        if any(re.search(r"\S {2,}\S", line) or line.startswith(" ") for line in paragraph.splitlines()):
+        lines, is_list = paragraph.splitlines(), paragraph.startswith("- ")
+        if not is_list and any(re.search(r"\S {2,}\S", line) or line.startswith(" ") for line in lines):
             table += [*([""] if table else []), paragraph.rstrip()]
             continue
         yield from text_block(table)

@@ -64,15 +64,15 @@ def partition(
 ) -> Parts[Report]:
     """Compiles a Hugging Face model for `plan`.
 
-    The model may hold its weights or be on the meta device, and is not changed. A path is a checkpoint folder: its
-    model is built without weights, and each rank reads its own shard from the files when it is loaded, cast to `dtype`
-    (None: that of the checkpoint). Or it is a bundle, which is split anew in the same way. `mapped`: on a CPU, weights
-    are used where they lie in the files, which must stay as they are (`runtime.weights.read_shards`). `read_ahead`: the
-    disk begins to read while the model is traced, for ranks that are all on this machine. `max_length` is the longest
-    sequence that will be run, for position encodings that depend on it; `fixed_length` compiles for that one length,
-    for models whose code cannot be traced for all lengths at once.
+    - model: a model with weights or on the meta device, which is not changed; a checkpoint folder, whose model is built
+      without weights, and from whose files each rank reads its own shard when it is loaded; or a bundle to reshard.
+    - dtype: cast weights of a folder to this while reading. None: the checkpoint's.
+    - mapped: on a CPU, memory-map the weights; the files must not change (`runtime.weights.read_shards`).
+    - read_ahead: let the disk read while the model is traced; for ranks that are all on this machine.
+    - max_length: the longest sequence that will be run, for position encodings that depend on it.
+    - fixed_length: compile for this one length, for models whose code cannot be traced for all lengths at once.
 
-    Raises `CaptureError` where the model cannot be traced, `PlanError` where the plan does not fit it.
+    Raises `CaptureError` if the model cannot be traced, `PlanError` if the plan does not fit it.
     """
     check_plan(plan)
     origins: Origins | None = None

@@ -35,8 +35,9 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Device:
-    """flops_per_s: of products, by dtype. reserved_bytes: what a model cannot have. fitted: its kernel tables. fuses:
-    whether ops that go over memory one after the other are one kernel there, as this product's are on GPUs.
+    """flops_per_s: of products, by dtype. reserved_bytes: what a model cannot have. fitted: the name of its kernel
+    tables. fuses: whether ops that go over memory one after the other are one kernel there, as this product's are on
+    GPUs.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Dimension:
 
 @dataclass(frozen=True)
 class Cluster:
-    """dimensions: innermost first. devices: of each rank's place in turn; one stands for all."""
+    """dimensions: innermost first. devices: one for each rank's place in turn, or one that stands for all."""
 
     name: str
     dimensions: tuple[Dimension, ...]
@@ -94,7 +95,7 @@ class Cluster:
 
     @property
     def weakest(self) -> Device:
-        """What every rank can count on: the least of each number."""
+        """What every rank can count on: of each number, the smallest of all devices."""
         if len(set(map(id, self.devices))) == 1:
             return self.devices[0]
         first = min(self.devices, key=lambda each: each.usable_bytes)
@@ -137,7 +138,9 @@ class Cluster:
 
     @classmethod
     def from_yaml(cls, path: Path) -> Cluster:
-        """name, dimensions (innermost first: name, size, gb_s, latency_ns) and devices (name, or all fields; count)."""
+        """A file with name, dimensions (innermost first: name, size, gb_s, latency_ns, fitted) and devices (name of a
+        preset, or all fields of `Device`; count). docs/parallelism/choosing.md has every field.
+        """
         try:
             told = yaml.safe_load(path.read_text(encoding="utf-8"))
             dimensions = tuple(

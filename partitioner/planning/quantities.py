@@ -15,7 +15,9 @@ RUN_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Workload:
-    """batch: requests at the same time, over the whole cluster. ttft_s, tpot_s: the most that is allowed."""
+    """prompt, new: tokens of a request. batch: requests at the same time, over the whole cluster. ttft_s, tpot_s:
+    limits.
+    """
 
     prompt: int
     new: int

@@ -50,20 +50,21 @@ Choice = str | tuple[str, Options] | Pass
 class Plan:
     """Degrees of parallelism, and passes.
 
-    tp: tensor-parallel ranks. pp: pipeline stages. sp: ranks that share out the tokens of each sequence. dp: replicas
-    of all these; by default as many as the experts' ranks need, otherwise one. ep: ranks that share out the experts of
-    each layer; etp: those that share out each expert's matrices. ep x etp must divide dp x sp x tp: experts use the
-    same ranks. sp_attention: how queries of one rank meet the keys of others: "ring", "gather", "ulysses", both at once
-    over two factors of sp, "ring-ulysses", or "auto".
-    Replicas that no expert is shared out over are worlds of their own, see `replicas`.
-    keep_whole: globs of weight names that are replicated. weights: what ranks hold of a quantised checkpoint:
-    "expanded", numbers in the model's dtype, or "stored", codes and scales as in the files, dequantised in products.
-    cache: what is remembered of a token, keys and values, "expanded", or the narrower value that both are made of,
-    "latent"; "auto" is the smaller of the two.
-
-    passes: the name of an installed pass, the name and its options, `("probe", {"every": 2})`, or a pass itself,
-    `Probe(every=2)`. A built-in pass that is named here runs at its own place, with these options; others run after
-    the built-in ones, in this order.
+    - tp: tensor-parallel ranks. pp: pipeline stages. sp: ranks that share out the tokens of each sequence.
+    - dp: replicas of all these; by default as many as the experts' ranks need, otherwise one. If experts are not shared
+      out over them, replicas are worlds of their own, see `replicas`.
+    - ep: ranks that share out the experts of each layer. etp: ranks that share out each expert's matrices. Experts use
+      the same ranks, so ep x etp must divide dp x sp x tp.
+    - sp_attention: how queries of one rank reach the keys of others: "ring", "gather", "ulysses", "ring-ulysses" (both
+      at once over two factors of sp), or "auto".
+    - keep_whole: globs of names of weights that are replicated.
+    - weights: what ranks hold of a quantised checkpoint: "expanded", numbers in the model's dtype, or "stored", codes
+      and scales as in the files, which products dequantise.
+    - cache: what is kept of a token: "expanded", keys and values; "latent", the narrower value that both are computed
+      from; or "auto", the smaller of the two.
+    - passes: each is the name of an installed pass, the name and its options, `("probe", {"every": 2})`, or a pass
+      itself, `Probe(every=2)`. A built-in pass that is named here runs at its usual place, with these options; others
+      run after the built-in ones, in this order.
     """
 
     dp: int | None = None

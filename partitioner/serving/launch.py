@@ -74,22 +74,22 @@ def launch(
     start_timeout_s: float = 600.0,
     restart: bool = False,
 ) -> Launched:
-    """Starts the ranks of `plan` on this machine, in worlds of their own for each replica (`dp`), and serves them.
+    """Starts the ranks of `plan` on this machine, each replica (`dp`) as a world of its own, and serves them.
 
-    model: a checkpoint folder, a bundle or its folder, what `partition` returned, or a model of transformers. plan:
-    None for that of the parts or the bundle; with another number of replicas they stay as they are. `dtype`,
-    `max_length`, `mapped`: as `partition` takes them; `checkpoint`, `checked`: as `load` does. `device`,
-    `shared_memory`, `compile`, `cuda_graph`: as `Engine.connect` takes them, for every rank. compiled_cache: a
-    checkpoint folder is compiled here, once for all ranks, and kept in the user's cache, where the next start with the
-    same plan finds it. cache: room for that many
-    tokens in all, which requests of any length share; None: half of the memory that is free. max_batch: the most
-    prompts that a replica continues at a time; None: those of `cache`, or 32. vocabulary: what tokens say, which
-    requests with a grammar need (`partitioner.serving.grammar.vocabulary`). timeout_s: how long a rank may be silent.
-    start_timeout_s: how long all may take until they have loaded. restart: a replica that is lost is started again,
-    while others go on; what it was doing raises RankLost.
+    - model: a checkpoint folder, a bundle or its folder, what `partition` returned, or a model of transformers.
+    - plan: None for that of the parts or the bundle. A plan with another number of replicas does not change these.
+    - dtype, max_length: as in `partition`. mapped: as in `partition` and `load`. checkpoint, checked: as in `load`.
+    - device, shared_memory, compile, cuda_graph: as in `Engine.connect`, for every rank.
+    - compiled_cache: compile a checkpoint folder here, once for all ranks, and keep the program in the user's cache,
+      where the next start with the same plan finds it.
+    - cache: room for this many tokens in all, which requests of any length share. None: half of the free memory.
+    - max_batch: how many prompts a replica runs at a time, at most. None: the `max_batch` of `cache`, or 32.
+    - vocabulary: the texts of tokens, which requests with a grammar need (`partitioner.serving.grammar.vocabulary`).
+    - timeout_s: how long a rank may be silent. start_timeout_s: how long all ranks may take to load.
+    - restart: start a lost replica again, while others go on. Its requests raise RankLost.
 
-    Raises what keeps a rank from starting, as it would be raised here. Nothing listens on a port beyond what ranks of
-    one replica open to each other.
+    Raises here what keeps a rank from starting. Nothing listens on a port, except what ranks of one replica open to
+    each other.
     """
     if sys.platform != "linux":
         raise InputError("ranks are started by us on Linux only; use torchrun here, or parts.generate()")

@@ -76,11 +76,12 @@ def group_axes(parts: RankPrograms, rank: int) -> set[tuple[str, ...]]:
 
 
 class Engine:
-    """One rank, loaded; `weights` as in `runtime.weights.load_weights`, None: those that the program came with.
+    """One rank, loaded.
 
-    `entries` makes the rank's programs for continuing sequences, "prefill" and "decode", when it is first asked to.
-    `compile` puts decode steps through torch.compile, `cuda_graph` captures them; both take their time at the first
-    steps, and merge small linears of one input (see `runtime.execution.merge_linears`).
+    - weights: as in `runtime.weights.load_weights`. None: those that the program came with.
+    - entries: makes the rank's programs for generation, "prefill" and "decode", when it is first asked for them.
+    - compile: put decode steps through torch.compile. cuda_graph: capture them. Both make the first steps slow, and
+      merge small linears of one input (`runtime.execution.merge_linears`).
     """
 
     def __init__(
@@ -133,11 +134,12 @@ class Engine:
         cuda_graph: bool = False,
         cache: CacheSize | None = None,
     ) -> Engine:
-        """The rank of a process that torchrun, or Slurm, started. Of replicas, each has as many ranks as `parts.mesh`.
+        """The engine of a process that torchrun or Slurm started. Each replica has as many ranks as `parts.mesh`.
 
-        `device`: "cpu", "cuda" (the local rank's own), or "auto": GPUs where this host has one for each of its ranks.
-        `check`: compare the ranks before every collective. `shared_memory`: see
-        `runtime.communication.process_groups`. `cache`: set aside at once, see `reserve`.
+        - device: "cpu", "cuda" (the GPU of the local rank), or "auto": GPUs if this host has one for each of its ranks.
+        - timeout_s: how long a rank waits for another. check: compare the ranks before every collective.
+        - shared_memory: "auto", "on" or "off" (`runtime.communication.process_groups`).
+        - cache: allocate this at once, see `reserve`.
         """
         place = Place.here(parts.mesh, replicas=parts.replicas)
         communicator = ProcessGroups.connect(
@@ -191,12 +193,13 @@ class Engine:
     def generate(
         self, prompts: Prompts | None = None, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Tensor | Generated:
-        """Prompts and what follows them, [B, L + new tokens], as transformers' `generate` returns it.
+        """Continues prompts. Returns them with the new tokens, [B, L + new], as transformers' `generate` does.
 
-        `prompts` (or `input_ids`): ids [B, L], with an attention_mask where they are padded (on either side), or a list
-        of rows of any lengths, which are returned padded on the left. `options`: see
-        `runtime.generation.generation_options`. Every rank must be given the same, and returns the same. Replicas
-        share out the rows.
+        - prompts (or input_ids): ids [B, L], with an attention_mask if they are padded (on either side), or a list of
+          rows of any lengths, which are returned padded on the left.
+        - options: see `runtime.generation.generation_options`.
+
+        Every rank must be given the same, and returns the same. Replicas share out the rows.
         """
         request = self.request(prompts, attention_mask=attention_mask, **options)
         with attribute_errors(self.program):
@@ -205,7 +208,9 @@ class Engine:
     def stream(
         self, prompts: Prompts | None = None, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Iterator[Step]:
-        """The same, a step at a time: one token per sequence. Of replicas that torchrun started, all at the end."""
+        """The same, a step at a time: one token per sequence. Replicas that torchrun started yield all steps at the
+        end.
+        """
         return self._attributed(self._steps(self.request(prompts, attention_mask=attention_mask, **options)))
 
     def _steps(self, request: GenerationRequest) -> Iterator[Step]:
@@ -261,9 +266,9 @@ class Engine:
             yield from steps
 
     def reserve(self, size: CacheSize) -> Room:
-        """Sets the cache of all later tasks aside, and says how many tokens fit; every rank must be given the same.
+        """Allocates the cache of all later calls, and says how many tokens fit. Every rank must be given the same.
 
-        Without it each task's is made when it comes. Raises InputError where it does not fit, on all ranks.
+        Without it, each call allocates its own. Raises InputError on all ranks if it does not fit on one.
         """
         with attribute_errors(self.program):
             return self._generate_loop.reserve(size)
@@ -314,10 +319,10 @@ class Engine:
 
     @contextlib.contextmanager
     def profile(self, *, by_node: bool = True) -> Iterator[Trace]:
-        """Records what the ranks do in the block; every rank must enter it, and leaves it with the trace of all.
+        """Records what the ranks do in the block. Every rank must enter it, and has the trace of all ranks afterwards.
 
-        by_node: whether each run is told node by node, or as a whole, which costs it nothing. Raises InputError where
-        decode steps are compiled or captured: those have no nodes to tell apart.
+        by_node: record each node, or each run as a whole, which costs no time in the run. Raises InputError if decode
+        steps are compiled or captured: those have no nodes.
         """
         self.require_nodes()
         self.profiler.start(by_node=by_node)

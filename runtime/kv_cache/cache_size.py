@@ -70,11 +70,14 @@ ANY_LENGTH = 2**31 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSize:
-    """What to set aside; `memory` as in `device_memory`.
+    """The size of a cache.
 
-    prefill_step: how many tokens of a prompt run at a time; None: by device and memory, see `default_step`.
-    dtype: None for that of the model, or "fp8": keys and values, or what they are made of, as float8_e4m3fn with a
-    scale for each token and head (`runtime.ops.kernels.float8_rows`).
+    - max_batch: sequences at a time. max_length: tokens of each, prompt included; None: as many as `memory` has room
+      for.
+    - memory: bytes, a size such as "4 GB", or a share such as "0.9 of free" (`runtime.kv_cache.device_memory`).
+    - prefill_step: how many tokens of a prompt run at a time. None: by device and memory, see `default_step`.
+    - dtype: None for the model's, or "fp8": keys and values, or the latent that they are computed from, as
+      float8_e4m3fn with a scale for each token and head (`runtime.ops.kernels.float8_rows`).
     """
 
     max_batch: int = 1

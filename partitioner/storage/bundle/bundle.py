@@ -58,15 +58,16 @@ def load(
     mapped: bool = False,
     checked: bool = True,
 ) -> Bundle | RankProgram:
-    """What `parts.save(folder)` wrote. Nothing in it is run, and all that is read is checked.
+    """Reads what `parts.save(folder)` wrote. Executes nothing of it, and checks all that it reads.
 
-    `checkpoint`: the folder with the weights, where the bundle only refers to them; it is never taken from the bundle.
-    `mapped`: on a CPU, weights are used where they lie in the files, which must stay as they are
-    (`runtime.weights.read_shards`). `checked`: whether weights must have the digests that were recorded, for which all
-    of their bytes are read; shapes, dtypes and offsets are checked in any case.
+    - rank: return this rank's program only.
+    - checkpoint: the folder with the weights, if the bundle only refers to them; it is never taken from the bundle.
+    - mapped: on a CPU, memory-map the weights; the files must not change (`runtime.weights.read_shards`).
+    - checked: compare the weights with the digests that were recorded, which reads all of their bytes. Shapes, dtypes
+      and offsets are checked in any case.
 
-    Raises `BundleError` where it is damaged, altered, or of a newer version; `WeightError`, when an engine reads them,
-    where the weights are.
+    Raises `BundleError` if the bundle is damaged, altered, or of a newer version; for weights, engines raise
+    `WeightError` when they read them.
     """
     bundle = Bundle(folder, checkpoint=checkpoint, mapped=mapped, checked=checked)
     return bundle if rank is None else bundle.rank(rank)
