@@ -23,6 +23,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,14 +52,15 @@ _DTYPES = sorted({each for each in vars(torch).values() if isinstance(each, torc
 
 @dataclass(eq=False, slots=True)
 class _Awaited:
-    """A message that this rank has begun to receive: rows of `width` bytes at `out`, each `stride` behind the last."""
+    """A message that this rank has begun to receive. wanted: what `post_take` is given, the patience last but one."""
 
     sender: int
-    out: int
     size: tuple[int, int, int]
+    """Rows, bytes of each, and bytes from one to the next."""
     kind: int
     call: Call
     keep: Tensor
+    wanted: tuple[Any, ...]
     is_taken: bool = False
     mismatch: RankMismatch | None = None
 
@@ -124,38 +126,19 @@ class Mailboxes:
         to, from_ = (self._own + shift) % size, (self._own - shift) % size
         if to == self._own:
             return PersistentPermute.of(Handle.done, x)
-        kind, whole = _kind("permute", x.dtype), (1, x.nbytes, x.nbytes)
+        kind, whole, turn = _kind("permute", x.dtype), (1, x.nbytes, x.nbytes), 0
+        given = self._given(kind, to, x.data_ptr(), whole)
         outs = [torch.empty_like(x) for _ in range(2)]
-        places = [_Awaited(from_, out.data_ptr(), whole, kind, call, out) for out in outs]
-        queue, turn = self._awaited[from_], 0
-        given = self._post, to, x.data_ptr(), *whole, kind, self._start, 0
-        wanted = [(self._post, from_, each.out, *whole, kind, PATIENCE_NS, self._brought) for each in places]
-        send, take = self._library.post_send, self._library.post_take
+        places = [self._wanted(call, kind, from_, out.data_ptr(), whole, out) for out in outs]
 
-        # what nearly always happens is written out: nobody is full, nothing else comes before, and it agrees
         def begin() -> None:
-            was_broken, self._is_broken = self._is_broken, True
-            status = BROKEN if was_broken else send(*given)
-            if status == DONE:
-                self._is_broken = False
-            else:
-                self._sent(call, kind, to, x.data_ptr(), whole, status)
+            self._send(call, given)
             self._await(places[turn])
 
         def finish() -> Tensor:
             nonlocal turn
-            awaited, arguments, turn = places[turn], wanted[turn], 1 - turn
-            if self._is_broken or not queue or queue[0] is not awaited:
-                self._take(awaited)
-                return awaited.keep
-            self._is_broken = True
-            status = take(*arguments)
-            if status == DONE:
-                queue.popleft()
-                self._is_broken = False
-            else:
-                self._taken_first(queue, status)
-                self._take(awaited)
+            awaited, turn = places[turn], 1 - turn
+            self._take(awaited)
             return awaited.keep
 
         return PersistentPermute(begin, finish)
@@ -170,7 +153,7 @@ class Mailboxes:
             at = x.data_ptr()
             for to, count in enumerate(send_counts):
                 if to != own:
-                    self._send(call, kind, to, at, (1, count * each, count * each))
+                    self._send(call, self._given(kind, to, at, (1, count * each, count * each)))
                 at += count * each
             at, awaited = out.data_ptr(), list[_Awaited]()
             for from_, count in enumerate(receive_counts):
@@ -195,7 +178,7 @@ class Mailboxes:
             kind, stride, place = _kind("reduce_scatter", x.dtype), x.shape[at] * inner, x.data_ptr()
             for to, length in enumerate(lengths):
                 if to != own:
-                    self._send(call, kind, to, place, (rows, length * inner, stride))
+                    self._send(call, self._given(kind, to, place, (rows, length * inner, stride)))
                 place += length * inner
             mine = x.narrow(at, sum(lengths[:own]), lengths[own])
             pieces = [mine if c == own else torch.empty(mine.shape, dtype=x.dtype) for c in range(num_ranks)]
@@ -221,34 +204,38 @@ class Mailboxes:
 
     def _send_whole(self, call: Call, kind: str, to: int, x: Tensor) -> None:
         x = x.contiguous()
-        self._send(call, _kind(kind, x.dtype), to, x.data_ptr(), (1, x.nbytes, x.nbytes))
+        self._send(call, self._given(_kind(kind, x.dtype), to, x.data_ptr(), (1, x.nbytes, x.nbytes)))
 
     def _receive_whole(self, call: Call, kind: str, sender: int, out: Tensor) -> Handle:
         size = (1, out.nbytes, out.nbytes)
         awaited = self._expect(call, _kind(kind, out.dtype), sender, out.data_ptr(), size, out)
         return Handle(lambda: self._taken((awaited,), out), into=out)
 
-    def _send(self, call: Call, kind: int, to: int, x: int, size: tuple[int, int, int]) -> None:
+    def _given(self, kind: int, to: int, x: int, size: tuple[int, int, int]) -> tuple[Any, ...]:
+        """What `post_send` is given, the patience last: none, for nearly always nobody is full."""
+        return self._post, to, x, *size, kind, self._start, 0
+
+    def _send(self, call: Call, given: tuple[Any, ...]) -> None:
         was_broken, self._is_broken = self._is_broken, True
-        status = BROKEN if was_broken else self._library.post_send(self._post, to, x, *size, kind, self._start, 0)
+        status = BROKEN if was_broken else self._library.post_send(*given)
         if status == DONE:
             self._is_broken = False
         else:
-            self._sent(call, kind, to, x, size, status)
+            self._sent(call, given, status)
 
-    def _sent(self, call: Call, kind: int, to: int, x: int, size: tuple[int, int, int], status: int) -> None:
+    def _sent(self, call: Call, given: tuple[Any, ...], status: int) -> None:
         """Goes on with a send that has not been done at once."""
-        send, post, start = self._library.post_send, self._post, self._start
+        send, (post, to, _, rows, width, *_) = self._library.post_send, given
         full = functools.partial(self._library.post_num_untaken, post, to)
         status = self._patience.see_through(
             status,
-            lambda patience_ns: send(post, to, x, *size, kind, start, patience_ns),
+            lambda patience_ns: send(*given[:-1], patience_ns),
             lambda: [to] if full() >= 2 * MOST_AWAITED else [],
         )
         self._is_broken = False
         if status == FULL:
             raise CommunicationError(
-                f"rank {self._ranks[self._own]}: node {call.node!r} sends {size[0] * size[1]} bytes to rank "
+                f"rank {self._ranks[self._own]}: node {call.node!r} sends {rows * width} bytes to rank "
                 f"{self._ranks[to]}, for which there is no memory: {self._library.post_backed(self._post)} bytes of "
                 "messages are there already"
             )
@@ -256,9 +243,15 @@ class Mailboxes:
     def _expect(
         self, call: Call, kind: int, sender: int, out: int, size: tuple[int, int, int], keep: Tensor
     ) -> _Awaited:
-        awaited = _Awaited(sender, out, size, kind, call, keep)
+        awaited = self._wanted(call, kind, sender, out, size, keep)
         self._await(awaited)
         return awaited
+
+    def _wanted(
+        self, call: Call, kind: int, sender: int, out: int, size: tuple[int, int, int], keep: Tensor
+    ) -> _Awaited:
+        wanted = self._post, sender, out, *size, kind, PATIENCE_NS, self._brought
+        return _Awaited(sender, size, kind, call, keep, wanted)
 
     def _await(self, awaited: _Awaited) -> None:
         awaited.is_taken, awaited.mismatch = False, None
@@ -282,23 +275,24 @@ class Mailboxes:
 
     def _take_first(self, queue: deque[_Awaited]) -> None:
         was_broken, self._is_broken = self._is_broken, True
-        self._taken_first(queue, BROKEN if was_broken else self._take_within(queue[0], PATIENCE_NS))
-
-    def _take_within(self, first: _Awaited, patience_ns: int) -> int:
-        wanted = first.out, *first.size, first.kind, patience_ns, self._brought
-        found: int = self._library.post_take(self._post, first.sender, *wanted)
-        return found
+        first = queue[0]
+        status = BROKEN if was_broken else self._library.post_take(*first.wanted)
+        if status == DONE:
+            queue.popleft()
+            first.is_taken = True
+            self._is_broken = False
+        else:
+            self._taken_first(queue, status)
 
     def _taken_first(self, queue: deque[_Awaited], status: int) -> None:
-        """Goes on with the first take of a queue from what has come of it so far."""
+        """Goes on with the first take of a queue that has not been done at once."""
         first, library, post = queue[0], self._library, self._post
         sender = first.sender
-        if status != DONE:
-            status = self._patience.see_through(
-                status,
-                functools.partial(self._take_within, first),
-                lambda: [] if library.post_has_come(post, sender) else [sender],
-            )
+        status = self._patience.see_through(
+            status,
+            lambda patience_ns: library.post_take(*first.wanted[:-2], patience_ns, self._brought),
+            lambda: [] if library.post_has_come(post, sender) else [sender],
+        )
         queue.popleft()
         first.is_taken = True
         self._is_broken = False
