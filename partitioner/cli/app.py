@@ -152,11 +152,9 @@ def report_command(
     if min(prompt, new, batch) < 1:
         raise InputError(f"--prompt, --new and --batch are at least 1; got {prompt}, {new}, {batch}")
     if gpus is not None and html is None and not print_json:
-        raise InputError("--gpus is of the page: give --html FILE or --json as well")
+        raise InputError("--gpus is for the page: give --html FILE or --json as well")
     if (html is not None or print_json) and (explain is not None or generate):
-        raise InputError(
-            "--explain and --generate print something else than the page: leave them, or --html and --json, out"
-        )
+        raise InputError("--explain and --generate do not go together with --html and --json: leave one of them out")
     if html is not None and not Path(html).resolve().parent.is_dir():
         raise InputError(f"--html {html}: there is no folder {Path(html).resolve().parent}")
     parts = how.compile(model, dtype=dtype, meta=True)

@@ -72,7 +72,7 @@ class TextCase(Job):
 def text_tokens(model: str, text: str) -> tuple[int, ...]:
     """Of the file `text`, by the tokenizer of the folder `model`."""
     if not Path(model).is_dir():
-        raise InputError(f"{model!r} is no folder: to read text, a checkpoint with its tokenizer is needed")
+        raise InputError(f"{model!r} is not a folder: give a checkpoint folder with its tokenizer")
     try:
         written = Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

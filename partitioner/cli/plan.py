@@ -149,7 +149,7 @@ def register(app: typer.Typer) -> None:
         if action not in ("show", "detect", "import") or (action != "detect") != (what is not None):
             raise InputError("write partitioner cluster show 8xH100, cluster detect, or cluster import FILE")
         if action != "import" and (device is not None or hosts is not None or topology):
-            raise InputError(f"--device, --hosts and --topology are of cluster import; cluster {action} takes none")
+            raise InputError(f"--device, --hosts and --topology are for cluster import; cluster {action} takes none")
         if action == "import":
             found = import_cluster(Path(str(what)), device=device, hosts=hosts, topology=topology)
         else:

@@ -31,7 +31,7 @@ def schedule(parts: Parts[Any], *, microbatches: int, out: str | None) -> str:
     """The computed bubbles as text; `out`: where the picture goes."""
     table = parts.program.stages
     if table is None:
-        raise InputError("a schedule is one of several stages: give --pp, or pp= in --plan")
+        raise InputError("a schedule needs several stages: give --pp, or pp= in --plan")
     timings = timings_of(table, microbatches=microbatches)
     if out is not None:
         Path(out).write_text(draw([(f"{title}: idle {timing.bubble:.1%}", timing) for title, timing in timings]))

@@ -99,16 +99,16 @@ class Question(Job):
             try:
                 prompt.encode()
             except UnicodeEncodeError as error:
-                raise InputError(f"the prompt {prompt!r} is no text: {error.reason}") from None
+                raise InputError(f"the prompt {prompt!r} is not valid text: {error.reason}") from None
         if not Path(self.model).is_dir():
             raise InputError(
-                f"{self.model!r} is no folder: to write text, a checkpoint with its tokenizer, or a bundle, is needed"
+                f"{self.model!r} is not a folder: give a checkpoint folder with its tokenizer, or a bundle"
                 + hub_hint(self.model)
             )
         if not is_bundle(self.model) and self.checkpoint is not None:
-            raise InputError(f"--checkpoint is for a bundle that refers to one; {self.model!r} is no bundle")
+            raise InputError(f"--checkpoint is for a bundle that refers to one; {self.model!r} is not a bundle")
         if not is_bundle(self.model) and not self.checked:
-            raise InputError(f"--unchecked is for a bundle, which has digests; {self.model!r} is no bundle")
+            raise InputError(f"--unchecked is for a bundle, which has digests; {self.model!r} is not a bundle")
 
     def ranks(self) -> Ranks:
         """The model, without its weights: each rank reads its own, when it is connected."""
@@ -118,8 +118,8 @@ class Question(Job):
         bundle = load(self.model, checkpoint=self.checkpoint, mapped=self.mapped, checked=self.checked)
         if self.replicated.replica_mesh != bundle.mesh or self.dtype not in (None, "auto"):
             raise InputError(
-                f"{self.model!r} is a bundle for {bundle.mesh}, as it is: leave --tp, --plan and --dtype out, or "
-                "split it anew by partitioner export"
+                f"{self.model!r} is a bundle for {bundle.mesh}: leave --tp, --plan and --dtype out, or reshard it by "
+                "partitioner export"
             )
         return bundle
 

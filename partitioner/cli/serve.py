@@ -115,7 +115,9 @@ def serve_command(
         raise InputError(f"a server needs {error.name}: pip install 'partitioner[serve]'") from error
     model = fetched(model, revision=revision)
     if not Path(model).is_dir():
-        raise InputError(f"{model!r} is no folder: give a checkpoint with its tokenizer, or a bundle{hub_hint(model)}")
+        raise InputError(
+            f"{model!r} is not a folder: give a checkpoint folder with its tokenizer, or a bundle{hub_hint(model)}"
+        )
     keys = Keys.found(api_key_file)
     transformers_logging.disable_progress_bar()
     tokenizer, notes = read_tokenizer(model, chat_template)

@@ -229,5 +229,5 @@ def parse_lengths(text: str) -> tuple[int, ...]:
     except ValueError:
         lengths = []
     if not lengths or min(lengths) < 1:
-        raise CaptureError(f"--lengths must be whole numbers of at least 1 with commas between, got {text!r}")
+        raise CaptureError(f"--lengths must be whole numbers of at least 1, separated by commas, got {text!r}")
     return tuple(lengths)

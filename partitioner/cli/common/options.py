@@ -216,7 +216,7 @@ class Compile:
         given = {axis: size for axis, size in asked.items() if size is not None}
         for axis, size in given.items():
             if self.text and size != plan.degree(axis):
-                raise InputError(f"--{axis} {size} and --plan {self.text!r} say two things: give one of them")
+                raise InputError(f"--{axis} {size} and --plan {self.text!r} disagree: give one of them")
         degrees = {axis: plan.degree(axis) for axis in DEGREES}
         if not self.text and not given.keys() - {"dp"} and model is not None and is_bundle(model):
             bundle = load(model)
@@ -240,8 +240,8 @@ class Compile:
         for option, value in given.items():
             if value:
                 raise InputError(
-                    f"{model!r} is a bundle, compiled already: leave {option} out, or split it anew by partitioner "
-                    f"export, which takes it"
+                    f"{model!r} is a bundle, which is compiled already: leave {option} out, or reshard it by "
+                    f"partitioner export, which takes it"
                 )
 
     def compile(

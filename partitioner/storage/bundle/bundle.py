@@ -3,7 +3,7 @@
 bundle = load("bundle/")             the manifest
 bundle.generate(ids)                 as `Parts` has it; Engine.connect(bundle) reads this process's rank only
 load("bundle/", rank=2)              one rank's program, which knows where its weights are
-partition("bundle/", Plan(tp=4))     split anew: ranks take what they need out of these files
+partition("bundle/", Plan(tp=4))     resharded: ranks take what they need from these files
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def require_described(program: RankProgram, where: str) -> None:
                 raise BundleError(
                     f"{where} holds weights as a quantised checkpoint stores them, and does not say which part of "
                     f"which weight {str(codes.target)[:100]!r} is: an older version wrote it, or it was altered; it "
-                    "runs with the plan that it was made for; to split it anew, partition the checkpoint again"
+                    "runs with the plan that it was made for; to reshard it, partition the checkpoint again"
                 )
 
 

@@ -148,7 +148,7 @@ def can_open(folder: str | Path) -> bool:
 def _require_readable(path: Path) -> None:
     if not path.is_dir():
         raise CaptureError(
-            f"{str(path)!r} is no folder: required is a checkpoint, as save_pretrained writes it{hub_hint(str(path))}"
+            f"{str(path)!r} is no folder: give a checkpoint, as save_pretrained writes it{hub_hint(str(path))}"
         )
     if (path / "adapter_config.json").is_file():
         raise CaptureError(

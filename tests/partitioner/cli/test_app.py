@@ -257,7 +257,7 @@ def test_a_bundle_that_runs_as_it_is_takes_no_plan(small: str, tmp_path: Path) -
     for option, value in (("--keep-whole", "*"), ("--max-length", "9"), ("--pass", "fuse")):
         code, output = run("run", bundle, "--prompt", "a", option, value)
         assert code == 2
-        assert f"leave {option} out, or split it anew by partitioner export" in output or "no tokenizer" in output
+        assert f"leave {option} out, or reshard it by partitioner export" in output or "no tokenizer" in output
     code, output = run("report", bundle)
     assert code == 0
     assert "Plan(tp=2)" in output

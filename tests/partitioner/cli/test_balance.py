@@ -102,7 +102,7 @@ def test_the_plan_keeps_its_other_options_and_the_gain_is_that_of_layers() -> No
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["lama", "--text", "x", "--ep", "2"], "'lama' is no folder: to read text, a checkpoint"),
+        (["lama", "--text", "x", "--ep", "2"], "'lama' is not a folder: give a checkpoint folder"),
         (["{folder}", "--text", "/nowhere.txt", "--ep", "2"], "cannot read the text /nowhere.txt"),
         (["{folder}", "--text", "{empty}", "--ep", "2"], "there are no tokens in the text"),
         (["{folder}", "--text", "{text}"], "give --ep, at least 2"),

@@ -117,7 +117,7 @@ def test_it_says_how_many_tokens_fit() -> None:
     ("arguments", "said"),
     [
         (["--tp", "0", "--prompt", "a"], "tp must be a whole number of ranks, at least 1; got 0"),
-        (["--prompt", "\udcff a"], "is no text: surrogates not allowed"),
+        (["--prompt", "\udcff a"], "is not valid text: surrogates not allowed"),
         (["--prompt", "a", "--stop", ""], "stop_strings must not be empty"),
     ],
 )
