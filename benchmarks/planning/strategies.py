@@ -1,13 +1,15 @@
 """What each kind of parallelism does to latency and throughput, in numbers: the table of docs/parallelism/choosing.md.
 
-    python -m benchmarks.planning.strategies FOLDER      FOLDER: where summaries of models are kept (`models.py`)
+    python -m benchmarks.planning.strategies             about two minutes, in which the models are traced
+    python -m benchmarks.planning.strategies FOLDER      the same; summaries of models are kept there (`models.py`)
 
 Two dense hosts of 8 H100 each, and a mixture of experts on 32 x 8: each strategy against the plan before it.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,7 +30,15 @@ ROWS = (
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.planning.strategies")
+    parser.add_argument("folder", type=Path, nargs="?", help="where summaries of models are kept")
+    given = parser.parse_args().folder
+    with tempfile.TemporaryDirectory() as temporary:
+        compare(given or Path(temporary))
+
+
+def compare(folder: Path) -> None:
+    """Prints a line for each plan of `ROWS`, and the best plans that the search finds for the last row's model."""
     for name, gpus, workload, texts in ROWS:
         pricer = Pricer(summary_of(name, folder), Cluster.parse(gpus))
         print(f"{name} on {gpus}: prompts of {workload.prompt}, {workload.new} new, batch {workload.batch}")
