@@ -48,8 +48,8 @@ def keep_in(folder: Path | None) -> None:
 
 
 def shares(test: pytest.Item) -> bool:
-    """Whether a test may be handed a trace that another one had made."""
-    return "capture" not in test.path.parts
+    """Whether a test may be handed a trace that another one had made: not where pages show what the product traces."""
+    return not {"capture", "docs"} & set(test.path.parts)
 
 
 @contextmanager
