@@ -21,6 +21,7 @@ beside them stands how far apart two bfloat16 numbers of that size are.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Callable
@@ -167,11 +168,11 @@ def decode(
                 f"{ROWS * groups / per_step[groups]:.0f} tokens per second; over one GPU with {ROWS} rows {ratio:.3f}",
                 flush=True,
             )
-        print(
-            f"  a stage alone: {', '.join(f'{seconds * 1e3:.3f}' for seconds in stages)} ms; mean over slowest "
-            f"{sum(stages) / len(stages) / max(stages):.3f}; {plan.pp} groups: {alike}",
-            flush=True,
-        )
+        alone = "not measured, without a captured step of its own"
+        if not math.isnan(stages[0]):
+            took = ", ".join(f"{seconds * 1e3:.3f}" for seconds in stages)
+            alone = f"{took} ms; mean over slowest {sum(stages) / len(stages) / max(stages):.3f}"
+        print(f"  a stage alone: {alone}; {plan.pp} groups: {alike}", flush=True)
 
 
 def stage_seconds(split: Engine, device: torch.device) -> float:
