@@ -1,7 +1,7 @@
 """What each of two processes checks of torch.compile over ranks; started by test_compiled.py.
 
 Its arguments are the device, and whether to share memory ("on", "off", "auto") while one of them gets lost. With one
-GPU both use that: see three_processes.py.
+GPU both use that: see process_groups/three_processes.py.
 """
 
 import os
