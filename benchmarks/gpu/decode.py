@@ -10,9 +10,10 @@ measured by summing a large tensor, and is set against the data sheet's where th
 
 On several GPUs (`--ranks`): tensor parallelism in captured steps, all-reduces by each other's memory and by NCCL; what
 gpt-fast does (compiled by torch, NCCL, captured); and all of the model on each GPU. `--compiled` adds all of them
-compiled. A round counts as the slowest rank has it. The limit is a rank's bytes over the measured speed and one call of
-the quickest all-reduce of this run for each in a step. `--shape 70b` is Llama-3-70B's: two GPUs hold it, and on four or
-eight each two run all of it besides (dp=2,tp=2 or dp=4,tp=2), which is what they are set against.
+compiled. A round takes as long as on its slowest rank. Tokens are compared, of the rows the median counts. The limit is a
+rank's bytes over the measured speed and one call of the quickest all-reduce of this run for each in a step.
+`--shape 70b` is Llama-3-70B's: two GPUs hold it, and on four or eight each two run all of it besides (dp=2,tp=2 or
+dp=4,tp=2), which is what they are set against.
 
     python -m benchmarks.gpu.decode                  about five minutes, most of it compiling
     python -m benchmarks.gpu.decode --layers 8       a part of the model
@@ -246,9 +247,10 @@ def table(
         took, limit = min(times[name]), limits.get(each.gpus)
         of_limit = f"limit {limit * 1e3:6.3f} = {limit / took:4.0%}" if limit is not None else " " * 19
         alike = (said[name] == said[base]).long().cumprod(1).sum(1)
+        same = f"first {int(alike.median())} of {said[base].shape[1]} tokens as {base}"
         print(
             f"{name:32} {took * 1e3:6.3f} ms/token  {of_limit}  {base} / this {fastest / took:5.2f}  slowest round "
-            f"+{max(times[name]) / took - 1:.0%}  first {int(alike.min())} of {said[base].shape[1]} tokens as {base}",
+            f"+{max(times[name]) / took - 1:.0%}  {same}",
             flush=True,
         )
 

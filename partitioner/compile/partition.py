@@ -47,11 +47,13 @@ from partitioner.storage.bundle.reshard_model import open_bundle
 from partitioner.storage.checkpoint.open_checkpoint import open_checkpoint
 from partitioner.storage.recognise import is_bundle
 from runtime.kv_cache.device_memory import free_bytes
+from runtime.program.host_default import host_default
 from runtime.weights.read_ahead import read_ahead as begin_reading
 
 __all__ = ["compile_program", "compile_steps", "partition", "trace", "trace_piece", "trace_step"]
 
 
+@host_default
 def partition(
     model: PreTrainedModel | str | Path,
     plan: Plan,
@@ -130,6 +132,7 @@ def _from(origins: Origins | None, traced: Program) -> Program:
 
 
 @collector_paused()
+@host_default
 def compile_program(
     traced: Program,
     plan: Plan,
@@ -241,6 +244,7 @@ def _with_a_cache(
     return prefill, decode
 
 
+@host_default
 def compile_steps(
     stepping: Program,
     plan: Plan,

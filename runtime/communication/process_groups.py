@@ -116,7 +116,7 @@ class ProcessGroups(Communicator):
         self._shared: dict[tuple[int, ...], SharedMemory] = {}
         self.peers: dict[tuple[int, ...], PeerMemory] = {}
         """By the ranks of a group: the memory of its GPUs that all of them write into."""
-        self._order = torch.zeros(())
+        self._order = torch.zeros((), device="cpu")
         self.hosts: dict[tuple[str, ...], int] = {}
         """On how many hosts the ranks of every group with more than one are, by its axes."""
         self.transports: dict[str, str] = {}

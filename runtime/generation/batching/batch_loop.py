@@ -37,6 +37,7 @@ from runtime.generation.batching.work import Counts, Work
 from runtime.generation.generation_request import GenerationRequest
 from runtime.generation.steps import Loaded, Steps
 from runtime.kv_cache.cache_size import CacheSize, Room
+from runtime.program.host_default import host_default
 from runtime.sampling.grammar import Grammars
 
 __all__ = ["BatchLoop", "Told"]
@@ -101,6 +102,7 @@ class BatchLoop:
         """None until the cache is set aside."""
         self.in_steps: ChosenSteps | None = None
 
+    @host_default
     def reserve(self, size: CacheSize) -> Room:
         """A collective: sets another cache aside. Sequences that are under way run their tokens again in it."""
         self._wanted = size
@@ -117,6 +119,7 @@ class BatchLoop:
             del self._asked[each.number]
         return self._places.room
 
+    @host_default
     def add(self, number: int, request: GenerationRequest, *, given: Sequence[int] | None = None) -> None:
         """Every rank alike; the first is a collective. Raises InputError where it cannot be served. given: as `Asked`
         has it.
@@ -134,6 +137,7 @@ class BatchLoop:
         if self._asked.pop(number, None) is not None:
             self.scheduler.cancel(number)
 
+    @host_default
     def step(self) -> list[Told]:
         """One step, over stages one slot of their ring; nothing where there is nothing to do. Every rank alike."""
         if self._places is None:
