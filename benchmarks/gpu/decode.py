@@ -10,8 +10,8 @@ measured by summing a large tensor, and is set against the data sheet's where th
 
 On several GPUs (`--ranks`): tensor parallelism in captured steps, all-reduces by each other's memory and by NCCL; what
 gpt-fast does (compiled by torch, NCCL, captured); and all of the model on each GPU. `--compiled` adds all of them
-compiled. A round takes as long as on its slowest rank. Tokens are compared, of the rows the median counts. The limit is a
-rank's bytes over the measured speed and one call of the quickest all-reduce of this run for each in a step.
+compiled. A round takes as long as on its slowest rank. Tokens are compared, of the rows the median counts. The limit is
+a rank's bytes over the measured speed and one call of the quickest all-reduce of this run for each in a step.
 `--shape 70b` is Llama-3-70B's: two GPUs hold it, and on four or eight each two run all of it besides (dp=2,tp=2 or
 dp=4,tp=2), which is what they are set against.
 
