@@ -4,7 +4,8 @@ A step takes one token per sequence, [B, 1], from the same memory each time; whe
 read on the device. Where attention is a kernel that stops at each row's length, one graph serves all lengths, and what
 is compiled serves any cache. Elsewhere it looks at `seen` slots, rounded up, so that a few graphs serve all lengths.
 States per sequence stay in one place: a step reads and writes them there, for rows that are active.
-A captured step may choose its rows' tokens too, each as its request asks: `runtime.sampling.row_sampler`.
+A captured step may choose its rows' tokens too, each as its request asks: `runtime.sampling.row_sampler`. Where ranks
+have sequences of their own, it tells each of them what the others have chosen.
 Over stages, groups of rows have steps of their own, which hand on by themselves (`runtime.pipeline.relay`).
 CUDA graphs: launching a captured step costs the host microseconds instead of the launch of each of its kernels.
 """
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import InputError
-from runtime.execution.cuda_graphs import GraphPool, captured
+from runtime.execution.cuda_graphs import GraphPool, captured, to_host
 from runtime.execution.executable import Executable
 from runtime.kv_cache.cache import Cache
+from runtime.ops.collectives import all_gather
 from runtime.ops.kernels.triton_needs import replayed
 from runtime.pipeline.head import HeadOfAll
 from runtime.pipeline.message import Box
@@ -128,6 +130,11 @@ class Decoder:
         """By the slots they look at."""
         self._program, self._device = program, device
         self._row_sampler: RowSampler | None = None
+        self._of_all: Callable[[Tensor], Tensor] | None = None
+        """Brings together what all ranks that have sequences of their own bring, [1, ..]."""
+        if program.batch_axes:
+            communicator = execute.communicator
+            self._of_all = communicator.bind(all_gather, program.batch_axes, node="tokens", options={"dim": 0})
         self._kinds: list[Kind] = []
         self._choose: Callable[[Tensor], Tensor] | None = None
         self._latest = 0
@@ -207,7 +214,7 @@ class Decoder:
 
     def _begun(self, kind: Kind, latest: int) -> Begun:
         logits, said = self._done(self._seen(latest), ("choice", kind, True))
-        return Begun(_sent(said), logits, kind, latest)
+        return Begun(to_host(said), logits, kind, latest)
 
     def chain(
         self, rows: Sequence[RowOptions], tokens: Sequence[int], positions: Sequence[int], count: int
@@ -297,12 +304,12 @@ class Decoder:
 
     @torch.no_grad()
     def _chosen(self, seen: int, kind: Kind, *, chained: bool) -> tuple[Tensor, Tensor]:
-        """One step and its choice; chained: as the input of the next."""
+        """One step and its choice, or all ranks' choices; chained: its own as the input of the next."""
         logits = self._run(seen)
         said = self.rows.choose(logits, kind)
         if chained:
             self.rows.advance(said, kind, self._inputs["input_ids"], self._inputs["position_ids"])
-        return logits, said
+        return logits, said if self._of_all is None else self._of_all(said[None])
 
     @torch.no_grad()
     def _turn(self, seen: int) -> None:
@@ -381,20 +388,3 @@ class Decoder:
                         warm_up()
                 torch.cuda.current_stream().wait_stream(side)
             return captured(lambda: run(seen), self._pool)
-
-
-def _sent(said: Tensor) -> Callable[[], Tensor]:
-    """Has it copied to the host; what waits for the copy."""
-    if said.device.type != "cuda":
-        copy = said.clone()
-        return lambda: copy
-    copy = torch.empty(said.shape, dtype=said.dtype, pin_memory=True)
-    copy.copy_(said, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-
-    def wait() -> Tensor:
-        event.synchronize()
-        return copy
-
-    return wait

@@ -140,14 +140,23 @@ class BatchLoop:
             return []
         refused, self._refused = self._refused, []
         turn, self._turn = self._turn, (self._turn + 1) % self.scheduler.limits.groups
-        if isinstance(self.scheduler, DealtScheduler):
-            works = self.scheduler.next_of_all(turn)
-            return [*refused, *(told for done in self._own.advance(works) for told in self._learn(*done))]
-        run = None if self.in_steps is None else self.in_steps.under_way
-        if run is None and (work := self.scheduler.next(turn)) is not None:
-            run = self._places.run_of(work, self.scheduler.last_of)
+        return [*refused, *(told for done in self._advance(turn) for told in self._learn(*done))]
+
+    def _advance(self, turn: int) -> Sequence[tuple[Work, dict[int, Choice]]]:
+        """What has come of a step: of each rank's sequences where ranks have their own."""
+        steps, scheduler = self.in_steps, self.scheduler
+        run = under_way = None if steps is None else steps.under_way
+        if run is None:
+            works = scheduler.next_of_all(turn) if isinstance(scheduler, DealtScheduler) else [scheduler.next(turn)]
+            run = self._run_of(works) if any(works) else None
+        if steps is not None and run is not None:
+            goes_on = self.chooses_in_step(run)
+            if goes_on or under_way is not None:
+                return steps.advance(run, goes_on=goes_on)
+        if isinstance(scheduler, DealtScheduler):
+            return self._own.advance(run)
         done = self._runner.advance(run)
-        return refused if done is None else refused + self._learn(*done)
+        return () if done is None else (done,)
 
     def status(self) -> dict[str, Any]:
         """As `runtime.launching.status.ReplicaStatus` has it."""
@@ -220,12 +229,6 @@ class BatchLoop:
             DealtScheduler(limits, self._parts, self._counts) if self._parts > 1 else Scheduler(limits, self._counts)
         )
         self._turn = 0
-        if isinstance(places, InBlocks):
-            scheduler = self.scheduler if isinstance(self.scheduler, Scheduler) else None
-            self.in_steps = ChosenSteps(
-                places, self._steps, scheduler, self._chooser, self._asked,
-                few_sizes=self._decoding["compile"],
-            )  # fmt: skip
         self._runner: _Runner = _OneStage(self)
         if program.stage is not None:
             assert self._decode_by.program.stage is not None
@@ -242,7 +245,10 @@ class BatchLoop:
                 sizes=lambda run: self._steps.sizes(run.piece, least=run.least),
                 head=self.head if self._steps.shares_head else None,
             )
-        if isinstance(self.scheduler, DealtScheduler):
+        if isinstance(self.scheduler, Scheduler):
+            schedulers, own, tell = [self.scheduler], 0, None
+        else:
+            schedulers, own = self.scheduler.each, program.coordinates[program.batch_axes[0]]
             self._own = OwnBatches(
                 program,
                 self._decode_by.program,
@@ -251,10 +257,25 @@ class BatchLoop:
                 self._profiler,
                 places,
                 run=self._runner.advance,
-                last=self.scheduler.each[program.coordinates[program.batch_axes[0]]].last_of,
+                last=schedulers[own].last_of,
                 sampled=self.sampled,
                 named=self._named,
             )
+            tell = self._own.tell
+        if isinstance(places, InBlocks) and program.stage is None:
+            self.in_steps = ChosenSteps(
+                places, self._steps, schedulers, self._chooser, self._asked,
+                own=own, run_of=self._run_of, tell=tell, few_sizes=self._decoding["compile"],
+            )  # fmt: skip
+
+    def _run_of(self, works: Sequence[Work | None]) -> Run:
+        """What this rank runs of a step; works: of each rank that has sequences of its own, or of the one there is."""
+        if isinstance(self.scheduler, DealtScheduler):
+            return self._own.run_of(works)
+        (work,) = works
+        assert self._places is not None
+        assert work is not None
+        return self._places.run_of(work, self.scheduler.last_of)
 
     def run(self, run: Run, received: Any = ()) -> Any:
         """The rank's programs on the tokens of a step: logits [n, 1, V/r], or what its stage hands on."""
@@ -363,7 +384,7 @@ class BatchLoop:
 
 
 class _OneStage:
-    """A step runs and is chosen from at once."""
+    """A step runs, and its tokens are chosen behind it."""
 
     def __init__(self, loop: BatchLoop) -> None:
         self._loop = loop
@@ -371,6 +392,4 @@ class _OneStage:
     def advance(self, run: Run | None) -> tuple[Work, dict[int, Choice]] | None:
         if run is None:
             return None
-        if self._loop.in_steps is not None and self._loop.chooses_in_step(run):
-            return self._loop.in_steps.advance(run)
         return run.work, self._loop.choose(run, self._loop.run(run))

@@ -60,7 +60,7 @@ class Run:
     """A step as the programs take it; at: which row of the piece each turn is.
 
     least: how many tokens each row is filled up to, if not more. like: as `Executable` has it. others: where ranks have
-    sequences of their own, what all of them run in this step.
+    sequences of their own, what each of them runs in this step, this one too; None: nothing.
     """
 
     work: Work
@@ -69,7 +69,17 @@ class Run:
     at: tuple[int, ...]
     least: int = 1
     like: Hashable = None
-    others: tuple[Work, ...] = ()
+    others: tuple[Work | None, ...] = ()
+
+    @property
+    def works(self) -> tuple[Work | None, ...]:
+        """Of each rank that has sequences of its own; of the one there is."""
+        return self.others or (self.work,)
+
+    @property
+    def turns(self) -> list[Turn]:
+        """Of all of these."""
+        return [turn for work in self.works if work is not None for turn in work.turns]
 
 
 class Places(Protocol):
@@ -135,8 +145,7 @@ class InBlocks:
 
     def run_of(self, work: Work, last: Callable[[int], tuple[int, int]], *, count: int = 0) -> Run:
         """Rows of nobody stand behind the others, and lie where nobody reads."""
-        # rows that are alike lie beside each other, so that attention takes them together
-        order = sorted(range(len(work.turns)), key=lambda at: _size(work.turns[at]))
+        order = _order(work)
         turns, missing = [work.turns[at] for at in order], max(0, count - len(work.turns))
         piece = Piece(
             [*(list(turn.tokens) for turn in turns), *([0] for _ in range(missing))],
@@ -151,6 +160,11 @@ class InBlocks:
         told = itertools.accumulate((turn.samples or not work.packed for turn in turns), initial=0)
         at = dict(zip(order, told, strict=False))
         return Run(work, piece, rows, tuple(at[turn] for turn in range(len(turns))))
+
+    def rows_at(self, work: Work) -> list[int]:
+        """Which row of a run of single tokens each turn is."""
+        order = _order(work)
+        return sorted(range(len(order)), key=order.__getitem__)
 
     def before(self, run: Run) -> None:
         """Nothing: a run says all that the cache has to know."""
@@ -347,5 +361,7 @@ def places_for(
     return InBlocks(program, paged, device, budget=paged.step, kept=kept, why_not_packed=why_not)
 
 
-def _size(turn: Turn) -> tuple[int, int]:
-    return len(turn.tokens), turn.start
+def _order(work: Work) -> list[int]:
+    """Turns in the order of their rows: those that are alike lie beside each other, for attention to take together."""
+    sizes = [(len(turn.tokens), turn.start) for turn in work.turns]
+    return sorted(range(len(sizes)), key=sizes.__getitem__)
