@@ -333,7 +333,7 @@ def test_what_runs_behind_a_step_is_what_would_run_next(
             schedulers[number % ranks].add(number, [number] * length, most=length + new - 1)
             left[number] = new
 
-    def run(these: list[Scheduler], works: list[Work | None]) -> None:
+    def run(these: list[Scheduler], works: list[Work | None], step: int) -> None:
         for scheduler, work in zip(these, works, strict=True):
             if work is not None:
                 chosen = {turn.number: 10 + step for turn in work.turns if turn.samples}
@@ -344,14 +344,14 @@ def test_what_runs_behind_a_step_is_what_would_run_next(
         if not any(works):
             break
         plain = copy.deepcopy(schedulers)
-        run(plain, works)
+        run(plain, works, step)
         expected = [scheduler.next() for scheduler in plain]
         before = copy.deepcopy(schedulers)
         behind = next_behind(schedulers, works)
         if behind is None:  # then nothing is taken for it on any rank
             for scheduler, other in zip(schedulers, before, strict=True):
                 assert (scheduler.pool.free, scheduler.counts) == (other.pool.free, other.counts)
-        run(schedulers, works)
+        run(schedulers, works, step)
         for turn in [turn for work in works if work is not None for turn in work.turns]:
             left[turn.number] -= turn.samples
         for one, other in zip(expected, behind or (), strict=False):
