@@ -16,6 +16,7 @@ All ranks of a replica are told the same in the same order, and so do the same: 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -92,6 +93,8 @@ class BatchLoop:
         self._decoding = {"compile": compile, "cuda_graph": cuda_graph}
         self._chooser = RowChooser(self.program, communicator, device, profiler)
         self._grammars = None if vocabulary is None else Grammars(vocabulary)
+        self.numbers = itertools.count()
+        """For sequences that nobody has numbered."""
         self._asked: dict[int, Asked] = {}
         self._refused: list[Told] = []
         """Those for which a cache that was set aside later has no room."""
@@ -118,8 +121,9 @@ class BatchLoop:
         return self._places.room
 
     def add(self, number: int, request: GenerationRequest, *, given: Sequence[int] | None = None) -> None:
-        """Every rank alike; the first is a collective. Raises InputError where it cannot be served. given: as `Asked`
-        has it.
+        """Every rank alike; the first is a collective. Raises InputError where it cannot be served.
+
+        number: no other's before. given: as `Asked` has it.
         """
         if self._places is None:
             self._set_aside()

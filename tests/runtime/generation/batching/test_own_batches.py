@@ -252,6 +252,21 @@ def test_an_abandoned_stream_leaves_room_for_the_next() -> None:
     assert generated.error(NAME, held, generated.prompts(NAME, (2, 4)), new=3) < 1e-9
 
 
+def test_a_stream_that_another_task_overtakes_leaves_room_as_well() -> None:
+    texts = [[5, 6, 7], [8]]
+
+    def overtaken(engine: Any) -> list[list[int]]:
+        stream = engine.stream(texts, **GREEDY)
+        next(stream)
+        said = engine.generate(texts, **GREEDY)
+        with pytest.raises(InputError, match="another text was begun"):
+            next(stream)
+        return said.tolist()  # type: ignore[no-any-return]
+
+    expected = parts("tp=1").generate(texts, **GREEDY).tolist()
+    assert parts("ep=2")._simulator.run(overtaken) == [expected, expected]
+
+
 @pytest.mark.parametrize(
     "plan", ["ep=2", *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("sp=2,ep=4", "pp=2,ep=2", "tp=2,ep=4"))]
 )
