@@ -146,24 +146,33 @@ class Decoder:
         positions: Sequence[int],
         active: Sequence[bool] = (),
         received: Sequence[Tensor] = (),
+        *,
+        latest: int = 0,
     ) -> Any:
         """The logits [B, V/n] after one more token per sequence, at its position; valid until the next call.
 
         active: rows whose states move on; (): all. received: what comes from the stage before, of all rows or the first
-        ones; of a stage that hands on, a tuple comes back.
+        ones; of a stage that hands on, a tuple comes back. latest: the largest position of ranks that run with this
+        one: all look at as many slots, so that all capture the same step at the same time.
         """
         for held, given in zip(self.inbox.values, received, strict=True):
             held[tuple(slice(size) for size in given.shape)].copy_(given)
         self._set(tokens, positions, active)
-        seen = self._seen(max(positions))
+        seen = self._seen(max(*positions, latest))
         self._compare(seen)
         return self._done(seen, _LOGITS)
 
     def of_first(
-        self, count: int, tokens: Sequence[int], positions: Sequence[int], received: Sequence[Tensor] = ()
+        self,
+        count: int,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        received: Sequence[Tensor] = (),
+        *,
+        latest: int = 0,
     ) -> Any:
         """As a run of the first `count` sequences has it: logits [count, 1, V/n], or what the stage hands on."""
-        made = self(tokens, positions, received=received)
+        made = self(tokens, positions, received=received, latest=latest)
         if not isinstance(made, tuple):
             return made[:count, None]
         return tuple(
@@ -195,14 +204,15 @@ class Decoder:
         positions: Sequence[int],
         *,
         also: Sequence[RowOptions] = (),
+        latest: int = 0,
     ) -> Begun:
         """One more token per sequence, and the choice of the next one for the first `rows`, under way.
 
-        All ranks along the vocabulary's axes ask alike. also: what ranks ask that have other rows, and run with this
-        one: a step is captured by all of them or by none.
+        All ranks along the vocabulary's axes ask alike. also, latest: what ranks ask that have other rows, and run with
+        this one, and their largest position: a step is captured by all of them or by none.
         """
         self._set(tokens, positions)
-        kind, latest = self._kind_for(self.rows.begin(rows, also)), max(positions)
+        kind, latest = self._kind_for(self.rows.begin(rows, also)), max(*positions, latest)
         self._compare(self._seen(latest))
         return self._begun(kind, latest)
 

@@ -81,6 +81,11 @@ class Run:
         """Of all of these."""
         return [turn for work in self.works if work is not None for turn in work.turns]
 
+    @property
+    def latest(self) -> int:
+        """The largest position at which one of these begins."""
+        return max(turn.start for turn in self.turns)
+
 
 class Places(Protocol):
     """See the module's docstring. limits: for the scheduler, but for its groups."""
@@ -175,7 +180,7 @@ class InBlocks:
         few_sizes: whether there is one for one row and one for all; otherwise one for each power of four.
         """
         decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
-        return decoder.of_first(len(run.piece.tokens), tokens, positions, received)
+        return decoder.of_first(len(run.piece.tokens), tokens, positions, received, latest=run.latest)
 
     def begin(
         self,
@@ -188,7 +193,7 @@ class InBlocks:
     ) -> tuple[Decoder, Begun]:
         """The same with the choice of each row in it, as `rows` ask; also: as `Decoder.begin` has it."""
         decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
-        return decoder, decoder.begin(rows, tokens, positions, also=also)
+        return decoder, decoder.begin(rows, tokens, positions, also=also, latest=run.latest)
 
     def again(self, decoder: Decoder, begun: Begun, run: Run) -> Begun:
         """The step behind one that may not be over; run: of the same rows, whose tokens nobody knows yet."""

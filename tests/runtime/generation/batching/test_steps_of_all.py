@@ -14,9 +14,12 @@ import pytest
 from torch import Tensor
 
 from partitioner import CacheSize
+from partitioner.errors import RankMismatch
+from runtime.generation import decode_graphs
 from runtime.generation.batching import chosen_steps
 from runtime.generation.batching.chosen_steps import ChosenSteps
 from runtime.generation.batching.own_batches import OwnBatches
+from runtime.generation.batching.places import Run
 from runtime.generation.decode_graphs import Decoder
 from runtime.sampling import row_sampler
 from tests.runtime.generation.batching import many_requests
@@ -126,6 +129,20 @@ def test_a_stream_that_is_left_leaves_room_for_the_next() -> None:
     with captured(held):
         for closes in (True, False):
             assert held._simulator.run(functools.partial(left, closes=closes)) == [free(3)[:2]] * 2
+
+
+def test_all_ranks_look_at_as_many_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that they capture a step for more of them at the same time: each would wait for the others' else."""
+    monkeypatch.setattr(decode_graphs, "_ROUND_TO", 4)
+    cases = [Case([3] * length, {**GREEDY, "max_new_tokens": 8}) for length in (9, 2, 4)]
+    alone, held = many_requests.alone(parts("tp=1"), cases), compiled_for(NAME, "ep=2")
+    with captured(held) as graphs:
+        assert_as_alone(cases, on_all_ranks(held, cases, ROOMY), alone)
+        assert len(graphs) > 4
+    # the control: each goes by its own rows
+    monkeypatch.setattr(Run, "latest", 0)
+    with captured(held), pytest.raises(RankMismatch):
+        on_all_ranks(held, cases, ROOMY)
 
 
 def test_another_order_of_ranks_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
