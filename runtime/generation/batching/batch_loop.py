@@ -297,8 +297,7 @@ class BatchLoop:
         that come and go.
         """
         places, captured = self._places, self._decoding["cuda_graph"] and self._from_fixed_memory
-        alone = isinstance(self.scheduler, Scheduler) and self.program.stage is None
-        if not (captured and alone and isinstance(places, InBlocks)):
+        if not (captured and self.program.stage is None and isinstance(places, InBlocks)):
             return
         sizes = places.sizes(few_sizes=self._decoding["compile"])
         with torch.no_grad():

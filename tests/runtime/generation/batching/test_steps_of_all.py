@@ -145,6 +145,29 @@ def test_all_ranks_look_at_as_many_slots(monkeypatch: pytest.MonkeyPatch) -> Non
         on_all_ranks(held, cases, ROOMY)
 
 
+def test_steps_are_captured_before_requests_come() -> None:
+    """Of a few numbers of rows, on all ranks at once."""
+    held, cases = parts("ep=2"), [Case([3 + n, 5], GREEDY, arrival=n) for n in range(3)]
+
+    def served(engine: Any) -> tuple[list[Any], int, int]:
+        loop = engine.batching(None, rows=6)
+        loop.reserve(CacheSize(max_batch=6, max_length=400, prefill_step=16))
+        engine._generate_loop.communicator.barrier()
+        before = len(graphs)
+        for number, case in enumerate(cases):
+            loop.add(number, many_requests.request(case))
+        told: list[list[int]] = [[] for _ in cases]
+        while sum(map(len, told)) < 36:
+            for each in loop.step():
+                told[each.number].append(each.token)
+        return told, before, len(graphs)
+
+    with captured(held) as graphs:
+        for told, before, after in held._simulator.run(served):
+            assert told == free(3)
+            assert after == before == 2 * 2  # for one row, and for three
+
+
 def test_another_order_of_ranks_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: tokens that are taken for another rank's give other texts."""
     chosen = Decoder._chosen
