@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from runtime.generation.batching.choose_rows import Asked, Choice, RowChooser
 from runtime.generation.batching.places import InBlocks, Run
 from runtime.generation.batching.scheduler import Scheduler
-from runtime.generation.batching.work import Work
+from runtime.generation.batching.work import Turn, Work
 from runtime.generation.decode_graphs import Begun, Decoder
 from runtime.generation.steps import Steps
 from runtime.sampling.row_sampler import RowOptions
@@ -38,11 +38,15 @@ _NOTHING = RowOptions()
 
 @dataclass
 class _UnderWay:
-    """A step that has begun. void: sequences of which it counts for nothing."""
+    """A step that has begun. at: of each rank's turns, which row of it each is, which stays from a step to the next.
+
+    void: sequences of which it counts for nothing.
+    """
 
     run: Run
     decoder: Decoder
     begun: Begun
+    at: Sequence[Sequence[int]]
     on_host: bool
     """Whether a row asks for what only the host does."""
     void: set[int] = field(default_factory=set)
@@ -78,7 +82,7 @@ class ChosenSteps:
 
     @property
     def under_way(self) -> Run | None:
-        if self._latest is not None and not any(turn.number in self._asked for turn in self._latest.run.turns):
+        if self._latest is not None and not any(turn.number in self._asked for turn in self._latest.run.turns()):
             self._latest = None  # nobody wants any of it
         return None if self._latest is None else self._latest.run
 
@@ -93,7 +97,7 @@ class ChosenSteps:
 
     def _begin(self, run: Run) -> _UnderWay:
         asked = self._of_rows(run)
-        others = [self._asked.get(turn.number) for turn in run.turns] if run.others else []
+        others = [self._asked.get(turn.number) for turn in run.turns()] if run.others else []
         reasons = [each.on_host for each in (others or asked) if each is not None]
         self.why_behind = next(filter(None, reasons), self.why_behind)
         rows, also = (
@@ -102,7 +106,8 @@ class ChosenSteps:
         )
         self._places.before(run)
         decoder, begun = self._places.begin(self._steps, run, rows, few_sizes=self._few_sizes, also=also)
-        return _UnderWay(run, decoder, begun, any(reasons))
+        at = [() if work is None else self._places.rows_at(work) for work in run.works]
+        return _UnderWay(run, decoder, begun, at, any(reasons))
 
     def _begin_next(self, latest: _UnderWay) -> _UnderWay | None:
         if latest.on_host or latest.void:
@@ -113,15 +118,16 @@ class ChosenSteps:
         run = self._run_of(works)
         assert run.at == latest.run.at, "rows keep their places from a step to the next"
         begun = self._places.again(latest.decoder, latest.begun, run)
-        return _UnderWay(run, latest.decoder, begun, on_host=False)
+        return _UnderWay(run, latest.decoder, begun, latest.at, on_host=False)
 
     def _read(self, latest: _UnderWay) -> list[tuple[Work, Choices]]:
         said = latest.begun.wait()
         everyone = said.view(-1, *said.shape[-2:])
         found: list[Choices] = []
         behind: list[list[tuple[int, int]]] = []
-        for work, rows in zip(latest.run.works, everyone.transpose(1, 2).tolist(), strict=True):
-            known, unknown = self._told(work, rows, latest.void)
+        said_of = zip(latest.run.works, latest.at, everyone.transpose(1, 2).tolist(), strict=True)
+        for work, at, rows in said_of:
+            known, unknown = self._told(() if work is None else work.turns, at, rows, latest.void)
             found.append(known)
             behind.append(unknown)
         if any(behind):
@@ -136,17 +142,19 @@ class ChosenSteps:
             if work is not None
         ]
 
-    def _told(self, work: Work | None, rows: Sequence[Sequence[float]], void: set[int]) -> tuple[Choices, list[_Place]]:
+    def _told(
+        self, turns: Sequence[Turn], at: Sequence[int], rows: Sequence[Sequence[float]], void: set[int]
+    ) -> tuple[Choices, list[_Place]]:
         """What a step has said of a rank's sequences; and which it has not chosen for, behind their rows."""
         known: Choices = {}
         unknown: list[_Place] = []
-        for at, turn in () if work is None else zip(self._places.rows_at(work), work.turns, strict=True):
+        for row, turn in zip(at, turns, strict=True):
             each = self._asked.get(turn.number)
             if each is None or not turn.samples or turn.number in void:
                 continue
-            token, best, is_certain, logprob = rows[at]
+            token, best, is_certain, logprob = rows[row]
             if each.on_host or not is_certain or not math.isfinite(best):
-                unknown.append((at, turn.number))
+                unknown.append((row, turn.number))
             else:
                 known[turn.number] = Choice(int(token), logprob if each.settings.logprobs else None)
         return known, unknown
@@ -214,6 +222,9 @@ def _behind(scheduler: Scheduler, work: Work) -> Work:
             block = scheduler.pool.take()
             assert block is not None
             each.blocks.append(block)
-        turns.append(turn._replace(start=turn.start + 1, tokens=(-1,), table=tuple(each.blocks), keys=()))
+        turns.append(
+            Turn(turn.number, turn.row, turn.start + 1, (-1,), samples=True, table=tuple(each.blocks),
+                 admission=turn.admission)
+        )  # fmt: skip
     scheduler.counts.decode_tokens += len(turns)
     return replace(work, turns=tuple(turns))

@@ -133,7 +133,7 @@ class OwnBatches:
     def run_of(self, works: Sequence[Work | None]) -> Run:
         """What this rank runs of a step; works: what each rank runs, of which some run something."""
         decode = all(work is None or work.decode for work in works)
-        works = [None if work is None else replace(work, decode=decode) for work in works]
+        works = [work if work is None or work.decode == decode else replace(work, decode=decode) for work in works]
         mine = works[self._index] or Work((), decode, self._index)
         counts = [0 if work is None else self._places.rows_of(work) for work in works]
         sizes = [1 if work is None else max(len(turn.tokens) for turn in work.turns) for work in works]

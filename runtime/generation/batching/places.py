@@ -11,7 +11,7 @@ are copied from row to row: they take their memory again, and no work.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -76,15 +76,14 @@ class Run:
         """Of each rank that has sequences of its own; of the one there is."""
         return self.others or (self.work,)
 
-    @property
-    def turns(self) -> list[Turn]:
+    def turns(self) -> Iterator[Turn]:
         """Of all of these."""
-        return [turn for work in self.works if work is not None for turn in work.turns]
+        return (turn for work in self.works if work is not None for turn in work.turns)
 
     @property
     def latest(self) -> int:
         """The largest position at which one of these begins."""
-        return max(turn.start for turn in self.turns)
+        return max(turn.start for turn in self.turns())
 
 
 class Places(Protocol):
