@@ -4,8 +4,8 @@ A step takes one token per sequence, [B, 1], from the same memory each time; whe
 read on the device. Where attention is a kernel that stops at each row's length, one graph serves all lengths, and what
 is compiled serves any cache. Elsewhere it looks at `seen` slots, rounded up, so that a few graphs serve all lengths.
 States per sequence stay in one place: a step reads and writes them there, for rows that are active.
-A captured step may choose its rows' tokens too, each as its request asks: `runtime.sampling.row_sampler`. Where ranks
-have sequences of their own, it tells each of them what the others have chosen.
+A captured step may choose its rows' tokens too, each as its request asks (`runtime.sampling.row_sampler`), and tell all
+ranks that have sequences of their own.
 Over stages, groups of rows have steps of their own, which hand on by themselves (`runtime.pipeline.relay`).
 CUDA graphs: launching a captured step costs the host microseconds instead of the launch of each of its kernels.
 """
@@ -24,6 +24,7 @@ from torch import Tensor
 from partitioner.errors import InputError
 from runtime.execution.cuda_graphs import GraphPool, captured, to_host
 from runtime.execution.executable import Executable
+from runtime.execution.prompts.inputs import on_device
 from runtime.kv_cache.cache import Cache
 from runtime.ops.collectives import all_gather
 from runtime.ops.kernels.triton_needs import replayed
@@ -102,10 +103,9 @@ class Decoder:
         pool: GraphPool,
         head: HeadOfAll | None = None,
     ) -> None:
-        self._head = head
         self.batch, self.cache, self._rows, self._pool = batch, cache, rows, pool
         self._is_compiled, self._captures = compiled is not None, cuda_graph
-        self._execute = execute
+        self._execute, self._head = execute, head
         self._inputs = {
             "input_ids": torch.zeros(batch, 1, dtype=torch.int64, device=device),
             "position_ids": torch.zeros(batch, 1, dtype=torch.int64, device=device),
@@ -133,12 +133,11 @@ class Decoder:
         self._of_all: Callable[[Tensor], Tensor] | None = None
         """Brings together what all ranks that have sequences of their own bring, [1, ..]."""
         if program.batch_axes:
-            communicator = execute.communicator
-            self._of_all = communicator.bind(all_gather, program.batch_axes, node="tokens", options={"dim": 0})
+            bind = execute.communicator.bind
+            self._of_all = bind(all_gather, program.batch_axes, node="tokens", options={"dim": 0})
         self._kinds: list[Kind] = []
         self._choose: Callable[[Tensor], Tensor] | None = None
-        self._latest = 0
-        """The largest position of the next turn."""
+        self._latest = 0  # position of the next turn
 
     def __call__(
         self,
@@ -216,10 +215,14 @@ class Decoder:
         self._compare(self._seen(latest))
         return self._begun(kind, latest)
 
-    def again(self, begun: Begun, *, keeps: bool = True) -> Begun:
-        """The next token of the same rows, behind a step that may not be over. keeps: whether its logits are wanted."""
+    def again(self, begun: Begun, *, keeps: bool = True, over: Sequence[int] = ()) -> Begun:
+        """The next token of the same rows, behind a step that may not be over. keeps: whether its logits are wanted;
+        over: rows that are nobody's from now on, and begin anew so as to stay within their tables.
+        """
         if keeps:
             begun.logits = begun.logits.clone()
+        if over:
+            self._inputs["position_ids"].index_fill_(0, on_device(over, self._device), 0)
         return self._begun(begun.kind, begun.latest + 1)
 
     def _begun(self, kind: Kind, latest: int) -> Begun:
@@ -278,11 +281,8 @@ class Decoder:
 
     def _set(self, tokens: Sequence[int], positions: Sequence[int], active: Sequence[bool] = ()) -> None:
         self.cache.fixed_states.settle(self.cache.buffers)
-        device = self._inputs["input_ids"].device
         self._inputs["active"].copy_(torch.tensor(active or [True] * self.batch))
-        both = torch.tensor([tokens, positions])
-        if device.type == "cuda":
-            both = both.pin_memory().to(device, non_blocking=True)
+        both = on_device([tokens, positions], self._device)
         self._inputs["input_ids"].copy_(both[0, :, None])
         self._inputs["position_ids"].copy_(both[1, :, None])
 

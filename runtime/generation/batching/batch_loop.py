@@ -269,7 +269,7 @@ class BatchLoop:
         if isinstance(places, InBlocks) and program.stage is None:
             self.in_steps = ChosenSteps(
                 places, self._steps, schedulers, self._chooser, self._asked,
-                own=own, run_of=self._run_of, tell=tell, few_sizes=self._decoding["compile"],
+                own=own, tell=tell, few_sizes=self._decoding["compile"],
             )  # fmt: skip
 
     def _run_of(self, works: Sequence[Work | None]) -> Run:

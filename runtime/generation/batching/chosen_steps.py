@@ -6,8 +6,8 @@
 A step takes its tokens where the one before it has left them, so the device need not wait for the host to read these,
 to tell them, and to see who goes on: all rows are taken to go on. What comes of a row that has ended is not told; what
 it has written lies in blocks that were its own. A row whose token the host chooses itself is run again. So no row is
-told anything else than without. It is done where the scheduler would run the same rows next whatever is chosen: nobody
-comes, none ends by its length, and there are blocks for all.
+told anything else than without. It is done where the scheduler would run the same sequences next whatever is chosen, or
+fewer: nobody comes, and there are blocks for all. Rows of those that are over go on for nobody, where nobody reads.
 
 Ranks with sequences of their own gather in the step what each has chosen, so that none waits for another's host: every
 rank reads the tokens of all a step late, and takes the same decisions by them. Only what hosts choose is told by them.
@@ -44,6 +44,7 @@ class _UnderWay:
     """
 
     run: Run
+    """Of one that has begun behind another, what ranks run, and not how."""
     decoder: Decoder
     begun: Begun
     at: Sequence[Sequence[int]]
@@ -56,8 +57,8 @@ class ChosenSteps:
     """See the module's docstring.
 
     schedulers: this rank's, or those of all ranks that have sequences of their own, of which `own` is this rank's.
-    run_of: what this rank runs of what each of them says. tell: what is chosen for the named sequences of each rank,
-    from this rank's choices; None where it has all sequences. few_sizes: as `InBlocks` has it.
+    tell: what is chosen for the named sequences of each rank, from this rank's choices; None where it has all
+    sequences. few_sizes: as `InBlocks` has it.
     """
 
     def __init__(
@@ -69,13 +70,12 @@ class ChosenSteps:
         asked: Mapping[int, Asked],
         *,
         own: int,
-        run_of: Callable[[Sequence[Work | None]], Run],
         tell: Callable[[Sequence[Sequence[int]], Choices], list[Choices]] | None,
         few_sizes: bool,
     ) -> None:
         self._places, self._steps, self._schedulers, self._chooser = places, steps, schedulers, chooser
-        self._asked, self._own, self._run_of, self._tell = asked, own, run_of, tell
-        self._few_sizes = few_sizes
+        self._asked, self._own, self._tell = asked, own, tell
+        self._few_sizes, self._sizes = few_sizes, places.sizes(few_sizes=few_sizes)
         self._latest: _UnderWay | None = None
         self.why_behind = ""
         """The option for which the host chose tokens behind a step, the last such."""
@@ -112,13 +112,24 @@ class ChosenSteps:
     def _begin_next(self, latest: _UnderWay) -> _UnderWay | None:
         if latest.on_host or latest.void:
             return None
-        works = next_behind(self._schedulers, latest.run.works)
+        smaller = [size for size in self._sizes if size < latest.decoder.batch]
+        # where so few are left that a smaller step has room for them, that begins
+        works = next_behind(self._schedulers, latest.run.works, more_than=max(smaller, default=0))
         if works is None:
             return None
-        run = self._run_of(works)
-        assert run.at == latest.run.at, "rows keep their places from a step to the next"
-        begun = self._places.again(latest.decoder, latest.begun, run)
-        return _UnderWay(run, latest.decoder, begun, latest.at, on_host=False)
+        places: list[Sequence[int]] = []
+        for before, at, work in zip(latest.run.works, latest.at, works, strict=True):
+            left = () if work is None else work.turns
+            if before is None or len(left) == len(before.turns):
+                places.append(at)
+            else:
+                on = {turn.number for turn in left}
+                places.append([row for row, turn in zip(at, before.turns, strict=True) if turn.number in on])
+        mine, own = works[self._own] or Work((), decode=True, group=self._own), places[self._own]
+        over = [row for row in latest.at[self._own] if row not in own] if len(own) < len(latest.at[self._own]) else []
+        begun = self._places.again(latest.decoder, latest.begun, mine.turns, own, over=over)
+        run = replace(latest.run, work=mine, others=tuple(works) if latest.run.others else ())
+        return _UnderWay(run, latest.decoder, begun, places, on_host=False)
 
     def _read(self, latest: _UnderWay) -> list[tuple[Work, Choices]]:
         said = latest.begun.wait()
@@ -184,39 +195,57 @@ def _in_order(work: Work, found: Choices) -> Choices:
     return {turn.number: found[turn.number] for turn in work.turns if turn.number in found}
 
 
-def next_behind(schedulers: Sequence[Scheduler], works: Sequence[Work | None]) -> list[Work | None] | None:
+def next_behind(
+    schedulers: Sequence[Scheduler], works: Sequence[Work | None], *, more_than: int = 0
+) -> list[Work | None] | None:
     """What runs behind single tokens that may not be over, whatever they yield; None where that is not certain.
 
-    By scheduler. Nobody knows its tokens yet: each is -1.
+    By scheduler: of the same sequences, but those that are over, or are with their next token. Nobody knows its tokens
+    yet: each is -1. more_than: how many of them one scheduler has to have more than.
     """
-    if not all(map(_is_certain, schedulers, works)):
+    going: list[list[Turn]] = []
+    for scheduler, work in zip(schedulers, works, strict=True):
+        turns = _going(scheduler, work)
+        if turns is None:
+            return None
+        going.append(turns)
+    if max(map(len, going)) <= more_than:
         return None
     return [
-        None if work is None else _behind(scheduler, work) for scheduler, work in zip(schedulers, works, strict=True)
+        _behind(scheduler, work, turns) if work is not None and turns else None
+        for scheduler, work, turns in zip(schedulers, works, going, strict=True)
     ]
 
 
-def _is_certain(scheduler: Scheduler, work: Work | None) -> bool:
-    """Whether the same sequences run next."""
-    running = scheduler._running
+def _going(scheduler: Scheduler, work: Work | None) -> list[Turn] | None:
+    """Those of the turns whose sequences run next, and no others do; None where that is not certain."""
+    running, waiting = scheduler._running, bool(scheduler._waiting)
     if work is None:
-        return not running and not scheduler._waiting
-    comes = bool(scheduler._waiting) and None in scheduler._rows
-    if comes or not work.decode or scheduler.limits.groups > 1 or len(running) != len(work.turns):
-        return False
-    needed = 0
+        return None if running or waiting else []
+    if not work.decode or scheduler.limits.groups > 1 or (waiting and None in scheduler._rows):
+        return None
+    going, needed, ending = [], 0, 0
     for turn in work.turns:
         each = running.get(turn.number)
+        if each is None:
+            continue
         end = turn.start + 2
-        if each is None or each.admission != turn.admission or not turn.samples or end > each.most:
-            return False
+        if each.admission != turn.admission or not turn.samples:
+            return None
+        if end > each.most:
+            ending += 1
+            continue
+        going.append(turn)
         needed += scheduler._blocks_of(end) - len(each.blocks)
-    return needed <= scheduler.pool.free
+    comes = waiting and ending
+    if comes or len(going) + ending < len(running) or needed > scheduler.pool.free:
+        return None
+    return going
 
 
-def _behind(scheduler: Scheduler, work: Work) -> Work:
+def _behind(scheduler: Scheduler, work: Work, going: Sequence[Turn]) -> Work:
     turns = []
-    for turn in work.turns:
+    for turn in going:
         each = scheduler._running[turn.number]
         while scheduler._blocks_of(turn.start + 2) > len(each.blocks):
             block = scheduler.pool.take()

@@ -194,12 +194,16 @@ class InBlocks:
         decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
         return decoder, decoder.begin(rows, tokens, positions, also=also, latest=run.latest)
 
-    def again(self, decoder: Decoder, begun: Begun, run: Run) -> Begun:
-        """The step behind one that may not be over; run: of the same rows, whose tokens nobody knows yet."""
+    def again(
+        self, decoder: Decoder, begun: Begun, turns: Sequence[Turn], at: Sequence[int], *, over: Sequence[int]
+    ) -> Begun:
+        """The step behind one that may not be over; at: which of its rows each turn is. over: rows that end with it."""
         assert isinstance(self.cache, PagedCache)
-        assert isinstance(run.rows, PagedRows)
-        self.cache.fix(run.rows, decoder.batch)
-        return decoder.again(begun)
+        tables: list[tuple[int, ...]] = [()] * decoder.batch
+        for row, turn in zip(at, turns, strict=True):
+            tables[row] = turn.table
+        self.cache.fix(PagedRows((), tuple(tables)), decoder.batch)
+        return decoder.again(begun, over=over)
 
     def sizes(self, *, few_sizes: bool) -> list[int]:
         """Rows of compiled and captured steps, in ascending order; few_sizes: one and all."""

@@ -385,10 +385,16 @@ def test_nothing_is_said_of_the_next_step_where_rows_may_come_or_must_go() -> No
     scheduler.add(2, [9], most=1)  # there is no row for it
     third = behind(second)
     assert third is not None
-    assert behind(third) is None  # number 1 ends with it
+    assert behind(third) is None  # number 1 ends with it, and number 2 has its row then
+    scheduler.cancel(2)
+    assert next_behind([scheduler], [third], more_than=1) is None
+    fourth = behind(third)
+    assert fourth is not None
+    assert [turn.number for turn in fourth.turns] == [0]
     scheduler.learn(second, {0: 7, 1: 8})
+    scheduler.add(3, [9], most=1)
     scheduler.cancel(1)
-    assert behind(third) is None  # number 2 has a row now
+    assert behind(third) is None  # number 3 has a row now
 
 
 def test_nothing_is_said_of_the_next_step_where_another_rank_has_something_new() -> None:

@@ -90,15 +90,31 @@ def test_each_is_told_what_it_is_told_alone(plan: str, size: CacheSize, counts: 
 
 
 def test_hosts_meet_for_prompts_alone(counts: Counter[str]) -> None:
-    """Uneven numbers of rows, and a rank with none."""
+    """Uneven numbers of rows, a rank with none, and rows that are over before others; a smaller step begins anew."""
     held = parts("ep=2")
-    for rows in (1, 3):
-        cases = [Case([3 + n, 5], GREEDY) for n in range(rows)]
+    for lengths, begun in (([12], 1), ([12, 12, 12], 1), ([5, 12, 3, 12, 12, 12], 1), ([5, 12, 3, 12], 2)):
+        cases = [Case([3 + n, 5], {**GREEDY, "max_new_tokens": new}) for n, new in enumerate(lengths)]
         counts.clear()
         with captured(held):
             found = on_all_ranks(held, cases, ROOMY)
-        assert_as_alone(cases, found, free(rows))
-        assert counts == {"told": 1, "ahead": 10, "behind": 1}
+        assert_as_alone(cases, found, [text[:new] for text, new in zip(free(6), lengths, strict=False)])
+        assert counts == {"told": 1, "ahead": 11 - begun, "behind": begun}
+
+
+@pytest.mark.slow
+def test_rows_of_nobody_stay_within_their_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long others go on."""
+    size = CacheSize(max_batch=6, max_length=28, prefill_step=80)
+    cases = [Case([3, *[5] * 49], {**GREEDY, "max_new_tokens": 10})] * 2
+    cases += [Case([3 + n], {**GREEDY, "max_new_tokens": 40}) for n in range(4)]
+    alone, held = many_requests.alone(parts("tp=1"), cases), parts("ep=2")
+    with captured(held):
+        assert_as_alone(cases, on_all_ranks(held, cases, size), alone)
+    # the control: positions run on from where texts have ended
+    again = Decoder.again
+    monkeypatch.setattr(Decoder, "again", lambda decoder, begun, **given: again(decoder, begun))
+    with captured(held), pytest.raises(RuntimeError, match="out of bounds"):
+        on_all_ranks(held, cases, size)
 
 
 def test_texts_that_end_at_different_steps(counts: Counter[str]) -> None:
