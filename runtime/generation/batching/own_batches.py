@@ -25,7 +25,7 @@ import torch
 from partitioner.errors import InputError, SamplingError
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
-from runtime.generation.batching.choose_rows import Choice
+from runtime.generation.batching.choose_rows import Choice, numbers_of
 from runtime.generation.batching.places import Places, Run
 from runtime.generation.batching.scheduler import Scheduler, next_alike
 from runtime.generation.batching.work import Counts, Limits, Work
@@ -159,8 +159,8 @@ class OwnBatches:
             return [{} for _ in numbers]
         asked = [self._named(number) for each in numbers for number in each]
         named = max((count + 1 for count in asked if count is not None), default=0)
-        mine = [_numbers_of(choices[number], named) for number in numbers[self._index]]
-        mine += [[math.nan] * (2 + 2 * named)] * (most - len(mine))
+        mine = [numbers_of(choices[number], named) for number in numbers[self._index]]
+        mine += [numbers_of(None, named)] * (most - len(mine))
         self._communicator.begin_run(new_shapes=(most, named) not in self._told)
         self._told.add((most, named))
         own = torch.tensor([mine], dtype=torch.float64).to(self._device)
@@ -172,13 +172,6 @@ class OwnBatches:
             else dict(zip(those, map(_choice, rows), strict=False))
             for rank, (those, rows) in enumerate(zip(numbers, everyone, strict=True))
         ]
-
-
-def _numbers_of(choice: Choice, named: int) -> list[float]:
-    """The token, its log-probability, then pairs of the most probable ones; nan where there is none."""
-    pairs = [value for pair in choice.top or () for value in pair]
-    rest = [math.nan] * (2 * named - len(pairs))
-    return [choice.token, math.nan if choice.logprob is None else choice.logprob, *pairs, *rest]
 
 
 def _choice(said: Sequence[float]) -> Choice:
