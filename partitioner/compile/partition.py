@@ -23,6 +23,7 @@ from partitioner.analysis.rules.recognise_attention import recognise_attention
 from partitioner.analysis.tokens.step_equivalence import why_steps_differ
 from partitioner.analysis.tokens.token_mixing import why_rows_mix, why_tokens_mix
 from partitioner.analysis.tokens.tokens_as_rows import why_not_as_rows, why_rows_meet
+from partitioner.capture import states_found_once
 from partitioner.capture.inputs.explicit_positions import explicit_positions
 from partitioner.compile.emit import Emitter
 from partitioner.compile.input_bounds import bound_inputs
@@ -203,7 +204,7 @@ def _compile_generation(
     other by more than causal attention, it is the model's own use of a cache. Raises `PlanError` where that cannot be
     had either.
     """
-    with timed("programs with a cache"):
+    with timed("programs with a cache"), states_found_once():
         return _with_a_cache(traced, split, plan, step, piece)
 
 

@@ -209,8 +209,9 @@ def _all_gather(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
         raise LayoutError(
             f"{at(node)}: pieces of sizes {sizes} do not make up dim {dim} of {source}, which is {layout}"
         )
-    order = [i for owned in split.owned for i in owned.indices()]
-    if order != sorted(order):
+    intervals = [interval for owned in split.owned for interval in owned.intervals]
+    if intervals != sorted(intervals):  # none meets another
+        order = [i for owned in split.owned for i in owned.indices()]
         users = list(node.users)
         inverse = sorted(range(len(order)), key=order.__getitem__)
         if len(users) != 1 or users[0].target is not reorder or users[0].args[1] != inverse:
