@@ -33,7 +33,7 @@ from partitioner.storage.bundle.held_slices import HeldSlice, held_by
 from partitioner.storage.checkpoint.quantized_tensors import checkpoint_files
 from partitioner.storage.recognise import MANIFEST
 from runtime.program.bundle_errors import attribute_errors
-from runtime.program.rank_program import Entry, RankProgram
+from runtime.program.rank_program import Entry, RankProgram, require_entry
 from runtime.weights.read_shards import Reader
 from runtime.weights.safetensors_files import TensorFiles
 
@@ -107,6 +107,7 @@ class Bundle(Ranks):
         return CONTROL.sub("?", self.read("report.txt").decode(errors="replace")).rstrip("\n")
 
     def entry(self, entry: Entry, rank: int) -> RankProgram:
+        require_entry(entry)
         programs = self._rank(rank)
         if entry not in programs:
             raise PlanError(self.manifest.refused or f"the bundle {self.folder.path} has no program for generation")

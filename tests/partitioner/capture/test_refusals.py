@@ -19,6 +19,8 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
+    ViTConfig,
+    ViTModel,
 )
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -45,6 +47,12 @@ def packed() -> PreTrainedModel:
     model = llama()
     model.lm_head = torch.ao.nn.quantized.dynamic.Linear(32, 64)
     return model
+
+
+def of_pictures() -> PreTrainedModel:
+    """Its embedding is of patches, and no table."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return ViTModel(ViTConfig(image_size=16, patch_size=8, **sizes)).eval()
 
 
 class Bare(PreTrainedModel):
@@ -75,8 +83,9 @@ class Bare(PreTrainedModel):
         (packed, r"lm_head is a torch.ao.*Linear, whose weights are packed.*before it was quantised"),
         (lambda: nn.DataParallel(llama()), r"cannot capture a DataParallel.*give that, its \.module"),
         (lambda: llama(LlamaForSequenceClassification), r"set model.config.pad_token_id, or pad_token_id in config"),
+        (of_pictures, r"its forward takes no input_ids; it takes self, pixel_values"),
     ],
-    ids=["tuple", "tensor", "nothing", "other names", "packed", "wrapped", "no padding token"],
+    ids=["tuple", "tensor", "nothing", "other names", "packed", "wrapped", "no padding token", "no tokens"],
 )
 def test_a_refusal_says_what_is_required(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(CaptureError, match=message):
