@@ -63,8 +63,8 @@ def choose_inputs(
         if "token_type_ids" in accepted:
             with_types = {**tensors, "token_type_ids": torch.zeros(shape, dtype=torch.long)}
             typed = probe(fake_model, with_types, fake, indices)
-            # some want several types per token, and make them up by themselves
-            if typed.failure is None or found.failure is not None:
+            # some want several types per token, and make them up by themselves; or none are something else than zeros
+            if _does_the_same(found, typed):
                 tensors, defaults["token_type_ids"], found = with_types, "zeros", typed
     return Example(tensors, defaults, found)
 
@@ -113,6 +113,13 @@ def _same_lookups(one: Probe, other: Probe) -> bool:
         return torch.equal(a, b)
 
     return len(one.lookups) == len(other.lookups) and all(map(same, one.lookups, other.lookups))
+
+
+def _does_the_same(found: Probe, given: Probe) -> bool:
+    """Whether a run that was given more did what the one before it did by itself, as far as that one went."""
+    if found.failure is not None and given.failure is None:
+        return True
+    return (given.failure is None or found.failure is not None) and _same_lookups(found, given)
 
 
 def _sees_the_whole_text(fake_model: PreTrainedModel, found: Probe) -> bool:
