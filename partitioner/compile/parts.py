@@ -19,7 +19,7 @@ from partitioner.program.ranks import Entry, Ranks
 from partitioner.sharding.mesh import Mesh
 from partitioner.storage.bundle.save import save_ranks
 from runtime.program.host_default import host_default
-from runtime.program.rank_program import RankProgram
+from runtime.program.rank_program import RankProgram, require_entry
 
 __all__ = ["Parts"]
 
@@ -78,6 +78,7 @@ class Parts(Ranks, Generic[Report]):
 
         Raises `PlanError` where the model's tokens depend on each other by more than causal attention.
         """
+        require_entry(entry)
         if entry == "text":
             return self.program
         return self._generation[entry == "decode"]

@@ -229,8 +229,9 @@ def _shard(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     old = layout.split(a["dim"])
     axes = entry.axes if old is None else in_order((*old.axes, *entry.axes))
     others = {axis for i, s in enumerate(layout.dims) if s is not None and i != a["dim"] for axis in s.axes}
-    if entry.whole != (0, size) or entry.axes != axes or (old is None and others & set(axes)):
-        raise LayoutError(f"{at(node)}: ranges {entry} do not fit dim {a['dim']} of {layout}")
+    misfit = f"{at(node)}: ranges {entry} do not fit dim {a['dim']} of {layout}"
+    if entry.whole != (0, size) or entry.axes != axes:
+        raise LayoutError(misfit)
     if size != a["x"].meta["val"].shape[a["dim"]]:
         expect(program, node, "period", a["period"], size if old is None else _sizes(old))
     owned = []
@@ -240,7 +241,20 @@ def _shard(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
         owned.append(
             IndexSet.of(held[j] for a_, b in zip(ranges[::2], ranges[1::2], strict=True) for j in range(a_, b))
         )
+    if old is None and others & set(axes) and _loses(program, layout, axes, owned, size):
+        raise LayoutError(f"{misfit}: what some ranks give up no other one keeps")
     return layout.with_dim(a["dim"], Split(axes, tuple(owned)))
+
+
+def _loses(program: Program, layout: Layout, axes: tuple[str, ...], owned: list[IndexSet], size: int) -> bool:
+    """Whether ranks that hold the same of the other dims, and all of this one, together keep less than all of it."""
+    kept: dict[tuple[Any, ...], set[int]] = {}
+    together = in_order((*axes, *layout.axes))
+    of_axes = {tuple(place.values()): mine for place, mine in zip(points(program.mesh, axes), owned, strict=True)}
+    for place in points(program.mesh, together):
+        same = tuple(dim.at(program.mesh, place) for dim in layout.dims if isinstance(dim, Split))
+        kept.setdefault(same, set()).update(of_axes[tuple(place[axis] for axis in axes)].indices())
+    return any(len(mine) < size for mine in kept.values())
 
 
 def _once(program: Program, node: fx.Node, layouts: Layouts) -> Layout:

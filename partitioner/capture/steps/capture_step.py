@@ -28,7 +28,7 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from partitioner.capture.capture import describe_weights, ends_of, generation_of, limits_of
-from partitioner.capture.inputs.graph_inputs import BATCH, LENGTH, choose_inputs
+from partitioner.capture.inputs.graph_inputs import BATCH, LENGTH, choose_inputs, example_ids
 from partitioner.capture.inputs.probe import Probe, probe
 from partitioner.capture.inputs.rope import fix_rope
 from partitioner.capture.layers.share_layers import SharedLayers
@@ -301,9 +301,8 @@ def _require_counting_from_zero(fake_model: PreTrainedModel, fake: FakeTensorMod
 
 def _example(fake_model: PreTrainedModel, length: int, *, positions: bool = False) -> dict[str, Tensor]:
     accepted = _accepted(fake_model)
-    vocabulary = fake_model.get_input_embeddings().weight.shape[0]
     shape = (BATCH, length)
-    found = {"input_ids": torch.arange(BATCH * length).reshape(shape) % max(vocabulary // 2, 1) + vocabulary // 2}
+    found = {"input_ids": example_ids(fake_model, shape)}
     if positions or "position_ids" in accepted:
         found["position_ids"] = torch.arange(SLOTS - length, SLOTS).expand(shape).contiguous()
     found["slots"] = torch.arange(SLOTS)

@@ -34,7 +34,7 @@ from partitioner.storage.checkpoint.quantized_tensors import checkpoint_files
 from partitioner.storage.recognise import MANIFEST
 from runtime.program.bundle_errors import attribute_errors
 from runtime.program.host_default import host_default
-from runtime.program.rank_program import Entry, RankProgram
+from runtime.program.rank_program import Entry, RankProgram, require_entry
 from runtime.weights.read_shards import Reader
 from runtime.weights.safetensors_files import TensorFiles
 
@@ -109,6 +109,7 @@ class Bundle(Ranks):
 
     @host_default
     def entry(self, entry: Entry, rank: int) -> RankProgram:
+        require_entry(entry)
         programs = self._rank(rank)
         if entry not in programs:
             raise PlanError(self.manifest.refused or f"the bundle {self.folder.path} has no program for generation")
