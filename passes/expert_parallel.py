@@ -93,17 +93,17 @@ class ExpertParallel:
         axes = _axes(program)
         if ranks == 1 and self.capacity:
             raise PlanError(f"capacity={self.capacity:g} limits experts that are dealt out over ep, and ep is 1")
+        regions = find_regions(program, axes)
+        if not regions:
+            parts = program.mesh.size("etp")
+            said = f"ep={ranks} divides" if ranks > 1 else f"etp={parts} divides the matrices of"
+            raise PlanError(f"{said} routed experts, and {program.name} has none that were captured as such")
         if ranks == 1:  # only their own matrices are divided, by the placement of all axes
-            for region in find_regions(program, axes):
+            for region in regions:
                 for name in region.weights:
                     program.weight_layouts[name] = REPLICATED(len(program.weights[name].shape))
             return program
         exchange = self.for_entry(self.entry, program).exchange
-        regions = find_regions(program, axes)
-        if not regions:
-            raise PlanError(
-                f"ep={ranks} divides routed experts, and {program.name} has none that were captured as such"
-            )
         whole = dict(self.keep_whole)
         for region in regions:
             kept = [name for name in region.weights if name in whole]

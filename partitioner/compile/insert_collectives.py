@@ -179,8 +179,9 @@ class Rewriter:
             node, all_gather, (node, _over(parts.axes)), kwargs, self.layouts[node].with_dim(dim, None), source
         )
         whole.meta["why"] = f"{source.name} is needed whole"
-        order = [i for owned in parts.owned for i in owned.indices()]
-        if order != sorted(order):
+        intervals = [interval for owned in parts.owned for interval in owned.intervals]
+        if intervals != sorted(intervals):
+            order = [i for owned in parts.owned for i in owned.indices()]
             inverse = sorted(range(len(order)), key=order.__getitem__)
             whole = self._after(whole, reorder, (whole, inverse), {"dim": dim}, self.layouts[whole], source)
         return whole

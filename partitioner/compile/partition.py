@@ -23,6 +23,7 @@ from partitioner.analysis.rules.recognise_attention import recognise_attention
 from partitioner.analysis.tokens.step_equivalence import why_steps_differ
 from partitioner.analysis.tokens.token_mixing import why_rows_mix, why_tokens_mix
 from partitioner.analysis.tokens.tokens_as_rows import why_not_as_rows, why_rows_meet
+from partitioner.capture import states_found_once
 from partitioner.capture.inputs.explicit_positions import explicit_positions
 from partitioner.compile.emit import Emitter
 from partitioner.compile.input_bounds import bound_inputs
@@ -47,11 +48,13 @@ from partitioner.storage.bundle.reshard_model import open_bundle
 from partitioner.storage.checkpoint.open_checkpoint import open_checkpoint
 from partitioner.storage.recognise import is_bundle
 from runtime.kv_cache.device_memory import free_bytes
+from runtime.program.host_default import host_default
 from runtime.weights.read_ahead import read_ahead as begin_reading
 
 __all__ = ["compile_program", "compile_steps", "partition", "trace", "trace_piece", "trace_step"]
 
 
+@host_default
 def partition(
     model: PreTrainedModel | str | Path,
     plan: Plan,
@@ -130,6 +133,7 @@ def _from(origins: Origins | None, traced: Program) -> Program:
 
 
 @collector_paused()
+@host_default
 def compile_program(
     traced: Program,
     plan: Plan,
@@ -200,7 +204,7 @@ def _compile_generation(
     other by more than causal attention, it is the model's own use of a cache. Raises `PlanError` where that cannot be
     had either.
     """
-    with timed("programs with a cache"):
+    with timed("programs with a cache"), states_found_once():
         return _with_a_cache(traced, split, plan, step, piece)
 
 
@@ -241,6 +245,7 @@ def _with_a_cache(
     return prefill, decode
 
 
+@host_default
 def compile_steps(
     stepping: Program,
     plan: Plan,

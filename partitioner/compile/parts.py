@@ -18,7 +18,8 @@ from partitioner.program.program import Program
 from partitioner.program.ranks import Entry, Ranks
 from partitioner.sharding.mesh import Mesh
 from partitioner.storage.bundle.save import save_ranks
-from runtime.program.rank_program import RankProgram
+from runtime.program.host_default import host_default
+from runtime.program.rank_program import RankProgram, require_entry
 
 __all__ = ["Parts"]
 
@@ -59,6 +60,7 @@ class Parts(Ranks, Generic[Report]):
     def replicas(self) -> int:
         return 1 if self._plan is None else self._plan.replicas
 
+    @host_default
     def entry(self, entry: Entry, rank: int) -> RankProgram:
         coordinates = self.mesh.coordinates(rank)
         with self._lock:  # simulated ranks ask at the same time
@@ -70,11 +72,13 @@ class Parts(Ranks, Generic[Report]):
                 self._ranks[key] = self._emitters[id(program)].rank(coordinates)
             return self._ranks[key]
 
+    @host_default
     def program_of(self, entry: Entry) -> Program:
         """The program of all ranks; "prefill" and "decode" are compiled when first asked for.
 
         Raises `PlanError` where the model's tokens depend on each other by more than causal attention.
         """
+        require_entry(entry)
         if entry == "text":
             return self.program
         return self._generation[entry == "decode"]
@@ -93,6 +97,7 @@ class Parts(Ranks, Generic[Report]):
         whole = [self.rank(rank) for rank in ranks]
         return make_generation_report(self.program_of("decode"), decode, whole, prefill=self.program_of("prefill"))
 
+    @host_default
     def cost(self, entry: Entry = "prefill") -> LayerCosts:
         """What the program of an entry costs a rank, by kind of layer: expressions in batch, sequence and past.
 
@@ -100,6 +105,7 @@ class Parts(Ranks, Generic[Report]):
         """
         return layer_costs(self.program_of(entry), sequence=1 if entry == "decode" else 5)
 
+    @host_default
     def save(
         self,
         folder: str | Path,

@@ -31,6 +31,7 @@ from partitioner.sharding.split_class import SplitClass
 from runtime.ops.communicating import COMMUNICATING
 from runtime.ops.experts import expert_dispatch, grouped_linear
 from runtime.ops.kernels.float8_rows import SCALE_BYTES, num_scales
+from runtime.program.host_default import host_default
 
 __all__ = ["Experts", "Part", "Summary", "summarize", "summarize_program"]
 
@@ -132,11 +133,13 @@ class Summary:
         return found
 
 
+@host_default
 def summarize(model: Any) -> Summary:
     """Of a model of transformers, best without data; takes as long as its trace, and a little."""
     return summarize_program(trace(model))
 
 
+@host_default
 def summarize_program(traced: Program, *, cache: str = "auto") -> Summary:
     """Of what `trace` yields. Raises `PlanError` where it cannot generate. cache: as in `Plan`."""
     parts = compile_program(traced, Plan(tp=2, cache=cache))

@@ -31,6 +31,7 @@ from runtime.generation.generation_request import Generated, GenerationRequest, 
 from runtime.kv_cache.cache_size import CacheSize, Room, bytes_needed, in_float8, tokens_that_fit
 from runtime.kv_cache.device_memory import Amount
 from runtime.processes.capacity import require_memory, require_threads
+from runtime.program.host_default import host_default, host_default_steps
 from runtime.program.rank_program import Entry, RankProgram
 from runtime.program.shards import WeightSource
 
@@ -71,6 +72,7 @@ class Ranks(ABC):
         require_memory(num_ranks, num_ranks * each, f"each rank's program takes at least {each >> 10} KB")
         return range(num_ranks)
 
+    @host_default
     def engine(
         self,
         rank: int,
@@ -110,10 +112,12 @@ class Ranks(ABC):
         """
         return same_on_all_ranks([result for result in self.simulate_ranks(**inputs) if result is not None])
 
+    @host_default
     def simulate_ranks(self, **inputs: Tensor | bool | None) -> list[Tensor | None]:
         """The same, with every rank's own result: that of several stages is with the last. Every replica runs it."""
         return [result for simulator in self._simulators for result in simulator(**inputs)]
 
+    @host_default
     def generate(
         self, prompts: Prompts | None = None, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Tensor | Generated:
@@ -147,8 +151,9 @@ class Ranks(ABC):
     ) -> Iterator[Step]:
         """The same, a step at a time; see `Engine.stream`."""
         if self.replicas > 1:
-            return self._stream_on_replicas(prompts, attention_mask, options)
-        return self._simulator.stream(lambda engine: engine.stream(prompts, attention_mask=attention_mask, **options))
+            return host_default_steps(self._stream_on_replicas(prompts, attention_mask, options))
+        steps = self._simulator.stream(lambda engine: engine.stream(prompts, attention_mask=attention_mask, **options))
+        return host_default_steps(steps)
 
     def _stream_on_replicas(
         self, prompts: Prompts | None, attention_mask: Tensor | None, options: Options
@@ -163,6 +168,7 @@ class Ranks(ABC):
             while any(found := [[step for step in [next(steps, None)] if step is not None] for steps in streams]):
                 yield merged(found, dealt)[0]
 
+    @host_default
     def log_probabilities(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """Of each token of `texts` after those before it, [B, L - 1]; see `Engine.log_probabilities`."""
         return same_on_all_ranks(self._simulator.run(lambda engine: engine.log_probabilities(texts)))
@@ -171,6 +177,7 @@ class Ranks(ABC):
         """`with ranks.profile() as trace:` records what all ranks do in this process; see `Engine.profile`."""
         return self._simulator.profile(by_node=by_node)
 
+    @host_default
     def reserve(self, size: CacheSize) -> Room:
         """Sets the caches of all ranks in this process aside; see `Engine.reserve`."""
         rooms = [simulator.run(lambda engine: engine.reserve(size)) for simulator in self._simulators]

@@ -209,8 +209,9 @@ def _all_gather(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
         raise LayoutError(
             f"{at(node)}: pieces of sizes {sizes} do not make up dim {dim} of {source}, which is {layout}"
         )
-    order = [i for owned in split.owned for i in owned.indices()]
-    if order != sorted(order):
+    intervals = [interval for owned in split.owned for interval in owned.intervals]
+    if intervals != sorted(intervals):  # none meets another
+        order = [i for owned in split.owned for i in owned.indices()]
         users = list(node.users)
         inverse = sorted(range(len(order)), key=order.__getitem__)
         if len(users) != 1 or users[0].target is not reorder or users[0].args[1] != inverse:
@@ -228,8 +229,9 @@ def _shard(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
     old = layout.split(a["dim"])
     axes = entry.axes if old is None else in_order((*old.axes, *entry.axes))
     others = {axis for i, s in enumerate(layout.dims) if s is not None and i != a["dim"] for axis in s.axes}
-    if entry.whole != (0, size) or entry.axes != axes or (old is None and others & set(axes)):
-        raise LayoutError(f"{at(node)}: ranges {entry} do not fit dim {a['dim']} of {layout}")
+    misfit = f"{at(node)}: ranges {entry} do not fit dim {a['dim']} of {layout}"
+    if entry.whole != (0, size) or entry.axes != axes:
+        raise LayoutError(misfit)
     if size != a["x"].meta["val"].shape[a["dim"]]:
         expect(program, node, "period", a["period"], size if old is None else _sizes(old))
     owned = []
@@ -239,7 +241,20 @@ def _shard(program: Program, node: fx.Node, layouts: Layouts) -> Layout:
         owned.append(
             IndexSet.of(held[j] for a_, b in zip(ranges[::2], ranges[1::2], strict=True) for j in range(a_, b))
         )
+    if old is None and others & set(axes) and _loses(program, layout, axes, owned, size):
+        raise LayoutError(f"{misfit}: what some ranks give up no other one keeps")
     return layout.with_dim(a["dim"], Split(axes, tuple(owned)))
+
+
+def _loses(program: Program, layout: Layout, axes: tuple[str, ...], owned: list[IndexSet], size: int) -> bool:
+    """Whether ranks that hold the same of the other dims, and all of this one, together keep less than all of it."""
+    kept: dict[tuple[Any, ...], set[int]] = {}
+    together = in_order((*axes, *layout.axes))
+    of_axes = {tuple(place.values()): mine for place, mine in zip(points(program.mesh, axes), owned, strict=True)}
+    for place in points(program.mesh, together):
+        same = tuple(dim.at(program.mesh, place) for dim in layout.dims if isinstance(dim, Split))
+        kept.setdefault(same, set()).update(of_axes[tuple(place[axis] for axis in axes)].indices())
+    return any(len(mine) < size for mine in kept.values())
 
 
 def _once(program: Program, node: fx.Node, layouts: Layouts) -> Layout:

@@ -60,13 +60,28 @@ class IndexSet:
                     found.append((max(a, c), min(b, d)))
         return IndexSet(tuple(found))
 
+    def __or__(self, other: IndexSet) -> IndexSet:
+        found: list[tuple[int, int]] = []
+        for start, stop in sorted((*self.intervals, *other.intervals)):
+            if found and start <= found[-1][1]:
+                found[-1] = (found[-1][0], max(found[-1][1], stop))
+            else:
+                found.append((start, stop))
+        return IndexSet(tuple(found))
+
     def __sub__(self, other: IndexSet) -> IndexSet:
         found = []
+        theirs, at = other.intervals, 0
         for start, stop in self.intervals:
-            for low, high in (other & IndexSet(((start, stop),))).intervals:
+            while at < len(theirs) and theirs[at][1] <= start:
+                at += 1
+            next_ = at
+            while next_ < len(theirs) and theirs[next_][0] < stop:
+                low, high = theirs[next_]
                 if start < low:
                     found.append((start, low))
-                start = high
+                start = max(start, high)
+                next_ += 1
             if start < stop:
                 found.append((start, stop))
         return IndexSet(tuple(found))

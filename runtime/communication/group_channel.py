@@ -245,7 +245,7 @@ class GroupChannel(Channel):
 
             def compare(own: Call) -> None:
                 everyone = self._compare(own, gather)
-                sent = torch.tensor([*send_counts, *receive_counts])
+                sent = torch.tensor([*send_counts, *receive_counts], device="cpu")
                 rows = gather(sent).view(len(self.ranks), 2, len(self.ranks)).tolist()
                 told = zip(everyone, rows, strict=True)
                 check_counts([replace(each, counts=(tuple(out), tuple(back))) for each, (out, back) in told])

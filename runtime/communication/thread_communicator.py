@@ -151,7 +151,7 @@ class ThreadCommunicator(Communicator):
         self.rank = rank
         self.can_be_captured = self.mesh.world_size == 1  # threads meet on the host
         self._thread_group = thread_group
-        self._order = torch.zeros(())
+        self._order = torch.zeros((), device="cpu")
 
     def channel(self, axes: Axes, *, node: str) -> Channel:
         named = require_axes(axes, node)
@@ -171,7 +171,7 @@ class ThreadCommunicator(Communicator):
 
     def barrier(self) -> None:
         everyone = tuple(range(self.mesh.world_size))
-        self._thread_group.exchange(everyone, Call(self.rank, "", "barrier", "all"), torch.empty(0))
+        self._thread_group.exchange(everyone, Call(self.rank, "", "barrier", "all"), torch.empty(0, device="cpu"))
 
     def close(self) -> None:
         self._thread_group.end(self.rank)
@@ -250,7 +250,7 @@ class ThreadChannel(Channel):
         sender = pair.index(self.peer(from_))
 
         def begin(shape: Sequence[int], dtype: torch.dtype) -> Handle:
-            brought = self._thread_group.exchange(pair, call.of(shape, dtype), torch.empty(0))
+            brought = self._thread_group.exchange(pair, call.of(shape, dtype), torch.empty(0, device="cpu"))
             return Handle.done(brought[sender][1])
 
         return begin

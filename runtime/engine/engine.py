@@ -41,6 +41,7 @@ from runtime.pipeline.head import HeadOfAll
 from runtime.pipeline.perform import Staged
 from runtime.processes.place import Place
 from runtime.program.bundle_errors import attribute_errors
+from runtime.program.host_default import host_default, host_default_steps
 from runtime.program.rank_program import Entry, RankProgram
 from runtime.program.shards import WeightSource
 from runtime.weights.load_weights import load_weights
@@ -84,6 +85,7 @@ class Engine:
       merge small linears of one input (`runtime.execution.merge_linears`).
     """
 
+    @host_default
     def __init__(
         self,
         program: RankProgram,
@@ -121,6 +123,7 @@ class Engine:
         self._decoding = {"compile": compile, "cuda_graph": cuda_graph}
 
     @classmethod
+    @host_default
     def connect(
         cls,
         parts: RankPrograms,
@@ -140,6 +143,8 @@ class Engine:
         - timeout_s: how long a rank waits for another. check: compare the ranks before every collective.
         - shared_memory: "auto", "on" or "off" (`runtime.communication.process_groups`).
         - cache: allocate this at once, see `reserve`.
+
+        In a script that has several engines, or process groups of its own, all ranks connect in the same order.
         """
         place = Place.here(parts.mesh, replicas=parts.replicas)
         communicator = ProcessGroups.connect(
@@ -183,6 +188,7 @@ class Engine:
     def mesh(self) -> Mesh:
         return self.program.mesh
 
+    @host_default
     def __call__(self, **inputs: Tensor | bool | None) -> Any:
         """Run once. Every rank must be given the same inputs. Of several stages, the last has the result, the others
         None; all have it, where they share out the vocabulary head.
@@ -190,6 +196,7 @@ class Engine:
         with attribute_errors(self.program):
             return self._run(complete_inputs(self.program.inputs, inputs, self.device, self.program.limits))
 
+    @host_default
     def generate(
         self, prompts: Prompts | None = None, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> Tensor | Generated:
@@ -211,7 +218,8 @@ class Engine:
         """The same, a step at a time: one token per sequence. Replicas that torchrun started yield all steps at the
         end.
         """
-        return self._attributed(self._steps(self.request(prompts, attention_mask=attention_mask, **options)))
+        request = self.request(prompts, attention_mask=attention_mask, **options)
+        return host_default_steps(self._attributed(self._steps(request)))
 
     def _steps(self, request: GenerationRequest) -> Iterator[Step]:
         if self._replicas is None:
@@ -223,6 +231,7 @@ class Engine:
         steps = list(self._generate_loop.steps(request.of_rows(mine))) if mine else []
         yield from merged(self._replicas.exchange(steps), dealt)
 
+    @host_default
     def log_probabilities(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """Of each token of `texts`, which are of one length L, after those before it: [B, L - 1] float64.
 
@@ -247,7 +256,7 @@ class Engine:
 
     def steps(self, request: GenerationRequest) -> Iterator[Step]:
         """What this rank's replica says of a request that is checked already."""
-        return self._attributed(self._generate_loop.steps(request))
+        return host_default_steps(self._attributed(self._generate_loop.steps(request)))
 
     def batching(
         self, size: CacheSize | None = None, *, rows: int | None = None, vocabulary: str | None = None
@@ -265,6 +274,7 @@ class Engine:
         with attribute_errors(self.program):
             yield from steps
 
+    @host_default
     def reserve(self, size: CacheSize) -> Room:
         """Allocates the cache of all later calls, and says how many tokens fit. Every rank must be given the same.
 
@@ -278,6 +288,7 @@ class Engine:
         """How many tokens fit into what `reserve` has set aside; None: nothing is."""
         return self._generate_loop.room
 
+    @host_default
     def request(
         self, prompts: Prompts | None = None, *, attention_mask: Tensor | None = None, **options: Unpack[Options]
     ) -> GenerationRequest:

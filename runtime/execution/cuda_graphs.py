@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from runtime.communication.traceable import Traceable
 from runtime.execution.executable import Executable, build
 from runtime.kv_cache.cache import Cache
 from runtime.program.rank_program import RankProgram
 
-__all__ = ["GraphPool", "captured", "compiled_step"]
+__all__ = ["GraphPool", "captured", "compiled_step", "to_host"]
 
 T = TypeVar("T")
 
@@ -58,3 +59,20 @@ def captured(run: Callable[[], T], pool: GraphPool) -> tuple[Any, T]:
     with torch.cuda.graph(graph, pool=pool.handle):
         result = run()
     return graph, result
+
+
+def to_host(said: Tensor) -> Callable[[], Tensor]:
+    """Has it copied behind what the device was told before; what waits for the copy."""
+    if said.device.type != "cuda":
+        copy = said.clone()
+        return lambda: copy
+    copy = torch.empty(said.shape, dtype=said.dtype, pin_memory=True)
+    copy.copy_(said, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+
+    def wait() -> Tensor:
+        event.synchronize()
+        return copy
+
+    return wait

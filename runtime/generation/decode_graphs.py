@@ -4,7 +4,8 @@ A step takes one token per sequence, [B, 1], from the same memory each time; whe
 read on the device. Where attention is a kernel that stops at each row's length, one graph serves all lengths, and what
 is compiled serves any cache. Elsewhere it looks at `seen` slots, rounded up, so that a few graphs serve all lengths.
 States per sequence stay in one place: a step reads and writes them there, for rows that are active.
-A captured step may choose its rows' tokens too, each as its request asks: `runtime.sampling.row_sampler`.
+A captured step may choose its rows' tokens too, each as its request asks (`runtime.sampling.row_sampler`), and tell all
+ranks that have sequences of their own.
 Over stages, groups of rows have steps of their own, which hand on by themselves (`runtime.pipeline.relay`).
 CUDA graphs: launching a captured step costs the host microseconds instead of the launch of each of its kernels.
 """
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor
 
 from partitioner.errors import InputError
-from runtime.execution.cuda_graphs import GraphPool, captured
+from runtime.execution.cuda_graphs import GraphPool, captured, to_host
 from runtime.execution.executable import Executable
+from runtime.execution.prompts.inputs import on_device
 from runtime.kv_cache.cache import Cache
+from runtime.ops.collectives import all_gather
 from runtime.ops.kernels.triton_needs import replayed
 from runtime.pipeline.head import HeadOfAll
 from runtime.pipeline.message import Box
@@ -100,10 +103,9 @@ class Decoder:
         pool: GraphPool,
         head: HeadOfAll | None = None,
     ) -> None:
-        self._head = head
         self.batch, self.cache, self._rows, self._pool = batch, cache, rows, pool
         self._is_compiled, self._captures = compiled is not None, cuda_graph
-        self._execute = execute
+        self._execute, self._head = execute, head
         self._inputs = {
             "input_ids": torch.zeros(batch, 1, dtype=torch.int64, device=device),
             "position_ids": torch.zeros(batch, 1, dtype=torch.int64, device=device),
@@ -128,10 +130,14 @@ class Decoder:
         """By the slots they look at."""
         self._program, self._device = program, device
         self._row_sampler: RowSampler | None = None
+        self._of_all: Callable[[Tensor], Tensor] | None = None
+        """Brings together what all ranks that have sequences of their own bring, [1, ..]."""
+        if program.batch_axes:
+            bind = execute.communicator.bind
+            self._of_all = bind(all_gather, program.batch_axes, node="tokens", options={"dim": 0})
         self._kinds: list[Kind] = []
         self._choose: Callable[[Tensor], Tensor] | None = None
-        self._latest = 0
-        """The largest position of the next turn."""
+        self._latest = 0  # position of the next turn
 
     def __call__(
         self,
@@ -139,24 +145,33 @@ class Decoder:
         positions: Sequence[int],
         active: Sequence[bool] = (),
         received: Sequence[Tensor] = (),
+        *,
+        latest: int = 0,
     ) -> Any:
         """The logits [B, V/n] after one more token per sequence, at its position; valid until the next call.
 
         active: rows whose states move on; (): all. received: what comes from the stage before, of all rows or the first
-        ones; of a stage that hands on, a tuple comes back.
+        ones; of a stage that hands on, a tuple comes back. latest: the largest position of ranks that run with this
+        one: all look at as many slots, so that all capture the same step at the same time.
         """
         for held, given in zip(self.inbox.values, received, strict=True):
             held[tuple(slice(size) for size in given.shape)].copy_(given)
         self._set(tokens, positions, active)
-        seen = self._seen(max(positions))
+        seen = self._seen(max(*positions, latest))
         self._compare(seen)
         return self._done(seen, _LOGITS)
 
     def of_first(
-        self, count: int, tokens: Sequence[int], positions: Sequence[int], received: Sequence[Tensor] = ()
+        self,
+        count: int,
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        received: Sequence[Tensor] = (),
+        *,
+        latest: int = 0,
     ) -> Any:
         """As a run of the first `count` sequences has it: logits [count, 1, V/n], or what the stage hands on."""
-        made = self(tokens, positions, received=received)
+        made = self(tokens, positions, received=received, latest=latest)
         if not isinstance(made, tuple):
             return made[:count, None]
         return tuple(
@@ -188,26 +203,31 @@ class Decoder:
         positions: Sequence[int],
         *,
         also: Sequence[RowOptions] = (),
+        latest: int = 0,
     ) -> Begun:
         """One more token per sequence, and the choice of the next one for the first `rows`, under way.
 
-        All ranks along the vocabulary's axes ask alike. also: what ranks ask that have other rows, and run with this
-        one: a step is captured by all of them or by none.
+        All ranks along the vocabulary's axes ask alike. also, latest: what ranks ask that have other rows, and run with
+        this one, and their largest position: a step is captured by all of them or by none.
         """
         self._set(tokens, positions)
-        kind, latest = self._kind_for(self.rows.begin(rows, also)), max(positions)
+        kind, latest = self._kind_for(self.rows.begin(rows, also)), max(*positions, latest)
         self._compare(self._seen(latest))
         return self._begun(kind, latest)
 
-    def again(self, begun: Begun, *, keeps: bool = True) -> Begun:
-        """The next token of the same rows, behind a step that may not be over. keeps: whether its logits are wanted."""
+    def again(self, begun: Begun, *, keeps: bool = True, over: Sequence[int] = ()) -> Begun:
+        """The next token of the same rows, behind a step that may not be over. keeps: whether its logits are wanted;
+        over: rows that are nobody's from now on, and begin anew so as to stay within their tables.
+        """
         if keeps:
             begun.logits = begun.logits.clone()
+        if over:
+            self._inputs["position_ids"].index_fill_(0, on_device(over, self._device), 0)
         return self._begun(begun.kind, begun.latest + 1)
 
     def _begun(self, kind: Kind, latest: int) -> Begun:
         logits, said = self._done(self._seen(latest), ("choice", kind, True))
-        return Begun(_sent(said), logits, kind, latest)
+        return Begun(to_host(said), logits, kind, latest)
 
     def chain(
         self, rows: Sequence[RowOptions], tokens: Sequence[int], positions: Sequence[int], count: int
@@ -261,11 +281,8 @@ class Decoder:
 
     def _set(self, tokens: Sequence[int], positions: Sequence[int], active: Sequence[bool] = ()) -> None:
         self.cache.fixed_states.settle(self.cache.buffers)
-        device = self._inputs["input_ids"].device
         self._inputs["active"].copy_(torch.tensor(active or [True] * self.batch))
-        both = torch.tensor([tokens, positions])
-        if device.type == "cuda":
-            both = both.pin_memory().to(device, non_blocking=True)
+        both = on_device([tokens, positions], self._device)
         self._inputs["input_ids"].copy_(both[0, :, None])
         self._inputs["position_ids"].copy_(both[1, :, None])
 
@@ -297,12 +314,12 @@ class Decoder:
 
     @torch.no_grad()
     def _chosen(self, seen: int, kind: Kind, *, chained: bool) -> tuple[Tensor, Tensor]:
-        """One step and its choice; chained: as the input of the next."""
+        """One step and its choice, or all ranks' choices; chained: its own as the input of the next."""
         logits = self._run(seen)
         said = self.rows.choose(logits, kind)
         if chained:
             self.rows.advance(said, kind, self._inputs["input_ids"], self._inputs["position_ids"])
-        return logits, said
+        return logits, said if self._of_all is None else self._of_all(said[None])
 
     @torch.no_grad()
     def _turn(self, seen: int) -> None:
@@ -381,20 +398,3 @@ class Decoder:
                         warm_up()
                 torch.cuda.current_stream().wait_stream(side)
             return captured(lambda: run(seen), self._pool)
-
-
-def _sent(said: Tensor) -> Callable[[], Tensor]:
-    """Has it copied to the host; what waits for the copy."""
-    if said.device.type != "cuda":
-        copy = said.clone()
-        return lambda: copy
-    copy = torch.empty(said.shape, dtype=said.dtype, pin_memory=True)
-    copy.copy_(said, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-
-    def wait() -> Tensor:
-        event.synchronize()
-        return copy
-
-    return wait

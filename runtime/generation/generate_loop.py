@@ -13,7 +13,7 @@ Every rank does the same on the host and draws the same tokens, so nobody has to
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -92,6 +92,8 @@ class GenerateLoop:
         self._told_of_rule = False
         self._staged: StagedLoop | None = None
         """The latest task's, over stages."""
+        self._dealt_out: Generator[Step] | None = None
+        """The same where ranks have sequences of their own: its rows are theirs as long as it goes on."""
         self._turn = 0
         """Counts tasks: a stream that another task has overtaken must not go on."""
 
@@ -168,7 +170,8 @@ class GenerateLoop:
             self._batches = self._batch_loop(CacheSize(max_batch=max(rows, most), max_length=max(length, longest)))
         self._turn += 1
         turn = self._turn
-        for said in one_request(self._batches, request, given=given):
+        self._dealt_out = one_request(self._batches, request, given=given)
+        for said in self._dealt_out:
             yield said
             self._require(turn)
 
@@ -195,10 +198,13 @@ class GenerateLoop:
         return plain and (self._cuda_graph or self._compile)
 
     def _leave(self) -> None:
-        """Ends what a stream over stages has under way, if there is one: others would wait for it."""
+        """Ends what a stream has under way, if there is one: over stages others would wait for it."""
         staged, self._staged = self._staged, None
         if staged is not None:
             staged.leave()
+        dealt_out, self._dealt_out = self._dealt_out, None
+        if dealt_out is not None:
+            dealt_out.close()
 
     def reserve(self, size: CacheSize) -> Room:
         """A collective: sets the cache of all later tasks aside, of the same size on all ranks."""
@@ -318,7 +324,7 @@ class GenerateLoop:
 
     def abandon(self) -> None:
         """Before `release` where a rank has failed: what is under way comes to no end."""
-        self._staged = None
+        self._staged = self._dealt_out = None
 
     def release(self) -> None:
         """Gives back the cache and the captured steps; a stream that is under way cannot go on."""

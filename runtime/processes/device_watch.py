@@ -101,14 +101,16 @@ class DeviceWatch:
     def _watch(self) -> None:
         busy_since: float | None = None
         while not self._closed.wait(_POLL_S):
-            if self.cause() is None or self._is_idle():
+            if (cause := self.cause()) is None or self._is_idle():
                 busy_since = None
                 continue
-            busy_since = busy_since or time.monotonic()
-            if time.monotonic() - busy_since > _PATIENCE_S:
+            if busy_since is None:
+                busy_since = time.monotonic()
+                # at once: between hosts NCCL notices too, and ends the process without a name.
                 # standard error as Python has it may be locked by the thread that waits
-                text = f"RankLost: {self.cause()}\n  the device of rank {self._heartbeat.rank} waits for it\n"
+                text = f"RankLost: {cause}\n  the device of rank {self._heartbeat.rank} waits for it\n"
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+            if time.monotonic() - busy_since > _PATIENCE_S:
                 os._exit(1)
 
     def _is_idle(self) -> bool:

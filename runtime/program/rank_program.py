@@ -15,19 +15,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, fx
 
+from partitioner.errors import PlanError
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.mesh import Mesh
 from runtime.program.shards import StateShard, WeightShard, WeightSource
 
-__all__ = ["Bound", "Crossing", "Entry", "OwnRows", "RankProgram", "RunInput", "SharedHead", "Stage"]
+__all__ = ["Bound", "Crossing", "Entry", "OwnRows", "RankProgram", "RunInput", "SharedHead", "Stage", "require_entry"]
 
 Entry = Literal["text", "prefill", "decode"]
 """Whole texts at once; the tokens of prompts behind what is in the cache; one token per sequence."""
+
+
+def require_entry(entry: object) -> None:
+    """Raises `PlanError` where a name is that of no entry."""
+    if entry not in get_args(Entry):
+        raise PlanError(f"the entries of a program are {', '.join(get_args(Entry))}; got {entry!r}")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 
 from partitioner.analysis.cost.program_cost import program_cost
 from partitioner.errors import LayoutError
@@ -13,7 +14,7 @@ from partitioner.program import Program
 from partitioner.proof.layouts import check
 from runtime.ops.collectives import all_reduce
 from runtime.ops.rows import collect_rows, scatter_rows
-from tests.support import generated
+from tests.support import generated, layers
 from tests.support.partitioned import EXACT, compiled_for, error
 
 
@@ -74,6 +75,24 @@ def test_bytes_are_those_of_the_reductions_replaced(tp: int) -> None:
 
 def test_one_rank_is_left_as_it_is() -> None:
     assert not ops(compiled("llama", "tp=1,sequence-parallel").program)
+
+
+class ShapedAs(nn.Module):
+    """Normed over all that a token has, in a shape of its own; then in that of a value with a rank's own tokens."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.up, self.norm, self.out = nn.Linear(hidden, 9), nn.GroupNorm(1, 9), nn.Linear(9, hidden)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(x)
+        return self.out(self.norm(y.flatten(0, 1)).view_as(y))
+
+
+def test_what_takes_the_shape_of_another_has_the_same_tokens() -> None:
+    parts, difference = layers.partitioned(layers.layered_once(ShapedAs), 2, passes=["sequence-parallel"])
+    assert ops(parts.program)["scatter_rows"] > 0
+    assert difference < EXACT
 
 
 # -- negative controls -------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from partitioner import Parts, Plan
+from partitioner.capture import states_found_once
 from partitioner.compile.partition import compile_steps, trace, trace_piece, trace_step
 from partitioner.errors import CaptureError
 from partitioner.program import Program
@@ -58,6 +59,9 @@ def whole(name: str) -> Program | None:
 @functools.cache
 def compiled_in_pieces(name: str, tp: int) -> Parts[None]:
     """Prompts by pieces, further tokens by steps."""
+    with states_found_once():
+        traced(name)
+        pieces(name)
     return parts_of(*compile_steps(traced(name)[1], Plan(tp=tp), piece=lambda: pieces(name), whole=lambda: whole(name)))
 
 

@@ -20,12 +20,12 @@ from torch import fx
 from partitioner.analysis.labels.assign_owners import Atom, Owned, dealt_indices, divide, even_sizes, loads_of
 from partitioner.analysis.labels.block_borders import ScaleBlocks, members_of, members_of_runs
 from partitioner.analysis.labels.causes import Offence, earliest, offences_of, price_of_parts, why_everywhere
+from partitioner.analysis.labels.label_memory import LabelMemory
 from partitioner.analysis.labels.label_runs import runs_of
 from partitioner.analysis.labels.label_state import Collapse, Cut, Labels, Site
 from partitioner.analysis.labels.propagate_labels import LabelRun
 from partitioner.analysis.labels.repeated_blocks import Blocks
 from partitioner.analysis.labels.split_classes import split_classes
-from partitioner.analysis.rules.notation import Notation
 from partitioner.program.program import Program
 from partitioner.sharding.layout import Split
 from partitioner.sharding.split_class import SplitClass
@@ -76,7 +76,7 @@ class _Search:
         self.program, self.blocks, self.axis, self.keep_whole = program, blocks, axis, keep_whole
         self.together = {same: n for name, n in together.items() for same in blocks.same_nodes(name)}
         self.ranks = program.mesh.size(axis)
-        self.rules: dict[fx.Node, Notation] = {}
+        self.memory = LabelMemory()
         self.scales = ScaleBlocks(program, blocks)
         self.bytes: dict[str, int] = {}
         """Weights that some run could split, with their sizes: what keeping whole is measured against."""
@@ -84,7 +84,7 @@ class _Search:
 
     def labels(self, pinned: dict[str, str], partial: frozenset[str]) -> Labels:
         run = LabelRun(
-            self.program, self.ranks, pinned=pinned.keys(), partial=partial, together=self.together, rules=self.rules
+            self.program, self.ranks, pinned=pinned.keys(), partial=partial, together=self.together, memory=self.memory
         )
         for step in self.blocks.steps():
             if isinstance(step, fx.Node):
@@ -286,7 +286,7 @@ class _Cost:
         self.lattice = labels.lattice
         self._bytes: list[float] = []
         """By label."""
-        for (name, dim), _ in sorted(labels.bases.items(), key=lambda item: item[1]):
+        for (name, dim), _ in sorted(labels.numbers.bases.items(), key=lambda item: item[1]):
             weight = program.weights[name]
             self._bytes += [weight.bytes / max(weight.shape[dim], 1)] * weight.shape[dim]
         self._groups: dict[int, float] = {}

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from partitioner.analysis.labels.index_sets import Lattice
 
-__all__ = ["Collapse", "Cut", "Labels", "Site", "WeightSlice", "WeightState"]
+__all__ = ["Collapse", "Cut", "Labels", "Numbers", "Site", "WeightSlice", "WeightState"]
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,28 @@ class Cut:
 
 
 @dataclass
+class Numbers:
+    """The numbers of the labels: those of one dim of a weight follow each other."""
+
+    bases: dict[tuple[str, int], int] = field(default_factory=dict)
+    count: int = 0
+    weights_of_label: dict[int, frozenset[str]] = field(default_factory=dict)
+    """Of groups, as far as they were asked for."""
+
+    def base(self, weight: str, dim: int, size: int) -> int:
+        if (weight, dim) not in self.bases:
+            self.bases[weight, dim] = self.count
+            self.count += size
+        return self.bases[weight, dim]
+
+
+@dataclass
 class Labels:
-    """The result of one run."""
+    """The result of one run, or of a part of one."""
 
     lattice: Lattice
+    numbers: Numbers = field(default_factory=Numbers)
+    """Of all labels, those of other runs among them."""
     sites: list[Site] = field(default_factory=list)
     collapses: list[Collapse] = field(default_factory=list)
     starts: dict[str, fx.Node] = field(default_factory=dict)
@@ -79,17 +97,28 @@ class Labels:
     unsplit: dict[str, str] = field(default_factory=dict)
     """Weights that could start no labels, with the reason."""
     bases: dict[tuple[str, int], int] = field(default_factory=dict)
-    count: int = 0
+    """The first label of each dim of a weight that has labels in this run."""
     cuts: dict[str, Cut] = field(default_factory=dict)
     """Of weights that are quantised in blocks, once their indices are dealt out."""
-    _weights_of_label: dict[int, frozenset[str]] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        """The labels that have a number: groups have larger ones."""
+        return self.numbers.count
 
     def base(self, weight: str, dim: int, size: int) -> int:
         """First label of the weight's dim; its index i has label base + i."""
-        if (weight, dim) not in self.bases:
-            self.bases[weight, dim] = self.count
-            self.count += size
-        return self.bases[weight, dim]
+        return self.bases.setdefault((weight, dim), self.numbers.base(weight, dim, size))
+
+    def add(self, later: Labels) -> None:
+        """What the run has found behind this."""
+        self.sites += later.sites
+        self.collapses += later.collapses
+        for name, node in later.starts.items():
+            self.starts.setdefault(name, node)
+        for name, why in later.unsplit.items():
+            self.unsplit.setdefault(name, why)
+        self.bases |= later.bases
 
     def joined(self, ids: Iterable[int]) -> frozenset[int]:
         """The labels in these sets, groups expanded."""
@@ -101,7 +130,7 @@ class Labels:
 
     def weights_of(self, ids: Iterable[int]) -> frozenset[str]:
         """The weights whose indices are in these sets."""
-        starts = sorted((base, name) for (name, _), base in self.bases.items())
+        starts = sorted((base, name) for (name, _), base in self.numbers.bases.items())
         firsts = [base for base, _ in starts]
         found: set[str] = set()
         ends = 0  # labels of one weight follow each other: one look-up for all of them
@@ -113,8 +142,9 @@ class Labels:
                 ends = firsts[place] if place < len(firsts) else self.count
                 found.add(starts[place - 1][1])
                 continue
-            if label not in self._weights_of_label:
+            known = self.numbers.weights_of_label
+            if label not in known:
                 names = {starts[bisect_right(firsts, member) - 1][1] for member in self.lattice.members(label)}
-                self._weights_of_label[label] = frozenset(names)
-            found |= self._weights_of_label[label]
+                known[label] = frozenset(names)
+            found |= known[label]
         return frozenset(found)

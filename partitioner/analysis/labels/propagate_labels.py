@@ -18,9 +18,9 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from partitioner.analysis.labels.index_sets import Ids, Lattice, compact, expanded
+from partitioner.analysis.labels.index_sets import Ids, compact, expanded
+from partitioner.analysis.labels.label_memory import LabelMemory
 from partitioner.analysis.labels.label_state import Collapse, Labels, Site, WeightSlice, WeightState
-from partitioner.analysis.rules import notation
 from partitioner.analysis.rules.data_movement import is_move, run_move
 from partitioner.analysis.rules.notation import Letters, Notation, Operand
 from partitioner.errors import PlanError
@@ -40,7 +40,7 @@ class LabelRun:
 
     pinned: weights that stay whole. partial: names of linear reductions that are carried out as partial sums.
     together: names of nodes whose innermost labelled dim (1), or all of whose dims (2), must stay on one rank.
-    rules: notations found by earlier runs, added to.
+    memory: of earlier runs, which may differ in `pinned` and in `partial` only.
     """
 
     def __init__(
@@ -51,21 +51,30 @@ class LabelRun:
         pinned: Set[str],
         partial: Set[str],
         together: Mapping[str, int],
-        rules: dict[fx.Node, Notation],
+        memory: LabelMemory,
     ) -> None:
         self.program, self.ranks, self.pinned, self.partial, self.together = program, ranks, pinned, partial, together
         self.ones: dict[sympy.Symbol, int] = dict.fromkeys(program.symbols.values(), 1)
         self.states: dict[fx.Node, Any] = {}
-        self.rules = rules
-        self.labels = Labels(Lattice())
+        self.memory, self.labels = memory, memory.labels()
         self.sequence = program.symbols.get("sequence")
-        self._places: dict[tuple[int, ...], tuple[torch.Tensor, ...]] = {}
-        """By shape of a weight, for each dim the index along it of each element."""
 
     def run(self, nodes: list[fx.Node]) -> Labels:
         for node in nodes:
+            if node.op != "placeholder":
+                operands = tuple(self.states.get(n) for n in node.all_input_nodes)
+                self.states[node], found = self.memory.step(node, operands, self.pinned, self.partial, self._alone)
+                self.labels.add(found)
+        return self.labels
+
+    def _alone(self, node: fx.Node) -> tuple[Any, Labels]:
+        """The state of a node, and what is found at it."""
+        before, self.labels = self.labels, self.memory.labels()
+        try:
+            self.states[node] = None
             if node.op == "get_attr":
-                self.states[node] = self._whole_weight(str(node.target))
+                name = str(node.target)
+                self.states[node] = self.memory.whole_weight(name, self.program.weights[name].shape)
             elif node.op == "output":
                 for source in node.all_input_nodes:
                     self._output(source)
@@ -73,7 +82,9 @@ class LabelRun:
                 self.states[node] = self._move(node) if is_move(node) else self._compute(node)
                 if node.name in self.together:
                     self._keep_together(node)
-        return self.labels
+            return self.states[node], self.labels
+        finally:
+            self.labels = before
 
     def _keep_together(self, node: fx.Node) -> None:
         state = self.states[node]
@@ -85,17 +96,6 @@ class LabelRun:
                 why = f"{describe(node)}: a rank's part of it cannot be made from the rank's part of its input"
                 self.labels.collapses.append(Collapse(node, False, why, names))
             self.states[node] = merged and merged.each(lambda term: term.expand(state.shape))
-
-    def _whole_weight(self, name: str) -> WeightState:
-        shape = self.program.weights[name].shape
-        if shape not in self._places:  # weights of one shape have the same
-            indices = []
-            for dim, size in enumerate(shape):
-                view = [1] * len(shape)
-                view[dim] = size
-                indices.append(torch.arange(size).view(view).expand(shape))
-            self._places[shape] = tuple(indices)
-        return WeightState(name, self._places[shape])
 
     # -- moves ---------------------------------------------------------------------------------------------------------
 
@@ -191,9 +191,7 @@ class LabelRun:
     def _compute(self, node: fx.Node) -> Any:
         if all(self.states.get(n) is None for n in node.all_input_nodes):
             return None if isinstance(node.meta["val"], Value) else (None,) * len(node_values(node))
-        rule = self.rules.get(node)
-        if rule is None:
-            rule = self.rules[node] = notation(node)
+        rule = self.memory.rule(node)
         values = node_values(node)
         labelled = [o for o in rule.operands if isinstance(self.states.get(o.node), Ids)]
         weights = [o for o in rule.operands if isinstance(self.states.get(o.node), WeightState)]

@@ -10,6 +10,8 @@ not met is an error), and says where a collective is needed, which is what a pla
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -50,12 +52,11 @@ class Inference:
 
 def disjoint(split: Split) -> Split:
     """Every index on the first of the ranks that hold it."""
-    taken: set[int] = set()
+    taken = IndexSet(())
     owned = []
     for indices in split.owned:
-        mine = [i for i in indices.indices() if i not in taken]
-        taken.update(mine)
-        owned.append(IndexSet.of(mine))
+        owned.append(indices - taken)
+        taken |= indices
     return Split(split.axes, tuple(owned))
 
 
@@ -239,7 +240,7 @@ def _both(one: Split, other: Split, mesh: Mesh) -> Split | None:
 
 
 def _union(sets: tuple[IndexSet, ...]) -> IndexSet:
-    return IndexSet.of(i for indices in sets for i in indices.indices())
+    return functools.reduce(operator.or_, sets, IndexSet(()))
 
 
 def _dim_split(operand: Operand, letter: str | None, splits: dict[str, Dim]) -> Dim:

@@ -225,7 +225,19 @@ def _row_dims(program: Program, node: fx.Node, sources: list[fx.Node], layouts: 
                     if found is None:
                         return f"mixes dim {dim}, over which each rank has {rows} of its own, with others"
                     output[dims[0]] = found
+    if "dim" not in a and (other := a.get("other")) is not None:  # expand_as and its like: both have the same rows
+        for source, rows in ((s, rows) for s in sources for own in outputs[0].values() for rows in own.by_dim):
+            if _has_all(program, source, rows, layouts):
+                why = f"{source.name!r} has all rows, where each rank has {rows} of its own"
+                return f"takes the shape of {other.name!r}, and {why}"
     return outputs
+
+
+def _has_all(program: Program, source: fx.Node, rows: Rows, layouts: Layouts) -> bool:
+    """Whether a value that runs over what `rows` are of has those of all ranks."""
+    symbol = program.symbols.get(rows.kind)
+    held = [rows in dim.by_dim for dim in layout_of(layouts, source).dims if isinstance(dim, Rows)]
+    return any(symbol in _symbols(size) for size in source.meta["val"].shape) and not any(held)
 
 
 def _merged(before: Rows | None, rows: Rows) -> Rows | None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from partitioner.capture.inputs.probe import Probe, probe
 from partitioner.errors import CaptureError
 
-__all__ = ["Example", "choose_inputs"]
+__all__ = ["Example", "choose_inputs", "example_ids"]
 
 BATCH, LENGTH = 3, 37
 """Sizes of the example: primes that no model uses, so that no size equals one of the model's by accident."""
@@ -45,16 +45,8 @@ def choose_inputs(
 ) -> Example:
     """`indices`: the real values of the fake model's integer buffers."""
     accepted = inspect.signature(type(fake_model).forward).parameters
-    if "input_ids" not in accepted:
-        raise CaptureError(
-            f"cannot capture {type(fake_model).__name__}: its forward takes no input_ids; "
-            f"it takes {', '.join(accepted)}"
-        )
     shape = (BATCH, _length(fake_model) if length is None else length)
-    vocabulary = _vocabulary(fake_model)
-    # ids from the upper half: low ones are special (padding) in many models
-    ids = torch.arange(shape[0] * shape[1]).reshape(shape) % max(vocabulary // 2, 1) + vocabulary // 2
-    tensors, defaults = {"input_ids": ids}, {"input_ids": "required"}
+    tensors, defaults = {"input_ids": example_ids(fake_model, shape)}, {"input_ids": "required"}
     found = probe(fake_model, tensors, fake, indices)
     if "position_ids" in accepted:
         positions = torch.arange(shape[1]).expand(shape).contiguous()
@@ -71,10 +63,23 @@ def choose_inputs(
         if "token_type_ids" in accepted:
             with_types = {**tensors, "token_type_ids": torch.zeros(shape, dtype=torch.long)}
             typed = probe(fake_model, with_types, fake, indices)
-            # some want several types per token, and make them up by themselves
-            if typed.failure is None or found.failure is not None:
+            # some want several types per token, and make them up by themselves; or none are something else than zeros
+            if _does_the_same(found, typed):
                 tensors, defaults["token_type_ids"], found = with_types, "zeros", typed
     return Example(tensors, defaults, found)
+
+
+def example_ids(fake_model: PreTrainedModel, shape: tuple[int, int]) -> Tensor:
+    """Token indices [B, S]. Raises `CaptureError` where the model takes none, or does not tell which there are."""
+    accepted = inspect.signature(type(fake_model).forward).parameters
+    if "input_ids" not in accepted:
+        raise CaptureError(
+            f"cannot capture {type(fake_model).__name__}: its forward takes no input_ids; "
+            f"it takes {', '.join(accepted)}"
+        )
+    vocabulary = _vocabulary(fake_model)
+    # from the upper half: low ones are special (padding) in many models
+    return torch.arange(shape[0] * shape[1]).reshape(shape) % max(vocabulary // 2, 1) + vocabulary // 2
 
 
 def _length(fake_model: PreTrainedModel) -> int:
@@ -108,6 +113,13 @@ def _same_lookups(one: Probe, other: Probe) -> bool:
         return torch.equal(a, b)
 
     return len(one.lookups) == len(other.lookups) and all(map(same, one.lookups, other.lookups))
+
+
+def _does_the_same(found: Probe, given: Probe) -> bool:
+    """Whether a run that was given more did what the one before it did by itself, as far as that one went."""
+    if found.failure is not None and given.failure is None:
+        return True
+    return (given.failure is None or found.failure is not None) and _same_lookups(found, given)
 
 
 def _sees_the_whole_text(fake_model: PreTrainedModel, found: Probe) -> bool:

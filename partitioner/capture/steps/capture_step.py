@@ -16,7 +16,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from partitioner.capture.capture import describe_weights, ends_of, generation_of, limits_of
-from partitioner.capture.inputs.graph_inputs import BATCH, LENGTH, choose_inputs
+from partitioner.capture.inputs.graph_inputs import BATCH, LENGTH, choose_inputs, example_ids
 from partitioner.capture.inputs.probe import Probe, probe
 from partitioner.capture.inputs.rope import fix_rope
 from partitioner.capture.layers.share_layers import SharedLayers
@@ -60,7 +61,7 @@ from partitioner.program.progress import timed
 from partitioner.sharding.layout import REPLICATED
 from partitioner.sharding.mesh import Mesh
 
-__all__ = ["capture_piece", "capture_step"]
+__all__ = ["capture_piece", "capture_step", "states_found_once"]
 
 SLOTS = 211
 """Slots in the example: a prime, and more than tokens, so that there are some before them."""
@@ -79,7 +80,37 @@ def capture_piece(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None 
     return _capture(model, mesh=mesh, max_length=max_length, several=True)
 
 
-def _capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None, several: bool) -> Program:
+@dataclass(frozen=True)
+class _Stepped:
+    """A fake model whose steps are traced, and what it remembers. longest: what its rotary embeddings are fixed for."""
+
+    fake: FakeTensorMode
+    model: PreTrainedModel
+    known: ModelWeights
+    notes: list[str]
+    longest: int | None
+    kept: _Kept
+
+
+_Made = dict[tuple[int, int | None], tuple[PreTrainedModel, _Stepped]]
+_made: ContextVar[_Made | None] = ContextVar("_made", default=None)
+"""By the identity of the model, which is kept with it, and by what else it is made from."""
+
+
+@contextlib.contextmanager
+def states_found_once() -> Iterator[None]:
+    """Within, what a model remembers is found once for its steps and its pieces. It must not be changed meanwhile."""
+    token = _made.set({})
+    try:
+        yield
+    finally:
+        _made.reset(token)
+
+
+def _stepped(model: PreTrainedModel, max_length: int | None) -> _Stepped:
+    made = _made.get()
+    if made is not None and (id(model), max_length) in made:
+        return made[id(model), max_length][1]
     fake = FakeTensorMode()
     fake_model = make_fake_model(model, fake)
     known = ModelWeights(model)
@@ -87,8 +118,16 @@ def _capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None, seve
     _require_counting_from_zero(fake_model, fake, known)
     for config in configs(fake_model):
         config.use_cache = True
-    kept = _find_kept(fake_model, fake, known)
-    states = kept.states
+    found = _Stepped(fake, fake_model, known, notes, longest, _find_kept(fake_model, fake, known))
+    if made is not None and found.kept.by_layer:  # elsewhere, a trace may leave something of its own
+        made[id(model), max_length] = model, found
+    return found
+
+
+def _capture(model: PreTrainedModel, *, mesh: Mesh, max_length: int | None, several: bool) -> Program:
+    stepped = _stepped(model, max_length)
+    fake, fake_model, known, kept = stepped.fake, stepped.model, stepped.known, stepped.kept
+    notes, longest, states = list(stepped.notes), stepped.longest, list(kept.states)
     recurrent = any(not state.per_token for state in states)
     single = recurrent and not several
     length = 1 if single else LENGTH
@@ -262,9 +301,8 @@ def _require_counting_from_zero(fake_model: PreTrainedModel, fake: FakeTensorMod
 
 def _example(fake_model: PreTrainedModel, length: int, *, positions: bool = False) -> dict[str, Tensor]:
     accepted = _accepted(fake_model)
-    vocabulary = fake_model.get_input_embeddings().weight.shape[0]
     shape = (BATCH, length)
-    found = {"input_ids": torch.arange(BATCH * length).reshape(shape) % max(vocabulary // 2, 1) + vocabulary // 2}
+    found = {"input_ids": example_ids(fake_model, shape)}
     if positions or "position_ids" in accepted:
         found["position_ids"] = torch.arange(SLOTS - length, SLOTS).expand(shape).contiguous()
     found["slots"] = torch.arange(SLOTS)

@@ -202,8 +202,8 @@ def run_export(
         )
 
 
-_SHORT = 3
-"""A length that every model takes."""
+_SHORT = 5
+"""A length that models take; not as many as the example has texts, which a model may take for a number of choices."""
 
 
 def _works_static(fake_model: PreTrainedModel, example: Mapping[str, Tensor], kinds: list[MaskKind | None]) -> bool:

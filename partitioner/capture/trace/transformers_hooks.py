@@ -165,6 +165,8 @@ def _direct(
         return None
     if not enable_gqa and key.shape[1] not in (1, query.shape[1]):  # one for all heads is broadcast
         return None
+    if _why_no_attention(query, key, value):
+        return None  # which torch says
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     out: Tensor = ATTENTION(query, key, value, _additive(attn_mask, query), None, None, scale, bool(is_causal), None)
     return out
@@ -202,6 +204,8 @@ def _attention(
             )
     if dropout:
         raise CaptureError(f"cannot capture the attention of {type(module).__name__}: dropout {dropout} in evaluation")
+    if why := _why_no_attention(query, key, value):
+        raise CaptureError(f"cannot capture the attention of {type(module).__name__}: {why}; see its configuration")
     attention_mask = _additive(attention_mask, query)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     # the model's mask is all there is to know, except where the model leaves causality to the implementation
@@ -213,6 +217,17 @@ def _attention(
     sinks = s_aux if sinks is None else sinks
     out = ATTENTION(query, key, value, attention_mask, position_bias, sinks, scale, causal, softcap)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _why_no_attention(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """Why these are not queries of keys and values; "" where they are. The op has a shape for all, and no kernel."""
+    heads, kv_heads = query.shape[1], (key.shape[1], value.shape[1])
+    if any(heads % each for each in kv_heads):
+        found = " and ".join(map(str, sorted(set(kv_heads))))
+        return f"required are query heads that are a multiple of those of keys and values; it has {heads} and {found}"
+    if query.shape[-1] != key.shape[-1]:
+        return f"required are keys as wide as queries; they have {key.shape[-1]} and {query.shape[-1]} numbers per head"
+    return ""
 
 
 def _matters(module: nn.Module, name: str) -> bool:

@@ -27,11 +27,13 @@ from partitioner.program.pause_collector import collector_paused
 from partitioner.program.program import Program, Value
 from partitioner.program.progress import timed
 from partitioner.sharding.mesh import Mesh
+from runtime.program.host_default import host_default
 
 __all__ = ["trace", "trace_piece", "trace_step"]
 
 
 @collector_paused()
+@host_default
 def trace(model: PreTrainedModel, *, max_length: int | None = None, fixed_length: int | None = None) -> Program:
     """The model as one canonical program, before any pass; it can be compiled for several plans."""
     if not isinstance(model, PreTrainedModel):
@@ -95,6 +97,7 @@ def _within(wrapper: object) -> str:
 
 
 @collector_paused()
+@host_default
 def trace_step(model: PreTrainedModel, *, max_length: int | None = None) -> Program:
     """The model as one program that takes some tokens at a time, with what it remembers of those before as states."""
     with timed("trace with a cache"):
@@ -105,6 +108,7 @@ def trace_step(model: PreTrainedModel, *, max_length: int | None = None) -> Prog
 
 
 @collector_paused()
+@host_default
 def trace_piece(model: PreTrainedModel, *, max_length: int | None = None) -> Program:
     """The same for several tokens at a time, of a model that remembers a state per sequence."""
     traced = capture_piece(model, mesh=Mesh.of(), max_length=max_length)

@@ -200,12 +200,14 @@ class _Engine:
         beside = self.running if rule.mixed else 0
         enough, room = rule.budget - beside, (rule.most or rule.budget) - beside
         free = self.slots - self.running - len(self.begun)
+        left = sum(each.left for each in self.begun)
         while self.waiting and free > 0 and self.waiting[0].arrival <= made_up:
             if not self._enough(made_up):
                 break
             self.begun.append(self.waiting.popleft())
             free -= 1
-            if sum(each.left for each in self.begun) >= enough:
+            left += self.begun[-1].left
+            if left >= enough:
                 break
         taken, finished = 0, []
         while self.begun:

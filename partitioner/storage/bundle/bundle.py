@@ -33,7 +33,8 @@ from partitioner.storage.bundle.held_slices import HeldSlice, held_by
 from partitioner.storage.checkpoint.quantized_tensors import checkpoint_files
 from partitioner.storage.recognise import MANIFEST
 from runtime.program.bundle_errors import attribute_errors
-from runtime.program.rank_program import Entry, RankProgram
+from runtime.program.host_default import host_default
+from runtime.program.rank_program import Entry, RankProgram, require_entry
 from runtime.weights.read_shards import Reader
 from runtime.weights.safetensors_files import TensorFiles
 
@@ -107,7 +108,9 @@ class Bundle(Ranks):
         """What was split, what was not and why, as it was when the bundle was written."""
         return CONTROL.sub("?", self.read("report.txt").decode(errors="replace")).rstrip("\n")
 
+    @host_default
     def entry(self, entry: Entry, rank: int) -> RankProgram:
+        require_entry(entry)
         programs = self._rank(rank)
         if entry not in programs:
             raise PlanError(self.manifest.refused or f"the bundle {self.folder.path} has no program for generation")
@@ -162,6 +165,7 @@ class Bundle(Ranks):
                     path.write_bytes(self.read(name))
             yield Path(own)
 
+    @host_default
     def verify(self) -> None:
         """Reads every file of the bundle, and checks it."""
         self.folder.require_only({MANIFEST, DIGEST, *self.manifest.files})

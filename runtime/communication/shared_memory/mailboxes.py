@@ -104,7 +104,7 @@ class Mailboxes:
 
     def receive(self, call: Call, *, from_: int) -> Callable[[Sequence[int], torch.dtype], Handle]:
         def begin(shape: Sequence[int], dtype: torch.dtype) -> Handle:
-            return self._receive_whole(call, "send", from_, torch.empty(tuple(shape), dtype=dtype))
+            return self._receive_whole(call, "send", from_, torch.empty(tuple(shape), dtype=dtype, device="cpu"))
 
         return begin
 
@@ -116,7 +116,9 @@ class Mailboxes:
 
         def begin(x: Tensor) -> Handle:
             self._send_whole(call, "permute", to, x)
-            return self._receive_whole(call, "permute", from_, torch.empty(x.shape, dtype=x.dtype))
+            return self._receive_whole(
+                call, "permute", from_, torch.empty_like(x, memory_format=torch.contiguous_format)
+            )
 
         return begin
 
@@ -181,7 +183,9 @@ class Mailboxes:
                     self._send(call, self._given(kind, to, place, (rows, length * inner, stride)))
                 place += length * inner
             mine = x.narrow(at, sum(lengths[:own]), lengths[own])
-            pieces = [mine if c == own else torch.empty(mine.shape, dtype=x.dtype) for c in range(num_ranks)]
+            pieces = [
+                mine if c == own else torch.empty(mine.shape, dtype=x.dtype, device=x.device) for c in range(num_ranks)
+            ]
             size = (1, mine.numel() * x.element_size(), mine.numel() * x.element_size())
             others = [(c, piece) for c, piece in enumerate(pieces) if c != own]
             for one in [self._expect(call, kind, c, piece.data_ptr(), size, piece) for c, piece in others]:

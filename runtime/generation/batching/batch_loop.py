@@ -16,6 +16,7 @@ All ranks of a replica are told the same in the same order, and so do the same: 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from runtime.generation.batching.work import Counts, Work
 from runtime.generation.generation_request import GenerationRequest
 from runtime.generation.steps import Loaded, Steps
 from runtime.kv_cache.cache_size import CacheSize, Room
+from runtime.program.host_default import host_default
 from runtime.sampling.grammar import Grammars
 
 __all__ = ["BatchLoop", "Told"]
@@ -92,6 +94,8 @@ class BatchLoop:
         self._decoding = {"compile": compile, "cuda_graph": cuda_graph}
         self._chooser = RowChooser(self.program, communicator, device, profiler)
         self._grammars = None if vocabulary is None else Grammars(vocabulary)
+        self.numbers = itertools.count()
+        """For sequences that nobody has numbered."""
         self._asked: dict[int, Asked] = {}
         self._refused: list[Told] = []
         """Those for which a cache that was set aside later has no room."""
@@ -101,6 +105,7 @@ class BatchLoop:
         """None until the cache is set aside."""
         self.in_steps: ChosenSteps | None = None
 
+    @host_default
     def reserve(self, size: CacheSize) -> Room:
         """A collective: sets another cache aside. Sequences that are under way run their tokens again in it."""
         self._wanted = size
@@ -117,9 +122,11 @@ class BatchLoop:
             del self._asked[each.number]
         return self._places.room
 
+    @host_default
     def add(self, number: int, request: GenerationRequest, *, given: Sequence[int] | None = None) -> None:
-        """Every rank alike; the first is a collective. Raises InputError where it cannot be served. given: as `Asked`
-        has it.
+        """Every rank alike; the first is a collective. Raises InputError where it cannot be served.
+
+        number: no other's before. given: as `Asked` has it.
         """
         if self._places is None:
             self._set_aside()
@@ -134,20 +141,30 @@ class BatchLoop:
         if self._asked.pop(number, None) is not None:
             self.scheduler.cancel(number)
 
+    @host_default
     def step(self) -> list[Told]:
         """One step, over stages one slot of their ring; nothing where there is nothing to do. Every rank alike."""
         if self._places is None:
             return []
         refused, self._refused = self._refused, []
         turn, self._turn = self._turn, (self._turn + 1) % self.scheduler.limits.groups
-        if isinstance(self.scheduler, DealtScheduler):
-            works = self.scheduler.next_of_all(turn)
-            return [*refused, *(told for done in self._own.advance(works) for told in self._learn(*done))]
-        run = None if self.in_steps is None else self.in_steps.under_way
-        if run is None and (work := self.scheduler.next(turn)) is not None:
-            run = self._places.run_of(work, self.scheduler.last_of)
+        return [*refused, *(told for done in self._advance(turn) for told in self._learn(*done))]
+
+    def _advance(self, turn: int) -> Sequence[tuple[Work, dict[int, Choice]]]:
+        """What has come of a step: of each rank's sequences where ranks have their own."""
+        steps, scheduler = self.in_steps, self.scheduler
+        run = under_way = None if steps is None else steps.under_way
+        if run is None:
+            works = scheduler.next_of_all(turn) if isinstance(scheduler, DealtScheduler) else [scheduler.next(turn)]
+            run = self._run_of(works) if any(works) else None
+        if steps is not None and run is not None:
+            goes_on = self.chooses_in_step(run)
+            if goes_on or under_way is not None:
+                return steps.advance(run, goes_on=goes_on)
+        if isinstance(scheduler, DealtScheduler):
+            return self._own.advance(run)
         done = self._runner.advance(run)
-        return refused if done is None else refused + self._learn(*done)
+        return () if done is None else (done,)
 
     def status(self) -> dict[str, Any]:
         """As `runtime.launching.status.ReplicaStatus` has it."""
@@ -220,12 +237,6 @@ class BatchLoop:
             DealtScheduler(limits, self._parts, self._counts) if self._parts > 1 else Scheduler(limits, self._counts)
         )
         self._turn = 0
-        if isinstance(places, InBlocks):
-            scheduler = self.scheduler if isinstance(self.scheduler, Scheduler) else None
-            self.in_steps = ChosenSteps(
-                places, self._steps, scheduler, self._chooser, self._asked,
-                few_sizes=self._decoding["compile"],
-            )  # fmt: skip
         self._runner: _Runner = _OneStage(self)
         if program.stage is not None:
             assert self._decode_by.program.stage is not None
@@ -242,7 +253,10 @@ class BatchLoop:
                 sizes=lambda run: self._steps.sizes(run.piece, least=run.least),
                 head=self.head if self._steps.shares_head else None,
             )
-        if isinstance(self.scheduler, DealtScheduler):
+        if isinstance(self.scheduler, Scheduler):
+            schedulers, own, tell = [self.scheduler], 0, None
+        else:
+            schedulers, own = self.scheduler.each, program.coordinates[program.batch_axes[0]]
             self._own = OwnBatches(
                 program,
                 self._decode_by.program,
@@ -251,10 +265,25 @@ class BatchLoop:
                 self._profiler,
                 places,
                 run=self._runner.advance,
-                last=self.scheduler.each[program.coordinates[program.batch_axes[0]]].last_of,
+                last=schedulers[own].last_of,
                 sampled=self.sampled,
                 named=self._named,
             )
+            tell = self._own.tell
+        if isinstance(places, InBlocks) and program.stage is None:
+            self.in_steps = ChosenSteps(
+                places, self._steps, schedulers, self._chooser, self._asked,
+                own=own, tell=tell, few_sizes=self._decoding["compile"],
+            )  # fmt: skip
+
+    def _run_of(self, works: Sequence[Work | None]) -> Run:
+        """What this rank runs of a step; works: of each rank that has sequences of its own, or of the one there is."""
+        if isinstance(self.scheduler, DealtScheduler):
+            return self._own.run_of(works)
+        (work,) = works
+        assert self._places is not None
+        assert work is not None
+        return self._places.run_of(work, self.scheduler.last_of)
 
     def run(self, run: Run, received: Any = ()) -> Any:
         """The rank's programs on the tokens of a step: logits [n, 1, V/r], or what its stage hands on."""
@@ -272,8 +301,7 @@ class BatchLoop:
         that come and go.
         """
         places, captured = self._places, self._decoding["cuda_graph"] and self._from_fixed_memory
-        alone = isinstance(self.scheduler, Scheduler) and self.program.stage is None
-        if not (captured and alone and isinstance(places, InBlocks)):
+        if not (captured and self.program.stage is None and isinstance(places, InBlocks)):
             return
         sizes = places.sizes(few_sizes=self._decoding["compile"])
         with torch.no_grad():
@@ -363,7 +391,7 @@ class BatchLoop:
 
 
 class _OneStage:
-    """A step runs and is chosen from at once."""
+    """A step runs, and its tokens are chosen behind it."""
 
     def __init__(self, loop: BatchLoop) -> None:
         self._loop = loop
@@ -371,6 +399,4 @@ class _OneStage:
     def advance(self, run: Run | None) -> tuple[Work, dict[int, Choice]] | None:
         if run is None:
             return None
-        if self._loop.in_steps is not None and self._loop.chooses_in_step(run):
-            return self._loop.in_steps.advance(run)
         return run.work, self._loop.choose(run, self._loop.run(run))

@@ -9,6 +9,7 @@ together; where a row's logits are not finite, each row is asked for alone, so t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -26,7 +27,7 @@ from runtime.sampling.sampler import Sampler
 from runtime.sampling.sampling_options import Sampling
 from runtime.sampling.token_edits import TokenEdits
 
-__all__ = ["Asked", "Choice", "RowChooser"]
+__all__ = ["Asked", "Choice", "RowChooser", "numbers_of"]
 
 _MOST_SAMPLERS = 256
 
@@ -40,6 +41,17 @@ class Choice:
     top: tuple[tuple[int, float], ...] | None = None
     """Where asked for: this token and the most probable ones, with their log-probabilities by the model alone."""
     error: InputError | SamplingError | None = None
+
+
+def numbers_of(choice: Choice | None, named: int) -> list[float]:
+    """As ranks tell each other: the token, its log-probability, then `named` pairs of the most probable ones; nan where
+    there is none.
+    """
+    if choice is None:
+        return [math.nan] * (2 + 2 * named)
+    pairs = [value for pair in choice.top or () for value in pair]
+    rest = [math.nan] * (2 * named - len(pairs))
+    return [choice.token, math.nan if choice.logprob is None else choice.logprob, *pairs, *rest]
 
 
 class Asked:

@@ -7,7 +7,7 @@ Where ranks of dp have sequences of their own, a request is so dealt to them, ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from runtime.generation.batching.batch_loop import BatchLoop, Told
 from runtime.generation.generation_request import GenerationRequest, Step
@@ -17,31 +17,33 @@ __all__ = ["one_request"]
 
 def one_request(
     loop: BatchLoop, request: GenerationRequest, *, given: Sequence[Sequence[int]] | None = None
-) -> Iterator[Step]:
+) -> Generator[Step]:
     """On all ranks of a world alike. Raises what one of the rows meets; the others are given up with it.
 
     given: by row, a text whose tokens are taken in the place of chosen ones.
     """
     rows = range(len(request.prompts))
-    told: list[list[Told]] = [[] for _ in rows]
+    # a step of the request before may still be under way, and is about rows of these numbers
+    number_of = [next(loop.numbers) for _ in rows]
+    told: dict[int, list[Told]] = {number: [] for number in number_of}
     try:
         # those with the most to do first: each goes to the rank that has least to do (Graham, 1969)
         for row in sorted(rows, key=lambda row: (-len(request.prompts[row]), row)):
-            loop.add(row, request.of_rows([row]), given=None if given is None else given[row])
-        step = 0
-        while any(not each or not each[-1].is_over for each in told) or any(len(each) > step for each in told):
-            while any(len(each) <= step and not (each and each[-1].is_over) for each in told):
+            loop.add(number_of[row], request.of_rows([row]), given=None if given is None else given[row])
+        step, each = 0, list(told.values())
+        while any(not some or not some[-1].is_over for some in each) or any(len(some) > step for some in each):
+            while any(len(some) <= step and not (some and some[-1].is_over) for some in each):
                 for one in loop.step():
                     if one.error is not None:
                         raise one.error
                     told[one.number].append(one)
-            if all(len(each) <= step for each in told):
+            if all(len(some) <= step for some in each):
                 return
-            yield _step([each[step] if len(each) > step else None for each in told], scored=request.settings.logprobs)
+            yield _step([some[step] if len(some) > step else None for some in each], scored=request.settings.logprobs)
             step += 1
     finally:
-        for row in rows:
-            loop.cancel(row)
+        for number in number_of:
+            loop.cancel(number)
 
 
 def _step(told: list[Told | None], *, scored: bool) -> Step:

@@ -19,14 +19,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from partitioner.errors import InputError, SamplingError
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
-from runtime.generation.batching.choose_rows import Choice
+from runtime.generation.batching.choose_rows import Choice, numbers_of
 from runtime.generation.batching.places import Places, Run
 from runtime.generation.batching.scheduler import Scheduler, next_alike
 from runtime.generation.batching.work import Counts, Limits, Work
@@ -126,57 +125,53 @@ class OwnBatches:
         self._places = places
         self._run, self._last, self._sampled, self._named = run, last, sampled, named
         stages = 1 if prefill.stage is None else prefill.stage.count
-        self._passing: deque[list[Work | None]] = deque([[]] * stages, maxlen=stages)
+        self._passing: deque[tuple[Work | None, ...]] = deque([()] * stages, maxlen=stages)
         """By stage: what all ranks run there; nothing where none has anything."""
         self._all = profiler.watched_transfers(communicator.channel(axis, node="tokens"))
         self._told: set[tuple[int, int]] = set()
 
-    def advance(self, works: Sequence[Work | None]) -> list[tuple[Work, dict[int, Choice]]]:
-        """Begins a step of all ranks; what has come of the one that has been done, rank by rank."""
+    def run_of(self, works: Sequence[Work | None]) -> Run:
+        """What this rank runs of a step; works: what each rank runs, of which some run something."""
         decode = all(work is None or work.decode for work in works)
-        begun = [None if work is None else replace(work, decode=decode) for work in works] if any(works) else []
-        self._passing.appendleft(begun)
-        done = self._run(self._own(begun, decode) if begun else None)
-        return self._tell(self._passing[-1], {} if done is None else done[1]) if self._passing[-1] else []
-
-    def _own(self, works: Sequence[Work | None], decode: bool) -> Run:
-        """What this rank runs of a step."""
+        works = [work if work is None or work.decode == decode else replace(work, decode=decode) for work in works]
         mine = works[self._index] or Work((), decode, self._index)
         counts = [0 if work is None else self._places.rows_of(work) for work in works]
         sizes = [1 if work is None else max(len(turn.tokens) for turn in work.turns) for work in works]
         alike = self._alike[decode]
         run = self._places.run_of(mine, self._last, count=max(1, *counts) if alike else 1)
-        others = tuple(work for work in works if work is not None)
-        return replace(run, least=max(sizes) if alike else 1, like=(*counts, *sizes), others=others)
+        return replace(run, least=max(sizes) if alike else 1, like=(*counts, *sizes), others=tuple(works))
 
-    def _tell(self, works: Sequence[Work | None], choices: dict[int, Choice]) -> list[tuple[Work, dict[int, Choice]]]:
-        """What all ranks have chosen, told in one meeting."""
+    def advance(self, run: Run | None) -> list[tuple[Work, dict[int, Choice]]]:
+        """Begins a step of all ranks, or none; what has come of the one that has been done, rank by rank."""
+        self._passing.appendleft(() if run is None else run.others)
+        done = self._run(run)
+        works = self._passing[-1]
+        if not works:
+            return []
         numbers = [[] if work is None else self._sampled(work) for work in works]
-        asked = [self._named(number) for each in numbers for number in each]
+        told = self.tell(numbers, {} if done is None else done[1])
+        return [(work, choices) for work, choices in zip(works, told, strict=True) if work is not None]
+
+    def tell(self, numbers: Sequence[Sequence[int]], choices: Mapping[int, Choice]) -> list[dict[int, Choice]]:
+        """What has been chosen for the sequences of each rank, told in one meeting; choices: this rank's."""
         most = max(map(len, numbers))
+        if not most:
+            return [{} for _ in numbers]
+        asked = [self._named(number) for each in numbers for number in each]
         named = max((count + 1 for count in asked if count is not None), default=0)
-        everyone: list[Any] = [[] for _ in works]
-        if most:
-            mine = torch.full((most, 2 + 2 * named), math.nan, dtype=torch.float64)
-            for row, number in enumerate(numbers[self._index]):
-                mine[row] = torch.tensor(_numbers_of(choices[number], named), dtype=torch.float64)
-            self._communicator.begin_run(new_shapes=(most, named) not in self._told)
-            self._told.add((most, named))
-            everyone = self._all.all_gather(mine[None].to(self._device), dim=0).cpu().tolist()
-        found = []
-        for rank, (work, those, rows) in enumerate(zip(works, numbers, everyone, strict=True)):
-            if work is not None:
-                # a rank's own refusals say why
-                own = choices if rank == self._index else dict(zip(those, map(_choice, rows), strict=False))
-                found.append((work, own))
-        return found
-
-
-def _numbers_of(choice: Choice, named: int) -> list[float]:
-    """The token, its log-probability, then pairs of the most probable ones; nan where there is none."""
-    pairs = [value for pair in choice.top or () for value in pair]
-    rest = [math.nan] * (2 * named - len(pairs))
-    return [choice.token, math.nan if choice.logprob is None else choice.logprob, *pairs, *rest]
+        mine = [numbers_of(choices[number], named) for number in numbers[self._index]]
+        mine += [numbers_of(None, named)] * (most - len(mine))
+        self._communicator.begin_run(new_shapes=(most, named) not in self._told)
+        self._told.add((most, named))
+        own = torch.tensor([mine], dtype=torch.float64).to(self._device)
+        everyone = self._all.all_gather(own, dim=0).cpu().tolist()
+        return [
+            # a rank's own refusals say why
+            {number: choices[number] for number in those}
+            if rank == self._index
+            else dict(zip(those, map(_choice, rows), strict=False))
+            for rank, (those, rows) in enumerate(zip(numbers, everyone, strict=True))
+        ]
 
 
 def _choice(said: Sequence[float]) -> Choice:

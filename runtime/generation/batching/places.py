@@ -11,7 +11,7 @@ are copied from row to row: they take their memory again, and no work.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -60,7 +60,7 @@ class Run:
     """A step as the programs take it; at: which row of the piece each turn is.
 
     least: how many tokens each row is filled up to, if not more. like: as `Executable` has it. others: where ranks have
-    sequences of their own, what all of them run in this step.
+    sequences of their own, what each of them runs in this step, this one too; None: nothing.
     """
 
     work: Work
@@ -69,7 +69,21 @@ class Run:
     at: tuple[int, ...]
     least: int = 1
     like: Hashable = None
-    others: tuple[Work, ...] = ()
+    others: tuple[Work | None, ...] = ()
+
+    @property
+    def works(self) -> tuple[Work | None, ...]:
+        """Of each rank that has sequences of its own; of the one there is."""
+        return self.others or (self.work,)
+
+    def turns(self) -> Iterator[Turn]:
+        """Of all of these."""
+        return (turn for work in self.works if work is not None for turn in work.turns)
+
+    @property
+    def latest(self) -> int:
+        """The largest position at which one of these begins."""
+        return max(turn.start for turn in self.turns())
 
 
 class Places(Protocol):
@@ -135,8 +149,7 @@ class InBlocks:
 
     def run_of(self, work: Work, last: Callable[[int], tuple[int, int]], *, count: int = 0) -> Run:
         """Rows of nobody stand behind the others, and lie where nobody reads."""
-        # rows that are alike lie beside each other, so that attention takes them together
-        order = sorted(range(len(work.turns)), key=lambda at: _size(work.turns[at]))
+        order = _order(work)
         turns, missing = [work.turns[at] for at in order], max(0, count - len(work.turns))
         piece = Piece(
             [*(list(turn.tokens) for turn in turns), *([0] for _ in range(missing))],
@@ -152,6 +165,11 @@ class InBlocks:
         at = dict(zip(order, told, strict=False))
         return Run(work, piece, rows, tuple(at[turn] for turn in range(len(turns))))
 
+    def rows_at(self, work: Work) -> list[int]:
+        """Which row of a run of single tokens each turn is."""
+        order = _order(work)
+        return sorted(range(len(order)), key=order.__getitem__)
+
     def before(self, run: Run) -> None:
         """Nothing: a run says all that the cache has to know."""
 
@@ -161,7 +179,7 @@ class InBlocks:
         few_sizes: whether there is one for one row and one for all; otherwise one for each power of four.
         """
         decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
-        return decoder.of_first(len(run.piece.tokens), tokens, positions, received)
+        return decoder.of_first(len(run.piece.tokens), tokens, positions, received, latest=run.latest)
 
     def begin(
         self,
@@ -174,14 +192,18 @@ class InBlocks:
     ) -> tuple[Decoder, Begun]:
         """The same with the choice of each row in it, as `rows` ask; also: as `Decoder.begin` has it."""
         decoder, tokens, positions = self._decoder(steps, run, few_sizes=few_sizes)
-        return decoder, decoder.begin(rows, tokens, positions, also=also)
+        return decoder, decoder.begin(rows, tokens, positions, also=also, latest=run.latest)
 
-    def again(self, decoder: Decoder, begun: Begun, run: Run) -> Begun:
-        """The step behind one that may not be over; run: of the same rows, whose tokens nobody knows yet."""
+    def again(
+        self, decoder: Decoder, begun: Begun, turns: Sequence[Turn], at: Sequence[int], *, over: Sequence[int]
+    ) -> Begun:
+        """The step behind one that may not be over; at: which of its rows each turn is. over: rows that end with it."""
         assert isinstance(self.cache, PagedCache)
-        assert isinstance(run.rows, PagedRows)
-        self.cache.fix(run.rows, decoder.batch)
-        return decoder.again(begun)
+        tables: list[tuple[int, ...]] = [()] * decoder.batch
+        for row, turn in zip(at, turns, strict=True):
+            tables[row] = turn.table
+        self.cache.fix(PagedRows((), tuple(tables)), decoder.batch)
+        return decoder.again(begun, over=over)
 
     def sizes(self, *, few_sizes: bool) -> list[int]:
         """Rows of compiled and captured steps, in ascending order; few_sizes: one and all."""
@@ -347,5 +369,7 @@ def places_for(
     return InBlocks(program, paged, device, budget=paged.step, kept=kept, why_not_packed=why_not)
 
 
-def _size(turn: Turn) -> tuple[int, int]:
-    return len(turn.tokens), turn.start
+def _order(work: Work) -> list[int]:
+    """Turns in the order of their rows: those that are alike lie beside each other, for attention to take together."""
+    sizes = [(len(turn.tokens), turn.start) for turn in work.turns]
+    return sorted(range(len(sizes)), key=sizes.__getitem__)

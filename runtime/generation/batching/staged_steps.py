@@ -25,7 +25,7 @@ from partitioner.errors import SamplingError
 from runtime.communication.channels import Handle
 from runtime.communication.communicator import Communicator
 from runtime.execution.profile import Profiler
-from runtime.generation.batching.choose_rows import Choice
+from runtime.generation.batching.choose_rows import Choice, numbers_of
 from runtime.generation.batching.places import Run
 from runtime.generation.batching.work import Work
 from runtime.pipeline.links import Links
@@ -122,17 +122,12 @@ class StagedSteps:
             return self._choose(run, self._head(run, made))
         logits: Tensor | None = made
         most = max((count + 1 for number in numbers if (count := self._named(number)) is not None), default=0)
-        mine = torch.full((len(numbers), 2 + 2 * most), math.nan, dtype=torch.float64)
         choices = {} if logits is None else self._choose(run, logits)
-        for at, number in enumerate(numbers if choices else ()):
-            choice = choices[number]
-            mine[at, 0] = choice.token
-            mine[at, 1] = math.nan if choice.logprob is None else choice.logprob
-            for place, pair in enumerate(choice.top or ()):
-                mine[at, 2 + 2 * place : 4 + 2 * place] = torch.tensor(pair, dtype=torch.float64)
-        self._communicator.begin_run(new_shapes=mine.shape not in self._told)
-        self._told.add(mine.shape)
-        everyone = self._all.all_gather(mine[None].to(self._device), dim=0).cpu()
+        own = torch.tensor([[numbers_of(choices.get(number), most) for number in numbers]], dtype=torch.float64)
+        shape = own.shape[1:]
+        self._communicator.begin_run(new_shapes=shape not in self._told)
+        self._told.add(shape)
+        everyone = self._all.all_gather(own.to(self._device), dim=0).cpu()
         return choices or {
             number: _choice(int(token), logprob, None if self._named(number) is None else top)
             for number, (token, logprob, *top) in zip(numbers, everyone[-1].tolist(), strict=True)

@@ -19,10 +19,12 @@ from transformers import (
     LlamaForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
+    ViTConfig,
+    ViTModel,
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from partitioner import CaptureError, Plan, partition
+from partitioner import CaptureError, InputError, Plan, partition
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -45,6 +47,12 @@ def packed() -> PreTrainedModel:
     model = llama()
     model.lm_head = torch.ao.nn.quantized.dynamic.Linear(32, 64)
     return model
+
+
+def of_pictures() -> PreTrainedModel:
+    """Its embedding is of patches, and no table."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return ViTModel(ViTConfig(image_size=16, patch_size=8, **sizes)).eval()
 
 
 class Bare(PreTrainedModel):
@@ -75,8 +83,9 @@ class Bare(PreTrainedModel):
         (packed, r"lm_head is a torch.ao.*Linear, whose weights are packed.*before it was quantised"),
         (lambda: nn.DataParallel(llama()), r"cannot capture a DataParallel.*give that, its \.module"),
         (lambda: llama(LlamaForSequenceClassification), r"set model.config.pad_token_id, or pad_token_id in config"),
+        (of_pictures, r"its forward takes no input_ids; it takes self, pixel_values"),
     ],
-    ids=["tuple", "tensor", "nothing", "other names", "packed", "wrapped", "no padding token"],
+    ids=["tuple", "tensor", "nothing", "other names", "packed", "wrapped", "no padding token", "no tokens"],
 )
 def test_a_refusal_says_what_is_required(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(CaptureError, match=message):
@@ -113,6 +122,50 @@ def test_what_only_looks_so_is_captured(make: Callable[[], PreTrainedModel]) -> 
     with torch.no_grad():
         expected = model(input_ids=ids)[0]
     torch.testing.assert_close(partition(model, Plan(tp=2)).simulate(input_ids=ids), expected, rtol=1e-4, atol=1e-5)
+
+
+class Typed(Bare):
+    """Types of tokens change what it says. by_itself: where none are given it takes zeros."""
+
+    by_itself = False
+
+    def forward(self, input_ids: torch.Tensor, token_type_ids: torch.Tensor | None = None) -> CausalLMOutput:
+        if token_type_ids is None and self.by_itself:
+            token_type_ids = torch.zeros_like(input_ids)
+        x = self.table(input_ids)
+        return CausalLMOutput(logits=self.head(x if token_type_ids is None else x + self.table(token_type_ids)))
+
+
+class TypedByItself(Typed):
+    by_itself = True
+
+
+@pytest.mark.parametrize("kind", [Typed, TypedByItself])
+def test_types_of_tokens_are_zeros_only_where_the_model_takes_none_for_zeros(kind: type[Typed]) -> None:
+    torch.manual_seed(0)
+    model = kind(kind.config_class()).eval()
+    parts, ids = partition(model, Plan(tp=2)), torch.randint(3, 64, (2, 9))
+    torch.testing.assert_close(parts.simulate(input_ids=ids), model(input_ids=ids).logits)
+    types = ids % 2
+    if kind.by_itself:
+        found = parts.simulate(input_ids=ids, token_type_ids=types)
+        torch.testing.assert_close(found, model(input_ids=ids, token_type_ids=types).logits)
+    else:
+        with pytest.raises(InputError, match="unknown input 'token_type_ids'; the inputs are input_ids"):
+            parts.simulate(input_ids=ids, token_type_ids=types)
+
+
+class OfChoices(Bare):
+    """Takes several texts for each row, and tells one number for each."""
+
+    def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
+        said = self.head(self.table(input_ids.view(-1, input_ids.shape[-1])))[:, 0, :1]
+        return CausalLMOutput(logits=said.view(-1, input_ids.shape[1]))
+
+
+def test_what_is_not_about_lengths_is_said_not_to_be() -> None:
+    with pytest.raises(CaptureError, match="the error is not about lengths"):
+        partition(OfChoices(OfChoices.config_class()).eval(), Plan(tp=2))
 
 
 class FewRows(Bare):

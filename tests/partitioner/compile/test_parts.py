@@ -34,6 +34,15 @@ def test_a_rank_that_is_none_is_refused(rank: object) -> None:
         Parts(handmade.partitioned(3), None).rank(rank)
 
 
+@pytest.mark.parametrize("entry", ["txt", "", None, 0, ["text"]])
+def test_an_entry_that_is_none_is_refused(entry: object) -> None:
+    parts = Parts(handmade.partitioned(1), None)
+    for ask in (parts.program_of, lambda name: parts.entry(name, 0), parts.cost):
+        with pytest.raises(PlanError, match="the entries of a program are text, prefill, decode; got"):
+            ask(entry)
+    assert parts.program_of("text") is parts.program
+
+
 def test_ranks_that_return_different_results_are_refused() -> None:
     broken = handmade.partitioned(2)
     for node in broken.graph.nodes:

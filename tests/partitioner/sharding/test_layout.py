@@ -1,7 +1,10 @@
 """Layouts refuse what no tensor can be."""
 
+import random
+
 import pytest
 
+from partitioner.analysis.layouts.infer_layout import disjoint
 from partitioner.errors import LayoutError
 from partitioner.sharding.index_set import IndexSet
 from partitioner.sharding.layout import Layout, Rows, Split
@@ -31,3 +34,21 @@ def test_a_dim_with_tokens_of_own_sequences_is_merged_of_two() -> None:
         assert other.by_dim == (other,) or other == both
         assert tokens.merged(other) is None
     assert sequences.merged(sent) is None
+
+
+def test_sets_of_indices_are_what_sets_of_numbers_are() -> None:
+    draw = random.Random(0)
+    for _ in range(300):
+        one, other = ({i for i in range(24) if draw.random() < share} for share in (draw.random(), draw.random()))
+        a, b = IndexSet.of(one), IndexSet.of(other)
+        assert (a | b, a & b, a - b) == (IndexSet.of(one | other), IndexSet.of(one & other), IndexSet.of(one - other))
+        assert (a <= b) == (one <= other)
+
+
+def test_each_index_is_on_the_first_rank_that_holds_it() -> None:
+    draw = random.Random(1)
+    for _ in range(100):
+        ranks = [{i for i in range(24) if draw.random() < 0.4} for _ in range(3)]
+        found = disjoint(Split(("tp",), tuple(map(IndexSet.of, ranks))))
+        firsts = [mine.difference(*ranks[:rank]) for rank, mine in enumerate(ranks)]
+        assert found.owned == tuple(map(IndexSet.of, firsts))

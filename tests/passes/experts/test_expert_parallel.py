@@ -128,8 +128,9 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_a_model_without_experts_is_refused() -> None:
-    with pytest.raises(PlanError, match="has none that were captured"):
-        compile_program(small("llama")[1], Plan(ep=2))
+    for plan, said in (("ep=2", "ep=2 divides"), ("etp=2", "etp=2 divides the matrices of"), ("tp=2,etp=2", "etp=2")):
+        with pytest.raises(PlanError, match=f"{said}.* routed experts, and .* has none that were captured"):
+            compile_program(small("llama")[1], Plan.parse(plan))
 
 
 def test_deal() -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from partitioner.errors import LayoutError
+from partitioner.proof.layouts import check
+from runtime.ops.local import shard
 from tests.support.layers import layered, layered_once, partitioned
 from tests.support.partitioned import EXACT
 
@@ -56,6 +61,38 @@ class HeadsPutTogether(_Wide):
         one = functional.scaled_dot_product_attention(y[:, :4], y[:, :4], y[:, :4], is_causal=True)
         other = functional.scaled_dot_product_attention(y[:, 4:], y[:, 4:], y[:, 4:])
         return self.down(torch.cat([other, one], 1).transpose(1, 2).flatten(2))
+
+
+class GateOfHeads(nn.Module):
+    """Each head is normed as a whole, and its gate may be divided within it."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.up, self.gate, self.out = nn.Linear(hidden, 18), nn.Linear(hidden, 18), nn.Linear(18, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads, gate = self.up(x).view(-1, 6), self.gate(x).view(-1, 6)
+        heads = heads.exp() / heads.exp().sum(-1, keepdim=True)
+        return self.out((heads * gate.sigmoid()).view(*x.shape[:2], -1))
+
+
+@pytest.mark.parametrize("tp", [3, 4])
+def test_more_ranks_than_heads_divide_what_is_computed_within_a_head(tp: int) -> None:
+    parts, error = partitioned(layered_once(GateOfHeads), tp)
+    assert error < EXACT
+    assert {"layers.0.gate.weight", "layers.0.out.weight"} <= parts.program.weight_layouts.keys()
+
+
+def test_a_part_that_no_rank_keeps_is_refused() -> None:
+    program = partitioned(layered_once(GateOfHeads), 4)[0].program.copy()
+    (name,) = {node.args[1].name for node in program.graph.nodes if node.target is shard and node.kwargs["dim"] == 1}
+    *others, last = program.table[name].values  # head 2 is with the last two ranks
+    assert last == (5, 6)
+    program.table[name] = replace(program.table[name], values=(*others, (4, 5)))
+    for node in program.graph.nodes:
+        node.meta.pop("layout", None)
+    with pytest.raises(LayoutError, match="what some ranks give up no other one keeps"):
+        check(program)
 
 
 @pytest.mark.parametrize("tp", [pytest.param(2, marks=pytest.mark.slow), 3, 5])

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from runtime.communication.thread_communicator import ThreadCommunicator
 from runtime.generation import decode_graphs, generate_loop, steps
 
-__all__ = ["Replayed", "capturing_prompts", "replaying"]
+__all__ = ["Replayed", "captured", "capturing_prompts", "decoding", "replaying"]
 
 
 class Replayed:
@@ -80,6 +80,29 @@ def replaying() -> Iterator[list[Replayed]]:
         mock.patch.object(generate_loop, "require_fixed_shapes"),
     ):
         yield made
+
+
+@contextmanager
+def decoding(ranks: Any, **how: bool) -> Iterator[None]:
+    """In the block the ranks' engines decode so."""
+    engines = ranks._simulator.engines
+    before = [engine._decoding for engine in engines]
+    for engine in engines:
+        engine._decoding = {"compile": False, "cuda_graph": False, **how}
+        engine.__dict__.pop("_generate_loop", None)
+    try:
+        yield
+    finally:
+        for engine, decoded in zip(engines, before, strict=True):
+            engine._decoding = decoded
+            engine.__dict__.pop("_generate_loop", None)
+
+
+@contextmanager
+def captured(ranks: Any) -> Iterator[list[Replayed]]:
+    """In the block the engines of simulated ranks capture their decode steps; all that was captured."""
+    with replaying() as graphs, decoding(ranks, cuda_graph=True):
+        yield graphs
 
 
 @contextmanager

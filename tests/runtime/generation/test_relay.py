@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -21,7 +19,7 @@ from runtime.pipeline.schedule import Run, groups_of, relay, ring
 from runtime.pipeline.timing import time_of
 from runtime.program.rank_program import Crossing
 from tests.runtime.generation.batching import many_requests
-from tests.runtime.generation.replayed import Replayed, replaying
+from tests.runtime.generation.replayed import captured, decoding
 from tests.support import stepping
 from tests.support.generated import prompts
 from tests.support.partitioned import compiled
@@ -34,28 +32,6 @@ SHARED_HEAD = "pp=2,pipeline.share_head=true"
 def parts(name: str, plan: str) -> Any:
     given = Plan.parse(plan)
     return compiled(name, given.tp, pp=given.pp, passes=given.passes)
-
-
-@contextmanager
-def decoding(ranks: Any, **how: bool) -> Iterator[None]:
-    """In the block the ranks' engines decode so."""
-    engines = ranks._simulator.engines
-    before = [engine._decoding for engine in engines]
-    for engine in engines:
-        engine._decoding = {"compile": False, "cuda_graph": False, **how}
-        engine.__dict__.pop("_generate_loop", None)
-    try:
-        yield
-    finally:
-        for engine, decoded in zip(engines, before, strict=True):
-            engine._decoding = decoded
-            engine.__dict__.pop("_generate_loop", None)
-
-
-@contextmanager
-def captured(ranks: Any) -> Iterator[list[Replayed]]:
-    with replaying() as graphs, decoding(ranks, cuda_graph=True):
-        yield graphs
 
 
 def same(plan: str, texts: Any, *, name: str = "llama", **options: Any) -> bool:

@@ -1,13 +1,14 @@
-"""What each process checks of captured stages.
+"""What each process checks of captured steps whose tokens the devices of several ranks tell each other.
 
-python -P -m tests.runtime.pipeline.relay_rank PLAN DEVICE SHARING     started by test_relay_ranks.py
+python -P -m tests.runtime.pipeline.relay_rank NAME PLAN DEVICE SHARING     started by test_relay_ranks.py
+
+Of stages, or of ranks that share out experts and have sequences of their own.
 
 On a CPU a captured step is one that runs again (`tests.runtime.generation.replayed`), over memory or gloo; on GPUs it
 is a CUDA graph, over NCCL. With one GPU all use that, over sockets.
 """
 
 import contextlib
-import os
 import sys
 from typing import Any
 
@@ -22,6 +23,7 @@ from runtime.processes.launch import begin_worker
 from tests.runtime.generation.replayed import replaying
 from tests.support import zoo
 from tests.support.generated import prompts
+from tests.support.processes.few_gpus import device_of_rank
 
 
 def streams(engine: Engine, texts: list[list[int]], whole: Any) -> None:
@@ -50,14 +52,11 @@ def a_lost_rank(engine: Engine, texts: list[list[int]]) -> None:
 
 def main() -> None:
     begin_worker()
-    plan, device, sharing = sys.argv[1:]
-    if device == "cuda" and torch.cuda.device_count() < int(os.environ["WORLD_SIZE"]):
-        device = "cuda:0"
-        alone_there = {"NCCL_HOSTID": os.environ["RANK"], "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
-        os.environ.update({**alone_there, "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"})
-    model = zoo.tiny("llama")[0]
+    name, plan, device, sharing = sys.argv[1:]
+    device = device_of_rank(device)
+    model = zoo.tiny(name)[0]
     model = model.double() if device == "cpu" else model.float()
-    texts = prompts("llama", (4, 7, 2, 5, 3))
+    texts = prompts(name, (4, 7, 2, 5, 3))
     one, parts = partition(model, Plan()), partition(model, Plan.parse(plan))
     alone = Engine(
         one.rank(0), ThreadGroup(one.mesh).communicator(0), device=device, entries=lambda entry: one.entry(entry, 0)
@@ -68,7 +67,7 @@ def main() -> None:
     with replaying() if device == "cpu" else contextlib.nullcontext():
         with Engine.connect(parts, **how) as engine:
             for rows in (5, 1):
-                for groups in (None, parts.mesh.size("pp") + 1):
+                for groups in (None, parts.mesh.size("pp") + 1) if parts.mesh.size("pp") > 1 else (None,):
                     given: dict[str, Any] = {"max_new_tokens": 20, "pipeline_groups": groups}
                     for options in ({"eos_token_id": []}, ends, {"do_sample": True, "seed": 3, "eos_token_id": []}):
                         expected = alone.generate(texts[:rows], max_new_tokens=20, **options).cpu()

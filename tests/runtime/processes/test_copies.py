@@ -1,6 +1,7 @@
 """Copies of the tests' own process that stand for new interpreters: a rank sees the same in both."""
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from tests.support.processes import forked
 
+logging.getLogger("tests.copies").propagate = False  # pytest gives its handlers to such loggers besides the root
 SEEN = """
 import json, logging, os, random, signal, sys, threading, warnings
 print(json.dumps({
@@ -21,7 +23,7 @@ print(json.dumps({
     "signals": [str(signal.getsignal(n)) for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)],
     "interrupt": signal.getsignal(signal.SIGINT) is signal.default_int_handler,
     "arguments": sys.argv, "name": __name__, "threads": threading.active_count(),
-    "handlers": len(logging.root.handlers),
+    "handlers": len(logging.root.handlers), "quiet": len(logging.getLogger("tests.copies").handlers),
     "errors": [str(each[2]) for each in warnings.filters if each[0] == "error"],
     "session": os.getsid(0) == os.getpid(), "folder": os.getcwd(),
 }))

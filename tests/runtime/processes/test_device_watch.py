@@ -1,8 +1,10 @@
 """How a process ends that held a device: at once where a rank is lost, in its own time otherwise."""
 
+import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,30 +13,59 @@ from runtime.processes import device_watch
 from runtime.processes.device_watch import DeviceWatch
 
 SCRIPT = """
-import atexit, os, sys, time
+import atexit, json, os, sys, time
 from partitioner.errors import RankLost
 from runtime.processes.device_watch import end_quickly
-atexit.register(lambda: (print("cleared away"), time.sleep({seconds})))
+for line in sys.stdin:
+    asked = json.loads(line)
+    if not (child := os.fork()):
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+else:
+    sys.exit()
+for number, name in enumerate(("out", "err"), 1):
+    os.dup2(os.open(os.path.join(asked["folder"], name), os.O_CREAT | os.O_WRONLY), number)
+atexit.register(lambda: (print("cleared away"), time.sleep(asked["seconds"])))
 for _ in range(2):
     end_quickly()
 print("before")
-{last}
+exec(asked["last"])
+"""
+"""An interpreter that imports what all need, once; for each end that is asked of it, a process of its own goes on below
+the loop, and ends as an interpreter does.
 """
 
+Ended = tuple[int, str, str, float]
+End = Callable[..., Ended]
 
-def end(folder: Path, root: Path, last: str, *, seconds: float = 0) -> tuple[int, str, str, float]:
-    (folder / "script.py").write_text(SCRIPT.format(seconds=seconds, last=last))
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, folder / "script.py"], env={"PYTHONPATH": str(root)}, capture_output=True, text=True
-    )
-    return done.returncode, done.stdout, done.stderr, time.monotonic() - started
+
+@pytest.fixture(scope="module")
+def ends(pytestconfig: pytest.Config) -> Iterator[End]:
+    """The exit code of a process whose last words are `last`, what it wrote, and how long it took."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT],
+        env={"PYTHONPATH": str(pytestconfig.rootpath)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        asks, told = process.stdin, process.stdout
+
+        def end(folder: Path, last: str, *, seconds: float = 0) -> Ended:
+            started = time.monotonic()
+            print(json.dumps({"folder": str(folder), "last": last, "seconds": seconds}), file=asks, flush=True)
+            code = int(told.readline())
+            return code, (folder / "out").read_text(), (folder / "err").read_text(), time.monotonic() - started
+
+        yield end
 
 
 @pytest.mark.parametrize("first", ["", "sys.stdout.flush(); os.close(1); print('nobody reads this')"])
-def test_a_lost_rank_ends_at_once(first: str, tmp_path: Path, pytestconfig: pytest.Config) -> None:
+def test_a_lost_rank_ends_at_once(first: str, tmp_path: Path, ends: End) -> None:
     last = f'{first}\nraise RankLost("rank 1 lost")'
-    code, out, err, seconds = end(tmp_path, pytestconfig.rootpath, last, seconds=60)
+    code, out, err, seconds = ends(tmp_path, last, seconds=60)
     assert (code, out) == (1, "before\n")
     assert "RankLost: rank 1 lost" in err
     assert seconds < 50
@@ -50,8 +81,8 @@ def test_a_lost_rank_ends_at_once(first: str, tmp_path: Path, pytestconfig: pyte
         ("sys.ps1 = '>>> '\nraise RankLost('')", 1),  # as at a prompt
     ],
 )
-def test_all_else_is_cleared_away(last: str, code: int, tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    found, out, _, _ = end(tmp_path, pytestconfig.rootpath, last)
+def test_all_else_is_cleared_away(last: str, code: int, tmp_path: Path, ends: End) -> None:
+    found, out, _, _ = ends(tmp_path, last)
     assert (found, out) == (code, "before\ncleared away\n")
 
 

@@ -161,12 +161,21 @@ def _as_new_modules() -> None:
     for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
         warnings.simplefilter("ignore", category)
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")  # that a module is imported already
-    logging.root.handlers.clear()
+    _forget(tuple(logging.root.handlers))
     random.seed()
     torch.manual_seed(_SEED)
     torch.set_default_dtype(torch.float32)
     # torch makes its threads anew after a fork, without a lock: before several threads ask for them
     torch.set_num_threads(torch.get_num_threads())
+
+
+def _forget(handlers: Sequence[logging.Handler]) -> None:
+    """pytest gives its own to loggers that do not propagate too. What they write to is closed here: the next file or
+    socket of that number would get it.
+    """
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in handlers if isinstance(logger, logging.Logger) else ():
+            logger.removeHandler(handler)
 
 
 def _ran(arguments: list[str]) -> int:

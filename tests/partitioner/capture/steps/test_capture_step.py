@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from partitioner.capture import capture_piece, capture_step
+import partitioner.capture.steps.capture_step as capturing
+from partitioner.capture import capture_piece, capture_step, states_found_once
 from partitioner.capture.steps.kept_elsewhere import Attributes
 from partitioner.errors import CaptureError
 from partitioner.program import Program
@@ -136,3 +137,22 @@ def test_several_tokens_behind_a_state_are_one_recurrence() -> None:
         assert isinstance(before, fx.Node)
         assert before.target is state_read
         assert before.kwargs["state"] == f"cache.{number}.recurrent.0"
+
+
+def test_what_a_model_remembers_is_found_once_for_steps_and_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [zoo.tiny("lfm2", num_hidden_layers=1, layer_types=["conv"])[0] for _ in range(2)]
+    asked: list[str] = []
+    real = capturing.find_states
+    monkeypatch.setattr(capturing, "find_states", lambda *a, **k: (asked.append("states"), real(*a, **k))[1])
+
+    def both() -> list[str]:
+        made = capture_step(models[0], mesh=Mesh.of()), capture_piece(models[0], mesh=Mesh.of())
+        return [f"{program.graph} {program.states} {program.notes} {program.limits}" for program in made]
+
+    apart = both()
+    assert len(asked) == 2
+    with states_found_once():
+        assert both() == apart
+        assert len(asked) == 3
+        capture_step(models[1], mesh=Mesh.of())
+        assert len(asked) == 4  # of another model, if like the first

@@ -37,3 +37,25 @@ def test_unknown_keywords_are_never_ignored(keywords: dict[str, object], complai
     x = torch.zeros(1, 2, 3, 4)
     with installed(Probe()), pytest.raises(CaptureError, match=complaint):
         AttentionInterface._global_mapping["eager"](nn.Linear(1, 1), x, x, x, None, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "value", "complaint"),
+    [
+        ((3, 8), (2, 8), (2, 8), r"attention of Linear: required are query heads that are a multiple .* has 3 and 2;"),
+        ((4, 8), (2, 8), (3, 8), r"it has 4 and 2 and 3"),
+        ((4, 8), (2, 6), (2, 8), r"required are keys as wide as queries; they have 6 and 8 numbers per head"),
+        ((4, 8), (2, 8), (1, 6), None),
+    ],
+)
+def test_heads_that_do_not_go_together_are_refused(
+    query: tuple[int, int], key: tuple[int, int], value: tuple[int, int], complaint: str | None
+) -> None:
+    q, k, v = (torch.zeros(1, heads, 3, width, device="meta") for heads, width in (query, key, value))
+    with installed(Probe()):
+        attend = AttentionInterface._global_mapping["eager"]
+        if complaint is None:
+            assert attend(nn.Linear(1, 1), q, k, v, None)[0].shape == (1, 3, 4, 6)
+            return
+        with pytest.raises(CaptureError, match=complaint):
+            attend(nn.Linear(1, 1), q, k, v, None)

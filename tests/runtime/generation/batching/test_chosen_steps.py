@@ -76,7 +76,8 @@ def test_each_is_told_what_it_is_told_alone(tp: int, in_steps: Counter[str]) -> 
         assert found.logprobs[number] == pytest.approx(scores, abs=1e-9)
 
 
-@pytest.mark.parametrize("plan", ["ep=2", pytest.param("tp=2,ep=4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["ep=2", "tp=2,ep=4"])
 def test_ranks_with_sequences_of_their_own(plan: str, in_steps: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them take steps of the same kind at the same time, whatever their own rows ask for."""
     kinds: dict[tuple[int, int], list[Any]] = {}

@@ -66,18 +66,18 @@ def test_a_batch_is_dealt_out(plan: str) -> None:
 
 def test_another_ranks_tokens_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: what is told in the wrong order gives other texts."""
-    tell = OwnBatches._tell
+    tell = OwnBatches.tell
 
-    def turned(self: Any, works: Any, choices: Any) -> Any:
-        found = tell(self, works, choices)
-        numbers = [number for _, each in found for number in each]
+    def turned(self: Any, asked: Any, choices: Any) -> Any:
+        found = tell(self, asked, choices)
+        numbers = [number for each in found for number in each]
         if len(numbers) < 2:
             return found
-        every = {number: choice for _, each in found for number, choice in each.items()}
+        every = {number: choice for each in found for number, choice in each.items()}
         shifted = dict(zip(numbers, [every[number] for number in numbers[1:] + numbers[:1]], strict=True))
-        return [(work, {number: shifted[number] for number in each}) for work, each in found]
+        return [{number: shifted[number] for number in each} for each in found]
 
-    monkeypatch.setattr(OwnBatches, "_tell", turned)
+    monkeypatch.setattr(OwnBatches, "tell", turned)
     assert generated.error(NAME, parts("ep=2"), generated.prompts(NAME, (1, 7, 3)), new=3) > 1e-3
 
 
@@ -137,7 +137,7 @@ def test_all_ranks_run_the_same_program_at_the_same_time(monkeypatch: pytest.Mon
     ran: dict[int, list[tuple[bool, int]]] = {0: [], 1: []}
     advance = OwnBatches.advance
 
-    def watched(self: Any, works: Any) -> Any:
+    def watched(self: Any, given: Any) -> Any:
         run = self._run
 
         def noted(given: Any, *rest: Any) -> Any:
@@ -147,7 +147,7 @@ def test_all_ranks_run_the_same_program_at_the_same_time(monkeypatch: pytest.Mon
 
         self._run = noted
         try:
-            return advance(self, works)
+            return advance(self, given)
         finally:
             self._run = run
 
@@ -167,13 +167,13 @@ def test_shared_out_sequences_run_single_tokens_apart_from_prompts(monkeypatch: 
         *(Case([9 + n] * 30, GREEDY, arrival=2 * n) for n in range(4)),
     ]
     kinds: list[set[bool]] = []
-    advance = OwnBatches.advance
+    run_of = OwnBatches.run_of
 
     def watched(self: Any, works: Any) -> Any:
         kinds.append({work.decode for work in works if work is not None})
-        return advance(self, works)
+        return run_of(self, works)
 
-    monkeypatch.setattr(OwnBatches, "advance", watched)
+    monkeypatch.setattr(OwnBatches, "run_of", watched)
     found = on_all_ranks(parts("sp=2,ep=4"), cases, SIZE)
     assert_as_alone(cases, found, many_requests.alone(parts("tp=1"), cases))
     assert max(map(len, kinds)) == 1
@@ -220,10 +220,10 @@ def test_most_probable_tokens_of_other_ranks() -> None:
 def test_ranks_fail_together(monkeypatch: pytest.MonkeyPatch) -> None:
     run = OwnBatches.advance
 
-    def failing(self: Any, works: Any) -> Any:
-        if self._index == 1 and works[0] is not None and works[0].decode:
+    def failing(self: Any, given: Any) -> Any:
+        if self._index == 1 and given.others[0] is not None and given.others[0].decode:
             raise RuntimeError("this rank has had enough")
-        return run(self, works)
+        return run(self, given)
 
     monkeypatch.setattr(OwnBatches, "advance", failing)
     with pytest.raises(RuntimeError, match="had enough"):
@@ -250,6 +250,21 @@ def test_an_abandoned_stream_leaves_room_for_the_next() -> None:
     next(stream)
     stream.close()
     assert generated.error(NAME, held, generated.prompts(NAME, (2, 4)), new=3) < 1e-9
+
+
+def test_a_stream_that_another_task_overtakes_leaves_room_as_well() -> None:
+    texts = [[5, 6, 7], [8]]
+
+    def overtaken(engine: Any) -> list[list[int]]:
+        stream = engine.stream(texts, **GREEDY)
+        next(stream)
+        said = engine.generate(texts, **GREEDY)
+        with pytest.raises(InputError, match="another text was begun"):
+            next(stream)
+        return said.tolist()  # type: ignore[no-any-return]
+
+    expected = parts("tp=1").generate(texts, **GREEDY).tolist()
+    assert parts("ep=2")._simulator.run(overtaken) == [expected, expected]
 
 
 @pytest.mark.parametrize(

@@ -320,53 +320,91 @@ def test_blocks_are_given_up_from_the_end_and_the_oldest_first() -> None:
 @given(
     limits=limits().map(lambda each: replace(each, groups=1)),
     prompts=st.lists(st.tuples(st.integers(1, 6), st.integers(2, 12)), min_size=1, max_size=6),
+    ranks=st.integers(1, 2),
 )
 @settings(max_examples=60, deadline=None)
-def test_what_runs_behind_a_step_is_what_would_run_next(limits: Limits, prompts: list[tuple[int, int]]) -> None:
+def test_what_runs_behind_a_step_is_what_would_run_next(
+    limits: Limits, prompts: list[tuple[int, int]], ranks: int
+) -> None:
     """Before it is known what the step yields, where it is said at all; blocks are kept under the same keys."""
-    scheduler, left, behind = Scheduler(limits), {}, None
+    schedulers, left, behind = [Scheduler(limits) for _ in range(ranks)], {}, None
     for number, (length, new) in enumerate(prompts):
         if length + new - 1 <= limits.blocks * limits.block_size:
-            scheduler.add(number, [number] * length, most=length + new - 1)
+            schedulers[number % ranks].add(number, [number] * length, most=length + new - 1)
             left[number] = new
+
+    def run(these: list[Scheduler], works: list[Work | None], step: int) -> None:
+        for scheduler, work in zip(these, works, strict=True):
+            if work is not None:
+                chosen = {turn.number: 10 + step for turn in work.turns if turn.samples}
+                scheduler.learn(work, chosen, {number for number in chosen if left[number] == 1})
+
     for step in range(300):
-        work = scheduler.next() if behind is None else behind
-        if work is None:
+        works = [scheduler.next() for scheduler in schedulers] if behind is None else behind
+        if not any(works):
             break
-        chosen = {turn.number: 10 + step for turn in work.turns if turn.samples}
-        ended = {number for number in chosen if left[number] == 1}
-        plain = copy.deepcopy(scheduler)
-        plain.learn(work, chosen, ended)
-        expected = plain.next()
-        behind = next_behind(scheduler, work)
-        scheduler.learn(work, chosen, ended)
-        for number in chosen:
-            left[number] -= 1
+        plain = copy.deepcopy(schedulers)
+        run(plain, works, step)
+        expected = [scheduler.next() for scheduler in plain]
+        before = copy.deepcopy(schedulers)
+        behind = next_behind(schedulers, works)
+        if behind is None:  # then nothing is taken for it on any rank
+            for scheduler, other in zip(schedulers, before, strict=True):
+                assert (scheduler.pool.free, scheduler.counts) == (other.pool.free, other.counts)
+        run(schedulers, works, step)
+        for turn in [turn for work in works if work is not None for turn in work.turns]:
+            left[turn.number] -= turn.samples
+        for one, other in zip(expected, behind or (), strict=False):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                assert [turn._replace(tokens=(), keys=(), table=()) for turn in one.turns] == [
+                    turn._replace(tokens=(), keys=(), table=()) for turn in other.turns
+                ]
+                assert [len(turn.table) for turn in one.turns] == [len(turn.table) for turn in other.turns]
         if behind is not None:
-            assert expected is not None
-            assert [turn._replace(tokens=(), keys=(), table=()) for turn in expected.turns] == [
-                turn._replace(tokens=(), keys=(), table=()) for turn in behind.turns
-            ]
-            assert [len(turn.table) for turn in expected.turns] == [len(turn.table) for turn in behind.turns]
-            assert scheduler.counts == plain.counts
-    assert not scheduler.running
+            assert [each.counts for each in schedulers] == [each.counts for each in plain]
+    assert not any(scheduler.running for scheduler in schedulers)
 
 
 def test_nothing_is_said_of_the_next_step_where_rows_may_come_or_must_go() -> None:
     scheduler = Scheduler(Limits(rows=2, blocks=4, block_size=2, budget=8, packs=True))
+
+    def behind(work: Work) -> Work | None:
+        found = next_behind([scheduler], [work])
+        return None if found is None else found[0]
+
     scheduler.add(0, [5], most=4)
     scheduler.add(1, [6], most=3)
     first = scheduler.next()
     assert first is not None
     assert first.decode
-    second = next_behind(scheduler, first)
+    second = behind(first)
     assert second is not None
     assert [turn.start for turn in second.turns] == [1, 1]
     scheduler.learn(first, {0: 7, 1: 8})
     scheduler.add(2, [9], most=1)  # there is no row for it
-    third = next_behind(scheduler, second)
+    third = behind(second)
     assert third is not None
-    assert next_behind(scheduler, third) is None  # number 1 ends with it
+    assert behind(third) is None  # number 1 ends with it, and number 2 has its row then
+    scheduler.cancel(2)
+    assert next_behind([scheduler], [third], more_than=1) is None
+    fourth = behind(third)
+    assert fourth is not None
+    assert [turn.number for turn in fourth.turns] == [0]
     scheduler.learn(second, {0: 7, 1: 8})
+    scheduler.add(3, [9], most=1)
     scheduler.cancel(1)
-    assert next_behind(scheduler, third) is None  # number 2 has a row now
+    assert behind(third) is None  # number 3 has a row now
+
+
+def test_nothing_is_said_of_the_next_step_where_another_rank_has_something_new() -> None:
+    limits = Limits(rows=1, blocks=4, block_size=2, budget=8, packs=True)
+    one, other = Scheduler(limits), Scheduler(limits)
+    one.add(0, [5], most=6)
+    work = one.next()
+    assert work is not None
+    found = next_behind([one, other], [work, None])
+    assert found is not None
+    assert found[1] is None
+    other.add(1, [6], most=3)
+    assert next_behind([one, other], [found[0], None]) is None
