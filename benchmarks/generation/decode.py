@@ -105,7 +105,7 @@ def rank_main(folder: Path, tokens: int) -> None:
     parts = partition(alone, Plan(tp=2))
     with Engine.connect(parts, shared_memory="on") as engine:
         rank = engine.program.rank
-        gloo = ProcessGroups(parts.mesh, device=engine.device, shared_memory="off")
+        gloo = ProcessGroups.connect(parts.mesh, shared_memory="off")
         over_gloo = Engine(parts.rank(rank), gloo, entries=lambda entry: parts.entry(entry, rank))
         auto = tp_plan_auto(folder)
         parallel = dtensor(LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval())

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.gpu.decode import measured_speed
+from benchmarks.support.single_tokens import measured_speed
 from runtime.ops.kernels import decode_attention as kernel_module
 from runtime.ops.kernels.decode import latent_decode as latent_module
 from runtime.ops.kernels.decode.latent_decode import latent_decode

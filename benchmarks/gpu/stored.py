@@ -23,7 +23,8 @@ import torch
 import transformers
 
 from benchmarks.compiling.quantized_loading import make_checkpoint
-from benchmarks.gpu.decode import FEW, MANY, ROUNDS, build, measured_speed, prompts, seconds
+from benchmarks.gpu.decode import build
+from benchmarks.support.single_tokens import LENGTHS, ROUNDS, measured_speed, prompts, seconds
 from partitioner import Plan, partition
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
@@ -59,16 +60,17 @@ def main() -> None:
     for form in ("bf16", *given.formats):
         start = time.perf_counter()
         engines[form] = engine(partition(build(given.layers), Plan())) if form == "bf16" else stored(form, given.layers)
-        engines[form].generate(ids, max_new_tokens=MANY, eos_token_id=[])
+        engines[form].generate(ids, max_new_tokens=LENGTHS.many, eos_token_id=[])
         times[form] = []
         held = torch.cuda.memory_allocated() / 1e9
         print(f"warm: {form} ({time.perf_counter() - start:.0f} s, {held:.1f} GB in all)", flush=True)
     for _ in range(ROUNDS):
         for form, one in engines.items():
             many, few = (
-                seconds(lambda n, e=one: e.generate(ids, max_new_tokens=n, eos_token_id=[]), n) for n in (MANY, FEW)
+                seconds(lambda n, e=one: e.generate(ids, max_new_tokens=n, eos_token_id=[]), n)
+                for n in (LENGTHS.many, LENGTHS.few)
             )
-            times[form].append((many - few) / (MANY - FEW))
+            times[form].append((many - few) / (LENGTHS.many - LENGTHS.few))
     print(
         f"{torch.cuda.get_device_name()}, {given.layers} layers, batch {given.batch}, "
         f"measured {measured_speed() / 1e12:.2f} TB/s"

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from runtime.communication.channels import Handle
-from runtime.communication.exchange import HostGather
+from runtime.communication.meeting.exchange import HostGather
 from runtime.ops.communicating import Kind
 
 __all__ = ["PRIMITIVES", "Group", "begin_all_reduce", "begin_all_to_all", "sum_in_order", "to_pieces"]

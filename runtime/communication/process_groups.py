@@ -38,12 +38,13 @@ from partitioner.sharding.layout import in_order
 from partitioner.sharding.mesh import AXES, EXPERT_AXES, Mesh
 from runtime.communication.channels import AloneChannel, Channel
 from runtime.communication.communicator import Communicator, require_axes
-from runtime.communication.exchange import HostGather, exchange_json, shut_out_strangers
 from runtime.communication.failure_verdict import FailureVerdict
 from runtime.communication.failure_verdict import is_broken as _is_broken
 from runtime.communication.group_channel import GroupChannel, RankState
 from runtime.communication.group_collectives import Group
 from runtime.communication.matching_calls import Call
+from runtime.communication.meeting.exchange import HostGather, exchange_json, shut_out_strangers
+from runtime.communication.meeting.own_groups import OwnGroups
 from runtime.communication.peer_memory import measure
 from runtime.communication.peer_memory.connect import Exchange, connect
 from runtime.communication.peer_memory.connect import Unavailable as NoPeers
@@ -80,7 +81,7 @@ class Meeting:
 
 
 class ProcessGroups(Communicator):
-    """One rank of `mesh`, over a process group that is already initialised; `connect` does that too.
+    """One rank of `mesh`, over `own` groups that it has joined; `connect` does that too.
 
     `axes`: the axis tuples to make a group for, the same on every rank; None: each single axis.
     """
@@ -88,6 +89,7 @@ class ProcessGroups(Communicator):
     def __init__(
         self,
         mesh: Mesh,
+        own: OwnGroups,
         *,
         axes: Collection[tuple[str, ...]] | None = None,
         device: torch.device,
@@ -98,7 +100,7 @@ class ProcessGroups(Communicator):
     ) -> None:
         _require_sharing(shared_memory, device)
         self.mesh = mesh
-        self.rank = dist.get_rank()
+        self.rank = own.everyone.rank()
         self.device = device
         self.timeout_s = timeout_s
         self._always = check
@@ -106,7 +108,7 @@ class ProcessGroups(Communicator):
         self._heartbeat = heartbeat
         self._failure_verdict = FailureVerdict(heartbeat, self.rank, timeout_s=timeout_s)
         self._state = RankState(self.rank, device, self._failure_verdict, checking=check)
-        self._owned = False
+        self._own = own
         self._store: Store | None = None
         self.meeting: Meeting | None = None
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
@@ -119,15 +121,13 @@ class ProcessGroups(Communicator):
         """On how many hosts the ranks of every group with more than one are, by its axes."""
         self.transports: dict[str, str] = {}
         """What carries the collectives of every group with more than one rank, by its axes, and why."""
-        if dist.get_world_size() != mesh.world_size:
-            raise wrong_world(dist.get_world_size(), mesh)
+        if own.everyone.size() != mesh.world_size:
+            raise wrong_world(own.everyone.size(), mesh)
         # members of overlapping groups must create them in one order
         for named in _in_one_order(mesh.single_axes if axes is None else axes):
             axis, ranks = axes_text(named), mesh.group(named, self.rank)
             if len(ranks) > 1 and ranks not in self._groups:
-                self._groups[ranks] = group = dist.new_group(
-                    list(ranks), timeout=_group_timeout(timeout_s, device), use_local_synchronization=True
-                )
+                self._groups[ranks] = group = own.make(ranks, timeout=_group_timeout(timeout_s, device))
                 if device.type == "cuda":
                     # NCCL connects at the first use: here, where a lost rank is noticed
                     dist.all_reduce(torch.zeros(1, device=device), group=group)
@@ -168,13 +168,14 @@ class ProcessGroups(Communicator):
         # the launcher's store outlives our groups: without a number, a second meeting would find the first's addresses
         meeting = next(_MEETINGS)
         heartbeat: Heartbeat | None = None
+        own = OwnGroups()
 
         def join() -> ProcessGroups:
             # which device is the current one is known to each thread for itself
             if device.type == "cuda":
                 torch.cuda.set_device(device)
                 end_quickly()
-            dist.init_process_group(
+            own.join(
                 "nccl" if device.type == "cuda" else "gloo",
                 store=PrefixStore(
                     f"groups/{meeting}" + (f"/{place.replica}" if place.replicas > 1 else ""), shared_store
@@ -185,6 +186,7 @@ class ProcessGroups(Communicator):
             )
             made = cls(
                 mesh,
+                own,
                 axes=axes,
                 device=device,
                 timeout_s=timeout_s,
@@ -194,7 +196,7 @@ class ProcessGroups(Communicator):
             )
             if device.type == "cpu":
                 assert heartbeat is not None
-                everyone = (range(world_size), dist.distributed_c10d._get_default_group())
+                everyone = (range(world_size), own.everyone)
                 shut_out_strangers(listening, heartbeat, [everyone, *made._groups.items()])
             return made
 
@@ -208,11 +210,11 @@ class ProcessGroups(Communicator):
             self = watched(join, heartbeat=heartbeat, timeout_s=timeout_s)
             heartbeat.start(timeout_s=timeout_s)
         except BaseException as error:
-            concluded = _start_failed(error, heartbeat, rank, timeout_s)
+            concluded = _start_failed(error, heartbeat, own, rank, timeout_s, device)
             if concluded is error:
                 raise
             raise concluded from error
-        self._owned = True
+        own.settle()
         # not kept alive by the groups, which know it in C++ only
         self._store = shared_store
         self.meeting = Meeting(place, meeting, store, heartbeat)
@@ -321,7 +323,8 @@ class ProcessGroups(Communicator):
 
     def barrier(self) -> None:
         try:
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+            on = [self.device.index] if self.device.type == "cuda" else None
+            dist.barrier(group=self._own.everyone, device_ids=on)
         except RuntimeError as error:
             if not _is_broken(error):
                 raise
@@ -337,9 +340,7 @@ class ProcessGroups(Communicator):
             if lost:
                 peers.abandon()
             peers.close()
-        if self._owned and dist.is_initialized():
-            _leave_groups(abort=lost)
-            self._owned = False
+        self._own.leave(abort=lost)
         if self._watch is not None:
             self._watch.close()
         if self._heartbeat is not None:
@@ -374,7 +375,14 @@ def _group_timeout(timeout_s: float, device: torch.device) -> timedelta:
     return timedelta(seconds=timeout_s + (0.5 if device.type == "cuda" else 0))
 
 
-def _start_failed(error: BaseException, heartbeat: Heartbeat | None, rank: int, timeout_s: float) -> BaseException:
+def _start_failed(
+    error: BaseException,
+    heartbeat: Heartbeat | None,
+    own: OwnGroups,
+    rank: int,
+    timeout_s: float,
+    device: torch.device,
+) -> BaseException:
     """What to raise for `error`, after the others have been told."""
     if heartbeat is None:
         if isinstance(error, (RankLost, RuntimeError)):
@@ -386,15 +394,6 @@ def _start_failed(error: BaseException, heartbeat: Heartbeat | None, rank: int, 
     elif not isinstance(error, CommunicationError):
         error.add_note(f"rank {rank}, while joining the others")
         failure_verdict.failed(error)
-    if dist.is_initialized():
-        _leave_groups(abort=dist.get_backend() == "nccl")
+    own.leave(abort=device.type == "cuda")
     heartbeat.close()
     return error
-
-
-def _leave_groups(*, abort: bool) -> None:
-    if abort:
-        # destroying would wait for kernels that wait for the lost rank
-        dist.distributed_c10d._abort_process_group()
-    else:
-        dist.destroy_process_group()

@@ -137,7 +137,8 @@ class Engine:
 
         `device`: "cpu", "cuda" (the local rank's own), or "auto": GPUs where this host has one for each of its ranks.
         `check`: compare the ranks before every collective. `shared_memory`: see
-        `runtime.communication.process_groups`. `cache`: set aside at once, see `reserve`.
+        `runtime.communication.process_groups`. `cache`: set aside at once, see `reserve`. In a script that has several
+        engines, or process groups of its own, all ranks connect in the same order.
         """
         place = Place.here(parts.mesh, replicas=parts.replicas)
         communicator = ProcessGroups.connect(

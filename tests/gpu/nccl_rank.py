@@ -1,8 +1,4 @@
-"""One NCCL rank: `python -P -m tests.gpu.nccl_rank CASE FOLDER ...`; started by test_nccl.py and test_lost_rank.py.
-
-With fewer GPUs than ranks all share the first one. NCCL refuses that on one host, so each rank claims to be a host of
-its own and talks through sockets: that proves results, and says nothing about speed.
-"""
+"""One NCCL rank: `python -P -m tests.gpu.nccl_rank CASE FOLDER ...`; started by test_nccl.py and test_lost_rank.py."""
 
 import json
 import os
@@ -21,6 +17,7 @@ from runtime.communication.process_groups import ProcessGroups, Sharing
 from runtime.engine import Engine
 from runtime.generation import steps
 from runtime.processes.launch import begin_worker
+from tests.support.processes.few_gpus import device_of_rank
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7]]
 NEW = 24
@@ -43,15 +40,9 @@ def model(family: str, dtype: torch.dtype) -> PreTrainedModel:
     return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)).eval().to(dtype)
 
 
-def own_host() -> str:
-    """The device of this rank."""
-    if not torch.cuda.is_available():  # the same over gloo: that it runs
-        return "cpu"
-    if torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"]):
-        return "cuda"
-    os.environ |= {"NCCL_HOSTID": os.environ["RANK"], "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
-    os.environ |= {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
-    return "cuda:0"
+def own_device() -> str:
+    """The device of this rank; without a GPU the same runs over gloo: that it runs."""
+    return device_of_rank("cuda") if torch.cuda.is_available() else "cpu"
 
 
 def results(folder: Path, family: str, dtype: str, cuda_graph: str) -> None:
@@ -61,7 +52,7 @@ def results(folder: Path, family: str, dtype: str, cuda_graph: str) -> None:
     ids = torch.arange(1, 17).reshape(2, 8)
     found: dict[str, torch.Tensor] = {}
     with Engine.connect(
-        parts, device=own_host(), timeout_s=120, shared_memory="off", cuda_graph=cuda_graph == "graph"
+        parts, device=own_device(), timeout_s=120, shared_memory="off", cuda_graph=cuda_graph == "graph"
     ) as engine:
         carried_by = engine.communicator.transports
         if num_ranks > 1:
@@ -76,7 +67,7 @@ def results(folder: Path, family: str, dtype: str, cuda_graph: str) -> None:
 
 def sequences(folder: Path) -> None:
     """Tokens over sp, with experts and stages besides: how far logits are off one rank's, and whether tokens agree."""
-    device, several = own_host(), torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"])
+    device, several = own_device(), torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"])
     said: list[tuple[str, str, float | None, bool]] = []
     ids = torch.arange(1, 35).reshape(2, 17)
     for family, plan in SEQUENCES[int(os.environ["WORLD_SIZE"])]:
@@ -100,7 +91,7 @@ def sequences(folder: Path) -> None:
 
 def fault(folder: Path, what: str, phase: str, victim: str, carrier: str) -> None:
     """The victim goes wrong before its second collective of the phase, the others wait on the device."""
-    device = own_host()
+    device = own_device()
     rank = int(os.environ["RANK"])
     if rank == int(victim):
         bind = ProcessGroups.bind
@@ -137,7 +128,7 @@ def prompts(folder: Path, carrier: str) -> None:
     sharing: Sharing = "off" if carrier == "nccl" else "on"
     parts = partition(model("llama", torch.float32), Plan(tp=int(os.environ["WORLD_SIZE"])))
     steps.CAPTURED_TURNS_FROM = 16
-    with Engine.connect(parts, device=own_host(), timeout_s=120, shared_memory=sharing) as engine:
+    with Engine.connect(parts, device=own_device(), timeout_s=120, shared_memory=sharing) as engine:
         for seed, length in enumerate((5000, 5000, 5000, 4900)):
             drawn = torch.randint(0, 1024, (1, length), generator=torch.Generator().manual_seed(seed))
             told: list[Any] = []
@@ -152,7 +143,7 @@ def prompts(folder: Path, carrier: str) -> None:
 def graph_then_error(folder: Path) -> None:
     """An engine that holds captured graphs is closed by an error of its own, on all ranks at once, and ends."""
     parts = partition(model("llama", torch.float32), Plan(tp=int(os.environ["WORLD_SIZE"])))
-    with Engine.connect(parts, device=own_host(), timeout_s=30, cuda_graph=True) as engine:
+    with Engine.connect(parts, device=own_device(), timeout_s=30, cuda_graph=True) as engine:
         engine.generate(PROMPTS, max_new_tokens=8)
         (folder / "when").write_text(json.dumps(time.time()))
         raise ValueError("after the graphs")

@@ -1,7 +1,7 @@
 """What each of two processes checks of torch.compile over ranks; started by test_compiled.py.
 
 Its arguments are the device, and whether to share memory ("on", "off", "auto") while one of them gets lost. With one
-GPU both use that: see three_processes.py.
+GPU both use that: see process_groups/three_processes.py.
 """
 
 import os
@@ -25,6 +25,7 @@ from runtime.ops.collectives import all_gather, all_reduce
 from runtime.processes.launch import begin_worker
 from tests.support import zoo
 from tests.support.generated import prompts
+from tests.support.processes.few_gpus import device_of_rank
 
 
 def collectives(groups: ProcessGroups) -> None:
@@ -95,11 +96,7 @@ def a_lost_rank(parts: Parts[Any], sharing: Sharing) -> None:
 
 def over_nccl(parts: Parts[Any]) -> None:
     """The same over NCCL, and captured as a CUDA graph too."""
-    device = "cuda"
-    if torch.cuda.device_count() < 2:
-        device = "cuda:0"
-        alone = {"NCCL_HOSTID": os.environ["RANK"], "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
-        os.environ.update({**alone, "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"})
+    device = device_of_rank("cuda")
     texts = prompts("llama", (5, 5))
     with Engine.connect(parts, device=device, cache=CacheSize(max_batch=2, memory="0.1 of free")) as engine:
         with torch.device(engine.device):

@@ -11,10 +11,10 @@ import torch
 from torch import distributed as dist
 
 from partitioner.errors import RankLost, RankMismatch
-from runtime.communication.exchange import HostGather
 from runtime.communication.failure_verdict import FailureVerdict
 from runtime.communication.group_channel import GroupChannel, RankState
 from runtime.communication.group_collectives import Group
+from runtime.communication.meeting.exchange import HostGather
 from runtime.processes.heartbeat import Heartbeat
 from tests.runtime.communication.channels.ends import in_threads
 

@@ -4,7 +4,6 @@ Its arguments are a folder for the traces, the device, and whether to share memo
 both ranks use it: NCCL refuses that on one host, so each rank claims to be a host of its own.
 """
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,16 +14,14 @@ from partitioner import Plan, partition
 from runtime.engine import Engine
 from runtime.processes.launch import begin_worker
 from tests.runtime.execution import valid_trace
+from tests.support.processes.few_gpus import device_of_rank
 
 SLOW_S = 0.3
 
 if __name__ == "__main__":
     begin_worker()
     folder, device, *sharings = sys.argv[1:]
-    if device == "cuda" and torch.cuda.device_count() < 2:
-        device = "cuda:0"
-        alone = {"NCCL_HOSTID": os.environ["RANK"], "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
-        os.environ.update({**alone, "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"})
+    device = device_of_rank(device)
     parts = partition(valid_trace.model(), Plan(tp=2))
     ids = torch.randint(3, 500, (2, 64), generator=torch.Generator().manual_seed(0))
     for sharing in sharings:

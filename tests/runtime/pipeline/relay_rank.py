@@ -9,7 +9,6 @@ is a CUDA graph, over NCCL. With one GPU all use that, over sockets.
 """
 
 import contextlib
-import os
 import sys
 from typing import Any
 
@@ -24,6 +23,7 @@ from runtime.processes.launch import begin_worker
 from tests.runtime.generation.replayed import replaying
 from tests.support import zoo
 from tests.support.generated import prompts
+from tests.support.processes.few_gpus import device_of_rank
 
 
 def streams(engine: Engine, texts: list[list[int]], whole: Any) -> None:
@@ -53,10 +53,7 @@ def a_lost_rank(engine: Engine, texts: list[list[int]]) -> None:
 def main() -> None:
     begin_worker()
     name, plan, device, sharing = sys.argv[1:]
-    if device == "cuda" and torch.cuda.device_count() < int(os.environ["WORLD_SIZE"]):
-        device = "cuda:0"
-        alone_there = {"NCCL_HOSTID": os.environ["RANK"], "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
-        os.environ.update({**alone_there, "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"})
+    device = device_of_rank(device)
     model = zoo.tiny(name)[0]
     model = model.double() if device == "cpu" else model.float()
     texts = prompts(name, (4, 7, 2, 5, 3))

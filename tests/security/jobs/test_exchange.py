@@ -7,8 +7,8 @@ import torch
 from torch import distributed as dist
 
 from partitioner.errors import CommunicationError
-from runtime.communication import exchange
-from runtime.communication.exchange import _prove, exchange_json
+from runtime.communication.meeting import exchange
+from runtime.communication.meeting.exchange import _prove, exchange_json
 from runtime.communication.shared_memory.segment import Address
 from runtime.processes.heartbeat import Heartbeat
 

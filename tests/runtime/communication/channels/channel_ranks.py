@@ -21,6 +21,7 @@ from runtime.communication.traceable import Traceable
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.processes.launch import begin_worker
 from tests.runtime.communication.channels.channel_cases import every_primitive, piece
+from tests.support.processes.few_gpus import device_of_rank
 
 
 def disagreements(groups: ProcessGroups) -> None:
@@ -131,11 +132,8 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # of the compiler's own imports
     begin_worker()
     device, case = sys.argv[1:]
-    if device == "cuda" and torch.cuda.device_count() < int(os.environ["WORLD_SIZE"]):
-        device = "cuda:0"
-        alone = {"NCCL_HOSTID": os.environ["RANK"], "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
-        os.environ.update({**alone, "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"})
-    elif device == "cuda":
+    device = device_of_rank(device)
+    if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     if device.startswith("cuda"):
         torch.cuda.set_device(device)

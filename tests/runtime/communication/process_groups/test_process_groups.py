@@ -16,7 +16,7 @@ ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MAST
 @pytest.mark.parametrize("sharing", ["on", "off"])
 def test_three_processes(sharing: str, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
-    launch(["tests.runtime.communication.three_processes", "cpu", sharing], num_ranks=3, timeout_s=60)
+    launch(["tests.runtime.communication.process_groups.three_processes", "cpu", sharing], num_ranks=3, timeout_s=60)
 
 
 @pytest.mark.gpu
@@ -24,7 +24,7 @@ def test_three_processes(sharing: str, monkeypatch: pytest.MonkeyPatch, pytestco
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_three_processes_over_nccl(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
-    launch(["tests.runtime.communication.three_processes", "cuda", "auto"], num_ranks=3, timeout_s=240)
+    launch(["tests.runtime.communication.process_groups.three_processes", "cuda", "auto"], num_ranks=3, timeout_s=240)
 
 
 def test_the_wrong_number_of_processes_is_refused_before_joining(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +37,7 @@ def test_the_wrong_number_of_processes_is_refused_before_joining(monkeypatch: py
 @pytest.mark.processes
 def test_one_process_meets_nobody(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> None:
     monkeypatch.setenv("PYTHONPATH", str(pytestconfig.rootpath))
-    launch(["tests.runtime.communication.one_process"], num_ranks=1, timeout_s=30)
+    launch(["tests.runtime.communication.process_groups.one_process"], num_ranks=1, timeout_s=30)
 
 
 def test_outside_torchrun_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,8 @@
 """What each of three processes checks; a failing assert ends the launch. Started by test_process_groups.py.
 
-Its arguments are the device, and whether to share memory ("on", "off", "auto"). With fewer GPUs than ranks all share
-the first one: NCCL refuses that on one host, so each rank claims to be a host of its own, which proves the results and
-says nothing about speed.
+Its arguments are the device, and whether to share memory ("on", "off", "auto").
 """
 
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,6 +19,7 @@ from runtime.engine import Engine
 from runtime.ops.collectives import all_gather, all_reduce
 from runtime.processes.launch import begin_worker
 from tests.support import handmade
+from tests.support.processes.few_gpus import device_of_rank
 
 
 def collectives(groups: ProcessGroups) -> None:
@@ -77,10 +75,7 @@ if __name__ == "__main__":
     warnings.simplefilter("error")
     begin_worker()
     device, sharing = sys.argv[1:]
-    if device == "cuda" and torch.cuda.device_count() < 3:
-        device = "cuda:0"
-        alone = {"NCCL_HOSTID": os.environ["RANK"], "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo"}
-        os.environ.update({**alone, "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"})
+    device = device_of_rank(device)
     parts = Parts(handmade.partitioned(3), None)
     assert parts.mesh == Mesh.of(tp=3)
     with (
