@@ -64,7 +64,6 @@ class Told:
 class _Runner(Protocol):
     def advance(self, run: Run | None) -> tuple[Work, dict[int, Choice]] | None:
         """Carries out `run`; what comes of a step, which may be an earlier one."""
-        ...
 
 
 class BatchLoop:
@@ -191,8 +190,7 @@ class BatchLoop:
     def _learn(self, work: Work, choices: dict[int, Choice]) -> list[Told]:
         told = []
         for number, choice in choices.items():
-            asked = self._asked.get(number)
-            if asked is None:
+            if (asked := self._asked.get(number)) is None:
                 continue  # nobody wants it any more
             is_over = choice.error is not None or asked.learn(choice.token)
             told.append(Told(number, choice.token, choice.logprob, is_over, choice.error, choice.top))
