@@ -20,6 +20,7 @@ from partitioner.capture.layers.share_layers import BLOCK, ENTER, LEAVE, NotShar
 from partitioner.capture.layers.stamp_layers import Stamps
 from partitioner.capture.overheads.source_lines import source_of
 from partitioner.capture.trace.export_graph import WRAPPER
+from partitioner.capture.trace.functionalize import draws
 from partitioner.capture.trace.shape_limits import decisions, interval
 from partitioner.capture.trace.transformers_hooks import COMBINE, DISPATCH, GROUPED_LINEAR
 from partitioner.errors import CaptureError
@@ -239,6 +240,11 @@ class Builder:
             return args[0][args[1]]
         if self._changes_nothing(node):
             return args[0]
+        if node.users and draws(node):
+            raise CaptureError(
+                f"cannot capture {target}, at {path_of(node)}: it draws random numbers, of which each rank would draw "
+                "its own; required is a forward that, in evaluation, follows from its inputs and weights"
+            )
         if target is aten.copy.default and _same_shape(node.args[1], node):
             # all of it is overwritten: only the dtype of what was there remains
             if node.args[1].meta["val"].dtype == node.meta["val"].dtype:

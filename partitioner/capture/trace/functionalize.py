@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from partitioner.capture.layers.share_layers import BLOCK, NotSharedError
 from partitioner.errors import CaptureError
 
-__all__ = ["functionalize"]
+__all__ = ["draws", "functionalize"]
 
 aten = torch.ops.aten
 
@@ -62,6 +62,18 @@ def _mutates(target: torch._ops.OpOverload) -> bool:
     if target not in _known:
         _known[target] = target._schema.is_mutable
     return _known[target]
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether an op yields random numbers, which are no function of what it is given."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    names = [argument.name for argument in target._schema.arguments]
+    given = {argument.name: argument.default_value for argument in target._schema.arguments}
+    given |= {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    trained = all(given.get(name) is not False for name in ("train", "training"))
+    return trained and all(given.get(name) != 0 for name in ("dropout", "dropout_p", "p"))
 
 
 def _hides_writes(node: Any) -> bool:

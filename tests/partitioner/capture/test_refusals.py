@@ -168,6 +168,33 @@ def test_what_is_not_about_lengths_is_said_not_to_be() -> None:
         partition(OfChoices(OfChoices.config_class()).eval(), Plan(tp=2))
 
 
+class Drawing(Bare):
+    """Noise on what it says, or only what is random in training."""
+
+    in_evaluation = True
+
+    def forward(self, input_ids: torch.Tensor) -> CausalLMOutput:
+        x = nn.functional.dropout(self.table(input_ids), 0.5, self.training)
+        x = nn.functional.alpha_dropout(x, 0.5, self.training)
+        unread = torch.rand([])
+        if self.in_evaluation or (self.training and unread < 0.5):
+            x = x + torch.randn_like(x)
+        return CausalLMOutput(logits=self.head(x))
+
+
+class DrawingInTraining(Drawing):
+    in_evaluation = False
+
+
+def test_what_is_drawn_is_refused_and_what_only_training_draws_is_not() -> None:
+    with pytest.raises(CaptureError, match=r"aten.randn_like.*: it draws random numbers, of which each rank would"):
+        partition(Drawing(Drawing.config_class()).eval(), Plan(tp=2))
+    torch.manual_seed(0)
+    model, ids = DrawingInTraining(Drawing.config_class()).eval(), torch.randint(3, 64, (2, 9))
+    found = partition(model, Plan(tp=2)).simulate(input_ids=ids)
+    torch.testing.assert_close(found, model(input_ids=ids).logits)
+
+
 class FewRows(Bare):
     """Fails for more tokens than it has rows."""
 
