@@ -7,8 +7,10 @@ import functools
 import pytest
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from partitioner import Plan, partition
+from partitioner.capture.capture import ends_of, generation_of
 from partitioner.compile.partition import compile_program, trace
 from tests.support import partitioned, reference, zoo
 from tests.support.layers import Gated, layered
@@ -91,6 +93,15 @@ def test_what_is_asked_of_a_trace_is_part_of_it(traced):
     trace(fresh(), fixed_length=5)
     trace(fresh().bfloat16())
     assert len(traced) == 3
+
+
+def test_what_a_generation_config_says_is_the_models_own(traced):
+    first, second = fresh(), fresh()
+    second.generation_config = GenerationConfig(eos_token_id=7, repetition_penalty=1.5)
+    one, other = trace(first), trace(second)
+    assert len(traced) == 1
+    assert (other.eos_token_id, other.generation) == ((7,), {"repetition_penalty": 1.5})
+    assert (one.eos_token_id, one.generation) == (ends_of(first), generation_of(first)) != ((7,), other.generation)
 
 
 def test_code_that_is_not_transformers_own_is_always_traced():

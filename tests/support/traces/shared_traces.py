@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,8 +24,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 import partitioner.compile.tracing.trace as compiling
+from partitioner.capture.capture import ends_of, generation_of
 from partitioner.capture.layers.share_layers import SharedLayers
 from partitioner.program.program import Program
 from tests.support.traces import stored_traces
@@ -84,7 +87,8 @@ def _capture(own: Callable[..., Program], model: Any, **asked: Any) -> Program:
         name: program.weight_data[name].clone() if origin is None else tensors[origin].detach()
         for name, origin in origins.items()
     }
-    return dataclasses.replace(program.copy(), weight_data=data)
+    own_ends = {"eos_token_id": ends_of(model), "generation": generation_of(model)}  # of no graph
+    return dataclasses.replace(program.copy(), weight_data=data, **own_ends)
 
 
 def _found_or_traced(
@@ -133,9 +137,13 @@ def _attributes(module: nn.Module) -> str:
     configs = [
         (each.to_json_string(use_diff=False), getattr(each, "_attn_implementation", None))
         for each in (getattr(module, "config", None), getattr(module, "generation_config", None))
-        if each is not None
+        if each is not None and (isinstance(each, PreTrainedConfig) or _reads_generation_config(module))
     ]
     return repr((sorted(plain.items()), configs))
+
+
+def _reads_generation_config(module: nn.Module) -> bool:
+    return "generation_config" in inspect.unwrap(type(module).forward).__code__.co_names
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
