@@ -1,8 +1,7 @@
 """Plans on several GPUs of one host: a step and a first token as predicted and as measured, and the choice by them.
 
     predicted   `Pricer` over the tables of the cluster, with the speed that this product's steps reach of them
-                (`benchmarks/planning/own_steps.py`); nothing is fitted on what is printed of `CASES`, but what it takes
-                that ranks with sequences of their own tell each other tokens (dp=2,ep=2)
+                (`benchmarks/planning/own_steps.py`); nothing is fitted on what is printed of `CASES`
     measured    seconds between two tokens of greedy generation, as its stream yields them from the `SETTLED`th one to
                 the last, and to the first tokens of all requests: of the rank that takes longest, the median of the
                 rounds; steps and prompts are captured

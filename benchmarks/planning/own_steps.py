@@ -12,10 +12,10 @@ shapes of `benchmarks.support.step_shapes`, which have few layers.
                 short ones; and a time of each op, of those that are not captured
     between     of a thin shape over two GPUs: all-reduces and stages' turns, each as it makes the largest error of the
                 rows that have it the smallest; a message, by how much longer two groups' turns of the 8B take than its
-                stages by themselves; tokens told, by the steps that have them
+                stages by themselves
 
-The shapes of `CASES`, and the 8B over two GPUs, are held out; but steps in which tokens are told were measured of no
-other shape, and are not. --write keeps what was found (partitioner/planning/tables).
+The shapes of `CASES`, and the 8B over two GPUs, are held out. --write keeps what was found in
+partitioner/planning/tables.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from partitioner.planning.quantities import Workload
 from partitioner.planning.summary import Summary, summarize_program
 from partitioner.program.plan import Plan
 
-WHOLE, THIN, TOLD = "llama-3.1-8b", "thin", "dp=2,ep=2"
+WHOLE, THIN = "llama-3.1-8b", "thin"
 DEVICE = "H200"
 POSITIONS = 1076
 MEASURED = Path(__file__).with_suffix(".csv")
@@ -75,11 +75,7 @@ class Step:
 
     @property
     def is_fitted(self) -> bool:
-        return (
-            self.model in FITTED
-            or (self.model == WHOLE and self.gpus == 1)
-            or (self.plan == TOLD and self.entry == "decode")
-        )
+        return self.model in FITTED or (self.model == WHOLE and self.gpus == 1)
 
     def predicted(self, pricers: Pricers, own: OwnSteps | None) -> float:
         """own: None: at the tables' speed."""
@@ -145,8 +141,6 @@ def fitted(pricers: Pricers, measured: Sequence[Step]) -> OwnSteps:
     between: dict[str, tuple[Any, Callable[[Step], bool]]] = {
         "reduces": (np.arange(0.5, 5, 0.05), lambda each: each.plan == "tp=2"),
         "turn_s": (microseconds, lambda each: each.plan == "pp=2" and each.model == THIN),
-        "told_s": (microseconds, lambda each: each.plan == TOLD and each.rows == 1),
-        "told_row_s": (microseconds, lambda each: each.plan == TOLD),
     }
     for name, (values, has_it) in between.items():
         if rows := [each for each in decode if has_it(each)]:

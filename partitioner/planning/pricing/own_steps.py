@@ -52,8 +52,7 @@ class OwnSteps:
 
     first_s: until first tokens, besides. op_s: the host's, of each op of a prompt that is not captured.
     reduces: of all-reduces of captured steps, over the tables' speed. message_s: from a stage to the next one. turn_s:
-    the host's, of a group's turn on a stage. told_s, told_row_s: the host's, of a step whose ranks tell each other the
-    tokens of their own sequences, and of each row of a rank's.
+    the host's, of a group's turn on a stage.
     """
 
     prefill: float
@@ -64,8 +63,6 @@ class OwnSteps:
     reduces: float = 1.0
     message_s: float = 0.0
     turn_s: float = 0.0
-    told_s: float = 0.0
-    told_row_s: float = 0.0
     DTYPES: ClassVar = ("bfloat16", "float16")
     MOST_ROWS: ClassVar = 64
 

@@ -351,12 +351,10 @@ class Pricer(HeldBytes):
         for stage in (*stages, head):
             found.add(stage)
         turn = groups * (max(stage.total for stage in stages) + head.total)
-        if self._own is not None and self._of_step("decode", of_group) is not None:
-            if plan.pp > 1:  # what is queued ahead hides a message, and a host that is quicker than the stages
-                found.waiting += self._own.message_s * plan.pp
-                turn = max(turn, groups * self._own.turn_s)
-            if plan.mesh.size("dp") > plan.replicas:
-                found.waiting += self._own.told_s + self._own.told_row_s * rows
+        if plan.pp > 1 and self._own is not None and self._of_step("decode", of_group) is not None:
+            # what is queued ahead hides a message, and a host that is quicker than the stages
+            found.waiting += self._own.message_s * plan.pp
+            turn = max(turn, groups * self._own.turn_s)
         found.waiting += max(0.0, turn - found.total)
         return found, how
 

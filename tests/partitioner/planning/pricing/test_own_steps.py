@@ -100,13 +100,6 @@ def test_what_ranks_wait_for_is_priced_where_they_meet() -> None:
     assert beside(turn_s=1e-3) == beside(message_s=1e-3) == 0
 
 
-@pytest.mark.slow
-def test_ranks_with_sequences_of_their_own_tell_each_other_their_tokens() -> None:
-    assert beside("qwen3_moe", "dp=2,ep=2", told_s=1e-3) == pytest.approx(1e-3)
-    assert beside("qwen3_moe", "dp=2,ep=2", rows=6, told_row_s=1e-3) == pytest.approx(3e-3)
-    assert beside("qwen3_moe", "dp=2", told_s=1e-3) == beside("qwen3_moe", "tp=2,ep=2", told_s=1e-3) == 0
-
-
 @pytest.mark.parametrize(("count", "chosen", "ranks"), [(128, 8, 2), (64, 6, 4), (16, 4, 8)])
 def test_a_step_waits_for_the_rank_whose_experts_are_chosen_most(count: int, chosen: int, ranks: int) -> None:
     drawn = torch.Generator().manual_seed(0)
