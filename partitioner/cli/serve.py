@@ -113,6 +113,12 @@ def serve_command(
         from partitioner.serving.open_service import open_service, read_tokenizer, read_vocabulary
     except ModuleNotFoundError as error:
         raise InputError(f"a server needs {error.name}: pip install 'partitioner[serve]'") from error
+    if max_context is not None and max_context < 2:
+        raise InputError(
+            f"--max-context must be at least 2, a token of a prompt and one of its answer; got {max_context}"
+        )
+    if not grace >= 0:
+        raise InputError(f"--grace must be a number of seconds, 0 for none; got {grace:g}")
     model = fetched(model, revision=revision)
     if not Path(model).is_dir():
         raise InputError(

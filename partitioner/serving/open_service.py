@@ -82,4 +82,4 @@ def _max_length(model: str, llm: Launched, asked: int | None) -> int:
     longest = min(known, default=None)
     if asked is not None and longest is not None and asked > longest:
         raise InputError(f"--max-context {asked} is more than the {longest} tokens that {model!r} takes")
-    return asked or longest or _LENGTH
+    return asked if asked is not None else longest or _LENGTH

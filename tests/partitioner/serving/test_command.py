@@ -25,6 +25,12 @@ def test_what_cannot_be_served_is_said_at_once(tmp_path: Path, monkeypatch: pyte
     assert "chat template" in said("serve", "--chat-template", str(tmp_path / "none"))
     with bound("127.0.0.1", 0) as taken:
         assert "cannot listen on 127.0.0.1" in said("serve", "--port", str(taken.getsockname()[1]))
+    for port in ("-1", "65536"):
+        assert "the port must be from 0 to 65535" in said("serve", "--port", port)
+    assert "cannot listen on a..b" in said("serve", "--port", "0", "--host", "a..b")
+    assert "--max-context must be at least 2" in said("serve", "--max-context", "0")
+    for grace in ("-1", "nan"):
+        assert "--grace must be a number of seconds" in said("serve", "--grace", grace)
     monkeypatch.setenv(API_KEY, "short")
     assert "at least 8" in said("serve")
 
