@@ -79,7 +79,11 @@ def capture(
 
     weights, values = describe_weights(graph, builder, known)
     placeholders = {node.target: node for node in graph.nodes if node.op == "placeholder"}
-    inputs = tuple(Input(name, placeholders[name].meta["val"], example.defaults[name]) for name in example.tensors)
+    without = {"attention_mask": example.masks_by_itself}
+    inputs = tuple(
+        Input(name, placeholders[name].meta["val"], example.defaults[name], without=without.get(name))
+        for name in example.tensors
+    )
     notes += [*builder.limits(), *([] if fixed_length is None else [f"static length {fixed_length}"])]
     return Program(
         graph=graph,

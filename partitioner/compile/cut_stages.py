@@ -124,7 +124,7 @@ def _weight(program: Program, name: str) -> Weight:
 
 def _run_input(program: Program, given: Input) -> RunInput:
     dims = _named_dims(program, given.value.shape, f"input {given.name!r}")
-    return RunInput(given.name, given.value.dtype, dims, given.default, given.bound)
+    return RunInput(given.name, given.value.dtype, dims, given.default, given.bound, given.without)
 
 
 def _named_dims(program: Program, shape: Sequence[int | sympy.Expr], what: str) -> tuple[int | str, ...]:

@@ -52,12 +52,14 @@ class Input:
 
     default: "required" | "arange" (0..S-1 per row) | "ones" | "zeros"
     bound: the values that it may have; see `partitioner.compile.input_bounds`
+    without: the token besides which the default is not what the model does without this input; None: there is none
     """
 
     name: str
     value: Value
     default: str
     bound: Bound | None = None
+    without: int | None = None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from runtime.program.rank_program import Bound, RunInput
 
 __all__ = ["complete_inputs"]
 
-_MASK = "attention_mask"
+_MASK, _TOKENS = "attention_mask", "input_ids"
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_cache": (None, True, False),
     "return_dict": (None, True),
@@ -64,6 +64,8 @@ def complete_inputs(
     for wanted in inputs:
         value = given.get(wanted.name)
         if value is None:
+            if wanted.without is not None:
+                _check_unpadded(given.get(_TOKENS), wanted.without, mask=wanted.name)
             completed.append(_default(wanted, sizes, device))
         else:
             if wanted.bound is not None and value.device.type == "cpu":
@@ -126,6 +128,15 @@ def _check_values(name: str, value: Tensor, bound: Bound) -> None:
     if smallest < bound.low or largest > bound.high:
         at = ((value < bound.low) | (value > bound.high)).nonzero()[0].tolist()
         raise InputError(f"input {name!r} holds {int(value[tuple(at)])} at {at}, but its values must be {bound}")
+
+
+def _check_unpadded(ids: Tensor | None, token: int, *, mask: str) -> None:
+    """On any device: few models ask for it, and what they say otherwise is wrong."""
+    if ids is not None and bool(ids.eq(token).any()):
+        raise InputError(
+            f"input {_TOKENS!r} holds the padding token {token}, which this model masks by itself where it is given no "
+            f"{mask!r}: give {mask}=(input_ids != {token}).long(), or ones to mask nothing"
+        )
 
 
 def _same_in_every_row(wanted: RunInput) -> bool:

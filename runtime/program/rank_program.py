@@ -52,13 +52,17 @@ class Bound:
 
 @dataclass(frozen=True)
 class RunInput:
-    """An input of the run; default: "required" | "arange" | "ones" | "zeros"; bound: None where any value will do."""
+    """An input of the run; default: "required" | "arange" | "ones" | "zeros"; bound: None where any value will do.
+
+    without: the token besides which the default is not what the model does without this input; None: there is none.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int | str, ...]
     default: str
     bound: Bound | None = None
+    without: int | None = None
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,15 @@ _SPARE = 4
 
 @dataclass(frozen=True)
 class Example:
-    """The inputs in order, by name: an example of each, what stands in for it, and what the probe found with them."""
+    """The inputs in order, by name: an example of each, what stands in for it, and what the probe found with them.
+
+    masks_by_itself: the token that the model masks where it is given no mask; None: it masks none.
+    """
 
     tensors: dict[str, Tensor]
     defaults: dict[str, str]
     probe: Probe
+    masks_by_itself: int | None = None
 
 
 def choose_inputs(
@@ -56,17 +60,29 @@ def choose_inputs(
         elif _same_lookups(found, explicit := probe(fake_model, {**tensors, "position_ids": positions}, fake, indices)):
             tensors["position_ids"], defaults["position_ids"] = positions, "arange"
             found = explicit
+    masks_by_itself = None
     if _sees_the_whole_text(fake_model, found):
+        bare = dict(tensors)
         if "attention_mask" in accepted:
             tensors["attention_mask"], defaults["attention_mask"] = torch.ones(shape, dtype=torch.long), "ones"
         found = probe(fake_model, tensors, fake, indices)
+        padding = _padding(fake_model)
+        if "attention_mask" in accepted and padding is not None:
+            ids = tensors["input_ids"].clone()
+            ids[:, -2:] = padding
+            alone, all_ones = (
+                _changes(before, probe(fake_model, {**given, "input_ids": ids}, fake, indices))
+                for before, given in ((probe(fake_model, bare, fake, indices), bare), (found, tensors))
+            )
+            if not all(any(_is_equal(each, other) for other in all_ones) for each in alone):
+                masks_by_itself = padding
         if "token_type_ids" in accepted:
             with_types = {**tensors, "token_type_ids": torch.zeros(shape, dtype=torch.long)}
             typed = probe(fake_model, with_types, fake, indices)
             # some want several types per token, and make them up by themselves; or none are something else than zeros
             if _does_the_same(found, typed):
                 tensors, defaults["token_type_ids"], found = with_types, "zeros", typed
-    return Example(tensors, defaults, found)
+    return Example(tensors, defaults, found, masks_by_itself)
 
 
 def example_ids(fake_model: PreTrainedModel, shape: tuple[int, int]) -> Tensor:
@@ -89,6 +105,22 @@ def _length(fake_model: PreTrainedModel) -> int:
     if not isinstance(most, int) or most >= LENGTH + _SPARE:
         return LENGTH
     return next((length for length in _SHORTER if length + _SPARE <= most), _SHORTER[-1])
+
+
+def _padding(fake_model: PreTrainedModel) -> int | None:
+    """The token that stands for none."""
+    config = fake_model.config.get_text_config()
+    token = config.pad_token_id if hasattr(config, "pad_token_id") else None
+    return token if isinstance(token, int) and 0 <= token < _vocabulary(fake_model) else None
+
+
+def _changes(before: Probe, after: Probe) -> list[Tensor]:
+    """What met a weight in the second run only."""
+    return [each for each in after.met if not any(_is_equal(each, other) for other in before.met)]
+
+
+def _is_equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _vocabulary(fake_model: PreTrainedModel) -> int:

@@ -38,6 +38,8 @@ class Probe:
     """The kind of each mask, in the order in which the model asked for them; None where it is not one we know."""
     lookups: list[Tensor] = field(default_factory=list)
     """The indices of each lookup in a table of weights."""
+    met: list[Tensor] = field(default_factory=list)
+    """What was made of tokens, positions and masks alone, and then met a weight."""
     counted: bool = True
     """Whether all that met a weight, one number per token, were the tokens themselves or 0, 1, 2 and so on."""
     offset: int = 0
@@ -101,6 +103,7 @@ class _Mixed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(tensor, FakeTensor):
             return tensor
         self.found.counted &= self._is_known(tensor)
+        self.found.met.append(tensor.clone())
         return self.fake.from_tensor(tensor)
 
     def _is_known(self, tensor: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from partitioner import CaptureError, InputError, Plan, partition
+from partitioner import CaptureError, InputError, Plan, load, partition
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
@@ -153,6 +154,42 @@ def test_types_of_tokens_are_zeros_only_where_the_model_takes_none_for_zeros(kin
     else:
         with pytest.raises(InputError, match="unknown input 'token_type_ids'; the inputs are input_ids"):
             parts.simulate(input_ids=ids, token_type_ids=types)
+
+
+class Padded(Bare):
+    """Hides tokens that a mask names. by_itself: where none is given it hides padding."""
+
+    by_itself = False
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> CausalLMOutput:
+        if attention_mask is None:
+            hides = self.by_itself
+            attention_mask = (input_ids != self.config.pad_token_id).long() if hides else torch.ones_like(input_ids)
+        return CausalLMOutput(logits=self.head(self.table(input_ids) * attention_mask[..., None]))
+
+
+class PaddedByItself(Padded):
+    by_itself = True
+
+
+@pytest.mark.parametrize("kind", [Padded, PaddedByItself])
+def test_padding_wants_a_mask_only_where_the_model_hides_it_by_itself(kind: type[Padded], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = kind(kind.config_class(pad_token_id=1)).eval()
+    compiled = partition(model, Plan(tp=2))
+    compiled.save(tmp_path / "saved")
+    ids = torch.randint(3, 64, (2, 9))
+    for parts in (compiled, load(tmp_path / "saved")):
+        torch.testing.assert_close(parts.simulate(input_ids=ids), model(input_ids=ids).logits)
+        padded = torch.cat([ids, torch.ones(2, 3, dtype=torch.int64)], 1)
+        for mask in ((padded != 1).long(), torch.ones_like(padded)):
+            found = parts.simulate(input_ids=padded, attention_mask=mask)
+            torch.testing.assert_close(found, model(input_ids=padded, attention_mask=mask).logits)
+        if kind.by_itself:
+            with pytest.raises(InputError, match=r"holds the padding token 1, .*: give attention_mask="):
+                parts.simulate(input_ids=padded)
+        else:
+            torch.testing.assert_close(parts.simulate(input_ids=padded), model(input_ids=padded).logits)
 
 
 class OfChoices(Bare):

@@ -100,6 +100,7 @@ def _input_data(given: RunInput) -> Data:
         "bound": None
         if bound is None
         else {"low": bound.low, "high": bound.high, "rows": bound.rows, "table": bound.table},
+        "without": given.without,
     }
 
 
@@ -206,6 +207,7 @@ def _read_input(record: Record) -> RunInput:
         read_dims(record),
         record.one_of("default", _DEFAULTS),
         record.maybe("bound", lambda name: _read_bound(record.record(name))),
+        record.maybe("without", record.integer) if record.has("without") else None,
     )
     record.done()
     return found
