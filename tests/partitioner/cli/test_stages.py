@@ -69,7 +69,7 @@ def test_the_picture_of_a_schedule(config: str, tmp_path: Path) -> None:
 
 
 def test_two_degrees_that_differ_are_refused() -> None:
-    with pytest.raises(InputError, match="--pp 3 and --plan 'pp=2' say two things"):
+    with pytest.raises(InputError, match="--pp 3 and --plan 'pp=2' disagree"):
         Compile(text="pp=2", pp=3).plan  # noqa: B018
     assert Compile(pp=3, tp=2).plan == Plan(pp=3, tp=2)
     assert Compile(ep=4, tp=2).plan == Plan(ep=4, tp=2)

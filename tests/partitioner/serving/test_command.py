@@ -20,7 +20,7 @@ def said(*arguments: str) -> str:
 
 
 def test_what_cannot_be_served_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "is no folder" in said("serve", str(tmp_path / "none"))
+    assert "is not a folder" in said("serve", str(tmp_path / "none"))
     assert "cannot be read" in said("serve", "--api-key-file", str(tmp_path / "none"))
     assert "chat template" in said("serve", "--chat-template", str(tmp_path / "none"))
     with bound("127.0.0.1", 0) as taken:
