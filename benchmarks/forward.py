@@ -52,6 +52,7 @@ from benchmarks.support.peers import (
 from benchmarks.support.ranks import launch_ranks
 from benchmarks.support.rounds import Ratio, rounds_in, take_turns
 from partitioner import Plan, partition
+from partitioner.cli.common.tables import print_table
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
@@ -99,7 +100,7 @@ def require_equal(name: str, found: Tensor, expected: Tensor) -> None:
 
 @torch.no_grad()
 def one_process(seconds: float) -> None:
-    table = Table(title="one process, one thread: ours / transformers", title_justify="left")
+    table = Table()
     for column in ("model", "tokens", "ours ms", "transformers ms", "ratio", "of best"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for name, sizes in ONE.items():
@@ -114,7 +115,7 @@ def one_process(seconds: float) -> None:
             ratio = Ratio.of(times[OURS], times[ALONE])
             both = (milliseconds(times[OURS]), milliseconds(times[ALONE]))
             table.add_row(name, str(length), *both, str(ratio), of_best(times[OURS], times[ALONE]))
-    console.print(table)
+    print_table("one process, one thread: ours / transformers", table)
 
 
 # -- two processes -----------------------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def two_processes(seconds: float) -> None:
         launch_ranks(["benchmarks.forward", "--rank", folder, "--seconds", str(seconds)], num_ranks=2, timeout_s=300)
         found = json.loads(Path(folder, "times.json").read_text())
     title = "two processes: hidden 1024, 8 layers"
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for column in ("tokens", "contestant", "ms", "ours / it", "of best"):
         table.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
     for length, times in found.items():
@@ -168,7 +169,7 @@ def two_processes(seconds: float) -> None:
         for name, of_one in times.items():
             ratios = (str(Ratio.of(times[OURS], of_one)), of_best(times[OURS], of_one)) if name != OURS else ()
             table.add_row(length, name, milliseconds(of_one), *ratios)
-    console.print(table)
+    print_table(title, table)
     if AUTO not in found[str(TWO_LENGTHS[0])]:
         console.print(f"left out: transformers' {AUTO}, which needs accelerate (pip install accelerate)", markup=False)
 

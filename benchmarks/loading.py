@@ -57,6 +57,7 @@ from benchmarks.support.ranks import launch_ranks
 from benchmarks.support.rounds import Ratio
 from partitioner import Parts, Plan, load, partition
 from partitioner.analysis.report.report import Report
+from partitioner.cli.common.tables import print_table
 from partitioner.program.ranks import Ranks
 from partitioner.storage.compiled import found_or_kept, key_of
 from runtime.communication.process_groups import ProcessGroups
@@ -228,7 +229,7 @@ def compare(folder: Path, bundle: Path, rounds: int, *, cold: bool) -> None:
             if cold:
                 forget(folder)
             found[name].append(turn(name, folder, bundle))
-    table = Table(title="cold: from the disk" if cold else "warm: from the page cache", title_justify="left")
+    table = Table()
     for column in ("contestant", "reading s", "in all s", "shard GB", "private GB", "resident GB", "read / shard"):
         table.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
     for name, turns in found.items():
@@ -236,7 +237,7 @@ def compare(folder: Path, bundle: Path, rounds: int, *, cold: bool) -> None:
         giga = (f"{middle[field] / 1e9:.3f}" for field in ("shard", "peak", "resident"))
         read = f"{middle['read'] / middle['shard']:.3f}" if "read" in middle else ""
         table.add_row(name, f"{middle['reading']:.2f}", f"{middle['seconds']:.2f}", *giga, read)
-    console.print(table)
+    print_table("cold: from the disk" if cold else "warm: from the page cache", table)
     copied = found[OURS]
     worst = max(turn["peak"] / (ALLOWED * turn["shard"] + ALLOWED_BYTES) for turn in copied)
     read = max(turn["read"] / turn["shard"] for turn in copied)

@@ -61,6 +61,7 @@ from benchmarks.support.peers import build
 from benchmarks.support.ranks import launch_ranks
 from benchmarks.support.rounds import Took, take_turns
 from partitioner import Plan, partition
+from partitioner.cli.common.tables import print_table
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine import Engine
 from runtime.pipeline.links import sizes_of
@@ -249,7 +250,7 @@ def report(times: dict[str, list[float]], idle: dict[str, list[tuple[float, floa
         f"c, two stages at a time over one alone: {c['median']:.2f} (fastest rounds {c['best']:.2f}); of steps of 8 "
         f"rows {of_steps['median']:.2f} ({of_steps['best']:.2f})"
     )
-    table = Table(title="one process / ours: how many times faster", title_justify="left")
+    table = Table()
     for column in (
         "",
         "median",
@@ -279,7 +280,7 @@ def report(times: dict[str, list[float]], idle: dict[str, list[tuple[float, floa
         title = {"prompt": "one prompt in 8 chunks", "decode": f"decode, {GROUPS} groups of 8"}[name]
         equal = f"{bubble(2, 8):.1%}" if name == "prompt" else ""
         table.add_row(title, *cells, "", "", equal, *idle_in(f"two {name}"))
-    console.print(table)
+    print_table("one process / ours: how many times faster", table)
     if left_out:
         console.print(f"left out: transformers' pp_size=2: {left_out[:200]}", markup=False)
 

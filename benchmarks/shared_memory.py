@@ -33,6 +33,7 @@ from torch import distributed as dist
 from benchmarks.support.peers import of_best
 from benchmarks.support.ranks import launch_ranks
 from benchmarks.support.rounds import Ratio, take_turns
+from partitioner.cli.common.tables import print_table
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.process_groups import ProcessGroups
 from runtime.ops.collectives import all_reduce
@@ -94,14 +95,14 @@ def main() -> None:
         command = ["benchmarks.shared_memory", "--rank", folder, "--rounds", str(given.rounds)]
         launch_ranks(command, num_ranks=given.ranks, timeout_s=600)
         found = json.loads(Path(folder, "times.json").read_text())
-    table = Table(title=f"all_reduce, {given.ranks} processes", title_justify="left")
+    table = Table()
     for column in ("size", f"{OURS}, us", f"{GLOO}, us", "ratio", "of best"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, times in found.items():
         ours, gloo = ([one / repeats(SIZES[name]) for one in times[which]] for which in (OURS, GLOO))
         medians = (f"{sorted(of_one)[len(of_one) // 2] * 1e6:.1f}" for of_one in (ours, gloo))
         table.add_row(name, *medians, str(Ratio.of(ours, gloo)), of_best(ours, gloo))
-    console.print(table)
+    print_table(f"all_reduce, {given.ranks} processes", table)
     console.print(f"load {before:.1f} before it began, on {os.cpu_count()} cores", markup=False)
 
 

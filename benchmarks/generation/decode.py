@@ -52,6 +52,7 @@ from benchmarks.support.peers import (
 from benchmarks.support.ranks import launch_ranks
 from benchmarks.support.rounds import Ratio, take_turns
 from partitioner import Plan, partition
+from partitioner.cli.common.tables import print_table
 from runtime.communication.process_groups import ProcessGroups
 from runtime.engine import Engine
 from runtime.processes.launch import begin_worker
@@ -146,13 +147,13 @@ def main() -> None:
         )
         times = json.loads(Path(folder, "times.json").read_text())
     title = f"two processes: hidden 1024, 8 layers, one token after {PROMPT} and more"
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for column in ("contestant", "ms", "ours / it", "of best"):
         table.add_column(column, justify="left" if column == "contestant" else "right", no_wrap=True)
     for name, of_one in times.items():
         ratios = (str(Ratio.of(times[OURS], of_one)), of_best(times[OURS], of_one)) if name != OURS else ()
         table.add_row(name, milliseconds(of_one), *ratios)
-    console.print(table)
+    print_table(title, table)
     half = min(times[OURS]) / (min(times[ALONE]) / 2)
     console.print(f"half of one process's time is {half:.2f} times less than ours (fastest rounds)", markup=False)
     console.print(f"load {before:.1f} before it began, on {os.cpu_count()} cores", markup=False)

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from benchmarks.support.rounds import Ratio, rounds_in, take_turns
 from partitioner import Plan, partition
+from partitioner.cli.common.tables import print_table
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.execution.profile import Profiler
 from runtime.execution.prompts.piece import Piece
@@ -91,7 +92,7 @@ def print_bytes(console: Console) -> None:
     """Of DeepSeek-V3's own configuration, four of its layers, bfloat16."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(DeepseekV3Config(num_hidden_layers=4), dtype=torch.bfloat16).eval()
-    table = Table(title="DeepSeek-V3, bytes per token and layer of each rank", title_justify="left")
+    table = Table()
     for column in ("plan", "cache=expanded", "cache=latent"):
         table.add_column(column, justify="left" if column == "plan" else "right")
     for tp in (1, 8):
@@ -100,7 +101,7 @@ def print_bytes(console: Console) -> None:
             for way in ("expanded", "latent")
         ]
         table.add_row(f"tp={tp}", *(f"{size:,}" for size in sizes))
-    console.print(table)
+    print_table("DeepSeek-V3, bytes per token and layer of each rank", table)
 
 
 def main() -> None:
@@ -115,13 +116,13 @@ def main() -> None:
     if given.bytes:
         print_bytes(console)
         return
-    table = Table(title="a decoded token: latent / expanded", title_justify="left")
+    table = Table()
     for column in ("cached tokens", "latent ms", "expanded ms", "ratio"):
         table.add_column(column, justify="right", no_wrap=True)
     for cached in given.cached:
         ours, theirs, ratio = compare(cached, given.seconds)
         table.add_row(f"{cached:,}", f"{ours:.1f}", f"{theirs:.1f}", str(ratio))
-    console.print(table)
+    print_table("a decoded token: latent / expanded", table)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.support.rounds import Ratio, rounds_in, take_turns
 from partitioner import Plan, partition
+from partitioner.cli.common.tables import print_table
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
 
@@ -223,12 +224,12 @@ def main() -> None:
     else:
         rows = [row_of(name, given, say=say, alone=lambda: None) for name in given.models]
     title = f"a prompt of {given.tokens} tokens: ours / transformers"
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for column in ("model", "ours ms", "transformers ms", "ratio", "at a time"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    print_table(title, table)
     if len(rows) < len(given.models):
         sys.exit(1)
 
