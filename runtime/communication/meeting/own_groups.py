@@ -55,16 +55,16 @@ class OwnGroups:
         """abort: destroying would wait for kernels that wait for a lost rank. May be called again, or half-way."""
         end = c10d._abort_process_group if abort else dist.destroy_process_group
         known, ours = set(c10d._world.pg_map), {group for group in (self._all, *self._some) if group is not None}
-        if not ours & known:  # the program has ended all groups, or none were made
-            self.settle()
-        elif known <= ours:
+        default = c10d.GroupMember.WORLD
+        if known and known <= ours:
             c10d._update_default_pg(self._all)
             end()  # in the one order that all of a process are ended in
-        else:
-            default = c10d.GroupMember.WORLD
+        elif known & ours:
             c10d._update_default_pg(None)  # the default cannot be ended without all others
             for group in (*reversed(self._some), self._all):
                 if group in known:
                     end(group)
-            c10d._update_default_pg(self._programs if default in ours else default)
+            c10d._update_default_pg(None if default in ours else default)
+        if c10d.GroupMember.WORLD is None and self._programs in known - ours:
+            self.settle()
         self._all, self._some = None, []
