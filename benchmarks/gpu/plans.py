@@ -32,11 +32,14 @@ import argparse
 import gc
 import os
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -268,7 +271,13 @@ def main() -> None:
     for name in ("prompt", "new"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--batch", type=int, nargs="+", help="requests at a time")
-    start("benchmarks.gpu.plans", parser.parse_args(), parts=("plans",), rank=rank)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if "RANK" not in os.environ and not given.cluster:  # once: ranks that measured it each would choose other plans
+            file = Path(folder) / "cluster.yaml"
+            file.write_text(cluster_of(given).to_yaml(), encoding="utf-8")
+            sys.argv += ["--cluster", str(file)]
+        start("benchmarks.gpu.plans", given, parts=("plans",), rank=rank)
 
 
 if __name__ == "__main__":

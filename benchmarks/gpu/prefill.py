@@ -79,6 +79,8 @@ def by_tp_plan(held: Any) -> tuple[Any, str]:
     dist.barrier()
     try:
         model = tp_plan_auto(folder)
+        if model is not None:  # fewer heads than ranks are refused by a shape that does not fit
+            model.generate(torch.ones(1, 2, dtype=torch.int64, device=held.device), max_new_tokens=1, pad_token_id=0)
         return model, "" if model is not None else "it needs accelerate"
     except Exception as error:
         return None, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
