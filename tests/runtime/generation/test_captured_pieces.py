@@ -118,7 +118,7 @@ def test_a_longer_text_captures_anew(graphs: list[Replayed]) -> None:
     for seed, new in enumerate([3, 3, 80, 80, 80]):  # another cache
         given, options = texts(9, seed=seed), {**OPTIONS, "max_new_tokens": new}
         assert_alike(parts.generate(given, **options), node_by_node(given, **options))
-    assert [graph.count for graph in graphs] == [0, 1]
+    assert [graph.count for graph in graphs] == [0, 2], "what comes again is captured at once in another cache"
 
 
 def captured_as(key: int, *, pieces: captured_pieces.CapturedPieces) -> str:
