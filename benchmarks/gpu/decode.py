@@ -97,7 +97,7 @@ def main() -> None:
 
 @dataclass(frozen=True)
 class Contestant:
-    """gpus: over which its weights are shared out. way: of its all-reduces, while its steps are captured."""
+    """gpus: over which its weights are shared out. choice: of its all-reduces, while its steps are captured."""
 
     engine: Engine
     gpus: int

@@ -1,7 +1,7 @@
 """What is made here without a word about its device lies on the host, whatever a script's default device is.
 
     @host_default                 a function that scripts call
-    host_default_steps(steps)      an iterator that scripts advance: their own code between two steps is left alone
+    host_default_steps(steps)     an iterator that scripts advance: their own code between two steps is left alone
 
 `torch.set_default_device("cuda")`, or `with torch.device("cuda"):`, is for what the script makes. Tables, lists of
 tokens and what is compared between ranks are made for the host here. Where the default is the host's, nothing is done.
