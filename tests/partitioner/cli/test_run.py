@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from partitioner import Plan, partition
-from partitioner.cli import app as cli
+from partitioner.cli.actions import run as action
 from partitioner.cli.app import app
 from partitioner.errors import RankLost
 from tests.support import bundle_forger as bundles
@@ -60,7 +60,7 @@ def test_a_lost_rank_is_one_line_and_exit_code_1(monkeypatch: pytest.MonkeyPatch
     def lose(*given: object, **options: object) -> None:
         raise RankLost("rank 1 was ended by SIGKILL")
 
-    monkeypatch.setattr(cli, "run_in_processes", lose)
+    monkeypatch.setattr(action, "run_in_processes", lose)
     _, error = run("--prompt", "a", "--tp", "2", code=1)
     assert error == "error: rank 1 was ended by SIGKILL (--simulate shows at which node)\n"
 

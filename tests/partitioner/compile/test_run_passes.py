@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from partitioner import Plan, PlanError, partition
 from partitioner.compile.partition import compile_program
-from partitioner.compile.run_passes import choose
+from partitioner.compile.pass_manager.choose_passes import choose
 from tests.support import partitioned
 from tests.support.plugins import fake
 
