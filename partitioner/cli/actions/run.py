@@ -39,7 +39,6 @@ from runtime.communication.process_groups import ProcessGroups
 from runtime.communication.thread_communicator import ThreadGroup
 from runtime.engine.engine import Engine
 from runtime.generation.decode_graphs import require_fixed_shapes
-from runtime.generation.generation_options import Settings
 from runtime.kv_cache.cache_size import CacheSize
 from runtime.kv_cache.device_memory import readable
 from runtime.launching.launched import Launched
@@ -55,9 +54,7 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.jso
 
 
 def run(question: Question, *, simulate: bool, timeout_s: float) -> None:
-    # what is wrong is said here once, rather than on every rank
-    Settings.of({**question.options, "tokenizer": ...}, eos_token_id=())
-    question.placed  # noqa: B018 - checks the device
+    """simulate: all ranks in this process. timeout_s: of processes that are started."""
     if is_rank():
         answer(question)
     elif simulate:

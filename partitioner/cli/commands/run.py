@@ -105,6 +105,7 @@ def run_command(
         compile_steps=compile_steps,
         max_batch=max_batch,
     )
+    question.require_right()
 
     from partitioner.cli.actions.run import run
 

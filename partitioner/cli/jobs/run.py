@@ -81,6 +81,13 @@ class Question(Job):
         if not is_bundle(self.model) and not self.checked:
             raise InputError(f"--unchecked is for a bundle, which has digests; {self.model!r} is not a bundle")
 
+    def require_right(self) -> None:
+        """What is told here once, rather than on every rank, and takes torch to check."""
+        from runtime.generation.generation_options import Settings
+
+        Settings.of({**self.options, "tokenizer": ...}, eos_token_id=())
+        self.placed  # noqa: B018 - checks the device
+
     def ranks(self) -> Ranks:
         """The model, without its weights: each rank reads its own, when it is connected."""
         if not is_bundle(self.model):

@@ -46,6 +46,8 @@ class Serving:
     cached: bool
 
     def __post_init__(self) -> None:
+        if not 0 <= self.port < 1 << 16:
+            raise InputError(f"the port must be from 0 to 65535, 0 for one that is free; got {self.port}")
         if self.max_context is not None and self.max_context < 2:
             raise InputError(
                 f"--max-context must be at least 2, a token of a prompt and one of its answer; got {self.max_context}"

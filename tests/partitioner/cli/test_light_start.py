@@ -78,6 +78,7 @@ WRONG = (
     "serve no-such-folder",
     "serve --max-context 1",
     "serve --max-batch 0",
+    "serve --port 65536",
     "bench plan llama --new 1",
     "bench serve --rate 1 --clients 1",
     "bench serve --url http://127.0.0.1:9/v1 --requests 1",
