@@ -1,4 +1,5 @@
-"""The commands: options and help. Each imports what does its work when it is called, and checks plain arguments before.
+"""The commands: options and help. What a command checks its arguments by, and then what does its work, is imported when
+it is called.
 
 So `--help` and an error of the arguments take a fraction of a second; torch and transformers alone take several.
 """

@@ -9,13 +9,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from partitioner.cli.common.files import require_file
 from partitioner.cli.common.options import Device, Dtype, Model, Timeout
 from partitioner.cli.common.tables import say
-from partitioner.cli.jobs.balance import TextCase, read_text
 from partitioner.cli.jobs.compile import Compile
 from partitioner.errors import InputError
-from runtime.processes.launch import require_timeout
 
 __all__ = ["balance_command"]
 
@@ -32,6 +29,10 @@ def balance_command(
     timeout_s: Timeout = 600.0,
 ) -> None:
     """Count which experts a text uses, and print a plan that gives all ranks about equal work."""
+    from partitioner.cli.common.files import require_file
+    from partitioner.cli.jobs.balance import TextCase, read_text
+    from runtime.processes.launch import require_timeout
+
     require_timeout(timeout_s)
     if extra < 0:
         raise InputError(f"--extra must be at least 0, got {extra}")

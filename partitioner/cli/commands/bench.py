@@ -12,14 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from partitioner.cli.common.files import require_file
 from partitioner.cli.common.options import Device, Model, Timeout
 from partitioner.cli.common.tables import print_table, say
-from partitioner.cli.jobs.bench_plan import PlanCase
 from partitioner.cli.jobs.compile import Compile
 from partitioner.errors import InputError
 from partitioner.serving.load.workload import ANSWER_MEAN, PROMPT_MEAN, Workload
-from runtime.processes.launch import require_timeout
 
 __all__ = ["bench_plan_command", "bench_serve_command"]
 
@@ -40,6 +37,9 @@ def bench_plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Run a plan over one process per rank of this machine, and print its times beside the predicted ones."""
+    from partitioner.cli.jobs.bench_plan import PlanCase
+    from runtime.processes.launch import require_timeout
+
     require_timeout(timeout_s)
     case = PlanCase(model, how, prompt, new, batch, gpus, device, rounds)
 
@@ -84,6 +84,8 @@ def bench_serve_command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Put load on a server, and print its throughput and times. A key is read from OPENAI_API_KEY."""
+    from partitioner.cli.common.files import require_file
+
     require_file("--plot", plot)
     workload = Workload(
         requests=requests,

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from partitioner.cli.common.files import require_file
 from partitioner.cli.common.tables import say
 from partitioner.errors import InputError
 
@@ -34,6 +33,8 @@ def cluster_command(
     out: Annotated[str | None, typer.Option("--out", "-o", help="write it to this file")] = None,
 ) -> None:
     """Print a cluster as YAML: a preset, this machine (measured in some seconds), or a file of another tool."""
+    from partitioner.cli.common.files import require_file
+
     if action not in ("show", "detect", "import") or (action != "detect") != (what is not None):
         raise InputError("write partitioner cluster show 8xH100, cluster detect, or cluster import FILE")
     if action != "import" and (device is not None or hosts is not None or topology):

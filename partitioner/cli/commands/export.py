@@ -10,9 +10,6 @@ from rich.console import Console
 from partitioner.cli.common.options import Checkpoint, Dtype, Model, Revision
 from partitioner.cli.common.tables import say
 from partitioner.cli.jobs.compile import Compile
-from partitioner.storage.dtypes import require_asked
-from partitioner.storage.hub import fetched
-from partitioner.storage.recognise import require_new
 
 __all__ = ["export_command", "show_command"]
 
@@ -28,6 +25,10 @@ def export_command(
     revision: Revision = None,
 ) -> None:
     """Write a bundle: what each rank runs, and its slices of the weights. Loading a bundle executes no code from it."""
+    from partitioner.storage.dtypes import require_asked
+    from partitioner.storage.hub import fetched
+    from partitioner.storage.recognise import require_new
+
     require_new(out)
     require_asked(dtype)
     model = fetched(model, revision=revision)

@@ -8,11 +8,6 @@ import typer
 
 from partitioner.cli.common.options import CacheDtype, Dtype, Model
 from partitioner.errors import InputError
-from partitioner.planning.cluster import Cluster
-from partitioner.planning.quantities import GOALS, Workload
-from partitioner.program.plan import WEIGHTS
-from partitioner.storage.dtypes import require_asked
-from runtime.kv_cache.device_memory import require_dtype
 
 __all__ = ["fit_command", "plan_command"]
 
@@ -40,6 +35,9 @@ def plan_command(
     as_json: Json = False,
 ) -> None:
     """Rank plans for a model on a cluster by predicted times. Needs no weights and runs nothing on the cluster."""
+    from partitioner.planning.cluster import Cluster
+    from partitioner.planning.quantities import Workload
+
     cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch, ttft, tpot)
     _require(goal, weights, dtype, cache_dtype)
 
@@ -63,6 +61,9 @@ def fit_command(
     as_json: Json = False,
 ) -> None:
     """Say whether models fit on a cluster, and how. Exit code 0 if all do, 1 if one does not."""
+    from partitioner.planning.cluster import Cluster
+    from partitioner.planning.quantities import Workload
+
     cluster, workload = Cluster.parse(gpus), Workload(prompt, new, batch)
     _require("throughput", weights, dtype, cache_dtype)
 
@@ -75,6 +76,11 @@ def fit_command(
 
 def _require(goal: str, weights: str, dtype: str | None, cache_dtype: str | None) -> None:
     """Before a model is traced, which takes a minute."""
+    from partitioner.planning.quantities import GOALS
+    from partitioner.program.plan import WEIGHTS
+    from partitioner.storage.dtypes import require_asked
+    from runtime.kv_cache.device_memory import require_dtype
+
     if goal not in GOALS:
         raise InputError(f"--for is one of {', '.join(GOALS)}; got {goal!r}")
     if weights not in WEIGHTS:

@@ -6,14 +6,10 @@ from typing import Annotated
 
 import typer
 
-from partitioner.cli.common.files import require_file
 from partitioner.cli.common.options import Dtype, Model
 from partitioner.cli.common.tables import say
 from partitioner.cli.jobs.compile import Compile
 from partitioner.errors import InputError
-from partitioner.planning.cluster import Cluster
-from partitioner.planning.quantities import GOALS
-from partitioner.storage.dtypes import require_asked
 
 __all__ = ["report_command"]
 
@@ -41,6 +37,11 @@ def report_command(
     goal: Annotated[str, typer.Option("--for", help="for the page: goal: latency, throughput or context")] = "latency",
 ) -> None:
     """Print what would be split over the ranks and what would not, and why. Needs no weights and little memory."""
+    from partitioner.cli.common.files import require_file
+    from partitioner.planning.cluster import Cluster
+    from partitioner.planning.quantities import GOALS
+    from partitioner.storage.dtypes import require_asked
+
     pages = html is not None or print_json
     if min(prompt, new, batch) < 1:
         raise InputError(f"--prompt, --new and --batch are at least 1; got {prompt}, {new}, {batch}")

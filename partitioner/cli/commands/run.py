@@ -20,11 +20,8 @@ from partitioner.cli.common.options import (
     Timeout,
 )
 from partitioner.cli.jobs.compile import Compile
-from partitioner.cli.jobs.run import Question
 from partitioner.errors import InputError
 from partitioner.storage.example import EXAMPLE_MODEL
-from partitioner.storage.hub import fetched
-from runtime.processes.launch import require_timeout
 
 __all__ = ["run_command"]
 
@@ -72,6 +69,10 @@ def run_command(
     no_cache: NoCache = False,
 ) -> None:
     """Continue a prompt, over one process per rank: of this machine, or those that torchrun started."""
+    from partitioner.cli.jobs.run import Question
+    from partitioner.storage.hub import fetched
+    from runtime.processes.launch import require_timeout
+
     options = {
         "max_new_tokens": max_new_tokens,
         "do_sample": sample,

@@ -6,12 +6,10 @@ from typing import Annotated
 
 import typer
 
-from partitioner.cli.common.files import require_file
 from partitioner.cli.common.options import Dtype, Model
 from partitioner.cli.common.tables import say
 from partitioner.cli.jobs.compile import Compile
 from partitioner.errors import InputError
-from partitioner.storage.dtypes import require_asked
 
 __all__ = ["schedule_command"]
 
@@ -24,6 +22,9 @@ def schedule_command(
     out: Annotated[str | None, typer.Option("--out", "-o", help="write the picture to this file, as SVG")] = None,
 ) -> None:
     """Print how long pipeline stages are idle, from their predicted times; needs no weights."""
+    from partitioner.cli.common.files import require_file
+    from partitioner.storage.dtypes import require_asked
+
     if microbatches < 1:
         raise InputError(f"--microbatches must be at least 1, got {microbatches}")
     require_file("--out", out)

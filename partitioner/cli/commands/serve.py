@@ -17,9 +17,7 @@ from partitioner.cli.common.options import (
     Revision,
 )
 from partitioner.cli.jobs.compile import Compile
-from partitioner.cli.jobs.serve import Serving
 from partitioner.storage.example import EXAMPLE_MODEL
-from partitioner.storage.hub import fetched
 
 __all__ = ["serve_command"]
 
@@ -86,6 +84,9 @@ def serve_command(
     no_cache: NoCache = False,
 ) -> None:
     """Serve a model over HTTP to OpenAI's clients, over one process per rank of this machine; ends on SIGTERM."""
+    from partitioner.cli.jobs.serve import Serving
+    from partitioner.storage.hub import fetched
+
     serving = Serving(
         fetched(model, revision=revision),
         how,

@@ -11,9 +11,6 @@ from rich.table import Table
 from partitioner.cli.common.options import Device, Model, Revision, Simulate, Timeout
 from partitioner.cli.common.tables import print_table, say
 from partitioner.cli.jobs.compile import Compile
-from partitioner.cli.jobs.verify import Case, parse_lengths
-from partitioner.storage.hub import fetched
-from runtime.processes.launch import require_timeout
 
 if TYPE_CHECKING:
     from partitioner.cli.actions.verify import Outcome
@@ -36,6 +33,10 @@ def verify_command(
     ] = None,
 ) -> None:
     """Compare the partitioned model with the original, over one process per rank."""
+    from partitioner.cli.jobs.verify import Case, parse_lengths
+    from partitioner.storage.hub import fetched
+    from runtime.processes.launch import require_timeout
+
     require_timeout(timeout_s)  # also where no process is started
     place = "cpu" if simulate else device
     wanted = tuple(dtype.split(",")), parse_lengths(lengths)
