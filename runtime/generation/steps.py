@@ -25,7 +25,8 @@ from runtime.execution.prompts.in_turns import can_take_turns, turns_from
 from runtime.execution.prompts.inputs import filled_up, inputs_of, on_device
 from runtime.execution.prompts.packed_pieces import PackedPieces
 from runtime.execution.prompts.piece import Piece, halves_of, last_of, places
-from runtime.generation.decode_graphs import Decoder
+from runtime.generation.decode_graphs.decoder import Decoder
+from runtime.generation.decode_graphs.stage_decoder import StageDecoder
 from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.cache import Cache
 from runtime.kv_cache.cache_size import can_spare, gathered
@@ -94,8 +95,10 @@ class Steps:
         self._decode = self._prefill if is_shared else bound(decode, captured=cuda_graph)
         self._head = head(prefill)
         self._decode_head = self._head if decode is prefill else head(decode)
-        self._decoders: dict[tuple[int, int | None], Decoder] = {}
-        """By the number of sequences and the first of their rows; None: those that the cache has been told."""
+        self._decoders: dict[tuple[int, int | None, int], Decoder] = {}
+        """By the number of sequences, the first of their rows (None: those that the cache has been told), and the group
+        of these that the cache has been told of.
+        """
         self._compiled: dict[tuple[int, int | None], Callable[..., Any]] = {}
         """What runs them; where one does for all rows, by the number only."""
         self._pool = GraphPool()
@@ -162,11 +165,16 @@ class Steps:
         """Whether steps of single tokens are compiled or captured."""
         return self._compile or self._cuda_graph
 
-    def decoder(self, batch: int, rows: slice | None = None) -> Decoder:
-        """The steps of `batch` sequences from fixed memory, which captured ones share: one is replayed at a time."""
+    def decoder(self, batch: int, rows: slice | None = None, *, group: int = 0) -> Decoder:
+        """The steps of `batch` sequences from fixed memory, which captured ones share: one is replayed at a time.
+
+        On a rank of a stage, a `StageDecoder`.
+        """
         first = None if rows is None else rows.start
-        if (batch, first) not in self._decoders:
-            self._decoders[batch, first] = Decoder(
+        key = batch, first, group
+        if key not in self._decoders:
+            made = Decoder if self._decode_program.stage is None else StageDecoder
+            self._decoders[key] = made(
                 self._decode_program,
                 self._decode,
                 self.cache,
@@ -177,8 +185,9 @@ class Steps:
                 cuda_graph=self._cuda_graph,
                 pool=self._pool,
                 head=self._decode_head,
+                group=group,
             )
-        return self._decoders[batch, first]
+        return self._decoders[key]
 
     def _has_kernels(self, batch: int) -> bool:
         """Whether kernels of ours do what a compiler would do, and better: in captured steps of few rows."""

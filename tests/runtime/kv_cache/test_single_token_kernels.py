@@ -19,7 +19,7 @@ from runtime.execution.fusion.operations import rotated
 from runtime.execution.prompts import packed_pieces
 from runtime.execution.prompts.packed_pieces import PackedPieces
 from runtime.generation import steps
-from runtime.generation.decode_graphs import Decoder
+from runtime.generation.decode_graphs.decoder import Decoder
 from runtime.kv_cache import cache as cache_module
 from runtime.ops.attention import allowed, attention
 from runtime.ops.kernels import decode_attention as kernels
