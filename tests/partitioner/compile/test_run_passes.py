@@ -158,7 +158,7 @@ RUNS = """
         ("node.op, node.target = 'call_method', 'relu'; return program", "is a call_method: calls are call_function"),
         ("node.append(node.all_input_nodes[0]); return program", "torch.fx finds the graph broken"),
         (
-            "from partitioner.program import program as p; node.kwargs = {'start': p.PerRankInt('lost')}; return program",
+            "from partitioner.program import program as p; node.kwargs = {'at': p.PerRankInt('lost')}; return program",
             "names the integer 'lost', of which program.table has no row",
         ),
     ],
