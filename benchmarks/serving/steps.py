@@ -5,6 +5,8 @@ tokens    rows that are told one token each: milliseconds between two tokens of 
           the host's work is not hidden behind the next one; over stages, it is that of a group of rows on one stage
 prompt    the step in which a prompt of so many tokens is run amid rows, captured once it has come twice. "begun": until
           all of it is launched
+load      as many rows, each of which asks anew when it is answered: prompts of 5 to 505 tokens, answers of 100 to 300.
+          New tokens per second, with all that prompts take
 long      a prompt of 8,192 tokens amid 16 rows by so many tokens a step: the longest step, and all of them together,
           over what they are by budgets of which one takes all
 
@@ -64,6 +66,12 @@ class Steps:
     def steps(self, count: int) -> list[float]:
         return [self.step() for _ in range(count)]
 
+    def until_all_run(self) -> None:
+        """By single tokens."""
+        while self.loop.status()["waiting"]:
+            self.step()
+        self.steps(12)
+
     def until_first(self, number: int) -> list[float]:
         """Of the steps until a sequence has been told its only token."""
         found = []
@@ -113,12 +121,12 @@ def worker(given: argparse.Namespace) -> None:
         say(f"{given.ranks} x {device_name(device)}, {plan}, budget {loop_budget(run)}")
         for _ in range(FEW):
             run.add(20 if given.small else 128, new)
-        run.steps(12)
+        run.until_all_run()
         tokens(run, FEW, captured, say, device)
         pieces(run, long, [32, 16] if given.small else given.pieces, say)
         for _ in range(MANY - 1 - FEW):
             run.add(5 + run._chance.randrange(20 if given.small else 500), new)
-        run.steps(12)
+        run.until_all_run()
         tokens(run, MANY - 1, captured, say, device)
         for length in (16, 64, 161, 512, 1024):
             if length < long:
@@ -129,7 +137,32 @@ def worker(given: argparse.Namespace) -> None:
                     run.steps(1)
                 took, launched = (statistics.median(each) for each in zip(*found[2:], strict=True))
                 say(f"  prompt of {length} amid {MANY - 1} rows: {took:.2f} ms, begun in {launched:.2f}")
+        load(run, 2000 if given.small else 30000, 20 if given.small else 500, say)
         loop.release()
+
+
+def load(run: Steps, count: int, longest: int, say) -> None:  # type: ignore[no-untyped-def]
+    """count: of new tokens, of which the first half is not measured."""
+    for number in list(run.loop._asked):
+        run.loop.cancel(number)
+    run.steps(8)
+
+    def ask() -> None:
+        run.add(5 + run._chance.randrange(longest), 100 + run._chance.randrange(200))
+
+    for _ in range(MANY - 1):
+        ask()
+    told, ended, began, half = 0, 0, time.perf_counter(), 0
+    while told < count:
+        if not half and told >= count // 2:
+            began, half, ended = time.perf_counter(), told, 0
+        for each in run.loop.step():
+            told += 1
+            if each.is_over:
+                ended += 1
+                ask()
+    took = time.perf_counter() - began
+    say(f"  load: {(told - half) / took:.0f} tokens a second, {ended / took:.1f} prompts a second among them")
 
 
 def timed(begin_size, say):  # type: ignore[no-untyped-def]

@@ -20,8 +20,8 @@ from runtime.communication.communicator import Communicator
 from runtime.execution.cuda_graphs import GraphPool, captured, compiled_step
 from runtime.execution.executable import Executable
 from runtime.execution.profile import Profiler
-from runtime.execution.prompts.captured_pieces import CapturedPieces, Runnable, asks_host
-from runtime.execution.prompts.in_turns import can_take_turns, turns_from
+from runtime.execution.prompts.agreed_ways import AgreedWays, row_dims
+from runtime.execution.prompts.captured_pieces import CapturedPieces, Made, Runnable
 from runtime.execution.prompts.inputs import filled_up, inputs_of, on_device
 from runtime.execution.prompts.packed_pieces import PackedPieces
 from runtime.execution.prompts.piece import Piece, halves_of, last_of, places
@@ -29,7 +29,7 @@ from runtime.generation.decode_graphs.decoder import Decoder
 from runtime.generation.decode_graphs.stage_decoder import StageDecoder
 from runtime.kv_cache.batch import Batch, PagedRows
 from runtime.kv_cache.cache import Cache
-from runtime.kv_cache.cache_size import can_spare, gathered
+from runtime.kv_cache.cache_size import can_spare
 from runtime.kv_cache.paged_cache import PagedCache
 from runtime.ops.kernels.decode.few_rows import MOST_ROWS
 from runtime.ops.kernels.triton_needs import replayed
@@ -104,22 +104,11 @@ class Steps:
         self._pool = GraphPool()
         program = prefill.program
         names = [wanted.name for wanted in program.inputs]
-        alone = program.stage is None and self._head is None and not program.batch_axes and cache.takes_turns
-        halved = program.limits.get("batch", (1, None))[0] == 1  # half of two rows is one
-        halves = device.type in TURNS_ON and alone and halved and can_take_turns(program)
-        steady = alone and "input_ids" in names and all(state.per_token for state in program.states)
-        steady = steady and communicator.can_be_captured and not asks_host(program, device)
-        turns = turns_from(program)
-        if program.stage is None and device.type in CAPTURED_ON:  # parts may be uneven, and ranks do the same
-            own = torch.tensor([[turns, not halves, not steady, not cache.any_length]], device=device)
-            turns, *others = gathered(communicator, own).amax(0).tolist()
-            halves, steady, one_by_kernel = (not each for each in others)
-        else:
-            one_by_kernel = False
-        self._turns_from, self.takes_turns, self._is_steady = turns, halves, steady
-        """From how many tokens on a piece is run as two halves in turn, whether any is, and whether runs of pieces that
-        differ in their tokens only are the same.
-        """
+        self._ways = ways = AgreedWays.of(
+            program, cache, communicator, device, shares_head=self._head is not None,
+            may_halve=device.type in TURNS_ON, may_capture=device.type in CAPTURED_ON,
+        )  # fmt: skip
+        self._turns_from, self.takes_turns = ways.turns_from, ways.takes_turns
         # a token that comes later must find its slot as if nobody had been there
         roomy = "last" in names and "slots" not in names
         self._takes_more = roomy and all(state.sees is None for state in program.states)
@@ -128,12 +117,13 @@ class Steps:
         self.look_for_room()
         self._pieces = CapturedPieces(self._capture)
         self._packed: PackedPieces | None = None
-        if one_by_kernel and isinstance(cache, PagedCache):
-            self._packed = PackedPieces(self._prefill, cache, self._pieces)
+        yields = row_dims(program)
+        if ways.packs_steadily and isinstance(cache, PagedCache) and yields is not None:
+            self._packed = PackedPieces(self._prefill, cache, self._pieces, yields=yields)
 
     def look_for_room(self) -> None:
-        """For captured pieces, beside the cache as it is; a collective on GPUs, unless a rank is a stage."""
-        if self._program.stage is None and self._device.type in CAPTURED_ON:
+        """For captured pieces, beside the cache as it is; a collective on GPUs, where there may be some."""
+        if (self._ways.is_steady or self._ways.packs_steadily) and self._device.type in CAPTURED_ON:
             rows = self._turns_from if self.takes_turns else self._turns_from // _WHOLE_TO_TURNS
             most = min(rows, self.cache.max_batch * self.cache.step)  # nothing larger comes
             self._has_room = can_spare(self._program, self._communicator, self._device, rows=most)
@@ -217,7 +207,7 @@ class Steps:
         ends = [start + len(row) for start, row in zip(piece.starts, piece.tokens, strict=True)]
         return {
             "batch": 1 if piece.packed else len(piece.tokens),
-            "sequence": sum(map(len, piece.tokens)) if piece.packed else max(least, *map(len, piece.tokens)),
+            "sequence": self._packed_tokens(piece) if piece.packed else max(least, *map(len, piece.tokens)),
             "slots": max(max(ends) + 1, self._least_slots),
         }
 
@@ -244,27 +234,31 @@ class Steps:
         """
         if not (decode or received or least > 1 or like is not None or piece.packed):
             return self._execute_piece(piece, rows)
-        if piece.packed and isinstance(rows, PagedRows) and (found := self._packed_piece(piece, rows)) is not None:
-            return found
+        if piece.packed and isinstance(rows, PagedRows) and self._packed is not None and self._packed_sizes(piece):
+            return self._packed(piece, rows, received)
         batch, values = self._inputs(piece, decode=decode, least=least)
         self.cache.begin(batch, rows=rows, decode=decode)
         execute = self._decode if decode else self._prefill
         return execute([*values, *received], like="packed" if piece.packed else like)
 
-    def _packed_piece(self, piece: Piece, rows: PagedRows) -> Tensor | None:
-        """The logits of a packed piece where it may be captured."""
+    def _packed_sizes(self, piece: Piece) -> tuple[int, int] | None:
+        """Of a packed piece that may be captured, as `PackedPieces.sizes` has it."""
         keeps_busy = sum(map(len, piece.tokens)) >= self._turns_from / _WHOLE_TO_TURNS
-        if self._packed is None or keeps_busy or not self._comes_again(piece):
+        if self._packed is None or keeps_busy or not self._comes_again(piece, self._ways.packs_steadily):
             return None
-        return self._packed(piece, rows)
+        return self._packed.sizes(piece)
 
-    def _execute_piece(self, piece: Piece, rows: slice | PagedRows | None) -> Tensor:
+    def _packed_tokens(self, piece: Piece) -> int:
+        """How many a run of a packed piece has."""
+        return sum(self._packed_sizes(piece) or map(len, piece.tokens))
+
+    def _execute_piece(self, piece: Piece, rows: slice | PagedRows | None) -> Any:
         """The logits of a piece of prompts: whole or in two halves, node by node or captured."""
         tokens = len(piece.tokens) * max(map(len, piece.tokens))
         may = self.takes_turns and tokens > 1 and all(piece.active)
         now = may and tokens >= (self._turns_from if TURNS_FROM is None else TURNS_FROM)
         later = now or (may and TURNS_FROM is None and tokens >= CAPTURED_TURNS_FROM)
-        if isinstance(rows, PagedRows) or not self._comes_again(piece):
+        if isinstance(rows, PagedRows) or not self._comes_again(piece, self._ways.is_steady):
             return self._ready(piece, rows, in_turns=now).run()
         filled, last = self._filled(piece, in_turns=later)
         if tokens >= (self._turns_from if later else self._turns_from / _WHOLE_TO_TURNS):  # it keeps a GPU busy
@@ -278,11 +272,11 @@ class Steps:
             varying=lambda: self._varying(filled.parts(in_turns=later), last),
         )
 
-    def _comes_again(self, piece: Piece) -> bool:
+    def _comes_again(self, piece: Piece, is_steady: bool) -> bool:
         """Whether what is prepared for its size may serve others."""
         return (
             self._device.type in CAPTURED_ON
-            and self._is_steady
+            and is_steady
             and self._has_room
             and all(piece.active)
             and not self._prefill.is_observed
@@ -322,7 +316,7 @@ class Steps:
         runs = [(*self._inputs(part, decode=False), of) for part, of in zip(parts, of_parts, strict=True)]
         several = [values for _, values, _ in runs]
         names = [wanted.name for wanted in self._program.inputs]
-        varying = [values[names.index("input_ids")] for values in several] if self._is_steady else []
+        varying = [values[names.index("input_ids")] for values in several] if self._ways.is_steady else []
         if last is not None:
             for values, ends in zip(several, last_of(parts, last), strict=True):
                 values[names.index("last")] = on_device(ends, self._device)
@@ -358,7 +352,7 @@ class Steps:
             return Runnable(varying, begin, *(functools.partial(take_turns, way) for way in ways))
         return Runnable(varying, begin, lambda: whole(execute), lambda: whole(lambda values: execute.function(*values)))
 
-    def _capture(self, run: Callable[[], Tensor]) -> tuple[Any, Tensor]:
+    def _capture(self, run: Callable[[], Made]) -> tuple[Any, Made]:
         # the ranks have compared the run before: what they tell each other for that comes from the host
         self._communicator.begin_run(new_shapes=False)
         return captured(run, self._pool_of_pieces)

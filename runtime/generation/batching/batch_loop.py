@@ -246,10 +246,10 @@ class BatchLoop:
         )
         self._turn = 0
         self._runner: _Runner = _OneStage(self)
-        staged: StagedSteps | None = None
+        self._staged: StagedSteps | None = None
         if program.stage is not None:
             assert self._decode_by.program.stage is not None
-            self._runner = staged = StagedSteps(
+            self._runner = self._staged = StagedSteps(
                 program.stage,
                 self._decode_by.program.stage,
                 self._communicator,
@@ -281,6 +281,7 @@ class BatchLoop:
             tell = self._own.tell
         if isinstance(places, InBlocks):
             places.prepare(groups=stages if self._parts == 1 else 1, few_sizes=self._decoding["compile"])
+        staged = self._staged
         if isinstance(places, InBlocks) and (staged is None or self._parts == 1):
             of_device = OwnDevice if staged is None else GroupDevice
             self._of_device: Device = of_device(places, self._steps)
@@ -320,7 +321,7 @@ class BatchLoop:
         with torch.no_grad():
             for size in reversed(sizes):  # the largest first: what others need of memory they find there
                 began = time.perf_counter()
-                if places.limits.packs and size in (sizes[0], sizes[-1]) and self.program.stage is None:
+                if places.limits.packs and size in (sizes[0], sizes[-1]):
                     self._begin_prompts(places, size)
                 self._of_device.begin_size(size)
                 took = time.perf_counter() - began
@@ -331,8 +332,9 @@ class BatchLoop:
         """Captures prompts of nobody amid so many rows."""
         most = min(places.cache.step, places.cache.max_length)
         for tokens in sorted({min(tokens, most) for tokens in _PROMPTS}):
+            run = places.of_nobody(rows, tokens)
             for _ in range(2):  # the second is captured
-                self.run(places.of_nobody(rows, tokens))
+                self.run(run, () if self._staged is None else self._staged.nothing_handed_on(run))
 
     def _named(self, number: int) -> int | None:
         """How many of the most probable tokens a sequence is told as well, if any."""

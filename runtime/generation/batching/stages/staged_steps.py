@@ -30,7 +30,7 @@ from runtime.execution.profile import Profiler
 from runtime.generation.batching.choose_rows import Choice, numbers_of
 from runtime.generation.batching.places import Run
 from runtime.generation.batching.work import Work
-from runtime.pipeline.links import Links
+from runtime.pipeline.links import Links, shape_of
 from runtime.program.rank_program import Stage
 
 __all__ = ["ChoosingStep", "StagedSteps"]
@@ -138,6 +138,14 @@ class StagedSteps:
             self._learn(done.step)
             return None
         return done.run.work, self._choices(done.run, made if index + 1 == self._stage.count else None)
+
+    def nothing_handed_on(self, run: Run) -> list[Tensor]:
+        """Zeros as the stage before would hand them on, of a run of prompts."""
+        mesh, rank, sizes = self._communicator.mesh, self._communicator.rank, self._sizes(run)
+        return [
+            torch.zeros(shape_of(crossing, sizes, mesh, rank), dtype=crossing.dtype, device=self._device)
+            for crossing in self._stage.receives
+        ]
 
     def _made(self, passing: _Passing | None) -> Any:
         if passing is None:
