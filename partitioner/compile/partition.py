@@ -28,8 +28,9 @@ from partitioner.capture.inputs.explicit_positions import explicit_positions
 from partitioner.compile.emit import Emitter
 from partitioner.compile.input_bounds import bound_inputs
 from partitioner.compile.parts import Parts
-from partitioner.compile.pass_order import check_plan, passes_of, splitting
-from partitioner.compile.run_passes import choose, run_passes
+from partitioner.compile.pass_manager.choose_passes import choose
+from partitioner.compile.pass_manager.pass_order import check_plan, passes_of, splitting
+from partitioner.compile.pass_manager.run_passes import run_passes
 from partitioner.compile.tracing.probe_decode import compare_steps, is_another_text
 from partitioner.compile.tracing.trace import trace, trace_piece, trace_step
 from partitioner.errors import CaptureError, LayoutError, PlanError

@@ -26,7 +26,7 @@ from torch import Tensor
 from partitioner.errors import InputError
 from partitioner.sharding.mesh import AXES
 from runtime.communication.communicator import Communicator
-from runtime.kv_cache.device_memory import Amount, free_bytes, readable
+from runtime.kv_cache.device_memory import FLOAT8, Amount, free_bytes, readable, require_dtype
 from runtime.kv_cache.sharded_slots import cache_bytes
 from runtime.ops.cached_attention import cached_attention
 from runtime.ops.collectives import all_gather
@@ -49,7 +49,6 @@ __all__ = [
     "held_as",
     "in_float8",
     "longest_text",
-    "require_dtype",
     "slots_for",
     "step_of",
     "tokens_that_fit",
@@ -63,7 +62,6 @@ _ALL = 1 << 40
 _MOST_ROWS, _LIVE = 16384, 8
 _SPARED = 4
 """How much more than what a run takes is to be left, for others like it to be captured."""
-FLOAT8 = "fp8"
 ANY_LENGTH = 2**31 - 1
 """Stands for "as long as you like": what the model remembers does not grow, and it counts no positions in a table."""
 
@@ -102,11 +100,6 @@ class CacheSize:
 
 
 _ATTENDING = (cached_attention, cached_sequence_attention, latent_attention, latent_sequence_attention)
-
-
-def require_dtype(dtype: object) -> None:
-    if dtype not in (None, FLOAT8):
-        raise InputError(f"the dtype of a cache must be None, that of the model, or {FLOAT8!r}; got {dtype!r}")
 
 
 def why_not_float8(program: RankProgram) -> str | None:

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from partitioner import Parts, Plan, partition
-from partitioner.cli.compare import difference
+from partitioner.compile.compare import difference
 from partitioner.compile.partition import compile_program, trace
 from partitioner.errors import LayoutError, PlanError
-from partitioner.program import Program
+from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64
 from partitioner.proof.layouts import check
 from partitioner.proof.rows import check_rows

@@ -36,7 +36,7 @@ import runtime.engine.engine
 from partitioner import Plan
 from partitioner.compile.partition import compile_program, trace
 from partitioner.compile.parts import Parts
-from partitioner.program import Program
+from partitioner.program.program import Program
 from runtime.communication.channels import Channel
 from runtime.communication.process_groups import ProcessGroups
 from runtime.engine import Engine

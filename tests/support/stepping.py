@@ -14,7 +14,7 @@ from partitioner import Parts, Plan
 from partitioner.capture import states_found_once
 from partitioner.compile.partition import compile_steps, trace, trace_piece, trace_step
 from partitioner.errors import CaptureError
-from partitioner.program import Program
+from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64
 from tests.support import reference, zoo
 

@@ -30,8 +30,8 @@ from torch import Tensor
 from partitioner.compile.partition import compile_program, trace_step
 from partitioner.compile.parts import Parts
 from partitioner.errors import InputError, PlanError
-from partitioner.program import Program
 from partitioner.program.plan import Plan
+from partitioner.program.program import Program
 from partitioner.proof.float64 import in_float64
 from runtime.generation.generation_request import Generated
 from tests.support import reference

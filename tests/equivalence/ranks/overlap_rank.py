@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from partitioner.cli.compare import difference
+from partitioner.compile.compare import difference
 from partitioner.compile.partition import compile_program, trace
 from partitioner.program.plan import Plan
 from partitioner.proof.float64 import in_float64

@@ -12,12 +12,13 @@ import partitioner
 from partitioner.compile.emit import Emitter
 from partitioner.compile.partition import trace
 from partitioner.compile.parts import Parts
-from partitioner.compile.run_passes import choose, run_passes
+from partitioner.compile.pass_manager.choose_passes import choose
+from partitioner.compile.pass_manager.run_passes import run_passes
 from partitioner.errors import LayoutError
-from partitioner.program import Program
 from partitioner.program.model_record import ModelRecord
 from partitioner.program.node_arguments import node_values
 from partitioner.program.plan import Plan
+from partitioner.program.program import Program
 from partitioner.program.stages import crossings, table_of
 from partitioner.proof.layouts import check
 from partitioner.sharding.mesh import Mesh

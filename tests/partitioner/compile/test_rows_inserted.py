@@ -13,7 +13,7 @@ from partitioner.analysis.layouts.propagate_layouts import place
 from partitioner.compile.insert_collectives import Rewriter
 from partitioner.compile.parts import Parts
 from partitioner.errors import LayoutError
-from partitioner.program import Program, Value
+from partitioner.program.program import Program, Value
 from partitioner.proof.layouts import check
 from partitioner.proof.rows import check_rows
 from partitioner.sharding.layout import REPLICATED, Layout, Rows, Split
