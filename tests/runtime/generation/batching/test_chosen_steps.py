@@ -14,7 +14,7 @@ import torch
 
 from partitioner.sharding.mesh import Mesh
 from runtime.communication.thread_communicator import ThreadGroup
-from runtime.generation.batching import chosen_steps, places
+from runtime.generation.batching import choose_rows, chosen_steps, places
 from runtime.generation.batching.batch_loop import BatchLoop
 from runtime.generation.batching.choose_rows import RowChooser
 from runtime.generation.decode_graphs.decoder import Decoder
@@ -74,6 +74,37 @@ def test_each_is_told_what_it_is_told_alone(tp: int, in_steps: Counter[str]) -> 
     assert plain.status["why_chosen_behind"] == ""
     for number, scores in plain.logprobs.items():
         assert found.logprobs[number] == pytest.approx(scores, abs=1e-9)
+
+
+@pytest.mark.parametrize("tp", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_rows_that_are_asked_for_at_once_are_told_the_same(tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hosts, as they do it on a GPU: greedy and drawn rows together; those that change logits, or are uncertain, as
+    before.
+    """
+    cases = mixed(20, longest=30, new=6)
+    alone = many_requests.alone(compiled("llama", 1), cases)
+    counts: Counter[str] = Counter()
+    at_once = RowChooser._at_once
+
+    def counted(chooser: RowChooser, logits: Any, asked: Any) -> Any:
+        found = at_once(chooser, logits, asked)
+        counts["apart" if found is None else "at once"] += 1
+        return found
+
+    monkeypatch.setattr(choose_rows, "AT_ONCE_ON", frozenset({"cpu"}))
+    monkeypatch.setattr(RowChooser, "_at_once", counted)
+    parts = compiled("llama", tp)
+    plain = on_all_ranks(parts, cases, ROOMY)
+    assert_as_alone(cases, plain, alone)
+    assert min(counts["apart"], counts["at once"]) > 3
+    drawn = {"max_new_tokens": 6, "do_sample": True, "top_k": 0, "top_p": 0.95, "eos_token_id": []}
+    cases = [Case([3 + n, 5], {**drawn, "seed": n, "top_p": 0.95 if n % 2 else 1e-6}) for n in range(4)]
+    alone = many_requests.alone(compiled("llama", 1), cases)
+    monkeypatch.setattr(row_sampler, "_LOOK", 4)
+    monkeypatch.setattr(row_sampler, "_LEAST", 2)
+    counts.clear()
+    assert_as_alone(cases, on_all_ranks(parts, cases, ROOMY), alone)
+    assert counts["apart"]
 
 
 @pytest.mark.slow
