@@ -30,11 +30,11 @@ from partitioner.analysis.cost.attention_exchange import choose_exchange, neighb
 from partitioner.analysis.layouts.dealt_experts import expert_bodies
 from partitioner.analysis.layouts.infer_layout import FILLED, Layouts
 from partitioner.analysis.layouts.memoise import Inferrer
-from partitioner.analysis.layouts.own_tokens import held_alike, is_own, rows_of, symbols_of, tokens_dim, with_own
+from partitioner.analysis.layouts.own_tokens import held_alike, is_own, rows_of, tokens_dim, with_own
 from partitioner.analysis.stages.order_nodes import sizes_from_inputs
 from partitioner.compile.insert_collectives import OVER_AXES, Rewriter, over_other_axes
 from partitioner.errors import LayoutError, PlanError
-from partitioner.program.node_arguments import arguments, describe, map_nodes, node_values, operation
+from partitioner.program.node_arguments import arguments, describe, map_nodes, node_values, operation, symbols_of
 from partitioner.program.plan import SP_ATTENTION
 from partitioner.program.program import Entry, Program
 from partitioner.proof.layouts import SPECIAL, layout_or_problem

@@ -24,10 +24,10 @@ from torch import fx
 from partitioner.analysis.layouts.dealt_experts import expert_bodies
 from partitioner.analysis.layouts.infer_layout import Layouts
 from partitioner.analysis.layouts.memoise import Inferrer
-from partitioner.analysis.layouts.own_tokens import held_alike, is_own, symbols_of, tokens_dim
+from partitioner.analysis.layouts.own_tokens import held_alike, is_own, tokens_dim
 from partitioner.compile.insert_collectives import OVER_AXES, Rewriter, over_other_axes
 from partitioner.errors import LayoutError, PlanError
-from partitioner.program.node_arguments import describe, node_values
+from partitioner.program.node_arguments import describe, node_values, symbols_of
 from partitioner.program.program import Entry, Program
 from partitioner.proof.layouts import SPECIAL, layout_or_problem
 from partitioner.sharding.layout import REPLICATED, Layout, Rows

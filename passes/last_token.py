@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from partitioner.compile.insert_collectives import Rewriter
-from partitioner.program.node_arguments import operation
+from partitioner.program.node_arguments import operation, symbols_of
 from partitioner.program.program import Entry, Program, Value
 from partitioner.sharding.layout import REPLICATED, Layout, Rows
 from runtime.ops.cached_attention import last_token
@@ -136,7 +136,7 @@ def _is_per_token(program: Program, node: fx.Node) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Value):
         return True  # an integer such as the length: not something to look behind
-    return any(program.symbols["sequence"] in getattr(size, "free_symbols", ()) for size in value.shape)
+    return any(program.symbols["sequence"] in symbols_of(size) for size in value.shape)
 
 
 def _next(node: fx.Node) -> fx.Node:

@@ -23,7 +23,7 @@ from partitioner.analysis.layouts.infer_layout import Layouts
 from partitioner.analysis.layouts.memoise import Inferrer
 from partitioner.compile.insert_collectives import Rewriter
 from partitioner.errors import LayoutError, PlanError
-from partitioner.program.node_arguments import node_values, operation
+from partitioner.program.node_arguments import node_values, operation, symbols_of
 from partitioner.program.program import Program, Value
 from partitioner.proof.layouts import layout_or_problem
 from partitioner.sharding.layout import REPLICATED, Layout, Rows
@@ -182,7 +182,7 @@ class _Run:
     def _tokens(self, value: Any) -> int | None:
         """The one dim that runs over tokens, and over nothing else."""
         dims = [i for i, size in enumerate(value.shape) if size == self.symbol]
-        merged = [size for size in value.shape if size != self.symbol and self.symbol in _symbols(size)]
+        merged = [size for size in value.shape if size != self.symbol and self.symbol in symbols_of(size)]
         return dims[0] if len(dims) == 1 and not merged else None
 
     def _with_rows(self, node: fx.Node) -> Any:
@@ -211,7 +211,3 @@ class _Run:
             if each
             for dim in each.dims
         )
-
-
-def _symbols(size: Any) -> frozenset[Any]:
-    return frozenset() if isinstance(size, int) else frozenset(size.free_symbols)

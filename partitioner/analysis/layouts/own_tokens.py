@@ -15,14 +15,10 @@ from typing import Any
 
 import sympy
 
+from partitioner.program.node_arguments import symbols_of
 from partitioner.sharding.layout import Layout, Rows
 
-__all__ = ["held_alike", "is_own", "rows_of", "symbols_of", "tokens_dim", "with_own"]
-
-
-def symbols_of(size: Any) -> frozenset[Any]:
-    """The named sizes of which a size is made."""
-    return frozenset(size.free_symbols) if isinstance(size, sympy.Expr) else frozenset()
+__all__ = ["held_alike", "is_own", "rows_of", "tokens_dim", "with_own"]
 
 
 def tokens_dim(shape: Sequence[Any], symbol: sympy.Symbol) -> int | None:
